@@ -1,0 +1,87 @@
+//! What a running stage may ask of its host. The C table `retort_host` is one implementation; tests bring another.
+
+use std::path::{Path, PathBuf};
+
+use crate::message::{ArtifactMeta, Failure};
+
+/// Severity of a log line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u32)]
+pub enum LogLevel {
+    /// Something failed.
+    Error = 1,
+    /// Something is odd.
+    Warn = 2,
+    /// Progress in words.
+    Info = 3,
+    /// For developers.
+    Debug = 4,
+    /// For developers, in detail.
+    Trace = 5,
+}
+
+/// Whether a stage should go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Cancel {
+    /// Go on.
+    Run = 0,
+    /// Stop at the next point from which work can resume, having saved it.
+    AtCheckpoint = 1,
+    /// Stop at once.
+    Now = 2,
+}
+
+/// Services of the host, callable from any thread until `run` returns.
+pub trait Host: Send + Sync {
+    /// Writes a line to the run's log.
+    fn log(&self, level: LogLevel, message: &str);
+    /// Appends a point to a metric series. NaN and infinities are values. Cheap; never blocks.
+    fn metric(&self, name: &str, step: u64, value: f64);
+    /// Says how far the stage is: `done` of `total` (0 when unknown) `unit`s ("steps", "samples").
+    fn progress(&self, done: u64, total: u64, unit: &str);
+    /// Whether to go on; cheap enough to ask once per step.
+    fn cancelled(&self) -> Cancel;
+    /// Opens a staging directory for a new artifact; returns its id and path.
+    fn artifact_begin(&self, kind: &str, name: &str) -> Result<(u64, PathBuf), Failure>;
+    /// Makes the staged files an artifact: synced, hashed, moved to their place.
+    fn artifact_commit(&self, id: u64, meta: &ArtifactMeta) -> Result<(), Failure>;
+    /// Drops the staged files.
+    fn artifact_abort(&self, id: u64);
+}
+
+/// An artifact being written: dropped without [`ArtifactDraft::commit`], it leaves nothing behind.
+pub struct ArtifactDraft<'h> {
+    host: &'h dyn Host,
+    id: u64,
+    path: PathBuf,
+    open: bool,
+}
+
+impl<'h> ArtifactDraft<'h> {
+    /// Opens a staging directory.
+    pub fn begin(host: &'h dyn Host, kind: &str, name: &str) -> Result<Self, Failure> {
+        let (id, path) = host.artifact_begin(kind, name)?;
+        Ok(Self { host, id, path, open: true })
+    }
+
+    /// The staging directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Makes the files an artifact and returns its id.
+    pub fn commit(mut self, meta: &ArtifactMeta) -> Result<u64, Failure> {
+        self.open = false;
+        self.host.artifact_commit(self.id, meta)?;
+        Ok(self.id)
+    }
+}
+
+impl Drop for ArtifactDraft<'_> {
+    fn drop(&mut self) {
+        if self.open {
+            self.host.artifact_abort(self.id);
+        }
+    }
+}

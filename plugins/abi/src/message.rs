@@ -1,0 +1,234 @@
+//! The JSON messages that cross the plugin boundary.
+//!
+//! Everything that is not a progress tick or a metric is JSON text: it evolves by added fields, which both sides
+//! ignore when they do not know them. No tensor ever crosses; results are files committed as artifacts.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// What a plugin says of itself (`describe`): pure, the same at every call, no device is touched.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Description {
+    /// The name by which recipes ask for the plugin (`backend: candle`).
+    pub name: String,
+    /// Version of the plugin (semantic versioning).
+    pub version: String,
+    /// One line for people.
+    #[serde(default)]
+    pub summary: String,
+    /// SPDX licence expression.
+    #[serde(default)]
+    pub license: String,
+    /// Kinds of device this build can drive: `cpu`, `cuda`. The first is what `auto` falls back to.
+    pub devices: Vec<String>,
+    /// Element types it computes in: `f32`, `bf16`.
+    pub dtypes: Vec<String>,
+    /// Model families it knows: `llamagen`, `var`.
+    #[serde(default)]
+    pub families: Vec<String>,
+    /// Kinds of stage it runs.
+    pub stages: Vec<StageKind>,
+}
+
+/// A kind of stage a plugin can run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StageKind {
+    /// Name in recipes (`kind: distill`).
+    pub kind: String,
+    /// One line for people.
+    #[serde(default)]
+    pub summary: String,
+    /// Kind of the artifact that references to a stage of this kind stand for.
+    pub output: String,
+    /// Raised when the same options would now give a different result: part of the stage's digest.
+    #[serde(default)]
+    pub revision: u32,
+    /// JSON Schema (2020-12) of the options: an object schema with `additionalProperties: false`, with `default`s.
+    /// String schemas may carry two annotations: `x-retort-artifact: [kinds]` marks the name of another stage whose
+    /// output is one of these kinds; `x-retort-file: "file" | "dir"` marks a path (relative to the recipe).
+    pub schema: Value,
+}
+
+/// A device as found by `probe`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Device {
+    /// `cpu`, `cuda:0`, ...
+    pub name: String,
+    /// Model name for people.
+    #[serde(default)]
+    pub model: String,
+    /// Bytes of memory, where known.
+    #[serde(default)]
+    pub memory: Option<u64>,
+    /// Why it cannot be used; `None` when it can.
+    #[serde(default)]
+    pub unusable: Option<String>,
+}
+
+/// One stage to validate or run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StageJob {
+    /// The stage's name in the recipe.
+    pub stage: String,
+    /// Its kind.
+    pub kind: String,
+    /// Options, complete (defaults filled in); references still name stages, paths are as written.
+    pub options: Value,
+    /// Seed of every random number of the stage.
+    pub seed: u64,
+    /// `cpu`, `cuda:0`; never `auto`.
+    pub device: String,
+    /// `f32`, `bf16`.
+    pub dtype: String,
+    /// Threads the stage may use.
+    pub threads: usize,
+    /// Directory that relative paths in the options start from.
+    pub base_dir: PathBuf,
+    /// Directory that survives attempts of the same stage (checkpoints, finished shards). Absent in `validate`.
+    #[serde(default)]
+    pub work_dir: Option<PathBuf>,
+    /// Inputs by the name of the stage that made them. Empty in `validate`.
+    #[serde(default)]
+    pub inputs: BTreeMap<String, Input>,
+}
+
+/// An artifact given to a stage.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Input {
+    /// Its kind (`teacher`, `trajectories`, ...).
+    pub kind: String,
+    /// Directory with its files; read-only.
+    pub path: PathBuf,
+    /// Content hash, hex BLAKE3.
+    pub hash: String,
+}
+
+/// What a successful stage returns.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StageResult {
+    /// Id (from `artifact_commit`) of the artifact that references to this stage stand for.
+    pub output: u64,
+    /// Facts worth keeping, free-form.
+    #[serde(default)]
+    pub summary: Value,
+}
+
+/// Facts about an artifact, given at commit. Unknown fields are kept in `extra`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct ArtifactMeta {
+    /// A table worth showing when the run ends and in `runs show`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub table: Option<Table>,
+    /// Path inside the artifact of an image worth looking at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub preview: Option<String>,
+    /// Anything else.
+    #[serde(flatten)]
+    pub extra: serde_json::Map<String, Value>,
+}
+
+/// A small table: the first column names the rows.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Table {
+    /// Title line.
+    pub title: String,
+    /// Column heads.
+    pub columns: Vec<String>,
+    /// Rows of cells: strings, numbers or null.
+    pub rows: Vec<Vec<Value>>,
+}
+
+/// A finding of `validate`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Diagnostic {
+    /// `error` stops the plan, `warning` is shown.
+    pub severity: Severity,
+    /// JSON pointer into the stage's options (`/schedule/warmup`), empty for the stage as a whole.
+    #[serde(default)]
+    pub pointer: String,
+    /// What is wrong and what was expected.
+    pub message: String,
+    /// What to do.
+    #[serde(default)]
+    pub hint: Option<String>,
+}
+
+/// How grave a [`Diagnostic`] is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Severity {
+    /// The stage cannot run.
+    Error,
+    /// The stage can run.
+    Warning,
+}
+
+/// Why a call failed; crosses the boundary as JSON in the error sink.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct Failure {
+    /// What sort of failure, for programs.
+    pub code: FailureCode,
+    /// What happened, where, what was expected.
+    pub message: String,
+    /// Causes, outermost first.
+    #[serde(default)]
+    pub chain: Vec<String>,
+    /// Whether the same attempt may succeed later.
+    #[serde(default)]
+    pub retryable: bool,
+    /// JSON pointer into the stage's options, where one is at fault.
+    #[serde(default)]
+    pub pointer: Option<String>,
+    /// What to do.
+    #[serde(default)]
+    pub hint: Option<String>,
+}
+
+/// Sorts of [`Failure`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FailureCode {
+    /// Options that cannot work.
+    InvalidOptions,
+    /// A file or artifact is missing.
+    MissingInput,
+    /// A file or artifact is malformed.
+    BadData,
+    /// The device's memory does not suffice.
+    OutOfMemory,
+    /// NaN or divergence.
+    Numerical,
+    /// Reading or writing failed.
+    Io,
+    /// Stopped because the host asked; work done so far is in the work directory.
+    Cancelled,
+    /// The plugin cannot do this.
+    Unsupported,
+    /// The plugin panicked.
+    Panic,
+    /// A bug.
+    Internal,
+}
+
+impl Failure {
+    /// A failure with a code and a message and nothing else.
+    pub fn new(code: FailureCode, message: impl Into<String>) -> Self {
+        Self { code, message: message.into(), chain: Vec::new(), retryable: false, pointer: None, hint: None }
+    }
+
+    /// Names the option at fault.
+    pub fn at(mut self, pointer: impl Into<String>) -> Self {
+        self.pointer = Some(pointer.into());
+        self
+    }
+
+    /// Says what to do.
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+}
