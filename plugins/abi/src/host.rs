@@ -62,7 +62,12 @@ impl<'h> ArtifactDraft<'h> {
     /// Opens a staging directory.
     pub fn begin(host: &'h dyn Host, kind: &str, name: &str) -> Result<Self, Failure> {
         let (id, path) = host.artifact_begin(kind, name)?;
-        Ok(Self { host, id, path, open: true })
+        Ok(Self {
+            host,
+            id,
+            path,
+            open: true,
+        })
     }
 
     /// The staging directory.

@@ -4,6 +4,8 @@
 //! side so that a Rust plugin is an `impl Plugin` and one [`export_plugin!`] line. Deliberately absent: tensors,
 //! anything about recipes, and the loading of plugins (the runner's).
 
+pub mod export;
+pub mod ffi;
 pub mod host;
 pub mod message;
 

@@ -217,7 +217,14 @@ pub enum FailureCode {
 impl Failure {
     /// A failure with a code and a message and nothing else.
     pub fn new(code: FailureCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), chain: Vec::new(), retryable: false, pointer: None, hint: None }
+        Self {
+            code,
+            message: message.into(),
+            chain: Vec::new(),
+            retryable: false,
+            pointer: None,
+            hint: None,
+        }
     }
 
     /// Names the option at fault.
