@@ -1,0 +1,637 @@
+//! The tensor operations a plugin must bring: one trait, monomorphised once per plugin.
+//!
+//! In: tensors of dynamic rank, row-major by meaning (layout is the backend's own affair). Out: new tensors; shapes
+//! are given beside each operation, broadcasting is NumPy's. Nothing here knows gradients: the engine's tape
+//! (`tape.rs`) owns differentiation and asks for values only. Operations worth fusing come as a pair, forward and
+//! backward, with composed defaults, so that a new backend starts with the required methods and replaces the rest
+//! one at a time. Deliberately absent: random numbers, parameters, optimiser state, files: the engine owns them, so
+//! that backends agree and resumed runs are exact. Semantics are arguments, never a backend's default.
+//!
+//! Tensors are reference counted and cheap to clone. They are immutable except through the methods whose names end
+//! in `_`, which write in place and are seen by every clone.
+
+use std::fmt::Debug;
+
+use crate::error::Result;
+
+/// Element-wise functions of one argument.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unary {
+    /// e^x
+    Exp,
+    /// Natural logarithm.
+    Log,
+    /// Square root.
+    Sqrt,
+    /// x^2
+    Square,
+    /// 1/x
+    Recip,
+    /// Hyperbolic tangent.
+    Tanh,
+    /// 1/(1+e^-x)
+    Sigmoid,
+    /// The error function.
+    Erf,
+    /// x * sigmoid(x)
+    Silu,
+    /// GELU by the tanh approximation (torch `approximate="tanh"`).
+    GeluTanh,
+    /// GELU by the error function.
+    GeluErf,
+    /// max(x, 0)
+    Relu,
+}
+
+/// Element-wise functions of two arguments, with broadcasting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Binary {
+    /// a + b
+    Add,
+    /// a - b
+    Sub,
+    /// a * b
+    Mul,
+    /// a / b
+    Div,
+    /// The greater of the two.
+    Max,
+}
+
+/// Which keys a query may see.
+#[derive(Debug, Clone)]
+pub enum Mask<T> {
+    /// All.
+    Full,
+    /// Query i of lq sees keys 0..=(lk - lq + i).
+    Causal,
+    /// Added to the scores before the softmax: (lq, lk), 0 or -inf.
+    Bias(T),
+}
+
+/// One AdamW step's numbers (Loshchilov and Hutter 2019, arXiv 1711.05101), bias corrections already computed.
+#[derive(Debug, Clone, Copy)]
+pub struct AdamwStep {
+    /// Learning rate at this step.
+    pub lr: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// 1 - beta1^step
+    pub correction1: f64,
+    /// 1 - beta2^step
+    pub correction2: f64,
+    /// The gradient is multiplied by this first (clipping by global norm).
+    pub grad_scale: f64,
+}
+
+/// The numbers of the AR flow map (`flow.rs`).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct FlowSolver {
+    /// Steps of the classic fourth-order Runge-Kutta method, uniform in t (`flow::grid`).
+    pub steps: usize,
+}
+
+/// A tensor library.
+pub trait Backend: Sized + Send + Sync + 'static {
+    /// A tensor: of floats (the backend's compute type or f32) or of indices (unsigned, at least 32 bits).
+    type Tensor: Clone + Send + Sync + Debug;
+
+    // ---- host and device -------------------------------------------------------------------------------------
+
+    /// Copies floats to the device.
+    fn floats(&self, data: &[f32], shape: &[usize]) -> Result<Self::Tensor>;
+    /// Copies indices to the device.
+    fn indices(&self, data: &[u32], shape: &[usize]) -> Result<Self::Tensor>;
+    /// Floats, all `value`.
+    fn full(&self, shape: &[usize], value: f32) -> Result<Self::Tensor>;
+    /// Copies floats to the device of another tensor.
+    fn floats_beside(other: &Self::Tensor, data: &[f32], shape: &[usize]) -> Result<Self::Tensor>;
+    /// Copies floats to the host, row-major.
+    fn to_floats(x: &Self::Tensor) -> Result<Vec<f32>>;
+    /// Copies indices to the host, row-major.
+    fn to_indices(x: &Self::Tensor) -> Result<Vec<u32>>;
+    /// Sizes of the dimensions.
+    fn shape(x: &Self::Tensor) -> Vec<usize>;
+
+    // ---- movement --------------------------------------------------------------------------------------------
+
+    /// Same elements, other shape.
+    fn reshape(x: &Self::Tensor, shape: &[usize]) -> Result<Self::Tensor>;
+    /// Dimension i of the result is dimension `dims[i]` of x.
+    fn permute(x: &Self::Tensor, dims: &[usize]) -> Result<Self::Tensor>;
+    /// Elements start..start+len of a dimension.
+    fn narrow(x: &Self::Tensor, dim: usize, start: usize, len: usize) -> Result<Self::Tensor>;
+    /// Tensors one behind the other along a dimension.
+    fn cat(xs: &[&Self::Tensor], dim: usize) -> Result<Self::Tensor>;
+    /// Broadcasts to a shape of the same or higher rank.
+    fn expand(x: &Self::Tensor, shape: &[usize]) -> Result<Self::Tensor>;
+
+    // ---- arithmetic ------------------------------------------------------------------------------------------
+
+    /// A function of each element.
+    fn unary(x: &Self::Tensor, f: Unary) -> Result<Self::Tensor>;
+    /// A function of pairs of elements, broadcasting.
+    fn binary(a: &Self::Tensor, b: &Self::Tensor, f: Binary) -> Result<Self::Tensor>;
+    /// x * mul + add
+    fn affine(x: &Self::Tensor, mul: f64, add: f64) -> Result<Self::Tensor>;
+    /// Sum over dimensions, which stay with size 1.
+    fn sum(x: &Self::Tensor, dims: &[usize]) -> Result<Self::Tensor>;
+    /// Maximum over the last dimension, which stays with size 1.
+    fn max_last(x: &Self::Tensor) -> Result<Self::Tensor>;
+    /// Index of the maximum over the last dimension, which goes; the lowest index among equals.
+    fn argmax_last(x: &Self::Tensor) -> Result<Self::Tensor>;
+    /// Matrix product of the last two dimensions, (.., m, k) x (.., k, n) -> (.., m, n), with equal leading
+    /// dimensions; `ta`, `tb` say that an operand is given transposed.
+    fn matmul(a: &Self::Tensor, b: &Self::Tensor, ta: bool, tb: bool) -> Result<Self::Tensor>;
+    /// Rows of a table: (k, d) indexed by ids of any shape -> (ids.., d).
+    fn rows(table: &Self::Tensor, ids: &Self::Tensor) -> Result<Self::Tensor>;
+    /// Adjoint of [`Backend::rows`]: adds each gradient row (ids.., d) to its row of a zero table (k, d).
+    fn rows_adjoint(grad: &Self::Tensor, ids: &Self::Tensor, k: usize) -> Result<Self::Tensor>;
+    /// One element of the last dimension per index: (.., k) with ids (..) -> (..).
+    fn pick(x: &Self::Tensor, ids: &Self::Tensor) -> Result<Self::Tensor>;
+    /// Adjoint of [`Backend::pick`]: grad (..) placed at its index in zeros (.., k).
+    fn pick_adjoint(grad: &Self::Tensor, ids: &Self::Tensor, k: usize) -> Result<Self::Tensor>;
+
+    /// Cross-correlation: (b, c, h, w) with (o, c, kh, kw) -> (b, o, h', w'), zero padding on all sides.
+    fn conv2d(
+        x: &Self::Tensor,
+        w: &Self::Tensor,
+        stride: usize,
+        padding: usize,
+    ) -> Result<Self::Tensor>;
+    /// Gradients of [`Backend::conv2d`] for its input and its kernel; each is computed only when wanted.
+    fn conv2d_backward(
+        x: &Self::Tensor,
+        w: &Self::Tensor,
+        grad: &Self::Tensor,
+        stride: usize,
+        padding: usize,
+        want: (bool, bool),
+    ) -> Result<(Option<Self::Tensor>, Option<Self::Tensor>)>;
+
+    // ---- in place --------------------------------------------------------------------------------------------
+
+    /// Writes `src` into x at `start` along a dimension (the KV cache).
+    fn write_(x: &Self::Tensor, dim: usize, start: usize, src: &Self::Tensor) -> Result<()>;
+    /// Replaces the values of x by those of `src`, of the same shape.
+    fn assign_(x: &Self::Tensor, src: &Self::Tensor) -> Result<()>;
+    /// One AdamW step on a parameter and its moments.
+    fn adamw_(
+        p: &Self::Tensor,
+        m: &Self::Tensor,
+        v: &Self::Tensor,
+        g: &Self::Tensor,
+        s: &AdamwStep,
+    ) -> Result<()> {
+        let g = Self::affine(g, s.grad_scale, 0.0)?;
+        let m1 = Self::binary(
+            &Self::affine(m, s.beta1, 0.0)?,
+            &Self::affine(&g, 1.0 - s.beta1, 0.0)?,
+            Binary::Add,
+        )?;
+        let g2 = Self::unary(&g, Unary::Square)?;
+        let v1 = Self::binary(
+            &Self::affine(v, s.beta2, 0.0)?,
+            &Self::affine(&g2, 1.0 - s.beta2, 0.0)?,
+            Binary::Add,
+        )?;
+        let denominator = Self::affine(
+            &Self::unary(&v1, Unary::Sqrt)?,
+            s.correction2.sqrt().recip(),
+            s.eps,
+        )?;
+        let update = Self::affine(
+            &Self::binary(&m1, &denominator, Binary::Div)?,
+            s.lr / s.correction1,
+            0.0,
+        )?;
+        let p1 = Self::binary(
+            &Self::affine(p, 1.0 - s.lr * s.weight_decay, 0.0)?,
+            &update,
+            Binary::Sub,
+        )?;
+        Self::assign_(m, &m1)?;
+        Self::assign_(v, &v1)?;
+        Self::assign_(p, &p1)
+    }
+    /// average <- decay * average + (1 - decay) * x
+    fn ema_(average: &Self::Tensor, x: &Self::Tensor, decay: f64) -> Result<()> {
+        let a = Self::affine(average, decay, 0.0)?;
+        let b = Self::affine(x, 1.0 - decay, 0.0)?;
+        Self::assign_(average, &Self::binary(&a, &b, Binary::Add)?)
+    }
+
+    // ---- fused, with composed defaults ------------------------------------------------------------------------
+
+    /// Gradient of [`Backend::unary`]: `x` its argument, `y` its result.
+    fn unary_backward(
+        x: &Self::Tensor,
+        y: &Self::Tensor,
+        grad: &Self::Tensor,
+        f: Unary,
+    ) -> Result<Self::Tensor> {
+        let mul = |a: &Self::Tensor, b: &Self::Tensor| Self::binary(a, b, Binary::Mul);
+        match f {
+            Unary::Exp => mul(grad, y),
+            Unary::Log => Self::binary(grad, x, Binary::Div),
+            Unary::Sqrt => Self::affine(&Self::binary(grad, y, Binary::Div)?, 0.5, 0.0),
+            Unary::Square => Self::affine(&mul(grad, x)?, 2.0, 0.0),
+            Unary::Recip => Self::affine(&mul(grad, &Self::unary(y, Unary::Square)?)?, -1.0, 0.0),
+            Unary::Tanh => mul(
+                grad,
+                &Self::affine(&Self::unary(y, Unary::Square)?, -1.0, 1.0)?,
+            ),
+            Unary::Sigmoid => mul(grad, &mul(y, &Self::affine(y, -1.0, 1.0)?)?),
+            Unary::Silu => {
+                // s (1 + x (1 - s))
+                let s = Self::unary(x, Unary::Sigmoid)?;
+                let inner = Self::affine(&mul(x, &Self::affine(&s, -1.0, 1.0)?)?, 1.0, 1.0)?;
+                mul(grad, &mul(&s, &inner)?)
+            }
+            Unary::GeluTanh => {
+                // y = x/2 (1 + tanh u), u = c (x + a x^3)
+                let (c, a) = ((2.0 / std::f64::consts::PI).sqrt(), 0.044715);
+                let x2 = Self::unary(x, Unary::Square)?;
+                let u = mul(x, &Self::affine(&x2, c * a, c)?)?;
+                let t = Self::unary(&u, Unary::Tanh)?;
+                let dt = Self::affine(&Self::unary(&t, Unary::Square)?, -0.5, 0.5)?;
+                let du = Self::affine(&x2, 3.0 * c * a, c)?;
+                let d = Self::binary(
+                    &Self::affine(&t, 0.5, 0.5)?,
+                    &mul(&mul(x, &dt)?, &du)?,
+                    Binary::Add,
+                )?;
+                mul(grad, &d)
+            }
+            Unary::GeluErf => {
+                // y = x Phi(x), y' = Phi(x) + x phi(x)
+                let phi = Self::affine(
+                    &Self::unary(&Self::affine(x, 0.5f64.sqrt(), 0.0)?, Unary::Erf)?,
+                    0.5,
+                    0.5,
+                )?;
+                let bell = Self::unary(
+                    &Self::affine(&Self::unary(x, Unary::Square)?, -0.5, 0.0)?,
+                    Unary::Exp,
+                )?;
+                let density =
+                    Self::affine(&bell, (2.0 * std::f64::consts::PI).sqrt().recip(), 0.0)?;
+                mul(grad, &Self::binary(&phi, &mul(x, &density)?, Binary::Add)?)
+            }
+            Unary::Erf => {
+                let bell = Self::unary(
+                    &Self::affine(&Self::unary(x, Unary::Square)?, -1.0, 0.0)?,
+                    Unary::Exp,
+                )?;
+                mul(
+                    grad,
+                    &Self::affine(&bell, 2.0 / std::f64::consts::PI.sqrt(), 0.0)?,
+                )
+            }
+            Unary::Relu => {
+                // y/|y| is 1 where y > 0: y / max(y, tiny)
+                let tiny = Self::affine(y, 0.0, f32::MIN_POSITIVE as f64)?;
+                mul(
+                    grad,
+                    &Self::binary(y, &Self::binary(y, &tiny, Binary::Max)?, Binary::Div)?,
+                )
+            }
+        }
+    }
+
+    /// x (.., i) times w (o, i) transposed, plus bias (o): -> (.., o).
+    fn linear(
+        x: &Self::Tensor,
+        w: &Self::Tensor,
+        bias: Option<&Self::Tensor>,
+    ) -> Result<Self::Tensor> {
+        let (mut shape, wide) = (Self::shape(x), Self::shape(w));
+        let rows = shape.iter().product::<usize>() / wide[1];
+        let y = Self::matmul(&Self::reshape(x, &[rows, wide[1]])?, w, false, true)?;
+        let y = match bias {
+            Some(b) => Self::binary(&y, b, Binary::Add)?,
+            None => y,
+        };
+        *shape.last_mut().expect("linear: rank >= 1") = wide[0];
+        Self::reshape(&y, &shape)
+    }
+
+    /// Softmax over the last dimension.
+    fn softmax(x: &Self::Tensor) -> Result<Self::Tensor> {
+        let last = Self::shape(x).len() - 1;
+        let e = Self::unary(
+            &Self::binary(x, &Self::max_last(x)?, Binary::Sub)?,
+            Unary::Exp,
+        )?;
+        Self::binary(&e, &Self::sum(&e, &[last])?, Binary::Div)
+    }
+    /// Gradient of [`Backend::softmax`] from its result.
+    fn softmax_backward(y: &Self::Tensor, grad: &Self::Tensor) -> Result<Self::Tensor> {
+        let last = Self::shape(y).len() - 1;
+        let inner = Self::sum(&Self::binary(y, grad, Binary::Mul)?, &[last])?;
+        Self::binary(y, &Self::binary(grad, &inner, Binary::Sub)?, Binary::Mul)
+    }
+
+    /// x / sqrt(mean(x^2) + eps) * w over the last dimension; w (d).
+    fn rms_norm(x: &Self::Tensor, w: &Self::Tensor, eps: f64) -> Result<Self::Tensor> {
+        Self::binary(
+            &Self::binary(x, &inverse_rms::<Self>(x, eps)?, Binary::Mul)?,
+            w,
+            Binary::Mul,
+        )
+    }
+    /// Gradients of [`Backend::rms_norm`] for x and w.
+    fn rms_norm_backward(
+        x: &Self::Tensor,
+        w: &Self::Tensor,
+        grad: &Self::Tensor,
+        eps: f64,
+    ) -> Result<(Self::Tensor, Self::Tensor)> {
+        let last = Self::shape(x).len() - 1;
+        let d = Self::shape(x)[last] as f64;
+        let r = inverse_rms::<Self>(x, eps)?;
+        let n = Self::binary(x, &r, Binary::Mul)?;
+        let gw = Self::binary(grad, w, Binary::Mul)?;
+        let inner = Self::affine(
+            &Self::sum(&Self::binary(&gw, &n, Binary::Mul)?, &[last])?,
+            1.0 / d,
+            0.0,
+        )?;
+        let dx = Self::binary(
+            &Self::binary(&gw, &Self::binary(&n, &inner, Binary::Mul)?, Binary::Sub)?,
+            &r,
+            Binary::Mul,
+        )?;
+        let all: Vec<usize> = (0..last).collect();
+        let dw = Self::reshape(
+            &Self::sum(&Self::binary(grad, &n, Binary::Mul)?, &all)?,
+            &Self::shape(w),
+        )?;
+        Ok((dx, dw))
+    }
+
+    /// (x - mean) / sqrt(var + eps) over the last dimension, without affine part.
+    fn layer_norm(x: &Self::Tensor, eps: f64) -> Result<Self::Tensor> {
+        Ok(standardise::<Self>(x, eps)?.0)
+    }
+    /// Gradient of [`Backend::layer_norm`].
+    fn layer_norm_backward(
+        x: &Self::Tensor,
+        grad: &Self::Tensor,
+        eps: f64,
+    ) -> Result<Self::Tensor> {
+        let (y, r) = standardise::<Self>(x, eps)?;
+        standardise_backward::<Self>(&y, &r, grad)
+    }
+
+    /// Group normalisation of (b, c, h, w) with scale and shift (c).
+    fn group_norm(
+        x: &Self::Tensor,
+        groups: usize,
+        w: &Self::Tensor,
+        bias: &Self::Tensor,
+        eps: f64,
+    ) -> Result<Self::Tensor> {
+        let s = Self::shape(x);
+        let grouped = Self::reshape(
+            x,
+            &[s[0] * groups, s.iter().product::<usize>() / (s[0] * groups)],
+        )?;
+        let y = Self::reshape(&standardise::<Self>(&grouped, eps)?.0, &s)?;
+        let (w, bias) = (
+            Self::reshape(w, &[s[1], 1, 1])?,
+            Self::reshape(bias, &[s[1], 1, 1])?,
+        );
+        Self::binary(&Self::binary(&y, &w, Binary::Mul)?, &bias, Binary::Add)
+    }
+    /// Gradients of [`Backend::group_norm`] for x, scale and shift.
+    fn group_norm_backward(
+        x: &Self::Tensor,
+        groups: usize,
+        w: &Self::Tensor,
+        grad: &Self::Tensor,
+        eps: f64,
+    ) -> Result<(Self::Tensor, Self::Tensor, Self::Tensor)> {
+        let s = Self::shape(x);
+        let flat = [s[0] * groups, s.iter().product::<usize>() / (s[0] * groups)];
+        let (y, r) = standardise::<Self>(&Self::reshape(x, &flat)?, eps)?;
+        let normal = Self::reshape(&y, &s)?;
+        let dw = Self::reshape(
+            &Self::sum(&Self::binary(grad, &normal, Binary::Mul)?, &[0, 2, 3])?,
+            &[s[1]],
+        )?;
+        let db = Self::reshape(&Self::sum(grad, &[0, 2, 3])?, &[s[1]])?;
+        let gw = Self::binary(grad, &Self::reshape(w, &[s[1], 1, 1])?, Binary::Mul)?;
+        let dx = standardise_backward::<Self>(&y, &r, &Self::reshape(&gw, &flat)?)?;
+        Ok((Self::reshape(&dx, &s)?, dw, db))
+    }
+
+    /// Rotates interleaved pairs: x (b, l, h, d), cos and sin (l, d/2).
+    fn rope(x: &Self::Tensor, cos: &Self::Tensor, sin: &Self::Tensor) -> Result<Self::Tensor> {
+        let s = Self::shape(x);
+        let half = [s[0], s[1], s[2], s[3] / 2, 1];
+        let pairs = Self::reshape(x, &[s[0], s[1], s[2], s[3] / 2, 2])?;
+        let (a, b) = (
+            Self::narrow(&pairs, 4, 0, 1)?,
+            Self::narrow(&pairs, 4, 1, 1)?,
+        );
+        let table = |t: &Self::Tensor| Self::reshape(t, &[1, half[1], 1, half[3], 1]);
+        let (cos, sin) = (table(cos)?, table(sin)?);
+        let mul = |a: &Self::Tensor, b: &Self::Tensor| Self::binary(a, b, Binary::Mul);
+        let re = Self::binary(&mul(&a, &cos)?, &mul(&b, &sin)?, Binary::Sub)?;
+        let im = Self::binary(&mul(&a, &sin)?, &mul(&b, &cos)?, Binary::Add)?;
+        Self::reshape(&Self::cat(&[&re, &im], 4)?, &s)
+    }
+
+    /// softmax(scale q k^T + mask) v: q (b, lq, h, d), k and v (b, lk, h, d) -> (b, lq, h, d).
+    fn attention(
+        q: &Self::Tensor,
+        k: &Self::Tensor,
+        v: &Self::Tensor,
+        mask: &Mask<Self::Tensor>,
+        scale: f64,
+    ) -> Result<Self::Tensor> {
+        let p = attention_weights::<Self>(q, k, mask, scale)?;
+        Self::permute(
+            &Self::matmul(&p, &heads_first::<Self>(v)?, false, false)?,
+            &[0, 2, 1, 3],
+        )
+    }
+    /// Gradients of [`Backend::attention`] for q, k and v; `y` is its result.
+    fn attention_backward(
+        q: &Self::Tensor,
+        k: &Self::Tensor,
+        v: &Self::Tensor,
+        mask: &Mask<Self::Tensor>,
+        scale: f64,
+        y: &Self::Tensor,
+        grad: &Self::Tensor,
+    ) -> Result<(Self::Tensor, Self::Tensor, Self::Tensor)> {
+        let _ = y; // kept for fused implementations
+        let p = attention_weights::<Self>(q, k, mask, scale)?; // (b, h, lq, lk)
+        let g = heads_first::<Self>(grad)?;
+        let dv = Self::matmul(&p, &g, true, false)?;
+        let dp = Self::matmul(&g, &heads_first::<Self>(v)?, false, true)?;
+        let ds = Self::affine(&Self::softmax_backward(&p, &dp)?, scale, 0.0)?;
+        let dq = Self::matmul(&ds, &heads_first::<Self>(k)?, false, false)?;
+        let dk = Self::matmul(&ds, &heads_first::<Self>(q)?, true, false)?;
+        let back = |x: Self::Tensor| Self::permute(&x, &[0, 2, 1, 3]);
+        Ok((back(dq)?, back(dk)?, back(dv)?))
+    }
+
+    /// silu(a) * b where x (.., 2 d) holds a then b: -> (.., d).
+    fn swiglu(x: &Self::Tensor) -> Result<Self::Tensor> {
+        let (a, b) = halves::<Self>(x)?;
+        Self::binary(&Self::unary(&a, Unary::Silu)?, &b, Binary::Mul)
+    }
+    /// Gradient of [`Backend::swiglu`].
+    fn swiglu_backward(x: &Self::Tensor, grad: &Self::Tensor) -> Result<Self::Tensor> {
+        let (a, b) = halves::<Self>(x)?;
+        let s = Self::unary(&a, Unary::Silu)?;
+        let da = Self::unary_backward(&a, &s, &Self::binary(grad, &b, Binary::Mul)?, Unary::Silu)?;
+        let db = Self::binary(grad, &s, Binary::Mul)?;
+        Self::cat(&[&da, &db], Self::shape(x).len() - 1)
+    }
+
+    /// -log softmax(logits)[id] per row: logits (n, k), ids (n) -> (n).
+    fn cross_entropy(logits: &Self::Tensor, ids: &Self::Tensor) -> Result<Self::Tensor> {
+        let shifted = Self::binary(logits, &Self::max_last(logits)?, Binary::Sub)?;
+        let total = Self::unary(
+            &Self::sum(&Self::unary(&shifted, Unary::Exp)?, &[1])?,
+            Unary::Log,
+        )?;
+        let n = Self::shape(logits)[0];
+        Self::binary(
+            &Self::reshape(&total, &[n])?,
+            &Self::pick(&shifted, ids)?,
+            Binary::Sub,
+        )
+    }
+    /// Gradient of [`Backend::cross_entropy`] for the logits; grad (n).
+    fn cross_entropy_backward(
+        logits: &Self::Tensor,
+        ids: &Self::Tensor,
+        grad: &Self::Tensor,
+    ) -> Result<Self::Tensor> {
+        let s = Self::shape(logits);
+        let spread = Self::binary(
+            &Self::softmax(logits)?,
+            &Self::reshape(grad, &[s[0], 1])?,
+            Binary::Mul,
+        )?;
+        Self::binary(&spread, &Self::pick_adjoint(grad, ids, s[1])?, Binary::Sub)
+    }
+
+    /// AR flow matching (`flow.rs` has the mathematics): logits (n, k) after guidance and truncation
+    /// (-inf where excluded), noise (n, d), codebook (k, d) -> ids (n).
+    fn flow_map(
+        logits: &Self::Tensor,
+        noise: &Self::Tensor,
+        codebook: &Self::Tensor,
+        solver: &FlowSolver,
+    ) -> Result<Self::Tensor> {
+        crate::flow::composed::<Self>(logits, noise, codebook, solver)
+    }
+}
+
+fn inverse_rms<B: Backend>(x: &B::Tensor, eps: f64) -> Result<B::Tensor> {
+    let last = B::shape(x).len() - 1;
+    let d = B::shape(x)[last] as f64;
+    let mean = B::affine(
+        &B::sum(&B::unary(x, Unary::Square)?, &[last])?,
+        1.0 / d,
+        eps,
+    )?;
+    B::unary(&B::unary(&mean, Unary::Sqrt)?, Unary::Recip)
+}
+
+/// The standardised x over the last dimension and the reciprocal of its deviation.
+fn standardise<B: Backend>(x: &B::Tensor, eps: f64) -> Result<(B::Tensor, B::Tensor)> {
+    let last = B::shape(x).len() - 1;
+    let d = B::shape(x)[last] as f64;
+    let mean = B::affine(&B::sum(x, &[last])?, 1.0 / d, 0.0)?;
+    let centred = B::binary(x, &mean, Binary::Sub)?;
+    let variance = B::affine(
+        &B::sum(&B::unary(&centred, Unary::Square)?, &[last])?,
+        1.0 / d,
+        eps,
+    )?;
+    let r = B::unary(&B::unary(&variance, Unary::Sqrt)?, Unary::Recip)?;
+    Ok((B::binary(&centred, &r, Binary::Mul)?, r))
+}
+
+/// Gradient through [`standardise`]: r (g - mean(g) - y mean(g y)).
+fn standardise_backward<B: Backend>(
+    y: &B::Tensor,
+    r: &B::Tensor,
+    grad: &B::Tensor,
+) -> Result<B::Tensor> {
+    let last = B::shape(y).len() - 1;
+    let d = B::shape(y)[last] as f64;
+    let mean = B::affine(&B::sum(grad, &[last])?, 1.0 / d, 0.0)?;
+    let along = B::affine(
+        &B::sum(&B::binary(grad, y, Binary::Mul)?, &[last])?,
+        1.0 / d,
+        0.0,
+    )?;
+    let g = B::binary(
+        &B::binary(grad, &mean, Binary::Sub)?,
+        &B::binary(y, &along, Binary::Mul)?,
+        Binary::Sub,
+    )?;
+    B::binary(&g, r, Binary::Mul)
+}
+
+/// (b, l, h, d) -> (b, h, l, d)
+fn heads_first<B: Backend>(x: &B::Tensor) -> Result<B::Tensor> {
+    B::permute(x, &[0, 2, 1, 3])
+}
+
+/// Attention weights (b, h, lq, lk).
+fn attention_weights<B: Backend>(
+    q: &B::Tensor,
+    k: &B::Tensor,
+    mask: &Mask<B::Tensor>,
+    scale: f64,
+) -> Result<B::Tensor> {
+    let scores = B::affine(
+        &B::matmul(&heads_first::<B>(q)?, &heads_first::<B>(k)?, false, true)?,
+        scale,
+        0.0,
+    )?;
+    let scores = match mask {
+        Mask::Full => scores,
+        Mask::Causal => B::binary(&scores, &causal_bias::<B>(&scores)?, Binary::Add)?,
+        Mask::Bias(bias) => B::binary(&scores, bias, Binary::Add)?,
+    };
+    B::softmax(&scores)
+}
+
+fn halves<B: Backend>(x: &B::Tensor) -> Result<(B::Tensor, B::Tensor)> {
+    let shape = B::shape(x);
+    let last = shape.len() - 1;
+    let d = shape[last] / 2;
+    Ok((B::narrow(x, last, 0, d)?, B::narrow(x, last, d, d)?))
+}
+
+/// 0 where a query may see a key, -inf elsewhere: (lq, lk) of the scores (b, h, lq, lk).
+fn causal_bias<B: Backend>(scores: &B::Tensor) -> Result<B::Tensor> {
+    let s = B::shape(scores);
+    let (lq, lk) = (s[2], s[3]);
+    let bias: Vec<f32> = (0..lq * lk)
+        .map(|i| {
+            if i % lk <= i / lk + lk - lq {
+                0.0
+            } else {
+                f32::NEG_INFINITY
+            }
+        })
+        .collect();
+    B::floats_beside(scores, &bias, &[lq, lk])
+}
