@@ -1,1 +1,23 @@
+//! The retort runner: recipe -> plan -> stages executed in worker processes -> history.
+//!
+//! No tensors here: computing is the plugins' business, and a plugin is only ever loaded in a worker process. The
+//! modules are the glossary: a [`recipe`] is what somebody wrote, a [`plan`] is what that means once every default,
+//! device and reference is settled. Only [`cli`] touches the terminal.
 
+// A closed stdout or stderr must not panic: everything printed goes through `cli::talk`.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
+pub mod artifact;
+pub mod cli;
+pub mod diagnostic;
+pub mod executor;
+pub mod frame;
+pub mod plan;
+pub mod plugin;
+pub mod progress;
+pub mod recipe;
+pub mod schema;
+pub mod store;
+pub mod table;
+pub mod worker;
+pub mod yaml;

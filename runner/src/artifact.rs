@@ -1,0 +1,1 @@
+//! Artifacts on disk: staging, hashing, moving to their place.

@@ -1,0 +1,310 @@
+//! The command line: what can be typed, and one file per command under `cli/`.
+//!
+//! A command gets its parsed arguments and a [`Context`], prints data with [`talk::print`], says the rest with
+//! [`talk::say`], and returns an [`Error`] that carries its exit code. Deliberately absent: everything a command
+//! does that is not reading arguments or printing.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+
+pub mod artifacts;
+pub mod compare;
+pub mod completions;
+pub mod doctor;
+pub mod error;
+pub mod graph;
+pub mod metrics;
+pub mod plan;
+pub mod plugin;
+pub mod query;
+pub mod resume;
+pub mod run;
+pub mod runs;
+pub mod schema;
+pub mod talk;
+pub mod validate;
+pub mod worker;
+
+pub use error::{Error, Exit};
+
+/// What was typed.
+#[derive(Debug, Parser)]
+#[command(
+    name = "retort",
+    version,
+    about = "Distils image autoregressive models into one-step samplers, from YAML recipes.",
+    long_about = "Distils image autoregressive models into one-step samplers.\n\n\
+        A recipe (YAML) names stages; retort plans them, runs each in a worker process through a backend plugin, \
+        and records every run, metric and artifact in a store (a directory with a SQLite file) that can be asked \
+        about afterwards. A stage whose result is already in the store is not run again.",
+    after_help = "First steps:\n  \
+        retort plan recipes/digits.yaml      what would run, and why\n  \
+        retort run recipes/digits.yaml       run it\n  \
+        retort runs show latest              what came out\n\n\
+        Run 'retort help <command>' for the options of a command.",
+    after_long_help = "First steps:\n  \
+        retort plan recipes/digits.yaml      what would run, and why\n  \
+        retort run recipes/digits.yaml       run it\n  \
+        retort runs show latest              what came out\n\n\
+        Exit codes:\n  \
+        0    success\n  \
+        1    internal error, or the store cannot be read or written\n  \
+        2    wrong usage of the command line\n  \
+        3    invalid recipe\n  \
+        4    nothing matches what was asked for\n  \
+        5    a plugin is missing or broken\n  \
+        75   the store is busy; try again\n  \
+        100  a stage failed\n  \
+        130  interrupted (143: terminated); `retort resume` continues\n\n\
+        Environment: RETORT_PLUGIN_PATH (directories with plugins, separated by ':'), NO_COLOR, RUST_LOG.",
+    propagate_version = true,
+    disable_help_subcommand = false,
+    max_term_width = 110
+)]
+pub struct Cli {
+    /// Flags of every command.
+    #[command(flatten)]
+    pub global: Global,
+    /// The command.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Flags of every command.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Global options")]
+pub struct Global {
+    /// Directory of the store: the history and the artifacts.
+    #[arg(long, global = true, value_name = "DIR", default_value = ".retort", value_hint = ValueHint::DirPath)]
+    pub store: PathBuf,
+    /// Look for plugins in this directory first (may be repeated).
+    #[arg(long, global = true, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub plugin_dir: Vec<PathBuf>,
+    /// Say less: errors only.
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub quiet: bool,
+    /// Say more; -vv and -vvv for developers. RUST_LOG overrides.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+    /// When to use colours; NO_COLOR is respected by `auto`.
+    #[arg(long, global = true, value_name = "WHEN", default_value = "auto")]
+    pub color: ColorChoice,
+}
+
+/// When to use colours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ColorChoice {
+    /// On a terminal, unless NO_COLOR is set.
+    Auto,
+    /// Always.
+    Always,
+    /// Never.
+    Never,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a recipe; stages whose results are already in the store are reused.
+    Run(run::Args),
+    /// Check a recipe without running anything.
+    Validate(validate::Args),
+    /// Show what would run, what would be reused, and why.
+    Plan(plan::Args),
+    /// Draw the stages of a recipe and what each takes from which.
+    Graph(graph::Args),
+    /// Continue an interrupted, failed or lost run.
+    Resume(resume::Args),
+    /// List and show past runs.
+    Runs(runs::Args),
+    /// Print the metrics of a run.
+    Metrics(metrics::Args),
+    /// List and verify artifacts.
+    Artifacts(artifacts::Args),
+    /// Compare runs: parameters, results, metrics.
+    Compare(compare::Args),
+    /// Ask the history in SQL (read-only).
+    Query(query::Args),
+    /// List and check backend plugins.
+    Plugin(plugin::Args),
+    /// Check this machine and installation, and say what to repair.
+    Doctor(doctor::Args),
+    /// Print the JSON schema of recipes, for editors.
+    Schema(schema::Args),
+    /// Print a completion script for a shell.
+    Completions(completions::Args),
+    /// Runs one stage; started by `run`, not by people.
+    #[command(hide = true)]
+    Worker(worker::Args),
+}
+
+/// Which recipe, and what to change in it: the arguments of commands that read one.
+#[derive(Debug, Clone, Args)]
+pub struct RecipeArgs {
+    /// The recipe, a YAML file.
+    #[arg(value_name = "RECIPE", value_hint = ValueHint::FilePath)]
+    pub recipe: PathBuf,
+    /// Set a value of the recipe: a path from its root, or from a stage's name (may be repeated).
+    ///
+    /// The value is read as YAML. Examples: `--set seed=3`, `--set params.width=64`,
+    /// `--set stages.distill.steps=100`, or shorter `--set distill.steps=100`.
+    #[arg(long = "set", value_name = "PATH=VALUE")]
+    pub set: Vec<String>,
+}
+
+/// Which stages: the arguments of `run` and `plan`.
+#[derive(Debug, Clone, Default, Args)]
+pub struct SelectionArgs {
+    /// Run stages again although their results are in the store: all, or those named (`--force=distill,sample`).
+    #[arg(
+        long,
+        value_name = "STAGE",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "*",
+        value_delimiter = ','
+    )]
+    pub force: Vec<String>,
+    /// Run only this stage and those that depend on it; what they need from others has to be in the store.
+    #[arg(long, value_name = "STAGE")]
+    pub from: Option<String>,
+    /// Run only this stage and those that it depends on.
+    #[arg(long, value_name = "STAGE")]
+    pub until: Option<String>,
+}
+
+/// How data is printed.
+#[derive(Debug, Clone, Args)]
+pub struct FormatArgs {
+    /// How to print.
+    #[arg(long, value_name = "FORMAT", default_value = "table")]
+    pub format: Format,
+    /// Short for --format json.
+    #[arg(long, conflicts_with = "format")]
+    pub json: bool,
+}
+
+impl FormatArgs {
+    /// The format asked for.
+    pub fn get(&self) -> Format {
+        if self.json { Format::Json } else { self.format }
+    }
+}
+
+/// Formats of printed data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// Aligned columns, for people.
+    Table,
+    /// One JSON document.
+    Json,
+    /// Comma-separated values with a header line.
+    Csv,
+    /// A Markdown table.
+    Md,
+}
+
+/// What every command needs to know besides its own arguments.
+#[derive(Debug, Clone)]
+pub struct Context {
+    /// Directory of the store.
+    pub store: PathBuf,
+    /// Directories to search for plugins first.
+    pub plugin_dirs: Vec<PathBuf>,
+    /// Say errors only.
+    pub quiet: bool,
+    /// How often `-v` was given.
+    pub verbose: u8,
+    /// When to use colours.
+    pub color: ColorChoice,
+}
+
+impl Context {
+    /// Whether stdout takes colours.
+    pub fn color_stdout(&self) -> bool {
+        talk::wants_color(self.color, &std::io::stdout())
+    }
+
+    /// Whether stderr takes colours.
+    pub fn color_stderr(&self) -> bool {
+        talk::wants_color(self.color, &std::io::stderr())
+    }
+
+    /// A runtime for the store and the executor: they are the only async code. One thread.
+    pub fn runtime(&self) -> Result<tokio::runtime::Runtime, Error> {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|error| Error::new(Exit::Internal, "the event loop could not start").cause(&error))
+    }
+}
+
+/// Parses the arguments, runs the command, folds its error into an exit code.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are data (0), the rest is usage (2); a closed pipe is nobody's fault.
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { Exit::Usage } else { Exit::Success }.code());
+        }
+    };
+    let context = Context {
+        store: cli.global.store,
+        plugin_dirs: cli.global.plugin_dir,
+        quiet: cli.global.quiet,
+        verbose: cli.global.verbose,
+        color: cli.global.color,
+    };
+    talk::start_tracing(&context);
+    let result = match &cli.command {
+        Command::Run(args) => run::execute(args, &context),
+        Command::Validate(args) => validate::execute(args, &context),
+        Command::Plan(args) => plan::execute(args, &context),
+        Command::Graph(args) => graph::execute(args, &context),
+        Command::Resume(args) => resume::execute(args, &context),
+        Command::Runs(args) => runs::execute(args, &context),
+        Command::Metrics(args) => metrics::execute(args, &context),
+        Command::Artifacts(args) => artifacts::execute(args, &context),
+        Command::Compare(args) => compare::execute(args, &context),
+        Command::Query(args) => query::execute(args, &context),
+        Command::Plugin(args) => plugin::execute(args, &context),
+        Command::Doctor(args) => doctor::execute(args, &context),
+        Command::Schema(args) => schema::execute(args, &context),
+        Command::Completions(args) => completions::execute(args, &context),
+        Command::Worker(args) => worker::execute(args, &context),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            error.show(&context);
+            ExitCode::from(error.exit.code())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn force_takes_no_value_or_stages() {
+        let check = |arguments: &[&str], expected: &[&str]| {
+            let cli = Cli::try_parse_from([&["retort", "run", "r.yaml"], arguments].concat()).unwrap();
+            let Command::Run(run) = cli.command else { panic!("not run") };
+            assert_eq!(run.selection.force, expected);
+        };
+        check(&[], &[]);
+        check(&["--force"], &["*"]);
+        check(&["--force=a,b", "--store", "s"], &["a", "b"]);
+    }
+}

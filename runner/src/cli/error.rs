@@ -1,0 +1,108 @@
+//! The one place that turns a module's error into an exit code, a message and a hint.
+//!
+//! Modules of the library know nothing of exit codes: each gets a `From` here.
+
+use std::error::Error as StdError;
+
+use crate::cli::{Context, talk};
+
+/// Exit codes: public, documented in `retort --help`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Exit {
+    /// Done.
+    Success = 0,
+    /// A bug, or the machine: a store that cannot be written, a full disk.
+    Internal = 1,
+    /// The command line is wrong.
+    Usage = 2,
+    /// The recipe is wrong.
+    InvalidRecipe = 3,
+    /// Nothing matches what was asked for.
+    NothingMatches = 4,
+    /// A plugin is missing or broken.
+    Plugin = 5,
+    /// The store is in use; trying again may help (EX_TEMPFAIL).
+    StoreBusy = 75,
+    /// A stage failed.
+    StageFailed = 100,
+    /// Interrupted by Ctrl-C.
+    Interrupted = 130,
+    /// Terminated by SIGTERM.
+    Terminated = 143,
+}
+
+impl Exit {
+    /// The number given to the system.
+    pub fn code(self) -> u8 {
+        self as u8
+    }
+}
+
+/// Why a command did not do what was asked.
+#[derive(Debug, Clone)]
+pub struct Error {
+    /// With which code to leave.
+    pub exit: Exit,
+    /// What happened, where, what was expected. Empty: everything has been said already.
+    pub message: String,
+    /// Causes, outermost first.
+    pub causes: Vec<String>,
+    /// What to do.
+    pub hint: Option<String>,
+}
+
+impl Error {
+    /// An error with a message.
+    pub fn new(exit: Exit, message: impl Into<String>) -> Self {
+        Self { exit, message: message.into(), causes: Vec::new(), hint: None }
+    }
+
+    /// For when everything has been said already.
+    pub fn said(exit: Exit) -> Self {
+        Self::new(exit, "")
+    }
+
+    /// Adds an error and its sources as causes.
+    pub fn cause(mut self, error: &dyn StdError) -> Self {
+        let mut next = Some(error);
+        while let Some(error) = next {
+            self.causes.push(error.to_string());
+            next = error.source();
+        }
+        self
+    }
+
+    /// Says what to do.
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// Writes the error to stderr.
+    pub fn show(&self, context: &Context) {
+        if self.message.is_empty() {
+            return;
+        }
+        let (red, cyan, plain) =
+            if context.color_stderr() { ("\x1b[1;31m", "\x1b[1;36m", "\x1b[0m") } else { ("", "", "") };
+        let mut text = format!("{red}error{plain}: {}", self.message);
+        for cause in &self.causes {
+            text.push_str(&format!("\n  because: {cause}"));
+        }
+        if let Some(hint) = &self.hint {
+            text.push_str(&format!("\n  {cyan}help{plain}: {hint}"));
+        }
+        talk::say(&text);
+    }
+}
+
+impl From<std::io::Error> for Error {
+    /// Of printing: a reader that went away (`| head`) is success.
+    fn from(error: std::io::Error) -> Self {
+        match error.kind() {
+            std::io::ErrorKind::BrokenPipe => Self::said(Exit::Success),
+            _ => Self::new(Exit::Internal, "the output could not be written").cause(&error),
+        }
+    }
+}

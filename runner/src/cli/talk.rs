@@ -1,0 +1,124 @@
+//! stdout is data, stderr is talk: the only place that writes to either.
+//!
+//! Neither panics when the reader has gone away. While progress bars are on the screen, talk is printed above them
+//! ([`attach`]).
+
+use std::io::{self, IsTerminal, Write};
+use std::sync::RwLock;
+
+use indicatif::MultiProgress;
+use tracing_subscriber::EnvFilter;
+
+use crate::cli::{ColorChoice, Context};
+
+static BARS: RwLock<Option<MultiProgress>> = RwLock::new(None);
+
+/// Writes data to stdout, as it is. A closed pipe is an error that folds into success: use `?`.
+pub fn print(text: &str) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(text.as_bytes())?;
+    stdout.flush()
+}
+
+/// Writes a line to stderr, above the progress bars where there are any. Nobody listening is no error.
+pub fn say(line: &str) {
+    let bars = BARS.read().ok().and_then(|bars| bars.clone());
+    let write = || {
+        let _ = writeln!(io::stderr().lock(), "{line}");
+    };
+    match bars {
+        Some(bars) => bars.suspend(write),
+        None => write(),
+    }
+}
+
+/// From now on talk is printed above these bars; `None` ends it.
+pub fn attach(bars: Option<MultiProgress>) {
+    if let Ok(mut current) = BARS.write() {
+        *current = bars;
+    }
+}
+
+/// Whether to colour what is written to `stream`.
+pub fn wants_color(choice: ColorChoice, stream: &dyn Terminal) -> bool {
+    match choice {
+        ColorChoice::Always => true,
+        ColorChoice::Never => false,
+        ColorChoice::Auto => {
+            let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+            let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+            !no_color && !dumb && stream.is_terminal()
+        }
+    }
+}
+
+/// Something that may be a terminal.
+pub trait Terminal {
+    /// Whether it is one.
+    fn is_terminal(&self) -> bool;
+}
+
+impl Terminal for io::Stdout {
+    fn is_terminal(&self) -> bool {
+        IsTerminal::is_terminal(self)
+    }
+}
+
+impl Terminal for io::Stderr {
+    fn is_terminal(&self) -> bool {
+        IsTerminal::is_terminal(self)
+    }
+}
+
+/// Sends `tracing` to stderr: warnings by default, more with `-v`, what RUST_LOG says where it is set.
+pub fn start_tracing(context: &Context) {
+    let level = match (context.quiet, context.verbose) {
+        (true, _) => "error",
+        (_, 0) => "warn",
+        (_, 1) => "info,sqlx=warn",
+        (_, 2) => "debug,sqlx=warn",
+        _ => "trace",
+    };
+    let (filter, problem) = match std::env::var("RUST_LOG") {
+        Ok(text) if !text.is_empty() => match EnvFilter::try_new(&text) {
+            Ok(filter) => (filter, None),
+            Err(error) => (EnvFilter::new(level), Some(format!("RUST_LOG is ignored: {error}"))),
+        },
+        _ => (EnvFilter::new(level), None),
+    };
+    let started = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(context.color_stderr())
+        .with_target(context.verbose > 1)
+        .without_time()
+        .with_writer(|| LineWriter(Vec::new()))
+        .try_init();
+    if let Some(problem) = problem {
+        tracing::warn!("{problem}");
+    }
+    // Only a test that starts tracing twice comes here.
+    drop(started);
+}
+
+/// Collects one event's bytes and says them when dropped.
+struct LineWriter(Vec<u8>);
+
+impl Write for LineWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Drop for LineWriter {
+    fn drop(&mut self) {
+        let text = String::from_utf8_lossy(&self.0);
+        if !text.is_empty() {
+            say(text.trim_end_matches('\n'));
+        }
+    }
+}

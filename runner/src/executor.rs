@@ -1,0 +1,1 @@
+//! Runs a plan: its stages in worker processes, as their inputs become ready.

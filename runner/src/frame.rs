@@ -1,0 +1,1 @@
+//! Frames between the runner and a worker.

@@ -1,0 +1,1 @@
+//! Progress of the running stages, on a terminal or in plain lines.

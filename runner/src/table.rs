@@ -1,0 +1,1 @@
+//! Printing rows as a table, JSON, CSV or Markdown.

@@ -1,0 +1,1 @@
+//! The process that loads one plugin and runs one stage.
