@@ -237,7 +237,9 @@ impl Context {
         tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
-            .map_err(|error| Error::new(Exit::Internal, "the event loop could not start").cause(&error))
+            .map_err(|error| {
+                Error::new(Exit::Internal, "the event loop could not start").cause(&error)
+            })
     }
 }
 
@@ -248,7 +250,14 @@ pub fn main() -> ExitCode {
         Err(error) => {
             // Help and version are data (0), the rest is usage (2); a closed pipe is nobody's fault.
             let _ = error.print();
-            return ExitCode::from(if error.use_stderr() { Exit::Usage } else { Exit::Success }.code());
+            return ExitCode::from(
+                if error.use_stderr() {
+                    Exit::Usage
+                } else {
+                    Exit::Success
+                }
+                .code(),
+            );
         }
     };
     let context = Context {
@@ -299,8 +308,11 @@ mod tests {
     #[test]
     fn force_takes_no_value_or_stages() {
         let check = |arguments: &[&str], expected: &[&str]| {
-            let cli = Cli::try_parse_from([&["retort", "run", "r.yaml"], arguments].concat()).unwrap();
-            let Command::Run(run) = cli.command else { panic!("not run") };
+            let cli =
+                Cli::try_parse_from([&["retort", "run", "r.yaml"], arguments].concat()).unwrap();
+            let Command::Run(run) = cli.command else {
+                panic!("not run")
+            };
             assert_eq!(run.selection.force, expected);
         };
         check(&[], &[]);

@@ -116,7 +116,10 @@ impl Document {
 pub fn read(path: &Path) -> Result<String, ReadError> {
     let io = |source: std::io::Error| match source.kind() {
         std::io::ErrorKind::NotFound => ReadError::Missing(path.to_owned()),
-        _ => ReadError::Io { path: path.to_owned(), source },
+        _ => ReadError::Io {
+            path: path.to_owned(),
+            source,
+        },
     };
     let metadata = std::fs::metadata(path).map_err(io)?;
     if metadata.is_dir() {
@@ -127,7 +130,11 @@ pub fn read(path: &Path) -> Result<String, ReadError> {
     }
     let mut bytes = Vec::new();
     // The length above is a promise that pipes and devices do not give.
-    std::fs::File::open(path).map_err(io)?.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(io)?;
+    std::fs::File::open(path)
+        .map_err(io)?
+        .take(MAX_BYTES + 1)
+        .read_to_end(&mut bytes)
+        .map_err(io)?;
     if bytes.len() as u64 > MAX_BYTES {
         return Err(ReadError::TooLarge(path.to_owned()));
     }
@@ -135,16 +142,26 @@ pub fn read(path: &Path) -> Result<String, ReadError> {
         let valid = error.utf8_error().valid_up_to();
         let bytes = error.into_bytes();
         let before = String::from_utf8_lossy(&bytes[..valid]);
-        ReadError::NotUtf8 { path: path.to_owned(), byte: bytes[valid], position: end_of(&before) }
+        ReadError::NotUtf8 {
+            path: path.to_owned(),
+            byte: bytes[valid],
+            position: end_of(&before),
+        }
     })
 }
 
 /// Parses a text that holds one document. Problems that leave the rest readable are in the document.
 pub fn parse(text: &str) -> Result<Document, YamlError> {
     let mut reader = Reader::default();
-    let seed = Node { reader: &mut reader };
+    let seed = Node {
+        reader: &mut reader,
+    };
     match seed.deserialize(serde_yaml::Deserializer::from_str(text)) {
-        Ok(value) => Ok(Document { value, problems: reader.problems, places: reader.places }),
+        Ok(value) => Ok(Document {
+            value,
+            problems: reader.problems,
+            places: reader.places,
+        }),
         Err(error) => Err(explain(text, &error)),
     }
 }
@@ -159,9 +176,10 @@ fn end_of(text: &str) -> Position {
 /// Says in words of people what libyaml says in its own.
 fn explain(text: &str, error: &serde_yaml::Error) -> YamlError {
     let full = error.to_string();
-    let mut position = error
-        .location()
-        .map(|location| Position { line: location.line(), column: location.column() });
+    let mut position = error.location().map(|location| Position {
+        line: location.line(),
+        column: location.column(),
+    });
     // "problem at line 3 column 1, context at line 2 column 5": the first place is the error's own.
     let mut message = match full.split_once(" at line ") {
         Some((problem, rest)) => match rest.split_once(", ") {
@@ -172,22 +190,37 @@ fn explain(text: &str, error: &serde_yaml::Error) -> YamlError {
     };
     let mut hint = None;
     let line_of = |position: Option<Position>| {
-        position.and_then(|position| text.lines().nth(position.line - 1)).unwrap_or_default()
+        position
+            .and_then(|position| text.lines().nth(position.line - 1))
+            .unwrap_or_default()
     };
-    let indentation_has_tab = |line: &str| line.chars().take_while(|c| c.is_whitespace()).any(|c| c == '\t');
+    let indentation_has_tab = |line: &str| {
+        line.chars()
+            .take_while(|c| c.is_whitespace())
+            .any(|c| c == '\t')
+    };
     if text.trim().is_empty() || full.contains("EOF while parsing") {
         message = "the file is empty".to_owned();
         hint = Some("a recipe has at least `version: 1` and `stages:`".to_owned());
         position = None;
-    } else if let Some(at) = text.find(|c: char| c.is_control() && !matches!(c, '\t' | '\n' | '\r' | '\u{85}')) {
+    } else if let Some(at) =
+        text.find(|c: char| c.is_control() && !matches!(c, '\t' | '\n' | '\r' | '\u{85}'))
+    {
         message = "a control character cannot be in YAML".to_owned();
         hint = Some("remove it; is this a text file?".to_owned());
         position = Some(end_of(&text[..at]));
     } else if let Some(number) = tab_indented_line(text, position, indentation_has_tab) {
         message = "a tab cannot indent YAML".to_owned();
         hint = Some("indent with spaces".to_owned());
-        let column = text.lines().nth(number).and_then(|line| line.chars().position(|c| c == '\t')).unwrap_or(0);
-        position = Some(Position { line: number + 1, column: column + 1 });
+        let column = text
+            .lines()
+            .nth(number)
+            .and_then(|line| line.chars().position(|c| c == '\t'))
+            .unwrap_or(0);
+        position = Some(Position {
+            line: number + 1,
+            column: column + 1,
+        });
     } else if full.contains("more than one document") {
         message = "more than one YAML document in the file".to_owned();
         hint = Some("remove the `---` lines; a recipe is one document".to_owned());
@@ -196,11 +229,18 @@ fn explain(text: &str, error: &serde_yaml::Error) -> YamlError {
             .enumerate()
             .skip(1)
             .find(|(_, line)| line.trim_end() == "---")
-            .map(|(number, _)| Position { line: number + 1, column: 1 });
+            .map(|(number, _)| Position {
+                line: number + 1,
+                column: 1,
+            });
     } else if full.contains("mapping values are not allowed") {
         message = "`:` is not expected here".to_owned();
-        hint = Some("a text with `: ` in it needs quotes; otherwise the indentation is off".to_owned());
-    } else if full.contains("did not find expected key") || full.contains("did not find expected '-'") {
+        hint = Some(
+            "a text with `: ` in it needs quotes; otherwise the indentation is off".to_owned(),
+        );
+    } else if full.contains("did not find expected key")
+        || full.contains("did not find expected '-'")
+    {
         hint = Some("the indentation does not match the lines above".to_owned());
     } else if full.contains("could not find expected ':'") {
         message = "a `key: value` is expected here".to_owned();
@@ -212,16 +252,27 @@ fn explain(text: &str, error: &serde_yaml::Error) -> YamlError {
     } else if line_of(position).trim_start().starts_with(['@', '`', '%']) {
         hint = Some("a text that begins with this character needs quotes".to_owned());
     }
-    YamlError { position, pointer: String::new(), message, hint }
+    YamlError {
+        position,
+        pointer: String::new(),
+        message,
+        hint,
+    }
 }
 
 /// Index of the line whose indentation has a tab, if that is what the error at `position` is about: that line, or the
 /// nearest before it, since libyaml sometimes notices late.
-fn tab_indented_line(text: &str, position: Option<Position>, has_tab: impl Fn(&str) -> bool) -> Option<usize> {
+fn tab_indented_line(
+    text: &str,
+    position: Option<Position>,
+    has_tab: impl Fn(&str) -> bool,
+) -> Option<usize> {
     let at = position?.line;
     let lines: Vec<&str> = text.lines().take(at).collect();
     let first = lines.len().saturating_sub(2);
-    (first..lines.len()).rev().find(|&number| has_tab(lines[number]))
+    (first..lines.len())
+        .rev()
+        .find(|&number| has_tab(lines[number]))
 }
 
 /// What is gathered while reading.
@@ -235,7 +286,12 @@ struct Reader {
 impl Reader {
     fn problem(&mut self, position: Option<Position>, message: String, hint: &str) {
         let pointer = self.pointer.clone();
-        self.problems.push(YamlError { position, pointer, message, hint: Some(hint.to_owned()) });
+        self.problems.push(YamlError {
+            position,
+            pointer,
+            message,
+            hint: Some(hint.to_owned()),
+        });
     }
 
     /// Runs `read` with the pointer extended by one step.
@@ -283,7 +339,11 @@ impl Reader {
             }
             _ => {
                 let position = self.places.get(source).and_then(|place| place.value);
-                self.problem(position, "`<<` merges a mapping".to_owned(), "write `<<: *anchor` of a mapping");
+                self.problem(
+                    position,
+                    "`<<` merges a mapping".to_owned(),
+                    "write `<<: *anchor` of a mapping",
+                );
             }
         }
     }
@@ -304,13 +364,17 @@ impl<'de> DeserializeSeed<'de> for Node<'_> {
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
         let mut scalar = None;
-        let result = deserializer.deserialize_any(NodeVisitor { reader: self.reader, scalar: &mut scalar });
+        let result = deserializer.deserialize_any(NodeVisitor {
+            reader: self.reader,
+            scalar: &mut scalar,
+        });
         match (result, scalar) {
             (Err(error), Some(scalar)) => {
                 let position = place_in(&error);
                 self.reader.begins(position);
                 Ok(scalar.unwrap_or_else(|unusable: Unusable| {
-                    self.reader.problem(position, unusable.message, unusable.hint);
+                    self.reader
+                        .problem(position, unusable.message, unusable.hint);
                     Value::Null
                 }))
             }
@@ -332,7 +396,10 @@ fn place_in(error: &impl fmt::Display) -> Option<Position> {
         return Some(Position { line: 1, column: 1 });
     };
     let (line, column) = place.split_once(" column ")?;
-    Some(Position { line: line.parse().ok()?, column: column.parse().ok()? })
+    Some(Position {
+        line: line.parse().ok()?,
+        column: column.parse().ok()?,
+    })
 }
 
 struct NodeVisitor<'a> {
@@ -373,17 +440,26 @@ impl<'de> Visitor<'de> for NodeVisitor<'_> {
     }
 
     fn visit_i128<E: de::Error>(self, value: i128) -> Result<Value, E> {
-        self.refuse(format!("{value} is too large"), "whole numbers fit into 64 bits")
+        self.refuse(
+            format!("{value} is too large"),
+            "whole numbers fit into 64 bits",
+        )
     }
 
     fn visit_u128<E: de::Error>(self, value: u128) -> Result<Value, E> {
-        self.refuse(format!("{value} is too large"), "whole numbers fit into 64 bits")
+        self.refuse(
+            format!("{value} is too large"),
+            "whole numbers fit into 64 bits",
+        )
     }
 
     fn visit_f64<E: de::Error>(self, value: f64) -> Result<Value, E> {
         match Number::from_f64(value) {
             Some(number) => self.keep(number),
-            None => self.refuse(format!("{value} cannot be a value here"), "write a finite number"),
+            None => self.refuse(
+                format!("{value} cannot be a value here"),
+                "write a finite number",
+            ),
         }
     }
 
@@ -400,7 +476,9 @@ impl<'de> Visitor<'de> for NodeVisitor<'_> {
     }
 
     fn visit_enum<A: EnumAccess<'de>>(self, _: A) -> Result<Value, A::Error> {
-        Err(de::Error::custom("a YAML tag (`!...`) has no meaning here; remove it, or quote the text"))
+        Err(de::Error::custom(
+            "a YAML tag (`!...`) has no meaning here; remove it, or quote the text",
+        ))
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut sequence: A) -> Result<Value, A::Error> {
@@ -410,7 +488,13 @@ impl<'de> Visitor<'de> for NodeVisitor<'_> {
             let step = items.len().to_string();
             let item = reader.inside(&step, |reader| {
                 let item = sequence.next_element_seed(Node { reader })?;
-                Ok((item, reader.places.get(&reader.pointer).and_then(|place| place.value)))
+                Ok((
+                    item,
+                    reader
+                        .places
+                        .get(&reader.pointer)
+                        .and_then(|place| place.value),
+                ))
             })?;
             match item {
                 (Some(item), position) => {
@@ -446,9 +530,14 @@ impl<'de> Visitor<'de> for NodeVisitor<'_> {
                     entries.insert(key, value);
                 }
                 Entry::Occupied(first) => {
-                    let first = first.get().map_or(String::new(), |at| format!(" (first on line {})", at.line));
+                    let first = first
+                        .get()
+                        .map_or(String::new(), |at| format!(" (first on line {})", at.line));
                     // Read in a place of its own, so that its places do not hide the first one's.
-                    let mut aside = Reader { pointer: format!("{}/{}", reader.pointer, escape(&key)), ..Reader::default() };
+                    let mut aside = Reader {
+                        pointer: format!("{}/{}", reader.pointer, escape(&key)),
+                        ..Reader::default()
+                    };
                     map.next_value_seed(Node { reader: &mut aside })?;
                     let pointer = aside.pointer;
                     let message = match reader.pointer.as_str() {
@@ -456,7 +545,12 @@ impl<'de> Visitor<'de> for NodeVisitor<'_> {
                         _ => format!("the key `{key}` is here twice{first}"),
                     };
                     let hint = Some("rename or remove one of them".to_owned());
-                    reader.problems.push(YamlError { position, pointer, message, hint });
+                    reader.problems.push(YamlError {
+                        position,
+                        pointer,
+                        message,
+                        hint,
+                    });
                 }
             }
         }
@@ -480,7 +574,10 @@ impl<'de> DeserializeSeed<'de> for Key<'_> {
         let mut scalar = None;
         // A reader of its own: the key is no value of the document.
         let mut aside = Reader::default();
-        let result = deserializer.deserialize_any(NodeVisitor { reader: &mut aside, scalar: &mut scalar });
+        let result = deserializer.deserialize_any(NodeVisitor {
+            reader: &mut aside,
+            scalar: &mut scalar,
+        });
         match (result, scalar) {
             (Err(error), Some(scalar)) => {
                 let key = match scalar {
@@ -493,7 +590,8 @@ impl<'de> DeserializeSeed<'de> for Key<'_> {
             (Err(error), None) => Err(error),
             (Ok(_), _) => {
                 let position = aside.places.get("").and_then(|place| place.value);
-                self.reader.problem(position, "a key is a plain text".to_owned(), "quote it");
+                self.reader
+                    .problem(position, "a key is a plain text".to_owned(), "quote it");
                 Ok((String::new(), position))
             }
         }
@@ -509,7 +607,11 @@ mod tests {
     fn check(text: &str, expected: Value) -> Document {
         let document = parse(text).unwrap();
         assert_eq!(document.value, expected, "{text}");
-        assert_eq!(document.value.to_string(), expected.to_string(), "order of keys");
+        assert_eq!(
+            document.value.to_string(),
+            expected.to_string(),
+            "order of keys"
+        );
         document
     }
 
@@ -528,14 +630,27 @@ mod tests {
             json!({"base": {"x": 1, "y": {"z": 2}}, "use": {"x": 3, "y": {"z": 2}}, "both": {"p": 1, "x": 1, "y": {"z": 2}}}),
         );
         // What is merged stands where the anchor does.
-        assert_eq!(document.locate("/use/y/z", Part::Value), Some(Position { line: 1, column: 25 }));
+        assert_eq!(
+            document.locate("/use/y/z", Part::Value),
+            Some(Position {
+                line: 1,
+                column: 25
+            })
+        );
     }
 
     #[test]
     fn places_are_those_of_the_text() {
-        let document = parse("version: 1\nstages:\n  a:\n    kind: x\n    list: [1, {k: 2}]\n  é: {w: ü, v: 3}\n").unwrap();
+        let document = parse(
+            "version: 1\nstages:\n  a:\n    kind: x\n    list: [1, {k: 2}]\n  é: {w: ü, v: 3}\n",
+        )
+        .unwrap();
         let check = |pointer: &str, part, line, column| {
-            assert_eq!(document.locate(pointer, part), Some(Position { line, column }), "{pointer}");
+            assert_eq!(
+                document.locate(pointer, part),
+                Some(Position { line, column }),
+                "{pointer}"
+            );
         };
         check("/version", Part::Key, 1, 1);
         check("/version", Part::Value, 1, 10);
@@ -551,12 +666,28 @@ mod tests {
     fn problems_that_leave_the_rest_readable() {
         let check = |text: &str, line: usize, column: usize, part: &str| {
             let document = parse(text).unwrap();
-            let [problem] = document.problems.as_slice() else { panic!("{text}: {:?}", document.problems) };
+            let [problem] = document.problems.as_slice() else {
+                panic!("{text}: {:?}", document.problems)
+            };
             assert_eq!(problem.position, Some(Position { line, column }), "{text}");
-            assert!(problem.message.contains(part), "{text}: {}", problem.message);
+            assert!(
+                problem.message.contains(part),
+                "{text}: {}",
+                problem.message
+            );
         };
-        check("a: 1\nb: 2\na: 3\n", 3, 1, "`a` is here twice (first on line 1)");
-        check("stages:\n  s: {x: 1}\n  s: {y: 1}\n", 3, 3, "a second stage `s`");
+        check(
+            "a: 1\nb: 2\na: 3\n",
+            3,
+            1,
+            "`a` is here twice (first on line 1)",
+        );
+        check(
+            "stages:\n  s: {x: 1}\n  s: {y: 1}\n",
+            3,
+            3,
+            "a second stage `s`",
+        );
         check("a: .inf\n", 1, 4, "inf");
         check("a: 1\n<<: 3\n", 2, 5, "merges a mapping");
     }

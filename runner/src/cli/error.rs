@@ -55,7 +55,12 @@ pub struct Error {
 impl Error {
     /// An error with a message.
     pub fn new(exit: Exit, message: impl Into<String>) -> Self {
-        Self { exit, message: message.into(), causes: Vec::new(), hint: None }
+        Self {
+            exit,
+            message: message.into(),
+            causes: Vec::new(),
+            hint: None,
+        }
     }
 
     /// For when everything has been said already.
@@ -84,8 +89,11 @@ impl Error {
         if self.message.is_empty() {
             return;
         }
-        let (red, cyan, plain) =
-            if context.color_stderr() { ("\x1b[1;31m", "\x1b[1;36m", "\x1b[0m") } else { ("", "", "") };
+        let (red, cyan, plain) = if context.color_stderr() {
+            ("\x1b[1;31m", "\x1b[1;36m", "\x1b[0m")
+        } else {
+            ("", "", "")
+        };
         let mut text = format!("{red}error{plain}: {}", self.message);
         for cause in &self.causes {
             text.push_str(&format!("\n  because: {cause}"));

@@ -82,7 +82,10 @@ pub fn start_tracing(context: &Context) {
     let (filter, problem) = match std::env::var("RUST_LOG") {
         Ok(text) if !text.is_empty() => match EnvFilter::try_new(&text) {
             Ok(filter) => (filter, None),
-            Err(error) => (EnvFilter::new(level), Some(format!("RUST_LOG is ignored: {error}"))),
+            Err(error) => (
+                EnvFilter::new(level),
+                Some(format!("RUST_LOG is ignored: {error}")),
+            ),
         },
         _ => (EnvFilter::new(level), None),
     };
