@@ -1,0 +1,365 @@
+//! Samples as files that people and other tools look at: PNG grids, single PNGs, and the `.npz` of the ADM evaluation
+//! suite (openai/guided-diffusion).
+//!
+//! In: pixels (n, channels, height, width) in [0, 1], grey or RGB. Values outside are clipped, NaN becomes black.
+//! Deliberately absent: reading pictures (data.rs), text in pictures.
+
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use image::{ImageError, Rgb, RgbImage};
+use retort_abi::{Failure, FailureCode};
+
+/// Images of one size, borrowed.
+#[derive(Debug, Clone, Copy)]
+pub struct Pixels<'a> {
+    values: &'a [f32],
+    channels: usize,
+    height: usize,
+    width: usize,
+}
+
+/// Why pictures cannot be written.
+#[derive(Debug, thiserror::Error)]
+pub enum PictureError {
+    /// Sizes that do not fit each other.
+    #[error("{0}")]
+    Shape(String),
+    /// The system refused to write.
+    #[error("{}: cannot be written: {source}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+}
+
+impl From<PictureError> for Failure {
+    fn from(error: PictureError) -> Self {
+        let code = match &error {
+            PictureError::Shape(_) => FailureCode::Internal,
+            PictureError::Write { .. } => FailureCode::Io,
+        };
+        Failure::new(code, error.to_string())
+    }
+}
+
+impl From<PictureError> for crate::Error {
+    fn from(error: PictureError) -> Self {
+        crate::Error::Host(error.into())
+    }
+}
+
+impl<'a> Pixels<'a> {
+    /// Views `values` (n, channels, height, width) as images; channels are 1 or 3.
+    pub fn new(
+        values: &'a [f32],
+        channels: usize,
+        height: usize,
+        width: usize,
+    ) -> Result<Self, PictureError> {
+        let stride = channels * height * width;
+        if !matches!(channels, 1 | 3) || stride == 0 || !values.len().is_multiple_of(stride) {
+            return Err(PictureError::Shape(format!(
+                "{} values are no images of {channels} x {height} x {width} with 1 or 3 channels",
+                values.len()
+            )));
+        }
+        Ok(Self {
+            values,
+            channels,
+            height,
+            width,
+        })
+    }
+
+    /// Number of images.
+    pub fn len(&self) -> usize {
+        self.values.len() / (self.channels * self.height * self.width)
+    }
+
+    /// Whether there is no image.
+    pub fn is_empty(&self) -> bool {
+        self.values.is_empty()
+    }
+
+    /// Colour of a pixel; grey is repeated.
+    fn rgb(&self, index: usize, y: usize, x: usize) -> [u8; 3] {
+        let plane = self.height * self.width;
+        let first = index * self.channels * plane + y * self.width + x;
+        let byte = |channel: usize| (self.values[first + channel * plane] * 255.0).round() as u8;
+        match self.channels {
+            1 => [byte(0); 3],
+            _ => [byte(0), byte(1), byte(2)],
+        }
+    }
+}
+
+/// Writes a PNG with `sets` side by side. Each set fills `rows` rows of equal length from left to right, top to bottom:
+/// row r holds images r n / rows to (r + 1) n / rows. Small images are enlarged without smoothing; thin lines separate
+/// images, thicker ones sets. Sets may differ in length, not in the size of their images.
+pub fn write_grid(path: &Path, sets: &[Pixels<'_>], rows: usize) -> Result<(), PictureError> {
+    save(path, &grid(sets, rows)?)
+}
+
+/// Writes each image as a PNG of its own size into `folder`, which must exist, and returns the file names:
+/// `000000-7.png` is the first image, of class 7.
+pub fn write_pngs(
+    folder: &Path,
+    images: Pixels<'_>,
+    labels: &[u32],
+) -> Result<Vec<String>, PictureError> {
+    if labels.len() != images.len() {
+        let message = format!("{} labels for {} images", labels.len(), images.len());
+        return Err(PictureError::Shape(message));
+    }
+    let mut names = Vec::with_capacity(labels.len());
+    for (index, label) in labels.iter().enumerate() {
+        let name = format!("{index:06}-{label}.png");
+        let mut picture = RgbImage::new(images.width as u32, images.height as u32);
+        for (x, y, pixel) in picture.enumerate_pixels_mut() {
+            *pixel = Rgb(images.rgb(index, y as usize, x as usize));
+        }
+        save(&folder.join(&name), &picture)?;
+        names.push(name);
+    }
+    Ok(names)
+}
+
+/// Writes the sample file of the ADM evaluation suite: a NumPy archive whose `arr_0` is uint8 (n, height, width, 3).
+pub fn write_npz(path: &Path, images: Pixels<'_>) -> Result<(), PictureError> {
+    let write = || -> io::Result<()> {
+        let mut archive = zip::ZipWriter::new(BufWriter::new(File::create(path)?));
+        let bytes = images.len() * images.height * images.width * 3;
+        let options = zip::write::SimpleFileOptions::default()
+            .compression_method(zip::CompressionMethod::Stored) // as numpy.savez
+            .large_file(bytes >= u32::MAX as usize);
+        archive.start_file("arr_0.npy", options)?;
+        archive.write_all(&npy_header(&[images.len(), images.height, images.width, 3]))?;
+        let mut buffer = Vec::with_capacity(images.height * images.width * 3); // (h, w, 3)
+        for index in 0..images.len() {
+            buffer.clear();
+            for y in 0..images.height {
+                for x in 0..images.width {
+                    buffer.extend_from_slice(&images.rgb(index, y, x));
+                }
+            }
+            archive.write_all(&buffer)?;
+        }
+        archive.finish()?.flush()
+    };
+    write().map_err(|source| PictureError::Write {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Sides below this are enlarged by the next whole factor that reaches it.
+const VISIBLE: usize = 32;
+const LINE: usize = 1;
+const SET_LINE: usize = 8;
+const LINE_COLOUR: Rgb<u8> = Rgb([64, 64, 72]);
+
+fn grid(sets: &[Pixels<'_>], rows: usize) -> Result<RgbImage, PictureError> {
+    let shape = |message: String| Err(PictureError::Shape(message));
+    let Some(first) = sets.first() else {
+        return shape("a grid needs at least one set".to_owned());
+    };
+    let (height, width) = (first.height, first.width);
+    for set in sets {
+        if (set.height, set.width) != (height, width) {
+            return shape(format!(
+                "a grid needs images of one size, found {height} x {width} and {} x {}",
+                set.height, set.width
+            ));
+        }
+        if rows == 0 || set.is_empty() || !set.len().is_multiple_of(rows) {
+            return shape(format!(
+                "{} images do not fill {rows} rows evenly",
+                set.len()
+            ));
+        }
+    }
+
+    let scale = VISIBLE.div_ceil(height.min(width)).max(1);
+    let (cell_height, cell_width) = (height * scale + LINE, width * scale + LINE);
+    let columns: usize = sets.iter().map(|set| set.len() / rows).sum();
+    let total_height = rows * cell_height - LINE;
+    let total_width = columns * cell_width - LINE + (sets.len() - 1) * (SET_LINE - LINE);
+    let (Ok(image_width), Ok(image_height)) =
+        (u32::try_from(total_width), u32::try_from(total_height))
+    else {
+        return shape(format!(
+            "a grid of {total_height} x {total_width} pixels is too large"
+        ));
+    };
+
+    let mut picture = RgbImage::from_pixel(image_width, image_height, LINE_COLOUR);
+    let mut left = 0;
+    for set in sets {
+        let columns = set.len() / rows;
+        for index in 0..set.len() {
+            let top = index / columns * cell_height;
+            let left = left + index % columns * cell_width;
+            for y in 0..height * scale {
+                for x in 0..width * scale {
+                    let colour = Rgb(set.rgb(index, y / scale, x / scale));
+                    picture.put_pixel((left + x) as u32, (top + y) as u32, colour);
+                }
+            }
+        }
+        left += columns * cell_width - LINE + SET_LINE;
+    }
+    Ok(picture)
+}
+
+fn save(path: &Path, picture: &RgbImage) -> Result<(), PictureError> {
+    picture
+        .save_with_format(path, image::ImageFormat::Png)
+        .map_err(|error| {
+            let source = match error {
+                ImageError::IoError(source) => source,
+                other => io::Error::other(other),
+            };
+            PictureError::Write {
+                path: path.to_owned(),
+                source,
+            }
+        })
+}
+
+/// Header of a NumPy file, version 1.0, of bytes in C order.
+fn npy_header(shape: &[usize]) -> Vec<u8> {
+    let shape: Vec<String> = shape.iter().map(usize::to_string).collect();
+    let mut text = format!(
+        "{{'descr': '|u1', 'fortran_order': False, 'shape': ({}), }}",
+        shape.join(", ")
+    );
+    // Magic, version and length take 10 bytes; the data starts at a multiple of 64.
+    let padded = (10 + text.len() + 1).next_multiple_of(64) - 10;
+    while text.len() + 1 < padded {
+        text.push(' ');
+    }
+    text.push('\n');
+    let mut header = b"\x93NUMPY\x01\x00".to_vec();
+    header.extend_from_slice(&(padded as u16).to_le_bytes());
+    header.extend_from_slice(text.as_bytes());
+    header
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use super::*;
+
+    fn read(path: &Path) -> RgbImage {
+        image::open(path).unwrap().to_rgb8()
+    }
+
+    #[test]
+    fn a_grid_shows_sets_side_by_side() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("grid.png");
+        let grey = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+            .map(|value| [value; 16 * 16])
+            .concat();
+        let mut red = vec![0.0; 2 * 3 * 16 * 16];
+        red[..16 * 16].fill(2.0); // clipped
+        red[4 * 16 * 16] = f32::NAN;
+        let sets = [
+            Pixels::new(&grey, 1, 16, 16).unwrap(),
+            Pixels::new(&red, 3, 16, 16).unwrap(),
+        ];
+        write_grid(&path, &sets, 2).unwrap();
+        let picture = read(&path);
+        // 3 + 1 columns of 32, two lines of 1 within the first set, one of 8 between the sets.
+        assert_eq!(picture.dimensions(), (4 * 32 + 2 + 8, 2 * 32 + 1));
+        let at = |x, y| picture.get_pixel(x, y).0;
+        assert_eq!(
+            [at(0, 0), at(33, 31), at(66, 0)],
+            [[0; 3], [51; 3], [102; 3]]
+        );
+        assert_eq!([at(0, 33), at(97, 64)], [[153; 3], [255; 3]]);
+        assert_eq!(
+            [at(32, 0), at(0, 32), at(98, 0), at(105, 0)],
+            [LINE_COLOUR.0; 4]
+        );
+        assert_eq!(
+            [at(106, 0), at(137, 31), at(106, 33)],
+            [[255, 0, 0], [255, 0, 0], [0; 3]]
+        );
+    }
+
+    #[test]
+    fn single_pictures_keep_size_and_class() {
+        let dir = tempfile::tempdir().unwrap();
+        let values: Vec<f32> = (0..12).map(|value| value as f32 / 51.0).collect();
+        let images = Pixels::new(&values, 1, 2, 3).unwrap();
+        let names = write_pngs(dir.path(), images, &[7, 10]).unwrap();
+        assert_eq!(names, ["000000-7.png", "000001-10.png"]);
+        let picture = read(&dir.path().join("000001-10.png"));
+        assert_eq!(picture.dimensions(), (3, 2));
+        assert_eq!(picture.get_pixel(2, 1).0, [55; 3]);
+        assert!(write_pngs(dir.path(), images, &[7]).is_err());
+    }
+
+    #[test]
+    fn an_npz_holds_bytes_in_numpy_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("samples.npz");
+        let values: Vec<f32> = (0..12).map(|value| value as f32 / 255.0).collect();
+        write_npz(&path, Pixels::new(&values, 3, 2, 2).unwrap()).unwrap();
+        let mut archive = zip::ZipArchive::new(File::open(&path).unwrap()).unwrap();
+        let mut bytes = Vec::new();
+        archive
+            .by_name("arr_0.npy")
+            .unwrap()
+            .read_to_end(&mut bytes)
+            .unwrap();
+        assert_eq!(bytes.len(), 128 + 12);
+        assert_eq!(&bytes[..10], b"\x93NUMPY\x01\x00\x76\x00");
+        assert!(
+            bytes[10..]
+                .starts_with(b"{'descr': '|u1', 'fortran_order': False, 'shape': (1, 2, 2, 3), } ")
+        );
+        assert_eq!(bytes[127], b'\n');
+        assert_eq!(bytes[128..], [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]);
+
+        write_npz(&path, Pixels::new(&values, 1, 2, 2).unwrap()).unwrap();
+        let mut archive = zip::ZipArchive::new(File::open(&path).unwrap()).unwrap();
+        let mut bytes = Vec::new();
+        archive
+            .by_index(0)
+            .unwrap()
+            .read_to_end(&mut bytes)
+            .unwrap();
+        assert!(
+            bytes.ends_with(&[10, 10, 10, 11, 11, 11]),
+            "grey is repeated"
+        );
+        assert_eq!(bytes.len(), 128 + 36);
+    }
+
+    #[test]
+    fn misfits_are_refused() {
+        assert!(Pixels::new(&[0.0; 5], 1, 2, 2).is_err());
+        assert!(Pixels::new(&[0.0; 8], 2, 2, 2).is_err());
+        let images = Pixels::new(&[0.0; 12], 1, 2, 2).unwrap();
+        for (sets, rows, expected) in [
+            (&[][..], 1, "a grid needs at least one set"),
+            (&[images], 2, "3 images do not fill 2 rows evenly"),
+            (&[images], 0, "3 images do not fill 0 rows evenly"),
+        ] {
+            assert_eq!(grid(sets, rows).unwrap_err().to_string(), expected);
+        }
+        let missing = write_npz(Path::new("/no/such/folder/a.npz"), images).unwrap_err();
+        assert!(
+            missing
+                .to_string()
+                .starts_with("/no/such/folder/a.npz: cannot be written")
+        );
+    }
+}
