@@ -112,6 +112,8 @@ pub trait Backend: Sized + Send + Sync + 'static {
     fn full(&self, shape: &[usize], value: f32) -> Result<Self::Tensor>;
     /// Copies floats to the device of another tensor.
     fn floats_beside(other: &Self::Tensor, data: &[f32], shape: &[usize]) -> Result<Self::Tensor>;
+    /// Copies indices to the device of another tensor.
+    fn indices_beside(other: &Self::Tensor, data: &[u32], shape: &[usize]) -> Result<Self::Tensor>;
     /// Copies floats to the host, row-major.
     fn to_floats(x: &Self::Tensor) -> Result<Vec<f32>>;
     /// Copies indices to the host, row-major.

@@ -7,6 +7,9 @@
 pub mod backend;
 pub mod error;
 pub mod flow;
+pub mod model;
+pub mod random;
 pub mod tape;
+pub mod weights;
 
 pub use error::{Error, Result};
