@@ -5,11 +5,16 @@
 //! command line (the runner's), and any tensor library.
 
 pub mod backend;
+pub mod bundle;
+pub mod data;
 pub mod error;
 pub mod flow;
 pub mod model;
+pub mod picture;
 pub mod random;
+pub mod statistics;
 pub mod tape;
+pub mod train;
 pub mod weights;
 
 pub use error::{Error, Result};

@@ -63,7 +63,8 @@ impl Config {
         (2 * 4 * self.width / 3).next_multiple_of(256)
     }
 
-    fn token_shape(&self) -> TokenShape {
+    /// Shape of its token sequences.
+    pub fn token_shape(&self) -> TokenShape {
         TokenShape {
             steps: vec![1; self.side * self.side],
             vocabulary: self.vocabulary,

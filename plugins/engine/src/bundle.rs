@@ -1,0 +1,208 @@
+//! Networks as artifacts: a directory with `config.json` and safetensors under published names.
+//!
+//! ```text
+//! tokenizer/  config.json  tokenizer.safetensors
+//! teacher/    config.json  tokenizer.safetensors  model.safetensors
+//! student/    config.json  tokenizer.safetensors  model.safetensors   (the moving average)
+//! ```
+//!
+//! A directory is complete in itself: whoever loads a student can decode what it predicts.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::backend::Backend;
+use crate::error::{Error, Result};
+use crate::model::{Student, Teacher, TokenShape, Tokenizer, llamagen, vq};
+use crate::weights::{self, Loader, Source, Weights};
+
+/// `config.json` of a tokenizer, teacher or student.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Config {
+    /// Version of this layout.
+    pub format: u32,
+    /// The tokenizer's shape.
+    pub tokenizer: TokenizerConfig,
+    /// The teacher's or student's shape.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetworkConfig>,
+    /// A student's timesteps, in AR steps, ascending from 0.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub timesteps: Vec<usize>,
+}
+
+/// Shape of a tokenizer, by family.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "family", rename_all = "lowercase")]
+pub enum TokenizerConfig {
+    /// LlamaGen's VQ-16 and kin.
+    Vq(vq::Config),
+}
+
+/// Shape of a teacher or student, by family.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "family", rename_all = "lowercase")]
+pub enum NetworkConfig {
+    /// LlamaGen.
+    Llamagen(llamagen::Config),
+}
+
+const CONFIG: &str = "config.json";
+const TOKENIZER: &str = "tokenizer.safetensors";
+const MODEL: &str = "model.safetensors";
+
+impl TokenizerConfig {
+    /// Channels, height and width of the images.
+    pub fn image(&self) -> [usize; 3] {
+        match self {
+            Self::Vq(c) => [c.image_channels, c.image_size, c.image_size],
+        }
+    }
+
+    /// Builds the tokenizer.
+    pub fn build<B: Backend>(&self, loader: &mut Loader<B>) -> Result<Box<dyn Tokenizer<B>>> {
+        match self {
+            Self::Vq(c) => Ok(Box::new(vq::VqModel::load(loader, c)?)),
+        }
+    }
+}
+
+impl NetworkConfig {
+    /// Shape of the token sequences.
+    pub fn tokens(&self) -> TokenShape {
+        match self {
+            Self::Llamagen(c) => c.token_shape(),
+        }
+    }
+
+    /// Builds the teacher.
+    pub fn teacher<B: Backend>(&self, loader: &mut Loader<B>) -> Result<Box<dyn Teacher<B>>> {
+        match self {
+            Self::Llamagen(c) => Ok(Box::new(llamagen::Gpt::load(loader, c)?)),
+        }
+    }
+
+    /// Builds the student.
+    pub fn student<B: Backend>(&self, loader: &mut Loader<B>) -> Result<Box<dyn Student<B>>> {
+        match self {
+            Self::Llamagen(c) => Ok(Box::new(llamagen::GptStudent::load(loader, c)?)),
+        }
+    }
+
+    /// A teacher's weights as a student's start: parameters whose meaning changes are left out and drawn anew.
+    pub fn student_start(&self, mut teacher: Weights) -> Weights {
+        match self {
+            // Token embeddings become a linear map of codebook vectors.
+            Self::Llamagen(_) => teacher.remove("tok_embeddings.weight"),
+        };
+        teacher
+    }
+}
+
+/// A directory with networks.
+#[derive(Debug, Clone)]
+pub struct Bundle<'p> {
+    dir: &'p Path,
+    /// Its `config.json`.
+    pub config: Config,
+}
+
+impl<'p> Bundle<'p> {
+    /// Reads the configuration of a directory.
+    pub fn open(dir: &'p Path) -> Result<Self> {
+        let path = dir.join(CONFIG);
+        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+        let config: Config = serde_json::from_str(&text).map_err(|e| Error::data(&path, e))?;
+        if config.format != FORMAT {
+            return Err(Error::data(
+                &path,
+                format!("format {}, expected {FORMAT}", config.format),
+            ));
+        }
+        Ok(Self { dir, config })
+    }
+
+    /// The shape of the teacher or student.
+    pub fn network(&self) -> Result<&NetworkConfig> {
+        let missing = || {
+            Error::data(
+                self.dir.join(CONFIG),
+                "no `network`: this is a tokenizer, not a teacher or student",
+            )
+        };
+        self.config.network.as_ref().ok_or_else(missing)
+    }
+
+    /// Loads the tokenizer as constants.
+    pub fn tokenizer<B: Backend>(&self, backend: &B) -> Result<Box<dyn Tokenizer<B>>> {
+        let path = self.dir.join(TOKENIZER);
+        let weights = weights::read(&path)?;
+        let mut loader = Loader::new(
+            backend,
+            Source::Host(&weights),
+            false,
+            path.display().to_string(),
+        );
+        self.config.tokenizer.build(&mut loader)
+    }
+
+    /// The weights of the tokenizer.
+    pub fn tokenizer_weights(&self) -> Result<Weights> {
+        weights::read(&self.dir.join(TOKENIZER))
+    }
+
+    /// The weights of the teacher or student.
+    pub fn weights(&self) -> Result<Weights> {
+        weights::read(&self.dir.join(MODEL))
+    }
+
+    /// Loads the teacher as constants.
+    pub fn teacher<B: Backend>(&self, backend: &B) -> Result<Box<dyn Teacher<B>>> {
+        let weights = self.weights()?;
+        let origin = self.dir.join(MODEL).display().to_string();
+        self.network()?.teacher(&mut Loader::new(
+            backend,
+            Source::Host(&weights),
+            false,
+            origin,
+        ))
+    }
+
+    /// Loads the student as constants.
+    pub fn student<B: Backend>(&self, backend: &B) -> Result<Box<dyn Student<B>>> {
+        let weights = self.weights()?;
+        let origin = self.dir.join(MODEL).display().to_string();
+        self.network()?.student(&mut Loader::new(
+            backend,
+            Source::Host(&weights),
+            false,
+            origin,
+        ))
+    }
+}
+
+const FORMAT: u32 = 1;
+
+/// Writes a directory.
+pub fn write(
+    dir: &Path,
+    tokenizer: (&TokenizerConfig, &Weights),
+    network: Option<(&NetworkConfig, &Weights)>,
+    timesteps: &[usize],
+) -> Result<()> {
+    let config = Config {
+        format: FORMAT,
+        tokenizer: tokenizer.0.clone(),
+        network: network.map(|(config, _)| config.clone()),
+        timesteps: timesteps.to_vec(),
+    };
+    let path = dir.join(CONFIG);
+    let text = serde_json::to_string_pretty(&config).map_err(|e| Error::Internal(e.to_string()))?;
+    std::fs::write(&path, text + "\n").map_err(Error::io(&path))?;
+    weights::write(&dir.join(TOKENIZER), tokenizer.1)?;
+    if let Some((_, weights)) = network {
+        weights::write(&dir.join(MODEL), weights)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,480 @@
+//! Training, once for every network: AdamW, warm-up and decay, clipping, EMA, checkpoints and exact resume.
+//!
+//! A stage gives its parameters and a closure that builds the loss of a step; [`fit`] does the rest. Everything random
+//! in a step must be a pure function of (seed, step), so a run continued from a checkpoint is the run that was never
+//! interrupted, bit for bit on the CPU. Checkpoints (parameters, both moments, EMA, best weights so far; all f32) are
+//! one safetensors file in the stage's work directory, replaced atomically.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use retort_abi::{Cancel, Host, LogLevel};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::backend::{AdamwStep, Backend, Unary};
+use crate::error::{Error, Result};
+use crate::tape::{Var, backward};
+use crate::weights::{self, Floats, Params, Weights};
+
+/// How to train.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainOptions {
+    /// Optimiser steps.
+    #[schemars(range(min = 1))]
+    pub steps: u64,
+    /// Samples per step.
+    #[schemars(range(min = 1))]
+    pub batch: usize,
+    /// Peak learning rate.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub learning_rate: f64,
+    /// Steps over which the learning rate rises linearly from 0.
+    pub warmup: u64,
+    /// How the learning rate falls after the warm-up.
+    pub decay: Decay,
+    /// The learning rate at the last step, as a fraction of the peak.
+    #[schemars(range(min = 0, max = 1))]
+    pub final_fraction: f64,
+    /// Decoupled weight decay of matrices (vectors have none).
+    #[schemars(range(min = 0))]
+    pub weight_decay: f64,
+    /// Decay of AdamW's first moment.
+    #[schemars(range(min = 0, max = 1))]
+    pub beta1: f64,
+    /// Decay of AdamW's second moment.
+    #[schemars(range(min = 0, max = 1))]
+    pub beta2: f64,
+    /// Largest global norm of the gradient; 0 switches clipping off.
+    #[schemars(range(min = 0))]
+    pub clip: f64,
+    /// Decay of the moving average of the weights, which is what gets saved; 0 switches it off. It rises to its
+    /// value as (1 + step) / (10 + step), so that the average forgets the start.
+    #[schemars(range(min = 0, max = 1))]
+    pub ema: f64,
+    /// Seconds between checkpoints.
+    #[schemars(range(min = 1))]
+    pub checkpoint_seconds: u64,
+}
+
+/// How a learning rate falls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Decay {
+    /// Not at all.
+    Constant,
+    /// In a straight line.
+    Linear,
+    /// Along half a cosine.
+    Cosine,
+}
+
+impl Default for TrainOptions {
+    fn default() -> Self {
+        Self {
+            steps: 1000,
+            batch: 64,
+            learning_rate: 1e-3,
+            warmup: 100,
+            decay: Decay::Cosine,
+            final_fraction: 0.0,
+            weight_decay: 0.01,
+            beta1: 0.9,
+            beta2: 0.95,
+            clip: 1.0,
+            ema: 0.0,
+            checkpoint_seconds: 60,
+        }
+    }
+}
+
+impl TrainOptions {
+    /// The learning rate of a step (counted from 0).
+    pub fn rate(&self, step: u64) -> f64 {
+        if step < self.warmup {
+            return self.learning_rate * (step + 1) as f64 / self.warmup as f64;
+        }
+        let span = (self.steps.saturating_sub(self.warmup)).max(1) as f64;
+        let done = ((step - self.warmup) as f64 / span).min(1.0);
+        let left = match self.decay {
+            Decay::Constant => return self.learning_rate,
+            Decay::Linear => 1.0 - done,
+            Decay::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * done).cos()),
+        };
+        self.learning_rate * (self.final_fraction + (1.0 - self.final_fraction) * left)
+    }
+}
+
+/// What a step gives: the loss to descend and figures to record beside it.
+pub struct StepOutput<B: Backend> {
+    /// A scalar.
+    pub loss: Var<B>,
+    /// Named figures.
+    pub figures: Vec<(&'static str, f64)>,
+}
+
+/// Measures the weights now and then on held-out data.
+pub struct HeldOut<'a> {
+    /// Steps between measurements.
+    pub every: u64,
+    /// The figure's name.
+    pub name: &'static str,
+    /// Measures; lower is better.
+    pub measure: &'a mut dyn FnMut() -> Result<f64>,
+    /// Whether the weights with the lowest figure are the result, instead of the last.
+    pub keep_best: bool,
+}
+
+/// Where and how a training runs.
+pub struct Fit<'a, B: Backend> {
+    /// Services of the host.
+    pub host: &'a dyn Host,
+    /// The tensor library.
+    pub backend: &'a B,
+    /// Directory of the checkpoint; `None`: none is written.
+    pub work_dir: Option<&'a Path>,
+    /// Prefix of the metric names and of the checkpoint.
+    pub name: &'a str,
+    /// How.
+    pub options: &'a TrainOptions,
+    /// What is trained.
+    pub params: &'a Params<B>,
+    /// The moving average, where there is one: device tensors by parameter name, updated in place.
+    pub ema: Option<&'a BTreeMap<String, B::Tensor>>,
+}
+
+/// Copies of parameters on the device, to hold their moving average.
+pub fn copies<B: Backend>(backend: &B, params: &Params<B>) -> Result<BTreeMap<String, B::Tensor>> {
+    params
+        .iter()
+        .map(|(name, p)| {
+            Ok((
+                name.clone(),
+                backend.floats(&B::to_floats(p.value())?, &p.shape())?,
+            ))
+        })
+        .collect()
+}
+
+struct Moments<B: Backend> {
+    m: B::Tensor,
+    v: B::Tensor,
+}
+
+/// Steps between points of the training curves.
+const LOG_EVERY: u64 = 10;
+
+impl<B: Backend> Fit<'_, B> {
+    /// Trains, from the checkpoint where there is one, and returns the weights to keep.
+    pub fn run(
+        &self,
+        mut step_fn: impl FnMut(u64) -> Result<StepOutput<B>>,
+        mut held_out: Option<HeldOut<'_>>,
+    ) -> Result<Weights> {
+        let o = self.options;
+        let zeros = |p: &Var<B>| self.backend.full(&p.shape(), 0.0);
+        let moments: Vec<Moments<B>> = self
+            .params
+            .iter()
+            .map(|(_, p)| {
+                Ok(Moments {
+                    m: zeros(p)?,
+                    v: zeros(p)?,
+                })
+            })
+            .collect::<Result<_>>()?;
+        let mut best: Option<(f64, Weights)> = None;
+        let start = self.restore(&moments, &mut best)?;
+        if start > 0 {
+            self.host.log(
+                LogLevel::Info,
+                &format!("{}: continuing from step {start} of {}", self.name, o.steps),
+            );
+        }
+        let mut saved = Instant::now();
+        for step in start..o.steps {
+            match self.host.cancelled() {
+                Cancel::Run => {}
+                Cancel::AtCheckpoint => {
+                    self.save(step, &moments, best.as_ref())?;
+                    return Err(Error::Cancelled);
+                }
+                Cancel::Now => return Err(Error::Cancelled),
+            }
+            if saved.elapsed() >= Duration::from_secs(o.checkpoint_seconds) {
+                self.save(step, &moments, best.as_ref())?;
+                saved = Instant::now();
+            }
+            self.step(step, &moments, &mut step_fn)?;
+            self.host.progress(step + 1, o.steps, "steps");
+            if let Some(h) = &mut held_out
+                && ((step + 1).is_multiple_of(h.every) || step + 1 == o.steps)
+            {
+                let figure = (h.measure)()?;
+                self.host
+                    .metric(&format!("{}/{}", self.name, h.name), step + 1, figure);
+                if h.keep_best && best.as_ref().is_none_or(|(lowest, _)| figure < *lowest) {
+                    best = Some((figure, self.weights()?));
+                }
+            }
+        }
+        match best {
+            Some((_, weights)) => Ok(weights),
+            None => self.weights(),
+        }
+    }
+
+    /// The weights to keep if training ended now.
+    fn weights(&self) -> Result<Weights> {
+        match self.ema {
+            None => weights::from_params(self.params),
+            Some(average) => average
+                .iter()
+                .map(|(name, t)| {
+                    Ok((
+                        name.clone(),
+                        Floats {
+                            shape: B::shape(t),
+                            data: B::to_floats(t)?,
+                        },
+                    ))
+                })
+                .collect(),
+        }
+    }
+
+    fn step(
+        &self,
+        step: u64,
+        moments: &[Moments<B>],
+        step_fn: &mut impl FnMut(u64) -> Result<StepOutput<B>>,
+    ) -> Result<()> {
+        let o = self.options;
+        let StepOutput { loss, figures } = step_fn(step)?;
+        let log = step.is_multiple_of(LOG_EVERY) || step + 1 == o.steps;
+        let value = loss.value().clone();
+        let gradients = backward(loss, self.params)?;
+        let norm = global_norm::<B>(&gradients)?;
+        if !norm.is_finite() {
+            let loss = scalar::<B>(&value)?;
+            return Err(Error::Numerical(format!(
+                "{}: at step {step} the loss is {loss} and the gradient's norm {norm}",
+                self.name
+            )));
+        }
+        let numbers = AdamwStep {
+            lr: o.rate(step),
+            beta1: o.beta1,
+            beta2: o.beta2,
+            eps: 1e-8,
+            weight_decay: 0.0,
+            correction1: 1.0 - o.beta1.powf((step + 1) as f64),
+            correction2: 1.0 - o.beta2.powf((step + 1) as f64),
+            grad_scale: if o.clip > 0.0 && norm > o.clip {
+                o.clip / norm
+            } else {
+                1.0
+            },
+        };
+        let ema_decay = o.ema.min((1 + step) as f64 / (10 + step) as f64);
+        for (((name, p), state), g) in self.params.iter().zip(moments).zip(&gradients) {
+            let weight_decay = if p.shape().len() > 1 {
+                o.weight_decay
+            } else {
+                0.0
+            };
+            B::adamw_(
+                p.value(),
+                &state.m,
+                &state.v,
+                g,
+                &AdamwStep {
+                    weight_decay,
+                    ..numbers
+                },
+            )?;
+            if let Some(average) = self.ema {
+                B::ema_(&average[name], p.value(), ema_decay)?;
+            }
+        }
+        if log {
+            let metric = |name: &str, value| {
+                self.host
+                    .metric(&format!("{}/{name}", self.name), step, value)
+            };
+            metric("loss", scalar::<B>(&value)?);
+            metric("gradient_norm", norm);
+            metric("learning_rate", numbers.lr);
+            for (name, value) in figures {
+                metric(name, value);
+            }
+        }
+        Ok(())
+    }
+
+    fn path(&self) -> Option<PathBuf> {
+        self.work_dir.map(|dir| {
+            dir.join(format!(
+                "{}.checkpoint.safetensors",
+                self.name.replace('/', "-")
+            ))
+        })
+    }
+
+    fn save(&self, step: u64, moments: &[Moments<B>], best: Option<&(f64, Weights)>) -> Result<()> {
+        let Some(path) = self.path() else {
+            return Ok(());
+        };
+        let mut all = Weights::new();
+        let mut put = |name: String, t: &B::Tensor| -> Result<()> {
+            all.insert(
+                name,
+                Floats {
+                    shape: B::shape(t),
+                    data: B::to_floats(t)?,
+                },
+            );
+            Ok(())
+        };
+        for ((name, p), state) in self.params.iter().zip(moments) {
+            put(format!("param.{name}"), p.value())?;
+            put(format!("m.{name}"), &state.m)?;
+            put(format!("v.{name}"), &state.v)?;
+        }
+        for (name, t) in self.ema.into_iter().flatten() {
+            put(format!("ema.{name}"), t)?;
+        }
+        // f32 holds whole numbers exactly up to 2^24 only: the counter travels as two halves.
+        let halves = vec![(step >> 20) as f32, (step & 0xf_ffff) as f32];
+        all.insert(
+            "step".into(),
+            Floats {
+                shape: vec![2],
+                data: halves,
+            },
+        );
+        if let Some((figure, weights)) = best {
+            let bits = figure.to_bits();
+            let parts = (0..4)
+                .map(|i| ((bits >> (16 * i)) & 0xffff) as f32)
+                .collect();
+            all.insert(
+                "best".into(),
+                Floats {
+                    shape: vec![4],
+                    data: parts,
+                },
+            );
+            all.extend(
+                weights
+                    .iter()
+                    .map(|(name, w)| (format!("best.{name}"), w.clone())),
+            );
+        }
+        replace(&path, |partial| weights::write(partial, &all))
+    }
+
+    /// Takes up the checkpoint and returns the next step.
+    fn restore(&self, moments: &[Moments<B>], best: &mut Option<(f64, Weights)>) -> Result<u64> {
+        let Some(path) = self.path().filter(|p| p.exists()) else {
+            return Ok(0);
+        };
+        let all = weights::read(&path)?;
+        let damaged = |name: &str| {
+            Error::data(
+                &path,
+                format!("checkpoint without a fitting {name}; delete it to start anew"),
+            )
+        };
+        let put = |name: String, t: &B::Tensor| -> Result<()> {
+            let shape = B::shape(t);
+            let found = all
+                .get(&name)
+                .filter(|w| w.shape == shape)
+                .ok_or_else(|| damaged(&name))?;
+            B::assign_(t, &self.backend.floats(&found.data, &shape)?)
+        };
+        for ((name, p), state) in self.params.iter().zip(moments) {
+            put(format!("param.{name}"), p.value())?;
+            put(format!("m.{name}"), &state.m)?;
+            put(format!("v.{name}"), &state.v)?;
+        }
+        for (name, t) in self.ema.into_iter().flatten() {
+            put(format!("ema.{name}"), t)?;
+        }
+        if let Some(parts) = all.get("best") {
+            let bits = parts
+                .data
+                .iter()
+                .enumerate()
+                .fold(0, |bits, (i, &p)| bits | (p as u64) << (16 * i));
+            let weights = all
+                .iter()
+                .filter_map(|(name, w)| Some((name.strip_prefix("best.")?.to_owned(), w.clone())));
+            *best = Some((f64::from_bits(bits), weights.collect()));
+        }
+        let step = all
+            .get("step")
+            .filter(|s| s.data.len() == 2)
+            .ok_or_else(|| damaged("step"))?;
+        Ok(((step.data[0] as u64) << 20) | step.data[1] as u64)
+    }
+}
+
+/// Writes a file under another name first, so that the path always holds a whole file.
+pub fn replace(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let partial = path.with_extension("partial");
+    write(&partial)?;
+    std::fs::File::open(&partial)
+        .and_then(|f| f.sync_all())
+        .map_err(Error::io(&partial))?;
+    std::fs::rename(&partial, path).map_err(Error::io(path))
+}
+
+/// The value of a tensor with one element.
+pub fn scalar<B: Backend>(x: &B::Tensor) -> Result<f64> {
+    let values = B::to_floats(x)?;
+    values
+        .first()
+        .map(|&x| f64::from(x))
+        .ok_or_else(|| Error::Internal("an empty scalar".into()))
+}
+
+/// Root of the sum of squares over all gradients.
+fn global_norm<B: Backend>(gradients: &[B::Tensor]) -> Result<f64> {
+    let squares = gradients
+        .iter()
+        .map(|g| {
+            let dims: Vec<usize> = (0..B::shape(g).len()).collect();
+            B::reshape(&B::sum(&B::unary(g, Unary::Square)?, &dims)?, &[1])
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let all: Vec<&B::Tensor> = squares.iter().collect();
+    let total: f64 = B::to_floats(&B::cat(&all, 0)?)?
+        .iter()
+        .map(|&x| f64::from(x))
+        .sum();
+    Ok(total.sqrt())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rate_rises_then_falls() {
+        let o = TrainOptions {
+            steps: 100,
+            warmup: 10,
+            learning_rate: 1.0,
+            final_fraction: 0.1,
+            ..Default::default()
+        };
+        assert!((o.rate(0) - 0.1).abs() < 1e-12 && (o.rate(9) - 1.0).abs() < 1e-12);
+        assert!((o.rate(55) - 0.55).abs() < 1e-12);
+        assert!((10..99).all(|s| o.rate(s) >= o.rate(s + 1)));
+        assert!((o.rate(100) - 0.1).abs() < 1e-12);
+    }
+}
