@@ -10,6 +10,7 @@
 pub mod artifact;
 pub mod cli;
 pub mod diagnostic;
+pub mod environment;
 pub mod executor;
 pub mod frame;
 pub mod plan;

@@ -1,1 +1,221 @@
-//! History in SQLite.
+//! The store: what ran, how it went and what came of it, in SQLite (`<store>/history.db`).
+//!
+//! In: runs, stages, attempts, metrics, logs and artifact records, from the runner and from nobody else. Out: the same,
+//! as answers to questions. Many processes may use one store at once: readers never wait for a writer (WAL), writers
+//! wait for each other for a few seconds and then report [`StoreError::Busy`].
+//!
+//! A run is never claimed to live when it does not: its runner leaves a lease, and every reading function first marks
+//! as `lost` the runs whose runner is gone ([`lease`]).
+//!
+//! Deliberately absent: the files of artifacts (`artifact.rs`), digests (`plan.rs`), printing.
+
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::time::Duration;
+
+use sqlx::sqlite::{SqliteConnection, SqlitePool};
+use sqlx::{Sqlite, Transaction};
+
+mod error;
+mod history;
+mod lease;
+mod log;
+mod record;
+mod reference;
+mod schema;
+mod series;
+mod time;
+
+pub use error::StoreError;
+pub use history::{
+    ArtifactRow, AttemptDetail, LastExecution, RunDetail, RunFilter, RunSummary, SourceStage,
+    StageCounts, StageDetail, Success,
+};
+pub use log::{LogLine, LogSource};
+pub use record::{
+    ArtifactFile, ArtifactRecord, AttemptEnd, AttemptState, NewRun, NewStage, Param,
+    PluginIdentity, RunState, StageState, Usage,
+};
+pub use series::{MetricPoint, SeriesPoint, SeriesSummary};
+pub use time::Time;
+
+/// How long a writer waits for another before it reports [`StoreError::Busy`].
+const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What a store is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// To record runs; made when it does not exist, migrated when it is older.
+    ReadWrite,
+    /// To ask questions; works on a directory one may not write to, and beside a writer.
+    ReadOnly,
+}
+
+/// Names a run: ten characters, sorting by time of creation.
+#[derive(
+    Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
+#[serde(transparent)]
+pub struct RunId(pub String);
+
+impl std::fmt::Display for RunId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+/// Names a stage of a run, within one store.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
+#[serde(transparent)]
+pub struct StageId(pub i64);
+
+/// Names an attempt at a stage, within one store.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
+#[serde(transparent)]
+pub struct AttemptId(pub i64);
+
+impl std::fmt::Display for AttemptId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+/// An open store.
+#[derive(Debug)]
+pub struct Store {
+    dir: PathBuf,
+    access: Access,
+    pool: SqlitePool,
+    /// Writers of this process queue here instead of polling for SQLite's lock.
+    writer: tokio::sync::Mutex<()>,
+    /// Keys of the series already known, by attempt and name, with the time their points count from.
+    series: Mutex<HashMap<(AttemptId, String), series::Known>>,
+    /// Runs found lost that could not be recorded as such (the store cannot be written to).
+    lost: Mutex<HashSet<String>>,
+}
+
+impl Store {
+    /// Opens the store in `dir`. For [`Access::ReadWrite`] the directory and the database are made when missing and
+    /// migrated when older; any number of processes may do so at once.
+    ///
+    /// # Errors
+    /// [`StoreError::Missing`] (reading only), [`StoreError::NewerSchema`], [`StoreError::NotAStore`],
+    /// [`StoreError::ReadOnly`], [`StoreError::Busy`], [`StoreError::Full`], [`StoreError::Damaged`].
+    pub async fn open(dir: &Path, access: Access) -> Result<Store, StoreError> {
+        let pool = match access {
+            Access::ReadWrite => schema::open_for_writing(dir).await?,
+            Access::ReadOnly => schema::open_for_reading(dir).await?,
+        };
+        Ok(Store {
+            dir: dir.to_owned(),
+            access,
+            pool,
+            writer: tokio::sync::Mutex::default(),
+            series: Mutex::default(),
+            lost: Mutex::default(),
+        })
+    }
+
+    /// The directory of the store.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The pool of connections: for reading, and for `query`.
+    pub fn pool(&self) -> &SqlitePool {
+        &self.pool
+    }
+
+    /// Closes the store, folding the write-ahead log into the database when nobody else uses it. Without it nothing is
+    /// lost; the next to open the store has a little more to read.
+    pub async fn close(&self) {
+        self.pool.close().await;
+    }
+
+    /// Begins a transaction that may write. Waits for other writers.
+    async fn write(&self) -> Result<Write<'_>, StoreError> {
+        if self.access == Access::ReadOnly {
+            return Err(StoreError::ReadOnly {
+                path: self.dir.clone(),
+            });
+        }
+        let turn = self.writer.lock().await;
+        let transaction = self.pool.begin_with("begin immediate").await?;
+        Ok(Write {
+            transaction,
+            _turn: turn,
+        })
+    }
+}
+
+/// A transaction that may write, and this process's turn at writing. Dropped without [`Write::commit`], it did nothing.
+struct Write<'s> {
+    // Declared first, so that it has ended when the next writer's turn comes.
+    transaction: Transaction<'static, Sqlite>,
+    _turn: tokio::sync::MutexGuard<'s, ()>,
+}
+
+impl Write<'_> {
+    async fn commit(self) -> Result<(), StoreError> {
+        Ok(self.transaction.commit().await?)
+    }
+}
+
+impl std::ops::Deref for Write<'_> {
+    type Target = SqliteConnection;
+
+    fn deref(&self) -> &SqliteConnection {
+        &self.transaction
+    }
+}
+
+impl std::ops::DerefMut for Write<'_> {
+    fn deref_mut(&mut self) -> &mut SqliteConnection {
+        &mut self.transaction
+    }
+}
+
+/// Reads a JSON column.
+fn json<T: serde::de::DeserializeOwned>(
+    row: &sqlx::sqlite::SqliteRow,
+    column: &str,
+) -> Result<T, sqlx::Error> {
+    let text: &str = sqlx::Row::try_get(row, column)?;
+    serde_json::from_str(text).map_err(|error| sqlx::Error::ColumnDecode {
+        index: column.to_owned(),
+        source: Box::new(error),
+    })
+}
+
+/// Reads a JSON column that may be null.
+fn json_or_none<T: serde::de::DeserializeOwned>(
+    row: &sqlx::sqlite::SqliteRow,
+    column: &str,
+) -> Result<Option<T>, sqlx::Error> {
+    match sqlx::Row::try_get::<Option<&str>, _>(row, column)? {
+        Some(_) => json(row, column).map(Some),
+        None => Ok(None),
+    }
+}
+
+/// Reads a name of one of an enum's variants, spelt as in JSON.
+fn variant<T: serde::de::DeserializeOwned>(
+    row: &sqlx::sqlite::SqliteRow,
+    column: &str,
+) -> Result<T, sqlx::Error> {
+    let text: &str = sqlx::Row::try_get(row, column)?;
+    T::deserialize(serde::de::value::StrDeserializer::<serde::de::value::Error>::new(text)).map_err(
+        |error| sqlx::Error::ColumnDecode {
+            index: column.to_owned(),
+            source: Box::new(error),
+        },
+    )
+}
+
+#[cfg(test)]
+mod tests;

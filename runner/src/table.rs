@@ -1,1 +1,576 @@
-//! Printing rows as a table, JSON, CSV or Markdown.
+//! Rows, printed for people (a table, Markdown) or for programs (JSON, CSV).
+//!
+//! A cell has both: a text for people ("3 min ago") and the datum behind it. Only this module knows how a format looks;
+//! it returns text, and printing is the command line's.
+
+use comfy_table::{
+    Attribute, Cell as TableCell, CellAlignment, Color, ContentArrangement, presets,
+};
+use serde_json::{Map, Number, Value};
+
+/// How rows are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Style {
+    /// Aligned columns.
+    Table {
+        /// Width of the terminal, in columns: longer rows are wrapped. None: as wide as it takes.
+        width: Option<u16>,
+        /// Whether to use colours.
+        color: bool,
+    },
+    /// A Markdown table.
+    Markdown,
+    /// A list of objects, one per row.
+    Json,
+    /// Comma-separated values with a header line.
+    Csv,
+}
+
+/// Rows under a title.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Rows {
+    /// Printed above the rows, for people; may be empty.
+    pub title: String,
+    heads: Vec<String>,
+    rows: Vec<Vec<Cell>>,
+}
+
+/// A cell: a text for people and the datum behind it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Cell {
+    text: String,
+    data: Value,
+    tone: Tone,
+}
+
+/// What a text means; shown as its colour.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Tone {
+    /// Nothing in particular.
+    #[default]
+    Plain,
+    /// Well.
+    Good,
+    /// Not well.
+    Bad,
+    /// To be looked at.
+    Odd,
+    /// Of less interest.
+    Dim,
+}
+
+impl Rows {
+    /// No rows yet, under these column heads.
+    pub fn new(heads: &[&str]) -> Self {
+        Self {
+            heads: heads.iter().map(|head| (*head).to_owned()).collect(),
+            ..Self::default()
+        }
+    }
+
+    /// Under a title.
+    pub fn titled(mut self, title: impl Into<String>) -> Self {
+        self.title = title.into();
+        self
+    }
+
+    /// Adds a row: one cell per head.
+    pub fn push(&mut self, row: impl IntoIterator<Item = Cell>) {
+        self.rows.push(row.into_iter().collect());
+    }
+
+    /// Whether there is no row.
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
+    /// How many rows there are.
+    pub fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// The rows as text, ending in a line feed.
+    pub fn render(&self, style: Style) -> String {
+        match style {
+            Style::Table { width, color } => self.table(width, color),
+            Style::Markdown => self.markdown(),
+            Style::Json => format!("{:#}\n", self.objects()),
+            Style::Csv => self.csv(),
+        }
+    }
+
+    /// The rows as a list of objects.
+    pub fn objects(&self) -> Value {
+        let object = |row: &Vec<Cell>| {
+            Value::Object(Map::from_iter(
+                self.heads
+                    .iter()
+                    .cloned()
+                    .zip(row.iter().map(|cell| cell.data.clone())),
+            ))
+        };
+        self.rows.iter().map(object).collect()
+    }
+
+    fn table(&self, width: Option<u16>, color: bool) -> String {
+        let mut table = comfy_table::Table::new();
+        table
+            .load_style(presets::NOTHING)
+            .force_no_tty()
+            .set_content_arrangement(ContentArrangement::Dynamic);
+        if let Some(width) = width {
+            table.set_width(width);
+        }
+        if color {
+            table.enforce_styling();
+        }
+        table.set_header(self.heads.iter().map(|head| {
+            let cell = TableCell::new(visible(head, false));
+            if color {
+                cell.add_attribute(Attribute::Bold)
+            } else {
+                cell
+            }
+        }));
+        for row in &self.rows {
+            table.add_row(
+                row.iter()
+                    .map(|cell| toned(TableCell::new(visible(&cell.text, true)), cell.tone)),
+            );
+        }
+        for (place, column) in table.column_iter_mut().enumerate() {
+            column.set_padding((0, 2));
+            if self.is_numeric(place) {
+                column.set_cell_alignment(CellAlignment::Right);
+            }
+        }
+        let title = if self.title.is_empty() {
+            String::new()
+        } else {
+            format!("{}\n", visible(&self.title, false))
+        };
+        format!("{title}{}\n", table.trim_fmt())
+    }
+
+    fn markdown(&self) -> String {
+        let line = |cells: &mut dyn Iterator<Item = String>| {
+            format!("| {} |\n", cells.collect::<Vec<_>>().join(" | "))
+        };
+        let escape = |text: &str| {
+            visible(text, false)
+                .replace('\\', "\\\\")
+                .replace('|', "\\|")
+        };
+        let mut text = if self.title.is_empty() {
+            String::new()
+        } else {
+            format!("**{}**\n\n", escape(&self.title))
+        };
+        text += &line(&mut self.heads.iter().map(|head| escape(head)));
+        text += &line(&mut (0..self.heads.len()).map(|place| {
+            if self.is_numeric(place) {
+                "---:"
+            } else {
+                "---"
+            }
+            .to_owned()
+        }));
+        for row in &self.rows {
+            text += &line(&mut row.iter().map(|cell| escape(&cell.text)));
+        }
+        text
+    }
+
+    fn csv(&self) -> String {
+        let mut writer = csv::Writer::from_writer(Vec::new());
+        let data = self
+            .rows
+            .iter()
+            .map(|row| row.iter().map(|cell| plain(&cell.data)).collect::<Vec<_>>());
+        let heads = self.heads.clone();
+        for record in std::iter::once(heads).chain(data) {
+            // Into memory, and every row as long as the first: neither can fail. A row that is not is a bug to be seen.
+            if let Err(error) = writer.write_record(&record) {
+                debug_assert!(false, "{error}");
+            }
+        }
+        writer
+            .into_inner()
+            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+            .unwrap_or_default()
+    }
+
+    /// Whether a column holds numbers and nothing else, so that it is aligned to the right.
+    fn is_numeric(&self, place: usize) -> bool {
+        let mut cells = self
+            .rows
+            .iter()
+            .filter_map(|row| row.get(place))
+            .filter(|cell| !cell.data.is_null())
+            .peekable();
+        cells.peek().is_some()
+            && cells.all(|cell| cell.data.is_number() || is_non_finite(&cell.data))
+    }
+}
+
+impl Cell {
+    /// A text for people, and the datum behind it.
+    pub fn new(text: impl Into<String>, data: impl Into<Value>) -> Self {
+        Self {
+            text: text.into(),
+            data: data.into(),
+            tone: Tone::Plain,
+        }
+    }
+
+    /// Nothing.
+    pub fn none() -> Self {
+        Self::new("", Value::Null)
+    }
+
+    /// A number, shown with about six digits.
+    pub fn number(value: f64) -> Self {
+        let text = number(value);
+        match Number::from_f64(value) {
+            Some(data) => Self::new(text, data),
+            None => Self::new(text, non_finite(value)),
+        }
+    }
+
+    /// A JSON value: texts as they are, numbers in brief, the rest as JSON.
+    pub fn json(value: &Value) -> Self {
+        let text = match value {
+            Value::Null => String::new(),
+            Value::Number(number) if number.is_f64() => {
+                self::number(number.as_f64().unwrap_or(f64::NAN))
+            }
+            value => plain(value),
+        };
+        Self::new(text, value.clone())
+    }
+
+    /// A number of bytes.
+    pub fn bytes(size: u64) -> Self {
+        Self::new(bytes(size), size)
+    }
+
+    /// A duration in seconds.
+    pub fn seconds(seconds: f64) -> Self {
+        Self {
+            text: duration(seconds),
+            ..Self::number(seconds)
+        }
+    }
+
+    /// The same in another tone.
+    pub fn tone(mut self, tone: Tone) -> Self {
+        self.tone = tone;
+        self
+    }
+}
+
+impl From<&str> for Cell {
+    fn from(text: &str) -> Self {
+        Self::new(text, text)
+    }
+}
+
+impl From<String> for Cell {
+    fn from(text: String) -> Self {
+        Self::new(text.clone(), text)
+    }
+}
+
+impl From<u64> for Cell {
+    fn from(number: u64) -> Self {
+        Self::new(number.to_string(), number)
+    }
+}
+
+impl<T: Into<Cell>> From<Option<T>> for Cell {
+    fn from(cell: Option<T>) -> Self {
+        cell.map_or_else(Self::none, Into::into)
+    }
+}
+
+impl From<&retort_abi::Table> for Rows {
+    fn from(table: &retort_abi::Table) -> Self {
+        let mut rows = Self {
+            title: table.title.clone(),
+            heads: table.columns.clone(),
+            rows: Vec::new(),
+        };
+        for row in &table.rows {
+            // A plugin may give rows of any length.
+            rows.push(
+                (0..table.columns.len())
+                    .map(|place| row.get(place).map_or_else(Cell::none, Cell::json)),
+            );
+        }
+        rows
+    }
+}
+
+/// A number in brief: about six digits.
+pub fn number(value: f64) -> String {
+    let magnitude = value.abs();
+    if value.is_nan() {
+        "NaN".to_owned()
+    } else if value.is_infinite() {
+        if value > 0.0 {
+            "∞".to_owned()
+        } else {
+            "-∞".to_owned()
+        }
+    } else if value == value.trunc() && magnitude < 1e9 {
+        format!("{value}")
+    } else if (1e-4..1e9).contains(&magnitude) {
+        // Six digits in all, of which so many before the point.
+        let before = magnitude.log10().floor() as i32 + 1;
+        let text = format!("{value:.*}", usize::try_from(6 - before).unwrap_or(0));
+        if text.contains('.') {
+            text.trim_end_matches('0').trim_end_matches('.').to_owned()
+        } else {
+            text
+        }
+    } else {
+        format!("{value:.4e}")
+    }
+}
+
+/// A number of bytes in brief: `1.5 MB`.
+pub fn bytes(size: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
+    let mut value = size as f64;
+    let mut unit = 0;
+    while value >= 999.5 && unit + 1 < UNITS.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    let digits = if unit == 0 || value >= 99.95 { 0 } else { 1 };
+    format!("{value:.digits$} {}", UNITS[unit])
+}
+
+/// A duration in brief: `0.3 s`, `1m 05s`, `2h 10m`, `3d 4h`.
+pub fn duration(seconds: f64) -> String {
+    if seconds < 59.95 {
+        return format!("{:.1} s", seconds.max(0.0));
+    }
+    let whole = seconds.round() as u64;
+    let (days, hours, minutes) = (whole / 86_400, whole / 3600 % 24, whole / 60 % 60);
+    match (days, hours) {
+        (0, 0) => format!("{minutes}m {:02}s", whole % 60),
+        (0, _) => format!("{hours}h {minutes:02}m"),
+        _ => format!("{days}d {hours}h"),
+    }
+}
+
+/// How long ago something was: `just now`, `5 min ago`, `3 days ago`.
+pub fn ago(seconds: f64) -> String {
+    let count = |unit: f64, name: &str| {
+        let number = (seconds / unit).floor();
+        let plural = if number == 1.0 || name == "min" {
+            ""
+        } else {
+            "s"
+        };
+        format!("{number} {name}{plural} ago")
+    };
+    match seconds {
+        ..10.0 => "just now".to_owned(),
+        ..60.0 => format!("{seconds:.0} s ago"),
+        ..3600.0 => count(60.0, "min"),
+        ..86_400.0 => count(3600.0, "hour"),
+        _ => count(86_400.0, "day"),
+    }
+}
+
+fn toned(cell: TableCell, tone: Tone) -> TableCell {
+    match tone {
+        Tone::Plain => cell,
+        Tone::Good => cell.fg(Color::Green),
+        Tone::Bad => cell.fg(Color::Red),
+        Tone::Odd => cell.fg(Color::Yellow),
+        Tone::Dim => cell.add_attribute(Attribute::Dim),
+    }
+}
+
+/// A datum as CSV has it: texts as they are, nothing for null, the rest as JSON.
+fn plain(value: &Value) -> String {
+    match value {
+        Value::Null => String::new(),
+        Value::String(text) => text.clone(),
+        value => value.to_string(),
+    }
+}
+
+fn non_finite(value: f64) -> &'static str {
+    if value.is_nan() {
+        "NaN"
+    } else if value > 0.0 {
+        "Infinity"
+    } else {
+        "-Infinity"
+    }
+}
+
+fn is_non_finite(value: &Value) -> bool {
+    matches!(value.as_str(), Some("NaN" | "Infinity" | "-Infinity"))
+}
+
+/// A text that cannot play tricks with the terminal: names come from anywhere. Control characters are escaped; line feeds
+/// stay where a cell may have several lines.
+fn visible(text: &str, lines: bool) -> String {
+    let mut safe = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character {
+            '\n' if lines => safe.push('\n'),
+            '\n' | '\t' => safe.push(' '),
+            character if character.is_control() => safe.extend(character.escape_debug()),
+            character => safe.push(character),
+        }
+    }
+    safe
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn sample() -> Rows {
+        let mut rows = Rows::new(&["name", "value", "when"]).titled("Title");
+        rows.push([
+            "a|b".into(),
+            Cell::number(0.5),
+            Cell::new("just now", "2026-01-01"),
+        ]);
+        rows.push(["c, \"d\"".into(), Cell::number(f64::NAN), Cell::none()]);
+        rows
+    }
+
+    fn check(style: Style, expected: &str) {
+        assert_eq!(sample().render(style), expected);
+    }
+
+    #[test]
+    fn people_get_texts_and_programs_get_data() {
+        check(
+            Style::Table {
+                width: None,
+                color: false,
+            },
+            "Title\nname    value  when\na|b       0.5  just now\nc, \"d\"    NaN\n",
+        );
+        check(
+            Style::Markdown,
+            "**Title**\n\n| name | value | when |\n| --- | ---: | --- |\n| a\\|b | 0.5 | just now |\n| c, \"d\" | NaN |  |\n",
+        );
+        check(
+            Style::Csv,
+            "name,value,when\na|b,0.5,2026-01-01\n\"c, \"\"d\"\"\",NaN,\n",
+        );
+        assert_eq!(
+            sample().objects(),
+            json!([{"name": "a|b", "value": 0.5, "when": "2026-01-01"},
+                   {"name": "c, \"d\"", "value": "NaN", "when": null}])
+        );
+    }
+
+    #[test]
+    fn rows_are_wrapped_to_the_terminal_and_coloured_only_when_asked() {
+        let mut rows = Rows::new(&["name", "text"]);
+        rows.push([
+            Cell::from("state").tone(Tone::Bad),
+            Cell::from("many words that do not fit into one line"),
+        ]);
+        let narrow = rows.render(Style::Table {
+            width: Some(30),
+            color: false,
+        });
+        assert!(
+            narrow.lines().all(|line| line.chars().count() <= 30),
+            "{narrow}"
+        );
+        assert!(!narrow.contains('\x1b'), "{narrow}");
+        assert!(
+            rows.render(Style::Table {
+                width: Some(30),
+                color: true
+            })
+            .contains("\x1b[38;5;9m")
+        );
+    }
+
+    #[test]
+    fn names_cannot_play_tricks_with_the_terminal() {
+        let mut rows = Rows::new(&["name"]);
+        rows.push(["\x1b[2Jgone\r\u{7}".into()]);
+        for style in [
+            Style::Table {
+                width: Some(60),
+                color: false,
+            },
+            Style::Markdown,
+        ] {
+            let text = rows.render(style);
+            assert!(!text.contains(['\x1b', '\r', '\u{7}']), "{text:?}");
+            assert!(text.contains("gone"), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_plugins_table_may_have_ragged_rows() {
+        let table = retort_abi::Table {
+            title: "Results".into(),
+            columns: vec!["sampler".into(), "fd".into()],
+            rows: vec![
+                vec![json!("one"), json!(7.123_456_7), json!("too much")],
+                vec![json!("two")],
+            ],
+        };
+        assert_eq!(
+            Rows::from(&table).render(Style::Table {
+                width: None,
+                color: false
+            }),
+            "Results\nsampler       fd\none      7.12346\ntwo\n"
+        );
+    }
+
+    #[test]
+    fn numbers_are_brief() {
+        let check = |value: f64, expected: &str| assert_eq!(number(value), expected);
+        check(0.0, "0");
+        check(12.0, "12");
+        check(0.1 + 0.2, "0.3");
+        check(1234.5678, "1234.57");
+        check(0.001_234_567_8, "0.00123457");
+        check(1.0e-9, "1.0000e-9");
+        check(123_456_789.5, "123456790");
+        check(f64::NEG_INFINITY, "-∞");
+    }
+
+    #[test]
+    fn sizes_and_durations_are_brief() {
+        assert_eq!(
+            [0, 999, 1500, 99_950_000, 2_000_000_000].map(bytes),
+            ["0 B", "999 B", "1.5 kB", "100 MB", "2.0 GB"]
+        );
+        assert_eq!(
+            [0.0, 0.26, 59.96, 65.0, 7800.0, 300_000.0].map(duration),
+            ["0.0 s", "0.3 s", "1m 00s", "1m 05s", "2h 10m", "3d 11h"]
+        );
+        assert_eq!(
+            [3.0, 45.0, 130.0, 3700.0, 90_000.0].map(ago),
+            [
+                "just now",
+                "45 s ago",
+                "2 min ago",
+                "1 hour ago",
+                "1 day ago"
+            ]
+        );
+    }
+}

@@ -1,0 +1,174 @@
+//! Why the store could not do what it was asked to.
+
+use std::path::PathBuf;
+
+/// An error of the store. Each variant is a different thing for the user to do.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// There is no store in the directory.
+    #[error("there is no store in {}", path.display())]
+    Missing {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The store was written by a later retort.
+    #[error(
+        "the store {} was written by a newer retort (schema {found}; this one knows up to {known}): update retort or \
+         choose another --store",
+        path.display()
+    )]
+    NewerSchema {
+        /// The database.
+        path: PathBuf,
+        /// Its schema.
+        found: i64,
+        /// The last schema this program knows.
+        known: i64,
+    },
+    /// The store was written by an earlier retort and cannot be migrated, because it cannot be written to.
+    #[error(
+        "the store {} was written by an older retort (schema {found} of {known}) and cannot be migrated: {source}",
+        path.display()
+    )]
+    OlderSchema {
+        /// The database.
+        path: PathBuf,
+        /// Its schema.
+        found: i64,
+        /// The schema of this program.
+        known: i64,
+        /// Why not.
+        source: Box<StoreError>,
+    },
+    /// The file is something else.
+    #[error("{} is not a retort history ({message}): move it away or choose another --store", path.display())]
+    NotAStore {
+        /// The file.
+        path: PathBuf,
+        /// What it is instead.
+        message: String,
+    },
+    /// The store cannot be written to.
+    #[error("the store {} cannot be written to: check its permissions or choose another --store", path.display())]
+    ReadOnly {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// Another process kept the store locked for longer than one is willing to wait.
+    #[error(
+        "the store is busy: another retort process has been writing to it for more than 10 s; try again"
+    )]
+    Busy,
+    /// No space left.
+    #[error("the disk with the store is full: free some space and try again")]
+    Full,
+    /// SQLite finds the database malformed.
+    #[error("the store's history is damaged: {message}")]
+    Damaged {
+        /// What SQLite says.
+        message: String,
+    },
+    /// The file system refuses.
+    #[error("cannot use {}: {source}", path.display())]
+    Io {
+        /// The file or directory.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A reference to a run that matches none.
+    #[error("no run matches `{reference}`")]
+    NoRun {
+        /// As given.
+        reference: String,
+        /// How many runs there are, for `latest~N`.
+        runs: u64,
+    },
+    /// A prefix that several runs share.
+    #[error("`{reference}` matches {} runs: {}", candidates.len(), first(candidates))]
+    AmbiguousRun {
+        /// As given.
+        reference: String,
+        /// The runs it matches, newest first.
+        candidates: Vec<String>,
+    },
+    /// Anything else SQLite says.
+    #[error("the store's database: {0}")]
+    Sql(sqlx::Error),
+}
+
+fn first(candidates: &[String]) -> String {
+    const SHOWN: usize = 8;
+    let more = if candidates.len() > SHOWN {
+        ", ..."
+    } else {
+        ""
+    };
+    format!(
+        "{}{more}",
+        candidates[..candidates.len().min(SHOWN)].join(", ")
+    )
+}
+
+impl From<sqlx::Error> for StoreError {
+    /// Sorts what SQLite says; the caller adds the path where it matters.
+    fn from(error: sqlx::Error) -> Self {
+        let Some(database) = error.as_database_error() else {
+            return match error {
+                sqlx::Error::PoolTimedOut => Self::Busy,
+                error => Self::Sql(error),
+            };
+        };
+        let code: i32 = database
+            .code()
+            .and_then(|code| code.parse().ok())
+            .unwrap_or_default();
+        let message = database.message().to_owned();
+        match (code, code & 0xff) {
+            // Enlarging the shared memory of the write-ahead log fails in this way on a full disk.
+            (4874, _) | (_, 13) => Self::Full,
+            (_, 5 | 6) => Self::Busy,
+            (_, 11) => Self::Damaged { message },
+            _ => Self::Sql(error),
+        }
+    }
+}
+
+impl StoreError {
+    /// The same, with SQLite's complaints about a file as such turned into what they mean for the database at `path`.
+    pub(super) fn at(self, path: &std::path::Path) -> Self {
+        let Self::Sql(error) = self else { return self };
+        let Some(database) = error.as_database_error() else {
+            return Self::Sql(error);
+        };
+        let code: i32 = database
+            .code()
+            .and_then(|code| code.parse().ok())
+            .unwrap_or_default();
+        let message = database.message().to_owned();
+        match code & 0xff {
+            8 => Self::ReadOnly {
+                path: path.parent().unwrap_or(path).to_owned(),
+            },
+            26 => Self::NotAStore {
+                path: path.to_owned(),
+                message,
+            },
+            // SQLite does not say why; the file system does.
+            14 => match std::fs::OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open(path)
+            {
+                Err(source) => Self::Io {
+                    path: path.to_owned(),
+                    source,
+                },
+                Ok(_) => Self::ReadOnly {
+                    path: path.parent().unwrap_or(path).to_owned(),
+                },
+            },
+            _ => Self::Sql(error),
+        }
+    }
+}

@@ -1,0 +1,608 @@
+//! Asking the store about what was recorded. One named function per question.
+
+use retort_abi::{ArtifactMeta, Description, Failure};
+use serde::Serialize;
+use serde_json::Value;
+use sqlx::Row;
+use sqlx::sqlite::SqliteRow;
+
+use super::time::Time;
+use super::{
+    ArtifactFile, ArtifactRecord, AttemptId, AttemptState, Param, PluginIdentity, RunId, RunState,
+    StageId, StageState, Store, StoreError, Usage, json, json_or_none, variant,
+};
+
+/// Which runs to list.
+#[derive(Debug, Clone, Default)]
+pub struct RunFilter {
+    /// At most so many, the newest.
+    pub limit: Option<u32>,
+    /// In one of these states; any when empty.
+    pub states: Vec<RunState>,
+    /// Of the recipe with this name.
+    pub recipe: Option<String>,
+}
+
+/// A run in brief.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct RunSummary {
+    /// Its id.
+    pub id: RunId,
+    /// Name of its recipe.
+    pub recipe: String,
+    /// Its state, true as of now.
+    pub state: RunState,
+    /// When it began.
+    pub started: Time,
+    /// When it ended; for a lost run, when it was last heard of.
+    pub finished: Option<Time>,
+    /// From its beginning to its end, or to now, in seconds.
+    pub seconds: f64,
+    /// Its stages, counted.
+    pub stages: StageCounts,
+    /// Its tags.
+    pub tags: Vec<String>,
+    /// Why it did not succeed.
+    pub error: Option<String>,
+    /// The recipe's seed.
+    pub seed: u64,
+    /// Where the recipe lay.
+    pub recipe_path: String,
+    /// The arguments of the command.
+    pub command: Vec<String>,
+    /// The run it took up again.
+    pub resumed_from: Option<RunId>,
+}
+
+/// How many stages of a run went which way.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct StageCounts {
+    /// All of them.
+    pub total: u32,
+    /// Ran in this run, however they ended.
+    pub ran: u32,
+    /// Were taken from an earlier run.
+    pub reused: u32,
+    /// Failed.
+    pub failed: u32,
+}
+
+/// Everything about a run except its metrics and logs.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct RunDetail {
+    /// In brief.
+    #[serde(flatten)]
+    pub summary: RunSummary,
+    /// The recipe as it was written.
+    pub recipe_text: String,
+    /// The recipe with every default filled in.
+    pub resolved: Value,
+    /// Every value of it, with its origin.
+    pub params: Vec<Param>,
+    /// Where it ran.
+    pub environment: Value,
+    /// Its stages in order of execution.
+    #[serde(rename = "stage_details")]
+    pub stages: Vec<StageDetail>,
+    /// Its artifacts, those of reused stages included.
+    pub artifacts: Vec<ArtifactRow>,
+}
+
+/// A stage of a run.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct StageDetail {
+    /// Its id.
+    pub id: StageId,
+    /// Name in the recipe.
+    pub name: String,
+    /// Its kind.
+    pub kind: String,
+    /// Its state, true as of now.
+    pub state: StageState,
+    /// What ran it.
+    pub plugin: PluginIdentity,
+    /// `cpu`, `cuda:0`.
+    pub device: String,
+    /// `f32`, `bf16`.
+    pub dtype: String,
+    /// Seed of its random numbers.
+    pub seed: u64,
+    /// Complete options.
+    pub options: Value,
+    /// References: pointer into the options, name of the stage.
+    pub inputs: Vec<(String, String)>,
+    /// Its digest, once known.
+    pub digest: Option<String>,
+    /// The stage it was taken from.
+    pub reused_from: Option<SourceStage>,
+    /// Attempts made in this run.
+    pub attempts: Vec<AttemptDetail>,
+}
+
+/// Where a reused stage came from.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct SourceStage {
+    /// The run.
+    pub run: RunId,
+    /// The stage.
+    pub stage: String,
+    /// The attempt.
+    pub attempt: AttemptId,
+}
+
+/// An attempt at a stage.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct AttemptDetail {
+    /// Its id.
+    pub id: AttemptId,
+    /// 1, 2, ...
+    pub number: u32,
+    /// Its state, true as of now.
+    pub state: AttemptState,
+    /// How it ended, precisely.
+    pub reason: Option<String>,
+    /// For people.
+    pub message: Option<String>,
+    /// What the plugin said.
+    pub failure: Option<Failure>,
+    /// Facts the stage returned.
+    pub summary: Option<Value>,
+    /// Hash of the artifact that references to the stage stand for.
+    pub output: Option<String>,
+    /// When it began.
+    pub started: Time,
+    /// When it ended.
+    pub finished: Option<Time>,
+    /// From its beginning to its end, or to now while it runs; none when lost.
+    pub seconds: Option<f64>,
+    /// What it took.
+    #[serde(flatten)]
+    pub usage: Usage,
+    /// Process id of its worker.
+    pub worker_pid: u32,
+}
+
+/// An artifact of a run.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ArtifactRow {
+    /// The artifact.
+    #[serde(flatten)]
+    pub artifact: ArtifactRecord,
+    /// The run it belongs to.
+    pub run: RunId,
+    /// The stage of that run.
+    pub stage: String,
+    /// The attempt that made it.
+    pub attempt: AttemptId,
+    /// Whether the stage was reused: the attempt is another run's.
+    pub reused: bool,
+    /// Whether it is what references to the stage stand for.
+    pub is_output: bool,
+    /// When it was made.
+    pub created: Time,
+    /// Hashes of the artifacts its maker was given.
+    pub made_from: Vec<String>,
+}
+
+/// An earlier attempt that can stand for a stage with the same digest.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Success {
+    /// The attempt.
+    pub attempt: AttemptId,
+    /// The run it was made in.
+    pub run: RunId,
+    /// The artifact that references to the stage stand for. Whether it is still there is for the caller to see.
+    pub output: ArtifactRecord,
+}
+
+/// The last known execution of a stage, to tell why it would run again.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LastExecution {
+    /// The run.
+    pub run: RunId,
+    /// The stage's digest then.
+    pub digest: String,
+    /// The parts of the digest, by name.
+    pub components: Value,
+    /// How it went.
+    pub state: StageState,
+}
+
+impl Store {
+    /// Runs, newest first.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`], [`StoreError::Sql`].
+    pub async fn list_runs(&self, filter: &RunFilter) -> Result<Vec<RunSummary>, StoreError> {
+        self.reconcile().await?;
+        let states = match filter.states.as_slice() {
+            [] => None,
+            states => Some(serde_json::json!(states).to_string()),
+        };
+        self.select_runs(None, states, filter.recipe.as_deref(), filter.limit)
+            .await
+    }
+
+    /// Everything about one run except metrics and logs.
+    ///
+    /// # Errors
+    /// [`StoreError::NoRun`], [`StoreError::Damaged`], [`StoreError::Sql`].
+    pub async fn run_detail(&self, run: &RunId) -> Result<RunDetail, StoreError> {
+        self.reconcile().await?;
+        let missing = || StoreError::NoRun {
+            reference: run.0.clone(),
+            runs: 0,
+        };
+        let summary = self
+            .select_runs(Some(run), None, None, None)
+            .await?
+            .pop()
+            .ok_or_else(missing)?;
+        let row = sqlx::query("select recipe_text, resolved, environment from runs where id = ?1")
+            .bind(&run.0)
+            .fetch_one(self.pool())
+            .await?;
+        Ok(RunDetail {
+            recipe_text: row.try_get("recipe_text")?,
+            resolved: json(&row, "resolved")?,
+            environment: json(&row, "environment")?,
+            params: self.params(run).await?,
+            stages: self.stages(run, summary.state).await?,
+            artifacts: self.list_artifacts(Some(run)).await?,
+            summary,
+        })
+    }
+
+    /// The resolved values of a run with their origins, in the recipe's order of paths.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`], [`StoreError::Sql`].
+    pub async fn params(&self, run: &RunId) -> Result<Vec<Param>, StoreError> {
+        let rows = sqlx::query(
+            "select path, value, type, origin from params where run = (select key from runs where id = ?1)
+             order by path",
+        )
+        .bind(&run.0)
+        .fetch_all(self.pool())
+        .await?;
+        rows.iter()
+            .map(|row| {
+                Ok(Param {
+                    path: row.try_get("path")?,
+                    value: param_value(row)?,
+                    origin: row.try_get("origin")?,
+                })
+            })
+            .collect()
+    }
+
+    /// Artifacts of a run, or of all runs, in order of their making. An artifact of a reused stage is listed with every
+    /// run that reuses it when a run is named, and with its maker only when none is.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`], [`StoreError::Sql`].
+    pub async fn list_artifacts(
+        &self,
+        run: Option<&RunId>,
+    ) -> Result<Vec<ArtifactRow>, StoreError> {
+        let rows = sqlx::query(
+            "select o.artifact as hash, o.kind, o.name, f.size, f.files, o.meta, r.id as run, s.name as stage,
+                    v.attempt, v.reused, coalesce(a.output = o.artifact, 0) as is_output, o.created,
+                    (select json_group_array(i.artifact) from inputs i where i.attempt = o.attempt) as made_from
+             from v_stage_attempts v
+             join attempts a on a.key = v.attempt
+             join outputs o on o.attempt = v.attempt
+             join artifacts f on f.hash = o.artifact
+             join stages s on s.key = v.stage
+             join runs r on r.key = v.run
+             where case when ?1 is null then not v.reused else r.id = ?1 end
+             order by s.run, s.position, s.key, o.key",
+        )
+        .bind(run.map(|run| &run.0))
+        .fetch_all(self.pool())
+        .await?;
+        rows.iter()
+            .map(|row| {
+                Ok(ArtifactRow {
+                    artifact: artifact_record(row)?,
+                    run: RunId(row.try_get("run")?),
+                    stage: row.try_get("stage")?,
+                    attempt: AttemptId(row.try_get("attempt")?),
+                    reused: row.try_get("reused")?,
+                    is_output: row.try_get("is_output")?,
+                    created: Time(row.try_get("created")?),
+                    made_from: json(row, "made_from")?,
+                })
+            })
+            .collect()
+    }
+
+    /// The newest successful attempt with a digest.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`], [`StoreError::Sql`].
+    pub async fn find_success(&self, digest: &str) -> Result<Option<Success>, StoreError> {
+        let row = sqlx::query(
+            "select a.key as attempt, r.id as run, o.artifact as hash, o.kind, o.name, f.size, f.files, o.meta
+             from attempts a
+             join outputs o on o.attempt = a.key and o.artifact = a.output
+             join artifacts f on f.hash = o.artifact
+             join stages s on s.key = a.stage
+             join runs r on r.key = s.run
+             where a.digest = ?1 and a.state = 'succeeded'
+             order by a.key desc, o.key desc limit 1",
+        )
+        .bind(digest)
+        .fetch_optional(self.pool())
+        .await?;
+        row.map(|row| {
+            Ok(Success {
+                attempt: AttemptId(row.try_get("attempt")?),
+                run: RunId(row.try_get("run")?),
+                output: artifact_record(&row)?,
+            })
+        })
+        .transpose()
+    }
+
+    /// The newest execution, or reuse, of a stage of this name in a run of a recipe of that name.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`], [`StoreError::Sql`].
+    pub async fn last_execution(
+        &self,
+        recipe: &str,
+        stage: &str,
+    ) -> Result<Option<LastExecution>, StoreError> {
+        let row = sqlx::query(
+            "select r.id, r.state as run_state, s.digest, s.components, s.state
+             from runs r join stages s on s.run = r.key and s.name = ?2
+             where r.recipe = ?1 and s.digest is not null
+             order by r.created desc, r.key desc limit 1",
+        )
+        .bind(recipe)
+        .bind(stage)
+        .fetch_optional(self.pool())
+        .await?;
+        row.map(|row| {
+            Ok(LastExecution {
+                run: RunId(row.try_get("id")?),
+                digest: row.try_get("digest")?,
+                components: json(&row, "components")?,
+                state: shown(variant(&row, "state")?, variant(&row, "run_state")?),
+            })
+        })
+        .transpose()
+    }
+
+    /// What a plugin, by the hash of its file, said of itself.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`], [`StoreError::Sql`].
+    pub async fn cached_description(
+        &self,
+        plugin_hash: &str,
+    ) -> Result<Option<Description>, StoreError> {
+        let row = sqlx::query("select description from descriptions where plugin_hash = ?1")
+            .bind(plugin_hash)
+            .fetch_optional(self.pool())
+            .await?;
+        // A description of another version of the messages is no description: the plugin is asked again.
+        Ok(row.and_then(|row| json(&row, "description").ok()))
+    }
+
+    async fn select_runs(
+        &self,
+        run: Option<&RunId>,
+        states: Option<String>,
+        recipe: Option<&str>,
+        limit: Option<u32>,
+    ) -> Result<Vec<RunSummary>, StoreError> {
+        let rows = sqlx::query(
+            "with shown as (
+                 select *, case when state in ('queued', 'running') and id in (select value from json_each(?1))
+                                then 'lost' else state end as true_state
+                 from runs
+             )
+             select id, recipe, true_state, created, finished, error, seed, recipe_path, command, resumed_from,
+                    (select heartbeat from leases where run = key) as heartbeat,
+                    (select json_group_array(tag) from tags where run = key) as tags,
+                    (select count(*) from stages where run = key) as total,
+                    (select count(*) from stages s where run = shown.key
+                        and exists (select 1 from attempts where stage = s.key)) as ran,
+                    (select count(*) from stages where run = key and state = 'reused') as reused,
+                    (select count(*) from stages where run = key and state = 'failed') as failed
+             from shown
+             where (?2 is null or id = ?2)
+               and (?3 is null or true_state in (select value from json_each(?3)))
+               and (?4 is null or recipe = ?4)
+             order by created desc, key desc
+             limit ?5",
+        )
+        .bind(self.unrecorded_lost())
+        .bind(run.map(|run| &run.0))
+        .bind(states)
+        .bind(recipe)
+        .bind(limit.map_or(-1, i64::from))
+        .fetch_all(self.pool())
+        .await?;
+        Ok(rows
+            .iter()
+            .map(run_summary)
+            .collect::<Result<_, sqlx::Error>>()?)
+    }
+
+    async fn stages(
+        &self,
+        run: &RunId,
+        run_state: RunState,
+    ) -> Result<Vec<StageDetail>, StoreError> {
+        let rows = sqlx::query(
+            "select s.key, s.name, s.kind, s.state, s.plugin, s.plugin_version, s.plugin_hash, s.device, s.dtype,
+                    s.seed, s.options, s.inputs, s.digest, s.reused_from, sr.id as source_run, ss.name as source_stage
+             from stages s
+             left join attempts a on a.key = s.reused_from
+             left join stages ss on ss.key = a.stage
+             left join runs sr on sr.key = ss.run
+             where s.run = (select key from runs where id = ?1)
+             order by s.position, s.key",
+        )
+        .bind(&run.0)
+        .fetch_all(self.pool())
+        .await?;
+        let mut stages = Vec::with_capacity(rows.len());
+        for row in &rows {
+            let id = StageId(row.try_get("key")?);
+            stages.push(StageDetail {
+                id,
+                name: row.try_get("name")?,
+                kind: row.try_get("kind")?,
+                state: shown(variant(row, "state")?, run_state),
+                plugin: PluginIdentity {
+                    name: row.try_get("plugin")?,
+                    version: row.try_get("plugin_version")?,
+                    hash: row.try_get("plugin_hash")?,
+                },
+                device: row.try_get("device")?,
+                dtype: row.try_get("dtype")?,
+                seed: row.try_get::<i64, _>("seed")?.cast_unsigned(),
+                options: json(row, "options")?,
+                inputs: json(row, "inputs")?,
+                digest: row.try_get("digest")?,
+                reused_from: source_stage(row)?,
+                attempts: self.attempts(id, run_state).await?,
+            });
+        }
+        Ok(stages)
+    }
+
+    async fn attempts(
+        &self,
+        stage: StageId,
+        run_state: RunState,
+    ) -> Result<Vec<AttemptDetail>, StoreError> {
+        let rows = sqlx::query(
+            "select key, number, state, reason, message, failure, summary, output, started, finished, cpu_seconds,
+                    max_rss, worker_pid
+             from attempts where stage = ?1 order by number",
+        )
+        .bind(stage.0)
+        .fetch_all(self.pool())
+        .await?;
+        Ok(rows
+            .iter()
+            .map(|row| attempt_detail(row, run_state))
+            .collect::<Result<_, sqlx::Error>>()?)
+    }
+}
+
+/// The state of a stage as recorded, seen in the light of the state of its run.
+fn shown(stage: StageState, run: RunState) -> StageState {
+    match (stage, run) {
+        (StageState::Queued | StageState::Running, RunState::Queued | RunState::Running) => stage,
+        (StageState::Running, RunState::Lost) => StageState::Lost,
+        (StageState::Queued | StageState::Running, _) => StageState::Skipped,
+        _ => stage,
+    }
+}
+
+fn run_summary(row: &SqliteRow) -> Result<RunSummary, sqlx::Error> {
+    let state: RunState = variant(row, "true_state")?;
+    let started = Time(row.try_get("created")?);
+    let heard_of = if state == RunState::Lost {
+        row.try_get("heartbeat")?
+    } else {
+        None
+    };
+    let finished = row
+        .try_get::<Option<i64>, _>("finished")?
+        .or(heard_of)
+        .map(Time);
+    Ok(RunSummary {
+        id: RunId(row.try_get("id")?),
+        recipe: row.try_get("recipe")?,
+        state,
+        started,
+        finished,
+        seconds: finished
+            .unwrap_or_else(Time::now)
+            .since(started)
+            .as_secs_f64(),
+        stages: StageCounts {
+            total: row.try_get("total")?,
+            ran: row.try_get("ran")?,
+            reused: row.try_get("reused")?,
+            failed: row.try_get("failed")?,
+        },
+        tags: json(row, "tags")?,
+        error: row.try_get("error")?,
+        seed: row.try_get::<i64, _>("seed")?.cast_unsigned(),
+        recipe_path: row.try_get("recipe_path")?,
+        command: json(row, "command")?,
+        resumed_from: row.try_get::<Option<String>, _>("resumed_from")?.map(RunId),
+    })
+}
+
+fn attempt_detail(row: &SqliteRow, run_state: RunState) -> Result<AttemptDetail, sqlx::Error> {
+    let mut state: AttemptState = variant(row, "state")?;
+    if state == AttemptState::Running && !matches!(run_state, RunState::Queued | RunState::Running)
+    {
+        state = AttemptState::Lost;
+    }
+    let started = Time(row.try_get("started")?);
+    let finished = row.try_get::<Option<i64>, _>("finished")?.map(Time);
+    let until = finished.or((state == AttemptState::Running).then(Time::now));
+    Ok(AttemptDetail {
+        id: AttemptId(row.try_get("key")?),
+        number: row.try_get("number")?,
+        state,
+        reason: row.try_get("reason")?,
+        message: row.try_get("message")?,
+        failure: json_or_none(row, "failure")?,
+        summary: json_or_none(row, "summary")?,
+        output: row.try_get("output")?,
+        started,
+        finished,
+        seconds: until.map(|until| until.since(started).as_secs_f64()),
+        usage: Usage {
+            cpu_seconds: row.try_get("cpu_seconds")?,
+            max_rss: row
+                .try_get::<Option<i64>, _>("max_rss")?
+                .map(i64::cast_unsigned),
+        },
+        worker_pid: row.try_get("worker_pid")?,
+    })
+}
+
+fn source_stage(row: &SqliteRow) -> Result<Option<SourceStage>, sqlx::Error> {
+    let Some(attempt) = row.try_get::<Option<i64>, _>("reused_from")? else {
+        return Ok(None);
+    };
+    Ok(Some(SourceStage {
+        run: RunId(row.try_get("source_run")?),
+        stage: row.try_get("source_stage")?,
+        attempt: AttemptId(attempt),
+    }))
+}
+
+fn artifact_record(row: &SqliteRow) -> Result<ArtifactRecord, sqlx::Error> {
+    Ok(ArtifactRecord {
+        hash: row.try_get("hash")?,
+        kind: row.try_get("kind")?,
+        name: row.try_get("name")?,
+        size: row.try_get::<i64, _>("size")?.cast_unsigned(),
+        files: json::<Vec<ArtifactFile>>(row, "files")?,
+        meta: json::<ArtifactMeta>(row, "meta")?,
+    })
+}
+
+fn param_value(row: &SqliteRow) -> Result<Value, sqlx::Error> {
+    Ok(match row.try_get("type")? {
+        "boolean" => Value::Bool(row.try_get("value")?),
+        "integer" => Value::from(row.try_get::<i64, _>("value")?),
+        "real" => Value::from(row.try_get::<f64, _>("value")?),
+        "text" => Value::from(row.try_get::<String, _>("value")?),
+        "array" | "object" => json(row, "value")?,
+        _ => Value::Null,
+    })
+}

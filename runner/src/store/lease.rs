@@ -1,0 +1,228 @@
+//! Whether the runner of a run still lives.
+//!
+//! A lease names the process: machine boot, namespace of process ids, pid, and the moment the process began (pids are
+//! used again; a pid that began at another moment is somebody else). Where the reader shares boot and namespace with
+//! the runner, the process table decides, whatever the clock says. Elsewhere (another machine, another container) only
+//! the age of the heartbeat can.
+//!
+//! A runner that was only slow, or whose machine's clock was set, may be taken for lost from elsewhere: its next
+//! heartbeat, or its end, puts the record right.
+
+use std::time::Duration;
+
+use sqlx::Row;
+use sqlx::sqlite::SqliteConnection;
+
+use super::time::Time;
+use super::{RunId, Store, StoreError, schema};
+
+/// A heartbeat older than this, seen from another machine, means that the runner is gone. Runners beat every few
+/// seconds; the rest is for clocks that differ and for busy disks.
+const HEARTBEAT_LIMIT: Duration = Duration::from_secs(120);
+
+/// A process, named so that it can be told from every other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Holder {
+    pub(super) host: String,
+    pub(super) boot: String,
+    pub(super) pid_namespace: String,
+    pub(super) pid: u32,
+    pub(super) process_started: u64,
+}
+
+impl Holder {
+    /// This process.
+    pub(super) fn this_process() -> Self {
+        let read = |path: &str| {
+            std::fs::read_to_string(path)
+                .unwrap_or_default()
+                .trim()
+                .to_owned()
+        };
+        let pid = std::process::id();
+        Self {
+            host: read("/proc/sys/kernel/hostname"),
+            boot: read("/proc/sys/kernel/random/boot_id"),
+            pid_namespace: std::fs::read_link("/proc/self/ns/pid")
+                .map(|link| link.to_string_lossy().into_owned())
+                .unwrap_or_default(),
+            pid,
+            process_started: started(pid).unwrap_or_default(),
+        }
+    }
+
+    /// Whether this process still lives, as far as `reader` can tell.
+    fn lives(&self, reader: &Holder, heartbeat: Time, now: Time) -> bool {
+        if self.boot == reader.boot
+            && self.pid_namespace == reader.pid_namespace
+            && !self.boot.is_empty()
+        {
+            started(self.pid) == Some(self.process_started)
+        } else {
+            now.since(heartbeat) <= HEARTBEAT_LIMIT
+        }
+    }
+}
+
+/// When a process began, in clock ticks since boot; none when there is no such process, or only its remains.
+fn started(pid: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The second field, the name in brackets, may hold spaces and brackets: count from behind it.
+    let (_, after) = stat.rsplit_once(')')?;
+    let mut fields = after.split_ascii_whitespace();
+    if matches!(fields.next()?, "Z" | "X") {
+        return None;
+    }
+    fields.nth(18)?.parse().ok()
+}
+
+impl Store {
+    /// Says that the runner of `run` (this process) lives; to be called every few seconds. A run that another process
+    /// took for lost meanwhile is running again.
+    ///
+    /// # Errors
+    /// [`StoreError::Busy`], [`StoreError::Full`]: the run may go on, the next heartbeat will do.
+    pub async fn heartbeat(&self, run: &RunId) -> Result<(), StoreError> {
+        let mut write = self.write().await?;
+        sqlx::query(
+            "update leases set heartbeat = ?2 where run = (select key from runs where id = ?1)",
+        )
+        .bind(&run.0)
+        .bind(Time::now().0)
+        .execute(&mut *write)
+        .await?;
+        sqlx::query(
+            "update runs set state = 'running', finished = null where id = ?1 and state = 'lost'",
+        )
+        .bind(&run.0)
+        .execute(&mut *write)
+        .await?;
+        write.commit().await
+    }
+
+    /// Marks as lost the runs whose runner is gone. Where that cannot be written down it is remembered and shown.
+    pub(super) async fn reconcile(&self) -> Result<(), StoreError> {
+        let gone = gone(&mut *self.pool().acquire().await?).await?;
+        if gone.is_empty() {
+            return Ok(());
+        }
+        let recorded = async {
+            let mut connection = schema::connect_for_writing(self.dir()).await?;
+            for (key, _) in &gone {
+                // The lease is kept: should its holder live after all, its heartbeat still has a place to go.
+                sqlx::query(
+                    "update runs set state = 'lost', finished = (select heartbeat from leases where run = key)
+                     where key = ?1 and state in ('queued', 'running')",
+                )
+                .bind(key)
+                .execute(&mut connection)
+                .await?;
+            }
+            Ok::<_, StoreError>(())
+        };
+        if let Err(error) = recorded.await {
+            tracing::debug!(%error, "lost runs could not be recorded as such");
+            let mut lost = self
+                .lost
+                .lock()
+                .unwrap_or_else(|poisoned| poisoned.into_inner());
+            lost.extend(gone.into_iter().map(|(_, id)| id));
+        }
+        Ok(())
+    }
+
+    /// The runs known to be lost but not recorded so, as a JSON list for SQL's `json_each`.
+    pub(super) fn unrecorded_lost(&self) -> String {
+        let lost = self
+            .lost
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        serde_json::Value::from_iter(lost.iter().map(String::as_str)).to_string()
+    }
+}
+
+/// Keys and ids of the runs that are recorded as alive, and are not.
+async fn gone(connection: &mut SqliteConnection) -> Result<Vec<(i64, String)>, StoreError> {
+    let rows = sqlx::query(
+        "select r.key, r.id, l.host, l.boot, l.pid_namespace, l.pid, l.process_started, l.heartbeat
+         from runs r join leases l on l.run = r.key
+         where r.state in ('queued', 'running')",
+    )
+    .fetch_all(connection)
+    .await?;
+    if rows.is_empty() {
+        return Ok(Vec::new());
+    }
+    let (reader, now) = (Holder::this_process(), Time::now());
+    let mut gone = Vec::new();
+    for row in rows {
+        let holder = Holder {
+            host: row.try_get("host")?,
+            boot: row.try_get("boot")?,
+            pid_namespace: row.try_get("pid_namespace")?,
+            pid: row.try_get("pid")?,
+            process_started: row.try_get::<i64, _>("process_started")?.cast_unsigned(),
+        };
+        if !holder.lives(&reader, Time(row.try_get("heartbeat")?), now) {
+            gone.push((row.try_get("key")?, row.try_get("id")?));
+        }
+    }
+    Ok(gone)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(change: impl Fn(&mut Holder), heartbeat_age_s: i64, lives: bool) {
+        let reader = Holder::this_process();
+        let mut holder = reader.clone();
+        change(&mut holder);
+        let now = Time::now();
+        assert_eq!(
+            holder.lives(&reader, Time(now.0 - heartbeat_age_s * 1000), now),
+            lives,
+            "{holder:?}"
+        );
+    }
+
+    #[test]
+    fn on_the_same_machine_the_process_decides_and_not_the_clock() {
+        check(|_| {}, 1_000_000, true);
+        check(|_| {}, -1_000_000, true);
+        check(|holder| holder.process_started += 1, 0, false);
+        check(|holder| holder.pid = 0x7fff_fff0, 0, false);
+    }
+
+    #[test]
+    fn elsewhere_the_heartbeat_decides() {
+        check(|holder| holder.boot = "another".into(), 1, true);
+        check(|holder| holder.boot = "another".into(), 1_000, false);
+        check(
+            |holder| (holder.pid, holder.pid_namespace) = (1, "another container".into()),
+            1,
+            true,
+        );
+        check(
+            |holder| (holder.pid, holder.pid_namespace) = (1, "another container".into()),
+            1_000,
+            false,
+        );
+        // A clock ahead of ours is no reason to give a run up.
+        check(|holder| holder.boot = "another".into(), -1_000, true);
+    }
+
+    #[test]
+    fn the_remains_of_a_process_do_not_live() {
+        let mut child = std::process::Command::new("true")
+            .spawn()
+            .expect("`true` exists");
+        let pid = child.id();
+        // Not yet waited for, the child becomes a zombie: present in the process table, gone for us.
+        while started(pid).is_some() {
+            std::thread::yield_now();
+        }
+        child.wait().expect("own child");
+        assert_eq!(started(pid), None);
+    }
+}

@@ -1,0 +1,80 @@
+//! From what people type to a run: `latest`, `latest~1`, a tag, the beginning of an id.
+
+use super::{RunId, Store, StoreError};
+
+impl Store {
+    /// The run meant by `reference`: `latest`, `latest~N` (N runs before it), the newest run with that tag, the whole id
+    /// or a beginning of an id that no other run shares; tried in this order.
+    ///
+    /// # Errors
+    /// [`StoreError::NoRun`], [`StoreError::AmbiguousRun`].
+    pub async fn resolve_run(&self, reference: &str) -> Result<RunId, StoreError> {
+        self.reconcile().await?;
+        let found = match steps_back(reference) {
+            Some(steps) => self.run_before_latest(steps).await?,
+            None => match self.run_by_tag(reference).await? {
+                Some(id) => Some(id),
+                None => self.run_by_prefix(reference).await?,
+            },
+        };
+        match found {
+            Some(id) => Ok(RunId(id)),
+            None => Err(StoreError::NoRun {
+                reference: reference.to_owned(),
+                runs: self.count_runs().await?,
+            }),
+        }
+    }
+
+    async fn run_before_latest(&self, steps: u32) -> Result<Option<String>, StoreError> {
+        let found = sqlx::query_scalar(
+            "select id from runs order by created desc, key desc limit 1 offset ?1",
+        );
+        Ok(found.bind(steps).fetch_optional(self.pool()).await?)
+    }
+
+    async fn run_by_tag(&self, tag: &str) -> Result<Option<String>, StoreError> {
+        let found = sqlx::query_scalar(
+            "select r.id from tags t join runs r on r.key = t.run where t.tag = ?1
+             order by r.created desc, r.key desc limit 1",
+        );
+        Ok(found.bind(tag).fetch_optional(self.pool()).await?)
+    }
+
+    async fn run_by_prefix(&self, prefix: &str) -> Result<Option<String>, StoreError> {
+        // Ids are lower case, and have no characters that one could mistake for another; people have.
+        let prefix = prefix.trim().to_ascii_lowercase();
+        if prefix.is_empty() || !prefix.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+            return Ok(None);
+        }
+        let mut found: Vec<String> = sqlx::query_scalar(
+            "select id from runs where id >= ?1 and id < ?1 || '~' order by created desc, key desc",
+        )
+        .bind(&prefix)
+        .fetch_all(self.pool())
+        .await?;
+        if found.len() > 1 {
+            return Err(StoreError::AmbiguousRun {
+                reference: prefix,
+                candidates: found,
+            });
+        }
+        Ok(found.pop())
+    }
+
+    async fn count_runs(&self) -> Result<u64, StoreError> {
+        let count: i64 = sqlx::query_scalar("select count(*) from runs")
+            .fetch_one(self.pool())
+            .await?;
+        Ok(count.cast_unsigned())
+    }
+}
+
+/// How many runs before the latest are meant; none when the reference is not of this form.
+fn steps_back(reference: &str) -> Option<u32> {
+    match reference.trim().strip_prefix("latest")? {
+        "" => Some(0),
+        "~" => Some(1),
+        rest => rest.strip_prefix('~')?.parse().ok(),
+    }
+}

@@ -1,0 +1,256 @@
+//! The database file: opening it, and bringing its schema up to date.
+//!
+//! Migrations are the files of `migrations/`, in order, each applied once; `pragma user_version` counts them. They are
+//! not left to sqlx's migrator because that takes no lock on SQLite: of many processes opening one new store at once,
+//! all but one would fail. Here the first takes a file lock, the others wait for it and find the work done.
+
+use std::fs::{File, TryLockError};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use sqlx::sqlite::{
+    SqliteConnectOptions, SqliteConnection, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
+};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
+
+use super::{BUSY_TIMEOUT, StoreError};
+
+/// Every migration, in order. Append only.
+pub(super) const MIGRATIONS: &[&str] = &[include_str!("../../../migrations/0001_history.sql")];
+
+/// `rtrt`: tells the history of retort from any other SQLite database.
+const APPLICATION_ID: i64 = 0x7274_7274;
+
+/// The database of a store.
+pub(super) fn path_of(dir: &Path) -> PathBuf {
+    dir.join("history.db")
+}
+
+/// Opens, and makes or migrates if need be.
+pub(super) async fn open_for_writing(dir: &Path) -> Result<SqlitePool, StoreError> {
+    let path = path_of(dir);
+    migrate(dir, MIGRATIONS).await?;
+    Ok(pool(options(&path), 4))
+}
+
+/// Opens for questions only. An older schema is migrated first, by way of a connection that may write.
+pub(super) async fn open_for_reading(dir: &Path) -> Result<SqlitePool, StoreError> {
+    let path = path_of(dir);
+    match path.try_exists() {
+        Ok(true) => {}
+        Ok(false) => {
+            return Err(StoreError::Missing {
+                path: dir.to_owned(),
+            });
+        }
+        Err(source) => return Err(StoreError::Io { path, source }),
+    }
+    let known = newest(MIGRATIONS);
+    let mut read = options(&path).read_only(true);
+    let state = match inspect(&read, &path).await {
+        Ok(state) => state,
+        // A database in WAL mode needs two more files beside it. Where they are absent and cannot be made, nobody
+        // else is writing either, and the database can be read as it lies.
+        Err(StoreError::Io { .. } | StoreError::ReadOnly { .. }) if !wal_of(&path).exists() => {
+            read = read.immutable(true);
+            inspect(&read, &path).await?
+        }
+        Err(error) => return Err(error),
+    };
+    check_version(&state, known, &path)?;
+    if state.version < known {
+        migrate(dir, MIGRATIONS)
+            .await
+            .map_err(|error| match error {
+                // Nothing has been made of it yet: there is nothing to ask.
+                _ if state.version == 0 => StoreError::Missing {
+                    path: dir.to_owned(),
+                },
+                error => StoreError::OlderSchema {
+                    path: path.clone(),
+                    found: state.version,
+                    known,
+                    source: Box::new(error),
+                },
+            })?;
+    }
+    Ok(pool(read, 2))
+}
+
+/// A connection that may write to an existing, current store.
+pub(super) async fn connect_for_writing(dir: &Path) -> Result<SqliteConnection, StoreError> {
+    let path = path_of(dir);
+    // A reader makes up its mind quickly; what it cannot note down now, the next one will.
+    let options = options(&path).busy_timeout(Duration::from_millis(200));
+    options
+        .connect()
+        .await
+        .map_err(|error| StoreError::from(error).at(&path))
+}
+
+/// Brings the database of `dir` to the last of `migrations`, making directory and file if need be.
+pub(super) async fn migrate(dir: &Path, migrations: &[&'static str]) -> Result<(), StoreError> {
+    let path = path_of(dir);
+    let known = newest(migrations);
+    let existing = options(&path);
+    if std::fs::metadata(&path).is_ok_and(|file| file.len() > 0) {
+        let state = inspect(&existing, &path).await?;
+        check_version(&state, known, &path)?;
+        if state.version == known {
+            return Ok(());
+        }
+    }
+    make_directory(dir)?;
+    let _turn = lock(dir).await?;
+
+    // Only here, alone, is the journal's mode set: the file remembers it.
+    let options = existing.create_if_missing(true);
+    let at = |error: sqlx::Error| StoreError::from(error).at(&path);
+    let mut connection = options.connect().await.map_err(at)?;
+    let state = read_state(&mut connection).await.map_err(at)?;
+    check_version(&state, known, &path)?;
+    sqlx::raw_sql("pragma journal_mode = wal")
+        .execute(&mut connection)
+        .await
+        .map_err(at)?;
+    let mut transaction = connection.begin_with("begin immediate").await.map_err(at)?;
+    let state = read_state(&mut transaction).await.map_err(at)?;
+    check_version(&state, known, &path)?;
+    for migration in &migrations[usize::try_from(state.version).unwrap_or(0)..] {
+        sqlx::raw_sql(*migration)
+            .execute(&mut *transaction)
+            .await
+            .map_err(at)?;
+    }
+    let stamp = format!("pragma application_id = {APPLICATION_ID}; pragma user_version = {known}");
+    sqlx::raw_sql(AssertSqlSafe(stamp))
+        .execute(&mut *transaction)
+        .await
+        .map_err(at)?;
+    transaction.commit().await.map_err(at)?;
+    connection.close().await.map_err(at)
+}
+
+/// What the header of a database says.
+struct State {
+    version: i64,
+    application: i64,
+    tables: i64,
+}
+
+fn newest(migrations: &[&str]) -> i64 {
+    i64::try_from(migrations.len()).unwrap_or(i64::MAX)
+}
+
+fn check_version(state: &State, known: i64, path: &Path) -> Result<(), StoreError> {
+    if state.application != APPLICATION_ID && (state.tables > 0 || state.version != 0) {
+        let message = "an SQLite database of another program".to_owned();
+        return Err(StoreError::NotAStore {
+            path: path.to_owned(),
+            message,
+        });
+    }
+    if state.version > known {
+        return Err(StoreError::NewerSchema {
+            path: path.to_owned(),
+            found: state.version,
+            known,
+        });
+    }
+    Ok(())
+}
+
+async fn inspect(options: &SqliteConnectOptions, path: &Path) -> Result<State, StoreError> {
+    let at = |error: sqlx::Error| StoreError::from(error).at(path);
+    let mut connection = options.connect().await.map_err(at)?;
+    let state = read_state(&mut connection).await.map_err(at)?;
+    connection.close().await.map_err(at)?;
+    Ok(state)
+}
+
+async fn read_state(connection: &mut SqliteConnection) -> Result<State, sqlx::Error> {
+    let (version, application, tables) = sqlx::query_as(
+        "select (select user_version from pragma_user_version), (select application_id from pragma_application_id),
+                (select count(*) from sqlite_schema)",
+    )
+    .fetch_one(connection)
+    .await?;
+    Ok(State {
+        version,
+        application,
+        tables,
+    })
+}
+
+fn options(path: &Path) -> SqliteConnectOptions {
+    SqliteConnectOptions::new()
+        .filename(path)
+        .foreign_keys(true)
+        .busy_timeout(BUSY_TIMEOUT)
+        // With a write-ahead log: a crash of the machine may lose the last moments, never the database.
+        .synchronous(SqliteSynchronous::Normal)
+        .disable_statement_logging()
+}
+
+fn pool(options: SqliteConnectOptions, connections: u32) -> SqlitePool {
+    SqlitePoolOptions::new()
+        .max_connections(connections)
+        .acquire_timeout(BUSY_TIMEOUT * 2)
+        .test_before_acquire(false)
+        .idle_timeout(None)
+        .max_lifetime(None)
+        .connect_lazy_with(options)
+}
+
+fn wal_of(path: &Path) -> PathBuf {
+    let mut wal = path.as_os_str().to_owned();
+    wal.push("-wal");
+    wal.into()
+}
+
+/// Makes the directory; a new one tells git to leave it alone.
+fn make_directory(dir: &Path) -> Result<(), StoreError> {
+    if dir.is_dir() {
+        return Ok(());
+    }
+    std::fs::create_dir_all(dir).map_err(|error| refused(dir, dir, error))?;
+    let ignore = dir.join(".gitignore");
+    std::fs::write(&ignore, "*\n").map_err(|error| refused(dir, &ignore, error))
+}
+
+/// Waits for the right to make or migrate the store.
+async fn lock(dir: &Path) -> Result<File, StoreError> {
+    let path = dir.join("migrate.lock");
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path);
+    let file = file.map_err(|error| refused(dir, &path, error))?;
+    let start = Instant::now();
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::WouldBlock) if start.elapsed() > BUSY_TIMEOUT => {
+                return Err(StoreError::Busy);
+            }
+            Err(TryLockError::WouldBlock) => tokio::time::sleep(Duration::from_millis(5)).await,
+            Err(TryLockError::Error(source)) => return Err(refused(dir, &path, source)),
+        }
+    }
+}
+
+/// Tells a full disk and a lack of permission from other refusals of the file system.
+fn refused(dir: &Path, path: &Path, source: std::io::Error) -> StoreError {
+    use std::io::ErrorKind::{PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+    match source.kind() {
+        StorageFull | QuotaExceeded => StoreError::Full,
+        PermissionDenied | ReadOnlyFilesystem => StoreError::ReadOnly {
+            path: dir.to_owned(),
+        },
+        _ => StoreError::Io {
+            path: path.to_owned(),
+            source,
+        },
+    }
+}
