@@ -1,0 +1,324 @@
+//! Rules of the repository: what ARCHITECTURE.md and README.md promise and a program can check.
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+#[test]
+fn the_map_stays_short() {
+    let lines = read("ARCHITECTURE.md").lines().count();
+    assert!(
+        lines < 200,
+        "ARCHITECTURE.md has {lines} lines; it is a map, keep it below 200"
+    );
+}
+
+#[test]
+fn the_map_names_files_that_exist() {
+    let text = read("ARCHITECTURE.md");
+    let map = text.split("## The map").nth(1).expect("a map");
+    let map = map.split("\n## ").next().unwrap_or(map);
+    let mut crates = PathBuf::new();
+    let mut seen = 0;
+    for line in map.lines().filter(|line| line.starts_with("    ")) {
+        let indent = line.len() - line.trim_start().len();
+        // Names are separated from what they are by two spaces or, when long, by one.
+        let names = line.trim().split("  ").next().unwrap_or_default();
+        for name in names.split(", ").filter_map(|name| name.split(' ').next()) {
+            let path = if indent == 4 {
+                PathBuf::from(name)
+            } else {
+                crates.join("src").join(name)
+            };
+            if indent == 4 {
+                crates = path.clone();
+            }
+            assert!(
+                root().join(&path).exists(),
+                "ARCHITECTURE.md names {}",
+                path.display()
+            );
+            seen += 1;
+        }
+    }
+    assert!(seen > 20, "the map was read");
+}
+
+#[test]
+fn modules_are_files_named_by_their_noun() {
+    for file in sources() {
+        assert!(
+            file.file_name() != Some(OsStr::new("mod.rs")),
+            "{}",
+            file.display()
+        );
+    }
+}
+
+#[test]
+fn one_module_knows_serde_yaml() {
+    let this = Path::new(file!()).file_name().unwrap();
+    let users: Vec<PathBuf> = sources()
+        .into_iter()
+        .filter(|file| file.file_name() != Some(this))
+        .filter(|file| {
+            fs::read_to_string(file).unwrap().lines().any(|line| {
+                let code = line.split("//").next().unwrap_or_default();
+                code.contains("serde_yaml")
+            })
+        })
+        .collect();
+    assert_eq!(users, [root().join("runner/src/yaml.rs")]);
+}
+
+#[test]
+fn dependencies_are_versioned_once() {
+    for manifest in files(root(), "Cargo.toml") {
+        if manifest == root().join("Cargo.toml") {
+            continue;
+        }
+        let text = fs::read_to_string(&manifest).unwrap();
+        let mut in_dependencies = false;
+        for line in text.lines().map(str::trim).filter(|line| !line.is_empty()) {
+            if line.starts_with('[') {
+                in_dependencies = line.ends_with("dependencies]");
+            } else if in_dependencies && !line.starts_with('#') {
+                assert!(
+                    line.contains("workspace = true"),
+                    "{}: {line}",
+                    manifest.display()
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn migrations_are_numbered_without_gaps() {
+    let mut names: Vec<String> = fs::read_dir(root().join("migrations"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    assert!(!names.is_empty());
+    for (name, number) in names.iter().zip(1..) {
+        assert!(
+            name.starts_with(&format!("{number:04}_")) && name.ends_with(".sql"),
+            "expected {number:04}_*.sql, found {name}"
+        );
+    }
+}
+
+#[test]
+fn data_is_attributed() {
+    let notice = read("recipes/data/README.md");
+    for entry in fs::read_dir(root().join("recipes/data")).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        assert!(
+            name == "README.md" || notice.contains(&format!("`{name}`")),
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn commands_of_the_readme_exist() {
+    let readme = read("README.md");
+    let commands: Vec<&str> = readme
+        .lines()
+        .filter_map(|line| line.strip_prefix("    "))
+        .collect();
+    let makefile = read("Makefile");
+    for target in commands
+        .iter()
+        .filter_map(|line| line.strip_prefix("make "))
+    {
+        assert!(makefile.contains(&format!("\n{target}:")), "make {target}");
+    }
+    for needed in ["make digits", "make test"] {
+        assert!(commands.contains(&needed), "{needed}");
+    }
+
+    let Some(retort) = retort() else { return };
+    let words: BTreeSet<&str> = commands
+        .iter()
+        .filter_map(|line| line.strip_prefix("retort ")?.split(' ').next())
+        .collect();
+    assert!(words.len() > 5, "commands were found: {words:?}");
+    for command in words {
+        let help = Command::new(&retort)
+            .args([command, "--help"])
+            .output()
+            .unwrap();
+        assert!(
+            help.status.success(),
+            "retort {command} --help: {}",
+            shown(&help)
+        );
+    }
+}
+
+#[test]
+fn exit_codes_are_the_same_everywhere() {
+    let Some(retort) = retort() else { return };
+    let help = Command::new(retort).arg("--help").output().unwrap();
+    let help = String::from_utf8(help.stdout).unwrap();
+    let documented = help
+        .split("Exit codes:")
+        .nth(1)
+        .expect("exit codes in the help");
+    let codes = |text: &str, separator: &[char]| -> BTreeSet<u8> {
+        text.lines()
+            .filter_map(|line| {
+                line.trim()
+                    .split(separator)
+                    .find(|cell| !cell.is_empty())?
+                    .trim()
+                    .parse()
+                    .ok()
+            })
+            .collect()
+    };
+    let readme = read("README.md");
+    let table = readme.split("## Exit codes").nth(1).unwrap();
+    let table = table.split("\n## ").next().unwrap();
+    let expected = BTreeSet::from([0, 1, 2, 3, 4, 5, 75, 100, 130]);
+    assert_eq!(codes(table, &['|']), expected, "README.md");
+    assert_eq!(codes(documented, &[' ']), expected, "retort --help");
+}
+
+#[test]
+fn recipes_are_valid_and_can_be_planned() {
+    let Some(retort) = retort_with_plugin() else {
+        return;
+    };
+    let store = tempfile::tempdir().unwrap();
+    let recipes: Vec<PathBuf> = fs::read_dir(root().join("recipes"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension() == Some(OsStr::new("yaml")))
+        .collect();
+    assert!(!recipes.is_empty());
+    for recipe in recipes {
+        check_recipe(&retort, &["validate"], &recipe, store.path());
+        check_recipe(&retort, &["plan"], &recipe, store.path());
+    }
+}
+
+#[test]
+fn the_recipe_of_the_readme_is_valid() {
+    let Some(retort) = retort_with_plugin() else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("data")).unwrap();
+    fs::copy(
+        root().join("recipes/data/digits.csv"),
+        dir.path().join("data/digits.csv"),
+    )
+    .unwrap();
+    let readme = read("README.md");
+    let blocks: Vec<&str> = readme
+        .split("```yaml\n")
+        .skip(1)
+        .filter_map(|rest| rest.split("```").next())
+        .collect();
+    assert!(!blocks.is_empty());
+    for block in blocks {
+        let recipe = dir.path().join("readme.yaml");
+        fs::write(&recipe, block).unwrap();
+        check_recipe(&retort, &["plan"], &recipe, &dir.path().join("store"));
+    }
+}
+
+fn check_recipe(retort: &Path, command: &[&str], recipe: &Path, store: &Path) {
+    let output = Command::new(retort)
+        .args(command)
+        .arg(recipe)
+        .arg("--store")
+        .arg(store)
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{command:?} {}: {}",
+        recipe.display(),
+        shown(&output)
+    );
+}
+
+fn shown(output: &Output) -> String {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    format!(
+        "{}\n{}{}",
+        output.status,
+        text(&output.stdout),
+        text(&output.stderr)
+    )
+}
+
+fn root() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+}
+
+fn read(path: &str) -> String {
+    fs::read_to_string(root().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
+}
+
+/// All Rust files of the workspace's crates.
+fn sources() -> Vec<PathBuf> {
+    ["runner", "plugins", "tests"]
+        .iter()
+        .flat_map(|folder| files(&root().join(folder), ".rs"))
+        .collect()
+}
+
+/// Files below a folder whose names end so, build outputs and hidden folders left out.
+fn files(folder: &Path, ending: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_string_lossy();
+        if path.is_dir() {
+            if !name.starts_with('.') && name != "target" {
+                found.extend(files(&path, ending));
+            }
+        } else if name.ends_with(ending) {
+            found.push(path);
+        }
+    }
+    found.sort();
+    found
+}
+
+/// The binary beside this test, as `make test` builds it.
+fn retort() -> Option<PathBuf> {
+    built("retort")
+}
+
+/// The binary, when the candle plugin is beside it.
+fn retort_with_plugin() -> Option<PathBuf> {
+    built("libretort_candle.so").and_then(|_| retort())
+}
+
+fn built(name: &str) -> Option<PathBuf> {
+    let test = std::env::current_exe().unwrap();
+    let folder = test
+        .ancestors()
+        .nth(2)
+        .expect("target/<profile>/deps/<test>");
+    let path = folder.join(name);
+    if path.exists() {
+        return Some(path);
+    }
+    // Written past the test harness, which would swallow it.
+    let place = path.display();
+    let _ = writeln!(
+        std::io::stderr(),
+        "SKIPPED: {place} is not built; `make test` builds it"
+    );
+    None
+}
