@@ -196,14 +196,17 @@ mod tests {
     #[test]
     fn a_finding_shows_its_line() {
         let finding = Finding::error("/stages/é/stpes", "unknown option `stpes`")
-            .at(Some(Position { line: 3, column: 9 }))
+            .at(Some(Position {
+                line: 3,
+                column: 10,
+            }))
             .hint("did you mean `steps`?");
         let text = "version: 1\nstages:\n  é: {x, stpes: 1}\n";
         assert_eq!(
             finding.render(Path::new("a/r.yaml"), text, false),
             "\
 error: unknown option `stpes`
- --> a/r.yaml:3:9
+ --> a/r.yaml:3:10
   |
 3 |   é: {x, stpes: 1}
   |          ^^^^^
@@ -215,7 +218,7 @@ error: unknown option `stpes`
     #[test]
     fn a_finding_without_a_place_names_the_file() {
         let text = Finding::error("", "the file is empty").render(Path::new("r.yaml"), "", false);
-        assert_eq!(text, "error: the file is empty\n --> r.yaml");
+        assert_eq!(text, "error: the file is empty\n--> r.yaml");
     }
 
     #[test]

@@ -124,10 +124,19 @@ pub fn recipe_schema(plugins: &[Description]) -> Value {
         schema["properties"]["backend"]["examples"] = json!(names);
         stage["properties"]["plugin"]["examples"] = json!(names);
     }
+    definitions.values_mut().for_each(allow_references);
+    // What a kind decides is not written as `${...}`; the other keys may be.
+    let open = |schema: &mut Value, fixed: &[&str]| {
+        let properties = schema["properties"].as_object_mut().into_iter().flatten();
+        let free = properties.filter(|(key, _)| !fixed.contains(&key.as_str()));
+        free.for_each(|(_, property)| allow_references(property));
+    };
+    open(&mut stage, &["kind"]);
+    open(
+        &mut schema,
+        &["version", "name", "params", "paths", "stages"],
+    );
     definitions.insert("stage".to_owned(), stage);
-    for definition in definitions.values_mut() {
-        allow_references(definition);
-    }
     schema["$defs"] = Value::Object(definitions);
     schema["properties"]["stages"]["additionalProperties"] = json!({"$ref": "#/$defs/stage"});
     schema
@@ -374,7 +383,8 @@ fn rename_references(schema: &mut Value, prefix: &str) {
     }
 }
 
-/// Lets `${...}` stand for values that are no texts. A pattern judges texts only, so one more type is enough.
+/// Lets `${...}` stand for any value in the editor's schema. A pattern judges texts only, so where a type is named
+/// one more type is enough; alternatives get one more alternative.
 fn allow_references(schema: &mut Value) {
     let Some(map) = schema.as_object_mut() else {
         return;
@@ -384,41 +394,42 @@ fn allow_references(schema: &mut Value) {
             children.values_mut().for_each(allow_references);
         }
     }
-    for key in ["items", "additionalProperties", "then"] {
+    for key in ["items", "additionalProperties"] {
         if let Some(child) = map.get_mut(key) {
             allow_references(child);
         }
     }
-    for key in ["anyOf", "oneOf", "allOf", "prefixItems"] {
+    // `oneOf` would refuse a text that several alternatives now take.
+    if let Some(alternatives) = map.remove("oneOf") {
+        map.insert("anyOf".to_owned(), alternatives);
+    }
+    for key in ["anyOf", "allOf", "prefixItems"] {
         if let Some(Value::Array(children)) = map.get_mut(key) {
             children.iter_mut().for_each(allow_references);
         }
     }
-    // The root objects of stages are mappings; everything with a constant is a tag.
-    if map.contains_key("const") || map.contains_key("title") && map.contains_key("required") {
+    let reference = json!({"type": "string", "pattern": REFERENCE_PATTERN});
+    if let Some(Value::Array(alternatives)) = map.get_mut("anyOf") {
+        alternatives.push(reference);
+        return;
+    }
+    // A constant is a tag or one of alternatives; a stage is a mapping.
+    if map.contains_key("const") || map.contains_key("allOf") || map.contains_key("title") {
         return;
     }
     if let Some(choices) = map.remove("enum") {
-        let kind = map.remove("type");
-        let mut choice = json!({"enum": choices});
-        if let Some(kind) = kind {
-            choice["type"] = kind;
-        }
-        if let Some(descriptions) = map.remove("enumDescriptions") {
-            choice["enumDescriptions"] = descriptions;
-        }
-        map.insert(
-            "anyOf".to_owned(),
-            json!([choice, {"type": "string", "pattern": REFERENCE_PATTERN}]),
-        );
+        map.remove("type");
+        map.insert("anyOf".to_owned(), json!([{"enum": choices}, reference]));
         return;
     }
-    let scalar = |kind: &Value| {
-        kind.as_str()
-            .is_some_and(|kind| matches!(kind, "integer" | "number" | "boolean" | "array"))
-    };
+    if map.get("type") == Some(&json!("string")) {
+        if let Some(pattern) = map.remove("pattern") {
+            map.insert("anyOf".to_owned(), json!([{"pattern": pattern}, reference]));
+        }
+        return;
+    }
     let types = match map.get("type") {
-        Some(kind) if scalar(kind) => vec![kind.clone()],
+        Some(Value::String(kind)) => vec![json!(kind)],
         Some(Value::Array(kinds)) if !kinds.contains(&json!("string")) => kinds.clone(),
         _ => return,
     };
@@ -1128,5 +1139,233 @@ fn annotate_node(
             }
             _ => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::fake;
+
+    fn check_value(value: Value, expected: &[(&str, &str)]) {
+        let schema = fake::schema("everything");
+        let found: Vec<(String, String)> = check(&schema, &value, "option")
+            .into_iter()
+            .map(|violation| {
+                (
+                    violation.pointer,
+                    format!(
+                        "{} / {}",
+                        violation.message,
+                        violation.hint.unwrap_or_default()
+                    ),
+                )
+            })
+            .collect();
+        assert_eq!(found.len(), expected.len(), "{found:#?}");
+        for (pointer, part) in expected {
+            assert!(
+                found
+                    .iter()
+                    .any(|(at, said)| at == pointer && said.contains(part)),
+                "{found:#?}\nlacks {pointer} {part}"
+            );
+        }
+    }
+
+    #[test]
+    fn mistakes_are_said_in_words() {
+        check_value(json!({"data": "d"}), &[]);
+        check_value(
+            json!({}),
+            &[("", "the option `data` is missing / `data`: The images.")],
+        );
+        // Misspelt and therefore missing: one mistake.
+        check_value(
+            json!({"dta": "d"}),
+            &[("/dta", "unknown option `dta` / did you mean `data`?")],
+        );
+        let with = |key: &str, value: Value, expected: &[(&str, &str)]| {
+            let mut options = json!({"data": "d"});
+            options[key] = value;
+            check_value(options, expected);
+        };
+        with(
+            "steps",
+            json!("1_000"),
+            &[("/steps", "without separators: 1000")],
+        );
+        with(
+            "steps",
+            json!(1.5),
+            &[("/steps", "expected a whole number, got 1.5")],
+        );
+        with(
+            "steps",
+            json!(0),
+            &[("/steps", "`steps` is 0; at least 1 was expected")],
+        );
+        with(
+            "flag",
+            json!("yes"),
+            &[("/flag", "write `true` or `false`")],
+        );
+        with("data", json!(5), &[("/data", "put it in quotes: \"5\"")]);
+        with("times", json!(3), &[("/times", "write a list: [3]")]);
+        with(
+            "times",
+            json!([1, "x"]),
+            &[("/times/1", "expected a whole number")],
+        );
+        // Option<f64>: null is not offered.
+        with(
+            "guidance",
+            json!("x"),
+            &[(
+                "/guidance",
+                "`guidance`: expected a number, got the text \"x\"",
+            )],
+        );
+        // An enum with described variants.
+        with(
+            "loss",
+            json!("l3"),
+            &[(
+                "/loss",
+                "expected one of `l1`, `l2`, got \"l3\" / did you mean",
+            )],
+        );
+        // A tagged enum, optional.
+        with(
+            "schedule",
+            json!({"type": "cosine", "wramup": 3}),
+            &[(
+                "/schedule/wramup",
+                "unknown key `wramup` in `schedule` / did you mean `warmup`?",
+            )],
+        );
+        with(
+            "schedule",
+            json!({"type": "constant", "rate": "x"}),
+            &[("/schedule/rate", "expected a number")],
+        );
+        with(
+            "schedule",
+            json!({"type": "linear"}),
+            &[("/schedule/type", "expected one of `constant`, `cosine`")],
+        );
+        with(
+            "schedule",
+            json!({"warmup": 1}),
+            &[("/schedule", "the key `type` is missing")],
+        );
+        with(
+            "schedule",
+            json!(3),
+            &[("/schedule", "expected a mapping, got 3")],
+        );
+    }
+
+    #[test]
+    fn defaults_are_filled_in_at_every_depth() {
+        let schema = fake::schema("everything");
+        let settled = |mut value: Value| {
+            let filled = settle(&schema, &mut value);
+            assert!(jsonschema::is_valid(&schema, &value), "{value}");
+            (value, filled)
+        };
+        let (value, filled) = settled(json!({"data": "d"}));
+        assert_eq!(
+            value,
+            json!({
+                "data": "d", "steps": 1000, "flag": false, "times": [0], "guidance": null, "loss": "l2", "set": null,
+                "schedule": {"type": "cosine", "warmup": 100, "rate": 0.001}, "sources": {}
+            })
+        );
+        assert!(filled.contains(&"/schedule".to_owned()) && !filled.contains(&"/data".to_owned()));
+        let (value, _) = settled(
+            json!({"data": "d", "schedule": {"type": "constant", "rate": 1}, "steps": 2.0}),
+        );
+        assert_eq!(
+            value["schedule"].to_string(),
+            r#"{"type":"constant","rate":1.0}"#
+        );
+        assert_eq!(value["steps"].to_string(), "2");
+        let (value, _) = settled(json!({"data": "d", "schedule": {"type": "cosine", "rate": 0.5}}));
+        assert_eq!(value["schedule"]["warmup"], 100);
+    }
+
+    #[test]
+    fn stages_and_files_are_found_wherever_they_are() {
+        let schema = fake::schema("everything");
+        let value = json!({
+            "data": "d.csv", "set": "codes", "sources": {"a": {"stage": "x"}, "b": {"file": "f"}}, "guidance": null
+        });
+        let found: Vec<(String, Target)> = annotations(&schema, &value)
+            .into_iter()
+            .map(|found| (found.pointer, found.target))
+            .collect();
+        let artifact = |kind: &str| Target::Artifact(vec![kind.to_owned()]);
+        assert_eq!(
+            found,
+            [
+                ("/data".to_owned(), Target::File),
+                ("/set".to_owned(), artifact("tokenizer")),
+                ("/sources/a/stage".to_owned(), artifact("samples")),
+                ("/sources/b/file".to_owned(), Target::Dir),
+            ]
+        );
+    }
+
+    #[test]
+    fn the_editors_schema_holds_recipes() {
+        let schema = recipe_schema(&[fake::description()]);
+        let validator = jsonschema::validator_for(&schema).unwrap();
+        let check = |stage: Value, valid: bool| {
+            let recipe = json!({"version": 1, "backend": "fake", "stages": {"s": stage}});
+            let errors: Vec<String> = validator
+                .iter_errors(&recipe)
+                .map(|error| error.to_string())
+                .collect();
+            assert_eq!(errors.is_empty(), valid, "{recipe}: {errors:?}");
+        };
+        let ok = json!({"kind": "everything", "data": "d", "schedule": {"type": "cosine"}, "timeout": "3m"});
+        check(ok, true);
+        check(
+            json!({"kind": "everything", "data": "d", "steps": "${params.n}", "loss": "${params.l}"}),
+            true,
+        );
+        check(
+            json!({"kind": "everything", "data": "d", "steps": "many"}),
+            false,
+        );
+        check(
+            json!({"kind": "everything", "data": "d", "stpes": 1}),
+            false,
+        );
+        check(json!({"kind": "everything"}), false);
+        check(json!({"kind": "nothing"}), false);
+        let definition = &schema["$defs"]["stage.everything"];
+        assert_eq!(definition["properties"]["steps"]["default"], 1000);
+        assert_eq!(
+            definition["properties"]["data"]["description"],
+            "The images."
+        );
+    }
+
+    #[test]
+    fn near_names_are_found() {
+        let check = |name: &str, expected: Option<&str>| {
+            assert_eq!(
+                nearest(name, ["steps", "seed", "teacher", "tokenizer"]),
+                expected,
+                "{name}"
+            );
+        };
+        check("stpes", Some("steps"));
+        check("Steps", Some("steps"));
+        check("taecher", Some("teacher"));
+        check("tokeniser", Some("tokenizer"));
+        check("width", None);
     }
 }

@@ -157,6 +157,13 @@ pub fn parse(text: &str) -> Result<Document, YamlError> {
         reader: &mut reader,
     };
     match seed.deserialize(serde_yaml::Deserializer::from_str(text)) {
+        // Nothing but comments is null to serde_yaml, but not to people.
+        Ok(Value::Null) if text.lines().all(is_blank) => Err(YamlError {
+            position: None,
+            pointer: String::new(),
+            message: "the file is empty".to_owned(),
+            hint: Some("a recipe has at least `version: 1` and `stages:`".to_owned()),
+        }),
         Ok(value) => Ok(Document {
             value,
             problems: reader.problems,
@@ -164,6 +171,10 @@ pub fn parse(text: &str) -> Result<Document, YamlError> {
         }),
         Err(error) => Err(explain(text, &error)),
     }
+}
+
+fn is_blank(line: &str) -> bool {
+    matches!(line.trim(), "" | "---" | "...") || line.trim().starts_with('#')
 }
 
 /// Position behind the last character of a text.
@@ -199,11 +210,7 @@ fn explain(text: &str, error: &serde_yaml::Error) -> YamlError {
             .take_while(|c| c.is_whitespace())
             .any(|c| c == '\t')
     };
-    if text.trim().is_empty() || full.contains("EOF while parsing") {
-        message = "the file is empty".to_owned();
-        hint = Some("a recipe has at least `version: 1` and `stages:`".to_owned());
-        position = None;
-    } else if let Some(at) =
+    if let Some(at) =
         text.find(|c: char| c.is_control() && !matches!(c, '\t' | '\n' | '\r' | '\u{85}'))
     {
         message = "a control character cannot be in YAML".to_owned();
@@ -634,7 +641,7 @@ mod tests {
             document.locate("/use/y/z", Part::Value),
             Some(Position {
                 line: 1,
-                column: 25
+                column: 24
             })
         );
     }
