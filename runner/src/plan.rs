@@ -1189,11 +1189,11 @@ mod tests {
                 stage("b", "c"),
                 stage("c", "a")
             ),
-            &[(5, 48, "in a circle: a -> b -> c -> a")],
+            &[(5, 49, "in a circle: a -> b -> c -> a")],
         );
         check(
             &format!("{HEAD}{}", stage("a", "a")),
-            &[(5, 48, "`a` needs itself")],
+            &[(5, 49, "`a` needs itself")],
         );
     }
 
