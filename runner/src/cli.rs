@@ -27,6 +27,8 @@ pub mod talk;
 pub mod validate;
 pub mod worker;
 
+use crate::table::Style;
+
 pub use error::{Error, Exit};
 
 /// What was typed.
@@ -187,6 +189,16 @@ pub struct FormatArgs {
 }
 
 impl FormatArgs {
+    /// How rows are to be printed on stdout.
+    pub fn style(&self, context: &Context) -> Style {
+        match self.get() {
+            Format::Table => context.table_style(),
+            Format::Json => Style::Json,
+            Format::Csv => Style::Csv,
+            Format::Md => Style::Markdown,
+        }
+    }
+
     /// The format asked for.
     pub fn get(&self) -> Format {
         if self.json { Format::Json } else { self.format }
@@ -230,6 +242,16 @@ impl Context {
     /// Whether stderr takes colours.
     pub fn color_stderr(&self) -> bool {
         talk::wants_color(self.color, &std::io::stderr())
+    }
+
+    /// Tables as wide as the terminal, as wide as they need in a pipe.
+    pub fn table_style(&self) -> Style {
+        let size = terminal_size::terminal_size_of(std::io::stdout());
+        let width = size.map(|(terminal_size::Width(columns), _)| columns);
+        Style::Table {
+            width,
+            color: self.color_stdout(),
+        }
     }
 
     /// A runtime for the store and the executor: they are the only async code. One thread.
