@@ -7,11 +7,15 @@
 pub mod backend;
 pub mod bundle;
 pub mod data;
+pub mod dataset;
 pub mod error;
 pub mod flow;
 pub mod model;
 pub mod picture;
+pub mod plugin;
 pub mod random;
+pub mod sampler;
+pub mod stage;
 pub mod statistics;
 pub mod tape;
 pub mod train;

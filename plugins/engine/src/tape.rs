@@ -544,12 +544,16 @@ impl<B: Backend> Var<B> {
 
     /// Mean of -log softmax(logits)[id] over rows: logits (n, k), ids (n) -> (1).
     pub fn cross_entropy(&self, ids: &B::Tensor) -> Result<Self> {
+        self.cross_entropy_rows(ids)?.mean_all()
+    }
+
+    /// -log softmax(logits)[id] of each row: logits (n, k), ids (n) -> (n).
+    pub fn cross_entropy_rows(&self, ids: &B::Tensor) -> Result<Self> {
         let rows = B::cross_entropy(&self.value, ids)?;
         let (x, ids) = (self.value.clone(), ids.clone());
-        Self::from_op(rows, &[self], move |g| {
+        Ok(Self::from_op(rows, &[self], move |g| {
             Ok(vec![Some(B::cross_entropy_backward(&x, &ids, g)?)])
-        })
-        .mean_all()
+        }))
     }
 }
 

@@ -1,0 +1,83 @@
+//! A backend as a plugin: everything that is the same for all of them.
+
+use retort_abi::{
+    Description, Device, Diagnostic, Failure, FailureCode, Host, Plugin, StageJob, StageResult,
+};
+
+use crate::backend::Backend;
+use crate::error::Result;
+use crate::stage::{self, Context};
+
+/// What a plugin says of itself beyond what the engine knows.
+#[derive(Debug, Clone, Copy)]
+pub struct About {
+    /// Name by which recipes ask for it.
+    pub name: &'static str,
+    /// Its version.
+    pub version: &'static str,
+    /// One line for people.
+    pub summary: &'static str,
+    /// SPDX licence expression.
+    pub license: &'static str,
+    /// Kinds of device this build drives.
+    pub devices: &'static [&'static str],
+    /// Element types it computes in.
+    pub dtypes: &'static [&'static str],
+}
+
+/// A [`Backend`] with all stages of the engine, as a [`Plugin`].
+pub struct EnginePlugin<B: Backend> {
+    /// What it is.
+    pub about: About,
+    /// Opens a device (`cpu`, `cuda:0`) for an element type (`f32`) and a number of threads.
+    pub open: fn(&str, &str, usize) -> Result<B>,
+    /// Devices really present.
+    pub devices: fn() -> Vec<Device>,
+}
+
+impl<B: Backend> Plugin for EnginePlugin<B> {
+    fn describe(&self) -> Description {
+        let own = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
+        Description {
+            name: self.about.name.into(),
+            version: self.about.version.into(),
+            summary: self.about.summary.into(),
+            license: self.about.license.into(),
+            devices: own(self.about.devices),
+            dtypes: own(self.about.dtypes),
+            families: own(&["llamagen"]),
+            stages: stage::all::<B>().iter().map(|s| (s.describe)()).collect(),
+        }
+    }
+
+    fn probe(&self, _: &dyn Host) -> Result<Vec<Device>, Failure> {
+        Ok((self.devices)())
+    }
+
+    fn validate(&self, _: &dyn Host, job: &StageJob) -> Result<Vec<Diagnostic>, Failure> {
+        Ok((find::<B>(job)?.check)(job))
+    }
+
+    fn run(&self, host: &dyn Host, job: &StageJob) -> Result<StageResult, Failure> {
+        let kind = find::<B>(job)?;
+        let backend = (self.open)(&job.device, &job.dtype, job.threads)?;
+        Ok((kind.run)(&Context {
+            host,
+            job,
+            backend: &backend,
+        })?)
+    }
+}
+
+fn find<B: Backend>(job: &StageJob) -> Result<stage::Registered<B>, Failure> {
+    let unknown = || {
+        Failure::new(
+            FailureCode::Unsupported,
+            format!("no stage kind {}", job.kind),
+        )
+    };
+    stage::all::<B>()
+        .into_iter()
+        .find(|s| (s.describe)().kind == job.kind)
+        .ok_or_else(unknown)
+}

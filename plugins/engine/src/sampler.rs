@@ -1,0 +1,393 @@
+//! Sampling, as in Distilled Decoding (arXiv 2412.17153, section 3 and its released inference): the teacher's own AR
+//! sampler, its flow map, k-step sampling with a student, and the teacher-assisted mixture.
+//!
+//! b samples, L tokens, K codes of dimension D. Random choices are drawn on the host, one sequence per sample, so a
+//! sample does not depend on the batch it is drawn in.
+
+use rayon::prelude::*;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::backend::{Backend, FlowSolver};
+use crate::error::{Error, Result};
+use crate::model::{Student, Teacher, TokenShape, vq::nearest};
+use crate::random::{Sequence, Stream};
+use crate::tape::Var;
+
+/// How an AR teacher's distribution is formed before a token is chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Distribution {
+    /// Classifier-free guidance s: logits = uncond + s (cond - uncond); 1 is none.
+    pub guidance: f64,
+    /// Logits are divided by this.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub temperature: f64,
+    /// Only the k most probable codes stay; 0 keeps all.
+    pub top_k: usize,
+    /// Only the most probable codes whose probabilities sum to this stay, the first over the sum included; 1 keeps all.
+    #[schemars(range(min = 0, max = 1))]
+    pub top_p: f64,
+}
+
+impl Default for Distribution {
+    fn default() -> Self {
+        Self {
+            guidance: 1.0,
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+        }
+    }
+}
+
+impl Distribution {
+    fn truncates(&self, vocabulary: usize) -> bool {
+        self.temperature != 1.0 || (1..vocabulary).contains(&self.top_k) || self.top_p < 1.0
+    }
+
+    /// Applies temperature, top-k and top-p to a row of logits; excluded codes become -inf.
+    pub fn truncate(&self, row: &mut [f32]) {
+        let t = self.temperature as f32;
+        row.iter_mut().for_each(|x| *x /= t);
+        let keeps_all = (self.top_k == 0 || self.top_k >= row.len()) && self.top_p >= 1.0;
+        if keeps_all {
+            return;
+        }
+        // Codes in falling order; equals by index, so that the result is defined.
+        let mut order: Vec<u32> = (0..row.len() as u32).collect();
+        order
+            .sort_unstable_by(|&a, &b| row[b as usize].total_cmp(&row[a as usize]).then(a.cmp(&b)));
+        let mut keep = if self.top_k == 0 {
+            row.len()
+        } else {
+            self.top_k.min(row.len())
+        };
+        if self.top_p < 1.0 {
+            let max = row[order[0] as usize];
+            let weight = |&i: &u32| f64::from(row[i as usize] - max).exp();
+            let total: f64 = order[..keep].iter().map(weight).sum();
+            let mut sum = 0.0;
+            keep = order[..keep]
+                .iter()
+                .position(|i| {
+                    sum += weight(i);
+                    sum > self.top_p * total
+                })
+                .map_or(keep, |last| last + 1);
+        }
+        for &i in &order[keep..] {
+            row[i as usize] = f32::NEG_INFINITY;
+        }
+    }
+}
+
+/// How tokens are chosen from logits.
+pub enum Choice<'a, B: Backend> {
+    /// Drawn at random: one sequence per sample of the batch.
+    Random(&'a mut [Sequence]),
+    /// By the flow map from noise (b, L, D).
+    Flow {
+        /// Noise (b, L, D).
+        noise: &'a B::Tensor,
+        /// Codebook (K, D).
+        codebook: &'a B::Tensor,
+        /// The solver's numbers.
+        solver: FlowSolver,
+    },
+}
+
+/// Sequences of random choices for samples `first..first + count`.
+pub fn choices(seed: u64, first: u64, count: usize) -> Vec<Sequence> {
+    (first..first + count as u64)
+        .map(|i| Sequence::new(seed, Stream::Choice, i))
+        .collect()
+}
+
+/// The teacher's AR sampler: tokens (b, L'), where L' are the tokens of the AR steps before `end`.
+///
+/// With a prefix (b, L_p), its tokens are taken as they are and choosing starts after them.
+pub fn autoregressive<B: Backend>(
+    teacher: &dyn Teacher<B>,
+    labels: &[u32],
+    distribution: &Distribution,
+    choice: &mut Choice<'_, B>,
+    prefix: Option<&B::Tensor>,
+    end: usize,
+) -> Result<B::Tensor> {
+    let shape = teacher.tokens();
+    let given = prefix.map_or(0, |p| B::shape(p)[1]);
+    let mut generation = teacher.generate(labels, distribution.guidance)?;
+    let mut chosen: Vec<B::Tensor> = Vec::with_capacity(end);
+    let mut start = 0;
+    for &count in &shape.steps[..end.min(shape.steps.len())] {
+        let logits = generation.advance(chosen.last())?; // (b, count, K)
+        let ids = match prefix {
+            Some(p) if start + count <= given => B::narrow(p, 1, start, count)?,
+            _ => choose::<B>(&logits, shape, distribution, choice, start)?,
+        };
+        chosen.push(ids);
+        start += count;
+    }
+    let parts: Vec<&B::Tensor> = chosen.iter().collect();
+    B::cat(&parts, 1)
+}
+
+/// Ids (b, l) from logits (b, l, K) of the tokens from `start` on.
+fn choose<B: Backend>(
+    logits: &B::Tensor,
+    shape: &TokenShape,
+    distribution: &Distribution,
+    choice: &mut Choice<'_, B>,
+    start: usize,
+) -> Result<B::Tensor> {
+    let s = B::shape(logits);
+    let (b, l, k) = (s[0], s[1], s[2]);
+    let truncates = distribution.truncates(k);
+    match choice {
+        Choice::Random(sequences) => {
+            let mut host = B::to_floats(logits)?;
+            let uniforms: Vec<f64> = sequences
+                .iter_mut()
+                .flat_map(|s| (0..l).map(|_| s.uniform()).collect::<Vec<_>>())
+                .collect();
+            let ids: Vec<u32> = host
+                .par_chunks_mut(k)
+                .zip(&uniforms)
+                .map(|(row, &u)| {
+                    if truncates {
+                        distribution.truncate(row);
+                    }
+                    categorical(row, u)
+                })
+                .collect();
+            B::indices_beside(logits, &ids, &[b, l])
+        }
+        Choice::Flow {
+            noise,
+            codebook,
+            solver,
+        } => {
+            let rows = B::reshape(logits, &[b * l, k])?;
+            let rows = if truncates {
+                let mut host = B::to_floats(&rows)?;
+                host.par_chunks_mut(k)
+                    .for_each(|row| distribution.truncate(row));
+                B::floats_beside(&rows, &host, &[b * l, k])?
+            } else {
+                rows
+            };
+            let noise = B::reshape(&B::narrow(noise, 1, start, l)?, &[b * l, shape.dim])?;
+            B::reshape(&B::flow_map(&rows, &noise, codebook, solver)?, &[b, l])
+        }
+    }
+}
+
+/// The code at which the cumulative probability passes u in [0, 1).
+fn categorical(logits: &[f32], u: f64) -> u32 {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let weight = |x: f32| f64::from(x - max).exp();
+    let total: f64 = logits.iter().map(|&x| weight(x)).sum();
+    let mut left = u * total;
+    let mut last = 0;
+    for (i, &x) in logits.iter().enumerate() {
+        let w = weight(x);
+        if w > 0.0 {
+            last = i;
+            left -= w;
+            if left < 0.0 {
+                break;
+            }
+        }
+    }
+    last as u32
+}
+
+/// A student with what its sampler needs.
+pub struct StudentSampler<'a, B: Backend> {
+    /// The student.
+    pub student: &'a dyn Student<B>,
+    /// Codebook (K, D).
+    pub codebook: &'a B::Tensor,
+    /// AR steps whose tokens take the argmax code; later ones take the continuous head.
+    pub split: usize,
+}
+
+impl<B: Backend> StudentSampler<'_, B> {
+    /// k-step sampling: latents (b, L, D) from noise (b, L, D), one pass per timestep; `timesteps` in AR steps,
+    /// ascending.
+    pub fn sample(
+        &self,
+        noise: &B::Tensor,
+        labels: &B::Tensor,
+        timesteps: &[usize],
+    ) -> Result<B::Tensor> {
+        let mut latents = noise.clone();
+        for &t in timesteps {
+            latents = self.pass(&latents, noise, labels, t)?;
+        }
+        Ok(latents)
+    }
+
+    /// One pass from timestep t: positions before it are kept, the others predicted from X_t.
+    pub fn pass(
+        &self,
+        latents: &B::Tensor,
+        noise: &B::Tensor,
+        labels: &B::Tensor,
+        t: usize,
+    ) -> Result<B::Tensor> {
+        let shape = self.student.tokens();
+        let (b, l, known) = (B::shape(noise)[0], shape.tokens(), shape.tokens_before(t));
+        let splice = |head: &B::Tensor, tail: &B::Tensor, at: usize| -> Result<B::Tensor> {
+            match at {
+                0 => Ok(tail.clone()),
+                at if at == l => Ok(head.clone()),
+                at => B::cat(
+                    &[
+                        &B::narrow(head, 1, 0, at)?,
+                        &B::narrow(tail, 1, at, l - at)?,
+                    ],
+                    1,
+                ),
+            }
+        };
+        let x = splice(latents, noise, known)?; // X_t
+        let kinds: Vec<u32> = (0..b * l).map(|i| u32::from(i % l < known)).collect();
+        let prediction =
+            self.student
+                .predict(&x, labels, &B::indices_beside(noise, &kinds, &[b, l])?)?;
+        let boundary = shape.tokens_before(self.split);
+        let codes = || B::rows(self.codebook, &B::argmax_last(prediction.logits.value())?);
+        let predicted = match boundary {
+            0 => self.student.continuous(&prediction)?.value().clone(),
+            at if at == l => codes()?,
+            at => splice(&codes()?, self.student.continuous(&prediction)?.value(), at)?,
+        };
+        splice(&x, &predicted, known)
+    }
+
+    /// Teacher-assisted sampling: the student's first pass, its tokens before AR step `teacher_start` kept, the
+    /// teacher's choices up to `t`, and the student's last pass from `t`.
+    #[expect(clippy::too_many_arguments, reason = "the algorithm has these inputs")]
+    pub fn assisted(
+        &self,
+        noise: &B::Tensor,
+        labels: (&B::Tensor, &[u32]),
+        timesteps: [usize; 2],
+        teacher: &dyn Teacher<B>,
+        teacher_start: usize,
+        distribution: &Distribution,
+        choice: &mut Choice<'_, B>,
+    ) -> Result<(B::Tensor, B::Tensor)> {
+        let shape = self.student.tokens();
+        let (b, l) = (B::shape(noise)[0], shape.tokens());
+        let first = self.pass(noise, noise, labels.0, timesteps[0])?;
+        let flat = B::reshape(&first, &[b * l, shape.dim])?;
+        let tokens = B::reshape(&nearest::<B>(&flat, self.codebook)?, &[b, l])?;
+        let kept = shape.tokens_before(teacher_start);
+        let prefix = if kept == 0 {
+            None
+        } else {
+            Some(B::narrow(&tokens, 1, 0, kept)?)
+        };
+        let tokens = autoregressive(
+            teacher,
+            labels.1,
+            distribution,
+            choice,
+            prefix.as_ref(),
+            timesteps[1],
+        )?;
+        let known = B::rows(self.codebook, &tokens)?; // (b, l', D)
+        let done = B::shape(&known)[1];
+        let latents = if done == l {
+            known
+        } else {
+            B::cat(&[&known, &B::narrow(noise, 1, done, l - done)?], 1)?
+        };
+        let last = self.pass(&latents, noise, labels.0, timesteps[1])?;
+        Ok((last, latents))
+    }
+}
+
+/// Refuses timesteps that are not ascending or lie beyond the sequence.
+pub fn check_timesteps(timesteps: &[usize], shape: &TokenShape, pointer: &str) -> Result<()> {
+    let steps = shape.steps.len();
+    if timesteps.is_empty()
+        || timesteps.windows(2).any(|w| w[0] >= w[1])
+        || timesteps.iter().any(|&t| t >= steps)
+    {
+        return Err(Error::option(
+            pointer,
+            format!(
+                "timesteps {timesteps:?}: expected ascending AR steps, each below {steps}, as in [0, {}]",
+                steps / 2
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// Images (b, c, h, w) in [0, 1] on the host from latents (b, L, D).
+pub fn decode<B: Backend>(
+    tokenizer: &dyn crate::model::Tokenizer<B>,
+    latents: &B::Tensor,
+) -> Result<Vec<f32>> {
+    let images = tokenizer.decode(&Var::constant(latents.clone()))?;
+    Ok(B::to_floats(images.value())?
+        .into_iter()
+        .map(|x| ((x + 1.0) / 2.0).clamp(0.0, 1.0))
+        .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kept(distribution: Distribution, logits: &[f32]) -> Vec<usize> {
+        let mut row = logits.to_vec();
+        distribution.truncate(&mut row);
+        row.iter()
+            .enumerate()
+            .filter(|(_, x)| x.is_finite())
+            .map(|(i, _)| i)
+            .collect()
+    }
+
+    #[test]
+    fn truncation_keeps_the_probable() {
+        let logits = [0.1f32, 0.4, 0.2, 0.3].map(f32::ln);
+        let d = Distribution::default();
+        assert_eq!(kept(d, &logits), [0, 1, 2, 3]);
+        assert_eq!(kept(Distribution { top_k: 2, ..d }, &logits), [1, 3]);
+        // 0.4 + 0.3 = 0.7 is over 0.5: the code that passes the threshold stays.
+        assert_eq!(kept(Distribution { top_p: 0.5, ..d }, &logits), [1, 3]);
+        assert_eq!(kept(Distribution { top_p: 0.3, ..d }, &logits), [1]);
+        assert_eq!(
+            kept(
+                Distribution {
+                    top_k: 1,
+                    temperature: 5.0,
+                    ..d
+                },
+                &logits
+            ),
+            [1]
+        );
+    }
+
+    #[test]
+    fn categorical_follows_the_probabilities() {
+        let logits = [
+            f32::NEG_INFINITY,
+            0.25f32.ln(),
+            0.75f32.ln(),
+            f32::NEG_INFINITY,
+        ];
+        assert_eq!(categorical(&logits, 0.0), 1);
+        assert_eq!(categorical(&logits, 0.2499), 1);
+        assert_eq!(categorical(&logits, 0.2501), 2);
+        assert_eq!(categorical(&logits, 1.0 - f64::EPSILON), 2);
+    }
+}

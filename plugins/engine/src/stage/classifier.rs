@@ -1,0 +1,274 @@
+//! `classifier`: trains a small convolutional classifier. Its features measure samples (`evaluate`) and may serve as a
+//! perceptual loss (`distill`).
+
+use std::path::Path;
+
+use retort_abi::{ArtifactMeta, Host, LogLevel, StageResult};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::backend::{Backend, Unary};
+use crate::data::{self, DataOptions, Images};
+use crate::error::{Error, Result};
+use crate::random::{Sequence, Stream};
+use crate::stage::tokenizer::batch;
+use crate::stage::{Context, Stage, write_json};
+use crate::tape::Var;
+use crate::train::{Decay, Fit, HeldOut, StepOutput, TrainOptions};
+use crate::weights::{self, Init, Loader, Params, Source, Weights};
+
+/// Options of `classifier`.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Options {
+    /// Images to learn from.
+    pub data: DataOptions,
+    /// Share of each class kept out of training, to measure the accuracy.
+    #[serde(default = "held_out")]
+    #[schemars(range(min = 0, max = 0.9))]
+    pub held_out: f64,
+    /// Number of features.
+    #[serde(default = "features")]
+    #[schemars(range(min = 2))]
+    pub features: usize,
+    /// How to train.
+    #[serde(default = "training")]
+    pub train: TrainOptions,
+}
+
+fn held_out() -> f64 {
+    0.1
+}
+fn features() -> usize {
+    64
+}
+/// How a classifier is trained unless a recipe says otherwise.
+pub(crate) fn training() -> TrainOptions {
+    TrainOptions {
+        steps: 600,
+        batch: 64,
+        learning_rate: 2e-3,
+        warmup: 20,
+        decay: Decay::Cosine,
+        ..Default::default()
+    }
+}
+
+/// Shape of a classifier.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Config {
+    /// Channels, height and width of the images.
+    pub image: [usize; 3],
+    /// Number of features.
+    pub features: usize,
+    /// Number of classes.
+    pub classes: usize,
+}
+
+/// A convolution and strided convolutions down to a side of at most 2, a layer of features, a linear classifier.
+pub struct Net<B: Backend> {
+    convs: Vec<(Var<B>, Var<B>)>,
+    feature: (Var<B>, Var<B>),
+    output: (Var<B>, Var<B>),
+    /// Its shape.
+    pub config: Config,
+}
+
+impl<B: Backend> Net<B> {
+    /// Takes the parameters.
+    pub fn load(loader: &mut Loader<B>, config: &Config) -> Result<Self> {
+        let [channels, mut h, mut w] = config.image;
+        let mut convs = Vec::new();
+        let (mut input, mut output) = (channels, 32);
+        while convs.is_empty() || h.max(w) > 2 {
+            if !convs.is_empty() {
+                (h, w) = (h.div_ceil(2), w.div_ceil(2));
+            }
+            let name = format!("conv.{}", convs.len());
+            let bound = (6.0 / (9 * input) as f32).sqrt();
+            let weight = loader.get(
+                &format!("{name}.weight"),
+                &[output, input, 3, 3],
+                Init::Uniform(bound),
+            )?;
+            convs.push((
+                weight,
+                loader.get(&format!("{name}.bias"), &[output], Init::Constant(0.0))?,
+            ));
+            (input, output) = (output, (output * 2).min(64));
+        }
+        let mut dense = |name: &str, i: usize, o: usize| -> Result<(Var<B>, Var<B>)> {
+            let weight = loader.get(
+                &format!("{name}.weight"),
+                &[o, i],
+                Init::Uniform((6.0 / i as f32).sqrt()),
+            )?;
+            Ok((
+                weight,
+                loader.get(&format!("{name}.bias"), &[o], Init::Constant(0.0))?,
+            ))
+        };
+        let feature = dense("feature", input * h * w, config.features)?;
+        let output = dense("output", config.features, config.classes)?;
+        Ok(Self {
+            convs,
+            feature,
+            output,
+            config: config.clone(),
+        })
+    }
+
+    /// Features (b, f) of images (b, c, h, w) in [-1, 1]; differentiable.
+    pub fn features(&self, images: &Var<B>) -> Result<Var<B>> {
+        let mut x = images.clone();
+        for (i, (weight, bias)) in self.convs.iter().enumerate() {
+            x = x
+                .conv2d(weight, Some(bias), if i == 0 { 1 } else { 2 }, 1)?
+                .unary(Unary::Silu)?;
+        }
+        let s = x.shape();
+        let flat = x.reshape(&[s[0], s[1] * s[2] * s[3]])?;
+        flat.linear(&self.feature.0, Some(&self.feature.1))?
+            .unary(Unary::Silu)
+    }
+
+    /// Logits (b, classes) of features (b, f).
+    pub fn classify(&self, features: &Var<B>) -> Result<Var<B>> {
+        features.linear(&self.output.0, Some(&self.output.1))
+    }
+
+    /// Features and most probable classes of images (n, c, h, w) in [-1, 1] on the host.
+    pub fn measure(&self, backend: &B, images: &[f32]) -> Result<(Vec<f32>, Vec<u32>)> {
+        let [c, h, w] = self.config.image;
+        let (mut features, mut classes) = (Vec::new(), Vec::new());
+        for part in images.chunks(500 * c * h * w) {
+            let x = backend.floats(part, &[part.len() / (c * h * w), c, h, w])?;
+            let f = self.features(&Var::constant(x))?;
+            classes.extend(B::to_indices(&B::argmax_last(self.classify(&f)?.value())?)?);
+            features.extend(B::to_floats(f.value())?);
+        }
+        Ok((features, classes))
+    }
+
+    /// Loads from an artifact, as constants.
+    pub fn open(backend: &B, dir: &Path) -> Result<Self> {
+        let path = dir.join("config.json");
+        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+        let config: Config = serde_json::from_str(&text).map_err(|e| Error::data(&path, e))?;
+        let path = dir.join(MODEL);
+        let weights = weights::read(&path)?;
+        Self::load(
+            &mut Loader::new(
+                backend,
+                Source::Host(&weights),
+                false,
+                path.display().to_string(),
+            ),
+            &config,
+        )
+    }
+}
+
+const MODEL: &str = "model.safetensors";
+
+/// Trains a classifier and returns it with its held-out accuracy.
+pub fn train<B: Backend>(
+    (host, backend, seed): (&dyn Host, &B, u64),
+    work_dir: Option<&Path>,
+    images: &Images,
+    (held_out, features): (f64, usize),
+    options: &TrainOptions,
+) -> Result<(Config, Weights, f64)> {
+    let config = Config {
+        image: [images.channels, images.height, images.width],
+        features,
+        classes: images.classes,
+    };
+    let (train, held) = images.split(held_out, seed);
+    let mut loader = Loader::new(backend, Source::Init(seed), true, "new classifier");
+    let net = Net::load(&mut loader, &config)?;
+    let params: Params<B> = loader.into_params();
+    let fit = Fit {
+        host,
+        backend,
+        work_dir,
+        name: "classifier",
+        options,
+        params: &params,
+        ema: None,
+    };
+    let step = |step: u64| {
+        let mut choice = Sequence::new(seed, Stream::Step, step);
+        let picks: Vec<usize> = (0..options.batch)
+            .map(|_| train[choice.below(train.len())])
+            .collect();
+        let labels: Vec<u32> = picks.iter().map(|&i| images.labels[i]).collect();
+        let features = net.features(&Var::constant(batch(backend, images, &picks)?))?;
+        let loss = net
+            .classify(&features)?
+            .cross_entropy(&backend.indices(&labels, &[picks.len()])?)?;
+        Ok(StepOutput {
+            loss,
+            figures: Vec::new(),
+        })
+    };
+    let measured_on = if held.is_empty() { &train } else { &held };
+    let (pixels, labels) = images.gather(measured_on);
+    let mut measure = || {
+        let (_, classes) = net.measure(backend, &pixels)?;
+        let wrong = classes.iter().zip(&labels).filter(|(a, b)| a != b).count();
+        Ok(wrong as f64 / labels.len() as f64)
+    };
+    let every = (options.steps / 10).max(1);
+    let held_out = HeldOut {
+        every,
+        name: "held_out_error",
+        measure: &mut measure,
+        keep_best: false,
+    };
+    let weights = fit.run(step, Some(held_out))?;
+    let accuracy = 1.0 - measure()?;
+    host.log(
+        LogLevel::Info,
+        &format!(
+            "classifier: {:.2} % of held-out images right",
+            100.0 * accuracy
+        ),
+    );
+    Ok((config, weights, accuracy))
+}
+
+/// The stage.
+pub struct Classifier;
+
+impl<B: Backend> Stage<B> for Classifier {
+    type Options = Options;
+    const KIND: &'static str = "classifier";
+    const OUTPUT: &'static str = "classifier";
+    const REVISION: u32 = 1;
+    const SUMMARY: &'static str = "train a small classifier whose features measure samples";
+
+    fn check(o: &Options, _: &Path) -> Result<()> {
+        o.data
+            .check()
+            .map_err(|e| Error::option("/data", e.to_string()))
+    }
+
+    fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
+        let images = data::load(&o.data, &context.job.base_dir)?;
+        let with = (context.host, context.backend, context.job.seed);
+        let (config, weights, accuracy) = train(
+            with,
+            Some(context.work_dir()?),
+            &images,
+            (o.held_out, o.features),
+            &o.train,
+        )?;
+        let summary = json!({ "held_out_accuracy": accuracy });
+        context.finish("classifier", ArtifactMeta::default(), summary, |dir| {
+            write_json(&dir.join("config.json"), &config)?;
+            weights::write(&dir.join(MODEL), &weights)
+        })
+    }
+}

@@ -1,0 +1,540 @@
+//! `distill`: trains a few-step student on a teacher's trajectories (arXiv 2412.17153, section 3.3).
+//!
+//! For a sample's noise eps and tokens q, and a timestep t drawn from a small set, the student sees
+//! X_t = (q_1 .. q_t, eps_{t+1} .. eps_n) and predicts the final sequence. Loss, weights by option:
+//!
+//! ```text
+//! cross-entropy of the logits against q
+//! + perceptual distance between decode(prediction) and decode(q)      prediction: argmax codes before `split`
+//! + squared distance of the continuous head to the codebook vectors   (no gradient), the continuous head after it
+//! ```
+
+use std::path::Path;
+
+use retort_abi::{ArtifactMeta, LogLevel, StageResult};
+use schemars::JsonSchema;
+use serde::Deserialize;
+use serde_json::json;
+
+use crate::backend::{Backend, Unary};
+use crate::bundle::{self, Bundle};
+use crate::dataset::Dataset;
+use crate::error::{Error, Result};
+use crate::model::llamagen::CONTINUOUS_HEAD;
+use crate::model::{Student, TokenShape, Tokenizer};
+use crate::random::{Sequence, Stream};
+use crate::sampler::check_timesteps;
+use crate::stage::classifier::Net;
+use crate::stage::{Context, Stage};
+use crate::tape::Var;
+use crate::train::{Fit, HeldOut, StepOutput, TrainOptions, copies, scalar};
+use crate::weights::{Loader, Source};
+
+/// Options of `distill`.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Options {
+    /// The stage that made the teacher: the student has its shape and starts from its weights.
+    #[schemars(extend("x-retort-artifact" = ["teacher"]))]
+    pub teacher: String,
+    /// The stage that built the trajectories.
+    #[schemars(extend("x-retort-artifact" = ["trajectories"]))]
+    pub trajectories: String,
+    /// Timesteps the student learns to start from, in AR steps, ascending from 0.
+    pub timesteps: Vec<usize>,
+    /// Relative frequency of each timestep in training; equal when empty.
+    #[serde(default)]
+    pub timestep_weights: Vec<f64>,
+    /// AR steps whose tokens come from the logits; later ones from the continuous head. All, if left out.
+    #[serde(default)]
+    pub split: Option<usize>,
+    /// Share of the trajectories kept out of training, to measure the loss.
+    #[serde(default = "held_out")]
+    #[schemars(range(min = 0, max = 0.5))]
+    pub held_out: f64,
+    /// Weight of the cross-entropy.
+    #[serde(default = "one")]
+    #[schemars(range(min = 0))]
+    pub cross_entropy: f64,
+    /// Whether the loss covers the tokens that X_t already holds.
+    #[serde(default)]
+    pub known_tokens: bool,
+    /// Weight of the squared distance between the continuous head and the codebook vectors.
+    #[serde(default)]
+    #[schemars(range(min = 0))]
+    pub codebook_distance: f64,
+    /// The perceptual term.
+    #[serde(default)]
+    pub perceptual: Perceptual,
+    /// How to train.
+    #[serde(default)]
+    pub train: TrainOptions,
+}
+
+fn held_out() -> f64 {
+    0.02
+}
+fn one() -> f64 {
+    1.0
+}
+
+/// Distance between decoded images; it moves the continuous head only, so it needs a `split` below the number of AR
+/// steps.
+#[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+pub enum Perceptual {
+    /// None.
+    #[default]
+    None,
+    /// Mean squared distance of pixels.
+    L2 {
+        /// Its weight.
+        weight: f64,
+    },
+    /// Mean squared distance of a classifier's features.
+    Classifier {
+        /// Its weight.
+        weight: f64,
+        /// The stage that trained the classifier.
+        #[schemars(extend("x-retort-artifact" = ["classifier"]))]
+        classifier: String,
+    },
+}
+
+impl Perceptual {
+    fn weight(&self) -> f64 {
+        match self {
+            Self::None => 0.0,
+            Self::L2 { weight } | Self::Classifier { weight, .. } => *weight,
+        }
+    }
+}
+
+/// The stage.
+pub struct Distill;
+
+impl<B: Backend> Stage<B> for Distill {
+    type Options = Options;
+    const KIND: &'static str = "distill";
+    const OUTPUT: &'static str = "student";
+    const REVISION: u32 = 1;
+    const SUMMARY: &'static str = "train a few-step student on a teacher's trajectories";
+
+    fn check(o: &Options, _: &Path) -> Result<()> {
+        if o.timesteps.first() != Some(&0) || o.timesteps.windows(2).any(|w| w[0] >= w[1]) {
+            let message = format!(
+                "timesteps {:?}: expected ascending AR steps from 0, as in [0, 6]",
+                o.timesteps
+            );
+            return Err(Error::option("/timesteps", message));
+        }
+        let weights = &o.timestep_weights;
+        if !weights.is_empty() && weights.len() != o.timesteps.len() {
+            let message = format!(
+                "{} weights for {} timesteps",
+                weights.len(),
+                o.timesteps.len()
+            );
+            return Err(Error::option("/timestep_weights", message));
+        }
+        if weights.iter().any(|w| *w < 0.0)
+            || (!weights.is_empty() && weights.iter().sum::<f64>() <= 0.0)
+        {
+            return Err(Error::option(
+                "/timestep_weights",
+                "expected weights of at least 0, not all 0",
+            ));
+        }
+        if o.perceptual.weight() > 0.0 && o.split.is_none() {
+            return Err(Error::option(
+                "/perceptual",
+                "the perceptual term moves the continuous head only: give a `split` below the number of AR steps",
+            ));
+        }
+        if o.cross_entropy + o.codebook_distance + o.perceptual.weight() <= 0.0 {
+            return Err(Error::option(
+                "/cross_entropy",
+                "all loss weights are 0: nothing to learn",
+            ));
+        }
+        Ok(())
+    }
+
+    fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
+        let (host, backend, seed) = (context.host, context.backend, context.job.seed);
+        let teacher = context.input(&o.teacher)?;
+        let bundle = Bundle::open(&teacher.path)?;
+        let network = bundle.network()?;
+        let shape = network.tokens();
+        check_timesteps(&o.timesteps, &shape, "/timesteps")?;
+        let split = o.split.unwrap_or(shape.steps.len());
+        if split > shape.steps.len() {
+            let message = format!(
+                "split {split}: the teacher has {} AR steps",
+                shape.steps.len()
+            );
+            return Err(Error::option("/split", message));
+        }
+        let dataset = Dataset::open(context.input_dir(&o.trajectories)?)?;
+        if dataset.manifest.tokens() != shape {
+            let message = format!(
+                "{} was built with a teacher of another shape",
+                o.trajectories
+            );
+            return Err(Error::option("/trajectories", message));
+        }
+        if dataset.manifest.teacher != teacher.hash {
+            let message = format!(
+                "{} was built with another teacher than {}",
+                o.trajectories, o.teacher
+            );
+            return Err(Error::option("/trajectories", message));
+        }
+        let tokenizer = bundle.tokenizer(backend)?;
+        let codebook = tokenizer.codebook()?;
+        let classifier = match &o.perceptual {
+            Perceptual::Classifier { classifier, .. } => {
+                Some(Net::open(backend, context.input_dir(classifier)?)?)
+            }
+            _ => None,
+        };
+
+        let start = network.student_start(bundle.weights()?);
+        let mut loader = Loader::new(
+            backend,
+            Source::HostOrInit(&start, seed),
+            true,
+            o.teacher.as_str(),
+        );
+        let student = network.student(&mut loader)?;
+        let all = loader.into_params();
+        drop(start);
+        let continuous = o.codebook_distance > 0.0 || o.perceptual.weight() > 0.0;
+        let (params, idle): (Vec<_>, Vec<_>) = all
+            .into_iter()
+            .partition(|(name, _)| continuous || !name.starts_with(CONTINUOUS_HEAD));
+        if !idle.is_empty() {
+            host.log(
+                LogLevel::Info,
+                "no loss term reaches the continuous head: it stays as it was drawn",
+            );
+        }
+        let average = if o.train.ema > 0.0 {
+            Some(copies(backend, &params)?)
+        } else {
+            None
+        };
+        let mut shared: std::collections::BTreeMap<_, _> = idle
+            .iter()
+            .map(|(name, p)| (name.clone(), p.value().clone()))
+            .collect();
+        match &average {
+            Some(tensors) => shared.extend(tensors.clone()),
+            None => shared.extend(
+                params
+                    .iter()
+                    .map(|(name, p)| (name.clone(), p.value().clone())),
+            ),
+        }
+        let measured = network.student(&mut Loader::new(
+            backend,
+            Source::Device(&shared),
+            false,
+            "student",
+        ))?;
+
+        let held = ((dataset.len() as f64 * o.held_out) as usize).min(HELD_OUT_MOST);
+        let train = dataset.len() - held;
+        if train == 0 {
+            return Err(Error::option(
+                "/held_out",
+                "no trajectory is left for training",
+            ));
+        }
+        let objective = Objective {
+            options: o,
+            backend,
+            dataset: &dataset,
+            codebook_host: B::to_floats(&codebook)?,
+            codebook: &codebook,
+            tokenizer: &*tokenizer,
+            classifier,
+            shape: &shape,
+            boundary: shape.tokens_before(split),
+        };
+        let mut epoch = (u64::MAX, Vec::new());
+        let batch = o.train.batch;
+        let step = |step: u64| {
+            let mut choice = Sequence::new(seed, Stream::Step, step);
+            let samples: Vec<usize> = (0..batch as u64)
+                .map(|i| {
+                    // Every sample once per epoch, in an order of its own.
+                    let at = step * batch as u64 + i;
+                    let (number, place) = (at / train as u64, (at % train as u64) as usize);
+                    if epoch.0 != number {
+                        epoch = (
+                            number,
+                            Sequence::new(seed, Stream::Order, number).permutation(train),
+                        );
+                    }
+                    epoch.1[place] as usize
+                })
+                .collect();
+            let timesteps: Vec<usize> = samples.iter().map(|_| o.draw(&mut choice)).collect();
+            objective.loss(&*student, &samples, &timesteps)
+        };
+        let held: Vec<usize> = (train..dataset.len()).collect();
+        let mut measure = || {
+            let mut total = 0.0;
+            for &t in &o.timesteps {
+                let (loss, accuracy) = objective.measure(&*measured, &held, t)?;
+                host.log(
+                    LogLevel::Info,
+                    &format!(
+                        "held out, t = {t}: cross-entropy {loss:.4}, right tokens {accuracy:.4}"
+                    ),
+                );
+                total += loss / o.timesteps.len() as f64;
+            }
+            Ok(total)
+        };
+        let fit = Fit {
+            host,
+            backend,
+            work_dir: Some(context.work_dir()?),
+            name: "distill",
+            options: &o.train,
+            params: &params,
+            ema: average.as_ref(),
+        };
+        let every = (o.train.steps / 10).max(1);
+        let held_out = (!held.is_empty()).then_some(HeldOut {
+            every,
+            name: "held_out_loss",
+            measure: &mut measure,
+            keep_best: false,
+        });
+        let mut weights = fit.run(step, held_out)?;
+        weights.extend(crate::weights::from_params(&idle)?);
+        let mut figures = serde_json::Map::new();
+        if !held.is_empty() {
+            for &t in &o.timesteps {
+                let (loss, accuracy) = objective.measure(&*measured, &held, t)?;
+                host.metric(&format!("distill/held_out_loss_t{t}"), o.train.steps, loss);
+                host.metric(
+                    &format!("distill/held_out_accuracy_t{t}"),
+                    o.train.steps,
+                    accuracy,
+                );
+                figures.insert(
+                    format!("t{t}"),
+                    json!({ "held_out_loss": loss, "held_out_accuracy": accuracy }),
+                );
+            }
+        }
+        context.finish("student", ArtifactMeta::default(), figures.into(), |dir| {
+            let tokenizer = bundle.tokenizer_weights()?;
+            bundle::write(
+                dir,
+                (&bundle.config.tokenizer, &tokenizer),
+                Some((network, &weights)),
+                &o.timesteps,
+            )
+        })
+    }
+}
+
+/// Most trajectories that are held out.
+const HELD_OUT_MOST: usize = 2000;
+
+impl Options {
+    /// A timestep by the weights.
+    fn draw(&self, choice: &mut Sequence) -> usize {
+        if self.timestep_weights.is_empty() {
+            return self.timesteps[choice.below(self.timesteps.len())];
+        }
+        let mut left = choice.uniform() * self.timestep_weights.iter().sum::<f64>();
+        for (&t, &w) in self.timesteps.iter().zip(&self.timestep_weights) {
+            left -= w;
+            if left < 0.0 {
+                return t;
+            }
+        }
+        self.timesteps[self.timesteps.len() - 1]
+    }
+}
+
+/// The training loss and what it needs.
+struct Objective<'a, B: Backend> {
+    options: &'a Options,
+    backend: &'a B,
+    dataset: &'a Dataset,
+    codebook_host: Vec<f32>,
+    codebook: &'a B::Tensor,
+    tokenizer: &'a dyn Tokenizer<B>,
+    classifier: Option<Net<B>>,
+    shape: &'a TokenShape,
+    /// Tokens before `split`.
+    boundary: usize,
+}
+
+/// X_t of some samples, on the device, and what is known of them.
+struct Batch<B: Backend> {
+    x: B::Tensor,
+    labels: B::Tensor,
+    /// 1 where X_t holds a token, (b, L).
+    data: B::Tensor,
+    /// Tokens (b L).
+    tokens: B::Tensor,
+    /// Weight of each token in the loss (b L), of mean 1.
+    weights: Vec<f32>,
+}
+
+impl<B: Backend> Objective<'_, B> {
+    fn batch(&self, samples: &[usize], timesteps: &[usize]) -> Result<Batch<B>> {
+        let (n, l, d) = (samples.len(), self.shape.tokens(), self.shape.dim);
+        let mut x = Vec::with_capacity(n * l * d);
+        let (mut data, mut tokens) = (Vec::with_capacity(n * l), Vec::with_capacity(n * l));
+        for (&sample, &t) in samples.iter().zip(timesteps) {
+            let known = self.shape.tokens_before(t);
+            let (ids, noise) = (self.dataset.tokens_of(sample), self.dataset.noise(sample));
+            for &id in &ids[..known] {
+                x.extend_from_slice(&self.codebook_host[id as usize * d..(id as usize + 1) * d]);
+            }
+            x.extend_from_slice(&noise[known * d..]);
+            data.extend((0..l).map(|i| u32::from(i < known)));
+            tokens.extend_from_slice(ids);
+        }
+        let counts = |known: &u32| self.options.known_tokens || *known == 0;
+        let counted = data.iter().filter(|k| counts(k)).count() as f32;
+        let weights = data
+            .iter()
+            .map(|k| {
+                if counts(k) {
+                    (n * l) as f32 / counted
+                } else {
+                    0.0
+                }
+            })
+            .collect();
+        let labels: Vec<u32> = samples.iter().map(|&s| self.dataset.labels[s]).collect();
+        Ok(Batch {
+            x: self.backend.floats(&x, &[n, l, d])?,
+            labels: self.backend.indices(&labels, &[n])?,
+            data: self.backend.indices(&data, &[n, l])?,
+            tokens: self.backend.indices(&tokens, &[n * l])?,
+            weights,
+        })
+    }
+
+    fn loss(
+        &self,
+        student: &dyn Student<B>,
+        samples: &[usize],
+        timesteps: &[usize],
+    ) -> Result<StepOutput<B>> {
+        let o = self.options;
+        let b = self.batch(samples, timesteps)?;
+        let (n, l, k, d) = (
+            samples.len(),
+            self.shape.tokens(),
+            self.shape.vocabulary,
+            self.shape.dim,
+        );
+        let prediction = student.predict(&b.x, &b.labels, &b.data)?;
+        let weights = Var::constant(self.backend.floats(&b.weights, &[n * l])?);
+        let mut terms: Vec<(&'static str, Var<B>, f64)> = Vec::new();
+        if o.cross_entropy > 0.0 {
+            let rows = prediction
+                .logits
+                .reshape(&[n * l, k])?
+                .cross_entropy_rows(&b.tokens)?;
+            terms.push((
+                "cross_entropy",
+                rows.mul(&weights)?.mean_all()?,
+                o.cross_entropy,
+            ));
+        }
+        if o.codebook_distance > 0.0 || o.perceptual.weight() > 0.0 {
+            let continuous = student.continuous(&prediction)?; // (b, L, D)
+            let target =
+                Var::constant(B::reshape(&B::rows(self.codebook, &b.tokens)?, &[n, l, d])?);
+            if o.codebook_distance > 0.0 {
+                let square = continuous.sub(&target)?.unary(Unary::Square)?;
+                let weighted = square.mul(&weights.reshape(&[n, l, 1])?)?;
+                terms.push((
+                    "codebook_distance",
+                    weighted.mean_all()?,
+                    o.codebook_distance,
+                ));
+            }
+            if o.perceptual.weight() > 0.0 {
+                let codes = B::rows(self.codebook, &B::argmax_last(prediction.logits.value())?)?;
+                let mixed = match self.boundary {
+                    0 => continuous,
+                    at if at == l => Var::constant(codes),
+                    at => {
+                        let head = Var::constant(B::narrow(&codes, 1, 0, at)?);
+                        Var::cat(&[&head, &continuous.narrow(1, at, l - at)?], 1)?
+                    }
+                };
+                terms.push((
+                    "perceptual",
+                    self.perceptual(&mixed, &target)?,
+                    o.perceptual.weight(),
+                ));
+            }
+        }
+        let figures = terms
+            .iter()
+            .map(|(name, term, _)| Ok((*name, scalar::<B>(term.value())?)));
+        let figures = figures.collect::<Result<Vec<_>>>()?;
+        let mut loss: Option<Var<B>> = None;
+        for (_, term, weight) in terms {
+            let term = term.affine(weight, 0.0)?;
+            loss = Some(match loss {
+                Some(sum) => sum.add(&term)?,
+                None => term,
+            });
+        }
+        let loss = loss.ok_or_else(|| Error::Internal("a loss without terms".into()))?;
+        Ok(StepOutput { loss, figures })
+    }
+
+    /// Distance of decoded images; latents (b, L, D).
+    fn perceptual(&self, prediction: &Var<B>, target: &Var<B>) -> Result<Var<B>> {
+        let (a, b) = (
+            self.tokenizer.decode(prediction)?,
+            self.tokenizer.decode(target)?,
+        );
+        let (a, b) = match &self.classifier {
+            Some(net) => (net.features(&a)?, net.features(&b)?),
+            None => (a, b),
+        };
+        a.sub(&b)?.unary(Unary::Square)?.mean_all()
+    }
+
+    /// Mean cross-entropy of the logits from timestep t and the share of right tokens, over the tokens after t.
+    fn measure(&self, student: &dyn Student<B>, samples: &[usize], t: usize) -> Result<(f64, f64)> {
+        let (l, k, known) = (
+            self.shape.tokens(),
+            self.shape.vocabulary,
+            self.shape.tokens_before(t),
+        );
+        let (mut sum, mut right) = (0.0, 0usize);
+        for part in samples.chunks(500) {
+            let b = self.batch(part, &vec![t; part.len()])?;
+            let logits = student.predict(&b.x, &b.labels, &b.data)?.logits;
+            let flat = B::reshape(logits.value(), &[part.len() * l, k])?;
+            let losses = B::to_floats(&B::cross_entropy(&flat, &b.tokens)?)?;
+            let chosen = B::to_indices(&B::argmax_last(&flat)?)?;
+            let tokens = B::to_indices(&b.tokens)?;
+            for i in (0..losses.len()).filter(|i| i % l >= known) {
+                sum += f64::from(losses[i]);
+                right += usize::from(chosen[i] == tokens[i]);
+            }
+        }
+        let count = (samples.len() * (l - known)) as f64;
+        Ok((sum / count, right as f64 / count))
+    }
+}

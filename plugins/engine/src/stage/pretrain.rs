@@ -1,0 +1,270 @@
+//! `pretrain`: trains a class-conditional AR teacher on a tokenizer's tokens.
+
+use std::path::Path;
+
+use retort_abi::{ArtifactMeta, LogLevel, StageResult};
+use schemars::JsonSchema;
+use serde::Deserialize;
+use serde_json::json;
+
+use crate::backend::Backend;
+use crate::bundle::{self, Bundle, NetworkConfig, TokenizerConfig};
+use crate::data::{self, DataOptions};
+use crate::error::{Error, Result};
+use crate::model::{Teacher, llamagen};
+use crate::random::{Sequence, Stream};
+use crate::stage::tokenizer::batch;
+use crate::stage::{Context, Stage};
+use crate::train::{Fit, HeldOut, StepOutput, TrainOptions, copies, scalar};
+use crate::weights::{Loader, Source};
+
+/// Options of `pretrain`.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Options {
+    /// The stage that trained the tokenizer.
+    #[schemars(extend("x-retort-artifact" = ["tokenizer"]))]
+    pub tokenizer: String,
+    /// Images to learn from.
+    pub data: DataOptions,
+    /// Share of each class kept out of training, to measure the loss.
+    #[serde(default = "held_out")]
+    #[schemars(range(min = 0, max = 0.9))]
+    pub held_out: f64,
+    /// Width C of the transformer.
+    #[schemars(range(min = 4))]
+    pub width: usize,
+    /// Number of blocks.
+    #[schemars(range(min = 1))]
+    pub depth: usize,
+    /// Attention heads; width / heads is a multiple of 4.
+    #[schemars(range(min = 1))]
+    pub heads: usize,
+    /// Probability with which a label is dropped in training, for guidance.
+    #[serde(default = "label_dropout")]
+    #[schemars(range(min = 0, max = 1))]
+    pub label_dropout: f64,
+    /// Probability with which a token is replaced by a random code at the input: a regulariser for small data.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 0.9))]
+    pub token_noise: f64,
+    /// Whether the weights with the lowest held-out loss are kept, instead of the last.
+    #[serde(default = "keep_best")]
+    pub keep_best: bool,
+    /// How to train.
+    #[serde(default)]
+    pub train: TrainOptions,
+}
+
+fn held_out() -> f64 {
+    0.1
+}
+fn label_dropout() -> f64 {
+    0.1
+}
+fn keep_best() -> bool {
+    true
+}
+
+/// The stage.
+pub struct Pretrain;
+
+impl<B: Backend> Stage<B> for Pretrain {
+    type Options = Options;
+    const KIND: &'static str = "pretrain";
+    const OUTPUT: &'static str = "teacher";
+    const REVISION: u32 = 1;
+    const SUMMARY: &'static str = "train an autoregressive teacher on a tokenizer's tokens";
+
+    fn check(o: &Options, _base_dir: &Path) -> Result<()> {
+        o.data
+            .check()
+            .map_err(|e| Error::option("/data", e.to_string()))?;
+        // The rest of the shape comes with the tokenizer.
+        let placeholder = llamagen::Config {
+            vocabulary: 2,
+            codebook_dim: 1,
+            side: 1,
+            classes: 1,
+            ..shape(o)
+        };
+        placeholder.check()
+    }
+
+    fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
+        let (backend, seed) = (context.backend, context.job.seed);
+        let source = Bundle::open(context.input_dir(&o.tokenizer)?)?;
+        let TokenizerConfig::Vq(vq) = &source.config.tokenizer;
+        let images = data::load(&o.data, &context.job.base_dir)?;
+        if [images.channels, images.height, images.width] != source.config.tokenizer.image() {
+            let message = format!(
+                "images of {} x {} x {}, but the tokenizer {} was made for {:?}",
+                images.channels,
+                images.height,
+                images.width,
+                o.tokenizer,
+                source.config.tokenizer.image()
+            );
+            return Err(Error::option("/data", message));
+        }
+        let config = llamagen::Config {
+            vocabulary: vq.vocabulary,
+            codebook_dim: vq.codebook_dim,
+            side: vq.side(),
+            classes: images.classes,
+            ..shape(o)
+        };
+        let tokens = encode_all(backend, &source, &images)?;
+        let l = config.side * config.side;
+        let (train, held) = images.split(o.held_out, seed);
+        let gather = |picks: &[usize]| -> Vec<u32> {
+            picks
+                .iter()
+                .flat_map(|&i| tokens[i * l..(i + 1) * l].iter().copied())
+                .collect()
+        };
+
+        let mut loader = Loader::new(backend, Source::Init(seed), true, "new teacher");
+        let model = llamagen::Gpt::load(&mut loader, &config)?;
+        let params = loader.into_params();
+        let average = if o.train.ema > 0.0 {
+            Some(copies(backend, &params)?)
+        } else {
+            None
+        };
+        let shared = match &average {
+            Some(tensors) => tensors.clone(),
+            None => params
+                .iter()
+                .map(|(name, p)| (name.clone(), p.value().clone()))
+                .collect(),
+        };
+        let measured = llamagen::Gpt::load(
+            &mut Loader::new(backend, Source::Device(&shared), false, "teacher"),
+            &config,
+        )?;
+
+        let loss = |model: &llamagen::Gpt<B>, labels: &[u32], seen: &[u32], wanted: &[u32]| {
+            let n = labels.len();
+            let logits = model.forced(
+                &backend.indices(labels, &[n])?,
+                &backend.indices(seen, &[n, l])?,
+            )?;
+            logits
+                .reshape(&[n * l, config.vocabulary])?
+                .cross_entropy(&backend.indices(wanted, &[n * l])?)
+        };
+        let fit = Fit {
+            host: context.host,
+            backend,
+            work_dir: Some(context.work_dir()?),
+            name: "pretrain",
+            options: &o.train,
+            params: &params,
+            ema: average.as_ref(),
+        };
+        let step = |step: u64| {
+            let mut choice = Sequence::new(seed, Stream::Step, step);
+            let picks: Vec<usize> = (0..o.train.batch)
+                .map(|_| train[choice.below(train.len())])
+                .collect();
+            let labels: Vec<u32> = picks
+                .iter()
+                .map(|&i| {
+                    if choice.uniform() < o.label_dropout {
+                        config.classes as u32
+                    } else {
+                        images.labels[i]
+                    }
+                })
+                .collect();
+            let wanted = gather(&picks);
+            let mut seen = wanted.clone();
+            if o.token_noise > 0.0 {
+                for token in &mut seen {
+                    if choice.uniform() < o.token_noise {
+                        *token = choice.below(config.vocabulary) as u32;
+                    }
+                }
+            }
+            Ok(StepOutput {
+                loss: loss(&model, &labels, &seen, &wanted)?,
+                figures: Vec::new(),
+            })
+        };
+        let measured_on = if held.is_empty() { &train } else { &held };
+        let mut measure = || {
+            let mut sum = 0.0;
+            for picks in measured_on.chunks(256) {
+                let (wanted, labels) = (
+                    gather(picks),
+                    picks.iter().map(|&i| images.labels[i]).collect::<Vec<_>>(),
+                );
+                sum += scalar::<B>(loss(&measured, &labels, &wanted, &wanted)?.value())?
+                    * picks.len() as f64;
+            }
+            Ok(sum / measured_on.len() as f64)
+        };
+        let every = (o.train.steps / 40).max(10);
+        let held_out = HeldOut {
+            every,
+            name: "held_out_loss",
+            measure: &mut measure,
+            keep_best: o.keep_best,
+        };
+        let weights = fit.run(step, Some(held_out))?;
+
+        let kept = llamagen::Gpt::load(
+            &mut Loader::new(backend, Source::Host(&weights), false, "teacher"),
+            &config,
+        )?;
+        let labels: Vec<u32> = measured_on.iter().map(|&i| images.labels[i]).collect();
+        let wanted = gather(measured_on);
+        let held_out_loss = scalar::<B>(loss(&kept, &labels, &wanted, &wanted)?.value())?;
+        context.host.log(
+            LogLevel::Info,
+            &format!("held-out loss {held_out_loss:.4} nats per token"),
+        );
+        let network = NetworkConfig::Llamagen(config.clone());
+        let summary = json!({ "held_out_loss": held_out_loss });
+        context.finish("teacher", ArtifactMeta::default(), summary, |dir| {
+            let tokenizer = source.tokenizer_weights()?;
+            bundle::write(
+                dir,
+                (&source.config.tokenizer, &tokenizer),
+                Some((&network, &weights)),
+                &[],
+            )
+        })
+    }
+}
+
+fn shape(o: &Options) -> llamagen::Config {
+    let (width, depth, heads) = (o.width, o.depth, o.heads);
+    llamagen::Config {
+        width,
+        depth,
+        heads,
+        vocabulary: 0,
+        codebook_dim: 0,
+        side: 0,
+        classes: 0,
+    }
+}
+
+/// Tokens (n, L) of all images.
+fn encode_all<B: Backend>(
+    backend: &B,
+    source: &Bundle<'_>,
+    images: &data::Images,
+) -> Result<Vec<u32>> {
+    let tokenizer = source.tokenizer(backend)?;
+    let all: Vec<usize> = (0..images.len()).collect();
+    let mut tokens = Vec::new();
+    for picks in all.chunks(256) {
+        tokens.extend(B::to_indices(
+            &tokenizer.encode(&batch(backend, images, picks)?)?,
+        )?);
+    }
+    Ok(tokens)
+}

@@ -1,0 +1,723 @@
+//! `sample`: images from a teacher, a student, both together, or the independent baseline.
+//!
+//! Out: `samples.safetensors` with labels (n), noise (n, L, D), tokens (n, L; where codes were chosen), latents
+//! (n, L, D) and images (n, c, H, W) in [0, 1], and `grid.png`.
+
+use std::path::Path;
+use std::time::Instant;
+
+use retort_abi::{ArtifactMeta, Cancel, LogLevel, StageResult};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::backend::{Backend, FlowSolver};
+use crate::bundle::Bundle;
+use crate::dataset::Dataset;
+use crate::error::{Error, Result};
+use crate::model::{Teacher, TokenShape};
+use crate::picture::{self, Pixels};
+use crate::random;
+use crate::sampler::{self, Choice, Distribution, StudentSampler, autoregressive, check_timesteps};
+use crate::stage::trajectories::solver_steps;
+use crate::stage::{Context, Stage, resolve};
+use crate::weights;
+
+/// Options of `sample`.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Options {
+    /// Who samples, and how.
+    pub sampler: Sampler,
+    /// Number of images.
+    #[schemars(range(min = 1))]
+    pub count: u64,
+    /// Images sampled at a time.
+    #[serde(default = "batch")]
+    #[schemars(range(min = 1))]
+    pub batch: usize,
+    /// Noise (count, L, D) from a file instead of the seed.
+    #[serde(default)]
+    pub noise: Option<Given>,
+    /// Classes of the images: `balanced`, a list, or a tensor of a file.
+    #[serde(default)]
+    pub labels: Labels,
+    /// Images per class in `grid.png`.
+    #[serde(default = "columns")]
+    #[schemars(range(min = 1))]
+    pub grid_columns: usize,
+    /// Whether every image is also written as a PNG file of its own.
+    #[serde(default)]
+    pub png: bool,
+    /// Whether the images are also written as `samples.npz` (uint8, n x H x W x 3), as evaluation suites read it.
+    #[serde(default)]
+    pub npz: bool,
+}
+
+fn batch() -> usize {
+    500
+}
+fn columns() -> usize {
+    10
+}
+
+/// Who samples, and how.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+pub enum Sampler {
+    /// The teacher's own AR sampler: the reference.
+    Teacher {
+        /// The stage that made the teacher.
+        #[schemars(extend("x-retort-artifact" = ["teacher"]))]
+        teacher: String,
+        /// Its distribution.
+        #[serde(default)]
+        distribution: Distribution,
+    },
+    /// The teacher's flow map: what the student imitates.
+    Flow {
+        /// The stage that made the teacher.
+        #[schemars(extend("x-retort-artifact" = ["teacher"]))]
+        teacher: String,
+        /// Its distribution.
+        #[serde(default)]
+        distribution: Distribution,
+        /// Steps of the Runge-Kutta solver.
+        #[serde(default = "solver_steps")]
+        #[schemars(range(min = 1))]
+        solver_steps: usize,
+    },
+    /// k-step sampling, one pass per timestep.
+    Student {
+        /// The stage that distilled the student.
+        #[schemars(extend("x-retort-artifact" = ["student"]))]
+        student: String,
+        /// AR steps from which the passes start, ascending from 0: [0] is one-step sampling.
+        timesteps: Vec<usize>,
+        /// AR steps whose tokens take the most probable code; later ones take the continuous head. All, if left out.
+        #[serde(default)]
+        split: Option<usize>,
+    },
+    /// Student, then teacher, then student.
+    Assisted {
+        /// The stage that distilled the student.
+        #[schemars(extend("x-retort-artifact" = ["student"]))]
+        student: String,
+        /// The stage that made the teacher.
+        #[schemars(extend("x-retort-artifact" = ["teacher"]))]
+        teacher: String,
+        /// Timesteps of the student's two passes.
+        timesteps: [usize; 2],
+        /// AR step from which the teacher samples, up to the second timestep.
+        teacher_start: usize,
+        /// AR steps whose tokens take the most probable code; later ones take the continuous head. All, if left out.
+        #[serde(default)]
+        split: Option<usize>,
+        /// The teacher's distribution.
+        #[serde(default)]
+        distribution: Distribution,
+    },
+    /// The baseline that forgets all dependence: every token from its own distribution given the class, as counted in a
+    /// trajectory dataset; with `after`, the teacher samples the first AR steps.
+    Independent {
+        /// The stage that made the teacher.
+        #[schemars(extend("x-retort-artifact" = ["teacher"]))]
+        teacher: String,
+        /// The stage that built the trajectories.
+        #[schemars(extend("x-retort-artifact" = ["trajectories"]))]
+        trajectories: String,
+        /// AR steps that the teacher samples first.
+        #[serde(default)]
+        after: usize,
+        /// The teacher's distribution.
+        #[serde(default)]
+        distribution: Distribution,
+    },
+}
+
+/// A tensor of a safetensors file.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Given {
+    /// The file.
+    #[schemars(extend("x-retort-file" = "file"))]
+    pub file: String,
+    /// The tensor's name.
+    pub tensor: String,
+}
+
+impl Given {
+    fn with<T>(
+        &self,
+        base: &Path,
+        take: impl FnOnce(&TensorView<'_>) -> Result<T, String>,
+    ) -> Result<T> {
+        let path = resolve(base, &self.file);
+        let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
+        let file = SafeTensors::deserialize(&bytes).map_err(|e| Error::data(&path, e))?;
+        let view = file
+            .tensor(&self.tensor)
+            .map_err(|e| Error::data(&path, e))?;
+        take(&view)
+            .map_err(|message| Error::data(&path, format!("tensor {}: {message}", self.tensor)))
+    }
+
+    /// Its floats, of a shape.
+    pub fn floats(&self, base: &Path, shape: &[usize]) -> Result<Vec<f32>> {
+        self.with(base, |view| {
+            if view.shape() != shape {
+                return Err(format!("shape {:?}, expected {shape:?}", view.shape()));
+            }
+            weights::floats(view).ok_or_else(|| format!("type {:?}, expected floats", view.dtype()))
+        })
+    }
+
+    /// Its indices.
+    pub fn indices(&self, base: &Path) -> Result<Vec<u32>> {
+        self.with(base, |view| {
+            weights::indices(view)
+                .ok_or_else(|| format!("type {:?}, expected non-negative integers", view.dtype()))
+        })
+    }
+}
+
+/// Classes of samples.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum Labels {
+    /// `balanced`: sample i has class i mod classes.
+    Rule(Rule),
+    /// One class per sample.
+    List(Vec<u32>),
+    /// From a file.
+    File(Given),
+}
+
+/// A rule that gives every sample a class.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Rule {
+    /// Sample i has class i mod classes.
+    Balanced,
+}
+
+impl Default for Labels {
+    fn default() -> Self {
+        Self::Rule(Rule::Balanced)
+    }
+}
+
+impl Labels {
+    /// The classes of `count` samples.
+    pub fn resolve(
+        &self,
+        base: &Path,
+        count: u64,
+        classes: usize,
+        pointer: &str,
+    ) -> Result<Vec<u32>> {
+        let labels = match self {
+            Self::Rule(Rule::Balanced) => (0..count).map(|i| (i % classes as u64) as u32).collect(),
+            Self::List(list) => list.clone(),
+            Self::File(given) => given.indices(base)?,
+        };
+        if labels.len() as u64 != count {
+            return Err(Error::option(
+                pointer,
+                format!("{} labels for {count} samples", labels.len()),
+            ));
+        }
+        match labels.iter().find(|&&label| label as usize >= classes) {
+            Some(label) => {
+                let message = format!(
+                    "class {label}: the model has the classes 0 to {}",
+                    classes - 1
+                );
+                Err(Error::option(pointer, message))
+            }
+            None => Ok(labels),
+        }
+    }
+}
+
+impl Sampler {
+    /// The stage whose output holds the tokenizer.
+    fn source(&self) -> &str {
+        match self {
+            Self::Teacher { teacher, .. }
+            | Self::Flow { teacher, .. }
+            | Self::Independent { teacher, .. } => teacher,
+            Self::Student { student, .. } | Self::Assisted { student, .. } => student,
+        }
+    }
+}
+
+/// The stage.
+pub struct Sample;
+
+/// A batch's results.
+struct Drawn<B: Backend> {
+    latents: B::Tensor,
+    tokens: Option<B::Tensor>,
+}
+
+impl<B: Backend> Stage<B> for Sample {
+    type Options = Options;
+    const KIND: &'static str = "sample";
+    const OUTPUT: &'static str = "samples";
+    const REVISION: u32 = 1;
+    const SUMMARY: &'static str =
+        "sample images from a teacher, a student, both, or the independent baseline";
+
+    fn check(o: &Options, _: &Path) -> Result<()> {
+        let ascending = |t: &[usize]| !t.is_empty() && t.windows(2).all(|w| w[0] < w[1]);
+        match &o.sampler {
+            Sampler::Student { timesteps, .. } if !ascending(timesteps) => {
+                let message = format!(
+                    "timesteps {timesteps:?}: expected ascending AR steps, as in [0] or [0, 6]"
+                );
+                Err(Error::option("/sampler/timesteps", message))
+            }
+            Sampler::Assisted {
+                timesteps,
+                teacher_start,
+                ..
+            } if !ascending(timesteps) || *teacher_start >= timesteps[1] => {
+                let message = format!(
+                    "teacher_start {teacher_start} with timesteps {timesteps:?}: expected ascending timesteps and a start below the second"
+                );
+                Err(Error::option("/sampler/teacher_start", message))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
+        let (host, backend, base) = (context.host, context.backend, &context.job.base_dir);
+        let bundle = Bundle::open(context.input_dir(o.sampler.source())?)?;
+        let shape = bundle.network()?.tokens();
+        let image = bundle.config.tokenizer.image();
+        let tokenizer = bundle.tokenizer(backend)?;
+        let codebook = tokenizer.codebook()?;
+        let labels = o.labels.resolve(base, o.count, shape.classes, "/labels")?;
+        let (l, d) = (shape.tokens(), shape.dim);
+        let noise = match &o.noise {
+            Some(given) => given.floats(base, &[o.count as usize, l, d])?,
+            None => (0..o.count)
+                .flat_map(|i| random::noise(context.job.seed, i, l, d))
+                .collect(),
+        };
+        let mut draw = drawer(context, &o.sampler, &bundle, &shape, codebook)?;
+
+        let (mut latents, mut images, mut tokens) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut sampling, mut decoding) = (0.0, 0.0);
+        for (i, classes) in labels.chunks(o.batch).enumerate() {
+            if host.cancelled() != Cancel::Run {
+                return Err(Error::Cancelled);
+            }
+            let (start, n) = (i * o.batch, classes.len());
+            let eps = backend.floats(&noise[start * l * d..(start + n) * l * d], &[n, l, d])?;
+            let clock = Instant::now();
+            let drawn = draw(start as u64, classes, &eps)?;
+            latents.extend(B::to_floats(&drawn.latents)?);
+            sampling += clock.elapsed().as_secs_f64();
+            if let Some(ids) = &drawn.tokens {
+                tokens.extend(B::to_indices(ids)?);
+            }
+            let clock = Instant::now();
+            images.extend(sampler::decode(&*tokenizer, &drawn.latents)?);
+            decoding += clock.elapsed().as_secs_f64();
+            host.progress((start + n) as u64, o.count, "images");
+        }
+        drop(draw);
+        let rate = o.count as f64 / sampling;
+        host.metric("sample/images_per_second", 0, rate);
+        host.metric("sample/sampling_seconds", 0, sampling);
+        host.metric("sample/decoding_seconds", 0, decoding);
+        host.log(
+            LogLevel::Info,
+            &format!(
+                "{} images: sampling {sampling:.2} s ({rate:.0}/s), decoding {decoding:.2} s",
+                o.count
+            ),
+        );
+
+        let meta = ArtifactMeta {
+            preview: Some("grid.png".into()),
+            ..Default::default()
+        };
+        let summary = json!({ "images": o.count, "images_per_second": rate });
+        context.finish("samples", meta, summary, |dir| {
+            let set = Samples {
+                labels,
+                noise,
+                tokens,
+                latents,
+                images,
+                image,
+                shape,
+            };
+            set.write(&dir.join(SAMPLES))?;
+            let pixels = Pixels::new(&set.images, image[0], image[1], image[2])?;
+            let (tiles, rows) = set.by_class(o.grid_columns);
+            picture::write_grid(
+                &dir.join("grid.png"),
+                &[Pixels::new(&tiles, image[0], image[1], image[2])?],
+                rows,
+            )?;
+            if o.png {
+                let folder = dir.join("png");
+                std::fs::create_dir(&folder).map_err(Error::io(&folder))?;
+                picture::write_pngs(&folder, pixels, &set.labels)?;
+            }
+            if o.npz {
+                picture::write_npz(&dir.join("samples.npz"), pixels)?;
+            }
+            Ok(())
+        })
+    }
+}
+
+type Drawer<'a, B> = Box<dyn FnMut(u64, &[u32], &<B as Backend>::Tensor) -> Result<Drawn<B>> + 'a>;
+
+/// The function that draws a batch: (index of the first sample, classes, noise) -> latents.
+fn drawer<'a, B: Backend>(
+    context: &'a Context<'_, B>,
+    sampler: &'a Sampler,
+    bundle: &Bundle<'_>,
+    shape: &'a TokenShape,
+    codebook: B::Tensor,
+) -> Result<Drawer<'a, B>> {
+    let (backend, seed) = (context.backend, context.job.seed);
+    let of_tokens = |codebook: &B::Tensor, ids: B::Tensor| -> Result<Drawn<B>> {
+        Ok(Drawn {
+            latents: B::rows(codebook, &ids)?,
+            tokens: Some(ids),
+        })
+    };
+    let all = shape.steps.len();
+    let split = |split: Option<usize>| match split {
+        Some(s) if s > all => Err(Error::option(
+            "/sampler/split",
+            format!("split {s}: the model has {all} AR steps"),
+        )),
+        s => Ok(s.unwrap_or(all)),
+    };
+    Ok(match sampler {
+        Sampler::Teacher { distribution, .. } => {
+            let teacher = bundle.teacher(backend)?;
+            Box::new(move |first, classes, _| {
+                let mut sequences = sampler::choices(seed, first, classes.len());
+                let mut choice = Choice::Random(&mut sequences);
+                of_tokens(
+                    &codebook,
+                    autoregressive(&*teacher, classes, distribution, &mut choice, None, all)?,
+                )
+            })
+        }
+        Sampler::Flow {
+            distribution,
+            solver_steps,
+            ..
+        } => {
+            let teacher = bundle.teacher(backend)?;
+            let solver = FlowSolver {
+                steps: *solver_steps,
+            };
+            Box::new(move |_, classes, noise| {
+                let mut choice = Choice::Flow {
+                    noise,
+                    codebook: &codebook,
+                    solver,
+                };
+                of_tokens(
+                    &codebook,
+                    autoregressive(&*teacher, classes, distribution, &mut choice, None, all)?,
+                )
+            })
+        }
+        Sampler::Student {
+            timesteps,
+            split: s,
+            ..
+        } => {
+            check_timesteps(timesteps, shape, "/sampler/timesteps")?;
+            let (student, split) = (bundle.student(backend)?, split(*s)?);
+            Box::new(move |_, classes, noise| {
+                let sampler = StudentSampler {
+                    student: &*student,
+                    codebook: &codebook,
+                    split,
+                };
+                let labels = backend.indices(classes, &[classes.len()])?;
+                Ok(Drawn {
+                    latents: sampler.sample(noise, &labels, timesteps)?,
+                    tokens: None,
+                })
+            })
+        }
+        Sampler::Assisted {
+            teacher,
+            timesteps,
+            teacher_start,
+            split: s,
+            distribution,
+            ..
+        } => {
+            check_timesteps(timesteps, shape, "/sampler/timesteps")?;
+            let (student, split) = (bundle.student(backend)?, split(*s)?);
+            let other = Bundle::open(context.input_dir(teacher)?)?;
+            same_codebook(&bundle.config, &other.config, teacher)?;
+            let teacher = other.teacher(backend)?;
+            Box::new(move |first, classes, noise| {
+                let sampler = StudentSampler {
+                    student: &*student,
+                    codebook: &codebook,
+                    split,
+                };
+                let labels = backend.indices(classes, &[classes.len()])?;
+                let mut sequences = sampler::choices(seed, first, classes.len());
+                let mut choice = Choice::Random(&mut sequences);
+                let labels = (&labels, classes);
+                let (latents, _) = sampler.assisted(
+                    noise,
+                    labels,
+                    *timesteps,
+                    &*teacher,
+                    *teacher_start,
+                    distribution,
+                    &mut choice,
+                )?;
+                Ok(Drawn {
+                    latents,
+                    tokens: None,
+                })
+            })
+        }
+        Sampler::Independent {
+            trajectories,
+            after,
+            distribution,
+            ..
+        } => {
+            let teacher = bundle.teacher(backend)?;
+            let marginals =
+                Marginals::count(&Dataset::open(context.input_dir(trajectories)?)?, shape)?;
+            Box::new(move |first, classes, _| {
+                let mut sequences = sampler::choices(seed, first, classes.len());
+                let known = match after {
+                    0 => None,
+                    _ => {
+                        let mut choice = Choice::Random(&mut sequences);
+                        let teacher: &dyn Teacher<B> = &*teacher;
+                        let ids = autoregressive(
+                            teacher,
+                            classes,
+                            distribution,
+                            &mut choice,
+                            None,
+                            *after,
+                        )?;
+                        Some(B::to_indices(&ids)?)
+                    }
+                };
+                let ids = marginals.draw(classes, known.as_deref(), &mut sequences);
+                of_tokens(
+                    &codebook,
+                    backend.indices(&ids, &[classes.len(), shape.tokens()])?,
+                )
+            })
+        }
+    })
+}
+
+fn same_codebook(a: &crate::bundle::Config, b: &crate::bundle::Config, stage: &str) -> Result<()> {
+    if a.tokenizer == b.tokenizer {
+        return Ok(());
+    }
+    Err(Error::option(
+        "/sampler/teacher",
+        format!("{stage} has another tokenizer than the student was distilled with"),
+    ))
+}
+
+/// How often each code stands at each position, per class.
+struct Marginals {
+    /// Running sums (class, position, code).
+    cumulative: Vec<u64>,
+    tokens: usize,
+    vocabulary: usize,
+}
+
+impl Marginals {
+    fn count(dataset: &Dataset, shape: &TokenShape) -> Result<Self> {
+        let (l, k) = (shape.tokens(), shape.vocabulary);
+        if dataset.manifest.tokens() != *shape {
+            return Err(Error::option(
+                "/sampler/trajectories",
+                "the trajectories were made with a teacher of another shape",
+            ));
+        }
+        let mut counts = vec![0u64; shape.classes * l * k];
+        for (sample, &class) in dataset.labels.iter().enumerate() {
+            for (position, &token) in dataset.tokens_of(sample).iter().enumerate() {
+                counts[(class as usize * l + position) * k + token as usize] += 1;
+            }
+        }
+        for row in counts.chunks_exact_mut(k) {
+            row.iter_mut().fold(0, |sum, count| {
+                *count += sum;
+                *count
+            });
+            if row[k - 1] == 0 {
+                return Err(Error::option(
+                    "/sampler/trajectories",
+                    "a class has no trajectory to count",
+                ));
+            }
+        }
+        Ok(Self {
+            cumulative: counts,
+            tokens: l,
+            vocabulary: k,
+        })
+    }
+
+    /// Tokens (b, L); the first ones are `known` (b, l'), where given.
+    fn draw(
+        &self,
+        classes: &[u32],
+        known: Option<&[u32]>,
+        sequences: &mut [random::Sequence],
+    ) -> Vec<u32> {
+        let (l, k) = (self.tokens, self.vocabulary);
+        let given = known.map_or(0, |ids| ids.len() / classes.len());
+        let mut out = Vec::with_capacity(classes.len() * l);
+        for (i, (&class, sequence)) in classes.iter().zip(sequences).enumerate() {
+            out.extend(
+                known
+                    .into_iter()
+                    .flat_map(|ids| &ids[i * given..(i + 1) * given]),
+            );
+            for position in given..l {
+                let row = &self.cumulative[(class as usize * l + position) * k..][..k];
+                let at = sequence.below(row[k - 1] as usize) as u64;
+                out.push(row.partition_point(|&sum| sum <= at) as u32);
+            }
+        }
+        out
+    }
+}
+
+/// Name of the file with the samples.
+pub const SAMPLES: &str = "samples.safetensors";
+
+/// A set of samples on the host.
+pub struct Samples {
+    /// Class of each image.
+    pub labels: Vec<u32>,
+    noise: Vec<f32>,
+    tokens: Vec<u32>,
+    latents: Vec<f32>,
+    /// Pixels (n, c, H, W) in [0, 1].
+    pub images: Vec<f32>,
+    /// Channels, height, width.
+    pub image: [usize; 3],
+    shape: TokenShape,
+}
+
+impl Samples {
+    fn write(&self, path: &Path) -> Result<()> {
+        let (n, l, d) = (self.labels.len(), self.shape.tokens(), self.shape.dim);
+        let [c, h, w] = self.image;
+        let ids =
+            |x: &[u32]| -> Vec<u8> { x.iter().flat_map(|&x| i64::from(x).to_le_bytes()).collect() };
+        let mut tensors = vec![
+            ("labels", Dtype::I64, vec![n], ids(&self.labels)),
+            (
+                "noise",
+                Dtype::F32,
+                vec![n, l, d],
+                weights::le_bytes(&self.noise),
+            ),
+            (
+                "latents",
+                Dtype::F32,
+                vec![n, l, d],
+                weights::le_bytes(&self.latents),
+            ),
+            (
+                "images",
+                Dtype::F32,
+                vec![n, c, h, w],
+                weights::le_bytes(&self.images),
+            ),
+        ];
+        if !self.tokens.is_empty() {
+            tensors.push(("tokens", Dtype::I64, vec![n, l], ids(&self.tokens)));
+        }
+        let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
+            TensorView::new(*dtype, shape.clone(), bytes)
+                .map(|view| (*name, view))
+                .map_err(|e| Error::data(path, e))
+        });
+        let views: Vec<_> = views.collect::<Result<_>>()?;
+        safetensors::serialize_to_file(views, None, path).map_err(|e| Error::data(path, e))
+    }
+
+    /// The images of the first samples of each class, class by class, and the number of rows they fill.
+    pub fn by_class(&self, columns: usize) -> (Vec<f32>, usize) {
+        by_class(&self.images, &self.labels, columns)
+    }
+}
+
+/// The first `columns` images of each class, class by class (at most 16 classes), and the number of rows they fill:
+/// classes with fewer images are left out unless none has enough.
+pub fn by_class(images: &[f32], labels: &[u32], columns: usize) -> (Vec<f32>, usize) {
+    let size = images.len() / labels.len();
+    let mut classes: Vec<u32> = labels.to_vec();
+    classes.sort_unstable();
+    classes.dedup();
+    let (mut out, mut rows) = (Vec::new(), 0);
+    for class in classes {
+        let members: Vec<usize> = (0..labels.len())
+            .filter(|&i| labels[i] == class)
+            .take(columns)
+            .collect();
+        if members.len() == columns && rows < 16 {
+            members
+                .iter()
+                .for_each(|&i| out.extend_from_slice(&images[i * size..(i + 1) * size]));
+            rows += 1;
+        }
+    }
+    if rows == 0 {
+        return (images[..size * labels.len().min(64)].to_vec(), 1);
+    }
+    (out, rows)
+}
+
+/// Reads labels and images of a sample artifact: (labels, images, [channels, height, width]).
+pub fn read_images(dir: &Path) -> Result<(Vec<u32>, Vec<f32>, [usize; 3])> {
+    let path = dir.join(SAMPLES);
+    let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
+    let file = SafeTensors::deserialize(&bytes).map_err(|e| Error::data(&path, e))?;
+    let tensor = |name: &str| file.tensor(name).map_err(|e| Error::data(&path, e));
+    let images = tensor("images")?;
+    let &[n, c, h, w] = images.shape() else {
+        return Err(Error::data(
+            &path,
+            format!(
+                "images of shape {:?}, expected (n, c, H, W)",
+                images.shape()
+            ),
+        ));
+    };
+    let labels = weights::indices(&tensor("labels")?).filter(|labels| labels.len() == n);
+    let labels =
+        labels.ok_or_else(|| Error::data(&path, format!("labels must be {n} integers")))?;
+    let pixels =
+        weights::floats(&images).ok_or_else(|| Error::data(&path, "images must be floats"))?;
+    Ok((labels, pixels, [c, h, w]))
+}

@@ -1,0 +1,301 @@
+//! `tokenizer`: trains a VQ image tokenizer, so that a run needs nothing downloaded.
+
+use std::path::Path;
+
+use retort_abi::{ArtifactMeta, LogLevel, StageResult};
+use schemars::JsonSchema;
+use serde::Deserialize;
+use serde_json::json;
+
+use crate::backend::{Backend, Unary};
+use crate::bundle::{self, TokenizerConfig};
+use crate::data::{self, DataOptions, Images};
+use crate::error::{Error, Result};
+use crate::model::vq::{CODEBOOK, Config, VqModel};
+use crate::random::{Sequence, Stream};
+use crate::stage::{Context, Stage};
+use crate::tape::Var;
+use crate::train::{Fit, HeldOut, StepOutput, TrainOptions, copies, scalar};
+use crate::weights::{Loader, Source};
+
+/// Options of `tokenizer`.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Options {
+    /// Images to learn from.
+    pub data: DataOptions,
+    /// Share of each class kept out of training, to measure the reconstruction.
+    #[serde(default = "held_out")]
+    #[schemars(range(min = 0, max = 0.9))]
+    pub held_out: f64,
+    /// Codebook size K.
+    #[schemars(range(min = 2, max = 65536))]
+    pub codebook_size: usize,
+    /// Codebook dimension D.
+    #[schemars(range(min = 1, max = 256))]
+    pub codebook_dim: usize,
+    /// Channels of the finest level.
+    #[serde(default = "channels")]
+    #[schemars(range(min = 1))]
+    pub channels: usize,
+    /// Multiplier of the channels per level, finest first; each further level halves the sides.
+    #[serde(default = "multipliers")]
+    #[schemars(length(min = 1, max = 8))]
+    pub multipliers: Vec<usize>,
+    /// Residual blocks per level of the encoder; the decoder has one more.
+    #[serde(default = "res_blocks")]
+    #[schemars(range(min = 1))]
+    pub res_blocks: usize,
+    /// Groups of the group normalisation; divides the channels of every level.
+    #[serde(default = "norm_groups")]
+    #[schemars(range(min = 1))]
+    pub norm_groups: usize,
+    /// Channels between the convolutions and the codebook's projection.
+    #[serde(default = "z_channels")]
+    #[schemars(range(min = 1))]
+    pub z_channels: usize,
+    /// Weight of the commitment loss.
+    #[serde(default = "commitment")]
+    #[schemars(range(min = 0))]
+    pub commitment: f64,
+    /// Steps between restarts of codes that no image used since the last one; 0: never.
+    #[serde(default = "restart_every")]
+    pub restart_every: u64,
+    /// How to train.
+    #[serde(default)]
+    pub train: TrainOptions,
+}
+
+fn held_out() -> f64 {
+    0.1
+}
+fn channels() -> usize {
+    32
+}
+fn multipliers() -> Vec<usize> {
+    vec![1, 1]
+}
+fn res_blocks() -> usize {
+    1
+}
+fn norm_groups() -> usize {
+    8
+}
+fn z_channels() -> usize {
+    32
+}
+fn commitment() -> f64 {
+    0.25
+}
+fn restart_every() -> u64 {
+    50
+}
+
+/// The stage.
+pub struct Tokenizer;
+
+impl<B: Backend> Stage<B> for Tokenizer {
+    type Options = Options;
+    const KIND: &'static str = "tokenizer";
+    const OUTPUT: &'static str = "tokenizer";
+    const REVISION: u32 = 1;
+    const SUMMARY: &'static str = "train a VQ image tokenizer on images";
+
+    fn check(o: &Options, _base_dir: &Path) -> Result<()> {
+        o.data
+            .check()
+            .map_err(|e| Error::option("/data", e.to_string()))?;
+        if let Some(m) = o
+            .multipliers
+            .iter()
+            .find(|&&m| m == 0 || (o.channels * m) % o.norm_groups != 0)
+        {
+            let width = o.channels * m;
+            let message = format!(
+                "{width} channels cannot be divided into {} groups",
+                o.norm_groups
+            );
+            return Err(Error::option("/norm_groups", message));
+        }
+        Ok(())
+    }
+
+    fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
+        let (backend, seed) = (context.backend, context.job.seed);
+        let images = data::load(&o.data, &context.job.base_dir)?;
+        let config = config(o, &images)?;
+        let (train, held) = images.split(o.held_out, seed);
+        let mut loader = Loader::new(backend, Source::Init(seed), true, "new tokenizer");
+        let model = VqModel::load(&mut loader, &config)?;
+        let params = loader.into_params();
+        let codebook = params
+            .iter()
+            .find(|(name, _)| name == CODEBOOK)
+            .map(|(_, p)| p.clone());
+        let codebook = codebook.ok_or_else(|| Error::Internal("no codebook".into()))?;
+
+        let average = if o.train.ema > 0.0 {
+            Some(copies(backend, &params)?)
+        } else {
+            None
+        };
+        let measured = match &average {
+            Some(tensors) => VqModel::load(
+                &mut Loader::new(backend, Source::Device(tensors), false, "average"),
+                &config,
+            )?,
+            None => {
+                let tensors = params
+                    .iter()
+                    .map(|(n, p)| (n.clone(), p.value().clone()))
+                    .collect();
+                VqModel::load(
+                    &mut Loader::new(backend, Source::Device(&tensors), false, "model"),
+                    &config,
+                )?
+            }
+        };
+        let mut used = vec![false; config.vocabulary];
+        let fit = Fit {
+            host: context.host,
+            backend,
+            work_dir: Some(context.work_dir()?),
+            name: "tokenizer",
+            options: &o.train,
+            params: &params,
+            ema: average.as_ref(),
+        };
+        let step = |step: u64| {
+            let mut choice = Sequence::new(seed, Stream::Step, step);
+            let picks: Vec<usize> = (0..o.train.batch)
+                .map(|_| train[choice.below(train.len())])
+                .collect();
+            let x = batch(backend, &images, &picks)?;
+            let r = model.reconstruct(&x)?;
+            let error = r
+                .images
+                .sub(&Var::constant(x))?
+                .unary(Unary::Square)?
+                .mean_all()?;
+            let figures = vec![("reconstruction", scalar::<B>(error.value())?)];
+            let loss = error
+                .add(&r.codebook_loss)?
+                .add(&r.commitment_loss.affine(o.commitment, 0.0)?)?;
+            for id in B::to_indices(&r.tokens)? {
+                used[id as usize] = true;
+            }
+            if o.restart_every > 0
+                && (step + 1).is_multiple_of(o.restart_every)
+                && step < o.train.steps / 2
+            {
+                restart::<B>(codebook.value(), r.z.value(), &used, seed, step)?;
+                used.fill(false);
+            }
+            Ok(StepOutput { loss, figures })
+        };
+        let mut measure = || {
+            let x = batch(
+                backend,
+                &images,
+                if held.is_empty() { &train } else { &held },
+            )?;
+            let r = measured.reconstruct(&x)?;
+            scalar::<B>(
+                r.images
+                    .sub(&Var::constant(x))?
+                    .unary(Unary::Square)?
+                    .mean_all()?
+                    .value(),
+            )
+        };
+        let every = (o.train.steps / 10).max(1);
+        let held_out = HeldOut {
+            every,
+            name: "held_out_error",
+            measure: &mut measure,
+            keep_best: false,
+        };
+        let weights = fit.run(step, Some(held_out))?;
+        let error = measure()?;
+        context.host.log(
+            LogLevel::Info,
+            &format!("mean squared error of held-out images in [-1, 1]: {error:.5}"),
+        );
+        let summary = json!({ "held_out_error": error });
+        context.finish("tokenizer", ArtifactMeta::default(), summary, |dir| {
+            bundle::write(
+                dir,
+                (&TokenizerConfig::Vq(config.clone()), &weights),
+                None,
+                &[],
+            )
+        })
+    }
+}
+
+fn config(o: &Options, images: &Images) -> Result<Config> {
+    let (size, factor) = (images.height, 1 << (o.multipliers.len() - 1));
+    if images.width != size || size % factor != 0 {
+        return Err(Error::option(
+            "/multipliers",
+            format!(
+                "images of {} x {}: expected squares whose sides are a multiple of {factor} for {} levels",
+                images.height,
+                images.width,
+                o.multipliers.len()
+            ),
+        ));
+    }
+    Ok(Config {
+        image_channels: images.channels,
+        image_size: size,
+        channels: o.channels,
+        multipliers: o.multipliers.clone(),
+        res_blocks: o.res_blocks,
+        norm_groups: o.norm_groups,
+        z_channels: o.z_channels,
+        vocabulary: o.codebook_size,
+        codebook_dim: o.codebook_dim,
+        l2_norm: true,
+    })
+}
+
+/// Images (b, c, h, w) in [-1, 1] on the device.
+pub(crate) fn batch<B: Backend>(
+    backend: &B,
+    images: &Images,
+    picks: &[usize],
+) -> Result<B::Tensor> {
+    backend.floats(
+        &images.gather(picks).0,
+        &[picks.len(), images.channels, images.height, images.width],
+    )
+}
+
+/// Moves codes that were not used onto random encoder outputs (n, D).
+fn restart<B: Backend>(
+    codebook: &B::Tensor,
+    z: &B::Tensor,
+    used: &[bool],
+    seed: u64,
+    step: u64,
+) -> Result<()> {
+    if used.iter().all(|&u| u) {
+        return Ok(());
+    }
+    let d = B::shape(codebook)[1];
+    let (mut codes, z) = (B::to_floats(codebook)?, B::to_floats(z)?);
+    let mut choice = Sequence::new(seed, Stream::Restart, step);
+    for (code, _) in codes
+        .chunks_exact_mut(d)
+        .zip(used)
+        .filter(|(_, used)| !**used)
+    {
+        let row = choice.below(z.len() / d);
+        code.copy_from_slice(&z[row * d..(row + 1) * d]);
+    }
+    B::assign_(
+        codebook,
+        &B::floats_beside(codebook, &codes, &B::shape(codebook))?,
+    )
+}
