@@ -11,6 +11,7 @@ pub mod dataset;
 pub mod error;
 pub mod flow;
 pub mod model;
+pub mod muon;
 pub mod picture;
 pub mod plugin;
 pub mod random;

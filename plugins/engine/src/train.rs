@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::{AdamwStep, Backend, Unary};
 use crate::error::{Error, Result};
+use crate::muon::{self, Muon};
 use crate::tape::{Var, backward};
 use crate::weights::{self, Floats, Params, Weights};
 
@@ -54,6 +55,8 @@ pub struct TrainOptions {
     /// value as (1 + step) / (10 + step), so that the average forgets the start.
     #[schemars(range(min = 0, max = 1))]
     pub ema: f64,
+    /// Muon for the matrices inside the blocks, AdamW for the rest; AdamW for all, if left out.
+    pub muon: Option<Muon>,
     /// Seconds between checkpoints.
     #[schemars(range(min = 1))]
     pub checkpoint_seconds: u64,
@@ -85,6 +88,7 @@ impl Default for TrainOptions {
             beta2: 0.95,
             clip: 1.0,
             ema: 0.0,
+            muon: None,
             checkpoint_seconds: 60,
         }
     }
@@ -285,16 +289,20 @@ impl<B: Backend> Fit<'_, B> {
             } else {
                 0.0
             };
-            B::adamw_(
-                p.value(),
-                &state.m,
-                &state.v,
-                g,
-                &AdamwStep {
-                    weight_decay,
-                    ..numbers
-                },
-            )?;
+            match &o.muon {
+                Some(m) if muon::applies(name, &p.shape()) => {
+                    let lr = numbers.lr * m.learning_rate / o.learning_rate;
+                    let of = (name.as_str(), p.value(), &state.m);
+                    muon::step::<B>(of, g, m, lr, weight_decay, numbers.grad_scale)?;
+                }
+                _ => {
+                    let numbers = AdamwStep {
+                        weight_decay,
+                        ..numbers
+                    };
+                    B::adamw_(p.value(), &state.m, &state.v, g, &numbers)?;
+                }
+            }
             if let Some(average) = self.ema {
                 B::ema_(&average[name], p.value(), ema_decay)?;
             }
