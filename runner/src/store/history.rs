@@ -405,13 +405,13 @@ impl Store {
                  from runs
              )
              select id, recipe, true_state, created, finished, error, seed, recipe_path, command, resumed_from,
-                    (select heartbeat from leases where run = key) as heartbeat,
-                    (select json_group_array(tag) from tags where run = key) as tags,
-                    (select count(*) from stages where run = key) as total,
+                    (select heartbeat from leases where run = shown.key) as heartbeat,
+                    (select json_group_array(tag) from tags where run = shown.key) as tags,
+                    (select count(*) from stages where run = shown.key) as total,
                     (select count(*) from stages s where run = shown.key
                         and exists (select 1 from attempts where stage = s.key)) as ran,
-                    (select count(*) from stages where run = key and state = 'reused') as reused,
-                    (select count(*) from stages where run = key and state = 'failed') as failed
+                    (select count(*) from stages where run = shown.key and state = 'reused') as reused,
+                    (select count(*) from stages where run = shown.key and state = 'failed') as failed
              from shown
              where (?2 is null or id = ?2)
                and (?3 is null or true_state in (select value from json_each(?3)))

@@ -225,7 +225,7 @@ fn a_success_is_found_by_its_digest_and_reused() {
             .await
             .unwrap();
         let success = store.find_success("d1").await.unwrap().expect("a success");
-        assert_eq!((success.attempt, success.run), (attempt, first));
+        assert_eq!((success.attempt, &success.run), (attempt, &first));
         assert_eq!(success.output, an_artifact("h1"));
 
         let second = store.begin_run(&a_run("digits")).await.unwrap();
