@@ -21,6 +21,7 @@ mod error;
 mod history;
 mod lease;
 mod log;
+mod query;
 mod record;
 mod reference;
 mod schema;

@@ -8,6 +8,8 @@ use comfy_table::{
 };
 use serde_json::{Map, Number, Value};
 
+use crate::store::{RunState, StageState, Time};
+
 /// How rows are printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Style {
@@ -74,7 +76,7 @@ impl Rows {
         self
     }
 
-    /// Adds a row: one cell per head.
+    /// Adds a row: one cell per head. A row of another length is a bug.
     pub fn push(&mut self, row: impl IntoIterator<Item = Cell>) {
         self.rows.push(row.into_iter().collect());
     }
@@ -124,14 +126,17 @@ impl Rows {
         if color {
             table.enforce_styling();
         }
-        table.set_header(self.heads.iter().map(|head| {
-            let cell = TableCell::new(visible(head, false));
-            if color {
-                cell.add_attribute(Attribute::Bold)
-            } else {
-                cell
-            }
-        }));
+        // Without heads the rows are a list of names and values.
+        if self.heads.iter().any(|head| !head.is_empty()) {
+            table.set_header(self.heads.iter().map(|head| {
+                let cell = TableCell::new(visible(head, false));
+                if color {
+                    cell.add_attribute(Attribute::Bold)
+                } else {
+                    cell
+                }
+            }));
+        }
         for row in &self.rows {
             table.add_row(
                 row.iter()
@@ -266,6 +271,38 @@ impl Cell {
     pub fn tone(mut self, tone: Tone) -> Self {
         self.tone = tone;
         self
+    }
+}
+
+impl From<RunState> for Cell {
+    fn from(state: RunState) -> Self {
+        let tone = match state {
+            RunState::Succeeded => Tone::Good,
+            RunState::Failed | RunState::Lost => Tone::Bad,
+            RunState::Interrupted => Tone::Odd,
+            RunState::Queued | RunState::Running => Tone::Plain,
+        };
+        Self::from(state.name()).tone(tone)
+    }
+}
+
+impl From<StageState> for Cell {
+    fn from(state: StageState) -> Self {
+        let tone = match state {
+            StageState::Succeeded | StageState::Reused => Tone::Good,
+            StageState::Failed | StageState::Lost => Tone::Bad,
+            StageState::Interrupted => Tone::Odd,
+            StageState::Skipped => Tone::Dim,
+            StageState::Queued | StageState::Running => Tone::Plain,
+        };
+        Self::from(state.name()).tone(tone)
+    }
+}
+
+impl From<Time> for Cell {
+    /// For people: how long ago it was.
+    fn from(time: Time) -> Self {
+        Self::new(ago(Time::now().since(time).as_secs_f64()), time.to_string())
     }
 }
 

@@ -5,6 +5,7 @@
 use std::error::Error as StdError;
 
 use crate::cli::{Context, talk};
+use crate::store::StoreError;
 
 /// Exit codes: public, documented in `retort --help`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -111,6 +112,33 @@ impl From<std::io::Error> for Error {
         match error.kind() {
             std::io::ErrorKind::BrokenPipe => Self::said(Exit::Success),
             _ => Self::new(Exit::Internal, "the output could not be written").cause(&error),
+        }
+    }
+}
+
+impl From<StoreError> for Error {
+    fn from(error: StoreError) -> Self {
+        let (exit, hint) = match &error {
+            StoreError::Missing { .. } => (
+                Exit::NothingMatches,
+                Some("`retort run RECIPE` makes one; --store names another"),
+            ),
+            StoreError::NoRun { runs: 0, .. } => (
+                Exit::NothingMatches,
+                Some("there are no runs yet; `retort run RECIPE` makes one"),
+            ),
+            StoreError::NoRun { .. } => (
+                Exit::NothingMatches,
+                Some("`retort runs list` shows them all"),
+            ),
+            StoreError::AmbiguousRun { .. } => (Exit::NothingMatches, Some("give more of the id")),
+            StoreError::Busy => (Exit::StoreBusy, None),
+            _ => (Exit::Internal, None),
+        };
+        let shown = Self::new(exit, error.to_string());
+        match hint {
+            Some(hint) => shown.hint(hint),
+            None => shown,
         }
     }
 }

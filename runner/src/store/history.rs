@@ -39,6 +39,7 @@ pub struct RunSummary {
     /// From its beginning to its end, or to now, in seconds.
     pub seconds: f64,
     /// Its stages, counted.
+    #[serde(rename = "stage_counts")]
     pub stages: StageCounts,
     /// Its tags.
     pub tags: Vec<String>,
@@ -82,7 +83,6 @@ pub struct RunDetail {
     /// Where it ran.
     pub environment: Value,
     /// Its stages in order of execution.
-    #[serde(rename = "stage_details")]
     pub stages: Vec<StageDetail>,
     /// Its artifacts, those of reused stages included.
     pub artifacts: Vec<ArtifactRow>,

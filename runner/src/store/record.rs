@@ -108,7 +108,7 @@ pub struct Usage {
 }
 
 /// An artifact: its content and what is known about it.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ArtifactRecord {
     /// Hex BLAKE3 of its content; names its directory.
     pub hash: String,

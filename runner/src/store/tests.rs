@@ -1,5 +1,6 @@
 //! The store as its users see it.
 
+use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -432,7 +433,7 @@ fn child_that_begins_a_run() {
         let store = open(Path::new(&dir)).await;
         begin(&store, "digits", "d1").await;
     });
-    println!("begun");
+    writeln!(std::io::stdout(), "begun").expect("a parent that listens");
     // Until killed, or until the test that started it is gone.
     let _ = std::io::Read::read(&mut std::io::stdin(), &mut [0]);
 }
@@ -549,6 +550,72 @@ fn a_reader_reads_beside_a_writer_and_cannot_write() {
                 .await
                 .is_err()
         );
+    });
+}
+
+#[test]
+fn a_statement_is_answered_and_cannot_write() {
+    check(|dir| async move {
+        let store = open(&dir).await;
+        let (run, _, attempt) = begin(&store, "digits", "d1").await;
+        store
+            .append_metrics(attempt, &[a_point(1, f64::INFINITY), a_point(2, f64::NAN)])
+            .await
+            .unwrap();
+        let answer = store
+            .query("select run, stage, step, value, x'00ff' as bytes, null as gap from v_metrics order by step")
+            .await
+            .unwrap();
+        assert_eq!(
+            answer.objects(),
+            json!([
+                {"run": run.0, "stage": "distill", "step": 1, "value": "Infinity", "bytes": "00ff", "gap": null},
+                {"run": run.0, "stage": "distill", "step": 2, "value": null, "bytes": "00ff", "gap": null},
+            ])
+        );
+        // No rows still have heads.
+        let none = store
+            .query("select id, state from v_runs where false")
+            .await
+            .unwrap();
+        assert_eq!(none.render(crate::table::Style::Csv), "id,state\n");
+
+        let elsewhere = dir.join("elsewhere.db").display().to_string();
+        for statement in [
+            "delete from runs".to_owned(),
+            "pragma query_only = off; delete from runs".to_owned(),
+            format!("attach database '{elsewhere}' as elsewhere; create table elsewhere.t (a)"),
+            "no sql".to_owned(),
+            "select * from no_table".to_owned(),
+        ] {
+            let answer = store.query(&statement).await;
+            assert!(
+                matches!(answer, Err(StoreError::Sql(_))),
+                "{statement}: {answer:?}"
+            );
+        }
+        assert!(!Path::new(&elsewhere).exists());
+        assert_eq!(
+            store.list_runs(&RunFilter::default()).await.unwrap().len(),
+            1
+        );
+    });
+}
+
+#[test]
+fn every_view_can_be_asked() {
+    check(|dir| async move {
+        let store = open(&dir).await;
+        begin(&store, "digits", "d1").await;
+        let views = store
+            .query("select name from sqlite_schema where type = 'view'")
+            .await
+            .unwrap();
+        assert!(views.len() >= 10);
+        for view in views.objects().as_array().unwrap() {
+            let view = view["name"].as_str().unwrap();
+            store.query(&format!("select * from {view}")).await.unwrap();
+        }
     });
 }
 
