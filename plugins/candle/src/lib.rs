@@ -1,1 +1,75 @@
+//! candle as a backend of retort.
+//!
+//! [`Candle`] is what the engine runs on. [`plain::Plain`] brings every operation in candle's own terms, on any device
+//! and type; `Candle` takes a fused CPU kernel where one fits (f32 in host memory) and falls back to `Plain`, that is
+//! to the engine's composed definitions, where none does. All tensors are plain: candle's own differentiation is never
+//! used, the engine's tape asks for values only.
 
+mod backend;
+pub mod plain;
+
+use candle_core::{DType, Device, Tensor};
+use retort_engine::error::{Error, Result};
+
+/// The backend: where tensors live and which type of float they hold.
+#[derive(Debug, Clone)]
+pub struct Candle {
+    device: Device,
+    dtype: DType,
+}
+
+impl Candle {
+    /// Opens a device: `cpu`, or `cuda:N` in a build with CUDA; `dtype` is `f32`, `f16` or `bf16`; `threads` is the size
+    /// of the pool all kernels share (0: as many as there are cores). The pool is made once per process, so a second
+    /// call's `threads` has no effect.
+    pub fn open(device: &str, dtype: &str, threads: usize) -> Result<Self> {
+        let place = match device.split_once(':').unwrap_or((device, "0")) {
+            ("cpu", "0") => Device::Cpu,
+            ("cuda", index) => {
+                let index = index.parse().map_err(|_| {
+                    Error::option("/device", format!("{device}: expected cuda or cuda:N"))
+                })?;
+                Device::new_cuda(index).map_err(failed)?
+            }
+            _ => {
+                return Err(Error::option(
+                    "/device",
+                    format!("{device}: expected cpu or cuda:N"),
+                ));
+            }
+        };
+        let dtype = match dtype {
+            "f32" => DType::F32,
+            "f16" => DType::F16,
+            "bf16" => DType::BF16,
+            _ => {
+                return Err(Error::option(
+                    "/dtype",
+                    format!("{dtype}: expected f32, f16 or bf16"),
+                ));
+            }
+        };
+        // An error here means that the pool exists already; whoever made it chose its size.
+        let _ = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build_global();
+        Ok(Self {
+            device: place,
+            dtype,
+        })
+    }
+}
+
+/// Folds candle's errors into the engine's: want of memory is a kind of its own, because the user can act on it.
+fn failed(error: candle_core::Error) -> Error {
+    let text = error.to_string();
+    let lower = text.to_lowercase();
+    if lower.contains("out of memory") || lower.contains("out_of_memory") {
+        Error::OutOfMemory(text)
+    } else {
+        Error::Backend(text)
+    }
+}
+
+/// The tensors of this backend.
+type T = Tensor;

@@ -8,6 +8,7 @@ pub mod backend;
 pub mod bundle;
 pub mod data;
 pub mod dataset;
+pub mod conformance;
 pub mod error;
 pub mod flow;
 pub mod model;

@@ -1,0 +1,275 @@
+//! The required operations in candle's own terms, for any device and float type.
+//!
+//! The fused operations keep the engine's composed definitions here, so [`Plain`] is at once the way for devices and
+//! types without a kernel and the yardstick for the kernels.
+
+use candle_core::{DType, Tensor};
+use retort_engine::backend::{Backend, Binary, Unary};
+use retort_engine::error::{Error, Result};
+
+use crate::{Candle, T, failed};
+
+/// Every operation as plain candle calls, nothing fused.
+#[derive(Debug, Clone)]
+pub struct Plain(pub Candle);
+
+impl Backend for Plain {
+    type Tensor = Tensor;
+
+    fn floats(&self, data: &[f32], shape: &[usize]) -> Result<T> {
+        let x = Tensor::from_slice(data, shape, &self.0.device).map_err(failed)?;
+        x.to_dtype(self.0.dtype).map_err(failed)
+    }
+
+    fn indices(&self, data: &[u32], shape: &[usize]) -> Result<T> {
+        Tensor::from_slice(data, shape, &self.0.device).map_err(failed)
+    }
+
+    fn full(&self, shape: &[usize], value: f32) -> Result<T> {
+        let x = Tensor::full(value, shape, &self.0.device).map_err(failed)?;
+        // Candle broadcasts one element; a tensor that is written in place needs its own memory.
+        x.to_dtype(self.0.dtype)
+            .and_then(|x| x.contiguous())
+            .map_err(failed)
+    }
+
+    fn floats_beside(other: &T, data: &[f32], shape: &[usize]) -> Result<T> {
+        let dtype = if other.dtype().is_float() {
+            other.dtype()
+        } else {
+            DType::F32
+        };
+        Tensor::from_slice(data, shape, other.device())
+            .and_then(|x| x.to_dtype(dtype))
+            .map_err(failed)
+    }
+
+    fn to_floats(x: &T) -> Result<Vec<f32>> {
+        x.to_dtype(DType::F32)
+            .and_then(|x| x.flatten_all()?.to_vec1())
+            .map_err(failed)
+    }
+
+    fn to_indices(x: &T) -> Result<Vec<u32>> {
+        x.flatten_all().and_then(|x| x.to_vec1()).map_err(failed)
+    }
+
+    fn shape(x: &T) -> Vec<usize> {
+        x.dims().to_vec()
+    }
+
+    fn reshape(x: &T, shape: &[usize]) -> Result<T> {
+        x.reshape(shape).map_err(failed)
+    }
+
+    fn permute(x: &T, dims: &[usize]) -> Result<T> {
+        x.permute(dims).map_err(failed)
+    }
+
+    fn narrow(x: &T, dim: usize, start: usize, len: usize) -> Result<T> {
+        x.narrow(dim, start, len).map_err(failed)
+    }
+
+    fn cat(xs: &[&T], dim: usize) -> Result<T> {
+        Tensor::cat(xs, dim).map_err(failed)
+    }
+
+    fn expand(x: &T, shape: &[usize]) -> Result<T> {
+        x.broadcast_as(shape).map_err(failed)
+    }
+
+    fn unary(x: &T, f: Unary) -> Result<T> {
+        match f {
+            Unary::Exp => x.exp(),
+            Unary::Log => x.log(),
+            Unary::Sqrt => x.sqrt(),
+            Unary::Square => x.sqr(),
+            Unary::Recip => x.recip(),
+            Unary::Tanh => x.tanh(),
+            Unary::Sigmoid => x
+                .neg()
+                .and_then(|x| x.exp())
+                .and_then(|e| e.affine(1.0, 1.0))
+                .and_then(|e| e.recip()),
+            Unary::Erf => x.erf(),
+            Unary::Silu => x.silu(),
+            Unary::GeluTanh => x.gelu(),
+            Unary::GeluErf => x.gelu_erf(),
+            Unary::Relu => x.relu(),
+        }
+        .map_err(failed)
+    }
+
+    fn binary(a: &T, b: &T, f: Binary) -> Result<T> {
+        match f {
+            Binary::Add => a.broadcast_add(b),
+            Binary::Sub => a.broadcast_sub(b),
+            Binary::Mul => a.broadcast_mul(b),
+            Binary::Div => a.broadcast_div(b),
+            Binary::Max => a.broadcast_maximum(b),
+        }
+        .map_err(failed)
+    }
+
+    fn affine(x: &T, mul: f64, add: f64) -> Result<T> {
+        x.affine(mul, add).map_err(failed)
+    }
+
+    fn sum(x: &T, dims: &[usize]) -> Result<T> {
+        x.sum_keepdim(dims).map_err(failed)
+    }
+
+    fn max_last(x: &T) -> Result<T> {
+        x.max_keepdim(x.rank() - 1).map_err(failed)
+    }
+
+    fn argmax_last(x: &T) -> Result<T> {
+        // Candle keeps the first of equals on the CPU and promises nothing elsewhere; so the lowest index is searched
+        // for by hand: where x is the maximum, its index, else a number too great.
+        let search = || {
+            let last = x.rank() - 1;
+            let n = x.dims()[last];
+            let ids = Tensor::arange(0, n as u32, x.device())?.broadcast_as(x.shape())?;
+            let beyond = ids.zeros_like()?.affine(1.0, n as f64)?;
+            let top = x.broadcast_eq(&x.max_keepdim(last)?)?;
+            top.where_cond(&ids, &beyond)?.min(last)
+        };
+        search().map_err(failed)
+    }
+
+    fn matmul(a: &T, b: &T, ta: bool, tb: bool) -> Result<T> {
+        let turned = |x: &T, turn: bool| if turn { x.t() } else { Ok(x.clone()) };
+        let product = || {
+            let (a, b) = (turned(a, ta)?, turned(b, tb)?);
+            match a.matmul(&b) {
+                // Candle walks most strides and refuses the rest: those are copied.
+                Err(candle_core::Error::MatMulUnexpectedStriding(_)) => {
+                    a.contiguous()?.matmul(&b.contiguous()?)
+                }
+                done => done,
+            }
+        };
+        product().map_err(failed)
+    }
+
+    fn rows(table: &T, ids: &T) -> Result<T> {
+        let gather = || {
+            let mut shape = ids.dims().to_vec();
+            shape.push(table.dims()[1]);
+            table
+                .contiguous()?
+                .index_select(&ids.flatten_all()?, 0)?
+                .reshape(shape)
+        };
+        gather().map_err(failed)
+    }
+
+    fn rows_adjoint(grad: &T, ids: &T, k: usize) -> Result<T> {
+        let scatter = || {
+            let d = grad.dims()[grad.rank() - 1];
+            let grad = grad.contiguous()?.reshape((ids.elem_count(), d))?;
+            Tensor::zeros((k, d), grad.dtype(), grad.device())?.index_add(
+                &ids.flatten_all()?,
+                &grad,
+                0,
+            )
+        };
+        scatter().map_err(failed)
+    }
+
+    fn pick(x: &T, ids: &T) -> Result<T> {
+        let last = x.rank() - 1;
+        let gather = || {
+            x.contiguous()?
+                .gather(&ids.unsqueeze(last)?.contiguous()?, last)?
+                .squeeze(last)
+        };
+        gather().map_err(failed)
+    }
+
+    fn pick_adjoint(grad: &T, ids: &T, k: usize) -> Result<T> {
+        let last = grad.rank();
+        let scatter = || {
+            let mut shape = grad.dims().to_vec();
+            shape.push(k);
+            Tensor::zeros(shape, grad.dtype(), grad.device())?.scatter_add(
+                &ids.unsqueeze(last)?.contiguous()?,
+                &grad.unsqueeze(last)?.contiguous()?,
+                last,
+            )
+        };
+        scatter().map_err(failed)
+    }
+
+    fn conv2d(x: &T, w: &T, stride: usize, padding: usize) -> Result<T> {
+        x.contiguous()
+            .and_then(|x| x.conv2d(&w.contiguous()?, padding, stride, 1, 1))
+            .map_err(failed)
+    }
+
+    fn conv2d_backward(
+        x: &T,
+        w: &T,
+        grad: &T,
+        stride: usize,
+        padding: usize,
+        want: (bool, bool),
+    ) -> Result<(Option<T>, Option<T>)> {
+        let input = || {
+            let (h, kh) = (x.dims()[2], w.dims()[2]);
+            let (out, kw) = (grad.dims()[2], w.dims()[3]);
+            let missing = h + 2 * padding - ((out - 1) * stride + kh);
+            let missing_w = x.dims()[3] + 2 * padding - ((grad.dims()[3] - 1) * stride + kw);
+            // One padding serves both sides of candle's call: take the greater and cut what is too much.
+            let dx = grad.contiguous()?.conv_transpose2d(
+                &w.contiguous()?,
+                padding,
+                missing.max(missing_w),
+                stride,
+                1,
+            )?;
+            dx.narrow(2, 0, h)?.narrow(3, 0, x.dims()[3])
+        };
+        let kernel = || {
+            // dw[o, c] is the correlation of x[:, c] with grad[:, o], whose pixels lie `stride` apart.
+            let dw = x.transpose(0, 1)?.contiguous()?.conv2d(
+                &grad.transpose(0, 1)?.contiguous()?,
+                padding,
+                1,
+                stride,
+                1,
+            )?;
+            dw.narrow(2, 0, w.dims()[2])?
+                .narrow(3, 0, w.dims()[3])?
+                .transpose(0, 1)?
+                .contiguous()
+        };
+        Ok((
+            want.0.then(input).transpose().map_err(failed)?,
+            want.1.then(kernel).transpose().map_err(failed)?,
+        ))
+    }
+
+    fn write_(x: &T, dim: usize, start: usize, src: &T) -> Result<()> {
+        src.contiguous()
+            .and_then(|src| x.slice_set(&src, dim, start))
+            .map_err(failed)
+    }
+
+    fn assign_(x: &T, src: &T) -> Result<()> {
+        if x.dims() != src.dims() {
+            return Err(Error::Backend(format!(
+                "assign: the shapes {:?} and {:?} differ",
+                x.dims(),
+                src.dims()
+            )));
+        }
+        if x.rank() == 0 {
+            return Self::assign_(
+                &x.reshape(1).map_err(failed)?,
+                &src.reshape(1).map_err(failed)?,
+            );
+        }
+        Self::write_(x, 0, 0, src)
+    }
+}

@@ -1,0 +1,166 @@
+//! The tape's gradients on a backend: `backward` against differences of the loss along random directions.
+
+use super::host::Host;
+use super::{Lie, Suite};
+use crate::backend::{Backend, Mask, Unary};
+use crate::error::Result;
+use crate::tape::{Var, backward};
+
+/// A function of parameters, written as model code is.
+type Model<'a, B> = &'a dyn Fn(&[Var<B>]) -> Result<Var<B>>;
+
+impl<B: Backend> Suite<'_, B> {
+    pub(super) fn tape(&mut self) {
+        let b = self.b;
+        let [x, y] = [50, 51].map(|seed| Host::random(&[3, 4, 6], seed, -1.0, 1.0));
+        let one = std::slice::from_ref(&x);
+        let two = [x.clone(), y];
+        self.slope("reshape", one, &|p| p[0].reshape(&[6, 12]));
+        self.slope("permute", one, &|p| p[0].permute(&[2, 0, 1]));
+        self.slope("narrow", one, &|p| p[0].narrow(1, 1, 2));
+        self.slope("cat", &two, &|p| Var::cat(&[&p[0], &p[1]], 1));
+        self.slope("cat of a constant", one, &|p| {
+            Var::cat(&[&p[0], &p[0].detach()], 2)
+        });
+        self.slope("add", &two, &|p| p[0].add(&p[1]));
+        self.slope("sub", &two, &|p| p[0].sub(&p[1]));
+        self.slope("mul", &two, &|p| p[0].mul(&p[1]));
+        self.slope("mul by itself", one, &|p| p[0].mul(&p[0]));
+        let small = [x.clone(), Host::random(&[4, 1], 52, -1.0, 1.0)];
+        self.slope("expand", &small[1..], &|p| p[0].expand(&[3, 4, 6]));
+        self.slope("add, broadcast", &small, &|p| p[1].add(&p[0]));
+        self.slope("sub, broadcast", &small, &|p| p[0].sub(&p[1]));
+        self.slope("mul, broadcast", &small, &|p| p[1].mul(&p[0]));
+        self.slope("affine", one, &|p| p[0].affine(-1.5, 0.5));
+        self.slope("unary", one, &|p| p[0].unary(Unary::Tanh));
+        self.slope("sum", one, &|p| p[0].sum(&[0, 2]));
+        self.slope("mean", one, &|p| p[0].mean(&[1]));
+        self.slope("mean_all", one, &|p| p[0].mul(&p[0])?.mean_all());
+        self.slope("detach", one, &|p| p[0].detach().mul(&p[0]));
+
+        let left = Host::random(&[3, 5, 6], 53, -1.0, 1.0);
+        let right = Host::random(&[3, 6, 4], 54, -1.0, 1.0);
+        self.slope("matmul", &[left.clone(), right], &|p| {
+            p[0].matmul(&p[1], false)
+        });
+        let right = Host::random(&[3, 4, 6], 55, -1.0, 1.0);
+        self.slope("matmul, transposed", &[left.clone(), right], &|p| {
+            p[0].matmul(&p[1], true)
+        });
+        let w = Host::random(&[7, 6], 56, -1.0, 1.0);
+        let bias = Host::random(&[7], 57, -1.0, 1.0);
+        self.slope("linear", &[left, w, bias], &|p| {
+            p[0].linear(&p[1], Some(&p[2]))
+        });
+        let table = Host::random(&[5, 4], 58, -1.0, 1.0);
+        self.slope("rows", &[table], &|p| {
+            p[0].rows(&b.indices(&[4, 1, 4, 0], &[2, 2])?)
+        });
+
+        self.slope("softmax", one, &|p| p[0].softmax());
+        let scale = Host::random(&[6], 59, 0.5, 1.5);
+        self.slope("rms_norm", &[x.clone(), scale], &|p| {
+            p[0].rms_norm(&p[1], 1e-5)
+        });
+        self.slope("layer_norm", one, &|p| p[0].layer_norm(1e-5));
+        self.slope("swiglu", one, &|p| p[0].swiglu());
+        let logits = Host::random(&[4, 9], 60, -2.0, 2.0);
+        self.slope("cross_entropy", &[logits], &|p| {
+            p[0].cross_entropy(&b.indices(&[8, 0, 3, 3], &[4])?)
+        });
+
+        let image = Host::random(&[2, 4, 5, 5], 61, -1.0, 1.0);
+        let norm = [62, 63].map(|seed| Host::random(&[4], seed, 0.5, 1.5));
+        let inputs = [image.clone(), norm[0].clone(), norm[1].clone()];
+        self.slope("group_norm", &inputs, &|p| {
+            p[0].group_norm(2, &p[1], &p[2], 1e-5)
+        });
+        let kernel = Host::random(&[3, 4, 3, 3], 64, -0.5, 0.5);
+        let bias = Host::random(&[3], 65, -1.0, 1.0);
+        self.slope("conv2d", &[image.clone(), kernel, bias], &|p| {
+            p[0].conv2d(&p[1], Some(&p[2]), 2, 1)
+        });
+        self.slope("upsample2", &[image], &|p| p[0].upsample2());
+
+        let qkv = [66, 67, 68].map(|seed| Host::random(&[2, 5, 2, 4], seed, -1.0, 1.0));
+        self.slope("attention", &qkv, &|p| {
+            Var::attention(&p[0], &p[1], &p[2], &Mask::Causal, 0.5)
+        });
+        let packed = Host::random(&[2, 5, 24], 69, -1.0, 1.0);
+        let angle = Host::random(&[5, 2], 70, -3.0, 3.0);
+        self.slope("packed_attention", &[packed], &|p| {
+            let table = |f: &dyn Fn(f64) -> f64| {
+                b.floats(&Host::build(&[5, 2], |i| f(angle.at(i))).to_f32(), &[5, 2])
+            };
+            let rope = (table(&f64::cos)?, table(&f64::sin)?);
+            p[0].packed_attention(2, &rope, &Mask::Causal, 0.5)
+        });
+    }
+
+    /// The gradient of `sum(weights * model(params))` along directions, against central differences.
+    fn slope(&mut self, name: &str, params: &[Host], model: Model<'_, B>) {
+        let name = format!("tape: {name}");
+        // Differences of rounded values: the rounding is divided by the step.
+        let (h, tolerance) = (self.unit.cbrt(), 60.0 * self.unit.powf(2.0 / 3.0));
+        match self.slope_error(params, model, h) {
+            Ok(error) => self.record(name, error, tolerance),
+            Err(error) => self.record(format!("{name}: {error}"), f64::INFINITY, tolerance),
+        }
+    }
+
+    fn slope_error(&self, params: &[Host], model: Model<'_, B>, h: f64) -> Result<f64> {
+        let leaves: Vec<(String, Var<B>)> = params
+            .iter()
+            .enumerate()
+            .map(|(i, p)| Ok((format!("{i}"), Var::parameter(self.put(p, Lie::Whole)?))))
+            .collect::<Result<_>>()?;
+        let vars: Vec<Var<B>> = leaves.iter().map(|(_, v)| v.clone()).collect();
+        let y = model(&vars)?;
+        drop(vars);
+        let shape = y.shape();
+        let weights = Host::random(&shape, 71, -1.0, 1.0);
+        let dims: Vec<usize> = (0..shape.len()).collect();
+        let loss = y
+            .mul(&Var::constant(self.put(&weights, Lie::Whole)?))?
+            .sum(&dims)?;
+        drop(y);
+        let gradients = backward(loss, &leaves)?;
+        let gradients: Vec<Vec<f32>> = gradients.iter().map(B::to_floats).collect::<Result<_>>()?;
+
+        let value = |at: &[Host]| -> Result<f64> {
+            let vars: Vec<Var<B>> = at
+                .iter()
+                .map(|p| Ok(Var::constant(self.put(p, Lie::Whole)?)))
+                .collect::<Result<_>>()?;
+            let y = B::to_floats(model(&vars)?.value())?;
+            Ok(y.iter()
+                .zip(&weights.data)
+                .map(|(&y, w)| f64::from(y) * w)
+                .sum())
+        };
+        let mut worst = 0.0f64;
+        for seed in 0..4 {
+            let along: Vec<Host> = params
+                .iter()
+                .enumerate()
+                .map(|(i, p)| Host::random(&p.shape, 100 + 10 * seed + i as u64, -1.0, 1.0))
+                .collect();
+            let moved = |sign: f64| -> Vec<Host> {
+                params
+                    .iter()
+                    .zip(&along)
+                    .map(|(p, u)| Host::build(&p.shape, |i| p.at(i) + sign * h * u.at(i)))
+                    .collect()
+            };
+            let measured = (value(&moved(1.0))? - value(&moved(-1.0))?) / (2.0 * h);
+            let computed: f64 = gradients
+                .iter()
+                .zip(&along)
+                .flat_map(|(g, u)| g.iter().zip(&u.data))
+                .map(|(&g, u)| f64::from(g) * u)
+                .sum();
+            worst = worst.max((measured - computed).abs() / measured.abs().max(1.0));
+        }
+        Ok(worst)
+    }
+}
