@@ -1,1 +1,600 @@
-//! Artifacts on disk: staging, hashing, moving to their place.
+//! Artifacts: directories of files, named by their content.
+//!
+//! In: a staging directory that a plugin has filled. Out: `artifacts/<hash>`, complete or not there at all: files are
+//! synced and hashed before one `rename` makes them visible. The hash is BLAKE3 over the sorted list of (relative path,
+//! size, hash of the file). Deliberately absent: records about artifacts (the store's), and what the files mean.
+
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use crate::plan::FileKind;
+use crate::store::{ArtifactFile, ArtifactRecord};
+
+/// Where things lie in a store's directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    store: PathBuf,
+}
+
+/// What a directory holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Contents {
+    /// Hex BLAKE3 of the list of files.
+    pub hash: String,
+    /// Bytes of all files.
+    pub size: u64,
+    /// The files, sorted by path.
+    pub files: Vec<ArtifactFile>,
+}
+
+/// Why files could not be made an artifact, or be hashed.
+#[derive(Debug, thiserror::Error)]
+pub enum ArtifactError {
+    /// The file system refuses.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was tried: `read`, `sync`.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A directory entry that is neither file nor directory.
+    #[error("{} is a {kind}: an artifact holds files and directories only", path.display())]
+    Kind {
+        /// The entry.
+        path: PathBuf,
+        /// What it is.
+        kind: &'static str,
+    },
+    /// A name that other systems could not read.
+    #[error("the name of {} is not UTF-8", path.display())]
+    Name {
+        /// The entry.
+        path: PathBuf,
+    },
+    /// Nothing in it.
+    #[error("the artifact has no files")]
+    Empty,
+}
+
+/// A difference between an artifact's record and what lies on the disk.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Damage {
+    /// Path within the artifact.
+    pub path: String,
+    /// `missing`, `changed`, `added`, or why it could not be read.
+    pub problem: String,
+}
+
+impl Layout {
+    /// The layout of the store in `dir`, made absolute: workers may have another working directory.
+    ///
+    /// # Errors
+    /// The working directory is gone.
+    pub fn new(dir: &Path) -> io::Result<Self> {
+        Ok(Self {
+            store: std::path::absolute(dir)?,
+        })
+    }
+
+    /// Committed artifacts.
+    pub fn artifacts(&self) -> PathBuf {
+        self.store.join("artifacts")
+    }
+
+    /// One committed artifact.
+    pub fn artifact(&self, hash: &str) -> PathBuf {
+        self.artifacts().join(hash)
+    }
+
+    /// Staging directories of a run's attempts.
+    pub fn staging(&self, run: &str) -> PathBuf {
+        self.store.join("staging").join(run)
+    }
+
+    /// What survives attempts at a stage with this digest.
+    pub fn work(&self, digest: &str) -> PathBuf {
+        self.store.join("work").join(digest)
+    }
+
+    /// Whether an artifact lies in its place, going by the sizes of its files: cheap enough to ask at every run.
+    /// [`verify`] asks in earnest.
+    pub fn holds(&self, record: &ArtifactRecord) -> bool {
+        let dir = self.artifact(&record.hash);
+        !record.files.is_empty()
+            && record.files.iter().all(|file| {
+                fs::symlink_metadata(dir.join(&file.path))
+                    .is_ok_and(|found| found.is_file() && found.len() == file.size)
+            })
+    }
+
+    /// Takes the staging directory of a run for this process, and removes what runs left there whose process is gone.
+    ///
+    /// # Errors
+    /// [`ArtifactError::Io`].
+    pub fn open_staging(&self, run: &str) -> Result<Staging, ArtifactError> {
+        let (root, dir) = (self.store.join("staging"), self.staging(run));
+        fs::create_dir_all(&root).map_err(failed("make", &root))?;
+        for entry in fs::read_dir(&root)
+            .map_err(failed("read", &root))?
+            .flatten()
+        {
+            let path = entry.path();
+            if path
+                .extension()
+                .is_some_and(|extension| extension == "lock")
+            {
+                // A lock ends with its process, however that ended.
+                if let Ok(Some(lock)) = Lock::try_take(path.clone()) {
+                    let _ = fs::remove_dir_all(path.with_extension(""));
+                    lock.remove();
+                }
+            }
+        }
+        let lock_path = dir.with_extension("lock");
+        let lock = loop {
+            // Another process may hold it for the moment it takes to see that nothing is to be removed.
+            if let Some(lock) = Lock::try_take(lock_path.clone())? {
+                break lock;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        };
+        fs::create_dir_all(&dir).map_err(failed("make", &dir))?;
+        Ok(Staging {
+            dir,
+            lock: Some(lock),
+        })
+    }
+
+    /// Takes the work directory of a digest for this process; `None` while another process has it.
+    ///
+    /// # Errors
+    /// [`ArtifactError::Io`].
+    pub fn open_work(&self, digest: &str) -> Result<Option<Work>, ArtifactError> {
+        let dir = self.work(digest);
+        let root = self.store.join("work");
+        fs::create_dir_all(&root).map_err(failed("make", &root))?;
+        let Some(lock) = Lock::try_take(dir.with_extension("lock"))? else {
+            return Ok(None);
+        };
+        fs::create_dir_all(&dir).map_err(failed("make", &dir))?;
+        Ok(Some(Work {
+            dir,
+            lock: Some(lock),
+        }))
+    }
+}
+
+/// The staging directory of a run; removed, with everything in it, when dropped.
+#[derive(Debug)]
+pub struct Staging {
+    dir: PathBuf,
+    lock: Option<Lock>,
+}
+
+impl Staging {
+    /// The directory for one attempt; not yet there.
+    pub fn attempt(&self, attempt: impl std::fmt::Display) -> PathBuf {
+        self.dir.join(attempt.to_string())
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.dir);
+        if let Some(lock) = self.lock.take() {
+            lock.remove();
+        }
+    }
+}
+
+/// The work directory of a digest, held by this process.
+#[derive(Debug)]
+pub struct Work {
+    dir: PathBuf,
+    lock: Option<Lock>,
+}
+
+impl Work {
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Removes it: the stage has succeeded, there is nothing to take up again.
+    pub fn remove(self) {
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        // Without anything to take up again it leaves nothing behind.
+        let _ = fs::remove_dir(&self.dir);
+        if !self.dir.exists()
+            && let Some(lock) = self.lock.take()
+        {
+            lock.remove();
+        }
+    }
+}
+
+/// A lock on a file, which ends with the process at the latest.
+#[derive(Debug)]
+struct Lock {
+    path: PathBuf,
+    _file: File,
+}
+
+impl Lock {
+    /// Takes the lock, making its file; `None` while another process has it.
+    fn try_take(path: PathBuf) -> Result<Option<Self>, ArtifactError> {
+        loop {
+            let file = File::create(&path).map_err(failed("make", &path))?;
+            match file.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => return Ok(None),
+                Err(TryLockError::Error(source)) => return Err(failed("lock", &path)(source)),
+            }
+            // The one who had it before may have removed the file between our opening and our locking it.
+            let ours = file.metadata().map_err(failed("read", &path))?.ino();
+            if fs::metadata(&path).is_ok_and(|found| found.ino() == ours) {
+                return Ok(Some(Self { path, _file: file }));
+            }
+        }
+    }
+
+    /// Removes the file and gives the lock back, in this order.
+    fn remove(self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Makes the files in `staging` an artifact under `artifacts`, and returns what it holds. Afterwards `staging` is gone.
+///
+/// # Errors
+/// [`ArtifactError`]; then nothing is visible under `artifacts`, and `staging` is as it was.
+pub fn commit(staging: &Path, artifacts: &Path) -> Result<Contents, ArtifactError> {
+    let contents = contents(staging)?;
+    if contents.files.is_empty() {
+        return Err(ArtifactError::Empty);
+    }
+    for file in &contents.files {
+        seal(&staging.join(&file.path))?;
+    }
+    sync_dirs(staging)?;
+    fs::create_dir_all(artifacts).map_err(failed("make", artifacts))?;
+    let place = artifacts.join(&contents.hash);
+    if place.exists() {
+        let whole = contents.files.iter().all(|file| {
+            fs::symlink_metadata(place.join(&file.path))
+                .is_ok_and(|found| found.is_file() && found.len() == file.size)
+        });
+        if whole {
+            fs::remove_dir_all(staging).map_err(failed("remove", staging))?;
+            return Ok(contents);
+        }
+        // Somebody damaged it: the whole one takes its place.
+        let aside = staging.with_extension("damaged");
+        fs::rename(&place, &aside).map_err(failed("move", &place))?;
+        let _ = fs::remove_dir_all(&aside);
+    }
+    match fs::rename(staging, &place) {
+        Ok(()) => {}
+        // Another process has just committed the same content.
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists
+            ) =>
+        {
+            fs::remove_dir_all(staging).map_err(failed("remove", staging))?;
+        }
+        Err(error) => return Err(failed("move", staging)(error)),
+    }
+    sync(artifacts)?;
+    Ok(contents)
+}
+
+/// What a directory holds. Empty directories do not count.
+///
+/// # Errors
+/// [`ArtifactError`]: something cannot be read, is a link or a device, or has a name that is not UTF-8.
+pub fn contents(dir: &Path) -> Result<Contents, ArtifactError> {
+    let mut files = Vec::new();
+    list(dir, dir, &mut files)?;
+    files.sort_by(|a, b| a.path.cmp(&b.path));
+    let mut hasher = blake3::Hasher::new();
+    for file in &files {
+        // No path holds a NUL, and the numbers are text: no two lists write the same bytes.
+        hasher.update(format!("{}\0{}\0{}\n", file.path, file.size, file.hash).as_bytes());
+    }
+    Ok(Contents {
+        hash: hasher.finalize().to_hex().to_string(),
+        size: files.iter().map(|file| file.size).sum(),
+        files,
+    })
+}
+
+/// Hex BLAKE3 of a file's bytes.
+///
+/// # Errors
+/// [`ArtifactError::Io`].
+pub fn file_hash(path: &Path) -> Result<String, ArtifactError> {
+    let file = File::open(path).map_err(failed("open", path))?;
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(file).map_err(failed("read", path))?;
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
+/// Content hash of a file or directory that an option names.
+///
+/// # Errors
+/// As [`contents`].
+pub fn input_hash(path: &Path, kind: FileKind) -> Result<String, ArtifactError> {
+    match kind {
+        FileKind::File => file_hash(path),
+        FileKind::Dir => contents(path).map(|contents| contents.hash),
+    }
+}
+
+/// Compares an artifact in `dir` with its record, byte by byte. Empty: it is as it was made.
+pub fn verify(dir: &Path, record: &ArtifactRecord) -> Vec<Damage> {
+    let damage = |path: &str, problem: String| Damage {
+        path: path.to_owned(),
+        problem,
+    };
+    if !dir.is_dir() {
+        return vec![damage("", "missing".into())];
+    }
+    let mut found = Vec::new();
+    for file in &record.files {
+        match file_hash(&dir.join(&file.path)) {
+            Ok(hash) if hash == file.hash => {}
+            Ok(_) => found.push(damage(&file.path, "changed".into())),
+            Err(ArtifactError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                found.push(damage(&file.path, "missing".into()));
+            }
+            Err(error) => found.push(damage(&file.path, error.to_string())),
+        }
+    }
+    match contents(dir) {
+        Ok(present) => {
+            let added = present
+                .files
+                .iter()
+                .filter(|file| !record.files.iter().any(|known| known.path == file.path));
+            found.extend(added.map(|file| damage(&file.path, "added".into())));
+        }
+        Err(error) if found.is_empty() => found.push(damage("", error.to_string())),
+        Err(_) => {}
+    }
+    found
+}
+
+fn list(root: &Path, dir: &Path, files: &mut Vec<ArtifactFile>) -> Result<(), ArtifactError> {
+    for entry in fs::read_dir(dir).map_err(failed("read", dir))? {
+        let path = entry.map_err(failed("read", dir))?.path();
+        let metadata = fs::symlink_metadata(&path).map_err(failed("read", &path))?;
+        if metadata.is_dir() {
+            list(root, &path, files)?;
+            continue;
+        }
+        if !metadata.is_file() {
+            let kind = if metadata.is_symlink() {
+                "symbolic link"
+            } else {
+                "special file"
+            };
+            return Err(ArtifactError::Kind { path, kind });
+        }
+        let hash = file_hash(&path)?;
+        let Some(name) = path.strip_prefix(root).ok().and_then(Path::to_str) else {
+            return Err(ArtifactError::Name { path });
+        };
+        files.push(ArtifactFile {
+            path: name.to_owned(),
+            size: metadata.len(),
+            hash,
+        });
+    }
+    Ok(())
+}
+
+/// Syncs a file and makes it read-only, so that no later stage changes it by mistake.
+fn seal(path: &Path) -> Result<(), ArtifactError> {
+    sync(path)?;
+    let mode = fs::metadata(path)
+        .map_err(failed("read", path))?
+        .permissions()
+        .mode();
+    fs::set_permissions(path, fs::Permissions::from_mode(mode & !0o222))
+        .map_err(failed("protect", path))
+}
+
+fn sync_dirs(dir: &Path) -> Result<(), ArtifactError> {
+    for entry in fs::read_dir(dir).map_err(failed("read", dir))? {
+        let path = entry.map_err(failed("read", dir))?.path();
+        if path.is_dir() {
+            sync_dirs(&path)?;
+        }
+    }
+    sync(dir)
+}
+
+fn sync(path: &Path) -> Result<(), ArtifactError> {
+    File::open(path)
+        .and_then(|file| file.sync_all())
+        .map_err(failed("sync", path))
+}
+
+fn failed(action: &'static str, path: &Path) -> impl Fn(io::Error) -> ArtifactError {
+    let path = path.to_owned();
+    move |source| ArtifactError::Io {
+        action,
+        path: path.clone(),
+        source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use retort_abi::ArtifactMeta;
+
+    fn filled(root: &Path, name: &str, files: &[(&str, &str)]) -> PathBuf {
+        let dir = root.join(name);
+        fs::create_dir_all(&dir).unwrap();
+        for (path, text) in files {
+            let path = dir.join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+        dir
+    }
+
+    fn record(contents: &Contents) -> ArtifactRecord {
+        ArtifactRecord {
+            hash: contents.hash.clone(),
+            kind: "k".into(),
+            name: "n".into(),
+            size: contents.size,
+            files: contents.files.clone(),
+            meta: ArtifactMeta::default(),
+        }
+    }
+
+    #[test]
+    fn the_hash_is_of_paths_and_bytes() {
+        let root = tempfile::tempdir().unwrap();
+        let hash = |name: &str, files: &[(&str, &str)]| {
+            contents(&filled(root.path(), name, files)).unwrap().hash
+        };
+        let reference = hash("a", &[("x", "1"), ("d/y", "2")]);
+        assert_eq!(reference, hash("b", &[("d/y", "2"), ("x", "1")]));
+        assert_ne!(reference, hash("c", &[("x", "1"), ("d/z", "2")]));
+        assert_ne!(reference, hash("d", &[("x", "1"), ("d/y", "3")]));
+    }
+
+    #[test]
+    fn committing_moves_once_and_again() {
+        let root = tempfile::tempdir().unwrap();
+        let artifacts = root.path().join("artifacts");
+        let first = commit(
+            &filled(root.path(), "a", &[("x", "1"), ("d/y", "2")]),
+            &artifacts,
+        )
+        .unwrap();
+        let place = artifacts.join(&first.hash);
+        assert_eq!(
+            (
+                first.size,
+                fs::read_to_string(place.join("d/y")).unwrap().as_str()
+            ),
+            (2, "2")
+        );
+        assert_eq!(
+            first,
+            commit(
+                &filled(root.path(), "b", &[("x", "1"), ("d/y", "2")]),
+                &artifacts
+            )
+            .unwrap()
+        );
+        assert!(!root.path().join("a").exists() && !root.path().join("b").exists());
+        assert!(verify(&place, &record(&first)).is_empty());
+
+        fs::remove_file(place.join("x")).unwrap();
+        commit(
+            &filled(root.path(), "c", &[("x", "1"), ("d/y", "2")]),
+            &artifacts,
+        )
+        .unwrap();
+        assert!(
+            verify(&place, &record(&first)).is_empty(),
+            "a damaged one is replaced"
+        );
+    }
+
+    #[test]
+    fn damage_is_named() {
+        let root = tempfile::tempdir().unwrap();
+        let artifacts = root.path().join("artifacts");
+        let made = record(
+            &commit(
+                &filled(root.path(), "a", &[("x", "1"), ("y", "2"), ("z", "3")]),
+                &artifacts,
+            )
+            .unwrap(),
+        );
+        let place = artifacts.join(&made.hash);
+        fs::remove_file(place.join("x")).unwrap();
+        fs::remove_file(place.join("y")).unwrap();
+        fs::write(place.join("y"), "!").unwrap();
+        fs::write(place.join("new"), "").unwrap();
+        let found: Vec<_> = verify(&place, &made)
+            .into_iter()
+            .map(|damage| (damage.path, damage.problem))
+            .collect();
+        let expected = [("x", "missing"), ("y", "changed"), ("new", "added")];
+        assert_eq!(
+            found,
+            expected.map(|(path, problem)| (path.to_owned(), problem.to_owned()))
+        );
+        assert_eq!(
+            verify(&root.path().join("nowhere"), &made)[0].problem,
+            "missing"
+        );
+    }
+
+    #[test]
+    fn only_files_make_an_artifact() {
+        let root = tempfile::tempdir().unwrap();
+        let artifacts = root.path().join("artifacts");
+        let linked = filled(root.path(), "a", &[("x", "1")]);
+        std::os::unix::fs::symlink("/etc/passwd", linked.join("link")).unwrap();
+        assert!(matches!(
+            commit(&linked, &artifacts),
+            Err(ArtifactError::Kind { .. })
+        ));
+        assert!(matches!(
+            commit(&filled(root.path(), "b", &[]), &artifacts),
+            Err(ArtifactError::Empty)
+        ));
+        assert!(!artifacts.exists(), "nothing became visible");
+    }
+
+    #[test]
+    fn staging_of_dead_runs_is_removed() {
+        let root = tempfile::tempdir().unwrap();
+        let layout = Layout::new(root.path()).unwrap();
+        let alive = layout.open_staging("alive").unwrap();
+        fs::create_dir_all(layout.staging("dead").join("1")).unwrap();
+        fs::write(root.path().join("staging/dead.lock"), "").unwrap();
+        let _mine = layout.open_staging("mine").unwrap();
+        assert!(!layout.staging("dead").exists());
+        assert!(layout.staging("alive").exists() && layout.staging("mine").exists());
+        drop(alive);
+        assert!(!layout.staging("alive").exists());
+    }
+
+    #[test]
+    fn a_work_directory_has_one_owner_and_survives_unless_empty() {
+        let root = tempfile::tempdir().unwrap();
+        let layout = Layout::new(root.path()).unwrap();
+        let work = layout.open_work("d").unwrap().unwrap();
+        assert!(layout.open_work("d").unwrap().is_none());
+        fs::write(work.path().join("checkpoint"), "1").unwrap();
+        drop(work);
+        let again = layout.open_work("d").unwrap().unwrap();
+        assert!(again.path().join("checkpoint").exists());
+        again.remove();
+        assert_eq!(fs::read_dir(root.path().join("work")).unwrap().count(), 0);
+        drop(layout.open_work("e").unwrap());
+        assert_eq!(fs::read_dir(root.path().join("work")).unwrap().count(), 0);
+    }
+}

@@ -16,6 +16,7 @@ pub mod doctor;
 pub mod error;
 pub mod graph;
 pub mod metrics;
+pub mod past;
 pub mod plan;
 pub mod plugin;
 pub mod query;

@@ -1,1 +1,293 @@
-//! Frames between the runner and a worker.
+//! Frames: the messages between the runner and a worker, and how they lie on the wire.
+//!
+//! A frame is a length (u32, little endian) and that many bytes of JSON. They travel over a socket of their own, so
+//! that nothing a plugin prints can be taken for one. Both sides are the same binary: there is no version to agree on.
+//! Deliberately absent: sockets; what the messages cause.
+
+use retort_abi::{Description, Device, Diagnostic, Failure, StageJob, StageResult};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+use crate::store::ArtifactRecord;
+
+/// Longest frame that is sent or accepted, in bytes.
+pub const LIMIT: usize = 64 << 20;
+
+/// From the runner to a worker.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ToWorker {
+    /// Load a plugin and make one call; the first frame, and only that.
+    Start(Box<Task>),
+    /// Stop at the next checkpoint.
+    CancelAtCheckpoint,
+    /// Stop at once.
+    CancelNow,
+}
+
+/// What a worker is to do.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Task {
+    /// The plugin's shared object.
+    pub plugin: PathBuf,
+    /// What to ask of it.
+    pub call: Call,
+}
+
+/// What to ask of a plugin.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Call {
+    /// What it is.
+    Describe,
+    /// Devices really present.
+    Probe,
+    /// Its own checks of the options of several stages.
+    Validate(Vec<StageJob>),
+    /// Run a stage.
+    Run {
+        /// The stage.
+        job: Box<StageJob>,
+        /// Directory in which artifacts are written before they are committed.
+        staging: PathBuf,
+        /// Directory of committed artifacts.
+        artifacts: PathBuf,
+    },
+}
+
+/// From a worker to the runner.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FromWorker {
+    /// The plugin is loaded; what goes wrong from here on is the call's.
+    Loaded,
+    /// The plugin could not be loaded.
+    NotLoaded {
+        /// Why.
+        message: String,
+        /// What to do.
+        hint: Option<String>,
+    },
+    /// Lines for the log.
+    Log(Vec<Line>),
+    /// Points of metric series.
+    Metrics(Vec<Point>),
+    /// How far the stage is.
+    Progress(Progress),
+    /// An artifact lies in its place.
+    Artifact {
+        /// The id by which the plugin knows it.
+        id: u64,
+        /// What it is.
+        record: Box<ArtifactRecord>,
+    },
+    /// The call succeeded; the last frame.
+    Answer(Answer),
+    /// The call failed; the last frame.
+    Failed(Failure),
+}
+
+/// What a call gave.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    /// To [`Call::Describe`].
+    Description(Box<Description>),
+    /// To [`Call::Probe`].
+    Devices(Vec<Device>),
+    /// To [`Call::Validate`], one list per job.
+    Findings(Vec<Vec<Diagnostic>>),
+    /// To [`Call::Run`].
+    Result(StageResult),
+}
+
+/// A line that a plugin wrote to the log.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Line {
+    /// `retort_abi::LogLevel as u32`.
+    pub level: u32,
+    /// What it says.
+    pub text: String,
+    /// When: milliseconds since 1970.
+    pub at: i64,
+}
+
+/// A point of a metric series.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Point {
+    /// Name of the series.
+    pub series: String,
+    /// Step.
+    pub step: u64,
+    /// Value; JSON has neither NaN nor infinity, so its bits travel.
+    #[serde(with = "bits")]
+    pub value: f64,
+    /// When: milliseconds since 1970.
+    pub at: i64,
+}
+
+impl PartialEq for Point {
+    /// NaN equals NaN here: points are compared as data.
+    fn eq(&self, other: &Self) -> bool {
+        (&self.series, self.step, self.value.to_bits(), self.at)
+            == (&other.series, other.step, other.value.to_bits(), other.at)
+    }
+}
+
+/// How far a stage is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    /// So many are done.
+    pub done: u64,
+    /// Of so many; 0 when unknown.
+    pub total: u64,
+    /// Of what: `steps`, `samples`.
+    pub unit: String,
+}
+
+/// Why bytes are no frame.
+#[derive(Debug, thiserror::Error)]
+pub enum FrameError {
+    /// The length makes no sense.
+    #[error("a frame of {length} bytes is longer than the {LIMIT} allowed")]
+    TooLong {
+        /// As claimed.
+        length: usize,
+    },
+    /// The bytes are no message.
+    #[error("a frame is no message: {0}")]
+    Malformed(serde_json::Error),
+}
+
+/// A message as bytes of the wire.
+///
+/// # Errors
+/// [`FrameError::TooLong`].
+pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, FrameError> {
+    let mut bytes = vec![0; 4];
+    serde_json::to_writer(&mut bytes, message).map_err(FrameError::Malformed)?;
+    let length = bytes.len() - 4;
+    if length > LIMIT {
+        return Err(FrameError::TooLong { length });
+    }
+    // LIMIT fits into 32 bits.
+    bytes[..4].copy_from_slice(&(length as u32).to_le_bytes());
+    Ok(bytes)
+}
+
+/// Bytes received so far, from which whole frames are taken.
+#[derive(Debug, Default)]
+pub struct Inbox {
+    bytes: Vec<u8>,
+    /// Bytes of `bytes` that have been taken.
+    taken: usize,
+}
+
+impl Inbox {
+    /// Adds received bytes.
+    pub fn extend(&mut self, bytes: &[u8]) {
+        if self.taken > 0 {
+            self.bytes.drain(..self.taken);
+            self.taken = 0;
+        }
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    /// Takes the next whole frame, if there is one.
+    ///
+    /// # Errors
+    /// [`FrameError`]; what follows on this wire cannot be trusted.
+    pub fn take<T: DeserializeOwned>(&mut self) -> Result<Option<T>, FrameError> {
+        let rest = &self.bytes[self.taken..];
+        let Some((length, rest)) = rest.split_first_chunk::<4>() else {
+            return Ok(None);
+        };
+        let length = u32::from_le_bytes(*length) as usize;
+        if length > LIMIT {
+            return Err(FrameError::TooLong { length });
+        }
+        let Some(frame) = rest.get(..length) else {
+            return Ok(None);
+        };
+        let message = serde_json::from_slice(frame).map_err(FrameError::Malformed)?;
+        self.taken += 4 + length;
+        Ok(Some(message))
+    }
+}
+
+/// A float as its bits.
+mod bits {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub fn serialize<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+        value.to_bits().serialize(serializer)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+        u64::deserialize(deserializer).map(f64::from_bits)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn point(value: f64) -> Point {
+        Point {
+            series: "loss".into(),
+            step: u64::MAX,
+            value,
+            at: 7,
+        }
+    }
+
+    /// Sends the messages in pieces of `size` bytes and expects them back.
+    #[track_caller]
+    fn check(messages: &[FromWorker], size: usize) {
+        let wire: Vec<u8> = messages
+            .iter()
+            .flat_map(|message| encode(message).unwrap())
+            .collect();
+        let (mut inbox, mut received) = (Inbox::default(), Vec::new());
+        for piece in wire.chunks(size) {
+            inbox.extend(piece);
+            while let Some(message) = inbox.take().unwrap() {
+                received.push(message);
+            }
+        }
+        assert_eq!(messages, received);
+    }
+
+    #[test]
+    fn frames_survive_any_cutting() {
+        let messages = [
+            FromWorker::Loaded,
+            FromWorker::Metrics(vec![point(f64::NAN), point(f64::NEG_INFINITY), point(-0.1)]),
+            FromWorker::Log(vec![Line {
+                level: 3,
+                text: "ζ\n\0".into(),
+                at: -1,
+            }]),
+        ];
+        for size in [1, 3, 4, 5, 1000] {
+            check(&messages, size);
+        }
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        let mut inbox = Inbox::default();
+        inbox.extend(b"hello, world");
+        assert!(matches!(
+            inbox.take::<FromWorker>(),
+            Err(FrameError::TooLong { .. })
+        ));
+        let mut inbox = Inbox::default();
+        inbox.extend(&[2, 0, 0, 0, b'{', b'!']);
+        assert!(matches!(
+            inbox.take::<FromWorker>(),
+            Err(FrameError::Malformed(_))
+        ));
+    }
+}

@@ -1,1 +1,494 @@
-//! Finding plugins and asking them what they are.
+//! Plugins: finding them by name, and knowing what they are without loading them into this process.
+//!
+//! In: names. Out: files, identities, descriptions. A recipe names a plugin, never a path; the directories are searched
+//! in a fixed order (never the working directory), the first match wins, and what it hides is reported. The identity of
+//! a plugin is the BLAKE3 of its file. Descriptions come from the store, by that hash, or from a worker. Deliberately
+//! absent: `dlopen`, which only [`host`] does, in a worker.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use retort_abi::{Description, Device, Diagnostic, Failure, StageJob};
+use tokio::runtime::Runtime;
+
+use crate::artifact;
+use crate::frame::{Answer, Call, Task};
+use crate::plan::{DescribeError, Descriptions, PluginIdentity};
+use crate::store::Store;
+use crate::worker::process::{self, AskError};
+
+pub mod host;
+
+/// How long a plugin may take to describe itself, to find its devices or to check options.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Environment variable with further directories.
+pub const PATH_VARIABLE: &str = "RETORT_PLUGIN_PATH";
+
+/// A directory where plugins are looked for.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct SearchDir {
+    /// The directory, absolute; it need not exist.
+    pub path: PathBuf,
+    /// Why it is searched: `--plugin-dir`, `beside the executable`.
+    pub origin: &'static str,
+}
+
+/// A plugin's file.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Found {
+    /// Name in recipes.
+    pub name: String,
+    /// The file.
+    pub path: PathBuf,
+    /// Why its directory is searched.
+    pub origin: &'static str,
+    /// Files of the same name in directories searched later, which are not used.
+    pub shadowed: Vec<PathBuf>,
+}
+
+/// The plugins of this machine, as [`Descriptions`] for planning.
+pub struct Plugins<'a> {
+    dirs: Vec<SearchDir>,
+    runtime: &'a Runtime,
+    store: Option<&'a Store>,
+    described: HashMap<String, (PluginIdentity, Description)>,
+    devices: HashMap<String, Vec<Device>>,
+}
+
+/// The directories searched for plugins, in order.
+pub fn search_dirs(plugin_dirs: &[PathBuf]) -> Vec<SearchDir> {
+    let mut dirs: Vec<SearchDir> = Vec::new();
+    let mut add = |path: PathBuf, origin| {
+        // An empty entry would mean the working directory, which is never searched unasked.
+        if path.as_os_str().is_empty() {
+            return;
+        }
+        let path = std::path::absolute(&path).unwrap_or(path);
+        if !dirs.iter().any(|dir| dir.path == path) {
+            dirs.push(SearchDir { path, origin });
+        }
+    };
+    plugin_dirs
+        .iter()
+        .for_each(|dir| add(dir.clone(), "--plugin-dir"));
+    if let Some(list) = std::env::var_os(PATH_VARIABLE) {
+        std::env::split_paths(&list).for_each(|dir| add(dir, PATH_VARIABLE));
+    }
+    if let Some(beside) = std::env::current_exe()
+        .ok()
+        .as_deref()
+        .and_then(Path::parent)
+    {
+        add(beside.to_owned(), "beside the executable");
+        if let Some(prefix) = beside.parent() {
+            add(
+                prefix.join("lib").join("retort"),
+                "lib/retort of the installation",
+            );
+        }
+    }
+    if let Some(data) = user_data_dir() {
+        add(
+            data.join("retort").join("plugins"),
+            "the user's data directory",
+        );
+    }
+    dirs
+}
+
+/// All plugins in these directories, by name.
+pub fn find_all(dirs: &[SearchDir]) -> Vec<Found> {
+    let mut found: BTreeMap<String, Found> = BTreeMap::new();
+    for dir in dirs {
+        let Ok(entries) = std::fs::read_dir(&dir.path) else {
+            continue;
+        };
+        let mut paths: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+        paths.sort();
+        for path in paths {
+            let Some(name) = path.file_name().and_then(|file| name_of(file.to_str()?)) else {
+                continue;
+            };
+            match found.get_mut(&name) {
+                Some(first) => first.shadowed.push(path),
+                None => {
+                    let origin = dir.origin;
+                    found.insert(
+                        name.clone(),
+                        Found {
+                            name,
+                            path,
+                            origin,
+                            shadowed: Vec::new(),
+                        },
+                    );
+                }
+            }
+        }
+    }
+    found.into_values().collect()
+}
+
+/// The plugin with a name.
+///
+/// # Errors
+/// There is none; the error lists the directories searched.
+pub fn find(name: &str, dirs: &[SearchDir]) -> Result<Found, DescribeError> {
+    let well_formed = !name.is_empty()
+        && name.bytes().all(|byte| {
+            byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"_-".contains(&byte)
+        });
+    if !well_formed {
+        return Err(DescribeError {
+            message: format!(
+                "`{name}` is no name of a plugin: lower-case letters, digits, `-` and `_` are"
+            ),
+            hint: Some(
+                "a recipe names a plugin, never a path; directories are given with --plugin-dir"
+                    .into(),
+            ),
+        });
+    }
+    let (all, key) = (find_all(dirs), name.replace('-', "_"));
+    if let Some(found) = all.iter().find(|found| found.name.replace('-', "_") == key) {
+        return Ok(Found {
+            name: name.to_owned(),
+            ..found.clone()
+        });
+    }
+    let mut message = format!("there is no plugin `{name}`: no {} in", file_name(name));
+    for dir in dirs {
+        let absent = if dir.path.is_dir() {
+            ""
+        } else {
+            ", which does not exist"
+        };
+        message.push_str(&format!(
+            "\n    {} ({}{absent})",
+            dir.path.display(),
+            dir.origin
+        ));
+    }
+    let nearest = all
+        .iter()
+        .map(|found| (strsim::damerau_levenshtein(name, &found.name), &found.name))
+        .filter(|(distance, _)| *distance <= 2)
+        .min();
+    let hint = match (nearest, all.as_slice()) {
+        (Some((_, nearest)), _) => format!("did you mean `{nearest}`?"),
+        (None, []) => format!("name the directory with --plugin-dir DIR or {PATH_VARIABLE}"),
+        (None, all) => {
+            let names: Vec<&str> = all.iter().map(|found| found.name.as_str()).collect();
+            format!(
+                "plugins found: {}; other directories are named with --plugin-dir DIR",
+                names.join(", ")
+            )
+        }
+    };
+    Err(DescribeError {
+        message,
+        hint: Some(hint),
+    })
+}
+
+/// The file name of a plugin: `libretort_candle.so`.
+pub fn file_name(name: &str) -> String {
+    format!(
+        "libretort_{}{}",
+        name.replace('-', "_"),
+        std::env::consts::DLL_SUFFIX
+    )
+}
+
+/// The name of the plugin in a file of this name.
+fn name_of(file: &str) -> Option<String> {
+    let name = file
+        .strip_prefix("libretort_")?
+        .strip_suffix(std::env::consts::DLL_SUFFIX)?;
+    (!name.is_empty() && !name.contains('.')).then(|| name.to_owned())
+}
+
+fn user_data_dir() -> Option<PathBuf> {
+    let home = || {
+        std::env::var_os("HOME")
+            .filter(|home| !home.is_empty())
+            .map(PathBuf::from)
+    };
+    if cfg!(target_os = "macos") {
+        return Some(home()?.join("Library/Application Support"));
+    }
+    let xdg = std::env::var_os("XDG_DATA_HOME")
+        .map(PathBuf::from)
+        .filter(|path| path.is_absolute());
+    xdg.or_else(|| Some(home()?.join(".local/share")))
+}
+
+impl<'a> Plugins<'a> {
+    /// Plugins in `dirs`, described by workers, or from the store where it knows them already.
+    pub fn new(dirs: Vec<SearchDir>, runtime: &'a Runtime, store: Option<&'a Store>) -> Self {
+        Self {
+            dirs,
+            runtime,
+            store,
+            described: HashMap::new(),
+            devices: HashMap::new(),
+        }
+    }
+
+    /// Keeps what has been found out about plugins in a store, for the next time.
+    pub fn remember(&self, store: &Store) {
+        if self.store.is_some() {
+            return;
+        }
+        for (identity, description) in self.described.values() {
+            if let Err(error) = self
+                .runtime
+                .block_on(store.cache_description(&identity.hash, description))
+            {
+                tracing::debug!(
+                    "the description of {} is not cached: {error}",
+                    identity.path.display()
+                );
+            }
+        }
+    }
+
+    /// The directories searched.
+    pub fn dirs(&self) -> &[SearchDir] {
+        &self.dirs
+    }
+
+    /// Who a plugin in a file is, and what it says of itself. The file's name does not matter here.
+    ///
+    /// # Errors
+    /// It cannot be read, loaded or asked.
+    pub fn describe_file(
+        &self,
+        path: &Path,
+    ) -> Result<(PluginIdentity, Description), DescribeError> {
+        let hash = artifact::file_hash(path).map_err(|error| DescribeError {
+            message: format!("the plugin's file: {error}"),
+            hint: None,
+        })?;
+        let identity = |description: &Description| PluginIdentity {
+            name: description.name.clone(),
+            path: path.to_owned(),
+            version: description.version.clone(),
+            hash: hash.clone(),
+        };
+        let cached = self.store.and_then(|store| {
+            // A cache that cannot be read is no cache.
+            self.runtime
+                .block_on(store.cached_description(&hash))
+                .ok()
+                .flatten()
+        });
+        if let Some(description) = cached {
+            return Ok((identity(&description), description));
+        }
+        let Answer::Description(description) = self.ask(path, Call::Describe)? else {
+            return Err(confused(path));
+        };
+        if let Some(store) = self.store
+            && let Err(error) = self
+                .runtime
+                .block_on(store.cache_description(&hash, &description))
+        {
+            tracing::debug!(
+                "the description of {} is not cached: {error}",
+                path.display()
+            );
+        }
+        Ok((identity(&description), *description))
+    }
+
+    /// The devices that a plugin in a file really finds.
+    ///
+    /// # Errors
+    /// As [`Plugins::describe_file`].
+    pub fn probe_file(&self, path: &Path) -> Result<Vec<Device>, DescribeError> {
+        match self.ask(path, Call::Probe)? {
+            Answer::Devices(devices) => Ok(devices),
+            _ => Err(confused(path)),
+        }
+    }
+
+    fn ask(&self, path: &Path, call: Call) -> Result<Answer, DescribeError> {
+        let task = Task {
+            plugin: path.to_owned(),
+            call,
+        };
+        self.runtime
+            .block_on(process::ask(task, PATIENCE))
+            .map_err(|error| refused(path, error))
+    }
+}
+
+impl Descriptions for Plugins<'_> {
+    fn describe(&mut self, plugin: &str) -> Result<(PluginIdentity, Description), DescribeError> {
+        if let Some(known) = self.described.get(plugin) {
+            return Ok(known.clone());
+        }
+        let found = find(plugin, &self.dirs)?;
+        for shadowed in &found.shadowed {
+            tracing::warn!(
+                "plugin {plugin}: {} is used ({}), {} is not",
+                found.path.display(),
+                found.origin,
+                shadowed.display()
+            );
+        }
+        let (identity, description) = self.describe_file(&found.path)?;
+        if identity.name != plugin {
+            return Err(DescribeError {
+                message: format!(
+                    "{} calls itself `{}`, not `{plugin}`",
+                    found.path.display(),
+                    identity.name
+                ),
+                hint: Some(format!("rename the file to {}", file_name(&identity.name))),
+            });
+        }
+        self.described
+            .insert(plugin.to_owned(), (identity.clone(), description.clone()));
+        Ok((identity, description))
+    }
+
+    fn devices(&mut self, plugin: &str) -> Result<Vec<Device>, DescribeError> {
+        if let Some(known) = self.devices.get(plugin) {
+            return Ok(known.clone());
+        }
+        let devices = self.probe_file(&find(plugin, &self.dirs)?.path)?;
+        self.devices.insert(plugin.to_owned(), devices.clone());
+        Ok(devices)
+    }
+
+    fn validate(
+        &mut self,
+        plugin: &str,
+        jobs: &[StageJob],
+    ) -> Result<Vec<Vec<Diagnostic>>, DescribeError> {
+        let path = find(plugin, &self.dirs)?.path;
+        match self.ask(&path, Call::Validate(jobs.to_vec()))? {
+            Answer::Findings(findings) if findings.len() == jobs.len() => Ok(findings),
+            _ => Err(confused(&path)),
+        }
+    }
+
+    fn names(&mut self) -> Vec<String> {
+        find_all(&self.dirs)
+            .into_iter()
+            .map(|found| found.name)
+            .collect()
+    }
+}
+
+fn refused(path: &Path, error: AskError) -> DescribeError {
+    match error {
+        AskError::NotLoaded { message, hint } => DescribeError { message, hint },
+        AskError::Failed(Failure { message, hint, .. }) => DescribeError {
+            message: format!("{}: {message}", path.display()),
+            hint,
+        },
+        error => DescribeError {
+            message: format!("{}: {error}", path.display()),
+            hint: Some(format!(
+                "`retort plugin check {}` tries the plugin on its own",
+                path.display()
+            )),
+        },
+    }
+}
+
+fn confused(path: &Path) -> DescribeError {
+    DescribeError {
+        message: format!("{}: the worker answered another question", path.display()),
+        hint: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dirs(root: &Path, files: &[(&str, &str)]) -> Vec<SearchDir> {
+        let mut dirs: Vec<SearchDir> = Vec::new();
+        for (dir, name) in files {
+            let path = root.join(dir);
+            std::fs::create_dir_all(&path).unwrap();
+            std::fs::write(path.join(name), "").unwrap();
+            if !dirs.iter().any(|known| known.path == path) {
+                dirs.push(SearchDir {
+                    path,
+                    origin: "test",
+                });
+            }
+        }
+        dirs
+    }
+
+    #[test]
+    fn the_first_directory_wins_and_shadowing_is_told() {
+        let root = tempfile::tempdir().unwrap();
+        let (a, b) = (file_name("a"), file_name("b-c"));
+        let dirs = dirs(
+            root.path(),
+            &[
+                ("1", &a),
+                ("2", &a),
+                ("2", &b),
+                ("2", "libother.so"),
+                ("3", &a),
+            ],
+        );
+        let found = find("a", &dirs).unwrap();
+        assert_eq!(found.path, root.path().join("1").join(&a));
+        assert_eq!(
+            found.shadowed,
+            [
+                root.path().join("2").join(&a),
+                root.path().join("3").join(&a)
+            ]
+        );
+        assert_eq!(
+            find("b-c", &dirs).unwrap().path,
+            root.path().join("2").join(&b)
+        );
+        assert_eq!(find_all(&dirs).len(), 2);
+    }
+
+    #[track_caller]
+    fn check_missing(name: &str, said: &str, hinted: &str) {
+        let root = tempfile::tempdir().unwrap();
+        let mut dirs = dirs(root.path(), &[("1", &file_name("candle"))]);
+        dirs.push(SearchDir {
+            path: "/nowhere/at/all".into(),
+            origin: "test",
+        });
+        let error = find(name, &dirs).unwrap_err();
+        let hint = error.hint.unwrap();
+        assert!(error.message.contains(said), "{}", error.message);
+        assert!(hint.contains(hinted), "{hint}");
+    }
+
+    #[test]
+    fn what_is_not_found_is_explained() {
+        check_missing(
+            "candel",
+            "/nowhere/at/all (test, which does not exist)",
+            "did you mean `candle`?",
+        );
+        check_missing("torch", "no libretort_torch", "plugins found: candle");
+        check_missing("../evil", "no name of a plugin", "never a path");
+    }
+
+    #[test]
+    fn the_working_directory_is_never_searched_unasked() {
+        assert!(
+            search_dirs(&[PathBuf::new()])
+                .iter()
+                .all(|dir| dir.origin != "--plugin-dir")
+        );
+    }
+}

@@ -1,6 +1,19 @@
-//! `retort doctor`.
+//! `retort doctor`: checks this machine and installation, and says what to repair.
 
-use crate::cli::{Context, Error, Exit, FormatArgs};
+use std::path::Path;
+
+use serde_json::json;
+use tokio::runtime::Runtime;
+
+use crate::cli::{Context, Error, Exit, Format, FormatArgs, talk};
+use crate::plugin::{self, Plugins, search_dirs};
+use crate::store::{Access, RunFilter, RunState, Store, StoreError};
+use crate::table::{Cell, Rows, Tone, bytes};
+
+/// Less free space than this is worth a warning, in bytes.
+const LITTLE_SPACE: u64 = 1 << 30;
+/// Less free memory than this is worth a warning, in bytes.
+const LITTLE_MEMORY: u64 = 2 << 30;
 
 /// Arguments of `doctor`.
 #[derive(Debug, clap::Args)]
@@ -10,7 +23,261 @@ pub struct Args {
     pub format: FormatArgs,
 }
 
+/// One thing that was looked at.
+struct Check {
+    what: String,
+    verdict: Verdict,
+    detail: String,
+    repair: Option<String>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    Good,
+    Odd,
+    Bad,
+}
+
+impl Verdict {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Good => "good",
+            Self::Odd => "odd",
+            Self::Bad => "bad",
+        }
+    }
+}
+
+impl Check {
+    fn new(what: impl Into<String>, verdict: Verdict, detail: impl Into<String>) -> Self {
+        Self {
+            what: what.into(),
+            verdict,
+            detail: detail.into(),
+            repair: None,
+        }
+    }
+
+    fn repair(mut self, repair: impl Into<String>) -> Self {
+        self.repair = Some(repair.into());
+        self
+    }
+}
+
 /// Checks the machine and the installation.
-pub fn execute(_args: &Args, _context: &Context) -> Result<(), Error> {
-    Err(Error::new(Exit::Internal, "`doctor` is not built yet"))
+pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
+    let runtime = context.runtime()?;
+    let mut checks = vec![installation(), processors(), memory()];
+    let store = store(&runtime, &context.store, &mut checks);
+    checks.push(space(&context.store));
+    plugins(&runtime, context, store.as_ref(), &mut checks);
+    talk::print(&text(&checks, args, context))?;
+    match checks
+        .iter()
+        .filter(|check| check.verdict == Verdict::Bad)
+        .count()
+    {
+        0 => Ok(()),
+        bad => Err(Error::new(
+            Exit::Internal,
+            format!("{bad} of {} checks went badly", checks.len()),
+        )),
+    }
+}
+
+fn text(checks: &[Check], args: &Args, context: &Context) -> String {
+    if args.format.get() == Format::Json {
+        let list: Vec<_> = checks
+            .iter()
+            .map(|check| {
+                json!({"check": check.what, "verdict": check.verdict.name(), "detail": check.detail,
+                    "repair": check.repair})
+            })
+            .collect();
+        return format!("{:#}\n", json!(list));
+    }
+    let mut rows = Rows::new(&["check", "verdict", "detail", "repair"]);
+    for check in checks {
+        let tone = match check.verdict {
+            Verdict::Good => Tone::Good,
+            Verdict::Odd => Tone::Odd,
+            Verdict::Bad => Tone::Bad,
+        };
+        let repair = check.repair.clone().map_or_else(Cell::none, Cell::from);
+        let verdict = Cell::from(check.verdict.name()).tone(tone);
+        rows.push([
+            check.what.as_str().into(),
+            verdict,
+            check.detail.as_str().into(),
+            repair,
+        ]);
+    }
+    rows.render(args.format.style(context))
+}
+
+fn installation() -> Check {
+    let version = env!("CARGO_PKG_VERSION");
+    match std::env::current_exe() {
+        Ok(path) => Check::new(
+            "retort",
+            Verdict::Good,
+            format!("{version}, {}", path.display()),
+        ),
+        Err(error) => Check::new(
+            "retort",
+            Verdict::Odd,
+            format!("{version}, its file cannot be named: {error}"),
+        )
+        .repair("plugins beside the executable are not found; use --plugin-dir"),
+    }
+}
+
+fn processors() -> Check {
+    match std::thread::available_parallelism() {
+        Ok(cores) => Check::new("processors", Verdict::Good, format!("{cores} usable")),
+        Err(error) => Check::new(
+            "processors",
+            Verdict::Odd,
+            format!("cannot be counted: {error}"),
+        )
+        .repair("set `threads` in recipes"),
+    }
+}
+
+fn memory() -> Check {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let value = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+        Some(line.trim().trim_end_matches(" kB").parse::<u64>().ok()? * 1024)
+    };
+    match (value("MemAvailable:"), value("MemTotal:")) {
+        (Some(free), Some(total)) => {
+            let detail = format!("{} of {} available", bytes(free), bytes(total));
+            if free < LITTLE_MEMORY {
+                return Check::new("memory", Verdict::Odd, detail)
+                    .repair("end other programs before training");
+            }
+            Check::new("memory", Verdict::Good, detail)
+        }
+        _ => Check::new("memory", Verdict::Odd, "not known on this system"),
+    }
+}
+
+fn store(runtime: &Runtime, dir: &Path, checks: &mut Vec<Check>) -> Option<Store> {
+    let shown = dir.display();
+    let opened = runtime.block_on(Store::open(dir, Access::ReadOnly));
+    let store = match opened {
+        Ok(store) => store,
+        Err(StoreError::Missing { .. }) => {
+            checks.push(Check::new(
+                "store",
+                Verdict::Good,
+                format!("{shown} is not there yet; the first run makes it"),
+            ));
+            return None;
+        }
+        Err(error) => {
+            let repair = "move it away, or choose another with --store";
+            checks.push(Check::new("store", Verdict::Bad, error.to_string()).repair(repair));
+            return None;
+        }
+    };
+    match runtime.block_on(store.list_runs(&RunFilter::default())) {
+        Ok(runs) => {
+            let lost = runs
+                .iter()
+                .filter(|run| run.state == RunState::Lost)
+                .count();
+            checks.push(Check::new(
+                "store",
+                Verdict::Good,
+                format!("{shown}: {} runs, {lost} of them lost", runs.len()),
+            ));
+        }
+        Err(error) => checks.push(Check::new("store", Verdict::Bad, error.to_string())),
+    }
+    match tempfile::Builder::new().prefix(".doctor").tempfile_in(dir) {
+        Ok(_) => checks.push(Check::new("store is writable", Verdict::Good, "yes")),
+        Err(error) => checks.push(
+            Check::new("store is writable", Verdict::Bad, error.to_string())
+                .repair("correct its permissions, or choose another with --store"),
+        ),
+    }
+    Some(store)
+}
+
+/// Free space where the store is, or will be.
+fn space(dir: &Path) -> Check {
+    let dir = std::path::absolute(dir).unwrap_or_else(|_| dir.to_owned());
+    let there = dir.ancestors().find(|dir| dir.exists()).unwrap_or(&dir);
+    match free_space(there) {
+        Some(free) if free < LITTLE_SPACE => {
+            Check::new("disk", Verdict::Odd, format!("{} free", bytes(free)))
+                .repair("free some space, or choose another disk with --store")
+        }
+        Some(free) => Check::new("disk", Verdict::Good, format!("{} free", bytes(free))),
+        None => Check::new("disk", Verdict::Odd, "the free space cannot be found out"),
+    }
+}
+
+fn free_space(dir: &Path) -> Option<u64> {
+    use std::os::unix::ffi::OsStrExt;
+    let path = std::ffi::CString::new(dir.as_os_str().as_bytes()).ok()?;
+    // SAFETY: the path is a C string, and the structure is filled by the call when it succeeds.
+    unsafe {
+        let mut status: libc::statvfs = std::mem::zeroed();
+        (libc::statvfs(path.as_ptr(), &mut status) == 0)
+            .then(|| status.f_bavail.saturating_mul(status.f_frsize))
+    }
+}
+
+fn plugins(runtime: &Runtime, context: &Context, store: Option<&Store>, checks: &mut Vec<Check>) {
+    let dirs = search_dirs(&context.plugin_dirs);
+    let plugins = Plugins::new(dirs.clone(), runtime, store);
+    let all = plugin::find_all(&dirs);
+    if all.is_empty() {
+        checks.push(
+            Check::new("plugins", Verdict::Bad, "none found")
+                .repair("build one (`make`), or name its directory with --plugin-dir"),
+        );
+    }
+    for found in all {
+        let what = format!("plugin {}", found.name);
+        let checked = plugins
+            .describe_file(&found.path)
+            .and_then(|(identity, _)| Ok((identity, plugins.probe_file(&found.path)?)));
+        match checked {
+            Ok((identity, devices)) => {
+                let list: Vec<String> = devices
+                    .iter()
+                    .map(|device| match &device.unusable {
+                        None => device.name.clone(),
+                        Some(reason) => format!("{} (unusable: {reason})", device.name),
+                    })
+                    .collect();
+                let usable = devices.iter().any(|device| device.unusable.is_none());
+                let verdict = if usable { Verdict::Good } else { Verdict::Bad };
+                checks.push(Check::new(
+                    what,
+                    verdict,
+                    format!("{}: {}", identity.version, list.join(", ")),
+                ));
+            }
+            Err(error) => checks.push(Check {
+                repair: error.hint,
+                ..Check::new(what, Verdict::Bad, error.message)
+            }),
+        }
+        for shadowed in found.shadowed {
+            let detail = format!(
+                "{} is not used: {} comes first",
+                shadowed.display(),
+                found.path.display()
+            );
+            checks.push(
+                Check::new(format!("plugin {}", found.name), Verdict::Odd, detail)
+                    .repair("remove one of them"),
+            );
+        }
+    }
 }

@@ -5,6 +5,7 @@
 use std::error::Error as StdError;
 
 use crate::cli::{Context, talk};
+use crate::diagnostic::Report;
 use crate::store::StoreError;
 
 /// Exit codes: public, documented in `retort --help`.
@@ -51,6 +52,8 @@ pub struct Error {
     pub causes: Vec<String>,
     /// What to do.
     pub hint: Option<String>,
+    /// What is wrong with a recipe, shown before the message.
+    pub report: Option<Box<Report>>,
 }
 
 impl Error {
@@ -61,6 +64,7 @@ impl Error {
             message: message.into(),
             causes: Vec::new(),
             hint: None,
+            report: None,
         }
     }
 
@@ -85,8 +89,19 @@ impl Error {
         self
     }
 
+    /// Of asking the history while planning: the store's error, or that of reading a file.
+    pub fn of_history(error: Box<dyn StdError>) -> Self {
+        match error.downcast::<StoreError>() {
+            Ok(error) => (*error).into(),
+            Err(error) => Self::new(Exit::Internal, error.to_string()),
+        }
+    }
+
     /// Writes the error to stderr.
     pub fn show(&self, context: &Context) {
+        if let Some(report) = &self.report {
+            talk::say(&report.render(context.color_stderr()));
+        }
         if self.message.is_empty() {
             return;
         }
@@ -112,6 +127,27 @@ impl From<std::io::Error> for Error {
         match error.kind() {
             std::io::ErrorKind::BrokenPipe => Self::said(Exit::Success),
             _ => Self::new(Exit::Internal, "the output could not be written").cause(&error),
+        }
+    }
+}
+
+impl From<Report> for Error {
+    fn from(report: Report) -> Self {
+        let exit = if report.only_plugins() {
+            Exit::Plugin
+        } else {
+            Exit::InvalidRecipe
+        };
+        let errors = report.errors();
+        // One finding speaks for itself.
+        let message = if errors > 1 {
+            format!("{errors} errors in {}", report.path.display())
+        } else {
+            String::new()
+        };
+        Self {
+            report: Some(Box::new(report)),
+            ..Self::new(exit, message)
         }
     }
 }

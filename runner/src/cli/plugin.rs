@@ -1,8 +1,16 @@
-//! `retort plugin`.
+//! `retort plugin`: which plugins there are, and whether they work.
 
 use clap::Subcommand;
+use retort_abi::{Description, Device};
+use serde_json::{Value, json};
+use std::path::PathBuf;
+use tokio::runtime::Runtime;
 
-use crate::cli::{Context, Error, Exit, FormatArgs};
+use crate::cli::{Context, Error, Exit, Format, FormatArgs, talk};
+use crate::plan::{DescribeError, PluginIdentity};
+use crate::plugin::{self, Found, Plugins, search_dirs};
+use crate::store::{Access, Store};
+use crate::table::{Cell, Rows, Style, Tone};
 
 /// Arguments of `plugin`.
 #[derive(Debug, clap::Args)]
@@ -41,6 +49,244 @@ pub struct CheckArgs {
 }
 
 /// Lists or checks plugins.
-pub fn execute(_args: &Args, _context: &Context) -> Result<(), Error> {
-    Err(Error::new(Exit::Internal, "`plugin` is not built yet"))
+pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
+    let runtime = context.runtime()?;
+    match &args.command {
+        Command::List(args) => list(args, &runtime, context),
+        Command::Check(args) => check(args, &runtime, context),
+    }
+}
+
+fn list(args: &ListArgs, runtime: &Runtime, context: &Context) -> Result<(), Error> {
+    // The store only saves the time to ask; without one, or with one that cannot be read, plugins are asked.
+    let store = runtime
+        .block_on(Store::open(&context.store, Access::ReadOnly))
+        .ok();
+    let dirs = search_dirs(&context.plugin_dirs);
+    let plugins = Plugins::new(dirs.clone(), runtime, store.as_ref());
+    let mut rows = Rows::new(&[
+        "plugin", "version", "devices", "dtypes", "stages", "file", "problem",
+    ]);
+    let all = plugin::find_all(&dirs);
+    for found in &all {
+        rows.push(row(found, plugins.describe_file(&found.path)));
+        for shadowed in &found.shadowed {
+            talk::say(&format!(
+                "note: {} is not used: {} comes first",
+                shadowed.display(),
+                found.path.display()
+            ));
+        }
+    }
+    if all.is_empty() {
+        let mut text = String::from("no plugins in these directories:");
+        for dir in &dirs {
+            text.push_str(&format!("\n    {} ({})", dir.path.display(), dir.origin));
+        }
+        talk::say(&text);
+    }
+    talk::print(&rows.render(args.format.style(context)))?;
+    Ok(())
+}
+
+fn row(
+    found: &Found,
+    described: Result<(PluginIdentity, Description), DescribeError>,
+) -> Vec<Cell> {
+    let file = Cell::from(found.path.display().to_string());
+    let list = |items: &[String]| Cell::new(items.join(" "), items.to_vec());
+    match described {
+        Ok((_, description)) => {
+            let stages: Vec<String> = description
+                .stages
+                .iter()
+                .map(|stage| stage.kind.clone())
+                .collect();
+            let problem = match description.name == found.name
+                || description.name.replace('-', "_") == found.name
+            {
+                true => Cell::none(),
+                false => Cell::from(format!("calls itself `{}`", description.name)).tone(Tone::Bad),
+            };
+            let (devices, dtypes) = (list(&description.devices), list(&description.dtypes));
+            vec![
+                found.name.as_str().into(),
+                description.version.into(),
+                devices,
+                dtypes,
+                list(&stages),
+                file,
+                problem,
+            ]
+        }
+        Err(error) => {
+            let problem = Cell::from(error.message).tone(Tone::Bad);
+            let none = Cell::none;
+            vec![
+                found.name.as_str().into(),
+                none(),
+                none(),
+                none(),
+                none(),
+                file,
+                problem,
+            ]
+        }
+    }
+}
+
+fn check(args: &CheckArgs, runtime: &Runtime, context: &Context) -> Result<(), Error> {
+    let dirs = search_dirs(&context.plugin_dirs);
+    let is_path = args.plugin.contains('/') || args.plugin.ends_with(std::env::consts::DLL_SUFFIX);
+    let path = match is_path {
+        true => std::path::absolute(PathBuf::from(&args.plugin))?,
+        false => plugin::find(&args.plugin, &dirs)?.path,
+    };
+    // Without a store: a check asks the plugin itself.
+    let plugins = Plugins::new(dirs, runtime, None);
+    let (identity, description) = plugins.describe_file(&path)?;
+    let again = plugins.describe_file(&path)?.1;
+    let mut problems = inconsistencies(&description);
+    if again != description {
+        problems.push("it describes itself differently when asked twice".to_owned());
+    }
+    let devices = plugins.probe_file(&path)?;
+    if devices.iter().all(|device| device.unusable.is_some()) {
+        problems.push("none of its devices can be used".to_owned());
+    }
+    talk::print(&match args.format.get() {
+        Format::Json => format!(
+            "{:#}\n",
+            document(&identity, &description, &devices, &problems)
+        ),
+        _ => text(
+            &identity,
+            &description,
+            &devices,
+            args.format.style(context),
+        ),
+    })?;
+    if problems.is_empty() {
+        return Ok(());
+    }
+    let list: String = problems
+        .iter()
+        .map(|problem| format!("\n  - {problem}"))
+        .collect();
+    Err(Error::new(
+        Exit::Plugin,
+        format!("{} is not as a plugin has to be:{list}", path.display()),
+    ))
+}
+
+/// What is wrong with a description, beyond being readable.
+fn inconsistencies(description: &Description) -> Vec<String> {
+    let mut problems = Vec::new();
+    let mut need = |good: bool, problem: &str| {
+        if !good {
+            problems.push(problem.to_owned());
+        }
+    };
+    need(!description.name.is_empty(), "it has no name");
+    need(!description.version.is_empty(), "it has no version");
+    need(
+        !description.devices.is_empty(),
+        "it names no kind of device",
+    );
+    need(!description.dtypes.is_empty(), "it names no dtype");
+    need(!description.stages.is_empty(), "it runs no kind of stage");
+    for stage in &description.stages {
+        let kind = &stage.kind;
+        if description
+            .stages
+            .iter()
+            .filter(|other| other.kind == *kind)
+            .count()
+            > 1
+        {
+            problems.push(format!("stage kind `{kind}` appears more than once"));
+        }
+        if stage.output.is_empty() {
+            problems.push(format!("stage kind `{kind}` names no kind of output"));
+        }
+        if let Err(error) = jsonschema::validator_for(&stage.schema) {
+            problems.push(format!("the schema of `{kind}` is no JSON schema: {error}"));
+        }
+        if stage.schema["additionalProperties"] != false {
+            problems.push(format!(
+                "the schema of `{kind}` lets unknown options pass (`additionalProperties: false`)"
+            ));
+        }
+    }
+    problems
+}
+
+fn document(
+    identity: &PluginIdentity,
+    description: &Description,
+    devices: &[Device],
+    problems: &[String],
+) -> Value {
+    let stages: Vec<Value> = description
+        .stages
+        .iter()
+        .map(|stage| json!({"kind": stage.kind, "output": stage.output, "summary": stage.summary}))
+        .collect();
+    json!({
+        "name": identity.name, "version": identity.version, "path": identity.path, "hash": identity.hash,
+        "summary": description.summary, "license": description.license, "dtypes": description.dtypes,
+        "families": description.families, "stages": stages, "devices": devices, "problems": problems,
+    })
+}
+
+fn text(
+    identity: &PluginIdentity,
+    description: &Description,
+    devices: &[Device],
+    style: Style,
+) -> String {
+    let mut text = format!(
+        "{} {}  {}\nfile   {}\nblake3 {}\ndtypes {}\n\n",
+        identity.name,
+        identity.version,
+        description.summary,
+        identity.path.display(),
+        identity.hash,
+        description.dtypes.join(" ")
+    );
+    let mut rows = Rows::new(&["device", "model", "memory", "state"]);
+    for device in devices {
+        let state = match &device.unusable {
+            None => Cell::from("usable").tone(Tone::Good),
+            Some(reason) => Cell::from(format!("unusable: {reason}")).tone(Tone::Bad),
+        };
+        let memory = device.memory.map_or_else(Cell::none, Cell::bytes);
+        rows.push([
+            device.name.as_str().into(),
+            device.model.as_str().into(),
+            memory,
+            state,
+        ]);
+    }
+    text.push_str(&rows.render(style));
+    text.push('\n');
+    let mut rows = Rows::new(&["stage kind", "makes", "summary"]);
+    for stage in &description.stages {
+        rows.push([
+            stage.kind.as_str().into(),
+            stage.output.as_str().into(),
+            stage.summary.as_str().into(),
+        ]);
+    }
+    text.push_str(&rows.render(style));
+    text
+}
+
+impl From<DescribeError> for Error {
+    fn from(error: DescribeError) -> Self {
+        Error {
+            hint: error.hint,
+            ..Error::new(Exit::Plugin, error.message)
+        }
+    }
 }

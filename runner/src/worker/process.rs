@@ -1,0 +1,431 @@
+//! The runner's end of a worker: starting it, hearing it, signalling it, and knowing for certain how it ended.
+//!
+//! In: a [`Task`]. Out: [`Heard`] events, of which the last is always the exit. A worker leads a process group of its
+//! own, so that a Ctrl-C in the terminal does not reach it and everything it starts can be ended with it. Deliberately
+//! absent: what the events mean for a stage (the executor's).
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use retort_abi::Failure;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::net::unix::pipe;
+use tokio::task::JoinHandle;
+
+use crate::frame::{self, Answer, FrameError, FromWorker, Inbox, Task, ToWorker};
+use crate::store::{LogSource, Usage};
+use crate::worker::{LONGEST_LINE, shortened};
+
+/// How long what a dead worker has left in its pipes is waited for: processes that left its group may hold them open.
+const DRAIN: Duration = Duration::from_millis(500);
+
+/// A worker process.
+#[derive(Debug)]
+pub struct Worker {
+    pid: u32,
+    socket: Option<UnixStream>,
+    inbox: Inbox,
+    stdout: Lines,
+    stderr: Lines,
+    exit: Option<JoinHandle<Exit>>,
+    /// Known once the process has ended; told after everything it left behind.
+    ended: Option<(Exit, tokio::time::Instant)>,
+}
+
+/// Something a worker did.
+#[derive(Debug)]
+pub enum Heard {
+    /// It sent a frame.
+    Frame(FromWorker),
+    /// It sent what is no frame; no further frames are read.
+    Nonsense(FrameError),
+    /// It, or something it loaded or started, wrote a line.
+    Line(LogSource, String),
+    /// It has ended, and its whole process group with it. The last event.
+    Exited(Exit),
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Exit {
+    /// With a code or by a signal.
+    pub status: ExitStatus,
+    /// What it took.
+    pub usage: Usage,
+}
+
+/// With a code or by a signal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExitStatus {
+    /// It left.
+    Code(i32),
+    /// It was ended.
+    Signal(i32),
+}
+
+/// Why a plugin did not answer.
+#[derive(Debug, thiserror::Error)]
+pub enum AskError {
+    /// No process could be started.
+    #[error("a worker process could not be started: {0}")]
+    Spawn(io::Error),
+    /// The plugin could not be loaded.
+    #[error("{message}")]
+    NotLoaded {
+        /// Why.
+        message: String,
+        /// What to do.
+        hint: Option<String>,
+    },
+    /// The plugin answered with a failure.
+    #[error("{0}")]
+    Failed(Failure),
+    /// The worker died.
+    #[error("the plugin ended its process ({how}){}", quoted(output))]
+    Died {
+        /// By which signal or code.
+        how: String,
+        /// The last lines it wrote.
+        output: String,
+    },
+    /// The plugin hangs.
+    #[error("the plugin did not answer within {} s", after.as_secs())]
+    TimedOut {
+        /// So long.
+        after: Duration,
+    },
+    /// It sent something else.
+    #[error("the plugin's worker sent nonsense: {0}")]
+    Nonsense(String),
+}
+
+fn quoted(output: &str) -> String {
+    if output.is_empty() {
+        String::new()
+    } else {
+        format!(", having written:\n{output}")
+    }
+}
+
+impl std::fmt::Display for ExitStatus {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Code(code) => write!(f, "exit code {code}"),
+            Self::Signal(signal) => f.write_str(&signal_name(*signal)),
+        }
+    }
+}
+
+/// `SIGSEGV`, `signal 64`.
+pub fn signal_name(signal: i32) -> String {
+    let name = match signal {
+        libc::SIGHUP => "SIGHUP",
+        libc::SIGINT => "SIGINT",
+        libc::SIGQUIT => "SIGQUIT",
+        libc::SIGILL => "SIGILL",
+        libc::SIGTRAP => "SIGTRAP",
+        libc::SIGABRT => "SIGABRT",
+        libc::SIGBUS => "SIGBUS",
+        libc::SIGFPE => "SIGFPE",
+        libc::SIGKILL => "SIGKILL",
+        libc::SIGUSR1 => "SIGUSR1",
+        libc::SIGSEGV => "SIGSEGV",
+        libc::SIGUSR2 => "SIGUSR2",
+        libc::SIGPIPE => "SIGPIPE",
+        libc::SIGALRM => "SIGALRM",
+        libc::SIGTERM => "SIGTERM",
+        libc::SIGXCPU => "SIGXCPU",
+        libc::SIGXFSZ => "SIGXFSZ",
+        libc::SIGSYS => "SIGSYS",
+        other => return format!("signal {other}"),
+    };
+    name.to_owned()
+}
+
+/// Makes one call that is no run, in a worker of its own, and waits for the answer.
+///
+/// # Errors
+/// [`AskError`].
+pub async fn ask(task: Task, limit: Duration) -> Result<Answer, AskError> {
+    let mut worker = Worker::spawn(1).map_err(AskError::Spawn)?;
+    worker.send(&ToWorker::Start(Box::new(task))).await;
+    let mut answer = None;
+    let mut output = Vec::new();
+    let conversation = async {
+        loop {
+            match worker.next().await {
+                Heard::Frame(FromWorker::Answer(given)) => answer = Some(Ok(given)),
+                Heard::Frame(FromWorker::Failed(failure)) => {
+                    answer = Some(Err(AskError::Failed(failure)))
+                }
+                Heard::Frame(FromWorker::NotLoaded { message, hint }) => {
+                    answer = Some(Err(AskError::NotLoaded { message, hint }));
+                }
+                Heard::Frame(_) => {}
+                Heard::Nonsense(error) => answer = Some(Err(AskError::Nonsense(error.to_string()))),
+                Heard::Line(_, line) => output.push(line),
+                Heard::Exited(exit) => return exit,
+            }
+        }
+    };
+    let ended = tokio::time::timeout(limit, conversation).await;
+    let Ok(exit) = ended else {
+        worker.signal(libc::SIGKILL);
+        while !matches!(worker.next().await, Heard::Exited(_)) {}
+        return Err(AskError::TimedOut { after: limit });
+    };
+    answer.unwrap_or_else(|| {
+        let last: Vec<&str> = output
+            .iter()
+            .rev()
+            .take(5)
+            .rev()
+            .map(String::as_str)
+            .collect();
+        Err(AskError::Died {
+            how: exit.status.to_string(),
+            output: last.join("\n"),
+        })
+    })
+}
+
+impl Worker {
+    /// Starts a worker process whose libraries may use `threads` threads. To be called on a thread that lives as long
+    /// as the runner: the kernel ends the worker with it.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub fn spawn(threads: usize) -> io::Result<Self> {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        let threads = threads.max(1).to_string();
+        let mut child = Command::new(own_program()?)
+            .arg0("retort")
+            .args(["worker", "--parent", &std::process::id().to_string()])
+            .env("RAYON_NUM_THREADS", &threads)
+            .env("OMP_NUM_THREADS", &threads)
+            .stdin(OwnedFd::from(theirs))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .process_group(0)
+            .spawn()?;
+        let pid = child.id();
+        let exit = tokio::task::spawn_blocking(move || reap(pid));
+        let (Some(stdout), Some(stderr)) = (child.stdout.take(), child.stderr.take()) else {
+            return Err(io::Error::other("no pipes"));
+        };
+        Ok(Self {
+            pid,
+            socket: Some(UnixStream::from_std(ours)?),
+            inbox: Inbox::default(),
+            stdout: Lines::new(OwnedFd::from(stdout))?,
+            stderr: Lines::new(OwnedFd::from(stderr))?,
+            exit: Some(exit),
+            ended: None,
+        })
+    }
+
+    /// Its process id, which is also that of its group.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Sends a message. That the worker is gone is no error here: its exit will be heard.
+    pub async fn send(&mut self, message: &ToWorker) {
+        let (Some(socket), Ok(bytes)) = (&mut self.socket, frame::encode(message)) else {
+            return;
+        };
+        let _ = socket.write_all(&bytes).await;
+    }
+
+    /// Signals the worker and everything in its group; nothing once it has ended.
+    pub fn signal(&self, signal: i32) {
+        if self.exit.is_some() {
+            signal_group(self.pid, signal);
+        }
+    }
+
+    /// What the worker does next. Cancel-safe. Not to be called after [`Heard::Exited`].
+    pub async fn next(&mut self) -> Heard {
+        loop {
+            match self.inbox.take() {
+                Ok(Some(message)) => return Heard::Frame(message),
+                Ok(None) => {}
+                Err(error) => {
+                    self.socket = None;
+                    self.inbox = Inbox::default();
+                    return Heard::Nonsense(error);
+                }
+            }
+            if let Some(line) = self.stdout.take() {
+                return Heard::Line(LogSource::Stdout, line);
+            }
+            if let Some(line) = self.stderr.take() {
+                return Heard::Line(LogSource::Stderr, line);
+            }
+            let silent = self.socket.is_none() && self.stdout.closed() && self.stderr.closed();
+            match &self.ended {
+                Some((exit, _)) if silent => return Heard::Exited(*exit),
+                Some((exit, since)) if since.elapsed() > DRAIN => return Heard::Exited(*exit),
+                _ => self.wait().await,
+            }
+        }
+    }
+
+    /// Waits until there is something new in one of the sources.
+    async fn wait(&mut self) {
+        let mut bytes = [0; 16 << 10];
+        let ended = self.ended.is_some();
+        tokio::select! {
+            // In this order: what was sent before the exit is read before it.
+            biased;
+            read = async { self.socket.as_mut()?.read(&mut bytes).await.ok() }, if self.socket.is_some() => {
+                match read {
+                    None | Some(0) => self.socket = None,
+                    Some(count) => self.inbox.extend(&bytes[..count]),
+                }
+            }
+            () = self.stdout.read(), if !self.stdout.closed() => {}
+            () = self.stderr.read(), if !self.stderr.closed() => {}
+            exit = async { self.exit.as_mut().expect("waited for once").await }, if self.exit.is_some() => {
+                self.exit = None;
+                let exit = exit.unwrap_or(Exit { status: ExitStatus::Code(-1), usage: Usage::default() });
+                self.ended = Some((exit, tokio::time::Instant::now()));
+            }
+            () = tokio::time::sleep(DRAIN), if ended => {}
+        }
+    }
+}
+
+impl Drop for Worker {
+    /// No worker is left to itself.
+    fn drop(&mut self) {
+        self.signal(libc::SIGKILL);
+    }
+}
+
+/// This very program, even when its file has been replaced since.
+fn own_program() -> io::Result<std::path::PathBuf> {
+    if cfg!(target_os = "linux") {
+        Ok("/proc/self/exe".into())
+    } else {
+        std::env::current_exe()
+    }
+}
+
+fn signal_group(pid: u32, signal: i32) {
+    // Process ids fit.
+    let group = -(pid as libc::pid_t);
+    // SAFETY: a plain system call; the group exists until its leader is reaped, which `reap` does after its last signal.
+    unsafe { libc::kill(group, signal) };
+}
+
+/// Waits for the end of a child, ends what is left of its group while its id still names it, and collects it.
+fn reap(pid: u32) -> Exit {
+    // Process ids fit.
+    let id = pid as libc::pid_t;
+    // SAFETY: plain system calls on a child of ours; the structures are filled by them.
+    unsafe {
+        let mut info: libc::siginfo_t = std::mem::zeroed();
+        while libc::waitid(libc::P_PID, pid, &mut info, libc::WEXITED | libc::WNOWAIT) != 0
+            && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted
+        {}
+        signal_group(pid, libc::SIGKILL);
+        let (mut status, mut usage) = (0, std::mem::zeroed::<libc::rusage>());
+        while libc::wait4(id, &mut status, 0, &mut usage) != id {
+            if io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
+                return Exit {
+                    status: ExitStatus::Code(-1),
+                    usage: Usage::default(),
+                };
+            }
+        }
+        let status = if libc::WIFSIGNALED(status) {
+            ExitStatus::Signal(libc::WTERMSIG(status))
+        } else {
+            ExitStatus::Code(libc::WEXITSTATUS(status))
+        };
+        let seconds = |time: libc::timeval| time.tv_sec as f64 + time.tv_usec as f64 * 1e-6;
+        // Linux counts kibibytes, macOS bytes.
+        let unit = if cfg!(target_os = "macos") { 1 } else { 1024 };
+        let usage = Usage {
+            cpu_seconds: Some(seconds(usage.ru_utime) + seconds(usage.ru_stime)),
+            max_rss: Some(usage.ru_maxrss.cast_unsigned() * unit),
+        };
+        Exit { status, usage }
+    }
+}
+
+/// Lines of a pipe.
+#[derive(Debug)]
+struct Lines {
+    pipe: Option<pipe::Receiver>,
+    bytes: Vec<u8>,
+    /// Bytes known to hold no end of line.
+    searched: usize,
+    /// Whether the rest of a line that was cut is being passed over.
+    skipping: bool,
+}
+
+impl Lines {
+    fn new(pipe: OwnedFd) -> io::Result<Self> {
+        Ok(Self {
+            pipe: Some(pipe::Receiver::from_owned_fd(pipe)?),
+            bytes: Vec::new(),
+            searched: 0,
+            skipping: false,
+        })
+    }
+
+    fn closed(&self) -> bool {
+        self.pipe.is_none()
+    }
+
+    async fn read(&mut self) {
+        let Some(pipe) = &mut self.pipe else { return };
+        let mut bytes = [0; 16 << 10];
+        match pipe.read(&mut bytes).await {
+            Ok(0) | Err(_) => self.pipe = None,
+            Ok(count) => self.bytes.extend_from_slice(&bytes[..count]),
+        }
+    }
+
+    /// The next line, without its end; a line longer than [`LONGEST_LINE`] is cut.
+    fn take(&mut self) -> Option<String> {
+        loop {
+            let end = self.bytes[self.searched..]
+                .iter()
+                .position(|&byte| byte == b'\n');
+            let (line, rest, whole) = match end {
+                Some(end) => (self.searched + end, self.searched + end + 1, true),
+                None if self.bytes.len() > LONGEST_LINE => {
+                    (self.bytes.len(), self.bytes.len(), false)
+                }
+                None if self.closed() && !self.bytes.is_empty() => {
+                    (self.bytes.len(), self.bytes.len(), true)
+                }
+                None => {
+                    self.searched = self.bytes.len();
+                    return None;
+                }
+            };
+            let text = String::from_utf8_lossy(&self.bytes[..line])
+                .trim_end_matches('\r')
+                .to_owned();
+            self.bytes.drain(..rest);
+            self.searched = 0;
+            let skip = std::mem::replace(&mut self.skipping, !whole);
+            if !skip {
+                return Some(if whole {
+                    shortened(&text)
+                } else {
+                    format!("{} ...", shortened(&text))
+                });
+            }
+        }
+    }
+}
