@@ -1,1 +1,877 @@
-//! Runs a plan: its stages in worker processes, as their inputs become ready.
+//! Running a plan: which stage runs when, what is reused, and when to stop.
+//!
+//! In: a plan, the part of each stage in it ([`Role`]), a store. Out: a run in the store, and a [`Report`]. Whether a
+//! stage is reused is decided when its inputs are really there. One event loop on one thread; the work is done by worker
+//! processes, one per attempt ([`attempt`]). Deliberately absent: planning, and the terminal: what happens is told to a
+//! [`Listener`].
+
+use std::collections::{BTreeMap, HashMap};
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use retort_abi::Input;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use crate::artifact::{self, ArtifactError, Layout, Work};
+use crate::executor::attempt::{Bench, Brief, End, Ended, Stop};
+use crate::frame::Progress;
+use crate::plan::decision::Role;
+use crate::plan::{self, Digest, Plan, PlannedStage};
+use crate::store::{
+    ArtifactRecord, AttemptId, LogLine, NewRun, NewStage, Param, PluginIdentity, RunId, RunState,
+    StageId, Store, StoreError, Success,
+};
+
+pub mod attempt;
+mod recorder;
+
+/// How often the run says that it lives.
+const HEARTBEAT: Duration = Duration::from_secs(5);
+/// How often a stage that another process works on is looked at again.
+const WAIT_FOR_OTHERS: Duration = Duration::from_millis(300);
+
+/// How to run.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// How many stages may run at the same time.
+    pub jobs: NonZeroUsize,
+    /// Whether stages that do not depend on a failed one still run.
+    pub keep_going: bool,
+    /// How long a stage may take to reach its next checkpoint when it is to stop.
+    pub grace: Duration,
+    /// The arguments of the command, for the record.
+    pub command: Vec<String>,
+    /// Where it runs, for the record.
+    pub environment: serde_json::Value,
+    /// The run that this one takes up again.
+    pub resumed_from: Option<RunId>,
+}
+
+/// Is told what happens, on the event loop's thread: must not block.
+pub type Listener = Arc<dyn Fn(Event) + Send + Sync>;
+
+/// Something that happened.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// The run is recorded and begins.
+    RunBegan {
+        /// Its id.
+        run: RunId,
+    },
+    /// A stage's result was in the store.
+    Reused {
+        /// The stage.
+        stage: String,
+        /// The run it comes from.
+        from: RunId,
+    },
+    /// Another process is working on the very same stage.
+    Waiting {
+        /// The stage.
+        stage: String,
+    },
+    /// A worker has begun on a stage.
+    Began {
+        /// The stage.
+        stage: String,
+        /// The attempt.
+        attempt: AttemptId,
+        /// The worker's process id.
+        pid: u32,
+        /// `cpu`, `cuda:0`.
+        device: String,
+        /// Threads it may use.
+        threads: usize,
+    },
+    /// A stage is so far.
+    Progress {
+        /// The stage.
+        stage: String,
+        /// How far.
+        progress: Progress,
+    },
+    /// A stage, or something it uses, wrote a line.
+    Line {
+        /// The stage.
+        stage: String,
+        /// The line.
+        line: LogLine,
+    },
+    /// An attempt has ended.
+    Ended {
+        /// The stage.
+        stage: String,
+        /// How.
+        end: End,
+        /// After how long.
+        elapsed: Duration,
+        /// The last lines of its standard error.
+        last_words: Vec<String>,
+    },
+    /// The user wants the run to stop: workers are asked to, at their next checkpoint.
+    Stopping {
+        /// How long they have.
+        grace: Duration,
+        /// How many there are.
+        workers: usize,
+    },
+    /// The user wants the run to stop at once.
+    Killing,
+    /// Something is odd.
+    Warning {
+        /// The stage, where there is one.
+        stage: Option<String>,
+        /// What.
+        text: String,
+    },
+}
+
+/// How a run went.
+#[derive(Debug)]
+pub struct Report {
+    /// Its id.
+    pub run: RunId,
+    /// Its state.
+    pub state: RunState,
+    /// The signal that stopped it.
+    pub signal: Option<i32>,
+    /// Its stages, in the plan's order, without those left out.
+    pub stages: Vec<StageReport>,
+    /// How long it took.
+    pub elapsed: Duration,
+}
+
+/// How a stage went.
+#[derive(Debug)]
+pub struct StageReport {
+    /// Its name.
+    pub name: String,
+    /// Its kind.
+    pub kind: String,
+    /// What came of it.
+    pub outcome: Outcome,
+    /// How long its attempt took; zero without one.
+    pub elapsed: Duration,
+}
+
+/// What came of a stage.
+#[derive(Debug)]
+pub enum Outcome {
+    /// It ran, and ended like this.
+    Ran(End),
+    /// Its result was there already.
+    Reused {
+        /// The run it comes from.
+        from: RunId,
+    },
+    /// It did not run because this stage did not succeed.
+    Blocked {
+        /// The other stage.
+        by: String,
+    },
+    /// The run ended before its turn.
+    NotReached,
+}
+
+/// Why a plan could not be run.
+#[derive(Debug, thiserror::Error)]
+pub enum ExecutorError {
+    /// The store cannot be read or written.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Something in the store's directory, or a file that a stage names, cannot be used.
+    #[error(transparent)]
+    Artifact(#[from] ArtifactError),
+    /// A stage left out by `--from` is needed and was never made.
+    #[error("`{stage}` is left out by --from, but its result is needed and not in the store")]
+    Missing {
+        /// The stage.
+        stage: String,
+    },
+    /// The operating system refuses something basic.
+    #[error("{what}: {source}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// Why not.
+        source: std::io::Error,
+    },
+}
+
+/// Runs a plan. `roles` has one entry per stage of the plan ([`plan::decision::select`]).
+///
+/// That a stage failed is no error but part of the report.
+///
+/// # Errors
+/// [`ExecutorError`]. The run, if it had begun, is recorded as failed where the store still takes it, and no worker is
+/// left behind.
+pub async fn execute(
+    plan: &Plan,
+    roles: &[Role],
+    store: Arc<Store>,
+    options: &Options,
+    listener: Listener,
+) -> Result<Report, ExecutorError> {
+    let system = |what| move |source| ExecutorError::System { what, source };
+    let layout =
+        Layout::new(store.dir()).map_err(system("the store's directory cannot be named"))?;
+    let mut signals = Signals::listen().map_err(system("signals cannot be received"))?;
+    let files = file_hashes(plan, roles)?;
+    let run = store.begin_run(&new_run(plan, roles, options)).await?;
+    let began = Instant::now();
+    let outcome = async {
+        let staging = layout.open_staging(&run.0)?;
+        let grace = options.grace;
+        let bench = Arc::new(Bench {
+            store: Arc::clone(&store),
+            layout,
+            staging,
+            listener,
+            grace,
+        });
+        let mut floor = Floor::open(plan, roles, files, &run, bench, options).await?;
+        (floor.bench.listener)(Event::RunBegan { run: run.clone() });
+        floor.work(&mut signals).await?;
+        Ok::<_, ExecutorError>(floor)
+    };
+    let floor = match outcome.await {
+        Ok(floor) => floor,
+        Err(error) => {
+            // Best effort: a store that took no more does perhaps not take this either; then the run reads as lost.
+            let _ = store
+                .finish_run(&run, RunState::Failed, Some(&error.to_string()))
+                .await;
+            return Err(error);
+        }
+    };
+    let signal = floor.signal;
+    let stages = floor.report();
+    let state = match signal {
+        _ if stages.iter().all(StageReport::is_good) => RunState::Succeeded,
+        Some(_) => RunState::Interrupted,
+        None => RunState::Failed,
+    };
+    store
+        .finish_run(&run, state, why(&stages).as_deref())
+        .await?;
+    Ok(Report {
+        run,
+        state,
+        signal,
+        stages,
+        elapsed: began.elapsed(),
+    })
+}
+
+impl StageReport {
+    /// Whether its result is there.
+    pub fn is_good(&self) -> bool {
+        matches!(
+            self.outcome,
+            Outcome::Ran(End::Succeeded { .. }) | Outcome::Reused { .. }
+        )
+    }
+}
+
+/// In a line: which stages failed, and how.
+fn why(stages: &[StageReport]) -> Option<String> {
+    let failed: Vec<String> = stages
+        .iter()
+        .filter(|stage| !stage.is_good())
+        .filter_map(|stage| match &stage.outcome {
+            Outcome::Ran(end) => {
+                let message = end
+                    .message()
+                    .map_or_else(String::new, |message| format!(": {message}"));
+                Some(format!("{}: {}{message}", stage.name, end.reason()))
+            }
+            _ => None,
+        })
+        .collect();
+    (!failed.is_empty()).then(|| failed.join("; "))
+}
+
+fn new_run(plan: &Plan, roles: &[Role], options: &Options) -> NewRun {
+    // Beside the plan itself, what `resume` has to know of the stages' parts.
+    let mut resolved = serde_json::to_value(plan).unwrap_or_default();
+    let forced = plan
+        .stages
+        .iter()
+        .zip(roles)
+        .filter(|(_, role)| **role == Role::Forced);
+    resolved["forced"] = forced.map(|(stage, _)| stage.name.as_str()).collect();
+    NewRun {
+        recipe_name: plan.name.clone(),
+        recipe_path: plan.path.display().to_string(),
+        recipe_text: plan.text.clone(),
+        resolved,
+        params: params(plan),
+        seed: plan.seed,
+        command: options.command.clone(),
+        resumed_from: options.resumed_from.clone(),
+        environment: options.environment.clone(),
+    }
+}
+
+/// Every resolved value of a plan with its origin, under its path in a recipe.
+fn params(plan: &Plan) -> Vec<Param> {
+    let mut params = vec![Param {
+        path: "seed".into(),
+        value: plan.seed.into(),
+        origin: "derived".into(),
+    }];
+    for stage in &plan.stages {
+        let value = serde_json::to_value(stage).unwrap_or_default();
+        for (pointer, origin) in &stage.origins {
+            // Options stand beside the reserved keys in a recipe. An origin may belong to what is no field of a
+            // planned stage (`plugin` is more than its name there).
+            let Some(value) = value.pointer(pointer) else {
+                continue;
+            };
+            let value = match pointer.as_str() {
+                "/plugin" => stage.plugin.name.clone().into(),
+                _ => value.clone(),
+            };
+            if value.is_object() {
+                continue;
+            }
+            let inner = pointer
+                .strip_prefix("/options")
+                .unwrap_or(pointer)
+                .replace('/', ".");
+            params.push(Param {
+                path: format!("stages.{}{inner}", stage.name),
+                value,
+                origin: origin.to_string(),
+            });
+        }
+    }
+    params
+}
+
+/// Content hashes of the files that options name, by stage and pointer, for the stages that may run.
+fn file_hashes(
+    plan: &Plan,
+    roles: &[Role],
+) -> Result<HashMap<String, BTreeMap<String, String>>, ExecutorError> {
+    let mut known: HashMap<&std::path::Path, String> = HashMap::new();
+    let mut hashes: HashMap<String, BTreeMap<String, String>> = HashMap::new();
+    for (stage, _) in plan
+        .stages
+        .iter()
+        .zip(roles)
+        .filter(|(_, role)| **role != Role::Skipped)
+    {
+        for file in &stage.files {
+            let hash = match known.get(&*file.path) {
+                Some(hash) => hash.clone(),
+                None => artifact::input_hash(&file.path, file.kind)?,
+            };
+            known.insert(&file.path, hash.clone());
+            hashes
+                .entry(stage.name.clone())
+                .or_default()
+                .insert(file.pointer.clone(), hash);
+        }
+    }
+    Ok(hashes)
+}
+
+/// The stages of a run on their way.
+struct Floor<'p> {
+    plan: &'p Plan,
+    options: &'p Options,
+    run: RunId,
+    bench: Arc<Bench>,
+    files: HashMap<String, BTreeMap<String, String>>,
+    places: Vec<Place<'p>>,
+    stop: watch::Sender<Stop>,
+    signal: Option<i32>,
+    failed: bool,
+    workers: JoinSet<(usize, Duration, Result<Visit, ExecutorError>)>,
+}
+
+/// A stage on its way.
+struct Place<'p> {
+    stage: &'p PlannedStage,
+    role: Role,
+    id: Option<StageId>,
+    state: State,
+    elapsed: Duration,
+}
+
+enum State {
+    LeftOut,
+    Waiting,
+    Ready(Box<Ready>),
+    Running,
+    Done {
+        output: Box<ArtifactRecord>,
+        reused_from: Option<RunId>,
+    },
+    Ended(End),
+    Blocked {
+        by: String,
+    },
+}
+
+/// What is known of a stage once its inputs are there.
+struct Ready {
+    digest: Digest,
+    inputs: BTreeMap<String, Input>,
+}
+
+/// From where a stage is worked on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Start {
+    /// From nothing, whatever earlier attempts left.
+    Anew,
+    /// From what an earlier attempt left, if there is any.
+    AsLeft,
+    /// The same, unless another process has made it in the meantime.
+    AsLeftOrReused,
+}
+
+/// What came of giving a stage to a worker.
+enum Visit {
+    Made(Ended),
+    /// Another process has made it meanwhile.
+    Reused(Success),
+    /// The run was stopped while it waited.
+    Stopped,
+}
+
+impl<'p> Floor<'p> {
+    async fn open(
+        plan: &'p Plan,
+        roles: &[Role],
+        files: HashMap<String, BTreeMap<String, String>>,
+        run: &RunId,
+        bench: Arc<Bench>,
+        options: &'p Options,
+    ) -> Result<Self, ExecutorError> {
+        let mut places = Vec::new();
+        for (position, (stage, &role)) in plan.stages.iter().zip(roles).enumerate() {
+            let (state, id) = match role {
+                Role::Skipped => (State::LeftOut, None),
+                _ => (
+                    State::Waiting,
+                    Some(
+                        bench
+                            .store
+                            .add_stage(run, &new_stage(stage, position))
+                            .await?,
+                    ),
+                ),
+            };
+            places.push(Place {
+                stage,
+                role,
+                id,
+                state,
+                elapsed: Duration::ZERO,
+            });
+        }
+        let (stop, _) = watch::channel(Stop::No);
+        let workers = JoinSet::new();
+        Ok(Self {
+            plan,
+            options,
+            run: run.clone(),
+            bench,
+            files,
+            places,
+            stop,
+            signal: None,
+            failed: false,
+            workers,
+        })
+    }
+
+    /// Runs everything that can be run.
+    async fn work(&mut self, signals: &mut Signals) -> Result<(), ExecutorError> {
+        let mut heartbeat = tokio::time::interval(HEARTBEAT);
+        heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            self.settle().await?;
+            self.launch();
+            if self.workers.is_empty() {
+                return Ok(());
+            }
+            tokio::select! {
+                Some(ended) = self.workers.join_next() => self.take_back(ended).await?,
+                signal = signals.next() => self.interrupt(signal),
+                _ = heartbeat.tick() => {
+                    if let Err(error) = self.bench.store.heartbeat(&self.run).await {
+                        tracing::debug!("heartbeat: {error}");
+                    }
+                }
+            }
+        }
+    }
+
+    /// Finds out, in the plan's order, which waiting stages are reused, ready or blocked.
+    async fn settle(&mut self) -> Result<(), ExecutorError> {
+        for index in 0..self.places.len() {
+            if !matches!(self.places[index].state, State::Waiting) {
+                continue;
+            }
+            let state = match self.gather(index) {
+                Gathered::NotYet => continue,
+                Gathered::Blocked(by) => State::Blocked { by },
+                Gathered::Ready(ready) => self.reuse_or_keep(index, ready).await?,
+            };
+            self.places[index].state = state;
+        }
+        Ok(())
+    }
+
+    /// The inputs of a stage, if they are there.
+    fn gather(&self, index: usize) -> Gathered {
+        let stage = self.places[index].stage;
+        let (mut inputs, mut hashes) = (BTreeMap::new(), BTreeMap::new());
+        for reference in &stage.references {
+            // A plan's references name stages of the plan.
+            let Some(source) = self
+                .places
+                .iter()
+                .find(|place| place.stage.name == reference.stage)
+            else {
+                return Gathered::Blocked(reference.stage.clone());
+            };
+            match &source.state {
+                State::Done { output, .. } => {
+                    let path = self.bench.layout.artifact(&output.hash);
+                    let input = Input {
+                        kind: output.kind.clone(),
+                        path,
+                        hash: output.hash.clone(),
+                    };
+                    hashes.insert(reference.stage.clone(), output.hash.clone());
+                    inputs.insert(reference.stage.clone(), input);
+                }
+                State::Ended(_) | State::Blocked { .. } | State::LeftOut => {
+                    return Gathered::Blocked(reference.stage.clone());
+                }
+                State::Waiting | State::Ready(_) | State::Running => return Gathered::NotYet,
+            }
+        }
+        let none = BTreeMap::new();
+        let files = self.files.get(&stage.name).unwrap_or(&none);
+        match plan::digest(stage, &hashes, files) {
+            Some(digest) => Gathered::Ready(Box::new(Ready { digest, inputs })),
+            None => Gathered::NotYet,
+        }
+    }
+
+    async fn reuse_or_keep(&self, index: usize, ready: Box<Ready>) -> Result<State, ExecutorError> {
+        let place = &self.places[index];
+        if place.role == Role::Forced {
+            return Ok(State::Ready(ready));
+        }
+        match find_success(&self.bench, &ready.digest.hex).await? {
+            Some(success) => self.reuse(index, &ready.digest, success).await,
+            None if place.role == Role::Needed => Err(ExecutorError::Missing {
+                stage: place.stage.name.clone(),
+            }),
+            None => Ok(State::Ready(ready)),
+        }
+    }
+
+    async fn reuse(
+        &self,
+        index: usize,
+        digest: &Digest,
+        success: Success,
+    ) -> Result<State, ExecutorError> {
+        let place = &self.places[index];
+        if let Some(id) = place.id {
+            self.bench
+                .store
+                .stage_reused(id, &digest.hex, &digest.components, success.attempt)
+                .await?;
+        }
+        (self.bench.listener)(Event::Reused {
+            stage: place.stage.name.clone(),
+            from: success.run.clone(),
+        });
+        Ok(State::Done {
+            output: Box::new(success.output),
+            reused_from: Some(success.run),
+        })
+    }
+
+    /// Gives ready stages to workers, in the plan's order, as far as there is room.
+    fn launch(&mut self) {
+        let stopping = self.signal.is_some() || (self.failed && !self.options.keep_going);
+        for index in 0..self.places.len() {
+            if stopping || self.workers.len() >= self.options.jobs.get() {
+                return;
+            }
+            let threads = self.threads(index);
+            let place = &mut self.places[index];
+            let (Some(id), State::Ready(_)) = (place.id, &place.state) else {
+                continue;
+            };
+            let State::Ready(ready) = std::mem::replace(&mut place.state, State::Running) else {
+                continue;
+            };
+            let Ready { digest, inputs } = *ready;
+            let brief = Brief {
+                stage: place.stage.clone(),
+                id,
+                work_dir: self.bench.layout.work(&digest.hex),
+                digest,
+                base_dir: self.plan.base_dir.clone(),
+                threads,
+                inputs,
+            };
+            let (bench, stop) = (Arc::clone(&self.bench), self.stop.subscribe());
+            let start = match (place.role, &self.options.resumed_from) {
+                (Role::Forced, None) => Start::Anew,
+                (Role::Forced, Some(_)) => Start::AsLeft,
+                _ => Start::AsLeftOrReused,
+            };
+            self.workers.spawn(async move {
+                let began = Instant::now();
+                let visit = visit(&bench, &brief, stop, start).await;
+                (index, began.elapsed(), visit)
+            });
+        }
+    }
+
+    /// The threads of a stage: its share among those that may run beside it, which are the unfinished ones that neither
+    /// need it nor are needed by it.
+    fn threads(&self, index: usize) -> usize {
+        let beside = (0..self.places.len())
+            .filter(|&other| {
+                matches!(
+                    self.places[other].state,
+                    State::Waiting | State::Ready(_) | State::Running
+                )
+            })
+            .filter(|&other| {
+                other != index && !self.leads_to(index, other) && !self.leads_to(other, index)
+            })
+            .count();
+        self.places[index]
+            .stage
+            .threads
+            .count(self.options.jobs.get().min(beside + 1))
+    }
+
+    /// Whether a stage needs, perhaps through others, what an earlier one makes.
+    fn leads_to(&self, earlier: usize, later: usize) -> bool {
+        let name = &self.places[earlier].stage.name;
+        self.places[later].stage.references.iter().any(|reference| {
+            let between = self.places[..later]
+                .iter()
+                .position(|place| place.stage.name == reference.stage);
+            reference.stage == *name
+                || between.is_some_and(|between| self.leads_to(earlier, between))
+        })
+    }
+
+    /// Takes note of what came of a stage.
+    async fn take_back(
+        &mut self,
+        ended: Result<(usize, Duration, Result<Visit, ExecutorError>), tokio::task::JoinError>,
+    ) -> Result<(), ExecutorError> {
+        let (index, elapsed, visit) = ended.map_err(|error| ExecutorError::System {
+            what: "a stage could not be watched",
+            source: std::io::Error::other(error),
+        })?;
+        self.places[index].elapsed = elapsed;
+        let stage = self.places[index].stage.name.clone();
+        self.places[index].state = match visit? {
+            // It will not have another turn in this run.
+            Visit::Stopped => State::Waiting,
+            Visit::Reused(success) => {
+                // Its digest is computed again: it went into the worker's brief.
+                match self.gather(index) {
+                    Gathered::Ready(ready) => self.reuse(index, &ready.digest, success).await?,
+                    _ => State::Waiting,
+                }
+            }
+            Visit::Made(Ended {
+                end, last_words, ..
+            }) => {
+                (self.bench.listener)(Event::Ended {
+                    stage,
+                    end: end.clone(),
+                    elapsed,
+                    last_words,
+                });
+                match end {
+                    End::Succeeded { output, .. } => State::Done {
+                        output,
+                        reused_from: None,
+                    },
+                    end => {
+                        self.failed = true;
+                        State::Ended(end)
+                    }
+                }
+            }
+        };
+        Ok(())
+    }
+
+    /// Ctrl-C or its like: the first time workers are asked to stop, the second time they are made to.
+    fn interrupt(&mut self, signal: i32) {
+        if self.signal.is_none() {
+            self.signal = Some(signal);
+            let (grace, workers) = (self.options.grace, self.workers.len());
+            (self.bench.listener)(Event::Stopping { grace, workers });
+            self.stop.send_replace(Stop::AtCheckpoint);
+        } else {
+            (self.bench.listener)(Event::Killing);
+            self.stop.send_replace(Stop::Now);
+        }
+    }
+
+    fn report(self) -> Vec<StageReport> {
+        let stages = self.places.into_iter().filter_map(|place| {
+            let outcome = match place.state {
+                State::LeftOut => return None,
+                State::Done {
+                    reused_from: Some(from),
+                    ..
+                } => Outcome::Reused { from },
+                State::Done {
+                    output,
+                    reused_from: None,
+                } => Outcome::Ran(End::Succeeded {
+                    output,
+                    summary: serde_json::Value::Null,
+                }),
+                State::Ended(end) => Outcome::Ran(end),
+                State::Blocked { by } => Outcome::Blocked { by },
+                State::Waiting | State::Ready(_) | State::Running => Outcome::NotReached,
+            };
+            let (name, kind) = (place.stage.name.clone(), place.stage.kind.clone());
+            Some(StageReport {
+                name,
+                kind,
+                outcome,
+                elapsed: place.elapsed,
+            })
+        });
+        stages.collect()
+    }
+}
+
+enum Gathered {
+    NotYet,
+    Blocked(String),
+    Ready(Box<Ready>),
+}
+
+fn new_stage(stage: &PlannedStage, position: usize) -> NewStage {
+    let plugin = &stage.plugin;
+    NewStage {
+        name: stage.name.clone(),
+        kind: stage.kind.clone(),
+        position,
+        plugin: PluginIdentity {
+            name: plugin.name.clone(),
+            version: plugin.version.clone(),
+            hash: plugin.hash.clone(),
+        },
+        device: stage.device.clone(),
+        dtype: stage.dtype.clone(),
+        seed: stage.seed,
+        options: stage.options.clone(),
+        inputs: stage
+            .references
+            .iter()
+            .map(|one| (one.pointer.clone(), one.stage.clone()))
+            .collect(),
+    }
+}
+
+/// A successful attempt with this digest whose output is still there.
+async fn find_success(bench: &Bench, digest: &str) -> Result<Option<Success>, StoreError> {
+    let found = bench.store.find_success(digest).await?;
+    Ok(found.filter(|success| bench.layout.holds(&success.output)))
+}
+
+/// Gives a stage to a worker, as soon as no other process works on the same.
+async fn visit(
+    bench: &Bench,
+    brief: &Brief,
+    mut stop: watch::Receiver<Stop>,
+    start: Start,
+) -> Result<Visit, ExecutorError> {
+    let digest = &brief.digest.hex;
+    let mut waited = false;
+    let work: Work = loop {
+        if let Some(work) = bench.layout.open_work(digest)? {
+            break work;
+        }
+        if !std::mem::replace(&mut waited, true) {
+            (bench.listener)(Event::Waiting {
+                stage: brief.stage.name.clone(),
+            });
+        }
+        tokio::select! {
+            _ = stop.changed() => return Ok(Visit::Stopped),
+            () = tokio::time::sleep(WAIT_FOR_OTHERS) => {}
+        }
+    };
+    if waited
+        && start == Start::AsLeftOrReused
+        && let Some(success) = find_success(bench, digest).await?
+    {
+        return Ok(Visit::Reused(success));
+    }
+    if start == Start::Anew {
+        empty(work.path())?;
+    }
+    let ended = attempt::make(bench, brief, stop).await?;
+    if matches!(ended.end, End::Succeeded { .. }) {
+        work.remove();
+    }
+    Ok(Visit::Made(ended))
+}
+
+fn empty(dir: &std::path::Path) -> Result<(), ExecutorError> {
+    let failed = |source| ArtifactError::Io {
+        action: "empty",
+        path: dir.to_owned(),
+        source,
+    };
+    std::fs::remove_dir_all(dir)
+        .and_then(|()| std::fs::create_dir(dir))
+        .map_err(failed)?;
+    Ok(())
+}
+
+/// The signals that stop a run.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    fn listen() -> std::io::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+            hangup: signal(SignalKind::hangup())?,
+        })
+    }
+
+    /// The next one. A terminal that was closed counts as termination.
+    async fn next(&mut self) -> i32 {
+        tokio::select! {
+            _ = self.interrupt.recv() => libc::SIGINT,
+            _ = self.terminate.recv() => libc::SIGTERM,
+            _ = self.hangup.recv() => libc::SIGTERM,
+        }
+    }
+}

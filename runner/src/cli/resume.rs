@@ -1,6 +1,11 @@
-//! `retort resume`.
+//! `retort resume`: takes a run up again, with its frozen plan.
 
-use crate::cli::{Context, Error, Exit, run::ExecutionArgs};
+use crate::cli::run::{ExecutionArgs, Job, open_store};
+use crate::cli::{Context, Error, Exit, talk};
+use crate::plan::decision::Role;
+use crate::plan::{Descriptions, Plan};
+use crate::plugin::{Plugins, search_dirs};
+use crate::store::{Access, RunDetail, RunState, StageState, Store};
 
 /// Arguments of `resume`.
 #[derive(Debug, clap::Args)]
@@ -14,6 +19,96 @@ pub struct Args {
 }
 
 /// Continues a run with its frozen recipe.
-pub fn execute(_args: &Args, _context: &Context) -> Result<(), Error> {
-    Err(Error::new(Exit::Internal, "`resume` is not built yet"))
+pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
+    let runtime = context.runtime()?;
+    // Reading first: a store that is not there is not to be made.
+    drop(runtime.block_on(Store::open(&context.store, Access::ReadOnly))?);
+    let store = open_store(&runtime, &context.store)?;
+    let run = runtime.block_on(store.resolve_run(&args.run))?;
+    let detail = runtime.block_on(store.run_detail(&run))?;
+    if matches!(detail.summary.state, RunState::Running | RunState::Queued) {
+        return Err(
+            Error::new(Exit::Usage, format!("run {run} is still running"))
+                .hint("a run is taken up again once it has ended"),
+        );
+    }
+    let mut plan: Plan = serde_json::from_value(detail.resolved.clone()).map_err(|error| {
+        Error::new(
+            Exit::Internal,
+            format!("run {run} was recorded by another retort and cannot be taken up again"),
+        )
+        .cause(&error)
+        .hint(format!(
+            "`retort run {}` runs its recipe anew",
+            detail.summary.recipe_path
+        ))
+    })?;
+    let mut plugins = Plugins::new(search_dirs(&context.plugin_dirs), &runtime, Some(&store));
+    renew_plugins(&mut plan, &mut plugins, context)?;
+    let roles = plan
+        .stages
+        .iter()
+        .map(|stage| role(&detail, &stage.name))
+        .collect();
+    if !context.quiet {
+        talk::say(&format!("resuming run {run} of {}", plan.name));
+    }
+    let job = Job {
+        plan,
+        roles,
+        resumed_from: Some(run),
+    };
+    job.carry_out(&runtime, &mut plugins, &store, &args.execution, context)
+}
+
+/// Plugins that have been built anew since are used as they are now; what they made before is made again.
+fn renew_plugins(
+    plan: &mut Plan,
+    plugins: &mut Plugins<'_>,
+    context: &Context,
+) -> Result<(), Error> {
+    let mut told: Vec<String> = Vec::new();
+    for stage in &mut plan.stages {
+        let (identity, description) = plugins.describe(&stage.plugin.name)?;
+        if identity.hash != stage.plugin.hash && !told.contains(&identity.name) {
+            if !context.quiet {
+                talk::say(&format!(
+                    "plugin {} has changed since that run: its stages run again",
+                    identity.name
+                ));
+            }
+            told.push(identity.name.clone());
+        }
+        let kind = description
+            .stages
+            .iter()
+            .find(|kind| kind.kind == stage.kind)
+            .ok_or_else(|| {
+                Error::new(
+                    Exit::Plugin,
+                    format!(
+                        "plugin {} has no stage kind `{}` any more",
+                        identity.name, stage.kind
+                    ),
+                )
+            })?;
+        (stage.revision, stage.output_kind) = (kind.revision, kind.output.clone());
+        stage.plugin = identity;
+    }
+    Ok(())
+}
+
+/// The part of a stage, which is what it was in that run: one left out stays out, one that was forced and did not get
+/// done is still to be done.
+fn role(detail: &RunDetail, stage: &str) -> Role {
+    let Some(recorded) = detail.stages.iter().find(|recorded| recorded.name == stage) else {
+        return Role::Skipped;
+    };
+    let forced = detail.resolved["forced"]
+        .as_array()
+        .is_some_and(|names| names.iter().any(|name| name == stage));
+    match (forced, recorded.state) {
+        (true, state) if state != StageState::Succeeded => Role::Forced,
+        _ => Role::Wanted,
+    }
 }

@@ -1,9 +1,27 @@
-//! `retort run`.
+//! `retort run`: plans a recipe, runs what has to run, ends with what came of it.
 
+use std::collections::BTreeMap;
+use std::io::IsTerminal;
 use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::cli::{Context, Error, Exit, RecipeArgs, SelectionArgs};
+use serde_json::{Value, json};
+use tokio::runtime::Runtime;
+
+use crate::artifact::Layout;
+use crate::cli::past::History;
+use crate::cli::{Context, Error, Exit, RecipeArgs, SelectionArgs, talk};
+use crate::diagnostic::{Report as Findings, Severity};
+use crate::executor::{self, ExecutorError, Options, Outcome, Report, StageReport};
+use crate::plan::decision::{self, Action, Role, SelectError};
+use crate::plan::{self, Plan};
+use crate::plugin::{Plugins, search_dirs};
+use crate::progress::{self, Manner, Teller};
+use crate::store::{Access, ArtifactRow, RunId, RunState, Store};
+use crate::table::{Cell, Rows, Tone};
+use crate::{environment, recipe};
 
 /// Arguments of `run`.
 #[derive(Debug, clap::Args)]
@@ -31,9 +49,410 @@ pub struct ExecutionArgs {
     /// How long a stage may take to reach its next checkpoint after Ctrl-C before it is ended.
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = humantime::parse_duration)]
     pub grace: Duration,
+    /// Print what came of the run as one JSON document.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Plans the recipe and runs what has to run.
-pub fn execute(_args: &Args, _context: &Context) -> Result<(), Error> {
-    Err(Error::new(Exit::Internal, "`run` is not built yet"))
+pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
+    let recipe = recipe::read(&args.recipe.recipe, &args.recipe.set)?;
+    let runtime = context.runtime()?;
+    // A store that is not there yet is made only when the recipe has turned out to be right.
+    let known = match context.store.join("history.db").exists() {
+        true => Some(open_store(&runtime, &context.store)?),
+        false => None,
+    };
+    let mut plugins = Plugins::new(
+        search_dirs(&context.plugin_dirs),
+        &runtime,
+        known.as_deref(),
+    );
+    let plan = plan::plan(&recipe, &mut plugins)?;
+    let selection = &args.selection;
+    let roles = decision::select(
+        &plan,
+        selection.from.as_deref(),
+        selection.until.as_deref(),
+        &selection.force,
+    )?;
+    let store = match &known {
+        Some(store) => Arc::clone(store),
+        None => open_store(&runtime, &context.store)?,
+    };
+    plugins.remember(&store);
+    let job = Job {
+        plan,
+        roles,
+        resumed_from: None,
+    };
+    job.carry_out(&runtime, &mut plugins, &store, &args.execution, context)
+}
+
+/// Opens the store for a run.
+pub(super) fn open_store(runtime: &Runtime, dir: &Path) -> Result<Arc<Store>, Error> {
+    Ok(Arc::new(
+        runtime.block_on(Store::open(dir, Access::ReadWrite))?,
+    ))
+}
+
+/// A plan about to be run.
+pub(super) struct Job {
+    /// The plan.
+    pub plan: Plan,
+    /// The part of each of its stages.
+    pub roles: Vec<Role>,
+    /// The run that is taken up again.
+    pub resumed_from: Option<RunId>,
+}
+
+impl Job {
+    /// Runs the plan and prints what came of it.
+    pub fn carry_out(
+        self,
+        runtime: &Runtime,
+        plugins: &mut Plugins<'_>,
+        store: &Arc<Store>,
+        execution: &ExecutionArgs,
+        context: &Context,
+    ) -> Result<(), Error> {
+        let layout = Layout::new(store.dir())?;
+        self.check(
+            plugins,
+            &mut History::new(runtime, store, layout.clone()),
+            context,
+        )?;
+        let manner = Manner {
+            bars: std::io::stderr().is_terminal(),
+            color: context.color_stderr(),
+            quiet: context.quiet,
+            verbose: context.verbose,
+        };
+        let teller = Arc::new(Teller::new(manner, talk::say));
+        talk::attach(teller.bars());
+        let options = Options {
+            jobs: execution.jobs,
+            keep_going: execution.keep_going,
+            grace: execution.grace,
+            command: std::env::args().collect(),
+            environment: environment::collect(&self.plan.base_dir),
+            resumed_from: self.resumed_from,
+        };
+        let listener = Arc::new(move |event| teller.hear(event));
+        let outcome = runtime.block_on(executor::execute(
+            &self.plan,
+            &self.roles,
+            Arc::clone(store),
+            &options,
+            listener,
+        ));
+        talk::attach(None);
+        let report = outcome?;
+        let artifacts = runtime.block_on(store.list_artifacts(Some(&report.run)))?;
+        runtime.block_on(store.close());
+        let ending = Ending {
+            report: &report,
+            artifacts: &artifacts,
+            layout: &layout,
+            plan: &self.plan,
+        };
+        match execution.json {
+            true => talk::print(&format!("{:#}\n", ending.document()))?,
+            false => talk::print(&ending.text(context))?,
+        }
+        ending.conclude(context)
+    }
+
+    /// Everything that can be found out before any work is done.
+    fn check(
+        &self,
+        plugins: &mut Plugins<'_>,
+        past: &mut History<'_>,
+        context: &Context,
+    ) -> Result<(), Error> {
+        let wanted = |pointer: &str| {
+            let name = pointer.split('/').nth(2).unwrap_or_default();
+            self.plan
+                .stages
+                .iter()
+                .zip(&self.roles)
+                .any(|(stage, role)| stage.name == name && *role != Role::Skipped)
+        };
+        let mut findings: Vec<_> = self
+            .plan
+            .missing_files()
+            .into_iter()
+            .filter(|finding| wanted(&finding.pointer))
+            .collect();
+        let mut warnings = self.plan.warnings.clone();
+        if findings.is_empty() {
+            let decisions =
+                decision::decide(&self.plan, &self.roles, past).map_err(Error::of_history)?;
+            if let Some(missing) = decisions
+                .iter()
+                .find(|decision| decision.action == Action::Missing)
+            {
+                return Err(ExecutorError::Missing {
+                    stage: missing.stage.clone(),
+                }
+                .into());
+            }
+            // Without work ahead nothing has to be started, and the options have been checked before.
+            if decisions
+                .iter()
+                .any(|decision| matches!(decision.action, Action::Run | Action::RunInputChanges))
+            {
+                findings.extend(
+                    self.plan
+                        .validate(plugins)
+                        .into_iter()
+                        .filter(|finding| wanted(&finding.pointer)),
+                );
+            }
+        }
+        warnings.retain(|warning| {
+            !findings
+                .iter()
+                .any(|finding| finding.pointer == warning.pointer)
+        });
+        let findings = Findings {
+            path: self.plan.path.clone(),
+            text: self.plan.text.clone(),
+            findings,
+        };
+        if findings.errors() > 0 {
+            return Err(findings.into());
+        }
+        warnings.extend(findings.findings);
+        let warnings = Findings {
+            findings: warnings,
+            ..findings
+        };
+        let shown = warnings
+            .findings
+            .iter()
+            .any(|finding| finding.severity == Severity::Warning);
+        if shown && !context.quiet {
+            talk::say(&warnings.render(context.color_stderr()));
+        }
+        Ok(())
+    }
+}
+
+/// What a run ends with.
+struct Ending<'a> {
+    report: &'a Report,
+    artifacts: &'a [ArtifactRow],
+    layout: &'a Layout,
+    plan: &'a Plan,
+}
+
+impl Ending<'_> {
+    /// How many stages were reused, if nothing ran at all.
+    fn idle(&self) -> Option<usize> {
+        let stages = &self.report.stages;
+        let idle = !stages.is_empty()
+            && stages
+                .iter()
+                .all(|stage| matches!(stage.outcome, Outcome::Reused { .. }));
+        idle.then_some(stages.len())
+    }
+
+    /// As text: stages, tables, pictures.
+    fn text(&self, context: &Context) -> String {
+        let style = context.table_style();
+        let mut text = match self.idle() {
+            Some(count) => format!("nothing to do: {count} of {count} stages reused\n"),
+            None => self.stages().render(style),
+        };
+        for row in self.outputs() {
+            if let Some(table) = &row.artifact.meta.table {
+                text.push_str(&format!("\n{}", Rows::from(table).render(style)));
+            }
+        }
+        let pictures = self.pictures();
+        if !pictures.is_empty() {
+            text.push('\n');
+        }
+        for (stage, path) in pictures {
+            text.push_str(&format!("{stage}: {}\n", shown(&path).display()));
+        }
+        text
+    }
+
+    fn stages(&self) -> Rows {
+        let mut rows = Rows::new(&["stage", "kind", "outcome", "time", "detail"]);
+        for stage in &self.report.stages {
+            let (outcome, tone, detail) = describe(stage);
+            let time = match stage.outcome {
+                Outcome::Ran(_) => Cell::new(
+                    progress::duration(stage.elapsed),
+                    stage.elapsed.as_secs_f64(),
+                ),
+                _ => Cell::none(),
+            };
+            let outcome = Cell::from(outcome).tone(tone);
+            rows.push([
+                stage.name.as_str().into(),
+                stage.kind.as_str().into(),
+                outcome,
+                time,
+                Cell::from(detail),
+            ]);
+        }
+        rows
+    }
+
+    /// As one JSON document.
+    fn document(&self) -> Value {
+        let outputs: BTreeMap<&str, &ArtifactRow> = self
+            .artifacts
+            .iter()
+            .filter(|row| row.is_output)
+            .map(|row| (row.stage.as_str(), row))
+            .collect();
+        let stages = self.report.stages.iter().map(|stage| {
+            let (outcome, _, _) = describe(stage);
+            let (reason, message, from) = match &stage.outcome {
+                Outcome::Ran(end) => (Some(end.reason()), end.message(), None),
+                Outcome::Reused { from } => (None, None, Some(from.0.clone())),
+                Outcome::Blocked { by } => (Some(format!("needs {by}")), None, None),
+                Outcome::NotReached => (None, None, None),
+            };
+            let output = outputs.get(stage.name.as_str()).map(|row| {
+                json!({"hash": row.artifact.hash, "kind": row.artifact.kind,
+                    "path": self.layout.artifact(&row.artifact.hash)})
+            });
+            json!({"name": stage.name, "kind": stage.kind, "outcome": outcome, "reason": reason, "message": message,
+                "seconds": stage.elapsed.as_secs_f64(), "reused_from": from, "output": output})
+        });
+        let tables = self.outputs().filter_map(|row| {
+            let table = row.artifact.meta.table.as_ref()?;
+            Some(json!({"stage": row.stage, "title": table.title, "columns": table.columns, "rows": table.rows}))
+        });
+        let previews = self
+            .pictures()
+            .into_iter()
+            .map(|(stage, path)| json!({"stage": stage, "path": path}));
+        json!({
+            "run": self.report.run, "recipe": self.plan.name, "state": self.report.state,
+            "seconds": self.report.elapsed.as_secs_f64(), "stages": stages.collect::<Value>(),
+            "tables": tables.collect::<Value>(), "previews": previews.collect::<Value>(),
+        })
+    }
+
+    fn outputs(&self) -> impl Iterator<Item = &ArtifactRow> {
+        // Attempts that failed may have made artifacts too: they are not what came of the run.
+        let good = |name: &str| {
+            self.report
+                .stages
+                .iter()
+                .any(|stage| stage.name == name && stage.is_good())
+        };
+        self.artifacts.iter().filter(move |row| good(&row.stage))
+    }
+
+    /// Images worth looking at, by stage.
+    fn pictures(&self) -> Vec<(String, PathBuf)> {
+        let picture = |row: &ArtifactRow| {
+            let preview = row.artifact.meta.preview.as_ref()?;
+            Some((
+                row.stage.clone(),
+                self.layout.artifact(&row.artifact.hash).join(preview),
+            ))
+        };
+        self.outputs().filter_map(picture).collect()
+    }
+
+    /// The last words, and the exit code.
+    fn conclude(&self, context: &Context) -> Result<(), Error> {
+        let Report {
+            run,
+            state,
+            signal,
+            stages,
+            elapsed,
+        } = self.report;
+        let took = progress::duration(*elapsed);
+        let failed = stages
+            .iter()
+            .filter(|stage| matches!(&stage.outcome, Outcome::Ran(_)) && !stage.is_good())
+            .count();
+        let error = match (state, signal) {
+            (RunState::Succeeded, _) => {
+                if !context.quiet {
+                    talk::say(&format!(
+                        "run {run} succeeded in {took}; `retort runs show {run}` has the details"
+                    ));
+                }
+                return Ok(());
+            }
+            (RunState::Interrupted, Some(signal)) => {
+                let exit = if *signal == libc::SIGINT {
+                    Exit::Interrupted
+                } else {
+                    Exit::Terminated
+                };
+                Error::new(exit, format!("run {run} was interrupted after {took}"))
+            }
+            _ => Error::new(
+                Exit::StageFailed,
+                format!(
+                    "{failed} of {} stages failed; run {run} ended after {took}",
+                    stages.len()
+                ),
+            ),
+        };
+        Err(error.hint(format!(
+            "`retort runs show {run}` has the details, `retort resume {run}` takes it up again"
+        )))
+    }
+}
+
+/// What came of a stage: in a word, how good that is, and what else there is to say.
+fn describe(stage: &StageReport) -> (&'static str, Tone, String) {
+    match &stage.outcome {
+        Outcome::Ran(end) => match end.state() {
+            crate::store::AttemptState::Succeeded => ("ran", Tone::Good, String::new()),
+            crate::store::AttemptState::Interrupted => ("interrupted", Tone::Odd, String::new()),
+            _ => ("failed", Tone::Bad, end.reason()),
+        },
+        Outcome::Reused { from } => ("reused", Tone::Dim, format!("from run {from}")),
+        Outcome::Blocked { by } => ("skipped", Tone::Dim, format!("needs {by}")),
+        Outcome::NotReached => ("not reached", Tone::Dim, String::new()),
+    }
+}
+
+/// A path as short as it can be shown: relative where it lies under the working directory.
+fn shown(path: &Path) -> &Path {
+    std::env::current_dir()
+        .ok()
+        .and_then(|here| path.strip_prefix(here).ok())
+        .unwrap_or(path)
+}
+
+impl From<ExecutorError> for Error {
+    fn from(error: ExecutorError) -> Self {
+        match error {
+            ExecutorError::Store(error) => error.into(),
+            ExecutorError::Missing { .. } => Error::new(Exit::NothingMatches, error.to_string())
+                .hint("run it without --from first"),
+            ExecutorError::Artifact(_) | ExecutorError::System { .. } => {
+                Error::new(Exit::Internal, error.to_string())
+            }
+        }
+    }
+}
+
+impl From<SelectError> for Error {
+    fn from(error: SelectError) -> Self {
+        let hint = match &error {
+            SelectError::NoSuchStage { hint, .. } => hint.clone(),
+            SelectError::Nothing { .. } => None,
+        };
+        Error {
+            hint,
+            ..Error::new(Exit::Usage, error.to_string())
+        }
+    }
 }

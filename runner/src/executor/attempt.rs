@@ -1,0 +1,926 @@
+//! One attempt at a stage: a worker is started, heard and, when its time has come, ended.
+//!
+//! In: a stage whose inputs are known. Out: how the attempt ended ([`End`]), with everything it did in the store.
+//! Whatever a plugin does to its process arrives here as an [`End`] with a reason of its own; only a store that cannot
+//! be written to is an error. Deliberately absent: which stage runs when, and reuse.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use retort_abi::{Failure, FailureCode, Input, LogLevel, StageJob, StageResult};
+use serde_json::Value;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::artifact::{Layout, Staging};
+use crate::executor::recorder::{Recorder, own_line};
+use crate::executor::{Event, Listener};
+use crate::frame::{Answer, Call, FromWorker, Task, ToWorker};
+use crate::plan::{Digest, PlannedStage};
+use crate::store::{
+    ArtifactRecord, AttemptEnd, AttemptId, AttemptState, LogLine, LogSource, MetricPoint, StageId,
+    Store, StoreError, Time, Usage,
+};
+use crate::worker::process::{ExitStatus, Heard, Worker, signal_name};
+
+/// From SIGTERM to SIGKILL.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
+/// What attempts of a run share.
+pub struct Bench {
+    /// The store.
+    pub store: Arc<Store>,
+    /// Where things lie in it.
+    pub layout: Layout,
+    /// The run's staging directory.
+    pub staging: Staging,
+    /// Who is told.
+    pub listener: Listener,
+    /// How long a stage may take to reach its next checkpoint when it is to stop.
+    pub grace: Duration,
+}
+
+/// What an attempt needs to know.
+pub struct Brief {
+    /// The stage, planned.
+    pub stage: PlannedStage,
+    /// The stage, recorded.
+    pub id: StageId,
+    /// Its digest.
+    pub digest: Digest,
+    /// Directory of the recipe.
+    pub base_dir: PathBuf,
+    /// Threads it may use.
+    pub threads: usize,
+    /// Its inputs, by the name of the stage that made them.
+    pub inputs: BTreeMap<String, Input>,
+    /// What survives attempts.
+    pub work_dir: PathBuf,
+}
+
+/// Whether to go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stop {
+    /// Go on.
+    No,
+    /// Stop at the next checkpoint.
+    AtCheckpoint,
+    /// Stop at once.
+    Now,
+}
+
+/// An attempt that has ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// How.
+    pub end: End,
+    /// Artifacts it made, in order.
+    pub artifacts: Vec<ArtifactRecord>,
+    /// The last lines it wrote to its standard error.
+    pub last_words: Vec<String>,
+}
+
+/// How an attempt ended: each way is a reason of its own in the history.
+#[derive(Debug, Clone, PartialEq)]
+pub enum End {
+    /// It made what it was to make.
+    Succeeded {
+        /// The artifact that references to the stage stand for.
+        output: Box<ArtifactRecord>,
+        /// Facts it returned.
+        summary: Value,
+    },
+    /// The plugin says why not.
+    Failed(Failure),
+    /// The plugin panicked, and said so.
+    Panicked(Failure),
+    /// The plugin could not be loaded.
+    NotLoaded {
+        /// Why.
+        message: String,
+        /// What to do.
+        hint: Option<String>,
+    },
+    /// A signal ended the process that we did not send.
+    Killed {
+        /// Which.
+        signal: i32,
+        /// Whether the kernel ran out of memory at that time.
+        out_of_memory: bool,
+    },
+    /// The process left without a result.
+    Exited {
+        /// Its exit code.
+        code: i32,
+    },
+    /// It took longer than the recipe allows.
+    TimedOut {
+        /// So long.
+        limit: Duration,
+        /// How it stopped.
+        manner: Manner,
+    },
+    /// The user stopped it.
+    Interrupted {
+        /// How it stopped.
+        manner: Manner,
+    },
+    /// What it sent makes no sense.
+    Protocol {
+        /// What.
+        message: String,
+    },
+}
+
+/// How an attempt that was told to stop did so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Manner {
+    /// By itself, having saved its work.
+    AtCheckpoint,
+    /// By this signal.
+    Signalled(i32),
+    /// It ended in some other way just then.
+    Otherwise,
+}
+
+impl End {
+    /// In one word.
+    pub fn state(&self) -> AttemptState {
+        match self {
+            Self::Succeeded { .. } => AttemptState::Succeeded,
+            Self::Interrupted { .. } => AttemptState::Interrupted,
+            _ => AttemptState::Failed,
+        }
+    }
+
+    /// Precisely, in few words; stable, to be searched for.
+    pub fn reason(&self) -> String {
+        match self {
+            Self::Succeeded { .. } => "succeeded".into(),
+            Self::Failed(failure) => format!("failed: {}", code_name(failure.code)),
+            Self::Panicked(_) => "panic".into(),
+            Self::NotLoaded { .. } => "plugin not loaded".into(),
+            Self::Killed {
+                signal,
+                out_of_memory: false,
+            } => format!("killed by {}", signal_name(*signal)),
+            Self::Killed {
+                signal,
+                out_of_memory: true,
+            } => {
+                format!("killed by {} (out of memory)", signal_name(*signal))
+            }
+            Self::Exited { code } => format!("exited with code {code}"),
+            Self::TimedOut { .. } => "timeout".into(),
+            Self::Interrupted { .. } => "interrupted".into(),
+            Self::Protocol { .. } => "protocol error".into(),
+        }
+    }
+
+    /// What happened, for people; `None` when it went well.
+    pub fn message(&self) -> Option<String> {
+        Some(match self {
+            Self::Succeeded { .. } => return None,
+            Self::Failed(failure) | Self::Panicked(failure) => {
+                let place = failure
+                    .pointer
+                    .as_deref()
+                    .filter(|pointer| !pointer.is_empty());
+                let place = place.map_or_else(String::new, |pointer| format!("option {pointer}: "));
+                let chain = failure
+                    .chain
+                    .iter()
+                    .map(|cause| format!("; because {cause}"))
+                    .collect::<String>();
+                format!("{place}{}{chain}", failure.message)
+            }
+            Self::NotLoaded { message, .. } | Self::Protocol { message } => message.clone(),
+            Self::Killed {
+                signal,
+                out_of_memory,
+            } => {
+                let why = match *signal {
+                    _ if *out_of_memory => ": the kernel ran out of memory at that time",
+                    libc::SIGSEGV | libc::SIGBUS => {
+                        ": the plugin accessed memory that is not its own"
+                    }
+                    libc::SIGABRT => ": the plugin, or a library it uses, gave up (abort)",
+                    libc::SIGILL => ": an instruction that this processor does not have, or a trap",
+                    libc::SIGFPE => ": an arithmetic error, such as an integer division by zero",
+                    libc::SIGKILL => {
+                        ": somebody killed it; the kernel does so when memory runs out"
+                    }
+                    _ => "",
+                };
+                format!("the worker was killed by {}{why}", signal_name(*signal))
+            }
+            Self::Exited { code } => {
+                format!(
+                    "the worker exited with code {code} without a result: the plugin, or a library it uses, called exit()"
+                )
+            }
+            Self::TimedOut { limit, manner } => {
+                format!(
+                    "it took longer than its timeout of {}, and {manner}",
+                    humantime::format_duration(*limit)
+                )
+            }
+            Self::Interrupted { manner } => format!("interrupted by the user; it {manner}"),
+        })
+    }
+
+    /// What to do.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Failed(failure) | Self::Panicked(failure) => failure.hint.clone(),
+            Self::NotLoaded { hint, .. } => hint.clone(),
+            Self::Killed {
+                out_of_memory: true,
+                ..
+            } => Some("make batches or models smaller, or free memory".into()),
+            Self::TimedOut { .. } => Some(
+                "raise the stage's `timeout`; `retort resume` continues from its last checkpoint"
+                    .into(),
+            ),
+            _ => None,
+        }
+    }
+}
+
+impl std::fmt::Display for Manner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::AtCheckpoint => f.write_str("stopped at a checkpoint"),
+            Self::Signalled(signal) => {
+                write!(
+                    f,
+                    "was ended with {}; what it did since its last checkpoint is lost",
+                    signal_name(*signal)
+                )
+            }
+            Self::Otherwise => f.write_str("ended without a result"),
+        }
+    }
+}
+
+/// The code of a failure as it is written in JSON.
+fn code_name(code: FailureCode) -> String {
+    serde_json::to_value(code)
+        .ok()
+        .and_then(|name| Some(name.as_str()?.to_owned()))
+        .unwrap_or_default()
+}
+
+/// Makes an attempt. When this is dropped half-way, the worker is killed.
+///
+/// # Errors
+/// The store cannot be written to: then nothing true could be said about the attempt, and it is ended.
+pub async fn make(
+    bench: &Bench,
+    brief: &Brief,
+    mut stop: watch::Receiver<Stop>,
+) -> Result<Ended, StoreError> {
+    let name = &brief.stage.name;
+    let kills_before = out_of_memory_kills();
+    let mut worker = match Worker::spawn(brief.threads) {
+        Ok(worker) => worker,
+        Err(error) => return never_started(bench, brief, &error).await,
+    };
+    let attempt = bench
+        .store
+        .begin_attempt(
+            brief.id,
+            &brief.digest.hex,
+            &brief.digest.components,
+            worker.pid(),
+        )
+        .await?;
+    let inputs: Vec<String> = brief
+        .inputs
+        .values()
+        .map(|input| input.hash.clone())
+        .collect();
+    bench.store.record_lineage(attempt, &inputs).await?;
+    let recorder = {
+        let (listener, stage) = (Arc::clone(&bench.listener), name.clone());
+        let warn = move |text| {
+            listener(Event::Warning {
+                stage: Some(stage.clone()),
+                text,
+            })
+        };
+        Recorder::begin(Arc::clone(&bench.store), attempt, warn)
+    };
+    (bench.listener)(Event::Began {
+        stage: name.clone(),
+        attempt,
+        pid: worker.pid(),
+        device: brief.stage.device.clone(),
+        threads: brief.threads,
+    });
+    worker
+        .send(&ToWorker::Start(Box::new(task(bench, brief, attempt))))
+        .await;
+
+    let mut heard = Conversation {
+        bench,
+        brief,
+        attempt,
+        recorder: &recorder,
+        so_far: SoFar::default(),
+    };
+    let mut ladder = Ladder::new(bench.grace);
+    let deadline = brief.stage.timeout.map(|limit| Instant::now() + limit);
+    let exit = loop {
+        tokio::select! {
+            event = worker.next() => match event {
+                Heard::Exited(exit) => break exit,
+                event => {
+                    if heard.take(event).await? == Sense::No {
+                        worker.signal(libc::SIGKILL);
+                    }
+                }
+            },
+            Ok(()) = stop.changed() => {
+                let level = *stop.borrow_and_update();
+                ladder.interrupt(level, &mut worker).await;
+            }
+            () = sleep_until(deadline), if ladder.cause.is_none() => ladder.begin(Cause::Timeout, &mut worker).await,
+            () = sleep_until(ladder.next) => ladder.climb(&worker),
+        }
+    };
+    let so_far = heard.so_far;
+    let out_of_memory = out_of_memory_kills() > kills_before;
+    let end = so_far.judge(exit.status, ladder, brief, out_of_memory);
+    if let Some(message) = end.message() {
+        recorder.line(own_line(
+            LogLevel::Error,
+            format!("{}: {message}", end.reason()),
+        ));
+    }
+    recorder.end().await;
+    let artifacts: Vec<ArtifactRecord> = so_far.artifacts.into_values().collect();
+    bench
+        .store
+        .finish_attempt(attempt, &recorded(&end, exit.usage))
+        .await?;
+    let _ = std::fs::remove_dir_all(bench.staging.attempt(attempt));
+    Ok(Ended {
+        end,
+        artifacts,
+        last_words: so_far.last_words.into(),
+    })
+}
+
+/// What the worker is told to do.
+fn task(bench: &Bench, brief: &Brief, attempt: AttemptId) -> Task {
+    let stage = &brief.stage;
+    let job = StageJob {
+        stage: stage.name.clone(),
+        kind: stage.kind.clone(),
+        options: stage.options.clone(),
+        seed: stage.seed,
+        device: stage.device.clone(),
+        dtype: stage.dtype.clone(),
+        threads: brief.threads,
+        base_dir: brief.base_dir.clone(),
+        work_dir: Some(brief.work_dir.clone()),
+        inputs: brief.inputs.clone(),
+    };
+    let (staging, artifacts) = (bench.staging.attempt(attempt), bench.layout.artifacts());
+    Task {
+        plugin: stage.plugin.path.clone(),
+        call: Call::Run {
+            job: Box::new(job),
+            staging,
+            artifacts,
+        },
+    }
+}
+
+fn recorded(end: &End, usage: Usage) -> AttemptEnd {
+    let (summary, output_artifact) = match end {
+        End::Succeeded { output, summary } => (summary.clone(), Some(output.hash.clone())),
+        _ => (Value::Null, None),
+    };
+    let failure = match end {
+        End::Failed(failure) | End::Panicked(failure) => Some(failure.clone()),
+        _ => None,
+    };
+    AttemptEnd {
+        state: end.state(),
+        reason: end.reason(),
+        message: end.message(),
+        failure,
+        summary,
+        output_artifact,
+        usage,
+    }
+}
+
+/// Records an attempt for which no process could be started.
+async fn never_started(
+    bench: &Bench,
+    brief: &Brief,
+    error: &std::io::Error,
+) -> Result<Ended, StoreError> {
+    let attempt = bench
+        .store
+        .begin_attempt(brief.id, &brief.digest.hex, &brief.digest.components, 0)
+        .await?;
+    let message = format!("a worker process could not be started: {error}");
+    let end = End::Failed(Failure {
+        retryable: true,
+        ..Failure::new(FailureCode::Io, message)
+    });
+    bench
+        .store
+        .finish_attempt(attempt, &recorded(&end, Usage::default()))
+        .await?;
+    Ok(Ended {
+        end,
+        artifacts: Vec::new(),
+        last_words: Vec::new(),
+    })
+}
+
+/// What has been heard so far from a worker.
+struct Conversation<'a> {
+    bench: &'a Bench,
+    brief: &'a Brief,
+    attempt: AttemptId,
+    recorder: &'a Recorder,
+    so_far: SoFar,
+}
+
+#[derive(Default)]
+struct SoFar {
+    answer: Option<Result<StageResult, Failure>>,
+    not_loaded: Option<(String, Option<String>)>,
+    nonsense: Option<String>,
+    artifacts: BTreeMap<u64, ArtifactRecord>,
+    last_words: std::collections::VecDeque<String>,
+}
+
+/// Whether what a worker sent makes sense.
+#[derive(PartialEq)]
+enum Sense {
+    Yes,
+    No,
+}
+
+impl Conversation<'_> {
+    async fn take(&mut self, event: Heard) -> Result<Sense, StoreError> {
+        let stage = || self.brief.stage.name.clone();
+        match event {
+            Heard::Frame(FromWorker::Metrics(points)) => {
+                self.recorder
+                    .points(points.into_iter().map(|point| MetricPoint {
+                        series: point.series,
+                        step: point.step,
+                        value: point.value,
+                        at: Time(point.at),
+                    }))
+            }
+            Heard::Frame(FromWorker::Log(lines)) => {
+                for line in lines {
+                    let (level, text) = (line.level, line.text);
+                    self.say(LogLine {
+                        at: Time(line.at),
+                        level,
+                        source: LogSource::Plugin,
+                        text,
+                    });
+                }
+            }
+            Heard::Line(source, text) => {
+                if source == LogSource::Stderr {
+                    if self.so_far.last_words.len() == 8 {
+                        self.so_far.last_words.pop_front();
+                    }
+                    self.so_far.last_words.push_back(text.clone());
+                }
+                self.say(LogLine {
+                    at: Time::now(),
+                    level: LogLevel::Debug as u32,
+                    source,
+                    text,
+                });
+            }
+            Heard::Frame(FromWorker::Progress(progress)) => {
+                (self.bench.listener)(Event::Progress {
+                    stage: stage(),
+                    progress,
+                });
+            }
+            Heard::Frame(FromWorker::Artifact { id, record }) => {
+                self.bench
+                    .store
+                    .record_artifact(self.attempt, &record)
+                    .await?;
+                self.so_far.artifacts.insert(id, *record);
+            }
+            Heard::Frame(FromWorker::Answer(Answer::Result(result))) => {
+                self.so_far.answer = Some(Ok(result))
+            }
+            Heard::Frame(FromWorker::Failed(failure)) => self.so_far.answer = Some(Err(failure)),
+            Heard::Frame(FromWorker::NotLoaded { message, hint }) => {
+                self.so_far.not_loaded = Some((message, hint))
+            }
+            Heard::Frame(FromWorker::Loaded) => {}
+            Heard::Frame(FromWorker::Answer(_)) => {
+                return Ok(self.nonsense("an answer to another question".into()));
+            }
+            Heard::Nonsense(error) => return Ok(self.nonsense(error.to_string())),
+            Heard::Exited(_) => {}
+        }
+        Ok(Sense::Yes)
+    }
+
+    fn say(&self, line: LogLine) {
+        (self.bench.listener)(Event::Line {
+            stage: self.brief.stage.name.clone(),
+            line: line.clone(),
+        });
+        self.recorder.line(line);
+    }
+
+    fn nonsense(&mut self, what: String) -> Sense {
+        self.so_far.nonsense = Some(format!("the worker sent what makes no sense: {what}"));
+        Sense::No
+    }
+}
+
+impl SoFar {
+    /// How the attempt ended, from everything that was seen of it.
+    fn judge(&self, exit: ExitStatus, ladder: Ladder, brief: &Brief, out_of_memory: bool) -> End {
+        if let Some((message, hint)) = &self.not_loaded {
+            return End::NotLoaded {
+                message: message.clone(),
+                hint: hint.clone(),
+            };
+        }
+        if let Some(message) = &self.nonsense {
+            return End::Protocol {
+                message: message.clone(),
+            };
+        }
+        // A whole result counts, even when it came while the stage was being stopped, or just before a crash on leaving.
+        if let Some(Ok(result)) = &self.answer {
+            return self.judge_result(result, &brief.stage.output_kind);
+        }
+        match (&self.answer, exit, ladder.cause) {
+            (Some(Err(failure)), _, Some(cause)) if failure.code == FailureCode::Cancelled => {
+                cause.end(Manner::AtCheckpoint, brief.stage.timeout)
+            }
+            (Some(Err(failure)), _, _) if failure.code == FailureCode::Panic => {
+                End::Panicked(failure.clone())
+            }
+            (Some(Err(failure)), _, _) => End::Failed(failure.clone()),
+            (_, ExitStatus::Signal(signal), Some(cause)) if ladder.sent == Some(signal) => {
+                cause.end(Manner::Signalled(signal), brief.stage.timeout)
+            }
+            (_, ExitStatus::Signal(signal), _) => End::Killed {
+                signal,
+                out_of_memory: out_of_memory && signal == libc::SIGKILL,
+            },
+            // With a signal of ours on its way, a plugin's own handler may have turned it into an exit.
+            (_, ExitStatus::Code(_), Some(cause)) if ladder.sent.is_some() => {
+                cause.end(Manner::Otherwise, brief.stage.timeout)
+            }
+            (_, ExitStatus::Code(code), _) => End::Exited { code },
+        }
+    }
+
+    fn judge_result(&self, result: &StageResult, kind: &str) -> End {
+        let message = match self.artifacts.get(&result.output) {
+            Some(output) if output.kind == kind => {
+                return End::Succeeded {
+                    output: Box::new(output.clone()),
+                    summary: result.summary.clone(),
+                };
+            }
+            Some(output) => format!(
+                "the stage's output is a `{}`, but the plugin's description promises a `{kind}`",
+                output.kind
+            ),
+            None => format!(
+                "the stage's output is artifact {}, which was not committed",
+                result.output
+            ),
+        };
+        End::Protocol { message }
+    }
+}
+
+/// Why an attempt is being stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Cause {
+    Interrupt,
+    Timeout,
+}
+
+impl Cause {
+    fn end(self, manner: Manner, limit: Option<Duration>) -> End {
+        match self {
+            Self::Interrupt => End::Interrupted { manner },
+            Self::Timeout => End::TimedOut {
+                limit: limit.unwrap_or_default(),
+                manner,
+            },
+        }
+    }
+}
+
+/// Stopping a worker, step by step: it is asked, then SIGTERM, then SIGKILL.
+#[derive(Debug, Clone, Copy)]
+struct Ladder {
+    grace: Duration,
+    cause: Option<Cause>,
+    /// The last signal sent.
+    sent: Option<i32>,
+    /// When to take the next step.
+    next: Option<Instant>,
+}
+
+impl Ladder {
+    fn new(grace: Duration) -> Self {
+        Self {
+            grace,
+            cause: None,
+            sent: None,
+            next: None,
+        }
+    }
+
+    /// The first step: asks the plugin to stop at its next checkpoint.
+    async fn begin(&mut self, cause: Cause, worker: &mut Worker) {
+        if self.cause.is_none() {
+            self.cause = Some(cause);
+            self.next = Some(Instant::now() + self.grace);
+            worker.send(&ToWorker::CancelAtCheckpoint).await;
+        }
+    }
+
+    /// What the user wants.
+    async fn interrupt(&mut self, level: Stop, worker: &mut Worker) {
+        match level {
+            Stop::No => {}
+            Stop::AtCheckpoint => self.begin(Cause::Interrupt, worker).await,
+            Stop::Now => {
+                self.cause.get_or_insert(Cause::Interrupt);
+                self.signal(libc::SIGKILL, worker);
+            }
+        }
+    }
+
+    /// The next step.
+    fn climb(&mut self, worker: &Worker) {
+        match self.sent {
+            None => self.signal(libc::SIGTERM, worker),
+            Some(_) => self.signal(libc::SIGKILL, worker),
+        }
+    }
+
+    fn signal(&mut self, signal: i32, worker: &Worker) {
+        worker.signal(signal);
+        self.sent = Some(signal);
+        self.next = (signal == libc::SIGTERM).then(|| Instant::now() + LAST_WORDS);
+    }
+}
+
+/// Sleeps until a moment; for ever without one.
+async fn sleep_until(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// How often the kernel has killed a process for want of memory, since it started; 0 where that is not known.
+fn out_of_memory_kills() -> u64 {
+    let text = std::fs::read_to_string("/proc/vmstat").unwrap_or_default();
+    text.lines()
+        .find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
+        .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::{PluginIdentity, Threads};
+    use serde_json::json;
+
+    fn brief() -> Brief {
+        Brief {
+            stage: PlannedStage {
+                name: "s".into(),
+                kind: "make".into(),
+                description: None,
+                plugin: PluginIdentity {
+                    name: "p".into(),
+                    path: PathBuf::new(),
+                    version: "1".into(),
+                    hash: String::new(),
+                },
+                device: "cpu".into(),
+                dtype: "f32".into(),
+                threads: Threads::Share,
+                seed: 0,
+                timeout: Some(Duration::from_secs(60)),
+                options: json!({}),
+                references: Vec::new(),
+                files: Vec::new(),
+                output_kind: "thing".into(),
+                revision: 0,
+                origins: BTreeMap::new(),
+                position: None,
+            },
+            id: StageId(1),
+            digest: Digest {
+                hex: String::new(),
+                components: json!({}),
+            },
+            base_dir: PathBuf::new(),
+            threads: 1,
+            inputs: BTreeMap::new(),
+            work_dir: PathBuf::new(),
+        }
+    }
+
+    fn ladder(cause: Option<Cause>, sent: Option<i32>) -> Ladder {
+        Ladder {
+            cause,
+            sent,
+            ..Ladder::new(Duration::ZERO)
+        }
+    }
+
+    #[track_caller]
+    fn check(so_far: SoFar, exit: ExitStatus, ladder: Ladder, reason: &str, message: &str) {
+        let end = so_far.judge(exit, ladder, &brief(), false);
+        assert_eq!(end.reason(), reason);
+        assert!(
+            end.message().unwrap_or_default().contains(message),
+            "{:?}",
+            end.message()
+        );
+    }
+
+    fn failed(code: FailureCode) -> SoFar {
+        SoFar {
+            answer: Some(Err(Failure::new(code, "why"))),
+            ..SoFar::default()
+        }
+    }
+
+    fn made(kind: &str, output: u64) -> SoFar {
+        let record = ArtifactRecord {
+            hash: "h".into(),
+            kind: kind.into(),
+            name: "n".into(),
+            size: 0,
+            files: Vec::new(),
+            meta: Default::default(),
+        };
+        SoFar {
+            answer: Some(Ok(StageResult {
+                output,
+                summary: Value::Null,
+            })),
+            artifacts: BTreeMap::from([(1, record)]),
+            ..SoFar::default()
+        }
+    }
+
+    #[test]
+    fn every_end_has_its_own_reason() {
+        use ExitStatus::{Code, Signal};
+        let free = ladder(None, None);
+        check(made("thing", 1), Code(0), free, "succeeded", "");
+        check(
+            made("thing", 1),
+            Signal(libc::SIGSEGV),
+            free,
+            "succeeded",
+            "",
+        );
+        check(
+            made("thing", 2),
+            Code(0),
+            free,
+            "protocol error",
+            "artifact 2, which was not committed",
+        );
+        check(
+            made("other", 1),
+            Code(0),
+            free,
+            "protocol error",
+            "promises a `thing`",
+        );
+        check(
+            failed(FailureCode::BadData),
+            Code(0),
+            free,
+            "failed: bad_data",
+            "why",
+        );
+        check(failed(FailureCode::Panic), Code(0), free, "panic", "why");
+        check(
+            failed(FailureCode::Cancelled),
+            Code(0),
+            free,
+            "failed: cancelled",
+            "why",
+        );
+        check(
+            SoFar::default(),
+            Signal(libc::SIGSEGV),
+            free,
+            "killed by SIGSEGV",
+            "memory that is not its own",
+        );
+        check(
+            SoFar::default(),
+            Signal(libc::SIGABRT),
+            free,
+            "killed by SIGABRT",
+            "abort",
+        );
+        check(
+            SoFar::default(),
+            Signal(libc::SIGKILL),
+            free,
+            "killed by SIGKILL",
+            "memory runs out",
+        );
+        check(
+            SoFar::default(),
+            Code(3),
+            free,
+            "exited with code 3",
+            "without a result",
+        );
+    }
+
+    #[test]
+    fn being_stopped_is_told_from_failing() {
+        use ExitStatus::{Code, Signal};
+        for (cause, reason) in [
+            (Cause::Interrupt, "interrupted"),
+            (Cause::Timeout, "timeout"),
+        ] {
+            let asked = ladder(Some(cause), None);
+            check(
+                failed(FailureCode::Cancelled),
+                Code(0),
+                asked,
+                reason,
+                "stopped at a checkpoint",
+            );
+            check(
+                failed(FailureCode::BadData),
+                Code(0),
+                asked,
+                "failed: bad_data",
+                "why",
+            );
+            check(
+                SoFar::default(),
+                Signal(libc::SIGSEGV),
+                asked,
+                "killed by SIGSEGV",
+                "",
+            );
+            let signalled = ladder(Some(cause), Some(libc::SIGTERM));
+            check(
+                SoFar::default(),
+                Signal(libc::SIGTERM),
+                signalled,
+                reason,
+                "was ended with SIGTERM",
+            );
+            check(
+                SoFar::default(),
+                Code(143),
+                signalled,
+                reason,
+                "ended without a result",
+            );
+        }
+    }
+
+    #[test]
+    fn running_out_of_memory_is_told() {
+        let end = SoFar::default().judge(
+            ExitStatus::Signal(libc::SIGKILL),
+            ladder(None, None),
+            &brief(),
+            true,
+        );
+        assert_eq!(end.reason(), "killed by SIGKILL (out of memory)");
+    }
+}

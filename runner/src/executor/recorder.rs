@@ -1,0 +1,189 @@
+//! Writing the metrics and the log of an attempt into the store, in batches, beside the attempt.
+//!
+//! In: points and lines, as fast as they come. Out: rows, four times a second. A store that cannot take them never
+//! disturbs the stage: what waits is bounded, what is lost is counted and told.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+
+use crate::store::{AttemptId, LogLine, LogSource, MetricPoint, Store, Time};
+
+/// How often rows are written; a kill of the runner loses at most this and what the worker holds back (0.1 s).
+const INTERVAL: Duration = Duration::from_millis(250);
+/// Points that may wait; beyond, new ones are lost.
+const MOST_POINTS: usize = 1 << 21;
+/// Lines that one attempt may have in the store; a plugin that talks without end must not fill the disk.
+const MOST_LINES: usize = 50_000;
+/// How long the end of an attempt waits for the last rows.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Takes points and lines of one attempt.
+#[derive(Debug)]
+pub struct Recorder {
+    shared: Arc<Shared>,
+    task: JoinHandle<()>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    waiting: Mutex<Waiting>,
+    wake: Notify,
+    hurry: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    points: Vec<MetricPoint>,
+    lines: Vec<LogLine>,
+    lines_taken: usize,
+    lost_points: usize,
+    closing: bool,
+}
+
+impl Recorder {
+    /// Begins to record for an attempt. `warn` is told, once, when rows cannot be written.
+    pub fn begin(
+        store: Arc<Store>,
+        attempt: AttemptId,
+        warn: impl Fn(String) + Send + Sync + 'static,
+    ) -> Self {
+        let shared = Arc::new(Shared::default());
+        let task = tokio::spawn(write_rows(store, attempt, Arc::clone(&shared), warn));
+        Self { shared, task }
+    }
+
+    /// Records points.
+    pub fn points(&self, points: impl IntoIterator<Item = MetricPoint>) {
+        let mut waiting = self.shared.waiting();
+        for point in points {
+            if waiting.points.len() < MOST_POINTS {
+                waiting.points.push(point);
+            } else {
+                waiting.lost_points += 1;
+            }
+        }
+        drop(waiting);
+        self.shared.wake.notify_one();
+    }
+
+    /// Records a line.
+    pub fn line(&self, line: LogLine) {
+        let mut waiting = self.shared.waiting();
+        waiting.lines_taken += 1;
+        match waiting.lines_taken {
+            taken if taken <= MOST_LINES => waiting.lines.push(line),
+            taken if taken == MOST_LINES + 1 => {
+                let text = format!("more than {MOST_LINES} lines: what follows is not kept");
+                waiting.lines.push(LogLine {
+                    at: line.at,
+                    level: 2,
+                    source: LogSource::Runner,
+                    text,
+                });
+            }
+            _ => {}
+        }
+        drop(waiting);
+        self.shared.wake.notify_one();
+    }
+
+    /// Writes what still waits.
+    pub async fn end(mut self) {
+        self.shared.waiting().closing = true;
+        self.shared.wake.notify_one();
+        self.shared.hurry.notify_one();
+        let _ = tokio::time::timeout(PATIENCE, &mut self.task).await;
+    }
+}
+
+impl Drop for Recorder {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Shared {
+    /// Nothing that holds this lock panics half-way.
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&self) -> Waiting {
+        let mut waiting = self.waiting();
+        Waiting {
+            points: std::mem::take(&mut waiting.points),
+            lines: std::mem::take(&mut waiting.lines),
+            lost_points: std::mem::take(&mut waiting.lost_points),
+            lines_taken: waiting.lines_taken,
+            closing: waiting.closing,
+        }
+    }
+}
+
+async fn write_rows(
+    store: Arc<Store>,
+    attempt: AttemptId,
+    shared: Arc<Shared>,
+    warn: impl Fn(String) + Send + Sync,
+) {
+    let mut warned = false;
+    let mut complain = |what: &str, error: String| {
+        if !std::mem::replace(&mut warned, true) {
+            warn(format!(
+                "{what} cannot be recorded (the stage goes on): {error}"
+            ));
+        }
+    };
+    loop {
+        shared.wake.notified().await;
+        let batch = shared.take();
+        if batch.lost_points > 0 {
+            complain(
+                "metrics",
+                format!(
+                    "{} points came faster than they could be written",
+                    batch.lost_points
+                ),
+            );
+        }
+        if !batch.points.is_empty()
+            && let Err(error) = store.append_metrics(attempt, &batch.points).await
+        {
+            complain("metrics", error.to_string());
+            give_back(&shared, batch.points, &error);
+        }
+        if !batch.lines.is_empty()
+            && let Err(error) = store.append_log(attempt, &batch.lines).await
+        {
+            complain("the log", error.to_string());
+        }
+        if batch.closing {
+            return;
+        }
+        let _ = tokio::time::timeout(INTERVAL, shared.hurry.notified()).await;
+    }
+}
+
+/// Points that another writer kept out are written with the next batch.
+fn give_back(shared: &Shared, mut points: Vec<MetricPoint>, error: &crate::store::StoreError) {
+    let mut waiting = shared.waiting();
+    if matches!(error, crate::store::StoreError::Busy)
+        && waiting.points.len() + points.len() <= MOST_POINTS
+    {
+        points.append(&mut waiting.points);
+        waiting.points = points;
+    }
+}
+
+/// A line said by the runner itself.
+pub fn own_line(level: retort_abi::LogLevel, text: impl Into<String>) -> LogLine {
+    LogLine {
+        at: Time::now(),
+        level: level as u32,
+        source: LogSource::Runner,
+        text: text.into(),
+    }
+}
