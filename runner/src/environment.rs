@@ -35,12 +35,9 @@ pub fn collect(recipe_dir: &Path) -> Value {
             .map(|cores| cores.get().into()),
     );
     add("memory", memory().map(Value::from));
-    let commit = git_commit(recipe_dir);
-    add(
-        "git_dirty",
-        commit.as_ref().map(|(_, dirty)| (*dirty).into()),
-    );
-    add("git_commit", commit.map(|(commit, _)| commit.into()));
+    let (commit, dirty) = git_commit(recipe_dir).unzip();
+    add("git_commit", commit.map(Value::from));
+    add("git_dirty", dirty.map(Value::from));
     Value::Object(facts)
 }
 

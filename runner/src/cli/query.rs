@@ -28,14 +28,22 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         store.close().await;
         answer.map_err(|error| match error {
             // What SQLite finds wrong with the statement is the user's to mend.
-            StoreError::Sql(error) => Error::new(Exit::Usage, "the statement cannot be answered")
-                .cause(&error)
-                .hint("`retort query` without a statement lists the views and their columns"),
+            StoreError::Sql(error) => {
+                let said = error
+                    .as_database_error()
+                    .map(|error| error.message().to_owned());
+                let mut shown =
+                    Error::new(Exit::Usage, "the statement cannot be answered").hint(HINT);
+                shown.causes.push(said.unwrap_or_else(|| error.to_string()));
+                shown
+            }
             error => error.into(),
         })
     })?;
     Ok(talk::print(&rows.render(args.format.style(context)))?)
 }
+
+const HINT: &str = "`retort query` without a statement lists the views and their columns";
 
 /// What may be asked: the views are kept, the tables under them may change.
 const VIEWS: &str = "select v.name as view, group_concat(c.name, ', ') as columns

@@ -77,12 +77,7 @@ fn list(args: &ListArgs, context: &Context) -> Result<(), Error> {
         let store = match Store::open(&context.store, Access::ReadOnly).await {
             Ok(store) => store,
             // An empty list is a truthful answer, and what scripts expect.
-            Err(error @ StoreError::Missing { .. }) => {
-                if !context.quiet {
-                    talk::say(&format!("{error}; `retort run RECIPE` makes one"));
-                }
-                return Ok((Vec::new(), false));
-            }
+            Err(StoreError::Missing { .. }) => return Ok((Vec::new(), false)),
             Err(error) => return Err(Error::from(error)),
         };
         let limit = (args.limit > 0).then_some(args.limit);
@@ -100,11 +95,21 @@ fn list(args: &ListArgs, context: &Context) -> Result<(), Error> {
         Ok((runs, more))
     })?;
     let text = match style {
+        // People are told in words.
+        Style::Table { .. } if runs.is_empty() => String::new(),
         Style::Json => format!("{:#}\n", serde_json::json!(runs)),
         Style::Csv => complete_rows(&runs).render(style),
         Style::Table { .. } | Style::Markdown => brief_rows(&runs).render(style),
     };
     talk::print(&text)?;
+    if runs.is_empty() && !context.quiet {
+        let which = if args.state.is_some() || args.recipe.is_some() {
+            "such "
+        } else {
+            ""
+        };
+        talk::say(&format!("no {which}runs in {}", context.store.display()));
+    }
     if more && !context.quiet {
         talk::say(&format!(
             "the newest {} are shown; `--limit 0` shows all",
@@ -371,7 +376,11 @@ fn param_rows(detail: &RunDetail) -> Rows {
 fn environment_rows(detail: &RunDetail) -> Rows {
     let mut rows = Rows::new(&["", ""]).titled("Environment");
     for (name, value) in detail.environment.as_object().into_iter().flatten() {
-        rows.push([Cell::from(name.as_str()).tone(Tone::Dim), Cell::json(value)]);
+        let shown = match (name.as_str(), value.as_u64()) {
+            ("memory", Some(bytes)) => Cell::bytes(bytes),
+            _ => Cell::json(value),
+        };
+        rows.push([Cell::from(name.as_str()).tone(Tone::Dim), shown]);
     }
     rows
 }

@@ -155,20 +155,30 @@ impl StoreError {
                 message,
             },
             // SQLite does not say why; the file system does.
-            14 => match std::fs::OpenOptions::new()
-                .read(true)
-                .write(true)
-                .open(path)
-            {
-                Err(source) => Self::Io {
-                    path: path.to_owned(),
-                    source,
-                },
+            14 => match std::fs::File::options().append(true).open(path) {
+                Err(source) => Self::refused(path, source),
                 Ok(_) => Self::ReadOnly {
                     path: path.parent().unwrap_or(path).to_owned(),
                 },
             },
             _ => Self::Sql(error),
+        }
+    }
+
+    /// What the refusal of the file system to use `path`, in the store's directory, means.
+    pub(super) fn refused(path: &std::path::Path, source: std::io::Error) -> Self {
+        use std::io::ErrorKind::{
+            PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull,
+        };
+        match source.kind() {
+            StorageFull | QuotaExceeded => Self::Full,
+            PermissionDenied | ReadOnlyFilesystem => Self::ReadOnly {
+                path: path.parent().unwrap_or(path).to_owned(),
+            },
+            _ => Self::Io {
+                path: path.to_owned(),
+                source,
+            },
         }
     }
 }

@@ -97,7 +97,7 @@ pub(super) async fn migrate(dir: &Path, migrations: &[&'static str]) -> Result<(
         let state = inspect(&existing, &path).await?;
         check_version(&state, known, &path)?;
         if state.version == known {
-            return Ok(());
+            return check_writable(&path);
         }
     }
     make_directory(dir)?;
@@ -208,14 +208,22 @@ fn wal_of(path: &Path) -> PathBuf {
     wal.into()
 }
 
+/// SQLite opens a file that may only be read without a word, and fails at the first write.
+fn check_writable(path: &Path) -> Result<(), StoreError> {
+    let opened = File::options().append(true).open(path);
+    opened
+        .map(drop)
+        .map_err(|error| StoreError::refused(path, error))
+}
+
 /// Makes the directory; a new one tells git to leave it alone.
 fn make_directory(dir: &Path) -> Result<(), StoreError> {
     if dir.is_dir() {
         return Ok(());
     }
-    std::fs::create_dir_all(dir).map_err(|error| refused(dir, dir, error))?;
+    std::fs::create_dir_all(dir).map_err(|error| StoreError::refused(&path_of(dir), error))?;
     let ignore = dir.join(".gitignore");
-    std::fs::write(&ignore, "*\n").map_err(|error| refused(dir, &ignore, error))
+    std::fs::write(&ignore, "*\n").map_err(|error| StoreError::refused(&ignore, error))
 }
 
 /// Waits for the right to make or migrate the store.
@@ -226,7 +234,7 @@ async fn lock(dir: &Path) -> Result<File, StoreError> {
         .truncate(false)
         .write(true)
         .open(&path);
-    let file = file.map_err(|error| refused(dir, &path, error))?;
+    let file = file.map_err(|error| StoreError::refused(&path, error))?;
     let start = Instant::now();
     loop {
         match file.try_lock() {
@@ -235,22 +243,7 @@ async fn lock(dir: &Path) -> Result<File, StoreError> {
                 return Err(StoreError::Busy);
             }
             Err(TryLockError::WouldBlock) => tokio::time::sleep(Duration::from_millis(5)).await,
-            Err(TryLockError::Error(source)) => return Err(refused(dir, &path, source)),
+            Err(TryLockError::Error(source)) => return Err(StoreError::refused(&path, source)),
         }
-    }
-}
-
-/// Tells a full disk and a lack of permission from other refusals of the file system.
-fn refused(dir: &Path, path: &Path, source: std::io::Error) -> StoreError {
-    use std::io::ErrorKind::{PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
-    match source.kind() {
-        StorageFull | QuotaExceeded => StoreError::Full,
-        PermissionDenied | ReadOnlyFilesystem => StoreError::ReadOnly {
-            path: dir.to_owned(),
-        },
-        _ => StoreError::Io {
-            path: path.to_owned(),
-            source,
-        },
     }
 }
