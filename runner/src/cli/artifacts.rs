@@ -1,10 +1,13 @@
 //! `retort artifacts`.
 
+use std::collections::HashSet;
+
 use clap::Subcommand;
 
+use crate::artifact::{self, Layout};
 use crate::cli::{Context, Error, Exit, FormatArgs, runs, talk};
 use crate::store::{Access, ArtifactRow, Store};
-use crate::table::{Cell, Rows, Style};
+use crate::table::{Cell, Rows, Style, Tone};
 
 /// Arguments of `artifacts`.
 #[derive(Debug, clap::Args)]
@@ -136,9 +139,69 @@ fn list(args: &ListArgs, context: &Context) -> Result<(), Error> {
     Ok(talk::print(&text)?)
 }
 
-fn verify(_args: &VerifyArgs, _context: &Context) -> Result<(), Error> {
-    Err(Error::new(
-        Exit::Internal,
-        "`artifacts verify` is not built yet",
-    ))
+fn verify(args: &VerifyArgs, context: &Context) -> Result<(), Error> {
+    let mut artifacts = context.runtime()?.block_on(async {
+        let store = Store::open(&context.store, Access::ReadOnly).await?;
+        let artifacts = store.list_artifacts(None).await?;
+        store.close().await;
+        Ok::<_, Error>(artifacts)
+    })?;
+    for prefix in &args.hash {
+        if prefix.is_empty()
+            || !artifacts
+                .iter()
+                .any(|row| row.artifact.hash.starts_with(prefix.as_str()))
+        {
+            return Err(Error::new(
+                Exit::NothingMatches,
+                format!("no artifact's hash begins with `{prefix}`"),
+            )
+            .hint("`retort artifacts list` shows them all"));
+        }
+    }
+    let wanted = |hash: &str| {
+        args.hash.is_empty()
+            || args
+                .hash
+                .iter()
+                .any(|prefix| hash.starts_with(prefix.as_str()))
+    };
+    // One content may have been made more than once; it lies on the disk once.
+    let mut seen = HashSet::new();
+    artifacts.retain(|row| wanted(&row.artifact.hash) && seen.insert(row.artifact.hash.clone()));
+
+    let layout = Layout::new(&context.store)?;
+    let mut damaged = HashSet::new();
+    let mut rows = Rows::new(&["hash", "kind", "stage", "run", "file", "problem"]);
+    for row in &artifacts {
+        for damage in artifact::verify(&layout.artifact(&row.artifact.hash), &row.artifact) {
+            damaged.insert(&row.artifact.hash);
+            rows.push([
+                runs::hash(&row.artifact.hash),
+                row.artifact.kind.as_str().into(),
+                row.stage.as_str().into(),
+                row.run.0.as_str().into(),
+                damage.path.into(),
+                Cell::from(damage.problem).tone(Tone::Bad),
+            ]);
+        }
+    }
+    let style = args.format.style(context);
+    let for_people = matches!(style, Style::Table { .. });
+    if !(rows.is_empty() && for_people) {
+        talk::print(&rows.render(style))?;
+    }
+    let verified = format!(
+        "{} artifacts verified, {} damaged",
+        artifacts.len(),
+        damaged.len()
+    );
+    if damaged.is_empty() {
+        if !context.quiet {
+            talk::say(&verified);
+        }
+        return Ok(());
+    }
+    Err(Error::new(Exit::Internal, verified)
+        .hint("remove the damaged directories from the store; a run then makes them again"))
 }
