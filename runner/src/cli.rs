@@ -28,6 +28,7 @@ pub mod talk;
 pub mod validate;
 pub mod worker;
 
+use crate::store::{Access, Store};
 use crate::table::Style;
 
 pub use error::{Error, Exit};
@@ -252,6 +253,16 @@ impl Context {
         Style::Table {
             width,
             color: self.color_stdout(),
+        }
+    }
+
+    /// The store for reading, if there is one yet.
+    pub fn known_store(&self, runtime: &tokio::runtime::Runtime) -> Result<Option<Store>, Error> {
+        match self.store.join("history.db").exists() {
+            true => Ok(Some(
+                runtime.block_on(Store::open(&self.store, Access::ReadOnly))?,
+            )),
+            false => Ok(None),
         }
     }
 

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::diagnostic::{Cause, Finding, Position, Report};
-use crate::recipe::{Recipe, RecipeStage, Source, Written};
+use crate::recipe::{self, Recipe, RecipeStage, Source, Written};
 use crate::schema::{self, Target};
 use crate::yaml::{Part, escape};
 
@@ -274,12 +274,10 @@ pub fn plan(recipe: &Recipe, plugins: &mut dyn Descriptions) -> Result<Plan, Rep
         stages,
         warnings: Vec::new(),
     };
-    findings.extend(plan.missing_files().into_iter().map(|finding| {
-        let placed = recipe.source.place(finding, Part::Value);
-        Finding {
-            severity: Severity::Warning,
-            ..placed
-        }
+    let missing = plan.missing_files().into_iter();
+    findings.extend(missing.map(|finding| Finding {
+        severity: Severity::Warning,
+        ..finding
     }));
     Ok(Plan {
         warnings: findings,
@@ -302,23 +300,42 @@ impl Plan {
                     FileKind::File => (file.path.is_file(), "file"),
                     FileKind::Dir => (file.path.is_dir(), "directory"),
                 };
-                if !there {
-                    let shown = file.path.display();
-                    let message = match file.path.exists() {
-                        true => format!("stage `{}`: {shown} is not a {what}", stage.name),
-                        false => {
-                            format!("stage `{}`: the {what} {shown} does not exist", stage.name)
-                        }
-                    };
-                    let pointer = format!("/stages/{}{}", escape(&stage.name), file.pointer);
-                    findings.push(Finding::error(pointer, message).hint(format!(
-                        "relative paths start from the recipe's directory, {}",
-                        self.base_dir.display()
-                    )));
+                if there {
+                    continue;
                 }
+                let shown = file.path.display();
+                let message = match file.path.exists() {
+                    true => format!("stage `{}`: {shown} is not a {what}", stage.name),
+                    false => format!("stage `{}`: the {what} {shown} does not exist", stage.name),
+                };
+                let pointer = format!("/stages/{}{}", escape(&stage.name), file.pointer);
+                findings.push(Finding::error(pointer, message).hint(format!(
+                    "relative paths start from the recipe's directory, {}",
+                    self.base_dir.display()
+                )));
             }
         }
-        findings
+        self.place(findings)
+    }
+
+    /// Gives findings their places in the recipe's text.
+    fn place(&self, findings: Vec<Finding>) -> Vec<Finding> {
+        if findings.is_empty() {
+            return findings;
+        }
+        match recipe::parse(
+            &self.path,
+            self.base_dir.clone(),
+            self.text.clone(),
+            &self.set,
+        ) {
+            Ok(recipe) => findings
+                .into_iter()
+                .map(|finding| recipe.source.place(finding, Part::Value))
+                .collect(),
+            // Cannot be: the plan was made from this text.
+            Err(_) => findings,
+        }
     }
 
     /// What a stage is given to validate or run; without work directory and inputs.
@@ -379,7 +396,7 @@ impl Plan {
                 }),
             }
         }
-        findings
+        self.place(findings)
     }
 }
 

@@ -1,4 +1,4 @@
-//! The store as what planning knows of the past.
+//! The store as what planning knows of the past, or nothing where there is no store yet.
 
 use std::collections::BTreeMap;
 use std::error::Error as StdError;
@@ -52,13 +52,37 @@ impl Past for History<'_> {
         &mut self,
         stage: &PlannedStage,
     ) -> Result<BTreeMap<String, String>, Box<dyn StdError>> {
-        let mut hashes = BTreeMap::new();
-        for file in stage.files.iter().filter(|file| file.path.exists()) {
-            hashes.insert(
-                file.pointer.clone(),
-                artifact::input_hash(&file.path, file.kind)?,
-            );
-        }
-        Ok(hashes)
+        file_hashes(stage)
     }
+}
+
+/// [`Past`] where there is no store yet.
+pub struct NoHistory;
+
+impl Past for NoHistory {
+    fn find_success(&mut self, _: &str) -> Result<Option<String>, Box<dyn StdError>> {
+        Ok(None)
+    }
+
+    fn last_components(&mut self, _: &str, _: &str) -> Result<Option<Value>, Box<dyn StdError>> {
+        Ok(None)
+    }
+
+    fn file_hashes(
+        &mut self,
+        stage: &PlannedStage,
+    ) -> Result<BTreeMap<String, String>, Box<dyn StdError>> {
+        file_hashes(stage)
+    }
+}
+
+fn file_hashes(stage: &PlannedStage) -> Result<BTreeMap<String, String>, Box<dyn StdError>> {
+    let mut hashes = BTreeMap::new();
+    for file in stage.files.iter().filter(|file| file.path.exists()) {
+        hashes.insert(
+            file.pointer.clone(),
+            artifact::input_hash(&file.path, file.kind)?,
+        );
+    }
+    Ok(hashes)
 }

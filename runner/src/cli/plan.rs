@@ -1,6 +1,18 @@
 //! `retort plan`.
 
-use crate::cli::{Context, Error, Exit, RecipeArgs, SelectionArgs};
+use std::collections::BTreeMap;
+
+use serde_json::{Value, json};
+
+use crate::artifact::Layout;
+use crate::cli::past::{History, NoHistory};
+use crate::cli::{Context, Error, Exit, RecipeArgs, SelectionArgs, talk};
+use crate::diagnostic::Report;
+use crate::plan::decision::{self, Action, Decision, Past};
+use crate::plan::{self, Origin, Plan, PlannedStage, Threads};
+use crate::plugin::{Plugins, search_dirs};
+use crate::recipe;
+use crate::table::{Cell, Rows, Style, Tone};
 
 /// Arguments of `plan`.
 #[derive(Debug, clap::Args)]
@@ -17,6 +29,211 @@ pub struct Args {
 }
 
 /// Prints what would run and why.
-pub fn execute(_args: &Args, _context: &Context) -> Result<(), Error> {
-    Err(Error::new(Exit::Internal, "`plan` is not built yet"))
+pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
+    let recipe = recipe::read(&args.recipe.recipe, &args.recipe.set)?;
+    let runtime = context.runtime()?;
+    let store = context.known_store(&runtime)?;
+    let mut plugins = Plugins::new(search_dirs(&context.plugin_dirs), &runtime, store.as_ref());
+    let plan = plan::plan(&recipe, &mut plugins)?;
+    let selection = &args.selection;
+    let roles = decision::select(
+        &plan,
+        selection.from.as_deref(),
+        selection.until.as_deref(),
+        &selection.force,
+    )?;
+    let mut past: Box<dyn Past> = match &store {
+        Some(store) => Box::new(History::new(&runtime, store, Layout::new(&context.store)?)),
+        None => Box::new(NoHistory),
+    };
+    let decisions = decision::decide(&plan, &roles, past.as_mut()).map_err(Error::of_history)?;
+    if args.json {
+        let document = json!({"plan": plan, "decisions": decisions});
+        talk::print(&format!("{document:#}\n"))?;
+    } else {
+        let details = context.verbose > 0;
+        talk::print(&text(&plan, &decisions, context.table_style(), details))?;
+    }
+    if !plan.warnings.is_empty() && !context.quiet {
+        let report = Report {
+            path: recipe.source.path,
+            text: recipe.source.text,
+            findings: plan.warnings,
+        };
+        talk::say(&report.render(context.color_stderr()));
+    }
+    match decisions
+        .iter()
+        .find(|decision| decision.action == Action::Missing)
+    {
+        Some(missing) => Err(Error::new(
+            Exit::NothingMatches,
+            format!(
+                "stage `{}` is needed, and its result is not in the store",
+                missing.stage
+            ),
+        )
+        .hint(format!("leave --from out, or say --from {}", missing.stage))),
+        None => Ok(()),
+    }
+}
+
+/// The plan for people.
+fn text(plan: &Plan, decisions: &[Decision], style: Style, details: bool) -> String {
+    let mut rows = Rows::new(&["", "stage", "kind", "where", "why"]);
+    for (stage, decision) in plan.stages.iter().zip(decisions) {
+        let (action, tone) = match decision.action {
+            Action::Run => ("run", Tone::Odd),
+            Action::RunInputChanges => ("run (input changes)", Tone::Odd),
+            Action::Reuse => ("reuse", Tone::Good),
+            Action::Skip => ("skip", Tone::Dim),
+            Action::Missing => ("missing", Tone::Bad),
+        };
+        let place = format!("{} {}", stage.device, stage.dtype);
+        rows.push([
+            Cell::from(action).tone(tone),
+            Cell::from(stage.name.as_str()),
+            Cell::from(stage.kind.as_str()),
+            Cell::from(place.as_str()),
+            Cell::from(decision.why.join("\n").as_str()),
+        ]);
+    }
+    let mut text = format!("{}: {}\n\n{}", plan.name, plugins(plan), rows.render(style));
+    if details {
+        for stage in &plan.stages {
+            text.push_str(&format!("\n{}", values(stage).render(style)));
+        }
+    }
+    let count = |wanted: &[Action]| {
+        decisions
+            .iter()
+            .filter(|decision| wanted.contains(&decision.action))
+            .count()
+    };
+    let (run, changed, reuse) = (
+        count(&[Action::Run]),
+        count(&[Action::RunInputChanges]),
+        count(&[Action::Reuse]),
+    );
+    let mut sums = Vec::new();
+    if run > 0 {
+        sums.push(format!("{run} to run"));
+    }
+    if changed > 0 {
+        sums.push(format!(
+            "{changed} to run unless the inputs come out as before"
+        ));
+    }
+    if reuse > 0 {
+        sums.push(format!("{reuse} to reuse"));
+    }
+    text.push_str(&format!("\n{}\n", sums.join(", ")));
+    text
+}
+
+/// The plugins of a plan, each once: `candle 0.1.0`.
+fn plugins(plan: &Plan) -> String {
+    let mut names: Vec<String> = Vec::new();
+    for stage in &plan.stages {
+        let name = format!("{} {}", stage.plugin.name, stage.plugin.version);
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    format!("{} stages, plugin {}", plan.stages.len(), names.join(", "))
+}
+
+/// Every settled value of a stage and where it came from.
+fn values(stage: &PlannedStage) -> Rows {
+    let mut rows =
+        Rows::new(&["value of", "is", "from"]).titled(format!("{} ({})", stage.name, stage.kind));
+    let threads = match stage.threads {
+        Threads::Fixed(count) => count.to_string(),
+        Threads::Share => "a share of the cores".to_owned(),
+    };
+    let timeout = stage.timeout.map_or("never".to_owned(), |timeout| {
+        humantime::format_duration(timeout).to_string()
+    });
+    let settled: BTreeMap<&str, String> = BTreeMap::from([
+        ("/device", stage.device.clone()),
+        ("/dtype", stage.dtype.clone()),
+        ("/kind", stage.kind.clone()),
+        ("/seed", stage.seed.to_string()),
+        ("/threads", threads),
+        ("/timeout", timeout),
+    ]);
+    for (pointer, origin) in &stage.origins {
+        let value = match (
+            settled.get(pointer.as_str()),
+            pointer.strip_prefix("/options"),
+        ) {
+            (Some(value), _) => value.clone(),
+            (None, Some(option)) => match stage.options.pointer(option) {
+                Some(Value::String(text)) => text.clone(),
+                Some(value) => value.to_string(),
+                None => continue,
+            },
+            (None, None) => continue,
+        };
+        let name = pointer
+            .strip_prefix("/options/")
+            .unwrap_or(&pointer[1..])
+            .replace('/', ".");
+        let tone = if *origin == Origin::Default {
+            Tone::Dim
+        } else {
+            Tone::Plain
+        };
+        rows.push([
+            Cell::from(name.as_str()),
+            Cell::from(value.as_str()).tone(tone),
+            Cell::from(origin.to_string().as_str()).tone(tone),
+        ]);
+    }
+    rows
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::fake;
+
+    #[test]
+    fn a_plan_is_shown_with_its_reasons() {
+        let recipe = "version: 1\nname: small\nbackend: fake\nstages:\n  codes: {kind: tokenizer, data: d.csv, seed: 3}\n";
+        let plan = fake::plan(recipe, &[]).unwrap();
+        let decision = Decision {
+            stage: "codes".into(),
+            action: Action::Run,
+            why: vec!["seed: 1 -> 3".into(), "--force".into()],
+            digest: None,
+            output: None,
+        };
+        let style = Style::Table {
+            width: None,
+            color: false,
+        };
+        assert_eq!(
+            text(&plan, &[decision], style, true),
+            "\
+small: 1 stages, plugin fake 0.1.0
+
+     stage  kind       where    why
+run  codes  tokenizer  cpu f32  seed: 1 -> 3
+                                --force
+
+codes (tokenizer)
+value of  is                    from
+device    cpu                   derived
+dtype     f32                   default
+kind      tokenizer             recipe:5
+data      d.csv                 recipe:5
+seed      3                     recipe:5
+threads   a share of the cores  default
+timeout   never                 default
+
+1 to run
+"
+        );
+    }
 }

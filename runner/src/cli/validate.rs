@@ -1,19 +1,138 @@
-//! `retort validate`.
+//! `retort validate`: everything that is wrong with recipes, without running anything.
 
-use crate::cli::{Context, Error, Exit, RecipeArgs};
+use std::path::PathBuf;
+
+use clap::ValueHint;
+use serde_json::{Value, json};
+
+use crate::cli::{Context, Error, Exit, talk};
+use crate::diagnostic::{Report, Severity};
+use crate::plan;
+use crate::plugin::{Plugins, search_dirs};
+use crate::recipe;
 
 /// Arguments of `validate`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The recipe.
-    #[command(flatten)]
-    pub recipe: RecipeArgs,
+    /// The recipes, YAML files.
+    #[arg(value_name = "RECIPE", required = true, value_hint = ValueHint::FilePath)]
+    pub recipes: Vec<PathBuf>,
+    /// Set a value of the recipe, as `run --set` does (may be repeated).
+    #[arg(long = "set", value_name = "PATH=VALUE")]
+    pub set: Vec<String>,
     /// Print the findings as JSON on stdout.
     #[arg(long)]
     pub json: bool,
 }
 
 /// Checks recipes and reports everything that is wrong with them.
-pub fn execute(_args: &Args, _context: &Context) -> Result<(), Error> {
-    Err(Error::new(Exit::Internal, "`validate` is not built yet"))
+pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
+    let runtime = context.runtime()?;
+    let store = context.known_store(&runtime)?;
+    let mut plugins = Plugins::new(search_dirs(&context.plugin_dirs), &runtime, store.as_ref());
+    let mut documents = Vec::new();
+    // The worst that was met: a wrong recipe before a missing plugin.
+    let mut worst: Option<Exit> = None;
+    for path in &args.recipes {
+        let (report, stages) = findings(path, &args.set, &mut plugins);
+        if args.json {
+            documents.push(document(&report));
+        } else {
+            if !report.findings.is_empty() {
+                talk::say(&format!("{}\n", report.render(context.color_stderr())));
+            }
+            if !context.quiet {
+                talk::say(&verdict(&report, stages));
+            }
+        }
+        if report.errors() > 0 {
+            let exit = if report.only_plugins() {
+                Exit::Plugin
+            } else {
+                Exit::InvalidRecipe
+            };
+            worst = Some(if worst == Some(Exit::InvalidRecipe) {
+                Exit::InvalidRecipe
+            } else {
+                exit
+            });
+        }
+    }
+    if args.json {
+        talk::print(&format!("{:#}\n", Value::Array(documents)))?;
+    }
+    worst.map_or(Ok(()), |exit| Err(Error::said(exit)))
+}
+
+/// What is wrong with a recipe, and how many stages it has.
+fn findings(
+    path: &std::path::Path,
+    set: &[String],
+    plugins: &mut dyn plan::Descriptions,
+) -> (Report, usize) {
+    let recipe = match recipe::read(path, set) {
+        Ok(recipe) => recipe,
+        Err(report) => return (report, 0),
+    };
+    match plan::plan(&recipe, plugins) {
+        Ok(mut plan) => {
+            let mut findings = std::mem::take(&mut plan.warnings);
+            findings.extend(plan.validate(plugins));
+            (
+                Report {
+                    path: path.to_owned(),
+                    text: plan.text,
+                    findings,
+                },
+                plan.stages.len(),
+            )
+        }
+        Err(report) => (report, recipe.stages.len()),
+    }
+}
+
+/// One line per recipe.
+fn verdict(report: &Report, stages: usize) -> String {
+    let path = report.path.display();
+    let count =
+        |count: usize, noun: &str| format!("{count} {noun}{}", if count == 1 { "" } else { "s" });
+    let errors = report.errors();
+    let warnings = report.findings.len() - errors;
+    match (errors, warnings) {
+        (0, 0) => format!("{path}: valid, {}", count(stages, "stage")),
+        (0, _) => format!(
+            "{path}: valid, {}, {}",
+            count(stages, "stage"),
+            count(warnings, "warning")
+        ),
+        (_, 0) => format!("{path}: {}", count(errors, "error")),
+        _ => format!(
+            "{path}: {}, {}",
+            count(errors, "error"),
+            count(warnings, "warning")
+        ),
+    }
+}
+
+/// The findings for programs.
+fn document(report: &Report) -> Value {
+    let findings: Vec<Value> = report
+        .findings
+        .iter()
+        .map(|finding| {
+            json!({
+                "severity": finding.severity,
+                "line": finding.position.map(|position| position.line),
+                "column": finding.position.map(|position| position.column),
+                "pointer": finding.pointer,
+                "message": finding.message,
+                "hint": finding.hint,
+            })
+        })
+        .collect();
+    let valid = !report
+        .findings
+        .iter()
+        .any(|finding| finding.severity == Severity::Error);
+    json!({"path": report.path, "valid": valid, "findings": findings})
 }
