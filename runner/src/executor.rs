@@ -1,6 +1,6 @@
 //! Running a plan: which stage runs when, what is reused, and when to stop.
 //!
-//! In: a plan, the part of each stage in it ([`Role`]), a store. Out: a run in the store, and a [`Report`]. Whether a
+//! In: a plan, the part of each stage in it ([`Role`]), a store. Out: a run in the store, and a [`RunReport`]. Whether a
 //! stage is reused is decided when its inputs are really there. One event loop on one thread; the work is done by worker
 //! processes, one per attempt ([`attempt`]). Deliberately absent: planning, and the terminal: what happens is told to a
 //! [`Listener`].
@@ -131,7 +131,7 @@ pub enum Event {
 
 /// How a run went.
 #[derive(Debug)]
-pub struct Report {
+pub struct RunReport {
     /// Its id.
     pub run: RunId,
     /// Its state.
@@ -214,12 +214,13 @@ pub async fn execute(
     store: Arc<Store>,
     options: &Options,
     listener: Listener,
-) -> Result<Report, ExecutorError> {
+) -> Result<RunReport, ExecutorError> {
     let system = |what| move |source| ExecutorError::System { what, source };
     let layout =
         Layout::new(store.dir()).map_err(system("the store's directory cannot be named"))?;
-    let mut signals = Signals::listen().map_err(system("signals cannot be received"))?;
     let files = file_hashes(plan, roles)?;
+    // From here on the usual effect of these signals is off.
+    let mut signals = Signals::listen().map_err(system("signals cannot be received"))?;
     let run = store.begin_run(&new_run(plan, roles, options)).await?;
     let began = Instant::now();
     let outcome = async {
@@ -257,7 +258,7 @@ pub async fn execute(
     store
         .finish_run(&run, state, why(&stages).as_deref())
         .await?;
-    Ok(Report {
+    Ok(RunReport {
         run,
         state,
         signal,

@@ -179,16 +179,19 @@ impl Teller {
 
     fn advance(&self, stage: &str, meter: &mut Meter, progress: &Progress) {
         let now = Instant::now();
+        let first = meter.first.is_none();
         let (since, from) = *meter.first.get_or_insert((now, progress.done));
         if let Some(bar) = &meter.bar {
             if progress.total > 0 && bar.length() != Some(progress.total) {
                 bar.set_length(progress.total);
                 bar.set_style(running_style());
-                // Work done by an earlier attempt is no speed of this one.
-                bar.reset_eta();
             }
             bar.set_message(progress.unit.clone());
             bar.set_position(progress.done);
+            if first {
+                // What an earlier attempt did is no speed of this one.
+                bar.reset_eta();
+            }
         } else if now.duration_since(meter.said) >= INTERVAL {
             meter.said = now;
             let rate = rate(

@@ -1,6 +1,6 @@
 //! `retort resume`: takes a run up again, with its frozen plan.
 
-use crate::cli::run::{ExecutionArgs, Job, open_store};
+use crate::cli::run::{ExecutionArgs, Job, open_store, past};
 use crate::cli::{Context, Error, Exit, talk};
 use crate::plan::decision::Role;
 use crate::plan::{Descriptions, Plan};
@@ -54,11 +54,13 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         talk::say(&format!("resuming run {run} of {}", plan.name));
     }
     let job = Job {
-        plan,
         roles,
+        shown_path: plan.path.clone(),
+        plan,
         resumed_from: Some(run),
     };
-    job.carry_out(&runtime, &mut plugins, &store, &args.execution, context)
+    job.check(&mut plugins, &mut past(&runtime, &store)?, context)?;
+    job.carry_out(&runtime, &store, &args.execution, context)
 }
 
 /// Plugins that have been built anew since are used as they are now; what they made before is made again.

@@ -11,11 +11,11 @@ use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
 use crate::artifact::Layout;
-use crate::cli::past::History;
+use crate::cli::past::{History, NoHistory};
 use crate::cli::{Context, Error, Exit, RecipeArgs, SelectionArgs, talk};
-use crate::diagnostic::{Report as Findings, Severity};
-use crate::executor::{self, ExecutorError, Options, Outcome, Report, StageReport};
-use crate::plan::decision::{self, Action, Role, SelectError};
+use crate::diagnostic::{Finding, Report, Severity};
+use crate::executor::{self, ExecutorError, Options, Outcome, RunReport, StageReport};
+use crate::plan::decision::{self, Action, Past, Role, SelectError};
 use crate::plan::{self, Plan};
 use crate::plugin::{Plugins, search_dirs};
 use crate::progress::{self, Manner, Teller};
@@ -76,17 +76,22 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         selection.until.as_deref(),
         &selection.force,
     )?;
+    let job = Job {
+        plan,
+        roles,
+        shown_path: args.recipe.recipe.clone(),
+        resumed_from: None,
+    };
+    match &known {
+        Some(store) => job.check(&mut plugins, &mut past(&runtime, store)?, context)?,
+        None => job.check(&mut plugins, &mut NoHistory, context)?,
+    }
     let store = match &known {
         Some(store) => Arc::clone(store),
         None => open_store(&runtime, &context.store)?,
     };
     plugins.remember(&store);
-    let job = Job {
-        plan,
-        roles,
-        resumed_from: None,
-    };
-    job.carry_out(&runtime, &mut plugins, &store, &args.execution, context)
+    job.carry_out(&runtime, &store, &args.execution, context)
 }
 
 /// Opens the store for a run.
@@ -96,12 +101,19 @@ pub(super) fn open_store(runtime: &Runtime, dir: &Path) -> Result<Arc<Store>, Er
     ))
 }
 
+/// What a store knows of the past.
+pub(super) fn past<'a>(runtime: &'a Runtime, store: &'a Store) -> Result<History<'a>, Error> {
+    Ok(History::new(runtime, store, Layout::new(store.dir())?))
+}
+
 /// A plan about to be run.
 pub(super) struct Job {
     /// The plan.
     pub plan: Plan,
     /// The part of each of its stages.
     pub roles: Vec<Role>,
+    /// The recipe's file, as people named it.
+    pub shown_path: PathBuf,
     /// The run that is taken up again.
     pub resumed_from: Option<RunId>,
 }
@@ -111,17 +123,11 @@ impl Job {
     pub fn carry_out(
         self,
         runtime: &Runtime,
-        plugins: &mut Plugins<'_>,
         store: &Arc<Store>,
         execution: &ExecutionArgs,
         context: &Context,
     ) -> Result<(), Error> {
         let layout = Layout::new(store.dir())?;
-        self.check(
-            plugins,
-            &mut History::new(runtime, store, layout.clone()),
-            context,
-        )?;
         let manner = Manner {
             bars: std::io::stderr().is_terminal(),
             color: context.color_stderr(),
@@ -163,85 +169,67 @@ impl Job {
         ending.conclude(context)
     }
 
-    /// Everything that can be found out before any work is done.
-    fn check(
+    /// Finds out everything that can be found out before any work is done; shows warnings.
+    pub fn check(
         &self,
         plugins: &mut Plugins<'_>,
-        past: &mut History<'_>,
+        past: &mut dyn Past,
         context: &Context,
     ) -> Result<(), Error> {
-        let wanted = |pointer: &str| {
-            let name = pointer.split('/').nth(2).unwrap_or_default();
-            self.plan
-                .stages
-                .iter()
-                .zip(&self.roles)
-                .any(|(stage, role)| stage.name == name && *role != Role::Skipped)
-        };
-        let mut findings: Vec<_> = self
-            .plan
-            .missing_files()
-            .into_iter()
-            .filter(|finding| wanted(&finding.pointer))
-            .collect();
-        let mut warnings = self.plan.warnings.clone();
-        if findings.is_empty() {
+        let mut errors = self.of_wanted(self.plan.missing_files());
+        let mut warnings = self.of_wanted(self.plan.warnings.clone());
+        if errors.is_empty() {
             let decisions =
                 decision::decide(&self.plan, &self.roles, past).map_err(Error::of_history)?;
-            if let Some(missing) = decisions
-                .iter()
-                .find(|decision| decision.action == Action::Missing)
-            {
-                return Err(ExecutorError::Missing {
-                    stage: missing.stage.clone(),
-                }
-                .into());
+            let action = |wanted: &[Action]| {
+                decisions
+                    .iter()
+                    .find(|decision| wanted.contains(&decision.action))
+            };
+            if let Some(missing) = action(&[Action::Missing]) {
+                let stage = missing.stage.clone();
+                return Err(ExecutorError::Missing { stage }.into());
             }
-            // Without work ahead nothing has to be started, and the options have been checked before.
-            if decisions
-                .iter()
-                .any(|decision| matches!(decision.action, Action::Run | Action::RunInputChanges))
-            {
-                findings.extend(
-                    self.plan
-                        .validate(plugins)
-                        .into_iter()
-                        .filter(|finding| wanted(&finding.pointer)),
-                );
+            // Without work ahead no process has to be started: the options have been checked before.
+            if action(&[Action::Run, Action::RunInputChanges]).is_some() {
+                let found = self.of_wanted(self.plan.validate(plugins)).into_iter();
+                let (grave, light): (Vec<_>, Vec<_>) =
+                    found.partition(|finding| finding.severity == Severity::Error);
+                (errors, warnings) = (grave, [warnings, light].concat());
             }
         }
-        warnings.retain(|warning| {
-            !findings
-                .iter()
-                .any(|finding| finding.pointer == warning.pointer)
-        });
-        let findings = Findings {
-            path: self.plan.path.clone(),
+        let report = |findings| Report {
+            path: self.shown_path.clone(),
             text: self.plan.text.clone(),
             findings,
         };
-        if findings.errors() > 0 {
-            return Err(findings.into());
+        if !errors.is_empty() {
+            return Err(report(errors).into());
         }
-        warnings.extend(findings.findings);
-        let warnings = Findings {
-            findings: warnings,
-            ..findings
-        };
-        let shown = warnings
-            .findings
-            .iter()
-            .any(|finding| finding.severity == Severity::Warning);
-        if shown && !context.quiet {
-            talk::say(&warnings.render(context.color_stderr()));
+        if !warnings.is_empty() && !context.quiet {
+            talk::say(&report(warnings).render(context.color_stderr()));
         }
         Ok(())
+    }
+
+    /// The findings without those about stages that are left out.
+    fn of_wanted(&self, findings: Vec<Finding>) -> Vec<Finding> {
+        let left_out = |finding: &Finding| {
+            let path = finding.pointer.strip_prefix("/stages/");
+            let name = path.and_then(|path| path.split('/').next());
+            let mut stages = self.plan.stages.iter().zip(&self.roles);
+            stages.any(|(stage, role)| Some(&*stage.name) == name && *role == Role::Skipped)
+        };
+        findings
+            .into_iter()
+            .filter(|finding| !left_out(finding))
+            .collect()
     }
 }
 
 /// What a run ends with.
 struct Ending<'a> {
-    report: &'a Report,
+    report: &'a RunReport,
     artifacts: &'a [ArtifactRow],
     layout: &'a Layout,
     plan: &'a Plan,
@@ -366,7 +354,7 @@ impl Ending<'_> {
 
     /// The last words, and the exit code.
     fn conclude(&self, context: &Context) -> Result<(), Error> {
-        let Report {
+        let RunReport {
             run,
             state,
             signal,
@@ -452,7 +440,7 @@ impl From<SelectError> for Error {
         };
         Error {
             hint,
-            ..Error::new(Exit::Usage, error.to_string())
+            ..Error::new(Exit::NothingMatches, error.to_string())
         }
     }
 }
