@@ -1,1 +1,3 @@
-//! Tests through the real binary; they are in `tests/`. Deliberately absent: anything that is not a test.
+//! What the integration tests share.
+
+pub mod golden;

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::model::{Student, Teacher, TokenShape, Tokenizer, llamagen, vq};
-use crate::weights::{self, Loader, Source, Weights};
+use crate::weights::{self, Floats, Loader, Source, Weights};
 
 /// `config.json` of a tokenizer, teacher or student.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -90,13 +90,39 @@ impl NetworkConfig {
         }
     }
 
-    /// A teacher's weights as a student's start: parameters whose meaning changes are left out and drawn anew.
-    pub fn student_start(&self, mut teacher: Weights) -> Weights {
+    /// The student of this teacher with at least as many blocks: its shape, and the weights it starts from. Parameters
+    /// whose meaning changes are left out and drawn anew; blocks beyond the teacher's start as the identity.
+    pub fn student_start(
+        &self,
+        depth: Option<usize>,
+        mut teacher: Weights,
+    ) -> Result<(Self, Weights)> {
         match self {
-            // Token embeddings become a linear map of codebook vectors.
-            Self::Llamagen(_) => teacher.remove("tok_embeddings.weight"),
-        };
-        teacher
+            Self::Llamagen(c) => {
+                let depth = depth.unwrap_or(c.depth);
+                if depth < c.depth {
+                    let message =
+                        format!("depth {depth}: the teacher has {} blocks already", c.depth);
+                    return Err(Error::option("/depth", message));
+                }
+                let student = llamagen::Config { depth, ..c.clone() };
+                // Token embeddings become a linear map of codebook vectors.
+                teacher.remove("tok_embeddings.weight");
+                for i in c.depth..depth {
+                    for (name, shape) in student.residual_outputs(i) {
+                        let data = vec![0.0; shape.iter().product()];
+                        teacher.insert(
+                            name,
+                            Floats {
+                                shape: shape.to_vec(),
+                                data,
+                            },
+                        );
+                    }
+                }
+                Ok((Self::Llamagen(student), teacher))
+            }
+        }
     }
 }
 

@@ -324,7 +324,13 @@ impl<B: Backend> Suite<'_, B> {
     }
 
     fn products(&mut self) {
-        for (m, k, n) in [(5, 7, 3), (1, 33, 19), (40, 1, 9), (17, 65, 1), (70, 50, 90)] {
+        for (m, k, n) in [
+            (5, 7, 3),
+            (1, 33, 19),
+            (40, 1, 9),
+            (17, 65, 1),
+            (70, 50, 90),
+        ] {
             for (ta, tb) in [(false, false), (true, false), (false, true), (true, true)] {
                 let left = if ta { [k, m] } else { [m, k] };
                 let right = if tb { [n, k] } else { [k, n] };
@@ -441,8 +447,7 @@ impl<B: Backend> Suite<'_, B> {
                 &|x| host::conv2d(&x[0], &x[1], stride, padding),
                 &|x| B::conv2d(&x[0], &x[1], stride, padding),
                 &|x, _, g| {
-                    let both =
-                        B::conv2d_backward(&x[0], &x[1], g, stride, padding, (true, true))?;
+                    let both = B::conv2d_backward(&x[0], &x[1], g, stride, padding, (true, true))?;
                     Ok([both.0, both.1].into_iter().flatten().collect())
                 },
             );
@@ -518,7 +523,7 @@ impl<B: Backend> Suite<'_, B> {
             ];
             let seen = [p.clone(), m.clone(), v.clone()];
             B::adamw_(&p, &m, &v, &self.put(&g, lie)?, &step)?;
-            Ok(seen)
+            Ok::<_, crate::Error>(seen)
         };
         match run() {
             Ok([p, m, v]) => {

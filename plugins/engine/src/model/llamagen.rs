@@ -63,6 +63,20 @@ impl Config {
         (2 * 4 * self.width / 3).next_multiple_of(256)
     }
 
+    /// Names and shapes of the matrices that write block `i`'s results into the residual stream.
+    pub fn residual_outputs(&self, i: usize) -> [(String, [usize; 2]); 2] {
+        [
+            (
+                format!("layers.{i}.attention.wo.weight"),
+                [self.width, self.width],
+            ),
+            (
+                format!("layers.{i}.feed_forward.w2.weight"),
+                [self.width, self.hidden()],
+            ),
+        ]
+    }
+
     /// Shape of its token sequences.
     pub fn token_shape(&self) -> TokenShape {
         TokenShape {

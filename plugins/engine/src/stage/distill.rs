@@ -40,6 +40,11 @@ pub struct Options {
     /// The stage that built the trajectories.
     #[schemars(extend("x-retort-artifact" = ["trajectories"]))]
     pub trajectories: String,
+    /// Blocks of the student; those beyond the teacher's come after them and start as the identity. As many as the
+    /// teacher, if left out. The map from noise is sequential in the tokens: depth pays.
+    #[serde(default)]
+    #[schemars(range(min = 1))]
+    pub depth: Option<usize>,
     /// Timesteps the student learns to start from, in AR steps, ascending from 0.
     pub timesteps: Vec<usize>,
     /// Relative frequency of each timestep in training; equal when empty.
@@ -199,7 +204,7 @@ impl<B: Backend> Stage<B> for Distill {
             _ => None,
         };
 
-        let start = network.student_start(bundle.weights()?);
+        let (network, start) = network.student_start(o.depth, bundle.weights()?)?;
         let mut loader = Loader::new(
             backend,
             Source::HostOrInit(&start, seed),
@@ -337,7 +342,7 @@ impl<B: Backend> Stage<B> for Distill {
             bundle::write(
                 dir,
                 (&bundle.config.tokenizer, &tokenizer),
-                Some((network, &weights)),
+                Some((&network, &weights)),
                 &o.timesteps,
             )
         })

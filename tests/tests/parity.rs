@@ -1,0 +1,12 @@
+//! Every backend against the results of the published code.
+
+use retort_candle::Candle;
+use retort_tests::golden;
+
+#[test]
+fn candle_agrees_with_the_published_code() {
+    let backend = Candle::open("cpu", "f32", 2).expect("a CPU");
+    let mut rows = golden::flow(&backend).expect("the flow map");
+    rows.extend(golden::llamagen(&backend).expect("LlamaGen"));
+    assert!(golden::report("candle", &rows), "see the table above");
+}
