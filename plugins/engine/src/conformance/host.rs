@@ -89,10 +89,14 @@ pub fn unravel(mut flat: usize, shape: &[usize]) -> Vec<usize> {
 }
 
 fn ravel(index: &[usize], shape: &[usize]) -> usize {
+<<<<<<< HEAD
     index
         .iter()
         .zip(shape)
         .fold(0, |flat, (&i, &n)| flat * n + i)
+=======
+    index.iter().zip(shape).fold(0, |flat, (&i, &n)| flat * n + i)
+>>>>>>> d56bbe2 (candle: every operation in candle's own terms; conformance of backends)
 }
 
 /// Gradient of the sum of `weights * f(inputs)` for input `which`, by central differences.
@@ -304,8 +308,13 @@ pub fn conv2d(x: &Host, w: &Host, stride: usize, padding: usize) -> Host {
                         && y - padding < x.shape[2]
                         && xx - padding < x.shape[3];
                     if inside {
+<<<<<<< HEAD
                         total +=
                             x.at(&[i[0], c, y - padding, xx - padding]) * w.at(&[i[1], c, dy, dx]);
+=======
+                        total += x.at(&[i[0], c, y - padding, xx - padding])
+                            * w.at(&[i[1], c, dy, dx]);
+>>>>>>> d56bbe2 (candle: every operation in candle's own terms; conformance of backends)
                     }
                 }
             }
