@@ -22,6 +22,9 @@ impl Backend for Candle {
     fn floats_beside(other: &T, data: &[f32], shape: &[usize]) -> Result<T> {
         Plain::floats_beside(other, data, shape)
     }
+    fn indices_beside(other: &T, data: &[u32], shape: &[usize]) -> Result<T> {
+        Plain::indices_beside(other, data, shape)
+    }
     fn to_floats(x: &T) -> Result<Vec<f32>> {
         Plain::to_floats(x)
     }

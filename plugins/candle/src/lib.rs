@@ -62,7 +62,11 @@ impl Candle {
 
 /// Folds candle's errors into the engine's: want of memory is a kind of its own, because the user can act on it.
 fn failed(error: candle_core::Error) -> Error {
-    let text = error.to_string();
+    let text = match error {
+        // A backtrace is for the log of a crash, not for a message.
+        candle_core::Error::WithBacktrace { inner, .. } => inner.to_string(),
+        other => other.to_string(),
+    };
     let lower = text.to_lowercase();
     if lower.contains("out of memory") || lower.contains("out_of_memory") {
         Error::OutOfMemory(text)

@@ -44,6 +44,10 @@ impl Backend for Plain {
             .map_err(failed)
     }
 
+    fn indices_beside(other: &T, data: &[u32], shape: &[usize]) -> Result<T> {
+        Tensor::from_slice(data, shape, other.device()).map_err(failed)
+    }
+
     fn to_floats(x: &T) -> Result<Vec<f32>> {
         x.to_dtype(DType::F32)
             .and_then(|x| x.flatten_all()?.to_vec1())
@@ -138,17 +142,14 @@ impl Backend for Plain {
     }
 
     fn matmul(a: &T, b: &T, ta: bool, tb: bool) -> Result<T> {
-        let turned = |x: &T, turn: bool| if turn { x.t() } else { Ok(x.clone()) };
-        let product = || {
-            let (a, b) = (turned(a, ta)?, turned(b, tb)?);
-            match a.matmul(&b) {
-                // Candle walks most strides and refuses the rest: those are copied.
-                Err(candle_core::Error::MatMulUnexpectedStriding(_)) => {
-                    a.contiguous()?.matmul(&b.contiguous()?)
-                }
-                done => done,
-            }
+        // Candle walks any strides within a matrix and one stride over the batch: the rest is copied.
+        let turned = |x: &T, turn: bool| {
+            let x = if turn { x.t()? } else { x.clone() };
+            let lead = x.rank() - 2;
+            let one_step = (1..lead).all(|d| x.stride()[d - 1] == x.dims()[d] * x.stride()[d]);
+            if one_step { Ok(x) } else { x.contiguous() }
         };
+        let product = || turned(a, ta)?.matmul(&turned(b, tb)?);
         product().map_err(failed)
     }
 

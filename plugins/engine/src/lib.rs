@@ -7,9 +7,9 @@
 pub mod backend;
 pub mod bundle;
 pub mod conformance;
+pub mod conformance;
 pub mod data;
 pub mod dataset;
-pub mod conformance;
 pub mod error;
 pub mod flow;
 pub mod model;

@@ -19,9 +19,11 @@ impl<B: Backend> Suite<'_, B> {
         self.slope("permute", one, &|p| p[0].permute(&[2, 0, 1]));
         self.slope("narrow", one, &|p| p[0].narrow(1, 1, 2));
         self.slope("cat", &two, &|p| Var::cat(&[&p[0], &p[1]], 1));
+        let half = || b.full(&[3, 4, 6], 0.5).map(Var::constant);
         self.slope("cat of a constant", one, &|p| {
-            Var::cat(&[&p[0], &p[0].detach()], 2)
+            Var::cat(&[&half()?, &p[0]], 2)
         });
+        self.slope("mul by a constant", one, &|p| half()?.mul(&p[0]));
         self.slope("add", &two, &|p| p[0].add(&p[1]));
         self.slope("sub", &two, &|p| p[0].sub(&p[1]));
         self.slope("mul", &two, &|p| p[0].mul(&p[1]));
@@ -36,7 +38,6 @@ impl<B: Backend> Suite<'_, B> {
         self.slope("sum", one, &|p| p[0].sum(&[0, 2]));
         self.slope("mean", one, &|p| p[0].mean(&[1]));
         self.slope("mean_all", one, &|p| p[0].mul(&p[0])?.mean_all());
-        self.slope("detach", one, &|p| p[0].detach().mul(&p[0]));
 
         let left = Host::random(&[3, 5, 6], 53, -1.0, 1.0);
         let right = Host::random(&[3, 6, 4], 54, -1.0, 1.0);
