@@ -7,7 +7,6 @@
 pub mod backend;
 pub mod bundle;
 pub mod conformance;
-pub mod conformance;
 pub mod data;
 pub mod dataset;
 pub mod error;

@@ -89,20 +89,10 @@ pub fn unravel(mut flat: usize, shape: &[usize]) -> Vec<usize> {
 }
 
 fn ravel(index: &[usize], shape: &[usize]) -> usize {
-<<<<<<< HEAD
-<<<<<<< HEAD
-=======
->>>>>>> d5d75f7 (candle: passes conformance in its plain form)
     index
         .iter()
         .zip(shape)
         .fold(0, |flat, (&i, &n)| flat * n + i)
-<<<<<<< HEAD
-=======
-    index.iter().zip(shape).fold(0, |flat, (&i, &n)| flat * n + i)
->>>>>>> d56bbe2 (candle: every operation in candle's own terms; conformance of backends)
-=======
->>>>>>> d5d75f7 (candle: passes conformance in its plain form)
 }
 
 /// Gradient of the sum of `weights * f(inputs)` for input `which`, by central differences at up to 61 elements spread
@@ -317,18 +307,8 @@ pub fn conv2d(x: &Host, w: &Host, stride: usize, padding: usize) -> Host {
                         && y - padding < x.shape[2]
                         && xx - padding < x.shape[3];
                     if inside {
-<<<<<<< HEAD
-<<<<<<< HEAD
                         total +=
                             x.at(&[i[0], c, y - padding, xx - padding]) * w.at(&[i[1], c, dy, dx]);
-=======
-                        total += x.at(&[i[0], c, y - padding, xx - padding])
-                            * w.at(&[i[1], c, dy, dx]);
->>>>>>> d56bbe2 (candle: every operation in candle's own terms; conformance of backends)
-=======
-                        total +=
-                            x.at(&[i[0], c, y - padding, xx - padding]) * w.at(&[i[1], c, dy, dx]);
->>>>>>> d5d75f7 (candle: passes conformance in its plain form)
                     }
                 }
             }
