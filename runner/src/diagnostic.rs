@@ -119,7 +119,13 @@ impl Finding {
                     .annotation(AnnotationKind::Primary.span(span));
                 title.element(snippet)
             }
-            None => Group::with_title(title).element(Origin::path(path)),
+            None => {
+                let origin = Origin::path(path);
+                Group::with_title(title).element(match self.position {
+                    Some(at) => origin.line(at.line).char_column(at.column),
+                    None => origin,
+                })
+            }
         };
         let group = match &self.hint {
             Some(hint) => group.element(Level::HELP.message(hint)),
@@ -171,10 +177,13 @@ impl Report {
 
 /// Bytes of the key or value at the beginning of `text`: what the carets stand under.
 fn token_length(text: &str) -> usize {
-    if let Some(quote @ ('"' | '\'')) = text.chars().next() {
-        if let Some(end) = text[1..].find(quote) {
-            return end + 2;
-        }
+    if let Some(quote @ ('"' | '\'')) = text.chars().next()
+        && let Some(end) = text[1..].find(quote)
+    {
+        return end + 2;
+    }
+    if text.starts_with(char::is_whitespace) {
+        return 1;
     }
     let mut end = text.len();
     for stop in [": ", ", ", " #", "]", "}"] {
@@ -230,6 +239,7 @@ error: unknown option `stpes`
         check("'a: b' # c", "'a: b'");
         check("x]", "x");
         check("", "");
+        check("\tx: 1", "\t");
     }
 
     #[test]

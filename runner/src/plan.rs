@@ -630,6 +630,10 @@ impl<'a> Planner<'a> {
         for draft in drafts {
             for reference in &draft.references {
                 let at = format!("{}{}", draft.pointer, reference.pointer);
+                // A `${...}` that could not be replaced.
+                if self.findings.iter().any(|finding| finding.pointer == at) {
+                    continue;
+                }
                 let option = reference.pointer[1..].replace('/', ".");
                 let fits = |output: &str| {
                     reference.kinds.is_empty() || reference.kinds.iter().any(|kind| kind == output)

@@ -147,11 +147,6 @@ fn above(pointer: &str) -> impl Iterator<Item = &str> {
 
 /// Reads a recipe and applies the changes of `--set`.
 pub fn read(path: &Path, set: &[String]) -> Result<Recipe, Report> {
-    let refuse = |text: String, finding: Finding| Report {
-        path: path.to_owned(),
-        text,
-        findings: vec![finding],
-    };
     let text = yaml::read(path).map_err(|error| {
         let mut finding = Finding::error("", error.to_string());
         let mut source = std::error::Error::source(&error);
@@ -159,21 +154,23 @@ pub fn read(path: &Path, set: &[String]) -> Result<Recipe, Report> {
             finding.message.push_str(&format!(": {cause}"));
             source = cause.source();
         }
-        finding.hint = match &error {
-            yaml::ReadError::Missing(_) => neighbours(path),
-            yaml::ReadError::NotAFile(_) => {
-                neighbours(&path.join("recipe.yaml")).or(Some("name a YAML file".to_owned()))
-            }
+        match error {
+            yaml::ReadError::Missing(_) => finding.hint = neighbour(path),
+            yaml::ReadError::NotAFile(_) => finding.hint = Some(content(path)),
             yaml::ReadError::TooLarge(_) => {
-                Some("data belongs into files that the recipe names".to_owned())
+                finding.hint = Some("data belongs into files that the recipe names".to_owned());
             }
-            yaml::ReadError::NotUtf8 { .. } => Some("save the file as UTF-8".to_owned()),
-            yaml::ReadError::Io { .. } => None,
-        };
-        if let yaml::ReadError::NotUtf8 { position, .. } = error {
-            finding.position = Some(position);
+            yaml::ReadError::NotUtf8 { position, .. } => {
+                finding.hint = Some("save the file as UTF-8".to_owned());
+                finding.position = Some(position);
+            }
+            yaml::ReadError::Io { .. } => {}
         }
-        refuse(String::new(), finding)
+        Report {
+            path: path.to_owned(),
+            text: String::new(),
+            findings: vec![finding],
+        }
     })?;
     let base_dir = std::path::absolute(path)
         .ok()
@@ -334,19 +331,39 @@ fn extract(source: Source, value: &Value, findings: Vec<Finding>) -> Recipe {
     }
 }
 
-/// Other YAML files where a recipe was looked for.
-fn neighbours(path: &Path) -> Option<String> {
-    let parent = path
+/// The YAML file that was meant by a path at which there is none.
+fn neighbour(path: &Path) -> Option<String> {
+    let directory = path
         .parent()
-        .filter(|parent| !parent.as_os_str().is_empty());
-    let entries = std::fs::read_dir(parent.unwrap_or(Path::new("."))).ok()?;
+        .filter(|parent| !parent.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    let names = yaml_files(directory);
+    let name = path.file_name()?.to_string_lossy();
+    let near = schema::nearest(&name, names.iter().map(String::as_str))?;
+    Some(format!(
+        "did you mean {}?",
+        path.with_file_name(near).display()
+    ))
+}
+
+/// What to name instead of a directory.
+fn content(directory: &Path) -> String {
+    match yaml_files(directory).as_slice() {
+        [] => "name a YAML file".to_owned(),
+        names => format!("name a file in it: {}", names.join(", ")),
+    }
+}
+
+/// The first YAML files of a directory, by name.
+fn yaml_files(directory: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(directory).into_iter().flatten();
     let mut names: Vec<String> = entries
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
         .filter(|name| name.ends_with(".yaml") || name.ends_with(".yml"))
         .collect();
     names.sort();
-    let name = path.file_name()?.to_string_lossy();
-    schema::suggest(&name, names.iter().map(String::as_str))
+    names.truncate(100);
+    names
 }
 
 /// Applies one `--set path=value` and returns the pointer of what was set.

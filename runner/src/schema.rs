@@ -1103,19 +1103,17 @@ fn fits(root: &Value, node: &Value, value: &Value, strict: bool, depth: usize) -
     if depth > 32 {
         return true;
     }
-    if let Some(target) = resolve(root, node) {
-        if !fits(root, target, value, strict, depth + 1) {
-            return false;
-        }
+    if resolve(root, node).is_some_and(|target| !fits(root, target, value, strict, depth + 1)) {
+        return false;
     }
     for key in ["anyOf", "oneOf"] {
-        if let Some(parts) = node.get(key).and_then(Value::as_array) {
-            if !parts
+        let fits_one = |parts: &Vec<Value>| {
+            parts
                 .iter()
                 .any(|part| fits(root, part, value, strict, depth + 1))
-            {
-                return false;
-            }
+        };
+        if !node.get(key).and_then(Value::as_array).is_none_or(fits_one) {
+            return false;
         }
     }
     let of_type = |kind: &Value| match kind.as_str() {

@@ -243,8 +243,11 @@ fn explain(text: &str, error: &serde_yaml::Error) -> YamlError {
     } else if full.contains("mapping values are not allowed") {
         message = "`:` is not expected here".to_owned();
         hint = Some(
-            "a text with `: ` in it needs quotes; otherwise the indentation is off".to_owned(),
+            "a text with `: ` in it needs quotes; or the line before lacks its `:`; or the indentation is off"
+                .to_owned(),
         );
+    } else if full.contains("flow mapping") || full.contains("flow sequence") {
+        hint = Some("a `,` or a closing bracket is missing, here or on a line before".to_owned());
     } else if full.contains("did not find expected key")
         || full.contains("did not find expected '-'")
     {

@@ -140,7 +140,11 @@ fn plugins(plan: &Plan) -> String {
             names.push(name);
         }
     }
-    format!("{} stages, plugin {}", plan.stages.len(), names.join(", "))
+    format!(
+        "{}, plugin {}",
+        talk::count(plan.stages.len(), "stage"),
+        names.join(", ")
+    )
 }
 
 /// Every settled value of a stage and where it came from.
@@ -216,7 +220,7 @@ mod tests {
         assert_eq!(
             text(&plan, &[decision], style, true),
             "\
-small: 1 stages, plugin fake 0.1.0
+small: 1 stage, plugin fake 0.1.0
 
      stage  kind       where    why
 run  codes  tokenizer  cpu f32  seed: 1 -> 3

@@ -55,7 +55,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         });
     };
     if args.table {
-        let rows = options(&stage.schema).titled(format!("{}: {}\n", stage.kind, stage.summary));
+        let rows = options(&stage.schema).titled(format!("{}: {}", stage.kind, stage.summary));
         talk::print(&rows.render(context.table_style()))?;
     } else {
         talk::print(&format!("{:#}\n", stage.schema))?;

@@ -32,6 +32,11 @@ pub fn say(line: &str) {
     }
 }
 
+/// `1 stage`, `2 stages`.
+pub fn count(count: usize, noun: &str) -> String {
+    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
+}
+
 /// From now on talk is printed above these bars; `None` ends it.
 pub fn attach(bars: Option<MultiProgress>) {
     if let Ok(mut current) = BARS.write() {

@@ -94,8 +94,7 @@ fn findings(
 /// One line per recipe.
 fn verdict(report: &Report, stages: usize) -> String {
     let path = report.path.display();
-    let count =
-        |count: usize, noun: &str| format!("{count} {noun}{}", if count == 1 { "" } else { "s" });
+    use talk::count;
     let errors = report.errors();
     let warnings = report.findings.len() - errors;
     match (errors, warnings) {

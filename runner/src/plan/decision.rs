@@ -267,7 +267,7 @@ pub fn decide(
                     }
                     Some(own) => decision.why.extend(own.iter().cloned()),
                 }
-                if !waiting.is_empty() {
+                if own.is_some() && !waiting.is_empty() {
                     let verb = if waiting.len() == 1 { "runs" } else { "run" };
                     decision
                         .why
