@@ -1,0 +1,116 @@
+//! Under which name a stage's result is found again.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Value, json};
+
+use super::PlannedStage;
+
+/// Digest of a stage: equal digests mean that a result can be reused.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Digest {
+    /// BLAKE3 of the components' canonical JSON, hex.
+    pub hex: String,
+    /// What went in, each component under its own name, keys sorted.
+    pub components: Value,
+}
+
+/// Digest of a stage from the content hashes of its inputs (by name of the stage that made them) and of its files (by
+/// pointer into the options). `None` while one of them is not known.
+///
+/// In it: kind and revision, options with references and paths replaced by content hashes, seed, kind of device,
+/// dtype, plugin name, version and file hash. Not in it: names of stages, threads, timeout, description, paths.
+pub fn digest(
+    stage: &PlannedStage,
+    input_hashes: &BTreeMap<String, String>,
+    file_hashes: &BTreeMap<String, String>,
+) -> Option<Digest> {
+    let mut options = stage.options.clone();
+    for reference in &stage.references {
+        let hash = input_hashes.get(&reference.stage)?;
+        *options.pointer_mut(&reference.pointer)? = Value::String(format!("artifact:{hash}"));
+    }
+    for file in &stage.files {
+        let hash = file_hashes.get(&file.pointer)?;
+        *options.pointer_mut(&file.pointer)? = Value::String(format!("file:{hash}"));
+    }
+    let device_kind = stage.device.split(':').next().unwrap_or_default();
+    let components = sorted(json!({
+        "device": device_kind,
+        "dtype": stage.dtype,
+        "kind": {"name": stage.kind, "revision": stage.revision},
+        "options": options,
+        "plugin": {"hash": stage.plugin.hash, "name": stage.plugin.name, "version": stage.plugin.version},
+        "seed": stage.seed,
+    }));
+    let hex = blake3::hash(components.to_string().as_bytes())
+        .to_hex()
+        .to_string();
+    Some(Digest { hex, components })
+}
+
+/// The value with the keys of all its objects sorted: equal values get equal texts.
+fn sorted(value: Value) -> Value {
+    match value {
+        Value::Object(map) => {
+            let entries: BTreeMap<String, Value> = map
+                .into_iter()
+                .map(|(key, value)| (key, sorted(value)))
+                .collect();
+            Value::Object(entries.into_iter().collect())
+        }
+        Value::Array(items) => Value::Array(items.into_iter().map(sorted).collect()),
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::plan::{Threads, fake};
+
+    #[test]
+    fn the_digest_holds_what_decides_the_result() {
+        let plan = fake::plan(
+            "version: 1\nbackend: fake\nstages:\n  codes: {kind: tokenizer, data: d.csv}\n  teacher: {kind: pretrain, tokenizer: codes}\n",
+            &[],
+        )
+        .unwrap();
+        let stage = plan.stage("teacher").unwrap();
+        let inputs = BTreeMap::from([("codes".to_owned(), "abc".to_owned())]);
+        let hex =
+            |stage: &PlannedStage, inputs| digest(stage, inputs, &BTreeMap::new()).unwrap().hex;
+        let first = hex(stage, &inputs);
+        let mut same = stage.clone();
+        (same.name, same.threads, same.timeout) = (
+            "other".into(),
+            Threads::Fixed(9),
+            Some(Duration::from_secs(1)),
+        );
+        assert_eq!(hex(&same, &inputs), first);
+        type Change = fn(&mut PlannedStage);
+        let changes: [Change; 6] = [
+            |stage| stage.seed += 1,
+            |stage| stage.device = "cuda:0".into(),
+            |stage| stage.dtype = "bf16".into(),
+            |stage| stage.revision += 1,
+            |stage| stage.plugin.hash.push('x'),
+            |stage| stage.options["steps"] = json!(3),
+        ];
+        for change in changes {
+            let mut other = stage.clone();
+            change(&mut other);
+            assert_ne!(hex(&other, &inputs), first);
+        }
+        assert_ne!(
+            hex(
+                stage,
+                &BTreeMap::from([("codes".to_owned(), "abd".to_owned())])
+            ),
+            first
+        );
+        assert_eq!(digest(stage, &BTreeMap::new(), &BTreeMap::new()), None);
+    }
+}

@@ -1,0 +1,126 @@
+//! Values made complete: the schema's defaults filled in, numbers of the schema's type.
+
+use serde_json::{Value, json};
+
+use super::branch::{branches, child_schema, resolve};
+use crate::yaml::escape;
+
+/// Fills in the defaults and gives numbers their schema's type (`1` where a real number is expected becomes `1.0`, so
+/// that equal settings are equal texts). Returns pointers to what was filled in.
+pub fn settle(schema: &Value, value: &mut Value) -> Vec<String> {
+    let mut filled = Vec::new();
+    settle_node(schema, schema, value, "", &mut filled);
+    filled
+}
+
+fn settle_node(
+    root: &Value,
+    node: &Value,
+    value: &mut Value,
+    pointer: &str,
+    filled: &mut Vec<String>,
+) {
+    // Filling in defaults never changes which alternative fits: it adds what that one allows.
+    for node in branches(root, node, value) {
+        let is = |name: &str| match node.get("type") {
+            Some(Value::Array(kinds)) => kinds.iter().any(|kind| kind == name),
+            Some(kind) => kind == name,
+            None => false,
+        };
+        match value {
+            Value::Object(entries) => {
+                for (key, schema) in node
+                    .get("properties")
+                    .and_then(Value::as_object)
+                    .into_iter()
+                    .flatten()
+                {
+                    let path = format!("{pointer}/{}", escape(key));
+                    if !entries.contains_key(key) {
+                        let own = schema.get("default");
+                        let Some(default) = own.or_else(|| resolve(root, schema)?.get("default"))
+                        else {
+                            continue;
+                        };
+                        entries.insert(key.clone(), default.clone());
+                        filled.push(path.clone());
+                    }
+                    settle_node(root, schema, &mut entries[key.as_str()], &path, filled);
+                }
+                if let Some(rest) = node
+                    .get("additionalProperties")
+                    .filter(|rest| rest.is_object())
+                {
+                    let known = node.get("properties").and_then(Value::as_object);
+                    for (key, value) in entries.iter_mut() {
+                        if !known.is_some_and(|known| known.contains_key(key)) {
+                            settle_node(
+                                root,
+                                rest,
+                                value,
+                                &format!("{pointer}/{}", escape(key)),
+                                filled,
+                            );
+                        }
+                    }
+                }
+            }
+            Value::Array(items) => {
+                for (index, item) in items.iter_mut().enumerate() {
+                    if let Some(schema) = child_schema(node, &index.to_string()) {
+                        settle_node(root, schema, item, &format!("{pointer}/{index}"), filled);
+                    }
+                }
+            }
+            Value::Number(number) => {
+                let real = number.as_f64().unwrap_or(0.0);
+                // 2^53: every whole number up to it is exact.
+                if is("integer")
+                    && number.is_f64()
+                    && real.fract() == 0.0
+                    && real.abs() <= 9_007_199_254_740_992.0
+                {
+                    *value = json!(real as i64);
+                } else if is("number") && !is("integer") && !number.is_f64() {
+                    *value = json!(real);
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::fake;
+
+    #[test]
+    fn defaults_are_filled_in_at_every_depth() {
+        let schema = fake::schema("everything");
+        let settled = |mut value: Value| {
+            let filled = settle(&schema, &mut value);
+            assert!(jsonschema::is_valid(&schema, &value), "{value}");
+            (value, filled)
+        };
+        let (value, filled) = settled(json!({"data": "d"}));
+        assert_eq!(
+            value,
+            json!({
+                "data": "d", "steps": 1000, "flag": false, "times": [0], "guidance": null, "loss": "l2", "set": null,
+                "schedule": {"type": "cosine", "warmup": 100, "rate": 0.001}, "sources": {}
+            })
+        );
+        assert!(filled.contains(&"/schedule".to_owned()) && !filled.contains(&"/data".to_owned()));
+        let (value, _) = settled(
+            json!({"data": "d", "schedule": {"type": "constant", "rate": 1}, "steps": 2.0}),
+        );
+        assert_eq!(
+            value["schedule"].to_string(),
+            r#"{"type":"constant","rate":1.0}"#
+        );
+        assert_eq!(value["steps"].to_string(), "2");
+        let (value, _) = settled(json!({"data": "d", "schedule": {"type": "cosine", "rate": 0.5}}));
+        assert_eq!(value["schedule"]["warmup"], 100);
+    }
+}

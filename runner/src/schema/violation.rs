@@ -1,0 +1,594 @@
+//! What is wrong with a value, in words of people.
+//!
+//! In: a schema and a value. Out: each independent mistake once, with a JSON pointer. The finding is jsonschema's; the
+//! words are ours, because "is not valid under any of the schemas listed in 'oneOf'" helps nobody: where alternatives
+//! fail, the one that was meant (by its type or its tag) says what is wrong.
+
+use jsonschema::ValidationError;
+use jsonschema::error::{TypeKind, ValidationErrorKind};
+use serde_json::Value;
+
+use super::branch::{branches, child, child_schema};
+use super::{NAME_PATTERN, list, nearest, plain, suggest};
+use crate::yaml::{Part, escape};
+
+/// What is wrong with a value.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Violation {
+    /// JSON pointer to the value at fault.
+    pub pointer: String,
+    /// Whether its key or its value is at fault.
+    pub part: Part,
+    /// What is wrong and what was expected.
+    pub message: String,
+    /// What to do.
+    pub hint: Option<String>,
+}
+
+/// What is wrong with `value`, each independent mistake once. `noun` is what a key is called: `key`, `option`.
+pub fn check(schema: &Value, value: &Value, noun: &str) -> Vec<Violation> {
+    let validator = match jsonschema::options().offline().build(schema) {
+        Ok(validator) => validator,
+        // A plugin's mistake, which `plugin check` reports in full.
+        Err(error) => {
+            return vec![Violation {
+                pointer: String::new(),
+                part: Part::Key,
+                message: format!("the plugin's schema of this stage is invalid: {error}"),
+                hint: Some("`retort plugin check` says more".to_owned()),
+            }];
+        }
+    };
+    let errors: Vec<ValidationError<'_>> = validator.iter_errors(value).collect();
+    let explainer = Explainer {
+        root: schema,
+        value,
+        noun,
+    };
+    let mut violations: Vec<Violation> = errors
+        .iter()
+        .flat_map(|error| explainer.explain(error))
+        .collect();
+    // A misspelt required key is one mistake, not two.
+    let guesses: Vec<String> = violations
+        .iter()
+        .filter_map(|violation| violation.hint.clone())
+        .collect();
+    violations.retain(|violation| {
+        let missing = violation
+            .message
+            .strip_suffix(" is missing")
+            .and_then(|text| text.rsplit_once(' '));
+        !missing.is_some_and(|(_, name)| guesses.contains(&format!("did you mean {name}?")))
+    });
+    violations.dedup();
+    violations
+}
+
+/// Says in words what a validation error means.
+struct Explainer<'a> {
+    root: &'a Value,
+    value: &'a Value,
+    noun: &'a str,
+}
+
+impl Explainer<'_> {
+    fn explain(&self, error: &ValidationError<'_>) -> Vec<Violation> {
+        let pointer = error.instance_path().as_str().to_owned();
+        let found = error.instance();
+        let name = self.name(&pointer);
+        let one = |message: String, hint: Option<String>| {
+            vec![Violation {
+                pointer: pointer.clone(),
+                part: Part::Value,
+                message,
+                hint,
+            }]
+        };
+        match error.kind() {
+            ValidationErrorKind::AdditionalProperties { unexpected }
+            | ValidationErrorKind::UnevaluatedProperties { unexpected } => {
+                let known = self.properties(&pointer);
+                unexpected
+                    .iter()
+                    .map(|key| Violation {
+                        pointer: format!("{pointer}/{}", escape(key)),
+                        part: Part::Key,
+                        message: match pointer.as_str() {
+                            "" => format!("unknown {} `{key}`", self.noun),
+                            _ => format!("unknown key `{key}` in {name}"),
+                        },
+                        hint: suggest(key, known.iter().map(|(name, _)| name.as_str())),
+                    })
+                    .collect()
+            }
+            ValidationErrorKind::Required { property } => {
+                let key = property.as_str().unwrap_or_default();
+                let known = self.properties(&pointer);
+                let description = known
+                    .iter()
+                    .find(|(name, _)| name == key)
+                    .and_then(|(_, schema)| schema.get("description")?.as_str())
+                    .map(|text| format!("`{key}`: {}", text.lines().next().unwrap_or_default()));
+                let owner = if pointer.is_empty() {
+                    String::new()
+                } else {
+                    format!("{name}: ")
+                };
+                let message = format!(
+                    "{owner}the {} `{key}` is missing",
+                    if pointer.is_empty() { self.noun } else { "key" }
+                );
+                vec![Violation {
+                    pointer,
+                    part: Part::Key,
+                    message,
+                    hint: description,
+                }]
+            }
+            ValidationErrorKind::Type { kind } => {
+                let expected = match kind {
+                    TypeKind::Single(one) => vec![type_name(&one.to_string())],
+                    TypeKind::Multiple(set) => {
+                        set.iter().map(|one| type_name(&one.to_string())).collect()
+                    }
+                };
+                self.wrong_type(&pointer, &expected, found)
+            }
+            ValidationErrorKind::Enum { options } => {
+                let options = options.as_array().cloned().unwrap_or_default();
+                self.wrong_choice(&pointer, &options, found)
+            }
+            ValidationErrorKind::Constant { expected_value } => {
+                self.wrong_choice(&pointer, std::slice::from_ref(expected_value), found)
+            }
+            ValidationErrorKind::AnyOf { context }
+            | ValidationErrorKind::OneOfNotValid { context } => {
+                self.explain_branches(&pointer, context, found)
+            }
+            ValidationErrorKind::Minimum { limit } => one(
+                format!("{name} is {found}; at least {limit} was expected"),
+                None,
+            ),
+            ValidationErrorKind::Maximum { limit } => one(
+                format!("{name} is {found}; at most {limit} was expected"),
+                None,
+            ),
+            ValidationErrorKind::ExclusiveMinimum { limit } => one(
+                format!("{name} is {found}; more than {limit} was expected"),
+                None,
+            ),
+            ValidationErrorKind::ExclusiveMaximum { limit } => one(
+                format!("{name} is {found}; less than {limit} was expected"),
+                None,
+            ),
+            ValidationErrorKind::MinItems { limit } => one(
+                format!("{name} has too few items; at least {limit} expected"),
+                None,
+            ),
+            ValidationErrorKind::MaxItems { limit } => one(
+                format!("{name} has too many items; at most {limit} expected"),
+                None,
+            ),
+            ValidationErrorKind::MinProperties { .. } => one(format!("{name} is empty"), None),
+            ValidationErrorKind::PropertyNames { error } => {
+                let key = error.instance().as_str().unwrap_or_default().to_owned();
+                vec![Violation {
+                    pointer: format!("{pointer}/{}", escape(&key)),
+                    part: Part::Key,
+                    message: format!("`{key}` cannot be a name in {name}"),
+                    hint: Some(match error.kind() {
+                        ValidationErrorKind::Pattern { pattern } => pattern_hint(pattern),
+                        _ => error.to_string(),
+                    }),
+                }]
+            }
+            ValidationErrorKind::Pattern { pattern } => one(
+                format!("{name} cannot be {}", show(found)),
+                Some(pattern_hint(pattern)),
+            ),
+            _ => one(format!("{name}: {error}"), None),
+        }
+    }
+
+    /// What is wrong with a value that fits none of several schemas: the mistake in the one that was meant.
+    fn explain_branches(
+        &self,
+        pointer: &str,
+        branches: &[Vec<ValidationError<'static>>],
+        found: &Value,
+    ) -> Vec<Violation> {
+        let here = |error: &ValidationError<'_>| error.instance_path().as_str() == pointer;
+        let types = |branch: &[ValidationError<'static>]| -> Option<Vec<String>> {
+            branch
+                .iter()
+                .find(|error| here(error))
+                .and_then(|error| match error.kind() {
+                    ValidationErrorKind::Type {
+                        kind: TypeKind::Single(one),
+                    } => Some(vec![type_name(&one.to_string())]),
+                    ValidationErrorKind::Type {
+                        kind: TypeKind::Multiple(set),
+                    } => Some(set.iter().map(|one| type_name(&one.to_string())).collect()),
+                    _ => None,
+                })
+        };
+        let fitting: Vec<&Vec<ValidationError<'static>>> = branches
+            .iter()
+            .filter(|branch| types(branch).is_none())
+            .collect();
+        if fitting.is_empty() {
+            let expected: Vec<String> = branches
+                .iter()
+                .filter_map(|branch| types(branch))
+                .flatten()
+                .collect();
+            return self.wrong_type(pointer, &expected, found);
+        }
+        if let [only] = fitting.as_slice() {
+            return only.iter().flat_map(|error| self.explain(error)).collect();
+        }
+        // An enum: constants all the way down.
+        let mut constants = Vec::new();
+        if fitting.iter().all(|branch| {
+            branch
+                .iter()
+                .all(|error| here(error) && collect_constants(error, &mut constants))
+        }) {
+            return self.wrong_choice(pointer, &constants, found);
+        }
+        // A tagged enum: the branch whose tag is right, else the tags that there are.
+        let mut tags: Vec<(String, Value)> = Vec::new();
+        let mut tagged = Vec::new();
+        for branch in &fitting {
+            let mut wrong = false;
+            for error in branch.iter().filter(|error| !here(error)) {
+                let path = error.instance_path().as_str();
+                let child = path
+                    .strip_prefix(pointer)
+                    .is_some_and(|rest| rest.matches('/').count() == 1);
+                let mut values = Vec::new();
+                if child
+                    && matches!(
+                        error.kind(),
+                        ValidationErrorKind::Constant { .. } | ValidationErrorKind::Enum { .. }
+                    )
+                    && collect_constants(error, &mut values)
+                {
+                    wrong = true;
+                    tags.extend(values.into_iter().map(|value| (path.to_owned(), value)));
+                }
+            }
+            if !wrong {
+                tagged.push(*branch);
+            }
+        }
+        if tagged.is_empty() && !tags.is_empty() && tags.iter().all(|(path, _)| *path == tags[0].0)
+        {
+            let path = tags[0].0.clone();
+            let options: Vec<Value> = tags.into_iter().map(|(_, value)| value).collect();
+            let found = self.value.pointer(&path).unwrap_or(&Value::Null);
+            return self.wrong_choice(&path, &options, found);
+        }
+        let candidates = if tagged.is_empty() { fitting } else { tagged };
+        let best = candidates.into_iter().min_by_key(|branch| branch.len());
+        best.into_iter()
+            .flatten()
+            .flat_map(|error| self.explain(error))
+            .collect()
+    }
+
+    fn wrong_type(&self, pointer: &str, expected: &[String], found: &Value) -> Vec<Violation> {
+        let mut expected = expected.to_vec();
+        expected.dedup();
+        // `null` means "leave it out": not what somebody who wrote something meant.
+        if expected.len() > 1 {
+            expected.retain(|name| name != "null");
+        }
+        let wants = |name: &str| expected.iter().any(|expected| expected == name);
+        let hint = match found {
+            Value::String(text) if wants("a number") || wants("a whole number") => {
+                let plain = text.replace(['_', ' ', ','], "");
+                match plain.parse::<f64>() {
+                    Ok(_) if plain == *text => Some(format!("remove the quotes: {plain}")),
+                    Ok(_) => Some(format!("write it without separators: {plain}")),
+                    Err(_) => None,
+                }
+            }
+            Value::String(text)
+                if wants("true or false")
+                    && matches!(
+                        text.to_lowercase().as_str(),
+                        "yes" | "no" | "on" | "off" | "y" | "n" | "true" | "false"
+                    ) =>
+            {
+                Some("write `true` or `false`".to_owned())
+            }
+            Value::Number(_) | Value::Bool(_) if wants("a text") => {
+                Some(format!("put it in quotes: \"{found}\""))
+            }
+            Value::Null => Some("write a value after the `:`, or remove the key".to_owned()),
+            found if wants("a list") && !found.is_object() => {
+                Some(format!("write a list: [{}]", plain(found)))
+            }
+            _ => None,
+        };
+        let message = format!(
+            "{}: expected {}, got {}",
+            self.name(pointer),
+            expected.join(" or "),
+            describe(found)
+        );
+        vec![Violation {
+            pointer: pointer.to_owned(),
+            part: Part::Value,
+            message,
+            hint,
+        }]
+    }
+
+    fn wrong_choice(&self, pointer: &str, options: &[Value], found: &Value) -> Vec<Violation> {
+        let names: Vec<String> = options
+            .iter()
+            .filter(|option| !option.is_null())
+            .map(plain)
+            .collect();
+        let known: Vec<&str> = names.iter().map(String::as_str).collect();
+        let message = match known.as_slice() {
+            [only] => format!(
+                "{}: expected `{only}`, got {}",
+                self.name(pointer),
+                show(found)
+            ),
+            _ => format!(
+                "{}: expected one of {}, got {}",
+                self.name(pointer),
+                list(&known),
+                show(found)
+            ),
+        };
+        let hint = found
+            .as_str()
+            .and_then(|text| nearest(text, known.iter().copied()))
+            .map(|near| format!("did you mean `{near}`?"));
+        vec![Violation {
+            pointer: pointer.to_owned(),
+            part: Part::Value,
+            message,
+            hint,
+        }]
+    }
+
+    /// `/schedule/warmup` -> `schedule.warmup`
+    fn name(&self, pointer: &str) -> String {
+        if pointer.is_empty() {
+            return "this".to_owned();
+        }
+        format!(
+            "`{}`",
+            pointer[1..]
+                .replace('/', ".")
+                .replace("~1", "/")
+                .replace("~0", "~")
+        )
+    }
+
+    /// The properties that the schema knows at a place in the value.
+    fn properties(&self, pointer: &str) -> Vec<(String, &Value)> {
+        let mut nodes = branches(self.root, self.root, self.value);
+        let mut value = self.value;
+        for step in pointer.split('/').skip(1) {
+            let step = step.replace("~1", "/").replace("~0", "~");
+            let Some(child) = child(value, &step) else {
+                return Vec::new();
+            };
+            nodes = nodes
+                .into_iter()
+                .filter_map(|node| child_schema(node, &step))
+                .flat_map(|node| branches(self.root, node, child))
+                .collect();
+            value = child;
+        }
+        let mut properties: Vec<(String, &Value)> = Vec::new();
+        for (name, schema) in nodes
+            .iter()
+            .filter_map(|node| node.get("properties")?.as_object())
+            .flatten()
+        {
+            if !properties.iter().any(|(known, _)| known == name) {
+                properties.push((name.clone(), schema));
+            }
+        }
+        properties
+    }
+}
+
+/// Adds the constants that an error asks for; false when it asks for something else.
+fn collect_constants(error: &ValidationError<'_>, constants: &mut Vec<Value>) -> bool {
+    match error.kind() {
+        ValidationErrorKind::Constant { expected_value } => {
+            constants.push((**expected_value).clone());
+            true
+        }
+        ValidationErrorKind::Enum { options } => {
+            constants.extend(options.as_array().into_iter().flatten().cloned());
+            true
+        }
+        ValidationErrorKind::AnyOf { context } | ValidationErrorKind::OneOfNotValid { context } => {
+            context
+                .iter()
+                .flatten()
+                .all(|error| collect_constants(error, constants))
+        }
+        // Next to an enum of texts, `null` and the like say nothing.
+        _ => false,
+    }
+}
+
+fn pattern_hint(pattern: &str) -> String {
+    match pattern {
+        NAME_PATTERN => "names consist of lower-case letters, digits, `-` and `_`, and begin with a letter or digit".to_owned(),
+        pattern if pattern.contains("auto|cpu") => "expected `auto`, `cpu`, `cuda` or `cuda:N`".to_owned(),
+        pattern => format!("it has to match {pattern}"),
+    }
+}
+
+fn type_name(name: &str) -> String {
+    match name {
+        "integer" => "a whole number",
+        "number" => "a number",
+        "string" => "a text",
+        "boolean" => "true or false",
+        "array" => "a list",
+        "object" => "a mapping",
+        other => other,
+    }
+    .to_owned()
+}
+
+/// A value with the name of its type.
+fn describe(value: &Value) -> String {
+    match value {
+        Value::Null => "nothing".to_owned(),
+        Value::Bool(_) | Value::Number(_) => value.to_string(),
+        Value::String(_) => format!("the text {}", show(value)),
+        Value::Array(_) => "a list".to_owned(),
+        Value::Object(_) => "a mapping".to_owned(),
+    }
+}
+
+/// A value, not too long.
+fn show(value: &Value) -> String {
+    let text = value.to_string();
+    match text.char_indices().nth(60) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::plan::fake;
+
+    fn check_value(value: Value, expected: &[(&str, &str)]) {
+        let schema = fake::schema("everything");
+        let found: Vec<(String, String)> = check(&schema, &value, "option")
+            .into_iter()
+            .map(|violation| {
+                (
+                    violation.pointer,
+                    format!(
+                        "{} / {}",
+                        violation.message,
+                        violation.hint.unwrap_or_default()
+                    ),
+                )
+            })
+            .collect();
+        assert_eq!(found.len(), expected.len(), "{found:#?}");
+        for (pointer, part) in expected {
+            assert!(
+                found
+                    .iter()
+                    .any(|(at, said)| at == pointer && said.contains(part)),
+                "{found:#?}\nlacks {pointer} {part}"
+            );
+        }
+    }
+
+    #[test]
+    fn mistakes_are_said_in_words() {
+        check_value(json!({"data": "d"}), &[]);
+        check_value(
+            json!({}),
+            &[("", "the option `data` is missing / `data`: The images.")],
+        );
+        // Misspelt and therefore missing: one mistake.
+        check_value(
+            json!({"dta": "d"}),
+            &[("/dta", "unknown option `dta` / did you mean `data`?")],
+        );
+        let with = |key: &str, value: Value, expected: &[(&str, &str)]| {
+            let mut options = json!({"data": "d"});
+            options[key] = value;
+            check_value(options, expected);
+        };
+        with(
+            "steps",
+            json!("1_000"),
+            &[("/steps", "without separators: 1000")],
+        );
+        with(
+            "steps",
+            json!(1.5),
+            &[("/steps", "expected a whole number, got 1.5")],
+        );
+        with(
+            "steps",
+            json!(0),
+            &[("/steps", "`steps` is 0; at least 1 was expected")],
+        );
+        with(
+            "flag",
+            json!("yes"),
+            &[("/flag", "write `true` or `false`")],
+        );
+        with("data", json!(5), &[("/data", "put it in quotes: \"5\"")]);
+        with("times", json!(3), &[("/times", "write a list: [3]")]);
+        with(
+            "times",
+            json!([1, "x"]),
+            &[("/times/1", "expected a whole number")],
+        );
+        // Option<f64>: null is not offered.
+        with(
+            "guidance",
+            json!("x"),
+            &[(
+                "/guidance",
+                "`guidance`: expected a number, got the text \"x\"",
+            )],
+        );
+        // An enum with described variants.
+        with(
+            "loss",
+            json!("l3"),
+            &[(
+                "/loss",
+                "expected one of `l1`, `l2`, got \"l3\" / did you mean",
+            )],
+        );
+        // A tagged enum, optional.
+        with(
+            "schedule",
+            json!({"type": "cosine", "wramup": 3}),
+            &[(
+                "/schedule/wramup",
+                "unknown key `wramup` in `schedule` / did you mean `warmup`?",
+            )],
+        );
+        with(
+            "schedule",
+            json!({"type": "constant", "rate": "x"}),
+            &[("/schedule/rate", "expected a number")],
+        );
+        with(
+            "schedule",
+            json!({"type": "linear"}),
+            &[("/schedule/type", "expected one of `constant`, `cosine`")],
+        );
+        with(
+            "schedule",
+            json!({"warmup": 1}),
+            &[("/schedule", "the key `type` is missing")],
+        );
+        with(
+            "schedule",
+            json!(3),
+            &[("/schedule", "expected a mapping, got 3")],
+        );
+    }
+}
