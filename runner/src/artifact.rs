@@ -112,29 +112,14 @@ impl Layout {
             })
     }
 
-    /// Takes the staging directory of a run for this process, and removes what runs left there whose process is gone.
+    /// Takes the staging directory of a run for this process, and removes what dead runs have left.
     ///
     /// # Errors
     /// [`ArtifactError::Io`].
     pub fn open_staging(&self, run: &str) -> Result<Staging, ArtifactError> {
         let (root, dir) = (self.store.join("staging"), self.staging(run));
         fs::create_dir_all(&root).map_err(failed("make", &root))?;
-        for entry in fs::read_dir(&root)
-            .map_err(failed("read", &root))?
-            .flatten()
-        {
-            let path = entry.path();
-            if path
-                .extension()
-                .is_some_and(|extension| extension == "lock")
-            {
-                // A lock ends with its process, however that ended.
-                if let Ok(Some(lock)) = Lock::try_take(path.clone()) {
-                    let _ = fs::remove_dir_all(path.with_extension(""));
-                    lock.remove();
-                }
-            }
-        }
+        self.tidy();
         let lock_path = dir.with_extension("lock");
         let lock = loop {
             // Another process may hold it for the moment it takes to see that nothing is to be removed.
@@ -148,6 +133,30 @@ impl Layout {
             dir,
             lock: Some(lock),
         })
+    }
+
+    /// Removes what processes that are gone left in `staging`, and their work directories with nothing in them.
+    fn tidy(&self) {
+        for dir in ["staging", "work"] {
+            let Ok(entries) = fs::read_dir(self.store.join(dir)) else {
+                continue;
+            };
+            let locks = entries.flatten().map(|entry| entry.path());
+            for path in locks.filter(|path| path.extension() == Some("lock".as_ref())) {
+                // A lock ends with its process, however that ended.
+                let Ok(Some(lock)) = Lock::try_take(path.clone()) else {
+                    continue;
+                };
+                let owned = path.with_extension("");
+                let _ = match dir {
+                    "staging" => fs::remove_dir_all(&owned),
+                    _ => fs::remove_dir(&owned),
+                };
+                if !owned.exists() {
+                    lock.remove();
+                }
+            }
+        }
     }
 
     /// Takes the work directory of a digest for this process; `None` while another process has it.
@@ -576,7 +585,9 @@ mod tests {
         fs::create_dir_all(layout.staging("dead").join("1")).unwrap();
         fs::write(root.path().join("staging/dead.lock"), "").unwrap();
         let _mine = layout.open_staging("mine").unwrap();
-        assert!(!layout.staging("dead").exists());
+        assert!(
+            !layout.staging("dead").exists() && !root.path().join("staging/dead.lock").exists()
+        );
         assert!(layout.staging("alive").exists() && layout.staging("mine").exists());
         drop(alive);
         assert!(!layout.staging("alive").exists());

@@ -322,7 +322,7 @@ fn params(plan: &Plan) -> Vec<Param> {
     let mut params = vec![Param {
         path: "seed".into(),
         value: plan.seed.into(),
-        origin: "derived".into(),
+        origin: seed_origin(plan),
     }];
     for stage in &plan.stages {
         let value = serde_json::to_value(stage).unwrap_or_default();
@@ -351,6 +351,15 @@ fn params(plan: &Plan) -> Vec<Param> {
         }
     }
     params
+}
+
+/// Where the recipe's own seed came from, which a plan does not say.
+fn seed_origin(plan: &Plan) -> String {
+    if plan.set.iter().any(|set| set.starts_with("seed=")) {
+        return "--set".into();
+    }
+    let line = plan.text.lines().position(|line| line.starts_with("seed:"));
+    line.map_or_else(|| "default".into(), |line| format!("recipe:{}", line + 1))
 }
 
 /// Content hashes of the files that options name, by stage and pointer, for the stages that may run.
@@ -851,28 +860,51 @@ fn empty(dir: &std::path::Path) -> Result<(), ExecutorError> {
     Ok(())
 }
 
-/// The signals that stop a run.
+/// The signals that stop a run. One that was ignored when the program started (`nohup`, a background job of a script)
+/// stays ignored.
 struct Signals {
-    interrupt: Signal,
-    terminate: Signal,
-    hangup: Signal,
+    interrupt: Option<Signal>,
+    terminate: Option<Signal>,
+    hangup: Option<Signal>,
 }
 
 impl Signals {
     fn listen() -> std::io::Result<Self> {
         Ok(Self {
-            interrupt: signal(SignalKind::interrupt())?,
-            terminate: signal(SignalKind::terminate())?,
-            hangup: signal(SignalKind::hangup())?,
+            interrupt: listen(SignalKind::interrupt())?,
+            terminate: listen(SignalKind::terminate())?,
+            hangup: listen(SignalKind::hangup())?,
         })
     }
 
     /// The next one. A terminal that was closed counts as termination.
     async fn next(&mut self) -> i32 {
         tokio::select! {
-            _ = self.interrupt.recv() => libc::SIGINT,
-            _ = self.terminate.recv() => libc::SIGTERM,
-            _ = self.hangup.recv() => libc::SIGTERM,
+            () = receive(&mut self.interrupt) => libc::SIGINT,
+            () = receive(&mut self.terminate) => libc::SIGTERM,
+            () = receive(&mut self.hangup) => libc::SIGTERM,
         }
+    }
+}
+
+fn listen(kind: SignalKind) -> std::io::Result<Option<Signal>> {
+    // SAFETY: asks for the present action only; the structure is filled by the call when it succeeds.
+    let ignored = unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        libc::sigaction(kind.as_raw_value(), std::ptr::null(), &mut action) == 0
+            && action.sa_sigaction == libc::SIG_IGN
+    };
+    if ignored {
+        Ok(None)
+    } else {
+        signal(kind).map(Some)
+    }
+}
+
+/// Waits for a signal; for ever when it is ignored.
+async fn receive(signal: &mut Option<Signal>) {
+    match signal {
+        Some(signal) => drop(signal.recv().await),
+        None => std::future::pending().await,
     }
 }

@@ -327,7 +327,9 @@ fn running_style() -> ProgressStyle {
         .with_key(
             "left",
             |state: &ProgressState, text: &mut dyn std::fmt::Write| {
-                let _ = text.write_str(&duration(state.eta()));
+                let known = state.per_sec() > 0.0;
+                let left = known.then(|| duration(state.eta()));
+                let _ = text.write_str(left.as_deref().unwrap_or("?"));
             },
         )
 }

@@ -162,11 +162,13 @@ impl Job {
             layout: &layout,
             plan: &self.plan,
         };
-        match execution.json {
-            true => talk::print(&format!("{:#}\n", ending.document()))?,
-            false => talk::print(&ending.text(context))?,
-        }
-        ending.conclude(context)
+        let printed = talk::print(&match execution.json {
+            true => format!("{:#}\n", ending.document()),
+            false => ending.text(context),
+        });
+        // How the run went decides, whether or not somebody reads about it.
+        ending.conclude(context)?;
+        Ok(printed?)
     }
 
     /// Finds out everything that can be found out before any work is done; shows warnings.

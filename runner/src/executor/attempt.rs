@@ -198,28 +198,20 @@ impl End {
             }
             Self::NotLoaded { message, .. } | Self::Protocol { message } => message.clone(),
             Self::Killed {
-                signal,
-                out_of_memory,
-            } => {
-                let why = match *signal {
-                    _ if *out_of_memory => ": the kernel ran out of memory at that time",
-                    libc::SIGSEGV | libc::SIGBUS => {
-                        ": the plugin accessed memory that is not its own"
-                    }
-                    libc::SIGABRT => ": the plugin, or a library it uses, gave up (abort)",
-                    libc::SIGILL => ": an instruction that this processor does not have, or a trap",
-                    libc::SIGFPE => ": an arithmetic error, such as an integer division by zero",
-                    libc::SIGKILL => {
-                        ": somebody killed it; the kernel does so when memory runs out"
-                    }
-                    _ => "",
-                };
-                format!("the worker was killed by {}{why}", signal_name(*signal))
+                out_of_memory: true,
+                ..
+            } => "the kernel ran out of memory at that time".into(),
+            Self::Killed { signal, .. } => match *signal {
+                libc::SIGSEGV | libc::SIGBUS => "the plugin accessed memory that is not its own",
+                libc::SIGABRT => "the plugin, or a library it uses, gave up (abort)",
+                libc::SIGILL => "an instruction that this processor does not have, or a trap",
+                libc::SIGFPE => "an arithmetic error, such as an integer division by zero",
+                libc::SIGKILL => "somebody killed the worker; the kernel does when memory runs out",
+                _ => "the runner did not send that signal",
             }
-            Self::Exited { code } => {
-                format!(
-                    "the worker exited with code {code} without a result: the plugin, or a library it uses, called exit()"
-                )
+            .into(),
+            Self::Exited { .. } => {
+                "the plugin, or a library it uses, left (exit) without a result".into()
             }
             Self::TimedOut { limit, manner } => {
                 format!(
