@@ -63,8 +63,6 @@ pub use error::{Error, Exit};
         100  a stage failed\n  \
         130  interrupted (143: terminated); `retort resume` continues\n\n\
         Environment: RETORT_PLUGIN_PATH (directories with plugins, separated by ':'), NO_COLOR, RUST_LOG.",
-    propagate_version = true,
-    disable_help_subcommand = false,
     max_term_width = 110
 )]
 pub struct Cli {

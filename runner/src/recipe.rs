@@ -79,8 +79,8 @@ pub struct Source {
     document: Document,
     /// What was set: pointer -> the change as typed.
     set_at: BTreeMap<String, String>,
-    /// Values that have `${...}` in the text.
-    interpolated: BTreeSet<String>,
+    /// Values that have `${...}` in the text, and where the value comes from if that is all there is.
+    interpolated: BTreeMap<String, Option<String>>,
 }
 
 /// How a value came into the recipe.
@@ -101,7 +101,7 @@ impl Source {
     pub fn locate(&self, pointer: &str, part: Part) -> Option<Position> {
         match self.setting(pointer) {
             Some(_) => None,
-            None => self.document.locate(pointer, part),
+            None => self.position(pointer, part, 0),
         }
     }
 
@@ -110,7 +110,7 @@ impl Source {
         if self.setting(pointer).is_some() {
             return Written::Set;
         }
-        if above(pointer).any(|pointer| self.interpolated.contains(pointer)) {
+        if above(pointer).any(|pointer| self.interpolated.contains_key(pointer)) {
             return Written::Interpolated;
         }
         match self
@@ -129,9 +129,24 @@ impl Source {
             Some(setting) => finding
                 .message
                 .push_str(&format!(" (from `--set {setting}`)")),
-            None => finding.position = self.document.locate(&finding.pointer, part),
+            None => finding.position = self.position(&finding.pointer, part, 0),
         }
         finding
+    }
+
+    /// The place in the text; of what is inside a `${params.x}`, the place where the param is written.
+    fn position(&self, pointer: &str, part: Part, depth: usize) -> Option<Position> {
+        let around = above(pointer)
+            .skip(1)
+            .find_map(|above| Some((above, self.interpolated.get(above)?.as_ref()?)));
+        match around {
+            // Params that refer to each other in a circle are among the findings.
+            Some((use_of, origin)) if depth < 16 => {
+                let origin = format!("{origin}{}", &pointer[use_of.len()..]);
+                self.position(&origin, part, depth + 1)
+            }
+            _ => self.document.locate(pointer, part),
+        }
     }
 
     fn setting(&self, pointer: &str) -> Option<&String> {
@@ -236,11 +251,11 @@ pub fn parse(
         set: set.to_vec(),
         document,
         set_at,
-        interpolated: BTreeSet::new(),
+        interpolated: BTreeMap::new(),
     };
     let mut interpolation = Interpolation {
         root: &value,
-        interpolated: BTreeSet::new(),
+        interpolated: BTreeMap::new(),
         problems: Vec::new(),
     };
     let value = interpolation.replace(&value, "", &mut Vec::new());
@@ -461,7 +476,7 @@ fn apply(recipe: &mut Value, change: &str) -> Result<String, Finding> {
 /// Replaces `${params.x}` and `${paths.x}`; `$${` stands for `${`.
 struct Interpolation<'a> {
     root: &'a Value,
-    interpolated: BTreeSet<String>,
+    interpolated: BTreeMap<String, Option<String>>,
     problems: Vec<Finding>,
 }
 
@@ -482,7 +497,16 @@ impl Interpolation<'_> {
                 .map(|(index, item)| self.replace(item, &format!("{pointer}/{index}"), open))
                 .collect(),
             Value::String(text) if text.contains("${") => {
-                self.interpolated.insert(pointer.to_owned());
+                let whole = text
+                    .strip_prefix("${")
+                    .and_then(|rest| rest.strip_suffix('}'));
+                let origin = whole.filter(|name| !name.contains("${")).map(|name| {
+                    name.trim()
+                        .split('.')
+                        .map(|step| format!("/{}", escape(step)))
+                        .collect()
+                });
+                self.interpolated.insert(pointer.to_owned(), origin);
                 match self.text(text, open) {
                     Ok(value) => value,
                     Err(finding) => {
@@ -700,6 +724,19 @@ mod tests {
         assert_eq!((recipe.seed, recipe.stages[0].seed), (Some(3), Some(4)));
         assert_eq!(recipe.source.written("/stages/s/seed"), Written::Set);
         assert_eq!(recipe.source.written("/stages/s/o"), Written::Line(5));
+        // A mistake inside a param is shown where the param is written.
+        let recipe = read(
+            &format!("{HEAD}  s: {{kind: k, o: '${{params.deep}}'}}\n"),
+            &[],
+        );
+        let place = recipe.source.locate("/stages/s/o/x/1", Part::Value);
+        assert_eq!(
+            place,
+            Some(Position {
+                line: 2,
+                column: 31
+            })
+        );
     }
 
     #[test]

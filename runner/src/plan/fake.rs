@@ -135,6 +135,7 @@ pub fn schema(kind: &str) -> Value {
                 "times": {"type": "array", "items": {"type": "integer", "minimum": 0}, "default": [0]},
                 "guidance": {"type": ["number", "null"], "format": "double", "default": null},
                 "loss": {"$ref": "#/$defs/Loss", "description": "Which loss.", "default": "l2"},
+                "labels": {"$ref": "#/$defs/Labels", "default": "balanced"},
                 "set": {"anyOf": [{"$ref": "#/$defs/Codes"}, {"type": "null"}], "default": null},
                 "schedule": {
                     "anyOf": [{"$ref": "#/$defs/Schedule"}, {"type": "null"}],
@@ -159,6 +160,18 @@ pub fn schema(kind: &str) -> Value {
                 "oneOf": [
                     {"type": "string", "const": "l1", "description": "Absolute."},
                     {"type": "string", "const": "l2", "description": "Squared."}
+                ]
+            },
+            "Labels": {
+                "anyOf": [
+                    {"oneOf": [{"type": "string", "const": "balanced"}]},
+                    {"type": "array", "items": {"type": "integer"}},
+                    {
+                        "type": "object",
+                        "properties": {"file": {"type": "string", "x-retort-file": "file"}},
+                        "required": ["file"],
+                        "additionalProperties": false
+                    }
                 ]
             },
             "Codes": reference(&["tokenizer"]),

@@ -83,7 +83,13 @@ struct Planner<'a> {
 impl<'a> Planner<'a> {
     fn report(&mut self, finding: Finding, part: Part) {
         let placed = self.source.place(finding, part);
-        if !self.findings.contains(&placed) {
+        // One mistake in a param is one, however many stages use it.
+        let same = |other: &Finding| {
+            let together = other.position.is_some() && other.position == placed.position;
+            *other == placed
+                || together && other.hint == placed.hint && !in_place(self.source, &placed)
+        };
+        if !self.findings.iter().any(same) {
             self.findings.push(placed);
         }
     }
@@ -543,6 +549,11 @@ impl<'a> Planner<'a> {
         self.devices.insert(identity.name.clone(), answer.clone());
         answer
     }
+}
+
+/// Whether a finding is shown at its own place in the text, not at that of a param.
+fn in_place(source: &Source, finding: &Finding) -> bool {
+    source.written(&finding.pointer) != Written::Interpolated
 }
 
 /// Where a value of the recipe came from.

@@ -107,7 +107,7 @@ mod tests {
         assert_eq!(
             value,
             json!({
-                "data": "d", "steps": 1000, "flag": false, "times": [0], "guidance": null, "loss": "l2", "set": null,
+                "data": "d", "steps": 1000, "flag": false, "times": [0], "guidance": null, "loss": "l2", "labels": "balanced", "set": null,
                 "schedule": {"type": "cosine", "warmup": 100, "rate": 0.001}, "sources": {}
             })
         );

@@ -1,18 +1,21 @@
 //! The options of a kind of stage as rows of text, for reading.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::branch::resolve;
 use super::plain;
 
+/// How deep options inside options are listed: enough for people, and an end for schemas that hold themselves.
+const DEPTH: usize = 4;
+
 /// An option for reading: everything as text.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct OptionText {
     /// Path from the stage: `schedule.warmup`.
     pub name: String,
     /// What can be written.
     pub kind: String,
-    /// What holds when nothing is written; empty where something has to be.
+    /// What holds when nothing is written, or `required`; empty where the parts have their own.
     pub default: String,
     /// What it does.
     pub description: String,
@@ -26,11 +29,15 @@ pub fn options(schema: &Value) -> Vec<OptionText> {
 }
 
 fn list_options(root: &Value, node: &Value, path: &str, depth: usize, found: &mut Vec<OptionText>) {
-    // Deep enough for people, and an end for schemas that hold themselves.
-    if depth > 4 {
+    if depth > DEPTH {
         return;
     }
     let node = resolve(root, node).unwrap_or(node);
+    let required = node
+        .get("required")
+        .and_then(Value::as_array)
+        .cloned()
+        .unwrap_or_default();
     for (key, option) in node
         .get("properties")
         .and_then(Value::as_object)
@@ -55,47 +62,85 @@ fn list_options(root: &Value, node: &Value, path: &str, depth: usize, found: &mu
             kind: type_text(root, option, 0),
             default: match said("default") {
                 Some(Value::Null) => "none".to_owned(),
+                // Its parts follow, each with its own.
+                Some(Value::Object(parts)) if !parts.is_empty() => String::new(),
                 Some(default) => plain(default),
+                None if required.contains(&json!(key)) => "required".to_owned(),
                 None => String::new(),
             },
-            description: description
-                .split("\n\n")
-                .next()
-                .unwrap_or_default()
-                .replace('\n', " "),
+            description: brief(description),
         });
-        let target = resolve(root, option).unwrap_or(option);
-        list_options(root, target, &name, depth + 1, found);
-        for alternatives in ["anyOf", "oneOf"] {
-            for part in option
-                .get(alternatives)
-                .or(target.get(alternatives))
-                .and_then(Value::as_array)
-                .into_iter()
-                .flatten()
-            {
-                let inner = resolve(root, part).unwrap_or(part);
-                let parts = inner
-                    .get("oneOf")
-                    .and_then(Value::as_array)
-                    .cloned()
-                    .unwrap_or_else(|| vec![inner.clone()]);
-                for part in &parts {
-                    let before = found.len();
-                    list_options(root, part, &name, depth + 1, found);
-                    // What several alternatives share is listed once.
-                    let mut index = before;
-                    while index < found.len() {
-                        if found[..index].contains(&found[index]) {
-                            found.remove(index);
-                        } else {
-                            index += 1;
-                        }
-                    }
-                }
+        list_inside(root, option, &name, depth + 1, found);
+    }
+}
+
+/// The options inside one: its own, those of its alternatives, of its items and of its named entries.
+fn list_inside(
+    root: &Value,
+    option: &Value,
+    name: &str,
+    depth: usize,
+    found: &mut Vec<OptionText>,
+) {
+    let target = resolve(root, option).unwrap_or(option);
+    list_options(root, target, name, depth, found);
+    for part in alternatives(root, option, 0) {
+        if let Some(tag) = tag(part) {
+            let description = part.get("description").and_then(Value::as_str);
+            found.push(OptionText {
+                name: format!("{name}: {tag}"),
+                description: brief(description.unwrap_or_default()),
+                ..OptionText::default()
+            });
+        }
+        list_options(root, part, name, depth, found);
+    }
+    if depth < DEPTH {
+        for (key, step) in [("items", "[]"), ("additionalProperties", ".<name>")] {
+            if let Some(inner) = target.get(key).filter(|inner| inner.is_object()) {
+                list_inside(root, inner, &format!("{name}{step}"), depth + 1, found);
             }
         }
     }
+}
+
+/// The alternatives of a schema, those inside alternatives in their place.
+fn alternatives<'s>(root: &'s Value, node: &'s Value, depth: usize) -> Vec<&'s Value> {
+    if depth > DEPTH {
+        return Vec::new();
+    }
+    let node = resolve(root, node).unwrap_or(node);
+    let parts = ["anyOf", "oneOf"]
+        .iter()
+        .filter_map(|key| node.get(key)?.as_array())
+        .flatten();
+    parts
+        .flat_map(|part| {
+            let inside = alternatives(root, part, depth + 1);
+            if inside.is_empty() {
+                vec![resolve(root, part).unwrap_or(part)]
+            } else {
+                inside
+            }
+        })
+        .collect()
+}
+
+/// How the alternative of a tagged enum is recognised: `{kind: student}`.
+fn tag(node: &Value) -> Option<String> {
+    let properties = node.get("properties")?.as_object()?;
+    properties
+        .iter()
+        .find_map(|(key, tag)| Some(format!("{{{key}: {}}}", plain(tag.get("const")?))))
+}
+
+/// The first paragraph on one line.
+fn brief(description: &str) -> String {
+    description
+        .split("\n\n")
+        .next()
+        .unwrap_or_default()
+        .replace('\n', " ")
 }
 
 /// What can be written where this schema holds.
@@ -151,17 +196,7 @@ fn type_text(root: &Value, node: &Value, depth: usize) -> String {
             Some(items) if !items.is_empty() => format!("list of {items}"),
             _ => "list".to_owned(),
         },
-        "object" => {
-            let tags = node
-                .get("properties")
-                .and_then(Value::as_object)
-                .into_iter()
-                .flatten();
-            let tag = tags
-                .into_iter()
-                .find_map(|(key, tag)| Some(format!("{{{key}: {}}}", plain(tag.get("const")?))));
-            tag.unwrap_or_else(|| "mapping".to_owned())
-        }
+        "object" => tag(node).unwrap_or_else(|| "mapping".to_owned()),
         other => other.to_owned(),
     };
     match node.get("type") {
@@ -192,17 +227,24 @@ mod tests {
         assert_eq!(
             lines,
             [
-                "data (file) [] The images.",
+                "data (file) [required] The images.",
                 "steps (whole number) [1000] ",
                 "flag (true | false) [false] ",
                 "times (list of whole number) [[0]] ",
                 "guidance (number) [none] ",
                 "loss (l1 | l2) [l2] Which loss.",
+                "labels (balanced | list of whole number | mapping) [balanced] ",
+                "labels.file (file) [required] ",
                 "set (stage that makes tokenizer) [none] ",
-                r#"schedule ({type: constant} | {type: cosine}) [{"type":"cosine","warmup":100,"rate":0.001}] "#,
+                "schedule ({type: constant} | {type: cosine}) [] ",
+                "schedule: {type: constant} () [] ",
+                "schedule.rate (number) [0.001] ",
+                "schedule: {type: cosine} () [] ",
                 "schedule.rate (number) [0.001] ",
                 "schedule.warmup (whole number) [100] ",
                 "sources (mapping) [{}] ",
+                "sources.<name>.stage (stage that makes samples) [required] ",
+                "sources.<name>.file (directory) [required] ",
             ]
         );
     }

@@ -199,28 +199,14 @@ impl Explainer<'_> {
         found: &Value,
     ) -> Vec<Violation> {
         let here = |error: &ValidationError<'_>| error.instance_path().as_str() == pointer;
-        let types = |branch: &[ValidationError<'static>]| -> Option<Vec<String>> {
-            branch
-                .iter()
-                .find(|error| here(error))
-                .and_then(|error| match error.kind() {
-                    ValidationErrorKind::Type {
-                        kind: TypeKind::Single(one),
-                    } => Some(vec![type_name(&one.to_string())]),
-                    ValidationErrorKind::Type {
-                        kind: TypeKind::Multiple(set),
-                    } => Some(set.iter().map(|one| type_name(&one.to_string())).collect()),
-                    _ => None,
-                })
-        };
         let fitting: Vec<&Vec<ValidationError<'static>>> = branches
             .iter()
-            .filter(|branch| types(branch).is_none())
+            .filter(|branch| expected(branch, pointer).is_none())
             .collect();
         if fitting.is_empty() {
             let expected: Vec<String> = branches
                 .iter()
-                .filter_map(|branch| types(branch))
+                .filter_map(|branch| expected(branch, pointer))
                 .flatten()
                 .collect();
             return self.wrong_type(pointer, &expected, found);
@@ -400,6 +386,54 @@ impl Explainer<'_> {
             }
         }
         properties
+    }
+}
+
+/// What a branch expects where the value at `pointer` is of another type altogether; `None` where the type is right.
+fn expected(branch: &[ValidationError<'_>], pointer: &str) -> Option<Vec<String>> {
+    let here = |error: &&ValidationError<'_>| error.instance_path().as_str() == pointer;
+    let mut types = None;
+    for error in branch.iter().filter(here) {
+        match error.kind() {
+            ValidationErrorKind::Type {
+                kind: TypeKind::Single(one),
+            } => {
+                types = Some(vec![type_name(&one.to_string())]);
+            }
+            ValidationErrorKind::Type {
+                kind: TypeKind::Multiple(set),
+            } => {
+                types = Some(set.iter().map(|one| type_name(&one.to_string())).collect());
+            }
+            ValidationErrorKind::AnyOf { context }
+            | ValidationErrorKind::OneOfNotValid { context } => {
+                let inner: Option<Vec<Vec<String>>> = context
+                    .iter()
+                    .map(|branch| expected(branch, pointer))
+                    .collect();
+                types = types.or(inner.map(|inner| inner.concat()));
+            }
+            _ => {}
+        }
+    }
+    // A text that has to be one of a few is better said by these.
+    let mut constants = Vec::new();
+    for error in branch.iter().filter(here) {
+        if matches!(
+            error.kind(),
+            ValidationErrorKind::Constant { .. } | ValidationErrorKind::Enum { .. }
+        ) {
+            collect_constants(error, &mut constants);
+        }
+    }
+    match (types, constants.is_empty()) {
+        (Some(_), false) => Some(
+            constants
+                .iter()
+                .map(|constant| format!("`{}`", plain(constant)))
+                .collect(),
+        ),
+        (types, _) => types,
     }
 }
 
