@@ -53,9 +53,11 @@ fn mapped() -> BTreeSet<PathBuf> {
     let mut paths = BTreeSet::new();
     for line in map.lines().filter(|line| line.starts_with("    ")) {
         let indent = line.len() - line.trim_start().len();
-        // Names are separated from what they are by two spaces or, when long, by one.
-        let names = line.trim().split("  ").next().unwrap_or_default();
-        for name in names.split(", ").filter_map(|name| name.split(' ').next()) {
+        let is_name = |word: &&str| word.ends_with(['/']) || Path::new(word).extension().is_some();
+        let words = line
+            .split_whitespace()
+            .map(|word| word.trim_end_matches(','));
+        for name in words.take_while(is_name) {
             if indent == 4 {
                 folder = PathBuf::from(name);
                 paths.insert(folder.clone());
