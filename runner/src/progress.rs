@@ -353,8 +353,7 @@ mod tests {
             heard.lock().unwrap().push(line.to_owned())
         });
         events.into_iter().for_each(|event| teller.hear(event));
-        let said = lines.lock().unwrap().clone();
-        said
+        lines.lock().unwrap().clone()
     }
 
     const PLAIN: Manner = Manner {

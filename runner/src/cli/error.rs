@@ -6,6 +6,9 @@ use std::error::Error as StdError;
 
 use crate::cli::{Context, talk};
 use crate::diagnostic::Report;
+use crate::executor::ExecutorError;
+use crate::plan::DescribeError;
+use crate::plan::decision::SelectError;
 use crate::store::StoreError;
 
 /// Exit codes: public, documented in `retort --help`.
@@ -175,6 +178,41 @@ impl From<StoreError> for Error {
         match hint {
             Some(hint) => shown.hint(hint),
             None => shown,
+        }
+    }
+}
+
+impl From<DescribeError> for Error {
+    fn from(error: DescribeError) -> Self {
+        Self {
+            hint: error.hint,
+            ..Self::new(Exit::Plugin, error.message)
+        }
+    }
+}
+
+impl From<SelectError> for Error {
+    fn from(error: SelectError) -> Self {
+        let hint = match &error {
+            SelectError::NoSuchStage { hint, .. } => hint.clone(),
+            SelectError::Nothing { .. } => None,
+        };
+        Self {
+            hint,
+            ..Self::new(Exit::NothingMatches, error.to_string())
+        }
+    }
+}
+
+impl From<ExecutorError> for Error {
+    fn from(error: ExecutorError) -> Self {
+        match error {
+            ExecutorError::Store(error) => error.into(),
+            ExecutorError::Missing { .. } => Self::new(Exit::NothingMatches, error.to_string())
+                .hint("run it without --from first"),
+            ExecutorError::Artifact(_) | ExecutorError::System { .. } => {
+                Self::new(Exit::Internal, error.to_string())
+            }
         }
     }
 }

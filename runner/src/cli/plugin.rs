@@ -281,12 +281,3 @@ fn text(
     text.push_str(&rows.render(style));
     text
 }
-
-impl From<DescribeError> for Error {
-    fn from(error: DescribeError) -> Self {
-        Error {
-            hint: error.hint,
-            ..Error::new(Exit::Plugin, error.message)
-        }
-    }
-}

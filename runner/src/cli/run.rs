@@ -15,7 +15,7 @@ use crate::cli::past::{History, NoHistory};
 use crate::cli::{Context, Error, Exit, RecipeArgs, SelectionArgs, talk};
 use crate::diagnostic::{Finding, Report, Severity};
 use crate::executor::{self, ExecutorError, Options, Outcome, RunReport, StageReport};
-use crate::plan::decision::{self, Action, Past, Role, SelectError};
+use crate::plan::decision::{self, Action, Past, Role};
 use crate::plan::{self, Plan};
 use crate::plugin::{Plugins, search_dirs};
 use crate::progress::{self, Manner, Teller};
@@ -419,30 +419,4 @@ fn shown(path: &Path) -> &Path {
         .ok()
         .and_then(|here| path.strip_prefix(here).ok())
         .unwrap_or(path)
-}
-
-impl From<ExecutorError> for Error {
-    fn from(error: ExecutorError) -> Self {
-        match error {
-            ExecutorError::Store(error) => error.into(),
-            ExecutorError::Missing { .. } => Error::new(Exit::NothingMatches, error.to_string())
-                .hint("run it without --from first"),
-            ExecutorError::Artifact(_) | ExecutorError::System { .. } => {
-                Error::new(Exit::Internal, error.to_string())
-            }
-        }
-    }
-}
-
-impl From<SelectError> for Error {
-    fn from(error: SelectError) -> Self {
-        let hint = match &error {
-            SelectError::NoSuchStage { hint, .. } => hint.clone(),
-            SelectError::Nothing { .. } => None,
-        };
-        Error {
-            hint,
-            ..Error::new(Exit::NothingMatches, error.to_string())
-        }
-    }
 }

@@ -390,8 +390,9 @@ mod tests {
             "{said}"
         );
         assert_eq!(
-            call::<u8>("probe", |out, err| unsafe {
-                probe(std::ptr::null(), out, err)
+            call::<u8>("probe", |out, err| {
+                // SAFETY: this test's `probe` reads no host and writes to the sinks only.
+                unsafe { probe(std::ptr::null(), out, err) }
             })
             .unwrap_err()
             .message,
