@@ -353,11 +353,23 @@ fn neighbour(path: &Path) -> Option<String> {
         .filter(|parent| !parent.as_os_str().is_empty())
         .unwrap_or(Path::new("."));
     let names = yaml_files(directory);
-    let name = path.file_name()?.to_string_lossy();
-    let near = schema::nearest(&name, names.iter().map(String::as_str))?;
+    // Without the endings, which are always near to each other.
+    let stem = |name: &str| {
+        Path::new(name)
+            .file_stem()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned()
+    };
+    let stems: Vec<String> = names.iter().map(|name| stem(name)).collect();
+    let near = schema::nearest(
+        &stem(&path.to_string_lossy()),
+        stems.iter().map(String::as_str),
+    )?;
+    let name = &names[stems.iter().position(|stem| stem == near)?];
     Some(format!(
         "did you mean {}?",
-        path.with_file_name(near).display()
+        path.with_file_name(name).display()
     ))
 }
 
