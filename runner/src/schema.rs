@@ -20,6 +20,7 @@ mod violation;
 pub use annotation::{Annotation, Target, annotations};
 pub use defaults::settle;
 pub use option::{OptionText, options};
+use violation::type_name;
 pub use violation::{Violation, check};
 
 /// Keys of a stage that the runner reads; all others are options of the stage's kind.
@@ -359,11 +360,20 @@ fn allow_references(schema: &mut Value) {
         Some(Value::Array(kinds)) if !kinds.contains(&json!("string")) => kinds.clone(),
         _ => return,
     };
+    let wanted: Vec<String> = types
+        .iter()
+        .filter_map(Value::as_str)
+        .filter(|name| *name != "null")
+        .map(type_name)
+        .collect();
     map.insert(
         "type".to_owned(),
         Value::Array(types.into_iter().chain([json!("string")]).collect()),
     );
     map.insert("pattern".to_owned(), json!(REFERENCE_PATTERN));
+    // What editors say instead of "does not match the pattern".
+    let message = format!("Expected {}, or ${{params.name}}.", wanted.join(" or "));
+    map.insert("patternErrorMessage".to_owned(), json!(message));
 }
 
 #[cfg(test)]

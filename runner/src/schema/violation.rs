@@ -467,7 +467,8 @@ fn pattern_hint(pattern: &str) -> String {
     }
 }
 
-fn type_name(name: &str) -> String {
+/// A type of JSON in words of people.
+pub(super) fn type_name(name: &str) -> String {
     match name {
         "integer" => "a whole number",
         "number" => "a number",
