@@ -1,0 +1,16 @@
+//! The runner, through its real binary: runs, reuse, faults, interruptions, stores in trouble.
+//!
+//! The stages come from a plugin in C (`fixtures/faulty.c`) that does as its options say.
+
+#[path = "runner/faults.rs"]
+mod faults;
+#[path = "runner/interruptions.rs"]
+mod interruptions;
+#[path = "runner/lab.rs"]
+mod lab;
+#[path = "runner/plugins.rs"]
+mod plugins;
+#[path = "runner/runs.rs"]
+mod runs;
+#[path = "runner/stores.rs"]
+mod stores;

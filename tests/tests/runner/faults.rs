@@ -1,0 +1,186 @@
+//! What goes wrong in a stage ends that stage, with a reason of its own, and nothing else.
+
+use retort::store::{AttemptState, RunState};
+
+use crate::lab::{Lab, signal_process, wait_until_gone};
+
+/// Runs a stage that goes wrong, and expects this reason, and these words about it, in the history and on stderr.
+#[track_caller]
+fn check(act: &str, options: &str, reason: &str, words: &[&str]) {
+    let lab = Lab::new(&[
+        &format!("a: {{kind: do, act: {act}{options}}}"),
+        "b: {kind: do, input: a}",
+    ]);
+    let said = lab
+        .run(&["--grace", "300ms"])
+        .expect(100)
+        .saying(&[&format!("stage `a` ended after")]);
+    let said = said.saying(&[reason]).saying(words);
+    assert!(
+        said.stdout.contains("failed") && said.stdout.contains("skipped"),
+        "{}",
+        said.stdout
+    );
+    let attempt = lab.attempt("a");
+    assert_eq!(
+        (attempt.state, attempt.reason.as_deref()),
+        (AttemptState::Failed, Some(reason))
+    );
+    assert!(attempt.output.is_none() && attempt.finished.is_some());
+    let message = attempt.message.unwrap();
+    assert!(words.iter().any(|word| message.contains(word)), "{message}");
+    assert_eq!(lab.latest().unwrap().summary.state, RunState::Failed);
+    assert_eq!(
+        (lab.entries("artifacts"), lab.entries("staging")),
+        (vec![], vec![]),
+        "half-made things"
+    );
+    // The store is as good as before.
+    lab.run(&["--set", "a.act=succeed"]).expect(0);
+}
+
+#[test]
+fn failing() {
+    check("fail", "", "failed: bad_data", &["the data are bad"]);
+}
+
+#[test]
+fn aborting() {
+    check("abort", "", "killed by SIGABRT", &["gave up (abort)"]);
+}
+
+#[test]
+fn segfaulting() {
+    check(
+        "segfault",
+        "",
+        "killed by SIGSEGV",
+        &["memory that is not its own", "about to do something stupid"],
+    );
+}
+
+#[test]
+fn exiting() {
+    check("exit", "", "exited with code 3", &["without a result"]);
+}
+
+#[test]
+fn being_killed() {
+    check(
+        "kill",
+        "",
+        "killed by SIGKILL",
+        &["the kernel does when memory runs out"],
+    );
+}
+
+#[test]
+fn answering_nonsense() {
+    check(
+        "babble",
+        "",
+        "failed: internal",
+        &["the plugin's answer to `run` is not as it must be"],
+    );
+}
+
+#[test]
+fn failing_with_nonsense() {
+    check("babble_error", "", "failed: internal", &["status 77"]);
+}
+
+#[test]
+fn promising_too_much() {
+    check(
+        "promise",
+        "",
+        "protocol error",
+        &["artifact 5, which was not committed"],
+    );
+}
+
+#[test]
+fn leaving_an_artifact_half_made() {
+    check("litter", "", "failed: internal", &["stopped half-way"]);
+}
+
+#[test]
+fn hanging_past_the_deadline() {
+    check(
+        "hang",
+        ", timeout: 1s",
+        "timeout",
+        &["longer than its timeout of 1s", "was ended with SIGTERM"],
+    );
+}
+
+#[test]
+fn hanging_whatever_is_sent() {
+    check(
+        "hang_hard",
+        ", timeout: 1s",
+        "timeout",
+        &["was ended with SIGKILL"],
+    );
+}
+
+#[test]
+fn stopping_at_the_deadline_keeps_the_checkpoint() {
+    let lab = Lab::new(&["a: {kind: do, act: work, amount: 30, timeout: 1s}"]);
+    lab.run(&[])
+        .expect(100)
+        .saying(&["timeout", "stopped at a checkpoint"]);
+    assert_eq!(lab.attempt("a").reason.as_deref(), Some("timeout"));
+    lab.run(&["--set", "a.timeout=1h"])
+        .expect(0)
+        .saying(&["continuing from a checkpoint"]);
+}
+
+#[test]
+fn a_worker_killed_from_outside() {
+    let lab = Lab::new(&["a: {kind: do, act: hang}"]);
+    let running = lab.start(&[]);
+    let worker = lab.wait_for_worker("a");
+    signal_process(worker, 9);
+    running.end().expect(100);
+    assert_eq!(
+        lab.attempt("a").reason.as_deref(),
+        Some("killed by SIGKILL")
+    );
+}
+
+#[test]
+fn what_a_stage_has_started_ends_with_it() {
+    let lab = Lab::new(&[]);
+    let flag = lab.dir.path().join("child");
+    lab.recipe(&[&format!(
+        "a: {{kind: do, act: hang_with_child, flag: {}, timeout: 2s}}",
+        flag.display()
+    )]);
+    lab.run(&["--grace", "100ms"]).expect(100);
+    let child: u32 = std::fs::read_to_string(&flag).unwrap().parse().unwrap();
+    wait_until_gone(child);
+}
+
+#[test]
+fn a_plugin_s_own_objections_come_before_any_work() {
+    let lab = Lab::new(&["a: {kind: do}", "b: {kind: do, act: nothing, input: a}"]);
+    lab.run(&[])
+        .expect(3)
+        .saying(&["doing nothing is not an act"]);
+    assert!(
+        lab.latest()
+            .is_none_or(|run| run.stages.iter().all(|stage| stage.attempts.is_empty()))
+    );
+}
+
+#[test]
+fn usage_is_recorded() {
+    let lab = Lab::new(&["a: {kind: do}"]);
+    lab.run(&[]).expect(0);
+    let usage = lab.attempt("a").usage;
+    assert!(
+        usage.max_rss.unwrap() > 1 << 20 && usage.cpu_seconds.unwrap() >= 0.0,
+        "{usage:?}"
+    );
+}

@@ -1,0 +1,328 @@
+//! A directory with a recipe, a store and the fixture plugins, and the binary to try on them.
+
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use retort::store::{Access, AttemptDetail, RunDetail, RunFilter, Store};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// How long something that must happen is waited for, on a machine that may be very busy.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+pub struct Lab {
+    pub dir: TempDir,
+}
+
+/// What a command said and did.
+pub struct Said {
+    pub code: Option<i32>,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Said {
+    /// Expects an exit code, and shows everything otherwise.
+    #[track_caller]
+    pub fn expect(self, code: i32) -> Self {
+        assert_eq!(
+            self.code,
+            Some(code),
+            "stdout:\n{}\nstderr:\n{}",
+            self.stdout,
+            self.stderr
+        );
+        assert!(!self.stderr.contains("panicked at"), "{}", self.stderr);
+        self
+    }
+
+    /// Expects all of these in what was said on stderr.
+    #[track_caller]
+    pub fn saying(self, texts: &[&str]) -> Self {
+        for text in texts {
+            assert!(
+                self.stderr.contains(text),
+                "`{text}` is missing in:\n{}",
+                self.stderr
+            );
+        }
+        self
+    }
+
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.stdout)
+            .unwrap_or_else(|error| panic!("{error} in:\n{}", self.stdout))
+    }
+}
+
+impl Lab {
+    /// A lab whose recipe has these stages (YAML, one per line, without indentation).
+    pub fn new(stages: &[&str]) -> Self {
+        let lab = Self {
+            dir: tempfile::tempdir().unwrap(),
+        };
+        lab.recipe(stages);
+        lab
+    }
+
+    pub fn recipe(&self, stages: &[&str]) {
+        let mut text = String::from("version: 1\nbackend: faulty\nstages:\n");
+        for stage in stages {
+            text.push_str(&format!("  {stage}\n"));
+        }
+        std::fs::write(self.dir.path().join("r.yaml"), text).unwrap();
+    }
+
+    pub fn store_dir(&self) -> PathBuf {
+        self.dir.path().join("store")
+    }
+
+    /// The binary with these arguments, in the lab's directory, with the lab's store and plugins.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(binary());
+        command
+            .args(arguments)
+            .arg("--store")
+            .arg(self.store_dir())
+            .arg("--plugin-dir")
+            .arg(plugins())
+            .current_dir(self.dir.path())
+            .env_remove("RETORT_PLUGIN_PATH")
+            .env_remove("RUST_LOG")
+            .env("HOME", self.dir.path())
+            .stdin(Stdio::null());
+        // SAFETY: between fork and exec only an async-signal-safe function is called.
+        unsafe {
+            // Whoever runs the tests in the background has Ctrl-C ignored, and retort would respect that.
+            command.pre_exec(|| {
+                libc::signal(libc::SIGINT, libc::SIG_DFL);
+                Ok(())
+            });
+        }
+        command
+    }
+
+    /// Runs the binary to its end.
+    pub fn retort(&self, arguments: &[&str]) -> Said {
+        let output = self.command(arguments).output().unwrap();
+        Said {
+            code: output.status.code(),
+            stdout: String::from_utf8(output.stdout).unwrap(),
+            stderr: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+
+    /// Runs the recipe, with further arguments, to its end.
+    pub fn run(&self, arguments: &[&str]) -> Said {
+        self.retort(&[&["run", "r.yaml"], arguments].concat())
+    }
+
+    /// Starts to run the recipe.
+    pub fn start(&self, arguments: &[&str]) -> Running {
+        let command = &mut self.command(&[&["run", "r.yaml"], arguments].concat());
+        Running {
+            child: command
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()
+                .unwrap(),
+        }
+    }
+
+    /// The outcomes of the stages of a run with `--json`, in order.
+    #[track_caller]
+    pub fn outcomes(&self, arguments: &[&str]) -> Vec<String> {
+        let said = self.run(&[&["--json"], arguments].concat());
+        let stages = said.json()["stages"].as_array().unwrap().clone();
+        stages
+            .iter()
+            .map(|stage| {
+                format!(
+                    "{} {}",
+                    stage["name"].as_str().unwrap(),
+                    stage["outcome"].as_str().unwrap()
+                )
+            })
+            .collect()
+    }
+
+    /// Everything about the newest run; none while there is none.
+    pub fn latest(&self) -> Option<RunDetail> {
+        block_on(async {
+            let store = Store::open(&self.store_dir(), Access::ReadOnly)
+                .await
+                .ok()?;
+            let filter = RunFilter {
+                limit: Some(1),
+                ..RunFilter::default()
+            };
+            let run = store.list_runs(&filter).await.unwrap().pop()?;
+            let detail = store.run_detail(&run.id).await.unwrap();
+            store.close().await;
+            Some(detail)
+        })
+    }
+
+    /// The only attempt at a stage in the newest run.
+    #[track_caller]
+    pub fn attempt(&self, stage: &str) -> AttemptDetail {
+        let detail = self.latest().expect("a run");
+        let stage = detail
+            .stages
+            .iter()
+            .find(|known| known.name == stage)
+            .expect("the stage");
+        let [attempt] = stage.attempts.as_slice() else {
+            panic!("{} attempts", stage.attempts.len())
+        };
+        attempt.clone()
+    }
+
+    /// Waits for a stage of the newest run to be worked on; returns the worker's process id.
+    pub fn wait_for_worker(&self, stage: &str) -> u32 {
+        wait_for("the worker", || {
+            let detail = self.latest()?;
+            let stage = detail.stages.iter().find(|known| known.name == stage)?;
+            stage.attempts.first().map(|attempt| attempt.worker_pid)
+        })
+    }
+
+    /// Names of the entries of a directory of the store; none when it is not there.
+    pub fn entries(&self, dir: &str) -> Vec<String> {
+        let Ok(entries) = std::fs::read_dir(self.store_dir().join(dir)) else {
+            return Vec::new();
+        };
+        entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect()
+    }
+}
+
+/// A runner under way; killed when the test ends early.
+pub struct Running {
+    pub child: Child,
+}
+
+impl Running {
+    pub fn signal(&self, signal: i32) {
+        signal_process(self.child.id(), signal);
+    }
+
+    pub fn end(mut self) -> Said {
+        let (mut stdout, mut stderr) = (
+            self.child.stdout.take().unwrap(),
+            self.child.stderr.take().unwrap(),
+        );
+        let errors = std::thread::spawn(move || std::io::read_to_string(&mut stderr).unwrap());
+        let stdout = std::io::read_to_string(&mut stdout).unwrap();
+        Said {
+            code: self.child.wait().unwrap().code(),
+            stdout,
+            stderr: errors.join().unwrap(),
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Polls until there is something; the test fails when it takes absurdly long.
+pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < until, "{what} did not come");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Waits until a process is gone (or only its remains are left).
+pub fn wait_until_gone(pid: u32) {
+    wait_for("the end of a process", || {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let state = stat
+            .rsplit_once(')')
+            .and_then(|(_, rest)| rest.trim().chars().next());
+        matches!(state, None | Some('Z' | 'X')).then_some(())
+    });
+}
+
+pub fn signal_process(pid: u32, signal: i32) {
+    let status = Command::new("kill")
+        .args([format!("-{signal}"), pid.to_string()])
+        .status()
+        .unwrap();
+    assert!(status.success());
+}
+
+pub fn block_on<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap()
+        .block_on(future)
+}
+
+/// The binary of this build.
+pub fn binary() -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let binary = test.parent().and_then(Path::parent).unwrap().join("retort");
+    assert!(
+        binary.exists(),
+        "{} is not built: run `cargo test --workspace`, or `cargo build`",
+        binary.display()
+    );
+    binary
+}
+
+/// The directory of the fixture plugin, which is compiled once.
+pub fn plugins() -> &'static Path {
+    static DIR: OnceLock<PathBuf> = OnceLock::new();
+    DIR.get_or_init(|| {
+        let dir =
+            Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("plugins-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        compile("faulty.c", &[], &dir.join("libretort_faulty.so"));
+        dir
+    })
+}
+
+/// Compiles a fixture into a shared object.
+pub fn compile(fixture: &str, flags: &[&str], output: &Path) {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let compiler = std::env::var("CC").unwrap_or("cc".into());
+    let result = Command::new(compiler)
+        .args([
+            "-std=gnu11",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-shared",
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-pthread",
+        ])
+        .args(flags)
+        .arg("-I")
+        .arg(root.join("../plugins/abi"))
+        .arg(root.join("tests/fixtures").join(fixture))
+        .arg("-o")
+        .arg(output)
+        .arg("-lm")
+        .output()
+        .expect("these tests need a C compiler (`cc`)");
+    assert!(
+        result.status.success(),
+        "{}",
+        String::from_utf8_lossy(&result.stderr)
+    );
+}
