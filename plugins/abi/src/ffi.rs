@@ -260,7 +260,7 @@ mod tests {
     fn mirror_equals_the_header() {
         macro_rules! offsets {
             ($c:literal, $rust:ty: $($member:ident),*) => {
-                vec![
+                [
                     (concat!("sizeof(", $c, ")"), size_of::<$rust>() as u64),
                     $((concat!("offsetof(", $c, ", ", stringify!($member), ")"), offset_of!($rust, $member) as u64)),*
                 ]
