@@ -254,11 +254,8 @@ impl Teller {
                 if let Some(message) = end.message() {
                     let _ = write!(text, "\n  {}", message.replace('\n', "\n  "));
                 }
-                // What a dying process wrote often says more than how it died.
-                if matches!(
-                    end,
-                    End::Killed { .. } | End::Exited { .. } | End::Panicked(_)
-                ) && !last_words.is_empty()
+                // What a dying process wrote often says more than how it died; a panic has said it already.
+                if matches!(end, End::Killed { .. } | End::Exited { .. }) && !last_words.is_empty()
                 {
                     text.push_str("\n  the last lines it wrote:");
                     for line in last_words {

@@ -14,7 +14,7 @@ fn check(act: &str, options: &str, reason: &str, words: &[&str]) {
     let said = lab
         .run(&["--grace", "300ms"])
         .expect(100)
-        .saying(&[&format!("stage `a` ended after")]);
+        .saying(&["stage `a` ended after"]);
     let said = said.saying(&[reason]).saying(words);
     assert!(
         said.stdout.contains("failed") && said.stdout.contains("skipped"),

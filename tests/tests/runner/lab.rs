@@ -288,10 +288,12 @@ pub fn binary() -> PathBuf {
 pub fn plugins() -> &'static Path {
     static DIR: OnceLock<PathBuf> = OnceLock::new();
     DIR.get_or_init(|| {
-        let dir =
-            Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("plugins-{}", std::process::id()));
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("plugins");
         std::fs::create_dir_all(&dir).unwrap();
-        compile("faulty.c", &[], &dir.join("libretort_faulty.so"));
+        // Another process of these tests may be using it: it is replaced in one step.
+        let fresh = dir.join(format!("fresh-{}", std::process::id()));
+        compile("faulty.c", &[], &fresh);
+        std::fs::rename(fresh, dir.join("libretort_faulty.so")).unwrap();
         dir
     })
 }
