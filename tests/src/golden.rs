@@ -159,12 +159,11 @@ pub fn llamagen<B: Backend>(backend: &B) -> Result<Vec<Row>> {
     let text = std::fs::read_to_string(dir.join("config.json")).map_err(Error::io(&dir))?;
     let config: Value = serde_json::from_str(&text).map_err(|e| Error::data(&dir, e))?;
     let number = |name: &str| config[name].as_u64().expect(name) as usize;
-    let list = |name: &str| {
-        config[name]
-            .as_array()
-            .expect(name)
-            .iter()
-            .map(|x| x.as_u64().expect(name) as usize)
+    let list = |name: &str| -> Vec<usize> {
+        let sizes = config[name].as_array().expect(name).iter();
+        sizes
+            .map(|x| x.as_u64().expect("a size") as usize)
+            .collect()
     };
     let all = procedural_weights(&dir.join("weights.json"))?;
     let load = |part: &str| Loader::new(backend, Source::Host(&all[part]), false, part.to_owned());
@@ -179,7 +178,7 @@ pub fn llamagen<B: Backend>(backend: &B) -> Result<Vec<Row>> {
         side,
         classes: number("num_classes"),
     };
-    let multipliers: Vec<usize> = list("ch_mult").collect();
+    let multipliers = list("ch_mult");
     let tokenizer = vq::Config {
         image_channels: 3,
         image_size: side << (multipliers.len() - 1),

@@ -7,6 +7,7 @@
 
 mod backend;
 pub mod plain;
+mod plugin;
 
 use candle_core::{DType, Device, Tensor};
 use retort_engine::error::{Error, Result};
