@@ -1,11 +1,15 @@
 //! `Candle` as the engine's backend: for each operation the fused kernel where one fits, else the plain form.
 
 use candle_core::Tensor;
-use retort_engine::backend::{Backend, Binary, Unary};
+use retort_engine::backend::{AdamwStep, Backend, Binary, FlowSolver, Mask, Unary};
 use retort_engine::error::Result;
 
 use crate::plain::Plain;
+use crate::view::fits;
 use crate::{Candle, T};
+use crate::{
+    activation, arithmetic, attention, convolution, flow, norm, optimiser, product, softmax,
+};
 
 impl Backend for Candle {
     type Tensor = Tensor;
@@ -50,25 +54,47 @@ impl Backend for Candle {
         Plain::expand(x, shape)
     }
     fn unary(x: &T, f: Unary) -> Result<T> {
-        Plain::unary(x, f)
+        fits(&[x])
+            .then(|| activation::unary(x, f))
+            .flatten()
+            .unwrap_or_else(|| Plain::unary(x, f))
     }
     fn binary(a: &T, b: &T, f: Binary) -> Result<T> {
-        Plain::binary(a, b, f)
+        fits(&[a, b])
+            .then(|| arithmetic::binary(a, b, f))
+            .flatten()
+            .unwrap_or_else(|| Plain::binary(a, b, f))
     }
     fn affine(x: &T, mul: f64, add: f64) -> Result<T> {
-        Plain::affine(x, mul, add)
+        if fits(&[x]) {
+            arithmetic::affine(x, mul, add)
+        } else {
+            Plain::affine(x, mul, add)
+        }
     }
     fn sum(x: &T, dims: &[usize]) -> Result<T> {
-        Plain::sum(x, dims)
+        if fits(&[x]) {
+            arithmetic::sum(x, dims)
+        } else {
+            Plain::sum(x, dims)
+        }
     }
     fn max_last(x: &T) -> Result<T> {
         Plain::max_last(x)
     }
     fn argmax_last(x: &T) -> Result<T> {
-        Plain::argmax_last(x)
+        if fits(&[x]) {
+            softmax::argmax_last(x)
+        } else {
+            Plain::argmax_last(x)
+        }
     }
     fn matmul(a: &T, b: &T, ta: bool, tb: bool) -> Result<T> {
-        Plain::matmul(a, b, ta, tb)
+        if fits(&[a, b]) && a.rank() >= 2 {
+            product::matmul(a, b, ta, tb)
+        } else {
+            Plain::matmul(a, b, ta, tb)
+        }
     }
     fn rows(table: &T, ids: &T) -> Result<T> {
         Plain::rows(table, ids)
@@ -83,7 +109,11 @@ impl Backend for Candle {
         Plain::pick_adjoint(grad, ids, k)
     }
     fn conv2d(x: &T, w: &T, stride: usize, padding: usize) -> Result<T> {
-        Plain::conv2d(x, w, stride, padding)
+        if fits(&[x, w]) {
+            convolution::conv2d(x, w, stride, padding)
+        } else {
+            Plain::conv2d(x, w, stride, padding)
+        }
     }
     fn conv2d_backward(
         x: &T,
@@ -93,12 +123,194 @@ impl Backend for Candle {
         padding: usize,
         want: (bool, bool),
     ) -> Result<(Option<T>, Option<T>)> {
-        Plain::conv2d_backward(x, w, grad, stride, padding, want)
+        if fits(&[x, w, grad]) {
+            convolution::conv2d_backward(x, w, grad, stride, padding, want)
+        } else {
+            Plain::conv2d_backward(x, w, grad, stride, padding, want)
+        }
     }
+
     fn write_(x: &T, dim: usize, start: usize, src: &T) -> Result<()> {
         Plain::write_(x, dim, start, src)
     }
     fn assign_(x: &T, src: &T) -> Result<()> {
         Plain::assign_(x, src)
+    }
+    fn adamw_(p: &T, m: &T, v: &T, g: &T, s: &AdamwStep) -> Result<()> {
+        let written = [p, m, v];
+        if fits(&[p, m, v, g]) && written.iter().all(|x| x.is_contiguous() && same(x, g)) {
+            optimiser::adamw_(p, m, v, g, s)
+        } else {
+            Plain::adamw_(p, m, v, g, s)
+        }
+    }
+    fn ema_(average: &T, x: &T, decay: f64) -> Result<()> {
+        if fits(&[average, x]) && average.is_contiguous() && same(average, x) {
+            optimiser::ema_(average, x, decay)
+        } else {
+            Plain::ema_(average, x, decay)
+        }
+    }
+
+    fn unary_backward(x: &T, y: &T, grad: &T, f: Unary) -> Result<T> {
+        (fits(&[x, y, grad]) && same(x, y) && same(x, grad))
+            .then(|| activation::unary_backward(x, y, grad, f))
+            .flatten()
+            .unwrap_or_else(|| Plain::unary_backward(x, y, grad, f))
+    }
+    fn linear(x: &T, w: &T, bias: Option<&T>) -> Result<T> {
+        let fit = fits(&[x, w])
+            && bias.is_none_or(|b| fits(&[b]) && b.dims() == &w.dims()[..1])
+            && w.rank() == 2
+            && ends_with(x, &w.dims()[1..]);
+        if fit {
+            product::linear(x, w, bias)
+        } else {
+            Plain::linear(x, w, bias)
+        }
+    }
+    fn softmax(x: &T) -> Result<T> {
+        if fits(&[x]) {
+            softmax::softmax(x)
+        } else {
+            Plain::softmax(x)
+        }
+    }
+    fn softmax_backward(y: &T, grad: &T) -> Result<T> {
+        if fits(&[y, grad]) && same(y, grad) {
+            softmax::softmax_backward(y, grad)
+        } else {
+            Plain::softmax_backward(y, grad)
+        }
+    }
+    fn rms_norm(x: &T, w: &T, eps: f64) -> Result<T> {
+        if fits(&[x, w]) && ends_with(x, w.dims()) && w.rank() == 1 {
+            norm::rms_norm(x, w, eps)
+        } else {
+            Plain::rms_norm(x, w, eps)
+        }
+    }
+    fn rms_norm_backward(x: &T, w: &T, grad: &T, eps: f64) -> Result<(T, T)> {
+        if fits(&[x, w, grad]) && ends_with(x, w.dims()) && w.rank() == 1 && same(x, grad) {
+            norm::rms_norm_backward(x, w, grad, eps)
+        } else {
+            Plain::rms_norm_backward(x, w, grad, eps)
+        }
+    }
+    fn layer_norm(x: &T, eps: f64) -> Result<T> {
+        if fits(&[x]) {
+            norm::layer_norm(x, eps)
+        } else {
+            Plain::layer_norm(x, eps)
+        }
+    }
+    fn layer_norm_backward(x: &T, grad: &T, eps: f64) -> Result<T> {
+        if fits(&[x, grad]) && same(x, grad) {
+            norm::layer_norm_backward(x, grad, eps)
+        } else {
+            Plain::layer_norm_backward(x, grad, eps)
+        }
+    }
+    fn group_norm(x: &T, groups: usize, w: &T, bias: &T, eps: f64) -> Result<T> {
+        if fits(&[x, w, bias]) && grouped(x, groups, &[w, bias]) {
+            norm::group_norm(x, groups, w, bias, eps)
+        } else {
+            Plain::group_norm(x, groups, w, bias, eps)
+        }
+    }
+    fn group_norm_backward(x: &T, groups: usize, w: &T, grad: &T, eps: f64) -> Result<(T, T, T)> {
+        if fits(&[x, w, grad]) && grouped(x, groups, &[w]) && same(x, grad) {
+            norm::group_norm_backward(x, groups, w, grad, eps)
+        } else {
+            Plain::group_norm_backward(x, groups, w, grad, eps)
+        }
+    }
+    fn rope(x: &T, cos: &T, sin: &T) -> Result<T> {
+        let tables = |x: &T| cos.dims() == [x.dims()[1], x.dims()[3] / 2] && same(cos, sin);
+        if fits(&[x, cos, sin]) && x.rank() == 4 && tables(x) {
+            attention::rope(x, cos, sin)
+        } else {
+            Plain::rope(x, cos, sin)
+        }
+    }
+    fn attention(q: &T, k: &T, v: &T, mask: &Mask<T>, scale: f64) -> Result<T> {
+        if fits(&[q, k, v]) && masked(mask) {
+            attention::attention(q, k, v, mask, scale)
+        } else {
+            Plain::attention(q, k, v, mask, scale)
+        }
+    }
+    fn attention_backward(
+        q: &T,
+        k: &T,
+        v: &T,
+        mask: &Mask<T>,
+        scale: f64,
+        y: &T,
+        grad: &T,
+    ) -> Result<(T, T, T)> {
+        if fits(&[q, k, v, y, grad]) && masked(mask) && same(q, y) && same(q, grad) {
+            attention::attention_backward(q, k, v, mask, scale, y, grad)
+        } else {
+            Plain::attention_backward(q, k, v, mask, scale, y, grad)
+        }
+    }
+    fn swiglu(x: &T) -> Result<T> {
+        if fits(&[x]) {
+            activation::swiglu(x)
+        } else {
+            Plain::swiglu(x)
+        }
+    }
+    fn swiglu_backward(x: &T, grad: &T) -> Result<T> {
+        if fits(&[x, grad]) && 2 * grad.elem_count() == x.elem_count() {
+            activation::swiglu_backward(x, grad)
+        } else {
+            Plain::swiglu_backward(x, grad)
+        }
+    }
+    fn cross_entropy(logits: &T, ids: &T) -> Result<T> {
+        if fits(&[logits]) {
+            softmax::cross_entropy(logits, ids)
+        } else {
+            Plain::cross_entropy(logits, ids)
+        }
+    }
+    fn cross_entropy_backward(logits: &T, ids: &T, grad: &T) -> Result<T> {
+        if fits(&[logits, grad]) && grad.elem_count() == ids.elem_count() {
+            softmax::cross_entropy_backward(logits, ids, grad)
+        } else {
+            Plain::cross_entropy_backward(logits, ids, grad)
+        }
+    }
+    fn flow_map(logits: &T, noise: &T, codebook: &T, solver: &FlowSolver) -> Result<T> {
+        if fits(&[logits, noise, codebook]) {
+            flow::flow_map(logits, noise, codebook, solver)
+        } else {
+            Plain::flow_map(logits, noise, codebook, solver)
+        }
+    }
+}
+
+fn same(a: &T, b: &T) -> bool {
+    a.dims() == b.dims()
+}
+
+fn ends_with(x: &T, end: &[usize]) -> bool {
+    x.dims().ends_with(end)
+}
+
+/// Whether channels divide into groups and each has its parameters.
+fn grouped(x: &T, groups: usize, parameters: &[&T]) -> bool {
+    x.rank() == 4
+        && groups > 0
+        && x.dims()[1] % groups == 0
+        && parameters.iter().all(|p| p.dims() == &x.dims()[1..2])
+}
+
+fn masked(mask: &Mask<T>) -> bool {
+    match mask {
+        Mask::Full | Mask::Causal => true,
+        Mask::Bias(bias) => fits(&[bias]),
     }
 }

@@ -5,9 +5,20 @@
 //! to the engine's composed definitions, where none does. All tensors are plain: candle's own differentiation is never
 //! used, the engine's tape asks for values only.
 
+mod activation;
+mod arithmetic;
+mod attention;
 mod backend;
+mod convolution;
+mod flow;
+mod lanes;
+mod norm;
+mod optimiser;
 pub mod plain;
 mod plugin;
+mod product;
+mod softmax;
+mod view;
 
 use candle_core::{DType, Device, Tensor};
 use retort_engine::error::{Error, Result};

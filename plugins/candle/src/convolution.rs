@@ -1,0 +1,335 @@
+//! Convolutions as matrix products over unfolded images, a tile of output rows at a time, so that what is unfolded
+//! stays in the cache.
+
+use rayon::prelude::*;
+use retort_engine::error::{Error, Result};
+
+use crate::product::{Matrix, Product};
+use crate::view::{floats, fresh, tensor, whole};
+use crate::{T, failed};
+
+/// Elements of an unfolded tile: 1 MiB, the second-level cache of the processors this is for.
+const UNFOLDED: usize = 256 * 1024;
+
+/// Images whose share of the kernel's gradient is summed by one task: fixed, so that the order of the sum is.
+const BLOCK: usize = 8;
+
+/// (b, c, h, w) with (o, c, kh, kw) -> (b, o, h', w')
+pub fn conv2d(x: &T, w: &T, stride: usize, padding: usize) -> Result<T> {
+    let shape = Shape::new(x, w, stride, padding)?;
+    let (x, w) = (&whole(x)?, &whole(w)?);
+    floats!(x, w);
+    let y = shape.forward(x, w);
+    tensor(y, &[shape.b, shape.o, shape.out_h, shape.out_w])
+}
+
+/// Gradients of [`conv2d`] for its input and its kernel.
+pub fn conv2d_backward(
+    x: &T,
+    w: &T,
+    grad: &T,
+    stride: usize,
+    padding: usize,
+    want: (bool, bool),
+) -> Result<(Option<T>, Option<T>)> {
+    let shape = Shape::new(x, w, stride, padding)?;
+    if grad.dims() != [shape.b, shape.o, shape.out_h, shape.out_w] {
+        return Err(Error::Backend(format!(
+            "conv2d: a gradient {:?} for {} images",
+            grad.dims(),
+            shape.b
+        )));
+    }
+    let (x_shape, w_shape) = (x.dims().to_vec(), w.dims().to_vec());
+    let (x, w, grad) = (&whole(x)?, &whole(w)?, &whole(grad)?);
+    floats!(x, w, grad);
+    let dx = want
+        .0
+        .then(|| tensor(shape.input_gradient(w, grad), &x_shape));
+    let dw = want
+        .1
+        .then(|| tensor(shape.kernel_gradient(x, grad), &w_shape));
+    Ok((dx.transpose()?, dw.transpose()?))
+}
+
+/// Sizes of one convolution.
+#[derive(Clone, Copy)]
+struct Shape {
+    b: usize,
+    c: usize,
+    h: usize,
+    w: usize,
+    o: usize,
+    kh: usize,
+    kw: usize,
+    out_h: usize,
+    out_w: usize,
+    stride: usize,
+    padding: usize,
+}
+
+impl Shape {
+    fn new(x: &T, w: &T, stride: usize, padding: usize) -> Result<Self> {
+        let (b, c, h, wide) = x.dims4().map_err(failed)?;
+        let (o, c2, kh, kw) = w.dims4().map_err(failed)?;
+        if c != c2 || stride == 0 || h + 2 * padding < kh || wide + 2 * padding < kw {
+            return Err(Error::Backend(format!(
+                "conv2d: {:?} with a kernel {:?}, stride {stride}, padding {padding}",
+                x.dims(),
+                w.dims()
+            )));
+        }
+        Ok(Self {
+            b,
+            c,
+            h,
+            w: wide,
+            o,
+            kh,
+            kw,
+            out_h: (h + 2 * padding - kh) / stride + 1,
+            out_w: (wide + 2 * padding - kw) / stride + 1,
+            stride,
+            padding,
+        })
+    }
+
+    /// Rows of the unfolded image: one per channel and place in the kernel.
+    fn deep(&self) -> usize {
+        self.c * self.kh * self.kw
+    }
+
+    /// Positions of the output.
+    fn plane(&self) -> usize {
+        self.out_h * self.out_w
+    }
+
+    /// Whether an image is its own unfolding.
+    fn flat(&self) -> bool {
+        self.kh == 1 && self.kw == 1 && self.stride == 1 && self.padding == 0
+    }
+
+    /// Output rows per tile.
+    fn tile(&self) -> usize {
+        (UNFOLDED / (self.deep() * self.out_w)).clamp(1, self.out_h)
+    }
+
+    fn forward(&self, x: &[f32], w: &[f32]) -> Vec<f32> {
+        let (deep, plane, tile) = (self.deep(), self.plane(), self.tile());
+        let kernel = Matrix::rows(w, deep);
+        let mut y = fresh(&[self.b, self.o, plane]);
+        let image = self.c * self.h * self.w;
+        let one = |unfolded: &mut Vec<f32>, b: usize, y: &mut [f32], parallel: bool| {
+            let x = &x[b * image..][..image];
+            for first in (0..self.out_h).step_by(tile) {
+                let n = tile.min(self.out_h - first) * self.out_w;
+                let columns = if self.flat() {
+                    Matrix::rows(&x[first * self.out_w..], plane)
+                } else {
+                    self.unfold(x, first, n, unfolded);
+                    Matrix::rows(unfolded, n)
+                };
+                Product {
+                    m: self.o,
+                    k: deep,
+                    n,
+                    grow: false,
+                    parallel,
+                }
+                .run(&mut y[first * self.out_w..], plane, kernel, columns);
+            }
+        };
+        if self.b >= rayon::current_num_threads() {
+            y.par_chunks_mut(self.o * plane)
+                .enumerate()
+                .for_each_init(Vec::new, |unfolded, (b, y)| one(unfolded, b, y, false));
+        } else {
+            let mut unfolded = Vec::new();
+            for (b, y) in y.chunks_mut(self.o * plane).enumerate() {
+                one(&mut unfolded, b, y, true);
+            }
+        }
+        y
+    }
+
+    /// dx: for stride 1 the correlation of the gradient with the turned kernel, else the adjoint of unfolding.
+    fn input_gradient(&self, w: &[f32], grad: &[f32]) -> Vec<f32> {
+        let (kh, kw) = (self.kh, self.kw);
+        if self.stride == 1 && kh == kw && kh > self.padding {
+            let turned = self.turn(w);
+            let back = Self {
+                c: self.o,
+                h: self.out_h,
+                w: self.out_w,
+                o: self.c,
+                out_h: self.h,
+                out_w: self.w,
+                padding: kh - 1 - self.padding,
+                ..*self
+            };
+            return back.forward(grad, &turned);
+        }
+        let (deep, plane, tile) = (self.deep(), self.plane(), self.tile());
+        let kernel = Matrix::rows(w, deep).turned();
+        let image = self.c * self.h * self.w;
+        let mut dx = fresh(&[self.b, image]);
+        dx.par_chunks_mut(image).enumerate().for_each_init(
+            Vec::new,
+            |unfolded: &mut Vec<f32>, (b, dx)| {
+                let g = &grad[b * self.o * plane..][..self.o * plane];
+                for first in (0..self.out_h).step_by(tile) {
+                    let n = tile.min(self.out_h - first) * self.out_w;
+                    unfolded.resize(deep * n, 0.0);
+                    Product {
+                        m: deep,
+                        k: self.o,
+                        n,
+                        grow: false,
+                        parallel: false,
+                    }
+                    .run(
+                        unfolded,
+                        n,
+                        kernel,
+                        Matrix::rows(&g[first * self.out_w..], plane),
+                    );
+                    self.fold(unfolded, first, n, dx);
+                }
+            },
+        );
+        dx
+    }
+
+    /// dw = sum over images of g times the unfolded image transposed.
+    fn kernel_gradient(&self, x: &[f32], grad: &[f32]) -> Vec<f32> {
+        let (deep, plane, tile) = (self.deep(), self.plane(), self.tile());
+        let image = self.c * self.h * self.w;
+        let size = self.o * deep;
+        let mut shares = vec![0.0; self.b.div_ceil(BLOCK) * size];
+        shares.par_chunks_mut(size).enumerate().for_each_init(
+            Vec::new,
+            |unfolded: &mut Vec<f32>, (block, dw)| {
+                for b in block * BLOCK..((block + 1) * BLOCK).min(self.b) {
+                    let x = &x[b * image..][..image];
+                    let g = &grad[b * self.o * plane..][..self.o * plane];
+                    for first in (0..self.out_h).step_by(tile) {
+                        let n = tile.min(self.out_h - first) * self.out_w;
+                        let columns = if self.flat() {
+                            Matrix::rows(&x[first * self.out_w..], plane)
+                        } else {
+                            self.unfold(x, first, n, unfolded);
+                            Matrix::rows(unfolded, n)
+                        };
+                        Product {
+                            m: self.o,
+                            k: n,
+                            n: deep,
+                            grow: true,
+                            parallel: false,
+                        }
+                        .run(
+                            dw,
+                            deep,
+                            Matrix::rows(&g[first * self.out_w..], plane),
+                            columns.turned(),
+                        );
+                    }
+                }
+            },
+        );
+        let mut blocks = shares.chunks_exact(size);
+        let mut dw = blocks.next().map(<[f32]>::to_vec).unwrap_or_default();
+        for share in blocks {
+            dw.iter_mut().zip(share).for_each(|(dw, &s)| *dw += s);
+        }
+        dw
+    }
+
+    /// The kernel (o, c, kh, kw) as (c, o, kh, kw), each plane turned by half a circle.
+    fn turn(&self, w: &[f32]) -> Vec<f32> {
+        let area = self.kh * self.kw;
+        let mut turned = vec![0.0; w.len().min(self.o * self.c * area)];
+        for o in 0..self.o {
+            for c in 0..self.c {
+                let from = &w[(o * self.c + c) * area..][..area];
+                let to = &mut turned[(c * self.o + o) * area..][..area];
+                to.iter_mut()
+                    .zip(from.iter().rev())
+                    .for_each(|(t, &f)| *t = f);
+            }
+        }
+        turned
+    }
+
+    /// The n output positions from row `first` on as columns: (c kh kw, n).
+    fn unfold(&self, x: &[f32], first: usize, n: usize, to: &mut Vec<f32>) {
+        to.resize(self.deep() * n, 0.0);
+        for (row, to) in to.chunks_exact_mut(n).enumerate() {
+            let (c, dy, dx) = self.place(row);
+            let plane = &x[c * self.h * self.w..][..self.h * self.w];
+            for (i, to) in to.chunks_exact_mut(self.out_w).enumerate() {
+                let Some(y) = ((first + i) * self.stride + dy)
+                    .checked_sub(self.padding)
+                    .filter(|&y| y < self.h)
+                else {
+                    to.fill(0.0);
+                    continue;
+                };
+                let line = &plane[y * self.w..][..self.w];
+                let (low, high) = self.inside(dx);
+                to[..low].fill(0.0);
+                to[high..].fill(0.0);
+                if low < high {
+                    let from = low * self.stride + dx - self.padding;
+                    if self.stride == 1 {
+                        to[low..high].copy_from_slice(&line[from..][..high - low]);
+                    } else {
+                        let line = line[from..].iter().step_by(self.stride);
+                        to[low..high]
+                            .iter_mut()
+                            .zip(line)
+                            .for_each(|(t, &f)| *t = f);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Adjoint of [`Shape::unfold`].
+    fn fold(&self, from: &[f32], first: usize, n: usize, x: &mut [f32]) {
+        for (row, from) in from.chunks_exact(n).enumerate() {
+            let (c, dy, dx) = self.place(row);
+            let plane = &mut x[c * self.h * self.w..][..self.h * self.w];
+            for (i, from) in from.chunks_exact(self.out_w).enumerate() {
+                let Some(y) = ((first + i) * self.stride + dy)
+                    .checked_sub(self.padding)
+                    .filter(|&y| y < self.h)
+                else {
+                    continue;
+                };
+                let (low, high) = self.inside(dx);
+                if low < high {
+                    let start = y * self.w + low * self.stride + dx - self.padding;
+                    let line = plane[start..].iter_mut().step_by(self.stride);
+                    line.zip(&from[low..high]).for_each(|(x, &f)| *x += f);
+                }
+            }
+        }
+    }
+
+    /// Channel and place in the kernel of a row of the unfolded image.
+    fn place(&self, row: usize) -> (usize, usize, usize) {
+        let area = self.kh * self.kw;
+        (row / area, row % area / self.kw, row % self.kw)
+    }
+
+    /// The output columns low..high whose input column lies inside the image.
+    fn inside(&self, dx: usize) -> (usize, usize) {
+        let low = self.padding.saturating_sub(dx).div_ceil(self.stride);
+        let high = (self.w + self.padding)
+            .saturating_sub(dx)
+            .div_ceil(self.stride);
+        let high = high.min(self.out_w);
+        (low.min(high), high)
+    }
+}

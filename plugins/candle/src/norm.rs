@@ -1,0 +1,241 @@
+//! Normalisations, each forward and backward in one pass over its rows.
+
+use rayon::prelude::*;
+use retort_engine::error::Result;
+
+use crate::T;
+use crate::lanes::{add_scaled, by_rows, dot, sum, vectorised};
+use crate::view::{floats, fresh, tensor, whole};
+
+/// Rows whose share of a parameter's gradient is summed by one task: fixed, so that the order of the sum is.
+const BLOCK: usize = 64;
+
+/// x / sqrt(mean(x^2) + eps) * w over the last dimension.
+pub fn rms_norm(x: &T, w: &T, eps: f64) -> Result<T> {
+    let (x, w) = (&whole(x)?, &whole(w)?);
+    let shape = x.dims().to_vec();
+    floats!(x, w);
+    let d = shape[shape.len() - 1];
+    let mut y = fresh(&shape);
+    by_rows(&mut y, d, |first, out| {
+        for (i, out) in out.chunks_exact_mut(d).enumerate() {
+            let x = &x[(first + i) * d..][..d];
+            let r = inverse_root(dot(x, x) / d as f32, eps);
+            for (y, (&x, &w)) in out.iter_mut().zip(x.iter().zip(w)) {
+                *y = x * r * w;
+            }
+        }
+    });
+    tensor(y, &shape)
+}
+
+/// Gradients of [`rms_norm`] for x and w.
+pub fn rms_norm_backward(x: &T, w: &T, grad: &T, eps: f64) -> Result<(T, T)> {
+    let (x, w, grad) = (&whole(x)?, &whole(w)?, &whole(grad)?);
+    let shape = x.dims().to_vec();
+    floats!(x, w, grad);
+    let d = shape[shape.len() - 1];
+    let mut dx = fresh(&shape);
+    let blocks = dx.len().div_ceil(BLOCK * d);
+    let mut shares = vec![0.0; blocks * d];
+    dx.par_chunks_mut(BLOCK * d)
+        .zip(shares.par_chunks_mut(d))
+        .enumerate()
+        .for_each(|(block, (out, share))| {
+            vectorised(|| {
+                for (i, dx) in out.chunks_exact_mut(d).enumerate() {
+                    let at = (block * BLOCK + i) * d;
+                    rms_row_backward(dx, share, &x[at..][..d], w, &grad[at..][..d], eps);
+                }
+            });
+        });
+    Ok((tensor(dx, &shape)?, tensor(total(&shares, d), &[d])?))
+}
+
+/// With r = 1/rms: dx = r (g w - x r^2 mean(g w x)); the share of dw grows by g x r.
+#[inline(always)]
+fn rms_row_backward(dx: &mut [f32], share: &mut [f32], x: &[f32], w: &[f32], g: &[f32], eps: f64) {
+    let d = x.len() as f32;
+    for (dx, (&g, &w)) in dx.iter_mut().zip(g.iter().zip(w)) {
+        *dx = g * w;
+    }
+    let r = inverse_root(dot(x, x) / d, eps);
+    let along = dot(dx, x) / d * r * r;
+    for (dx, &x) in dx.iter_mut().zip(x) {
+        *dx = r * x.mul_add(-along, *dx);
+    }
+    for (share, (&g, &x)) in share.iter_mut().zip(g.iter().zip(x)) {
+        *share = (g * r).mul_add(x, *share);
+    }
+}
+
+/// (x - mean) / sqrt(var + eps) over the last dimension.
+pub fn layer_norm(x: &T, eps: f64) -> Result<T> {
+    let x = &whole(x)?;
+    let shape = x.dims().to_vec();
+    floats!(x);
+    let d = shape[shape.len() - 1];
+    let mut y = fresh(&shape);
+    by_rows(&mut y, d, |first, out| {
+        for (i, out) in out.chunks_exact_mut(d).enumerate() {
+            let x = &x[(first + i) * d..][..d];
+            let (mean, r) = moments(x, eps);
+            for (y, &x) in out.iter_mut().zip(x) {
+                *y = (x - mean) * r;
+            }
+        }
+    });
+    tensor(y, &shape)
+}
+
+/// Gradient of [`layer_norm`].
+pub fn layer_norm_backward(x: &T, grad: &T, eps: f64) -> Result<T> {
+    let (x, grad) = (&whole(x)?, &whole(grad)?);
+    let shape = x.dims().to_vec();
+    floats!(x, grad);
+    let d = shape[shape.len() - 1];
+    let mut dx = fresh(&shape);
+    by_rows(&mut dx, d, |first, out| {
+        for (i, dx) in out.chunks_exact_mut(d).enumerate() {
+            let at = (first + i) * d;
+            let (x, g) = (&x[at..][..d], &grad[at..][..d]);
+            let (mean, r) = moments(x, eps);
+            // With y the result: dx = r (g - mean(g) - y mean(g y)); dx holds y first.
+            for (dx, &x) in dx.iter_mut().zip(x) {
+                *dx = (x - mean) * r;
+            }
+            let level = sum(g, |g| g) / d as f32;
+            let along = dot(g, dx) / d as f32;
+            for (dx, &g) in dx.iter_mut().zip(g) {
+                *dx = r * (*dx).mul_add(-along, g - level);
+            }
+        }
+    });
+    tensor(dx, &shape)
+}
+
+/// Group normalisation of (b, c, h, w) with scale and shift (c).
+pub fn group_norm(x: &T, groups: usize, w: &T, bias: &T, eps: f64) -> Result<T> {
+    let (x, w, bias) = (&whole(x)?, &whole(w)?, &whole(bias)?);
+    let shape = x.dims().to_vec();
+    floats!(x, w, bias);
+    let (plane, per) = (shape[2] * shape[3], shape[1] / groups);
+    let mut y = fresh(&shape);
+    by_rows(&mut y, per * plane, |first, out| {
+        for (i, out) in out.chunks_exact_mut(per * plane).enumerate() {
+            let group = (first + i) % groups;
+            let x = &x[(first + i) * per * plane..][..per * plane];
+            let (mean, r) = moments(x, eps);
+            for (c, (y, x)) in out
+                .chunks_exact_mut(plane)
+                .zip(x.chunks_exact(plane))
+                .enumerate()
+            {
+                let scale = r * w[group * per + c];
+                let shift = bias[group * per + c] - mean * scale;
+                for (y, &x) in y.iter_mut().zip(x) {
+                    *y = x.mul_add(scale, shift);
+                }
+            }
+        }
+    });
+    tensor(y, &shape)
+}
+
+/// Gradients of [`group_norm`] for x, scale and shift.
+pub fn group_norm_backward(x: &T, groups: usize, w: &T, grad: &T, eps: f64) -> Result<(T, T, T)> {
+    let (x, w, grad) = (&whole(x)?, &whole(w)?, &whole(grad)?);
+    let shape = x.dims().to_vec();
+    floats!(x, w, grad);
+    let (channels, plane) = (shape[1], shape[2] * shape[3]);
+    let per = channels / groups;
+    let image = channels * plane;
+    let mut dx = fresh(&shape);
+    // One share of both parameters' gradients per image, summed in the order of the images.
+    let mut shares = vec![0.0; shape[0] * 2 * channels];
+    dx.par_chunks_mut(image)
+        .zip(shares.par_chunks_mut(2 * channels))
+        .enumerate()
+        .for_each(|(b, (out, share))| {
+            vectorised(|| {
+                let (dw, db) = share.split_at_mut(channels);
+                for (group, dx) in out.chunks_exact_mut(per * plane).enumerate() {
+                    let at = b * image + group * per * plane;
+                    let own = group * per..(group + 1) * per;
+                    group_backward(
+                        dx,
+                        &mut dw[own.clone()],
+                        &mut db[own.clone()],
+                        &x[at..][..per * plane],
+                        &w[own],
+                        &grad[at..][..per * plane],
+                        eps,
+                    );
+                }
+            });
+        });
+    let mut dw = total(&shares, 2 * channels);
+    let db = dw.split_off(channels);
+    Ok((
+        tensor(dx, &shape)?,
+        tensor(dw, &[channels])?,
+        tensor(db, &[channels])?,
+    ))
+}
+
+#[inline(always)]
+fn group_backward(
+    dx: &mut [f32],
+    dw: &mut [f32],
+    db: &mut [f32],
+    x: &[f32],
+    w: &[f32],
+    g: &[f32],
+    eps: f64,
+) {
+    let (plane, n) = (x.len() / w.len(), x.len() as f32);
+    let (mean, r) = moments(x, eps);
+    let (mut level, mut along) = (0.0, 0.0);
+    for c in 0..w.len() {
+        let (x, g) = (&x[c * plane..][..plane], &g[c * plane..][..plane]);
+        let flat = sum(g, |g| g);
+        // sum(g y) with y = (x - mean) r
+        let weighted = (dot(g, x) - mean * flat) * r;
+        db[c] = flat;
+        dw[c] = weighted;
+        level += w[c] * flat / n;
+        along += w[c] * weighted / n;
+    }
+    for c in 0..w.len() {
+        let (x, g) = (&x[c * plane..][..plane], &g[c * plane..][..plane]);
+        for (dx, (&x, &g)) in dx[c * plane..][..plane].iter_mut().zip(x.iter().zip(g)) {
+            let y = (x - mean) * r;
+            *dx = r * y.mul_add(-along, g * w[c] - level);
+        }
+    }
+}
+
+/// Mean and reciprocal deviation, in two passes: the difference of two great sums would lose what matters.
+#[inline(always)]
+fn moments(x: &[f32], eps: f64) -> (f32, f32) {
+    let n = x.len() as f32;
+    let mean = sum(x, |x| x) / n;
+    let variance = sum(x, |x| (x - mean) * (x - mean)) / n;
+    (mean, inverse_root(variance, eps))
+}
+
+#[inline(always)]
+fn inverse_root(mean_square: f32, eps: f64) -> f32 {
+    1.0 / (mean_square + eps as f32).sqrt()
+}
+
+/// The shares' sum, in their order.
+fn total(shares: &[f32], width: usize) -> Vec<f32> {
+    let mut sum = vec![0.0; width];
+    vectorised(|| {
+        for share in shares.chunks_exact(width) {
+            add_scaled(&mut sum, 1.0, share);
+        }
+    });
+    sum
+}

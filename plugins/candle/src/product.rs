@@ -1,0 +1,230 @@
+//! Matrix products on the gemm crate, strided and batched, in an order of summation that depends on nothing but the
+//! inner dimension: a row of a product is the same whatever the number of rows and threads.
+
+use gemm::Parallelism;
+use rayon::prelude::*;
+use retort_engine::error::{Error, Result};
+
+use crate::T;
+use crate::view::{floats, fresh, rows, tensor, whole};
+
+/// A matrix in memory: its elements from the first on, and the steps to the next row and column.
+#[derive(Clone, Copy)]
+pub struct Matrix<'a> {
+    /// Elements.
+    pub data: &'a [f32],
+    /// Step to the next row, in elements.
+    pub row: usize,
+    /// Step to the next column, in elements.
+    pub column: usize,
+}
+
+impl<'a> Matrix<'a> {
+    /// A row-major matrix with `width` columns.
+    pub fn rows(data: &'a [f32], width: usize) -> Self {
+        Self {
+            data,
+            row: width,
+            column: 1,
+        }
+    }
+
+    /// The transposed matrix, in the same memory.
+    pub fn turned(self) -> Self {
+        Self {
+            row: self.column,
+            column: self.row,
+            ..self
+        }
+    }
+
+    fn holds(&self, rows: usize, columns: usize) -> bool {
+        (rows - 1) * self.row + (columns - 1) * self.column < self.data.len()
+    }
+}
+
+/// c (m, n), its rows `c_row` apart, becomes a (m, k) times b (k, n), or grows by it.
+#[derive(Clone, Copy)]
+pub struct Product {
+    /// Rows of a and c.
+    pub m: usize,
+    /// Columns of a, rows of b.
+    pub k: usize,
+    /// Columns of b and c.
+    pub n: usize,
+    /// Whether c keeps what it holds and grows.
+    pub grow: bool,
+    /// Whether all threads of the pool take part, or only this one.
+    pub parallel: bool,
+}
+
+impl Product {
+    /// Computes it.
+    pub fn run(self, c: &mut [f32], c_row: usize, a: Matrix<'_>, b: Matrix<'_>) {
+        let Self { m, k, n, .. } = self;
+        if m == 0 || n == 0 {
+            return;
+        }
+        assert!(
+            k > 0 && a.holds(m, k) && b.holds(k, n) && (m - 1) * c_row + n <= c.len() && n <= c_row,
+            "a matrix product beyond its operands"
+        );
+        let parallelism = if self.parallel {
+            Parallelism::Rayon(0)
+        } else {
+            Parallelism::None
+        };
+        // SAFETY: the assertion keeps every element that is read or written inside its slice; c is borrowed mutably and
+        // its rows do not overlap (n <= c_row).
+        unsafe {
+            gemm::gemm(
+                m,
+                n,
+                k,
+                c.as_mut_ptr(),
+                1,
+                c_row as isize,
+                self.grow,
+                a.data.as_ptr(),
+                a.column as isize,
+                a.row as isize,
+                b.data.as_ptr(),
+                b.column as isize,
+                b.row as isize,
+                1.0,
+                1.0,
+                false,
+                false,
+                false,
+                parallelism,
+            );
+        }
+    }
+}
+
+/// x (.., i) times w (o, i) transposed, plus bias (o).
+pub fn linear(x: &T, w: &T, bias: Option<&T>) -> Result<T> {
+    let x = &whole(x)?;
+    let w = &rows(w)?;
+    let (mut shape, (o, i)) = (x.dims().to_vec(), (w.dims()[0], w.dims()[1]));
+    let n = shape.iter().product::<usize>() / i;
+    *shape.last_mut().expect("rank >= 1") = o;
+    let w_row = w.stride()[0];
+    let bias = bias.map(whole).transpose()?;
+    floats!(x, w);
+    let w = Matrix {
+        data: w,
+        row: w_row,
+        column: 1,
+    };
+
+    // For few results gemm turns to inner products, which add up in another order. Rows of zeros keep it from that, so
+    // that a row does not depend on how many there are.
+    let least = if o * n <= 256 || n == 1 {
+        (256 / o + 1).max(2)
+    } else {
+        n
+    };
+    let least = if i > 512 && o <= 64 {
+        least.max(65)
+    } else {
+        least
+    };
+    let padded: Vec<f32>;
+    let (x, total) = if least > n {
+        let mut copy = vec![0.0; least * i];
+        copy[..n * i].copy_from_slice(&x[..n * i]);
+        padded = copy;
+        (&padded[..], least)
+    } else {
+        (x, n)
+    };
+
+    let mut y = fresh(&[total, o]);
+    if let Some(bias) = &bias {
+        floats!(bias);
+        y.chunks_exact_mut(o)
+            .for_each(|y| y.copy_from_slice(&bias[..o]));
+    }
+    Product {
+        m: total,
+        k: i,
+        n: o,
+        grow: bias.is_some(),
+        parallel: true,
+    }
+    .run(&mut y, o, Matrix::rows(x, i), w.turned());
+    y.truncate(n * o);
+    tensor(y, &shape)
+}
+
+/// Product of the last two dimensions, with equal leading ones.
+pub fn matmul(a: &T, b: &T, ta: bool, tb: bool) -> Result<T> {
+    let rank = a.rank();
+    let sizes = |x: &T, turn: bool| {
+        let d = &x.dims()[x.rank() - 2..];
+        if turn { (d[1], d[0]) } else { (d[0], d[1]) }
+    };
+    let ((m, k), (k2, n)) = (sizes(a, ta), sizes(b, tb));
+    let mut shape = a.dims()[..rank - 2].to_vec();
+    if k != k2 || b.rank() != rank || b.dims()[..rank - 2] != shape[..] {
+        return Err(Error::Backend(format!(
+            "matmul: the shapes {:?} and {:?} do not fit",
+            a.dims(),
+            b.dims()
+        )));
+    }
+    let batch: usize = shape.iter().product();
+    let starts_a = starts(&shape, a.stride());
+    let starts_b = starts(&shape, b.stride());
+    let steps = |x: &T| (x.stride()[rank - 2], x.stride()[rank - 1]);
+    let (steps_a, steps_b) = (steps(a), steps(b));
+    shape.extend([m, n]);
+    floats!(a, b);
+    let matrix = |x, start: usize, (row, column), turn| {
+        let all: &[f32] = x;
+        let matrix = Matrix {
+            data: &all[start..],
+            row,
+            column,
+        };
+        if turn { matrix.turned() } else { matrix }
+    };
+    let mut y = fresh(&shape);
+    let product = |i: usize, y: &mut [f32], parallel: bool| {
+        Product {
+            m,
+            k,
+            n,
+            grow: false,
+            parallel,
+        }
+        .run(
+            y,
+            n,
+            matrix(a, starts_a[i], steps_a, ta),
+            matrix(b, starts_b[i], steps_b, tb),
+        );
+    };
+    if batch == 1 {
+        product(0, &mut y, true);
+    } else {
+        y.par_chunks_mut(m * n)
+            .enumerate()
+            .with_min_len((64 * 1024 / (m * n * k)).max(1))
+            .for_each(|(i, y)| product(i, y, false));
+    }
+    tensor(y, &shape)
+}
+
+/// Where each matrix of a batch begins.
+fn starts(batch: &[usize], stride: &[usize]) -> Vec<usize> {
+    let mut starts = vec![0];
+    for (&n, &step) in batch.iter().zip(stride) {
+        starts = starts
+            .iter()
+            .flat_map(|start| (0..n).map(move |i| start + i * step))
+            .collect();
+    }
+    starts
+}
