@@ -311,7 +311,7 @@ pub fn llamagen<B: Backend>(backend: &B) -> Result<Vec<Row>> {
     suite.tokens("tokenizer.tokens_of_image", &ids)?;
     suite.floats(
         "tokenizer.image_of_tokens",
-        decode(B::rows(&codebook, &ids)?)?.value(),
+        decode(B::rows(&codebook, &tokens)?)?.value(),
     )?;
     Ok(suite.rows)
 }

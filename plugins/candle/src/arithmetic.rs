@@ -5,7 +5,7 @@ use retort_engine::backend::Binary;
 use retort_engine::error::Result;
 
 use crate::T;
-use crate::lanes::{by_rows, greater, sum as sum_of, vectorised};
+use crate::lanes::{by_rows, greater, sum as sum_of};
 use crate::view::{floats, fresh, tensor, whole};
 
 /// A function of pairs, where one argument has the result's shape and the other is repeated in a regular way; None
@@ -133,18 +133,18 @@ fn sum_group(x: &T, first: usize, last: usize) -> Result<T> {
         // A few rows of results per task, each the sum of `count` neighbours.
         let rows = (16 * 1024 / count).max(1);
         y.par_chunks_mut(rows).enumerate().for_each(|(i, out)| {
-            vectorised(|| {
+            {
                 for (j, y) in out.iter_mut().enumerate() {
                     *y = sum_of(&x[(i * rows + j) * count..][..count], |x| x);
                 }
-            });
+            };
         });
     } else {
         // Columns in blocks: every block walks all rows, so the order of a sum never depends on the threads.
         let width = inner.min(256);
         y.par_chunks_mut(inner).enumerate().for_each(|(o, out)| {
             let block = |(c, out): (usize, &mut [f32])| {
-                vectorised(|| {
+                {
                     out.fill(0.0);
                     for r in 0..count {
                         let row = &x[(o * count + r) * inner + c * width..][..out.len()];
@@ -152,7 +152,7 @@ fn sum_group(x: &T, first: usize, last: usize) -> Result<T> {
                             *y += x;
                         }
                     }
-                });
+                };
             };
             if count * inner > 64 * 1024 {
                 out.par_chunks_mut(width).enumerate().for_each(block);

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use retort_engine::backend::Mask;
 use retort_engine::error::{Error, Result};
 
-use crate::lanes::{add_scaled, by_rows, dot, exp, max, sum, vectorised};
+use crate::lanes::{add_scaled, by_rows, dot, exp, max, sum};
 use crate::softmax::exponentials;
 use crate::view::{floats, fresh, rows, tensor, whole};
 use crate::{T, failed};
@@ -55,13 +55,13 @@ pub fn attention(q: &T, k: &T, v: &T, mask: &Mask<T>, scale: f64) -> Result<T> {
         let q = steps[0].head(q, b, h);
         let k = steps[1].head(k, b, h);
         let v = steps[2].head(v, b, h);
-        vectorised(|| {
+        {
             if job.lq == 1 {
                 job.single(scratch, q, k, v, bias, y);
             } else {
                 job.forward(scratch, q, k, v, bias, y, y_row);
             }
-        });
+        };
     };
     if job.b >= 8 {
         y.par_chunks_mut(job.lq * wide)
@@ -111,7 +111,7 @@ pub fn attention_backward(
             y: steps[3].head(y, b, h),
             g: steps[4].head(grad, b, h),
         };
-        vectorised(|| job.backward(scratch, heads, bias, out));
+        job.backward(scratch, heads, bias, out);
     };
     let (q_size, k_size) = if job.b >= 8 {
         (job.lq * wide, job.lk * wide)

@@ -10,7 +10,7 @@ use retort_engine::backend::FlowSolver;
 use retort_engine::error::{Error, Result};
 use retort_engine::flow::grid;
 
-use crate::lanes::{LANES, exp, max, sum, vectorised};
+use crate::lanes::{LANES, exp, max, sum};
 use crate::view::{floats, whole};
 use crate::{T, failed};
 
@@ -39,10 +39,10 @@ pub fn flow_map(logits: &T, noise: &T, codebook: &T, solver: &FlowSolver) -> Res
         .with_min_len((64 * 1024 / (k * d * grid.len())).clamp(1, 64))
         .map_init(Token::default, |token, i| {
             let (logits, noise) = (&logits[i * k..][..k], &noise[i * d..][..d]);
-            vectorised(|| {
+            {
                 token.prepare(logits, noise, &codebook[..k * d]);
                 token.solve(&grid)
-            })
+            }
         })
         .collect();
     Tensor::from_vec(ids, n, &Device::Cpu).map_err(failed)

@@ -4,7 +4,7 @@ use rayon::prelude::*;
 use retort_engine::error::Result;
 
 use crate::T;
-use crate::lanes::{add_scaled, by_rows, dot, sum, vectorised};
+use crate::lanes::{add_scaled, by_rows, dot, sum};
 use crate::view::{floats, fresh, tensor, whole};
 
 /// Rows whose share of a parameter's gradient is summed by one task: fixed, so that the order of the sum is.
@@ -42,12 +42,12 @@ pub fn rms_norm_backward(x: &T, w: &T, grad: &T, eps: f64) -> Result<(T, T)> {
         .zip(shares.par_chunks_mut(d))
         .enumerate()
         .for_each(|(block, (out, share))| {
-            vectorised(|| {
+            {
                 for (i, dx) in out.chunks_exact_mut(d).enumerate() {
                     let at = (block * BLOCK + i) * d;
                     rms_row_backward(dx, share, &x[at..][..d], w, &grad[at..][..d], eps);
                 }
-            });
+            };
         });
     Ok((tensor(dx, &shape)?, tensor(total(&shares, d), &[d])?))
 }
@@ -157,7 +157,7 @@ pub fn group_norm_backward(x: &T, groups: usize, w: &T, grad: &T, eps: f64) -> R
         .zip(shares.par_chunks_mut(2 * channels))
         .enumerate()
         .for_each(|(b, (out, share))| {
-            vectorised(|| {
+            {
                 let (dw, db) = share.split_at_mut(channels);
                 for (group, dx) in out.chunks_exact_mut(per * plane).enumerate() {
                     let at = b * image + group * per * plane;
@@ -172,7 +172,7 @@ pub fn group_norm_backward(x: &T, groups: usize, w: &T, grad: &T, eps: f64) -> R
                         eps,
                     );
                 }
-            });
+            };
         });
     let mut dw = total(&shares, 2 * channels);
     let db = dw.split_off(channels);
@@ -232,10 +232,10 @@ fn inverse_root(mean_square: f32, eps: f64) -> f32 {
 /// The shares' sum, in their order.
 fn total(shares: &[f32], width: usize) -> Vec<f32> {
     let mut sum = vec![0.0; width];
-    vectorised(|| {
+    {
         for share in shares.chunks_exact(width) {
             add_scaled(&mut sum, 1.0, share);
         }
-    });
+    };
     sum
 }

@@ -5,7 +5,7 @@ use retort_engine::backend::AdamwStep;
 use retort_engine::error::Result;
 
 use crate::T;
-use crate::lanes::{by_rows, vectorised};
+use crate::lanes::by_rows;
 use crate::view::{floats, whole, write};
 
 /// One AdamW step on a parameter and its moments.
@@ -24,7 +24,7 @@ fn adamw(p: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32], s: &AdamwStep) 
     let rest = v.par_chunks_mut(BLOCK).zip(g.par_chunks(BLOCK));
     blocks
         .zip(rest)
-        .for_each(|((p, m), (v, g))| vectorised(|| adamw_block(p, m, v, g, s)));
+        .for_each(|((p, m), (v, g))| adamw_block(p, m, v, g, s));
 }
 
 #[inline(always)]

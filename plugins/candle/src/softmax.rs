@@ -4,7 +4,7 @@ use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 use retort_engine::error::{Error, Result};
 
-use crate::lanes::{by_rows, dot, exp, max, sum, vectorised};
+use crate::lanes::{by_rows, dot, exp, max, sum};
 use crate::view::{floats, fresh, ids as host_ids, tensor, whole};
 use crate::{T, failed};
 
@@ -53,7 +53,7 @@ pub fn cross_entropy(logits: &T, ids: &T) -> Result<T> {
     let mut loss = fresh(&[n]);
     let rows = (16 * 1024 / k).max(1);
     loss.par_chunks_mut(rows).enumerate().for_each(|(c, out)| {
-        vectorised(|| {
+        {
             for (i, loss) in out.iter_mut().enumerate() {
                 let row = c * rows + i;
                 let x = &x[row * k..][..k];
@@ -61,7 +61,7 @@ pub fn cross_entropy(logits: &T, ids: &T) -> Result<T> {
                 let total = sum(x, |x| exp(x - top));
                 *loss = total.ln() + top - x[ids[row] as usize];
             }
-        });
+        };
     });
     tensor(loss, &[n])
 }
@@ -96,7 +96,7 @@ pub fn argmax_last(x: &T) -> Result<T> {
         .with_min_len((16 * 1024 / d).max(1))
         .map(|i| {
             let x = &x[i * d..][..d];
-            let top = vectorised(|| max(x));
+            let top = max(x);
             x.iter().position(|&x| x == top).unwrap_or(0) as u32
         })
         .collect();
