@@ -4,6 +4,8 @@
 
 #[path = "runner/faults.rs"]
 mod faults;
+#[path = "runner/history.rs"]
+mod history;
 #[path = "runner/interruptions.rs"]
 mod interruptions;
 #[path = "runner/lab.rs"]
