@@ -45,7 +45,7 @@ fn rotate(out: &mut [f32], x: &[f32], cos: &[f32], sin: &[f32]) {
 pub fn attention(q: &T, k: &T, v: &T, mask: &Mask<T>, scale: f64) -> Result<T> {
     let job = Job::new(q, k, v, mask, scale)?;
     let (q, k, v) = (&rows(q)?, &rows(k)?, &rows(v)?);
-    let steps = [q, k, v].map(|x| Step::of(x));
+    let steps = [q, k, v].map(Step::of);
     let bias = job.bias(mask)?;
     let shape = q.dims().to_vec();
     floats!(q, k, v, bias);
@@ -55,13 +55,11 @@ pub fn attention(q: &T, k: &T, v: &T, mask: &Mask<T>, scale: f64) -> Result<T> {
         let q = steps[0].head(q, b, h);
         let k = steps[1].head(k, b, h);
         let v = steps[2].head(v, b, h);
-        {
-            if job.lq == 1 {
-                job.single(scratch, q, k, v, bias, y);
-            } else {
-                job.forward(scratch, q, k, v, bias, y, y_row);
-            }
-        };
+        if job.lq == 1 {
+            job.single(scratch, q, k, v, bias, y);
+        } else {
+            job.forward(scratch, q, k, v, bias, y, y_row);
+        }
     };
     if job.b >= 8 {
         y.par_chunks_mut(job.lq * wide)
@@ -97,7 +95,7 @@ pub fn attention_backward(
     let job = Job::new(q, k, v, mask, scale)?;
     let (q, k, v) = (&rows(q)?, &rows(k)?, &rows(v)?);
     let (y, grad) = (&rows(y)?, &rows(grad)?);
-    let steps = [q, k, v, y, grad].map(|x| Step::of(x));
+    let steps = [q, k, v, y, grad].map(Step::of);
     let bias = job.bias(mask)?;
     let (q_shape, k_shape) = (q.dims().to_vec(), k.dims().to_vec());
     floats!(q, k, v, y, grad, bias);
@@ -345,6 +343,10 @@ impl Job {
 
     /// All queries of one head.
     #[inline(always)]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the inputs of attention, and where to write"
+    )]
     fn forward(
         &self,
         scratch: &mut Scratch,

@@ -304,7 +304,7 @@ fn ends_with(x: &T, end: &[usize]) -> bool {
 fn grouped(x: &T, groups: usize, parameters: &[&T]) -> bool {
     x.rank() == 4
         && groups > 0
-        && x.dims()[1] % groups == 0
+        && x.dims()[1].is_multiple_of(groups)
         && parameters.iter().all(|p| p.dims() == &x.dims()[1..2])
 }
 

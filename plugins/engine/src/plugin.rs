@@ -61,11 +61,13 @@ impl<B: Backend> Plugin for EnginePlugin<B> {
     fn run(&self, host: &dyn Host, job: &StageJob) -> Result<StageResult, Failure> {
         let kind = find::<B>(job)?;
         let backend = (self.open)(&job.device, &job.dtype, job.threads)?;
-        Ok((kind.run)(&Context {
+        let context = Context {
             host,
             job,
             backend: &backend,
-        })?)
+        };
+        // Inside the pool: a kernel started from a thread of the pool needs no hand-over.
+        Ok(rayon::scope(|_| (kind.run)(&context))?)
     }
 }
 

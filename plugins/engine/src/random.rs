@@ -97,7 +97,7 @@ mod tests {
         assert_eq!(pinned, PINNED, "noise(7, 3) = {a:?} = {pinned:?}");
     }
 
-    const PINNED: [u32; 4] = [0; 4];
+    const PINNED: [u32; 4] = [3_210_147_635, 1_066_261_343, 3_207_042_733, 3_204_646_553];
 
     #[test]
     fn normals_are_standard() {

@@ -45,7 +45,7 @@ impl Config {
     /// Refuses shapes that cannot be built.
     pub fn check(&self) -> Result<()> {
         if self.heads == 0
-            || self.width % self.heads != 0
+            || !self.width.is_multiple_of(self.heads)
             || !(self.width / self.heads).is_multiple_of(4)
         {
             return Err(Error::option(

@@ -108,7 +108,7 @@ impl<B: Backend> Stage<B> for Tokenizer {
         if let Some(m) = o
             .multipliers
             .iter()
-            .find(|&&m| m == 0 || (o.channels * m) % o.norm_groups != 0)
+            .find(|&&m| m == 0 || !(o.channels * m).is_multiple_of(o.norm_groups))
         {
             let width = o.channels * m;
             let message = format!(
@@ -235,7 +235,7 @@ impl<B: Backend> Stage<B> for Tokenizer {
 
 fn config(o: &Options, images: &Images) -> Result<Config> {
     let (size, factor) = (images.height, 1 << (o.multipliers.len() - 1));
-    if images.width != size || size % factor != 0 {
+    if images.width != size || !size.is_multiple_of(factor) {
         return Err(Error::option(
             "/multipliers",
             format!(
