@@ -1,6 +1,6 @@
 //! The runner, through its real binary: runs, reuse, faults, interruptions, stores in trouble.
 //!
-//! The stages come from a plugin in C (`fixtures/faulty.c`) that does as its options say.
+//! The stages come from a plugin in C (`fixtures/faulty.c`) that does as its options say; in `training`, from candle.
 
 #[path = "runner/faults.rs"]
 mod faults;
@@ -16,3 +16,5 @@ mod plugins;
 mod runs;
 #[path = "runner/stores.rs"]
 mod stores;
+#[path = "runner/training.rs"]
+mod training;

@@ -198,9 +198,10 @@ impl<'a, B: Backend> Loader<'a, B> {
         self.backend
     }
 
-    /// Whether the parameters want gradients.
-    pub fn trainable(&self) -> bool {
-        self.trainable
+    /// Whether the parameters never change, so that something derived from them may be kept: they are neither trained
+    /// here nor shared with whoever trains them.
+    pub fn frozen(&self) -> bool {
+        !self.trainable && !matches!(self.source, Source::Device(_))
     }
 
     /// The parameter of a name and shape.

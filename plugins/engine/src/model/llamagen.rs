@@ -131,10 +131,10 @@ impl<B: Backend> Block<B> {
         let w2 = get("feed_forward.w2.weight", &[w, h], normal)?;
         let attention_norm = get("attention_norm.weight", &[w], Init::Constant(1.0))?;
         let ffn_norm = get("ffn_norm.weight", &[w], Init::Constant(1.0))?;
-        let w13 = if loader.trainable() {
-            None
-        } else {
+        let w13 = if loader.frozen() {
             Some(Var::cat(&[&w1, &w3], 0)?)
+        } else {
+            None
         };
         Ok(Self {
             attention_norm,

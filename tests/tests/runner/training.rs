@@ -1,0 +1,287 @@
+//! The real stages on the real plugin, in small: what an interruption leaves, what batches and threads may not change,
+//! and which samplers and losses run to their end.
+
+use std::path::{Path, PathBuf};
+
+use retort_engine::dataset::Dataset;
+use serde_json::Value;
+
+use crate::lab::{Lab, Running, wait_for};
+
+const INTERRUPT: i32 = 2;
+const KILL: i32 = 9;
+
+/// A tokenizer and a teacher of a few seconds: what the tests below build on.
+const TEACHER: &str = "
+version: 1
+seed: 3
+backend: candle
+params:
+  data: {csv: DIGITS, height: 8, width: 8, max: 16}
+stages:
+  codes:
+    kind: tokenizer
+    data: ${params.data}
+    codebook_size: 16
+    codebook_dim: 4
+    channels: 8
+    z_channels: 8
+    train: {steps: 40, batch: 32}
+  teacher:
+    kind: pretrain
+    tokenizer: codes
+    data: ${params.data}
+    width: 32
+    depth: 2
+    heads: 2
+    train: {steps: 60, batch: 32, ema: 0.9}
+";
+
+/// A dataset and a student on top of it.
+const STUDENT: &str = "
+  pairs:
+    kind: trajectories
+    teacher: teacher
+    count: 4000
+    shard_size: 250
+    batch: 125
+    distribution: {guidance: 1.5}
+  student:
+    kind: distill
+    teacher: teacher
+    trajectories: pairs
+    depth: 4
+    timesteps: [0, 6]
+    train: {steps: 400, batch: 32, ema: 0.99, muon: {}}
+";
+
+fn lab(stages: &str) -> Lab {
+    let lab = Lab::new(&[]);
+    let digits = Path::new(env!("CARGO_MANIFEST_DIR")).join("../recipes/data/digits.csv");
+    let digits = digits.canonicalize().unwrap();
+    let text = format!("{TEACHER}{stages}").replace("DIGITS", digits.to_str().unwrap());
+    std::fs::write(lab.dir.path().join("r.yaml"), text).unwrap();
+    lab
+}
+
+/// Hash and place of the output of a stage of the newest run.
+fn output(lab: &Lab, stage: &str) -> (String, PathBuf) {
+    let said = lab
+        .retort(&["artifacts", "list", "latest", "--json"])
+        .expect(0);
+    let all = said.json();
+    let found = all
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|artifact| artifact["stage"] == stage);
+    let found = found.unwrap_or_else(|| panic!("no output of {stage} in {all:#}"));
+    (
+        found["hash"].as_str().unwrap().to_owned(),
+        found["path"].as_str().unwrap().into(),
+    )
+}
+
+/// The last value of a series of the newest run; none before its first point.
+fn last(lab: &Lab, stage: &str, series: &str) -> Option<Value> {
+    let said = lab.retort(&["metrics", "latest", "--stage", stage, "--json"]);
+    let all: Value = serde_json::from_str(&said.stdout).ok()?;
+    let found = all
+        .as_array()?
+        .iter()
+        .find(|known| known["series"] == series)?;
+    Some(found["last"].clone())
+}
+
+/// Starts the recipe and waits until the student's training is under way.
+fn start_training(lab: &Lab) -> Running {
+    let running = lab.start(&[]);
+    lab.wait_for_worker("student");
+    wait_for("a point of the loss", || {
+        last(lab, "student", "distill/loss")
+    });
+    running
+}
+
+#[test]
+fn a_training_that_was_interrupted_ends_with_the_same_bits() {
+    let undisturbed = lab(STUDENT);
+    undisturbed.retort(&["run", "r.yaml"]).expect(0);
+
+    let disturbed = lab(STUDENT);
+    let running = start_training(&disturbed);
+    running.signal(INTERRUPT);
+    running.end().expect(130).saying(&["retort resume"]);
+    disturbed
+        .retort(&["resume"])
+        .expect(0)
+        .saying(&["distill: continuing from step"]);
+
+    assert_eq!(
+        output(&disturbed, "student").0,
+        output(&undisturbed, "student").0
+    );
+}
+
+/// The values of a series of the newest run.
+fn points(lab: &Lab, stage: &str, series: &str) -> Vec<f64> {
+    let said = lab
+        .retort(&["metrics", "latest", series, "--stage", stage, "--json"])
+        .expect(0);
+    let points = said.json();
+    points
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|point| point["value"].as_f64().unwrap())
+        .collect()
+}
+
+#[test]
+fn held_out_losses_see_what_training_learns() {
+    let lab = lab(STUDENT);
+    lab.retort(&["run", "r.yaml"]).expect(0);
+    let guessing = 16f64.ln();
+    for (stage, series) in [
+        ("teacher", "pretrain/held_out_loss"),
+        ("student", "distill/held_out_loss"),
+    ] {
+        let losses = points(&lab, stage, series);
+        let (first, last) = (losses[0], losses[losses.len() - 1]);
+        assert!(
+            last < first && last < 0.97 * guessing,
+            "{series}: {losses:?}, by guessing {guessing}"
+        );
+    }
+}
+
+#[test]
+fn trajectories_lose_at_most_the_open_shard() {
+    let recipe = STUDENT
+        .replace("steps: 400", "steps: 1")
+        .replace("count: 4000", "count: 20000");
+    let undisturbed = lab(&recipe);
+    undisturbed.retort(&["run", "r.yaml"]).expect(0);
+
+    let disturbed = lab(&recipe);
+    let running = disturbed.start(&[]);
+    disturbed.wait_for_worker("pairs");
+    let shards = || -> Vec<PathBuf> {
+        let work = disturbed.store_dir().join("work");
+        let dirs = std::fs::read_dir(work).into_iter().flatten().flatten();
+        let files = dirs.flat_map(|dir| {
+            std::fs::read_dir(dir.path())
+                .into_iter()
+                .flatten()
+                .flatten()
+        });
+        files
+            .map(|file| file.path())
+            .filter(|path| {
+                let name = path.file_name().unwrap().to_str().unwrap();
+                name.starts_with("shard-") && name.ends_with(".safetensors")
+            })
+            .collect()
+    };
+    wait_for("two shards", || (shards().len() >= 2).then_some(()));
+    running.signal(KILL);
+    assert_eq!(running.end().code, None);
+    let written = |path: &PathBuf| std::fs::metadata(path).unwrap().modified().unwrap();
+    let before: Vec<_> = shards()
+        .into_iter()
+        .map(|path| (written(&path), path))
+        .collect();
+    assert!(before.len() < 80, "the kill came too late to show anything");
+
+    disturbed
+        .retort(&["run", "r.yaml", "--until", "pairs"])
+        .expect(0);
+    let (hash, dir) = output(&disturbed, "pairs");
+    assert_eq!(hash, output(&undisturbed, "pairs").0);
+    for (time, path) in before {
+        let kept = dir.join(path.file_name().unwrap());
+        assert_eq!(written(&kept), time, "{} was made again", kept.display());
+    }
+}
+
+#[test]
+fn batches_shards_and_threads_do_not_change_a_trajectory() {
+    // The same seed, or the noise would differ.
+    let lab = lab("
+  wide: {kind: trajectories, teacher: teacher, count: 601, seed: 3, batch: 500, threads: 2}
+  narrow: {kind: trajectories, teacher: teacher, count: 601, seed: 3, batch: 7, shard_size: 100, threads: 1}
+  other: {kind: trajectories, teacher: teacher, count: 601, seed: 3, batch: 64, shard_size: 333, threads: 2}
+");
+    lab.retort(&["run", "r.yaml"]).expect(0);
+    let read = |stage| Dataset::open(&output(&lab, stage).1).unwrap();
+    let wide = read("wide");
+    for other in [read("narrow"), read("other")] {
+        assert_eq!((&wide.labels, &wide.tokens), (&other.labels, &other.tokens));
+        assert_eq!(wide.noise(600), other.noise(600));
+    }
+}
+
+#[test]
+fn every_loss_and_every_sampler_runs_to_its_end() {
+    let lab = lab("
+  pairs: {kind: trajectories, teacher: teacher, count: 2000, distribution: {guidance: 1.5}}
+  features: {kind: classifier, data: '${params.data}', train: {steps: 60, batch: 32}}
+  pixels:
+    kind: distill
+    teacher: teacher
+    trajectories: pairs
+    timesteps: [0, 6]
+    split: 8
+    codebook_distance: 1.0
+    perceptual: {kind: l2, weight: 1.0}
+    train: {steps: 60, batch: 32}
+  perceived:
+    kind: distill
+    teacher: teacher
+    trajectories: pairs
+    timesteps: [0, 6]
+    split: 8
+    cross_entropy: 0.5
+    perceptual: {kind: classifier, weight: 1.0, classifier: features}
+    train: {steps: 60, batch: 32}
+  drawn: {kind: sample, count: 40, sampler: {kind: teacher, teacher: teacher, distribution: {top_k: 8, top_p: 0.9}}}
+  mixed: {kind: sample, count: 40, png: true, npz: true, sampler: {kind: student, student: pixels, timesteps: [0, 6], split: 8}}
+  assisted: {kind: sample, count: 40, sampler: {kind: assisted, student: perceived, teacher: teacher, timesteps: [0, 6], teacher_start: 3}}
+  apart: {kind: sample, count: 40, sampler: {kind: independent, teacher: teacher, trajectories: pairs, after: 2}}
+  judged:
+    kind: evaluate
+    data: ${params.data}
+    classifier: features
+    reference: drawn
+    samples: {drawn: drawn, mixed: mixed, assisted: assisted, apart: apart}
+");
+    let said = lab.retort(&["run", "r.yaml"]).expect(0);
+    for text in [
+        "Frechet distance",
+        "drawn",
+        "mixed",
+        "assisted",
+        "apart",
+        "grid.png",
+    ] {
+        assert!(
+            said.stdout.contains(text),
+            "{text} is missing in:\n{}",
+            said.stdout
+        );
+    }
+    // The terms that only the continuous head can lower are lowered.
+    for (stage, term) in [
+        ("pixels", "codebook_distance"),
+        ("pixels", "perceptual"),
+        ("perceived", "perceptual"),
+    ] {
+        let values = points(&lab, stage, &format!("distill/{term}"));
+        assert!(values.last() < values.first(), "{stage} {term}: {values:?}");
+    }
+    let mixed = output(&lab, "mixed").1;
+    for file in ["samples.safetensors", "samples.npz", "grid.png"] {
+        assert!(mixed.join(file).is_file(), "{file}");
+    }
+    assert_eq!(std::fs::read_dir(mixed.join("png")).unwrap().count(), 40);
+}
