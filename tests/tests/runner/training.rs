@@ -113,7 +113,7 @@ fn a_training_that_was_interrupted_ends_with_the_same_bits() {
     running.signal(INTERRUPT);
     running.end().expect(130).saying(&["retort resume"]);
     disturbed
-        .retort(&["resume"])
+        .retort(&["resume", "-v"])
         .expect(0)
         .saying(&["distill: continuing from step"]);
 
