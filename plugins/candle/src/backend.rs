@@ -108,7 +108,7 @@ impl Backend for Candle {
     fn pick_adjoint(grad: &T, ids: &T, k: usize) -> Result<T> {
         Plain::pick_adjoint(grad, ids, k)
     }
-    fn conv2d(x: &T, w: &T, stride: usize, padding: usize) -> Result<T> {
+    fn conv2d(x: &T, w: &T, stride: usize, padding: [usize; 2]) -> Result<T> {
         if fits(&[x, w]) {
             convolution::conv2d(x, w, stride, padding)
         } else {
@@ -120,7 +120,7 @@ impl Backend for Candle {
         w: &T,
         grad: &T,
         stride: usize,
-        padding: usize,
+        padding: [usize; 2],
         want: (bool, bool),
     ) -> Result<(Option<T>, Option<T>)> {
         if fits(&[x, w, grad]) {

@@ -15,7 +15,7 @@ const UNFOLDED: usize = 256 * 1024;
 const BLOCK: usize = 8;
 
 /// (b, c, h, w) with (o, c, kh, kw) -> (b, o, h', w')
-pub fn conv2d(x: &T, w: &T, stride: usize, padding: usize) -> Result<T> {
+pub fn conv2d(x: &T, w: &T, stride: usize, padding: [usize; 2]) -> Result<T> {
     let shape = Shape::new(x, w, stride, padding)?;
     let (x, w) = (&whole(x)?, &whole(w)?);
     floats!(x, w);
@@ -29,7 +29,7 @@ pub fn conv2d_backward(
     w: &T,
     grad: &T,
     stride: usize,
-    padding: usize,
+    padding: [usize; 2],
     want: (bool, bool),
 ) -> Result<(Option<T>, Option<T>)> {
     let shape = Shape::new(x, w, stride, padding)?;
@@ -65,16 +65,18 @@ struct Shape {
     out_h: usize,
     out_w: usize,
     stride: usize,
-    padding: usize,
+    /// Zeros above and below, left and right.
+    padding: [usize; 2],
 }
 
 impl Shape {
-    fn new(x: &T, w: &T, stride: usize, padding: usize) -> Result<Self> {
+    fn new(x: &T, w: &T, stride: usize, padding: [usize; 2]) -> Result<Self> {
         let (b, c, h, wide) = x.dims4().map_err(failed)?;
         let (o, c2, kh, kw) = w.dims4().map_err(failed)?;
-        if c != c2 || stride == 0 || h + 2 * padding < kh || wide + 2 * padding < kw {
+        let [high, broad] = [h + 2 * padding[0], wide + 2 * padding[1]];
+        if c != c2 || stride == 0 || high < kh || broad < kw {
             return Err(Error::Backend(format!(
-                "conv2d: {:?} with a kernel {:?}, stride {stride}, padding {padding}",
+                "conv2d: {:?} with a kernel {:?}, stride {stride}, padding {padding:?}",
                 x.dims(),
                 w.dims()
             )));
@@ -87,8 +89,8 @@ impl Shape {
             o,
             kh,
             kw,
-            out_h: (h + 2 * padding - kh) / stride + 1,
-            out_w: (wide + 2 * padding - kw) / stride + 1,
+            out_h: (high - kh) / stride + 1,
+            out_w: (broad - kw) / stride + 1,
             stride,
             padding,
         })
@@ -106,7 +108,7 @@ impl Shape {
 
     /// Whether an image is its own unfolding.
     fn flat(&self) -> bool {
-        self.kh == 1 && self.kw == 1 && self.stride == 1 && self.padding == 0
+        self.kh == 1 && self.kw == 1 && self.stride == 1 && self.padding == [0, 0]
     }
 
     /// Output rows per tile.
@@ -155,7 +157,7 @@ impl Shape {
     /// dx: for stride 1 the correlation of the gradient with the turned kernel, else the adjoint of unfolding.
     fn input_gradient(&self, w: &[f32], grad: &[f32]) -> Vec<f32> {
         let (kh, kw) = (self.kh, self.kw);
-        if self.stride == 1 && kh == kw && kh > self.padding {
+        if self.stride == 1 && kh > self.padding[0] && kw > self.padding[1] {
             let turned = self.turn(w);
             let back = Self {
                 c: self.o,
@@ -164,7 +166,7 @@ impl Shape {
                 o: self.c,
                 out_h: self.h,
                 out_w: self.w,
-                padding: kh - 1 - self.padding,
+                padding: [kh - 1 - self.padding[0], kw - 1 - self.padding[1]],
                 ..*self
             };
             return back.forward(grad, &turned);
@@ -269,7 +271,7 @@ impl Shape {
             let plane = &x[c * self.h * self.w..][..self.h * self.w];
             for (i, to) in to.chunks_exact_mut(self.out_w).enumerate() {
                 let Some(y) = ((first + i) * self.stride + dy)
-                    .checked_sub(self.padding)
+                    .checked_sub(self.padding[0])
                     .filter(|&y| y < self.h)
                 else {
                     to.fill(0.0);
@@ -280,7 +282,7 @@ impl Shape {
                 to[..low].fill(0.0);
                 to[high..].fill(0.0);
                 if low < high {
-                    let from = low * self.stride + dx - self.padding;
+                    let from = low * self.stride + dx - self.padding[1];
                     if self.stride == 1 {
                         to[low..high].copy_from_slice(&line[from..][..high - low]);
                     } else {
@@ -302,14 +304,14 @@ impl Shape {
             let plane = &mut x[c * self.h * self.w..][..self.h * self.w];
             for (i, from) in from.chunks_exact(self.out_w).enumerate() {
                 let Some(y) = ((first + i) * self.stride + dy)
-                    .checked_sub(self.padding)
+                    .checked_sub(self.padding[0])
                     .filter(|&y| y < self.h)
                 else {
                     continue;
                 };
                 let (low, high) = self.inside(dx);
                 if low < high {
-                    let start = y * self.w + low * self.stride + dx - self.padding;
+                    let start = y * self.w + low * self.stride + dx - self.padding[1];
                     let line = plane[start..].iter_mut().step_by(self.stride);
                     line.zip(&from[low..high]).for_each(|(x, &f)| *x += f);
                 }
@@ -325,8 +327,8 @@ impl Shape {
 
     /// The output columns low..high whose input column lies inside the image.
     fn inside(&self, dx: usize) -> (usize, usize) {
-        let low = self.padding.saturating_sub(dx).div_ceil(self.stride);
-        let high = (self.w + self.padding)
+        let low = self.padding[1].saturating_sub(dx).div_ceil(self.stride);
+        let high = (self.w + self.padding[1])
             .saturating_sub(dx)
             .div_ceil(self.stride);
         let high = high.min(self.out_w);

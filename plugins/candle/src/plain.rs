@@ -202,10 +202,9 @@ impl Backend for Plain {
         scatter().map_err(failed)
     }
 
-    fn conv2d(x: &T, w: &T, stride: usize, padding: usize) -> Result<T> {
-        x.contiguous()
-            .and_then(|x| x.conv2d(&w.contiguous()?, padding, stride, 1, 1))
-            .map_err(failed)
+    fn conv2d(x: &T, w: &T, stride: usize, padding: [usize; 2]) -> Result<T> {
+        let run = || padded(x, padding)?.conv2d(&w.contiguous()?, 0, stride, 1, 1);
+        run().map_err(failed)
     }
 
     fn conv2d_backward(
@@ -213,29 +212,28 @@ impl Backend for Plain {
         w: &T,
         grad: &T,
         stride: usize,
-        padding: usize,
+        padding: [usize; 2],
         want: (bool, bool),
     ) -> Result<(Option<T>, Option<T>)> {
         let input = || {
-            let (h, kh) = (x.dims()[2], w.dims()[2]);
-            let (out, kw) = (grad.dims()[2], w.dims()[3]);
-            let missing = h + 2 * padding - ((out - 1) * stride + kh);
-            let missing_w = x.dims()[3] + 2 * padding - ((grad.dims()[3] - 1) * stride + kw);
-            // One padding serves both sides of candle's call: take the greater and cut what is too much.
+            let size = |d: usize| x.dims()[d] + 2 * padding[d - 2];
+            let missing = |d: usize| size(d) - ((grad.dims()[d] - 1) * stride + w.dims()[d]);
+            // One number serves both sides of candle's call: take the greater and cut what is too much.
             let dx = grad.contiguous()?.conv_transpose2d(
                 &w.contiguous()?,
-                padding,
-                missing.max(missing_w),
+                0,
+                missing(2).max(missing(3)),
                 stride,
                 1,
             )?;
-            dx.narrow(2, 0, h)?.narrow(3, 0, x.dims()[3])
+            dx.narrow(2, padding[0], x.dims()[2])?
+                .narrow(3, padding[1], x.dims()[3])
         };
         let kernel = || {
             // dw[o, c] is the correlation of x[:, c] with grad[:, o], whose pixels lie `stride` apart.
-            let dw = x.transpose(0, 1)?.contiguous()?.conv2d(
+            let dw = padded(&x.transpose(0, 1)?, padding)?.conv2d(
                 &grad.transpose(0, 1)?.contiguous()?,
-                padding,
+                0,
                 1,
                 stride,
                 1,
@@ -273,4 +271,13 @@ impl Backend for Plain {
         }
         Self::write_(x, 0, 0, src)
     }
+}
+
+/// Images (b, c, h, w) with zeros around them, as candle's convolutions take one padding for both directions.
+fn padded(x: &T, [high, wide]: [usize; 2]) -> candle_core::Result<T> {
+    let pad = |x: T, d: usize, n: usize| match n {
+        0 => Ok(x),
+        n => x.pad_with_zeros(d, n, n),
+    };
+    pad(pad(x.contiguous()?, 2, high)?, 3, wide)?.contiguous()
 }

@@ -160,12 +160,13 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// Adjoint of [`Backend::pick`]: grad (..) placed at its index in zeros (.., k).
     fn pick_adjoint(grad: &Self::Tensor, ids: &Self::Tensor, k: usize) -> Result<Self::Tensor>;
 
-    /// Cross-correlation: (b, c, h, w) with (o, c, kh, kw) -> (b, o, h', w'), zero padding on all sides.
+    /// Cross-correlation: (b, c, h, w) with (o, c, kh, kw) -> (b, o, h', w'); `padding` are the zeros above and below,
+    /// and left and right.
     fn conv2d(
         x: &Self::Tensor,
         w: &Self::Tensor,
         stride: usize,
-        padding: usize,
+        padding: [usize; 2],
     ) -> Result<Self::Tensor>;
     /// Gradients of [`Backend::conv2d`] for its input and its kernel; each is computed only when wanted.
     fn conv2d_backward(
@@ -173,7 +174,7 @@ pub trait Backend: Sized + Send + Sync + 'static {
         w: &Self::Tensor,
         grad: &Self::Tensor,
         stride: usize,
-        padding: usize,
+        padding: [usize; 2],
         want: (bool, bool),
     ) -> Result<(Option<Self::Tensor>, Option<Self::Tensor>)>;
 

@@ -426,14 +426,21 @@ impl<B: Backend> Suite<'_, B> {
     }
 
     fn convolutions(&mut self) {
-        let shapes: [([usize; 4], [usize; 4], usize, usize); 7] = [
-            ([2, 3, 7, 6], [4, 3, 3, 3], 1, 1),
-            ([1, 2, 5, 5], [3, 2, 1, 1], 1, 0),
-            ([2, 3, 8, 8], [5, 3, 3, 3], 2, 1),
-            ([1, 3, 9, 7], [2, 3, 2, 4], 2, 0),
-            ([2, 1, 6, 5], [3, 1, 5, 5], 1, 2),
-            ([1, 4, 8, 8], [2, 4, 4, 4], 2, 1),
-            ([2, 3, 5, 5], [2, 3, 1, 1], 2, 0),
+        let shapes: [([usize; 4], [usize; 4], usize, [usize; 2]); 12] = [
+            ([2, 3, 7, 6], [4, 3, 3, 3], 1, [1, 1]),
+            ([1, 2, 5, 5], [3, 2, 1, 1], 1, [0, 0]),
+            ([2, 3, 8, 8], [5, 3, 3, 3], 2, [1, 1]),
+            ([1, 3, 9, 7], [2, 3, 2, 4], 2, [0, 0]),
+            ([2, 1, 6, 5], [3, 1, 5, 5], 1, [2, 2]),
+            ([1, 4, 8, 8], [2, 4, 4, 4], 2, [1, 1]),
+            ([2, 3, 5, 5], [2, 3, 1, 1], 2, [0, 0]),
+            // Kernels along one direction.
+            ([2, 3, 6, 9], [4, 3, 1, 7], 1, [0, 3]),
+            ([2, 3, 9, 6], [4, 3, 7, 1], 1, [3, 0]),
+            ([1, 2, 5, 4], [3, 2, 3, 1], 1, [1, 0]),
+            ([1, 2, 8, 9], [3, 2, 1, 3], 2, [0, 1]),
+            // More padding than the kernel reaches over.
+            ([1, 2, 4, 5], [3, 2, 1, 2], 1, [2, 1]),
         ];
         for (x, w, stride, padding) in shapes {
             let inputs = [
@@ -441,7 +448,7 @@ impl<B: Backend> Suite<'_, B> {
                 Host::random(&w, 21, -1.0, 1.0),
             ];
             self.pair(
-                &format!("conv2d {x:?} {w:?} stride {stride} padding {padding}"),
+                &format!("conv2d {x:?} {w:?} stride {stride} padding {padding:?}"),
                 &inputs,
                 256.0,
                 &|x| host::conv2d(&x[0], &x[1], stride, padding),

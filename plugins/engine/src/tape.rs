@@ -443,13 +443,13 @@ impl<B: Backend> Var<B> {
         }))
     }
 
-    /// Cross-correlation with a kernel (o, c, kh, kw), plus bias (o).
+    /// Cross-correlation with a kernel (o, c, kh, kw), plus bias (o); zero padding above and below, left and right.
     pub fn conv2d(
         &self,
         w: &Self,
         bias: Option<&Self>,
         stride: usize,
-        padding: usize,
+        padding: [usize; 2],
     ) -> Result<Self> {
         let y = B::conv2d(&self.value, &w.value, stride, padding)?;
         let (x, kept, want) = (

@@ -287,28 +287,21 @@ pub fn linear(x: &Host, w: &Host, bias: Option<&Host>) -> Host {
 }
 
 /// `Backend::conv2d`
-pub fn conv2d(x: &Host, w: &Host, stride: usize, padding: usize) -> Host {
-    let out = |n: usize, k: usize| (n + 2 * padding - k) / stride + 1;
+pub fn conv2d(x: &Host, w: &Host, stride: usize, padding: [usize; 2]) -> Host {
+    let out = |d: usize| (x.shape[d] + 2 * padding[d - 2] - w.shape[d]) / stride + 1;
     let (kh, kw) = (w.shape[2], w.shape[3]);
-    let shape = [
-        x.shape[0],
-        w.shape[0],
-        out(x.shape[2], kh),
-        out(x.shape[3], kw),
-    ];
+    let shape = [x.shape[0], w.shape[0], out(2), out(3)];
     Host::build(&shape, |i| {
         let mut total = 0.0;
         for c in 0..x.shape[1] {
             for dy in 0..kh {
                 for dx in 0..kw {
                     let (y, xx) = (i[2] * stride + dy, i[3] * stride + dx);
-                    let inside = y >= padding
-                        && xx >= padding
-                        && y - padding < x.shape[2]
-                        && xx - padding < x.shape[3];
-                    if inside {
-                        total +=
-                            x.at(&[i[0], c, y - padding, xx - padding]) * w.at(&[i[1], c, dy, dx]);
+                    let inside = |at: usize, d: usize| {
+                        at.checked_sub(padding[d - 2]).filter(|&at| at < x.shape[d])
+                    };
+                    if let (Some(y), Some(xx)) = (inside(y, 2), inside(xx, 3)) {
+                        total += x.at(&[i[0], c, y, xx]) * w.at(&[i[1], c, dy, dx]);
                     }
                 }
             }

@@ -79,7 +79,7 @@ impl<B: Backend> Suite<'_, B> {
         let kernel = Host::random(&[3, 4, 3, 3], 64, -0.5, 0.5);
         let bias = Host::random(&[3], 65, -1.0, 1.0);
         self.slope("conv2d", &[image.clone(), kernel, bias], &|p| {
-            p[0].conv2d(&p[1], Some(&p[2]), 2, 1)
+            p[0].conv2d(&p[1], Some(&p[2]), 2, [1, 0])
         });
         self.slope("upsample2", &[image], &|p| p[0].upsample2());
 

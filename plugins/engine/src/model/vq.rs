@@ -80,7 +80,12 @@ impl<B: Backend> Conv<B> {
     }
 
     fn forward(&self, x: &Var<B>) -> Result<Var<B>> {
-        x.conv2d(&self.weight, Some(&self.bias), self.stride, self.padding)
+        x.conv2d(
+            &self.weight,
+            Some(&self.bias),
+            self.stride,
+            [self.padding; 2],
+        )
     }
 }
 

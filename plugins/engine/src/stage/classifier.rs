@@ -124,7 +124,7 @@ impl<B: Backend> Net<B> {
         let mut x = images.clone();
         for (i, (weight, bias)) in self.convs.iter().enumerate() {
             x = x
-                .conv2d(weight, Some(bias), if i == 0 { 1 } else { 2 }, 1)?
+                .conv2d(weight, Some(bias), if i == 0 { 1 } else { 2 }, [1, 1])?
                 .unary(Unary::Silu)?;
         }
         let s = x.shape();
