@@ -1,14 +1,15 @@
 //! `Candle` as the engine's backend: for each operation the fused kernel where one fits, else the plain form.
 
 use candle_core::Tensor;
-use retort_engine::backend::{AdamwStep, Backend, Binary, FlowSolver, Mask, Unary};
+use retort_engine::backend::{AdamwStep, Backend, Binary, FlowSolver, Mask, Unary, Window};
 use retort_engine::error::Result;
 
 use crate::plain::Plain;
 use crate::view::fits;
 use crate::{Candle, T};
 use crate::{
-    activation, arithmetic, attention, convolution, flow, norm, optimiser, product, softmax,
+    activation, arithmetic, attention, convolution, flow, norm, optimiser, pooling, product,
+    softmax,
 };
 
 impl Backend for Candle {
@@ -223,6 +224,20 @@ impl Backend for Candle {
             norm::group_norm_backward(x, groups, w, grad, eps)
         } else {
             Plain::group_norm_backward(x, groups, w, grad, eps)
+        }
+    }
+    fn max_pool2d(x: &T, window: Window) -> Result<T> {
+        if fits(&[x]) && pooling::pooled(x, window) {
+            pooling::max_pool2d(x, window)
+        } else {
+            Plain::max_pool2d(x, window)
+        }
+    }
+    fn max_pool2d_backward(x: &T, grad: &T, window: Window) -> Result<T> {
+        if fits(&[x, grad]) && pooling::pooled(x, window) {
+            pooling::max_pool2d_backward(x, grad, window)
+        } else {
+            Plain::max_pool2d_backward(x, grad, window)
         }
     }
     fn rope(x: &T, cos: &T, sin: &T) -> Result<T> {

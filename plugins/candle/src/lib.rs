@@ -16,6 +16,7 @@ mod norm;
 mod optimiser;
 pub mod plain;
 mod plugin;
+mod pooling;
 mod product;
 mod softmax;
 mod view;

@@ -97,6 +97,27 @@ pub struct FlowSolver {
     pub steps: usize,
 }
 
+/// Square windows that slide over an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Window {
+    /// Side of the window.
+    pub size: usize,
+    /// Step to the next window, in both directions.
+    pub stride: usize,
+    /// Positions beyond the image on each side, which no value ever comes from.
+    pub padding: usize,
+}
+
+impl Window {
+    /// Number of windows along a side of `n` pixels.
+    pub fn count(&self, n: usize) -> usize {
+        match (n + 2 * self.padding).checked_sub(self.size) {
+            Some(beyond) => beyond / self.stride + 1,
+            None => 0,
+        }
+    }
+}
+
 /// A tensor library.
 pub trait Backend: Sized + Send + Sync + 'static {
     /// A tensor: of floats (the backend's compute type or f32) or of indices (unsigned, at least 32 bits).
@@ -435,6 +456,24 @@ pub trait Backend: Sized + Send + Sync + 'static {
         Ok((Self::reshape(&dx, &s)?, dw, db))
     }
 
+    /// The greatest value of each window of (b, c, h, w): -> (b, c, h', w').
+    fn max_pool2d(x: &Self::Tensor, window: Window) -> Result<Self::Tensor> {
+        let all = windows::<Self>(x, window)?;
+        let s = Self::shape(&all);
+        Self::reshape(&Self::max_last(&all)?, &s[..4])
+    }
+    /// Gradient of [`Backend::max_pool2d`]: it goes to the first of a window's greatest values, row by row.
+    fn max_pool2d_backward(
+        x: &Self::Tensor,
+        grad: &Self::Tensor,
+        window: Window,
+    ) -> Result<Self::Tensor> {
+        let all = windows::<Self>(x, window)?;
+        let first = Self::argmax_last(&all)?;
+        let spread = Self::pick_adjoint(grad, &first, window.size * window.size)?;
+        windows_adjoint::<Self>(&spread, &Self::shape(x), window)
+    }
+
     /// Rotates interleaved pairs: x (b, l, h, d), cos and sin (l, d/2).
     fn rope(x: &Self::Tensor, cos: &Self::Tensor, sin: &Self::Tensor) -> Result<Self::Tensor> {
         let s = Self::shape(x);
@@ -637,4 +676,92 @@ fn causal_bias<B: Backend>(scores: &B::Tensor) -> Result<B::Tensor> {
         })
         .collect();
     B::floats_beside(scores, &bias, &[lq, lk])
+}
+
+/// The values of each window in its last dimension: (b, c, h, w) -> (b, c, h', w', size^2).
+fn windows<B: Backend>(x: &B::Tensor, window: Window) -> Result<B::Tensor> {
+    let s = B::shape(x);
+    let Window {
+        size,
+        stride,
+        padding,
+    } = window;
+    // A frame of the lowest float, wide enough for whole steps from every place in the window.
+    let mut framed = x.clone();
+    for d in [2, 3] {
+        let all = size - 1 + window.count(s[d]) * stride;
+        framed = frame::<B>(&framed, d, padding, all, f32::MIN)?;
+    }
+    let (high, wide) = (window.count(s[2]), window.count(s[3]));
+    let mut places = Vec::with_capacity(size * size);
+    for (dy, dx) in (0..size).flat_map(|dy| (0..size).map(move |dx| (dy, dx))) {
+        let place = B::narrow(&framed, 2, dy, high * stride)?;
+        let place = B::narrow(&place, 3, dx, wide * stride)?;
+        let place = B::reshape(&place, &[s[0], s[1], high, stride, wide, stride])?;
+        let place = B::narrow(&B::narrow(&place, 3, 0, 1)?, 5, 0, 1)?;
+        places.push(B::reshape(&place, &[s[0], s[1], high, wide, 1])?);
+    }
+    B::cat(&places.iter().collect::<Vec<_>>(), 4)
+}
+
+/// Adjoint of [`windows`] for images of a shape.
+fn windows_adjoint<B: Backend>(
+    grad: &B::Tensor,
+    shape: &[usize],
+    window: Window,
+) -> Result<B::Tensor> {
+    let Window {
+        size,
+        stride,
+        padding,
+    } = window;
+    let (high, wide) = (window.count(shape[2]), window.count(shape[3]));
+    let sides = [high, wide].map(|n| size - 1 + n * stride);
+    let mut sum: Option<B::Tensor> = None;
+    for place in 0..size * size {
+        let g = B::narrow(grad, 4, place, 1)?;
+        let g = B::reshape(&g, &[shape[0], shape[1], high, 1, wide, 1])?;
+        let g = frame::<B>(&frame::<B>(&g, 3, 0, stride, 0.0)?, 5, 0, stride, 0.0)?;
+        let g = B::reshape(&g, &[shape[0], shape[1], high * stride, wide * stride])?;
+        let g = frame::<B>(&g, 2, place / size, sides[0], 0.0)?;
+        let g = frame::<B>(&g, 3, place % size, sides[1], 0.0)?;
+        sum = Some(match sum {
+            Some(sum) => B::binary(&sum, &g, Binary::Add)?,
+            None => g,
+        });
+    }
+    let mut dx = sum.expect("a window has at least one place");
+    for d in [2, 3] {
+        // Pixels beyond the last window got nothing.
+        dx = frame::<B>(&dx, d, 0, padding + shape[d], 0.0)?;
+        dx = B::narrow(&dx, d, padding, shape[d])?;
+    }
+    Ok(dx)
+}
+
+/// Lengthens a dimension to at least `all` elements: `before` of a value, then x, then that value again.
+fn frame<B: Backend>(
+    x: &B::Tensor,
+    dim: usize,
+    before: usize,
+    all: usize,
+    value: f32,
+) -> Result<B::Tensor> {
+    let mut shape = B::shape(x);
+    let after = all.saturating_sub(before + shape[dim]);
+    let one = B::floats_beside(x, &[value], &vec![1; shape.len()])?;
+    let mut side = |n: usize| {
+        shape[dim] = n;
+        B::expand(&one, &shape)
+    };
+    let (left, right) = (side(before)?, side(after)?);
+    let mut parts = Vec::with_capacity(3);
+    if before > 0 {
+        parts.push(&left);
+    }
+    parts.push(x);
+    if after > 0 {
+        parts.push(&right);
+    }
+    B::cat(&parts, dim)
 }

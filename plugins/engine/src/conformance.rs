@@ -9,7 +9,7 @@
 pub mod host;
 mod tape;
 
-use crate::backend::{AdamwStep, Backend, Binary, FlowSolver, Mask, Unary};
+use crate::backend::{AdamwStep, Backend, Binary, FlowSolver, Mask, Unary, Window};
 use crate::error::Result;
 use crate::flow;
 
@@ -42,6 +42,7 @@ pub fn check<B: Backend>(b: &B) -> Vec<Case> {
     suite.products();
     suite.tables();
     suite.convolutions();
+    suite.pools();
     suite.in_place();
     suite.activations();
     suite.norms();
@@ -459,6 +460,52 @@ impl<B: Backend> Suite<'_, B> {
                 },
             );
         }
+    }
+
+    fn pools(&mut self) {
+        let shapes: [([usize; 4], [usize; 3]); 6] = [
+            ([2, 3, 6, 8], [2, 2, 0]),
+            ([1, 2, 7, 5], [2, 2, 0]), // the last row and column belong to no window
+            ([2, 1, 9, 8], [3, 2, 0]),
+            ([1, 3, 5, 4], [3, 1, 1]),
+            ([1, 2, 7, 6], [3, 2, 1]),
+            ([1, 2, 8, 9], [2, 3, 0]), // pixels between the windows
+        ];
+        for (shape, [size, stride, padding]) in shapes {
+            let window = Window {
+                size,
+                stride,
+                padding,
+            };
+            // All below zero, so that padding would show.
+            let x = Host::random(&shape, 34, -2.0, -1.0);
+            self.pair(
+                &format!("max_pool2d {shape:?} {size} stride {stride} padding {padding}"),
+                &[x],
+                16.0,
+                &|x| host::max_pool2d(&x[0], window),
+                &|x| B::max_pool2d(&x[0], window),
+                &|x, _, g| Ok(vec![B::max_pool2d_backward(&x[0], g, window)?]),
+            );
+        }
+        // Among equals the first takes the gradient.
+        let window = Window {
+            size: 2,
+            stride: 2,
+            padding: 0,
+        };
+        let ties = Host {
+            shape: vec![1, 1, 2, 4],
+            data: vec![0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0],
+        };
+        let want = Host {
+            shape: ties.shape.clone(),
+            data: vec![0.0, 3.0, 5.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+        };
+        let got = self.put(&ties, Lie::Whole).and_then(|x| {
+            B::max_pool2d_backward(&x, &self.b.floats(&[3.0, 5.0], &[1, 1, 1, 2])?, window)
+        });
+        self.compare("max_pool2d backward of equals", got, &want, 0.0);
     }
 
     fn in_place(&mut self) {

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::backend::{Backend, Binary, Mask, Unary};
+use crate::backend::{Backend, Binary, Mask, Unary, Window};
 use crate::error::{Error, Result};
 
 /// Sends the gradient of a node's value to its parents, in their order.
@@ -465,6 +465,16 @@ impl<B: Backend> Var<B> {
             Some(b) => y.add(&b.reshape(&[w.shape()[0], 1, 1])?),
             None => Ok(y),
         }
+    }
+
+    /// The greatest value of each window of (b, c, h, w).
+    pub fn max_pool2d(&self, window: Window) -> Result<Self> {
+        let x = self.value.clone();
+        Ok(Self::from_op(
+            B::max_pool2d(&self.value, window)?,
+            &[self],
+            move |g| Ok(vec![Some(B::max_pool2d_backward(&x, g, window)?)]),
+        ))
     }
 
     /// Each pixel of (b, c, h, w) becomes a 2 x 2 block (nearest neighbour).

@@ -3,7 +3,7 @@
 //! Slow and obvious on purpose. Gradients are central differences of these functions, so that no derivative is written
 //! down twice.
 
-use crate::backend::{Binary, Unary};
+use crate::backend::{Binary, Unary, Window};
 
 /// A row-major array of f64.
 #[derive(Debug, Clone, PartialEq)]
@@ -307,6 +307,22 @@ pub fn conv2d(x: &Host, w: &Host, stride: usize, padding: [usize; 2]) -> Host {
             }
         }
         total
+    })
+}
+
+/// `Backend::max_pool2d`
+pub fn max_pool2d(x: &Host, window: Window) -> Host {
+    let count = |d: usize| window.count(x.shape[d]);
+    Host::build(&[x.shape[0], x.shape[1], count(2), count(3)], |i| {
+        let range = |i: usize, d: usize| {
+            let first = i * window.stride;
+            first.saturating_sub(window.padding)
+                ..(first + window.size - window.padding).min(x.shape[d])
+        };
+        range(i[2], 2)
+            .flat_map(|y| range(i[3], 3).map(move |xx| (y, xx)))
+            .map(|(y, xx)| x.at(&[i[0], i[1], y, xx]))
+            .fold(f64::NEG_INFINITY, f64::max)
     })
 }
 

@@ -2,7 +2,7 @@
 
 use super::host::Host;
 use super::{Lie, Suite};
-use crate::backend::{Backend, Mask, Unary};
+use crate::backend::{Backend, Mask, Unary, Window};
 use crate::error::Result;
 use crate::tape::{Var, backward};
 
@@ -80,6 +80,14 @@ impl<B: Backend> Suite<'_, B> {
         let bias = Host::random(&[3], 65, -1.0, 1.0);
         self.slope("conv2d", &[image.clone(), kernel, bias], &|p| {
             p[0].conv2d(&p[1], Some(&p[2]), 2, [1, 0])
+        });
+        let window = Window {
+            size: 2,
+            stride: 2,
+            padding: 0,
+        };
+        self.slope("max_pool2d", std::slice::from_ref(&image), &|p| {
+            p[0].max_pool2d(window)
         });
         self.slope("upsample2", &[image], &|p| p[0].upsample2());
 
