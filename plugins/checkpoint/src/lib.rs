@@ -1,0 +1,279 @@
+//! Reads checkpoint files as data: torch's zip archives, its older pickles, and safetensors.
+//!
+//! In: a file that somebody published. Out: dictionaries of named tensors, read one at a time and converted on the way,
+//! so that a large file takes no more memory than its largest tensor. No instruction of a pickle is carried out; see
+//! `pickle.rs`. All sizes are checked before anything is allocated: a hostile file gets an error, never a crash, an
+//! endless loop or the machine's memory.
+//!
+//! Deliberately absent: any tensor library, and any knowledge of which networks there are.
+
+mod error;
+mod pickle;
+mod safetensors;
+mod source;
+mod tensor;
+mod torch;
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::Path;
+
+pub use ::safetensors::Dtype;
+pub use error::{Error, Result};
+pub use tensor::Tensor;
+
+use source::Source;
+
+/// Kinds of checkpoint file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Container {
+    /// A zip archive of `torch.save`.
+    TorchZip,
+    /// Pickles of `torch.save` before 1.6.
+    TorchLegacy,
+    /// Safetensors.
+    Safetensors,
+}
+
+impl Container {
+    /// What people call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::TorchZip => "torch zip",
+            Self::TorchLegacy => "torch legacy",
+            Self::Safetensors => "safetensors",
+        }
+    }
+}
+
+/// Named tensors under a path from the file's top, as in `trainer.ema_parameters`; the top's path is empty.
+#[derive(Debug, Clone)]
+pub struct Dictionary {
+    /// Where it is.
+    pub path: String,
+    /// Names and tensors, in the order of the file.
+    tensors: Vec<(String, Tensor)>,
+    places: HashMap<String, usize>,
+}
+
+impl Dictionary {
+    fn new(path: String) -> Self {
+        Self {
+            path,
+            tensors: Vec::new(),
+            places: HashMap::new(),
+        }
+    }
+
+    /// A name that comes twice has its last value, as in Python.
+    fn insert(&mut self, name: String, tensor: Tensor) {
+        match self.places.get(&name) {
+            Some(&place) => self.tensors[place].1 = tensor,
+            None => {
+                self.places.insert(name.clone(), self.tensors.len());
+                self.tensors.push((name, tensor));
+            }
+        }
+    }
+
+    /// Names and tensors, in the order of the file.
+    pub fn tensors(&self) -> impl ExactSizeIterator<Item = (&str, &Tensor)> {
+        self.tensors
+            .iter()
+            .map(|(name, tensor)| (name.as_str(), tensor))
+    }
+
+    /// The tensor of a name.
+    pub fn get(&self, name: &str) -> Option<&Tensor> {
+        self.places.get(name).map(|&place| &self.tensors[place].1)
+    }
+
+    /// Whether it holds an optimiser's state rather than weights.
+    pub fn is_optimiser(&self) -> bool {
+        self.path.split('.').any(|part| part.starts_with("optim"))
+    }
+}
+
+/// What was found in a file.
+struct Content {
+    dictionaries: Vec<Dictionary>,
+    strangers: Vec<String>,
+}
+
+/// An open checkpoint file.
+pub struct Checkpoint {
+    source: Source,
+    container: Container,
+    content: Content,
+}
+
+impl Checkpoint {
+    /// Opens a file and reads what it says of its tensors; their elements stay in the file.
+    pub fn open(path: &Path) -> Result<Self> {
+        Self::read(Source::open(File::open(path)?)?)
+    }
+
+    /// The same for the bytes of a file.
+    pub fn from_bytes(bytes: Vec<u8>) -> Result<Self> {
+        Self::read(Source::Memory(bytes.into()))
+    }
+
+    fn read(source: Source) -> Result<Self> {
+        let start = source.bytes(0, source.len().min(9))?;
+        // Safetensors first: the length it begins with may look like anything.
+        let (container, content) = if safetensors::recognise(&start) {
+            let content = Content {
+                dictionaries: vec![safetensors::read(&source)?],
+                strangers: Vec::new(),
+            };
+            (Container::Safetensors, content)
+        } else if torch::is_zip(&start) {
+            (Container::TorchZip, torch::read_zip(&source)?)
+        } else if torch::is_pickle(&start) {
+            (Container::TorchLegacy, torch::read_legacy(&source)?)
+        } else if start.is_empty() {
+            return Err(Error::format("the file is empty"));
+        } else {
+            return Err(Error::format(
+                "neither a file of torch.save (.pt, .pth) nor safetensors",
+            ));
+        };
+        if content.dictionaries.is_empty() {
+            let mut message = String::from("no tensors in this file");
+            if !content.strangers.is_empty() {
+                let names = content.strangers.join(", ");
+                message.push_str(&format!("; it would have Python call {names}"));
+            }
+            return Err(Error::Format(message));
+        }
+        Ok(Self {
+            source,
+            container,
+            content,
+        })
+    }
+
+    /// Kind of file.
+    pub fn container(&self) -> Container {
+        self.container
+    }
+
+    /// Bytes in the file.
+    pub fn size(&self) -> u64 {
+        self.source.len()
+    }
+
+    /// Dictionaries that hold tensors, outer ones first. One reached by several paths is listed under the first.
+    pub fn dictionaries(&self) -> &[Dictionary] {
+        &self.content.dictionaries
+    }
+
+    /// Functions and classes that Python would call to load the file and that were taken for opaque values, at most 100.
+    pub fn strangers(&self) -> &[String] {
+        &self.content.strangers
+    }
+
+    /// The dictionary of a path; without a path, the only one that holds no optimiser's state.
+    pub fn select(&self, path: Option<&str>) -> Result<&Dictionary> {
+        let all = self.dictionaries();
+        let list = |of: &[&Dictionary]| -> String {
+            let mut names: Vec<String> = of
+                .iter()
+                .take(12)
+                .map(|d| format!("{} ({} tensors)", shown(&d.path), d.tensors.len()))
+                .collect();
+            if of.len() > 12 {
+                names.push(format!("{} more", of.len() - 12));
+            }
+            names.join(", ")
+        };
+        let weights: Vec<&Dictionary> = all.iter().filter(|d| !d.is_optimiser()).collect();
+        match path {
+            Some(path) => all.iter().find(|d| d.path == path).ok_or_else(|| {
+                let there = if weights.is_empty() {
+                    all.iter().collect()
+                } else {
+                    weights
+                };
+                Error::Select(format!(
+                    "no tensors under {}; there are {}",
+                    shown(path),
+                    list(&there)
+                ))
+            }),
+            None => match weights.as_slice() {
+                [only] => Ok(only),
+                [] => Err(Error::Select(format!(
+                    "only an optimiser's state in this file: {}",
+                    list(&all.iter().collect::<Vec<_>>())
+                ))),
+                several => Err(Error::Select(format!(
+                    "several dictionaries of tensors, select one: {}",
+                    list(several)
+                ))),
+            },
+        }
+    }
+
+    /// The elements of a tensor of floats, last dimension fastest.
+    pub fn floats(&self, tensor: &Tensor) -> Result<Vec<f32>> {
+        let convert: fn(&[u8], &mut Vec<f32>) = match tensor.dtype {
+            Dtype::F32 => |bytes, out| extend(bytes, out, f32::from_le_bytes),
+            Dtype::F64 => |bytes, out| extend(bytes, out, |b| f64::from_le_bytes(b) as f32),
+            Dtype::F16 => |bytes, out| extend(bytes, out, |b| half::f16::from_le_bytes(b).to_f32()),
+            Dtype::BF16 => {
+                |bytes, out| extend(bytes, out, |b| half::bf16::from_le_bytes(b).to_f32())
+            }
+            other => return Err(Error::format(format!("type {other}, expected floats"))),
+        };
+        self.collect(tensor, convert)
+    }
+
+    /// The elements of a tensor of non-negative integers below 2^31, last dimension fastest.
+    pub fn indices(&self, tensor: &Tensor) -> Result<Vec<u32>> {
+        let convert: fn(&[u8], &mut Vec<i64>) = match tensor.dtype {
+            Dtype::BOOL | Dtype::U8 => |bytes, out| extend(bytes, out, |[b]: [u8; 1]| i64::from(b)),
+            Dtype::I8 => |bytes, out| extend(bytes, out, |b| i64::from(i8::from_le_bytes(b))),
+            Dtype::U16 => |bytes, out| extend(bytes, out, |b| i64::from(u16::from_le_bytes(b))),
+            Dtype::I16 => |bytes, out| extend(bytes, out, |b| i64::from(i16::from_le_bytes(b))),
+            Dtype::U32 => |bytes, out| extend(bytes, out, |b| i64::from(u32::from_le_bytes(b))),
+            Dtype::I32 => |bytes, out| extend(bytes, out, |b| i64::from(i32::from_le_bytes(b))),
+            // Above i64 the sign is wrong, and refused below like any negative number.
+            Dtype::I64 | Dtype::U64 => |bytes, out| extend(bytes, out, i64::from_le_bytes),
+            other => return Err(Error::format(format!("type {other}, expected integers"))),
+        };
+        let wide = self.collect(tensor, convert)?;
+        let narrow = |&x: &i64| u32::try_from(x).ok().filter(|&x| x <= i32::MAX as u32);
+        wide.iter()
+            .map(|x| narrow(x).ok_or(x))
+            .collect::<Result<_, _>>()
+            .map_err(|x| Error::format(format!("{x}, expected integers from 0 to {}", i32::MAX)))
+    }
+
+    /// The little-endian bytes of a tensor in its own type, last dimension fastest.
+    pub fn raw(&self, tensor: &Tensor) -> Result<Vec<u8>> {
+        tensor.check(&self.source)?;
+        let mut out = Vec::with_capacity(tensor.bytes() as usize);
+        tensor.visit(&self.source, |bytes| out.extend_from_slice(bytes))?;
+        Ok(out)
+    }
+
+    fn collect<T>(&self, tensor: &Tensor, convert: impl Fn(&[u8], &mut Vec<T>)) -> Result<Vec<T>> {
+        let mut out = Vec::with_capacity(tensor.check(&self.source)?);
+        tensor.visit(&self.source, |bytes| convert(bytes, &mut out))?;
+        Ok(out)
+    }
+}
+
+fn extend<const N: usize, T>(bytes: &[u8], out: &mut Vec<T>, convert: impl Fn([u8; N]) -> T) {
+    let (elements, _) = bytes.as_chunks::<N>();
+    out.extend(elements.iter().map(|&element| convert(element)));
+}
+
+/// A path as shown to people.
+pub fn shown(path: &str) -> String {
+    match path {
+        "" => "the top level".to_owned(),
+        path => format!("`{path}`"),
+    }
+}

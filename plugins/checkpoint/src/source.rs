@@ -1,0 +1,83 @@
+//! The bytes of a checkpoint, by position: in a file or in memory.
+//!
+//! Files are read by position and not mapped: a mapping needs `unsafe`, and a file that shrinks under it ends the
+//! process. The page cache serves both alike, and a tensor is converted on its way anyway.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+/// Bytes that can be read at any position.
+#[derive(Debug, Clone)]
+pub(crate) enum Source {
+    File(Arc<File>, u64),
+    Memory(Arc<[u8]>),
+}
+
+impl Source {
+    pub fn open(file: File) -> io::Result<Self> {
+        let meta = file.metadata()?;
+        if !meta.is_file() {
+            return Err(io::Error::other("not a file"));
+        }
+        Ok(Self::File(Arc::new(file), meta.len()))
+    }
+
+    /// Number of bytes.
+    pub fn len(&self) -> u64 {
+        match self {
+            Self::File(_, len) => *len,
+            Self::Memory(bytes) => bytes.len() as u64,
+        }
+    }
+
+    /// Fills a buffer from a position.
+    pub fn read_at(&self, position: u64, buffer: &mut [u8]) -> io::Result<()> {
+        match self {
+            Self::File(file, _) => file.read_exact_at(buffer, position),
+            Self::Memory(bytes) => {
+                let end = position.checked_add(buffer.len() as u64);
+                let range = end.and_then(|end| bytes.get(position as usize..end as usize));
+                buffer.copy_from_slice(range.ok_or(io::ErrorKind::UnexpectedEof)?);
+                Ok(())
+            }
+        }
+    }
+
+    /// `len` bytes from a position; `len` must have been checked against a limit or the size of the file.
+    pub fn bytes(&self, position: u64, len: u64) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; len as usize];
+        self.read_at(position, &mut bytes)?;
+        Ok(bytes)
+    }
+}
+
+/// A [`Source`] read one after the other.
+#[derive(Debug)]
+pub(crate) struct Reader {
+    pub source: Source,
+    pub position: u64,
+}
+
+impl Read for Reader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let left = self.source.len().saturating_sub(self.position);
+        let n = left.min(buffer.len() as u64) as usize;
+        self.source.read_at(self.position, &mut buffer[..n])?;
+        self.position += n as u64;
+        Ok(n)
+    }
+}
+
+impl Seek for Reader {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let position = match to {
+            SeekFrom::Start(position) => Some(position),
+            SeekFrom::End(offset) => self.source.len().checked_add_signed(offset),
+            SeekFrom::Current(offset) => self.position.checked_add_signed(offset),
+        };
+        self.position = position.ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(self.position)
+    }
+}
