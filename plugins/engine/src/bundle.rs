@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::model::{Student, Teacher, TokenShape, Tokenizer, llamagen, vq};
-use crate::weights::{self, Floats, Loader, Source, Weights};
+use crate::weights::{self, Floats, Loader, Source, Stored, Weights};
 
 /// `config.json` of a tokenizer, teacher or student.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -49,8 +49,10 @@ pub enum NetworkConfig {
 }
 
 const CONFIG: &str = "config.json";
-const TOKENIZER: &str = "tokenizer.safetensors";
-const MODEL: &str = "model.safetensors";
+/// The file with the weights of the tokenizer.
+pub const TOKENIZER: &str = "tokenizer.safetensors";
+/// The file with the weights of the teacher or student.
+pub const MODEL: &str = "model.safetensors";
 
 impl TokenizerConfig {
     /// Channels, height and width of the images.
@@ -162,15 +164,9 @@ impl<'p> Bundle<'p> {
 
     /// Loads the tokenizer as constants.
     pub fn tokenizer<B: Backend>(&self, backend: &B) -> Result<Box<dyn Tokenizer<B>>> {
-        let path = self.dir.join(TOKENIZER);
-        let weights = weights::read(&path)?;
-        let mut loader = Loader::new(
-            backend,
-            Source::Host(&weights),
-            false,
-            path.display().to_string(),
-        );
-        self.config.tokenizer.build(&mut loader)
+        self.load(backend, TOKENIZER, |loader| {
+            self.config.tokenizer.build(loader)
+        })
     }
 
     /// The weights of the tokenizer.
@@ -185,23 +181,28 @@ impl<'p> Bundle<'p> {
 
     /// Loads the teacher as constants.
     pub fn teacher<B: Backend>(&self, backend: &B) -> Result<Box<dyn Teacher<B>>> {
-        let weights = self.weights()?;
-        let origin = self.dir.join(MODEL).display().to_string();
-        self.network()?.teacher(&mut Loader::new(
-            backend,
-            Source::Host(&weights),
-            false,
-            origin,
-        ))
+        let network = self.network()?;
+        self.load(backend, MODEL, |loader| network.teacher(loader))
     }
 
     /// Loads the student as constants.
     pub fn student<B: Backend>(&self, backend: &B) -> Result<Box<dyn Student<B>>> {
-        let weights = self.weights()?;
-        let origin = self.dir.join(MODEL).display().to_string();
-        self.network()?.student(&mut Loader::new(
+        let network = self.network()?;
+        self.load(backend, MODEL, |loader| network.student(loader))
+    }
+
+    /// Builds a network tensor by tensor from one of the files.
+    fn load<B: Backend, T>(
+        &self,
+        backend: &B,
+        file: &str,
+        build: impl FnOnce(&mut Loader<B>) -> Result<T>,
+    ) -> Result<T> {
+        let stored = Stored::open(&self.dir.join(file), None)?;
+        let origin = stored.path().display().to_string();
+        build(&mut Loader::new(
             backend,
-            Source::Host(&weights),
+            Source::File(&stored),
             false,
             origin,
         ))
@@ -217,18 +218,28 @@ pub fn write(
     network: Option<(&NetworkConfig, &Weights)>,
     timesteps: &[usize],
 ) -> Result<()> {
+    write_config(dir, tokenizer.0, network.map(|(config, _)| config), timesteps)?;
+    weights::write(&dir.join(TOKENIZER), tokenizer.1)?;
+    match network {
+        Some((_, weights)) => weights::write(&dir.join(MODEL), weights),
+        None => Ok(()),
+    }
+}
+
+/// Writes the configuration of a directory.
+pub fn write_config(
+    dir: &Path,
+    tokenizer: &TokenizerConfig,
+    network: Option<&NetworkConfig>,
+    timesteps: &[usize],
+) -> Result<()> {
     let config = Config {
         format: FORMAT,
-        tokenizer: tokenizer.0.clone(),
-        network: network.map(|(config, _)| config.clone()),
+        tokenizer: tokenizer.clone(),
+        network: network.cloned(),
         timesteps: timesteps.to_vec(),
     };
     let path = dir.join(CONFIG);
     let text = serde_json::to_string_pretty(&config).map_err(|e| Error::Internal(e.to_string()))?;
-    std::fs::write(&path, text + "\n").map_err(Error::io(&path))?;
-    weights::write(&dir.join(TOKENIZER), tokenizer.1)?;
-    if let Some((_, weights)) = network {
-        weights::write(&dir.join(MODEL), weights)?;
-    }
-    Ok(())
+    std::fs::write(&path, text + "\n").map_err(Error::io(&path))
 }

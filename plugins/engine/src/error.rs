@@ -76,6 +76,15 @@ impl Error {
         }
     }
 
+    /// Turns an error of reading a checkpoint into one that names the file.
+    pub fn checkpoint(path: impl AsRef<Path>) -> impl FnOnce(retort_checkpoint::Error) -> Self {
+        let path = path.as_ref().to_owned();
+        move |error| match error {
+            retort_checkpoint::Error::Io(source) => Self::Io { path, source },
+            other => Self::data(path, other),
+        }
+    }
+
     /// Turns an I/O error into one that names its file.
     pub fn io(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.as_ref().to_owned();

@@ -3,11 +3,17 @@
 //! A model asks a [`Loader`] for each of its parameters by its published name, with the shape it expects; the loader
 //! takes it from weights that exist or draws it. So one constructor serves training from scratch, fine-tuning and
 //! inference, and a missing or misshapen weight is an error that names it.
+//!
+//! Files are read and written one tensor at a time: beside a model there is never a second copy of it in memory.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
 
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use retort_checkpoint::{Checkpoint, Dictionary, Tensor};
+
+use safetensors::tensor::{Dtype, Metadata, TensorInfo, TensorView};
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
@@ -29,26 +35,85 @@ pub type Weights = BTreeMap<String, Floats>;
 /// Named variables of a model, in the order in which it asked for them.
 pub type Params<B> = Vec<(String, Var<B>)>;
 
-/// Reads the floats of a safetensors file (f32, f16, bf16 and f64 become f32).
+/// Named tensors in a checkpoint file, read when they are asked for.
+pub struct Stored {
+    path: PathBuf,
+    checkpoint: Checkpoint,
+    dictionary: Dictionary,
+}
+
+impl Stored {
+    /// Opens a file; `select` is the path of the dictionary to take, which may be left out where there is only one.
+    pub fn open(path: &Path, select: Option<&str>) -> Result<Self> {
+        let checkpoint = Checkpoint::open(path).map_err(Error::checkpoint(path))?;
+        let dictionary = checkpoint.select(select).map_err(Error::checkpoint(path))?;
+        let dictionary = dictionary.clone();
+        Ok(Self::of(path, checkpoint, dictionary))
+    }
+
+    /// A dictionary of an open file.
+    pub fn of(path: &Path, checkpoint: Checkpoint, dictionary: Dictionary) -> Self {
+        Self {
+            path: path.to_owned(),
+            checkpoint,
+            dictionary,
+        }
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Path of the dictionary in the file; empty at the top level.
+    pub fn dictionary(&self) -> &str {
+        &self.dictionary.path
+    }
+
+    /// Names and shapes, in the order of the file.
+    pub fn shapes(&self) -> impl Iterator<Item = (&str, &[usize])> {
+        self.dictionary
+            .tensors()
+            .map(|(name, tensor)| (name, tensor.shape.as_slice()))
+    }
+
+    /// The shape of a tensor.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.dictionary
+            .get(name)
+            .map(|tensor| tensor.shape.as_slice())
+    }
+
+    /// The elements of a tensor of floats.
+    pub fn floats(&self, name: &str) -> Result<Vec<f32>> {
+        self.read(name, Checkpoint::floats)
+    }
+
+    /// The elements of a tensor of non-negative integers, whatever their width.
+    pub fn indices(&self, name: &str) -> Result<Vec<u32>> {
+        self.read(name, Checkpoint::indices)
+    }
+
+    fn read<T>(
+        &self,
+        name: &str,
+        elements: impl Fn(&Checkpoint, &Tensor) -> retort_checkpoint::Result<Vec<T>>,
+    ) -> Result<Vec<T>> {
+        let missing = || Error::data(&self.path, format!("no tensor {name}"));
+        let tensor = self.dictionary.get(name).ok_or_else(missing)?;
+        elements(&self.checkpoint, tensor)
+            .map_err(|e| Error::data(&self.path, format!("tensor {name}: {e}")))
+    }
+}
+
+/// Reads all tensors of a file of floats.
 pub fn read(path: &Path) -> Result<Weights> {
-    let bytes = std::fs::read(path).map_err(Error::io(path))?;
-    let file = SafeTensors::deserialize(&bytes)
-        .map_err(|e| Error::data(path, format!("not a safetensors file: {e}")))?;
-    file.iter()
-        .map(|(name, view)| {
-            let data = floats(&view).ok_or_else(|| {
-                Error::data(
-                    path,
-                    format!("tensor {name} has type {:?}, expected floats", view.dtype()),
-                )
-            })?;
-            Ok((
-                name.to_owned(),
-                Floats {
-                    shape: view.shape().to_vec(),
-                    data,
-                },
-            ))
+    let stored = Stored::open(path, None)?;
+    stored
+        .shapes()
+        .map(|(name, shape)| {
+            let (shape, data) = (shape.to_vec(), stored.floats(name)?);
+            Ok((name.to_owned(), Floats { shape, data }))
         })
         .collect()
 }
@@ -109,17 +174,55 @@ fn in_range(x: u32) -> Option<u32> {
 
 /// Writes weights as f32 safetensors.
 pub fn write(path: &Path, weights: &Weights) -> Result<()> {
-    let bytes: BTreeMap<&str, Vec<u8>> = weights
+    let shapes = weights
         .iter()
-        .map(|(name, w)| (name.as_str(), le_bytes(&w.data)))
-        .collect();
-    let views = weights.iter().map(|(name, w)| {
-        TensorView::new(Dtype::F32, w.shape.clone(), &bytes[name.as_str()])
-            .map(|view| (name.clone(), view))
-            .map_err(|e| Error::Internal(format!("{name}: {e}")))
-    });
-    let views: Vec<_> = views.collect::<Result<_>>()?;
-    safetensors::serialize_to_file(views, None, path).map_err(|e| Error::data(path, e))
+        .map(|(name, w)| (name.clone(), w.shape.clone()));
+    write_each(path, shapes.collect(), |name| {
+        Ok(Cow::from(&weights[name].data))
+    })
+}
+
+/// Writes f32 safetensors of these names and shapes, with one tensor in memory at a time.
+pub fn write_each<'w>(
+    path: &Path,
+    shapes: Vec<(String, Vec<usize>)>,
+    mut elements: impl FnMut(&str) -> Result<Cow<'w, [f32]>>,
+) -> Result<()> {
+    let mut end = 0;
+    let info = |(name, shape): &(String, Vec<usize>)| {
+        let start = end;
+        end += 4 * shape.iter().product::<usize>();
+        let (shape, data_offsets) = (shape.clone(), (start, end));
+        (
+            name.clone(),
+            TensorInfo {
+                dtype: Dtype::F32,
+                shape,
+                data_offsets,
+            },
+        )
+    };
+    let infos = shapes.iter().map(info).collect();
+    let metadata = Metadata::new(None, infos).map_err(|e| Error::Internal(e.to_string()))?;
+    let mut header = serde_json::to_vec(&metadata).map_err(|e| Error::Internal(e.to_string()))?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let mut file = std::fs::File::create(path)
+        .map(BufWriter::new)
+        .map_err(Error::io(path))?;
+    file.write_all(&(header.len() as u64).to_le_bytes())
+        .and_then(|()| file.write_all(&header))
+        .map_err(Error::io(path))?;
+    for (name, shape) in &shapes {
+        let data = elements(name)?;
+        if data.len() != shape.iter().product::<usize>() {
+            let message = format!("{name}: {} elements for shape {shape:?}", data.len());
+            return Err(Error::Internal(message));
+        }
+        for piece in data.chunks(1 << 18) {
+            file.write_all(&le_bytes(piece)).map_err(Error::io(path))?;
+        }
+    }
+    file.flush().map_err(Error::io(path))
 }
 
 /// Little-endian bytes of floats.
@@ -156,6 +259,8 @@ pub enum Init {
 
 /// Where a [`Loader`] finds parameters.
 pub enum Source<'a, B: Backend> {
+    /// Weights in a file; an absent one is an error.
+    File(&'a Stored),
     /// Weights on the host; an absent one is an error.
     Host(&'a Weights),
     /// Weights on the host; absent ones are drawn with the seed.
@@ -213,16 +318,17 @@ impl<'a, B: Backend> Loader<'a, B> {
         let value = match &self.source {
             Source::Init(seed) => drawn(*seed)?,
             Source::HostOrInit(weights, seed) if !weights.contains_key(name) => drawn(*seed)?,
+            Source::File(stored) => {
+                let found = stored
+                    .shape(name)
+                    .ok_or_else(|| self.missing(name, shape))?;
+                self.check_shape(name, found, shape)?;
+                self.upload(name, &stored.floats(name)?, shape)?
+            }
             Source::Host(weights) | Source::HostOrInit(weights, _) => {
                 let found = weights.get(name).ok_or_else(|| self.missing(name, shape))?;
                 self.check_shape(name, &found.shape, shape)?;
-                if let Some(at) = found.data.iter().position(|x| !x.is_finite()) {
-                    return Err(Error::data(
-                        &self.origin,
-                        format!("weight {name} holds {} at element {at}", found.data[at]),
-                    ));
-                }
-                self.backend.floats(&found.data, shape)?
+                self.upload(name, &found.data, shape)?
             }
             Source::Device(tensors) => {
                 let found = tensors.get(name).ok_or_else(|| self.missing(name, shape))?;
@@ -242,6 +348,15 @@ impl<'a, B: Backend> Loader<'a, B> {
     /// The parameters given out so far.
     pub fn into_params(self) -> Params<B> {
         self.params
+    }
+
+    /// Copies a weight to the device, unless it holds what no weight may hold.
+    fn upload(&self, name: &str, data: &[f32], shape: &[usize]) -> Result<B::Tensor> {
+        if let Some(at) = data.iter().position(|x| !x.is_finite()) {
+            let message = format!("weight {name} holds {} at element {at}", data[at]);
+            return Err(Error::data(&self.origin, message));
+        }
+        self.backend.floats(data, shape)
     }
 
     fn missing(&self, name: &str, shape: &[usize]) -> Error {
