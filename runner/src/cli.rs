@@ -15,6 +15,7 @@ pub mod completions;
 pub mod doctor;
 pub mod error;
 pub mod graph;
+pub mod inspect;
 pub mod metrics;
 pub mod past;
 pub mod plan;
@@ -129,6 +130,8 @@ pub enum Command {
     Compare(compare::Args),
     /// Ask the history in SQL (read-only).
     Query(query::Args),
+    /// Show what a checkpoint file holds: dictionaries and tensors. Nothing in it is run.
+    Inspect(inspect::Args),
     /// List and check backend plugins.
     Plugin(plugin::Args),
     /// Check this machine and installation, and say what to repair.
@@ -311,6 +314,7 @@ pub fn main() -> ExitCode {
         Command::Artifacts(args) => artifacts::execute(args, &context),
         Command::Compare(args) => compare::execute(args, &context),
         Command::Query(args) => query::execute(args, &context),
+        Command::Inspect(args) => inspect::execute(args, &context),
         Command::Plugin(args) => plugin::execute(args, &context),
         Command::Doctor(args) => doctor::execute(args, &context),
         Command::Schema(args) => schema::execute(args, &context),

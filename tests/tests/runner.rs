@@ -1,7 +1,9 @@
-//! The runner, through its real binary: runs, reuse, faults, interruptions, stores in trouble.
+//! The runner, through its real binary: runs, reuse, faults, interruptions, stores in trouble, checkpoint files.
 //!
 //! The stages come from a plugin in C (`fixtures/faulty.c`) that does as its options say; in `training`, from candle.
 
+#[path = "runner/checkpoints.rs"]
+mod checkpoints;
 #[path = "runner/faults.rs"]
 mod faults;
 #[path = "runner/history.rs"]

@@ -218,7 +218,12 @@ pub fn write(
     network: Option<(&NetworkConfig, &Weights)>,
     timesteps: &[usize],
 ) -> Result<()> {
-    write_config(dir, tokenizer.0, network.map(|(config, _)| config), timesteps)?;
+    write_config(
+        dir,
+        tokenizer.0,
+        network.map(|(config, _)| config),
+        timesteps,
+    )?;
     weights::write(&dir.join(TOKENIZER), tokenizer.1)?;
     match network {
         Some((_, weights)) => weights::write(&dir.join(MODEL), weights),

@@ -1,0 +1,93 @@
+//! Loading takes one copy of the weights in memory: the model's own.
+//!
+//! `RETORT_MEMORY_MIB=1024 cargo test --release -p retort-tests --test memory -- --nocapture` for a larger file.
+
+use retort_candle::Candle;
+use retort_engine::backend::Backend;
+use retort_engine::weights::{Init, Loader, Source, Stored, write_each};
+use retort_tests::torch::Archive;
+
+const TENSORS: usize = 32;
+
+/// A figure of this process's memory, in KiB.
+fn memory(figure: &str) -> usize {
+    let status = std::fs::read_to_string("/proc/self/status").expect("Linux");
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix(figure))
+        .expect("the figure");
+    line.trim()
+        .trim_end_matches(" kB")
+        .trim()
+        .parse()
+        .expect("a number")
+}
+
+/// The most it has had.
+fn peak() -> usize {
+    memory("VmHWM:")
+}
+
+/// What it has now.
+fn resident() -> usize {
+    memory("VmRSS:")
+}
+
+#[test]
+fn weights_are_loaded_and_written_one_at_a_time() {
+    let asked = std::env::var("RETORT_MEMORY_MIB")
+        .ok()
+        .and_then(|s| s.parse::<usize>().ok());
+    let size = asked.unwrap_or(128) << 10; // KiB
+    let shape = [size / TENSORS, 256]; // 1 KiB a row
+    let dir = tempfile::tempdir().expect("a directory");
+    let (torch, safetensors) = (dir.path().join("w.pth"), dir.path().join("w.safetensors"));
+    let mut archive = Archive::create(&torch);
+    archive.open("model");
+    for i in 0..TENSORS {
+        archive.tensor(&i.to_string(), &shape, &vec![i as f32; shape[0] * shape[1]]);
+    }
+    archive.close();
+    archive.surroundings();
+    archive.finish();
+
+    let names: Vec<String> = (0..TENSORS).map(|i| i.to_string()).collect();
+    let (before, clock) = (peak(), std::time::Instant::now());
+    let stored = Stored::open(&torch, None).expect("the file");
+    let shapes = names
+        .iter()
+        .map(|name| (name.clone(), shape.to_vec()))
+        .collect();
+    write_each(&safetensors, shapes, |name| Ok(stored.floats(name)?.into())).expect("a copy");
+    let written = peak() - before;
+    println!(
+        "{size} KiB converted to safetensors: {written} KiB more at the peak, {:?}",
+        clock.elapsed()
+    );
+    assert!(written < size / 4, "{written} KiB beside the weights");
+
+    for path in [torch, safetensors] {
+        let (before, clock) = (resident(), std::time::Instant::now());
+        let stored = Stored::open(&path, None).expect("the file");
+        let backend = Candle::open("cpu", "f32", 2).expect("a CPU");
+        let mut loader = Loader::new(&backend, Source::File(&stored), false, "the file");
+        for name in &names {
+            loader
+                .get(name, &shape, Init::Constant(0.0))
+                .expect("a weight");
+        }
+        let params = loader.into_params();
+        let last = Candle::to_floats(params[TENSORS - 1].1.value()).expect("floats");
+        assert_eq!(last[0], (TENSORS - 1) as f32);
+        let took = peak() - before;
+        println!(
+            "{size} KiB loaded: {took} KiB more at the peak, {:?}",
+            clock.elapsed()
+        );
+        // The model, the tensor on its way, and what was compared.
+        assert!(
+            took < size + size / 4,
+            "{took} KiB for {size} KiB of weights"
+        );
+    }
+}
