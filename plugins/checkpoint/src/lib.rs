@@ -15,7 +15,6 @@ mod tensor;
 mod torch;
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::path::Path;
 
 pub use ::safetensors::Dtype;
@@ -110,7 +109,7 @@ pub struct Checkpoint {
 impl Checkpoint {
     /// Opens a file and reads what it says of its tensors; their elements stay in the file.
     pub fn open(path: &Path) -> Result<Self> {
-        Self::read(Source::open(File::open(path)?)?)
+        Self::read(Source::open(path)?)
     }
 
     /// The same for the bytes of a file.

@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::Arc;
 
 /// Bytes that can be read at any position.
@@ -16,12 +17,13 @@ pub(crate) enum Source {
 }
 
 impl Source {
-    pub fn open(file: File) -> io::Result<Self> {
-        let meta = file.metadata()?;
+    pub fn open(path: &Path) -> io::Result<Self> {
+        // Before opening: a pipe would wait for a writer.
+        let meta = std::fs::metadata(path)?;
         if !meta.is_file() {
             return Err(io::Error::other("not a file"));
         }
-        Ok(Self::File(Arc::new(file), meta.len()))
+        Ok(Self::File(Arc::new(File::open(path)?), meta.len()))
     }
 
     /// Number of bytes.

@@ -84,6 +84,14 @@ impl Tensor {
         })
     }
 
+    /// Whether the elements are floats of a type that can be read as such.
+    pub fn is_float(&self) -> bool {
+        matches!(
+            self.dtype,
+            Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16
+        )
+    }
+
     /// Number of elements.
     pub fn elements(&self) -> u64 {
         // Checked when the tensor was made.

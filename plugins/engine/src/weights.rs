@@ -106,13 +106,13 @@ impl Stored {
     }
 }
 
-/// Reads all tensors of a file of floats.
+/// Reads all tensors of floats in a file; counters and masks of other types are passed over.
 pub fn read(path: &Path) -> Result<Weights> {
     let stored = Stored::open(path, None)?;
-    stored
-        .shapes()
-        .map(|(name, shape)| {
-            let (shape, data) = (shape.to_vec(), stored.floats(name)?);
+    let floats = stored.dictionary.tensors().filter(|(_, t)| t.is_float());
+    floats
+        .map(|(name, tensor)| {
+            let (shape, data) = (tensor.shape.clone(), stored.floats(name)?);
             Ok((name.to_owned(), Floats { shape, data }))
         })
         .collect()
