@@ -48,18 +48,20 @@ pub fn sum(x: &T, dims: &[usize]) -> Result<T> {
     Ok(y)
 }
 
-/// How an argument is read beside one of the result's shape: its element for position i is (i / run) % period.
+/// How an argument is read beside one of the result's shape. Its element for position i is (i / run) % period, in block
+/// i / (run period turns) of `period` elements.
 #[derive(Clone, Copy)]
 struct Repeat {
     run: usize,
     period: usize,
+    turns: usize,
 }
 
 impl Repeat {
     fn of(full: &[usize], small: &[usize]) -> Option<Self> {
         let lead = full.len().checked_sub(small.len())?;
         let padded = |d: usize| if d < lead { 1 } else { small[d - lead] };
-        let (mut run, mut period, mut d) = (1, 1, full.len());
+        let (mut run, mut period, mut turns, mut d) = (1, 1, 1, full.len());
         while d > 0 && padded(d - 1) == 1 {
             d -= 1;
             run *= full[d];
@@ -68,9 +70,13 @@ impl Repeat {
             d -= 1;
             period *= full[d];
         }
+        while d > 0 && padded(d - 1) == 1 {
+            d -= 1;
+            turns *= full[d];
+        }
         (0..d)
-            .all(|d| padded(d) == 1)
-            .then_some(Self { run, period })
+            .all(|d| padded(d) == full[d])
+            .then_some(Self { run, period, turns })
     }
 }
 
@@ -89,7 +95,7 @@ fn apply(a: &T, b: &T, repeat: Repeat, f: Binary, swapped: bool) -> Result<T> {
 fn zip(a: &T, b: &T, repeat: Repeat, f: impl Fn(f32, f32) -> f32 + Sync) -> Result<T> {
     let (a, b) = (&whole(a)?, &whole(b)?);
     let shape = a.dims().to_vec();
-    let Repeat { run, period } = repeat;
+    let Repeat { run, period, turns } = repeat;
     floats!(a, b);
     let mut y = fresh(&shape);
     if run == 1 && period == y.len() {
@@ -102,6 +108,7 @@ fn zip(a: &T, b: &T, repeat: Repeat, f: impl Fn(f32, f32) -> f32 + Sync) -> Resu
         by_rows(&mut y, period, |first, out| {
             for (i, out) in out.chunks_exact_mut(period).enumerate() {
                 let a = &a[(first + i) * period..][..period];
+                let b = &b[(first + i) / turns * period..][..period];
                 for (y, (&a, &b)) in out.iter_mut().zip(a.iter().zip(b)) {
                     *y = f(a, b);
                 }
@@ -111,7 +118,8 @@ fn zip(a: &T, b: &T, repeat: Repeat, f: impl Fn(f32, f32) -> f32 + Sync) -> Resu
         by_rows(&mut y, run, |first, out| {
             for (i, out) in out.chunks_exact_mut(run).enumerate() {
                 let a = &a[(first + i) * run..][..run];
-                let b = b[(first + i) % period];
+                let row = first + i;
+                let b = b[row / (period * turns) * period + row % period];
                 for (y, &a) in out.iter_mut().zip(a) {
                     *y = f(a, b);
                 }
