@@ -3,11 +3,13 @@
 //! `golden/` holds results computed with the published code on the CPU in float32; the weights are procedural and are
 //! made here. Every tensor must agree within 1e-4 of its largest magnitude, every token exactly.
 
-use std::collections::BTreeMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use retort_engine::backend::{Backend, FlowSolver};
-use retort_engine::model::{Student, Teacher, Tokenizer, llamagen, vq};
+use retort_engine::model::autoencoder::Shape;
+use retort_engine::model::{Student, Teacher, Tokenizer, llamagen, msvq, var, vq};
 use retort_engine::sampler::{Choice, Distribution, StudentSampler, autoregressive, choices};
 use retort_engine::tape::Var;
 use retort_engine::weights::{self, Floats, Loader, Source, Weights};
@@ -45,21 +47,37 @@ pub fn report(backend: &str, rows: &[Row]) -> bool {
     !rows.is_empty() && rows.iter().all(|row| row.error <= row.tolerance)
 }
 
+/// Largest difference relative to the largest magnitude expected.
+fn relative_error(found: &[f32], expected: &[f32]) -> f64 {
+    assert_eq!(found.len(), expected.len());
+    let scale = expected
+        .iter()
+        .fold(0.0f64, |m, x| m.max(f64::from(x.abs())));
+    let differences = found
+        .iter()
+        .zip(expected)
+        .map(|(a, b)| f64::from((a - b).abs()));
+    // Not `f64::max`, which would not see a NaN.
+    differences.fold(0.0, |m, x| if x <= m { m } else { x }) / scale
+}
+
 fn folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("golden")
         .join(name)
 }
 
-/// Expected tensors of a file.
+/// Expected tensors of a file, and which of them were looked at.
 struct Expected {
     bytes: Vec<u8>,
+    seen: RefCell<BTreeSet<String>>,
 }
 
 impl Expected {
     fn open(path: &Path) -> Result<Self> {
         Ok(Self {
             bytes: std::fs::read(path).map_err(Error::io(path))?,
+            seen: RefCell::default(),
         })
     }
 
@@ -67,16 +85,29 @@ impl Expected {
         SafeTensors::deserialize(&self.bytes).expect("a safetensors file")
     }
 
+    fn has(&self, name: &str) -> bool {
+        self.file().tensor(name).is_ok()
+    }
+
     fn shape(&self, name: &str) -> Vec<usize> {
         self.file().tensor(name).expect(name).shape().to_vec()
     }
 
     fn floats(&self, name: &str) -> Vec<f32> {
+        self.seen.borrow_mut().insert(name.to_owned());
         weights::floats(&self.file().tensor(name).expect(name)).expect("floats")
     }
 
     fn indices(&self, name: &str) -> Vec<u32> {
+        self.seen.borrow_mut().insert(name.to_owned());
         weights::indices(&self.file().tensor(name).expect(name)).expect("indices")
+    }
+
+    /// Tensors that nobody looked at.
+    fn left(&self) -> Vec<String> {
+        let (seen, file) = (self.seen.borrow(), self.file());
+        let names = file.names().into_iter().map(str::to_owned);
+        names.filter(|name| !seen.contains(name)).collect()
     }
 }
 
@@ -94,26 +125,24 @@ impl<B: Backend> Suite<'_, B> {
             .floats(&self.expected.floats(name), &self.expected.shape(name))
     }
 
+    fn ids(&self, name: &str) -> Result<B::Tensor> {
+        self.backend
+            .indices(&self.expected.indices(name), &self.expected.shape(name))
+    }
+
     fn floats(&mut self, name: &str, found: &B::Tensor) -> Result<()> {
-        assert_eq!(
-            B::shape(found),
-            self.expected.shape(name),
-            "shape of {name}"
-        );
-        let (found, expected) = (B::to_floats(found)?, self.expected.floats(name));
-        let scale = expected
-            .iter()
-            .fold(0.0f64, |m, x| m.max(f64::from(x.abs())));
-        let difference = found
-            .iter()
-            .zip(&expected)
-            .fold(0.0f64, |m, (a, b)| m.max(f64::from((a - b).abs())));
+        self.values(name, &B::shape(found), &B::to_floats(found)?);
+        Ok(())
+    }
+
+    fn values(&mut self, name: &str, shape: &[usize], found: &[f32]) {
+        assert_eq!(shape, self.expected.shape(name), "shape of {name}");
+        let error = relative_error(found, &self.expected.floats(name));
         self.rows.push(Row {
             name: format!("{}/{name}", self.network),
-            error: difference / scale,
+            error,
             tolerance: TOLERANCE,
         });
-        Ok(())
     }
 
     fn tokens(&mut self, name: &str, found: &B::Tensor) -> Result<()> {
@@ -126,6 +155,21 @@ impl<B: Backend> Suite<'_, B> {
             error,
             tolerance: 0.0,
         });
+        Ok(())
+    }
+
+    /// Compares decoded images: `{name}.image` as the decoder gives them, or `{name}.image01` shown in [0, 1].
+    fn image(&mut self, name: &str, found: &B::Tensor) -> Result<()> {
+        let shown = format!("{name}.image01");
+        if !self.expected.has(&shown) {
+            return self.floats(&format!("{name}.image"), found);
+        }
+        let pixels = B::to_floats(found)?;
+        let pixels: Vec<f32> = pixels
+            .iter()
+            .map(|x| ((x + 1.0) / 2.0).clamp(0.0, 1.0))
+            .collect();
+        self.values(&shown, &B::shape(found), &pixels);
         Ok(())
     }
 }
@@ -153,65 +197,248 @@ pub fn flow<B: Backend>(backend: &B) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// Compares teacher, student, samplers and tokenizer of LlamaGen.
-pub fn llamagen<B: Backend>(backend: &B) -> Result<Vec<Row>> {
-    let dir = folder("llamagen");
-    let text = std::fs::read_to_string(dir.join("config.json")).map_err(Error::io(&dir))?;
-    let config: Value = serde_json::from_str(&text).map_err(|e| Error::data(&dir, e))?;
-    let number = |name: &str| config[name].as_u64().expect(name) as usize;
-    let list = |name: &str| -> Vec<usize> {
-        let sizes = config[name].as_array().expect(name).iter();
+/// `config.json` of a network.
+struct Numbers(Value);
+
+impl Numbers {
+    fn open(dir: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(dir.join("config.json")).map_err(Error::io(dir))?;
+        let config = serde_json::from_str(&text).map_err(|e| Error::data(dir, e))?;
+        Ok(Self(config))
+    }
+
+    fn one(&self, name: &str) -> usize {
+        self.0[name].as_u64().expect(name) as usize
+    }
+
+    fn flag(&self, name: &str) -> bool {
+        self.0[name].as_bool().expect(name)
+    }
+
+    fn list(&self, name: &str) -> Vec<usize> {
+        let sizes = self.0[name].as_array().expect(name).iter();
         sizes
             .map(|x| x.as_u64().expect("a size") as usize)
             .collect()
-    };
+    }
+}
+
+/// The networks of a family.
+struct Networks<'a, B: Backend> {
+    teacher: &'a dyn Teacher<B>,
+    student: &'a dyn Student<B>,
+    tokenizer: &'a dyn Tokenizer<B>,
+    /// Guidance of the trajectories, as their names say it.
+    guidance: [&'a str; 2],
+    /// Whether decoded images are clamped where they are not shown in [0, 1].
+    clamps: bool,
+}
+
+/// Compares teacher, student, samplers and tokenizer of LlamaGen.
+pub fn llamagen<B: Backend>(backend: &B) -> Result<Vec<Row>> {
+    let dir = folder("llamagen");
+    let numbers = Numbers::open(&dir)?;
     let all = procedural_weights(&dir.join("weights.json"))?;
     let load = |part: &str| Loader::new(backend, Source::Host(&all[part]), false, part.to_owned());
 
-    let side = number("block_size").isqrt();
+    let side = numbers.one("block_size").isqrt();
     let network = llamagen::Config {
-        width: number("dim"),
-        depth: number("n_layer"),
-        heads: number("n_head"),
-        vocabulary: number("vocab_size"),
-        codebook_dim: number("codebook_dim"),
+        width: numbers.one("dim"),
+        depth: numbers.one("n_layer"),
+        heads: numbers.one("n_head"),
+        vocabulary: numbers.one("vocab_size"),
+        codebook_dim: numbers.one("codebook_dim"),
         side,
-        classes: number("num_classes"),
+        classes: numbers.one("num_classes"),
     };
-    let multipliers = list("ch_mult");
+    let multipliers = numbers.list("ch_mult");
     let tokenizer = vq::Config {
-        image_channels: 3,
-        image_size: side << (multipliers.len() - 1),
-        channels: 128,
-        multipliers,
-        res_blocks: 2,
-        norm_groups: 32,
-        z_channels: number("z_channels"),
-        vocabulary: number("vocab_size"),
-        codebook_dim: number("codebook_dim"),
+        autoencoder: Shape {
+            image_channels: 3,
+            image_size: side << (multipliers.len() - 1),
+            channels: 128,
+            multipliers,
+            res_blocks: 2,
+            norm_groups: 32,
+            z_channels: numbers.one("z_channels"),
+        },
+        vocabulary: numbers.one("vocab_size"),
+        codebook_dim: numbers.one("codebook_dim"),
         l2_norm: true,
     };
-    let teacher = llamagen::Gpt::load(&mut load("gpt"), &network)?;
-    let student = llamagen::GptStudent::load(&mut load("dd"), &network)?;
-    let tokenizer = vq::VqModel::load(&mut load("vq"), &tokenizer)?;
-    let codebook = tokenizer.codebook()?;
-
-    let expected = Expected::open(&dir.join("expected.safetensors"))?;
+    let networks = Networks {
+        teacher: &llamagen::Gpt::load(&mut load("gpt"), &network)?,
+        student: &llamagen::GptStudent::load(&mut load("dd"), &network)?,
+        tokenizer: &vq::VqModel::load(&mut load("vq"), &tokenizer)?,
+        guidance: ["1.0", "2.0"],
+        clamps: false,
+    };
     let mut suite = Suite {
         backend,
         network: "llamagen",
-        expected,
+        expected: Expected::open(&dir.join("expected.safetensors"))?,
         rows: Vec::new(),
+    };
+    compare(&mut suite, &networks, &numbers)?;
+    Ok(suite.rows)
+}
+
+/// Compares teacher, student, samplers and tokenizer of VAR.
+pub fn var<B: Backend>(backend: &B) -> Result<Vec<Row>> {
+    let dir = folder("var");
+    let numbers = Numbers::open(&dir)?;
+    let all = procedural_weights(&dir.join("weights.json"))?;
+    let load = |part: &str| Loader::new(backend, Source::Host(&all[part]), false, part.to_owned());
+
+    let (depth, scales) = (numbers.one("depth"), numbers.list("patch_nums"));
+    let network = var::Config {
+        width: 64 * depth,
+        depth,
+        heads: depth,
+        vocabulary: numbers.one("V"),
+        codebook_dim: numbers.one("Cvae"),
+        scales: scales.clone(),
+        classes: numbers.one("num_classes"),
+        shared_adaln: numbers.flag("shared_aln"),
+        attn_l2_norm: numbers.flag("attn_l2_norm"),
+    };
+    let published = msvq::Config::published(&scales);
+    let tokenizer = msvq::Config {
+        autoencoder: Shape {
+            channels: numbers.one("ch"),
+            z_channels: numbers.one("Cvae"),
+            ..published.autoencoder
+        },
+        vocabulary: numbers.one("V"),
+        phi_convs: numbers.one("share_quant_resi"),
+        scales,
+    };
+    let quantiser = msvq::Quantiser::load(&mut load("vae"), &tokenizer)?;
+    let teacher = var::Transformer::load(&mut load("var"), &network, quantiser)?;
+    let networks = Networks {
+        teacher: &teacher,
+        student: &var::TransformerStudent::load(&mut load("dd"), &network)?,
+        tokenizer: &msvq::MultiScaleVq::load(&mut load("vae"), &tokenizer)?,
+        guidance: ["0.0", "1.5"],
+        clamps: true,
+    };
+    let mut suite = Suite {
+        backend,
+        network: "var",
+        expected: Expected::open(&dir.join("expected.safetensors"))?,
+        rows: Vec::new(),
+    };
+    let inputs = teacher.inputs(&suite.ids("forced.tokens")?)?;
+    suite.floats("forced.input", inputs.value())?;
+    compare(&mut suite, &networks, &numbers)?;
+    Ok(suite.rows)
+}
+
+/// Compares what `golden/var` does not hold: blocks that share their modulation with blocks that have the same one each,
+/// and generation scale by scale with teacher forcing; both without L2-normalised attention.
+pub fn var_variants<B: Backend>(backend: &B) -> Result<Vec<Row>> {
+    let own = var::Config {
+        width: 16,
+        depth: 3,
+        heads: 2,
+        vocabulary: 12,
+        codebook_dim: 4,
+        scales: vec![1, 2, 3],
+        classes: 5,
+        shared_adaln: false,
+        attn_l2_norm: false,
+    };
+    let shared = var::Config {
+        shared_adaln: true,
+        ..own.clone()
+    };
+    let published = msvq::Config::published(&own.scales);
+    let tokenizer = msvq::Config {
+        autoencoder: Shape {
+            z_channels: own.codebook_dim,
+            ..published.autoencoder
+        },
+        vocabulary: own.vocabulary,
+        ..published
+    };
+    let teacher = |config: &var::Config, weights: &Weights| {
+        let mut loader = Loader::new(backend, Source::Init(1), false, "quantiser");
+        let quantiser = msvq::Quantiser::load(&mut loader, &tokenizer)?;
+        let source = Source::HostOrInit(weights, 2);
+        let mut loader = Loader::new(backend, source, false, "variant");
+        let teacher = var::Transformer::load(&mut loader, config, quantiser)?;
+        Ok::<_, Error>((teacher, weights::from_params(&loader.into_params())?))
+    };
+    let (shared_teacher, weights) = teacher(&shared, &Weights::new())?;
+    let mut each = weights.clone();
+    let common = |name: &str| weights[&format!("shared_ada_lin.1.{name}")].clone();
+    for i in 0..own.depth {
+        let mut bias = common("bias");
+        let offset = &weights[&format!("blocks.{i}.ada_gss")].data;
+        bias.data.iter_mut().zip(offset).for_each(|(b, o)| *b += o);
+        each.insert(format!("blocks.{i}.ada_lin.1.bias"), bias);
+        each.insert(format!("blocks.{i}.ada_lin.1.weight"), common("weight"));
+    }
+    let (own_teacher, _) = teacher(&own, &each)?;
+
+    let shape = own.token_shape();
+    let (n, l) = (2, shape.tokens());
+    let ids: Vec<u32> = (0..n * l).map(|i| (i * 7 % 12) as u32).collect();
+    let (tokens, labels) = (backend.indices(&ids, &[n, l])?, [1, 4]);
+    let forced = |teacher: &var::Transformer<B>| {
+        let logits = teacher.forced(&backend.indices(&labels, &[n])?, &tokens)?;
+        Ok::<_, Error>(logits.value().clone())
+    };
+    let expected = forced(&own_teacher)?;
+    let mut generation = shared_teacher.generate(&labels, None)?;
+    let (mut previous, mut parts, mut start) = (None, Vec::new(), 0);
+    for &count in &shape.steps {
+        parts.push(generation.advance(previous.as_ref())?);
+        previous = Some(B::narrow(&tokens, 1, start, count)?);
+        start += count;
+    }
+    let generated = B::cat(&parts.iter().collect::<Vec<_>>(), 1)?;
+
+    let expected = B::to_floats(&expected)?;
+    let mut rows = Vec::new();
+    for (name, found) in [
+        ("shared_adaln.logits", forced(&shared_teacher)?),
+        ("generated.logits", generated),
+    ] {
+        rows.push(Row {
+            name: format!("var/{name}"),
+            error: relative_error(&B::to_floats(&found)?, &expected),
+            tolerance: TOLERANCE,
+        });
+    }
+    Ok(rows)
+}
+
+/// What is the same for every family: all tensors of `expected.safetensors`.
+fn compare<B: Backend>(
+    suite: &mut Suite<'_, B>,
+    networks: &Networks<'_, B>,
+    numbers: &Numbers,
+) -> Result<()> {
+    let backend = suite.backend;
+    let Networks {
+        teacher,
+        student,
+        tokenizer,
+        ..
+    } = *networks;
+    let shape = teacher.tokens();
+    let codebook = tokenizer.codebook()?;
+    let decode = |latents: B::Tensor| -> Result<B::Tensor> {
+        Ok(tokenizer.decode(&Var::constant(latents))?.value().clone())
     };
     let classes = suite.expected.indices("labels");
     let n = classes.len();
     let labels = backend.indices(&classes, &[n])?;
-    let uncond = backend.indices(&vec![network.classes as u32; n], &[n])?;
-    let decode = |latents: B::Tensor| tokenizer.decode(&Var::constant(latents));
+    let uncond = backend.indices(&vec![shape.classes as u32; n], &[n])?;
 
     // Teacher-forced logits.
-    let shape = suite.expected.shape("forced.tokens");
-    let tokens = backend.indices(&suite.expected.indices("forced.tokens"), &shape)?;
+    let tokens = suite.ids("forced.tokens")?;
     suite.floats("forced.logits", teacher.forced(&labels, &tokens)?.value())?;
     suite.floats(
         "forced.logits_uncond",
@@ -219,52 +446,43 @@ pub fn llamagen<B: Backend>(backend: &B) -> Result<Vec<Row>> {
     )?;
 
     // Greedy AR generation with guidance.
-    let steps = teacher.tokens().steps.len();
-    let guidance = f64::from(suite.expected.floats("greedy.cfg")[0]);
-    let greedy = Distribution {
-        guidance,
+    let steps = shape.steps.len();
+    let greedy = |guidance: f64| Distribution {
+        guidance: Some(guidance),
         top_k: 1,
         ..Default::default()
     };
+    let distribution = greedy(f64::from(suite.expected.floats("greedy.cfg")[0]));
     let mut sequences = choices(0, 0, n);
-    let ids = autoregressive(
-        &teacher,
-        &classes,
-        &greedy,
-        &mut Choice::Random(&mut sequences),
-        None,
-        steps,
-    )?;
+    let mut choice = Choice::Random(&mut sequences);
+    let ids = autoregressive(teacher, &classes, &distribution, &mut choice, None, steps)?;
     suite.tokens("greedy.tokens", &ids)?;
-    suite.floats("greedy.image", decode(B::rows(&codebook, &ids)?)?.value())?;
+    suite.image("greedy", &decode(B::rows(&codebook, &ids)?)?)?;
 
     // Trajectories under guidance.
     let noise = suite.tensor("student.noise")?;
-    for w in ["1.0", "2.0"] {
+    for w in networks.guidance {
         let distribution = Distribution {
-            guidance: w.parse().expect("a number"),
+            guidance: Some(w.parse().expect("a number")),
             ..Default::default()
         };
-        let solver = FlowSolver { steps: 16 };
         let mut choice = Choice::Flow {
             noise: &noise,
             codebook: &codebook,
-            solver,
+            solver: FlowSolver { steps: 16 },
         };
-        let ids = autoregressive(&teacher, &classes, &distribution, &mut choice, None, steps)?;
+        let ids = autoregressive(teacher, &classes, &distribution, &mut choice, None, steps)?;
         suite.tokens(&format!("trajectory.cfg{w}.tokens"), &ids)?;
-        suite.floats(
-            &format!("trajectory.cfg{w}.image"),
-            decode(B::rows(&codebook, &ids)?)?.value(),
-        )?;
+        let images = decode(B::rows(&codebook, &ids)?)?;
+        suite.image(&format!("trajectory.cfg{w}"), &images)?;
     }
 
     // Student passes, one and two steps, assisted.
-    let middle = number("t_mid");
-    let l = student.tokens().tokens();
+    let (middle, l) = (numbers.one("t_mid"), shape.tokens());
     for t in [0, middle] {
         let x = suite.tensor(&format!("student.t{t}.input"))?;
-        let data: Vec<u32> = (0..n * l).map(|i| u32::from(i % l < t)).collect();
+        let known = shape.tokens_before(t);
+        let data: Vec<u32> = (0..n * l).map(|i| u32::from(i % l < known)).collect();
         let prediction = student.predict(&x, &labels, &backend.indices(&data, &[n, l])?)?;
         suite.floats(&format!("student.t{t}.logits"), prediction.logits.value())?;
         suite.floats(
@@ -272,48 +490,41 @@ pub fn llamagen<B: Backend>(backend: &B) -> Result<Vec<Row>> {
             student.continuous(&prediction)?.value(),
         )?;
     }
-    let split = number("split_t");
     let sampler = StudentSampler {
-        student: &student,
+        student,
         codebook: &codebook,
-        split,
+        split: numbers.one("split_t"),
     };
     for (name, timesteps) in [("one_step", vec![0]), ("two_step", vec![0, middle])] {
         let latents = sampler.sample(&noise, &labels, &timesteps)?;
         suite.floats(&format!("{name}.latents"), &latents)?;
-        suite.floats(&format!("{name}.image"), decode(latents)?.value())?;
+        suite.image(name, &decode(latents)?)?;
     }
-    let greedy = Distribution {
-        guidance: 2.0,
-        top_k: 1,
-        ..Default::default()
-    };
     let mut sequences = choices(0, 0, n);
-    let start = number("t_teacher_start");
-    let both = (&labels, classes.as_slice());
-    let mut choice = Choice::Random(&mut sequences);
     let (latents, prefix) = sampler.assisted(
         &noise,
-        both,
+        (&labels, &classes),
         [0, middle],
-        &teacher,
-        start,
-        &greedy,
-        &mut choice,
+        teacher,
+        numbers.one("t_teacher_start"),
+        &greedy(2.0),
+        &mut Choice::Random(&mut sequences),
     )?;
     suite.floats("assisted.prefix_latents", &prefix)?;
     suite.floats("assisted.latents", &latents)?;
-    suite.floats("assisted.image", decode(latents)?.value())?;
+    suite.image("assisted", &decode(latents)?)?;
 
     // Tokenizer.
     let image = suite.tensor("tokenizer.image")?;
-    let ids = tokenizer.encode(&image)?;
-    suite.tokens("tokenizer.tokens_of_image", &ids)?;
-    suite.floats(
-        "tokenizer.image_of_tokens",
-        decode(B::rows(&codebook, &tokens)?)?.value(),
-    )?;
-    Ok(suite.rows)
+    suite.tokens("tokenizer.tokens_of_image", &tokenizer.encode(&image)?)?;
+    let images = decode(B::rows(&codebook, &tokens)?)?;
+    let mut pixels = B::to_floats(&images)?;
+    if networks.clamps {
+        pixels.iter_mut().for_each(|x| *x = x.clamp(-1.0, 1.0));
+    }
+    suite.values("tokenizer.image_of_tokens", &B::shape(&images), &pixels);
+    assert_eq!(suite.expected.left(), [""; 0], "tensors not compared");
+    Ok(())
 }
 
 /// Weights by their recipe: element i is scale * (2u - 1) + shift, u from SplitMix64 started at the seed.

@@ -10,12 +10,13 @@
 
 use std::path::Path;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::model::{Student, Teacher, TokenShape, Tokenizer, llamagen, vq};
-use crate::weights::{self, Floats, Loader, Source, Stored, Weights};
+use crate::model::{Student, Teacher, TokenShape, Tokenizer, llamagen, msvq, var, vq};
+use crate::weights::{self, Loader, Source, Stored, Weights};
 
 /// `config.json` of a tokenizer, teacher or student.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -32,12 +33,34 @@ pub struct Config {
     pub timesteps: Vec<usize>,
 }
 
+/// A family of networks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Family {
+    /// One token after the other, in raster order.
+    #[default]
+    Llamagen,
+    /// All tokens of a scale at once, coarse to fine.
+    Var,
+}
+
+impl std::fmt::Display for Family {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Llamagen => "llamagen",
+            Self::Var => "var",
+        })
+    }
+}
+
 /// Shape of a tokenizer, by family.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "family", rename_all = "lowercase")]
 pub enum TokenizerConfig {
     /// LlamaGen's VQ-16 and kin.
     Vq(vq::Config),
+    /// VAR's multi-scale VQ.
+    Msvq(msvq::Config),
 }
 
 /// Shape of a teacher or student, by family.
@@ -46,6 +69,8 @@ pub enum TokenizerConfig {
 pub enum NetworkConfig {
     /// LlamaGen.
     Llamagen(llamagen::Config),
+    /// VAR.
+    Var(var::Config),
 }
 
 const CONFIG: &str = "config.json";
@@ -57,8 +82,26 @@ pub const MODEL: &str = "model.safetensors";
 impl TokenizerConfig {
     /// Channels, height and width of the images.
     pub fn image(&self) -> [usize; 3] {
+        let shape = match self {
+            Self::Vq(c) => &c.autoencoder,
+            Self::Msvq(c) => &c.autoencoder,
+        };
+        [shape.image_channels, shape.image_size, shape.image_size]
+    }
+
+    /// The family whose tokens it makes.
+    pub fn family(&self) -> Family {
         match self {
-            Self::Vq(c) => [c.image_channels, c.image_size, c.image_size],
+            Self::Vq(_) => Family::Llamagen,
+            Self::Msvq(_) => Family::Var,
+        }
+    }
+
+    /// Codebook size K and dimension D.
+    pub fn codebook(&self) -> (usize, usize) {
+        match self {
+            Self::Vq(c) => (c.vocabulary, c.codebook_dim),
+            Self::Msvq(c) => (c.vocabulary, c.autoencoder.z_channels),
         }
     }
 
@@ -66,6 +109,7 @@ impl TokenizerConfig {
     pub fn build<B: Backend>(&self, loader: &mut Loader<B>) -> Result<Box<dyn Tokenizer<B>>> {
         match self {
             Self::Vq(c) => Ok(Box::new(vq::VqModel::load(loader, c)?)),
+            Self::Msvq(c) => Ok(Box::new(msvq::MultiScaleVq::load(loader, c)?)),
         }
     }
 }
@@ -75,13 +119,26 @@ impl NetworkConfig {
     pub fn tokens(&self) -> TokenShape {
         match self {
             Self::Llamagen(c) => c.token_shape(),
+            Self::Var(c) => c.token_shape(),
         }
     }
 
-    /// Builds the teacher.
-    pub fn teacher<B: Backend>(&self, loader: &mut Loader<B>) -> Result<Box<dyn Teacher<B>>> {
-        match self {
-            Self::Llamagen(c) => Ok(Box::new(llamagen::Gpt::load(loader, c)?)),
+    /// Builds the teacher. Its tokenizer is given by shape and weights, for a family that feeds on the feature maps which
+    /// the tokenizer's quantiser makes of tokens.
+    pub fn teacher<B: Backend>(
+        &self,
+        loader: &mut Loader<B>,
+        tokenizer: (&TokenizerConfig, &mut Loader<B>),
+    ) -> Result<Box<dyn Teacher<B>>> {
+        match (self, tokenizer) {
+            (Self::Llamagen(c), _) => Ok(Box::new(llamagen::Gpt::load(loader, c)?)),
+            (Self::Var(c), (TokenizerConfig::Msvq(t), weights)) => {
+                let quantiser = msvq::Quantiser::load(weights, t)?;
+                Ok(Box::new(var::Transformer::load(loader, c, quantiser)?))
+            }
+            (Self::Var(_), (TokenizerConfig::Vq(_), _)) => Err(Error::Internal(
+                "a VAR teacher needs a multi-scale tokenizer".into(),
+            )),
         }
     }
 
@@ -89,42 +146,32 @@ impl NetworkConfig {
     pub fn student<B: Backend>(&self, loader: &mut Loader<B>) -> Result<Box<dyn Student<B>>> {
         match self {
             Self::Llamagen(c) => Ok(Box::new(llamagen::GptStudent::load(loader, c)?)),
+            Self::Var(c) => Ok(Box::new(var::TransformerStudent::load(loader, c)?)),
         }
     }
 
     /// The student of this teacher with at least as many blocks: its shape, and the weights it starts from. Parameters
     /// whose meaning changes are left out and drawn anew; blocks beyond the teacher's start as the identity.
-    pub fn student_start(
-        &self,
-        depth: Option<usize>,
-        mut teacher: Weights,
-    ) -> Result<(Self, Weights)> {
-        match self {
-            Self::Llamagen(c) => {
-                let depth = depth.unwrap_or(c.depth);
-                if depth < c.depth {
-                    let message =
-                        format!("depth {depth}: the teacher has {} blocks already", c.depth);
-                    return Err(Error::option("/depth", message));
-                }
-                let student = llamagen::Config { depth, ..c.clone() };
-                // Token embeddings become a linear map of codebook vectors.
-                teacher.remove("tok_embeddings.weight");
-                for i in c.depth..depth {
-                    for (name, shape) in student.residual_outputs(i) {
-                        let data = vec![0.0; shape.iter().product()];
-                        teacher.insert(
-                            name,
-                            Floats {
-                                shape: shape.to_vec(),
-                                data,
-                            },
-                        );
-                    }
-                }
-                Ok((Self::Llamagen(student), teacher))
-            }
+    pub fn student_start(&self, depth: Option<usize>, teacher: Weights) -> Result<(Self, Weights)> {
+        let own = match self {
+            Self::Llamagen(c) => c.depth,
+            Self::Var(c) => c.depth,
+        };
+        let depth = depth.unwrap_or(own);
+        if depth < own {
+            let message = format!("depth {depth}: the teacher has {own} blocks already");
+            return Err(Error::option("/depth", message));
         }
+        Ok(match self {
+            Self::Llamagen(c) => {
+                let (config, weights) = c.student_start(depth, teacher);
+                (Self::Llamagen(config), weights)
+            }
+            Self::Var(c) => {
+                let (config, weights) = c.student_start(depth, teacher);
+                (Self::Var(config), weights)
+            }
+        })
     }
 }
 
@@ -181,8 +228,12 @@ impl<'p> Bundle<'p> {
 
     /// Loads the teacher as constants.
     pub fn teacher<B: Backend>(&self, backend: &B) -> Result<Box<dyn Teacher<B>>> {
-        let network = self.network()?;
-        self.load(backend, MODEL, |loader| network.teacher(loader))
+        let (network, shape) = (self.network()?, &self.config.tokenizer);
+        self.load(backend, MODEL, |loader| {
+            self.load(backend, TOKENIZER, |tokenizer| {
+                network.teacher(loader, (shape, tokenizer))
+            })
+        })
     }
 
     /// Loads the student as constants.

@@ -4,8 +4,16 @@
 //! a step yields one token (LlamaGen) or all tokens of a scale (VAR). Everything outside this folder speaks of steps
 //! and tokens only and does not know families.
 
+pub mod autoencoder;
+mod continuous;
+mod decoding;
 pub mod llamagen;
+pub mod msvq;
+mod resize;
+pub mod var;
 pub mod vq;
+
+pub use continuous::CONTINUOUS_HEAD;
 
 use crate::backend::Backend;
 use crate::error::Result;
@@ -44,7 +52,26 @@ pub trait Tokenizer<B: Backend> {
     fn encode(&self, images: &B::Tensor) -> Result<B::Tensor>;
     /// Images (b, c, h, w), about [-1, 1], of codebook vectors (b, L, D); differentiable.
     fn decode(&self, latents: &Var<B>) -> Result<Var<B>>;
+    /// Images (b, c, h, w) in [-1, 1], encoded and decoded, with what training needs.
+    fn reconstruct(&self, images: &B::Tensor) -> Result<Reconstruction<B>>;
 }
+
+/// What a pass of a tokenizer in training yields.
+pub struct Reconstruction<B: Backend> {
+    /// Images (b, c, h, w).
+    pub images: Var<B>,
+    /// The vectors for which codes were looked up (b L, D).
+    pub z: Var<B>,
+    /// Mean squared distance of the codes to the encoder's outputs, moving the codes.
+    pub codebook_loss: Var<B>,
+    /// The same, moving the encoder.
+    pub commitment_loss: Var<B>,
+    /// Ids of all tokens, in any shape.
+    pub tokens: B::Tensor,
+}
+
+/// Name of the codebook parameter of every tokenizer.
+pub const CODEBOOK: &str = "quantize.embedding.weight";
 
 /// An AR model of tokens.
 pub trait Teacher<B: Backend> {
@@ -52,9 +79,12 @@ pub trait Teacher<B: Backend> {
     fn tokens(&self) -> &TokenShape;
     /// Teacher-forced logits (b, L, K) of tokens (b, L) for class ids (b); differentiable.
     fn forced(&self, labels: &B::Tensor, tokens: &B::Tensor) -> Result<Var<B>>;
-    /// Starts generating for class ids, with a guidance scale (1: none).
-    fn generate<'a>(&'a self, labels: &[u32], guidance: f64)
-    -> Result<Box<dyn Generation<B> + 'a>>;
+    /// Starts generating for class ids; with a classifier-free guidance scale, which means what the family means by it.
+    fn generate<'a>(
+        &'a self,
+        labels: &[u32],
+        guidance: Option<f64>,
+    ) -> Result<Box<dyn Generation<B> + 'a>>;
 }
 
 /// A generation under way: holds the KV cache.

@@ -45,7 +45,7 @@ impl<B: Backend> Plugin for EnginePlugin<B> {
             license: self.about.license.into(),
             devices: own(self.about.devices),
             dtypes: own(self.about.dtypes),
-            families: own(&["llamagen"]),
+            families: own(&["llamagen", "var"]),
             stages: stage::all::<B>().iter().map(|s| (s.describe)()).collect(),
         }
     }

@@ -18,8 +18,10 @@ use crate::tape::Var;
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Distribution {
-    /// Classifier-free guidance s: logits = uncond + s (cond - uncond); 1 is none.
-    pub guidance: f64,
+    /// Strength of classifier-free guidance, as each family defines it; none, if left out. LlamaGen: s in
+    /// uncond + s (cond - uncond), where 1 is none. VAR: w, by which the logits of scale k of S, counted from 0, are
+    /// (1 + t) cond - t uncond with t = w k / (S - 1), where 0 is none.
+    pub guidance: Option<f64>,
     /// Logits are divided by this.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub temperature: f64,
@@ -33,7 +35,7 @@ pub struct Distribution {
 impl Default for Distribution {
     fn default() -> Self {
         Self {
-            guidance: 1.0,
+            guidance: None,
             temperature: 1.0,
             top_k: 0,
             top_p: 1.0,

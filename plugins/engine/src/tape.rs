@@ -423,6 +423,17 @@ impl<B: Backend> Var<B> {
         }))
     }
 
+    /// x / |x| over the last dimension.
+    pub fn l2_normalise(&self) -> Result<Self> {
+        // The root mean square is |x| / sqrt(d). torch's F.normalize divides by max(|x|, 1e-12); the eps is as small
+        // and keeps a zero vector finite.
+        let shape = self.shape();
+        let d = shape[shape.len() - 1];
+        let w = vec![(d as f32).sqrt().recip(); d];
+        let w = Self::constant(B::floats_beside(&self.value, &w, &[d])?);
+        self.rms_norm(&w, 1e-24 / d as f64)
+    }
+
     /// (x - mean) / sqrt(var + eps) over the last dimension.
     pub fn layer_norm(&self, eps: f64) -> Result<Self> {
         let x = self.value.clone();

@@ -285,3 +285,61 @@ fn every_loss_and_every_sampler_runs_to_its_end() {
     }
     assert_eq!(std::fs::read_dir(mixed.join("png")).unwrap().count(), 40);
 }
+
+#[test]
+fn a_next_scale_teacher_is_distilled() {
+    let lab = lab("
+  scales: {kind: tokenizer, family: var, data: '${params.data}', scales: [1, 2, 4], codebook_size: 16, codebook_dim: 4, channels: 8, train: {steps: 60, batch: 32}}
+  next:
+    kind: pretrain
+    family: var
+    tokenizer: scales
+    data: ${params.data}
+    width: 32
+    depth: 2
+    heads: 2
+    shared_adaln: true
+    token_noise: 0.1
+    train: {steps: 60, batch: 32, ema: 0.9}
+  pairs: {kind: trajectories, teacher: next, count: 2000, distribution: {guidance: 1.0}}
+  student:
+    kind: distill
+    teacher: next
+    trajectories: pairs
+    depth: 3
+    timesteps: [0, 2]
+    split: 2
+    codebook_distance: 1.0
+    perceptual: {kind: l2, weight: 1.0}
+    train: {steps: 60, batch: 32, muon: {}}
+  drawn: {kind: sample, count: 40, sampler: {kind: teacher, teacher: next, distribution: {guidance: 1.0}}}
+  mixed: {kind: sample, count: 40, sampler: {kind: student, student: student, timesteps: [0, 2], split: 2}}
+  assisted: {kind: sample, count: 40, sampler: {kind: assisted, student: student, teacher: next, timesteps: [0, 2], teacher_start: 1}}
+  apart: {kind: sample, count: 40, sampler: {kind: independent, teacher: next, trajectories: pairs, after: 1}}
+");
+    lab.retort(&["run", "r.yaml"]).expect(0);
+    for (stage, series) in [
+        ("scales", "tokenizer/reconstruction"),
+        ("next", "pretrain/loss"),
+        ("student", "distill/cross_entropy"),
+        ("student", "distill/codebook_distance"),
+    ] {
+        let values = points(&lab, stage, series);
+        assert!(
+            values.last() < values.first(),
+            "{stage} {series}: {values:?}"
+        );
+    }
+    let pairs = Dataset::open(&output(&lab, "pairs").1).unwrap();
+    assert_eq!(pairs.manifest.steps, [1, 4, 16]);
+}
+
+#[test]
+fn a_teacher_and_its_tokenizer_are_of_one_family() {
+    let lab = lab("
+  next: {kind: pretrain, family: var, tokenizer: codes, data: '${params.data}', width: 32, depth: 2, heads: 2}
+");
+    lab.retort(&["run", "r.yaml", "--until", "next"])
+        .expect(100)
+        .saying(&["family var, but the tokenizer codes is one of family llamagen"]);
+}

@@ -12,14 +12,15 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::{Backend, Binary, Mask};
+use crate::backend::{Backend, Mask};
 use crate::error::{Error, Result};
+use crate::model::continuous::Continuous;
+use crate::model::decoding::{Cache, guide, rows};
 use crate::model::{Generation, Prediction, Student, Teacher, TokenShape};
 use crate::tape::{Var, unpack};
-use crate::weights::{Init, Loader};
+use crate::weights::{Floats, Init, Loader, Weights};
 
 const NORM_EPS: f64 = 1e-5;
-const CONTINUOUS_EPS: f64 = 1e-6;
 const ROPE_BASE: f64 = 10_000.0;
 
 /// Shape of a LlamaGen network.
@@ -63,18 +64,28 @@ impl Config {
         (2 * 4 * self.width / 3).next_multiple_of(256)
     }
 
-    /// Names and shapes of the matrices that write block `i`'s results into the residual stream.
-    pub fn residual_outputs(&self, i: usize) -> [(String, [usize; 2]); 2] {
-        [
-            (
-                format!("layers.{i}.attention.wo.weight"),
-                [self.width, self.width],
-            ),
-            (
-                format!("layers.{i}.feed_forward.w2.weight"),
-                [self.width, self.hidden()],
-            ),
-        ]
+    /// The student of a teacher of this shape with at least as many blocks: its shape, and the weights it starts from.
+    ///
+    /// Token embeddings become a linear map of codebook vectors and are drawn anew; blocks beyond the teacher's add
+    /// nothing at first.
+    pub fn student_start(&self, depth: usize, mut weights: Weights) -> (Self, Weights) {
+        weights.remove("tok_embeddings.weight");
+        for i in self.depth..depth {
+            let silent = [
+                ("attention.wo.weight", [self.width, self.width]),
+                ("feed_forward.w2.weight", [self.width, self.hidden()]),
+            ];
+            for (name, shape) in silent {
+                let data = vec![0.0; shape.iter().product()];
+                let shape = shape.to_vec();
+                weights.insert(format!("layers.{i}.{name}"), Floats { shape, data });
+            }
+        }
+        let student = Self {
+            depth,
+            ..self.clone()
+        };
+        (student, weights)
     }
 
     /// Shape of its token sequences.
@@ -109,12 +120,6 @@ struct Stack<B: Backend> {
     class_embedding: Var<B>,
     /// cos and sin of the rotary positions, each (1 + side^2, d/2).
     rope: (B::Tensor, B::Tensor),
-}
-
-/// The keys and values of a block so far: (b, l, h, d), allocated in full.
-struct Cache<B: Backend> {
-    k: B::Tensor,
-    v: B::Tensor,
 }
 
 impl<B: Backend> Block<B> {
@@ -185,17 +190,9 @@ impl<B: Backend> Block<B> {
         let [q, k, v] = unpack::<B>(qkv.value(), heads)?;
         let table = |t: &B::Tensor| B::narrow(t, 0, at, l);
         let (cos, sin) = (table(&stack.rope.0)?, table(&stack.rope.1)?);
-        B::write_(&cache.k, 1, at, &B::rope(&k, &cos, &sin)?)?;
-        B::write_(&cache.v, 1, at, &v)?;
-        let seen = |t: &B::Tensor| B::narrow(t, 1, 0, at + l);
+        let (k, v) = cache.extend(at, &B::rope(&k, &cos, &sin)?, &v)?;
         let q = B::rope(&q, &cos, &sin)?;
-        let y = B::attention(
-            &q,
-            &seen(&cache.k)?,
-            &seen(&cache.v)?,
-            &Mask::Causal,
-            stack.scale(),
-        )?;
+        let y = B::attention(&q, &k, &v, &Mask::Causal, stack.scale())?;
         let y = Var::constant(B::reshape(&y, &shape)?);
         self.feed_forward(&x.add(&y.linear(&self.wo, None)?)?)
     }
@@ -315,35 +312,23 @@ impl<B: Backend> Teacher<B> for Gpt<B> {
     fn generate<'a>(
         &'a self,
         labels: &[u32],
-        guidance: f64,
+        guidance: Option<f64>,
     ) -> Result<Box<dyn Generation<B> + 'a>> {
         let c = &self.stack.config;
-        let guided = guidance != 1.0;
-        let mut rows = labels.to_vec();
-        if guided {
-            rows.extend(std::iter::repeat_n(c.classes as u32, labels.len()));
-        }
-        let seed = self.embedding.value();
-        let shape = [rows.len(), self.tokens.tokens(), c.heads, c.width / c.heads];
-        let empty = || -> Result<B::Tensor> {
-            let zeros = vec![0.0; shape.iter().product()];
-            B::floats_beside(seed, &zeros, &shape)
-        };
-        let caches = (0..c.depth)
-            .map(|_| {
-                Ok(Cache {
-                    k: empty()?,
-                    v: empty()?,
-                })
-            })
-            .collect::<Result<_>>()?;
-        let rows = B::indices_beside(seed, &rows, &[rows.len()])?;
+        let guidance = guidance.filter(|&s| s != 1.0);
+        let beside = self.embedding.value();
+        let rows = rows::<B>(beside, labels, c.classes, guidance.is_some())?;
+        let shape = [
+            B::shape(&rows)[0],
+            self.tokens.tokens(),
+            c.heads,
+            c.width / c.heads,
+        ];
         Ok(Box::new(Decoding {
             gpt: self,
             labels: rows,
-            batch: labels.len(),
             guidance,
-            caches,
+            caches: Cache::blocks(beside, c.depth, shape)?,
             at: 0,
         }))
     }
@@ -353,8 +338,7 @@ impl<B: Backend> Teacher<B> for Gpt<B> {
 struct Decoding<'a, B: Backend> {
     gpt: &'a Gpt<B>,
     labels: B::Tensor,
-    batch: usize,
-    guidance: f64,
+    guidance: Option<f64>,
     caches: Vec<Cache<B>>,
     at: usize,
 }
@@ -362,10 +346,11 @@ struct Decoding<'a, B: Backend> {
 impl<B: Backend> Generation<B> for Decoding<'_, B> {
     fn advance(&mut self, previous: Option<&B::Tensor>) -> Result<B::Tensor> {
         let stack = &self.gpt.stack;
-        let guided = self.guidance != 1.0;
         let mut x = match previous {
             None => stack.condition(&self.labels)?,
-            Some(ids) if guided => self.gpt.embedding.rows(&B::cat(&[ids, ids], 0)?)?,
+            Some(ids) if self.guidance.is_some() => {
+                self.gpt.embedding.rows(&B::cat(&[ids, ids], 0)?)?
+            }
             Some(ids) => self.gpt.embedding.rows(ids)?,
         };
         for (block, cache) in stack.blocks.iter().zip(&self.caches) {
@@ -373,18 +358,10 @@ impl<B: Backend> Generation<B> for Decoding<'_, B> {
         }
         self.at += x.shape()[1];
         let logits = stack.logits(&x)?; // (b or 2b, 1, K)
-        if !guided {
-            return Ok(logits.value().clone());
+        match self.guidance {
+            Some(s) => guide::<B>(logits.value(), s),
+            None => Ok(logits.value().clone()),
         }
-        // uncond + s (cond - uncond)
-        let conditional = B::narrow(logits.value(), 0, 0, self.batch)?;
-        let unconditional = B::narrow(logits.value(), 0, self.batch, self.batch)?;
-        let difference = B::binary(&conditional, &unconditional, Binary::Sub)?;
-        B::binary(
-            &unconditional,
-            &B::affine(&difference, self.guidance, 0.0)?,
-            Binary::Add,
-        )
     }
 }
 
@@ -398,41 +375,18 @@ pub struct GptStudent<B: Backend> {
     tokens: TokenShape,
 }
 
-/// The head that predicts codebook vectors: a layer norm modulated by the class embedding, then a linear map.
-struct Continuous<B: Backend> {
-    scale_shift: Var<B>,
-    weight: Var<B>,
-    bias: Var<B>,
-}
-
-/// Names of the parameters that only the continuous head uses.
-pub const CONTINUOUS_HEAD: &str = "final_layer_conti.";
-
 impl<B: Backend> GptStudent<B> {
     /// Takes the parameters under their published names.
     pub fn load(loader: &mut Loader<B>, config: &Config) -> Result<Self> {
         let (w, d) = (config.width, config.codebook_dim);
         let stack = Stack::load(loader, config)?;
         let bound = (d as f32).sqrt().recip();
-        let inner = (w as f32).sqrt().recip();
         Ok(Self {
             stack,
             embedding: loader.get("tok_embeddings.weight", &[w, d], Init::Uniform(bound))?,
             embedding_bias: loader.get("tok_embeddings.bias", &[w], Init::Uniform(bound))?,
             noise_or_data: loader.get("n_d_embed.weight", &[2, w], Init::Normal(0.02))?,
-            continuous: Continuous {
-                scale_shift: loader.get(
-                    "final_layer_conti.scale_shift_table",
-                    &[2, w],
-                    Init::Normal(inner),
-                )?,
-                weight: loader.get(
-                    "final_layer_conti.linear.weight",
-                    &[d, w],
-                    Init::Uniform(inner),
-                )?,
-                bias: loader.get("final_layer_conti.linear.bias", &[d], Init::Constant(0.0))?,
-            },
+            continuous: Continuous::load(loader, w, d)?,
             tokens: config.token_shape(),
         })
     }
@@ -466,19 +420,6 @@ impl<B: Backend> Student<B> for GptStudent<B> {
     }
 
     fn continuous(&self, prediction: &Prediction<B>) -> Result<Var<B>> {
-        let l = self.tokens.tokens();
-        let h = prediction
-            .hidden
-            .narrow(1, 1, l)?
-            .layer_norm(CONTINUOUS_EPS)?;
-        let row = |i| {
-            self.continuous
-                .scale_shift
-                .narrow(0, i, 1)?
-                .add(&prediction.condition)
-        }; // (b, 1, C)
-        let (shift, scale) = (row(0)?, row(1)?);
-        let modulated = h.mul(&scale.affine(1.0, 1.0)?)?.add(&shift)?;
-        modulated.linear(&self.continuous.weight, Some(&self.continuous.bias))
+        self.continuous.forward(prediction)
     }
 }

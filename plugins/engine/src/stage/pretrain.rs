@@ -8,10 +8,10 @@ use serde::Deserialize;
 use serde_json::json;
 
 use crate::backend::Backend;
-use crate::bundle::{self, Bundle, NetworkConfig, TokenizerConfig};
+use crate::bundle::{self, Bundle, Family, NetworkConfig, TokenizerConfig};
 use crate::data::{self, DataOptions};
 use crate::error::{Error, Result};
-use crate::model::{Teacher, llamagen};
+use crate::model::{Teacher, llamagen, var};
 use crate::random::{Sequence, Stream};
 use crate::stage::tokenizer::batch;
 use crate::stage::{Context, Stage};
@@ -22,6 +22,10 @@ use crate::weights::{Loader, Source};
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Options {
+    /// The family of the teacher, which is that of its tokenizer: `llamagen` predicts one token after the other, `var` all
+    /// tokens of a scale at once.
+    #[serde(default)]
+    pub family: Family,
     /// The stage that trained the tokenizer.
     #[schemars(extend("x-retort-artifact" = ["tokenizer"]))]
     pub tokenizer: String,
@@ -37,9 +41,15 @@ pub struct Options {
     /// Number of blocks.
     #[schemars(range(min = 1))]
     pub depth: usize,
-    /// Attention heads; width / heads is a multiple of 4.
+    /// Attention heads; they divide the width. LlamaGen: width / heads is a multiple of 4.
     #[schemars(range(min = 1))]
     pub heads: usize,
+    /// VAR: whether queries and keys are L2-normalised.
+    #[serde(default = "attn_l2_norm")]
+    pub attn_l2_norm: bool,
+    /// VAR: whether the blocks share the map from the class to their modulation, as in the largest published model.
+    #[serde(default)]
+    pub shared_adaln: bool,
     /// Probability with which a label is dropped in training, for guidance.
     #[serde(default = "label_dropout")]
     #[schemars(range(min = 0, max = 1))]
@@ -58,6 +68,9 @@ pub struct Options {
 
 fn held_out() -> f64 {
     0.1
+}
+fn attn_l2_norm() -> bool {
+    true
 }
 fn label_dropout() -> f64 {
     0.1
@@ -81,20 +94,15 @@ impl<B: Backend> Stage<B> for Pretrain {
             .check()
             .map_err(|e| Error::option("/data", e.to_string()))?;
         // The rest of the shape comes with the tokenizer.
-        let placeholder = llamagen::Config {
-            vocabulary: 2,
-            codebook_dim: 1,
-            side: 1,
-            classes: 1,
-            ..shape(o)
-        };
-        placeholder.check()
+        match o.family {
+            Family::Llamagen => shape_of_llamagen(o, (2, 1), 1, 1).check(),
+            Family::Var => shape_of_var(o, (2, 1), &[1, 2], 1).check(),
+        }
     }
 
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
         let (backend, seed) = (context.backend, context.job.seed);
         let source = Bundle::open(context.input_dir(&o.tokenizer)?)?;
-        let TokenizerConfig::Vq(vq) = &source.config.tokenizer;
         let images = data::load(&o.data, &context.job.base_dir)?;
         if [images.channels, images.height, images.width] != source.config.tokenizer.image() {
             let message = format!(
@@ -107,15 +115,10 @@ impl<B: Backend> Stage<B> for Pretrain {
             );
             return Err(Error::option("/data", message));
         }
-        let config = llamagen::Config {
-            vocabulary: vq.vocabulary,
-            codebook_dim: vq.codebook_dim,
-            side: vq.side(),
-            classes: images.classes,
-            ..shape(o)
-        };
+        let network = network(o, &source.config.tokenizer, images.classes)?;
         let tokens = encode_all(backend, &source, &images)?;
-        let l = config.side * config.side;
+        let shape = network.tokens();
+        let l = shape.tokens();
         let (train, held) = images.split(o.held_out, seed);
         let gather = |picks: &[usize]| -> Vec<u32> {
             picks
@@ -124,8 +127,14 @@ impl<B: Backend> Stage<B> for Pretrain {
                 .collect()
         };
 
+        let frozen = source.tokenizer_weights()?;
+        let build = |loader: &mut Loader<B>| {
+            let mut tokenizer =
+                Loader::new(backend, Source::Host(&frozen), false, o.tokenizer.as_str());
+            network.teacher(loader, (&source.config.tokenizer, &mut tokenizer))
+        };
         let mut loader = Loader::new(backend, Source::Init(seed), true, "new teacher");
-        let model = llamagen::Gpt::load(&mut loader, &config)?;
+        let model = build(&mut loader)?;
         let params = loader.into_params();
         let average = if o.train.ema > 0.0 {
             Some(copies(backend, &params)?)
@@ -139,19 +148,17 @@ impl<B: Backend> Stage<B> for Pretrain {
                 .map(|(name, p)| (name.clone(), p.value().clone()))
                 .collect(),
         };
-        let measured = llamagen::Gpt::load(
-            &mut Loader::new(backend, Source::Device(&shared), false, "teacher"),
-            &config,
-        )?;
+        let source_of = Source::Device(&shared);
+        let measured = build(&mut Loader::new(backend, source_of, false, "teacher"))?;
 
-        let loss = |model: &llamagen::Gpt<B>, labels: &[u32], seen: &[u32], wanted: &[u32]| {
+        let loss = |model: &dyn Teacher<B>, labels: &[u32], seen: &[u32], wanted: &[u32]| {
             let n = labels.len();
             let logits = model.forced(
                 &backend.indices(labels, &[n])?,
                 &backend.indices(seen, &[n, l])?,
             )?;
             logits
-                .reshape(&[n * l, config.vocabulary])?
+                .reshape(&[n * l, shape.vocabulary])?
                 .cross_entropy(&backend.indices(wanted, &[n * l])?)
         };
         let fit = Fit {
@@ -172,7 +179,7 @@ impl<B: Backend> Stage<B> for Pretrain {
                 .iter()
                 .map(|&i| {
                     if choice.uniform() < o.label_dropout {
-                        config.classes as u32
+                        shape.classes as u32
                     } else {
                         images.labels[i]
                     }
@@ -183,12 +190,12 @@ impl<B: Backend> Stage<B> for Pretrain {
             if o.token_noise > 0.0 {
                 for token in &mut seen {
                     if choice.uniform() < o.token_noise {
-                        *token = choice.below(config.vocabulary) as u32;
+                        *token = choice.below(shape.vocabulary) as u32;
                     }
                 }
             }
             Ok(StepOutput {
-                loss: loss(&model, &labels, &seen, &wanted)?,
+                loss: loss(&*model, &labels, &seen, &wanted)?,
                 figures: Vec::new(),
             })
         };
@@ -200,7 +207,7 @@ impl<B: Backend> Stage<B> for Pretrain {
                     gather(picks),
                     picks.iter().map(|&i| images.labels[i]).collect::<Vec<_>>(),
                 );
-                sum += scalar::<B>(loss(&measured, &labels, &wanted, &wanted)?.value())?
+                sum += scalar::<B>(loss(&*measured, &labels, &wanted, &wanted)?.value())?
                     * picks.len() as f64;
             }
             Ok(sum / measured_on.len() as f64)
@@ -214,24 +221,20 @@ impl<B: Backend> Stage<B> for Pretrain {
         };
         let weights = fit.run(step, Some(held_out))?;
 
-        let kept = llamagen::Gpt::load(
-            &mut Loader::new(backend, Source::Host(&weights), false, "teacher"),
-            &config,
-        )?;
+        let source_of = Source::Host(&weights);
+        let kept = build(&mut Loader::new(backend, source_of, false, "teacher"))?;
         let labels: Vec<u32> = measured_on.iter().map(|&i| images.labels[i]).collect();
         let wanted = gather(measured_on);
-        let held_out_loss = scalar::<B>(loss(&kept, &labels, &wanted, &wanted)?.value())?;
+        let held_out_loss = scalar::<B>(loss(&*kept, &labels, &wanted, &wanted)?.value())?;
         context.host.log(
             LogLevel::Info,
             &format!("held-out loss {held_out_loss:.4} nats per token"),
         );
-        let network = NetworkConfig::Llamagen(config.clone());
         let summary = json!({ "held_out_loss": held_out_loss });
         context.finish("teacher", ArtifactMeta::default(), summary, |dir| {
-            let tokenizer = source.tokenizer_weights()?;
             bundle::write(
                 dir,
-                (&source.config.tokenizer, &tokenizer),
+                (&source.config.tokenizer, &frozen),
                 Some((&network, &weights)),
                 &[],
             )
@@ -239,16 +242,61 @@ impl<B: Backend> Stage<B> for Pretrain {
     }
 }
 
-fn shape(o: &Options) -> llamagen::Config {
-    let (width, depth, heads) = (o.width, o.depth, o.heads);
+/// The teacher's shape, for a tokenizer and a number of classes.
+fn network(o: &Options, tokenizer: &TokenizerConfig, classes: usize) -> Result<NetworkConfig> {
+    let codebook = tokenizer.codebook();
+    match (o.family, tokenizer) {
+        (Family::Llamagen, TokenizerConfig::Vq(t)) => Ok(NetworkConfig::Llamagen(
+            shape_of_llamagen(o, codebook, t.autoencoder.side(), classes),
+        )),
+        (Family::Var, TokenizerConfig::Msvq(t)) => Ok(NetworkConfig::Var(shape_of_var(
+            o, codebook, &t.scales, classes,
+        ))),
+        _ => {
+            let message = format!(
+                "family {}, but the tokenizer {} is one of family {}",
+                o.family,
+                o.tokenizer,
+                tokenizer.family()
+            );
+            Err(Error::option("/family", message))
+        }
+    }
+}
+
+fn shape_of_llamagen(
+    o: &Options,
+    (vocabulary, codebook_dim): (usize, usize),
+    side: usize,
+    classes: usize,
+) -> llamagen::Config {
     llamagen::Config {
-        width,
-        depth,
-        heads,
-        vocabulary: 0,
-        codebook_dim: 0,
-        side: 0,
-        classes: 0,
+        width: o.width,
+        depth: o.depth,
+        heads: o.heads,
+        vocabulary,
+        codebook_dim,
+        side,
+        classes,
+    }
+}
+
+fn shape_of_var(
+    o: &Options,
+    (vocabulary, codebook_dim): (usize, usize),
+    scales: &[usize],
+    classes: usize,
+) -> var::Config {
+    var::Config {
+        width: o.width,
+        depth: o.depth,
+        heads: o.heads,
+        vocabulary,
+        codebook_dim,
+        scales: scales.to_vec(),
+        classes,
+        shared_adaln: o.shared_adaln,
+        attn_l2_norm: o.attn_l2_norm,
     }
 }
 

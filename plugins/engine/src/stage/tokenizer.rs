@@ -1,4 +1,4 @@
-//! `tokenizer`: trains a VQ image tokenizer, so that a run needs nothing downloaded.
+//! `tokenizer`: trains a VQ image tokenizer, of one scale or many, so that a run needs nothing downloaded.
 
 use std::path::Path;
 
@@ -8,10 +8,11 @@ use serde::Deserialize;
 use serde_json::json;
 
 use crate::backend::{Backend, Unary};
-use crate::bundle::{self, TokenizerConfig};
+use crate::bundle::{self, Family, TokenizerConfig};
 use crate::data::{self, DataOptions, Images};
 use crate::error::{Error, Result};
-use crate::model::vq::{CODEBOOK, Config, VqModel};
+use crate::model::autoencoder::Shape;
+use crate::model::{CODEBOOK, msvq, vq};
 use crate::random::{Sequence, Stream};
 use crate::stage::{Context, Stage};
 use crate::tape::Var;
@@ -22,6 +23,10 @@ use crate::weights::{Loader, Source};
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Options {
+    /// The family whose tokens it makes: `llamagen`, a map of tokens in raster order, or `var`, the same map scale by
+    /// scale.
+    #[serde(default)]
+    pub family: Family,
     /// Images to learn from.
     pub data: DataOptions,
     /// Share of each class kept out of training, to measure the reconstruction.
@@ -50,10 +55,20 @@ pub struct Options {
     #[serde(default = "norm_groups")]
     #[schemars(range(min = 1))]
     pub norm_groups: usize,
-    /// Channels between the convolutions and the codebook's projection.
-    #[serde(default = "z_channels")]
+    /// LlamaGen: channels between the convolutions and the projection to the codebook's dimension; 32, if left out. VAR
+    /// has no such projection.
+    #[serde(default)]
     #[schemars(range(min = 1))]
-    pub z_channels: usize,
+    pub z_channels: Option<usize>,
+    /// VAR: sides of its token maps, coarse to fine, as in [1, 2, 4]; the last is the side of the images, halved at every
+    /// level but the finest.
+    #[serde(default)]
+    pub scales: Vec<usize>,
+    /// VAR: convolutions that smooth what the scales add, shared by neighbouring scales; 4, or one per scale where there
+    /// are fewer, if left out.
+    #[serde(default)]
+    #[schemars(range(min = 1))]
+    pub phi_convs: Option<usize>,
     /// Weight of the commitment loss.
     #[serde(default = "commitment")]
     #[schemars(range(min = 0))]
@@ -64,6 +79,12 @@ pub struct Options {
     /// How to train.
     #[serde(default)]
     pub train: TrainOptions,
+}
+
+impl Options {
+    fn phi_convs(&self) -> usize {
+        self.phi_convs.unwrap_or(self.scales.len().min(4))
+    }
 }
 
 fn held_out() -> f64 {
@@ -81,9 +102,6 @@ fn res_blocks() -> usize {
 fn norm_groups() -> usize {
     8
 }
-fn z_channels() -> usize {
-    32
-}
 fn commitment() -> f64 {
     0.25
 }
@@ -98,7 +116,7 @@ impl<B: Backend> Stage<B> for Tokenizer {
     type Options = Options;
     const KIND: &'static str = "tokenizer";
     const OUTPUT: &'static str = "tokenizer";
-    const REVISION: u32 = 1;
+    const REVISION: u32 = 2;
     const SUMMARY: &'static str = "train a VQ image tokenizer on images";
 
     fn check(o: &Options, _base_dir: &Path) -> Result<()> {
@@ -117,7 +135,21 @@ impl<B: Backend> Stage<B> for Tokenizer {
             );
             return Err(Error::option("/norm_groups", message));
         }
-        Ok(())
+        match o.family {
+            Family::Llamagen if !o.scales.is_empty() => Err(Error::option(
+                "/scales",
+                "only tokenizers of `family: var` have scales",
+            )),
+            Family::Llamagen => Ok(()),
+            Family::Var if o.z_channels.is_some() => Err(Error::option(
+                "/z_channels",
+                "tokenizers of `family: var` have the codebook's dimension here: leave it out",
+            )),
+            Family::Var => {
+                msvq::check_scales(&o.scales, "/scales")?;
+                msvq::check_sharing(o.scales.len(), o.phi_convs(), "/phi_convs")
+            }
+        }
     }
 
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
@@ -126,7 +158,7 @@ impl<B: Backend> Stage<B> for Tokenizer {
         let config = config(o, &images)?;
         let (train, held) = images.split(o.held_out, seed);
         let mut loader = Loader::new(backend, Source::Init(seed), true, "new tokenizer");
-        let model = VqModel::load(&mut loader, &config)?;
+        let model = config.build(&mut loader)?;
         let params = loader.into_params();
         let codebook = params
             .iter()
@@ -139,23 +171,16 @@ impl<B: Backend> Stage<B> for Tokenizer {
         } else {
             None
         };
-        let measured = match &average {
-            Some(tensors) => VqModel::load(
-                &mut Loader::new(backend, Source::Device(tensors), false, "average"),
-                &config,
-            )?,
-            None => {
-                let tensors = params
-                    .iter()
-                    .map(|(n, p)| (n.clone(), p.value().clone()))
-                    .collect();
-                VqModel::load(
-                    &mut Loader::new(backend, Source::Device(&tensors), false, "model"),
-                    &config,
-                )?
-            }
+        let shared = match &average {
+            Some(tensors) => tensors.clone(),
+            None => params
+                .iter()
+                .map(|(name, p)| (name.clone(), p.value().clone()))
+                .collect(),
         };
-        let mut used = vec![false; config.vocabulary];
+        let source = Source::Device(&shared);
+        let measured = config.build(&mut Loader::new(backend, source, false, "tokenizer"))?;
+        let mut used = vec![false; o.codebook_size];
         let fit = Fit {
             host: context.host,
             backend,
@@ -223,17 +248,12 @@ impl<B: Backend> Stage<B> for Tokenizer {
         );
         let summary = json!({ "held_out_error": error });
         context.finish("tokenizer", ArtifactMeta::default(), summary, |dir| {
-            bundle::write(
-                dir,
-                (&TokenizerConfig::Vq(config.clone()), &weights),
-                None,
-                &[],
-            )
+            bundle::write(dir, (&config, &weights), None, &[])
         })
     }
 }
 
-fn config(o: &Options, images: &Images) -> Result<Config> {
+fn config(o: &Options, images: &Images) -> Result<TokenizerConfig> {
     let (size, factor) = (images.height, 1 << (o.multipliers.len() - 1));
     if images.width != size || !size.is_multiple_of(factor) {
         return Err(Error::option(
@@ -246,18 +266,36 @@ fn config(o: &Options, images: &Images) -> Result<Config> {
             ),
         ));
     }
-    Ok(Config {
+    let autoencoder = Shape {
         image_channels: images.channels,
         image_size: size,
         channels: o.channels,
         multipliers: o.multipliers.clone(),
         res_blocks: o.res_blocks,
         norm_groups: o.norm_groups,
-        z_channels: o.z_channels,
-        vocabulary: o.codebook_size,
-        codebook_dim: o.codebook_dim,
-        l2_norm: true,
-    })
+        z_channels: match o.family {
+            Family::Llamagen => o.z_channels.unwrap_or(32),
+            Family::Var => o.codebook_dim,
+        },
+    };
+    match o.family {
+        Family::Llamagen => Ok(TokenizerConfig::Vq(vq::Config {
+            autoencoder,
+            vocabulary: o.codebook_size,
+            codebook_dim: o.codebook_dim,
+            l2_norm: true,
+        })),
+        Family::Var => {
+            let config = msvq::Config {
+                autoencoder,
+                vocabulary: o.codebook_size,
+                scales: o.scales.clone(),
+                phi_convs: o.phi_convs(),
+            };
+            config.check("/scales")?;
+            Ok(TokenizerConfig::Msvq(config))
+        }
+    }
 }
 
 /// Images (b, c, h, w) in [-1, 1] on the device.
@@ -272,7 +310,7 @@ pub(crate) fn batch<B: Backend>(
     )
 }
 
-/// Moves codes that were not used onto random encoder outputs (n, D).
+/// Moves codes that were not used onto random vectors (n, D) of those for which codes were looked up.
 fn restart<B: Backend>(
     codebook: &B::Tensor,
     z: &B::Tensor,

@@ -1,0 +1,47 @@
+//! The student's continuous head (Distilled Decoding, arXiv 2412.17153): codebook vectors from the stack's output, by a
+//! layer norm without affine part, modulated by the class embedding, and a linear map. The same in all families.
+
+use crate::backend::Backend;
+use crate::error::Result;
+use crate::model::Prediction;
+use crate::tape::Var;
+use crate::weights::{Init, Loader};
+
+const EPS: f64 = 1e-6;
+
+/// Prefix of the names of the parameters that only the continuous head uses.
+pub const CONTINUOUS_HEAD: &str = "final_layer_conti.";
+
+/// The head: (b, l, C) -> (b, l, D).
+pub(super) struct Continuous<B: Backend> {
+    /// Rows: shift, scale.
+    scale_shift: Var<B>,
+    weight: Var<B>,
+    bias: Var<B>,
+}
+
+impl<B: Backend> Continuous<B> {
+    /// Takes the parameters of a head from width C to D.
+    pub(super) fn load(loader: &mut Loader<B>, width: usize, dim: usize) -> Result<Self> {
+        let inner = (width as f32).sqrt().recip();
+        let mut get = |name: &str, shape: &[usize], init| {
+            loader.get(&format!("{CONTINUOUS_HEAD}{name}"), shape, init)
+        };
+        Ok(Self {
+            scale_shift: get("scale_shift_table", &[2, width], Init::Normal(inner))?,
+            weight: get("linear.weight", &[dim, width], Init::Uniform(inner))?,
+            bias: get("linear.bias", &[dim], Init::Constant(0.0))?,
+        })
+    }
+
+    /// Codebook vectors (b, L, D): LN(h) (1 + scale + class) + shift + class, then linear. The condition position goes.
+    pub(super) fn forward(&self, prediction: &Prediction<B>) -> Result<Var<B>> {
+        let l = prediction.logits.shape()[1];
+        let h = prediction.hidden.narrow(1, 1, l)?.layer_norm(EPS)?;
+        let row = |i| self.scale_shift.narrow(0, i, 1)?.add(&prediction.condition); // (b, 1, C)
+        let (shift, scale) = (row(0)?, row(1)?);
+        h.mul(&scale.affine(1.0, 1.0)?)?
+            .add(&shift)?
+            .linear(&self.weight, Some(&self.bias))
+    }
+}

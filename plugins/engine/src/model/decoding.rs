@@ -1,0 +1,69 @@
+//! What a generation of any family keeps and does at each AR step: the KV cache and classifier-free guidance.
+
+use crate::backend::{Backend, Binary};
+use crate::error::Result;
+
+/// The keys and values of a block so far: (b, l, h, d), allocated in full and written in place.
+pub(super) struct Cache<B: Backend> {
+    k: B::Tensor,
+    v: B::Tensor,
+}
+
+impl<B: Backend> Cache<B> {
+    /// One empty cache per block, on the device of `beside`; `shape` (b, l, h, d) for all positions.
+    pub(super) fn blocks(beside: &B::Tensor, depth: usize, shape: [usize; 4]) -> Result<Vec<Self>> {
+        let zeros = vec![0.0; shape.iter().product()];
+        let empty = || B::floats_beside(beside, &zeros, &shape);
+        (0..depth)
+            .map(|_| {
+                Ok(Self {
+                    k: empty()?,
+                    v: empty()?,
+                })
+            })
+            .collect()
+    }
+
+    /// Adds keys and values (b, l, h, d) at position `at` and returns all up to them.
+    pub(super) fn extend(
+        &self,
+        at: usize,
+        k: &B::Tensor,
+        v: &B::Tensor,
+    ) -> Result<(B::Tensor, B::Tensor)> {
+        let end = at + B::shape(k)[1];
+        B::write_(&self.k, 1, at, k)?;
+        B::write_(&self.v, 1, at, v)?;
+        Ok((
+            B::narrow(&self.k, 1, 0, end)?,
+            B::narrow(&self.v, 1, 0, end)?,
+        ))
+    }
+}
+
+/// Class ids of a batch: with guidance the labels, then as many times the unconditional row, which is number `classes`.
+pub(super) fn rows<B: Backend>(
+    beside: &B::Tensor,
+    labels: &[u32],
+    classes: usize,
+    guided: bool,
+) -> Result<B::Tensor> {
+    let mut rows = labels.to_vec();
+    if guided {
+        rows.extend(std::iter::repeat_n(classes as u32, labels.len()));
+    }
+    B::indices_beside(beside, &rows, &[rows.len()])
+}
+
+/// uncond + s (cond - uncond) of logits (2 b, l, K): conditional rows, then unconditional ones.
+pub(super) fn guide<B: Backend>(logits: &B::Tensor, s: f64) -> Result<B::Tensor> {
+    let batch = B::shape(logits)[0] / 2;
+    let conditional = B::narrow(logits, 0, 0, batch)?;
+    let unconditional = B::narrow(logits, 0, batch, batch)?;
+    let difference = B::binary(&conditional, &unconditional, Binary::Sub)?;
+    B::binary(
+        &unconditional,
+        &B::affine(&difference, s, 0.0)?,
+        Binary::Add,
+    )
+}

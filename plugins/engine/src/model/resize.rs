@@ -1,0 +1,98 @@
+//! Changes of a square map's size as matrices: torch's `interpolate` in the modes `area` and `bicubic` (a = -0.75,
+//! `align_corners=False`, no antialiasing).
+//!
+//! Both are linear and the same for every map, so one matrix (to^2, from^2) over flattened maps expresses them on any
+//! backend and its transpose is their gradient.
+
+/// Each target cell is the mean of the source cells it touches: row-major (to^2, from^2).
+pub fn area(from: usize, to: usize) -> Vec<f32> {
+    square(&area_axis(from, to), from, to)
+}
+
+/// Cubic convolution (Keys 1981) of the four nearest source cells per axis, borders repeated: row-major (to^2, from^2).
+pub fn bicubic(from: usize, to: usize) -> Vec<f32> {
+    square(&bicubic_axis(from, to), from, to)
+}
+
+/// (to, from): cell i covers floor(i from / to) .. ceil((i + 1) from / to).
+fn area_axis(from: usize, to: usize) -> Vec<f64> {
+    let mut matrix = vec![0.0; to * from];
+    for (i, row) in matrix.chunks_exact_mut(from).enumerate() {
+        let covered = i * from / to..((i + 1) * from).div_ceil(to);
+        let share = 1.0 / covered.len() as f64;
+        row[covered].fill(share);
+    }
+    matrix
+}
+
+fn bicubic_axis(from: usize, to: usize) -> Vec<f64> {
+    const A: f64 = -0.75;
+    let kernel = |x: f64| match x.abs() {
+        x if x <= 1.0 => ((A + 2.0) * x - (A + 3.0)) * x * x + 1.0,
+        x if x < 2.0 => ((A * x - 5.0 * A) * x + 8.0 * A) * x - 4.0 * A,
+        _ => 0.0,
+    };
+    let mut matrix = vec![0.0; to * from];
+    for (i, row) in matrix.chunks_exact_mut(from).enumerate() {
+        let at = (i as f64 + 0.5) * from as f64 / to as f64 - 0.5;
+        let base = at.floor();
+        for tap in -1..=2 {
+            let cell = base + f64::from(tap);
+            row[cell.clamp(0.0, (from - 1) as f64) as usize] += kernel(at - cell);
+        }
+    }
+    matrix
+}
+
+/// The matrix of both axes from that of one: the Kronecker product with itself.
+fn square(axis: &[f64], from: usize, to: usize) -> Vec<f32> {
+    let mut matrix = Vec::with_capacity(to * to * from * from);
+    for target in 0..to * to {
+        let (rows, columns) = (
+            &axis[target / to * from..][..from],
+            &axis[target % to * from..][..from],
+        );
+        matrix.extend(
+            rows.iter()
+                .flat_map(|r| columns.iter().map(move |c| (r * c) as f32)),
+        );
+    }
+    matrix
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn area_means_what_a_cell_touches() {
+        assert_eq!(area_axis(4, 2), [0.5, 0.5, 0.0, 0.0, 0.0, 0.0, 0.5, 0.5]);
+        // Cells that do not divide overlap.
+        assert_eq!(area_axis(3, 2), [0.5, 0.5, 0.0, 0.0, 0.5, 0.5]);
+        assert_eq!(area(2, 1), [0.25; 4]);
+    }
+
+    #[test]
+    fn bicubic_keeps_what_it_must() {
+        // The same size is the identity; rows sum to 1 at any size, so that a constant stays.
+        assert_eq!(
+            bicubic_axis(3, 3),
+            [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0]
+        );
+        for (from, to) in [(1, 4), (2, 4), (3, 16), (13, 16)] {
+            for row in bicubic(from, to).chunks_exact(from * from) {
+                assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-6);
+            }
+        }
+        // Target cell 3 of 8 lies at 1.25 of 4.
+        let middle = &bicubic_axis(4, 8)[3 * 4..][..4];
+        let quarter = [-0.10546875, 0.87890625, 0.26171875, -0.03515625];
+        assert!(
+            middle
+                .iter()
+                .zip(quarter)
+                .all(|(a, b)| (a - b).abs() < 1e-12),
+            "{middle:?}"
+        );
+    }
+}

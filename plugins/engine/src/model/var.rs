@@ -1,0 +1,735 @@
+//! VAR (Tian et al. 2024, arXiv 2404.02905): a class-conditional transformer that predicts all tokens of a scale at once,
+//! and its Distilled Decoding student (arXiv 2412.17153). Parameter names are those of the published checkpoints.
+//!
+//! ```text
+//! teacher  [class | what scale 2 sees of scale 1 | what scale 3 sees of scales 1, 2 | ..] -> blocks -> logits
+//!          a position sees its own scale and the coarser ones
+//! student  [class | x_1 | x_2 .. x_5 | ..] -> blocks -> logits and codebook vectors at the token positions
+//!          a position sees itself and the coarser scales, the class being the coarsest
+//! block    x += gamma1 attention(LN(x) (1 + scale1) + shift1);  student: x += e_block
+//!          x += gamma2 ffn(LN(x) (1 + scale2) + shift2)
+//! ```
+//!
+//! gamma, scale and shift are linear in SiLU(class embedding), per block or, with `shared_adaln`, once for all blocks
+//! plus an offset per block. b batch, l positions, C width, h heads, d = C/h, D codebook dimension, K codes.
+
+use serde::{Deserialize, Serialize};
+
+use crate::backend::{Backend, Mask, Unary};
+use crate::error::{Error, Result};
+use crate::model::continuous::Continuous;
+use crate::model::decoding::{Cache, guide, rows};
+use crate::model::msvq::{self, Quantiser};
+use crate::model::{Generation, Prediction, Student, Teacher, TokenShape};
+use crate::tape::Var;
+use crate::weights::{Floats, Init, Loader, Weights};
+
+const NORM_EPS: f64 = 1e-6;
+/// Queries are at most this much longer than unit vectors.
+const LONGEST_QUERY: f64 = 100.0;
+
+/// Shape of a VAR network.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Config {
+    /// Width C.
+    pub width: usize,
+    /// Number of blocks.
+    pub depth: usize,
+    /// Attention heads.
+    pub heads: usize,
+    /// Codebook size K.
+    pub vocabulary: usize,
+    /// Codebook dimension D.
+    pub codebook_dim: usize,
+    /// Sides of the token maps, coarse to fine (published as `patch_nums`).
+    pub scales: Vec<usize>,
+    /// Number of classes.
+    pub classes: usize,
+    /// Whether the blocks share the map from the class embedding to their modulation (published as `shared_aln`).
+    pub shared_adaln: bool,
+    /// Whether queries and keys are L2-normalised, with a learned length per head.
+    pub attn_l2_norm: bool,
+}
+
+impl Config {
+    /// A published size: `d16`, `d20`, `d24`, `d30` for 256 x 256 pixels, `d36` for 512 x 512.
+    pub fn published(name: &str) -> Option<Self> {
+        let depth = match name {
+            "d16" => 16,
+            "d20" => 20,
+            "d24" => 24,
+            "d30" => 30,
+            "d36" => 36,
+            _ => return None,
+        };
+        let scales: [usize; 10] = match depth {
+            36 => [1, 2, 3, 4, 6, 9, 13, 18, 24, 32],
+            _ => [1, 2, 3, 4, 5, 6, 8, 10, 13, 16],
+        };
+        Some(Self {
+            width: 64 * depth,
+            depth,
+            heads: depth,
+            vocabulary: 4096,
+            codebook_dim: 32,
+            scales: scales.to_vec(),
+            classes: 1000,
+            shared_adaln: depth == 36,
+            attn_l2_norm: true,
+        })
+    }
+
+    /// Refuses shapes that cannot be built.
+    pub fn check(&self) -> Result<()> {
+        if self.heads == 0 || !self.width.is_multiple_of(self.heads) {
+            let message = format!(
+                "width {} over {} heads: expected a whole head dimension",
+                self.width, self.heads
+            );
+            return Err(Error::option("/heads", message));
+        }
+        msvq::check_scales(&self.scales, "/scales")
+    }
+
+    /// Shape of its token sequences.
+    pub fn token_shape(&self) -> TokenShape {
+        TokenShape {
+            steps: self.scales.iter().map(|n| n * n).collect(),
+            vocabulary: self.vocabulary,
+            dim: self.codebook_dim,
+            classes: self.classes,
+        }
+    }
+
+    /// The student of a teacher of this shape with at least as many blocks: its shape, and the weights it starts from.
+    ///
+    /// The student has the class as a scale of its own in front, which takes the level and position of the teacher's
+    /// first token. Blocks beyond the teacher's are modulated like its last one and add nothing at first.
+    pub fn student_start(&self, depth: usize, mut weights: Weights) -> (Self, Weights) {
+        let prepend = |w: &mut Floats, dim: usize| {
+            let row: usize = w.shape[dim + 1..].iter().product();
+            w.data.splice(0..0, w.data[..row].to_vec());
+            w.shape[dim] += 1;
+        };
+        for (name, dim) in [("pos_1LC", 1), ("lvl_embed.weight", 0)] {
+            if let Some(w) = weights.get_mut(name) {
+                prepend(w, dim);
+            }
+        }
+        let last = format!("blocks.{}.", self.depth - 1);
+        let modulation: Vec<(String, Floats)> = weights
+            .iter()
+            .filter_map(|(name, w)| Some((name.strip_prefix(&last)?.to_owned(), w.clone())))
+            .filter(|(name, _)| name.starts_with("ada_"))
+            .collect();
+        let (w, inner) = (self.width, 4 * self.width);
+        for i in self.depth..depth {
+            for (name, found) in &modulation {
+                weights.insert(format!("blocks.{i}.{name}"), found.clone());
+            }
+            let silent: [(&str, &[usize]); 4] = [
+                ("attn.proj.weight", &[w, w]),
+                ("attn.proj.bias", &[w]),
+                ("ffn.fc2.weight", &[w, inner]),
+                ("ffn.fc2.bias", &[w]),
+            ];
+            for (name, shape) in silent {
+                let data = vec![0.0; shape.iter().product()];
+                let shape = shape.to_vec();
+                weights.insert(format!("blocks.{i}.{name}"), Floats { shape, data });
+            }
+        }
+        let student = Self {
+            depth,
+            ..self.clone()
+        };
+        (student, weights)
+    }
+
+    /// Standard deviation of freshly drawn weights.
+    fn deviation(&self) -> f32 {
+        (3.0 * self.width as f32).sqrt().recip()
+    }
+
+    /// That of a matrix that writes into the residual stream.
+    fn residual_deviation(&self) -> f32 {
+        self.deviation() / (2.0 * self.depth as f32).sqrt()
+    }
+}
+
+/// A matrix with bias.
+struct Linear<B: Backend> {
+    weight: Var<B>,
+    bias: Var<B>,
+}
+
+impl<B: Backend> Linear<B> {
+    fn load(
+        loader: &mut Loader<B>,
+        name: &str,
+        [input, output]: [usize; 2],
+        deviation: f32,
+    ) -> Result<Self> {
+        Ok(Self {
+            weight: loader.get(
+                &format!("{name}.weight"),
+                &[output, input],
+                Init::Normal(deviation),
+            )?,
+            bias: loader.get(&format!("{name}.bias"), &[output], Init::Constant(0.0))?,
+        })
+    }
+
+    fn forward(&self, x: &Var<B>) -> Result<Var<B>> {
+        x.linear(&self.weight, Some(&self.bias))
+    }
+}
+
+/// What the class says to every part of the network.
+struct Condition<B: Backend> {
+    /// Class embedding (b, C).
+    embedding: Var<B>,
+    /// SiLU of it (b, C).
+    silu: Var<B>,
+    /// The blocks' shared modulation (b, 6 C), where they share it.
+    shared: Option<Var<B>>,
+}
+
+/// How a block's modulation follows from the class.
+enum AdaLn<B: Backend> {
+    Own(Linear<B>),
+    /// Offset (6 C) to the shared one.
+    Shared(Var<B>),
+}
+
+/// A block's modulation, each (b, 1, C); `scale` already with 1 added.
+struct Modulation<B: Backend> {
+    gamma: [Var<B>; 2],
+    scale: [Var<B>; 2],
+    shift: [Var<B>; 2],
+}
+
+/// LN(x) scale + shift.
+fn modulated<B: Backend>(x: &Var<B>, scale: &Var<B>, shift: &Var<B>) -> Result<Var<B>> {
+    x.layer_norm(NORM_EPS)?.mul(scale)?.add(shift)
+}
+
+/// Part i of (b, n C) as (b, 1, C).
+fn part<B: Backend>(x: &Var<B>, i: usize, width: usize) -> Result<Var<B>> {
+    let b = x.shape()[0];
+    x.narrow(1, i * width, width)?.reshape(&[b, 1, width])
+}
+
+impl<B: Backend> AdaLn<B> {
+    fn load(loader: &mut Loader<B>, c: &Config, i: usize) -> Result<Self> {
+        let w = c.width;
+        Ok(if c.shared_adaln {
+            let init = Init::Normal((w as f32).sqrt().recip());
+            let offset = loader.get(&format!("blocks.{i}.ada_gss"), &[1, 1, 6, w], init)?;
+            Self::Shared(offset)
+        } else {
+            let name = format!("blocks.{i}.ada_lin.1");
+            Self::Own(Linear::load(loader, &name, [w, 6 * w], c.deviation())?)
+        })
+    }
+
+    fn modulation(&self, condition: &Condition<B>) -> Result<Modulation<B>> {
+        let width = condition.silu.shape()[1];
+        let all = match (self, &condition.shared) {
+            (Self::Own(linear), _) => linear.forward(&condition.silu)?,
+            (Self::Shared(offset), Some(shared)) => shared.add(&offset.reshape(&[6 * width])?)?,
+            (Self::Shared(_), None) => {
+                return Err(Error::Internal("no shared modulation".into()));
+            }
+        }; // (b, 6 C)
+        let part = |i| part(&all, i, width);
+        let scale = |i| part(i)?.affine(1.0, 1.0);
+        Ok(Modulation {
+            gamma: [part(0)?, part(1)?],
+            scale: [scale(2)?, scale(3)?],
+            shift: [part(4)?, part(5)?],
+        })
+    }
+}
+
+struct Block<B: Backend> {
+    heads: usize,
+    adaln: AdaLn<B>,
+    qkv: Var<B>,
+    /// Of queries and values; keys have none.
+    bias: [Var<B>; 2],
+    /// Logarithm of the queries' length per head, with L2-normalised attention.
+    length: Option<Var<B>>,
+    proj: Linear<B>,
+    fc1: Linear<B>,
+    fc2: Linear<B>,
+}
+
+/// Mixes positions: q, k, v (b, l, h, d) and the softmax scale -> (b, l, h, d).
+type Attend<'a, B> = dyn Fn(&Var<B>, &Var<B>, &Var<B>, f64) -> Result<Var<B>> + 'a;
+
+impl<B: Backend> Block<B> {
+    fn load(loader: &mut Loader<B>, c: &Config, i: usize) -> Result<Self> {
+        let (w, std) = (c.width, c.deviation());
+        let adaln = AdaLn::load(loader, c, i)?;
+        let mut get = |name: &str, shape: &[usize], init| {
+            loader.get(&format!("blocks.{i}.attn.{name}"), shape, init)
+        };
+        let qkv = get("mat_qkv.weight", &[3 * w, w], Init::Normal(std))?;
+        let zero = Init::Constant(0.0);
+        let bias = [get("q_bias", &[w], zero)?, get("v_bias", &[w], zero)?];
+        let length = if c.attn_l2_norm {
+            let four = Init::Constant(4.0f32.ln());
+            Some(get("scale_mul_1H11", &[1, c.heads, 1, 1], four)?)
+        } else {
+            None
+        };
+        let mut linear = |name: &str, sizes, std| {
+            Linear::load(loader, &format!("blocks.{i}.{name}"), sizes, std)
+        };
+        Ok(Self {
+            heads: c.heads,
+            adaln,
+            qkv,
+            bias,
+            length,
+            proj: linear("attn.proj", [w, w], c.residual_deviation())?,
+            fc1: linear("ffn.fc1", [w, 4 * w], std)?,
+            fc2: linear("ffn.fc2", [4 * w, w], c.residual_deviation())?,
+        })
+    }
+
+    /// x (b, l, C) -> (b, l, C); `kinds` (b, l, C) is what a student adds between attention and feed-forward.
+    fn forward(
+        &self,
+        x: &Var<B>,
+        m: &Modulation<B>,
+        kinds: Option<&Var<B>>,
+        attend: &Attend<'_, B>,
+    ) -> Result<Var<B>> {
+        let y = self.attention(&modulated(x, &m.scale[0], &m.shift[0])?, attend)?;
+        let mut x = x.add(&y.mul(&m.gamma[0])?)?;
+        if let Some(kinds) = kinds {
+            x = x.add(kinds)?;
+        }
+        let y = modulated(&x, &m.scale[1], &m.shift[1])?;
+        let y = self.fc1.forward(&y)?.unary(Unary::GeluTanh)?;
+        x.add(&self.fc2.forward(&y)?.mul(&m.gamma[1])?)
+    }
+
+    fn attention(&self, x: &Var<B>, attend: &Attend<'_, B>) -> Result<Var<B>> {
+        let s = x.shape();
+        let (w, h) = (s[2], self.heads);
+        // Three products instead of one: cutting the weights moves less than cutting the activations.
+        let project = |i: usize, bias: Option<&Var<B>>| {
+            x.linear(&self.qkv.narrow(0, i * w, w)?, bias)?
+                .reshape(&[s[0], s[1], h, w / h])
+        };
+        let (mut q, mut k) = (project(0, Some(&self.bias[0]))?, project(1, None)?);
+        let v = project(2, Some(&self.bias[1]))?;
+        let scale = match &self.length {
+            Some(length) => {
+                q = q.l2_normalise()?.mul(&query_length(length, h)?)?;
+                k = k.l2_normalise()?;
+                1.0
+            }
+            None => 0.25 / ((w / h) as f64).sqrt(),
+        };
+        self.proj.forward(&attend(&q, &k, &v, scale)?.reshape(&s)?)
+    }
+}
+
+/// exp(min(length, log 100)) of (1, h, 1, 1) as (h, 1).
+fn query_length<B: Backend>(length: &Var<B>, heads: usize) -> Result<Var<B>> {
+    // min(x, m) = m - relu(m - x)
+    let most = LONGEST_QUERY.ln();
+    let below = length.affine(-1.0, most)?.unary(Unary::Relu)?;
+    below
+        .affine(-1.0, most)?
+        .unary(Unary::Exp)?
+        .reshape(&[heads, 1])
+}
+
+/// The part that teacher and student share.
+struct Stack<B: Backend> {
+    class_embedding: Var<B>,
+    start: Var<B>,
+    word_embed: Linear<B>,
+    /// Position embeddings (1, l, C).
+    positions: Var<B>,
+    /// Scale embeddings, one row per step.
+    levels: Var<B>,
+    /// The scale of each position (l).
+    level_of: B::Tensor,
+    shared_adaln: Option<Linear<B>>,
+    blocks: Vec<Block<B>>,
+    head_norm: Linear<B>,
+    head: Linear<B>,
+}
+
+impl<B: Backend> Stack<B> {
+    /// For positions in steps of these sizes.
+    fn load(loader: &mut Loader<B>, c: &Config, steps: &[usize]) -> Result<Self> {
+        c.check()?;
+        let (w, std) = (c.width, c.deviation());
+        let l = steps.iter().sum();
+        let normal = Init::Normal(std);
+        let level_of = loader.backend().indices(&level_of(steps), &[l])?;
+        let shared_adaln = if c.shared_adaln {
+            let linear = Linear::load(loader, "shared_ada_lin.1", [w, 6 * w], std)?;
+            Some(linear)
+        } else {
+            None
+        };
+        Ok(Self {
+            class_embedding: loader.get("class_emb.weight", &[c.classes + 1, w], normal)?,
+            start: loader.get("pos_start", &[1, 1, w], normal)?,
+            word_embed: Linear::load(loader, "word_embed", [c.codebook_dim, w], std)?,
+            positions: loader.get("pos_1LC", &[1, l, w], normal)?,
+            levels: loader.get("lvl_embed.weight", &[steps.len(), w], normal)?,
+            level_of,
+            shared_adaln,
+            blocks: (0..c.depth)
+                .map(|i| Block::load(loader, c, i))
+                .collect::<Result<_>>()?,
+            head_norm: Linear::load(loader, "head_nm.ada_lin.1", [w, 2 * w], std)?,
+            head: Linear::load(loader, "head", [w, c.vocabulary], 0.02 * std)?,
+        })
+    }
+
+    fn condition(&self, labels: &B::Tensor) -> Result<Condition<B>> {
+        let embedding = self.class_embedding.rows(labels)?;
+        let silu = embedding.unary(Unary::Silu)?;
+        let shared = self.shared_adaln.as_ref();
+        Ok(Condition {
+            shared: shared.map(|linear| linear.forward(&silu)).transpose()?,
+            embedding,
+            silu,
+        })
+    }
+
+    /// The first position (b, 1, C), without its place.
+    fn first(&self, condition: &Condition<B>) -> Result<Var<B>> {
+        part(&condition.embedding, 0, condition.embedding.shape()[1])?.add(&self.start)
+    }
+
+    /// What every position adds for its place and scale: (1, l, C).
+    fn places(&self) -> Result<Var<B>> {
+        self.positions.add(&self.levels.rows(&self.level_of)?)
+    }
+
+    /// Logits (b, l, K) of the stack's output (b, l, C).
+    fn logits(&self, x: &Var<B>, condition: &Condition<B>) -> Result<Var<B>> {
+        let (all, width) = (self.head_norm.forward(&condition.silu)?, x.shape()[2]);
+        let scale = part(&all, 0, width)?.affine(1.0, 1.0)?;
+        self.head
+            .forward(&modulated(x, &scale, &part(&all, 1, width)?)?)
+    }
+}
+
+/// The step of each position, for steps of these sizes.
+fn level_of(steps: &[usize]) -> Vec<u32> {
+    let each = steps.iter().enumerate();
+    each.flat_map(|(k, &n)| std::iter::repeat_n(k as u32, n))
+        .collect()
+}
+
+/// The bias (l, l) that lets position i see position j where `sees(level of i, level of j, i == j)`.
+fn mask<B: Backend>(
+    backend: &B,
+    steps: &[usize],
+    sees: impl Fn(u32, u32, bool) -> bool,
+) -> Result<Mask<B::Tensor>> {
+    let levels = level_of(steps);
+    let l = levels.len();
+    let bias: Vec<f32> = (0..l * l)
+        .map(|at| {
+            let (i, j) = (at / l, at % l);
+            if sees(levels[i], levels[j], i == j) {
+                0.0
+            } else {
+                f32::NEG_INFINITY
+            }
+        })
+        .collect();
+    Ok(Mask::Bias(backend.floats(&bias, &[l, l])?))
+}
+
+/// The AR teacher, with the tokenizer's quantiser, whose feature maps it feeds on.
+pub struct Transformer<B: Backend> {
+    config: Config,
+    stack: Stack<B>,
+    mask: Mask<B::Tensor>,
+    quantiser: Quantiser<B>,
+    tokens: TokenShape,
+}
+
+impl<B: Backend> Transformer<B> {
+    /// Takes the parameters under their published names; those of the quantiser stay as they are in training.
+    pub fn load(loader: &mut Loader<B>, config: &Config, quantiser: Quantiser<B>) -> Result<Self> {
+        let tokens = config.token_shape();
+        let mask = mask(loader.backend(), &tokens.steps, |own, other, _| {
+            other <= own
+        })?;
+        Ok(Self {
+            stack: Stack::load(loader, config, &tokens.steps)?,
+            config: config.clone(),
+            mask,
+            quantiser,
+            tokens,
+        })
+    }
+
+    /// The input vectors (b, L - 1, D) of all positions after the first, given tokens (b, L).
+    pub fn inputs(&self, tokens: &B::Tensor) -> Result<Var<B>> {
+        self.quantiser.coarser(tokens)
+    }
+}
+
+impl<B: Backend> Teacher<B> for Transformer<B> {
+    fn tokens(&self) -> &TokenShape {
+        &self.tokens
+    }
+
+    fn forced(&self, labels: &B::Tensor, tokens: &B::Tensor) -> Result<Var<B>> {
+        let stack = &self.stack;
+        let condition = stack.condition(labels)?;
+        let seen = stack.word_embed.forward(&self.inputs(tokens)?)?;
+        let mut x = Var::cat(&[&stack.first(&condition)?, &seen], 1)?.add(&stack.places()?)?;
+        for block in &stack.blocks {
+            let attend = |q: &Var<B>, k: &Var<B>, v: &Var<B>, scale| {
+                Var::attention(q, k, v, &self.mask, scale)
+            };
+            x = block.forward(&x, &block.adaln.modulation(&condition)?, None, &attend)?;
+        }
+        stack.logits(&x, &condition)
+    }
+
+    fn generate<'a>(
+        &'a self,
+        labels: &[u32],
+        guidance: Option<f64>,
+    ) -> Result<Box<dyn Generation<B> + 'a>> {
+        let (c, stack) = (&self.config, &self.stack);
+        let guidance = guidance.filter(|&w| w != 0.0);
+        let beside = stack.start.value();
+        let rows = rows::<B>(beside, labels, c.classes, guidance.is_some())?;
+        let condition = stack.condition(&rows)?;
+        let modulations = stack.blocks.iter().map(|b| b.adaln.modulation(&condition));
+        let shape = [
+            B::shape(&rows)[0],
+            self.tokens.tokens(),
+            c.heads,
+            c.width / c.heads,
+        ];
+        Ok(Box::new(Decoding {
+            teacher: self,
+            modulations: modulations.collect::<Result<_>>()?,
+            condition,
+            places: stack.places()?,
+            guidance,
+            caches: Cache::blocks(beside, c.depth, shape)?,
+            map: None,
+            step: 0,
+        }))
+    }
+}
+
+/// One generation of the teacher, scale by scale; with guidance the batch holds the conditional rows, then the
+/// unconditional ones. At scale k of S, counted from 0, logits are (1 + t) cond - t uncond with t = w k / (S - 1).
+struct Decoding<'a, B: Backend> {
+    teacher: &'a Transformer<B>,
+    condition: Condition<B>,
+    modulations: Vec<Modulation<B>>,
+    places: Var<B>,
+    guidance: Option<f64>,
+    caches: Vec<Cache<B>>,
+    /// The feature map of the tokens so far (b, D, n, n).
+    map: Option<Var<B>>,
+    step: usize,
+}
+
+impl<B: Backend> Decoding<'_, B> {
+    /// The input (b or 2b, n_k^2, C) of the scale after the tokens (b, n_(k-1)^2), without its places.
+    fn input(&mut self, tokens: &B::Tensor) -> Result<Var<B>> {
+        let Transformer {
+            quantiser, stack, ..
+        } = self.teacher;
+        let h = quantiser.contribution(self.step - 1, &quantiser.codebook().rows(tokens)?)?;
+        let map = match self.map.take() {
+            Some(map) => map.add(&h)?,
+            None => h,
+        };
+        let x = stack
+            .word_embed
+            .forward(&quantiser.view(self.step, &map)?)?;
+        self.map = Some(map);
+        match self.guidance {
+            Some(_) => Var::cat(&[&x, &x], 0),
+            None => Ok(x),
+        }
+    }
+}
+
+impl<B: Backend> Generation<B> for Decoding<'_, B> {
+    fn advance(&mut self, previous: Option<&B::Tensor>) -> Result<B::Tensor> {
+        let Transformer { stack, tokens, .. } = self.teacher;
+        let x = match previous {
+            None => stack.first(&self.condition)?,
+            Some(ids) => self.input(ids)?,
+        };
+        let at = tokens.tokens_before(self.step);
+        let mut x = x.add(&self.places.narrow(1, at, tokens.steps[self.step])?)?;
+        for ((block, cache), m) in stack.blocks.iter().zip(&self.caches).zip(&self.modulations) {
+            let attend = |q: &Var<B>, k: &Var<B>, v: &Var<B>, scale| {
+                let (k, v) = cache.extend(at, k.value(), v.value())?;
+                let y = B::attention(q.value(), &k, &v, &Mask::Full, scale)?;
+                Ok(Var::constant(y))
+            };
+            x = block.forward(&x, m, None, &attend)?;
+        }
+        let logits = stack.logits(&x, &self.condition)?; // (b or 2b, n_k^2, K)
+        let share = self.step as f64 / (tokens.steps.len() - 1) as f64;
+        self.step += 1;
+        match self.guidance {
+            // (1 + t) cond - t uncond = uncond + (1 + t) (cond - uncond)
+            Some(w) => guide::<B>(logits.value(), 1.0 + w * share),
+            None => Ok(logits.value().clone()),
+        }
+    }
+}
+
+/// The Distilled Decoding student.
+pub struct TransformerStudent<B: Backend> {
+    stack: Stack<B>,
+    mask: Mask<B::Tensor>,
+    /// Rows: noise, data; (2, C).
+    noise_or_data: Var<B>,
+    /// Maps of that embedding: one per block, and one for the heads.
+    layerwise: Vec<Linear<B>>,
+    continuous: Continuous<B>,
+    tokens: TokenShape,
+}
+
+impl<B: Backend> TransformerStudent<B> {
+    /// Takes the parameters under their published names.
+    pub fn load(loader: &mut Loader<B>, c: &Config) -> Result<Self> {
+        let (w, std) = (c.width, c.deviation());
+        let tokens = c.token_shape();
+        let mut steps = vec![1];
+        steps.extend(&tokens.steps);
+        Ok(Self {
+            mask: mask(loader.backend(), &steps, |own, other, itself| {
+                other < own || itself
+            })?,
+            stack: Stack::load(loader, c, &steps)?,
+            noise_or_data: loader.get("n_d_embed.weight", &[2, w], Init::Normal(std))?,
+            layerwise: (0..=c.depth)
+                .map(|i| Linear::load(loader, &format!("layerwise_n_d_embed.{i}"), [w, w], std))
+                .collect::<Result<_>>()?,
+            continuous: Continuous::load(loader, w, c.codebook_dim)?,
+            tokens,
+        })
+    }
+}
+
+impl<B: Backend> Student<B> for TransformerStudent<B> {
+    fn tokens(&self) -> &TokenShape {
+        &self.tokens
+    }
+
+    fn predict(
+        &self,
+        x: &B::Tensor,
+        labels: &B::Tensor,
+        data: &B::Tensor,
+    ) -> Result<Prediction<B>> {
+        let (b, l, stack) = (B::shape(x)[0], self.tokens.tokens(), &self.stack);
+        let condition = stack.condition(labels)?;
+        // The class token counts as data.
+        let ones = B::indices_beside(data, &vec![1; b], &[b, 1])?;
+        let kinds = B::cat(&[&ones, data], 1)?; // (b, 1+l)
+        let x = stack.word_embed.forward(&Var::constant(x.clone()))?;
+        let x = Var::cat(&[&stack.first(&condition)?, &x], 1)?.add(&stack.places()?)?;
+        let mut x = x.add(&self.noise_or_data.rows(&kinds)?)?; // (b, 1+l, C)
+        // The embedding has two rows: they are mapped, then spread over the positions.
+        let mapped = |i: usize| self.layerwise[i].forward(&self.noise_or_data)?.rows(&kinds);
+        for (i, block) in stack.blocks.iter().enumerate() {
+            let attend = |q: &Var<B>, k: &Var<B>, v: &Var<B>, scale| {
+                Var::attention(q, k, v, &self.mask, scale)
+            };
+            let modulation = block.adaln.modulation(&condition)?;
+            x = block.forward(&x, &modulation, Some(&mapped(i)?), &attend)?;
+        }
+        let hidden = x.add(&mapped(stack.blocks.len())?)?;
+        Ok(Prediction {
+            logits: stack.logits(&hidden.narrow(1, 1, l)?, &condition)?,
+            hidden,
+            condition: part(&condition.embedding, 0, condition.embedding.shape()[1])?,
+        })
+    }
+
+    fn continuous(&self, prediction: &Prediction<B>) -> Result<Var<B>> {
+        self.continuous.forward(prediction)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn published_sizes() {
+        let d16 = Config::published("d16").expect("a size");
+        assert_eq!(
+            (d16.width, d16.heads, d16.token_shape().tokens()),
+            (1024, 16, 680)
+        );
+        assert!(!d16.shared_adaln);
+        let d36 = Config::published("d36").expect("a size");
+        assert_eq!((d36.width, d36.token_shape().tokens()), (2304, 2240));
+        assert!(d36.shared_adaln);
+        assert!(Config::published("d17").is_none());
+    }
+
+    #[test]
+    fn a_deeper_student_starts_from_the_teacher() {
+        let config = Config {
+            width: 2,
+            depth: 1,
+            heads: 1,
+            vocabulary: 2,
+            codebook_dim: 1,
+            scales: vec![1, 2],
+            classes: 1,
+            shared_adaln: false,
+            attn_l2_norm: true,
+        };
+        let floats = |shape: &[usize], data: &[f32]| Floats {
+            shape: shape.to_vec(),
+            data: data.to_vec(),
+        };
+        let teacher = Weights::from([
+            ("pos_1LC".into(), floats(&[1, 2, 2], &[1.0, 2.0, 3.0, 4.0])),
+            (
+                "lvl_embed.weight".into(),
+                floats(&[2, 2], &[5.0, 6.0, 7.0, 8.0]),
+            ),
+            ("blocks.0.ada_lin.1.bias".into(), floats(&[12], &[9.0; 12])),
+        ]);
+        let (student, weights) = config.student_start(2, teacher);
+        assert_eq!(student.depth, 2);
+        let expected = floats(&[1, 3, 2], &[1.0, 2.0, 1.0, 2.0, 3.0, 4.0]);
+        assert_eq!(weights["pos_1LC"], expected);
+        let expected = floats(&[3, 2], &[5.0, 6.0, 5.0, 6.0, 7.0, 8.0]);
+        assert_eq!(weights["lvl_embed.weight"], expected);
+        assert_eq!(
+            weights["blocks.1.ada_lin.1.bias"],
+            floats(&[12], &[9.0; 12])
+        );
+        assert_eq!(
+            weights["blocks.1.ffn.fc2.weight"],
+            floats(&[2, 8], &[0.0; 16])
+        );
+    }
+}
