@@ -528,7 +528,7 @@ fn compare<B: Backend>(
 }
 
 /// Weights by their recipe: element i is scale * (2u - 1) + shift, u from SplitMix64 started at the seed.
-fn procedural_weights(path: &Path) -> Result<BTreeMap<String, Weights>> {
+pub fn procedural_weights(path: &Path) -> Result<BTreeMap<String, Weights>> {
     let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
     let parts: BTreeMap<String, Vec<Value>> =
         serde_json::from_str(&text).map_err(|e| Error::data(path, e))?;

@@ -14,6 +14,8 @@ mod interruptions;
 mod lab;
 #[path = "runner/plugins.rs"]
 mod plugins;
+#[path = "runner/published.rs"]
+mod published;
 #[path = "runner/runs.rs"]
 mod runs;
 #[path = "runner/stores.rs"]

@@ -15,6 +15,7 @@ pub mod model;
 pub mod muon;
 pub mod picture;
 pub mod plugin;
+pub mod published;
 pub mod random;
 pub mod sampler;
 pub mod stage;

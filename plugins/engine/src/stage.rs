@@ -5,6 +5,7 @@ pub mod distill;
 pub mod evaluate;
 pub mod pretrain;
 pub mod sample;
+pub mod teacher;
 pub mod tokenizer;
 pub mod trajectories;
 
@@ -100,6 +101,8 @@ pub fn all<B: Backend>() -> Vec<Registered<B>> {
     vec![
         register::<B, tokenizer::Tokenizer>(),
         register::<B, pretrain::Pretrain>(),
+        register::<B, teacher::Teacher>(),
+        register::<B, teacher::Student>(),
         register::<B, trajectories::Trajectories>(),
         register::<B, classifier::Classifier>(),
         register::<B, distill::Distill>(),

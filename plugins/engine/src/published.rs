@@ -1,0 +1,512 @@
+//! Published checkpoint files: which network a file holds, where in the file, and its shape.
+//!
+//! In: files as people download them. Out: the dictionary with the weights of the network that was asked for, and the
+//! configuration that its shapes imply. What no shape tells (attention heads of LlamaGen, scales of VAR) comes from the
+//! table of published sizes, or from the recipe.
+//!
+//! LlamaGen: arXiv 2406.06525. VAR: arXiv 2404.02905. Students of both: arXiv 2412.17153.
+
+use std::path::Path;
+
+use retort_checkpoint::{Checkpoint, Dictionary, shown};
+
+use crate::bundle::{Family, NetworkConfig, TokenizerConfig};
+use crate::error::{Error, Result};
+use crate::model::autoencoder::Shape;
+use crate::model::{CODEBOOK, llamagen, msvq, var, vq};
+use crate::weights::Stored;
+
+/// What a network is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Images to tokens and back.
+    Tokenizer,
+    /// Predicts tokens one AR step after the other.
+    Teacher,
+    /// Predicts all tokens at once.
+    Student,
+}
+
+impl Role {
+    /// What people call it; also the kind of its artifact.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tokenizer => "tokenizer",
+            Self::Teacher => "teacher",
+            Self::Student => "student",
+        }
+    }
+
+    /// Where published files keep such weights, the usual place first. The averages of a student are what samples.
+    fn places(self) -> &'static [&'static str] {
+        match self {
+            Self::Tokenizer | Self::Teacher => &["model", "module", "state_dict", ""],
+            Self::Student => &[
+                "trainer.ema_parameters",
+                "ema",
+                "model",
+                "trainer.var_wo_ddp",
+                "",
+            ],
+        }
+    }
+}
+
+/// A weight that no other network has, what has it, and as what it can be loaded.
+type Sign = (&'static str, &'static str, Option<(Family, Role)>);
+
+const SIGNS: [Sign; 7] = [
+    (
+        "encoder.conv_blocks.0.res.0.conv1.weight",
+        "a LlamaGen tokenizer",
+        Some((Family::Llamagen, Role::Tokenizer)),
+    ),
+    (
+        "encoder.down.0.block.0.conv1.weight",
+        "a VAR tokenizer",
+        Some((Family::Var, Role::Tokenizer)),
+    ),
+    (
+        "cls_embedding.cap_proj.fc1.weight",
+        "a text-conditional LlamaGen network",
+        None,
+    ),
+    (
+        "layers.0.attention.wqkv.weight",
+        "a LlamaGen teacher",
+        Some((Family::Llamagen, Role::Teacher)),
+    ),
+    (
+        "blocks.0.attn.mat_qkv.weight",
+        "a VAR teacher",
+        Some((Family::Var, Role::Teacher)),
+    ),
+    ("Conv2d_1a_3x3.conv.weight", "an Inception network", None),
+    ("features.0.weight", "a VGG network", None),
+];
+
+/// Only students have it.
+const STUDENT: &str = "n_d_embed.weight";
+
+/// What a dictionary looks like: in words, and as one of the networks that can be loaded.
+fn recognise(dictionary: &Dictionary) -> Option<(String, Option<(Family, Role)>)> {
+    let has = |name: &str| dictionary.get(name).is_some();
+    let &(_, words, network) = SIGNS.iter().find(|(name, ..)| has(name))?;
+    match network {
+        Some((family, Role::Teacher)) if has(STUDENT) => Some((
+            words.replace("teacher", "student"),
+            Some((family, Role::Student)),
+        )),
+        network => Some((words.to_owned(), network)),
+    }
+}
+
+/// Opens a file at the dictionary that holds such a network. Files of other networks are refused in words.
+pub fn open(path: &Path, family: Family, role: Role, select: Option<&str>) -> Result<Stored> {
+    let checkpoint = Checkpoint::open(path).map_err(Error::checkpoint(path))?;
+    let chosen = match select {
+        Some(_) => {
+            let chosen = checkpoint.select(select).map_err(Error::checkpoint(path))?;
+            if let Some((words, network)) = recognise(chosen)
+                && network != Some((family, role))
+            {
+                let place = shown(&chosen.path);
+                let wanted = wanted(family, role);
+                return Err(Error::data(
+                    path,
+                    format!("{place} looks like {words}; {wanted}"),
+                ));
+            }
+            // What is not recognised may still be right but for one weight: the loader names it.
+            chosen
+        }
+        None => {
+            let all = checkpoint.dictionaries().iter();
+            let weights: Vec<&Dictionary> = all.filter(|d| !d.is_optimiser()).collect();
+            choose(&weights, family, role).map_err(|message| Error::data(path, message))?
+        }
+    };
+    let chosen = chosen.clone();
+    Ok(Stored::of(path, checkpoint, chosen))
+}
+
+fn wanted(family: Family, role: Role) -> String {
+    format!("expected the weights of a {family} {}", role.name())
+}
+
+/// The dictionary that holds such a network: the only one, or the one in the usual place.
+fn choose<'d>(
+    all: &[&'d Dictionary],
+    family: Family,
+    role: Role,
+) -> Result<&'d Dictionary, String> {
+    let fits = |d: &Dictionary| recognise(d).is_some_and(|(_, n)| n == Some((family, role)));
+    let fitting: Vec<&Dictionary> = all.iter().copied().filter(|d| fits(d)).collect();
+    let mut places = role.places().iter();
+    let usual = places.find_map(|place| fitting.iter().find(|d| d.path == *place));
+    let list = |dictionaries: &[&Dictionary]| {
+        let paths: Vec<String> = dictionaries
+            .iter()
+            .take(12)
+            .map(|d| shown(&d.path))
+            .collect();
+        paths.join(", ")
+    };
+    match (fitting.as_slice(), usual) {
+        (&[only], _) => Ok(only),
+        (_, Some(usual)) => Ok(usual),
+        ([], None) => {
+            let wanted = wanted(family, role);
+            Err(match all.iter().find_map(|d| recognise(d)) {
+                Some((words, _)) => format!("this looks like {words}; {wanted}"),
+                None => format!("no known network under {}; {wanted}", list(all)),
+            })
+        }
+        (several, None) => Err(format!(
+            "weights in several places, select one: {}",
+            list(several)
+        )),
+    }
+}
+
+/// Parts of the names of buffers, which carry no weights: attention masks, tables, counters.
+const BUFFERS: [&str; 8] = [
+    "attn_bias",
+    "mask",
+    "lvl_1L",
+    "zero_k_bias",
+    "ema_vocab_hit",
+    "codebook_used",
+    "freqs_cis",
+    "num_batches_tracked",
+];
+
+/// Whether a name is that of a buffer of a published network.
+pub fn is_buffer(name: &str) -> bool {
+    let last = name.rsplit('.').next().unwrap_or(name);
+    BUFFERS.iter().any(|part| last.contains(part))
+}
+
+/// What a recipe may say of a network's shape.
+#[derive(Debug, Clone, Default)]
+pub struct Hints {
+    /// A published size, by name.
+    pub size: Option<String>,
+    /// Attention heads.
+    pub heads: Option<usize>,
+    /// Sides of LlamaGen's images in pixels; 256, if left out.
+    pub image_size: Option<usize>,
+    /// Sides of VAR's token maps, coarse to fine.
+    pub scales: Option<Vec<usize>>,
+}
+
+impl Hints {
+    fn image_size(&self) -> usize {
+        self.image_size.unwrap_or(256)
+    }
+}
+
+/// LlamaGen's sizes: name, blocks, heads, width.
+const LLAMAGEN: [(&str, usize, usize, usize); 5] = [
+    ("B", 12, 12, 768),
+    ("L", 24, 16, 1024),
+    ("XL", 36, 20, 1280),
+    ("XXL", 48, 24, 1536),
+    ("3B", 24, 32, 3200),
+];
+
+/// VAR's sizes.
+const VAR: [&str; 5] = ["d16", "d20", "d24", "d30", "d36"];
+
+/// Groups of the group normalisation in both published tokenizers.
+const NORM_GROUPS: usize = 32;
+
+/// The published shape of a family at a size.
+pub fn published(family: Family, hints: &Hints) -> Result<(TokenizerConfig, NetworkConfig)> {
+    let size = hints.size.as_deref().unwrap_or_default();
+    match family {
+        Family::Llamagen => {
+            let &(_, depth, heads, width) = llamagen_size(size)?;
+            let tokenizer = vq::Config {
+                autoencoder: Shape {
+                    image_channels: 3,
+                    image_size: hints.image_size(),
+                    channels: 128,
+                    multipliers: vec![1, 1, 2, 2, 4],
+                    res_blocks: 2,
+                    norm_groups: NORM_GROUPS,
+                    z_channels: 256,
+                },
+                vocabulary: 16_384,
+                codebook_dim: 8,
+                l2_norm: true,
+            };
+            let network = llamagen::Config {
+                width,
+                depth,
+                heads,
+                vocabulary: tokenizer.vocabulary,
+                codebook_dim: tokenizer.codebook_dim,
+                side: tokenizer.autoencoder.side(),
+                classes: 1000,
+            };
+            Ok((
+                TokenizerConfig::Vq(tokenizer),
+                NetworkConfig::Llamagen(network),
+            ))
+        }
+        Family::Var => {
+            let network = var_size(size)?;
+            let tokenizer = msvq::Config::published(&network.scales);
+            Ok((
+                TokenizerConfig::Msvq(tokenizer),
+                NetworkConfig::Var(network),
+            ))
+        }
+    }
+}
+
+/// Refuses a size that no network of the family has.
+pub fn check_size(family: Family, size: &str) -> Result<()> {
+    match family {
+        Family::Llamagen => llamagen_size(size).map(drop),
+        Family::Var => var_size(size).map(drop),
+    }
+}
+
+fn llamagen_size(size: &str) -> Result<&'static (&'static str, usize, usize, usize)> {
+    let names = LLAMAGEN.map(|(name, ..)| name);
+    let found = LLAMAGEN.iter().find(|(name, ..)| *name == size);
+    found.ok_or_else(|| unknown_size(size, Family::Llamagen, &names))
+}
+
+fn var_size(size: &str) -> Result<var::Config> {
+    var::Config::published(size).ok_or_else(|| unknown_size(size, Family::Var, &VAR))
+}
+
+fn unknown_size(size: &str, family: Family, names: &[&str]) -> Error {
+    let names = names.join(", ");
+    Error::option(
+        "/size",
+        format!("size {size:?}: {family} was published as {names}"),
+    )
+}
+
+/// The shapes of a tokenizer and a teacher or student, from their weights.
+pub fn shapes(
+    family: Family,
+    role: Role,
+    tokenizer: &Stored,
+    network: &Stored,
+    hints: &Hints,
+) -> Result<(TokenizerConfig, NetworkConfig)> {
+    let found = match family {
+        Family::Llamagen => {
+            let tokenizer = llamagen_tokenizer(tokenizer, hints)?;
+            let network = llamagen_network(network, &tokenizer, role, hints)?;
+            (
+                TokenizerConfig::Vq(tokenizer),
+                NetworkConfig::Llamagen(network),
+            )
+        }
+        Family::Var => {
+            let network = var_network(network, role, hints)?;
+            let tokenizer = var_tokenizer(tokenizer, &network.scales)?;
+            (
+                TokenizerConfig::Msvq(tokenizer),
+                NetworkConfig::Var(network),
+            )
+        }
+    };
+    let (codes, dim) = found.0.codebook();
+    let tokens = found.1.tokens();
+    if (tokens.vocabulary, tokens.dim) != (codes, dim) {
+        let message = format!(
+            "this {} was made for a codebook of {} codes in {} dimensions, but the tokenizer {} has {codes} in {dim}",
+            role.name(),
+            tokens.vocabulary,
+            tokens.dim,
+            tokenizer.path().display(),
+        );
+        return Err(Error::data(network.path(), message));
+    }
+    Ok(found)
+}
+
+/// One size of a weight.
+fn size(stored: &Stored, name: &str, dim: usize) -> Result<usize> {
+    let missing = || Error::data(stored.path(), format!("weight {name} is missing"));
+    let shape = stored.shape(name).ok_or_else(missing)?;
+    shape.get(dim).copied().ok_or_else(|| {
+        let message = format!("weight {name} has shape {shape:?}, expected more dimensions");
+        Error::data(stored.path(), message)
+    })
+}
+
+/// How many numbers from 0 on make the name of a weight.
+fn count(stored: &Stored, name: impl Fn(usize) -> String) -> usize {
+    let exists = |i: &usize| stored.shape(&name(*i)).is_some();
+    (0..).take_while(exists).count()
+}
+
+/// Rows of an embedding of classes, the unconditional one left out.
+fn classes(stored: &Stored, name: &str) -> Result<usize> {
+    match size(stored, name, 0)? {
+        rows @ (0 | 1) => Err(Error::data(
+            stored.path(),
+            format!("weight {name} has {rows} rows, expected one for each class and one more"),
+        )),
+        rows => Ok(rows - 1),
+    }
+}
+
+/// Encoder and decoder, from the names and shapes of the encoder. `level` names the weight of residual block j of level
+/// i, `image_size` gives the sides of the images for pixels per token.
+fn autoencoder(
+    stored: &Stored,
+    level: impl Fn(usize, usize) -> String,
+    image_size: impl FnOnce(usize) -> usize,
+) -> Result<Shape> {
+    let channels = size(stored, "encoder.conv_in.weight", 0)?;
+    let levels = count(stored, |i| level(i, 0));
+    if !(1..=16).contains(&levels) {
+        let message = format!("{levels} levels of the encoder, expected 1 to 16");
+        return Err(Error::data(stored.path(), message));
+    }
+    let multiplier = |i| {
+        let width = size(stored, &level(i, 0), 0)?;
+        if channels > 0 && width.is_multiple_of(channels) {
+            return Ok(width / channels);
+        }
+        let message = format!("level {i} has {width} channels, expected a multiple of {channels}");
+        Err(Error::data(stored.path(), message))
+    };
+    Ok(Shape {
+        image_channels: size(stored, "encoder.conv_in.weight", 1)?,
+        image_size: image_size(1 << (levels - 1)),
+        channels,
+        multipliers: (0..levels).map(multiplier).collect::<Result<_>>()?,
+        res_blocks: count(stored, |j| level(0, j)),
+        norm_groups: NORM_GROUPS,
+        z_channels: size(stored, "encoder.conv_out.weight", 0)?,
+    })
+}
+
+fn llamagen_tokenizer(stored: &Stored, hints: &Hints) -> Result<vq::Config> {
+    let level = |i, j| format!("encoder.conv_blocks.{i}.res.{j}.conv1.weight");
+    Ok(vq::Config {
+        autoencoder: autoencoder(stored, level, |_| hints.image_size())?,
+        vocabulary: size(stored, CODEBOOK, 0)?,
+        codebook_dim: size(stored, CODEBOOK, 1)?,
+        l2_norm: true,
+    })
+}
+
+fn llamagen_network(
+    stored: &Stored,
+    tokenizer: &vq::Config,
+    role: Role,
+    hints: &Hints,
+) -> Result<llamagen::Config> {
+    let depth = count(stored, |i| format!("layers.{i}.attention.wqkv.weight"));
+    let width = size(stored, "output.weight", 1)?;
+    let mut sizes = LLAMAGEN.iter();
+    let known = sizes.find(|&&(_, d, _, w)| (d, w) == (depth, width));
+    if let Some(name) = &hints.size {
+        let wanted = llamagen_size(name)?;
+        check_same(stored, name, (wanted.1, wanted.3), (depth, width))?;
+    }
+    let heads = hints.heads.or(known.map(|size| size.2)).ok_or_else(|| {
+        let message = format!(
+            "{depth} blocks of width {width} are no published size, and no weight tells the number of attention \
+             heads: say it with `heads`"
+        );
+        Error::option("/heads", message)
+    })?;
+    Ok(llamagen::Config {
+        width,
+        depth,
+        heads,
+        vocabulary: size(stored, "output.weight", 0)?,
+        codebook_dim: match role {
+            Role::Student => size(stored, "tok_embeddings.weight", 1)?,
+            // A teacher knows codes by their number only.
+            _ => tokenizer.codebook_dim,
+        },
+        side: tokenizer.autoencoder.side(),
+        classes: classes(stored, "cls_embedding.embedding_table.weight")?,
+    })
+}
+
+/// Refuses a network of another size than the recipe says.
+fn check_same(
+    stored: &Stored,
+    name: &str,
+    wanted: (usize, usize),
+    found: (usize, usize),
+) -> Result<()> {
+    if wanted == found {
+        return Ok(());
+    }
+    let message = format!(
+        "size {name} has {} blocks of width {}, this network has {} of width {}",
+        wanted.0, wanted.1, found.0, found.1
+    );
+    Err(Error::data(stored.path(), message))
+}
+
+/// Has the learned lengths of the queries, one a head, where queries and keys are normalised.
+const LENGTHS: &str = "blocks.0.attn.scale_mul_1H11";
+
+fn var_network(stored: &Stored, role: Role, hints: &Hints) -> Result<var::Config> {
+    let depth = count(stored, |i| format!("blocks.{i}.attn.mat_qkv.weight"));
+    let width = size(stored, "word_embed.weight", 0)?;
+    if let Some(name) = &hints.size {
+        let wanted = var_size(name)?;
+        check_same(stored, name, (wanted.depth, wanted.width), (depth, width))?;
+    }
+    // A student has the class as a scale of its own in front.
+    let extra = usize::from(role == Role::Student);
+    let levels = size(stored, "lvl_embed.weight", 0)?.saturating_sub(extra);
+    let tokens = size(stored, "pos_1LC", 1)?.saturating_sub(extra);
+    let sum = |scales: &[usize]| scales.iter().map(|n| n * n).sum::<usize>();
+    let mut candidates: Vec<Vec<usize>> = hints.scales.clone().into_iter().collect();
+    let published = VAR.iter().filter_map(|name| var::Config::published(name));
+    candidates.extend(published.map(|config| config.scales));
+    candidates.retain(|scales| (scales.len(), sum(scales)) == (levels, tokens));
+    let scales = candidates.into_iter().next().ok_or_else(|| {
+        let message = format!(
+            "{tokens} tokens in {levels} scales: say the sides of the scales with `scales`, as in [1, 2, 4]"
+        );
+        Error::option("/scales", message)
+    })?;
+    let attn_l2_norm = stored.shape(LENGTHS).is_some();
+    Ok(var::Config {
+        width,
+        depth,
+        heads: match hints.heads {
+            Some(heads) => heads,
+            None if attn_l2_norm => size(stored, LENGTHS, 1)?,
+            None => depth,
+        },
+        vocabulary: size(stored, "head.weight", 0)?,
+        codebook_dim: size(stored, "word_embed.weight", 1)?,
+        scales,
+        classes: classes(stored, "class_emb.weight")?,
+        shared_adaln: stored.shape("shared_ada_lin.1.weight").is_some(),
+        attn_l2_norm,
+    })
+}
+
+fn var_tokenizer(stored: &Stored, scales: &[usize]) -> Result<msvq::Config> {
+    let level = |i, j| format!("encoder.down.{i}.block.{j}.conv1.weight");
+    let side = scales.last().copied().unwrap_or(1);
+    Ok(msvq::Config {
+        autoencoder: autoencoder(stored, level, |factor| side * factor)?,
+        vocabulary: size(stored, CODEBOOK, 0)?,
+        scales: scales.to_vec(),
+        phi_convs: count(stored, |i| {
+            format!("quantize.quant_resi.qresi_ls.{i}.weight")
+        }),
+    })
+}

@@ -1,0 +1,350 @@
+//! `teacher` and `student`: networks from published checkpoint files, with their tokenizer, or with random weights of a
+//! published shape. Shapes are read from the files and checked weight by weight; the result is the same kind of
+//! directory that training makes, in float32 safetensors.
+
+use std::borrow::Cow;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use retort_abi::{ArtifactMeta, LogLevel, StageResult};
+use schemars::JsonSchema;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::backend::Backend;
+use crate::bundle::{self, Family};
+use crate::error::{Error, Result};
+use crate::published::{self, Hints, Role};
+use crate::stage::{Context, Stage, resolve};
+use crate::weights::{self, Loader, Params, Source, Stored};
+
+/// Which files, and what they do not say themselves.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Options {
+    /// Family of the networks.
+    pub family: Family,
+    /// File with the network's weights: .pth, .pt or .safetensors.
+    #[serde(default)]
+    #[schemars(extend("x-retort-file" = "file"))]
+    pub model: Option<String>,
+    /// File with the tokenizer's weights.
+    #[serde(default)]
+    #[schemars(extend("x-retort-file" = "file"))]
+    pub tokenizer: Option<String>,
+    /// Dictionary in `model` that holds the weights, as in `trainer.ema_parameters`; found by itself where the file is
+    /// as published.
+    #[serde(default)]
+    pub select: Option<String>,
+    /// Dictionary in `tokenizer` that holds the weights.
+    #[serde(default)]
+    pub tokenizer_select: Option<String>,
+    /// Published size: LlamaGen B, L, XL, XXL, 3B; VAR d16, d20, d24, d30, d36. The file must have it; left out, any.
+    #[serde(default)]
+    pub size: Option<String>,
+    /// Attention heads, for a LlamaGen network of no published size.
+    #[serde(default)]
+    #[schemars(range(min = 1))]
+    pub heads: Option<usize>,
+    /// Sides of LlamaGen's images in pixels; 256, if left out.
+    #[serde(default)]
+    #[schemars(range(min = 8))]
+    pub image_size: Option<usize>,
+    /// Sides of the token maps of a VAR network of no published size, coarse to fine.
+    #[serde(default)]
+    pub scales: Option<Vec<usize>>,
+    /// Of a student: the AR steps from which it was taught to predict, ascending from 0.
+    #[serde(default)]
+    pub timesteps: Vec<usize>,
+    /// Draws random weights of a published size instead of reading files: to try out speed and memory.
+    #[serde(default)]
+    pub random: bool,
+}
+
+impl Options {
+    fn hints(&self) -> Hints {
+        Hints {
+            size: self.size.clone(),
+            heads: self.heads,
+            image_size: self.image_size,
+            scales: self.scales.clone(),
+        }
+    }
+
+    /// Refuses contradictions; files that are there already must hold such networks.
+    fn check(&self, role: Role, base: &Path) -> Result<()> {
+        if let Some(size) = &self.size {
+            published::check_size(self.family, size)?;
+        }
+        if self.random {
+            if self.size.is_none() {
+                return Err(Error::option(
+                    "/random",
+                    "random weights need a published `size`",
+                ));
+            }
+            return match (&self.model, &self.tokenizer) {
+                (None, None) => Ok(()),
+                _ => Err(Error::option(
+                    "/random",
+                    "random weights and files exclude each other",
+                )),
+            };
+        }
+        for (pointer, role) in [("/model", role), ("/tokenizer", Role::Tokenizer)] {
+            let path = self.path(role, base)?;
+            if path.exists() {
+                self.open(role, base)
+                    .map_err(|e| Error::option(pointer, e.to_string()))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn path(&self, role: Role, base: &Path) -> Result<PathBuf> {
+        let (pointer, path) = match role {
+            Role::Tokenizer => ("/tokenizer", &self.tokenizer),
+            _ => ("/model", &self.model),
+        };
+        let missing = || {
+            let name = &pointer[1..];
+            Error::option(
+                pointer,
+                format!("`{name}` is missing: a checkpoint file (or `random: true`)"),
+            )
+        };
+        Ok(resolve(base, path.as_ref().ok_or_else(missing)?))
+    }
+
+    fn open(&self, role: Role, base: &Path) -> Result<Stored> {
+        let select = match role {
+            Role::Tokenizer => &self.tokenizer_select,
+            _ => &self.select,
+        };
+        published::open(
+            &self.path(role, base)?,
+            self.family,
+            role,
+            select.as_deref(),
+        )
+    }
+}
+
+/// The stage that loads teachers.
+pub struct Teacher;
+
+impl<B: Backend> Stage<B> for Teacher {
+    type Options = Options;
+    const KIND: &'static str = "teacher";
+    const OUTPUT: &'static str = "teacher";
+    const REVISION: u32 = 1;
+    const SUMMARY: &'static str =
+        "load a published teacher and its tokenizer from checkpoint files";
+
+    fn check(o: &Options, base: &Path) -> Result<()> {
+        if !o.timesteps.is_empty() {
+            return Err(Error::option("/timesteps", "a teacher has no timesteps"));
+        }
+        o.check(Role::Teacher, base)
+    }
+
+    fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
+        run(context, o, Role::Teacher)
+    }
+}
+
+/// The stage that loads students.
+pub struct Student;
+
+impl<B: Backend> Stage<B> for Student {
+    type Options = Options;
+    const KIND: &'static str = "student";
+    const OUTPUT: &'static str = "student";
+    const REVISION: u32 = 1;
+    const SUMMARY: &'static str =
+        "load a published student and its tokenizer from checkpoint files";
+
+    fn check(o: &Options, base: &Path) -> Result<()> {
+        if o.timesteps.first() != Some(&0) || o.timesteps.windows(2).any(|w| w[0] >= w[1]) {
+            let message = format!(
+                "timesteps {:?}: expected ascending AR steps from 0, as in [0, 5]",
+                o.timesteps
+            );
+            return Err(Error::option("/timesteps", message));
+        }
+        o.check(Role::Student, base)
+    }
+
+    fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
+        run(context, o, Role::Student)
+    }
+}
+
+/// Weights that go into a file of the result.
+struct Part<'a, B: Backend> {
+    source: Option<&'a Stored>,
+    params: Params<B>,
+}
+
+fn run<B: Backend>(context: &Context<'_, B>, o: &Options, role: Role) -> Result<StageResult> {
+    let base = &context.job.base_dir;
+    let files = match o.random {
+        true => None,
+        false => Some((o.open(Role::Tokenizer, base)?, o.open(role, base)?)),
+    };
+    let hints = o.hints();
+    let (tokenizer, network) = match &files {
+        Some((tokenizer, network)) => {
+            published::shapes(o.family, role, tokenizer, network, &hints)?
+        }
+        None => published::published(o.family, &hints)?,
+    };
+    let (tokenizer_file, network_file) =
+        (files.as_ref().map(|f| &f.0), files.as_ref().map(|f| &f.1));
+
+    // Building a network asks for all its weights, and so checks them.
+    let tokenizer_part = Part {
+        params: build(context, tokenizer_file, |loader| {
+            tokenizer.build(loader).map(drop)
+        })?,
+        source: tokenizer_file,
+    };
+    let network_part = Part {
+        params: match role {
+            Role::Student => build(context, network_file, |loader| {
+                network.student(loader).map(drop)
+            })?,
+            _ => {
+                let mut quantiser = loader(context, tokenizer_file);
+                build(context, network_file, |loader| {
+                    network
+                        .teacher(loader, (&tokenizer, &mut quantiser))
+                        .map(drop)
+                })?
+            }
+        },
+        source: network_file,
+    };
+    for part in [&tokenizer_part, &network_part] {
+        report_unexpected(context, part);
+    }
+
+    let elements = |part: &Part<B>| -> usize {
+        part.params
+            .iter()
+            .map(|(_, p)| p.shape().iter().product::<usize>())
+            .sum()
+    };
+    let (shape, size) = (network.tokens(), elements(&network_part));
+    context.host.log(
+        LogLevel::Info,
+        &format!(
+            "{} {}: {size} weights, {} tokens of {} codes; tokenizer: {} weights",
+            o.family,
+            role.name(),
+            shape.tokens(),
+            shape.vocabulary,
+            elements(&tokenizer_part)
+        ),
+    );
+    let sources = match &files {
+        Some((tokenizer, network)) => json!({
+            "tokenizer": source(tokenizer)?,
+            "model": source(network)?,
+        }),
+        None => Value::Null,
+    };
+    let mut meta = ArtifactMeta::default();
+    meta.extra.insert("sources".into(), sources);
+    let summary = json!({ "weights": size });
+    context.finish(role.name(), meta, summary, |dir| {
+        bundle::write_config(dir, &tokenizer, Some(&network), &o.timesteps)?;
+        tokenizer_part.write(&dir.join(bundle::TOKENIZER))?;
+        network_part.write(&dir.join(bundle::MODEL))
+    })
+}
+
+fn loader<'a, B: Backend>(context: &Context<'a, B>, file: Option<&'a Stored>) -> Loader<'a, B> {
+    let (source, origin) = match file {
+        Some(stored) => (Source::File(stored), stored.path().display().to_string()),
+        None => (Source::Init(context.job.seed), "random weights".to_owned()),
+    };
+    Loader::new(context.backend, source, false, origin)
+}
+
+fn build<'a, B: Backend>(
+    context: &Context<'a, B>,
+    file: Option<&'a Stored>,
+    network: impl FnOnce(&mut Loader<'a, B>) -> Result<()>,
+) -> Result<Params<B>> {
+    let mut loader = loader(context, file);
+    network(&mut loader)?;
+    Ok(loader.into_params())
+}
+
+impl<B: Backend> Part<'_, B> {
+    /// Writes the weights as they are in the file, or as they were drawn.
+    fn write(&self, path: &Path) -> Result<()> {
+        let shapes = self
+            .params
+            .iter()
+            .map(|(name, p)| (name.clone(), p.shape()));
+        weights::write_each(path, shapes.collect(), |name| {
+            let missing = || Error::Internal(format!("no weight {name}"));
+            Ok(Cow::Owned(match self.source {
+                Some(stored) => stored.floats(name)?,
+                None => {
+                    let found = self.params.iter().find(|(known, _)| known == name);
+                    B::to_floats(found.ok_or_else(missing)?.1.value())?
+                }
+            }))
+        })
+    }
+}
+
+/// Warns of weights in a file that the network has no place for.
+fn report_unexpected<B: Backend>(context: &Context<'_, B>, part: &Part<'_, B>) {
+    let Some(stored) = part.source else { return };
+    let known: BTreeSet<&str> = part.params.iter().map(|(name, _)| name.as_str()).collect();
+    let unexpected: Vec<&str> = stored
+        .shapes()
+        .map(|(name, _)| name)
+        .filter(|name| !known.contains(name) && !published::is_buffer(name))
+        .collect();
+    if unexpected.is_empty() {
+        return;
+    }
+    let listed = unexpected
+        .iter()
+        .take(20)
+        .copied()
+        .collect::<Vec<_>>()
+        .join(", ");
+    let more = match unexpected.len().saturating_sub(20) {
+        0 => String::new(),
+        n => format!(" and {n} more"),
+    };
+    let place = stored.path().display();
+    context.host.log(
+        LogLevel::Warn,
+        &format!("{place}: not used, since this network has no such weights: {listed}{more}"),
+    );
+}
+
+/// What the weights were read from.
+fn source(stored: &Stored) -> Result<Value> {
+    let mut hasher = blake3::Hasher::new();
+    let file = std::fs::File::open(stored.path()).map_err(Error::io(stored.path()))?;
+    hasher
+        .update_reader(file)
+        .map_err(Error::io(stored.path()))?;
+    let name = stored
+        .path()
+        .file_name()
+        .map(|name| name.to_string_lossy().into_owned());
+    Ok(json!({
+        "file": name,
+        "dictionary": stored.dictionary(),
+        "blake3": hasher.finalize().to_hex().as_str(),
+    }))
+}

@@ -1,0 +1,318 @@
+//! Published checkpoint files through the command line: loaded, sampled, and compared with the published code's results.
+
+use std::path::{Path, PathBuf};
+
+use retort_engine::weights::Stored;
+use retort_tests::golden::{TOLERANCE, procedural_weights};
+use retort_tests::torch::Archive;
+use serde_json::Value;
+
+use crate::lab::{Lab, binary};
+
+/// A family and how its files are published.
+struct Family {
+    name: &'static str,
+    /// Parts of `weights.json`, and the dictionary that each has in a published file.
+    tokenizer: (&'static str, &'static [&'static str]),
+    teacher: (&'static str, &'static [&'static str]),
+    student: (&'static str, &'static [&'static str]),
+    /// A second dictionary in the student's file: weights that are not the average.
+    beside: &'static [&'static str],
+    /// Options that a network of no published size needs.
+    hints: &'static str,
+    /// Guidance of the trajectories, as the tensor's name says it.
+    guidance: &'static str,
+}
+
+const LLAMAGEN: Family = Family {
+    name: "llamagen",
+    tokenizer: ("vq", &["model"]),
+    teacher: ("gpt", &["module"]),
+    student: ("dd", &["ema"]),
+    beside: &["model"],
+    hints: "heads: 2, image_size: 8",
+    guidance: "2.0",
+};
+
+const VAR: Family = Family {
+    name: "var",
+    tokenizer: ("vae", &[]),
+    teacher: ("var", &[]),
+    student: ("dd", &["trainer", "ema_parameters"]),
+    beside: &["trainer", "var_wo_ddp"],
+    hints: "scales: [1, 2, 3, 4]",
+    guidance: "1.5",
+};
+
+impl Family {
+    fn golden(&self) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("golden")
+            .join(self.name)
+    }
+
+    /// Writes the golden weights as they are published.
+    fn write_files(&self, dir: &Path) {
+        let weights = procedural_weights(&self.golden().join("weights.json")).unwrap();
+        for (file, (part, place)) in [
+            ("tokenizer.pth", self.tokenizer),
+            ("teacher.pth", self.teacher),
+            ("student.pth", self.student),
+        ] {
+            let mut archive = Archive::create(&dir.join(file));
+            place.iter().for_each(|name| archive.open(name));
+            archive.weights(&weights[part]);
+            // A buffer, and a weight that no network has.
+            archive.tensor("freqs_cis", &[2], &[0.0; 2]);
+            archive.tensor("stranger.weight", &[1], &[1.0]);
+            if file == "student.pth" {
+                let common = place.len() - 1;
+                archive.close();
+                self.beside[common..]
+                    .iter()
+                    .for_each(|name| archive.open(name));
+                for (name, w) in &weights[part] {
+                    archive.tensor(name, &w.shape, &vec![0.5; w.data.len()]);
+                }
+            }
+            place.iter().for_each(|_| archive.close());
+            if !place.is_empty() {
+                archive.surroundings();
+            }
+            archive.finish();
+        }
+    }
+
+    /// A recipe that does with the files what the published code did.
+    fn recipe(&self) -> String {
+        let folder = self.golden();
+        let expected = folder.join("expected.safetensors");
+        let config = std::fs::read_to_string(folder.join("config.json")).unwrap();
+        let config: Value = serde_json::from_str(&config).unwrap();
+        let (middle, split) = (&config["t_mid"], &config["split_t"]);
+        let start = &config["t_teacher_start"];
+        let stored = Stored::open(&expected, None).unwrap();
+        let greedy = stored.floats("greedy.cfg").unwrap()[0];
+        let count = stored.shape("labels").unwrap()[0];
+        let Self {
+            name,
+            hints,
+            guidance,
+            ..
+        } = self;
+        let file = expected.display();
+        let given = format!(
+            "count: {count}, noise: {{file: {file}, tensor: student.noise}}, labels: {{file: {file}, tensor: labels}}"
+        );
+        format!(
+            "version: 1
+backend: candle
+device: cpu
+stages:
+  teacher: {{kind: teacher, family: {name}, model: teacher.pth, tokenizer: tokenizer.pth, {hints}}}
+  student: {{kind: student, family: {name}, model: student.pth, tokenizer: tokenizer.pth, timesteps: [0, {middle}], {hints}}}
+  trajectories: {{kind: trajectories, teacher: teacher, distribution: {{guidance: {guidance}}}, {given}}}
+  greedy: {{kind: sample, sampler: {{kind: teacher, teacher: teacher, distribution: {{guidance: {greedy}, top_k: 1}}}}, {given}}}
+  one_step: {{kind: sample, sampler: {{kind: student, student: student, timesteps: [0], split: {split}}}, {given}}}
+  two_step: {{kind: sample, sampler: {{kind: student, student: student, timesteps: [0, {middle}], split: {split}}}, {given}}}
+  assisted:
+    kind: sample
+    sampler: {{kind: assisted, student: student, teacher: teacher, timesteps: [0, {middle}], teacher_start: {start}, split: {split}, distribution: {{guidance: 2.0, top_k: 1}}}}
+    {}
+",
+            given.replace(", noise", "\n    noise").replace(", labels", "\n    labels")
+        )
+    }
+}
+
+/// The directory of a stage's artifact in the latest run.
+fn artifact(lab: &Lab, stage: &str) -> PathBuf {
+    let list = lab
+        .retort(&["artifacts", "list", "latest", "--json"])
+        .expect(0)
+        .json();
+    let found = list
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|row| row["stage"] == stage);
+    lab.dir
+        .path()
+        .join(found.unwrap()["path"].as_str().unwrap())
+}
+
+fn assert_close(what: &str, found: &[f32], expected: &[f32]) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    let scale = expected.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+    let differences = found.iter().zip(expected).map(|(a, b)| (a - b).abs());
+    // Not the maximum of the differences: that would not see a NaN.
+    let worst = differences.fold(0.0f32, |m, x| if x <= m { m } else { x });
+    let error = f64::from(worst / scale);
+    println!("{what}: {error:.1e}");
+    assert!(
+        error <= TOLERANCE,
+        "{what}: {error:e} of the largest magnitude"
+    );
+}
+
+fn agrees(family: &Family) {
+    assert!(
+        binary().with_file_name("libretort_candle.so").exists(),
+        "the candle plugin is not built: `make test` builds it"
+    );
+    let lab = Lab::new(&[]);
+    family.write_files(lab.dir.path());
+    std::fs::write(lab.dir.path().join("r.yaml"), family.recipe()).unwrap();
+    lab.retort(&["run", "r.yaml", "-v"])
+        .expect(0)
+        .saying(&["stranger.weight"]);
+    let expected = Stored::open(&family.golden().join("expected.safetensors"), None).unwrap();
+
+    let shard = artifact(&lab, "trajectories").join("shard-00000.safetensors");
+    let name = format!("trajectory.cfg{}.tokens", family.guidance);
+    let tokens = Stored::open(&shard, None)
+        .unwrap()
+        .indices("tokens")
+        .unwrap();
+    assert_eq!(tokens, expected.indices(&name).unwrap(), "{name}");
+
+    for stage in ["greedy", "one_step", "two_step", "assisted"] {
+        let samples = artifact(&lab, stage).join("samples.safetensors");
+        let samples = Stored::open(&samples, None).unwrap();
+        if stage == "greedy" {
+            let tokens = samples.indices("tokens").unwrap();
+            assert_eq!(
+                tokens,
+                expected.indices("greedy.tokens").unwrap(),
+                "greedy.tokens"
+            );
+        } else {
+            let name = format!("{stage}.latents");
+            assert_close(
+                &name,
+                &samples.floats("latents").unwrap(),
+                &expected.floats(&name).unwrap(),
+            );
+        }
+        let shown = |raw: Vec<f32>| {
+            raw.iter()
+                .map(|x| ((x + 1.0) / 2.0).clamp(0.0, 1.0))
+                .collect()
+        };
+        let images: Vec<f32> = expected
+            .floats(&format!("{stage}.image01"))
+            .or_else(|_| expected.floats(&format!("{stage}.image")).map(shown))
+            .unwrap();
+        assert_close(
+            &format!("{stage}.image"),
+            &samples.floats("images").unwrap(),
+            &images,
+        );
+    }
+}
+
+#[test]
+fn llamagen_files_give_the_published_results() {
+    agrees(&LLAMAGEN);
+}
+
+#[test]
+fn var_files_give_the_published_results() {
+    agrees(&VAR);
+}
+
+#[test]
+fn files_that_do_not_fit_are_refused_before_work_starts() {
+    let lab = Lab::new(&[]);
+    LLAMAGEN.write_files(lab.dir.path());
+    let check = |teacher: &str, expected: &str| {
+        let text = format!(
+            "version: 1\nbackend: candle\ndevice: cpu\nstages:\n  t: {{kind: teacher, {teacher}}}\n"
+        );
+        std::fs::write(lab.dir.path().join("r.yaml"), text).unwrap();
+        lab.retort(&["validate", "r.yaml"])
+            .expect(3)
+            .saying(&[expected]);
+    };
+    check(
+        "family: llamagen, model: tokenizer.pth, tokenizer: tokenizer.pth",
+        "this looks like a LlamaGen tokenizer; expected the weights of a llamagen teacher",
+    );
+    check(
+        "family: llamagen, model: student.pth, tokenizer: tokenizer.pth",
+        "this looks like a LlamaGen student; expected the weights of a llamagen teacher",
+    );
+    check(
+        "family: var, model: teacher.pth, tokenizer: tokenizer.pth",
+        "this looks like a LlamaGen teacher; expected the weights of a var teacher",
+    );
+    check(
+        "family: llamagen, model: teacher.pth, tokenizer: tokenizer.pth, select: ema",
+        "no tensors under `ema`; there are `module`",
+    );
+    check(
+        "family: llamagen, size: Z, random: true",
+        "llamagen was published as B, L, XL, XXL, 3B",
+    );
+    check("family: llamagen, random: true", "need a published `size`");
+    check(
+        "family: llamagen, model: teacher.pth",
+        "`tokenizer` is missing",
+    );
+}
+
+#[test]
+fn weights_that_do_not_fit_are_named() {
+    let lab = Lab::new(&[]);
+    let dir = lab.dir.path();
+    LLAMAGEN.write_files(dir);
+    let weights = procedural_weights(&LLAMAGEN.golden().join("weights.json")).unwrap();
+    let text = format!(
+        "version: 1\nbackend: candle\ndevice: cpu\nstages:\n  t: {{kind: teacher, family: llamagen, model: changed.pth, \
+         tokenizer: tokenizer.pth, {}}}\n",
+        LLAMAGEN.hints
+    );
+    std::fs::write(dir.join("r.yaml"), text).unwrap();
+    let check = |change: &dyn Fn(&mut retort_engine::weights::Weights), code, expected: &str| {
+        let mut changed = weights["gpt"].clone();
+        change(&mut changed);
+        let mut archive = Archive::create(&dir.join("changed.pth"));
+        archive.weights(&changed);
+        archive.finish();
+        lab.retort(&["run", "r.yaml"])
+            .expect(code)
+            .saying(&["changed.pth", expected]);
+    };
+    let name = "layers.1.feed_forward.w2.weight";
+    check(
+        &|w| drop(w.remove(name)),
+        100,
+        "weight layers.1.feed_forward.w2.weight with shape [64, 256] is missing",
+    );
+    check(
+        &|w| w.get_mut(name).unwrap().shape = vec![256, 64],
+        100,
+        "weight layers.1.feed_forward.w2.weight has shape [256, 64], expected [64, 256]",
+    );
+    check(
+        &|w| w.get_mut(name).unwrap().data[7] = f32::NAN,
+        100,
+        "weight layers.1.feed_forward.w2.weight holds NaN at element 7",
+    );
+    check(
+        &|w| {
+            let output = w.get_mut("output.weight").unwrap();
+            output.shape[0] = 63;
+            output.data.truncate(63 * 64);
+        },
+        100,
+        "codebook of 63 codes in 8 dimensions, but the tokenizer",
+    );
+    std::fs::remove_file(dir.join("changed.pth")).unwrap();
+    lab.retort(&["validate", "r.yaml"])
+        .expect(0)
+        .saying(&["changed.pth does not exist"]);
+    lab.retort(&["run", "r.yaml"])
+        .expect(3)
+        .saying(&["changed.pth", "does not exist"]);
+}
