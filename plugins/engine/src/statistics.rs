@@ -91,49 +91,9 @@ impl From<StatisticsError> for crate::Error {
 impl Moments {
     /// Moments of features (n, d), in f64; at least two rows.
     pub fn of(features: &[f32], dim: usize) -> Result<Self, StatisticsError> {
-        let count = rows("features", features, dim)?;
-        if count < 2 {
-            return Err(StatisticsError::TooFew {
-                what: "covariance",
-                needed: 2,
-                found: count,
-            });
-        }
-        let mut mean = vec![0.0; dim];
-        for row in features.chunks_exact(dim) {
-            for (sum, &value) in mean.iter_mut().zip(row) {
-                *sum += f64::from(value);
-            }
-        }
-        mean.iter_mut().for_each(|sum| *sum /= count as f64);
-
-        // Rows in batches, so that the f64 copy stays small; columns of the result in parallel, so that the order of
-        // the sums is fixed.
-        let mut covariance = vec![0.0; dim * dim];
-        for batch in features.chunks(BATCH_ROWS * dim) {
-            let centred: Vec<f64> = batch
-                .chunks_exact(dim)
-                .flat_map(|row| {
-                    row.iter()
-                        .zip(&mean)
-                        .map(|(&value, mean)| f64::from(value) - mean)
-                })
-                .collect();
-            let centred = DMatrixView::from_slice(&centred, dim, batch.len() / dim); // (d, b)
-            covariance
-                .par_chunks_mut(BLOCK_COLUMNS * dim)
-                .enumerate()
-                .for_each(|(block, columns)| {
-                    let width = columns.len() / dim;
-                    let right = centred.rows(block * BLOCK_COLUMNS, width).transpose(); // (b, width)
-                    DMatrixViewMut::from_slice(columns, dim, width)
-                        .gemm(1.0, &centred, &right, 1.0);
-                });
-        }
-        covariance
-            .iter_mut()
-            .for_each(|sum| *sum /= (count - 1) as f64);
-        Ok(Self { mean, covariance })
+        let mut running = RunningMoments::new(dim);
+        running.add(features)?;
+        running.finish()
     }
 
     /// Moments known beforehand: `mean` (d) and `covariance` (d, d).
@@ -159,10 +119,125 @@ impl Moments {
     }
 }
 
+/// Moments of features that arrive in parts. How they are cut does not change a bit of the result; what is held does not
+/// grow with their number.
+#[derive(Debug, Clone)]
+pub struct RunningMoments {
+    dim: usize,
+    /// Rows in the sums.
+    count: usize,
+    /// Mean of the first batch: close to all rows, so that their products do not cancel.
+    origin: Vec<f64>,
+    /// Sum of x - origin, (d).
+    sum: Vec<f64>,
+    /// Sum of (x - origin) (x - origin)^T, (d, d): blocks of columns, each from its diagonal down.
+    products: Vec<f64>,
+    /// Rows short of a batch.
+    pending: Vec<f32>,
+}
+
+impl RunningMoments {
+    /// Of no rows yet.
+    pub fn new(dim: usize) -> Self {
+        Self {
+            dim,
+            count: 0,
+            origin: Vec::new(),
+            sum: vec![0.0; dim],
+            products: vec![0.0; dim * dim],
+            pending: Vec::new(),
+        }
+    }
+
+    /// Adds rows (n, d).
+    pub fn add(&mut self, features: &[f32]) -> Result<(), StatisticsError> {
+        rows("features", features, self.dim)?;
+        for row in features.chunks_exact(self.dim) {
+            self.pending.extend_from_slice(row);
+            if self.pending.len() == BATCH_ROWS * self.dim {
+                self.flush();
+            }
+        }
+        Ok(())
+    }
+
+    /// The moments of all rows, of which there must be two.
+    pub fn finish(mut self) -> Result<Moments, StatisticsError> {
+        if !self.pending.is_empty() {
+            self.flush();
+        }
+        let Self { dim, count, .. } = self;
+        if count < 2 {
+            return Err(StatisticsError::TooFew {
+                what: "covariance",
+                needed: 2,
+                found: count,
+            });
+        }
+        let n = count as f64;
+        let offset: Vec<f64> = self.sum.iter().map(|sum| sum / n).collect();
+        let mut covariance = self.products;
+        for i in 0..dim {
+            for j in 0..=i {
+                let value = (covariance[j * dim + i] - n * offset[i] * offset[j]) / (n - 1.0);
+                covariance[j * dim + i] = value;
+                covariance[i * dim + j] = value;
+            }
+        }
+        let mean = self
+            .origin
+            .iter()
+            .zip(&offset)
+            .map(|(o, d)| o + d)
+            .collect();
+        Ok(Moments { mean, covariance })
+    }
+
+    /// Takes the pending rows into the sums. Blocks of columns in parallel, so that the order of the sums is fixed.
+    fn flush(&mut self) {
+        let dim = self.dim;
+        let count = self.pending.len() / dim;
+        if self.origin.is_empty() {
+            self.origin = vec![0.0; dim];
+            for row in self.pending.chunks_exact(dim) {
+                let sums = self.origin.iter_mut().zip(row);
+                sums.for_each(|(sum, &x)| *sum += f64::from(x));
+            }
+            self.origin.iter_mut().for_each(|sum| *sum /= count as f64);
+        }
+        let origin = &self.origin;
+        let centred = |row: &[f32]| -> Vec<f64> {
+            let pairs = row.iter().zip(origin);
+            pairs.map(|(&x, origin)| f64::from(x) - origin).collect()
+        };
+        let batch: Vec<f64> = self
+            .pending
+            .par_chunks_exact(dim)
+            .flat_map_iter(centred)
+            .collect();
+        for row in batch.chunks_exact(dim) {
+            self.sum.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
+        }
+        let batch = DMatrixView::from_slice(&batch, dim, count); // (d, b)
+        self.products
+            .par_chunks_mut(BLOCK_COLUMNS * dim)
+            .enumerate()
+            .for_each(|(block, columns)| {
+                let (first, width) = (block * BLOCK_COLUMNS, columns.len() / dim);
+                let right = batch.rows(first, width).transpose(); // (b, width)
+                DMatrixViewMut::from_slice(columns, dim, width)
+                    .rows_mut(first, dim - first)
+                    .gemm(1.0, &batch.rows(first, dim - first), &right, 1.0);
+            });
+        self.pending.clear();
+        self.count += count;
+    }
+}
+
 /// Frechet distance of the Gaussians with these moments: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), at least 0.
 ///
-/// The eigenvalues of S1 S2 are those of the symmetric S1^(1/2) S2 S1^(1/2), so singular covariances need no offset and
-/// no complex number appears.
+/// With S1 = F F^T the eigenvalues of S1 S2 are those of the symmetric F^T S2 F, and zeros. So no root of a matrix is
+/// taken, singular covariances need no offset, and no complex number appears.
 pub fn frechet_distance(a: &Moments, b: &Moments) -> Result<f64, StatisticsError> {
     let dim = a.dim();
     if b.dim() != dim {
@@ -186,53 +261,173 @@ pub fn frechet_distance(a: &Moments, b: &Moments) -> Result<f64, StatisticsError
         .map(|(a, b)| (a - b) * (a - b))
         .sum();
 
-    let mut eigen = first.symmetric_eigen();
-    eigen
-        .eigenvalues
-        .apply(|value| *value = value.max(0.0).sqrt());
-    let root = eigen.recompose();
-    let product = &root * second * &root;
-    let symmetric = (&product + product.transpose()) * 0.5;
-    let root_trace: f64 = symmetric
-        .symmetric_eigenvalues()
-        .iter()
-        .map(|value| value.max(0.0).sqrt())
-        .sum();
+    let factor = factor(&first);
+    let inner = product(&factor.transpose(), &product(&second, &factor));
+    let symmetric = (&inner + inner.transpose()) * 0.5;
+    let root_trace: f64 = match symmetric.is_empty() {
+        true => 0.0,
+        false => symmetric
+            .symmetric_eigenvalues()
+            .iter()
+            .map(|value| value.max(0.0).sqrt())
+            .sum(),
+    };
     Ok((means + trace - 2.0 * root_trace).max(0.0))
 }
 
-/// Inception score of class probabilities (n, classes), taken in `splits` consecutive parts: exp of the mean divergence
-/// from the part's average.
+/// F (d, rank) with F F^T = S for a symmetric S without negative eigenvalues: Cholesky's factor, the greatest remaining
+/// diagonal element first, up to where rounding leaves nothing. Its rows are in the order of S.
+fn factor(matrix: &DMatrix<f64>) -> DMatrix<f64> {
+    let dim = matrix.nrows();
+    let mut left: Vec<f64> = matrix.diagonal().iter().copied().collect();
+    let least = left.iter().copied().fold(0.0, f64::max) * dim as f64 * f64::EPSILON;
+    let mut rows = vec![0.0; dim * dim]; // row i of F from i * dim on
+    let mut rank = 0;
+    while rank < dim {
+        let pivot = (0..dim).fold(0, |best, i| if left[i] > left[best] { i } else { best });
+        if left[pivot] <= least {
+            break;
+        }
+        let root = left[pivot].sqrt();
+        let own = rows[pivot * dim..][..rank].to_vec();
+        rows.par_chunks_mut(dim)
+            .zip(left.par_iter_mut())
+            .enumerate()
+            .with_min_len(BLOCK_COLUMNS)
+            .for_each(|(i, (row, left))| {
+                let value = (matrix[(i, pivot)] - dot(&row[..rank], &own)) / root;
+                row[rank] = value;
+                *left -= value * value;
+            });
+        left[pivot] = 0.0;
+        rank += 1;
+    }
+    DMatrix::from_fn(dim, rank, |i, j| rows[i * dim + j])
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    let mut lanes = [0.0; LANES];
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        for lane in 0..LANES {
+            lanes[lane] += a[lane] * b[lane];
+        }
+    }
+    let rest: f64 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
+    rest + lanes.iter().sum::<f64>()
+}
+
+/// A matrix product, blocks of columns in parallel.
+fn product(a: &DMatrix<f64>, b: &DMatrix<f64>) -> DMatrix<f64> {
+    let rows = a.nrows();
+    let mut c = DMatrix::zeros(rows, b.ncols());
+    if !c.is_empty() {
+        c.as_mut_slice()
+            .par_chunks_mut(BLOCK_COLUMNS * rows)
+            .enumerate()
+            .for_each(|(block, columns)| {
+                let width = columns.len() / rows;
+                let b = b.columns(block * BLOCK_COLUMNS, width);
+                DMatrixViewMut::from_slice(columns, rows, width).gemm(1.0, a, &b, 0.0);
+            });
+    }
+    c
+}
+
+/// Inception score of logits (n, classes), taken in `splits` consecutive parts.
 pub fn inception_score(
-    probabilities: &[f32],
+    logits: &[f32],
     classes: usize,
     splits: usize,
 ) -> Result<InceptionScore, StatisticsError> {
-    let count = rows("probabilities", probabilities, classes)?;
-    if splits == 0 || count < splits {
-        let needed = splits.max(1);
-        return Err(StatisticsError::TooFew {
-            what: "inception score",
-            needed,
-            found: count,
-        });
-    }
-    let scores: Vec<f64> = (0..splits)
-        .map(|part| {
-            let (start, end) = (part * count / splits, (part + 1) * count / splits);
-            split_score(&probabilities[start * classes..end * classes], classes)
+    let count = rows("logits", logits, classes)?;
+    let mut running = RunningScore::new(count, classes, splits)?;
+    running.add(logits)?;
+    running.finish()
+}
+
+/// The inception score of logits that arrive in parts, of which only sums are held: the score of a split is
+/// exp(mean of sum p ln p - sum q ln q), q the mean of its probabilities p.
+#[derive(Debug, Clone)]
+pub struct RunningScore {
+    count: usize,
+    classes: usize,
+    /// Rows so far.
+    seen: usize,
+    /// Per split: its rows so far, the sum of p ln p, and the sums of p.
+    splits: Vec<(usize, f64, Vec<f64>)>,
+}
+
+impl RunningScore {
+    /// Of `count` rows to come.
+    pub fn new(count: usize, classes: usize, splits: usize) -> Result<Self, StatisticsError> {
+        if splits == 0 || count < splits {
+            return Err(StatisticsError::TooFew {
+                what: "inception score",
+                needed: splits.max(1),
+                found: count,
+            });
+        }
+        Ok(Self {
+            count,
+            classes,
+            seen: 0,
+            splits: vec![(0, 0.0, vec![0.0; classes]); splits],
         })
-        .collect();
-    let mean = scores.iter().sum::<f64>() / splits as f64;
-    let variance = scores
-        .iter()
-        .map(|score| (score - mean).powi(2))
-        .sum::<f64>()
-        / splits as f64;
-    Ok(InceptionScore {
-        mean,
-        deviation: variance.sqrt(),
-    })
+    }
+
+    /// Adds logits (n, classes).
+    pub fn add(&mut self, logits: &[f32]) -> Result<(), StatisticsError> {
+        rows("logits", logits, self.classes)?;
+        for row in logits.chunks_exact(self.classes) {
+            // Split k begins at row k count / splits, rounded down.
+            let split = ((self.seen + 1) * self.splits.len() - 1) / self.count;
+            let Some((rows, entropy, sums)) = self.splits.get_mut(split) else {
+                break; // more rows than announced: `finish` says so
+            };
+            let max = f64::from(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+            let total: f64 = row.iter().map(|&x| (f64::from(x) - max).exp()).sum();
+            for (sum, &x) in sums.iter_mut().zip(row) {
+                let log = f64::from(x) - max - total.ln();
+                *sum += log.exp();
+                *entropy += log.exp() * log;
+            }
+            *rows += 1;
+            self.seen += 1;
+        }
+        Ok(())
+    }
+
+    /// The score of all rows.
+    pub fn finish(self) -> Result<InceptionScore, StatisticsError> {
+        if self.seen != self.count {
+            return Err(StatisticsError::Shape {
+                what: "logits",
+                expected: format!("{} rows", self.count),
+                found: self.seen,
+            });
+        }
+        let scores: Vec<f64> = self
+            .splits
+            .iter()
+            .map(|(rows, entropy, sums)| {
+                let n = *rows as f64;
+                let means = sums.iter().map(|sum| sum / n).filter(|q| *q > 0.0);
+                (entropy / n - means.map(|q| q * q.ln()).sum::<f64>()).exp()
+            })
+            .collect();
+        let n = scores.len() as f64;
+        let mean = scores.iter().sum::<f64>() / n;
+        let variance = scores
+            .iter()
+            .map(|score| (score - mean).powi(2))
+            .sum::<f64>()
+            / n;
+        Ok(InceptionScore {
+            mean,
+            deviation: variance.sqrt(),
+        })
+    }
 }
 
 /// Precision and recall of `generated` (m, d) against `real` (n, d). The manifold of a set is the union of the balls
@@ -303,23 +498,6 @@ fn rows(what: &'static str, values: &[f32], dim: usize) -> Result<usize, Statist
         Some(index) => Err(StatisticsError::NotFinite { what, index }),
         None => Ok(values.len() / dim),
     }
-}
-
-fn split_score(probabilities: &[f32], classes: usize) -> f64 {
-    let count = (probabilities.len() / classes) as f64;
-    let mut average = vec![0.0; classes];
-    for row in probabilities.chunks_exact(classes) {
-        for (sum, &p) in average.iter_mut().zip(row) {
-            *sum += f64::from(p) / count;
-        }
-    }
-    let divergence: f64 = probabilities
-        .chunks_exact(classes)
-        .flat_map(|row| row.iter().zip(&average))
-        .filter(|(p, _)| **p > 0.0) // p ln p -> 0
-        .map(|(&p, average)| f64::from(p) * (f64::from(p).ln() - average.ln()))
-        .sum();
-    (divergence / count).exp()
 }
 
 /// Squared distance of each point to its k-th nearest other point of the set.
@@ -478,8 +656,85 @@ mod tests {
     }
 
     #[test]
+    fn parts_do_not_change_the_moments() {
+        let dim = 70;
+        let features = noise((2 * BATCH_ROWS + 9) * dim, 4);
+        let mut running = RunningMoments::new(dim);
+        for part in features.chunks(37 * dim) {
+            running.add(part).unwrap();
+        }
+        let whole = Moments::of(&features, dim).unwrap();
+        assert_eq!(running.finish().unwrap(), whole);
+        assert!(RunningMoments::new(dim).finish().is_err());
+    }
+
+    #[test]
+    fn the_distance_is_that_of_roots_by_eigenvectors() {
+        let dim = 40;
+        for (rows, seed) in [(300, 7), (25, 8)] {
+            // Correlated features; with 25 rows both covariances are singular.
+            let mix = noise(dim * dim, seed + 100);
+            let features = |seed, offset: f32| -> Vec<f32> {
+                let plain = noise(rows * dim, seed);
+                let mixed = |row: &[f32]| -> Vec<f32> {
+                    let weights = mix.chunks_exact(dim);
+                    weights
+                        .map(|w| w.iter().zip(row).map(|(w, x)| w * x).sum::<f32>() + offset)
+                        .collect()
+                };
+                plain.chunks_exact(dim).flat_map(mixed).collect()
+            };
+            let a = Moments::of(&features(seed, 0.0), dim).unwrap();
+            let b = Moments::of(&features(seed + 1, 0.3), dim).unwrap();
+            let root = |m: &[f64]| {
+                let mut eigen = DMatrix::from_column_slice(dim, dim, m).symmetric_eigen();
+                eigen.eigenvalues.apply(|x| *x = x.max(0.0).sqrt());
+                eigen.recompose()
+            };
+            let s2 = DMatrix::from_column_slice(dim, dim, &b.covariance);
+            let inner = root(&a.covariance) * &s2 * root(&a.covariance);
+            let trace = |m: &[f64]| (0..dim).map(|i| m[i * (dim + 1)]).sum::<f64>();
+            let means: f64 = a
+                .mean
+                .iter()
+                .zip(&b.mean)
+                .map(|(a, b)| (a - b).powi(2))
+                .sum();
+            let expected = means + trace(&a.covariance) + trace(&b.covariance)
+                - 2.0 * root(inner.as_slice()).trace();
+            check(&a, &b, expected);
+        }
+        // Nothing varies in one set.
+        let still = Moments::new(vec![1.0; 2], vec![0.0; 4]).unwrap();
+        check(&still, &diagonal(&[1.0, 3.0], &[1.0, 2.0]), 9.0);
+    }
+
+    /// The size of published figures: 2048 features, of fewer samples than that in one set.
+    #[test]
+    #[ignore = "takes seconds to a minute; run it when the arithmetic changes"]
+    fn the_distance_of_2048_features() {
+        let dim = 2048;
+        let clock = std::time::Instant::now();
+        let a = Moments::of(&noise(3000 * dim, 11), dim).unwrap();
+        let b = Moments::of(&noise(1500 * dim, 12), dim).unwrap();
+        println!(
+            "moments of 4500 rows: {:.1} s",
+            clock.elapsed().as_secs_f64()
+        );
+        let clock = std::time::Instant::now();
+        let distance = frechet_distance(&a, &b).unwrap();
+        println!(
+            "distance {distance:.6}: {:.1} s",
+            clock.elapsed().as_secs_f64()
+        );
+        assert!((frechet_distance(&b, &a).unwrap() / distance - 1.0).abs() < 1e-6);
+        assert!(frechet_distance(&a, &a).unwrap() < 1e-6 * distance);
+    }
+
+    #[test]
     fn inception_score_of_known_cases() {
-        let sure = [1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0];
+        let logits = |p: &[f32]| -> Vec<f32> { p.iter().map(|p| p.ln().max(-1e4)).collect() };
+        let sure = logits(&[1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0]);
         let found = inception_score(&sure, 2, 2).unwrap();
         assert!(
             (found.mean - 2.0).abs() < 1e-12 && found.deviation < 1e-12,
@@ -489,9 +744,31 @@ mod tests {
         let found = inception_score(&unsure, 4, 1).unwrap();
         assert!((found.mean - 1.0).abs() < 1e-12, "{found:?}");
         // Two splits of two: one varied (2), one not (1).
-        let half = [1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0];
+        let half = logits(&[1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0]);
         let found = inception_score(&half, 2, 2).unwrap();
         assert!((found.mean - 1.5).abs() < 1e-12 && (found.deviation - 0.5).abs() < 1e-12);
+        // By the definition, in splits of 2, 2 and 3 rows.
+        let (rows, classes, splits) = (7, 5, 3);
+        let random: Vec<f32> = noise(rows * classes, 9).iter().map(|x| 3.0 * x).collect();
+        let p: Vec<Vec<f64>> = random
+            .chunks(classes)
+            .map(|row| {
+                let e: Vec<f64> = row.iter().map(|&x| f64::from(x).exp()).collect();
+                e.iter().map(|x| x / e.iter().sum::<f64>()).collect()
+            })
+            .collect();
+        let scores = [0..2, 2..4, 4..7].map(|part| {
+            let n = part.len() as f64;
+            let q: Vec<f64> = (0..classes)
+                .map(|c| p[part.clone()].iter().map(|p| p[c]).sum::<f64>() / n)
+                .collect();
+            let kl = |p: &Vec<f64>| p.iter().zip(&q).map(|(p, q)| p * (p / q).ln()).sum::<f64>();
+            (p[part.clone()].iter().map(kl).sum::<f64>() / n).exp()
+        });
+        let found = inception_score(&random, classes, splits).unwrap();
+        let mean = scores.iter().sum::<f64>() / 3.0;
+        assert!((found.mean - mean).abs() < 1e-12, "{found:?} {scores:?}");
+        assert!(RunningScore::new(7, 5, 3).unwrap().finish().is_err());
     }
 
     #[test]
