@@ -7,7 +7,9 @@
 pub mod autoencoder;
 mod continuous;
 mod decoding;
+pub mod inception;
 pub mod llamagen;
+pub mod lpips;
 pub mod msvq;
 mod resize;
 pub mod var;
