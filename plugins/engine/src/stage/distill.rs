@@ -20,14 +20,15 @@ use crate::backend::{Backend, Unary};
 use crate::bundle::{self, Bundle};
 use crate::dataset::Dataset;
 use crate::error::{Error, Result};
+use crate::model::lpips::{self, Lpips};
 use crate::model::{CONTINUOUS_HEAD, Student, TokenShape, Tokenizer};
 use crate::random::{Sequence, Stream};
 use crate::sampler::check_timesteps;
 use crate::stage::classifier::Net;
-use crate::stage::{Context, Stage};
+use crate::stage::{Context, Stage, resolve};
 use crate::tape::Var;
 use crate::train::{Fit, HeldOut, StepOutput, TrainOptions, copies, scalar};
-use crate::weights::{Loader, Source};
+use crate::weights::{Loader, Source, Stored};
 
 /// Options of `distill`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -56,9 +57,9 @@ pub struct Options {
     #[serde(default = "held_out")]
     #[schemars(range(min = 0, max = 0.5))]
     pub held_out: f64,
-    /// Weight of the cross-entropy.
+    /// Weight of the cross-entropy, from which alone the logits learn.
     #[serde(default = "one")]
-    #[schemars(range(min = 0))]
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub cross_entropy: f64,
     /// Whether the loss covers the tokens that X_t already holds.
     #[serde(default)]
@@ -103,13 +104,26 @@ pub enum Perceptual {
         #[schemars(extend("x-retort-artifact" = ["classifier"]))]
         classifier: String,
     },
+    /// LPIPS on VGG-16 (arXiv 1801.03924, version 0.1), for images of at least 16 x 16 pixels.
+    Lpips {
+        /// Its weight.
+        weight: f64,
+        /// Weights of VGG-16 under torchvision's names: `vgg16-*.pth`.
+        #[schemars(extend("x-retort-file" = "file"))]
+        vgg: String,
+        /// Weights of its linear layers: `vgg.pth` of the published implementation.
+        #[schemars(extend("x-retort-file" = "file"))]
+        linear: String,
+    },
 }
 
 impl Perceptual {
     fn weight(&self) -> f64 {
         match self {
             Self::None => 0.0,
-            Self::L2 { weight } | Self::Classifier { weight, .. } => *weight,
+            Self::L2 { weight } | Self::Classifier { weight, .. } | Self::Lpips { weight, .. } => {
+                *weight
+            }
         }
     }
 }
@@ -155,10 +169,10 @@ impl<B: Backend> Stage<B> for Distill {
                 "the perceptual term moves the continuous head only: give a `split` below the number of AR steps",
             ));
         }
-        if o.cross_entropy + o.codebook_distance + o.perceptual.weight() <= 0.0 {
+        if o.cross_entropy <= 0.0 {
             return Err(Error::option(
                 "/cross_entropy",
-                "all loss weights are 0: nothing to learn",
+                "the logits learn from the cross-entropy alone: expected a weight above 0",
             ));
         }
         Ok(())
@@ -196,12 +210,7 @@ impl<B: Backend> Stage<B> for Distill {
         }
         let tokenizer = bundle.tokenizer(backend)?;
         let codebook = tokenizer.codebook()?;
-        let classifier = match &o.perceptual {
-            Perceptual::Classifier { classifier, .. } => {
-                Some(Net::open(backend, context.input_dir(classifier)?)?)
-            }
-            _ => None,
-        };
+        let eye = Eye::open(context, &o.perceptual)?;
 
         let (network, start) = network.student_start(o.depth, bundle.weights()?)?;
         let mut loader = Loader::new(
@@ -262,7 +271,7 @@ impl<B: Backend> Stage<B> for Distill {
             codebook_host: B::to_floats(&codebook)?,
             codebook: &codebook,
             tokenizer: &*tokenizer,
-            classifier,
+            eye,
             shape: &shape,
             boundary: shape.tokens_before(split),
         };
@@ -368,6 +377,57 @@ impl Options {
     }
 }
 
+/// What compares decoded images.
+enum Eye<B: Backend> {
+    Pixels,
+    Classifier(Net<B>),
+    Lpips(Lpips<B>),
+}
+
+impl<B: Backend> Eye<B> {
+    fn open(context: &Context<'_, B>, perceptual: &Perceptual) -> Result<Self> {
+        let (backend, base) = (context.backend, &context.job.base_dir);
+        Ok(match perceptual {
+            Perceptual::None | Perceptual::L2 { .. } => Self::Pixels,
+            Perceptual::Classifier { classifier, .. } => {
+                Self::Classifier(Net::open(backend, context.input_dir(classifier)?)?)
+            }
+            Perceptual::Lpips { vgg, linear, .. } => {
+                let [vgg, linear] = [vgg, linear].map(|file| resolve(base, file));
+                let (trunk, layers) = (Stored::open(&vgg, None)?, Stored::open(&linear, None)?);
+                let loader = |weights, path: &Path| {
+                    let origin = path.display().to_string();
+                    Loader::new(backend, Source::File(weights), false, origin)
+                };
+                Self::Lpips(Lpips::load(
+                    &mut loader(&trunk, &vgg),
+                    &mut loader(&layers, &linear),
+                )?)
+            }
+        })
+    }
+
+    /// Mean distance of images (b, c, h, w) in [-1, 1].
+    fn distance(&self, a: &Var<B>, b: &Var<B>) -> Result<Var<B>> {
+        let (a, b) = match self {
+            Self::Pixels => (a.clone(), b.clone()),
+            Self::Classifier(net) => (net.features(a)?, net.features(b)?),
+            Self::Lpips(lpips) => {
+                let side = a.shape()[2].min(a.shape()[3]);
+                if side < lpips::LEAST_SIDE {
+                    let message = format!(
+                        "LPIPS needs images of at least {0} x {0} pixels, the tokenizer decodes to {side}",
+                        lpips::LEAST_SIDE
+                    );
+                    return Err(Error::option("/perceptual", message));
+                }
+                return lpips.distance(a, b)?.mean_all();
+            }
+        };
+        a.sub(&b)?.unary(Unary::Square)?.mean_all()
+    }
+}
+
 /// The training loss and what it needs.
 struct Objective<'a, B: Backend> {
     options: &'a Options,
@@ -376,7 +436,7 @@ struct Objective<'a, B: Backend> {
     codebook_host: Vec<f32>,
     codebook: &'a B::Tensor,
     tokenizer: &'a dyn Tokenizer<B>,
-    classifier: Option<Net<B>>,
+    eye: Eye<B>,
     shape: &'a TokenShape,
     /// Tokens before `split`.
     boundary: usize,
@@ -447,18 +507,15 @@ impl<B: Backend> Objective<'_, B> {
         );
         let prediction = student.predict(&b.x, &b.labels, &b.data)?;
         let weights = Var::constant(self.backend.floats(&b.weights, &[n * l])?);
-        let mut terms: Vec<(&'static str, Var<B>, f64)> = Vec::new();
-        if o.cross_entropy > 0.0 {
-            let rows = prediction
-                .logits
-                .reshape(&[n * l, k])?
-                .cross_entropy_rows(&b.tokens)?;
-            terms.push((
-                "cross_entropy",
-                rows.mul(&weights)?.mean_all()?,
-                o.cross_entropy,
-            ));
-        }
+        let rows = prediction
+            .logits
+            .reshape(&[n * l, k])?
+            .cross_entropy_rows(&b.tokens)?;
+        let mut terms = vec![(
+            "cross_entropy",
+            rows.mul(&weights)?.mean_all()?,
+            o.cross_entropy,
+        )];
         if o.codebook_distance > 0.0 || o.perceptual.weight() > 0.0 {
             let continuous = student.continuous(&prediction)?; // (b, L, D)
             let target =
@@ -511,11 +568,7 @@ impl<B: Backend> Objective<'_, B> {
             self.tokenizer.decode(prediction)?,
             self.tokenizer.decode(target)?,
         );
-        let (a, b) = match &self.classifier {
-            Some(net) => (net.features(&a)?, net.features(&b)?),
-            None => (a, b),
-        };
-        a.sub(&b)?.unary(Unary::Square)?.mean_all()
+        self.eye.distance(&a, &b)
     }
 
     /// Mean cross-entropy of the logits from timestep t and the share of right tokens, over the tokens after t.
