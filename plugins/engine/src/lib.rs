@@ -13,6 +13,7 @@ pub mod error;
 pub mod flow;
 pub mod model;
 pub mod muon;
+pub mod numpy;
 pub mod picture;
 pub mod plugin;
 pub mod published;

@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 use image::{ImageError, Rgb, RgbImage};
 use retort_abi::{Failure, FailureCode};
 
+use crate::numpy;
+
 /// Images of one size, borrowed.
 #[derive(Debug, Clone, Copy)]
 pub struct Pixels<'a> {
@@ -133,11 +135,9 @@ pub fn write_npz(path: &Path, images: Pixels<'_>) -> Result<(), PictureError> {
     let write = || -> io::Result<()> {
         let mut archive = zip::ZipWriter::new(BufWriter::new(File::create(path)?));
         let bytes = images.len() * images.height * images.width * 3;
-        let options = zip::write::SimpleFileOptions::default()
-            .compression_method(zip::CompressionMethod::Stored) // as numpy.savez
-            .large_file(bytes >= u32::MAX as usize);
-        archive.start_file("arr_0.npy", options)?;
-        archive.write_all(&npy_header(&[images.len(), images.height, images.width, 3]))?;
+        archive.start_file("arr_0.npy", numpy::stored(bytes))?;
+        let shape = [images.len(), images.height, images.width, 3];
+        archive.write_all(&numpy::header("|u1", &shape))?;
         let mut buffer = Vec::with_capacity(images.height * images.width * 3); // (h, w, 3)
         for index in 0..images.len() {
             buffer.clear();
@@ -228,25 +228,6 @@ fn save(path: &Path, picture: &RgbImage) -> Result<(), PictureError> {
                 source,
             }
         })
-}
-
-/// Header of a NumPy file, version 1.0, of bytes in C order.
-fn npy_header(shape: &[usize]) -> Vec<u8> {
-    let shape: Vec<String> = shape.iter().map(usize::to_string).collect();
-    let mut text = format!(
-        "{{'descr': '|u1', 'fortran_order': False, 'shape': ({}), }}",
-        shape.join(", ")
-    );
-    // Magic, version and length take 10 bytes; the data starts at a multiple of 64.
-    let padded = (10 + text.len() + 1).next_multiple_of(64) - 10;
-    while text.len() + 1 < padded {
-        text.push(' ');
-    }
-    text.push('\n');
-    let mut header = b"\x93NUMPY\x01\x00".to_vec();
-    header.extend_from_slice(&(padded as u16).to_le_bytes());
-    header.extend_from_slice(text.as_bytes());
-    header
 }
 
 #[cfg(test)]

@@ -3,11 +3,13 @@
 //! Out: `samples.safetensors` with labels (n), noise (n, L, D), tokens (n, L; where codes were chosen), latents
 //! (n, L, D) and images (n, c, H, W) in [0, 1], and `grid.png`.
 
-use std::path::Path;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use retort_abi::{ArtifactMeta, Cancel, LogLevel, StageResult};
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorView};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -667,57 +669,105 @@ impl Samples {
     }
 
     /// The images of the first samples of each class, class by class, and the number of rows they fill.
-    pub fn by_class(&self, columns: usize) -> (Vec<f32>, usize) {
-        by_class(&self.images, &self.labels, columns)
+    fn by_class(&self, columns: usize) -> (Vec<f32>, usize) {
+        let size = self.image.iter().product::<usize>();
+        let (picks, rows) = by_class(&self.labels, columns);
+        let images = picks.iter().flat_map(|&i| &self.images[i * size..][..size]);
+        (images.copied().collect(), rows)
     }
 }
 
-/// The first `columns` images of each class, class by class (at most 16 classes), and the number of rows they fill:
-/// classes with fewer images are left out unless none has enough.
-pub fn by_class(images: &[f32], labels: &[u32], columns: usize) -> (Vec<f32>, usize) {
-    let size = images.len() / labels.len();
+/// The first `columns` samples of each class, class by class (at most 16 classes), and the number of rows they fill:
+/// classes with fewer samples are left out unless none has enough.
+pub fn by_class(labels: &[u32], columns: usize) -> (Vec<usize>, usize) {
     let mut classes: Vec<u32> = labels.to_vec();
     classes.sort_unstable();
     classes.dedup();
     let (mut out, mut rows) = (Vec::new(), 0);
     for class in classes {
-        let members: Vec<usize> = (0..labels.len())
-            .filter(|&i| labels[i] == class)
-            .take(columns)
-            .collect();
+        let members = (0..labels.len()).filter(|&i| labels[i] == class);
+        let members: Vec<usize> = members.take(columns).collect();
         if members.len() == columns && rows < 16 {
-            members
-                .iter()
-                .for_each(|&i| out.extend_from_slice(&images[i * size..(i + 1) * size]));
+            out.extend(members);
             rows += 1;
         }
     }
     if rows == 0 {
-        return (images[..size * labels.len().min(64)].to_vec(), 1);
+        return ((0..labels.len().min(64)).collect(), 1);
     }
     (out, rows)
 }
 
-/// Reads labels and images of a sample artifact: (labels, images, [channels, height, width]).
-pub fn read_images(dir: &Path) -> Result<(Vec<u32>, Vec<f32>, [usize; 3])> {
-    let path = dir.join(SAMPLES);
-    let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
-    let file = SafeTensors::deserialize(&bytes).map_err(|e| Error::data(&path, e))?;
-    let tensor = |name: &str| file.tensor(name).map_err(|e| Error::data(&path, e));
-    let images = tensor("images")?;
-    let &[n, c, h, w] = images.shape() else {
-        return Err(Error::data(
-            &path,
-            format!(
-                "images of shape {:?}, expected (n, c, H, W)",
-                images.shape()
-            ),
-        ));
-    };
-    let labels = weights::indices(&tensor("labels")?).filter(|labels| labels.len() == n);
-    let labels =
-        labels.ok_or_else(|| Error::data(&path, format!("labels must be {n} integers")))?;
-    let pixels =
-        weights::floats(&images).ok_or_else(|| Error::data(&path, "images must be floats"))?;
-    Ok((labels, pixels, [c, h, w]))
+/// The labels and images of a sample artifact; images stay in the file until they are asked for.
+pub struct SampleFile {
+    /// Class of each image.
+    pub labels: Vec<u32>,
+    /// Channels, height, width.
+    pub image: [usize; 3],
+    file: File,
+    path: PathBuf,
+    /// Where the images begin in the file.
+    start: u64,
 }
+
+impl SampleFile {
+    /// Opens a sample artifact.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let path = dir.join(SAMPLES);
+        let file = File::open(&path).map_err(Error::io(&path))?;
+        let bytes = |at: u64, count: usize| {
+            let mut bytes = vec![0; count];
+            file.read_exact_at(&mut bytes, at)
+                .map_err(Error::io(&path))?;
+            Ok::<_, Error>(bytes)
+        };
+        let head = bytes(0, 8)?;
+        let length = u64::from_le_bytes([0, 1, 2, 3, 4, 5, 6, 7].map(|i| head[i]));
+        let length = usize::try_from(length).ok().filter(|&n| n <= HEADER_MOST);
+        let length = length.ok_or_else(|| Error::data(&path, "not a safetensors file"))?;
+        let meta: Metadata =
+            serde_json::from_slice(&bytes(8, length)?).map_err(|e| Error::data(&path, e))?;
+        let tensor = |name: &str| {
+            let info = meta.info(name);
+            let info = info.ok_or_else(|| Error::data(&path, format!("no tensor {name}")))?;
+            Ok::<_, Error>((info, (8 + length + info.data_offsets.0) as u64))
+        };
+        let (images, start) = tensor("images")?;
+        let (&[n, c, h, w], Dtype::F32) = (&images.shape[..], images.dtype) else {
+            let message = format!(
+                "images of type {:?} and shape {:?}, expected F32 and (n, c, H, W)",
+                images.dtype, images.shape
+            );
+            return Err(Error::data(&path, message));
+        };
+        let (info, at) = tensor("labels")?;
+        let bytes = bytes(at, info.data_offsets.1 - info.data_offsets.0)?;
+        let labels = TensorView::new(info.dtype, info.shape.clone(), &bytes)
+            .ok()
+            .and_then(|view| weights::indices(&view))
+            .filter(|labels| labels.len() == n)
+            .ok_or_else(|| Error::data(&path, format!("labels must be {n} integers")))?;
+        Ok(Self {
+            labels,
+            image: [c, h, w],
+            file,
+            path,
+            start,
+        })
+    }
+
+    /// `count` images from the one with index `first` on, in [0, 1].
+    pub fn read(&self, first: usize, count: usize) -> Result<Vec<f32>> {
+        let size = 4 * self.image.iter().product::<usize>();
+        let mut bytes = vec![0; count * size];
+        let at = self.start + (first * size) as u64;
+        self.file
+            .read_exact_at(&mut bytes, at)
+            .map_err(Error::io(&self.path))?;
+        let (floats, _) = bytes.as_chunks();
+        Ok(floats.iter().map(|b| f32::from_le_bytes(*b)).collect())
+    }
+}
+
+/// Longest header of a safetensors file, as the format has it.
+const HEADER_MOST: usize = 100_000_000;

@@ -1,0 +1,289 @@
+//! NumPy's files: arrays (`.npy`, format version 1 to 3) and archives of them (`.npz`).
+//!
+//! In: arrays of floats, of either order and byte order. Out: f64 in C order; bytes and f64 are written. Deliberately
+//! absent: pickled objects, records, strings.
+
+use std::fs::File;
+use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::path::Path;
+
+use crate::error::{Error, Result};
+
+/// An array in C order.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Array {
+    /// Sizes of the dimensions.
+    pub shape: Vec<usize>,
+    /// Elements.
+    pub data: Vec<f64>,
+}
+
+/// An `.npz` archive open for reading.
+pub struct Archive {
+    zip: zip::ZipArchive<BufReader<File>>,
+    path: std::path::PathBuf,
+}
+
+impl Archive {
+    /// Opens an archive.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = BufReader::new(File::open(path).map_err(Error::io(path))?);
+        let zip = zip::ZipArchive::new(file)
+            .map_err(|e| Error::data(path, format!("not a NumPy archive: {e}")))?;
+        Ok(Self {
+            zip,
+            path: path.to_owned(),
+        })
+    }
+
+    /// An array, if it is there.
+    pub fn array(&mut self, name: &str) -> Result<Option<Array>> {
+        let Some(index) = self.zip.index_for_name(&format!("{name}.npy")) else {
+            return Ok(None);
+        };
+        let wrong = |message: String| Error::data(&self.path, format!("array {name}: {message}"));
+        let entry = self.zip.by_index_raw(index);
+        let entry = entry.map_err(|e| wrong(e.to_string()))?;
+        let array = match entry.compression() {
+            zip::CompressionMethod::Stored => read_array(entry),
+            zip::CompressionMethod::DEFLATE => read_array(flate2::read::DeflateDecoder::new(entry)),
+            other => Err(format!("compressed by {other}, expected deflate")),
+        };
+        array.map(Some).map_err(wrong)
+    }
+}
+
+/// Writes an archive of f64 arrays, stored as `numpy.savez` does.
+pub fn write_archive(path: &Path, arrays: &[(&str, &[usize], &[f64])]) -> Result<()> {
+    let write = || -> io::Result<()> {
+        let mut archive = zip::ZipWriter::new(BufWriter::new(File::create(path)?));
+        for (name, shape, data) in arrays {
+            archive.start_file(format!("{name}.npy"), stored(data.len() * 8))?;
+            archive.write_all(&header("<f8", shape))?;
+            for part in data.chunks(8192) {
+                let bytes: Vec<u8> = part.iter().flat_map(|x| x.to_le_bytes()).collect();
+                archive.write_all(&bytes)?;
+            }
+        }
+        archive.finish()?.flush()
+    };
+    write().map_err(Error::io(path))
+}
+
+/// How an entry of so many bytes is kept in an archive.
+pub fn stored(bytes: usize) -> zip::write::SimpleFileOptions {
+    zip::write::SimpleFileOptions::default()
+        .compression_method(zip::CompressionMethod::Stored)
+        .large_file(bytes >= u32::MAX as usize)
+}
+
+/// Header of a `.npy` file, version 1.0, of elements of a type (`|u1`, `<f8`) in C order.
+pub fn header(descr: &str, shape: &[usize]) -> Vec<u8> {
+    let sizes: String = shape.iter().map(|n| format!("{n}, ")).collect();
+    let sizes = match shape.len() {
+        0 | 1 => sizes.trim_end(),
+        _ => sizes.trim_end_matches(", "),
+    };
+    let mut text = format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': ({sizes}), }}");
+    // Magic, version and length take 10 bytes; the data starts at a multiple of 64.
+    let padded = (10 + text.len() + 1).next_multiple_of(64) - 10;
+    while text.len() + 1 < padded {
+        text.push(' ');
+    }
+    text.push('\n');
+    let mut header = b"\x93NUMPY\x01\x00".to_vec();
+    header.extend_from_slice(&(padded as u16).to_le_bytes());
+    header.extend_from_slice(text.as_bytes());
+    header
+}
+
+/// Longest header that is read; NumPy writes some hundred bytes.
+const HEADER_MOST: usize = 64 * 1024;
+
+/// Reads a `.npy` file of floats.
+fn read_array(mut file: impl Read) -> Result<Array, String> {
+    let mut start = [0; 8];
+    file.read_exact(&mut start).map_err(|e| e.to_string())?;
+    if &start[..6] != b"\x93NUMPY" || !(1..=3).contains(&start[6]) {
+        return Err("not a NumPy array".into());
+    }
+    let mut length = [0; 4];
+    let wide = if start[6] == 1 { 2 } else { 4 };
+    let read = file.read_exact(&mut length[..wide]);
+    read.map_err(|e| e.to_string())?;
+    let length = u32::from_le_bytes(length) as usize;
+    if length > HEADER_MOST {
+        return Err(format!("a header of {length} bytes"));
+    }
+    let mut text = vec![0; length];
+    file.read_exact(&mut text).map_err(|e| e.to_string())?;
+    let text = String::from_utf8_lossy(&text);
+    let (descr, fortran, shape) =
+        parse(&text).ok_or_else(|| format!("a header that reads {}", text.trim_end()))?;
+    let count = shape
+        .iter()
+        .try_fold(1usize, |product, &n| product.checked_mul(n))
+        .filter(|count| *count <= isize::MAX as usize / 8)
+        .ok_or_else(|| format!("shape {shape:?}"))?;
+    let size = match descr.trim_start_matches(['<', '>', '=', '|']) {
+        "f4" => 4,
+        "f8" => 8,
+        _ => return Err(format!("type {descr}, expected f4 or f8")),
+    };
+    let mut bytes = Vec::new();
+    file.take((count * size) as u64)
+        .read_to_end(&mut bytes)
+        .map_err(|e| e.to_string())?;
+    if bytes.len() != count * size {
+        return Err(format!(
+            "{} bytes, expected {} for shape {shape:?}",
+            bytes.len(),
+            count * size
+        ));
+    }
+    let turned = descr.starts_with('>');
+    let element = |bytes: &[u8]| {
+        let mut own = [0; 8];
+        own[..size].copy_from_slice(bytes);
+        if turned {
+            own[..size].reverse();
+        }
+        match size {
+            4 => f64::from(f32::from_le_bytes([own[0], own[1], own[2], own[3]])),
+            _ => f64::from_le_bytes(own),
+        }
+    };
+    let data: Vec<f64> = bytes.chunks_exact(size).map(element).collect();
+    Ok(Array {
+        data: if fortran {
+            c_order(&data, &shape)
+        } else {
+            data
+        },
+        shape,
+    })
+}
+
+/// Elements that lie with the first dimension fastest, last dimension fastest.
+fn c_order(data: &[f64], shape: &[usize]) -> Vec<f64> {
+    let mut index = vec![0; shape.len()];
+    let mut out = Vec::with_capacity(data.len());
+    for _ in 0..data.len() {
+        let place = index
+            .iter()
+            .zip(shape)
+            .rev()
+            .fold(0, |place, (i, n)| place * n + i);
+        out.push(data[place]);
+        for (i, n) in index.iter_mut().zip(shape).rev() {
+            *i += 1;
+            if *i < *n {
+                break;
+            }
+            *i = 0;
+        }
+    }
+    out
+}
+
+/// Type, order and shape of a header: a Python dictionary of these three.
+fn parse(text: &str) -> Option<(&str, bool, Vec<usize>)> {
+    let after = |key: &str| {
+        let (_, rest) = text.split_once(&format!("'{key}'"))?;
+        Some(rest.trim_start().strip_prefix(':')?.trim_start())
+    };
+    let descr = after("descr")?.strip_prefix('\'')?.split_once('\'')?.0;
+    let fortran = after("fortran_order")?.starts_with("True");
+    let shape = after("shape")?.strip_prefix('(')?.split_once(')')?.0;
+    let sizes = shape.split(',').map(str::trim).filter(|n| !n.is_empty());
+    let shape = sizes
+        .map(|n| n.parse().ok())
+        .collect::<Option<Vec<usize>>>()?;
+    Some((descr, fortran, shape))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn npy(descr: &str, fortran: &str, shape: &str, data: &[u8]) -> Vec<u8> {
+        let text =
+            format!("{{'descr': '{descr}', 'fortran_order': {fortran}, 'shape': {shape}, }}\n");
+        let mut file = b"\x93NUMPY\x01\x00".to_vec();
+        file.extend_from_slice(&(text.len() as u16).to_le_bytes());
+        file.extend_from_slice(text.as_bytes());
+        file.extend_from_slice(data);
+        file
+    }
+
+    #[test]
+    fn an_archive_reads_as_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("statistics.npz");
+        let (mu, sigma) = ([1.5, -2.0], [1.0, 0.25, 0.25, 3.0]);
+        write_archive(&path, &[("mu", &[2], &mu), ("sigma", &[2, 2], &sigma)]).unwrap();
+        let mut archive = Archive::open(&path).unwrap();
+        let found = archive.array("mu").unwrap().unwrap();
+        assert_eq!((found.shape, found.data), (vec![2], mu.to_vec()));
+        let found = archive.array("sigma").unwrap().unwrap();
+        assert_eq!((found.shape, found.data), (vec![2, 2], sigma.to_vec()));
+        assert_eq!(archive.array("mu_s").unwrap(), None);
+        std::fs::write(&path, b"PK").unwrap();
+        assert!(Archive::open(&path).is_err());
+    }
+
+    #[test]
+    fn every_order_of_floats_is_read() {
+        let expected = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
+        let turned = [1.0, 4.0, 2.0, 5.0, 3.0, 6.0];
+        let bytes = |x: &[f64], f: fn(f64) -> Vec<u8>| -> Vec<u8> {
+            x.iter().flat_map(|&x| f(x)).collect()
+        };
+        let little = |x: f64| (x as f32).to_le_bytes().to_vec();
+        for (descr, fortran, data) in [
+            (
+                "<f8",
+                "False",
+                bytes(&expected, |x| x.to_le_bytes().to_vec()),
+            ),
+            (
+                ">f8",
+                "False",
+                bytes(&expected, |x| x.to_be_bytes().to_vec()),
+            ),
+            ("<f4", "False", bytes(&expected, little)),
+            ("<f4", "True", bytes(&turned, little)),
+        ] {
+            let found = read_array(&npy(descr, fortran, "(2, 3)", &data)[..]).unwrap();
+            assert_eq!(
+                (&found.shape[..], &found.data[..]),
+                (&[2, 3][..], &expected[..])
+            );
+        }
+        let scalar = read_array(&npy("<f8", "False", "()", &7f64.to_le_bytes())[..]).unwrap();
+        assert_eq!((scalar.shape, scalar.data), (vec![], vec![7.0]));
+    }
+
+    #[test]
+    fn what_is_no_array_of_floats_is_refused() {
+        for (file, expected) in [
+            (b"\x93NUMPX\x01\x00".to_vec(), "not a NumPy array"),
+            (
+                npy("|O", "False", "(1,)", b"x"),
+                "type |O, expected f4 or f8",
+            ),
+            (
+                npy("<f8", "False", "(2,)", &[0; 8]),
+                "8 bytes, expected 16 for shape [2]",
+            ),
+            (npy("<f8", "False", "(-1,)", &[]), "a header that reads"),
+            (
+                npy("<f8", "False", "(9999999999, 9999999999)", &[]),
+                "shape [9999999999, 9999999999]",
+            ),
+        ] {
+            let error = read_array(&file[..]).unwrap_err();
+            assert!(error.starts_with(expected), "{error}");
+        }
+    }
+}
