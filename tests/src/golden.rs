@@ -9,9 +9,12 @@ use std::path::{Path, PathBuf};
 
 use retort_engine::backend::{Backend, FlowSolver};
 use retort_engine::model::autoencoder::Shape;
+use retort_engine::model::inception::{FEATURES, Inception, Preparation};
+use retort_engine::model::lpips::Lpips;
 use retort_engine::model::{Student, Teacher, Tokenizer, llamagen, msvq, var, vq};
 use retort_engine::sampler::{Choice, Distribution, StudentSampler, autoregressive, choices};
-use retort_engine::tape::Var;
+use retort_engine::statistics::{Moments, frechet_distance, inception_score, precision_recall};
+use retort_engine::tape::{Var, backward};
 use retort_engine::weights::{self, Floats, Loader, Source, Weights};
 use retort_engine::{Error, Result};
 use safetensors::SafeTensors;
@@ -525,6 +528,98 @@ fn compare<B: Backend>(
     suite.values("tokenizer.image_of_tokens", &B::shape(&images), &pixels);
     assert_eq!(suite.expected.left(), [""; 0], "tensors not compared");
     Ok(())
+}
+
+/// Procedural weights of a measuring network: `inception`, `vgg` or `linear`.
+pub fn measuring_weights(part: &str) -> Result<Weights> {
+    let mut parts = procedural_weights(&folder("measures").join("weights.json"))?;
+    Ok(parts.remove(part).expect("a part of weights.json"))
+}
+
+/// Compares the networks that measure images, and the figures taken from their features, with pytorch-fid, lpips and
+/// torch-fidelity (`peers/measures.py` writes `golden/measures`).
+pub fn measures<B: Backend>(backend: &B) -> Result<Vec<Row>> {
+    let dir = folder("measures");
+    let parts = procedural_weights(&dir.join("weights.json"))?;
+    let load =
+        |part: &str| Loader::new(backend, Source::Host(&parts[part]), false, part.to_owned());
+    let mut suite = Suite {
+        backend,
+        network: "measures",
+        expected: Expected::open(&dir.join("expected.safetensors"))?,
+        rows: Vec::new(),
+    };
+
+    let lpips = Lpips::load(&mut load("vgg"), &mut load("linear"))?;
+    let side = |side: &str| {
+        let both = [0, 1].map(|i| &parts["pairs"][&format!("{side}.{i}")]);
+        let data = both.map(|x| &x.data[..]).concat();
+        backend.floats(&data, &[&[2], &both[0].shape[..]].concat())
+    };
+    let grey = |x: &B::Tensor| Ok::<_, Error>(Var::constant(B::narrow(x, 1, 0, 1)?));
+    let (a, b) = (side("a")?, side("b")?);
+    let found = lpips.distance(&grey(&a)?, &grey(&b)?)?;
+    suite.floats("lpips.grey", found.value())?;
+    let image = Var::parameter(a);
+    let distance = lpips.distance(&image, &Var::constant(b))?;
+    suite.floats("lpips.distance", distance.value())?;
+    let sum = distance.sum(&[0])?;
+    drop(distance);
+    let gradient = backward(sum, &[("image".into(), image)])?;
+    suite.floats("lpips.gradient", &gradient[0])?;
+
+    let inception = Inception::load(&mut load("inception"))?;
+    for (name, count) in [("small", 2), ("exact", 2), ("large", 1), ("grey", 1)] {
+        let images = (0..count).map(|i| &parts["images"][&format!("{name}.{i}")]);
+        let images: Vec<&Floats> = images.collect();
+        let byte = |x: &f32| (x.clamp(0.0, 1.0) * 255.0 + 0.5).floor() / 255.0;
+        let pixels = images.iter().flat_map(|x| x.data.iter().map(byte));
+        let shape = [&[count], &images[0].shape[..]].concat();
+        let x = backend.floats(&pixels.collect::<Vec<_>>(), &shape)?;
+        let x = Var::constant(x);
+        let found = inception.look(&x, Preparation::Pytorch)?;
+        for (features, dims) in found.features.iter().zip(FEATURES) {
+            suite.floats(&format!("inception.{name}.{dims}"), features.value())?;
+        }
+        suite.floats(&format!("inception.{name}.spatial"), found.spatial.value())?;
+        let found = inception.look(&x, Preparation::Tensorflow)?;
+        suite.floats(
+            &format!("tensorflow.{name}.2048"),
+            found.features[3].value(),
+        )?;
+        suite.floats(&format!("tensorflow.{name}.logits"), found.logits.value())?;
+    }
+
+    let set = |name: &str| &parts["sets"][name];
+    let moments = |name: &str| Moments::of(&set(name).data, set(name).shape[1]);
+    let real = moments("real")?;
+    let score = inception_score(&set("logits").data, set("logits").shape[1], 10)?;
+    let both = precision_recall(&set("real").data, &set("fake").data, real.dim(), 3)?;
+    let figures = [
+        ("fake", frechet_distance(&real, &moments("fake")?)?),
+        ("few", frechet_distance(&real, &moments("few")?)?),
+        ("inception score", score.mean),
+        ("its deviation", score.deviation),
+        ("precision", both.precision),
+        ("recall", both.recall),
+    ];
+    let expected = suite.expected.floats("sets.figures");
+    assert_eq!(expected.len(), figures.len(), "number of figures");
+    for ((name, found), expected) in figures.into_iter().zip(expected) {
+        suite.rows.push(Row {
+            name: format!("measures/sets.{name}"),
+            error: (found / f64::from(expected) - 1.0).abs(),
+            tolerance: 1e-6,
+        });
+    }
+    let shorter = |x: &[f64]| x.iter().map(|&x| x as f32).collect::<Vec<_>>();
+    for (name, found) in [("mean", &real.mean), ("covariance", &real.covariance)] {
+        let name = format!("sets.{name}");
+        let shape = suite.expected.shape(&name);
+        suite.values(&name, &shape, &shorter(found));
+    }
+    assert_eq!(suite.expected.left(), [""; 0], "tensors not compared");
+    Ok(suite.rows)
 }
 
 /// Weights by their recipe: element i is scale * (2u - 1) + shift, u from SplitMix64 started at the seed.

@@ -12,3 +12,10 @@ fn candle_agrees_with_the_published_code() {
     rows.extend(golden::var_variants(&backend).expect("VAR's variants"));
     assert!(golden::report("candle", &rows), "see the table above");
 }
+
+#[test]
+fn candle_measures_as_the_packages_do() {
+    let backend = Candle::open("cpu", "f32", 2).expect("a CPU");
+    let rows = golden::measures(&backend).expect("the measuring networks");
+    assert!(golden::report("candle", &rows), "see the table above");
+}

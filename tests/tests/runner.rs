@@ -1,6 +1,7 @@
 //! The runner, through its real binary: runs, reuse, faults, interruptions, stores in trouble, checkpoint files.
 //!
-//! The stages come from a plugin in C (`fixtures/faulty.c`) that does as its options say; in `training`, from candle.
+//! The stages come from a plugin in C (`fixtures/faulty.c`) that does as its options say; in `training` and `measuring`,
+//! from candle.
 
 #[path = "runner/checkpoints.rs"]
 mod checkpoints;
@@ -12,6 +13,8 @@ mod history;
 mod interruptions;
 #[path = "runner/lab.rs"]
 mod lab;
+#[path = "runner/measuring.rs"]
+mod measuring;
 #[path = "runner/plugins.rs"]
 mod plugins;
 #[path = "runner/published.rs"]

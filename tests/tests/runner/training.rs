@@ -55,7 +55,7 @@ const STUDENT: &str = "
     train: {steps: 400, batch: 32, ema: 0.99, muon: {}}
 ";
 
-fn lab(stages: &str) -> Lab {
+pub fn lab(stages: &str) -> Lab {
     let lab = Lab::new(&[]);
     let digits = Path::new(env!("CARGO_MANIFEST_DIR")).join("../recipes/data/digits.csv");
     let digits = digits.canonicalize().unwrap();
@@ -65,7 +65,7 @@ fn lab(stages: &str) -> Lab {
 }
 
 /// Hash and place of the output of a stage of the newest run.
-fn output(lab: &Lab, stage: &str) -> (String, PathBuf) {
+pub fn output(lab: &Lab, stage: &str) -> (String, PathBuf) {
     let said = lab
         .retort(&["artifacts", "list", "latest", "--json"])
         .expect(0);
@@ -124,7 +124,7 @@ fn a_training_that_was_interrupted_ends_with_the_same_bits() {
 }
 
 /// The values of a series of the newest run.
-fn points(lab: &Lab, stage: &str, series: &str) -> Vec<f64> {
+pub fn points(lab: &Lab, stage: &str, series: &str) -> Vec<f64> {
     let said = lab
         .retort(&["metrics", "latest", series, "--stage", stage, "--json"])
         .expect(0);

@@ -1,0 +1,354 @@
+#!/usr/bin/env python3
+"""The measuring networks and figures, as the packages that others use compute them.
+
+    measures.py golden           write tests/golden/measures, which `make test` holds the engine against
+    measures.py check RETORT     run a recipe with the binary RETORT and compare its evaluation with these packages
+
+Needs a virtual environment of its own; the versions are those that the committed results were made with:
+
+    pip install torch==2.13.0 torchvision==0.28.0 pytorch-fid==0.3.0 lpips==0.1.4 torch-fidelity==0.4.0 \
+        numpy==2.4.6 scipy==1.17.1 safetensors==0.8.0 pillow==13.0.0
+
+Nothing is downloaded: all weights are procedural. Element i of a tensor is scale (2 u - 1) + shift, where u is number
+i + 1 of SplitMix64 started at `seed`, its upper 24 bits over 2^24.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import lpips
+import numpy as np
+import pytorch_fid.fid_score as fid
+import pytorch_fid.inception as fid_inception
+import scipy.linalg
+import torch
+import torch_fidelity.feature_extractor_inceptionv3 as fidelity
+import torchvision
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests/golden/measures"
+SPLITS = 10
+NEIGHBOURS = 3
+
+
+def procedural(spec):
+    """The tensor of a recipe, f32."""
+    count = int(np.prod(spec["shape"], dtype=np.int64))
+    with np.errstate(over="ignore"):
+        z = np.uint64(spec["seed"]) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+    u = (z >> np.uint64(40)).astype(np.float64) * 2.0**-24
+    return (spec["scale"] * (2 * u - 1) + spec["shift"]).astype(np.float32).reshape(spec["shape"])
+
+
+def recipe(name, shape, scale, shift=0.0):
+    # FNV-1a of the name: a seed that neither order nor company changes.
+    seed = 0xCBF29CE484222325
+    for byte in name.encode():
+        seed = (seed ^ byte) * 0x100000001B3 % 2**64
+    return {"name": name, "shape": list(shape), "seed": seed, "scale": scale, "shift": shift}
+
+
+def uniform_he(shape):
+    return float(np.sqrt(6 / np.prod(shape[1:])))
+
+
+def tensors(specs):
+    return {spec["name"]: torch.from_numpy(procedural(spec)) for spec in specs}
+
+
+def vgg_specs():
+    specs = []
+    for name, value in torchvision.models.vgg16(weights=None).features.state_dict().items():
+        scale = uniform_he(value.shape) if value.dim() == 4 else 0.1
+        specs.append(recipe(f"features.{name}", value.shape, scale))
+    return specs
+
+
+def linear_specs():
+    widths = [64, 128, 256, 512, 512]
+    return [recipe(f"lin{i}.model.1.weight", (1, width, 1, 1), 0.5, 0.5) for i, width in enumerate(widths)]
+
+
+def inception_specs():
+    # The layers of the network, without the download that its constructor starts.
+    fid_inception.load_state_dict_from_url = lambda *_, **__: {}
+    load, torch.nn.Module.load_state_dict = torch.nn.Module.load_state_dict, lambda *_, **__: None
+    network = fid_inception.fid_inception_v3()
+    torch.nn.Module.load_state_dict = load
+    kinds = {
+        "bn.weight": (0.2, 1.0),
+        "bn.bias": (0.2, 0.0),
+        "bn.running_mean": (0.2, 0.0),
+        "bn.running_var": (0.4, 1.0),
+        "fc.bias": (0.5, 0.0),
+    }
+    specs = []
+    for name, value in network.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        scale, shift = next((kind for end, kind in kinds.items() if name.endswith(end)), (uniform_he(value.shape), 0.0))
+        specs.append(recipe(name, value.shape, scale, shift))
+    return specs
+
+
+def inception(state, dims=2048):
+    """pytorch-fid's network."""
+    fid_inception.load_state_dict_from_url = lambda *_, **__: state
+    return fid_inception.InceptionV3([fid_inception.InceptionV3.BLOCK_INDEX_BY_DIM[dims]]).eval()
+
+
+def all_features(state):
+    """A function from images in [0, 1] to pytorch-fid's features of every depth, and spatial ones."""
+    fid_inception.load_state_dict_from_url = lambda *_, **__: state
+    network = fid_inception.InceptionV3([0, 1, 2, 3]).eval()
+    spatial = []
+    network.blocks[2][6].branch1x1.register_forward_hook(lambda _, __, out: spatial.append(out))
+
+    def look(images):
+        spatial.clear()
+        with torch.no_grad():
+            maps = network(images)
+        found = {str(m.shape[1]): m.mean((2, 3)).numpy() for m in maps}
+        # ADM's evaluation suite: the first seven channels of mixed_6/conv, channels last.
+        found["spatial"] = spatial[0][:, :7].permute(0, 2, 3, 1).flatten(1).numpy()
+        return found
+
+    return look
+
+
+def fidelity_network(state):
+    """torch-fidelity's network, which prepares images as TensorFlow 1 does: features and logits of uint8 images."""
+    with tempfile.NamedTemporaryFile(suffix=".pth") as file:
+        torch.save(state, file.name)
+        return fidelity.FeatureExtractorInceptionV3(
+            "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=file.name
+        )
+
+
+def perceptual(vgg, linear):
+    """The lpips package's network."""
+    made = torchvision.models.vgg16
+    torchvision.models.vgg16 = lambda **_: made(weights=None)
+    network = lpips.LPIPS(net="vgg", pretrained=False, verbose=False).eval()
+    torchvision.models.vgg16 = made
+    for name, value in network.net.state_dict().items():
+        value.copy_(vgg["features." + name.split(".", 1)[1]])
+    for i in range(5):
+        getattr(network, f"lin{i}").model[1].weight.data.copy_(linear[f"lin{i}.model.1.weight"])
+    return network
+
+
+def quantised(x):
+    return np.floor(np.clip(x, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def golden():
+    parts = {"vgg": vgg_specs(), "linear": linear_specs(), "inception": inception_specs()}
+    # Images differ in brightness and contrast; grey ones have one channel.
+    sizes = {"small": (2, 3, 48, 64), "exact": (2, 3, 299, 299), "large": (1, 3, 320, 310), "grey": (1, 1, 32, 32)}
+    parts["images"] = [
+        recipe(f"{name}.{i}", shape[1:], 0.5 / (i + 1), 0.5 - 0.1 * i)
+        for name, shape in sizes.items()
+        for i in range(shape[0])
+    ]
+    parts["pairs"] = [recipe(f"{side}.{i}", (3, 40, 48), 1.0 / (i + 1), 0.1 * i) for i in range(2) for side in "ab"]
+    parts["sets"] = [
+        recipe("real", (300, 48), 1.0, 0.2),
+        recipe("fake", (260, 48), 0.9, 0.25),
+        recipe("few", (30, 48), 1.0, 0.2),
+        recipe("logits", (203, 30), 4.0),
+    ]
+    expected = {}
+
+    network = perceptual(tensors(parts["vgg"]), tensors(parts["linear"]))
+    pairs = tensors(parts["pairs"])
+    a, b = (torch.stack([pairs[f"{side}.{i}"] for i in range(2)]) for side in "ab")
+    a.requires_grad_()
+    distance = network(a, b)
+    distance.sum().backward()
+    expected["lpips.distance"] = distance.detach().flatten().numpy()
+    expected["lpips.gradient"] = a.grad.numpy()
+    a1, b1 = a.detach()[:, :1], b[:, :1]
+    with torch.no_grad():
+        expected["lpips.grey"] = network(a1.expand(-1, 3, -1, -1), b1.expand(-1, 3, -1, -1)).flatten().numpy()
+
+    state = tensors(parts["inception"])
+    look, tensorflow = all_features(state), fidelity_network(state)
+    images = tensors(parts["images"])
+    for name, shape in sizes.items():
+        bytes_ = np.stack([quantised(images[f"{name}.{i}"].numpy()) for i in range(shape[0])])
+        x = torch.from_numpy(bytes_).expand(-1, 3, -1, -1)
+        for key, value in look(x.float() / 255).items():
+            expected[f"inception.{name}.{key}"] = value
+        with torch.no_grad():
+            features, logits = tensorflow(x)
+        expected[f"tensorflow.{name}.2048"], expected[f"tensorflow.{name}.logits"] = features.numpy(), logits.numpy()
+
+    sets = {name: value.numpy() for name, value in tensors(parts["sets"]).items()}
+    moments = {name: (np.mean(sets[name].astype(np.float64), 0), np.cov(sets[name].astype(np.float64), rowvar=False))
+               for name in ["real", "fake", "few"]}
+    frechet = {
+        "fake": fid.calculate_frechet_distance(*moments["real"], *moments["fake"]),
+        # Singular: pytorch-fid's root of a product is inexact there, the definition is taken by eigenvectors.
+        "few": frechet_by_eigenvectors(moments["real"], moments["few"]),
+    }
+    assert abs(frechet["fake"] - frechet_by_eigenvectors(moments["real"], moments["fake"])) < 1e-9
+    score = isc_features_to_metric(torch.from_numpy(sets["logits"]), splits=SPLITS, shuffle=False)
+    both = prc_features_to_metric(
+        torch.from_numpy(sets["fake"]), torch.from_numpy(sets["real"]),
+        prc_neighborhood=NEIGHBOURS, prc_batch_size=10000, save_cpu_ram=False, verbose=False,
+    )
+    expected["sets.mean"], expected["sets.covariance"] = moments["real"]
+    expected["sets.figures"] = np.array([
+        frechet["fake"], frechet["few"], score["inception_score_mean"], score["inception_score_std"],
+        both["precision"], both["recall"],
+    ])
+    GOLDEN.mkdir(parents=True, exist_ok=True)
+    lines = {part: ",\n".join("  " + json.dumps(spec) for spec in specs) for part, specs in parts.items()}
+    text = ",\n".join(f'"{part}": [\n{body}\n]' for part, body in lines.items())
+    (GOLDEN / "weights.json").write_text("{\n" + text + "\n}\n")
+    save_file({name: np.ascontiguousarray(value) for name, value in expected.items()}, GOLDEN / "expected.safetensors")
+    print("figures:", expected["sets.figures"], "lpips:", expected["lpips.distance"])
+
+
+def frechet_by_eigenvectors(a, b):
+    def root(matrix):
+        values, vectors = scipy.linalg.eigh(matrix)
+        return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+
+    half = root(a[1])
+    cross = np.sqrt(np.maximum(scipy.linalg.eigvalsh(half @ b[1] @ half), 0)).sum()
+    return np.sum((a[0] - b[0]) ** 2) + np.trace(a[1]) + np.trace(b[1]) - 2 * cross
+
+
+RECIPE = """
+version: 1
+seed: 3
+backend: candle
+device: cpu
+params:
+  data: {{csv: "{data}", height: 8, width: 8, max: 16}}
+stages:
+  codes:
+    kind: tokenizer
+    data: ${{params.data}}
+    codebook_size: 16
+    codebook_dim: 4
+    channels: 8
+    z_channels: 8
+    train: {{steps: 60, batch: 32}}
+  teacher:
+    kind: pretrain
+    tokenizer: codes
+    data: ${{params.data}}
+    width: 32
+    depth: 2
+    heads: 2
+    train: {{steps: 60, batch: 32}}
+  samples:
+    kind: sample
+    sampler: {{kind: teacher, teacher: teacher}}
+    count: {count}
+  evaluation:
+    kind: evaluate
+    data: ${{params.data}}
+    inception: "{weights}"
+    dims: 64
+    save_statistics: true
+    samples: {{made: samples}}
+"""
+COUNT = 90
+
+
+def check(retort):
+    """The whole way: images through the binary, and the same images as PNG files through the packages."""
+    state = tensors(inception_specs())
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        rows = (ROOT / "recipes/data/digits.csv").read_text().splitlines()[:COUNT]
+        # The last lines must leave no class without an image.
+        (folder / "some.csv").write_text("\n".join(rows) + "\n")
+        # The published file holds counters beside the weights.
+        norms = [name.removesuffix("running_mean") for name in state if name.endswith("running_mean")]
+        counters = {f"{name}num_batches_tracked": torch.tensor(0) for name in norms}
+        torch.save(state | counters, folder / "inception.pth")
+        (folder / "recipe.yaml").write_text(
+            RECIPE.format(data="some.csv", count=COUNT, weights="inception.pth")
+        )
+        store = ["--store", str(folder / "store")]
+        subprocess.run([retort, "run", "recipe.yaml", *store], cwd=folder, check=True, stdout=sys.stderr)
+        listed = subprocess.run(
+            [retort, "artifacts", "list", "latest", "--json", *store],
+            cwd=folder, check=True, capture_output=True, text=True,
+        )
+        paths = {a["kind"]: pathlib.Path(a["path"]) for a in json.loads(listed.stdout)}
+        made = load_file(paths["samples"] / "samples.safetensors")["images"]
+        real = np.array([row.split(",")[:64] for row in rows], np.float32).reshape(-1, 1, 8, 8) / 16
+        found = json.loads((paths["evaluation"] / "evaluation.json").read_text())["sets"]["made"]
+        saved = np.load(paths["evaluation"] / "statistics.npz")
+
+        look, figures = all_features(state), {}
+        for name, images in [("real", real), ("made", made)]:
+            files = folder / name
+            files.mkdir()
+            for i, image in enumerate(quantised(images)):
+                Image.fromarray(image[0]).save(files / f"{i:06}.png")
+            paths = sorted(files.glob("*.png"))
+            network = inception(state, 64)
+            figures[name] = fid.calculate_activation_statistics(paths, network, 30, 64, "cpu", 0)
+            x = torch.from_numpy(quantised(images)).float().expand(-1, 3, -1, -1) / 255
+            figures[f"{name} all"] = look(x)
+        fc = state["fc.weight"]
+        score = isc_features_to_metric(torch.from_numpy(figures["made all"]["2048"]) @ fc.T, splits=SPLITS, shuffle=False)
+        spatial = [
+            (np.mean(f, 0), np.cov(f, rowvar=False))
+            for f in (figures[f"{name} all"]["spatial"].astype(np.float64) for name in ["real", "made"])
+        ]
+        both = prc_features_to_metric(
+            torch.from_numpy(figures["made all"]["64"]), torch.from_numpy(figures["real all"]["64"]),
+            prc_neighborhood=NEIGHBOURS, prc_batch_size=10000, save_cpu_ram=False, verbose=False,
+        )
+        expected = {
+            "frechet_distance": fid.calculate_frechet_distance(*figures["real"], *figures["made"]),
+            "spatial_frechet_distance": frechet_by_eigenvectors(*spatial),
+            "inception_score": score["inception_score_mean"],
+            "inception_score_deviation": score["inception_score_std"],
+            "precision": both["precision"],
+            "recall": both["recall"],
+        }
+        rows = [(name, found[name], value) for name, value in expected.items()]
+        rows += [
+            ("statistics, mu", np.abs(saved["mu"]).max(), np.abs(figures["real"][0]).max()),
+            ("statistics, sigma", np.trace(saved["sigma"]), np.trace(figures["real"][1])),
+            ("statistics, sigma_s", np.trace(saved["sigma_s"]), np.trace(spatial[0][1])),
+        ]
+        worst = 0
+        for name, ours, theirs in rows:
+            error = abs(ours - theirs) / max(abs(theirs), 1e-12)
+            worst = max(worst, error)
+            print(f"{name:<28} retort {ours:<22.12g} packages {theirs:<22.12g} relative difference {error:.1e}")
+        sys.exit(int(worst > 1e-3))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("golden")
+    commands.add_parser("check").add_argument("retort", type=pathlib.Path)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    if arguments.command == "golden":
+        golden()
+    else:
+        check(arguments.retort.resolve())
