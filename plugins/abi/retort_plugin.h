@@ -173,7 +173,7 @@ typedef struct retort_plugin {
      * the answer for as long as the plugin's file is the same.
      *
      *   {"name": "candle", "version": "0.1.0", "summary": "...", "license": "MIT", "devices": ["cpu", "cuda"],
-     *    "dtypes": ["f32"], "families": ["llamagen"],
+     *    "dtypes": ["f32"], "families": ["llamagen"], "libraries": ["libtorch 2.13.0 in /opt/libtorch/lib"],
      *    "stages": [{"kind": "distill", "summary": "...", "output": "student", "revision": 0, "schema": {...}}]}
      *
      * A schema is a JSON Schema (2020-12) of the stage's options: an object schema with additionalProperties false and

@@ -22,6 +22,8 @@ pub mod host;
 
 /// How long a plugin may take to describe itself, to find its devices or to check options.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// The plugins of this project, and what builds them.
+pub const OWN: [(&str, &str); 2] = [("candle", "make build"), ("libtorch", "make libtorch")];
 /// Environment variable with further directories.
 pub const PATH_VARIABLE: &str = "RETORT_PLUGIN_PATH";
 
@@ -175,7 +177,9 @@ pub fn find(name: &str, dirs: &[SearchDir]) -> Result<Found, DescribeError> {
         .map(|found| (strsim::damerau_levenshtein(name, &found.name), &found.name))
         .filter(|(distance, _)| *distance <= 2)
         .min();
+    let own = OWN.iter().find(|(own, _)| *own == name);
     let hint = match (nearest, all.as_slice()) {
+        _ if let Some((_, build)) = own => format!("`{build}` builds it"),
         (Some((_, nearest)), _) => format!("did you mean `{nearest}`?"),
         (None, []) => format!("name the directory with --plugin-dir DIR or {PATH_VARIABLE}"),
         (None, all) => {

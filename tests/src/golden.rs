@@ -177,6 +177,15 @@ impl<B: Backend> Suite<'_, B> {
     }
 }
 
+/// Compares everything there is.
+pub fn suite<B: Backend>(backend: &B) -> Result<Vec<Row>> {
+    let mut rows = flow(backend)?;
+    rows.extend(llamagen(backend)?);
+    rows.extend(var(backend)?);
+    rows.extend(var_variants(backend)?);
+    Ok(rows)
+}
+
 /// Compares the flow map with the float64 reference on every case of `golden/flow`.
 pub fn flow<B: Backend>(backend: &B) -> Result<Vec<Row>> {
     let mut rows = Vec::new();

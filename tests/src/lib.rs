@@ -1,4 +1,5 @@
 //! What the integration tests share.
 
+pub mod agreement;
 pub mod golden;
 pub mod torch;

@@ -6,10 +6,7 @@ use retort_tests::golden;
 #[test]
 fn candle_agrees_with_the_published_code() {
     let backend = Candle::open("cpu", "f32", 2).expect("a CPU");
-    let mut rows = golden::flow(&backend).expect("the flow map");
-    rows.extend(golden::llamagen(&backend).expect("LlamaGen"));
-    rows.extend(golden::var(&backend).expect("VAR"));
-    rows.extend(golden::var_variants(&backend).expect("VAR's variants"));
+    let rows = golden::suite(&backend).expect("a comparison");
     assert!(golden::report("candle", &rows), "see the table above");
 }
 

@@ -36,6 +36,7 @@ use crate::{Plugin, table_member};
 ///             devices: vec!["cpu".into()],
 ///             dtypes: vec!["f32".into()],
 ///             families: Vec::new(),
+///             libraries: Vec::new(),
 ///             stages: Vec::new(),
 ///         }
 ///     }

@@ -26,6 +26,9 @@ pub struct Description {
     pub devices: Vec<String>,
     /// Element types it computes in: `f32`, `bf16`.
     pub dtypes: Vec<String>,
+    /// Libraries it stands on, with version and place, for people.
+    #[serde(default)]
+    pub libraries: Vec<String>,
     /// Model families it knows: `llamagen`, `var`.
     #[serde(default)]
     pub families: Vec<String>,

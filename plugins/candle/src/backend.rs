@@ -1,6 +1,6 @@
 //! `Candle` as the engine's backend: for each operation the fused kernel where one fits, else the plain form.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use retort_engine::backend::{AdamwStep, Backend, Binary, FlowSolver, Mask, Unary, Window};
 use retort_engine::error::Result;
 
@@ -15,6 +15,12 @@ use crate::{
 impl Backend for Candle {
     type Tensor = Tensor;
 
+    fn exact(&self) -> Self {
+        Self {
+            dtype: DType::F32,
+            ..self.clone()
+        }
+    }
     fn floats(&self, data: &[f32], shape: &[usize]) -> Result<T> {
         Plain(self.clone()).floats(data, shape)
     }

@@ -16,6 +16,10 @@ pub struct Plain(pub Candle);
 impl Backend for Plain {
     type Tensor = Tensor;
 
+    fn exact(&self) -> Self {
+        Self(self.0.exact())
+    }
+
     fn floats(&self, data: &[f32], shape: &[usize]) -> Result<T> {
         let x = Tensor::from_slice(data, shape, &self.0.device).map_err(failed)?;
         x.to_dtype(self.0.dtype).map_err(failed)

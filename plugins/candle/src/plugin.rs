@@ -1,7 +1,7 @@
 //! The plugin: all stages of the engine on candle.
 
 use retort_abi::Device;
-use retort_engine::plugin::{About, EnginePlugin};
+use retort_engine::plugin::{About, EnginePlugin, processor};
 
 use crate::Candle;
 
@@ -12,6 +12,7 @@ const ABOUT: About = About {
     license: env!("CARGO_PKG_LICENSE"),
     devices: &["cpu"],
     dtypes: &["f32"],
+    libraries: &[],
 };
 
 /// What recipes call `candle`.
@@ -24,15 +25,9 @@ pub(crate) fn plugin() -> EnginePlugin<Candle> {
 }
 
 fn devices() -> Vec<Device> {
-    let model = std::fs::read_to_string("/proc/cpuinfo")
-        .ok()
-        .and_then(|text| {
-            let line = text.lines().find(|line| line.starts_with("model name"))?;
-            Some(line.split_once(':')?.1.trim().to_owned())
-        });
     vec![Device {
         name: "cpu".into(),
-        model: model.unwrap_or_default(),
+        model: processor(),
         memory: None,
         unusable: None,
     }]

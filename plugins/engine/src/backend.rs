@@ -123,6 +123,9 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// A tensor: of floats (the backend's compute type or f32) or of indices (unsigned, at least 32 bits).
     type Tensor: Clone + Send + Sync + Debug;
 
+    /// The same device, with products in f32: for what is measured and must not depend on a recipe's `dtype`.
+    fn exact(&self) -> Self;
+
     // ---- host and device -------------------------------------------------------------------------------------
 
     /// Copies floats to the device.
@@ -135,6 +138,11 @@ pub trait Backend: Sized + Send + Sync + 'static {
     fn floats_beside(other: &Self::Tensor, data: &[f32], shape: &[usize]) -> Result<Self::Tensor>;
     /// Copies indices to the device of another tensor.
     fn indices_beside(other: &Self::Tensor, data: &[u32], shape: &[usize]) -> Result<Self::Tensor>;
+    /// The same numbers in the type in which products are computed: for weights and caches that only products
+    /// ([`Backend::linear`], [`Backend::conv2d`], [`Backend::attention`]) read.
+    fn factor(x: &Self::Tensor) -> Result<Self::Tensor> {
+        Ok(x.clone())
+    }
     /// Copies floats to the host, row-major.
     fn to_floats(x: &Self::Tensor) -> Result<Vec<f32>>;
     /// Copies indices to the host, row-major.
@@ -344,6 +352,27 @@ pub trait Backend: Sized + Send + Sync + 'static {
         };
         *shape.last_mut().expect("linear: rank >= 1") = wide[0];
         Self::reshape(&y, &shape)
+    }
+
+    /// Gradients of [`Backend::linear`] for its input, given w, and for its weight, given x.
+    fn linear_backward(
+        x: Option<&Self::Tensor>,
+        w: Option<&Self::Tensor>,
+        grad: &Self::Tensor,
+    ) -> Result<(Option<Self::Tensor>, Option<Self::Tensor>)> {
+        let flat = |x: &Self::Tensor| {
+            let shape = Self::shape(x);
+            let last = shape[shape.len() - 1];
+            Self::reshape(x, &[shape.iter().product::<usize>() / last, last])
+        };
+        let g = flat(grad)?;
+        let dx = |w: &Self::Tensor| {
+            let mut shape = Self::shape(grad);
+            *shape.last_mut().expect("linear: rank >= 1") = Self::shape(w)[1];
+            Self::reshape(&Self::matmul(&g, w, false, false)?, &shape)
+        };
+        let dw = |x: &Self::Tensor| Self::matmul(&g, &flat(x)?, true, false);
+        Ok((w.map(dx).transpose()?, x.map(dw).transpose()?))
     }
 
     /// Softmax over the last dimension.

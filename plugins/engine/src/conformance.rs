@@ -29,6 +29,27 @@ pub struct Case {
     pub passed: bool,
 }
 
+/// Runs every comparison, prints them, and panics over those that failed: the whole of a backend's test.
+pub fn verify<B: Backend>(b: &B) {
+    let cases = check(b);
+    for case in &cases {
+        println!(
+            "{} {:<60} {:9.2e} of {:8.1e}",
+            if case.passed { "  " } else { "! " },
+            case.name,
+            case.error,
+            case.tolerance
+        );
+    }
+    let failed: Vec<&Case> = cases.iter().filter(|case| !case.passed).collect();
+    assert!(
+        failed.is_empty(),
+        "{} of {} cases: {failed:#?}",
+        failed.len(),
+        cases.len()
+    );
+}
+
 /// Runs every comparison.
 pub fn check<B: Backend>(b: &B) -> Vec<Case> {
     let mut suite = Suite {

@@ -23,6 +23,8 @@ pub struct About {
     pub devices: &'static [&'static str],
     /// Element types it computes in.
     pub dtypes: &'static [&'static str],
+    /// Libraries it stands on, with version and place, where users install them.
+    pub libraries: &'static [&'static str],
 }
 
 /// A [`Backend`] with all stages of the engine, as a [`Plugin`].
@@ -45,6 +47,7 @@ impl<B: Backend> Plugin for EnginePlugin<B> {
             license: self.about.license.into(),
             devices: own(self.about.devices),
             dtypes: own(self.about.dtypes),
+            libraries: own(self.about.libraries),
             families: own(&["llamagen", "var"]),
             stages: stage::all::<B>().iter().map(|s| (s.describe)()).collect(),
         }
@@ -82,4 +85,12 @@ fn find<B: Backend>(job: &StageJob) -> Result<stage::Registered<B>, Failure> {
         .into_iter()
         .find(|s| (s.describe)().kind == job.kind)
         .ok_or_else(unknown)
+}
+
+/// Model name of the processor, for people; empty where the system does not tell.
+pub fn processor() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let line = text.lines().find(|line| line.starts_with("model name"));
+    line.and_then(|line| Some(line.split_once(':')?.1.trim().to_owned()))
+        .unwrap_or_default()
 }

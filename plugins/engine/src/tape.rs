@@ -372,23 +372,14 @@ impl<B: Backend> Var<B> {
     /// x (.., i) times w (o, i) transposed, plus bias (o).
     pub fn linear(&self, w: &Self, bias: Option<&Self>) -> Result<Self> {
         let y = B::linear(&self.value, &w.value, bias.map(|b| &b.value))?;
-        let (x, kept, shape) = (self.clone_value_if(w), w.clone_value_if(self), self.shape());
-        let wide = w.shape();
+        let (x, kept) = (self.clone_value_if(w), w.clone_value_if(self));
+        let outputs = w.shape()[0];
         let biased = bias.is_some_and(|b| b.wants());
         let parents: Vec<&Self> = [Some(self), Some(w), bias].into_iter().flatten().collect();
         Ok(Self::from_op(y, &parents, move |g| {
-            let rows = shape.iter().product::<usize>() / wide[1];
-            let g = B::reshape(g, &[rows, wide[0]])?;
-            let dx = kept
-                .as_ref()
-                .map(|w| B::reshape(&B::matmul(&g, w, false, false)?, &shape))
-                .transpose()?;
-            let dw = x
-                .as_ref()
-                .map(|x| B::matmul(&g, &B::reshape(x, &[rows, wide[1]])?, true, false))
-                .transpose()?;
+            let (dx, dw) = B::linear_backward(x.as_ref(), kept.as_ref(), g)?;
             let db = biased
-                .then(|| sum_to::<B>(g.clone(), &[wide[0]]))
+                .then(|| sum_to::<B>(g.clone(), &[outputs]))
                 .transpose()?;
             Ok(vec![dx, dw, db])
         }))

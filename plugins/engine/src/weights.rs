@@ -311,38 +311,58 @@ impl<'a, B: Backend> Loader<'a, B> {
 
     /// The parameter of a name and shape.
     pub fn get(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Var<B>> {
+        let value = self.find(name, shape, init)?;
+        Ok(self.hand_out(name, value))
+    }
+
+    /// The parameter of a name and shape that only products read: a constant is held in the type in which they are
+    /// computed.
+    pub fn factor(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Var<B>> {
+        let value = self.find(name, shape, init)?;
+        let value = if self.frozen() {
+            B::factor(&value)?
+        } else {
+            value
+        };
+        Ok(self.hand_out(name, value))
+    }
+
+    fn find(&self, name: &str, shape: &[usize], init: Init) -> Result<B::Tensor> {
         let drawn = |seed| {
             self.backend
                 .floats(&draw(seed, name, shape.iter().product(), init), shape)
         };
-        let value = match &self.source {
-            Source::Init(seed) => drawn(*seed)?,
-            Source::HostOrInit(weights, seed) if !weights.contains_key(name) => drawn(*seed)?,
+        match &self.source {
+            Source::Init(seed) => drawn(*seed),
+            Source::HostOrInit(weights, seed) if !weights.contains_key(name) => drawn(*seed),
             Source::File(stored) => {
                 let found = stored
                     .shape(name)
                     .ok_or_else(|| self.missing(name, shape))?;
                 self.check_shape(name, found, shape)?;
-                self.upload(name, &stored.floats(name)?, shape)?
+                self.upload(name, &stored.floats(name)?, shape)
             }
             Source::Host(weights) | Source::HostOrInit(weights, _) => {
                 let found = weights.get(name).ok_or_else(|| self.missing(name, shape))?;
                 self.check_shape(name, &found.shape, shape)?;
-                self.upload(name, &found.data, shape)?
+                self.upload(name, &found.data, shape)
             }
             Source::Device(tensors) => {
                 let found = tensors.get(name).ok_or_else(|| self.missing(name, shape))?;
                 self.check_shape(name, &B::shape(found), shape)?;
-                found.clone()
+                Ok(found.clone())
             }
-        };
+        }
+    }
+
+    fn hand_out(&mut self, name: &str, value: B::Tensor) -> Var<B> {
         let var = if self.trainable {
             Var::parameter(value)
         } else {
             Var::constant(value)
         };
         self.params.push((name.to_owned(), var.clone()));
-        Ok(var)
+        var
     }
 
     /// The parameters given out so far.

@@ -241,13 +241,23 @@ fn plugins(runtime: &Runtime, context: &Context, store: Option<&Store>, checks: 
                 .repair("build one (`make`), or name its directory with --plugin-dir"),
         );
     }
+    for (name, build) in plugin::OWN {
+        if !all.is_empty() && !all.iter().any(|found| found.name == name) {
+            checks.push(
+                Check::new(format!("plugin {name}"), Verdict::Good, "not built")
+                    .repair(format!("`{build}`, if recipes should use it")),
+            );
+        }
+    }
     for found in all {
         let what = format!("plugin {}", found.name);
         let checked = plugins
             .describe_file(&found.path)
-            .and_then(|(identity, _)| Ok((identity, plugins.probe_file(&found.path)?)));
+            .and_then(|(identity, description)| {
+                Ok((identity, description, plugins.probe_file(&found.path)?))
+            });
         match checked {
-            Ok((identity, devices)) => {
+            Ok((identity, description, devices)) => {
                 let list: Vec<String> = devices
                     .iter()
                     .map(|device| match &device.unusable {
@@ -255,13 +265,13 @@ fn plugins(runtime: &Runtime, context: &Context, store: Option<&Store>, checks: 
                         Some(reason) => format!("{} (unusable: {reason})", device.name),
                     })
                     .collect();
+                let mut detail = format!("{}: {}", identity.version, list.join(", "));
+                for library in &description.libraries {
+                    detail.push_str(&format!("; {library}"));
+                }
                 let usable = devices.iter().any(|device| device.unusable.is_none());
                 let verdict = if usable { Verdict::Good } else { Verdict::Bad };
-                checks.push(Check::new(
-                    what,
-                    verdict,
-                    format!("{}: {}", identity.version, list.join(", ")),
-                ));
+                checks.push(Check::new(what, verdict, detail));
             }
             Err(error) => checks.push(Check {
                 repair: error.hint,

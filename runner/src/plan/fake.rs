@@ -90,6 +90,7 @@ pub fn description() -> Description {
         devices: vec!["cpu".into()],
         dtypes: vec!["f32".into(), "bf16".into()],
         families: Vec::new(),
+        libraries: Vec::new(),
         stages: vec![
             stage("tokenizer", "tokenizer"),
             stage("pretrain", "teacher"),

@@ -97,7 +97,7 @@ impl LoadError {
                 "a plugin is a file like libretort_candle.so, made by a build"
             }
             Self::NotLoadable { .. } => {
-                "a library it needs may be missing, or it was built for another system; `ldd` on the file tells"
+                "a library it needs may be missing or have moved (`ldd` on the file tells): build the plugin again"
             }
             Self::NoEntry { .. } => {
                 "plugins are built against retort_plugin.h, in Rust with `export_plugin!`"

@@ -775,6 +775,7 @@ fn descriptions_are_kept_by_the_hash_of_the_plugin() {
             devices: vec!["cpu".into()],
             dtypes: vec!["f32".into()],
             families: Vec::new(),
+            libraries: Vec::new(),
             stages: Vec::new(),
         };
         store.cache_description("ab", &description).await.unwrap();

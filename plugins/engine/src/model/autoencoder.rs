@@ -97,7 +97,7 @@ impl<B: Backend> Conv<B> {
     ) -> Result<Self> {
         let bound = ((input * k * k) as f32).sqrt().recip();
         Ok(Self {
-            weight: loader.get(
+            weight: loader.factor(
                 &format!("{name}.weight"),
                 &[output, input, k, k],
                 Init::Uniform(bound),

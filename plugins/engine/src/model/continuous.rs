@@ -24,13 +24,12 @@ impl<B: Backend> Continuous<B> {
     /// Takes the parameters of a head from width C to D.
     pub(super) fn load(loader: &mut Loader<B>, width: usize, dim: usize) -> Result<Self> {
         let inner = (width as f32).sqrt().recip();
-        let mut get = |name: &str, shape: &[usize], init| {
-            loader.get(&format!("{CONTINUOUS_HEAD}{name}"), shape, init)
-        };
+        let name = |part: &str| format!("{CONTINUOUS_HEAD}{part}");
+        let (table, matrix) = (name("scale_shift_table"), name("linear.weight"));
         Ok(Self {
-            scale_shift: get("scale_shift_table", &[2, width], Init::Normal(inner))?,
-            weight: get("linear.weight", &[dim, width], Init::Uniform(inner))?,
-            bias: get("linear.bias", &[dim], Init::Constant(0.0))?,
+            scale_shift: loader.get(&table, &[2, width], Init::Normal(inner))?,
+            weight: loader.factor(&matrix, &[dim, width], Init::Uniform(inner))?,
+            bias: loader.get(&name("linear.bias"), &[dim], Init::Constant(0.0))?,
         })
     }
 

@@ -125,17 +125,18 @@ struct Stack<B: Backend> {
 impl<B: Backend> Block<B> {
     fn load(loader: &mut Loader<B>, c: &Config, i: usize) -> Result<Self> {
         let (w, h) = (c.width, c.hidden());
-        let mut get = |name: &str, shape: &[usize], init| {
-            loader.get(&format!("layers.{i}.{name}"), shape, init)
+        let mut matrix = |name: &str, shape: [usize; 2]| {
+            loader.factor(&format!("layers.{i}.{name}"), &shape, Init::Normal(0.02))
         };
-        let normal = Init::Normal(0.02);
-        let wqkv = get("attention.wqkv.weight", &[3 * w, w], normal)?;
-        let wo = get("attention.wo.weight", &[w, w], normal)?;
-        let w1 = get("feed_forward.w1.weight", &[h, w], normal)?;
-        let w3 = get("feed_forward.w3.weight", &[h, w], normal)?;
-        let w2 = get("feed_forward.w2.weight", &[w, h], normal)?;
-        let attention_norm = get("attention_norm.weight", &[w], Init::Constant(1.0))?;
-        let ffn_norm = get("ffn_norm.weight", &[w], Init::Constant(1.0))?;
+        let wqkv = matrix("attention.wqkv.weight", [3 * w, w])?;
+        let wo = matrix("attention.wo.weight", [w, w])?;
+        let w1 = matrix("feed_forward.w1.weight", [h, w])?;
+        let w3 = matrix("feed_forward.w3.weight", [h, w])?;
+        let w2 = matrix("feed_forward.w2.weight", [w, h])?;
+        let mut norm =
+            |name: &str| loader.get(&format!("layers.{i}.{name}"), &[w], Init::Constant(1.0));
+        let attention_norm = norm("attention_norm.weight")?;
+        let ffn_norm = norm("ffn_norm.weight")?;
         let w13 = if loader.frozen() {
             Some(Var::cat(&[&w1, &w3], 0)?)
         } else {
@@ -212,7 +213,7 @@ impl<B: Backend> Stack<B> {
                 .map(|i| Block::load(loader, config, i))
                 .collect::<Result<_>>()?,
             norm: loader.get("norm.weight", &[w], Init::Constant(1.0))?,
-            output: loader.get(
+            output: loader.factor(
                 "output.weight",
                 &[config.vocabulary, w],
                 Init::Constant(0.0),
@@ -383,7 +384,7 @@ impl<B: Backend> GptStudent<B> {
         let bound = (d as f32).sqrt().recip();
         Ok(Self {
             stack,
-            embedding: loader.get("tok_embeddings.weight", &[w, d], Init::Uniform(bound))?,
+            embedding: loader.factor("tok_embeddings.weight", &[w, d], Init::Uniform(bound))?,
             embedding_bias: loader.get("tok_embeddings.bias", &[w], Init::Uniform(bound))?,
             noise_or_data: loader.get("n_d_embed.weight", &[2, w], Init::Normal(0.02))?,
             continuous: Continuous::load(loader, w, d)?,

@@ -171,7 +171,7 @@ impl<B: Backend> Linear<B> {
         deviation: f32,
     ) -> Result<Self> {
         Ok(Self {
-            weight: loader.get(
+            weight: loader.factor(
                 &format!("{name}.weight"),
                 &[output, input],
                 Init::Normal(deviation),
@@ -272,10 +272,11 @@ impl<B: Backend> Block<B> {
     fn load(loader: &mut Loader<B>, c: &Config, i: usize) -> Result<Self> {
         let (w, std) = (c.width, c.deviation());
         let adaln = AdaLn::load(loader, c, i)?;
+        let qkv = format!("blocks.{i}.attn.mat_qkv.weight");
+        let qkv = loader.factor(&qkv, &[3 * w, w], Init::Normal(std))?;
         let mut get = |name: &str, shape: &[usize], init| {
             loader.get(&format!("blocks.{i}.attn.{name}"), shape, init)
         };
-        let qkv = get("mat_qkv.weight", &[3 * w, w], Init::Normal(std))?;
         let zero = Init::Constant(0.0);
         let bias = [get("q_bias", &[w], zero)?, get("v_bias", &[w], zero)?];
         let length = if c.attn_l2_norm {

@@ -1,0 +1,44 @@
+//! Compiles what tch lacks (`src/aten.cpp`) and notes where libtorch lies, so that the plugin finds it at run time
+//! without LD_LIBRARY_PATH.
+
+use std::path::{Path, PathBuf};
+
+fn main() {
+    println!("cargo::rerun-if-changed=src/aten.cpp");
+    println!("cargo::rustc-check-cfg=cfg(with_cuda)");
+    let lib = std::env::var_os("DEP_TCH_LIBTORCH_LIB").expect("torch-sys says where libtorch is");
+    let lib = PathBuf::from(lib);
+    let lib = lib
+        .canonicalize()
+        .unwrap_or_else(|error| panic!("{}: {error}", lib.display()));
+    let root = lib.parent().expect("libtorch/lib has a parent");
+    let file = lib.join("libtorch_cpu.so");
+    println!("cargo::rerun-if-changed={}", file.display());
+    if lib.join("libtorch_cuda.so").exists() {
+        println!("cargo::rustc-cfg=with_cuda");
+    }
+    println!("cargo::rustc-env=RETORT_LIBTORCH_LIB={}", lib.display());
+    println!("cargo::rustc-env=RETORT_LIBTORCH_VERSION={}", version(root));
+    println!("cargo::rustc-link-arg=-Wl,-rpath,{}", lib.display());
+    cc::Build::new()
+        .cpp(true)
+        .std("c++17")
+        .warnings(false)
+        .include(root.join("include"))
+        .file("src/aten.cpp")
+        .compile("retort_aten");
+}
+
+/// The version that libtorch's own header gives.
+fn version(root: &Path) -> String {
+    let header = root.join("include/torch/headeronly/version.h");
+    let text = std::fs::read_to_string(&header)
+        .unwrap_or_else(|error| panic!("{}: {error}", header.display()));
+    let part = |name: &str| {
+        let start = format!("#define TORCH_VERSION_{name} ");
+        text.lines()
+            .find_map(|line| line.strip_prefix(&start))
+            .unwrap_or_else(|| panic!("{}: no version", header.display()))
+    };
+    ["MAJOR", "MINOR", "PATCH"].map(part).join(".")
+}

@@ -1,0 +1,91 @@
+// What the backend needs of libtorch and tch does not bind: backward operations (tch skips functions that take arrays
+// of bool), and a setting.
+//
+// In: handles of at::Tensor as tch holds them, borrowed. Out: new handles, owned by the caller. A function returns
+// nullptr, or the message of what was thrown; the message lives until the thread's next call.
+
+#include <string>
+
+#include <ATen/Context.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/native_group_norm.h>
+#include <ATen/ops/native_group_norm_backward.h>
+#include <ATen/ops/native_layer_norm.h>
+#include <ATen/ops/native_layer_norm_backward.h>
+#include <c10/util/Exception.h>
+
+using at::Tensor;
+
+namespace {
+
+template <class Body> const char *guarded(Body body) {
+  static thread_local std::string message;
+  try {
+    body();
+    return nullptr;
+  } catch (const c10::Error &error) {
+    message = error.what_without_backtrace();
+  } catch (const std::exception &error) {
+    message = error.what();
+  } catch (...) {
+    message = "libtorch threw something that is no exception";
+  }
+  return message.c_str();
+}
+
+void give(Tensor **out, Tensor tensor) {
+  *out = tensor.defined() ? new Tensor(std::move(tensor)) : nullptr;
+}
+
+} // namespace
+
+extern "C" {
+
+// f32 shall mean f32: by itself libtorch lets convolutions on GPUs round their operands to TF32.
+const char *retort_no_tf32() {
+  return guarded([] {
+    at::globalContext().setAllowTF32CuDNN(false);
+    at::globalContext().setAllowTF32CuBLAS(false);
+  });
+}
+
+// Gradients of a 2-d cross-correlation for its input and its kernel; what is not wanted stays NULL.
+const char *retort_conv2d_backward(const Tensor *x, const Tensor *w, const Tensor *grad, int64_t stride,
+                                   int64_t padding_h, int64_t padding_w, bool want_x, bool want_w, Tensor **dx,
+                                   Tensor **dw) {
+  return guarded([&] {
+    const int64_t strides[] = {stride, stride}, paddings[] = {padding_h, padding_w}, ones[] = {1, 1}, none[] = {0, 0};
+    auto [gx, gw, gb] = at::convolution_backward(*grad, *x, *w, at::OptionalIntArrayRef(), strides, paddings, ones,
+                                                 false, none, 1, {want_x, want_w, false});
+    give(dx, std::move(gx));
+    give(dw, std::move(gw));
+  });
+}
+
+// Gradient of a layer norm over the last dimension, without affine part.
+const char *retort_layer_norm_backward(const Tensor *x, const Tensor *grad, double eps, Tensor **dx) {
+  return guarded([&] {
+    const int64_t last[] = {x->size(-1)};
+    auto [y, mean, rstd] = at::native_layer_norm(*x, last, {}, {}, eps);
+    auto [gx, gw, gb] = at::native_layer_norm_backward(*grad, *x, last, mean, rstd, {}, {}, {true, false, false});
+    give(dx, std::move(gx));
+  });
+}
+
+// Gradients of a group norm of (b, c, h, w) for input, scale and shift.
+const char *retort_group_norm_backward(const Tensor *x, int64_t groups, const Tensor *w, const Tensor *grad,
+                                       double eps, Tensor **dx, Tensor **dw, Tensor **db) {
+  return guarded([&] {
+    const Tensor whole = x->contiguous(), g = grad->contiguous(), scale = w->contiguous();
+    const int64_t n = whole.size(0), c = whole.size(1), area = whole.size(2) * whole.size(3);
+    auto [y, mean, rstd] = at::native_group_norm(whole, {}, {}, n, c, area, groups, eps);
+    auto [gx, gw, gb] =
+        at::native_group_norm_backward(g, whole, mean, rstd, scale, n, c, area, groups, {true, true, true});
+    give(dx, std::move(gx));
+    give(dw, std::move(gw));
+    give(db, std::move(gb));
+  });
+}
+
+} // extern "C"

@@ -1,0 +1,763 @@
+//! `Libtorch` as the engine's backend: the required operations, and the fused ones that libtorch has.
+
+use retort_engine::backend::{AdamwStep, Backend, Binary, FlowSolver, Mask, Unary, Window};
+use retort_engine::error::{Error, Result};
+use retort_engine::flow;
+use tch::{Kind, Reduction};
+
+use crate::{Libtorch, Precision, Tensor, aten, failed};
+
+type T = Tensor;
+type Raw = tch::Tensor;
+type Tried<T = Raw> = tch::Result<T>;
+
+/// No tensor, where libtorch takes an optional one.
+const NONE: Option<&Raw> = None;
+
+impl Tensor {
+    /// The result of an operation on this tensor.
+    fn with(&self, result: Tried) -> Result<Self> {
+        Ok(self.like(result.map_err(failed)?))
+    }
+
+    fn like(&self, inner: Raw) -> Self {
+        Self {
+            inner,
+            precision: self.precision,
+        }
+    }
+
+    /// In f32, as all but products compute.
+    fn wide(&self) -> Tried {
+        match self.inner.kind() {
+            Kind::BFloat16 => self.inner.f_to_kind(Kind::Float),
+            _ => Ok(self.inner.shallow_clone()),
+        }
+    }
+
+    /// As an operand of a product.
+    fn operand(&self) -> Tried {
+        self.precision.operand(&self.inner)
+    }
+
+    fn sizes(&self) -> Vec<i64> {
+        self.inner.size()
+    }
+}
+
+impl Libtorch {
+    fn put(&self, x: Tried, shape: &[usize]) -> Result<T> {
+        let placed = || x?.f_to_device(self.device)?.f_view(&signed(shape)[..]);
+        Ok(Tensor {
+            inner: placed().map_err(failed)?,
+            precision: self.precision,
+        })
+    }
+}
+
+impl Backend for Libtorch {
+    type Tensor = Tensor;
+
+    fn exact(&self) -> Self {
+        Self {
+            precision: Precision::Full,
+            ..*self
+        }
+    }
+
+    fn floats(&self, data: &[f32], shape: &[usize]) -> Result<T> {
+        self.put(Raw::f_from_slice(data), shape)
+    }
+
+    fn indices(&self, data: &[u32], shape: &[usize]) -> Result<T> {
+        self.put(Raw::f_from_slice(&long(data)), shape)
+    }
+
+    fn full(&self, shape: &[usize], value: f32) -> Result<T> {
+        let options = (Kind::Float, self.device);
+        self.put(Raw::f_full(signed(shape), f64::from(value), options), shape)
+    }
+
+    fn floats_beside(other: &T, data: &[f32], shape: &[usize]) -> Result<T> {
+        beside(other).floats(data, shape)
+    }
+
+    fn indices_beside(other: &T, data: &[u32], shape: &[usize]) -> Result<T> {
+        beside(other).indices(data, shape)
+    }
+
+    fn factor(x: &T) -> Result<T> {
+        x.with(x.inner.f_to_kind(x.precision.storage()))
+    }
+
+    fn to_floats(x: &T) -> Result<Vec<f32>> {
+        let copy = || {
+            let wide = x.wide()?;
+            let mut data = vec![0.0; wide.numel()];
+            wide.f_copy_data(&mut data, wide.numel())?;
+            Ok(data)
+        };
+        copy().map_err(failed)
+    }
+
+    fn to_indices(x: &T) -> Result<Vec<u32>> {
+        let mut data = vec![0i64; x.inner.numel()];
+        x.inner
+            .f_copy_data(&mut data, x.inner.numel())
+            .map_err(failed)?;
+        Ok(data.into_iter().map(|id| id as u32).collect())
+    }
+
+    fn shape(x: &T) -> Vec<usize> {
+        x.sizes().into_iter().map(|n| n as usize).collect()
+    }
+
+    fn reshape(x: &T, shape: &[usize]) -> Result<T> {
+        x.with(x.inner.f_reshape(signed(shape)))
+    }
+
+    fn permute(x: &T, dims: &[usize]) -> Result<T> {
+        x.with(x.inner.f_permute(signed(dims)))
+    }
+
+    fn narrow(x: &T, dim: usize, start: usize, len: usize) -> Result<T> {
+        x.with(x.inner.f_narrow(dim as i64, start as i64, len as i64))
+    }
+
+    fn cat(xs: &[&T], dim: usize) -> Result<T> {
+        let raw: Vec<&Raw> = xs.iter().map(|x| &x.inner).collect();
+        let first = xs
+            .first()
+            .ok_or_else(|| Error::Internal("cat of nothing".into()))?;
+        first.with(Raw::f_cat(&raw, dim as i64))
+    }
+
+    fn expand(x: &T, shape: &[usize]) -> Result<T> {
+        x.with(x.inner.f_expand(signed(shape), false))
+    }
+
+    fn unary(x: &T, f: Unary) -> Result<T> {
+        let run = || {
+            let x = x.wide()?;
+            match f {
+                Unary::Exp => x.f_exp(),
+                Unary::Log => x.f_log(),
+                Unary::Sqrt => x.f_sqrt(),
+                Unary::Square => x.f_square(),
+                Unary::Recip => x.f_reciprocal(),
+                Unary::Tanh => x.f_tanh(),
+                Unary::Sigmoid => x.f_sigmoid(),
+                Unary::Erf => x.f_erf(),
+                Unary::Silu => x.f_silu(),
+                Unary::GeluTanh => x.f_gelu("tanh"),
+                Unary::GeluErf => x.f_gelu("none"),
+                Unary::Relu => x.f_relu(),
+            }
+        };
+        x.with(run())
+    }
+
+    fn binary(a: &T, b: &T, f: Binary) -> Result<T> {
+        let run = || {
+            let (a, b) = (a.wide()?, b.wide()?);
+            match f {
+                Binary::Add => a.f_add(&b),
+                Binary::Sub => a.f_sub(&b),
+                Binary::Mul => a.f_mul(&b),
+                Binary::Div => a.f_div(&b),
+                Binary::Max => a.f_maximum(&b),
+            }
+        };
+        a.with(run())
+    }
+
+    fn affine(x: &T, mul: f64, add: f64) -> Result<T> {
+        let run = || {
+            let x = x.wide()?;
+            match (mul, add) {
+                (1.0, add) => x.f_add_scalar(add),
+                (mul, 0.0) => x.f_mul_scalar(mul),
+                (mul, add) => x.f_mul_scalar(mul)?.f_add_scalar_(add),
+            }
+        };
+        x.with(run())
+    }
+
+    fn sum(x: &T, dims: &[usize]) -> Result<T> {
+        let run = || {
+            x.inner
+                .f_sum_dim_intlist(&signed(dims)[..], true, Kind::Float)
+        };
+        x.with(run())
+    }
+
+    fn max_last(x: &T) -> Result<T> {
+        x.with(x.wide().and_then(|x| x.f_amax([-1], true)))
+    }
+
+    fn argmax_last(x: &T) -> Result<T> {
+        x.with(x.wide().and_then(|x| x.f_argmax(-1, false)))
+    }
+
+    fn matmul(a: &T, b: &T, ta: bool, tb: bool) -> Result<T> {
+        let turned = |x: &T, turn: bool| match turn {
+            true => x.wide()?.f_transpose(-2, -1),
+            false => x.wide(),
+        };
+        a.with(turned(a, ta).and_then(|a| a.f_matmul(&turned(b, tb)?)))
+    }
+
+    fn rows(table: &T, ids: &T) -> Result<T> {
+        let found = table.with(Raw::f_embedding(&table.inner, &ids.inner, -1, false, false))?;
+        found.with(found.wide())
+    }
+
+    fn rows_adjoint(grad: &T, ids: &T, k: usize) -> Result<T> {
+        grad.with(Raw::f_embedding_dense_backward(
+            &grad.inner,
+            &ids.inner,
+            k as i64,
+            -1,
+            false,
+        ))
+    }
+
+    fn pick(x: &T, ids: &T) -> Result<T> {
+        let run = || {
+            x.wide()?
+                .f_gather(-1, &ids.inner.f_unsqueeze(-1)?, false)?
+                .f_squeeze_dim(-1)
+        };
+        x.with(run())
+    }
+
+    fn pick_adjoint(grad: &T, ids: &T, k: usize) -> Result<T> {
+        let run = || {
+            let mut shape = grad.sizes();
+            shape.push(k as i64);
+            Raw::f_zeros(shape, (Kind::Float, grad.inner.device()))?.f_scatter_(
+                -1,
+                &ids.inner.f_unsqueeze(-1)?,
+                &grad.inner.f_unsqueeze(-1)?,
+            )
+        };
+        grad.with(run())
+    }
+
+    fn conv2d(x: &T, w: &T, stride: usize, padding: [usize; 2]) -> Result<T> {
+        let run = || {
+            let stride = stride as i64;
+            x.operand()?
+                .f_conv2d(
+                    &w.operand()?,
+                    NONE,
+                    [stride, stride],
+                    padding.map(|n| n as i64),
+                    [1, 1],
+                    1,
+                )?
+                .f_to_kind(Kind::Float)
+        };
+        x.with(run())
+    }
+
+    fn conv2d_backward(
+        x: &T,
+        w: &T,
+        grad: &T,
+        stride: usize,
+        padding: [usize; 2],
+        want: (bool, bool),
+    ) -> Result<(Option<T>, Option<T>)> {
+        let operand = |x: &T| x.operand().map_err(failed);
+        let (dx, dw) = aten::conv2d_backward(
+            &operand(x)?,
+            &operand(w)?,
+            &operand(grad)?,
+            stride,
+            padding,
+            want,
+        )?;
+        let single = |y: Option<Raw>| y.map(|y| x.with(y.f_to_kind(Kind::Float))).transpose();
+        Ok((single(dx)?, single(dw)?))
+    }
+
+    fn max_pool2d(x: &T, window: Window) -> Result<T> {
+        x.with(pool(&x.inner, window).map(|(y, _)| y))
+    }
+
+    fn max_pool2d_backward(x: &T, grad: &T, window: Window) -> Result<T> {
+        let run = || {
+            let [size, stride, padding] = sides(window);
+            let (_, places) = pool(&x.inner, window)?;
+            x.inner.f_max_pool2d_with_indices_backward(
+                &grad.inner,
+                size,
+                stride,
+                padding,
+                [1, 1],
+                false,
+                &places,
+            )
+        };
+        x.with(run())
+    }
+
+    fn write_(x: &T, dim: usize, start: usize, src: &T) -> Result<()> {
+        let len = Self::shape(src)[dim] as i64;
+        x.inner
+            .f_narrow(dim as i64, start as i64, len)
+            .and_then(|mut part| part.f_copy_(&src.inner))
+            .map_err(failed)
+    }
+
+    fn assign_(x: &T, src: &T) -> Result<()> {
+        if x.sizes() != src.sizes() {
+            return Err(Error::Backend(format!(
+                "assign: the shapes {:?} and {:?} differ",
+                x.sizes(),
+                src.sizes()
+            )));
+        }
+        x.inner.shallow_clone().f_copy_(&src.inner).map_err(failed)
+    }
+
+    fn adamw_(p: &T, m: &T, v: &T, g: &T, s: &AdamwStep) -> Result<()> {
+        let [mut p, mut m, mut v] = [p, m, v].map(|x| x.inner.shallow_clone());
+        let mut run = || {
+            let g = match s.grad_scale {
+                1.0 => g.inner.shallow_clone(),
+                scale => g.inner.f_mul_scalar(scale)?,
+            };
+            let _ = m.f_lerp_(&g, 1.0 - s.beta1)?;
+            let _ = v.f_lerp_(&g.f_square()?, 1.0 - s.beta2)?;
+            let denominator = v
+                .f_sqrt()?
+                .f_mul_scalar_(s.correction2.sqrt().recip())?
+                .f_add_scalar_(s.eps)?;
+            if s.weight_decay != 0.0 {
+                let _ = p.f_mul_scalar_(1.0 - s.lr * s.weight_decay)?;
+            }
+            let scaled = m.f_mul_scalar(-s.lr / s.correction1)?;
+            p.f_addcdiv_(&scaled, &denominator).map(drop)
+        };
+        run().map_err(failed)
+    }
+
+    fn ema_(average: &T, x: &T, decay: f64) -> Result<()> {
+        let mut average = average.inner.shallow_clone();
+        average
+            .f_lerp_(&x.inner, 1.0 - decay)
+            .map(drop)
+            .map_err(failed)
+    }
+
+    fn unary_backward(x: &T, y: &T, grad: &T, f: Unary) -> Result<T> {
+        let g = &grad.inner;
+        let run = || match f {
+            Unary::Exp => g.f_mul(&y.inner),
+            Unary::Log => g.f_div(&x.wide()?),
+            Unary::Sqrt => g.f_div(&y.inner)?.f_mul_scalar_(0.5),
+            Unary::Square => g.f_mul(&x.wide()?)?.f_mul_scalar_(2.0),
+            Unary::Recip => g.f_mul(&y.inner.f_square()?)?.f_neg_(),
+            Unary::Tanh => Raw::f_tanh_backward(g, &y.inner),
+            Unary::Sigmoid => Raw::f_sigmoid_backward(g, &y.inner),
+            Unary::Erf => {
+                let bell = x.wide()?.f_square()?.f_neg_()?.f_exp()?;
+                bell.f_mul(g)?
+                    .f_mul_scalar_(2.0 / std::f64::consts::PI.sqrt())
+            }
+            Unary::Silu => x.wide()?.f_silu_backward(g),
+            Unary::GeluTanh => x.wide()?.f_gelu_backward(g, "tanh"),
+            Unary::GeluErf => x.wide()?.f_gelu_backward(g, "none"),
+            Unary::Relu => y.inner.f_threshold_backward(g, 0.0),
+        };
+        x.with(run())
+    }
+
+    fn linear(x: &T, w: &T, bias: Option<&T>) -> Result<T> {
+        let run = || {
+            let (a, b) = (x.operand()?, w.operand()?);
+            if a.kind() == Kind::Float {
+                return a.f_linear(&b, bias.map(|b| b.wide()).transpose()?.as_ref());
+            }
+            let y = a.f_linear(&b, NONE)?.f_to_kind(Kind::Float)?;
+            match bias {
+                Some(bias) => { y }.f_add_(&bias.inner),
+                None => Ok(y),
+            }
+        };
+        x.with(run())
+    }
+
+    fn linear_backward(x: Option<&T>, w: Option<&T>, grad: &T) -> Result<(Option<T>, Option<T>)> {
+        let flat = |x: &T| {
+            let last = x.sizes()[x.sizes().len() - 1];
+            x.operand()?.f_reshape([-1, last])
+        };
+        let g = flat(grad).map_err(failed)?;
+        let dx = |w: &T| {
+            let mut shape = grad.sizes();
+            let end = shape.len() - 1;
+            shape[end] = w.sizes()[1];
+            g.f_matmul(&w.operand()?)?
+                .f_to_kind(Kind::Float)?
+                .f_reshape(shape)
+        };
+        let dw = |x: &T| {
+            g.f_transpose(0, 1)?
+                .f_matmul(&flat(x)?)?
+                .f_to_kind(Kind::Float)
+        };
+        Ok((
+            w.map(|w| grad.with(dx(w))).transpose()?,
+            x.map(|x| grad.with(dw(x))).transpose()?,
+        ))
+    }
+
+    fn softmax(x: &T) -> Result<T> {
+        x.with(x.inner.f_softmax(-1, Kind::Float))
+    }
+
+    fn softmax_backward(y: &T, grad: &T) -> Result<T> {
+        y.with(Raw::f_internal_softmax_backward_data(
+            &grad.inner,
+            &y.inner,
+            -1,
+            Kind::Float,
+        ))
+    }
+
+    fn rms_norm(x: &T, w: &T, eps: f64) -> Result<T> {
+        let run = || x.wide()?.f_rms_norm(w.sizes(), Some(w.wide()?), eps);
+        x.with(run())
+    }
+
+    fn rms_norm_backward(x: &T, w: &T, grad: &T, eps: f64) -> Result<(T, T)> {
+        let run = || {
+            let (g, w) = (&grad.inner, w.wide()?);
+            let d = w.numel();
+            let r = x
+                .inner
+                .f_norm_scalaropt_dim(2.0, [-1], true)?
+                .f_square_()?
+                .f_mul_scalar_(1.0 / d as f64)?
+                .f_add_scalar_(eps)?
+                .f_rsqrt_()?; // (.., 1)
+            let normal = x.inner.f_mul(&r)?;
+            let along = g.f_mul(&normal)?;
+            let rows: Vec<i64> = (0..along.dim() as i64 - 1).collect();
+            let dw = along.f_sum_dim_intlist(&rows[..], false, Kind::Float)?;
+            // r (g w - n mean(g w n))
+            let mean = along
+                .f_matmul(&w)?
+                .f_mul_scalar_(-1.0 / d as f64)?
+                .f_unsqueeze(-1)?;
+            let dx = g.f_mul(&w)?.f_addcmul_(&normal, &mean)?.f_mul_(&r)?;
+            Ok((dx, dw))
+        };
+        let (dx, dw) = run().map_err(failed)?;
+        Ok((x.like(dx), x.like(dw)))
+    }
+
+    fn layer_norm(x: &T, eps: f64) -> Result<T> {
+        let run = || {
+            let x = x.wide()?;
+            let last = x.size()[x.dim() - 1];
+            x.f_layer_norm([last], NONE, NONE, eps, true)
+        };
+        x.with(run())
+    }
+
+    fn layer_norm_backward(x: &T, grad: &T, eps: f64) -> Result<T> {
+        Ok(x.like(aten::layer_norm_backward(&x.inner, &grad.inner, eps)?))
+    }
+
+    fn group_norm(x: &T, groups: usize, w: &T, bias: &T, eps: f64) -> Result<T> {
+        let run = || {
+            let (w, bias) = (w.wide()?, bias.wide()?);
+            x.wide()?
+                .f_group_norm(groups as i64, Some(w), Some(bias), eps, true)
+        };
+        x.with(run())
+    }
+
+    fn group_norm_backward(x: &T, groups: usize, w: &T, grad: &T, eps: f64) -> Result<(T, T, T)> {
+        let w = w.wide().map_err(failed)?;
+        let [dx, dw, db] = aten::group_norm_backward(&x.inner, groups, &w, &grad.inner, eps)?;
+        Ok((x.like(dx), x.like(dw), x.like(db)))
+    }
+
+    fn rope(x: &T, cos: &T, sin: &T) -> Result<T> {
+        let run = || {
+            let s = x.sizes();
+            let pairs = x.inner.f_reshape([s[0], s[1], s[2], s[3] / 2, 2])?;
+            // A pair is a complex number where it lies whole in memory, at an even place; elsewhere it is moved.
+            let complex = match pairs.f_view_as_complex() {
+                Ok(complex) => complex,
+                Err(_) => pairs
+                    .f_contiguous()?
+                    .f_to_dtype(Kind::Float, false, true)?
+                    .f_view_as_complex()?,
+            };
+            let turn = Raw::f_complex(&cos.wide()?, &sin.wide()?)?.f_unsqueeze(1)?; // (l, 1, d/2)
+            complex.f_mul(&turn)?.f_view_as_real()?.f_reshape(s)
+        };
+        x.with(run())
+    }
+
+    fn attention(q: &T, k: &T, v: &T, mask: &Mask<T>, scale: f64) -> Result<T> {
+        let run = || {
+            let heads = Heads::new(q, k, v, mask)?;
+            Raw::f_scaled_dot_product_attention(
+                &heads.q,
+                &heads.k,
+                &heads.v,
+                heads.bias.as_ref(),
+                0.0,
+                heads.causal,
+                scale,
+                false,
+            )?
+            .f_permute([0, 2, 1, 3])?
+            .f_to_kind(Kind::Float)
+        };
+        q.with(run())
+    }
+
+    fn attention_backward(
+        q: &T,
+        k: &T,
+        v: &T,
+        mask: &Mask<T>,
+        scale: f64,
+        _y: &T,
+        grad: &T,
+    ) -> Result<(T, T, T)> {
+        let run = || {
+            let heads = Heads::new(q, k, v, mask)?;
+            let grad = heads_first(grad)?;
+            if heads.q.device().is_cuda() {
+                heads.composed_backward(&grad, scale)
+            } else {
+                heads.flash_backward(&grad, scale)
+            }
+        };
+        let back = |x: Raw| {
+            q.with(
+                x.f_permute([0, 2, 1, 3])
+                    .and_then(|x| x.f_to_kind(Kind::Float)),
+            )
+        };
+        let (dq, dk, dv) = run().map_err(failed)?;
+        Ok((back(dq)?, back(dk)?, back(dv)?))
+    }
+
+    fn swiglu(x: &T) -> Result<T> {
+        let run = || {
+            let (a, b) = halves(&x.inner)?;
+            a.f_silu()?.f_mul_(&b)
+        };
+        x.with(run())
+    }
+
+    fn swiglu_backward(x: &T, grad: &T) -> Result<T> {
+        let run = || {
+            let (a, b) = halves(&x.inner)?;
+            let out = Raw::f_empty(x.sizes(), (Kind::Float, x.inner.device()))?;
+            let (da, db) = halves(&out)?;
+            let _ = grad.inner.f_mul_out(&db, &a.f_silu()?)?;
+            let _ = a.f_silu_backward_grad_input(&da, &grad.inner.f_mul(&b)?)?;
+            Ok(out)
+        };
+        x.with(run())
+    }
+
+    fn cross_entropy(logits: &T, ids: &T) -> Result<T> {
+        logits.with(
+            logits
+                .inner
+                .f_cross_entropy_loss(&ids.inner, NONE, Reduction::None, -100, 0.0),
+        )
+    }
+
+    fn cross_entropy_backward(logits: &T, ids: &T, grad: &T) -> Result<T> {
+        // (softmax - 1 at the id) times the row's gradient
+        let run = || {
+            let ids = ids.inner.f_unsqueeze(1)?;
+            let less = Raw::f_full([1, 1], -1.0, (Kind::Float, grad.inner.device()))?
+                .f_expand(ids.size(), false)?;
+            logits
+                .inner
+                .f_softmax(-1, Kind::Float)?
+                .f_scatter_add_(1, &ids, &less)?
+                .f_mul_(&grad.inner.f_unsqueeze(1)?)
+        };
+        logits.with(run())
+    }
+
+    fn flow_map(logits: &T, noise: &T, codebook: &T, solver: &FlowSolver) -> Result<T> {
+        let run = || {
+            let codes = codebook.wide()?;
+            let turned = codes.f_transpose(0, 1)?;
+            let half_square = codes
+                .f_square()?
+                .f_sum_dim_intlist([1i64].as_slice(), false, Kind::Float)?
+                .f_mul_scalar_(0.5)?;
+            // log p + s <z, c> - s^2 |c|^2 / 2
+            let posterior = |z: &Raw, s: f64| {
+                logits
+                    .inner
+                    .f_sub(&half_square.f_mul_scalar(s * s)?)?
+                    .f_addmm_(&z.f_mul_scalar(s)?, &turned)
+            };
+            let velocity =
+                |z: &Raw, s: f64| posterior(z, s)?.f_softmax(-1, Kind::Float)?.f_mm(&codes);
+            let step = |z: &Raw, v: &Raw, h: f64| v.f_mul_scalar(h)?.f_add_(z);
+            let mut z = noise.wide()?;
+            let grid = flow::grid(solver);
+            for pair in grid.windows(2) {
+                let (s, h) = (pair[0], pair[1] - pair[0]);
+                let k1 = velocity(&z, s)?;
+                let k2 = velocity(&step(&z, &k1, h / 2.0)?, s + h / 2.0)?;
+                let k3 = velocity(&step(&z, &k2, h / 2.0)?, s + h / 2.0)?;
+                let k4 = velocity(&step(&z, &k3, h)?, s + h)?;
+                let mut sum = { k2 }.f_add_(&k3)?.f_mul_scalar_(2.0)?;
+                sum = sum.f_add_(&k1)?.f_add_(&k4)?;
+                z = step(&z, &sum, h / 6.0)?;
+            }
+            posterior(&z, grid[grid.len() - 1])?.f_argmax(-1, false)
+        };
+        logits.with(run())
+    }
+}
+
+/// Operands of attention with the heads first, (b, h, l, d), and the mask as libtorch takes it.
+struct Heads {
+    q: Raw,
+    k: Raw,
+    v: Raw,
+    bias: Option<Raw>,
+    causal: bool,
+}
+
+impl Heads {
+    fn new(q: &T, k: &T, v: &T, mask: &Mask<T>) -> Tried<Self> {
+        let (lq, lk) = (q.sizes()[1], k.sizes()[1]);
+        let q = heads_first(q)?;
+        let (bias, causal) = match mask {
+            Mask::Full => (None, false),
+            // A single query sees all keys.
+            Mask::Causal if lq == 1 => (None, false),
+            Mask::Causal if lq == lk => (None, true),
+            // libtorch aligns its causal mask with the first key, not with the last.
+            Mask::Causal => {
+                let hidden = Raw::f_full([lq, lk], f64::NEG_INFINITY, (q.kind(), q.device()))?;
+                (Some(hidden.f_triu(lk - lq + 1)?), false)
+            }
+            Mask::Bias(bias) => (Some(bias.inner.f_to_kind(q.kind())?), false),
+        };
+        Ok(Self {
+            k: heads_first(k)?,
+            v: heads_first(v)?,
+            q,
+            bias,
+            causal,
+        })
+    }
+
+    /// Never holds the (lq, lk) weights; needs the softmax's normaliser, so the forward pass is computed again.
+    fn flash_backward(&self, grad: &Raw, scale: f64) -> Tried<(Raw, Raw, Raw)> {
+        let (y, normaliser) = Raw::f_internal_scaled_dot_product_flash_attention_for_cpu(
+            &self.q,
+            &self.k,
+            &self.v,
+            0.0,
+            self.causal,
+            self.bias.as_ref(),
+            scale,
+        )?;
+        Raw::f_internal_scaled_dot_product_flash_attention_for_cpu_backward(
+            grad,
+            &self.q,
+            &self.k,
+            &self.v,
+            &y,
+            &normaliser,
+            0.0,
+            self.causal,
+            self.bias.as_ref(),
+            scale,
+        )
+    }
+
+    /// In products of matrices; the weights are softmaxed in f32.
+    fn composed_backward(&self, grad: &Raw, scale: f64) -> Tried<(Raw, Raw, Raw)> {
+        let kind = self.q.kind();
+        let turned = |x: &Raw| x.f_transpose(-2, -1);
+        let mut scores = self
+            .q
+            .f_matmul(&turned(&self.k)?)?
+            .f_to_kind(Kind::Float)?
+            .f_mul_scalar(scale)?;
+        if self.causal {
+            let l = self.q.size()[2];
+            let options = (Kind::Float, scores.device());
+            scores = scores.f_add_(&Raw::f_full([l, l], f64::NEG_INFINITY, options)?.f_triu(1)?)?;
+        }
+        if let Some(bias) = &self.bias {
+            scores = scores.f_add_(bias)?;
+        }
+        let weights = scores.f_softmax(-1, Kind::Float)?; // (b, h, lq, lk)
+        let dv = turned(&weights.f_to_kind(kind)?)?.f_matmul(grad)?;
+        let dweights = grad.f_matmul(&turned(&self.v)?)?.f_to_kind(Kind::Float)?;
+        let dscores = Raw::f_internal_softmax_backward_data(&dweights, &weights, -1, Kind::Float)?
+            .f_mul_scalar_(scale)?
+            .f_to_kind(kind)?;
+        let dq = dscores.f_matmul(&self.k)?;
+        let dk = turned(&dscores)?.f_matmul(&self.q)?;
+        Ok((dq, dk, dv))
+    }
+}
+
+/// (b, l, h, d) -> (b, h, l, d), each vector whole in memory: the fused kernels take that for granted, unchecked.
+fn heads_first(x: &T) -> Tried {
+    let x = x.operand()?;
+    let x = match x.stride()[3] {
+        1 => x,
+        _ => x.f_contiguous()?,
+    };
+    x.f_permute([0, 2, 1, 3])
+}
+
+/// A backend that puts tensors where another lies.
+fn beside(other: &T) -> Libtorch {
+    Libtorch {
+        device: other.inner.device(),
+        precision: other.precision,
+    }
+}
+
+/// The greatest value of each window, and where it is.
+fn pool(x: &Raw, window: Window) -> Tried<(Raw, Raw)> {
+    let [size, stride, padding] = sides(window);
+    x.f_max_pool2d_with_indices(size, stride, padding, [1, 1], false)
+}
+
+fn sides(window: Window) -> [[i64; 2]; 3] {
+    [window.size, window.stride, window.padding].map(|n| [n as i64; 2])
+}
+
+/// Both halves of the last dimension.
+fn halves(x: &Raw) -> Tried<(Raw, Raw)> {
+    let half = x.size()[x.dim() - 1] / 2;
+    Ok((x.f_narrow(-1, 0, half)?, x.f_narrow(-1, half, half)?))
+}
+
+fn signed(sizes: &[usize]) -> Vec<i64> {
+    sizes.iter().map(|&n| n as i64).collect()
+}
+
+fn long(ids: &[u32]) -> Vec<i64> {
+    ids.iter().map(|&id| i64::from(id)).collect()
+}

@@ -1,0 +1,25 @@
+//! libtorch against the results of the published code, and against candle.
+
+use retort_candle::Candle;
+use retort_libtorch::Libtorch;
+use retort_tests::{agreement, golden};
+
+/// On the CPU, or on the device that `make gpu-check` names.
+fn libtorch() -> Libtorch {
+    let device = std::env::var("RETORT_TEST_DEVICE").unwrap_or("cpu".into());
+    Libtorch::open(&device, "f32", 2).expect("the device opens")
+}
+
+#[test]
+fn libtorch_agrees_with_the_published_code() {
+    let backend = libtorch();
+    let rows = golden::suite(&backend).expect("a comparison");
+    assert!(golden::report("libtorch", &rows), "see the table above");
+}
+
+#[test]
+fn libtorch_agrees_with_candle() {
+    let candle = Candle::open("cpu", "f32", 2).expect("a CPU");
+    let rows = agreement::compare(&candle, &libtorch()).expect("both compute");
+    assert!(golden::report("both", &rows), "see the table above");
+}

@@ -1,0 +1,149 @@
+//! `dtype: bf16`: close to f32 where it rounds, equal to f32 where it must not.
+
+use retort_engine::Result;
+use retort_engine::backend::{Backend, FlowSolver, Unary};
+use retort_engine::model::{Student, llamagen};
+use retort_engine::random::{Sequence, Stream, noise};
+use retort_engine::tape::{Var, backward};
+use retort_engine::weights::{self, Loader, Source, Weights};
+use retort_libtorch::{Libtorch, Precision};
+use tch::Device;
+
+const BATCH: usize = 4;
+
+fn config() -> llamagen::Config {
+    llamagen::Config {
+        width: 64,
+        depth: 4,
+        heads: 4,
+        vocabulary: 100,
+        codebook_dim: 8,
+        side: 6,
+        classes: 10,
+    }
+}
+
+fn on(precision: Precision) -> Libtorch {
+    Libtorch::with(Device::Cpu, precision, 2)
+}
+
+/// Weights as the student draws them, and none of them constant.
+fn drawn() -> Result<Weights> {
+    let backend = on(Precision::Full);
+    let mut loader = Loader::new(&backend, Source::Init(7), true, "drawn");
+    llamagen::GptStudent::load(&mut loader, &config())?;
+    let mut all = weights::from_params(&loader.into_params())?;
+    for (i, w) in all.values_mut().enumerate() {
+        let mut more = vec![0.0; w.data.len()];
+        Sequence::new(11, Stream::Init, i as u64).normals(&mut more);
+        w.data
+            .iter_mut()
+            .zip(more)
+            .for_each(|(w, m)| *w += 0.05 * m);
+    }
+    Ok(all)
+}
+
+/// Logits of a student with constant weights, and the gradients of a step with trainable ones.
+fn student(precision: Precision) -> Result<(Vec<f32>, Vec<Vec<f32>>)> {
+    let (backend, c, weights) = (on(precision), config(), drawn()?);
+    let (l, d) = (c.side * c.side, c.codebook_dim);
+    let eps: Vec<f32> = (0..BATCH as u64).flat_map(|i| noise(5, i, l, d)).collect();
+    let eps = backend.floats(&eps, &[BATCH, l, d])?;
+    let labels = backend.indices(&[1, 2, 3, 4], &[BATCH])?;
+    let kinds = backend.indices(&vec![0; BATCH * l], &[BATCH, l])?;
+    let ids: Vec<u32> = (0..BATCH * l).map(|i| i as u32 * 7 % 100).collect();
+    let ids = backend.indices(&ids, &[BATCH * l])?;
+
+    let mut loader = Loader::new(&backend, Source::Host(&weights), false, "drawn");
+    let network = llamagen::GptStudent::load(&mut loader, &c)?;
+    let logits = network.predict(&eps, &labels, &kinds)?.logits;
+    let logits = Libtorch::to_floats(logits.value())?;
+
+    let mut loader = Loader::new(&backend, Source::Host(&weights), true, "drawn");
+    let network = llamagen::GptStudent::load(&mut loader, &c)?;
+    let params = loader.into_params();
+    let prediction = network.predict(&eps, &labels, &kinds)?;
+    let far = network
+        .continuous(&prediction)?
+        .unary(Unary::Square)?
+        .mean_all()?;
+    let loss = prediction
+        .logits
+        .reshape(&[BATCH * l, c.vocabulary])?
+        .cross_entropy(&ids)?
+        .add(&far)?;
+    drop((prediction, far, network));
+    let gradients = backward(loss, &params)?;
+    let gradients = gradients.iter().map(Libtorch::to_floats);
+    Ok((logits, gradients.collect::<Result<_>>()?))
+}
+
+fn distance(x: &[f32], y: &[f32]) -> f64 {
+    let square = |x: f32| f64::from(x) * f64::from(x);
+    let between: f64 = x.iter().zip(y).map(|(x, y)| square(x - y)).sum();
+    let own: f64 = x.iter().map(|&x| square(x)).sum();
+    (between / own).sqrt()
+}
+
+/// bf16 has 8 bits: single products are off by 2^-9, a network of this depth by a few of them.
+#[test]
+fn networks_stay_close() {
+    let (logits, gradients) = student(Precision::Full).expect("f32");
+    for precision in [Precision::Half, Precision::Emulated] {
+        let (rounded, rounded_gradients) = student(precision).expect("bf16");
+        let error = distance(&logits, &rounded);
+        println!("{precision:?}: logits {error:.2e}");
+        assert!(error > 1e-4, "{precision:?}: nothing was rounded");
+        assert!(error < 1e-2, "{precision:?}: logits differ by {error}");
+        let worst = gradients
+            .iter()
+            .zip(&rounded_gradients)
+            .map(|(x, y)| distance(x, y))
+            .fold(0.0, f64::max);
+        println!("{precision:?}: worst gradient {worst:.2e}");
+        assert!(worst < 5e-2, "{precision:?}: gradients differ by {worst}");
+    }
+}
+
+/// What searches, sums, normalises or optimises has the same bits as in f32.
+#[test]
+fn everything_but_products_is_exact() {
+    let compute = |precision| -> Result<Vec<Vec<f32>>> {
+        let b = on(precision);
+        let x = b.floats(&noise(1, 0, 30, 8), &[30, 8])?;
+        let w = b.floats(&noise(1, 1, 1, 8), &[8])?;
+        let codes = b.floats(&noise(2, 0, 50, 8), &[50, 8])?;
+        let logits = b.floats(&noise(3, 0, 30, 50), &[30, 50])?;
+        let ids = Libtorch::flow_map(&logits, &x, &codes, &FlowSolver { steps: 16 })?;
+        let ids = Libtorch::to_indices(&ids)?
+            .iter()
+            .map(|&i| i as f32)
+            .collect();
+        let all = [
+            Libtorch::matmul(&x, &codes, false, true)?,
+            Libtorch::rms_norm(&x, &w, 1e-5)?,
+            Libtorch::softmax(&logits)?,
+            Libtorch::sum(&x, &[0])?,
+            Var::<Libtorch>::constant(x).mean_all()?.value().clone(),
+        ];
+        let mut all: Vec<Vec<f32>> = all.iter().map(Libtorch::to_floats).collect::<Result<_>>()?;
+        all.push(ids);
+        Ok(all)
+    };
+    let full = compute(Precision::Full).expect("f32");
+    for precision in [Precision::Half, Precision::Emulated] {
+        assert_eq!(full, compute(precision).expect("bf16"), "{precision:?}");
+    }
+}
+
+#[test]
+fn weights_that_only_products_read_take_half_the_memory() {
+    let b = on(Precision::Half);
+    let x = b.floats(&[1.0, 1.001, -3.3, 0.0], &[2, 2]).expect("floats");
+    let kept = Libtorch::to_floats(&Libtorch::factor(&x).expect("a factor")).expect("floats");
+    assert_eq!(kept, [1.0, 1.0, -3.296_875, 0.0]);
+    let exact = b.exact().floats(&[1.001], &[1]).expect("floats");
+    let kept = Libtorch::to_floats(&Libtorch::factor(&exact).expect("a factor")).expect("floats");
+    assert_eq!(kept, [1.001]);
+}

@@ -1,0 +1,161 @@
+//! Both plugins in one recipe, through the real binary: what one makes the other takes, and both train alike.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+
+const RECIPE: &str = "
+version: 1
+seed: 4
+backend: candle
+device: cpu
+params:
+  data: {csv: DATA, height: 8, width: 8, max: 16}
+  train: {steps: 200, batch: 32, warmup: 20, ema: 0.95}
+stages:
+  codes:
+    kind: tokenizer
+    data: ${params.data}
+    codebook_size: 16
+    codebook_dim: 4
+    channels: 8
+    z_channels: 8
+    train: {steps: 100, batch: 32}
+  teacher:
+    kind: pretrain
+    tokenizer: codes
+    data: ${params.data}
+    width: 32
+    depth: 2
+    heads: 2
+    train: {steps: 100, batch: 32}
+  on-candle: {kind: trajectories, seed: 5, teacher: teacher, count: 500}
+  on-libtorch: {kind: trajectories, plugin: libtorch, seed: 5, teacher: teacher, count: 500}
+  student-candle:
+    kind: distill
+    seed: 6
+    teacher: teacher
+    trajectories: on-candle
+    timesteps: [0, 6]
+    held_out: 0.2
+    train: ${params.train}
+  student-libtorch:
+    kind: distill
+    plugin: libtorch
+    seed: 6
+    teacher: teacher
+    trajectories: on-candle
+    timesteps: [0, 6]
+    held_out: 0.2
+    train: ${params.train}
+  student-bf16:
+    kind: distill
+    plugin: libtorch
+    dtype: bf16
+    seed: 6
+    teacher: teacher
+    trajectories: on-candle
+    timesteps: [0, 6]
+    held_out: 0.2
+    train: ${params.train}
+  samples: {kind: sample, sampler: {kind: student, student: student-libtorch, timesteps: [0]}, count: 32}
+  samples-libtorch:
+    kind: sample
+    plugin: libtorch
+    sampler: {kind: teacher, teacher: teacher}
+    count: 32
+";
+
+#[test]
+fn a_recipe_may_change_plugins_between_its_stages() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/data/digits.csv");
+    let data = data
+        .canonicalize()
+        .expect("the digits")
+        .display()
+        .to_string();
+    std::fs::write(dir.path().join("r.yaml"), RECIPE.replace("DATA", &data)).expect("a recipe");
+    let ran = retort(dir.path(), &["run", "r.yaml"]);
+    let stages = ran["stages"].as_array().expect("stages");
+    assert!(stages.iter().all(|s| s["outcome"] == "ran"), "{ran:#}");
+
+    // The flow map gives equal tokens, so both artifacts are the same bytes and share a hash.
+    let output = |name: &str| {
+        let stage = stages.iter().find(|s| s["name"] == name);
+        stage.map(|s| s["output"]["hash"].clone())
+    };
+    assert_eq!(
+        output("on-candle"),
+        output("on-libtorch"),
+        "the trajectories of both plugins"
+    );
+
+    // The first step has the same loss and gradient, and with equal data the loss falls alike.
+    let points = |stage: &str, series: &str| -> Vec<f64> {
+        let found = retort(dir.path(), &["metrics", "latest", series, "--stage", stage]);
+        let found = found.as_array().expect("points").iter();
+        found
+            .map(|p| p["value"].as_f64().expect("a number"))
+            .collect()
+    };
+    for (series, first, last) in [
+        ("distill/loss", 1e-3, 0.02),
+        ("distill/gradient_norm", 1e-3, f64::INFINITY),
+        ("distill/held_out_loss", 0.02, 0.02),
+    ] {
+        let candle = points("student-candle", series);
+        for (stage, first) in [("student-libtorch", first), ("student-bf16", 0.02)] {
+            let other = points(stage, series);
+            let apart = |i: usize| (other[i] / candle[i] - 1.0).abs();
+            let end = candle.len() - 1;
+            println!(
+                "{series}: candle {:.5} .. {:.5}, {stage} {:.5} .. {:.5}",
+                candle[0], candle[end], other[0], other[end]
+            );
+            assert!(
+                apart(0) < first,
+                "{stage}: {series} begins {} apart",
+                apart(0)
+            );
+            assert!(
+                apart(end) < last,
+                "{stage}: {series} ends {} apart",
+                apart(end)
+            );
+        }
+    }
+}
+
+/// What a command of the real binary prints as JSON.
+fn retort(dir: &Path, arguments: &[&str]) -> Value {
+    let output = Command::new(binary())
+        .args(arguments)
+        .args(["--json", "--store"])
+        .arg(dir.join("store"))
+        .current_dir(dir)
+        .env_remove("RETORT_PLUGIN_PATH")
+        .output()
+        .expect("the binary runs");
+    assert!(
+        output.status.success(),
+        "{arguments:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    serde_json::from_slice(&output.stdout).expect("JSON")
+}
+
+/// The binary beside the plugins; tests lie two directories below.
+fn binary() -> PathBuf {
+    let this = std::env::current_exe().expect("this test's path");
+    let dir = this.ancestors().nth(2).expect("target/release");
+    for file in ["retort", "libretort_candle.so", "libretort_libtorch.so"] {
+        assert!(
+            dir.join(file).exists(),
+            "{} is missing: make build libtorch",
+            dir.join(file).display()
+        );
+    }
+    dir.join("retort")
+}

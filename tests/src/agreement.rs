@@ -1,0 +1,244 @@
+//! Two backends on the same networks: what one computes, the other must compute.
+//!
+//! The networks are small and have random weights, drawn by the engine, so both backends hold the same numbers. Outputs
+//! agree within 1e-4 of their largest magnitude, tokens exactly, and the loss and every gradient of a training step
+//! within 1e-3.
+
+use std::collections::BTreeMap;
+
+use retort_engine::Result;
+use retort_engine::backend::{Backend, FlowSolver, Unary};
+use retort_engine::model::autoencoder::Shape;
+use retort_engine::model::{Student, Teacher, Tokenizer, llamagen, vq};
+use retort_engine::random::{Sequence, Stream, noise};
+use retort_engine::sampler::{Choice, Distribution, autoregressive};
+use retort_engine::tape::{Var, backward};
+use retort_engine::weights::{self, Loader, Params, Source, Weights};
+
+use crate::golden::Row;
+
+/// Images of a batch.
+const BATCH: usize = 6;
+
+/// What a backend computed.
+struct Found {
+    data: Vec<f32>,
+    /// Largest difference of another backend's, relative to `scale`.
+    tolerance: f64,
+    /// The largest magnitude.
+    scale: f64,
+}
+
+type Results = BTreeMap<String, Found>;
+
+/// Computes everything on both backends and compares.
+pub fn compare<A: Backend, B: Backend>(a: &A, b: &B) -> Result<Vec<Row>> {
+    let (first, second) = (results(a)?, results(b)?);
+    assert!(
+        first.keys().eq(second.keys()),
+        "the same things were computed"
+    );
+    Ok(first
+        .into_iter()
+        .map(|(name, x)| {
+            let y = &second[&name];
+            assert_eq!(x.data.len(), y.data.len(), "size of {name}");
+            assert!(x.scale > 0.0, "{name} says something");
+            let pairs = x.data.iter().zip(&y.data);
+            let difference = pairs.fold(0.0f64, |m, (x, y)| m.max(f64::from((x - y).abs())));
+            Row {
+                name,
+                error: difference / x.scale,
+                tolerance: x.tolerance,
+            }
+        })
+        .collect())
+}
+
+fn network() -> llamagen::Config {
+    llamagen::Config {
+        width: 48,
+        depth: 3,
+        heads: 4,
+        vocabulary: 50,
+        codebook_dim: 5,
+        side: 5,
+        classes: 10,
+    }
+}
+
+fn images() -> vq::Config {
+    vq::Config {
+        autoencoder: Shape {
+            image_channels: 3,
+            image_size: 10,
+            channels: 16,
+            multipliers: vec![1, 2],
+            res_blocks: 1,
+            norm_groups: 8,
+            z_channels: 12,
+        },
+        vocabulary: 50,
+        codebook_dim: 5,
+        l2_norm: true,
+    }
+}
+
+/// Weights of a network: as it would draw them, and none of them constant.
+fn drawn<B: Backend, M>(
+    backend: &B,
+    build: impl Fn(&mut Loader<'_, B>) -> Result<M>,
+) -> Result<Weights> {
+    let mut loader = Loader::new(backend, Source::Init(7), true, "drawn");
+    build(&mut loader)?;
+    let mut all = weights::from_params(&loader.into_params())?;
+    for (i, w) in all.values_mut().enumerate() {
+        let mut more = vec![0.0; w.data.len()];
+        Sequence::new(11, Stream::Init, i as u64).normals(&mut more);
+        w.data
+            .iter_mut()
+            .zip(more)
+            .for_each(|(w, m)| *w += 0.05 * m);
+    }
+    Ok(all)
+}
+
+fn results<B: Backend>(backend: &B) -> Result<Results> {
+    let (c, v) = (network(), images());
+    let (l, d) = (c.side * c.side, c.codebook_dim);
+    let mut found = Results::new();
+    let keep = |found: &mut Results, name: &str, x: &B::Tensor, tolerance| -> Result<()> {
+        let data = B::to_floats(x)?;
+        let scale = magnitude(&data);
+        let result = Found {
+            data,
+            tolerance,
+            scale,
+        };
+        found.insert(name.into(), result);
+        Ok(())
+    };
+
+    let [teacher_weights, student_weights, image_weights] = [
+        drawn(backend, |l| llamagen::Gpt::load(l, &c).map(drop))?,
+        drawn(backend, |l| llamagen::GptStudent::load(l, &c).map(drop))?,
+        drawn(backend, |l| vq::VqModel::load(l, &v).map(drop))?,
+    ];
+    let constant = |weights| Loader::new(backend, Source::Host(weights), false, "drawn");
+    let teacher = llamagen::Gpt::load(&mut constant(&teacher_weights), &c)?;
+    let tokenizer = vq::VqModel::load(&mut constant(&image_weights), &v)?;
+    let codebook = tokenizer.codebook()?;
+
+    let classes: Vec<u32> = (0..BATCH as u32).map(|i| i % 10).collect();
+    let labels = backend.indices(&classes, &[BATCH])?;
+    let mut choice = Sequence::new(3, Stream::Choice, 0);
+    let ids: Vec<u32> = (0..BATCH * l).map(|_| choice.below(50) as u32).collect();
+    let tokens = backend.indices(&ids, &[BATCH, l])?;
+    keep(
+        &mut found,
+        "teacher/logits",
+        teacher.forced(&labels, &tokens)?.value(),
+        1e-4,
+    )?;
+
+    // Trajectories, and the images of their tokens.
+    let eps: Vec<f32> = (0..BATCH as u64).flat_map(|i| noise(5, i, l, d)).collect();
+    let eps = backend.floats(&eps, &[BATCH, l, d])?;
+    let mut choice = Choice::Flow {
+        noise: &eps,
+        codebook: &codebook,
+        solver: FlowSolver { steps: 16 },
+    };
+    let distribution = Distribution {
+        guidance: Some(1.5),
+        ..Default::default()
+    };
+    let path = autoregressive(&teacher, &classes, &distribution, &mut choice, None, l)?;
+    let same: Vec<f32> = B::to_indices(&path)?.iter().map(|&id| id as f32).collect();
+    keep(
+        &mut found,
+        "trajectories/tokens",
+        &backend.floats(&same, &[BATCH * l])?,
+        0.0,
+    )?;
+    let latents = Var::constant(B::rows(&codebook, &path)?);
+    let decoded = tokenizer.decode(&latents)?;
+    keep(&mut found, "tokenizer/images", decoded.value(), 1e-4)?;
+    let again = tokenizer.encode(decoded.value())?;
+    let again: Vec<f32> = B::to_indices(&again)?.iter().map(|&id| id as f32).collect();
+    keep(
+        &mut found,
+        "tokenizer/tokens",
+        &backend.floats(&again, &[BATCH * l])?,
+        0.0,
+    )?;
+
+    // A training step of the student, from a timestep between.
+    let known = 7;
+    let kinds: Vec<u32> = (0..BATCH * l).map(|i| u32::from(i % l < known)).collect();
+    let kinds = backend.indices(&kinds, &[BATCH, l])?;
+    let mut loader = Loader::new(backend, Source::Host(&student_weights), true, "drawn");
+    let student = llamagen::GptStudent::load(&mut loader, &c)?;
+    let params = loader.into_params();
+    let prediction = student.predict(&eps, &labels, &kinds)?;
+    let continuous = student.continuous(&prediction)?;
+    keep(
+        &mut found,
+        "student/logits",
+        prediction.logits.value(),
+        1e-4,
+    )?;
+    keep(&mut found, "student/continuous", continuous.value(), 1e-4)?;
+    let flat = B::reshape(&path, &[BATCH * l])?;
+    let image_loss = distance(&tokenizer.decode(&continuous)?, &decoded)?;
+    let loss = prediction
+        .logits
+        .reshape(&[BATCH * l, 50])?
+        .cross_entropy(&flat)?
+        .add(&image_loss)?;
+    drop((prediction, continuous, image_loss, student));
+    keep(&mut found, "student/loss", loss.value(), 1e-3)?;
+    gradients(&mut found, loss, &params)?;
+
+    // A training step of the tokenizer.
+    let mut loader = Loader::new(backend, Source::Host(&image_weights), true, "drawn");
+    let trained = vq::VqModel::load(&mut loader, &v)?;
+    let params = loader.into_params();
+    let result = trained.reconstruct(decoded.value())?;
+    let loss = distance(&result.images, &decoded)?
+        .add(&result.codebook_loss)?
+        .add(&result.commitment_loss)?;
+    drop((result, trained));
+    keep(&mut found, "tokenizer/loss", loss.value(), 1e-3)?;
+    gradients(&mut found, loss, &params)?;
+    Ok(found)
+}
+
+/// Mean squared distance.
+fn distance<B: Backend>(a: &Var<B>, b: &Var<B>) -> Result<Var<B>> {
+    a.sub(b)?.unary(Unary::Square)?.mean_all()
+}
+
+/// Keeps the gradients of a loss. Some are zero in exact arithmetic (a shift of all keys) and nothing but rounding in
+/// floats: none is measured more finely than the thousandth part of the largest.
+fn gradients<B: Backend>(found: &mut Results, loss: Var<B>, params: &Params<B>) -> Result<()> {
+    let all = backward(loss, params)?
+        .iter()
+        .map(B::to_floats)
+        .collect::<Result<Vec<_>>>()?;
+    let largest = all.iter().fold(0.0f64, |m, g| m.max(magnitude(g)));
+    for ((name, _), data) in params.iter().zip(all) {
+        let scale = magnitude(&data).max(1e-3 * largest);
+        let result = Found {
+            data,
+            tolerance: 1e-3,
+            scale,
+        };
+        found.insert(format!("gradient/{name}"), result);
+    }
+    Ok(())
+}
+
+fn magnitude(x: &[f32]) -> f64 {
+    x.iter().fold(0.0, |m, x| m.max(f64::from(x.abs())))
+}
