@@ -8,10 +8,12 @@
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod artifact;
+pub mod chart;
 pub mod cli;
 pub mod diagnostic;
 pub mod environment;
 pub mod executor;
+pub mod filter;
 pub mod frame;
 pub mod plan;
 pub mod plugin;
@@ -20,5 +22,6 @@ pub mod recipe;
 pub mod schema;
 pub mod store;
 pub mod table;
+pub mod tensorboard;
 pub mod worker;
 pub mod yaml;

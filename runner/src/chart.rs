@@ -1,0 +1,416 @@
+//! Curves as a picture: braille dots for a terminal, SVG for everything else.
+//!
+//! In: curves, each a list of samples with their least, mean and greatest value. Out: text. The mean is a line, the
+//! range around it a band. What is not finite leaves a gap. Deliberately absent: where curves come from.
+
+use std::fmt::Write as _;
+
+use crate::table::number;
+
+/// Curves over one axis.
+#[derive(Debug, Clone, Default)]
+pub struct Chart {
+    /// What the horizontal axis is: `step`, `seconds`.
+    pub axis: String,
+    /// Whether the vertical axis is logarithmic; then values that are not positive leave gaps.
+    pub log: bool,
+    /// The curves.
+    pub curves: Vec<Curve>,
+}
+
+/// A curve.
+#[derive(Debug, Clone, Default)]
+pub struct Curve {
+    /// Its name.
+    pub label: String,
+    /// Its samples, by their places.
+    pub samples: Vec<Sample>,
+}
+
+/// What is known at one place.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sample {
+    /// The place.
+    pub x: f64,
+    /// The least value.
+    pub min: f64,
+    /// The mean.
+    pub mean: f64,
+    /// The greatest value.
+    pub max: f64,
+}
+
+/// The range of what is drawn.
+#[derive(Debug, Clone, Copy)]
+struct Frame {
+    x: (f64, f64),
+    y: (f64, f64),
+}
+
+/// Terminal colours (SGR) and the same for SVG, told apart by people who see few colours too.
+const COLORS: [(&str, &str); 6] = [
+    ("34", "#0072b2"),
+    ("33", "#d55e00"),
+    ("32", "#009e73"),
+    ("35", "#cc79a7"),
+    ("36", "#56b4e9"),
+    ("31", "#e69f00"),
+];
+
+impl Chart {
+    /// The chart for a terminal: so many columns and rows in all, names of curves below. Nothing when there is nothing
+    /// to draw.
+    pub fn terminal(&self, columns: usize, rows: usize, color: bool) -> String {
+        let Some(frame) = self.frame() else {
+            return String::new();
+        };
+        let height = rows.max(4);
+        let label = |row: usize| {
+            let part = 1.0 - row as f64 / (height - 1) as f64;
+            number(self.value(frame.y.0 + part * (frame.y.1 - frame.y.0)))
+        };
+        let labelled = [0, height / 2, height - 1];
+        let margin = labelled
+            .iter()
+            .map(|&row| label(row).chars().count())
+            .max()
+            .unwrap_or(0);
+        let width = columns.saturating_sub(margin + 2).max(10);
+        let mut canvas = Canvas::new(width, height);
+        for (number, curve) in self.curves.iter().enumerate() {
+            self.draw(curve, number, frame, &mut canvas);
+        }
+        let mut text = String::new();
+        for row in 0..height {
+            let label = if labelled.contains(&row) {
+                label(row)
+            } else {
+                String::new()
+            };
+            let side = if label.is_empty() { '│' } else { '┤' };
+            let _ = writeln!(text, "{label:>margin$} {side}{}", canvas.line(row, color));
+        }
+        let (first, last) = (number(frame.x.0), number(frame.x.1));
+        let _ = writeln!(text, "{:margin$} └{}", "", "─".repeat(width));
+        let between = width.saturating_sub(first.chars().count());
+        let _ = writeln!(text, "{:margin$}  {first}{last:>between$}", "");
+        let _ = writeln!(text, "{:margin$}  {:^width$}", "", self.axis);
+        for (number, curve) in self.curves.iter().enumerate() {
+            let mark = paint("━━", number, color);
+            let _ = writeln!(text, "{:margin$}  {mark} {}", "", curve.label);
+        }
+        text
+    }
+
+    /// The chart as an SVG document.
+    pub fn svg(&self) -> String {
+        const W: f64 = 880.0;
+        const H: f64 = 480.0;
+        const LEFT: f64 = 78.0;
+        const RIGHT: f64 = 20.0;
+        const TOP: f64 = 16.0;
+        const BOTTOM: f64 = 52.0;
+        let legend = 20.0 * self.curves.len() as f64;
+        let mut svg = format!(
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {W} {}\" font-family=\"sans-serif\" \
+             font-size=\"13\">\n<rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n",
+            H + legend
+        );
+        let Some(frame) = self.frame() else {
+            return svg + "</svg>\n";
+        };
+        let x =
+            |value: f64| LEFT + (value - frame.x.0) / (frame.x.1 - frame.x.0) * (W - LEFT - RIGHT);
+        let y = |value: f64| {
+            H - BOTTOM - (value - frame.y.0) / (frame.y.1 - frame.y.0) * (H - TOP - BOTTOM)
+        };
+        for tick in ticks(frame.y, 6) {
+            let (at, text) = (y(tick), number(self.value(tick)));
+            let _ = writeln!(
+                svg,
+                "<path d=\"M{LEFT} {at:.1}H{:.1}\" stroke=\"#ddd\"/><text x=\"{:.1}\" y=\"{:.1}\" \
+                 text-anchor=\"end\">{text}</text>",
+                W - RIGHT,
+                LEFT - 6.0,
+                at + 4.0
+            );
+        }
+        for tick in ticks(frame.x, 8) {
+            let _ = writeln!(
+                svg,
+                "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>",
+                x(tick),
+                H - BOTTOM + 18.0,
+                number(tick)
+            );
+        }
+        let _ = writeln!(
+            svg,
+            "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>",
+            (LEFT + W - RIGHT) / 2.0,
+            H - 14.0,
+            escaped(&self.axis)
+        );
+        for (place, curve) in self.curves.iter().enumerate() {
+            let color = COLORS[place % COLORS.len()].1;
+            for run in self.runs(curve) {
+                let point = |x_of: f64, value: f64| format!("{:.1} {:.1}", x(x_of), y(value));
+                let there = run.iter().map(|sample| point(sample.x, sample.max));
+                let back = run.iter().rev().map(|sample| point(sample.x, sample.min));
+                let band: Vec<String> = there.chain(back).collect();
+                let line: Vec<String> = run
+                    .iter()
+                    .map(|sample| point(sample.x, sample.mean))
+                    .collect();
+                let _ = writeln!(
+                    svg,
+                    "<path d=\"M{}Z\" fill=\"{color}\" fill-opacity=\"0.2\"/>\
+                     <path d=\"M{}\" fill=\"none\" stroke=\"{color}\" stroke-width=\"1.5\" stroke-linecap=\"round\"/>",
+                    band.join("L"),
+                    line.join("L")
+                );
+            }
+            let at = H + 20.0 * place as f64;
+            let _ = writeln!(
+                svg,
+                "<path d=\"M{LEFT} {:.1}h24\" stroke=\"{color}\" stroke-width=\"3\"/><text x=\"{:.1}\" \
+                 y=\"{:.1}\">{}</text>",
+                at - 4.0,
+                LEFT + 32.0,
+                at,
+                escaped(&curve.label)
+            );
+        }
+        svg + "</svg>\n"
+    }
+
+    fn draw(&self, curve: &Curve, color: usize, frame: Frame, canvas: &mut Canvas) {
+        let (right, bottom) = (canvas.width * 2 - 1, canvas.height * 4 - 1);
+        let x = |value: f64| (value - frame.x.0) / (frame.x.1 - frame.x.0) * right as f64;
+        let y = |value: f64| (frame.y.1 - value) / (frame.y.1 - frame.y.0) * bottom as f64;
+        for run in self.runs(curve) {
+            for sample in &run {
+                let at = x(sample.x);
+                canvas.stroke((at, y(sample.max)), (at, y(sample.min)), color);
+            }
+            for pair in run.windows(2) {
+                let ends = [pair[0], pair[1]].map(|sample| (x(sample.x), y(sample.mean)));
+                canvas.stroke(ends[0], ends[1], color);
+            }
+        }
+    }
+
+    /// What is drawn of a curve: pieces without gaps, on the axis' scale.
+    fn runs(&self, curve: &Curve) -> Vec<Vec<Sample>> {
+        let scaled = curve.samples.iter().map(|sample| Sample {
+            x: sample.x,
+            min: self.scaled(sample.min),
+            mean: self.scaled(sample.mean),
+            max: self.scaled(sample.max),
+        });
+        let mut runs = vec![Vec::new()];
+        for sample in scaled {
+            let whole = [sample.x, sample.min, sample.mean, sample.max];
+            if whole.iter().all(|value| value.is_finite()) {
+                if let Some(run) = runs.last_mut() {
+                    run.push(sample);
+                }
+            } else {
+                runs.push(Vec::new());
+            }
+        }
+        runs.retain(|run| !run.is_empty());
+        runs
+    }
+
+    fn frame(&self) -> Option<Frame> {
+        let samples: Vec<Sample> = self
+            .curves
+            .iter()
+            .flat_map(|curve| self.runs(curve))
+            .flatten()
+            .collect();
+        let range = |low: &dyn Fn(&Sample) -> f64, high: &dyn Fn(&Sample) -> f64| {
+            let least = samples.iter().map(low).fold(f64::INFINITY, f64::min);
+            let most = samples.iter().map(high).fold(f64::NEG_INFINITY, f64::max);
+            // One value alone still needs a range around it.
+            let widened = if most > least {
+                0.0
+            } else {
+                (least.abs() * 0.1).max(0.5)
+            };
+            (least - widened, most + widened)
+        };
+        (!samples.is_empty()).then(|| Frame {
+            x: range(&|sample| sample.x, &|sample| sample.x),
+            y: range(&|sample| sample.min, &|sample| sample.max),
+        })
+    }
+
+    fn scaled(&self, value: f64) -> f64 {
+        if self.log { value.log10() } else { value }
+    }
+
+    fn value(&self, scaled: f64) -> f64 {
+        if self.log {
+            10_f64.powf(scaled)
+        } else {
+            scaled
+        }
+    }
+}
+
+/// Braille characters: 2 x 4 dots each, in the colour of what was drawn last.
+struct Canvas {
+    width: usize,
+    height: usize,
+    cells: Vec<(u8, usize)>,
+}
+
+impl Canvas {
+    fn new(width: usize, height: usize) -> Self {
+        Self {
+            width,
+            height,
+            cells: vec![(0, 0); width * height],
+        }
+    }
+
+    /// A straight line between two places, in dots.
+    fn stroke(&mut self, from: (f64, f64), to: (f64, f64), color: usize) {
+        let (dx, dy) = (to.0 - from.0, to.1 - from.1);
+        let count = dx.abs().max(dy.abs()).ceil().max(1.0);
+        for step in 0..=count as usize {
+            let part = step as f64 / count;
+            self.dot(from.0 + part * dx, from.1 + part * dy, color);
+        }
+    }
+
+    fn dot(&mut self, x: f64, y: f64, color: usize) {
+        const BITS: [[u8; 2]; 4] = [[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]];
+        let (x, y) = (x.round().max(0.0) as usize, y.round().max(0.0) as usize);
+        if x < self.width * 2 && y < self.height * 4 {
+            let cell = &mut self.cells[y / 4 * self.width + x / 2];
+            *cell = (cell.0 | BITS[y % 4][x % 2], color);
+        }
+    }
+
+    fn line(&self, row: usize, color: bool) -> String {
+        let cells = &self.cells[row * self.width..(row + 1) * self.width];
+        let mut text = String::new();
+        for &(bits, curve) in cells {
+            match bits {
+                0 => text.push(' '),
+                bits => {
+                    let braille = char::from_u32(0x2800 + u32::from(bits)).unwrap_or(' ');
+                    text += &paint(&braille.to_string(), curve, color);
+                }
+            }
+        }
+        text.trim_end().to_owned()
+    }
+}
+
+fn paint(text: &str, curve: usize, color: bool) -> String {
+    match color {
+        true => format!("\x1b[{}m{text}\x1b[0m", COLORS[curve % COLORS.len()].0),
+        false => text.to_owned(),
+    }
+}
+
+/// About so many round numbers within a range.
+fn ticks((low, high): (f64, f64), count: usize) -> Vec<f64> {
+    let rough = (high - low) / count as f64;
+    let power = 10_f64.powf(rough.log10().floor());
+    let step = [1.0, 2.0, 5.0, 10.0]
+        .map(|factor| factor * power)
+        .into_iter()
+        .find(|step| *step >= rough)
+        .unwrap_or(rough);
+    if step.is_nan() || step <= 0.0 || step.is_infinite() {
+        return vec![low];
+    }
+    let first = (low / step).ceil();
+    (0..=count * 2)
+        .map(|number| (first + number as f64) * step)
+        .take_while(|tick| *tick <= high + step * 1e-9)
+        .map(|tick| if tick.abs() < step * 1e-9 { 0.0 } else { tick })
+        .collect()
+}
+
+fn escaped(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect::<String>()
+        .replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chart(values: &[f64], log: bool) -> Chart {
+        let samples = (0..).zip(values).map(|(x, &value)| Sample {
+            x: f64::from(x),
+            min: value,
+            mean: value,
+            max: value,
+        });
+        Chart {
+            axis: "step".into(),
+            log,
+            curves: vec![Curve {
+                label: "a <loss>".into(),
+                samples: samples.collect(),
+            }],
+        }
+    }
+
+    #[test]
+    fn a_falling_line_falls() {
+        let text = chart(&[3.0, 2.0, 1.0, 0.0], false).terminal(24, 4, false);
+        let rows: Vec<&str> = text.lines().take(4).collect();
+        let first_dot = |row: &str| {
+            row.chars()
+                .position(|c| ('\u{2801}'..='\u{28ff}').contains(&c))
+        };
+        let places: Vec<_> = rows.iter().map(|row| first_dot(row)).collect();
+        assert!(places.iter().all(Option::is_some), "{text}");
+        assert!(places.is_sorted() && places[0] < places[3], "{text}");
+        assert!(
+            rows[0].trim_start().starts_with('3') && rows[3].trim_start().starts_with('0'),
+            "{text}"
+        );
+        assert!(text.contains("a <loss>") && !text.contains('\x1b'));
+    }
+
+    #[test]
+    fn what_is_not_finite_leaves_a_gap() {
+        let values = [1.0, 2.0, f64::NAN, 4.0, f64::INFINITY, 6.0];
+        let gaps = chart(&values, false);
+        assert_eq!(gaps.runs(&gaps.curves[0]).len(), 3);
+        let negative = chart(&[1.0, -1.0, 10.0], true);
+        assert_eq!(negative.runs(&negative.curves[0]).len(), 2);
+        assert_eq!(chart(&[f64::NAN], false).terminal(40, 5, false), "");
+        assert!(!chart(&[5.0], false).terminal(40, 5, true).is_empty());
+    }
+
+    #[test]
+    fn the_svg_holds_the_curve_and_no_markup_of_names() {
+        let svg = chart(&[3.0, 2.0, 4.0], false).svg();
+        assert!(svg.starts_with("<svg") && svg.ends_with("</svg>\n"));
+        assert!(
+            svg.contains("a &lt;loss&gt;") && !svg.contains("NaN"),
+            "{svg}"
+        );
+    }
+
+    #[test]
+    fn ticks_are_round() {
+        assert_eq!(ticks((0.0, 10.0), 5), [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]);
+        assert_eq!(ticks((-0.03, 0.11), 4), [0.0, 0.05, 0.1]);
+        assert_eq!(ticks((5.0, 5.0), 4), [5.0]);
+    }
+}
