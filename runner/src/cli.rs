@@ -14,8 +14,11 @@ pub mod compare;
 pub mod completions;
 pub mod doctor;
 pub mod error;
+pub mod gc;
 pub mod graph;
 pub mod inspect;
+pub mod lineage;
+pub mod log;
 pub mod metrics;
 pub mod past;
 pub mod plan;
@@ -26,7 +29,9 @@ pub mod run;
 pub mod runs;
 pub mod schema;
 pub mod talk;
+pub mod transfer;
 pub mod validate;
+pub mod why;
 pub mod worker;
 
 use crate::store::{Access, Store};
@@ -120,10 +125,18 @@ pub enum Command {
     Graph(graph::Args),
     /// Continue an interrupted, failed or lost run.
     Resume(resume::Args),
-    /// List and show past runs.
+    /// List, show, tag, remove, export and import past runs.
     Runs(runs::Args),
-    /// Print the metrics of a run.
+    /// Print or draw the metrics of a run.
     Metrics(metrics::Args),
+    /// Print the log of a run.
+    Log(log::Args),
+    /// Print the end of a run's log, and what comes until it ends.
+    Tail(log::TailArgs),
+    /// Say why a stage ran again, or did not have to.
+    Why(why::Args),
+    /// Show what an artifact was made from, and what was made from it.
+    Lineage(lineage::Args),
     /// List and verify artifacts.
     Artifacts(artifacts::Args),
     /// Compare runs: parameters, results, metrics.
@@ -132,6 +145,8 @@ pub enum Command {
     Query(query::Args),
     /// Show what a checkpoint file holds: dictionaries and tensors. Nothing in it is run.
     Inspect(inspect::Args),
+    /// Remove what no run needs; lists it first.
+    Gc(gc::Args),
     /// List and check backend plugins.
     Plugin(plugin::Args),
     /// Check this machine and installation, and say what to repair.
@@ -311,6 +326,11 @@ pub fn main() -> ExitCode {
         Command::Resume(args) => resume::execute(args, &context),
         Command::Runs(args) => runs::execute(args, &context),
         Command::Metrics(args) => metrics::execute(args, &context),
+        Command::Log(args) => log::execute(args, &context),
+        Command::Tail(args) => log::tail(args, &context),
+        Command::Why(args) => why::execute(args, &context),
+        Command::Lineage(args) => lineage::execute(args, &context),
+        Command::Gc(args) => gc::execute(args, &context),
         Command::Artifacts(args) => artifacts::execute(args, &context),
         Command::Compare(args) => compare::execute(args, &context),
         Command::Query(args) => query::execute(args, &context),

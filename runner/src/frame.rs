@@ -72,7 +72,7 @@ pub enum FromWorker {
     /// Lines for the log.
     Log(Vec<Line>),
     /// Points of metric series.
-    Metrics(Vec<Point>),
+    Metrics(Vec<Points>),
     /// How far the stage is.
     Progress(Progress),
     /// An artifact lies in its place.
@@ -113,25 +113,28 @@ pub struct Line {
     pub at: i64,
 }
 
-/// A point of a metric series.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Point {
+/// Points of a metric series, column by column: there may be very many.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Points {
     /// Name of the series.
     pub series: String,
-    /// Step.
-    pub step: u64,
-    /// Value; JSON has neither NaN nor infinity, so its bits travel.
+    /// Step of each.
+    pub steps: Vec<u64>,
+    /// Value of each; JSON has neither NaN nor infinity, so their bits travel.
     #[serde(with = "bits")]
-    pub value: f64,
+    pub values: Vec<f64>,
     /// When: milliseconds since 1970.
-    pub at: i64,
+    pub at: Vec<i64>,
 }
 
-impl PartialEq for Point {
+impl PartialEq for Points {
     /// NaN equals NaN here: points are compared as data.
     fn eq(&self, other: &Self) -> bool {
-        (&self.series, self.step, self.value.to_bits(), self.at)
-            == (&other.series, other.step, other.value.to_bits(), other.at)
+        let bits = |points: &Self| -> Vec<u64> {
+            points.values.iter().map(|value| value.to_bits()).collect()
+        };
+        (&self.series, &self.steps, bits(self), &self.at)
+            == (&other.series, &other.steps, bits(other), &other.at)
     }
 }
 
@@ -216,16 +219,17 @@ impl Inbox {
     }
 }
 
-/// A float as its bits.
+/// Floats as their bits.
 mod bits {
-    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+    use serde::{Deserialize, Deserializer, Serializer};
 
-    pub fn serialize<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
-        value.to_bits().serialize(serializer)
+    pub fn serialize<S: Serializer>(values: &[f64], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(values.iter().map(|value| value.to_bits()))
     }
 
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
-        u64::deserialize(deserializer).map(f64::from_bits)
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<f64>, D::Error> {
+        let bits = Vec::<u64>::deserialize(deserializer)?;
+        Ok(bits.into_iter().map(f64::from_bits).collect())
     }
 }
 
@@ -233,12 +237,12 @@ mod bits {
 mod tests {
     use super::*;
 
-    fn point(value: f64) -> Point {
-        Point {
+    fn points(values: &[f64]) -> Points {
+        Points {
             series: "loss".into(),
-            step: u64::MAX,
-            value,
-            at: 7,
+            steps: vec![u64::MAX; values.len()],
+            values: values.to_vec(),
+            at: vec![7; values.len()],
         }
     }
 
@@ -263,7 +267,7 @@ mod tests {
     fn frames_survive_any_cutting() {
         let messages = [
             FromWorker::Loaded,
-            FromWorker::Metrics(vec![point(f64::NAN), point(f64::NEG_INFINITY), point(-0.1)]),
+            FromWorker::Metrics(vec![points(&[f64::NAN, f64::NEG_INFINITY, -0.1])]),
             FromWorker::Log(vec![Line {
                 level: 3,
                 text: "ζ\n\0".into(),

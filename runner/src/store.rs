@@ -17,29 +17,40 @@ use std::time::Duration;
 use sqlx::sqlite::{SqliteConnection, SqlitePool};
 use sqlx::{Sqlite, Transaction};
 
+mod block;
+mod care;
 mod error;
+mod function;
 mod history;
 mod lease;
+mod lineage;
 mod log;
+mod mlflow;
 mod query;
 mod record;
 mod reference;
 mod schema;
+mod select;
 mod series;
 mod time;
+mod transfer;
 
+pub use care::Garbage;
 pub use error::StoreError;
 pub use history::{
     ArtifactRow, AttemptDetail, LastExecution, RunDetail, RunFilter, RunSummary, SourceStage,
     StageCounts, StageDetail, Success,
 };
-pub use log::{LogLine, LogSource};
+pub use lineage::{Lineage, Relative, Turn};
+pub use log::{LogLine, LogSource, RunLine};
 pub use record::{
     ArtifactFile, ArtifactRecord, AttemptEnd, AttemptState, NewRun, NewStage, Param,
     PluginIdentity, RunState, StageState, Usage,
 };
-pub use series::{MetricPoint, SeriesPoint, SeriesSummary};
+pub use select::Sort;
+pub use series::{Axis, Batch, Bucket, Lens, MetricPoint, SeriesPoint, SeriesSummary};
 pub use time::Time;
+pub use transfer::{Transfer, export};
 
 /// How long a writer waits for another before it reports [`StoreError::Busy`].
 const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -94,8 +105,8 @@ pub struct Store {
     pool: SqlitePool,
     /// Writers of this process queue here instead of polling for SQLite's lock.
     writer: tokio::sync::Mutex<()>,
-    /// Keys of the series already known, by attempt and name, with the time their points count from.
-    series: Mutex<HashMap<(AttemptId, String), series::Known>>,
+    /// The series of attempts under way: their keys, and the points of their open blocks.
+    series: Mutex<HashMap<AttemptId, HashMap<String, series::Known>>>,
     /// Runs found lost that could not be recorded as such (the store cannot be written to).
     lost: Mutex<HashSet<String>>,
 }

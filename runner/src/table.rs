@@ -267,6 +267,12 @@ impl Cell {
         }
     }
 
+    /// The same with a mark behind the text for people.
+    pub fn marked(mut self, mark: &str) -> Self {
+        self.text.push_str(mark);
+        self
+    }
+
     /// The same in another tone.
     pub fn tone(mut self, tone: Tone) -> Self {
         self.tone = tone;

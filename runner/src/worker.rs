@@ -21,7 +21,7 @@ use retort_abi::ffi::{self, HostTable, Sink, Str};
 use retort_abi::{ArtifactMeta, Cancel, Failure, FailureCode, LogLevel};
 
 use crate::artifact::{self, ArtifactError};
-use crate::frame::{self, Answer, Call, FromWorker, Inbox, Line, Point, Progress, Task, ToWorker};
+use crate::frame::{self, Answer, Call, FromWorker, Inbox, Line, Points, Progress, Task, ToWorker};
 use crate::plugin::host::LoadedPlugin;
 use crate::store::{ArtifactRecord, Time};
 
@@ -228,6 +228,16 @@ struct Outbox {
     wake: Condvar,
 }
 
+/// A point on its way.
+#[derive(Debug, Clone, PartialEq)]
+struct Point {
+    series: String,
+    step: u64,
+    value: f64,
+    /// Milliseconds since 1970.
+    at: i64,
+}
+
 #[derive(Default)]
 struct Pending {
     points: std::collections::VecDeque<Point>,
@@ -275,13 +285,8 @@ impl Outbox {
 
     fn send_pending(&self, socket: &mut UnixStream) {
         let pending = std::mem::take(&mut *lock(&self.pending));
-        let mut points = Vec::from(pending.points);
-        while !points.is_empty() {
-            let rest = points.split_off(points.len().min(BATCH));
-            write_frame(
-                socket,
-                &FromWorker::Metrics(std::mem::replace(&mut points, rest)),
-            );
+        for batch in Vec::from(pending.points).chunks(BATCH) {
+            write_frame(socket, &FromWorker::Metrics(by_series(batch)));
         }
         let mut lines = pending.lines;
         for (count, what) in [
@@ -339,6 +344,26 @@ impl Outbox {
         lock(&self.pending).progress = Some(progress);
         self.wake.notify_one();
     }
+}
+
+/// Points by series, in the order in which series and points came.
+fn by_series(points: &[Point]) -> Vec<Points> {
+    let mut places: HashMap<&str, usize> = HashMap::new();
+    let mut batches: Vec<Points> = Vec::new();
+    for point in points {
+        let place = *places.entry(&point.series).or_insert_with(|| {
+            batches.push(Points {
+                series: point.series.clone(),
+                ..Points::default()
+            });
+            batches.len() - 1
+        });
+        let batch = &mut batches[place];
+        batch.steps.push(point.step);
+        batch.values.push(point.value);
+        batch.at.push(point.at);
+    }
+    batches
 }
 
 /// A line cut to [`LONGEST_LINE`].
@@ -690,10 +715,8 @@ mod tests {
         else {
             panic!("{sent:?}");
         };
-        assert_eq!(
-            (first.len(), second.as_slice()),
-            (BATCH, [point(BATCH as u64)].as_slice())
-        );
+        assert_eq!(first[0].steps.len(), BATCH);
+        assert_eq!(*second, by_series(&[point(BATCH as u64)]));
         assert_eq!(
             lines
                 .iter()

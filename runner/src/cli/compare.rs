@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use serde_json::Value;
 
-use crate::cli::{Context, Error, FormatArgs, talk};
+use crate::cli::{Context, Error, FormatArgs, artifacts, talk};
 use crate::store::{Access, RunDetail, RunId, SeriesSummary, Store};
 use crate::table::{Cell, Rows, Style, Tone};
 
@@ -34,6 +34,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
                 facts(
                     &store.run_detail(&id).await?,
                     &store.last_metrics(&id).await?,
+                    context,
                 ),
             ));
         }
@@ -46,7 +47,10 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         let ids: Vec<_> = runs.iter().map(|(id, _)| id).collect();
         let rows: Vec<_> = facts
             .iter()
-            .map(|(fact, values)| serde_json::json!({"about": fact.about, "name": fact.name, "values": values}))
+            .map(|(fact, values)| {
+                serde_json::json!({"about": fact.about, "name": fact.name, "values": values,
+                    "best": best(fact, values)})
+            })
             .collect();
         return Ok(talk::print(&format!(
             "{:#}\n",
@@ -59,9 +63,14 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         .collect();
     let mut rows = Rows::new(&heads);
     for (fact, values) in &facts {
-        let cells = values
-            .iter()
-            .map(|value| value.map_or_else(|| Cell::from("-").tone(Tone::Dim), Cell::json));
+        let best = best(fact, values);
+        let cells = (0..).zip(values).map(|(place, value)| {
+            let cell = value.map_or_else(|| Cell::from("-").tone(Tone::Dim), Cell::json);
+            match best.contains(&place) {
+                true => cell.marked(" *").tone(Tone::Good),
+                false => cell,
+            }
+        });
         rows.push(
             [
                 Cell::from(fact.about).tone(Tone::Dim),
@@ -70,6 +79,13 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
             .into_iter()
             .chain(cells),
         );
+    }
+    if facts
+        .iter()
+        .any(|(fact, values)| !best(fact, values).is_empty())
+        && !context.quiet
+    {
+        talk::say("* best of the row");
     }
     if rows.is_empty() && !context.quiet {
         talk::say("these runs do not differ; `--all` shows what they share");
@@ -80,12 +96,12 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
 /// Something that can be said of a run.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Fact {
-    /// `run`, `parameter`, `environment`, `metric`.
+    /// `run`, `parameter`, `environment`, `metric`, `picture`.
     about: &'static str,
     name: String,
 }
 
-fn facts(detail: &RunDetail, metrics: &[SeriesSummary]) -> Vec<(Fact, Value)> {
+fn facts(detail: &RunDetail, metrics: &[SeriesSummary], context: &Context) -> Vec<(Fact, Value)> {
     let mut facts = Vec::new();
     let mut add = |about, name: String, value| facts.push((Fact { about, name }, value));
     add(
@@ -123,7 +139,60 @@ fn facts(detail: &RunDetail, metrics: &[SeriesSummary]) -> Vec<(Fact, Value)> {
             value,
         );
     }
+    for artifact in &detail.artifacts {
+        if let Some(preview) = &artifact.artifact.meta.preview {
+            let path = format!("{}/{preview}", artifacts::path(artifact, context));
+            add("picture", artifact.stage.clone(), path.into());
+        }
+    }
     facts
+}
+
+/// The places of the best values of a metric; none where it is not known which is better, or all are alike.
+fn best(fact: &Fact, values: &[Option<&Value>]) -> Vec<usize> {
+    const LOWER: [&str; 8] = [
+        "loss",
+        "fd",
+        "fid",
+        "distance",
+        "error",
+        "seconds",
+        "entropy",
+        "divergence",
+    ];
+    const HIGHER: [&str; 7] = [
+        "accuracy",
+        "agreement",
+        "precision",
+        "recall",
+        "score",
+        "is",
+        "psnr",
+    ];
+    if fact.about != "metric" {
+        return Vec::new();
+    }
+    let last = fact.name.rsplit('/').next().unwrap_or_default();
+    let has = |words: &[&str]| {
+        last.split(['_', '.', '-'])
+            .any(|word| words.contains(&word))
+    };
+    let sign = match (has(&HIGHER) || last.ends_with("per_second"), has(&LOWER)) {
+        (true, _) => -1.0,
+        (false, true) => 1.0,
+        (false, false) => return Vec::new(),
+    };
+    let number = |value: &Option<&Value>| value.and_then(Value::as_f64).map(|value| value * sign);
+    let known: Vec<f64> = values.iter().filter_map(number).collect();
+    let least = known.iter().copied().fold(f64::INFINITY, f64::min);
+    if known.len() < 2 || known.iter().all(|value| *value == least) {
+        return Vec::new();
+    }
+    let places = (0..).zip(values);
+    places
+        .filter(|(_, value)| number(value) == Some(least))
+        .map(|(place, _)| place)
+        .collect()
 }
 
 /// What is said of any of the runs, in the order of the first that says it; without `all` only what differs.
@@ -152,7 +221,7 @@ fn side_by_side(
         .filter(|(_, values)| all || values.iter().any(|value| *value != values[0]))
         .collect();
     let place = |fact: &Fact| {
-        ["run", "parameter", "environment", "metric"]
+        ["run", "parameter", "environment", "metric", "picture"]
             .iter()
             .position(|about| *about == fact.about)
     };
@@ -177,6 +246,24 @@ mod tests {
             )
         };
         (RunId(id.into()), facts.iter().map(fact).collect())
+    }
+
+    #[test]
+    fn the_best_is_marked_where_it_is_known_which_is_better() {
+        let check = |name: &str, values: &[Value], expected: &[usize]| {
+            let fact = Fact {
+                about: "metric",
+                name: name.into(),
+            };
+            let values: Vec<Option<&Value>> = values.iter().map(Some).collect();
+            assert_eq!(best(&fact, &values), expected, "{name}");
+        };
+        let values = [json!(2.0), json!(1.0), json!("NaN"), json!(1.0)];
+        check("distill/held_out_loss_t0", &values, &[1, 3]);
+        check("evaluate/one_step/precision", &values, &[0]);
+        check("sample/images_per_second", &values, &[0]);
+        check("distill/learning_rate", &values, &[]);
+        check("distill/loss", &[json!(1.0), json!(1.0)], &[]);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use tokio::runtime::Runtime;
 
 use crate::cli::{Context, Error, Exit, Format, FormatArgs, talk};
 use crate::plugin::{self, Plugins, search_dirs};
-use crate::store::{Access, RunFilter, RunState, Store, StoreError};
+use crate::store::{self, Access, RunFilter, RunState, Store, StoreError};
 use crate::table::{Cell, Rows, Tone, bytes};
 
 /// Less free space than this is worth a warning, in bytes.
@@ -68,7 +68,7 @@ impl Check {
 pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let runtime = context.runtime()?;
     let mut checks = vec![installation(), processors(), memory()];
-    let store = store(&runtime, &context.store, &mut checks);
+    let store = check_store(&runtime, &context.store, &mut checks);
     checks.push(space(&context.store));
     plugins(&runtime, context, store.as_ref(), &mut checks);
     talk::print(&text(&checks, args, context))?;
@@ -163,7 +163,7 @@ fn memory() -> Check {
     }
 }
 
-fn store(runtime: &Runtime, dir: &Path, checks: &mut Vec<Check>) -> Option<Store> {
+fn check_store(runtime: &Runtime, dir: &Path, checks: &mut Vec<Check>) -> Option<Store> {
     let shown = dir.display();
     let opened = runtime.block_on(Store::open(dir, Access::ReadOnly));
     let store = match opened {
@@ -176,12 +176,29 @@ fn store(runtime: &Runtime, dir: &Path, checks: &mut Vec<Check>) -> Option<Store
             ));
             return None;
         }
+        Err(error @ StoreError::Damaged { .. }) => {
+            checks.push(Check::new("store", Verdict::Bad, error.to_string()).repair(SALVAGE));
+            checks.push(salvage(runtime, dir));
+            return None;
+        }
         Err(error) => {
             let repair = "move it away, or choose another with --store";
             checks.push(Check::new("store", Verdict::Bad, error.to_string()).repair(repair));
             return None;
         }
     };
+    let problems = runtime
+        .block_on(store.problems())
+        .unwrap_or_else(|error| vec![error.to_string()]);
+    if let Some(first) = problems.first() {
+        let detail = format!(
+            "{shown} is damaged in {}: {first}",
+            talk::count(problems.len(), "place")
+        );
+        checks.push(Check::new("store", Verdict::Bad, detail).repair(SALVAGE));
+        checks.push(salvage(runtime, dir));
+        return Some(store);
+    }
     match runtime.block_on(store.list_runs(&RunFilter::default())) {
         Ok(runs) => {
             let lost = runs
@@ -204,6 +221,32 @@ fn store(runtime: &Runtime, dir: &Path, checks: &mut Vec<Check>) -> Option<Store
         ),
     }
     Some(store)
+}
+
+const SALVAGE: &str = "save what can be read (`retort runs export -o saved.db`), move the store away, and \
+    `retort runs import saved.db` into a new one";
+
+/// What of a damaged store can be saved: tried, in a directory that is then removed.
+fn salvage(runtime: &Runtime, dir: &Path) -> Check {
+    let what = "what can be saved";
+    let tried = tempfile::tempdir()
+        .map_err(|error| error.to_string())
+        .and_then(|draft| {
+            let to = draft.path().join("saved.db");
+            let saved = runtime.block_on(store::export(dir, None, &to, false));
+            saved.map_err(|error| error.to_string())
+        });
+    match tried {
+        Err(error) => Check::new(what, Verdict::Bad, format!("nothing: {error}")),
+        Ok(saved) => {
+            let (runs, lost) = (talk::count(saved.runs.len(), "run"), saved.lost.len());
+            let detail = match saved.lost.first() {
+                None => format!("{runs}, whole"),
+                Some(first) => format!("{runs}, without {}: {first}", talk::count(lost, "piece")),
+            };
+            Check::new(what, Verdict::Odd, detail)
+        }
+    }
 }
 
 /// Free space where the store is, or will be.

@@ -7,6 +7,7 @@ use std::error::Error as StdError;
 use crate::cli::{Context, talk};
 use crate::diagnostic::Report;
 use crate::executor::ExecutorError;
+use crate::filter::FilterError;
 use crate::plan::DescribeError;
 use crate::plan::decision::SelectError;
 use crate::store::StoreError;
@@ -155,8 +156,22 @@ impl From<Report> for Error {
     }
 }
 
+impl From<FilterError> for Error {
+    fn from(error: FilterError) -> Self {
+        let message = format!("{error}\n{}", error.marked());
+        Self {
+            hint: error.hint,
+            ..Self::new(Exit::Usage, message)
+        }
+    }
+}
+
 impl From<StoreError> for Error {
     fn from(error: StoreError) -> Self {
+        let error = match error {
+            StoreError::Filter(error) => return (*error).into(),
+            error => error,
+        };
         let (exit, hint) = match &error {
             StoreError::Missing { .. } => (
                 Exit::NothingMatches,
@@ -170,11 +185,28 @@ impl From<StoreError> for Error {
                 Exit::NothingMatches,
                 Some("`retort runs list` shows them all"),
             ),
+            StoreError::NotMlflow { .. } => (
+                Exit::Usage,
+                Some("`mlflow db upgrade sqlite:///mlflow.db` makes one"),
+            ),
+            StoreError::NoArtifact { .. } => (
+                Exit::NothingMatches,
+                Some("`retort artifacts list` shows them all; RUN/STAGE means what a stage made"),
+            ),
+            StoreError::AmbiguousArtifact { .. } => {
+                (Exit::NothingMatches, Some("give more of the hash"))
+            }
             StoreError::AmbiguousRun { .. } => (Exit::NothingMatches, Some("give more of the id")),
-            StoreError::Busy => (Exit::StoreBusy, None),
+            StoreError::Busy | StoreError::InUse => (Exit::StoreBusy, None),
             _ => (Exit::Internal, None),
         };
         let shown = Self::new(exit, error.to_string());
+        let damaged =
+            "`retort doctor` says what can be saved, `retort runs export -o FILE` saves it";
+        let hint = match &error {
+            StoreError::Damaged { .. } => Some(damaged),
+            _ => hint,
+        };
         match hint {
             Some(hint) => shown.hint(hint),
             None => shown,

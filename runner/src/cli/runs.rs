@@ -4,9 +4,10 @@ use clap::Subcommand;
 
 use serde_json::Value;
 
-use crate::cli::{Context, Error, Exit, FormatArgs, artifacts, talk};
+use crate::cli::{Context, Error, Exit, FormatArgs, artifacts, metrics, talk, transfer};
+use crate::filter;
 use crate::store::{
-    Access, RunDetail, RunFilter, RunState, RunSummary, SeriesSummary, StageDetail, Store,
+    Access, RunDetail, RunFilter, RunState, RunSummary, SeriesSummary, Sort, StageDetail, Store,
     StoreError, Time,
 };
 use crate::table::{self, Cell, Rows, Style, Tone};
@@ -27,6 +28,55 @@ pub enum Command {
     List(ListArgs),
     /// Show a run: its stages, results, tables and pictures.
     Show(ShowArgs),
+    /// Give a run tags to refer to it by, or take them from it.
+    Tag(TagArgs),
+    /// Note something about a run.
+    Note(NoteArgs),
+    /// Remove runs from the history; `gc` then removes the files that no other run needs.
+    Rm(RemoveArgs),
+    /// Write runs into one file, for another store; from a damaged store, what can be read.
+    Export(transfer::ExportArgs),
+    /// Take over the runs of an exported file that this store does not know yet.
+    Import(transfer::ImportArgs),
+}
+
+/// Arguments of `runs tag`.
+#[derive(Debug, clap::Args)]
+pub struct TagArgs {
+    /// The run: an id or the beginning of one, `latest`, `latest~1`, or a tag.
+    #[arg(value_name = "RUN")]
+    pub run: String,
+    /// The tags: any text.
+    #[arg(value_name = "TAG", required = true)]
+    pub tags: Vec<String>,
+    /// Take the tags from it instead.
+    #[arg(long)]
+    pub remove: bool,
+}
+
+/// Arguments of `runs note`.
+#[derive(Debug, clap::Args)]
+pub struct NoteArgs {
+    /// The run: an id or the beginning of one, `latest`, `latest~1`, or a tag.
+    #[arg(value_name = "RUN")]
+    pub run: String,
+    /// What to note, in place of what was noted before; without it, the note is printed.
+    #[arg(value_name = "TEXT")]
+    pub text: Option<String>,
+}
+
+/// Arguments of `runs rm`.
+#[derive(Debug, clap::Args)]
+pub struct RemoveArgs {
+    /// The runs: ids or beginnings of them, `latest`, `latest~1`, or tags.
+    #[arg(value_name = "RUN", required = true)]
+    pub runs: Vec<String>,
+    /// Only say what would be removed.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Also when other runs reuse their stages: those then no longer know where these results came from.
+    #[arg(long)]
+    pub force: bool,
 }
 
 /// Arguments of `runs list`.
@@ -41,6 +91,26 @@ pub struct ListArgs {
     /// Only runs in these states (separated by commas): queued, running, succeeded, failed, interrupted, lost.
     #[arg(long, value_name = "STATE")]
     pub state: Option<String>,
+    /// Only runs that pass this filter: `metrics.fd.last < 3 and params.distill.steps >= 2000`.
+    ///
+    /// Compares fields with values by = != < <= > >=, ~ (contains; `*` and `?` make it a pattern), `in (a, b)`; a
+    /// field alone asks whether a run has it. Joined by `and`, `or`, `not` and parentheses. Fields: id, state, recipe,
+    /// path, started, finished, seconds, age, seed, error, note, tag, stage, kind, plugin, device, stages, reused;
+    /// params.PATH; metrics.SERIES with .last, .min, .max or .points; stage.NAME with .state, .seconds, .kind, .plugin
+    /// or .device; env.NAME. Durations are written 10m or 7d, dates 2026-01-31.
+    #[arg(short = 'w', long = "where", value_name = "FILTER")]
+    pub filter: Option<String>,
+    /// Order by these fields (separated by commas), smallest first; the greatest first with a minus before the name.
+    #[arg(
+        long,
+        value_name = "FIELD",
+        allow_hyphen_values = true,
+        value_delimiter = ','
+    )]
+    pub sort: Vec<String>,
+    /// Also print these fields (separated by commas): `metrics.fd.last`, `params.distill.steps`.
+    #[arg(long, value_name = "FIELD", value_delimiter = ',')]
+    pub show: Vec<String>,
     /// How to print.
     #[command(flatten)]
     pub format: FormatArgs,
@@ -62,6 +132,11 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     match &args.command {
         Command::List(args) => list(args, context),
         Command::Show(args) => show(args, context),
+        Command::Tag(args) => tag(args, context),
+        Command::Note(args) => note(args, context),
+        Command::Rm(args) => remove(args, context),
+        Command::Export(args) => transfer::export(args, context),
+        Command::Import(args) => transfer::import(args, context),
     }
 }
 
@@ -72,6 +147,11 @@ fn list(args: &ListArgs, context: &Context) -> Result<(), Error> {
         .map(states)
         .transpose()?
         .unwrap_or_default();
+    let expr = args.filter.as_deref().map(filter::parse).transpose()?;
+    let sort = args.sort.iter().map(|text| sort(text));
+    let sort = sort.collect::<Result<Vec<_>, _>>()?;
+    let columns = args.show.iter().map(|text| filter::parse_name(text));
+    let columns = columns.collect::<Result<Vec<_>, _>>()?;
     let style = args.format.style(context);
     let (runs, more) = context.runtime()?.block_on(async {
         let store = match Store::open(&context.store, Access::ReadOnly).await {
@@ -87,6 +167,9 @@ fn list(args: &ListArgs, context: &Context) -> Result<(), Error> {
             limit: limit.map(|limit| limit.saturating_add(1)),
             states,
             recipe,
+            expr,
+            sort,
+            columns,
         };
         let mut runs = store.list_runs(&filter).await?;
         store.close().await;
@@ -98,12 +181,12 @@ fn list(args: &ListArgs, context: &Context) -> Result<(), Error> {
         // People are told in words.
         Style::Table { .. } if runs.is_empty() => String::new(),
         Style::Json => format!("{:#}\n", serde_json::json!(runs)),
-        Style::Csv => complete_rows(&runs).render(style),
-        Style::Table { .. } | Style::Markdown => brief_rows(&runs).render(style),
+        Style::Csv => complete_rows(&runs, &args.show).render(style),
+        Style::Table { .. } | Style::Markdown => brief_rows(&runs, &args.show).render(style),
     };
     talk::print(&text)?;
     if runs.is_empty() && !context.quiet {
-        let which = if args.state.is_some() || args.recipe.is_some() {
+        let which = if args.state.is_some() || args.recipe.is_some() || args.filter.is_some() {
             "such "
         } else {
             ""
@@ -112,27 +195,34 @@ fn list(args: &ListArgs, context: &Context) -> Result<(), Error> {
     }
     if more && !context.quiet {
         talk::say(&format!(
-            "the newest {} are shown; `--limit 0` shows all",
+            "the {} {} are shown; `--limit 0` shows all",
+            if args.sort.is_empty() {
+                "newest"
+            } else {
+                "first"
+            },
             args.limit
         ));
     }
     Ok(())
 }
 
+fn sort(text: &str) -> Result<Sort, Error> {
+    let (name, descending) = match text.strip_prefix('-') {
+        Some(name) => (name, true),
+        None => (text, false),
+    };
+    let name = filter::parse_name(name)?;
+    Ok(Sort { name, descending })
+}
+
 fn states(text: &str) -> Result<Vec<RunState>, Error> {
-    const ALL: [RunState; 6] = [
-        RunState::Queued,
-        RunState::Running,
-        RunState::Succeeded,
-        RunState::Failed,
-        RunState::Interrupted,
-        RunState::Lost,
-    ];
     let state = |name: &str| {
-        ALL.into_iter()
+        RunState::ALL
+            .into_iter()
             .find(|state| state.name() == name)
             .ok_or_else(|| {
-                let names = ALL.map(RunState::name).join(", ");
+                let names = RunState::ALL.map(RunState::name).join(", ");
                 Error::new(
                     Exit::Usage,
                     format!("`{name}` is no state of a run: {names}"),
@@ -142,12 +232,13 @@ fn states(text: &str) -> Result<Vec<RunState>, Error> {
     text.split(',').map(|name| state(name.trim())).collect()
 }
 
-fn brief_rows(runs: &[RunSummary]) -> Rows {
-    let mut rows = Rows::new(&[
+fn brief_rows(runs: &[RunSummary], columns: &[String]) -> Rows {
+    let own = [
         "run", "state", "recipe", "started", "took", "stages", "tags",
-    ]);
+    ];
+    let mut rows = Rows::new(&with_columns(&own, columns));
     for run in runs {
-        rows.push([
+        let own = [
             run.id.0.as_str().into(),
             run.state.into(),
             run.recipe.as_str().into(),
@@ -155,7 +246,8 @@ fn brief_rows(runs: &[RunSummary]) -> Rows {
             Cell::seconds(run.seconds),
             stages_in_words(run).into(),
             run.tags.join(" ").into(),
-        ]);
+        ];
+        rows.push(own.into_iter().chain(values(run, columns)));
     }
     rows
 }
@@ -184,8 +276,24 @@ fn stages_in_words(run: &RunSummary) -> String {
     }
 }
 
-fn complete_rows(runs: &[RunSummary]) -> Rows {
-    let mut rows = Rows::new(&[
+fn with_columns<'a>(own: &[&'a str], columns: &'a [String]) -> Vec<&'a str> {
+    own.iter()
+        .copied()
+        .chain(columns.iter().map(String::as_str))
+        .collect()
+}
+
+fn values(run: &RunSummary, columns: &[String]) -> impl Iterator<Item = Cell> {
+    columns.iter().map(|column| match &run.values[column] {
+        Value::Number(number) if number.is_f64() => {
+            Cell::number(number.as_f64().unwrap_or(f64::NAN))
+        }
+        value => Cell::json(value),
+    })
+}
+
+fn complete_rows(runs: &[RunSummary], columns: &[String]) -> Rows {
+    let own = [
         "id",
         "state",
         "recipe",
@@ -200,10 +308,12 @@ fn complete_rows(runs: &[RunSummary]) -> Rows {
         "seed",
         "recipe_path",
         "resumed_from",
+        "note",
         "error",
-    ]);
+    ];
+    let mut rows = Rows::new(&with_columns(&own, columns));
     for run in runs {
-        rows.push([
+        let own = [
             run.id.0.as_str().into(),
             run.state.into(),
             run.recipe.as_str().into(),
@@ -218,10 +328,103 @@ fn complete_rows(runs: &[RunSummary]) -> Rows {
             run.seed.into(),
             run.recipe_path.as_str().into(),
             run.resumed_from.as_ref().map(|id| id.0.as_str()).into(),
+            run.note.as_str().into(),
             run.error.as_deref().into(),
-        ]);
+        ];
+        rows.push(own.into_iter().chain(values(run, columns)));
     }
     rows
+}
+
+/// Opens a store that is there, to write to it.
+async fn open_to_change(context: &Context) -> Result<Store, Error> {
+    // Reading first: a store that is not there is not to be made.
+    drop(Store::open(&context.store, Access::ReadOnly).await?);
+    Ok(Store::open(&context.store, Access::ReadWrite).await?)
+}
+
+fn tag(args: &TagArgs, context: &Context) -> Result<(), Error> {
+    context.runtime()?.block_on(async {
+        let store = open_to_change(context).await?;
+        let run = store.resolve_run(&args.run).await?;
+        for tag in &args.tags {
+            if args.remove {
+                if !store.untag_run(&run, tag).await? {
+                    return Err(Error::new(
+                        Exit::NothingMatches,
+                        format!("run {run} has no tag `{tag}`"),
+                    ));
+                }
+                continue;
+            }
+            // It would never be found: references are tried in this order.
+            if tag.trim().is_empty() || tag.starts_with("latest") {
+                return Err(Error::new(
+                    Exit::Usage,
+                    format!("`{tag}` cannot be a tag: it means something else, or nothing"),
+                ));
+            }
+            store.tag_run(&run, tag).await?;
+        }
+        store.close().await;
+        Ok(())
+    })
+}
+
+fn note(args: &NoteArgs, context: &Context) -> Result<(), Error> {
+    let note = context.runtime()?.block_on(async {
+        let Some(text) = &args.text else {
+            let store = Store::open(&context.store, Access::ReadOnly).await?;
+            let run = store.resolve_run(&args.run).await?;
+            return Ok::<_, Error>(Some(store.run_detail(&run).await?.summary.note));
+        };
+        let store = open_to_change(context).await?;
+        let run = store.resolve_run(&args.run).await?;
+        store.note_run(&run, text).await?;
+        store.close().await;
+        Ok(None)
+    })?;
+    match note {
+        Some(note) if !note.is_empty() => Ok(talk::print(&format!("{note}\n"))?),
+        _ => Ok(()),
+    }
+}
+
+fn remove(args: &RemoveArgs, context: &Context) -> Result<(), Error> {
+    let runs = context.runtime()?.block_on(async {
+        let store = open_to_change(context).await?;
+        let mut runs = Vec::new();
+        for reference in &args.runs {
+            let run = store.resolve_run(reference).await?;
+            if !runs.contains(&run) {
+                runs.push(run);
+            }
+        }
+        let dependents = store.dependents(&runs).await?;
+        if !dependents.is_empty() && !args.force {
+            let ids: Vec<&str> = dependents.iter().map(|run| run.0.as_str()).collect();
+            return Err(Error::new(
+                Exit::Usage,
+                format!("stages of these runs are reused by {}", ids.join(", ")),
+            )
+            .hint("remove those too, or say --force: they then no longer know where the results came from"));
+        }
+        if !args.dry_run {
+            store.remove_runs(&runs).await?;
+        }
+        store.close().await;
+        Ok::<_, Error>(runs)
+    })?;
+    if !context.quiet {
+        let ids: Vec<&str> = runs.iter().map(|run| run.0.as_str()).collect();
+        let said = if args.dry_run {
+            "would be removed"
+        } else {
+            "removed; `retort gc` shows files that are no longer needed"
+        };
+        talk::say(&format!("{} {said}", ids.join(", ")));
+    }
+    Ok(())
 }
 
 fn show(args: &ShowArgs, context: &Context) -> Result<(), Error> {
@@ -238,7 +441,7 @@ fn show(args: &ShowArgs, context: &Context) -> Result<(), Error> {
         Style::Json => format!("{:#}\n", complete(&detail, &metrics, context)),
         Style::Csv => stage_rows(&detail).render(style),
         Style::Table { .. } | Style::Markdown => {
-            let sections = sections(&detail, context);
+            let sections = sections(&detail, &metrics, context);
             let texts = sections
                 .iter()
                 .filter(|rows| !rows.is_empty())
@@ -265,12 +468,14 @@ fn complete(detail: &RunDetail, metrics: &[SeriesSummary], context: &Context) ->
 }
 
 /// Everything about a run, for people: the results last, where they are seen.
-fn sections(detail: &RunDetail, context: &Context) -> Vec<Rows> {
+fn sections(detail: &RunDetail, series: &[SeriesSummary], context: &Context) -> Vec<Rows> {
     let mut sections = vec![
         facts(detail),
         stage_rows(detail).titled("Stages"),
+        attempt_rows(detail).titled("Attempts"),
         param_rows(detail),
     ];
+    sections.push(metrics::summary_rows(series).titled("Metrics"));
     sections.push(environment_rows(detail));
     sections.push(artifacts::rows(&detail.artifacts, context).titled("Artifacts"));
     for artifact in &detail.artifacts {
@@ -307,6 +512,9 @@ fn facts(detail: &RunDetail) -> Rows {
     if !run.tags.is_empty() {
         add("tags", run.tags.join(" ").into());
     }
+    if !run.note.is_empty() {
+        add("note", run.note.as_str().into());
+    }
     if let Some(error) = &run.error {
         add("error", Cell::from(error.as_str()).tone(Tone::Bad));
     }
@@ -340,6 +548,33 @@ fn stage_rows(detail: &RunDetail) -> Rows {
             stage.digest.as_deref().map(hash).into(),
             output.map(|row| hash(&row.artifact.hash)).into(),
             why(stage).into(),
+        ]);
+    }
+    rows
+}
+
+/// Attempts, where a stage took more than one.
+fn attempt_rows(detail: &RunDetail) -> Rows {
+    let mut rows = Rows::new(&["stage", "attempt", "state", "started", "took", "why"]);
+    let repeated = detail
+        .stages
+        .iter()
+        .filter(|stage| stage.attempts.len() > 1);
+    for (stage, attempt) in
+        repeated.flat_map(|stage| stage.attempts.iter().map(move |one| (stage, one)))
+    {
+        let why = [attempt.reason.as_deref(), attempt.message.as_deref()];
+        rows.push([
+            stage.name.as_str().into(),
+            u64::from(attempt.number).into(),
+            attempt.state.name().into(),
+            attempt.started.into(),
+            attempt.seconds.map(Cell::seconds).into(),
+            why.into_iter()
+                .flatten()
+                .collect::<Vec<_>>()
+                .join(": ")
+                .into(),
         ]);
     }
     rows

@@ -20,8 +20,8 @@ use crate::executor::{Event, Listener};
 use crate::frame::{Answer, Call, FromWorker, Task, ToWorker};
 use crate::plan::{Digest, PlannedStage};
 use crate::store::{
-    ArtifactRecord, AttemptEnd, AttemptId, AttemptState, LogLine, LogSource, MetricPoint, StageId,
-    Store, StoreError, Time, Usage,
+    ArtifactRecord, AttemptEnd, AttemptId, AttemptState, LogLine, LogSource, StageId, Store,
+    StoreError, Time, Usage,
 };
 use crate::worker::process::{ExitStatus, Heard, Worker, signal_name};
 
@@ -467,15 +467,7 @@ impl Conversation<'_> {
     async fn take(&mut self, event: Heard) -> Result<Sense, StoreError> {
         let stage = || self.brief.stage.name.clone();
         match event {
-            Heard::Frame(FromWorker::Metrics(points)) => {
-                self.recorder
-                    .points(points.into_iter().map(|point| MetricPoint {
-                        series: point.series,
-                        step: point.step,
-                        value: point.value,
-                        at: Time(point.at),
-                    }))
-            }
+            Heard::Frame(FromWorker::Metrics(series)) => self.recorder.points(series),
             Heard::Frame(FromWorker::Log(lines)) => {
                 for line in lines {
                     let (level, text) = (line.level, line.text);

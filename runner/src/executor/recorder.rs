@@ -3,13 +3,15 @@
 //! In: points and lines, as fast as they come. Out: rows, four times a second. A store that cannot take them never
 //! disturbs the stage: what waits is bounded, what is lost is counted and told.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
-use crate::store::{AttemptId, LogLine, LogSource, MetricPoint, Store, Time};
+use crate::frame::Points;
+use crate::store::{AttemptId, Batch, LogLine, LogSource, MetricPoint, Store, StoreError, Time};
 
 /// How often rows are written; a kill of the runner loses at most this and what the worker holds back (0.1 s).
 const INTERVAL: Duration = Duration::from_millis(250);
@@ -36,7 +38,9 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct Waiting {
-    points: Vec<MetricPoint>,
+    points: HashMap<String, Vec<MetricPoint>>,
+    /// How many points there are in all.
+    count: usize,
     lines: Vec<LogLine>,
     lines_taken: usize,
     lost_points: usize,
@@ -56,14 +60,26 @@ impl Recorder {
     }
 
     /// Records points.
-    pub fn points(&self, points: impl IntoIterator<Item = MetricPoint>) {
+    pub fn points(&self, batches: impl IntoIterator<Item = Points>) {
         let mut waiting = self.shared.waiting();
-        for point in points {
-            if waiting.points.len() < MOST_POINTS {
-                waiting.points.push(point);
-            } else {
-                waiting.lost_points += 1;
-            }
+        for batch in batches {
+            let room = MOST_POINTS.saturating_sub(waiting.count);
+            let taken = room.min(batch.steps.len());
+            waiting.lost_points += batch.steps.len() - taken;
+            waiting.count += taken;
+            let columns = batch.steps.iter().zip(&batch.values).zip(&batch.at);
+            let points = columns
+                .take(taken)
+                .map(|((&step, &value), &at)| MetricPoint {
+                    step,
+                    value,
+                    at: Time(at),
+                });
+            waiting
+                .points
+                .entry(batch.series)
+                .or_default()
+                .extend(points);
         }
         drop(waiting);
         self.shared.wake.notify_one();
@@ -115,6 +131,7 @@ impl Shared {
         let mut waiting = self.waiting();
         Waiting {
             points: std::mem::take(&mut waiting.points),
+            count: std::mem::take(&mut waiting.count),
             lines: std::mem::take(&mut waiting.lines),
             lost_points: std::mem::take(&mut waiting.lost_points),
             lines_taken: waiting.lines_taken,
@@ -149,11 +166,12 @@ async fn write_rows(
                 ),
             );
         }
-        if !batch.points.is_empty()
-            && let Err(error) = store.append_metrics(attempt, &batch.points).await
+        let points: Vec<Batch> = batch.points.into_iter().map(Batch::from).collect();
+        if !points.is_empty()
+            && let Err(error) = store.append_metrics(attempt, &points).await
         {
             complain("metrics", error.to_string());
-            give_back(&shared, batch.points, &error);
+            give_back(&shared, points, batch.count, &error);
         }
         if !batch.lines.is_empty()
             && let Err(error) = store.append_log(attempt, &batch.lines).await
@@ -168,13 +186,15 @@ async fn write_rows(
 }
 
 /// Points that another writer kept out are written with the next batch.
-fn give_back(shared: &Shared, mut points: Vec<MetricPoint>, error: &crate::store::StoreError) {
+fn give_back(shared: &Shared, batches: Vec<Batch>, count: usize, error: &StoreError) {
     let mut waiting = shared.waiting();
-    if matches!(error, crate::store::StoreError::Busy)
-        && waiting.points.len() + points.len() <= MOST_POINTS
-    {
-        points.append(&mut waiting.points);
-        waiting.points = points;
+    if matches!(error, StoreError::Busy) && waiting.count + count <= MOST_POINTS {
+        waiting.count += count;
+        for Batch { series, mut points } in batches {
+            let newer = waiting.points.entry(series).or_default();
+            points.append(newer);
+            *newer = points;
+        }
     }
 }
 

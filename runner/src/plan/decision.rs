@@ -342,7 +342,7 @@ fn provisional(
 }
 
 /// What differs between the components of two digests, one line each.
-fn differences(old: &Value, new: &Value) -> Vec<String> {
+pub fn differences(old: &Value, new: &Value) -> Vec<String> {
     let mut lines = Vec::new();
     let (old_kind, new_kind) = (&old["kind"], &new["kind"]);
     if old_kind["name"] != new_kind["name"] {

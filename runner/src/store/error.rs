@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::filter::FilterError;
+
 /// An error of the store. Each variant is a different thing for the user to do.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -59,6 +61,9 @@ pub enum StoreError {
         "the store is busy: another retort process has been writing to it for more than 10 s; try again"
     )]
     Busy,
+    /// A run is under way, and what was asked for would pull the store from under it.
+    #[error("a run is under way in this store: try again when it has ended")]
+    InUse,
     /// No space left.
     #[error("the disk with the store is full: free some space and try again")]
     Full,
@@ -92,6 +97,31 @@ pub enum StoreError {
         /// The runs it matches, newest first.
         candidates: Vec<String>,
     },
+    /// A reference to an artifact that matches none.
+    #[error("no artifact matches `{reference}`")]
+    NoArtifact {
+        /// As given.
+        reference: String,
+    },
+    /// A prefix that several artifacts share.
+    #[error("`{reference}` matches {} artifacts: {}", candidates.len(), first(candidates))]
+    AmbiguousArtifact {
+        /// As given.
+        reference: String,
+        /// The artifacts it matches.
+        candidates: Vec<String>,
+    },
+    /// A file that runs cannot be exported to as to an MLflow database.
+    #[error("{} is no MLflow database: {message}", path.display())]
+    NotMlflow {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        message: String,
+    },
+    /// A filter names what is not there, or compares what cannot be compared.
+    #[error(transparent)]
+    Filter(Box<FilterError>),
     /// Anything else SQLite says.
     #[error("the store's database: {0}")]
     Sql(sqlx::Error),

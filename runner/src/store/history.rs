@@ -2,15 +2,17 @@
 
 use retort_abi::{ArtifactMeta, Description, Failure};
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 use sqlx::Row;
 use sqlx::sqlite::SqliteRow;
 
+use super::select::Sort;
 use super::time::Time;
 use super::{
     ArtifactFile, ArtifactRecord, AttemptId, AttemptState, Param, PluginIdentity, RunId, RunState,
     StageId, StageState, Store, StoreError, Usage, json, json_or_none, variant,
 };
+use crate::filter::{Filter, Name};
 
 /// Which runs to list.
 #[derive(Debug, Clone, Default)]
@@ -21,6 +23,12 @@ pub struct RunFilter {
     pub states: Vec<RunState>,
     /// Of the recipe with this name.
     pub recipe: Option<String>,
+    /// That pass this filter.
+    pub expr: Option<Filter>,
+    /// In this order; the newest first among equals.
+    pub sort: Vec<Sort>,
+    /// With the values of these fields.
+    pub columns: Vec<Name>,
 }
 
 /// A run in brief.
@@ -43,6 +51,8 @@ pub struct RunSummary {
     pub stages: StageCounts,
     /// Its tags.
     pub tags: Vec<String>,
+    /// What somebody has noted about it.
+    pub note: String,
     /// Why it did not succeed.
     pub error: Option<String>,
     /// The recipe's seed.
@@ -53,6 +63,9 @@ pub struct RunSummary {
     pub command: Vec<String>,
     /// The run it took up again.
     pub resumed_from: Option<RunId>,
+    /// The values of the columns asked for.
+    #[serde(skip_serializing_if = "Map::is_empty")]
+    pub values: Map<String, Value>,
 }
 
 /// How many stages of a run went which way.
@@ -209,18 +222,18 @@ pub struct LastExecution {
 }
 
 impl Store {
-    /// Runs, newest first.
+    /// Runs, the newest first unless the filter says otherwise.
     ///
     /// # Errors
-    /// [`StoreError::Damaged`], [`StoreError::Sql`].
+    /// [`StoreError::Filter`], [`StoreError::Damaged`], [`StoreError::Sql`].
     pub async fn list_runs(&self, filter: &RunFilter) -> Result<Vec<RunSummary>, StoreError> {
         self.reconcile().await?;
-        let states = match filter.states.as_slice() {
-            [] => None,
-            states => Some(serde_json::json!(states).to_string()),
-        };
-        self.select_runs(None, states, filter.recipe.as_deref(), filter.limit)
-            .await
+        let found = self.find_runs(filter).await?;
+        let mut runs = self.select_runs(&found.keys).await?;
+        for (run, values) in runs.iter_mut().zip(found.values) {
+            run.values = values;
+        }
+        Ok(runs)
     }
 
     /// Everything about one run except metrics and logs.
@@ -233,12 +246,13 @@ impl Store {
             reference: run.0.clone(),
             runs: 0,
         };
-        let summary = self
-            .select_runs(Some(run), None, None, None)
-            .await?
-            .pop()
-            .ok_or_else(missing)?;
-        let row = sqlx::query("select recipe_text, resolved, environment from runs where id = ?1")
+        let key: Option<i64> = sqlx::query_scalar("select key from runs where id = ?1")
+            .bind(&run.0)
+            .fetch_optional(self.pool())
+            .await?;
+        let key = key.ok_or_else(missing)?;
+        let summary = self.select_runs(&[key]).await?.pop().ok_or_else(missing)?;
+        let row = sqlx::query("select recipe_text, resolved, environment from documents where run = (select key from runs where id = ?1)")
             .bind(&run.0)
             .fetch_one(self.pool())
             .await?;
@@ -259,8 +273,9 @@ impl Store {
     /// [`StoreError::Damaged`], [`StoreError::Sql`].
     pub async fn params(&self, run: &RunId) -> Result<Vec<Param>, StoreError> {
         let rows = sqlx::query(
-            "select path, value, type, origin from params where run = (select key from runs where id = ?1)
-             order by path",
+            "select n.name as path, p.value, p.type, p.origin from params p join names n on n.key = p.name
+             where p.run = (select key from runs where id = ?1)
+             order by n.name",
         )
         .bind(&run.0)
         .fetch_all(self.pool())
@@ -391,39 +406,25 @@ impl Store {
         Ok(row.and_then(|row| json(&row, "description").ok()))
     }
 
-    async fn select_runs(
-        &self,
-        run: Option<&RunId>,
-        states: Option<String>,
-        recipe: Option<&str>,
-        limit: Option<u32>,
-    ) -> Result<Vec<RunSummary>, StoreError> {
+    /// The runs with these keys, in their order.
+    async fn select_runs(&self, keys: &[i64]) -> Result<Vec<RunSummary>, StoreError> {
         let rows = sqlx::query(
-            "with shown as (
-                 select *, case when state in ('queued', 'running') and id in (select value from json_each(?1))
-                                then 'lost' else state end as true_state
-                 from runs
-             )
-             select id, recipe, true_state, created, finished, error, seed, recipe_path, command, resumed_from,
-                    (select heartbeat from leases where run = shown.key) as heartbeat,
-                    (select json_group_array(tag) from tags where run = shown.key) as tags,
-                    (select count(*) from stages where run = shown.key) as total,
-                    (select count(*) from stages s where run = shown.key
+            "select r.id, r.recipe, r.created, r.finished, r.error, r.seed, r.recipe_path, r.command, r.resumed_from,
+                    r.note,
+                    case when r.state in ('queued', 'running') and r.id in (select value from json_each(?1))
+                         then 'lost' else r.state end as true_state,
+                    (select heartbeat from leases where run = r.key) as heartbeat,
+                    (select json_group_array(tag) from tags where run = r.key) as tags,
+                    (select count(*) from stages where run = r.key) as total,
+                    (select count(*) from stages s where run = r.key
                         and exists (select 1 from attempts where stage = s.key)) as ran,
-                    (select count(*) from stages where run = shown.key and state = 'reused') as reused,
-                    (select count(*) from stages where run = shown.key and state = 'failed') as failed
-             from shown
-             where (?2 is null or id = ?2)
-               and (?3 is null or true_state in (select value from json_each(?3)))
-               and (?4 is null or recipe = ?4)
-             order by created desc, key desc
-             limit ?5",
+                    (select count(*) from stages where run = r.key and state = 'reused') as reused,
+                    (select count(*) from stages where run = r.key and state = 'failed') as failed
+             from json_each(?2) wanted cross join runs r on r.key = wanted.value
+             order by wanted.key",
         )
         .bind(self.unrecorded_lost())
-        .bind(run.map(|run| &run.0))
-        .bind(states)
-        .bind(recipe)
-        .bind(limit.map_or(-1, i64::from))
+        .bind(serde_json::json!(keys).to_string())
         .fetch_all(self.pool())
         .await?;
         Ok(rows
@@ -535,6 +536,8 @@ fn run_summary(row: &SqliteRow) -> Result<RunSummary, sqlx::Error> {
             failed: row.try_get("failed")?,
         },
         tags: json(row, "tags")?,
+        note: row.try_get("note")?,
+        values: Map::new(),
         error: row.try_get("error")?,
         seed: row.try_get::<i64, _>("seed")?.cast_unsigned(),
         recipe_path: row.try_get("recipe_path")?,

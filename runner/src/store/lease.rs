@@ -141,6 +141,19 @@ impl Store {
     }
 }
 
+/// An error when a run is under way: its runner, an older program, would not understand a migrated store.
+pub(super) async fn nobody_runs(connection: &mut SqliteConnection) -> Result<(), StoreError> {
+    let alive: Vec<i64> =
+        sqlx::query_scalar("select key from runs where state in ('queued', 'running')")
+            .fetch_all(&mut *connection)
+            .await?;
+    let gone = gone(connection).await?;
+    match alive.len() > gone.len() {
+        true => Err(StoreError::InUse),
+        false => Ok(()),
+    }
+}
+
 /// Keys and ids of the runs that are recorded as alive, and are not.
 async fn gone(connection: &mut SqliteConnection) -> Result<Vec<(i64, String)>, StoreError> {
     let rows = sqlx::query(

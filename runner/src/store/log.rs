@@ -2,9 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 use sqlx::Row;
+use sqlx::sqlite::SqliteRow;
 
 use super::time::Time;
-use super::{AttemptId, Store, StoreError, variant};
+use super::{AttemptId, RunId, Store, StoreError, variant};
 
 /// A line of a log.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -45,7 +46,55 @@ impl LogSource {
     }
 }
 
+/// A line of a run's log.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct RunLine {
+    /// Its place: the next line has a greater one.
+    #[serde(skip)]
+    pub key: i64,
+    /// The stage.
+    pub stage: String,
+    /// The line.
+    #[serde(flatten)]
+    pub line: LogLine,
+}
+
 impl Store {
+    /// Lines of a run's log, of all its attempts in the order in which they were written: at most `limit` behind the
+    /// place `after`.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`], [`StoreError::Sql`].
+    pub async fn run_log(
+        &self,
+        run: &RunId,
+        after: i64,
+        limit: u32,
+    ) -> Result<Vec<RunLine>, StoreError> {
+        let rows = sqlx::query(
+            "select l.key, s.name as stage, l.at, l.level, l.source, l.text
+             from stages s
+             join attempts a on a.stage = s.key
+             join logs l on l.attempt = a.key and l.key > ?2
+             where s.run = (select key from runs where id = ?1)
+             order by l.key limit ?3",
+        )
+        .bind(&run.0)
+        .bind(after)
+        .bind(limit)
+        .fetch_all(self.pool())
+        .await?;
+        rows.iter()
+            .map(|row| {
+                Ok(RunLine {
+                    key: row.try_get("key")?,
+                    stage: row.try_get("stage")?,
+                    line: log_line(row)?,
+                })
+            })
+            .collect()
+    }
+
     /// Appends lines to the log of an attempt.
     ///
     /// # Errors
@@ -81,15 +130,15 @@ impl Store {
                 .bind(attempt.0)
                 .fetch_all(self.pool())
                 .await?;
-        rows.iter()
-            .map(|row| {
-                Ok(LogLine {
-                    at: Time(row.try_get("at")?),
-                    level: row.try_get("level")?,
-                    source: variant(row, "source")?,
-                    text: row.try_get("text")?,
-                })
-            })
-            .collect()
+        rows.iter().map(log_line).collect()
     }
+}
+
+fn log_line(row: &SqliteRow) -> Result<LogLine, StoreError> {
+    Ok(LogLine {
+        at: Time(row.try_get("at")?),
+        level: row.try_get("level")?,
+        source: variant(row, "source")?,
+        text: row.try_get("text")?,
+    })
 }

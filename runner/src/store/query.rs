@@ -8,6 +8,17 @@ use super::{Access, Store, StoreError, schema};
 use crate::table::{Cell, Rows};
 
 impl Store {
+    /// What SQLite finds wrong with the database, a line each; reads all of it.
+    ///
+    /// # Errors
+    /// [`StoreError`], where it cannot even be looked at.
+    pub async fn problems(&self) -> Result<Vec<String>, StoreError> {
+        let said: Vec<String> = sqlx::query_scalar("pragma quick_check(100)")
+            .fetch_all(self.pool())
+            .await?;
+        Ok(said.into_iter().filter(|line| line != "ok").collect())
+    }
+
     /// The answer to a statement, which cannot write whatever it says.
     ///
     /// # Errors
@@ -37,20 +48,32 @@ impl Store {
 
 fn cell(row: &SqliteRow, place: usize) -> Result<Cell, sqlx::Error> {
     let value = row.try_get_raw(place)?;
+    match value.type_info().name() {
+        "REAL" if !value.is_null() => Ok(Cell::number(row.try_get_unchecked(place)?)),
+        _ => Ok(Cell::json(&json_at(row, place)?)),
+    }
+}
+
+/// A value of a row, whatever its type, as JSON: bytes as hexadecimal digits, infinities as texts.
+pub(super) fn json_at(row: &SqliteRow, place: usize) -> Result<Value, sqlx::Error> {
+    let value = row.try_get_raw(place)?;
     let kind = value.type_info().name().to_owned();
     Ok(match kind.as_str() {
-        _ if value.is_null() => Cell::none(),
-        "INTEGER" | "BOOLEAN" => Cell::json(&Value::from(row.try_get_unchecked::<i64, _>(place)?)),
-        "REAL" => Cell::number(row.try_get_unchecked(place)?),
+        _ if value.is_null() => Value::Null,
+        "INTEGER" | "BOOLEAN" => Value::from(row.try_get_unchecked::<i64, _>(place)?),
+        "REAL" => match row.try_get_unchecked::<f64, _>(place)? {
+            number if number.is_finite() => Value::from(number),
+            number if number > 0.0 => "Infinity".into(),
+            _ => "-Infinity".into(),
+        },
         "BLOB" => {
             let bytes: Vec<u8> = row.try_get_unchecked(place)?;
-            Cell::from(
-                bytes
-                    .iter()
-                    .map(|byte| format!("{byte:02x}"))
-                    .collect::<String>(),
-            )
+            bytes
+                .iter()
+                .map(|byte| format!("{byte:02x}"))
+                .collect::<String>()
+                .into()
         }
-        _ => Cell::from(row.try_get_unchecked::<String, _>(place)?),
+        _ => Value::from(row.try_get_unchecked::<String, _>(place)?),
     })
 }

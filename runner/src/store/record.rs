@@ -9,7 +9,7 @@ use sqlx::sqlite::SqliteConnection;
 
 use super::lease::Holder;
 use super::time::Time;
-use super::{AttemptId, RunId, StageId, Store, StoreError};
+use super::{AttemptId, RunId, StageId, Store, StoreError, series};
 
 /// A run about to begin.
 #[derive(Debug, Clone, Default)]
@@ -210,6 +210,18 @@ macro_rules! names {
     };
 }
 
+impl RunState {
+    /// All states.
+    pub const ALL: [Self; 6] = [
+        Self::Queued,
+        Self::Running,
+        Self::Succeeded,
+        Self::Failed,
+        Self::Interrupted,
+        Self::Lost,
+    ];
+}
+
 names!(RunState: Queued = "queued", Running = "running", Succeeded = "succeeded", Failed = "failed",
     Interrupted = "interrupted", Lost = "lost");
 names!(StageState: Queued = "queued", Running = "running", Succeeded = "succeeded", Reused = "reused",
@@ -236,23 +248,26 @@ impl Store {
             }
         };
         let key = sqlx::query(
-            "insert into runs (id, recipe, recipe_path, recipe_text, resolved, seed, command, environment,
-                               resumed_from, state, created)
-             values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, 'running', ?10)",
+            "insert into runs (id, recipe, recipe_path, seed, command, resumed_from, state, created)
+             values (?1, ?2, ?3, ?4, ?5, ?6, 'running', ?7)",
         )
         .bind(&id.0)
         .bind(&run.recipe_name)
         .bind(&run.recipe_path)
-        .bind(&run.recipe_text)
-        .bind(run.resolved.to_string())
         .bind(run.seed.cast_signed())
         .bind(Value::from(run.command.clone()).to_string())
-        .bind(run.environment.to_string())
         .bind(run.resumed_from.as_ref().map(|id| &id.0))
         .bind(now.0)
         .execute(&mut *write)
         .await?
         .last_insert_rowid();
+        sqlx::query("insert into documents (run, recipe_text, resolved, environment) values (?1, ?2, ?3, ?4)")
+            .bind(key)
+            .bind(&run.recipe_text)
+            .bind(run.resolved.to_string())
+            .bind(run.environment.to_string())
+            .execute(&mut *write)
+            .await?;
         insert_lease(&mut write, key, now).await?;
         for param in &run.params {
             insert_param(&mut write, key, param).await?;
@@ -281,20 +296,6 @@ impl Store {
             .await?;
         sqlx::query("delete from leases where run = (select key from runs where id = ?1)")
             .bind(&run.0)
-            .execute(&mut *write)
-            .await?;
-        write.commit().await
-    }
-
-    /// Gives a run a name to refer to it by; the newest run with a tag is meant by it.
-    ///
-    /// # Errors
-    /// As [`Store::begin_run`].
-    pub async fn tag_run(&self, run: &RunId, tag: &str) -> Result<(), StoreError> {
-        let mut write = self.write().await?;
-        sqlx::query("insert or ignore into tags (run, tag) select key, ?2 from runs where id = ?1")
-            .bind(&run.0)
-            .bind(tag)
             .execute(&mut *write)
             .await?;
         write.commit().await
@@ -349,6 +350,8 @@ impl Store {
             .bind(source.0)
             .execute(&mut *write)
             .await?;
+        series::name_series(&mut write, source).await?;
+        series::note_results(&mut write, source).await?;
         write.commit().await
     }
 
@@ -426,7 +429,9 @@ impl Store {
         .bind(end.state.name())
         .execute(&mut *write)
         .await?;
-        write.commit().await
+        write.commit().await?;
+        self.lock_series().remove(&attempt);
+        Ok(())
     }
 
     /// Records an artifact that an attempt has made and that lies in its place.
@@ -543,9 +548,16 @@ async fn insert_param(
     run: i64,
     param: &Param,
 ) -> Result<(), sqlx::Error> {
-    let query = sqlx::query("insert or replace into params (run, path, value, type, origin) values (?1, ?2, ?3, ?4, ?5)")
-        .bind(run)
-        .bind(&param.path);
+    sqlx::query("insert or ignore into names (name) values (?1)")
+        .bind(&param.path)
+        .execute(&mut *connection)
+        .await?;
+    let query = sqlx::query(
+        "insert or replace into params (name, run, value, type, origin)
+         values ((select key from names where name = ?2), ?1, ?3, ?4, ?5)",
+    )
+    .bind(run)
+    .bind(&param.path);
     let query = match &param.value {
         Value::Null => query.bind(None::<i64>).bind("null"),
         Value::Bool(value) => query.bind(i64::from(*value)).bind("boolean"),

@@ -13,10 +13,17 @@ use sqlx::sqlite::{
 };
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 
-use super::{BUSY_TIMEOUT, StoreError};
+use super::{BUSY_TIMEOUT, StoreError, function, lease, series};
 
 /// Every migration, in order. Append only.
-pub(super) const MIGRATIONS: &[&str] = &[include_str!("../../../migrations/0001_history.sql")];
+pub(super) const MIGRATIONS: &[&str] = &[
+    include_str!("../../../migrations/0001_history.sql"),
+    include_str!("../../../migrations/0002_questions.sql"),
+    include_str!("../../../migrations/0003_points_are_packed.sql"),
+];
+
+/// The schema after which the program packs the points of older ones.
+const UNPACKED: usize = 2;
 
 /// `rtrt`: tells the history of retort from any other SQLite database.
 const APPLICATION_ID: i64 = 0x7274_7274;
@@ -109,6 +116,14 @@ pub(super) async fn migrate(dir: &Path, migrations: &[&'static str]) -> Result<(
     let mut connection = options.connect().await.map_err(at)?;
     let state = read_state(&mut connection).await.map_err(at)?;
     check_version(&state, known, &path)?;
+    if state.version == known {
+        return connection.close().await.map_err(at);
+    }
+    function::register(&mut connection).await.map_err(at)?;
+    if state.version > 0 {
+        lease::nobody_runs(&mut connection).await?;
+        back_up(&mut connection, dir, state.version).await?;
+    }
     sqlx::raw_sql("pragma journal_mode = wal")
         .execute(&mut connection)
         .await
@@ -116,11 +131,15 @@ pub(super) async fn migrate(dir: &Path, migrations: &[&'static str]) -> Result<(
     let mut transaction = connection.begin_with("begin immediate").await.map_err(at)?;
     let state = read_state(&mut transaction).await.map_err(at)?;
     check_version(&state, known, &path)?;
-    for migration in &migrations[usize::try_from(state.version).unwrap_or(0)..] {
+    let applied = usize::try_from(state.version).unwrap_or(0);
+    for (number, migration) in (1..).zip(migrations).skip(applied) {
         sqlx::raw_sql(*migration)
             .execute(&mut *transaction)
             .await
             .map_err(at)?;
+        if number == UNPACKED {
+            series::pack_points(&mut transaction).await?;
+        }
     }
     let stamp = format!("pragma application_id = {APPLICATION_ID}; pragma user_version = {known}");
     sqlx::raw_sql(AssertSqlSafe(stamp))
@@ -131,6 +150,25 @@ pub(super) async fn migrate(dir: &Path, migrations: &[&'static str]) -> Result<(
     connection.close().await.map_err(at)
 }
 
+/// Copies the database as it is, before it is migrated.
+async fn back_up(
+    connection: &mut SqliteConnection,
+    dir: &Path,
+    version: i64,
+) -> Result<(), StoreError> {
+    let copy = dir.join(format!("history.schema{version}.backup.db"));
+    // Left by an attempt at migrating that came to nothing.
+    if copy.exists() {
+        std::fs::remove_file(&copy).map_err(|error| StoreError::refused(&copy, error))?;
+    }
+    sqlx::query("vacuum into ?1")
+        .bind(copy.to_string_lossy().into_owned())
+        .execute(connection)
+        .await
+        .map_err(|error| StoreError::from(error).at(&copy))?;
+    Ok(())
+}
+
 /// What the header of a database says.
 struct State {
     version: i64,
@@ -138,7 +176,7 @@ struct State {
     tables: i64,
 }
 
-fn newest(migrations: &[&str]) -> i64 {
+pub(super) fn newest(migrations: &[&str]) -> i64 {
     i64::try_from(migrations.len()).unwrap_or(i64::MAX)
 }
 
@@ -158,6 +196,19 @@ fn check_version(state: &State, known: i64, path: &Path) -> Result<(), StoreErro
         });
     }
     Ok(())
+}
+
+/// The schema of a database that is a store's, or can be made one.
+pub(super) async fn check_is_store(path: &Path) -> Result<i64, StoreError> {
+    let state = inspect(&options(path).read_only(true), path).await?;
+    check_version(&state, newest(MIGRATIONS), path)?;
+    match state.application {
+        APPLICATION_ID => Ok(state.version),
+        _ => Err(StoreError::NotAStore {
+            path: path.to_owned(),
+            message: "an empty database".to_owned(),
+        }),
+    }
 }
 
 async fn inspect(options: &SqliteConnectOptions, path: &Path) -> Result<State, StoreError> {
@@ -182,13 +233,15 @@ async fn read_state(connection: &mut SqliteConnection) -> Result<State, sqlx::Er
     })
 }
 
-fn options(path: &Path) -> SqliteConnectOptions {
+pub(super) fn options(path: &Path) -> SqliteConnectOptions {
     SqliteConnectOptions::new()
         .filename(path)
         .foreign_keys(true)
         .busy_timeout(BUSY_TIMEOUT)
         // With a write-ahead log: a crash of the machine may lose the last moments, never the database.
         .synchronous(SqliteSynchronous::Normal)
+        // Up to 64 MB, as far as they are used: filters over many runs visit the same pages again and again.
+        .pragma("cache_size", "-65536")
         .disable_statement_logging()
 }
 
@@ -199,6 +252,7 @@ fn pool(options: SqliteConnectOptions, connections: u32) -> SqlitePool {
         .test_before_acquire(false)
         .idle_timeout(None)
         .max_lifetime(None)
+        .after_connect(|connection, _| Box::pin(function::register(connection)))
         .connect_lazy_with(options)
 }
 

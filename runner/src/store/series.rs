@@ -1,22 +1,45 @@
-//! Metric series: points appended while a stage runs, and read back whole or in brief.
+//! Metric series: points appended while a stage runs, and read back whole, in brief or as a curve.
+//!
+//! Points are kept in blocks of up to [`CUT`] ([`block`]). A block with fewer than [`CLOSE`] is open: the next points
+//! of its series are packed together with it. That costs no more than a row per point would, because SQLite writes
+//! whole pages. Points that come late, or again, are merged into the blocks they belong to.
 //!
 //! NaN and the infinities are values. SQLite keeps a NaN as null, and gets it back as one here; JSON knows neither, so
 //! they serialise as the texts "NaN", "Infinity" and "-Infinity".
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use serde::{Serialize, Serializer};
-use sqlx::sqlite::SqliteConnection;
-use sqlx::{QueryBuilder, Row, Sqlite};
+use sqlx::sqlite::{SqliteConnection, SqliteRow};
+use sqlx::{Row, Sqlite, Transaction};
 
+use super::block::{self, Packed, Summary};
 use super::time::Time;
 use super::{AttemptId, RunId, Store, StoreError};
 
-/// A point about to be appended.
+/// Most points of a block.
+const CUT: usize = 4096;
+/// A block with so many points is not packed again with the next ones.
+const CLOSE: usize = 1024;
+
+/// Points of one series about to be appended.
 #[derive(Debug, Clone, PartialEq)]
-pub struct MetricPoint {
+pub struct Batch {
     /// Name of the series: `loss`, `train/accuracy`.
     pub series: String,
+    /// Its points, in any order.
+    pub points: Vec<MetricPoint>,
+}
+
+impl From<(String, Vec<MetricPoint>)> for Batch {
+    fn from((series, points): (String, Vec<MetricPoint>)) -> Self {
+        Self { series, points }
+    }
+}
+
+/// A point about to be appended.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MetricPoint {
     /// Step; a second point of a series at one step replaces the first.
     pub step: u64,
     /// Value, NaN and infinities included.
@@ -48,6 +71,8 @@ pub struct SeriesSummary {
     pub stage: String,
     /// Name of the series.
     pub series: String,
+    /// How many points it has.
+    pub points: u64,
     /// The last step.
     pub last_step: u64,
     /// The value at the last step.
@@ -65,11 +90,76 @@ pub struct SeriesSummary {
     pub reused: bool,
 }
 
-/// What [`Store::append_metrics`] remembers of a series.
+/// Which part of a series to see, and how coarsely.
 #[derive(Debug, Clone, Copy)]
+pub struct Lens {
+    /// At most so many buckets.
+    pub buckets: u32,
+    /// What divides them.
+    pub axis: Axis,
+    /// First step wanted.
+    pub from: u64,
+    /// Last step wanted.
+    pub to: u64,
+}
+
+/// What a curve is drawn over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Axis {
+    /// Steps.
+    Step,
+    /// Time.
+    Time,
+}
+
+/// Neighbouring points of a series, summed up. Exact for the steps it covers; where there are many points, it begins
+/// and ends with a block, so that buckets differ somewhat in width.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Bucket {
+    /// Name of the stage.
+    pub stage: String,
+    /// Name of the series.
+    pub series: String,
+    /// Its first step.
+    pub first_step: u64,
+    /// Its last step.
+    pub last_step: u64,
+    /// When its first point was measured.
+    pub first_at: Time,
+    /// When its last point was measured.
+    pub last_at: Time,
+    /// How many points it covers.
+    pub points: u64,
+    /// How many of them are NaN; they are left out of the next three.
+    pub nan: u64,
+    /// The least value.
+    #[serde(serialize_with = "number_or_none")]
+    pub min: Option<f64>,
+    /// The greatest value.
+    #[serde(serialize_with = "number_or_none")]
+    pub max: Option<f64>,
+    /// The mean.
+    #[serde(serialize_with = "number_or_none")]
+    pub mean: Option<f64>,
+}
+
+/// What [`Store::append_metrics`] remembers of a series.
+#[derive(Debug)]
 pub(super) struct Known {
     key: i64,
     base: Time,
+    /// The last block, while it is open.
+    open: Option<Vec<Packed>>,
+    /// The last step of the blocks before it.
+    closed: Option<i64>,
+}
+
+/// A series that a name means, of one stage.
+struct Named {
+    key: i64,
+    base: i64,
+    stage: String,
+    series: String,
 }
 
 impl Store {
@@ -81,32 +171,27 @@ impl Store {
     pub async fn append_metrics(
         &self,
         attempt: AttemptId,
-        points: &[MetricPoint],
+        batches: &[Batch],
     ) -> Result<(), StoreError> {
-        let mut by_series: HashMap<&str, Vec<&MetricPoint>> = HashMap::new();
-        for point in points {
-            by_series.entry(&point.series).or_default().push(point);
-        }
         let mut write = self.write().await?;
-        let mut fresh = Vec::new();
-        for (name, points) in by_series {
-            let known = match self.known_series(attempt, name) {
-                Some(known) => known,
-                None => {
-                    let known = find_or_insert(&mut write, attempt, name, points[0]).await?;
-                    fresh.push(((attempt, name.to_owned()), known));
-                    known
-                }
+        // Taken out, and put back when all has gone well: what a transaction that came to nothing has left of it would
+        // be wrong, and is read again when needed.
+        let mut known = self.lock_series().remove(&attempt).unwrap_or_default();
+        for batch in batches.iter().filter(|batch| !batch.points.is_empty()) {
+            if !known.contains_key(&batch.series) {
+                let found = find_or_insert(&mut write, attempt, batch).await?;
+                known.insert(batch.series.clone(), found);
+            }
+            let Some(series) = known.get_mut(&batch.series) else {
+                continue;
             };
-            insert_points(&mut write, known, &points).await?;
-            update_summary(&mut write, known, &points).await?;
+            let points = in_order(&batch.points, series.base);
+            let growth = append(&mut write, series, &points).await?;
+            update_summary(&mut write, series.key, &points, growth).await?;
         }
+        note_results(&mut write, attempt).await?;
         write.commit().await?;
-        // Only now: keys of a transaction that came to nothing must not be remembered.
-        self.series
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner())
-            .extend(fresh);
+        self.lock_series().insert(attempt, known);
         Ok(())
     }
 
@@ -116,7 +201,7 @@ impl Store {
     /// [`StoreError::Damaged`], [`StoreError::Sql`].
     pub async fn last_metrics(&self, run: &RunId) -> Result<Vec<SeriesSummary>, StoreError> {
         let rows = sqlx::query(
-            "select s.name as stage, e.name as series, e.last_step, e.last, e.min, e.max, e.attempt, v.reused
+            "select s.name as stage, e.name as series, e.points, e.last_step, e.last, e.min, e.max, e.attempt, v.reused
              from v_stage_attempts v
              join stages s on s.key = v.stage
              join series e on e.attempt = v.attempt
@@ -131,6 +216,7 @@ impl Store {
                 Ok(SeriesSummary {
                     stage: row.try_get("stage")?,
                     series: row.try_get("series")?,
+                    points: row.try_get::<i64, _>("points")?.cast_unsigned(),
                     last_step: row.try_get::<i64, _>("last_step")?.cast_unsigned(),
                     last: row.try_get::<Option<f64>, _>("last")?.unwrap_or(f64::NAN),
                     min: row.try_get("min")?,
@@ -152,14 +238,132 @@ impl Store {
         run: &RunId,
         name: &str,
     ) -> Result<Vec<SeriesPoint>, StoreError> {
+        let mut points = Vec::new();
+        for named in self.series_named(run, name).await? {
+            let packed = self.unpacked(&named, i64::MIN, i64::MAX).await?;
+            points.extend(packed.into_iter().map(|point| SeriesPoint {
+                stage: named.stage.clone(),
+                series: named.series.clone(),
+                step: point.step.cast_unsigned(),
+                value: point.value,
+                at: Time(named.base.saturating_add(point.at)),
+            }));
+        }
+        Ok(points)
+    }
+
+    /// A series of a run as a curve: at most `lens.buckets` buckets for each stage that has it, in order.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`], [`StoreError::Sql`].
+    pub async fn curve(
+        &self,
+        run: &RunId,
+        name: &str,
+        lens: Lens,
+    ) -> Result<Vec<Bucket>, StoreError> {
+        let mut buckets = Vec::new();
+        for named in self.series_named(run, name).await? {
+            let summaries = self.buckets(&named, lens).await?;
+            buckets.extend(summaries.iter().map(|summary| bucket(&named, summary)));
+        }
+        Ok(buckets)
+    }
+
+    async fn buckets(&self, named: &Named, lens: Lens) -> Result<Vec<Summary>, StoreError> {
+        let (from, to) = (clamped(lens.from), clamped(lens.to));
+        let extent = sqlx::query(
+            "select count(*) as blocks, min(first_step) as first_step, max(last_step) as last_step,
+                    min(first_at) as first_at, max(last_at) as last_at
+             from blocks where series = ?1 and last_step >= ?2 and first_step <= ?3",
+        )
+        .bind(named.key)
+        .bind(from)
+        .bind(to)
+        .fetch_one(self.pool())
+        .await?;
+        let blocks: i64 = extent.try_get("blocks")?;
+        if blocks == 0 {
+            return Ok(Vec::new());
+        }
+        let (first, last): (i64, i64) = match lens.axis {
+            Axis::Step => {
+                let (first, last): (i64, i64) =
+                    (extent.try_get("first_step")?, extent.try_get("last_step")?);
+                (first.max(from), last.min(to))
+            }
+            Axis::Time => (extent.try_get("first_at")?, extent.try_get("last_at")?),
+        };
+        let mut grid = Grid::new(lens, first, last);
+        if blocks < i64::from(lens.buckets) {
+            for point in self.unpacked(named, from, to).await? {
+                grid.add(&point);
+            }
+        } else {
+            self.sum_up_blocks(named, from, to, &mut grid).await?;
+        }
+        Ok(grid.buckets.into_values().collect())
+    }
+
+    /// Many more points than buckets: blocks count as a whole, but for those that the range cuts.
+    async fn sum_up_blocks(
+        &self,
+        named: &Named,
+        from: i64,
+        to: i64,
+        grid: &mut Grid,
+    ) -> Result<(), StoreError> {
+        let place = match grid.axis {
+            Axis::Step => "first_step",
+            Axis::Time => "first_at",
+        };
+        let whole = format!(
+            "select min(first_step) as first_step, max(last_step) as last_step, sum(points) as points,
+                    sum(numbers) as numbers, case when count(sum) = count(*) then sum(sum) end as sum,
+                    min(min) as min, max(max) as max, min(first_at) as first_at, max(last_at) as last_at,
+                    min({place}) as place
+             from blocks where series = ?1 and first_step >= ?2 and last_step <= ?3
+             group by cast(({place} - ?4) * ?5 as integer)"
+        );
+        let rows = sqlx::query(sqlx::AssertSqlSafe(whole))
+            .bind(named.key)
+            .bind(from)
+            .bind(to)
+            .bind(grid.first)
+            .bind(grid.scale)
+            .fetch_all(self.pool())
+            .await?;
+        for row in &rows {
+            grid.merge(row.try_get("place")?, summary(row)?);
+        }
+        let cut = sqlx::query(
+            "select k.data from blocks b join packs k on k.key = b.pack
+             where b.series = ?1 and b.last_step >= ?2 and b.first_step <= ?3
+               and (b.first_step < ?2 or b.last_step > ?3)",
+        )
+        .bind(named.key)
+        .bind(from)
+        .bind(to)
+        .fetch_all(self.pool())
+        .await?;
+        for row in &cut {
+            let points = unpacked(row, &named.series)?;
+            let inside = points
+                .iter()
+                .filter(|point| (from..=to).contains(&point.step));
+            inside.for_each(|point| grid.add(point));
+        }
+        Ok(())
+    }
+
+    async fn series_named(&self, run: &RunId, name: &str) -> Result<Vec<Named>, StoreError> {
         let rows = sqlx::query(
-            "select s.name as stage, e.name as series, p.step, p.value, e.base + p.at as at
+            "select e.key, e.base, s.name as stage, e.name as series
              from v_stage_attempts v
              join stages s on s.key = v.stage
              join series e on e.attempt = v.attempt
-             join points p on p.series = e.key
              where v.run = (select key from runs where id = ?1) and (e.name = ?2 or s.name || '/' || e.name = ?2)
-             order by s.position, s.key, e.attempt, p.step",
+             order by s.position, s.key, e.attempt",
         )
         .bind(&run.0)
         .bind(name)
@@ -167,52 +371,302 @@ impl Store {
         .await?;
         rows.iter()
             .map(|row| {
-                Ok(SeriesPoint {
+                Ok(Named {
+                    key: row.try_get("key")?,
+                    base: row.try_get("base")?,
                     stage: row.try_get("stage")?,
                     series: row.try_get("series")?,
-                    step: row.try_get::<i64, _>("step")?.cast_unsigned(),
-                    value: row.try_get::<Option<f64>, _>("value")?.unwrap_or(f64::NAN),
-                    at: Time(row.try_get("at")?),
                 })
             })
             .collect()
     }
 
-    fn known_series(&self, attempt: AttemptId, name: &str) -> Option<Known> {
-        let series = self
-            .series
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner());
-        series.get(&(attempt, name.to_owned())).copied()
+    /// The points of a series from one step to another, both included.
+    async fn unpacked(&self, named: &Named, from: i64, to: i64) -> Result<Vec<Packed>, StoreError> {
+        let rows = sqlx::query(
+            "select k.data from blocks b join packs k on k.key = b.pack
+             where b.series = ?1 and b.last_step >= ?2 and b.first_step <= ?3 order by b.first_step",
+        )
+        .bind(named.key)
+        .bind(from)
+        .bind(to)
+        .fetch_all(self.pool())
+        .await?;
+        let mut points = Vec::new();
+        for row in &rows {
+            points.append(&mut unpacked(row, &named.series)?);
+        }
+        points.retain(|point| (from..=to).contains(&point.step));
+        Ok(points)
     }
+
+    pub(super) fn lock_series(
+        &self,
+    ) -> std::sync::MutexGuard<'_, HashMap<AttemptId, HashMap<String, Known>>> {
+        self.series
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+/// Buckets of equal width between two places, filled from points and from summaries.
+struct Grid {
+    axis: Axis,
+    first: i64,
+    /// Buckets per unit of the axis.
+    scale: f64,
+    buckets: BTreeMap<i64, Summary>,
+}
+
+impl Grid {
+    fn new(lens: Lens, first: i64, last: i64) -> Self {
+        // A little wider than the range, so that its last point falls into the last bucket.
+        let width = (last as f64 - first as f64 + 1.0).max(1.0);
+        Self {
+            axis: lens.axis,
+            first,
+            scale: f64::from(lens.buckets) / width,
+            buckets: BTreeMap::new(),
+        }
+    }
+
+    fn add(&mut self, point: &Packed) {
+        let place = match self.axis {
+            Axis::Step => point.step,
+            Axis::Time => point.at,
+        };
+        self.merge(place, Summary::of(std::slice::from_ref(point)));
+    }
+
+    fn merge(&mut self, place: i64, summary: Summary) {
+        let index = ((place as f64 - self.first as f64) * self.scale) as i64;
+        self.buckets
+            .entry(index)
+            .and_modify(|bucket| *bucket = bucket.with(&summary))
+            .or_insert(summary);
+    }
+}
+
+fn bucket(named: &Named, summary: &Summary) -> Bucket {
+    let numbers = (summary.numbers > 0).then_some(summary.numbers as f64);
+    Bucket {
+        stage: named.stage.clone(),
+        series: named.series.clone(),
+        first_step: summary.first_step.cast_unsigned(),
+        last_step: summary.last_step.cast_unsigned(),
+        first_at: Time(named.base.saturating_add(summary.first_at)),
+        last_at: Time(named.base.saturating_add(summary.last_at)),
+        points: summary.points.cast_unsigned(),
+        nan: (summary.points - summary.numbers).cast_unsigned(),
+        min: summary.min,
+        max: summary.max,
+        mean: numbers.map(|numbers| summary.sum / numbers),
+    }
+}
+
+fn summary(row: &SqliteRow) -> Result<Summary, sqlx::Error> {
+    Ok(Summary {
+        first_step: row.try_get("first_step")?,
+        last_step: row.try_get("last_step")?,
+        points: row.try_get("points")?,
+        numbers: row.try_get("numbers")?,
+        sum: row.try_get::<Option<f64>, _>("sum")?.unwrap_or(f64::NAN),
+        min: row.try_get("min")?,
+        max: row.try_get("max")?,
+        first_at: row.try_get("first_at")?,
+        last_at: row.try_get("last_at")?,
+    })
+}
+
+fn unpacked(row: &SqliteRow, series: &str) -> Result<Vec<Packed>, StoreError> {
+    block::unpack(row.try_get("data")?).map_err(|damaged| StoreError::Damaged {
+        message: format!("{damaged} (series `{series}`)"),
+    })
+}
+
+/// Points by step, each step once: the one given last.
+fn in_order(points: &[MetricPoint], base: Time) -> Vec<Packed> {
+    let mut packed: Vec<Packed> = points
+        .iter()
+        .map(|point| Packed {
+            step: clamped(point.step),
+            value: point.value,
+            at: point.at.0.saturating_sub(base.0),
+        })
+        .collect();
+    if !packed.is_sorted_by(|a, b| a.step < b.step) {
+        packed.sort_by_key(|point| point.step);
+        keep_last(&mut packed);
+    }
+    packed
+}
+
+/// Of neighbours at one step only the last.
+fn keep_last(points: &mut Vec<Packed>) {
+    points.reverse();
+    points.dedup_by_key(|point| point.step);
+    points.reverse();
+}
+
+/// Old points with new ones, which replace those at the same step.
+fn merged(mut old: Vec<Packed>, new: &[Packed]) -> Vec<Packed> {
+    let in_order = match (old.last(), new.first()) {
+        (Some(last), Some(first)) => last.step < first.step,
+        _ => true,
+    };
+    old.extend_from_slice(new);
+    if !in_order {
+        // Stable: at one step the old one stays before the new one.
+        old.sort_by_key(|point| point.step);
+        keep_last(&mut old);
+    }
+    old
+}
+
+/// Packs points into the blocks of a series; returns by how many points it grew.
+async fn append(
+    connection: &mut SqliteConnection,
+    series: &mut Known,
+    new: &[Packed],
+) -> Result<i64, StoreError> {
+    let (Some(first), Some(last)) = (new.first(), new.last()) else {
+        return Ok(0);
+    };
+    let (old, late) = match series.closed {
+        Some(closed) if first.step <= closed => {
+            let (first, last) = (first.step, last.step);
+            let old = take_blocks(connection, series.key, first, last).await?;
+            let open = series.open.as_ref().and_then(|open| open.first());
+            if open.is_some_and(|open| open.step <= last) {
+                series.open = None;
+            }
+            (old, true)
+        }
+        _ => {
+            let open = series.open.take().unwrap_or_default();
+            if let Some(first) = open.first() {
+                sqlx::query("delete from blocks where series = ?1 and first_step = ?2")
+                    .bind(series.key)
+                    .bind(first.step)
+                    .execute(&mut *connection)
+                    .await?;
+            }
+            (open, false)
+        }
+    };
+    let before = old.len();
+    let mut points = merged(old, new);
+    let growth = points.len() - before;
+    while points.len() > CUT || (late && !points.is_empty()) {
+        let rest = points.split_off(points.len().min(CUT));
+        insert_block(connection, series.key, &points).await?;
+        series.closed = series.closed.max(points.last().map(|point| point.step));
+        points = rest;
+    }
+    if !points.is_empty() {
+        insert_block(connection, series.key, &points).await?;
+        if points.len() < CLOSE {
+            series.open = Some(points);
+        } else {
+            series.closed = points.last().map(|point| point.step);
+        }
+    }
+    Ok(growth as i64)
+}
+
+/// Removes the blocks that touch a range of steps, and returns their points.
+async fn take_blocks(
+    connection: &mut SqliteConnection,
+    series: i64,
+    first: i64,
+    last: i64,
+) -> Result<Vec<Packed>, StoreError> {
+    let rows = sqlx::query(
+        "select k.data from blocks b join packs k on k.key = b.pack
+         where b.series = ?1 and b.last_step >= ?2 and b.first_step <= ?3 order by b.first_step",
+    )
+    .bind(series)
+    .bind(first)
+    .bind(last)
+    .fetch_all(&mut *connection)
+    .await?;
+    let mut points = Vec::new();
+    for row in &rows {
+        points.append(&mut unpacked(row, &series.to_string())?);
+    }
+    sqlx::query("delete from blocks where series = ?1 and last_step >= ?2 and first_step <= ?3")
+        .bind(series)
+        .bind(first)
+        .bind(last)
+        .execute(connection)
+        .await?;
+    Ok(points)
+}
+
+async fn insert_block(
+    connection: &mut SqliteConnection,
+    series: i64,
+    points: &[Packed],
+) -> Result<(), sqlx::Error> {
+    let pack = sqlx::query("insert into packs (data) values (?1)")
+        .bind(block::pack(points))
+        .execute(&mut *connection)
+        .await?
+        .last_insert_rowid();
+    let summary = Summary::of(points);
+    sqlx::query(
+        "insert into blocks (series, first_step, last_step, points, numbers, sum, min, max, first_at, last_at, pack)
+         values (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
+    )
+    .bind(series)
+    .bind(summary.first_step)
+    .bind(summary.last_step)
+    .bind(summary.points)
+    .bind(summary.numbers)
+    .bind(summary.sum)
+    .bind(summary.min)
+    .bind(summary.max)
+    .bind(summary.first_at)
+    .bind(summary.last_at)
+    .bind(pack)
+    .execute(connection)
+    .await?;
+    Ok(())
 }
 
 async fn find_or_insert(
     connection: &mut SqliteConnection,
     attempt: AttemptId,
-    name: &str,
-    first: &MetricPoint,
-) -> Result<Known, sqlx::Error> {
+    batch: &Batch,
+) -> Result<Known, StoreError> {
     let found = sqlx::query_as::<_, (i64, i64)>(
         "select key, base from series where attempt = ?1 and name = ?2",
     )
     .bind(attempt.0)
-    .bind(name)
+    .bind(&batch.series)
     .fetch_optional(&mut *connection)
     .await?;
     if let Some((key, base)) = found {
-        return Ok(Known {
-            key,
-            base: Time(base),
-        });
+        return known(connection, key, Time(base), &batch.series).await;
     }
+    // Filters find a series under its own name and under its stage's.
+    sqlx::query(
+        "insert or ignore into names (name)
+         select ?2 union all
+         select s.name || '/' || ?2 from attempts a join stages s on s.key = a.stage where a.key = ?1",
+    )
+    .bind(attempt.0)
+    .bind(&batch.series)
+    .execute(&mut *connection)
+    .await?;
+    let first = &batch.points[0];
     let key = sqlx::query(
         "insert into series (attempt, name, base, last_step, last) values (?1, ?2, ?3, ?4, ?5)",
     )
     .bind(attempt.0)
-    .bind(name)
+    .bind(&batch.series)
     .bind(first.at.0)
-    .bind(step(first))
+    .bind(clamped(first.step))
     .bind(first.value)
     .execute(connection)
     .await?
@@ -220,67 +674,153 @@ async fn find_or_insert(
     Ok(Known {
         key,
         base: first.at,
+        open: None,
+        closed: None,
     })
 }
 
-async fn insert_points(
+/// What another opening of the store has left of a series.
+async fn known(
     connection: &mut SqliteConnection,
-    series: Known,
-    points: &[&MetricPoint],
-) -> Result<(), sqlx::Error> {
-    // Many rows in one statement: a statement's cost is mostly its way to the database's thread and back.
-    for points in points.chunks(256) {
-        let mut insert: QueryBuilder<Sqlite> =
-            QueryBuilder::new("insert into points (series, step, value, at) ");
-        insert.push_values(points, |mut row, point| {
-            row.push_bind(series.key)
-                .push_bind(step(point))
-                .push_bind(point.value)
-                .push_bind(point.at.0.saturating_sub(series.base.0));
-        });
-        insert.push(
-            " on conflict (series, step) do update set value = excluded.value, at = excluded.at",
-        );
-        insert.build().execute(&mut *connection).await?;
-    }
-    Ok(())
+    key: i64,
+    base: Time,
+    name: &str,
+) -> Result<Known, StoreError> {
+    let rows = sqlx::query(
+        "select b.last_step, k.data from blocks b join packs k on k.key = b.pack
+         where b.series = ?1 order by b.first_step desc limit 2",
+    )
+    .bind(key)
+    .fetch_all(connection)
+    .await?;
+    let last_step = |row: Option<&SqliteRow>| row.map(|row| row.try_get("last_step")).transpose();
+    let open = match rows.first() {
+        Some(row) => Some(unpacked(row, name)?).filter(|points| points.len() < CLOSE),
+        None => None,
+    };
+    let closed = last_step(rows.get(usize::from(open.is_some())))?;
+    Ok(Known {
+        key,
+        base,
+        open,
+        closed,
+    })
 }
 
 async fn update_summary(
     connection: &mut SqliteConnection,
-    series: Known,
-    points: &[&MetricPoint],
+    series: i64,
+    points: &[Packed],
+    growth: i64,
 ) -> Result<(), sqlx::Error> {
-    // Of several points at the last step, the one given last counts, as in `points`.
-    let Some(last) = points.iter().max_by_key(|point| point.step) else {
+    let Some(last) = points.last() else {
         return Ok(());
     };
-    let values = || {
-        points
-            .iter()
-            .map(|point| point.value)
-            .filter(|value| !value.is_nan())
-    };
+    let summary = Summary::of(points);
     sqlx::query(
         "update series
          set last = case when ?2 >= last_step then ?3 else last end,
              last_step = max(last_step, ?2),
              min = min(coalesce(min, ?4), coalesce(?4, min)),
-             max = max(coalesce(max, ?5), coalesce(?5, max))
+             max = max(coalesce(max, ?5), coalesce(?5, max)),
+             points = points + ?6
          where key = ?1",
     )
-    .bind(series.key)
-    .bind(step(last))
+    .bind(series)
+    .bind(last.step)
     .bind(last.value)
-    .bind(values().reduce(f64::min))
-    .bind(values().reduce(f64::max))
+    .bind(summary.min)
+    .bind(summary.max)
+    .bind(growth)
     .execute(connection)
     .await?;
     Ok(())
 }
 
-fn step(point: &MetricPoint) -> i64 {
-    i64::try_from(point.step).unwrap_or(i64::MAX)
+/// Repeats what is known of an attempt's series in the results of the runs that have it, or reuse it.
+pub(super) async fn note_results(
+    connection: &mut SqliteConnection,
+    attempt: AttemptId,
+) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "insert into results (name, run, position, points, last, min, max)
+         select n.key, v.run, s.position, e.points, e.last, e.min, e.max
+         from v_stage_attempts v
+         join stages s on s.key = v.stage
+         join series e on e.attempt = v.attempt
+         join names n on n.name in (e.name, s.name || '/' || e.name)
+         where v.attempt = ?1
+         on conflict (name, run) do update
+         set position = excluded.position, points = excluded.points, last = excluded.last, min = excluded.min,
+             max = excluded.max
+         where excluded.position >= results.position",
+    )
+    .bind(attempt.0)
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// Makes the names known under which the series of a reused attempt are found in another run.
+pub(super) async fn name_series(
+    connection: &mut SqliteConnection,
+    attempt: AttemptId,
+) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "insert or ignore into names (name)
+         select s.name || '/' || e.name
+         from v_stage_attempts v join stages s on s.key = v.stage join series e on e.attempt = v.attempt
+         where v.attempt = ?1",
+    )
+    .bind(attempt.0)
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// Packs the rows of the table `points`, which stores of schema 1 have.
+pub(super) async fn pack_points(
+    transaction: &mut Transaction<'_, Sqlite>,
+) -> Result<(), StoreError> {
+    let keys: Vec<i64> = sqlx::query_scalar("select key from series order by key")
+        .fetch_all(&mut **transaction)
+        .await?;
+    for series in keys {
+        let (mut after, mut points) = (None::<i64>, 0);
+        loop {
+            let rows: Vec<(i64, Option<f64>, i64)> = sqlx::query_as(
+                "select step, value, at from points where series = ?1 and (?2 is null or step > ?2)
+                 order by step limit ?3",
+            )
+            .bind(series)
+            .bind(after)
+            .bind(CUT as i64)
+            .fetch_all(&mut **transaction)
+            .await?;
+            let packed: Vec<Packed> = rows
+                .iter()
+                .map(|&(step, value, at)| Packed {
+                    step,
+                    value: value.unwrap_or(f64::NAN),
+                    at,
+                })
+                .collect();
+            let Some(last) = packed.last() else { break };
+            (after, points) = (Some(last.step), points + packed.len() as i64);
+            insert_block(transaction, series, &packed).await?;
+        }
+        sqlx::query("update series set points = ?2 where key = ?1")
+            .bind(series)
+            .bind(points)
+            .execute(&mut **transaction)
+            .await?;
+    }
+    Ok(())
+}
+
+/// A step as SQLite keeps it.
+fn clamped(step: u64) -> i64 {
+    i64::try_from(step).unwrap_or(i64::MAX)
 }
 
 /// A number for JSON, which has no NaN and no infinities.

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use serde_json::json;
-use sqlx::ConnectOptions;
 use sqlx::sqlite::SqliteConnectOptions;
+use sqlx::{ConnectOptions, Connection};
 
 use super::*;
 
@@ -84,9 +84,16 @@ fn an_end(state: AttemptState, output: Option<&str>) -> AttemptEnd {
     }
 }
 
+/// Points of the series `loss`.
+fn losses(points: &[MetricPoint]) -> [Batch; 1] {
+    [Batch {
+        series: "loss".into(),
+        points: points.to_vec(),
+    }]
+}
+
 fn a_point(step: u64, value: f64) -> MetricPoint {
     MetricPoint {
-        series: "loss".into(),
         step,
         value,
         at: Time(1_800_000_000_000 + step.cast_signed()),
@@ -218,7 +225,7 @@ fn a_success_is_found_by_its_digest_and_reused() {
             .await
             .unwrap();
         store
-            .append_metrics(attempt, &[a_point(1, 0.5)])
+            .append_metrics(attempt, &losses(&[a_point(1, 0.5)]))
             .await
             .unwrap();
         store
@@ -279,7 +286,10 @@ fn nan_and_infinities_are_values() {
             .zip(values)
             .map(|(step, value)| a_point(step, value))
             .collect();
-        store.append_metrics(attempt, &points).await.unwrap();
+        store
+            .append_metrics(attempt, &losses(&points))
+            .await
+            .unwrap();
         let read = store.metric_series(&run, "distill/loss").await.unwrap();
         assert_eq!(
             format!(
@@ -309,7 +319,7 @@ fn a_later_point_at_a_step_replaces_the_earlier() {
         let store = open(&dir).await;
         let (run, _, attempt) = begin(&store, "digits", "d1").await;
         store
-            .append_metrics(attempt, &[a_point(0, f64::NAN)])
+            .append_metrics(attempt, &losses(&[a_point(0, f64::NAN)]))
             .await
             .unwrap();
         // More than one statement's worth, twice.
@@ -317,10 +327,13 @@ fn a_later_point_at_a_step_replaces_the_earlier() {
             let points: Vec<_> = (0..600_u32)
                 .map(|step| a_point(step.into(), round + f64::from(step)))
                 .collect();
-            store.append_metrics(attempt, &points).await.unwrap();
+            store
+                .append_metrics(attempt, &losses(&points))
+                .await
+                .unwrap();
         }
         store
-            .append_metrics(attempt, &[a_point(7, -1.0)])
+            .append_metrics(attempt, &losses(&[a_point(7, -1.0)]))
             .await
             .unwrap();
         let read = store.metric_series(&run, "loss").await.unwrap();
@@ -329,6 +342,697 @@ fn a_later_point_at_a_step_replaces_the_earlier() {
         let summary = &store.last_metrics(&run).await.unwrap()[0];
         assert_eq!((summary.last_step, summary.last), (599, 1599.0));
         assert_eq!((summary.min, summary.max), (Some(-1.0), Some(1599.0)));
+    });
+}
+
+/// Numbers that look random, and are the same each time.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % limit
+    }
+}
+
+#[test]
+fn points_in_any_order_are_kept_as_a_map_would_keep_them() {
+    check(|dir| async move {
+        let mut store = open(&dir).await;
+        let (run, _, attempt) = begin(&store, "digits", "d1").await;
+        let mut dice = Dice(7);
+        let mut model = std::collections::BTreeMap::new();
+        let mut end = 0;
+        for round in 0..40_u32 {
+            // Mostly onwards, sometimes back into what is there; few or many at a time.
+            let count = [1, 3, 700, 1500, 9000][dice.below(5) as usize];
+            let back = if round % 3 == 2 {
+                dice.below(end + 1)
+            } else {
+                0
+            };
+            let start = end - back;
+            let stride = 1 + dice.below(3);
+            let mut points = Vec::new();
+            for number in 0..count {
+                let step = match round % 5 {
+                    4 => start + dice.below(count * 2),
+                    _ => start + number * stride,
+                };
+                let value = match dice.below(50) {
+                    0 => f64::NAN,
+                    1 => f64::INFINITY,
+                    number => number as f64 / 7.0,
+                };
+                points.push(a_point(step, value));
+                model.insert(step, value);
+            }
+            end = end.max(*model.keys().next_back().unwrap() + 1);
+            store
+                .append_metrics(attempt, &losses(&points))
+                .await
+                .unwrap();
+            if round % 7 == 6 {
+                store.close().await;
+                store = open(&dir).await;
+            }
+        }
+        let read = store.metric_series(&run, "distill/loss").await.unwrap();
+        let bits = |value: f64| if value.is_nan() { 1 } else { value.to_bits() };
+        let found: Vec<_> = read
+            .iter()
+            .map(|point| (point.step, bits(point.value)))
+            .collect();
+        let expected: Vec<_> = model
+            .iter()
+            .map(|(&step, &value)| (step, bits(value)))
+            .collect();
+        assert_eq!(found, expected);
+        assert!(
+            read.iter()
+                .all(|point| point.at.0 == 1_800_000_000_000 + point.step.cast_signed())
+        );
+        let summary = &store.last_metrics(&run).await.unwrap()[0];
+        assert_eq!(summary.points, model.len() as u64);
+        assert_eq!(bits(summary.last), expected.last().unwrap().1);
+        // Nothing is left behind of blocks that were packed again.
+        let orphans: i64 = sqlx::query_scalar(
+            "select count(*) from packs where key not in (select pack from blocks)",
+        )
+        .fetch_one(store.pool())
+        .await
+        .unwrap();
+        assert_eq!(orphans, 0);
+        // SQL sees the same.
+        let (count, total): (i64, f64) = sqlx::query_as(
+            "select count(*), sum(value) from v_metrics where value < 1000 and series = 'loss'",
+        )
+        .fetch_one(store.pool())
+        .await
+        .unwrap();
+        let finite: Vec<f64> = model
+            .values()
+            .copied()
+            .filter(|value| value.is_finite())
+            .collect();
+        assert_eq!(count, finite.len() as i64);
+        assert!((total - finite.iter().sum::<f64>()).abs() < 1e-6 * total.abs());
+    });
+}
+
+#[test]
+fn a_curve_sums_up_what_is_there() {
+    check(|dir| async move {
+        let store = open(&dir).await;
+        let (run, _, attempt) = begin(&store, "digits", "d1").await;
+        let values: Vec<f64> = (0..200_000_u32)
+            .map(|step| f64::from(step * 7919 % 1013))
+            .collect();
+        let points: Vec<_> = (0..)
+            .zip(&values)
+            .map(|(step, &value)| a_point(step, value))
+            .collect();
+        for points in points.chunks(30_000) {
+            store
+                .append_metrics(attempt, &losses(points))
+                .await
+                .unwrap();
+        }
+        for (buckets, axis) in [(10, Axis::Step), (1000, Axis::Step), (7, Axis::Time)] {
+            for (from, to) in [(0, u64::MAX), (5_000, 150_001), (199_999, 199_999)] {
+                let lens = Lens {
+                    buckets,
+                    axis,
+                    from,
+                    to,
+                };
+                let curve = store.curve(&run, "loss", lens).await.unwrap();
+                assert!(!curve.is_empty() && curve.len() <= buckets as usize);
+                let (first, last) = (from as usize, (to as usize).min(values.len() - 1));
+                let mut next = first as u64;
+                for bucket in &curve {
+                    assert_eq!(bucket.first_step, next, "no gap, no overlap");
+                    next = bucket.last_step + 1;
+                    let inside = &values[bucket.first_step as usize..=bucket.last_step as usize];
+                    assert_eq!(bucket.points, inside.len() as u64);
+                    assert_eq!(bucket.min, inside.iter().copied().reduce(f64::min));
+                    assert_eq!(bucket.max, inside.iter().copied().reduce(f64::max));
+                    let mean = inside.iter().sum::<f64>() / inside.len() as f64;
+                    assert!((bucket.mean.unwrap() - mean).abs() < 1e-9);
+                }
+                assert_eq!(next, last as u64 + 1);
+            }
+        }
+        assert_eq!(
+            store
+                .curve(
+                    &run,
+                    "no",
+                    Lens {
+                        buckets: 5,
+                        axis: Axis::Step,
+                        from: 0,
+                        to: 9
+                    }
+                )
+                .await
+                .unwrap(),
+            []
+        );
+    });
+}
+
+#[test]
+fn runs_are_found_by_what_they_were_and_became() {
+    check(|dir| async move {
+        let store = open(&dir).await;
+        for (number, (recipe, steps, loss)) in [
+            ("a", json!(1000), 0.5),
+            ("b", json!(2000), f64::NAN),
+            ("c", json!("many"), 0.25),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let mut new = a_run(recipe);
+            for (path, value) in [
+                ("stages.distill.steps", steps),
+                ("stages.distill.fast", json!(number == 1)),
+            ] {
+                new.params.push(Param {
+                    path: path.into(),
+                    value,
+                    origin: "default".into(),
+                });
+            }
+            let run = store.begin_run(&new).await.unwrap();
+            let stage = store.add_stage(&run, &a_stage("distill")).await.unwrap();
+            let attempt = store
+                .begin_attempt(stage, "d", &json!({}), 1)
+                .await
+                .unwrap();
+            let points = [a_point(1, 9.0), a_point(2, loss)];
+            store
+                .append_metrics(attempt, &losses(&points))
+                .await
+                .unwrap();
+            let end = if number == 0 {
+                AttemptState::Failed
+            } else {
+                AttemptState::Succeeded
+            };
+            store
+                .finish_attempt(attempt, &an_end(end, None))
+                .await
+                .unwrap();
+            let state = if number == 0 {
+                RunState::Failed
+            } else {
+                RunState::Succeeded
+            };
+            store
+                .finish_run(&run, state, (number == 0).then_some("it fell over"))
+                .await
+                .unwrap();
+            if number == 2 {
+                store.tag_run(&run, "größte Idee").await.unwrap();
+                store.note_run(&run, "100 % sure").await.unwrap();
+            }
+        }
+        // One without anything.
+        store.begin_run(&a_run("d")).await.unwrap();
+
+        let ask = async |filter: &str, sort: &str| {
+            let sort = (!sort.is_empty()).then(|| Sort {
+                name: crate::filter::parse_name(sort.trim_start_matches('-')).unwrap(),
+                descending: sort.starts_with('-'),
+            });
+            let filter = RunFilter {
+                expr: Some(crate::filter::parse(filter).unwrap()),
+                sort: sort.into_iter().collect(),
+                ..RunFilter::default()
+            };
+            let found = store.list_runs(&filter).await?;
+            Ok::<String, StoreError>(found.iter().rev().map(|run| run.recipe.as_str()).collect())
+        };
+        for (filter, expected) in [
+            ("metrics.loss.last < 3", "ac"),
+            ("metrics.distill/loss < 0.3 and state = succeeded", "c"),
+            ("metrics.distill.loss = nan", "b"),
+            ("metrics.loss.last != nan", "ac"),
+            ("metrics.loss.max >= 9", "abc"),
+            ("metrics.loss.points = 2", "abc"),
+            ("not metrics.loss.last < 0.3", "abd"),
+            ("metrics.loss", "abc"),
+            ("not metrics.loss", "d"),
+            ("params.distill.steps >= 1000", "ab"),
+            ("params.distill.steps = many", "c"),
+            ("params.steps > 1500 or metrics.loss < 0.3", "bc"),
+            ("params.stages.distill.steps != 1000", "bc"),
+            ("params.fast = true", "b"),
+            ("recipe in (a, c) and not recipe = a", "c"),
+            ("recipe not in (a, c)", "bd"),
+            ("status = failed or state = running", "ad"),
+            ("tag = 'größte Idee'", "c"),
+            ("tag != 'größte Idee'", "abd"),
+            ("tag ~ IDEE", "c"),
+            ("tag", "c"),
+            ("note ~ '100 %'", "c"),
+            ("note ~ '1*sure'", "c"),
+            ("error ~ fell", "a"),
+            ("not error", "bcd"),
+            (
+                "stage = distill and kind = distill and plugin = candle and device = cpu",
+                "abc",
+            ),
+            ("stage.distill.state = failed", "a"),
+            ("env.host = here", "abcd"),
+            ("age < 1h and started > 2020-01-01 and took < 10m", "abcd"),
+            ("finished", "abc"),
+            ("stages = 1 and reused = 0", "abc"),
+        ] {
+            let found = ask(filter, "")
+                .await
+                .unwrap_or_else(|error| panic!("{filter}: {error}"));
+            assert_eq!(found, expected, "{filter}");
+        }
+        // What has no value comes last; here everything is turned round.
+        assert_eq!(
+            ask("recipe", "metrics.loss.last").await.unwrap(),
+            "bdac".chars().collect::<String>()
+        );
+        assert_eq!(ask("recipe", "-recipe").await.unwrap(), "abcd");
+
+        for (filter, message, hint, place) in [
+            (
+                "stats = failed",
+                "there is no field `stats`",
+                "`state`",
+                0..5,
+            ),
+            (
+                "state = faild",
+                "`faild` is no state of a run",
+                "`failed`",
+                8..13,
+            ),
+            (
+                "recipe = a and metrics.los < 3",
+                "no run has a metric `los`",
+                "`loss`",
+                15..26,
+            ),
+            (
+                "params.distill.step = 3",
+                "no run has a parameter `distill.step`",
+                "`distill.steps`",
+                0..19,
+            ),
+            ("started > soon", "expected a date", "age", 10..14),
+            ("took < long", "expected seconds", "", 7..11),
+            ("tag < a", "expected =", "no order", 6..7),
+            (
+                "stage.distill.colour = red",
+                "there is no column of a stage `colour`",
+                "state",
+                0..20,
+            ),
+        ] {
+            let Err(StoreError::Filter(error)) = ask(filter, "").await else {
+                panic!("{filter} is understood")
+            };
+            assert!(
+                error.message.starts_with(message),
+                "{filter}: {}",
+                error.message
+            );
+            let hinted = error.hint.clone().unwrap_or_default();
+            assert!(hinted.contains(hint), "{filter}: {hinted}");
+            assert_eq!((&error.at, error.text.as_str()), (&place, filter));
+        }
+        let columns = ["metrics.loss.min", "params.distill.steps", "tag"];
+        let filter = RunFilter {
+            columns: columns
+                .iter()
+                .map(|name| crate::filter::parse_name(name).unwrap())
+                .collect(),
+            limit: Some(2),
+            ..RunFilter::default()
+        };
+        let found = store.list_runs(&filter).await.unwrap();
+        assert_eq!(
+            json!(found[0].values),
+            json!({columns[0]: null, columns[1]: null, columns[2]: null})
+        );
+        assert_eq!(
+            json!(found[1].values),
+            json!({columns[0]: 0.25, columns[1]: "many", columns[2]: "größte Idee"})
+        );
+    });
+}
+
+/// A store with two runs, of which the second reuses a stage of the first.
+async fn a_pair(store: &Store) -> (RunId, RunId) {
+    let (first, _, attempt) = begin(store, "digits", "d1").await;
+    let file = artifact_file(store, "some bytes");
+    store.record_artifact(attempt, &file).await.unwrap();
+    store
+        .append_metrics(attempt, &losses(&[a_point(1, f64::NAN), a_point(2, 0.5)]))
+        .await
+        .unwrap();
+    let line = LogLine {
+        at: Time(5),
+        level: 2,
+        source: LogSource::Stderr,
+        text: "odd".into(),
+    };
+    store.append_log(attempt, &[line]).await.unwrap();
+    store
+        .finish_attempt(attempt, &an_end(AttemptState::Succeeded, Some(&file.hash)))
+        .await
+        .unwrap();
+    store
+        .finish_run(&first, RunState::Succeeded, None)
+        .await
+        .unwrap();
+    store.tag_run(&first, "best").await.unwrap();
+    let mut new = a_run("digits");
+    new.params.push(Param {
+        path: "seed".into(),
+        value: json!(3),
+        origin: "default".into(),
+    });
+    let second = store.begin_run(&new).await.unwrap();
+    let stage = store.add_stage(&second, &a_stage("again")).await.unwrap();
+    store
+        .stage_reused(stage, "d1", &json!({}), attempt)
+        .await
+        .unwrap();
+    store
+        .finish_run(&second, RunState::Succeeded, None)
+        .await
+        .unwrap();
+    (first, second)
+}
+
+/// An artifact that lies in its place.
+fn artifact_file(store: &Store, text: &str) -> ArtifactRecord {
+    let staging = store.dir().join("draft");
+    std::fs::create_dir_all(&staging).unwrap();
+    std::fs::write(staging.join("a"), text).unwrap();
+    let contents = crate::artifact::commit(&staging, &store.dir().join("artifacts")).unwrap();
+    ArtifactRecord {
+        hash: contents.hash,
+        size: contents.size,
+        files: contents.files,
+        ..an_artifact("")
+    }
+}
+
+#[test]
+fn two_stores_are_merged_by_way_of_a_file() {
+    check(|dir| async move {
+        let (here, there) = (
+            open(&dir.join("here")).await,
+            open(&dir.join("there")).await,
+        );
+        let (first, second) = a_pair(&here).await;
+        let own = a_pair(&there).await;
+        let file = dir.join("odd name % #1?.db");
+        // The one that was asked for, and the one that it takes a stage from.
+        let runs = std::slice::from_ref(&second);
+        let done = export(here.dir(), Some(runs), &file, true).await.unwrap();
+        assert_eq!(done.runs, [first.clone(), second.clone()]);
+        assert_eq!((done.artifacts.len(), done.lost.len()), (1, 0));
+
+        std::fs::remove_dir_all(there.dir().join("artifacts")).unwrap();
+        let done = there.import(&file).await.unwrap();
+        assert_eq!(
+            (done.runs.len(), done.known.len(), done.artifacts.len()),
+            (2, 0, 1)
+        );
+        let again = there.import(&file).await.unwrap();
+        assert_eq!(
+            (again.runs.len(), again.known.len(), again.lost.len()),
+            (0, 2, 0)
+        );
+        assert_eq!(
+            there.list_runs(&RunFilter::default()).await.unwrap().len(),
+            4
+        );
+
+        for run in [&first, &second] {
+            // Keys are others, and what people see is the same.
+            let shown = async |store: &Store| {
+                let mut detail =
+                    serde_json::to_value(store.run_detail(run).await.unwrap()).unwrap();
+                for stage in detail["stages"].as_array_mut().unwrap() {
+                    stage["id"] = 0.into();
+                    if stage["reused_from"].is_object() {
+                        stage["reused_from"]["attempt"] = 0.into();
+                    }
+                    for attempt in stage["attempts"].as_array_mut().unwrap() {
+                        attempt["id"] = 0.into();
+                    }
+                }
+                for artifact in detail["artifacts"].as_array_mut().unwrap() {
+                    artifact["attempt"] = 0.into();
+                }
+                detail
+            };
+            assert_eq!(shown(&here).await, shown(&there).await);
+            let points = async |store: &Store| {
+                format!("{:?}", store.metric_series(run, "loss").await.unwrap())
+            };
+            assert_eq!(points(&here).await, points(&there).await);
+            assert!(points(&there).await.contains("NaN"));
+        }
+        assert_eq!(there.run_log(&first, 0, 9).await.unwrap().len(), 1);
+        let hash = &here.list_artifacts(None).await.unwrap()[0].artifact;
+        assert_eq!(
+            crate::artifact::verify(&there.dir().join("artifacts").join(&hash.hash), hash),
+            []
+        );
+        let filter = RunFilter {
+            expr: Some(crate::filter::parse("metrics.again/loss.last = 0.5").unwrap()),
+            ..RunFilter::default()
+        };
+        assert_eq!(there.list_runs(&filter).await.unwrap().len(), 2);
+        // A whole store can be taken over as well.
+        let third = open(&dir.join("third")).await;
+        there.close().await;
+        let done = third.import(&schema::path_of(there.dir())).await.unwrap();
+        assert_eq!(done.runs.len(), 4);
+        assert!(done.runs.contains(&own.0));
+    });
+}
+
+#[test]
+fn runs_are_removed_with_everything_that_only_they_have() {
+    check(|dir| async move {
+        let store = open(&dir).await;
+        let (first, second) = a_pair(&store).await;
+        assert_eq!(
+            store
+                .dependents(std::slice::from_ref(&first))
+                .await
+                .unwrap(),
+            std::slice::from_ref(&second)
+        );
+        assert_eq!(
+            store
+                .dependents(&[first.clone(), second.clone()])
+                .await
+                .unwrap(),
+            []
+        );
+        assert_eq!(store.garbage().await.unwrap().artifacts, [""; 0]);
+        store.remove_runs(&[first.clone(), second]).await.unwrap();
+        for table in [
+            "runs",
+            "documents",
+            "stages",
+            "attempts",
+            "series",
+            "blocks",
+            "packs",
+            "logs",
+            "results",
+            "params",
+        ] {
+            let sql = format!("select count(*) from {table}");
+            let left: i64 = sqlx::query_scalar(sqlx::AssertSqlSafe(sql))
+                .fetch_one(store.pool())
+                .await
+                .unwrap();
+            assert_eq!(left, 0, "{table}");
+        }
+        let garbage = store.garbage().await.unwrap();
+        assert_eq!(garbage.artifacts.len(), 1);
+        store
+            .collect_garbage(|garbage| garbage.artifacts.clone())
+            .await
+            .unwrap();
+        assert_eq!(store.garbage().await.unwrap().artifacts.len(), 0);
+
+        let (alive, _, _) = begin(&store, "digits", "d2").await;
+        assert!(matches!(
+            store.remove_runs(&[alive]).await,
+            Err(StoreError::InUse)
+        ));
+        let collected = store
+            .collect_garbage(|_| panic!("not while a run is under way"))
+            .await;
+        assert!(matches!(collected, Err(StoreError::InUse)));
+    });
+}
+
+#[test]
+fn what_is_left_of_a_damaged_store_is_saved() {
+    check(|dir| async move {
+        let store = open(&dir).await;
+        for number in 0..60 {
+            let (run, _, attempt) = begin(&store, &format!("recipe {number}"), "d").await;
+            let points: Vec<_> = (0..500)
+                .map(|step| a_point(step, f64::from(number) + 0.1))
+                .collect();
+            store
+                .append_metrics(attempt, &losses(&points))
+                .await
+                .unwrap();
+            store
+                .finish_run(&run, RunState::Succeeded, None)
+                .await
+                .unwrap();
+        }
+        store.close().await;
+        let path = schema::path_of(&dir);
+        let mut bytes = std::fs::read(&path).unwrap();
+        // Every fifth page of the later half: in the earlier one is the schema, without which nothing can be read.
+        let pages = bytes.len() / 4096;
+        for page in (pages / 2..pages).step_by(5) {
+            bytes[page * 4096..][..4096].fill(0xa5);
+        }
+        std::fs::write(&path, bytes).unwrap();
+
+        let store = Store::open(&dir, Access::ReadOnly).await.unwrap();
+        assert!(
+            !store
+                .problems()
+                .await
+                .unwrap_or(vec!["unreadable".into()])
+                .is_empty()
+        );
+        store.close().await;
+        let saved = dir.with_extension("saved");
+        let done = export(&dir, None, &saved, false).await.unwrap();
+        assert!(!done.lost.is_empty() && done.runs.len() > 10, "{done:?}");
+        let fresh = open(&dir.with_extension("fresh")).await;
+        let taken = fresh.import(&saved).await.unwrap();
+        assert_eq!((taken.runs.len(), taken.lost.len()), (done.runs.len(), 0));
+        assert_eq!(fresh.problems().await.unwrap(), [""; 0]);
+        let runs = fresh.list_runs(&RunFilter::default()).await.unwrap();
+        let mut points = 0;
+        for run in &runs {
+            fresh.run_detail(&run.id).await.unwrap();
+            points += fresh.metric_series(&run.id, "loss").await.unwrap().len();
+        }
+        assert!(points > 500 * 10, "{points}");
+    });
+}
+
+#[test]
+fn a_store_of_the_first_schema_is_taken_along() {
+    check(|dir| async move {
+        schema::migrate(&dir, &schema::MIGRATIONS[..1])
+            .await
+            .unwrap();
+        let path = schema::path_of(&dir);
+        let mut old = SqliteConnectOptions::new()
+            .filename(&path)
+            .connect()
+            .await
+            .unwrap();
+        let holder = lease::Holder::this_process();
+        sqlx::raw_sql(
+            "insert into runs (key, id, recipe, recipe_path, recipe_text, resolved, seed, command, environment, state, created)
+                 values (1, 'r1', 'digits', '/r.yaml', 'text', '{\"a\": 1}', 3, '[]', '{\"host\": \"h\"}', 'running', 5);
+             insert into params values (1, 'stages.distill.steps', 7, 'integer', 'default');
+             insert into stages (key, run, position, name, kind, plugin, plugin_version, plugin_hash, device, dtype, seed,
+                 options, inputs, state) values (1, 1, 0, 'distill', 'k', 'p', '1', 'h', 'cpu', 'f32', 0, '{}', '[]', 'running');
+             insert into attempts (key, stage, number, digest, worker_pid, state, started) values (1, 1, 1, 'd', 1, 'running', 5);
+             insert into series (key, attempt, name, base, last_step, last, min, max) values (1, 1, 'loss', 100, 9999, 0.5, 0.5, 1);
+             with recursive n(i) as (select 0 union all select i + 1 from n where i < 9999)
+             insert into points select 1, i, case when i = 7 then null else i / 8.0 end, i * 3 from n;",
+        )
+        .execute(&mut old)
+        .await
+        .unwrap();
+        sqlx::query("insert into leases values (1, ?1, ?2, ?3, ?4, ?5, 5)")
+            .bind(&holder.host)
+            .bind(&holder.boot)
+            .bind(&holder.pid_namespace)
+            .bind(holder.pid)
+            .bind(holder.process_started.cast_signed())
+            .execute(&mut old)
+            .await
+            .unwrap();
+        old.close().await.unwrap();
+
+        // An older program is at work in it.
+        let refused = Store::open(&dir, Access::ReadWrite).await.unwrap_err();
+        assert!(matches!(refused, StoreError::InUse), "{refused}");
+        let mut old = SqliteConnectOptions::new()
+            .filename(&path)
+            .connect()
+            .await
+            .unwrap();
+        sqlx::query("update leases set process_started = process_started + 1")
+            .execute(&mut old)
+            .await
+            .unwrap();
+        old.close().await.unwrap();
+
+        let store = Store::open(&dir, Access::ReadOnly).await.unwrap();
+        let run = RunId("r1".into());
+        let points = store.metric_series(&run, "distill/loss").await.unwrap();
+        assert_eq!(points.len(), 10_000);
+        assert!(points[7].value.is_nan());
+        assert_eq!(
+            (points[9].step, points[9].value, points[9].at),
+            (9, 9.0 / 8.0, Time(127))
+        );
+        assert_eq!(store.last_metrics(&run).await.unwrap()[0].points, 10_000);
+        let detail = store.run_detail(&run).await.unwrap();
+        assert_eq!(
+            (detail.recipe_text.as_str(), detail.resolved),
+            ("text", json!({"a": 1}))
+        );
+        assert_eq!(detail.params[0].value, json!(7));
+        assert_eq!(detail.summary.state, RunState::Lost);
+        let filter = RunFilter {
+            expr: Some(
+                crate::filter::parse("metrics.loss.last = 0.5 and params.distill.steps = 7")
+                    .unwrap(),
+            ),
+            ..RunFilter::default()
+        };
+        assert_eq!(store.list_runs(&filter).await.unwrap().len(), 1);
+
+        let backup = dir.join("history.schema1.backup.db");
+        let mut backup = SqliteConnectOptions::new()
+            .filename(backup)
+            .connect()
+            .await
+            .unwrap();
+        let kept: i64 = sqlx::query_scalar("select count(*) from points")
+            .fetch_one(&mut backup)
+            .await
+            .unwrap();
+        assert_eq!(kept, 10_000);
     });
 }
 
@@ -559,7 +1263,10 @@ fn a_statement_is_answered_and_cannot_write() {
         let store = open(&dir).await;
         let (run, _, attempt) = begin(&store, "digits", "d1").await;
         store
-            .append_metrics(attempt, &[a_point(1, f64::INFINITY), a_point(2, f64::NAN)])
+            .append_metrics(
+                attempt,
+                &losses(&[a_point(1, f64::INFINITY), a_point(2, f64::NAN)]),
+            )
             .await
             .unwrap();
         let answer = store
@@ -622,7 +1329,7 @@ fn every_view_can_be_asked() {
 #[test]
 fn many_processes_open_one_new_store_at_once() {
     check(|dir| async move {
-        let mut children: Vec<_> = (0..16)
+        let mut children: Vec<_> = (0..64)
             .map(|_| {
                 Command::new(std::env::current_exe().unwrap())
                     .args(["--exact", "store::tests::child_that_begins_a_run"])
@@ -653,20 +1360,21 @@ fn many_processes_open_one_new_store_at_once() {
                 .into_iter()
                 .map(|run| run.id),
         );
-        assert_eq!(ids.len(), 32);
+        assert_eq!(ids.len(), 80);
     });
 }
 
 #[test]
 fn an_older_schema_is_migrated_and_a_newer_one_refused() {
     check(|dir| async move {
-        let first: &'static str = schema::MIGRATIONS[0];
-        let later: &[&'static str] = &[
-            first,
-            "alter table runs add column mood text not null default 'fine'",
-        ];
+        let mood = "alter table runs add column mood text not null default 'fine'";
+        let later = &[schema::MIGRATIONS, &[mood]].concat();
         let store = open(&dir).await;
         let run = store.begin_run(&a_run("digits")).await.unwrap();
+        store
+            .finish_run(&run, RunState::Succeeded, None)
+            .await
+            .unwrap();
         store.close().await;
         schema::migrate(&dir, later).await.unwrap();
         schema::migrate(&dir, later).await.unwrap();
@@ -688,8 +1396,8 @@ fn an_older_schema_is_migrated_and_a_newer_one_refused() {
                 matches!(
                     error,
                     StoreError::NewerSchema {
-                        found: 2,
-                        known: 1,
+                        found: 4,
+                        known: 3,
                         ..
                     }
                 ),
@@ -703,11 +1411,11 @@ fn an_older_schema_is_migrated_and_a_newer_one_refused() {
 fn a_migration_that_fails_leaves_the_store_as_it_was() {
     check(|dir| async move {
         open(&dir).await.close().await;
-        let broken: &[&'static str] = &[
-            schema::MIGRATIONS[0],
-            "drop table logs; drop table no_such_table",
+        let broken = &[
+            schema::MIGRATIONS,
+            &["drop table logs; drop table no_such_table"],
         ];
-        assert!(schema::migrate(&dir, broken).await.is_err());
+        assert!(schema::migrate(&dir, &broken.concat()).await.is_err());
         let store = open(&dir).await;
         assert_eq!(store.log(AttemptId(1)).await.unwrap(), []);
     });

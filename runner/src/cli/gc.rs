@@ -1,0 +1,135 @@
+//! `retort gc`: removes what no run needs. Says so first, and does it only when asked to.
+
+use std::path::{Path, PathBuf};
+
+use crate::cli::{Context, Error, FormatArgs, runs, talk};
+use crate::store::{Access, Garbage, Store};
+use crate::table::{Cell, Rows, bytes};
+
+/// Arguments of `gc`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Remove it; without this, only list it.
+    #[arg(long)]
+    pub remove: bool,
+    /// How to print.
+    #[command(flatten)]
+    pub format: FormatArgs,
+}
+
+/// Something that no run needs.
+struct Leftover {
+    what: &'static str,
+    name: String,
+    path: PathBuf,
+    size: u64,
+}
+
+/// Lists, or removes, what no run needs.
+pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
+    let dir = &context.store;
+    let found = context.runtime()?.block_on(async {
+        // Reading first: a store that is not there is not to be made.
+        let store = Store::open(dir, Access::ReadOnly).await?;
+        if !args.remove {
+            let found = leftovers(dir, &store.garbage().await?);
+            store.close().await;
+            return Ok::<_, Error>(found);
+        }
+        store.close().await;
+        let store = Store::open(dir, Access::ReadWrite).await?;
+        let mut removed = Vec::new();
+        let collect = |garbage: &Garbage| {
+            removed = leftovers(dir, garbage);
+            removed.retain(remove);
+            let gone = garbage.artifacts.iter();
+            gone.filter(|hash| !dir.join("artifacts").join(hash).exists())
+                .cloned()
+                .collect()
+        };
+        store.collect_garbage(collect).await?;
+        store.close().await;
+        Ok(removed)
+    })?;
+    let mut rows = Rows::new(&["what", "name", "size", "path"]);
+    for one in &found {
+        rows.push([
+            one.what.into(),
+            runs::hash(&one.name),
+            Cell::bytes(one.size),
+            one.path.display().to_string().into(),
+        ]);
+    }
+    talk::print(&rows.render(args.format.style(context)))?;
+    if !context.quiet {
+        let size = bytes(found.iter().map(|one| one.size).sum());
+        let count = talk::count(found.len(), "thing");
+        talk::say(&match (found.is_empty(), args.remove) {
+            (true, _) => "every file in the store is needed by a run".to_owned(),
+            (_, true) => format!("{count} removed, {size}"),
+            (_, false) => format!("{count} could be removed, {size}; `retort gc --remove` does it"),
+        });
+    }
+    Ok(())
+}
+
+/// What lies in the store's directory and is not needed.
+fn leftovers(dir: &Path, garbage: &Garbage) -> Vec<Leftover> {
+    let mut found = Vec::new();
+    for (what, name, path) in entries(&dir.join("artifacts"), "artifact") {
+        if !garbage.needed.contains(&name) {
+            found.push((what, name, path));
+        }
+    }
+    for (what, name, path) in entries(&dir.join("work"), "checkpoint") {
+        // Locks belong to those who hold them; the next run tidies them up.
+        if path.is_dir() && !garbage.resumable.contains(&name) {
+            found.push((what, name, path));
+        }
+    }
+    let mut leftovers: Vec<Leftover> = found
+        .into_iter()
+        .map(|(what, name, path)| Leftover {
+            what,
+            size: size(&path),
+            name,
+            path,
+        })
+        .collect();
+    leftovers.sort_by(|a, b| (a.what, &a.name).cmp(&(b.what, &b.name)));
+    leftovers
+}
+
+fn entries(dir: &Path, what: &'static str) -> Vec<(&'static str, String, PathBuf)> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries
+        .map(|entry| {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            (what, name, entry.path())
+        })
+        .collect()
+}
+
+fn size(path: &Path) -> u64 {
+    let Ok(metadata) = std::fs::symlink_metadata(path) else {
+        return 0;
+    };
+    if !metadata.is_dir() {
+        return metadata.len();
+    }
+    let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
+    entries.map(|entry| size(&entry.path())).sum()
+}
+
+/// Whether it is gone afterwards. What stays is told.
+fn remove(one: &Leftover) -> bool {
+    let removed = if one.path.is_dir() {
+        std::fs::remove_dir_all(&one.path)
+    } else {
+        std::fs::remove_file(&one.path)
+    };
+    if let Err(error) = &removed {
+        talk::say(&format!("{} stays: {error}", one.path.display()));
+    }
+    removed.is_ok()
+}

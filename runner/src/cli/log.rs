@@ -1,0 +1,223 @@
+//! `retort log` and `retort tail`.
+
+use std::time::Duration;
+
+use clap::ValueEnum;
+
+use crate::cli::{Context, Error, Format, FormatArgs, talk};
+use crate::store::{Access, LogSource, RunDetail, RunId, RunLine, RunState, Store};
+use crate::table::{Cell, Rows, Tone};
+
+/// How often a run under way is asked for more.
+const INTERVAL: Duration = Duration::from_millis(300);
+/// Lines read at a time.
+const BATCH: u32 = 10_000;
+
+/// Arguments of `log`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The run: an id or the beginning of one, `latest`, `latest~1`, or a tag.
+    #[arg(value_name = "RUN", default_value = "latest")]
+    pub run: String,
+    /// Which lines.
+    #[command(flatten)]
+    pub which: WhichArgs,
+    /// Only the last N lines.
+    #[arg(short = 'n', long, value_name = "N")]
+    pub lines: Option<usize>,
+    /// How to print; a table is a line of text for each.
+    #[command(flatten)]
+    pub format: FormatArgs,
+}
+
+/// Arguments of `tail`.
+#[derive(Debug, clap::Args)]
+pub struct TailArgs {
+    /// The run: an id or the beginning of one, `latest`, `latest~1`, or a tag.
+    #[arg(value_name = "RUN", default_value = "latest")]
+    pub run: String,
+    /// Which lines.
+    #[command(flatten)]
+    pub which: WhichArgs,
+    /// Begin with the last N lines.
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 10)]
+    pub lines: usize,
+    /// Print a JSON object per line.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Which lines of a log.
+#[derive(Debug, Clone, clap::Args)]
+pub struct WhichArgs {
+    /// Only those of this stage.
+    #[arg(long, value_name = "STAGE")]
+    pub stage: Option<String>,
+    /// Only those that matter so much.
+    #[arg(long, value_name = "LEVEL", default_value = "trace")]
+    pub level: Level,
+}
+
+/// How much a line matters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Level {
+    /// Errors.
+    Error,
+    /// Warnings too.
+    Warn,
+    /// What the stages say in passing too.
+    Info,
+    /// What they print too.
+    Debug,
+    /// Everything.
+    Trace,
+}
+
+impl WhichArgs {
+    fn means(&self, line: &RunLine) -> bool {
+        line.line.level <= self.level as u32 + 1
+            && self.stage.as_ref().is_none_or(|stage| line.stage == *stage)
+    }
+}
+
+/// Prints a run's log.
+pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
+    let lines = context.runtime()?.block_on(async {
+        let store = Store::open(&context.store, Access::ReadOnly).await?;
+        let run = store.resolve_run(&args.run).await?;
+        let mut lines = Vec::new();
+        let mut after = 0;
+        loop {
+            let more = store.run_log(&run, after, BATCH).await?;
+            let Some(last) = more.last() else { break };
+            after = last.key;
+            lines.extend(more.into_iter().filter(|line| args.which.means(line)));
+        }
+        store.close().await;
+        Ok::<_, Error>(lines)
+    })?;
+    let first = args
+        .lines
+        .map_or(0, |count| lines.len().saturating_sub(count));
+    let lines = &lines[first..];
+    let text = match args.format.get() {
+        Format::Table => texts(lines, context.color_stdout()),
+        Format::Json => format!("{:#}\n", serde_json::json!(lines)),
+        Format::Csv | Format::Md => rows(lines).render(args.format.style(context)),
+    };
+    talk::print(&text)?;
+    if lines.is_empty() && !context.quiet {
+        talk::say("no such lines");
+    }
+    Ok(())
+}
+
+/// Prints the last lines of a run's log, and what comes until the run has ended.
+pub fn tail(args: &TailArgs, context: &Context) -> Result<(), Error> {
+    let ended = context.runtime()?.block_on(async {
+        let store = Store::open(&context.store, Access::ReadOnly).await?;
+        let run = store.resolve_run(&args.run).await?;
+        let mut recent = Vec::new();
+        let mut after = 0;
+        let mut begun = false;
+        loop {
+            // The state first: what was said before the end is then read for certain.
+            let detail = store.run_detail(&run).await?;
+            loop {
+                let more = store.run_log(&run, after, BATCH).await?;
+                let Some(last) = more.last() else { break };
+                after = last.key;
+                recent.extend(more.into_iter().filter(|line| args.which.means(line)));
+            }
+            if !std::mem::replace(&mut begun, true) {
+                recent.drain(..recent.len().saturating_sub(args.lines));
+            }
+            show(&recent, args, context)?;
+            recent.clear();
+            if !matches!(detail.summary.state, RunState::Queued | RunState::Running) {
+                store.close().await;
+                return Ok::<_, Error>((run, detail));
+            }
+            tokio::time::sleep(INTERVAL).await;
+        }
+    })?;
+    say_end(&ended.0, &ended.1, context);
+    Ok(())
+}
+
+fn show(lines: &[RunLine], args: &TailArgs, context: &Context) -> Result<(), Error> {
+    let text = match args.json {
+        false => texts(lines, context.color_stdout()),
+        true => lines
+            .iter()
+            .map(|line| format!("{}\n", serde_json::json!(line)))
+            .collect(),
+    };
+    Ok(talk::print(&text)?)
+}
+
+fn say_end(run: &RunId, detail: &RunDetail, context: &Context) {
+    if !context.quiet {
+        let error = detail.summary.error.as_deref().unwrap_or_default();
+        let why = if error.is_empty() {
+            String::new()
+        } else {
+            format!(": {error}")
+        };
+        talk::say(&format!("run {run} {}{why}", detail.summary.state));
+    }
+}
+
+/// A line of text for each: time of day, stage, what was said.
+fn texts(lines: &[RunLine], color: bool) -> String {
+    let width = lines
+        .iter()
+        .map(|line| line.stage.chars().count())
+        .max()
+        .unwrap_or(0);
+    let mut text = String::new();
+    for RunLine { stage, line, .. } in lines {
+        let time = line.at.to_string();
+        // RFC 3339: the time of day stands at a fixed place.
+        let time = time.get(11..19).unwrap_or_default();
+        let said: String = line
+            .text
+            .chars()
+            .map(|c| if c.is_control() && c != '\t' { ' ' } else { c })
+            .collect();
+        let (mark, code) = match (line.level, line.source) {
+            (1, _) => ("error: ", "31"),
+            (2, _) => ("warning: ", "33"),
+            (_, LogSource::Stdout | LogSource::Stderr) => ("", "2"),
+            _ => ("", ""),
+        };
+        let said = format!("{mark}{said}");
+        let said = match color && !code.is_empty() {
+            true => format!("\x1b[{code}m{said}\x1b[0m"),
+            false => said,
+        };
+        text += &format!("{time} {stage:width$}  {said}\n");
+    }
+    text
+}
+
+fn rows(lines: &[RunLine]) -> Rows {
+    let mut rows = Rows::new(&["at", "stage", "level", "source", "text"]);
+    for RunLine { stage, line, .. } in lines {
+        let level = match line.level {
+            1 => Cell::from("error").tone(Tone::Bad),
+            2 => Cell::from("warn").tone(Tone::Odd),
+            3 => "info".into(),
+            4 => "debug".into(),
+            _ => "trace".into(),
+        };
+        rows.push([
+            line.at.to_string().into(),
+            stage.as_str().into(),
+            level,
+            line.source.name().into(),
+            line.text.as_str().into(),
+        ]);
+    }
+    rows
+}

@@ -1,0 +1,244 @@
+//! `retort runs export` and `retort runs import`: runs into other stores, TensorBoard and MLflow.
+
+use std::path::{Path, PathBuf};
+
+use clap::{ValueEnum, ValueHint};
+
+use crate::cli::{Context, Error, Exit, FormatArgs, artifacts, talk};
+use crate::store::{self, Access, RunDetail, RunFilter, RunId, Store, StoreError, Transfer};
+use crate::table::{Cell, Rows, Tone};
+use crate::tensorboard::{EventFile, png_size};
+
+/// Arguments of `runs export`.
+#[derive(Debug, clap::Args)]
+pub struct ExportArgs {
+    /// The runs: ids or beginnings of them, `latest`, `latest~1`, or tags. Without any, all runs.
+    #[arg(value_name = "RUN")]
+    pub runs: Vec<String>,
+    /// Where to: a file; for TensorBoard a directory; for MLflow its database (`mlflow.db`).
+    #[arg(short, long, value_name = "PATH", value_hint = ValueHint::AnyPath)]
+    pub output: PathBuf,
+    /// As what.
+    #[arg(long = "as", value_name = "WHAT", default_value = "retort")]
+    pub target: Target,
+    /// With the files of artifacts, not only what is known of them (for retort).
+    #[arg(long)]
+    pub files: bool,
+    /// Write over a file that is there (for retort).
+    #[arg(long)]
+    pub force: bool,
+    /// How to print what was done.
+    #[command(flatten)]
+    pub format: FormatArgs,
+}
+
+/// What runs can be exported as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Target {
+    /// One file, for `runs import`. Also saves what can be read of a damaged store.
+    Retort,
+    /// Event files of scalars and pictures: `tensorboard --logdir PATH`.
+    Tensorboard,
+    /// Runs in a database that MLflow has made: `mlflow db upgrade sqlite:///mlflow.db`.
+    Mlflow,
+}
+
+/// Arguments of `runs import`.
+#[derive(Debug, clap::Args)]
+pub struct ImportArgs {
+    /// An exported file, or the `history.db` of another store.
+    #[arg(value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub file: PathBuf,
+    /// How to print what was done.
+    #[command(flatten)]
+    pub format: FormatArgs,
+}
+
+/// Writes runs elsewhere.
+pub fn export(args: &ExportArgs, context: &Context) -> Result<(), Error> {
+    match args.target {
+        Target::Retort => export_file(args, context),
+        Target::Tensorboard | Target::Mlflow => export_to_peer(args, context),
+    }
+}
+
+fn export_file(args: &ExportArgs, context: &Context) -> Result<(), Error> {
+    if args.output.exists() && !args.force {
+        return Err(Error::new(
+            Exit::Usage,
+            format!("{} is there already", args.output.display()),
+        )
+        .hint("name another file, or say --force"));
+    }
+    let transfer = context.runtime()?.block_on(async {
+        let runs = match args.runs.is_empty() {
+            true => None,
+            false => Some(resolve(&args.runs, context).await?),
+        };
+        if runs.is_none() {
+            // An older store is migrated by being opened; one that cannot be opened may still be read.
+            match Store::open(&context.store, Access::ReadOnly).await {
+                Ok(store) => store.close().await,
+                Err(StoreError::Damaged { message }) => talk::say(&format!(
+                    "the store is damaged ({message}): what can be read is saved"
+                )),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let runs = runs.as_deref();
+        Ok::<_, Error>(store::export(&context.store, runs, &args.output, args.files).await?)
+    })?;
+    report(&transfer, &args.format, context)
+}
+
+async fn resolve(references: &[String], context: &Context) -> Result<Vec<RunId>, Error> {
+    let store = Store::open(&context.store, Access::ReadOnly).await?;
+    let mut runs = Vec::new();
+    for reference in references {
+        runs.push(store.resolve_run(reference).await?);
+    }
+    store.close().await;
+    Ok(runs)
+}
+
+fn export_to_peer(args: &ExportArgs, context: &Context) -> Result<(), Error> {
+    let runs = context.runtime()?.block_on(async {
+        let store = Store::open(&context.store, Access::ReadOnly).await?;
+        let mut ids = Vec::new();
+        for reference in &args.runs {
+            ids.push(store.resolve_run(reference).await?);
+        }
+        if args.runs.is_empty() {
+            let all = store.list_runs(&RunFilter::default()).await?;
+            ids.extend(all.into_iter().map(|run| run.id));
+        }
+        let mut runs = Vec::new();
+        for id in &ids {
+            runs.push(store.run_detail(id).await?);
+        }
+        match args.target {
+            Target::Mlflow => store.export_to_mlflow(&runs, &args.output).await?,
+            _ => {
+                for run in &runs {
+                    write_events(&store, run, &args.output, context).await?;
+                }
+            }
+        }
+        store.close().await;
+        Ok::<_, Error>(ids)
+    })?;
+    let transfer = Transfer {
+        runs,
+        ..Transfer::default()
+    };
+    report(&transfer, &args.format, context)
+}
+
+/// A directory per stage of a run, which is what TensorBoard takes for a run.
+async fn write_events(
+    store: &Store,
+    run: &RunDetail,
+    root: &Path,
+    context: &Context,
+) -> Result<(), Error> {
+    let summary = &run.summary;
+    let dir = root.join(&summary.id.0);
+    let seconds = |time: store::Time| time.0 as f64 / 1000.0;
+    let began = seconds(summary.started);
+    let series = store.last_metrics(&summary.id).await?;
+    for stage in &run.stages {
+        let mut file = EventFile::new(began);
+        let mut events = 0;
+        for series in series.iter().filter(|series| series.stage == stage.name) {
+            let name = format!("{}/{}", series.stage, series.series);
+            for point in store.metric_series(&summary.id, &name).await? {
+                file.scalar(
+                    &series.series,
+                    point.step.cast_signed(),
+                    seconds(point.at),
+                    point.value,
+                );
+                events += 1;
+            }
+        }
+        for artifact in run
+            .artifacts
+            .iter()
+            .filter(|artifact| artifact.stage == stage.name)
+        {
+            let Some(preview) = &artifact.artifact.meta.preview else {
+                continue;
+            };
+            let path = Path::new(&artifacts::path(artifact, context)).join(preview);
+            let bytes = std::fs::read(&path).unwrap_or_default();
+            if let Some(size) = png_size(&bytes) {
+                file.image(
+                    &artifact.artifact.kind,
+                    0,
+                    seconds(artifact.created),
+                    size,
+                    &bytes,
+                );
+                events += 1;
+            }
+        }
+        if events == 0 {
+            continue;
+        }
+        let dir = dir.join(stage.name.replace('/', "_"));
+        let path = dir.join(format!(
+            "events.out.tfevents.{}.retort",
+            summary.started.0 / 1000
+        ));
+        std::fs::create_dir_all(&dir)
+            .and_then(|()| std::fs::write(&path, file.into_bytes()))
+            .map_err(|error| {
+                Error::new(
+                    Exit::Internal,
+                    format!("{} cannot be written", path.display()),
+                )
+                .cause(&error)
+            })?;
+    }
+    Ok(())
+}
+
+/// Takes runs over.
+pub fn import(args: &ImportArgs, context: &Context) -> Result<(), Error> {
+    let transfer = context.runtime()?.block_on(async {
+        let store = Store::open(&context.store, Access::ReadWrite).await?;
+        let transfer = store.import(&args.file).await?;
+        store.close().await;
+        Ok::<_, Error>(transfer)
+    })?;
+    report(&transfer, &args.format, context)
+}
+
+fn report(transfer: &Transfer, format: &FormatArgs, context: &Context) -> Result<(), Error> {
+    let mut rows = Rows::new(&["what", "name", "done"]);
+    let mut add = |what: &str, name: &str, done: Cell| rows.push([what.into(), name.into(), done]);
+    for run in &transfer.runs {
+        add("run", &run.0, Cell::from("copied").tone(Tone::Good));
+    }
+    for run in &transfer.known {
+        add("run", &run.0, Cell::from("known already").tone(Tone::Dim));
+    }
+    for hash in &transfer.artifacts {
+        add("artifact", hash, Cell::from("copied").tone(Tone::Good));
+    }
+    for lost in &transfer.lost {
+        add("lost", lost, Cell::from("not readable").tone(Tone::Bad));
+    }
+    talk::print(&rows.render(format.style(context)))?;
+    if transfer.lost.is_empty() {
+        return Ok(());
+    }
+    Err(Error::new(
+        Exit::Internal,
+        format!(
+            "{} copied; {} could not be read",
+            talk::count(transfer.runs.len(), "run"),
+            talk::count(transfer.lost.len(), "piece")
+        ),
+    ))
+}

@@ -1,0 +1,198 @@
+//! Looking after a store: tags, notes, removing runs, and what no run needs any more.
+
+use std::collections::HashSet;
+
+use super::{RunId, Store, StoreError};
+
+/// What a store holds that no run needs.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Garbage {
+    /// Artifacts that are recorded, and that no attempt made or was given: their hashes.
+    pub artifacts: Vec<String>,
+    /// Hashes of the artifacts that are needed.
+    pub needed: HashSet<String>,
+    /// Digests of stages that may be taken up again: what they left in `work` is needed.
+    pub resumable: HashSet<String>,
+}
+
+impl Store {
+    /// Gives a run a name to refer to it by; the newest run with a tag is meant by it.
+    ///
+    /// # Errors
+    /// As [`Store::begin_run`].
+    pub async fn tag_run(&self, run: &RunId, tag: &str) -> Result<(), StoreError> {
+        let mut write = self.write().await?;
+        sqlx::query("insert or ignore into tags (run, tag) select key, ?2 from runs where id = ?1")
+            .bind(&run.0)
+            .bind(tag)
+            .execute(&mut *write)
+            .await?;
+        write.commit().await
+    }
+
+    /// Takes a tag from a run; whether it had it.
+    ///
+    /// # Errors
+    /// As [`Store::begin_run`].
+    pub async fn untag_run(&self, run: &RunId, tag: &str) -> Result<bool, StoreError> {
+        let mut write = self.write().await?;
+        let gone = sqlx::query(
+            "delete from tags where run = (select key from runs where id = ?1) and tag = ?2",
+        )
+        .bind(&run.0)
+        .bind(tag)
+        .execute(&mut *write)
+        .await?
+        .rows_affected();
+        write.commit().await?;
+        Ok(gone > 0)
+    }
+
+    /// Notes something about a run, in place of what was noted before.
+    ///
+    /// # Errors
+    /// As [`Store::begin_run`].
+    pub async fn note_run(&self, run: &RunId, note: &str) -> Result<(), StoreError> {
+        let mut write = self.write().await?;
+        sqlx::query("update runs set note = ?2 where id = ?1")
+            .bind(&run.0)
+            .bind(note)
+            .execute(&mut *write)
+            .await?;
+        write.commit().await
+    }
+
+    /// The runs that reuse stages of these runs and are none of them.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`], [`StoreError::Sql`].
+    pub async fn dependents(&self, runs: &[RunId]) -> Result<Vec<RunId>, StoreError> {
+        let ids = serde_json::json!(runs).to_string();
+        let found: Vec<String> = sqlx::query_scalar(
+            "select distinct d.id
+             from json_each(?1) wanted
+             join runs r on r.id = wanted.value
+             join stages s on s.run = r.key
+             join attempts a on a.stage = s.key
+             join stages ds on ds.reused_from = a.key
+             join runs d on d.key = ds.run
+             where d.id not in (select value from json_each(?1))
+             order by d.created, d.key",
+        )
+        .bind(ids)
+        .fetch_all(self.pool())
+        .await?;
+        Ok(found.into_iter().map(RunId).collect())
+    }
+
+    /// Removes runs from the history: all that is known of them, but not the files of their artifacts, which others
+    /// may share. One that is under way is left alone, and so are all then.
+    ///
+    /// # Errors
+    /// [`StoreError::InUse`], and as [`Store::begin_run`].
+    pub async fn remove_runs(&self, runs: &[RunId]) -> Result<(), StoreError> {
+        self.reconcile().await?;
+        let mut write = self.write().await?;
+        for run in runs {
+            let state: Option<String> = sqlx::query_scalar("select state from runs where id = ?1")
+                .bind(&run.0)
+                .fetch_optional(&mut *write)
+                .await?;
+            if matches!(state.as_deref(), Some("queued" | "running")) {
+                return Err(StoreError::InUse);
+            }
+            sqlx::query("delete from runs where id = ?1")
+                .bind(&run.0)
+                .execute(&mut *write)
+                .await?;
+        }
+        write.commit().await
+    }
+
+    /// What no run needs.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`], [`StoreError::Sql`].
+    pub async fn garbage(&self) -> Result<Garbage, StoreError> {
+        self.reconcile().await?;
+        let needed: Vec<String> = sqlx::query_scalar(
+            "select artifact from outputs union select artifact from inputs
+             union select output from attempts where output is not null",
+        )
+        .fetch_all(self.pool())
+        .await?;
+        let needed: HashSet<String> = needed.into_iter().collect();
+        let known: Vec<String> = sqlx::query_scalar("select hash from artifacts order by hash")
+            .fetch_all(self.pool())
+            .await?;
+        let unfinished: Vec<String> = sqlx::query_scalar(
+            "select distinct digest from attempts a where state != 'succeeded'
+             and not exists (select 1 from attempts b where b.digest = a.digest and b.state = 'succeeded')",
+        )
+        .fetch_all(self.pool())
+        .await?;
+        Ok(Garbage {
+            artifacts: known
+                .into_iter()
+                .filter(|hash| !needed.contains(hash))
+                .collect(),
+            needed,
+            resumable: unfinished.into_iter().collect(),
+        })
+    }
+
+    /// Calls `remove` for what no run needs while no run can begin, then forgets the artifacts that it says are gone,
+    /// and the names that nothing has.
+    ///
+    /// # Errors
+    /// [`StoreError::InUse`] while a run is under way, and as [`Store::begin_run`].
+    pub async fn collect_garbage(
+        &self,
+        remove: impl FnOnce(&Garbage) -> Vec<String>,
+    ) -> Result<(), StoreError> {
+        self.reconcile().await?;
+        let mut write = self.write().await?;
+        let alive: i64 =
+            sqlx::query_scalar("select count(*) from runs where state in ('queued', 'running')")
+                .fetch_one(&mut *write)
+                .await?;
+        if alive > 0 {
+            return Err(StoreError::InUse);
+        }
+        let gone = remove(&self.garbage().await?);
+        for hash in gone {
+            sqlx::query("delete from artifacts where hash = ?1")
+                .bind(hash)
+                .execute(&mut *write)
+                .await?;
+        }
+        sqlx::query(
+            "delete from names where not exists (select 1 from params where name = names.key)
+             and not exists (select 1 from results where name = names.key)",
+        )
+        .execute(&mut *write)
+        .await?;
+        write.commit().await?;
+        // Gives the space of what was removed back. Whoever reads meanwhile is not to be disturbed: next time, then.
+        if let Err(error) = sqlx::query("vacuum").execute(self.pool()).await {
+            tracing::debug!(%error, "the database was not made smaller");
+        }
+        Ok(())
+    }
+
+    /// Whether any run is under way.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`], [`StoreError::Sql`].
+    pub async fn is_in_use(&self) -> Result<bool, StoreError> {
+        self.reconcile().await?;
+        let runs: Vec<String> = sqlx::query_scalar(
+            "select state from runs where state in ('queued', 'running')
+             and id not in (select value from json_each(?1))",
+        )
+        .bind(self.unrecorded_lost())
+        .fetch_all(self.pool())
+        .await?;
+        Ok(!runs.is_empty())
+    }
+}

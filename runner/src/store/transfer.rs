@@ -1,0 +1,755 @@
+//! Runs from one store into another, by way of one file: itself a database with the schema of a store, and, where
+//! asked for, the files of artifacts.
+//!
+//! A run is known by its id, so that taking it over twice changes nothing. Keys are given anew. A run whose stages were
+//! reused goes along with the runs that reuse them. Where the source is damaged, what can be read is taken, piece by
+//! piece, and what cannot is told: of a run that is partly lost the rest is worth having.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use sqlx::sqlite::{SqliteConnection, SqliteRow};
+use sqlx::{ConnectOptions, Connection, Row};
+
+use super::{RunId, Store, StoreError, block, schema};
+
+/// What was taken over.
+#[derive(Debug, Clone, Default, PartialEq, serde::Serialize)]
+pub struct Transfer {
+    /// Runs that were taken over.
+    pub runs: Vec<RunId>,
+    /// Runs that were there already.
+    pub known: Vec<RunId>,
+    /// Artifacts whose files were taken over.
+    pub artifacts: Vec<String>,
+    /// What could not be read, one line each.
+    pub lost: Vec<String>,
+}
+
+/// Bytes of a file kept in one row.
+const PART: usize = 1 << 20;
+
+/// Files of artifacts in an exported file. Not part of a store's schema: a store keeps them as files.
+const FILES: &str = "create table exported_files (artifact text not null, path text not null, part integer not null,
+    data blob not null, primary key (artifact, path, part)) strict";
+
+/// Writes runs of the store in `dir` into the file `to`, all of them when `runs` is none. With `files`, the files of
+/// their artifacts too. Works without an open [`Store`], because that may be what is damaged.
+///
+/// # Errors
+/// [`StoreError`], where nothing at all can be read, or `to` cannot be written. `to` is complete or not there.
+pub async fn export(
+    dir: &Path,
+    runs: Option<&[RunId]>,
+    to: &Path,
+    files: bool,
+) -> Result<Transfer, StoreError> {
+    let source = schema::path_of(dir);
+    schema::check_is_store(&source).await?;
+    let beside = to.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let draft = tempfile::Builder::new()
+        .prefix(".export")
+        .tempdir_in(beside.unwrap_or(Path::new(".")))
+        .map_err(|error| StoreError::refused(to, error))?;
+    schema::migrate(draft.path(), schema::MIGRATIONS).await?;
+    let path = schema::path_of(draft.path());
+    let mut connection = connect(&path, &source).await?;
+    sqlx::query(FILES).execute(&mut connection).await?;
+    let mut transfer = Transfer::default();
+    let wanted = match runs {
+        Some(runs) => with_sources(&mut connection, runs).await?,
+        None => all_runs(&mut connection, &mut transfer.lost).await,
+    };
+    // No transaction: damage found within one would end it. The draft is nobody else's, and needs none.
+    sqlx::raw_sql("pragma synchronous = off")
+        .execute(&mut connection)
+        .await?;
+    let mut copy = Copy::new(&mut connection, transfer);
+    for run in &wanted {
+        let copied = copy.run(run).await;
+        copy.or_lost(copied, run, "a part")?;
+    }
+    copy.connect_reused().await?;
+    let mut transfer = copy.done;
+    if files {
+        let artifacts: Vec<String> =
+            sqlx::query_scalar("select hash from main.artifacts order by hash")
+                .fetch_all(&mut connection)
+                .await?;
+        for hash in artifacts {
+            match put_files(&mut connection, &dir.join("artifacts"), &hash).await {
+                Ok(()) => transfer.artifacts.push(hash),
+                Err(error @ StoreError::Io { .. }) => {
+                    transfer.lost.push(format!("artifact {hash}: {error}"));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    // One file: no write-ahead log beside it.
+    sqlx::raw_sql("detach database source; pragma journal_mode = delete")
+        .execute(&mut connection)
+        .await?;
+    connection.close().await?;
+    std::fs::rename(&path, to).map_err(|error| StoreError::refused(to, error))?;
+    Ok(transfer)
+}
+
+impl Store {
+    /// Takes over the runs of an exported file, or of another store's `history.db`, that are not known here, and the
+    /// files of their artifacts where the file holds them. All or nothing.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn import(&self, from: &Path) -> Result<Transfer, StoreError> {
+        let version = schema::check_is_store(from).await?;
+        // An older file is brought up to date in a copy: it is not ours to change.
+        let mut copied = None;
+        if version < schema::newest(schema::MIGRATIONS) {
+            let copy = tempfile::tempdir_in(self.dir())
+                .map_err(|error| StoreError::refused(self.dir(), error))?;
+            let path = schema::path_of(copy.path());
+            std::fs::copy(from, &path).map_err(|error| StoreError::refused(&path, error))?;
+            schema::migrate(copy.path(), schema::MIGRATIONS).await?;
+            copied = Some((copy, path));
+        }
+        let source = copied.as_ref().map_or(from, |(_, path)| path);
+        let mut connection = connect(&schema::path_of(self.dir()), source).await?;
+        let mut transaction = connection.begin_with("begin immediate").await?;
+        let mut copy = Copy::new(&mut transaction, Transfer::default());
+        let mut lost = Vec::new();
+        let runs = all_runs(copy.connection, &mut lost).await;
+        for run in &runs {
+            copy.run(run).await?;
+        }
+        copy.connect_reused().await?;
+        let mut transfer = copy.done;
+        transfer.lost.append(&mut lost);
+        let has_files: i64 = sqlx::query_scalar(
+            "select count(*) from source.sqlite_schema where name = 'exported_files'",
+        )
+        .fetch_one(&mut *transaction)
+        .await?;
+        if has_files > 0 {
+            self.take_files(&mut transaction, &mut transfer).await?;
+        }
+        transaction.commit().await?;
+        sqlx::raw_sql("detach database source")
+            .execute(&mut connection)
+            .await?;
+        connection.close().await?;
+        Ok(transfer)
+    }
+
+    async fn take_files(
+        &self,
+        connection: &mut SqliteConnection,
+        transfer: &mut Transfer,
+    ) -> Result<(), StoreError> {
+        let hashes: Vec<String> = sqlx::query_scalar(
+            "select distinct artifact from source.exported_files order by artifact",
+        )
+        .fetch_all(&mut *connection)
+        .await?;
+        let root = self.dir().join("artifacts");
+        for hash in hashes {
+            if root.join(&hash).exists() {
+                continue;
+            }
+            let draft = tempfile::Builder::new()
+                .prefix(".import")
+                .tempdir_in(self.dir())
+                .map_err(|error| StoreError::refused(self.dir(), error))?;
+            let staging = draft.path().join("files");
+            take_parts(connection, &hash, &staging).await?;
+            let contents = crate::artifact::commit(&staging, &root);
+            let problem = match contents {
+                Ok(contents) if contents.hash == hash => None,
+                Ok(contents) => {
+                    let _ = std::fs::remove_dir_all(root.join(contents.hash));
+                    Some("its files are not what its hash says".to_owned())
+                }
+                Err(error) => Some(error.to_string()),
+            };
+            match problem {
+                None => transfer.artifacts.push(hash),
+                Some(problem) => transfer.lost.push(format!("artifact {hash}: {problem}")),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A connection that may write to `main`, with another database to read from under the name `source`.
+async fn connect(main: &Path, source: &Path) -> Result<SqliteConnection, StoreError> {
+    let at = |error: sqlx::Error| StoreError::from(error).at(main);
+    let mut connection = schema::options(main).connect().await.map_err(at)?;
+    let source = std::path::absolute(source).map_err(|error| StoreError::refused(source, error))?;
+    let mut uri = String::from("file:");
+    for byte in source.to_string_lossy().bytes() {
+        match byte {
+            b'?' | b'#' | b'%' => uri += &format!("%{byte:02x}"),
+            byte if byte.is_ascii() => uri.push(char::from(byte)),
+            byte => uri += &format!("%{byte:02x}"),
+        }
+    }
+    uri += "?mode=ro";
+    sqlx::query("attach database ?1 as source")
+        .bind(uri)
+        .execute(&mut connection)
+        .await
+        .map_err(at)?;
+    Ok(connection)
+}
+
+/// These runs, and before each the runs whose stages they reuse.
+async fn with_sources(
+    connection: &mut SqliteConnection,
+    runs: &[RunId],
+) -> Result<Vec<RunId>, StoreError> {
+    let found: Vec<String> = sqlx::query_scalar(
+        "select distinct x.id from (
+             select r.id, r.created, r.key from source.runs r where r.id in (select value from json_each(?1))
+             union
+             select m.id, m.created, m.key
+             from source.runs r
+             join source.stages s on s.run = r.key
+             join source.attempts a on a.key = s.reused_from
+             join source.stages ms on ms.key = a.stage
+             join source.runs m on m.key = ms.run
+             where r.id in (select value from json_each(?1))
+         ) x order by x.created, x.key",
+    )
+    .bind(serde_json::json!(runs).to_string())
+    .fetch_all(connection)
+    .await?;
+    Ok(found.into_iter().map(RunId).collect())
+}
+
+/// Every run that can be found, the oldest first: from both ends of the table and through an index, because damage
+/// stops a reading where it stands.
+async fn all_runs(connection: &mut SqliteConnection, lost: &mut Vec<String>) -> Vec<RunId> {
+    const WALKS: [(&str, i64); 2] = [
+        (
+            "select key, id from source.runs where key > ?1 order by key limit ?2",
+            i64::MIN,
+        ),
+        (
+            "select key, id from source.runs where key < ?1 order by key desc limit ?2",
+            i64::MAX,
+        ),
+    ];
+    let mut found: Vec<(i64, String)> = Vec::new();
+    for (sql, start) in WALKS {
+        let Err(error) = walk(connection, sql, start, &mut found).await else {
+            break;
+        };
+        lost.push(format!("some runs may not have been found: {error}"));
+    }
+    if lost.is_empty() {
+        return found.into_iter().map(|(_, id)| RunId(id)).collect();
+    }
+    let by_index =
+        sqlx::query_as("select key, id from source.runs indexed by runs_by_time order by created");
+    found.extend(by_index.fetch_all(connection).await.unwrap_or_default());
+    found.sort();
+    found.dedup();
+    found.into_iter().map(|(_, id)| RunId(id)).collect()
+}
+
+/// Reads runs in one direction, as far as that goes.
+async fn walk(
+    connection: &mut SqliteConnection,
+    sql: &'static str,
+    start: i64,
+    found: &mut Vec<(i64, String)>,
+) -> Result<(), sqlx::Error> {
+    let mut from = start;
+    // One by one where many at a time come upon damage.
+    let mut limit = 256;
+    loop {
+        let rows = sqlx::query_as::<_, (i64, String)>(sql)
+            .bind(from)
+            .bind(limit)
+            .fetch_all(&mut *connection)
+            .await;
+        match rows {
+            Ok(rows) => {
+                let Some((last, _)) = rows.last() else {
+                    return Ok(());
+                };
+                from = *last;
+                found.extend(rows);
+            }
+            Err(error) if limit == 1 => return Err(error),
+            Err(_) => limit = 1,
+        }
+    }
+}
+
+/// Copying runs from `source` to `main`.
+struct Copy<'c> {
+    connection: &'c mut SqliteConnection,
+    /// Keys of attempts there and here.
+    attempts: HashMap<i64, i64>,
+    /// Stages here that reuse an attempt there.
+    reused: Vec<(i64, i64)>,
+    done: Transfer,
+}
+
+impl<'c> Copy<'c> {
+    fn new(connection: &'c mut SqliteConnection, done: Transfer) -> Self {
+        Self {
+            connection,
+            attempts: HashMap::new(),
+            reused: Vec::new(),
+            done,
+        }
+    }
+
+    async fn run(&mut self, run: &RunId) -> Result<(), StoreError> {
+        let there: Option<i64> = sqlx::query_scalar("select key from main.runs where id = ?1")
+            .bind(&run.0)
+            .fetch_optional(&mut *self.connection)
+            .await?;
+        if there.is_some() {
+            self.known(run).await?;
+            self.done.known.push(run.clone());
+            return Ok(());
+        }
+        let copied = self
+            .row(
+                "insert into main.runs (id, recipe, recipe_path, seed, command, resumed_from, state, error, created,
+                     finished, note)
+                 select id, recipe, recipe_path, seed, command, resumed_from, state, error, created, finished, note
+                 from source.runs where id = ?1",
+                &run.0,
+            )
+            .await;
+        let Some(here) = self.or_lost(copied, run, "the run")?.flatten() else {
+            return Ok(());
+        };
+        let key: i64 = sqlx::query_scalar("select key from source.runs where id = ?1")
+            .bind(&run.0)
+            .fetch_one(&mut *self.connection)
+            .await?;
+        for (what, sql) in [
+            (
+                "recipe and environment",
+                "insert into main.documents (run, recipe_text, resolved, environment)
+                 select ?2, recipe_text, resolved, environment from source.documents
+                 where run = ?1 and json_valid(resolved) and json_valid(environment)",
+            ),
+            (
+                "lease",
+                "insert into main.leases (run, host, boot, pid_namespace, pid, process_started, heartbeat)
+                 select ?2, host, boot, pid_namespace, pid, process_started, heartbeat
+                 from source.leases where run = ?1",
+            ),
+            (
+                "tags",
+                "insert or ignore into main.tags (run, tag) select ?2, tag from source.tags where run = ?1",
+            ),
+            (
+                "names of parameters",
+                "insert or ignore into main.names (name)
+                 select n.name from source.params p join source.names n on n.key = p.name where p.run = ?1 and ?2",
+            ),
+            (
+                "parameters",
+                "insert or ignore into main.params (name, run, value, type, origin)
+                 select m.key, ?2, p.value, p.type, p.origin
+                 from source.params p join source.names n on n.key = p.name join main.names m on m.name = n.name
+                 where p.run = ?1",
+            ),
+            (
+                "names of series",
+                "insert or ignore into main.names (name)
+                 select n.name from source.results p join source.names n on n.key = p.name where p.run = ?1 and ?2",
+            ),
+            (
+                "results",
+                "insert or ignore into main.results (name, run, position, points, last, min, max)
+                 select m.key, ?2, p.position, p.points, p.last, p.min, p.max
+                 from source.results p join source.names n on n.key = p.name join main.names m on m.name = n.name
+                 where p.run = ?1",
+            ),
+        ] {
+            let copied = self.rows(sql, key, here).await;
+            self.or_lost(copied, run, what)?;
+        }
+        // A run without its recipe would not be found by anybody.
+        sqlx::query(
+            "insert or ignore into main.documents (run, recipe_text, resolved, environment)
+             values (?1, '', 'null', '{}')",
+        )
+        .bind(here)
+        .execute(&mut *self.connection)
+        .await?;
+        let stages = self
+            .keys(
+                "select key from source.stages where run = ?1 order by key",
+                key,
+            )
+            .await;
+        for stage in self.or_lost(stages, run, "stages")?.unwrap_or_default() {
+            self.stage(run, stage, here).await?;
+        }
+        self.done.runs.push(run.clone());
+        Ok(())
+    }
+
+    /// Of a run that is known here: which attempts are which, and tags that it has there only.
+    async fn known(&mut self, run: &RunId) -> Result<(), StoreError> {
+        let pairs: Vec<(i64, i64)> = sqlx::query_as(
+            "select sa.key, ma.key
+             from source.runs sr
+             join source.stages ss on ss.run = sr.key
+             join source.attempts sa on sa.stage = ss.key
+             join main.runs mr on mr.id = sr.id
+             join main.stages ms on ms.run = mr.key and ms.name = ss.name
+             join main.attempts ma on ma.stage = ms.key and ma.number = sa.number
+             where sr.id = ?1",
+        )
+        .bind(&run.0)
+        .fetch_all(&mut *self.connection)
+        .await?;
+        self.attempts.extend(pairs);
+        sqlx::query(
+            "insert or ignore into main.tags (run, tag)
+             select m.key, t.tag from source.runs s join source.tags t on t.run = s.key
+             join main.runs m on m.id = s.id where s.id = ?1",
+        )
+        .bind(&run.0)
+        .execute(&mut *self.connection)
+        .await?;
+        Ok(())
+    }
+
+    async fn stage(&mut self, run: &RunId, key: i64, into: i64) -> Result<(), StoreError> {
+        let copied = self
+            .one(
+                "insert into main.stages (run, position, name, kind, plugin, plugin_version, plugin_hash, device, dtype,
+                     seed, options, inputs, state, digest, components)
+                 select ?2, position, name, kind, plugin, plugin_version, plugin_hash, device, dtype, seed, options,
+                     inputs, state, digest, components
+                 from source.stages where key = ?1 and json_valid(options) and json_valid(inputs)",
+                key,
+                into,
+            )
+            .await;
+        let Some(here) = self.or_lost(copied, run, "a stage")? else {
+            return Ok(());
+        };
+        let reused: Option<i64> =
+            sqlx::query_scalar("select reused_from from source.stages where key = ?1")
+                .bind(key)
+                .fetch_one(&mut *self.connection)
+                .await?;
+        self.reused.extend(reused.map(|attempt| (here, attempt)));
+        let attempts = self
+            .keys(
+                "select key from source.attempts where stage = ?1 order by number",
+                key,
+            )
+            .await;
+        for attempt in self.or_lost(attempts, run, "attempts")?.unwrap_or_default() {
+            self.attempt(run, attempt, here).await?;
+        }
+        Ok(())
+    }
+
+    async fn attempt(&mut self, run: &RunId, key: i64, into: i64) -> Result<(), StoreError> {
+        let artifacts = self
+            .rows(
+                "insert or ignore into main.artifacts (hash, size, files, created)
+                 select f.hash, f.size, f.files, f.created from source.artifacts f where ?2 and f.hash in (
+                     select artifact from source.outputs where attempt = ?1
+                     union select artifact from source.inputs where attempt = ?1
+                     union select output from source.attempts where key = ?1)",
+                key,
+                into,
+            )
+            .await;
+        self.or_lost(artifacts, run, "artifacts")?;
+        let copied = self
+            .one(
+                "insert into main.attempts (stage, number, digest, worker_pid, state, reason, message, failure, summary,
+                     output, cpu_seconds, max_rss, started, finished)
+                 select ?2, number, digest, worker_pid, state, reason, message, failure, summary,
+                     (select hash from main.artifacts where hash = output), cpu_seconds, max_rss, started, finished
+                 from source.attempts where key = ?1",
+                key,
+                into,
+            )
+            .await;
+        let Some(here) = self.or_lost(copied, run, "an attempt")? else {
+            return Ok(());
+        };
+        self.attempts.insert(key, here);
+        for (what, sql) in [
+            (
+                "artifacts made",
+                "insert into main.outputs (attempt, artifact, kind, name, meta, created)
+                 select ?2, artifact, kind, name, meta, created from source.outputs
+                 where attempt = ?1 and artifact in (select hash from main.artifacts) order by key",
+            ),
+            (
+                "artifacts given",
+                "insert or ignore into main.inputs (attempt, artifact)
+                 select ?2, artifact from source.inputs
+                 where attempt = ?1 and artifact in (select hash from main.artifacts)",
+            ),
+            (
+                "log",
+                "insert into main.logs (attempt, at, level, source, text)
+                 select ?2, at, level, source, text from source.logs where attempt = ?1 order by key",
+            ),
+        ] {
+            let copied = self.rows(sql, key, here).await;
+            self.or_lost(copied, run, what)?;
+        }
+        let series = self
+            .keys(
+                "select key from source.series where attempt = ?1 order by key",
+                key,
+            )
+            .await;
+        for series in self.or_lost(series, run, "series")?.unwrap_or_default() {
+            self.series(run, series, here).await?;
+        }
+        Ok(())
+    }
+
+    async fn series(&mut self, run: &RunId, key: i64, into: i64) -> Result<(), StoreError> {
+        let copied = self
+            .one(
+                "insert into main.series (attempt, name, base, last_step, last, min, max, points)
+                 select ?2, name, base, last_step, last, min, max, points from source.series where key = ?1",
+                key,
+                into,
+            )
+            .await;
+        let Some(here) = self.or_lost(copied, run, "a series")? else {
+            return Ok(());
+        };
+        let steps = self
+            .keys(
+                "select first_step from source.blocks where series = ?1 order by first_step",
+                key,
+            )
+            .await;
+        for step in self
+            .or_lost(steps, run, "blocks of points")?
+            .unwrap_or_default()
+        {
+            let copied = self.block(key, here, step).await;
+            self.or_lost(copied, run, "a block of points")?;
+        }
+        Ok(())
+    }
+
+    async fn block(&mut self, key: i64, here: i64, step: i64) -> Result<(), StoreError> {
+        let data: Vec<u8> = sqlx::query_scalar(
+            "select k.data from source.blocks b join source.packs k on k.key = b.pack
+             where b.series = ?1 and b.first_step = ?2",
+        )
+        .bind(key)
+        .bind(step)
+        .fetch_one(&mut *self.connection)
+        .await?;
+        // SQLite does not notice damage within a value.
+        block::unpack(&data).map_err(|damaged| StoreError::Damaged {
+            message: damaged.to_string(),
+        })?;
+        let pack = sqlx::query("insert into main.packs (data) values (?1)")
+            .bind(data)
+            .execute(&mut *self.connection)
+            .await?
+            .last_insert_rowid();
+        sqlx::query(
+            "insert into main.blocks (series, first_step, last_step, points, numbers, sum, min, max, first_at,
+                 last_at, pack)
+             select ?3, first_step, last_step, points, numbers, sum, min, max, first_at, last_at, ?4
+             from source.blocks where series = ?1 and first_step = ?2",
+        )
+        .bind(key)
+        .bind(step)
+        .bind(here)
+        .bind(pack)
+        .execute(&mut *self.connection)
+        .await?;
+        Ok(())
+    }
+
+    /// Says of stages that reuse an attempt which it is here.
+    async fn connect_reused(&mut self) -> Result<(), StoreError> {
+        for (stage, attempt) in std::mem::take(&mut self.reused) {
+            sqlx::query("update main.stages set reused_from = ?2 where key = ?1")
+                .bind(stage)
+                .bind(self.attempts.get(&attempt).copied())
+                .execute(&mut *self.connection)
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// Copies the row of an id; its key here, if there was one.
+    async fn row(&mut self, sql: &'static str, id: &str) -> Result<Option<i64>, StoreError> {
+        let done = sqlx::query(sql)
+            .bind(id)
+            .execute(&mut *self.connection)
+            .await?;
+        Ok((done.rows_affected() > 0).then(|| done.last_insert_rowid()))
+    }
+
+    /// Copies rows that belong to `key` there and to `into` here; the key of the last one.
+    async fn rows(&mut self, sql: &'static str, key: i64, into: i64) -> Result<i64, StoreError> {
+        let done = sqlx::query(sql)
+            .bind(key)
+            .bind(into)
+            .execute(&mut *self.connection)
+            .await?;
+        Ok(done.last_insert_rowid())
+    }
+
+    /// The same for the one row with this key.
+    async fn one(&mut self, sql: &'static str, key: i64, into: i64) -> Result<i64, StoreError> {
+        let done = sqlx::query(sql)
+            .bind(key)
+            .bind(into)
+            .execute(&mut *self.connection)
+            .await?;
+        match done.rows_affected() {
+            0 => Err(StoreError::Damaged {
+                message: "it makes no sense".to_owned(),
+            }),
+            _ => Ok(done.last_insert_rowid()),
+        }
+    }
+
+    async fn keys(&mut self, sql: &'static str, of: i64) -> Result<Vec<i64>, StoreError> {
+        let rows: Vec<SqliteRow> = sqlx::query(sql)
+            .bind(of)
+            .fetch_all(&mut *self.connection)
+            .await?;
+        let keys = rows.iter().map(|row| row.try_get(0));
+        Ok(keys.collect::<Result<_, sqlx::Error>>()?)
+    }
+
+    /// Notes down what cannot be read; other errors remain.
+    fn or_lost<T>(
+        &mut self,
+        result: Result<T, StoreError>,
+        run: &RunId,
+        what: &str,
+    ) -> Result<Option<T>, StoreError> {
+        match result {
+            Ok(copied) => Ok(Some(copied)),
+            Err(StoreError::Damaged { message }) => {
+                self.done.lost.push(format!("run {run}: {what}: {message}"));
+                Ok(None)
+            }
+            // Damage may also look like rows that break a rule.
+            Err(StoreError::Sql(error)) => {
+                self.done.lost.push(format!("run {run}: {what}: {error}"));
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Puts the files of an artifact into the exported file.
+async fn put_files(
+    connection: &mut SqliteConnection,
+    artifacts: &Path,
+    hash: &str,
+) -> Result<(), StoreError> {
+    let files: String = sqlx::query_scalar("select files from main.artifacts where hash = ?1")
+        .bind(hash)
+        .fetch_one(&mut *connection)
+        .await?;
+    let files: Vec<super::ArtifactFile> =
+        serde_json::from_str(&files).map_err(|error| StoreError::Damaged {
+            message: error.to_string(),
+        })?;
+    for file in files {
+        let path = artifacts.join(hash).join(&file.path);
+        let io = |source| StoreError::Io {
+            path: path.clone(),
+            source,
+        };
+        let mut reader = std::fs::File::open(&path).map_err(io)?;
+        let mut part = 0_i64;
+        loop {
+            let mut bytes = Vec::with_capacity(PART);
+            let limited = std::io::Read::by_ref(&mut reader);
+            std::io::Read::read_to_end(&mut std::io::Read::take(limited, PART as u64), &mut bytes)
+                .map_err(io)?;
+            // An empty file is one empty part.
+            if bytes.is_empty() && part > 0 {
+                break;
+            }
+            let last = bytes.len() < PART;
+            sqlx::query(
+                "insert into main.exported_files (artifact, path, part, data) values (?1, ?2, ?3, ?4)",
+            )
+            .bind(hash)
+            .bind(&file.path)
+            .bind(part)
+            .bind(bytes)
+            .execute(&mut *connection)
+            .await?;
+            part += 1;
+            if last {
+                break;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Writes the files of an artifact below a directory.
+async fn take_parts(
+    connection: &mut SqliteConnection,
+    hash: &str,
+    staging: &Path,
+) -> Result<(), StoreError> {
+    let parts: Vec<(String, i64)> = sqlx::query_as(
+        "select path, part from source.exported_files where artifact = ?1 order by path, part",
+    )
+    .bind(hash)
+    .fetch_all(&mut *connection)
+    .await?;
+    for (path, part) in parts {
+        // The file may come from anywhere: no path of it may lead out of the directory.
+        let inside = Path::new(&path)
+            .components()
+            .all(|component| matches!(component, std::path::Component::Normal(_)));
+        if !inside {
+            return Err(StoreError::Damaged {
+                message: format!("an exported file has the path {path}"),
+            });
+        }
+        let data: Vec<u8> = sqlx::query_scalar(
+            "select data from source.exported_files where artifact = ?1 and path = ?2 and part = ?3",
+        )
+        .bind(hash)
+        .bind(&path)
+        .bind(part)
+        .fetch_one(&mut *connection)
+        .await?;
+        let to: PathBuf = staging.join(&path);
+        let write = || {
+            std::fs::create_dir_all(to.parent().unwrap_or(staging))?;
+            let mut file = std::fs::File::options()
+                .create(true)
+                .append(true)
+                .open(&to)?;
+            std::io::Write::write_all(&mut file, &data)
+        };
+        write().map_err(|error| StoreError::refused(&to, error))?;
+    }
+    Ok(())
+}
