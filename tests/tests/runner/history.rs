@@ -141,8 +141,11 @@ fn only_what_differs_is_compared() {
         .iter()
         .map(|row| row["name"].as_str().unwrap())
         .collect();
-    assert_eq!(names, ["stages.b.text"]);
+    assert_eq!(names, ["stages.b.text", "b"]);
     assert_eq!(rows[0]["values"], json!(["third", "second"]));
+    assert_eq!(rows[1]["about"], "picture");
+    let picture = rows[1]["values"][0].as_str().unwrap();
+    assert!(std::path::Path::new(picture).exists() || lab.dir.path().join(picture).exists());
 }
 
 #[test]
@@ -197,4 +200,294 @@ fn questions_in_sql_are_answered_and_change_nothing() {
             .stdout
             .contains("v_metrics")
     );
+}
+
+#[test]
+fn filters_choose_order_and_point_at_mistakes() {
+    let lab = lab();
+    let ids = |arguments: &[&str]| -> Vec<String> {
+        let runs = asked(&lab, &[&["runs", "list"], arguments].concat());
+        let runs = runs.as_array().unwrap().clone();
+        runs.iter()
+            .map(|run| run["id"].as_str().unwrap().to_owned())
+            .collect()
+    };
+    let all = ids(&[]);
+    assert_eq!(
+        ids(&["--where", "params.b.text = third and not state = failed"]),
+        all[1..2]
+    );
+    assert_eq!(
+        ids(&["--where", "metrics.a/loss.last < 1", "--sort", "started"]),
+        [&*all[2], &*all[1], &*all[0]]
+    );
+    assert_eq!(
+        ids(&[
+            "--where",
+            "metrics.b/loss.last < 1 and stage.b.state = succeeded"
+        ]),
+        all[1..]
+    );
+    let shown = lab
+        .retort(&[
+            "runs",
+            "list",
+            "--show",
+            "params.b.text,metrics.loss.last",
+            "--format",
+            "md",
+        ])
+        .expect(0)
+        .stdout;
+    assert!(shown.contains("| third | 0.25 |"), "{shown}");
+    lab.retort(&["runs", "list", "--where", "state = failed and recipee = r"])
+        .expect(2)
+        .saying(&[
+            "there is no field `recipee`",
+            "                    ^^^^^^^\n",
+            "`recipe`",
+        ]);
+    lab.retort(&["runs", "list", "--sort", "metrics.lost"])
+        .expect(2)
+        .saying(&["no run has a metric `lost`", "`loss`"]);
+}
+
+#[test]
+fn the_log_is_replayed_and_followed() {
+    let lab = Lab::new(&[
+        "a: {kind: do, act: talk, amount: 3}",
+        "b: {kind: do, act: work, amount: 8}",
+    ]);
+    let running = lab.start(&[]);
+    lab.wait_for_worker("b");
+    let followed = lab
+        .retort(&["tail", "-n", "3"])
+        .expect(0)
+        .saying(&["succeeded"]);
+    running.end().expect(0);
+    assert!(followed.stdout.lines().count() >= 3, "{}", followed.stdout);
+    let log = lab
+        .retort(&["log", "--stage", "a", "--level", "info"])
+        .expect(0)
+        .stdout;
+    assert_eq!(log.matches("a line for the log").count(), 3, "{log}");
+    assert!(!log.contains("stdout"), "{log}");
+    let lines = asked(&lab, &["log", "-n", "2", "--stage", "a"]);
+    assert_eq!(lines.as_array().unwrap().len(), 2);
+    assert_eq!(lines[0]["stage"], "a");
+}
+
+#[test]
+fn why_follows_a_change_to_where_it_came_from() {
+    let lab = Lab::new(&[
+        "a: {kind: do, text: one}",
+        "b: {kind: do, text: two, input: a}",
+    ]);
+    lab.run(&[]).expect(0);
+    lab.run(&["--set", "a.text=other"]).expect(0);
+    lab.run(&["--set", "a.text=other"]).expect(0);
+    lab.run(&["--set", "a.text=other", "--force=b"]).expect(0);
+    let why = |run: &str| asked(&lab, &["why", "b", run]);
+    assert!(why("latest")[0]["why"].to_string().contains("--force"));
+    assert_eq!(why("latest~1")[0]["state"], "reused");
+    assert!(
+        why("latest~1")[0]["why"]
+            .to_string()
+            .contains("nothing that decides")
+    );
+    let changed = why("latest~2");
+    assert_eq!(
+        (&changed[0]["stage"], &changed[1]["stage"]),
+        (&json!("b"), &json!("a"))
+    );
+    assert!(changed[1]["why"].to_string().contains("text"), "{changed}");
+    assert!(
+        why("latest~3")[0]["why"]
+            .to_string()
+            .contains("had not run it before")
+    );
+    lab.retort(&["why", "nosuch"])
+        .expect(4)
+        .saying(&["it has a, b"]);
+}
+
+#[test]
+fn lineage_goes_up_and_down() {
+    let lab = lab();
+    let hash = asked(&lab, &["artifacts", "list", "latest~2"])[1]["hash"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let lineage = asked(&lab, &["lineage", &hash[..10]]);
+    let depths: Vec<_> = lineage["artifacts"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|one| one["depth"].clone())
+        .collect();
+    // The first stage's artifact, from which the second runs of `b` made theirs.
+    assert_eq!(depths, [0, 1, 1]);
+    assert_eq!(
+        asked(&lab, &["lineage", "latest~1/b", "--up"])["made_from"]
+            .as_array()
+            .unwrap()
+            .len(),
+        1
+    );
+    let drawn = lab
+        .retort(&["lineage", "latest~1/b", "--graph", "mermaid"])
+        .expect(0)
+        .stdout;
+    assert!(
+        drawn.starts_with("flowchart LR\n") && drawn.contains("-->"),
+        "{drawn}"
+    );
+    lab.retort(&["lineage", "ffff"]).expect(4);
+    lab.retort(&["lineage", "latest/nosuch"]).expect(4);
+}
+
+#[test]
+fn curves_are_summed_up_and_drawn() {
+    let lab = Lab::new(&["a: {kind: do, act: flood, amount: 80000}"]);
+    lab.run(&[]).expect(0);
+    let buckets = asked(
+        &lab,
+        &["metrics", "get", "latest", "loss", "--buckets", "10"],
+    );
+    let points: u64 = buckets
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|one| one["points"].as_u64().unwrap())
+        .sum();
+    assert_eq!((points, buckets.as_array().unwrap().len()), (10_000, 10));
+    assert_eq!(
+        asked(&lab, &["metrics", "get", "latest", "*", "--from", "9999"])
+            .as_array()
+            .unwrap()
+            .len(),
+        8
+    );
+    let drawn = lab
+        .retort(&["metrics", "plot", "latest", "a/loss", "*/d"])
+        .expect(0)
+        .stdout;
+    assert!(drawn.contains('┤') && drawn.contains("a/c/d"), "{drawn}");
+    let svg = lab.dir.path().join("curve.svg");
+    lab.retort(&[
+        "metrics",
+        "plot",
+        "latest",
+        "loss",
+        "--axis",
+        "time",
+        "--svg",
+        svg.to_str().unwrap(),
+    ])
+    .expect(0);
+    assert!(std::fs::read_to_string(svg).unwrap().starts_with("<svg"));
+    let sql = "select count(*) as n, max(step) as last from v_metrics where series = 'loss'";
+    assert_eq!(
+        asked(&lab, &["query", sql]),
+        json!([{"n": 10000, "last": 9999}])
+    );
+}
+
+#[test]
+fn runs_are_tagged_noted_removed_and_their_files_collected() {
+    let lab = lab();
+    lab.retort(&["runs", "tag", "latest~2", "größte", "best one"])
+        .expect(0);
+    lab.retort(&["runs", "note", "größte", "the first"])
+        .expect(0);
+    assert_eq!(
+        lab.retort(&["runs", "note", "best one"]).expect(0).stdout,
+        "the first\n"
+    );
+    let run = asked(&lab, &["runs", "show", "größte"]);
+    assert_eq!(
+        (&run["tags"], &run["note"]),
+        (&json!(["best one", "größte"]), &json!("the first"))
+    );
+    lab.retort(&["runs", "tag", "latest", "latest~1"]).expect(2);
+    lab.retort(&["runs", "tag", "latest", "never", "--remove"])
+        .expect(4);
+    // Others reuse its stages.
+    lab.retort(&["runs", "rm", "größte"])
+        .expect(2)
+        .saying(&["reused by", "--force"]);
+    lab.retort(&["runs", "rm", "latest", "latest~1", "--dry-run"])
+        .expect(0);
+    lab.retort(&["runs", "rm", "latest", "latest~1"]).expect(0);
+    assert_eq!(asked(&lab, &["runs", "list"]).as_array().unwrap().len(), 1);
+    assert_eq!(lab.entries("artifacts").len(), 3);
+    let garbage = asked(&lab, &["gc"]);
+    assert!(
+        garbage
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|one| one["what"] == "artifact"),
+        "{garbage}"
+    );
+    assert_eq!(lab.entries("artifacts").len(), 3, "only listed");
+    lab.retort(&["gc", "--remove"])
+        .expect(0)
+        .saying(&["removed"]);
+    assert_eq!(lab.entries("artifacts").len(), 2);
+    lab.retort(&["artifacts", "verify"])
+        .expect(0)
+        .saying(&["2 artifacts verified, 0 damaged"]);
+    assert_eq!(asked(&lab, &["gc"]), json!([]));
+}
+
+#[test]
+fn runs_go_into_another_store_and_into_event_files() {
+    let (here, there) = (lab(), Lab::new(&["a: {kind: do, text: hello}"]));
+    let file = here.dir.path().join("runs.db");
+    let file = file.to_str().unwrap();
+    here.retort(&["runs", "export", "-o", file, "--files"])
+        .expect(0);
+    here.retort(&["runs", "export", "-o", file])
+        .expect(2)
+        .saying(&["--force"]);
+    there.retort(&["runs", "import", file]).expect(0);
+    assert_eq!(
+        asked(&there, &["runs", "list"]),
+        asked(&here, &["runs", "list"])
+    );
+    there
+        .retort(&["artifacts", "verify"])
+        .expect(0)
+        .saying(&["3 artifacts verified, 0 damaged"]);
+    // What was taken over is as good as one's own.
+    assert_eq!(there.outcomes(&[]), ["a reused"]);
+    there
+        .retort(&[
+            "runs",
+            "import",
+            there.dir.path().join("r.yaml").to_str().unwrap(),
+        ])
+        .expect(1)
+        .saying(&["not a retort history"]);
+
+    let events = here.dir.path().join("events");
+    here.retort(&[
+        "runs",
+        "export",
+        "latest~1",
+        "--as",
+        "tensorboard",
+        "-o",
+        events.to_str().unwrap(),
+    ])
+    .expect(0);
+    let run = asked(&here, &["runs", "show", "latest~1"])["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    assert_eq!(std::fs::read_dir(events.join(run)).unwrap().count(), 2);
+    here.retort(&["runs", "export", "--as", "mlflow", "-o", "nowhere.db"])
+        .expect(2)
+        .saying(&["mlflow db upgrade"]);
 }

@@ -170,3 +170,94 @@ fn a_stopped_worker_is_ended_with_its_runner() {
     running.end().expect(130);
     wait_until_gone(worker);
 }
+
+/// A run of two short stages, killed after so many milliseconds: the runner, or the worker at that moment.
+fn kill_after(delay: u64, whom: fn(&Lab, u32) -> Option<u32>) -> Lab {
+    let lab = Lab::new(&[
+        "a: {kind: do, act: work, amount: 2, text: short}",
+        "b: {kind: do, act: flood, amount: 20000, input: a}",
+    ]);
+    let running = lab.start(&[]);
+    std::thread::sleep(std::time::Duration::from_millis(delay));
+    if let Some(pid) = whom(&lab, running.child.id()) {
+        let _ = std::process::Command::new("kill")
+            .args(["-9", &pid.to_string()])
+            .status();
+    }
+    let mut running = running;
+    let _ = running.child.wait();
+    lab
+}
+
+/// Whatever moment it was: nothing is under way, nothing is claimed that is not so, and it can be finished.
+#[track_caller]
+fn check_truth(lab: &Lab, allowed: &[RunState]) {
+    if let Some(detail) = lab.latest() {
+        assert!(
+            allowed.contains(&detail.summary.state),
+            "{}",
+            detail.summary.state
+        );
+        for stage in &detail.stages {
+            for attempt in &stage.attempts {
+                assert_ne!(attempt.state, AttemptState::Running);
+                if attempt.state == AttemptState::Succeeded {
+                    let output = attempt.output.as_ref().expect("an output");
+                    assert!(lab.store_dir().join("artifacts").join(output).is_dir());
+                }
+            }
+        }
+        let succeeded = detail.summary.state == RunState::Succeeded;
+        let all = detail
+            .stages
+            .iter()
+            .all(|stage| stage.state == retort::store::StageState::Succeeded);
+        assert!(!succeeded || all);
+    }
+    assert_eq!(lab.run(&["--json"]).expect(0).json()["state"], "succeeded");
+    lab.retort(&["artifacts", "verify"]).expect(0);
+    assert_eq!(
+        (lab.entries("staging"), lab.entries("work")),
+        (vec![], vec![])
+    );
+    let sql = "select count(*) as n from v_metrics where run = (select id from v_runs order by started desc limit 1) and stage = 'b'";
+    assert_eq!(
+        lab.retort(&["query", sql, "--json"]).expect(0).json()[0]["n"],
+        20_000
+    );
+}
+
+#[test]
+fn a_runner_killed_at_any_moment_leaves_the_truth() {
+    for round in 0..10_u64 {
+        let lab = kill_after(15 + round * 70, |_, runner| Some(runner));
+        check_truth(&lab, &[RunState::Lost, RunState::Succeeded]);
+    }
+}
+
+#[test]
+fn a_worker_killed_at_any_moment_ends_one_attempt() {
+    for round in 0..8_u64 {
+        let lab = kill_after(100 + round * 70, |lab, _| {
+            let detail = lab.latest()?;
+            let attempts = detail.stages.iter().flat_map(|stage| &stage.attempts);
+            let running = attempts.filter(|attempt| attempt.state == AttemptState::Running);
+            running.next_back().map(|attempt| attempt.worker_pid)
+        });
+        let state = lab.latest().map(|detail| detail.summary.state);
+        if state == Some(RunState::Failed) {
+            let detail = lab.latest().unwrap();
+            let reasons: Vec<_> = detail
+                .stages
+                .iter()
+                .flat_map(|stage| &stage.attempts)
+                .filter_map(|attempt| attempt.reason.clone())
+                .collect();
+            assert!(
+                reasons.contains(&"killed by SIGKILL".to_owned()),
+                "{reasons:?}"
+            );
+        }
+        check_truth(&lab, &[RunState::Failed, RunState::Succeeded]);
+    }
+}

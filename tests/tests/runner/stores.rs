@@ -141,3 +141,77 @@ fn something_else_under_the_name_of_the_store() {
     lab.run(&[]).expect(1).saying(&["not a retort history"]);
     lab.retort(&["doctor"]).expect(1);
 }
+
+#[test]
+fn metrics_that_cannot_be_written_fail_nothing() {
+    let lab = Lab::new(&["a: {kind: do, act: flood, amount: 1000}"]);
+    lab.run(&["--set", "a.act=succeed"]).expect(0);
+    block_on(async {
+        let store = Store::open(&lab.store_dir(), Access::ReadWrite)
+            .await
+            .unwrap();
+        sqlx::query(
+            "create trigger no before insert on packs begin select raise(abort, 'no more'); end",
+        )
+        .execute(store.pool())
+        .await
+        .unwrap();
+        store.close().await;
+    });
+    lab.run(&[])
+        .expect(0)
+        .saying(&["metrics cannot be recorded (the stage goes on)", "no more"]);
+}
+
+#[test]
+fn a_reader_does_not_keep_a_run_waiting() {
+    let lab = Lab::new(&["a: {kind: do, act: flood, amount: 50000}"]);
+    lab.run(&["--set", "a.act=succeed"]).expect(0);
+    block_on(async {
+        let reader = Store::open(&lab.store_dir(), Access::ReadOnly)
+            .await
+            .unwrap();
+        let mut reading = reader.pool().begin().await.unwrap();
+        let count = async |reading: &mut sqlx::SqliteConnection| -> i64 {
+            let count = sqlx::query_scalar("select count(*) from runs");
+            count.fetch_one(reading).await.unwrap()
+        };
+        assert_eq!(count(&mut reading).await, 1);
+        lab.run(&[]).expect(0);
+        assert_eq!(
+            count(&mut reading).await,
+            1,
+            "it reads what was there when it began"
+        );
+    });
+    assert_eq!(lab.latest().unwrap().summary.state, RunState::Succeeded);
+}
+
+#[test]
+fn a_damaged_store_is_told_and_what_is_left_is_saved() {
+    let lab = Lab::new(&["a: {kind: do, act: flood, amount: 200000}"]);
+    for seed in 0..4 {
+        lab.run(&["--set", &format!("a.seed={seed}")]).expect(0);
+    }
+    let path = lab.store_dir().join("history.db");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let pages = bytes.len() / 4096;
+    for page in (pages / 2..pages).step_by(3) {
+        bytes[page * 4096..][..4096].fill(0xa5);
+    }
+    std::fs::write(&path, bytes).unwrap();
+    let doctor = lab.retort(&["doctor"]).expect(1).stdout;
+    for text in ["damaged", "what can be saved", "retort runs export"] {
+        assert!(doctor.contains(text), "`{text}` is missing in:\n{doctor}");
+    }
+    let saved = lab.dir.path().join("saved.db");
+    lab.retort(&["runs", "export", "-o", saved.to_str().unwrap()])
+        .expect(1)
+        .saying(&["could not be read"]);
+    let fresh = Lab::new(&[]);
+    fresh
+        .retort(&["runs", "import", saved.to_str().unwrap()])
+        .expect(0);
+    let runs = fresh.retort(&["runs", "list", "--json"]).expect(0).json();
+    assert!(!runs.as_array().unwrap().is_empty());
+}

@@ -1,0 +1,409 @@
+//! How fast and how small the history is: `cargo bench -p retort-tests --bench history [-- PART...]`.
+//!
+//! Parts: `append`, `curve`, `list`, `start`; all without any. Each line gives wall-clock time and, because machines are
+//! busy, processor time (user + system) of this process or of the ones it started. `POINTS` sets how many points the
+//! large store of `curve` has (100,000,000), `RUNS` how many runs that of `list` has (100,000). `tests/peers/history.py`
+//! does the same with MLflow and trackio.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use retort::filter::{parse, parse_name};
+use retort::store::{
+    Access, AttemptId, Axis, Batch, Lens, MetricPoint, NewRun, NewStage, PluginIdentity, RunFilter,
+    RunId, RunState, Sort, Store, Time,
+};
+use serde_json::json;
+
+fn main() {
+    let parts: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|part| !part.starts_with('-'))
+        .collect();
+    let wanted = |part: &str| parts.is_empty() || parts.iter().any(|wanted| wanted == part);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    if wanted("append") {
+        runtime.block_on(append());
+    }
+    if wanted("curve") {
+        runtime.block_on(curve());
+    }
+    if wanted("list") {
+        runtime.block_on(list());
+    }
+    if wanted("start") {
+        start();
+    }
+}
+
+/// Points of eight series, in the batches that a runner writes four times a second at half a million a second.
+async fn append() {
+    for (what, narrow) in [("64-bit values", false), ("32-bit values", true)] {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (store, _, attempt) = open(dir.path()).await;
+        let (batches, size) = (40, 125_000_u64);
+        let made: Vec<Vec<Batch>> = (0..batches)
+            .map(|batch| points(batch * size, size, narrow))
+            .collect();
+        let clock = Clock::start();
+        for batch in &made {
+            store.append_metrics(attempt, batch).await.expect("room");
+        }
+        let took = clock.stop();
+        store.close().await;
+        let count = (batches * size) as f64;
+        let bytes = std::fs::metadata(dir.path().join("history.db"))
+            .expect("a file")
+            .len() as f64;
+        println!(
+            "append, {what}: {:.0} points/s by the clock, {:.0} by processor time; {:.2} bytes a point",
+            count / took.wall,
+            count / took.cpu,
+            bytes / count
+        );
+    }
+    // A point now and then, as training does.
+    let dir = tempfile::tempdir().expect("a directory");
+    let (store, _, attempt) = open(dir.path()).await;
+    let (batches, size) = (400, 800_u64);
+    let clock = Clock::start();
+    for batch in 0..batches {
+        store
+            .append_metrics(attempt, &points(batch * size, size, false))
+            .await
+            .expect("room");
+    }
+    let took = clock.stop();
+    store.close().await;
+    let bytes = std::fs::metadata(dir.path().join("history.db"))
+        .expect("a file")
+        .len() as f64;
+    println!(
+        "append, 100 points of 8 series at a time: {:.2} ms a time, {:.2} ms of processor time; {:.2} bytes a point",
+        1e3 * took.wall / batches as f64,
+        1e3 * took.cpu / batches as f64,
+        bytes / (batches * size) as f64
+    );
+}
+
+/// A curve of one series with a hundred million points, and of one with three million.
+async fn curve() {
+    let count = number("POINTS", 100_000_000);
+    let dir = tempfile::tempdir().expect("a directory");
+    let (store, run, attempt) = open(dir.path()).await;
+    let clock = Clock::start();
+    for start in (0..count).step_by(1 << 20) {
+        let end = (start + (1 << 20)).min(count);
+        let mut batch = vec![series("loss", start..end, true)];
+        if start < 3_000_000 {
+            batch.push(series("short", start..end.min(3_000_000), false));
+        }
+        store.append_metrics(attempt, &batch).await.expect("room");
+    }
+    let took = clock.stop();
+    println!(
+        "curve: a store of {count} points made in {:.1} s ({:.1} s of processor time)",
+        took.wall, took.cpu
+    );
+    for (name, axis) in [
+        ("loss", Axis::Step),
+        ("loss", Axis::Time),
+        ("short", Axis::Step),
+    ] {
+        let lens = Lens {
+            buckets: 1000,
+            axis,
+            from: 0,
+            to: u64::MAX,
+        };
+        let mut buckets = 0;
+        let took =
+            best(async || buckets = store.curve(&run, name, lens).await.expect("a curve").len())
+                .await;
+        println!("curve of `{name}` over {axis:?}: {buckets} buckets in {took}");
+    }
+}
+
+/// The first twenty of a hundred thousand runs, filtered and ordered.
+async fn list() {
+    let count = number("RUNS", 100_000);
+    let dir = tempfile::tempdir().expect("a directory");
+    let (store, run, _) = open(dir.path()).await;
+    store
+        .finish_run(&run, RunState::Succeeded, None)
+        .await
+        .expect("room");
+    fill(&store, count).await;
+    let bytes = std::fs::metadata(dir.path().join("history.db"))
+        .expect("a file")
+        .len();
+    println!(
+        "list: a store of {count} runs, {:.0} MB",
+        bytes as f64 / 1e6
+    );
+    for (filter, sort) in [
+        ("", ""),
+        ("state = failed", ""),
+        (
+            "metrics.fd.last < 3 and params.distill.steps >= 2000",
+            "metrics.fd.last",
+        ),
+        (
+            "metrics.fd.last < 3 or not params.distill.steps >= 2000",
+            "-metrics.fd.last",
+        ),
+        (
+            "recipe ~ digits and not tag = baseline and metrics.loss.min < 0.5",
+            "-started",
+        ),
+        ("metrics.fd.last", "metrics.fd.last"),
+    ] {
+        let wanted = RunFilter {
+            limit: Some(20),
+            expr: (!filter.is_empty()).then(|| parse(filter).expect("a filter")),
+            sort: (!sort.is_empty())
+                .then(|| Sort {
+                    name: parse_name(sort.trim_start_matches('-')).expect("a field"),
+                    descending: sort.starts_with('-'),
+                })
+                .into_iter()
+                .collect(),
+            ..RunFilter::default()
+        };
+        let took = best(async || drop(store.list_runs(&wanted).await.expect("runs"))).await;
+        println!("list `{filter}` by `{sort}`: {took}");
+    }
+}
+
+/// `retort runs list` on a small store, from the start of the process to its end.
+fn start() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    runtime.block_on(async {
+        let (store, run, _) = open(dir.path()).await;
+        store
+            .finish_run(&run, RunState::Succeeded, None)
+            .await
+            .expect("room");
+        fill(&store, 20).await;
+        store.close().await;
+    });
+    let mut times: Vec<Took> = (0..40)
+        .map(|_| {
+            let clock = Clock::of_children();
+            let status = Command::new(binary())
+                .args(["runs", "list", "--store"])
+                .arg(dir.path())
+                .stdout(Stdio::null())
+                .status();
+            assert!(status.expect("the binary").success());
+            clock.stop()
+        })
+        .collect();
+    times.sort_by(|a, b| a.wall.total_cmp(&b.wall));
+    println!(
+        "start: `retort runs list`, least of 40: {}; median: {}",
+        times[0], times[20]
+    );
+}
+
+async fn open(dir: &Path) -> (Store, RunId, AttemptId) {
+    let store = Store::open(dir, Access::ReadWrite).await.expect("a store");
+    let new = NewRun {
+        recipe_name: "bench".into(),
+        environment: json!({}),
+        ..NewRun::default()
+    };
+    let run = store.begin_run(&new).await.expect("a run");
+    let stage = NewStage {
+        name: "distill".into(),
+        kind: "distill".into(),
+        position: 0,
+        plugin: PluginIdentity::default(),
+        device: "cpu".into(),
+        dtype: "f32".into(),
+        seed: 0,
+        options: json!({}),
+        inputs: Vec::new(),
+    };
+    let stage = store.add_stage(&run, &stage).await.expect("a stage");
+    let attempt = store
+        .begin_attempt(stage, "d", &json!({}), 1)
+        .await
+        .expect("an attempt");
+    (store, run, attempt)
+}
+
+fn points(start: u64, count: u64, narrow: bool) -> Vec<Batch> {
+    let names = [
+        "loss", "accuracy", "rate", "norm", "time", "a/b", "c/d", "e/f",
+    ];
+    names
+        .iter()
+        .map(|name| series(name, start / 8..(start + count) / 8, narrow))
+        .collect()
+}
+
+/// Values that no encoding of ours can make smaller, one a millisecond.
+fn series(name: &str, steps: std::ops::Range<u64>, narrow: bool) -> Batch {
+    let value = |step: u64| {
+        let mixed = (step ^ name.len() as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let value = (mixed >> 11) as f64 / (1_u64 << 53) as f64;
+        if narrow {
+            f64::from(value as f32)
+        } else {
+            value
+        }
+    };
+    let point = |step: u64| MetricPoint {
+        step,
+        value: value(step),
+        at: Time(1_700_000_000_000 + step.cast_signed()),
+    };
+    Batch {
+        series: name.into(),
+        points: steps.map(point).collect(),
+    }
+}
+
+/// Runs as they would have been recorded, in bulk: with recipes of 4 kB, 20 parameters and 6 results.
+async fn fill(store: &Store, runs: u64) {
+    let sql = format!(
+        "with recursive n(i) as (select 1 union all select i + 1 from n where i < {runs})
+         insert into runs (id, recipe, recipe_path, seed, command, state, created, finished)
+         select printf('z%09d', i), iif(i % 3, 'digits', 'faces'), '/r.yaml', i, '[]',
+             iif(i % 7, 'succeeded', 'failed'), 1700000000000 + i * 60000, 1700000000000 + i * 60000 + 5000 from n;
+         insert into documents select key, printf('%.4000c', 'x'), '{{}}', '{{}}' from runs where id > 'z';
+         insert into tags select key, 'baseline' from runs where id > 'z' and key % 10 = 0;
+         with recursive n(i) as (select 1 union all select i + 1 from n where i < 20)
+         insert into names (name) select printf('stages.distill.option%d', i) from n;
+         insert into names (name) values ('stages.distill.steps');
+         insert into params (name, run, value, type, origin)
+         select n.key, r.key, abs(random()) % 4000, 'integer', 'default' from names n, runs r
+         where n.name like 'stages.%' and r.id > 'z' order by n.key, r.key;
+         insert or ignore into names (name)
+         values ('fd'), ('distill/fd'), ('loss'), ('distill/loss'), ('recall'), ('distill/recall');
+         insert into results (name, run, position, points, last, min, max)
+         select n.key, r.key, 0, 100, x, x / 2, x * 2 from (
+             select n.key as name, r.key as run, abs(random()) % 100000 / 10000.0 as x
+             from names n, runs r where n.name in ('fd', 'distill/fd', 'loss', 'distill/loss', 'recall', 'distill/recall')
+             and r.id > 'z') v join names n on n.key = v.name join runs r on r.key = v.run order by n.key, r.key;"
+    );
+    let mut write = store
+        .pool()
+        .begin_with("begin immediate")
+        .await
+        .expect("a turn");
+    sqlx::raw_sql(sqlx::AssertSqlSafe(sql))
+        .execute(&mut *write)
+        .await
+        .expect("rows");
+    write.commit().await.expect("room");
+}
+
+/// The least of several times, the first left out.
+async fn best(mut act: impl AsyncFnMut()) -> Took {
+    act().await;
+    let mut least: Option<Took> = None;
+    for _ in 0..9 {
+        let clock = Clock::start();
+        act().await;
+        let took = clock.stop();
+        if least.is_none_or(|least| took.wall < least.wall) {
+            least = Some(took);
+        }
+    }
+    least.expect("several")
+}
+
+/// Wall-clock and processor time since a moment.
+struct Clock {
+    began: Instant,
+    cpu: f64,
+    whose: libc::c_int,
+}
+
+/// In seconds.
+#[derive(Clone, Copy)]
+struct Took {
+    wall: f64,
+    cpu: f64,
+}
+
+impl Clock {
+    fn start() -> Self {
+        Self::of(libc::RUSAGE_SELF)
+    }
+
+    fn of_children() -> Self {
+        Self::of(libc::RUSAGE_CHILDREN)
+    }
+
+    fn of(whose: libc::c_int) -> Self {
+        Self {
+            began: Instant::now(),
+            cpu: cpu(whose),
+            whose,
+        }
+    }
+
+    fn stop(&self) -> Took {
+        Took {
+            wall: self.began.elapsed().as_secs_f64(),
+            cpu: cpu(self.whose) - self.cpu,
+        }
+    }
+}
+
+impl std::fmt::Display for Took {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{:.1} ms ({:.1} ms of processor time)",
+            1e3 * self.wall,
+            1e3 * self.cpu
+        )
+    }
+}
+
+/// User and system time, in seconds.
+fn cpu(whose: libc::c_int) -> f64 {
+    // SAFETY: the structure is filled by the call.
+    let usage = unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        libc::getrusage(whose, &mut usage);
+        usage
+    };
+    let seconds = |time: libc::timeval| time.tv_sec as f64 + time.tv_usec as f64 / 1e6;
+    seconds(usage.ru_utime) + seconds(usage.ru_stime)
+}
+
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name)
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(default)
+}
+
+/// The binary of this build.
+fn binary() -> PathBuf {
+    let bench = std::env::current_exe().expect("a path");
+    let target = bench
+        .ancestors()
+        .nth(2)
+        .expect("target/<profile>/deps/<bench>");
+    let binary = target.join("retort");
+    assert!(
+        binary.exists(),
+        "{} is not built: run `make build`",
+        binary.display()
+    );
+    binary
+}
