@@ -241,7 +241,7 @@ fn a_worker_killed_at_any_moment_ends_one_attempt() {
         let lab = kill_after(100 + round * 70, |lab, _| {
             let detail = lab.latest()?;
             let attempts = detail.stages.iter().flat_map(|stage| &stage.attempts);
-            let running = attempts.filter(|attempt| attempt.state == AttemptState::Running);
+            let mut running = attempts.filter(|attempt| attempt.state == AttemptState::Running);
             running.next_back().map(|attempt| attempt.worker_pid)
         });
         let state = lab.latest().map(|detail| detail.summary.state);
