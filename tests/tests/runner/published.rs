@@ -125,20 +125,19 @@ stages:
     }
 }
 
+/// What the history says of a stage's artifact in the latest run.
+fn row(lab: &Lab, stage: &str) -> Value {
+    let list = lab.retort(&["artifacts", "list", "latest", "--json"]);
+    let list = list.expect(0).json();
+    let mut rows = list.as_array().unwrap().iter();
+    rows.find(|row| row["stage"] == stage).unwrap().clone()
+}
+
 /// The directory of a stage's artifact in the latest run.
 fn artifact(lab: &Lab, stage: &str) -> PathBuf {
-    let list = lab
-        .retort(&["artifacts", "list", "latest", "--json"])
-        .expect(0)
-        .json();
-    let found = list
-        .as_array()
-        .unwrap()
-        .iter()
-        .find(|row| row["stage"] == stage);
     lab.dir
         .path()
-        .join(found.unwrap()["path"].as_str().unwrap())
+        .join(row(lab, stage)["path"].as_str().unwrap())
 }
 
 fn assert_close(what: &str, found: &[f32], expected: &[f32]) {
@@ -166,6 +165,10 @@ fn agrees(family: &Family) {
     lab.retort(&["run", "r.yaml", "-v"])
         .expect(0)
         .saying(&["stranger.weight"]);
+    let source = &row(&lab, "student")["meta"]["sources"]["model"];
+    assert_eq!(source["file"], "student.pth");
+    assert_eq!(source["dictionary"], family.student.1.join("."));
+    assert_eq!(source["blake3"].as_str().unwrap().len(), 64);
     let expected = Stored::open(&family.golden().join("expected.safetensors"), None).unwrap();
 
     let shard = artifact(&lab, "trajectories").join("shard-00000.safetensors");
