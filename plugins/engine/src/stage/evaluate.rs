@@ -685,3 +685,32 @@ fn table(rows: &[Row], reference: &str) -> Table {
             .collect(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use safetensors::tensor::{Dtype, TensorView};
+
+    use super::*;
+
+    #[test]
+    fn statistics_in_a_checkpoint_keep_their_digits() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("statistics.safetensors");
+        let (mu, sigma) = ([0.1, 1e-9], [1.0 + 1e-12, 0.5, 0.5, 2.0]);
+        let bytes = |x: &[f64]| -> Vec<u8> { x.iter().flat_map(|x| x.to_le_bytes()).collect() };
+        let (mean, covariance) = (bytes(&mu), bytes(&sigma));
+        let views = [
+            ("mu", TensorView::new(Dtype::F64, vec![2], &mean).unwrap()),
+            (
+                "sigma",
+                TensorView::new(Dtype::F64, vec![2, 2], &covariance).unwrap(),
+            ),
+        ];
+        safetensors::serialize_to_file(views, None, &path).unwrap();
+        let mut array = arrays(&path).unwrap();
+        let found = array("sigma").unwrap().unwrap();
+        assert_eq!((found.shape, found.data), (vec![2, 2], sigma.to_vec()));
+        assert_eq!(array("mu").unwrap().unwrap().data, mu);
+        assert_eq!(array("mu_s").unwrap(), None);
+    }
+}
