@@ -296,9 +296,7 @@ impl Store {
         };
         let mut grid = Grid::new(lens, first, last);
         if blocks < i64::from(lens.buckets) {
-            for point in self.unpacked(named, from, to).await? {
-                grid.add(&point);
-            }
+            grid.add(&self.unpacked(named, from, to).await?);
         } else {
             self.sum_up_blocks(named, from, to, &mut grid).await?;
         }
@@ -347,11 +345,9 @@ impl Store {
         .fetch_all(self.pool())
         .await?;
         for row in &cut {
-            let points = unpacked(row, &named.series)?;
-            let inside = points
-                .iter()
-                .filter(|point| (from..=to).contains(&point.step));
-            inside.for_each(|point| grid.add(point));
+            let mut points = unpacked(row, &named.series)?;
+            points.retain(|point| (from..=to).contains(&point.step));
+            grid.add(&points);
         }
         Ok(())
     }
@@ -430,16 +426,28 @@ impl Grid {
         }
     }
 
-    fn add(&mut self, point: &Packed) {
-        let place = match self.axis {
+    /// Adds points in their order: neighbours that fall into one bucket are summed up before it is looked up.
+    fn add(&mut self, points: &[Packed]) {
+        let place = |point: &Packed| match self.axis {
             Axis::Step => point.step,
             Axis::Time => point.at,
         };
-        self.merge(place, Summary::of(std::slice::from_ref(point)));
+        let index = |point: &Packed| self.index(place(point));
+        let summed: Vec<(i64, Summary)> = points
+            .chunk_by(|a, b| index(a) == index(b))
+            .map(|neighbours| (place(&neighbours[0]), Summary::of(neighbours)))
+            .collect();
+        for (place, summary) in summed {
+            self.merge(place, summary);
+        }
+    }
+
+    fn index(&self, place: i64) -> i64 {
+        ((place as f64 - self.first as f64) * self.scale) as i64
     }
 
     fn merge(&mut self, place: i64, summary: Summary) {
-        let index = ((place as f64 - self.first as f64) * self.scale) as i64;
+        let index = self.index(place);
         self.buckets
             .entry(index)
             .and_modify(|bucket| *bucket = bucket.with(&summary))
