@@ -4,9 +4,8 @@ CARGO ?= cargo
 # Where cargo puts what it builds.
 BIN = $(or $(CARGO_TARGET_DIR),target)/release
 
-
 .DEFAULT_GOAL := help
-.PHONY: help build libtorch digits test gpu-check fmt lint
+.PHONY: help build libtorch digits schema test gpu-check fmt lint
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -22,6 +21,10 @@ libtorch: ## build the libtorch plugin too, and get libtorch first where it is m
 
 digits: build ## distil a small teacher on handwritten digits (minutes; reused when called again)
 	$(BIN)/retort run recipes/digits.yaml
+
+# Editors check recipes with it; a test says when it is out of date.
+schema: build ## write recipes/retort.schema.json anew
+	$(BIN)/retort schema --plugin candle > recipes/retort.schema.json
 
 # The tests run the real binary and load the real plugins, so these are built first.
 test: build ## everything the project checks

@@ -231,6 +231,37 @@ fn recipes_are_valid_and_can_be_planned() {
 }
 
 #[test]
+fn the_schema_beside_the_recipes_is_the_present_one() {
+    let Some(retort) = retort_with_plugin() else {
+        return;
+    };
+    let store = tempfile::tempdir().unwrap();
+    let output = Command::new(retort)
+        .args(["schema", "--plugin", "candle", "--store"])
+        .arg(store.path())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", shown(&output));
+    assert!(
+        String::from_utf8_lossy(&output.stdout) == read("recipes/retort.schema.json"),
+        "recipes/retort.schema.json is out of date; `make schema` writes it anew"
+    );
+}
+
+#[test]
+fn recipes_tell_editors_their_schema() {
+    let recipes = files(&root().join("recipes"), ".yaml");
+    for recipe in recipes {
+        let text = fs::read_to_string(&recipe).unwrap();
+        let first = text.lines().next().unwrap_or_default();
+        let schema = first.strip_prefix("# yaml-language-server: $schema=");
+        let schema = schema.unwrap_or_else(|| panic!("{}: no modeline", recipe.display()));
+        let place = recipe.parent().unwrap().join(schema);
+        assert!(place.is_file(), "{}: no {schema}", recipe.display());
+    }
+}
+
+#[test]
 fn the_recipe_of_the_readme_is_valid() {
     let Some(retort) = retort_with_plugin() else {
         return;
