@@ -152,9 +152,10 @@ typedef struct retort_host {
      * its absolute path to path_out. */
     int32_t (*artifact_begin)(void *ctx, retort_str kind, retort_str name, uint64_t *id, retort_sink path_out,
                               retort_sink err);
-    /* Publishes the staged files. meta_json is a JSON object (or empty) with facts about the artifact; two fields mean
-     * something to the host: "table" {"title", "columns": [..], "rows": [[..], ..]} is shown when the run ends, and
-     * "preview" is the path within the artifact of an image worth looking at. May take as long as the disk does. */
+    /* Publishes the staged files. meta_json is a JSON object (or empty) with facts about the artifact; three fields
+     * mean something to the host: "table" {"title", "columns": [..], "rows": [[..], ..]} is shown when the run ends,
+     * "preview" is the path within the artifact of an image worth looking at, and "caption" says what it shows. May
+     * take as long as the disk does. */
     int32_t (*artifact_commit)(void *ctx, uint64_t id, retort_str meta_json, retort_sink err);
     /* Drops the staged files. */
     void (*artifact_abort)(void *ctx, uint64_t id);

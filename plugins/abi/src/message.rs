@@ -128,6 +128,9 @@ pub struct ArtifactMeta {
     /// Path inside the artifact of an image worth looking at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub preview: Option<String>,
+    /// What that image shows, in a few words.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub caption: Option<String>,
     /// Anything else.
     #[serde(flatten)]
     pub extra: serde_json::Map<String, Value>,

@@ -237,7 +237,7 @@ struct Ending<'a> {
     plan: &'a Plan,
 }
 
-impl Ending<'_> {
+impl<'a> Ending<'a> {
     /// How many stages were reused, if nothing ran at all.
     fn idle(&self) -> Option<usize> {
         let stages = &self.report.stages;
@@ -264,8 +264,14 @@ impl Ending<'_> {
         if !pictures.is_empty() {
             text.push('\n');
         }
-        for (stage, path) in pictures {
-            text.push_str(&format!("{stage}: {}\n", shown(&path).display()));
+        for Picture {
+            stage,
+            path,
+            caption,
+        } in pictures
+        {
+            let caption = caption.map_or(String::new(), |caption| format!(" ({caption})"));
+            text.push_str(&format!("{stage}: {}{caption}\n", shown(&path).display()));
         }
         text
     }
@@ -323,7 +329,7 @@ impl Ending<'_> {
         let previews = self
             .pictures()
             .into_iter()
-            .map(|(stage, path)| json!({"stage": stage, "path": path}));
+            .map(|p| json!({"stage": p.stage, "path": p.path, "caption": p.caption}));
         json!({
             "run": self.report.run, "recipe": self.plan.name, "state": self.report.state,
             "seconds": self.report.elapsed.as_secs_f64(), "stages": stages.collect::<Value>(),
@@ -331,7 +337,7 @@ impl Ending<'_> {
         })
     }
 
-    fn outputs(&self) -> impl Iterator<Item = &ArtifactRow> {
+    fn outputs(&self) -> impl Iterator<Item = &'a ArtifactRow> {
         // Attempts that failed may have made artifacts too: they are not what came of the run.
         let good = |name: &str| {
             self.report
@@ -342,14 +348,16 @@ impl Ending<'_> {
         self.artifacts.iter().filter(move |row| good(&row.stage))
     }
 
-    /// Images worth looking at, by stage.
-    fn pictures(&self) -> Vec<(String, PathBuf)> {
-        let picture = |row: &ArtifactRow| {
-            let preview = row.artifact.meta.preview.as_ref()?;
-            Some((
-                row.stage.clone(),
-                self.layout.artifact(&row.artifact.hash).join(preview),
-            ))
+    /// Images worth looking at.
+    fn pictures(&self) -> Vec<Picture<'a>> {
+        let picture = |row: &'a ArtifactRow| {
+            let meta = &row.artifact.meta;
+            let directory = self.layout.artifact(&row.artifact.hash);
+            Some(Picture {
+                stage: &row.stage,
+                path: directory.join(meta.preview.as_ref()?),
+                caption: meta.caption.as_deref(),
+            })
         };
         self.outputs().filter_map(picture).collect()
     }
@@ -397,6 +405,13 @@ impl Ending<'_> {
             "`retort runs show {run}` has the details, `retort resume {run}` takes it up again"
         )))
     }
+}
+
+/// An image worth looking at.
+struct Picture<'a> {
+    stage: &'a str,
+    path: PathBuf,
+    caption: Option<&'a str>,
 }
 
 /// What came of a stage: in a word, how good that is, and what else there is to say.

@@ -311,7 +311,7 @@ impl<B: Backend> Stage<B> for Evaluate {
         if !rows.is_empty() {
             meta.table = Some(table(&rows, reference));
             meta.preview = Some("grid.png".into());
-            meta.extra.insert("preview_columns".into(), json!(names));
+            meta.caption = Some(format!("from the left: {}", names.join(", ")));
         }
         context.finish("evaluation", meta, summary.clone().into(), |dir| {
             write_json(
