@@ -15,9 +15,8 @@ use retort_engine::model::{Student, Teacher, Tokenizer, llamagen, msvq, var, vq}
 use retort_engine::sampler::{Choice, Distribution, StudentSampler, autoregressive, choices};
 use retort_engine::statistics::{Moments, frechet_distance, inception_score, precision_recall};
 use retort_engine::tape::{Var, backward};
-use retort_engine::weights::{self, Floats, Loader, Source, Weights};
+use retort_engine::weights::{self, Floats, Loader, Source, Stored, Weights};
 use retort_engine::{Error, Result};
-use safetensors::SafeTensors;
 use serde_json::Value;
 
 /// Largest allowed error, relative to the largest magnitude of the tensor.
@@ -72,44 +71,40 @@ fn folder(name: &str) -> PathBuf {
 
 /// Expected tensors of a file, and which of them were looked at.
 struct Expected {
-    bytes: Vec<u8>,
+    stored: Stored,
     seen: RefCell<BTreeSet<String>>,
 }
 
 impl Expected {
     fn open(path: &Path) -> Result<Self> {
         Ok(Self {
-            bytes: std::fs::read(path).map_err(Error::io(path))?,
+            stored: Stored::open(path, None)?,
             seen: RefCell::default(),
         })
     }
 
-    fn file(&self) -> SafeTensors<'_> {
-        SafeTensors::deserialize(&self.bytes).expect("a safetensors file")
-    }
-
     fn has(&self, name: &str) -> bool {
-        self.file().tensor(name).is_ok()
+        self.stored.shape(name).is_some()
     }
 
     fn shape(&self, name: &str) -> Vec<usize> {
-        self.file().tensor(name).expect(name).shape().to_vec()
+        self.stored.shape(name).expect(name).to_vec()
     }
 
     fn floats(&self, name: &str) -> Vec<f32> {
         self.seen.borrow_mut().insert(name.to_owned());
-        weights::floats(&self.file().tensor(name).expect(name)).expect("floats")
+        self.stored.floats(name).expect("floats")
     }
 
     fn indices(&self, name: &str) -> Vec<u32> {
         self.seen.borrow_mut().insert(name.to_owned());
-        weights::indices(&self.file().tensor(name).expect(name)).expect("indices")
+        self.stored.indices(name).expect("indices")
     }
 
     /// Tensors that nobody looked at.
     fn left(&self) -> Vec<String> {
-        let (seen, file) = (self.seen.borrow(), self.file());
-        let names = file.names().into_iter().map(str::to_owned);
+        let (seen, names) = (self.seen.borrow(), self.stored.shapes());
+        let names = names.map(|(name, _)| name.to_owned());
         names.filter(|name| !seen.contains(name)).collect()
     }
 }

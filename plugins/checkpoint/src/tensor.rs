@@ -84,6 +84,19 @@ impl Tensor {
         })
     }
 
+    /// `count` entries of the first dimension from `first` on, if there are so many.
+    pub fn rows(&self, first: usize, count: usize) -> Option<Self> {
+        let &rows = self.shape.first()?;
+        if first.checked_add(count)? > rows {
+            return None;
+        }
+        let mut part = self.clone();
+        part.shape[0] = count;
+        let size = self.dtype.bitsize() as u64 / 8;
+        part.start += first as u64 * self.strides[0] as u64 * size;
+        Some(part)
+    }
+
     /// Whether the elements are floats of a type that can be read as such.
     pub fn is_float(&self) -> bool {
         matches!(
@@ -219,6 +232,15 @@ mod tests {
         check(&[], &[], 5, b"f");
         check(&[0, 9], &[9, 1], 100, b"");
         check(&[1, 2], &[77, 4], 0, b"ae");
+    }
+
+    #[test]
+    fn rows_are_a_part_of_the_first_dimension() {
+        let dims = (vec![3, 2], vec![1, 3]);
+        let tensor = Tensor::view(Dtype::U8, dims, 0, (2, 6)).unwrap();
+        assert_eq!(bytes(&tensor.rows(1, 2).unwrap(), b"--abcdef"), b"becf");
+        assert_eq!(bytes(&tensor.rows(3, 0).unwrap(), b"--abcdef"), b"");
+        assert!(tensor.rows(2, 2).is_none() && tensor.rows(usize::MAX, 2).is_none());
     }
 
     #[test]

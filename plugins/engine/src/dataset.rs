@@ -10,14 +10,14 @@
 
 use std::path::Path;
 
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, TensorView};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::model::TokenShape;
 use crate::random;
 use crate::sampler::Distribution;
-use crate::weights;
+use crate::weights::{self, Stored};
 
 /// `manifest.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -235,20 +235,11 @@ pub struct ShardData {
 
 /// Reads one shard.
 pub fn read_shard(path: &Path) -> Result<ShardData> {
-    let bytes = std::fs::read(path).map_err(Error::io(path))?;
-    let file = SafeTensors::deserialize(&bytes).map_err(|e| Error::data(path, e))?;
-    let indices = |name: &str| {
-        let view = file.tensor(name).map_err(|e| Error::data(path, e))?;
-        weights::indices(&view)
-            .ok_or_else(|| Error::data(path, format!("{name} must be unsigned integers")))
-    };
-    let noise = file
-        .tensor("noise")
-        .ok()
-        .and_then(|view| weights::floats(&view));
+    let stored = Stored::open(path, None)?;
+    let noise = stored.shape("noise").map(|_| stored.floats("noise"));
     Ok(ShardData {
-        labels: indices("labels")?,
-        tokens: indices("tokens")?,
-        noise,
+        labels: stored.indices("labels")?,
+        tokens: stored.indices("tokens")?,
+        noise: noise.transpose()?,
     })
 }

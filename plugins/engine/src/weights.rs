@@ -12,8 +12,7 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use retort_checkpoint::{Checkpoint, Dictionary, Tensor};
-
-use safetensors::tensor::{Dtype, Metadata, TensorInfo, TensorView};
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
@@ -94,6 +93,18 @@ impl Stored {
         self.read(name, Checkpoint::indices)
     }
 
+    /// The elements of `count` entries of a tensor's first dimension, from `first` on.
+    pub fn rows(&self, name: &str, first: usize, count: usize) -> Result<Vec<f32>> {
+        self.read(name, |checkpoint, tensor| {
+            let part = tensor.rows(first, count).ok_or_else(|| {
+                let shape = &tensor.shape;
+                let message = format!("shape {shape:?}, expected {count} rows from {first} on");
+                retort_checkpoint::Error::Format(message)
+            })?;
+            checkpoint.floats(&part)
+        })
+    }
+
     fn read<T>(
         &self,
         name: &str,
@@ -116,60 +127,6 @@ pub fn read(path: &Path) -> Result<Weights> {
             Ok((name.to_owned(), Floats { shape, data }))
         })
         .collect()
-}
-
-/// The elements of a tensor of floats.
-pub fn floats(view: &TensorView<'_>) -> Option<Vec<f32>> {
-    let bytes = view.data();
-    Some(match view.dtype() {
-        Dtype::F32 => bytes
-            .chunks_exact(4)
-            .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-            .collect(),
-        Dtype::F64 => bytes
-            .chunks_exact(8)
-            .map(|b| f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]) as f32)
-            .collect(),
-        Dtype::BF16 => bytes
-            .chunks_exact(2)
-            .map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32())
-            .collect(),
-        Dtype::F16 => bytes
-            .chunks_exact(2)
-            .map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32())
-            .collect(),
-        _ => return None,
-    })
-}
-
-/// The elements of a tensor of non-negative integers, whatever their width.
-pub fn indices(view: &TensorView<'_>) -> Option<Vec<u32>> {
-    let bytes = view.data();
-    match view.dtype() {
-        Dtype::U8 => Some(bytes.iter().map(|&b| u32::from(b)).collect()),
-        Dtype::U16 => Some(
-            bytes
-                .chunks_exact(2)
-                .map(|b| u32::from(u16::from_le_bytes([b[0], b[1]])))
-                .collect(),
-        ),
-        Dtype::U32 | Dtype::I32 => bytes
-            .chunks_exact(4)
-            .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-            .map(in_range)
-            .collect(),
-        Dtype::I64 | Dtype::U64 => bytes
-            .chunks_exact(8)
-            .map(|b| u64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]))
-            .map(|x| u32::try_from(x).ok().and_then(in_range))
-            .collect(),
-        _ => None,
-    }
-}
-
-/// Indices are below 2^31: the upper half are negative numbers of a signed type.
-fn in_range(x: u32) -> Option<u32> {
-    (x <= i32::MAX as u32).then_some(x)
 }
 
 /// Writes weights as f32 safetensors.

@@ -3,13 +3,11 @@
 //! Out: `samples.safetensors` with labels (n), noise (n, L, D), tokens (n, L; where codes were chosen), latents
 //! (n, L, D) and images (n, c, H, W) in [0, 1], and `grid.png`.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 use retort_abi::{ArtifactMeta, Cancel, LogLevel, StageResult};
-use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, TensorView};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -24,7 +22,7 @@ use crate::random;
 use crate::sampler::{self, Choice, Distribution, StudentSampler, autoregressive, check_timesteps};
 use crate::stage::trajectories::solver_steps;
 use crate::stage::{Context, Stage, resolve};
-use crate::weights;
+use crate::weights::{self, Stored};
 
 /// Options of `sample`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -150,37 +148,28 @@ pub struct Given {
 }
 
 impl Given {
-    fn with<T>(
-        &self,
-        base: &Path,
-        take: impl FnOnce(&TensorView<'_>) -> Result<T, String>,
-    ) -> Result<T> {
-        let path = resolve(base, &self.file);
-        let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
-        let file = SafeTensors::deserialize(&bytes).map_err(|e| Error::data(&path, e))?;
-        let view = file
-            .tensor(&self.tensor)
-            .map_err(|e| Error::data(&path, e))?;
-        take(&view)
-            .map_err(|message| Error::data(&path, format!("tensor {}: {message}", self.tensor)))
+    fn open(&self, base: &Path) -> Result<Stored> {
+        Stored::open(&resolve(base, &self.file), None)
     }
 
     /// Its floats, of a shape.
     pub fn floats(&self, base: &Path, shape: &[usize]) -> Result<Vec<f32>> {
-        self.with(base, |view| {
-            if view.shape() != shape {
-                return Err(format!("shape {:?}, expected {shape:?}", view.shape()));
+        let stored = self.open(base)?;
+        match stored.shape(&self.tensor) {
+            Some(found) if found != shape => {
+                let message = format!(
+                    "tensor {}: shape {found:?}, expected {shape:?}",
+                    self.tensor
+                );
+                Err(Error::data(stored.path(), message))
             }
-            weights::floats(view).ok_or_else(|| format!("type {:?}, expected floats", view.dtype()))
-        })
+            _ => stored.floats(&self.tensor),
+        }
     }
 
     /// Its indices.
     pub fn indices(&self, base: &Path) -> Result<Vec<u32>> {
-        self.with(base, |view| {
-            weights::indices(view)
-                .ok_or_else(|| format!("type {:?}, expected non-negative integers", view.dtype()))
-        })
+        self.open(base)?.indices(&self.tensor)
     }
 }
 
@@ -704,70 +693,32 @@ pub struct SampleFile {
     pub labels: Vec<u32>,
     /// Channels, height, width.
     pub image: [usize; 3],
-    file: File,
-    path: PathBuf,
-    /// Where the images begin in the file.
-    start: u64,
+    stored: Stored,
 }
 
 impl SampleFile {
     /// Opens a sample artifact.
     pub fn open(dir: &Path) -> Result<Self> {
-        let path = dir.join(SAMPLES);
-        let file = File::open(&path).map_err(Error::io(&path))?;
-        let bytes = |at: u64, count: usize| {
-            let mut bytes = vec![0; count];
-            file.read_exact_at(&mut bytes, at)
-                .map_err(Error::io(&path))?;
-            Ok::<_, Error>(bytes)
+        let stored = Stored::open(&dir.join(SAMPLES), None)?;
+        let shape = stored.shape("images").unwrap_or_default();
+        let &[n, c, h, w] = shape else {
+            let message = format!("images of shape {shape:?}, expected (n, c, H, W)");
+            return Err(Error::data(stored.path(), message));
         };
-        let head = bytes(0, 8)?;
-        let length = u64::from_le_bytes([0, 1, 2, 3, 4, 5, 6, 7].map(|i| head[i]));
-        let length = usize::try_from(length).ok().filter(|&n| n <= HEADER_MOST);
-        let length = length.ok_or_else(|| Error::data(&path, "not a safetensors file"))?;
-        let meta: Metadata =
-            serde_json::from_slice(&bytes(8, length)?).map_err(|e| Error::data(&path, e))?;
-        let tensor = |name: &str| {
-            let info = meta.info(name);
-            let info = info.ok_or_else(|| Error::data(&path, format!("no tensor {name}")))?;
-            Ok::<_, Error>((info, (8 + length + info.data_offsets.0) as u64))
-        };
-        let (images, start) = tensor("images")?;
-        let (&[n, c, h, w], Dtype::F32) = (&images.shape[..], images.dtype) else {
-            let message = format!(
-                "images of type {:?} and shape {:?}, expected F32 and (n, c, H, W)",
-                images.dtype, images.shape
-            );
-            return Err(Error::data(&path, message));
-        };
-        let (info, at) = tensor("labels")?;
-        let bytes = bytes(at, info.data_offsets.1 - info.data_offsets.0)?;
-        let labels = TensorView::new(info.dtype, info.shape.clone(), &bytes)
-            .ok()
-            .and_then(|view| weights::indices(&view))
-            .filter(|labels| labels.len() == n)
-            .ok_or_else(|| Error::data(&path, format!("labels must be {n} integers")))?;
+        let labels = stored.indices("labels")?;
+        if labels.len() != n {
+            let message = format!("{} labels for {n} images", labels.len());
+            return Err(Error::data(stored.path(), message));
+        }
         Ok(Self {
             labels,
             image: [c, h, w],
-            file,
-            path,
-            start,
+            stored,
         })
     }
 
     /// `count` images from the one with index `first` on, in [0, 1].
     pub fn read(&self, first: usize, count: usize) -> Result<Vec<f32>> {
-        let size = 4 * self.image.iter().product::<usize>();
-        let mut bytes = vec![0; count * size];
-        let at = self.start + (first * size) as u64;
-        self.file
-            .read_exact_at(&mut bytes, at)
-            .map_err(Error::io(&self.path))?;
-        let (floats, _) = bytes.as_chunks();
-        Ok(floats.iter().map(|b| f32::from_le_bytes(*b)).collect())
+        self.stored.rows("images", first, count)
     }
 }
-
-/// Longest header of a safetensors file, as the format has it.
-const HEADER_MOST: usize = 100_000_000;
