@@ -563,20 +563,21 @@ async fn append(
         }
     };
     let before = old.len();
-    let mut points = merged(old, new);
+    let points = merged(old, new);
     let growth = points.len() - before;
-    while points.len() > CUT || (late && !points.is_empty()) {
-        let rest = points.split_off(points.len().min(CUT));
-        insert_block(connection, series.key, &points).await?;
-        series.closed = series.closed.max(points.last().map(|point| point.step));
-        points = rest;
+    let mut rest = points.as_slice();
+    while rest.len() > CUT || (late && !rest.is_empty()) {
+        let (piece, after) = rest.split_at(rest.len().min(CUT));
+        insert_block(connection, series.key, piece).await?;
+        series.closed = series.closed.max(piece.last().map(|point| point.step));
+        rest = after;
     }
-    if !points.is_empty() {
-        insert_block(connection, series.key, &points).await?;
-        if points.len() < CLOSE {
-            series.open = Some(points);
+    if !rest.is_empty() {
+        insert_block(connection, series.key, rest).await?;
+        if rest.len() < CLOSE {
+            series.open = Some(rest.to_vec());
         } else {
-            series.closed = points.last().map(|point| point.step);
+            series.closed = rest.last().map(|point| point.step);
         }
     }
     Ok(growth as i64)
