@@ -1,16 +1,20 @@
 //! The language of `--where`: which runs are meant.
 //!
-//!     metrics.fd.last < 3 and params.distill.steps >= 2000
-//!     status = failed or (not tag = baseline and started > 2026-01-01)
+//! ```text
+//! metrics.fd.last < 3 and params.distill.steps >= 2000
+//! status = failed or (not tag = baseline and started > 2026-01-01)
+//! ```
 //!
 //! In: text. Out: a [`Filter`] whose parts know where they stand in the text, or a [`FilterError`] that points at the
 //! place. What a field means, and whether it exists, is the store's business (`store/select.rs`).
 //!
-//!     expr       = all { "or" all }
-//!     all        = one { "and" one }
-//!     one        = "not" one | "(" expr ")" | field [ comparison ]
-//!     comparison = operator value | [ "not" ] "in" "(" value { "," value } ")"
-//!     operator   = "=" | "==" | "!=" | "<" | "<=" | ">" | ">=" | "~" | "!~"
+//! ```text
+//! expr       = all { "or" all }
+//! all        = one { "and" one }
+//! one        = "not" one | "(" expr ")" | field [ comparison ]
+//! comparison = operator value | [ "not" ] "in" "(" value { "," value } ")"
+//! operator   = "=" | "==" | "!=" | "<" | "<=" | ">" | ">=" | "~" | "!~"
+//! ```
 //!
 //! A field without a comparison asks whether a run has it. `~` asks whether a text contains another; `*` and `?` in
 //! that make it a pattern for the whole. Names and values with other characters stand in quotes, also in part:

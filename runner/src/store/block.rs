@@ -3,12 +3,14 @@
 //! In: points in order of their steps. Out: `packs.data`, and what `blocks` keeps of it. Layout, numbers as LEB128
 //! varints (signed ones zigzag):
 //!
-//!     flags    1 byte: bit 0, values are f32; bit 1, steps are evenly spaced
-//!     count    number of points
-//!     first    first step
-//!     steps    evenly spaced: the distance, once; otherwise count - 1 distances
-//!     times    count signed differences, the first from 0: milliseconds after `series.base`
-//!     values   count little-endian floats; f32 where that loses nothing, which is most losses
+//! ```text
+//! flags    1 byte: bit 0, values are f32; bit 1, steps are evenly spaced
+//! count    number of points
+//! first    first step
+//! steps    evenly spaced: the distance, once; otherwise count - 1 distances
+//! times    count signed differences, the first from 0: milliseconds after `series.base`
+//! values   count little-endian floats; f32 where that loses nothing, which is most losses
+//! ```
 //!
 //! Nothing is lost but the payload of a NaN.
 
