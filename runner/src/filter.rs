@@ -336,7 +336,7 @@ struct Parser<'t> {
     depth: usize,
 }
 
-impl Parser<'_> {
+impl<'t> Parser<'t> {
     fn expr(&mut self) -> Result<Expr, FilterError> {
         self.depth += 1;
         if self.depth > 100 {
@@ -409,45 +409,36 @@ impl Parser<'_> {
     }
 
     fn field(&mut self) -> Result<Field, FilterError> {
-        match self.tokens.split_first() {
-            Some((
-                Token {
-                    kind: Kind::Word(parts),
-                    at,
-                },
-                rest,
-            )) if !is_keyword(parts) => {
-                self.tokens = rest;
-                let parts = parts.iter().map(|part| part.text.clone()).collect();
-                Ok(Field {
-                    parts,
-                    at: at.clone(),
-                })
-            }
-            _ => Err(FilterError::new("expected a field", self.here()).hint(
+        let (parts, at) = self.word().ok_or_else(|| {
+            FilterError::new("expected a field", self.here()).hint(
                 "for example `state`, `recipe`, `tag`, `params.distill.steps`, `metrics.loss.last`",
-            )),
-        }
+            )
+        })?;
+        let parts = parts.iter().map(|part| part.text.clone()).collect();
+        Ok(Field { parts, at })
     }
 
     fn value(&mut self) -> Result<Value, FilterError> {
-        match self.tokens.split_first() {
-            Some((
-                Token {
-                    kind: Kind::Word(parts),
-                    at,
-                },
-                rest,
-            )) if !is_keyword(parts) => {
+        let (parts, at) = self
+            .word()
+            .ok_or_else(|| FilterError::new("expected a value", self.here()))?;
+        let texts: Vec<&str> = parts.iter().map(|part| part.text.as_str()).collect();
+        Ok(Value {
+            text: texts.join("."),
+            quoted: parts.iter().any(|part| part.quoted),
+            at,
+        })
+    }
+
+    /// Takes the next token if it is a word, but no keyword.
+    fn word(&mut self) -> Option<(&'t [Part], Range<usize>)> {
+        let (token, rest) = self.tokens.split_first()?;
+        match &token.kind {
+            Kind::Word(parts) if !is_keyword(parts) => {
                 self.tokens = rest;
-                let texts: Vec<&str> = parts.iter().map(|part| part.text.as_str()).collect();
-                Ok(Value {
-                    text: texts.join("."),
-                    quoted: parts.iter().any(|part| part.quoted),
-                    at: at.clone(),
-                })
+                Some((parts, token.at.clone()))
             }
-            _ => Err(FilterError::new("expected a value", self.here())),
+            _ => None,
         }
     }
 
