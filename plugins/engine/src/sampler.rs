@@ -313,13 +313,25 @@ impl<B: Backend> StudentSampler<'_, B> {
     }
 }
 
+/// Whether timesteps can be passes of a sampler: at least one, each later than the one before.
+pub fn ascending(timesteps: &[usize]) -> bool {
+    !timesteps.is_empty() && timesteps.windows(2).all(|w| w[0] < w[1])
+}
+
+/// Refuses timesteps that a student cannot be trained for: they ascend from 0.
+pub fn check_from_zero(timesteps: &[usize], pointer: &str) -> Result<()> {
+    if timesteps.first() == Some(&0) && ascending(timesteps) {
+        return Ok(());
+    }
+    let message =
+        format!("timesteps {timesteps:?}: expected ascending AR steps from 0, as in [0, 6]");
+    Err(Error::option(pointer, message))
+}
+
 /// Refuses timesteps that are not ascending or lie beyond the sequence.
 pub fn check_timesteps(timesteps: &[usize], shape: &TokenShape, pointer: &str) -> Result<()> {
     let steps = shape.steps.len();
-    if timesteps.is_empty()
-        || timesteps.windows(2).any(|w| w[0] >= w[1])
-        || timesteps.iter().any(|&t| t >= steps)
-    {
+    if !ascending(timesteps) || timesteps.iter().any(|&t| t >= steps) {
         return Err(Error::option(
             pointer,
             format!(

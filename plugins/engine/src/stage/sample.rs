@@ -19,7 +19,9 @@ use crate::error::{Error, Result};
 use crate::model::{Teacher, TokenShape};
 use crate::picture::{self, Pixels};
 use crate::random;
-use crate::sampler::{self, Choice, Distribution, StudentSampler, autoregressive, check_timesteps};
+use crate::sampler::{
+    self, Choice, Distribution, StudentSampler, ascending, autoregressive, check_timesteps,
+};
 use crate::stage::trajectories::solver_steps;
 use crate::stage::{Context, Stage, resolve};
 use crate::weights::{self, Stored};
@@ -262,7 +264,6 @@ impl<B: Backend> Stage<B> for Sample {
         "sample images from a teacher, a student, both, or the independent baseline";
 
     fn check(o: &Options, _: &Path) -> Result<()> {
-        let ascending = |t: &[usize]| !t.is_empty() && t.windows(2).all(|w| w[0] < w[1]);
         match &o.sampler {
             Sampler::Student { timesteps, .. } if !ascending(timesteps) => {
                 let message = format!(

@@ -15,6 +15,7 @@ use crate::backend::Backend;
 use crate::bundle::{self, Family};
 use crate::error::{Error, Result};
 use crate::published::{self, Hints, Role};
+use crate::sampler::check_from_zero;
 use crate::stage::{Context, Stage, resolve};
 use crate::weights::{self, Loader, Params, Source, Stored};
 
@@ -165,13 +166,7 @@ impl<B: Backend> Stage<B> for Student {
         "load a published student and its tokenizer from checkpoint files";
 
     fn check(o: &Options, base: &Path) -> Result<()> {
-        if o.timesteps.first() != Some(&0) || o.timesteps.windows(2).any(|w| w[0] >= w[1]) {
-            let message = format!(
-                "timesteps {:?}: expected ascending AR steps from 0, as in [0, 5]",
-                o.timesteps
-            );
-            return Err(Error::option("/timesteps", message));
-        }
+        check_from_zero(&o.timesteps, "/timesteps")?;
         o.check(Role::Student, base)
     }
 
