@@ -149,17 +149,33 @@ pub struct Fit<'a, B: Backend> {
     pub ema: Option<&'a BTreeMap<String, B::Tensor>>,
 }
 
-/// Copies of parameters on the device, to hold their moving average.
-pub fn copies<B: Backend>(backend: &B, params: &Params<B>) -> Result<BTreeMap<String, B::Tensor>> {
-    params
-        .iter()
-        .map(|(name, p)| {
-            Ok((
-                name.clone(),
-                backend.floats(&B::to_floats(p.value())?, &p.shape())?,
-            ))
-        })
-        .collect()
+/// Where the moving average of parameters is held, if the options want one: copies on the device.
+pub fn average<B: Backend>(
+    backend: &B,
+    options: &TrainOptions,
+    params: &Params<B>,
+) -> Result<Option<BTreeMap<String, B::Tensor>>> {
+    if options.ema == 0.0 {
+        return Ok(None);
+    }
+    let copy = |(name, p): &(String, Var<B>)| {
+        let copy = backend.floats(&B::to_floats(p.value())?, &p.shape())?;
+        Ok((name.clone(), copy))
+    };
+    params.iter().map(copy).collect::<Result<_>>().map(Some)
+}
+
+/// The tensors that a second network shares with a training, so as to be measured at any step: the moving average,
+/// where there is one, else the parameters themselves.
+pub fn shared<B: Backend>(
+    params: &Params<B>,
+    average: Option<&BTreeMap<String, B::Tensor>>,
+) -> BTreeMap<String, B::Tensor> {
+    let own = |(name, p): &(String, Var<B>)| (name.clone(), p.value().clone());
+    match average {
+        Some(tensors) => tensors.clone(),
+        None => params.iter().map(own).collect(),
+    }
 }
 
 struct Moments<B: Backend> {

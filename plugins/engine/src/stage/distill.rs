@@ -23,11 +23,11 @@ use crate::error::{Error, Result};
 use crate::model::lpips::{self, Lpips};
 use crate::model::{CONTINUOUS_HEAD, Student, TokenShape, Tokenizer};
 use crate::random::{Sequence, Stream};
-use crate::sampler::check_timesteps;
+use crate::sampler::{check_from_zero, check_timesteps};
 use crate::stage::classifier::Net;
 use crate::stage::{Context, Stage, resolve};
 use crate::tape::Var;
-use crate::train::{Fit, HeldOut, StepOutput, TrainOptions, copies, scalar};
+use crate::train::{Fit, HeldOut, StepOutput, TrainOptions, average, scalar, shared};
 use crate::weights::{Loader, Source, Stored};
 
 /// Options of `distill`.
@@ -139,13 +139,7 @@ impl<B: Backend> Stage<B> for Distill {
     const SUMMARY: &'static str = "train a few-step student on a teacher's trajectories";
 
     fn check(o: &Options, _: &Path) -> Result<()> {
-        if o.timesteps.first() != Some(&0) || o.timesteps.windows(2).any(|w| w[0] >= w[1]) {
-            let message = format!(
-                "timesteps {:?}: expected ascending AR steps from 0, as in [0, 6]",
-                o.timesteps
-            );
-            return Err(Error::option("/timesteps", message));
-        }
+        check_from_zero(&o.timesteps, "/timesteps")?;
         let weights = &o.timestep_weights;
         if !weights.is_empty() && weights.len() != o.timesteps.len() {
             let message = format!(
@@ -232,26 +226,12 @@ impl<B: Backend> Stage<B> for Distill {
                 "no loss term reaches the continuous head: it stays as it was drawn",
             );
         }
-        let average = if o.train.ema > 0.0 {
-            Some(copies(backend, &params)?)
-        } else {
-            None
-        };
-        let mut shared: std::collections::BTreeMap<_, _> = idle
-            .iter()
-            .map(|(name, p)| (name.clone(), p.value().clone()))
-            .collect();
-        match &average {
-            Some(tensors) => shared.extend(tensors.clone()),
-            None => shared.extend(
-                params
-                    .iter()
-                    .map(|(name, p)| (name.clone(), p.value().clone())),
-            ),
-        }
+        let average = average(backend, &o.train, &params)?;
+        let mut tensors = shared(&params, average.as_ref());
+        tensors.extend(shared(&idle, None));
         let measured = network.student(&mut Loader::new(
             backend,
-            Source::Device(&shared),
+            Source::Device(&tensors),
             false,
             "student",
         ))?;

@@ -15,7 +15,7 @@ use crate::model::{Teacher, llamagen, var};
 use crate::random::{Sequence, Stream};
 use crate::stage::tokenizer::batch;
 use crate::stage::{Context, Stage};
-use crate::train::{Fit, HeldOut, StepOutput, TrainOptions, copies, scalar};
+use crate::train::{Fit, HeldOut, StepOutput, TrainOptions, average, scalar, shared};
 use crate::weights::{Loader, Source};
 
 /// Options of `pretrain`.
@@ -136,18 +136,8 @@ impl<B: Backend> Stage<B> for Pretrain {
         let mut loader = Loader::new(backend, Source::Init(seed), true, "new teacher");
         let model = build(&mut loader)?;
         let params = loader.into_params();
-        let average = if o.train.ema > 0.0 {
-            Some(copies(backend, &params)?)
-        } else {
-            None
-        };
-        let shared = match &average {
-            Some(tensors) => tensors.clone(),
-            None => params
-                .iter()
-                .map(|(name, p)| (name.clone(), p.value().clone()))
-                .collect(),
-        };
+        let average = average(backend, &o.train, &params)?;
+        let shared = shared(&params, average.as_ref());
         let source_of = Source::Device(&shared);
         let measured = build(&mut Loader::new(backend, source_of, false, "teacher"))?;
 

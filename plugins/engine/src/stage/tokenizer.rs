@@ -16,7 +16,7 @@ use crate::model::{CODEBOOK, msvq, vq};
 use crate::random::{Sequence, Stream};
 use crate::stage::{Context, Stage};
 use crate::tape::Var;
-use crate::train::{Fit, HeldOut, StepOutput, TrainOptions, copies, scalar};
+use crate::train::{Fit, HeldOut, StepOutput, TrainOptions, average, scalar, shared};
 use crate::weights::{Loader, Source};
 
 /// Options of `tokenizer`.
@@ -166,18 +166,8 @@ impl<B: Backend> Stage<B> for Tokenizer {
             .map(|(_, p)| p.clone());
         let codebook = codebook.ok_or_else(|| Error::Internal("no codebook".into()))?;
 
-        let average = if o.train.ema > 0.0 {
-            Some(copies(backend, &params)?)
-        } else {
-            None
-        };
-        let shared = match &average {
-            Some(tensors) => tensors.clone(),
-            None => params
-                .iter()
-                .map(|(name, p)| (name.clone(), p.value().clone()))
-                .collect(),
-        };
+        let average = average(backend, &o.train, &params)?;
+        let shared = shared(&params, average.as_ref());
         let source = Source::Device(&shared);
         let measured = config.build(&mut Loader::new(backend, source, false, "tokenizer"))?;
         let mut used = vec![false; o.codebook_size];
