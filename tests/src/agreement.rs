@@ -85,7 +85,7 @@ fn images() -> vq::Config {
 }
 
 /// Weights of a network: as it would draw them, and none of them constant.
-fn drawn<B: Backend, M>(
+pub fn drawn<B: Backend, M>(
     backend: &B,
     build: impl Fn(&mut Loader<'_, B>) -> Result<M>,
 ) -> Result<Weights> {

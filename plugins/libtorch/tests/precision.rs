@@ -3,10 +3,11 @@
 use retort_engine::Result;
 use retort_engine::backend::{Backend, FlowSolver, Unary};
 use retort_engine::model::{Student, llamagen};
-use retort_engine::random::{Sequence, Stream, noise};
+use retort_engine::random::noise;
 use retort_engine::tape::{Var, backward};
-use retort_engine::weights::{self, Loader, Source, Weights};
+use retort_engine::weights::{Loader, Source};
 use retort_libtorch::{Libtorch, Precision};
+use retort_tests::agreement::drawn;
 use tch::Device;
 
 const BATCH: usize = 4;
@@ -27,26 +28,11 @@ fn on(precision: Precision) -> Libtorch {
     Libtorch::with(Device::Cpu, precision, 2)
 }
 
-/// Weights as the student draws them, and none of them constant.
-fn drawn() -> Result<Weights> {
-    let backend = on(Precision::Full);
-    let mut loader = Loader::new(&backend, Source::Init(7), true, "drawn");
-    llamagen::GptStudent::load(&mut loader, &config())?;
-    let mut all = weights::from_params(&loader.into_params())?;
-    for (i, w) in all.values_mut().enumerate() {
-        let mut more = vec![0.0; w.data.len()];
-        Sequence::new(11, Stream::Init, i as u64).normals(&mut more);
-        w.data
-            .iter_mut()
-            .zip(more)
-            .for_each(|(w, m)| *w += 0.05 * m);
-    }
-    Ok(all)
-}
-
 /// Logits of a student with constant weights, and the gradients of a step with trainable ones.
 fn student(precision: Precision) -> Result<(Vec<f32>, Vec<Vec<f32>>)> {
-    let (backend, c, weights) = (on(precision), config(), drawn()?);
+    let (backend, c) = (on(precision), config());
+    let build = |loader: &mut Loader<'_, Libtorch>| llamagen::GptStudent::load(loader, &c);
+    let weights = drawn(&on(Precision::Full), build)?;
     let (l, d) = (c.side * c.side, c.codebook_dim);
     let eps: Vec<f32> = (0..BATCH as u64).flat_map(|i| noise(5, i, l, d)).collect();
     let eps = backend.floats(&eps, &[BATCH, l, d])?;
