@@ -2,4 +2,5 @@
 
 pub mod agreement;
 pub mod golden;
+pub mod speed;
 pub mod torch;

@@ -1,0 +1,293 @@
+#!/usr/bin/env python3
+"""The networks of the speed bench in plain PyTorch, at published shapes and with random weights.
+
+    speed.py FAMILY DTYPE BATCH THREADS PHASE...
+
+FAMILY is llamagen (size B) or var (size d16), DTYPE f32 or bf16 (autocast), PHASE teacher, student, decode or train.
+Prints one JSON object: seconds of each phase, the least of two or three repetitions. Needs torch alone; nothing here
+learns anything, so norms and heads are as they are drawn.
+"""
+
+import json
+import math
+import sys
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+GUIDANCE = 2.0
+
+
+def rms(x, weight):
+    return F.rms_norm(x, (x.shape[-1],), weight, 1e-5)
+
+
+class LlamaBlock(nn.Module):
+    def __init__(self, width, heads, hidden):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.Parameter(torch.ones(width)), nn.Parameter(torch.ones(width))
+        self.wqkv = nn.Linear(width, 3 * width, bias=False)
+        self.wo = nn.Linear(width, width, bias=False)
+        self.w1, self.w3 = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x, turn, cache=None, at=0):
+        b, l, c = x.shape
+        q, k, v = self.wqkv(rms(x, self.norm1)).view(b, l, 3, self.heads, -1).unbind(2)
+        q, k, v = rotate(q, turn).transpose(1, 2), rotate(k, turn).transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            cache[0][:, :, at : at + l], cache[1][:, :, at : at + l] = k, v
+            k, v = cache[0][:, :, : at + l].to(q.dtype), cache[1][:, :, : at + l].to(q.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
+        x = x + self.wo(y.transpose(1, 2).reshape(b, l, c))
+        h = rms(x, self.norm2)
+        return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
+
+
+def rotate(x, turn):
+    """x (b, l, h, d); turn (l, d/2) complex, as cosine and sine in the last dimension."""
+    pairs = x.float().reshape(*x.shape[:-1], -1, 2)
+    cos, sin = turn[None, :, None, :, 0], turn[None, :, None, :, 1]
+    turned = [pairs[..., 0] * cos - pairs[..., 1] * sin, pairs[..., 1] * cos + pairs[..., 0] * sin]
+    return torch.stack(turned, -1).flatten(3).type_as(x)
+
+
+class Continuous(nn.Module):
+    def __init__(self, width, dim):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(2, width) * 0.02)
+        self.linear = nn.Linear(width, dim)
+
+    def forward(self, x, condition):
+        shift, scale = (self.table[None] + condition).chunk(2, 1)
+        return self.linear(F.layer_norm(x, (x.shape[-1],), eps=1e-6) * (1 + scale) + shift)
+
+
+class LlamaGen(nn.Module):
+    """Teacher and student in one: they share all but the embedding of tokens."""
+
+    width, depth, heads, codes, dim, side = 768, 12, 12, 16384, 8, 16
+
+    def __init__(self):
+        super().__init__()
+        w, hidden = self.width, (8 * self.width // 3 + 255) // 256 * 256
+        self.classes = nn.Embedding(1001, w)
+        self.tokens, self.vectors = nn.Embedding(self.codes, w), nn.Linear(self.dim, w)
+        self.kinds = nn.Embedding(2, w)
+        self.blocks = nn.ModuleList(LlamaBlock(w, self.heads, hidden) for _ in range(self.depth))
+        self.norm = nn.Parameter(torch.ones(w))
+        self.output = nn.Linear(w, self.codes, bias=False)
+        self.continuous = Continuous(w, self.dim)
+        self.length = self.side**2
+        half = w // self.heads // 4
+        angles = torch.outer(torch.arange(self.side), 10000 ** (-torch.arange(half) / half))
+        rows = angles[:, None].expand(-1, self.side, -1)
+        columns = angles[None].expand(self.side, -1, -1)
+        turn = torch.cat([rows, columns], -1).flatten(0, 1)
+        turn = torch.stack([turn.cos(), turn.sin()], -1)
+        self.register_buffer("turn", torch.cat([torch.zeros_like(turn[:1]), turn]))
+
+    def generate(self, labels):
+        b = len(labels)
+        rows = torch.cat([labels, torch.full_like(labels, 1000)])
+        shape = (2 * b, self.heads, self.length, self.width // self.heads)
+        caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in self.blocks]
+        x = self.classes(rows)[:, None]
+        for at in range(self.length):
+            for block, cache in zip(self.blocks, caches):
+                x = block(x, self.turn[at : at + 1], cache, at)
+            cond, uncond = self.output(rms(x, self.norm)).chunk(2)
+            ids = (uncond + GUIDANCE * (cond - uncond)).argmax(-1)
+            x = self.tokens(ids.repeat(2, 1))
+        return ids
+
+    def student(self, noise, labels):
+        condition = self.classes(labels)[:, None]
+        x = torch.cat([condition, self.vectors(noise)], 1)
+        kinds = torch.zeros(x.shape[:2], dtype=torch.long)
+        kinds[:, 0] = 1
+        x = x + self.kinds(kinds)
+        for block in self.blocks:
+            x = block(x, self.turn)
+        return self.output(rms(x, self.norm)[:, 1:]), self.continuous(x, condition)[:, 1:]
+
+
+class VarBlock(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.modulation = nn.Linear(width, 6 * width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.length = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x, condition, mask=None, cache=None, kinds=None):
+        b, l, c = x.shape
+        g1, g2, s1, s2, t1, t2 = self.modulation(F.silu(condition)).view(b, 1, 6, c).unbind(2)
+        h = F.layer_norm(x, (c,), eps=1e-6) * (1 + s1) + t1
+        q, k, v = self.qkv(h).view(b, l, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = F.normalize(q, dim=-1) * self.length.exp(), F.normalize(k, dim=-1)
+        if cache is not None:
+            if cache:
+                k, v = torch.cat([cache[0], k], 2), torch.cat([cache[1], v], 2)
+            cache[:] = [k, v]
+        y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), mask, scale=1.0)
+        x = x + g1 * self.proj(y.transpose(1, 2).reshape(b, l, c))
+        if kinds is not None:
+            x = x + kinds
+        h = F.layer_norm(x, (c,), eps=1e-6) * (1 + s2) + t2
+        return x + g2 * self.fc2(F.gelu(self.fc1(h), approximate="tanh"))
+
+
+class Var(nn.Module):
+    """Teacher and student in one: they share all but what marks noise and data, and the mask."""
+
+    depth, codes, dim, scales = 16, 4096, 32, (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+
+    def __init__(self):
+        super().__init__()
+        self.width = w = 64 * self.depth
+        self.length = sum(n * n for n in self.scales)
+        self.classes, self.embed = nn.Embedding(1001, w), nn.Linear(self.dim, w)
+        self.positions = nn.Parameter(torch.randn(1, 1 + self.length, w) * 0.02)
+        self.codebook = nn.Embedding(self.codes, self.dim)
+        self.phi = nn.ModuleList(nn.Conv2d(self.dim, self.dim, 3, padding=1) for _ in range(4))
+        self.blocks = nn.ModuleList(VarBlock(w, self.depth) for _ in range(self.depth))
+        self.kinds = nn.Embedding(2, w)
+        self.layer_kinds = nn.ModuleList(nn.Linear(w, w) for _ in range(self.depth + 1))
+        self.modulation = nn.Linear(w, 2 * w)
+        self.head = nn.Linear(w, self.codes)
+        self.continuous = Continuous(w, self.dim)
+        scale = torch.cat([torch.full((n * n,), i + 1) for i, n in enumerate((0,) + self.scales) if n])
+        scale = torch.cat([torch.zeros(1), scale])
+        sees = (scale[:, None] > scale[None]) | torch.eye(len(scale), dtype=torch.bool)
+        self.register_buffer("mask", sees)
+
+    def logits(self, x, condition):
+        scale, shift = self.modulation(F.silu(condition))[:, None].chunk(2, -1)
+        return self.head(F.layer_norm(x, (self.width,), eps=1e-6) * (1 + scale) + shift)
+
+    def generate(self, labels):
+        rows = torch.cat([labels, torch.full_like(labels, 1000)])
+        condition = self.classes(rows)
+        caches = [[] for _ in self.blocks]
+        x, at = condition[:, None] + self.positions[:, :1], 0
+        features = torch.zeros(len(labels), self.dim, self.scales[-1], self.scales[-1])
+        for i, n in enumerate(self.scales):
+            for block, cache in zip(self.blocks, caches):
+                x = block(x, condition, None, cache)
+            cond, uncond = self.logits(x, condition).chunk(2)
+            t = GUIDANCE * i / (len(self.scales) - 1)
+            ids = ((1 + t) * cond - t * uncond).argmax(-1)
+            at += n * n
+            if i + 1 < len(self.scales):
+                codes = self.codebook(ids).transpose(1, 2).unflatten(2, (n, n))
+                codes = F.interpolate(codes, self.scales[-1], mode="bicubic")
+                features = features + 0.5 * codes + 0.5 * self.phi[i * 4 // 10](codes)
+                m = self.scales[i + 1]
+                view = F.interpolate(features, m, mode="area").flatten(2).transpose(1, 2)
+                x = self.embed(view).repeat(2, 1, 1) + self.positions[:, at : at + m * m]
+        return ids
+
+    def student(self, noise, labels):
+        condition = self.classes(labels)
+        x = torch.cat([condition[:, None], self.embed(noise)], 1) + self.positions
+        kinds = torch.zeros(x.shape[:2], dtype=torch.long)
+        kinds[:, 0] = 1
+        kinds = self.kinds(kinds)
+        x = x + kinds
+        for block, layer in zip(self.blocks, self.layer_kinds):
+            x = block(x, condition, self.mask, None, layer(kinds))
+        x = x + self.layer_kinds[-1](kinds)
+        return self.logits(x, condition)[:, 1:], self.continuous(x, condition[:, None])[:, 1:]
+
+
+class Residual(nn.Module):
+    def __init__(self, i, o):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(32, i, 1e-6), nn.Conv2d(i, o, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(32, o, 1e-6), nn.Conv2d(o, o, 3, padding=1)
+        self.shortcut = nn.Conv2d(i, o, 1) if i != o else nn.Identity()
+
+    def forward(self, x):
+        y = self.conv1(F.silu(self.norm1(x)))
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(y)))
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.GroupNorm(32, c, 1e-6), nn.Conv2d(c, 3 * c, 1), nn.Conv2d(c, c, 1)
+
+    def forward(self, x):
+        q, k, v = (t.flatten(2).transpose(1, 2)[:, None] for t in self.qkv(self.norm(x)).chunk(3, 1))
+        y = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)
+        return x + self.out(y.reshape(x.shape))
+
+
+def decoder(dim, z, channels):
+    """The decoder of a VQ tokenizer; LlamaGen's takes codes of 8 to z, VAR's has them so already."""
+    width = 4 * channels
+    layers = [nn.Conv2d(dim, z, 1 if dim != z else 3, padding=0 if dim != z else 1)]
+    layers += [nn.Conv2d(z, width, 3, padding=1)]
+    layers += [Residual(width, width), Attention(width), Residual(width, width)]
+    for i, multiplier in enumerate((4, 2, 2, 1, 1)):
+        for _ in range(3):
+            layers.append(Residual(width, channels * multiplier))
+            width = channels * multiplier
+            if i == 0:
+                layers.append(Attention(width))
+        if i < 4:
+            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)]
+    return nn.Sequential(*layers, nn.GroupNorm(32, width, 1e-6), nn.SiLU(), nn.Conv2d(width, 3, 3, padding=1))
+
+
+def least(once):
+    times = []
+    while len(times) < (3 if not times or times[0] <= 5 else 2):
+        start = time.perf_counter()
+        once()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def main(family, dtype, batch, threads, *phases):
+    torch.manual_seed(0)
+    torch.set_num_threads(int(threads))
+    batch, result = int(batch), {}
+    model = {"llamagen": LlamaGen, "var": Var}[family]()
+    labels, noise = torch.arange(batch), torch.randn(batch, model.length, model.dim)
+    cast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16")
+    with torch.no_grad(), cast:
+        if "teacher" in phases:
+            result["teacher"] = least(lambda: model.generate(labels))
+        if "student" in phases:
+            result["student"] = least(lambda: model.student(noise, labels))
+        if "decode" in phases:
+            images = decoder(8, 256, 128) if family == "llamagen" else decoder(32, 32, 160)
+            latents = torch.randn(batch, model.dim, 16, 16)
+            result["decode"] = least(lambda: images(latents))
+            del images
+    if "train" in phases:
+        targets = torch.arange(batch * model.length) * 37 % model.codes
+        idle = {"tokens", "phi", "codebook"} | ({"positions"} if family == "llamagen" else set())
+        used = [p for name, p in model.named_parameters() if name.split(".")[0] not in idle]
+        optimiser = torch.optim.AdamW(used, lr=1e-5, betas=(0.9, 0.95))
+
+        def step():
+            optimiser.zero_grad()
+            with cast:
+                logits, continuous = model.student(noise, labels)
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets) + continuous.float().square().mean()
+            loss.backward()
+            optimiser.step()
+
+        result["train"] = least(step)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
