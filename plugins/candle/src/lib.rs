@@ -18,6 +18,7 @@ pub mod plain;
 mod plugin;
 mod pooling;
 mod product;
+mod skinny;
 mod softmax;
 mod view;
 

@@ -6,6 +6,7 @@ use rayon::prelude::*;
 use retort_engine::error::{Error, Result};
 
 use crate::T;
+use crate::skinny::{self, STRETCH};
 use crate::view::{floats, fresh, rows, tensor, whole};
 
 /// A matrix in memory: its elements from the first on, and the steps to the next row and column.
@@ -102,7 +103,11 @@ impl Product {
     }
 }
 
-/// x (.., i) times w (o, i) transposed, plus bias (o).
+/// Rows of x up to which a linear map is bound by reading its weights.
+const FEW: usize = 24;
+
+/// x (.., i) times w (o, i) transposed, plus bias (o). A row is the same whatever the number of rows: the order of
+/// summation is spelled out, in stretches that gemm does not divide.
 pub fn linear(x: &T, w: &T, bias: Option<&T>) -> Result<T> {
     let x = &whole(x)?;
     let w = &rows(w)?;
@@ -112,49 +117,38 @@ pub fn linear(x: &T, w: &T, bias: Option<&T>) -> Result<T> {
     let w_row = w.stride()[0];
     let bias = bias.map(whole).transpose()?;
     floats!(x, w);
-    let w = Matrix {
-        data: w,
-        row: w_row,
-        column: 1,
-    };
-
-    // For few results gemm turns to inner products, which add up in another order. Rows of zeros keep it from that, so
-    // that a row does not depend on how many there are.
-    let least = if o * n <= 256 || n == 1 {
-        (256 / o + 1).max(2)
-    } else {
-        n
-    };
-    let least = if i > 512 && o <= 64 {
-        least.max(65)
-    } else {
-        least
-    };
-    let padded: Vec<f32>;
-    let (x, total) = if least > n {
-        let mut copy = vec![0.0; least * i];
-        copy[..n * i].copy_from_slice(&x[..n * i]);
-        padded = copy;
-        (&padded[..], least)
-    } else {
-        (x, n)
-    };
-
-    let mut y = fresh(&[total, o]);
+    let mut y = fresh(&[n, o]);
     if let Some(bias) = &bias {
         floats!(bias);
         y.chunks_exact_mut(o)
             .for_each(|y| y.copy_from_slice(&bias[..o]));
     }
-    Product {
-        m: total,
-        k: i,
-        n: o,
-        grow: bias.is_some(),
-        parallel: true,
+    let grow = bias.is_some();
+    // For few results gemm turns to inner products, which add up in another order.
+    if n <= FEW || o * n <= 256 || (i > 512 && o <= 64 && n < 65) {
+        skinny::product(&mut y, x, (w, w_row), [n, i, o], grow);
+        return tensor(y, &shape);
     }
-    .run(&mut y, o, Matrix::rows(x, i), w.turned());
-    y.truncate(n * o);
+    for start in (0..i).step_by(STRETCH) {
+        Product {
+            m: n,
+            k: STRETCH.min(i - start),
+            n: o,
+            grow: grow || start > 0,
+            parallel: true,
+        }
+        .run(
+            &mut y,
+            o,
+            Matrix::rows(&x[start..], i),
+            Matrix {
+                data: &w[start..],
+                row: w_row,
+                column: 1,
+            }
+            .turned(),
+        );
+    }
     tensor(y, &shape)
 }
 
