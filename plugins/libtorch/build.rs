@@ -20,8 +20,9 @@ fn main() {
     println!("cargo::rustc-env=RETORT_LIBTORCH_LIB={}", lib.display());
     println!("cargo::rustc-env=RETORT_LIBTORCH_VERSION={}", version(root));
     println!("cargo::rustc-link-arg=-Wl,-rpath,{}", lib.display());
-    // The test that compares both plugins links both; each has an entry, and the test calls neither.
+    // What compares both plugins links both; each has an entry, and neither is called.
     println!("cargo::rustc-link-arg-tests=-Wl,--allow-multiple-definition");
+    println!("cargo::rustc-link-arg-benches=-Wl,--allow-multiple-definition");
     cc::Build::new()
         .cpp(true)
         .std("c++17")

@@ -1,4 +1,4 @@
-//! Times of the phases of distillation on candle: `cargo bench -p retort-tests --bench speed [-- PART OF A LINE]`.
+//! Times of the phases of distillation on candle: `cargo bench -p retort-tests --bench speed [-- PART OF A LINE [PART OF A COLUMN]]`.
 //!
 //! The libtorch plugin's bench of the same name has candle, libtorch and PyTorch side by side.
 
@@ -6,11 +6,10 @@ use retort_candle::Candle;
 use retort_tests::speed::{On, report};
 
 fn main() {
-    let only = std::env::args().skip(1).find(|a| !a.starts_with('-'));
     let backend = Candle::open("cpu", "f32", 0).expect("a CPU");
     let candle = On {
         name: "candle".into(),
         backend,
     };
-    report(&mut [Box::new(candle)], &only.unwrap_or_default()).expect("a table");
+    report(vec![Box::new(candle)]).expect("a table");
 }

@@ -540,8 +540,12 @@ pub fn machine() -> Result<[f64; 2]> {
     ])
 }
 
-/// Prints the table of all phases, or of those whose line holds `only`.
-pub fn report(contestants: &mut [Box<dyn Contestant>], only: &str) -> Result<()> {
+/// Prints the table of all phases, or of those whose line holds the first argument of this program; columns are all, or
+/// those whose name holds the second.
+pub fn report(mut contestants: Vec<Box<dyn Contestant>>) -> Result<()> {
+    let mut given = std::env::args().skip(1).filter(|a| !a.starts_with('-'));
+    let [only, column] = [given.next(), given.next()].map(Option::unwrap_or_default);
+    contestants.retain(|c| c.name().contains(&column));
     let [rate, bandwidth] = machine()?;
     println!(
         "This machine: {:.0} GFLOP/s in a product of 1536 x 1536 matrices, {:.1} GB/s read from memory. Seconds; the least \
@@ -565,7 +569,7 @@ pub fn report(contestants: &mut [Box<dyn Contestant>], only: &str) -> Result<()>
         let title = |phase: Phase| format!("{}, batch {}: {}", r.name, r.batch, phase.name());
         let phases: Vec<Phase> = Phase::ALL
             .into_iter()
-            .filter(|&phase| title(phase).contains(only))
+            .filter(|&phase| title(phase).contains(&only))
             .collect();
         if phases.is_empty() {
             continue;
@@ -573,6 +577,7 @@ pub fn report(contestants: &mut [Box<dyn Contestant>], only: &str) -> Result<()>
         let drawn = Drawn::new(&r)?;
         let mut columns = Vec::new();
         for contestant in contestants.iter_mut() {
+            eprintln!("{}: {} ..", r.name, contestant.name());
             columns.push(contestant.times(&r, &drawn, &phases)?);
         }
         for (i, &phase) in phases.iter().enumerate() {

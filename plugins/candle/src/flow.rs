@@ -1,8 +1,11 @@
-//! The AR flow map on the host: one token at a time, all of its state in the cache.
+//! The AR flow map on the host.
 //!
-//! `retort_engine::flow` has the mathematics. Here, per token: excluded codes are left out from the start, the rest lie
-//! transposed so that a vector holds the same coordinate of neighbouring codes, and the integration ends as soon as no
-//! code can overtake the leading one.
+//! `retort_engine::flow` has the mathematics. A token's state is small and the codebook is not, so a few tokens go
+//! through the codebook together, a tile at a time, and log weights, weights and velocity are made of a tile while it is
+//! in the cache. The codebook lies transposed, so that a vector holds the same coordinate of neighbouring codes.
+//!
+//! A token leaves the others as soon as few codes are left that matter to it, takes those along, and ends as soon as no
+//! code can overtake the leading one. Its result does not depend on the tokens beside it.
 
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
@@ -12,10 +15,21 @@ use retort_engine::flow::grid;
 
 use crate::lanes::{LANES, exp, max, sum};
 use crate::view::{floats, whole};
-use crate::{T, failed};
+use crate::{T, failed, wide};
 
 /// Probability that may still go to other codes when a token counts as decided.
 const UNDECIDED: f32 = 1e-6;
+
+/// A code whose posterior is e^-30 of the greatest is dropped: all 16384 codes of a large codebook together would then
+/// have less than 2e-9. The posterior follows the marginals of the path, along which it is a martingale, so that a
+/// dropped code is the token about that seldom; a test holds tokens with and without dropping against each other.
+const DROPPED: f32 = 30.0;
+
+/// Codes that are looked at together.
+const TILE: usize = 256;
+
+/// Tokens that go through the codebook together.
+const GROUP: usize = 4;
 
 /// logits (n, k), -inf where excluded; noise (n, d); codebook (k, d) -> ids (n).
 pub fn flow_map(logits: &T, noise: &T, codebook: &T, solver: &FlowSolver) -> Result<T> {
@@ -33,99 +47,325 @@ pub fn flow_map(logits: &T, noise: &T, codebook: &T, solver: &FlowSolver) -> Res
     }
     let (logits, noise, codebook) = (&whole(logits)?, &whole(noise)?, &whole(codebook)?);
     floats!(logits, noise, codebook);
-    let grid: Vec<f32> = grid(solver).iter().map(|&s| s as f32).collect();
-    let ids: Vec<u32> = (0..n)
-        .into_par_iter()
-        .with_min_len((64 * 1024 / (k * d * grid.len())).clamp(1, 64))
-        .map_init(Token::default, |token, i| {
-            let (logits, noise) = (&logits[i * k..][..k], &noise[i * d..][..d]);
-            {
-                token.prepare(logits, noise, &codebook[..k * d]);
-                token.solve(&grid)
-            }
-        })
-        .collect();
+    let ids = solve(
+        &logits[..n * k],
+        &noise[..n * d],
+        &codebook[..k * d],
+        d,
+        solver,
+        DROPPED,
+    );
     Tensor::from_vec(ids, n, &Device::Cpu).map_err(failed)
 }
 
-/// One position's state, kept as working memory from token to token.
-#[derive(Default)]
-struct Token {
-    /// The codes that remain.
-    ids: Vec<u32>,
-    /// Their logits, padded with -inf to a multiple of [`LANES`].
-    logits: Vec<f32>,
-    /// Their coordinates: (d, padded), zeros beyond.
-    codes: Vec<f32>,
+fn solve(
+    logits: &[f32],
+    noise: &[f32],
+    codebook: &[f32],
+    d: usize,
+    solver: &FlowSolver,
+    dropped: f32,
+) -> Vec<u32> {
+    let (n, k) = (noise.len() / d, codebook.len() / d);
+    let grid: Vec<f32> = grid(solver).iter().map(|&s| s as f32).collect();
+    let all = Codes::new(codebook, d);
+    let group = n.div_ceil(rayon::current_num_threads()).clamp(1, GROUP);
+    let mut ids = vec![0; n];
+    ids.par_chunks_mut(group)
+        .enumerate()
+        .with_min_len((64 * 1024 / (group * k * d * grid.len())).clamp(1, 64))
+        .for_each_init(
+            || (vec![Token::default(); group], vec![0.0; GROUP * TILE]),
+            |(tokens, tiles), (i, ids)| {
+                let tokens = &mut tokens[..ids.len()];
+                for (g, token) in tokens.iter_mut().enumerate() {
+                    let at = i * group + g;
+                    token.begin(&logits[at * k..][..k], &noise[at * d..][..d]);
+                }
+                together(tokens, &all, &grid, dropped, tiles);
+                for (id, token) in ids.iter_mut().zip(tokens) {
+                    *id = token.finish(&grid, dropped, tiles);
+                }
+            },
+        );
+    ids
+}
+
+/// Codes and what is known of them, padded to a multiple of [`LANES`].
+#[derive(Clone, Default)]
+struct Codes {
+    /// Their coordinates (d, padded); zeros beyond.
+    coordinates: Vec<f32>,
     /// Half their squared lengths.
     half_squares: Vec<f32>,
-    /// Working memory: log weights, then weights.
-    weights: Vec<f32>,
+    /// Their numbers in the codebook, without padding.
+    ids: Vec<u32>,
+}
+
+impl Codes {
+    /// All rows of a codebook (k, d).
+    fn new(codebook: &[f32], d: usize) -> Self {
+        let padded = (codebook.len() / d).next_multiple_of(LANES);
+        let mut codes = Self {
+            coordinates: vec![0.0; d * padded],
+            half_squares: vec![0.0; padded],
+            ids: (0..(codebook.len() / d) as u32).collect(),
+        };
+        for (at, code) in codebook.chunks_exact(d).enumerate() {
+            for (e, &c) in code.iter().enumerate() {
+                codes.coordinates[e * padded + at] = c;
+                codes.half_squares[at] += 0.5 * c * c;
+            }
+        }
+        codes
+    }
+
+    /// Some of them.
+    fn only(&self, places: &[usize], d: usize) -> Self {
+        let (from, to) = (self.padded(), places.len().next_multiple_of(LANES));
+        let mut coordinates = vec![0.0; d * to];
+        for (to, from) in coordinates
+            .chunks_exact_mut(to)
+            .zip(self.coordinates.chunks_exact(from))
+        {
+            to.iter_mut()
+                .zip(places)
+                .for_each(|(to, &at)| *to = from[at]);
+        }
+        let mut half_squares = vec![0.0; to];
+        half_squares
+            .iter_mut()
+            .zip(places)
+            .for_each(|(to, &at)| *to = self.half_squares[at]);
+        let ids = places.iter().map(|&at| self.ids[at]).collect();
+        Self {
+            coordinates,
+            half_squares,
+            ids,
+        }
+    }
+
+    fn padded(&self) -> usize {
+        self.half_squares.len()
+    }
+}
+
+/// One position's state, kept as working memory from token to token.
+#[derive(Clone, Default)]
+struct Token {
+    /// Logits of the codes that are left, padded with -inf.
+    logits: Vec<f32>,
+    /// Their log weights at the beginning of the step.
+    log_weights: Vec<f32>,
     /// z = x/(1-t)
     z: Vec<f32>,
     /// z at the stages of a step, and the velocities there.
     stage: Vec<f32>,
     slopes: [Vec<f32>; 4],
+    /// Sums of weights times coordinates so far, in eight lanes each: (d, 8).
+    sums: Vec<f32>,
+    /// Greatest log weight, and the total of the weights relative to it.
+    top: f32,
+    total: f32,
+    /// Which step comes next.
+    step: usize,
+    /// The codes that it has just taken along.
+    taken: Option<Codes>,
+    /// The token, once it is known.
+    found: Option<u32>,
+}
+
+/// Takes tokens through the steps until each has left, or to the end.
+fn together(tokens: &mut [Token], all: &Codes, grid: &[f32], dropped: f32, tiles: &mut [f32]) {
+    let mut open: Vec<&mut Token> = tokens.iter_mut().collect();
+    for (step, pair) in grid.windows(2).enumerate() {
+        evaluate(&mut open, all, 0, pair[0], tiles);
+        for token in &mut open {
+            token.step = step;
+            token.leave(all, pair[0], dropped);
+        }
+        open.retain(|token| token.found.is_none() && token.taken.is_none());
+        if open.is_empty() {
+            return;
+        }
+        rest_of_step(&mut open, all, pair, tiles);
+    }
+    evaluate(&mut open, all, 0, grid[grid.len() - 1], tiles);
+    for token in open {
+        token.found = Some(all.ids[leader(&token.log_weights)]);
+    }
+}
+
+/// The second to fourth evaluation of a step, and the step.
+fn rest_of_step(tokens: &mut [&mut Token], codes: &Codes, pair: &[f32], tiles: &mut [f32]) {
+    let (s, h) = (pair[0], pair[1] - pair[0]);
+    for (slope, ahead) in [(0, h / 2.0), (1, h / 2.0), (2, h)] {
+        tokens.iter_mut().for_each(|t| t.advance(slope, ahead));
+        evaluate(tokens, codes, slope + 1, s + ahead, tiles);
+    }
+    for token in tokens {
+        for (i, z) in token.z.iter_mut().enumerate() {
+            let [k1, k2, k3, k4] = [0, 1, 2, 3].map(|k| token.slopes[k][i]);
+            *z += h / 6.0 * (k1 + k4 + 2.0 * (k2 + k3));
+        }
+        token.stage.copy_from_slice(&token.z);
+    }
+}
+
+/// dz/ds at the stages of tokens into one of their slopes, with the greatest log weight and the total of the weights.
+/// The first slope of a step keeps the log weights.
+fn evaluate(tokens: &mut [&mut Token], codes: &Codes, slope: usize, s: f32, tiles: &mut [f32]) {
+    match tokens {
+        [a] => group([&mut **a], codes, slope, s, tiles),
+        [a, b] => group([&mut **a, &mut **b], codes, slope, s, tiles),
+        [a, b, c] => group([&mut **a, &mut **b, &mut **c], codes, slope, s, tiles),
+        [a, b, c, d] => {
+            let four = [&mut **a, &mut **b, &mut **c, &mut **d];
+            group(four, codes, slope, s, tiles);
+        }
+        more => unreachable!("{} tokens in a group", more.len()),
+    }
+}
+
+#[inline(always)]
+fn group<const G: usize>(
+    mut tokens: [&mut Token; G],
+    codes: &Codes,
+    slope: usize,
+    s: f32,
+    tiles: &mut [f32],
+) {
+    let (padded, d) = (codes.padded(), tokens[0].z.len());
+    for token in &mut tokens {
+        token.sums.fill(0.0);
+        (token.top, token.total) = (f32::NEG_INFINITY, 0.0);
+    }
+    for start in (0..padded).step_by(TILE) {
+        let width = TILE.min(padded - start);
+        for at in (0..width).step_by(LANES) {
+            let mut along = [[wide::ZERO; 2]; G];
+            for e in 0..d {
+                let c = wide::pair(lanes(&codes.coordinates[e * padded + start + at..]));
+                for g in 0..G {
+                    let z = wide::splat(tokens[g].stage[e]);
+                    along[g] = [0, 1].map(|i| wide::mul_add(z, c[i], along[g][i]));
+                }
+            }
+            let squares = lanes(&codes.half_squares[start + at..]);
+            for g in 0..G {
+                let along = wide::sixteen(along[g]);
+                let logits = lanes(&tokens[g].logits[start + at..]);
+                let out = &mut tiles[g * TILE + at..][..LANES];
+                for i in 0..LANES {
+                    out[i] = s.mul_add((-s).mul_add(squares[i], along[i]), logits[i]);
+                }
+            }
+        }
+        for (g, token) in tokens.iter_mut().enumerate() {
+            let tile = &mut tiles[g * TILE..][..width];
+            if slope == 0 {
+                token.log_weights[start..][..width].copy_from_slice(tile);
+            }
+            token.weigh(tile);
+        }
+        let mut e = 0;
+        while e + 2 <= d {
+            weighted_sums::<G, 2>(&mut tokens, codes, [e, start, width], tiles);
+            e += 2;
+        }
+        if e < d {
+            weighted_sums::<G, 1>(&mut tokens, codes, [e, start, width], tiles);
+        }
+    }
+    for token in &mut tokens {
+        let scale = 1.0 / token.total;
+        for (v, lanes) in token.slopes[slope]
+            .iter_mut()
+            .zip(token.sums.as_chunks::<8>().0)
+        {
+            let [a, b, c, d, e, f, g, h] = lanes;
+            *v = scale * (((a + e) + (c + g)) + ((b + f) + (d + h)));
+        }
+    }
+}
+
+/// Adds the weights of a tile times coordinates e to e + E of its codes.
+#[inline(always)]
+fn weighted_sums<const G: usize, const E: usize>(
+    tokens: &mut [&mut Token; G],
+    codes: &Codes,
+    [e, start, width]: [usize; 3],
+    tiles: &[f32],
+) {
+    let padded = codes.padded();
+    let mut sums = [[wide::ZERO; E]; G];
+    for g in 0..G {
+        let before = tokens[g].sums.as_chunks::<8>().0;
+        sums[g] = std::array::from_fn(|i| wide::load(&before[e + i]));
+    }
+    let coordinates: [&[[f32; 8]]; E] = std::array::from_fn(|i| {
+        codes.coordinates[(e + i) * padded + start..][..width]
+            .as_chunks()
+            .0
+    });
+    let weights: [&[[f32; 8]]; G] =
+        std::array::from_fn(|g| tiles[g * TILE..][..width].as_chunks().0);
+    for at in 0..width / 8 {
+        let c: [_; E] = std::array::from_fn(|i| wide::load(&coordinates[i][at]));
+        for g in 0..G {
+            let w = wide::load(&weights[g][at]);
+            for i in 0..E {
+                sums[g][i] = wide::mul_add(w, c[i], sums[g][i]);
+            }
+        }
+    }
+    for g in 0..G {
+        let to = tokens[g].sums.as_chunks_mut::<8>().0;
+        for i in 0..E {
+            to[e + i] = wide::store(sums[g][i]);
+        }
+    }
+}
+
+fn lanes(x: &[f32]) -> &[f32; LANES] {
+    x.first_chunk().expect("padded to whole lanes")
 }
 
 impl Token {
-    #[inline(always)]
-    fn prepare(&mut self, logits: &[f32], noise: &[f32], codebook: &[f32]) {
+    fn begin(&mut self, logits: &[f32], noise: &[f32]) {
         let d = noise.len();
-        self.ids.clear();
-        self.ids
-            .extend((0..logits.len() as u32).filter(|&j| logits[j as usize] > f32::NEG_INFINITY));
-        let wide = self.ids.len().next_multiple_of(LANES);
-        for buffer in [&mut self.half_squares, &mut self.weights] {
-            buffer.clear();
-            buffer.resize(wide, 0.0);
-        }
         self.logits.clear();
-        self.logits.resize(wide, f32::NEG_INFINITY);
-        self.codes.clear();
-        self.codes.resize(d * wide, 0.0);
-        for (at, &j) in self.ids.iter().enumerate() {
-            let code = &codebook[j as usize * d..][..d];
-            self.logits[at] = logits[j as usize];
-            for (e, &c) in code.iter().enumerate() {
-                self.codes[e * wide + at] = c;
-                self.half_squares[at] += 0.5 * c * c;
-            }
+        self.logits.extend_from_slice(logits);
+        let padded = logits.len().next_multiple_of(LANES);
+        self.logits.resize(padded, f32::NEG_INFINITY);
+        self.log_weights.resize(padded, 0.0);
+        for x in [&mut self.z, &mut self.stage] {
+            x.clear();
+            x.extend_from_slice(noise);
         }
-        self.z.clear();
-        self.z.extend_from_slice(noise);
-        for x in self.slopes.iter_mut().chain([&mut self.stage]) {
-            x.resize(d, 0.0);
-        }
+        self.slopes.iter_mut().for_each(|x| x.resize(d, 0.0));
+        self.sums.resize(8 * d, 0.0);
+        (self.taken, self.found) = (None, None);
     }
 
-    /// Classic Runge-Kutta steps over the grid of s, then the code of greatest posterior weight.
+    /// Log weights of a tile to weights relative to the greatest so far; what was summed up before follows.
     #[inline(always)]
-    fn solve(&mut self, grid: &[f32]) -> u32 {
-        if self.ids.len() <= 1 {
-            return self.ids.first().copied().unwrap_or(0);
+    fn weigh(&mut self, tile: &mut [f32]) {
+        let top = max(tile);
+        if top > self.top {
+            let scale = exp(self.top - top);
+            self.total *= scale;
+            self.sums.iter_mut().for_each(|x| *x *= scale);
+            self.top = top;
         }
-        for (&s, &end) in grid.iter().zip(&grid[1..]) {
-            let h = end - s;
-            self.stage.copy_from_slice(&self.z);
-            let top = self.velocity(0, s);
-            if let Some(leader) = self.decided(top, s) {
-                return self.ids[leader];
-            }
-            self.advance(0, h / 2.0);
-            self.velocity(1, s + h / 2.0);
-            self.advance(1, h / 2.0);
-            self.velocity(2, s + h / 2.0);
-            self.advance(2, h);
-            self.velocity(3, end);
-            for (i, z) in self.z.iter_mut().enumerate() {
-                let [k1, k2, k3, k4] = [0, 1, 2, 3].map(|k| self.slopes[k][i]);
-                *z += h / 6.0 * (k1 + k4 + 2.0 * (k2 + k3));
-            }
-        }
-        self.stage.copy_from_slice(&self.z);
-        self.log_weights(grid[grid.len() - 1]);
-        self.ids[leader(&self.weights)]
+        // Nothing but excluded codes so far: any finite number will do.
+        let top = if self.top == f32::NEG_INFINITY {
+            0.0
+        } else {
+            self.top
+        };
+        tile.iter_mut().for_each(|w| *w = exp(*w - top));
+        self.total += sum(tile, |w| w);
     }
 
     /// Moves the stage: z + h slope.
@@ -136,46 +376,47 @@ impl Token {
         }
     }
 
-    /// log p_j + s <z, c_j> - s^2 |c_j|^2 / 2 at the stage.
-    #[inline(always)]
-    fn log_weights(&mut self, s: f32) {
-        let wide = self.weights.len();
-        for (block, w) in self
-            .weights
-            .as_chunks_mut::<LANES>()
-            .0
-            .iter_mut()
-            .enumerate()
-        {
-            let at = block * LANES;
-            let mut along = [0.0f32; LANES];
-            for (e, &z) in self.stage.iter().enumerate() {
-                let c = &self.codes[e * wide + at..][..LANES];
-                for i in 0..LANES {
-                    along[i] = z.mul_add(c[i], along[i]);
-                }
-            }
-            let logits = &self.logits[at..][..LANES];
-            let squares = &self.half_squares[at..][..LANES];
-            for i in 0..LANES {
-                w[i] = s.mul_add((-s).mul_add(squares[i], along[i]), logits[i]);
-            }
+    /// After the first evaluation of a step: ends if the token is decided, and takes the codes along that still matter
+    /// if the greater part does not.
+    fn leave(&mut self, codes: &Codes, s: f32, dropped: f32) {
+        let least = self.top - dropped;
+        let left = self.log_weights.iter().filter(|&&w| w > least).count();
+        if left <= 1 {
+            let at = leader(&self.log_weights);
+            self.found = Some(codes.ids.get(at).copied().unwrap_or(0));
+        } else if let Some(at) = self.decided(codes, s) {
+            self.found = Some(codes.ids[at]);
+        } else if 2 * left <= codes.padded() {
+            let places = 0..codes.ids.len();
+            let places: Vec<usize> = places.filter(|&at| self.log_weights[at] > least).collect();
+            let codes = codes.only(&places, self.z.len());
+            let logits: Vec<f32> = places.iter().map(|&at| self.logits[at]).collect();
+            self.logits = logits;
+            self.logits.resize(codes.padded(), f32::NEG_INFINITY);
+            self.log_weights.resize(codes.padded(), 0.0);
+            self.taken = Some(codes);
         }
     }
 
-    /// dz/ds at the stage into a slope; returns the total of the weights relative to the greatest.
-    #[inline(always)]
-    fn velocity(&mut self, slope: usize, s: f32) -> f32 {
-        self.log_weights(s);
-        let wide = self.weights.len();
-        let top = max(&self.weights);
-        self.weights.iter_mut().for_each(|w| *w = exp(*w - top));
-        let total = sum(&self.weights, |w| w);
-        let scale = 1.0 / total;
-        for (e, v) in self.slopes[slope].iter_mut().enumerate() {
-            *v = scale * crate::lanes::dot(&self.weights, &self.codes[e * wide..][..wide]);
+    /// The steps that are left after it left the others.
+    fn finish(&mut self, grid: &[f32], dropped: f32, tiles: &mut [f32]) -> u32 {
+        let mut codes = Codes::default();
+        while self.found.is_none() {
+            if let Some(fewer) = self.taken.take() {
+                codes = fewer;
+            }
+            let pair = &grid[self.step..][..2];
+            rest_of_step(&mut [self], &codes, pair, tiles);
+            self.step += 1;
+            let s = grid[self.step];
+            evaluate(&mut [self], &codes, 0, s, tiles);
+            if self.step + 1 == grid.len() {
+                self.found = Some(codes.ids[leader(&self.log_weights)]);
+            } else {
+                self.leave(&codes, s, dropped);
+            }
         }
-        total
+        self.found.unwrap_or(0)
     }
 
     /// The leading code, once the others together can never again get more than [`UNDECIDED`].
@@ -183,20 +424,18 @@ impl Token {
     /// While z moves along the leader's code c_i, its lead over c_j is a parabola in s. With a = c_i - c_j the slope is
     /// <z, a> + s <c_i, a> - s (|c_i|^2 - |c_j|^2) and the curvature |a|^2 > 0, so the lead falls by at most
     /// slope^2 / (2 |a|^2) before it grows for good.
-    #[inline(always)]
-    fn decided(&mut self, total: f32, s: f32) -> Option<usize> {
+    fn decided(&self, codes: &Codes, s: f32) -> Option<usize> {
         // Weights are relative to the greatest, which is 1.
-        if total - 1.0 > UNDECIDED {
+        if self.total - 1.0 > UNDECIDED {
             return None;
         }
-        let (i, wide, d) = (leader(&self.weights), self.weights.len(), self.z.len());
-        self.weights[i] = 0.0;
+        let (i, wide, d) = (leader(&self.log_weights), codes.padded(), self.z.len());
         let mut rest = [0.0f32; LANES];
         for at in (0..wide).step_by(LANES) {
             let [mut along, mut own, mut square] = [[0.0f32; LANES]; 3];
             for e in 0..d {
-                let (z, ci) = (self.stage[e], self.codes[e * wide + i]);
-                let cj = &self.codes[e * wide + at..][..LANES];
+                let (z, ci) = (self.z[e], codes.coordinates[e * wide + i]);
+                let cj = lanes(&codes.coordinates[e * wide + at..]);
                 for l in 0..LANES {
                     let a = ci - cj[l];
                     along[l] = z.mul_add(a, along[l]);
@@ -204,18 +443,15 @@ impl Token {
                     square[l] = a.mul_add(a, square[l]);
                 }
             }
-            let squares = &self.half_squares[at..][..LANES];
-            let weights = &self.weights[at..][..LANES];
-            let logits = &self.logits[at..][..LANES];
+            let squares = lanes(&codes.half_squares[at..]);
+            let log_weights = lanes(&self.log_weights[at..]);
             for l in 0..LANES {
-                let lift = 2.0 * s * (self.half_squares[i] - squares[l]);
+                let lift = 2.0 * s * (codes.half_squares[i] - squares[l]);
                 let slope = s.mul_add(own[l], along[l] - lift);
                 let fall = if slope < 0.0 { slope } else { 0.0 };
                 let fall = 0.5 * fall * fall / (square[l] + f32::MIN_POSITIVE);
-                // A weight of 0 may hide how small it is: too great a fall leaves the matter open.
-                let open = fall > 60.0 && logits[l] > f32::NEG_INFINITY;
-                let bound = weights[l] * exp(if fall > 60.0 { 60.0 } else { fall });
-                rest[l] += if open { 1.0 } else { bound };
+                let bound = exp(log_weights[l] - self.top + fall);
+                rest[l] += if at + l == i { 0.0 } else { bound };
             }
         }
         (rest.iter().sum::<f32>() <= UNDECIDED).then_some(i)
@@ -226,4 +462,53 @@ impl Token {
 fn leader(weights: &[f32]) -> usize {
     let top = max(weights);
     weights.iter().position(|&w| w == top).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use retort_engine::random::noise;
+
+    use super::*;
+
+    /// Codebooks and logits as the families have them: (codes, dimension, length of a code, spread of the logits).
+    const CASES: [(usize, usize, f32, f32); 4] = [
+        (2048, 8, 1.0, 3.0),
+        (2048, 8, 1.0, 0.5),
+        (1024, 32, 3.0, 2.0),
+        (37, 5, 1.5, 1.0),
+    ];
+
+    fn case((k, d, length, spread): (usize, usize, f32, f32), n: usize) -> [Vec<f32>; 3] {
+        let scale = length / (d as f32).sqrt();
+        [
+            noise(3, 0, n, k).iter().map(|x| spread * x).collect(),
+            noise(2, 0, n, d),
+            noise(1, 0, k, d).iter().map(|x| scale * x).collect(),
+        ]
+    }
+
+    const SOLVER: FlowSolver = FlowSolver { steps: 16 };
+
+    #[test]
+    fn dropping_codes_changes_no_token() {
+        for shape in CASES {
+            let [logits, noise, codebook] = case(shape, 400);
+            let all = |dropped| solve(&logits, &noise, &codebook, shape.1, &SOLVER, dropped);
+            assert_eq!(all(DROPPED), all(f32::INFINITY), "{shape:?}");
+        }
+    }
+
+    #[test]
+    fn a_token_does_not_depend_on_those_beside_it() {
+        for shape in CASES {
+            let (k, d) = (shape.0, shape.1);
+            let [logits, noise, codebook] = case(shape, 23);
+            let whole = solve(&logits, &noise, &codebook, d, &SOLVER, DROPPED);
+            for (i, id) in whole.iter().enumerate() {
+                let (logits, noise) = (&logits[i * k..][..k], &noise[i * d..][..d]);
+                let alone = solve(logits, noise, &codebook, d, &SOLVER, DROPPED);
+                assert_eq!(alone, [*id], "token {i} of {shape:?}");
+            }
+        }
+    }
 }

@@ -21,6 +21,7 @@ mod product;
 mod skinny;
 mod softmax;
 mod view;
+mod wide;
 
 use candle_core::{DType, Device, Tensor};
 use retort_engine::error::{Error, Result};

@@ -6,6 +6,8 @@
 
 use rayon::prelude::*;
 
+use crate::wide;
+
 /// Inner elements that are summed up apart.
 pub const STRETCH: usize = 256;
 
@@ -101,14 +103,14 @@ fn sums<const R: usize>((out, n): (&mut [f32], usize), x: &[f32], panel: &[f32],
         .iter()
         .zip(x.as_chunks::<R>().0)
     {
-        let [low, high] = wide::load(w);
+        let [low, high] = wide::pair(w);
         for r in 0..R {
             let x = wide::splat(x[r]);
             sums[r][0] = wide::mul_add(x, low, sums[r][0]);
             sums[r][1] = wide::mul_add(x, high, sums[r][1]);
         }
     }
-    let sums = sums.map(wide::store);
+    let sums = sums.map(wide::sixteen);
     for (l, out) in out.chunks_mut(n).enumerate() {
         for r in 0..R {
             out[r] = if first {
@@ -199,69 +201,6 @@ fn turn_square(to: &mut [f32], from: &[f32], row: usize) {
                 _mm256_permute2f128_ps::<0x31>(top, bottom),
             );
         }
-    }
-}
-
-/// Eight floats at a time. The compiler does not find these by itself in a loop with so many sums.
-#[cfg(all(target_arch = "x86_64", target_feature = "fma"))]
-mod wide {
-    use std::arch::x86_64::*;
-
-    pub type Wide = __m256;
-
-    // SAFETY: any bits are floats.
-    pub const ZERO: Wide = unsafe { std::mem::transmute([0.0f32; 8]) };
-
-    #[inline(always)]
-    pub fn load(x: &[f32; 16]) -> [Wide; 2] {
-        // SAFETY: both halves lie inside x, and AVX is there, as this module is only compiled with it.
-        unsafe { [0, 8].map(|at| _mm256_loadu_ps(x.as_ptr().add(at))) }
-    }
-
-    #[inline(always)]
-    pub fn splat(x: f32) -> Wide {
-        // SAFETY: AVX is there, as this module is only compiled with it.
-        unsafe { _mm256_set1_ps(x) }
-    }
-
-    #[inline(always)]
-    pub fn mul_add(a: Wide, b: Wide, c: Wide) -> Wide {
-        // SAFETY: FMA is there, as this module is only compiled with it.
-        unsafe { _mm256_fmadd_ps(a, b, c) }
-    }
-
-    #[inline(always)]
-    pub fn store(x: [Wide; 2]) -> [f32; 16] {
-        // SAFETY: sixteen floats either way.
-        unsafe { std::mem::transmute(x) }
-    }
-}
-
-/// The same in plain loops.
-#[cfg(not(all(target_arch = "x86_64", target_feature = "fma")))]
-mod wide {
-    pub type Wide = [f32; 8];
-
-    pub const ZERO: Wide = [0.0; 8];
-
-    #[inline(always)]
-    pub fn load(x: &[f32; 16]) -> [Wide; 2] {
-        [0, 8].map(|at| std::array::from_fn(|i| x[at + i]))
-    }
-
-    #[inline(always)]
-    pub fn splat(x: f32) -> Wide {
-        [x; 8]
-    }
-
-    #[inline(always)]
-    pub fn mul_add(a: Wide, b: Wide, c: Wide) -> Wide {
-        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
-    }
-
-    #[inline(always)]
-    pub fn store(x: [Wide; 2]) -> [f32; 16] {
-        std::array::from_fn(|i| x[i / 8][i % 8])
     }
 }
 

@@ -18,6 +18,12 @@ fn libtorch_agrees_with_the_published_code() {
 }
 
 #[test]
+fn libtorch_measures_as_the_packages_do() {
+    let rows = golden::measures(&libtorch()).expect("the measuring networks");
+    assert!(golden::report("libtorch", &rows), "see the table above");
+}
+
+#[test]
 fn libtorch_agrees_with_candle() {
     let candle = Candle::open("cpu", "f32", 2).expect("a CPU");
     let rows = agreement::compare(&candle, &libtorch()).expect("both compute");

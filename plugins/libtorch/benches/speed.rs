@@ -1,0 +1,40 @@
+//! Times of the phases of distillation on candle, libtorch and PyTorch, side by side:
+//!
+//!     cargo bench -p retort-libtorch --bench speed [-- PART OF A LINE [PART OF A COLUMN]]
+//!
+//! libtorch computes in f32 and in bf16. `PYTHON` names a Python with torch for the last columns; without it they are
+//! left out.
+
+use retort_candle::Candle;
+use retort_libtorch::Libtorch;
+use retort_tests::speed::{Contestant, On, Peer, report};
+
+fn main() {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let candle = Candle::open("cpu", "f32", threads).expect("a CPU");
+    let libtorch = |dtype| Libtorch::open("cpu", dtype, threads).expect("a CPU");
+    let mut all: Vec<Box<dyn Contestant>> = vec![
+        Box::new(On {
+            name: "candle".into(),
+            backend: candle,
+        }),
+        Box::new(On {
+            name: "libtorch".into(),
+            backend: libtorch("f32"),
+        }),
+        Box::new(On {
+            name: "libtorch bf16".into(),
+            backend: libtorch("bf16"),
+        }),
+    ];
+    if let Ok(python) = std::env::var("PYTHON") {
+        for dtype in ["f32", "bf16"] {
+            all.push(Box::new(Peer {
+                python: python.clone(),
+                dtype,
+                threads,
+            }));
+        }
+    }
+    report(all).expect("a table");
+}
