@@ -7,7 +7,7 @@
 //! No worker outlives its runner: when the runner's end of the socket closes, or its process dies, the whole process
 //! group of the worker is killed. Two mechanisms, because a plugin may disturb either.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::ffi::c_void;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -29,12 +29,12 @@ pub mod process;
 
 /// How often metrics, log lines and progress are sent.
 const INTERVAL: Duration = Duration::from_millis(100);
-/// Metric points kept while the runner does not read; beyond, the oldest go.
-const MOST_POINTS: usize = 1 << 20;
-/// Log lines kept while the runner does not read; beyond, further ones go.
-const MOST_LINES: usize = 1 << 16;
 /// Points and lines of one frame, which keeps it far below the limit of a frame.
 const BATCH: usize = 8192;
+/// Frames of metric points kept while the runner does not read: four million points, 100 MB. Beyond, the oldest go.
+const MOST_PARCELS: usize = 512;
+/// Log lines kept while the runner does not read; beyond, further ones go.
+const MOST_LINES: usize = 1 << 16;
 /// Longest log line, in bytes.
 pub const LONGEST_LINE: usize = 16 << 10;
 
@@ -228,28 +228,48 @@ struct Outbox {
     wake: Condvar,
 }
 
-/// A point on its way.
-#[derive(Debug, Clone, PartialEq)]
-struct Point {
-    series: String,
-    step: u64,
-    value: f64,
-    /// Milliseconds since 1970.
-    at: i64,
-}
-
 #[derive(Default)]
 struct Pending {
-    points: std::collections::VecDeque<Point>,
+    parcels: VecDeque<Parcel>,
     lines: Vec<Line>,
     progress: Option<Progress>,
     lost_points: u64,
     lost_lines: u64,
 }
 
+/// Points of one frame, put in their places as they come: what a stage's call costs is a look-up and three numbers,
+/// however much waits.
+#[derive(Debug, Default)]
+struct Parcel {
+    series: Vec<Points>,
+    places: HashMap<String, usize>,
+    count: usize,
+}
+
+impl Parcel {
+    fn add(&mut self, series: &str, step: u64, value: f64, at: i64) {
+        let place = match self.places.get(series) {
+            Some(&place) => place,
+            None => {
+                self.places.insert(series.to_owned(), self.series.len());
+                self.series.push(Points {
+                    series: series.to_owned(),
+                    ..Points::default()
+                });
+                self.series.len() - 1
+            }
+        };
+        let points = &mut self.series[place];
+        points.steps.push(step);
+        points.values.push(value);
+        points.at.push(at);
+        self.count += 1;
+    }
+}
+
 impl Pending {
     fn is_empty(&self) -> bool {
-        self.points.is_empty() && self.lines.is_empty() && self.progress.is_none()
+        self.parcels.is_empty() && self.lines.is_empty() && self.progress.is_none()
     }
 }
 
@@ -285,8 +305,8 @@ impl Outbox {
 
     fn send_pending(&self, socket: &mut UnixStream) {
         let pending = std::mem::take(&mut *lock(&self.pending));
-        for batch in Vec::from(pending.points).chunks(BATCH) {
-            write_frame(socket, &FromWorker::Metrics(by_series(batch)));
+        for parcel in pending.parcels {
+            write_frame(socket, &FromWorker::Metrics(parcel.series));
         }
         let mut lines = pending.lines;
         for (count, what) in [
@@ -311,59 +331,58 @@ impl Outbox {
         }
     }
 
-    fn metric(&self, point: Point) {
-        let mut pending = lock(&self.pending);
-        if pending.points.len() >= MOST_POINTS {
-            pending.points.pop_front();
-            pending.lost_points += 1;
-        }
-        pending.points.push_back(point);
-        drop(pending);
-        self.wake.notify_one();
+    fn metric(&self, series: &str, step: u64, value: f64) {
+        let at = Time::now().0;
+        self.put(|pending| {
+            if pending
+                .parcels
+                .back()
+                .is_none_or(|parcel| parcel.count >= BATCH)
+            {
+                if pending.parcels.len() >= MOST_PARCELS {
+                    let oldest = pending.parcels.pop_front();
+                    pending.lost_points += oldest.map_or(0, |parcel| parcel.count as u64);
+                }
+                pending.parcels.push_back(Parcel::default());
+            }
+            if let Some(parcel) = pending.parcels.back_mut() {
+                parcel.add(series, step, value, at);
+            }
+        });
     }
 
     fn log(&self, level: LogLevel, text: &str) {
         let at = Time::now().0;
-        let mut pending = lock(&self.pending);
-        for line in text.lines() {
-            if pending.lines.len() >= MOST_LINES {
-                pending.lost_lines += 1;
-                continue;
+        self.put(|pending| {
+            for line in text.lines() {
+                if pending.lines.len() >= MOST_LINES {
+                    pending.lost_lines += 1;
+                    continue;
+                }
+                pending.lines.push(Line {
+                    level: level as u32,
+                    text: shortened(line),
+                    at,
+                });
             }
-            pending.lines.push(Line {
-                level: level as u32,
-                text: shortened(line),
-                at,
-            });
-        }
-        drop(pending);
-        self.wake.notify_one();
+        });
     }
 
     fn progress(&self, progress: Progress) {
-        lock(&self.pending).progress = Some(progress);
-        self.wake.notify_one();
+        self.put(|pending| pending.progress = Some(progress));
     }
-}
 
-/// Points by series, in the order in which series and points came.
-fn by_series(points: &[Point]) -> Vec<Points> {
-    let mut places: HashMap<&str, usize> = HashMap::new();
-    let mut batches: Vec<Points> = Vec::new();
-    for point in points {
-        let place = *places.entry(&point.series).or_insert_with(|| {
-            batches.push(Points {
-                series: point.series.clone(),
-                ..Points::default()
-            });
-            batches.len() - 1
-        });
-        let batch = &mut batches[place];
-        batch.steps.push(point.step);
-        batch.values.push(point.value);
-        batch.at.push(point.at);
+    /// Adds to what is pending. The pump waits only while there is nothing: waking it for more would cost every call
+    /// of a stage a system call.
+    fn put(&self, add: impl FnOnce(&mut Pending)) {
+        let mut pending = lock(&self.pending);
+        let idle = pending.is_empty();
+        add(&mut pending);
+        drop(pending);
+        if idle {
+            self.wake.notify_one();
+        }
     }
-    batches
 }
 
 /// A line cut to [`LONGEST_LINE`].
@@ -553,13 +572,9 @@ unsafe extern "C" fn log(ctx: *mut c_void, level: u32, message: Str) {
 
 unsafe extern "C" fn metric(ctx: *mut c_void, name: Str, step: u64, value: f64) {
     // SAFETY: see above.
-    let (services, series) = unsafe { (services(ctx), text(name)) };
-    services.outbox.metric(Point {
-        series,
-        step,
-        value,
-        at: Time::now().0,
-    });
+    let (services, name) = unsafe { (services(ctx), name.bytes()) };
+    let series = String::from_utf8_lossy(name);
+    services.outbox.metric(&series, step, value);
 }
 
 unsafe extern "C" fn progress(ctx: *mut c_void, done: u64, total: u64, unit: Str) {
@@ -677,21 +692,23 @@ mod tests {
         reader.join().unwrap()
     }
 
-    fn point(step: u64) -> Point {
-        Point {
-            series: "loss".into(),
-            step,
-            value: 0.5,
-            at: 0,
-        }
+    fn steps(frame: &FromWorker) -> Vec<(&str, &[u64])> {
+        let FromWorker::Metrics(series) = frame else {
+            panic!("{frame:?}")
+        };
+        series
+            .iter()
+            .map(|points| (points.series.as_str(), points.steps.as_slice()))
+            .collect()
     }
 
     #[test]
     fn pending_points_and_lines_leave_before_the_answer() {
         let sent = frames(|outbox| {
-            for step in 0..BATCH as u64 + 1 {
-                outbox.metric(point(step));
+            for step in 0..BATCH as u64 {
+                outbox.metric(if step == 7 { "other" } else { "loss" }, step, 0.5);
             }
+            outbox.metric("other", BATCH as u64, f64::NAN);
             outbox.log(LogLevel::Info, "one\ntwo");
             outbox.progress(Progress {
                 done: 1,
@@ -705,18 +722,15 @@ mod tests {
             });
             outbox.send(&FromWorker::Loaded);
         });
-        let [
-            FromWorker::Metrics(first),
-            FromWorker::Metrics(second),
-            FromWorker::Log(lines),
-            progress,
-            last,
-        ] = sent.as_slice()
-        else {
+        let [first, second, FromWorker::Log(lines), progress, last] = sent.as_slice() else {
             panic!("{sent:?}");
         };
-        assert_eq!(first[0].steps.len(), BATCH);
-        assert_eq!(*second, by_series(&[point(BATCH as u64)]));
+        let loss: Vec<u64> = (0..BATCH as u64).filter(|step| *step != 7).collect();
+        assert_eq!(
+            steps(first),
+            [("loss", loss.as_slice()), ("other", [7].as_slice())]
+        );
+        assert_eq!(steps(second), [("other", [BATCH as u64].as_slice())]);
         assert_eq!(
             lines
                 .iter()
@@ -750,6 +764,67 @@ mod tests {
             lines.last().unwrap().text,
             "3 log lines came faster than they could be recorded and are lost"
         );
+        let outbox = Outbox::new(UnixStream::pair().unwrap().0);
+        let most = (MOST_PARCELS * BATCH) as u64;
+        for step in 0..most + 1 {
+            outbox.metric("loss", step, 0.5);
+        }
+        let pending = lock(&outbox.pending);
+        assert_eq!(
+            (pending.parcels.len(), pending.lost_points),
+            (MOST_PARCELS, BATCH as u64)
+        );
+        let first = |parcel: Option<&Parcel>| parcel.unwrap().series[0].steps[0];
+        assert_eq!(
+            first(pending.parcels.front()),
+            BATCH as u64,
+            "the oldest go"
+        );
+        assert_eq!(first(pending.parcels.back()), most);
+    }
+
+    #[test]
+    fn a_call_does_not_wait_for_a_runner_that_does_not_read() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let outbox = Arc::new(Outbox::new(ours));
+        let pump = Arc::clone(&outbox);
+        std::thread::spawn(move || pump.pump());
+        let (said, done) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            for step in 0..4 * BATCH as u64 {
+                outbox.metric("loss", step, 0.5);
+                if step % 8192 == 0 {
+                    // Time for the pump to run into the full socket.
+                    std::thread::sleep(2 * INTERVAL);
+                }
+            }
+            let _ = said.send(());
+        });
+        done.recv_timeout(Duration::from_secs(60))
+            .expect("the calls return");
+    }
+
+    #[test]
+    fn the_pump_sends_what_comes_after_it_had_nothing_to_do() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs
+            .set_read_timeout(Some(Duration::from_secs(60)))
+            .unwrap();
+        let outbox = Arc::new(Outbox::new(ours));
+        let pump = Arc::clone(&outbox);
+        std::thread::spawn(move || pump.pump());
+        let (mut inbox, mut bytes) = (Inbox::default(), vec![0; 4096]);
+        for step in 0..3 {
+            outbox.metric("loss", step, 0.5);
+            let frame = loop {
+                if let Some(frame) = inbox.take::<FromWorker>().unwrap() {
+                    break frame;
+                }
+                let count = theirs.read(&mut bytes).expect("a frame");
+                inbox.extend(&bytes[..count]);
+            };
+            assert_eq!(steps(&frame), [("loss", [step].as_slice())]);
+        }
     }
 
     #[test]

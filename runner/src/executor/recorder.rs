@@ -15,8 +15,8 @@ use crate::store::{AttemptId, Batch, LogLine, LogSource, MetricPoint, Store, Sto
 
 /// How often rows are written; a kill of the runner loses at most this and what the worker holds back (0.1 s).
 const INTERVAL: Duration = Duration::from_millis(250);
-/// Points that may wait; beyond, new ones are lost.
-const MOST_POINTS: usize = 1 << 21;
+/// Points that may wait, as many as in the worker; beyond, new ones are lost.
+const MOST_POINTS: usize = 1 << 22;
 /// Lines that one attempt may have in the store; a plugin that talks without end must not fill the disk.
 const MOST_LINES: usize = 50_000;
 /// How long the end of an attempt waits for the last rows.
