@@ -27,10 +27,11 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let run = runtime.block_on(store.resolve_run(&args.run))?;
     let detail = runtime.block_on(store.run_detail(&run))?;
     if matches!(detail.summary.state, RunState::Running | RunState::Queued) {
-        return Err(
-            Error::new(Exit::Usage, format!("run {run} is still running"))
-                .hint("a run is taken up again once it has ended"),
-        );
+        return Err(Error::new(
+            Exit::Usage,
+            format!("run {run} is still {}", detail.summary.state),
+        )
+        .hint("a run is taken up again once it has ended"));
     }
     let mut plan: Plan = serde_json::from_value(detail.resolved.clone()).map_err(|error| {
         Error::new(

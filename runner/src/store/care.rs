@@ -167,8 +167,9 @@ impl Store {
                 .await?;
         }
         sqlx::query(
-            "delete from names where not exists (select 1 from params where name = names.key)
-             and not exists (select 1 from results where name = names.key)",
+            "delete from names
+             where not exists (select 1 from params p where p.key between names.key << 32 and names.key << 32 | 0xffffffff)
+             and not exists (select 1 from results p where p.key between names.key << 32 and names.key << 32 | 0xffffffff)",
         )
         .execute(&mut *write)
         .await?;

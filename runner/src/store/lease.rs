@@ -78,7 +78,7 @@ fn started(pid: u32) -> Option<u64> {
 
 impl Store {
     /// Says that the runner of `run` (this process) lives; to be called every few seconds. A run that another process
-    /// took for lost meanwhile is running again.
+    /// took for lost meanwhile is again what it was.
     ///
     /// # Errors
     /// [`StoreError::Busy`], [`StoreError::Full`]: the run may go on, the next heartbeat will do.
@@ -92,7 +92,12 @@ impl Store {
         .execute(&mut *write)
         .await?;
         sqlx::query(
-            "update runs set state = 'running', finished = null where id = ?1 and state = 'lost'",
+            "update runs
+             set finished = null,
+                 state = case when exists (select 1 from stages s join attempts a on a.stage = s.key
+                                           where s.run = runs.key)
+                         then 'running' else 'queued' end
+             where id = ?1 and state = 'lost'",
         )
         .bind(&run.0)
         .execute(&mut *write)

@@ -139,9 +139,9 @@ pub struct ArtifactFile {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RunState {
-    /// Not begun.
+    /// No stage of it has begun yet. Its runner lives.
     Queued,
-    /// Its runner lives.
+    /// A stage has begun. Its runner lives.
     Running,
     /// Every stage succeeded or was reused.
     Succeeded,
@@ -230,7 +230,7 @@ names!(AttemptState: Running = "running", Succeeded = "succeeded", Failed = "fai
     Interrupted = "interrupted", Lost = "lost");
 
 impl Store {
-    /// Records a run as running, carried out by this process.
+    /// Records a run as queued, to be carried out by this process. Its first attempt makes it run.
     ///
     /// # Errors
     /// [`StoreError::Busy`], [`StoreError::Full`], [`StoreError::ReadOnly`].
@@ -249,7 +249,7 @@ impl Store {
         };
         let key = sqlx::query(
             "insert into runs (id, recipe, recipe_path, seed, command, resumed_from, state, created)
-             values (?1, ?2, ?3, ?4, ?5, ?6, 'running', ?7)",
+             values (?1, ?2, ?3, ?4, ?5, ?6, 'queued', ?7)",
         )
         .bind(&id.0)
         .bind(&run.recipe_name)
@@ -355,7 +355,8 @@ impl Store {
         write.commit().await
     }
 
-    /// Records that a worker has begun on a stage. `components` are the parts of the digest, by name.
+    /// Records that a worker has begun on a stage, and its run with it. `components` are the parts of the digest, by
+    /// name.
     ///
     /// # Errors
     /// As [`Store::begin_run`].
@@ -386,6 +387,13 @@ impl Store {
         .execute(&mut *write)
         .await?
         .last_insert_rowid();
+        sqlx::query(
+            "update runs set state = 'running'
+             where key = (select run from stages where key = ?1) and state = 'queued'",
+        )
+        .bind(stage.0)
+        .execute(&mut *write)
+        .await?;
         write.commit().await?;
         Ok(AttemptId(key))
     }
@@ -553,8 +561,8 @@ async fn insert_param(
         .execute(&mut *connection)
         .await?;
     let query = sqlx::query(
-        "insert or replace into params (name, run, value, type, origin)
-         values ((select key from names where name = ?2), ?1, ?3, ?4, ?5)",
+        "insert or replace into params (key, value, type, origin)
+         values ((select key from names where name = ?2) << 32 | ?1, ?3, ?4, ?5)",
     )
     .bind(run)
     .bind(&param.path);

@@ -20,6 +20,7 @@ pub(super) const MIGRATIONS: &[&str] = &[
     include_str!("../../../migrations/0001_history.sql"),
     include_str!("../../../migrations/0002_questions.sql"),
     include_str!("../../../migrations/0003_points_are_packed.sql"),
+    include_str!("../../../migrations/0004_one_key.sql"),
 ];
 
 /// The schema after which the program packs the points of older ones.
@@ -81,7 +82,8 @@ pub(super) async fn open_for_reading(dir: &Path) -> Result<SqlitePool, StoreErro
                 },
             })?;
     }
-    Ok(pool(read, 2))
+    // Questions about many runs visit thousands of pages once: mapped, they are neither read nor copied.
+    Ok(pool(read.pragma("mmap_size", "2147418112"), 2))
 }
 
 /// A connection that may write to an existing, current store.

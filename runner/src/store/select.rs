@@ -1,7 +1,10 @@
 //! From a filter to the runs that pass it: names become columns, the rest becomes SQL with bound parameters.
 //!
 //! The first statement only finds keys, in order: it reads `runs`, which is narrow, and the rows of the names asked for
-//! in `results` and `params`, which lie together. What is shown of the few runs found is read afterwards.
+//! in `results` and `params`, which lie together in the order of runs. What is shown of the few runs found is read
+//! afterwards. Where runs are ordered by something else than their age, and cannot pass without a certain row, the rows
+//! of its name are gone through instead of the runs; by age, an index gives the runs in order, and the first that pass
+//! are enough.
 //!
 //! A comparison with something that a run does not have is false, and `not` of it true.
 
@@ -43,6 +46,9 @@ enum Target {
     /// A series: key of its name, and a column of `results`.
     Series(i64, &'static str),
 }
+
+/// When a run began, by which there is an index.
+const STARTED: Target = Target::Run("r.created", Type::Moment);
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Type {
@@ -172,10 +178,12 @@ impl Store {
     async fn names_in(&self, table: &'static str) -> Result<Vec<(i64, String)>, StoreError> {
         let names = match table {
             "params" => {
-                "select key, name from names n where exists (select 1 from params where name = n.key)"
+                "select key, name from names n
+                 where exists (select 1 from params where key between n.key << 32 and n.key << 32 | 0xffffffff)"
             }
             _ => {
-                "select key, name from names n where exists (select 1 from results where name = n.key)"
+                "select key, name from names n
+                 where exists (select 1 from results where key between n.key << 32 and n.key << 32 | 0xffffffff)"
             }
         };
         Ok(sqlx::query_as(names).fetch_all(self.pool()).await?)
@@ -205,28 +213,20 @@ impl Select {
             self.sql.push(", ");
             self.shown(&of(&column.field));
         }
-        self.sql.push(" from runs r");
         let needed: Vec<Target> = filter
             .expr
             .iter()
             .flat_map(|wanted| needed(&wanted.expr))
             .filter_map(|field| row_of(&of(field)))
             .collect();
-        for (number, join) in self.joins.clone().into_iter().enumerate() {
-            // A run without the row cannot pass: then SQLite may begin with the rows instead of the runs.
-            let left = if needed.contains(&join) { "" } else { " left" };
-            let (table, key) = match join {
-                Target::Param(key) => ("params", key),
-                Target::Series(key, _) => ("results", key),
-                _ => continue,
-            };
-            self.sql.push(format_args!(
-                "{left} join {table} j{number} on j{number}.name = "
-            ));
-            self.sql.push_bind(key);
-            self.sql.push(format_args!(" and j{number}.run = r.key"));
-        }
-        self.sql.push(" where true");
+        let leader = match filter.sort.first() {
+            Some(sort) if of(&sort.name.field) != STARTED => {
+                let leads = |join: &Target| needed.contains(join);
+                self.joins.iter().position(leads)
+            }
+            _ => None,
+        };
+        self.tables(leader, &needed);
         if !filter.states.is_empty() {
             self.sql.push(" and ");
             self.scalar(&Target::State);
@@ -244,6 +244,7 @@ impl Select {
             self.condition(&wanted.expr, &of, false)
                 .map_err(|error| StoreError::Filter(Box::new(error.in_text(&wanted.text))))?;
         }
+        let limit = filter.limit.map_or(-1, i64::from);
         self.sql.push(" order by ");
         for sort in &filter.sort {
             let target = of(&sort.name.field);
@@ -254,13 +255,70 @@ impl Select {
                 );
                 return Err(StoreError::Filter(Box::new(error.in_text(&sort.name.text))));
             }
+            let direction = if sort.descending { " desc" } else { "" };
+            if target == STARTED {
+                // Just as the index has it, and no two runs are alike: nothing more is needed.
+                self.sql.push(format_args!(
+                    "r.created{direction}, r.key{direction} limit "
+                ));
+                self.sql.push_bind(limit);
+                return Ok(());
+            }
             self.scalar(&target);
-            self.sql.push(if sort.descending { " desc" } else { "" });
+            self.sql.push(direction);
             self.sql.push(" nulls last, ");
         }
         self.sql.push("r.created desc, r.key desc limit ");
-        self.sql.push_bind(filter.limit.map_or(-1, i64::from));
+        self.sql.push_bind(limit);
         Ok(())
+    }
+
+    /// `runs r` and the rows joined to it, up to `where` and what the first table needs there.
+    fn tables(&mut self, leader: Option<usize>, needed: &[Target]) {
+        let joins: Vec<(usize, &'static str, i64, bool)> = self
+            .joins
+            .iter()
+            .enumerate()
+            .filter_map(|(number, join)| {
+                let (table, name) = match join {
+                    Target::Param(name) => ("params", *name),
+                    Target::Series(name, _) => ("results", *name),
+                    _ => return None,
+                };
+                // A run without the row cannot pass: nothing is to be made up for it.
+                Some((number, table, name << 32, needed.contains(join)))
+            })
+            .collect();
+        match leader {
+            Some(number) => {
+                let (_, table, ..) = joins[number];
+                // A cross join is made in the order in which it is written.
+                self.sql.push(format_args!(
+                    " from {table} j{number} cross join runs r on r.key = j{number}.key & 0xffffffff"
+                ));
+            }
+            None => {
+                self.sql.push(" from runs r");
+            }
+        }
+        for (number, table, first, needed) in &joins {
+            if Some(*number) != leader {
+                let join = if *needed { "cross join" } else { "left join" };
+                self.sql.push(format_args!(
+                    " {join} {table} j{number} on j{number}.key = "
+                ));
+                self.sql.push_bind(*first);
+                self.sql.push(" + r.key");
+            }
+        }
+        self.sql.push(" where true");
+        if let Some(number) = leader {
+            let (_, _, first, _) = joins[number];
+            self.sql.push(format_args!(" and j{number}.key between "));
+            self.sql.push_bind(first);
+            self.sql.push(" and ");
+            self.sql.push_bind(first | 0xffff_ffff);
+        }
     }
 
     fn condition(
@@ -318,7 +376,7 @@ impl Select {
             }
             Target::Param(_) | Target::Series(..) => {
                 let join = self.join(target);
-                self.sql.push(format_args!("{join}.run is not null"));
+                self.sql.push(format_args!("{join}.key is not null"));
             }
             target => {
                 self.sql.push("ifnull(");
@@ -368,28 +426,23 @@ impl Select {
             check_state(value)?;
         }
         let symbol = symbol(operator);
+        self.scalar(target);
+        self.sql.push(symbol);
         match number {
-            Some(number) => {
-                // SQLite orders texts after numbers instead of refusing to compare them.
-                if kind == Type::Any && !matches!(operator, Operator::Equal | Operator::Unequal) {
-                    self.sql.push("typeof(");
-                    self.scalar(target);
-                    self.sql.push(") in ('integer', 'real') and ");
-                }
-                self.scalar(target);
-                self.sql.push(symbol);
-                self.sql.push_bind(number);
-            }
-            None => {
-                if kind == Type::Any && !matches!(operator, Operator::Equal | Operator::Unequal) {
-                    self.sql.push("typeof(");
-                    self.scalar(target);
-                    self.sql.push(") = 'text' and ");
-                }
-                self.scalar(target);
-                self.sql.push(symbol);
-                self.sql.push_bind(value.text.clone());
-            }
+            Some(number) => self.sql.push_bind(number),
+            None => self.sql.push_bind(value.text.clone()),
+        };
+        // SQLite orders texts after numbers instead of refusing to compare them. The empty text is the first of texts.
+        let other = match (operator, number) {
+            (Operator::Greater | Operator::GreaterOrEqual, Some(_)) => " < ''",
+            (Operator::Less | Operator::LessOrEqual, None) => " >= ''",
+            _ => return Ok(()),
+        };
+        // Results are numbers.
+        if kind == Type::Any && !matches!(target, Target::Series(..)) {
+            self.sql.push(" and ");
+            self.scalar(target);
+            self.sql.push(other);
         }
         Ok(())
     }
@@ -414,7 +467,7 @@ impl Select {
         match target {
             Target::Param(_) | Target::Series(..) => {
                 let join = self.join(target);
-                self.sql.push(format_args!("{join}.run is not null and "));
+                self.sql.push(format_args!("{join}.key is not null and "));
             }
             _ => {}
         }
@@ -462,7 +515,7 @@ impl Select {
             Target::Series(_, column) if *column != "points" => {
                 let join = self.join(target);
                 self.sql.push(format_args!(
-                    "case when {join}.run is not null then ifnull({join}.{column}, 'NaN') end"
+                    "case when {join}.key is not null then ifnull({join}.{column}, 'NaN') end"
                 ));
             }
             Target::Run(column, Type::Moment) => {
@@ -549,7 +602,7 @@ fn own(name: &str) -> Option<Target> {
         "state" | "status" => Target::State,
         "recipe" => Target::Run("r.recipe", Type::Text),
         "path" => Target::Run("r.recipe_path", Type::Text),
-        "started" | "created" => Target::Run("r.created", Type::Moment),
+        "started" | "created" => STARTED,
         "finished" => Target::Run("r.finished", Type::Moment),
         "seconds" | "took" | "duration" => Target::Run(
             "(coalesce(r.finished, unixepoch('subsec') * 1000) - r.created) / 1000.0",

@@ -752,14 +752,14 @@ pub(super) async fn note_results(
     attempt: AttemptId,
 ) -> Result<(), sqlx::Error> {
     sqlx::query(
-        "insert into results (name, run, position, points, last, min, max)
-         select n.key, v.run, s.position, e.points, e.last, e.min, e.max
+        "insert into results (key, position, points, last, min, max)
+         select n.key << 32 | v.run, s.position, e.points, e.last, e.min, e.max
          from v_stage_attempts v
          join stages s on s.key = v.stage
          join series e on e.attempt = v.attempt
          join names n on n.name in (e.name, s.name || '/' || e.name)
          where v.attempt = ?1
-         on conflict (name, run) do update
+         on conflict (key) do update
          set position = excluded.position, points = excluded.points, last = excluded.last, min = excluded.min,
              max = excluded.max
          where excluded.position >= results.position",

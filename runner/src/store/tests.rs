@@ -595,7 +595,7 @@ fn runs_are_found_by_what_they_were_and_became() {
             ("params.fast = true", "b"),
             ("recipe in (a, c) and not recipe = a", "c"),
             ("recipe not in (a, c)", "bd"),
-            ("status = failed or state = running", "ad"),
+            ("status = failed or state = queued", "ad"),
             ("tag = 'größte Idee'", "c"),
             ("tag != 'größte Idee'", "abd"),
             ("tag ~ IDEE", "c"),
@@ -625,6 +625,24 @@ fn runs_are_found_by_what_they_were_and_became() {
             "bdac".chars().collect::<String>()
         );
         assert_eq!(ask("recipe", "-recipe").await.unwrap(), "abcd");
+        assert_eq!(ask("metrics.loss", "started").await.unwrap(), "cba");
+        assert_eq!(ask("metrics.loss", "-started").await.unwrap(), "abc");
+        // Rows of a name are gone through, rows of another looked up.
+        assert_eq!(
+            ask("metrics.loss and params.steps >= 0", "-params.steps")
+                .await
+                .unwrap(),
+            "ab"
+        );
+        assert_eq!(
+            ask(
+                "params.steps and (metrics.loss < 0.3 or not tag)",
+                "metrics.loss.max"
+            )
+            .await
+            .unwrap(),
+            "abc"
+        );
 
         for (filter, message, hint, place) in [
             (
@@ -691,6 +709,68 @@ fn runs_are_found_by_what_they_were_and_became() {
             json!(found[1].values),
             json!({columns[0]: 0.25, columns[1]: "many", columns[2]: "größte Idee"})
         );
+    });
+}
+
+#[test]
+fn names_are_any_text() {
+    check(|dir| async move {
+        let store = open(&dir).await;
+        for name in [
+            "größte 損失",
+            "it's \"so\", (a) = b | c",
+            "two\nlines\tand \\ more",
+            "🦀\u{202e}\u{0301}",
+            "a.b/c d",
+            " ",
+            "and",
+            "%_*?",
+        ] {
+            let mut new = a_run(name);
+            new.params.push(Param {
+                path: format!("stages.{name}.steps"),
+                value: json!(name),
+                origin: "default".into(),
+            });
+            let run = store.begin_run(&new).await.unwrap();
+            let stage = store.add_stage(&run, &a_stage(name)).await.unwrap();
+            let attempt = store
+                .begin_attempt(stage, name, &json!({}), 1)
+                .await
+                .unwrap();
+            let batch = Batch {
+                series: name.into(),
+                points: vec![a_point(7, 0.5)],
+            };
+            store.append_metrics(attempt, &[batch]).await.unwrap();
+            store.tag_run(&run, name).await.unwrap();
+            store.note_run(&run, name).await.unwrap();
+
+            // Each piece between double quotes in quotes, and the double quotes in single ones.
+            let quoted = format!("\"{}\"", name.replace('"', "\"'\"'\""));
+            let filter = format!(
+                "recipe = {quoted} and tag = {quoted} and note = {quoted} and metrics.{quoted}.last = 0.5 \
+                 and params.stages.{quoted}.steps = {quoted} and stage = {quoted} and stage.{quoted}.state = running"
+            );
+            let filter = RunFilter {
+                expr: Some(crate::filter::parse(&filter).unwrap()),
+                ..RunFilter::default()
+            };
+            let found = store
+                .list_runs(&filter)
+                .await
+                .unwrap_or_else(|error| panic!("{name}: {error}"));
+            assert_eq!(found.len(), 1, "{name}");
+            assert_eq!(
+                (&found[0].recipe, &found[0].tags, &found[0].note),
+                (&name.to_owned(), &vec![name.to_owned()], &name.to_owned())
+            );
+            let points = store.metric_series(&run, name).await.unwrap();
+            assert_eq!((points.len(), points[0].series.as_str()), (1, name));
+            if !name.trim().is_empty() {
+                assert_eq!(store.resolve_run(name).await.unwrap(), run, "{name}");
+            }
+        }
     });
 }
 
@@ -1021,6 +1101,17 @@ fn a_store_of_the_first_schema_is_taken_along() {
             ..RunFilter::default()
         };
         assert_eq!(store.list_runs(&filter).await.unwrap().len(), 1);
+        // Rows go with their run.
+        store.close().await;
+        let store = open(&dir).await;
+        store.remove_runs(&[run]).await.unwrap();
+        let left: i64 = sqlx::query_scalar(
+            "select (select count(*) from params) + (select count(*) from results) + (select count(*) from packs)",
+        )
+        .fetch_one(store.pool())
+        .await
+        .unwrap();
+        assert_eq!(left, 0);
 
         let backup = dir.join("history.schema1.backup.db");
         let mut backup = SqliteConnectOptions::new()
@@ -1195,11 +1286,18 @@ fn the_run_of_a_killed_runner_is_lost() {
         // Somebody was mistaken: the holder was only slow.
         let store = open(&dir).await;
         store.heartbeat(&lost.id).await.unwrap();
-        let stored: String = sqlx::query_scalar("select state from v_runs")
-            .fetch_one(store.pool())
+        let stored = async || -> String {
+            let state = sqlx::query_scalar("select state from v_runs");
+            state.fetch_one(store.pool()).await.unwrap()
+        };
+        assert_eq!(stored().await, "running");
+        // So it is with a run of which nothing has begun.
+        sqlx::raw_sql("delete from attempts; update runs set state = 'lost'")
+            .execute(store.pool())
             .await
             .unwrap();
-        assert_eq!(stored, "running");
+        store.heartbeat(&lost.id).await.unwrap();
+        assert_eq!(stored().await, "queued");
     });
 }
 
@@ -1326,41 +1424,87 @@ fn every_view_can_be_asked() {
     });
 }
 
+/// 64 processes and 16 tasks of this one open a store at once, and begin a run each.
+async fn crowd(dir: &Path) -> HashSet<RunId> {
+    let mut children: Vec<_> = (0..64)
+        .map(|_| {
+            Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "store::tests::child_that_begins_a_run"])
+                .env("RETORT_TEST_CHILD_STORE", dir)
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .spawn()
+                .expect("this very program")
+        })
+        .collect();
+    let mut tasks = tokio::task::JoinSet::new();
+    for _ in 0..16 {
+        let dir = dir.to_owned();
+        tasks.spawn(async move { open(&dir).await.begin_run(&a_run("task")).await.unwrap() });
+    }
+    let mut ids: HashSet<_> = tasks.join_all().await.into_iter().collect();
+    assert_eq!(ids.len(), 16);
+    for child in &mut children {
+        assert!(child.wait().unwrap().success());
+    }
+    let runs = open(dir).await.list_runs(&RunFilter::default()).await;
+    ids.extend(runs.unwrap().into_iter().map(|run| run.id));
+    ids
+}
+
 #[test]
 fn many_processes_open_one_new_store_at_once() {
+    check(|dir| async move { assert_eq!(crowd(&dir).await.len(), 80) });
+}
+
+#[test]
+fn many_processes_migrate_one_old_store_at_once() {
     check(|dir| async move {
-        let mut children: Vec<_> = (0..64)
-            .map(|_| {
-                Command::new(std::env::current_exe().unwrap())
-                    .args(["--exact", "store::tests::child_that_begins_a_run"])
-                    .env("RETORT_TEST_CHILD_STORE", &dir)
-                    .stdin(Stdio::null())
-                    .stdout(Stdio::null())
-                    .spawn()
-                    .expect("this very program")
-            })
-            .collect();
-        // And as many tasks of this process.
-        let mut tasks = tokio::task::JoinSet::new();
-        for _ in 0..16 {
-            let dir = dir.clone();
-            tasks.spawn(async move { open(&dir).await.begin_run(&a_run("task")).await.unwrap() });
-        }
-        let mut ids: HashSet<_> = tasks.join_all().await.into_iter().collect();
-        assert_eq!(ids.len(), 16);
-        for child in &mut children {
-            assert!(child.wait().unwrap().success());
-        }
-        ids.extend(
-            open(&dir)
+        schema::migrate(&dir, &schema::MIGRATIONS[..1])
+            .await
+            .unwrap();
+        let path = schema::path_of(&dir);
+        let mut old = SqliteConnectOptions::new()
+            .filename(&path)
+            .connect()
+            .await
+            .unwrap();
+        sqlx::raw_sql(
+            "insert into runs (key, id, recipe, recipe_path, recipe_text, resolved, seed, command, environment, state, created)
+                 values (1, 'r1', 'digits', '/r.yaml', 'text', '{}', 3, '[]', '{}', 'succeeded', 5);
+             insert into stages (key, run, position, name, kind, plugin, plugin_version, plugin_hash, device, dtype, seed,
+                 options, inputs, state) values (1, 1, 0, 'distill', 'k', 'p', '1', 'h', 'cpu', 'f32', 0, '{}', '[]', 'succeeded');
+             insert into attempts (key, stage, number, digest, worker_pid, state, started) values (1, 1, 1, 'd', 1, 'succeeded', 5);
+             insert into series (key, attempt, name, base, last_step, last, min, max) values (1, 1, 'loss', 100, 99999, 0.5, 0.5, 1);
+             with recursive n(i) as (select 0 union all select i + 1 from n where i < 99999)
+             insert into points select 1, i, i / 8.0, i * 3 from n;",
+        )
+        .execute(&mut old)
+        .await
+        .unwrap();
+        old.close().await.unwrap();
+
+        assert_eq!(crowd(&dir).await.len(), 81);
+        let store = open(&dir).await;
+        let points = store.metric_series(&RunId("r1".into()), "loss").await;
+        assert_eq!(points.unwrap().len(), 100_000);
+        // Copied once, as it was: whoever came second found the work done.
+        let copies = std::fs::read_dir(&dir).unwrap().filter(|entry| {
+            let name = entry.as_ref().unwrap().file_name();
+            name.to_string_lossy().contains("backup")
+        });
+        assert_eq!(copies.count(), 1);
+        let mut backup = SqliteConnectOptions::new()
+            .filename(dir.join("history.schema1.backup.db"))
+            .connect()
+            .await
+            .unwrap();
+        let kept: (i64, i64) =
+            sqlx::query_as("select (select count(*) from runs), (select count(*) from points)")
+                .fetch_one(&mut backup)
                 .await
-                .list_runs(&RunFilter::default())
-                .await
-                .unwrap()
-                .into_iter()
-                .map(|run| run.id),
-        );
-        assert_eq!(ids.len(), 80);
+                .unwrap();
+        assert_eq!(kept, (1, 100_000));
     });
 }
 
@@ -1390,19 +1534,13 @@ fn an_older_schema_is_migrated_and_a_newer_one_refused() {
             .await
             .unwrap();
         assert_eq!((id, mood), (run.0, "fine".to_owned()));
+        let newest = schema::newest(schema::MIGRATIONS);
         for access in [Access::ReadOnly, Access::ReadWrite] {
             let error = Store::open(&dir, access).await.unwrap_err();
-            assert!(
-                matches!(
-                    error,
-                    StoreError::NewerSchema {
-                        found: 4,
-                        known: 3,
-                        ..
-                    }
-                ),
-                "{error}"
-            );
+            let StoreError::NewerSchema { found, known, .. } = error else {
+                panic!("{error}")
+            };
+            assert_eq!((found, known), (newest + 1, newest));
         }
     });
 }

@@ -357,8 +357,8 @@ impl<'c> Copy<'c> {
             ),
             (
                 "parameters",
-                "insert or ignore into main.params (name, run, value, type, origin)
-                 select m.key, ?2, p.value, p.type, p.origin
+                "insert or ignore into main.params (key, value, type, origin)
+                 select m.key << 32 | ?2, p.value, p.type, p.origin
                  from source.params p join source.names n on n.key = p.name join main.names m on m.name = n.name
                  where p.run = ?1",
             ),
@@ -369,8 +369,8 @@ impl<'c> Copy<'c> {
             ),
             (
                 "results",
-                "insert or ignore into main.results (name, run, position, points, last, min, max)
-                 select m.key, ?2, p.position, p.points, p.last, p.min, p.max
+                "insert or ignore into main.results (key, position, points, last, min, max)
+                 select m.key << 32 | ?2, p.position, p.points, p.last, p.min, p.max
                  from source.results p join source.names n on n.key = p.name join main.names m on m.name = n.name
                  where p.run = ?1",
             ),

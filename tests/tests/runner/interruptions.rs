@@ -1,8 +1,8 @@
 //! Ctrl-C, SIGTERM and kill -9, at the runner: what is recorded, what is left, and how it goes on.
 
-use retort::store::{AttemptState, RunState};
+use retort::store::{AttemptState, RunState, StageState};
 
-use crate::lab::{Lab, signal_process, wait_for, wait_until_gone};
+use crate::lab::{Lab, Running, signal_process, wait_for, wait_until_gone};
 
 const INTERRUPT: i32 = 2;
 const KILL: i32 = 9;
@@ -156,6 +156,93 @@ fn two_runs_of_one_recipe_work_on_a_stage_once() {
         second.stdout
     );
     assert_eq!(lab.entries("artifacts").len(), 2);
+}
+
+/// A second run of a recipe, started while the first works on the stage that both begin with.
+fn two_runs(lab: &Lab) -> (Running, Running) {
+    let first = lab.start(&[]);
+    lab.wait_for_worker("a");
+    let before = lab.latest().unwrap().summary.id;
+    let second = lab.start(&["--grace", "1s"]);
+    wait_for("the second run", || {
+        lab.latest().filter(|run| run.summary.id != before)
+    });
+    (first, second)
+}
+
+#[test]
+fn a_run_that_waits_is_queued_until_a_stage_begins() {
+    let lab = Lab::new(&[
+        "a: {kind: do, act: work, amount: 60, text: long}",
+        "b: {kind: do, act: hang, input: a}",
+    ]);
+    let (first, second) = two_runs(&lab);
+    let waiting = lab.latest().unwrap();
+    assert_eq!(waiting.summary.state, RunState::Queued);
+    for stage in &waiting.stages {
+        assert_eq!((stage.state, stage.attempts.len()), (StageState::Queued, 0));
+    }
+    let queued = ["runs", "list", "--where", "state = queued", "--json"];
+    let listed = lab.retort(&queued).expect(0).json();
+    assert_eq!(listed.as_array().unwrap().len(), 1);
+    lab.retort(&["resume"])
+        .expect(2)
+        .saying(&["is still queued"]);
+    lab.retort(&["runs", "rm", "latest"]).expect(75);
+    // What it waited for is there, and reused; the first run hangs in the next stage.
+    wait_for("the first stage", || {
+        let run = lab.latest()?;
+        (run.stages[0].state == StageState::Reused).then_some(())
+    });
+    let run = lab.latest().unwrap();
+    assert_eq!(run.summary.state, RunState::Queued, "nothing has begun yet");
+    assert_eq!(run.stages[1].state, StageState::Queued);
+    drop(first);
+    let worker = lab.wait_for_worker("b");
+    assert_eq!(lab.latest().unwrap().summary.state, RunState::Running);
+    second.signal(INTERRUPT);
+    second.end().expect(130);
+    wait_until_gone(worker);
+    assert_eq!(lab.latest().unwrap().summary.state, RunState::Interrupted);
+}
+
+#[test]
+fn a_queued_run_is_interrupted_or_lost_like_any_other() {
+    for (signal, expected) in [(INTERRUPT, RunState::Interrupted), (KILL, RunState::Lost)] {
+        let lab = Lab::new(&["a: {kind: do, act: hang}"]);
+        let (first, second) = two_runs(&lab);
+        assert_eq!(lab.latest().unwrap().summary.state, RunState::Queued);
+        second.signal(signal);
+        second.end();
+        let detail = lab.latest().unwrap();
+        assert_eq!(detail.summary.state, expected);
+        assert_eq!(detail.stages[0].state, StageState::Skipped);
+        drop(first);
+    }
+}
+
+#[test]
+fn a_stage_is_queued_until_there_is_room_for_it() {
+    let lab = Lab::new(&[
+        "a: {kind: do, act: hang}",
+        "b: {kind: do, act: hang, text: b}",
+    ]);
+    let running = lab.start(&["--jobs", "1", "--grace", "1s"]);
+    lab.wait_for_worker("a");
+    let states = |lab: &Lab| -> Vec<StageState> {
+        let detail = lab.latest().unwrap();
+        assert_eq!(detail.summary.state, RunState::Running);
+        detail.stages.iter().map(|stage| stage.state).collect()
+    };
+    assert_eq!(states(&lab), [StageState::Running, StageState::Queued]);
+    running.signal(INTERRUPT);
+    running.end().expect(130);
+    let running = lab.start(&["--jobs", "2", "--grace", "1s"]);
+    lab.wait_for_worker("a");
+    lab.wait_for_worker("b");
+    assert_eq!(states(&lab), [StageState::Running, StageState::Running]);
+    running.signal(INTERRUPT);
+    running.end().expect(130);
 }
 
 #[test]
