@@ -101,6 +101,17 @@ impl Rows {
         }
     }
 
+    /// The rows as text that follows what was rendered before, for a list that grows: CSV and Markdown without heads.
+    pub fn render_more(&self, style: Style) -> String {
+        let text = self.render(style);
+        let heads = match style {
+            Style::Markdown => 2,
+            Style::Csv => 1,
+            Style::Table { .. } | Style::Json => 0,
+        };
+        text.split_inclusive('\n').skip(heads).collect()
+    }
+
     /// The rows as a list of objects.
     pub fn objects(&self) -> Value {
         let object = |row: &Vec<Cell>| {

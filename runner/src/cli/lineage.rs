@@ -65,7 +65,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
 
 fn rows(lineage: &Lineage) -> Rows {
     let mut rows = Rows::new(&[
-        "",
+        "depth",
         "hash",
         "kind",
         "stage",

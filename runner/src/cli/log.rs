@@ -42,9 +42,9 @@ pub struct TailArgs {
     /// Begin with the last N lines.
     #[arg(short = 'n', long, value_name = "N", default_value_t = 10)]
     pub lines: usize,
-    /// Print a JSON object per line.
-    #[arg(long)]
-    pub json: bool,
+    /// How to print; a table is a line of text for each, JSON an object per line.
+    #[command(flatten)]
+    pub format: FormatArgs,
 }
 
 /// Which lines of a log.
@@ -120,6 +120,7 @@ pub fn tail(args: &TailArgs, context: &Context) -> Result<(), Error> {
         let mut recent = Vec::new();
         let mut after = 0;
         let mut begun = false;
+        let mut headed = false;
         loop {
             // The state first: what was said before the end is then read for certain.
             let detail = store.run_detail(&run).await?;
@@ -132,7 +133,8 @@ pub fn tail(args: &TailArgs, context: &Context) -> Result<(), Error> {
             if !std::mem::replace(&mut begun, true) {
                 recent.drain(..recent.len().saturating_sub(args.lines));
             }
-            show(&recent, args, context)?;
+            // Heads stand at the beginning, and once.
+            talk::print(&shown(&recent, args, &mut headed, context))?;
             recent.clear();
             if !matches!(detail.summary.state, RunState::Queued | RunState::Running) {
                 store.close().await;
@@ -145,15 +147,21 @@ pub fn tail(args: &TailArgs, context: &Context) -> Result<(), Error> {
     Ok(())
 }
 
-fn show(lines: &[RunLine], args: &TailArgs, context: &Context) -> Result<(), Error> {
-    let text = match args.json {
-        false => texts(lines, context.color_stdout()),
-        true => lines
+fn shown(lines: &[RunLine], args: &TailArgs, headed: &mut bool, context: &Context) -> String {
+    match args.format.get() {
+        Format::Table => texts(lines, context.color_stdout()),
+        Format::Json => lines
             .iter()
             .map(|line| format!("{}\n", serde_json::json!(line)))
             .collect(),
-    };
-    Ok(talk::print(&text)?)
+        Format::Csv | Format::Md => {
+            let style = args.format.style(context);
+            match std::mem::replace(headed, true) {
+                false => rows(lines).render(style),
+                true => rows(lines).render_more(style),
+            }
+        }
+    }
 }
 
 fn say_end(run: &RunId, detail: &RunDetail, context: &Context) {

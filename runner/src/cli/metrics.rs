@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Subcommand, ValueEnum, ValueHint};
 
 use crate::chart::{Chart, Curve, Sample};
-use crate::cli::{Context, Error, Exit, FormatArgs, talk};
+use crate::cli::{Context, Error, Exit, Format, FormatArgs, talk};
 use crate::store::{Access, Axis, Bucket, Lens, RunId, SeriesSummary, Store};
 use crate::table::{Cell, Rows, Style};
 
@@ -85,8 +85,11 @@ pub struct PlotArgs {
     #[arg(long)]
     pub log: bool,
     /// Write an SVG file (`-`: to stdout) instead of drawing in the terminal.
-    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, conflicts_with_all = ["format", "json"])]
     pub svg: Option<PathBuf>,
+    /// How to print; a table is a drawing, the others are the numbers behind it.
+    #[command(flatten)]
+    pub format: FormatArgs,
 }
 
 /// Which part of a series.
@@ -212,7 +215,10 @@ fn get(args: &GetArgs, context: &Context) -> Result<(), Error> {
                 for name in &names {
                     buckets.append(&mut store.curve(&run, name, lens).await?);
                 }
-                render_buckets(&buckets, style)
+                match style {
+                    Style::Json => format!("{:#}\n", serde_json::json!(buckets)),
+                    style => bucket_rows(&[(String::new(), buckets)]).render(style),
+                }
             }
             None => points(&store, &run, &names, &args.view, style).await?,
         };
@@ -294,11 +300,9 @@ async fn points(
     Ok(rows.render(style))
 }
 
-fn render_buckets(buckets: &[Bucket], style: Style) -> String {
-    if style == Style::Json {
-        return format!("{:#}\n", serde_json::json!(buckets));
-    }
-    let mut rows = Rows::new(&[
+/// Buckets, a row each; with the run before them where runs are named.
+fn bucket_rows(runs: &[(String, Vec<Bucket>)]) -> Rows {
+    let own = [
         "stage",
         "series",
         "from",
@@ -310,23 +314,30 @@ fn render_buckets(buckets: &[Bucket], style: Style) -> String {
         "nan",
         "from time",
         "to time",
-    ]);
-    for bucket in buckets {
-        rows.push([
-            bucket.stage.as_str().into(),
-            bucket.series.as_str().into(),
-            bucket.first_step.into(),
-            bucket.last_step.into(),
-            bucket.points.into(),
-            bucket.min.map(Cell::number).into(),
-            bucket.mean.map(Cell::number).into(),
-            bucket.max.map(Cell::number).into(),
-            bucket.nan.into(),
-            bucket.first_at.to_string().into(),
-            bucket.last_at.to_string().into(),
-        ]);
+    ];
+    let named = runs.iter().any(|(run, _)| !run.is_empty());
+    let heads: Vec<&str> = named.then_some("run").into_iter().chain(own).collect();
+    let mut rows = Rows::new(&heads);
+    for (run, buckets) in runs {
+        for bucket in buckets {
+            let own: [Cell; 11] = [
+                bucket.stage.as_str().into(),
+                bucket.series.as_str().into(),
+                bucket.first_step.into(),
+                bucket.last_step.into(),
+                bucket.points.into(),
+                bucket.min.map(Cell::number).into(),
+                bucket.mean.map(Cell::number).into(),
+                bucket.max.map(Cell::number).into(),
+                bucket.nan.into(),
+                bucket.first_at.to_string().into(),
+                bucket.last_at.to_string().into(),
+            ];
+            let run = named.then(|| Cell::from(run.as_str()));
+            rows.push(run.into_iter().chain(own));
+        }
     }
-    rows.render(style)
+    rows
 }
 
 fn plot(args: &PlotArgs, context: &Context) -> Result<(), Error> {
@@ -334,39 +345,49 @@ fn plot(args: &PlotArgs, context: &Context) -> Result<(), Error> {
     let (columns, rows) = size.map_or((100, 24), |(width, height)| {
         (usize::from(width.0), usize::from(height.0).clamp(12, 30))
     });
+    let format = args.format.get();
     // Two dots to a column; more would not be seen.
-    let buckets = if args.svg.is_some() {
-        1000
-    } else {
-        columns * 2
-    };
+    let drawn = args.svg.is_none() && format == Format::Table;
+    let buckets = if drawn { columns * 2 } else { 1000 };
     let lens = args.view.lens(buckets as u32);
-    let chart = context.runtime()?.block_on(async {
+    let curves = context.runtime()?.block_on(async {
         let store = Store::open(&context.store, Access::ReadOnly).await?;
         let mut curves = Vec::new();
         for reference in std::iter::once(&args.run).chain(&args.with) {
             let run = store.resolve_run(reference).await?;
             let known = series_of(&store, &run, args.view.stage.as_deref()).await?;
             for name in chosen(&args.series, &known, &run)? {
-                let label = match args.with.is_empty() {
-                    true => name.clone(),
-                    false => format!("{reference} {name}"),
-                };
                 let buckets = store.curve(&run, &name, lens).await?;
-                curves.push(curve(label, &buckets, lens.axis));
+                curves.push(Plotted {
+                    reference: reference.clone(),
+                    run: run.clone(),
+                    name,
+                    buckets,
+                });
             }
         }
         store.close().await;
-        let axis = match lens.axis {
-            Axis::Step => "step",
-            Axis::Time => "seconds",
-        };
-        Ok::<_, Error>(Chart {
-            axis: axis.into(),
-            log: args.log,
-            curves,
-        })
+        Ok::<_, Error>(curves)
     })?;
+    if format != Format::Table {
+        return Ok(talk::print(&numbers(curves, args.format.style(context)))?);
+    }
+    let axis = match lens.axis {
+        Axis::Step => "step",
+        Axis::Time => "seconds",
+    };
+    let label = |plotted: &Plotted| match args.with.is_empty() {
+        true => plotted.name.clone(),
+        false => format!("{} {}", plotted.reference, plotted.name),
+    };
+    let chart = Chart {
+        axis: axis.into(),
+        log: args.log,
+        curves: curves
+            .iter()
+            .map(|plotted| curve(label(plotted), &plotted.buckets, lens.axis))
+            .collect(),
+    };
     match &args.svg {
         None => {
             let text = chart.terminal(columns, rows.saturating_sub(6), context.color_stdout());
@@ -388,6 +409,34 @@ fn plot(args: &PlotArgs, context: &Context) -> Result<(), Error> {
         })?,
     }
     Ok(())
+}
+
+/// A series of a run, to be drawn.
+struct Plotted {
+    /// The run, as it was named.
+    reference: String,
+    run: RunId,
+    name: String,
+    buckets: Vec<Bucket>,
+}
+
+/// What would be drawn, as numbers.
+fn numbers(curves: Vec<Plotted>, style: Style) -> String {
+    if style == Style::Json {
+        let buckets = curves.iter().flat_map(|plotted| {
+            plotted.buckets.iter().map(|bucket| {
+                let mut object = serde_json::json!(bucket);
+                object["run"] = serde_json::json!(plotted.run);
+                object
+            })
+        });
+        return format!("{:#}\n", buckets.collect::<serde_json::Value>());
+    }
+    let runs: Vec<_> = curves
+        .into_iter()
+        .map(|plotted| (plotted.run.0, plotted.buckets))
+        .collect();
+    bucket_rows(&runs).render(style)
 }
 
 fn curve(label: String, buckets: &[Bucket], axis: Axis) -> Curve {

@@ -272,6 +272,17 @@ fn the_log_is_replayed_and_followed() {
         .stdout;
     assert_eq!(log.matches("a line for the log").count(), 3, "{log}");
     assert!(!log.contains("stdout"), "{log}");
+    let rows = |format: &str| {
+        let arguments = ["tail", "-n", "2", "--stage", "a", "--format", format];
+        lab.retort(&arguments).expect(0).stdout
+    };
+    assert!(rows("csv").starts_with("at,stage,level,source,text\n"));
+    assert_eq!(rows("csv").lines().count(), 3);
+    assert!(rows("md").contains("\n| --- | --- | --- | --- | --- |\n"));
+    for line in rows("json").lines() {
+        let line: Value = serde_json::from_str(line).unwrap();
+        assert_eq!(line["stage"], "a");
+    }
     let lines = asked(&lab, &["log", "-n", "2", "--stage", "a"]);
     assert_eq!(lines.as_array().unwrap().len(), 2);
     assert_eq!(lines[0]["stage"], "a");
@@ -373,6 +384,23 @@ fn curves_are_summed_up_and_drawn() {
         .expect(0)
         .stdout;
     assert!(drawn.contains('┤') && drawn.contains("a/c/d"), "{drawn}");
+    // The numbers behind a drawing.
+    let plotted = ["metrics", "plot", "latest", "a/loss", "--with", "latest"];
+    let numbers = asked(&lab, &plotted);
+    let numbers = numbers.as_array().unwrap();
+    assert_eq!(numbers.len(), 2000);
+    assert_eq!(
+        (&numbers[0]["series"], &numbers[999]["last_step"]),
+        (&json!("loss"), &json!(9999))
+    );
+    let run = asked(&lab, &["runs", "show"])["id"].clone();
+    assert_eq!(numbers[0]["run"], run);
+    let csv = lab.retort(&[&plotted[..4], &["--format", "csv"]].concat());
+    let csv = csv.expect(0).stdout;
+    assert!(csv.starts_with("run,stage,series,from,to,points,"), "{csv}");
+    assert_eq!(csv.lines().count(), 1001);
+    lab.retort(&[&plotted[..4], &["--json", "--svg", "x.svg"]].concat())
+        .expect(2);
     let svg = lab.dir.path().join("curve.svg");
     lab.retort(&[
         "metrics",
@@ -391,6 +419,46 @@ fn curves_are_summed_up_and_drawn() {
         asked(&lab, &["query", sql]),
         json!([{"n": 10000, "last": 9999}])
     );
+}
+
+#[test]
+fn a_logging_call_is_short_and_no_point_is_lost() {
+    let lab = Lab::new(&["a: {kind: do, act: flood, amount: 400000}"]);
+    lab.run(&[]).expect(0);
+    let facts = lab.attempt("a").summary.expect("facts");
+    let call = &facts["microseconds"];
+    // Of the middle one: on a busy machine some calls wait for their turn at the processor.
+    assert!(call["median"].as_f64().unwrap() < 5.0, "{call}");
+    let sql = "select count(*) as n, max(step) as last from v_metrics";
+    assert_eq!(
+        asked(&lab, &["query", sql]),
+        json!([{"n": 400_000, "last": 49_999}])
+    );
+}
+
+#[test]
+fn a_small_store_is_asked_at_once() {
+    let lab = lab();
+    let used = (0..20).map(|_| {
+        let child = lab
+            .command(&["runs", "list"])
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let pid = libc::pid_t::try_from(child.id()).unwrap();
+        // SAFETY: the child is ours and nobody else waits for it; the structures are filled by the call.
+        let (status, usage) = unsafe {
+            let (mut status, mut usage) = (0, std::mem::zeroed::<libc::rusage>());
+            assert_eq!(libc::wait4(pid, &mut status, 0, &mut usage), pid);
+            (status, usage)
+        };
+        assert_eq!(status, 0);
+        let seconds = |time: libc::timeval| time.tv_sec as f64 + time.tv_usec as f64 / 1e6;
+        seconds(usage.ru_utime) + seconds(usage.ru_stime)
+    });
+    // Processor time, and the least of it: how busy the machine is does not matter.
+    let least = used.fold(f64::INFINITY, f64::min);
+    assert!(least < 0.020, "{least} s");
 }
 
 #[test]
