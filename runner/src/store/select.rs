@@ -434,16 +434,19 @@ impl Select {
         };
         // SQLite orders texts after numbers instead of refusing to compare them. The empty text is the first of texts.
         let other = match (operator, number) {
-            (Operator::Greater | Operator::GreaterOrEqual, Some(_)) => " < ''",
+            _ if kind != Type::Any => return Ok(()),
+            // Results are numbers.
+            (Operator::Greater | Operator::GreaterOrEqual, Some(_))
+                if !matches!(target, Target::Series(..)) =>
+            {
+                " < ''"
+            }
             (Operator::Less | Operator::LessOrEqual, None) => " >= ''",
             _ => return Ok(()),
         };
-        // Results are numbers.
-        if kind == Type::Any && !matches!(target, Target::Series(..)) {
-            self.sql.push(" and ");
-            self.scalar(target);
-            self.sql.push(other);
-        }
+        self.sql.push(" and ");
+        self.scalar(target);
+        self.sql.push(other);
         Ok(())
     }
 
