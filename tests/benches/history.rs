@@ -1,11 +1,12 @@
 //! How fast and how small the history is: `cargo bench -p retort-tests --bench history [-- PART...]`.
 //!
-//! Parts: `append`, `curve`, `list`, `start`; all without any. Each line gives wall-clock time and, because machines are
-//! busy, processor time (user + system) of this process or of the ones it started. `POINTS` sets how many points the
-//! large store of `curve` has (100,000,000), `RUNS` how many runs that of `list` has (100,000). `tests/peers/history.py`
-//! does the same with MLflow and trackio.
+//! Parts: `stage`, `append`, `curve`, `list`, `start`, `peers`; all without any. Each line gives wall-clock time and,
+//! because machines are busy, processor time (user + system) of this process or of the ones it started. `POINTS` sets
+//! how many points the large store of `curve` has (100,000,000, all appended as a runner appends them), `RUNS` how many
+//! runs that of `list` has (100,000). `PEERS` names a Python with mlflow and trackio: `peers` then lets
+//! `tests/peers/history.py` do the same with them, and a table of all is printed.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
@@ -14,7 +15,16 @@ use retort::store::{
     Access, AttemptId, Axis, Batch, Lens, MetricPoint, NewRun, NewStage, PluginIdentity, RunFilter,
     RunId, RunState, Sort, Store, Time,
 };
-use serde_json::json;
+use serde_json::{Value, json};
+
+#[path = "../tests/runner/lab.rs"]
+#[allow(
+    dead_code,
+    reason = "the tests use all of it, the bench its plugin and its binary"
+)]
+mod lab;
+
+use lab::{Lab, binary};
 
 fn main() {
     let parts: Vec<String> = std::env::args()
@@ -26,22 +36,69 @@ fn main() {
         .enable_all()
         .build()
         .expect("a runtime");
+    let mut figures = Figures::default();
+    if wanted("stage") {
+        stage(&mut figures);
+    }
     if wanted("append") {
-        runtime.block_on(append());
+        runtime.block_on(append(&mut figures));
     }
     if wanted("curve") {
-        runtime.block_on(curve());
+        runtime.block_on(curve(&mut figures));
     }
     if wanted("list") {
         runtime.block_on(list());
     }
     if wanted("start") {
-        start();
+        start(&mut figures);
+    }
+    if wanted("peers") {
+        peers(&figures);
+    }
+}
+
+/// What is set beside the peers' figures.
+#[derive(Default)]
+struct Figures(Vec<(&'static str, f64)>);
+
+/// A stage that logs points of eight series, as fast as it can and at a steady rate: its worker, its runner and the
+/// database together, from the start of the command to its end.
+fn stage(figures: &mut Figures) {
+    for (amount, rate) in [(3_000_000, 0), (3_000_000, 500_000), (20_000, 1000)] {
+        let lab = Lab::new(&[&format!(
+            "a: {{kind: do, act: flood, amount: {amount}, rate: {rate}}}"
+        )]);
+        let clock = Clock::of_children();
+        lab.run(&[]).expect(0);
+        let took = clock.stop();
+        let facts = lab.attempt("a").summary.expect("facts");
+        let sql = "select sum(points) as points from v_series";
+        let recorded = lab.retort(&["query", sql, "--json"]).expect(0).json()[0]["points"].clone();
+        let count = recorded.as_f64().unwrap_or(f64::NAN);
+        let asked = match rate {
+            0 => "as fast as it can".to_owned(),
+            rate => format!("{rate} a second, {} s late in all", facts["late"]),
+        };
+        let call = &facts["microseconds"];
+        println!(
+            "stage, {asked}: {recorded} of {amount} points recorded, {:.0} points/s by the clock, {:.0} by processor \
+             time; a logging call in microseconds: {call}",
+            count / took.wall,
+            count / took.cpu,
+        );
+        if rate == 0 {
+            figures.note("points_per_second", count / took.wall);
+            figures.note("points_per_cpu_second", count / took.cpu);
+            figures.note(
+                "call_microseconds",
+                call["median"].as_f64().unwrap_or(f64::NAN),
+            );
+        }
     }
 }
 
 /// Points of eight series, in the batches that a runner writes four times a second at half a million a second.
-async fn append() {
+async fn append(figures: &mut Figures) {
     for (what, narrow) in [("64-bit values", false), ("32-bit values", true)] {
         let dir = tempfile::tempdir().expect("a directory");
         let (store, _, attempt) = open(dir.path()).await;
@@ -65,6 +122,9 @@ async fn append() {
             count / took.cpu,
             bytes / count
         );
+        if !narrow {
+            figures.note("bytes_per_point", bytes / count);
+        }
     }
     // A point now and then, as training does.
     let dir = tempfile::tempdir().expect("a directory");
@@ -91,7 +151,7 @@ async fn append() {
 }
 
 /// A curve of one series with a hundred million points, and of one with three million.
-async fn curve() {
+async fn curve(figures: &mut Figures) {
     let count = number("POINTS", 100_000_000);
     let dir = tempfile::tempdir().expect("a directory");
     let (store, run, attempt) = open(dir.path()).await;
@@ -126,6 +186,20 @@ async fn curve() {
                 .await;
         println!("curve of `{name}` over {axis:?}: {buckets} buckets in {took}");
     }
+    // As much as the peers are asked for.
+    let few = series("few", 0..40_000, false);
+    store.append_metrics(attempt, &[few]).await.expect("room");
+    let mut points = 0;
+    let took = best(async || {
+        points = store
+            .metric_series(&run, "few")
+            .await
+            .expect("a series")
+            .len()
+    })
+    .await;
+    println!("a series of {points} points read whole in {took}");
+    figures.note("series_milliseconds", 1e3 * took.cpu);
 }
 
 /// The first twenty of a hundred thousand runs, filtered and ordered.
@@ -161,6 +235,7 @@ async fn list() {
             "-started",
         ),
         ("metrics.fd.last", "metrics.fd.last"),
+        ("recipe ~ digits and metrics.loss.max < 0", "-started"),
     ] {
         let wanted = RunFilter {
             limit: Some(20),
@@ -176,11 +251,28 @@ async fn list() {
         };
         let took = best(async || drop(store.list_runs(&wanted).await.expect("runs"))).await;
         println!("list `{filter}` by `{sort}`: {took}");
+        let mut times = Vec::new();
+        for _ in 0..10 {
+            let mut command = Command::new(binary());
+            command.args(["runs", "list", "--quiet", "--store"]);
+            command.arg(dir.path()).stdout(Stdio::null());
+            if !filter.is_empty() {
+                command.args(["--where", filter]);
+            }
+            if !sort.is_empty() {
+                command.args(["--sort", sort]);
+            }
+            let clock = Clock::of_children();
+            assert!(command.status().expect("the binary").success());
+            times.push(clock.stop());
+        }
+        times.sort_by(|a, b| a.cpu.total_cmp(&b.cpu));
+        println!("    as a command, from start to end: {}", times[0]);
     }
 }
 
 /// `retort runs list` on a small store, from the start of the process to its end.
-fn start() {
+fn start(figures: &mut Figures) {
     let dir = tempfile::tempdir().expect("a directory");
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -199,7 +291,7 @@ fn start() {
         .map(|_| {
             let clock = Clock::of_children();
             let status = Command::new(binary())
-                .args(["runs", "list", "--store"])
+                .args(["runs", "list", "--quiet", "--store"])
                 .arg(dir.path())
                 .stdout(Stdio::null())
                 .status();
@@ -212,6 +304,70 @@ fn start() {
         "start: `retort runs list`, least of 40: {}; median: {}",
         times[0], times[20]
     );
+    figures.note("start_milliseconds", 1e3 * times[0].cpu);
+}
+
+/// MLflow's and trackio's figures, and a table of all.
+fn peers(figures: &Figures) {
+    let Some(python) = std::env::var_os("PEERS") else {
+        println!("SKIPPED: peers; PEERS names no Python that has mlflow and trackio");
+        return;
+    };
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("peers/history.py");
+    let output = Command::new(python)
+        .arg(script)
+        .args(["bench", "--json"])
+        .stderr(Stdio::inherit())
+        .output()
+        .expect("a Python");
+    let found: Value = serde_json::from_slice(&output.stdout).expect("figures");
+    let found = found.as_array().cloned().unwrap_or_default();
+    let row = |name: &str, cells: &mut dyn Iterator<Item = String>| {
+        println!("| {name} | {} |", cells.collect::<Vec<_>>().join(" | "));
+    };
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    row(
+        "",
+        &mut std::iter::once("retort".to_owned()).chain(found.iter().map(|one| text(&one["name"]))),
+    );
+    row("---", &mut (0..=found.len()).map(|_| "---:".to_owned()));
+    for (key, name) in [
+        (
+            "points_per_second",
+            "points recorded per second, by the clock",
+        ),
+        (
+            "points_per_cpu_second",
+            "points recorded per second of processor time",
+        ),
+        ("bytes_per_point", "bytes a point on disk"),
+        ("call_microseconds", "a logging call, microseconds"),
+        (
+            "series_milliseconds",
+            "40,000 points read, milliseconds of processor time",
+        ),
+        (
+            "start_milliseconds",
+            "runs listed from the command line, milliseconds of processor time",
+        ),
+    ] {
+        let number = |value: f64| match value {
+            value if value >= 1000.0 => format!("{value:.0}"),
+            value => format!("{value:.2}"),
+        };
+        let ours = figures.0.iter().find(|(known, _)| *known == key);
+        let ours = ours.map_or(String::new(), |(_, value)| number(*value));
+        let theirs = found
+            .iter()
+            .map(|one| one[key].as_f64().map_or(String::new(), number));
+        row(name, &mut std::iter::once(ours).chain(theirs));
+    }
+}
+
+impl Figures {
+    fn note(&mut self, name: &'static str, value: f64) {
+        self.0.push((name, value));
+    }
 }
 
 async fn open(dir: &Path) -> (Store, RunId, AttemptId) {
@@ -285,13 +441,13 @@ async fn fill(store: &Store, runs: u64) {
          with recursive n(i) as (select 1 union all select i + 1 from n where i < 20)
          insert into names (name) select printf('stages.distill.option%d', i) from n;
          insert into names (name) values ('stages.distill.steps');
-         insert into params (name, run, value, type, origin)
-         select n.key, r.key, abs(random()) % 4000, 'integer', 'default' from names n, runs r
+         insert into params (key, value, type, origin)
+         select n.key << 32 | r.key, abs(random()) % 4000, 'integer', 'default' from names n, runs r
          where n.name like 'stages.%' and r.id > 'z' order by n.key, r.key;
          insert or ignore into names (name)
          values ('fd'), ('distill/fd'), ('loss'), ('distill/loss'), ('recall'), ('distill/recall');
-         insert into results (name, run, position, points, last, min, max)
-         select n.key, r.key, 0, 100, x, x / 2, x * 2 from (
+         insert into results (key, position, points, last, min, max)
+         select n.key << 32 | r.key, 0, 100, x, x / 2, x * 2 from (
              select n.key as name, r.key as run, abs(random()) % 100000 / 10000.0 as x
              from names n, runs r where n.name in ('fd', 'distill/fd', 'loss', 'distill/loss', 'recall', 'distill/recall')
              and r.id > 'z') v join names n on n.key = v.name join runs r on r.key = v.run order by n.key, r.key;"
@@ -390,20 +546,4 @@ fn number(name: &str, default: u64) -> u64 {
         .ok()
         .and_then(|text| text.parse().ok())
         .unwrap_or(default)
-}
-
-/// The binary of this build.
-fn binary() -> PathBuf {
-    let bench = std::env::current_exe().expect("a path");
-    let target = bench
-        .ancestors()
-        .nth(2)
-        .expect("target/<profile>/deps/<bench>");
-    let binary = target.join("retort");
-    assert!(
-        binary.exists(),
-        "{} is not built: run `make build`",
-        binary.display()
-    );
-    binary
 }

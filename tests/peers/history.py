@@ -3,11 +3,12 @@
 
     python3 -m venv .venv && .venv/bin/pip install tensorboard mlflow trackio
     .venv/bin/python tests/peers/history.py check target/release/retort STORE [RUN]
-    .venv/bin/python tests/peers/history.py bench
+    .venv/bin/python tests/peers/history.py bench [--json]
 
 `check` exports a run of a store for TensorBoard and for MLflow, lets their own packages read it back, and compares
-every value with what `retort metrics get` says. `bench` measures the peers' own stores; for retort's figures run
-`cargo bench -p retort-tests --bench history` at the same time of day. Packages that are missing are told and skipped.
+every value with what `retort metrics get` says. `bench` measures the peers' own stores; `PEERS=.venv/bin/python cargo
+bench -p retort-tests --bench history` measures retort's and runs this in the same go. Packages that are missing are
+told and skipped.
 """
 
 import json
@@ -24,7 +25,7 @@ import time
 def main():
     if len(sys.argv) >= 4 and sys.argv[1] == "check":
         check(os.path.abspath(sys.argv[2]), os.path.abspath(sys.argv[3]), *sys.argv[4:5])
-    elif sys.argv[1:] == ["bench"]:
+    elif sys.argv[1:2] == ["bench"]:
         bench()
     else:
         sys.exit(__doc__)
@@ -131,12 +132,20 @@ def same(expected, read, name):
 
 
 def bench():
+    measured = []
     for peer in (bench_mlflow, bench_trackio):
         with tempfile.TemporaryDirectory() as directory:
             try:
-                peer(directory)
+                measured.append(peer(directory))
             except ImportError as error:
                 print(f"SKIPPED: {error}", file=sys.stderr)
+    if sys.argv[2:] == ["--json"]:
+        print(json.dumps(measured))
+    else:
+        for figures in measured:
+            print(figures.pop("name"))
+            for name, figure in figures.items():
+                print(f"  {name}: {figure:.2f}")
 
 
 class Clock:
@@ -155,14 +164,6 @@ def size(path):
     return sum(os.path.getsize(path + end) for end in ("", "-wal") if os.path.exists(path + end))
 
 
-def told(what, points, took, written, call):
-    wall, used = took
-    print(
-        f"{what}: {points / wall:.0f} points/s by the clock, {points / used:.0f} by processor time; "
-        f"{written / points:.1f} bytes a point; a logging call {1e6 * call:.1f} microseconds"
-    )
-
-
 def bench_mlflow(directory):
     import mlflow as package
     from mlflow.entities import Metric
@@ -171,20 +172,19 @@ def bench_mlflow(directory):
     package.set_tracking_uri(f"sqlite:///{path}")
     client = package.MlflowClient()
     run = client.create_run("0").info.run_id
-    before, points, size_of_batch = size(path), 40_000, 1000
-    clock = Clock()
-    for start in range(0, points, size_of_batch):
-        metrics = [Metric("loss", value(i), 1_700_000_000_000 + i, i) for i in range(start, start + size_of_batch)]
-        client.log_batch(run, metrics=metrics)
-    took = clock.stop()
-    began = time.perf_counter()
-    for i in range(100):
-        client.log_metric(run, "one", value(i), step=i)
-    told(f"mlflow {package.__version__}, batches of 1000", points, took, size(path) - before, (time.perf_counter() - began) / 100)
-    clock = Clock()
-    client.get_metric_history(run, "loss")
-    wall, used = clock.stop()
-    print(f"mlflow: a series of {points} points read in {1e3 * wall:.0f} ms ({1e3 * used:.0f} ms of processor time)")
+
+    def append(steps):
+        client.log_batch(run, metrics=[Metric("loss", value(i), 1_700_000_000_000 + i, i) for i in steps])
+
+    return {
+        "name": f"mlflow {package.__version__}",
+        **appended(append, [path]),
+        "call_microseconds": call(lambda i: client.log_metric(run, "one", value(i), step=i)),
+        "series_milliseconds": milliseconds(lambda: client.get_metric_history(run, "loss")),
+        "start_milliseconds": milliseconds(
+            lambda: command("mlflow", "runs", "list", "--experiment-id", "0", MLFLOW_TRACKING_URI=f"sqlite:///{path}")
+        ),
+    }
 
 
 def bench_trackio(directory):
@@ -192,21 +192,59 @@ def bench_trackio(directory):
     import trackio as package
     from trackio.sqlite_storage import SQLiteStorage
 
-    points, batch = 40_000, 1000
+    def append(steps):
+        SQLiteStorage.bulk_log("bench", "run", [{"loss": value(i)} for i in steps], steps=list(steps))
+
+    return {
+        "name": f"trackio {package.__version__}",
+        **appended(append, [os.path.join(directory, "bench.db")]),
+        "call_microseconds": call(lambda i: SQLiteStorage.log("bench", "run", {"one": value(i)}, step=i)),
+        "series_milliseconds": milliseconds(lambda: SQLiteStorage.get_logs("bench", "run")),
+        "start_milliseconds": milliseconds(lambda: command("trackio", "list", "runs", "--project", "bench")),
+    }
+
+
+def appended(append, files):
+    """40,000 points in batches of 1000, after a first batch that makes what there is to make."""
+    append(range(1000))
+    points, batch, before = 40_000, 1000, sum(map(size, files))
     clock = Clock()
-    for start in range(0, points, batch):
-        metrics = [{"loss": value(i)} for i in range(start, start + batch)]
-        SQLiteStorage.bulk_log("bench", "run", metrics, steps=list(range(start, start + batch)))
-    took = clock.stop()
-    files = [os.path.join(directory, name) for name in os.listdir(directory) if name.endswith(".db")]
-    began = time.perf_counter()
-    for i in range(100):
-        SQLiteStorage.log("bench", "run", {"one": value(i)}, step=i)
-    told(f"trackio {package.__version__}, batches of 1000", points, took, sum(map(size, files)), (time.perf_counter() - began) / 100)
-    clock = Clock()
-    SQLiteStorage.get_logs("bench", "run")
+    for start in range(1000, 1000 + points, batch):
+        append(range(start, start + batch))
     wall, used = clock.stop()
-    print(f"trackio: a series of {points} points read in {1e3 * wall:.0f} ms ({1e3 * used:.0f} ms of processor time)")
+    written = sum(map(size, files)) - before
+    assert written > 0, files
+    return {
+        "points_per_second": points / wall,
+        "points_per_cpu_second": points / used,
+        "bytes_per_point": written / points,
+    }
+
+
+def call(log):
+    """The median of 100 calls, in microseconds."""
+    times = []
+    for i in range(100):
+        began = time.perf_counter()
+        log(i)
+        times.append(time.perf_counter() - began)
+    return 1e6 * sorted(times)[50]
+
+
+def milliseconds(act):
+    """Processor time, the least of three."""
+    times = []
+    for _ in range(3):
+        clock = Clock()
+        act()
+        times.append(clock.stop()[1])
+    return 1e3 * min(times)
+
+
+def command(name, *arguments, **environment):
+    """One of the programs beside this Python."""
+    path = os.path.join(os.path.dirname(sys.executable), name)
+    subprocess.run([path, *arguments], check=True, capture_output=True, env={**os.environ, **environment})
 
 
 def value(step):

@@ -49,21 +49,27 @@ pub(super) struct Damaged;
 impl Summary {
     /// Of at least one point, in order.
     pub(super) fn of(points: &[Packed]) -> Self {
-        let mut summary = Self {
+        let (mut numbers, mut sum) = (0, 0.0);
+        let (mut min, mut max) = (f64::INFINITY, f64::NEG_INFINITY);
+        for &Packed { value, .. } in points {
+            let is_number = !value.is_nan();
+            numbers += i64::from(is_number);
+            sum += if is_number { value } else { 0.0 };
+            // Comparisons with NaN are false.
+            min = if value < min { value } else { min };
+            max = if value > max { value } else { max };
+        }
+        Self {
             first_step: points[0].step,
             last_step: points[points.len() - 1].step,
             points: points.len() as i64,
-            numbers: 0,
-            sum: 0.0,
-            min: None,
-            max: None,
+            numbers,
+            sum,
+            min: (numbers > 0).then_some(min),
+            max: (numbers > 0).then_some(max),
             first_at: points[0].at,
             last_at: points[points.len() - 1].at,
-        };
-        for point in points.iter().filter(|point| !point.value.is_nan()) {
-            summary.add(point.value);
         }
-        summary
     }
 
     /// Of the points of both.
@@ -83,13 +89,6 @@ impl Summary {
             first_at: self.first_at.min(other.first_at),
             last_at: self.last_at.max(other.last_at),
         }
-    }
-
-    fn add(&mut self, value: f64) {
-        self.numbers += 1;
-        self.sum += value;
-        self.min = Some(self.min.map_or(value, |min| min.min(value)));
-        self.max = Some(self.max.map_or(value, |max| max.max(value)));
     }
 }
 
@@ -217,6 +216,13 @@ fn put(bytes: &mut Vec<u8>, mut value: u64) {
 }
 
 fn take(rest: &mut &[u8]) -> Result<u64, Damaged> {
+    // Most numbers are small.
+    if let [byte, after @ ..] = *rest
+        && *byte < 0x80
+    {
+        *rest = after;
+        return Ok(u64::from(*byte));
+    }
     let mut value = 0;
     for shift in (0..64).step_by(7) {
         let (&byte, after) = rest.split_first().ok_or(Damaged)?;

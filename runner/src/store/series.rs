@@ -21,6 +21,8 @@ use super::{AttemptId, RunId, Store, StoreError};
 const CUT: usize = 4096;
 /// A block with so many points is not packed again with the next ones.
 const CLOSE: usize = 1024;
+/// So many blocks are unpacked for a curve in any case.
+const FEW: i64 = 128;
 
 /// Points of one series about to be appended.
 #[derive(Debug, Clone, PartialEq)]
@@ -240,7 +242,7 @@ impl Store {
     ) -> Result<Vec<SeriesPoint>, StoreError> {
         let mut points = Vec::new();
         for named in self.series_named(run, name).await? {
-            let packed = self.unpacked(&named, i64::MIN, i64::MAX).await?;
+            let packed = self.unpacked(&named).await?;
             points.extend(packed.into_iter().map(|point| SeriesPoint {
                 stage: named.stage.clone(),
                 series: named.series.clone(),
@@ -295,8 +297,13 @@ impl Store {
             Axis::Time => (extent.try_get("first_at")?, extent.try_get("last_at")?),
         };
         let mut grid = Grid::new(lens, first, last);
-        if blocks < i64::from(lens.buckets) {
-            grid.add(&self.unpacked(named, from, to).await?);
+        // Blocks as a whole give at least half as many buckets as asked for, or there are few.
+        if blocks < FEW.max(i64::from(lens.buckets) / 2) && blocks < i64::from(lens.buckets) {
+            for row in &self.packs(named, from, to).await? {
+                let mut points = unpacked(row, &named.series)?;
+                points.retain(|point| (from..=to).contains(&point.step));
+                grid.add(&points);
+            }
         } else {
             self.sum_up_blocks(named, from, to, &mut grid).await?;
         }
@@ -377,8 +384,17 @@ impl Store {
             .collect()
     }
 
-    /// The points of a series from one step to another, both included.
-    async fn unpacked(&self, named: &Named, from: i64, to: i64) -> Result<Vec<Packed>, StoreError> {
+    /// The points of a series.
+    async fn unpacked(&self, named: &Named) -> Result<Vec<Packed>, StoreError> {
+        let mut points = Vec::new();
+        for row in &self.packs(named, i64::MIN, i64::MAX).await? {
+            points.append(&mut unpacked(row, &named.series)?);
+        }
+        Ok(points)
+    }
+
+    /// The packed blocks of a series that have to do with a range of steps, in order.
+    async fn packs(&self, named: &Named, from: i64, to: i64) -> Result<Vec<SqliteRow>, StoreError> {
         let rows = sqlx::query(
             "select k.data from blocks b join packs k on k.key = b.pack
              where b.series = ?1 and b.last_step >= ?2 and b.first_step <= ?3 order by b.first_step",
@@ -388,12 +404,7 @@ impl Store {
         .bind(to)
         .fetch_all(self.pool())
         .await?;
-        let mut points = Vec::new();
-        for row in &rows {
-            points.append(&mut unpacked(row, &named.series)?);
-        }
-        points.retain(|point| (from..=to).contains(&point.step));
-        Ok(points)
+        Ok(rows)
     }
 
     pub(super) fn lock_series(
@@ -428,17 +439,24 @@ impl Grid {
 
     /// Adds points in their order: neighbours that fall into one bucket are summed up before it is looked up.
     fn add(&mut self, points: &[Packed]) {
-        let place = |point: &Packed| match self.axis {
-            Axis::Step => point.step,
-            Axis::Time => point.at,
-        };
-        let index = |point: &Packed| self.index(place(point));
-        let summed: Vec<(i64, Summary)> = points
-            .chunk_by(|a, b| index(a) == index(b))
-            .map(|neighbours| (place(&neighbours[0]), Summary::of(neighbours)))
-            .collect();
-        for (place, summary) in summed {
-            self.merge(place, summary);
+        let mut rest = points;
+        while let Some(first) = rest.first() {
+            let (place, count) = match self.axis {
+                // Steps ascend: the end of a bucket is looked for instead of asked for at every point.
+                Axis::Step => {
+                    let index = self.index(first.step);
+                    let inside = |point: &Packed| self.index(point.step) == index;
+                    (first.step, rest.partition_point(inside))
+                }
+                Axis::Time => {
+                    let index = self.index(first.at);
+                    let inside = |point: &&Packed| self.index(point.at) == index;
+                    (first.at, rest.iter().take_while(inside).count())
+                }
+            };
+            let (neighbours, after) = rest.split_at(count);
+            self.merge(place, Summary::of(neighbours));
+            rest = after;
         }
     }
 

@@ -440,7 +440,7 @@ fn a_logging_call_is_short_and_no_point_is_lost() {
 fn a_small_store_is_asked_at_once() {
     let lab = lab();
     let used = (0..20).map(|_| {
-        let child = lab
+        let mut child = lab
             .command(&["runs", "list"])
             .stdout(std::process::Stdio::null())
             .spawn()
@@ -453,6 +453,7 @@ fn a_small_store_is_asked_at_once() {
             (status, usage)
         };
         assert_eq!(status, 0);
+        assert!(child.wait().is_err(), "nothing is left to wait for");
         let seconds = |time: libc::timeval| time.tv_sec as f64 + time.tv_usec as f64 / 1e6;
         seconds(usage.ru_utime) + seconds(usage.ru_stime)
     });
