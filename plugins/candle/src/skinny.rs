@@ -180,7 +180,7 @@ fn turn_square(to: &mut [f32], from: &[f32], row: usize) {
             [_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)]
         });
         // Four rows of four columns each, in either half of a register.
-        let fours = [(0, 1), (2, 3)].map(|(p, q)| {
+        let [tops, bottoms] = [(0, 1), (2, 3)].map(|(p, q)| {
             let ([a, b], [c, d]) = (pairs[p], pairs[q]);
             [
                 _mm256_shuffle_ps::<0x44>(a, c),
@@ -189,8 +189,7 @@ fn turn_square(to: &mut [f32], from: &[f32], row: usize) {
                 _mm256_shuffle_ps::<0xee>(b, d),
             ]
         });
-        for c in 0..4 {
-            let (top, bottom) = (fours[0][c], fours[1][c]);
+        for (c, (top, bottom)) in tops.into_iter().zip(bottoms).enumerate() {
             let at = to.as_mut_ptr();
             _mm256_storeu_ps(
                 at.add(c * PANEL),
