@@ -84,6 +84,20 @@ fn images() -> vq::Config {
     }
 }
 
+/// A tokenizer with maps large enough for whatever a backend does about large maps.
+fn large_images() -> vq::Config {
+    let small = images();
+    vq::Config {
+        autoencoder: Shape {
+            image_size: 72,
+            channels: 32,
+            res_blocks: 2,
+            ..small.autoencoder
+        },
+        ..small
+    }
+}
+
 /// Weights of a network: as it would draw them, and none of them constant.
 pub fn drawn<B: Backend, M>(
     backend: &B,
@@ -199,6 +213,14 @@ fn results<B: Backend>(backend: &B) -> Result<Results> {
     drop((prediction, continuous, image_loss, student));
     keep(&mut found, "student/loss", loss.value(), 1e-3)?;
     gradients(&mut found, loss, &params)?;
+
+    // Large images: 36 x 36 tokens.
+    let large = large_images();
+    let weights = drawn(backend, |l| vq::VqModel::load(l, &large).map(drop))?;
+    let tokenizer = vq::VqModel::load(&mut constant(&weights), &large)?;
+    let latents = backend.floats(&noise(6, 0, 36 * 36, d), &[1, 36 * 36, d])?;
+    let images = tokenizer.decode(&Var::constant(latents))?;
+    keep(&mut found, "tokenizer/large", images.value(), 1e-4)?;
 
     // A training step of the tokenizer.
     let mut loader = Loader::new(backend, Source::Host(&image_weights), true, "drawn");

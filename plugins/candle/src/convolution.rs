@@ -1,11 +1,12 @@
 //! Convolutions as matrix products over unfolded images, a tile of output rows at a time, so that what is unfolded
-//! stays in the cache.
+//! stays in the cache; large ones with 3 x 3 kernels by Winograd's tiles.
 
 use rayon::prelude::*;
 use retort_engine::error::{Error, Result};
 
 use crate::product::{Matrix, Product};
 use crate::view::{floats, fresh, tensor, whole};
+use crate::winograd::Convolution;
 use crate::{T, failed};
 
 /// Elements of an unfolded tile: 1 MiB, the second-level cache of the processors this is for.
@@ -116,7 +117,22 @@ impl Shape {
         (UNFOLDED / (self.deep() * self.out_w)).clamp(1, self.out_h)
     }
 
+    /// The same as Winograd's tiles, where they pay.
+    fn winograd(&self) -> Option<Convolution> {
+        let tiles = Convolution {
+            c: self.c,
+            o: self.o,
+            h: self.h,
+            w: self.w,
+        };
+        let fits = [self.kh, self.kw] == [3, 3] && self.stride == 1 && self.padding == [1, 1];
+        (fits && tiles.pays()).then_some(tiles)
+    }
+
     fn forward(&self, x: &[f32], w: &[f32]) -> Vec<f32> {
+        if let Some(tiles) = self.winograd() {
+            return tiles.forward(x, w, self.b);
+        }
         let (deep, plane, tile) = (self.deep(), self.plane(), self.tile());
         let kernel = Matrix::rows(w, deep);
         let mut y = fresh(&[self.b, self.o, plane]);

@@ -22,6 +22,7 @@ mod skinny;
 mod softmax;
 mod view;
 mod wide;
+mod winograd;
 
 use candle_core::{DType, Device, Tensor};
 use retort_engine::error::{Error, Result};
