@@ -31,6 +31,8 @@ pub enum ToWorker {
 pub struct Task {
     /// The plugin's shared object.
     pub plugin: PathBuf,
+    /// Hex BLAKE3 that the file must have: what runs is what was planned. `None`: whatever is there.
+    pub hash: Option<String>,
     /// What to ask of it.
     pub call: Call,
 }
@@ -45,6 +47,8 @@ pub enum Call {
     Probe,
     /// Its own checks of the options of several stages.
     Validate(Vec<StageJob>),
+    /// The same of options that may be anything, going on after failures.
+    Provoke(Vec<StageJob>),
     /// Run a stage.
     Run {
         /// The stage.
@@ -98,6 +102,8 @@ pub enum Answer {
     Devices(Vec<Device>),
     /// To [`Call::Validate`], one list per job.
     Findings(Vec<Vec<Diagnostic>>),
+    /// To [`Call::Provoke`], one per job.
+    Provoked(Vec<Result<Vec<Diagnostic>, Failure>>),
     /// To [`Call::Run`].
     Result(StageResult),
 }

@@ -2,8 +2,9 @@
 //!
 //! In: names. Out: files, identities, descriptions. A recipe names a plugin, never a path; the directories are searched
 //! in a fixed order (never the working directory), the first match wins, and what it hides is reported. The identity of
-//! a plugin is the BLAKE3 of its file. Descriptions come from the store, by that hash, or from a worker. Deliberately
-//! absent: `dlopen`, which only [`host`] does, in a worker.
+//! a plugin is the BLAKE3 of its file. A file that others could change, or that a lock does not allow, is refused
+//! ([`trust`]). Descriptions come from the store, by that hash, or from a worker. Deliberately absent: `dlopen`, which
+//! only [`host`] does, in a worker.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -15,10 +16,14 @@ use tokio::runtime::Runtime;
 use crate::artifact;
 use crate::frame::{Answer, Call, Task};
 use crate::plan::{DescribeError, Descriptions, PluginIdentity};
+use crate::plugin::trust::TrustError;
 use crate::store::Store;
 use crate::worker::process::{self, AskError};
 
+pub mod conformance;
 pub mod host;
+pub mod project;
+pub mod trust;
 
 /// How long a plugin may take to describe itself, to find its devices or to check options.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -90,11 +95,8 @@ pub fn search_dirs(plugin_dirs: &[PathBuf]) -> Vec<SearchDir> {
             );
         }
     }
-    if let Some(data) = user_data_dir() {
-        add(
-            data.join("retort").join("plugins"),
-            "the user's data directory",
-        );
+    if let Some(dir) = user_plugin_dir() {
+        add(dir, "the user's data directory");
     }
     dirs
 }
@@ -206,11 +208,16 @@ pub fn file_name(name: &str) -> String {
 }
 
 /// The name of the plugin in a file of this name.
-fn name_of(file: &str) -> Option<String> {
+pub fn name_of(file: &str) -> Option<String> {
     let name = file
         .strip_prefix("libretort_")?
         .strip_suffix(std::env::consts::DLL_SUFFIX)?;
     (!name.is_empty() && !name.contains('.')).then(|| name.to_owned())
+}
+
+/// The directory of the user's own plugins.
+pub fn user_plugin_dir() -> Option<PathBuf> {
+    Some(user_data_dir()?.join("retort").join("plugins"))
 }
 
 fn user_data_dir() -> Option<PathBuf> {
@@ -226,6 +233,15 @@ fn user_data_dir() -> Option<PathBuf> {
         .map(PathBuf::from)
         .filter(|path| path.is_absolute());
     xdg.or_else(|| Some(home()?.join(".local/share")))
+}
+
+impl From<TrustError> for DescribeError {
+    fn from(error: TrustError) -> Self {
+        Self {
+            message: error.to_string(),
+            hint: error.hint(),
+        }
+    }
 }
 
 impl<'a> Plugins<'a> {
@@ -275,6 +291,8 @@ impl<'a> Plugins<'a> {
             message: format!("the plugin's file: {error}"),
             hint: None,
         })?;
+        trust::check_owner(path)?;
+        trust::check_lock(path, &hash)?;
         let identity = |description: &Description| PluginIdentity {
             name: description.name.clone(),
             path: path.to_owned(),
@@ -321,6 +339,7 @@ impl<'a> Plugins<'a> {
     fn ask(&self, path: &Path, call: Call) -> Result<Answer, DescribeError> {
         let task = Task {
             plugin: path.to_owned(),
+            hash: None,
             call,
         };
         self.runtime

@@ -72,6 +72,18 @@ pub fn main(parent: u32) -> Result<std::convert::Infallible, WorkerError> {
 
 /// Loads the plugin, makes the call, sends the answer.
 fn work(task: Task, outbox: &Arc<Outbox>, cancel: Arc<AtomicU32>) {
+    if let Some(planned) = &task.hash
+        && artifact::file_hash(&task.plugin).is_ok_and(|found| found != *planned)
+    {
+        outbox.send(&FromWorker::NotLoaded {
+            message: format!(
+                "{} is not the file it was when the run was planned",
+                task.plugin.display()
+            ),
+            hint: Some("run again: the plan will know the new one".into()),
+        });
+        return;
+    }
     let plugin = match LoadedPlugin::load(&task.plugin) {
         Ok(plugin) => plugin,
         Err(error) => {
@@ -89,11 +101,12 @@ fn work(task: Task, outbox: &Arc<Outbox>, cancel: Arc<AtomicU32>) {
         } => Some(Desk::new(staging.clone(), artifacts.clone())),
         _ => None,
     };
-    let services = Services {
+    // Never dropped: a thread of the plugin may call after its time, and must not find it gone.
+    let services: &'static Services = Box::leak(Box::new(Services {
         outbox: Arc::clone(outbox),
         cancel,
         desk,
-    };
+    }));
     let host = services.table();
     let answer = match task.call {
         Call::Describe => plugin
@@ -105,6 +118,9 @@ fn work(task: Task, outbox: &Arc<Outbox>, cancel: Arc<AtomicU32>) {
             .map(|job| plugin.validate(&host, job))
             .collect::<Result<_, _>>()
             .map(Answer::Findings),
+        Call::Provoke(jobs) => Ok(Answer::Provoked(
+            jobs.iter().map(|job| plugin.validate(&host, job)).collect(),
+        )),
         Call::Run { job, .. } => plugin.run(&host, &job).map(Answer::Result),
     };
     outbox.send(&match answer {

@@ -3,6 +3,10 @@
 //! The stages come from a plugin in C (`fixtures/faulty.c`) that does as its options say; in `training` and `measuring`,
 //! from candle.
 
+#[path = "runner/abi.rs"]
+mod abi;
+#[path = "runner/authoring.rs"]
+mod authoring;
 #[path = "runner/checkpoints.rs"]
 mod checkpoints;
 #[path = "runner/faults.rs"]

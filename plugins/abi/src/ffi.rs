@@ -21,6 +21,9 @@ pub const CANCELLED: i32 = 2;
 /// The callee cannot do this.
 pub const UNSUPPORTED: i32 = 3;
 
+/// Longest text that is taken from the other side, in bytes: far above anything meant.
+pub const LONGEST: u64 = 1 << 32;
+
 /// Borrowed UTF-8 text, not NUL-terminated (`retort_str`).
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
@@ -42,12 +45,20 @@ impl Str {
 
     /// The bytes.
     ///
+    /// # Panics
+    /// The length is absurd: the other side's memory is not to be trusted any more.
+    ///
     /// # Safety
     /// `data` points to `len` readable bytes (or is NULL) that nobody changes during `'a`.
     pub unsafe fn bytes<'a>(self) -> &'a [u8] {
         if self.data.is_null() || self.len == 0 {
             return &[];
         }
+        assert!(
+            self.len <= LONGEST,
+            "a text of {} bytes crossed the plugin boundary, {LONGEST} are allowed",
+            self.len
+        );
         // SAFETY: the caller vouches for data and len.
         unsafe { std::slice::from_raw_parts(self.data.cast(), self.len as usize) }
     }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::message::{ArtifactMeta, Failure};
+use crate::message::{ArtifactMeta, Failure, FailureCode};
 
 /// Severity of a log line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -42,6 +42,13 @@ pub trait Host: Send + Sync {
     fn progress(&self, done: u64, total: u64, unit: &str);
     /// Whether to go on; cheap enough to ask once per step.
     fn cancelled(&self) -> Cancel;
+    /// A failure with code `cancelled` when the stage is to stop: for `?` in a loop that has nothing to save first.
+    fn check_cancelled(&self) -> Result<(), Failure> {
+        match self.cancelled() {
+            Cancel::Run => Ok(()),
+            _ => Err(Failure::new(FailureCode::Cancelled, "stopped as asked")),
+        }
+    }
     /// Opens a staging directory for a new artifact; returns its id and path.
     fn artifact_begin(&self, kind: &str, name: &str) -> Result<(u64, PathBuf), Failure>;
     /// Makes the staged files an artifact: synced, hashed, moved to their place.

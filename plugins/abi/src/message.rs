@@ -71,6 +71,18 @@ pub struct Device {
     pub unusable: Option<String>,
 }
 
+impl Device {
+    /// A device that can be used, of which nothing but the name is known.
+    pub fn named(name: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            model: String::new(),
+            memory: None,
+            unusable: None,
+        }
+    }
+}
+
 /// One stage to validate or run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StageJob {
@@ -147,6 +159,32 @@ pub struct Table {
     pub rows: Vec<Vec<Value>>,
 }
 
+impl Table {
+    /// A table without rows.
+    pub fn new(title: impl Into<String>, columns: &[&str]) -> Self {
+        Self {
+            title: title.into(),
+            columns: columns.iter().map(|&column| column.to_owned()).collect(),
+            rows: Vec::new(),
+        }
+    }
+
+    /// Adds a row: one cell per column.
+    pub fn row(mut self, cells: impl IntoIterator<Item = Value>) -> Self {
+        self.rows.push(cells.into_iter().collect());
+        self
+    }
+}
+
+impl From<Table> for ArtifactMeta {
+    fn from(table: Table) -> Self {
+        Self {
+            table: Some(table),
+            ..Self::default()
+        }
+    }
+}
+
 /// A finding of `validate`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Diagnostic {
@@ -218,6 +256,13 @@ pub enum FailureCode {
     Panic,
     /// A bug.
     Internal,
+}
+
+impl From<std::io::Error> for Failure {
+    /// What the operating system says; better with the path before it.
+    fn from(error: std::io::Error) -> Self {
+        Self::new(FailureCode::Io, error.to_string())
+    }
 }
 
 impl Failure {

@@ -1,6 +1,7 @@
 //! The kinds of stage a recipe can name, one file each, and what they share.
 
 pub mod classifier;
+pub mod conformance;
 pub mod distill;
 pub mod evaluate;
 pub mod pretrain;
@@ -108,6 +109,7 @@ pub fn all<B: Backend>() -> Vec<Registered<B>> {
         register::<B, distill::Distill>(),
         register::<B, sample::Sample>(),
         register::<B, evaluate::Evaluate>(),
+        register::<B, conformance::Conformance>(),
     ]
 }
 

@@ -1,16 +1,21 @@
-//! `retort plugin`: which plugins there are, and whether they work.
+//! `retort plugin`: which plugins there are, and whether they work; making, installing and testing one's own.
 
 use clap::Subcommand;
 use retort_abi::{Description, Device};
 use serde_json::{Value, json};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use tokio::runtime::Runtime;
 
 use crate::cli::{Context, Error, Exit, Format, FormatArgs, talk};
 use crate::plan::{DescribeError, PluginIdentity};
-use crate::plugin::{self, Found, Plugins, search_dirs};
+use crate::plugin::{self, Found, Plugins, conformance, search_dirs};
 use crate::store::{Access, Store};
 use crate::table::{Cell, Rows, Style, Tone};
+
+pub mod install;
+pub mod lock;
+pub mod new;
+pub mod test;
 
 /// Arguments of `plugin`.
 #[derive(Debug, clap::Args)]
@@ -27,6 +32,14 @@ pub enum Command {
     List(ListArgs),
     /// Load a plugin in a worker process and check its answers and devices.
     Check(CheckArgs),
+    /// Begin a plugin of your own: a project that builds, installs and runs at once.
+    New(new::Args),
+    /// Copy a plugin to where it is found.
+    Install(install::Args),
+    /// Examine a plugin: is it as it has to be?
+    Test(test::Args),
+    /// Allow the plugins that are in a directory now, and no others.
+    Lock(lock::Args),
 }
 
 /// Arguments of `plugin list`.
@@ -40,7 +53,7 @@ pub struct ListArgs {
 /// Arguments of `plugin check`.
 #[derive(Debug, clap::Args)]
 pub struct CheckArgs {
-    /// Name of the plugin, or the path of its shared object.
+    /// Name of the plugin, the path of its shared object, or the directory of its project.
     #[arg(value_name = "PLUGIN")]
     pub plugin: String,
     /// How to print.
@@ -54,6 +67,10 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     match &args.command {
         Command::List(args) => list(args, &runtime, context),
         Command::Check(args) => check(args, &runtime, context),
+        Command::New(args) => new::execute(args, context),
+        Command::Install(args) => install::execute(args, &runtime, context),
+        Command::Test(args) => test::execute(args, &runtime, context),
+        Command::Lock(args) => lock::execute(args, context),
     }
 }
 
@@ -137,16 +154,12 @@ fn row(
 
 fn check(args: &CheckArgs, runtime: &Runtime, context: &Context) -> Result<(), Error> {
     let dirs = search_dirs(&context.plugin_dirs);
-    let is_path = args.plugin.contains('/') || args.plugin.ends_with(std::env::consts::DLL_SUFFIX);
-    let path = match is_path {
-        true => std::path::absolute(PathBuf::from(&args.plugin))?,
-        false => plugin::find(&args.plugin, &dirs)?.path,
-    };
+    let path = named(&args.plugin, &dirs)?;
     // Without a store: a check asks the plugin itself.
     let plugins = Plugins::new(dirs, runtime, None);
     let (identity, description) = plugins.describe_file(&path)?;
     let again = plugins.describe_file(&path)?.1;
-    let mut problems = inconsistencies(&description);
+    let mut problems = conformance::inconsistencies(&description);
     if again != description {
         problems.push("it describes itself differently when asked twice".to_owned());
     }
@@ -179,46 +192,58 @@ fn check(args: &CheckArgs, runtime: &Runtime, context: &Context) -> Result<(), E
     ))
 }
 
-/// What is wrong with a description, beyond being readable.
-fn inconsistencies(description: &Description) -> Vec<String> {
-    let mut problems = Vec::new();
-    let mut need = |good: bool, problem: &str| {
-        if !good {
-            problems.push(problem.to_owned());
-        }
-    };
-    need(!description.name.is_empty(), "it has no name");
-    need(!description.version.is_empty(), "it has no version");
-    need(
-        !description.devices.is_empty(),
-        "it names no kind of device",
-    );
-    need(!description.dtypes.is_empty(), "it names no dtype");
-    need(!description.stages.is_empty(), "it runs no kind of stage");
-    for stage in &description.stages {
-        let kind = &stage.kind;
-        if description
-            .stages
-            .iter()
-            .filter(|other| other.kind == *kind)
-            .count()
-            > 1
-        {
-            problems.push(format!("stage kind `{kind}` appears more than once"));
-        }
-        if stage.output.is_empty() {
-            problems.push(format!("stage kind `{kind}` names no kind of output"));
-        }
-        if let Err(error) = jsonschema::validator_for(&stage.schema) {
-            problems.push(format!("the schema of `{kind}` is no JSON schema: {error}"));
-        }
-        if stage.schema["additionalProperties"] != false {
-            problems.push(format!(
-                "the schema of `{kind}` lets unknown options pass (`additionalProperties: false`)"
-            ));
+/// The file of a plugin given by name, by path, or by the directory of its project.
+fn named(plugin: &str, dirs: &[plugin::SearchDir]) -> Result<PathBuf, Error> {
+    let is_path = plugin.contains('/')
+        || plugin.starts_with('.')
+        || plugin.ends_with(std::env::consts::DLL_SUFFIX);
+    match is_path {
+        true => built(&std::path::absolute(plugin)?),
+        false => Ok(plugin::find(plugin, dirs)?.path),
+    }
+}
+
+/// The shared object at a path: itself, or the one that a project in this directory has built.
+fn built(path: &Path) -> Result<PathBuf, Error> {
+    if !path.is_dir() {
+        return Ok(path.to_owned());
+    }
+    let places = [path.to_owned(), path.join("target/release")];
+    let mut found: Vec<PathBuf> = Vec::new();
+    for entry in places
+        .iter()
+        .flat_map(std::fs::read_dir)
+        .flatten()
+        .flatten()
+    {
+        let file = entry.file_name();
+        if file.to_str().and_then(plugin::name_of).is_some() {
+            found.push(entry.path());
         }
     }
-    problems
+    match found.as_slice() {
+        [one] => Ok(one.clone()),
+        [] => Err(Error::new(
+            Exit::NothingMatches,
+            format!(
+                "there is no {} in {} or its target/release",
+                plugin::file_name("NAME"),
+                path.display()
+            ),
+        )
+        .hint("build the plugin first: `make`, or `cargo build --release`")),
+        many => {
+            let list: String = many
+                .iter()
+                .map(|file| format!("\n    {}", file.display()))
+                .collect();
+            Err(Error::new(
+                Exit::NothingMatches,
+                format!("there are several plugins in {}:{list}", path.display()),
+            )
+            .hint("name one of the files"))
+        }
+    }
 }
 
 fn document(

@@ -384,6 +384,7 @@ fn task(bench: &Bench, brief: &Brief, attempt: AttemptId) -> Task {
     let (staging, artifacts) = (bench.staging.attempt(attempt), bench.layout.artifacts());
     Task {
         plugin: stage.plugin.path.clone(),
+        hash: Some(stage.plugin.hash.clone()),
         call: Call::Run {
             job: Box::new(job),
             staging,

@@ -17,6 +17,8 @@ use retort_abi::{
 };
 use serde::de::DeserializeOwned;
 
+use crate::plugin::trust::{self, TrustError};
+
 /// A loaded plugin. It stays loaded until the process ends.
 #[derive(Debug, Clone, Copy)]
 pub struct LoadedPlugin {
@@ -29,6 +31,9 @@ pub struct LoadedPlugin {
 /// Why a file could not be loaded as a plugin.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
+    /// Others could change it.
+    #[error(transparent)]
+    Untrusted(#[from] TrustError),
     /// It cannot be read.
     #[error("cannot read the plugin {}: {source}", path.display())]
     Unreadable {
@@ -92,6 +97,7 @@ impl LoadError {
     /// What to do about it.
     pub fn hint(&self) -> Option<String> {
         let text = match self {
+            Self::Untrusted(error) => return error.hint(),
             Self::Unreadable { .. } => return None,
             Self::NotASharedObject { .. } => {
                 "a plugin is a file like libretort_candle.so, made by a build"
@@ -123,6 +129,7 @@ impl LoadedPlugin {
     /// [`LoadError`].
     pub fn load(path: &Path) -> Result<Self, LoadError> {
         check_magic(path)?;
+        trust::check_owner(path)?;
         // SAFETY: loading runs the plugin's initialisers. Plugins are trusted code; the worker process contains faults.
         let library =
             unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.map_err(|error| {

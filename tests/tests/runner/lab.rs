@@ -91,6 +91,7 @@ impl Lab {
             .arg(plugins())
             .current_dir(self.dir.path())
             .env_remove("RETORT_PLUGIN_PATH")
+            .env_remove("XDG_DATA_HOME")
             .env_remove("RUST_LOG")
             .env("HOME", self.dir.path())
             .stdin(Stdio::null());
@@ -301,10 +302,13 @@ pub fn plugins() -> &'static Path {
 /// Compiles a fixture into a shared object.
 pub fn compile(fixture: &str, flags: &[&str], output: &Path) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let compiler = std::env::var("CC").unwrap_or("cc".into());
-    let result = Command::new(compiler)
+    let (variable, compiler, standard) = match fixture.ends_with(".cpp") {
+        true => ("CXX", "c++", "-std=c++17"),
+        false => ("CC", "cc", "-std=gnu11"),
+    };
+    let result = Command::new(std::env::var(variable).unwrap_or(compiler.into()))
         .args([
-            "-std=gnu11",
+            standard,
             "-Wall",
             "-Wextra",
             "-Werror",
@@ -321,7 +325,7 @@ pub fn compile(fixture: &str, flags: &[&str], output: &Path) {
         .arg(output)
         .arg("-lm")
         .output()
-        .expect("these tests need a C compiler (`cc`)");
+        .expect("these tests need a C and a C++ compiler (`cc`, `c++`)");
     assert!(
         result.status.success(),
         "{}",

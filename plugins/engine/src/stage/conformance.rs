@@ -1,0 +1,89 @@
+//! `conformance`: does this backend compute, on this device and in this dtype, what the engine means?
+//!
+//! Out: `cases.json`, every comparison of [`crate::conformance`], and a table of those that failed or came closest to
+//! it. The stage succeeds whatever it finds: what it found is its result. Its summary counts cases and failures.
+
+use std::path::Path;
+
+use retort_abi::{ArtifactMeta, LogLevel, StageResult, Table};
+use schemars::JsonSchema;
+use serde::Deserialize;
+use serde_json::json;
+
+use crate::backend::Backend;
+use crate::conformance::{self, Case};
+use crate::error::Result;
+use crate::stage::{Context, Stage, write_json};
+
+/// Rows of the table.
+const SHOWN: usize = 12;
+
+/// Options of `conformance`: there are none.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Options {}
+
+/// The stage.
+pub struct Conformance;
+
+impl<B: Backend> Stage<B> for Conformance {
+    type Options = Options;
+    const KIND: &'static str = "conformance";
+    const OUTPUT: &'static str = "conformance";
+    const REVISION: u32 = 0;
+    const SUMMARY: &'static str =
+        "holds every operation and gradient of the backend against reference values";
+
+    fn check(_options: &Options, _base_dir: &Path) -> Result<()> {
+        Ok(())
+    }
+
+    fn run(context: &Context<'_, B>, _options: &Options) -> Result<StageResult> {
+        context.host.check_cancelled()?;
+        let mut cases = conformance::check(context.backend);
+        let failed = cases.iter().filter(|case| !case.passed).count();
+        let (name, count) = (&context.job.dtype, cases.len());
+        let level = match failed {
+            0 => LogLevel::Info,
+            _ => LogLevel::Error,
+        };
+        let device = &context.job.device;
+        let text = format!("{failed} of {count} comparisons failed on {device} in {name}");
+        context.host.log(level, &text);
+        // The worst first, by how much of their tolerance they use.
+        cases.sort_by(|a, b| share(b).total_cmp(&share(a)));
+        let mut table = Table::new(text, &["operation", "error", "allowed"]);
+        for case in cases.iter().take(SHOWN.max(failed)) {
+            let numbers = [finite(case.error), finite(case.tolerance)];
+            table
+                .rows
+                .push([[case.name.clone().into()].as_slice(), &numbers].concat());
+        }
+        let records: Vec<_> = cases
+            .iter()
+            .map(|case| {
+                json!({"name": case.name, "error": finite(case.error), "tolerance": case.tolerance,
+                    "passed": case.passed})
+            })
+            .collect();
+        let summary = json!({"cases": count, "failed": failed});
+        context.finish("conformance", ArtifactMeta::from(table), summary, |dir| {
+            write_json(&dir.join("cases.json"), &records)
+        })
+    }
+}
+
+/// How much of its tolerance a case uses.
+fn share(case: &Case) -> f64 {
+    match case.passed {
+        // A tolerance of nothing is kept by no error at all.
+        true if case.tolerance == 0.0 => 0.0,
+        true => case.error / case.tolerance,
+        false => f64::INFINITY,
+    }
+}
+
+/// JSON has no infinity: an error that is none (another shape, a refusal) is null.
+fn finite(number: f64) -> serde_json::Value {
+    serde_json::Number::from_f64(number).map_or(serde_json::Value::Null, Into::into)
+}

@@ -1,0 +1,49 @@
+//! abacus: a backend of retort. The engine brings every stage and every network; this crate brings the tensors.
+//!
+//! It begins with tensors that are plain vectors in host memory and operations that are plain loops: correct, complete
+//! and slow. Replace them in `backend.rs` by those of your tensor library, one at a time; the test below says after
+//! each whether it computes what the engine means.
+
+mod backend;
+
+pub use backend::{Loops, Tensor};
+
+use retort_abi::Device;
+use retort_engine::plugin::{About, EnginePlugin};
+
+const ABOUT: About = About {
+    name: "abacus",
+    version: env!("CARGO_PKG_VERSION"),
+    summary: "all stages on plain loops",
+    license: env!("CARGO_PKG_LICENSE"),
+    devices: &["cpu"],
+    dtypes: &["f32"],
+};
+
+fn plugin() -> EnginePlugin<Loops> {
+    EnginePlugin {
+        about: ABOUT,
+        open: Loops::open,
+        devices: || vec![Device::named("cpu")],
+    }
+}
+
+retort_abi::export_plugin!(crate::plugin());
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_operation_computes_what_the_engine_means() {
+        let backend = Loops::open("cpu", "f32", 1).expect("the CPU opens");
+        let cases = retort_engine::conformance::check(&backend);
+        let failed: Vec<_> = cases.iter().filter(|case| !case.passed).collect();
+        assert!(
+            failed.is_empty(),
+            "{} of {} cases: {failed:#?}",
+            failed.len(),
+            cases.len()
+        );
+    }
+}

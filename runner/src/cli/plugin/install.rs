@@ -1,0 +1,103 @@
+//! `retort plugin install`: a plugin's file put where it is found.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use clap::ValueHint;
+use tokio::runtime::Runtime;
+
+use crate::artifact;
+use crate::cli::plugin::built;
+use crate::cli::{Context, Error, Exit, talk};
+use crate::plugin::{self, Plugins, search_dirs, trust};
+
+/// Arguments of `plugin install`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The shared object, or the directory of a project that has been built.
+    #[arg(value_name = "PATH", value_hint = ValueHint::AnyPath)]
+    pub path: PathBuf,
+    /// Install for this user, into the data directory (the default).
+    #[arg(long, conflicts_with = "into")]
+    pub user: bool,
+    /// Install into this directory.
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub into: Option<PathBuf>,
+}
+
+/// Copies the plugin, after having asked it who it is.
+pub fn execute(args: &Args, runtime: &Runtime, context: &Context) -> Result<(), Error> {
+    let source = built(&std::path::absolute(&args.path)?)?;
+    let dirs = search_dirs(&context.plugin_dirs);
+    let (identity, _) = Plugins::new(dirs.clone(), runtime, None).describe_file(&source)?;
+    let dir = match &args.into {
+        Some(dir) => std::path::absolute(dir)?,
+        None => plugin::user_plugin_dir().ok_or_else(|| {
+            Error::new(
+                Exit::Usage,
+                "this user has no data directory: HOME is not set",
+            )
+            .hint("name a directory with --into")
+        })?,
+    };
+    let target = dir.join(plugin::file_name(&identity.name));
+    copy(&source, &target).map_err(|error| {
+        Error::new(
+            Exit::Internal,
+            format!("{} cannot be written", target.display()),
+        )
+        .cause(&error)
+    })?;
+    trust::check_owner(&target).map_err(plan_error)?;
+    // Whoever installs into a directory with a lock allows what is installed.
+    if let Some(mut lock) = trust::read_lock(&dir).map_err(plan_error)? {
+        let hash = artifact::file_hash(&target)
+            .map_err(|error| Error::new(Exit::Internal, error.to_string()))?;
+        lock.insert(plugin::file_name(&identity.name), hash);
+        trust::write_lock(&dir, &lock).map_err(plan_error)?;
+    }
+    talk::say(&format!(
+        "{} {} is installed: {}",
+        identity.name,
+        identity.version,
+        target.display()
+    ));
+    if !dirs.iter().any(|known| known.path == dir) {
+        talk::say(&format!(
+            "note: {} is not searched for plugins; name it with --plugin-dir or {}",
+            dir.display(),
+            plugin::PATH_VARIABLE
+        ));
+    } else if let Ok(found) = plugin::find(&identity.name, &dirs)
+        && found.path != target
+    {
+        talk::say(&format!(
+            "note: {} comes first and is used instead",
+            found.path.display()
+        ));
+    }
+    Ok(())
+}
+
+fn plan_error(error: trust::TrustError) -> Error {
+    crate::plan::DescribeError::from(error).into()
+}
+
+/// Copies a file in one step: whoever loads the target has the old one or the new one.
+fn copy(source: &Path, target: &Path) -> io::Result<()> {
+    let dir = target.parent().unwrap_or(target);
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(dir)?;
+    let fresh = dir.join(format!(".installing-{}", std::process::id()));
+    let copied = fs::copy(source, &fresh)
+        .and_then(|_| fs::set_permissions(&fresh, fs::Permissions::from_mode(0o755)))
+        .and_then(|()| fs::rename(&fresh, target));
+    if copied.is_err() {
+        let _ = fs::remove_file(&fresh);
+    }
+    copied
+}

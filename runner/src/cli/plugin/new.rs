@@ -1,0 +1,103 @@
+//! `retort plugin new`: a project for a plugin of one's own.
+
+use std::path::PathBuf;
+
+use clap::{ValueEnum, ValueHint};
+
+use crate::cli::{Context, Error, Exit, talk};
+use crate::plugin::project::{self, ProjectError, Template};
+
+/// Arguments of `plugin new`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "From nothing to a run:\n  \
+    retort plugin new hello --lang c\n  \
+    cd hello\n  \
+    make\n  \
+    retort plugin install .\n  \
+    retort run recipe.yaml")]
+pub struct Args {
+    /// Name of the plugin, as recipes will use it.
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// Language to write it in.
+    #[arg(long, value_name = "LANG", default_value = "rust")]
+    pub lang: Language,
+    /// What it is to bring: a kind of stage, or a tensor backend that inherits every stage of the engine (Rust).
+    #[arg(long, value_name = "KIND", default_value = "stage")]
+    pub kind: Kind,
+    /// Directory to make; by default the plugin's name.
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub into: Option<PathBuf>,
+    /// A clone of retort to build against (Rust); by default the one that this program was built in.
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub retort: Option<PathBuf>,
+}
+
+/// Languages with a template.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Language {
+    /// Rust, on the crate retort-abi.
+    Rust,
+    /// C11, on retort_plugin.h.
+    C,
+    /// C++17, on retort_plugin.h.
+    Cpp,
+}
+
+/// What a plugin brings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Kind {
+    /// A kind of stage of its own.
+    Stage,
+    /// A tensor library for the engine's stages.
+    Backend,
+}
+
+/// Makes the project.
+pub fn execute(args: &Args, _context: &Context) -> Result<(), Error> {
+    let template = match (args.kind, args.lang) {
+        (Kind::Stage, Language::Rust) => Template::Rust,
+        (Kind::Stage, Language::C) => Template::C,
+        (Kind::Stage, Language::Cpp) => Template::Cpp,
+        (Kind::Backend, Language::Rust) => Template::Backend,
+        (Kind::Backend, _) => {
+            return Err(Error::new(
+                Exit::Usage,
+                "a backend of the engine is written in Rust: tensors do not cross the C interface",
+            )
+            .hint("call a C or C++ library from Rust, or begin with --kind stage and bring all of a stage"));
+        }
+    };
+    let dir = args
+        .into
+        .clone()
+        .unwrap_or_else(|| PathBuf::from(&args.name));
+    let clone = match template.needs_clone() {
+        true => args.retort.clone().or_else(project::own_clone),
+        false => None,
+    };
+    project::create(template, &args.name, &dir, clone.as_deref()).map_err(refused)?;
+    let build = if template.needs_clone() {
+        "cargo build --release"
+    } else {
+        "make"
+    };
+    talk::say(&format!(
+        "{} is ready. Next:\n  cd {}\n  {build}\n  retort plugin install .\n  retort run recipe.yaml",
+        dir.display(),
+        dir.display()
+    ));
+    Ok(())
+}
+
+fn refused(error: ProjectError) -> Error {
+    let exit = match error {
+        ProjectError::Io { .. } => Exit::Internal,
+        _ => Exit::Usage,
+    };
+    let hint = error.hint().map(str::to_owned);
+    Error {
+        hint,
+        ..Error::new(exit, error.to_string())
+    }
+}

@@ -1,0 +1,224 @@
+//! `retort plugin test`: is a plugin as it has to be? The report as a table, JSON, CSV, Markdown or JUnit.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::ValueHint;
+use tokio::runtime::Runtime;
+
+use crate::cli::plugin::named;
+use crate::cli::{Context, Error, Exit, FormatArgs, talk};
+use crate::plan::{self, Plan};
+use crate::plugin::conformance::{Examination, Outcome, Verdict};
+use crate::plugin::{Plugins, search_dirs};
+use crate::recipe;
+use crate::table::{Cell, Rows, Tone};
+
+/// Arguments of `plugin test`.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Without a recipe the plugin's file, its answers and its way with bad options are examined. \
+    Its stages are examined as a recipe uses them, in a directory that is removed afterwards: each is run to its end, \
+    again with the same seed, up to a request to stop, and on from there. A project's own recipe.yaml is taken when \
+    the directory of the project is named."
+)]
+pub struct Args {
+    /// Name of the plugin, the path of its shared object, or the directory of its project.
+    #[arg(value_name = "PLUGIN")]
+    pub plugin: String,
+    /// A recipe whose stages use the plugin, and run in seconds.
+    #[arg(long, value_name = "RECIPE", value_hint = ValueHint::FilePath)]
+    pub recipe: Option<PathBuf>,
+    /// Set a value of the recipe, as `run --set` does (may be repeated).
+    #[arg(long = "set", value_name = "PATH=VALUE", requires = "recipe")]
+    pub set: Vec<String>,
+    /// How long a stage may take to stop when it is asked to.
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = humantime::parse_duration)]
+    pub grace: Duration,
+    /// How long a stage may run.
+    #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = humantime::parse_duration)]
+    pub limit: Duration,
+    /// Write the report to this file as JUnit XML, too.
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub junit: Option<PathBuf>,
+    /// How to print.
+    #[command(flatten)]
+    pub format: FormatArgs,
+}
+
+/// Examines the plugin and reports.
+pub fn execute(args: &Args, runtime: &Runtime, context: &Context) -> Result<(), Error> {
+    let path = named(&args.plugin, &search_dirs(&context.plugin_dirs))?;
+    let own = Path::new(&args.plugin).join("recipe.yaml");
+    let recipe = args.recipe.clone().or_else(|| own.is_file().then_some(own));
+    let quiet = context.quiet;
+    let tell = move |outcome: &Outcome| {
+        if !quiet {
+            talk::say(&format!(
+                "{:7} {} {}",
+                outcome.verdict.name(),
+                outcome.check,
+                outcome.subject
+            ));
+        }
+    };
+    let mut examination = Examination::new(runtime, &path, [args.grace, args.limit], &tell);
+    if let Some(description) = examination.examine_plugin()
+        && let Some(recipe) = recipe
+    {
+        let plan = planned(&recipe, &args.set, &path, runtime, context)?;
+        examination.examine_stages(&description, &plan);
+    }
+    let outcomes = examination.outcomes();
+    if let Some(file) = &args.junit {
+        std::fs::write(file, junit(&path, &outcomes)).map_err(|error| {
+            Error::new(
+                Exit::Internal,
+                format!("{} cannot be written", file.display()),
+            )
+            .cause(&error)
+        })?;
+    }
+    talk::print(&rows(&outcomes).render(args.format.style(context)))?;
+    let count = |verdict| outcomes.iter().filter(|o| o.verdict == verdict).count();
+    match count(Verdict::Failed) {
+        0 => Ok(()),
+        failed => Err(Error::new(
+            Exit::Plugin,
+            format!(
+                "{}: {failed} of {} failed",
+                path.display(),
+                talk::count(outcomes.len(), "check")
+            ),
+        )),
+    }
+}
+
+/// The plan of a recipe in which this very file is found by its name.
+fn planned(
+    recipe: &Path,
+    set: &[String],
+    plugin: &Path,
+    runtime: &Runtime,
+    context: &Context,
+) -> Result<Plan, Error> {
+    let mut dirs: Vec<PathBuf> = plugin.parent().map(Path::to_owned).into_iter().collect();
+    dirs.extend(context.plugin_dirs.iter().cloned());
+    let mut plugins = Plugins::new(search_dirs(&dirs), runtime, None);
+    let plan = plan::plan(&recipe::read(recipe, set)?, &mut plugins)?;
+    if plan.stages.iter().all(|stage| stage.plugin.path != plugin) {
+        return Err(Error::new(
+            Exit::NothingMatches,
+            format!("no stage of {} uses {}", recipe.display(), plugin.display()),
+        ));
+    }
+    Ok(plan)
+}
+
+fn rows(outcomes: &[Outcome]) -> Rows {
+    let mut rows = Rows::new(&["check", "of", "verdict", "detail", "seconds"]);
+    for outcome in outcomes {
+        let tone = match outcome.verdict {
+            Verdict::Passed => Tone::Good,
+            Verdict::Failed => Tone::Bad,
+            Verdict::Skipped => Tone::Dim,
+        };
+        let subject = match outcome.subject.is_empty() {
+            true => Cell::none(),
+            false => outcome.subject.as_str().into(),
+        };
+        let seconds = outcome.time.as_secs_f64();
+        rows.push([
+            outcome.check.into(),
+            subject,
+            Cell::from(outcome.verdict.name()).tone(tone),
+            outcome.detail.as_str().into(),
+            Cell::new(format!("{seconds:.1}"), seconds),
+        ]);
+    }
+    rows
+}
+
+/// The report as continuous integration reads it.
+fn junit(plugin: &Path, outcomes: &[Outcome]) -> String {
+    let count = |verdict| outcomes.iter().filter(|o| o.verdict == verdict).count();
+    let seconds: f64 = outcomes.iter().map(|o| o.time.as_secs_f64()).sum();
+    let mut text = format!(
+        "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuite name=\"{}\" tests=\"{}\" failures=\"{}\" \
+         skipped=\"{}\" time=\"{seconds:.3}\">\n",
+        xml(&plugin.display().to_string()),
+        outcomes.len(),
+        count(Verdict::Failed),
+        count(Verdict::Skipped)
+    );
+    for outcome in outcomes {
+        let class = match outcome.subject.as_str() {
+            "" => "plugin",
+            subject => subject,
+        };
+        let detail = xml(&outcome.detail);
+        let inner = match outcome.verdict {
+            Verdict::Passed => format!("<system-out>{detail}</system-out>"),
+            Verdict::Failed => format!("<failure message=\"{detail}\"/>"),
+            Verdict::Skipped => format!("<skipped message=\"{detail}\"/>"),
+        };
+        text.push_str(&format!(
+            "  <testcase classname=\"{}\" name=\"{}\" time=\"{:.3}\">{inner}</testcase>\n",
+            xml(class),
+            xml(outcome.check),
+            outcome.time.as_secs_f64()
+        ));
+    }
+    text.push_str("</testsuite>\n");
+    text
+}
+
+/// Text for XML: characters that it does not know, most control characters, become U+FFFD.
+fn xml(text: &str) -> String {
+    let mut safe = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character {
+            '&' => safe.push_str("&amp;"),
+            '<' => safe.push_str("&lt;"),
+            '>' => safe.push_str("&gt;"),
+            '"' => safe.push_str("&quot;"),
+            '\n' => safe.push_str("&#10;"),
+            '\t' => safe.push('\t'),
+            '\u{0}'..='\u{1f}' | '\u{fffe}' | '\u{ffff}' => safe.push('\u{fffd}'),
+            other => safe.push(other),
+        }
+    }
+    safe
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn junit_counts_and_escapes() {
+        let outcome = |verdict, detail: &str| Outcome {
+            check: "exports",
+            subject: String::new(),
+            verdict,
+            detail: detail.into(),
+            time: Duration::from_millis(1500),
+        };
+        let text = junit(
+            Path::new("a&b.so"),
+            &[
+                outcome(Verdict::Passed, "fine"),
+                outcome(Verdict::Failed, "<\"\u{0}\n>"),
+                outcome(Verdict::Skipped, "no"),
+            ],
+        );
+        for part in [
+            "<testsuite name=\"a&amp;b.so\" tests=\"3\" failures=\"1\" skipped=\"1\" time=\"4.500\">",
+            "<testcase classname=\"plugin\" name=\"exports\" time=\"1.500\"><system-out>fine</system-out></testcase>",
+            "<failure message=\"&lt;&quot;\u{fffd}&#10;&gt;\"/>",
+            "<skipped message=\"no\"/>",
+        ] {
+            assert!(text.contains(part), "{part} in {text}");
+        }
+    }
+}
