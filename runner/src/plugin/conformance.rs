@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
 use crate::artifact;
-use crate::frame::{Answer, Call, FromWorker, Point, Progress, Task, ToWorker};
+use crate::frame::{Answer, Call, FromWorker, Points, Progress, Task, ToWorker};
 use crate::plan::{DescribeError, Plan, PlannedStage};
 use crate::plugin::{self, trust};
 use crate::schema;
@@ -281,7 +281,10 @@ impl<'a> Examination<'a> {
                 Err(failure) => (failure.pointer.into_iter().collect::<Vec<_>>(), true),
             };
             by_plugin += usize::from(refused);
-            if let Some(pointer) = pointers.iter().find(|pointer| !points(pointer, options)) {
+            if let Some(pointer) = pointers
+                .iter()
+                .find(|pointer| !names_a_place(pointer, options))
+            {
                 return failed(format!(
                     "the options {}: a finding points to `{pointer}`, which is no place in them",
                     shown(options)
@@ -502,7 +505,7 @@ struct Seen {
     not_loaded: Option<String>,
     artifacts: BTreeMap<u64, ArtifactRecord>,
     progress: Vec<Progress>,
-    points: Vec<Point>,
+    points: Vec<Points>,
     exit: Option<Exit>,
     last_words: Vec<String>,
     /// Ended by us: it ran longer than this.
@@ -633,22 +636,22 @@ impl Seen {
 
     fn steps_are_monotonic(&self) -> Found {
         let mut last: BTreeMap<&str, u64> = BTreeMap::new();
-        for point in &self.points {
-            let before = last.insert(&point.series, point.step);
-            if let Some(before) = before.filter(|&before| before > point.step) {
-                return failed(format!(
-                    "`{}` went from step {before} back to {}",
-                    point.series, point.step
-                ));
+        let mut count = 0;
+        for points in &self.points {
+            for &step in &points.steps {
+                let before = last.insert(&points.series, step);
+                if let Some(before) = before.filter(|&before| before > step) {
+                    return failed(format!(
+                        "`{}` went from step {before} back to {step}",
+                        points.series
+                    ));
+                }
+                count += 1;
             }
         }
         match last.is_empty() {
             true => Err(Bad::Skipped("it has no metrics".into())),
-            false => Ok(format!(
-                "{} points in {} series",
-                self.points.len(),
-                last.len()
-            )),
+            false => Ok(format!("{count} points in {} series", last.len())),
         }
     }
 
@@ -853,7 +856,7 @@ fn provocations(schema: &Value) -> Vec<Value> {
 }
 
 /// Whether a pointer names a value of the options, or one that could be there.
-fn points(pointer: &str, options: &Value) -> bool {
+fn names_a_place(pointer: &str, options: &Value) -> bool {
     let parent = pointer.rsplit_once('/').map(|(parent, _)| parent);
     pointer.is_empty()
         || options.pointer(pointer).is_some()
@@ -879,12 +882,12 @@ impl From<DescribeError> for Bad {
 mod tests {
     use super::*;
 
-    fn point(series: &str, step: u64) -> Point {
-        Point {
+    fn points(series: &str, steps: &[u64]) -> Points {
+        Points {
             series: series.into(),
-            step,
-            value: 0.0,
-            at: 0,
+            steps: steps.to_vec(),
+            values: vec![0.0; steps.len()],
+            at: vec![0; steps.len()],
         }
     }
 
@@ -898,19 +901,25 @@ mod tests {
 
     #[test]
     fn order_is_judged_within_a_series() {
-        let seen = |points: Vec<Point>| Seen {
+        let seen = |points: Vec<Points>| Seen {
             points,
             ..Seen::default()
         };
         let good = seen(vec![
-            point("a", 3),
-            point("b", 1),
-            point("a", 3),
-            point("b", 2),
+            points("a", &[3]),
+            points("b", &[1, 2]),
+            points("a", &[3, 4]),
         ]);
         assert!(good.steps_are_monotonic().is_ok());
-        let bad = seen(vec![point("a", 3), point("b", 1), point("a", 2)]);
-        assert!(matches!(bad.steps_are_monotonic(), Err(Bad::Failed(_))));
+        for bad in [
+            vec![points("a", &[3, 2])],
+            vec![points("a", &[3]), points("b", &[1]), points("a", &[2])],
+        ] {
+            assert!(matches!(
+                seen(bad).steps_are_monotonic(),
+                Err(Bad::Failed(_))
+            ));
+        }
     }
 
     #[test]
@@ -945,7 +954,7 @@ mod tests {
             ("/missing/deep", false),
             ("train", false),
         ] {
-            assert_eq!(points(pointer, &options), good, "{pointer}");
+            assert_eq!(names_a_place(pointer, &options), good, "{pointer}");
         }
     }
 }

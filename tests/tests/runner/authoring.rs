@@ -56,13 +56,16 @@ fn install_and_run(lab: &Lab, plugin: &str) {
         .json();
     assert_eq!(said["stages"][0]["outcome"], "succeeded", "{said:#}");
     let pi = lab.attempt("estimate").summary.unwrap_or_default()["pi"].as_f64();
-    assert!(pi.is_none_or(|pi| (pi - 3.14159).abs() < 0.01), "{pi:?}");
+    assert!(
+        pi.is_none_or(|pi| (pi - std::f64::consts::PI).abs() < 0.01),
+        "{pi:?}"
+    );
     let metric = lab
         .retort(&["metrics", "latest", "--json"])
         .expect(0)
         .json();
     let last = metric[0]["last"].as_f64().unwrap();
-    assert!((last - 3.14159).abs() < 0.01, "{metric:#}");
+    assert!((last - std::f64::consts::PI).abs() < 0.01, "{metric:#}");
     let options = [
         "--recipe",
         "hello/recipe.yaml",

@@ -60,6 +60,7 @@ impl Plugin for Diversity {
             devices: vec!["cpu".into()],
             dtypes: vec!["f32".into()],
             families: Vec::new(),
+            libraries: Default::default(),
             stages: vec![StageKind {
                 kind: "diversity".into(),
                 summary: "distances within classes, and twins".into(),

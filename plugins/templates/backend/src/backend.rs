@@ -212,6 +212,10 @@ type T = Tensor;
 impl Backend for Loops {
     type Tensor = Tensor;
 
+    fn exact(&self) -> Self {
+        *self
+    }
+
     fn floats(&self, data: &[f32], shape: &[usize]) -> Result<T> {
         Tensor::floats(shape, data.to_vec())
     }
