@@ -354,7 +354,12 @@ impl Descriptions for Plugins<'_> {
             return Ok(known.clone());
         }
         let found = find(plugin, &self.dirs)?;
+        let (identity, description) = self.describe_file(&found.path)?;
         for shadowed in &found.shadowed {
+            // A copy of the same file hides nothing.
+            if artifact::file_hash(shadowed).is_ok_and(|hash| hash == identity.hash) {
+                continue;
+            }
             tracing::warn!(
                 "plugin {plugin}: {} is used ({}), {} is not",
                 found.path.display(),
@@ -362,7 +367,6 @@ impl Descriptions for Plugins<'_> {
                 shadowed.display()
             );
         }
-        let (identity, description) = self.describe_file(&found.path)?;
         if identity.name != plugin {
             return Err(DescribeError {
                 message: format!(

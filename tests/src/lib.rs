@@ -1,6 +1,7 @@
 //! What the integration tests share.
 
 pub mod agreement;
+pub mod examination;
 pub mod golden;
 pub mod speed;
 pub mod torch;

@@ -331,6 +331,80 @@ mod tests {
         }
     }
 
+    /// Finds values of a job, writes them as JSON, and reads every beginning of the job from memory that ends there.
+    const READER: &str = r#"
+        #include "retort_text.h"
+        #include <stdio.h>
+        static void all(retort_str job) {
+            char text[64];
+            retort_buffer kept = {0};
+            printf("%llu\n", (unsigned long long)retort_json_u64(job, "/seed", 7));
+            printf("%.3f\n", retort_json_double(job, "/options/rate", -1));
+            printf("%llu\n", (unsigned long long)retort_json_u64(job, "/options/rate", 7));
+            printf("%llu\n", (unsigned long long)retort_json_u64(job, "/options/list/1/x", 7));
+            printf("%llu\n", (unsigned long long)retort_json_u64(job, "/options/none", 7));
+            if (retort_json_copy(job, "/options/text", text, sizeof text)) {
+                retort_put_json(retort_into(&kept), text);
+                puts(kept.text);
+            }
+            printf("%d\n", retort_json_copy(job, "/options/text", text, 8));
+            printf("%d\n", retort_json_at(job, "/options/list").data != NULL);
+        }
+        int main(int argc, char **argv) {
+            size_t length = strlen(argv[argc - 1]);
+            if (argc == 2) {
+                all(retort_string(argv[1]));
+                return 0;
+            }
+            for (size_t n = 0; n <= length; n++) {
+                char *cut = (char *)malloc(n + 1);
+                memcpy(cut, argv[2], n);
+                retort_str job = {n ? cut : NULL, n};
+                all(job);
+                free(cut);
+            }
+            return 0;
+        }"#;
+
+    #[test]
+    fn text_of_c_plugins_reads_jobs() {
+        let text = "a\"b\\\n\u{1}\u{e9}\u{20ac}\u{1F600}/";
+        let job = serde_json::json!({"seed": u64::MAX, "text": "not this", "options": {
+            "list": [{"x": 1, "y": "]}"}, {"x": 42}], "rate": 2.5e-1, "text": text}});
+        // As the host writes it, with spaces, and with every character escaped that can be.
+        let escaped = job
+            .to_string()
+            .replace('\u{1F600}', "\\ud83d\\ude00")
+            .replace('/', "\\/");
+        let dir = tempfile::tempdir().unwrap();
+        for (compiler, standard, file) in [
+            ("cc", "-std=c11", "text.c"),
+            ("c++", "-std=c++17", "text.cpp"),
+        ] {
+            let program = compile(dir.path(), compiler, &[standard], file, READER);
+            let say = |arguments: &[&str]| {
+                let output = Command::new(&program).args(arguments).output().unwrap();
+                assert!(output.status.success(), "{output:?}");
+                String::from_utf8_lossy(&output.stdout).into_owned()
+            };
+            for job in [job.to_string(), format!("{job:#}"), escaped.clone()] {
+                let said = say(&[&job]);
+                let lines: Vec<&str> = said.lines().collect();
+                assert_eq!(
+                    lines[..5],
+                    ["18446744073709551615", "0.250", "7", "42", "7"]
+                );
+                assert_eq!(
+                    serde_json::from_str::<String>(lines[5]).unwrap(),
+                    text,
+                    "{said}"
+                );
+                assert_eq!(lines[6..], ["0", "1"]);
+                say(&["each beginning", &job]);
+            }
+        }
+    }
+
     #[test]
     fn members_beyond_struct_size_are_absent() {
         unsafe extern "C" fn describe(_out: Sink, _err: Sink) -> i32 {

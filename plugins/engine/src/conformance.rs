@@ -52,25 +52,36 @@ pub fn verify<B: Backend>(b: &B) {
 
 /// Runs every comparison.
 pub fn check<B: Backend>(b: &B) -> Vec<Case> {
+    check_rounded(b, 0.0)
+}
+
+/// Runs every comparison on a backend whose products round their operands, by `rounding` of their size at most: 2^-8 for
+/// bf16, which has 8 bits.
+pub fn check_rounded<B: Backend>(b: &B, rounding: f64) -> Vec<Case> {
+    let unit = precision(b);
     let mut suite = Suite {
         b,
-        unit: precision(b),
+        unit,
+        // Factors below are meant for sums that round at every step; where only operands do, errors stay smaller.
+        unit_of_products: unit.max(rounding / 16.0),
         cases: Vec::new(),
     };
     suite.movement();
     suite.elementwise();
     suite.reductions();
-    suite.products();
+    suite.rounded(Suite::products);
     suite.tables();
-    suite.convolutions();
+    suite.rounded(Suite::convolutions);
     suite.pools();
     suite.in_place();
     suite.activations();
     suite.norms();
-    suite.attentions();
+    suite.rope();
+    suite.rounded(Suite::attentions);
     suite.losses();
     suite.flow_maps();
     suite.tape();
+    suite.rounded(Suite::tape_of_products);
     suite.cases
 }
 
@@ -105,7 +116,10 @@ const LIES: [Lie; 3] = [Lie::Whole, Lie::Padded, Lie::Turned];
 
 struct Suite<'a, B: Backend> {
     b: &'a B,
+    /// Relative spacing of floats: what tolerances are multiples of.
     unit: f64,
+    /// The same for what multiplies matrices.
+    unit_of_products: f64,
     cases: Vec<Case>,
 }
 
@@ -141,6 +155,13 @@ impl<B: Backend> Suite<'_, B> {
             Lie::Turned => B::permute(&y, &reversed),
             _ => Ok(y),
         }
+    }
+
+    /// A part whose tolerances are those of products.
+    fn rounded(&mut self, part: impl FnOnce(&mut Self)) {
+        let unit = std::mem::replace(&mut self.unit, self.unit_of_products);
+        part(self);
+        self.unit = unit;
     }
 
     fn record(&mut self, name: String, error: f64, tolerance: f64) {
@@ -729,7 +750,7 @@ impl<B: Backend> Suite<'_, B> {
         }
     }
 
-    fn attentions(&mut self) {
+    fn rope(&mut self) {
         let x = Host::random(&[2, 5, 3, 6], 36, -1.0, 1.0);
         let angle = Host::random(&[5, 3], 37, -3.0, 3.0);
         let cos = Host::build(&[5, 3], |i| angle.at(i).cos());
@@ -738,7 +759,9 @@ impl<B: Backend> Suite<'_, B> {
         self.op("rope", &[x, cos, sin], &want, 4.0, &|x| {
             B::rope(&x[0], &x[1], &x[2])
         });
+    }
 
+    fn attentions(&mut self) {
         // (batch, queries, keys, heads, head size)
         for (b, lq, lk, h, d) in [
             (2, 5, 5, 3, 4),

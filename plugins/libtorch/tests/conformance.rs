@@ -5,6 +5,7 @@ use std::path::Path;
 
 use retort_engine::conformance;
 use retort_libtorch::Libtorch;
+use retort_tests::examination;
 
 /// On the CPU, or on the device that `make gpu-check` names.
 fn open() -> Libtorch {
@@ -29,4 +30,9 @@ fn threads_are_as_many_as_asked_for_and_of_one_library() {
         .filter(|name| name.contains("gomp") || name.contains("libomp") || name.contains("iomp"))
         .collect();
     assert_eq!(libraries.len(), 1, "{libraries:?}");
+}
+
+#[test]
+fn libtorch_is_as_a_plugin_has_to_be() {
+    examination::check("libtorch");
 }

@@ -183,7 +183,10 @@ impl<'a> Examination<'a> {
                 ));
             }
             match problems.is_empty() {
-                true => Ok(format!("{} kinds of stage", description.stages.len())),
+                true => Ok(match description.stages.len() {
+                    1 => "1 kind of stage".into(),
+                    count => format!("{count} kinds of stage"),
+                }),
                 false => failed(problems.join("; ")),
             }
         });

@@ -1,8 +1,8 @@
 //! New plugin projects: a few files that build, install and run at once.
 //!
-//! In: a name and what to begin with. Out: a directory. The files are those of `plugins/templates`, which the workspace
-//! builds and tests under the names `hello` and `abacus`; a new project has its own name in their place. Deliberately
-//! absent: building (the project's `cargo` or `make`).
+//! In: a name, what to begin with and, for Rust, where the sources of retort are. Out: a directory. The files are those
+//! of `plugins/templates`, which the workspace builds and tests under the names `hello` and `abacus`; a new project has
+//! its own name in their place. Deliberately absent: building (the project's `cargo` or `make`).
 
 use std::fs;
 use std::io;
@@ -30,12 +30,14 @@ pub enum ProjectError {
     /// There is something already.
     #[error("{} exists and is not empty", .0.display())]
     Exists(PathBuf),
-    /// What is said to be a clone of retort is none.
-    #[error("{} is no clone of retort: it has no plugins/abi/Cargo.toml", .0.display())]
-    NotAClone(PathBuf),
-    /// Rust projects need a clone.
-    #[error("a plugin in Rust is built against a clone of retort, and where that is is not known")]
-    NoClone,
+    /// What is said to be the sources of retort is something else.
+    #[error("{} does not hold the sources of retort: it has no plugins/abi/Cargo.toml", .0.display())]
+    NotSources(PathBuf),
+    /// Rust projects need the sources.
+    #[error(
+        "a plugin in Rust is built against the sources of retort, and where they are is not known"
+    )]
+    NoSources,
     /// The file system refuses.
     #[error("cannot write {}: {source}", path.display())]
     Io {
@@ -54,10 +56,54 @@ impl ProjectError {
                 Some("lower-case letters, digits, `-` and `_`, beginning with a letter")
             }
             Self::Exists(_) => Some("--into DIR names another directory"),
-            Self::NotAClone(_) | Self::NoClone => {
-                Some("--retort DIR names a clone of the repository of retort")
+            Self::NotSources(_) | Self::NoSources => {
+                Some("--retort names a clone of the repository of retort, or its URL for git")
             }
             Self::Io { .. } => None,
+        }
+    }
+}
+
+/// Where the sources of retort are, for projects in Rust.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Sources {
+    /// In a directory.
+    Dir(PathBuf),
+    /// In a git repository, for cargo to fetch.
+    Git(String),
+}
+
+impl Sources {
+    /// As people write it: what has the form of a URL is one (`https://host/retort`, `user@host:retort.git`), all else a
+    /// directory.
+    pub fn parse(text: &str) -> Self {
+        let is_url = text.contains("://")
+            || text
+                .split_once(':')
+                .is_some_and(|(host, _)| host.contains('@'));
+        match is_url {
+            true => Self::Git(text.to_owned()),
+            false => Self::Dir(text.into()),
+        }
+    }
+
+    /// The value of a dependency on a crate of the repository, in TOML.
+    fn dependency(&self, krate: &str) -> String {
+        let quoted =
+            |text: &str| format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""));
+        match self {
+            Self::Dir(dir) => {
+                let path = dir.join("plugins").join(krate);
+                format!("{{ path = {} }}", quoted(&path.display().to_string()))
+            }
+            // Cargo finds the crate in the repository by its name. It takes no short form `user@host:path`.
+            Self::Git(url) => {
+                let url = match url.split_once(':') {
+                    Some((host, path)) if !url.contains("://") => format!("ssh://{host}/{path}"),
+                    _ => url.clone(),
+                };
+                format!("{{ git = {} }}", quoted(&url))
+            }
         }
     }
 }
@@ -102,14 +148,15 @@ const BACKEND: &[TemplateFile] = templates! {
     "Cargo.toml": "templates/backend/project.toml",
     "src/lib.rs": "templates/backend/src/lib.rs",
     "src/backend.rs": "templates/backend/src/backend.rs",
+    "patterns.csv": "templates/backend/patterns.csv",
     "recipe.yaml": "templates/backend/recipe.yaml",
     "README.md": "templates/backend/README.md",
     ".gitignore": "templates/ignore",
 };
 
 impl Template {
-    /// Whether its projects are built against a clone of retort.
-    pub fn needs_clone(self) -> bool {
+    /// Whether its projects are built against the sources of retort.
+    pub fn needs_sources(self) -> bool {
         matches!(self, Self::Rust | Self::Backend)
     }
 
@@ -131,7 +178,7 @@ impl Template {
     }
 }
 
-/// Makes a project in `dir`, which must not hold anything yet. `clone` is a clone of retort, for those that need one.
+/// Makes a project in `dir`, which must not hold anything yet. Those in Rust need the sources of retort.
 ///
 /// # Errors
 /// [`ProjectError`].
@@ -139,7 +186,7 @@ pub fn create(
     template: Template,
     name: &str,
     dir: &Path,
-    clone: Option<&Path>,
+    sources: Option<&Sources>,
 ) -> Result<(), ProjectError> {
     let well_formed = name.starts_with(|first: char| first.is_ascii_lowercase())
         && name.bytes().all(|byte| {
@@ -148,16 +195,16 @@ pub fn create(
     if !well_formed {
         return Err(ProjectError::Name(name.to_owned()));
     }
-    let clone = match (template.needs_clone(), clone) {
-        (false, _) => String::new(),
-        (true, None) => return Err(ProjectError::NoClone),
-        (true, Some(clone)) => {
-            let clone = std::path::absolute(clone).unwrap_or_else(|_| clone.to_owned());
-            if !is_clone(&clone) {
-                return Err(ProjectError::NotAClone(clone));
+    let sources = match sources.filter(|_| template.needs_sources()) {
+        None if template.needs_sources() => return Err(ProjectError::NoSources),
+        Some(Sources::Dir(given)) => {
+            let given = std::path::absolute(given).unwrap_or_else(|_| given.clone());
+            if !holds_sources(&given) {
+                return Err(ProjectError::NotSources(given));
             }
-            clone.display().to_string()
+            Some(Sources::Dir(given))
         }
+        other => other.cloned(),
     };
     if fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_some()) || dir.is_file() {
         return Err(ProjectError::Exists(dir.to_owned()));
@@ -166,7 +213,7 @@ pub fn create(
         let path = dir.join(path);
         let write = || {
             fs::create_dir_all(path.parent().unwrap_or(dir))?;
-            fs::write(&path, named(template, text, name, &clone))
+            fs::write(&path, named(template, text, name, sources.as_ref()))
         };
         write().map_err(|source| ProjectError::Io {
             path: path.clone(),
@@ -176,29 +223,33 @@ pub fn create(
     Ok(())
 }
 
-/// A template's text with the project's name, and the place of its clone.
-fn named(template: Template, text: &str, name: &str, clone: &str) -> String {
+/// A template's text with the project's name, and the place of the crates it builds on.
+fn named(template: Template, text: &str, name: &str, sources: Option<&Sources>) -> String {
     let placeholder = template.placeholder();
     let library = |name: &str| format!("retort_{}", name.replace('-', "_"));
-    // Both TOML and YAML read this in double quotes.
-    let clone = clone.replace('\\', "\\\\").replace('"', "\\\"");
-    text.replace(&library(placeholder), &library(name))
-        .replace(placeholder, name)
-        .replace("{{retort}}", &clone)
+    let mut text = text
+        .replace(&library(placeholder), &library(name))
+        .replace(placeholder, name);
+    for krate in ["abi", "engine"] {
+        if let Some(sources) = sources {
+            text = text.replace(&format!("{{{{{krate}}}}}"), &sources.dependency(krate));
+        }
+    }
+    text
 }
 
-/// The clone of retort that this program was built in, where it is still there.
-pub fn own_clone() -> Option<PathBuf> {
+/// The sources of retort that this program was built from, where they are still there.
+pub fn own_sources() -> Option<Sources> {
     let built_in = Path::new(env!("CARGO_MANIFEST_DIR")).parent();
     let program = std::env::current_exe().ok();
     built_in
         .into_iter()
         .chain(program.iter().flat_map(|path| path.ancestors()))
-        .find(|dir| is_clone(dir))
-        .map(Path::to_owned)
+        .find(|dir| holds_sources(dir))
+        .map(|dir| Sources::Dir(dir.to_owned()))
 }
 
-fn is_clone(dir: &Path) -> bool {
+fn holds_sources(dir: &Path) -> bool {
     dir.join("plugins/abi/Cargo.toml").is_file() && dir.join("plugins/engine/Cargo.toml").is_file()
 }
 
@@ -216,7 +267,7 @@ mod tests {
             Template::Backend,
         ] {
             let dir = root.path().join(format!("{template:?}"));
-            create(template, "my-own", &dir, own_clone().as_deref()).unwrap();
+            create(template, "my-own", &dir, own_sources().as_ref()).unwrap();
             for (path, _) in template.files() {
                 let text = fs::read_to_string(dir.join(path)).unwrap();
                 let foreign = [template.placeholder(), "{{"];
@@ -245,18 +296,42 @@ mod tests {
     #[test]
     fn what_cannot_work_is_refused() {
         let root = tempfile::tempdir().unwrap();
-        let make = |name: &str, clone: Option<&Path>| {
-            create(Template::Rust, name, &root.path().join(name), clone).unwrap_err()
+        let make = |name: &str, sources: Option<Sources>| {
+            let dir = root.path().join(name);
+            create(Template::Rust, name, &dir, sources.as_ref()).unwrap_err()
         };
         assert!(matches!(make("Hello", None), ProjectError::Name(_)));
         assert!(matches!(make("../x", None), ProjectError::Name(_)));
-        assert!(matches!(make("x", None), ProjectError::NoClone));
+        assert!(matches!(make("x", None), ProjectError::NoSources));
         assert!(matches!(
-            make("x", Some(root.path())),
-            ProjectError::NotAClone(_)
+            make("x", Some(Sources::Dir(root.path().to_owned()))),
+            ProjectError::NotSources(_)
         ));
         fs::write(root.path().join("taken"), "").unwrap();
         let taken = create(Template::C, "x", root.path(), None).unwrap_err();
         assert!(matches!(taken, ProjectError::Exists(_)), "{taken}");
+    }
+
+    #[test]
+    fn sources_are_a_directory_or_a_repository() {
+        let root = tempfile::tempdir().unwrap();
+        for (text, abi) in [
+            ("https://host/retort", r#"{ git = "https://host/retort" }"#),
+            (
+                "git@host:me/retort.git",
+                r#"{ git = "ssh://git@host/me/retort.git" }"#,
+            ),
+            ("/a \"b\"/c", r#"{ path = "/a \"b\"/c/plugins/abi" }"#),
+        ] {
+            assert_eq!(Sources::parse(text).dependency("abi"), abi);
+        }
+        let git = Sources::parse("https://host/retort");
+        let dir = root.path().join("x");
+        create(Template::Backend, "x", &dir, Some(&git)).unwrap();
+        let manifest = fs::read_to_string(dir.join("Cargo.toml")).unwrap();
+        for krate in ["abi", "engine"] {
+            let line = format!("\nretort-{krate} = {{ git = \"https://host/retort\" }}\n");
+            assert!(manifest.contains(&line), "{manifest}");
+        }
     }
 }

@@ -91,7 +91,8 @@ impl TrustError {
     }
 }
 
-/// Refuses a plugin whose file, or whose directory, somebody else can change. Links are followed.
+/// Refuses a plugin whose file, or whose directory, somebody else can change. A link is followed: its own directory and
+/// that of the file count.
 ///
 /// # Errors
 /// [`TrustError::Writable`] or [`TrustError::Io`].
@@ -105,7 +106,18 @@ pub fn check_owner(plugin: &Path) -> Result<(), TrustError> {
     // SAFETY: a plain system call that cannot fail.
     let user = unsafe { libc::geteuid() };
     let mut looked_at = vec![(file.clone(), found, false)];
-    if let Some(dir) = file.parent() {
+    let mut dirs: Vec<&Path> = [plugin, &file]
+        .into_iter()
+        .filter_map(Path::parent)
+        .collect();
+    dirs.dedup();
+    for dir in dirs {
+        // The parent of a bare file name is empty: the working directory.
+        let dir = if dir.as_os_str().is_empty() {
+            Path::new(".")
+        } else {
+            dir
+        };
         let found = fs::metadata(dir).map_err(read)?;
         looked_at.push((dir.to_owned(), found, true));
     }
@@ -264,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_is_judged_by_what_it_points_to() {
+    fn a_link_is_judged_by_what_it_points_to_and_where_it_lies() {
         let root = tempfile::tempdir().unwrap();
         let file = root.path().join("real.so");
         fs::write(&file, "").unwrap();
@@ -273,7 +285,18 @@ mod tests {
         std::os::unix::fs::symlink(&file, &link).unwrap();
         assert!(matches!(
             check_owner(&link),
-            Err(TrustError::Writable { .. })
+            Err(TrustError::Writable { is_dir: false, .. })
+        ));
+        // A good file, but others can point the link elsewhere.
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
+        check_owner(&link).unwrap();
+        let open = root.path().join("open");
+        fs::create_dir(&open).unwrap();
+        fs::set_permissions(&open, fs::Permissions::from_mode(0o777)).unwrap();
+        std::os::unix::fs::symlink(&file, open.join("libretort_x.so")).unwrap();
+        assert!(matches!(
+            check_owner(&open.join("libretort_x.so")),
+            Err(TrustError::Writable { is_dir: true, .. })
         ));
     }
 

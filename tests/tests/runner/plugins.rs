@@ -118,11 +118,16 @@ fn a_text_file() {
 #[test]
 fn shadowing_is_told() {
     let lab = Lab::new(&["a: {kind: do}"]);
-    build(&lab, "faulty", "faulty.c", &[]);
+    build(&lab, "faulty", "faulty.c", &["-DFAULTY_LEAKY"]);
     let dir = lab.dir.path().to_str().unwrap();
     lab.run(&["--plugin-dir", dir])
         .expect(0)
         .saying(&["libretort_faulty.so is not"]);
+    // A copy of the same file is no other plugin.
+    let file = "libretort_faulty.so";
+    std::fs::copy(plugins().join(file), lab.dir.path().join(file)).unwrap();
+    let said = lab.run(&["--plugin-dir", dir, "--force"]).expect(0);
+    assert!(!said.stderr.contains("is not"), "{}", said.stderr);
 }
 
 #[test]

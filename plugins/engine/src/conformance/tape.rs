@@ -39,20 +39,6 @@ impl<B: Backend> Suite<'_, B> {
         self.slope("mean", one, &|p| p[0].mean(&[1]));
         self.slope("mean_all", one, &|p| p[0].mul(&p[0])?.mean_all());
 
-        let left = Host::random(&[3, 5, 6], 53, -1.0, 1.0);
-        let right = Host::random(&[3, 6, 4], 54, -1.0, 1.0);
-        self.slope("matmul", &[left.clone(), right], &|p| {
-            p[0].matmul(&p[1], false)
-        });
-        let right = Host::random(&[3, 4, 6], 55, -1.0, 1.0);
-        self.slope("matmul, transposed", &[left.clone(), right], &|p| {
-            p[0].matmul(&p[1], true)
-        });
-        let w = Host::random(&[7, 6], 56, -1.0, 1.0);
-        let bias = Host::random(&[7], 57, -1.0, 1.0);
-        self.slope("linear", &[left, w, bias], &|p| {
-            p[0].linear(&p[1], Some(&p[2]))
-        });
         let table = Host::random(&[5, 4], 58, -1.0, 1.0);
         self.slope("rows", &[table], &|p| {
             p[0].rows(&b.indices(&[4, 1, 4, 0], &[2, 2])?)
@@ -76,11 +62,6 @@ impl<B: Backend> Suite<'_, B> {
         self.slope("group_norm", &inputs, &|p| {
             p[0].group_norm(2, &p[1], &p[2], 1e-5)
         });
-        let kernel = Host::random(&[3, 4, 3, 3], 64, -0.5, 0.5);
-        let bias = Host::random(&[3], 65, -1.0, 1.0);
-        self.slope("conv2d", &[image.clone(), kernel, bias], &|p| {
-            p[0].conv2d(&p[1], Some(&p[2]), 2, [1, 0])
-        });
         let window = Window {
             size: 2,
             stride: 2,
@@ -90,6 +71,30 @@ impl<B: Backend> Suite<'_, B> {
             p[0].max_pool2d(window)
         });
         self.slope("upsample2", &[image], &|p| p[0].upsample2());
+    }
+
+    pub(super) fn tape_of_products(&mut self) {
+        let b = self.b;
+        let left = Host::random(&[3, 5, 6], 53, -1.0, 1.0);
+        let right = Host::random(&[3, 6, 4], 54, -1.0, 1.0);
+        self.slope("matmul", &[left.clone(), right], &|p| {
+            p[0].matmul(&p[1], false)
+        });
+        let right = Host::random(&[3, 4, 6], 55, -1.0, 1.0);
+        self.slope("matmul, transposed", &[left.clone(), right], &|p| {
+            p[0].matmul(&p[1], true)
+        });
+        let w = Host::random(&[7, 6], 56, -1.0, 1.0);
+        let bias = Host::random(&[7], 57, -1.0, 1.0);
+        self.slope("linear", &[left, w, bias], &|p| {
+            p[0].linear(&p[1], Some(&p[2]))
+        });
+        let image = Host::random(&[2, 4, 5, 5], 61, -1.0, 1.0);
+        let kernel = Host::random(&[3, 4, 3, 3], 64, -0.5, 0.5);
+        let bias = Host::random(&[3], 65, -1.0, 1.0);
+        self.slope("conv2d", &[image, kernel, bias], &|p| {
+            p[0].conv2d(&p[1], Some(&p[2]), 2, [1, 0])
+        });
 
         let qkv = [66, 67, 68].map(|seed| Host::random(&[2, 5, 2, 4], seed, -1.0, 1.0));
         self.slope("attention", &qkv, &|p| {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{ValueEnum, ValueHint};
 
 use crate::cli::{Context, Error, Exit, talk};
-use crate::plugin::project::{self, ProjectError, Template};
+use crate::plugin::project::{self, ProjectError, Sources, Template};
 
 /// Arguments of `plugin new`.
 #[derive(Debug, clap::Args)]
@@ -28,9 +28,10 @@ pub struct Args {
     /// Directory to make; by default the plugin's name.
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub into: Option<PathBuf>,
-    /// A clone of retort to build against (Rust); by default the one that this program was built in.
-    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
-    pub retort: Option<PathBuf>,
+    /// The sources of retort to build against (Rust): a clone, or its URL for git; by default those that this program
+    /// was built from.
+    #[arg(long, value_name = "DIR|URL", value_hint = ValueHint::DirPath)]
+    pub retort: Option<String>,
 }
 
 /// Languages with a template.
@@ -72,18 +73,18 @@ pub fn execute(args: &Args, _context: &Context) -> Result<(), Error> {
         .into
         .clone()
         .unwrap_or_else(|| PathBuf::from(&args.name));
-    let clone = match template.needs_clone() {
-        true => args.retort.clone().or_else(project::own_clone),
-        false => None,
+    let sources = match &args.retort {
+        Some(text) => Some(Sources::parse(text)),
+        None => project::own_sources(),
     };
-    project::create(template, &args.name, &dir, clone.as_deref()).map_err(refused)?;
-    let build = if template.needs_clone() {
+    project::create(template, &args.name, &dir, sources.as_ref()).map_err(refused)?;
+    let build = if template.needs_sources() {
         "cargo build --release"
     } else {
         "make"
     };
     talk::say(&format!(
-        "{} is ready. Next:\n  cd {}\n  {build}\n  retort plugin install .\n  retort run recipe.yaml",
+        "{} is ready. Next:\n  cd {}\n  {build}\n  retort plugin install .\n  retort run recipe.yaml\n  retort plugin test .",
         dir.display(),
         dir.display()
     ));
