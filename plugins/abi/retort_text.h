@@ -53,7 +53,7 @@ static inline int32_t retort_fail(retort_sink err, int32_t status, const char *c
     return status;
 }
 
-/* Takes text out of a sink: what does not fit is cut off. Begin with {0}. */
+/* Takes text out of a sink: what does not fit is cut off. Begins as zeros: {0}, in C++ {}. */
 typedef struct retort_buffer {
     size_t len;
     char text[4096]; /* ends with NUL */

@@ -337,7 +337,8 @@ mod tests {
         #include <stdio.h>
         static void all(retort_str job) {
             char text[64];
-            retort_buffer kept = {0};
+            static retort_buffer kept;
+            kept.len = 0;
             printf("%llu\n", (unsigned long long)retort_json_u64(job, "/seed", 7));
             printf("%.3f\n", retort_json_double(job, "/options/rate", -1));
             printf("%llu\n", (unsigned long long)retort_json_u64(job, "/options/rate", 7));
