@@ -188,11 +188,9 @@ impl Convolution {
                     let from = &from[at(p) + band * row + 8 * j..];
                     wide::load(from.first_chunk().expect("whole vectors"))
                 };
-                let mut half = [[wide::ZERO; 6]; 4];
-                for e in 0..6 {
-                    let column = result_part(std::array::from_fn(|r| place(6 * r + e)));
-                    (0..4).for_each(|y| half[y][e] = column[y]);
-                }
+                let columns: [[Wide; 4]; 6] =
+                    std::array::from_fn(|e| result_part(std::array::from_fn(|r| place(6 * r + e))));
+                let half: [[Wide; 6]; 4] = std::array::from_fn(|y| columns.map(|c| c[y]));
                 for (y, half) in half.into_iter().enumerate().take(height - 4 * band) {
                     let out = result_part(half).map(wide::store);
                     let line = &mut to[(4 * band + y) * width..][..width];
