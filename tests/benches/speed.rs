@@ -1,4 +1,4 @@
-//! Times of the phases of distillation on candle: `cargo bench -p retort-tests --bench speed [-- PART OF A LINE [PART OF A COLUMN]]`.
+//! Times of the phases of distillation on candle: `cargo bench -p retort-tests --bench speed [-- PART OF A LINE [COLUMN,COLUMN..]]`.
 //!
 //! The libtorch plugin's bench of the same name has candle, libtorch and PyTorch side by side.
 

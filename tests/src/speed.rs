@@ -541,11 +541,11 @@ pub fn machine() -> Result<[f64; 2]> {
 }
 
 /// Prints the table of all phases, or of those whose line holds the first argument of this program; columns are all, or
-/// those whose name holds the second.
+/// those that the second names, between commas.
 pub fn report(mut contestants: Vec<Box<dyn Contestant>>) -> Result<()> {
     let mut given = std::env::args().skip(1).filter(|a| !a.starts_with('-'));
     let [only, column] = [given.next(), given.next()].map(Option::unwrap_or_default);
-    contestants.retain(|c| c.name().contains(&column));
+    contestants.retain(|c| column.is_empty() || column.split(',').any(|name| name == c.name()));
     let [rate, bandwidth] = machine()?;
     println!(
         "This machine: {:.0} GFLOP/s in a product of 1536 x 1536 matrices, {:.1} GB/s read from memory. Seconds; the least \

@@ -111,10 +111,17 @@ impl Codes {
             half_squares: vec![0.0; padded],
             ids: (0..(codebook.len() / d) as u32).collect(),
         };
-        for (at, code) in codebook.chunks_exact(d).enumerate() {
-            for (e, &c) in code.iter().enumerate() {
-                codes.coordinates[e * padded + at] = c;
-                codes.half_squares[at] += 0.5 * c * c;
+        // A few codes at a time: a coordinate of all of them would come from as many lines of the cache.
+        for (block, some) in codebook.chunks(d * LANES).enumerate() {
+            let at = block * LANES;
+            for e in 0..d {
+                let from = some[e..].iter().step_by(d);
+                let to = &mut codes.coordinates[e * padded + at..][..LANES];
+                to.iter_mut().zip(from).for_each(|(to, &c)| *to = c);
+            }
+            let squares = &mut codes.half_squares[at..][..LANES];
+            for (square, code) in squares.iter_mut().zip(some.chunks_exact(d)) {
+                *square = code.iter().fold(0.0, |sum, c| sum + 0.5 * c * c);
             }
         }
         codes

@@ -1,6 +1,6 @@
 //! Times of the phases of distillation on candle, libtorch and PyTorch, side by side:
 //!
-//!     cargo bench -p retort-libtorch --bench speed [-- PART OF A LINE [PART OF A COLUMN]]
+//!     cargo bench -p retort-libtorch --bench speed [-- PART OF A LINE [COLUMN,COLUMN..]]
 //!
 //! libtorch computes in f32 and in bf16. `PYTHON` names a Python with torch for the last columns; without it they are
 //! left out.
