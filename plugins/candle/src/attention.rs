@@ -46,7 +46,7 @@ pub fn attention(q: &T, k: &T, v: &T, mask: &Mask<T>, scale: f64) -> Result<T> {
     let job = Job::new(q, k, v, mask, scale)?;
     let (q, k, v) = (&rows(q)?, &rows(k)?, &rows(v)?);
     let steps = [q, k, v].map(Step::of);
-    let bias = job.bias(mask)?;
+    let (bias, bias_step) = job.bias(mask)?;
     let shape = q.dims().to_vec();
     floats!(q, k, v, bias);
     let mut y = fresh(&shape);
@@ -55,6 +55,7 @@ pub fn attention(q: &T, k: &T, v: &T, mask: &Mask<T>, scale: f64) -> Result<T> {
         let q = steps[0].head(q, b, h);
         let k = steps[1].head(k, b, h);
         let v = steps[2].head(v, b, h);
+        let bias = &bias[b * bias_step[0] + h * bias_step[1]..];
         if job.lq == 1 {
             job.single(scratch, q, k, v, bias, y);
         } else {
@@ -96,7 +97,7 @@ pub fn attention_backward(
     let (q, k, v) = (&rows(q)?, &rows(k)?, &rows(v)?);
     let (y, grad) = (&rows(y)?, &rows(grad)?);
     let steps = [q, k, v, y, grad].map(Step::of);
-    let bias = job.bias(mask)?;
+    let (bias, bias_step) = job.bias(mask)?;
     let (q_shape, k_shape) = (q.dims().to_vec(), k.dims().to_vec());
     floats!(q, k, v, y, grad, bias);
     let (mut dq, mut dk, mut dv) = (fresh(&q_shape), fresh(&k_shape), fresh(&k_shape));
@@ -109,6 +110,7 @@ pub fn attention_backward(
             y: steps[3].head(y, b, h),
             g: steps[4].head(grad, b, h),
         };
+        let bias = &bias[b * bias_step[0] + h * bias_step[1]..];
         job.backward(scratch, heads, bias, out);
     };
     let (q_size, k_size) = if job.b >= 8 {
@@ -275,15 +277,34 @@ impl Job {
         })
     }
 
-    /// The bias (lq, lk), or any one element where there is none.
-    fn bias(&self, mask: &Mask<T>) -> Result<T> {
-        match mask {
-            Mask::Bias(bias) => bias
-                .broadcast_as((self.lq, self.lk))
-                .and_then(|x| x.contiguous())
-                .map_err(failed),
-            _ => tensor(vec![0.0], &[1]),
+    /// The bias, a square (lq, lk) for each sequence and head that has its own, and how far apart those are; any one
+    /// element where there is none.
+    fn bias(&self, mask: &Mask<T>) -> Result<(T, [usize; 2])> {
+        let Mask::Bias(bias) = mask else {
+            return Ok((tensor(vec![0.0], &[1])?, [0, 0]));
+        };
+        let (b, h) = match bias.dims() {
+            &[b, h, ..] if bias.rank() == 4 => (b, h),
+            _ => (1, 1),
+        };
+        if ![1, self.b].contains(&b) || ![1, self.h].contains(&h) {
+            return Err(Error::Backend(format!(
+                "attention: a bias {:?} for {} sequences with {} heads",
+                bias.dims(),
+                self.b,
+                self.h
+            )));
         }
+        let square = self.lq * self.lk;
+        let step = [
+            if b == 1 { 0 } else { h * square },
+            if h == 1 { 0 } else { square },
+        ];
+        let bias = bias
+            .broadcast_as((b, h, self.lq, self.lk))
+            .and_then(|x| x.contiguous())
+            .map_err(failed)?;
+        Ok((bias, step))
     }
 
     /// Sequences per task, so that a task is worth its overhead.

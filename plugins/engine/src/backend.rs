@@ -65,7 +65,7 @@ pub enum Mask<T> {
     Full,
     /// Query i of lq sees keys 0..=(lk - lq + i).
     Causal,
-    /// Added to the scores before the softmax: (lq, lk), 0 or -inf.
+    /// Added to the scores before the softmax: (lq, lk), or of rank 4 and broadcast to (b, h, lq, lk).
     Bias(T),
 }
 

@@ -790,18 +790,32 @@ impl<B: Backend> Suite<'_, B> {
                 Host::random(&[b, lk, h, d], 39, -2.0, 2.0),
                 Host::random(&[b, lk, h, d], 40, -1.0, 1.0),
             ];
+            // Hidden keys that depend on the sequence, and on the query too; and a bias for each head.
+            let padded = |rows: usize| {
+                Host::build(&[b, 1, rows, lk], |i| {
+                    if i[3] < (i[0] + i[2] + 1).min(lk - 1) {
+                        f64::NEG_INFINITY
+                    } else {
+                        0.0
+                    }
+                })
+            };
+            let (hidden, each) = (padded(1), padded(lq));
+            let own = Host::random(&[b, h, lq, lk], 47, -2.0, 2.0);
             let backend = self.b;
-            for name in ["full", "causal", "bias"] {
-                let bias = match name {
-                    "full" => None,
-                    "causal" => Some(&causal),
-                    _ => Some(&blocks),
-                };
+            for (name, bias) in [
+                ("full", None),
+                ("causal", Some(&causal)),
+                ("bias", Some(&blocks)),
+                ("bias of sequences", Some(&hidden)),
+                ("bias of sequences and queries", Some(&each)),
+                ("bias of heads", Some(&own)),
+            ] {
                 let mask = || -> Result<Mask<B::Tensor>> {
-                    Ok(match name {
-                        "full" => Mask::Full,
-                        "causal" => Mask::Causal,
-                        _ => Mask::Bias(backend.floats(&blocks.to_f32(), &[lq, lk])?),
+                    Ok(match (name, bias) {
+                        (_, None) => Mask::Full,
+                        ("causal", _) => Mask::Causal,
+                        (_, Some(bias)) => Mask::Bias(backend.floats(&bias.to_f32(), &bias.shape)?),
                     })
                 };
                 let scale = (d as f64).sqrt().recip();

@@ -404,7 +404,7 @@ pub fn attention(q: &Host, k: &Host, v: &Host, bias: Option<&Host>, scale: f64) 
                     .map(|j| {
                         let key = &k.data[at(b, lk, j, h)..][..d];
                         let dot: f64 = query.iter().zip(key).map(|(q, k)| q * k).sum();
-                        scale * dot + bias.map_or(0.0, |bias| bias.at(&[i, j]))
+                        scale * dot + bias.map_or(0.0, |x| x.broadcast_at(&[b, h, i, j]))
                     })
                     .collect();
                 let out = &mut y[at(b, lq, i, h)..][..d];
