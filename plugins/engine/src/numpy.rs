@@ -1,11 +1,11 @@
 //! NumPy's files: arrays (`.npy`, format version 1 to 3) and archives of them (`.npz`).
 //!
-//! In: arrays of floats, of either order and byte order. Out: f64 in C order; bytes and f64 are written. Deliberately
-//! absent: pickled objects, records, strings.
+//! In: arrays of floats, integers or truth values, of either order and byte order. Out: f64 in C order; bytes and f64 are
+//! written. A large array in C order can be read row by row. Deliberately absent: pickled objects, records, strings.
 
 use std::fs::File;
-use std::io::{self, BufReader, BufWriter, Read, Write};
-use std::path::Path;
+use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
@@ -21,7 +21,7 @@ pub struct Array {
 /// An `.npz` archive open for reading.
 pub struct Archive {
     zip: zip::ZipArchive<BufReader<File>>,
-    path: std::path::PathBuf,
+    path: PathBuf,
 }
 
 impl Archive {
@@ -100,68 +100,166 @@ pub fn header(descr: &str, shape: &[usize]) -> Vec<u8> {
 /// Longest header that is read; NumPy writes some hundred bytes.
 const HEADER_MOST: usize = 64 * 1024;
 
-/// Reads a `.npy` file of floats.
+/// What the header of a `.npy` file says.
+struct Header {
+    /// As in `f4`.
+    kind: String,
+    /// Bytes of an element.
+    size: usize,
+    /// Whether the highest byte of an element comes first.
+    turned: bool,
+    /// Whether the first dimension is the fastest.
+    fortran: bool,
+    shape: Vec<usize>,
+    /// Number of elements.
+    count: usize,
+}
+
+impl Header {
+    fn read(mut file: impl Read) -> Result<Self, String> {
+        let mut start = [0; 8];
+        file.read_exact(&mut start).map_err(|e| e.to_string())?;
+        if &start[..6] != b"\x93NUMPY" || !(1..=3).contains(&start[6]) {
+            return Err("not a NumPy array".into());
+        }
+        let mut length = [0; 4];
+        let wide = if start[6] == 1 { 2 } else { 4 };
+        let read = file.read_exact(&mut length[..wide]);
+        read.map_err(|e| e.to_string())?;
+        let length = u32::from_le_bytes(length) as usize;
+        if length > HEADER_MOST {
+            return Err(format!("a header of {length} bytes"));
+        }
+        let mut text = vec![0; length];
+        file.read_exact(&mut text).map_err(|e| e.to_string())?;
+        let text = String::from_utf8_lossy(&text);
+        let (descr, fortran, shape) =
+            parse(&text).ok_or_else(|| format!("a header that reads {}", text.trim_end()))?;
+        let count = shape
+            .iter()
+            .try_fold(1usize, |product, &n| product.checked_mul(n))
+            .filter(|count| *count <= isize::MAX as usize / 8)
+            .ok_or_else(|| format!("shape {shape:?}"))?;
+        let kind = descr.trim_start_matches(['<', '>', '=', '|']);
+        let size = match kind {
+            "b1" | "i1" | "u1" => 1,
+            "i2" | "u2" | "f2" => 2,
+            "i4" | "u4" | "f4" => 4,
+            "i8" | "u8" | "f8" => 8,
+            _ => return Err(format!("type {descr}, expected floats or integers")),
+        };
+        Ok(Self {
+            kind: kind.to_owned(),
+            size,
+            turned: descr.starts_with('>'),
+            fortran,
+            shape,
+            count,
+        })
+    }
+
+    /// The elements that these bytes are.
+    fn elements(&self, bytes: &[u8]) -> Vec<f64> {
+        let convert: fn([u8; 8]) -> f64 = match self.kind.as_str() {
+            "b1" | "u1" => |b| f64::from(b[0]),
+            "i1" => |b| f64::from(b[0] as i8),
+            "i2" => |b| f64::from(i16::from_le_bytes([b[0], b[1]])),
+            "u2" => |b| f64::from(u16::from_le_bytes([b[0], b[1]])),
+            "f2" => |b| half::f16::from_le_bytes([b[0], b[1]]).to_f64(),
+            "i4" => |b| f64::from(i32::from_le_bytes([b[0], b[1], b[2], b[3]])),
+            "u4" => |b| f64::from(u32::from_le_bytes([b[0], b[1], b[2], b[3]])),
+            "f4" => |b| f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
+            "i8" => |b| i64::from_le_bytes(b) as f64,
+            "u8" => |b| u64::from_le_bytes(b) as f64,
+            _ => f64::from_le_bytes,
+        };
+        let one = |bytes: &[u8]| {
+            let mut own = [0; 8];
+            own[..self.size].copy_from_slice(bytes);
+            if self.turned {
+                own[..self.size].reverse();
+            }
+            convert(own)
+        };
+        bytes.chunks_exact(self.size).map(one).collect()
+    }
+}
+
+/// Reads a `.npy` file.
 fn read_array(mut file: impl Read) -> Result<Array, String> {
-    let mut start = [0; 8];
-    file.read_exact(&mut start).map_err(|e| e.to_string())?;
-    if &start[..6] != b"\x93NUMPY" || !(1..=3).contains(&start[6]) {
-        return Err("not a NumPy array".into());
-    }
-    let mut length = [0; 4];
-    let wide = if start[6] == 1 { 2 } else { 4 };
-    let read = file.read_exact(&mut length[..wide]);
-    read.map_err(|e| e.to_string())?;
-    let length = u32::from_le_bytes(length) as usize;
-    if length > HEADER_MOST {
-        return Err(format!("a header of {length} bytes"));
-    }
-    let mut text = vec![0; length];
-    file.read_exact(&mut text).map_err(|e| e.to_string())?;
-    let text = String::from_utf8_lossy(&text);
-    let (descr, fortran, shape) =
-        parse(&text).ok_or_else(|| format!("a header that reads {}", text.trim_end()))?;
-    let count = shape
-        .iter()
-        .try_fold(1usize, |product, &n| product.checked_mul(n))
-        .filter(|count| *count <= isize::MAX as usize / 8)
-        .ok_or_else(|| format!("shape {shape:?}"))?;
-    let size = match descr.trim_start_matches(['<', '>', '=', '|']) {
-        "f4" => 4,
-        "f8" => 8,
-        _ => return Err(format!("type {descr}, expected f4 or f8")),
-    };
+    let header = Header::read(&mut file)?;
+    let (size, shape) = (header.count * header.size, header.shape.clone());
     let mut bytes = Vec::new();
-    file.take((count * size) as u64)
+    file.take(size as u64)
         .read_to_end(&mut bytes)
         .map_err(|e| e.to_string())?;
-    if bytes.len() != count * size {
+    if bytes.len() != size {
+        let found = bytes.len();
         return Err(format!(
-            "{} bytes, expected {} for shape {shape:?}",
-            bytes.len(),
-            count * size
+            "{found} bytes, expected {size} for shape {shape:?}"
         ));
     }
-    let turned = descr.starts_with('>');
-    let element = |bytes: &[u8]| {
-        let mut own = [0; 8];
-        own[..size].copy_from_slice(bytes);
-        if turned {
-            own[..size].reverse();
-        }
-        match size {
-            4 => f64::from(f32::from_le_bytes([own[0], own[1], own[2], own[3]])),
-            _ => f64::from_le_bytes(own),
-        }
-    };
-    let data: Vec<f64> = bytes.chunks_exact(size).map(element).collect();
+    let data = header.elements(&bytes);
     Ok(Array {
-        data: if fortran {
+        data: if header.fortran {
             c_order(&data, &shape)
         } else {
             data
         },
         shape,
     })
+}
+
+/// A `.npy` file, open to be read row by row.
+pub struct Rows {
+    file: File,
+    path: PathBuf,
+    header: Header,
+    /// Where the elements begin.
+    start: u64,
+}
+
+impl Rows {
+    /// Opens a file; the whole array must be there, in C order.
+    pub fn open(path: &Path) -> Result<Self> {
+        let mut file = File::open(path).map_err(Error::io(path))?;
+        let header = Header::read(&mut file).map_err(|e| Error::data(path, e))?;
+        let start = file.stream_position().map_err(Error::io(path))?;
+        let expected = (header.count * header.size) as u64;
+        let found = file.metadata().map_err(Error::io(path))?.len() - start;
+        if header.fortran && header.shape.len() > 1 {
+            let message = "an array in Fortran order, expected C order (numpy.ascontiguousarray)";
+            return Err(Error::data(path, message));
+        }
+        if found < expected {
+            let shape = &header.shape;
+            let message = format!("{found} bytes, expected {expected} for shape {shape:?}");
+            return Err(Error::data(path, message));
+        }
+        Ok(Self {
+            file,
+            path: path.to_owned(),
+            header,
+            start,
+        })
+    }
+
+    /// Sizes of the dimensions.
+    pub fn shape(&self) -> &[usize] {
+        &self.header.shape
+    }
+
+    /// `count` elements from the one with number `first` on, in C order. They must be there.
+    pub fn read(&mut self, first: usize, count: usize) -> Result<Vec<f32>> {
+        let size = self.header.size;
+        let mut bytes = vec![0; count * size];
+        self.file
+            .seek(SeekFrom::Start(self.start + (first * size) as u64))
+            .and_then(|_| self.file.read_exact(&mut bytes))
+            .map_err(Error::io(&self.path))?;
+        let elements = self.header.elements(&bytes);
+        Ok(elements.into_iter().map(|x| x as f32).collect())
+    }
 }
 
 /// Elements that lie with the first dimension fastest, last dimension fastest.
@@ -265,12 +363,39 @@ mod tests {
     }
 
     #[test]
+    fn rows_are_read_where_they_lie() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.npy");
+        let open = |descr, fortran, shape, data: &[u8]| {
+            std::fs::write(&path, npy(descr, fortran, shape, data)).unwrap();
+            Rows::open(&path)
+        };
+        let halves = [1.0, 2.0, 3.5, -4.0].map(|x| half::f16::from_f64(x).to_be_bytes());
+        let mut rows = open(">f2", "False", "(2, 2)", &halves.concat()).unwrap();
+        assert_eq!(rows.shape(), [2, 2]);
+        assert_eq!(rows.read(2, 2).unwrap(), [3.5, -4.0]);
+        let mut rows = open("|b1", "False", "(3,)", &[0, 1, 1]).unwrap();
+        assert_eq!(rows.read(0, 3).unwrap(), [0.0, 1.0, 1.0]);
+        let mut rows = open("<i8", "False", "(1,)", &(-3i64).to_le_bytes()).unwrap();
+        assert_eq!(rows.read(0, 1).unwrap(), [-3.0]);
+        let check = |rows: Result<Rows>, expected: &str| {
+            let error = rows.err().unwrap().to_string();
+            assert!(error.contains(expected), "{error}");
+        };
+        check(open("<f4", "True", "(2, 2)", &[0; 16]), "expected C order");
+        check(
+            open("<f4", "False", "(2, 2)", &[0; 15]),
+            "15 bytes, expected 16",
+        );
+    }
+
+    #[test]
     fn what_is_no_array_of_floats_is_refused() {
         for (file, expected) in [
             (b"\x93NUMPX\x01\x00".to_vec(), "not a NumPy array"),
             (
                 npy("|O", "False", "(1,)", b"x"),
-                "type |O, expected f4 or f8",
+                "type |O, expected floats or integers",
             ),
             (
                 npy("<f8", "False", "(2,)", &[0; 8]),
