@@ -292,6 +292,13 @@ impl Plan {
         self.place(findings)
     }
 
+    /// An option of a stage that the work on it found to be wrong.
+    pub fn option_at_fault(&self, stage: &str, pointer: &str, message: &str) -> Vec<Finding> {
+        let pointer = format!("/stages/{}{pointer}", escape(stage));
+        let message = format!("stage `{stage}`: {message}");
+        self.place(vec![Finding::error(pointer, message)])
+    }
+
     /// Gives findings their places in the recipe's text.
     fn place(&self, findings: Vec<Finding>) -> Vec<Finding> {
         if findings.is_empty() {

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use retort_abi::FailureCode;
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
@@ -14,6 +15,7 @@ use crate::artifact::Layout;
 use crate::cli::past::{History, NoHistory};
 use crate::cli::{Context, Error, Exit, RecipeArgs, SelectionArgs, talk};
 use crate::diagnostic::{Finding, Report, Severity};
+use crate::executor::attempt::End;
 use crate::executor::{self, ExecutorError, Options, Outcome, RunReport, StageReport};
 use crate::plan::decision::{self, Action, Past, Role};
 use crate::plan::{self, Plan};
@@ -166,6 +168,15 @@ impl Job {
             true => format!("{:#}\n", ending.document()),
             false => ending.text(context),
         });
+        let wrong = ending.options_at_fault();
+        if !wrong.is_empty() {
+            let wrong = Report {
+                path: self.shown_path,
+                text: self.plan.text.clone(),
+                findings: wrong,
+            };
+            talk::say(&wrong.render(context.color_stderr()));
+        }
         // How the run went decides, whether or not somebody reads about it.
         ending.conclude(context)?;
         Ok(printed?)
@@ -246,6 +257,19 @@ impl<'a> Ending<'a> {
                 .iter()
                 .all(|stage| matches!(stage.outcome, Outcome::Reused { .. }));
         idle.then_some(stages.len())
+    }
+
+    /// Options that only the work on a stage could find to be wrong.
+    fn options_at_fault(&self) -> Vec<Finding> {
+        let of = |stage: &StageReport| match &stage.outcome {
+            Outcome::Ran(End::Failed(failure)) if failure.code == FailureCode::InvalidOptions => {
+                let pointer = failure.pointer.as_deref().unwrap_or_default();
+                self.plan
+                    .option_at_fault(&stage.name, pointer, &failure.message)
+            }
+            _ => Vec::new(),
+        };
+        self.report.stages.iter().flat_map(of).collect()
     }
 
     /// As text: stages, tables, pictures.
