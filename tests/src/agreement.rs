@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use retort_engine::Result;
 use retort_engine::backend::{Backend, FlowSolver, Unary};
 use retort_engine::model::autoencoder::Shape;
-use retort_engine::model::{Student, Teacher, Tokenizer, llamagen, vq};
+use retort_engine::model::{ConditionShape, Conditions, Student, Teacher, Tokenizer, llamagen, vq};
 use retort_engine::random::{Sequence, Stream, noise};
 use retort_engine::sampler::{Choice, Distribution, autoregressive};
 use retort_engine::tape::{Var, backward};
@@ -63,7 +63,7 @@ fn network() -> llamagen::Config {
         vocabulary: 50,
         codebook_dim: 5,
         side: 5,
-        classes: 10,
+        condition: ConditionShape::Classes(10),
     }
 }
 
@@ -144,7 +144,7 @@ fn results<B: Backend>(backend: &B) -> Result<Results> {
     let codebook = tokenizer.codebook()?;
 
     let classes: Vec<u32> = (0..BATCH as u32).map(|i| i % 10).collect();
-    let labels = backend.indices(&classes, &[BATCH])?;
+    let labels = Conditions::Classes(backend.indices(&classes, &[BATCH])?);
     let mut choice = Sequence::new(3, Stream::Choice, 0);
     let ids: Vec<u32> = (0..BATCH * l).map(|_| choice.below(50) as u32).collect();
     let tokens = backend.indices(&ids, &[BATCH, l])?;
@@ -167,7 +167,7 @@ fn results<B: Backend>(backend: &B) -> Result<Results> {
         guidance: Some(1.5),
         ..Default::default()
     };
-    let path = autoregressive(&teacher, &classes, &distribution, &mut choice, None, l)?;
+    let path = autoregressive(&teacher, &labels, &distribution, &mut choice, None, l)?;
     let same: Vec<f32> = B::to_indices(&path)?.iter().map(|&id| id as f32).collect();
     keep(
         &mut found,

@@ -11,7 +11,10 @@ use retort_engine::backend::{Backend, FlowSolver};
 use retort_engine::model::autoencoder::Shape;
 use retort_engine::model::inception::{FEATURES, Inception, Preparation};
 use retort_engine::model::lpips::Lpips;
-use retort_engine::model::{Student, Teacher, Tokenizer, llamagen, msvq, var, vq};
+use retort_engine::model::{
+    CODEBOOK, CaptionFeatures, CaptionShape, ConditionShape, Conditions, Student, Teacher,
+    Tokenizer, llamagen, msvq, t5, var, vq,
+};
 use retort_engine::sampler::{Choice, Distribution, StudentSampler, autoregressive, choices};
 use retort_engine::statistics::{Moments, frechet_distance, inception_score, precision_recall};
 use retort_engine::tape::{Var, backward};
@@ -178,6 +181,7 @@ pub fn suite<B: Backend>(backend: &B) -> Result<Vec<Row>> {
     rows.extend(llamagen(backend)?);
     rows.extend(var(backend)?);
     rows.extend(var_variants(backend)?);
+    rows.extend(captions(backend)?);
     Ok(rows)
 }
 
@@ -256,7 +260,7 @@ pub fn llamagen<B: Backend>(backend: &B) -> Result<Vec<Row>> {
         vocabulary: numbers.one("vocab_size"),
         codebook_dim: numbers.one("codebook_dim"),
         side,
-        classes: numbers.one("num_classes"),
+        condition: ConditionShape::Classes(numbers.one("num_classes")),
     };
     let multipliers = numbers.list("ch_mult");
     let tokenizer = vq::Config {
@@ -391,9 +395,10 @@ pub fn var_variants<B: Backend>(backend: &B) -> Result<Vec<Row>> {
     let shape = own.token_shape();
     let (n, l) = (2, shape.tokens());
     let ids: Vec<u32> = (0..n * l).map(|i| (i * 7 % 12) as u32).collect();
-    let (tokens, labels) = (backend.indices(&ids, &[n, l])?, [1, 4]);
+    let tokens = backend.indices(&ids, &[n, l])?;
+    let labels = Conditions::Classes(backend.indices(&[1, 4], &[n])?);
     let forced = |teacher: &var::Transformer<B>| {
-        let logits = teacher.forced(&backend.indices(&labels, &[n])?, &tokens)?;
+        let logits = teacher.forced(&labels, &tokens)?;
         Ok::<_, Error>(logits.value().clone())
     };
     let expected = forced(&own_teacher)?;
@@ -421,6 +426,184 @@ pub fn var_variants<B: Backend>(backend: &B) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
+/// Compares what is conditioned on captions, the text encoder, and VAR without L2-normalised attention with float64
+/// results (`peers/captions.py` writes `golden/captions`).
+pub fn captions<B: Backend>(backend: &B) -> Result<Vec<Row>> {
+    let dir = folder("captions");
+    let parts = procedural_weights(&dir.join("weights.json"))?;
+    let load =
+        |part: &str| Loader::new(backend, Source::Host(&parts[part]), false, part.to_owned());
+    let path = dir.join("numbers.json");
+    let numbers = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+    let numbers: Value = serde_json::from_str(&numbers).map_err(|e| Error::data(&path, e))?;
+    let mut suite = Suite {
+        backend,
+        network: "captions",
+        expected: Expected::open(&dir.join("expected.safetensors"))?,
+        rows: Vec::new(),
+    };
+    text_encoder(&mut suite, &mut load("t5"))?;
+
+    let of = Numbers(numbers["gpt"].clone());
+    let shape = CaptionShape {
+        positions: of.one("positions"),
+        width: of.one("features"),
+    };
+    let config = llamagen::Config {
+        width: of.one("width"),
+        depth: of.one("depth"),
+        heads: of.one("heads"),
+        vocabulary: of.one("vocabulary"),
+        codebook_dim: of.one("codebook_dim"),
+        side: of.one("side"),
+        condition: ConditionShape::Captions(shape),
+    };
+    let teacher = llamagen::Gpt::load(&mut load("gpt"), &config)?;
+    let student = llamagen::GptStudent::load(&mut load("dd"), &config)?;
+    let images = procedural_weights(&folder("llamagen").join("weights.json"))?;
+    let codes = &images["vq"][CODEBOOK];
+    let codebook = backend.floats(&codes.data, &codes.shape)?;
+    let codebook = Var::<B>::constant(codebook).l2_normalise()?.value().clone();
+
+    // Features come left-padded; the mask says how far.
+    let mask = suite.expected.floats("mask");
+    let padding = mask.chunks_exact(shape.positions);
+    let padding: Vec<usize> = padding
+        .map(|row| row.iter().filter(|&&x| x == 0.0).count())
+        .collect();
+    let n = padding.len();
+    assert!(padding.contains(&0) && padding.iter().any(|&p| p > 0));
+    let given = |features: B::Tensor| {
+        Conditions::Captions(CaptionFeatures {
+            features,
+            padding: padding.clone(),
+        })
+    };
+    let captions = given(suite.tensor("features")?);
+    let without = &parts["gpt"]["cls_embedding.uncond_embedding"].data;
+    let without = backend.floats(&without.repeat(n), &[n, shape.positions, shape.width])?;
+
+    let tokens = suite.ids("forced.tokens")?;
+    let forced = |conditions: &Conditions<B>| {
+        let logits = teacher.forced(conditions, &tokens)?;
+        Ok::<_, Error>(logits.value().clone())
+    };
+    suite.floats("forced.logits", &forced(&captions)?)?;
+    suite.floats("forced.logits_uncond", &forced(&given(without))?)?;
+
+    let guidance = numbers["guidance"].as_f64();
+    let steps = teacher.tokens().steps.len();
+    let mut greedy = choices(0, 0, n);
+    let distribution = Distribution {
+        guidance,
+        top_k: 1,
+        ..Default::default()
+    };
+    let mut choice = Choice::Random(&mut greedy);
+    let ids = autoregressive(&teacher, &captions, &distribution, &mut choice, None, steps)?;
+    suite.tokens("greedy.tokens", &ids)?;
+    let noise = suite.tensor("noise")?;
+    let mut choice = Choice::Flow {
+        noise: &noise,
+        codebook: &codebook,
+        solver: FlowSolver { steps: 16 },
+    };
+    let distribution = Distribution {
+        guidance,
+        ..Default::default()
+    };
+    let path = autoregressive(&teacher, &captions, &distribution, &mut choice, None, steps)?;
+    suite.tokens("trajectory.tokens", &path)?;
+
+    let number = |name: &str| numbers[name].as_u64().expect(name) as usize;
+    let (middle, split) = (number("t_mid"), number("split_t"));
+    for t in [0, middle] {
+        let known = B::narrow(&B::rows(&codebook, &path)?, 1, 0, t.max(1))?;
+        let left = B::narrow(&noise, 1, t, steps - t)?;
+        let x = if t == 0 {
+            left
+        } else {
+            B::cat(&[&known, &left], 1)?
+        };
+        let data: Vec<u32> = (0..n * steps).map(|i| u32::from(i % steps < t)).collect();
+        let data = backend.indices(&data, &[n, steps])?;
+        let prediction = student.predict(&x, &captions, &data)?;
+        suite.floats(&format!("student.t{t}.logits"), prediction.logits.value())?;
+        let continuous = student.continuous(&prediction)?;
+        suite.floats(&format!("student.t{t}.continuous"), continuous.value())?;
+    }
+    let sampler = StudentSampler {
+        student: &student,
+        codebook: &codebook,
+        split,
+    };
+    let latents = sampler.sample(&noise, &captions, &[0, middle])?;
+    suite.floats("two_step.latents", &latents)?;
+
+    let of = Numbers(numbers["var"].clone());
+    plain_var(&mut suite, &of, &mut load("var"), &mut load("quantiser"))?;
+    // Those of the texts are for the command line.
+    let left = suite.expected.left();
+    assert!(
+        left.iter().all(|name| name.starts_with("caption.")),
+        "tensors not compared: {left:?}"
+    );
+    Ok(suite.rows)
+}
+
+fn text_encoder<B: Backend>(suite: &mut Suite<'_, B>, loader: &mut Loader<'_, B>) -> Result<()> {
+    let path = folder("captions").join("config.json");
+    let config = std::fs::read(&path).map_err(Error::io(&path))?;
+    let config: t5::Config = serde_json::from_slice(&config).map_err(|e| Error::data(&path, e))?;
+    let encoder = t5::Encoder::load(loader, &config, t5::EMBEDDINGS[0])?;
+    let texts = (0..3).map(|i| suite.expected.indices(&format!("t5.{i}.ids")));
+    let texts: Vec<Vec<u32>> = texts.collect();
+    let ids: Vec<&[u32]> = texts.iter().map(Vec::as_slice).collect();
+    // Together, and so padded to the longest.
+    let found = encoder.forward(suite.backend, &ids)?;
+    for (i, text) in texts.iter().enumerate() {
+        let row = B::narrow(&B::narrow(&found, 0, i, 1)?, 1, 0, text.len())?;
+        let row = B::reshape(&row, &[text.len(), config.d_model])?;
+        suite.floats(&format!("t5.{i}.features"), &row)?;
+    }
+    Ok(())
+}
+
+/// Teacher-forced logits of VAR without L2-normalised attention.
+fn plain_var<B: Backend>(
+    suite: &mut Suite<'_, B>,
+    of: &Numbers,
+    weights: &mut Loader<'_, B>,
+    quantiser: &mut Loader<'_, B>,
+) -> Result<()> {
+    let config = var::Config {
+        width: of.one("width"),
+        depth: of.one("depth"),
+        heads: of.one("heads"),
+        vocabulary: of.one("vocabulary"),
+        codebook_dim: of.one("dim"),
+        scales: of.list("scales"),
+        classes: of.one("classes"),
+        shared_adaln: false,
+        attn_l2_norm: false,
+    };
+    let published = msvq::Config::published(&config.scales);
+    let tokenizer = msvq::Config {
+        autoencoder: Shape {
+            z_channels: config.codebook_dim,
+            ..published.autoencoder
+        },
+        vocabulary: config.vocabulary,
+        phi_convs: of.one("convs"),
+        ..published
+    };
+    let quantiser = msvq::Quantiser::load(quantiser, &tokenizer)?;
+    let teacher = var::Transformer::load(weights, &config, quantiser)?;
+    let labels = Conditions::Classes(suite.ids("var.labels")?);
+    let logits = teacher.forced(&labels, &suite.ids("var.tokens")?)?;
+    suite.floats("var.logits", logits.value())
+}
+
 /// What is the same for every family: all tensors of `expected.safetensors`.
 fn compare<B: Backend>(
     suite: &mut Suite<'_, B>,
@@ -441,8 +624,12 @@ fn compare<B: Backend>(
     };
     let classes = suite.expected.indices("labels");
     let n = classes.len();
-    let labels = backend.indices(&classes, &[n])?;
-    let uncond = backend.indices(&vec![shape.classes as u32; n], &[n])?;
+    let labels = Conditions::Classes(backend.indices(&classes, &[n])?);
+    let ConditionShape::Classes(unconditional) = shape.condition else {
+        panic!("a model of classes");
+    };
+    let uncond = backend.indices(&vec![unconditional as u32; n], &[n])?;
+    let uncond = Conditions::Classes(uncond);
 
     // Teacher-forced logits.
     let tokens = suite.ids("forced.tokens")?;
@@ -462,7 +649,7 @@ fn compare<B: Backend>(
     let distribution = greedy(f64::from(suite.expected.floats("greedy.cfg")[0]));
     let mut sequences = choices(0, 0, n);
     let mut choice = Choice::Random(&mut sequences);
-    let ids = autoregressive(teacher, &classes, &distribution, &mut choice, None, steps)?;
+    let ids = autoregressive(teacher, &labels, &distribution, &mut choice, None, steps)?;
     suite.tokens("greedy.tokens", &ids)?;
     suite.image("greedy", &decode(B::rows(&codebook, &ids)?)?)?;
 
@@ -478,7 +665,7 @@ fn compare<B: Backend>(
             codebook: &codebook,
             solver: FlowSolver { steps: 16 },
         };
-        let ids = autoregressive(teacher, &classes, &distribution, &mut choice, None, steps)?;
+        let ids = autoregressive(teacher, &labels, &distribution, &mut choice, None, steps)?;
         suite.tokens(&format!("trajectory.cfg{w}.tokens"), &ids)?;
         let images = decode(B::rows(&codebook, &ids)?)?;
         suite.image(&format!("trajectory.cfg{w}"), &images)?;
@@ -510,7 +697,7 @@ fn compare<B: Backend>(
     let mut sequences = choices(0, 0, n);
     let (latents, prefix) = sampler.assisted(
         &noise,
-        (&labels, &classes),
+        &labels,
         [0, middle],
         teacher,
         numbers.one("t_teacher_start"),

@@ -70,7 +70,12 @@ fn weights_are_loaded_and_written_one_at_a_time() {
         let (before, clock) = (resident(), std::time::Instant::now());
         let stored = Stored::open(&path, None).expect("the file");
         let backend = Candle::open("cpu", "f32", 2).expect("a CPU");
-        let mut loader = Loader::new(&backend, Source::File(&stored), false, "the file");
+        let mut loader = Loader::new(
+            &backend,
+            Source::Files(std::slice::from_ref(&stored)),
+            false,
+            "the file",
+        );
         for name in &names {
             loader
                 .get(name, &shape, Init::Constant(0.0))

@@ -87,6 +87,17 @@ impl Dictionary {
         self.places.get(name).map(|&place| &self.tensors[place].1)
     }
 
+    /// The same tensors without a prefix that all names have; nothing, if one has it not.
+    pub fn without(&self, prefix: &str) -> Option<Self> {
+        let strip = |name: &str| Some(name.strip_prefix(prefix)?.to_owned());
+        let names: Option<Vec<String>> = self.tensors.iter().map(|(name, _)| strip(name)).collect();
+        let mut stripped = Self::new(self.path.clone());
+        for (name, (_, tensor)) in names?.into_iter().zip(&self.tensors) {
+            stripped.insert(name, tensor.clone());
+        }
+        (!stripped.tensors.is_empty()).then_some(stripped)
+    }
+
     /// Whether it holds an optimiser's state rather than weights.
     pub fn is_optimiser(&self) -> bool {
         self.path.split('.').any(|part| part.starts_with("optim"))

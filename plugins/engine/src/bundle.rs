@@ -16,7 +16,8 @@ use serde::{Deserialize, Serialize};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::model::{Student, Teacher, TokenShape, Tokenizer, llamagen, msvq, var, vq};
-use crate::weights::{self, Loader, Source, Stored, Weights};
+use crate::stage::link;
+use crate::weights::{self, Loader, Source, Start, Stored, Weights};
 
 /// `config.json` of a tokenizer, teacher or student.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -150,9 +151,8 @@ impl NetworkConfig {
         }
     }
 
-    /// The student of this teacher with at least as many blocks: its shape, and the weights it starts from. Parameters
-    /// whose meaning changes are left out and drawn anew; blocks beyond the teacher's start as the identity.
-    pub fn student_start(&self, depth: Option<usize>, teacher: Weights) -> Result<(Self, Weights)> {
+    /// The shape of a student of this teacher, with at least as many blocks.
+    pub fn deepened(&self, depth: Option<usize>) -> Result<Self> {
         let own = match self {
             Self::Llamagen(c) => c.depth,
             Self::Var(c) => c.depth,
@@ -162,16 +162,21 @@ impl NetworkConfig {
             let message = format!("depth {depth}: the teacher has {own} blocks already");
             return Err(Error::option("/depth", message));
         }
-        Ok(match self {
-            Self::Llamagen(c) => {
-                let (config, weights) = c.student_start(depth, teacher);
-                (Self::Llamagen(config), weights)
-            }
-            Self::Var(c) => {
-                let (config, weights) = c.student_start(depth, teacher);
-                (Self::Var(config), weights)
-            }
-        })
+        let mut student = self.clone();
+        match &mut student {
+            Self::Llamagen(c) => c.depth = depth,
+            Self::Var(c) => c.depth = depth,
+        }
+        Ok(student)
+    }
+
+    /// From what a parameter of a student of this teacher starts. Parameters whose meaning changes are drawn anew; blocks
+    /// beyond the teacher's start as the identity.
+    pub fn start(&self, name: &str) -> Start {
+        match self {
+            Self::Llamagen(c) => c.start(name),
+            Self::Var(c) => c.start(name),
+        }
     }
 }
 
@@ -217,13 +222,13 @@ impl<'p> Bundle<'p> {
     }
 
     /// The weights of the tokenizer.
-    pub fn tokenizer_weights(&self) -> Result<Weights> {
-        weights::read(&self.dir.join(TOKENIZER))
+    pub fn tokenizer_file(&self) -> Result<Stored> {
+        Stored::open(&self.dir.join(TOKENIZER), None)
     }
 
     /// The weights of the teacher or student.
-    pub fn weights(&self) -> Result<Weights> {
-        weights::read(&self.dir.join(MODEL))
+    pub fn network_file(&self) -> Result<Stored> {
+        Stored::open(&self.dir.join(MODEL), None)
     }
 
     /// Loads the teacher as constants.
@@ -253,7 +258,7 @@ impl<'p> Bundle<'p> {
         let origin = stored.path().display().to_string();
         build(&mut Loader::new(
             backend,
-            Source::File(&stored),
+            Source::Files(std::slice::from_ref(&stored)),
             false,
             origin,
         ))
@@ -262,24 +267,22 @@ impl<'p> Bundle<'p> {
 
 const FORMAT: u32 = 1;
 
-/// Writes a directory.
-pub fn write(
+/// Writes the directory of a tokenizer.
+pub fn write_tokenizer(dir: &Path, config: &TokenizerConfig, weights: &Weights) -> Result<()> {
+    write_config(dir, config, None, &[])?;
+    weights::write(&dir.join(TOKENIZER), weights)
+}
+
+/// Writes the directory of a teacher or student, with the tokenizer of another directory.
+pub fn write_network(
     dir: &Path,
-    tokenizer: (&TokenizerConfig, &Weights),
-    network: Option<(&NetworkConfig, &Weights)>,
+    tokenizer: &Bundle<'_>,
+    network: (&NetworkConfig, &Weights),
     timesteps: &[usize],
 ) -> Result<()> {
-    write_config(
-        dir,
-        tokenizer.0,
-        network.map(|(config, _)| config),
-        timesteps,
-    )?;
-    weights::write(&dir.join(TOKENIZER), tokenizer.1)?;
-    match network {
-        Some((_, weights)) => weights::write(&dir.join(MODEL), weights),
-        None => Ok(()),
-    }
+    write_config(dir, &tokenizer.config.tokenizer, Some(network.0), timesteps)?;
+    link(&tokenizer.dir.join(TOKENIZER), &dir.join(TOKENIZER))?;
+    weights::write(&dir.join(MODEL), network.1)
 }
 
 /// Writes the configuration of a directory.

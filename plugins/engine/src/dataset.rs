@@ -1,10 +1,11 @@
 //! Trajectory datasets: (noise, class, tokens) of the AR flow map, in shards that anyone can make in any order.
 //!
 //! ```text
-//! trajectories/  manifest.json  shard-00000.safetensors  shard-00001.safetensors ..
+//! trajectories/  manifest.json  shard-00000.safetensors  shard-00001.safetensors ..  captions.safetensors
 //! ```
 //!
-//! A shard holds `labels` (n) and `tokens` (n, L) in the narrowest unsigned type. Noise is a pure function of the
+//! `captions.safetensors` is there where the teacher is conditioned on captions; `labels` number these then. A shard holds
+//! `labels` (n) and `tokens` (n, L) in the narrowest unsigned type. Noise is a pure function of the
 //! manifest's seed and the sample's index and is not stored, unless it was given from a file: then `noise` (n, L, D)
 //! stands beside the tokens. Every intermediate state X_t follows from noise and tokens.
 
@@ -13,8 +14,9 @@ use std::path::Path;
 use safetensors::tensor::{Dtype, TensorView};
 use serde::{Deserialize, Serialize};
 
+use crate::captions::{self, Captions, Subjects};
 use crate::error::{Error, Result};
-use crate::model::TokenShape;
+use crate::model::{ConditionShape, TokenShape};
 use crate::random;
 use crate::sampler::Distribution;
 use crate::weights::{self, Stored};
@@ -34,8 +36,9 @@ pub struct Manifest {
     pub vocabulary: usize,
     /// Codebook dimension D.
     pub dim: usize,
-    /// Number of classes.
-    pub classes: usize,
+    /// What its images were made for.
+    #[serde(flatten)]
+    pub condition: ConditionShape,
     /// The teacher's distribution.
     pub distribution: Distribution,
     /// Runge-Kutta steps of the flow map.
@@ -69,7 +72,7 @@ impl Manifest {
             steps: self.steps.clone(),
             vocabulary: self.vocabulary,
             dim: self.dim,
-            classes: self.classes,
+            condition: self.condition,
         }
     }
 }
@@ -121,8 +124,10 @@ fn narrow(values: &[u32]) -> (Vec<u8>, Dtype) {
 pub struct Dataset {
     /// Its manifest.
     pub manifest: Manifest,
-    /// Class of each sample.
+    /// Class of each sample, or number of its caption.
     pub labels: Vec<u32>,
+    /// What the labels stand for.
+    pub subjects: Subjects,
     /// Tokens (n, L), row-major.
     pub tokens: Vec<u32>,
     /// Noise (n, L, D) where it was given.
@@ -189,9 +194,20 @@ impl Dataset {
                 format!("shards hold {next} of {} samples", manifest.count),
             ));
         }
+        let subjects = match manifest.condition {
+            ConditionShape::Classes(classes) => Subjects::Classes(classes),
+            ConditionShape::Captions(shape) => {
+                Subjects::Captions(Captions::open(&dir.join(captions::FILE), shape)?)
+            }
+        };
+        if let Some(&bad) = labels.iter().find(|&&x| x as usize >= subjects.len()) {
+            let message = format!("label {bad}, expected labels below {}", subjects.len());
+            return Err(Error::data(&path, message));
+        }
         Ok(Self {
             manifest,
             labels,
+            subjects,
             tokens,
             noise,
         })
@@ -225,7 +241,7 @@ impl Dataset {
 
 /// The contents of a shard.
 pub struct ShardData {
-    /// Class of each sample.
+    /// Class of each sample, or number of its caption.
     pub labels: Vec<u32>,
     /// Tokens, row-major.
     pub tokens: Vec<u32>,

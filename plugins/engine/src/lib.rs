@@ -6,6 +6,7 @@
 
 pub mod backend;
 pub mod bundle;
+pub mod captions;
 pub mod conformance;
 pub mod data;
 pub mod dataset;
@@ -22,6 +23,7 @@ pub mod sampler;
 pub mod stage;
 pub mod statistics;
 pub mod tape;
+pub mod text;
 pub mod train;
 pub mod weights;
 

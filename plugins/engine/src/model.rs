@@ -12,13 +12,16 @@ pub mod llamagen;
 pub mod lpips;
 pub mod msvq;
 mod resize;
+pub mod t5;
 pub mod var;
 pub mod vq;
 
 pub use continuous::CONTINUOUS_HEAD;
 
+use serde::{Deserialize, Serialize};
+
 use crate::backend::Backend;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::tape::Var;
 
 /// The shape of a model's token sequence.
@@ -30,8 +33,77 @@ pub struct TokenShape {
     pub vocabulary: usize,
     /// Codebook dimension D.
     pub dim: usize,
-    /// Number of classes; the class embedding has one row more, the unconditional one.
-    pub classes: usize,
+    /// What its images are made for.
+    pub condition: ConditionShape,
+}
+
+/// What the images of a model are made for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ConditionShape {
+    /// Classes, so many of them; the class embedding has one row more, the unconditional one.
+    Classes(usize),
+    /// Captions, as features of a text encoder.
+    Captions(CaptionShape),
+}
+
+/// The shape of a caption's features.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CaptionShape {
+    /// Most tokens T of a caption: positions in front of the image.
+    pub positions: usize,
+    /// Width F of a token's features.
+    pub width: usize,
+}
+
+impl ConditionShape {
+    /// Positions of the sequence that the condition takes, in front of the image's tokens.
+    pub fn positions(&self) -> usize {
+        match self {
+            Self::Classes(_) => 1,
+            Self::Captions(shape) => shape.positions,
+        }
+    }
+}
+
+/// What the images of a batch are made for, one entry an image.
+#[derive(Debug, Clone)]
+pub enum Conditions<B: Backend> {
+    /// Class ids (b).
+    Classes(B::Tensor),
+    /// Captions.
+    Captions(CaptionFeatures<B>),
+}
+
+/// Features of a batch's captions, each at the end of its positions.
+#[derive(Debug, Clone)]
+pub struct CaptionFeatures<B: Backend> {
+    /// Features (b, T, F), zero before a caption's first token.
+    pub features: B::Tensor,
+    /// Positions before the first token of each caption; fewer than T.
+    pub padding: Vec<usize>,
+}
+
+impl<B: Backend> Conditions<B> {
+    /// The class ids, for a family that knows nothing else.
+    fn classes(&self) -> Result<&B::Tensor> {
+        match self {
+            Self::Classes(ids) => Ok(ids),
+            Self::Captions(_) => Err(Error::Internal(
+                "captions for a class-conditional model".into(),
+            )),
+        }
+    }
+
+    /// The captions, for a model that knows nothing else.
+    fn captions(&self) -> Result<&CaptionFeatures<B>> {
+        match self {
+            Self::Captions(captions) => Ok(captions),
+            Self::Classes(_) => Err(Error::Internal(
+                "classes for a text-conditional model".into(),
+            )),
+        }
+    }
 }
 
 impl TokenShape {
@@ -79,12 +151,12 @@ pub const CODEBOOK: &str = "quantize.embedding.weight";
 pub trait Teacher<B: Backend> {
     /// Shape of its token sequences.
     fn tokens(&self) -> &TokenShape;
-    /// Teacher-forced logits (b, L, K) of tokens (b, L) for class ids (b); differentiable.
-    fn forced(&self, labels: &B::Tensor, tokens: &B::Tensor) -> Result<Var<B>>;
-    /// Starts generating for class ids; with a classifier-free guidance scale, which means what the family means by it.
+    /// Teacher-forced logits (b, L, K) of tokens (b, L); differentiable.
+    fn forced(&self, conditions: &Conditions<B>, tokens: &B::Tensor) -> Result<Var<B>>;
+    /// Starts generating; with a classifier-free guidance scale, which means what the family means by it.
     fn generate<'a>(
         &'a self,
-        labels: &[u32],
+        conditions: &Conditions<B>,
         guidance: Option<f64>,
     ) -> Result<Box<dyn Generation<B> + 'a>>;
 }
@@ -99,9 +171,9 @@ pub trait Generation<B: Backend> {
 pub struct Prediction<B: Backend> {
     /// Logits over the codebook (b, L, K).
     pub logits: Var<B>,
-    /// The stack's output from which the continuous head predicts; (b, L + condition, C).
+    /// The stack's output from which the continuous head predicts; (b, condition + L, C).
     hidden: Var<B>,
-    /// Class embedding (b, 1, C).
+    /// Embedding of the condition (b, 1, C).
     condition: Var<B>,
 }
 
@@ -109,10 +181,13 @@ pub struct Prediction<B: Backend> {
 pub trait Student<B: Backend> {
     /// Shape of its token sequences.
     fn tokens(&self) -> &TokenShape;
-    /// Predicts from X_t (b, L, D) for class ids (b); `data` (b, L) is 1 where X_t holds a token's vector and 0 where
-    /// it holds noise.
-    fn predict(&self, x: &B::Tensor, labels: &B::Tensor, data: &B::Tensor)
-    -> Result<Prediction<B>>;
+    /// Predicts from X_t (b, L, D); `data` (b, L) is 1 where X_t holds a token's vector and 0 where it holds noise.
+    fn predict(
+        &self,
+        x: &B::Tensor,
+        conditions: &Conditions<B>,
+        data: &B::Tensor,
+    ) -> Result<Prediction<B>>;
     /// The continuous head's codebook vectors (b, L, D).
     fn continuous(&self, prediction: &Prediction<B>) -> Result<Var<B>>;
 }

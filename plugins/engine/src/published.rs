@@ -6,6 +6,7 @@
 //!
 //! LlamaGen: arXiv 2406.06525. VAR: arXiv 2404.02905. Students of both: arXiv 2412.17153.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use retort_checkpoint::{Checkpoint, Dictionary, shown};
@@ -13,7 +14,7 @@ use retort_checkpoint::{Checkpoint, Dictionary, shown};
 use crate::bundle::{Family, NetworkConfig, TokenizerConfig};
 use crate::error::{Error, Result};
 use crate::model::autoencoder::Shape;
-use crate::model::{CODEBOOK, llamagen, msvq, var, vq};
+use crate::model::{CODEBOOK, CaptionShape, ConditionShape, llamagen, msvq, var, vq};
 use crate::weights::Stored;
 
 /// What a network is for.
@@ -68,8 +69,8 @@ const SIGNS: [Sign; 7] = [
     ),
     (
         "cls_embedding.cap_proj.fc1.weight",
-        "a text-conditional LlamaGen network",
-        None,
+        "a text-conditional LlamaGen teacher",
+        Some((Family::Llamagen, Role::Teacher)),
     ),
     (
         "layers.0.attention.wqkv.weight",
@@ -107,7 +108,8 @@ pub fn open(path: &Path, family: Family, role: Role, select: Option<&str>) -> Re
     let chosen = match select {
         Some(_) => {
             let chosen = checkpoint.select(select).map_err(Error::checkpoint(path))?;
-            if let Some((words, network)) = recognise(chosen)
+            let chosen = unwrapped(chosen);
+            if let Some((words, network)) = recognise(&chosen)
                 && network != Some((family, role))
             {
                 let place = shown(&chosen.path);
@@ -122,12 +124,31 @@ pub fn open(path: &Path, family: Family, role: Role, select: Option<&str>) -> Re
         }
         None => {
             let all = checkpoint.dictionaries().iter();
-            let weights: Vec<&Dictionary> = all.filter(|d| !d.is_optimiser()).collect();
-            choose(&weights, family, role).map_err(|message| Error::data(path, message))?
+            let weights = all.filter(|d| !d.is_optimiser()).map(unwrapped);
+            let weights: Vec<Cow<Dictionary>> = weights.collect();
+            let weights: Vec<&Dictionary> = weights.iter().map(|d| &**d).collect();
+            let chosen = choose(&weights, family, role);
+            Cow::Owned(
+                chosen
+                    .map_err(|message| Error::data(path, message))?
+                    .clone(),
+            )
         }
     };
-    let chosen = chosen.clone();
+    let chosen = chosen.into_owned();
     Ok(Stored::of(path, checkpoint, chosen))
+}
+
+/// What torch's wrappers (`DataParallel`, `torch.compile`) put in front of all names of the network they wrap.
+const WRAPPERS: [&str; 2] = ["module.", "_orig_mod."];
+
+/// The dictionary under the names of the network itself.
+fn unwrapped(dictionary: &Dictionary) -> Cow<'_, Dictionary> {
+    let mut found = Cow::Borrowed(dictionary);
+    while let Some(inner) = WRAPPERS.iter().find_map(|prefix| found.without(prefix)) {
+        found = Cow::Owned(inner);
+    }
+    found
 }
 
 fn wanted(family: Family, role: Role) -> String {
@@ -170,7 +191,7 @@ fn choose<'d>(
 }
 
 /// Parts of the names of buffers, which carry no weights: attention masks, tables, counters.
-const BUFFERS: [&str; 8] = [
+const BUFFERS: [&str; 9] = [
     "attn_bias",
     "mask",
     "lvl_1L",
@@ -179,6 +200,7 @@ const BUFFERS: [&str; 8] = [
     "codebook_used",
     "freqs_cis",
     "num_batches_tracked",
+    "uncond_embedding",
 ];
 
 /// Whether a name is that of a buffer of a published network.
@@ -248,7 +270,7 @@ pub fn published(family: Family, hints: &Hints) -> Result<(TokenizerConfig, Netw
                 vocabulary: tokenizer.vocabulary,
                 codebook_dim: tokenizer.codebook_dim,
                 side: tokenizer.autoencoder.side(),
-                classes: 1000,
+                condition: ConditionShape::Classes(1000),
             };
             Ok((
                 TokenizerConfig::Vq(tokenizer),
@@ -434,8 +456,27 @@ fn llamagen_network(
             _ => tokenizer.codebook_dim,
         },
         side: tokenizer.autoencoder.side(),
-        classes: classes(stored, "cls_embedding.embedding_table.weight")?,
+        condition: llamagen_condition(stored)?,
     })
+}
+
+/// Most tokens of a caption, in published networks.
+const CAPTION_TOKENS: usize = 120;
+
+fn llamagen_condition(stored: &Stored) -> Result<ConditionShape> {
+    const FEATURES: &str = "cls_embedding.cap_proj.fc1.weight";
+    if stored.shape(FEATURES).is_none() {
+        let table = "cls_embedding.embedding_table.weight";
+        return classes(stored, table).map(ConditionShape::Classes);
+    }
+    let without = stored.shape("cls_embedding.uncond_embedding");
+    Ok(ConditionShape::Captions(CaptionShape {
+        // Of students nothing tells.
+        positions: without
+            .and_then(|s| s.first())
+            .map_or(CAPTION_TOKENS, |&n| n),
+        width: size(stored, FEATURES, 1)?,
+    }))
 }
 
 /// Refuses a network of another size than the recipe says.

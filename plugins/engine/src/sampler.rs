@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::{Backend, FlowSolver};
 use crate::error::{Error, Result};
-use crate::model::{Student, Teacher, TokenShape, vq::nearest};
+use crate::model::{Conditions, Student, Teacher, TokenShape, vq::nearest};
 use crate::random::{Sequence, Stream};
 use crate::tape::Var;
 
@@ -111,7 +111,7 @@ pub fn choices(seed: u64, first: u64, count: usize) -> Vec<Sequence> {
 /// With a prefix (b, L_p), its tokens are taken as they are and choosing starts after them.
 pub fn autoregressive<B: Backend>(
     teacher: &dyn Teacher<B>,
-    labels: &[u32],
+    conditions: &Conditions<B>,
     distribution: &Distribution,
     choice: &mut Choice<'_, B>,
     prefix: Option<&B::Tensor>,
@@ -119,7 +119,7 @@ pub fn autoregressive<B: Backend>(
 ) -> Result<B::Tensor> {
     let shape = teacher.tokens();
     let given = prefix.map_or(0, |p| B::shape(p)[1]);
-    let mut generation = teacher.generate(labels, distribution.guidance)?;
+    let mut generation = teacher.generate(conditions, distribution.guidance)?;
     let mut chosen: Vec<B::Tensor> = Vec::with_capacity(end);
     let mut start = 0;
     for &count in &shape.steps[..end.min(shape.steps.len())] {
@@ -221,12 +221,12 @@ impl<B: Backend> StudentSampler<'_, B> {
     pub fn sample(
         &self,
         noise: &B::Tensor,
-        labels: &B::Tensor,
+        conditions: &Conditions<B>,
         timesteps: &[usize],
     ) -> Result<B::Tensor> {
         let mut latents = noise.clone();
         for &t in timesteps {
-            latents = self.pass(&latents, noise, labels, t)?;
+            latents = self.pass(&latents, noise, conditions, t)?;
         }
         Ok(latents)
     }
@@ -236,7 +236,7 @@ impl<B: Backend> StudentSampler<'_, B> {
         &self,
         latents: &B::Tensor,
         noise: &B::Tensor,
-        labels: &B::Tensor,
+        conditions: &Conditions<B>,
         t: usize,
     ) -> Result<B::Tensor> {
         let shape = self.student.tokens();
@@ -256,9 +256,8 @@ impl<B: Backend> StudentSampler<'_, B> {
         };
         let x = splice(latents, noise, known)?; // X_t
         let kinds: Vec<u32> = (0..b * l).map(|i| u32::from(i % l < known)).collect();
-        let prediction =
-            self.student
-                .predict(&x, labels, &B::indices_beside(noise, &kinds, &[b, l])?)?;
+        let kinds = B::indices_beside(noise, &kinds, &[b, l])?;
+        let prediction = self.student.predict(&x, conditions, &kinds)?;
         let boundary = shape.tokens_before(self.split);
         let codes = || B::rows(self.codebook, &B::argmax_last(prediction.logits.value())?);
         let predicted = match boundary {
@@ -275,7 +274,7 @@ impl<B: Backend> StudentSampler<'_, B> {
     pub fn assisted(
         &self,
         noise: &B::Tensor,
-        labels: (&B::Tensor, &[u32]),
+        conditions: &Conditions<B>,
         timesteps: [usize; 2],
         teacher: &dyn Teacher<B>,
         teacher_start: usize,
@@ -284,7 +283,7 @@ impl<B: Backend> StudentSampler<'_, B> {
     ) -> Result<(B::Tensor, B::Tensor)> {
         let shape = self.student.tokens();
         let (b, l) = (B::shape(noise)[0], shape.tokens());
-        let first = self.pass(noise, noise, labels.0, timesteps[0])?;
+        let first = self.pass(noise, noise, conditions, timesteps[0])?;
         let flat = B::reshape(&first, &[b * l, shape.dim])?;
         let tokens = B::reshape(&nearest::<B>(&flat, self.codebook)?, &[b, l])?;
         let kept = shape.tokens_before(teacher_start);
@@ -295,7 +294,7 @@ impl<B: Backend> StudentSampler<'_, B> {
         };
         let tokens = autoregressive(
             teacher,
-            labels.1,
+            conditions,
             distribution,
             choice,
             prefix.as_ref(),
@@ -308,7 +307,7 @@ impl<B: Backend> StudentSampler<'_, B> {
         } else {
             B::cat(&[&known, &B::narrow(noise, 1, done, l - done)?], 1)?
         };
-        let last = self.pass(&latents, noise, labels.0, timesteps[1])?;
+        let last = self.pass(&latents, noise, conditions, timesteps[1])?;
         Ok((last, latents))
     }
 }

@@ -1,6 +1,7 @@
 //! The kinds of stage a recipe can name, one file each, and what they share.
 
 pub mod classifier;
+pub mod condition;
 pub mod conformance;
 pub mod distill;
 pub mod evaluate;

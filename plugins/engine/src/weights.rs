@@ -145,41 +145,87 @@ pub fn write_each<'w>(
     shapes: Vec<(String, Vec<usize>)>,
     mut elements: impl FnMut(&str) -> Result<Cow<'w, [f32]>>,
 ) -> Result<()> {
-    let mut end = 0;
-    let info = |(name, shape): &(String, Vec<usize>)| {
-        let start = end;
-        end += 4 * shape.iter().product::<usize>();
-        let (shape, data_offsets) = (shape.clone(), (start, end));
-        (
-            name.clone(),
-            TensorInfo {
-                dtype: Dtype::F32,
-                shape,
-                data_offsets,
-            },
-        )
-    };
-    let infos = shapes.iter().map(info).collect();
-    let metadata = Metadata::new(None, infos).map_err(|e| Error::Internal(e.to_string()))?;
-    let mut header = serde_json::to_vec(&metadata).map_err(|e| Error::Internal(e.to_string()))?;
-    header.resize(header.len().next_multiple_of(8), b' ');
-    let mut file = std::fs::File::create(path)
-        .map(BufWriter::new)
-        .map_err(Error::io(path))?;
-    file.write_all(&(header.len() as u64).to_le_bytes())
-        .and_then(|()| file.write_all(&header))
-        .map_err(Error::io(path))?;
+    let described = shapes
+        .iter()
+        .map(|(name, shape)| (name.clone(), Dtype::F32, shape.clone()));
+    let mut writer = Writer::create(path, described.collect())?;
     for (name, shape) in &shapes {
         let data = elements(name)?;
         if data.len() != shape.iter().product::<usize>() {
             let message = format!("{name}: {} elements for shape {shape:?}", data.len());
             return Err(Error::Internal(message));
         }
-        for piece in data.chunks(1 << 18) {
-            file.write_all(&le_bytes(piece)).map_err(Error::io(path))?;
-        }
+        writer.floats(&data)?;
     }
-    file.flush().map_err(Error::io(path))
+    writer.finish()
+}
+
+/// A safetensors file under way, whose elements come piece by piece, tensor after tensor.
+pub struct Writer {
+    path: PathBuf,
+    file: BufWriter<std::fs::File>,
+    /// Bytes that are still to come.
+    left: usize,
+}
+
+impl Writer {
+    /// Starts a file of tensors of these names, types and shapes.
+    pub fn create(path: &Path, tensors: Vec<(String, Dtype, Vec<usize>)>) -> Result<Self> {
+        let mut end = 0;
+        let info = |(name, dtype, shape): (String, Dtype, Vec<usize>)| {
+            let start = end;
+            end += dtype.bitsize() / 8 * shape.iter().product::<usize>();
+            let data_offsets = (start, end);
+            let info = TensorInfo {
+                dtype,
+                shape,
+                data_offsets,
+            };
+            (name, info)
+        };
+        let infos = tensors.into_iter().map(info).collect();
+        let metadata = Metadata::new(None, infos).map_err(|e| Error::Internal(e.to_string()))?;
+        let mut header =
+            serde_json::to_vec(&metadata).map_err(|e| Error::Internal(e.to_string()))?;
+        header.resize(header.len().next_multiple_of(8), b' ');
+        let mut file = std::fs::File::create(path)
+            .map(BufWriter::new)
+            .map_err(Error::io(path))?;
+        file.write_all(&(header.len() as u64).to_le_bytes())
+            .and_then(|()| file.write_all(&header))
+            .map_err(Error::io(path))?;
+        Ok(Self {
+            path: path.to_owned(),
+            file,
+            left: end,
+        })
+    }
+
+    /// The next elements, little-endian.
+    pub fn bytes(&mut self, bytes: &[u8]) -> Result<()> {
+        self.left = self.left.checked_sub(bytes.len()).ok_or_else(|| {
+            Error::Internal(format!(
+                "{}: more elements than shapes say",
+                self.path.display()
+            ))
+        })?;
+        self.file.write_all(bytes).map_err(Error::io(&self.path))
+    }
+
+    /// The next elements of a tensor of f32.
+    pub fn floats(&mut self, data: &[f32]) -> Result<()> {
+        let mut pieces = data.chunks(1 << 18);
+        pieces.try_for_each(|piece| self.bytes(&le_bytes(piece)))
+    }
+
+    /// Ends the file.
+    pub fn finish(mut self) -> Result<()> {
+        if self.left > 0 {
+            let message = format!("{}: {} bytes are missing", self.path.display(), self.left);
+            return Err(Error::Internal(message));
+        }
+        self.file.flush().map_err(Error::io(&self.path))
+    }
 }
 
 /// Little-endian bytes of floats.
@@ -214,10 +260,39 @@ pub enum Init {
     Uniform(f32),
 }
 
+/// Where a parameter of a network comes from that starts from another network.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Start {
+    /// The other network's weight of this name; drawn, if there is none.
+    Weight(String),
+    /// Its weight of the same name, with the first entry of this dimension once more in front. Dimensions before it have
+    /// one entry.
+    Longer(usize),
+    /// Zeros.
+    Zeros,
+    /// Drawn.
+    Drawn,
+}
+
+/// The number that follows a prefix in a parameter's name, and what comes after it: `layers.3.norm` -> 3, `norm`.
+pub fn numbered<'n>(name: &'n str, prefix: &str) -> Option<(usize, &'n str)> {
+    let (number, rest) = name.strip_prefix(prefix)?.split_once('.')?;
+    Some((number.parse().ok()?, rest))
+}
+
 /// Where a [`Loader`] finds parameters.
 pub enum Source<'a, B: Backend> {
-    /// Weights in a file; an absent one is an error.
-    File(&'a Stored),
+    /// Weights in files, each in the first one that has it; an absent one is an error.
+    Files(&'a [Stored]),
+    /// Weights of another network in a file, from which this one starts.
+    Start {
+        /// The file.
+        file: &'a Stored,
+        /// Where each parameter comes from.
+        of: &'a dyn Fn(&str) -> Start,
+        /// For those that are drawn.
+        seed: u64,
+    },
     /// Weights on the host; an absent one is an error.
     Host(&'a Weights),
     /// Weights on the host; absent ones are drawn with the seed.
@@ -292,13 +367,31 @@ impl<'a, B: Backend> Loader<'a, B> {
         match &self.source {
             Source::Init(seed) => drawn(*seed),
             Source::HostOrInit(weights, seed) if !weights.contains_key(name) => drawn(*seed),
-            Source::File(stored) => {
-                let found = stored
-                    .shape(name)
-                    .ok_or_else(|| self.missing(name, shape))?;
-                self.check_shape(name, found, shape)?;
-                self.upload(name, &stored.floats(name)?, shape)
+            Source::Files(files) => {
+                let holder = files.iter().find(|file| file.shape(name).is_some());
+                self.read(
+                    holder.ok_or_else(|| self.missing(name, shape))?,
+                    name,
+                    shape,
+                )
             }
+            Source::Start { file, of, seed } => match of(name) {
+                Start::Weight(name) if file.shape(&name).is_some() => self.read(file, &name, shape),
+                Start::Weight(_) | Start::Drawn => drawn(*seed),
+                Start::Zeros => self.backend.full(shape, 0.0),
+                Start::Longer(dim) => {
+                    let mut found = file
+                        .shape(name)
+                        .ok_or_else(|| self.missing(name, shape))?
+                        .to_vec();
+                    let mut data = file.floats(name)?;
+                    let entry = found[dim + 1..].iter().product::<usize>();
+                    data.splice(0..0, data[..entry].to_vec());
+                    found[dim] += 1;
+                    self.check_shape(name, &found, shape)?;
+                    self.upload(name, &data, shape)
+                }
+            },
             Source::Host(weights) | Source::HostOrInit(weights, _) => {
                 let found = weights.get(name).ok_or_else(|| self.missing(name, shape))?;
                 self.check_shape(name, &found.shape, shape)?;
@@ -310,6 +403,12 @@ impl<'a, B: Backend> Loader<'a, B> {
                 Ok(found.clone())
             }
         }
+    }
+
+    /// A weight from a file.
+    fn read(&self, file: &Stored, name: &str, shape: &[usize]) -> Result<B::Tensor> {
+        self.check_shape(name, file.shape(name).unwrap_or_default(), shape)?;
+        self.upload(name, &file.floats(name)?, shape)
     }
 
     fn hand_out(&mut self, name: &str, value: B::Tensor) -> Var<B> {

@@ -2,7 +2,7 @@
 
 use retort_engine::Result;
 use retort_engine::backend::{Backend, FlowSolver, Unary};
-use retort_engine::model::{Student, llamagen};
+use retort_engine::model::{ConditionShape, Conditions, Student, llamagen};
 use retort_engine::random::noise;
 use retort_engine::tape::{Var, backward};
 use retort_engine::weights::{Loader, Source};
@@ -20,7 +20,7 @@ fn config() -> llamagen::Config {
         vocabulary: 100,
         codebook_dim: 8,
         side: 6,
-        classes: 10,
+        condition: ConditionShape::Classes(10),
     }
 }
 
@@ -36,7 +36,7 @@ fn student(precision: Precision) -> Result<(Vec<f32>, Vec<Vec<f32>>)> {
     let (l, d) = (c.side * c.side, c.codebook_dim);
     let eps: Vec<f32> = (0..BATCH as u64).flat_map(|i| noise(5, i, l, d)).collect();
     let eps = backend.floats(&eps, &[BATCH, l, d])?;
-    let labels = backend.indices(&[1, 2, 3, 4], &[BATCH])?;
+    let labels = Conditions::Classes(backend.indices(&[1, 2, 3, 4], &[BATCH])?);
     let kinds = backend.indices(&vec![0; BATCH * l], &[BATCH, l])?;
     let ids: Vec<u32> = (0..BATCH * l).map(|i| i as u32 * 7 % 100).collect();
     let ids = backend.indices(&ids, &[BATCH * l])?;

@@ -1,5 +1,5 @@
 //! The student's continuous head (Distilled Decoding, arXiv 2412.17153): codebook vectors from the stack's output, by a
-//! layer norm without affine part, modulated by the class embedding, and a linear map. The same in all families.
+//! layer norm without affine part, modulated by the condition's embedding, and a linear map. The same in all families.
 
 use crate::backend::Backend;
 use crate::error::Result;
@@ -33,10 +33,12 @@ impl<B: Backend> Continuous<B> {
         })
     }
 
-    /// Codebook vectors (b, L, D): LN(h) (1 + scale + class) + shift + class, then linear. The condition position goes.
+    /// Codebook vectors (b, L, D): LN(h) (1 + scale + c) + shift + c with c the condition's embedding, then linear. The
+    /// condition's positions go.
     pub(super) fn forward(&self, prediction: &Prediction<B>) -> Result<Var<B>> {
         let l = prediction.logits.shape()[1];
-        let h = prediction.hidden.narrow(1, 1, l)?.layer_norm(EPS)?;
+        let front = prediction.hidden.shape()[1] - l;
+        let h = prediction.hidden.narrow(1, front, l)?.layer_norm(EPS)?;
         let row = |i| self.scale_shift.narrow(0, i, 1)?.add(&prediction.condition); // (b, 1, C)
         let (shift, scale) = (row(0)?, row(1)?);
         h.mul(&scale.affine(1.0, 1.0)?)?

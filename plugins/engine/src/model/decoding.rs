@@ -41,18 +41,19 @@ impl<B: Backend> Cache<B> {
     }
 }
 
-/// Class ids of a batch: with guidance the labels, then as many times the unconditional row, which is number `classes`.
+/// Class ids (b) of a batch: with guidance the labels, then as many times the unconditional row, which is number
+/// `classes`.
 pub(super) fn rows<B: Backend>(
-    beside: &B::Tensor,
-    labels: &[u32],
+    labels: &B::Tensor,
     classes: usize,
     guided: bool,
 ) -> Result<B::Tensor> {
-    let mut rows = labels.to_vec();
-    if guided {
-        rows.extend(std::iter::repeat_n(classes as u32, labels.len()));
+    if !guided {
+        return Ok(labels.clone());
     }
-    B::indices_beside(beside, &rows, &[rows.len()])
+    let n = B::shape(labels)[0];
+    let without = B::indices_beside(labels, &vec![classes as u32; n], &[n])?;
+    B::cat(&[labels, &without], 0)
 }
 
 /// uncond + s (cond - uncond) of logits (2 b, l, K): conditional rows, then unconditional ones.

@@ -1,24 +1,33 @@
-//! LlamaGen (Sun et al. 2024, arXiv 2406.06525): a class-conditional Llama over raster-ordered image tokens, and its
-//! Distilled Decoding student (arXiv 2412.17153). Parameter names are those of the published checkpoints.
+//! LlamaGen (Sun et al. 2024, arXiv 2406.06525): a Llama over raster-ordered image tokens, conditioned on classes or
+//! captions, and its Distilled Decoding student (arXiv 2412.17153). Parameter names are those of the published checkpoints.
 //!
 //! ```text
-//! teacher  [class, q_1, .., q_{n-1}] -> blocks -> logits of q_1 .. q_n
-//! student  [class, x_1, .., x_n]     -> blocks -> logits and codebook vectors at the n token positions
-//! block    x += wo(attention(rope(wqkv(norm x))));  x += w2(silu(w1 norm x) * w3 norm x)
+//! teacher    [condition, q_1, .., q_{n-1}] -> blocks -> logits of q_1 .. q_n
+//! student    [condition, x_1, .., x_n]     -> blocks -> logits and codebook vectors at the n token positions
+//! block      x += wo(attention(rope(wqkv(norm x))));  x += w2(silu(w1 norm x) * w3 norm x)
+//! condition  one position of a class, or T positions fc2(gelu(fc1(features))) of a caption
 //! ```
 //!
-//! b batch, l positions, C width, h heads, d = C/h. Rotary positions are two-dimensional: the first half of the head
-//! dimension turns by the row, the second by the column; at the condition the table is zero, and so q and k are.
+//! b batch, l positions, T positions of the condition, C width, h heads, d = C/h. Rotary positions are two-dimensional: the
+//! first half of the head dimension turns by the row, the second by the column; at the condition the table is zero, and so
+//! q and k are. A caption ends at position T; the positions before it see themselves and nobody sees them. With guidance
+//! the unconditional rows have the features `uncond_embedding` and hide the same positions.
+//!
+//! No student of captions was published. Here it is the class's, with T positions in front that count as data, and the
+//! mean of the caption's embeddings as the condition of the continuous head.
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::{Backend, Mask};
+use crate::backend::{Backend, Mask, Unary};
 use crate::error::{Error, Result};
 use crate::model::continuous::Continuous;
 use crate::model::decoding::{Cache, guide, rows};
-use crate::model::{Generation, Prediction, Student, Teacher, TokenShape};
+use crate::model::{
+    CaptionFeatures, ConditionShape, Conditions, Generation, Prediction, Student, Teacher,
+    TokenShape,
+};
 use crate::tape::{Var, unpack};
-use crate::weights::{Floats, Init, Loader, Weights};
+use crate::weights::{Init, Loader, Start, numbered};
 
 const NORM_EPS: f64 = 1e-5;
 const ROPE_BASE: f64 = 10_000.0;
@@ -38,8 +47,9 @@ pub struct Config {
     pub codebook_dim: usize,
     /// Tokens along each side of the square map.
     pub side: usize,
-    /// Number of classes.
-    pub classes: usize,
+    /// What its images are made for.
+    #[serde(flatten)]
+    pub condition: ConditionShape,
 }
 
 impl Config {
@@ -64,28 +74,20 @@ impl Config {
         (2 * 4 * self.width / 3).next_multiple_of(256)
     }
 
-    /// The student of a teacher of this shape with at least as many blocks: its shape, and the weights it starts from.
-    ///
-    /// Token embeddings become a linear map of codebook vectors and are drawn anew; blocks beyond the teacher's add
-    /// nothing at first.
-    pub fn student_start(&self, depth: usize, mut weights: Weights) -> (Self, Weights) {
-        weights.remove("tok_embeddings.weight");
-        for i in self.depth..depth {
-            let silent = [
-                ("attention.wo.weight", [self.width, self.width]),
-                ("feed_forward.w2.weight", [self.width, self.hidden()]),
-            ];
-            for (name, shape) in silent {
-                let data = vec![0.0; shape.iter().product()];
-                let shape = shape.to_vec();
-                weights.insert(format!("layers.{i}.{name}"), Floats { shape, data });
-            }
+    /// From what a parameter starts in a student with at least as many blocks as this teacher: token embeddings become a
+    /// linear map of codebook vectors and are drawn anew; blocks beyond the teacher's add nothing at first.
+    pub fn start(&self, name: &str) -> Start {
+        if name == "tok_embeddings.weight" {
+            return Start::Drawn;
         }
-        let student = Self {
-            depth,
-            ..self.clone()
-        };
-        (student, weights)
+        match numbered(name, "layers.") {
+            Some((block, "attention.wo.weight" | "feed_forward.w2.weight"))
+                if block >= self.depth =>
+            {
+                Start::Zeros
+            }
+            _ => Start::Weight(name.to_owned()),
+        }
     }
 
     /// Shape of its token sequences.
@@ -94,7 +96,7 @@ impl Config {
             steps: vec![1; self.side * self.side],
             vocabulary: self.vocabulary,
             dim: self.codebook_dim,
-            classes: self.classes,
+            condition: self.condition,
         }
     }
 }
@@ -111,14 +113,30 @@ struct Block<B: Backend> {
     w2: Var<B>,
 }
 
+/// The map from the condition to the positions in front.
+enum Embedder<B: Backend> {
+    /// Class embeddings; the last row is the unconditional one.
+    Classes(Var<B>),
+    /// The map of caption features.
+    Captions { fc1: Var<B>, fc2: Var<B> },
+}
+
+/// The positions in front.
+struct Front<B: Backend> {
+    /// Embeddings (b, T, C); those of a caption are zero before its first token.
+    embeddings: Var<B>,
+    /// Positions of each row that nobody sees, where there are any.
+    padding: Vec<usize>,
+}
+
 /// The part that teacher and student share.
 struct Stack<B: Backend> {
     config: Config,
+    embedder: Embedder<B>,
     blocks: Vec<Block<B>>,
     norm: Var<B>,
     output: Var<B>,
-    class_embedding: Var<B>,
-    /// cos and sin of the rotary positions, each (1 + side^2, d/2).
+    /// cos and sin of the rotary positions, each (T + side^2, d/2).
     rope: (B::Tensor, B::Tensor),
 }
 
@@ -172,17 +190,25 @@ impl<B: Backend> Block<B> {
         x: &Var<B>,
         heads: usize,
         rope: &(B::Tensor, B::Tensor),
+        mask: &Mask<B::Tensor>,
         scale: f64,
     ) -> Result<Var<B>> {
         let qkv = x
             .rms_norm(&self.attention_norm, NORM_EPS)?
             .linear(&self.wqkv, None)?; // (b, l, 3 C)
-        let y = qkv.packed_attention(heads, rope, &Mask::Causal, scale)?; // (b, l, C)
+        let y = qkv.packed_attention(heads, rope, mask, scale)?; // (b, l, C)
         self.feed_forward(&x.add(&y.linear(&self.wo, None)?)?)
     }
 
     /// The positions from `at` on, given the keys and values before them: x (b, l, C).
-    fn step(&self, x: &Var<B>, at: usize, cache: &Cache<B>, stack: &Stack<B>) -> Result<Var<B>> {
+    fn step(
+        &self,
+        x: &Var<B>,
+        at: usize,
+        cache: &Cache<B>,
+        mask: &Mask<B::Tensor>,
+        stack: &Stack<B>,
+    ) -> Result<Var<B>> {
         let (shape, heads) = (x.shape(), stack.config.heads);
         let l = shape[1];
         let qkv = x
@@ -193,7 +219,7 @@ impl<B: Backend> Block<B> {
         let (cos, sin) = (table(&stack.rope.0)?, table(&stack.rope.1)?);
         let (k, v) = cache.extend(at, &B::rope(&k, &cos, &sin)?, &v)?;
         let q = B::rope(&q, &cos, &sin)?;
-        let y = B::attention(&q, &k, &v, &Mask::Causal, stack.scale())?;
+        let y = B::attention(&q, &k, &v, mask, stack.scale())?;
         let y = Var::constant(B::reshape(&y, &shape)?);
         self.feed_forward(&x.add(&y.linear(&self.wo, None)?)?)
     }
@@ -202,13 +228,9 @@ impl<B: Backend> Block<B> {
 impl<B: Backend> Stack<B> {
     fn load(loader: &mut Loader<B>, config: &Config) -> Result<Self> {
         config.check()?;
-        let (w, normal) = (config.width, Init::Normal(0.02));
+        let w = config.width;
         Ok(Self {
-            class_embedding: loader.get(
-                "cls_embedding.embedding_table.weight",
-                &[config.classes + 1, w],
-                normal,
-            )?,
+            embedder: Embedder::load(loader, config)?,
             blocks: (0..config.depth)
                 .map(|i| Block::load(loader, config, i))
                 .collect::<Result<_>>()?,
@@ -229,14 +251,16 @@ impl<B: Backend> Stack<B> {
             .recip()
     }
 
-    fn forward(&self, mut x: Var<B>) -> Result<Var<B>> {
+    /// All positions, x (b, l, C), of which the first of each row are padding.
+    fn forward(&self, mut x: Var<B>, padding: &[usize]) -> Result<Var<B>> {
         let l = x.shape()[1];
+        let mask = mask::<B>(x.value(), padding, l)?;
         let rope = (
             B::narrow(&self.rope.0, 0, 0, l)?,
             B::narrow(&self.rope.1, 0, 0, l)?,
         );
         for block in &self.blocks {
-            x = block.forward(&x, self.config.heads, &rope, self.scale())?;
+            x = block.forward(&x, self.config.heads, &rope, &mask, self.scale())?;
         }
         Ok(x)
     }
@@ -245,22 +269,89 @@ impl<B: Backend> Stack<B> {
         x.rms_norm(&self.norm, NORM_EPS)?.linear(&self.output, None)
     }
 
-    /// Class embeddings (b, 1, C) of class ids (b).
-    fn condition(&self, labels: &B::Tensor) -> Result<Var<B>> {
-        let b = B::shape(labels)[0];
-        self.class_embedding
-            .rows(labels)?
-            .reshape(&[b, 1, self.config.width])
+    /// The positions in front: (b, T, C).
+    fn front(&self, conditions: &Conditions<B>) -> Result<Front<B>> {
+        Ok(match &self.embedder {
+            Embedder::Classes(table) => {
+                let ids = conditions.classes()?;
+                let shape = [B::shape(ids)[0], 1, self.config.width];
+                Front {
+                    embeddings: table.rows(ids)?.reshape(&shape)?,
+                    padding: Vec::new(),
+                }
+            }
+            Embedder::Captions { fc1, fc2 } => {
+                let captions = conditions.captions()?;
+                let features = Var::constant(captions.features.clone());
+                let inner = features.linear(fc1, None)?.unary(Unary::GeluTanh)?;
+                Front {
+                    embeddings: inner.linear(fc2, None)?,
+                    padding: captions.padding.clone(),
+                }
+            }
+        })
     }
 }
 
-/// cos and sin (1 + side^2, d/2): zero at the condition, then the angles of (row, column) in raster order.
+impl<B: Backend> Embedder<B> {
+    fn load(loader: &mut Loader<B>, config: &Config) -> Result<Self> {
+        let (w, normal) = (config.width, Init::Normal(0.02));
+        Ok(match config.condition {
+            ConditionShape::Classes(classes) => Self::Classes(loader.get(
+                "cls_embedding.embedding_table.weight",
+                &[classes + 1, w],
+                normal,
+            )?),
+            ConditionShape::Captions(shape) => Self::Captions {
+                fc1: loader.factor(
+                    "cls_embedding.cap_proj.fc1.weight",
+                    &[w, shape.width],
+                    normal,
+                )?,
+                fc2: loader.factor("cls_embedding.cap_proj.fc2.weight", &[w, w], normal)?,
+            },
+        })
+    }
+}
+
+impl<B: Backend> Front<B> {
+    /// One embedding of the condition (b, 1, C): of a caption the mean over its tokens.
+    fn summary(&self) -> Result<Var<B>> {
+        if self.padding.is_empty() {
+            return Ok(self.embeddings.clone());
+        }
+        let t = self.embeddings.shape()[1];
+        let shares = self.padding.iter().map(|p| ((t - p) as f32).recip());
+        let shares: Vec<f32> = shares.collect();
+        let shape = [shares.len(), 1, 1];
+        let shares = B::floats_beside(self.embeddings.value(), &shares, &shape)?;
+        self.embeddings.sum(&[1])?.mul(&Var::constant(shares))
+    }
+}
+
+/// The causal mask of l positions, in which nobody but itself sees a position of the padding.
+fn mask<B: Backend>(beside: &B::Tensor, padding: &[usize], l: usize) -> Result<Mask<B::Tensor>> {
+    if padding.iter().all(|&p| p == 0) {
+        return Ok(Mask::Causal);
+    }
+    let mut bias = vec![f32::NEG_INFINITY; padding.len() * l * l];
+    for (square, &hidden) in bias.chunks_exact_mut(l * l).zip(padding) {
+        for (i, row) in square.chunks_exact_mut(l).enumerate() {
+            row[hidden.min(i)..=i].fill(0.0);
+        }
+    }
+    let shape = [padding.len(), 1, l, l];
+    Ok(Mask::Bias(B::floats_beside(beside, &bias, &shape)?))
+}
+
+/// cos and sin (T + side^2, d/2): zero at the condition, then the angles of (row, column) in raster order.
 fn rope_table<B: Backend>(backend: &B, c: &Config) -> Result<(B::Tensor, B::Tensor)> {
     let pairs = c.width / c.heads / 2;
     let quarter = pairs / 2;
     let angle =
         |position: usize, i: usize| position as f64 / ROPE_BASE.powf(2.0 * i as f64 / pairs as f64);
-    let (mut cos, mut sin) = (vec![0.0; pairs], vec![0.0; pairs]);
+    let front = c.condition.positions();
+    let (mut cos, mut sin) = (vec![0.0; front * pairs], vec![0.0; front * pairs]);
     for cell in 0..c.side * c.side {
         let (row, column) = (cell / c.side, cell % c.side);
         for i in 0..pairs {
@@ -273,14 +364,23 @@ fn rope_table<B: Backend>(backend: &B, c: &Config) -> Result<(B::Tensor, B::Tens
             sin.push(a.sin() as f32);
         }
     }
-    let shape = [1 + c.side * c.side, pairs];
+    let shape = [front + c.side * c.side, pairs];
     Ok((backend.floats(&cos, &shape)?, backend.floats(&sin, &shape)?))
+}
+
+/// What stands for no condition.
+enum Without<B: Backend> {
+    /// A row of the class embedding.
+    Class(usize),
+    /// Features (T, F).
+    Features(Var<B>),
 }
 
 /// The AR teacher.
 pub struct Gpt<B: Backend> {
     stack: Stack<B>,
     embedding: Var<B>,
+    without: Without<B>,
     tokens: TokenShape,
 }
 
@@ -289,11 +389,38 @@ impl<B: Backend> Gpt<B> {
     pub fn load(loader: &mut Loader<B>, config: &Config) -> Result<Self> {
         let stack = Stack::load(loader, config)?;
         let shape = [config.vocabulary, config.width];
-        let embedding = loader.get("tok_embeddings.weight", &shape, Init::Normal(0.02))?;
+        let without = match config.condition {
+            ConditionShape::Classes(classes) => Without::Class(classes),
+            ConditionShape::Captions(c) => {
+                let normal = Init::Normal((c.width as f32).sqrt().recip());
+                let shape = [c.positions, c.width];
+                Without::Features(loader.get("cls_embedding.uncond_embedding", &shape, normal)?)
+            }
+        };
         Ok(Self {
+            embedding: loader.get("tok_embeddings.weight", &shape, Init::Normal(0.02))?,
             stack,
-            embedding,
+            without,
             tokens: config.token_shape(),
+        })
+    }
+
+    /// The conditions, then as many times no condition.
+    fn guided(&self, conditions: &Conditions<B>) -> Result<Conditions<B>> {
+        Ok(match &self.without {
+            Without::Class(row) => {
+                Conditions::Classes(rows::<B>(conditions.classes()?, *row, true)?)
+            }
+            Without::Features(none) => {
+                let captions = conditions.captions()?;
+                let shape = B::shape(&captions.features);
+                let none = B::reshape(none.value(), &[1, shape[1], shape[2]])?;
+                let none = B::expand(&none, &shape)?;
+                Conditions::Captions(CaptionFeatures {
+                    features: B::cat(&[&captions.features, &none], 0)?,
+                    padding: captions.padding.repeat(2),
+                })
+            }
         })
     }
 }
@@ -303,42 +430,62 @@ impl<B: Backend> Teacher<B> for Gpt<B> {
         &self.tokens
     }
 
-    fn forced(&self, labels: &B::Tensor, tokens: &B::Tensor) -> Result<Var<B>> {
+    fn forced(&self, conditions: &Conditions<B>, tokens: &B::Tensor) -> Result<Var<B>> {
         let l = self.tokens.tokens();
+        let front = self.stack.front(conditions)?;
         let embedded = self.embedding.rows(&B::narrow(tokens, 1, 0, l - 1)?)?; // (b, l-1, C)
-        let x = Var::cat(&[&self.stack.condition(labels)?, &embedded], 1)?; // (b, l, C)
-        self.stack.logits(&self.stack.forward(x)?)
+        let x = Var::cat(&[&front.embeddings, &embedded], 1)?; // (b, T+l-1, C)
+        let x = self.stack.forward(x, &front.padding)?;
+        let last = self.tokens.condition.positions() - 1;
+        self.stack.logits(&x.narrow(1, last, l)?)
     }
 
     fn generate<'a>(
         &'a self,
-        labels: &[u32],
+        conditions: &Conditions<B>,
         guidance: Option<f64>,
     ) -> Result<Box<dyn Generation<B> + 'a>> {
         let c = &self.stack.config;
         let guidance = guidance.filter(|&s| s != 1.0);
-        let beside = self.embedding.value();
-        let rows = rows::<B>(beside, labels, c.classes, guidance.is_some())?;
-        let shape = [
-            B::shape(&rows)[0],
-            self.tokens.tokens(),
-            c.heads,
-            c.width / c.heads,
-        ];
+        let front = match guidance {
+            Some(_) => self.stack.front(&self.guided(conditions)?)?,
+            None => self.stack.front(conditions)?,
+        };
+        let all = c.condition.positions() + self.tokens.tokens();
+        let batch = front.embeddings.shape()[0];
+        let shape = [batch, all, c.heads, c.width / c.heads];
         Ok(Box::new(Decoding {
             gpt: self,
-            labels: rows,
+            hidden: hidden::<B>(front.embeddings.value(), &front.padding, all)?,
+            front,
             guidance,
-            caches: Cache::blocks(beside, c.depth, shape)?,
+            caches: Cache::blocks(self.embedding.value(), c.depth, shape)?,
             at: 0,
         }))
     }
 }
 
+/// What a position after the condition adds to its scores: (b, 1, 1, l), -inf at the padding; nothing, without padding.
+fn hidden<B: Backend>(
+    beside: &B::Tensor,
+    padding: &[usize],
+    l: usize,
+) -> Result<Option<B::Tensor>> {
+    if padding.iter().all(|&p| p == 0) {
+        return Ok(None);
+    }
+    let mut bias = vec![0.0; padding.len() * l];
+    for (row, &hidden) in bias.chunks_exact_mut(l).zip(padding) {
+        row[..hidden].fill(f32::NEG_INFINITY);
+    }
+    B::floats_beside(beside, &bias, &[padding.len(), 1, 1, l]).map(Some)
+}
+
 /// One generation of the teacher; with guidance the batch holds the conditional rows, then the unconditional ones.
 struct Decoding<'a, B: Backend> {
     gpt: &'a Gpt<B>,
-    labels: B::Tensor,
+    front: Front<B>,
+    hidden: Option<B::Tensor>,
     guidance: Option<f64>,
     caches: Vec<Cache<B>>,
     at: usize,
@@ -348,17 +495,23 @@ impl<B: Backend> Generation<B> for Decoding<'_, B> {
     fn advance(&mut self, previous: Option<&B::Tensor>) -> Result<B::Tensor> {
         let stack = &self.gpt.stack;
         let mut x = match previous {
-            None => stack.condition(&self.labels)?,
+            None => self.front.embeddings.clone(),
             Some(ids) if self.guidance.is_some() => {
                 self.gpt.embedding.rows(&B::cat(&[ids, ids], 0)?)?
             }
             Some(ids) => self.gpt.embedding.rows(ids)?,
         };
+        let (l, end) = (x.shape()[1], self.at + x.shape()[1]);
+        let mask = match (&self.hidden, previous) {
+            (None, _) => Mask::Causal,
+            (Some(_), None) => mask::<B>(x.value(), &self.front.padding, l)?,
+            (Some(hidden), Some(_)) => Mask::Bias(B::narrow(hidden, 3, 0, end)?),
+        };
         for (block, cache) in stack.blocks.iter().zip(&self.caches) {
-            x = block.step(&x, self.at, cache, stack)?;
+            x = block.step(&x, self.at, cache, &mask, stack)?;
         }
-        self.at += x.shape()[1];
-        let logits = stack.logits(&x)?; // (b or 2b, 1, K)
+        self.at = end;
+        let logits = stack.logits(&x.narrow(1, l - 1, 1)?)?; // (b or 2b, 1, K)
         match self.guidance {
             Some(s) => guide::<B>(logits.value(), s),
             None => Ok(logits.value().clone()),
@@ -401,22 +554,23 @@ impl<B: Backend> Student<B> for GptStudent<B> {
     fn predict(
         &self,
         x: &B::Tensor,
-        labels: &B::Tensor,
+        conditions: &Conditions<B>,
         data: &B::Tensor,
     ) -> Result<Prediction<B>> {
         let (b, l) = (B::shape(x)[0], self.tokens.tokens());
-        let condition = self.stack.condition(labels)?; // (b, 1, C)
+        let front = self.stack.front(conditions)?;
+        let t = self.tokens.condition.positions();
         let x = Var::constant(x.clone()).linear(&self.embedding, Some(&self.embedding_bias))?; // (b, l, C)
-        let x = Var::cat(&[&condition, &x], 1)?; // (b, 1+l, C)
-        // The class token counts as data.
-        let ones = B::indices_beside(data, &vec![1; b], &[b, 1])?;
+        let x = Var::cat(&[&front.embeddings, &x], 1)?; // (b, T+l, C)
+        // The condition counts as data.
+        let ones = B::indices_beside(data, &vec![1; b * t], &[b, t])?;
         let kinds = self.noise_or_data.rows(&B::cat(&[&ones, data], 1)?)?;
-        let hidden = self.stack.forward(x.add(&kinds)?)?;
-        let logits = self.stack.logits(&hidden.narrow(1, 1, l)?)?;
+        let hidden = self.stack.forward(x.add(&kinds)?, &front.padding)?;
+        let logits = self.stack.logits(&hidden.narrow(1, t, l)?)?;
         Ok(Prediction {
             logits,
             hidden,
-            condition,
+            condition: front.summary()?,
         })
     }
 

@@ -20,9 +20,11 @@ use crate::error::{Error, Result};
 use crate::model::continuous::Continuous;
 use crate::model::decoding::{Cache, guide, rows};
 use crate::model::msvq::{self, Quantiser};
-use crate::model::{Generation, Prediction, Student, Teacher, TokenShape};
+use crate::model::{
+    ConditionShape, Conditions, Generation, Prediction, Student, Teacher, TokenShape,
+};
 use crate::tape::Var;
-use crate::weights::{Floats, Init, Loader, Weights};
+use crate::weights::{Init, Loader, Start, numbered};
 
 const NORM_EPS: f64 = 1e-6;
 /// Queries are at most this much longer than unit vectors.
@@ -97,53 +99,33 @@ impl Config {
             steps: self.scales.iter().map(|n| n * n).collect(),
             vocabulary: self.vocabulary,
             dim: self.codebook_dim,
-            classes: self.classes,
+            condition: ConditionShape::Classes(self.classes),
         }
     }
 
-    /// The student of a teacher of this shape with at least as many blocks: its shape, and the weights it starts from.
+    /// From what a parameter starts in a student with at least as many blocks as this teacher.
     ///
     /// The student has the class as a scale of its own in front, which takes the level and position of the teacher's
     /// first token. Blocks beyond the teacher's are modulated like its last one and add nothing at first.
-    pub fn student_start(&self, depth: usize, mut weights: Weights) -> (Self, Weights) {
-        let prepend = |w: &mut Floats, dim: usize| {
-            let row: usize = w.shape[dim + 1..].iter().product();
-            w.data.splice(0..0, w.data[..row].to_vec());
-            w.shape[dim] += 1;
-        };
-        for (name, dim) in [("pos_1LC", 1), ("lvl_embed.weight", 0)] {
-            if let Some(w) = weights.get_mut(name) {
-                prepend(w, dim);
-            }
+    pub fn start(&self, name: &str) -> Start {
+        match name {
+            "pos_1LC" => return Start::Longer(1),
+            "lvl_embed.weight" => return Start::Longer(0),
+            _ => {}
         }
-        let last = format!("blocks.{}.", self.depth - 1);
-        let modulation: Vec<(String, Floats)> = weights
-            .iter()
-            .filter_map(|(name, w)| Some((name.strip_prefix(&last)?.to_owned(), w.clone())))
-            .filter(|(name, _)| name.starts_with("ada_"))
-            .collect();
-        let (w, inner) = (self.width, 4 * self.width);
-        for i in self.depth..depth {
-            for (name, found) in &modulation {
-                weights.insert(format!("blocks.{i}.{name}"), found.clone());
-            }
-            let silent: [(&str, &[usize]); 4] = [
-                ("attn.proj.weight", &[w, w]),
-                ("attn.proj.bias", &[w]),
-                ("ffn.fc2.weight", &[w, inner]),
-                ("ffn.fc2.bias", &[w]),
-            ];
-            for (name, shape) in silent {
-                let data = vec![0.0; shape.iter().product()];
-                let shape = shape.to_vec();
-                weights.insert(format!("blocks.{i}.{name}"), Floats { shape, data });
-            }
-        }
-        let student = Self {
-            depth,
-            ..self.clone()
+        let Some((block, part)) = numbered(name, "blocks.") else {
+            return Start::Weight(name.to_owned());
         };
-        (student, weights)
+        match part {
+            _ if block < self.depth => Start::Weight(name.to_owned()),
+            "attn.proj.weight" | "attn.proj.bias" | "ffn.fc2.weight" | "ffn.fc2.bias" => {
+                Start::Zeros
+            }
+            _ if part.starts_with("ada_") => {
+                Start::Weight(format!("blocks.{}.{part}", self.depth - 1))
+            }
+            _ => Start::Drawn,
+        }
     }
 
     /// Standard deviation of freshly drawn weights.
@@ -492,9 +474,9 @@ impl<B: Backend> Teacher<B> for Transformer<B> {
         &self.tokens
     }
 
-    fn forced(&self, labels: &B::Tensor, tokens: &B::Tensor) -> Result<Var<B>> {
+    fn forced(&self, conditions: &Conditions<B>, tokens: &B::Tensor) -> Result<Var<B>> {
         let stack = &self.stack;
-        let condition = stack.condition(labels)?;
+        let condition = stack.condition(conditions.classes()?)?;
         let seen = stack.word_embed.forward(&self.inputs(tokens)?)?;
         let mut x = Var::cat(&[&stack.first(&condition)?, &seen], 1)?.add(&stack.places()?)?;
         for block in &stack.blocks {
@@ -508,13 +490,13 @@ impl<B: Backend> Teacher<B> for Transformer<B> {
 
     fn generate<'a>(
         &'a self,
-        labels: &[u32],
+        conditions: &Conditions<B>,
         guidance: Option<f64>,
     ) -> Result<Box<dyn Generation<B> + 'a>> {
         let (c, stack) = (&self.config, &self.stack);
         let guidance = guidance.filter(|&w| w != 0.0);
         let beside = stack.start.value();
-        let rows = rows::<B>(beside, labels, c.classes, guidance.is_some())?;
+        let rows = rows::<B>(conditions.classes()?, c.classes, guidance.is_some())?;
         let condition = stack.condition(&rows)?;
         let modulations = stack.blocks.iter().map(|b| b.adaln.modulation(&condition));
         let shape = [
@@ -642,11 +624,11 @@ impl<B: Backend> Student<B> for TransformerStudent<B> {
     fn predict(
         &self,
         x: &B::Tensor,
-        labels: &B::Tensor,
+        conditions: &Conditions<B>,
         data: &B::Tensor,
     ) -> Result<Prediction<B>> {
         let (b, l, stack) = (B::shape(x)[0], self.tokens.tokens(), &self.stack);
-        let condition = stack.condition(labels)?;
+        let condition = stack.condition(conditions.classes()?)?;
         // The class token counts as data.
         let ones = B::indices_beside(data, &vec![1; b], &[b, 1])?;
         let kinds = B::cat(&[&ones, data], 1)?; // (b, 1+l)
@@ -696,41 +678,17 @@ mod tests {
     #[test]
     fn a_deeper_student_starts_from_the_teacher() {
         let config = Config {
-            width: 2,
-            depth: 1,
-            heads: 1,
-            vocabulary: 2,
-            codebook_dim: 1,
-            scales: vec![1, 2],
-            classes: 1,
-            shared_adaln: false,
-            attn_l2_norm: true,
+            depth: 2,
+            ..Config::published("d16").expect("a size")
         };
-        let floats = |shape: &[usize], data: &[f32]| Floats {
-            shape: shape.to_vec(),
-            data: data.to_vec(),
-        };
-        let teacher = Weights::from([
-            ("pos_1LC".into(), floats(&[1, 2, 2], &[1.0, 2.0, 3.0, 4.0])),
-            (
-                "lvl_embed.weight".into(),
-                floats(&[2, 2], &[5.0, 6.0, 7.0, 8.0]),
-            ),
-            ("blocks.0.ada_lin.1.bias".into(), floats(&[12], &[9.0; 12])),
-        ]);
-        let (student, weights) = config.student_start(2, teacher);
-        assert_eq!(student.depth, 2);
-        let expected = floats(&[1, 3, 2], &[1.0, 2.0, 1.0, 2.0, 3.0, 4.0]);
-        assert_eq!(weights["pos_1LC"], expected);
-        let expected = floats(&[3, 2], &[5.0, 6.0, 5.0, 6.0, 7.0, 8.0]);
-        assert_eq!(weights["lvl_embed.weight"], expected);
-        assert_eq!(
-            weights["blocks.1.ada_lin.1.bias"],
-            floats(&[12], &[9.0; 12])
-        );
-        assert_eq!(
-            weights["blocks.1.ffn.fc2.weight"],
-            floats(&[2, 8], &[0.0; 16])
-        );
+        let check = |name: &str, expected: Start| assert_eq!(config.start(name), expected);
+        let weight = |name: &str| Start::Weight(name.to_owned());
+        check("pos_1LC", Start::Longer(1));
+        check("lvl_embed.weight", Start::Longer(0));
+        check("word_embed.weight", weight("word_embed.weight"));
+        check("blocks.1.ffn.fc2.weight", weight("blocks.1.ffn.fc2.weight"));
+        check("blocks.2.ffn.fc2.weight", Start::Zeros);
+        check("blocks.2.ada_gss", weight("blocks.1.ada_gss"));
+        check("blocks.2.attn.mat_qkv.weight", Start::Drawn);
     }
 }

@@ -21,7 +21,7 @@ use crate::bundle::{self, Bundle};
 use crate::dataset::Dataset;
 use crate::error::{Error, Result};
 use crate::model::lpips::{self, Lpips};
-use crate::model::{CONTINUOUS_HEAD, Student, TokenShape, Tokenizer};
+use crate::model::{CONTINUOUS_HEAD, Conditions, Student, TokenShape, Tokenizer};
 use crate::random::{Sequence, Stream};
 use crate::sampler::{check_from_zero, check_timesteps};
 use crate::stage::classifier::Net;
@@ -176,8 +176,8 @@ impl<B: Backend> Stage<B> for Distill {
         let (host, backend, seed) = (context.host, context.backend, context.job.seed);
         let teacher = context.input(&o.teacher)?;
         let bundle = Bundle::open(&teacher.path)?;
-        let network = bundle.network()?;
-        let shape = network.tokens();
+        let network_of_teacher = bundle.network()?;
+        let shape = network_of_teacher.tokens();
         check_timesteps(&o.timesteps, &shape, "/timesteps")?;
         let split = o.split.unwrap_or(shape.steps.len());
         if split > shape.steps.len() {
@@ -206,16 +206,16 @@ impl<B: Backend> Stage<B> for Distill {
         let codebook = tokenizer.codebook()?;
         let eye = Eye::open(context, &o.perceptual)?;
 
-        let (network, start) = network.student_start(o.depth, bundle.weights()?)?;
-        let mut loader = Loader::new(
-            backend,
-            Source::HostOrInit(&start, seed),
-            true,
-            o.teacher.as_str(),
-        );
+        let file = bundle.network_file()?;
+        let start = Source::Start {
+            file: &file,
+            of: &|name| network_of_teacher.start(name),
+            seed,
+        };
+        let network = network_of_teacher.deepened(o.depth)?;
+        let mut loader = Loader::new(backend, start, true, o.teacher.as_str());
         let student = network.student(&mut loader)?;
         let all = loader.into_params();
-        drop(start);
         let continuous = o.codebook_distance > 0.0 || o.perceptual.weight() > 0.0;
         let (params, idle): (Vec<_>, Vec<_>) = all
             .into_iter()
@@ -326,13 +326,7 @@ impl<B: Backend> Stage<B> for Distill {
             }
         }
         context.finish("student", ArtifactMeta::default(), figures.into(), |dir| {
-            let tokenizer = bundle.tokenizer_weights()?;
-            bundle::write(
-                dir,
-                (&bundle.config.tokenizer, &tokenizer),
-                Some((&network, &weights)),
-                &o.timesteps,
-            )
+            bundle::write_network(dir, &bundle, (&network, &weights), &o.timesteps)
         })
     }
 }
@@ -377,7 +371,12 @@ impl<B: Backend> Eye<B> {
                 let (trunk, layers) = (Stored::open(&vgg, None)?, Stored::open(&linear, None)?);
                 let loader = |weights, path: &Path| {
                     let origin = path.display().to_string();
-                    Loader::new(backend, Source::File(weights), false, origin)
+                    Loader::new(
+                        backend,
+                        Source::Files(std::slice::from_ref(weights)),
+                        false,
+                        origin,
+                    )
                 };
                 Self::Lpips(Lpips::load(
                     &mut loader(&trunk, &vgg),
@@ -425,7 +424,7 @@ struct Objective<'a, B: Backend> {
 /// X_t of some samples, on the device, and what is known of them.
 struct Batch<B: Backend> {
     x: B::Tensor,
-    labels: B::Tensor,
+    conditions: Conditions<B>,
     /// 1 where X_t holds a token, (b, L).
     data: B::Tensor,
     /// Tokens (b L).
@@ -464,7 +463,7 @@ impl<B: Backend> Objective<'_, B> {
         let labels: Vec<u32> = samples.iter().map(|&s| self.dataset.labels[s]).collect();
         Ok(Batch {
             x: self.backend.floats(&x, &[n, l, d])?,
-            labels: self.backend.indices(&labels, &[n])?,
+            conditions: self.dataset.subjects.conditions(self.backend, &labels)?,
             data: self.backend.indices(&data, &[n, l])?,
             tokens: self.backend.indices(&tokens, &[n * l])?,
             weights,
@@ -485,7 +484,7 @@ impl<B: Backend> Objective<'_, B> {
             self.shape.vocabulary,
             self.shape.dim,
         );
-        let prediction = student.predict(&b.x, &b.labels, &b.data)?;
+        let prediction = student.predict(&b.x, &b.conditions, &b.data)?;
         let weights = Var::constant(self.backend.floats(&b.weights, &[n * l])?);
         let rows = prediction
             .logits
@@ -561,7 +560,7 @@ impl<B: Backend> Objective<'_, B> {
         let (mut sum, mut right) = (0.0, 0usize);
         for part in samples.chunks(500) {
             let b = self.batch(part, &vec![t; part.len()])?;
-            let logits = student.predict(&b.x, &b.labels, &b.data)?.logits;
+            let logits = student.predict(&b.x, &b.conditions, &b.data)?.logits;
             let flat = B::reshape(logits.value(), &[part.len() * l, k])?;
             let losses = B::to_floats(&B::cross_entropy(&flat, &b.tokens)?)?;
             let chosen = B::to_indices(&B::argmax_last(&flat)?)?;

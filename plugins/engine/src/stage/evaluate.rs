@@ -361,7 +361,12 @@ impl<B: Backend> Network<B> {
                 let path = resolve(&context.job.base_dir, file);
                 let weights = Stored::open(&path, None)?;
                 let origin = path.display().to_string();
-                let mut loader = Loader::new(backend, Source::File(&weights), false, origin);
+                let mut loader = Loader::new(
+                    backend,
+                    Source::Files(std::slice::from_ref(&weights)),
+                    false,
+                    origin,
+                );
                 let depth = inception::FEATURES.iter().position(|&d| d == o.dims);
                 Self::Inception {
                     network: Box::new(Inception::load(&mut loader)?),

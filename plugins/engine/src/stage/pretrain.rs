@@ -11,7 +11,7 @@ use crate::backend::Backend;
 use crate::bundle::{self, Bundle, Family, NetworkConfig, TokenizerConfig};
 use crate::data::{self, DataOptions};
 use crate::error::{Error, Result};
-use crate::model::{Teacher, llamagen, var};
+use crate::model::{ConditionShape, Conditions, Teacher, llamagen, var};
 use crate::random::{Sequence, Stream};
 use crate::stage::tokenizer::batch;
 use crate::stage::{Context, Stage};
@@ -127,10 +127,10 @@ impl<B: Backend> Stage<B> for Pretrain {
                 .collect()
         };
 
-        let frozen = source.tokenizer_weights()?;
+        let frozen = source.tokenizer_file()?;
         let build = |loader: &mut Loader<B>| {
-            let mut tokenizer =
-                Loader::new(backend, Source::Host(&frozen), false, o.tokenizer.as_str());
+            let frozen = Source::Files(std::slice::from_ref(&frozen));
+            let mut tokenizer = Loader::new(backend, frozen, false, o.tokenizer.as_str());
             network.teacher(loader, (&source.config.tokenizer, &mut tokenizer))
         };
         let mut loader = Loader::new(backend, Source::Init(seed), true, "new teacher");
@@ -144,7 +144,7 @@ impl<B: Backend> Stage<B> for Pretrain {
         let loss = |model: &dyn Teacher<B>, labels: &[u32], seen: &[u32], wanted: &[u32]| {
             let n = labels.len();
             let logits = model.forced(
-                &backend.indices(labels, &[n])?,
+                &Conditions::Classes(backend.indices(labels, &[n])?),
                 &backend.indices(seen, &[n, l])?,
             )?;
             logits
@@ -169,7 +169,7 @@ impl<B: Backend> Stage<B> for Pretrain {
                 .iter()
                 .map(|&i| {
                     if choice.uniform() < o.label_dropout {
-                        shape.classes as u32
+                        images.classes as u32
                     } else {
                         images.labels[i]
                     }
@@ -222,12 +222,7 @@ impl<B: Backend> Stage<B> for Pretrain {
         );
         let summary = json!({ "held_out_loss": held_out_loss });
         context.finish("teacher", ArtifactMeta::default(), summary, |dir| {
-            bundle::write(
-                dir,
-                (&source.config.tokenizer, &frozen),
-                Some((&network, &weights)),
-                &[],
-            )
+            bundle::write_network(dir, &source, (&network, &weights), &[])
         })
     }
 }
@@ -267,7 +262,7 @@ fn shape_of_llamagen(
         vocabulary,
         codebook_dim,
         side,
-        classes,
+        condition: ConditionShape::Classes(classes),
     }
 }
 

@@ -1,7 +1,8 @@
 //! `sample`: images from a teacher, a student, both together, or the independent baseline.
 //!
 //! Out: `samples.safetensors` with labels (n), noise (n, L, D), tokens (n, L; where codes were chosen), latents
-//! (n, L, D) and images (n, c, H, W) in [0, 1], and `grid.png`.
+//! (n, L, D) and images (n, c, H, W) in [0, 1], and `grid.png`. Labels number the captions of `captions.json`, where these
+//! were given as text.
 
 use std::path::Path;
 use std::time::Instant;
@@ -9,21 +10,23 @@ use std::time::Instant;
 use retort_abi::{ArtifactMeta, Cancel, LogLevel, StageResult};
 use safetensors::tensor::{Dtype, TensorView};
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::json;
 
 use crate::backend::{Backend, FlowSolver};
 use crate::bundle::Bundle;
+use crate::captions::Subjects;
 use crate::dataset::Dataset;
 use crate::error::{Error, Result};
-use crate::model::{Teacher, TokenShape};
+use crate::model::{ConditionShape, Conditions, TokenShape};
 use crate::picture::{self, Pixels};
 use crate::random;
 use crate::sampler::{
     self, Choice, Distribution, StudentSampler, ascending, autoregressive, check_timesteps,
 };
+use crate::stage::condition::{Features, Given, Labels, Made, Texts, Wish};
 use crate::stage::trajectories::solver_steps;
-use crate::stage::{Context, Stage, resolve};
+use crate::stage::{Context, Stage, write_json};
 use crate::weights::{self, Stored};
 
 /// Options of `sample`.
@@ -42,9 +45,20 @@ pub struct Options {
     /// Noise (count, L, D) from a file instead of the seed.
     #[serde(default)]
     pub noise: Option<Given>,
-    /// Classes of the images: `balanced`, a list, or a tensor of a file.
+    /// Classes of the images: `balanced` (the default), a list, or a tensor of a file. For a model of classes.
     #[serde(default)]
-    pub labels: Labels,
+    pub labels: Option<Labels>,
+    /// Captions of the images, a text, a list of texts or the lines of a file: image i has caption i mod their number. For a
+    /// model of captions.
+    #[serde(default)]
+    pub caption: Option<Texts>,
+    /// Folder of the flan-t5 that makes features of captions: config.json, tokenizer.json and its weights.
+    #[serde(default)]
+    #[schemars(extend("x-retort-file" = "dir"))]
+    pub text_encoder: Option<String>,
+    /// Features of captions from a file, instead of `caption`.
+    #[serde(default)]
+    pub features: Option<Features>,
     /// Images per class in `grid.png`.
     #[serde(default = "columns")]
     #[schemars(range(min = 1))]
@@ -62,6 +76,17 @@ fn batch() -> usize {
 }
 fn columns() -> usize {
     10
+}
+
+impl Options {
+    fn wish(&self) -> Wish<'_> {
+        Wish {
+            labels: self.labels.as_ref(),
+            caption: self.caption.as_ref(),
+            text_encoder: self.text_encoder.as_deref(),
+            features: self.features.as_ref(),
+        }
+    }
 }
 
 /// Who samples, and how.
@@ -138,102 +163,6 @@ pub enum Sampler {
     },
 }
 
-/// A tensor of a safetensors file.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Given {
-    /// The file.
-    #[schemars(extend("x-retort-file" = "file"))]
-    pub file: String,
-    /// The tensor's name.
-    pub tensor: String,
-}
-
-impl Given {
-    fn open(&self, base: &Path) -> Result<Stored> {
-        Stored::open(&resolve(base, &self.file), None)
-    }
-
-    /// Its floats, of a shape.
-    pub fn floats(&self, base: &Path, shape: &[usize]) -> Result<Vec<f32>> {
-        let stored = self.open(base)?;
-        match stored.shape(&self.tensor) {
-            Some(found) if found != shape => {
-                let message = format!(
-                    "tensor {}: shape {found:?}, expected {shape:?}",
-                    self.tensor
-                );
-                Err(Error::data(stored.path(), message))
-            }
-            _ => stored.floats(&self.tensor),
-        }
-    }
-
-    /// Its indices.
-    pub fn indices(&self, base: &Path) -> Result<Vec<u32>> {
-        self.open(base)?.indices(&self.tensor)
-    }
-}
-
-/// Classes of samples.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(untagged)]
-pub enum Labels {
-    /// `balanced`: sample i has class i mod classes.
-    Rule(Rule),
-    /// One class per sample.
-    List(Vec<u32>),
-    /// From a file.
-    File(Given),
-}
-
-/// A rule that gives every sample a class.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Rule {
-    /// Sample i has class i mod classes.
-    Balanced,
-}
-
-impl Default for Labels {
-    fn default() -> Self {
-        Self::Rule(Rule::Balanced)
-    }
-}
-
-impl Labels {
-    /// The classes of `count` samples.
-    pub fn resolve(
-        &self,
-        base: &Path,
-        count: u64,
-        classes: usize,
-        pointer: &str,
-    ) -> Result<Vec<u32>> {
-        let labels = match self {
-            Self::Rule(Rule::Balanced) => (0..count).map(|i| (i % classes as u64) as u32).collect(),
-            Self::List(list) => list.clone(),
-            Self::File(given) => given.indices(base)?,
-        };
-        if labels.len() as u64 != count {
-            return Err(Error::option(
-                pointer,
-                format!("{} labels for {count} samples", labels.len()),
-            ));
-        }
-        match labels.iter().find(|&&label| label as usize >= classes) {
-            Some(label) => {
-                let message = format!(
-                    "class {label}: the model has the classes 0 to {}",
-                    classes - 1
-                );
-                Err(Error::option(pointer, message))
-            }
-            None => Ok(labels),
-        }
-    }
-}
-
 impl Sampler {
     /// The stage whose output holds the tokenizer.
     fn source(&self) -> &str {
@@ -263,7 +192,8 @@ impl<B: Backend> Stage<B> for Sample {
     const SUMMARY: &'static str =
         "sample images from a teacher, a student, both, or the independent baseline";
 
-    fn check(o: &Options, _: &Path) -> Result<()> {
+    fn check(o: &Options, base: &Path) -> Result<()> {
+        o.wish().check(base)?;
         match &o.sampler {
             Sampler::Student { timesteps, .. } if !ascending(timesteps) => {
                 let message = format!(
@@ -290,9 +220,14 @@ impl<B: Backend> Stage<B> for Sample {
         let bundle = Bundle::open(context.input_dir(o.sampler.source())?)?;
         let shape = bundle.network()?.tokens();
         let image = bundle.config.tokenizer.image();
+        // Before the networks are loaded: a text encoder may need the memory.
+        let Made {
+            labels,
+            subjects,
+            texts,
+        } = o.wish().resolve(context, &shape.condition, o.count)?;
         let tokenizer = bundle.tokenizer(backend)?;
         let codebook = tokenizer.codebook()?;
-        let labels = o.labels.resolve(base, o.count, shape.classes, "/labels")?;
         let (l, d) = (shape.tokens(), shape.dim);
         let noise = match &o.noise {
             Some(given) => given.floats(base, &[o.count as usize, l, d])?,
@@ -300,7 +235,7 @@ impl<B: Backend> Stage<B> for Sample {
                 .flat_map(|i| random::noise(context.job.seed, i, l, d))
                 .collect(),
         };
-        let mut draw = drawer(context, &o.sampler, &bundle, &shape, codebook)?;
+        let mut draw = drawer(context, &o.sampler, &bundle, &shape, codebook, &subjects)?;
 
         let (mut latents, mut images, mut tokens) = (Vec::new(), Vec::new(), Vec::new());
         let (mut sampling, mut decoding) = (0.0, 0.0);
@@ -335,8 +270,14 @@ impl<B: Backend> Stage<B> for Sample {
             ),
         );
 
+        let columns = match texts.len() {
+            0 => o.grid_columns,
+            // Few images of each caption: all of them.
+            n => o.grid_columns.min((o.count as usize / n).max(1)),
+        };
         let meta = ArtifactMeta {
             preview: Some("grid.png".into()),
+            caption: shown(&texts, &labels, columns),
             ..Default::default()
         };
         let summary = json!({ "images": o.count, "images_per_second": rate });
@@ -352,12 +293,15 @@ impl<B: Backend> Stage<B> for Sample {
             };
             set.write(&dir.join(SAMPLES))?;
             let pixels = Pixels::new(&set.images, image[0], image[1], image[2])?;
-            let (tiles, rows) = set.by_class(o.grid_columns);
+            let (tiles, rows) = set.by_class(columns);
             picture::write_grid(
                 &dir.join("grid.png"),
                 &[Pixels::new(&tiles, image[0], image[1], image[2])?],
                 rows,
             )?;
+            if !texts.is_empty() {
+                write_json(&dir.join(CAPTIONS), &texts)?;
+            }
             if o.png {
                 let folder = dir.join("png");
                 std::fs::create_dir(&folder).map_err(Error::io(&folder))?;
@@ -371,15 +315,38 @@ impl<B: Backend> Stage<B> for Sample {
     }
 }
 
+/// What the picture shows: the captions of its rows, the longer ones cut.
+fn shown(texts: &[String], labels: &[u32], columns: usize) -> Option<String> {
+    if texts.is_empty() {
+        return None;
+    }
+    let (picks, rows) = by_class(labels, columns);
+    let firsts = picks.iter().step_by(picks.len() / rows);
+    let quoted: Vec<String> = firsts
+        .map(|&i| {
+            let text = texts[labels[i] as usize].trim();
+            match text.char_indices().nth(SHOWN) {
+                Some((end, _)) => format!("\u{201c}{}...\u{201d}", text[..end].trim_end()),
+                None => format!("\u{201c}{text}\u{201d}"),
+            }
+        })
+        .collect();
+    Some(format!("from the top: {}", quoted.join(", ")))
+}
+
+/// Characters of a caption that are shown under a picture.
+const SHOWN: usize = 60;
+
 type Drawer<'a, B> = Box<dyn FnMut(u64, &[u32], &<B as Backend>::Tensor) -> Result<Drawn<B>> + 'a>;
 
-/// The function that draws a batch: (index of the first sample, classes, noise) -> latents.
+/// The function that draws a batch: (index of the first sample, labels, noise) -> latents.
 fn drawer<'a, B: Backend>(
     context: &'a Context<'_, B>,
     sampler: &'a Sampler,
     bundle: &Bundle<'_>,
     shape: &'a TokenShape,
     codebook: B::Tensor,
+    subjects: &'a Subjects,
 ) -> Result<Drawer<'a, B>> {
     let (backend, seed) = (context.backend, context.job.seed);
     let of_tokens = |codebook: &B::Tensor, ids: B::Tensor| -> Result<Drawn<B>> {
@@ -388,6 +355,8 @@ fn drawer<'a, B: Backend>(
             tokens: Some(ids),
         })
     };
+    let conditions =
+        |labels: &[u32]| -> Result<Conditions<B>> { subjects.conditions(backend, labels) };
     let all = shape.steps.len();
     let split = |split: Option<usize>| match split {
         Some(s) if s > all => Err(Error::option(
@@ -399,12 +368,13 @@ fn drawer<'a, B: Backend>(
     Ok(match sampler {
         Sampler::Teacher { distribution, .. } => {
             let teacher = bundle.teacher(backend)?;
-            Box::new(move |first, classes, _| {
-                let mut sequences = sampler::choices(seed, first, classes.len());
+            Box::new(move |first, labels, _| {
+                let mut sequences = sampler::choices(seed, first, labels.len());
                 let mut choice = Choice::Random(&mut sequences);
+                let wanted = conditions(labels)?;
                 of_tokens(
                     &codebook,
-                    autoregressive(&*teacher, classes, distribution, &mut choice, None, all)?,
+                    autoregressive(&*teacher, &wanted, distribution, &mut choice, None, all)?,
                 )
             })
         }
@@ -417,7 +387,8 @@ fn drawer<'a, B: Backend>(
             let solver = FlowSolver {
                 steps: *solver_steps,
             };
-            Box::new(move |_, classes, noise| {
+            Box::new(move |_, labels, noise| {
+                let wanted = conditions(labels)?;
                 let mut choice = Choice::Flow {
                     noise,
                     codebook: &codebook,
@@ -425,7 +396,7 @@ fn drawer<'a, B: Backend>(
                 };
                 of_tokens(
                     &codebook,
-                    autoregressive(&*teacher, classes, distribution, &mut choice, None, all)?,
+                    autoregressive(&*teacher, &wanted, distribution, &mut choice, None, all)?,
                 )
             })
         }
@@ -436,15 +407,14 @@ fn drawer<'a, B: Backend>(
         } => {
             check_timesteps(timesteps, shape, "/sampler/timesteps")?;
             let (student, split) = (bundle.student(backend)?, split(*s)?);
-            Box::new(move |_, classes, noise| {
+            Box::new(move |_, labels, noise| {
                 let sampler = StudentSampler {
                     student: &*student,
                     codebook: &codebook,
                     split,
                 };
-                let labels = backend.indices(classes, &[classes.len()])?;
                 Ok(Drawn {
-                    latents: sampler.sample(noise, &labels, timesteps)?,
+                    latents: sampler.sample(noise, &conditions(labels)?, timesteps)?,
                     tokens: None,
                 })
             })
@@ -462,19 +432,17 @@ fn drawer<'a, B: Backend>(
             let other = Bundle::open(context.input_dir(teacher)?)?;
             same_codebook(&bundle.config, &other.config, teacher)?;
             let teacher = other.teacher(backend)?;
-            Box::new(move |first, classes, noise| {
+            Box::new(move |first, labels, noise| {
                 let sampler = StudentSampler {
                     student: &*student,
                     codebook: &codebook,
                     split,
                 };
-                let labels = backend.indices(classes, &[classes.len()])?;
-                let mut sequences = sampler::choices(seed, first, classes.len());
+                let mut sequences = sampler::choices(seed, first, labels.len());
                 let mut choice = Choice::Random(&mut sequences);
-                let labels = (&labels, classes);
                 let (latents, _) = sampler.assisted(
                     noise,
-                    labels,
+                    &conditions(labels)?,
                     *timesteps,
                     &*teacher,
                     *teacher_start,
@@ -502,10 +470,9 @@ fn drawer<'a, B: Backend>(
                     0 => None,
                     _ => {
                         let mut choice = Choice::Random(&mut sequences);
-                        let teacher: &dyn Teacher<B> = &*teacher;
                         let ids = autoregressive(
-                            teacher,
-                            classes,
+                            &*teacher,
+                            &conditions(classes)?,
                             distribution,
                             &mut choice,
                             None,
@@ -545,13 +512,19 @@ struct Marginals {
 impl Marginals {
     fn count(dataset: &Dataset, shape: &TokenShape) -> Result<Self> {
         let (l, k) = (shape.tokens(), shape.vocabulary);
+        let ConditionShape::Classes(classes) = shape.condition else {
+            return Err(Error::option(
+                "/sampler",
+                "the baseline counts the tokens of each class; this model is conditioned on captions",
+            ));
+        };
         if dataset.manifest.tokens() != *shape {
             return Err(Error::option(
                 "/sampler/trajectories",
                 "the trajectories were made with a teacher of another shape",
             ));
         }
-        let mut counts = vec![0u64; shape.classes * l * k];
+        let mut counts = vec![0u64; classes * l * k];
         for (sample, &class) in dataset.labels.iter().enumerate() {
             for (position, &token) in dataset.tokens_of(sample).iter().enumerate() {
                 counts[(class as usize * l + position) * k + token as usize] += 1;
@@ -602,12 +575,14 @@ impl Marginals {
     }
 }
 
+/// Name of the file with the captions, in the order of their numbers.
+const CAPTIONS: &str = "captions.json";
 /// Name of the file with the samples.
 pub const SAMPLES: &str = "samples.safetensors";
 
 /// A set of samples on the host.
 pub struct Samples {
-    /// Class of each image.
+    /// Class of each image, or number of its caption.
     pub labels: Vec<u32>,
     noise: Vec<f32>,
     tokens: Vec<u32>,

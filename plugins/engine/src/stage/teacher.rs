@@ -261,7 +261,10 @@ fn run<B: Backend>(context: &Context<'_, B>, o: &Options, role: Role) -> Result<
 
 fn loader<'a, B: Backend>(context: &Context<'a, B>, file: Option<&'a Stored>) -> Loader<'a, B> {
     let (source, origin) = match file {
-        Some(stored) => (Source::File(stored), stored.path().display().to_string()),
+        Some(stored) => (
+            Source::Files(std::slice::from_ref(stored)),
+            stored.path().display().to_string(),
+        ),
         None => (Source::Init(context.job.seed), "random weights".to_owned()),
     };
     Loader::new(context.backend, source, false, origin)

@@ -238,7 +238,7 @@ impl<B: Backend> Stage<B> for Tokenizer {
         );
         let summary = json!({ "held_out_error": error });
         context.finish("tokenizer", ArtifactMeta::default(), summary, |dir| {
-            bundle::write(dir, (&config, &weights), None, &[])
+            bundle::write_tokenizer(dir, &config, &weights)
         })
     }
 }

@@ -1,6 +1,6 @@
 //! `trajectories`: the noise -> tokens dataset, by AR flow matching with a teacher (arXiv 2412.17153, section 3.2).
 //!
-//! Sample i has class i mod classes and the noise of (seed, i), so that shards may be made in any order, anywhere, with
+//! Sample i has class i mod classes, or caption i mod captions, and the noise of (seed, i), so that shards may be made in any order, anywhere, with
 //! any batch size. A finished shard stays in the work directory: an interruption loses at most the open one.
 
 use std::path::Path;
@@ -13,11 +13,12 @@ use serde_json::json;
 
 use crate::backend::{Backend, FlowSolver};
 use crate::bundle::Bundle;
+use crate::captions::{self, Subjects};
 use crate::dataset::{FORMAT, MANIFEST, Manifest, Shard, read_shard, write_shard};
 use crate::error::{Error, Result};
 use crate::random;
 use crate::sampler::{Choice, Distribution, autoregressive};
-use crate::stage::sample::{Given, Labels};
+use crate::stage::condition::{Features, Given, Labels, Made, Texts, Wish};
 use crate::stage::{Context, Stage, link, write_json};
 use crate::train::replace;
 
@@ -49,9 +50,20 @@ pub struct Options {
     /// Noise (count, L, D) from a file instead of the seed.
     #[serde(default)]
     pub noise: Option<Given>,
-    /// Classes of the samples: `balanced`, a list, or a tensor of a file.
+    /// Classes of the samples: `balanced` (the default), a list, or a tensor of a file. For a model of classes.
     #[serde(default)]
-    pub labels: Labels,
+    pub labels: Option<Labels>,
+    /// Captions of the samples, a text, a list of texts or the lines of a file: sample i has caption i mod their number. For a
+    /// model of captions.
+    #[serde(default)]
+    pub caption: Option<Texts>,
+    /// Folder of the flan-t5 that makes features of captions: config.json, tokenizer.json and its weights.
+    #[serde(default)]
+    #[schemars(extend("x-retort-file" = "dir"))]
+    pub text_encoder: Option<String>,
+    /// Features of captions from a file, instead of `caption`.
+    #[serde(default)]
+    pub features: Option<Features>,
 }
 
 fn shard_size() -> u64 {
@@ -65,6 +77,17 @@ pub(crate) fn solver_steps() -> usize {
     16
 }
 
+impl Options {
+    fn wish(&self) -> Wish<'_> {
+        Wish {
+            labels: self.labels.as_ref(),
+            caption: self.caption.as_ref(),
+            text_encoder: self.text_encoder.as_deref(),
+            features: self.features.as_ref(),
+        }
+    }
+}
+
 /// The stage.
 pub struct Trajectories;
 
@@ -75,8 +98,8 @@ impl<B: Backend> Stage<B> for Trajectories {
     const REVISION: u32 = 1;
     const SUMMARY: &'static str = "build the noise -> tokens dataset with a teacher's flow map";
 
-    fn check(_: &Options, _: &Path) -> Result<()> {
-        Ok(())
+    fn check(o: &Options, base: &Path) -> Result<()> {
+        o.wish().check(base)
     }
 
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
@@ -84,13 +107,16 @@ impl<B: Backend> Stage<B> for Trajectories {
         let input = context.input(&o.teacher)?;
         let bundle = Bundle::open(&input.path)?;
         let shape = bundle.network()?.tokens();
+        // Before the networks are loaded: a text encoder may need the memory.
+        let Made {
+            labels, subjects, ..
+        } = o.wish().resolve(context, &shape.condition, o.count)?;
         let teacher = bundle.teacher(backend)?;
         let codebook = bundle.tokenizer(backend)?.codebook()?;
         let solver = FlowSolver {
             steps: o.solver_steps,
         };
         let base = &context.job.base_dir;
-        let labels = o.labels.resolve(base, o.count, shape.classes, "/labels")?;
         let (l, d) = (shape.tokens(), shape.dim);
         let given = o
             .noise
@@ -137,7 +163,7 @@ impl<B: Backend> Stage<B> for Trajectories {
                 let classes = &labels[start as usize..end as usize];
                 let ids = autoregressive(
                     &*teacher,
-                    classes,
+                    &subjects.conditions(backend, classes)?,
                     &o.distribution,
                     &mut choice,
                     None,
@@ -173,7 +199,7 @@ impl<B: Backend> Stage<B> for Trajectories {
             steps: shape.steps.clone(),
             vocabulary: shape.vocabulary,
             dim: d,
-            classes: shape.classes,
+            condition: shape.condition,
             distribution: o.distribution,
             solver_steps: o.solver_steps,
             teacher: input.hash.clone(),
@@ -184,8 +210,10 @@ impl<B: Backend> Stage<B> for Trajectories {
             ArtifactMeta::default(),
             json!({ "count": o.count }),
             |dir| {
-                for shard in &manifest.shards {
-                    link(&work.join(&shard.file), &dir.join(&shard.file))?;
+                let captions = matches!(subjects, Subjects::Captions(_)).then_some(captions::FILE);
+                let shards = manifest.shards.iter().map(|shard| shard.file.as_str());
+                for file in shards.chain(captions) {
+                    link(&work.join(file), &dir.join(file))?;
                 }
                 write_json(&dir.join(MANIFEST), &manifest)
             },

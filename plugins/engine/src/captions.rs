@@ -1,0 +1,168 @@
+//! What samples are made for: classes, or captions as features of a text encoder, which lie in a file of their own.
+//!
+//! ```text
+//! captions.safetensors   lengths (n): tokens of each caption
+//!                        features (sum of lengths, F): those of all captions, one after the other
+//! ```
+//!
+//! Nothing is stored for padding, and no more is read than what a batch needs.
+
+use std::path::Path;
+
+use safetensors::tensor::Dtype;
+
+use crate::backend::Backend;
+use crate::error::{Error, Result};
+use crate::model::{CaptionFeatures, CaptionShape, Conditions};
+use crate::weights::{Stored, Writer};
+
+/// Name of the file in an artifact.
+pub const FILE: &str = "captions.safetensors";
+
+/// What the labels of samples stand for.
+pub enum Subjects {
+    /// Class ids, so many.
+    Classes(usize),
+    /// Numbers of captions.
+    Captions(Captions),
+}
+
+impl Subjects {
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Classes(classes) => *classes,
+            Self::Captions(captions) => captions.starts.len() - 1,
+        }
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// What a batch with these labels is made for. The labels are below [`Subjects::len`].
+    pub fn conditions<B: Backend>(&self, backend: &B, labels: &[u32]) -> Result<Conditions<B>> {
+        match self {
+            Self::Classes(_) => Ok(Conditions::Classes(
+                backend.indices(labels, &[labels.len()])?,
+            )),
+            Self::Captions(captions) => captions.batch(backend, labels),
+        }
+    }
+}
+
+/// Captions in a file.
+pub struct Captions {
+    stored: Stored,
+    /// First row of each caption, and one past the last row of all.
+    starts: Vec<usize>,
+    shape: CaptionShape,
+}
+
+impl Captions {
+    /// Opens a file that [`write`] has written for a model with captions of this shape.
+    pub fn open(path: &Path, shape: CaptionShape) -> Result<Self> {
+        let stored = Stored::open(path, None)?;
+        let lengths = stored.indices("lengths")?;
+        let mut starts = vec![0];
+        for &length in &lengths {
+            if length == 0 || length as usize > shape.positions {
+                let message = format!(
+                    "a caption of {length} tokens, expected 1 to {}",
+                    shape.positions
+                );
+                return Err(Error::data(path, message));
+            }
+            starts.push(starts[starts.len() - 1] + length as usize);
+        }
+        let expected = [starts[lengths.len()], shape.width];
+        match stored.shape("features") {
+            Some(found) if found == expected => Ok(Self {
+                stored,
+                starts,
+                shape,
+            }),
+            found => Err(Error::data(
+                path,
+                format!("features of shape {found:?}, expected {expected:?}"),
+            )),
+        }
+    }
+
+    fn batch<B: Backend>(&self, backend: &B, numbers: &[u32]) -> Result<Conditions<B>> {
+        let CaptionShape { positions, width } = self.shape;
+        let mut features = vec![0.0; numbers.len() * positions * width];
+        let mut padding = Vec::with_capacity(numbers.len());
+        for (rows, &number) in features.chunks_exact_mut(positions * width).zip(numbers) {
+            let (start, end) = (
+                self.starts[number as usize],
+                self.starts[number as usize + 1],
+            );
+            let before = positions - (end - start);
+            let found = self.stored.rows("features", start, end - start)?;
+            rows[before * width..].copy_from_slice(&found);
+            padding.push(before);
+        }
+        let shape = [numbers.len(), positions, width];
+        Ok(Conditions::Captions(CaptionFeatures {
+            features: backend.floats(&features, &shape)?,
+            padding,
+        }))
+    }
+}
+
+/// Writes a file of captions with these numbers of tokens; `each` gives their features to its argument, in order and in
+/// whatever pieces it likes.
+pub fn write(
+    path: &Path,
+    lengths: &[u32],
+    width: usize,
+    each: impl FnOnce(&mut dyn FnMut(&[f32]) -> Result<()>) -> Result<()>,
+) -> Result<()> {
+    let rows = lengths.iter().map(|&n| n as usize).sum();
+    let mut writer = Writer::create(
+        path,
+        vec![
+            ("lengths".into(), Dtype::U32, vec![lengths.len()]),
+            ("features".into(), Dtype::F32, vec![rows, width]),
+        ],
+    )?;
+    let bytes: Vec<u8> = lengths.iter().flat_map(|n| n.to_le_bytes()).collect();
+    writer.bytes(&bytes)?;
+    each(&mut |features| writer.floats(features))?;
+    writer.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_reads_as_written_and_is_checked() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(FILE);
+        let data: Vec<f32> = (0..8).map(|x| x as f32).collect();
+        write(&path, &[1, 3], 2, |give| {
+            give(&data[..3])?;
+            give(&data[3..])
+        })
+        .unwrap();
+        let shape = |positions, width| CaptionShape { positions, width };
+        let captions = Captions::open(&path, shape(4, 2)).unwrap();
+        assert_eq!(captions.starts, [0, 1, 4]);
+        assert_eq!(captions.stored.rows("features", 1, 3).unwrap(), data[2..]);
+        for (shape, expected) in [
+            (shape(2, 2), "a caption of 3 tokens, expected 1 to 2"),
+            (
+                shape(4, 3),
+                "features of shape Some([4, 2]), expected [4, 3]",
+            ),
+        ] {
+            let error = Captions::open(&path, shape).err().unwrap().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+        let short = write(&path, &[2], 2, |give| give(&data[..3])).unwrap_err();
+        assert!(short.to_string().contains("4 bytes are missing"), "{short}");
+    }
+}

@@ -1,0 +1,480 @@
+//! What samples are made for, as `sample` and `trajectories` are told: classes, captions, or features of captions.
+
+use std::path::Path;
+
+use retort_abi::Cancel;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::backend::Backend;
+use crate::captions::{self, Captions, Subjects};
+use crate::error::{Error, Result};
+use crate::model::{CaptionShape, ConditionShape};
+use crate::numpy;
+use crate::stage::{Context, resolve};
+use crate::text::TextEncoder;
+use crate::train::replace;
+use crate::weights::Stored;
+
+/// A tensor of a safetensors file.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Given {
+    /// The file.
+    #[schemars(extend("x-retort-file" = "file"))]
+    pub file: String,
+    /// The tensor's name.
+    pub tensor: String,
+}
+
+impl Given {
+    fn open(&self, base: &Path) -> Result<Stored> {
+        Stored::open(&resolve(base, &self.file), None)
+    }
+
+    /// Its floats, of a shape.
+    pub fn floats(&self, base: &Path, shape: &[usize]) -> Result<Vec<f32>> {
+        let stored = self.open(base)?;
+        match stored.shape(&self.tensor) {
+            Some(found) if found != shape => {
+                let message = format!(
+                    "tensor {}: shape {found:?}, expected {shape:?}",
+                    self.tensor
+                );
+                Err(Error::data(stored.path(), message))
+            }
+            _ => stored.floats(&self.tensor),
+        }
+    }
+
+    /// Its indices.
+    pub fn indices(&self, base: &Path) -> Result<Vec<u32>> {
+        self.open(base)?.indices(&self.tensor)
+    }
+}
+
+/// Classes of samples.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum Labels {
+    /// `balanced`: sample i has class i mod classes.
+    Rule(Rule),
+    /// One class per sample.
+    List(Vec<u32>),
+    /// From a file.
+    File(Given),
+}
+
+/// A rule that gives every sample a class.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Rule {
+    /// Sample i has class i mod classes.
+    Balanced,
+}
+
+impl Default for Labels {
+    fn default() -> Self {
+        Self::Rule(Rule::Balanced)
+    }
+}
+
+impl Labels {
+    /// The classes of `count` samples.
+    fn resolve(&self, base: &Path, count: u64, classes: usize) -> Result<Vec<u32>> {
+        let pointer = "/labels";
+        let labels = match self {
+            Self::Rule(Rule::Balanced) => (0..count).map(|i| (i % classes as u64) as u32).collect(),
+            Self::List(list) => list.clone(),
+            Self::File(given) => given.indices(base)?,
+        };
+        if labels.len() as u64 != count {
+            return Err(Error::option(
+                pointer,
+                format!("{} labels for {count} samples", labels.len()),
+            ));
+        }
+        match labels.iter().find(|&&label| label as usize >= classes) {
+            Some(label) => {
+                let message = format!(
+                    "class {label}: the model has the classes 0 to {}",
+                    classes - 1
+                );
+                Err(Error::option(pointer, message))
+            }
+            None => Ok(labels),
+        }
+    }
+}
+
+/// Texts.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum Texts {
+    /// The same for all samples.
+    One(String),
+    /// Sample i has text i mod their number.
+    List(Vec<String>),
+    /// The lines of a text file.
+    Lines(Lines),
+}
+
+/// A text file.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Lines {
+    /// The file, one text a line.
+    #[schemars(extend("x-retort-file" = "file"))]
+    pub file: String,
+}
+
+/// Features of captions from a file.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Features {
+    /// The file, `.npy` or `.safetensors`: n captions, or one, of at most as many tokens as the model takes, (n, tokens,
+    /// width) or (tokens, width). Sample i has caption i mod n.
+    #[schemars(extend("x-retort-file" = "file"))]
+    pub file: String,
+    /// Name of the tensor in a safetensors file.
+    #[serde(default = "tensor")]
+    pub tensor: String,
+    /// Name of the mask in a safetensors file, (n, tokens), 1 at a caption's tokens. Without a mask, rows of zeros are
+    /// padding.
+    #[serde(default)]
+    pub mask: Option<String>,
+    /// The mask in a `.npy` file of its own.
+    #[serde(default)]
+    #[schemars(extend("x-retort-file" = "file"))]
+    pub mask_file: Option<String>,
+}
+
+fn tensor() -> String {
+    "features".into()
+}
+
+/// What a stage's options say.
+pub struct Wish<'o> {
+    /// `labels`
+    pub labels: Option<&'o Labels>,
+    /// `caption`
+    pub caption: Option<&'o Texts>,
+    /// `text_encoder`
+    pub text_encoder: Option<&'o str>,
+    /// `features`
+    pub features: Option<&'o Features>,
+}
+
+/// What samples are made for.
+pub struct Made {
+    /// Class of each sample, or number of its caption.
+    pub labels: Vec<u32>,
+    /// What the labels stand for.
+    pub subjects: Subjects,
+    /// The captions, where they were given as text.
+    pub texts: Vec<String>,
+}
+
+impl Wish<'_> {
+    /// Refuses contradictions; files that are there already must be of use.
+    pub fn check(&self, base: &Path) -> Result<()> {
+        let refuse = |pointer: &str, message: &str| Err(Error::option(pointer, message));
+        match (self.caption, self.text_encoder, self.features) {
+            (Some(_), _, Some(_)) => {
+                return refuse("/features", "captions and features exclude each other");
+            }
+            (Some(_), None, _) => {
+                let message = "a caption needs a `text_encoder`: the folder of a flan-t5 with config.json, \
+                               tokenizer.json and its weights (or give `features`)";
+                return refuse("/caption", message);
+            }
+            (None, Some(_), _) => {
+                return refuse("/text_encoder", "there is no `caption` to encode");
+            }
+            _ => {}
+        }
+        if self.labels.is_some() && (self.caption.is_some() || self.features.is_some()) {
+            let message = "a model is conditioned on classes or on captions: give `labels` or captions, not both";
+            return refuse("/labels", message);
+        }
+        if let Some(texts) = self.caption {
+            texts.read(base)?;
+        }
+        let existing = |path: &str| Some(resolve(base, path)).filter(|path| path.exists());
+        if let Some(folder) = self.text_encoder.and_then(existing) {
+            TextEncoder::open(&folder)
+                .map_err(|e| Error::option("/text_encoder", e.to_string()))?;
+        }
+        if let Some(features) = self.features
+            && features.files().all(|file| existing(file).is_some())
+        {
+            features
+                .open(base)
+                .map_err(|e| Error::option("/features", e.to_string()))?;
+        }
+        Ok(())
+    }
+
+    /// What `count` samples of a model are made for. Captions become features, in a file of the work directory.
+    pub fn resolve<B: Backend>(
+        &self,
+        context: &Context<'_, B>,
+        shape: &ConditionShape,
+        count: u64,
+    ) -> Result<Made> {
+        let base = &context.job.base_dir;
+        let shape = match shape {
+            ConditionShape::Captions(shape) => *shape,
+            ConditionShape::Classes(classes) => {
+                let message = "this model is conditioned on classes: give `labels`";
+                if self.caption.is_some() {
+                    return Err(Error::option("/caption", message));
+                }
+                if self.features.is_some() {
+                    return Err(Error::option("/features", message));
+                }
+                let balanced = Labels::default();
+                let labels = self.labels.unwrap_or(&balanced);
+                return Ok(Made {
+                    labels: labels.resolve(base, count, *classes)?,
+                    subjects: Subjects::Classes(*classes),
+                    texts: Vec::new(),
+                });
+            }
+        };
+        let message = "this model is conditioned on captions: give `caption` and `text_encoder`, or `features`";
+        if self.labels.is_some() {
+            return Err(Error::option("/labels", message));
+        }
+        let path = context.work_dir()?.join(captions::FILE);
+        let mut texts = Vec::new();
+        match (self.caption, self.text_encoder, self.features) {
+            (Some(wanted), Some(folder), _) => {
+                texts = wanted.read(base)?;
+                if !path.exists() {
+                    let encoder = TextEncoder::open(&resolve(base, folder))?;
+                    if encoder.width() != shape.width {
+                        let message = format!(
+                            "{folder}: a text encoder of width {}, the model takes features of width {}",
+                            encoder.width(),
+                            shape.width
+                        );
+                        return Err(Error::option("/text_encoder", message));
+                    }
+                    let told = |done: usize| match context.host.cancelled() {
+                        Cancel::Run => {
+                            let all = texts.len() as u64;
+                            context.host.progress(done as u64, all, "captions");
+                            Ok(())
+                        }
+                        _ => Err(Error::Cancelled),
+                    };
+                    replace(&path, |partial| {
+                        encoder.encode(context.backend, &texts, shape.positions, partial, told)
+                    })?;
+                }
+            }
+            (_, _, Some(features)) => {
+                if !path.exists() {
+                    let mut table = features.open(base)?;
+                    replace(&path, |partial| table.copy(shape, partial))?;
+                }
+            }
+            _ => return Err(Error::option("", message)),
+        }
+        let captions = Captions::open(&path, shape)?;
+        let subjects = Subjects::Captions(captions);
+        let all = subjects.len() as u64;
+        Ok(Made {
+            labels: (0..count).map(|i| (i % all) as u32).collect(),
+            subjects,
+            texts,
+        })
+    }
+}
+
+impl Texts {
+    /// The texts, in order.
+    fn read(&self, base: &Path) -> Result<Vec<String>> {
+        let texts = match self {
+            Self::One(text) => vec![text.clone()],
+            Self::List(texts) => texts.clone(),
+            Self::Lines(lines) => {
+                let path = resolve(base, &lines.file);
+                let text = match std::fs::read_to_string(&path) {
+                    // The runner speaks of missing files.
+                    Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+                    text => text.map_err(Error::io(&path))?,
+                };
+                text.lines().map(str::to_owned).collect()
+            }
+        };
+        match texts.iter().position(|text| text.trim().is_empty()) {
+            Some(at) => Err(Error::option(
+                "/caption",
+                format!("caption {} is empty", at + 1),
+            )),
+            None if texts.is_empty() => Err(Error::option("/caption", "no caption")),
+            None => Ok(texts),
+        }
+    }
+}
+
+/// Features in a file, with their mask.
+struct Table {
+    source: Source,
+    /// Captions, tokens, width.
+    shape: [usize; 3],
+    /// Whether each token is one of the caption (n, tokens).
+    mask: Option<Vec<bool>>,
+}
+
+enum Source {
+    Numpy(numpy::Rows),
+    Safetensors(Stored, String),
+}
+
+impl Features {
+    fn files(&self) -> impl Iterator<Item = &str> {
+        std::iter::once(self.file.as_str()).chain(self.mask_file.as_deref())
+    }
+
+    fn open(&self, base: &Path) -> Result<Table> {
+        let path = resolve(base, &self.file);
+        let numpy = |path: &Path| {
+            path.extension()
+                .is_some_and(|e| e.eq_ignore_ascii_case("npy"))
+        };
+        let (source, shape) = if numpy(&path) {
+            if self.mask.is_some() {
+                let message = "`mask` names a tensor of a safetensors file; beside a .npy file give `mask_file`";
+                return Err(Error::data(&path, message));
+            }
+            let rows = numpy::Rows::open(&path)?;
+            let shape = rows.shape().to_vec();
+            (Source::Numpy(rows), shape)
+        } else {
+            let stored = Stored::open(&path, None)?;
+            let found = stored.shape(&self.tensor).map(<[usize]>::to_vec);
+            let missing = || Error::data(&path, format!("no tensor {}", self.tensor));
+            let shape = found.ok_or_else(missing)?;
+            (Source::Safetensors(stored, self.tensor.clone()), shape)
+        };
+        let shape = match shape.as_slice() {
+            &[tokens, width] => [1, tokens, width],
+            &[n, tokens, width] => [n, tokens, width],
+            _ => {
+                let message = format!("features of shape {shape:?}, expected (n, tokens, width)");
+                return Err(Error::data(&path, message));
+            }
+        };
+        if shape.contains(&0) {
+            return Err(Error::data(&path, format!("features of shape {shape:?}")));
+        }
+        let mask = self.mask(base, &source)?;
+        if let Some(mask) = &mask
+            && mask.len() != shape[0] * shape[1]
+        {
+            let message = format!(
+                "a mask of {} elements for {} captions of {} tokens",
+                mask.len(),
+                shape[0],
+                shape[1]
+            );
+            return Err(Error::data(&path, message));
+        }
+        Ok(Table {
+            source,
+            shape,
+            mask,
+        })
+    }
+
+    fn mask(&self, base: &Path, source: &Source) -> Result<Option<Vec<bool>>> {
+        if let Some(file) = &self.mask_file {
+            let mut rows = numpy::Rows::open(&resolve(base, file))?;
+            let count = rows.shape().iter().product();
+            let found = rows.read(0, count)?;
+            return Ok(Some(found.iter().map(|&x| x != 0.0).collect()));
+        }
+        let (Some(name), Source::Safetensors(stored, _)) = (&self.mask, source) else {
+            return Ok(None);
+        };
+        let found = stored
+            .indices(name)
+            .map(|ids| ids.iter().map(|&x| x != 0).collect());
+        let floats = || {
+            stored
+                .floats(name)
+                .map(|x| x.iter().map(|&x| x != 0.0).collect())
+        };
+        found.or_else(|_| floats()).map(Some)
+    }
+}
+
+impl Table {
+    /// Features of a caption, (tokens, width), and which of its tokens count.
+    fn caption(&mut self, number: usize) -> Result<(Vec<f32>, Vec<bool>)> {
+        let [_, tokens, width] = self.shape;
+        let row = tokens * width;
+        let features = match &mut self.source {
+            Source::Numpy(rows) => rows.read(number * row, row)?,
+            Source::Safetensors(stored, name) => match stored.shape(name).map(<[usize]>::len) {
+                Some(2) => stored.floats(name)?,
+                _ => stored.rows(name, number, 1)?,
+            },
+        };
+        let counts = match &self.mask {
+            Some(mask) => mask[number * tokens..][..tokens].to_vec(),
+            None => {
+                let each = features.chunks_exact(width);
+                each.map(|token| token.iter().any(|&x| x != 0.0)).collect()
+            }
+        };
+        Ok((features, counts))
+    }
+
+    /// Writes the features of all captions for a model with captions of a shape, one caption in memory at a time.
+    fn copy(&mut self, shape: CaptionShape, path: &Path) -> Result<()> {
+        let [n, tokens, width] = self.shape;
+        let refuse = |message: String| Err(Error::option("/features", message));
+        if width != shape.width {
+            return refuse(format!(
+                "features of width {width}, the model takes up to {} tokens of width {}",
+                shape.positions, shape.width
+            ));
+        }
+        let mut lengths = Vec::with_capacity(n);
+        for number in 0..n {
+            let counts = match &self.mask {
+                Some(mask) => mask[number * tokens..][..tokens].to_vec(),
+                None => self.caption(number)?.1,
+            };
+            match counts.iter().filter(|&&c| c).count() {
+                0 => return refuse(format!("caption {number} has no token")),
+                length if length > shape.positions => {
+                    return refuse(format!(
+                        "caption {number} has {length} tokens, the model takes at most {}",
+                        shape.positions
+                    ));
+                }
+                length => lengths.push(length as u32),
+            }
+        }
+        captions::write(path, &lengths, width, |give| {
+            for number in 0..n {
+                let (features, counts) = self.caption(number)?;
+                let kept = features.chunks_exact(width).zip(counts);
+                let kept: Vec<f32> = kept
+                    .filter(|(_, counts)| *counts)
+                    .flat_map(|(token, _)| token.iter().copied())
+                    .collect();
+                if let Some(bad) = kept.iter().find(|x| !x.is_finite()) {
+                    return refuse(format!("caption {number} holds {bad}"));
+                }
+                give(&kept)?;
+            }
+            Ok(())
+        })
+    }
+}
