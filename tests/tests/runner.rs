@@ -7,6 +7,8 @@
 mod abi;
 #[path = "runner/authoring.rs"]
 mod authoring;
+#[path = "runner/captions.rs"]
+mod captions;
 #[path = "runner/checkpoints.rs"]
 mod checkpoints;
 #[path = "runner/faults.rs"]

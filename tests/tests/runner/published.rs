@@ -319,3 +319,88 @@ fn weights_that_do_not_fit_are_named() {
         .expect(3)
         .saying(&["changed.pth", "does not exist"]);
 }
+
+#[test]
+fn requests_beyond_a_network_are_refused_at_their_place() {
+    let lab = Lab::new(&[]);
+    LLAMAGEN.write_files(lab.dir.path());
+    let files = "family: llamagen, tokenizer: tokenizer.pth, heads: 2, image_size: 8";
+    let check = |command: &str, code, stage: &str, expected: &str| {
+        let text = format!(
+            "version: 1\nbackend: candle\ndevice: cpu\nstages:\n  \
+             teacher: {{kind: teacher, model: teacher.pth, {files}}}\n  \
+             student: {{kind: student, model: student.pth, timesteps: [0, 6], {files}}}\n  \
+             pairs: {{kind: trajectories, teacher: teacher, count: 4}}\n  s: {{{stage}}}\n"
+        );
+        std::fs::write(lab.dir.path().join("r.yaml"), text).unwrap();
+        lab.retort(&[command, "r.yaml"])
+            .expect(code)
+            .saying(&["r.yaml:8:", expected]);
+    };
+    let sample = |options: &str| format!("kind: sample, count: 2, {options}");
+    let teacher = "sampler: {kind: teacher, teacher: teacher}";
+    let student = |options: &str| {
+        sample(&format!(
+            "sampler: {{kind: student, student: student, {options}}}"
+        ))
+    };
+    let distill =
+        |options: &str| format!("kind: distill, teacher: teacher, trajectories: pairs, {options}");
+
+    // What no network is needed for.
+    for (stage, expected) in [
+        (
+            student("timesteps: [6, 0]"),
+            "timesteps [6, 0]: expected ascending AR steps",
+        ),
+        (
+            student("timesteps: []"),
+            "timesteps []: expected ascending AR steps",
+        ),
+        (
+            sample(
+                "sampler: {kind: assisted, student: student, teacher: teacher, timesteps: [0, 6], teacher_start: 6}",
+            ),
+            "teacher_start 6 with timesteps [0, 6]",
+        ),
+        (
+            distill("timesteps: [0, 6, 6]"),
+            "timesteps [0, 6, 6]: expected ascending AR steps from 0",
+        ),
+    ] {
+        check("validate", 3, &stage, expected);
+    }
+    // What the network tells, before any work.
+    for (stage, expected) in [
+        (
+            sample(&format!("{teacher}, labels: [0, 10]")),
+            "class 10: the model has the classes 0 to 9",
+        ),
+        (
+            sample(&format!("{teacher}, labels: [0]")),
+            "1 labels for 2 samples",
+        ),
+        (
+            student("timesteps: [0, 16]"),
+            "timesteps [0, 16]: expected ascending AR steps, each below 16",
+        ),
+        (
+            student("timesteps: [0], split: 17"),
+            "split 17: the model has 16 AR steps",
+        ),
+        (
+            distill("timesteps: [0, 16]"),
+            "timesteps [0, 16]: expected ascending AR steps, each below 16",
+        ),
+        (
+            distill("timesteps: [0], split: 17"),
+            "split 17: the teacher has 16 AR steps",
+        ),
+        (
+            "kind: trajectories, teacher: teacher, count: 2, labels: [3, 11]".into(),
+            "class 11: the model has the classes 0 to 9",
+        ),
+    ] {
+        check("run", 100, &stage, expected);
+    }
+}

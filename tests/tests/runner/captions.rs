@@ -1,0 +1,324 @@
+//! Text to image through the command line: a flan-t5 in a folder, a teacher of captions in a torch file, and the results of
+//! `peers/captions.py`.
+
+use std::path::{Path, PathBuf};
+
+use retort_engine::numpy;
+use retort_engine::weights::{self, Stored, Weights};
+use retort_tests::golden::procedural_weights;
+use retort_tests::torch::Archive;
+use serde_json::Value;
+
+use crate::lab::Lab;
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("golden")
+        .join(name)
+}
+
+fn expected() -> Stored {
+    Stored::open(&golden("captions").join("expected.safetensors"), None).unwrap()
+}
+
+/// Writes teacher, tokenizer, text encoder and features.
+fn write_files(dir: &Path) {
+    let parts = procedural_weights(&golden("captions").join("weights.json")).unwrap();
+    let images = procedural_weights(&golden("llamagen").join("weights.json")).unwrap();
+    write_torch(&dir.join("vq.pt"), "", &images["vq"]);
+    // As a network in `DataParallel` is saved.
+    write_torch(&dir.join("t2i.pt"), "module.", &parts["gpt"]);
+
+    // One text encoder in a safetensors file, one in two files of torch.
+    for folder in ["t5", "t5-parts"] {
+        let folder = dir.join(folder);
+        std::fs::create_dir(&folder).unwrap();
+        for file in ["config.json", "tokenizer.json"] {
+            std::fs::copy(golden("captions").join(file), folder.join(file)).unwrap();
+        }
+    }
+    weights::write(&dir.join("t5/model.safetensors"), &parts["t5"]).unwrap();
+    let (first, second): (Weights, Weights) = parts["t5"]
+        .clone()
+        .into_iter()
+        .partition(|(name, _)| name.contains("block.0"));
+    let mut map = serde_json::Map::new();
+    for (file, part) in [("a.bin", &first), ("b.bin", &second)] {
+        write_torch(&dir.join("t5-parts").join(file), "", part);
+        map.extend(part.keys().map(|name| (name.clone(), file.into())));
+    }
+    map.insert(
+        "decoder.final_layer_norm.weight".into(),
+        "absent.bin".into(),
+    );
+    let index = serde_json::json!({ "metadata": {}, "weight_map": map });
+    let path = dir.join("t5-parts/pytorch_model.bin.index.json");
+    std::fs::write(path, index.to_string()).unwrap();
+
+    // Features as they come from a text encoder: padding behind.
+    let stored = expected();
+    let shape = stored.shape("features").unwrap().to_vec();
+    let (features, mask) = (
+        stored.floats("features").unwrap(),
+        stored.floats("mask").unwrap(),
+    );
+    let (mut turned, mut turned_mask) = (Vec::new(), Vec::new());
+    let width = shape[2];
+    for (features, mask) in features
+        .chunks_exact(shape[1] * width)
+        .zip(mask.chunks_exact(shape[1]))
+    {
+        let before = mask.iter().filter(|&&x| x == 0.0).count();
+        turned.extend(&features[before * width..]);
+        // What lies under the mask is not looked at.
+        turned.extend(vec![7.0; before * width]);
+        turned_mask.extend(mask.iter().rev());
+    }
+    write_npy(&dir.join("features.npy"), &shape, &turned);
+    write_npy(&dir.join("mask.npy"), &shape[..2], &turned_mask);
+    write_npy(
+        &dir.join("narrow.npy"),
+        &[3, 12, 16],
+        &vec![1.0; 3 * 12 * 16],
+    );
+}
+
+fn write_torch(path: &Path, prefix: &str, weights: &Weights) {
+    let mut archive = Archive::create(path);
+    archive.open("model");
+    for (name, w) in weights {
+        archive.tensor(&format!("{prefix}{name}"), &w.shape, &w.data);
+    }
+    archive.close();
+    archive.finish();
+}
+
+fn write_npy(path: &Path, shape: &[usize], data: &[f32]) {
+    let mut file = numpy::header("<f4", shape);
+    file.extend(weights::le_bytes(data));
+    std::fs::write(path, file).unwrap();
+}
+
+const TEACHER: &str = "teacher: {kind: teacher, family: llamagen, model: t2i.pt, tokenizer: vq.pt, heads: 2, image_size: 8}";
+
+fn texts() -> String {
+    let numbers = std::fs::read_to_string(golden("captions").join("numbers.json")).unwrap();
+    let numbers: Value = serde_json::from_str(&numbers).unwrap();
+    numbers["texts"].to_string()
+}
+
+/// Writes a recipe with the teacher and these stages.
+fn recipe(lab: &Lab, stages: &[&str]) {
+    let mut text = format!("version: 1\nbackend: candle\ndevice: cpu\nstages:\n  {TEACHER}\n");
+    stages
+        .iter()
+        .for_each(|stage| text.push_str(&format!("  {stage}\n")));
+    std::fs::write(lab.dir.path().join("r.yaml"), text).unwrap();
+}
+
+/// Tokens or latents in a stage's artifact.
+fn artifact(lab: &Lab, stage: &str, file: &str) -> PathBuf {
+    let list = lab.retort(&["artifacts", "list", "latest", "--json"]);
+    let list = list.expect(0).json();
+    let mut rows = list.as_array().unwrap().iter();
+    let row = rows.find(|row| row["stage"] == stage).unwrap();
+    lab.dir
+        .path()
+        .join(row["path"].as_str().unwrap())
+        .join(file)
+}
+
+#[test]
+fn captions_become_the_expected_tokens() {
+    let lab = Lab::new(&[]);
+    write_files(lab.dir.path());
+    let (texts, noise) = (texts(), golden("captions").join("expected.safetensors"));
+    let noise = format!("noise: {{file: {}, tensor: noise}}", noise.display());
+    let greedy = "count: 3, sampler: {kind: teacher, teacher: teacher, distribution: {guidance: 2.0, top_k: 1}}";
+    recipe(
+        &lab,
+        &[
+            &format!("greedy: {{kind: sample, {greedy}, caption: {texts}, text_encoder: t5}}"),
+            &format!("parts: {{kind: sample, {greedy}, caption: {texts}, text_encoder: t5-parts}}"),
+            &format!(
+                "given: {{kind: sample, {greedy}, features: {{file: features.npy, mask_file: mask.npy}}}}"
+            ),
+            &format!(
+                "trajectories: {{kind: trajectories, teacher: teacher, count: 3, distribution: {{guidance: 2.0}}, {noise}, \
+                 caption: {texts}, text_encoder: t5}}"
+            ),
+            "student: {kind: distill, teacher: teacher, trajectories: trajectories, timesteps: [0, 6], split: 10, \
+             held_out: 0, codebook_distance: 1.0, train: {steps: 3, batch: 3}}",
+            "two-step: {kind: sample, sampler: {kind: student, student: student, timesteps: [0, 6], split: 10}, count: 4, \
+             caption: [a red cat, two tables], text_encoder: t5}",
+            "assisted: {kind: sample, sampler: {kind: assisted, student: student, teacher: teacher, timesteps: [0, 6], \
+             teacher_start: 3}, count: 2, caption: one dog, text_encoder: t5}",
+        ],
+    );
+    let said = lab.retort(&["run", "r.yaml"]).expect(0);
+    // What the pictures show stands under them.
+    let shown = format!("{}{}", said.stdout, said.stderr);
+    assert!(
+        shown.contains("from the top: \u{201c}a red cat\u{201d}, \u{201c}two tables\u{201d}"),
+        "{shown}"
+    );
+
+    let expected = expected();
+    for stage in ["greedy", "parts", "given"] {
+        let samples = Stored::open(&artifact(&lab, stage, "samples.safetensors"), None).unwrap();
+        assert_eq!(
+            samples.indices("tokens").unwrap(),
+            expected.indices("greedy.tokens").unwrap(),
+            "{stage}"
+        );
+        assert_eq!(samples.indices("labels").unwrap(), [0, 1, 2]);
+    }
+    let shard = artifact(&lab, "trajectories", "shard-00000.safetensors");
+    assert_eq!(
+        Stored::open(&shard, None)
+            .unwrap()
+            .indices("tokens")
+            .unwrap(),
+        expected.indices("trajectory.tokens").unwrap()
+    );
+    let kept = Stored::open(
+        &artifact(&lab, "trajectories", "captions.safetensors"),
+        None,
+    )
+    .unwrap();
+    let lengths: Vec<u32> = (0..3)
+        .map(|i| expected.indices(&format!("caption.{i}.ids")).unwrap().len() as u32)
+        .collect();
+    assert_eq!(kept.indices("lengths").unwrap(), lengths);
+    let written = std::fs::read_to_string(artifact(&lab, "two-step", "captions.json")).unwrap();
+    let written: Vec<String> = serde_json::from_str(&written).unwrap();
+    assert_eq!(written, ["a red cat", "two tables"]);
+    let drawn = Stored::open(&artifact(&lab, "two-step", "samples.safetensors"), None).unwrap();
+    assert_eq!(drawn.indices("labels").unwrap(), [0, 1, 0, 1]);
+    let images = drawn.floats("images").unwrap();
+    assert!(images.iter().all(|x| (0.0..=1.0).contains(x)));
+}
+
+#[test]
+fn captions_that_do_not_fit_are_refused() {
+    let lab = Lab::new(&[]);
+    let dir = lab.dir.path();
+    write_files(dir);
+    let check = |command: &str, code: i32, stage: &str, expected: &[&str]| {
+        recipe(&lab, &[&format!("s: {{kind: sample, count: 2, {stage}}}")]);
+        lab.retort(&[command, "r.yaml"])
+            .expect(code)
+            .saying(expected);
+    };
+    let sampler = "sampler: {kind: teacher, teacher: teacher}";
+    let place = "r.yaml:6:";
+    for (options, expected) in [
+        ("caption: a cat", "a caption needs a `text_encoder`"),
+        ("text_encoder: t5", "there is no `caption` to encode"),
+        (
+            "caption: a cat, text_encoder: t5, labels: [1, 2]",
+            "give `labels` or captions, not both",
+        ),
+        (
+            "caption: a cat, text_encoder: t5, features: {file: features.npy}",
+            "captions and features exclude each other",
+        ),
+        (
+            "caption: [a cat, ''], text_encoder: t5",
+            "caption 2 is empty",
+        ),
+        ("caption: [], text_encoder: t5", "no caption"),
+        (
+            "caption: a cat, text_encoder: .",
+            "config.json: No such file or directory",
+        ),
+        (
+            "features: {file: features.npy, mask: mask}",
+            "`mask` names a tensor of a safetensors file",
+        ),
+        (
+            "features: {file: vq.pt, tensor: features}",
+            "no tensor features",
+        ),
+    ] {
+        check(
+            "validate",
+            3,
+            &format!("{sampler}, {options}"),
+            &[place, expected],
+        );
+    }
+    // Files that are not there yet are spoken of, and missed when they are needed.
+    let absent = format!("{sampler}, caption: a cat, text_encoder: flan-t5-xl");
+    check("validate", 0, &absent, &["flan-t5-xl", "does not exist"]);
+    check("run", 3, &absent, &["flan-t5-xl", "does not exist"]);
+
+    // What only the teacher tells.
+    for (options, expected) in [
+        (
+            "labels: [0, 1]",
+            "this model is conditioned on captions: give `caption` and `text_encoder`, or `features`",
+        ),
+        ("grid_columns: 1", "this model is conditioned on captions"),
+        (
+            "features: {file: narrow.npy}",
+            "features of width 16, the model takes up to 12 tokens of width 32",
+        ),
+    ] {
+        check(
+            "run",
+            100,
+            &format!("{sampler}, {options}"),
+            &[place, expected],
+        );
+    }
+    let config = dir.join("t5/config.json");
+    let text = std::fs::read_to_string(&config).unwrap();
+    let change = |from: &str, to: &str| std::fs::write(&config, text.replace(from, to)).unwrap();
+    let options = format!("{sampler}, caption: a cat, text_encoder: t5");
+    change("gated-gelu", "relu");
+    check(
+        "validate",
+        3,
+        &options,
+        &[place, "feed_forward_proj \"relu\", expected \"gated-gelu\""],
+    );
+    change("\"d_model\": 32", "\"d_model\": 40");
+    check(
+        "run",
+        100,
+        &options,
+        &[
+            place,
+            "a text encoder of width 40, the model takes features of width 32",
+        ],
+    );
+    change("\"d_ff\": 40", "\"d_ff\": 41");
+    check(
+        "run",
+        100,
+        &options,
+        &[
+            "model.safetensors",
+            "DenseReluDense.wi_0.weight has shape [40, 32], expected [41, 32]",
+        ],
+    );
+}
+
+#[test]
+fn captions_for_a_model_of_classes_are_refused() {
+    let lab = Lab::new(&[]);
+    write_files(lab.dir.path());
+    let images = procedural_weights(&golden("llamagen").join("weights.json")).unwrap();
+    write_torch(&lab.dir.path().join("t2i.pt"), "", &images["gpt"]);
+    recipe(
+        &lab,
+        &[
+            "s: {kind: sample, count: 2, sampler: {kind: teacher, teacher: teacher}, caption: a cat, text_encoder: t5}",
+        ],
+    );
+    lab.retort(&["run", "r.yaml"]).expect(100).saying(&[
+        "r.yaml:6:",
+        "this model is conditioned on classes: give `labels`",
+    ]);
+}
