@@ -15,8 +15,8 @@ use retort_engine::backend::{AdamwStep, Backend, FlowSolver, Unary};
 use retort_engine::bundle::{Family, NetworkConfig, TokenizerConfig};
 use retort_engine::error::{Error, Result};
 use retort_engine::flow;
-use retort_engine::model::Teacher;
 use retort_engine::model::autoencoder::Shape;
+use retort_engine::model::{Conditions, Teacher};
 use retort_engine::published::{self, Hints};
 use retort_engine::random::{Sequence, Stream, noise};
 use retort_engine::tape::{Var, backward};
@@ -325,6 +325,7 @@ impl<B: Backend> On<B> {
     ) -> Result<[f64; 2]> {
         let shape = teacher.tokens();
         let labels: Vec<u32> = (0..batch as u32).collect();
+        let labels = Conditions::Classes(self.backend.indices(&labels, &[batch])?);
         let mut generation = teacher.generate(&labels, Some(GUIDANCE))?;
         let (mut seconds, mut previous, mut sample) = ([0.0; 2], None, 0);
         for &count in &shape.steps {
@@ -386,7 +387,7 @@ impl<B: Backend> On<B> {
         };
         let (b, shape) = (r.batch, r.network.tokens());
         let (l, k) = (shape.tokens(), shape.vocabulary);
-        let [eps, labels, kinds] = self.inputs(r)?;
+        let (eps, labels, kinds) = self.inputs(r)?;
         let targets: Vec<u32> = (0..b * l).map(|i| (i * 37 % k) as u32).collect();
         let targets = self.backend.indices(&targets, &[b * l])?;
         least(|| {
@@ -407,16 +408,16 @@ impl<B: Backend> On<B> {
     }
 
     /// Noise (b, L, D), class ids (b), and that all of it is noise (b, L).
-    fn inputs(&self, r: &Reference) -> Result<[B::Tensor; 3]> {
+    fn inputs(&self, r: &Reference) -> Result<(B::Tensor, Conditions<B>, B::Tensor)> {
         let (b, shape) = (r.batch, r.network.tokens());
         let l = shape.tokens();
         let labels: Vec<u32> = (0..b as u32).collect();
-        Ok([
+        Ok((
             self.backend
                 .floats(&noise(5, 0, b * l, shape.dim), &[b, l, shape.dim])?,
-            self.backend.indices(&labels, &[b])?,
+            Conditions::Classes(self.backend.indices(&labels, &[b])?),
             self.backend.indices(&vec![0; b * l], &[b, l])?,
-        ])
+        ))
     }
 }
 
@@ -454,7 +455,7 @@ impl<B: Backend> Contestant for On<B> {
                 Phase::Flow => generation[1],
                 Phase::Student => {
                     let student = r.network.student(&mut frozen(&drawn.student))?;
-                    let [eps, labels, kinds] = self.inputs(r)?;
+                    let (eps, labels, kinds) = self.inputs(r)?;
                     least(|| {
                         let prediction = student.predict(&eps, &labels, &kinds)?;
                         Self::wait(prediction.logits.value())?;
@@ -462,7 +463,7 @@ impl<B: Backend> Contestant for On<B> {
                     })?
                 }
                 Phase::Decode => {
-                    let latents = Var::constant(self.inputs(r)?[0].clone());
+                    let latents = Var::constant(self.inputs(r)?.0.clone());
                     least(|| Self::wait(tokenizer.decode(&latents)?.value()))?
                 }
                 Phase::Train => self.train(r, drawn)?,
