@@ -331,6 +331,8 @@ impl<B: Backend> Stage<B> for Distill {
     }
 }
 
+/// Most logits that are held to measure the loss.
+const MEASURED_AT_ONCE: usize = 1 << 26;
 /// Most trajectories that are held out.
 const HELD_OUT_MOST: usize = 2000;
 
@@ -558,7 +560,7 @@ impl<B: Backend> Objective<'_, B> {
             self.shape.tokens_before(t),
         );
         let (mut sum, mut right) = (0.0, 0usize);
-        for part in samples.chunks(500) {
+        for part in samples.chunks((MEASURED_AT_ONCE / (l * k)).clamp(1, 500)) {
             let b = self.batch(part, &vec![t; part.len()])?;
             let logits = student.predict(&b.x, &b.conditions, &b.data)?.logits;
             let flat = B::reshape(logits.value(), &[part.len() * l, k])?;
