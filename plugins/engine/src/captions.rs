@@ -24,7 +24,7 @@ pub enum Subjects {
     /// Class ids, so many.
     Classes(usize),
     /// Numbers of captions.
-    Captions(Captions),
+    Captions(Box<Captions>),
 }
 
 impl Subjects {

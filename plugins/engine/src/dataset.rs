@@ -197,7 +197,7 @@ impl Dataset {
         let subjects = match manifest.condition {
             ConditionShape::Classes(classes) => Subjects::Classes(classes),
             ConditionShape::Captions(shape) => {
-                Subjects::Captions(Captions::open(&dir.join(captions::FILE), shape)?)
+                Subjects::Captions(Captions::open(&dir.join(captions::FILE), shape)?.into())
             }
         };
         if let Some(&bad) = labels.iter().find(|&&x| x as usize >= subjects.len()) {

@@ -283,7 +283,7 @@ impl Wish<'_> {
             _ => return Err(Error::option("", message)),
         }
         let captions = Captions::open(&path, shape)?;
-        let subjects = Subjects::Captions(captions);
+        let subjects = Subjects::Captions(captions.into());
         let all = subjects.len() as u64;
         Ok(Made {
             labels: (0..count).map(|i| (i % all) as u32).collect(),
@@ -360,9 +360,9 @@ impl Features {
             let shape = found.ok_or_else(missing)?;
             (Source::Safetensors(stored, self.tensor.clone()), shape)
         };
-        let shape = match shape.as_slice() {
-            &[tokens, width] => [1, tokens, width],
-            &[n, tokens, width] => [n, tokens, width],
+        let shape = match *shape.as_slice() {
+            [tokens, width] => [1, tokens, width],
+            [n, tokens, width] => [n, tokens, width],
             _ => {
                 let message = format!("features of shape {shape:?}, expected (n, tokens, width)");
                 return Err(Error::data(&path, message));
