@@ -23,7 +23,7 @@ stages:
     codebook_dim: 4
     channels: 8
     z_channels: 8
-    train: {steps: 40, batch: 16}
+    train: {steps: 200, batch: 16}
   prior:
     kind: pretrain
     tokenizer: codes
@@ -31,7 +31,7 @@ stages:
     width: 16
     depth: 1
     heads: 2
-    train: {steps: 60, batch: 16, ema: 0.9}
+    train: {steps: 300, batch: 16, ema: 0.9}
   pairs:
     kind: trajectories
     teacher: prior
@@ -43,7 +43,7 @@ stages:
     teacher: prior
     trajectories: pairs
     timesteps: [0, 6]
-    train: {steps: 60, batch: 16, ema: 0.9, muon: {}}
+    train: {steps: 400, batch: 16, ema: 0.9, muon: {}}
   taught: {kind: sample, sampler: {kind: teacher, teacher: prior}, count: 40}
   learnt: {kind: sample, sampler: {kind: student, student: student, timesteps: [0]}, count: 40}
   features: {kind: classifier, data: \"${params.data}\", train: {steps: 60}}
