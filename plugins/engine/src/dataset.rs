@@ -1,7 +1,7 @@
 //! Trajectory datasets: (noise, class, tokens) of the AR flow map, in shards that anyone can make in any order.
 //!
 //! ```text
-//! trajectories/  manifest.json  shard-00000.safetensors  shard-00001.safetensors ..  captions.safetensors
+//! trajectories/  manifest.json  shard-000000000.safetensors  shard-000010000.safetensors ..  captions.safetensors
 //! ```
 //!
 //! `captions.safetensors` is there where the teacher is conditioned on captions; `labels` number these then. A shard holds
@@ -66,6 +66,82 @@ pub const MANIFEST: &str = "manifest.json";
 pub const FORMAT: u32 = 1;
 
 impl Manifest {
+    /// Reads that of a directory.
+    pub fn read(dir: &Path) -> Result<Self> {
+        let path = dir.join(MANIFEST);
+        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+        let manifest: Self = serde_json::from_str(&text).map_err(|e| Error::data(&path, e))?;
+        if manifest.format != FORMAT {
+            let message = format!("format {}, expected {FORMAT}", manifest.format);
+            return Err(Error::data(&path, message));
+        }
+        Ok(manifest)
+    }
+
+    /// Reads a shard and refuses it if it is not what the manifest says.
+    pub fn check(&self, dir: &Path, shard: &Shard) -> Result<ShardData> {
+        let path = dir.join(&shard.file);
+        let part = read_shard(&path)?;
+        let (n, l) = ((shard.end - shard.start) as usize, self.tokens().tokens());
+        if part.labels.len() != n || part.tokens.len() != n * l {
+            let message = format!(
+                "{} labels and {} tokens, expected {n} and {}",
+                part.labels.len(),
+                part.tokens.len(),
+                n * l
+            );
+            return Err(Error::data(&path, message));
+        }
+        if let Some(bad) = part.tokens.iter().find(|&&t| t as usize >= self.vocabulary) {
+            let message = format!(
+                "token {bad}, but the codebook has {} codes",
+                self.vocabulary
+            );
+            return Err(Error::data(&path, message));
+        }
+        Ok(part)
+    }
+
+    /// What differs between two parts that ought to be of one dataset, in words.
+    fn differs(&self, other: &Self) -> Option<String> {
+        let pairs = [
+            ("count", self.count.to_string(), other.count.to_string()),
+            ("seed", self.seed.to_string(), other.seed.to_string()),
+            ("teacher", self.teacher.clone(), other.teacher.clone()),
+            (
+                "solver_steps",
+                self.solver_steps.to_string(),
+                other.solver_steps.to_string(),
+            ),
+            (
+                "distribution",
+                format!("{:?}", self.distribution),
+                format!("{:?}", other.distribution),
+            ),
+            (
+                "shape",
+                format!("{:?}", self.tokens()),
+                format!("{:?}", other.tokens()),
+            ),
+        ];
+        let mut differing = pairs.into_iter().filter(|(_, own, others)| own != others);
+        differing
+            .next()
+            .map(|(what, own, other)| format!("{what} {other}, expected {own}"))
+    }
+
+    /// The shards of a part made elsewhere, every one of them read and checked.
+    pub fn of_part(&self, dir: &Path) -> Result<Vec<Shard>> {
+        let part = Self::read(dir)?;
+        if let Some(what) = self.differs(&part) {
+            let message = format!("this is no part of the same dataset: {what}");
+            return Err(Error::data(dir.join(MANIFEST), message));
+        }
+        for shard in &part.shards {
+            part.check(dir, shard)?;
+        }
+        Ok(part.shards)
+    }
     /// Shape of the token sequences.
     pub fn tokens(&self) -> TokenShape {
         TokenShape {
@@ -120,7 +196,7 @@ fn narrow(values: &[u32]) -> (Vec<u8>, Dtype) {
     }
 }
 
-/// A dataset in memory: tokens as 16 or 32 bits would allow, noise regenerated on demand.
+/// A dataset on disk: labels are in memory, tokens are read and noise is made when they are asked for.
 pub struct Dataset {
     /// Its manifest.
     pub manifest: Manifest,
@@ -128,71 +204,32 @@ pub struct Dataset {
     pub labels: Vec<u32>,
     /// What the labels stand for.
     pub subjects: Subjects,
-    /// Tokens (n, L), row-major.
-    pub tokens: Vec<u32>,
-    /// Noise (n, L, D) where it was given.
-    noise: Option<Vec<f32>>,
+    /// The shards, in order of their samples.
+    shards: Vec<Stored>,
 }
 
 impl Dataset {
-    /// Reads and checks a directory.
+    /// Opens a directory and checks all of it, a shard at a time.
     pub fn open(dir: &Path) -> Result<Self> {
+        let manifest = Manifest::read(dir)?;
         let path = dir.join(MANIFEST);
-        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-        let manifest: Manifest = serde_json::from_str(&text).map_err(|e| Error::data(&path, e))?;
-        if manifest.format != FORMAT {
-            return Err(Error::data(
-                &path,
-                format!("format {}, expected {FORMAT}", manifest.format),
-            ));
-        }
-        let l = manifest.tokens().tokens();
-        let (mut labels, mut tokens) = (Vec::new(), Vec::new());
-        let mut noise: Option<Vec<f32>> = None;
+        let (mut labels, mut shards) = (Vec::new(), Vec::new());
         let mut next = 0;
         for shard in &manifest.shards {
             if shard.start != next {
-                return Err(Error::data(
-                    &path,
-                    format!("shards leave samples {next}..{} out", shard.start),
-                ));
+                break;
             }
             next = shard.end;
-            let part = read_shard(&dir.join(&shard.file))?;
-            let n = (shard.end - shard.start) as usize;
-            if part.labels.len() != n || part.tokens.len() != n * l {
-                let found = format!(
-                    "{} labels and {} tokens",
-                    part.labels.len(),
-                    part.tokens.len()
-                );
-                return Err(Error::data(
-                    dir.join(&shard.file),
-                    format!("{found}, expected {n} and {}", n * l),
-                ));
-            }
-            if let Some(&bad) = part
-                .tokens
-                .iter()
-                .find(|&&t| t as usize >= manifest.vocabulary)
-            {
-                let message = format!(
-                    "token {bad}, but the codebook has {} codes",
-                    manifest.vocabulary
-                );
-                return Err(Error::data(dir.join(&shard.file), message));
-            }
-            labels.extend(part.labels);
-            tokens.extend(part.tokens);
-            if let Some(part) = part.noise {
-                noise.get_or_insert_default().extend(part);
-            }
+            labels.extend(manifest.check(dir, shard)?.labels);
+            shards.push(Stored::open(&dir.join(&shard.file), None)?);
         }
         if next != manifest.count {
-            return Err(Error::data(
-                &path,
-                format!("shards hold {next} of {} samples", manifest.count),
-            ));
+            let message = format!(
+                "samples {next} and on are missing of {}: a part, made with `range`? A trajectories stage whose `parts` name \
+                 all parts makes the whole",
+                manifest.count
+            );
+            return Err(Error::data(&path, message));
         }
         let subjects = match manifest.condition {
             ConditionShape::Classes(classes) => Subjects::Classes(classes),
@@ -208,8 +245,7 @@ impl Dataset {
             manifest,
             labels,
             subjects,
-            tokens,
-            noise,
+            shards,
         })
     }
 
@@ -223,19 +259,27 @@ impl Dataset {
         self.labels.is_empty()
     }
 
+    /// The shard that holds a sample, and its row there.
+    fn place(&self, sample: usize) -> (&Stored, usize) {
+        let known = &self.manifest.shards;
+        let at = known.partition_point(|shard| shard.end <= sample as u64);
+        (&self.shards[at], sample - known[at].start as usize)
+    }
+
     /// Noise (L, D) of a sample.
-    pub fn noise(&self, sample: usize) -> Vec<f32> {
-        let (l, d) = (self.tokens.len() / self.len(), self.manifest.dim);
-        match &self.noise {
-            Some(noise) => noise[sample * l * d..(sample + 1) * l * d].to_vec(),
-            None => random::noise(self.manifest.seed, sample as u64, l, d),
+    pub fn noise(&self, sample: usize) -> Result<Vec<f32>> {
+        let (shard, row) = self.place(sample);
+        if shard.shape("noise").is_some() {
+            return shard.rows("noise", row, 1);
         }
+        let (l, d) = (self.manifest.tokens().tokens(), self.manifest.dim);
+        Ok(random::noise(self.manifest.seed, sample as u64, l, d))
     }
 
     /// Tokens (L) of a sample.
-    pub fn tokens_of(&self, sample: usize) -> &[u32] {
-        let l = self.tokens.len() / self.len();
-        &self.tokens[sample * l..(sample + 1) * l]
+    pub fn tokens_of(&self, sample: usize) -> Result<Vec<u32>> {
+        let (shard, row) = self.place(sample);
+        shard.index_rows("tokens", row, 1)
     }
 }
 

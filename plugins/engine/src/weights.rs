@@ -93,15 +93,17 @@ impl Stored {
         self.read(name, Checkpoint::indices)
     }
 
-    /// The elements of `count` entries of a tensor's first dimension, from `first` on.
+    /// The floats of `count` entries of a tensor's first dimension, from `first` on.
     pub fn rows(&self, name: &str, first: usize, count: usize) -> Result<Vec<f32>> {
         self.read(name, |checkpoint, tensor| {
-            let part = tensor.rows(first, count).ok_or_else(|| {
-                let shape = &tensor.shape;
-                let message = format!("shape {shape:?}, expected {count} rows from {first} on");
-                retort_checkpoint::Error::Format(message)
-            })?;
-            checkpoint.floats(&part)
+            checkpoint.floats(&entries(tensor, first, count)?)
+        })
+    }
+
+    /// The same of a tensor of non-negative integers.
+    pub fn index_rows(&self, name: &str, first: usize, count: usize) -> Result<Vec<u32>> {
+        self.read(name, |checkpoint, tensor| {
+            checkpoint.indices(&entries(tensor, first, count)?)
         })
     }
 
@@ -115,6 +117,15 @@ impl Stored {
         elements(&self.checkpoint, tensor)
             .map_err(|e| Error::data(&self.path, format!("tensor {name}: {e}")))
     }
+}
+
+/// Some entries of a tensor's first dimension.
+fn entries(tensor: &Tensor, first: usize, count: usize) -> retort_checkpoint::Result<Tensor> {
+    tensor.rows(first, count).ok_or_else(|| {
+        let shape = &tensor.shape;
+        let message = format!("shape {shape:?}, expected {count} rows from {first} on");
+        retort_checkpoint::Error::Format(message)
+    })
 }
 
 /// Reads all tensors of floats in a file; counters and masks of other types are passed over.

@@ -173,7 +173,7 @@ fn captions_become_the_expected_tokens() {
         );
         assert_eq!(samples.indices("labels").unwrap(), [0, 1, 2]);
     }
-    let shard = artifact(&lab, "trajectories", "shard-00000.safetensors");
+    let shard = artifact(&lab, "trajectories", "shard-000000000.safetensors");
     assert_eq!(
         Stored::open(&shard, None)
             .unwrap()

@@ -171,7 +171,7 @@ fn agrees(family: &Family) {
     assert_eq!(source["blake3"].as_str().unwrap().len(), 64);
     let expected = Stored::open(&family.golden().join("expected.safetensors"), None).unwrap();
 
-    let shard = artifact(&lab, "trajectories").join("shard-00000.safetensors");
+    let shard = artifact(&lab, "trajectories").join("shard-000000000.safetensors");
     let name = format!("trajectory.cfg{}.tokens", family.guidance);
     let tokens = Stored::open(&shard, None)
         .unwrap()

@@ -216,8 +216,69 @@ fn batches_shards_and_threads_do_not_change_a_trajectory() {
     let read = |stage| Dataset::open(&output(&lab, stage).1).unwrap();
     let wide = read("wide");
     for other in [read("narrow"), read("other")] {
-        assert_eq!((&wide.labels, &wide.tokens), (&other.labels, &other.tokens));
-        assert_eq!(wide.noise(600), other.noise(600));
+        assert_eq!(everything(&wide), everything(&other));
+    }
+}
+
+/// Labels and tokens of a dataset, and its last noise.
+fn everything(dataset: &Dataset) -> (&[u32], Vec<u32>, Vec<f32>) {
+    let tokens = (0..dataset.len()).flat_map(|i| dataset.tokens_of(i).unwrap());
+    let noise = dataset.noise(dataset.len() - 1).unwrap();
+    (&dataset.labels, tokens.collect(), noise)
+}
+
+#[test]
+fn parts_made_elsewhere_make_the_whole() {
+    const OPTIONS: &str = "kind: trajectories, teacher: teacher, count: 601, seed: 3";
+    let lab = lab(&format!(
+        "
+  whole: {{{OPTIONS}}}
+  head: {{{OPTIONS}, range: [0, 250], shard_size: 100}}
+  tail: {{{OPTIONS}, range: [400, 601], batch: 33}}
+"
+    ));
+    lab.retort(&["run", "r.yaml"]).expect(0);
+    let dir = lab.dir.path();
+    for part in ["head", "tail"] {
+        std::fs::create_dir(dir.join(part)).unwrap();
+        for file in std::fs::read_dir(output(&lab, part).1).unwrap().flatten() {
+            std::fs::copy(file.path(), dir.join(part).join(file.file_name())).unwrap();
+        }
+    }
+    let whole = output(&lab, "whole").1;
+
+    let recipe = dir.join("r.yaml");
+    let begun = std::fs::read_to_string(&recipe).unwrap();
+    let with = |stages: &str| std::fs::write(&recipe, format!("{begun}{stages}")).unwrap();
+    with(&format!(
+        "  joined: {{{OPTIONS}, parts: [tail, head], shard_size: 70}}\n"
+    ));
+    lab.retort(&["run", "r.yaml"]).expect(0);
+    let joined = Dataset::open(&output(&lab, "joined").1).unwrap();
+    let whole = Dataset::open(&whole).unwrap();
+    assert_eq!(everything(&joined), everything(&whole));
+    let starts: Vec<u64> = joined.manifest.shards.iter().map(|s| s.start).collect();
+    assert_eq!(starts, [0, 100, 200, 250, 280, 350, 400]);
+    assert_eq!(
+        std::fs::read(dir.join("tail/shard-000000400.safetensors")).unwrap(),
+        std::fs::read(output(&lab, "joined").1.join("shard-000000400.safetensors")).unwrap()
+    );
+
+    for (stage, code, saying) in [
+        (format!("{OPTIONS}, range: [9, 9]"), 3, "range [9, 9]: expected [start, end] with start < end"),
+        (format!("{OPTIONS}, range: [0, 602]"), 3, "end at most 601, the count"),
+        (format!("{OPTIONS}, parts: [nowhere]"), 3, "nowhere"),
+        (OPTIONS.replace("seed: 3", "seed: 4, parts: [head]"), 100, "seed 3, expected 4"),
+        (format!("{OPTIONS}, range: [0, 500], parts: [tail]"), 100, "lie beyond 0..500"),
+        (
+            "kind: distill, teacher: teacher, trajectories: head, timesteps: [0], train: {steps: 1}".into(),
+            100,
+            "samples 250 and on are missing of 601",
+        ),
+    ] {
+        with(&format!("  wrong: {{{stage}}}\n"));
+        let said = lab.retort(&["run", "r.yaml", "--until", "wrong"]);
+        said.expect(code).saying(&[saying]);
     }
 }
 

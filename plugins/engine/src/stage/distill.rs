@@ -9,7 +9,9 @@
 //! + squared distance of the continuous head to the codebook vectors   (no gradient), the continuous head after it
 //! ```
 
+use std::cell::Cell;
 use std::path::Path;
+use std::time::Instant;
 
 use retort_abi::{ArtifactMeta, LogLevel, StageResult};
 use schemars::JsonSchema;
@@ -254,6 +256,7 @@ impl<B: Backend> Stage<B> for Distill {
             eye,
             shape: &shape,
             boundary: shape.tokens_before(split),
+            begun: Cell::new((Instant::now(), 0.0)),
         };
         let mut epoch = (u64::MAX, Vec::new());
         let batch = o.train.batch;
@@ -421,6 +424,8 @@ struct Objective<'a, B: Backend> {
     shape: &'a TokenShape,
     /// Tokens before `split`.
     boundary: usize,
+    /// When the last step began, and for how many seconds it waited for its data.
+    begun: Cell<(Instant, f64)>,
 }
 
 /// X_t of some samples, on the device, and what is known of them.
@@ -442,13 +447,14 @@ impl<B: Backend> Objective<'_, B> {
         let (mut data, mut tokens) = (Vec::with_capacity(n * l), Vec::with_capacity(n * l));
         for (&sample, &t) in samples.iter().zip(timesteps) {
             let known = self.shape.tokens_before(t);
-            let (ids, noise) = (self.dataset.tokens_of(sample), self.dataset.noise(sample));
+            let ids = self.dataset.tokens_of(sample)?;
+            let noise = self.dataset.noise(sample)?;
             for &id in &ids[..known] {
                 x.extend_from_slice(&self.codebook_host[id as usize * d..(id as usize + 1) * d]);
             }
             x.extend_from_slice(&noise[known * d..]);
             data.extend((0..l).map(|i| u32::from(i < known)));
-            tokens.extend_from_slice(ids);
+            tokens.extend(ids);
         }
         let counts = |known: &u32| self.options.known_tokens || *known == 0;
         let counted = data.iter().filter(|k| counts(k)).count() as f32;
@@ -479,7 +485,9 @@ impl<B: Backend> Objective<'_, B> {
         timesteps: &[usize],
     ) -> Result<StepOutput<B>> {
         let o = self.options;
+        let begun = Instant::now();
         let b = self.batch(samples, timesteps)?;
+        let data_seconds = begun.elapsed().as_secs_f64();
         let (n, l, k, d) = (
             samples.len(),
             self.shape.tokens(),
@@ -530,7 +538,13 @@ impl<B: Backend> Objective<'_, B> {
         let figures = terms
             .iter()
             .map(|(name, term, _)| Ok((*name, scalar::<B>(term.value())?)));
-        let figures = figures.collect::<Result<Vec<_>>>()?;
+        let mut figures = figures.collect::<Result<Vec<_>>>()?;
+        // Of the time since the last step began.
+        let last = self.begun.replace((begun, data_seconds));
+        let step = (begun - last.0).as_secs_f64();
+        if step > 0.0 {
+            figures.push(("data_wait", last.1 / step));
+        }
         let mut loss: Option<Var<B>> = None;
         for (_, term, weight) in terms {
             let term = term.affine(weight, 0.0)?;

@@ -526,7 +526,7 @@ impl Marginals {
         }
         let mut counts = vec![0u64; classes * l * k];
         for (sample, &class) in dataset.labels.iter().enumerate() {
-            for (position, &token) in dataset.tokens_of(sample).iter().enumerate() {
+            for (position, token) in dataset.tokens_of(sample)?.into_iter().enumerate() {
                 counts[(class as usize * l + position) * k + token as usize] += 1;
             }
         }

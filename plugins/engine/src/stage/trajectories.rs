@@ -3,7 +3,8 @@
 //! Sample i has class i mod classes, or caption i mod captions, and the noise of (seed, i), so that shards may be made in any order, anywhere, with
 //! any batch size. A finished shard stays in the work directory: an interruption loses at most the open one.
 
-use std::path::Path;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use retort_abi::{ArtifactMeta, Cancel, LogLevel, StageResult};
@@ -19,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::random;
 use crate::sampler::{Choice, Distribution, autoregressive};
 use crate::stage::condition::{Features, Given, Labels, Made, Texts, Wish};
-use crate::stage::{Context, Stage, link, write_json};
+use crate::stage::{Context, Stage, link, resolve, write_json};
 use crate::train::replace;
 
 /// Options of `trajectories`.
@@ -32,6 +33,14 @@ pub struct Options {
     /// Number of samples.
     #[schemars(range(min = 1))]
     pub count: u64,
+    /// Samples start..end alone, as [start, end], while other machines make others: the output is a part of the dataset,
+    /// and a stage whose `parts` name all parts makes the whole of them.
+    #[serde(default)]
+    pub range: Option<[u64; 2]>,
+    /// Folders of parts made elsewhere with the same teacher, seed and options (their manifest.json and shards): what they
+    /// hold is taken over, the rest is made here.
+    #[serde(default)]
+    pub parts: Vec<Part>,
     /// Samples per shard file.
     #[serde(default = "shard_size")]
     #[schemars(range(min = 1))]
@@ -66,6 +75,11 @@ pub struct Options {
     pub features: Option<Features>,
 }
 
+/// A folder with a part of a dataset.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(transparent)]
+pub struct Part(#[schemars(extend("x-retort-file" = "dir"))] String);
+
 fn shard_size() -> u64 {
     10_000
 }
@@ -78,6 +92,57 @@ pub(crate) fn solver_steps() -> usize {
 }
 
 impl Options {
+    /// The shards that cover some samples, in order, and which of them are taken over: from where, under which name.
+    fn shards(
+        &self,
+        manifest: &Manifest,
+        base: &Path,
+        range: Range<u64>,
+    ) -> Result<(Vec<Shard>, Vec<(PathBuf, String)>)> {
+        let mut given = Vec::new();
+        for (i, Part(part)) in self.parts.iter().enumerate() {
+            let dir = resolve(base, part);
+            let shards = manifest.of_part(&dir)?;
+            given.extend(shards.into_iter().map(|shard| (i, dir.clone(), shard)));
+        }
+        given.sort_by_key(|(.., shard)| (shard.start, shard.end));
+        // The same samples made twice are the same.
+        given.dedup_by(|(.., a), (.., b)| (a.start, a.end) == (b.start, b.end));
+        let (mut shards, mut taken, mut next) = (Vec::new(), Vec::new(), range.start);
+        let fill = |shards: &mut Vec<Shard>, from: u64, to: u64| {
+            let mut start = from;
+            while start < to {
+                let end = ((start / self.shard_size + 1) * self.shard_size).min(to);
+                shards.push(Shard {
+                    file: name(start),
+                    start,
+                    end,
+                });
+                start = end;
+            }
+        };
+        for (i, dir, shard) in given {
+            if shard.start < next || shard.end > range.end {
+                let message = format!(
+                    "{}: samples {}..{} overlap with others or lie beyond {}..{}",
+                    dir.join(&shard.file).display(),
+                    shard.start,
+                    shard.end,
+                    range.start,
+                    range.end
+                );
+                return Err(Error::option(format!("/parts/{i}"), message));
+            }
+            fill(&mut shards, next, shard.start);
+            next = shard.end;
+            let file = name(shard.start);
+            taken.push((dir.join(&shard.file), file.clone()));
+            shards.push(Shard { file, ..shard });
+        }
+        fill(&mut shards, next, range.end);
+        Ok((shards, taken))
+    }
+
     fn wish(&self) -> Wish<'_> {
         Wish {
             labels: self.labels.as_ref(),
@@ -86,6 +151,11 @@ impl Options {
             features: self.features.as_ref(),
         }
     }
+}
+
+/// Name of the shard whose first sample this is.
+fn name(start: u64) -> String {
+    format!("shard-{start:09}.safetensors")
 }
 
 /// The stage.
@@ -99,6 +169,15 @@ impl<B: Backend> Stage<B> for Trajectories {
     const SUMMARY: &'static str = "build the noise -> tokens dataset with a teacher's flow map";
 
     fn check(o: &Options, base: &Path) -> Result<()> {
+        if let Some([start, end]) = o.range
+            && (start >= end || end > o.count)
+        {
+            let message = format!(
+                "range [{start}, {end}]: expected [start, end] with start < end, and end at most {}, the count",
+                o.count
+            );
+            return Err(Error::option("/range", message));
+        }
         o.wish().check(base)
     }
 
@@ -128,21 +207,35 @@ impl<B: Backend> Stage<B> for Trajectories {
             None => random::noise(seed, i, l, d),
         };
 
+        let mut manifest = Manifest {
+            format: FORMAT,
+            seed,
+            count: o.count,
+            steps: shape.steps.clone(),
+            vocabulary: shape.vocabulary,
+            dim: d,
+            condition: shape.condition,
+            distribution: o.distribution,
+            solver_steps: o.solver_steps,
+            teacher: input.hash.clone(),
+            shards: Vec::new(),
+        };
         let work = context.work_dir()?;
-        let shards: Vec<Shard> = (0..o.count.div_ceil(o.shard_size))
-            .map(|i| Shard {
-                file: format!("shard-{i:05}.safetensors"),
-                start: i * o.shard_size,
-                end: ((i + 1) * o.shard_size).min(o.count),
-            })
-            .collect();
+        let [first, last] = o.range.unwrap_or([0, o.count]);
+        let (shards, taken) = o.shards(&manifest, base, first..last)?;
+        let total = last - first;
         let (mut done, mut made, clock) = (0, 0, Instant::now());
         for shard in &shards {
             let path = work.join(&shard.file);
             let size = shard.end - shard.start;
+            if taken.iter().any(|(_, file)| *file == shard.file) {
+                done += size;
+                host.progress(done, total, "samples");
+                continue;
+            }
             if read_shard(&path).is_ok_and(|found| found.labels.len() as u64 == size) {
                 done += size;
-                host.progress(done, o.count, "samples");
+                host.progress(done, total, "samples");
                 continue;
             }
             let mut tokens: Vec<u32> = Vec::with_capacity(size as usize * l);
@@ -171,7 +264,7 @@ impl<B: Backend> Stage<B> for Trajectories {
                 )?;
                 tokens.extend(B::to_indices(&ids)?);
                 (start, done, made) = (end, done + n as u64, made + n as u64);
-                host.progress(done, o.count, "samples");
+                host.progress(done, total, "samples");
             }
             let classes = &labels[shard.start as usize..shard.end as usize];
             let noise = given.as_ref().map(|all| {
@@ -192,27 +285,20 @@ impl<B: Backend> Stage<B> for Trajectories {
                 &format!("{made} trajectories, {rate:.0} per second"),
             );
         }
-        let manifest = Manifest {
-            format: FORMAT,
-            seed,
-            count: o.count,
-            steps: shape.steps.clone(),
-            vocabulary: shape.vocabulary,
-            dim: d,
-            condition: shape.condition,
-            distribution: o.distribution,
-            solver_steps: o.solver_steps,
-            teacher: input.hash.clone(),
-            shards,
-        };
+        manifest.shards = shards;
         context.finish(
             "trajectories",
             ArtifactMeta::default(),
-            json!({ "count": o.count }),
+            json!({ "count": total }),
             |dir| {
+                for (from, file) in &taken {
+                    let to = dir.join(file);
+                    std::fs::copy(from, &to).map_err(Error::io(from))?;
+                }
                 let captions = matches!(subjects, Subjects::Captions(_)).then_some(captions::FILE);
                 let shards = manifest.shards.iter().map(|shard| shard.file.as_str());
-                for file in shards.chain(captions) {
+                let made = |file: &&str| taken.iter().all(|(_, taken)| taken != file);
+                for file in shards.filter(made).chain(captions) {
                     link(&work.join(file), &dir.join(file))?;
                 }
                 write_json(&dir.join(MANIFEST), &manifest)
