@@ -90,6 +90,22 @@ impl Captions {
         }
     }
 
+    /// Whether another file holds the same features of the same captions.
+    pub fn are_in(&self, path: &Path) -> Result<bool> {
+        let other = Self::open(path, self.shape)?;
+        if self.starts != other.starts {
+            return Ok(false);
+        }
+        for pair in self.starts.windows(2) {
+            let (first, count) = (pair[0], pair[1] - pair[0]);
+            let rows = |captions: &Self| captions.stored.rows("features", first, count);
+            if rows(self)? != rows(&other)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     fn batch<B: Backend>(&self, backend: &B, numbers: &[u32]) -> Result<Conditions<B>> {
         let CaptionShape { positions, width } = self.shape;
         let mut features = vec![0.0; numbers.len() * positions * width];
@@ -152,6 +168,16 @@ mod tests {
         let captions = Captions::open(&path, shape(4, 2)).unwrap();
         assert_eq!(captions.starts, [0, 1, 4]);
         assert_eq!(captions.stored.rows("features", 1, 3).unwrap(), data[2..]);
+        let other = dir.path().join("other");
+        for (lengths, last, same) in [
+            ([1, 3], 7.0, true),
+            ([1, 3], 8.0, false),
+            ([2, 2], 7.0, false),
+        ] {
+            let data = [&data[..7], &[last]].concat();
+            write(&other, &lengths, 2, |give| give(&data)).unwrap();
+            assert_eq!(captions.are_in(&other).unwrap(), same, "{lengths:?} {last}");
+        }
         for (shape, expected) in [
             (shape(2, 2), "a caption of 3 tokens, expected 1 to 2"),
             (

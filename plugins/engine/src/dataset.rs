@@ -78,28 +78,28 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// Reads a shard and refuses it if it is not what the manifest says.
-    pub fn check(&self, dir: &Path, shard: &Shard) -> Result<ShardData> {
-        let path = dir.join(&shard.file);
-        let part = read_shard(&path)?;
+    /// Opens a file with the samples of a shard, and refuses it if it does not hold them. Returns their labels too.
+    pub fn open_shard(&self, path: &Path, shard: &Shard) -> Result<(Stored, Vec<u32>)> {
+        let stored = Stored::open(path, None)?;
         let (n, l) = ((shard.end - shard.start) as usize, self.tokens().tokens());
-        if part.labels.len() != n || part.tokens.len() != n * l {
+        let (labels, tokens) = (stored.indices("labels")?, stored.indices("tokens")?);
+        if labels.len() != n || tokens.len() != n * l {
             let message = format!(
                 "{} labels and {} tokens, expected {n} and {}",
-                part.labels.len(),
-                part.tokens.len(),
+                labels.len(),
+                tokens.len(),
                 n * l
             );
-            return Err(Error::data(&path, message));
+            return Err(Error::data(path, message));
         }
-        if let Some(bad) = part.tokens.iter().find(|&&t| t as usize >= self.vocabulary) {
+        if let Some(bad) = tokens.iter().find(|&&t| t as usize >= self.vocabulary) {
             let message = format!(
                 "token {bad}, but the codebook has {} codes",
                 self.vocabulary
             );
-            return Err(Error::data(&path, message));
+            return Err(Error::data(path, message));
         }
-        Ok(part)
+        Ok((stored, labels))
     }
 
     /// What differs between two parts that ought to be of one dataset, in words.
@@ -130,18 +130,18 @@ impl Manifest {
             .map(|(what, own, other)| format!("{what} {other}, expected {own}"))
     }
 
-    /// The shards of a part made elsewhere, every one of them read and checked.
+    /// The shards of a part made elsewhere, by the manifest there.
     pub fn of_part(&self, dir: &Path) -> Result<Vec<Shard>> {
         let part = Self::read(dir)?;
-        if let Some(what) = self.differs(&part) {
-            let message = format!("this is no part of the same dataset: {what}");
-            return Err(Error::data(dir.join(MANIFEST), message));
+        match self.differs(&part) {
+            None => Ok(part.shards),
+            Some(what) => {
+                let message = format!("this is no part of the same dataset: {what}");
+                Err(Error::data(dir.join(MANIFEST), message))
+            }
         }
-        for shard in &part.shards {
-            part.check(dir, shard)?;
-        }
-        Ok(part.shards)
     }
+
     /// Shape of the token sequences.
     pub fn tokens(&self) -> TokenShape {
         TokenShape {
@@ -220,8 +220,9 @@ impl Dataset {
                 break;
             }
             next = shard.end;
-            labels.extend(manifest.check(dir, shard)?.labels);
-            shards.push(Stored::open(&dir.join(&shard.file), None)?);
+            let (stored, own) = manifest.open_shard(&dir.join(&shard.file), shard)?;
+            labels.extend(own);
+            shards.push(stored);
         }
         if next != manifest.count {
             let message = format!(
@@ -281,25 +282,4 @@ impl Dataset {
         let (shard, row) = self.place(sample);
         shard.index_rows("tokens", row, 1)
     }
-}
-
-/// The contents of a shard.
-pub struct ShardData {
-    /// Class of each sample, or number of its caption.
-    pub labels: Vec<u32>,
-    /// Tokens, row-major.
-    pub tokens: Vec<u32>,
-    /// Noise, where it was given.
-    pub noise: Option<Vec<f32>>,
-}
-
-/// Reads one shard.
-pub fn read_shard(path: &Path) -> Result<ShardData> {
-    let stored = Stored::open(path, None)?;
-    let noise = stored.shape("noise").map(|_| stored.floats("noise"));
-    Ok(ShardData {
-        labels: stored.indices("labels")?,
-        tokens: stored.indices("tokens")?,
-        noise: noise.transpose()?,
-    })
 }

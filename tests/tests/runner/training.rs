@@ -267,6 +267,11 @@ fn parts_made_elsewhere_make_the_whole() {
     for (stage, code, saying) in [
         (format!("{OPTIONS}, range: [9, 9]"), 3, "range [9, 9]: expected [start, end] with start < end"),
         (format!("{OPTIONS}, range: [0, 602]"), 3, "end at most 601, the count"),
+        (
+            format!("{OPTIONS}, parts: [head], labels: [{}]", ["0"; 601].join(", ")),
+            100,
+            "these samples were made with other labels",
+        ),
         (format!("{OPTIONS}, parts: [nowhere]"), 3, "nowhere"),
         (OPTIONS.replace("seed: 3", "seed: 4, parts: [head]"), 100, "seed 3, expected 4"),
         (format!("{OPTIONS}, range: [0, 500], parts: [tail]"), 100, "lie beyond 0..500"),

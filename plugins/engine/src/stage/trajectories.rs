@@ -15,7 +15,7 @@ use serde_json::json;
 use crate::backend::{Backend, FlowSolver};
 use crate::bundle::Bundle;
 use crate::captions::{self, Subjects};
-use crate::dataset::{FORMAT, MANIFEST, Manifest, Shard, read_shard, write_shard};
+use crate::dataset::{FORMAT, MANIFEST, Manifest, Shard, write_shard};
 use crate::error::{Error, Result};
 use crate::random;
 use crate::sampler::{Choice, Distribution, autoregressive};
@@ -92,55 +92,54 @@ pub(crate) fn solver_steps() -> usize {
 }
 
 impl Options {
-    /// The shards that cover some samples, in order, and which of them are taken over: from where, under which name.
+    /// The shards that cover some samples, in order, each with the file that holds it already, if a part does.
     fn shards(
         &self,
         manifest: &Manifest,
+        subjects: &Subjects,
         base: &Path,
         range: Range<u64>,
-    ) -> Result<(Vec<Shard>, Vec<(PathBuf, String)>)> {
+    ) -> Result<Vec<(Shard, Option<PathBuf>)>> {
         let mut given = Vec::new();
         for (i, Part(part)) in self.parts.iter().enumerate() {
             let dir = resolve(base, part);
             let shards = manifest.of_part(&dir)?;
-            given.extend(shards.into_iter().map(|shard| (i, dir.clone(), shard)));
+            let features = dir.join(captions::FILE);
+            if let Subjects::Captions(own) = subjects
+                && !own.are_in(&features)?
+            {
+                let message = "these are not the features of this stage's captions; give all parts the same `features`";
+                return Err(Error::data(features, message));
+            }
+            given.extend(
+                shards
+                    .into_iter()
+                    .map(|shard| (i, dir.join(&shard.file), shard)),
+            );
         }
         given.sort_by_key(|(.., shard)| (shard.start, shard.end));
         // The same samples made twice are the same.
         given.dedup_by(|(.., a), (.., b)| (a.start, a.end) == (b.start, b.end));
-        let (mut shards, mut taken, mut next) = (Vec::new(), Vec::new(), range.start);
-        let fill = |shards: &mut Vec<Shard>, from: u64, to: u64| {
-            let mut start = from;
-            while start < to {
-                let end = ((start / self.shard_size + 1) * self.shard_size).min(to);
-                shards.push(Shard {
-                    file: name(start),
-                    start,
-                    end,
-                });
-                start = end;
-            }
-        };
-        for (i, dir, shard) in given {
-            if shard.start < next || shard.end > range.end {
+        let (mut shards, mut next) = (Vec::new(), range.start);
+        let gap = |samples| cut(samples, self.shard_size).map(|shard| (shard, None));
+        for (i, from, found) in given {
+            if found.start < next || found.end > range.end {
                 let message = format!(
                     "{}: samples {}..{} overlap with others or lie beyond {}..{}",
-                    dir.join(&shard.file).display(),
-                    shard.start,
-                    shard.end,
+                    from.display(),
+                    found.start,
+                    found.end,
                     range.start,
                     range.end
                 );
                 return Err(Error::option(format!("/parts/{i}"), message));
             }
-            fill(&mut shards, next, shard.start);
-            next = shard.end;
-            let file = name(shard.start);
-            taken.push((dir.join(&shard.file), file.clone()));
-            shards.push(Shard { file, ..shard });
+            shards.extend(gap(next..found.start));
+            next = found.end;
+            shards.push((shard(found.start, found.end), Some(from)));
         }
-        fill(&mut shards, next, range.end);
-        Ok((shards, taken))
+        shards.extend(gap(next..range.end));
+        Ok(shards)
     }
 
     fn wish(&self) -> Wish<'_> {
@@ -153,9 +152,18 @@ impl Options {
     }
 }
 
-/// Name of the shard whose first sample this is.
-fn name(start: u64) -> String {
-    format!("shard-{start:09}.safetensors")
+/// A shard of these samples.
+fn shard(start: u64, end: u64) -> Shard {
+    let file = format!("shard-{start:09}.safetensors");
+    Shard { file, start, end }
+}
+
+/// Samples cut at the multiples of a size.
+fn cut(samples: Range<u64>, size: u64) -> impl Iterator<Item = Shard> {
+    let Range { start, end } = samples;
+    (start / size..end.div_ceil(size))
+        .map(move |i| shard((i * size).max(start), ((i + 1) * size).min(end)))
+        .filter(|shard| shard.start < shard.end)
 }
 
 /// The stage.
@@ -222,18 +230,42 @@ impl<B: Backend> Stage<B> for Trajectories {
         };
         let work = context.work_dir()?;
         let [first, last] = o.range.unwrap_or([0, o.count]);
-        let (shards, taken) = o.shards(&manifest, base, first..last)?;
+        let shards = o.shards(&manifest, &subjects, base, first..last)?;
+        let given_of = |shard: &Shard| {
+            let within = |x: u64| x as usize * l * d;
+            given
+                .as_ref()
+                .map(|all| &all[within(shard.start)..within(shard.end)])
+        };
+        let labels_of = |shard: &Shard| &labels[shard.start as usize..shard.end as usize];
+        // Whether a file holds the samples that this stage would make.
+        let check = |path: &Path, shard: &Shard| -> Result<()> {
+            let (stored, found) = manifest.open_shard(path, shard)?;
+            let noise = stored.shape("noise").map(|_| stored.floats("noise"));
+            let other = if found != labels_of(shard) {
+                "labels"
+            } else if noise.transpose()?.as_deref() != given_of(shard) {
+                "noise"
+            } else {
+                return Ok(());
+            };
+            let message = format!("these samples were made with other {other}");
+            Err(Error::data(path, message))
+        };
         let total = last - first;
         let (mut done, mut made, clock) = (0, 0, Instant::now());
-        for shard in &shards {
+        for (shard, from) in &shards {
             let path = work.join(&shard.file);
             let size = shard.end - shard.start;
-            if taken.iter().any(|(_, file)| *file == shard.file) {
-                done += size;
-                host.progress(done, total, "samples");
-                continue;
+            if let Some(from) = from {
+                check(from, shard)?;
+                replace(&path, |partial| {
+                    std::fs::copy(from, partial)
+                        .map(drop)
+                        .map_err(Error::io(from))
+                })?;
             }
-            if read_shard(&path).is_ok_and(|found| found.labels.len() as u64 == size) {
+            if from.is_some() || check(&path, shard).is_ok() {
                 done += size;
                 host.progress(done, total, "samples");
                 continue;
@@ -266,15 +298,9 @@ impl<B: Backend> Stage<B> for Trajectories {
                 (start, done, made) = (end, done + n as u64, made + n as u64);
                 host.progress(done, total, "samples");
             }
-            let classes = &labels[shard.start as usize..shard.end as usize];
-            let noise = given.as_ref().map(|all| {
-                (
-                    &all[shard.start as usize * l * d..shard.end as usize * l * d],
-                    d,
-                )
-            });
+            let noise = given_of(shard).map(|noise| (noise, d));
             replace(&path, |partial| {
-                write_shard(partial, classes, &tokens, noise)
+                write_shard(partial, labels_of(shard), &tokens, noise)
             })?;
         }
         if made > 0 {
@@ -285,20 +311,15 @@ impl<B: Backend> Stage<B> for Trajectories {
                 &format!("{made} trajectories, {rate:.0} per second"),
             );
         }
-        manifest.shards = shards;
+        manifest.shards = shards.into_iter().map(|(shard, _)| shard).collect();
         context.finish(
             "trajectories",
             ArtifactMeta::default(),
             json!({ "count": total }),
             |dir| {
-                for (from, file) in &taken {
-                    let to = dir.join(file);
-                    std::fs::copy(from, &to).map_err(Error::io(from))?;
-                }
                 let captions = matches!(subjects, Subjects::Captions(_)).then_some(captions::FILE);
                 let shards = manifest.shards.iter().map(|shard| shard.file.as_str());
-                let made = |file: &&str| taken.iter().all(|(_, taken)| taken != file);
-                for file in shards.filter(made).chain(captions) {
+                for file in shards.chain(captions) {
                     link(&work.join(file), &dir.join(file))?;
                 }
                 write_json(&dir.join(MANIFEST), &manifest)
