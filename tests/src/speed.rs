@@ -124,17 +124,11 @@ impl Reference {
     pub fn work(&self, phase: Phase) -> (f64, f64) {
         let shape = self.network.tokens();
         let (k, d, l) = (shape.vocabulary, shape.dim, shape.tokens());
-        let (blocks, width) = match &self.network {
-            NetworkConfig::Llamagen(c) => {
-                let hidden = (8 * c.width / 3).next_multiple_of(256);
-                (c.depth * c.width * (4 * c.width + 3 * hidden), c.width)
-            }
-            NetworkConfig::Var(c) => (c.depth * c.width * 12 * c.width, c.width),
+        let (depth, width, block) = match &self.network {
+            NetworkConfig::Llamagen(c) => (c.depth, c.width, 4 * c.width + 3 * c.hidden()),
+            NetworkConfig::Var(c) => (c.depth, c.width, 12 * c.width),
         };
-        let depth = match &self.network {
-            NetworkConfig::Llamagen(c) => c.depth,
-            NetworkConfig::Var(c) => c.depth,
-        };
+        let blocks = depth * width * block;
         let weights = (blocks + k * width) as f64;
         let rows = |n: usize| n as f64;
         // Query-key and value products of `seen` keys over all positions.

@@ -70,7 +70,8 @@ impl Config {
         Ok(())
     }
 
-    fn hidden(&self) -> usize {
+    /// Width of a block's feed-forward layer.
+    pub fn hidden(&self) -> usize {
         (2 * 4 * self.width / 3).next_multiple_of(256)
     }
 
