@@ -147,7 +147,7 @@ pub enum Command {
     Inspect(inspect::Args),
     /// Remove what no run needs; lists it first.
     Gc(gc::Args),
-    /// List and check backend plugins.
+    /// List, begin, install, examine and lock plugins.
     Plugin(plugin::Args),
     /// Check this machine and installation, and say what to repair.
     Doctor(doctor::Args),
