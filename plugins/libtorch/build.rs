@@ -25,13 +25,28 @@ fn main() {
     println!("cargo::rustc-link-arg-benches=-Wl,--allow-multiple-definition");
     // Some dependencies mark functions for export; the plugin shows its own entry alone.
     println!("cargo::rustc-link-arg-cdylib=-Wl,--exclude-libs,ALL");
+    // libtorch's loops over its threads are OpenMP's, expanded where they are used.
+    println!("cargo::rustc-link-arg=-L{}", lib.display());
+    println!("cargo::rustc-link-arg=-l:{}", openmp(&lib));
     cc::Build::new()
         .cpp(true)
         .std("c++17")
+        .flag("-fopenmp")
         .warnings(false)
         .include(root.join("include"))
         .file("src/aten.cpp")
         .compile("retort_aten");
+}
+
+/// The OpenMP that libtorch brings along, or the system's, which it uses then: a process must not have two.
+fn openmp(lib: &Path) -> String {
+    let files = lib.read_dir().into_iter().flatten().flatten();
+    let names = files.filter_map(|file| file.file_name().into_string().ok());
+    let own = |name: &String| name.starts_with("libgomp") || name.starts_with("libiomp5");
+    names
+        .into_iter()
+        .find(own)
+        .unwrap_or_else(|| "libgomp.so.1".into())
 }
 
 /// The version that libtorch's own header gives.

@@ -2,9 +2,10 @@
 
 use retort_engine::backend::Unary;
 use retort_engine::error::Result;
+use retort_kernels::lanes::{exp, greater, normal, sigmoid};
 
 use crate::T;
-use crate::lanes::{by_rows, exp, greater, normal, sigmoid};
+use crate::rows::by_rows;
 use crate::view::{floats, fresh, tensor, whole};
 
 /// sqrt(2/pi) and the cubic's share, of GELU's tanh form: tanh(ROOT (x + CUBE x^3)).

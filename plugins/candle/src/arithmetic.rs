@@ -3,9 +3,10 @@
 use rayon::prelude::*;
 use retort_engine::backend::Binary;
 use retort_engine::error::Result;
+use retort_kernels::lanes::{greater, sum as sum_of};
 
 use crate::T;
-use crate::lanes::{by_rows, greater, sum as sum_of};
+use crate::rows::by_rows;
 use crate::view::{floats, fresh, tensor, whole};
 
 /// A function of pairs, where one argument has the result's shape and the other is repeated in a regular way; None

@@ -4,8 +4,9 @@
 use rayon::prelude::*;
 use retort_engine::backend::Mask;
 use retort_engine::error::{Error, Result};
+use retort_kernels::lanes::{add_scaled, dot, exp, max, sum};
 
-use crate::lanes::{add_scaled, by_rows, dot, exp, max, sum};
+use crate::rows::by_rows;
 use crate::softmax::exponentials;
 use crate::view::{floats, fresh, rows, tensor, whole};
 use crate::{T, failed};

@@ -11,17 +11,15 @@ mod attention;
 mod backend;
 mod convolution;
 mod flow;
-mod lanes;
 mod norm;
 mod optimiser;
 pub mod plain;
 mod plugin;
 mod pooling;
 mod product;
-mod skinny;
+mod rows;
 mod softmax;
 mod view;
-mod wide;
 mod winograd;
 
 use candle_core::{DType, Device, Tensor};

@@ -2,9 +2,10 @@
 
 use rayon::prelude::*;
 use retort_engine::error::Result;
+use retort_kernels::lanes::{add_scaled, dot, sum};
 
 use crate::T;
-use crate::lanes::{add_scaled, by_rows, dot, sum};
+use crate::rows::by_rows;
 use crate::view::{floats, fresh, tensor, whole};
 
 /// Rows whose share of a parameter's gradient is summed by one task: fixed, so that the order of the sum is.

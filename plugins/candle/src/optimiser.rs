@@ -5,7 +5,7 @@ use retort_engine::backend::AdamwStep;
 use retort_engine::error::Result;
 
 use crate::T;
-use crate::lanes::by_rows;
+use crate::rows::by_rows;
 use crate::view::{floats, whole, write};
 
 /// One AdamW step on a parameter and its moments.

@@ -3,9 +3,9 @@
 use rayon::prelude::*;
 use retort_engine::backend::Window;
 use retort_engine::error::Result;
+use retort_kernels::lanes::greater;
 
 use crate::T;
-use crate::lanes::greater;
 use crate::view::{floats, fresh, tensor, whole};
 
 /// (b, c, h, w) -> (b, c, h', w')

@@ -4,9 +4,10 @@
 use gemm::Parallelism;
 use rayon::prelude::*;
 use retort_engine::error::{Error, Result};
+use retort_kernels::Rayon;
+use retort_kernels::skinny::{self, FEW, STRETCH};
 
 use crate::T;
-use crate::skinny::{self, STRETCH};
 use crate::view::{floats, fresh, rows, tensor, whole};
 
 /// A matrix in memory: its elements from the first on, and the steps to the next row and column.
@@ -103,9 +104,6 @@ impl Product {
     }
 }
 
-/// Rows of x up to which a linear map is bound by reading its weights.
-const FEW: usize = 24;
-
 /// x (.., i) times w (o, i) transposed, plus bias (o). A row is the same whatever the number of rows: the order of
 /// summation is spelled out, in stretches that gemm does not divide.
 pub fn linear(x: &T, w: &T, bias: Option<&T>) -> Result<T> {
@@ -126,7 +124,7 @@ pub fn linear(x: &T, w: &T, bias: Option<&T>) -> Result<T> {
     let grow = bias.is_some();
     // For few results gemm turns to inner products, which add up in another order.
     if n <= FEW || o * n <= 256 || (i > 512 && o <= 64 && n < 65) {
-        skinny::product(&mut y, x, (w, w_row), [n, i, o], grow);
+        skinny::product(&Rayon, &mut y, x, (w, w_row), [n, i, o], grow);
         return tensor(y, &shape);
     }
     for start in (0..i).step_by(STRETCH) {
@@ -221,4 +219,67 @@ fn starts(batch: &[usize], stride: &[usize]) -> Vec<usize> {
             .collect();
     }
     starts
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Tensor};
+
+    use super::linear;
+
+    /// Numbers without a pattern, as exact as they come.
+    fn numbers(seed: u32, n: usize) -> Vec<f32> {
+        let mut x = seed;
+        let next = |_| {
+            x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (x >> 8) as f32 / 16_777_216.0 - 0.5
+        };
+        (0..n).map(next).collect()
+    }
+
+    #[test]
+    fn a_row_does_not_depend_on_how_many_there_are() {
+        let many = 100;
+        for (i, o) in [
+            (768, 2304),
+            (2048, 768),
+            (96, 128),
+            (1000, 40),
+            (700, 3),
+            (31, 17),
+            (256, 16),
+            (257, 65),
+        ] {
+            let tensor = |seed, shape: &[usize]| {
+                let data = numbers(seed, shape.iter().product());
+                Tensor::from_vec(data, shape, &Device::Cpu).expect("a tensor")
+            };
+            let (x, w, bias) = (tensor(1, &[many, i]), tensor(2, &[o, i]), tensor(3, &[o]));
+            for bias in [None, Some(&bias)] {
+                let rows = |n: usize| -> Vec<Vec<f32>> {
+                    let x = x.narrow(0, 0, n).expect("rows");
+                    let y = linear(&x, &w, bias).expect("a product");
+                    y.to_vec2().expect("floats")
+                };
+                let all = rows(many);
+                for n in [1, 2, 3, 5, 6, 7, 8, 12, 16, 24, 25, 33, 64, 65, 99] {
+                    let few = rows(n);
+                    for (r, row) in few.iter().enumerate() {
+                        let differing = row.iter().zip(&all[r]).filter(|(a, b)| a != b).count();
+                        assert_eq!(differing, 0, "row {r} of {n}, {i} to {o}");
+                    }
+                }
+                let x: Vec<f32> = x.flatten_all().expect("flat").to_vec1().expect("floats");
+                let w: Vec<f32> = w.flatten_all().expect("flat").to_vec1().expect("floats");
+                for (r, c) in [(0, 0), (7, o - 1), (99, o / 2)] {
+                    let pairs = x[r * i..][..i].iter().zip(&w[c * i..][..i]);
+                    let mut sum: f64 = pairs.map(|(&x, &w)| f64::from(x) * f64::from(w)).sum();
+                    if let Some(bias) = bias {
+                        sum += f64::from(bias.to_vec1::<f32>().expect("floats")[c]);
+                    }
+                    assert!((sum - f64::from(all[r][c])).abs() < 1e-5 * (i as f64).sqrt());
+                }
+            }
+        }
+    }
 }

@@ -3,8 +3,9 @@
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 use retort_engine::error::{Error, Result};
+use retort_kernels::lanes::{dot, exp, max, sum};
 
-use crate::lanes::{by_rows, dot, exp, max, sum};
+use crate::rows::by_rows;
 use crate::view::{floats, fresh, ids as host_ids, tensor, whole};
 use crate::{T, failed};
 

@@ -13,7 +13,7 @@ use rayon::prelude::*;
 
 use crate::product::{Matrix, Product};
 use crate::view::fresh;
-use crate::wide::{self, Wide};
+use retort_kernels::wide::{self, Wide};
 
 /// Places of a transformed tile.
 const PLACES: usize = 36;

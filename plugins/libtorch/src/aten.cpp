@@ -1,5 +1,5 @@
 // What the backend needs of libtorch and tch does not bind: backward operations (tch skips functions that take arrays
-// of bool), and a setting.
+// of bool), a setting, and its threads.
 //
 // In: handles of at::Tensor as tch holds them, borrowed. Out: new handles, owned by the caller. A function returns
 // nullptr, or the message of what was thrown; the message lives until the thread's next call.
@@ -7,6 +7,7 @@
 #include <string>
 
 #include <ATen/Context.h>
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/native_group_norm.h>
@@ -47,6 +48,16 @@ const char *retort_no_tf32() {
   return guarded([] {
     at::globalContext().setAllowTF32CuDNN(false);
     at::globalContext().setAllowTF32CuBLAS(false);
+  });
+}
+
+// Calls task(context, i) for each i below count on libtorch's own threads, and returns when all calls have returned.
+const char *retort_each(int64_t count, void (*task)(const void *, int64_t), const void *context) {
+  return guarded([&] {
+    at::parallel_for(0, count, 1, [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i)
+        task(context, i);
+    });
   });
 }
 

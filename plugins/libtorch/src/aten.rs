@@ -13,6 +13,11 @@ type Out = *mut c_void;
 
 unsafe extern "C" {
     fn retort_no_tf32() -> *const c_char;
+    fn retort_each(
+        count: i64,
+        task: extern "C" fn(*const c_void, i64),
+        context: *const c_void,
+    ) -> *const c_char;
     fn retort_conv2d_backward(
         x: Handle,
         w: Handle,
@@ -43,6 +48,19 @@ unsafe extern "C" {
 pub(crate) fn no_tf32() -> Result<()> {
     // SAFETY: sets two flags of the process.
     check(unsafe { retort_no_tf32() })
+}
+
+/// Runs a task with each number below `count` on libtorch's threads.
+pub(crate) fn each(count: usize, task: &(dyn Fn(usize) + Sync)) -> Result<()> {
+    type Task<'t> = &'t (dyn Fn(usize) + Sync);
+    /// A panic in a task ends the process, as no frame of C++ may be unwound.
+    extern "C" fn call(context: *const c_void, i: i64) {
+        // SAFETY: `each` passes a task that outlives the loop, and any thread may call it.
+        let task = unsafe { *context.cast::<Task<'_>>() };
+        task(i as usize);
+    }
+    // SAFETY: the context is what `call` takes it for, and the loop is over when this returns.
+    check(unsafe { retort_each(count as i64, call, (&raw const task).cast()) })
 }
 
 /// Gradients of a cross-correlation for input and kernel.

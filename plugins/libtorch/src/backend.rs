@@ -5,7 +5,7 @@ use retort_engine::error::{Error, Result};
 use retort_engine::flow;
 use tch::{Kind, Reduction};
 
-use crate::{Libtorch, Precision, Tensor, aten, failed};
+use crate::{Libtorch, Precision, Tensor, aten, failed, host};
 
 type T = Tensor;
 type Raw = tch::Tensor;
@@ -87,7 +87,7 @@ impl Backend for Libtorch {
     }
 
     fn factor(x: &T) -> Result<T> {
-        x.with(x.inner.f_to_kind(x.precision.storage()))
+        x.with(x.precision.factor(&x.inner))
     }
 
     fn to_floats(x: &T) -> Result<Vec<f32>> {
@@ -376,6 +376,9 @@ impl Backend for Libtorch {
     }
 
     fn linear(x: &T, w: &T, bias: Option<&T>) -> Result<T> {
+        if let Some(y) = host::linear(&x.inner, &w.inner, bias.map(|b| &b.inner)) {
+            return Ok(x.like(y?));
+        }
         let run = || {
             let (a, b) = (x.operand()?, w.operand()?);
             if a.kind() == Kind::Float {
@@ -597,6 +600,9 @@ impl Backend for Libtorch {
     }
 
     fn flow_map(logits: &T, noise: &T, codebook: &T, solver: &FlowSolver) -> Result<T> {
+        if let Some(ids) = host::flow_map(&logits.inner, &noise.inner, &codebook.inner, solver) {
+            return Ok(logits.like(ids?));
+        }
         let run = || {
             let codes = codebook.wide()?;
             let turned = codes.f_transpose(0, 1)?;

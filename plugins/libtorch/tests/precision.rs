@@ -76,7 +76,7 @@ fn distance(x: &[f32], y: &[f32]) -> f64 {
 #[test]
 fn networks_stay_close() {
     let (logits, gradients) = student(Precision::Full).expect("f32");
-    for precision in [Precision::Half, Precision::Emulated] {
+    for precision in [Precision::Half, Precision::Weights] {
         let (rounded, rounded_gradients) = student(precision).expect("bf16");
         let error = distance(&logits, &rounded);
         println!("{precision:?}: logits {error:.2e}");
@@ -118,7 +118,7 @@ fn everything_but_products_is_exact() {
         Ok(all)
     };
     let full = compute(Precision::Full).expect("f32");
-    for precision in [Precision::Half, Precision::Emulated] {
+    for precision in [Precision::Half, Precision::Weights] {
         assert_eq!(full, compute(precision).expect("bf16"), "{precision:?}");
     }
 }

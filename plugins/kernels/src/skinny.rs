@@ -1,11 +1,14 @@
 //! Products of a weight matrix with few rows, as AR steps have them. They are bound by the memory that the weights come
-//! from, so each weight is read once, where it lies; the general product would first rearrange them all.
+//! from, so each weight is read once, where it lies; a general product would first rearrange them all. Weights in bf16
+//! are half the bytes.
 //!
-//! The order of summation is that of `product::linear` for many rows: one fused multiply-add after the other along the
-//! inner dimension, in stretches whose sums are added up.
+//! The order of summation: one fused multiply-add after the other in f32 along the inner dimension, in stretches whose
+//! sums are added up.
 
-use rayon::prelude::*;
+use half::bf16;
 
+use crate::Pool;
+use crate::pool::chunks;
 use crate::wide;
 
 /// Inner elements that are summed up apart.
@@ -20,11 +23,50 @@ const TASK: usize = 4 * PANEL;
 /// Rows whose sums stay in registers.
 const BLOCK: usize = 6;
 
+/// Rows of x up to which a product is bound by reading its weights.
+pub const FEW: usize = 24;
+
+/// An element of a weight matrix.
+pub trait Weight: Copy + Sync {
+    /// As a float.
+    fn widen(self) -> f32;
+    /// Eight of them.
+    fn eight(x: &[Self; 8]) -> wide::Wide;
+}
+
+impl Weight for f32 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+
+    #[inline(always)]
+    fn eight(x: &[Self; 8]) -> wide::Wide {
+        wide::load(x)
+    }
+}
+
+impl Weight for bf16 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+
+    #[inline(always)]
+    fn eight(x: &[Self; 8]) -> wide::Wide {
+        wide::load_half(x)
+    }
+}
+
 /// y (n, o) = x (n, i) times w (o, i) transposed, plus what y holds if `grow`; the rows of w are `w_row` apart.
-pub fn product(
+///
+/// # Panics
+/// The slices are shorter than the sizes say.
+pub fn product<W: Weight>(
+    pool: &impl Pool,
     y: &mut [f32],
     x: &[f32],
-    (w, w_row): (&[f32], usize),
+    (w, w_row): (&[W], usize),
     [n, i, o]: [usize; 3],
     grow: bool,
 ) {
@@ -49,42 +91,40 @@ pub fn product(
             to.zip(y).for_each(|(to, &y)| *to = y);
         }
     }
-    turned.par_chunks_mut(n * TASK).enumerate().for_each_init(
-        || vec![0.0; STRETCH * PANEL],
-        |panel, (task, out)| {
-            for (at, out) in out.chunks_mut(n * PANEL).enumerate() {
-                let w = &w[(task * TASK + at * PANEL) * w_row..];
-                for start in (0..i).step_by(STRETCH) {
-                    let depth = STRETCH.min(i - start);
-                    let panel = &mut panel[..depth * PANEL];
-                    // What comes next: the same rows' next stretch, or the next rows' first.
-                    let next = match start + STRETCH {
-                        next if next < i => next,
-                        _ => PANEL * w_row,
-                    };
-                    fill(
-                        panel,
-                        (&w[start..], w_row),
-                        out.len() / n,
-                        &w[next.min(w.len())..],
-                    );
-                    for (b, x) in columns_of_x.chunks(block * i).enumerate() {
-                        let rows = x.len() / i;
-                        let (x, first) = (&x[start * rows..][..depth * rows], start == 0 && !grow);
-                        let out = (&mut out[b * block..], n);
-                        match rows {
-                            1 => sums::<1>(out, x, panel, first),
-                            2 => sums::<2>(out, x, panel, first),
-                            3 => sums::<3>(out, x, panel, first),
-                            4 => sums::<4>(out, x, panel, first),
-                            5 => sums::<5>(out, x, panel, first),
-                            _ => sums::<BLOCK>(out, x, panel, first),
-                        }
+    chunks(pool, &mut turned, n * TASK, |task, out| {
+        let mut panel = [0.0; STRETCH * PANEL];
+        for (at, out) in out.chunks_mut(n * PANEL).enumerate() {
+            let w = &w[(task * TASK + at * PANEL) * w_row..];
+            for start in (0..i).step_by(STRETCH) {
+                let depth = STRETCH.min(i - start);
+                let panel = &mut panel[..depth * PANEL];
+                // What comes next: the same rows' next stretch, or the next rows' first.
+                let next = match start + STRETCH {
+                    next if next < i => next,
+                    _ => PANEL * w_row,
+                };
+                fill(
+                    panel,
+                    (&w[start..], w_row),
+                    out.len() / n,
+                    &w[next.min(w.len())..],
+                );
+                for (b, x) in columns_of_x.chunks(block * i).enumerate() {
+                    let rows = x.len() / i;
+                    let (x, first) = (&x[start * rows..][..depth * rows], start == 0 && !grow);
+                    let out = (&mut out[b * block..], n);
+                    match rows {
+                        1 => sums::<1>(out, x, panel, first),
+                        2 => sums::<2>(out, x, panel, first),
+                        3 => sums::<3>(out, x, panel, first),
+                        4 => sums::<4>(out, x, panel, first),
+                        5 => sums::<5>(out, x, panel, first),
+                        _ => sums::<BLOCK>(out, x, panel, first),
                     }
                 }
             }
-        },
-    );
+        }
+    });
     for (r, y) in y.chunks_exact_mut(o).take(n).enumerate() {
         for (y, &sum) in y.iter_mut().zip(turned[r..].iter().step_by(n)) {
             *y = sum;
@@ -125,14 +165,14 @@ fn sums<const R: usize>((out, n): (&mut [f32], usize), x: &[f32], panel: &[f32],
 /// Transposes `width` rows of w, at most [`PANEL`], into columns: (depth, [`PANEL`]). What lies beyond is left as it is
 /// and never read. Meanwhile the rows of `next` begin to come from memory.
 #[inline(always)]
-fn fill(panel: &mut [f32], (w, w_row): (&[f32], usize), width: usize, next: &[f32]) {
+fn fill<W: Weight>(panel: &mut [f32], (w, w_row): (&[W], usize), width: usize, next: &[W]) {
     let depth = panel.len() / PANEL;
     let mut done = 0;
-    #[cfg(all(target_arch = "x86_64", target_feature = "avx"))]
+    #[cfg(all(target_arch = "x86_64", target_feature = "avx2"))]
     if width == PANEL {
         for k in (0..depth / 8 * 8).step_by(8) {
             for half in [0, 8] {
-                if k % 16 == 0 {
+                if k % (64 / size_of::<W>()) == 0 {
                     prefetch(next, half * w_row + k, w_row);
                 }
                 let corner = &w[half * w_row + k..][..7 * w_row + 8];
@@ -148,15 +188,15 @@ fn fill(panel: &mut [f32], (w, w_row): (&[f32], usize), width: usize, next: &[f3
     for l in 0..width {
         let row = &w[l * w_row..][..depth];
         for k in done..depth {
-            panel[k * PANEL + l] = row[k];
+            panel[k * PANEL + l] = row[k].widen();
         }
     }
 }
 
 /// Asks for a line of each of eight rows; those beyond the end are asked for in vain.
-#[cfg(all(target_arch = "x86_64", target_feature = "avx"))]
+#[cfg(all(target_arch = "x86_64", target_feature = "avx2"))]
 #[inline(always)]
-fn prefetch(x: &[f32], at: usize, row: usize) {
+fn prefetch<W>(x: &[W], at: usize, row: usize) {
     use std::arch::x86_64::*;
     for r in 0..8 {
         let line = x.as_ptr().wrapping_add(at + r * row);
@@ -166,15 +206,15 @@ fn prefetch(x: &[f32], at: usize, row: usize) {
 }
 
 /// Transposes eight by eight elements: rows `row` apart become rows [`PANEL`] apart.
-#[cfg(all(target_arch = "x86_64", target_feature = "avx"))]
+#[cfg(all(target_arch = "x86_64", target_feature = "avx2"))]
 #[inline(always)]
-fn turn_square(to: &mut [f32], from: &[f32], row: usize) {
+fn turn_square<W: Weight>(to: &mut [f32], from: &[W], row: usize) {
     use std::arch::x86_64::*;
     assert!(from.len() >= 7 * row + 8 && to.len() >= 7 * PANEL + 8);
-    // SAFETY: the assertion keeps all eight loads and stores of eight floats inside their slices, and AVX is there as
+    // SAFETY: the assertion keeps all eight loads and stores of eight elements inside their slices, and AVX is there as
     // this function is only compiled with it.
     unsafe {
-        let load = |r: usize| _mm256_loadu_ps(from.as_ptr().add(r * row));
+        let load = |r: usize| W::eight(&*from.as_ptr().add(r * row).cast());
         let pairs = [0, 2, 4, 6].map(|r| {
             let (a, b) = (load(r), load(r + 1));
             [_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)]
@@ -205,63 +245,48 @@ fn turn_square(to: &mut [f32], from: &[f32], row: usize) {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Tensor};
+    use super::*;
+    use crate::Rayon;
 
-    use crate::product::linear;
-
-    /// Numbers without a pattern, as exact as they come.
-    fn numbers(seed: u32, n: usize) -> Vec<f32> {
-        let mut x = seed;
-        let next = |_| {
-            x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (x >> 8) as f32 / 16_777_216.0 - 0.5
-        };
-        (0..n).map(next).collect()
+    /// Numbers without a pattern.
+    fn numbers(seed: u64, n: usize) -> Vec<f32> {
+        retort_engine::random::noise(seed, 0, 1, n)
     }
 
-    #[test]
-    fn a_row_does_not_depend_on_how_many_there_are() {
-        let many = 100;
-        for (i, o) in [
-            (768, 2304),
-            (2048, 768),
-            (96, 128),
-            (1000, 40),
-            (700, 3),
-            (31, 17),
-            (256, 16),
-            (257, 65),
-        ] {
-            let tensor = |seed, shape: &[usize]| {
-                let data = numbers(seed, shape.iter().product());
-                Tensor::from_vec(data, shape, &Device::Cpu).expect("a tensor")
-            };
-            let (x, w, bias) = (tensor(1, &[many, i]), tensor(2, &[o, i]), tensor(3, &[o]));
-            for bias in [None, Some(&bias)] {
-                let rows = |n: usize| -> Vec<Vec<f32>> {
-                    let x = x.narrow(0, 0, n).expect("rows");
-                    let y = linear(&x, &w, bias).expect("a product");
-                    y.to_vec2().expect("floats")
+    /// Every sum in f64, and whether rows depend on how many there are.
+    fn check<W: Weight>(convert: impl Fn(f32) -> W) {
+        for (i, o) in [(768, 96), (257, 65), (31, 17), (1000, 40), (8, 1)] {
+            let (x, y) = (numbers(1, 30 * i), numbers(3, 30 * o));
+            let w: Vec<W> = numbers(2, o * (i + 3)).into_iter().map(&convert).collect();
+            for grow in [false, true] {
+                let rows = |n: usize| {
+                    let mut y = y[..n * o].to_vec();
+                    product(&Rayon, &mut y, &x[..n * i], (&w, i + 3), [n, i, o], grow);
+                    y
                 };
-                let all = rows(many);
-                for n in [1, 2, 3, 5, 6, 7, 8, 12, 16, 24, 25, 33, 64, 65, 99] {
-                    let few = rows(n);
-                    for (r, row) in few.iter().enumerate() {
-                        let differing = row.iter().zip(&all[r]).filter(|(a, b)| a != b).count();
-                        assert_eq!(differing, 0, "row {r} of {n}, {i} to {o}");
-                    }
+                let all = rows(30);
+                for n in [1, 2, 5, 6, 7, 24] {
+                    assert_eq!(rows(n), all[..n * o], "{n} rows, {i} to {o}");
                 }
-                let x: Vec<f32> = x.flatten_all().expect("flat").to_vec1().expect("floats");
-                let w: Vec<f32> = w.flatten_all().expect("flat").to_vec1().expect("floats");
-                for (r, c) in [(0, 0), (7, o - 1), (99, o / 2)] {
-                    let pairs = x[r * i..][..i].iter().zip(&w[c * i..][..i]);
-                    let mut sum: f64 = pairs.map(|(&x, &w)| f64::from(x) * f64::from(w)).sum();
-                    if let Some(bias) = bias {
-                        sum += f64::from(bias.to_vec1::<f32>().expect("floats")[c]);
-                    }
-                    assert!((sum - f64::from(all[r][c])).abs() < 1e-5 * (i as f64).sqrt());
+                for (at, found) in all.iter().enumerate() {
+                    let (r, c) = (at / o, at % o);
+                    let pairs = x[r * i..][..i].iter().zip(&w[c * (i + 3)..]);
+                    let products = pairs.map(|(&x, w)| f64::from(x) * f64::from(w.widen()));
+                    let before = if grow { f64::from(y[at]) } else { 0.0 };
+                    let sum = products.sum::<f64>() + before;
+                    let error = (sum - f64::from(*found)).abs();
+                    assert!(
+                        error < 2e-6 * (i as f64).sqrt() + 1e-6,
+                        "{error:e} in {i} to {o}"
+                    );
                 }
             }
         }
+    }
+
+    #[test]
+    fn products_are_those_of_float64_for_both_types_of_weights() {
+        check(|x| x);
+        check(bf16::from_f32);
     }
 }

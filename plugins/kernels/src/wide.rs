@@ -1,7 +1,7 @@
 //! Eight floats at a time, for the kernels in which many sums stay in registers: the compiler keeps those of
 //! [`crate::lanes`] there only while they are few.
 
-pub use instructions::{Wide, ZERO, load, mul_add, splat, store};
+pub use instructions::{Wide, ZERO, load, load_half, mul_add, splat, store};
 
 /// Two times eight.
 #[inline(always)]
@@ -17,9 +17,15 @@ pub fn sixteen(x: [Wide; 2]) -> [f32; 16] {
     std::array::from_fn(|i| halves[i / 8][i % 8])
 }
 
-#[cfg(all(target_arch = "x86_64", target_feature = "fma"))]
+#[cfg(all(
+    target_arch = "x86_64",
+    target_feature = "avx2",
+    target_feature = "fma"
+))]
 mod instructions {
     use std::arch::x86_64::*;
+
+    use half::bf16;
 
     /// Eight floats.
     pub type Wide = __m256;
@@ -33,6 +39,16 @@ mod instructions {
     pub fn load(x: &[f32; 8]) -> Wide {
         // SAFETY: eight floats are there to be read, and AVX is there, as this module is only compiled with it.
         unsafe { _mm256_loadu_ps(x.as_ptr()) }
+    }
+
+    /// From bf16 in memory, which is the upper half of an f32.
+    #[inline(always)]
+    pub fn load_half(x: &[bf16; 8]) -> Wide {
+        // SAFETY: sixteen bytes are there to be read, and AVX2 is there, as this module is only compiled with it.
+        unsafe {
+            let x = _mm256_cvtepu16_epi32(_mm_loadu_si128(x.as_ptr().cast()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x))
+        }
     }
 
     /// Eight times the same.
@@ -58,8 +74,14 @@ mod instructions {
 }
 
 /// The same in plain loops.
-#[cfg(not(all(target_arch = "x86_64", target_feature = "fma")))]
+#[cfg(not(all(
+    target_arch = "x86_64",
+    target_feature = "avx2",
+    target_feature = "fma"
+)))]
 mod instructions {
+    use half::bf16;
+
     /// Eight floats.
     pub type Wide = [f32; 8];
 
@@ -70,6 +92,12 @@ mod instructions {
     #[inline(always)]
     pub fn load(x: &[f32; 8]) -> Wide {
         *x
+    }
+
+    /// From bf16 in memory.
+    #[inline(always)]
+    pub fn load_half(x: &[bf16; 8]) -> Wide {
+        x.map(bf16::to_f32)
     }
 
     /// Eight times the same.

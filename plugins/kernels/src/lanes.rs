@@ -4,24 +4,8 @@
 //! Sums run in [`LANES`] fixed lanes and are folded in a fixed order, and products are fused multiply-adds everywhere,
 //! so a result depends neither on the width of the vectors nor on the number of threads.
 
-use rayon::prelude::*;
-
 /// Partial sums kept side by side: two AVX2 registers.
 pub const LANES: usize = 16;
-
-/// Elements that are worth a task of their own; a constant, so that no result depends on the number of threads.
-const GRAIN: usize = 16 * 1024;
-
-/// Fills `out`, rows of `width` elements, in parallel: `body` gets the number of its first row and its rows.
-pub fn by_rows(out: &mut [f32], width: usize, body: impl Fn(usize, &mut [f32]) + Sync) {
-    let rows = (GRAIN / width.max(1)).max(1);
-    if out.len() <= rows * width {
-        return body(0, out);
-    }
-    out.par_chunks_mut(rows * width)
-        .enumerate()
-        .for_each(|(i, out)| body(i * rows, out));
-}
 
 /// The sum of `f(x)`.
 #[inline(always)]

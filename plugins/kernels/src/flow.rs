@@ -1,0 +1,525 @@
+//! The AR flow map; `retort_engine::flow` has the mathematics.
+//!
+//! A token's state is small and the codebook is not, so a few tokens go through the codebook together, a tile at a time,
+//! and log weights, weights and velocity are made of a tile while it is in the cache. The codebook lies transposed, so
+//! that a vector holds the same coordinate of neighbouring codes.
+//!
+//! A token leaves the others as soon as few codes are left that matter to it, takes those along, and ends as soon as no
+//! code can overtake the leading one. Its result does not depend on the tokens beside it.
+
+use std::sync::Mutex;
+
+use crate::lanes::{LANES, exp, max, sum};
+use crate::pool::chunks;
+use crate::{Pool, wide};
+
+/// Probability that may still go to other codes when a token counts as decided.
+const UNDECIDED: f32 = 1e-6;
+
+/// A code whose posterior is e^-30 of the greatest is dropped: all 16384 codes of a large codebook together would then
+/// have less than 2e-9. The posterior follows the marginals of the path, along which it is a martingale, so that a
+/// dropped code is the token about that seldom; a test holds tokens with and without dropping against each other.
+const DROPPED: f32 = 30.0;
+
+/// Codes that are looked at together.
+const TILE: usize = 256;
+
+/// Tokens that go through the codebook together.
+const GROUP: usize = 4;
+
+/// logits (n, k), -inf where excluded; noise (n, d); codebook (k, d) -> ids (n). `grid` holds the values of s between
+/// which the solver steps.
+pub fn flow_map(
+    pool: &impl Pool,
+    logits: &[f32],
+    noise: &[f32],
+    codebook: &[f32],
+    d: usize,
+    grid: &[f64],
+) -> Vec<u32> {
+    solve(pool, logits, noise, codebook, d, grid, DROPPED)
+}
+
+fn solve(
+    pool: &impl Pool,
+    logits: &[f32],
+    noise: &[f32],
+    codebook: &[f32],
+    d: usize,
+    grid: &[f64],
+    dropped: f32,
+) -> Vec<u32> {
+    let (n, k) = (noise.len() / d, codebook.len() / d);
+    let grid: Vec<f32> = grid.iter().map(|&s| s as f32).collect();
+    let all = Codes::new(codebook, d);
+    let group = n.div_ceil(pool.threads()).clamp(1, GROUP);
+    // Groups per task: small ones are worth none of their own.
+    let groups = (64 * 1024 / (group * k * d * grid.len())).clamp(1, 64);
+    let mut ids = vec![0; n];
+    // Working memory that tasks hand on to each other.
+    let spare: Mutex<Vec<(Vec<Token>, Vec<f32>)>> = Mutex::default();
+    chunks(pool, &mut ids, groups * group, |task, ids| {
+        let found = spare.lock().ok().and_then(|mut spare| spare.pop());
+        let mut working =
+            found.unwrap_or_else(|| (vec![Token::default(); group], vec![0.0; GROUP * TILE]));
+        let (tokens, tiles) = &mut working;
+        for (i, ids) in ids.chunks_mut(group).enumerate() {
+            let tokens = &mut tokens[..ids.len()];
+            for (g, token) in tokens.iter_mut().enumerate() {
+                let at = (task * groups + i) * group + g;
+                token.begin(&logits[at * k..][..k], &noise[at * d..][..d]);
+            }
+            together(tokens, &all, &grid, dropped, tiles);
+            for (id, token) in ids.iter_mut().zip(tokens) {
+                *id = token.finish(&grid, dropped, tiles);
+            }
+        }
+        if let Ok(mut spare) = spare.lock() {
+            spare.push(working);
+        }
+    });
+    ids
+}
+
+/// Codes and what is known of them, padded to a multiple of [`LANES`].
+#[derive(Clone, Default)]
+struct Codes {
+    /// Their coordinates (d, padded); zeros beyond.
+    coordinates: Vec<f32>,
+    /// Half their squared lengths.
+    half_squares: Vec<f32>,
+    /// Their numbers in the codebook, without padding.
+    ids: Vec<u32>,
+}
+
+impl Codes {
+    /// All rows of a codebook (k, d).
+    fn new(codebook: &[f32], d: usize) -> Self {
+        let padded = (codebook.len() / d).next_multiple_of(LANES);
+        let mut codes = Self {
+            coordinates: vec![0.0; d * padded],
+            half_squares: vec![0.0; padded],
+            ids: (0..(codebook.len() / d) as u32).collect(),
+        };
+        // A few codes at a time: a coordinate of all of them would come from as many lines of the cache.
+        for (block, some) in codebook.chunks(d * LANES).enumerate() {
+            let at = block * LANES;
+            for e in 0..d {
+                let from = some[e..].iter().step_by(d);
+                let to = &mut codes.coordinates[e * padded + at..][..LANES];
+                to.iter_mut().zip(from).for_each(|(to, &c)| *to = c);
+            }
+            let squares = &mut codes.half_squares[at..][..LANES];
+            for (square, code) in squares.iter_mut().zip(some.chunks_exact(d)) {
+                *square = code.iter().fold(0.0, |sum, c| sum + 0.5 * c * c);
+            }
+        }
+        codes
+    }
+
+    /// Some of them.
+    fn only(&self, places: &[usize], d: usize) -> Self {
+        let (from, to) = (self.padded(), places.len().next_multiple_of(LANES));
+        let mut coordinates = vec![0.0; d * to];
+        for (to, from) in coordinates
+            .chunks_exact_mut(to)
+            .zip(self.coordinates.chunks_exact(from))
+        {
+            to.iter_mut()
+                .zip(places)
+                .for_each(|(to, &at)| *to = from[at]);
+        }
+        let mut half_squares = vec![0.0; to];
+        half_squares
+            .iter_mut()
+            .zip(places)
+            .for_each(|(to, &at)| *to = self.half_squares[at]);
+        let ids = places.iter().map(|&at| self.ids[at]).collect();
+        Self {
+            coordinates,
+            half_squares,
+            ids,
+        }
+    }
+
+    fn padded(&self) -> usize {
+        self.half_squares.len()
+    }
+}
+
+/// One position's state, kept as working memory from token to token.
+#[derive(Clone, Default)]
+struct Token {
+    /// Logits of the codes that are left, padded with -inf.
+    logits: Vec<f32>,
+    /// Their log weights at the beginning of the step.
+    log_weights: Vec<f32>,
+    /// z = x/(1-t)
+    z: Vec<f32>,
+    /// z at the stages of a step, and the velocities there.
+    stage: Vec<f32>,
+    slopes: [Vec<f32>; 4],
+    /// Sums of weights times coordinates so far, in eight lanes each: (d, 8).
+    sums: Vec<f32>,
+    /// Greatest log weight, and the total of the weights relative to it.
+    top: f32,
+    total: f32,
+    /// Which step comes next.
+    step: usize,
+    /// The codes that it has just taken along.
+    taken: Option<Codes>,
+    /// The token, once it is known.
+    found: Option<u32>,
+}
+
+/// Takes tokens through the steps until each has left, or to the end.
+fn together(tokens: &mut [Token], all: &Codes, grid: &[f32], dropped: f32, tiles: &mut [f32]) {
+    let mut open: Vec<&mut Token> = tokens.iter_mut().collect();
+    for (step, pair) in grid.windows(2).enumerate() {
+        evaluate(&mut open, all, 0, pair[0], tiles);
+        for token in &mut open {
+            token.step = step;
+            token.leave(all, pair[0], dropped);
+        }
+        open.retain(|token| token.found.is_none() && token.taken.is_none());
+        if open.is_empty() {
+            return;
+        }
+        rest_of_step(&mut open, all, pair, tiles);
+    }
+    evaluate(&mut open, all, 0, grid[grid.len() - 1], tiles);
+    for token in open {
+        token.found = Some(all.ids[leader(&token.log_weights)]);
+    }
+}
+
+/// The second to fourth evaluation of a step, and the step.
+fn rest_of_step(tokens: &mut [&mut Token], codes: &Codes, pair: &[f32], tiles: &mut [f32]) {
+    let (s, h) = (pair[0], pair[1] - pair[0]);
+    for (slope, ahead) in [(0, h / 2.0), (1, h / 2.0), (2, h)] {
+        tokens.iter_mut().for_each(|t| t.advance(slope, ahead));
+        evaluate(tokens, codes, slope + 1, s + ahead, tiles);
+    }
+    for token in tokens {
+        for (i, z) in token.z.iter_mut().enumerate() {
+            let [k1, k2, k3, k4] = [0, 1, 2, 3].map(|k| token.slopes[k][i]);
+            *z += h / 6.0 * (k1 + k4 + 2.0 * (k2 + k3));
+        }
+        token.stage.copy_from_slice(&token.z);
+    }
+}
+
+/// dz/ds at the stages of tokens into one of their slopes, with the greatest log weight and the total of the weights.
+/// The first slope of a step keeps the log weights.
+fn evaluate(tokens: &mut [&mut Token], codes: &Codes, slope: usize, s: f32, tiles: &mut [f32]) {
+    match tokens {
+        [a] => group([&mut **a], codes, slope, s, tiles),
+        [a, b] => group([&mut **a, &mut **b], codes, slope, s, tiles),
+        [a, b, c] => group([&mut **a, &mut **b, &mut **c], codes, slope, s, tiles),
+        [a, b, c, d] => {
+            let four = [&mut **a, &mut **b, &mut **c, &mut **d];
+            group(four, codes, slope, s, tiles);
+        }
+        more => unreachable!("{} tokens in a group", more.len()),
+    }
+}
+
+#[inline(always)]
+fn group<const G: usize>(
+    mut tokens: [&mut Token; G],
+    codes: &Codes,
+    slope: usize,
+    s: f32,
+    tiles: &mut [f32],
+) {
+    let (padded, d) = (codes.padded(), tokens[0].z.len());
+    for token in &mut tokens {
+        token.sums.fill(0.0);
+        (token.top, token.total) = (f32::NEG_INFINITY, 0.0);
+    }
+    for start in (0..padded).step_by(TILE) {
+        let width = TILE.min(padded - start);
+        for at in (0..width).step_by(LANES) {
+            let mut along = [[wide::ZERO; 2]; G];
+            for e in 0..d {
+                let c = wide::pair(lanes(&codes.coordinates[e * padded + start + at..]));
+                for g in 0..G {
+                    let z = wide::splat(tokens[g].stage[e]);
+                    along[g] = [0, 1].map(|i| wide::mul_add(z, c[i], along[g][i]));
+                }
+            }
+            let squares = lanes(&codes.half_squares[start + at..]);
+            for g in 0..G {
+                let along = wide::sixteen(along[g]);
+                let logits = lanes(&tokens[g].logits[start + at..]);
+                let out = &mut tiles[g * TILE + at..][..LANES];
+                for i in 0..LANES {
+                    out[i] = s.mul_add((-s).mul_add(squares[i], along[i]), logits[i]);
+                }
+            }
+        }
+        for (g, token) in tokens.iter_mut().enumerate() {
+            let tile = &mut tiles[g * TILE..][..width];
+            if slope == 0 {
+                token.log_weights[start..][..width].copy_from_slice(tile);
+            }
+            token.weigh(tile);
+        }
+        let mut e = 0;
+        while e + 2 <= d {
+            weighted_sums::<G, 2>(&mut tokens, codes, [e, start, width], tiles);
+            e += 2;
+        }
+        if e < d {
+            weighted_sums::<G, 1>(&mut tokens, codes, [e, start, width], tiles);
+        }
+    }
+    for token in &mut tokens {
+        let scale = 1.0 / token.total;
+        for (v, lanes) in token.slopes[slope]
+            .iter_mut()
+            .zip(token.sums.as_chunks::<8>().0)
+        {
+            let [a, b, c, d, e, f, g, h] = lanes;
+            *v = scale * (((a + e) + (c + g)) + ((b + f) + (d + h)));
+        }
+    }
+}
+
+/// Adds the weights of a tile times coordinates e to e + E of its codes.
+#[inline(always)]
+fn weighted_sums<const G: usize, const E: usize>(
+    tokens: &mut [&mut Token; G],
+    codes: &Codes,
+    [e, start, width]: [usize; 3],
+    tiles: &[f32],
+) {
+    let padded = codes.padded();
+    let mut sums = [[wide::ZERO; E]; G];
+    for g in 0..G {
+        let before = tokens[g].sums.as_chunks::<8>().0;
+        sums[g] = std::array::from_fn(|i| wide::load(&before[e + i]));
+    }
+    let coordinates: [&[[f32; 8]]; E] = std::array::from_fn(|i| {
+        codes.coordinates[(e + i) * padded + start..][..width]
+            .as_chunks()
+            .0
+    });
+    let weights: [&[[f32; 8]]; G] =
+        std::array::from_fn(|g| tiles[g * TILE..][..width].as_chunks().0);
+    for at in 0..width / 8 {
+        let c: [_; E] = std::array::from_fn(|i| wide::load(&coordinates[i][at]));
+        for g in 0..G {
+            let w = wide::load(&weights[g][at]);
+            for i in 0..E {
+                sums[g][i] = wide::mul_add(w, c[i], sums[g][i]);
+            }
+        }
+    }
+    for g in 0..G {
+        let to = tokens[g].sums.as_chunks_mut::<8>().0;
+        for i in 0..E {
+            to[e + i] = wide::store(sums[g][i]);
+        }
+    }
+}
+
+fn lanes(x: &[f32]) -> &[f32; LANES] {
+    x.first_chunk().expect("padded to whole lanes")
+}
+
+impl Token {
+    fn begin(&mut self, logits: &[f32], noise: &[f32]) {
+        let d = noise.len();
+        self.logits.clear();
+        self.logits.extend_from_slice(logits);
+        let padded = logits.len().next_multiple_of(LANES);
+        self.logits.resize(padded, f32::NEG_INFINITY);
+        self.log_weights.resize(padded, 0.0);
+        for x in [&mut self.z, &mut self.stage] {
+            x.clear();
+            x.extend_from_slice(noise);
+        }
+        self.slopes.iter_mut().for_each(|x| x.resize(d, 0.0));
+        self.sums.resize(8 * d, 0.0);
+        (self.taken, self.found) = (None, None);
+    }
+
+    /// Log weights of a tile to weights relative to the greatest so far; what was summed up before follows.
+    #[inline(always)]
+    fn weigh(&mut self, tile: &mut [f32]) {
+        let top = max(tile);
+        if top > self.top {
+            let scale = exp(self.top - top);
+            self.total *= scale;
+            self.sums.iter_mut().for_each(|x| *x *= scale);
+            self.top = top;
+        }
+        // Nothing but excluded codes so far: any finite number will do.
+        let top = if self.top == f32::NEG_INFINITY {
+            0.0
+        } else {
+            self.top
+        };
+        tile.iter_mut().for_each(|w| *w = exp(*w - top));
+        self.total += sum(tile, |w| w);
+    }
+
+    /// Moves the stage: z + h slope.
+    #[inline(always)]
+    fn advance(&mut self, slope: usize, h: f32) {
+        for ((stage, &z), &v) in self.stage.iter_mut().zip(&self.z).zip(&self.slopes[slope]) {
+            *stage = h.mul_add(v, z);
+        }
+    }
+
+    /// After the first evaluation of a step: ends if the token is decided, and takes the codes along that still matter
+    /// if the greater part does not.
+    fn leave(&mut self, codes: &Codes, s: f32, dropped: f32) {
+        let least = self.top - dropped;
+        let left = self.log_weights.iter().filter(|&&w| w > least).count();
+        if left <= 1 {
+            let at = leader(&self.log_weights);
+            self.found = Some(codes.ids.get(at).copied().unwrap_or(0));
+        } else if let Some(at) = self.decided(codes, s) {
+            self.found = Some(codes.ids[at]);
+        } else if 2 * left <= codes.padded() {
+            let places = 0..codes.ids.len();
+            let places: Vec<usize> = places.filter(|&at| self.log_weights[at] > least).collect();
+            let codes = codes.only(&places, self.z.len());
+            let logits: Vec<f32> = places.iter().map(|&at| self.logits[at]).collect();
+            self.logits = logits;
+            self.logits.resize(codes.padded(), f32::NEG_INFINITY);
+            self.log_weights.resize(codes.padded(), 0.0);
+            self.taken = Some(codes);
+        }
+    }
+
+    /// The steps that are left after it left the others.
+    fn finish(&mut self, grid: &[f32], dropped: f32, tiles: &mut [f32]) -> u32 {
+        let mut codes = Codes::default();
+        while self.found.is_none() {
+            if let Some(fewer) = self.taken.take() {
+                codes = fewer;
+            }
+            let pair = &grid[self.step..][..2];
+            rest_of_step(&mut [self], &codes, pair, tiles);
+            self.step += 1;
+            let s = grid[self.step];
+            evaluate(&mut [self], &codes, 0, s, tiles);
+            if self.step + 1 == grid.len() {
+                self.found = Some(codes.ids[leader(&self.log_weights)]);
+            } else {
+                self.leave(&codes, s, dropped);
+            }
+        }
+        self.found.unwrap_or(0)
+    }
+
+    /// The leading code, once the others together can never again get more than [`UNDECIDED`].
+    ///
+    /// While z moves along the leader's code c_i, its lead over c_j is a parabola in s. With a = c_i - c_j the slope is
+    /// <z, a> + s <c_i, a> - s (|c_i|^2 - |c_j|^2) and the curvature |a|^2 > 0, so the lead falls by at most
+    /// slope^2 / (2 |a|^2) before it grows for good.
+    fn decided(&self, codes: &Codes, s: f32) -> Option<usize> {
+        // Weights are relative to the greatest, which is 1.
+        if self.total - 1.0 > UNDECIDED {
+            return None;
+        }
+        let (i, wide, d) = (leader(&self.log_weights), codes.padded(), self.z.len());
+        let mut rest = [0.0f32; LANES];
+        for at in (0..wide).step_by(LANES) {
+            let [mut along, mut own, mut square] = [[0.0f32; LANES]; 3];
+            for e in 0..d {
+                let (z, ci) = (self.z[e], codes.coordinates[e * wide + i]);
+                let cj = lanes(&codes.coordinates[e * wide + at..]);
+                for l in 0..LANES {
+                    let a = ci - cj[l];
+                    along[l] = z.mul_add(a, along[l]);
+                    own[l] = ci.mul_add(a, own[l]);
+                    square[l] = a.mul_add(a, square[l]);
+                }
+            }
+            let squares = lanes(&codes.half_squares[at..]);
+            let log_weights = lanes(&self.log_weights[at..]);
+            for l in 0..LANES {
+                let lift = 2.0 * s * (codes.half_squares[i] - squares[l]);
+                let slope = s.mul_add(own[l], along[l] - lift);
+                let fall = if slope < 0.0 { slope } else { 0.0 };
+                let fall = 0.5 * fall * fall / (square[l] + f32::MIN_POSITIVE);
+                let bound = exp(log_weights[l] - self.top + fall);
+                rest[l] += if at + l == i { 0.0 } else { bound };
+            }
+        }
+        (rest.iter().sum::<f32>() <= UNDECIDED).then_some(i)
+    }
+}
+
+/// The index of the greatest, the lowest among equals.
+fn leader(weights: &[f32]) -> usize {
+    let top = max(weights);
+    weights.iter().position(|&w| w == top).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use retort_engine::backend::FlowSolver;
+    use retort_engine::random::noise;
+
+    use super::*;
+    use crate::Rayon;
+
+    /// Codebooks and logits as the families have them: (codes, dimension, length of a code, spread of the logits).
+    const CASES: [(usize, usize, f32, f32); 4] = [
+        (2048, 8, 1.0, 3.0),
+        (2048, 8, 1.0, 0.5),
+        (1024, 32, 3.0, 2.0),
+        (37, 5, 1.5, 1.0),
+    ];
+
+    fn case((k, d, length, spread): (usize, usize, f32, f32), n: usize) -> [Vec<f32>; 3] {
+        let scale = length / (d as f32).sqrt();
+        [
+            noise(3, 0, n, k).iter().map(|x| spread * x).collect(),
+            noise(2, 0, n, d),
+            noise(1, 0, k, d).iter().map(|x| scale * x).collect(),
+        ]
+    }
+
+    fn grid() -> Vec<f64> {
+        retort_engine::flow::grid(&FlowSolver { steps: 16 })
+    }
+
+    #[test]
+    fn dropping_codes_changes_no_token() {
+        for shape in CASES {
+            let [logits, noise, codebook] = case(shape, 400);
+            let all = |dropped| {
+                solve(
+                    &Rayon,
+                    &logits,
+                    &noise,
+                    &codebook,
+                    shape.1,
+                    &grid(),
+                    dropped,
+                )
+            };
+            assert_eq!(all(DROPPED), all(f32::INFINITY), "{shape:?}");
+        }
+    }
+
+    #[test]
+    fn a_token_does_not_depend_on_those_beside_it() {
+        for shape in CASES {
+            let (k, d) = (shape.0, shape.1);
+            let [logits, noise, codebook] = case(shape, 23);
+            let whole = solve(&Rayon, &logits, &noise, &codebook, d, &grid(), DROPPED);
+            for (i, id) in whole.iter().enumerate() {
+                let (logits, noise) = (&logits[i * k..][..k], &noise[i * d..][..d]);
+                let alone = solve(&Rayon, logits, noise, &codebook, d, &grid(), DROPPED);
+                assert_eq!(alone, [*id], "token {i} of {shape:?}");
+            }
+        }
+    }
+}
