@@ -68,13 +68,10 @@ fn few<W: Weight + Element>(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Re
     if let Some(last) = shape.last_mut() {
         *last = o;
     }
-    let y = match bias {
-        Some(bias) => floats(bias)?
-            .f_expand(&shape[..], false)
-            .and_then(|y| y.f_clone(tch::MemoryFormat::Contiguous)),
-        None => Tensor::f_empty(&shape[..], (Kind::Float, Device::Cpu)),
-    };
-    let mut y = y.map_err(failed)?;
+    let mut y = Tensor::f_empty(&shape[..], (Kind::Float, Device::Cpu)).map_err(failed)?;
+    if let Some(bias) = bias {
+        y.f_copy_(bias).map_err(failed)?;
+    }
     let (o, i) = (o as usize, i as usize);
     let n = x.numel() / i;
     skinny::product(

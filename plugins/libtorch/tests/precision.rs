@@ -133,3 +133,33 @@ fn weights_that_only_products_read_take_half_the_memory() {
     let kept = Libtorch::to_floats(&Libtorch::factor(&exact).expect("a factor")).expect("floats");
     assert_eq!(kept, [1.001]);
 }
+
+/// Where a processor cannot multiply bf16, it reads weights of linear maps in bf16 and computes in f32.
+#[test]
+fn only_weights_of_linear_maps_are_rounded_without_the_hardware() {
+    let b = on(Precision::Weights);
+    let (n, i, o) = (3, 40, 7);
+    let (x, w) = (noise(1, 0, n, i), noise(2, 0, o, i));
+    let kept = |shape: &[usize]| {
+        let kept = Libtorch::factor(&b.floats(&w, shape)?)?;
+        Ok::<_, retort_engine::Error>((Libtorch::to_floats(&kept)?, kept))
+    };
+    let (rounded, weight) = kept(&[o, i]).expect("a weight");
+    assert_ne!(rounded, w);
+    assert_eq!(kept(&[o, i, 1, 1]).expect("a kernel").0, w);
+    // Few rows and many are computed by different code.
+    for rows in [n, 50 * n] {
+        let x = x.repeat(rows / n);
+        let given = b.floats(&x, &[rows, i]).expect("floats");
+        let y = Libtorch::linear(&given, &weight, None).expect("a product");
+        for (at, y) in Libtorch::to_floats(&y).expect("floats").iter().enumerate() {
+            let (r, c) = (at / o, at % o);
+            let pairs = x[r * i..][..i].iter().zip(&rounded[c * i..][..i]);
+            let sum: f64 = pairs.map(|(&x, &w)| f64::from(x) * f64::from(w)).sum();
+            assert!(
+                (sum - f64::from(*y)).abs() < 1e-5,
+                "{rows} rows: {sum}, not {y}"
+            );
+        }
+    }
+}
