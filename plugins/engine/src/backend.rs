@@ -97,6 +97,17 @@ pub struct FlowSolver {
     pub steps: usize,
 }
 
+/// Which codes a row of logits leaves to choose from (`choice.rs`).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Truncation {
+    /// Logits are divided by this.
+    pub temperature: f64,
+    /// Only so many of the most probable codes stay; 0 keeps all.
+    pub top_k: usize,
+    /// Of these only the most probable whose probabilities sum to this, the first over the sum included; 1 keeps all.
+    pub top_p: f64,
+}
+
 /// Square windows that slide over an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Window {
@@ -597,6 +608,17 @@ pub trait Backend: Sized + Send + Sync + 'static {
             Binary::Mul,
         )?;
         Self::binary(&spread, &Self::pick_adjoint(grad, ids, s[1])?, Binary::Sub)
+    }
+
+    /// Logits (n, k) over the temperature, -inf where a code is excluded; equal ones go by their index. The default asks the
+    /// host.
+    fn truncate(logits: &Self::Tensor, truncation: &Truncation) -> Result<Self::Tensor> {
+        crate::choice::truncate::<Self>(logits, truncation)
+    }
+    /// The code of each row of logits (n, k) at which the cumulative probability passes a number in [0, 1): -> ids (n).
+    /// The default asks the host.
+    fn categorical(logits: &Self::Tensor, uniforms: &[f64]) -> Result<Self::Tensor> {
+        crate::choice::categorical::<Self>(logits, uniforms)
     }
 
     /// AR flow matching (`flow.rs` has the mathematics): logits (n, k) after guidance and truncation

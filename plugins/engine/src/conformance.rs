@@ -9,7 +9,8 @@
 pub mod host;
 mod tape;
 
-use crate::backend::{AdamwStep, Backend, Binary, FlowSolver, Mask, Unary, Window};
+use crate::backend::{AdamwStep, Backend, Binary, FlowSolver, Mask, Truncation, Unary, Window};
+use crate::choice::{categorical_row, truncate_row};
 use crate::error::Result;
 use crate::flow;
 
@@ -80,6 +81,7 @@ pub fn check_rounded<B: Backend>(b: &B, rounding: f64) -> Vec<Case> {
     suite.rounded(Suite::attentions);
     suite.losses();
     suite.flow_maps();
+    suite.choices();
     suite.tape();
     suite.rounded(Suite::tape_of_products);
     suite.cases
@@ -868,6 +870,58 @@ impl<B: Backend> Suite<'_, B> {
             &|x| B::cross_entropy(&x[0], &index()?),
             &|x, _, g| Ok(vec![B::cross_entropy_backward(&x[0], &index()?, g)?]),
         );
+    }
+
+    /// Truncated logits and drawn codes as on the host, some logits being equal.
+    fn choices(&mut self) {
+        let (n, k) = (5, 700);
+        let mut logits = Host::random(&[n, k], 91, -4.0, 4.0);
+        for i in (0..n * k).step_by(3) {
+            logits.data[i] = (logits.data[i] * 2.0).round() / 2.0;
+        }
+        for (temperature, top_k, top_p) in [
+            (1.0, 0, 1.0),
+            (0.7, 0, 1.0),
+            (1.0, 1, 1.0),
+            (1.3, 40, 1.0),
+            (1.0, 0, 0.5),
+            (0.9, 300, 0.9),
+            (1.0, 3, 0.99),
+            (1.0, 700, 0.001),
+        ] {
+            let truncation = Truncation {
+                temperature,
+                top_k,
+                top_p,
+            };
+            let mut want = logits.to_f32();
+            want.chunks_mut(k)
+                .for_each(|row| truncate_row(row, &truncation));
+            for lie in LIES {
+                let got = self.put(&logits, lie);
+                let got = got.and_then(|x| B::to_floats(&B::truncate(&x, &truncation)?));
+                let close = |(a, b): (&f32, &f32)| {
+                    a == b || (a - b).abs() <= 4.0 * (self.unit * f64::from(b.abs())) as f32
+                };
+                let others = got.map_or(f64::INFINITY, |got| {
+                    let pairs = got.iter().zip(&want);
+                    pairs.filter(|&pair| !close(pair)).count() as f64 / want.len() as f64
+                });
+                self.record(format!("{truncation:?} {lie:?}"), others, 0.0);
+            }
+            // Drawn from what is left, at all heights.
+            let uniforms: Vec<f64> = (0..n).map(|i| i as f64 / n as f64 + 0.013).collect();
+            let ids = want.chunks(k).zip(&uniforms);
+            let ids: Vec<u32> = ids.map(|(row, &u)| categorical_row(row, u)).collect();
+            let got = self
+                .b
+                .floats(&want, &[n, k])
+                .and_then(|x| B::to_indices(&B::categorical(&x, &uniforms)?));
+            let others = got.map_or(f64::INFINITY, |got| {
+                got.iter().zip(&ids).filter(|(a, b)| a != b).count() as f64 / n as f64
+            });
+            self.record(format!("drawn from {truncation:?}"), others, 0.0);
+        }
     }
 
     fn flow_maps(&mut self) {

@@ -7,6 +7,7 @@
 pub mod backend;
 pub mod bundle;
 pub mod captions;
+pub mod choice;
 pub mod conformance;
 pub mod data;
 pub mod dataset;

@@ -4,11 +4,10 @@
 //! b samples, L tokens, K codes of dimension D. Random choices are drawn on the host, one sequence per sample, so a
 //! sample does not depend on the batch it is drawn in.
 
-use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::backend::{Backend, FlowSolver};
+use crate::backend::{Backend, FlowSolver, Truncation};
 use crate::error::{Error, Result};
 use crate::model::{Conditions, Student, Teacher, TokenShape, vq::nearest};
 use crate::random::{Sequence, Stream};
@@ -48,38 +47,12 @@ impl Distribution {
         self.temperature != 1.0 || (1..vocabulary).contains(&self.top_k) || self.top_p < 1.0
     }
 
-    /// Applies temperature, top-k and top-p to a row of logits; excluded codes become -inf.
-    pub fn truncate(&self, row: &mut [f32]) {
-        let t = self.temperature as f32;
-        row.iter_mut().for_each(|x| *x /= t);
-        let keeps_all = (self.top_k == 0 || self.top_k >= row.len()) && self.top_p >= 1.0;
-        if keeps_all {
-            return;
-        }
-        // Codes in falling order; equals by index, so that the result is defined.
-        let mut order: Vec<u32> = (0..row.len() as u32).collect();
-        order
-            .sort_unstable_by(|&a, &b| row[b as usize].total_cmp(&row[a as usize]).then(a.cmp(&b)));
-        let mut keep = if self.top_k == 0 {
-            row.len()
-        } else {
-            self.top_k.min(row.len())
-        };
-        if self.top_p < 1.0 {
-            let max = row[order[0] as usize];
-            let weight = |&i: &u32| f64::from(row[i as usize] - max).exp();
-            let total: f64 = order[..keep].iter().map(weight).sum();
-            let mut sum = 0.0;
-            keep = order[..keep]
-                .iter()
-                .position(|i| {
-                    sum += weight(i);
-                    sum > self.top_p * total
-                })
-                .map_or(keep, |last| last + 1);
-        }
-        for &i in &order[keep..] {
-            row[i as usize] = f32::NEG_INFINITY;
+    /// What it leaves of a row of logits.
+    fn truncation(&self) -> Truncation {
+        Truncation {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
         }
     }
 }
@@ -145,64 +118,28 @@ fn choose<B: Backend>(
 ) -> Result<B::Tensor> {
     let s = B::shape(logits);
     let (b, l, k) = (s[0], s[1], s[2]);
-    let truncates = distribution.truncates(k);
-    match choice {
+    let mut rows = B::reshape(logits, &[b * l, k])?;
+    if distribution.truncates(k) {
+        rows = B::truncate(&rows, &distribution.truncation())?;
+    }
+    let ids = match choice {
         Choice::Random(sequences) => {
-            let mut host = B::to_floats(logits)?;
             let uniforms: Vec<f64> = sequences
                 .iter_mut()
                 .flat_map(|s| (0..l).map(|_| s.uniform()).collect::<Vec<_>>())
                 .collect();
-            let ids: Vec<u32> = host
-                .par_chunks_mut(k)
-                .zip(&uniforms)
-                .map(|(row, &u)| {
-                    if truncates {
-                        distribution.truncate(row);
-                    }
-                    categorical(row, u)
-                })
-                .collect();
-            B::indices_beside(logits, &ids, &[b, l])
+            B::categorical(&rows, &uniforms)?
         }
         Choice::Flow {
             noise,
             codebook,
             solver,
         } => {
-            let rows = B::reshape(logits, &[b * l, k])?;
-            let rows = if truncates {
-                let mut host = B::to_floats(&rows)?;
-                host.par_chunks_mut(k)
-                    .for_each(|row| distribution.truncate(row));
-                B::floats_beside(&rows, &host, &[b * l, k])?
-            } else {
-                rows
-            };
             let noise = B::reshape(&B::narrow(noise, 1, start, l)?, &[b * l, shape.dim])?;
-            B::reshape(&B::flow_map(&rows, &noise, codebook, solver)?, &[b, l])
+            B::flow_map(&rows, &noise, codebook, solver)?
         }
-    }
-}
-
-/// The code at which the cumulative probability passes u in [0, 1).
-fn categorical(logits: &[f32], u: f64) -> u32 {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let weight = |x: f32| f64::from(x - max).exp();
-    let total: f64 = logits.iter().map(|&x| weight(x)).sum();
-    let mut left = u * total;
-    let mut last = 0;
-    for (i, &x) in logits.iter().enumerate() {
-        let w = weight(x);
-        if w > 0.0 {
-            last = i;
-            left -= w;
-            if left < 0.0 {
-                break;
-            }
-        }
-    }
-    last as u32
+    };
+    B::reshape(&ids, &[b, l])
 }
 
 /// A student with what its sampler needs.
@@ -352,55 +289,4 @@ pub fn decode<B: Backend>(
         .into_iter()
         .map(|x| ((x + 1.0) / 2.0).clamp(0.0, 1.0))
         .collect())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn kept(distribution: Distribution, logits: &[f32]) -> Vec<usize> {
-        let mut row = logits.to_vec();
-        distribution.truncate(&mut row);
-        row.iter()
-            .enumerate()
-            .filter(|(_, x)| x.is_finite())
-            .map(|(i, _)| i)
-            .collect()
-    }
-
-    #[test]
-    fn truncation_keeps_the_probable() {
-        let logits = [0.1f32, 0.4, 0.2, 0.3].map(f32::ln);
-        let d = Distribution::default();
-        assert_eq!(kept(d, &logits), [0, 1, 2, 3]);
-        assert_eq!(kept(Distribution { top_k: 2, ..d }, &logits), [1, 3]);
-        // 0.4 + 0.3 = 0.7 is over 0.5: the code that passes the threshold stays.
-        assert_eq!(kept(Distribution { top_p: 0.5, ..d }, &logits), [1, 3]);
-        assert_eq!(kept(Distribution { top_p: 0.3, ..d }, &logits), [1]);
-        assert_eq!(
-            kept(
-                Distribution {
-                    top_k: 1,
-                    temperature: 5.0,
-                    ..d
-                },
-                &logits
-            ),
-            [1]
-        );
-    }
-
-    #[test]
-    fn categorical_follows_the_probabilities() {
-        let logits = [
-            f32::NEG_INFINITY,
-            0.25f32.ln(),
-            0.75f32.ln(),
-            f32::NEG_INFINITY,
-        ];
-        assert_eq!(categorical(&logits, 0.0), 1);
-        assert_eq!(categorical(&logits, 0.2499), 1);
-        assert_eq!(categorical(&logits, 0.2501), 2);
-        assert_eq!(categorical(&logits, 1.0 - f64::EPSILON), 2);
-    }
 }
