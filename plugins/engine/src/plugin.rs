@@ -5,7 +5,7 @@ use retort_abi::{
 };
 
 use crate::backend::Backend;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::stage::{self, Context};
 
 /// What a plugin says of itself beyond what the engine knows.
@@ -70,7 +70,30 @@ impl<B: Backend> Plugin for EnginePlugin<B> {
             backend: &backend,
         };
         // Inside the pool: a kernel started from a thread of the pool needs no hand-over.
-        Ok(rayon::scope(|_| (kind.run)(&context))?)
+        rayon::scope(|_| (kind.run)(&context)).map_err(|error| match error {
+            Error::OutOfMemory(_) => Failure::from(error).hint(smaller(job)),
+            error => error.into(),
+        })
+    }
+}
+
+/// Which batch to try where a stage wants more memory than there is.
+fn smaller(job: &StageJob) -> String {
+    let batches = ["/train/batch", "/batch"]
+        .into_iter()
+        .filter_map(|pointer| {
+            let batch = job.options.pointer(pointer)?.as_u64()?;
+            Some((pointer[1..].replace('/', "."), batch))
+        });
+    // A stage with both trains with the one and looks at results with the other: the greater is the likelier.
+    match batches.max_by_key(|(_, batch)| *batch) {
+        Some((option, batch)) if batch > 1 => format!(
+            "try half its batch of {batch}: --set stages.{}.{option}={}",
+            job.stage,
+            batch / 2
+        ),
+        Some(_) => "its batch is 1 already: it needs a device with more memory".into(),
+        None => "it needs a device with more memory".into(),
     }
 }
 
@@ -93,4 +116,44 @@ pub fn processor() -> String {
     let line = text.lines().find(|line| line.starts_with("model name"));
     line.and_then(|line| Some(line.split_once(':')?.1.trim().to_owned()))
         .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn check(options: Value, said: &str) {
+        let job = StageJob {
+            stage: "student".into(),
+            kind: "distill".into(),
+            options,
+            seed: 0,
+            device: "cuda:0".into(),
+            dtype: "f32".into(),
+            threads: 1,
+            base_dir: "/".into(),
+            work_dir: None,
+            inputs: Default::default(),
+        };
+        assert_eq!(smaller(&job), said);
+    }
+
+    #[test]
+    fn want_of_memory_names_the_batch_to_try() {
+        check(
+            json!({"train": {"batch": 64}, "batch": 8}),
+            "try half its batch of 64: --set stages.student.train.batch=32",
+        );
+        check(
+            json!({"batch": 25}),
+            "try half its batch of 25: --set stages.student.batch=12",
+        );
+        check(
+            json!({"batch": 1}),
+            "its batch is 1 already: it needs a device with more memory",
+        );
+        check(json!({}), "it needs a device with more memory");
+    }
 }
