@@ -46,6 +46,8 @@ pub struct Plan {
     pub stages: Vec<PlannedStage>,
     /// Warnings met on the way.
     pub warnings: Vec<Finding>,
+    /// What the plan chose by itself and somebody may want to know.
+    pub notes: Vec<String>,
 }
 
 /// One stage of a plan.
@@ -198,8 +200,15 @@ pub trait Descriptions {
     /// The plugin of that name and its description, from a cache where possible.
     fn describe(&mut self, plugin: &str) -> Result<(PluginIdentity, Description), DescribeError>;
 
+    /// The other builds of that plugin, for other devices: alike but for devices and dtypes. Asked only where the device
+    /// is not plainly one of the plugin's own.
+    fn variants(
+        &mut self,
+        plugin: &str,
+    ) -> Vec<Result<(PluginIdentity, Description), DescribeError>>;
+
     /// The devices really present. Starts a worker; asked only where the device is not plainly `cpu`.
-    fn devices(&mut self, plugin: &str) -> Result<Vec<Device>, DescribeError>;
+    fn devices(&mut self, plugin: &PluginIdentity) -> Result<Vec<Device>, DescribeError>;
 
     /// The plugin's own checks of complete options; one list of findings per job. Starts a worker.
     fn validate(
@@ -224,7 +233,7 @@ pub struct DescribeError {
 
 /// Settles a recipe. All mistakes that can be told apart are reported at once.
 pub fn plan(recipe: &Recipe, plugins: &mut dyn Descriptions) -> Result<Plan, Report> {
-    let (stages, mut findings) = planner::settle(recipe, plugins);
+    let (stages, mut findings, notes) = planner::settle(recipe, plugins);
     if findings
         .iter()
         .any(|finding| finding.severity == Severity::Error)
@@ -247,6 +256,7 @@ pub fn plan(recipe: &Recipe, plugins: &mut dyn Descriptions) -> Result<Plan, Rep
         seed: recipe.seed.unwrap_or(0),
         stages,
         warnings: Vec::new(),
+        notes,
     };
     let missing = plan.missing_files().into_iter();
     findings.extend(missing.map(|finding| Finding {
@@ -641,6 +651,33 @@ mod tests {
         assert_eq!(
             device("codes={kind: tokenizer, data: d, plugin: gpu, device: cuda}"),
             "cuda:1"
+        );
+    }
+
+    #[test]
+    fn the_device_chooses_the_variant() {
+        let varied = HEAD.replace("fake", "varied");
+        let planned = |set: &[&str]| {
+            let plan = fake::plan(&varied, set).unwrap();
+            let stage = plan.stages[0].clone();
+            (stage.plugin.hash, stage.device, plan.notes)
+        };
+        let on_gpu = ("beef".to_owned(), "cuda:1".to_owned());
+        let (hash, device, notes) = planned(&[]);
+        assert_eq!((hash, device), on_gpu);
+        assert_eq!(notes, ["device `auto` is cuda:1"]);
+        let (hash, device, notes) = planned(&["device=cuda", "dtype=f16"]);
+        assert_eq!((hash, device), on_gpu);
+        assert!(notes.is_empty());
+        let (hash, device, _) = planned(&["device=cpu"]);
+        assert_eq!((hash.as_str(), device.as_str()), ("f00d", "cpu"));
+        check(
+            &format!("device: cpu\ndtype: f16\n{varied}"),
+            &[(2, 8, "does not compute in `f16`")],
+        );
+        check(
+            &format!("device: cuda:0\n{varied}"),
+            &[(1, 9, "device `cuda:0` cannot be used: too old")],
         );
     }
 }

@@ -29,6 +29,8 @@ pub mod trust;
 const PATIENCE: Duration = Duration::from_secs(60);
 /// The plugins of this project, and what builds them.
 pub const OWN: [(&str, &str); 2] = [("candle", "make build"), ("libtorch", "make libtorch")];
+/// The variants of this project's plugins, and what builds them.
+pub const OWN_VARIANTS: [(&str, &str, &str); 1] = [("candle", "cuda", "make cuda")];
 /// Environment variable with further directories.
 pub const PATH_VARIABLE: &str = "RETORT_PLUGIN_PATH";
 
@@ -46,6 +48,8 @@ pub struct SearchDir {
 pub struct Found {
     /// Name in recipes.
     pub name: String,
+    /// Which build of the plugin it is, where there are several for several devices: `cuda`.
+    pub variant: Option<String>,
     /// The file.
     pub path: PathBuf,
     /// Why its directory is searched.
@@ -60,7 +64,7 @@ pub struct Plugins<'a> {
     runtime: &'a Runtime,
     store: Option<&'a Store>,
     described: HashMap<String, (PluginIdentity, Description)>,
-    devices: HashMap<String, Vec<Device>>,
+    devices: HashMap<PathBuf, Vec<Device>>,
 }
 
 /// The directories searched for plugins, in order.
@@ -101,9 +105,9 @@ pub fn search_dirs(plugin_dirs: &[PathBuf]) -> Vec<SearchDir> {
     dirs
 }
 
-/// All plugins in these directories, by name.
+/// All plugins in these directories, by name; a plugin's variants follow it.
 pub fn find_all(dirs: &[SearchDir]) -> Vec<Found> {
-    let mut found: BTreeMap<String, Found> = BTreeMap::new();
+    let mut found: BTreeMap<(String, Option<String>), Found> = BTreeMap::new();
     for dir in dirs {
         let Ok(entries) = std::fs::read_dir(&dir.path) else {
             continue;
@@ -111,19 +115,20 @@ pub fn find_all(dirs: &[SearchDir]) -> Vec<Found> {
         let mut paths: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
         paths.sort();
         for path in paths {
-            let Some(name) = path.file_name().and_then(|file| name_of(file.to_str()?)) else {
+            let Some(key) = path.file_name().and_then(|file| name_of(file.to_str()?)) else {
                 continue;
             };
-            match found.get_mut(&name) {
+            match found.get_mut(&key) {
                 Some(first) => first.shadowed.push(path),
                 None => {
-                    let origin = dir.origin;
+                    let (name, variant) = key.clone();
                     found.insert(
-                        name.clone(),
+                        key,
                         Found {
                             name,
+                            variant,
                             path,
-                            origin,
+                            origin: dir.origin,
                             shadowed: Vec::new(),
                         },
                     );
@@ -134,7 +139,7 @@ pub fn find_all(dirs: &[SearchDir]) -> Vec<Found> {
     found.into_values().collect()
 }
 
-/// The plugin with a name.
+/// The plugin with a name; one of its variants where there is nothing else.
 ///
 /// # Errors
 /// There is none; the error lists the directories searched.
@@ -207,12 +212,29 @@ pub fn file_name(name: &str) -> String {
     )
 }
 
-/// The name of the plugin in a file of this name.
-pub fn name_of(file: &str) -> Option<String> {
+/// The name of the plugin in a file of this name, and which variant it is: `libretort_candle.cuda.so`.
+pub fn name_of(file: &str) -> Option<(String, Option<String>)> {
     let name = file
         .strip_prefix("libretort_")?
         .strip_suffix(std::env::consts::DLL_SUFFIX)?;
-    (!name.is_empty() && !name.contains('.')).then(|| name.to_owned())
+    let (name, variant) = match name.split_once('.') {
+        Some((name, variant)) => (name, Some(variant)),
+        None => (name, None),
+    };
+    let odd = variant.is_some_and(|variant| variant.is_empty() || variant.contains('.'));
+    (!name.is_empty() && !odd).then(|| (name.to_owned(), variant.map(str::to_owned)))
+}
+
+/// The variants of a plugin that has also a file without one.
+fn variants(name: &str, dirs: &[SearchDir]) -> Vec<Found> {
+    let key = name.replace('-', "_");
+    let mut all = find_all(dirs);
+    all.retain(|found| found.name.replace('-', "_") == key);
+    if all.iter().all(|found| found.variant.is_some()) {
+        all.drain(..all.len().min(1));
+    }
+    all.retain(|found| found.variant.is_some());
+    all
 }
 
 /// The directory of the user's own plugins.
@@ -382,12 +404,37 @@ impl Descriptions for Plugins<'_> {
         Ok((identity, description))
     }
 
-    fn devices(&mut self, plugin: &str) -> Result<Vec<Device>, DescribeError> {
-        if let Some(known) = self.devices.get(plugin) {
+    fn variants(
+        &mut self,
+        plugin: &str,
+    ) -> Vec<Result<(PluginIdentity, Description), DescribeError>> {
+        let Ok((_, base)) = self.describe(plugin) else {
+            return Vec::new();
+        };
+        let alike = |found: &Found| {
+            let (identity, description) = self.describe_file(&found.path)?;
+            let path = found.path.display();
+            let odd = if identity.name != plugin {
+                format!("{path} calls itself `{}`", identity.name)
+            } else if identity.version != base.version || description.stages != base.stages {
+                format!("{path} is of another version than the plugin itself")
+            } else {
+                return Ok((identity, description));
+            };
+            Err(DescribeError {
+                message: odd,
+                hint: Some("build both anew, or remove the variant".into()),
+            })
+        };
+        variants(plugin, &self.dirs).iter().map(alike).collect()
+    }
+
+    fn devices(&mut self, plugin: &PluginIdentity) -> Result<Vec<Device>, DescribeError> {
+        if let Some(known) = self.devices.get(&plugin.path) {
             return Ok(known.clone());
         }
-        let devices = self.probe_file(&find(plugin, &self.dirs)?.path)?;
-        self.devices.insert(plugin.to_owned(), devices.clone());
+        let devices = self.probe_file(&plugin.path)?;
+        self.devices.insert(plugin.path.clone(), devices.clone());
         Ok(devices)
     }
 
@@ -404,10 +451,12 @@ impl Descriptions for Plugins<'_> {
     }
 
     fn names(&mut self) -> Vec<String> {
-        find_all(&self.dirs)
+        let mut names: Vec<String> = find_all(&self.dirs)
             .into_iter()
             .map(|found| found.name)
-            .collect()
+            .collect();
+        names.dedup();
+        names
     }
 }
 
@@ -483,6 +532,36 @@ mod tests {
             root.path().join("2").join(&b)
         );
         assert_eq!(find_all(&dirs).len(), 2);
+    }
+
+    #[test]
+    fn variants_stand_beside_their_plugin() {
+        let root = tempfile::tempdir().unwrap();
+        let variant = |name: &str| format!("libretort_{name}.cuda{}", std::env::consts::DLL_SUFFIX);
+        let (a, of_a, of_b) = (file_name("a"), variant("a"), variant("b"));
+        let dirs = dirs(
+            root.path(),
+            &[
+                ("1", &of_a),
+                ("2", &a),
+                ("2", &of_a),
+                ("2", &of_b),
+                ("2", "libretort_a..so"),
+            ],
+        );
+        let found = find("a", &dirs).unwrap();
+        assert_eq!(
+            (found.path, found.variant),
+            (root.path().join("2").join(&a), None)
+        );
+        let own = variants("a", &dirs);
+        assert_eq!(own.len(), 1);
+        assert_eq!(own[0].path, root.path().join("1").join(&of_a));
+        assert_eq!(own[0].shadowed, [root.path().join("2").join(&of_a)]);
+        // A variant alone is the plugin.
+        assert_eq!(find("b", &dirs).unwrap().variant.as_deref(), Some("cuda"));
+        assert!(variants("b", &dirs).is_empty());
+        assert_eq!(find_all(&dirs).len(), 3);
     }
 
     #[track_caller]

@@ -292,8 +292,25 @@ fn plugins(runtime: &Runtime, context: &Context, store: Option<&Store>, checks: 
             );
         }
     }
+    for (name, variant, build) in plugin::OWN_VARIANTS {
+        let own = |found: &plugin::Found| found.variant.as_deref() == Some(variant);
+        let built = |found: &plugin::Found| found.name == name && own(found);
+        if all.iter().any(|found| found.name == name) && !all.iter().any(built) {
+            checks.push(
+                Check::new(
+                    format!("plugin {name}, {variant}"),
+                    Verdict::Good,
+                    "not built",
+                )
+                .repair(format!("`{build}`, for NVIDIA GPUs")),
+            );
+        }
+    }
     for found in all {
-        let what = format!("plugin {}", found.name);
+        let what = match &found.variant {
+            Some(variant) => format!("plugin {}, {variant}", found.name),
+            None => format!("plugin {}", found.name),
+        };
         let checked = plugins
             .describe_file(&found.path)
             .and_then(|(identity, description)| {
@@ -313,12 +330,17 @@ fn plugins(runtime: &Runtime, context: &Context, store: Option<&Store>, checks: 
                     detail.push_str(&format!("; {library}"));
                 }
                 let usable = devices.iter().any(|device| device.unusable.is_none());
-                let verdict = if usable { Verdict::Good } else { Verdict::Bad };
-                checks.push(Check::new(what, verdict, detail));
+                let verdict = match usable {
+                    true => Verdict::Good,
+                    // The plugin itself is there for other devices.
+                    false if found.variant.is_some() => Verdict::Odd,
+                    false => Verdict::Bad,
+                };
+                checks.push(Check::new(what.clone(), verdict, detail));
             }
             Err(error) => checks.push(Check {
                 repair: error.hint,
-                ..Check::new(what, Verdict::Bad, error.message)
+                ..Check::new(what.clone(), Verdict::Bad, error.message)
             }),
         }
         for shadowed in found.shadowed {
@@ -327,10 +349,8 @@ fn plugins(runtime: &Runtime, context: &Context, store: Option<&Store>, checks: 
                 shadowed.display(),
                 found.path.display()
             );
-            checks.push(
-                Check::new(format!("plugin {}", found.name), Verdict::Odd, detail)
-                    .repair("remove one of them"),
-            );
+            checks
+                .push(Check::new(what.clone(), Verdict::Odd, detail).repair("remove one of them"));
         }
     }
 }

@@ -54,6 +54,9 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         let details = context.verbose > 0;
         talk::print(&text(&plan, &decisions, context.table_style(), details))?;
     }
+    if !context.quiet {
+        plan.notes.iter().for_each(|note| talk::say(note));
+    }
     if !plan.warnings.is_empty() && !context.quiet {
         let report = Report {
             path: recipe.source.path,

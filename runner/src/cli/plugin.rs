@@ -10,7 +10,7 @@ use crate::cli::{Context, Error, Exit, Format, FormatArgs, talk};
 use crate::plan::{DescribeError, PluginIdentity};
 use crate::plugin::{self, Found, Plugins, conformance, search_dirs};
 use crate::store::{Access, Store};
-use crate::table::{Cell, Rows, Style, Tone};
+use crate::table::{Cell, Rows, Style, Tone, bytes};
 
 pub mod install;
 pub mod lock;
@@ -82,11 +82,16 @@ fn list(args: &ListArgs, runtime: &Runtime, context: &Context) -> Result<(), Err
     let dirs = search_dirs(&context.plugin_dirs);
     let plugins = Plugins::new(dirs.clone(), runtime, store.as_ref());
     let mut rows = Rows::new(&[
-        "plugin", "version", "devices", "dtypes", "stages", "file", "problem",
+        "plugin", "variant", "version", "devices", "dtypes", "stages", "file", "problem",
     ]);
     let all = plugin::find_all(&dirs);
     for found in &all {
-        rows.push(row(found, plugins.describe_file(&found.path)));
+        let described = plugins.describe_file(&found.path);
+        let devices = match &described {
+            Ok(_) => plugins.probe_file(&found.path),
+            Err(_) => Ok(Vec::new()),
+        };
+        rows.push(row(found, described, devices));
         for shadowed in &found.shadowed {
             talk::say(&format!(
                 "note: {} is not used: {} comes first",
@@ -109,47 +114,58 @@ fn list(args: &ListArgs, runtime: &Runtime, context: &Context) -> Result<(), Err
 fn row(
     found: &Found,
     described: Result<(PluginIdentity, Description), DescribeError>,
+    devices: Result<Vec<Device>, DescribeError>,
 ) -> Vec<Cell> {
+    let name = Cell::from(found.name.as_str());
+    let variant = found.variant.as_deref().map_or_else(Cell::none, Cell::from);
     let file = Cell::from(found.path.display().to_string());
     let list = |items: &[String]| Cell::new(items.join(" "), items.to_vec());
-    match described {
-        Ok((_, description)) => {
-            let stages: Vec<String> = description
-                .stages
-                .iter()
-                .map(|stage| stage.kind.clone())
-                .collect();
-            let problem = match description.name == found.name
-                || description.name.replace('-', "_") == found.name
-            {
-                true => Cell::none(),
-                false => Cell::from(format!("calls itself `{}`", description.name)).tone(Tone::Bad),
-            };
-            let (devices, dtypes) = (list(&description.devices), list(&description.dtypes));
-            vec![
-                found.name.as_str().into(),
-                description.version.into(),
-                devices,
-                dtypes,
-                list(&stages),
-                file,
-                problem,
-            ]
+    let none = Cell::none;
+    let bad = |problem: String| Cell::from(problem).tone(Tone::Bad);
+    let (description, devices) = match (described, devices) {
+        (Ok((_, description)), Ok(devices)) => (description, devices),
+        (Err(error), _) | (_, Err(error)) => {
+            let problem = bad(error.message);
+            return vec![name, variant, none(), none(), none(), none(), file, problem];
         }
-        Err(error) => {
-            let problem = Cell::from(error.message).tone(Tone::Bad);
-            let none = Cell::none;
-            vec![
-                found.name.as_str().into(),
-                none(),
-                none(),
-                none(),
-                none(),
-                file,
-                problem,
-            ]
-        }
-    }
+    };
+    let stages: Vec<String> = description
+        .stages
+        .iter()
+        .map(|stage| stage.kind.clone())
+        .collect();
+    let misnamed = description.name.replace('-', "_") != found.name.replace('-', "_");
+    let unusable = devices.iter().filter_map(|device| {
+        let why = device.unusable.as_deref()?;
+        Some(format!("{} cannot be used: {why}", device.name))
+    });
+    let problem = match misnamed {
+        true => bad(format!("calls itself `{}`", description.name)),
+        false => match unusable.collect::<Vec<_>>().join("; ") {
+            none if none.is_empty() => Cell::none(),
+            why => Cell::from(why).tone(Tone::Odd),
+        },
+    };
+    vec![
+        name,
+        variant,
+        description.version.into(),
+        present(&devices),
+        list(&description.dtypes),
+        list(&stages),
+        file,
+        problem,
+    ]
+}
+
+/// The devices that can be used, with their memory; for programs all of them.
+fn present(devices: &[Device]) -> Cell {
+    let usable = devices.iter().filter(|device| device.unusable.is_none());
+    let shown = usable.map(|device| match device.memory {
+        Some(memory) => format!("{} ({})", device.name, bytes(memory)),
+        None => device.name.clone(),
+    });
+    Cell::new(shown.collect::<Vec<_>>().join(", "), json!(devices))
 }
 
 fn check(args: &CheckArgs, runtime: &Runtime, context: &Context) -> Result<(), Error> {

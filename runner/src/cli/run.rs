@@ -222,6 +222,9 @@ impl Job {
         if !warnings.is_empty() && !context.quiet {
             talk::say(&report(warnings).render(context.color_stderr()));
         }
+        if !context.quiet {
+            self.plan.notes.iter().for_each(|note| talk::say(note));
+        }
         Ok(())
     }
 

@@ -21,14 +21,15 @@ pub fn plan(text: &str, set: &[&str]) -> Result<Plan, Report> {
     settle(&recipe, &mut Fake)
 }
 
-/// Knows the plugins `fake` (CPU only) and `gpu` (of whose devices the second works).
+/// Knows the plugins `fake` (CPU only), `gpu` (of whose devices the second works) and `varied` (`fake` with a variant for
+/// such devices).
 pub struct Fake;
 
 impl Descriptions for Fake {
     fn describe(&mut self, plugin: &str) -> Result<(PluginIdentity, Description), DescribeError> {
         let mut description = description();
         match plugin {
-            "fake" => {}
+            "fake" | "varied" => {}
             "gpu" => description.devices.push("cuda".into()),
             _ => {
                 return Err(DescribeError {
@@ -46,7 +47,28 @@ impl Descriptions for Fake {
         Ok((identity, description))
     }
 
-    fn devices(&mut self, _: &str) -> Result<Vec<Device>, DescribeError> {
+    fn variants(
+        &mut self,
+        plugin: &str,
+    ) -> Vec<Result<(PluginIdentity, Description), DescribeError>> {
+        if plugin != "varied" {
+            return Vec::new();
+        }
+        let description = Description {
+            devices: vec!["cuda".into()],
+            dtypes: vec!["f32".into(), "f16".into()],
+            ..description()
+        };
+        let identity = PluginIdentity {
+            name: plugin.into(),
+            path: "/plugins/libretort_varied.cuda.so".into(),
+            version: "0.1.0".into(),
+            hash: "beef".into(),
+        };
+        vec![Ok((identity, description))]
+    }
+
+    fn devices(&mut self, _: &PluginIdentity) -> Result<Vec<Device>, DescribeError> {
         let device = |name: &str, unusable: Option<&str>| Device {
             name: name.into(),
             model: String::new(),

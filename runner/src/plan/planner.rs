@@ -4,6 +4,7 @@
 //! causes elsewhere is not reported again.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use retort_abi::{Description, Device, StageKind};
 use serde_json::Value;
@@ -17,18 +18,20 @@ use crate::schema::{self, Target};
 use crate::yaml::{Part, escape};
 
 /// The stages of a recipe in an order in which they can run, and everything found on the way. Stages with mistakes are
-/// left out.
+/// left out. The last are notes on what the plan chose by itself.
 pub(super) fn settle(
     recipe: &Recipe,
     plugins: &mut dyn Descriptions,
-) -> (Vec<PlannedStage>, Vec<Finding>) {
+) -> (Vec<PlannedStage>, Vec<Finding>, Vec<String>) {
     let mut planner = Planner {
         recipe,
         source: &recipe.source,
         plugins,
         known: BTreeMap::new(),
+        variants: BTreeMap::new(),
         devices: BTreeMap::new(),
         findings: recipe.findings.clone(),
+        notes: Vec::new(),
     };
     let drafts: Vec<Draft<'_>> = recipe
         .stages
@@ -41,7 +44,7 @@ pub(super) fn settle(
         .into_iter()
         .filter_map(|index| planner.settle(&drafts[index]))
         .collect();
-    (stages, planner.findings)
+    (stages, planner.findings, planner.notes)
 }
 
 /// What is known of a stage before its references are.
@@ -76,8 +79,12 @@ struct Planner<'a> {
     plugins: &'a mut dyn Descriptions,
     /// Plugins asked so far; `None` where that failed and has been reported.
     known: BTreeMap<String, Option<(PluginIdentity, Description)>>,
-    devices: BTreeMap<String, Option<Vec<Device>>>,
+    /// Builds of plugins for other devices.
+    variants: BTreeMap<String, Vec<(PluginIdentity, Description)>>,
+    /// By the plugin's file.
+    devices: BTreeMap<PathBuf, Option<Vec<Device>>>,
     findings: Vec<Finding>,
+    notes: Vec<String>,
 }
 
 impl<'a> Planner<'a> {
@@ -390,11 +397,10 @@ impl<'a> Planner<'a> {
                 return None;
             }
         };
-        let (identity, description) = draft.plugin.as_ref()?;
         let kind = draft.kind()?;
-        let dtype = self.dtype(draft, description)?;
-        let device = self.device(draft, identity, description)?;
-        if device.1 {
+        let place = self.place(draft, draft.plugin.as_ref()?)?;
+        let dtype = self.dtype(draft, &place.description)?;
+        if place.chosen {
             origins.insert("/device".to_owned(), Origin::Derived);
         }
         option_origins(self.source, draft, &draft.options, "", &mut origins);
@@ -402,8 +408,8 @@ impl<'a> Planner<'a> {
             name: stage.name.clone(),
             kind: kind.kind.clone(),
             description: stage.description.clone(),
-            plugin: identity.clone(),
-            device: device.0,
+            plugin: place.plugin,
+            device: place.device,
             dtype,
             threads: stage
                 .threads
@@ -456,82 +462,131 @@ impl<'a> Planner<'a> {
         None
     }
 
-    /// The device, and whether the plan chose it.
-    fn device(
-        &mut self,
-        draft: &Draft<'_>,
-        identity: &PluginIdentity,
-        description: &Description,
-    ) -> Option<(String, bool)> {
-        let own = draft.stage.device.is_some();
+    /// Which build of the plugin runs the stage, and where.
+    fn place(&mut self, draft: &Draft<'_>, base: &(PluginIdentity, Description)) -> Option<Place> {
         let written = draft
             .stage
             .device
             .as_ref()
             .or(self.recipe.device.as_ref())
             .map_or("auto", String::as_str);
-        let knows = |kind: &str| description.devices.iter().any(|device| device == kind);
-        let fallback = description.devices.first().map_or("cpu", String::as_str);
-        if written == "auto" && !knows("cuda") {
-            return Some((fallback.to_owned(), true));
-        }
+        let pointer = self.setting(draft, "device", draft.stage.device.is_some());
+        let knows = |build: &(PluginIdentity, Description), kind: &str| {
+            build.1.devices.iter().any(|device| device == kind)
+        };
+        let placed = |build: &(PluginIdentity, Description), device: &str, chosen| Place {
+            plugin: build.0.clone(),
+            description: build.1.clone(),
+            device: device.to_owned(),
+            chosen,
+        };
         let kind = written.split(':').next().unwrap_or_default();
-        let pointer = self.setting(draft, "device", own);
-        if written != "auto" && !knows(kind) {
+        if kind == "cpu" && knows(base, kind) {
+            return Some(placed(base, "cpu", false));
+        }
+        let mut builds = vec![base.clone()];
+        builds.extend(self.variants_of(&base.0.name));
+        let driving = |kind: &str| builds.iter().find(|build| knows(build, kind));
+        let fallback = base.1.devices.first().map_or("cpu", String::as_str);
+        let wanted = if written == "auto" { "cuda" } else { kind };
+        let Some(build) = driving(wanted) else {
+            if written == "auto" {
+                return Some(placed(base, fallback, true));
+            }
             // Something that is no device at all has been reported by the schema.
             if matches!(kind, "cpu" | "cuda") {
-                let message = format!("plugin `{}` cannot drive `{kind}`", identity.name);
-                let known = description.devices.join("`, `");
-                let finding =
-                    Finding::error(pointer, message).hint(format!("it was built for `{known}`"));
+                let message = format!("plugin `{}` cannot drive `{kind}`", base.0.name);
+                let known: Vec<&str> = builds
+                    .iter()
+                    .flat_map(|build| build.1.devices.iter().map(String::as_str))
+                    .collect();
+                let finding = Finding::error(pointer, message)
+                    .hint(format!("it was built for `{}`", known.join("`, `")));
                 self.report(finding, Part::Value);
             }
             return None;
+        };
+        if wanted == "cpu" {
+            return Some(placed(build, "cpu", false));
         }
-        if kind == "cpu" {
-            return Some(("cpu".to_owned(), false));
-        }
-        let devices = self.devices_of(identity, &pointer)?;
+        let devices = self.devices_of(&build.0, &pointer)?;
         let gpus: Vec<&Device> = devices
             .iter()
             .filter(|device| device.name.starts_with("cuda"))
             .collect();
         let usable = gpus.iter().find(|device| device.unusable.is_none());
-        match written {
-            "auto" => Some((
-                usable.map_or("cpu".to_owned(), |device| device.name.clone()),
-                true,
-            )),
-            // As precise as `cuda:0`, so that a plan names one device.
-            "cuda" if usable.is_some() => usable.map(|device| (device.name.clone(), true)),
-            _ => {
-                let found = gpus
-                    .iter()
-                    .find(|device| device.name == written || written == "cuda");
-                if written != "cuda" && found.is_some_and(|device| device.unusable.is_none()) {
-                    return Some((written.to_owned(), false));
-                }
-                let why = match found.and_then(|device| device.unusable.as_deref()) {
-                    Some(why) => format!("device `{written}` cannot be used: {why}"),
-                    None => format!("there is no device `{written}` on this machine"),
-                };
-                let usable: Vec<&str> = devices
-                    .iter()
-                    .filter(|device| device.unusable.is_none())
-                    .map(|device| device.name.as_str())
-                    .collect();
-                let hint = format!("usable here: `{}`", usable.join("`, `"));
-                self.report(Finding::error(pointer, why).hint(hint), Part::Value);
-                None
+        let why = || gpus.iter().find_map(|device| device.unusable.as_deref());
+        match (written, usable) {
+            ("auto", Some(device)) => {
+                let named = [device.name.as_str(), device.model.as_str()].join(" ");
+                self.note(format!("device `auto` is {}", named.trim_end()));
+                return Some(placed(build, &device.name, true));
             }
+            ("auto", None) if let Some(other) = driving("cpu") => {
+                if let Some(why) = why() {
+                    self.note(format!("device `auto` is cpu: no GPU can be used ({why})"));
+                }
+                return Some(placed(other, "cpu", true));
+            }
+            // As precise as `cuda:0`, so that a plan names one device.
+            ("cuda", Some(device)) => return Some(placed(build, &device.name, true)),
+            _ => {}
+        }
+        let found = gpus
+            .iter()
+            .find(|device| device.name == written || matches!(written, "cuda" | "auto"));
+        if usable.is_some() && found.is_some_and(|device| device.unusable.is_none()) {
+            return Some(placed(build, written, false));
+        }
+        let message = match found.and_then(|device| device.unusable.as_deref()) {
+            Some(why) => format!("device `{written}` cannot be used: {why}"),
+            None => format!("there is no device `{written}` on this machine"),
+        };
+        let cpu = driving("cpu").map(|_| "cpu");
+        let usable: Vec<&str> = cpu
+            .into_iter()
+            .chain(
+                gpus.iter()
+                    .filter(|device| device.unusable.is_none())
+                    .map(|device| device.name.as_str()),
+            )
+            .collect();
+        let hint = match usable.as_slice() {
+            [] => "no device can be used here".to_owned(),
+            names => format!("usable here: `{}`", names.join("`, `")),
+        };
+        self.report(Finding::error(pointer, message).hint(hint), Part::Value);
+        None
+    }
+
+    /// Says something once.
+    fn note(&mut self, note: String) {
+        if !self.notes.contains(&note) {
+            self.notes.push(note);
         }
     }
 
-    fn devices_of(&mut self, identity: &PluginIdentity, pointer: &str) -> Option<Vec<Device>> {
-        if let Some(known) = self.devices.get(&identity.name) {
+    /// The other builds of a plugin; one that cannot be asked is told of and left out.
+    fn variants_of(&mut self, plugin: &str) -> Vec<(PluginIdentity, Description)> {
+        if let Some(known) = self.variants.get(plugin) {
             return known.clone();
         }
-        let answer = match self.plugins.devices(&identity.name) {
+        let mut found = Vec::new();
+        for answer in self.plugins.variants(plugin) {
+            match answer {
+                Ok(variant) => found.push(variant),
+                Err(error) => self.note(format!("a variant of `{plugin}` is left out: {error}")),
+            }
+        }
+        self.variants.insert(plugin.to_owned(), found.clone());
+        found
+    }
+
+    fn devices_of(&mut self, identity: &PluginIdentity, pointer: &str) -> Option<Vec<Device>> {
+        if let Some(known) = self.devices.get(&identity.path) {
+            return known.clone();
+        }
+        let answer = match self.plugins.devices(identity) {
             Ok(devices) => Some(devices),
             Err(error) => {
                 let finding = Finding::error(pointer, error.message);
@@ -546,9 +601,18 @@ impl<'a> Planner<'a> {
                 None
             }
         };
-        self.devices.insert(identity.name.clone(), answer.clone());
+        self.devices.insert(identity.path.clone(), answer.clone());
         answer
     }
+}
+
+/// Where a stage runs.
+struct Place {
+    plugin: PluginIdentity,
+    description: Description,
+    device: String,
+    /// Whether the plan chose the device.
+    chosen: bool,
 }
 
 /// Whether a finding is shown at its own place in the text, not at that of a param.

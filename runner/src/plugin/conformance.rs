@@ -176,7 +176,9 @@ impl<'a> Examination<'a> {
             let mut problems = inconsistencies(&description);
             let file = exam.path.file_name().unwrap_or_default();
             let expected = plugin::file_name(&description.name);
-            if file != expected.as_str() {
+            let own = file.to_str().and_then(plugin::name_of);
+            let found = own.is_some_and(|(name, _)| plugin::file_name(&name) == expected);
+            if !found {
                 problems.push(format!(
                     "it is not found by its name `{}`: the file has to be {expected}",
                     description.name

@@ -42,7 +42,14 @@ pub fn execute(args: &Args, runtime: &Runtime, context: &Context) -> Result<(), 
             .hint("name a directory with --into")
         })?,
     };
-    let target = dir.join(plugin::file_name(&identity.name));
+    let variant = source
+        .file_name()
+        .and_then(|file| plugin::name_of(file.to_str()?)?.1);
+    let own = variant
+        .as_deref()
+        .map(|variant| format!("{}.{variant}", identity.name));
+    let file = plugin::file_name(own.as_ref().unwrap_or(&identity.name));
+    let target = dir.join(&file);
     copy(&source, &target).map_err(|error| {
         Error::new(
             Exit::Internal,
@@ -55,7 +62,7 @@ pub fn execute(args: &Args, runtime: &Runtime, context: &Context) -> Result<(), 
     if let Some(mut lock) = trust::read_lock(&dir).map_err(plan_error)? {
         let hash = artifact::file_hash(&target)
             .map_err(|error| Error::new(Exit::Internal, error.to_string()))?;
-        lock.insert(plugin::file_name(&identity.name), hash);
+        lock.insert(file, hash);
         trust::write_lock(&dir, &lock).map_err(plan_error)?;
     }
     talk::say(&format!(
@@ -70,7 +77,8 @@ pub fn execute(args: &Args, runtime: &Runtime, context: &Context) -> Result<(), 
             dir.display(),
             plugin::PATH_VARIABLE
         ));
-    } else if let Ok(found) = plugin::find(&identity.name, &dirs)
+    } else if variant.is_none()
+        && let Ok(found) = plugin::find(&identity.name, &dirs)
         && found.path != target
     {
         talk::say(&format!(
