@@ -3,17 +3,21 @@
 //! [`Candle`] is what the engine runs on. [`plain::Plain`] brings every operation in candle's own terms, on any device
 //! and type; `Candle` takes a fused CPU kernel where one fits (f32 in host memory) and falls back to `Plain`, that is
 //! to the engine's composed definitions, where none does. All tensors are plain: candle's own differentiation is never
-//! used, the engine's tape asks for values only.
+//! used, the engine's tape asks for values only. With the feature `cuda` this is another plugin of the same name, the
+//! variant for NVIDIA GPUs.
 
 mod activation;
 mod arithmetic;
 mod attention;
 mod backend;
 mod convolution;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod flow;
 mod norm;
 mod optimiser;
 pub mod plain;
+#[cfg(not(feature = "cuda"))]
 mod plugin;
 mod pooling;
 mod product;
@@ -25,6 +29,9 @@ mod winograd;
 use candle_core::{DType, Device, Tensor};
 use retort_engine::error::{Error, Result};
 
+#[cfg(feature = "cuda")]
+pub use cuda::Cuda;
+
 /// The backend: where tensors live and which type of float they hold.
 #[derive(Debug, Clone)]
 pub struct Candle {
@@ -33,25 +40,12 @@ pub struct Candle {
 }
 
 impl Candle {
-    /// Opens a device: `cpu`, or `cuda:N` in a build with CUDA; `dtype` is `f32`, `f16` or `bf16`; `threads` is the size
-    /// of the pool all kernels share (0: as many as there are cores). The pool is made once per process, so a second
-    /// call's `threads` has no effect.
+    /// Opens a device, `cpu`; `dtype` is `f32`, `f16` or `bf16`; `threads` is the size of the pool all kernels share (0: as
+    /// many as there are cores). The pool is made once per process, so a second call's `threads` has no effect.
     pub fn open(device: &str, dtype: &str, threads: usize) -> Result<Self> {
-        let place = match device.split_once(':').unwrap_or((device, "0")) {
-            ("cpu", "0") => Device::Cpu,
-            ("cuda", index) => {
-                let index = index.parse().map_err(|_| {
-                    Error::option("/device", format!("{device}: expected cuda or cuda:N"))
-                })?;
-                Device::new_cuda(index).map_err(failed)?
-            }
-            _ => {
-                return Err(Error::option(
-                    "/device",
-                    format!("{device}: expected cpu or cuda:N"),
-                ));
-            }
-        };
+        if !matches!(device, "cpu" | "cpu:0") {
+            return Err(Error::option("/device", format!("{device}: expected cpu")));
+        }
         let dtype = match dtype {
             "f32" => DType::F32,
             "f16" => DType::F16,
@@ -68,7 +62,7 @@ impl Candle {
             .num_threads(threads)
             .build_global();
         Ok(Self {
-            device: place,
+            device: Device::Cpu,
             dtype,
         })
     }
@@ -82,7 +76,10 @@ fn failed(error: candle_core::Error) -> Error {
         other => other.to_string(),
     };
     let lower = text.to_lowercase();
-    if lower.contains("out of memory") || lower.contains("out_of_memory") {
+    if ["out of memory", "out_of_memory", "alloc_failed"]
+        .iter()
+        .any(|phrase| lower.contains(phrase))
+    {
         Error::OutOfMemory(text)
     } else {
         Error::Backend(text)

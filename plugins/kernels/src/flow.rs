@@ -14,12 +14,12 @@ use crate::pool::chunks;
 use crate::{Pool, wide};
 
 /// Probability that may still go to other codes when a token counts as decided.
-const UNDECIDED: f32 = 1e-6;
+pub const UNDECIDED: f32 = 1e-6;
 
 /// A code whose posterior is e^-30 of the greatest is dropped: all 16384 codes of a large codebook together would then
 /// have less than 2e-9. The posterior follows the marginals of the path, along which it is a martingale, so that a
 /// dropped code is the token about that seldom; a test holds tokens with and without dropping against each other.
-const DROPPED: f32 = 30.0;
+pub const DROPPED: f32 = 30.0;
 
 /// Codes that are looked at together.
 const TILE: usize = 256;

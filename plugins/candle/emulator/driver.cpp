@@ -1,0 +1,333 @@
+// A GPU that is none: the functions of libcuda and libcublas that the CUDA variant calls, on the host, with its kernels
+// compiled from the same text. Tests run the plugin as it is on it; nothing but tests may know of it.
+//
+// It is stricter than a GPU where that finds mistakes. Memory begins as NaN, and a write beyond its end is noticed when it
+// is given back. A kernel has to be in the module's PTX and within the limits of a launch. Nobody's kernels but the
+// plugin's run. With EMULATOR_REVERSED threads take turns in the other order: results that change with it depend on one.
+//
+// EMULATOR_DEVICES, EMULATOR_VERSION (13000), EMULATOR_CAPABILITY (90) and EMULATOR_MEMORY (bytes) say what it
+// pretends to be.
+
+#include "shim.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+#include <vector>
+
+#include "../src/cuda/kernels.cu"
+
+Index threadIdx, blockIdx, gridDim;
+
+// ---- fibers ------------------------------------------------------------------------------------------------------
+
+extern "C" void emulator_switch(void** from, void* to);
+asm(R"(
+.text
+.hidden emulator_switch
+.globl emulator_switch
+emulator_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+)");
+
+namespace emulator {
+
+float* dynamic_shared;
+uint64_t exchanged[THREADS];
+
+namespace {
+
+constexpr size_t STACK = 64 * 1024;
+
+struct Barrier {
+    unsigned alive, arrived, generation;
+
+    void wait() {
+        unsigned now = generation;
+        if (++arrived == alive) {
+            open();
+        } else {
+            while (generation == now) yield();
+        }
+    }
+    void leave() {
+        if (--alive == arrived && alive) open();
+    }
+    void open() {
+        arrived = 0;
+        ++generation;
+    }
+};
+
+struct Fiber {
+    void* at;
+    bool done;
+};
+
+Fiber fibers[THREADS];
+void* scheduler;
+Barrier block, warps[THREADS / 32];
+const Kernel* kernel;
+void** arguments;
+
+void enter() {
+    (*kernel)(arguments);
+    unsigned own = threadIdx.x;
+    fibers[own].done = true;
+    block.leave();
+    warps[own / 32].leave();
+    void* nowhere;
+    emulator_switch(&nowhere, scheduler);
+    abort();
+}
+
+void run_block(bool reversed) {
+    static std::vector<char> stacks(THREADS * STACK + 64);
+    char* base = (char*)(((uintptr_t)stacks.data() + 63) & ~(uintptr_t)63);
+    for (unsigned i = 0; i < THREADS; ++i) {
+        void** top = (void**)(base + (i + 1) * STACK) - 2;
+        *top = (void*)enter;
+        fibers[i] = {top - 6, false};
+    }
+    block = {THREADS, 0, 0};
+    for (auto& warp : warps) warp = {32, 0, 0};
+    for (unsigned left = THREADS; left;) {
+        for (unsigned i = 0; i < THREADS; ++i) {
+            unsigned own = reversed ? THREADS - 1 - i : i;
+            if (fibers[own].done) continue;
+            threadIdx.x = own;
+            emulator_switch(&scheduler, fibers[own].at);
+            left -= fibers[own].done;
+        }
+    }
+}
+
+}  // namespace
+
+std::map<std::string, Kernel>& kernels() {
+    static std::map<std::string, Kernel> all;
+    return all;
+}
+
+void yield() {
+    unsigned own = threadIdx.x;
+    emulator_switch(&fibers[own].at, scheduler);
+    threadIdx.x = own;
+}
+void wait_for_block() { block.wait(); }
+void wait_for_warp() { warps[threadIdx.x / 32].wait(); }
+
+}  // namespace emulator
+
+// ---- the driver --------------------------------------------------------------------------------------------------
+
+namespace {
+
+enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_DEVICE = 101, INVALID_PTX = 218, NOT_FOUND = 500 };
+
+constexpr size_t GUARD = 64;
+
+std::mutex one_at_a_time;
+std::map<void*, size_t> memory;
+size_t in_use;
+
+struct Module {
+    std::string ptx;
+};
+struct Function {
+    std::string name;
+    const emulator::Kernel* kernel;
+};
+
+uint64_t setting(const char* name, uint64_t otherwise) {
+    const char* text = getenv(name);
+    return text ? strtoull(text, nullptr, 10) : otherwise;
+}
+
+void check_guard(char* start, size_t size) {
+    for (size_t i = 0; i < GUARD; ++i) {
+        if ((unsigned char)start[size + i] != 0xa5) {
+            fprintf(stderr, "emulator: a kernel wrote beyond the end of %zu bytes\n", size);
+            abort();
+        }
+    }
+}
+
+int allocate(void** out, size_t size) {
+    std::lock_guard<std::mutex> lock(one_at_a_time);
+    if (in_use + size > setting("EMULATOR_MEMORY", 8ull << 30)) return OUT_OF_MEMORY;
+    char* start = (char*)aligned_alloc(256, (size + GUARD + 255) / 256 * 256);
+    if (!start) return OUT_OF_MEMORY;
+    memset(start, 0xff, size);
+    memset(start + size, 0xa5, GUARD);
+    memory[start] = size;
+    in_use += size;
+    *out = start;
+    return SUCCESS;
+}
+
+int release(void* start) {
+    std::lock_guard<std::mutex> lock(one_at_a_time);
+    auto found = memory.find(start);
+    if (found == memory.end()) return INVALID_VALUE;
+    check_guard((char*)start, found->second);
+    in_use -= found->second;
+    memory.erase(found);
+    free(start);
+    return SUCCESS;
+}
+
+}  // namespace
+
+extern "C" {
+
+int cuInit(unsigned) { return setting("EMULATOR_DEVICES", 1) ? SUCCESS : NO_DEVICE; }
+int cuDriverGetVersion(int* version) { return *version = (int)setting("EMULATOR_VERSION", 13000), SUCCESS; }
+int cuGetErrorName(int, const char** text) { return *text = "EMULATED_ERROR", SUCCESS; }
+int cuGetErrorString(int error, const char** text) {
+    return *text = error == OUT_OF_MEMORY ? "out of memory" : "an error of the emulator", SUCCESS;
+}
+int cuDeviceGetCount(int* count) { return *count = (int)setting("EMULATOR_DEVICES", 1), SUCCESS; }
+int cuDeviceGet(int* device, int index) { return *device = index, SUCCESS; }
+int cuDeviceGetName(char* name, int size, int) { return snprintf(name, size, "emulated GPU"), SUCCESS; }
+int cuDeviceTotalMem_v2(size_t* bytes, int) { return *bytes = setting("EMULATOR_MEMORY", 8ull << 30), SUCCESS; }
+int cuDeviceGetAttribute(int* value, int attribute, int) {
+    int capability = (int)setting("EMULATOR_CAPABILITY", 90);
+    switch (attribute) {
+        case 75: *value = capability / 10; break;
+        case 76: *value = capability % 10; break;
+        case 115: *value = 1; break;  // memory pools
+        default: *value = 0; break;
+    }
+    return SUCCESS;
+}
+int cuDevicePrimaryCtxRetain(void** context, int) { return *context = (void*)1, SUCCESS; }
+int cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
+int cuCtxSetCurrent(void*) { return SUCCESS; }
+int cuCtxGetCurrent(void** context) { return *context = (void*)1, SUCCESS; }
+int cuCtxSynchronize() { return SUCCESS; }
+int cuDeviceGetDefaultMemPool(void** pool, int) { return *pool = (void*)1, SUCCESS; }
+int cuMemPoolSetAttribute(void*, int, void*) { return SUCCESS; }
+int cuStreamCreate(void** stream, unsigned) { return *stream = (void*)1, SUCCESS; }
+int cuStreamDestroy_v2(void*) { return SUCCESS; }
+int cuStreamSynchronize(void*) { return SUCCESS; }
+int cuStreamWaitEvent(void*, void*, unsigned) { return SUCCESS; }
+int cuStreamIsCapturing(void*, int* status) { return *status = 0, SUCCESS; }
+int cuEventCreate(void** event, unsigned) { return *event = (void*)1, SUCCESS; }
+int cuEventDestroy_v2(void*) { return SUCCESS; }
+int cuEventRecord(void*, void*) { return SUCCESS; }
+int cuEventSynchronize(void*) { return SUCCESS; }
+int cuMemGetInfo_v2(size_t* left, size_t* total) {
+    *total = setting("EMULATOR_MEMORY", 8ull << 30);
+    return *left = *total - in_use, SUCCESS;
+}
+int cuMemAlloc_v2(void** out, size_t size) { return allocate(out, size); }
+int cuMemAllocAsync(void** out, size_t size, void*) { return allocate(out, size); }
+int cuMemFree_v2(void* start) { return release(start); }
+int cuMemFreeAsync(void* start, void*) { return release(start); }
+int cuMemcpyHtoDAsync_v2(void* to, const void* from, size_t size, void*) { return memcpy(to, from, size), SUCCESS; }
+int cuMemcpyDtoHAsync_v2(void* to, const void* from, size_t size, void*) { return memcpy(to, from, size), SUCCESS; }
+int cuMemcpyDtoDAsync_v2(void* to, const void* from, size_t size, void*) { return memmove(to, from, size), SUCCESS; }
+int cuMemsetD8Async(void* to, unsigned char value, size_t size, void*) { return memset(to, value, size), SUCCESS; }
+
+int cuModuleLoadData(Module** module, const void* image) {
+    std::string ptx = (const char*)image;
+    if (ptx.find(".entry attend_bf16(") == std::string::npos) return INVALID_PTX;
+    *module = new Module{ptx};
+    return SUCCESS;
+}
+int cuModuleUnload(Module* module) { return delete module, SUCCESS; }
+int cuModuleGetFunction(Function** function, Module* module, const char* name) {
+    auto found = emulator::kernels().find(name);
+    if (found == emulator::kernels().end()) return NOT_FOUND;
+    if (module->ptx.find(".entry " + std::string(name) + "(") == std::string::npos) return NOT_FOUND;
+    // As many as there are names: nobody gives a function back.
+    static std::map<std::string, Function> all;
+    std::lock_guard<std::mutex> lock(one_at_a_time);
+    *function = &(all[name] = Function{name, &found->second});
+    return SUCCESS;
+}
+
+int cuLaunchKernel(Function* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                   unsigned shared, void*, void** parameters, void**) {
+    if (!gx || gy != 1 || gz != 1 || bx != emulator::THREADS || by != 1 || bz != 1 || shared > 48 * 1024) {
+        fprintf(stderr, "emulator: %s with %u blocks of %u threads and %u bytes\n", function->name.c_str(), gx, bx, shared);
+        return INVALID_VALUE;
+    }
+    std::lock_guard<std::mutex> lock(one_at_a_time);
+    static float memory_of_block[12 * 1024];
+    emulator::dynamic_shared = memory_of_block;
+    emulator::kernel = function->kernel;
+    emulator::arguments = parameters;
+    gridDim.x = gx;
+    bool reversed = setting("EMULATOR_REVERSED", 0);
+    for (unsigned i = 0; i < gx; ++i) {
+        blockIdx.x = reversed ? gx - 1 - i : i;
+        for (float& x : memory_of_block) x = NAN;
+        emulator::run_block(reversed);
+    }
+    return SUCCESS;
+}
+
+// ---- cuBLAS ------------------------------------------------------------------------------------------------------
+
+int cublasCreate_v2(void** handle) { return *handle = (void*)1, SUCCESS; }
+int cublasDestroy_v2(void*) { return SUCCESS; }
+int cublasSetStream_v2(void*, void*) { return SUCCESS; }
+
+int cublasGemmStridedBatchedEx(void*, int ta, int tb, int m, int n, int k, const float* alpha, const void* a, int a_type,
+                               int lda, long long a_step, const void* b, int b_type, int ldb, long long b_step,
+                               const float* beta, float* c, int c_type, int ldc, long long c_step, int count,
+                               int compute, int) {
+    constexpr int SINGLE = 0, HALF = 14, SINGLE_SUMS = 68;
+    bool types = (a_type == SINGLE || a_type == HALF) && a_type == b_type && c_type == SINGLE && compute == SINGLE_SUMS;
+    bool leads = lda >= (ta ? k : m) && ldb >= (tb ? n : k) && ldc >= m && lda > 0 && ldb > 0;
+    if (!types || !leads) {
+        fprintf(stderr, "emulator: a product of types %d and %d, leads %d, %d and %d\n", a_type, b_type, lda, ldb, ldc);
+        return 7;  // CUBLAS_STATUS_INVALID_VALUE
+    }
+    auto at = [](const void* x, int type, long long i) {
+        return type == HALF ? wide(((const bf16*)x)[i]) : ((const float*)x)[i];
+    };
+    // k, rounded up to whole lanes.
+    constexpr int LANES = 8;
+    size_t padded = (k + LANES - 1) / LANES * LANES;
+    std::vector<float> left(m * padded), right(n * padded);
+    for (int s = 0; s < count; ++s) {
+        for (int i = 0; i < m; ++i)
+            for (int l = 0; l < k; ++l)
+                left[i * padded + l] = at(a, a_type, s * a_step + (ta ? (long long)i * lda + l : (long long)l * lda + i));
+        for (int j = 0; j < n; ++j)
+            for (int l = 0; l < k; ++l)
+                right[j * padded + l] = at(b, b_type, s * b_step + (tb ? (long long)l * ldb + j : (long long)j * ldb + l));
+        for (int j = 0; j < n; ++j) {
+            for (int i = 0; i < m; ++i) {
+                float sums[LANES] = {};
+                const float *x = &left[i * padded], *y = &right[j * padded];
+                for (size_t l = 0; l < padded; l += LANES)
+                    for (int e = 0; e < LANES; ++e) sums[e] += x[l + e] * y[l + e];
+                float sum = 0.0f;
+                for (float part : sums) sum += part;
+                float& to = c[s * c_step + (long long)j * ldc + i];
+                to = *alpha * sum + (*beta != 0.0f ? *beta * to : 0.0f);
+            }
+        }
+    }
+    return SUCCESS;
+}
+
+}  // extern "C"

@@ -1,0 +1,93 @@
+//! The AR flow map on a GPU: a block per token (`kernels.cu`), with the grid and the thresholds of the host's kernel.
+
+use candle_core::DType;
+use retort_engine::backend::FlowSolver;
+use retort_engine::error::{Error, Result};
+use retort_engine::flow::grid;
+use retort_kernels::flow::{DROPPED, UNDECIDED};
+
+use crate::cuda::backend::fill;
+use crate::cuda::launch::{Flow, launch};
+use crate::cuda::tensor::{Raw, Tensor, copy, device, fresh, pointer};
+use crate::failed;
+
+/// Dimensions of codes that kernels are compiled for; shorter codes get zeros.
+const KERNELS: [(usize, &str); 4] = [
+    (4, "flow_4"),
+    (8, "flow_8"),
+    (16, "flow_16"),
+    (32, "flow_32"),
+];
+/// Log weights of codes that are in memory at once.
+const KEPT: usize = 1 << 27;
+
+/// logits (n, k), noise (n, d), codebook (k, d) -> ids (n); `None` where codes are longer than any kernel takes.
+pub fn flow_map(
+    logits: &Tensor,
+    noise: &Tensor,
+    codebook: &Tensor,
+    solver: &FlowSolver,
+) -> Result<Option<Raw>> {
+    let (n, k) = logits.raw.dims2().map_err(failed)?;
+    let (_, d) = noise.raw.dims2().map_err(failed)?;
+    if noise.raw.dims() != [n, d] || codebook.raw.dims() != [k, d] || n * k == 0 {
+        return Err(Error::Backend(format!(
+            "flow map: logits {:?}, noise {:?}, codebook {:?}",
+            logits.raw.dims(),
+            noise.raw.dims(),
+            codebook.raw.dims()
+        )));
+    }
+    let Some(&(wide, name)) = KERNELS.iter().find(|(wide, _)| d <= *wide) else {
+        return Ok(None);
+    };
+    let logits = logits.single()?;
+    let device = device(&logits)?;
+    let codes = codebook.raw.t().map_err(failed)?;
+    let codes = padded(&codes, [wide, k], 0)?;
+    let noise = padded(&noise.raw, [n, wide], 1)?;
+    let grid: Vec<f32> = grid(solver).iter().map(|&s| s as f32).collect();
+    let points = Raw::from_slice(&grid, grid.len(), logits.device()).map_err(failed)?;
+    let numbers = Flow {
+        points: grid.len() as i32,
+        dropped: DROPPED,
+        undecided: UNDECIDED,
+    };
+    let some = (KEPT / k).clamp(1, n);
+    let kept = fresh(&device, &[some, k], DType::F32)?;
+    let list = fresh(&device, &[some, k], DType::U32)?;
+    let ids = fresh(&device, &[n], DType::U32)?;
+    for first in (0..n).step_by(some) {
+        let count = some.min(n - first);
+        let part = |x: &Raw| pointer(&x.narrow(0, first, count).map_err(failed)?);
+        launch!(
+            device,
+            name,
+            count,
+            0,
+            [
+                k as u32,
+                numbers,
+                part(&logits)?,
+                part(&noise)?,
+                pointer(&codes)?,
+                pointer(&points)?,
+                pointer(&kept)?,
+                pointer(&list)?,
+                part(&ids)?
+            ]
+        )?;
+    }
+    Ok(Some(ids))
+}
+
+/// Row-major f32 of a shape, with zeros behind what x has of a dimension.
+fn padded(x: &Raw, shape: [usize; 2], dim: usize) -> Result<Raw> {
+    let to = fresh(&device(x)?, &shape, DType::F32)?;
+    let own = x.dims()[dim];
+    if own < shape[dim] {
+        fill(&to, 0.0)?;
+    }
+    copy(x, &to.narrow(dim, 0, own).map_err(failed)?)?;
+    Ok(to)
+}

@@ -1,0 +1,232 @@
+//! Starting the kernels of `kernels.cu`: their arguments as values, and what limits them.
+
+use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, LaunchConfig};
+use retort_engine::backend::Window;
+use retort_engine::error::{Error, Result};
+
+/// The kernels, for the driver to compile.
+pub const KERNELS: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx"));
+
+/// Threads of a block.
+const BLOCK: usize = 256;
+/// Dimensions that a kernel walks.
+const RANK: usize = 8;
+/// Bytes of shared memory that a kernel may have without asking for more.
+pub const SHARED: usize = 48 * 1024;
+/// Elements that one launch may look at: kernels count them in 32 bits.
+const MOST: usize = 1 << 31;
+
+/// Puts a kernel on the device's stream: name, blocks, bytes of shared memory, arguments in the kernel's order and types.
+macro_rules! launch {
+    ($device:expr, $name:expr, $blocks:expr, $shared:expr, [$($argument:expr),* $(,)?]) => {{
+        use candle_core::cuda_backend::cudarc::driver::PushKernelArg as _;
+        let config = $crate::cuda::launch::config($blocks, $shared);
+        $device
+            .get_or_load_custom_func($name, "retort", $crate::cuda::launch::KERNELS)
+            .map_err($crate::failed)
+            .and_then(|function| {
+                let mut builder = function.builder();
+                $crate::cuda::launch::push!(builder, $($argument),*);
+                // SAFETY: the arguments are those of the kernel of this name, and pointers lead to as many elements as
+                // its sizes say. Memory goes back on the same stream, hence after the kernel.
+                unsafe { builder.launch(config) }
+                    .map(drop)
+                    .map_err(|error| $crate::failed(candle_core::Error::wrap(error)))
+            })
+    }};
+}
+pub(crate) use launch;
+
+/// Names arguments for as long as a launch needs them.
+macro_rules! push {
+    ($builder:ident, $($argument:expr),*) => {
+        $(
+            let argument = $argument;
+            $builder.arg(&argument);
+        )*
+    };
+}
+pub(crate) use push;
+
+/// So many blocks.
+pub fn config(blocks: usize, shared: usize) -> LaunchConfig {
+    LaunchConfig {
+        grid_dim: (blocks as u32, 1, 1),
+        block_dim: (BLOCK as u32, 1, 1),
+        shared_mem_bytes: shared as u32,
+    }
+}
+
+/// Blocks for `n` elements, of which a thread may get several.
+pub fn blocks(n: usize) -> Result<usize> {
+    counted(n)?;
+    Ok(n.div_ceil(BLOCK).clamp(1, 1 << 16))
+}
+
+/// A number of elements that kernels can count.
+pub fn counted(n: usize) -> Result<usize> {
+    if n < MOST {
+        return Ok(n);
+    }
+    // Half of it will do, so this is as if there were less memory.
+    Err(Error::OutOfMemory(format!(
+        "{n} elements at once are more than a kernel looks at ({MOST})"
+    )))
+}
+
+/// `Places` of the kernels.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Places {
+    rank: i32,
+    size: [u32; RANK],
+    first: [i64; RANK],
+    second: [i64; RANK],
+}
+
+// SAFETY: a plain structure laid out as the kernel's.
+unsafe impl DeviceRepr for Places {}
+
+impl Places {
+    /// Of a shape, with the steps of one or two tensors. Dimensions that lie one within the other in both become one.
+    pub fn new(shape: &[usize], first: &[usize], second: &[usize]) -> Result<Self> {
+        let mut merged: Vec<[usize; 3]> = Vec::new();
+        for ((&n, &a), &b) in shape.iter().zip(first).zip(second) {
+            match merged.last_mut() {
+                _ if n == 1 => {}
+                Some(outer) if outer[1] == n * a && outer[2] == n * b => {
+                    *outer = [outer[0] * n, a, b];
+                }
+                _ => merged.push([n, a, b]),
+            }
+        }
+        if merged.len() > RANK {
+            return Err(Error::Backend(format!("{shape:?}: too many dimensions")));
+        }
+        let mut places = Self {
+            rank: merged.len() as i32,
+            size: [1; RANK],
+            first: [0; RANK],
+            second: [0; RANK],
+        };
+        for (d, [n, a, b]) in merged.into_iter().enumerate() {
+            places.size[d] = n as u32;
+            places.first[d] = a as i64;
+            places.second[d] = b as i64;
+        }
+        Ok(places)
+    }
+}
+
+/// `Steps` of the kernels.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Steps([i64; 4]);
+
+// SAFETY: as above.
+unsafe impl DeviceRepr for Steps {}
+
+impl Steps {
+    /// The steps of up to four dimensions.
+    pub fn new(strides: &[usize]) -> Self {
+        let mut steps = [0; 4];
+        steps
+            .iter_mut()
+            .zip(strides)
+            .for_each(|(step, &stride)| *step = stride as i64);
+        Self(steps)
+    }
+}
+
+/// `Slide` of the kernels.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct Slide {
+    h: u32,
+    w: u32,
+    kh: u32,
+    kw: u32,
+    stride: u32,
+    ph: u32,
+    pw: u32,
+    oh: u32,
+    ow: u32,
+}
+
+// SAFETY: as above.
+unsafe impl DeviceRepr for Slide {}
+
+impl Slide {
+    /// A kernel of `size` pixels over an image.
+    pub fn new(image: [usize; 2], size: [usize; 2], stride: usize, padding: [usize; 2]) -> Self {
+        let count = |d: usize| {
+            Window {
+                size: size[d],
+                stride,
+                padding: padding[d],
+            }
+            .count(image[d]) as u32
+        };
+        Self {
+            h: image[0] as u32,
+            w: image[1] as u32,
+            kh: size[0] as u32,
+            kw: size[1] as u32,
+            stride: stride as u32,
+            ph: padding[0] as u32,
+            pw: padding[1] as u32,
+            oh: count(0),
+            ow: count(1),
+        }
+    }
+
+    /// Windows in either direction.
+    pub fn windows(&self) -> [usize; 2] {
+        [self.oh as usize, self.ow as usize]
+    }
+}
+
+/// `Adamw` of the kernels.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct Adamw {
+    pub beta1: f32,
+    pub beta2: f32,
+    pub eps: f32,
+    pub grad_scale: f32,
+    pub root: f32,
+    pub rate: f32,
+    pub keep: f32,
+}
+
+// SAFETY: as above.
+unsafe impl DeviceRepr for Adamw {}
+
+/// `Flow` of the kernels.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct Flow {
+    pub points: i32,
+    pub dropped: f32,
+    pub undecided: f32,
+}
+
+// SAFETY: as above.
+unsafe impl DeviceRepr for Flow {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dimensions_that_lie_together_are_one() {
+        let whole = Places::new(&[2, 3, 4], &[12, 4, 1], &[12, 4, 1]).expect("places");
+        assert_eq!((whole.rank, whole.size[0], whole.first[0]), (1, 24, 1));
+        let row = Places::new(&[5, 1, 4], &[4, 4, 1], &[0, 0, 1]).expect("places");
+        assert_eq!(
+            (row.rank, row.size[0], row.second[0], row.second[1]),
+            (2, 5, 0, 1)
+        );
+        assert!(Places::new(&[2; 9], &[3; 9], &[5; 9]).is_err());
+    }
+}

@@ -1,0 +1,206 @@
+//! Products of matrices by cuBLAS: operands in f32 or bf16, sums and results in f32, never TF32.
+
+use std::ffi::c_void;
+
+use candle_core::CudaDevice;
+use candle_core::DType;
+use candle_core::cuda_backend::cudarc::cublas::{result, sys};
+use retort_engine::error::{Error, Result};
+
+use crate::cuda::tensor::{Raw, convert, device, fresh, pointer, whole};
+use crate::failed;
+
+/// A stack of matrices in memory.
+#[derive(Debug, Clone, Copy)]
+pub struct Matrices {
+    start: u64,
+    dtype: DType,
+    rows: usize,
+    columns: usize,
+    /// Elements from row to row of the matrix as it lies, which has adjacent elements in its rows.
+    lead: usize,
+    /// Whether it lies transposed.
+    turned: bool,
+    /// Elements from matrix to matrix; 0 when all are the same.
+    step: usize,
+}
+
+impl Matrices {
+    /// The last two dimensions of a tensor that keeps them, (.., rows, columns); `None` where cuBLAS cannot walk them.
+    fn of(x: &Raw, turned: bool) -> Result<Option<Self>> {
+        let (dims, strides) = (x.dims(), x.stride());
+        let end = dims.len();
+        let (mut sizes, mut steps) = (
+            [dims[end - 2], dims[end - 1]],
+            [strides[end - 2], strides[end - 1]],
+        );
+        let (lead_dims, lead_strides) = (&dims[..end - 2], &strides[..end - 2]);
+        // One step over all leading dimensions, sizes of 1 aside.
+        let mut step = None;
+        let mut within = 1;
+        for (&n, &stride) in lead_dims.iter().zip(lead_strides).rev() {
+            if n == 1 {
+                continue;
+            }
+            match step {
+                None => step = Some(stride),
+                Some(step) if stride == step * within => {}
+                Some(_) => return Ok(None),
+            }
+            within *= n;
+        }
+        if turned {
+            sizes.reverse();
+            steps.reverse();
+        }
+        let [rows, columns] = sizes;
+        let lies = |outer: usize, outer_step: usize, inner: usize, inner_step: usize| {
+            let adjacent = inner_step == 1 || inner == 1;
+            let apart = outer == 1 || outer_step >= inner.max(1);
+            (adjacent && apart).then_some(if outer == 1 { inner.max(1) } else { outer_step })
+        };
+        let straight = lies(rows, steps[0], columns, steps[1]).map(|lead| (lead, false));
+        let across = || lies(columns, steps[1], rows, steps[0]).map(|lead| (lead, true));
+        let Some((lead, turned)) = straight.or_else(across) else {
+            return Ok(None);
+        };
+        Ok(Some(Self {
+            start: pointer(x)?,
+            dtype: x.dtype(),
+            rows,
+            columns,
+            lead,
+            turned,
+            step: step.unwrap_or(0),
+        }))
+    }
+}
+
+/// a (.., m, k) times b (.., k, n), either given transposed: (.., m, n) in f32. Operands are both f32 or both bf16, with
+/// as many matrices each, or one for all in front of which no dimension stands.
+pub fn product(a: &Raw, b: &Raw, ta: bool, tb: bool) -> Result<Raw> {
+    let lead = |x: &Raw| x.dims()[..x.rank() - 2].to_vec();
+    let (one, other) = (lead(a), lead(b));
+    let leads = if one.len() >= other.len() {
+        &one
+    } else {
+        &other
+    };
+    let fits = |x: &[usize]| x.is_empty() || x == leads.as_slice();
+    let size =
+        |x: &Raw, d: usize, turned: bool| x.dims()[x.rank() - 2 + usize::from(turned ^ (d == 1))];
+    let (m, k, n) = (size(a, 0, ta), size(a, 1, ta), size(b, 1, tb));
+    if !fits(&one) || !fits(&other) || k != size(b, 0, tb) || a.dtype() != b.dtype() {
+        return Err(Error::Backend(format!(
+            "product of {:?} {:?} and {:?} {:?}",
+            a.dims(),
+            a.dtype(),
+            b.dims(),
+            b.dtype()
+        )));
+    }
+    let mut shape = leads.clone();
+    shape.extend([m, n]);
+    let to = fresh(&device(a)?, &shape, DType::F32)?;
+    product_into(a, b, ta, tb, &to, 0.0)?;
+    Ok(to)
+}
+
+/// The same, into a row-major tensor of the result's shape, of which `keep` times what is there stays.
+pub fn product_into(a: &Raw, b: &Raw, ta: bool, tb: bool, to: &Raw, keep: f32) -> Result<()> {
+    // A copy lives as long as this function: what works with it is on the stream by then.
+    let (whole_a, whole_b);
+    let left = match Matrices::of(a, ta)? {
+        Some(matrices) => matrices,
+        None => {
+            whole_a = whole(a)?;
+            Matrices::of(&whole_a, ta)?.ok_or_else(odd)?
+        }
+    };
+    let right = match Matrices::of(b, tb)? {
+        Some(matrices) => matrices,
+        None => {
+            whole_b = whole(b)?;
+            Matrices::of(&whole_b, tb)?.ok_or_else(odd)?
+        }
+    };
+    let count: usize = to.dims()[..to.rank() - 2].iter().product();
+    if to.elem_count() == 0 {
+        return Ok(());
+    }
+    multiply(&device(to)?, count, left, right, pointer(to)?, keep)
+}
+
+fn odd() -> Error {
+    Error::Internal("a row-major matrix that cuBLAS cannot walk".into())
+}
+
+/// cuBLAS counts columns first: there a row-major C = A B is C' = B' A'.
+fn multiply(
+    device: &CudaDevice,
+    count: usize,
+    a: Matrices,
+    b: Matrices,
+    to: u64,
+    keep: f32,
+) -> Result<()> {
+    let int = |n: usize| {
+        i32::try_from(n).map_err(|_| Error::Backend(format!("a matrix with a side of {n}")))
+    };
+    let kind = |x: Matrices| match x.dtype {
+        DType::BF16 => sys::cudaDataType_t::CUDA_R_16BF,
+        _ => sys::cudaDataType_t::CUDA_R_32F,
+    };
+    let turn = |x: Matrices| match x.turned {
+        true => sys::cublasOperation_t::CUBLAS_OP_T,
+        false => sys::cublasOperation_t::CUBLAS_OP_N,
+    };
+    let (m, n, k) = (int(a.rows)?, int(b.columns)?, int(a.columns)?);
+    let one = 1.0f32;
+    let number = |x: &f32| std::ptr::from_ref(x).cast::<c_void>();
+    let stream = device.cuda_stream();
+    stream
+        .context()
+        .bind_to_thread()
+        .map_err(|error| failed(candle_core::Error::wrap(error)))?;
+    // SAFETY: the matrices lie in memory of this device that holds as many elements as their sizes and steps say, and the
+    // handle works on the stream on which that memory is given back.
+    unsafe {
+        result::gemm_strided_batched_ex(
+            *device.cublas_handle().handle(),
+            turn(b),
+            turn(a),
+            n,
+            m,
+            k,
+            number(&one),
+            b.start as *const c_void,
+            kind(b),
+            int(b.lead)?,
+            b.step as i64,
+            a.start as *const c_void,
+            kind(a),
+            int(a.lead)?,
+            a.step as i64,
+            number(&keep),
+            to as *mut c_void,
+            sys::cudaDataType_t::CUDA_R_32F,
+            n,
+            (a.rows * b.columns) as i64,
+            int(count)?,
+            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+        )
+    }
+    .map_err(|error| failed(candle_core::Error::wrap(error)))
+}
+
+/// Both as operands of one product, in bf16 where that is wanted.
+pub fn operands(a: &Raw, b: &Raw, half: bool) -> Result<(Raw, Raw)> {
+    let dtype = if half { DType::BF16 } else { DType::F32 };
+    let as_is = |x: &Raw| match x.dtype() == dtype {
+        true => Ok(x.clone()),
+        false => convert(x, dtype),
+    };
+    Ok((as_is(a)?, as_is(b)?))
+}

@@ -1,0 +1,166 @@
+//! Tensors on a GPU: candle's, with the precision of the products that they take part in.
+
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
+use candle_core::cuda_backend::{CudaDType, CudaStorageSlice};
+use candle_core::op::BackpropOp;
+use candle_core::{CudaDevice, CudaStorage, DType, Device, Storage};
+use retort_engine::error::{Error, Result};
+
+use crate::cuda::launch::{Places, blocks, launch};
+use crate::failed;
+
+/// A tensor of candle.
+pub type Raw = candle_core::Tensor;
+
+/// A tensor on a GPU.
+#[derive(Debug, Clone)]
+pub struct Tensor {
+    /// Elements and where they lie.
+    pub raw: Raw,
+    /// Whether products take their operands in bf16.
+    pub half: bool,
+}
+
+impl Tensor {
+    /// Another tensor whose products are as precise as this one's.
+    pub fn like(&self, raw: Raw) -> Self {
+        Self {
+            raw,
+            half: self.half,
+        }
+    }
+
+    /// The same, of what candle may have refused.
+    pub fn with(&self, raw: candle_core::Result<Raw>) -> Result<Self> {
+        Ok(self.like(raw.map_err(failed)?))
+    }
+
+    /// Row-major f32, as all but products compute.
+    pub fn single(&self) -> Result<Raw> {
+        convert(&self.raw, DType::F32)
+    }
+
+    /// Row-major, in the type in which products compute.
+    pub fn operand(&self) -> Result<Raw> {
+        convert(&self.raw, self.storage())
+    }
+
+    /// The type of operands of products.
+    pub fn storage(&self) -> DType {
+        if self.half { DType::BF16 } else { DType::F32 }
+    }
+}
+
+/// The GPU that a tensor lies on.
+pub fn device(x: &Raw) -> Result<CudaDevice> {
+    match x.device() {
+        Device::Cuda(device) => Ok(device.clone()),
+        _ => Err(Error::Internal(
+            "a kernel of the GPU got a tensor of the host".into(),
+        )),
+    }
+}
+
+/// Where the first element of a tensor lies on its GPU. What reads or writes there has to be put on the device's stream,
+/// on which memory is also given back, before the tensor goes.
+pub fn pointer(x: &Raw) -> Result<u64> {
+    fn start<T: DeviceRepr>(slice: &CudaSlice<T>, offset: usize) -> u64 {
+        let stream = slice.stream();
+        slice.device_ptr(stream).0 + (offset * size_of::<T>()) as u64
+    }
+    let (storage, layout) = x.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else {
+        return Err(Error::Internal(
+            "a kernel of the GPU got a tensor of the host".into(),
+        ));
+    };
+    let offset = layout.start_offset();
+    match &storage.slice {
+        CudaStorageSlice::F32(slice) => Ok(start(slice, offset)),
+        CudaStorageSlice::BF16(slice) => Ok(start(slice, offset)),
+        CudaStorageSlice::U32(slice) => Ok(start(slice, offset)),
+        CudaStorageSlice::F64(slice) => Ok(start(slice, offset)),
+        _ => Err(Error::Internal(format!(
+            "no kernel knows {:?}",
+            storage.dtype()
+        ))),
+    }
+}
+
+/// A tensor that a kernel is about to write, all of it.
+pub fn fresh(device: &CudaDevice, shape: &[usize], dtype: DType) -> Result<Raw> {
+    fn made<T: DeviceRepr + CudaDType>(device: &CudaDevice, n: usize) -> Result<CudaStorage> {
+        // SAFETY: whoever asks for a fresh tensor writes every element before anybody reads one.
+        let slice = unsafe { device.alloc::<T>(n.max(1)) }.map_err(failed)?;
+        Ok(CudaStorage::wrap_cuda_slice(slice, device.clone()))
+    }
+    let n = shape.iter().product();
+    let storage = match dtype {
+        DType::BF16 => made::<half::bf16>(device, n)?,
+        DType::U32 => made::<u32>(device, n)?,
+        _ => made::<f32>(device, n)?,
+    };
+    let none = BackpropOp::none();
+    Ok(Raw::from_storage(
+        Storage::Cuda(storage),
+        shape,
+        none,
+        false,
+    ))
+}
+
+/// The same numbers, row-major, in a type; the tensor itself where it is so already.
+pub fn convert(x: &Raw, dtype: DType) -> Result<Raw> {
+    if x.dtype() == dtype && x.is_contiguous() {
+        return Ok(x.clone());
+    }
+    let to = fresh(&device(x)?, x.dims(), dtype)?;
+    copy(x, &to)?;
+    Ok(to)
+}
+
+/// The same tensor, row-major.
+pub fn whole(x: &Raw) -> Result<Raw> {
+    convert(x, x.dtype())
+}
+
+/// The same tensor, with adjacent elements in its last dimension and any steps before.
+pub fn dense_last(x: &Raw) -> Result<Raw> {
+    match (x.stride().last(), x.dims().last()) {
+        (Some(1), _) | (_, Some(1)) => Ok(x.clone()),
+        _ => whole(x),
+    }
+}
+
+/// Copies elements to a tensor of the same shape, which every clone of it sees.
+pub fn copy(from: &Raw, to: &Raw) -> Result<()> {
+    if from.dims() != to.dims() {
+        return Err(Error::Backend(format!(
+            "copy: the shapes {:?} and {:?} differ",
+            from.dims(),
+            to.dims()
+        )));
+    }
+    let name = match (from.dtype(), to.dtype()) {
+        (DType::F32, DType::F32) => "copy_f32_f32",
+        (DType::F32, DType::BF16) => "copy_f32_bf16",
+        (DType::BF16, DType::F32) => "copy_bf16_f32",
+        (DType::BF16, DType::BF16) => "copy_bf16_bf16",
+        (DType::U32, DType::U32) => "copy_u32_u32",
+        (from, to) => return Err(Error::Backend(format!("copy from {from:?} to {to:?}"))),
+    };
+    let n = from.elem_count();
+    if n == 0 {
+        return Ok(());
+    }
+    let places = Places::new(from.dims(), from.stride(), to.stride())?;
+    let device = device(from)?;
+    launch!(
+        device,
+        name,
+        blocks(n)?,
+        0,
+        [n as u32, places, pointer(from)?, pointer(to)?]
+    )
+}
