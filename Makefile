@@ -5,7 +5,7 @@ CARGO ?= cargo
 BIN = $(or $(CARGO_TARGET_DIR),target)/release
 
 .DEFAULT_GOAL := help
-.PHONY: help build libtorch digits schema test gpu-check fmt lint
+.PHONY: help build libtorch cuda cuda-test digits schema test gpu-artefacts gpu-check gpu-bench fmt lint
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -18,6 +18,22 @@ build: ## build the runner and the candle plugin
 libtorch: ## build the libtorch plugin too, and get libtorch first where it is missing (CUDA=1: for GPUs)
 	@plugins/libtorch/get-libtorch $(if $(CUDA),cuda)
 	env -u LIBTORCH $(CARGO) build --release -p retort-libtorch
+
+# A target directory of its own: with other features everything above candle is another build. CUDA_HOME names a toolkit
+# that is there already; without it, and without an nvcc, pip installs one into .cuda.
+CUDA_DIR = $(or $(CARGO_TARGET_DIR),target)/cuda
+CUDA_ENV = root=$(abspath $(CUDA_DIR))/toolkit; CUDA_HOME=$$root CUDA_PATH=$$root CUDA_ROOT= PATH=$$root/bin:$$PATH \
+    NVCC=$(CURDIR)/plugins/candle/nvcc CUDA_COMPUTE_CAP=$(or $(CUDA_COMPUTE_CAP),90)
+cuda: build ## build the candle plugin's CUDA variant too; no GPU is needed (CUDA_COMPUTE_CAP=90)
+	@plugins/candle/get-cuda $(CUDA_DIR)/toolkit
+	$(CUDA_ENV) $(CARGO) build --release -p retort-candle --features cuda --target-dir $(CUDA_DIR)
+	install -m 755 $(CUDA_DIR)/release/libretort_candle.so $(BIN)/libretort_candle.cuda.so
+
+# The kernels, compiled for the host, as a GPU that is none: the variant runs on it as it is.
+cuda-test: cuda ## the checks of gpu-check on an emulated GPU (many minutes)
+	$(CUDA_ENV) $(CARGO) build --release -p retort-tests --features cuda --bin retort-gpu --target-dir $(CUDA_DIR)
+	plugins/candle/emulator/build $(CUDA_DIR)/emulator
+	LD_LIBRARY_PATH=$(abspath $(CUDA_DIR))/emulator RETORT_GPU=emulated $(CUDA_DIR)/release/retort-gpu check
 
 digits: build ## distil a small teacher on handwritten digits (minutes; reused when called again)
 	$(BIN)/retort run recipes/digits.yaml
@@ -35,8 +51,22 @@ test: build ## everything the project checks
 	    echo '*** The tests of the libtorch plugin were SKIPPED: there is no libtorch (the reason stands above). ***' >&2; \
 	fi
 
-gpu-check: build ## the suites and a short digits recipe on a GPU, with every plugin that was built for one
-	@plugins/gpu-check $(BIN)
+# What the two below need on a GPU's machine, in one directory: a machine without cargo uses it as it was built here.
+GPU = target/gpu
+gpu-artefacts: cuda
+	$(CUDA_ENV) $(CARGO) build --release -p retort-tests --features cuda --bin retort-gpu --target-dir $(CUDA_DIR)
+	mkdir -p $(GPU)
+	install -s -m 755 $(CUDA_DIR)/release/retort-gpu $(BIN)/retort $(BIN)/libretort_candle.so \
+	    $(BIN)/libretort_candle.cuda.so $(GPU)
+	@if [ -e $(BIN)/libretort_libtorch.so ]; then install -s -m 755 $(BIN)/libretort_libtorch.so $(GPU); fi
+
+gpu-check: ## golden results, tokens, memory and a short digits recipe on a GPU, with every plugin that drives one
+	@if command -v $(CARGO) >/dev/null; then $(MAKE) --no-print-directory gpu-artefacts; fi
+	@plugins/gpu check $(GPU)
+
+gpu-bench: ## images, pairs and steps per second on a GPU, beside PyTorch's
+	@if command -v $(CARGO) >/dev/null; then $(MAKE) --no-print-directory gpu-artefacts; fi
+	@plugins/gpu bench $(GPU)
 
 fmt: ## format the code
 	$(CARGO) fmt --all

@@ -3,13 +3,15 @@
 
     speed.py FAMILY DTYPE BATCH THREADS PHASE...
 
-FAMILY is llamagen (size B) or var (size d16), DTYPE f32 or bf16 (autocast), PHASE teacher, student, decode or train.
+FAMILY is llamagen (size B), llamagen-L or var (size d16), DTYPE f32 or bf16 (autocast), PHASE teacher, student, decode or
+train. With DEVICE=cuda in the environment everything is on a GPU.
 Prints one JSON object: seconds of each phase, the least of two or three repetitions. Needs torch alone; nothing here
 learns anything, so norms and heads are as they are drawn.
 """
 
 import json
 import math
+import os
 import sys
 import time
 
@@ -18,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 GUIDANCE = 2.0
+DEVICE = os.environ.get("DEVICE", "cpu")
 
 
 def rms(x, weight):
@@ -113,6 +116,10 @@ class LlamaGen(nn.Module):
         for block in self.blocks:
             x = block(x, self.turn)
         return self.output(rms(x, self.norm)[:, 1:]), self.continuous(x, condition)[:, 1:]
+
+
+class LlamaGenL(LlamaGen):
+    width, depth, heads = 1024, 24, 16
 
 
 class VarBlock(nn.Module):
@@ -250,6 +257,8 @@ def least(once):
     while len(times) < (3 if not times or times[0] <= 5 else 2):
         start = time.perf_counter()
         once()
+        if DEVICE != "cpu":
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return min(times)
 
@@ -257,23 +266,24 @@ def least(once):
 def main(family, dtype, batch, threads, *phases):
     torch.manual_seed(0)
     torch.set_num_threads(int(threads))
+    torch.set_default_device(DEVICE)
     batch, result = int(batch), {}
-    model = {"llamagen": LlamaGen, "var": Var}[family]()
+    model = {"llamagen": LlamaGen, "llamagen-L": LlamaGenL, "var": Var}[family]()
     labels, noise = torch.arange(batch), torch.randn(batch, model.length, model.dim)
-    cast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16")
+    cast = torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bf16")
     with torch.no_grad(), cast:
         if "teacher" in phases:
             result["teacher"] = least(lambda: model.generate(labels))
         if "student" in phases:
             result["student"] = least(lambda: model.student(noise, labels))
         if "decode" in phases:
-            images = decoder(8, 256, 128) if family == "llamagen" else decoder(32, 32, 160)
+            images = decoder(8, 256, 128) if family != "var" else decoder(32, 32, 160)
             latents = torch.randn(batch, model.dim, 16, 16)
             result["decode"] = least(lambda: images(latents))
             del images
     if "train" in phases:
         targets = torch.arange(batch * model.length) * 37 % model.codes
-        idle = {"tokens", "phi", "codebook"} | ({"positions"} if family == "llamagen" else set())
+        idle = {"tokens", "phi", "codebook"} | ({"positions"} if family != "var" else set())
         used = [p for name, p in model.named_parameters() if name.split(".")[0] not in idle]
         optimiser = torch.optim.AdamW(used, lr=1e-5, betas=(0.9, 0.95))
 

@@ -55,6 +55,49 @@ pub fn compare<A: Backend, B: Backend>(a: &A, b: &B) -> Result<Vec<Row>> {
         .collect())
 }
 
+/// The share of tokens that differ between the trajectories of two backends, of 1600.
+pub fn tokens<A: Backend, B: Backend>(a: &A, b: &B, allowed: f64) -> Result<Row> {
+    fn path<B: Backend>(backend: &B, weights: &[Weights; 2]) -> Result<Vec<u32>> {
+        let (c, count) = (network(), 64);
+        let constant = |weights| Loader::new(backend, Source::Host(weights), false, "drawn");
+        let teacher = llamagen::Gpt::load(&mut constant(&weights[0]), &c)?;
+        let codebook = vq::VqModel::load(&mut constant(&weights[1]), &images())?.codebook()?;
+        let (l, d) = (c.side * c.side, c.codebook_dim);
+        let eps: Vec<f32> = (0..count as u64).flat_map(|i| noise(9, i, l, d)).collect();
+        let eps = backend.floats(&eps, &[count, l, d])?;
+        let classes: Vec<u32> = (0..count as u32).map(|i| i % 10).collect();
+        let labels = Conditions::Classes(backend.indices(&classes, &[count])?);
+        let mut choice = Choice::Flow {
+            noise: &eps,
+            codebook: &codebook,
+            solver: FlowSolver { steps: 16 },
+        };
+        let distribution = Distribution {
+            guidance: Some(1.5),
+            ..Default::default()
+        };
+        B::to_indices(&autoregressive(
+            &teacher,
+            &labels,
+            &distribution,
+            &mut choice,
+            None,
+            l,
+        )?)
+    }
+    let weights = [
+        drawn(a, |l| llamagen::Gpt::load(l, &network()).map(drop))?,
+        drawn(a, |l| vq::VqModel::load(l, &images()).map(drop))?,
+    ];
+    let (first, second) = (path(a, &weights)?, path(b, &weights)?);
+    let others = first.iter().zip(&second).filter(|(x, y)| x != y).count();
+    Ok(Row {
+        name: format!("{} tokens", first.len()),
+        error: others as f64 / first.len() as f64,
+        tolerance: allowed,
+    })
+}
+
 fn network() -> llamagen::Config {
     llamagen::Config {
         width: 48,

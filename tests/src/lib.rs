@@ -4,4 +4,5 @@ pub mod agreement;
 pub mod examination;
 pub mod golden;
 pub mod speed;
+pub mod throughput;
 pub mod torch;

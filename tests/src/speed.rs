@@ -93,30 +93,32 @@ pub struct Reference {
     pub name: &'static str,
     /// Images at a time.
     pub batch: usize,
-    tokenizer: TokenizerConfig,
-    network: NetworkConfig,
+    pub(crate) tokenizer: TokenizerConfig,
+    pub(crate) network: NetworkConfig,
 }
 
 impl Reference {
+    /// A family at a published size.
+    pub fn new(family: Family, name: &'static str, size: &str, batch: usize) -> Result<Self> {
+        let hints = Hints {
+            size: Some(size.into()),
+            ..Default::default()
+        };
+        let (tokenizer, network) = published::published(family, &hints)?;
+        Ok(Self {
+            family,
+            name,
+            batch,
+            tokenizer,
+            network,
+        })
+    }
+
     /// LlamaGen-B at batch 4 and VAR-d16 at batch 2.
     pub fn all() -> Result<[Self; 2]> {
-        let of = |family, name, size: &str, batch| -> Result<Self> {
-            let hints = Hints {
-                size: Some(size.into()),
-                ..Default::default()
-            };
-            let (tokenizer, network) = published::published(family, &hints)?;
-            Ok(Self {
-                family,
-                name,
-                batch,
-                tokenizer,
-                network,
-            })
-        };
         Ok([
-            of(Family::Llamagen, "LlamaGen-B", "B", 4)?,
-            of(Family::Var, "VAR-d16", "d16", 2)?,
+            Self::new(Family::Llamagen, "LlamaGen-B", "B", 4)?,
+            Self::new(Family::Var, "VAR-d16", "d16", 2)?,
         ])
     }
 
@@ -231,13 +233,13 @@ fn decoder(c: &Shape) -> f64 {
 /// Random weights of a reference, as training would begin with them, but for the heads, which begin at zero and get
 /// logits with a spread of 2 here.
 pub struct Drawn {
-    teacher: Weights,
-    student: Weights,
-    tokenizer: Weights,
+    pub(crate) teacher: Weights,
+    pub(crate) student: Weights,
+    pub(crate) tokenizer: Weights,
 }
 
 impl Drawn {
-    fn new(r: &Reference) -> Result<Self> {
+    pub(crate) fn new(r: &Reference) -> Result<Self> {
         let backend = Candle::open("cpu", "f32", 0)?;
         let draw = |build: &dyn Fn(&mut Loader<'_, Candle>) -> Result<()>| -> Result<Weights> {
             let mut loader = Loader::new(&backend, Source::Init(1), true, "drawn");
@@ -289,7 +291,7 @@ fn repetitions(first: f64) -> usize {
 }
 
 /// The shortest of some repetitions.
-fn least(mut once: impl FnMut() -> Result<()>) -> Result<f64> {
+pub(crate) fn least(mut once: impl FnMut() -> Result<()>) -> Result<f64> {
     let mut time = || -> Result<f64> {
         let clock = Instant::now();
         once()?;
@@ -304,7 +306,7 @@ fn least(mut once: impl FnMut() -> Result<()>) -> Result<f64> {
 
 impl<B: Backend> On<B> {
     /// Waits until a tensor is computed.
-    fn wait(x: &B::Tensor) -> Result<()> {
+    pub(crate) fn wait(x: &B::Tensor) -> Result<()> {
         let rank = B::shape(x).len();
         let first = (0..rank).try_fold(x.clone(), |x, d| B::narrow(&x, d, 0, 1))?;
         B::to_floats(&first).map(drop)
@@ -362,7 +364,8 @@ impl<B: Backend> On<B> {
         })
     }
 
-    fn train(&self, r: &Reference, drawn: &Drawn) -> Result<f64> {
+    /// Seconds of a training step of the student.
+    pub(crate) fn train(&self, r: &Reference, drawn: &Drawn) -> Result<f64> {
         let mut loader = Loader::new(&self.backend, Source::Host(&drawn.student), true, "drawn");
         let student = r.network.student(&mut loader)?;
         let params = loader.into_params();
@@ -402,7 +405,7 @@ impl<B: Backend> On<B> {
     }
 
     /// Noise (b, L, D), class ids (b), and that all of it is noise (b, L).
-    fn inputs(&self, r: &Reference) -> Result<(B::Tensor, Conditions<B>, B::Tensor)> {
+    pub(crate) fn inputs(&self, r: &Reference) -> Result<(B::Tensor, Conditions<B>, B::Tensor)> {
         let (b, shape) = (r.batch, r.network.tokens());
         let l = shape.tokens();
         let labels: Vec<u32> = (0..b as u32).collect();
