@@ -8,14 +8,13 @@ use std::collections::BTreeMap;
 
 use retort_engine::Result;
 use retort_engine::backend::{Backend, FlowSolver, Unary};
+use retort_engine::conformance::Case;
 use retort_engine::model::autoencoder::Shape;
 use retort_engine::model::{ConditionShape, Conditions, Student, Teacher, Tokenizer, llamagen, vq};
 use retort_engine::random::{Sequence, Stream, noise};
 use retort_engine::sampler::{Choice, Distribution, autoregressive};
 use retort_engine::tape::{Var, backward};
 use retort_engine::weights::{self, Loader, Params, Source, Weights};
-
-use crate::golden::Row;
 
 /// Images of a batch.
 const BATCH: usize = 6;
@@ -32,7 +31,7 @@ struct Found {
 type Results = BTreeMap<String, Found>;
 
 /// Computes everything on both backends and compares.
-pub fn compare<A: Backend, B: Backend>(a: &A, b: &B) -> Result<Vec<Row>> {
+pub fn compare<A: Backend, B: Backend>(a: &A, b: &B) -> Result<Vec<Case>> {
     let (first, second) = (results(a)?, results(b)?);
     assert!(
         first.keys().eq(second.keys()),
@@ -46,17 +45,13 @@ pub fn compare<A: Backend, B: Backend>(a: &A, b: &B) -> Result<Vec<Row>> {
             assert!(x.scale > 0.0, "{name} says something");
             let pairs = x.data.iter().zip(&y.data);
             let difference = pairs.fold(0.0f64, |m, (x, y)| m.max(f64::from((x - y).abs())));
-            Row {
-                name,
-                error: difference / x.scale,
-                tolerance: x.tolerance,
-            }
+            Case::new(name, difference / x.scale, x.tolerance)
         })
         .collect())
 }
 
 /// The share of tokens that differ between the trajectories of two backends, of 1600.
-pub fn tokens<A: Backend, B: Backend>(a: &A, b: &B, allowed: f64) -> Result<Row> {
+pub fn tokens<A: Backend, B: Backend>(a: &A, b: &B, allowed: f64) -> Result<Case> {
     fn path<B: Backend>(backend: &B, weights: &[Weights; 2]) -> Result<Vec<u32>> {
         let (c, count) = (network(), 64);
         let constant = |weights| Loader::new(backend, Source::Host(weights), false, "drawn");
@@ -91,11 +86,8 @@ pub fn tokens<A: Backend, B: Backend>(a: &A, b: &B, allowed: f64) -> Result<Row>
     ];
     let (first, second) = (path(a, &weights)?, path(b, &weights)?);
     let others = first.iter().zip(&second).filter(|(x, y)| x != y).count();
-    Ok(Row {
-        name: format!("{} tokens", first.len()),
-        error: others as f64 / first.len() as f64,
-        tolerance: allowed,
-    })
+    let name = format!("{} tokens", first.len());
+    Ok(Case::new(name, others as f64 / first.len() as f64, allowed))
 }
 
 fn network() -> llamagen::Config {

@@ -1,11 +1,12 @@
 //! Does a backend compute what the engine means? Every operation against plain f64 loops, every gradient against
-//! finite differences.
+//! finite differences; and in [`golden`] whole networks against the published code.
 //!
 //! In: an opened backend. Out: one [`Case`] per comparison, with its error and what was allowed. Inputs are small, of
 //! odd sizes, and given three times: whole, cut out of a greater tensor, and transposed in memory, because kernels
 //! err at edges and strides. Tolerances follow the precision of the backend's floats, which is measured. Any backend,
 //! fused or composed, must pass; speed is nobody's concern here.
 
+pub mod golden;
 pub mod host;
 mod tape;
 
@@ -28,6 +29,18 @@ pub struct Case {
     pub tolerance: f64,
     /// Whether the error is within the tolerance.
     pub passed: bool,
+}
+
+impl Case {
+    /// A comparison, which passed unless the error is greater than the tolerance or no number.
+    pub fn new(name: String, error: f64, tolerance: f64) -> Self {
+        Self {
+            name,
+            error,
+            tolerance,
+            passed: error <= tolerance,
+        }
+    }
 }
 
 /// Runs every comparison, prints them, and panics over those that failed: the whole of a backend's test.
@@ -167,12 +180,7 @@ impl<B: Backend> Suite<'_, B> {
     }
 
     fn record(&mut self, name: String, error: f64, tolerance: f64) {
-        self.cases.push(Case {
-            name,
-            error,
-            tolerance,
-            passed: error <= tolerance,
-        });
+        self.cases.push(Case::new(name, error, tolerance));
     }
 
     /// Compares a result; the tolerance is `factor` spacings of the backend's floats.

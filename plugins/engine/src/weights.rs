@@ -306,8 +306,6 @@ pub enum Source<'a, B: Backend> {
     },
     /// Weights on the host; an absent one is an error.
     Host(&'a Weights),
-    /// Weights on the host; absent ones are drawn with the seed.
-    HostOrInit(&'a Weights, u64),
     /// All are drawn with the seed.
     Init(u64),
     /// Tensors already on the device, shared with whoever else holds them.
@@ -377,7 +375,6 @@ impl<'a, B: Backend> Loader<'a, B> {
         };
         match &self.source {
             Source::Init(seed) => drawn(*seed),
-            Source::HostOrInit(weights, seed) if !weights.contains_key(name) => drawn(*seed),
             Source::Files(files) => {
                 let holder = files.iter().find(|file| file.shape(name).is_some());
                 self.read(
@@ -403,7 +400,7 @@ impl<'a, B: Backend> Loader<'a, B> {
                     self.upload(name, &data, shape)
                 }
             },
-            Source::Host(weights) | Source::HostOrInit(weights, _) => {
+            Source::Host(weights) => {
                 let found = weights.get(name).ok_or_else(|| self.missing(name, shape))?;
                 self.check_shape(name, &found.shape, shape)?;
                 self.upload(name, &found.data, shape)

@@ -12,20 +12,13 @@ fn libtorch() -> Libtorch {
 
 #[test]
 fn libtorch_agrees_with_the_published_code() {
-    let backend = libtorch();
-    let rows = golden::suite(&backend).expect("a comparison");
-    assert!(golden::report("libtorch", &rows), "see the table above");
-}
-
-#[test]
-fn libtorch_measures_as_the_packages_do() {
-    let rows = golden::measures(&libtorch()).expect("the measuring networks");
-    assert!(golden::report("libtorch", &rows), "see the table above");
+    let cases = golden::check(&libtorch()).expect("a comparison");
+    assert!(golden::report("libtorch", &cases), "see the table above");
 }
 
 #[test]
 fn libtorch_agrees_with_candle() {
     let candle = Candle::open("cpu", "f32", 2).expect("a CPU");
-    let rows = agreement::compare(&candle, &libtorch()).expect("both compute");
-    assert!(golden::report("both", &rows), "see the table above");
+    let cases = agreement::compare(&candle, &libtorch()).expect("both compute");
+    assert!(golden::report("both", &cases), "see the table above");
 }

@@ -8,9 +8,9 @@ use std::process::ExitCode;
 
 use retort_candle::{Candle, Cuda};
 use retort_engine::backend::Backend;
-use retort_engine::conformance;
+use retort_engine::conformance::{self, Case};
 use retort_engine::error::{Error, Result};
-use retort_tests::golden::{self, Row, TOLERANCE};
+use retort_tests::golden::{self, TOLERANCE};
 use retort_tests::{agreement, throughput};
 
 /// Largest errors of tensors, relative to their largest magnitude.
@@ -61,40 +61,33 @@ fn open(dtype: &str) -> Result<Cuda> {
 fn check() -> Result<bool> {
     let cpu = Candle::open("cpu", "f32", 0)?;
     let mut passed = true;
-    let mut examine = |what: &str, rows: Vec<Row>| {
-        let good = golden::report(what, &rows);
+    let mut examine = |what: &str, cases: Vec<Case>| {
+        let good = golden::report(what, &cases);
         println!("{} {what}", if good { "passed" } else { "FAILED" });
         passed &= good;
     };
-    let of_cases = |cases: Vec<conformance::Case>| {
-        let rows = cases.into_iter().map(|case| Row {
-            name: case.name,
-            error: case.error,
-            tolerance: case.tolerance,
-        });
-        rows.collect::<Vec<_>>()
-    };
     let (single, half) = (open("f32")?, open("bf16")?);
-    examine("operations in f32", of_cases(conformance::check(&single)));
+    examine("operations in f32", conformance::check(&single));
     let rounding = 2f64.powi(-8);
     examine(
         "operations in bf16",
-        of_cases(conformance::check_rounded(&half, rounding)),
+        conformance::check_rounded(&half, rounding),
     );
     for (what, gpu, tolerance) in [("f32", &single, SINGLE), ("bf16", &half, HALF)] {
-        let mut rows = golden::suite(gpu)?;
+        let mut cases = conformance::golden::models(gpu, &golden::folder())?;
         if what == "bf16" {
             // Tokens of rounded logits are others where two are close: the CPU's are compared below.
-            rows.retain(|row| row.tolerance > 0.0);
+            cases.retain(|case| case.tolerance > 0.0);
         }
-        for row in &mut rows {
-            if row.tolerance == TOLERANCE {
-                row.tolerance = tolerance;
+        for case in &mut cases {
+            if case.tolerance == TOLERANCE {
+                *case = Case::new(std::mem::take(&mut case.name), case.error, tolerance);
             }
         }
-        examine(&format!("published results in {what}"), rows);
+        examine(&format!("published results in {what}"), cases);
     }
-    examine("measuring networks", golden::measures(&single)?);
+    let measures = conformance::golden::measures(&single, &golden::folder())?;
+    examine("measuring networks", measures);
     examine("agreement with the CPU", agreement::compare(&cpu, &single)?);
     examine(
         "tokens of trajectories",
@@ -105,7 +98,7 @@ fn check() -> Result<bool> {
 }
 
 /// More memory than there is is an error that names itself, after which the GPU goes on as before.
-fn memory(gpu: &Cuda) -> Result<Row> {
+fn memory(gpu: &Cuda) -> Result<Case> {
     let mut kept = Vec::new();
     let refused = loop {
         match gpu.full(&[1 << 28], 1.0) {
@@ -118,9 +111,6 @@ fn memory(gpu: &Cuda) -> Result<Row> {
     let again = gpu.full(&[1 << 20], 1.0).and_then(|x| Cuda::to_floats(&x));
     let good = matches!(refused, Error::OutOfMemory(_))
         && again.is_ok_and(|x| x.iter().all(|&x| x == 1.0));
-    Ok(Row {
-        name: "refused, and goes on".into(),
-        error: if good { 0.0 } else { 1.0 },
-        tolerance: 0.0,
-    })
+    let error = if good { 0.0 } else { 1.0 };
+    Ok(Case::new("refused, and goes on".into(), error, 0.0))
 }

@@ -1,7 +1,8 @@
 //! `conformance`: does this backend compute, on this device and in this dtype, what the engine means?
 //!
-//! Out: `cases.json`, every comparison of [`crate::conformance`], and a table of those that failed or came closest to
-//! it. The stage succeeds whatever it finds: what it found is its result. Its summary counts cases and failures.
+//! Out: `cases.json`, every comparison of [`crate::conformance`] (or of [`crate::conformance::golden`]), and a table of
+//! those that failed or came closest to it. The stage succeeds whatever it finds: what it found is its result. Its
+//! summary counts cases and failures, and names the first of these.
 
 use std::path::Path;
 
@@ -11,17 +12,26 @@ use serde::Deserialize;
 use serde_json::json;
 
 use crate::backend::Backend;
-use crate::conformance::{self, Case};
+use crate::conformance::{self, Case, golden};
 use crate::error::Result;
-use crate::stage::{Context, Stage, write_json};
+use crate::stage::{Context, Stage, resolve, write_json};
 
 /// Rows of the table.
 const SHOWN: usize = 12;
 
-/// Options of `conformance`: there are none.
+/// Failed comparisons that the summary names.
+const NAMED: usize = 3;
+
+/// Options of `conformance`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Options {}
+pub struct Options {
+    /// Compare whole networks with what the published code made of them, instead of operations and gradients: a
+    /// directory as `tests/golden` of the repository. Products are computed in f32, whatever the dtype.
+    #[serde(default)]
+    #[schemars(extend("x-retort-file" = "dir"))]
+    pub golden: Option<String>,
+}
 
 /// The stage.
 pub struct Conformance;
@@ -32,23 +42,22 @@ impl<B: Backend> Stage<B> for Conformance {
     const OUTPUT: &'static str = "conformance";
     const REVISION: u32 = 0;
     const SUMMARY: &'static str =
-        "holds every operation and gradient of the backend against reference values";
+        "holds operations and gradients, or networks, of the backend against reference values";
 
     fn check(_options: &Options, _base_dir: &Path) -> Result<()> {
         Ok(())
     }
 
-    fn run(context: &Context<'_, B>, _options: &Options) -> Result<StageResult> {
+    fn run(context: &Context<'_, B>, options: &Options) -> Result<StageResult> {
         context.host.check_cancelled()?;
-        let mut cases = conformance::check_rounded(context.backend, rounding(&context.job.dtype));
-        if rounding(&context.job.dtype) > 0.0 {
-            let exact = conformance::check(&context.backend.exact());
-            let named = |case: Case| Case {
-                name: format!("exact: {}", case.name),
-                ..case
-            };
-            cases.extend(exact.into_iter().map(named));
-        }
+        let mut cases = match &options.golden {
+            // The published code computed in f32.
+            Some(dir) => {
+                let dir = resolve(&context.job.base_dir, dir);
+                golden::check(&context.backend.exact(), &dir)?
+            }
+            None => operations(context.backend, rounding(&context.job.dtype)),
+        };
         let failed = cases.iter().filter(|case| !case.passed).count();
         let (name, count) = (&context.job.dtype, cases.len());
         let level = match failed {
@@ -74,11 +83,27 @@ impl<B: Backend> Stage<B> for Conformance {
                     "passed": case.passed})
             })
             .collect();
-        let summary = json!({"cases": count, "failed": failed});
+        let wrong = cases.iter().filter(|case| !case.passed).take(NAMED);
+        let failures: Vec<&str> = wrong.map(|case| case.name.as_str()).collect();
+        let summary = json!({"cases": count, "failed": failed, "failures": failures});
         context.finish("conformance", ArtifactMeta::from(table), summary, |dir| {
             write_json(&dir.join("cases.json"), &records)
         })
     }
+}
+
+/// Every operation and gradient; where products round, also those of the backend that does not.
+fn operations<B: Backend>(backend: &B, rounding: f64) -> Vec<Case> {
+    let mut cases = conformance::check_rounded(backend, rounding);
+    if rounding > 0.0 {
+        let exact = conformance::check(&backend.exact());
+        let named = |case: Case| Case {
+            name: format!("exact: {}", case.name),
+            ..case
+        };
+        cases.extend(exact.into_iter().map(named));
+    }
+    cases
 }
 
 /// How far products round their operands in a dtype, relative to their size.
