@@ -314,6 +314,15 @@ impl CHost {
                 "the host passed no table",
             ));
         }
+        // SAFETY: a table begins with a true struct_size, says the header.
+        let size = unsafe { (*table).struct_size } as usize;
+        if size < ffi::SMALLEST_HOST {
+            let message = format!(
+                "the host passed a truncated table: struct_size is {size}, at least {} is required",
+                ffi::SMALLEST_HOST
+            );
+            return Err(Failure::new(FailureCode::Internal, message));
+        }
         Ok(Self(table))
     }
 
@@ -613,27 +622,86 @@ mod tests {
         );
     }
 
-    #[test]
-    fn a_shorter_host_table_is_done_without() {
-        let mut heard = Vec::new();
-        let mut table = host_table(&mut heard);
-        table.struct_size = offset_of!(HostTable, artifact_begin) as u32;
-        let mut err = Vec::new();
+    /// What `probe`, which begins an artifact, says to a host's table.
+    fn probed(table: *const HostTable) -> (i32, Failure) {
+        let (mut out, mut err) = (Vec::new(), Vec::new());
         // SAFETY: table and buffers outlive the call.
         let status = unsafe {
             probe(
                 fixture,
-                &table,
-                Sink::into_buffer(&mut Vec::new()),
+                table,
+                Sink::into_buffer(&mut out),
                 Sink::into_buffer(&mut err),
             )
         };
+        (status, serde_json::from_slice(&err).unwrap())
+    }
+
+    #[test]
+    fn a_member_that_a_host_lacks_is_done_without() {
+        let mut heard = Vec::new();
+        let table = HostTable {
+            artifact_begin: None,
+            ..host_table(&mut heard)
+        };
+        let (status, failure) = probed(&table);
         assert_eq!(status, ffi::UNSUPPORTED);
         assert!(
-            String::from_utf8(err)
-                .unwrap()
+            failure
+                .message
                 .contains("this host has no `artifact_begin`")
         );
+    }
+
+    #[test]
+    fn a_truncated_host_table_is_refused() {
+        let mut heard = Vec::new();
+        let mut table = host_table(&mut heard);
+        for size in [
+            0,
+            4,
+            offset_of!(HostTable, artifact_begin),
+            ffi::SMALLEST_HOST - 1,
+        ] {
+            table.struct_size = size as u32;
+            let (status, failure) = probed(&table);
+            let said = format!("a truncated table: struct_size is {size}, at least ");
+            assert!(failure.message.contains(&said), "{failure}");
+            assert_eq!(status, ffi::FAILED);
+        }
+        assert_eq!(
+            probed(std::ptr::null()).1.message,
+            "the host passed no table"
+        );
+        assert!(heard.is_empty());
+    }
+
+    #[test]
+    fn a_newer_host_is_used_as_far_as_it_is_known() {
+        /// A table with members that nobody knows yet.
+        #[repr(C)]
+        struct Newer {
+            known: HostTable,
+            unknown: [usize; 4],
+        }
+        let mut heard = Vec::new();
+        let known = HostTable {
+            struct_size: size_of::<Newer>() as u32,
+            abi_minor: 9,
+            ..host_table(&mut heard)
+        };
+        let newer = Newer {
+            known,
+            unknown: [usize::MAX; 4],
+        };
+        let (status, result) = run_kind("all", &newer.known);
+        assert_eq!(
+            (status, &result["output"]),
+            (ffi::OK, &json!(7)),
+            "{result}"
+        );
+        assert_eq!(newer.unknown, [usize::MAX; 4]);
+        assert!(heard.contains(&"begin student x".to_owned()), "{heard:?}");
     }
 
     #[test]

@@ -6,7 +6,6 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::mem::size_of;
 use std::path::{Path, PathBuf};
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
@@ -171,13 +170,12 @@ impl LoadedPlugin {
         if !table.is_aligned() {
             return Err(Problem::Bad("a misaligned pointer".into()));
         }
-        // Minor version 0 is all there is so far; a later host keeps this number as it is.
-        const SIZE_OF_MINOR_0: usize = size_of::<PluginTable>();
         // SAFETY: the caller vouches for the first member.
         let size = unsafe { (*table).struct_size } as usize;
-        if size < SIZE_OF_MINOR_0 {
+        if size < ffi::SMALLEST_PLUGIN {
             return Err(Problem::Bad(format!(
-                "a truncated table: struct_size is {size}, at least {SIZE_OF_MINOR_0} is required"
+                "a truncated table: struct_size is {size}, at least {} is required",
+                ffi::SMALLEST_PLUGIN
             )));
         }
         // SAFETY: the table is at least as large as ours, going by the size that the caller vouches for.
@@ -254,8 +252,11 @@ fn call<T: DeserializeOwned>(
     name: &str,
     function: impl FnOnce(Sink, Sink) -> i32,
 ) -> Result<T, Failure> {
-    let (mut out, mut err) = (Vec::new(), Vec::new());
-    let status = function(Sink::into_buffer(&mut out), Sink::into_buffer(&mut err));
+    // Never dropped: a thread of the plugin may write after its time, and must not find them gone.
+    let (out, err): (&mut Vec<u8>, &mut Vec<u8>) =
+        (Box::leak(Box::default()), Box::leak(Box::default()));
+    let status = function(Sink::into_buffer(out), Sink::into_buffer(err));
+    let (out, err) = (std::mem::take(out), std::mem::take(err));
     export::check_status(status, &err)?;
     serde_json::from_slice(&out).map_err(|error| {
         let start: String = String::from_utf8_lossy(&out).chars().take(200).collect();
