@@ -8,6 +8,7 @@ use retort_abi::{Description, Device, Diagnostic, Failure, StageJob, StageResult
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::store::ArtifactRecord;
 
@@ -57,6 +58,8 @@ pub enum Call {
         staging: PathBuf,
         /// Directory of committed artifacts.
         artifacts: PathBuf,
+        /// How long to listen for calls that come after the end, before the process leaves.
+        linger: Duration,
     },
 }
 
@@ -85,6 +88,11 @@ pub enum FromWorker {
         id: u64,
         /// What it is.
         record: Box<ArtifactRecord>,
+    },
+    /// The plugin went on calling after `run` had returned.
+    Late {
+        /// So often.
+        calls: u64,
     },
     /// The call succeeded; the last frame.
     Answer(Answer),

@@ -185,7 +185,14 @@ pub fn find(name: &str, dirs: &[SearchDir]) -> Result<Found, DescribeError> {
         .filter(|(distance, _)| *distance <= 2)
         .min();
     let own = OWN.iter().find(|(own, _)| *own == name);
+    // Built here, and not installed: the next step of whoever writes it.
+    let here = ["", "target/release/"].map(|dir| format!("{dir}{}", file_name(name)));
+    let here = here.iter().find(|file| Path::new(file).is_file());
     let hint = match (nearest, all.as_slice()) {
+        _ if let Some(file) = here => format!(
+            "{file} is in the working directory, which is not searched: `retort plugin install {file}`, or \
+             --plugin-dir"
+        ),
         _ if let Some((_, build)) = own => format!("`{build}` builds it"),
         (Some((_, nearest)), _) => format!("did you mean `{nearest}`?"),
         (None, []) => format!("name the directory with --plugin-dir DIR or {PATH_VARIABLE}"),

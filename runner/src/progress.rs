@@ -255,8 +255,7 @@ impl Teller {
                     let _ = write!(text, "\n  {}", message.replace('\n', "\n  "));
                 }
                 // What a dying process wrote often says more than how it died; a panic has said it already.
-                if matches!(end, End::Killed { .. } | End::Exited { .. }) && !last_words.is_empty()
-                {
+                if matches!(end, End::Died(_)) && !last_words.is_empty() {
                     text.push_str("\n  the last lines it wrote:");
                     for line in last_words {
                         let _ = write!(text, "\n    {line}");

@@ -13,7 +13,7 @@ use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -25,6 +25,7 @@ use crate::frame::{self, Answer, Call, FromWorker, Inbox, Line, Points, Progress
 use crate::plugin::host::LoadedPlugin;
 use crate::store::{ArtifactRecord, Time};
 
+pub mod death;
 pub mod process;
 
 /// How often metrics, log lines and progress are sent.
@@ -106,8 +107,14 @@ fn work(task: Task, outbox: &Arc<Outbox>, cancel: Arc<AtomicU32>) {
         outbox: Arc::clone(outbox),
         cancel,
         desk,
+        over: AtomicBool::new(false),
+        late: AtomicU64::new(0),
     }));
     let host = services.table();
+    let linger = match &task.call {
+        Call::Run { linger, .. } => *linger,
+        _ => Duration::ZERO,
+    };
     let answer = match task.call {
         Call::Describe => plugin
             .describe()
@@ -123,6 +130,12 @@ fn work(task: Task, outbox: &Arc<Outbox>, cancel: Arc<AtomicU32>) {
         )),
         Call::Run { job, .. } => plugin.run(&host, &job).map(Answer::Result),
     };
+    services.over.store(true, Ordering::Relaxed);
+    std::thread::sleep(linger);
+    let calls = services.late.load(Ordering::Relaxed);
+    if calls > 0 {
+        outbox.send(&FromWorker::Late { calls });
+    }
     outbox.send(&match answer {
         Ok(answer) => FromWorker::Answer(answer),
         Err(failure) => FromWorker::Failed(failure),
@@ -534,6 +547,10 @@ struct Services {
     cancel: Arc<AtomicU32>,
     /// Only in `run`.
     desk: Option<Desk>,
+    /// Whether the plugin's function has returned.
+    over: AtomicBool,
+    /// Calls that came later.
+    late: AtomicU64,
 }
 
 impl Services {
@@ -559,11 +576,18 @@ impl Services {
 // SAFETY of them all: `retort_plugin.h` obliges the plugin to pass our ctx, readable text and valid sinks, and to call
 // only before the call returns that received the table, which is as long as `Services` lives. `Services` is Sync.
 
+/// The services, as long as the plugin's function has not returned. Who calls later is counted and not heard.
+///
 /// # Safety
 /// `ctx` is that of a table made by [`Services::table`], which still lives.
-unsafe fn services<'a>(ctx: *mut c_void) -> &'a Services {
+unsafe fn services<'a>(ctx: *mut c_void) -> Option<&'a Services> {
     // SAFETY: the caller vouches for it.
-    unsafe { &*ctx.cast::<Services>() }
+    let services = unsafe { &*ctx.cast::<Services>() };
+    if services.over.load(Ordering::Relaxed) {
+        services.late.fetch_add(1, Ordering::Relaxed);
+        return None;
+    }
+    Some(services)
 }
 
 /// # Safety
@@ -575,7 +599,9 @@ unsafe fn text(text: Str) -> String {
 
 unsafe extern "C" fn log(ctx: *mut c_void, level: u32, message: Str) {
     // SAFETY: see above.
-    let (services, message) = unsafe { (services(ctx), text(message)) };
+    let (Some(services), message) = (unsafe { (services(ctx), text(message)) }) else {
+        return;
+    };
     let level = match level {
         1 => LogLevel::Error,
         2 => LogLevel::Warn,
@@ -588,20 +614,27 @@ unsafe extern "C" fn log(ctx: *mut c_void, level: u32, message: Str) {
 
 unsafe extern "C" fn metric(ctx: *mut c_void, name: Str, step: u64, value: f64) {
     // SAFETY: see above.
-    let (services, name) = unsafe { (services(ctx), name.bytes()) };
+    let (Some(services), name) = (unsafe { (services(ctx), name.bytes()) }) else {
+        return;
+    };
     let series = String::from_utf8_lossy(name);
     services.outbox.metric(&series, step, value);
 }
 
 unsafe extern "C" fn progress(ctx: *mut c_void, done: u64, total: u64, unit: Str) {
     // SAFETY: see above.
-    let (services, unit) = unsafe { (services(ctx), text(unit)) };
+    let (Some(services), unit) = (unsafe { (services(ctx), text(unit)) }) else {
+        return;
+    };
     services.outbox.progress(Progress { done, total, unit });
 }
 
 unsafe extern "C" fn cancelled(ctx: *mut c_void) -> u32 {
     // SAFETY: see above.
-    unsafe { services(ctx) }.cancel.load(Ordering::Relaxed)
+    let services = unsafe { services(ctx) };
+    services.map_or(Cancel::Now as u32, |services| {
+        services.cancel.load(Ordering::Relaxed)
+    })
 }
 
 unsafe extern "C" fn artifact_begin(
@@ -615,8 +648,7 @@ unsafe extern "C" fn artifact_begin(
     // SAFETY: see above.
     let (services, kind, name) = unsafe { (services(ctx), text(kind), text(name)) };
     let begun = services
-        .desk
-        .as_ref()
+        .and_then(|services| services.desk.as_ref())
         .ok_or_else(no_desk)
         .and_then(|desk| desk.begin(kind, name));
     match begun {
@@ -638,7 +670,8 @@ unsafe extern "C" fn artifact_begin(
 unsafe extern "C" fn artifact_commit(ctx: *mut c_void, id: u64, meta_json: Str, err: Sink) -> i32 {
     // SAFETY: see above.
     let (services, meta) = unsafe { (services(ctx), text(meta_json)) };
-    let committed = services.desk.as_ref().ok_or_else(no_desk).and_then(|desk| {
+    let open = services.and_then(|services| Some((services, services.desk.as_ref()?)));
+    let committed = open.ok_or_else(no_desk).and_then(|(services, desk)| {
         let meta = if meta.trim().is_empty() {
             Ok(ArtifactMeta::default())
         } else {
@@ -650,16 +683,12 @@ unsafe extern "C" fn artifact_commit(ctx: *mut c_void, id: u64, meta_json: Str, 
                 format!("artifact_commit({id}): the facts are no artifact meta: {error}"),
             )
         })?;
-        desk.commit(id, meta)
+        let record = Box::new(desk.commit(id, meta)?);
+        services.outbox.send(&FromWorker::Artifact { id, record });
+        Ok(())
     });
     match committed {
-        Ok(record) => {
-            services.outbox.send(&FromWorker::Artifact {
-                id,
-                record: Box::new(record),
-            });
-            ffi::OK
-        }
+        Ok(()) => ffi::OK,
         // SAFETY: see above.
         Err(failure) => unsafe { refuse(&failure, err) },
     }
@@ -667,7 +696,8 @@ unsafe extern "C" fn artifact_commit(ctx: *mut c_void, id: u64, meta_json: Str, 
 
 unsafe extern "C" fn artifact_abort(ctx: *mut c_void, id: u64) {
     // SAFETY: see above.
-    if let Some(desk) = &unsafe { services(ctx) }.desk {
+    let services = unsafe { services(ctx) };
+    if let Some(desk) = services.and_then(|services| services.desk.as_ref()) {
         desk.abort(id);
     }
 }

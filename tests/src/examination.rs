@@ -1,11 +1,13 @@
 //! `retort plugin test` on a plugin that is built: every kind of stage that a recipe can train from nothing, twice,
-//! stopped and resumed, and every operation of the backend.
+//! stopped and resumed; every operation of the backend, and every network with results of the published code.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::Value;
+
+use crate::golden;
 
 /// All kinds of stage but those that read published files, each in a second or two.
 const RECIPE: &str = "
@@ -67,6 +69,8 @@ pub fn check(plugin: &str) {
     std::fs::write(dir.path().join("r.yaml"), recipe.replace("PLUGIN", plugin)).expect("a recipe");
     let output = Command::new(&binary)
         .args(["plugin", "test", plugin, "--recipe", "r.yaml", "--json"])
+        .arg("--golden")
+        .arg(golden::folder())
         .current_dir(dir.path())
         .env_remove("RETORT_PLUGIN_PATH")
         .output()
@@ -99,14 +103,18 @@ pub fn check(plugin: &str) {
         "devices",
     ];
     let mut needed: BTreeSet<(&str, &str)> = of_plugin.map(|check| (check, "")).into();
-    needed.insert(("operations", "cpu f32"));
+    needed.extend([("operations", "cpu f32"), ("networks", "cpu")]);
     for stage in stages {
-        needed.extend(["runs", "stays inside", "same seed"].map(|check| (check, stage)));
+        needed.extend(["runs", "stays inside", "ends", "same seed"].map(|check| (check, stage)));
     }
     // These are long enough to be stopped on any machine.
     for stage in ["codes", "prior", "student"] {
         needed.extend(["progress", "steps", "stops", "resumes"].map(|check| (check, stage)));
     }
+    // In every dtype.
+    let all = report.as_array().expect("rows").iter();
+    let of_rows = all.map(|row| (text(&row["check"]), text(&row["of"])));
+    needed.extend(of_rows.filter(|(check, of)| *check == "operations" && of.starts_with("cpu ")));
     let missing: Vec<_> = needed.difference(&passed).collect();
     assert!(missing.is_empty(), "not passed: {missing:?}\n{said}");
 }

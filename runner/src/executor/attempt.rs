@@ -23,6 +23,7 @@ use crate::store::{
     ArtifactRecord, AttemptEnd, AttemptId, AttemptState, LogLine, LogSource, StageId, Store,
     StoreError, Time, Usage,
 };
+use crate::worker::death::Death;
 use crate::worker::process::{ExitStatus, Heard, Worker, signal_name};
 
 /// From SIGTERM to SIGKILL.
@@ -103,18 +104,8 @@ pub enum End {
         /// What to do.
         hint: Option<String>,
     },
-    /// A signal ended the process that we did not send.
-    Killed {
-        /// Which.
-        signal: i32,
-        /// Whether the kernel ran out of memory at that time.
-        out_of_memory: bool,
-    },
-    /// The process left without a result.
-    Exited {
-        /// Its exit code.
-        code: i32,
-    },
+    /// The process left without a result, or a signal ended it that we did not send.
+    Died(Death),
     /// It took longer than the recipe allows.
     TimedOut {
         /// So long.
@@ -162,17 +153,7 @@ impl End {
             Self::Failed(failure) => format!("failed: {}", code_name(failure.code)),
             Self::Panicked(_) => "panic".into(),
             Self::NotLoaded { .. } => "plugin not loaded".into(),
-            Self::Killed {
-                signal,
-                out_of_memory: false,
-            } => format!("killed by {}", signal_name(*signal)),
-            Self::Killed {
-                signal,
-                out_of_memory: true,
-            } => {
-                format!("killed by {} (out of memory)", signal_name(*signal))
-            }
-            Self::Exited { code } => format!("exited with code {code}"),
+            Self::Died(death) => death.reason(),
             Self::TimedOut { .. } => "timeout".into(),
             Self::Interrupted { .. } => "interrupted".into(),
             Self::Protocol { .. } => "protocol error".into(),
@@ -197,22 +178,7 @@ impl End {
                 format!("{place}{}{chain}", failure.message)
             }
             Self::NotLoaded { message, .. } | Self::Protocol { message } => message.clone(),
-            Self::Killed {
-                out_of_memory: true,
-                ..
-            } => "the kernel ran out of memory at that time".into(),
-            Self::Killed { signal, .. } => match *signal {
-                libc::SIGSEGV | libc::SIGBUS => "the plugin accessed memory that is not its own",
-                libc::SIGABRT => "the plugin, or a library it uses, gave up (abort)",
-                libc::SIGILL => "an instruction that this processor does not have, or a trap",
-                libc::SIGFPE => "an arithmetic error, such as an integer division by zero",
-                libc::SIGKILL => "somebody killed the worker; the kernel does when memory runs out",
-                _ => "the runner did not send that signal",
-            }
-            .into(),
-            Self::Exited { .. } => {
-                "the plugin, or a library it uses, left (exit) without a result".into()
-            }
+            Self::Died(death) => death.message().into(),
             Self::TimedOut { limit, manner } => {
                 format!(
                     "it took longer than its timeout of {}, and {manner}",
@@ -228,10 +194,7 @@ impl End {
         match self {
             Self::Failed(failure) | Self::Panicked(failure) => failure.hint.clone(),
             Self::NotLoaded { hint, .. } => hint.clone(),
-            Self::Killed {
-                out_of_memory: true,
-                ..
-            } => Some("make batches or models smaller, or free memory".into()),
+            Self::Died(death) => death.hint().map(str::to_owned),
             Self::TimedOut { .. } => Some(
                 "raise the stage's `timeout`; `retort resume` continues from its last checkpoint"
                     .into(),
@@ -276,7 +239,7 @@ pub async fn make(
 ) -> Result<Ended, StoreError> {
     let name = &brief.stage.name;
     let kills_before = out_of_memory_kills();
-    let mut worker = match Worker::spawn(brief.threads) {
+    let mut worker = match Worker::spawn(brief.threads, None) {
         Ok(worker) => worker,
         Err(error) => return never_started(bench, brief, &error).await,
     };
@@ -389,6 +352,7 @@ fn task(bench: &Bench, brief: &Brief, attempt: AttemptId) -> Task {
             job: Box::new(job),
             staging,
             artifacts,
+            linger: Duration::ZERO,
         },
     }
 }
@@ -514,6 +478,10 @@ impl Conversation<'_> {
             Heard::Frame(FromWorker::NotLoaded { message, hint }) => {
                 self.so_far.not_loaded = Some((message, hint))
             }
+            Heard::Frame(FromWorker::Late { calls }) => self.say(own_line(
+                LogLevel::Warn,
+                format!("the plugin called the host {calls} times after `run` had returned; nobody heard it"),
+            )),
             Heard::Frame(FromWorker::Loaded) => {}
             Heard::Frame(FromWorker::Answer(_)) => {
                 return Ok(self.nonsense("an answer to another question".into()));
@@ -567,15 +535,14 @@ impl SoFar {
             (_, ExitStatus::Signal(signal), Some(cause)) if ladder.sent == Some(signal) => {
                 cause.end(Manner::Signalled(signal), brief.stage.timeout)
             }
-            (_, ExitStatus::Signal(signal), _) => End::Killed {
-                signal,
-                out_of_memory: out_of_memory && signal == libc::SIGKILL,
-            },
             // With a signal of ours on its way, a plugin's own handler may have turned it into an exit.
             (_, ExitStatus::Code(_), Some(cause)) if ladder.sent.is_some() => {
                 cause.end(Manner::Otherwise, brief.stage.timeout)
             }
-            (_, ExitStatus::Code(code), _) => End::Exited { code },
+            _ => {
+                let last_words = self.last_words.iter().map(String::as_str);
+                End::Died(Death::new(exit, last_words, out_of_memory))
+            }
         }
     }
 
@@ -896,16 +863,5 @@ mod tests {
                 "ended without a result",
             );
         }
-    }
-
-    #[test]
-    fn running_out_of_memory_is_told() {
-        let end = SoFar::default().judge(
-            ExitStatus::Signal(libc::SIGKILL),
-            ladder(None, None),
-            &brief(),
-            true,
-        );
-        assert_eq!(end.reason(), "killed by SIGKILL (out of memory)");
     }
 }

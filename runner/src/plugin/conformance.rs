@@ -20,12 +20,15 @@ use crate::plan::{DescribeError, Plan, PlannedStage};
 use crate::plugin::{self, trust};
 use crate::schema;
 use crate::store::ArtifactRecord;
+use crate::worker::death::Death;
 use crate::worker::process::{Exit, Heard, Worker};
 
 /// Kind of stage by which a backend of the engine examines its own operations.
 const OPERATIONS: &str = "conformance";
-/// How long one call that is no run may take.
+/// How long one call that is no run may take, where a run may take longer.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a plugin is listened to after a run: whoever goes on by itself is heard in this time.
+const LINGER: Duration = Duration::from_millis(300);
 /// Symbols that linkers add.
 const OF_THE_LINKER: [&str; 5] = ["_init", "_fini", "__bss_start", "_edata", "_end"];
 
@@ -78,14 +81,26 @@ fn failed<T>(text: impl Into<String>) -> Result<T, Bad> {
     Err(Bad::Failed(text.into()))
 }
 
+fn skipped<T>(text: impl Into<String>) -> Result<T, Bad> {
+    Err(Bad::Skipped(text.into()))
+}
+
+/// What an examination goes by.
+#[derive(Debug, Clone)]
+pub struct Terms {
+    /// How long a stage may take to stop.
+    pub grace: Duration,
+    /// How long a stage may run.
+    pub limit: Duration,
+    /// Results of the published code, which the networks of a backend are compared with.
+    pub golden: Option<PathBuf>,
+}
+
 /// An examination under way.
 pub struct Examination<'a> {
     runtime: &'a Runtime,
     path: PathBuf,
-    /// How long a stage may take to stop.
-    grace: Duration,
-    /// How long a stage may run.
-    limit: Duration,
+    terms: Terms,
     outcomes: Vec<Outcome>,
     tell: &'a dyn Fn(&Outcome),
 }
@@ -95,14 +110,13 @@ impl<'a> Examination<'a> {
     pub fn new(
         runtime: &'a Runtime,
         path: &Path,
-        [grace, limit]: [Duration; 2],
+        terms: Terms,
         tell: &'a dyn Fn(&Outcome),
     ) -> Self {
         Self {
             runtime,
             path: path.to_owned(),
-            grace,
-            limit,
+            terms,
             outcomes: Vec::new(),
             tell,
         }
@@ -155,10 +169,12 @@ impl<'a> Examination<'a> {
             }
             match others.as_slice() {
                 [] => Ok(format!("`{}` and nothing else", ffi::ENTRY)),
+                [one] => failed(format!(
+                    "it exports `{one}` too, which can clash with a symbol of others"
+                )),
                 [first, ..] => failed(format!(
-                    "{} symbols besides `{}` are exported, such as `{first}`: they can clash with those of others",
-                    others.len(),
-                    ffi::ENTRY
+                    "it exports {} more symbols, such as `{first}`, which can clash with those of others",
+                    others.len()
                 )),
             }
         });
@@ -206,20 +222,46 @@ impl<'a> Examination<'a> {
                 exam.provoke(&description, &kind.kind, &kind.schema)
             });
         }
-        if description
-            .stages
-            .iter()
-            .any(|kind| kind.kind == OPERATIONS)
-        {
-            for device in usable(&devices) {
-                for dtype in &description.dtypes {
-                    self.check("operations", &format!("{device} {dtype}"), |exam| {
-                        exam.operations(device, dtype)
-                    });
-                }
-            }
+        let mut kinds = description.stages.iter();
+        if kinds.any(|kind| kind.kind == OPERATIONS) {
+            self.examine_backend(&description, &devices);
         }
         Some(description)
+    }
+
+    /// What a backend computes: operations on each device in each dtype, networks on each device.
+    fn examine_backend(&mut self, about: &Description, devices: &[Device]) {
+        let listed = |kind: &&String| {
+            let is_one = |device: &Device| device.name.split(':').next() == Some(kind.as_str());
+            devices.iter().any(is_one)
+        };
+        let missing = about.devices.iter().filter(|kind| !listed(kind));
+        let missing = missing.map(|kind| Device {
+            unusable: Some("`probe` lists no such device".into()),
+            ..Device::named(kind)
+        });
+        let all: Vec<Device> = devices.iter().cloned().chain(missing).collect();
+        for Device { name, unusable, .. } in &all {
+            for dtype in &about.dtypes {
+                self.check("operations", &format!("{name} {dtype}"), |exam| {
+                    unusable.as_ref().map_or(Ok(()), skipped)?;
+                    let cases = exam.compare(name, dtype, json!({}))?;
+                    Ok(format!("{cases} comparisons with reference values"))
+                });
+            }
+            // In the engine's own precision, whatever the dtype.
+            let dtype = about.dtypes.first().map_or("f32", String::as_str);
+            self.check("networks", name, |exam| {
+                unusable.as_ref().map_or(Ok(()), skipped)?;
+                let Some(dir) = &exam.terms.golden else {
+                    return skipped(
+                        "--golden DIR compares them, with tests/golden of the repository",
+                    );
+                };
+                let cases = exam.compare(name, dtype, json!({"golden": dir}))?;
+                Ok(format!("{cases} results as the published code has them"))
+            });
+        }
     }
 
     fn ask(&self, call: Call) -> Result<Answer, Bad> {
@@ -228,9 +270,10 @@ impl<'a> Examination<'a> {
             hash: None,
             call,
         };
-        let asked = self
-            .runtime
-            .block_on(crate::worker::process::ask(task, PATIENCE));
+        let asked = self.runtime.block_on(crate::worker::process::ask(
+            task,
+            PATIENCE.min(self.terms.limit),
+        ));
         asked.map_err(|error| Bad::Failed(error.to_string()))
     }
 
@@ -316,13 +359,13 @@ impl<'a> Examination<'a> {
         bad - 1
     }
 
-    /// The engine's own examination of a backend.
-    fn operations(&self, device: &str, dtype: &str) -> Found {
+    /// The engine's own examination of a backend: how many comparisons passed, if all did.
+    fn compare(&self, device: &str, dtype: &str, options: Value) -> Result<u64, Bad> {
         let place = tempfile::tempdir().map_err(|error| Bad::Failed(error.to_string()))?;
         let job = StageJob {
             stage: "operations".into(),
             kind: OPERATIONS.into(),
-            options: json!({}),
+            options,
             seed: 1,
             device: device.into(),
             dtype: dtype.into(),
@@ -331,13 +374,50 @@ impl<'a> Examination<'a> {
             work_dir: Some(place.path().join("work")),
             inputs: BTreeMap::new(),
         };
-        let seen = self.attempt(&self.path, job, place.path(), Stopping::Never)?;
+        let seen = self.attempt(
+            &self.path,
+            job,
+            place.path(),
+            Stopping::Never,
+            Duration::ZERO,
+        )?;
+        match &seen.answer {
+            Some(Err(failure)) if failure.code == FailureCode::Unsupported => {
+                return skipped(failure.message.clone());
+            }
+            _ => {}
+        }
         let summary = seen.result(OPERATIONS)?.1;
         let count = |name: &str| summary[name].as_u64();
         match (count("cases"), count("failed")) {
-            (Some(cases), Some(0)) => Ok(format!("{cases} comparisons with reference values")),
-            (Some(cases), Some(wrong)) => failed(format!("{wrong} of {cases} comparisons failed")),
+            (Some(cases), Some(0)) => Ok(cases),
+            (Some(cases), Some(wrong)) => {
+                let names = summary["failures"].as_array().into_iter().flatten();
+                let names: Vec<&str> = names.filter_map(Value::as_str).collect();
+                let more = if wrong > names.len() as u64 {
+                    "; ..."
+                } else {
+                    ""
+                };
+                failed(format!(
+                    "{wrong} of {cases} comparisons failed: {}{more}",
+                    names.join("; ")
+                ))
+            }
             _ => failed("its summary has no `cases` and `failed`"),
+        }
+    }
+
+    /// Says that there is no recipe to run stages of.
+    pub fn skip_stages(&mut self, description: &Description) {
+        for kind in description
+            .stages
+            .iter()
+            .filter(|kind| kind.kind != OPERATIONS)
+        {
+            self.check("runs", &kind.kind, |_| {
+                skipped("without a recipe that has a stage of this kind: --recipe FILE")
+            });
         }
     }
 
@@ -354,10 +434,7 @@ impl<'a> Examination<'a> {
                 .find(|reference| !made.contains_key(&reference.stage));
             if let Some(reference) = missing {
                 self.check("runs", &stage.name, |_| {
-                    Err(Bad::Skipped(format!(
-                        "`{}` did not succeed",
-                        reference.stage
-                    )))
+                    skipped(format!("`{}` did not succeed", reference.stage))
                 });
                 continue;
             }
@@ -382,9 +459,7 @@ impl<'a> Examination<'a> {
             let mut used = of_plan.filter(|stage| stage.kind == kind.kind && self.is_own(stage));
             if used.next().is_none() && kind.kind != OPERATIONS {
                 self.check("runs", &kind.kind, |_| {
-                    Err(Bad::Skipped(
-                        "no stage of the recipe is of this kind".into(),
-                    ))
+                    skipped("no stage of the recipe is of this kind")
                 });
             }
         }
@@ -400,7 +475,7 @@ impl<'a> Examination<'a> {
         let mut first = None;
         let outside = Surroundings::of(bench);
         self.check("runs", name, |exam| {
-            let seen = exam.run(bench, "first", Stopping::Never)?;
+            let seen = exam.run(bench, "first", Stopping::Never, LINGER)?;
             let (record, _) = seen.result(&bench.stage.output_kind)?;
             let said = format!(
                 "{} of {} in {:.1} s",
@@ -422,24 +497,37 @@ impl<'a> Examination<'a> {
         }
         self.check("progress", name, |_| seen.progress_is_monotonic());
         self.check("steps", name, |_| seen.steps_are_monotonic());
-        self.check("stays inside", name, |_| outside.compare(bench));
+        self.check("stays inside", name, |_| {
+            strays(&bench.place.join("first"))?;
+            outside.compare(bench)
+        });
+        self.check("ends", name, |_| {
+            if seen.late > 0 {
+                return failed("it goes on calling the host after `run` has returned");
+            }
+            let now = artifact::contents(&output.path);
+            match now.is_ok_and(|now| now.hash == output.hash) {
+                true => Ok("nothing comes after `run`".into()),
+                false => failed("what it made was changed after it had been committed"),
+            }
+        });
         let exact = bench.stage.device == "cpu";
         self.check("same seed", name, |exam| {
             if !exact {
-                return Err(Bad::Skipped("only promised on a CPU".into()));
+                return skipped("only promised on a CPU");
             }
-            let again = exam.run(bench, "second", Stopping::Never)?;
+            let again = exam.run(bench, "second", Stopping::Never, Duration::ZERO)?;
             same(&record, &again.result(&bench.stage.output_kind)?.0)
         });
         let mut stopped = false;
         self.check("stops", name, |exam| {
-            let seen = exam.run(bench, "third", Stopping::AtFirstSign)?;
+            let seen = exam.run(bench, "third", Stopping::AtFirstSign, Duration::ZERO)?;
             stopped = true;
-            seen.stopped(exam.grace)
+            seen.stopped(exam.terms.grace)
         });
         if stopped {
             self.check("resumes", name, |exam| {
-                let resumed = exam.run(bench, "third", Stopping::Never)?;
+                let resumed = exam.run(bench, "third", Stopping::Never, Duration::ZERO)?;
                 let (record_again, _) = resumed.result(&bench.stage.output_kind)?;
                 match exact {
                     true => same(&record, &record_again),
@@ -450,14 +538,20 @@ impl<'a> Examination<'a> {
         Some(output)
     }
 
-    fn run(&self, bench: &Bench<'_>, take: &str, stopping: Stopping) -> Result<Seen, Bad> {
+    fn run(
+        &self,
+        bench: &Bench<'_>,
+        take: &str,
+        stopping: Stopping,
+        linger: Duration,
+    ) -> Result<Seen, Bad> {
         let place = bench.place.join(take);
         let job = StageJob {
             work_dir: Some(place.join("work")),
             inputs: bench.inputs.clone(),
             ..bench.plan.job(bench.stage, 1)
         };
-        self.attempt(&bench.stage.plugin.path, job, &place, stopping)
+        self.attempt(&bench.stage.plugin.path, job, &place, stopping, linger)
     }
 
     /// Runs a job in a worker and takes down all it does.
@@ -467,9 +561,11 @@ impl<'a> Examination<'a> {
         job: StageJob,
         place: &Path,
         stopping: Stopping,
+        linger: Duration,
     ) -> Result<Seen, Bad> {
-        if let Some(work) = &job.work_dir {
-            fs::create_dir_all(work).map_err(|error| Bad::Failed(error.to_string()))?;
+        let temporary = place.join(TEMPORARY);
+        for dir in job.work_dir.iter().chain([&temporary]) {
+            fs::create_dir_all(dir).map_err(|error| Bad::Failed(error.to_string()))?;
         }
         let task = Task {
             plugin: plugin.to_owned(),
@@ -478,14 +574,18 @@ impl<'a> Examination<'a> {
                 job: Box::new(job),
                 staging: place.join("staging"),
                 artifacts: place.join("artifacts"),
+                linger,
             },
         };
-        let watched = watch(task, stopping, [self.limit, self.grace]);
+        let watched = watch(task, &temporary, stopping, &self.terms);
         self.runtime
             .block_on(watched)
             .map_err(|error| Bad::Failed(format!("a worker could not be started: {error}")))
     }
 }
+
+/// Where an attempt has its temporary files, in its directory.
+const TEMPORARY: &str = "temporary";
 
 /// A stage to be examined, its inputs and a directory for all that comes of it.
 struct Bench<'a> {
@@ -513,6 +613,8 @@ struct Seen {
     points: Vec<Points>,
     exit: Option<Exit>,
     last_words: Vec<String>,
+    /// Calls after `run` had returned.
+    late: u64,
     /// Ended by us: it ran longer than this.
     too_long: Option<Duration>,
     /// From the request to stop to the end.
@@ -522,11 +624,12 @@ struct Seen {
 
 async fn watch(
     task: Task,
+    temporary: &Path,
     stopping: Stopping,
-    [limit, grace]: [Duration; 2],
+    &Terms { limit, grace, .. }: &Terms,
 ) -> std::io::Result<Seen> {
     let begun = Instant::now();
-    let mut worker = Worker::spawn(1)?;
+    let mut worker = Worker::spawn(1, Some(temporary))?;
     worker.send(&ToWorker::Start(Box::new(task))).await;
     let mut seen = Seen::default();
     let mut asked: Option<Instant> = None;
@@ -557,11 +660,12 @@ async fn watch(
                 sign = true;
                 seen.points.extend(points);
             }
+            Heard::Frame(FromWorker::Late { calls }) => seen.late = calls,
             Heard::Frame(FromWorker::Loaded | FromWorker::Log(_)) => {}
             Heard::Nonsense(error) => seen.last_words.push(error.to_string()),
             Heard::Line(_, line) => {
                 seen.last_words.push(line);
-                let surplus = seen.last_words.len().saturating_sub(5);
+                let surplus = seen.last_words.len().saturating_sub(8);
                 seen.last_words.drain(..surplus);
             }
             Heard::Exited(exit) => {
@@ -599,19 +703,22 @@ impl Seen {
                 None => failed("its output was not committed"),
             },
             Some(Ok(_)) => failed("the worker answered another question"),
-            Some(Err(failure)) => failed(failure.message.clone()),
+            Some(Err(failure)) => failed(format!("it failed: {}", failure.message)),
             None => failed(self.died()),
         }
     }
 
     fn died(&self) -> String {
-        let how = self
-            .exit
-            .map_or_else(String::new, |exit| exit.status.to_string());
-        match self.last_words.last() {
-            Some(line) => format!("it ended its process ({how}), having written: {line}"),
-            None => format!("it ended its process ({how})"),
-        }
+        let Some(exit) = self.exit else {
+            return "it ended its process".into();
+        };
+        let last_words = self.last_words.iter().map(String::as_str);
+        let death = Death::new(exit.status, last_words, false);
+        let written = match self.last_words.last() {
+            Some(line) => format!("; the last line it wrote: {}", line.trim()),
+            None => String::new(),
+        };
+        format!("{}: {}{written}", death.reason(), death.message())
     }
 
     fn progress_is_monotonic(&self) -> Found {
@@ -635,7 +742,7 @@ impl Seen {
         }
         match self.progress.last() {
             Some(last) => Ok(format!("{} of {} {}", last.done, last.total, last.unit)),
-            None => Err(Bad::Skipped("it told none".into())),
+            None => skipped("it told none"),
         }
     }
 
@@ -655,7 +762,7 @@ impl Seen {
             }
         }
         match last.is_empty() {
-            true => Err(Bad::Skipped("it has no metrics".into())),
+            true => skipped("it has no metrics"),
             false => Ok(format!("{count} points in {} series", last.len())),
         }
     }
@@ -666,9 +773,7 @@ impl Seen {
             return failed(format!("it did not stop within {} s", grace.as_secs_f64()));
         }
         match (&self.answer, self.stopping) {
-            (Some(Ok(_)), _) => Err(Bad::Skipped(
-                "it was done before it could be stopped".into(),
-            )),
+            (Some(Ok(_)), _) => skipped("it was done before it could be stopped"),
             (Some(Err(failure)), Some(time)) if failure.code == FailureCode::Cancelled => {
                 Ok(format!("within {:.1} s", time.as_secs_f64()))
             }
@@ -689,6 +794,25 @@ fn same(first: &ArtifactRecord, second: &ArtifactRecord) -> Found {
     match differs {
         Some(file) => failed(format!("{} has other bytes", file.path)),
         None => failed("there are more files"),
+    }
+}
+
+/// Whether an attempt has left anything in its directory but what it may.
+fn strays(place: &Path) -> Result<(), Bad> {
+    let names = |dir: &Path| {
+        let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+        entries.map(|entry| entry.path()).collect::<Vec<_>>()
+    };
+    let own = ["artifacts", "staging", "work", TEMPORARY].map(|name| place.join(name));
+    if let Some(path) = names(place).iter().find(|path| !own.contains(path)) {
+        return failed(format!("it wrote {}", path.display()));
+    }
+    match names(&place.join(TEMPORARY)).first() {
+        Some(path) => failed(format!(
+            "it left {} in the directory for temporary files",
+            path.file_name().unwrap_or_default().display()
+        )),
+        None => Ok(()),
     }
 }
 

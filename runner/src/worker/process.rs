@@ -7,6 +7,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -18,6 +19,7 @@ use tokio::task::JoinHandle;
 
 use crate::frame::{self, Answer, FrameError, FromWorker, Inbox, Task, ToWorker};
 use crate::store::{LogSource, Usage};
+use crate::worker::death::Death;
 use crate::worker::{LONGEST_LINE, shortened};
 
 /// How long what a dead worker has left in its pipes is waited for: processes that left its group may hold them open.
@@ -85,10 +87,10 @@ pub enum AskError {
     #[error("{0}")]
     Failed(Failure),
     /// The worker died.
-    #[error("the plugin ended its process ({how}){}", quoted(output))]
+    #[error("the plugin ended its process: {}: {}{}", death.reason(), death.message(), quoted(output))]
     Died {
-        /// By which signal or code.
-        how: String,
+        /// How.
+        death: Death,
         /// The last lines it wrote.
         output: String,
     },
@@ -108,15 +110,6 @@ fn quoted(output: &str) -> String {
         String::new()
     } else {
         format!(", having written:\n{output}")
-    }
-}
-
-impl std::fmt::Display for ExitStatus {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Code(code) => write!(f, "exit code {code}"),
-            Self::Signal(signal) => f.write_str(&signal_name(*signal)),
-        }
     }
 }
 
@@ -151,7 +144,7 @@ pub fn signal_name(signal: i32) -> String {
 /// # Errors
 /// [`AskError`].
 pub async fn ask(task: Task, limit: Duration) -> Result<Answer, AskError> {
-    let mut worker = Worker::spawn(1).map_err(AskError::Spawn)?;
+    let mut worker = Worker::spawn(1, None).map_err(AskError::Spawn)?;
     worker.send(&ToWorker::Start(Box::new(task))).await;
     let mut answer = None;
     let mut output = Vec::new();
@@ -182,24 +175,24 @@ pub async fn ask(task: Task, limit: Duration) -> Result<Answer, AskError> {
         let last: Vec<&str> = output
             .iter()
             .rev()
-            .take(5)
+            .take(8)
             .rev()
             .map(String::as_str)
             .collect();
         Err(AskError::Died {
-            how: exit.status.to_string(),
+            death: Death::new(exit.status, last.iter().copied(), false),
             output: last.join("\n"),
         })
     })
 }
 
 impl Worker {
-    /// Starts a worker process whose libraries may use `threads` threads. To be called on a thread that lives as long
-    /// as the runner: the kernel ends the worker with it.
+    /// Starts a worker process whose libraries may use `threads` threads, and put temporary files in `temporary` where
+    /// that is given. To be called on a thread that lives as long as the runner: the kernel ends the worker with it.
     ///
     /// # Errors
     /// What the operating system says.
-    pub fn spawn(threads: usize) -> io::Result<Self> {
+    pub fn spawn(threads: usize, temporary: Option<&Path>) -> io::Result<Self> {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
         ours.set_nonblocking(true)?;
         let threads = threads.max(1).to_string();
@@ -208,6 +201,7 @@ impl Worker {
             .args(["worker", "--parent", &std::process::id().to_string()])
             .env("RAYON_NUM_THREADS", &threads)
             .env("OMP_NUM_THREADS", &threads)
+            .envs(temporary.map(|dir| ("TMPDIR", dir)))
             .stdin(OwnedFd::from(theirs))
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

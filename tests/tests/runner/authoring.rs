@@ -5,8 +5,6 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use serde_json::Value;
-
 use crate::lab::{Lab, compile};
 
 /// Where the plugins of the workspace lie that these tests depend on.
@@ -45,49 +43,93 @@ fn failures(lab: &Lab, arguments: &[&str]) -> (BTreeSet<String>, String) {
     (failed, format!("{report:#}"))
 }
 
-/// Installs what a project has built, runs its recipe and examines it.
+/// The commands of the guide under these words.
+fn guide(words: &str) -> Vec<String> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../plugins/README.md");
+    let text = std::fs::read_to_string(path).unwrap();
+    let (_, part) = text.split_once(words).expect("the guide has these words");
+    let lines = part
+        .lines()
+        .skip(1)
+        .skip_while(|line| !line.starts_with("    "));
+    let block: Vec<String> = lines
+        .take_while(|line| line.starts_with("    "))
+        .map(|line| line.trim().to_owned())
+        .collect();
+    assert!(block.len() > 4, "{block:?}");
+    block
+}
+
+/// Somebody at a shell in the lab's directory, who does what the guide says; returns where that leads.
 #[track_caller]
-fn install_and_run(lab: &Lab, plugin: &str) {
-    let installed = lab.retort(&["plugin", "install", plugin]).expect(0);
-    installed.saying(&["hello 0.1.0 is installed", ".local/share/retort/plugins"]);
-    let said = lab
-        .retort(&["run", "hello/recipe.yaml", "--json"])
-        .expect(0)
-        .json();
-    assert_eq!(said["stages"][0]["outcome"], "ran", "{said:#}");
-    let pi = said["tables"][0]["rows"][0][1].as_f64().unwrap();
-    assert!((pi - std::f64::consts::PI).abs() < 0.01, "{said:#}");
+fn follow(lab: &Lab, commands: &[String]) -> PathBuf {
+    let mut dir = lab.dir.path().to_owned();
+    for command in commands {
+        let words: Vec<&str> = command.split_whitespace().collect();
+        match words.as_slice() {
+            ["cd", to] => dir.push(to),
+            ["retort", arguments @ ..] => build(lab.command(arguments).current_dir(&dir)),
+            ["cargo", arguments @ ..] => {
+                let (built, own) = (cargo(&dir, arguments), dir.join("target/release"));
+                let project = dir.file_name().unwrap().to_str().unwrap();
+                let file = format!("libretort_{project}.so");
+                // As if it had been built in the project.
+                if arguments.contains(&"build") {
+                    std::fs::create_dir_all(&own).unwrap();
+                    std::fs::copy(built.join(&file), own.join(&file)).unwrap();
+                }
+            }
+            [program, arguments @ ..] => {
+                build(Command::new(program).args(arguments).current_dir(&dir));
+            }
+            [] => {}
+        }
+    }
+    dir
+}
+
+/// What the recipe of a project has left, and that nothing of its plugin is unexamined.
+#[track_caller]
+fn check_project(lab: &Lab) {
+    let stage = &lab.latest().expect("a run").stages[0];
+    assert_eq!(stage.plugin.name, "hello");
     let metric = lab
         .retort(&["metrics", "latest", "--json"])
         .expect(0)
         .json();
     let last = metric[0]["last"].as_f64().unwrap();
     assert!((last - std::f64::consts::PI).abs() < 0.01, "{metric:#}");
-    let options = [
+    let installed = lab
+        .dir
+        .path()
+        .join(".local/share/retort/plugins/libretort_hello.so");
+    assert!(installed.is_file());
+    let rows = lab.retort(&[
+        "plugin",
+        "test",
+        "--json",
+        "hello",
         "--recipe",
         "hello/recipe.yaml",
         "--set",
         "estimate.rounds=400",
-    ];
-    let (failed, report) = failures(lab, &[&[plugin], &options[..]].concat());
-    assert!(failed.is_empty(), "{report}");
-    // Everything was looked at, an interruption too.
-    for check in ["exports", "bad options", "same seed", "stops", "resumes"] {
-        let passed = format!("\"check\": \"{check}\"");
-        assert!(report.contains(&passed), "{check} in {report}");
+    ]);
+    let rows = rows.expect(0).json();
+    for row in rows.as_array().unwrap() {
+        assert_eq!(row["verdict"], "passed", "{row:#}");
     }
 }
 
 #[test]
-fn from_nothing_to_a_run_in_c_and_cpp() {
-    for (language, source) in [("c", "plugin.c"), ("cpp", "plugin.cpp")] {
+fn the_guide_leads_from_nothing_to_a_run_in_c_and_cpp() {
+    for language in ["c", "cpp"] {
         let lab = Lab::new(&[]);
-        lab.retort(&["plugin", "new", "hello", "--lang", language])
-            .expect(0);
-        let project = lab.dir.path().join("hello");
-        assert!(project.join(source).is_file());
-        build(Command::new("make").arg("-C").arg(&project));
-        install_and_run(&lab, "hello");
+        let commands = guide("In C or C++").into_iter();
+        let commands: Vec<String> = commands
+            .map(|line| line.replace("--lang c", &format!("--lang {language}")))
+            .collect();
+        follow(&lab, &commands);
+        check_project(&lab);
     }
 }
 
@@ -100,7 +142,7 @@ fn cargo(project: &Path, arguments: &[&str]) -> PathBuf {
     build(
         Command::new(std::env::var("CARGO").unwrap_or("cargo".into()))
             .args(arguments)
-            .args(["--release", "--offline"])
+            .arg("--offline")
             .env("CARGO_TARGET_DIR", &target)
             .env_remove("CARGO_BUILD_TARGET_DIR")
             .current_dir(project),
@@ -109,14 +151,10 @@ fn cargo(project: &Path, arguments: &[&str]) -> PathBuf {
 }
 
 #[test]
-fn from_nothing_to_a_run_in_rust() {
+fn the_guide_leads_from_nothing_to_a_run_in_rust() {
     let lab = Lab::new(&[]);
-    lab.retort(&["plugin", "new", "hello"])
-        .expect(0)
-        .saying(&["cargo build"]);
-    let project = lab.dir.path().join("hello");
-    let plugin = cargo(&project, &["build"]).join("libretort_hello.so");
-    install_and_run(&lab, path(&plugin));
+    let project = follow(&lab, &guide("In Rust"));
+    check_project(&lab);
 
     // The same plugin with a mistake: its panic has a reason of its own, and its place.
     let source = project.join("src/lib.rs");
@@ -124,28 +162,31 @@ fn from_nothing_to_a_run_in_rust() {
     let worse = text.replace("host.check_cancelled()?;", "panic!(\"on purpose\");");
     assert_ne!(text, worse);
     std::fs::write(source, worse).unwrap();
-    let dir = cargo(&project, &["build"]);
-    let said = lab.retort(&["run", "hello/recipe.yaml", "--plugin-dir", path(&dir)]);
+    let dir = cargo(&project, &["build", "--release"]);
+    let said = lab.retort(&[
+        "run",
+        "hello/recipe.yaml",
+        "--force",
+        "--plugin-dir",
+        path(&dir),
+    ]);
     assert_eq!(said.code, Some(100));
     said.saying(&[": panic", "src/lib.rs:", "on purpose"]);
+    let plugin = dir.join("libretort_hello.so");
+    let (failed, report) = failures(&lab, &[path(&plugin), "--recipe", "hello/recipe.yaml"]);
+    assert_eq!(failed, ["runs".to_owned()].into(), "{report}");
+    assert!(
+        report.contains("src/lib.rs:") && report.contains("on purpose"),
+        "{report}"
+    );
 }
 
 #[test]
 #[ignore = "compiles the engine anew, for minutes: cargo test --release -p retort-tests --test runner -- --ignored backend"]
-fn from_nothing_to_a_run_with_a_backend() {
+fn the_guide_leads_from_nothing_to_a_run_with_a_backend() {
     let lab = Lab::new(&[]);
-    lab.retort(&["plugin", "new", "my-own", "--kind", "backend"])
-        .expect(0);
-    let project = lab.dir.path().join("my-own");
-    // The project's own test: every operation.
-    cargo(&project, &["test"]);
-    let plugin = cargo(&project, &["build"]).join("libretort_my_own.so");
-    lab.retort(&["plugin", "install", path(&plugin)])
-        .expect(0)
-        .saying(&["my-own 0.1.0 is installed"]);
-    lab.retort(&["run", "my-own/recipe.yaml"]).expect(0);
-    let (failed, report) = failures(&lab, &["my-own", "--recipe", "my-own/recipe.yaml"]);
-    assert!(failed.is_empty(), "{report}");
+    follow(&lab, &guide("## A backend of your own"));
+    assert_eq!(lab.latest().expect("a run").stages[0].plugin.name, "mine");
 }
 
 #[test]
@@ -179,7 +220,8 @@ fn a_backend_is_not_begun_in_c() {
         .saying(&["no name for a plugin"]);
 }
 
-/// A recipe of a small teacher on candle, its samples, and the example's metric of them.
+/// A recipe of a small teacher on candle, its samples, and the example's metric of them; and samples that a plugin in C
+/// has made, which candle measures.
 const MIXED: &str = "
 version: 1
 seed: 3
@@ -211,6 +253,8 @@ stages:
     kind: diversity
     plugin: diversity
     samples: {teacher: drawn}
+  copied: {kind: do, plugin: copier, act: copy, input: drawn}
+  judged: {kind: evaluate, data: \"${params.data}\", samples: {teacher: copied}}
 ";
 
 #[test]
@@ -219,8 +263,10 @@ fn a_stage_of_a_third_party_measures_what_another_plugin_made() {
     let digits = Path::new(env!("CARGO_MANIFEST_DIR")).join("../recipes/data/digits.csv");
     let text = MIXED.replace("DIGITS", path(&digits.canonicalize().unwrap()));
     let recipe = lab.dir.path().join("r.yaml");
-    let dir = built();
-    let dir = ["--plugin-dir", path(&dir)];
+    let (dir, own) = (built(), lab.dir.path());
+    let flags = ["-DFAULTY_NAME=\"copier\"", "-DFAULTY_KIND=\"samples\""];
+    compile("faulty.c", &flags, &own.join("libretort_copier.so"));
+    let dir = ["--plugin-dir", path(&dir), "--plugin-dir", path(own)];
 
     // Its options are checked at their line, before anything runs.
     let wrong = text.replace("teacher: drawn}", "teacher: drawn}\n    twin: 3");
@@ -250,6 +296,13 @@ fn a_stage_of_a_third_party_measures_what_another_plugin_made() {
         (drawn.plugin.name.as_str(), spread.plugin.name.as_str()),
         ("candle", "diversity")
     );
+    let made = |stage: &str| lab.attempt(stage).output.unwrap();
+    assert_eq!(
+        made("copied"),
+        made("drawn"),
+        "the same files are the same artifact"
+    );
+    assert_eq!(lab.attempt("judged").reason.as_deref(), Some("succeeded"));
     let distance = lab.attempt("spread").summary.unwrap_or_default()["teacher"]["mean_distance"]
         .as_f64()
         .unwrap();
@@ -273,7 +326,10 @@ fn a_stage_of_a_third_party_measures_what_another_plugin_made() {
 
     // And the examination of it, on the same recipe.
     let plugin = built().join("libretort_diversity.so");
-    let (failed, report) = failures(&lab, &[path(&plugin), "--recipe", "r.yaml"]);
+    let (failed, report) = failures(
+        &lab,
+        &[&[path(&plugin), "--recipe", "r.yaml"], &dir[..]].concat(),
+    );
     assert!(failed.is_empty(), "{report}");
 }
 
@@ -341,106 +397,192 @@ fn a_lock_gives_what_it_lists_and_nothing_else() {
     assert!(!dir.join("plugins.lock").exists());
 }
 
-/// A plugin built with these flags, and one that does this, fails these checks and no other.
+/// A plugin built with these flags whose stage does this, examined: its report says exactly this of what failed.
 #[track_caller]
 fn check_broken(flags: &[&str], act: &str, expected: &[&str]) {
-    let (lab, dir) = with_plugin(flags);
-    lab.recipe(&[&format!("a: {{kind: do, act: {act}, text: x, amount: 5}}")]);
-    let plugin = dir.join("libretort_faulty.so");
+    let (fixture, stage) = match act {
+        "throw" => ("throwing.cpp", "kind: throw".to_owned()),
+        act => (
+            "faulty.c",
+            format!("kind: do, act: {act}, text: x, amount: 5"),
+        ),
+    };
+    let name = fixture.split_once('.').expect("a file of source").0;
+    let lab = Lab::new(&[&format!("a: {{plugin: {name}, {stage}}}")]);
+    let dir = lab.dir.path().join("own");
+    std::fs::create_dir(&dir).unwrap();
+    std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let plugin = dir.join(format!("libretort_{name}.so"));
+    compile(fixture, flags, &plugin);
     let junit = lab.dir.path().join("report.xml");
-    let options = [
-        "--recipe",
-        "r.yaml",
-        "--grace",
-        "1500ms",
-        "--junit",
-        path(&junit),
+    // What never ends is ended soon, and nothing else.
+    let endless = flags.contains(&"-DFAULTY_SLOW") || act == "hang";
+    let limit = if endless { "3s" } else { "2min" };
+    let (plugin, junit_path) = (path(&plugin), path(&junit));
+    let terms = [
+        "--recipe", "r.yaml", "--grace", "1500ms", "--limit", limit, "--junit", junit_path,
     ];
-    let (failed, report) = failures(&lab, &[&[path(&plugin)], &options[..]].concat());
-    let expected: BTreeSet<String> = expected.iter().map(|&check| check.to_owned()).collect();
-    assert_eq!(failed, expected, "{report}");
-    let rows: Value = serde_json::from_str(&report).unwrap();
+    let said = lab.retort(&[&["plugin", "test", "--json", plugin], &terms[..]].concat());
+    let report = said.json();
+    said.expect(if expected.is_empty() { 0 } else { 5 });
+    let rows = report.as_array().unwrap();
+    let failed = rows.iter().filter(|row| row["verdict"] == "failed");
+    let failed: Vec<String> = failed
+        .map(|row| {
+            let said = |key: &str| row[key].as_str().unwrap().to_owned();
+            let detail = said("detail").replace(path(lab.dir.path()), "LAB");
+            format!("{}: {}", said("check"), without_numbers(&detail))
+        })
+        .collect();
+    assert_eq!(failed, expected, "{report:#}");
     let xml = std::fs::read_to_string(junit).unwrap();
-    let tests = rows.as_array().unwrap().len();
-    assert!(
-        xml.contains(&format!("tests=\"{tests}\" failures=\"{}\"", count(&rows))),
-        "{xml}"
-    );
+    let counts = format!("tests=\"{}\" failures=\"{}\"", rows.len(), failed.len());
+    assert!(xml.contains(&counts), "{xml}");
 }
 
-fn count(rows: &Value) -> usize {
-    let rows = rows.as_array().unwrap().iter();
-    rows.filter(|row| row["verdict"] == "failed").count()
-}
-
-#[test]
-fn a_good_plugin_fails_nothing() {
-    check_broken(&[], "work", &[]);
-}
-
-#[test]
-fn a_second_symbol_is_seen() {
-    check_broken(&["-DFAULTY_LEAKY"], "work", &["exports"]);
-}
-
-#[test]
-fn a_description_that_changes_is_seen() {
-    check_broken(&["-DFAULTY_IMPURE"], "work", &["describes itself"]);
-}
-
-#[test]
-fn a_default_that_does_not_fit_is_seen() {
-    check_broken(&["-DFAULTY_DEFAULT=\"7\""], "work", &["description"]);
-}
-
-#[test]
-fn crashing_over_options_is_seen() {
-    check_broken(&["-DFAULTY_FRAGILE"], "work", &["bad options"]);
-}
-
-#[test]
-fn pointing_nowhere_is_seen() {
-    check_broken(&["-DFAULTY_POINTLESS"], "work", &["bad options"]);
-}
-
-#[test]
-fn progress_that_falls_is_seen() {
-    check_broken(&[], "backwards", &["progress"]);
-}
-
-#[test]
-fn steps_that_go_back_are_seen() {
-    check_broken(&[], "steps_back", &["steps"]);
-}
-
-#[test]
-fn not_stopping_is_seen() {
-    check_broken(&[], "deaf", &["stops"]);
-}
-
-#[test]
-fn failing_instead_of_stopping_is_seen() {
-    check_broken(&[], "sulk", &["stops"]);
-}
-
-#[test]
-fn writing_elsewhere_is_seen() {
-    check_broken(&[], "outside", &["stays inside"]);
-}
-
-#[test]
-fn results_that_ignore_the_seed_are_seen() {
-    check_broken(&[], "unseeded", &["same seed", "resumes"]);
-}
-
-#[test]
-fn forgetting_at_an_interruption_is_seen() {
-    check_broken(&[], "forgetful", &["resumes"]);
-}
-
-#[test]
-fn not_running_is_seen() {
-    for act in ["fail", "abort", "segfault", "exit", "promise", "babble"] {
-        check_broken(&[], act, &["runs"]);
+/// Numbers of four digits and more, which differ from run to run, become `N`.
+fn without_numbers(text: &str) -> String {
+    let mut out = String::new();
+    let mut rest = text;
+    while let Some(start) = rest.find(|c: char| c.is_ascii_digit()) {
+        let digits = rest[start..].bytes().take_while(u8::is_ascii_digit).count();
+        out.push_str(&rest[..start]);
+        out.push_str(if digits > 3 {
+            "N"
+        } else {
+            &rest[start..start + digits]
+        });
+        rest = &rest[start + digits..];
     }
+    out + rest
+}
+
+#[test]
+fn text_that_is_no_utf8_is_repaired_and_no_fault() {
+    check_broken(&[], "mangled", &[]);
+}
+
+/// Faults, each in a plugin of its own: how it is compiled, what its stage does, and all that fails in its report.
+macro_rules! faults {
+    ($($name:ident: [$($flag:literal)*], $act:literal => [$($failed:literal),* $(,)?];)*) => {
+        $(
+            #[test]
+            fn $name() {
+                check_broken(&[$($flag),*], $act, &[$($failed),*]);
+            }
+        )*
+
+        #[test]
+        fn no_two_faults_are_reported_alike() {
+            let mut seen: BTreeSet<Vec<&str>> = BTreeSet::new();
+            $(assert!(seen.insert(vec![$($failed),*]), "{}", stringify!($name));)*
+        }
+    };
+}
+
+faults! {
+    a_good_plugin_fails_nothing: [], "work" => [];
+    a_second_symbol: ["-DFAULTY_LEAKY"], "work" => [
+        "exports: it exports `some_library_function` too, which can clash with a symbol of others",
+    ];
+    a_description_that_changes: ["-DFAULTY_IMPURE"], "work" => [
+        "describes itself: it describes itself differently when it is asked twice",
+    ];
+    a_description_that_is_no_text: ["-DFAULTY_MANGLED"], "work" => [
+        "describes itself: the plugin's answer to `describe` is not as it must be: expected value at line 1 column \
+         1",
+    ];
+    a_description_that_does_not_come: ["-DFAULTY_SLOW"], "work" => [
+        "describes itself: the plugin did not answer within 3 s",
+    ];
+    a_default_that_does_not_fit: ["-DFAULTY_DEFAULT=\"7\""], "work" => [
+        "description: the default of `/act` does not fit the schema of `do`: `act`: expected a text, got 7",
+    ];
+    crashing_over_options: ["-DFAULTY_FRAGILE"], "work" => [
+        "bad options: the options null: the plugin ended its process: killed by SIGABRT: the plugin, or a library it \
+         uses, gave up (abort)",
+    ];
+    pointing_nowhere: ["-DFAULTY_POINTLESS"], "work" => [
+        "bad options: the options null: a finding points to `/no/such/place`, which is no place in them",
+    ];
+    an_exception: [], "throw" => [
+        "runs: killed by SIGABRT (exception): an exception left a function or a thread of the plugin, which must \
+         catch all of its own; the last line it wrote: fatal runtime error: Rust cannot catch foreign exceptions, \
+         aborting",
+    ];
+    failing: [], "fail" => [
+        "runs: it failed: the data are bad",
+    ];
+    aborting: [], "abort" => [
+        "runs: killed by SIGABRT: the plugin, or a library it uses, gave up (abort)",
+    ];
+    segfaulting: [], "segfault" => [
+        "runs: killed by SIGSEGV: the plugin accessed memory that is not its own; the last line it wrote: about to \
+         do something stupid",
+    ];
+    leaving: [], "exit" => [
+        "runs: exited with code 3: the plugin, or a library it uses, left (exit) without a result",
+    ];
+    hanging: [], "hang" => [
+        "runs: it ran longer than 3 s",
+    ];
+    ending_the_thread_of_the_host: [], "thread_ends" => [
+        "runs: killed by SIGABRT (exception): an exception left a function or a thread of the plugin, which must \
+         catch all of its own; the last line it wrote: FATAL: exception not rethrown",
+    ];
+    being_killed: [], "kill" => [
+        "runs: killed by SIGKILL: somebody killed the worker; the kernel does when memory runs out",
+    ];
+    running_out_of_memory: [], "out_of_memory" => [
+        "runs: killed by SIGABRT (out of memory): the plugin could not get the memory it asked for; the last line it \
+         wrote: out of memory",
+    ];
+    an_absurd_length: [], "absurd" => [
+        "runs: killed by SIGABRT (absurd length): the plugin passed text of an absurd length; the last line it \
+         wrote: a text of N bytes crossed the plugin boundary, N are allowed",
+    ];
+    an_answer_that_is_none: [], "babble" => [
+        "runs: it failed: the plugin's answer to `run` is not as it must be: expected ident at line 1 column 2",
+    ];
+    an_error_that_is_none: [], "babble_error" => [
+        "runs: it failed: the call ended with status 77, saying (no valid failure message): \u{fffd}\u{fffd} no JSON \
+         either",
+    ];
+    an_output_that_was_not_made: [], "promise" => [
+        "runs: its output was not committed",
+    ];
+    an_output_of_another_kind: [], "other_kind" => [
+        "runs: its output is a `other`, its description promises a `thing`",
+    ];
+    calling_after_the_end: [], "late" => [
+        "ends: it goes on calling the host after `run` has returned",
+    ];
+    writing_after_the_end: [], "still_writing" => [
+        "ends: what it made was changed after it had been committed",
+    ];
+    progress_that_falls: [], "backwards" => [
+        "progress: it fell from 12 to 11 ticks",
+    ];
+    steps_that_go_back: [], "steps_back" => [
+        "steps: `tick` went from step 12 back to 11",
+    ];
+    not_stopping: [], "deaf" => [
+        "stops: it did not stop within 1.5 s",
+    ];
+    failing_instead_of_stopping: [], "sulk" => [
+        "stops: it failed instead, without the code `cancelled`: do not disturb",
+    ];
+    writing_elsewhere: [], "outside" => [
+        "stays inside: it changed LAB/litter-N",
+    ];
+    leaving_temporary_files: [], "temporary" => [
+        "stays inside: it left litter-N in the directory for temporary files",
+    ];
+    ignoring_the_seed: [], "unseeded" => [
+        "same seed: thing.txt has other bytes",
+        "resumes: thing.txt has other bytes",
+    ];
+    forgetting_at_an_interruption: [], "forgetful" => [
+        "resumes: thing.txt has other bytes",
+    ];
 }

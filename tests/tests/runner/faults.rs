@@ -75,6 +75,47 @@ fn being_killed() {
 }
 
 #[test]
+fn running_out_of_memory() {
+    check(
+        "out_of_memory",
+        "",
+        "killed by SIGABRT (out of memory)",
+        &["could not get the memory", "make batches or models smaller"],
+    );
+}
+
+#[test]
+fn passing_an_absurd_length() {
+    check(
+        "absurd",
+        "",
+        "killed by SIGABRT (absurd length)",
+        &["absurd length", "a text of 9223372036854775807 bytes"],
+    );
+}
+
+#[test]
+fn throwing_across_the_boundary() {
+    let lab = Lab::new(&["a: {kind: throw, plugin: throwing}"]);
+    let plugin = lab.dir.path().join("libretort_throwing.so");
+    crate::lab::compile("throwing.cpp", &[], &plugin);
+    let dir = lab.dir.path().to_str().unwrap();
+    lab.run(&["--plugin-dir", dir])
+        .expect(100)
+        .saying(&["killed by SIGABRT (exception)", "must catch all of its own"]);
+}
+
+#[test]
+fn failing_in_a_thread() {
+    check(
+        "thread_fails",
+        "",
+        "killed by SIGABRT",
+        &["gave up (abort)"],
+    );
+}
+
+#[test]
 fn text_that_is_no_utf8_is_repaired() {
     let lab = Lab::new(&["a: {kind: do, act: mangled}"]);
     lab.run(&[])

@@ -56,6 +56,17 @@ fn a_missing_one() {
 }
 
 #[test]
+fn the_working_directory_is_not_searched_but_looked_at_for_a_hint() {
+    let lab = Lab::new(&["a: {kind: do, plugin: mine}"]);
+    build(&lab, "mine", "faulty.c", &["-DFAULTY_NAME=\"mine\""]);
+    lab.run(&[]).expect(5).saying(&[
+        "no plugin `mine`",
+        "libretort_mine.so is in the working directory, which is not searched",
+        "retort plugin install libretort_mine.so",
+    ]);
+}
+
+#[test]
 fn a_shared_object_that_is_no_plugin() {
     check(
         "stranger.c",

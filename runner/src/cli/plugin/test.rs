@@ -9,7 +9,7 @@ use tokio::runtime::Runtime;
 use crate::cli::plugin::named;
 use crate::cli::{Context, Error, Exit, FormatArgs, talk};
 use crate::plan::{self, Plan};
-use crate::plugin::conformance::{Examination, Outcome, Verdict};
+use crate::plugin::conformance::{Examination, Outcome, Terms, Verdict};
 use crate::plugin::{Plugins, search_dirs};
 use crate::recipe;
 use crate::table::{Cell, Rows, Tone};
@@ -38,6 +38,10 @@ pub struct Args {
     /// How long a stage may run.
     #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = humantime::parse_duration)]
     pub limit: Duration,
+    /// Compare whole networks on a backend, too, with results of the published code: `tests/golden` of the repository.
+    /// Takes seconds on a fast backend.
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub golden: Option<PathBuf>,
     /// Write the report to this file as JUnit XML, too.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub junit: Option<PathBuf>,
@@ -54,20 +58,24 @@ pub fn execute(args: &Args, runtime: &Runtime, context: &Context) -> Result<(), 
     let quiet = context.quiet;
     let tell = move |outcome: &Outcome| {
         if !quiet {
-            talk::say(&format!(
-                "{:7} {} {}",
-                outcome.verdict.name(),
-                outcome.check,
-                outcome.subject
-            ));
+            let (verdict, check) = (outcome.verdict.name(), outcome.check);
+            let line = format!("{verdict:7} {check} {}", outcome.subject);
+            talk::say(line.trim_end());
         }
     };
-    let mut examination = Examination::new(runtime, &path, [args.grace, args.limit], &tell);
-    if let Some(description) = examination.examine_plugin()
-        && let Some(recipe) = recipe
-    {
-        let plan = planned(&recipe, &args.set, &path, runtime, context)?;
-        examination.examine_stages(&description, &plan);
+    let terms = Terms {
+        grace: args.grace,
+        limit: args.limit,
+        golden: args.golden.as_deref().map(golden).transpose()?,
+    };
+    let mut examination = Examination::new(runtime, &path, terms, &tell);
+    match (examination.examine_plugin(), recipe) {
+        (Some(description), Some(recipe)) => {
+            let plan = planned(&recipe, &args.set, &path, runtime, context)?;
+            examination.examine_stages(&description, &plan);
+        }
+        (Some(description), None) => examination.skip_stages(&description),
+        (None, _) => {}
     }
     let outcomes = examination.outcomes();
     if let Some(file) = &args.junit {
@@ -91,6 +99,18 @@ pub fn execute(args: &Args, runtime: &Runtime, context: &Context) -> Result<(), 
                 talk::count(outcomes.len(), "check")
             ),
         )),
+    }
+}
+
+/// Where the results of the published code lie.
+fn golden(dir: &Path) -> Result<PathBuf, Error> {
+    match dir.is_dir() {
+        true => Ok(std::path::absolute(dir)?),
+        false => Err(Error::new(
+            Exit::NothingMatches,
+            format!("there is no directory {}", dir.display()),
+        )
+        .hint("--golden names tests/golden of the repository")),
     }
 }
 

@@ -1,0 +1,170 @@
+//! Why a worker's process ended without an answer, as precisely as can be known.
+//!
+//! In: how the process ended, and what it wrote before. Out: a reason in few words, which the history keeps and people
+//! search for, with a sentence and a hint. Deliberately absent: ends that the runner brought about (the executor's).
+
+use crate::worker::process::{ExitStatus, signal_name};
+
+/// The end of a process that nobody asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Death {
+    /// With a code or by a signal.
+    pub status: ExitStatus,
+    /// What is known of why.
+    pub cause: Cause,
+}
+
+/// Why a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cause {
+    /// Nobody said.
+    Unknown,
+    /// The kernel ran out of memory at that time.
+    KernelMemory,
+    /// The plugin could not get memory.
+    Memory,
+    /// A C++ exception left one of the plugin's functions, or one of its threads.
+    Exception,
+    /// A Rust panic reached a place that cannot be unwound.
+    Panic,
+    /// The plugin passed text of an absurd length.
+    Length,
+}
+
+/// What is written by those who abort, in the order in which it is to be looked for: the allocators of Rust and C++ and
+/// what people write, [`retort_abi`], the C++ library, Rust's and the C library under an exception, Rust's under a panic.
+const LAST_WORDS: [(&str, Cause); 8] = [
+    ("memory allocation of ", Cause::Memory),
+    ("bad_alloc", Cause::Memory),
+    ("out of memory", Cause::Memory),
+    ("crossed the plugin boundary", Cause::Length),
+    ("terminate called", Cause::Exception),
+    ("foreign exception", Cause::Exception),
+    ("exception not rethrown", Cause::Exception),
+    ("non-unwinding panic", Cause::Panic),
+];
+
+impl Death {
+    /// Of a process that ended so, having written these lines last; `out_of_memory`: when the kernel killed some process
+    /// for want of memory.
+    pub fn new<'a>(
+        status: ExitStatus,
+        last_words: impl Iterator<Item = &'a str> + Clone,
+        out_of_memory: bool,
+    ) -> Self {
+        let said = |words: &str| last_words.clone().any(|line| line.contains(words));
+        let cause = match status {
+            ExitStatus::Signal(libc::SIGKILL) if out_of_memory => Cause::KernelMemory,
+            ExitStatus::Signal(libc::SIGABRT) => {
+                let known = LAST_WORDS.iter().find(|(words, _)| said(words));
+                known.map_or(Cause::Unknown, |(_, cause)| *cause)
+            }
+            _ => Cause::Unknown,
+        };
+        Self { status, cause }
+    }
+
+    /// Precisely, in few words; stable, to be searched for.
+    pub fn reason(self) -> String {
+        let signal = match self.status {
+            ExitStatus::Code(code) => return format!("exited with code {code}"),
+            ExitStatus::Signal(signal) => signal_name(signal),
+        };
+        let cause = match self.cause {
+            Cause::Unknown => "",
+            Cause::KernelMemory | Cause::Memory => " (out of memory)",
+            Cause::Exception => " (exception)",
+            Cause::Panic => " (panic)",
+            Cause::Length => " (absurd length)",
+        };
+        format!("killed by {signal}{cause}")
+    }
+
+    /// What happened, for people.
+    pub fn message(self) -> &'static str {
+        match (self.cause, self.status) {
+            (Cause::KernelMemory, _) => "the kernel ran out of memory at that time",
+            (Cause::Memory, _) => "the plugin could not get the memory it asked for",
+            (Cause::Exception, _) => {
+                "an exception left a function or a thread of the plugin, which must catch all of its own"
+            }
+            (Cause::Panic, _) => {
+                "a panic came to a place that cannot be unwound, such as a function for C"
+            }
+            (Cause::Length, _) => "the plugin passed text of an absurd length",
+            (Cause::Unknown, ExitStatus::Code(_)) => {
+                "the plugin, or a library it uses, left (exit) without a result"
+            }
+            (Cause::Unknown, ExitStatus::Signal(signal)) => match signal {
+                libc::SIGSEGV | libc::SIGBUS => "the plugin accessed memory that is not its own",
+                libc::SIGABRT => "the plugin, or a library it uses, gave up (abort)",
+                libc::SIGILL => "an instruction that this processor does not have, or a trap",
+                libc::SIGFPE => "an arithmetic error, such as an integer division by zero",
+                libc::SIGKILL => "somebody killed the worker; the kernel does when memory runs out",
+                _ => "the runner did not send that signal",
+            },
+        }
+    }
+
+    /// What to do.
+    pub fn hint(self) -> Option<&'static str> {
+        match self.cause {
+            Cause::KernelMemory | Cause::Memory => {
+                Some("make batches or models smaller, or free memory")
+            }
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(signal: i32, line: &str, reason: &str) {
+        let lines = ["first", line, "and more"];
+        let death = Death::new(ExitStatus::Signal(signal), lines.into_iter(), false);
+        assert_eq!(death.reason(), reason);
+    }
+
+    #[test]
+    fn last_words_say_why() {
+        for (line, reason) in [
+            ("memory allocation of 80 bytes failed", "out of memory"),
+            (
+                "terminate called after throwing an instance of 'std::bad_alloc'",
+                "out of memory",
+            ),
+            (
+                "terminate called after throwing an instance of 'std::runtime_error'",
+                "exception",
+            ),
+            (
+                "fatal runtime error: Rust cannot catch foreign exceptions, aborting",
+                "exception",
+            ),
+            ("thread caused non-unwinding panic. aborting.", "panic"),
+        ] {
+            check(
+                libc::SIGABRT,
+                line,
+                &format!("killed by SIGABRT ({reason})"),
+            );
+        }
+        check(libc::SIGABRT, "Assertion `x' failed.", "killed by SIGABRT");
+        // Whoever is killed otherwise may have written anything.
+        check(libc::SIGSEGV, "out of memory", "killed by SIGSEGV");
+    }
+
+    #[test]
+    fn the_kernel_s_want_of_memory_is_told() {
+        for (signal, reason) in [
+            (libc::SIGKILL, "killed by SIGKILL (out of memory)"),
+            (libc::SIGSEGV, "killed by SIGSEGV"),
+        ] {
+            let death = Death::new(ExitStatus::Signal(signal), std::iter::empty(), true);
+            assert_eq!(death.reason(), reason);
+        }
+    }
+}
