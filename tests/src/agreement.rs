@@ -70,7 +70,7 @@ pub fn tokens<A: Backend, B: Backend>(a: &A, b: &B, allowed: f64) -> Result<Row>
         let mut choice = Choice::Flow {
             noise: &eps,
             codebook: &codebook,
-            solver: FlowSolver { steps: 16 },
+            solver: FlowSolver::default(),
         };
         let distribution = Distribution {
             guidance: Some(1.5),
@@ -204,7 +204,7 @@ fn results<B: Backend>(backend: &B) -> Result<Results> {
     let mut choice = Choice::Flow {
         noise: &eps,
         codebook: &codebook,
-        solver: FlowSolver { steps: 16 },
+        solver: FlowSolver::default(),
     };
     let distribution = Distribution {
         guidance: Some(1.5),

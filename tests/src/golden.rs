@@ -198,7 +198,7 @@ pub fn flow<B: Backend>(backend: &B) -> Result<Vec<Row>> {
         };
         let [logits, noise, codebook] =
             ["logits", "noise", "codebook"].map(|name| suite.tensor(name));
-        let ids = B::flow_map(&logits?, &noise?, &codebook?, &FlowSolver { steps: 16 })?;
+        let ids = B::flow_map(&logits?, &noise?, &codebook?, &FlowSolver::default())?;
         suite.tokens("token", &ids)?;
         rows.extend(suite.rows.into_iter().map(|r| Row {
             name: format!("flow/{case}/token"),
@@ -506,7 +506,7 @@ pub fn captions<B: Backend>(backend: &B) -> Result<Vec<Row>> {
     let mut choice = Choice::Flow {
         noise: &noise,
         codebook: &codebook,
-        solver: FlowSolver { steps: 16 },
+        solver: FlowSolver::default(),
     };
     let distribution = Distribution {
         guidance,
@@ -663,7 +663,7 @@ fn compare<B: Backend>(
         let mut choice = Choice::Flow {
             noise: &noise,
             codebook: &codebook,
-            solver: FlowSolver { steps: 16 },
+            solver: FlowSolver::default(),
         };
         let ids = autoregressive(teacher, &labels, &distribution, &mut choice, None, steps)?;
         suite.tokens(&format!("trajectory.cfg{w}.tokens"), &ids)?;

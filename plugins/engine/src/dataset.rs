@@ -41,7 +41,7 @@ pub struct Manifest {
     pub condition: ConditionShape,
     /// The teacher's distribution.
     pub distribution: Distribution,
-    /// Runge-Kutta steps of the flow map.
+    /// Steps of the flow map's solver.
     pub solver_steps: usize,
     /// Content hash of the teacher's artifact.
     pub teacher: String,

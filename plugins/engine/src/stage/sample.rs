@@ -110,7 +110,7 @@ pub enum Sampler {
         /// Its distribution.
         #[serde(default)]
         distribution: Distribution,
-        /// Steps of the Runge-Kutta solver.
+        /// Steps of the flow map's solver, an evaluation of the codebook each.
         #[serde(default = "solver_steps")]
         #[schemars(range(min = 1))]
         solver_steps: usize,
@@ -188,7 +188,7 @@ impl<B: Backend> Stage<B> for Sample {
     type Options = Options;
     const KIND: &'static str = "sample";
     const OUTPUT: &'static str = "samples";
-    const REVISION: u32 = 1;
+    const REVISION: u32 = 2;
     const SUMMARY: &'static str =
         "sample images from a teacher, a student, both, or the independent baseline";
 
