@@ -190,7 +190,7 @@ impl<B: Backend> Stage<B> for Distill {
             return Err(Error::option("/split", message));
         }
         let dataset = Dataset::open(context.input_dir(&o.trajectories)?)?;
-        if dataset.manifest.tokens() != shape {
+        if dataset.shape() != shape {
             let message = format!(
                 "{} was built with a teacher of another shape",
                 o.trajectories

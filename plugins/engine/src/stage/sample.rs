@@ -518,7 +518,7 @@ impl Marginals {
                 "the baseline counts the tokens of each class; this model is conditioned on captions",
             ));
         };
-        if dataset.manifest.tokens() != *shape {
+        if dataset.shape() != *shape {
             return Err(Error::option(
                 "/sampler/trajectories",
                 "the trajectories were made with a teacher of another shape",
