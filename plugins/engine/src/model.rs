@@ -159,6 +159,9 @@ pub trait Student<B: Backend> {
         conditions: &Conditions<B>,
         data: &B::Tensor,
     ) -> Result<Prediction<B>>;
+    /// Whether the activations inside blocks are computed again in the backward pass instead of being kept
+    /// ([`Var::segment`]).
+    fn recompute(&mut self, blocks: bool);
     /// The continuous head's codebook vectors (b, L, D).
     fn continuous(&self, prediction: &Prediction<B>) -> Result<Var<B>>;
 }
