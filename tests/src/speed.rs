@@ -596,6 +596,20 @@ pub fn report(mut contestants: Vec<Box<dyn Contestant>>) -> Result<()> {
                 floor,
                 cells.concat()
             );
+            if let Phase::Map(n) | Phase::Plain(n) = phase {
+                let each = columns.iter().map(|column| match column[i] {
+                    Some(seconds) => format!("{:>14.3}", 1e3 * seconds / n as f64),
+                    None => format!("{:>14}", "-"),
+                });
+                println!(
+                    "{:<62}{}",
+                    format!(
+                        "  milliseconds a token, of {} evaluations at most",
+                        SOLVER.steps + 1
+                    ),
+                    each.collect::<String>()
+                );
+            }
         }
     }
     Ok(())

@@ -363,7 +363,7 @@ fn datasets_are_shown_checked_and_merged() {
 
 #[test]
 fn parts_of_a_batch_and_recomputation_change_no_student() {
-    const STUDENT: &str = "kind: distill, teacher: teacher, trajectories: pairs, depth: 3, timesteps: [0, 6], split: 8, \
+    const STUDENT: &str = "kind: distill, teacher: teacher, trajectories: pairs, seed: 5, depth: 3, timesteps: [0, 6], split: 8, \
                            codebook_distance: 0.5, perceptual: {kind: l2, weight: 0.5}";
     let lab = lab(&format!(
         "
