@@ -12,6 +12,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 pub mod artifacts;
 pub mod compare;
 pub mod completions;
+pub mod dataset;
 pub mod doctor;
 pub mod error;
 pub mod gc;
@@ -145,6 +146,8 @@ pub enum Command {
     Query(query::Args),
     /// Show what a checkpoint file holds: dictionaries and tensors. Nothing in it is run.
     Inspect(inspect::Args),
+    /// Show, check and join datasets of trajectories.
+    Dataset(dataset::Args),
     /// Remove what no run needs; lists it first.
     Gc(gc::Args),
     /// List, begin, install, examine and lock plugins.
@@ -334,6 +337,7 @@ pub fn main() -> ExitCode {
         Command::Artifacts(args) => artifacts::execute(args, &context),
         Command::Compare(args) => compare::execute(args, &context),
         Command::Query(args) => query::execute(args, &context),
+        Command::Dataset(args) => dataset::execute(args, &context),
         Command::Inspect(args) => inspect::execute(args, &context),
         Command::Plugin(args) => plugin::execute(args, &context),
         Command::Doctor(args) => doctor::execute(args, &context),

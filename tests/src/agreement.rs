@@ -65,7 +65,7 @@ pub fn tokens<A: Backend, B: Backend>(a: &A, b: &B, allowed: f64) -> Result<Case
         let mut choice = Choice::Flow {
             noise: &eps,
             codebook: &codebook,
-            solver: FlowSolver { steps: 16 },
+            solver: FlowSolver::default(),
         };
         let distribution = Distribution {
             guidance: Some(1.5),
@@ -196,7 +196,7 @@ fn results<B: Backend>(backend: &B) -> Result<Results> {
     let mut choice = Choice::Flow {
         noise: &eps,
         codebook: &codebook,
-        solver: FlowSolver { steps: 16 },
+        solver: FlowSolver::default(),
     };
     let distribution = Distribution {
         guidance: Some(1.5),

@@ -24,7 +24,7 @@ use retort_engine::weights::{self, Loader, Source, Weights};
 
 /// Guidance scale of the teachers: two rows of the batch per image.
 const GUIDANCE: f64 = 2.0;
-const SOLVER: FlowSolver = FlowSolver { steps: 16 };
+const SOLVER: FlowSolver = FlowSolver { steps: flow::STEPS };
 
 /// What is timed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -138,7 +138,7 @@ impl Reference {
         let causal = (l * (l + 1) / 2) as f64;
         let flow = |n: f64| {
             // Per evaluation and code: two inner products of D, and about twenty for the exponential.
-            let evaluations = 4.0 * SOLVER.steps as f64;
+            let evaluations = (SOLVER.steps + 1) as f64;
             (
                 n * evaluations * (k * (4 * d + 20)) as f64,
                 n * 4.0 * k as f64,
@@ -596,6 +596,20 @@ pub fn report(mut contestants: Vec<Box<dyn Contestant>>) -> Result<()> {
                 floor,
                 cells.concat()
             );
+            if let Phase::Map(n) | Phase::Plain(n) = phase {
+                let each = columns.iter().map(|column| match column[i] {
+                    Some(seconds) => format!("{:>14.3}", 1e3 * seconds / n as f64),
+                    None => format!("{:>14}", "-"),
+                });
+                println!(
+                    "{:<62}{}",
+                    format!(
+                        "  milliseconds a token, of {} evaluations at most",
+                        SOLVER.steps + 1
+                    ),
+                    each.collect::<String>()
+                );
+            }
         }
     }
     Ok(())

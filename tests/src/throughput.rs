@@ -19,7 +19,9 @@ use retort_engine::weights::{Loader, Source};
 use crate::speed::{Drawn, On, Phase, Reference, least};
 
 const BATCHES: [usize; 3] = [1, 16, 64];
-const SOLVER: FlowSolver = FlowSolver { steps: 16 };
+const SOLVER: FlowSolver = FlowSolver {
+    steps: retort_engine::flow::STEPS,
+};
 /// Side of the matrices whose product measures the GPU's rate.
 const SIDE: usize = 8192;
 

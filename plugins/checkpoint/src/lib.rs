@@ -13,6 +13,7 @@ mod safetensors;
 mod source;
 mod tensor;
 mod torch;
+pub mod trajectories;
 
 use std::collections::HashMap;
 use std::path::Path;

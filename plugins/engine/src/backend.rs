@@ -93,8 +93,16 @@ pub struct AdamwStep {
 /// The numbers of the AR flow map (`flow.rs`).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct FlowSolver {
-    /// Steps of the classic fourth-order Runge-Kutta method, uniform in t (`flow::grid`).
+    /// Steps of the Adams method, an evaluation of the codebook each (`flow::steps`).
     pub steps: usize,
+}
+
+impl Default for FlowSolver {
+    fn default() -> Self {
+        Self {
+            steps: crate::flow::STEPS,
+        }
+    }
 }
 
 /// Which codes a row of logits leaves to choose from (`choice.rs`).

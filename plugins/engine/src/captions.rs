@@ -9,15 +9,14 @@
 
 use std::path::Path;
 
+/// Name of the file in an artifact.
+pub use retort_checkpoint::trajectories::CAPTIONS as FILE;
 use safetensors::tensor::Dtype;
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::model::{CaptionFeatures, CaptionShape, Conditions};
 use crate::weights::{Stored, Writer};
-
-/// Name of the file in an artifact.
-pub const FILE: &str = "captions.safetensors";
 
 /// What the labels of samples stand for.
 pub enum Subjects {

@@ -933,7 +933,7 @@ impl<B: Backend> Suite<'_, B> {
     }
 
     fn flow_maps(&mut self) {
-        let solver = FlowSolver { steps: 10 };
+        let solver = FlowSolver::default();
         for (n, k, d) in [(40, 64, 4), (30, 129, 8), (20, 50, 3)] {
             let mut logits = Host::random(&[n, k], 44, -4.0, 4.0);
             // Every third code excluded, and in the first row all but one.
@@ -948,7 +948,7 @@ impl<B: Backend> Suite<'_, B> {
                 .to_f32()
                 .chunks_exact(k)
                 .zip(noise.to_f32().chunks_exact(d))
-                .map(|(l, z)| flow::reference(l, z, &codes.to_f32(), 10).0 as u32)
+                .map(|(l, z)| flow::reference(l, z, &codes.to_f32(), 96).0 as u32)
                 .collect();
             for lie in LIES {
                 let got = self

@@ -1,155 +1,32 @@
-//! Trajectory datasets: (noise, class, tokens) of the AR flow map, in shards that anyone can make in any order.
+//! Trajectory datasets in use: shards are written, and read when training needs them.
 //!
-//! ```text
-//! trajectories/  manifest.json  shard-000000000.safetensors  shard-000010000.safetensors ..  captions.safetensors
-//! ```
-//!
-//! `captions.safetensors` is there where the teacher is conditioned on captions; `labels` number these then. A shard holds
-//! `labels` (n) and `tokens` (n, L) in the narrowest unsigned type. Noise is a pure function of the
-//! manifest's seed and the sample's index and is not stored, unless it was given from a file: then `noise` (n, L, D)
-//! stands beside the tokens. Every intermediate state X_t follows from noise and tokens.
+//! What lies on the disk is `retort_checkpoint::trajectories`. Every intermediate state X_t follows from noise and tokens.
 
 use std::path::Path;
 
+use retort_checkpoint::trajectories::{Fault, MANIFEST, Manifest, Shard};
 use safetensors::tensor::{Dtype, TensorView};
-use serde::{Deserialize, Serialize};
 
 use crate::captions::{self, Captions, Subjects};
 use crate::error::{Error, Result};
 use crate::model::{ConditionShape, TokenShape};
 use crate::random;
-use crate::sampler::Distribution;
 use crate::weights::{self, Stored};
 
-/// `manifest.json`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Manifest {
-    /// Version of this layout.
-    pub format: u32,
-    /// Seed of the noise.
-    pub seed: u64,
-    /// Number of samples.
-    pub count: u64,
-    /// Tokens of each AR step.
-    pub steps: Vec<usize>,
-    /// Codebook size K.
-    pub vocabulary: usize,
-    /// Codebook dimension D.
-    pub dim: usize,
-    /// What its images were made for.
-    #[serde(flatten)]
-    pub condition: ConditionShape,
-    /// The teacher's distribution.
-    pub distribution: Distribution,
-    /// Runge-Kutta steps of the flow map.
-    pub solver_steps: usize,
-    /// Content hash of the teacher's artifact.
-    pub teacher: String,
-    /// Files, in order of their samples.
-    pub shards: Vec<Shard>,
+/// Opens a file with the samples of a shard, and refuses it if it does not hold them. Returns their labels too.
+pub fn open_shard(manifest: &Manifest, path: &Path, shard: &Shard) -> Result<(Stored, Vec<u32>)> {
+    let opened = manifest.open_shard(path, shard)?;
+    let dictionary = opened.checkpoint.select(None);
+    let dictionary = dictionary.map_err(Error::checkpoint(path))?.clone();
+    Ok((
+        Stored::of(path, opened.checkpoint, dictionary),
+        opened.labels,
+    ))
 }
 
-/// A file of samples `start..end`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Shard {
-    /// Name beside the manifest.
-    pub file: String,
-    /// First sample.
-    pub start: u64,
-    /// One past the last sample.
-    pub end: u64,
-}
-
-/// Name of the manifest.
-pub const MANIFEST: &str = "manifest.json";
-/// Version of the layout.
-pub const FORMAT: u32 = 1;
-
-impl Manifest {
-    /// Reads that of a directory.
-    pub fn read(dir: &Path) -> Result<Self> {
-        let path = dir.join(MANIFEST);
-        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-        let manifest: Self = serde_json::from_str(&text).map_err(|e| Error::data(&path, e))?;
-        if manifest.format != FORMAT {
-            let message = format!("format {}, expected {FORMAT}", manifest.format);
-            return Err(Error::data(&path, message));
-        }
-        Ok(manifest)
-    }
-
-    /// Opens a file with the samples of a shard, and refuses it if it does not hold them. Returns their labels too.
-    pub fn open_shard(&self, path: &Path, shard: &Shard) -> Result<(Stored, Vec<u32>)> {
-        let stored = Stored::open(path, None)?;
-        let (n, l) = ((shard.end - shard.start) as usize, self.tokens().tokens());
-        let (labels, tokens) = (stored.indices("labels")?, stored.indices("tokens")?);
-        if labels.len() != n || tokens.len() != n * l {
-            let message = format!(
-                "{} labels and {} tokens, expected {n} and {}",
-                labels.len(),
-                tokens.len(),
-                n * l
-            );
-            return Err(Error::data(path, message));
-        }
-        if let Some(bad) = tokens.iter().find(|&&t| t as usize >= self.vocabulary) {
-            let message = format!(
-                "token {bad}, but the codebook has {} codes",
-                self.vocabulary
-            );
-            return Err(Error::data(path, message));
-        }
-        Ok((stored, labels))
-    }
-
-    /// What differs between two parts that ought to be of one dataset, in words.
-    fn differs(&self, other: &Self) -> Option<String> {
-        let pairs = [
-            ("count", self.count.to_string(), other.count.to_string()),
-            ("seed", self.seed.to_string(), other.seed.to_string()),
-            ("teacher", self.teacher.clone(), other.teacher.clone()),
-            (
-                "solver_steps",
-                self.solver_steps.to_string(),
-                other.solver_steps.to_string(),
-            ),
-            (
-                "distribution",
-                format!("{:?}", self.distribution),
-                format!("{:?}", other.distribution),
-            ),
-            (
-                "shape",
-                format!("{:?}", self.tokens()),
-                format!("{:?}", other.tokens()),
-            ),
-        ];
-        let mut differing = pairs.into_iter().filter(|(_, own, others)| own != others);
-        differing
-            .next()
-            .map(|(what, own, other)| format!("{what} {other}, expected {own}"))
-    }
-
-    /// The shards of a part made elsewhere, by the manifest there.
-    pub fn of_part(&self, dir: &Path) -> Result<Vec<Shard>> {
-        let part = Self::read(dir)?;
-        match self.differs(&part) {
-            None => Ok(part.shards),
-            Some(what) => {
-                let message = format!("this is no part of the same dataset: {what}");
-                Err(Error::data(dir.join(MANIFEST), message))
-            }
-        }
-    }
-
-    /// Shape of the token sequences.
-    pub fn tokens(&self) -> TokenShape {
-        TokenShape {
-            steps: self.steps.clone(),
-            vocabulary: self.vocabulary,
-            dim: self.dim,
-            condition: self.condition,
-        }
+impl From<Fault> for Error {
+    fn from(fault: Fault) -> Self {
+        Self::data(fault.path, fault.message)
     }
 }
 
@@ -220,7 +97,7 @@ impl Dataset {
                 break;
             }
             next = shard.end;
-            let (stored, own) = manifest.open_shard(&dir.join(&shard.file), shard)?;
+            let (stored, own) = open_shard(&manifest, &dir.join(&shard.file), shard)?;
             labels.extend(own);
             shards.push(stored);
         }
@@ -250,6 +127,16 @@ impl Dataset {
         })
     }
 
+    /// Shape of the token sequences.
+    pub fn shape(&self) -> TokenShape {
+        TokenShape {
+            steps: self.manifest.steps.clone(),
+            vocabulary: self.manifest.vocabulary,
+            dim: self.manifest.dim,
+            condition: self.manifest.condition,
+        }
+    }
+
     /// Number of samples.
     pub fn len(&self) -> usize {
         self.labels.len()
@@ -273,7 +160,7 @@ impl Dataset {
         if shard.shape("noise").is_some() {
             return shard.rows("noise", row, 1);
         }
-        let (l, d) = (self.manifest.tokens().tokens(), self.manifest.dim);
+        let (l, d) = (self.manifest.tokens(), self.manifest.dim);
         Ok(random::noise(self.manifest.seed, sample as u64, l, d))
     }
 
@@ -281,5 +168,27 @@ impl Dataset {
     pub fn tokens_of(&self, sample: usize) -> Result<Vec<u32>> {
         let (shard, row) = self.place(sample);
         shard.index_rows("tokens", row, 1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 1.2 million pairs of VAR: 680 of 4096 codes, and one of 1000 classes.
+    #[test]
+    fn a_million_pairs_fit_on_a_disk() {
+        const PAIRS: usize = 1000;
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("shard");
+        let labels: Vec<u32> = (0..PAIRS as u32).collect();
+        let tokens: Vec<u32> = (0..680 * PAIRS as u32).map(|i| i * 37 % 4096).collect();
+        write_shard(&path, &labels, &tokens, None).expect("a shard");
+        let bytes = path.metadata().expect("a file").len();
+        let million = bytes * 1_200_000 / PAIRS as u64;
+        assert!(million < 1_650_000_000, "{million} bytes");
+        let stored = Stored::open(&path, None).expect("a shard");
+        assert_eq!(stored.indices("tokens").expect("tokens"), tokens);
+        assert_eq!(stored.indices("labels").expect("labels"), labels);
     }
 }

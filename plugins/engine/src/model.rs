@@ -18,7 +18,7 @@ pub mod vq;
 
 pub use continuous::CONTINUOUS_HEAD;
 
-use serde::{Deserialize, Serialize};
+pub use retort_checkpoint::trajectories::{CaptionShape, ConditionShape};
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
@@ -35,35 +35,6 @@ pub struct TokenShape {
     pub dim: usize,
     /// What its images are made for.
     pub condition: ConditionShape,
-}
-
-/// What the images of a model are made for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ConditionShape {
-    /// Classes, so many of them; the class embedding has one row more, the unconditional one.
-    Classes(usize),
-    /// Captions, as features of a text encoder.
-    Captions(CaptionShape),
-}
-
-/// The shape of a caption's features.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CaptionShape {
-    /// Most tokens T of a caption: positions in front of the image.
-    pub positions: usize,
-    /// Width F of a token's features.
-    pub width: usize,
-}
-
-impl ConditionShape {
-    /// Positions of the sequence that the condition takes, in front of the image's tokens.
-    pub fn positions(&self) -> usize {
-        match self {
-            Self::Classes(_) => 1,
-            Self::Captions(shape) => shape.positions,
-        }
-    }
 }
 
 /// What the images of a batch are made for, one entry an image.
@@ -188,6 +159,9 @@ pub trait Student<B: Backend> {
         conditions: &Conditions<B>,
         data: &B::Tensor,
     ) -> Result<Prediction<B>>;
+    /// Whether the activations inside blocks are computed again in the backward pass instead of being kept
+    /// ([`Var::segment`]).
+    fn recompute(&mut self, blocks: bool);
     /// The continuous head's codebook vectors (b, L, D).
     fn continuous(&self, prediction: &Prediction<B>) -> Result<Var<B>>;
 }

@@ -6,7 +6,7 @@
 //! [`backward`] is one loop over a heap. A node is dropped as soon as it has passed its gradient on, so memory falls
 //! while the backward pass runs. Deliberately absent: second derivatives.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -62,15 +62,34 @@ fn next_id() -> u64 {
 /// Errors when a parameter had no part in the loss: a silent zero would hide a broken model.
 pub fn backward<B: Backend>(loss: Var<B>, params: &[(String, Var<B>)]) -> Result<Vec<B::Tensor>> {
     let seed = B::floats_beside(&loss.value, &[1.0], &B::shape(&loss.value))?;
-    let mut leaves: BTreeMap<u64, Option<B::Tensor>> = params
-        .iter()
-        .filter_map(|(_, p)| p.node.as_ref().map(|n| (n.id, None)))
-        .collect();
-    let mut open: BTreeMap<u64, (Arc<Node<B::Tensor>>, B::Tensor)> = BTreeMap::new();
-    if let Some(node) = loss.node {
-        open.insert(node.id, (node, seed));
-    }
+    let ids = params.iter().filter_map(|(_, p)| Some(p.node.as_ref()?.id));
+    let mut leaves: BTreeMap<u64, Option<B::Tensor>> = ids.map(|id| (id, None)).collect();
     drop(loss.value);
+    if let Some(node) = loss.node {
+        send_back::<B>(node, seed, &mut leaves)?;
+    }
+    params
+        .iter()
+        .map(|(name, p)| {
+            p.node
+                .as_ref()
+                .and_then(|n| leaves.remove(&n.id).flatten())
+                .ok_or_else(|| {
+                    Error::Internal(format!(
+                        "the parameter {name} had no part in the loss: no gradient"
+                    ))
+                })
+        })
+        .collect()
+}
+
+/// Sends a gradient from a node back to all that led to it, as far as the leaves, which keep it.
+fn send_back<B: Backend>(
+    from: Arc<Node<B::Tensor>>,
+    gradient: B::Tensor,
+    leaves: &mut BTreeMap<u64, Option<B::Tensor>>,
+) -> Result<()> {
+    let mut open = BTreeMap::from([(from.id, (from, gradient))]);
     while let Some((id, (node, gradient))) = open.pop_last() {
         if let Some(slot) = leaves.get_mut(&id) {
             *slot = Some(gradient);
@@ -98,19 +117,21 @@ pub fn backward<B: Backend>(loss: Var<B>, params: &[(String, Var<B>)]) -> Result
             }
         }
     }
-    params
-        .iter()
-        .map(|(name, p)| {
-            p.node
-                .as_ref()
-                .and_then(|n| leaves.remove(&n.id).flatten())
-                .ok_or_else(|| {
-                    Error::Internal(format!(
-                        "the parameter {name} had no part in the loss: no gradient"
-                    ))
-                })
-        })
-        .collect()
+    Ok(())
+}
+
+/// The nodes made before one of a number that lead to a node directly, or through nodes made after it.
+fn made_before<T>(node: &Arc<Node<T>>, first: u64) -> BTreeMap<u64, Arc<Node<T>>> {
+    let (mut found, mut seen) = (BTreeMap::new(), BTreeSet::new());
+    let mut open = vec![node];
+    while let Some(node) = open.pop() {
+        if node.id < first {
+            found.insert(node.id, Arc::clone(node));
+        } else if seen.insert(node.id) {
+            open.extend(node.parents.iter().flatten());
+        }
+    }
+    found
 }
 
 impl<B: Backend> Var<B> {
@@ -129,6 +150,43 @@ impl<B: Backend> Var<B> {
                 vjp: None,
             })),
         }
+    }
+
+    /// A part of a network. With `recompute` nothing inside it is kept for the backward pass: it is computed once more
+    /// there, from what it is made from (activation checkpointing). That costs a forward pass; memory then holds the
+    /// inside of one such part at a time. Gradients have the same bits, if no operation outside the part shares an input
+    /// with more than one operation inside.
+    pub fn segment(
+        recompute: bool,
+        part: impl Fn() -> Result<Self> + Send + Sync + 'static,
+    ) -> Result<Self> {
+        if !recompute {
+            return part();
+        }
+        let first = next_id();
+        let Self { value, node } = part()?;
+        let Some(node) = node else {
+            return Ok(Self::constant(value));
+        };
+        let parents = made_before(&node, first);
+        // Here the inside is forgotten.
+        drop(node);
+        let ids: Vec<u64> = parents.keys().copied().collect();
+        let vjp = move |g: &B::Tensor| {
+            let mut leaves = ids.iter().map(|&id| (id, None)).collect();
+            if let Some(node) = part()?.node {
+                send_back::<B>(node, g.clone(), &mut leaves)?;
+            }
+            Ok(leaves.into_values().collect())
+        };
+        Ok(Self {
+            value,
+            node: Some(Arc::new(Node {
+                id: next_id(),
+                parents: parents.into_values().map(Some).collect(),
+                vjp: Some(Box::new(vjp)),
+            })),
+        })
     }
 
     /// The tensor.

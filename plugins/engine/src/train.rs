@@ -13,7 +13,7 @@ use retort_abi::{Cancel, Host, LogLevel};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::backend::{AdamwStep, Backend, Unary};
+use crate::backend::{AdamwStep, Backend, Binary, Unary};
 use crate::error::{Error, Result};
 use crate::muon::{self, Muon};
 use crate::tape::{Var, backward};
@@ -191,6 +191,17 @@ impl<B: Backend> Fit<'_, B> {
     pub fn run(
         &self,
         mut step_fn: impl FnMut(u64) -> Result<StepOutput<B>>,
+        held_out: Option<HeldOut<'_>>,
+    ) -> Result<Weights> {
+        self.run_in_parts(1, |step, _| step_fn(step), held_out)
+    }
+
+    /// The same where the loss of a step is a sum of parts, computed one after the other: gradients add up, and memory
+    /// holds one part at a time. The figures of the parts are added too.
+    pub fn run_in_parts(
+        &self,
+        parts: usize,
+        mut part_fn: impl FnMut(u64, usize) -> Result<StepOutput<B>>,
         mut held_out: Option<HeldOut<'_>>,
     ) -> Result<Weights> {
         let o = self.options;
@@ -227,7 +238,7 @@ impl<B: Backend> Fit<'_, B> {
                 self.save(step, &moments, best.as_ref())?;
                 saved = Instant::now();
             }
-            self.step(step, &moments, &mut step_fn)?;
+            self.step(step, &moments, parts, &mut part_fn)?;
             self.host.progress(step + 1, o.steps, "steps");
             if let Some(h) = &mut held_out
                 && ((step + 1).is_multiple_of(h.every) || step + 1 == o.steps)
@@ -269,13 +280,24 @@ impl<B: Backend> Fit<'_, B> {
         &self,
         step: u64,
         moments: &[Moments<B>],
-        step_fn: &mut impl FnMut(u64) -> Result<StepOutput<B>>,
+        parts: usize,
+        part_fn: &mut impl FnMut(u64, usize) -> Result<StepOutput<B>>,
     ) -> Result<()> {
         let o = self.options;
-        let StepOutput { loss, figures } = step_fn(step)?;
         let log = step.is_multiple_of(LOG_EVERY) || step + 1 == o.steps;
-        let value = loss.value().clone();
-        let gradients = backward(loss, self.params)?;
+        let StepOutput { loss, mut figures } = part_fn(step, 0)?;
+        let mut value = loss.value().clone();
+        let mut gradients = backward(loss, self.params)?;
+        for part in 1..parts {
+            let more = part_fn(step, part)?;
+            value = B::binary(&value, more.loss.value(), Binary::Add)?;
+            for (sum, g) in gradients.iter_mut().zip(backward(more.loss, self.params)?) {
+                *sum = B::binary(sum, &g, Binary::Add)?;
+            }
+            for ((_, sum), (_, figure)) in figures.iter_mut().zip(more.figures) {
+                *sum += figure;
+            }
+        }
         let norm = global_norm::<B>(&gradients)?;
         if !norm.is_finite() {
             let loss = scalar::<B>(&value)?;

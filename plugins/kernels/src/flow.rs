@@ -27,17 +27,17 @@ const TILE: usize = 256;
 /// Tokens that go through the codebook together.
 const GROUP: usize = 4;
 
-/// logits (n, k), -inf where excluded; noise (n, d); codebook (k, d) -> ids (n). `grid` holds the values of s between
-/// which the solver steps.
+/// logits (n, k), -inf where excluded; noise (n, d); codebook (k, d) -> ids (n). The first of `steps`
+/// evaluates at s = 0 and moves nothing.
 pub fn flow_map(
     pool: &impl Pool,
     logits: &[f32],
     noise: &[f32],
     codebook: &[f32],
     d: usize,
-    grid: &[f64],
+    steps: &[Step],
 ) -> Vec<u32> {
-    solve(pool, logits, noise, codebook, d, grid, DROPPED)
+    solve(pool, logits, noise, codebook, d, steps, DROPPED)
 }
 
 fn solve(
@@ -46,15 +46,19 @@ fn solve(
     noise: &[f32],
     codebook: &[f32],
     d: usize,
-    grid: &[f64],
+    steps: &[Step],
     dropped: f32,
 ) -> Vec<u32> {
     let (n, k) = (noise.len() / d, codebook.len() / d);
-    let grid: Vec<f32> = grid.iter().map(|&s| s as f32).collect();
     let all = Codes::new(codebook, d);
+    let kept = steps
+        .iter()
+        .map(|step| step.corrector.len())
+        .max()
+        .unwrap_or(0);
     let group = n.div_ceil(pool.threads()).clamp(1, GROUP);
     // Groups per task: small ones are worth none of their own.
-    let groups = (64 * 1024 / (group * k * d * grid.len())).clamp(1, 64);
+    let groups = (256 * 1024 / (group * k * d * steps.len())).clamp(1, 64);
     let mut ids = vec![0; n];
     // Working memory that tasks hand on to each other.
     let spare: Mutex<Vec<(Vec<Token>, Vec<f32>)>> = Mutex::default();
@@ -67,11 +71,11 @@ fn solve(
             let tokens = &mut tokens[..ids.len()];
             for (g, token) in tokens.iter_mut().enumerate() {
                 let at = (task * groups + i) * group + g;
-                token.begin(&logits[at * k..][..k], &noise[at * d..][..d]);
+                token.begin(&logits[at * k..][..k], &noise[at * d..][..d], kept);
             }
-            together(tokens, &all, &grid, dropped, tiles);
+            together(tokens, &all, steps, dropped, tiles);
             for (id, token) in ids.iter_mut().zip(tokens) {
-                *id = token.finish(&grid, dropped, tiles);
+                *id = token.finish(steps, dropped, tiles);
             }
         }
         if let Ok(mut spare) = spare.lock() {
@@ -79,6 +83,28 @@ fn solve(
         }
     });
     ids
+}
+
+/// An evaluation of dz/ds, and what is made of it.
+#[derive(Debug, Clone)]
+pub struct Step {
+    /// Where it is evaluated.
+    pub s: f32,
+    /// z there is z at the step before plus these times the slopes so far, the newest first.
+    pub predictor: Vec<f32>,
+    /// Then z is z at the step before plus these times the slopes, the new one first.
+    pub corrector: Vec<f32>,
+}
+
+impl From<(f64, Vec<f64>, Vec<f64>)> for Step {
+    fn from((s, predictor, corrector): (f64, Vec<f64>, Vec<f64>)) -> Self {
+        let narrow = |weights: Vec<f64>| weights.into_iter().map(|w| w as f32).collect();
+        Self {
+            s: s as f32,
+            predictor: narrow(predictor),
+            corrector: narrow(corrector),
+        }
+    }
 }
 
 /// Codes and what is known of them, padded to a multiple of [`LANES`].
@@ -152,13 +178,13 @@ impl Codes {
 struct Token {
     /// Logits of the codes that are left, padded with -inf.
     logits: Vec<f32>,
-    /// Their log weights at the beginning of the step.
+    /// Their log weights where the codes were evaluated last.
     log_weights: Vec<f32>,
     /// z = x/(1-t)
     z: Vec<f32>,
-    /// z at the stages of a step, and the velocities there.
-    stage: Vec<f32>,
-    slopes: [Vec<f32>; 4],
+    /// z where the codes are evaluated, and the velocities there, the newest first.
+    ahead: Vec<f32>,
+    slopes: Vec<Vec<f32>>,
     /// Sums of weights times coordinates so far, in eight lanes each: (d, 8).
     sums: Vec<f32>,
     /// Greatest log weight, and the total of the weights relative to it.
@@ -173,65 +199,62 @@ struct Token {
 }
 
 /// Takes tokens through the steps until each has left, or to the end.
-fn together(tokens: &mut [Token], all: &Codes, grid: &[f32], dropped: f32, tiles: &mut [f32]) {
+fn together(tokens: &mut [Token], all: &Codes, steps: &[Step], dropped: f32, tiles: &mut [f32]) {
     let mut open: Vec<&mut Token> = tokens.iter_mut().collect();
-    for (step, pair) in grid.windows(2).enumerate() {
-        evaluate(&mut open, all, 0, pair[0], tiles);
+    for step in steps {
+        advance(&mut open, all, step, tiles);
         for token in &mut open {
-            token.step = step;
-            token.leave(all, pair[0], dropped);
+            token.leave(all, step.s, dropped);
         }
         open.retain(|token| token.found.is_none() && token.taken.is_none());
         if open.is_empty() {
             return;
         }
-        rest_of_step(&mut open, all, pair, tiles);
     }
-    evaluate(&mut open, all, 0, grid[grid.len() - 1], tiles);
     for token in open {
         token.found = Some(all.ids[leader(&token.log_weights)]);
     }
 }
 
-/// The second to fourth evaluation of a step, and the step.
-fn rest_of_step(tokens: &mut [&mut Token], codes: &Codes, pair: &[f32], tiles: &mut [f32]) {
-    let (s, h) = (pair[0], pair[1] - pair[0]);
-    for (slope, ahead) in [(0, h / 2.0), (1, h / 2.0), (2, h)] {
-        tokens.iter_mut().for_each(|t| t.advance(slope, ahead));
-        evaluate(tokens, codes, slope + 1, s + ahead, tiles);
+/// A step of tokens: predict, evaluate, correct.
+fn advance(tokens: &mut [&mut Token], codes: &Codes, step: &Step, tiles: &mut [f32]) {
+    for token in tokens.iter_mut() {
+        token.ahead.copy_from_slice(&token.z);
+        move_along(&mut token.ahead, &step.predictor, &token.slopes);
+        token.slopes.rotate_right(1);
     }
+    evaluate(tokens, codes, step.s, tiles);
     for token in tokens {
-        for (i, z) in token.z.iter_mut().enumerate() {
-            let [k1, k2, k3, k4] = [0, 1, 2, 3].map(|k| token.slopes[k][i]);
-            *z += h / 6.0 * (k1 + k4 + 2.0 * (k2 + k3));
-        }
-        token.stage.copy_from_slice(&token.z);
+        move_along(&mut token.z, &step.corrector, &token.slopes);
+        token.step += 1;
     }
 }
 
-/// dz/ds at the stages of tokens into one of their slopes, with the greatest log weight and the total of the weights.
-/// The first slope of a step keeps the log weights.
-fn evaluate(tokens: &mut [&mut Token], codes: &Codes, slope: usize, s: f32, tiles: &mut [f32]) {
+/// Adds weights times slopes.
+fn move_along(z: &mut [f32], weights: &[f32], slopes: &[Vec<f32>]) {
+    for (&weight, slope) in weights.iter().zip(slopes) {
+        for (z, &slope) in z.iter_mut().zip(slope) {
+            *z = weight.mul_add(slope, *z);
+        }
+    }
+}
+
+/// dz/ds of tokens into their newest slope, with the log weights, the greatest of them and the total of the weights.
+fn evaluate(tokens: &mut [&mut Token], codes: &Codes, s: f32, tiles: &mut [f32]) {
     match tokens {
-        [a] => group([&mut **a], codes, slope, s, tiles),
-        [a, b] => group([&mut **a, &mut **b], codes, slope, s, tiles),
-        [a, b, c] => group([&mut **a, &mut **b, &mut **c], codes, slope, s, tiles),
+        [a] => group([&mut **a], codes, s, tiles),
+        [a, b] => group([&mut **a, &mut **b], codes, s, tiles),
+        [a, b, c] => group([&mut **a, &mut **b, &mut **c], codes, s, tiles),
         [a, b, c, d] => {
             let four = [&mut **a, &mut **b, &mut **c, &mut **d];
-            group(four, codes, slope, s, tiles);
+            group(four, codes, s, tiles);
         }
         more => unreachable!("{} tokens in a group", more.len()),
     }
 }
 
 #[inline(always)]
-fn group<const G: usize>(
-    mut tokens: [&mut Token; G],
-    codes: &Codes,
-    slope: usize,
-    s: f32,
-    tiles: &mut [f32],
-) {
+fn group<const G: usize>(mut tokens: [&mut Token; G], codes: &Codes, s: f32, tiles: &mut [f32]) {
     let (padded, d) = (codes.padded(), tokens[0].z.len());
     for token in &mut tokens {
         token.sums.fill(0.0);
@@ -244,26 +267,23 @@ fn group<const G: usize>(
             for e in 0..d {
                 let c = wide::pair(lanes(&codes.coordinates[e * padded + start + at..]));
                 for g in 0..G {
-                    let z = wide::splat(tokens[g].stage[e]);
+                    let z = wide::splat(tokens[g].ahead[e]);
                     along[g] = [0, 1].map(|i| wide::mul_add(z, c[i], along[g][i]));
                 }
             }
             let squares = lanes(&codes.half_squares[start + at..]);
             for g in 0..G {
                 let along = wide::sixteen(along[g]);
-                let logits = lanes(&tokens[g].logits[start + at..]);
-                let out = &mut tiles[g * TILE + at..][..LANES];
+                let token = &mut *tokens[g];
+                let logits = lanes(&token.logits[start + at..]);
+                let out = &mut token.log_weights[start + at..][..LANES];
                 for i in 0..LANES {
                     out[i] = s.mul_add((-s).mul_add(squares[i], along[i]), logits[i]);
                 }
             }
         }
         for (g, token) in tokens.iter_mut().enumerate() {
-            let tile = &mut tiles[g * TILE..][..width];
-            if slope == 0 {
-                token.log_weights[start..][..width].copy_from_slice(tile);
-            }
-            token.weigh(tile);
+            token.weigh(start, &mut tiles[g * TILE..][..width]);
         }
         let mut e = 0;
         while e + 2 <= d {
@@ -276,7 +296,7 @@ fn group<const G: usize>(
     }
     for token in &mut tokens {
         let scale = 1.0 / token.total;
-        for (v, lanes) in token.slopes[slope]
+        for (v, lanes) in token.slopes[0]
             .iter_mut()
             .zip(token.sums.as_chunks::<8>().0)
         {
@@ -329,26 +349,28 @@ fn lanes(x: &[f32]) -> &[f32; LANES] {
 }
 
 impl Token {
-    fn begin(&mut self, logits: &[f32], noise: &[f32]) {
+    fn begin(&mut self, logits: &[f32], noise: &[f32], kept: usize) {
         let d = noise.len();
         self.logits.clear();
         self.logits.extend_from_slice(logits);
         let padded = logits.len().next_multiple_of(LANES);
         self.logits.resize(padded, f32::NEG_INFINITY);
         self.log_weights.resize(padded, 0.0);
-        for x in [&mut self.z, &mut self.stage] {
+        for x in [&mut self.z, &mut self.ahead] {
             x.clear();
             x.extend_from_slice(noise);
         }
+        self.slopes.resize(kept, Vec::new());
         self.slopes.iter_mut().for_each(|x| x.resize(d, 0.0));
         self.sums.resize(8 * d, 0.0);
-        (self.taken, self.found) = (None, None);
+        (self.step, self.taken, self.found) = (0, None, None);
     }
 
-    /// Log weights of a tile to weights relative to the greatest so far; what was summed up before follows.
+    /// Weights of the codes from `start` on, relative to the greatest so far; what was summed up before follows.
     #[inline(always)]
-    fn weigh(&mut self, tile: &mut [f32]) {
-        let top = max(tile);
+    fn weigh(&mut self, start: usize, weights: &mut [f32]) {
+        let log_weights = &self.log_weights[start..][..weights.len()];
+        let top = max(log_weights);
         if top > self.top {
             let scale = exp(self.top - top);
             self.total *= scale;
@@ -361,23 +383,17 @@ impl Token {
         } else {
             self.top
         };
-        tile.iter_mut().for_each(|w| *w = exp(*w - top));
-        self.total += sum(tile, |w| w);
+        let pairs = weights.iter_mut().zip(log_weights);
+        pairs.for_each(|(w, &log)| *w = exp(log - top));
+        self.total += sum(weights, |w| w);
     }
 
-    /// Moves the stage: z + h slope.
-    #[inline(always)]
-    fn advance(&mut self, slope: usize, h: f32) {
-        for ((stage, &z), &v) in self.stage.iter_mut().zip(&self.z).zip(&self.slopes[slope]) {
-            *stage = h.mul_add(v, z);
-        }
-    }
-
-    /// After the first evaluation of a step: ends if the token is decided, and takes the codes along that still matter
+    /// After an evaluation: ends if the token is decided, and takes the codes along that still matter
     /// if the greater part does not.
     fn leave(&mut self, codes: &Codes, s: f32, dropped: f32) {
         let least = self.top - dropped;
-        let left = self.log_weights.iter().filter(|&&w| w > least).count();
+        let log_weights = self.log_weights.iter();
+        let left = log_weights.map(|&w| u32::from(w > least)).sum::<u32>() as usize;
         if left <= 1 {
             let at = leader(&self.log_weights);
             self.found = Some(codes.ids.get(at).copied().unwrap_or(0));
@@ -387,31 +403,27 @@ impl Token {
             let places = 0..codes.ids.len();
             let places: Vec<usize> = places.filter(|&at| self.log_weights[at] > least).collect();
             let codes = codes.only(&places, self.z.len());
-            let logits: Vec<f32> = places.iter().map(|&at| self.logits[at]).collect();
-            self.logits = logits;
-            self.logits.resize(codes.padded(), f32::NEG_INFINITY);
-            self.log_weights.resize(codes.padded(), 0.0);
+            for x in [&mut self.logits, &mut self.log_weights] {
+                *x = places.iter().map(|&at| x[at]).collect();
+                x.resize(codes.padded(), f32::NEG_INFINITY);
+            }
             self.taken = Some(codes);
         }
     }
 
     /// The steps that are left after it left the others.
-    fn finish(&mut self, grid: &[f32], dropped: f32, tiles: &mut [f32]) -> u32 {
+    fn finish(&mut self, steps: &[Step], dropped: f32, tiles: &mut [f32]) -> u32 {
         let mut codes = Codes::default();
         while self.found.is_none() {
             if let Some(fewer) = self.taken.take() {
                 codes = fewer;
             }
-            let pair = &grid[self.step..][..2];
-            rest_of_step(&mut [self], &codes, pair, tiles);
-            self.step += 1;
-            let s = grid[self.step];
-            evaluate(&mut [self], &codes, 0, s, tiles);
-            if self.step + 1 == grid.len() {
+            let Some(step) = steps.get(self.step) else {
                 self.found = Some(codes.ids[leader(&self.log_weights)]);
-            } else {
-                self.leave(&codes, s, dropped);
-            }
+                break;
+            };
+            advance(&mut [self], &codes, step, tiles);
+            self.leave(&codes, step.s, dropped);
         }
         self.found.unwrap_or(0)
     }
@@ -426,12 +438,12 @@ impl Token {
         if self.total - 1.0 > UNDECIDED {
             return None;
         }
-        let (i, wide, d) = (leader(&self.log_weights), codes.padded(), self.z.len());
+        let (i, wide, d) = (leader(&self.log_weights), codes.padded(), self.ahead.len());
         let mut rest = [0.0f32; LANES];
         for at in (0..wide).step_by(LANES) {
             let [mut along, mut own, mut square] = [[0.0f32; LANES]; 3];
             for e in 0..d {
-                let (z, ci) = (self.z[e], codes.coordinates[e * wide + i]);
+                let (z, ci) = (self.ahead[e], codes.coordinates[e * wide + i]);
                 let cj = lanes(&codes.coordinates[e * wide + at..]);
                 for l in 0..LANES {
                     let a = ci - cj[l];
@@ -486,8 +498,9 @@ mod tests {
         ]
     }
 
-    fn grid() -> Vec<f64> {
-        retort_engine::flow::grid(&FlowSolver { steps: 16 })
+    fn steps(codebook: &[f32], d: usize) -> Vec<Step> {
+        let steps = retort_engine::flow::steps_for(codebook, d, &FlowSolver::default());
+        steps.into_iter().map(|step| step.parts().into()).collect()
     }
 
     #[test]
@@ -501,7 +514,7 @@ mod tests {
                     &noise,
                     &codebook,
                     shape.1,
-                    &grid(),
+                    &steps(&codebook, shape.1),
                     dropped,
                 )
             };
@@ -514,10 +527,26 @@ mod tests {
         for shape in CASES {
             let (k, d) = (shape.0, shape.1);
             let [logits, noise, codebook] = case(shape, 23);
-            let whole = solve(&Rayon, &logits, &noise, &codebook, d, &grid(), DROPPED);
+            let whole = solve(
+                &Rayon,
+                &logits,
+                &noise,
+                &codebook,
+                d,
+                &steps(&codebook, d),
+                DROPPED,
+            );
             for (i, id) in whole.iter().enumerate() {
                 let (logits, noise) = (&logits[i * k..][..k], &noise[i * d..][..d]);
-                let alone = solve(&Rayon, logits, noise, &codebook, d, &grid(), DROPPED);
+                let alone = solve(
+                    &Rayon,
+                    logits,
+                    noise,
+                    &codebook,
+                    d,
+                    &steps(&codebook, d),
+                    DROPPED,
+                );
                 assert_eq!(alone, [*id], "token {i} of {shape:?}");
             }
         }

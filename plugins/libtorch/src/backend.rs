@@ -610,6 +610,11 @@ impl Backend for Libtorch {
                 .f_square()?
                 .f_sum_dim_intlist([1i64].as_slice(), false, Kind::Float)?
                 .f_mul_scalar_(0.5)?;
+            let centre = codes.f_mean_dim([0i64].as_slice(), false, Kind::Float)?;
+            let mean_square = 2.0 * half_square.f_mean(Kind::Float)?.f_double_value(&[])?;
+            let square_of_mean = centre.f_square()?.f_sum(Kind::Float)?.f_double_value(&[])?;
+            let d = codes.size()[1];
+            let spread = flow::spread(mean_square, square_of_mean, d as usize);
             // log p + s <z, c> - s^2 |c|^2 / 2
             let posterior = |z: &Raw, s: f64| {
                 logits
@@ -617,22 +622,37 @@ impl Backend for Libtorch {
                     .f_sub(&half_square.f_mul_scalar(s * s)?)?
                     .f_addmm_(&z.f_mul_scalar(s)?, &turned)
             };
-            let velocity =
-                |z: &Raw, s: f64| posterior(z, s)?.f_softmax(-1, Kind::Float)?.f_mm(&codes);
-            let step = |z: &Raw, v: &Raw, h: f64| v.f_mul_scalar(h)?.f_add_(z);
-            let mut z = noise.wide()?;
-            let grid = flow::grid(solver);
-            for pair in grid.windows(2) {
-                let (s, h) = (pair[0], pair[1] - pair[0]);
-                let k1 = velocity(&z, s)?;
-                let k2 = velocity(&step(&z, &k1, h / 2.0)?, s + h / 2.0)?;
-                let k3 = velocity(&step(&z, &k2, h / 2.0)?, s + h / 2.0)?;
-                let k4 = velocity(&step(&z, &k3, h)?, s + h)?;
-                let mut sum = { k2 }.f_add_(&k3)?.f_mul_scalar_(2.0)?;
-                sum = sum.f_add_(&k1)?.f_add_(&k4)?;
-                z = step(&z, &sum, h / 6.0)?;
+            let noise = noise.wide()?;
+            let (n, kept) = (noise.size()[0], flow::ORDER as i64 + 1);
+            // Slopes, each in the place of the one that nobody needs any more, so that a step is one small product: z and
+            // the z to evaluate next, from z and all slopes.
+            let steps = flow::steps(solver, spread);
+            let slopes = Raw::f_zeros([kept, n * d], (Kind::Float, noise.device()))?;
+            let moves: Vec<f32> = steps
+                .iter()
+                .enumerate()
+                .flat_map(|(i, step)| {
+                    let next = steps.get(i + 1).map_or(&[][..], |next| &next.predictor);
+                    step.moves(i, next).concat()
+                })
+                .collect();
+            let moves = Raw::f_from_slice(&moves)?
+                .f_view([steps.len() as i64, 2, kept])?
+                .f_to(noise.device())?;
+            let mut z = noise.f_reshape([1, n * d])?;
+            let mut ahead = noise.shallow_clone();
+            let mut weights = logits.inner.shallow_clone();
+            for (i, step) in steps.iter().enumerate() {
+                weights = posterior(&ahead, step.s)?;
+                let mut slope = slopes.f_get(i as i64 % kept)?.f_view([n, d])?;
+                slope.f_copy_(&weights.f_softmax(-1, Kind::Float)?.f_mm(&codes)?)?;
+                let both = z
+                    .f_expand([2, n * d], false)?
+                    .f_addmm(&moves.f_get(i as i64)?, &slopes)?;
+                z = both.f_narrow(0, 0, 1)?;
+                ahead = both.f_get(1)?.f_view([n, d])?;
             }
-            posterior(&z, grid[grid.len() - 1])?.f_argmax(-1, false)
+            weights.f_argmax(-1, false)
         };
         logits.with(run())
     }

@@ -101,7 +101,7 @@ fn everything_but_products_is_exact() {
         let w = b.floats(&noise(1, 1, 1, 8), &[8])?;
         let codes = b.floats(&noise(2, 0, 50, 8), &[50, 8])?;
         let logits = b.floats(&noise(3, 0, 30, 50), &[30, 50])?;
-        let ids = Libtorch::flow_map(&logits, &x, &codes, &FlowSolver { steps: 16 })?;
+        let ids = Libtorch::flow_map(&logits, &x, &codes, &FlowSolver::default())?;
         let ids = Libtorch::to_indices(&ids)?
             .iter()
             .map(|&i| i as f32)

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use retort_engine::dataset::Dataset;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::lab::{Lab, Running, wait_for};
 
@@ -225,6 +225,179 @@ fn everything(dataset: &Dataset) -> (&[u32], Vec<u32>, Vec<f32>) {
     let tokens = (0..dataset.len()).flat_map(|i| dataset.tokens_of(i).unwrap());
     let noise = dataset.noise(dataset.len() - 1).unwrap();
     (&dataset.labels, tokens.collect(), noise)
+}
+
+#[test]
+fn datasets_are_shown_checked_and_merged() {
+    const OPTIONS: &str =
+        "kind: trajectories, teacher: teacher, count: 60, seed: 3, distribution: {guidance: 1.5}";
+    let lab = lab(&format!(
+        "
+  head: {{{OPTIONS}, range: [0, 25], shard_size: 10}}
+  tail: {{{OPTIONS}, range: [25, 60]}}
+  rest: {{{OPTIONS}, range: [40, 60]}}
+  others: {{{OPTIONS}, range: [25, 60], solver_steps: 70}}
+"
+    ));
+    lab.retort(&["run", "r.yaml"]).expect(0);
+    let dir = lab.dir.path();
+    let told = |reference: &str| {
+        lab.retort(&["dataset", "info", reference, "--json"])
+            .expect(0)
+            .json()
+    };
+
+    let head = told("latest/head");
+    for (fact, value) in [
+        ("pairs", json!(25)),
+        ("of", json!(60)),
+        ("samples", json!([[0, 25]])),
+        ("missing", json!([[25, 60]])),
+        ("ar_steps", json!(16)),
+        ("tokens_a_pair", json!(16)),
+        ("codes", json!(16)),
+        ("code_dimension", json!(4)),
+        ("classes", json!(10)),
+        ("seed", json!(3)),
+        ("guidance", json!(1.5)),
+        ("token_type", json!("u8")),
+        ("noise", json!("of the seed")),
+        ("shards", json!(3)),
+    ] {
+        assert_eq!(head[fact], value, "{fact} of {head:#}");
+    }
+    assert_eq!(head["pairs_of_each"]["4"], 3);
+    assert_eq!(head["pairs_of_each"]["5"], 2);
+    lab.retort(&["dataset", "verify", "latest/head"])
+        .expect(0)
+        .saying(&[
+            "25 pairs in 3 shards verified",
+            "25..60 of 60 are made elsewhere",
+        ]);
+
+    // Whole only where every sample is there once, made by one teacher in one way.
+    for (parts, saying) in [
+        (vec!["latest/head"], "samples 25..60 are missing of 60"),
+        (
+            vec!["latest/head", "latest/rest"],
+            "`range: [25, 40]` makes the first of them",
+        ),
+        (
+            vec!["latest/head", "latest/tail", "latest/rest"],
+            "its samples 40..60 overlap with 25..60",
+        ),
+        (
+            vec!["latest/head", "latest/others"],
+            "solver_steps 70, expected 96",
+        ),
+    ] {
+        let arguments = [&["dataset", "merge", "-o", "whole"], &parts[..]].concat();
+        lab.retort(&arguments).expect(2).saying(&[saying]);
+        assert!(!dir.join("whole").exists());
+    }
+    lab.retort(&[
+        "dataset",
+        "merge",
+        "latest/tail",
+        "latest/head",
+        "-o",
+        "whole",
+    ])
+    .expect(0)
+    .saying(&["60 pairs in 4 shards of 2 parts"]);
+    lab.retort(&[
+        "dataset",
+        "merge",
+        "latest/tail",
+        "latest/head",
+        "-o",
+        "whole",
+    ])
+    .expect(2)
+    .saying(&["whole is there already"]);
+    assert_eq!(told("whole")["missing"], json!([]));
+    lab.retort(&["dataset", "verify", "whole"]).expect(0);
+
+    // A stage takes the merged folder over without making anything.
+    let recipe = dir.join("r.yaml");
+    let text = std::fs::read_to_string(&recipe).unwrap();
+    let joined = format!("  joined: {{{OPTIONS}, parts: [whole]}}\n");
+    std::fs::write(&recipe, format!("{text}{joined}")).unwrap();
+    lab.retort(&["run", "r.yaml"]).expect(0);
+    let joined = Dataset::open(&output(&lab, "joined").1).unwrap();
+    assert_eq!(joined.len(), 60);
+
+    // What is damaged is named, with what to do.
+    let shard = dir.join("whole/shard-000000010.safetensors");
+    let mut bytes = std::fs::read(&shard).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    std::fs::write(&shard, &bytes).unwrap();
+    std::fs::write(
+        dir.join("whole/shard-000000020.safetensors"),
+        &bytes[..last],
+    )
+    .unwrap();
+    let said = lab
+        .retort(&["dataset", "verify", "whole", "--json"])
+        .expect(1);
+    let problems = said.json();
+    assert_eq!(problems.as_array().unwrap().len(), 2, "{problems:#}");
+    assert_eq!(problems[0]["file"], "shard-000000010.safetensors");
+    assert_eq!(problems[0]["samples"], "10..20");
+    assert!(
+        problems[0]["problem"]
+            .as_str()
+            .unwrap()
+            .contains("its content has changed")
+    );
+    said.saying(&["copy the file again"]);
+    lab.retort(&["run", "r.yaml", "--force=joined"])
+        .expect(100)
+        .saying(&["shard-000000010.safetensors", "its content has changed"]);
+    lab.retort(&["dataset", "info", "nowhere"]).expect(4);
+    lab.retort(&["dataset", "info", "."])
+        .expect(4)
+        .saying(&["has no manifest.json"]);
+}
+
+#[test]
+fn parts_of_a_batch_and_recomputation_change_no_student() {
+    const STUDENT: &str = "kind: distill, teacher: teacher, trajectories: pairs, seed: 5, depth: 3, timesteps: [0, 6], split: 8, \
+                           codebook_distance: 0.5, perceptual: {kind: l2, weight: 0.5}";
+    let lab = lab(&format!(
+        "
+  pairs: {{kind: trajectories, teacher: teacher, count: 100}}
+  whole: {{{STUDENT}, train: {{steps: 3, batch: 13}}}}
+  again: {{{STUDENT}, recompute: true, train: {{steps: 3, batch: 13}}}}
+  parts: {{{STUDENT}, recompute: true, accumulate: 4, train: {{steps: 3, batch: 13}}}}
+"
+    ));
+    lab.retort(&["run", "r.yaml"]).expect(0);
+    assert_eq!(output(&lab, "whole").0, output(&lab, "again").0);
+    for (series, tolerance) in [
+        ("distill/loss", 1e-5),
+        ("distill/cross_entropy", 1e-5),
+        ("distill/codebook_distance", 1e-5),
+        ("distill/perceptual", 1e-5),
+        ("distill/gradient_norm", 1e-4),
+    ] {
+        let [whole, parts] = ["whole", "parts"].map(|stage| points(&lab, stage, series));
+        assert!(whole.len() >= 2, "{series}: {whole:?}");
+        for (a, b) in whole.iter().zip(&parts) {
+            assert!(
+                (a - b).abs() < tolerance * a.abs(),
+                "{series}: {whole:?}, {parts:?}"
+            );
+        }
+    }
+    let wrong = format!("  wrong: {{{STUDENT}, accumulate: 14, train: {{steps: 3, batch: 13}}}}\n");
+    let recipe = lab.dir.path().join("r.yaml");
+    let text = std::fs::read_to_string(&recipe).unwrap();
+    std::fs::write(&recipe, format!("{text}{wrong}")).unwrap();
+    lab.retort(&["validate", "r.yaml"])
+        .expect(3)
+        .saying(&["a batch of 13 has no more parts than samples"]);
 }
 
 #[test]

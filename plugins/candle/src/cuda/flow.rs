@@ -1,9 +1,9 @@
-//! The AR flow map on a GPU: a block per token (`kernels.cu`), with the grid and the thresholds of the host's kernel.
+//! The AR flow map on a GPU: a block per token (`kernels.cu`), with the thresholds of the host's kernel.
 
 use candle_core::DType;
 use retort_engine::backend::FlowSolver;
 use retort_engine::error::{Error, Result};
-use retort_engine::flow::grid;
+use retort_engine::flow;
 use retort_kernels::flow::{DROPPED, UNDECIDED};
 
 use crate::cuda::backend::fill;
@@ -46,10 +46,11 @@ pub fn flow_map(
     let codes = codebook.raw.t().map_err(failed)?;
     let codes = padded(&codes, [wide, k], 0)?;
     let noise = padded(&noise.raw, [n, wide], 1)?;
-    let grid: Vec<f32> = grid(solver).iter().map(|&s| s as f32).collect();
-    let points = Raw::from_slice(&grid, grid.len(), logits.device()).map_err(failed)?;
+    let steps = flow::steps(solver, spread(codebook)?);
+    let table = table(&steps);
+    let points = Raw::from_slice(&table, table.len(), logits.device()).map_err(failed)?;
     let numbers = Flow {
-        points: grid.len() as i32,
+        points: steps.len() as i32,
         dropped: DROPPED,
         undecided: UNDECIDED,
     };
@@ -79,6 +80,33 @@ pub fn flow_map(
         )?;
     }
     Ok(Some(ids))
+}
+
+/// The spread of a codebook, of which numbers alone leave the device.
+fn spread(codebook: &Tensor) -> Result<f64> {
+    let of = || {
+        let codes = codebook.raw.to_dtype(DType::F32)?.contiguous()?;
+        let mean_square = codes.sqr()?.sum(1)?.mean_all()?.to_scalar::<f32>()?;
+        let square_of_mean = codes.mean(0)?.sqr()?.sum_all()?.to_scalar::<f32>()?;
+        Ok((f64::from(mean_square), f64::from(square_of_mean)))
+    };
+    let (mean_square, square_of_mean) = of().map_err(failed)?;
+    Ok(flow::spread(
+        mean_square,
+        square_of_mean,
+        codebook.raw.dims()[1],
+    ))
+}
+
+/// What the kernel reads of each step: s, and weights of the slopes in their places, to z and from z before the step to
+/// where the next one evaluates.
+fn table(steps: &[flow::Step]) -> Vec<f32> {
+    let pair = |(i, step): (usize, &flow::Step)| {
+        let next = steps.get(i + 1).map_or(&[][..], |next| &next.predictor);
+        let [z, ahead] = step.moves(i, next);
+        [&[step.s as f32], &z[..], &ahead[..]].concat()
+    };
+    steps.iter().enumerate().flat_map(pair).collect()
 }
 
 /// Row-major f32 of a shape, with zeros behind what x has of a dimension.

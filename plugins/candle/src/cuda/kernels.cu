@@ -767,7 +767,7 @@ KERNEL(categorical, unsigned k, const float* x, const double* uniforms, unsigned
     if (threadIdx.x == 0) ids[blockIdx.x] = found < k ? found : last;
 }
 
-// The numbers of the flow map: values of s, how far below the leader a code is dropped, and the probability of the others
+// The numbers of the flow map: evaluations, how far below the leader a code is dropped, and the probability of the others
 // at which a token is decided.
 struct Flow {
     int points;
@@ -775,16 +775,20 @@ struct Flow {
     float undecided;
 };
 
+// Slopes that a step goes by, and what stands in the table of steps for each: s, then for each slope in its place its weight
+// in z, then in where the next step evaluates.
+constexpr int KEPT = 5, ROW = 1 + 2 * KEPT;
+
 // A token's state.
 template <int D> struct Token {
     float z[D];
-    float stage[D];
-    float slopes[4][D];
+    float ahead[D];
+    float slopes[KEPT][D];
     float sums[D][WARPS];
     unsigned counts[WARPS];
 };
 
-// dz/ds at the stage into a slope, with the greatest log weight and the sum of the weights relative to it. `list` are the
+// dz/ds ahead into a slope, with the greatest log weight and the sum of the weights relative to it. `list` are the
 // codes that are left, or null for all. Each thread sums relative to its own greatest weight.
 template <int D>
 __device__ void velocity(Token<D>& t, unsigned k, unsigned count, const unsigned* list, const float* codes,
@@ -799,11 +803,11 @@ __device__ void velocity(Token<D>& t, unsigned k, unsigned count, const unsigned
 #pragma unroll
         for (int e = 0; e < D; ++e) {
             c[e] = codes[(size_t)e * k + j];
-            along += c[e] * t.stage[e];
+            along += c[e] * t.ahead[e];
             square += c[e] * c[e];
         }
         float w = logits[j] + s * (along - 0.5f * s * square);
-        if (kept) kept[i] = w;
+        kept[i] = w;
         if (w == lowest()) continue;
         if (w > top) {
             float scale = expf(top - w);
@@ -858,7 +862,7 @@ __device__ float others(const Token<D>& t, unsigned k, unsigned count, const uns
 #pragma unroll
         for (int e = 0; e < D; ++e) {
             float ci = codes[(size_t)e * k + own], cj = codes[(size_t)e * k + j], a = ci - cj;
-            along += t.z[e] * a;
+            along += t.ahead[e] * a;
             with += ci * a;
             square += a * a;
             longer += a * (ci + cj);
@@ -891,22 +895,26 @@ __device__ inline unsigned shorten(unsigned* counts, unsigned count, unsigned* l
     return done;
 }
 
-// The AR flow map (the engine's `flow.rs` has the mathematics) of one token: classic Runge-Kutta along `grid`. codes
+// The AR flow map (the engine's `flow.rs` has the mathematics) of one token: the Adams method of `steps`, a ROW each. codes
 // (D, k). `kept` and `list` (n, k) are working memory. A token that is decided ends; codes that no longer matter go.
 template <int D>
-__device__ void flow(unsigned k, Flow f, const float* logits, const float* noise, const float* codes, const float* grid,
+__device__ void flow(unsigned k, Flow f, const float* logits, const float* noise, const float* codes, const float* steps,
                      float* kept, unsigned* list, unsigned* ids) {
     __shared__ Token<D> t;
     logits += (size_t)blockIdx.x * k;
     kept += (size_t)blockIdx.x * k;
     list += (size_t)blockIdx.x * k;
-    ALONG(e, D) t.z[e] = t.stage[e] = noise[(size_t)blockIdx.x * D + e];
+    ALONG(e, D) {
+        t.z[e] = t.ahead[e] = noise[(size_t)blockIdx.x * D + e];
+        for (int slope = 0; slope < KEPT; ++slope) t.slopes[slope][e] = 0.0f;
+    }
     __syncthreads();
     unsigned count = k, found = 0;
     bool all = true;
     for (int step = 0;; ++step) {
-        float s = grid[step], top, sum, stage_top, stage_sum;
-        velocity<D>(t, k, count, all ? nullptr : list, codes, logits, s, 0, kept, top, sum);
+        const float* row = steps + step * ROW;
+        float s = row[0], top, sum;
+        velocity<D>(t, k, count, all ? nullptr : list, codes, logits, s, step % KEPT, kept, top, sum);
         unsigned left = 0;
         ALONG(i, count) left += kept[i] > top - f.dropped ? 1u : 0u;
         left = together<Add>(left, 0u);
@@ -921,35 +929,32 @@ __device__ void flow(unsigned k, Flow f, const float* logits, const float* noise
             count = shorten(t.counts, count, list, all, kept, top - f.dropped);
             all = false;
         }
-        float h = grid[step + 1] - s;
-        for (int slope = 0; slope < 3; ++slope) {
-            float ahead = slope < 2 ? 0.5f * h : h;
-            ALONG(e, D) t.stage[e] = t.z[e] + ahead * t.slopes[slope][e];
-            __syncthreads();
-            velocity<D>(t, k, count, all ? nullptr : list, codes, logits, s + ahead, slope + 1, nullptr, stage_top,
-                        stage_sum);
-        }
         ALONG(e, D) {
-            float v = t.slopes[0][e] + t.slopes[3][e] + 2.0f * (t.slopes[1][e] + t.slopes[2][e]);
-            t.stage[e] = t.z[e] += h / 6.0f * v;
+            float z = t.z[e], ahead = z;
+            for (int slope = 0; slope < KEPT; ++slope) {
+                z += row[1 + slope] * t.slopes[slope][e];
+                ahead += row[1 + KEPT + slope] * t.slopes[slope][e];
+            }
+            t.z[e] = z;
+            t.ahead[e] = ahead;
         }
         __syncthreads();
     }
     if (threadIdx.x == 0) ids[blockIdx.x] = found;
 }
-KERNEL(flow_4, unsigned k, Flow f, const float* logits, const float* noise, const float* codes, const float* grid,
+KERNEL(flow_4, unsigned k, Flow f, const float* logits, const float* noise, const float* codes, const float* steps,
        float* kept, unsigned* list, unsigned* ids) {
-    flow<4>(k, f, logits, noise, codes, grid, kept, list, ids);
+    flow<4>(k, f, logits, noise, codes, steps, kept, list, ids);
 }
-KERNEL(flow_8, unsigned k, Flow f, const float* logits, const float* noise, const float* codes, const float* grid,
+KERNEL(flow_8, unsigned k, Flow f, const float* logits, const float* noise, const float* codes, const float* steps,
        float* kept, unsigned* list, unsigned* ids) {
-    flow<8>(k, f, logits, noise, codes, grid, kept, list, ids);
+    flow<8>(k, f, logits, noise, codes, steps, kept, list, ids);
 }
-KERNEL(flow_16, unsigned k, Flow f, const float* logits, const float* noise, const float* codes, const float* grid,
+KERNEL(flow_16, unsigned k, Flow f, const float* logits, const float* noise, const float* codes, const float* steps,
        float* kept, unsigned* list, unsigned* ids) {
-    flow<16>(k, f, logits, noise, codes, grid, kept, list, ids);
+    flow<16>(k, f, logits, noise, codes, steps, kept, list, ids);
 }
-KERNEL(flow_32, unsigned k, Flow f, const float* logits, const float* noise, const float* codes, const float* grid,
+KERNEL(flow_32, unsigned k, Flow f, const float* logits, const float* noise, const float* codes, const float* steps,
        float* kept, unsigned* list, unsigned* ids) {
-    flow<32>(k, f, logits, noise, codes, grid, kept, list, ids);
+    flow<32>(k, f, logits, noise, codes, steps, kept, list, ids);
 }

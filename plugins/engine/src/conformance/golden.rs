@@ -209,7 +209,7 @@ fn flow<B: Backend>(backend: &B, dir: &Path) -> Result<Vec<Case>> {
         let mut suite = Suite::open(backend, "flow", &file)?;
         let [logits, noise, codebook] =
             ["logits", "noise", "codebook"].map(|name| suite.tensor(name));
-        let ids = B::flow_map(&logits?, &noise?, &codebook?, &FlowSolver { steps: 16 })?;
+        let ids = B::flow_map(&logits?, &noise?, &codebook?, &FlowSolver::default())?;
         suite.tokens("token", &ids)?;
         cases.extend(suite.cases.into_iter().map(|known| Case {
             name: format!("flow/{case}/token"),
@@ -522,7 +522,7 @@ fn captions<B: Backend>(backend: &B, dir: &Path) -> Result<Vec<Case>> {
     let mut choice = Choice::Flow {
         noise: &noise,
         codebook: &codebook,
-        solver: FlowSolver { steps: 16 },
+        solver: FlowSolver::default(),
     };
     let distribution = Distribution {
         guidance,
@@ -681,7 +681,7 @@ fn compare<B: Backend>(
         let mut choice = Choice::Flow {
             noise: &noise,
             codebook: &codebook,
-            solver: FlowSolver { steps: 16 },
+            solver: FlowSolver::default(),
         };
         let ids = autoregressive(teacher, &labels, &distribution, &mut choice, None, steps)?;
         suite.tokens(&format!("trajectory.cfg{w}.tokens"), &ids)?;

@@ -16,6 +16,8 @@
 //! No student of captions was published. Here it is the class's, with T positions in front that count as data, and the
 //! mean of the caption's embeddings as the condition of the continuous head.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 use crate::backend::{Backend, Mask, Unary};
@@ -134,7 +136,9 @@ struct Front<B: Backend> {
 struct Stack<B: Backend> {
     config: Config,
     embedder: Embedder<B>,
-    blocks: Vec<Block<B>>,
+    blocks: Vec<Arc<Block<B>>>,
+    /// Whether the backward pass computes blocks again.
+    recompute: bool,
     norm: Var<B>,
     output: Var<B>,
     /// cos and sin of the rotary positions, each (T + side^2, d/2).
@@ -233,8 +237,9 @@ impl<B: Backend> Stack<B> {
         Ok(Self {
             embedder: Embedder::load(loader, config)?,
             blocks: (0..config.depth)
-                .map(|i| Block::load(loader, config, i))
+                .map(|i| Block::load(loader, config, i).map(Arc::new))
                 .collect::<Result<_>>()?,
+            recompute: false,
             norm: loader.get("norm.weight", &[w], Init::Constant(1.0))?,
             output: loader.factor(
                 "output.weight",
@@ -260,8 +265,12 @@ impl<B: Backend> Stack<B> {
             B::narrow(&self.rope.0, 0, 0, l)?,
             B::narrow(&self.rope.1, 0, 0, l)?,
         );
+        let (heads, scale) = (self.config.heads, self.scale());
         for block in &self.blocks {
-            x = block.forward(&x, self.config.heads, &rope, &mask, self.scale())?;
+            let (block, rope, mask) = (Arc::clone(block), rope.clone(), mask.clone());
+            x = Var::segment(self.recompute, move || {
+                block.forward(&x, heads, &rope, &mask, scale)
+            })?;
         }
         Ok(x)
     }
@@ -573,6 +582,10 @@ impl<B: Backend> Student<B> for GptStudent<B> {
             hidden,
             condition: front.summary()?,
         })
+    }
+
+    fn recompute(&mut self, blocks: bool) {
+        self.stack.recompute = blocks;
     }
 
     fn continuous(&self, prediction: &Prediction<B>) -> Result<Var<B>> {

@@ -13,6 +13,8 @@
 //! gamma, scale and shift are linear in SiLU(class embedding), per block or, with `shared_adaln`, once for all blocks
 //! plus an offset per block. b batch, l positions, C width, h heads, d = C/h, D codebook dimension, K codes.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 use crate::backend::{Backend, Mask, Unary};
@@ -345,7 +347,7 @@ struct Stack<B: Backend> {
     /// The scale of each position (l).
     level_of: B::Tensor,
     shared_adaln: Option<Linear<B>>,
-    blocks: Vec<Block<B>>,
+    blocks: Vec<Arc<Block<B>>>,
     head_norm: Linear<B>,
     head: Linear<B>,
 }
@@ -373,7 +375,7 @@ impl<B: Backend> Stack<B> {
             level_of,
             shared_adaln,
             blocks: (0..c.depth)
-                .map(|i| Block::load(loader, c, i))
+                .map(|i| Block::load(loader, c, i).map(Arc::new))
                 .collect::<Result<_>>()?,
             head_norm: Linear::load(loader, "head_nm.ada_lin.1", [w, 2 * w], std)?,
             head: Linear::load(loader, "head", [w, c.vocabulary], 0.02 * std)?,
@@ -582,14 +584,21 @@ impl<B: Backend> Generation<B> for Decoding<'_, B> {
     }
 }
 
+/// What a student adds to each position (b, 1+l, C): its row of the embedding of noise and data (2, C), mapped.
+fn mapped<B: Backend>(map: &Linear<B>, own: &Var<B>, kinds: &B::Tensor) -> Result<Var<B>> {
+    map.forward(own)?.rows(kinds)
+}
+
 /// The Distilled Decoding student.
 pub struct TransformerStudent<B: Backend> {
     stack: Stack<B>,
     mask: Mask<B::Tensor>,
+    /// Whether the backward pass computes blocks again.
+    recompute: bool,
     /// Rows: noise, data; (2, C).
     noise_or_data: Var<B>,
     /// Maps of that embedding: one per block, and one for the heads.
-    layerwise: Vec<Linear<B>>,
+    layerwise: Vec<Arc<Linear<B>>>,
     continuous: Continuous<B>,
     tokens: TokenShape,
 }
@@ -608,8 +617,12 @@ impl<B: Backend> TransformerStudent<B> {
             stack: Stack::load(loader, c, &steps)?,
             noise_or_data: loader.get("n_d_embed.weight", &[2, w], Init::Normal(std))?,
             layerwise: (0..=c.depth)
-                .map(|i| Linear::load(loader, &format!("layerwise_n_d_embed.{i}"), [w, w], std))
+                .map(|i| {
+                    let name = format!("layerwise_n_d_embed.{i}");
+                    Linear::load(loader, &name, [w, w], std).map(Arc::new)
+                })
                 .collect::<Result<_>>()?,
+            recompute: false,
             continuous: Continuous::load(loader, w, c.codebook_dim)?,
             tokens,
         })
@@ -628,7 +641,7 @@ impl<B: Backend> Student<B> for TransformerStudent<B> {
         data: &B::Tensor,
     ) -> Result<Prediction<B>> {
         let (b, l, stack) = (B::shape(x)[0], self.tokens.tokens(), &self.stack);
-        let condition = stack.condition(conditions.classes()?)?;
+        let condition = Arc::new(stack.condition(conditions.classes()?)?);
         // The class token counts as data.
         let ones = B::indices_beside(data, &vec![1; b], &[b, 1])?;
         let kinds = B::cat(&[&ones, data], 1)?; // (b, 1+l)
@@ -636,20 +649,30 @@ impl<B: Backend> Student<B> for TransformerStudent<B> {
         let x = Var::cat(&[&stack.first(&condition)?, &x], 1)?.add(&stack.places()?)?;
         let mut x = x.add(&self.noise_or_data.rows(&kinds)?)?; // (b, 1+l, C)
         // The embedding has two rows: they are mapped, then spread over the positions.
-        let mapped = |i: usize| self.layerwise[i].forward(&self.noise_or_data)?.rows(&kinds);
-        for (i, block) in stack.blocks.iter().enumerate() {
-            let attend = |q: &Var<B>, k: &Var<B>, v: &Var<B>, scale| {
-                Var::attention(q, k, v, &self.mask, scale)
-            };
-            let modulation = block.adaln.modulation(&condition)?;
-            x = block.forward(&x, &modulation, Some(&mapped(i)?), &attend)?;
+        for (block, map) in stack.blocks.iter().zip(&self.layerwise) {
+            let (block, map, condition) = (block.clone(), map.clone(), condition.clone());
+            let (own, kinds) = (self.noise_or_data.clone(), kinds.clone());
+            let mask = self.mask.clone();
+            x = Var::segment(self.recompute, move || {
+                let attend = |q: &Var<B>, k: &Var<B>, v: &Var<B>, scale| {
+                    Var::attention(q, k, v, &mask, scale)
+                };
+                let modulation = block.adaln.modulation(&condition)?;
+                let kinds = mapped(&map, &own, &kinds)?;
+                block.forward(&x, &modulation, Some(&kinds), &attend)
+            })?;
         }
-        let hidden = x.add(&mapped(stack.blocks.len())?)?;
+        let last = &self.layerwise[stack.blocks.len()];
+        let hidden = x.add(&mapped(last, &self.noise_or_data, &kinds)?)?;
         Ok(Prediction {
             logits: stack.logits(&hidden.narrow(1, 1, l)?, &condition)?,
             hidden,
             condition: part(&condition.embedding, 0, condition.embedding.shape()[1])?,
         })
+    }
+
+    fn recompute(&mut self, blocks: bool) {
+        self.recompute = blocks;
     }
 
     fn continuous(&self, prediction: &Prediction<B>) -> Result<Var<B>> {

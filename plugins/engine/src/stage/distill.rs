@@ -73,9 +73,22 @@ pub struct Options {
     /// The perceptual term.
     #[serde(default)]
     pub perceptual: Perceptual,
+    /// Parts of a batch that are computed one after the other: memory holds the activations of one, and their gradients
+    /// add up to those of the batch.
+    #[serde(default = "one_part")]
+    #[schemars(range(min = 1))]
+    pub accumulate: usize,
+    /// Whether activations inside the student's blocks are computed again in the backward pass instead of being kept:
+    /// memory for about a third more time. The result has the same bits.
+    #[serde(default)]
+    pub recompute: bool,
     /// How to train.
     #[serde(default)]
     pub train: TrainOptions,
+}
+
+fn one_part() -> usize {
+    1
 }
 
 fn held_out() -> f64 {
@@ -165,6 +178,13 @@ impl<B: Backend> Stage<B> for Distill {
                 "the perceptual term moves the continuous head only: give a `split` below the number of AR steps",
             ));
         }
+        if o.accumulate > o.train.batch {
+            let message = format!(
+                "accumulate {}: a batch of {} has no more parts than samples",
+                o.accumulate, o.train.batch
+            );
+            return Err(Error::option("/accumulate", message));
+        }
         if o.cross_entropy <= 0.0 {
             return Err(Error::option(
                 "/cross_entropy",
@@ -190,7 +210,7 @@ impl<B: Backend> Stage<B> for Distill {
             return Err(Error::option("/split", message));
         }
         let dataset = Dataset::open(context.input_dir(&o.trajectories)?)?;
-        if dataset.manifest.tokens() != shape {
+        if dataset.shape() != shape {
             let message = format!(
                 "{} was built with a teacher of another shape",
                 o.trajectories
@@ -216,7 +236,8 @@ impl<B: Backend> Stage<B> for Distill {
         };
         let network = network_of_teacher.deepened(o.depth)?;
         let mut loader = Loader::new(backend, start, true, o.teacher.as_str());
-        let student = network.student(&mut loader)?;
+        let mut student = network.student(&mut loader)?;
+        student.recompute(o.recompute);
         let all = loader.into_params();
         let continuous = o.codebook_distance > 0.0 || o.perceptual.weight() > 0.0;
         let (params, idle): (Vec<_>, Vec<_>) = all
@@ -260,7 +281,7 @@ impl<B: Backend> Stage<B> for Distill {
         };
         let mut epoch = (u64::MAX, Vec::new());
         let batch = o.train.batch;
-        let step = |step: u64| {
+        let step = |step: u64, part: usize| {
             let mut choice = Sequence::new(seed, Stream::Step, step);
             let samples: Vec<usize> = (0..batch as u64)
                 .map(|i| {
@@ -277,7 +298,7 @@ impl<B: Backend> Stage<B> for Distill {
                 })
                 .collect();
             let timesteps: Vec<usize> = samples.iter().map(|_| o.draw(&mut choice)).collect();
-            objective.loss(&*student, &samples, &timesteps)
+            objective.loss(&*student, &samples, &timesteps, part)
         };
         let held: Vec<usize> = (train..dataset.len()).collect();
         let mut measure = || {
@@ -310,7 +331,7 @@ impl<B: Backend> Stage<B> for Distill {
             measure: &mut measure,
             keep_best: false,
         });
-        let mut weights = fit.run(step, held_out)?;
+        let mut weights = fit.run_in_parts(o.accumulate, step, held_out)?;
         weights.extend(crate::weights::from_params(&idle)?);
         let mut figures = serde_json::Map::new();
         if !held.is_empty() {
@@ -478,14 +499,32 @@ impl<B: Backend> Objective<'_, B> {
         })
     }
 
+    /// Tokens of samples that the loss covers.
+    fn counted(&self, timesteps: &[usize]) -> usize {
+        let l = self.shape.tokens();
+        let known = |&t: &usize| match self.options.known_tokens {
+            true => 0,
+            false => self.shape.tokens_before(t),
+        };
+        timesteps.iter().map(|t| l - known(t)).sum()
+    }
+
+    /// The loss of a part of a batch, in the measure in which it has part in that of the batch.
     fn loss(
         &self,
         student: &dyn Student<B>,
         samples: &[usize],
         timesteps: &[usize],
+        part: usize,
     ) -> Result<StepOutput<B>> {
         let o = self.options;
         let begun = Instant::now();
+        let at = |part: usize| part * samples.len() / o.accumulate;
+        let own = at(part)..at(part + 1);
+        let of_images = own.len() as f64 / samples.len() as f64;
+        let of_tokens =
+            self.counted(&timesteps[own.clone()]) as f64 / self.counted(timesteps).max(1) as f64;
+        let (samples, timesteps) = (&samples[own.clone()], &timesteps[own]);
         let b = self.batch(samples, timesteps)?;
         let data_seconds = begun.elapsed().as_secs_f64();
         let (n, l, k, d) = (
@@ -500,9 +539,13 @@ impl<B: Backend> Objective<'_, B> {
             .logits
             .reshape(&[n * l, k])?
             .cross_entropy_rows(&b.tokens)?;
+        let mean = |term: Var<B>, share: f64| match o.accumulate {
+            1 => Ok(term),
+            _ => term.affine(share, 0.0),
+        };
         let mut terms = vec![(
             "cross_entropy",
-            rows.mul(&weights)?.mean_all()?,
+            mean(rows.mul(&weights)?.mean_all()?, of_tokens)?,
             o.cross_entropy,
         )];
         if o.codebook_distance > 0.0 || o.perceptual.weight() > 0.0 {
@@ -514,7 +557,7 @@ impl<B: Backend> Objective<'_, B> {
                 let weighted = square.mul(&weights.reshape(&[n, l, 1])?)?;
                 terms.push((
                     "codebook_distance",
-                    weighted.mean_all()?,
+                    mean(weighted.mean_all()?, of_tokens)?,
                     o.codebook_distance,
                 ));
             }
@@ -530,7 +573,7 @@ impl<B: Backend> Objective<'_, B> {
                 };
                 terms.push((
                     "perceptual",
-                    self.perceptual(&mixed, &target)?,
+                    mean(self.perceptual(&mixed, &target)?, of_images)?,
                     o.perceptual.weight(),
                 ));
             }
@@ -539,11 +582,11 @@ impl<B: Backend> Objective<'_, B> {
             .iter()
             .map(|(name, term, _)| Ok((*name, scalar::<B>(term.value())?)));
         let mut figures = figures.collect::<Result<Vec<_>>>()?;
-        // Of the time since the last step began.
+        // Of the time since the last part began.
         let last = self.begun.replace((begun, data_seconds));
         let step = (begun - last.0).as_secs_f64();
         if step > 0.0 {
-            figures.push(("data_wait", last.1 / step));
+            figures.push(("data_wait", last.1 / step / o.accumulate as f64));
         }
         let mut loss: Option<Var<B>> = None;
         for (_, term, weight) in terms {

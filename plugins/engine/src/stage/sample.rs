@@ -110,7 +110,7 @@ pub enum Sampler {
         /// Its distribution.
         #[serde(default)]
         distribution: Distribution,
-        /// Steps of the Runge-Kutta solver.
+        /// Steps of the flow map's solver, an evaluation of the codebook each.
         #[serde(default = "solver_steps")]
         #[schemars(range(min = 1))]
         solver_steps: usize,
@@ -188,7 +188,7 @@ impl<B: Backend> Stage<B> for Sample {
     type Options = Options;
     const KIND: &'static str = "sample";
     const OUTPUT: &'static str = "samples";
-    const REVISION: u32 = 1;
+    const REVISION: u32 = 2;
     const SUMMARY: &'static str =
         "sample images from a teacher, a student, both, or the independent baseline";
 
@@ -518,7 +518,7 @@ impl Marginals {
                 "the baseline counts the tokens of each class; this model is conditioned on captions",
             ));
         };
-        if dataset.manifest.tokens() != *shape {
+        if dataset.shape() != *shape {
             return Err(Error::option(
                 "/sampler/trajectories",
                 "the trajectories were made with a teacher of another shape",

@@ -1,0 +1,402 @@
+//! `retort dataset`: what trajectories hold, whether they are whole, and one of several parts.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use clap::{Subcommand, ValueHint};
+use retort_checkpoint::Checkpoint;
+use retort_checkpoint::trajectories::{
+    CAPTIONS, ConditionShape, Fault, MANIFEST, Manifest, Shard, hash, joined,
+};
+use serde_json::{Map, Value, json};
+
+use crate::artifact::{self, Layout};
+use crate::cli::{Context, Error, Exit, Format, FormatArgs, talk};
+use crate::store::{Access, ArtifactRecord, Store};
+use crate::table::{self, Cell, Rows, Style, Tone};
+
+/// Arguments of `dataset`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Say what a dataset holds: pairs, shape, teacher, distribution, size, classes.
+    Info(InfoArgs),
+    /// Read a dataset whole and say which files are damaged.
+    Verify(InfoArgs),
+    /// Join parts that were made with `range` into one dataset, which `parts` of a stage takes over.
+    Merge(MergeArgs),
+}
+
+/// Arguments of `dataset info` and `dataset verify`.
+#[derive(Debug, clap::Args)]
+pub struct InfoArgs {
+    /// A folder with a manifest.json; or the beginning of an artifact's hash, or RUN/STAGE (`latest/trajectories`).
+    #[arg(value_name = "DATASET", value_hint = ValueHint::DirPath)]
+    pub dataset: String,
+    /// How to print.
+    #[command(flatten)]
+    pub format: FormatArgs,
+}
+
+/// Arguments of `dataset merge`.
+#[derive(Debug, clap::Args)]
+pub struct MergeArgs {
+    /// The parts, each as `info` takes it.
+    #[arg(value_name = "PART", required = true, value_hint = ValueHint::DirPath)]
+    pub parts: Vec<String>,
+    /// The folder to make.
+    #[arg(short, long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub output: PathBuf,
+}
+
+/// Shows, checks or joins datasets.
+pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
+    match &args.command {
+        Command::Info(args) => info(args, context),
+        Command::Verify(args) => verify(args, context),
+        Command::Merge(args) => merge(args, context),
+    }
+}
+
+impl From<Fault> for Error {
+    fn from(fault: Fault) -> Self {
+        Self::new(Exit::Internal, fault.to_string())
+    }
+}
+
+/// A dataset that was asked for.
+struct Found {
+    dir: PathBuf,
+    manifest: Manifest,
+    /// Where it is an artifact.
+    record: Option<ArtifactRecord>,
+}
+
+impl Found {
+    fn of(reference: &str, context: &Context) -> Result<Self, Error> {
+        let folder = Path::new(reference);
+        if folder.join(MANIFEST).exists() {
+            return Ok(Self {
+                dir: folder.to_owned(),
+                manifest: Manifest::read(folder)?,
+                record: None,
+            });
+        }
+        if folder.is_dir() {
+            return Err(Error::new(
+                Exit::NothingMatches,
+                format!("{reference} has no {MANIFEST}: it is no dataset of trajectories"),
+            ));
+        }
+        let record = context.runtime()?.block_on(async {
+            let store = Store::open(&context.store, Access::ReadOnly).await?;
+            let hash = store.resolve_artifact(reference).await?;
+            let all = store.list_artifacts(None).await?;
+            store.close().await;
+            Ok::<_, Error>(all.into_iter().find(|row| row.artifact.hash == hash))
+        })?;
+        let record = record.map(|row| row.artifact);
+        let record = record.filter(|record| record.kind == "trajectories");
+        let Some(record) = record else {
+            let message = format!("{reference} is no dataset of trajectories");
+            return Err(Error::new(Exit::NothingMatches, message)
+                .hint("`retort artifacts list --kind trajectories` shows them all"));
+        };
+        let dir = Layout::new(&context.store)?.artifact(&record.hash);
+        Ok(Self {
+            manifest: Manifest::read(&dir)?,
+            dir,
+            record: Some(record),
+        })
+    }
+
+    fn path(&self, shard: &Shard) -> PathBuf {
+        self.dir.join(&shard.file)
+    }
+}
+
+fn shown(ranges: &[Range<u64>]) -> String {
+    let shown = ranges.iter().map(|r| format!("{}..{}", r.start, r.end));
+    shown.collect::<Vec<_>>().join(", ")
+}
+
+fn info(args: &InfoArgs, context: &Context) -> Result<(), Error> {
+    let found = Found::of(&args.dataset, context)?;
+    let (dir, m) = (&found.dir, &found.manifest);
+    let (mut classes, mut types, mut noise) = (BTreeMap::<u32, u64>::new(), Vec::new(), false);
+    let mut bytes = 0;
+    for shard in &m.shards {
+        let path = found.path(shard);
+        let opened = m.glance(&path, shard)?;
+        opened
+            .labels
+            .iter()
+            .for_each(|&label| *classes.entry(label).or_default() += 1);
+        let name = opened.tokens.to_string().to_lowercase();
+        if !types.contains(&name) {
+            types.push(name);
+        }
+        noise |= opened.noise;
+        bytes += opened.checkpoint.size();
+    }
+    let pairs: u64 = m.shards.iter().map(|shard| shard.end - shard.start).sum();
+    let each = bytes as f64 / pairs.max(1) as f64;
+    let (ranges, gaps) = (m.ranges(), m.gaps());
+    let as_pairs = |ranges: &[Range<u64>]| -> Value {
+        ranges.iter().map(|r| json!([r.start, r.end])).collect()
+    };
+    let (kind, number) = match m.condition {
+        ConditionShape::Classes(classes) => ("classes", classes),
+        ConditionShape::Captions(_) => ("captions", classes.len()),
+    };
+    let spread = classes.values().min().zip(classes.values().max());
+    let spread = spread.map_or_else(String::new, |(least, most)| format!("{least} to {most}"));
+    let counts: Map<String, Value> = classes
+        .iter()
+        .map(|(class, &count)| (class.to_string(), count.into()))
+        .collect();
+
+    let mut facts: Vec<(&str, Cell)> = vec![
+        ("folder", dir.display().to_string().into()),
+        ("pairs", pairs.into()),
+        ("of", m.count.into()),
+        ("samples", Cell::new(shown(&ranges), as_pairs(&ranges))),
+        ("missing", Cell::new(shown(&gaps), as_pairs(&gaps))),
+        ("ar_steps", (m.steps.len() as u64).into()),
+        ("tokens_a_pair", (m.tokens() as u64).into()),
+        ("codes", (m.vocabulary as u64).into()),
+        ("code_dimension", (m.dim as u64).into()),
+        (kind, (number as u64).into()),
+        ("pairs_of_each", Cell::new(spread, counts)),
+        ("teacher", m.teacher.as_str().into()),
+        ("seed", m.seed.into()),
+    ];
+    let distribution = m.distribution.as_object().into_iter().flatten();
+    facts.extend(distribution.map(|(name, value)| (name.as_str(), Cell::json(value))));
+    facts.extend([
+        ("solver_steps", (m.solver_steps as u64).into()),
+        ("token_type", types.join(", ").into()),
+        ("noise", if noise { "stored" } else { "of the seed" }.into()),
+        ("shards", (m.shards.len() as u64).into()),
+        ("bytes", Cell::bytes(bytes)),
+        ("bytes_a_pair", Cell::number((each * 10.0).round() / 10.0)),
+    ]);
+    let mut rows = Rows::new(&["fact", "value"]);
+    for (name, value) in facts {
+        rows.push([name.into(), value]);
+    }
+    let text = match args.format.get() {
+        Format::Json => {
+            let facts = rows.objects();
+            let facts = facts.as_array().into_iter().flatten();
+            let object: Map<String, Value> = facts
+                .filter_map(|row| Some((row["fact"].as_str()?.to_owned(), row["value"].clone())))
+                .collect();
+            format!("{:#}\n", Value::Object(object))
+        }
+        _ => rows.render(args.format.style(context)),
+    };
+    Ok(talk::print(&text)?)
+}
+
+fn verify(args: &InfoArgs, context: &Context) -> Result<(), Error> {
+    let found = Found::of(&args.dataset, context)?;
+    let m = &found.manifest;
+    let mut rows = Rows::new(&["file", "samples", "problem"]);
+    let mut problem = |file: &str, samples: String, what: String| {
+        rows.push([
+            file.into(),
+            samples.into(),
+            Cell::from(what).tone(Tone::Bad),
+        ]);
+    };
+    let mut labels = 0;
+    for shard in &m.shards {
+        match m.open_shard(&found.path(shard), shard) {
+            Ok(opened) => {
+                labels = labels.max(opened.labels.iter().map(|&x| x + 1).max().unwrap_or(0))
+            }
+            Err(fault) => {
+                let samples = shown(std::slice::from_ref(&(shard.start..shard.end)));
+                problem(&shard.file, samples, fault.message);
+            }
+        }
+    }
+    if let Err(fault) = joined(vec![(found.dir.clone(), m.shards.clone())]) {
+        problem(MANIFEST, String::new(), fault.to_string());
+    }
+    if matches!(m.condition, ConditionShape::Captions(_))
+        && let Err(what) = captions(&found.dir.join(CAPTIONS), labels)
+    {
+        problem(CAPTIONS, String::new(), what);
+    }
+    // The record of an artifact knows all files, the manifest among them.
+    if let Some(record) = &found.record {
+        for damage in artifact::verify(&found.dir, record) {
+            let known = m.shards.iter().any(|shard| shard.file == damage.path);
+            if !known {
+                problem(&damage.path, String::new(), damage.problem);
+            }
+        }
+    }
+    let style = args.format.style(context);
+    if !(rows.is_empty() && matches!(style, Style::Table { .. })) {
+        talk::print(&rows.render(style))?;
+    }
+    let pairs: u64 = m.shards.iter().map(|shard| shard.end - shard.start).sum();
+    if rows.is_empty() {
+        if !context.quiet {
+            talk::say(&format!(
+                "{pairs} pairs in {} shards verified",
+                m.shards.len()
+            ));
+            let gaps = m.gaps();
+            if !gaps.is_empty() {
+                talk::say(&format!(
+                    "note: a part: {} of {} are made elsewhere",
+                    shown(&gaps),
+                    m.count
+                ));
+            }
+        }
+        return Ok(());
+    }
+    let hint = match found.record {
+        Some(_) => "remove the artifact's directory from the store; a run then makes it again",
+        None => {
+            "copy the file again from where it was made; or take its entry out of manifest.json, and a trajectories stage \
+             whose `parts` name the folder makes these samples anew"
+        }
+    };
+    let message = format!("{} problems in {}", rows.len(), found.dir.display());
+    Err(Error::new(Exit::Internal, message).hint(hint))
+}
+
+/// Whether a file of captions has one for each of so many labels.
+fn captions(path: &Path, labels: u32) -> Result<(), String> {
+    let open = || -> retort_checkpoint::Result<(usize, u64, Option<usize>)> {
+        let file = Checkpoint::open(path)?;
+        let all = file.select(None)?;
+        let lengths = all.get("lengths").map(|lengths| file.indices(lengths));
+        let lengths = lengths.transpose()?.unwrap_or_default();
+        let total = lengths.iter().map(|&x| u64::from(x)).sum();
+        let rows = all
+            .get("features")
+            .and_then(|features| features.shape.first().copied());
+        Ok((lengths.len(), total, rows))
+    };
+    let (known, tokens, rows) = open().map_err(|e| e.to_string())?;
+    if known < labels as usize {
+        return Err(format!(
+            "{known} captions, but labels go up to {}",
+            labels - 1
+        ));
+    }
+    match rows {
+        Some(rows) if rows as u64 == tokens => Ok(()),
+        _ => Err(format!(
+            "features of {} tokens, expected {tokens}",
+            rows.unwrap_or(0)
+        )),
+    }
+}
+
+fn merge(args: &MergeArgs, context: &Context) -> Result<(), Error> {
+    let out = &args.output;
+    let refused = |message: String| Error::new(Exit::Usage, message);
+    if fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some()) || out.is_file() {
+        return Err(refused(format!("{} is there already", out.display())));
+    }
+    let parts = args.parts.iter().map(|part| Found::of(part, context));
+    let parts = parts.collect::<Result<Vec<_>, _>>()?;
+    let mut whole = parts[0].manifest.clone();
+    let shards = parts
+        .iter()
+        .map(|part| Ok((part.dir.clone(), whole.of_part(&part.dir)?)))
+        .collect::<Result<Vec<_>, Fault>>()
+        .and_then(joined)
+        .map_err(|fault| refused(fault.to_string()))?;
+    whole.shards = shards.iter().map(|(_, shard)| shard.clone()).collect();
+    if let Some(gap) = whole.gaps().first() {
+        return Err(refused(format!(
+            "samples {} are missing of {}",
+            shown(&whole.gaps()),
+            whole.count
+        ))
+        .hint(format!(
+            "`range: [{}, {}]` makes the first of them",
+            gap.start, gap.end
+        )));
+    }
+    let mut extra = None;
+    if matches!(whole.condition, ConditionShape::Captions(_)) {
+        let hashes = parts.iter().map(|part| hash(&part.dir.join(CAPTIONS)));
+        let hashes = hashes.collect::<Result<Vec<_>, _>>()?;
+        if hashes.iter().any(|one| *one != hashes[0]) {
+            return Err(refused("the parts were made for other captions".into()));
+        }
+        extra = Some(parts[0].dir.join(CAPTIONS));
+    }
+
+    // Complete or not there at all.
+    let partial = out.with_extension("partial");
+    let failed = |action: &str, path: &Path| {
+        let message = format!("cannot {action} {}", path.display());
+        move |e: std::io::Error| Error::new(Exit::Internal, message).cause(&e)
+    };
+    if partial.exists() {
+        fs::remove_dir_all(&partial).map_err(failed("remove", &partial))?;
+    }
+    fs::create_dir_all(&partial).map_err(failed("make", &partial))?;
+    let take = |from: &Path, name: &str| {
+        let to = partial.join(name);
+        // An artifact's files must not become writable through another name.
+        fs::copy(from, &to).map(drop).map_err(failed("copy", from))
+    };
+    let mut bytes = 0;
+    for ((dir, shard), merged) in shards.iter().zip(&mut whole.shards) {
+        let from = dir.join(&shard.file);
+        bytes += whole_size(&from);
+        parts[0].manifest.open_shard(&from, shard)?;
+        let hash = match &shard.hash {
+            Some(hash) => hash.clone(),
+            None => hash(&from)?,
+        };
+        *merged = Shard {
+            hash: Some(hash),
+            ..Shard::of(shard.start..shard.end)
+        };
+        take(&from, &merged.file)?;
+    }
+    if let Some(from) = &extra {
+        take(from, CAPTIONS)?;
+    }
+    let text = serde_json::to_string_pretty(&whole).unwrap_or_default();
+    let manifest = partial.join(MANIFEST);
+    fs::write(&manifest, text + "\n").map_err(failed("write", &manifest))?;
+    fs::rename(&partial, out).map_err(failed("make", out))?;
+    if !context.quiet {
+        talk::say(&format!(
+            "{}: {} pairs in {} shards of {} parts, {}",
+            out.display(),
+            whole.count,
+            whole.shards.len(),
+            parts.len(),
+            table::bytes(bytes)
+        ));
+    }
+    Ok(())
+}
+
+fn whole_size(path: &Path) -> u64 {
+    fs::metadata(path).map_or(0, |metadata| metadata.len())
+}
