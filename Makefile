@@ -22,7 +22,7 @@ libtorch: ## build the libtorch plugin too, and get libtorch first where it is m
 # A target directory of its own: with other features everything above candle is another build. CUDA_HOME names a toolkit
 # that is there already; without it, and without an nvcc, pip installs one into .cuda.
 CUDA_DIR = $(or $(CARGO_TARGET_DIR),target)/cuda
-CUDA_ENV = root=$(abspath $(CUDA_DIR))/toolkit; CUDA_HOME=$$root CUDA_PATH=$$root CUDA_ROOT= PATH=$$root/bin:$$PATH \
+CUDA_ENV = root=$(abspath $(CUDA_DIR))/toolkit; CUDA_HOME=$$root CUDA_PATH=$$root PATH=$$root/bin:$$PATH \
     NVCC=$(CURDIR)/plugins/candle/nvcc CUDA_COMPUTE_CAP=$(or $(CUDA_COMPUTE_CAP),90)
 cuda: build ## build the candle plugin's CUDA variant too; no GPU is needed (CUDA_COMPUTE_CAP=90)
 	@plugins/candle/get-cuda $(CUDA_DIR)/toolkit

@@ -98,20 +98,25 @@ void enter() {
 void run_block(bool reversed) {
     static std::vector<char> stacks(THREADS * STACK + 64);
     char* base = (char*)(((uintptr_t)stacks.data() + 63) & ~(uintptr_t)63);
-    for (unsigned i = 0; i < THREADS; ++i) {
-        void** top = (void**)(base + (i + 1) * STACK) - 2;
-        *top = (void*)enter;
-        fibers[i] = {top - 6, false};
-    }
+    for (auto& fiber : fibers) fiber = {nullptr, false};
     block = {THREADS, 0, 0};
     for (auto& warp : warps) warp = {32, 0, 0};
+    // A thread that ends without waiting for others leaves its stack, still warm, to the next.
+    unsigned waiting = 0;
     for (unsigned left = THREADS; left;) {
         for (unsigned i = 0; i < THREADS; ++i) {
             unsigned own = reversed ? THREADS - 1 - i : i;
             if (fibers[own].done) continue;
+            bool first = !fibers[own].at;
+            if (first) {
+                void** top = (void**)(base + (waiting + 1) * STACK) - 2;
+                *top = (void*)enter;
+                fibers[own].at = top - 6;
+            }
             threadIdx.x = own;
             emulator_switch(&scheduler, fibers[own].at);
             left -= fibers[own].done;
+            waiting += first && !fibers[own].done;
         }
     }
 }
@@ -277,7 +282,7 @@ int cuLaunchKernel(Function* function, unsigned gx, unsigned gy, unsigned gz, un
     bool reversed = setting("EMULATOR_REVERSED", 0);
     for (unsigned i = 0; i < gx; ++i) {
         blockIdx.x = reversed ? gx - 1 - i : i;
-        for (float& x : memory_of_block) x = NAN;
+        for (unsigned at = 0; at < shared / sizeof(float); ++at) memory_of_block[at] = NAN;
         emulator::run_block(reversed);
     }
     return SUCCESS;
