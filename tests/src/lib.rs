@@ -3,6 +3,7 @@
 pub mod agreement;
 pub mod examination;
 pub mod golden;
+pub mod memory;
 pub mod speed;
 pub mod throughput;
 pub mod torch;

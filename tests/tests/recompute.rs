@@ -1,0 +1,98 @@
+//! Activations that are computed again in the backward pass: the same gradients, less memory.
+
+use retort_candle::Candle;
+use retort_engine::backend::{Backend, Unary};
+use retort_engine::bundle::{Family, NetworkConfig};
+use retort_engine::model::{Conditions, Student};
+use retort_engine::published::{self, Hints};
+use retort_engine::random::noise;
+use retort_engine::tape::backward;
+use retort_engine::weights::{Loader, Params, Source};
+use retort_tests::memory::{peak, resident};
+
+/// A student of a published size with so many blocks, and its parameters.
+fn student(
+    family: Family,
+    size: &str,
+    depth: usize,
+) -> (Candle, Box<dyn Student<Candle>>, Params<Candle>) {
+    let hints = Hints {
+        size: Some(size.into()),
+        ..Default::default()
+    };
+    let (_, mut network) = published::published(family, &hints).expect("a size");
+    match &mut network {
+        NetworkConfig::Llamagen(c) => c.depth = depth,
+        NetworkConfig::Var(c) => c.depth = depth,
+    }
+    let backend = Candle::open("cpu", "f32", 2).expect("a CPU");
+    let mut loader = Loader::new(&backend, Source::Init(1), true, "drawn");
+    let student = network.student(&mut loader).expect("a student");
+    let params = loader.into_params();
+    (backend, student, params)
+}
+
+/// Gradients of the mean square of what a student predicts.
+fn gradients(
+    (backend, student, params): &(Candle, Box<dyn Student<Candle>>, Params<Candle>),
+    batch: usize,
+) -> Vec<Vec<f32>> {
+    let (l, d) = (student.tokens().tokens(), student.tokens().dim);
+    let x = backend.floats(&noise(5, 0, batch * l, d), &[batch, l, d]);
+    let labels: Vec<u32> = (0..batch as u32).collect();
+    let labels = Conditions::Classes(backend.indices(&labels, &[batch]).expect("labels"));
+    let kinds = backend.indices(&vec![0; batch * l], &[batch, l]);
+    let of = || {
+        let prediction = student.predict(&x?, &labels, &kinds?)?;
+        let continuous = student.continuous(&prediction)?;
+        let ids = backend.indices(&vec![7; batch * l], &[batch * l])?;
+        let logits = prediction
+            .logits
+            .reshape(&[batch * l, student.tokens().vocabulary])?;
+        let square = continuous.unary(Unary::Square)?.mean_all()?;
+        let loss = logits.cross_entropy(&ids)?.add(&square)?;
+        drop(square);
+        drop((prediction, continuous, logits));
+        backward(loss, params)
+    };
+    let all = of().expect("gradients");
+    all.iter()
+        .map(|g| Candle::to_floats(g).expect("floats"))
+        .collect()
+}
+
+#[test]
+fn recomputed_activations_give_the_same_bits() {
+    for (family, size) in [(Family::Llamagen, "B"), (Family::Var, "d16")] {
+        let mut made = student(family, size, 2);
+        let kept = gradients(&made, 1);
+        made.1.recompute(true);
+        let recomputed = gradients(&made, 1);
+        for ((name, _), (a, b)) in made.2.iter().zip(kept.iter().zip(&recomputed)) {
+            let same = a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(same, "{family}: {name}");
+        }
+    }
+}
+
+/// What activations take at a published size.
+#[test]
+#[ignore = "a minute and some GB: cargo test --release -p retort-tests --test recompute -- --ignored --nocapture"]
+fn recomputed_activations_take_less_memory() {
+    let mut made = student(Family::Llamagen, "B", 12);
+    let mut peaks = Vec::new();
+    for (batch, recompute) in [(4, true), (4, false)] {
+        made.1.recompute(recompute);
+        std::fs::write("/proc/self/clear_refs", "5").expect("Linux");
+        let (before, clock) = (resident(), std::time::Instant::now());
+        gradients(&made, batch);
+        let took = peak() - before;
+        println!(
+            "LlamaGen-B, batch {batch}, recompute {recompute}: {} MiB more at the peak, {:.1?}",
+            took >> 10,
+            clock.elapsed()
+        );
+        peaks.push(took);
+    }
+    assert!(peaks[0] < peaks[1], "{peaks:?}");
+}
