@@ -9,10 +9,12 @@ use retort_engine::weights::Weights;
 
 pub use retort_engine::conformance::golden::{TOLERANCE, procedural_weights};
 
-/// Where the results lie: where cargo says that this crate is; where it was built otherwise.
+/// Where the results lie: where `RETORT_GOLDEN` says, on a machine without these sources' place, or here.
 pub fn folder() -> PathBuf {
-    let own = std::env::var("CARGO_MANIFEST_DIR").unwrap_or(env!("CARGO_MANIFEST_DIR").into());
-    Path::new(&own).join("golden")
+    match std::env::var_os("RETORT_GOLDEN") {
+        Some(folder) => folder.into(),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("golden"),
+    }
 }
 
 /// Compares all networks.
