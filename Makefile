@@ -51,13 +51,14 @@ test: build ## everything the project checks
 	    echo '*** The tests of the libtorch plugin were SKIPPED: there is no libtorch (the reason stands above). ***' >&2; \
 	fi
 
-# What the two below need on a GPU's machine, in one directory: a machine without cargo uses it as it was built here.
+# What the two below need on a GPU's machine, in one directory: a machine without cargo uses it as it was built here. The
+# CUDA variant is the plugin there.
 GPU = target/gpu
 gpu-artefacts: cuda
 	$(CUDA_ENV) $(CARGO) build --release -p retort-tests --features cuda --bin retort-gpu --target-dir $(CUDA_DIR)
 	mkdir -p $(GPU)
-	install -s -m 755 $(CUDA_DIR)/release/retort-gpu $(BIN)/retort $(BIN)/libretort_candle.so \
-	    $(BIN)/libretort_candle.cuda.so $(GPU)
+	rm -f $(GPU)/*
+	install -s -m 755 $(CUDA_DIR)/release/retort-gpu $(BIN)/retort $(BIN)/libretort_candle.cuda.so $(GPU)
 	@if [ -e $(BIN)/libretort_libtorch.so ]; then install -s -m 755 $(BIN)/libretort_libtorch.so $(GPU); fi
 
 gpu-check: ## golden results, tokens, memory and a short digits recipe on a GPU, with every plugin that drives one

@@ -46,9 +46,25 @@ pub fn flow_map(
     let codes = codebook.raw.t().map_err(failed)?;
     let codes = padded(&codes, [wide, k], 0)?;
     let noise = padded(&noise.raw, [n, wide], 1)?;
-    let steps = flow::steps(solver, spread(codebook)?);
+    // s and the weights, which are integrals over s, go by the inverse of the spread: nothing has to leave the GPU.
+    let steps = flow::steps(solver, 1.0);
     let table = table(&steps);
-    let points = Raw::from_slice(&table, table.len(), logits.device()).map_err(failed)?;
+    let unit = Raw::from_slice(&table, table.len(), logits.device()).map_err(failed)?;
+    let points = fresh(&device, &[table.len()], DType::F32)?;
+    launch!(
+        device,
+        "spread_steps",
+        1,
+        0,
+        [
+            k as u32,
+            d as u32,
+            table.len() as u32,
+            pointer(&codes)?,
+            pointer(&unit)?,
+            pointer(&points)?
+        ]
+    )?;
     let numbers = Flow {
         points: steps.len() as i32,
         dropped: DROPPED,
@@ -80,22 +96,6 @@ pub fn flow_map(
         )?;
     }
     Ok(Some(ids))
-}
-
-/// The spread of a codebook, of which numbers alone leave the device.
-fn spread(codebook: &Tensor) -> Result<f64> {
-    let of = || {
-        let codes = codebook.raw.to_dtype(DType::F32)?.contiguous()?;
-        let mean_square = codes.sqr()?.sum(1)?.mean_all()?.to_scalar::<f32>()?;
-        let square_of_mean = codes.mean(0)?.sqr()?.sum_all()?.to_scalar::<f32>()?;
-        Ok((f64::from(mean_square), f64::from(square_of_mean)))
-    };
-    let (mean_square, square_of_mean) = of().map_err(failed)?;
-    Ok(flow::spread(
-        mean_square,
-        square_of_mean,
-        codebook.raw.dims()[1],
-    ))
 }
 
 /// What the kernel reads of each step: s, and weights of the slopes in their places, to z and from z before the step to

@@ -779,6 +779,27 @@ struct Flow {
 // in z, then in where the next step evaluates.
 constexpr int KEPT = 5, ROW = 1 + 2 * KEPT;
 
+// The table of steps for a codebook (d, k), from that for a spread of 1: all of it goes by the inverse of the spread, the
+// root mean square deviation of a coordinate. One block.
+KERNEL(spread_steps, unsigned k, unsigned d, unsigned n, const float* codes, const float* unit, float* to) {
+    double mean_square = 0.0, square_of_mean = 0.0;
+    for (unsigned e = 0; e < d; ++e) {
+        double sum = 0.0, squares = 0.0;
+        ALONG(i, k) {
+            double c = codes[(size_t)e * k + i];
+            sum += c;
+            squares += c * c;
+        }
+        double mean = together<Add>(sum, 0.0) / k;
+        mean_square += together<Add>(squares, 0.0) / k;
+        square_of_mean += mean * mean;
+    }
+    double spread = sqrt((mean_square - square_of_mean) / d);
+    // Rounding leaves something of equal codes.
+    float scale = spread > 1e-4 * sqrt(mean_square / d) && spread < 1e30 ? (float)(1.0 / spread) : 1.0f;
+    ALONG(i, n) to[i] = unit[i] * scale;
+}
+
 // A token's state.
 template <int D> struct Token {
     float z[D];
