@@ -16,6 +16,7 @@ use retort_engine::sampler::{Choice, Distribution, StudentSampler, autoregressiv
 use retort_engine::tape::Var;
 use retort_engine::weights::{Loader, Source};
 
+use crate::golden;
 use crate::speed::{Drawn, On, Phase, Reference, least};
 
 const BATCHES: [usize; 3] = [1, 16, 64];
@@ -201,8 +202,7 @@ fn phases<B: Backend>(on: &On<B>, r: &Reference, drawn: &Drawn) -> Result<Vec<Ti
 
 /// Seconds of PyTorch by phase, in bf16 by autocast.
 fn peer(python: &str, family: &str, batch: usize) -> Result<BTreeMap<String, f64>> {
-    let root = std::env::var("CARGO_MANIFEST_DIR").unwrap_or(env!("CARGO_MANIFEST_DIR").into());
-    let script = Path::new(&root).join("peers/speed.py");
+    let script = golden::folder().with_file_name("peers").join("speed.py");
     let output = Command::new(python)
         .arg(&script)
         .args([family, "bf16", &batch.to_string(), "8"])
