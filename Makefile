@@ -58,8 +58,15 @@ gpu-artefacts: cuda
 	$(CUDA_ENV) $(CARGO) build --release -p retort-tests --features cuda --bin retort-gpu --target-dir $(CUDA_DIR)
 	mkdir -p $(GPU)
 	rm -f $(GPU)/*
-	install -s -m 755 $(CUDA_DIR)/release/retort-gpu $(BIN)/retort $(BIN)/libretort_candle.cuda.so $(GPU)
-	@if [ -e $(BIN)/libretort_libtorch.so ]; then install -s -m 755 $(BIN)/libretort_libtorch.so $(GPU); fi
+	install -s -m 755 $(BIN)/retort $(BIN)/libretort_candle.cuda.so $(GPU)
+	install -s -m 755 $(CUDA_DIR)/release/retort-gpu $(GPU)/retort-gpu-candle
+	@if [ -e $(BIN)/libretort_libtorch.so ]; then $(MAKE) --no-print-directory gpu-artefacts-libtorch; fi
+
+.PHONY: gpu-artefacts-libtorch
+gpu-artefacts-libtorch: libtorch
+	env -u LIBTORCH $(CARGO) build --release -p retort-libtorch --example gpu
+	install -s -m 755 $(BIN)/libretort_libtorch.so $(GPU)
+	install -s -m 755 $(BIN)/examples/gpu $(GPU)/retort-gpu-libtorch
 
 gpu-check: ## golden results, tokens, memory and a short digits recipe on a GPU, with every plugin that drives one
 	@if command -v $(CARGO) >/dev/null; then $(MAKE) --no-print-directory gpu-artefacts; fi

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 
 fn main() {
     println!("cargo::rerun-if-changed=src/aten.cpp");
-    println!("cargo::rustc-check-cfg=cfg(with_cuda)");
     let lib = std::env::var_os("DEP_TCH_LIBTORCH_LIB").expect("torch-sys says where libtorch is");
     let lib = PathBuf::from(lib);
     let lib = lib
@@ -14,9 +13,6 @@ fn main() {
     let root = lib.parent().expect("libtorch/lib has a parent");
     let file = lib.join("libtorch_cpu.so");
     println!("cargo::rerun-if-changed={}", file.display());
-    if lib.join("libtorch_cuda.so").exists() {
-        println!("cargo::rustc-cfg=with_cuda");
-    }
     println!("cargo::rustc-env=RETORT_LIBTORCH_LIB={}", lib.display());
     println!("cargo::rustc-env=RETORT_LIBTORCH_VERSION={}", version(root));
     println!("cargo::rustc-link-arg=-Wl,-rpath,{}", lib.display());

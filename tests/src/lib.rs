@@ -3,6 +3,7 @@
 pub mod agreement;
 pub mod examination;
 pub mod golden;
+pub mod gpu;
 pub mod memory;
 pub mod speed;
 pub mod throughput;

@@ -35,8 +35,9 @@ struct Timed {
     seconds: f64,
 }
 
-/// Prints the table of a backend that computes products in bf16. `python` names a Python with torch on the same GPU.
-pub fn report<B: Backend>(backend: B, python: Option<&str>) -> Result<()> {
+/// Prints the table of a backend that computes products in bf16, of the shapes whose title ("VAR-d16, batch 16") holds
+/// `only`. `python` names a Python with torch on the same GPU.
+pub fn report<B: Backend>(backend: B, python: Option<&str>, only: &str) -> Result<()> {
     let on = On {
         name: "cuda".into(),
         backend,
@@ -54,13 +55,22 @@ pub fn report<B: Backend>(backend: B, python: Option<&str>) -> Result<()> {
         (Family::Llamagen, "LlamaGen-L", "L", "llamagen-L"),
         (Family::Var, "VAR-d16", "d16", "var"),
     ] {
+        let title = |batch: usize| format!("{name}, batch {batch}");
+        let batches: Vec<usize> = BATCHES
+            .into_iter()
+            .filter(|&batch| title(batch).contains(only))
+            .collect();
+        if batches.is_empty() {
+            continue;
+        }
         let drawn = Drawn::new(&Reference::new(family, name, size, 1)?)?;
-        for batch in BATCHES {
+        for batch in batches {
+            let title = title(batch);
             let reference = Reference::new(family, name, size, batch)?;
             let timed = match phases(&on, &reference, &drawn) {
                 Ok(timed) => timed,
                 Err(Error::OutOfMemory(why)) => {
-                    println!("{name}, batch {batch}: out of memory ({why})");
+                    println!("{title}: out of memory ({why})");
                     continue;
                 }
                 Err(error) => return Err(error),
@@ -77,7 +87,7 @@ pub fn report<B: Backend>(backend: B, python: Option<&str>) -> Result<()> {
                 });
                 println!(
                     "{:<44}{:>12.2}{:>12.4}{:>7.1}%{:>12}{:>10}",
-                    format!("{name}, batch {batch}: {} ({})", t.name, t.unit),
+                    format!("{title}: {} ({})", t.name, t.unit),
                     match t.unit {
                         "steps" => 1.0 / t.seconds,
                         _ => batch as f64 / t.seconds,
@@ -89,7 +99,7 @@ pub fn report<B: Backend>(backend: B, python: Option<&str>) -> Result<()> {
                 );
             }
             println!(
-                "{name}, batch {batch}: one step is {:.0} times as fast as the teacher",
+                "{title}: one step is {:.0} times as fast as the teacher",
                 timed[0].seconds / timed[2].seconds
             );
         }

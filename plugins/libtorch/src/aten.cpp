@@ -4,6 +4,8 @@
 // In: handles of at::Tensor as tch holds them, borrowed. Out: new handles, owned by the caller. A function returns
 // nullptr, or the message of what was thrown; the message lives until the thread's next call.
 
+#include <dlfcn.h>
+
 #include <string>
 
 #include <ATen/Context.h>
@@ -42,6 +44,16 @@ void give(Tensor **out, Tensor tensor) {
 } // namespace
 
 extern "C" {
+
+// The file that libtorch was loaded from, which need not be the one that this was built with.
+const char *retort_library() {
+  static const std::string file = [] {
+    Dl_info found{};
+    dladdr(reinterpret_cast<void *>(&at::get_num_threads), &found);
+    return std::string(found.dli_fname ? found.dli_fname : "");
+  }();
+  return file.c_str();
+}
 
 // f32 shall mean f32: by itself libtorch lets convolutions on GPUs round their operands to TF32.
 const char *retort_no_tf32() {

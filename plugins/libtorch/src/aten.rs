@@ -1,6 +1,8 @@
 //! The functions of `aten.cpp`: what tch does not bind.
 
-use std::ffi::{CStr, c_char, c_void};
+use std::ffi::{CStr, OsStr, c_char, c_void};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use retort_engine::error::{Error, Result};
 use tch::Tensor;
@@ -12,6 +14,7 @@ type Handle = *const c_void;
 type Out = *mut c_void;
 
 unsafe extern "C" {
+    fn retort_library() -> *const c_char;
     fn retort_no_tf32() -> *const c_char;
     fn retort_each(
         count: i64,
@@ -42,6 +45,13 @@ unsafe extern "C" {
         dw: *mut Out,
         db: *mut Out,
     ) -> *const c_char;
+}
+
+/// The file of the libtorch that is loaded: its CPU half.
+pub(crate) fn library() -> &'static Path {
+    // SAFETY: returns a C string that is never freed.
+    let path = unsafe { CStr::from_ptr(retort_library()) };
+    Path::new(OsStr::from_bytes(path.to_bytes()))
 }
 
 /// Keeps GPUs from rounding the operands of f32 products.

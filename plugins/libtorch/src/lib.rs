@@ -60,9 +60,10 @@ impl Libtorch {
                 let index: usize = index.parse().map_err(|_| {
                     Error::option("/device", format!("{device}: expected cuda or cuda:N"))
                 })?;
-                let count = cuda::devices().map_err(|why| {
+                let gpus = cuda::devices().map_err(|why| {
                     Error::option("/device", format!("{device} cannot be used: {why}"))
                 })?;
+                let count = gpus.len();
                 if index >= count {
                     let message = format!("{device}: this machine has {count} CUDA devices");
                     return Err(Error::option("/device", message));

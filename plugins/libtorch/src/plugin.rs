@@ -10,11 +10,7 @@ const ABOUT: About = About {
     version: env!("CARGO_PKG_VERSION"),
     summary: "all stages on libtorch, on CPUs and CUDA GPUs",
     license: env!("CARGO_PKG_LICENSE"),
-    devices: if cfg!(with_cuda) {
-        &["cpu", "cuda"]
-    } else {
-        &["cpu"]
-    },
+    devices: &["cpu", "cuda"],
     dtypes: &["f32", "bf16"],
     libraries: &[concat!(
         "libtorch ",
@@ -34,18 +30,22 @@ pub(crate) fn plugin() -> EnginePlugin<Libtorch> {
 }
 
 fn devices() -> Vec<Device> {
-    let device = |name: String, model, unusable| Device {
+    let device = |name: String, model, memory, unusable| Device {
         name,
         model,
-        memory: None,
+        memory,
         unusable,
     };
-    let mut found = vec![device("cpu".into(), processor(), None)];
+    let mut found = vec![device("cpu".into(), processor(), None, None)];
     match cuda::devices() {
-        Ok(count) => {
-            found.extend((0..count).map(|i| device(format!("cuda:{i}"), String::new(), None)));
+        Ok(gpus) => found.extend(gpus.iter().enumerate().map(|(i, gpu)| {
+            let model = gpu.model.clone();
+            device(format!("cuda:{i}"), model, Some(gpu.memory), None)
+        })),
+        Err(why) => {
+            let why = Some(why.to_owned());
+            found.push(device("cuda:0".into(), String::new(), None, why));
         }
-        Err(why) => found.push(device("cuda:0".into(), String::new(), Some(why.to_owned()))),
     }
     found
 }

@@ -1,0 +1,130 @@
+//! A backend on a GPU: what `make gpu-check` examines and `make gpu-bench` times, as a program for each plugin.
+
+use std::process::ExitCode;
+
+use retort_candle::Candle;
+use retort_engine::backend::Backend;
+use retort_engine::conformance::{self, Case};
+use retort_engine::error::{Error, Result};
+
+use crate::golden::{self, TOLERANCE};
+use crate::{agreement, throughput};
+
+/// Largest errors of tensors, relative to their largest magnitude.
+const SINGLE: f64 = 1e-3;
+const HALF: f64 = 2e-2;
+/// Share of tokens that may be others than on the CPU.
+const TOKENS: f64 = 0.01;
+
+/// The program: `check`, or `bench [PART]` for the lines of the table that begin with shapes whose title holds PART.
+///
+/// `open` opens the GPU with a dtype. On the GPU's machine nothing else is needed but the libraries of CUDA and, to
+/// compare speeds, a Python with torch (named by PYTHON). Where there is no GPU it says so and succeeds, unless
+/// RETORT_GPU says that there has to be one.
+pub fn main<B: Backend>(open: impl Fn(&str) -> Result<B>) -> ExitCode {
+    let mut arguments = std::env::args().skip(1);
+    let command = arguments.next().unwrap_or_default();
+    if !matches!(command.as_str(), "check" | "bench") {
+        eprintln!("usage: check | bench [PART OF A TITLE]");
+        return ExitCode::from(2);
+    }
+    let single = match open("f32") {
+        Ok(gpu) => gpu,
+        Err(why) if std::env::var_os("RETORT_GPU").is_none() => {
+            eprintln!("{command}: skipped, nothing ran on a GPU: {why}");
+            return ExitCode::SUCCESS;
+        }
+        Err(why) => {
+            eprintln!("{command}: {why}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let done = open("bf16").and_then(|half| match command.as_str() {
+        "check" => check(&single, &half),
+        _ => {
+            let python = std::env::var("PYTHON").ok();
+            let only = arguments.next().unwrap_or_default();
+            throughput::report(half, python.as_deref(), &only).map(|()| true)
+        }
+    });
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("{command}: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs every examination and says whether all were passed.
+fn check<B: Backend>(single: &B, half: &B) -> Result<bool> {
+    let cpu = Candle::open("cpu", "f32", 0)?;
+    let mut passed = true;
+    let mut examine = |what: &str, cases: Result<Vec<Case>>| {
+        let good = match cases {
+            Ok(cases) => golden::report(what, &cases),
+            Err(error) => {
+                println!("{what}: {error}");
+                false
+            }
+        };
+        println!("{} {what}", if good { "passed" } else { "FAILED" });
+        passed &= good;
+    };
+    examine("operations in f32", Ok(conformance::check(single)));
+    let rounding = 2f64.powi(-8);
+    examine(
+        "operations in bf16",
+        Ok(conformance::check_rounded(half, rounding)),
+    );
+    examine("published results in f32", published(single, SINGLE));
+    examine(
+        "published results in bf16",
+        // Tokens of rounded logits are others where two are close: the CPU's are compared below.
+        published(half, HALF).map(|mut cases| {
+            cases.retain(|case| case.tolerance > 0.0);
+            cases
+        }),
+    );
+    examine(
+        "measuring networks",
+        conformance::golden::measures(single, &golden::folder()),
+    );
+    examine("agreement with the CPU", agreement::compare(&cpu, single));
+    examine(
+        "tokens of trajectories",
+        agreement::tokens(&cpu, single, TOKENS).map(|case| vec![case]),
+    );
+    examine("want of memory", memory(single).map(|case| vec![case]));
+    Ok(passed)
+}
+
+/// The networks with results of the published code; tensors are held to `tolerance`.
+fn published<B: Backend>(gpu: &B, tolerance: f64) -> Result<Vec<Case>> {
+    let mut cases = conformance::golden::models(gpu, &golden::folder())?;
+    for case in &mut cases {
+        if case.tolerance == TOLERANCE {
+            *case = Case::new(std::mem::take(&mut case.name), case.error, tolerance);
+        }
+    }
+    Ok(cases)
+}
+
+/// More memory than there is is an error that names itself, after which the GPU goes on as before.
+fn memory<B: Backend>(gpu: &B) -> Result<Case> {
+    let mut kept = Vec::new();
+    let refused = loop {
+        match gpu.full(&[1 << 28], 1.0) {
+            Ok(x) => kept.push(x),
+            Err(error) => break error,
+        }
+    };
+    println!("refused after {} GiB: {refused}", kept.len());
+    drop(kept);
+    let again = gpu.full(&[1 << 20], 1.0).and_then(|x| B::to_floats(&x));
+    let good = matches!(refused, Error::OutOfMemory(_))
+        && again.is_ok_and(|x| x.iter().all(|&x| x == 1.0));
+    let error = if good { 0.0 } else { 1.0 };
+    Ok(Case::new("refused, and goes on".into(), error, 0.0))
+}
