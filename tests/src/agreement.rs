@@ -57,28 +57,8 @@ pub fn tokens<A: Backend, B: Backend>(a: &A, b: &B, allowed: f64) -> Result<Case
         let constant = |weights| Loader::new(backend, Source::Host(weights), false, "drawn");
         let teacher = llamagen::Gpt::load(&mut constant(&weights[0]), &c)?;
         let codebook = vq::VqModel::load(&mut constant(&weights[1]), &images())?.codebook()?;
-        let (l, d) = (c.side * c.side, c.codebook_dim);
-        let eps: Vec<f32> = (0..count as u64).flat_map(|i| noise(9, i, l, d)).collect();
-        let eps = backend.floats(&eps, &[count, l, d])?;
-        let classes: Vec<u32> = (0..count as u32).map(|i| i % 10).collect();
-        let labels = Conditions::Classes(backend.indices(&classes, &[count])?);
-        let mut choice = Choice::Flow {
-            noise: &eps,
-            codebook: &codebook,
-            solver: FlowSolver::default(),
-        };
-        let distribution = Distribution {
-            guidance: Some(1.5),
-            ..Default::default()
-        };
-        B::to_indices(&autoregressive(
-            &teacher,
-            &labels,
-            &distribution,
-            &mut choice,
-            None,
-            l,
-        )?)
+        let (_, ids) = trajectories(backend, &teacher, &codebook, 9, count)?;
+        B::to_indices(&ids)
     }
     let weights = [
         drawn(a, |l| llamagen::Gpt::load(l, &network()).map(drop))?,
@@ -88,6 +68,36 @@ pub fn tokens<A: Backend, B: Backend>(a: &A, b: &B, allowed: f64) -> Result<Case
     let others = first.iter().zip(&second).filter(|(x, y)| x != y).count();
     let name = format!("{} tokens", first.len());
     Ok(Case::new(name, others as f64 / first.len() as f64, allowed))
+}
+
+/// Noise (b, L, D) and the tokens (b, L) that a teacher of ten classes makes of it.
+fn trajectories<B: Backend>(
+    backend: &B,
+    teacher: &dyn Teacher<B>,
+    codebook: &B::Tensor,
+    seed: u64,
+    count: usize,
+) -> Result<(B::Tensor, B::Tensor)> {
+    let shape = teacher.tokens();
+    let (l, d) = (shape.tokens(), shape.dim);
+    let eps: Vec<f32> = (0..count as u64)
+        .flat_map(|i| noise(seed, i, l, d))
+        .collect();
+    let eps = backend.floats(&eps, &[count, l, d])?;
+    let classes: Vec<u32> = (0..count as u32).map(|i| i % 10).collect();
+    let labels = Conditions::Classes(backend.indices(&classes, &[count])?);
+    let mut choice = Choice::Flow {
+        noise: &eps,
+        codebook,
+        solver: FlowSolver::default(),
+    };
+    let distribution = Distribution {
+        guidance: Some(1.5),
+        ..Default::default()
+    };
+    let steps = shape.steps.len();
+    let ids = autoregressive(teacher, &labels, &distribution, &mut choice, None, steps)?;
+    Ok((eps, ids))
 }
 
 fn network() -> llamagen::Config {
@@ -191,18 +201,7 @@ fn results<B: Backend>(backend: &B) -> Result<Results> {
     )?;
 
     // Trajectories, and the images of their tokens.
-    let eps: Vec<f32> = (0..BATCH as u64).flat_map(|i| noise(5, i, l, d)).collect();
-    let eps = backend.floats(&eps, &[BATCH, l, d])?;
-    let mut choice = Choice::Flow {
-        noise: &eps,
-        codebook: &codebook,
-        solver: FlowSolver::default(),
-    };
-    let distribution = Distribution {
-        guidance: Some(1.5),
-        ..Default::default()
-    };
-    let path = autoregressive(&teacher, &labels, &distribution, &mut choice, None, l)?;
+    let (eps, path) = trajectories(backend, &teacher, &codebook, 5, BATCH)?;
     let same: Vec<f32> = B::to_indices(&path)?.iter().map(|&id| id as f32).collect();
     keep(
         &mut found,

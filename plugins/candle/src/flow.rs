@@ -3,7 +3,6 @@
 use candle_core::{Device, Tensor};
 use retort_engine::backend::FlowSolver;
 use retort_engine::error::{Error, Result};
-use retort_engine::flow::steps_for;
 use retort_kernels::{Rayon, flow};
 
 use crate::view::{floats, whole};
@@ -26,8 +25,6 @@ pub fn flow_map(logits: &T, noise: &T, codebook: &T, solver: &FlowSolver) -> Res
     let (logits, noise, codebook) = (&whole(logits)?, &whole(noise)?, &whole(codebook)?);
     floats!(logits, noise, codebook);
     let (logits, noise, codebook) = (&logits[..n * k], &noise[..n * d], &codebook[..k * d]);
-    let steps = steps_for(codebook, d, solver).into_iter();
-    let steps: Vec<flow::Step> = steps.map(|step| step.parts().into()).collect();
-    let ids = flow::flow_map(&Rayon, logits, noise, codebook, d, &steps);
+    let ids = flow::flow_map(&Rayon, logits, noise, codebook, d, solver);
     Tensor::from_vec(ids, n, &Device::Cpu).map_err(failed)
 }

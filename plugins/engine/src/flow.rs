@@ -40,26 +40,22 @@ pub struct Step {
     pub corrector: Vec<f64>,
 }
 
-impl Step {
-    /// The same for slopes that lie in a ring of [`ORDER`] + 1 places, the one of evaluation i in place i mod their number:
-    /// weights of all places to z after this step, number `i`, and from z before it to where the next one evaluates.
-    pub fn moves(&self, i: usize, next: &[f64]) -> [[f32; ORDER + 1]; 2] {
+/// The same for slopes that lie in a ring of [`ORDER`] + 1 places, the one of evaluation i in place i mod their number: for
+/// each step, weights of all places to z after it, and from z before it to where the next one evaluates.
+pub fn moves(steps: &[Step]) -> impl Iterator<Item = [[f32; ORDER + 1]; 2]> {
+    steps.iter().enumerate().map(|(i, step)| {
         let place = |age: usize| (i + ORDER + 1 - age) % (ORDER + 1);
         let mut z = [0.0; ORDER + 1];
-        for (age, &weight) in self.corrector.iter().enumerate() {
+        for (age, &weight) in step.corrector.iter().enumerate() {
             z[place(age)] += weight;
         }
         let mut ahead = z;
+        let next = steps.get(i + 1).map_or(&[][..], |next| &next.predictor);
         for (age, &weight) in next.iter().enumerate() {
             ahead[place(age)] += weight;
         }
         [z, ahead].map(|weights| weights.map(|weight| weight as f32))
-    }
-
-    /// s, predictor and corrector.
-    pub fn parts(self) -> (f64, Vec<f64>, Vec<f64>) {
-        (self.s, self.predictor, self.corrector)
-    }
+    })
 }
 
 /// All evaluations for a codebook (k, d) on the host.

@@ -9,6 +9,9 @@
 
 use std::sync::Mutex;
 
+use retort_engine::backend::FlowSolver;
+use retort_engine::flow;
+
 use crate::lanes::{LANES, exp, max, sum};
 use crate::pool::chunks;
 use crate::{Pool, wide};
@@ -27,17 +30,16 @@ const TILE: usize = 256;
 /// Tokens that go through the codebook together.
 const GROUP: usize = 4;
 
-/// logits (n, k), -inf where excluded; noise (n, d); codebook (k, d) -> ids (n). The first of `steps`
-/// evaluates at s = 0 and moves nothing.
+/// logits (n, k), -inf where excluded; noise (n, d); codebook (k, d) -> ids (n).
 pub fn flow_map(
     pool: &impl Pool,
     logits: &[f32],
     noise: &[f32],
     codebook: &[f32],
     d: usize,
-    steps: &[Step],
+    solver: &FlowSolver,
 ) -> Vec<u32> {
-    solve(pool, logits, noise, codebook, d, steps, DROPPED)
+    solve(pool, logits, noise, codebook, d, solver, DROPPED)
 }
 
 fn solve(
@@ -46,11 +48,13 @@ fn solve(
     noise: &[f32],
     codebook: &[f32],
     d: usize,
-    steps: &[Step],
+    solver: &FlowSolver,
     dropped: f32,
 ) -> Vec<u32> {
     let (n, k) = (noise.len() / d, codebook.len() / d);
     let all = Codes::new(codebook, d);
+    let steps = flow::steps_for(codebook, d, solver).into_iter();
+    let steps: &[Step] = &steps.map(Step::from).collect::<Vec<_>>();
     let kept = steps
         .iter()
         .map(|step| step.corrector.len())
@@ -85,24 +89,20 @@ fn solve(
     ids
 }
 
-/// An evaluation of dz/ds, and what is made of it.
-#[derive(Debug, Clone)]
-pub struct Step {
-    /// Where it is evaluated.
-    pub s: f32,
-    /// z there is z at the step before plus these times the slopes so far, the newest first.
-    pub predictor: Vec<f32>,
-    /// Then z is z at the step before plus these times the slopes, the new one first.
-    pub corrector: Vec<f32>,
+/// [`flow::Step`] in f32.
+struct Step {
+    s: f32,
+    predictor: Vec<f32>,
+    corrector: Vec<f32>,
 }
 
-impl From<(f64, Vec<f64>, Vec<f64>)> for Step {
-    fn from((s, predictor, corrector): (f64, Vec<f64>, Vec<f64>)) -> Self {
+impl From<flow::Step> for Step {
+    fn from(step: flow::Step) -> Self {
         let narrow = |weights: Vec<f64>| weights.into_iter().map(|w| w as f32).collect();
         Self {
-            s: s as f32,
-            predictor: narrow(predictor),
-            corrector: narrow(corrector),
+            s: step.s as f32,
+            predictor: narrow(step.predictor),
+            corrector: narrow(step.corrector),
         }
     }
 }
@@ -475,7 +475,6 @@ fn leader(weights: &[f32]) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use retort_engine::backend::FlowSolver;
     use retort_engine::random::noise;
 
     use super::*;
@@ -498,10 +497,7 @@ mod tests {
         ]
     }
 
-    fn steps(codebook: &[f32], d: usize) -> Vec<Step> {
-        let steps = retort_engine::flow::steps_for(codebook, d, &FlowSolver::default());
-        steps.into_iter().map(|step| step.parts().into()).collect()
-    }
+    const SOLVER: FlowSolver = FlowSolver { steps: flow::STEPS };
 
     #[test]
     fn dropping_codes_changes_no_token() {
@@ -509,13 +505,7 @@ mod tests {
             let [logits, noise, codebook] = case(shape, 400);
             let all = |dropped| {
                 solve(
-                    &Rayon,
-                    &logits,
-                    &noise,
-                    &codebook,
-                    shape.1,
-                    &steps(&codebook, shape.1),
-                    dropped,
+                    &Rayon, &logits, &noise, &codebook, shape.1, &SOLVER, dropped,
                 )
             };
             assert_eq!(all(DROPPED), all(f32::INFINITY), "{shape:?}");
@@ -527,26 +517,10 @@ mod tests {
         for shape in CASES {
             let (k, d) = (shape.0, shape.1);
             let [logits, noise, codebook] = case(shape, 23);
-            let whole = solve(
-                &Rayon,
-                &logits,
-                &noise,
-                &codebook,
-                d,
-                &steps(&codebook, d),
-                DROPPED,
-            );
+            let whole = flow_map(&Rayon, &logits, &noise, &codebook, d, &SOLVER);
             for (i, id) in whole.iter().enumerate() {
                 let (logits, noise) = (&logits[i * k..][..k], &noise[i * d..][..d]);
-                let alone = solve(
-                    &Rayon,
-                    logits,
-                    noise,
-                    &codebook,
-                    d,
-                    &steps(&codebook, d),
-                    DROPPED,
-                );
+                let alone = flow_map(&Rayon, logits, noise, &codebook, d, &SOLVER);
                 assert_eq!(alone, [*id], "token {i} of {shape:?}");
             }
         }

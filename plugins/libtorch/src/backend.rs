@@ -1,11 +1,12 @@
 //! `Libtorch` as the engine's backend: the required operations, and the fused ones that libtorch has.
 
-use retort_engine::backend::{AdamwStep, Backend, Binary, FlowSolver, Mask, Unary, Window};
+use retort_engine::backend::{
+    AdamwStep, Backend, Binary, FlowSolver, Mask, Truncation, Unary, Window,
+};
 use retort_engine::error::{Error, Result};
-use retort_engine::flow;
 use tch::{Kind, Reduction};
 
-use crate::{Libtorch, Precision, Tensor, aten, failed, host};
+use crate::{Libtorch, Precision, Tensor, aten, choice, failed, flow, host};
 
 type T = Tensor;
 type Raw = tch::Tensor;
@@ -599,61 +600,19 @@ impl Backend for Libtorch {
         logits.with(run())
     }
 
+    fn truncate(logits: &T, truncation: &Truncation) -> Result<T> {
+        logits.with(choice::truncate(&logits.inner, truncation))
+    }
+
+    fn categorical(logits: &T, uniforms: &[f64]) -> Result<T> {
+        logits.with(choice::categorical(&logits.inner, uniforms))
+    }
+
     fn flow_map(logits: &T, noise: &T, codebook: &T, solver: &FlowSolver) -> Result<T> {
         if let Some(ids) = host::flow_map(&logits.inner, &noise.inner, &codebook.inner, solver) {
             return Ok(logits.like(ids?));
         }
-        let run = || {
-            let codes = codebook.wide()?;
-            let turned = codes.f_transpose(0, 1)?;
-            let half_square = codes
-                .f_square()?
-                .f_sum_dim_intlist([1i64].as_slice(), false, Kind::Float)?
-                .f_mul_scalar_(0.5)?;
-            let centre = codes.f_mean_dim([0i64].as_slice(), false, Kind::Float)?;
-            let mean_square = 2.0 * half_square.f_mean(Kind::Float)?.f_double_value(&[])?;
-            let square_of_mean = centre.f_square()?.f_sum(Kind::Float)?.f_double_value(&[])?;
-            let d = codes.size()[1];
-            let spread = flow::spread(mean_square, square_of_mean, d as usize);
-            // log p + s <z, c> - s^2 |c|^2 / 2
-            let posterior = |z: &Raw, s: f64| {
-                logits
-                    .inner
-                    .f_sub(&half_square.f_mul_scalar(s * s)?)?
-                    .f_addmm_(&z.f_mul_scalar(s)?, &turned)
-            };
-            let noise = noise.wide()?;
-            let (n, kept) = (noise.size()[0], flow::ORDER as i64 + 1);
-            // Slopes, each in the place of the one that nobody needs any more, so that a step is one small product: z and
-            // the z to evaluate next, from z and all slopes.
-            let steps = flow::steps(solver, spread);
-            let slopes = Raw::f_zeros([kept, n * d], (Kind::Float, noise.device()))?;
-            let moves: Vec<f32> = steps
-                .iter()
-                .enumerate()
-                .flat_map(|(i, step)| {
-                    let next = steps.get(i + 1).map_or(&[][..], |next| &next.predictor);
-                    step.moves(i, next).concat()
-                })
-                .collect();
-            let moves = Raw::f_from_slice(&moves)?
-                .f_view([steps.len() as i64, 2, kept])?
-                .f_to(noise.device())?;
-            let mut z = noise.f_reshape([1, n * d])?;
-            let mut ahead = noise.shallow_clone();
-            let mut weights = logits.inner.shallow_clone();
-            for (i, step) in steps.iter().enumerate() {
-                weights = posterior(&ahead, step.s)?;
-                let mut slope = slopes.f_get(i as i64 % kept)?.f_view([n, d])?;
-                slope.f_copy_(&weights.f_softmax(-1, Kind::Float)?.f_mm(&codes)?)?;
-                let both = z
-                    .f_expand([2, n * d], false)?
-                    .f_addmm(&moves.f_get(i as i64)?, &slopes)?;
-                z = both.f_narrow(0, 0, 1)?;
-                ahead = both.f_get(1)?.f_view([n, d])?;
-            }
-            weights.f_argmax(-1, false)
-        };
+        let run = || flow::flow_map(&logits.inner, &noise.wide()?, &codebook.wide()?, solver);
         logits.with(run())
     }
 }

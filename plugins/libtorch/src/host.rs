@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use half::bf16;
 use retort_engine::backend::FlowSolver;
 use retort_engine::error::{Error, Result};
-use retort_engine::flow::steps_for;
 use retort_kernels::skinny::{self, FEW, Weight};
 use retort_kernels::{Pool, flow};
 use tch::{Device, Kind, Tensor};
@@ -105,10 +104,8 @@ pub(crate) fn flow_map(
     let run = || {
         let [logits, noise, codebook] = [floats(logits)?, floats(noise)?, floats(codebook)?];
         let (codebook, d) = (elements(&codebook)?, d as usize);
-        let steps = steps_for(codebook, d, solver).into_iter();
-        let steps: Vec<flow::Step> = steps.map(|step| step.parts().into()).collect();
         let (logits, noise) = (elements(&logits)?, elements(&noise)?);
-        let ids = flow::flow_map(&Threads, logits, noise, codebook, d, &steps);
+        let ids = flow::flow_map(&Threads, logits, noise, codebook, d, solver);
         let ids: Vec<i64> = ids.into_iter().map(i64::from).collect();
         Tensor::f_from_slice(&ids).map_err(failed)
     };

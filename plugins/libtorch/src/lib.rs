@@ -10,7 +10,9 @@
 
 mod aten;
 mod backend;
+mod choice;
 pub mod cuda;
+mod flow;
 mod host;
 mod plugin;
 mod precision;

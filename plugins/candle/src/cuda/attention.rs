@@ -44,10 +44,7 @@ impl Masked {
             },
             Mask::Causal => return Err(Error::Backend("more queries than keys".into())),
             Mask::Bias(bias) => {
-                let bias = match bias.raw.dtype() {
-                    DType::F32 => bias.raw.clone(),
-                    _ => bias.single()?,
-                };
+                let bias = bias.floats()?;
                 let bias = bias.broadcast_as((s.b, s.h, s.lq, s.lk)).map_err(failed)?;
                 Self {
                     causal: 0,
@@ -225,10 +222,7 @@ fn shared(s: Sizes) -> usize {
 }
 
 fn few(q: &Tensor, k: &Tensor, v: &Tensor, s: Sizes, masked: &Masked, scale: f32) -> Result<Raw> {
-    let queries = match q.raw.dtype() {
-        DType::F32 => dense_last(&q.raw)?,
-        _ => q.single()?,
-    };
+    let queries = dense_last(&q.floats()?)?;
     let kept = |x: &Tensor| match x.raw.dtype() == q.storage() {
         true => dense_last(&x.raw),
         false => convert(&x.raw, q.storage()),

@@ -116,25 +116,18 @@ impl Backend for Cuda {
         let from = x.single()?;
         let (device, n) = (device(&from)?, from.elem_count());
         let to = fresh(&device, from.dims(), DType::F32)?;
-        if n > 0 {
-            let arguments = (f as i32, pointer(&from)?, pointer(&to)?);
-            launch!(
-                device,
-                "unary",
-                blocks(n)?,
-                0,
-                [n as u32, arguments.0, arguments.1, arguments.2]
-            )?;
-        }
+        launch!(
+            device,
+            "unary",
+            blocks(n)?,
+            0,
+            [n as u32, f as i32, pointer(&from)?, pointer(&to)?]
+        )?;
         Ok(x.like(to))
     }
 
     fn binary(a: &T, b: &T, f: Binary) -> Result<T> {
-        let single = |x: &T| match x.raw.dtype() {
-            DType::F32 => Ok(x.raw.clone()),
-            _ => x.single(),
-        };
-        let (left, right) = (single(a)?, single(b)?);
+        let (left, right) = (a.floats()?, b.floats()?);
         let shape = left
             .shape()
             .broadcast_shape_binary_op(right.shape(), "binary")
@@ -143,23 +136,21 @@ impl Backend for Cuda {
         let right = right.broadcast_as(&shape).map_err(failed)?;
         let (device, n) = (device(&left)?, shape.elem_count());
         let to = fresh(&device, shape.dims(), DType::F32)?;
-        if n > 0 {
-            let places = Places::new(shape.dims(), left.stride(), right.stride())?;
-            launch!(
-                device,
-                "binary",
-                blocks(n)?,
-                0,
-                [
-                    n as u32,
-                    f as i32,
-                    places,
-                    pointer(&left)?,
-                    pointer(&right)?,
-                    pointer(&to)?
-                ]
-            )?;
-        }
+        let places = Places::new(shape.dims(), left.stride(), right.stride())?;
+        launch!(
+            device,
+            "binary",
+            blocks(n)?,
+            0,
+            [
+                n as u32,
+                f as i32,
+                places,
+                pointer(&left)?,
+                pointer(&right)?,
+                pointer(&to)?
+            ]
+        )?;
         Ok(a.like(to))
     }
 
@@ -167,30 +158,24 @@ impl Backend for Cuda {
         let from = x.single()?;
         let (device, n) = (device(&from)?, from.elem_count());
         let to = fresh(&device, from.dims(), DType::F32)?;
-        if n > 0 {
-            launch!(
-                device,
-                "affine",
-                blocks(n)?,
-                0,
-                [
-                    n as u32,
-                    mul as f32,
-                    add as f32,
-                    pointer(&from)?,
-                    pointer(&to)?
-                ]
-            )?;
-        }
+        launch!(
+            device,
+            "affine",
+            blocks(n)?,
+            0,
+            [
+                n as u32,
+                mul as f32,
+                add as f32,
+                pointer(&from)?,
+                pointer(&to)?
+            ]
+        )?;
         Ok(x.like(to))
     }
 
     fn sum(x: &T, dims: &[usize]) -> Result<T> {
-        let raw = match x.raw.dtype() {
-            DType::F32 => x.raw.clone(),
-            _ => x.single()?,
-        };
-        Ok(x.like(sum(&raw, dims)?))
+        Ok(x.like(sum(&x.floats()?, dims)?))
     }
 
     fn max_last(x: &T) -> Result<T> {
@@ -240,22 +225,20 @@ impl Backend for Cuda {
             DType::BF16 => "rows_bf16",
             _ => "rows_f32",
         };
-        if n > 0 {
-            launch!(
-                device,
-                name,
-                blocks(n)?,
-                0,
-                [
-                    n as u32,
-                    d as u32,
-                    k as u32,
-                    pointer(&from)?,
-                    pointer(&which)?,
-                    pointer(&to)?
-                ]
-            )?;
-        }
+        launch!(
+            device,
+            name,
+            blocks(n)?,
+            0,
+            [
+                n as u32,
+                d as u32,
+                k as u32,
+                pointer(&from)?,
+                pointer(&which)?,
+                pointer(&to)?
+            ]
+        )?;
         Ok(table.like(to))
     }
 
@@ -307,21 +290,19 @@ impl Backend for Cuda {
         let mut shape = from.dims().to_vec();
         shape.push(k);
         let to = fresh(&device, &shape, DType::F32)?;
-        if n > 0 {
-            launch!(
-                device,
-                "pick_adjoint",
-                blocks(n)?,
-                0,
-                [
-                    n as u32,
-                    k as u32,
-                    pointer(&from)?,
-                    pointer(&which)?,
-                    pointer(&to)?
-                ]
-            )?;
-        }
+        launch!(
+            device,
+            "pick_adjoint",
+            blocks(n)?,
+            0,
+            [
+                n as u32,
+                k as u32,
+                pointer(&from)?,
+                pointer(&which)?,
+                pointer(&to)?
+            ]
+        )?;
         Ok(grad.like(to))
     }
 
@@ -399,22 +380,20 @@ impl Backend for Cuda {
         same(&a, &g)?;
         let (device, n) = (device(&a)?, a.elem_count());
         let to = fresh(&device, a.dims(), DType::F32)?;
-        if n > 0 {
-            launch!(
-                device,
-                "unary_backward",
-                blocks(n)?,
-                0,
-                [
-                    n as u32,
-                    f as i32,
-                    pointer(&a)?,
-                    pointer(&b)?,
-                    pointer(&g)?,
-                    pointer(&to)?
-                ]
-            )?;
-        }
+        launch!(
+            device,
+            "unary_backward",
+            blocks(n)?,
+            0,
+            [
+                n as u32,
+                f as i32,
+                pointer(&a)?,
+                pointer(&b)?,
+                pointer(&g)?,
+                pointer(&to)?
+            ]
+        )?;
         Ok(x.like(to))
     }
 
@@ -639,15 +618,13 @@ impl Backend for Cuda {
         let device = device(&from)?;
         let to = fresh(&device, &[b, c, high, wide], DType::F32)?;
         let n = to.elem_count();
-        if n > 0 {
-            launch!(
-                device,
-                "max_pool",
-                blocks(n)?,
-                0,
-                [n as u32, slide, pointer(&from)?, pointer(&to)?]
-            )?;
-        }
+        launch!(
+            device,
+            "max_pool",
+            blocks(n)?,
+            0,
+            [n as u32, slide, pointer(&from)?, pointer(&to)?]
+        )?;
         Ok(x.like(to))
     }
 
@@ -658,29 +635,24 @@ impl Backend for Cuda {
         let device = device(&from)?;
         let to = fresh(&device, from.dims(), DType::F32)?;
         let n = to.elem_count();
-        if n > 0 {
-            launch!(
-                device,
-                "max_pool_backward",
-                blocks(n)?,
-                0,
-                [
-                    n as u32,
-                    slide,
-                    pointer(&from)?,
-                    pointer(&g)?,
-                    pointer(&to)?
-                ]
-            )?;
-        }
+        launch!(
+            device,
+            "max_pool_backward",
+            blocks(n)?,
+            0,
+            [
+                n as u32,
+                slide,
+                pointer(&from)?,
+                pointer(&g)?,
+                pointer(&to)?
+            ]
+        )?;
         Ok(x.like(to))
     }
 
     fn rope(x: &T, cos: &T, sin: &T) -> Result<T> {
-        let from = match x.raw.dtype() {
-            DType::F32 => dense_last(&x.raw)?,
-            _ => x.single()?,
-        };
+        let from = dense_last(&x.floats()?)?;
         let (b, l, h, d) = from.dims4().map_err(failed)?;
         let (cosines, sines) = (cos.single()?, sin.single()?);
         if cosines.dims() != [l, d / 2] || sines.dims() != [l, d / 2] {
@@ -694,25 +666,23 @@ impl Backend for Cuda {
         let device = device(&from)?;
         let to = fresh(&device, from.dims(), DType::F32)?;
         let n = b * l * h * (d / 2);
-        if n > 0 {
-            launch!(
-                device,
-                "rope",
-                blocks(n)?,
-                0,
-                [
-                    n as u32,
-                    l as u32,
-                    h as u32,
-                    (d / 2) as u32,
-                    Steps::new(&from.stride()[..3]),
-                    pointer(&from)?,
-                    pointer(&cosines)?,
-                    pointer(&sines)?,
-                    pointer(&to)?
-                ]
-            )?;
-        }
+        launch!(
+            device,
+            "rope",
+            blocks(n)?,
+            0,
+            [
+                n as u32,
+                l as u32,
+                h as u32,
+                (d / 2) as u32,
+                Steps::new(&from.stride()[..3]),
+                pointer(&from)?,
+                pointer(&cosines)?,
+                pointer(&sines)?,
+                pointer(&to)?
+            ]
+        )?;
         Ok(x.like(to))
     }
 
@@ -742,16 +712,13 @@ impl Backend for Cuda {
         let device = device(&from)?;
         let to = fresh(&device, &shape, DType::F32)?;
         let n = to.elem_count();
-        if n > 0 {
-            let (from, to) = (pointer(&from)?, pointer(&to)?);
-            launch!(
-                device,
-                "swiglu",
-                blocks(n)?,
-                0,
-                [n as u32, d as u32, from, to]
-            )?;
-        }
+        launch!(
+            device,
+            "swiglu",
+            blocks(n)?,
+            0,
+            [n as u32, d as u32, pointer(&from)?, pointer(&to)?]
+        )?;
         Ok(x.like(to))
     }
 
@@ -768,21 +735,19 @@ impl Backend for Cuda {
                 g.dims()
             )));
         }
-        if n > 0 {
-            launch!(
-                device,
-                "swiglu_backward",
-                blocks(n)?,
-                0,
-                [
-                    n as u32,
-                    d as u32,
-                    pointer(&from)?,
-                    pointer(&g)?,
-                    pointer(&to)?
-                ]
-            )?;
-        }
+        launch!(
+            device,
+            "swiglu_backward",
+            blocks(n)?,
+            0,
+            [
+                n as u32,
+                d as u32,
+                pointer(&from)?,
+                pointer(&g)?,
+                pointer(&to)?
+            ]
+        )?;
         Ok(x.like(to))
     }
 
@@ -879,11 +844,7 @@ impl Backend for Cuda {
 
 /// Sets all elements of a row-major tensor.
 pub fn fill(x: &Raw, value: f32) -> Result<()> {
-    let n = x.elem_count();
-    if n == 0 {
-        return Ok(());
-    }
-    let device = device(x)?;
+    let (device, n) = (device(x)?, x.elem_count());
     launch!(
         device,
         "fill",

@@ -101,12 +101,9 @@ pub fn flow_map(
 /// What the kernel reads of each step: s, and weights of the slopes in their places, to z and from z before the step to
 /// where the next one evaluates.
 fn table(steps: &[flow::Step]) -> Vec<f32> {
-    let pair = |(i, step): (usize, &flow::Step)| {
-        let next = steps.get(i + 1).map_or(&[][..], |next| &next.predictor);
-        let [z, ahead] = step.moves(i, next);
-        [&[step.s as f32], &z[..], &ahead[..]].concat()
-    };
-    steps.iter().enumerate().flat_map(pair).collect()
+    let both = steps.iter().zip(flow::moves(steps));
+    both.flat_map(|(step, [z, ahead])| [&[step.s as f32], &z[..], &ahead[..]].concat())
+        .collect()
 }
 
 /// Row-major f32 of a shape, with zeros behind what x has of a dimension.

@@ -17,22 +17,26 @@ pub const SHARED: usize = 48 * 1024;
 const MOST: usize = 1 << 31;
 
 /// Puts a kernel on the device's stream: name, blocks, bytes of shared memory, arguments in the kernel's order and types.
+/// No blocks, nothing to do.
 macro_rules! launch {
     ($device:expr, $name:expr, $blocks:expr, $shared:expr, [$($argument:expr),* $(,)?]) => {{
         use candle_core::cuda_backend::cudarc::driver::PushKernelArg as _;
-        let config = $crate::cuda::launch::config($blocks, $shared);
-        $device
-            .get_or_load_custom_func($name, "retort", $crate::cuda::launch::KERNELS)
-            .map_err($crate::failed)
-            .and_then(|function| {
-                let mut builder = function.builder();
-                $crate::cuda::launch::push!(builder, $($argument),*);
-                // SAFETY: the arguments are those of the kernel of this name, and pointers lead to as many elements as
-                // its sizes say. Memory goes back on the same stream, hence after the kernel.
-                unsafe { builder.launch(config) }
-                    .map(drop)
-                    .map_err(|error| $crate::failed(candle_core::Error::wrap(error)))
-            })
+        match $blocks {
+            0 => Ok(()),
+            blocks => $device
+                .get_or_load_custom_func($name, "retort", $crate::cuda::launch::KERNELS)
+                .map_err($crate::failed)
+                .and_then(|function| {
+                    let mut builder = function.builder();
+                    $crate::cuda::launch::push!(builder, $($argument),*);
+                    let config = $crate::cuda::launch::config(blocks, $shared);
+                    // SAFETY: the arguments are those of the kernel of this name, and pointers lead to as many elements
+                    // as its sizes say. Memory goes back on the same stream, hence after the kernel.
+                    unsafe { builder.launch(config) }
+                        .map(drop)
+                        .map_err(|error| $crate::failed(candle_core::Error::wrap(error)))
+                }),
+        }
     }};
 }
 pub(crate) use launch;
@@ -60,7 +64,7 @@ pub fn config(blocks: usize, shared: usize) -> LaunchConfig {
 /// Blocks for `n` elements, of which a thread may get several.
 pub fn blocks(n: usize) -> Result<usize> {
     counted(n)?;
-    Ok(n.div_ceil(BLOCK).clamp(1, 1 << 16))
+    Ok(n.div_ceil(BLOCK).min(1 << 16))
 }
 
 /// A number of elements that kernels can count.

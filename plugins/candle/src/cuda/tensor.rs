@@ -41,6 +41,14 @@ impl Tensor {
         convert(&self.raw, DType::F32)
     }
 
+    /// f32, in whatever order it lies.
+    pub fn floats(&self) -> Result<Raw> {
+        match self.raw.dtype() {
+            DType::F32 => Ok(self.raw.clone()),
+            _ => self.single(),
+        }
+    }
+
     /// Row-major, in the type in which products compute.
     pub fn operand(&self) -> Result<Raw> {
         convert(&self.raw, self.storage())
@@ -151,9 +159,6 @@ pub fn copy(from: &Raw, to: &Raw) -> Result<()> {
         (from, to) => return Err(Error::Backend(format!("copy from {from:?} to {to:?}"))),
     };
     let n = from.elem_count();
-    if n == 0 {
-        return Ok(());
-    }
     let places = Places::new(from.dims(), from.stride(), to.stride())?;
     let device = device(from)?;
     launch!(

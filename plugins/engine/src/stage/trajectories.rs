@@ -268,12 +268,12 @@ impl<B: Backend> Stage<B> for Trajectories {
                 host.progress(done, total, "samples");
                 continue;
             }
-            if networks.is_none() {
-                let codebook = bundle.tokenizer(backend)?.codebook()?;
-                networks = Some((bundle.teacher(backend)?, codebook));
-            }
-            let Some((teacher, codebook)) = &networks else {
-                continue;
+            let (teacher, codebook) = match &mut networks {
+                Some(loaded) => loaded,
+                none => {
+                    let codebook = bundle.tokenizer(backend)?.codebook()?;
+                    none.insert((bundle.teacher(backend)?, codebook))
+                }
             };
             let mut tokens: Vec<u32> = Vec::with_capacity(size as usize * l);
             let mut start = shard.start;
