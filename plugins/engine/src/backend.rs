@@ -155,6 +155,10 @@ pub trait Backend: Sized + Send + Sync + 'static {
     fn full(&self, shape: &[usize], value: f32) -> Result<Self::Tensor>;
     /// Copies floats to the device of another tensor.
     fn floats_beside(other: &Self::Tensor, data: &[f32], shape: &[usize]) -> Result<Self::Tensor>;
+    /// Floats, all `value`, on the device of another tensor.
+    fn full_beside(other: &Self::Tensor, shape: &[usize], value: f32) -> Result<Self::Tensor> {
+        Self::floats_beside(other, &vec![value; shape.iter().product()], shape)
+    }
     /// Copies indices to the device of another tensor.
     fn indices_beside(other: &Self::Tensor, data: &[u32], shape: &[usize]) -> Result<Self::Tensor>;
     /// The same numbers in the type in which products are computed: for weights and caches that only products

@@ -83,6 +83,10 @@ impl Backend for Libtorch {
         beside(other).floats(data, shape)
     }
 
+    fn full_beside(other: &T, shape: &[usize], value: f32) -> Result<T> {
+        beside(other).full(shape, value)
+    }
+
     fn indices_beside(other: &T, data: &[u32], shape: &[usize]) -> Result<T> {
         beside(other).indices(data, shape)
     }

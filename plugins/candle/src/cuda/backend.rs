@@ -58,6 +58,12 @@ impl Backend for Cuda {
         other.with(Raw::from_slice(data, shape, other.raw.device()))
     }
 
+    fn full_beside(other: &T, shape: &[usize], value: f32) -> Result<T> {
+        let raw = fresh(&device(&other.raw)?, shape, DType::F32)?;
+        fill(&raw, value)?;
+        Ok(other.like(raw))
+    }
+
     fn indices_beside(other: &T, data: &[u32], shape: &[usize]) -> Result<T> {
         other.with(Raw::from_slice(data, shape, other.raw.device()))
     }

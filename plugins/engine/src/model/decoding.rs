@@ -12,8 +12,7 @@ pub(super) struct Cache<B: Backend> {
 impl<B: Backend> Cache<B> {
     /// One empty cache per block, on the device of `beside`; `shape` (b, l, h, d) for all positions.
     pub(super) fn blocks(beside: &B::Tensor, depth: usize, shape: [usize; 4]) -> Result<Vec<Self>> {
-        let zeros = vec![0.0; shape.iter().product()];
-        let empty = || B::factor(&B::floats_beside(beside, &zeros, &shape)?);
+        let empty = || B::factor(&B::full_beside(beside, &shape, 0.0)?);
         (0..depth)
             .map(|_| {
                 Ok(Self {
