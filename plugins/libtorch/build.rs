@@ -19,6 +19,7 @@ fn main() {
     // What compares both plugins links both; each has an entry, and neither is called.
     println!("cargo::rustc-link-arg-tests=-Wl,--allow-multiple-definition");
     println!("cargo::rustc-link-arg-benches=-Wl,--allow-multiple-definition");
+    println!("cargo::rustc-link-arg-examples=-Wl,--allow-multiple-definition");
     // Some dependencies mark functions for export; the plugin shows its own entry alone.
     println!("cargo::rustc-link-arg-cdylib=-Wl,--exclude-libs,ALL");
     // libtorch's loops over its threads are OpenMP's, expanded where they are used.
