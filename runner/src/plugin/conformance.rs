@@ -307,6 +307,7 @@ impl<'a> Examination<'a> {
                 base_dir: PathBuf::from("/nonexistent"),
                 work_dir: None,
                 inputs: BTreeMap::new(),
+                part: None,
             })
             .collect();
         let answers = match self.ask(Call::Provoke(jobs.clone())) {
@@ -373,6 +374,7 @@ impl<'a> Examination<'a> {
             base_dir: place.path().to_owned(),
             work_dir: Some(place.path().join("work")),
             inputs: BTreeMap::new(),
+            part: None,
         };
         let seen = self.attempt(
             &self.path,
