@@ -175,12 +175,14 @@ typedef struct retort_plugin {
      *
      *   {"name": "candle", "version": "0.1.0", "summary": "...", "license": "MIT", "devices": ["cpu", "cuda"],
      *    "dtypes": ["f32"], "families": ["llamagen"], "libraries": ["libtorch 2.13.0 in /opt/libtorch/lib"],
-     *    "stages": [{"kind": "distill", "summary": "...", "output": "student", "revision": 0, "schema": {...}}]}
+     *    "stages": [{"kind": "distill", "summary": "...", "output": "student", "revision": 0, "divisible": false,
+     *                "schema": {...}}]}
      *
      * A schema is a JSON Schema (2020-12) of the stage's options: an object schema with additionalProperties false and
      * defaults. On strings, "x-retort-artifact": ["teacher", ...] marks the name of another stage whose output has one
      * of these kinds, and "x-retort-file": "file" | "dir" marks a path. `revision` is raised when the same options
-     * would give a different result than before.
+     * would give a different result than before. `divisible` (false if left out) says that several processes can share
+     * the work: see `run`.
      */
     int32_t (*describe)(retort_sink out, retort_sink err);
 
@@ -213,6 +215,16 @@ typedef struct retort_plugin {
      * worth keeping:
      *
      *   {"output": 1, "summary": {...}}
+     *
+     * A stage of a divisible kind may be divided among processes that run at the same time, in the same work_dir. Their
+     * jobs have one more member:
+     *
+     *   "part": {"index": 0, "of": 3}
+     *
+     * Each does its part of the work (of numbered pieces those whose number modulo `of` is `index`), leaves what it makes
+     * in work_dir, commits no artifact and returns {"output": 0}. When all have, the job without a part is run: it finds
+     * what they have made, makes what is missing and commits the artifact. Parts write different files, or lock a file
+     * that they share. The artifact does not depend on `of`.
      */
     int32_t (*run)(const retort_host *host, retort_str stage_json, retort_sink result, retort_sink err);
 } retort_plugin;

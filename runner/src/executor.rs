@@ -83,7 +83,9 @@ pub enum Event {
         pid: u32,
         /// `cpu`, `cuda:0`.
         device: String,
-        /// Threads it may use.
+        /// How many processes divide the work; 1 is none.
+        workers: usize,
+        /// Threads each may use.
         threads: usize,
     },
     /// A stage is so far.
@@ -334,6 +336,7 @@ fn params(plan: &Plan) -> Vec<Param> {
             };
             let value = match pointer.as_str() {
                 "/plugin" => stage.plugin.name.clone().into(),
+                "/workers" => stage.workers.len().max(1).into(),
                 _ => value.clone(),
             };
             if value.is_object() {

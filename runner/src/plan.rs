@@ -67,6 +67,9 @@ pub struct PlannedStage {
     pub dtype: String,
     /// Threads it may use.
     pub threads: Threads,
+    /// Devices of the worker processes that divide its work, one each; empty where one process does all of it.
+    #[serde(default)]
+    pub workers: Vec<String>,
     /// Seed of all its random numbers; below 2^53, so that JSON readers keep it.
     pub seed: u64,
     /// When to end an attempt; `None` is never.
@@ -342,6 +345,7 @@ impl Plan {
             base_dir: self.base_dir.clone(),
             work_dir: None,
             inputs: BTreeMap::new(),
+            part: None,
         }
     }
 
@@ -678,6 +682,40 @@ mod tests {
         check(
             &format!("device: cuda:0\n{varied}"),
             &[(1, 9, "device `cuda:0` cannot be used: too old")],
+        );
+    }
+
+    #[test]
+    fn workers_divide_what_can_be_divided() {
+        let text =
+            "version: 1\nbackend: fake\nstages:\n  a: {kind: everything, data: d, workers: 3}\n";
+        let planned = |text: &str, set: &[&str]| {
+            let plan = fake::plan(text, set).unwrap();
+            (plan.stages[0].clone(), plan.notes)
+        };
+        let (stage, notes) = planned(text, &[]);
+        assert_eq!((stage.workers, notes), (vec!["cpu".to_owned(); 3], vec![]));
+        assert!(planned(text, &["a.workers=1"]).0.workers.is_empty());
+        let (stage, notes) = planned(text, &["backend=gpu", "device=cuda"]);
+        assert_eq!(stage.device, "cuda:1");
+        assert_eq!(stage.workers, ["cuda:1", "cuda:2", "cuda:1"]);
+        assert_eq!(notes, ["stage `a`: its workers are on cuda:1, cuda:2"]);
+        let (stage, notes) = planned(text, &["backend=gpu", "device=cuda:2"]);
+        assert_eq!(
+            (stage.workers, notes),
+            (vec!["cuda:2".to_owned(); 3], vec![])
+        );
+        check(
+            &format!("{HEAD}  b: {{kind: tokenizer, data: d, workers: 2}}\n"),
+            &[(
+                5,
+                42,
+                "stage `b`: the work of a `tokenizer` cannot be divided among workers / kinds that can be: `everything`",
+            )],
+        );
+        check(
+            &format!("{HEAD}  b: {{kind: everything, data: d, workers: 0}}\n"),
+            &[(5, 43, "at least 1")],
         );
     }
 }

@@ -86,6 +86,7 @@ impl Teller {
             Event::Began {
                 stage,
                 device,
+                workers,
                 threads,
                 ..
             } => {
@@ -96,13 +97,16 @@ impl Teller {
                     ));
                 }
                 let bar = self.draws().then(|| self.bar(&stage));
-                let threads = if threads == 1 {
+                let mut hands = if threads == 1 {
                     "1 thread".into()
                 } else {
                     format!("{threads} threads")
                 };
+                if workers > 1 {
+                    hands = format!("{workers} workers of {hands}");
+                }
                 if bar.is_none() {
-                    self.talk(&format!("{stage}: started ({device}, {threads})"));
+                    self.talk(&format!("{stage}: started ({device}, {hands})"));
                 }
                 let now = Instant::now();
                 state.meters.insert(
@@ -377,17 +381,22 @@ mod tests {
             stage: stage.into(),
             from: RunId("r".into()),
         };
-        let began = Event::Began {
+        let began = |workers| Event::Began {
             stage: "c".into(),
             attempt: AttemptId(1),
             pid: 1,
             device: "cpu".into(),
+            workers,
             threads: 2,
         };
         assert_eq!(said(PLAIN, vec![reused("a"), reused("b")]), [""; 0]);
         assert_eq!(
-            said(PLAIN, vec![reused("a"), reused("b"), began]),
+            said(PLAIN, vec![reused("a"), reused("b"), began(1)]),
             ["reused: a, b", "c: started (cpu, 2 threads)"]
+        );
+        assert_eq!(
+            said(PLAIN, vec![began(3)]),
+            ["c: started (cpu, 3 workers of 2 threads)"]
         );
     }
 

@@ -57,6 +57,8 @@ pub struct RecipeStage {
     pub seed: Option<u64>,
     /// Its threads.
     pub threads: Option<usize>,
+    /// Worker processes that divide its work.
+    pub workers: Option<usize>,
     /// When to end an attempt, as written.
     pub timeout: Option<String>,
     /// What it is for.
@@ -296,9 +298,9 @@ pub fn parse(
 /// What can be read of a value whose mistakes are known already.
 fn extract(source: Source, value: &Value, findings: Vec<Finding>) -> Recipe {
     let text = |value: &Value, key: &str| value.get(key)?.as_str().map(str::to_owned);
-    let threads = |value: &Value| {
+    let count = |value: &Value, key: &str| {
         value
-            .get("threads")?
+            .get(key)?
             .as_u64()
             .and_then(|count| usize::try_from(count).ok())
     };
@@ -309,7 +311,8 @@ fn extract(source: Source, value: &Value, findings: Vec<Finding>) -> Recipe {
         device: text(value, "device"),
         dtype: text(value, "dtype"),
         seed: value.get("seed").and_then(Value::as_u64),
-        threads: threads(value),
+        threads: count(value, "threads"),
+        workers: count(value, "workers"),
         timeout: text(value, "timeout"),
         description: text(value, "description"),
         options: value
@@ -333,7 +336,7 @@ fn extract(source: Source, value: &Value, findings: Vec<Finding>) -> Recipe {
         backend: text(value, "backend"),
         device: text(value, "device"),
         dtype: text(value, "dtype"),
-        threads: threads(value),
+        threads: count(value, "threads"),
         stages: value
             .get("stages")
             .and_then(Value::as_object)

@@ -24,13 +24,14 @@ use violation::type_name;
 pub use violation::{Violation, check};
 
 /// Keys of a stage that the runner reads; all others are options of the stage's kind.
-pub const RESERVED: [&str; 8] = [
+pub const RESERVED: [&str; 9] = [
     "kind",
     "plugin",
     "device",
     "dtype",
     "seed",
     "threads",
+    "workers",
     "timeout",
     "description",
 ];
@@ -71,7 +72,14 @@ pub fn recipe_schema(plugins: &[Description]) -> Value {
             } else {
                 format!("stage.{kind}.{index}")
             };
-            let definition = stage_schema(schema, &prefix, kind, summary, &mut definitions);
+            let divisible = plugins
+                .iter()
+                .flat_map(|plugin| &plugin.stages)
+                .any(|stage| stage.kind == *kind && stage.divisible);
+            let keys = RESERVED
+                .into_iter()
+                .filter(|key| divisible || *key != "workers");
+            let definition = stage_schema(schema, &prefix, (kind, summary), keys, &mut definitions);
             definitions.insert(prefix.clone(), definition);
             variants.push(json!({"$ref": format!("#/$defs/{prefix}")}));
         }
@@ -228,6 +236,10 @@ fn open_stage_schema() -> Value {
             "description": "Seed of this stage. Default: derived from the recipe's seed and the stage's name."
         },
         "threads": {"type": "integer", "minimum": 1, "description": "Threads of this stage."},
+        "workers": {
+            "type": "integer", "minimum": 1, "maximum": 256,
+            "description": "Worker processes that divide this stage's work at the same time, if its kind can be divided. They share its threads and, where no GPU is named by its number, all usable GPUs. Default: 1."
+        },
         "timeout": {
             "type": "string",
             "description": "When to end an attempt of this stage (`90s`, `30m`, `2h 30m`). Default: never."
@@ -245,13 +257,13 @@ fn device_schema(description: &str) -> Value {
     json!({"type": "string", "pattern": r"^(auto|cpu|cuda(:[0-9]+)?)$", "default": "auto", "description": description})
 }
 
-/// The closed schema of a stage of one kind: the plugin's options beside the reserved keys. Its definitions go to
+/// The closed schema of a stage of one kind: the plugin's options beside these reserved keys. Its definitions go to
 /// `definitions` under names that begin with `prefix`.
 fn stage_schema(
     schema: &Value,
     prefix: &str,
-    kind: &str,
-    summary: &str,
+    (kind, summary): (&str, &str),
+    keys: impl Iterator<Item = &'static str>,
     definitions: &mut Map<String, Value>,
 ) -> Value {
     let mut schema = schema.clone();
@@ -271,7 +283,7 @@ fn stage_schema(
     }
     let reserved = open_stage_schema();
     let mut properties = Map::new();
-    for key in RESERVED {
+    for key in keys {
         properties.insert(key.to_owned(), reserved["properties"][key].clone());
     }
     properties["kind"]["const"] = json!(kind);
@@ -408,6 +420,14 @@ mod tests {
             false,
         );
         check(json!({"kind": "everything"}), false);
+        check(
+            json!({"kind": "everything", "data": "d", "workers": 2}),
+            true,
+        );
+        check(
+            json!({"kind": "tokenizer", "data": "d", "workers": 2}),
+            false,
+        );
         check(json!({"kind": "nothing"}), false);
         let definition = &schema["$defs"]["stage.everything"];
         assert_eq!(definition["properties"]["steps"]["default"], 1000);

@@ -98,8 +98,11 @@ fn work(task: Task, outbox: &Arc<Outbox>, cancel: Arc<AtomicU32>) {
     outbox.send(&FromWorker::Loaded);
     let desk = match &task.call {
         Call::Run {
-            staging, artifacts, ..
-        } => Some(Desk::new(staging.clone(), artifacts.clone())),
+            job,
+            staging,
+            artifacts,
+            ..
+        } if job.part.is_none() => Some(Desk::new(staging.clone(), artifacts.clone())),
         _ => None,
     };
     // Never dropped: a thread of the plugin may call after its time, and must not find it gone.
@@ -545,7 +548,7 @@ fn io_failure(action: &str, path: &Path, error: &std::io::Error) -> Failure {
 struct Services {
     outbox: Arc<Outbox>,
     cancel: Arc<AtomicU32>,
-    /// Only in `run`.
+    /// Only in `run` of a whole stage.
     desk: Option<Desk>,
     /// Whether the plugin's function has returned.
     over: AtomicBool,
@@ -705,7 +708,7 @@ unsafe extern "C" fn artifact_abort(ctx: *mut c_void, id: u64) {
 fn no_desk() -> Failure {
     Failure::new(
         FailureCode::Unsupported,
-        "artifacts are only made while a stage runs",
+        "artifacts are only made while a stage runs, and not by a part of it",
     )
 }
 

@@ -111,6 +111,7 @@ pub fn check(plugin: &str) {
     for stage in ["codes", "prior", "student"] {
         needed.extend(["progress", "steps", "stops", "resumes"].map(|check| (check, stage)));
     }
+    needed.insert(("divides", "pairs"));
     // In every dtype.
     let all = report.as_array().expect("rows").iter();
     let of_rows = all.map(|row| (text(&row["check"]), text(&row["of"])));

@@ -1,6 +1,6 @@
 //! The runner, through its real binary: runs, reuse, faults, interruptions, stores in trouble, checkpoint files.
 //!
-//! The stages come from a plugin in C (`fixtures/faulty.c`) that does as its options say; in `training` and `measuring`,
+//! The stages come from a plugin in C (`fixtures/faulty.c`) that does as its options say; in `training`, `dividing` and `measuring`,
 //! from candle.
 
 #[path = "runner/abi.rs"]
@@ -11,6 +11,8 @@ mod authoring;
 mod captions;
 #[path = "runner/checkpoints.rs"]
 mod checkpoints;
+#[path = "runner/dividing.rs"]
+mod dividing;
 #[path = "runner/faults.rs"]
 mod faults;
 #[path = "runner/history.rs"]

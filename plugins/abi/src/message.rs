@@ -49,6 +49,9 @@ pub struct StageKind {
     /// Raised when the same options would now give a different result: part of the stage's digest.
     #[serde(default)]
     pub revision: u32,
+    /// Whether several processes can share the work ([`StageJob::part`]): recipes may then say `workers: 4`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub divisible: bool,
     /// JSON Schema (2020-12) of the options: an object schema with `additionalProperties: false`, with `default`s.
     /// String schemas may carry two annotations: `x-retort-artifact: [kinds]` marks the name of another stage whose
     /// output is one of these kinds; `x-retort-file: "file" | "dir"` marks a path (relative to the recipe).
@@ -108,6 +111,26 @@ pub struct StageJob {
     /// Inputs by the name of the stage that made them. Empty in `validate`.
     #[serde(default)]
     pub inputs: BTreeMap<String, Input>,
+    /// Which part of the work to do, in a stage of a divisible kind. A part leaves what it makes in the work directory,
+    /// beside the other parts, and commits no artifact; a job without a part, given last, makes the artifact of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub part: Option<Part>,
+}
+
+/// A part of a stage's work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    /// Its number, from 0.
+    pub index: usize,
+    /// The number of parts.
+    pub of: usize,
+}
+
+impl Part {
+    /// Whether a piece of the work, by its number, belongs to this part.
+    pub fn takes(self, piece: usize) -> bool {
+        piece % self.of == self.index
+    }
 }
 
 /// An artifact given to a stage.
@@ -124,11 +147,21 @@ pub struct Input {
 /// What a successful stage returns.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StageResult {
-    /// Id (from `artifact_commit`) of the artifact that references to this stage stand for.
+    /// Id (from `artifact_commit`) of the artifact that references to this stage stand for; of a part 0.
     pub output: u64,
     /// Facts worth keeping, free-form.
     #[serde(default)]
     pub summary: Value,
+}
+
+impl StageResult {
+    /// That of a [`Part`], which makes no artifact.
+    pub fn of_part() -> Self {
+        Self {
+            output: 0,
+            summary: Value::Null,
+        }
+    }
 }
 
 /// Facts about an artifact, given at commit. Unknown fields are kept in `extra`.

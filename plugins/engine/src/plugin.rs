@@ -136,6 +136,7 @@ mod tests {
             base_dir: "/".into(),
             work_dir: None,
             inputs: Default::default(),
+            part: None,
         };
         assert_eq!(smaller(&job), said);
     }

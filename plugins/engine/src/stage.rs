@@ -11,10 +11,12 @@ pub mod teacher;
 pub mod tokenizer;
 pub mod trajectories;
 
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use retort_abi::{
-    ArtifactDraft, ArtifactMeta, Diagnostic, Host, Input, Severity, StageJob, StageKind,
+    ArtifactDraft, ArtifactMeta, Cancel, Diagnostic, Host, Input, Severity, StageJob, StageKind,
     StageResult,
 };
 use schemars::JsonSchema;
@@ -23,6 +25,9 @@ use serde::de::DeserializeOwned;
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
+
+/// How often a lock that another part has is tried again.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// A running stage: its job, its host and the tensor library.
 pub struct Context<'a, B: Backend> {
@@ -54,6 +59,22 @@ impl<'a, B: Backend> Context<'a, B> {
         self.job.work_dir.as_deref().ok_or_else(missing)
     }
 
+    /// Waits until no other part of the stage has what this name stands for in hand; until the lock is dropped, none gets it.
+    pub fn lock(&self, name: &str) -> Result<File> {
+        let path = self.work_dir()?.join(name).with_extension("lock");
+        let file = File::create(&path).map_err(Error::io(&path))?;
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(file),
+                Err(TryLockError::Error(error)) => return Err(Error::io(&path)(error)),
+                Err(TryLockError::WouldBlock) if self.host.cancelled() != Cancel::Run => {
+                    return Err(Error::Cancelled);
+                }
+                Err(TryLockError::WouldBlock) => std::thread::sleep(LOOK_AGAIN),
+            }
+        }
+    }
+
     /// Writes the stage's output and ends the stage.
     pub fn finish(
         &self,
@@ -81,6 +102,8 @@ pub trait Stage<B: Backend> {
     const REVISION: u32;
     /// One line for people.
     const SUMMARY: &'static str;
+    /// Whether it does the part of the work that a job names.
+    const DIVISIBLE: bool = false;
 
     /// Refuses options that no schema can refuse. Touches no device and no artifact.
     fn check(options: &Self::Options, base_dir: &Path) -> Result<()>;
@@ -121,6 +144,7 @@ fn register<B: Backend, S: Stage<B>>() -> Registered<B> {
             summary: S::SUMMARY.into(),
             output: S::OUTPUT.into(),
             revision: S::REVISION,
+            divisible: S::DIVISIBLE,
             schema: schemars::schema_for!(S::Options).to_value(),
         },
         check: |job| {

@@ -168,6 +168,7 @@ fn values(stage: &PlannedStage) -> Rows {
         ("/seed", stage.seed.to_string()),
         ("/threads", threads),
         ("/timeout", timeout),
+        ("/workers", stage.workers.len().max(1).to_string()),
     ]);
     for (pointer, origin) in &stage.origins {
         let value = match (

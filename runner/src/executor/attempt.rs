@@ -1,15 +1,19 @@
 //! One attempt at a stage: a worker is started, heard and, when its time has come, ended.
 //!
-//! In: a stage whose inputs are known. Out: how the attempt ended ([`End`]), with everything it did in the store.
-//! Whatever a plugin does to its process arrives here as an [`End`] with a reason of its own; only a store that cannot
-//! be written to is an error. Deliberately absent: which stage runs when, and reuse.
+//! In: a stage whose inputs are known. Out: how the attempt ended ([`End`]), with everything it did in the store. A stage
+//! that is divided has a worker more for each part: these work first, at the same time; when all have ended well, the
+//! worker of the whole takes over what they made. Whatever a plugin does to its process arrives here as an [`End`] with a
+//! reason of its own; only a store that cannot be written to is an error. Deliberately absent: which stage runs when, and
+//! reuse.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use retort_abi::{Failure, FailureCode, Input, LogLevel, StageJob, StageResult};
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use retort_abi::{Failure, FailureCode, Input, LogLevel, Part, StageJob, StageResult};
 use serde_json::Value;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -17,14 +21,14 @@ use tokio::time::Instant;
 use crate::artifact::{Layout, Staging};
 use crate::executor::recorder::{Recorder, own_line};
 use crate::executor::{Event, Listener};
-use crate::frame::{Answer, Call, FromWorker, Task, ToWorker};
+use crate::frame::{Answer, Call, FromWorker, Progress, Task, ToWorker};
 use crate::plan::{Digest, PlannedStage};
 use crate::store::{
     ArtifactRecord, AttemptEnd, AttemptId, AttemptState, LogLine, LogSource, StageId, Store,
     StoreError, Time, Usage,
 };
 use crate::worker::death::Death;
-use crate::worker::process::{ExitStatus, Heard, Worker, signal_name};
+use crate::worker::process::{Exit, ExitStatus, Heard, Worker, signal_name};
 
 /// From SIGTERM to SIGKILL.
 const LAST_WORDS: Duration = Duration::from_secs(5);
@@ -53,12 +57,39 @@ pub struct Brief {
     pub digest: Digest,
     /// Directory of the recipe.
     pub base_dir: PathBuf,
-    /// Threads it may use.
+    /// Threads it may use; its parts share them.
     pub threads: usize,
     /// Its inputs, by the name of the stage that made them.
     pub inputs: BTreeMap<String, Input>,
     /// What survives attempts.
     pub work_dir: PathBuf,
+}
+
+impl Brief {
+    /// The parts that its work is divided into; none where one process does all of it.
+    fn parts(&self) -> impl Iterator<Item = Part> + use<> {
+        let of = self.stage.workers.len();
+        (0..of).map(move |index| Part { index, of })
+    }
+
+    fn threads_of(&self, part: Option<Part>) -> usize {
+        (self.threads / part.map_or(1, |part| part.of)).max(1)
+    }
+
+    fn device_of(&self, part: Option<Part>) -> &str {
+        part.map_or(&self.stage.device, |part| &self.stage.workers[part.index])
+    }
+
+    /// The devices that are computed on, each once.
+    fn devices(&self) -> String {
+        let mut names = vec![self.stage.device.as_str()];
+        for name in &self.stage.workers {
+            if !names.contains(&name.as_str()) {
+                names.push(name);
+            }
+        }
+        names.join(", ")
+    }
 }
 
 /// Whether to go on.
@@ -228,19 +259,20 @@ fn code_name(code: FailureCode) -> String {
         .unwrap_or_default()
 }
 
-/// Makes an attempt. When this is dropped half-way, the worker is killed.
+/// Makes an attempt. When this is dropped half-way, the workers are killed.
 ///
 /// # Errors
 /// The store cannot be written to: then nothing true could be said about the attempt, and it is ended.
 pub async fn make(
     bench: &Bench,
     brief: &Brief,
-    mut stop: watch::Receiver<Stop>,
+    stop: watch::Receiver<Stop>,
 ) -> Result<Ended, StoreError> {
     let name = &brief.stage.name;
     let kills_before = out_of_memory_kills();
-    let mut worker = match Worker::spawn(brief.threads, None) {
-        Ok(worker) => worker,
+    // All are started before anything is recorded: that of the whole is there, and waits, while the parts work.
+    let (whole, parts) = match hire(brief) {
+        Ok(workers) => workers,
         Err(error) => return never_started(bench, brief, &error).await,
     };
     let attempt = bench
@@ -249,7 +281,7 @@ pub async fn make(
             brief.id,
             &brief.digest.hex,
             &brief.digest.components,
-            worker.pid(),
+            whole.pid(),
         )
         .await?;
     let inputs: Vec<String> = brief
@@ -271,89 +303,252 @@ pub async fn make(
     (bench.listener)(Event::Began {
         stage: name.clone(),
         attempt,
-        pid: worker.pid(),
-        device: brief.stage.device.clone(),
-        threads: brief.threads,
+        pid: whole.pid(),
+        device: brief.devices(),
+        workers: parts.len().max(1),
+        threads: brief.threads_of(parts.first().map(|(part, _)| *part)),
     });
-    worker
-        .send(&ToWorker::Start(Box::new(task(bench, brief, attempt))))
-        .await;
 
-    let mut heard = Conversation {
+    let scene = Scene {
         bench,
         brief,
         attempt,
         recorder: &recorder,
-        so_far: SoFar::default(),
+        stop,
+        deadline: brief.stage.timeout.map(|limit| Instant::now() + limit),
+        told: Told::default(),
     };
-    let mut ladder = Ladder::new(bench.grace);
-    let deadline = brief.stage.timeout.map(|limit| Instant::now() + limit);
-    let exit = loop {
-        tokio::select! {
-            event = worker.next() => match event {
-                Heard::Exited(exit) => break exit,
-                event => {
-                    if heard.take(event).await? == Sense::No {
-                        worker.signal(libc::SIGKILL);
-                    }
-                }
-            },
-            Ok(()) = stop.changed() => {
-                let level = *stop.borrow_and_update();
-                ladder.interrupt(level, &mut worker).await;
-            }
-            () = sleep_until(deadline), if ladder.cause.is_none() => ladder.begin(Cause::Timeout, &mut worker).await,
-            () = sleep_until(ladder.next) => ladder.climb(&worker),
+    let (fault, mut usage) = scene.divide(parts).await?;
+    let left = match fault {
+        Some(fault) => fault,
+        None => {
+            let left = scene.hear(whole, None, watch::channel(Stop::No).1).await?;
+            usage = after(usage, left.exit.usage);
+            left
         }
     };
-    let so_far = heard.so_far;
     let out_of_memory = out_of_memory_kills() > kills_before;
-    let end = so_far.judge(exit.status, ladder, brief, out_of_memory);
+    let end = left
+        .so_far
+        .judge(left.exit.status, left.ladder, brief, out_of_memory);
     if let Some(message) = end.message() {
         recorder.line(own_line(
             LogLevel::Error,
-            format!("{}: {message}", end.reason()),
+            format!("{}{}: {message}", title(left.part), end.reason()),
         ));
     }
     recorder.end().await;
-    let artifacts: Vec<ArtifactRecord> = so_far.artifacts.into_values().collect();
+    let artifacts: Vec<ArtifactRecord> = left.so_far.artifacts.into_values().collect();
     bench
         .store
-        .finish_attempt(attempt, &recorded(&end, exit.usage))
+        .finish_attempt(attempt, &recorded(&end, usage))
         .await?;
     let _ = std::fs::remove_dir_all(bench.staging.attempt(attempt));
     Ok(Ended {
         end,
         artifacts,
-        last_words: so_far.last_words.into(),
+        last_words: left.so_far.last_words.into(),
     })
 }
 
-/// What the worker is told to do.
-fn task(bench: &Bench, brief: &Brief, attempt: AttemptId) -> Task {
-    let stage = &brief.stage;
-    let job = StageJob {
-        stage: stage.name.clone(),
-        kind: stage.kind.clone(),
-        options: stage.options.clone(),
-        seed: stage.seed,
-        device: stage.device.clone(),
-        dtype: stage.dtype.clone(),
-        threads: brief.threads,
-        base_dir: brief.base_dir.clone(),
-        work_dir: Some(brief.work_dir.clone()),
-        inputs: brief.inputs.clone(),
-    };
-    let (staging, artifacts) = (bench.staging.attempt(attempt), bench.layout.artifacts());
-    Task {
-        plugin: stage.plugin.path.clone(),
-        hash: Some(stage.plugin.hash.clone()),
-        call: Call::Run {
-            job: Box::new(job),
-            staging,
-            artifacts,
-            linger: Duration::ZERO,
-        },
+/// Starts the worker of a stage, and those of its parts.
+fn hire(brief: &Brief) -> std::io::Result<(Worker, Vec<(Part, Worker)>)> {
+    let spawn = |part| Worker::spawn(brief.threads_of(part), None);
+    let whole = spawn(None)?;
+    let parts = brief.parts().map(|part| Ok((part, spawn(Some(part))?)));
+    Ok((whole, parts.collect::<std::io::Result<_>>()?))
+}
+
+/// How lines about a part begin; those about the whole of a stage have no such beginning.
+fn title(part: Option<Part>) -> String {
+    part.map_or_else(String::new, |part| {
+        format!("part {} of {}: ", part.index + 1, part.of)
+    })
+}
+
+/// What two processes took that ran at the same time.
+fn beside(one: Usage, other: Usage) -> Usage {
+    Usage {
+        cpu_seconds: sum(one.cpu_seconds, other.cpu_seconds),
+        max_rss: sum(one.max_rss, other.max_rss),
+    }
+}
+
+/// What two processes took of which one ran after the other.
+fn after(one: Usage, other: Usage) -> Usage {
+    Usage {
+        cpu_seconds: sum(one.cpu_seconds, other.cpu_seconds),
+        max_rss: one.max_rss.max(other.max_rss),
+    }
+}
+
+/// Of what is known.
+fn sum<T: std::ops::Add<Output = T>>(one: Option<T>, other: Option<T>) -> Option<T> {
+    match (one, other) {
+        (Some(one), Some(other)) => Some(one + other),
+        (one, other) => one.or(other),
+    }
+}
+
+/// An attempt under way.
+struct Scene<'a> {
+    bench: &'a Bench,
+    brief: &'a Brief,
+    attempt: AttemptId,
+    recorder: &'a Recorder,
+    stop: watch::Receiver<Stop>,
+    deadline: Option<Instant>,
+    told: Told,
+}
+
+/// A worker that has left.
+struct Left {
+    part: Option<Part>,
+    so_far: SoFar,
+    ladder: Ladder,
+    exit: Exit,
+}
+
+impl Left {
+    /// Whether the part has been done.
+    fn is_done(&self) -> bool {
+        matches!(self.so_far.answer, Some(Ok(_))) && self.so_far.nonsense.is_none()
+    }
+
+    /// Whether this says more than another part about why the attempt failed: the first to fail is the reason, but of
+    /// those that were told to stop the one that had to be made to.
+    fn is_graver_than(&self, other: &Left) -> bool {
+        let signalled = |left: &Left| left.ladder.sent.is_some();
+        self.ladder.cause == other.ladder.cause && signalled(self) && !signalled(other)
+    }
+}
+
+impl Scene<'_> {
+    /// Has the parts done, all at the same time. When one fails, the others are stopped, and it is returned.
+    async fn divide(
+        &self,
+        parts: Vec<(Part, Worker)>,
+    ) -> Result<(Option<Left>, Usage), StoreError> {
+        let halt = watch::Sender::new(Stop::No);
+        let mut under_way: FuturesUnordered<_> = parts
+            .into_iter()
+            .map(|(part, worker)| self.hear(worker, Some(part), halt.subscribe()))
+            .collect();
+        let (mut fault, mut usage) = (None::<Left>, Usage::default());
+        while let Some(left) = under_way.next().await {
+            let left = left?;
+            usage = beside(usage, left.exit.usage);
+            if left.is_done() {
+                continue;
+            }
+            halt.send_replace(Stop::AtCheckpoint);
+            if fault
+                .as_ref()
+                .is_none_or(|fault| left.is_graver_than(fault))
+            {
+                fault = Some(left);
+            }
+        }
+        Ok((fault, usage))
+    }
+
+    /// Tells a worker what to do, and hears it until it has left. `halt` stops it as the user does.
+    async fn hear(
+        &self,
+        mut worker: Worker,
+        part: Option<Part>,
+        mut halt: watch::Receiver<Stop>,
+    ) -> Result<Left, StoreError> {
+        worker
+            .send(&ToWorker::Start(Box::new(self.task(part))))
+            .await;
+        let mut heard = Conversation {
+            scene: self,
+            part,
+            so_far: SoFar::default(),
+        };
+        let mut ladder = Ladder::new(self.bench.grace);
+        let mut stop = self.stop.clone();
+        let exit = loop {
+            tokio::select! {
+                event = worker.next() => match event {
+                    Heard::Exited(exit) => break exit,
+                    event => {
+                        if heard.take(event).await? == Sense::No {
+                            worker.signal(libc::SIGKILL);
+                        }
+                    }
+                },
+                Ok(()) = stop.changed() => {
+                    let level = *stop.borrow_and_update();
+                    ladder.interrupt(level, &mut worker).await;
+                }
+                Ok(()) = halt.changed() => {
+                    let level = *halt.borrow_and_update();
+                    ladder.interrupt(level, &mut worker).await;
+                }
+                () = sleep_until(self.deadline), if ladder.cause.is_none() => {
+                    ladder.begin(Cause::Timeout, &mut worker).await;
+                }
+                () = sleep_until(ladder.next) => ladder.climb(&worker),
+            }
+        };
+        Ok(Left {
+            part,
+            so_far: heard.so_far,
+            ladder,
+            exit,
+        })
+    }
+
+    /// What a worker is told to do.
+    fn task(&self, part: Option<Part>) -> Task {
+        let (stage, brief) = (&self.brief.stage, self.brief);
+        let job = StageJob {
+            stage: stage.name.clone(),
+            kind: stage.kind.clone(),
+            options: stage.options.clone(),
+            seed: stage.seed,
+            device: brief.device_of(part).to_owned(),
+            dtype: stage.dtype.clone(),
+            threads: brief.threads_of(part),
+            base_dir: brief.base_dir.clone(),
+            work_dir: Some(brief.work_dir.clone()),
+            inputs: brief.inputs.clone(),
+            part,
+        };
+        Task {
+            plugin: stage.plugin.path.clone(),
+            hash: Some(stage.plugin.hash.clone()),
+            call: Call::Run {
+                job: Box::new(job),
+                staging: self.bench.staging.attempt(self.attempt),
+                artifacts: self.bench.layout.artifacts(),
+                linger: Duration::ZERO,
+            },
+        }
+    }
+}
+
+/// What each part said last of its progress.
+#[derive(Default)]
+struct Told(Mutex<BTreeMap<usize, Progress>>);
+
+impl Told {
+    /// How far the stage is when one of its workers is so far. Parts add up; the whole begins where they ended.
+    fn together(&self, part: Option<Part>, mut progress: Progress) -> Progress {
+        let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(part) = part {
+            told.insert(part.index, progress.clone());
+            (progress.done, progress.total) = (0, 0);
+        }
+        let alike = told.values().filter(|other| other.unit == progress.unit);
+        let (done, total) = alike.fold((0, 0), |(done, total), other| {
+            (done + other.done, total + other.total)
+        });
+        progress.done = progress.done.max(done);
+        progress.total = progress.total.max(total);
+        progress
     }
 }
 
@@ -405,10 +600,8 @@ async fn never_started(
 
 /// What has been heard so far from a worker.
 struct Conversation<'a> {
-    bench: &'a Bench,
-    brief: &'a Brief,
-    attempt: AttemptId,
-    recorder: &'a Recorder,
+    scene: &'a Scene<'a>,
+    part: Option<Part>,
     so_far: SoFar,
 }
 
@@ -430,9 +623,17 @@ enum Sense {
 
 impl Conversation<'_> {
     async fn take(&mut self, event: Heard) -> Result<Sense, StoreError> {
-        let stage = || self.brief.stage.name.clone();
+        let scene = self.scene;
         match event {
-            Heard::Frame(FromWorker::Metrics(series)) => self.recorder.points(series),
+            Heard::Frame(FromWorker::Metrics(mut series)) => {
+                // Parts have the same series: each keeps its own.
+                if let Some(part) = self.part {
+                    for points in &mut series {
+                        points.series.push_str(&format!("/part-{}", part.index + 1));
+                    }
+                }
+                scene.recorder.points(series);
+            }
             Heard::Frame(FromWorker::Log(lines)) => {
                 for line in lines {
                     let (level, text) = (line.level, line.text);
@@ -459,16 +660,14 @@ impl Conversation<'_> {
                 });
             }
             Heard::Frame(FromWorker::Progress(progress)) => {
-                (self.bench.listener)(Event::Progress {
-                    stage: stage(),
-                    progress,
+                (scene.bench.listener)(Event::Progress {
+                    stage: scene.brief.stage.name.clone(),
+                    progress: scene.told.together(self.part, progress),
                 });
             }
             Heard::Frame(FromWorker::Artifact { id, record }) => {
-                self.bench
-                    .store
-                    .record_artifact(self.attempt, &record)
-                    .await?;
+                let store = &scene.bench.store;
+                store.record_artifact(scene.attempt, &record).await?;
                 self.so_far.artifacts.insert(id, *record);
             }
             Heard::Frame(FromWorker::Answer(Answer::Result(result))) => {
@@ -492,12 +691,13 @@ impl Conversation<'_> {
         Ok(Sense::Yes)
     }
 
-    fn say(&self, line: LogLine) {
-        (self.bench.listener)(Event::Line {
-            stage: self.brief.stage.name.clone(),
+    fn say(&self, mut line: LogLine) {
+        line.text.insert_str(0, &title(self.part));
+        (self.scene.bench.listener)(Event::Line {
+            stage: self.scene.brief.stage.name.clone(),
             line: line.clone(),
         });
-        self.recorder.line(line);
+        self.scene.recorder.line(line);
     }
 
     fn nonsense(&mut self, what: String) -> Sense {
@@ -567,10 +767,12 @@ impl SoFar {
     }
 }
 
-/// Why an attempt is being stopped.
+/// Why a worker is being stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Cause {
+    /// The user wants it, or another part has failed.
     Interrupt,
+    /// It takes too long.
     Timeout,
 }
 
@@ -680,6 +882,7 @@ mod tests {
                 device: "cpu".into(),
                 dtype: "f32".into(),
                 threads: Threads::Share,
+                workers: Vec::new(),
                 seed: 0,
                 timeout: Some(Duration::from_secs(60)),
                 options: json!({}),
@@ -863,5 +1066,63 @@ mod tests {
                 "ended without a result",
             );
         }
+    }
+
+    fn part(index: usize) -> Option<Part> {
+        Some(Part { index, of: 2 })
+    }
+
+    #[test]
+    fn parts_share_threads_and_devices() {
+        let mut brief = brief();
+        brief.threads = 5;
+        assert_eq!(brief.parts().count(), 0);
+        brief.stage.workers = vec!["cpu".into(), "cuda:1".into()];
+        let parts: Vec<Option<Part>> = brief.parts().map(Some).collect();
+        assert_eq!(parts, [part(0), part(1)]);
+        let of = |part| (brief.threads_of(part), brief.device_of(part));
+        assert_eq!(of(part(0)), (2, "cpu"));
+        assert_eq!(of(part(1)), (2, "cuda:1"));
+        assert_eq!(of(None), (5, "cpu"));
+        assert_eq!(brief.devices(), "cpu, cuda:1");
+        brief.threads = 1;
+        assert_eq!(brief.threads_of(part(0)), 1);
+    }
+
+    #[test]
+    fn progress_of_parts_adds_up_and_does_not_fall_back() {
+        let told = Told::default();
+        let check = |part, (done, total, unit): (u64, u64, &str), expected| {
+            let unit = unit.to_owned();
+            let shown = told.together(part, Progress { done, total, unit });
+            assert_eq!((shown.done, shown.total), expected);
+        };
+        check(part(0), (0, 60, "samples"), (0, 60));
+        check(part(1), (3, 7, "captions"), (3, 7));
+        check(part(0), (20, 60, "samples"), (20, 60));
+        check(part(1), (0, 40, "samples"), (20, 100));
+        check(part(1), (40, 40, "samples"), (60, 100));
+        check(part(0), (60, 60, "samples"), (100, 100));
+        check(None, (50, 100, "samples"), (100, 100));
+        check(None, (1, 2, "files"), (1, 2));
+    }
+
+    #[test]
+    fn the_part_that_says_most_is_the_reason() {
+        let left = |index, cause, sent| Left {
+            part: part(index),
+            so_far: SoFar::default(),
+            ladder: ladder(cause, sent),
+            exit: Exit {
+                status: ExitStatus::Signal(libc::SIGKILL),
+                usage: Usage::default(),
+            },
+        };
+        let died = left(0, None, None);
+        let asked = left(0, Some(Cause::Interrupt), None);
+        let made_to = left(1, Some(Cause::Interrupt), Some(libc::SIGTERM));
+        assert!(!made_to.is_graver_than(&died), "it was stopped for that");
+        assert!(made_to.is_graver_than(&asked));
+        assert!(!asked.is_graver_than(&made_to));
     }
 }

@@ -19,7 +19,8 @@ pub struct Digest {
 /// pointer into the options). `None` while one of them is not known.
 ///
 /// In it: kind and revision, options with references and paths replaced by content hashes, seed, kind of device,
-/// dtype, plugin name, version and file hash. Not in it: names of stages, threads, timeout, description, paths.
+/// dtype, plugin name, version and file hash. Not in it: names of stages, threads, workers, timeout, description,
+/// paths.
 pub fn digest(
     stage: &PlannedStage,
     input_hashes: &BTreeMap<String, String>,
@@ -84,9 +85,10 @@ mod tests {
             |stage: &PlannedStage, inputs| digest(stage, inputs, &BTreeMap::new()).unwrap().hex;
         let first = hex(stage, &inputs);
         let mut same = stage.clone();
-        (same.name, same.threads, same.timeout) = (
+        (same.name, same.threads, same.workers, same.timeout) = (
             "other".into(),
             Threads::Fixed(9),
+            vec!["cpu".into(); 3],
             Some(Duration::from_secs(1)),
         );
         assert_eq!(hex(&same, &inputs), first);

@@ -21,7 +21,7 @@ pub fn plan(text: &str, set: &[&str]) -> Result<Plan, Report> {
     settle(&recipe, &mut Fake)
 }
 
-/// Knows the plugins `fake` (CPU only), `gpu` (of whose devices the second works) and `varied` (`fake` with a variant for
+/// Knows the plugins `fake` (CPU only), `gpu` (of whose devices the second and third work) and `varied` (`fake` with a variant for
 /// such devices).
 pub struct Fake;
 
@@ -79,6 +79,7 @@ impl Descriptions for Fake {
             device("cpu", None),
             device("cuda:0", Some("too old")),
             device("cuda:1", None),
+            device("cuda:2", None),
         ])
     }
 
@@ -102,6 +103,7 @@ pub fn description() -> Description {
         summary: format!("Makes a {output}."),
         output: output.into(),
         revision: 1,
+        divisible: kind == "everything",
         schema: schema(kind),
     };
     Description {

@@ -127,6 +127,24 @@ impl<'a> Planner<'a> {
             self.report(Finding { hint, ..finding }, Part::Value);
             return draft;
         };
+        if stage.workers.is_some_and(|workers| workers > 1) && !known.divisible {
+            let message = format!(
+                "stage `{}`: the work of a `{kind}` cannot be divided among workers",
+                stage.name
+            );
+            let divisible: Vec<&str> = description
+                .stages
+                .iter()
+                .filter(|known| known.divisible)
+                .map(|known| known.kind.as_str())
+                .collect();
+            let hint = match divisible.as_slice() {
+                [] => format!("plugin `{}` has no kind that can be", identity.name),
+                kinds => format!("kinds that can be: `{}`", kinds.join("`, `")),
+            };
+            let finding = Finding::error(format!("{}/workers", draft.pointer), message);
+            self.report(finding.hint(hint), Part::Value);
+        }
         let mut options = Value::Object(stage.options.clone());
         let violations: Vec<_> = schema::check(&known.schema, &options, "option")
             .into_iter()
@@ -376,6 +394,9 @@ impl<'a> Planner<'a> {
         );
         origin_of("timeout", stage.timeout.is_some(), false, Origin::Default);
         origin_of("kind", true, false, Origin::Default);
+        if stage.workers.is_some() {
+            origin_of("workers", true, false, Origin::Default);
+        }
 
         let timeout = match stage.timeout.as_deref().map(humantime::parse_duration) {
             None => None,
@@ -404,6 +425,18 @@ impl<'a> Planner<'a> {
             origins.insert("/device".to_owned(), Origin::Derived);
         }
         option_origins(self.source, draft, &draft.options, "", &mut origins);
+        let workers = match stage.workers {
+            Some(count) if count > 1 => place.devices.iter().cycle().take(count).cloned().collect(),
+            _ => Vec::new(),
+        };
+        let spread = place.devices.len().min(workers.len());
+        if spread > 1 {
+            let devices = place.devices[..spread].join(", ");
+            self.note(format!(
+                "stage `{}`: its workers are on {devices}",
+                stage.name
+            ));
+        }
         Some(PlannedStage {
             name: stage.name.clone(),
             kind: kind.kind.clone(),
@@ -415,6 +448,7 @@ impl<'a> Planner<'a> {
                 .threads
                 .or(self.recipe.threads)
                 .map_or(Threads::Share, Threads::Fixed),
+            workers,
             seed: stage
                 .seed
                 .unwrap_or_else(|| derived_seed(self.recipe.seed.unwrap_or(0), &stage.name)),
@@ -478,6 +512,7 @@ impl<'a> Planner<'a> {
             plugin: build.0.clone(),
             description: build.1.clone(),
             device: device.to_owned(),
+            devices: vec![device.to_owned()],
             chosen,
         };
         let kind = written.split(':').next().unwrap_or_default();
@@ -515,12 +550,20 @@ impl<'a> Planner<'a> {
             .filter(|device| device.name.starts_with("cuda"))
             .collect();
         let usable = gpus.iter().find(|device| device.unusable.is_none());
+        let spread = |place| Place {
+            devices: gpus
+                .iter()
+                .filter(|device| device.unusable.is_none())
+                .map(|device| device.name.clone())
+                .collect(),
+            ..place
+        };
         let why = || gpus.iter().find_map(|device| device.unusable.as_deref());
         match (written, usable) {
             ("auto", Some(device)) => {
                 let named = [device.name.as_str(), device.model.as_str()].join(" ");
                 self.note(format!("device `auto` is {}", named.trim_end()));
-                return Some(placed(build, &device.name, true));
+                return Some(spread(placed(build, &device.name, true)));
             }
             ("auto", None) if let Some(other) = driving("cpu") => {
                 if let Some(why) = why() {
@@ -529,7 +572,7 @@ impl<'a> Planner<'a> {
                 return Some(placed(other, "cpu", true));
             }
             // As precise as `cuda:0`, so that a plan names one device.
-            ("cuda", Some(device)) => return Some(placed(build, &device.name, true)),
+            ("cuda", Some(device)) => return Some(spread(placed(build, &device.name, true))),
             _ => {}
         }
         let found = gpus
@@ -611,6 +654,8 @@ struct Place {
     plugin: PluginIdentity,
     description: Description,
     device: String,
+    /// The devices that workers are spread over: it alone where the recipe names it, else all that could have been chosen.
+    devices: Vec<String>,
     /// Whether the plan chose the device.
     chosen: bool,
 }

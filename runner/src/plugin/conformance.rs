@@ -1,8 +1,8 @@
 //! Is a plugin as `retort_plugin.h` says? Everything a program can find out about a file, in worker processes.
 //!
 //! In: a plugin's file and, for its stages, a plan that uses them. Out: one [`Outcome`] per thing looked at. A stage is
-//! run up to four times: to its end, again with the same seed, up to a request to stop, and on from there. Whatever the
-//! plugin does in its process is an outcome, never the end of the examination. Deliberately absent: how outcomes are
+//! run up to four times: to its end, again with the same seed, up to a request to stop, and on from there; and in parts,
+//! if its kind is divisible. Whatever the plugin does in its process is an outcome, never the end of the examination. Deliberately absent: how outcomes are
 //! shown; what a backend's operations should give (the engine's, reached through the stage kind `conformance`).
 
 use std::collections::BTreeMap;
@@ -10,7 +10,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
-use retort_abi::{Description, Device, Failure, FailureCode, Input, Severity, StageJob, ffi};
+use retort_abi::{
+    Description, Device, Failure, FailureCode, Input, Part, Severity, StageJob, StageResult, ffi,
+};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
@@ -307,6 +309,7 @@ impl<'a> Examination<'a> {
                 base_dir: PathBuf::from("/nonexistent"),
                 work_dir: None,
                 inputs: BTreeMap::new(),
+                part: None,
             })
             .collect();
         let answers = match self.ask(Call::Provoke(jobs.clone())) {
@@ -373,6 +376,7 @@ impl<'a> Examination<'a> {
             base_dir: place.path().to_owned(),
             work_dir: Some(place.path().join("work")),
             inputs: BTreeMap::new(),
+            part: None,
         };
         let seen = self.attempt(
             &self.path,
@@ -450,7 +454,12 @@ impl<'a> Examination<'a> {
                 inputs,
                 place,
             };
-            if let Some(output) = self.examine_stage(&bench) {
+            let kind = description
+                .stages
+                .iter()
+                .find(|kind| kind.kind == stage.kind);
+            let divisible = kind.is_some_and(|kind| kind.divisible);
+            if let Some(output) = self.examine_stage(&bench, divisible) {
                 made.insert(stage.name.clone(), output);
             }
         }
@@ -470,7 +479,7 @@ impl<'a> Examination<'a> {
     }
 
     /// One stage; its output, if it made one.
-    fn examine_stage(&mut self, bench: &Bench<'_>) -> Option<Input> {
+    fn examine_stage(&mut self, bench: &Bench<'_>, divisible: bool) -> Option<Input> {
         let name = &bench.stage.name;
         let mut first = None;
         let outside = Surroundings::of(bench);
@@ -535,7 +544,33 @@ impl<'a> Examination<'a> {
                 }
             });
         }
+        if divisible {
+            self.check("divides", name, |exam| {
+                for index in 0..PARTS {
+                    exam.run_part(bench, "fourth", Part { index, of: PARTS })?;
+                }
+                let whole = exam.run(bench, "fourth", Stopping::Never, Duration::ZERO)?;
+                let (record_again, _) = whole.result(&bench.stage.output_kind)?;
+                match exact {
+                    true => same(&record, &record_again),
+                    false => Ok("to an end".into()),
+                }
+            });
+        }
         Some(output)
+    }
+
+    /// A part of a stage, after which nothing but its work directory is left.
+    fn run_part(&self, bench: &Bench<'_>, take: &str, part: Part) -> Result<(), Bad> {
+        let place = bench.place.join(take);
+        let job = StageJob {
+            part: Some(part),
+            ..bench.job(&place)
+        };
+        let plugin = &bench.stage.plugin.path;
+        self.attempt(plugin, job, &place, Stopping::Never, Duration::ZERO)?
+            .answered()
+            .map(drop)
     }
 
     fn run(
@@ -546,11 +581,7 @@ impl<'a> Examination<'a> {
         linger: Duration,
     ) -> Result<Seen, Bad> {
         let place = bench.place.join(take);
-        let job = StageJob {
-            work_dir: Some(place.join("work")),
-            inputs: bench.inputs.clone(),
-            ..bench.plan.job(bench.stage, 1)
-        };
+        let job = bench.job(&place);
         self.attempt(&bench.stage.plugin.path, job, &place, stopping, linger)
     }
 
@@ -584,6 +615,9 @@ impl<'a> Examination<'a> {
     }
 }
 
+/// The parts in which a stage is done whose kind is divisible.
+const PARTS: usize = 2;
+
 /// Where an attempt has its temporary files, in its directory.
 const TEMPORARY: &str = "temporary";
 
@@ -593,6 +627,17 @@ struct Bench<'a> {
     stage: &'a PlannedStage,
     inputs: BTreeMap<String, Input>,
     place: PathBuf,
+}
+
+impl Bench<'_> {
+    /// The stage's job in a directory of its own.
+    fn job(&self, place: &Path) -> StageJob {
+        StageJob {
+            work_dir: Some(place.join("work")),
+            inputs: self.inputs.clone(),
+            ..self.plan.job(self.stage, 1)
+        }
+    }
 }
 
 /// When a stage is asked to stop.
@@ -687,6 +732,19 @@ async fn watch(
 impl Seen {
     /// The output and the summary of a stage that succeeded.
     fn result(&self, kind: &str) -> Result<(ArtifactRecord, Value), Bad> {
+        let result = self.answered()?;
+        match self.artifacts.get(&result.output) {
+            Some(record) if record.kind == kind => Ok((record.clone(), result.summary.clone())),
+            Some(record) => failed(format!(
+                "its output is a `{}`, its description promises a `{kind}`",
+                record.kind
+            )),
+            None => failed("its output was not committed"),
+        }
+    }
+
+    /// The answer of a job that succeeded.
+    fn answered(&self) -> Result<&StageResult, Bad> {
         if let Some(message) = &self.not_loaded {
             return failed(message);
         }
@@ -694,14 +752,7 @@ impl Seen {
             return failed(format!("it ran longer than {} s", limit.as_secs()));
         }
         match &self.answer {
-            Some(Ok(Answer::Result(result))) => match self.artifacts.get(&result.output) {
-                Some(record) if record.kind == kind => Ok((record.clone(), result.summary.clone())),
-                Some(record) => failed(format!(
-                    "its output is a `{}`, its description promises a `{kind}`",
-                    record.kind
-                )),
-                None => failed("its output was not committed"),
-            },
+            Some(Ok(Answer::Result(result))) => Ok(result),
             Some(Ok(_)) => failed("the worker answered another question"),
             Some(Err(failure)) => failed(format!("it failed: {}", failure.message)),
             None => failed(self.died()),

@@ -101,9 +101,9 @@ pub struct AttemptEnd {
 /// What an attempt took.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 pub struct Usage {
-    /// Processor time of the worker, user and system, in seconds.
+    /// Processor time of the worker, user and system, in seconds; with that of all parts.
     pub cpu_seconds: Option<f64>,
-    /// Largest resident set of the worker, in bytes.
+    /// Largest resident set of the worker, in bytes; of parts, which run at the same time, the sum.
     pub max_rss: Option<u64>,
 }
 

@@ -582,6 +582,9 @@ faults! {
         "same seed: thing.txt has other bytes",
         "resumes: thing.txt has other bytes",
     ];
+    making_the_whole_for_a_part: ["-DFAULTY_DIVISIBLE=\"true\""], "work" => [
+        "divides: it failed: artifacts are only made while a stage runs, and not by a part of it",
+    ];
     forgetting_at_an_interruption: [], "forgetful" => [
         "resumes: thing.txt has other bytes",
     ];

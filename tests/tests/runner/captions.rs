@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use retort_engine::dataset::Dataset;
 use retort_engine::numpy;
 use retort_engine::weights::{self, Stored, Weights};
 use retort_tests::golden::procedural_weights;
@@ -134,6 +135,10 @@ fn captions_become_the_expected_tokens() {
     write_files(lab.dir.path());
     let (texts, noise) = (texts(), golden("captions").join("expected.safetensors"));
     let noise = format!("noise: {{file: {}, tensor: noise}}", noise.display());
+    let pairs = format!(
+        "kind: trajectories, teacher: teacher, count: 3, distribution: {{guidance: 2.0}}, {noise}, \
+         caption: {texts}, text_encoder: t5"
+    );
     let greedy = "count: 3, sampler: {kind: teacher, teacher: teacher, distribution: {guidance: 2.0, top_k: 1}}";
     recipe(
         &lab,
@@ -143,10 +148,8 @@ fn captions_become_the_expected_tokens() {
             &format!(
                 "given: {{kind: sample, {greedy}, features: {{file: features.npy, mask_file: mask.npy}}}}"
             ),
-            &format!(
-                "trajectories: {{kind: trajectories, teacher: teacher, count: 3, distribution: {{guidance: 2.0}}, {noise}, \
-                 caption: {texts}, text_encoder: t5}}"
-            ),
+            &format!("trajectories: {{{pairs}}}"),
+            &format!("divided: {{{pairs}, shard_size: 1, workers: 3}}"),
             "student: {kind: distill, teacher: teacher, trajectories: trajectories, timesteps: [0, 6], split: 10, \
              held_out: 0, codebook_distance: 1.0, train: {steps: 3, batch: 3}}",
             "two-step: {kind: sample, sampler: {kind: student, student: student, timesteps: [0, 6], split: 10}, count: 4, \
@@ -179,6 +182,12 @@ fn captions_become_the_expected_tokens() {
             .unwrap()
             .indices("tokens")
             .unwrap(),
+        expected.indices("trajectory.tokens").unwrap()
+    );
+    let divided = Dataset::open(&artifact(&lab, "divided", "")).unwrap();
+    let tokens = (0..3).flat_map(|i| divided.tokens_of(i).unwrap());
+    assert_eq!(
+        tokens.collect::<Vec<u32>>(),
         expected.indices("trajectory.tokens").unwrap()
     );
     let kept = Stored::open(

@@ -2,6 +2,7 @@
 //! and which samplers and losses run to their end.
 
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use retort_engine::dataset::Dataset;
 use serde_json::{Value, json};
@@ -166,42 +167,54 @@ fn trajectories_lose_at_most_the_open_shard() {
     let disturbed = lab(&recipe);
     let running = disturbed.start(&[]);
     disturbed.wait_for_worker("pairs");
-    let shards = || -> Vec<PathBuf> {
-        let work = disturbed.store_dir().join("work");
-        let dirs = std::fs::read_dir(work).into_iter().flatten().flatten();
-        let files = dirs.flat_map(|dir| {
-            std::fs::read_dir(dir.path())
-                .into_iter()
-                .flatten()
-                .flatten()
-        });
-        files
-            .map(|file| file.path())
-            .filter(|path| {
-                let name = path.file_name().unwrap().to_str().unwrap();
-                name.starts_with("shard-") && name.ends_with(".safetensors")
-            })
-            .collect()
-    };
-    wait_for("two shards", || (shards().len() >= 2).then_some(()));
+    wait_for("two shards", || {
+        (shards(&disturbed).len() >= 2).then_some(())
+    });
     running.signal(KILL);
     assert_eq!(running.end().code, None);
-    let written = |path: &PathBuf| std::fs::metadata(path).unwrap().modified().unwrap();
-    let before: Vec<_> = shards()
-        .into_iter()
-        .map(|path| (written(&path), path))
-        .collect();
+    let before = shards(&disturbed);
     assert!(before.len() < 80, "the kill came too late to show anything");
 
     disturbed
         .retort(&["run", "r.yaml", "--until", "pairs"])
         .expect(0);
-    let (hash, dir) = output(&disturbed, "pairs");
+    let hash = output_with(&disturbed, &before);
     assert_eq!(hash, output(&undisturbed, "pairs").0);
-    for (time, path) in before {
+}
+
+/// The shards that the stages under way have made so far, and when.
+pub fn shards(lab: &Lab) -> Vec<(PathBuf, SystemTime)> {
+    let work = lab.store_dir().join("work");
+    let dirs = std::fs::read_dir(work).into_iter().flatten().flatten();
+    let files = dirs.flat_map(|dir| {
+        std::fs::read_dir(dir.path())
+            .into_iter()
+            .flatten()
+            .flatten()
+    });
+    files
+        .map(|file| file.path())
+        .filter(|path| {
+            let name = path.file_name().unwrap().to_str().unwrap();
+            name.starts_with("shard-") && name.ends_with(".safetensors")
+        })
+        .map(|path| (path.clone(), written(&path)))
+        .collect()
+}
+
+fn written(path: &Path) -> SystemTime {
+    std::fs::metadata(path).unwrap().modified().unwrap()
+}
+
+/// Hash of the output of `pairs`, which holds these very shards.
+#[track_caller]
+pub fn output_with(lab: &Lab, shards: &[(PathBuf, SystemTime)]) -> String {
+    let (hash, dir) = output(lab, "pairs");
+    for (path, time) in shards {
         let kept = dir.join(path.file_name().unwrap());
-        assert_eq!(written(&kept), time, "{} was made again", kept.display());
+        assert_eq!(written(&kept), *time, "{} was made again", kept.display());
     }
+    hash
 }
 
 #[test]

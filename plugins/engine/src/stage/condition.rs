@@ -247,6 +247,8 @@ impl Wish<'_> {
             return Err(Error::option("/labels", message));
         }
         let path = context.work_dir()?.join(captions::FILE);
+        // One part of a divided stage makes the file; the others wait for it.
+        let _turn = context.lock(captions::FILE)?;
         let mut texts = Vec::new();
         match (self.caption, self.text_encoder, self.features) {
             (Some(wanted), Some(folder), _) => {

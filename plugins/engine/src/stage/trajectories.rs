@@ -1,7 +1,8 @@
 //! `trajectories`: the noise -> tokens dataset, by AR flow matching with a teacher (arXiv 2412.17153, section 3.2).
 //!
 //! Sample i has class i mod classes, or caption i mod captions, and the noise of (seed, i), so that shards may be made in any order, anywhere, with
-//! any batch size. A finished shard stays in the work directory: an interruption loses at most the open one.
+//! any batch size. A finished shard stays in the work directory: an interruption loses at most the open one. A part of a
+//! divided stage makes every so many-th shard there, and the whole takes over all of them.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -173,6 +174,7 @@ impl<B: Backend> Stage<B> for Trajectories {
     const OUTPUT: &'static str = "trajectories";
     const REVISION: u32 = 2;
     const SUMMARY: &'static str = "build the noise -> tokens dataset with a teacher's flow map";
+    const DIVISIBLE: bool = true;
 
     fn check(o: &Options, base: &Path) -> Result<()> {
         if let Some([start, end]) = o.range
@@ -250,9 +252,23 @@ impl<B: Backend> Stage<B> for Trajectories {
         };
         // Loaded once there is something to make.
         let mut networks = None;
-        let total = last - first;
+        let own: Vec<&(Shard, Option<PathBuf>)> = match context.job.part {
+            None => shards.iter().collect(),
+            Some(part) => {
+                let open = shards.iter().filter(|(_, from)| from.is_none());
+                let numbered = open.enumerate();
+                numbered
+                    .filter_map(|(number, shard)| part.takes(number).then_some(shard))
+                    .collect()
+            }
+        };
+        let total = own.iter().map(|(shard, _)| shard.end - shard.start).sum();
         let (mut done, mut made, clock) = (0, 0, Instant::now());
-        for (shard, from) in &shards {
+        if context.job.part.is_some() {
+            // What all parts have to do is known once each has said its share.
+            host.progress(done, total, "samples");
+        }
+        for (shard, from) in own {
             let path = work.join(&shard.file);
             let size = shard.end - shard.start;
             if let Some(from) = from {
@@ -316,6 +332,9 @@ impl<B: Backend> Stage<B> for Trajectories {
                 &format!("{made} trajectories, {rate:.0} per second"),
             );
         }
+        if context.job.part.is_some() {
+            return Ok(StageResult::of_part());
+        }
         manifest.shards = shards.into_iter().map(|(shard, _)| shard).collect();
         for shard in &mut manifest.shards {
             shard.hash = Some(hash(&work.join(&shard.file))?);
@@ -323,7 +342,7 @@ impl<B: Backend> Stage<B> for Trajectories {
         context.finish(
             "trajectories",
             ArtifactMeta::default(),
-            json!({ "count": total }),
+            json!({ "count": last - first }),
             |dir| {
                 let captions = matches!(subjects, Subjects::Captions(_)).then_some(captions::FILE);
                 let shards = manifest.shards.iter().map(|shard| shard.file.as_str());

@@ -66,6 +66,7 @@ impl Plugin for Diversity {
                 summary: "distances within classes, and twins".into(),
                 output: "diversity".into(),
                 revision: 0,
+                divisible: false,
                 schema: schema(),
             }],
         }

@@ -1,0 +1,139 @@
+//! Stages whose work several worker processes share: the same bytes, and what is left of them when something ends early.
+
+use retort::store::{AttemptState, RunState};
+
+use crate::lab::{Lab, signal_process, wait_for, wait_until_gone};
+use crate::training::{lab, output, output_with, shards};
+
+const INTERRUPT: i32 = 2;
+const KILL: i32 = 9;
+
+/// Long enough to be disturbed: eighty shards.
+const MANY: &str = "
+  pairs: {kind: trajectories, teacher: teacher, count: 20000, shard_size: 250, batch: 125, workers: 2}
+";
+
+#[test]
+fn workers_do_not_change_a_byte() {
+    let lab = lab("
+  pairs: {kind: trajectories, teacher: teacher, count: 601, shard_size: 100, batch: 33, threads: 2}
+");
+    lab.retort(&["run", "r.yaml"]).expect(0);
+    let alone = output(&lab, "pairs").0;
+
+    let divided = ["--set", "pairs.workers=3"];
+    assert!(
+        lab.outcomes(&divided).contains(&"pairs reused".to_owned()),
+        "workers decide no result"
+    );
+    lab.run(&[&divided, ["-v", "--force=pairs"].as_slice()].concat())
+        .expect(0)
+        .saying(&[
+            "pairs: started (cpu, 3 workers of 1 thread)",
+            "pairs: part 1 of 3: 201 trajectories",
+            "pairs: part 2 of 3: 200 trajectories",
+            "pairs: part 3 of 3: 200 trajectories",
+        ]);
+    assert_eq!(output(&lab, "pairs").0, alone);
+    let said = lab
+        .retort(&["metrics", "latest", "--stage", "pairs", "--json"])
+        .expect(0)
+        .json();
+    let series = said.as_array().unwrap().iter();
+    let names: Vec<&str> = series
+        .map(|series| series["series"].as_str().unwrap())
+        .collect();
+    assert_eq!(
+        names,
+        ["1", "2", "3"].map(|part| format!("trajectories/samples_per_second/part-{part}"))
+    );
+}
+
+/// The worker processes of a runner, but for this one.
+fn workers_beside(whole: u32, runner: u32) -> Vec<u32> {
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    let numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    numbers
+        .filter(|pid| {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            let parent = stat
+                .rsplit_once(')')
+                .and_then(|(_, rest)| rest.split_whitespace().nth(1));
+            *pid != whole && parent == Some(&runner.to_string())
+        })
+        .collect()
+}
+
+/// Begins with the stage, does something to its parts or the runner when some shards are there, and waits for the end of
+/// all its processes.
+fn disturb(whom: fn(&[u32], u32) -> u32, signal: i32, code: Option<i32>) -> Lab {
+    let lab = lab(MANY);
+    let running = lab.start(&[]);
+    let whole = lab.wait_for_worker("pairs");
+    let parts = workers_beside(whole, running.child.id());
+    assert_eq!(parts.len(), 2);
+    wait_for("some shards", || (shards(&lab).len() >= 4).then_some(()));
+    signal_process(whom(&parts, running.child.id()), signal);
+    assert_eq!(running.end().code, code);
+    for pid in parts.into_iter().chain([whole]) {
+        wait_until_gone(pid);
+    }
+    lab
+}
+
+#[test]
+fn parts_lose_at_most_their_open_shards() {
+    let undisturbed = lab(MANY);
+    undisturbed.retort(&["run", "r.yaml"]).expect(0);
+    let expected = output(&undisturbed, "pairs").0;
+    let check = |lab: Lab, state, reason: Option<&str>| {
+        assert_eq!(lab.latest().unwrap().summary.state, state);
+        assert_eq!(lab.attempt("pairs").reason.as_deref(), reason);
+        let before = shards(&lab);
+        assert!(before.len() < 80, "it came too late to show anything");
+        lab.retort(&["resume"]).expect(0);
+        assert_eq!(output_with(&lab, &before), expected);
+        assert_eq!(lab.entries("work"), [""; 0]);
+    };
+
+    let one_killed = disturb(|parts, _| parts[0], KILL, Some(100));
+    let said = one_killed.retort(&["log", "latest", "--stage", "pairs"]);
+    assert!(
+        said.stdout.contains(" of 2: killed by SIGKILL"),
+        "{}",
+        said.stdout
+    );
+    check(one_killed, RunState::Failed, Some("killed by SIGKILL"));
+    let lost = disturb(|_, runner| runner, KILL, None);
+    check(lost, RunState::Lost, None);
+    let stopped = disturb(|_, runner| runner, INTERRUPT, Some(130));
+    check(stopped, RunState::Interrupted, Some("interrupted"));
+}
+
+#[test]
+fn parts_end_at_the_deadline() {
+    let lab = lab(MANY);
+    lab.run(&["--set", "pairs.count=10000000", "--set", "pairs.timeout=2s"])
+        .expect(100)
+        .saying(&["it took longer than its timeout of 2s, and stopped at a checkpoint"]);
+    let attempt = lab.attempt("pairs");
+    assert_eq!(
+        (attempt.state, attempt.reason.as_deref()),
+        (AttemptState::Failed, Some("timeout"))
+    );
+}
+
+#[test]
+fn what_cannot_be_divided_is_said() {
+    let lab = lab("
+  pairs: {kind: trajectories, teacher: teacher, count: 601, workers: 2}
+  student: {kind: distill, teacher: teacher, trajectories: pairs, timesteps: [0], workers: 2}
+");
+    lab.retort(&["validate", "r.yaml"]).expect(3).saying(&[
+        "stage `student`: the work of a `distill` cannot be divided among workers",
+        "workers: 2}",
+        "kinds that can be: `trajectories`",
+    ]);
+    lab.retort(&["validate", "r.yaml", "--set", "student.workers=1"])
+        .expect(0);
+}
