@@ -109,6 +109,8 @@ struct Suite<'b, B: Backend> {
     backend: &'b B,
     network: &'static str,
     expected: Expected,
+    /// [`Case::chosen`] of what is compared next.
+    chosen: bool,
     cases: Vec<Case>,
 }
 
@@ -118,6 +120,7 @@ impl<'b, B: Backend> Suite<'b, B> {
             backend,
             network,
             expected: Expected::open(expected)?,
+            chosen: false,
             cases: Vec::new(),
         })
     }
@@ -140,7 +143,7 @@ impl<'b, B: Backend> Suite<'b, B> {
         let wanted = self.expected.shape(name)?;
         let expected = self.expected.floats(name)?;
         let name = format!("{}/{name}", self.network);
-        self.cases.push(match shape == wanted {
+        self.record(match shape == wanted {
             true => Case::new(name, relative_error(found, &expected), TOLERANCE),
             false => Case::new(
                 format!("{name}: shape {shape:?}, expected {wanted:?}"),
@@ -151,6 +154,11 @@ impl<'b, B: Backend> Suite<'b, B> {
         Ok(())
     }
 
+    fn record(&mut self, case: Case) {
+        let chosen = self.chosen;
+        self.cases.push(Case { chosen, ..case });
+    }
+
     fn tokens(&mut self, name: &str, found: &B::Tensor) -> Result<()> {
         let (found, expected) = (B::to_indices(found)?, self.expected.indices(name)?);
         let pairs = found.iter().zip(&expected);
@@ -159,7 +167,9 @@ impl<'b, B: Backend> Suite<'b, B> {
             false => f64::INFINITY,
         };
         let name = format!("{}/{name}", self.network);
-        self.cases.push(Case::new(name, differing, 0.0));
+        let chosen = true;
+        let case = Case::new(name, differing, 0.0);
+        self.cases.push(Case { chosen, ..case });
         Ok(())
     }
 
@@ -213,6 +223,7 @@ fn flow<B: Backend>(backend: &B, dir: &Path) -> Result<Vec<Case>> {
         suite.tokens("token", &ids)?;
         cases.extend(suite.cases.into_iter().map(|known| Case {
             name: format!("flow/{case}/token"),
+            chosen: false,
             ..known
         }));
     }
@@ -460,7 +471,8 @@ fn captions<B: Backend>(backend: &B, dir: &Path) -> Result<Vec<Case>> {
     let (numbers, parts) = (Numbers::open(dir.join("numbers.json"))?, Parts::open(&dir)?);
     let load = |part: &str| parts.loader(backend, part);
     let mut suite = Suite::open(backend, "captions", &dir.join("expected.safetensors"))?;
-    text_encoder(&mut suite, &dir.join("config.json"), &mut load("t5")?)?;
+    let (config, exact) = (dir.join("config.json"), backend.exact());
+    text_encoder(&mut suite, &config, &mut parts.loader(&exact, "t5")?)?;
 
     let of = numbers.of("gpt");
     let shape = CaptionShape {
@@ -530,6 +542,7 @@ fn captions<B: Backend>(backend: &B, dir: &Path) -> Result<Vec<Case>> {
     };
     let path = autoregressive(&teacher, &captions, &distribution, &mut choice, None, steps)?;
     suite.tokens("trajectory.tokens", &path)?;
+    let path = suite.ids("trajectory.tokens")?;
 
     let middle: usize = numbers.get("t_mid")?;
     for t in [0, middle] {
@@ -547,6 +560,7 @@ fn captions<B: Backend>(backend: &B, dir: &Path) -> Result<Vec<Case>> {
         let continuous = student.continuous(&prediction)?;
         suite.floats(&format!("student.t{t}.continuous"), continuous.value())?;
     }
+    suite.chosen = true;
     let sampler = StudentSampler {
         student: &student,
         codebook: &codebook,
@@ -554,6 +568,7 @@ fn captions<B: Backend>(backend: &B, dir: &Path) -> Result<Vec<Case>> {
     };
     let latents = sampler.sample(&noise, &captions, &[0, middle])?;
     suite.floats("two_step.latents", &latents)?;
+    suite.chosen = false;
 
     plain_var(
         &mut suite,
@@ -578,7 +593,7 @@ fn text_encoder<B: Backend>(
     let texts: Vec<Vec<u32>> = texts.collect::<Result<_>>()?;
     let ids: Vec<&[u32]> = texts.iter().map(Vec::as_slice).collect();
     // Together, and so padded to the longest.
-    let found = encoder.forward(suite.backend, &ids)?;
+    let found = encoder.forward(loader.backend(), &ids)?;
     for (i, text) in texts.iter().enumerate() {
         let row = B::narrow(&B::narrow(&found, 0, i, 1)?, 1, 0, text.len())?;
         let row = B::reshape(&row, &[text.len(), config.d_model])?;
@@ -658,6 +673,7 @@ fn compare<B: Backend>(
     )?;
 
     // Greedy AR generation with guidance.
+    suite.chosen = true;
     let steps = shape.steps.len();
     let greedy = |guidance: f64| Distribution {
         guidance: Some(guidance),
@@ -690,6 +706,7 @@ fn compare<B: Backend>(
     }
 
     // Student passes, one and two steps, assisted.
+    suite.chosen = false;
     let (middle, l): (usize, usize) = (numbers.get("t_mid")?, shape.tokens());
     for t in [0, middle] {
         let x = suite.tensor(&format!("student.t{t}.input"))?;
@@ -707,6 +724,7 @@ fn compare<B: Backend>(
         codebook: &codebook,
         split: numbers.get("split_t")?,
     };
+    suite.chosen = true;
     for (name, timesteps) in [("one_step", vec![0]), ("two_step", vec![0, middle])] {
         let latents = sampler.sample(&noise, &labels, &timesteps)?;
         suite.floats(&format!("{name}.latents"), &latents)?;
@@ -727,6 +745,7 @@ fn compare<B: Backend>(
     suite.image("assisted", &decode(latents)?)?;
 
     // Tokenizer.
+    suite.chosen = false;
     let image = suite.tensor("tokenizer.image")?;
     suite.tokens("tokenizer.tokens_of_image", &tokenizer.encode(&image)?)?;
     let images = decode(B::rows(&codebook, &tokens)?)?;
