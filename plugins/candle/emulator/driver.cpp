@@ -296,17 +296,22 @@ int cublasSetStream_v2(void*, void*) { return SUCCESS; }
 
 int cublasGemmStridedBatchedEx(void*, int ta, int tb, int m, int n, int k, const float* alpha, const void* a, int a_type,
                                int lda, long long a_step, const void* b, int b_type, int ldb, long long b_step,
-                               const float* beta, float* c, int c_type, int ldc, long long c_step, int count,
+                               const float* beta, void* c, int c_type, int ldc, long long c_step, int count,
                                int compute, int) {
-    constexpr int SINGLE = 0, HALF = 14, SINGLE_SUMS = 68;
-    bool types = (a_type == SINGLE || a_type == HALF) && a_type == b_type && c_type == SINGLE && compute == SINGLE_SUMS;
+    constexpr int SINGLE = 0, HALF = 14, SINGLE_SUMS = 68, SINGLE_SUMS_OF_TF32 = 77;
+    bool of_tf32 = compute == SINGLE_SUMS_OF_TF32;
+    bool types = (a_type == SINGLE || a_type == HALF) && a_type == b_type && (c_type == SINGLE || c_type == HALF) &&
+                 (compute == SINGLE_SUMS || of_tf32);
     bool leads = lda >= (ta ? k : m) && ldb >= (tb ? n : k) && ldc >= m && lda > 0 && ldb > 0;
     if (!types || !leads) {
         fprintf(stderr, "emulator: a product of types %d and %d, leads %d, %d and %d\n", a_type, b_type, lda, ldb, ldc);
         return 7;  // CUBLAS_STATUS_INVALID_VALUE
     }
-    auto at = [](const void* x, int type, long long i) {
-        return type == HALF ? wide(((const bf16*)x)[i]) : ((const float*)x)[i];
+    auto at = [of_tf32](const void* x, int type, long long i) {
+        if (type == HALF) return wide(((const bf16*)x)[i]);
+        float value = ((const float*)x)[i];
+        // To the nearest with ten bits behind the first.
+        return of_tf32 ? __uint_as_float((__float_as_uint(value) + 0x1000u) & ~0x1fffu) : value;
     };
     // k, rounded up to whole lanes.
     constexpr int LANES = 8;
@@ -327,8 +332,13 @@ int cublasGemmStridedBatchedEx(void*, int ta, int tb, int m, int n, int k, const
                     for (int e = 0; e < LANES; ++e) sums[e] += x[l + e] * y[l + e];
                 float sum = 0.0f;
                 for (float part : sums) sum += part;
-                float& to = c[s * c_step + (long long)j * ldc + i];
-                to = *alpha * sum + (*beta != 0.0f ? *beta * to : 0.0f);
+                long long place = s * c_step + (long long)j * ldc + i;
+                float before = *beta != 0.0f ? *beta * at(c, c_type, place) : 0.0f;
+                if (c_type == HALF) {
+                    put(((bf16*)c)[place], *alpha * sum + before);
+                } else {
+                    ((float*)c)[place] = *alpha * sum + before;
+                }
             }
         }
     }

@@ -20,7 +20,7 @@ pub fn unary(x: &T, f: Unary) -> Option<Result<T>> {
         Unary::Square => map(x, |x| x * x),
         Unary::Recip => map(x, |x| 1.0 / x),
         Unary::Sigmoid => map(x, sigmoid),
-        Unary::Silu => map(x, |x| x * sigmoid(x)),
+        Unary::Silu => map(x, silu),
         // 1/2 (1 + tanh u) is the sigmoid of 2 u.
         Unary::GeluTanh => map(x, |x| x * sigmoid(gelu_argument(x))),
         Unary::GeluErf => map(x, |x| x * normal(x).0),
@@ -64,7 +64,7 @@ pub fn swiglu(x: &T) -> Result<T> {
         for (i, out) in out.chunks_exact_mut(d).enumerate() {
             let (a, b) = x[(first + i) * 2 * d..][..2 * d].split_at(d);
             for (y, (&a, &b)) in out.iter_mut().zip(a.iter().zip(b)) {
-                *y = a * sigmoid(a) * b;
+                *y = silu(a) * b;
             }
         }
     });
@@ -100,13 +100,19 @@ fn halve(shape: &mut [usize]) -> usize {
     shape[last]
 }
 
+/// x s(x) where s is the sigmoid.
+#[inline(always)]
+pub fn silu(x: f32) -> f32 {
+    x * sigmoid(x)
+}
+
 /// 2 u of GELU's tanh form.
 #[inline(always)]
 fn gelu_argument(x: f32) -> f32 {
     2.0 * ROOT * x * (CUBE * x).mul_add(x, 1.0)
 }
 
-/// Slope of x s(x) where s is the sigmoid.
+/// Slope of [`silu`], given s(x).
 #[inline(always)]
 fn silu_slope(x: f32, s: f32) -> f32 {
     s * x.mul_add(1.0 - s, 1.0)

@@ -4,6 +4,7 @@ use candle_core::{DType, Tensor};
 use retort_engine::backend::{AdamwStep, Backend, Binary, FlowSolver, Mask, Unary, Window};
 use retort_engine::error::Result;
 
+use crate::activation::silu;
 use crate::plain::Plain;
 use crate::view::fits;
 use crate::{Candle, T};
@@ -218,11 +219,25 @@ impl Backend for Candle {
             Plain::layer_norm_backward(x, grad, eps)
         }
     }
+    fn modulated_norm(x: &T, scale: &T, shift: &T, eps: f64) -> Result<T> {
+        if fits(&[x, scale, shift]) && modulates(x, scale) && modulates(x, shift) {
+            norm::modulated_norm(x, scale, shift, eps)
+        } else {
+            Plain::modulated_norm(x, scale, shift, eps)
+        }
+    }
     fn group_norm(x: &T, groups: usize, w: &T, bias: &T, eps: f64) -> Result<T> {
         if fits(&[x, w, bias]) && grouped(x, groups, &[w, bias]) {
-            norm::group_norm(x, groups, w, bias, eps)
+            norm::group_norm(x, groups, w, bias, eps, |y| y)
         } else {
             Plain::group_norm(x, groups, w, bias, eps)
+        }
+    }
+    fn group_norm_silu(x: &T, groups: usize, w: &T, bias: &T, eps: f64) -> Result<T> {
+        if fits(&[x, w, bias]) && grouped(x, groups, &[w, bias]) {
+            norm::group_norm(x, groups, w, bias, eps, silu)
+        } else {
+            Plain::group_norm_silu(x, groups, w, bias, eps)
         }
     }
     fn group_norm_backward(x: &T, groups: usize, w: &T, grad: &T, eps: f64) -> Result<(T, T, T)> {
@@ -319,6 +334,11 @@ fn same(a: &T, b: &T) -> bool {
 
 fn ends_with(x: &T, end: &[usize]) -> bool {
     x.dims().ends_with(end)
+}
+
+/// Whether each sequence of (b, l, c) has its parameters (b, 1, c).
+fn modulates(x: &T, parameters: &T) -> bool {
+    x.rank() == 3 && parameters.dims() == [x.dims()[0], 1, x.dims()[2]]
 }
 
 /// Whether channels divide into groups and each has its parameters.

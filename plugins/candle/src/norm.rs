@@ -89,6 +89,28 @@ pub fn layer_norm(x: &T, eps: f64) -> Result<T> {
     tensor(y, &shape)
 }
 
+/// [`layer_norm`] of (b, l, c), times scale plus shift, (b, 1, c) each.
+pub fn modulated_norm(x: &T, scale: &T, shift: &T, eps: f64) -> Result<T> {
+    let (x, scale, shift) = (&whole(x)?, &whole(scale)?, &whole(shift)?);
+    let shape = x.dims().to_vec();
+    floats!(x, scale, shift);
+    let (l, d) = (shape[1], shape[2]);
+    let mut y = fresh(&shape);
+    by_rows(&mut y, d, |first, out| {
+        for (i, out) in out.chunks_exact_mut(d).enumerate() {
+            let (x, b) = (&x[(first + i) * d..][..d], (first + i) / l);
+            let (scale, shift) = (&scale[b * d..][..d], &shift[b * d..][..d]);
+            let (mean, r) = moments(x, eps);
+            for (y, (&x, (&scale, &shift))) in
+                out.iter_mut().zip(x.iter().zip(scale.iter().zip(shift)))
+            {
+                *y = ((x - mean) * r).mul_add(scale, shift);
+            }
+        }
+    });
+    tensor(y, &shape)
+}
+
 /// Gradient of [`layer_norm`].
 pub fn layer_norm_backward(x: &T, grad: &T, eps: f64) -> Result<T> {
     let (x, grad) = (&whole(x)?, &whole(grad)?);
@@ -115,8 +137,15 @@ pub fn layer_norm_backward(x: &T, grad: &T, eps: f64) -> Result<T> {
     tensor(dx, &shape)
 }
 
-/// Group normalisation of (b, c, h, w) with scale and shift (c).
-pub fn group_norm(x: &T, groups: usize, w: &T, bias: &T, eps: f64) -> Result<T> {
+/// Group normalisation of (b, c, h, w) with scale and shift (c), then a function of each element.
+pub fn group_norm(
+    x: &T,
+    groups: usize,
+    w: &T,
+    bias: &T,
+    eps: f64,
+    f: impl Fn(f32) -> f32 + Sync,
+) -> Result<T> {
     let (x, w, bias) = (&whole(x)?, &whole(w)?, &whole(bias)?);
     let shape = x.dims().to_vec();
     floats!(x, w, bias);
@@ -135,7 +164,7 @@ pub fn group_norm(x: &T, groups: usize, w: &T, bias: &T, eps: f64) -> Result<T> 
                 let scale = r * w[group * per + c];
                 let shift = bias[group * per + c] - mean * scale;
                 for (y, &x) in y.iter_mut().zip(x) {
-                    *y = x.mul_add(scale, shift);
+                    *y = f(x.mul_add(scale, shift));
                 }
             }
         }

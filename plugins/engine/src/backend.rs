@@ -162,7 +162,7 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// Copies indices to the device of another tensor.
     fn indices_beside(other: &Self::Tensor, data: &[u32], shape: &[usize]) -> Result<Self::Tensor>;
     /// The same numbers in the type in which products are computed: for weights and caches that only products
-    /// ([`Backend::linear`], [`Backend::conv2d`], [`Backend::attention`]) read.
+    /// ([`Backend::linear`], [`Backend::attention`]) read.
     fn factor(x: &Self::Tensor) -> Result<Self::Tensor> {
         Ok(x.clone())
     }
@@ -452,6 +452,11 @@ pub trait Backend: Sized + Send + Sync + 'static {
         Ok((dx, dw))
     }
 
+    /// [`Backend::rms_norm`] for products alone to read: in their type, if that is another ([`Backend::factor`]).
+    fn rms_norm_factor(x: &Self::Tensor, w: &Self::Tensor, eps: f64) -> Result<Self::Tensor> {
+        Self::rms_norm(x, w, eps)
+    }
+
     /// (x - mean) / sqrt(var + eps) over the last dimension, without affine part.
     fn layer_norm(x: &Self::Tensor, eps: f64) -> Result<Self::Tensor> {
         Ok(standardise::<Self>(x, eps)?.0)
@@ -464,6 +469,18 @@ pub trait Backend: Sized + Send + Sync + 'static {
     ) -> Result<Self::Tensor> {
         let (y, r) = standardise::<Self>(x, eps)?;
         standardise_backward::<Self>(&y, &r, grad)
+    }
+
+    /// [`Backend::layer_norm`] of x (b, l, c) times scale plus shift, (b, 1, c) each, for products to read: it may be in
+    /// their type.
+    fn modulated_norm(
+        x: &Self::Tensor,
+        scale: &Self::Tensor,
+        shift: &Self::Tensor,
+        eps: f64,
+    ) -> Result<Self::Tensor> {
+        let y = Self::layer_norm(x, eps)?;
+        Self::binary(&Self::binary(&y, scale, Binary::Mul)?, shift, Binary::Add)
     }
 
     /// Group normalisation of (b, c, h, w) with scale and shift (c).
@@ -485,6 +502,16 @@ pub trait Backend: Sized + Send + Sync + 'static {
             Self::reshape(bias, &[s[1], 1, 1])?,
         );
         Self::binary(&Self::binary(&y, &w, Binary::Mul)?, &bias, Binary::Add)
+    }
+    /// [`Backend::group_norm`], then [`Unary::Silu`], as before every convolution of a decoder.
+    fn group_norm_silu(
+        x: &Self::Tensor,
+        groups: usize,
+        w: &Self::Tensor,
+        bias: &Self::Tensor,
+        eps: f64,
+    ) -> Result<Self::Tensor> {
+        Self::unary(&Self::group_norm(x, groups, w, bias, eps)?, Unary::Silu)
     }
     /// Gradients of [`Backend::group_norm`] for x, scale and shift.
     fn group_norm_backward(
@@ -543,7 +570,26 @@ pub trait Backend: Sized + Send + Sync + 'static {
         Self::reshape(&Self::cat(&[&re, &im], 4)?, &s)
     }
 
-    /// softmax(scale q k^T + mask) v: q (b, lq, h, d), k and v (b, lk, h, d) -> (b, lq, h, d).
+    /// What a step of a generation does with its positions: q, k, v (b, l, h, d), of which q and k turn by cos and sin
+    /// (l, d/2); keys and values go into caches (b, l', h, d) at position `at`. Returns the queries.
+    #[expect(clippy::too_many_arguments, reason = "one pass over them all")]
+    fn rope_cached(
+        q: &Self::Tensor,
+        k: &Self::Tensor,
+        v: &Self::Tensor,
+        cos: &Self::Tensor,
+        sin: &Self::Tensor,
+        keys: &Self::Tensor,
+        values: &Self::Tensor,
+        at: usize,
+    ) -> Result<Self::Tensor> {
+        Self::write_(keys, 1, at, &Self::rope(k, cos, sin)?)?;
+        Self::write_(values, 1, at, v)?;
+        Self::rope(q, cos, sin)
+    }
+
+    /// softmax(scale q k^T + mask) v: q (b, lq, h, d), k and v (b, lk, h, d) -> (b, lq, h, d), for products to read: it
+    /// may be in their type.
     fn attention(
         q: &Self::Tensor,
         k: &Self::Tensor,
@@ -579,7 +625,7 @@ pub trait Backend: Sized + Send + Sync + 'static {
         Ok((back(dq)?, back(dk)?, back(dv)?))
     }
 
-    /// silu(a) * b where x (.., 2 d) holds a then b: -> (.., d).
+    /// silu(a) * b where x (.., 2 d) holds a then b: -> (.., d), for products to read: it may be in their type.
     fn swiglu(x: &Self::Tensor) -> Result<Self::Tensor> {
         let (a, b) = halves::<Self>(x)?;
         Self::binary(&Self::unary(&a, Unary::Silu)?, &b, Binary::Mul)

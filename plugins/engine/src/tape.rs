@@ -467,7 +467,15 @@ impl<B: Backend> Var<B> {
 
     /// x / sqrt(mean(x^2) + eps) * w over the last dimension.
     pub fn rms_norm(&self, w: &Self, eps: f64) -> Result<Self> {
-        let y = B::rms_norm(&self.value, &w.value, eps)?;
+        self.rms_normed(B::rms_norm(&self.value, &w.value, eps)?, w, eps)
+    }
+
+    /// The same, for products alone to read.
+    pub fn rms_norm_factor(&self, w: &Self, eps: f64) -> Result<Self> {
+        self.rms_normed(B::rms_norm_factor(&self.value, &w.value, eps)?, w, eps)
+    }
+
+    fn rms_normed(&self, y: B::Tensor, w: &Self, eps: f64) -> Result<Self> {
         let (x, kept) = (self.value.clone(), w.value.clone());
         Ok(Self::from_op(y, &[self, w], move |g| {
             let (dx, dw) = B::rms_norm_backward(&x, &kept, g, eps)?;
@@ -496,12 +504,38 @@ impl<B: Backend> Var<B> {
         ))
     }
 
+    /// The same of x (b, l, c), times scale plus shift, (b, 1, c) each, for products alone to read. The backward pass
+    /// normalises again instead of keeping what lies between.
+    pub fn modulated_norm(&self, scale: &Self, shift: &Self, eps: f64) -> Result<Self> {
+        let y = B::modulated_norm(&self.value, &scale.value, &shift.value, eps)?;
+        let (x, kept) = (self.value.clone(), scale.value.clone());
+        Ok(Self::from_op(y, &[self, scale, shift], move |g| {
+            let normal = B::layer_norm(&x, eps)?;
+            let dscale = B::sum(&B::binary(g, &normal, Binary::Mul)?, &[1])?;
+            let dx = B::layer_norm_backward(&x, &B::binary(g, &kept, Binary::Mul)?, eps)?;
+            Ok(vec![Some(dx), Some(dscale), Some(B::sum(g, &[1])?)])
+        }))
+    }
+
     /// Group normalisation of (b, c, h, w) with scale and shift (c).
     pub fn group_norm(&self, groups: usize, w: &Self, bias: &Self, eps: f64) -> Result<Self> {
         let y = B::group_norm(&self.value, groups, &w.value, &bias.value, eps)?;
         let (x, kept) = (self.value.clone(), w.value.clone());
         Ok(Self::from_op(y, &[self, w, bias], move |g| {
             let (dx, dw, db) = B::group_norm_backward(&x, groups, &kept, g, eps)?;
+            Ok(vec![Some(dx), Some(dw), Some(db)])
+        }))
+    }
+
+    /// The same, then silu. The backward pass normalises again instead of keeping what lies between.
+    pub fn group_norm_silu(&self, groups: usize, w: &Self, bias: &Self, eps: f64) -> Result<Self> {
+        let y = B::group_norm_silu(&self.value, groups, &w.value, &bias.value, eps)?;
+        let (x, scale, shift) = (self.value.clone(), w.value.clone(), bias.value.clone());
+        let kept = y.clone();
+        Ok(Self::from_op(y, &[self, w, bias], move |g| {
+            let normal = B::group_norm(&x, groups, &scale, &shift, eps)?;
+            let g = B::unary_backward(&normal, &kept, g, Unary::Silu)?;
+            let (dx, dw, db) = B::group_norm_backward(&x, groups, &scale, &g, eps)?;
             Ok(vec![Some(dx), Some(dw), Some(db)])
         }))
     }

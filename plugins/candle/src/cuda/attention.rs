@@ -5,9 +5,10 @@ use candle_core::DType;
 use retort_engine::backend::Mask;
 use retort_engine::error::{Error, Result};
 
-use crate::cuda::launch::{SHARED, Steps, counted, launch};
-use crate::cuda::product::product;
-use crate::cuda::tensor::{Raw, Tensor, convert, dense_last, device, fresh, pointer};
+use crate::cuda::backend::fill;
+use crate::cuda::launch::{SHARED, Steps, launch, warps};
+use crate::cuda::product::{Single, product, product_into};
+use crate::cuda::tensor::{Raw, Tensor, convert, copy, dense_last, device, fresh, pointer};
 use crate::failed;
 
 /// Queries of a sequence that the kernel for few takes.
@@ -23,6 +24,8 @@ struct Sizes {
     lq: usize,
     lk: usize,
     d: usize,
+    /// Keys with the zeros behind them that products in bf16 want: rows that begin where 16 bytes do.
+    span: usize,
 }
 
 /// The mask as the kernels take it.
@@ -80,7 +83,18 @@ fn sizes(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Sizes> {
             v.raw.dims()
         )));
     }
-    Ok(Sizes { b, h, lq, lk, d })
+    let span = match q.half {
+        true => lk.next_multiple_of(8),
+        false => lk,
+    };
+    Ok(Sizes {
+        b,
+        h,
+        lq,
+        lk,
+        d,
+        span,
+    })
 }
 
 /// softmax(scale q k^T + mask) v: q (b, lq, h, d), k and v (b, lk, h, d) -> (b, lq, h, d).
@@ -96,20 +110,20 @@ pub fn attention(
     if s.lq <= FEW && shared(s) <= SHARED {
         return few(q, k, v, s, &masked, scale as f32);
     }
-    let to = fresh(&device(&q.raw)?, &[s.b, s.h, s.lq, s.d], DType::F32)?;
+    let to = fresh(&device(&q.raw)?, &[s.b, s.h, s.lq, s.d], q.storage())?;
     for (first, count) in parts(s) {
-        let own = |x: &Tensor| heads_first(x, first, count);
         let p = weights(
-            &own(q)?,
-            &own(k)?,
+            &heads_first(q, first, count, s.lq)?,
+            &heads_first(k, first, count, s.span)?,
             first,
             s,
             &masked,
             scale as f32,
             q.storage(),
         )?;
+        let v = heads_first(v, first, count, s.span)?;
         let part = to.narrow(0, first, count).map_err(failed)?;
-        crate::cuda::product::product_into(&p, &own(v)?, false, false, &part, 0.0)?;
+        product_into(&p, &v, false, false, &part, 0.0, Single::Exact)?;
     }
     to.permute((0, 2, 1, 3)).map_err(failed)
 }
@@ -127,56 +141,71 @@ pub fn attention_backward(
     let masked = Masked::new(mask, s)?;
     let (device, dtype) = (device(&q.raw)?, q.storage());
     let made = |l: usize| fresh(&device, &[s.b, s.h, l, s.d], DType::F32);
-    let (dq, dk, dv) = (made(s.lq)?, made(s.lk)?, made(s.lk)?);
+    let (dq, dk, dv) = (made(s.lq)?, made(s.span)?, made(s.span)?);
     for (first, count) in parts(s) {
-        let own = |x: &Tensor| heads_first(x, first, count);
+        let own = |x: &Tensor, l: usize| heads_first(x, first, count, l);
         let part = |x: &Raw| x.narrow(0, first, count).map_err(failed);
-        let (q, k, v, g) = (own(q)?, own(k)?, own(v)?, own(grad)?);
+        let (q, k) = (own(q, s.lq)?, own(k, s.span)?);
+        let (v, g) = (own(v, s.span)?, own(grad, s.lq)?);
         let into = |a: &Raw, b: &Raw, turned: bool, to: &Raw| {
-            crate::cuda::product::product_into(a, b, turned, false, &part(to)?, 0.0)
+            product_into(a, b, turned, false, &part(to)?, 0.0, Single::Exact)
         };
         let p = weights(&q, &k, first, s, &masked, scale as f32, DType::F32)?;
         into(&convert(&p, dtype)?, &g, true, &dv)?;
         let dp = product(&g, &v, false, true)?;
-        let ds = fresh(&device, dp.dims(), DType::F32)?;
+        let ds = fresh(&device, dp.dims(), dtype)?;
         let rows = count * s.h * s.lq;
+        let name = match dtype {
+            DType::BF16 => "weights_backward_bf16",
+            _ => "weights_backward_f32",
+        };
         launch!(
             device,
-            "softmax_backward",
-            rows,
+            name,
+            warps(rows)?,
             0,
             [
-                s.lk as u32,
+                rows as u32,
+                s.span as u32,
                 scale as f32,
                 pointer(&p)?,
                 pointer(&dp)?,
                 pointer(&ds)?
             ]
         )?;
-        let ds = convert(&ds, dtype)?;
         into(&ds, &k, false, &dq)?;
         into(&ds, &q, true, &dk)?;
     }
-    let back = |x: Raw| x.permute((0, 2, 1, 3)).map_err(failed);
-    Ok([back(dq)?, back(dk)?, back(dv)?])
+    let back = |x: Raw, l: usize| {
+        let own = x.narrow(2, 0, l).and_then(|x| x.permute((0, 2, 1, 3)));
+        own.map_err(failed)
+    };
+    Ok([back(dq, s.lq)?, back(dk, s.lk)?, back(dv, s.lk)?])
 }
 
 /// Parts of the batch whose scores fit: first sequence and how many.
 fn parts(s: Sizes) -> impl Iterator<Item = (usize, usize)> {
-    let some = (SCORES / (s.h * s.lq * s.lk)).clamp(1, s.b);
+    let some = (SCORES / (s.h * s.lq * s.span)).clamp(1, s.b);
     (0..s.b)
         .step_by(some)
         .map(move |first| (first, some.min(s.b - first)))
 }
 
-/// Some sequences of (b, l, h, d) as operands (n, h, l, d).
-fn heads_first(x: &Tensor, first: usize, count: usize) -> Result<Raw> {
+/// Some sequences of (b, l, h, d) as operands (n, h, span, d), with zeros behind.
+fn heads_first(x: &Tensor, first: usize, count: usize, span: usize) -> Result<Raw> {
     let some = x.raw.narrow(0, first, count);
     let some = some.and_then(|x| x.permute((0, 2, 1, 3))).map_err(failed)?;
-    convert(&some, x.storage())
+    let (n, h, l, d) = some.dims4().map_err(failed)?;
+    if l == span {
+        return convert(&some, x.storage());
+    }
+    let to = fresh(&device(&some)?, &[n, h, span, d], x.storage())?;
+    fill(&to, 0.0)?;
+    copy(&some, &to.narrow(2, 0, l).map_err(failed)?)?;
+    Ok(to)
 }
 
-/// Attention weights (n, h, lq, lk) of sequences from `first` on.
+/// Attention weights (n, h, lq, span) of sequences from `first` on.
 fn weights(
     q: &Raw,
     k: &Raw,
@@ -189,7 +218,7 @@ fn weights(
     let scores = product(q, k, false, true)?;
     let device = device(q)?;
     let to = fresh(&device, scores.dims(), dtype)?;
-    let rows = counted(scores.elem_count())? / s.lk;
+    let rows = scores.elem_count() / s.span;
     let (steps, bias) = masked.arguments(first)?;
     let name = match dtype {
         DType::BF16 => "weights_bf16",
@@ -198,12 +227,14 @@ fn weights(
     launch!(
         device,
         name,
-        rows,
+        warps(rows)?,
         0,
         [
+            rows as u32,
             s.h as u32,
             s.lq as u32,
             s.lk as u32,
+            s.span as u32,
             scale,
             masked.causal,
             steps,
@@ -229,7 +260,7 @@ fn few(q: &Tensor, k: &Tensor, v: &Tensor, s: Sizes, masked: &Masked, scale: f32
     };
     let (k, v) = (kept(k)?, kept(v)?);
     let device = device(&queries)?;
-    let to = fresh(&device, &[s.b, s.lq, s.h, s.d], DType::F32)?;
+    let to = fresh(&device, &[s.b, s.lq, s.h, s.d], q.storage())?;
     let (steps, bias) = masked.arguments(0)?;
     let name = match k.dtype() {
         DType::BF16 => "attend_bf16",

@@ -6,13 +6,18 @@ use retort_engine::backend::{
 };
 use retort_engine::error::{Error, Result};
 
-use crate::cuda::launch::{Adamw, Places, Slide, Steps, blocks, counted, launch};
+use crate::cuda::launch::{Adamw, Places, Slide, Steps, blocks, counted, launch, warps};
 use crate::cuda::product::{operands, product};
-use crate::cuda::tensor::{Raw, Tensor, convert, copy, dense_last, device, fresh, pointer, whole};
+use crate::cuda::tensor::{
+    Raw, Tensor, convert, copy, dense_last, device, fresh, pointer, to_host, whole,
+};
 use crate::cuda::{Cuda, attention, convolution, flow};
 use crate::failed;
 
 type T = Tensor;
+
+/// Elements of a row that a warp alone looks at.
+const SHORT: u32 = 256;
 
 impl Cuda {
     fn put<D: candle_core::WithDType>(&self, data: &[D], shape: &[usize]) -> Result<T> {
@@ -73,13 +78,14 @@ impl Backend for Cuda {
     }
 
     fn to_floats(x: &T) -> Result<Vec<f32>> {
-        let x = x.single()?;
-        x.flatten_all().and_then(|x| x.to_vec1()).map_err(failed)
+        match x.raw.dtype() {
+            DType::F32 => to_host(&x.raw),
+            _ => to_host(&x.single()?),
+        }
     }
 
     fn to_indices(x: &T) -> Result<Vec<u32>> {
-        let x = whole(&x.raw)?;
-        x.flatten_all().and_then(|x| x.to_vec1()).map_err(failed)
+        to_host(&x.raw)
     }
 
     fn shape(x: &T) -> Vec<usize> {
@@ -252,21 +258,33 @@ impl Backend for Cuda {
         let (from, which) = (grad.single()?, whole(&ids.raw)?);
         let d = from.dims()[from.rank() - 1];
         let (device, n) = (device(&from)?, which.elem_count());
-        let to = fresh(&device, &[k, d], DType::F32)?;
+        // A small table has few blocks, so each looks at some of the gradients only.
+        let part = match k <= 64 {
+            true => n.clamp(1, 256),
+            false => n.max(1),
+        };
+        let parts = n.div_ceil(part).max(1);
+        let to = fresh(&device, &[parts, k, d], DType::F32)?;
         launch!(
             device,
             "rows_adjoint",
-            counted(k)?,
+            counted(parts * k)?,
             0,
             [
                 n as u32,
+                k as u32,
                 d as u32,
+                part as u32,
                 pointer(&from)?,
                 pointer(&which)?,
                 pointer(&to)?
             ]
         )?;
-        Ok(grad.like(to))
+        let all = match parts {
+            1 => to,
+            _ => sum(&to, &[0])?,
+        };
+        grad.with(all.reshape((k, d)))
     }
 
     fn pick(x: &T, ids: &T) -> Result<T> {
@@ -459,30 +477,17 @@ impl Backend for Cuda {
             "softmax_backward",
             n,
             0,
-            [k, 1.0f32, pointer(&from)?, pointer(&g)?, pointer(&to)?]
+            [k, pointer(&from)?, pointer(&g)?, pointer(&to)?]
         )?;
         Ok(y.like(to))
     }
 
     fn rms_norm(x: &T, w: &T, eps: f64) -> Result<T> {
-        let (from, n, d) = rows(x)?;
-        let scale = sized(w, d as usize)?;
-        let device = device(&from)?;
-        let to = fresh(&device, from.dims(), DType::F32)?;
-        launch!(
-            device,
-            "rms_norm",
-            n,
-            0,
-            [
-                d,
-                eps as f32,
-                pointer(&from)?,
-                pointer(&scale)?,
-                pointer(&to)?
-            ]
-        )?;
-        Ok(x.like(to))
+        rms_norm(x, w, eps, DType::F32)
+    }
+
+    fn rms_norm_factor(x: &T, w: &T, eps: f64) -> Result<T> {
+        rms_norm(x, w, eps, x.storage())
     }
 
     fn rms_norm_backward(x: &T, w: &T, grad: &T, eps: f64) -> Result<(T, T)> {
@@ -492,12 +497,17 @@ impl Backend for Cuda {
         let device = device(&from)?;
         let dx = fresh(&device, from.dims(), DType::F32)?;
         let parts = fresh(&device, &[n, d as usize], DType::F32)?;
+        let (name, blocks) = match d <= SHORT {
+            true => ("rms_norm_short_backward", warps(n)?),
+            false => ("rms_norm_backward", n),
+        };
         launch!(
             device,
-            "rms_norm_backward",
-            n,
+            name,
+            blocks,
             0,
             [
+                n as u32,
                 d,
                 eps as f32,
                 pointer(&from)?,
@@ -525,6 +535,7 @@ impl Backend for Cuda {
                 1u32,
                 1u32,
                 eps as f32,
+                0i32,
                 pointer(&from)?,
                 0u64,
                 0u64,
@@ -560,22 +571,24 @@ impl Backend for Cuda {
         Ok(x.like(dx))
     }
 
-    fn group_norm(x: &T, groups: usize, w: &T, bias: &T, eps: f64) -> Result<T> {
-        let from = x.single()?;
-        let [rows, n, area] = grouped(&from, groups)?;
-        let channels = from.dims()[1];
-        let (scale, shift) = (sized(w, channels)?, sized(bias, channels)?);
+    fn modulated_norm(x: &T, scale: &T, shift: &T, eps: f64) -> Result<T> {
+        let (from, n, d) = rows(x)?;
+        let (b, l, _) = from.dims3().map_err(failed)?;
+        let (scale, shift) = (sized(scale, b * d as usize)?, sized(shift, b * d as usize)?);
         let device = device(&from)?;
-        let to = fresh(&device, from.dims(), DType::F32)?;
+        let to = fresh(&device, from.dims(), x.storage())?;
+        let name = match x.half {
+            true => "modulated_norm_bf16",
+            false => "modulated_norm_f32",
+        };
         launch!(
             device,
-            "group_norm",
-            rows,
+            name,
+            n,
             0,
             [
-                n as u32,
-                area as u32,
-                groups as u32,
+                l as u32,
+                d,
                 eps as f32,
                 pointer(&from)?,
                 pointer(&scale)?,
@@ -584,6 +597,14 @@ impl Backend for Cuda {
             ]
         )?;
         Ok(x.like(to))
+    }
+
+    fn group_norm(x: &T, groups: usize, w: &T, bias: &T, eps: f64) -> Result<T> {
+        group_norm(x, groups, w, bias, eps, false)
+    }
+
+    fn group_norm_silu(x: &T, groups: usize, w: &T, bias: &T, eps: f64) -> Result<T> {
+        group_norm(x, groups, w, bias, eps, true)
     }
 
     fn group_norm_backward(x: &T, groups: usize, w: &T, grad: &T, eps: f64) -> Result<(T, T, T)> {
@@ -692,6 +713,78 @@ impl Backend for Cuda {
         Ok(x.like(to))
     }
 
+    fn rope_cached(
+        q: &T,
+        k: &T,
+        v: &T,
+        cos: &T,
+        sin: &T,
+        keys: &T,
+        values: &T,
+        at: usize,
+    ) -> Result<T> {
+        let [from, k, v] = [q, k, v].map(|x| dense_last(&x.floats()?));
+        let (from, k, v) = (from?, k?, v?);
+        let (b, l, h, d) = from.dims4().map_err(failed)?;
+        let (cosines, sines) = (cos.single()?, sin.single()?);
+        let cached = |x: &T| x.raw.narrow(1, at, l).map_err(failed);
+        let (keys, values) = (cached(keys)?, cached(values)?);
+        let fits = |x: &Raw| x.dims() == [b, l, h, d];
+        let kept = |x: &Raw| fits(x) && x.stride()[3] == 1 && x.dtype() == keys.dtype();
+        let table = |x: &Raw| x.dims() == [l, d / 2];
+        if ![&k, &v].into_iter().all(fits)
+            || ![&keys, &values].into_iter().all(kept)
+            || ![&cosines, &sines].into_iter().all(table)
+        {
+            return Err(Error::Backend(format!(
+                "rope of {:?}, {:?} and {:?} into {:?} {:?} and {:?} {:?} at {at}, with {:?} and {:?}",
+                from.dims(),
+                k.dims(),
+                v.dims(),
+                keys.dims(),
+                keys.dtype(),
+                values.dims(),
+                values.dtype(),
+                cosines.dims(),
+                sines.dims()
+            )));
+        }
+        let device = device(&from)?;
+        let to = fresh(&device, from.dims(), DType::F32)?;
+        let n = b * l * h * (d / 2);
+        let name = match keys.dtype() {
+            DType::BF16 => "rope_cached_bf16",
+            _ => "rope_cached_f32",
+        };
+        let steps = |x: &Raw| Steps::new(&x.stride()[..3]);
+        launch!(
+            device,
+            name,
+            blocks(n)?,
+            0,
+            [
+                n as u32,
+                l as u32,
+                h as u32,
+                (d / 2) as u32,
+                steps(&from),
+                steps(&k),
+                steps(&v),
+                steps(&keys),
+                steps(&values),
+                pointer(&from)?,
+                pointer(&k)?,
+                pointer(&v)?,
+                pointer(&cosines)?,
+                pointer(&sines)?,
+                pointer(&to)?,
+                pointer(&keys)?,
+                pointer(&values)?
+            ]
+        )?;
+        Ok(q.like(to))
+    }
+
     fn attention(q: &T, k: &T, v: &T, mask: &Mask<T>, scale: f64) -> Result<T> {
         Ok(q.like(attention::attention(q, k, v, mask, scale)?))
     }
@@ -716,11 +809,15 @@ impl Backend for Cuda {
         *last /= 2;
         let d = *last;
         let device = device(&from)?;
-        let to = fresh(&device, &shape, DType::F32)?;
+        let to = fresh(&device, &shape, x.storage())?;
         let n = to.elem_count();
+        let name = match x.half {
+            true => "swiglu_bf16",
+            false => "swiglu_f32",
+        };
         launch!(
             device,
-            "swiglu",
+            name,
             blocks(n)?,
             0,
             [n as u32, d as u32, pointer(&from)?, pointer(&to)?]
@@ -848,16 +945,71 @@ impl Backend for Cuda {
     }
 }
 
+/// x / sqrt(mean(x^2) + eps) * w over the last dimension, in a type.
+fn rms_norm(x: &T, w: &T, eps: f64, dtype: DType) -> Result<T> {
+    let (from, n, d) = rows(x)?;
+    let scale = sized(w, d as usize)?;
+    let device = device(&from)?;
+    let to = fresh(&device, from.dims(), dtype)?;
+    let (name, blocks) = match (dtype, d <= SHORT) {
+        (DType::BF16, true) => ("rms_norm_short_bf16", warps(n)?),
+        (DType::BF16, false) => ("rms_norm_bf16", n),
+        (_, true) => ("rms_norm_short_f32", warps(n)?),
+        (_, false) => ("rms_norm_f32", n),
+    };
+    launch!(
+        device,
+        name,
+        blocks,
+        0,
+        [
+            n as u32,
+            d,
+            eps as f32,
+            pointer(&from)?,
+            pointer(&scale)?,
+            pointer(&to)?
+        ]
+    )?;
+    Ok(x.like(to))
+}
+
+/// Group normalisation of (b, c, h, w) with scale and shift (c), then silu if `active`.
+fn group_norm(x: &T, groups: usize, w: &T, bias: &T, eps: f64, active: bool) -> Result<T> {
+    let from = x.single()?;
+    let [rows, n, area] = grouped(&from, groups)?;
+    let channels = from.dims()[1];
+    let (scale, shift) = (sized(w, channels)?, sized(bias, channels)?);
+    let device = device(&from)?;
+    let to = fresh(&device, from.dims(), DType::F32)?;
+    launch!(
+        device,
+        "group_norm",
+        rows,
+        0,
+        [
+            n as u32,
+            area as u32,
+            groups as u32,
+            eps as f32,
+            i32::from(active),
+            pointer(&from)?,
+            pointer(&scale)?,
+            pointer(&shift)?,
+            pointer(&to)?
+        ]
+    )?;
+    Ok(x.like(to))
+}
+
 /// Sets all elements of a row-major tensor.
 pub fn fill(x: &Raw, value: f32) -> Result<()> {
     let (device, n) = (device(x)?, x.elem_count());
-    launch!(
-        device,
-        "fill",
-        blocks(n)?,
-        0,
-        [n as u32, value, pointer(x)?]
-    )
+    let name = match x.dtype() {
+        DType::BF16 => "fill_bf16",
+        _ => "fill_f32",
+    };
+    launch!(device, name, blocks(n)?, 0, [n as u32, value, pointer(x)?])
 }
 
 /// Sums of an f32 tensor over dimensions, which stay with size 1.
@@ -884,23 +1036,28 @@ pub fn sum(x: &Raw, dims: &[usize]) -> Result<Raw> {
         return Ok(to);
     }
     // Many rows, added up column by column: first some of them each, so that there is work for all.
-    let leading = dims.iter().enumerate().all(|(i, &d)| i == d);
-    if leading && x.is_contiguous() && n >= 32 && terms >= 64 {
+    let together = dims.windows(2).all(|pair| pair[1] == pair[0] + 1);
+    let columns: usize = dims
+        .last()
+        .map_or(1, |&d| x.dims()[d + 1..].iter().product());
+    if together && x.is_contiguous() && columns >= 32 && terms >= 64 {
+        let outer = n / columns;
         let parts = (65536 / n).clamp(1, terms / 16);
         let part = terms.div_ceil(parts);
         let parts = terms.div_ceil(part);
-        let some = fresh(&device, &[parts, n], DType::F32)?;
+        let some = fresh(&device, &[outer, parts, columns], DType::F32)?;
         let to = fresh(&device, &shape, DType::F32)?;
         for (rows, part, from, to) in [(terms, part, x, &some), (parts, parts, &some, &to)] {
-            let all = rows.div_ceil(part) * n;
+            let all = outer * rows.div_ceil(part) * columns;
             launch!(
                 device,
                 "sum_columns",
                 blocks(all)?,
                 0,
                 [
+                    outer as u32,
                     rows as u32,
-                    n as u32,
+                    columns as u32,
                     part as u32,
                     pointer(from)?,
                     pointer(to)?

@@ -1,12 +1,15 @@
 //! Convolutions as products: the pixels under each window are laid out as a matrix, a few images at a time.
+//!
+//! `dtype: bf16` rounds operands to TF32 here: a decoder is some forty convolutions deep, and with bf16 its images would be
+//! off by a twentieth of their range.
 
 use candle_core::DType;
 use retort_engine::error::{Error, Result};
 
 use crate::cuda::backend::fill;
 use crate::cuda::launch::{Slide, blocks, launch};
-use crate::cuda::product::{product, product_into};
-use crate::cuda::tensor::{Raw, Tensor, convert, device, fresh, pointer};
+use crate::cuda::product::{Single, product_into};
+use crate::cuda::tensor::{Raw, Tensor, device, fresh, pointer};
 use crate::failed;
 
 /// Elements of the matrix of windows that are in memory at once.
@@ -58,19 +61,18 @@ impl Sizes {
             .map(|first| (first, self.some.min(self.images - first)))
     }
 
-    /// Windows of row-major images (b, c, h, w) as operands of products: (b, c kh kw, windows).
-    fn unfold(&self, x: &Raw, dtype: DType) -> Result<Raw> {
+    /// Windows of row-major images (b, c, h, w): (b, c kh kw, windows).
+    fn unfold(&self, x: &Raw) -> Result<Raw> {
         let b = x.dims()[0];
         let shape = [b, self.window, self.area()];
         if self.pixels {
-            return convert(&x.reshape(&shape[..]).map_err(failed)?, dtype);
+            return x.reshape(&shape[..]).map_err(failed);
         }
         let device = device(x)?;
-        let to = fresh(&device, &shape, dtype)?;
-        let n = to.elem_count();
-        let name = match dtype {
-            DType::BF16 => "unfold_bf16",
-            _ => "unfold_f32",
+        let to = fresh(&device, &shape, DType::F32)?;
+        let (name, n) = match self.slide.windows()[1] % 4 {
+            0 => ("unfold_four", to.elem_count() / 4),
+            _ => ("unfold_one", to.elem_count()),
         };
         launch!(
             device,
@@ -83,21 +85,27 @@ impl Sizes {
     }
 }
 
+/// What a convolution of images does to its operands.
+fn rounding(x: &Tensor) -> Single {
+    match x.half {
+        true => Single::Tf32,
+        false => Single::Exact,
+    }
+}
+
 /// (b, c, h, w) with (o, c, kh, kw) -> (b, o, h', w').
 pub fn conv2d(x: &Tensor, w: &Tensor, stride: usize, padding: [usize; 2]) -> Result<Raw> {
     let (images, sizes) = (x.single()?, Sizes::new(&x.raw, &w.raw, stride, padding)?);
     let o = w.raw.dims()[0];
     let [oh, ow] = sizes.slide.windows();
-    let dtype = x.storage();
-    let kernel = convert(&w.raw, dtype)?
-        .reshape((o, sizes.window))
-        .map_err(failed)?;
+    let kernel = w.single()?.reshape((o, sizes.window)).map_err(failed)?;
     let to = fresh(&device(&images)?, &[sizes.images, o, oh * ow], DType::F32)?;
     if to.elem_count() > 0 {
         for (first, count) in sizes.parts() {
             let part = |x: &Raw| x.narrow(0, first, count).map_err(failed);
-            let windows = sizes.unfold(&part(&images)?, dtype)?;
-            product_into(&kernel, &windows, false, false, &part(&to)?, 0.0)?;
+            let windows = sizes.unfold(&part(&images)?)?;
+            let to = part(&to)?;
+            product_into(&kernel, &windows, false, false, &to, 0.0, rounding(x))?;
         }
     }
     to.reshape((sizes.images, o, oh, ow)).map_err(failed)
@@ -113,13 +121,10 @@ pub fn conv2d_backward(
     want: (bool, bool),
 ) -> Result<(Option<Raw>, Option<Raw>)> {
     let (images, sizes) = (x.single()?, Sizes::new(&x.raw, &w.raw, stride, padding)?);
-    let (o, dtype) = (w.raw.dims()[0], x.storage());
-    let g = convert(&grad.raw, dtype)?
-        .reshape((sizes.images, o, sizes.area()))
-        .map_err(failed)?;
-    let kernel = convert(&w.raw, dtype)?
-        .reshape((o, sizes.window))
-        .map_err(failed)?;
+    let o = w.raw.dims()[0];
+    let g = grad.single()?.reshape((sizes.images, o, sizes.area()));
+    let g = g.map_err(failed)?;
+    let kernel = w.single()?.reshape((o, sizes.window)).map_err(failed)?;
     let device = device(&images)?;
     let dx = want.0.then(|| fresh(&device, images.dims(), DType::F32));
     let dx = dx.transpose()?;
@@ -133,24 +138,24 @@ pub fn conv2d_backward(
         let part = |x: &Raw| x.narrow(0, first, count).map_err(failed);
         let g = part(&g)?;
         if let Some(dx) = &dx {
-            let windows = product(&kernel, &g, true, false)?;
+            let windows = fresh(&device, &[count, sizes.window, sizes.area()], DType::F32)?;
+            product_into(&kernel, &g, true, false, &windows, 0.0, rounding(x))?;
             let to = part(dx)?;
             let n = to.elem_count();
-            if n > 0 {
-                launch!(
-                    device,
-                    "fold",
-                    blocks(n)?,
-                    0,
-                    [n as u32, sizes.slide, pointer(&windows)?, pointer(&to)?]
-                )?;
-            }
+            launch!(
+                device,
+                "fold",
+                blocks(n)?,
+                0,
+                [n as u32, sizes.slide, pointer(&windows)?, pointer(&to)?]
+            )?;
         }
         if let Some(dw) = &dw {
-            let windows = sizes.unfold(&part(&images)?, dtype)?;
+            let windows = sizes.unfold(&part(&images)?)?;
             for image in 0..count {
                 let one = |x: &Raw| x.get(image).map_err(failed);
-                product_into(&one(&g)?, &one(&windows)?, false, true, dw, 1.0)?;
+                let (g, windows) = (one(&g)?, one(&windows)?);
+                product_into(&g, &windows, false, true, dw, 1.0, rounding(x))?;
             }
         }
     }

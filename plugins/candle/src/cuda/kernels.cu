@@ -30,6 +30,7 @@ struct bf16 {
 };
 
 __device__ inline float wide(float x) { return x; }
+__device__ inline unsigned wide(unsigned x) { return x; }
 __device__ inline float wide(bf16 x) { return __uint_as_float((unsigned)x.bits << 16); }
 
 __device__ inline void put(float& to, float x) { to = x; }
@@ -93,28 +94,43 @@ __device__ inline float greatest(float x) { return together<Max>(x, lowest()); }
 
 // ---- movement ----------------------------------------------------------------------------------------------------
 
+// Adjacent elements that one instruction reads or writes.
+template <class T> struct alignas(4 * sizeof(T)) Four {
+    T of[4];
+};
+
 template <class From, class To> __device__ void copy(unsigned n, const Places& p, const From* from, To* to) {
-    EACH(i, n) {
-        long long a, b;
-        both(p, i, a, b);
-        put(to[b], from[a]);
-    }
-}
-template <class To> __device__ void copy(unsigned n, const Places& p, const bf16* from, To* to) {
     EACH(i, n) {
         long long a, b;
         both(p, i, a, b);
         put(to[b], wide(from[a]));
     }
 }
-KERNEL(copy_f32_f32, unsigned n, Places p, const float* from, float* to) { copy(n, p, from, to); }
-KERNEL(copy_f32_bf16, unsigned n, Places p, const float* from, bf16* to) { copy(n, p, from, to); }
-KERNEL(copy_bf16_f32, unsigned n, Places p, const bf16* from, float* to) { copy(n, p, from, to); }
-KERNEL(copy_bf16_bf16, unsigned n, Places p, const bf16* from, bf16* to) { copy(n, p, from, to); }
-KERNEL(copy_u32_u32, unsigned n, Places p, const unsigned* from, unsigned* to) { copy(n, p, from, to); }
+// Places of elements four at a time.
+template <class From, class To> __device__ void copy_four(unsigned n, const Places& p, const From* from, To* to) {
+    EACH(i, n) {
+        long long a, b;
+        both(p, i, a, b);
+        Four<From> x = *(const Four<From>*)(from + a);
+        Four<To> y;
+        for (int e = 0; e < 4; ++e) put(y.of[e], wide(x.of[e]));
+        *(Four<To>*)(to + b) = y;
+    }
+}
+#define COPY(name, From, To)                                                                                     \
+    KERNEL(copy_##name, unsigned n, Places p, const From* from, To* to) { copy(n, p, from, to); }                \
+    KERNEL(copy_four_##name, unsigned n, Places p, const From* from, To* to) { copy_four(n, p, from, to); }
+COPY(f32_f32, float, float)
+COPY(f32_bf16, float, bf16)
+COPY(bf16_f32, bf16, float)
+COPY(bf16_bf16, bf16, bf16)
+COPY(u32_u32, unsigned, unsigned)
 
-KERNEL(fill, unsigned n, float value, float* to) {
+KERNEL(fill_f32, unsigned n, float value, float* to) {
     EACH(i, n) to[i] = value;
+}
+KERNEL(fill_bf16, unsigned n, float value, bf16* to) {
+    EACH(i, n) put(to[i], value);
 }
 
 // ---- arithmetic --------------------------------------------------------------------------------------------------
@@ -201,12 +217,14 @@ KERNEL(affine, unsigned n, float mul, float add, const float* from, float* to) {
 }
 
 // x (rows, 2 d) -> (rows, d)
-KERNEL(swiglu, unsigned n, unsigned d, const float* x, float* to) {
+template <class T> __device__ void swiglu(unsigned n, unsigned d, const float* x, T* to) {
     EACH(i, n) {
         const float* a = x + (size_t)(i / d) * 2 * d + i % d;
-        to[i] = a[0] * sigmoid(a[0]) * a[d];
+        put(to[i], a[0] * sigmoid(a[0]) * a[d]);
     }
 }
+KERNEL(swiglu_f32, unsigned n, unsigned d, const float* x, float* to) { swiglu(n, d, x, to); }
+KERNEL(swiglu_bf16, unsigned n, unsigned d, const float* x, bf16* to) { swiglu(n, d, x, to); }
 
 KERNEL(swiglu_backward, unsigned n, unsigned d, const float* x, const float* g, float* to) {
     EACH(i, n) {
@@ -238,13 +256,14 @@ KERNEL(sum_few, unsigned n, unsigned terms, Places kept, Places gone, const floa
     }
 }
 
-// Columns of (rows, columns), `part` rows at a time: -> (parts, columns).
-KERNEL(sum_columns, unsigned rows, unsigned columns, unsigned part, const float* x, float* to) {
+// Columns of `outer` times (rows, columns), `part` rows at a time: -> (outer, parts, columns).
+KERNEL(sum_columns, unsigned outer, unsigned rows, unsigned columns, unsigned part, const float* x, float* to) {
     unsigned parts = (rows + part - 1) / part;
-    EACH(i, parts * columns) {
-        unsigned from = i / columns * part, end = from + part < rows ? from + part : rows;
+    EACH(i, outer * parts * columns) {
+        unsigned from = i / columns % parts * part, end = from + part < rows ? from + part : rows;
+        const float* own = x + (size_t)(i / columns / parts) * rows * columns + i % columns;
         float sum = 0.0f;
-        for (unsigned row = from; row < end; ++row) sum += x[(size_t)row * columns + i % columns];
+        for (unsigned row = from; row < end; ++row) sum += own[(size_t)row * columns];
         to[i] = sum;
     }
 }
@@ -284,14 +303,16 @@ KERNEL(rows_bf16, unsigned n, unsigned d, unsigned k, const bf16* table, const u
     rows(n, d, k, table, ids, to);
 }
 
-// A block per row of the table looks for the gradients that belong to it, always in the same order.
-KERNEL(rows_adjoint, unsigned n, unsigned d, const float* g, const unsigned* ids, float* to) {
+// A block per row of the table of k looks for the gradients that belong to it, always in the same order, among `part` of
+// the n: -> (parts, k, d).
+KERNEL(rows_adjoint, unsigned n, unsigned k, unsigned d, unsigned part, const float* g, const unsigned* ids, float* to) {
     __shared__ unsigned char hit[BLOCK];
     float* row = to + (size_t)blockIdx.x * d;
+    unsigned own = blockIdx.x % k, from = blockIdx.x / k * part, end = from + part < n ? from + part : n;
     ALONG(e, d) row[e] = 0.0f;
-    for (unsigned start = 0; start < n; start += BLOCK) {
+    for (unsigned start = from; start < end; start += BLOCK) {
         unsigned i = start + threadIdx.x;
-        bool found = i < n && ids[i] == blockIdx.x;
+        bool found = i < end && ids[i] == own;
         unsigned some = together<Max>(found ? 1u : 0u, 0u);
         if (!some) continue;
         hit[threadIdx.x] = found;
@@ -323,13 +344,12 @@ KERNEL(softmax, unsigned k, const float* x, float* to) {
     ALONG(i, k) to[(size_t)blockIdx.x * k + i] = scale * expf(row[i] - top);
 }
 
-// `scale` goes on top, for scores that were scaled before the softmax.
-KERNEL(softmax_backward, unsigned k, float scale, const float* y, const float* g, float* to) {
+KERNEL(softmax_backward, unsigned k, const float* y, const float* g, float* to) {
     size_t at = (size_t)blockIdx.x * k;
     float along = 0.0f;
     ALONG(i, k) along += y[at + i] * g[at + i];
     along = total(along);
-    ALONG(i, k) to[at + i] = scale * y[at + i] * (g[at + i] - along);
+    ALONG(i, k) to[at + i] = y[at + i] * (g[at + i] - along);
 }
 
 KERNEL(cross_entropy, unsigned k, const float* x, const unsigned* ids, float* to) {
@@ -356,16 +376,41 @@ KERNEL(cross_entropy_backward, unsigned k, const float* x, const unsigned* ids, 
 
 // ---- norms -------------------------------------------------------------------------------------------------------
 
-KERNEL(rms_norm, unsigned d, float eps, const float* x, const float* w, float* to) {
+template <class T> __device__ void rms_norm(unsigned d, float eps, const float* x, const float* w, T* to) {
     size_t at = (size_t)blockIdx.x * d;
     float square = 0.0f;
     ALONG(i, d) square += x[at + i] * x[at + i];
     float r = 1.0f / sqrtf(total(square) / d + eps);
-    ALONG(i, d) to[at + i] = x[at + i] * r * w[i];
+    ALONG(i, d) put(to[at + i], x[at + i] * r * w[i]);
+}
+// The same for short rows: a warp each.
+template <class T>
+__device__ void rms_norm_short(unsigned rows, unsigned d, float eps, const float* x, const float* w, T* to) {
+    unsigned row = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (row >= rows) return;
+    size_t at = (size_t)row * d;
+    float square = 0.0f;
+    for (unsigned i = lane; i < d; i += 32) square += x[at + i] * x[at + i];
+    for (int step = 16; step > 0; step /= 2) square += __shfl_xor_sync(0xffffffffu, square, step);
+    float r = 1.0f / sqrtf(square / d + eps);
+    for (unsigned i = lane; i < d; i += 32) put(to[at + i], x[at + i] * r * w[i]);
+}
+KERNEL(rms_norm_short_f32, unsigned rows, unsigned d, float eps, const float* x, const float* w, float* to) {
+    rms_norm_short(rows, d, eps, x, w, to);
+}
+KERNEL(rms_norm_short_bf16, unsigned rows, unsigned d, float eps, const float* x, const float* w, bf16* to) {
+    rms_norm_short(rows, d, eps, x, w, to);
+}
+KERNEL(rms_norm_f32, unsigned, unsigned d, float eps, const float* x, const float* w, float* to) {
+    rms_norm(d, eps, x, w, to);
+}
+KERNEL(rms_norm_bf16, unsigned, unsigned d, float eps, const float* x, const float* w, bf16* to) {
+    rms_norm(d, eps, x, w, to);
 }
 
 // `dw`: what each row adds to the gradient of w.
-KERNEL(rms_norm_backward, unsigned d, float eps, const float* x, const float* w, const float* g, float* dx, float* dw) {
+KERNEL(rms_norm_backward, unsigned, unsigned d, float eps, const float* x, const float* w, const float* g, float* dx,
+       float* dw) {
     size_t at = (size_t)blockIdx.x * d;
     float square = 0.0f, along = 0.0f;
     ALONG(i, d) {
@@ -375,6 +420,29 @@ KERNEL(rms_norm_backward, unsigned d, float eps, const float* x, const float* w,
     float r = 1.0f / sqrtf(total(square) / d + eps);
     along = total(along) * r / d;
     ALONG(i, d) {
+        float n = x[at + i] * r;
+        dx[at + i] = r * (g[at + i] * w[i] - n * along);
+        dw[at + i] = g[at + i] * n;
+    }
+}
+
+KERNEL(rms_norm_short_backward, unsigned rows, unsigned d, float eps, const float* x, const float* w, const float* g,
+       float* dx, float* dw) {
+    unsigned row = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (row >= rows) return;
+    size_t at = (size_t)row * d;
+    float square = 0.0f, along = 0.0f;
+    for (unsigned i = lane; i < d; i += 32) {
+        square += x[at + i] * x[at + i];
+        along += g[at + i] * w[i] * x[at + i];
+    }
+    for (int step = 16; step > 0; step /= 2) {
+        square += __shfl_xor_sync(0xffffffffu, square, step);
+        along += __shfl_xor_sync(0xffffffffu, along, step);
+    }
+    float r = 1.0f / sqrtf(square / d + eps);
+    along *= r / d;
+    for (unsigned i = lane; i < d; i += 32) {
         float n = x[at + i] * r;
         dx[at + i] = r * (g[at + i] * w[i] - n * along);
         dw[at + i] = g[at + i] * n;
@@ -391,17 +459,36 @@ __device__ inline void moments(unsigned n, float eps, const float* row, float& m
 }
 
 // Rows of n values in groups of channels: channel i / area % channels has a scale and a shift. Without them (null) this
-// is the layer norm.
-KERNEL(group_norm, unsigned n, unsigned area, unsigned groups, float eps, const float* x, const float* w, const float* bias,
-       float* to) {
+// is the layer norm. Followed by silu, if `active`.
+KERNEL(group_norm, unsigned n, unsigned area, unsigned groups, float eps, int active, const float* x, const float* w,
+       const float* bias, float* to) {
     size_t at = (size_t)blockIdx.x * n;
     unsigned channel = w ? blockIdx.x % groups * (n / area) : 0;
     float mean, r;
     moments(n, eps, x + at, mean, r);
     ALONG(i, n) {
         float y = (x[at + i] - mean) * r;
-        to[at + i] = w ? y * w[channel + i / area] + bias[channel + i / area] : y;
+        if (w) y = y * w[channel + i / area] + bias[channel + i / area];
+        to[at + i] = active ? y * sigmoid(y) : y;
     }
+}
+
+// Layer norm of rows (b l, d), times the scale plus the shift of the row's sequence, (b, d) each.
+template <class T>
+__device__ void modulated_norm(unsigned l, unsigned d, float eps, const float* x, const float* scale, const float* shift,
+                               T* to) {
+    size_t at = (size_t)blockIdx.x * d, own = (size_t)(blockIdx.x / l) * d;
+    float mean, r;
+    moments(d, eps, x + at, mean, r);
+    ALONG(i, d) put(to[at + i], (x[at + i] - mean) * r * scale[own + i] + shift[own + i]);
+}
+KERNEL(modulated_norm_f32, unsigned l, unsigned d, float eps, const float* x, const float* scale, const float* shift,
+       float* to) {
+    modulated_norm(l, d, eps, x, scale, shift, to);
+}
+KERNEL(modulated_norm_bf16, unsigned l, unsigned d, float eps, const float* x, const float* scale, const float* shift,
+       bf16* to) {
+    modulated_norm(l, d, eps, x, scale, shift, to);
 }
 
 // `dw`: what each element adds to the gradient of its channel's scale; not wanted where it is null.
@@ -438,17 +525,28 @@ struct Slide {
 };
 
 // The pixels under each window, zero beyond the image: (c, h, w) -> (c, kh, kw, oh, ow), for every image.
-template <class T> __device__ void unfold(unsigned n, const Slide& s, const float* x, T* to) {
+// A thread takes adjacent windows of a row.
+template <class Some> __device__ void unfold(unsigned n, const Slide& s, const float* x, Some* to) {
+    constexpr unsigned SOME = sizeof(Some) / sizeof(float);
     EACH(i, n) {
-        unsigned area = s.oh * s.ow, at = i % area, window = i / area % (s.kh * s.kw), plane = i / area / (s.kh * s.kw);
-        int y = (int)(at / s.ow * s.stride + window / s.kw) - (int)s.ph;
-        int v = (int)(at % s.ow * s.stride + window % s.kw) - (int)s.pw;
-        bool inside = y >= 0 && y < (int)s.h && v >= 0 && v < (int)s.w;
-        put(to[i], inside ? x[((size_t)plane * s.h + y) * s.w + v] : 0.0f);
+        unsigned per_row = s.ow / SOME, rest = i / per_row, first = i % per_row * SOME;
+        unsigned row = rest % s.oh;
+        rest /= s.oh;
+        unsigned kx = rest % s.kw;
+        rest /= s.kw;
+        unsigned ky = rest % s.kh, plane = rest / s.kh;
+        int y = (int)(row * s.stride + ky) - (int)s.ph, v = (int)(first * s.stride + kx) - (int)s.pw;
+        const float* from = x + ((size_t)plane * s.h + y) * s.w;
+        Some all;
+        for (unsigned e = 0; e < SOME; ++e, v += s.stride) {
+            bool inside = y >= 0 && y < (int)s.h && v >= 0 && v < (int)s.w;
+            ((float*)&all)[e] = inside ? from[v] : 0.0f;
+        }
+        to[i] = all;
     }
 }
-KERNEL(unfold_f32, unsigned n, Slide s, const float* x, float* to) { unfold(n, s, x, to); }
-KERNEL(unfold_bf16, unsigned n, Slide s, const float* x, bf16* to) { unfold(n, s, x, to); }
+KERNEL(unfold_one, unsigned n, Slide s, const float* x, float* to) { unfold(n, s, x, to); }
+KERNEL(unfold_four, unsigned n, Slide s, const float* x, Four<float>* to) { unfold(n, s, x, to); }
 
 // Adjoint: each pixel gathers what lies over it.
 KERNEL(fold, unsigned n, Slide s, const float* g, float* to) {
@@ -533,39 +631,98 @@ KERNEL(rope, unsigned n, unsigned l, unsigned h, unsigned half, Steps from, cons
     }
 }
 
-// Scores (rows = b h lq, lk) to weights: scaled, masked, softmax. `causal` or a bias or neither.
+// What a step of a generation does with its positions (b, l, h, 2 half): queries turn, keys turn into their cache, values
+// go into theirs.
 template <class T>
-__device__ void weights(unsigned h, unsigned lq, unsigned lk, float scale, int causal, Steps steps, const float* bias,
-                        const float* scores, T* to) {
-    size_t at = (size_t)blockIdx.x * lk;
-    unsigned q = blockIdx.x % lq, head = blockIdx.x / lq % h, b = blockIdx.x / lq / h;
+__device__ void rope_cached(unsigned n, unsigned l, unsigned h, unsigned half, Steps qs, Steps ks, Steps vs, Steps keys,
+                            Steps values, const float* q, const float* k, const float* v, const float* cosines,
+                            const float* sines, float* to, T* key, T* value) {
+    EACH(i, n) {
+        unsigned pair = i % half, head = i / half % h, at = i / half / h % l, b = i / half / h / l, e = 2 * pair;
+        float c = cosines[at * half + pair], s = sines[at * half + pair];
+        const float* own = q + b * qs.s[0] + at * qs.s[1] + head * qs.s[2] + e;
+        to[2 * (size_t)i] = own[0] * c - own[1] * s;
+        to[2 * (size_t)i + 1] = own[0] * s + own[1] * c;
+        own = k + b * ks.s[0] + at * ks.s[1] + head * ks.s[2] + e;
+        T* cached = key + b * keys.s[0] + at * keys.s[1] + head * keys.s[2] + e;
+        put(cached[0], own[0] * c - own[1] * s);
+        put(cached[1], own[0] * s + own[1] * c);
+        own = v + b * vs.s[0] + at * vs.s[1] + head * vs.s[2] + e;
+        cached = value + b * values.s[0] + at * values.s[1] + head * values.s[2] + e;
+        put(cached[0], own[0]);
+        put(cached[1], own[1]);
+    }
+}
+KERNEL(rope_cached_f32, unsigned n, unsigned l, unsigned h, unsigned half, Steps qs, Steps ks, Steps vs, Steps keys,
+       Steps values, const float* q, const float* k, const float* v, const float* cosines, const float* sines, float* to,
+       float* key, float* value) {
+    rope_cached(n, l, h, half, qs, ks, vs, keys, values, q, k, v, cosines, sines, to, key, value);
+}
+KERNEL(rope_cached_bf16, unsigned n, unsigned l, unsigned h, unsigned half, Steps qs, Steps ks, Steps vs, Steps keys,
+       Steps values, const float* q, const float* k, const float* v, const float* cosines, const float* sines, float* to,
+       bf16* key, bf16* value) {
+    rope_cached(n, l, h, half, qs, ks, vs, keys, values, q, k, v, cosines, sines, to, key, value);
+}
+
+// Scores (rows = b h lq, span) to weights: scaled, masked, softmax over lk of them, zeros behind. `causal` or a bias or
+// neither. A warp per row: most rows are short.
+template <class T>
+__device__ void weights(unsigned rows, unsigned h, unsigned lq, unsigned lk, unsigned span, float scale, int causal,
+                        Steps steps, const float* bias, const float* scores, T* to) {
+    unsigned row = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (row >= rows) return;
+    size_t at = (size_t)row * span;
+    unsigned q = row % lq, head = row / lq % h, b = row / lq / h;
     unsigned seen = causal ? lk - lq + q + 1 : lk;
     const float* own = bias ? bias + b * steps.s[0] + head * steps.s[1] + q * steps.s[2] : bias;
     float top = lowest(), sum = 0.0f;
-    ALONG(i, seen) top = Max::of(top, scale * scores[at + i] + (own ? own[i * steps.s[3]] : 0.0f));
-    top = greatest(top);
-    ALONG(i, seen) sum += expf(scale * scores[at + i] + (own ? own[i * steps.s[3]] : 0.0f) - top);
-    float share = 1.0f / total(sum);
-    ALONG(i, lk) {
+    for (unsigned i = lane; i < seen; i += 32) {
+        top = Max::of(top, scale * scores[at + i] + (own ? own[i * steps.s[3]] : 0.0f));
+    }
+    for (int step = 16; step > 0; step /= 2) top = Max::of(top, __shfl_xor_sync(0xffffffffu, top, step));
+    for (unsigned i = lane; i < seen; i += 32) {
+        sum += expf(scale * scores[at + i] + (own ? own[i * steps.s[3]] : 0.0f) - top);
+    }
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    float share = 1.0f / sum;
+    for (unsigned i = lane; i < span; i += 32) {
         float p = 0.0f;
         if (i < seen) p = share * expf(scale * scores[at + i] + (own ? own[i * steps.s[3]] : 0.0f) - top);
         put(to[at + i], p);
     }
 }
-KERNEL(weights_f32, unsigned h, unsigned lq, unsigned lk, float scale, int causal, Steps steps, const float* bias,
-       const float* scores, float* to) {
-    weights(h, lq, lk, scale, causal, steps, bias, scores, to);
+KERNEL(weights_f32, unsigned rows, unsigned h, unsigned lq, unsigned lk, unsigned span, float scale, int causal,
+       Steps steps, const float* bias, const float* scores, float* to) {
+    weights(rows, h, lq, lk, span, scale, causal, steps, bias, scores, to);
 }
-KERNEL(weights_bf16, unsigned h, unsigned lq, unsigned lk, float scale, int causal, Steps steps, const float* bias,
-       const float* scores, bf16* to) {
-    weights(h, lq, lk, scale, causal, steps, bias, scores, to);
+KERNEL(weights_bf16, unsigned rows, unsigned h, unsigned lq, unsigned lk, unsigned span, float scale, int causal,
+       Steps steps, const float* bias, const float* scores, bf16* to) {
+    weights(rows, h, lq, lk, span, scale, causal, steps, bias, scores, to);
+}
+
+// Gradients for the scores, given those for the weights; a warp per row.
+template <class T>
+__device__ void weights_backward(unsigned rows, unsigned span, float scale, const float* p, const float* g, T* to) {
+    unsigned row = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (row >= rows) return;
+    size_t at = (size_t)row * span;
+    float along = 0.0f;
+    for (unsigned i = lane; i < span; i += 32) along += p[at + i] * g[at + i];
+    for (int step = 16; step > 0; step /= 2) along += __shfl_xor_sync(0xffffffffu, along, step);
+    for (unsigned i = lane; i < span; i += 32) put(to[at + i], scale * p[at + i] * (g[at + i] - along));
+}
+KERNEL(weights_backward_f32, unsigned rows, unsigned span, float scale, const float* p, const float* g, float* to) {
+    weights_backward(rows, span, scale, p, g, to);
+}
+KERNEL(weights_backward_bf16, unsigned rows, unsigned span, float scale, const float* p, const float* g, bf16* to) {
+    weights_backward(rows, span, scale, p, g, to);
 }
 
 // A few queries (b, lq, h, d) against many keys, without scores in memory: what a step with a cache of keys and values
 // does. A block per query and head; its scores, the query and the partial sums lie in shared memory: lk + d + BLOCK floats.
 template <class T>
 __device__ void attend(unsigned h, unsigned lq, unsigned lk, unsigned d, float scale, int causal, Steps qs, Steps ks,
-                       Steps vs, Steps steps, const float* bias, const float* q, const T* k, const T* v, float* to) {
+                       Steps vs, Steps steps, const float* bias, const float* q, const T* k, const T* v, T* to) {
     DYNAMIC_SHARED(shared);
     float *scores = shared, *query = shared + lk, *sums = query + d;
     unsigned head = blockIdx.x % h, at = blockIdx.x / h % lq, b = blockIdx.x / h / lq;
@@ -612,7 +769,7 @@ __device__ void attend(unsigned h, unsigned lq, unsigned lk, unsigned d, float s
         __syncthreads();
         if (team == 0) {
             for (unsigned t = 1; t < teams; ++t) along += sums[t * width + threadIdx.x];
-            to[(size_t)blockIdx.x * d + e] = share * along;
+            put(to[(size_t)blockIdx.x * d + e], share * along);
         }
     }
 }
@@ -621,7 +778,7 @@ KERNEL(attend_f32, unsigned h, unsigned lq, unsigned lk, unsigned d, float scale
     attend(h, lq, lk, d, scale, causal, qs, ks, vs, steps, bias, q, k, v, to);
 }
 KERNEL(attend_bf16, unsigned h, unsigned lq, unsigned lk, unsigned d, float scale, int causal, Steps qs, Steps ks, Steps vs,
-       Steps steps, const float* bias, const float* q, const bf16* k, const bf16* v, float* to) {
+       Steps steps, const float* bias, const float* q, const bf16* k, const bf16* v, bf16* to) {
     attend(h, lq, lk, d, scale, causal, qs, ks, vs, steps, bias, q, k, v, to);
 }
 

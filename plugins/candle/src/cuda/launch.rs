@@ -67,6 +67,12 @@ pub fn blocks(n: usize) -> Result<usize> {
     Ok(n.div_ceil(BLOCK).min(1 << 16))
 }
 
+/// Blocks for rows that a warp each looks at.
+pub fn warps(rows: usize) -> Result<usize> {
+    counted(rows)?;
+    Ok(rows.div_ceil(BLOCK / 32))
+}
+
 /// A number of elements that kernels can count.
 pub fn counted(n: usize) -> Result<usize> {
     if n < MOST {
@@ -94,18 +100,25 @@ unsafe impl DeviceRepr for Places {}
 impl Places {
     /// Of a shape, with the steps of one or two tensors. Dimensions that lie one within the other in both become one.
     pub fn new(shape: &[usize], first: &[usize], second: &[usize]) -> Result<Self> {
-        let mut merged: Vec<[usize; 3]> = Vec::new();
-        for ((&n, &a), &b) in shape.iter().zip(first).zip(second) {
-            match merged.last_mut() {
-                _ if n == 1 => {}
-                Some(outer) if outer[1] == n * a && outer[2] == n * b => {
-                    *outer = [outer[0] * n, a, b];
-                }
-                _ => merged.push([n, a, b]),
-            }
+        Self::of(merged(shape, first, second))
+    }
+
+    /// The same for groups of four elements that lie together in both; none, where they do not everywhere.
+    pub fn fours(shape: &[usize], first: &[usize], second: &[usize]) -> Result<Option<Self>> {
+        let mut merged = merged(shape, first, second);
+        match merged.pop() {
+            Some([n, 1, 1]) if n % 4 == 0 => merged.push([n / 4, 4, 4]),
+            _ => return Ok(None),
         }
+        let outer = &merged[..merged.len() - 1];
+        let apart = outer.iter().all(|[_, a, b]| a % 4 == 0 && b % 4 == 0);
+        apart.then(|| Self::of(merged)).transpose()
+    }
+
+    fn of(merged: Vec<[usize; 3]>) -> Result<Self> {
         if merged.len() > RANK {
-            return Err(Error::Backend(format!("{shape:?}: too many dimensions")));
+            let message = format!("{} dimensions are too many", merged.len());
+            return Err(Error::Backend(message));
         }
         let mut places = Self {
             rank: merged.len() as i32,
@@ -120,6 +133,21 @@ impl Places {
         }
         Ok(places)
     }
+}
+
+/// Size and steps of each dimension, of those together that lie one within the other.
+fn merged(shape: &[usize], first: &[usize], second: &[usize]) -> Vec<[usize; 3]> {
+    let mut merged: Vec<[usize; 3]> = Vec::new();
+    for ((&n, &a), &b) in shape.iter().zip(first).zip(second) {
+        match merged.last_mut() {
+            _ if n == 1 => {}
+            Some(outer) if outer[1] == n * a && outer[2] == n * b => {
+                *outer = [outer[0] * n, a, b];
+            }
+            _ => merged.push([n, a, b]),
+        }
+    }
+    merged
 }
 
 /// `Steps` of the kernels.
@@ -232,5 +260,21 @@ mod tests {
             (2, 5, 0, 1)
         );
         assert!(Places::new(&[2; 9], &[3; 9], &[5; 9]).is_err());
+    }
+
+    #[test]
+    fn fours_lie_together_in_both() {
+        let fours = |shape: &[usize], first: &[usize], second: &[usize]| {
+            Places::fours(shape, first, second).expect("places")
+        };
+        let rows = fours(&[3, 8], &[12, 1], &[8, 1]).expect("fours");
+        assert_eq!(
+            (rows.size[..2].to_vec(), rows.first[..2].to_vec()),
+            (vec![3, 2], vec![12, 4])
+        );
+        assert!(fours(&[3, 8], &[13, 1], &[8, 1]).is_none());
+        assert!(fours(&[3, 6], &[8, 1], &[8, 1]).is_none());
+        assert!(fours(&[8, 3], &[1, 8], &[3, 1]).is_none());
+        assert!(fours(&[1], &[1], &[1]).is_none());
     }
 }

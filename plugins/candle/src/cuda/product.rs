@@ -1,4 +1,4 @@
-//! Products of matrices by cuBLAS: operands in f32 or bf16, sums and results in f32, never TF32.
+//! Products of matrices by cuBLAS: operands in f32 or bf16, sums in f32, results in either.
 
 use std::ffi::c_void;
 
@@ -76,6 +76,15 @@ impl Matrices {
     }
 }
 
+/// What becomes of operands in f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Single {
+    /// They are multiplied as they are.
+    Exact,
+    /// They are rounded to TF32, which has the range of f32 and eight times the precision of bf16.
+    Tf32,
+}
+
 /// a (.., m, k) times b (.., k, n), either given transposed: (.., m, n) in f32. Operands are both f32 or both bf16, with
 /// as many matrices each, or one for all in front of which no dimension stands.
 pub fn product(a: &Raw, b: &Raw, ta: bool, tb: bool) -> Result<Raw> {
@@ -102,12 +111,20 @@ pub fn product(a: &Raw, b: &Raw, ta: bool, tb: bool) -> Result<Raw> {
     let mut shape = leads.clone();
     shape.extend([m, n]);
     let to = fresh(&device(a)?, &shape, DType::F32)?;
-    product_into(a, b, ta, tb, &to, 0.0)?;
+    product_into(a, b, ta, tb, &to, 0.0, Single::Exact)?;
     Ok(to)
 }
 
 /// The same, into a row-major tensor of the result's shape, of which `keep` times what is there stays.
-pub fn product_into(a: &Raw, b: &Raw, ta: bool, tb: bool, to: &Raw, keep: f32) -> Result<()> {
+pub fn product_into(
+    a: &Raw,
+    b: &Raw,
+    ta: bool,
+    tb: bool,
+    to: &Raw,
+    keep: f32,
+    single: Single,
+) -> Result<()> {
     // A copy lives as long as this function: what works with it is on the stream by then.
     let (whole_a, whole_b);
     let left = match Matrices::of(a, ta)? {
@@ -128,7 +145,7 @@ pub fn product_into(a: &Raw, b: &Raw, ta: bool, tb: bool, to: &Raw, keep: f32) -
     if to.elem_count() == 0 {
         return Ok(());
     }
-    multiply(&device(to)?, count, left, right, pointer(to)?, keep)
+    multiply(&device(to)?, count, left, right, to, keep, single)
 }
 
 fn odd() -> Error {
@@ -141,15 +158,20 @@ fn multiply(
     count: usize,
     a: Matrices,
     b: Matrices,
-    to: u64,
+    to: &Raw,
     keep: f32,
+    single: Single,
 ) -> Result<()> {
     let int = |n: usize| {
         i32::try_from(n).map_err(|_| Error::Backend(format!("a matrix with a side of {n}")))
     };
-    let kind = |x: Matrices| match x.dtype {
+    let kind = |dtype: DType| match dtype {
         DType::BF16 => sys::cudaDataType_t::CUDA_R_16BF,
         _ => sys::cudaDataType_t::CUDA_R_32F,
+    };
+    let sums = match (a.dtype, single) {
+        (DType::F32, Single::Tf32) => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
+        _ => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
     };
     let turn = |x: Matrices| match x.turned {
         true => sys::cublasOperation_t::CUBLAS_OP_T,
@@ -175,20 +197,20 @@ fn multiply(
             k,
             number(&one),
             b.start as *const c_void,
-            kind(b),
+            kind(b.dtype),
             int(b.lead)?,
             b.step as i64,
             a.start as *const c_void,
-            kind(a),
+            kind(a.dtype),
             int(a.lead)?,
             a.step as i64,
             number(&keep),
-            to as *mut c_void,
-            sys::cudaDataType_t::CUDA_R_32F,
+            pointer(to)? as *mut c_void,
+            kind(to.dtype()),
             n,
             (a.rows * b.columns) as i64,
             int(count)?,
-            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            sums,
             sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
         )
     }

@@ -133,6 +133,21 @@ pub fn whole(x: &Raw) -> Result<Raw> {
     convert(x, x.dtype())
 }
 
+/// What a tensor holds, row-major, on the host: no more than that, whatever it is a part of.
+pub fn to_host<T: DeviceRepr + CudaDType>(x: &Raw) -> Result<Vec<T>> {
+    let (x, n) = (whole(x)?, x.elem_count());
+    let (storage, layout) = x.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else {
+        return Err(Error::Internal("a tensor of the host on a GPU".into()));
+    };
+    let start = layout.start_offset();
+    let own = storage
+        .as_cuda_slice::<T>()
+        .map_err(failed)?
+        .slice(start..start + n);
+    storage.device().clone_dtoh(&own).map_err(failed)
+}
+
 /// The same tensor, with adjacent elements in its last dimension and any steps before.
 pub fn dense_last(x: &Raw) -> Result<Raw> {
     match (x.stride().last(), x.dims().last()) {
@@ -150,22 +165,33 @@ pub fn copy(from: &Raw, to: &Raw) -> Result<()> {
             to.dims()
         )));
     }
-    let name = match (from.dtype(), to.dtype()) {
-        (DType::F32, DType::F32) => "copy_f32_f32",
-        (DType::F32, DType::BF16) => "copy_f32_bf16",
-        (DType::BF16, DType::F32) => "copy_bf16_f32",
-        (DType::BF16, DType::BF16) => "copy_bf16_bf16",
-        (DType::U32, DType::U32) => "copy_u32_u32",
+    let [single, four] = match (from.dtype(), to.dtype()) {
+        (DType::F32, DType::F32) => ["copy_f32_f32", "copy_four_f32_f32"],
+        (DType::F32, DType::BF16) => ["copy_f32_bf16", "copy_four_f32_bf16"],
+        (DType::BF16, DType::F32) => ["copy_bf16_f32", "copy_four_bf16_f32"],
+        (DType::BF16, DType::BF16) => ["copy_bf16_bf16", "copy_four_bf16_bf16"],
+        (DType::U32, DType::U32) => ["copy_u32_u32", "copy_four_u32_u32"],
         (from, to) => return Err(Error::Backend(format!("copy from {from:?} to {to:?}"))),
     };
-    let n = from.elem_count();
-    let places = Places::new(from.dims(), from.stride(), to.stride())?;
+    let (n, starts) = (from.elem_count(), [pointer(from)?, pointer(to)?]);
+    let together = |x: &Raw, start: u64| start % (4 * x.dtype().size_in_bytes() as u64) == 0;
+    let fours = match together(from, starts[0]) && together(to, starts[1]) {
+        true => Places::fours(from.dims(), from.stride(), to.stride())?,
+        false => None,
+    };
+    let (name, n, places) = match fours {
+        Some(places) => (four, n / 4, places),
+        None => {
+            let places = Places::new(from.dims(), from.stride(), to.stride())?;
+            (single, n, places)
+        }
+    };
     let device = device(from)?;
     launch!(
         device,
         name,
         blocks(n)?,
         0,
-        [n as u32, places, pointer(from)?, pointer(to)?]
+        [n as u32, places, starts[0], starts[1]]
     )
 }

@@ -1,7 +1,7 @@
 //! The tape's gradients on a backend: `backward` against differences of the loss along random directions.
 
 use super::host::Host;
-use super::{Lie, Suite};
+use super::{Lie, Suite, difference};
 use crate::backend::{Backend, Mask, Unary, Window};
 use crate::error::Result;
 use crate::tape::{Var, backward};
@@ -50,7 +50,13 @@ impl<B: Backend> Suite<'_, B> {
             p[0].rms_norm(&p[1], 1e-5)
         });
         self.slope("layer_norm", one, &|p| p[0].layer_norm(1e-5));
-        self.slope("swiglu", one, &|p| p[0].swiglu());
+        let [scale, shift] = [64, 65].map(|seed| Host::random(&[3, 1, 6], seed, 0.5, 1.5));
+        self.alike(
+            "modulated_norm",
+            &[x.clone(), scale, shift],
+            &|p| p[0].modulated_norm(&p[1], &p[2], 1e-5),
+            &|p| p[0].layer_norm(1e-5)?.mul(&p[1])?.add(&p[2]),
+        );
         let logits = Host::random(&[4, 9], 60, -2.0, 2.0);
         self.slope("cross_entropy", &[logits], &|p| {
             p[0].cross_entropy(&b.indices(&[8, 0, 3, 3], &[4])?)
@@ -61,6 +67,9 @@ impl<B: Backend> Suite<'_, B> {
         let inputs = [image.clone(), norm[0].clone(), norm[1].clone()];
         self.slope("group_norm", &inputs, &|p| {
             p[0].group_norm(2, &p[1], &p[2], 1e-5)
+        });
+        self.slope("group_norm_silu", &inputs, &|p| {
+            p[0].group_norm_silu(2, &p[1], &p[2], 1e-5)
         });
         let window = Window {
             size: 2,
@@ -76,6 +85,8 @@ impl<B: Backend> Suite<'_, B> {
     pub(super) fn tape_of_products(&mut self) {
         let b = self.b;
         let left = Host::random(&[3, 5, 6], 53, -1.0, 1.0);
+        let gated = std::slice::from_ref(&left);
+        self.slope("swiglu", gated, &|p| p[0].swiglu());
         let right = Host::random(&[3, 6, 4], 54, -1.0, 1.0);
         self.slope("matmul", &[left.clone(), right], &|p| {
             p[0].matmul(&p[1], false)
@@ -112,6 +123,23 @@ impl<B: Backend> Suite<'_, B> {
     }
 
     /// The gradient of `sum(weights * model(params))` along directions, against central differences.
+    /// A node whose result may be rounded, which differences would see: its gradients are those of other nodes.
+    fn alike(&mut self, name: &str, params: &[Host], model: Model<'_, B>, other: Model<'_, B>) {
+        let name = format!("tape: {name}");
+        let found = self.gradients(params, model);
+        let found = found.and_then(|(found, _)| Ok((found, self.gradients(params, other)?.0)));
+        match found {
+            Ok((found, wanted)) => {
+                for (i, (found, wanted)) in found.iter().zip(&wanted).enumerate() {
+                    let wanted = Host::build(&[wanted.len()], |at| f64::from(wanted[at[0]]));
+                    let error = difference(found, &wanted);
+                    self.record(format!("{name} {i}"), error, 64.0 * self.unit);
+                }
+            }
+            Err(error) => self.record(format!("{name}: {error}"), f64::INFINITY, 0.0),
+        }
+    }
+
     fn slope(&mut self, name: &str, params: &[Host], model: Model<'_, B>) {
         let name = format!("tape: {name}");
         // Differences of rounded values: the rounding is divided by the step.
@@ -122,7 +150,8 @@ impl<B: Backend> Suite<'_, B> {
         }
     }
 
-    fn slope_error(&self, params: &[Host], model: Model<'_, B>, h: f64) -> Result<f64> {
+    /// Gradients of the sum of a model's outputs, weighted at random, and the weights.
+    fn gradients(&self, params: &[Host], model: Model<'_, B>) -> Result<(Vec<Vec<f32>>, Host)> {
         let leaves: Vec<(String, Var<B>)> = params
             .iter()
             .enumerate()
@@ -139,8 +168,12 @@ impl<B: Backend> Suite<'_, B> {
             .sum(&dims)?;
         drop(y);
         let gradients = backward(loss, &leaves)?;
-        let gradients: Vec<Vec<f32>> = gradients.iter().map(B::to_floats).collect::<Result<_>>()?;
+        let gradients: Result<_> = gradients.iter().map(B::to_floats).collect();
+        Ok((gradients?, weights))
+    }
 
+    fn slope_error(&self, params: &[Host], model: Model<'_, B>, h: f64) -> Result<f64> {
+        let (gradients, weights) = self.gradients(params, model)?;
         let value = |at: &[Host]| -> Result<f64> {
             let vars: Vec<Var<B>> = at
                 .iter()

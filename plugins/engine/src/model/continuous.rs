@@ -38,11 +38,10 @@ impl<B: Backend> Continuous<B> {
     pub(super) fn forward(&self, prediction: &Prediction<B>) -> Result<Var<B>> {
         let l = prediction.logits.shape()[1];
         let front = prediction.hidden.shape()[1] - l;
-        let h = prediction.hidden.narrow(1, front, l)?.layer_norm(EPS)?;
+        let h = prediction.hidden.narrow(1, front, l)?;
         let row = |i| self.scale_shift.narrow(0, i, 1)?.add(&prediction.condition); // (b, 1, C)
         let (shift, scale) = (row(0)?, row(1)?);
-        h.mul(&scale.affine(1.0, 1.0)?)?
-            .add(&shift)?
+        h.modulated_norm(&scale.affine(1.0, 1.0)?, &shift, EPS)?
             .linear(&self.weight, Some(&self.bias))
     }
 }

@@ -30,9 +30,25 @@ impl<B: Backend> Cache<B> {
         k: &B::Tensor,
         v: &B::Tensor,
     ) -> Result<(B::Tensor, B::Tensor)> {
-        let end = at + B::shape(k)[1];
         B::write_(&self.k, 1, at, k)?;
         B::write_(&self.v, 1, at, v)?;
+        self.until(at + B::shape(k)[1])
+    }
+
+    /// The same for queries, keys and values of which the former two turn by cos and sin: those queries, all keys, all
+    /// values.
+    pub(super) fn extend_turned(
+        &self,
+        at: usize,
+        [q, k, v]: [&B::Tensor; 3],
+        [cos, sin]: [&B::Tensor; 2],
+    ) -> Result<(B::Tensor, B::Tensor, B::Tensor)> {
+        let q = B::rope_cached(q, k, v, cos, sin, &self.k, &self.v, at)?;
+        let (k, v) = self.until(at + B::shape(k)[1])?;
+        Ok((q, k, v))
+    }
+
+    fn until(&self, end: usize) -> Result<(B::Tensor, B::Tensor)> {
         Ok((
             B::narrow(&self.k, 1, 0, end)?,
             B::narrow(&self.v, 1, 0, end)?,

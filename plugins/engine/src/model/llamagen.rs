@@ -183,7 +183,7 @@ impl<B: Backend> Block<B> {
             None => Var::cat(&[&self.w1, &self.w3], 0)?,
         };
         let inner = x
-            .rms_norm(&self.ffn_norm, NORM_EPS)?
+            .rms_norm_factor(&self.ffn_norm, NORM_EPS)?
             .linear(&w13, None)?
             .swiglu()?;
         x.add(&inner.linear(&self.w2, None)?)
@@ -199,7 +199,7 @@ impl<B: Backend> Block<B> {
         scale: f64,
     ) -> Result<Var<B>> {
         let qkv = x
-            .rms_norm(&self.attention_norm, NORM_EPS)?
+            .rms_norm_factor(&self.attention_norm, NORM_EPS)?
             .linear(&self.wqkv, None)?; // (b, l, 3 C)
         let y = qkv.packed_attention(heads, rope, mask, scale)?; // (b, l, C)
         self.feed_forward(&x.add(&y.linear(&self.wo, None)?)?)
@@ -217,13 +217,12 @@ impl<B: Backend> Block<B> {
         let (shape, heads) = (x.shape(), stack.config.heads);
         let l = shape[1];
         let qkv = x
-            .rms_norm(&self.attention_norm, NORM_EPS)?
+            .rms_norm_factor(&self.attention_norm, NORM_EPS)?
             .linear(&self.wqkv, None)?;
         let [q, k, v] = unpack::<B>(qkv.value(), heads)?;
         let table = |t: &B::Tensor| B::narrow(t, 0, at, l);
         let (cos, sin) = (table(&stack.rope.0)?, table(&stack.rope.1)?);
-        let (k, v) = cache.extend(at, &B::rope(&k, &cos, &sin)?, &v)?;
-        let q = B::rope(&q, &cos, &sin)?;
+        let (q, k, v) = cache.extend_turned(at, [&q, &k, &v], [&cos, &sin])?;
         let y = B::attention(&q, &k, &v, mask, stack.scale())?;
         let y = Var::constant(B::reshape(&y, &shape)?);
         self.feed_forward(&x.add(&y.linear(&self.wo, None)?)?)
@@ -276,7 +275,8 @@ impl<B: Backend> Stack<B> {
     }
 
     fn logits(&self, x: &Var<B>) -> Result<Var<B>> {
-        x.rms_norm(&self.norm, NORM_EPS)?.linear(&self.output, None)
+        x.rms_norm_factor(&self.norm, NORM_EPS)?
+            .linear(&self.output, None)
     }
 
     /// The positions in front: (b, T, C).

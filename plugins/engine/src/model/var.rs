@@ -193,11 +193,6 @@ struct Modulation<B: Backend> {
     shift: [Var<B>; 2],
 }
 
-/// LN(x) scale + shift.
-fn modulated<B: Backend>(x: &Var<B>, scale: &Var<B>, shift: &Var<B>) -> Result<Var<B>> {
-    x.layer_norm(NORM_EPS)?.mul(scale)?.add(shift)
-}
-
 /// Part i of (b, n C) as (b, 1, C).
 fn part<B: Backend>(x: &Var<B>, i: usize, width: usize) -> Result<Var<B>> {
     let b = x.shape()[0];
@@ -292,12 +287,15 @@ impl<B: Backend> Block<B> {
         kinds: Option<&Var<B>>,
         attend: &Attend<'_, B>,
     ) -> Result<Var<B>> {
-        let y = self.attention(&modulated(x, &m.scale[0], &m.shift[0])?, attend)?;
+        let y = self.attention(
+            &x.modulated_norm(&m.scale[0], &m.shift[0], NORM_EPS)?,
+            attend,
+        )?;
         let mut x = x.add(&y.mul(&m.gamma[0])?)?;
         if let Some(kinds) = kinds {
             x = x.add(kinds)?;
         }
-        let y = modulated(&x, &m.scale[1], &m.shift[1])?;
+        let y = x.modulated_norm(&m.scale[1], &m.shift[1], NORM_EPS)?;
         let y = self.fc1.forward(&y)?.unary(Unary::GeluTanh)?;
         x.add(&self.fc2.forward(&y)?.mul(&m.gamma[1])?)
     }
@@ -408,7 +406,7 @@ impl<B: Backend> Stack<B> {
         let (all, width) = (self.head_norm.forward(&condition.silu)?, x.shape()[2]);
         let scale = part(&all, 0, width)?.affine(1.0, 1.0)?;
         self.head
-            .forward(&modulated(x, &scale, &part(&all, 1, width)?)?)
+            .forward(&x.modulated_norm(&scale, &part(&all, 1, width)?, NORM_EPS)?)
     }
 }
 
