@@ -41,6 +41,15 @@ impl Tensor {
         self.precision.operand(&self.inner)
     }
 
+    /// As an operand of a convolution. GPUs compute these in f32: a decoder is some forty of them deep, and with bf16 its
+    /// images would be off by a twentieth of their range.
+    fn of_windows(&self) -> Tried {
+        match self.inner.device().is_cuda() {
+            true => self.wide(),
+            false => self.operand(),
+        }
+    }
+
     fn sizes(&self) -> Vec<i64> {
         self.inner.size()
     }
@@ -75,8 +84,8 @@ impl Backend for Libtorch {
     }
 
     fn full(&self, shape: &[usize], value: f32) -> Result<T> {
-        let options = (Kind::Float, self.device);
-        self.put(Raw::f_full(signed(shape), f64::from(value), options), shape)
+        let empty = Raw::f_empty(signed(shape), (Kind::Float, self.device));
+        self.put(empty.and_then(|mut x| x.f_fill_(f64::from(value))), shape)
     }
 
     fn floats_beside(other: &T, data: &[f32], shape: &[usize]) -> Result<T> {
@@ -180,9 +189,9 @@ impl Backend for Libtorch {
         let run = || {
             let x = x.wide()?;
             match (mul, add) {
-                (1.0, add) => x.f_add_scalar(add),
-                (mul, 0.0) => x.f_mul_scalar(mul),
-                (mul, add) => x.f_mul_scalar(mul)?.f_add_scalar_(add),
+                (1.0, add) => x.f_add(&number(add)),
+                (mul, 0.0) => x.f_mul(&number(mul)),
+                (mul, add) => x.f_mul(&number(mul))?.f_add_scalar_(add),
             }
         };
         x.with(run())
@@ -252,9 +261,9 @@ impl Backend for Libtorch {
     fn conv2d(x: &T, w: &T, stride: usize, padding: [usize; 2]) -> Result<T> {
         let run = || {
             let stride = stride as i64;
-            x.operand()?
+            x.of_windows()?
                 .f_conv2d(
-                    &w.operand()?,
+                    &w.of_windows()?,
                     NONE,
                     [stride, stride],
                     padding.map(|n| n as i64),
@@ -274,7 +283,7 @@ impl Backend for Libtorch {
         padding: [usize; 2],
         want: (bool, bool),
     ) -> Result<(Option<T>, Option<T>)> {
-        let operand = |x: &T| x.operand().map_err(failed);
+        let operand = |x: &T| x.of_windows().map_err(failed);
         let (dx, dw) = aten::conv2d_backward(
             &operand(x)?,
             &operand(w)?,
@@ -332,7 +341,7 @@ impl Backend for Libtorch {
         let mut run = || {
             let g = match s.grad_scale {
                 1.0 => g.inner.shallow_clone(),
-                scale => g.inner.f_mul_scalar(scale)?,
+                scale => g.inner.f_mul(&number(scale))?,
             };
             let _ = m.f_lerp_(&g, 1.0 - s.beta1)?;
             let _ = v.f_lerp_(&g.f_square()?, 1.0 - s.beta2)?;
@@ -343,7 +352,7 @@ impl Backend for Libtorch {
             if s.weight_decay != 0.0 {
                 let _ = p.f_mul_scalar_(1.0 - s.lr * s.weight_decay)?;
             }
-            let scaled = m.f_mul_scalar(-s.lr / s.correction1)?;
+            let scaled = m.f_mul(&number(-s.lr / s.correction1))?;
             p.f_addcdiv_(&scaled, &denominator).map(drop)
         };
         run().map_err(failed)
@@ -389,7 +398,12 @@ impl Backend for Libtorch {
             if a.kind() == Kind::Float {
                 return a.f_linear(&b, bias.map(|b| b.wide()).transpose()?.as_ref());
             }
-            let y = a.f_linear(&b, NONE)?.f_to_kind(Kind::Float)?;
+            let mut shape = x.sizes();
+            let y = rounded(&a.f_reshape([-1, b.size()[1]])?, &b.f_transpose(0, 1)?)?;
+            if let Some(last) = shape.last_mut() {
+                *last = b.size()[0];
+            }
+            let y = y.f_reshape(shape)?;
             match bias {
                 Some(bias) => { y }.f_add_(&bias.inner),
                 None => Ok(y),
@@ -408,15 +422,9 @@ impl Backend for Libtorch {
             let mut shape = grad.sizes();
             let end = shape.len() - 1;
             shape[end] = w.sizes()[1];
-            g.f_matmul(&w.operand()?)?
-                .f_to_kind(Kind::Float)?
-                .f_reshape(shape)
+            rounded(&g, &w.operand()?)?.f_reshape(shape)
         };
-        let dw = |x: &T| {
-            g.f_transpose(0, 1)?
-                .f_matmul(&flat(x)?)?
-                .f_to_kind(Kind::Float)
-        };
+        let dw = |x: &T| rounded(&g.f_transpose(0, 1)?, &flat(x)?);
         Ok((
             w.map(|w| grad.with(dx(w))).transpose()?,
             x.map(|x| grad.with(dw(x))).transpose()?,
@@ -490,6 +498,11 @@ impl Backend for Libtorch {
         x.with(run())
     }
 
+    fn group_norm_silu(x: &T, groups: usize, w: &T, bias: &T, eps: f64) -> Result<T> {
+        let mut normal = Self::group_norm(x, groups, w, bias, eps)?;
+        x.with(normal.inner.f_silu_())
+    }
+
     fn group_norm_backward(x: &T, groups: usize, w: &T, grad: &T, eps: f64) -> Result<(T, T, T)> {
         let w = w.wide().map_err(failed)?;
         let [dx, dw, db] = aten::group_norm_backward(&x.inner, groups, &w, &grad.inner, eps)?;
@@ -527,8 +540,7 @@ impl Backend for Libtorch {
                 scale,
                 false,
             )?
-            .f_permute([0, 2, 1, 3])?
-            .f_to_kind(Kind::Float)
+            .f_permute([0, 2, 1, 3])
         };
         q.with(run())
     }
@@ -688,7 +700,7 @@ impl Heads {
             .q
             .f_matmul(&turned(&self.k)?)?
             .f_to_kind(Kind::Float)?
-            .f_mul_scalar(scale)?;
+            .f_mul_scalar_(scale)?;
         if self.causal {
             let l = self.q.size()[2];
             let options = (Kind::Float, scores.device());
@@ -709,14 +721,30 @@ impl Heads {
     }
 }
 
-/// (b, l, h, d) -> (b, h, l, d), each vector whole in memory: the fused kernels take that for granted, unchecked.
+/// (b, l, h, d) -> (b, h, l, d), each vector whole in memory: the fused kernels take that for granted, unchecked. Those of
+/// GPUs read sixteen bytes at a time, and refuse vectors that begin elsewhere.
 fn heads_first(x: &T) -> Tried {
     let x = x.operand()?;
-    let x = match x.stride()[3] {
-        1 => x,
-        _ => x.f_contiguous()?,
+    let strides = x.stride();
+    let begins = strides[..3].iter().all(|s| s % 8 == 0) && x.data_ptr() as usize % 16 == 0;
+    let x = match strides[3] == 1 && (begins || !x.device().is_cuda()) {
+        true => x,
+        false => x.f_contiguous()?,
     };
     x.f_permute([0, 2, 1, 3])
+}
+
+/// A product of operands, (n, i) and (i, o), in f32. GPUs add it up so and need not round it first.
+fn rounded(a: &Raw, b: &Raw) -> Tried {
+    match a.device().is_cuda() && a.kind() != Kind::Float {
+        true => a.f_mm_dtype(b, Kind::Float),
+        false => a.f_mm(b)?.f_to_kind(Kind::Float),
+    }
+}
+
+/// A number as a tensor, for operations that make a tensor: what takes it as a number panics in tch when memory is short.
+fn number(x: f64) -> Raw {
+    Raw::from(x)
 }
 
 /// A backend that puts tensors where another lies.

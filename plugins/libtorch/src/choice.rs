@@ -33,9 +33,10 @@ pub(crate) fn truncate(logits: &Tensor, truncation: &Truncation) -> Result<Tenso
             // A code goes where those before it are enough.
             let none = enough.f_zeros_like()?;
             let before = Tensor::f_cat(&[&none, &sums.f_narrow(1, 0, keep - 1)?], 1)?;
-            left = left.f_masked_fill(&before.f_gt_tensor(&enough)?, f64::NEG_INFINITY)?;
+            left = left.f_masked_fill_(&before.f_gt_tensor(&enough)?, f64::NEG_INFINITY)?;
         }
-        rows.f_full_like(f64::NEG_INFINITY)?
+        rows.f_empty_like()?
+            .f_fill_(f64::NEG_INFINITY)?
             .f_scatter_(1, &order, &left)
     })
 }
@@ -57,7 +58,7 @@ pub(crate) fn categorical(logits: &Tensor, uniforms: &[f64]) -> Result<Tensor, T
         // Where rounding makes a number pass all sums: the last code that can be.
         let places = Tensor::f_arange(k, (Kind::Int64, logits.device()))?;
         let last = weights
-            .f_gt(0.0)?
+            .f_gt_tensor(&Tensor::from(0.0))?
             .f_mul(&places)?
             .f_amax([1i64].as_slice(), false)?;
         ids.f_minimum(&last)

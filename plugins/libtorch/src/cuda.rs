@@ -57,7 +57,8 @@ fn load() -> Result<Vec<Gpu>, String> {
     // Operations are registered for good: it must never be unloaded.
     std::mem::forget(library);
     let count = tch::Cuda::device_count();
-    let none = "no CUDA device: there is no GPU, or its driver is missing or too old for this libtorch";
+    let none =
+        "no CUDA device: there is no GPU, or its driver is missing or too old for this libtorch";
     if count <= 0 {
         return Err(none.into());
     }
@@ -77,9 +78,12 @@ fn described(index: c_int) -> Result<Gpu, libloading::Error> {
             &mut device,
             index,
         );
-        driver.get::<unsafe extern "C" fn(*mut c_char, c_int, c_int) -> c_int>(
-            b"cuDeviceGetName",
-        )?(name.as_mut_ptr(), name.len() as c_int - 1, device);
+        driver
+            .get::<unsafe extern "C" fn(*mut c_char, c_int, c_int) -> c_int>(b"cuDeviceGetName")?(
+            name.as_mut_ptr(),
+            name.len() as c_int - 1,
+            device,
+        );
         driver.get::<unsafe extern "C" fn(*mut usize, c_int) -> c_int>(b"cuDeviceTotalMem_v2")?(
             &mut memory,
             device,

@@ -3,7 +3,8 @@
 //! [`Libtorch`] is what the engine runs on. Nothing here records gradients: no tensor ever asks libtorch for one, so its
 //! autograd stays idle, and the engine's tape asks for values only. All tensors are f32 but those that only products
 //! read: with `dtype: bf16` products (linear maps, convolutions, attention) take their operands in bf16 ([`Precision`]
-//! says which), and everything else, sums and norms and optimiser steps among it, stays in f32.
+//! says which; convolutions on CPUs alone), and everything else, sums and norms and optimiser steps among it, stays in
+//! f32.
 //!
 //! In host memory the flow map and products of few rows are kernels shared with the candle plugin (`retort-kernels`), on
 //! libtorch's threads.
