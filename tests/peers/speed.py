@@ -43,7 +43,7 @@ class LlamaBlock(nn.Module):
         q, k, v = rotate(q, turn).transpose(1, 2), rotate(k, turn).transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             cache[0][:, :, at : at + l], cache[1][:, :, at : at + l] = k, v
-            k, v = cache[0][:, :, : at + l].to(q.dtype), cache[1][:, :, : at + l].to(q.dtype)
+            k, v = cache[0][:, :, : at + l], cache[1][:, :, : at + l]
         y = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
         x = x + self.wo(y.transpose(1, 2).reshape(b, l, c))
         h = rms(x, self.norm2)
@@ -97,7 +97,8 @@ class LlamaGen(nn.Module):
         b = len(labels)
         rows = torch.cat([labels, torch.full_like(labels, 1000)])
         shape = (2 * b, self.heads, self.length, self.width // self.heads)
-        caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in self.blocks]
+        kind = torch.get_autocast_dtype(DEVICE) if torch.is_autocast_enabled(DEVICE) else torch.float32
+        caches = [(torch.zeros(shape, dtype=kind), torch.zeros(shape, dtype=kind)) for _ in self.blocks]
         x = self.classes(rows)[:, None]
         for at in range(self.length):
             for block, cache in zip(self.blocks, caches):
@@ -136,12 +137,12 @@ class VarBlock(nn.Module):
         g1, g2, s1, s2, t1, t2 = self.modulation(F.silu(condition)).view(b, 1, 6, c).unbind(2)
         h = F.layer_norm(x, (c,), eps=1e-6) * (1 + s1) + t1
         q, k, v = self.qkv(h).view(b, l, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = F.normalize(q, dim=-1) * self.length.exp(), F.normalize(k, dim=-1)
+        q, k = (F.normalize(q, dim=-1) * self.length.exp()).to(v.dtype), F.normalize(k, dim=-1).to(v.dtype)
         if cache is not None:
             if cache:
                 k, v = torch.cat([cache[0], k], 2), torch.cat([cache[1], v], 2)
             cache[:] = [k, v]
-        y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), mask, scale=1.0)
+        y = F.scaled_dot_product_attention(q, k, v, mask, scale=1.0)
         x = x + g1 * self.proj(y.transpose(1, 2).reshape(b, l, c))
         if kinds is not None:
             x = x + kinds
