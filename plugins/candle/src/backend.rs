@@ -118,9 +118,16 @@ impl Backend for Candle {
     }
     fn conv2d(x: &T, w: &T, stride: usize, padding: [usize; 2]) -> Result<T> {
         if fits(&[x, w]) {
-            convolution::conv2d(x, w, stride, padding)
+            convolution::conv2d(x, w, None, stride, padding)
         } else {
             Plain::conv2d(x, w, stride, padding)
+        }
+    }
+    fn conv2d_bias(x: &T, w: &T, bias: &T, stride: usize, padding: [usize; 2]) -> Result<T> {
+        if fits(&[x, w, bias]) && bias.elem_count() == w.dims()[0] {
+            convolution::conv2d(x, w, Some(bias), stride, padding)
+        } else {
+            Plain::conv2d_bias(x, w, bias, stride, padding)
         }
     }
     fn conv2d_backward(

@@ -15,12 +15,17 @@ const UNFOLDED: usize = 256 * 1024;
 /// Images whose share of the kernel's gradient is summed by one task: fixed, so that the order of the sum is.
 const BLOCK: usize = 8;
 
-/// (b, c, h, w) with (o, c, kh, kw) -> (b, o, h', w')
-pub fn conv2d(x: &T, w: &T, stride: usize, padding: [usize; 2]) -> Result<T> {
+/// (b, c, h, w) with (o, c, kh, kw) -> (b, o, h', w'), plus a bias (o)
+pub fn conv2d(x: &T, w: &T, bias: Option<&T>, stride: usize, padding: [usize; 2]) -> Result<T> {
     let shape = Shape::new(x, w, stride, padding)?;
+    let none = vec![0.0; shape.o];
+    let bias = match bias {
+        Some(bias) => &whole(bias)?,
+        None => &tensor(none, &[shape.o])?,
+    };
     let (x, w) = (&whole(x)?, &whole(w)?);
-    floats!(x, w);
-    let y = shape.forward(x, w);
+    floats!(x, w, bias);
+    let y = shape.forward(x, w, &bias[..shape.o]);
     tensor(y, &[shape.b, shape.o, shape.out_h, shape.out_w])
 }
 
@@ -129,9 +134,9 @@ impl Shape {
         (fits && tiles.pays()).then_some(tiles)
     }
 
-    fn forward(&self, x: &[f32], w: &[f32]) -> Vec<f32> {
+    fn forward(&self, x: &[f32], w: &[f32], bias: &[f32]) -> Vec<f32> {
         if let Some(tiles) = self.winograd() {
-            return tiles.forward(x, w, self.b);
+            return tiles.forward(x, w, bias, self.b);
         }
         let (deep, plane, tile) = (self.deep(), self.plane(), self.tile());
         let kernel = Matrix::rows(w, deep);
@@ -155,6 +160,11 @@ impl Shape {
                     parallel,
                 }
                 .run(&mut y[first * self.out_w..], plane, kernel, columns);
+                // While it is in the cache.
+                for (line, &bias) in y.chunks_exact_mut(plane).zip(bias) {
+                    let line = &mut line[first * self.out_w..][..n];
+                    line.iter_mut().for_each(|y| *y += bias);
+                }
             }
         };
         if self.b >= rayon::current_num_threads() {
@@ -185,7 +195,7 @@ impl Shape {
                 padding: [kh - 1 - self.padding[0], kw - 1 - self.padding[1]],
                 ..*self
             };
-            return back.forward(grad, &turned);
+            return back.forward(grad, &turned, &vec![0.0; self.c]);
         }
         let (deep, plane, tile) = (self.deep(), self.plane(), self.tile());
         let kernel = Matrix::rows(w, deep).turned();

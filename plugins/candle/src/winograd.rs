@@ -40,8 +40,8 @@ impl Convolution {
         self.h * self.w >= 1024 && self.w >= 8 && self.c >= 32 && self.o >= 32
     }
 
-    /// Images x (b, c, h, w) and kernel w (o, c, 3, 3) -> (b, o, h, w).
-    pub fn forward(&self, x: &[f32], w: &[f32], b: usize) -> Vec<f32> {
+    /// Images x (b, c, h, w) and kernel w (o, c, 3, 3), plus a bias (o) -> (b, o, h, w).
+    pub fn forward(&self, x: &[f32], w: &[f32], bias: &[f32], b: usize) -> Vec<f32> {
         let Self { c, o, h, w: width } = *self;
         let kernel = self.kernel(w);
         let (high, broad) = (h.div_ceil(4), width.div_ceil(4));
@@ -91,8 +91,8 @@ impl Convolution {
                     };
                     product.run(&mut to[place * o * n..][..o * n], n, kernel, columns);
                 }
-                for (channel, piece) in pieces.iter_mut().enumerate() {
-                    self.gather(to, row, n, |place| (place * o + channel) * n, piece);
+                for (channel, (piece, &bias)) in pieces.iter_mut().zip(bias).enumerate() {
+                    self.gather(to, row, n, |place| (place * o + channel) * n, bias, piece);
                 }
             },
         );
@@ -172,16 +172,18 @@ impl Convolution {
         }
     }
 
-    /// A^T m A of tiles into rows of a plane.
+    /// A^T m A of tiles, plus the bias, into rows of a plane.
     fn gather(
         &self,
         from: &[f32],
         row: usize,
         n: usize,
         at: impl Fn(usize) -> usize,
+        bias: f32,
         to: &mut [f32],
     ) {
         let (width, height) = (self.w, to.len() / self.w);
+        let bias = wide::splat(bias);
         for band in 0..n / row {
             for j in 0..row / 8 {
                 let place = |p: usize| -> Wide {
@@ -192,7 +194,7 @@ impl Convolution {
                     std::array::from_fn(|e| result_part(std::array::from_fn(|r| place(6 * r + e))));
                 let half: [[Wide; 6]; 4] = std::array::from_fn(|y| columns.map(|c| c[y]));
                 for (y, half) in half.into_iter().enumerate().take(height - 4 * band) {
-                    let out = result_part(half).map(wide::store);
+                    let out = result_part(half).map(|y| wide::store(axpy(1.0, y, bias)));
                     let line = &mut to[(4 * band + y) * width..][..width];
                     let Some(line) = line.get_mut(32 * j..) else {
                         continue;
@@ -274,12 +276,13 @@ mod tests {
             (3, 32, 32, 33, 35),
         ] {
             let (x, kernel) = (noise(1, 0, b * c, h * w), noise(2, 0, o * c, 9));
-            let found = Convolution { c, o, h, w }.forward(&x, &kernel, b);
+            let bias = noise(3, 0, 1, o);
+            let found = Convolution { c, o, h, w }.forward(&x, &kernel, &bias, b);
             let (mut most, mut error, mut direct) = (0.0f64, 0.0f64, 0.0f64);
             for i in (0..b * o * h * w).step_by(17) {
                 let (image, channel, y, column) =
                     (i / (o * h * w), i / (h * w) % o, i / w % h, i % w);
-                let (mut sum, mut float) = (0.0, 0.0f32);
+                let (mut sum, mut float) = (f64::from(bias[channel]), bias[channel]);
                 for k in 0..9 * c {
                     let (from, dy, dx) = (k / 9, k % 9 / 3, k % 3);
                     if (1..=h).contains(&(y + dy)) && (1..=w).contains(&(column + dx)) {

@@ -519,6 +519,17 @@ impl<B: Backend> Suite<'_, B> {
                     Ok([both.0, both.1].into_iter().flatten().collect())
                 },
             );
+            let [x, w] = inputs;
+            let bias = Host::random(&[w.shape[0]], 24, -1.0, 1.0);
+            let y = host::conv2d(&x, &w, stride, padding);
+            let want = Host::build(&y.shape, |i| y.at(i) + bias.at(&[i[1]]));
+            self.op(
+                &format!("conv2d_bias {:?} {:?}", x.shape, w.shape),
+                &[x, w, bias],
+                &want,
+                256.0,
+                &|x| B::conv2d_bias(&x[0], &x[1], &x[2], stride, padding),
+            );
         }
     }
 

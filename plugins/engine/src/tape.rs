@@ -548,20 +548,26 @@ impl<B: Backend> Var<B> {
         stride: usize,
         padding: [usize; 2],
     ) -> Result<Self> {
-        let y = B::conv2d(&self.value, &w.value, stride, padding)?;
         let (x, kept, want) = (
             self.value.clone(),
             w.value.clone(),
             (self.wants(), w.wants()),
         );
-        let y = Self::from_op(y, &[self, w], move |g| {
-            let (dx, dw) = B::conv2d_backward(&x, &kept, g, stride, padding, want)?;
-            Ok(vec![dx, dw])
-        });
-        match bias {
-            Some(b) => y.add(&b.reshape(&[w.shape()[0], 1, 1])?),
-            None => Ok(y),
-        }
+        let back = move |g: &B::Tensor| B::conv2d_backward(&x, &kept, g, stride, padding, want);
+        let Some(bias) = bias else {
+            let y = B::conv2d(&self.value, &w.value, stride, padding)?;
+            return Ok(Self::from_op(y, &[self, w], move |g| {
+                let (dx, dw) = back(g)?;
+                Ok(vec![dx, dw])
+            }));
+        };
+        let y = B::conv2d_bias(&self.value, &w.value, &bias.value, stride, padding)?;
+        let (shape, learnt) = (bias.shape(), bias.wants());
+        Ok(Self::from_op(y, &[self, w, bias], move |g| {
+            let (dx, dw) = back(g)?;
+            let sum = || B::reshape(&B::sum(g, &[0, 2, 3])?, &shape);
+            Ok(vec![dx, dw, learnt.then(sum).transpose()?])
+        }))
     }
 
     /// The greatest value of each window of (b, c, h, w).

@@ -275,6 +275,25 @@ impl Backend for Libtorch {
         x.with(run())
     }
 
+    fn conv2d_bias(x: &T, w: &T, bias: &T, stride: usize, padding: [usize; 2]) -> Result<T> {
+        let run = || {
+            let (x, w, bias) = (
+                x.of_windows()?,
+                w.of_windows()?,
+                bias.wide()?.f_reshape([-1])?,
+            );
+            let (strides, padding) = ([stride as i64; 2], padding.map(|n| n as i64));
+            // The bias is no operand: it is not rounded.
+            if x.kind() == Kind::Float {
+                return x.f_conv2d(&w, Some(bias), strides, padding, [1, 1], 1);
+            }
+            x.f_conv2d(&w, NONE, strides, padding, [1, 1], 1)?
+                .f_to_kind(Kind::Float)?
+                .f_add_(&bias.f_view([-1, 1, 1])?)
+        };
+        x.with(run())
+    }
+
     fn conv2d_backward(
         x: &T,
         w: &T,
@@ -556,7 +575,7 @@ impl Backend for Libtorch {
     ) -> Result<(T, T, T)> {
         let run = || {
             let heads = Heads::new(q, k, v, mask)?;
-            let grad = heads_first(grad)?;
+            let grad = heads_first(&grad.inner.f_to_kind(heads.q.kind())?)?;
             if heads.q.device().is_cuda() {
                 heads.composed_backward(&grad, scale)
             } else {
@@ -642,10 +661,17 @@ struct Heads {
     causal: bool,
 }
 
+/// Queries that a CPU attends with in f32: see [`Precision::Half`].
+const FEW: i64 = 4;
+
 impl Heads {
     fn new(q: &T, k: &T, v: &T, mask: &Mask<T>) -> Tried<Self> {
         let (lq, lk) = (q.sizes()[1], k.sizes()[1]);
-        let q = heads_first(q)?;
+        let place = |x: &T| match lq <= FEW && !x.inner.device().is_cuda() {
+            true => heads_first(&x.wide()?),
+            false => heads_first(&x.operand()?),
+        };
+        let q = place(q)?;
         let (bias, causal) = match mask {
             Mask::Full => (None, false),
             // A single query sees all keys.
@@ -659,8 +685,8 @@ impl Heads {
             Mask::Bias(bias) => (Some(bias.inner.f_to_kind(q.kind())?), false),
         };
         Ok(Self {
-            k: heads_first(k)?,
-            v: heads_first(v)?,
+            k: place(k)?,
+            v: place(v)?,
             q,
             bias,
             causal,
@@ -723,12 +749,11 @@ impl Heads {
 
 /// (b, l, h, d) -> (b, h, l, d), each vector whole in memory: the fused kernels take that for granted, unchecked. Those of
 /// GPUs read sixteen bytes at a time, and refuse vectors that begin elsewhere.
-fn heads_first(x: &T) -> Tried {
-    let x = x.operand()?;
+fn heads_first(x: &Raw) -> Tried {
     let strides = x.stride();
     let begins = strides[..3].iter().all(|s| s % 8 == 0) && x.data_ptr() as usize % 16 == 0;
     let x = match strides[3] == 1 && (begins || !x.device().is_cuda()) {
-        true => x,
+        true => x.shallow_clone(),
         false => x.f_contiguous()?,
     };
     x.f_permute([0, 2, 1, 3])

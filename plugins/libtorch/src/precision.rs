@@ -7,7 +7,8 @@ use tch::{Device, Kind, Tensor};
 pub enum Precision {
     /// f32.
     Full,
-    /// bf16, multiplied by hardware that can.
+    /// bf16, multiplied by hardware that can. Caches of a generation too on GPUs; on CPUs, where a step has few queries and
+    /// bringing all keys into shape for the hardware takes longer than it saves, they are f32.
     Half,
     /// bf16 for the weights of linear maps that do not change, f32 for all else: for processors that cannot multiply
     /// bf16, where all that is left to gain is half the memory and half the time of reading the weights.
@@ -27,9 +28,9 @@ impl Precision {
     /// A weight or cache that only products read, as it is kept.
     pub(crate) fn factor(self, x: &Tensor) -> tch::Result<Tensor> {
         match self {
-            Self::Half => x.f_to_kind(Kind::BFloat16),
+            Self::Half if x.dim() == 2 || x.device().is_cuda() => x.f_to_kind(Kind::BFloat16),
             Self::Weights if x.dim() == 2 => x.f_to_kind(Kind::BFloat16),
-            Self::Weights | Self::Full => x.f_to_kind(Kind::Float),
+            _ => x.f_to_kind(Kind::Float),
         }
     }
 
