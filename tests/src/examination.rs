@@ -57,10 +57,11 @@ stages:
 ";
 
 /// Examines the plugin of this name beside the binary of this build; panics with the report over a check that failed.
+/// Returns the report's rows.
 ///
 /// # Panics
 /// A check failed, or one that has to be made was not.
-pub fn check(plugin: &str) {
+pub fn check(plugin: &str) -> Vec<Value> {
     let binary = binary(plugin);
     let dir = tempfile::tempdir().expect("a directory");
     let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../recipes/data/digits.csv");
@@ -118,6 +119,7 @@ pub fn check(plugin: &str) {
     needed.extend(of_rows.filter(|(check, of)| *check == "operations" && of.starts_with("cpu ")));
     let missing: Vec<_> = needed.difference(&passed).collect();
     assert!(missing.is_empty(), "not passed: {missing:?}\n{said}");
+    report.as_array().expect("rows").clone()
 }
 
 fn text(value: &Value) -> &str {

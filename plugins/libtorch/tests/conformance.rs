@@ -7,10 +7,8 @@ use retort_engine::conformance;
 use retort_libtorch::Libtorch;
 use retort_tests::examination;
 
-/// On the CPU, or on the device that `make gpu-check` names.
 fn open() -> Libtorch {
-    let device = std::env::var("RETORT_TEST_DEVICE").unwrap_or("cpu".into());
-    Libtorch::open(&device, "f32", 2).expect("the device opens")
+    Libtorch::open("cpu", "f32", 2).expect("a CPU")
 }
 
 #[test]
@@ -34,5 +32,14 @@ fn threads_are_as_many_as_asked_for_and_of_one_library() {
 
 #[test]
 fn libtorch_is_as_a_plugin_has_to_be() {
-    examination::check("libtorch");
+    let rows = examination::check("libtorch");
+    // A GPU that cannot be used here says why, in each dtype.
+    let of = |row: &&serde_json::Value| row["of"].as_str().unwrap_or_default().starts_with("cuda");
+    let gpus: Vec<_> = rows.iter().filter(of).collect();
+    assert!(gpus.len() >= 3, "{gpus:?}");
+    for row in gpus {
+        let why = row["detail"].as_str().unwrap_or_default();
+        let skipped = row["verdict"] == "skipped" && why.len() > 20;
+        assert!(skipped || row["verdict"] == "passed", "{row}");
+    }
 }

@@ -77,10 +77,16 @@ struct Min {
     template <class T> __device__ static T of(T a, T b) { return a < b ? a : b; }
 };
 
+// The values of all threads of a warp as one, in the same order at every call; all threads get it.
+template <class Op, class T> __device__ T across(T x) {
+    for (int step = 16; step > 0; step /= 2) x = Op::of(x, __shfl_xor_sync(0xffffffffu, x, step));
+    return x;
+}
+
 // The values of all threads of a block as one, in the same order at every call; all threads get it.
 template <class Op, class T> __device__ T together(T x, T none) {
     __shared__ T parts[WARPS];
-    for (int step = 16; step > 0; step /= 2) x = Op::of(x, __shfl_xor_sync(0xffffffffu, x, step));
+    x = across<Op>(x);
     __syncthreads();
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
     __syncthreads();
@@ -391,8 +397,7 @@ __device__ void rms_norm_short(unsigned rows, unsigned d, float eps, const float
     size_t at = (size_t)row * d;
     float square = 0.0f;
     for (unsigned i = lane; i < d; i += 32) square += x[at + i] * x[at + i];
-    for (int step = 16; step > 0; step /= 2) square += __shfl_xor_sync(0xffffffffu, square, step);
-    float r = 1.0f / sqrtf(square / d + eps);
+    float r = 1.0f / sqrtf(across<Add>(square) / d + eps);
     for (unsigned i = lane; i < d; i += 32) put(to[at + i], x[at + i] * r * w[i]);
 }
 KERNEL(rms_norm_short_f32, unsigned rows, unsigned d, float eps, const float* x, const float* w, float* to) {
@@ -436,12 +441,8 @@ KERNEL(rms_norm_short_backward, unsigned rows, unsigned d, float eps, const floa
         square += x[at + i] * x[at + i];
         along += g[at + i] * w[i] * x[at + i];
     }
-    for (int step = 16; step > 0; step /= 2) {
-        square += __shfl_xor_sync(0xffffffffu, square, step);
-        along += __shfl_xor_sync(0xffffffffu, along, step);
-    }
-    float r = 1.0f / sqrtf(square / d + eps);
-    along *= r / d;
+    float r = 1.0f / sqrtf(across<Add>(square) / d + eps);
+    along = across<Add>(along) * r / d;
     for (unsigned i = lane; i < d; i += 32) {
         float n = x[at + i] * r;
         dx[at + i] = r * (g[at + i] * w[i] - n * along);
@@ -679,12 +680,11 @@ __device__ void weights(unsigned rows, unsigned h, unsigned lq, unsigned lk, uns
     for (unsigned i = lane; i < seen; i += 32) {
         top = Max::of(top, scale * scores[at + i] + (own ? own[i * steps.s[3]] : 0.0f));
     }
-    for (int step = 16; step > 0; step /= 2) top = Max::of(top, __shfl_xor_sync(0xffffffffu, top, step));
+    top = across<Max>(top);
     for (unsigned i = lane; i < seen; i += 32) {
         sum += expf(scale * scores[at + i] + (own ? own[i * steps.s[3]] : 0.0f) - top);
     }
-    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    float share = 1.0f / sum;
+    float share = 1.0f / across<Add>(sum);
     for (unsigned i = lane; i < span; i += 32) {
         float p = 0.0f;
         if (i < seen) p = share * expf(scale * scores[at + i] + (own ? own[i * steps.s[3]] : 0.0f) - top);
@@ -708,7 +708,7 @@ __device__ void weights_backward(unsigned rows, unsigned span, float scale, cons
     size_t at = (size_t)row * span;
     float along = 0.0f;
     for (unsigned i = lane; i < span; i += 32) along += p[at + i] * g[at + i];
-    for (int step = 16; step > 0; step /= 2) along += __shfl_xor_sync(0xffffffffu, along, step);
+    along = across<Add>(along);
     for (unsigned i = lane; i < span; i += 32) put(to[at + i], scale * p[at + i] * (g[at + i] - along));
 }
 KERNEL(weights_backward_f32, unsigned rows, unsigned span, float scale, const float* p, const float* g, float* to) {
@@ -743,8 +743,7 @@ __device__ void attend(unsigned h, unsigned lq, unsigned lk, unsigned d, float s
     for (unsigned i = threadIdx.x / 32; i < seen; i += WARPS) {
         float along = 0.0f;
         for (unsigned e = lane; e < d; e += 32) along += query[e] * wide(k[i * ks.s[1] + e]);
-        for (int step = 16; step > 0; step /= 2) along += __shfl_xor_sync(0xffffffffu, along, step);
-        along = scale * along + (bias ? bias[i * steps.s[3]] : 0.0f);
+        along = scale * across<Add>(along) + (bias ? bias[i * steps.s[3]] : 0.0f);
         if (lane == 0) scores[i] = along;
         top = Max::of(top, along);
     }
@@ -1005,8 +1004,7 @@ __device__ void velocity(Token<D>& t, unsigned k, unsigned count, const unsigned
     sum = total(scale * sum);
 #pragma unroll
     for (int e = 0; e < D; ++e) {
-        float x = scale * sums[e];
-        for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+        float x = across<Add>(scale * sums[e]);
         if (threadIdx.x % 32 == 0) t.sums[e][threadIdx.x / 32] = x;
     }
     __syncthreads();
