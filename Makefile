@@ -84,3 +84,6 @@ lint: ## check format and lints, as the tests of a change do
 	$(CARGO) clippy --release --all-targets -- -D warnings
 	@if [ -e .libtorch ]; then env -u LIBTORCH $(CARGO) clippy --release -p retort-libtorch --all-targets -- -D warnings; \
 	else echo 'lint: plugins/libtorch was not looked at (make libtorch)' >&2; fi
+	@if [ -e $(CUDA_DIR)/toolkit/bin/nvcc ]; then $(CUDA_ENV) $(CARGO) clippy --release -p retort-candle -p retort-tests \
+	    --features retort-candle/cuda,retort-tests/cuda --all-targets --target-dir $(CUDA_DIR) -- -D warnings; \
+	else echo 'lint: the CUDA variant was not looked at (make cuda)' >&2; fi

@@ -751,7 +751,8 @@ impl Heads {
 /// GPUs read sixteen bytes at a time, and refuse vectors that begin elsewhere.
 fn heads_first(x: &Raw) -> Tried {
     let strides = x.stride();
-    let begins = strides[..3].iter().all(|s| s % 8 == 0) && x.data_ptr() as usize % 16 == 0;
+    let begins =
+        strides[..3].iter().all(|s| s % 8 == 0) && (x.data_ptr() as usize).is_multiple_of(16);
     let x = match strides[3] == 1 && (begins || !x.device().is_cuda()) {
         true => x.shallow_clone(),
         false => x.f_contiguous()?,

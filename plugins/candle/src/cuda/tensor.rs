@@ -174,7 +174,7 @@ pub fn copy(from: &Raw, to: &Raw) -> Result<()> {
         (from, to) => return Err(Error::Backend(format!("copy from {from:?} to {to:?}"))),
     };
     let (n, starts) = (from.elem_count(), [pointer(from)?, pointer(to)?]);
-    let together = |x: &Raw, start: u64| start % (4 * x.dtype().size_in_bytes() as u64) == 0;
+    let together = |x: &Raw, start: u64| start.is_multiple_of(4 * x.dtype().size_in_bytes() as u64);
     let fours = match together(from, starts[0]) && together(to, starts[1]) {
         true => Places::fours(from.dims(), from.stride(), to.stride())?,
         false => None,
