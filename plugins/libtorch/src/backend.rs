@@ -259,39 +259,13 @@ impl Backend for Libtorch {
     }
 
     fn conv2d(x: &T, w: &T, stride: usize, padding: [usize; 2]) -> Result<T> {
-        let run = || {
-            let stride = stride as i64;
-            x.of_windows()?
-                .f_conv2d(
-                    &w.of_windows()?,
-                    NONE,
-                    [stride, stride],
-                    padding.map(|n| n as i64),
-                    [1, 1],
-                    1,
-                )?
-                .f_to_kind(Kind::Float)
-        };
-        x.with(run())
+        x.with(convolved(x, w, NONE, stride, padding))
     }
 
     fn conv2d_bias(x: &T, w: &T, bias: &T, stride: usize, padding: [usize; 2]) -> Result<T> {
-        let run = || {
-            let (x, w, bias) = (
-                x.of_windows()?,
-                w.of_windows()?,
-                bias.wide()?.f_reshape([-1])?,
-            );
-            let (strides, padding) = ([stride as i64; 2], padding.map(|n| n as i64));
-            // The bias is no operand: it is not rounded.
-            if x.kind() == Kind::Float {
-                return x.f_conv2d(&w, Some(bias), strides, padding, [1, 1], 1);
-            }
-            x.f_conv2d(&w, NONE, strides, padding, [1, 1], 1)?
-                .f_to_kind(Kind::Float)?
-                .f_add_(&bias.f_view([-1, 1, 1])?)
-        };
-        x.with(run())
+        let bias = bias.wide().and_then(|bias| bias.f_reshape([-1]));
+        let bias = bias.map_err(failed)?;
+        x.with(convolved(x, w, Some(&bias), stride, padding))
     }
 
     fn conv2d_backward(
@@ -758,6 +732,19 @@ fn heads_first(x: &Raw) -> Tried {
         false => x.f_contiguous()?,
     };
     x.f_permute([0, 2, 1, 3])
+}
+
+/// A convolution in f32, plus a bias (o), which is no operand and is not rounded.
+fn convolved(x: &T, w: &T, bias: Option<&Raw>, stride: usize, padding: [usize; 2]) -> Tried {
+    let (x, w) = (x.of_windows()?, w.of_windows()?);
+    let (stride, padding) = ([stride as i64; 2], padding.map(|n| n as i64));
+    let convolve = |bias: Option<&Raw>| x.f_conv2d(&w, bias, stride, padding, [1, 1], 1);
+    match bias {
+        Some(bias) if x.kind() != Kind::Float => convolve(NONE)?
+            .f_to_kind(Kind::Float)?
+            .f_add_(&bias.f_view([-1, 1, 1])?),
+        bias => convolve(bias)?.f_to_kind(Kind::Float),
+    }
 }
 
 /// A product of operands, (n, i) and (i, o), in f32. GPUs add it up so and need not round it first.

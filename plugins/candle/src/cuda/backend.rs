@@ -1,6 +1,6 @@
 //! `Cuda` as the engine's backend: views by candle, products by cuBLAS, everything else in kernels of its own.
 
-use candle_core::DType;
+use candle_core::{CudaDevice, DType};
 use retort_engine::backend::{
     AdamwStep, Backend, Binary, FlowSolver, Mask, Truncation, Unary, Window,
 };
@@ -51,10 +51,8 @@ impl Backend for Cuda {
         let candle_core::Device::Cuda(device) = &self.device else {
             return Err(Error::Internal("the backend of GPUs is on none".into()));
         };
-        let raw = fresh(device, shape, DType::F32)?;
-        fill(&raw, value)?;
         Ok(Tensor {
-            raw,
+            raw: full(device, shape, value)?,
             half: self.half,
         })
     }
@@ -64,9 +62,7 @@ impl Backend for Cuda {
     }
 
     fn full_beside(other: &T, shape: &[usize], value: f32) -> Result<T> {
-        let raw = fresh(&device(&other.raw)?, shape, DType::F32)?;
-        fill(&raw, value)?;
-        Ok(other.like(raw))
+        Ok(other.like(full(&device(&other.raw)?, shape, value)?))
     }
 
     fn indices_beside(other: &T, data: &[u32], shape: &[usize]) -> Result<T> {
@@ -78,10 +74,7 @@ impl Backend for Cuda {
     }
 
     fn to_floats(x: &T) -> Result<Vec<f32>> {
-        match x.raw.dtype() {
-            DType::F32 => to_host(&x.raw),
-            _ => to_host(&x.single()?),
-        }
+        to_host(&x.floats()?)
     }
 
     fn to_indices(x: &T) -> Result<Vec<u32>> {
@@ -1000,6 +993,13 @@ fn group_norm(x: &T, groups: usize, w: &T, bias: &T, eps: f64, active: bool) -> 
         ]
     )?;
     Ok(x.like(to))
+}
+
+/// Floats, all `value`.
+fn full(device: &CudaDevice, shape: &[usize], value: f32) -> Result<Raw> {
+    let to = fresh(device, shape, DType::F32)?;
+    fill(&to, value)?;
+    Ok(to)
 }
 
 /// Sets all elements of a row-major tensor.
