@@ -72,6 +72,24 @@ fn rms_row_backward(dx: &mut [f32], share: &mut [f32], x: &[f32], w: &[f32], g: 
 
 /// (x - mean) / sqrt(var + eps) over the last dimension.
 pub fn layer_norm(x: &T, eps: f64) -> Result<T> {
+    standardised(x, eps, |_, _| {})
+}
+
+/// [`layer_norm`] of (b, l, c), times scale plus shift, (b, 1, c) each.
+pub fn modulated_norm(x: &T, scale: &T, shift: &T, eps: f64) -> Result<T> {
+    let (scale, shift, l) = (&whole(scale)?, &whole(shift)?, x.dims()[1]);
+    floats!(scale, shift);
+    standardised(x, eps, |row, y| {
+        let own = row / l * y.len();
+        let (scale, shift) = (&scale[own..], &shift[own..]);
+        for (y, (&scale, &shift)) in y.iter_mut().zip(scale.iter().zip(shift)) {
+            *y = y.mul_add(scale, shift);
+        }
+    })
+}
+
+/// Rows less their means over their deviations; `then` gets each, by its number, while it is in the cache.
+fn standardised(x: &T, eps: f64, then: impl Fn(usize, &mut [f32]) + Sync) -> Result<T> {
     let x = &whole(x)?;
     let shape = x.dims().to_vec();
     floats!(x);
@@ -84,28 +102,7 @@ pub fn layer_norm(x: &T, eps: f64) -> Result<T> {
             for (y, &x) in out.iter_mut().zip(x) {
                 *y = (x - mean) * r;
             }
-        }
-    });
-    tensor(y, &shape)
-}
-
-/// [`layer_norm`] of (b, l, c), times scale plus shift, (b, 1, c) each.
-pub fn modulated_norm(x: &T, scale: &T, shift: &T, eps: f64) -> Result<T> {
-    let (x, scale, shift) = (&whole(x)?, &whole(scale)?, &whole(shift)?);
-    let shape = x.dims().to_vec();
-    floats!(x, scale, shift);
-    let (l, d) = (shape[1], shape[2]);
-    let mut y = fresh(&shape);
-    by_rows(&mut y, d, |first, out| {
-        for (i, out) in out.chunks_exact_mut(d).enumerate() {
-            let (x, b) = (&x[(first + i) * d..][..d], (first + i) / l);
-            let (scale, shift) = (&scale[b * d..][..d], &shift[b * d..][..d]);
-            let (mean, r) = moments(x, eps);
-            for (y, (&x, (&scale, &shift))) in
-                out.iter_mut().zip(x.iter().zip(scale.iter().zip(shift)))
-            {
-                *y = ((x - mean) * r).mul_add(scale, shift);
-            }
+            then(first + i, out);
         }
     });
     tensor(y, &shape)
