@@ -10,6 +10,7 @@
 
 #include "shim.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
@@ -81,11 +82,10 @@ struct Fiber {
 Fiber fibers[THREADS];
 void* scheduler;
 Barrier block, warps[THREADS / 32];
-const Kernel* kernel;
-void** arguments;
+const Bound* kernel;
 
 void enter() {
-    (*kernel)(arguments);
+    (*kernel)();
     unsigned own = threadIdx.x;
     fibers[own].done = true;
     block.leave();
@@ -142,7 +142,7 @@ void wait_for_warp() { warps[threadIdx.x / 32].wait(); }
 
 namespace {
 
-enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_DEVICE = 101, INVALID_PTX = 218, NOT_FOUND = 500 };
+enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_DEVICE = 101, INVALID_PTX = 218, NOT_FOUND = 500, UNSUPPORTED_IN_CAPTURE = 900, INVALIDATED_CAPTURE = 901 };
 
 constexpr size_t GUARD = 64;
 
@@ -196,6 +196,66 @@ int release(void* start) {
     return SUCCESS;
 }
 
+// What a stream did while it was captured, with the memory that it asked for in the meantime, all of which it has to give back.
+struct Graph {
+    std::vector<std::function<void()>> nodes;
+    std::vector<void*> own;
+    std::vector<void*> open;
+};
+Graph* capturing;
+
+// Done now, or noted if the stream is captured.
+int enqueue(std::function<void()> node) {
+    if (capturing) {
+        capturing->nodes.push_back(std::move(node));
+    } else {
+        node();
+    }
+    return SUCCESS;
+}
+
+constexpr int SINGLE = 0, HALF = 14;
+
+void multiply(bool of_tf32, int ta, int tb, int m, int n, int k, float by, const void* a, int a_type, int lda,
+              long long a_step, const void* b, int b_type, int ldb, long long b_step, float keep, void* c, int c_type,
+              int ldc, long long c_step, int count) {
+    auto at = [of_tf32](const void* x, int type, long long i) {
+        if (type == HALF) return wide(((const bf16*)x)[i]);
+        float value = ((const float*)x)[i];
+        // To the nearest with ten bits behind the first.
+        return of_tf32 ? __uint_as_float((__float_as_uint(value) + 0x1000u) & ~0x1fffu) : value;
+    };
+    // k, rounded up to whole lanes.
+    constexpr int LANES = 8;
+    size_t padded = (k + LANES - 1) / LANES * LANES;
+    std::vector<float> left(m * padded), right(n * padded);
+    for (int s = 0; s < count; ++s) {
+        for (int i = 0; i < m; ++i)
+            for (int l = 0; l < k; ++l)
+                left[i * padded + l] = at(a, a_type, s * a_step + (ta ? (long long)i * lda + l : (long long)l * lda + i));
+        for (int j = 0; j < n; ++j)
+            for (int l = 0; l < k; ++l)
+                right[j * padded + l] = at(b, b_type, s * b_step + (tb ? (long long)l * ldb + j : (long long)j * ldb + l));
+        for (int j = 0; j < n; ++j) {
+            for (int i = 0; i < m; ++i) {
+                float sums[LANES] = {};
+                const float *x = &left[i * padded], *y = &right[j * padded];
+                for (size_t l = 0; l < padded; l += LANES)
+                    for (int e = 0; e < LANES; ++e) sums[e] += x[l + e] * y[l + e];
+                float sum = 0.0f;
+                for (float part : sums) sum += part;
+                long long place = s * c_step + (long long)j * ldc + i;
+                float before = keep != 0.0f ? keep * at(c, c_type, place) : 0.0f;
+                if (c_type == HALF) {
+                    put(((bf16*)c)[place], by * sum + before);
+                } else {
+                    ((float*)c)[place] = by * sum + before;
+                }
+            }
+        }
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -229,9 +289,33 @@ int cuDeviceGetDefaultMemPool(void** pool, int) { return *pool = (void*)1, SUCCE
 int cuMemPoolSetAttribute(void*, int, void*) { return SUCCESS; }
 int cuStreamCreate(void** stream, unsigned) { return *stream = (void*)1, SUCCESS; }
 int cuStreamDestroy_v2(void*) { return SUCCESS; }
-int cuStreamSynchronize(void*) { return SUCCESS; }
+int cuStreamSynchronize(void*) { return capturing ? UNSUPPORTED_IN_CAPTURE : SUCCESS; }
 int cuStreamWaitEvent(void*, void*, unsigned) { return SUCCESS; }
-int cuStreamIsCapturing(void*, int* status) { return *status = 0, SUCCESS; }
+int cuStreamIsCapturing(void*, int* status) { return *status = capturing ? 1 : 0, SUCCESS; }
+int cuStreamBeginCapture_v2(void*, int) {
+    if (capturing) return UNSUPPORTED_IN_CAPTURE;
+    capturing = new Graph;
+    return SUCCESS;
+}
+int cuStreamEndCapture(void*, Graph** graph) {
+    *graph = std::exchange(capturing, nullptr);
+    if (!*graph || !(*graph)->open.empty()) {
+        fprintf(stderr, "emulator: memory that a graph asks for is still in use at the end of its capture\n");
+        return INVALIDATED_CAPTURE;
+    }
+    return SUCCESS;
+}
+int cuGraphInstantiateWithFlags(Graph** executable, Graph* graph, unsigned long long) { return *executable = graph, SUCCESS; }
+int cuGraphLaunch(Graph* graph, void*) {
+    for (void* start : graph->own) memset(start, 0xff, memory[start]);
+    for (auto& node : graph->nodes) node();
+    return SUCCESS;
+}
+int cuGraphExecDestroy(Graph*) { return SUCCESS; }
+int cuGraphDestroy(Graph* graph) {
+    for (void* start : graph->own) release(start);
+    return delete graph, SUCCESS;
+}
 int cuEventCreate(void** event, unsigned) { return *event = (void*)1, SUCCESS; }
 int cuEventDestroy_v2(void*) { return SUCCESS; }
 int cuEventRecord(void*, void*) { return SUCCESS; }
@@ -241,13 +325,38 @@ int cuMemGetInfo_v2(size_t* left, size_t* total) {
     return *left = *total - in_use, SUCCESS;
 }
 int cuMemAlloc_v2(void** out, size_t size) { return allocate(out, size); }
-int cuMemAllocAsync(void** out, size_t size, void*) { return allocate(out, size); }
+int cuMemAllocAsync(void** out, size_t size, void*) {
+    int answer = allocate(out, size);
+    if (answer == SUCCESS && capturing) {
+        capturing->own.push_back(*out);
+        capturing->open.push_back(*out);
+    }
+    return answer;
+}
 int cuMemFree_v2(void* start) { return release(start); }
-int cuMemFreeAsync(void* start, void*) { return release(start); }
-int cuMemcpyHtoDAsync_v2(void* to, const void* from, size_t size, void*) { return memcpy(to, from, size), SUCCESS; }
-int cuMemcpyDtoHAsync_v2(void* to, const void* from, size_t size, void*) { return memcpy(to, from, size), SUCCESS; }
-int cuMemcpyDtoDAsync_v2(void* to, const void* from, size_t size, void*) { return memmove(to, from, size), SUCCESS; }
-int cuMemsetD8Async(void* to, unsigned char value, size_t size, void*) { return memset(to, value, size), SUCCESS; }
+int cuMemFreeAsync(void* start, void*) {
+    if (!capturing) return release(start);
+    auto& open = capturing->open;
+    auto found = std::find(open.begin(), open.end(), start);
+    if (found == open.end()) return INVALID_VALUE;
+    open.erase(found);
+    return SUCCESS;
+}
+// The host's memory may be other numbers by the time that a graph runs.
+int cuMemcpyHtoDAsync_v2(void* to, const void* from, size_t size, void*) {
+    if (capturing) return UNSUPPORTED_IN_CAPTURE;
+    return memcpy(to, from, size), SUCCESS;
+}
+int cuMemcpyDtoHAsync_v2(void* to, const void* from, size_t size, void*) {
+    if (capturing) return UNSUPPORTED_IN_CAPTURE;
+    return memcpy(to, from, size), SUCCESS;
+}
+int cuMemcpyDtoDAsync_v2(void* to, const void* from, size_t size, void*) {
+    return enqueue([=] { memmove(to, from, size); });
+}
+int cuMemsetD8Async(void* to, unsigned char value, size_t size, void*) {
+    return enqueue([=] { memset(to, value, size); });
+}
 
 int cuModuleLoadData(Module** module, const void* image) {
     std::string ptx = (const char*)image;
@@ -273,19 +382,19 @@ int cuLaunchKernel(Function* function, unsigned gx, unsigned gy, unsigned gz, un
         fprintf(stderr, "emulator: %s with %u blocks of %u threads and %u bytes\n", function->name.c_str(), gx, bx, shared);
         return INVALID_VALUE;
     }
-    std::lock_guard<std::mutex> lock(one_at_a_time);
-    static float memory_of_block[12 * 1024];
-    emulator::dynamic_shared = memory_of_block;
-    emulator::kernel = function->kernel;
-    emulator::arguments = parameters;
-    gridDim.x = gx;
-    bool reversed = setting("EMULATOR_REVERSED", 0);
-    for (unsigned i = 0; i < gx; ++i) {
-        blockIdx.x = reversed ? gx - 1 - i : i;
-        for (unsigned at = 0; at < shared / sizeof(float); ++at) memory_of_block[at] = NAN;
-        emulator::run_block(reversed);
-    }
-    return SUCCESS;
+    return enqueue([bound = (*function->kernel)(parameters), gx, shared] {
+        std::lock_guard<std::mutex> lock(one_at_a_time);
+        static float memory_of_block[12 * 1024];
+        emulator::dynamic_shared = memory_of_block;
+        emulator::kernel = &bound;
+        gridDim.x = gx;
+        bool reversed = setting("EMULATOR_REVERSED", 0);
+        for (unsigned i = 0; i < gx; ++i) {
+            blockIdx.x = reversed ? gx - 1 - i : i;
+            for (unsigned at = 0; at < shared / sizeof(float); ++at) memory_of_block[at] = NAN;
+            emulator::run_block(reversed);
+        }
+    });
 }
 
 // ---- cuBLAS ------------------------------------------------------------------------------------------------------
@@ -298,7 +407,7 @@ int cublasGemmStridedBatchedEx(void*, int ta, int tb, int m, int n, int k, const
                                int lda, long long a_step, const void* b, int b_type, int ldb, long long b_step,
                                const float* beta, void* c, int c_type, int ldc, long long c_step, int count,
                                int compute, int) {
-    constexpr int SINGLE = 0, HALF = 14, SINGLE_SUMS = 68, SINGLE_SUMS_OF_TF32 = 77;
+    constexpr int SINGLE_SUMS = 68, SINGLE_SUMS_OF_TF32 = 77;
     bool of_tf32 = compute == SINGLE_SUMS_OF_TF32;
     bool types = (a_type == SINGLE || a_type == HALF) && a_type == b_type && (c_type == SINGLE || c_type == HALF) &&
                  (compute == SINGLE_SUMS || of_tf32);
@@ -307,42 +416,67 @@ int cublasGemmStridedBatchedEx(void*, int ta, int tb, int m, int n, int k, const
         fprintf(stderr, "emulator: a product of types %d and %d, leads %d, %d and %d\n", a_type, b_type, lda, ldb, ldc);
         return 7;  // CUBLAS_STATUS_INVALID_VALUE
     }
-    auto at = [of_tf32](const void* x, int type, long long i) {
-        if (type == HALF) return wide(((const bf16*)x)[i]);
-        float value = ((const float*)x)[i];
-        // To the nearest with ten bits behind the first.
-        return of_tf32 ? __uint_as_float((__float_as_uint(value) + 0x1000u) & ~0x1fffu) : value;
-    };
-    // k, rounded up to whole lanes.
-    constexpr int LANES = 8;
-    size_t padded = (k + LANES - 1) / LANES * LANES;
-    std::vector<float> left(m * padded), right(n * padded);
-    for (int s = 0; s < count; ++s) {
-        for (int i = 0; i < m; ++i)
-            for (int l = 0; l < k; ++l)
-                left[i * padded + l] = at(a, a_type, s * a_step + (ta ? (long long)i * lda + l : (long long)l * lda + i));
+    float by = *alpha, keep = *beta;
+    return enqueue([=] {
+        multiply(of_tf32, ta, tb, m, n, k, by, a, a_type, lda, a_step, b, b_type, ldb, b_step, keep, c, c_type, ldc, c_step,
+                 count);
+    });
+}
+
+// ---- cuBLASLt: products with a bias -------------------------------------------------------------------------------
+
+struct Product {
+    int turned_a, turned_b, epilogue;
+    const float* bias;
+};
+struct Layout {
+    int type;
+    uint64_t rows, columns;
+    int64_t lead;
+};
+
+int cublasLtCreate(void** handle) { return *handle = (void*)1, SUCCESS; }
+int cublasLtMatmulDescCreate(Product** product, int compute, int scale) {
+    if (compute != 68 || scale != SINGLE) return 7;
+    return *product = new Product{}, SUCCESS;
+}
+int cublasLtMatmulDescDestroy(Product* product) { return delete product, SUCCESS; }
+int cublasLtMatmulDescSetAttribute(Product* product, int attribute, const void* value, size_t size) {
+    void* to = attribute == 3   ? (void*)&product->turned_a
+               : attribute == 4 ? (void*)&product->turned_b
+               : attribute == 7 ? (void*)&product->epilogue
+               : attribute == 8 ? (void*)&product->bias
+                                : nullptr;
+    if (!to || size != (attribute == 8 ? 8 : 4)) return 7;
+    return memcpy(to, value, size), SUCCESS;
+}
+int cublasLtMatmulPreferenceCreate(void** preference) { return *preference = (void*)1, SUCCESS; }
+int cublasLtMatmulPreferenceDestroy(void*) { return SUCCESS; }
+int cublasLtMatmulPreferenceSetAttribute(void*, int, const void*, size_t) { return SUCCESS; }
+int cublasLtMatrixLayoutCreate(Layout** layout, int type, uint64_t rows, uint64_t columns, int64_t lead) {
+    return *layout = new Layout{type, rows, columns, lead}, SUCCESS;
+}
+int cublasLtMatrixLayoutDestroy(Layout* layout) { return delete layout, SUCCESS; }
+int cublasLtMatmulAlgoGetHeuristic(void*, Product*, Layout*, Layout*, Layout*, Layout*, void*, int, void* results,
+                                   int* found) {
+    memset(results, 0, 64);
+    return *found = 1, SUCCESS;
+}
+int cublasLtMatmul(void*, Product* product, const float* alpha, const void* a, Layout* of_a, const void* b, Layout* of_b,
+                   const float* beta, const void* c, Layout* of_c, void* d, Layout* of_d, const void*, void*, size_t, void*) {
+    int m = (int)of_d->rows, n = (int)of_d->columns, k = (int)(product->turned_a ? of_a->rows : of_a->columns);
+    bool fits = of_a->type == of_b->type && of_c->type == SINGLE && of_d->type == SINGLE && c == d && product->epilogue == 4 &&
+                (int)(product->turned_a ? of_a->columns : of_a->rows) == m &&
+                (int)(product->turned_b ? of_b->columns : of_b->rows) == k &&
+                (int)(product->turned_b ? of_b->rows : of_b->columns) == n && of_a->lead >= (int64_t)of_a->rows &&
+                of_b->lead >= (int64_t)of_b->rows && of_d->lead == m && *beta == 0.0f;
+    if (!fits) return 7;
+    return enqueue([=, by = *alpha, p = *product, la = *of_a, lb = *of_b] {
+        multiply(false, p.turned_a, p.turned_b, m, n, k, by, a, la.type, (int)la.lead, 0, b, lb.type, (int)lb.lead, 0, 0.0f, d,
+                 SINGLE, m, 0, 1);
         for (int j = 0; j < n; ++j)
-            for (int l = 0; l < k; ++l)
-                right[j * padded + l] = at(b, b_type, s * b_step + (tb ? (long long)l * ldb + j : (long long)j * ldb + l));
-        for (int j = 0; j < n; ++j) {
-            for (int i = 0; i < m; ++i) {
-                float sums[LANES] = {};
-                const float *x = &left[i * padded], *y = &right[j * padded];
-                for (size_t l = 0; l < padded; l += LANES)
-                    for (int e = 0; e < LANES; ++e) sums[e] += x[l + e] * y[l + e];
-                float sum = 0.0f;
-                for (float part : sums) sum += part;
-                long long place = s * c_step + (long long)j * ldc + i;
-                float before = *beta != 0.0f ? *beta * at(c, c_type, place) : 0.0f;
-                if (c_type == HALF) {
-                    put(((bf16*)c)[place], *alpha * sum + before);
-                } else {
-                    ((float*)c)[place] = *alpha * sum + before;
-                }
-            }
-        }
-    }
-    return SUCCESS;
+            for (int i = 0; i < m; ++i) ((float*)d)[(size_t)j * m + i] += p.bias[i];
+    });
 }
 
 }  // extern "C"

@@ -9,6 +9,7 @@
 #include <functional>
 #include <map>
 #include <string>
+#include <tuple>
 #include <utility>
 
 #ifndef __x86_64__
@@ -37,16 +38,19 @@ void wait_for_warp();
 extern float* dynamic_shared;
 extern uint64_t exchanged[THREADS];
 
-using Kernel = std::function<void(void**)>;
+// A kernel with its arguments, as a thread runs it; and what makes one of a launch's arguments, which it copies.
+using Bound = std::function<void()>;
+using Kernel = std::function<Bound(void**)>;
 std::map<std::string, Kernel>& kernels();
 
-template <class... A, size_t... I> void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
-    kernel(*static_cast<A*>(arguments[I])...);
+template <class... A, size_t... I> Bound bound(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
+    std::tuple<A...> own(*static_cast<A*>(arguments[I])...);
+    return [kernel, own] { std::apply(kernel, own); };
 }
 
 struct Registered {
     template <class... A> Registered(const char* name, void (*kernel)(A...)) {
-        kernels()[name] = [kernel](void** arguments) { call(kernel, arguments, std::index_sequence_for<A...>()); };
+        kernels()[name] = [kernel](void** arguments) { return bound(kernel, arguments, std::index_sequence_for<A...>()); };
     }
 };
 

@@ -8,8 +8,10 @@
 
 mod attention;
 mod backend;
+mod biased;
 mod convolution;
 mod flow;
+mod graph;
 mod launch;
 mod libraries;
 mod product;

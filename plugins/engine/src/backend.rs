@@ -10,6 +10,7 @@
 //! Tensors are reference counted and cheap to clone. They are immutable except through the methods whose names end
 //! in `_`, which write in place and are seen by every clone.
 
+use std::any::Any;
 use std::fmt::Debug;
 
 use crate::error::Result;
@@ -136,6 +137,10 @@ impl Window {
         }
     }
 }
+
+/// What [`Backend::repeat`] keeps between calls: the backend's own affair, nothing at first.
+#[derive(Default)]
+pub struct Recording(pub Option<Box<dyn Any>>);
 
 /// A tensor library.
 pub trait Backend: Sized + Send + Sync + 'static {
@@ -295,6 +300,11 @@ pub trait Backend: Sized + Send + Sync + 'static {
     }
 
     // ---- fused, with composed defaults ------------------------------------------------------------------------
+
+    /// [`Backend::unary`], for products to read: it may be in their type.
+    fn unary_factor(x: &Self::Tensor, f: Unary) -> Result<Self::Tensor> {
+        Self::unary(x, f)
+    }
 
     /// Gradient of [`Backend::unary`]: `x` its argument, `y` its result.
     fn unary_backward(
@@ -469,6 +479,32 @@ pub trait Backend: Sized + Send + Sync + 'static {
         Self::rms_norm(x, w, eps)
     }
 
+    /// x / |x| of x (b, l, h, d) over the last dimension, times a length per head (h) where there are lengths, for
+    /// products to read: it may be in their type. Zeros stay zeros.
+    fn unit(x: &Self::Tensor, length: Option<&Self::Tensor>) -> Result<Self::Tensor> {
+        let y = unit::<Self>(x)?;
+        match length {
+            Some(length) => Self::binary(&y, &of_heads::<Self>(length)?, Binary::Mul),
+            None => Ok(y),
+        }
+    }
+    /// Gradients of [`Backend::unit`] for x and the lengths.
+    fn unit_backward(
+        x: &Self::Tensor,
+        length: Option<&Self::Tensor>,
+        grad: &Self::Tensor,
+    ) -> Result<(Self::Tensor, Option<Self::Tensor>)> {
+        let (scale, eps) = root_mean_square::<Self>(x)?;
+        let Some(length) = length else {
+            return Ok((Self::rms_norm_backward(x, &scale, grad, eps)?.0, None));
+        };
+        let along = Self::binary(grad, &unit::<Self>(x)?, Binary::Mul)?;
+        let dlength = Self::reshape(&Self::sum(&along, &[0, 1, 3])?, &Self::shape(length))?;
+        let grad = Self::binary(grad, &of_heads::<Self>(length)?, Binary::Mul)?;
+        let dx = Self::rms_norm_backward(x, &scale, &grad, eps)?.0;
+        Ok((dx, Some(dlength)))
+    }
+
     /// (x - mean) / sqrt(var + eps) over the last dimension, without affine part.
     fn layer_norm(x: &Self::Tensor, eps: f64) -> Result<Self::Tensor> {
         Ok(standardise::<Self>(x, eps)?.0)
@@ -493,6 +529,42 @@ pub trait Backend: Sized + Send + Sync + 'static {
     ) -> Result<Self::Tensor> {
         let y = Self::layer_norm(x, eps)?;
         Self::binary(&Self::binary(&y, scale, Binary::Mul)?, shift, Binary::Add)
+    }
+
+    /// Gradients of [`Backend::modulated_norm`] for x, scale and shift.
+    fn modulated_norm_backward(
+        x: &Self::Tensor,
+        scale: &Self::Tensor,
+        grad: &Self::Tensor,
+        eps: f64,
+    ) -> Result<(Self::Tensor, Self::Tensor, Self::Tensor)> {
+        let along = Self::binary(grad, &Self::layer_norm(x, eps)?, Binary::Mul)?;
+        let (dscale, dshift) = (Self::sum(&along, &[1])?, Self::sum(grad, &[1])?);
+        let grad = Self::binary(grad, scale, Binary::Mul)?;
+        Ok((Self::layer_norm_backward(x, &grad, eps)?, dscale, dshift))
+    }
+
+    /// x + y gate (+ added): x, y and added (b, l, c), gate (b, 1, c).
+    fn gated_add(
+        x: &Self::Tensor,
+        y: &Self::Tensor,
+        gate: &Self::Tensor,
+        added: Option<&Self::Tensor>,
+    ) -> Result<Self::Tensor> {
+        let sum = Self::binary(x, &Self::binary(y, gate, Binary::Mul)?, Binary::Add)?;
+        match added {
+            Some(added) => Self::binary(&sum, added, Binary::Add),
+            None => Ok(sum),
+        }
+    }
+    /// Gradients of [`Backend::gated_add`] for y and the gate; those for x and what is added are `grad` itself.
+    fn gated_add_backward(
+        y: &Self::Tensor,
+        gate: &Self::Tensor,
+        grad: &Self::Tensor,
+    ) -> Result<(Self::Tensor, Self::Tensor)> {
+        let dgate = Self::sum(&Self::binary(grad, y, Binary::Mul)?, &[1])?;
+        Ok((Self::binary(grad, gate, Binary::Mul)?, dgate))
     }
 
     /// Group normalisation of (b, c, h, w) with scale and shift (c).
@@ -637,6 +709,43 @@ pub trait Backend: Sized + Send + Sync + 'static {
         Ok((back(dq)?, back(dk)?, back(dv)?))
     }
 
+    /// What the position after `at` others of each sequence does, q, k and v (b, 1, h, d): q and k turn by row `at` of cos
+    /// and sin (n, d/2), k and v go into their caches (b, n, h, d) at `at`, and q attends to what these hold up to there,
+    /// with `hidden` (b, 1, 1, n) added to the scores: -> (b, 1, h, d).
+    ///
+    /// `place` holds `at` too, as indices (1), for a backend that does it again with another ([`Backend::repeat`]).
+    #[expect(clippy::too_many_arguments, reason = "one operation instead of four")]
+    fn attend_next(
+        [q, k, v]: [&Self::Tensor; 3],
+        [cos, sin]: [&Self::Tensor; 2],
+        [keys, values]: [&Self::Tensor; 2],
+        at: usize,
+        _place: &Self::Tensor,
+        hidden: Option<&Self::Tensor>,
+        scale: f64,
+    ) -> Result<Self::Tensor> {
+        let row = |table| Self::narrow(table, 0, at, 1);
+        let q = Self::rope_cached(q, k, v, &row(cos)?, &row(sin)?, keys, values, at)?;
+        let seen = |cache| Self::narrow(cache, 1, 0, at + 1);
+        let mask = match hidden {
+            None => Mask::Full,
+            Some(hidden) => Mask::Bias(Self::narrow(hidden, 3, 0, at + 1)?),
+        };
+        Self::attention(&q, &seen(keys)?, &seen(values)?, &mask, scale)
+    }
+
+    /// What `step` makes of the inputs. It has to do the same operations whenever it is called with what was `kept`, on
+    /// tensors of the same shapes, all but the inputs those of the last time; so a backend may note them at one call and
+    /// have them done at the next without calling it (a CUDA graph). Positions reach it as inputs. It moves nothing
+    /// between host and device. What it returns is overwritten at the next call.
+    fn repeat(
+        _kept: &mut Recording,
+        inputs: &[&Self::Tensor],
+        step: &mut dyn FnMut(&[&Self::Tensor]) -> Result<Self::Tensor>,
+    ) -> Result<Self::Tensor> {
+        step(inputs)
+    }
+
     /// silu(a) * b where x (.., 2 d) holds a then b: -> (.., d), for products to read: it may be in their type.
     fn swiglu(x: &Self::Tensor) -> Result<Self::Tensor> {
         let (a, b) = halves::<Self>(x)?;
@@ -701,6 +810,26 @@ pub trait Backend: Sized + Send + Sync + 'static {
     ) -> Result<Self::Tensor> {
         crate::flow::composed::<Self>(logits, noise, codebook, solver)
     }
+}
+
+/// A root mean square norm is this scale, (d), times smaller than the vector over its length; and an epsilon as small as
+/// torch's in F.normalize, which keeps a zero vector finite.
+fn root_mean_square<B: Backend>(x: &B::Tensor) -> Result<(B::Tensor, f64)> {
+    let shape = B::shape(x);
+    let d = shape[shape.len() - 1];
+    let scale = B::full_beside(x, &[d], (d as f32).sqrt().recip())?;
+    Ok((scale, 1e-24 / d as f64))
+}
+
+/// x / |x| over the last dimension.
+fn unit<B: Backend>(x: &B::Tensor) -> Result<B::Tensor> {
+    let (scale, eps) = root_mean_square::<B>(x)?;
+    B::rms_norm(x, &scale, eps)
+}
+
+/// Numbers per head (h) as (h, 1).
+fn of_heads<B: Backend>(x: &B::Tensor) -> Result<B::Tensor> {
+    B::reshape(x, &[B::shape(x)[0], 1])
 }
 
 fn inverse_rms<B: Backend>(x: &B::Tensor, eps: f64) -> Result<B::Tensor> {

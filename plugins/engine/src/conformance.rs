@@ -10,7 +10,9 @@ pub mod golden;
 pub mod host;
 mod tape;
 
-use crate::backend::{AdamwStep, Backend, Binary, FlowSolver, Mask, Truncation, Unary, Window};
+use crate::backend::{
+    AdamwStep, Backend, Binary, FlowSolver, Mask, Recording, Truncation, Unary, Window,
+};
 use crate::choice::{categorical_row, truncate_row};
 use crate::error::Result;
 use crate::flow;
@@ -97,6 +99,7 @@ pub fn check_rounded<B: Backend>(b: &B, rounding: f64) -> Vec<Case> {
     suite.rope();
     suite.rounded(Suite::factors);
     suite.rounded(Suite::attentions);
+    suite.rounded(Suite::repeated);
     suite.losses();
     suite.flow_maps();
     suite.choices();
@@ -740,15 +743,93 @@ impl<B: Backend> Suite<'_, B> {
         self.op("rms_norm_factor", &[x, w], &want, 128.0, &|x| {
             B::rms_norm_factor(&x[0], &x[1], 1e-5)
         });
-        let x = Host::random(&[3, 4, 37], 70, -1.0, 1.5);
-        let [scale, shift] = [71, 72].map(|seed| Host::random(&[3, 1, 37], seed, -1.5, 1.5));
-        let normal = host::layer_norm(&x, 1e-5);
-        let want = Host::build(&x.shape, |i| {
-            normal.at(i) * scale.at(&[i[0], 0, i[2]]) + shift.at(&[i[0], 0, i[2]])
+        for d in [6, 64] {
+            let inputs = [
+                Host::random(&[2, 5, 3, d], 73, -1.0, 1.5),
+                Host::random(&[3], 74, 0.5, 4.0),
+            ];
+            let truth = |x: &[Host]| {
+                let d = x[0].shape[3];
+                let norm = host::rms_norm(&x[0], &Host::build(&[d], |_| 1.0), 0.0);
+                Host::build(&x[0].shape, |i| {
+                    let length = x.get(1).map_or(1.0, |length| length.at(&[i[2]]));
+                    norm.at(i) / (d as f64).sqrt() * length
+                })
+            };
+            self.pair(
+                &format!("unit {d}"),
+                &inputs,
+                128.0,
+                &truth,
+                &|x| B::unit(&x[0], Some(&x[1])),
+                &|x, _, g| {
+                    let (dx, dlength) = B::unit_backward(&x[0], Some(&x[1]), g)?;
+                    Ok([Some(dx), dlength].into_iter().flatten().collect())
+                },
+            );
+            self.pair(
+                &format!("unit {d} without lengths"),
+                &inputs[..1],
+                128.0,
+                &truth,
+                &|x| B::unit(&x[0], None),
+                &|x, _, g| Ok(vec![B::unit_backward(&x[0], None, g)?.0]),
+            );
+        }
+        let x = Host::random(&[3, 4, 37], 75, -3.0, 3.0);
+        let want = host::unary(&x, Unary::GeluTanh);
+        self.op("unary_factor", &[x], &want, 32.0, &|x| {
+            B::unary_factor(&x[0], Unary::GeluTanh)
         });
-        self.op("modulated_norm", &[x, scale, shift], &want, 128.0, &|x| {
-            B::modulated_norm(&x[0], &x[1], &x[2], 1e-5)
-        });
+        // Lengths of rows that are not, and that are, whole vectors.
+        for c in [37, 64] {
+            let inputs = [
+                Host::random(&[3, 4, c], 70, -1.0, 1.5),
+                Host::random(&[3, 1, c], 71, -1.5, 1.5),
+                Host::random(&[3, 1, c], 72, -1.5, 1.5),
+            ];
+            self.pair(
+                &format!("modulated_norm {c}"),
+                &inputs,
+                128.0,
+                &|x| {
+                    let normal = host::layer_norm(&x[0], 1e-5);
+                    Host::build(&x[0].shape, |i| {
+                        normal.at(i) * x[1].at(&[i[0], 0, i[2]]) + x[2].at(&[i[0], 0, i[2]])
+                    })
+                },
+                &|x| B::modulated_norm(&x[0], &x[1], &x[2], 1e-5),
+                &|x, _, g| {
+                    let (dx, dscale, dshift) = B::modulated_norm_backward(&x[0], &x[1], g, 1e-5)?;
+                    Ok(vec![dx, dscale, dshift])
+                },
+            );
+            let inputs = [
+                Host::random(&[3, 4, c], 76, -1.0, 1.5),
+                Host::random(&[3, 4, c], 77, -1.5, 1.5),
+                Host::random(&[3, 1, c], 78, -1.5, 1.5),
+                Host::random(&[3, 4, c], 79, -1.5, 1.5),
+            ];
+            let truth = |x: &[Host]| {
+                Host::build(&x[0].shape, |i| {
+                    let added = x.get(3).map_or(0.0, |added| added.at(i));
+                    x[0].at(i) + x[1].at(i) * x[2].at(&[i[0], 0, i[2]]) + added
+                })
+            };
+            for n in [3, 4] {
+                self.pair(
+                    &format!("gated_add of {n}, {c}"),
+                    &inputs[..n],
+                    8.0,
+                    &truth,
+                    &|x| B::gated_add(&x[0], &x[1], &x[2], x.get(3)),
+                    &|x, _, g| {
+                        let (dy, dgate) = B::gated_add_backward(&x[1], &x[2], g)?;
+                        Ok(vec![g.clone(), dy, dgate])
+                    },
+                );
+            }
+        }
         self.rope_cached();
     }
 
@@ -923,6 +1004,61 @@ impl<B: Backend> Suite<'_, B> {
                         Ok(vec![dq, dk, dv])
                     },
                 );
+            }
+        }
+    }
+
+    /// Positions of a generation one after the other, each like the one before: the backend may record how it is done.
+    fn repeated(&mut self) {
+        let (b, n, h, d, scale) = (2, 7, 3, 8, 0.3);
+        let [qs, ks, vs] = [61, 62, 63].map(|seed| Host::random(&[b, n, h, d], seed, -2.0, 2.0));
+        let angle = Host::random(&[n, d / 2], 64, -3.0, 3.0);
+        let cos = Host::build(&[n, d / 2], |i| angle.at(i).cos());
+        let sin = Host::build(&[n, d / 2], |i| angle.at(i).sin());
+        let hidden = Host::build(&[b, 1, 1, n], |i| match i[0] == 1 && i[3] < 2 {
+            true => f64::NEG_INFINITY,
+            false => 0.0,
+        });
+        let turned = [&qs, &ks].map(|x| host::rope(x, &cos, &sin));
+        for bias in [None, Some(&hidden)] {
+            let got = (|| {
+                let put = |x: &Host| self.put(x, Lie::Whole);
+                let cache = || B::factor(&self.b.full(&[b, n, h, d], 0.0)?);
+                let (keys, values, bias) = (cache()?, cache()?, bias.map(put).transpose()?);
+                let (cos, sin) = (put(&cos)?, put(&sin)?);
+                let first = |x: &Host| host::narrow(x, 1, 0, 3);
+                B::write_(&keys, 1, 0, &put(&first(&turned[1]))?)?;
+                B::write_(&values, 1, 0, &put(&first(&vs))?)?;
+                let mut kept = Recording::default();
+                (3..n)
+                    .map(|at| {
+                        let own = |x: &Host| put(&host::narrow(x, 1, at, 1));
+                        let [q, k, v] = [own(&qs)?, own(&ks)?, own(&vs)?];
+                        let place = self.b.indices(&[at as u32], &[1])?;
+                        let y = B::repeat(&mut kept, &[&q, &k, &v, &place], &mut |x| {
+                            let (qkv, caches) = ([x[0], x[1], x[2]], [&keys, &values]);
+                            let bias = bias.as_ref();
+                            B::attend_next(qkv, [&cos, &sin], caches, at, x[3], bias, scale)
+                        })?;
+                        // It is overwritten at the next.
+                        B::to_floats(&y)
+                    })
+                    .collect::<Result<Vec<_>>>()
+            })();
+            let with = if bias.is_some() { ", some hidden" } else { "" };
+            for at in 3..n {
+                let seen = |x: &Host| host::narrow(x, 1, 0, at + 1);
+                let bias = bias.map(|bias| host::narrow(bias, 3, 0, at + 1));
+                let q = host::narrow(&turned[0], 1, at, 1);
+                let want = host::attention(&q, &seen(&turned[1]), &seen(&vs), bias.as_ref(), scale);
+                let name = format!("attend_next at {at}, repeated{with}");
+                match &got {
+                    Ok(got) => {
+                        let error = difference(&got[at - 3], &want);
+                        self.record(name, error, 128.0 * self.unit);
+                    }
+                    Err(error) => self.record(format!("{name}: {error}"), f64::INFINITY, 0.0),
+                }
             }
         }
     }

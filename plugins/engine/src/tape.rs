@@ -324,6 +324,15 @@ impl<B: Backend> Var<B> {
         }))
     }
 
+    /// The same, for products alone to read.
+    pub fn unary_factor(&self, f: Unary) -> Result<Self> {
+        let y = B::unary_factor(&self.value, f)?;
+        let (x, kept) = (self.value.clone(), y.clone());
+        Ok(Self::from_op(y, &[self], move |g| {
+            Ok(vec![Some(B::unary_backward(&x, &kept, g, f)?)])
+        }))
+    }
+
     /// x * mul + add
     pub fn affine(&self, mul: f64, add: f64) -> Result<Self> {
         Ok(Self::from_op(
@@ -494,6 +503,18 @@ impl<B: Backend> Var<B> {
         self.rms_norm(&w, 1e-24 / d as f64)
     }
 
+    /// x / |x| of (b, l, h, d) over the last dimension, times a length per head (h) where there are lengths, for products
+    /// alone to read.
+    pub fn unit(&self, length: Option<&Self>) -> Result<Self> {
+        let y = B::unit(&self.value, length.map(|l| &l.value))?;
+        let (x, kept) = (self.value.clone(), length.map(|l| l.value.clone()));
+        let parents: Vec<&Self> = [Some(self), length].into_iter().flatten().collect();
+        Ok(Self::from_op(y, &parents, move |g| {
+            let (dx, dlength) = B::unit_backward(&x, kept.as_ref(), g)?;
+            Ok(vec![Some(dx), dlength])
+        }))
+    }
+
     /// (x - mean) / sqrt(var + eps) over the last dimension.
     pub fn layer_norm(&self, eps: f64) -> Result<Self> {
         let x = self.value.clone();
@@ -510,10 +531,27 @@ impl<B: Backend> Var<B> {
         let y = B::modulated_norm(&self.value, &scale.value, &shift.value, eps)?;
         let (x, kept) = (self.value.clone(), scale.value.clone());
         Ok(Self::from_op(y, &[self, scale, shift], move |g| {
-            let normal = B::layer_norm(&x, eps)?;
-            let dscale = B::sum(&B::binary(g, &normal, Binary::Mul)?, &[1])?;
-            let dx = B::layer_norm_backward(&x, &B::binary(g, &kept, Binary::Mul)?, eps)?;
-            Ok(vec![Some(dx), Some(dscale), Some(B::sum(g, &[1])?)])
+            let (dx, dscale, dshift) = B::modulated_norm_backward(&x, &kept, g, eps)?;
+            Ok(vec![Some(dx), Some(dscale), Some(dshift)])
+        }))
+    }
+
+    /// x + y gate (+ added): x, y and added (b, l, c), gate (b, 1, c).
+    pub fn gated_add(&self, y: &Self, gate: &Self, added: Option<&Self>) -> Result<Self> {
+        let sum = B::gated_add(&self.value, &y.value, &gate.value, added.map(|a| &a.value))?;
+        let (kept, by) = (y.value.clone(), gate.value.clone());
+        let parents: Vec<&Self> = [Some(self), Some(y), Some(gate), added]
+            .into_iter()
+            .flatten()
+            .collect();
+        Ok(Self::from_op(sum, &parents, move |g| {
+            let (dy, dgate) = B::gated_add_backward(&kept, &by, g)?;
+            Ok(vec![
+                Some(g.clone()),
+                Some(dy),
+                Some(dgate),
+                Some(g.clone()),
+            ])
         }))
     }
 

@@ -108,7 +108,7 @@ pub fn attention(
     let s = sizes(q, k, v)?;
     let masked = Masked::new(mask, s)?;
     if s.lq <= FEW && shared(s) <= SHARED {
-        return few(q, k, v, s, &masked, scale as f32);
+        return few(q, k, v, s, &masked, scale as f32, 0);
     }
     let to = fresh(&device(&q.raw)?, &[s.b, s.h, s.lq, s.d], q.storage())?;
     for (first, count) in parts(s) {
@@ -252,7 +252,43 @@ fn shared(s: Sizes) -> usize {
     4 * (s.lk + s.d + 256)
 }
 
-fn few(q: &Tensor, k: &Tensor, v: &Tensor, s: Sizes, masked: &Masked, scale: f32) -> Result<Raw> {
+/// What the last query of each sequence, q (b, 1, h, d), sees of caches (b, n, h, d) up to the row in `place` (1).
+pub fn next(
+    q: &Tensor,
+    [k, v]: [&Tensor; 2],
+    place: &Tensor,
+    mask: &Mask<Tensor>,
+    scale: f64,
+) -> Result<Tensor> {
+    let s = sizes(q, k, v)?;
+    if shared(s) > SHARED {
+        return Err(Error::Backend(format!(
+            "a cache of {} positions is more than the kernel holds the scores of",
+            s.lk
+        )));
+    }
+    let masked = Masked::new(mask, s)?;
+    Ok(q.like(few(
+        q,
+        k,
+        v,
+        s,
+        &masked,
+        scale as f32,
+        pointer(&place.raw)?,
+    )?))
+}
+
+/// `place`: where the row up to which is seen stands, or null.
+fn few(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    s: Sizes,
+    masked: &Masked,
+    scale: f32,
+    place: u64,
+) -> Result<Raw> {
     let queries = dense_last(&q.floats()?)?;
     let kept = |x: &Tensor| match x.raw.dtype() == q.storage() {
         true => dense_last(&x.raw),
@@ -287,7 +323,8 @@ fn few(q: &Tensor, k: &Tensor, v: &Tensor, s: Sizes, masked: &Masked, scale: f32
             pointer(&queries)?,
             pointer(&k)?,
             pointer(&v)?,
-            pointer(&to)?
+            pointer(&to)?,
+            place
         ]
     )?;
     Ok(to)

@@ -2,22 +2,25 @@
 
 use candle_core::{CudaDevice, DType};
 use retort_engine::backend::{
-    AdamwStep, Backend, Binary, FlowSolver, Mask, Truncation, Unary, Window,
+    AdamwStep, Backend, Binary, FlowSolver, Mask, Recording, Truncation, Unary, Window,
 };
 use retort_engine::error::{Error, Result};
 
+use crate::cuda::biased::biased;
 use crate::cuda::launch::{Adamw, Places, Slide, Steps, blocks, counted, launch, warps};
 use crate::cuda::product::{operands, product};
 use crate::cuda::tensor::{
     Raw, Tensor, convert, copy, dense_last, device, fresh, pointer, to_host, whole,
 };
-use crate::cuda::{Cuda, attention, convolution, flow};
+use crate::cuda::{Cuda, attention, convolution, flow, graph};
 use crate::failed;
 
 type T = Tensor;
 
 /// Elements of a row that a warp alone looks at.
 const SHORT: u32 = 256;
+/// Elements of a row that the threads of a block hold.
+const HELD: usize = 8192;
 
 impl Cuda {
     fn put<D: candle_core::WithDType>(&self, data: &[D], shape: &[usize]) -> Result<T> {
@@ -118,17 +121,11 @@ impl Backend for Cuda {
     }
 
     fn unary(x: &T, f: Unary) -> Result<T> {
-        let from = x.single()?;
-        let (device, n) = (device(&from)?, from.elem_count());
-        let to = fresh(&device, from.dims(), DType::F32)?;
-        launch!(
-            device,
-            "unary",
-            blocks(n)?,
-            0,
-            [n as u32, f as i32, pointer(&from)?, pointer(&to)?]
-        )?;
-        Ok(x.like(to))
+        unary(x, f, DType::F32)
+    }
+
+    fn unary_factor(x: &T, f: Unary) -> Result<T> {
+        unary(x, f, x.storage())
     }
 
     fn binary(a: &T, b: &T, f: Binary) -> Result<T> {
@@ -141,10 +138,18 @@ impl Backend for Cuda {
         let right = right.broadcast_as(&shape).map_err(failed)?;
         let (device, n) = (device(&left)?, shape.elem_count());
         let to = fresh(&device, shape.dims(), DType::F32)?;
-        let places = Places::new(shape.dims(), left.stride(), right.stride())?;
+        let (dims, steps) = (shape.dims(), [left.stride(), right.stride()]);
+        let fours = match together(&[&left, &right])? {
+            true => Places::fours(dims, steps[0], steps[1])?,
+            false => None,
+        };
+        let (name, n, places) = match fours {
+            Some(places) => ("binary_four", n / 4, places),
+            None => ("binary_one", n, Places::new(dims, steps[0], steps[1])?),
+        };
         launch!(
             device,
-            "binary",
+            name,
             blocks(n)?,
             0,
             [
@@ -392,14 +397,24 @@ impl Backend for Cuda {
     }
 
     fn unary_backward(x: &T, y: &T, grad: &T, f: Unary) -> Result<T> {
-        let (a, b, g) = (x.single()?, y.single()?, grad.single()?);
+        let (a, g) = (x.single()?, grad.single()?);
+        // Of the others the argument is enough, and the result may have been rounded.
+        let b = match f {
+            Unary::Exp | Unary::Sqrt | Unary::Recip | Unary::Tanh | Unary::Sigmoid => y.single()?,
+            Unary::Relu => y.single()?,
+            _ => a.clone(),
+        };
         same(&a, &b)?;
         same(&a, &g)?;
-        let (device, n) = (device(&a)?, a.elem_count());
+        let device = device(&a)?;
         let to = fresh(&device, a.dims(), DType::F32)?;
+        let (name, n) = match four(a.elem_count(), &[&a, &b, &g])? {
+            true => ("unary_backward_four", a.elem_count() / 4),
+            false => ("unary_backward_one", a.elem_count()),
+        };
         launch!(
             device,
-            "unary_backward",
+            name,
             blocks(n)?,
             0,
             [
@@ -421,6 +436,11 @@ impl Backend for Cuda {
         let flat = Self::reshape(x, &[rows, i])?;
         let (a, b) = operands(&flat.raw, &w.raw, x.half)?;
         *shape.last_mut().expect("linear: rank >= 1") = o;
+        if let Some(bias) = bias
+            && let Some(y) = biased(&a, &b, &sized(bias, o)?)?
+        {
+            return x.with(y.reshape(shape));
+        }
         let y = x.with(product(&a, &b, false, true)?.reshape(shape))?;
         match bias {
             Some(bias) => Self::binary(&y, bias, Binary::Add),
@@ -565,31 +585,188 @@ impl Backend for Cuda {
     }
 
     fn modulated_norm(x: &T, scale: &T, shift: &T, eps: f64) -> Result<T> {
-        let (from, n, d) = rows(x)?;
-        let (b, l, _) = from.dims3().map_err(failed)?;
-        let (scale, shift) = (sized(scale, b * d as usize)?, sized(shift, b * d as usize)?);
-        let device = device(&from)?;
-        let to = fresh(&device, from.dims(), x.storage())?;
-        let name = match x.half {
-            true => "modulated_norm_bf16",
-            false => "modulated_norm_f32",
+        let m = Modulated::new(x, scale)?;
+        let shift = sized(shift, m.b * m.d)?;
+        let device = device(&m.x)?;
+        let to = fresh(&device, m.x.dims(), x.storage())?;
+        let name = match (four(m.d, &[&m.x, &m.scale, &shift])?, x.half) {
+            (true, true) => "modulated_norm_four_bf16",
+            (true, false) => "modulated_norm_four_f32",
+            (false, true) => "modulated_norm_one_bf16",
+            (false, false) => "modulated_norm_one_f32",
         };
         launch!(
             device,
             name,
-            n,
+            m.b * m.l,
             0,
             [
-                l as u32,
-                d,
+                m.l as u32,
+                m.d as u32,
                 eps as f32,
-                pointer(&from)?,
-                pointer(&scale)?,
+                pointer(&m.x)?,
+                pointer(&m.scale)?,
                 pointer(&shift)?,
                 pointer(&to)?
             ]
         )?;
         Ok(x.like(to))
+    }
+
+    fn modulated_norm_backward(x: &T, scale: &T, grad: &T, eps: f64) -> Result<(T, T, T)> {
+        let m = Modulated::new(x, scale)?;
+        let g = grad.single()?;
+        same(&m.x, &g)?;
+        let device = device(&m.x)?;
+        let dx = fresh(&device, m.x.dims(), DType::F32)?;
+        let moments = fresh(&device, &[m.b * m.l, 2], DType::F32)?;
+        let name = match four(m.d, &[&m.x, &m.scale, &g])? {
+            true => "modulated_norm_backward_four",
+            false => "modulated_norm_backward_one",
+        };
+        launch!(
+            device,
+            name,
+            m.b * m.l,
+            0,
+            [
+                m.l as u32,
+                m.d as u32,
+                eps as f32,
+                pointer(&m.x)?,
+                pointer(&m.scale)?,
+                pointer(&g)?,
+                pointer(&dx)?,
+                pointer(&moments)?
+            ]
+        )?;
+        let part = part_of(m.l, m.b * m.d);
+        let parts = m.l.div_ceil(part);
+        let some = fresh(&device, &[2 * m.b, parts, m.d], DType::F32)?;
+        launch!(
+            device,
+            "sum_modulation",
+            blocks(m.b * parts * m.d)?,
+            0,
+            [
+                m.b as u32,
+                m.l as u32,
+                m.d as u32,
+                part as u32,
+                pointer(&m.x)?,
+                pointer(&g)?,
+                pointer(&moments)?,
+                pointer(&some)?
+            ]
+        )?;
+        let both = sum_columns(&some, None, [2 * m.b, parts, m.d])?;
+        let half = |at: usize| {
+            let own = both.narrow(0, at * m.b, m.b);
+            own.and_then(|own| own.reshape((m.b, 1, m.d)))
+        };
+        Ok((x.like(dx), scale.with(half(0))?, scale.with(half(1))?))
+    }
+
+    fn gated_add(x: &T, y: &T, gate: &T, added: Option<&T>) -> Result<T> {
+        let (from, y) = (x.single()?, y.single()?);
+        let added = added.map(|added| added.single()).transpose()?;
+        let (b, l, c) = from.dims3().map_err(failed)?;
+        let gate = sized(gate, b * c)?;
+        let mut all = vec![&from, &y, &gate];
+        all.extend(&added);
+        for other in all.iter().filter(|&&x| !std::ptr::eq(x, &gate)) {
+            same(&from, other)?;
+        }
+        let device = device(&from)?;
+        let to = fresh(&device, from.dims(), DType::F32)?;
+        let (name, n) = match four(c, &all)? {
+            true => ("gated_add_four", from.elem_count() / 4),
+            false => ("gated_add_one", from.elem_count()),
+        };
+        counted(from.elem_count())?;
+        launch!(
+            device,
+            name,
+            blocks(n)?,
+            0,
+            [
+                n as u32,
+                (l * c) as u32,
+                c as u32,
+                pointer(&from)?,
+                pointer(&y)?,
+                pointer(&gate)?,
+                added.as_ref().map_or(Ok(0), pointer)?,
+                pointer(&to)?
+            ]
+        )?;
+        Ok(x.like(to))
+    }
+
+    fn gated_add_backward(y: &T, gate: &T, grad: &T) -> Result<(T, T)> {
+        let (from, g) = (y.single()?, grad.single()?);
+        same(&from, &g)?;
+        let (b, l, c) = from.dims3().map_err(failed)?;
+        let dgate = sum_columns(&g, Some(&from), [b, l, c])?;
+        let dgate = gate.with(dgate.reshape((b, 1, c)))?;
+        Ok((Self::binary(grad, gate, Binary::Mul)?, dgate))
+    }
+
+    fn unit(x: &T, length: Option<&T>) -> Result<T> {
+        let (from, rows, d) = rows(x)?;
+        let (h, lengths) = lengths(&from, length)?;
+        let device = device(&from)?;
+        let to = fresh(&device, from.dims(), x.storage())?;
+        let name = match x.half {
+            true => "unit_bf16",
+            false => "unit_f32",
+        };
+        launch!(
+            device,
+            name,
+            warps(rows)?,
+            0,
+            [
+                rows as u32,
+                h as u32,
+                d,
+                pointer(&from)?,
+                lengths.as_ref().map_or(Ok(0), pointer)?,
+                pointer(&to)?
+            ]
+        )?;
+        Ok(x.like(to))
+    }
+
+    fn unit_backward(x: &T, length: Option<&T>, grad: &T) -> Result<(T, Option<T>)> {
+        let (from, rows, d) = rows(x)?;
+        let g = grad.single()?;
+        same(&from, &g)?;
+        let (h, lengths) = lengths(&from, length)?;
+        let device = device(&from)?;
+        let dx = fresh(&device, from.dims(), DType::F32)?;
+        let parts = fresh(&device, &[rows / h, h], DType::F32)?;
+        launch!(
+            device,
+            "unit_backward",
+            warps(rows)?,
+            0,
+            [
+                rows as u32,
+                h as u32,
+                d,
+                pointer(&from)?,
+                lengths.as_ref().map_or(Ok(0), pointer)?,
+                pointer(&g)?,
+                pointer(&dx)?,
+                pointer(&parts)?
+            ]
+        )?;
+        let dlength = |length: &T| {
+            let all = sum_columns(&parts, None, [1, rows / h, h])?;
+            length.with(all.reshape(length.raw.shape()))
+        };
+        Ok((x.like(dx), length.map(dlength).transpose()?))
     }
 
     fn group_norm(x: &T, groups: usize, w: &T, bias: &T, eps: f64) -> Result<T> {
@@ -716,66 +893,36 @@ impl Backend for Cuda {
         values: &T,
         at: usize,
     ) -> Result<T> {
-        let [from, k, v] = [q, k, v].map(|x| dense_last(&x.floats()?));
-        let (from, k, v) = (from?, k?, v?);
-        let (b, l, h, d) = from.dims4().map_err(failed)?;
-        let (cosines, sines) = (cos.single()?, sin.single()?);
-        let cached = |x: &T| x.raw.narrow(1, at, l).map_err(failed);
-        let (keys, values) = (cached(keys)?, cached(values)?);
-        let fits = |x: &Raw| x.dims() == [b, l, h, d];
-        let kept = |x: &Raw| fits(x) && x.stride()[3] == 1 && x.dtype() == keys.dtype();
-        let table = |x: &Raw| x.dims() == [l, d / 2];
-        if ![&k, &v].into_iter().all(fits)
-            || ![&keys, &values].into_iter().all(kept)
-            || ![&cosines, &sines].into_iter().all(table)
-        {
-            return Err(Error::Backend(format!(
-                "rope of {:?}, {:?} and {:?} into {:?} {:?} and {:?} {:?} at {at}, with {:?} and {:?}",
-                from.dims(),
-                k.dims(),
-                v.dims(),
-                keys.dims(),
-                keys.dtype(),
-                values.dims(),
-                values.dtype(),
-                cosines.dims(),
-                sines.dims()
-            )));
-        }
-        let device = device(&from)?;
-        let to = fresh(&device, from.dims(), DType::F32)?;
-        let n = b * l * h * (d / 2);
-        let name = match keys.dtype() {
-            DType::BF16 => "rope_cached_bf16",
-            _ => "rope_cached_f32",
-        };
-        let steps = |x: &Raw| Steps::new(&x.stride()[..3]);
-        launch!(
-            device,
-            name,
-            blocks(n)?,
-            0,
-            [
-                n as u32,
-                l as u32,
-                h as u32,
-                (d / 2) as u32,
-                steps(&from),
-                steps(&k),
-                steps(&v),
-                steps(&keys),
-                steps(&values),
-                pointer(&from)?,
-                pointer(&k)?,
-                pointer(&v)?,
-                pointer(&cosines)?,
-                pointer(&sines)?,
-                pointer(&to)?,
-                pointer(&keys)?,
-                pointer(&values)?
-            ]
-        )?;
-        Ok(q.like(to))
+        let (l, seen) = (q.raw.dims4().map_err(failed)?.1, |x: &T| x.raw.dims()[1]);
+        let cached = |x: &T| Self::narrow(x, 1, at, l.min(seen(x).saturating_sub(at)));
+        turned(
+            [q, k, v],
+            [cos, sin],
+            [&cached(keys)?, &cached(values)?],
+            None,
+        )
+    }
+
+    fn attend_next(
+        qkv: [&T; 3],
+        rope: [&T; 2],
+        caches: [&T; 2],
+        at: usize,
+        place: &T,
+        hidden: Option<&T>,
+        scale: f64,
+    ) -> Result<T> {
+        let q = turned(qkv, rope, caches, Some((at, place)))?;
+        let mask = hidden.map_or(Mask::Full, |hidden| Mask::Bias(hidden.clone()));
+        attention::next(&q, caches, place, &mask, scale)
+    }
+
+    fn repeat(
+        kept: &mut Recording,
+        inputs: &[&T],
+        step: &mut dyn FnMut(&[&T]) -> Result<T>,
+    ) -> Result<T> {
+        graph::repeat(kept, inputs, step)
     }
 
     fn attention(q: &T, k: &T, v: &T, mask: &Mask<T>, scale: f64) -> Result<T> {
@@ -938,6 +1085,84 @@ impl Backend for Cuda {
     }
 }
 
+/// Turns q and k (b, l, h, d) and puts k and v into their caches, which begin with the first of these positions; or, with a
+/// place, at the row of the tables (n, d/2) and of the caches (b, n, h, d) that it holds.
+fn turned(
+    [q, k, v]: [&T; 3],
+    [cos, sin]: [&T; 2],
+    [keys, values]: [&T; 2],
+    place: Option<(usize, &T)>,
+) -> Result<T> {
+    let [from, k, v] = [q, k, v].map(|x| dense_last(&x.floats()?));
+    let (from, k, v) = (from?, k?, v?);
+    let (b, l, h, d) = from.dims4().map_err(failed)?;
+    let (cosines, sines) = (cos.single()?, sin.single()?);
+    let (keys, values) = (&keys.raw, &values.raw);
+    let rows = keys.dims().get(1).copied().unwrap_or(0);
+    let kept =
+        |x: &Raw| x.dims() == [b, rows, h, d] && x.stride()[3] == 1 && x.dtype() == keys.dtype();
+    let there = match place {
+        None => rows == l,
+        Some((at, place)) => l == 1 && at < rows && place.raw.elem_count() == 1,
+    };
+    if !there
+        || ![&k, &v].into_iter().all(|x| x.dims() == [b, l, h, d])
+        || ![keys, values].into_iter().all(kept)
+        || ![&cosines, &sines]
+            .into_iter()
+            .all(|x| x.dims() == [rows, d / 2])
+    {
+        return Err(Error::Backend(format!(
+            "rope of {:?}, {:?} and {:?} into {:?} {:?} and {:?} {:?}, with {:?} and {:?}",
+            from.dims(),
+            k.dims(),
+            v.dims(),
+            keys.dims(),
+            keys.dtype(),
+            values.dims(),
+            values.dtype(),
+            cosines.dims(),
+            sines.dims()
+        )));
+    }
+    let device = device(&from)?;
+    let to = fresh(&device, from.dims(), DType::F32)?;
+    let n = b * l * h * (d / 2);
+    let name = match keys.dtype() {
+        DType::BF16 => "rope_cached_bf16",
+        _ => "rope_cached_f32",
+    };
+    let place = place.map(|(_, place)| pointer(&place.raw)).transpose()?;
+    let steps = |x: &Raw| Steps::new(&x.stride()[..3]);
+    launch!(
+        device,
+        name,
+        blocks(n)?,
+        0,
+        [
+            n as u32,
+            l as u32,
+            h as u32,
+            (d / 2) as u32,
+            steps(&from),
+            steps(&k),
+            steps(&v),
+            steps(keys),
+            steps(values),
+            pointer(&from)?,
+            pointer(&k)?,
+            pointer(&v)?,
+            pointer(&cosines)?,
+            pointer(&sines)?,
+            pointer(&to)?,
+            pointer(keys)?,
+            pointer(values)?,
+            place.unwrap_or(0)
+        ]
+    )?;
+    Ok(q.like(to))
+}
+
 /// x / sqrt(mean(x^2) + eps) * w over the last dimension, in a type.
 fn rms_norm(x: &T, w: &T, eps: f64, dtype: DType) -> Result<T> {
     let (from, n, d) = rows(x)?;
@@ -1035,36 +1260,14 @@ pub fn sum(x: &Raw, dims: &[usize]) -> Result<Raw> {
         fill(&to, 0.0)?;
         return Ok(to);
     }
-    // Many rows, added up column by column: first some of them each, so that there is work for all.
+    // Many rows, added up column by column.
     let together = dims.windows(2).all(|pair| pair[1] == pair[0] + 1);
     let columns: usize = dims
         .last()
         .map_or(1, |&d| x.dims()[d + 1..].iter().product());
-    if together && x.is_contiguous() && columns >= 32 && terms >= 64 {
-        let outer = n / columns;
-        let parts = (65536 / n).clamp(1, terms / 16);
-        let part = terms.div_ceil(parts);
-        let parts = terms.div_ceil(part);
-        let some = fresh(&device, &[outer, parts, columns], DType::F32)?;
-        let to = fresh(&device, &shape, DType::F32)?;
-        for (rows, part, from, to) in [(terms, part, x, &some), (parts, parts, &some, &to)] {
-            let all = outer * rows.div_ceil(part) * columns;
-            launch!(
-                device,
-                "sum_columns",
-                blocks(all)?,
-                0,
-                [
-                    outer as u32,
-                    rows as u32,
-                    columns as u32,
-                    part as u32,
-                    pointer(from)?,
-                    pointer(to)?
-                ]
-            )?;
-        }
-        return Ok(to);
+    if together && x.is_contiguous() && columns >= 8 && terms >= 64 {
+        let all = sum_columns(x, None, [n / columns, terms, columns])?;
+        return all.reshape(shape).map_err(failed);
     }
     let to = fresh(&device, &shape, DType::F32)?;
     let kept = Places::new(&kept, &kept_steps, &kept_steps)?;
@@ -1094,6 +1297,111 @@ pub fn sum(x: &Raw, dims: &[usize]) -> Result<Raw> {
         )?;
     }
     Ok(to)
+}
+
+/// Rows of so many that one thread adds up, where there are so many sums: there is work for all, and few parts.
+fn part_of(rows: usize, sums: usize) -> usize {
+    let parts = (65536 / sums.max(1)).clamp(1, (rows / 16).max(1));
+    rows.div_ceil(parts).max(1)
+}
+
+/// Sums over the rows of row-major (outer, rows, columns): -> (outer, columns); of the products with another tensor, if
+/// there is one. First some of the rows each, then these.
+fn sum_columns(x: &Raw, by: Option<&Raw>, [outer, rows, columns]: [usize; 3]) -> Result<Raw> {
+    let device = device(x)?;
+    let part = part_of(rows, outer * columns);
+    let parts = rows.div_ceil(part);
+    let once = |from: &Raw, by: Option<&Raw>, rows: usize, part: usize| {
+        let to = fresh(&device, &[outer, rows.div_ceil(part), columns], DType::F32)?;
+        launch!(
+            device,
+            "sum_columns",
+            blocks(to.elem_count())?,
+            0,
+            [
+                outer as u32,
+                rows as u32,
+                columns as u32,
+                part as u32,
+                pointer(from)?,
+                by.map_or(Ok(0), pointer)?,
+                pointer(&to)?
+            ]
+        )?;
+        Ok::<_, Error>(to)
+    };
+    let some = once(x, by, rows, part)?;
+    let all = match parts {
+        1 => some,
+        _ => once(&some, None, parts, parts)?,
+    };
+    all.reshape((outer, columns)).map_err(failed)
+}
+
+/// A function of each element, in a type.
+fn unary(x: &T, f: Unary, dtype: DType) -> Result<T> {
+    let from = x.single()?;
+    let device = device(&from)?;
+    let to = fresh(&device, from.dims(), dtype)?;
+    let four = four(from.elem_count(), &[&from])?;
+    let name = match (four, dtype) {
+        (true, DType::BF16) => "unary_four_bf16",
+        (true, _) => "unary_four_f32",
+        (false, DType::BF16) => "unary_bf16",
+        (false, _) => "unary_f32",
+    };
+    let n = from.elem_count() / if four { 4 } else { 1 };
+    launch!(
+        device,
+        name,
+        blocks(n)?,
+        0,
+        [n as u32, f as i32, pointer(&from)?, pointer(&to)?]
+    )?;
+    Ok(x.like(to))
+}
+
+/// Whether rows of f32 can be read four elements at a time, in tensors that are row-major.
+fn four(n: usize, all: &[&Raw]) -> Result<bool> {
+    Ok(n.is_multiple_of(4) && together(all)?)
+}
+
+/// Whether tensors of f32 begin where four elements may be read at once.
+fn together(all: &[&Raw]) -> Result<bool> {
+    for x in all {
+        if !pointer(x)?.is_multiple_of(16) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// What a modulated norm works on.
+struct Modulated {
+    x: Raw,
+    scale: Raw,
+    b: usize,
+    l: usize,
+    d: usize,
+}
+
+impl Modulated {
+    fn new(x: &T, scale: &T) -> Result<Self> {
+        let (x, _, _) = rows(x)?;
+        let (b, l, d) = x.dims3().map_err(failed)?;
+        if d > HELD {
+            let message = format!("a norm of rows of {d} elements: at most {HELD}");
+            return Err(Error::Backend(message));
+        }
+        let scale = sized(scale, b * d)?;
+        Ok(Self { x, scale, b, l, d })
+    }
+}
+
+/// Heads of x (b, l, h, d), and their lengths.
+fn lengths(x: &Raw, length: Option<&T>) -> Result<(usize, Option<Raw>)> {
+    let h = x.dims4().map_err(failed)?.2;
+    Ok((h, length.map(|length| sized(length, h)).transpose()?))
 }
 
 /// A tensor row by row: itself in f32, how many rows, and their length.

@@ -67,6 +67,24 @@ __device__ inline void both(const Places& p, unsigned i, long long& a, long long
     }
 }
 
+// Adjacent elements that one instruction reads or writes.
+template <class T> struct alignas(4 * sizeof(T)) Four {
+    T of[4];
+};
+
+// One, or four in one.
+template <class V> constexpr unsigned many = sizeof(V) / sizeof(float);
+template <class V> __device__ inline float& at(V& x, unsigned e) { return ((float*)&x)[e]; }
+template <class V> __device__ inline V load(const float* x) { return *(const V*)x; }
+__device__ inline void store(float* to, float x) { *to = x; }
+__device__ inline void store(bf16* to, float x) { put(*to, x); }
+__device__ inline void store(float* to, const Four<float>& x) { *(Four<float>*)to = x; }
+__device__ inline void store(bf16* to, const Four<float>& x) {
+    Four<bf16> y;
+    for (int e = 0; e < 4; ++e) put(y.of[e], x.of[e]);
+    *(Four<bf16>*)to = y;
+}
+
 struct Add {
     template <class T> __device__ static T of(T a, T b) { return a + b; }
 };
@@ -100,10 +118,6 @@ __device__ inline float greatest(float x) { return together<Max>(x, lowest()); }
 
 // ---- movement ----------------------------------------------------------------------------------------------------
 
-// Adjacent elements that one instruction reads or writes.
-template <class T> struct alignas(4 * sizeof(T)) Four {
-    T of[4];
-};
 
 template <class From, class To> __device__ void copy(unsigned n, const Places& p, const From* from, To* to) {
     EACH(i, n) {
@@ -146,76 +160,131 @@ enum { EXP, LOG, SQRT, SQUARE, RECIP, TANH, SIGMOID, ERF, SILU, GELU_TANH, GELU_
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-KERNEL(unary, unsigned n, int f, const float* from, float* to) {
-    EACH(i, n) {
-        float x = from[i], y;
-        switch (f) {
-            case EXP: y = expf(x); break;
-            case LOG: y = logf(x); break;
-            case SQRT: y = sqrtf(x); break;
-            case SQUARE: y = x * x; break;
-            case RECIP: y = 1.0f / x; break;
-            case TANH: y = tanhf(x); break;
-            case SIGMOID: y = sigmoid(x); break;
-            case ERF: y = erff(x); break;
-            case SILU: y = x * sigmoid(x); break;
-            case GELU_TANH: y = 0.5f * x * (1.0f + tanhf(0.7978845608f * x * (1.0f + 0.044715f * x * x))); break;
-            case GELU_ERF: y = 0.5f * x * (1.0f + erff(0.7071067812f * x)); break;
-            default: y = x > 0.0f ? x : 0.0f; break;
-        }
-        to[i] = y;
+__device__ inline float unary(int f, float x) {
+    switch (f) {
+        case EXP: return expf(x);
+        case LOG: return logf(x);
+        case SQRT: return sqrtf(x);
+        case SQUARE: return x * x;
+        case RECIP: return 1.0f / x;
+        case TANH: return tanhf(x);
+        case SIGMOID: return sigmoid(x);
+        case ERF: return erff(x);
+        case SILU: return x * sigmoid(x);
+        case GELU_TANH: return 0.5f * x * (1.0f + tanhf(0.7978845608f * x * (1.0f + 0.044715f * x * x)));
+        case GELU_ERF: return 0.5f * x * (1.0f + erff(0.7071067812f * x));
+        default: return x > 0.0f ? x : 0.0f;
     }
 }
+template <class V, class T> __device__ void unary(unsigned n, int f, const float* from, T* to) {
+    EACH(i, n) {
+        V x = load<V>(from + (size_t)i * many<V>);
+        for (unsigned e = 0; e < many<V>; ++e) at(x, e) = unary(f, at(x, e));
+        store(to + (size_t)i * many<V>, x);
+    }
+}
+KERNEL(unary_f32, unsigned n, int f, const float* from, float* to) { unary<float>(n, f, from, to); }
+KERNEL(unary_bf16, unsigned n, int f, const float* from, bf16* to) { unary<float>(n, f, from, to); }
+KERNEL(unary_four_f32, unsigned n, int f, const float* from, float* to) { unary<Four<float>>(n, f, from, to); }
+KERNEL(unary_four_bf16, unsigned n, int f, const float* from, bf16* to) { unary<Four<float>>(n, f, from, to); }
 
 // From the argument, the result and the gradient of the result.
-KERNEL(unary_backward, unsigned n, int f, const float* xs, const float* ys, const float* gs, float* to) {
-    EACH(i, n) {
-        float x = xs[i], y = ys[i], d;
-        switch (f) {
-            case EXP: d = y; break;
-            case LOG: d = 1.0f / x; break;
-            case SQRT: d = 0.5f / y; break;
-            case SQUARE: d = 2.0f * x; break;
-            case RECIP: d = -y * y; break;
-            case TANH: d = 1.0f - y * y; break;
-            case SIGMOID: d = y * (1.0f - y); break;
-            case ERF: d = 1.1283791671f * expf(-x * x); break;
-            case SILU: {
-                float s = sigmoid(x);
-                d = s * (1.0f + x * (1.0f - s));
-                break;
-            }
-            case GELU_TANH: {
-                float t = tanhf(0.7978845608f * x * (1.0f + 0.044715f * x * x));
-                d = 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * 0.7978845608f * (1.0f + 0.134145f * x * x);
-                break;
-            }
-            case GELU_ERF:
-                d = 0.5f * (1.0f + erff(0.7071067812f * x)) + 0.3989422804f * x * expf(-0.5f * x * x);
-                break;
-            default: d = y > 0.0f ? 1.0f : 0.0f; break;
+__device__ inline float unary_slope(int f, float x, float y) {
+    float d;
+    switch (f) {
+        case EXP: d = y; break;
+        case LOG: d = 1.0f / x; break;
+        case SQRT: d = 0.5f / y; break;
+        case SQUARE: d = 2.0f * x; break;
+        case RECIP: d = -y * y; break;
+        case TANH: d = 1.0f - y * y; break;
+        case SIGMOID: d = y * (1.0f - y); break;
+        case ERF: d = 1.1283791671f * expf(-x * x); break;
+        case SILU: {
+            float s = sigmoid(x);
+            d = s * (1.0f + x * (1.0f - s));
+            break;
         }
-        to[i] = d * gs[i];
+        case GELU_TANH: {
+            float t = tanhf(0.7978845608f * x * (1.0f + 0.044715f * x * x));
+            d = 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * 0.7978845608f * (1.0f + 0.134145f * x * x);
+            break;
+        }
+        case GELU_ERF:
+            d = 0.5f * (1.0f + erff(0.7071067812f * x)) + 0.3989422804f * x * expf(-0.5f * x * x);
+            break;
+        default: d = y > 0.0f ? 1.0f : 0.0f; break;
     }
+    return d;
+}
+template <class V>
+__device__ void unary_backward(unsigned n, int f, const float* xs, const float* ys, const float* gs, float* to) {
+    EACH(i, n) {
+        size_t place = (size_t)i * many<V>;
+        V x = load<V>(xs + place), y = load<V>(ys + place), g = load<V>(gs + place);
+        for (unsigned e = 0; e < many<V>; ++e) at(g, e) *= unary_slope(f, at(x, e), at(y, e));
+        store(to + place, g);
+    }
+}
+KERNEL(unary_backward_one, unsigned n, int f, const float* xs, const float* ys, const float* gs, float* to) {
+    unary_backward<float>(n, f, xs, ys, gs, to);
+}
+KERNEL(unary_backward_four, unsigned n, int f, const float* xs, const float* ys, const float* gs, float* to) {
+    unary_backward<Four<float>>(n, f, xs, ys, gs, to);
 }
 
 // In the order of the engine's `Binary`.
 enum { ADD, SUB, MUL, DIV, MAX };
 
-KERNEL(binary, unsigned n, int f, Places p, const float* as, const float* bs, float* to) {
+__device__ inline float binary(int f, float a, float b) {
+    switch (f) {
+        case ADD: return a + b;
+        case SUB: return a - b;
+        case MUL: return a * b;
+        case DIV: return a / b;
+        default: return a > b ? a : b;
+    }
+}
+// Places of elements, or of four at a time.
+template <class V>
+__device__ void binary(unsigned n, int f, const Places& p, const float* as, const float* bs, float* to) {
     EACH(i, n) {
         long long i_a, i_b;
         both(p, i, i_a, i_b);
-        float a = as[i_a], b = bs[i_b], y;
-        switch (f) {
-            case ADD: y = a + b; break;
-            case SUB: y = a - b; break;
-            case MUL: y = a * b; break;
-            case DIV: y = a / b; break;
-            default: y = a > b ? a : b; break;
-        }
-        to[i] = y;
+        V a = load<V>(as + i_a), b = load<V>(bs + i_b);
+        for (unsigned e = 0; e < many<V>; ++e) at(a, e) = binary(f, at(a, e), at(b, e));
+        store(to + (size_t)i * many<V>, a);
     }
+}
+KERNEL(binary_one, unsigned n, int f, Places p, const float* as, const float* bs, float* to) {
+    binary<float>(n, f, p, as, bs, to);
+}
+KERNEL(binary_four, unsigned n, int f, Places p, const float* as, const float* bs, float* to) {
+    binary<Four<float>>(n, f, p, as, bs, to);
+}
+
+// x + y gate (+ added) for rows of `row` = l c elements with a gate (c) each; nothing is added where `added` is null.
+template <class V>
+__device__ void gated_add(unsigned n, unsigned row, unsigned c, const float* xs, const float* ys, const float* gates,
+                          const float* added, float* to) {
+    EACH(i, n) {
+        unsigned place = i * many<V>;
+        V x = load<V>(xs + place), y = load<V>(ys + place), gate = load<V>(gates + place / row * c + place % c);
+        for (unsigned e = 0; e < many<V>; ++e) at(x, e) += at(y, e) * at(gate, e);
+        if (added) {
+            y = load<V>(added + place);
+            for (unsigned e = 0; e < many<V>; ++e) at(x, e) += at(y, e);
+        }
+        store(to + place, x);
+    }
+}
+KERNEL(gated_add_one, unsigned n, unsigned row, unsigned c, const float* x, const float* y, const float* gate,
+       const float* added, float* to) {
+    gated_add<float>(n, row, c, x, y, gate, added, to);
+}
+KERNEL(gated_add_four, unsigned n, unsigned row, unsigned c, const float* x, const float* y, const float* gate,
+       const float* added, float* to) {
+    gated_add<Four<float>>(n, row, c, x, y, gate, added, to);
 }
 
 KERNEL(affine, unsigned n, float mul, float add, const float* from, float* to) {
@@ -262,14 +331,19 @@ KERNEL(sum_few, unsigned n, unsigned terms, Places kept, Places gone, const floa
     }
 }
 
-// Columns of `outer` times (rows, columns), `part` rows at a time: -> (outer, parts, columns).
-KERNEL(sum_columns, unsigned outer, unsigned rows, unsigned columns, unsigned part, const float* x, float* to) {
+// Columns of `outer` times (rows, columns), `part` rows at a time: -> (outer, parts, columns). With `by`, of the products
+// with it.
+KERNEL(sum_columns, unsigned outer, unsigned rows, unsigned columns, unsigned part, const float* x, const float* by,
+       float* to) {
     unsigned parts = (rows + part - 1) / part;
     EACH(i, outer * parts * columns) {
         unsigned from = i / columns % parts * part, end = from + part < rows ? from + part : rows;
-        const float* own = x + (size_t)(i / columns / parts) * rows * columns + i % columns;
+        size_t start = (size_t)(i / columns / parts) * rows * columns + i % columns;
         float sum = 0.0f;
-        for (unsigned row = from; row < end; ++row) sum += own[(size_t)row * columns];
+        for (unsigned row = from; row < end; ++row) {
+            size_t place = start + (size_t)row * columns;
+            sum += by ? x[place] * by[place] : x[place];
+        }
         to[i] = sum;
     }
 }
@@ -474,22 +548,136 @@ KERNEL(group_norm, unsigned n, unsigned area, unsigned groups, float eps, int ac
     }
 }
 
+// A row of at most BLOCK * 32 elements, which its threads hold.
+template <class V> struct Row {
+    static constexpr unsigned HELD = 32 / many<V>;
+    V of[HELD];
+};
+#define HOLD(k, i, d) \
+    _Pragma("unroll") for (unsigned k = 0; k < Row<V>::HELD; ++k) \
+        if (unsigned i = (k * BLOCK + threadIdx.x) * many<V>; i < (d))
+
+// The row's moments, and the row less its mean over its deviation.
+template <class V> __device__ void standardise(unsigned d, float eps, Row<V>& row, float& mean, float& r) {
+    float sum = 0.0f, square = 0.0f;
+    HOLD(k, i, d) for (unsigned e = 0; e < many<V>; ++e) sum += at(row.of[k], e);
+    mean = total(sum) / d;
+    HOLD(k, i, d) for (unsigned e = 0; e < many<V>; ++e) square += (at(row.of[k], e) - mean) * (at(row.of[k], e) - mean);
+    r = 1.0f / sqrtf(total(square) / d + eps);
+    HOLD(k, i, d) for (unsigned e = 0; e < many<V>; ++e) at(row.of[k], e) = (at(row.of[k], e) - mean) * r;
+}
+
 // Layer norm of rows (b l, d), times the scale plus the shift of the row's sequence, (b, d) each.
-template <class T>
+template <class V, class T>
 __device__ void modulated_norm(unsigned l, unsigned d, float eps, const float* x, const float* scale, const float* shift,
                                T* to) {
-    size_t at = (size_t)blockIdx.x * d, own = (size_t)(blockIdx.x / l) * d;
+    size_t first = (size_t)blockIdx.x * d, own = (size_t)(blockIdx.x / l) * d;
+    Row<V> row;
     float mean, r;
-    moments(d, eps, x + at, mean, r);
-    ALONG(i, d) put(to[at + i], (x[at + i] - mean) * r * scale[own + i] + shift[own + i]);
+    HOLD(k, i, d) row.of[k] = load<V>(x + first + i);
+    standardise(d, eps, row, mean, r);
+    HOLD(k, i, d) {
+        V times = load<V>(scale + own + i), plus = load<V>(shift + own + i);
+        for (unsigned e = 0; e < many<V>; ++e) at(row.of[k], e) = at(row.of[k], e) * at(times, e) + at(plus, e);
+        store(to + first + i, row.of[k]);
+    }
 }
-KERNEL(modulated_norm_f32, unsigned l, unsigned d, float eps, const float* x, const float* scale, const float* shift,
-       float* to) {
-    modulated_norm(l, d, eps, x, scale, shift, to);
+#define MODULATED_NORM(name, V, T)                                                                                   \
+    KERNEL(modulated_norm_##name, unsigned l, unsigned d, float eps, const float* x, const float* scale,             \
+           const float* shift, T* to) {                                                                              \
+        modulated_norm<V>(l, d, eps, x, scale, shift, to);                                                           \
+    }
+MODULATED_NORM(one_f32, float, float)
+MODULATED_NORM(one_bf16, float, bf16)
+MODULATED_NORM(four_f32, Four<float>, float)
+MODULATED_NORM(four_bf16, Four<float>, bf16)
+
+// Gradient for x; and the mean and the reciprocal of the deviation of each row.
+template <class V>
+__device__ void modulated_norm_backward(unsigned l, unsigned d, float eps, const float* x, const float* scale,
+                                        const float* g, float* dx, float* moments) {
+    size_t first = (size_t)blockIdx.x * d, own = (size_t)(blockIdx.x / l) * d;
+    Row<V> row, grad;
+    float mean, r, sum = 0.0f, along = 0.0f;
+    HOLD(k, i, d) row.of[k] = load<V>(x + first + i);
+    standardise(d, eps, row, mean, r);
+    HOLD(k, i, d) {
+        V times = load<V>(scale + own + i);
+        grad.of[k] = load<V>(g + first + i);
+        for (unsigned e = 0; e < many<V>; ++e) {
+            at(grad.of[k], e) *= at(times, e);
+            sum += at(grad.of[k], e);
+            along += at(grad.of[k], e) * at(row.of[k], e);
+        }
+    }
+    sum = total(sum) / d;
+    along = total(along) / d;
+    HOLD(k, i, d) {
+        for (unsigned e = 0; e < many<V>; ++e) at(row.of[k], e) = r * (at(grad.of[k], e) - sum - at(row.of[k], e) * along);
+        store(dx + first + i, row.of[k]);
+    }
+    if (threadIdx.x == 0) {
+        moments[2 * (size_t)blockIdx.x] = mean;
+        moments[2 * (size_t)blockIdx.x + 1] = r;
+    }
 }
-KERNEL(modulated_norm_bf16, unsigned l, unsigned d, float eps, const float* x, const float* scale, const float* shift,
-       bf16* to) {
-    modulated_norm(l, d, eps, x, scale, shift, to);
+KERNEL(modulated_norm_backward_one, unsigned l, unsigned d, float eps, const float* x, const float* scale, const float* g,
+       float* dx, float* moments) {
+    modulated_norm_backward<float>(l, d, eps, x, scale, g, dx, moments);
+}
+KERNEL(modulated_norm_backward_four, unsigned l, unsigned d, float eps, const float* x, const float* scale, const float* g,
+       float* dx, float* moments) {
+    modulated_norm_backward<Four<float>>(l, d, eps, x, scale, g, dx, moments);
+}
+
+// What `part` rows of each of b sequences (l, d) add to the gradients of their scale and shift: -> (2, b, parts, d).
+KERNEL(sum_modulation, unsigned b, unsigned l, unsigned d, unsigned part, const float* x, const float* g,
+       const float* moments, float* to) {
+    unsigned parts = (l + part - 1) / part, all = b * parts * d;
+    EACH(i, all) {
+        unsigned from = i / d % parts * part, end = from + part < l ? from + part : l, sequence = i / d / parts;
+        float scale = 0.0f, shift = 0.0f;
+        for (unsigned at = from; at < end; ++at) {
+            size_t row = (size_t)sequence * l + at, place = row * d + i % d;
+            scale += g[place] * (x[place] - moments[2 * row]) * moments[2 * row + 1];
+            shift += g[place];
+        }
+        to[i] = scale;
+        to[all + i] = shift;
+    }
+}
+
+// Rows (n h, d) over their lengths, times a length per head where there are lengths; a warp each. A row of zeros stays so.
+template <class T> __device__ void unit(unsigned rows, unsigned h, unsigned d, const float* x, const float* length, T* to) {
+    unsigned row = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (row >= rows) return;
+    size_t first = (size_t)row * d;
+    float square = 0.0f;
+    for (unsigned i = lane; i < d; i += 32) square += x[first + i] * x[first + i];
+    float r = (length ? length[row % h] : 1.0f) / sqrtf(across<Add>(square) + 1e-24f);
+    for (unsigned i = lane; i < d; i += 32) put(to[first + i], x[first + i] * r);
+}
+KERNEL(unit_f32, unsigned rows, unsigned h, unsigned d, const float* x, const float* length, float* to) {
+    unit(rows, h, d, x, length, to);
+}
+KERNEL(unit_bf16, unsigned rows, unsigned h, unsigned d, const float* x, const float* length, bf16* to) {
+    unit(rows, h, d, x, length, to);
+}
+// `dlength` (n, h): what each row adds to the gradient of its head's length.
+KERNEL(unit_backward, unsigned rows, unsigned h, unsigned d, const float* x, const float* length, const float* g, float* dx,
+       float* dlength) {
+    unsigned row = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (row >= rows) return;
+    size_t first = (size_t)row * d;
+    float square = 0.0f, along = 0.0f;
+    for (unsigned i = lane; i < d; i += 32) {
+        square += x[first + i] * x[first + i];
+        along += g[first + i] * x[first + i];
+    }
+    float r = 1.0f / sqrtf(across<Add>(square) + 1e-24f), by = (length ? length[row % h] : 1.0f) * r;
+    along = across<Add>(along) * r;
+    for (unsigned i = lane; i < d; i += 32) dx[first + i] = by * (g[first + i] - x[first + i] * r * along);
+    if (lane == 0) dlength[row] = along;
 }
 
 // `dw`: what each element adds to the gradient of its channel's scale; not wanted where it is null.
@@ -633,36 +821,37 @@ KERNEL(rope, unsigned n, unsigned l, unsigned h, unsigned half, Steps from, cons
 }
 
 // What a step of a generation does with its positions (b, l, h, 2 half): queries turn, keys turn into their cache, values
-// go into theirs.
+// go into theirs. The first goes to row `place` of the tables and of the caches, or to row 0 where it is null.
 template <class T>
 __device__ void rope_cached(unsigned n, unsigned l, unsigned h, unsigned half, Steps qs, Steps ks, Steps vs, Steps keys,
                             Steps values, const float* q, const float* k, const float* v, const float* cosines,
-                            const float* sines, float* to, T* key, T* value) {
+                            const float* sines, float* to, T* key, T* value, const unsigned* place) {
+    unsigned row = place ? *place : 0;
     EACH(i, n) {
         unsigned pair = i % half, head = i / half % h, at = i / half / h % l, b = i / half / h / l, e = 2 * pair;
-        float c = cosines[at * half + pair], s = sines[at * half + pair];
+        float c = cosines[(row + at) * half + pair], s = sines[(row + at) * half + pair];
         const float* own = q + b * qs.s[0] + at * qs.s[1] + head * qs.s[2] + e;
         to[2 * (size_t)i] = own[0] * c - own[1] * s;
         to[2 * (size_t)i + 1] = own[0] * s + own[1] * c;
         own = k + b * ks.s[0] + at * ks.s[1] + head * ks.s[2] + e;
-        T* cached = key + b * keys.s[0] + at * keys.s[1] + head * keys.s[2] + e;
+        T* cached = key + b * keys.s[0] + (row + at) * keys.s[1] + head * keys.s[2] + e;
         put(cached[0], own[0] * c - own[1] * s);
         put(cached[1], own[0] * s + own[1] * c);
         own = v + b * vs.s[0] + at * vs.s[1] + head * vs.s[2] + e;
-        cached = value + b * values.s[0] + at * values.s[1] + head * values.s[2] + e;
+        cached = value + b * values.s[0] + (row + at) * values.s[1] + head * values.s[2] + e;
         put(cached[0], own[0]);
         put(cached[1], own[1]);
     }
 }
 KERNEL(rope_cached_f32, unsigned n, unsigned l, unsigned h, unsigned half, Steps qs, Steps ks, Steps vs, Steps keys,
        Steps values, const float* q, const float* k, const float* v, const float* cosines, const float* sines, float* to,
-       float* key, float* value) {
-    rope_cached(n, l, h, half, qs, ks, vs, keys, values, q, k, v, cosines, sines, to, key, value);
+       float* key, float* value, const unsigned* place) {
+    rope_cached(n, l, h, half, qs, ks, vs, keys, values, q, k, v, cosines, sines, to, key, value, place);
 }
 KERNEL(rope_cached_bf16, unsigned n, unsigned l, unsigned h, unsigned half, Steps qs, Steps ks, Steps vs, Steps keys,
        Steps values, const float* q, const float* k, const float* v, const float* cosines, const float* sines, float* to,
-       bf16* key, bf16* value) {
-    rope_cached(n, l, h, half, qs, ks, vs, keys, values, q, k, v, cosines, sines, to, key, value);
+       bf16* key, bf16* value, const unsigned* place) {
+    rope_cached(n, l, h, half, qs, ks, vs, keys, values, q, k, v, cosines, sines, to, key, value, place);
 }
 
 // Scores (rows = b h lq, span) to weights: scaled, masked, softmax over lk of them, zeros behind. `causal` or a bias or
@@ -720,13 +909,14 @@ KERNEL(weights_backward_bf16, unsigned rows, unsigned span, float scale, const f
 
 // A few queries (b, lq, h, d) against many keys, without scores in memory: what a step with a cache of keys and values
 // does. A block per query and head; its scores, the query and the partial sums lie in shared memory: lk + d + BLOCK floats.
+// With a place, a query sees the keys up to that row.
 template <class T>
 __device__ void attend(unsigned h, unsigned lq, unsigned lk, unsigned d, float scale, int causal, Steps qs, Steps ks,
-                       Steps vs, Steps steps, const float* bias, const float* q, const T* k, const T* v, T* to) {
+                       Steps vs, Steps steps, const float* bias, const float* q, const T* k, const T* v, T* to, const unsigned* place) {
     DYNAMIC_SHARED(shared);
     float *scores = shared, *query = shared + lk, *sums = query + d;
     unsigned head = blockIdx.x % h, at = blockIdx.x / h % lq, b = blockIdx.x / h / lq;
-    unsigned seen = causal ? lk - lq + at + 1 : lk, lane = threadIdx.x % 32;
+    unsigned seen = place ? *place + 1 : causal ? lk - lq + at + 1 : lk, lane = threadIdx.x % 32;
     q += b * qs.s[0] + at * qs.s[1] + head * qs.s[2];
     k += b * ks.s[0] + head * ks.s[2];
     v += b * vs.s[0] + head * vs.s[2];
@@ -773,12 +963,14 @@ __device__ void attend(unsigned h, unsigned lq, unsigned lk, unsigned d, float s
     }
 }
 KERNEL(attend_f32, unsigned h, unsigned lq, unsigned lk, unsigned d, float scale, int causal, Steps qs, Steps ks, Steps vs,
-       Steps steps, const float* bias, const float* q, const float* k, const float* v, float* to) {
-    attend(h, lq, lk, d, scale, causal, qs, ks, vs, steps, bias, q, k, v, to);
+       Steps steps, const float* bias, const float* q, const float* k, const float* v, float* to,
+       const unsigned* place) {
+    attend(h, lq, lk, d, scale, causal, qs, ks, vs, steps, bias, q, k, v, to, place);
 }
 KERNEL(attend_bf16, unsigned h, unsigned lq, unsigned lk, unsigned d, float scale, int causal, Steps qs, Steps ks, Steps vs,
-       Steps steps, const float* bias, const float* q, const bf16* k, const bf16* v, bf16* to) {
-    attend(h, lq, lk, d, scale, causal, qs, ks, vs, steps, bias, q, k, v, to);
+       Steps steps, const float* bias, const float* q, const bf16* k, const bf16* v, bf16* to,
+       const unsigned* place) {
+    attend(h, lq, lk, d, scale, causal, qs, ks, vs, steps, bias, q, k, v, to, place);
 }
 
 // ---- optimiser ---------------------------------------------------------------------------------------------------
@@ -970,33 +1162,51 @@ template <int D> struct Token {
 template <int D>
 __device__ void velocity(Token<D>& t, unsigned k, unsigned count, const unsigned* list, const float* codes,
                          const float* logits, float s, int slope, float* kept, float& top, float& sum) {
+    // Codes that a thread looks at together, so that it waits for memory once.
+    constexpr unsigned SOME = D <= 8 ? 4 : D <= 16 ? 2 : 1;
     float sums[D];
     for (int e = 0; e < D; ++e) sums[e] = 0.0f;
     top = lowest();
     sum = 0.0f;
-    ALONG(i, count) {
-        unsigned j = list ? list[i] : i;
-        float c[D], along = 0.0f, square = 0.0f;
+    for (unsigned start = threadIdx.x; start < count; start += SOME * BLOCK) {
+        float c[SOME][D], ws[SOME], most = top;
 #pragma unroll
-        for (int e = 0; e < D; ++e) {
-            c[e] = codes[(size_t)e * k + j];
-            along += c[e] * t.ahead[e];
-            square += c[e] * c[e];
+        for (unsigned o = 0; o < SOME; ++o) {
+            unsigned i = start + o * BLOCK;
+            bool some = i < count;
+            unsigned j = !some ? 0 : list ? list[i] : i;
+            ws[o] = some ? logits[j] : lowest();
+#pragma unroll
+            for (int e = 0; e < D; ++e) c[o][e] = codes[(size_t)e * k + j];
         }
-        float w = logits[j] + s * (along - 0.5f * s * square);
-        kept[i] = w;
-        if (w == lowest()) continue;
-        if (w > top) {
-            float scale = expf(top - w);
+#pragma unroll
+        for (unsigned o = 0; o < SOME; ++o) {
+            unsigned i = start + o * BLOCK;
+            float along = 0.0f, square = 0.0f;
+#pragma unroll
+            for (int e = 0; e < D; ++e) {
+                along += c[o][e] * t.ahead[e];
+                square += c[o][e] * c[o][e];
+            }
+            ws[o] += s * (along - 0.5f * s * square);
+            if (i < count) kept[i] = ws[o];
+            most = Max::of(most, ws[o]);
+        }
+        if (most == lowest()) continue;
+        if (most > top) {
+            float scale = expf(top - most);
             sum *= scale;
 #pragma unroll
             for (int e = 0; e < D; ++e) sums[e] *= scale;
-            top = w;
+            top = most;
         }
-        w = expf(w - top);
-        sum += w;
 #pragma unroll
-        for (int e = 0; e < D; ++e) sums[e] += w * c[e];
+        for (unsigned o = 0; o < SOME; ++o) {
+            float w = expf(ws[o] - top);
+            sum += w;
+#pragma unroll
+            for (int e = 0; e < D; ++e) sums[e] += w * c[o][e];
+        }
     }
     float own = top;
     top = greatest(top);

@@ -125,6 +125,19 @@ library!(
     ]
 );
 
+library!(
+    retort_cublaslt_slots,
+    CUBLASLT,
+    "retort_no_cublaslt",
+    "1",
+    [
+        "cublasLtCreate" "cublasLtMatmul" "cublasLtMatmulAlgoGetHeuristic" "cublasLtMatmulDescCreate"
+        "cublasLtMatmulDescDestroy" "cublasLtMatmulDescSetAttribute" "cublasLtMatmulPreferenceCreate"
+        "cublasLtMatmulPreferenceDestroy" "cublasLtMatmulPreferenceSetAttribute" "cublasLtMatrixLayoutCreate"
+        "cublasLtMatrixLayoutDestroy"
+    ]
+);
+
 answers!(["curandCreateGenerator"] nothing);
 answers!([
     "curandSetStream" "curandSetPseudoRandomGeneratorSeed" "curandSetGeneratorOffset" "curandDestroyGenerator"
@@ -153,7 +166,7 @@ pub fn driver() -> Result<(), String> {
     LOADED.get_or_init(load).clone()
 }
 
-/// Loads cuBLAS at the first call.
+/// Loads cuBLAS and cuBLASLt at the first call.
 ///
 /// # Errors
 /// It is in none of the usual places.
@@ -169,7 +182,7 @@ pub fn cublas() -> Result<(), String> {
         places.extend(usual_places());
         let mut tried = Vec::new();
         for place in places {
-            // cuBLAS needs it and may not know where it is.
+            // cuBLAS needs it too and may not know where it is.
             let beside = place.join(format!("libcublasLt.so.{major}"));
             let path = place.join(&file);
             if !place.as_os_str().is_empty() && !path.exists() {
@@ -177,12 +190,14 @@ pub fn cublas() -> Result<(), String> {
             }
             // SAFETY: libraries of CUDA, from the places where users and systems install them.
             let opened = unsafe {
-                let _kept =
-                    Library::open(Some(&beside), RTLD_NOW | RTLD_GLOBAL).map(std::mem::forget);
-                Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL)
+                let other = Library::open(Some(&beside), RTLD_NOW | RTLD_GLOBAL);
+                other.and_then(|other| {
+                    Ok((other, Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL)?))
+                })
             };
             match opened {
-                Ok(library) => {
+                Ok((other, library)) => {
+                    fill(other, CUBLASLT, (&raw mut retort_cublaslt_slots).cast());
                     fill(library, CUBLAS, (&raw mut retort_cublas_slots).cast());
                     return Ok(());
                 }

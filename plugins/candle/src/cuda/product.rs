@@ -13,21 +13,21 @@ use crate::failed;
 /// A stack of matrices in memory.
 #[derive(Debug, Clone, Copy)]
 pub struct Matrices {
-    start: u64,
-    dtype: DType,
-    rows: usize,
-    columns: usize,
+    pub start: u64,
+    pub dtype: DType,
+    pub rows: usize,
+    pub columns: usize,
     /// Elements from row to row of the matrix as it lies, which has adjacent elements in its rows.
-    lead: usize,
+    pub lead: usize,
     /// Whether it lies transposed.
-    turned: bool,
+    pub turned: bool,
     /// Elements from matrix to matrix; 0 when all are the same.
     step: usize,
 }
 
 impl Matrices {
     /// The last two dimensions of a tensor that keeps them, (.., rows, columns); `None` where cuBLAS cannot walk them.
-    fn of(x: &Raw, turned: bool) -> Result<Option<Self>> {
+    pub fn of(x: &Raw, turned: bool) -> Result<Option<Self>> {
         let (dims, strides) = (x.dims(), x.stride());
         let end = dims.len();
         let (mut sizes, mut steps) = (

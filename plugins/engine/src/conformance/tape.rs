@@ -57,6 +57,35 @@ impl<B: Backend> Suite<'_, B> {
             &|p| p[0].modulated_norm(&p[1], &p[2], 1e-5),
             &|p| p[0].layer_norm(1e-5)?.mul(&p[1])?.add(&p[2]),
         );
+        let gate = Host::random(&[3, 1, 6], 66, 0.5, 1.5);
+        let terms = [x.clone(), x.clone(), gate, x.clone()];
+        self.alike(
+            "gated_add",
+            &terms,
+            &|p| p[0].gated_add(&p[1], &p[2], Some(&p[3])),
+            &|p| p[0].add(&p[1].mul(&p[2])?)?.add(&p[3]),
+        );
+        let heads = Host::random(&[2, 3, 2, 4], 67, -1.0, 1.0);
+        let length = Host::random(&[2], 68, 0.5, 1.5);
+        let by = |p: &[Var<B>]| p[1].reshape(&[2, 1]);
+        self.alike(
+            "unit",
+            &[heads.clone(), length],
+            &|p| p[0].unit(Some(&p[1])),
+            &|p| p[0].l2_normalise()?.mul(&by(p)?),
+        );
+        self.alike(
+            "unit without lengths",
+            &[heads],
+            &|p| p[0].unit(None),
+            &|p| p[0].l2_normalise(),
+        );
+        self.alike(
+            "unary_factor",
+            one,
+            &|p| p[0].unary_factor(Unary::GeluTanh),
+            &|p| p[0].unary(Unary::GeluTanh),
+        );
         let logits = Host::random(&[4, 9], 60, -2.0, 2.0);
         self.slope("cross_entropy", &[logits], &|p| {
             p[0].cross_entropy(&b.indices(&[8, 0, 3, 3], &[4])?)
@@ -122,7 +151,6 @@ impl<B: Backend> Suite<'_, B> {
         });
     }
 
-    /// The gradient of `sum(weights * model(params))` along directions, against central differences.
     /// A node whose result may be rounded, which differences would see: its gradients are those of other nodes.
     fn alike(&mut self, name: &str, params: &[Host], model: Model<'_, B>, other: Model<'_, B>) {
         let name = format!("tape: {name}");
@@ -140,6 +168,7 @@ impl<B: Backend> Suite<'_, B> {
         }
     }
 
+    /// The gradient of `sum(weights * model(params))` along directions, against central differences.
     fn slope(&mut self, name: &str, params: &[Host], model: Model<'_, B>) {
         let name = format!("tape: {name}");
         // Differences of rounded values: the rounding is divided by the step.

@@ -48,6 +48,20 @@ impl<B: Backend> Cache<B> {
         Ok((q, k, v))
     }
 
+    /// What the position after `at` others makes of all up to it (b, 1, h, d): its queries and keys turn by row `at` of cos
+    /// and sin; `place` (1) holds `at` too, `hidden` (b, 1, 1, l) is added to the scores.
+    pub(super) fn attend_next(
+        &self,
+        qkv: [&B::Tensor; 3],
+        rope: [&B::Tensor; 2],
+        at: usize,
+        place: &B::Tensor,
+        hidden: Option<&B::Tensor>,
+        scale: f64,
+    ) -> Result<B::Tensor> {
+        B::attend_next(qkv, rope, [&self.k, &self.v], at, place, hidden, scale)
+    }
+
     fn until(&self, end: usize) -> Result<(B::Tensor, B::Tensor)> {
         Ok((
             B::narrow(&self.k, 1, 0, end)?,

@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::{Backend, Mask, Unary};
+use crate::backend::{Backend, Mask, Recording, Unary};
 use crate::error::{Error, Result};
 use crate::model::continuous::Continuous;
 use crate::model::decoding::{Cache, guide, rows};
@@ -205,28 +205,49 @@ impl<B: Backend> Block<B> {
         self.feed_forward(&x.add(&y.linear(&self.wo, None)?)?)
     }
 
-    /// The positions from `at` on, given the keys and values before them: x (b, l, C).
+    /// The first positions of a generation, whose keys and values go into the cache, or the one after `at` others:
+    /// x (b, l, C).
     fn step(
         &self,
         x: &Var<B>,
-        at: usize,
         cache: &Cache<B>,
-        mask: &Mask<B::Tensor>,
+        seen: &Seen<'_, B>,
         stack: &Stack<B>,
     ) -> Result<Var<B>> {
-        let (shape, heads) = (x.shape(), stack.config.heads);
-        let l = shape[1];
+        let shape = x.shape();
         let qkv = x
             .rms_norm_factor(&self.attention_norm, NORM_EPS)?
             .linear(&self.wqkv, None)?;
-        let [q, k, v] = unpack::<B>(qkv.value(), heads)?;
-        let table = |t: &B::Tensor| B::narrow(t, 0, at, l);
-        let (cos, sin) = (table(&stack.rope.0)?, table(&stack.rope.1)?);
-        let (q, k, v) = cache.extend_turned(at, [&q, &k, &v], [&cos, &sin])?;
-        let y = B::attention(&q, &k, &v, mask, stack.scale())?;
+        let [q, k, v] = unpack::<B>(qkv.value(), stack.config.heads)?;
+        let (cos, sin) = &stack.rope;
+        let y = match seen {
+            Seen::First(mask) => {
+                let table = |t: &B::Tensor| B::narrow(t, 0, 0, shape[1]);
+                let (q, k, v) =
+                    cache.extend_turned(0, [&q, &k, &v], [&table(cos)?, &table(sin)?])?;
+                B::attention(&q, &k, &v, mask, stack.scale())?
+            }
+            Seen::Before { at, place, hidden } => {
+                let (qkv, scale) = ([&q, &k, &v], stack.scale());
+                cache.attend_next(qkv, [cos, sin], *at, place, *hidden, scale)?
+            }
+        };
         let y = Var::constant(B::reshape(&y, &shape)?);
         self.feed_forward(&x.add(&y.linear(&self.wo, None)?)?)
     }
+}
+
+/// What positions of a generation see.
+enum Seen<'a, B: Backend> {
+    /// The first ones each other.
+    First(&'a Mask<B::Tensor>),
+    /// A later one itself and those before it: `at`, on the host and as a tensor (1). `hidden` (b, 1, 1, l) is added to its
+    /// scores.
+    Before {
+        at: usize,
+        place: &'a B::Tensor,
+        hidden: Option<&'a B::Tensor>,
+    },
 }
 
 impl<B: Backend> Stack<B> {
@@ -470,6 +491,7 @@ impl<B: Backend> Teacher<B> for Gpt<B> {
             front,
             guidance,
             caches: Cache::blocks(self.embedding.value(), c.depth, shape)?,
+            recording: Recording::default(),
             at: 0,
         }))
     }
@@ -498,34 +520,57 @@ struct Decoding<'a, B: Backend> {
     hidden: Option<B::Tensor>,
     guidance: Option<f64>,
     caches: Vec<Cache<B>>,
+    /// The steps after the first.
+    recording: Recording,
+    /// Positions so far.
     at: usize,
 }
 
-impl<B: Backend> Generation<B> for Decoding<'_, B> {
-    fn advance(&mut self, previous: Option<&B::Tensor>) -> Result<B::Tensor> {
+impl<B: Backend> Decoding<'_, B> {
+    /// Guided logits (b, 1, K) from the embeddings of the latest positions (b or 2b, l, C).
+    fn logits(&self, mut x: Var<B>, seen: &Seen<'_, B>) -> Result<B::Tensor> {
         let stack = &self.gpt.stack;
-        let mut x = match previous {
-            None => self.front.embeddings.clone(),
-            Some(ids) if self.guidance.is_some() => {
-                self.gpt.embedding.rows(&B::cat(&[ids, ids], 0)?)?
-            }
-            Some(ids) => self.gpt.embedding.rows(ids)?,
-        };
-        let (l, end) = (x.shape()[1], self.at + x.shape()[1]);
-        let mask = match (&self.hidden, previous) {
-            (None, _) => Mask::Causal,
-            (Some(_), None) => mask::<B>(x.value(), &self.front.padding, l)?,
-            (Some(hidden), Some(_)) => Mask::Bias(B::narrow(hidden, 3, 0, end)?),
-        };
         for (block, cache) in stack.blocks.iter().zip(&self.caches) {
-            x = block.step(&x, self.at, cache, &mask, stack)?;
+            x = block.step(&x, cache, seen, stack)?;
         }
-        self.at = end;
-        let logits = stack.logits(&x.narrow(1, l - 1, 1)?)?; // (b or 2b, 1, K)
+        let last = x.shape()[1] - 1;
+        let logits = stack.logits(&x.narrow(1, last, 1)?)?; // (b or 2b, 1, K)
         match self.guidance {
             Some(s) => guide::<B>(logits.value(), s),
             None => Ok(logits.value().clone()),
         }
+    }
+
+    /// The same after tokens (b, 1) at a position, on the host and as a tensor (1).
+    fn after(&self, ids: &B::Tensor, at: usize, place: &B::Tensor) -> Result<B::Tensor> {
+        let table = &self.gpt.embedding;
+        let x = match self.guidance {
+            Some(_) => table.rows(&B::cat(&[ids, ids], 0)?)?,
+            None => table.rows(ids)?,
+        };
+        let hidden = self.hidden.as_ref();
+        self.logits(x, &Seen::Before { at, place, hidden })
+    }
+}
+
+impl<B: Backend> Generation<B> for Decoding<'_, B> {
+    fn advance(&mut self, previous: Option<&B::Tensor>) -> Result<B::Tensor> {
+        let Some(ids) = previous else {
+            let x = self.front.embeddings.clone();
+            self.at = x.shape()[1];
+            let mask = mask::<B>(x.value(), &self.front.padding, self.at)?;
+            return self.logits(x, &Seen::First(&mask));
+        };
+        let at = self.at;
+        let place = B::indices_beside(ids, &[at as u32], &[1])?;
+        // Hundreds of steps that differ in these two alone.
+        let mut kept = std::mem::take(&mut self.recording);
+        let logits = B::repeat(&mut kept, &[ids, &place], &mut |inputs| {
+            self.after(inputs[0], at, inputs[1])
+        })?;
+        self.recording = kept;
+        self.at += 1;
+        Ok(logits)
     }
 }
 

@@ -291,13 +291,10 @@ impl<B: Backend> Block<B> {
             &x.modulated_norm(&m.scale[0], &m.shift[0], NORM_EPS)?,
             attend,
         )?;
-        let mut x = x.add(&y.mul(&m.gamma[0])?)?;
-        if let Some(kinds) = kinds {
-            x = x.add(kinds)?;
-        }
+        let x = x.gated_add(&y, &m.gamma[0], kinds)?;
         let y = x.modulated_norm(&m.scale[1], &m.shift[1], NORM_EPS)?;
-        let y = self.fc1.forward(&y)?.unary(Unary::GeluTanh)?;
-        x.add(&self.fc2.forward(&y)?.mul(&m.gamma[1])?)
+        let y = self.fc1.forward(&y)?.unary_factor(Unary::GeluTanh)?;
+        x.gated_add(&self.fc2.forward(&y)?, &m.gamma[1], None)
     }
 
     fn attention(&self, x: &Var<B>, attend: &Attend<'_, B>) -> Result<Var<B>> {
@@ -312,8 +309,8 @@ impl<B: Backend> Block<B> {
         let v = project(2, Some(&self.bias[1]))?;
         let scale = match &self.length {
             Some(length) => {
-                q = q.l2_normalise()?.mul(&query_length(length, h)?)?;
-                k = k.l2_normalise()?;
+                q = q.unit(Some(&query_length(length, h)?))?;
+                k = k.unit(None)?;
                 1.0
             }
             None => 0.25 / ((w / h) as f64).sqrt(),
@@ -322,7 +319,7 @@ impl<B: Backend> Block<B> {
     }
 }
 
-/// exp(min(length, log 100)) of (1, h, 1, 1) as (h, 1).
+/// exp(min(length, log 100)) of (1, h, 1, 1) as (h).
 fn query_length<B: Backend>(length: &Var<B>, heads: usize) -> Result<Var<B>> {
     // min(x, m) = m - relu(m - x)
     let most = LONGEST_QUERY.ln();
@@ -330,7 +327,7 @@ fn query_length<B: Backend>(length: &Var<B>, heads: usize) -> Result<Var<B>> {
     below
         .affine(-1.0, most)?
         .unary(Unary::Exp)?
-        .reshape(&[heads, 1])
+        .reshape(&[heads])
 }
 
 /// The part that teacher and student share.
