@@ -893,68 +893,71 @@ template <int D> struct Tile {
     __device__ bool none() const { return hidden == (1u << GROUPS) - 1; }
 };
 
-// Rows of a head on their way into shared memory, four elements of each thread at a time: item `i` of ROWS * D / 4.
+// Rows of a head on their way into shared memory. An item is four elements of each thread, ROWS rows of all.
 template <int D> struct Rows {
+    static constexpr unsigned ROWS = BLOCK / (D / 4);
     const Heads& from;
-    long long start;
-    unsigned l, d;
+    // Of this thread in the first item: where its elements are, how many, and its row; and how many rows there are for it.
+    const char* first;
+    unsigned some, row, l;
+    // Bytes to the next item.
+    long long step;
 
-    __device__ Rows(const Heads& x, unsigned b, unsigned head, unsigned l, unsigned d)
-        : from(x), start(b * x.s[0] + head * x.s[2]), l(l), d(d) {}
-
-    __device__ void take(unsigned first, unsigned i, unsigned (&held)[4]) const {
-        unsigned item = i * BLOCK + threadIdx.x, row = first + item / (D / 4), e = item % (D / 4) * 4;
-        for (int n = 0; n < 4; ++n) held[n] = 0;
-        if (row >= l || e >= d) return;
-        long long at = start + row * from.s[1] + e;
-        if (from.half) {
-            const bf16* x = (const bf16*)from.x + at;
-            if (from.fours) {
-                Four<bf16> four = *(const Four<bf16>*)x;
-                for (int n = 0; n < 4; ++n) held[n / 2] |= (unsigned)four.of[n].bits << n % 2 * 16;
-            } else {
-                for (int n = 0; n < 4; ++n)
-                    if (e + n < d) held[n / 2] |= (unsigned)x[n].bits << n % 2 * 16;
-            }
-        } else {
-            const float* x = (const float*)from.x + at;
-            if (from.fours) {
-                Four<float> four = *(const Four<float>*)x;
-                for (int n = 0; n < 4; ++n) held[n] = __float_as_uint(four.of[n]);
-            } else {
-                for (int n = 0; n < 4; ++n)
-                    if (e + n < d) held[n] = __float_as_uint(x[n]);
-            }
-        }
+    __device__ Rows(const Heads& x, unsigned b, unsigned head, unsigned l, unsigned d) : from(x) {
+        unsigned e = threadIdx.x % (D / 4) * 4, size = x.half ? sizeof(bf16) : sizeof(float);
+        row = threadIdx.x / (D / 4);
+        some = e < d ? d - e : 0;
+        this->l = some ? l : 0;
+        first = (const char*)x.x + (b * x.s[0] + row * x.s[1] + head * x.s[2] + e) * size;
+        step = ROWS * x.s[1] * size;
     }
 
     struct alignas(8) Pairs {
         unsigned of[2];
     };
-    __device__ void put_down(const unsigned (&held)[4], unsigned i, bf16* tile) const {
-        unsigned item = i * BLOCK + threadIdx.x;
+    __device__ void take(unsigned item, unsigned (&held)[4]) const {
+        for (int n = 0; n < 4; ++n) held[n] = 0;
+        if (item * ROWS + row >= l) return;
+        const char* own = first + item * step;
+        if (from.half && from.fours) {
+            Pairs pairs = *(const Pairs*)own;
+            held[0] = pairs.of[0];
+            held[1] = pairs.of[1];
+        } else if (from.fours) {
+            Four<float> four = *(const Four<float>*)own;
+            for (int n = 0; n < 4; ++n) held[n] = __float_as_uint(four.of[n]);
+        } else if (from.half) {
+            for (unsigned n = 0; n < 4; ++n)
+                if (n < some) held[n / 2] |= (unsigned)((const bf16*)own)[n].bits << n % 2 * 16;
+        } else {
+            for (unsigned n = 0; n < 4; ++n)
+                if (n < some) held[n] = __float_as_uint(((const float*)own)[n]);
+        }
+    }
+    // To the item's place in shared memory.
+    __device__ void put_down(const unsigned (&held)[4], unsigned item, bf16* tile) const {
         Pairs pairs{{held[0], held[1]}};
         if (!from.half) {
             pairs.of[0] = rounded(__uint_as_float(held[0]), __uint_as_float(held[1]));
             pairs.of[1] = rounded(__uint_as_float(held[2]), __uint_as_float(held[3]));
         }
-        *(Pairs*)(tile + item / (D / 4) * LEAD<D> + item % (D / 4) * 4) = pairs;
+        *(Pairs*)(tile + (item * ROWS + row) * LEAD<D> + threadIdx.x % (D / 4) * 4) = pairs;
     }
 
-    // ROWS rows at once.
-    template <unsigned ROWS> __device__ void move(unsigned first, bf16* tile) const {
-        constexpr unsigned ITEMS = ROWS * D / 4 / BLOCK, SOME = ITEMS < 4 ? ITEMS : 4;
+    // All of a tile of COUNT rows.
+    template <unsigned COUNT> __device__ void move(unsigned tile, bf16* to) const {
+        constexpr unsigned ITEMS = COUNT / ROWS, SOME = ITEMS < 4 ? ITEMS : 4;
         for (unsigned i = 0; i < ITEMS; i += SOME) {
             unsigned held[SOME][4];
 #pragma unroll
-            for (unsigned n = 0; n < SOME; ++n) take(first, i + n, held[n]);
+            for (unsigned n = 0; n < SOME; ++n) take(tile * ITEMS + i + n, held[n]);
 #pragma unroll
-            for (unsigned n = 0; n < SOME; ++n) put_down(held[n], i + n, tile);
+            for (unsigned n = 0; n < SOME; ++n) put_down(held[n], i + n, to);
         }
     }
     // The rows of this block that stay, as left operands of this warp. Goes through shared memory, which is free after.
     __device__ void stay(unsigned part, bf16* tile, unsigned (&to)[D / 16][4]) const {
-        move<STAY>(part * STAY, tile);
+        move<STAY>(part, tile);
         __syncthreads();
         unsigned lane = threadIdx.x % 32;
         const bf16* own = tile + (threadIdx.x / 32 * GROUP + lane % 16) * LEAD<D> + lane / 16 * 8;
@@ -966,7 +969,7 @@ template <int D> struct Rows {
 
 // What of a tile is on its way to shared memory while 16 rows of the one before are multiplied.
 template <int D> struct Share {
-    static constexpr unsigned ITEMS = TILE<D> * D / 4 / BLOCK, GROUPS = TILE<D> / GROUP;
+    static constexpr unsigned ITEMS = TILE<D> / Rows<D>::ROWS, GROUPS = TILE<D> / GROUP;
     static constexpr unsigned MOST = (ITEMS + GROUPS - 1) / GROUPS;
     unsigned held[MOST][4] = {};
 
@@ -974,7 +977,7 @@ template <int D> struct Share {
     __device__ void take(const Rows<D>& rows, unsigned tile, unsigned group) {
 #pragma unroll
         for (unsigned n = 0; n < MOST; ++n)
-            if (begin(group) + n < begin(group + 1)) rows.take(tile * TILE<D>, begin(group) + n, held[n]);
+            if (begin(group) + n < begin(group + 1)) rows.take(tile * ITEMS + begin(group) + n, held[n]);
     }
     __device__ void put_down(const Rows<D>& rows, unsigned group, bf16* to) {
 #pragma unroll
@@ -1041,6 +1044,10 @@ template <class Op> __device__ float of_row(float x) {
     return Op::of(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
+template <class T> struct alignas(2 * sizeof(T)) Two {
+    T of[2];
+};
+
 // Sums (16, D) of this warp, times a number for each of both rows, into rows of (b, l, h, d).
 template <int D, class T>
 __device__ void write(const float (&sums)[D / 8][4], float upper, float lower, unsigned row, unsigned l, unsigned b,
@@ -1055,8 +1062,15 @@ __device__ void write(const float (&sums)[D / 8][4], float upper, float lower, u
 #pragma unroll
         for (int n = 0; n < D / 8; ++n) {
             unsigned e = n * 8 + lane % 4 * 2;
-            if (e < d) put(out[e], factor * sums[n][2 * i]);
-            if (e + 1 < d) put(out[e + 1], factor * sums[n][2 * i + 1]);
+            Two<T> two;
+            put(two.of[0], factor * sums[n][2 * i]);
+            put(two.of[1], factor * sums[n][2 * i + 1]);
+            if (d % 2 == 0) {
+                if (e < d) *(Two<T>*)(out + e) = two;
+            } else {
+                if (e < d) out[e] = two.of[0];
+                if (e + 1 < d) out[e + 1] = two.of[1];
+            }
         }
     }
 }
@@ -1089,8 +1103,8 @@ __device__ void attention(unsigned h, unsigned d, float scale, const Heads& q, c
     float sums[D / 8][4] = {}, top[2] = {lowest(), lowest()}, sum[2] = {};
     Tile<D> tile{0, 0, 0};
     tile.find(m, own.part, false, tiles);
-    keys.template move<TILE<D>>(tile.at * TILE<D>, now);
-    values.template move<TILE<D>>(tile.at * TILE<D>, now + SIZE);
+    keys.template move<TILE<D>>(tile.at, now);
+    values.template move<TILE<D>>(tile.at, now + SIZE);
     __syncthreads();
     scale *= LOG2_E;
     while (tile.at < tiles) {
@@ -1176,7 +1190,7 @@ __device__ void attention_dq(unsigned h, unsigned d, float scale, const Heads& q
     {
         // A lane looks at its own columns until the end.
         float top[2] = {lowest(), lowest()}, sum[2] = {};
-        keys.template move<TILE<D>>(first.at * TILE<D>, now);
+        keys.template move<TILE<D>>(first.at, now);
         __syncthreads();
         for (Tile<D> tile = first; tile.at < tiles;) {
             Tile<D> then{tile.at + 1, 0, 0};
@@ -1221,8 +1235,8 @@ __device__ void attention_dq(unsigned h, unsigned d, float scale, const Heads& q
         }
     }
     float sums[D / 8][4] = {};
-    keys.template move<TILE<D>>(first.at * TILE<D>, now);
-    values.template move<TILE<D>>(first.at * TILE<D>, now + SIZE);
+    keys.template move<TILE<D>>(first.at, now);
+    values.template move<TILE<D>>(first.at, now + SIZE);
     __syncthreads();
     for (Tile<D> tile = first; tile.at < tiles;) {
         Tile<D> then{tile.at + 1, 0, 0};
@@ -1282,8 +1296,8 @@ __device__ void attention_dkv(unsigned h, unsigned d, float scale, const Heads& 
     float keys_sums[D / 8][4] = {}, values_sums[D / 8][4] = {}, scale_2 = scale * LOG2_E;
     Tile<D> tile{0, 0, 0};
     tile.find(m, own.part, true, tiles);
-    queries.template move<TILE<D>>(tile.at * TILE<D>, now);
-    grads.template move<TILE<D>>(tile.at * TILE<D>, now + SIZE);
+    queries.template move<TILE<D>>(tile.at, now);
+    grads.template move<TILE<D>>(tile.at, now + SIZE);
     number(tile.at, numbers);
     __syncthreads();
     while (tile.at < tiles) {
@@ -1332,17 +1346,18 @@ __device__ void attention_dkv(unsigned h, unsigned d, float scale, const Heads& 
 // Below compute capability 8.0 tensor cores do not know bf16.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 // Registers suffice for `two` blocks at once, or for one.
-#define ATTENTION(D, two, one)                                                                                           \
-    KERNEL_AT_ONCE(two, attention_##D, unsigned h, unsigned d, float scale, Heads q, Heads k, Heads v, Seen m, bf16* to) { \
-        attention<D>(h, d, scale, q, k, v, m, to);                                                                       \
-    }                                                                                                                    \
-    KERNEL_AT_ONCE(two, attention_dq_##D, unsigned h, unsigned d, float scale, Heads q, Heads k, Heads v, Heads y,       \
-                   Heads g, Seen m, float* logs, float* backs, float* dq) {                                              \
-        attention_dq<D>(h, d, scale, q, k, v, y, g, m, logs, backs, dq);                                                 \
-    }                                                                                                                    \
-    KERNEL_AT_ONCE(one, attention_dkv_##D, unsigned h, unsigned d, float scale, Heads q, Heads k, Heads v, Heads g,      \
-                   Seen m, const float* logs, const float* backs, float* dk, float* dv) {                                \
-        attention_dkv<D>(h, d, scale, q, k, v, g, m, logs, backs, dk, dv);                                               \
+#define ATTENTION(D, two, one)                                                                                       \
+    KERNEL_AT_ONCE(two, attention_##D, unsigned h, unsigned d, float scale, Heads q, Heads k, Heads v, Seen m,       \
+                   bf16* to) {                                                                                       \
+        attention<D>(h, d, scale, q, k, v, m, to);                                                                   \
+    }                                                                                                                \
+    KERNEL_AT_ONCE(two, attention_dq_##D, unsigned h, unsigned d, float scale, Heads q, Heads k, Heads v, Heads y,   \
+                   Heads g, Seen m, float* logs, float* backs, float* dq) {                                          \
+        attention_dq<D>(h, d, scale, q, k, v, y, g, m, logs, backs, dq);                                             \
+    }                                                                                                                \
+    KERNEL_AT_ONCE(one, attention_dkv_##D, unsigned h, unsigned d, float scale, Heads q, Heads k, Heads v, Heads g,  \
+                   Seen m, const float* logs, const float* backs, float* dk, float* dv) {                            \
+        attention_dkv<D>(h, d, scale, q, k, v, g, m, logs, backs, dk, dv);                                           \
     }
 ATTENTION(32, 2, 2)
 ATTENTION(64, 2, 1)
