@@ -49,6 +49,7 @@ namespace emulator {
 
 float* dynamic_shared;
 uint64_t exchanged[THREADS];
+uint32_t left[THREADS][4], right[THREADS][2];
 
 namespace {
 
@@ -384,7 +385,7 @@ int cuLaunchKernel(Function* function, unsigned gx, unsigned gy, unsigned gz, un
     }
     return enqueue([bound = (*function->kernel)(parameters), gx, shared] {
         std::lock_guard<std::mutex> lock(one_at_a_time);
-        static float memory_of_block[12 * 1024];
+        alignas(16) static float memory_of_block[12 * 1024];
         emulator::dynamic_shared = memory_of_block;
         emulator::kernel = &bound;
         gridDim.x = gx;

@@ -37,6 +37,7 @@ void wait_for_warp();
 
 extern float* dynamic_shared;
 extern uint64_t exchanged[THREADS];
+extern uint32_t left[THREADS][4], right[THREADS][2];
 
 // A kernel with its arguments, as a thread runs it; and what makes one of a launch's arguments, which it copies.
 using Bound = std::function<void()>;
@@ -69,6 +70,7 @@ template <class T> T exchange(T x, unsigned lane) {
     static void name(__VA_ARGS__);                              \
     static emulator::Registered registered_##name(#name, name); \
     static void name(__VA_ARGS__)
+#define KERNEL_AT_ONCE(blocks, ...) KERNEL(__VA_ARGS__)
 #define DYNAMIC_SHARED(name) float* name = emulator::dynamic_shared
 
 inline void __syncthreads() { emulator::wait_for_block(); }
@@ -101,3 +103,61 @@ template <class To, class From> To same_bits(From x) {
 }
 inline float __uint_as_float(unsigned x) { return same_bits<float>(x); }
 inline unsigned __float_as_uint(float x) { return same_bits<unsigned>(x); }
+
+// ---- tensor cores ------------------------------------------------------------------------------------------------
+
+// c (16, 8) += a (16, 16) b (16, 8). Where elements lie: of a, row r and column k in lane r % 8 * 4 + k % 8 / 2, register
+// r / 8 + k / 8 * 2; of b, row k and column n in lane n * 4 + k % 8 / 2, register k / 8; the even one of two in the lower half.
+inline void mma(float (&c)[4], const unsigned (&a)[4], const unsigned* b) {
+    unsigned warp = threadIdx.x / 32 * 32, lane = threadIdx.x % 32;
+    memcpy(emulator::left[threadIdx.x], a, sizeof a);
+    memcpy(emulator::right[threadIdx.x], b, 2 * sizeof *b);
+    emulator::wait_for_warp();
+    auto half = [](uint32_t both, unsigned k) { return __uint_as_float(k % 2 ? both & 0xffff0000u : both << 16); };
+    for (unsigned i = 0; i < 4; ++i) {
+        unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        float sum = 0.0f;
+        for (unsigned k = 0; k < 16; ++k) {
+            uint32_t x = emulator::left[warp + row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+            uint32_t y = emulator::right[warp + column * 4 + k % 8 / 2][k / 8];
+            sum += half(x, k) * half(y, k);
+        }
+        c[i] += sum;
+    }
+    emulator::wait_for_warp();
+}
+
+namespace emulator {
+
+// Element (row, column) of the matrix (8, 8) whose rows begin where eight lanes from `first` on say.
+inline uint32_t element(unsigned first, unsigned row, unsigned column) {
+    return reinterpret_cast<const uint16_t*>(exchanged[threadIdx.x / 32 * 32 + first + row])[column];
+}
+
+inline void matrices(unsigned (&to)[4], const void* row, bool turned) {
+    // As the GPU wants it.
+    if ((uintptr_t)row % 16) __builtin_trap();
+    exchanged[threadIdx.x] = (uintptr_t)row;
+    wait_for_warp();
+    unsigned g = threadIdx.x % 32 / 4, t = threadIdx.x % 4 * 2;
+    for (unsigned i = 0; i < 4; ++i) {
+        uint32_t low = turned ? element(8 * i, t, g) : element(8 * i, g, t);
+        uint32_t high = turned ? element(8 * i, t + 1, g) : element(8 * i, g, t + 1);
+        to[i] = low | high << 16;
+    }
+    wait_for_warp();
+}
+
+}  // namespace emulator
+
+inline void matrices(unsigned (&to)[4], const void* row) { emulator::matrices(to, row, false); }
+inline void matrices_turned(unsigned (&to)[4], const void* row) { emulator::matrices(to, row, true); }
+
+inline unsigned rounded(float low, float high) {
+    auto upper = [](float x) {
+        unsigned bits = __float_as_uint(x);
+        return x == x ? (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16 : 0x7fffu;
+    };
+    return upper(low) | upper(high) << 16;
+}
+inline float power_of_two(float x) { return exp2f(x); }

@@ -935,17 +935,32 @@ impl<B: Backend> Suite<'_, B> {
     }
 
     fn attentions(&mut self) {
-        // (batch, queries, keys, heads, head size)
-        for (b, lq, lk, h, d) in [
-            (2, 5, 5, 3, 4),
-            (1, 17, 17, 2, 24),
-            (2, 1, 9, 2, 32),
-            (1, 3, 35, 1, 5),
-            (1, 33, 33, 1, 16),
+        // (batch, queries, keys, heads, head size); of some size, where kernels go tile by tile, only some masks.
+        let all: &[&str] = &[];
+        for (b, lq, lk, h, d, some) in [
+            (2, 5, 5, 3, 4, all),
+            (1, 17, 17, 2, 24, all),
+            (2, 1, 9, 2, 32, all),
+            (1, 3, 35, 1, 5, all),
+            (1, 33, 33, 1, 16, all),
+            (1, 7, 9, 1, 132, all),
+            (2, 37, 81, 2, 12, all),
+            (1, 150, 210, 1, 20, &["full", "causal", "bias of levels"]),
+            (1, 140, 140, 1, 64, &["causal", "bias of levels"]),
+            (1, 70, 133, 1, 100, &["bias of levels", "bias of heads"]),
         ] {
             // Blocks of two: a position sees its own block and the ones before, as in next-scale prediction.
             let blocks = Host::build(&[lq, lk], |i| {
                 if i[1] / 2 <= (i[0] + lk - lq) / 2 {
+                    0.0
+                } else {
+                    f64::NEG_INFINITY
+                }
+            });
+            // Blocks that grow: a position sees itself and the blocks before its own, and whole tiles see nothing.
+            let levels = Host::build(&[lq, lk], |i| {
+                let own = i[0] + lk - lq;
+                if i[1] == own || i[1].isqrt() < own.isqrt() {
                     0.0
                 } else {
                     f64::NEG_INFINITY
@@ -980,10 +995,14 @@ impl<B: Backend> Suite<'_, B> {
                 ("full", None),
                 ("causal", Some(&causal)),
                 ("bias", Some(&blocks)),
+                ("bias of levels", Some(&levels)),
                 ("bias of sequences", Some(&hidden)),
                 ("bias of sequences and queries", Some(&each)),
                 ("bias of heads", Some(&own)),
             ] {
+                if !some.is_empty() && !some.contains(&name) {
+                    continue;
+                }
                 let mask = || -> Result<Mask<B::Tensor>> {
                     Ok(match (name, bias) {
                         (_, None) => Mask::Full,

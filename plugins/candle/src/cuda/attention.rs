@@ -1,20 +1,24 @@
-//! Attention: a few queries against a cache in one kernel; many queries as products with the scores in memory, a few
-//! sequences at a time.
+//! Attention: a few queries against a cache in one kernel; many in bf16 tile by tile; many in f32 as products with the
+//! scores in memory, a few sequences at a time.
 
-use candle_core::DType;
+use candle_core::{CudaDevice, DType};
 use retort_engine::backend::Mask;
 use retort_engine::error::{Error, Result};
 
-use crate::cuda::backend::fill;
-use crate::cuda::launch::{SHARED, Steps, launch, warps};
+use crate::cuda::CAPABILITY;
+use crate::cuda::launch::{Heads, SHARED, Seen, Steps, counted, launch, warps};
 use crate::cuda::product::{Single, product, product_into};
-use crate::cuda::tensor::{Raw, Tensor, convert, copy, dense_last, device, fresh, pointer};
+use crate::cuda::tensor::{Raw, Tensor, convert, dense_last, device, fresh, pointer};
 use crate::failed;
 
 /// Queries of a sequence that the kernel for few takes.
 const FEW: usize = 4;
 /// Scores that are in memory at once.
 const SCORES: usize = 1 << 28;
+/// Rows that stay in a block of the kernels for tiles.
+const STAY: usize = 128;
+/// Queries, and keys, whose part of a mask is of one kind.
+const GROUP: usize = 16;
 
 /// Sizes of an attention.
 #[derive(Clone, Copy)]
@@ -24,8 +28,6 @@ struct Sizes {
     lq: usize,
     lk: usize,
     d: usize,
-    /// Keys with the zeros behind them that products in bf16 want: rows that begin where 16 bytes do.
-    span: usize,
 }
 
 /// The mask as the kernels take it.
@@ -67,6 +69,40 @@ impl Masked {
             }
         }
     }
+
+    /// The kinds of the bias, where it is the same for all sequences and heads.
+    fn kinds(&self, device: &CudaDevice, s: Sizes) -> Result<Option<Raw>> {
+        let same = |bias: &&Raw| {
+            let steps = bias.stride();
+            (s.b == 1 || steps[0] == 0) && (s.h == 1 || steps[1] == 0)
+        };
+        if self.bias.as_ref().filter(same).is_none() {
+            return Ok(None);
+        }
+        let kinds = [s.lq.div_ceil(GROUP), s.lk.div_ceil(GROUP)];
+        let to = fresh(device, &kinds, DType::U32)?;
+        let n = to.elem_count();
+        launch!(
+            device,
+            "mask_kinds",
+            warps(n)?,
+            0,
+            [n as u32, self.seen(s, None)?, pointer(&to)?]
+        )?;
+        Ok(Some(to))
+    }
+
+    fn seen(&self, s: Sizes, kinds: Option<&Raw>) -> Result<Seen> {
+        let (steps, bias) = self.arguments(0)?;
+        Ok(Seen {
+            lq: s.lq as u32,
+            lk: s.lk as u32,
+            causal: self.causal,
+            bias,
+            steps,
+            kinds: kinds.map_or(Ok(0), pointer)?,
+        })
+    }
 }
 
 fn sizes(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Sizes> {
@@ -83,18 +119,7 @@ fn sizes(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Sizes> {
             v.raw.dims()
         )));
     }
-    let span = match q.half {
-        true => lk.next_multiple_of(8),
-        false => lk,
-    };
-    Ok(Sizes {
-        b,
-        h,
-        lq,
-        lk,
-        d,
-        span,
-    })
+    Ok(Sizes { b, h, lq, lk, d })
 }
 
 /// softmax(scale q k^T + mask) v: q (b, lq, h, d), k and v (b, lk, h, d) -> (b, lq, h, d).
@@ -106,68 +131,235 @@ pub fn attention(
     scale: f64,
 ) -> Result<Raw> {
     let s = sizes(q, k, v)?;
-    let masked = Masked::new(mask, s)?;
+    let (masked, scale) = (Masked::new(mask, s)?, scale as f32);
     if s.lq <= FEW && shared(s) <= SHARED {
-        return few(q, k, v, s, &masked, scale as f32, 0);
+        return few(q, k, v, s, &masked, scale, 0);
     }
-    let to = fresh(&device(&q.raw)?, &[s.b, s.h, s.lq, s.d], q.storage())?;
-    for (first, count) in parts(s) {
-        let p = weights(
-            &heads_first(q, first, count, s.lq)?,
-            &heads_first(k, first, count, s.span)?,
-            first,
-            s,
-            &masked,
-            scale as f32,
-            q.storage(),
-        )?;
-        let v = heads_first(v, first, count, s.span)?;
-        let part = to.narrow(0, first, count).map_err(failed)?;
-        product_into(&p, &v, false, false, &part, 0.0, Single::Exact)?;
+    match tiled(q, s) {
+        Some(tiled) => tiled.forward([q, k, v], &masked, scale),
+        None => products(q, k, v, s, &masked, scale),
     }
-    to.permute((0, 2, 1, 3)).map_err(failed)
 }
 
-/// Gradients for q, k and v.
+/// Gradients for q, k and v; `y` is the result.
 pub fn attention_backward(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
     mask: &Mask<Tensor>,
     scale: f64,
+    y: &Tensor,
     grad: &Tensor,
 ) -> Result<[Raw; 3]> {
     let s = sizes(q, k, v)?;
-    let masked = Masked::new(mask, s)?;
-    let (device, dtype) = (device(&q.raw)?, q.storage());
-    let made = |l: usize| fresh(&device, &[s.b, s.h, l, s.d], DType::F32);
-    let (dq, dk, dv) = (made(s.lq)?, made(s.span)?, made(s.span)?);
+    let (masked, scale) = (Masked::new(mask, s)?, scale as f32);
+    match tiled(q, s) {
+        Some(tiled) => tiled.backward([q, k, v, y, grad], &masked, scale),
+        None => products_backward([q, k, v, grad], s, &masked, scale),
+    }
+}
+
+/// An attention in bf16, tile by tile.
+struct Tiled {
+    s: Sizes,
+    /// Names of the kernels.
+    names: [&'static str; 3],
+    /// Rows of a tile.
+    tile: usize,
+    /// Bytes of shared memory for two tiles of two tensors.
+    shared: usize,
+}
+
+/// No model has heads of more than 128 dimensions; those become products in f32. So does everything on a GPU whose tensor
+/// cores do not know bf16.
+fn tiled(q: &Tensor, s: Sizes) -> Option<Tiled> {
+    let able = CAPABILITY.parse().is_ok_and(|least: u32| least >= 80);
+    if !q.half || !able {
+        return None;
+    }
+    let (d, tile, names) = match s.d {
+        1..=32 => (
+            32,
+            64,
+            ["attention_32", "attention_dq_32", "attention_dkv_32"],
+        ),
+        33..=64 => (
+            64,
+            64,
+            ["attention_64", "attention_dq_64", "attention_dkv_64"],
+        ),
+        65..=128 => (
+            128,
+            32,
+            ["attention_128", "attention_dq_128", "attention_dkv_128"],
+        ),
+        _ => return None,
+    };
+    Some(Tiled {
+        s,
+        names,
+        tile,
+        shared: 4 * tile * (d + 8) * 2,
+    })
+}
+
+impl Tiled {
+    fn blocks(&self, l: usize) -> Result<usize> {
+        counted(self.s.b * self.s.h * l.div_ceil(STAY))
+    }
+
+    fn forward(&self, x: [&Tensor; 3], masked: &Masked, scale: f32) -> Result<Raw> {
+        let s = self.s;
+        let [q, k, v] = heads(x)?;
+        let device = device(&q.0)?;
+        let kinds = masked.kinds(&device, s)?;
+        let to = fresh(&device, &[s.b, s.lq, s.h, s.d], DType::BF16)?;
+        launch!(
+            device,
+            self.names[0],
+            self.blocks(s.lq)?,
+            self.shared,
+            [
+                s.h as u32,
+                s.d as u32,
+                scale,
+                q.1,
+                k.1,
+                v.1,
+                masked.seen(s, kinds.as_ref())?,
+                pointer(&to)?
+            ]
+        )?;
+        Ok(to)
+    }
+
+    fn backward(&self, x: [&Tensor; 5], masked: &Masked, scale: f32) -> Result<[Raw; 3]> {
+        let s = self.s;
+        if x[3].raw.dims() != x[0].raw.dims() || x[4].raw.dims() != x[0].raw.dims() {
+            return Err(Error::Backend(format!(
+                "attention: a result {:?} with a gradient {:?}",
+                x[3].raw.dims(),
+                x[4].raw.dims()
+            )));
+        }
+        let [q, k, v, y, g] = heads(x)?;
+        let device = device(&q.0)?;
+        let kinds = masked.kinds(&device, s)?;
+        let seen = masked.seen(s, kinds.as_ref())?;
+        let made = |shape: &[usize]| fresh(&device, shape, DType::F32);
+        let (logs, backs) = (made(&[s.b, s.h, s.lq])?, made(&[s.b, s.h, s.lq])?);
+        let dq = made(&[s.b, s.lq, s.h, s.d])?;
+        let (dk, dv) = (made(&[s.b, s.lk, s.h, s.d])?, made(&[s.b, s.lk, s.h, s.d])?);
+        launch!(
+            device,
+            self.names[1],
+            self.blocks(s.lq)?,
+            self.shared,
+            [
+                s.h as u32,
+                s.d as u32,
+                scale,
+                q.1,
+                k.1,
+                v.1,
+                y.1,
+                g.1,
+                seen,
+                pointer(&logs)?,
+                pointer(&backs)?,
+                pointer(&dq)?
+            ]
+        )?;
+        launch!(
+            device,
+            self.names[2],
+            self.blocks(s.lk)?,
+            // Two numbers of each query besides.
+            self.shared + 2 * 2 * 4 * self.tile,
+            [
+                s.h as u32,
+                s.d as u32,
+                scale,
+                q.1,
+                k.1,
+                v.1,
+                g.1,
+                seen,
+                pointer(&logs)?,
+                pointer(&backs)?,
+                pointer(&dk)?,
+                pointer(&dv)?
+            ]
+        )?;
+        Ok([dq, dk, dv])
+    }
+}
+
+/// Tensors as the kernels walk them, each with what keeps it in memory.
+fn heads<const N: usize>(x: [&Tensor; N]) -> Result<[(Raw, Heads); N]> {
+    let one = |x: &Tensor| {
+        let x = dense_last(&x.raw)?;
+        let (start, half) = (pointer(&x)?, x.dtype() == DType::BF16);
+        let steps = &x.stride()[..3];
+        let fours = x.dims()[3].is_multiple_of(4)
+            && start.is_multiple_of(4 * x.dtype().size_in_bytes() as u64)
+            && steps.iter().all(|step| step.is_multiple_of(4));
+        let heads = Heads {
+            start,
+            steps: [steps[0] as i64, steps[1] as i64, steps[2] as i64],
+            half: half.into(),
+            fours: fours.into(),
+        };
+        Ok::<_, Error>((x, heads))
+    };
+    let all: Vec<_> = x.into_iter().map(one).collect::<Result<_>>()?;
+    all.try_into()
+        .map_err(|_| Error::Internal("as many as there were".into()))
+}
+
+fn products(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    s: Sizes,
+    masked: &Masked,
+    scale: f32,
+) -> Result<Raw> {
+    let to = fresh(&device(&q.raw)?, &[s.b, s.h, s.lq, s.d], DType::F32)?;
     for (first, count) in parts(s) {
-        let own = |x: &Tensor, l: usize| heads_first(x, first, count, l);
+        let own = |x: &Tensor| heads_first(x, first, count);
+        let p = weights(&own(q)?, &own(k)?, first, s, masked, scale)?;
+        let part = to.narrow(0, first, count).map_err(failed)?;
+        product_into(&p, &own(v)?, false, false, &part, 0.0, Single::Exact)?;
+    }
+    to.permute((0, 2, 1, 3)).map_err(failed)
+}
+
+fn products_backward(x: [&Tensor; 4], s: Sizes, masked: &Masked, scale: f32) -> Result<[Raw; 3]> {
+    let device = device(&x[0].raw)?;
+    let made = |l: usize| fresh(&device, &[s.b, s.h, l, s.d], DType::F32);
+    let (dq, dk, dv) = (made(s.lq)?, made(s.lk)?, made(s.lk)?);
+    for (first, count) in parts(s) {
+        let own = |x: &Tensor| heads_first(x, first, count);
         let part = |x: &Raw| x.narrow(0, first, count).map_err(failed);
-        let (q, k) = (own(q, s.lq)?, own(k, s.span)?);
-        let (v, g) = (own(v, s.span)?, own(grad, s.lq)?);
+        let (q, k, v, g) = (own(x[0])?, own(x[1])?, own(x[2])?, own(x[3])?);
         let into = |a: &Raw, b: &Raw, turned: bool, to: &Raw| {
             product_into(a, b, turned, false, &part(to)?, 0.0, Single::Exact)
         };
-        let p = weights(&q, &k, first, s, &masked, scale as f32, DType::F32)?;
-        into(&convert(&p, dtype)?, &g, true, &dv)?;
+        let p = weights(&q, &k, first, s, masked, scale)?;
+        into(&p, &g, true, &dv)?;
         let dp = product(&g, &v, false, true)?;
-        let ds = fresh(&device, dp.dims(), dtype)?;
+        let ds = fresh(&device, dp.dims(), DType::F32)?;
         let rows = count * s.h * s.lq;
-        let name = match dtype {
-            DType::BF16 => "weights_backward_bf16",
-            _ => "weights_backward_f32",
-        };
         launch!(
             device,
-            name,
+            "weights_backward",
             warps(rows)?,
             0,
             [
                 rows as u32,
-                s.span as u32,
-                scale as f32,
+                s.lk as u32,
+                scale,
                 pointer(&p)?,
                 pointer(&dp)?,
                 pointer(&ds)?
@@ -176,57 +368,35 @@ pub fn attention_backward(
         into(&ds, &k, false, &dq)?;
         into(&ds, &q, true, &dk)?;
     }
-    let back = |x: Raw, l: usize| {
-        let own = x.narrow(2, 0, l).and_then(|x| x.permute((0, 2, 1, 3)));
-        own.map_err(failed)
-    };
-    Ok([back(dq, s.lq)?, back(dk, s.lk)?, back(dv, s.lk)?])
+    let back = |x: Raw| x.permute((0, 2, 1, 3)).map_err(failed);
+    Ok([back(dq)?, back(dk)?, back(dv)?])
 }
 
 /// Parts of the batch whose scores fit: first sequence and how many.
 fn parts(s: Sizes) -> impl Iterator<Item = (usize, usize)> {
-    let some = (SCORES / (s.h * s.lq * s.span)).clamp(1, s.b);
+    let some = (SCORES / (s.h * s.lq * s.lk)).clamp(1, s.b);
     (0..s.b)
         .step_by(some)
         .map(move |first| (first, some.min(s.b - first)))
 }
 
-/// Some sequences of (b, l, h, d) as operands (n, h, span, d), with zeros behind.
-fn heads_first(x: &Tensor, first: usize, count: usize, span: usize) -> Result<Raw> {
+/// Some sequences of (b, l, h, d) as operands (n, h, l, d).
+fn heads_first(x: &Tensor, first: usize, count: usize) -> Result<Raw> {
     let some = x.raw.narrow(0, first, count);
     let some = some.and_then(|x| x.permute((0, 2, 1, 3))).map_err(failed)?;
-    let (n, h, l, d) = some.dims4().map_err(failed)?;
-    if l == span {
-        return convert(&some, x.storage());
-    }
-    let to = fresh(&device(&some)?, &[n, h, span, d], x.storage())?;
-    fill(&to, 0.0)?;
-    copy(&some, &to.narrow(2, 0, l).map_err(failed)?)?;
-    Ok(to)
+    convert(&some, DType::F32)
 }
 
-/// Attention weights (n, h, lq, span) of sequences from `first` on.
-fn weights(
-    q: &Raw,
-    k: &Raw,
-    first: usize,
-    s: Sizes,
-    masked: &Masked,
-    scale: f32,
-    dtype: DType,
-) -> Result<Raw> {
+/// Attention weights (n, h, lq, lk) of sequences from `first` on.
+fn weights(q: &Raw, k: &Raw, first: usize, s: Sizes, masked: &Masked, scale: f32) -> Result<Raw> {
     let scores = product(q, k, false, true)?;
     let device = device(q)?;
-    let to = fresh(&device, scores.dims(), dtype)?;
-    let rows = scores.elem_count() / s.span;
+    let to = fresh(&device, scores.dims(), DType::F32)?;
+    let rows = scores.elem_count() / s.lk;
     let (steps, bias) = masked.arguments(first)?;
-    let name = match dtype {
-        DType::BF16 => "weights_bf16",
-        _ => "weights_f32",
-    };
     launch!(
         device,
-        name,
+        "weights",
         warps(rows)?,
         0,
         [
@@ -234,7 +404,6 @@ fn weights(
             s.h as u32,
             s.lq as u32,
             s.lk as u32,
-            s.span as u32,
             scale,
             masked.causal,
             steps,

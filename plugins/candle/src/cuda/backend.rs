@@ -935,10 +935,10 @@ impl Backend for Cuda {
         v: &T,
         mask: &Mask<T>,
         scale: f64,
-        _: &T,
+        y: &T,
         grad: &T,
     ) -> Result<(T, T, T)> {
-        let [dq, dk, dv] = attention::attention_backward(q, k, v, mask, scale, grad)?;
+        let [dq, dk, dv] = attention::attention_backward(q, k, v, mask, scale, y, grad)?;
         Ok((q.like(dq), k.like(dk), v.like(dv)))
     }
 

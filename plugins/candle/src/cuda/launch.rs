@@ -170,6 +170,34 @@ impl Steps {
     }
 }
 
+/// `Heads` of the kernels.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct Heads {
+    pub start: u64,
+    pub steps: [i64; 3],
+    pub half: i32,
+    pub fours: i32,
+}
+
+// SAFETY: as above.
+unsafe impl DeviceRepr for Heads {}
+
+/// `Seen` of the kernels.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct Seen {
+    pub lq: u32,
+    pub lk: u32,
+    pub causal: i32,
+    pub bias: u64,
+    pub steps: Steps,
+    pub kinds: u64,
+}
+
+// SAFETY: as above.
+unsafe impl DeviceRepr for Seen {}
+
 /// `Slide` of the kernels.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
