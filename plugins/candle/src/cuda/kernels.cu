@@ -76,7 +76,7 @@ template <class T> struct alignas(4 * sizeof(T)) Four {
 
 // One, or four in one.
 template <class V> constexpr unsigned many = sizeof(V) / sizeof(float);
-template <class V> __device__ inline float& at(V& x, unsigned e) { return ((float*)&x)[e]; }
+template <class V> __device__ inline float& nth(V& x, unsigned e) { return ((float*)&x)[e]; }
 template <class V> __device__ inline V load(const float* x) { return *(const V*)x; }
 __device__ inline void store(float* to, float x) { *to = x; }
 __device__ inline void store(bf16* to, float x) { put(*to, x); }
@@ -181,7 +181,7 @@ __device__ inline float unary(int f, float x) {
 template <class V, class T> __device__ void unary(unsigned n, int f, const float* from, T* to) {
     EACH(i, n) {
         V x = load<V>(from + (size_t)i * many<V>);
-        for (unsigned e = 0; e < many<V>; ++e) at(x, e) = unary(f, at(x, e));
+        for (unsigned e = 0; e < many<V>; ++e) nth(x, e) = unary(f, nth(x, e));
         store(to + (size_t)i * many<V>, x);
     }
 }
@@ -224,7 +224,7 @@ __device__ void unary_backward(unsigned n, int f, const float* xs, const float* 
     EACH(i, n) {
         size_t place = (size_t)i * many<V>;
         V x = load<V>(xs + place), y = load<V>(ys + place), g = load<V>(gs + place);
-        for (unsigned e = 0; e < many<V>; ++e) at(g, e) *= unary_slope(f, at(x, e), at(y, e));
+        for (unsigned e = 0; e < many<V>; ++e) nth(g, e) *= unary_slope(f, nth(x, e), nth(y, e));
         store(to + place, g);
     }
 }
@@ -254,7 +254,7 @@ __device__ void binary(unsigned n, int f, const Places& p, const float* as, cons
         long long i_a, i_b;
         both(p, i, i_a, i_b);
         V a = load<V>(as + i_a), b = load<V>(bs + i_b);
-        for (unsigned e = 0; e < many<V>; ++e) at(a, e) = binary(f, at(a, e), at(b, e));
+        for (unsigned e = 0; e < many<V>; ++e) nth(a, e) = binary(f, nth(a, e), nth(b, e));
         store(to + (size_t)i * many<V>, a);
     }
 }
@@ -272,10 +272,10 @@ __device__ void gated_add(unsigned n, unsigned row, unsigned c, const float* xs,
     EACH(i, n) {
         unsigned place = i * many<V>;
         V x = load<V>(xs + place), y = load<V>(ys + place), gate = load<V>(gates + place / row * c + place % c);
-        for (unsigned e = 0; e < many<V>; ++e) at(x, e) += at(y, e) * at(gate, e);
+        for (unsigned e = 0; e < many<V>; ++e) nth(x, e) += nth(y, e) * nth(gate, e);
         if (added) {
             y = load<V>(added + place);
-            for (unsigned e = 0; e < many<V>; ++e) at(x, e) += at(y, e);
+            for (unsigned e = 0; e < many<V>; ++e) nth(x, e) += nth(y, e);
         }
         store(to + place, x);
     }
@@ -562,11 +562,11 @@ template <class V> struct Row {
 // The row's moments, and the row less its mean over its deviation.
 template <class V> __device__ void standardise(unsigned d, float eps, Row<V>& row, float& mean, float& r) {
     float sum = 0.0f, square = 0.0f;
-    HOLD(k, i, d) for (unsigned e = 0; e < many<V>; ++e) sum += at(row.of[k], e);
+    HOLD(k, i, d) for (unsigned e = 0; e < many<V>; ++e) sum += nth(row.of[k], e);
     mean = total(sum) / d;
-    HOLD(k, i, d) for (unsigned e = 0; e < many<V>; ++e) square += (at(row.of[k], e) - mean) * (at(row.of[k], e) - mean);
+    HOLD(k, i, d) for (unsigned e = 0; e < many<V>; ++e) square += (nth(row.of[k], e) - mean) * (nth(row.of[k], e) - mean);
     r = 1.0f / sqrtf(total(square) / d + eps);
-    HOLD(k, i, d) for (unsigned e = 0; e < many<V>; ++e) at(row.of[k], e) = (at(row.of[k], e) - mean) * r;
+    HOLD(k, i, d) for (unsigned e = 0; e < many<V>; ++e) nth(row.of[k], e) = (nth(row.of[k], e) - mean) * r;
 }
 
 // Layer norm of rows (b l, d), times the scale plus the shift of the row's sequence, (b, d) each.
@@ -580,7 +580,7 @@ __device__ void modulated_norm(unsigned l, unsigned d, float eps, const float* x
     standardise(d, eps, row, mean, r);
     HOLD(k, i, d) {
         V times = load<V>(scale + own + i), plus = load<V>(shift + own + i);
-        for (unsigned e = 0; e < many<V>; ++e) at(row.of[k], e) = at(row.of[k], e) * at(times, e) + at(plus, e);
+        for (unsigned e = 0; e < many<V>; ++e) nth(row.of[k], e) = nth(row.of[k], e) * nth(times, e) + nth(plus, e);
         store(to + first + i, row.of[k]);
     }
 }
@@ -607,15 +607,15 @@ __device__ void modulated_norm_backward(unsigned l, unsigned d, float eps, const
         V times = load<V>(scale + own + i);
         grad.of[k] = load<V>(g + first + i);
         for (unsigned e = 0; e < many<V>; ++e) {
-            at(grad.of[k], e) *= at(times, e);
-            sum += at(grad.of[k], e);
-            along += at(grad.of[k], e) * at(row.of[k], e);
+            nth(grad.of[k], e) *= nth(times, e);
+            sum += nth(grad.of[k], e);
+            along += nth(grad.of[k], e) * nth(row.of[k], e);
         }
     }
     sum = total(sum) / d;
     along = total(along) / d;
     HOLD(k, i, d) {
-        for (unsigned e = 0; e < many<V>; ++e) at(row.of[k], e) = r * (at(grad.of[k], e) - sum - at(row.of[k], e) * along);
+        for (unsigned e = 0; e < many<V>; ++e) nth(row.of[k], e) = r * (nth(grad.of[k], e) - sum - nth(row.of[k], e) * along);
         store(dx + first + i, row.of[k]);
     }
     if (threadIdx.x == 0) {
