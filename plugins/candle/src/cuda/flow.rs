@@ -1,4 +1,4 @@
-//! The AR flow map on a GPU: a block per token (`kernels.cu`), with the thresholds of the host's kernel.
+//! The AR flow map on a GPU: a block per token, or for several (`kernels.cu`), with the thresholds of the host's kernel.
 
 use candle_core::DType;
 use retort_engine::backend::FlowSolver;
@@ -11,13 +11,16 @@ use crate::cuda::launch::{Flow, launch};
 use crate::cuda::tensor::{Raw, Tensor, copy, device, fresh, pointer};
 use crate::failed;
 
-/// Dimensions of codes that kernels are compiled for; shorter codes get zeros.
-const KERNELS: [(usize, &str); 4] = [
-    (4, "flow_4"),
-    (8, "flow_8"),
-    (16, "flow_16"),
-    (32, "flow_32"),
+/// Dimensions of codes that kernels are compiled for, shorter codes get zeros; the kernel with a token to a block, and that
+/// with several, and how many.
+const KERNELS: [(usize, &str, &str, usize); 4] = [
+    (4, "flow_4", "flow_together_4", 4),
+    (8, "flow_8", "flow_together_8", 4),
+    (16, "flow_16", "flow_together_16", 4),
+    (32, "flow_32", "flow_together_32", 2),
 ];
+/// Tokens of which several to a block leave no part of a GPU idle. What becomes of a token is the same either way.
+const MANY: usize = 1024;
 /// Log weights of codes that are in memory at once.
 const KEPT: usize = 1 << 27;
 
@@ -38,8 +41,13 @@ pub fn flow_map(
             codebook.raw.dims()
         )));
     }
-    let Some(&(wide, name)) = KERNELS.iter().find(|(wide, _)| d <= *wide) else {
+    let found = KERNELS.iter().find(|(wide, ..)| d <= *wide);
+    let Some(&(wide, alone, together, several)) = found else {
         return Ok(None);
+    };
+    let (name, each) = match n >= MANY {
+        true => (together, several),
+        false => (alone, 1),
     };
     let logits = logits.single()?;
     let device = device(&logits)?;
@@ -51,16 +59,24 @@ pub fn flow_map(
     let table = table(&steps);
     let unit = Raw::from_slice(&table, table.len(), logits.device()).map_err(failed)?;
     let points = fresh(&device, &[table.len()], DType::F32)?;
+    // Two numbers of 64 bits per coordinate.
+    let parts = fresh(&device, &[4 * d], DType::F32)?;
+    launch!(
+        device,
+        "spread_parts",
+        d,
+        0,
+        [k as u32, pointer(&codes)?, pointer(&parts)?]
+    )?;
     launch!(
         device,
         "spread_steps",
         1,
         0,
         [
-            k as u32,
             d as u32,
             table.len() as u32,
-            pointer(&codes)?,
+            pointer(&parts)?,
             pointer(&unit)?,
             pointer(&points)?
         ]
@@ -80,9 +96,10 @@ pub fn flow_map(
         launch!(
             device,
             name,
-            count,
+            count.div_ceil(each),
             0,
             [
+                count as u32,
                 k as u32,
                 numbers,
                 part(&logits)?,
