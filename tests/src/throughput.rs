@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use retort_engine::backend::{Backend, FlowSolver};
 use retort_engine::bundle::Family;
 use retort_engine::error::{Error, Result};
-use retort_engine::random::noise;
+use retort_engine::random::{noise, noises};
 use retort_engine::sampler::{Choice, Distribution, StudentSampler, autoregressive, choices};
 use retort_engine::tape::Var;
 use retort_engine::weights::{Loader, Source};
@@ -160,9 +160,10 @@ fn phases<B: Backend>(on: &On<B>, r: &Reference, drawn: &Drawn) -> Result<Vec<Ti
             drawing,
         );
         let pairing = least(|| {
-            let fresh = on
-                .backend
-                .floats(&noise(2, 0, b * shape.tokens(), shape.dim), &B::shape(&eps))?;
+            let fresh = on.backend.floats(
+                &noises(2, 0..b as u64, shape.tokens(), shape.dim),
+                &B::shape(&eps),
+            )?;
             let mut choice = Choice::Flow {
                 noise: &fresh,
                 codebook: &codebook,

@@ -5,8 +5,11 @@
 //! by Box and Muller in f64, rounded to f32. This is a format: trajectories keep no noise and regenerate it, so the
 //! test below pins values.
 
+use std::ops::Range;
+
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
+use rayon::prelude::*;
 
 /// What a random number is for: different purposes never share a sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,9 +85,27 @@ pub fn noise(seed: u64, sample: u64, tokens: usize, dim: usize) -> Vec<f32> {
     out
 }
 
+/// The noise of samples that follow one another, (samples, tokens, dim), drawn by all threads.
+pub fn noises(seed: u64, samples: Range<u64>, tokens: usize, dim: usize) -> Vec<f32> {
+    let mut out = vec![0.0; (samples.end - samples.start) as usize * tokens * dim];
+    out.par_chunks_mut((tokens * dim).max(1))
+        .enumerate()
+        .for_each(|(i, own)| {
+            Sequence::new(seed, Stream::Noise, samples.start + i as u64).normals(own);
+        });
+    out
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn samples_have_their_noise_wherever_they_are_drawn() {
+        let all = noises(7, 3..6, 5, 2);
+        let each: Vec<f32> = (3..6).flat_map(|i| noise(7, i, 5, 2)).collect();
+        assert_eq!(all, each);
+    }
 
     #[test]
     fn noise_is_a_format() {

@@ -13,6 +13,7 @@ use std::cell::Cell;
 use std::path::Path;
 use std::time::Instant;
 
+use rayon::prelude::*;
 use retort_abi::{ArtifactMeta, LogLevel, StageResult};
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -466,10 +467,11 @@ impl<B: Backend> Objective<'_, B> {
         let (n, l, d) = (samples.len(), self.shape.tokens(), self.shape.dim);
         let mut x = Vec::with_capacity(n * l * d);
         let (mut data, mut tokens) = (Vec::with_capacity(n * l), Vec::with_capacity(n * l));
-        for (&sample, &t) in samples.iter().zip(timesteps) {
+        let noises = samples.par_iter().map(|&sample| self.dataset.noise(sample));
+        let noises: Vec<Vec<f32>> = noises.collect::<Result<_>>()?;
+        for ((&sample, &t), noise) in samples.iter().zip(timesteps).zip(&noises) {
             let known = self.shape.tokens_before(t);
             let ids = self.dataset.tokens_of(sample)?;
-            let noise = self.dataset.noise(sample)?;
             for &id in &ids[..known] {
                 x.extend_from_slice(&self.codebook_host[id as usize * d..(id as usize + 1) * d]);
             }

@@ -231,9 +231,7 @@ impl<B: Backend> Stage<B> for Sample {
         let (l, d) = (shape.tokens(), shape.dim);
         let noise = match &o.noise {
             Some(given) => given.floats(base, &[o.count as usize, l, d])?,
-            None => (0..o.count)
-                .flat_map(|i| random::noise(context.job.seed, i, l, d))
-                .collect(),
+            None => random::noises(context.job.seed, 0..o.count, l, d),
         };
         let mut draw = drawer(context, &o.sampler, &bundle, &shape, codebook, &subjects)?;
 

@@ -208,9 +208,9 @@ impl<B: Backend> Stage<B> for Trajectories {
             .as_ref()
             .map(|g| g.floats(base, &[o.count as usize, l, d]))
             .transpose()?;
-        let noise_of = |i: u64| match &given {
-            Some(all) => all[i as usize * l * d..(i as usize + 1) * l * d].to_vec(),
-            None => random::noise(seed, i, l, d),
+        let noise_of = |i: Range<u64>| match &given {
+            Some(all) => all[i.start as usize * l * d..i.end as usize * l * d].to_vec(),
+            None => random::noises(seed, i, l, d),
         };
 
         let mut manifest = Manifest {
@@ -299,8 +299,7 @@ impl<B: Backend> Stage<B> for Trajectories {
                 }
                 let end = (start + o.batch as u64).min(shard.end);
                 let n = (end - start) as usize;
-                let noise: Vec<f32> = (start..end).flat_map(noise_of).collect();
-                let noise = backend.floats(&noise, &[n, l, d])?;
+                let noise = backend.floats(&noise_of(start..end), &[n, l, d])?;
                 let mut choice = Choice::Flow {
                     noise: &noise,
                     codebook,
