@@ -118,16 +118,26 @@ impl Backend for Candle {
     }
     fn conv2d(x: &T, w: &T, stride: usize, padding: [usize; 2]) -> Result<T> {
         if fits(&[x, w]) {
-            convolution::conv2d(x, w, None, stride, padding)
+            convolution::conv2d(x, w, None, None, stride, padding)
         } else {
             Plain::conv2d(x, w, stride, padding)
         }
     }
-    fn conv2d_bias(x: &T, w: &T, bias: &T, stride: usize, padding: [usize; 2]) -> Result<T> {
-        if fits(&[x, w, bias]) && bias.elem_count() == w.dims()[0] {
-            convolution::conv2d(x, w, Some(bias), stride, padding)
+    fn conv2d_bias(
+        x: &T,
+        w: &T,
+        bias: &T,
+        residual: Option<&T>,
+        stride: usize,
+        padding: [usize; 2],
+    ) -> Result<T> {
+        let fit = fits(&[x, w, bias])
+            && bias.elem_count() == w.dims()[0]
+            && residual.is_none_or(|residual| fits(&[residual]));
+        if fit {
+            convolution::conv2d(x, w, Some(bias), residual, stride, padding)
         } else {
-            Plain::conv2d_bias(x, w, bias, stride, padding)
+            Plain::conv2d_bias(x, w, bias, residual, stride, padding)
         }
     }
     fn conv2d_backward(

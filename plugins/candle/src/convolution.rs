@@ -15,8 +15,15 @@ const UNFOLDED: usize = 256 * 1024;
 /// Images whose share of the kernel's gradient is summed by one task: fixed, so that the order of the sum is.
 const BLOCK: usize = 8;
 
-/// (b, c, h, w) with (o, c, kh, kw) -> (b, o, h', w'), plus a bias (o)
-pub fn conv2d(x: &T, w: &T, bias: Option<&T>, stride: usize, padding: [usize; 2]) -> Result<T> {
+/// (b, c, h, w) with (o, c, kh, kw) -> (b, o, h', w'), plus a bias (o) and a residual of the result's shape
+pub fn conv2d(
+    x: &T,
+    w: &T,
+    bias: Option<&T>,
+    residual: Option<&T>,
+    stride: usize,
+    padding: [usize; 2],
+) -> Result<T> {
     let shape = Shape::new(x, w, stride, padding)?;
     let none = vec![0.0; shape.o];
     let bias = match bias {
@@ -25,8 +32,25 @@ pub fn conv2d(x: &T, w: &T, bias: Option<&T>, stride: usize, padding: [usize; 2]
     };
     let (x, w) = (&whole(x)?, &whole(w)?);
     floats!(x, w, bias);
-    let y = shape.forward(x, w, &bias[..shape.o]);
-    tensor(y, &[shape.b, shape.o, shape.out_h, shape.out_w])
+    let (bias, dims) = (
+        &bias[..shape.o],
+        [shape.b, shape.o, shape.out_h, shape.out_w],
+    );
+    let y = match residual {
+        Some(residual) if residual.dims() != dims => {
+            return Err(Error::Backend(format!(
+                "conv2d: a residual {:?} of a result {dims:?}",
+                residual.dims()
+            )));
+        }
+        Some(residual) => {
+            let residual = &whole(residual)?;
+            floats!(residual);
+            shape.forward(x, w, bias, Some(residual))
+        }
+        None => shape.forward(x, w, bias, None),
+    };
+    tensor(y, &dims)
 }
 
 /// Gradients of [`conv2d`] for its input and its kernel.
@@ -134,9 +158,9 @@ impl Shape {
         (fits && tiles.pays()).then_some(tiles)
     }
 
-    fn forward(&self, x: &[f32], w: &[f32], bias: &[f32]) -> Vec<f32> {
+    fn forward(&self, x: &[f32], w: &[f32], bias: &[f32], residual: Option<&[f32]>) -> Vec<f32> {
         if let Some(tiles) = self.winograd() {
-            return tiles.forward(x, w, bias, self.b);
+            return tiles.forward(x, w, bias, residual, self.b);
         }
         let (deep, plane, tile) = (self.deep(), self.plane(), self.tile());
         let kernel = Matrix::rows(w, deep);
@@ -161,9 +185,18 @@ impl Shape {
                 }
                 .run(&mut y[first * self.out_w..], plane, kernel, columns);
                 // While it is in the cache.
-                for (line, &bias) in y.chunks_exact_mut(plane).zip(bias) {
-                    let line = &mut line[first * self.out_w..][..n];
-                    line.iter_mut().for_each(|y| *y += bias);
+                for (o, (line, &bias)) in y.chunks_exact_mut(plane).zip(bias).enumerate() {
+                    let at = first * self.out_w;
+                    let line = &mut line[at..][..n];
+                    match residual {
+                        Some(residual) => {
+                            let residual = &residual[(b * self.o + o) * plane + at..];
+                            line.iter_mut()
+                                .zip(residual)
+                                .for_each(|(y, &r)| *y += bias + r);
+                        }
+                        None => line.iter_mut().for_each(|y| *y += bias),
+                    }
                 }
             }
         };
@@ -195,7 +228,7 @@ impl Shape {
                 padding: [kh - 1 - self.padding[0], kw - 1 - self.padding[1]],
                 ..*self
             };
-            return back.forward(grad, &turned, &vec![0.0; self.c]);
+            return back.forward(grad, &turned, &vec![0.0; self.c], None);
         }
         let (deep, plane, tile) = (self.deep(), self.plane(), self.tile());
         let kernel = Matrix::rows(w, deep).turned();

@@ -220,17 +220,22 @@ pub trait Backend: Sized + Send + Sync + 'static {
         stride: usize,
         padding: [usize; 2],
     ) -> Result<Self::Tensor>;
-    /// [`Backend::conv2d`] plus a bias (o).
+    /// [`Backend::conv2d`] plus a bias (o) and, where there is one, a residual of the result's shape.
     fn conv2d_bias(
         x: &Self::Tensor,
         w: &Self::Tensor,
         bias: &Self::Tensor,
+        residual: Option<&Self::Tensor>,
         stride: usize,
         padding: [usize; 2],
     ) -> Result<Self::Tensor> {
         let y = Self::conv2d(x, w, stride, padding)?;
         let bias = Self::reshape(bias, &[Self::shape(&y)[1], 1, 1])?;
-        Self::binary(&y, &bias, Binary::Add)
+        let y = Self::binary(&y, &bias, Binary::Add)?;
+        match residual {
+            Some(residual) => Self::binary(&y, residual, Binary::Add),
+            None => Ok(y),
+        }
     }
     /// Gradients of [`Backend::conv2d`] for its input and its kernel; each is computed only when wanted.
     fn conv2d_backward(

@@ -523,13 +523,17 @@ impl<B: Backend> Suite<'_, B> {
             let bias = Host::random(&[w.shape[0]], 24, -1.0, 1.0);
             let y = host::conv2d(&x, &w, stride, padding);
             let want = Host::build(&y.shape, |i| y.at(i) + bias.at(&[i[1]]));
-            self.op(
-                &format!("conv2d_bias {:?} {:?}", x.shape, w.shape),
-                &[x, w, bias],
-                &want,
-                256.0,
-                &|x| B::conv2d_bias(&x[0], &x[1], &x[2], stride, padding),
-            );
+            let name = format!("conv2d_bias {:?} {:?}", x.shape, w.shape);
+            let mut inputs = vec![x, w, bias];
+            self.op(&name, &inputs, &want, 256.0, &|x| {
+                B::conv2d_bias(&x[0], &x[1], &x[2], None, stride, padding)
+            });
+            let residual = Host::random(&y.shape, 25, -1.0, 1.0);
+            let want = Host::build(&y.shape, |i| want.at(i) + residual.at(i));
+            inputs.push(residual);
+            self.op(&format!("{name} residual"), &inputs, &want, 256.0, &|x| {
+                B::conv2d_bias(&x[0], &x[1], &x[2], Some(&x[3]), stride, padding)
+            });
         }
     }
 

@@ -540,33 +540,51 @@ impl<B: Backend> Var<B> {
         }))
     }
 
-    /// Cross-correlation with a kernel (o, c, kh, kw), plus bias (o); zero padding above and below, left and right.
-    pub fn conv2d(
-        &self,
-        w: &Self,
-        bias: Option<&Self>,
-        stride: usize,
-        padding: [usize; 2],
-    ) -> Result<Self> {
+    /// Cross-correlation with a kernel (o, c, kh, kw); zero padding above and below, left and right.
+    pub fn conv2d(&self, w: &Self, stride: usize, padding: [usize; 2]) -> Result<Self> {
         let (x, kept, want) = (
             self.value.clone(),
             w.value.clone(),
             (self.wants(), w.wants()),
         );
-        let back = move |g: &B::Tensor| B::conv2d_backward(&x, &kept, g, stride, padding, want);
-        let Some(bias) = bias else {
-            let y = B::conv2d(&self.value, &w.value, stride, padding)?;
-            return Ok(Self::from_op(y, &[self, w], move |g| {
-                let (dx, dw) = back(g)?;
-                Ok(vec![dx, dw])
-            }));
-        };
-        let y = B::conv2d_bias(&self.value, &w.value, &bias.value, stride, padding)?;
+        let y = B::conv2d(&self.value, &w.value, stride, padding)?;
+        Ok(Self::from_op(y, &[self, w], move |g| {
+            let (dx, dw) = B::conv2d_backward(&x, &kept, g, stride, padding, want)?;
+            Ok(vec![dx, dw])
+        }))
+    }
+
+    /// The same plus bias (o) and, where there is one, a residual of the result's shape.
+    pub fn conv2d_bias(
+        &self,
+        w: &Self,
+        bias: &Self,
+        residual: Option<&Self>,
+        stride: usize,
+        padding: [usize; 2],
+    ) -> Result<Self> {
+        let y = B::conv2d_bias(
+            &self.value,
+            &w.value,
+            &bias.value,
+            residual.map(|r| &r.value),
+            stride,
+            padding,
+        )?;
+        let (x, kept, want) = (
+            self.value.clone(),
+            w.value.clone(),
+            (self.wants(), w.wants()),
+        );
         let (shape, learnt) = (bias.shape(), bias.wants());
-        Ok(Self::from_op(y, &[self, w, bias], move |g| {
-            let (dx, dw) = back(g)?;
+        let parents: Vec<&Self> = [Some(self), Some(w), Some(bias), residual]
+            .into_iter()
+            .flatten()
+            .collect();
+        Ok(Self::from_op(y, &parents, move |g| {
+            let (dx, dw) = B::conv2d_backward(&x, &kept, g, stride, padding, want)?;
             let sum = || B::reshape(&B::sum(g, &[0, 2, 3])?, &shape);
-            Ok(vec![dx, dw, learnt.then(sum).transpose()?])
+            Ok(vec![dx, dw, learnt.then(sum).transpose()?, Some(g.clone())])
         }))
     }
 

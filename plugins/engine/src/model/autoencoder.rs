@@ -110,9 +110,19 @@ impl<B: Backend> Conv<B> {
 
     /// (b, input, h, w) -> (b, output, h', w')
     pub(super) fn forward(&self, x: &Var<B>) -> Result<Var<B>> {
-        x.conv2d(
+        self.run(x, None)
+    }
+
+    /// The same plus a residual of the result's shape.
+    fn forward_plus(&self, x: &Var<B>, residual: &Var<B>) -> Result<Var<B>> {
+        self.run(x, Some(residual))
+    }
+
+    fn run(&self, x: &Var<B>, residual: Option<&Var<B>>) -> Result<Var<B>> {
+        x.conv2d_bias(
             &self.weight,
-            Some(&self.bias),
+            &self.bias,
+            residual,
             self.stride,
             [self.padding; 2],
         )
@@ -172,10 +182,10 @@ impl<B: Backend> ResBlock<B> {
 
     fn forward(&self, x: &Var<B>) -> Result<Var<B>> {
         let y = self.conv1.forward(&self.norm1.silu(x)?)?;
-        let y = self.conv2.forward(&self.norm2.silu(&y)?)?;
+        let y = self.norm2.silu(&y)?;
         match &self.shortcut {
-            Some(conv) => conv.forward(x)?.add(&y),
-            None => x.add(&y),
+            Some(conv) => self.conv2.forward_plus(&y, &conv.forward(x)?),
+            None => self.conv2.forward_plus(&y, x),
         }
     }
 }
@@ -245,7 +255,7 @@ impl<B: Backend> AttnBlock<B> {
         let weights = q.affine(scale, 0.0)?.matmul(&k, true)?.softmax()?;
         let y = weights.matmul(&v, false)?; // (b, h w, c)
         let y = y.permute(&[0, 2, 1])?.reshape(&s)?;
-        x.add(&self.proj_out.forward(&y)?)
+        self.proj_out.forward_plus(&y, x)
     }
 }
 
