@@ -53,6 +53,20 @@ pub fn conv2d(
     tensor(y, &dims)
 }
 
+/// Stride 1 and images twice as high and wide, where that takes no image of that size.
+pub fn conv2d_upsampled(x: &T, w: &T, bias: &T, padding: [usize; 2]) -> Result<Option<T>> {
+    let (b, c, h, wide) = x.dims4().map_err(failed)?;
+    let shape = Shape::of([b, c, 2 * h, 2 * wide], w, 1, padding)?;
+    let Some(tiles) = shape.winograd() else {
+        return Ok(None);
+    };
+    let tiles = Convolution { scale: 2, ..tiles };
+    let (x, w, bias) = (&whole(x)?, &whole(w)?, &whole(bias)?);
+    floats!(x, w, bias);
+    let y = tiles.forward(x, w, &bias[..shape.o], None, b);
+    tensor(y, &[b, shape.o, shape.out_h, shape.out_w]).map(Some)
+}
+
 /// Gradients of [`conv2d`] for its input and its kernel.
 pub fn conv2d_backward(
     x: &T,
@@ -102,12 +116,16 @@ struct Shape {
 impl Shape {
     fn new(x: &T, w: &T, stride: usize, padding: [usize; 2]) -> Result<Self> {
         let (b, c, h, wide) = x.dims4().map_err(failed)?;
+        Self::of([b, c, h, wide], w, stride, padding)
+    }
+
+    fn of(x: [usize; 4], w: &T, stride: usize, padding: [usize; 2]) -> Result<Self> {
+        let [b, c, h, wide] = x;
         let (o, c2, kh, kw) = w.dims4().map_err(failed)?;
         let [high, broad] = [h + 2 * padding[0], wide + 2 * padding[1]];
         if c != c2 || stride == 0 || high < kh || broad < kw {
             return Err(Error::Backend(format!(
-                "conv2d: {:?} with a kernel {:?}, stride {stride}, padding {padding:?}",
-                x.dims(),
+                "conv2d: {x:?} with a kernel {:?}, stride {stride}, padding {padding:?}",
                 w.dims()
             )));
         }
@@ -153,6 +171,7 @@ impl Shape {
             o: self.o,
             h: self.h,
             w: self.w,
+            scale: 1,
         };
         let fits = [self.kh, self.kw] == [3, 3] && self.stride == 1 && self.padding == [1, 1];
         (fits && tiles.pays()).then_some(tiles)

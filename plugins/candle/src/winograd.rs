@@ -32,6 +32,8 @@ pub struct Convolution {
     pub h: usize,
     /// Width of both.
     pub w: usize,
+    /// 2, where the input is given half as high and wide, and each of its pixels becomes a block of 2 x 2; else 1.
+    pub scale: usize,
 }
 
 impl Convolution {
@@ -49,7 +51,14 @@ impl Convolution {
         residual: Option<&[f32]>,
         b: usize,
     ) -> Vec<f32> {
-        let Self { c, o, h, w: width } = *self;
+        let Self {
+            c,
+            o,
+            h,
+            w: width,
+            scale,
+        } = *self;
+        let given = c * (h / scale) * (width / scale);
         let kernel = self.kernel(w);
         let (high, broad) = (h.div_ceil(4), width.div_ceil(4));
         // Rows of tiles are padded to whole vectors.
@@ -71,8 +80,8 @@ impl Convolution {
                 let n = rows.min(high - first) * row;
                 from.resize(PLACES * c * n, 0.0);
                 to.resize(PLACES * o * n, 0.0);
-                let x = &x[image * c * h * width..][..c * h * width];
-                for (channel, plane) in x.chunks_exact(h * width).enumerate() {
+                let x = &x[image * given..][..given];
+                for (channel, plane) in x.chunks_exact(given / c).enumerate() {
                     self.spread(
                         plane,
                         first,
@@ -84,6 +93,11 @@ impl Convolution {
                     );
                 }
                 for place in 0..PLACES {
+                    // The third part of a transformed tile is a difference of equal pixels.
+                    if scale == 2 && (place / 6 == 2 || place % 6 == 2) {
+                        to[place * o * n..][..o * n].fill(0.0);
+                        continue;
+                    }
                     let kernel = Matrix {
                         data: &kernel[place * c..],
                         row: PLACES * c,
@@ -156,6 +170,11 @@ impl Convolution {
             for (r, line) in lines.chunks_exact_mut(long).enumerate() {
                 let line = &mut line[1..=width];
                 match (top + r).checked_sub(1).filter(|&y| y < self.h) {
+                    Some(y) if self.scale == 2 => {
+                        let from = &plane[y / 2 * (width / 2)..];
+                        let pairs = line.as_chunks_mut::<2>().0.iter_mut().zip(from);
+                        pairs.for_each(|(pair, &pixel)| *pair = [pixel; 2]);
+                    }
                     Some(y) => line.copy_from_slice(&plane[y * width..][..width]),
                     None => line.fill(0.0),
                 }
@@ -290,12 +309,28 @@ mod tests {
             let (x, kernel) = (noise(1, 0, b * c, h * w), noise(2, 0, o * c, 9));
             let bias = noise(3, 0, 1, o);
             let residual = noise(4, 0, b * o, h * w);
-            let tiles = Convolution { c, o, h, w };
+            let tiles = Convolution {
+                c,
+                o,
+                h,
+                w,
+                scale: 1,
+            };
             let found = tiles.forward(&x, &kernel, &bias, Some(&residual), b);
             let bare = tiles.forward(&x, &kernel, &bias, None, b);
             let sums = bare.iter().zip(&residual).map(|(y, r)| y + r);
             assert!(sums.eq(found.iter().copied()), "a residual is added last");
             let found = bare;
+            if h % 2 == 0 && w % 2 == 0 {
+                let small = noise(5, 0, b * c, h * w / 4);
+                let pixel =
+                    |i: usize| (i / (h * w) * (h / 2) + i / w % h / 2) * (w / 2) + i % w / 2;
+                let large: Vec<f32> = (0..b * c * h * w).map(|i| small[pixel(i)]).collect();
+                let whole = tiles.forward(&large, &kernel, &bias, None, b);
+                let half = Convolution { scale: 2, ..tiles };
+                let half = half.forward(&small, &kernel, &bias, None, b);
+                assert!(half == whole, "images twice as high and wide");
+            }
             let (mut most, mut error, mut direct) = (0.0f64, 0.0f64, 0.0f64);
             for i in (0..b * o * h * w).step_by(17) {
                 let (image, channel, y, column) =

@@ -237,6 +237,15 @@ pub trait Backend: Sized + Send + Sync + 'static {
             None => Ok(y),
         }
     }
+    /// [`Backend::conv2d_bias`] with stride 1 of images twice as high and wide ([`upsample2`]).
+    fn conv2d_upsampled(
+        x: &Self::Tensor,
+        w: &Self::Tensor,
+        bias: &Self::Tensor,
+        padding: [usize; 2],
+    ) -> Result<Self::Tensor> {
+        Self::conv2d_bias(&upsample2::<Self>(x)?, w, bias, None, 1, padding)
+    }
     /// Gradients of [`Backend::conv2d`] for its input and its kernel; each is computed only when wanted.
     fn conv2d_backward(
         x: &Self::Tensor,
@@ -706,6 +715,14 @@ pub trait Backend: Sized + Send + Sync + 'static {
     ) -> Result<Self::Tensor> {
         crate::flow::composed::<Self>(logits, noise, codebook, solver)
     }
+}
+
+/// Each pixel of (b, c, h, w) becomes a block of 2 x 2 (nearest neighbour): (b, c, 2 h, 2 w).
+pub fn upsample2<B: Backend>(x: &B::Tensor) -> Result<B::Tensor> {
+    let s = B::shape(x);
+    let pixels = B::reshape(x, &[s[0], s[1], s[2], 1, s[3], 1])?;
+    let blocks = B::expand(&pixels, &[s[0], s[1], s[2], 2, s[3], 2])?;
+    B::reshape(&blocks, &[s[0], s[1], 2 * s[2], 2 * s[3]])
 }
 
 fn inverse_rms<B: Backend>(x: &B::Tensor, eps: f64) -> Result<B::Tensor> {

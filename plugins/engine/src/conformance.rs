@@ -90,6 +90,7 @@ pub fn check_rounded<B: Backend>(b: &B, rounding: f64) -> Vec<Case> {
     suite.rounded(Suite::products);
     suite.tables();
     suite.rounded(Suite::convolutions);
+    suite.rounded(Suite::upsampled);
     suite.pools();
     suite.in_place();
     suite.activations();
@@ -534,6 +535,37 @@ impl<B: Backend> Suite<'_, B> {
             self.op(&format!("{name} residual"), &inputs, &want, 256.0, &|x| {
                 B::conv2d_bias(&x[0], &x[1], &x[2], Some(&x[3]), stride, padding)
             });
+        }
+    }
+
+    fn upsampled(&mut self) {
+        // The last two are large enough for other algorithms.
+        let shapes: [([usize; 4], [usize; 4], [usize; 2]); 5] = [
+            ([2, 3, 4, 3], [4, 3, 3, 3], [1, 1]),
+            ([1, 2, 3, 5], [3, 2, 1, 1], [0, 0]),
+            ([1, 2, 3, 3], [2, 2, 3, 2], [0, 2]),
+            ([1, 32, 16, 17], [32, 32, 3, 3], [1, 1]),
+            ([2, 32, 19, 15], [33, 32, 3, 3], [1, 1]),
+        ];
+        for (x, w, padding) in shapes {
+            let (x, w) = (
+                Host::random(&x, 26, -1.0, 1.0),
+                Host::random(&w, 27, -1.0, 1.0),
+            );
+            let bias = Host::random(&[w.shape[0]], 28, -1.0, 1.0);
+            let s = &x.shape;
+            let large = Host::build(&[s[0], s[1], 2 * s[2], 2 * s[3]], |i| {
+                x.at(&[i[0], i[1], i[2] / 2, i[3] / 2])
+            });
+            let y = host::conv2d(&large, &w, 1, padding);
+            let want = Host::build(&y.shape, |i| y.at(i) + bias.at(&[i[1]]));
+            self.op(
+                &format!("conv2d_upsampled {:?} {:?}", x.shape, w.shape),
+                &[x, w, bias],
+                &want,
+                2048.0,
+                &|x| B::conv2d_upsampled(&x[0], &x[1], &x[2], padding),
+            );
         }
     }
 

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::backend::{Backend, Binary, Mask, Unary, Window};
+use crate::backend::{Backend, Binary, Mask, Unary, Window, upsample2};
 use crate::error::{Error, Result};
 
 /// Sends the gradient of a node's value to its parents, in their order.
@@ -598,12 +598,29 @@ impl<B: Backend> Var<B> {
         ))
     }
 
-    /// Each pixel of (b, c, h, w) becomes a 2 x 2 block (nearest neighbour).
-    pub fn upsample2(&self) -> Result<Self> {
-        let s = self.shape();
-        self.reshape(&[s[0], s[1], s[2], 1, s[3], 1])?
-            .expand(&[s[0], s[1], s[2], 2, s[3], 2])?
-            .reshape(&[s[0], s[1], 2 * s[2], 2 * s[3]])
+    /// [`Var::conv2d_bias`] with stride 1 of images twice as high and wide, each pixel a block of 2 x 2 (nearest neighbour).
+    /// The backward pass enlarges again instead of keeping what is four times as large.
+    pub fn conv2d_upsampled(&self, w: &Self, bias: &Self, padding: [usize; 2]) -> Result<Self> {
+        let y = B::conv2d_upsampled(&self.value, &w.value, &bias.value, padding)?;
+        let (x, kept, want) = (
+            self.value.clone(),
+            w.value.clone(),
+            (self.wants(), w.wants()),
+        );
+        let (s, shape, learnt) = (self.shape(), bias.shape(), bias.wants());
+        Ok(Self::from_op(y, &[self, w, bias], move |g| {
+            let (dx, dw) = B::conv2d_backward(&upsample2::<B>(&x)?, &kept, g, 1, padding, want)?;
+            let sum = |dx| {
+                let blocks = B::reshape(&dx, &[s[0], s[1], s[2], 2, s[3], 2])?;
+                B::reshape(&B::sum(&blocks, &[3, 5])?, &s)
+            };
+            let db = || B::reshape(&B::sum(g, &[0, 2, 3])?, &shape);
+            Ok(vec![
+                dx.map(sum).transpose()?,
+                dw,
+                learnt.then(db).transpose()?,
+            ])
+        }))
     }
 
     /// silu(a) * b where the last dimension holds a then b.

@@ -79,7 +79,6 @@ impl<B: Backend> Suite<'_, B> {
         self.slope("max_pool2d", std::slice::from_ref(&image), &|p| {
             p[0].max_pool2d(window)
         });
-        self.slope("upsample2", &[image], &|p| p[0].upsample2());
     }
 
     pub(super) fn tape_of_products(&mut self) {
@@ -105,6 +104,10 @@ impl<B: Backend> Suite<'_, B> {
         let bias = Host::random(&[3], 65, -1.0, 1.0);
         self.slope("conv2d", &[image.clone(), kernel.clone()], &|p| {
             p[0].conv2d(&p[1], 2, [1, 0])
+        });
+        let three = [image.clone(), kernel.clone(), bias.clone()];
+        self.slope("conv2d_upsampled", &three, &|p| {
+            p[0].conv2d_upsampled(&p[1], &p[2], [1, 0])
         });
         let residual = Host::random(&[2, 3, 3, 2], 63, -1.0, 1.0);
         self.slope("conv2d_bias", &[image, kernel, bias, residual], &|p| {

@@ -118,6 +118,11 @@ impl<B: Backend> Conv<B> {
         self.run(x, Some(residual))
     }
 
+    /// The same of images twice as high and wide, where the kernel keeps the size.
+    fn forward_upsampled(&self, x: &Var<B>) -> Result<Var<B>> {
+        x.conv2d_upsampled(&self.weight, &self.bias, [self.padding; 2])
+    }
+
     fn run(&self, x: &Var<B>, residual: Option<&Var<B>>) -> Result<Var<B>> {
         x.conv2d_bias(
             &self.weight,
@@ -431,7 +436,7 @@ impl<B: Backend> Decoder<B> {
         for level in &self.levels {
             x = level.forward(&x)?;
             if let Some(conv) = &level.resize {
-                x = conv.forward(&x.upsample2()?)?;
+                x = conv.forward_upsampled(&x)?;
             }
         }
         self.conv_out.forward(&self.norm_out.silu(&x)?)
