@@ -488,7 +488,7 @@ impl<B: Backend> Suite<'_, B> {
     }
 
     fn convolutions(&mut self) {
-        let shapes: [([usize; 4], [usize; 4], usize, [usize; 2]); 12] = [
+        let shapes: [([usize; 4], [usize; 4], usize, [usize; 2]); 15] = [
             ([2, 3, 7, 6], [4, 3, 3, 3], 1, [1, 1]),
             ([1, 2, 5, 5], [3, 2, 1, 1], 1, [0, 0]),
             ([2, 3, 8, 8], [5, 3, 3, 3], 2, [1, 1]),
@@ -503,6 +503,10 @@ impl<B: Backend> Suite<'_, B> {
             ([1, 2, 8, 9], [3, 2, 1, 3], 2, [0, 1]),
             // More padding than the kernel reaches over.
             ([1, 2, 4, 5], [3, 2, 1, 2], 1, [2, 1]),
+            // Rows of whole vectors.
+            ([2, 3, 5, 8], [4, 3, 3, 3], 1, [1, 1]),
+            ([1, 2, 3, 24], [3, 2, 3, 3], 1, [1, 1]),
+            ([2, 2, 5, 16], [3, 2, 3, 3], 2, [1, 1]),
         ];
         for (x, w, stride, padding) in shapes {
             let inputs = [
@@ -540,10 +544,12 @@ impl<B: Backend> Suite<'_, B> {
 
     fn upsampled(&mut self) {
         // The last two are large enough for other algorithms.
-        let shapes: [([usize; 4], [usize; 4], [usize; 2]); 5] = [
+        let shapes: [([usize; 4], [usize; 4], [usize; 2]); 7] = [
             ([2, 3, 4, 3], [4, 3, 3, 3], [1, 1]),
             ([1, 2, 3, 5], [3, 2, 1, 1], [0, 0]),
             ([1, 2, 3, 3], [2, 2, 3, 2], [0, 2]),
+            ([2, 3, 3, 4], [2, 3, 3, 3], [1, 1]),
+            ([1, 2, 2, 12], [3, 2, 3, 3], [1, 1]),
             ([1, 32, 16, 17], [32, 32, 3, 3], [1, 1]),
             ([2, 32, 19, 15], [33, 32, 3, 3], [1, 1]),
         ];
