@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <immintrin.h>
 #include <mutex>
 #include <vector>
 
@@ -215,13 +216,14 @@ int enqueue(std::function<void()> node) {
     return SUCCESS;
 }
 
-constexpr int SINGLE = 0, HALF = 14;
+constexpr int SINGLE = 0, IEEE_HALF = 2, HALF = 14;
 
 void multiply(bool of_tf32, int ta, int tb, int m, int n, int k, float by, const void* a, int a_type, int lda,
               long long a_step, const void* b, int b_type, int ldb, long long b_step, float keep, void* c, int c_type,
               int ldc, long long c_step, int count) {
     auto at = [of_tf32](const void* x, int type, long long i) {
         if (type == HALF) return wide(((const bf16*)x)[i]);
+        if (type == IEEE_HALF) return _cvtsh_ss(((const fp16*)x)[i].bits);
         float value = ((const float*)x)[i];
         // To the nearest with ten bits behind the first.
         return of_tf32 ? __uint_as_float((__float_as_uint(value) + 0x1000u) & ~0x1fffu) : value;
@@ -410,8 +412,8 @@ int cublasGemmStridedBatchedEx(void*, int ta, int tb, int m, int n, int k, const
                                int compute, int) {
     constexpr int SINGLE_SUMS = 68, SINGLE_SUMS_OF_TF32 = 77;
     bool of_tf32 = compute == SINGLE_SUMS_OF_TF32;
-    bool types = (a_type == SINGLE || a_type == HALF) && a_type == b_type && (c_type == SINGLE || c_type == HALF) &&
-                 (compute == SINGLE_SUMS || of_tf32);
+    bool types = (a_type == SINGLE || a_type == HALF || a_type == IEEE_HALF) && a_type == b_type &&
+                 (c_type == SINGLE || c_type == HALF) && (compute == SINGLE_SUMS || of_tf32);
     bool leads = lda >= (ta ? k : m) && ldb >= (tb ? n : k) && ldc >= m && lda > 0 && ldb > 0;
     if (!types || !leads) {
         fprintf(stderr, "emulator: a product of types %d and %d, leads %d, %d and %d\n", a_type, b_type, lda, ldb, ldc);

@@ -1,7 +1,9 @@
 //! `Candle` as the engine's backend: for each operation the fused kernel where one fits, else the plain form.
 
 use candle_core::{DType, Tensor};
-use retort_engine::backend::{AdamwStep, Backend, Binary, FlowSolver, Mask, Unary, Window};
+use retort_engine::backend::{
+    AdamwStep, Backend, Binary, FlowSolver, Mask, Unary, Window, upsample2,
+};
 use retort_engine::error::Result;
 
 use crate::activation::silu;
@@ -118,16 +120,36 @@ impl Backend for Candle {
     }
     fn conv2d(x: &T, w: &T, stride: usize, padding: [usize; 2]) -> Result<T> {
         if fits(&[x, w]) {
-            convolution::conv2d(x, w, None, stride, padding)
+            convolution::conv2d(x, w, None, None, stride, padding)
         } else {
             Plain::conv2d(x, w, stride, padding)
         }
     }
-    fn conv2d_bias(x: &T, w: &T, bias: &T, stride: usize, padding: [usize; 2]) -> Result<T> {
-        if fits(&[x, w, bias]) && bias.elem_count() == w.dims()[0] {
-            convolution::conv2d(x, w, Some(bias), stride, padding)
+    fn conv2d_bias(
+        x: &T,
+        w: &T,
+        bias: &T,
+        residual: Option<&T>,
+        stride: usize,
+        padding: [usize; 2],
+    ) -> Result<T> {
+        let fit = fits(&[x, w, bias])
+            && bias.elem_count() == w.dims()[0]
+            && residual.is_none_or(|residual| fits(&[residual]));
+        if fit {
+            convolution::conv2d(x, w, Some(bias), residual, stride, padding)
         } else {
-            Plain::conv2d_bias(x, w, bias, stride, padding)
+            Plain::conv2d_bias(x, w, bias, residual, stride, padding)
+        }
+    }
+    fn conv2d_upsampled(x: &T, w: &T, bias: &T, padding: [usize; 2]) -> Result<T> {
+        let fused = match fits(&[x, w, bias]) && bias.elem_count() == w.dims()[0] {
+            true => convolution::conv2d_upsampled(x, w, bias, padding)?,
+            false => None,
+        };
+        match fused {
+            Some(y) => Ok(y),
+            None => Self::conv2d_bias(&upsample2::<Self>(x)?, w, bias, None, 1, padding),
         }
     }
     fn conv2d_backward(

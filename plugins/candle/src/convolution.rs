@@ -15,8 +15,15 @@ const UNFOLDED: usize = 256 * 1024;
 /// Images whose share of the kernel's gradient is summed by one task: fixed, so that the order of the sum is.
 const BLOCK: usize = 8;
 
-/// (b, c, h, w) with (o, c, kh, kw) -> (b, o, h', w'), plus a bias (o)
-pub fn conv2d(x: &T, w: &T, bias: Option<&T>, stride: usize, padding: [usize; 2]) -> Result<T> {
+/// (b, c, h, w) with (o, c, kh, kw) -> (b, o, h', w'), plus a bias (o) and a residual of the result's shape
+pub fn conv2d(
+    x: &T,
+    w: &T,
+    bias: Option<&T>,
+    residual: Option<&T>,
+    stride: usize,
+    padding: [usize; 2],
+) -> Result<T> {
     let shape = Shape::new(x, w, stride, padding)?;
     let none = vec![0.0; shape.o];
     let bias = match bias {
@@ -25,8 +32,39 @@ pub fn conv2d(x: &T, w: &T, bias: Option<&T>, stride: usize, padding: [usize; 2]
     };
     let (x, w) = (&whole(x)?, &whole(w)?);
     floats!(x, w, bias);
-    let y = shape.forward(x, w, &bias[..shape.o]);
-    tensor(y, &[shape.b, shape.o, shape.out_h, shape.out_w])
+    let (bias, dims) = (
+        &bias[..shape.o],
+        [shape.b, shape.o, shape.out_h, shape.out_w],
+    );
+    let y = match residual {
+        Some(residual) if residual.dims() != dims => {
+            return Err(Error::Backend(format!(
+                "conv2d: a residual {:?} of a result {dims:?}",
+                residual.dims()
+            )));
+        }
+        Some(residual) => {
+            let residual = &whole(residual)?;
+            floats!(residual);
+            shape.forward(x, w, bias, Some(residual))
+        }
+        None => shape.forward(x, w, bias, None),
+    };
+    tensor(y, &dims)
+}
+
+/// Stride 1 and images twice as high and wide, where that takes no image of that size.
+pub fn conv2d_upsampled(x: &T, w: &T, bias: &T, padding: [usize; 2]) -> Result<Option<T>> {
+    let (b, c, h, wide) = x.dims4().map_err(failed)?;
+    let shape = Shape::of([b, c, 2 * h, 2 * wide], w, 1, padding)?;
+    let Some(tiles) = shape.winograd() else {
+        return Ok(None);
+    };
+    let tiles = Convolution { scale: 2, ..tiles };
+    let (x, w, bias) = (&whole(x)?, &whole(w)?, &whole(bias)?);
+    floats!(x, w, bias);
+    let y = tiles.forward(x, w, &bias[..shape.o], None, b);
+    tensor(y, &[b, shape.o, shape.out_h, shape.out_w]).map(Some)
 }
 
 /// Gradients of [`conv2d`] for its input and its kernel.
@@ -78,12 +116,16 @@ struct Shape {
 impl Shape {
     fn new(x: &T, w: &T, stride: usize, padding: [usize; 2]) -> Result<Self> {
         let (b, c, h, wide) = x.dims4().map_err(failed)?;
+        Self::of([b, c, h, wide], w, stride, padding)
+    }
+
+    fn of(x: [usize; 4], w: &T, stride: usize, padding: [usize; 2]) -> Result<Self> {
+        let [b, c, h, wide] = x;
         let (o, c2, kh, kw) = w.dims4().map_err(failed)?;
         let [high, broad] = [h + 2 * padding[0], wide + 2 * padding[1]];
         if c != c2 || stride == 0 || high < kh || broad < kw {
             return Err(Error::Backend(format!(
-                "conv2d: {:?} with a kernel {:?}, stride {stride}, padding {padding:?}",
-                x.dims(),
+                "conv2d: {x:?} with a kernel {:?}, stride {stride}, padding {padding:?}",
                 w.dims()
             )));
         }
@@ -129,14 +171,15 @@ impl Shape {
             o: self.o,
             h: self.h,
             w: self.w,
+            scale: 1,
         };
         let fits = [self.kh, self.kw] == [3, 3] && self.stride == 1 && self.padding == [1, 1];
         (fits && tiles.pays()).then_some(tiles)
     }
 
-    fn forward(&self, x: &[f32], w: &[f32], bias: &[f32]) -> Vec<f32> {
+    fn forward(&self, x: &[f32], w: &[f32], bias: &[f32], residual: Option<&[f32]>) -> Vec<f32> {
         if let Some(tiles) = self.winograd() {
-            return tiles.forward(x, w, bias, self.b);
+            return tiles.forward(x, w, bias, residual, self.b);
         }
         let (deep, plane, tile) = (self.deep(), self.plane(), self.tile());
         let kernel = Matrix::rows(w, deep);
@@ -161,9 +204,18 @@ impl Shape {
                 }
                 .run(&mut y[first * self.out_w..], plane, kernel, columns);
                 // While it is in the cache.
-                for (line, &bias) in y.chunks_exact_mut(plane).zip(bias) {
-                    let line = &mut line[first * self.out_w..][..n];
-                    line.iter_mut().for_each(|y| *y += bias);
+                for (o, (line, &bias)) in y.chunks_exact_mut(plane).zip(bias).enumerate() {
+                    let at = first * self.out_w;
+                    let line = &mut line[at..][..n];
+                    match residual {
+                        Some(residual) => {
+                            let residual = &residual[(b * self.o + o) * plane + at..];
+                            line.iter_mut()
+                                .zip(residual)
+                                .for_each(|(y, &r)| *y += bias + r);
+                        }
+                        None => line.iter_mut().for_each(|y| *y += bias),
+                    }
                 }
             }
         };
@@ -195,7 +247,7 @@ impl Shape {
                 padding: [kh - 1 - self.padding[0], kw - 1 - self.padding[1]],
                 ..*self
             };
-            return back.forward(grad, &turned, &vec![0.0; self.c]);
+            return back.forward(grad, &turned, &vec![0.0; self.c], None);
         }
         let (deep, plane, tile) = (self.deep(), self.plane(), self.tile());
         let kernel = Matrix::rows(w, deep).turned();

@@ -2,8 +2,8 @@
 //!
 //! [`Cuda`] is what the engine runs on. candle holds the tensors, their memory and their views, cuBLAS multiplies, and
 //! `kernels.cu` does the rest; nothing is computed on the host. All tensors are f32 but those that only products read:
-//! with `dtype: bf16` products (linear maps, attention) take their operands in bf16, convolutions in TF32, and add up in
-//! f32.
+//! with `dtype: bf16` products (linear maps, attention) take their operands in bf16, convolutions in fp16 or TF32, and add
+//! up in f32.
 //! One stream orders everything; the host waits only where it reads results.
 
 mod attention;

@@ -32,6 +32,8 @@ pub struct Convolution {
     pub h: usize,
     /// Width of both.
     pub w: usize,
+    /// 2, where the input is given half as high and wide, and each of its pixels becomes a block of 2 x 2; else 1.
+    pub scale: usize,
 }
 
 impl Convolution {
@@ -40,9 +42,23 @@ impl Convolution {
         self.h * self.w >= 1024 && self.w >= 8 && self.c >= 32 && self.o >= 32
     }
 
-    /// Images x (b, c, h, w) and kernel w (o, c, 3, 3), plus a bias (o) -> (b, o, h, w).
-    pub fn forward(&self, x: &[f32], w: &[f32], bias: &[f32], b: usize) -> Vec<f32> {
-        let Self { c, o, h, w: width } = *self;
+    /// Images x (b, c, h, w) and kernel w (o, c, 3, 3), plus a bias (o) and a residual (b, o, h, w) -> (b, o, h, w).
+    pub fn forward(
+        &self,
+        x: &[f32],
+        w: &[f32],
+        bias: &[f32],
+        residual: Option<&[f32]>,
+        b: usize,
+    ) -> Vec<f32> {
+        let Self {
+            c,
+            o,
+            h,
+            w: width,
+            scale,
+        } = *self;
+        let given = c * (h / scale) * (width / scale);
         let kernel = self.kernel(w);
         let (high, broad) = (h.div_ceil(4), width.div_ceil(4));
         // Rows of tiles are padded to whole vectors.
@@ -58,24 +74,30 @@ impl Convolution {
             }
         }
         pieces.into_par_iter().enumerate().for_each_init(
-            || (Vec::new(), Vec::new()),
-            |(from, to), (i, mut pieces)| {
+            || (Vec::new(), Vec::new(), Vec::new()),
+            |(lines, from, to), (i, mut pieces)| {
                 let (image, first) = (i / bands, i % bands * rows);
                 let n = rows.min(high - first) * row;
                 from.resize(PLACES * c * n, 0.0);
                 to.resize(PLACES * o * n, 0.0);
-                let x = &x[image * c * h * width..][..c * h * width];
-                for (channel, plane) in x.chunks_exact(h * width).enumerate() {
+                let x = &x[image * given..][..given];
+                for (channel, plane) in x.chunks_exact(given / c).enumerate() {
                     self.spread(
                         plane,
                         first,
                         row,
                         n,
                         |place| (place * c + channel) * n,
+                        lines,
                         from,
                     );
                 }
                 for place in 0..PLACES {
+                    // The third part of a transformed tile is a difference of equal pixels.
+                    if scale == 2 && (place / 6 == 2 || place % 6 == 2) {
+                        to[place * o * n..][..o * n].fill(0.0);
+                        continue;
+                    }
                     let kernel = Matrix {
                         data: &kernel[place * c..],
                         row: PLACES * c,
@@ -92,7 +114,10 @@ impl Convolution {
                     product.run(&mut to[place * o * n..][..o * n], n, kernel, columns);
                 }
                 for (channel, (piece, &bias)) in pieces.iter_mut().zip(bias).enumerate() {
-                    self.gather(to, row, n, |place| (place * o + channel) * n, bias, piece);
+                    let at = |place| (place * o + channel) * n;
+                    let start = (image * o + channel) * h * width + 4 * first * width;
+                    let residual = residual.map(|r| &r[start..][..piece.len()]);
+                    self.gather(to, row, n, at, bias, residual, piece);
                 }
             },
         );
@@ -124,6 +149,7 @@ impl Convolution {
     }
 
     /// B^T d B of the tiles of some rows of a plane; `at` says where the tiles of a place begin.
+    #[expect(clippy::too_many_arguments, reason = "one pass over them all")]
     fn spread(
         &self,
         plane: &[f32],
@@ -131,39 +157,38 @@ impl Convolution {
         row: usize,
         n: usize,
         at: impl Fn(usize) -> usize,
+        lines: &mut Vec<f32>,
         to: &mut [f32],
     ) {
         let width = self.w;
-        // A line with a zero before it and zeros behind, and its elements by their column in a tile.
-        let mut line = vec![0.0f32; 4 * row + 2];
-        let mut columns = vec![0.0f32; 6 * row];
-        let mut half = vec![[0.0f32; 8]; 6 * 6 * row / 8];
+        // Six lines, each with a zero before it and zeros behind.
+        let long = 4 * row + 4;
+        lines.clear();
+        lines.resize(6 * long, 0.0);
         for band in 0..n / row {
             let top = 4 * (first + band);
-            for r in 0..6 {
-                line.fill(0.0);
-                if let Some(y) = (top + r).checked_sub(1).filter(|&y| y < self.h) {
-                    line[1..=width].copy_from_slice(&plane[y * width..][..width]);
-                }
-                for (e, column) in columns.chunks_exact_mut(row).enumerate() {
-                    let from = line[e..].iter().step_by(4);
-                    column
-                        .iter_mut()
-                        .zip(from)
-                        .for_each(|(to, &from)| *to = from);
-                }
-                let columns = columns.as_chunks::<8>().0;
-                for j in 0..row / 8 {
-                    let d = std::array::from_fn(|e| wide::load(&columns[e * row / 8 + j]));
-                    for (e, v) in tile_part(d).into_iter().enumerate() {
-                        half[(r * 6 + e) * row / 8 + j] = wide::store(v);
+            for (r, line) in lines.chunks_exact_mut(long).enumerate() {
+                let line = &mut line[1..=width];
+                match (top + r).checked_sub(1).filter(|&y| y < self.h) {
+                    Some(y) if self.scale == 2 => {
+                        let from = &plane[y / 2 * (width / 2)..];
+                        let pairs = line.as_chunks_mut::<2>().0.iter_mut().zip(from);
+                        pairs.for_each(|(pair, &pixel)| *pair = [pixel; 2]);
                     }
+                    Some(y) => line.copy_from_slice(&plane[y * width..][..width]),
+                    None => line.fill(0.0),
                 }
             }
-            for e in 0..6 {
-                for j in 0..row / 8 {
-                    let d = std::array::from_fn(|r| wide::load(&half[(r * 6 + e) * row / 8 + j]));
-                    for (r, v) in tile_part(d).into_iter().enumerate() {
+            for j in 0..row / 8 {
+                let rows: [[Wide; 6]; 6] = std::array::from_fn(|r| {
+                    let line = &lines[r * long + 32 * j..][..36];
+                    let tiles =
+                        |from: usize| wide::apart(line[from..].first_chunk().expect("eight tiles"));
+                    let ([a, b, c, d], [e, f, ..]) = (tiles(0), tiles(4));
+                    tile_part([a, b, c, d, e, f])
+                });
+                for e in 0..6 {
+                    for (r, v) in tile_part(rows.map(|row| row[e])).into_iter().enumerate() {
                         let to = &mut to[at(6 * r + e) + band * row + 8 * j..][..8];
                         to.copy_from_slice(&wide::store(v));
                     }
@@ -172,7 +197,8 @@ impl Convolution {
         }
     }
 
-    /// A^T m A of tiles, plus the bias, into rows of a plane.
+    /// A^T m A of tiles, plus the bias and the residual of the same places, into rows of a plane.
+    #[expect(clippy::too_many_arguments, reason = "one pass over them all")]
     fn gather(
         &self,
         from: &[f32],
@@ -180,12 +206,16 @@ impl Convolution {
         n: usize,
         at: impl Fn(usize) -> usize,
         bias: f32,
+        residual: Option<&[f32]>,
         to: &mut [f32],
     ) {
         let (width, height) = (self.w, to.len() / self.w);
         let bias = wide::splat(bias);
         for band in 0..n / row {
             for j in 0..row / 8 {
+                if 32 * j >= width {
+                    break;
+                }
                 let place = |p: usize| -> Wide {
                     let from = &from[at(p) + band * row + 8 * j..];
                     wide::load(from.first_chunk().expect("whole vectors"))
@@ -194,15 +224,16 @@ impl Convolution {
                     std::array::from_fn(|e| result_part(std::array::from_fn(|r| place(6 * r + e))));
                 let half: [[Wide; 6]; 4] = std::array::from_fn(|y| columns.map(|c| c[y]));
                 for (y, half) in half.into_iter().enumerate().take(height - 4 * band) {
-                    let out = result_part(half).map(|y| wide::store(axpy(1.0, y, bias)));
-                    let line = &mut to[(4 * band + y) * width..][..width];
-                    let Some(line) = line.get_mut(32 * j..) else {
-                        continue;
-                    };
-                    for (t, tile) in line.chunks_mut(4).take(8).enumerate() {
-                        for (x, y) in tile.iter_mut().enumerate() {
-                            *y = out[x][t];
+                    let sums = result_part(half).map(|y| axpy(1.0, y, bias));
+                    let sums = wide::interleaved(sums);
+                    let (start, len) = ((4 * band + y) * width + 32 * j, 32.min(width - 32 * j));
+                    let line = &mut to[start..][..len];
+                    match residual {
+                        Some(residual) => {
+                            let both = line.iter_mut().zip(&residual[start..][..len]);
+                            both.zip(sums).for_each(|((y, &r), sum)| *y = sum + r);
                         }
+                        None => line.copy_from_slice(&sums[..len]),
                     }
                 }
             }
@@ -277,7 +308,29 @@ mod tests {
         ] {
             let (x, kernel) = (noise(1, 0, b * c, h * w), noise(2, 0, o * c, 9));
             let bias = noise(3, 0, 1, o);
-            let found = Convolution { c, o, h, w }.forward(&x, &kernel, &bias, b);
+            let residual = noise(4, 0, b * o, h * w);
+            let tiles = Convolution {
+                c,
+                o,
+                h,
+                w,
+                scale: 1,
+            };
+            let found = tiles.forward(&x, &kernel, &bias, Some(&residual), b);
+            let bare = tiles.forward(&x, &kernel, &bias, None, b);
+            let sums = bare.iter().zip(&residual).map(|(y, r)| y + r);
+            assert!(sums.eq(found.iter().copied()), "a residual is added last");
+            let found = bare;
+            if h % 2 == 0 && w % 2 == 0 {
+                let small = noise(5, 0, b * c, h * w / 4);
+                let pixel =
+                    |i: usize| (i / (h * w) * (h / 2) + i / w % h / 2) * (w / 2) + i % w / 2;
+                let large: Vec<f32> = (0..b * c * h * w).map(|i| small[pixel(i)]).collect();
+                let whole = tiles.forward(&large, &kernel, &bias, None, b);
+                let half = Convolution { scale: 2, ..tiles };
+                let half = half.forward(&small, &kernel, &bias, None, b);
+                assert!(half == whole, "images twice as high and wide");
+            }
             let (mut most, mut error, mut direct) = (0.0f64, 0.0f64, 0.0f64);
             for i in (0..b * o * h * w).step_by(17) {
                 let (image, channel, y, column) =

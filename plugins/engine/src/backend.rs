@@ -225,17 +225,31 @@ pub trait Backend: Sized + Send + Sync + 'static {
         stride: usize,
         padding: [usize; 2],
     ) -> Result<Self::Tensor>;
-    /// [`Backend::conv2d`] plus a bias (o).
+    /// [`Backend::conv2d`] plus a bias (o) and, where there is one, a residual of the result's shape.
     fn conv2d_bias(
         x: &Self::Tensor,
         w: &Self::Tensor,
         bias: &Self::Tensor,
+        residual: Option<&Self::Tensor>,
         stride: usize,
         padding: [usize; 2],
     ) -> Result<Self::Tensor> {
         let y = Self::conv2d(x, w, stride, padding)?;
         let bias = Self::reshape(bias, &[Self::shape(&y)[1], 1, 1])?;
-        Self::binary(&y, &bias, Binary::Add)
+        let y = Self::binary(&y, &bias, Binary::Add)?;
+        match residual {
+            Some(residual) => Self::binary(&y, residual, Binary::Add),
+            None => Ok(y),
+        }
+    }
+    /// [`Backend::conv2d_bias`] with stride 1 of images twice as high and wide ([`upsample2`]).
+    fn conv2d_upsampled(
+        x: &Self::Tensor,
+        w: &Self::Tensor,
+        bias: &Self::Tensor,
+        padding: [usize; 2],
+    ) -> Result<Self::Tensor> {
+        Self::conv2d_bias(&upsample2::<Self>(x)?, w, bias, None, 1, padding)
     }
     /// Gradients of [`Backend::conv2d`] for its input and its kernel; each is computed only when wanted.
     fn conv2d_backward(
@@ -830,6 +844,14 @@ fn unit<B: Backend>(x: &B::Tensor) -> Result<B::Tensor> {
 /// Numbers per head (h) as (h, 1).
 fn of_heads<B: Backend>(x: &B::Tensor) -> Result<B::Tensor> {
     B::reshape(x, &[B::shape(x)[0], 1])
+}
+
+/// Each pixel of (b, c, h, w) becomes a block of 2 x 2 (nearest neighbour): (b, c, 2 h, 2 w).
+pub fn upsample2<B: Backend>(x: &B::Tensor) -> Result<B::Tensor> {
+    let s = B::shape(x);
+    let pixels = B::reshape(x, &[s[0], s[1], s[2], 1, s[3], 1])?;
+    let blocks = B::expand(&pixels, &[s[0], s[1], s[2], 2, s[3], 2])?;
+    B::reshape(&blocks, &[s[0], s[1], 2 * s[2], 2 * s[3]])
 }
 
 fn inverse_rms<B: Backend>(x: &B::Tensor, eps: f64) -> Result<B::Tensor> {

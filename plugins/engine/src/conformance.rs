@@ -92,6 +92,7 @@ pub fn check_rounded<B: Backend>(b: &B, rounding: f64) -> Vec<Case> {
     suite.rounded(Suite::products);
     suite.tables();
     suite.rounded(Suite::convolutions);
+    suite.rounded(Suite::upsampled);
     suite.pools();
     suite.in_place();
     suite.activations();
@@ -490,7 +491,7 @@ impl<B: Backend> Suite<'_, B> {
     }
 
     fn convolutions(&mut self) {
-        let shapes: [([usize; 4], [usize; 4], usize, [usize; 2]); 12] = [
+        let shapes: [([usize; 4], [usize; 4], usize, [usize; 2]); 15] = [
             ([2, 3, 7, 6], [4, 3, 3, 3], 1, [1, 1]),
             ([1, 2, 5, 5], [3, 2, 1, 1], 1, [0, 0]),
             ([2, 3, 8, 8], [5, 3, 3, 3], 2, [1, 1]),
@@ -505,6 +506,10 @@ impl<B: Backend> Suite<'_, B> {
             ([1, 2, 8, 9], [3, 2, 1, 3], 2, [0, 1]),
             // More padding than the kernel reaches over.
             ([1, 2, 4, 5], [3, 2, 1, 2], 1, [2, 1]),
+            // Rows of whole vectors.
+            ([2, 3, 5, 8], [4, 3, 3, 3], 1, [1, 1]),
+            ([1, 2, 3, 24], [3, 2, 3, 3], 1, [1, 1]),
+            ([2, 2, 5, 16], [3, 2, 3, 3], 2, [1, 1]),
         ];
         for (x, w, stride, padding) in shapes {
             let inputs = [
@@ -526,12 +531,49 @@ impl<B: Backend> Suite<'_, B> {
             let bias = Host::random(&[w.shape[0]], 24, -1.0, 1.0);
             let y = host::conv2d(&x, &w, stride, padding);
             let want = Host::build(&y.shape, |i| y.at(i) + bias.at(&[i[1]]));
+            let name = format!("conv2d_bias {:?} {:?}", x.shape, w.shape);
+            let mut inputs = vec![x, w, bias];
+            self.op(&name, &inputs, &want, 256.0, &|x| {
+                B::conv2d_bias(&x[0], &x[1], &x[2], None, stride, padding)
+            });
+            let residual = Host::random(&y.shape, 25, -1.0, 1.0);
+            let want = Host::build(&y.shape, |i| want.at(i) + residual.at(i));
+            inputs.push(residual);
+            self.op(&format!("{name} residual"), &inputs, &want, 256.0, &|x| {
+                B::conv2d_bias(&x[0], &x[1], &x[2], Some(&x[3]), stride, padding)
+            });
+        }
+    }
+
+    fn upsampled(&mut self) {
+        // The last two are large enough for other algorithms.
+        let shapes: [([usize; 4], [usize; 4], [usize; 2]); 7] = [
+            ([2, 3, 4, 3], [4, 3, 3, 3], [1, 1]),
+            ([1, 2, 3, 5], [3, 2, 1, 1], [0, 0]),
+            ([1, 2, 3, 3], [2, 2, 3, 2], [0, 2]),
+            ([2, 3, 3, 4], [2, 3, 3, 3], [1, 1]),
+            ([1, 2, 2, 12], [3, 2, 3, 3], [1, 1]),
+            ([1, 32, 16, 17], [32, 32, 3, 3], [1, 1]),
+            ([2, 32, 19, 15], [33, 32, 3, 3], [1, 1]),
+        ];
+        for (x, w, padding) in shapes {
+            let (x, w) = (
+                Host::random(&x, 26, -1.0, 1.0),
+                Host::random(&w, 27, -1.0, 1.0),
+            );
+            let bias = Host::random(&[w.shape[0]], 28, -1.0, 1.0);
+            let s = &x.shape;
+            let large = Host::build(&[s[0], s[1], 2 * s[2], 2 * s[3]], |i| {
+                x.at(&[i[0], i[1], i[2] / 2, i[3] / 2])
+            });
+            let y = host::conv2d(&large, &w, 1, padding);
+            let want = Host::build(&y.shape, |i| y.at(i) + bias.at(&[i[1]]));
             self.op(
-                &format!("conv2d_bias {:?} {:?}", x.shape, w.shape),
+                &format!("conv2d_upsampled {:?} {:?}", x.shape, w.shape),
                 &[x, w, bias],
                 &want,
-                256.0,
-                &|x| B::conv2d_bias(&x[0], &x[1], &x[2], stride, padding),
+                2048.0,
+                &|x| B::conv2d_upsampled(&x[0], &x[1], &x[2], padding),
             );
         }
     }

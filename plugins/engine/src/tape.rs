@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::backend::{Backend, Binary, Mask, Unary, Window};
+use crate::backend::{Backend, Binary, Mask, Unary, Window, upsample2};
 use crate::error::{Error, Result};
 
 /// Sends the gradient of a node's value to its parents, in their order.
@@ -578,33 +578,51 @@ impl<B: Backend> Var<B> {
         }))
     }
 
-    /// Cross-correlation with a kernel (o, c, kh, kw), plus bias (o); zero padding above and below, left and right.
-    pub fn conv2d(
-        &self,
-        w: &Self,
-        bias: Option<&Self>,
-        stride: usize,
-        padding: [usize; 2],
-    ) -> Result<Self> {
+    /// Cross-correlation with a kernel (o, c, kh, kw); zero padding above and below, left and right.
+    pub fn conv2d(&self, w: &Self, stride: usize, padding: [usize; 2]) -> Result<Self> {
         let (x, kept, want) = (
             self.value.clone(),
             w.value.clone(),
             (self.wants(), w.wants()),
         );
-        let back = move |g: &B::Tensor| B::conv2d_backward(&x, &kept, g, stride, padding, want);
-        let Some(bias) = bias else {
-            let y = B::conv2d(&self.value, &w.value, stride, padding)?;
-            return Ok(Self::from_op(y, &[self, w], move |g| {
-                let (dx, dw) = back(g)?;
-                Ok(vec![dx, dw])
-            }));
-        };
-        let y = B::conv2d_bias(&self.value, &w.value, &bias.value, stride, padding)?;
+        let y = B::conv2d(&self.value, &w.value, stride, padding)?;
+        Ok(Self::from_op(y, &[self, w], move |g| {
+            let (dx, dw) = B::conv2d_backward(&x, &kept, g, stride, padding, want)?;
+            Ok(vec![dx, dw])
+        }))
+    }
+
+    /// The same plus bias (o) and, where there is one, a residual of the result's shape.
+    pub fn conv2d_bias(
+        &self,
+        w: &Self,
+        bias: &Self,
+        residual: Option<&Self>,
+        stride: usize,
+        padding: [usize; 2],
+    ) -> Result<Self> {
+        let y = B::conv2d_bias(
+            &self.value,
+            &w.value,
+            &bias.value,
+            residual.map(|r| &r.value),
+            stride,
+            padding,
+        )?;
+        let (x, kept, want) = (
+            self.value.clone(),
+            w.value.clone(),
+            (self.wants(), w.wants()),
+        );
         let (shape, learnt) = (bias.shape(), bias.wants());
-        Ok(Self::from_op(y, &[self, w, bias], move |g| {
-            let (dx, dw) = back(g)?;
+        let parents: Vec<&Self> = [Some(self), Some(w), Some(bias), residual]
+            .into_iter()
+            .flatten()
+            .collect();
+        Ok(Self::from_op(y, &parents, move |g| {
+            let (dx, dw) = B::conv2d_backward(&x, &kept, g, stride, padding, want)?;
             let sum = || B::reshape(&B::sum(g, &[0, 2, 3])?, &shape);
-            Ok(vec![dx, dw, learnt.then(sum).transpose()?])
+            Ok(vec![dx, dw, learnt.then(sum).transpose()?, Some(g.clone())])
         }))
     }
 
@@ -618,12 +636,29 @@ impl<B: Backend> Var<B> {
         ))
     }
 
-    /// Each pixel of (b, c, h, w) becomes a 2 x 2 block (nearest neighbour).
-    pub fn upsample2(&self) -> Result<Self> {
-        let s = self.shape();
-        self.reshape(&[s[0], s[1], s[2], 1, s[3], 1])?
-            .expand(&[s[0], s[1], s[2], 2, s[3], 2])?
-            .reshape(&[s[0], s[1], 2 * s[2], 2 * s[3]])
+    /// [`Var::conv2d_bias`] with stride 1 of images twice as high and wide, each pixel a block of 2 x 2 (nearest neighbour).
+    /// The backward pass enlarges again instead of keeping what is four times as large.
+    pub fn conv2d_upsampled(&self, w: &Self, bias: &Self, padding: [usize; 2]) -> Result<Self> {
+        let y = B::conv2d_upsampled(&self.value, &w.value, &bias.value, padding)?;
+        let (x, kept, want) = (
+            self.value.clone(),
+            w.value.clone(),
+            (self.wants(), w.wants()),
+        );
+        let (s, shape, learnt) = (self.shape(), bias.shape(), bias.wants());
+        Ok(Self::from_op(y, &[self, w, bias], move |g| {
+            let (dx, dw) = B::conv2d_backward(&upsample2::<B>(&x)?, &kept, g, 1, padding, want)?;
+            let sum = |dx| {
+                let blocks = B::reshape(&dx, &[s[0], s[1], s[2], 2, s[3], 2])?;
+                B::reshape(&B::sum(&blocks, &[3, 5])?, &s)
+            };
+            let db = || B::reshape(&B::sum(g, &[0, 2, 3])?, &shape);
+            Ok(vec![
+                dx.map(sum).transpose()?,
+                dw,
+                learnt.then(db).transpose()?,
+            ])
+        }))
     }
 
     /// silu(a) * b where the last dimension holds a then b.

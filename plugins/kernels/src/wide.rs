@@ -1,7 +1,7 @@
 //! Eight floats at a time, for the kernels in which many sums stay in registers: the compiler keeps those of
 //! [`crate::lanes`] there only while they are few.
 
-pub use instructions::{Wide, ZERO, load, load_half, mul_add, splat, store};
+pub use instructions::{Wide, ZERO, apart, interleaved, load, load_half, mul_add, splat, store};
 
 /// Two times eight.
 #[inline(always)]
@@ -71,6 +71,56 @@ mod instructions {
         // SAFETY: eight floats either way.
         unsafe { std::mem::transmute(x) }
     }
+
+    /// The first of each of four, then the second of each, and so on.
+    #[inline(always)]
+    pub fn interleaved([a, b, c, d]: [Wide; 4]) -> [f32; 32] {
+        // SAFETY: AVX is there, as this module is only compiled with it; thirty-two floats either way.
+        unsafe {
+            let (p, q) = (_mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, d));
+            let (r, s) = (_mm256_unpackhi_ps(a, b), _mm256_unpackhi_ps(c, d));
+            let (w, x) = (
+                _mm256_shuffle_ps::<0x44>(p, q),
+                _mm256_shuffle_ps::<0xee>(p, q),
+            );
+            let (y, z) = (
+                _mm256_shuffle_ps::<0x44>(r, s),
+                _mm256_shuffle_ps::<0xee>(r, s),
+            );
+            std::mem::transmute([
+                _mm256_permute2f128_ps::<0x20>(w, x),
+                _mm256_permute2f128_ps::<0x20>(y, z),
+                _mm256_permute2f128_ps::<0x31>(w, x),
+                _mm256_permute2f128_ps::<0x31>(y, z),
+            ])
+        }
+    }
+
+    /// The inverse: every fourth element, from each of the first four on.
+    #[inline(always)]
+    pub fn apart(x: &[f32; 32]) -> [Wide; 4] {
+        let (x, _) = x.as_chunks::<8>();
+        let [k, l, m, n] = [0, 1, 2, 3].map(|i| load(&x[i]));
+        // SAFETY: AVX is there, as this module is only compiled with it.
+        unsafe {
+            let (w, x) = (
+                _mm256_permute2f128_ps::<0x20>(k, m),
+                _mm256_permute2f128_ps::<0x31>(k, m),
+            );
+            let (y, z) = (
+                _mm256_permute2f128_ps::<0x20>(l, n),
+                _mm256_permute2f128_ps::<0x31>(l, n),
+            );
+            let (p, q) = (_mm256_unpacklo_ps(w, x), _mm256_unpacklo_ps(y, z));
+            let (r, s) = (_mm256_unpackhi_ps(w, x), _mm256_unpackhi_ps(y, z));
+            [
+                _mm256_shuffle_ps::<0x44>(p, q),
+                _mm256_shuffle_ps::<0xee>(p, q),
+                _mm256_shuffle_ps::<0x44>(r, s),
+                _mm256_shuffle_ps::<0xee>(r, s),
+            ]
+        }
+    }
 }
 
 /// The same in plain loops.
@@ -116,5 +166,32 @@ mod instructions {
     #[inline(always)]
     pub fn store(x: Wide) -> [f32; 8] {
         x
+    }
+
+    /// The first of each of four, then the second of each, and so on.
+    #[inline(always)]
+    pub fn interleaved(x: [Wide; 4]) -> [f32; 32] {
+        std::array::from_fn(|i| x[i % 4][i / 4])
+    }
+
+    /// The inverse: every fourth element, from each of the first four on.
+    #[inline(always)]
+    pub fn apart(x: &[f32; 32]) -> [Wide; 4] {
+        std::array::from_fn(|e| std::array::from_fn(|t| x[4 * t + e]))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_taken_apart_is_interleaved_again() {
+        let x: [f32; 32] = std::array::from_fn(|i| i as f32);
+        let parts = apart(&x);
+        for (e, part) in parts.into_iter().enumerate() {
+            assert_eq!(store(part), std::array::from_fn(|t| (4 * t + e) as f32));
+        }
+        assert_eq!(interleaved(parts), x);
     }
 }

@@ -262,10 +262,22 @@ impl Backend for Libtorch {
         x.with(convolved(x, w, NONE, stride, padding))
     }
 
-    fn conv2d_bias(x: &T, w: &T, bias: &T, stride: usize, padding: [usize; 2]) -> Result<T> {
+    fn conv2d_bias(
+        x: &T,
+        w: &T,
+        bias: &T,
+        residual: Option<&T>,
+        stride: usize,
+        padding: [usize; 2],
+    ) -> Result<T> {
         let bias = bias.wide().and_then(|bias| bias.f_reshape([-1]));
         let bias = bias.map_err(failed)?;
-        x.with(convolved(x, w, Some(&bias), stride, padding))
+        let y = convolved(x, w, Some(&bias), stride, padding);
+        // In place: nobody else has seen the result.
+        x.with(match residual {
+            Some(residual) => y.and_then(|mut y| y.f_add_(&residual.inner)),
+            None => y,
+        })
     }
 
     fn conv2d_backward(

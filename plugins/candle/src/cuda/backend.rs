@@ -332,6 +332,25 @@ impl Backend for Cuda {
         Ok(x.like(convolution::conv2d(x, w, stride, padding)?))
     }
 
+    fn conv2d_bias(
+        x: &T,
+        w: &T,
+        bias: &T,
+        residual: Option<&T>,
+        stride: usize,
+        padding: [usize; 2],
+    ) -> Result<T> {
+        let y = convolution::conv2d(x, w, stride, padding)?;
+        convolution::add_(&y, bias, residual)?;
+        Ok(x.like(y))
+    }
+
+    fn conv2d_upsampled(x: &T, w: &T, bias: &T, padding: [usize; 2]) -> Result<T> {
+        let y = convolution::conv2d_upsampled(x, w, padding)?;
+        convolution::add_(&y, bias, None)?;
+        Ok(x.like(y))
+    }
+
     fn conv2d_backward(
         x: &T,
         w: &T,

@@ -1,7 +1,10 @@
 //! Convolutions as products: the pixels under each window are laid out as a matrix, a few images at a time.
 //!
-//! `dtype: bf16` rounds operands to TF32 here: a decoder is some forty convolutions deep, and with bf16 its images would be
-//! off by a twentieth of their range.
+//! `dtype: bf16` means more precise operands here: a decoder is some forty convolutions deep, and with bf16 its images would
+//! be off by a twentieth of their range. Windows and kernels become fp16, with a significand as long as TF32's in half the
+//! bytes, and reading and writing windows is most of what a convolution costs. What is beyond fp16's range becomes its ends
+//! (65504), and a weight below 6e-5 is off by up to 3e-8. Gradients may all be as small as that, so the backward pass takes
+//! TF32, and so does a kernel of one pixel, whose windows are the images as they are.
 
 use candle_core::DType;
 use retort_engine::error::{Error, Result};
@@ -9,7 +12,7 @@ use retort_engine::error::{Error, Result};
 use crate::cuda::backend::fill;
 use crate::cuda::launch::{Slide, blocks, launch};
 use crate::cuda::product::{Single, product_into};
-use crate::cuda::tensor::{Raw, Tensor, device, fresh, pointer};
+use crate::cuda::tensor::{Raw, Tensor, convert, device, fresh, pointer};
 use crate::failed;
 
 /// Elements of the matrix of windows that are in memory at once.
@@ -23,12 +26,19 @@ struct Sizes {
     slide: Slide,
     /// Whether a window is a pixel and the images are their own matrix.
     pixels: bool,
+    /// Whether windows of 3 x 3 keep the size of the image.
+    same: bool,
     /// Images at a time.
     some: usize,
 }
 
 impl Sizes {
     fn new(x: &Raw, w: &Raw, stride: usize, padding: [usize; 2]) -> Result<Self> {
+        Self::scaled(x, w, stride, padding, 1)
+    }
+
+    /// The same of images that become `scale` times as high and wide first.
+    fn scaled(x: &Raw, w: &Raw, stride: usize, padding: [usize; 2], scale: usize) -> Result<Self> {
         let (images, channels, high, wide) = x.dims4().map_err(failed)?;
         let (_, input, kh, kw) = w.dims4().map_err(failed)?;
         if channels != input || stride == 0 {
@@ -38,14 +48,16 @@ impl Sizes {
                 w.dims()
             )));
         }
-        let slide = Slide::new([high, wide], [kh, kw], stride, padding);
+        let slide = Slide::new([high, wide].map(|n| scale * n), [kh, kw], stride, padding);
+        let slide = if scale == 2 { slide.halved() } else { slide };
         let [oh, ow] = slide.windows();
         let window = channels * kh * kw;
         Ok(Self {
             images,
             window,
             slide,
-            pixels: kh * kw == 1 && stride == 1 && padding == [0, 0],
+            pixels: kh * kw * stride * scale == 1 && padding == [0, 0],
+            same: [kh, kw, stride] == [3, 3, 1] && padding == [1, 1],
             some: (UNFOLDED / (window * oh * ow).max(1)).clamp(1, images.max(1)),
         })
     }
@@ -61,31 +73,37 @@ impl Sizes {
             .map(|first| (first, self.some.min(self.images - first)))
     }
 
-    /// Windows of row-major images (b, c, h, w): (b, c kh kw, windows).
-    fn unfold(&self, x: &Raw) -> Result<Raw> {
+    /// Windows of row-major images (b, c, h, w) in f32 or fp16: (b, c kh kw, windows).
+    fn unfold(&self, x: &Raw, dtype: DType) -> Result<Raw> {
         let b = x.dims()[0];
         let shape = [b, self.window, self.area()];
         if self.pixels {
             return x.reshape(&shape[..]).map_err(failed);
         }
         let device = device(x)?;
-        let to = fresh(&device, &shape, DType::F32)?;
-        let (name, n) = match self.slide.windows()[1] % 4 {
-            0 => ("unfold_four", to.elem_count() / 4),
-            _ => ("unfold_one", to.elem_count()),
+        let to = fresh(&device, &shape, dtype)?;
+        let (all, row, from) = (to.elem_count(), self.slide.windows()[1], pointer(x)?);
+        let (name, n) = match dtype {
+            DType::F16 if row % 8 == 0 && self.same && from.is_multiple_of(16) => {
+                ("unfold_3x3_f16", all / 72)
+            }
+            DType::F16 if row % 8 == 0 => ("unfold_eight_f16", all / 8),
+            DType::F16 => ("unfold_one_f16", all),
+            _ if row % 4 == 0 => ("unfold_four_f32", all / 4),
+            _ => ("unfold_one_f32", all),
         };
         launch!(
             device,
             name,
             blocks(n)?,
             0,
-            [n as u32, self.slide, pointer(x)?, pointer(&to)?]
+            [n as u32, self.slide, from, pointer(&to)?]
         )?;
         Ok(to)
     }
 }
 
-/// What a convolution of images does to its operands.
+/// What a convolution of images does to operands in f32.
 fn rounding(x: &Tensor) -> Single {
     match x.half {
         true => Single::Tf32,
@@ -95,20 +113,67 @@ fn rounding(x: &Tensor) -> Single {
 
 /// (b, c, h, w) with (o, c, kh, kw) -> (b, o, h', w').
 pub fn conv2d(x: &Tensor, w: &Tensor, stride: usize, padding: [usize; 2]) -> Result<Raw> {
-    let (images, sizes) = (x.single()?, Sizes::new(&x.raw, &w.raw, stride, padding)?);
-    let o = w.raw.dims()[0];
+    convolved(x, w, &Sizes::new(&x.raw, &w.raw, stride, padding)?)
+}
+
+/// Stride 1 and images twice as high and wide, which are never in memory.
+pub fn conv2d_upsampled(x: &Tensor, w: &Tensor, padding: [usize; 2]) -> Result<Raw> {
+    convolved(x, w, &Sizes::scaled(&x.raw, &w.raw, 1, padding, 2)?)
+}
+
+fn convolved(x: &Tensor, w: &Tensor, sizes: &Sizes) -> Result<Raw> {
+    let (images, o) = (x.single()?, w.raw.dims()[0]);
     let [oh, ow] = sizes.slide.windows();
-    let kernel = w.single()?.reshape((o, sizes.window)).map_err(failed)?;
+    let dtype = match x.half && !sizes.pixels {
+        true => DType::F16,
+        false => DType::F32,
+    };
+    let kernel = convert(&w.single()?, dtype)?;
+    let kernel = kernel.reshape((o, sizes.window)).map_err(failed)?;
     let to = fresh(&device(&images)?, &[sizes.images, o, oh * ow], DType::F32)?;
     if to.elem_count() > 0 {
         for (first, count) in sizes.parts() {
             let part = |x: &Raw| x.narrow(0, first, count).map_err(failed);
-            let windows = sizes.unfold(&part(&images)?)?;
+            let windows = sizes.unfold(&part(&images)?, dtype)?;
             let to = part(&to)?;
             product_into(&kernel, &windows, false, false, &to, 0.0, rounding(x))?;
         }
     }
     to.reshape((sizes.images, o, oh, ow)).map_err(failed)
+}
+
+/// Adds a bias (o) and, where there is one, a residual of the same shape to row-major images (b, o, h, w).
+pub fn add_(y: &Raw, bias: &Tensor, residual: Option<&Tensor>) -> Result<()> {
+    let (_, o, h, w) = y.dims4().map_err(failed)?;
+    let (bias, residual) = (bias.single()?, residual.map(Tensor::single).transpose()?);
+    let fits = |residual: &Raw| residual.dims() == y.dims();
+    if bias.elem_count() != o || !residual.as_ref().is_none_or(fits) {
+        return Err(Error::Backend(format!(
+            "convolution: a bias {:?} and a residual {:?} to add to {:?}",
+            bias.dims(),
+            residual.as_ref().map(|x| x.dims()),
+            y.dims()
+        )));
+    }
+    let start = residual.as_ref().map_or(Ok(0), pointer)?;
+    let (name, n) = match h * w % 4 == 0 && start.is_multiple_of(16) {
+        true => ("plus_four", y.elem_count() / 4),
+        false => ("plus_one", y.elem_count()),
+    };
+    launch!(
+        device(y)?,
+        name,
+        blocks(n)?,
+        0,
+        [
+            n as u32,
+            (h * w) as u32,
+            o as u32,
+            pointer(&bias)?,
+            start,
+            pointer(y)?
+        ]
+    )
 }
 
 /// Gradients for the images and for the kernel.
@@ -151,7 +216,7 @@ pub fn conv2d_backward(
             )?;
         }
         if let Some(dw) = &dw {
-            let windows = sizes.unfold(&part(&images)?)?;
+            let windows = sizes.unfold(&part(&images)?, DType::F32)?;
             for image in 0..count {
                 let one = |x: &Raw| x.get(image).map_err(failed);
                 let (g, windows) = (one(&g)?, one(&windows)?);

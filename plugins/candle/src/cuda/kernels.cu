@@ -44,6 +44,33 @@ __device__ inline void put(bf16& to, float x) {
     to.bits = number ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : 0x7fffu;
 }
 
+// IEEE's half: ten bits of a significand as TF32 has, but five of an exponent.
+struct fp16 {
+    unsigned short bits;
+};
+
+// To the nearest, the even one of two. Numbers beyond the range become its ends; below 6e-5 the step is 6e-8.
+__device__ inline void put(fp16& to, float x) {
+    float size = fabsf(x);
+    if (size > 65504.0f && size < INFINITY) x = x > 0.0f ? 65504.0f : -65504.0f;
+#ifndef EMULATED
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+#else
+    unsigned all = __float_as_uint(x), bits = all & 0x7fffffffu;
+    if (bits > 0x7f800000u) {
+        bits = 0x7fffu;
+    } else if (bits == 0x7f800000u) {
+        bits = 0x7c00u;
+    } else if (bits < 0x38800000u) {
+        // One half has the step of what is below 2^-14 as its last bit.
+        bits = __float_as_uint(__uint_as_float(bits) + 0.5f) - 0x3f000000u;
+    } else {
+        bits = (bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u)) >> 13;
+    }
+    to.bits = (unsigned short)(bits | (all >> 16 & 0x8000u));
+#endif
+}
+
 __device__ inline float lowest() { return -INFINITY; }
 
 // The elements that this thread is to look at.
@@ -144,6 +171,7 @@ template <class From, class To> __device__ void copy_four(unsigned n, const Plac
     KERNEL(copy_four_##name, unsigned n, Places p, const From* from, To* to) { copy_four(n, p, from, to); }
 COPY(f32_f32, float, float)
 COPY(f32_bf16, float, bf16)
+COPY(f32_f16, float, fp16)
 COPY(bf16_f32, bf16, float)
 COPY(bf16_bf16, bf16, bf16)
 COPY(u32_u32, unsigned, unsigned)
@@ -713,31 +741,93 @@ struct Slide {
     unsigned stride;
     unsigned ph, pw;       // pixels beyond the image on each side
     unsigned oh, ow;       // windows
+    unsigned halvings;     // how often both sides are halved in memory, where each pixel stands for a block
+};
+
+// Adjacent elements that a thread writes at once.
+template <class T, unsigned N> struct alignas(N * sizeof(T)) Some {
+    T of[N];
 };
 
 // The pixels under each window, zero beyond the image: (c, h, w) -> (c, kh, kw, oh, ow), for every image.
 // A thread takes adjacent windows of a row.
-template <class Some> __device__ void unfold(unsigned n, const Slide& s, const float* x, Some* to) {
-    constexpr unsigned SOME = sizeof(Some) / sizeof(float);
+template <class T, unsigned N> __device__ void unfold(unsigned n, const Slide& s, const float* x, Some<T, N>* to) {
     EACH(i, n) {
-        unsigned per_row = s.ow / SOME, rest = i / per_row, first = i % per_row * SOME;
+        unsigned per_row = s.ow / N, rest = i / per_row, first = i % per_row * N;
         unsigned row = rest % s.oh;
         rest /= s.oh;
         unsigned kx = rest % s.kw;
         rest /= s.kw;
         unsigned ky = rest % s.kh, plane = rest / s.kh;
         int y = (int)(row * s.stride + ky) - (int)s.ph, v = (int)(first * s.stride + kx) - (int)s.pw;
-        const float* from = x + ((size_t)plane * s.h + y) * s.w;
-        Some all;
-        for (unsigned e = 0; e < SOME; ++e, v += s.stride) {
+        const float* from = x + ((size_t)plane * (s.h >> s.halvings) + (y >> s.halvings)) * (s.w >> s.halvings);
+        Some<T, N> all;
+        for (unsigned e = 0; e < N; ++e, v += s.stride) {
             bool inside = y >= 0 && y < (int)s.h && v >= 0 && v < (int)s.w;
-            ((float*)&all)[e] = inside ? from[v] : 0.0f;
+            put(all.of[e], inside ? from[v >> s.halvings] : 0.0f);
         }
         to[i] = all;
     }
 }
-KERNEL(unfold_one, unsigned n, Slide s, const float* x, float* to) { unfold(n, s, x, to); }
-KERNEL(unfold_four, unsigned n, Slide s, const float* x, Four<float>* to) { unfold(n, s, x, to); }
+KERNEL(unfold_one_f32, unsigned n, Slide s, const float* x, Some<float, 1>* to) { unfold(n, s, x, to); }
+KERNEL(unfold_four_f32, unsigned n, Slide s, const float* x, Some<float, 4>* to) { unfold(n, s, x, to); }
+KERNEL(unfold_one_f16, unsigned n, Slide s, const float* x, Some<fp16, 1>* to) { unfold(n, s, x, to); }
+KERNEL(unfold_eight_f16, unsigned n, Slide s, const float* x, Some<fp16, 8>* to) { unfold(n, s, x, to); }
+
+// The same where windows of 3 x 3 keep the size of the image, as most do. A thread reads what lies under eight adjacent
+// windows once, and writes it to all nine places.
+KERNEL(unfold_3x3_f16, unsigned n, Slide s, const float* x, Some<fp16, 8>* to) {
+    EACH(i, n) {
+        unsigned per_row = s.w / 8, column = i % per_row, row = i / per_row % s.h, plane = i / per_row / s.h;
+        size_t area = per_row * s.h, own = 9 * plane * area + row * per_row + column;
+        unsigned wide = s.w >> s.halvings, read = 8 >> s.halvings;
+        for (unsigned ky = 0; ky < 3; ++ky) {
+            unsigned y = row + ky - 1;
+            float line[10] = {};
+            if (y < s.h) {
+                const float* from = x + ((size_t)plane * (s.h >> s.halvings) + (y >> s.halvings)) * wide + column * read;
+                Four<float> four = *(const Four<float>*)from;
+                if (s.halvings) {
+                    for (unsigned e = 0; e < 8; ++e) line[1 + e] = four.of[e / 2];
+                } else {
+                    for (unsigned e = 0; e < 4; ++e) line[1 + e] = four.of[e];
+                    four = *(const Four<float>*)(from + 4);
+                    for (unsigned e = 0; e < 4; ++e) line[5 + e] = four.of[e];
+                }
+                if (column > 0) line[0] = from[-1];
+                if (column + 1 < per_row) line[9] = from[read];
+            }
+            fp16 rounded[10];
+            for (unsigned e = 0; e < 10; ++e) put(rounded[e], line[e]);
+            for (unsigned kx = 0; kx < 3; ++kx) {
+                Some<fp16, 8> all;
+                for (unsigned e = 0; e < 8; ++e) all.of[e] = rounded[e + kx];
+                to[own + (3 * ky + kx) * area] = all;
+            }
+        }
+    }
+}
+
+// Adds to images (b, o, area) a number for each of o and, where there is one, a residual of their size.
+template <unsigned N>
+__device__ void plus(unsigned n, unsigned area, unsigned o, const float* bias, const Some<float, N>* residual,
+                     Some<float, N>* to) {
+    EACH(i, n) {
+        float b = bias[i / (area / N) % o];
+        Some<float, N> y = to[i], r = {};
+        if (residual) r = residual[i];
+        for (unsigned e = 0; e < N; ++e) y.of[e] += b + r.of[e];
+        to[i] = y;
+    }
+}
+KERNEL(plus_one, unsigned n, unsigned area, unsigned o, const float* bias, const Some<float, 1>* residual,
+       Some<float, 1>* to) {
+    plus(n, area, o, bias, residual, to);
+}
+KERNEL(plus_four, unsigned n, unsigned area, unsigned o, const float* bias, const Some<float, 4>* residual,
+       Some<float, 4>* to) {
+    plus(n, area, o, bias, residual, to);
+}
 
 // Adjoint: each pixel gathers what lies over it.
 KERNEL(fold, unsigned n, Slide s, const float* g, float* to) {

@@ -211,6 +211,7 @@ pub struct Slide {
     pw: u32,
     oh: u32,
     ow: u32,
+    halvings: u32,
 }
 
 // SAFETY: as above.
@@ -237,6 +238,15 @@ impl Slide {
             pw: padding[1] as u32,
             oh: count(0),
             ow: count(1),
+            halvings: 0,
+        }
+    }
+
+    /// The same over images that lie in memory half as high and wide, each pixel for a block of 2 x 2.
+    pub fn halved(self) -> Self {
+        Self {
+            halvings: 1,
+            ..self
         }
     }
 

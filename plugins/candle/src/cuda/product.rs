@@ -1,4 +1,4 @@
-//! Products of matrices by cuBLAS: operands in f32 or bf16, sums in f32, results in either.
+//! Products of matrices by cuBLAS: operands in f32, bf16 or fp16, sums in f32, results in f32 or bf16.
 
 use std::ffi::c_void;
 
@@ -167,6 +167,7 @@ fn multiply(
     };
     let kind = |dtype: DType| match dtype {
         DType::BF16 => sys::cudaDataType_t::CUDA_R_16BF,
+        DType::F16 => sys::cudaDataType_t::CUDA_R_16F,
         _ => sys::cudaDataType_t::CUDA_R_32F,
     };
     let sums = match (a.dtype, single) {

@@ -87,6 +87,7 @@ pub fn pointer(x: &Raw) -> Result<u64> {
     match &storage.slice {
         CudaStorageSlice::F32(slice) => Ok(start(slice, offset)),
         CudaStorageSlice::BF16(slice) => Ok(start(slice, offset)),
+        CudaStorageSlice::F16(slice) => Ok(start(slice, offset)),
         CudaStorageSlice::U32(slice) => Ok(start(slice, offset)),
         CudaStorageSlice::F64(slice) => Ok(start(slice, offset)),
         _ => Err(Error::Internal(format!(
@@ -106,6 +107,7 @@ pub fn fresh(device: &CudaDevice, shape: &[usize], dtype: DType) -> Result<Raw> 
     let n = shape.iter().product();
     let storage = match dtype {
         DType::BF16 => made::<half::bf16>(device, n)?,
+        DType::F16 => made::<half::f16>(device, n)?,
         DType::U32 => made::<u32>(device, n)?,
         _ => made::<f32>(device, n)?,
     };
@@ -168,6 +170,7 @@ pub fn copy(from: &Raw, to: &Raw) -> Result<()> {
     let [single, four] = match (from.dtype(), to.dtype()) {
         (DType::F32, DType::F32) => ["copy_f32_f32", "copy_four_f32_f32"],
         (DType::F32, DType::BF16) => ["copy_f32_bf16", "copy_four_f32_bf16"],
+        (DType::F32, DType::F16) => ["copy_f32_f16", "copy_four_f32_f16"],
         (DType::BF16, DType::F32) => ["copy_bf16_f32", "copy_four_bf16_f32"],
         (DType::BF16, DType::BF16) => ["copy_bf16_bf16", "copy_four_bf16_bf16"],
         (DType::U32, DType::U32) => ["copy_u32_u32", "copy_four_u32_u32"],

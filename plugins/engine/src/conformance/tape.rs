@@ -108,7 +108,6 @@ impl<B: Backend> Suite<'_, B> {
         self.slope("max_pool2d", std::slice::from_ref(&image), &|p| {
             p[0].max_pool2d(window)
         });
-        self.slope("upsample2", &[image], &|p| p[0].upsample2());
     }
 
     pub(super) fn tape_of_products(&mut self) {
@@ -132,8 +131,16 @@ impl<B: Backend> Suite<'_, B> {
         let image = Host::random(&[2, 4, 5, 5], 61, -1.0, 1.0);
         let kernel = Host::random(&[3, 4, 3, 3], 64, -0.5, 0.5);
         let bias = Host::random(&[3], 65, -1.0, 1.0);
-        self.slope("conv2d", &[image, kernel, bias], &|p| {
-            p[0].conv2d(&p[1], Some(&p[2]), 2, [1, 0])
+        self.slope("conv2d", &[image.clone(), kernel.clone()], &|p| {
+            p[0].conv2d(&p[1], 2, [1, 0])
+        });
+        let three = [image.clone(), kernel.clone(), bias.clone()];
+        self.slope("conv2d_upsampled", &three, &|p| {
+            p[0].conv2d_upsampled(&p[1], &p[2], [1, 0])
+        });
+        let residual = Host::random(&[2, 3, 3, 2], 63, -1.0, 1.0);
+        self.slope("conv2d_bias", &[image, kernel, bias, residual], &|p| {
+            p[0].conv2d_bias(&p[1], &p[2], Some(&p[3]), 2, [1, 0])
         });
 
         let qkv = [66, 67, 68].map(|seed| Host::random(&[2, 5, 2, 4], seed, -1.0, 1.0));

@@ -110,9 +110,24 @@ impl<B: Backend> Conv<B> {
 
     /// (b, input, h, w) -> (b, output, h', w')
     pub(super) fn forward(&self, x: &Var<B>) -> Result<Var<B>> {
-        x.conv2d(
+        self.run(x, None)
+    }
+
+    /// The same plus a residual of the result's shape.
+    fn forward_plus(&self, x: &Var<B>, residual: &Var<B>) -> Result<Var<B>> {
+        self.run(x, Some(residual))
+    }
+
+    /// The same of images twice as high and wide, where the kernel keeps the size.
+    fn forward_upsampled(&self, x: &Var<B>) -> Result<Var<B>> {
+        x.conv2d_upsampled(&self.weight, &self.bias, [self.padding; 2])
+    }
+
+    fn run(&self, x: &Var<B>, residual: Option<&Var<B>>) -> Result<Var<B>> {
+        x.conv2d_bias(
             &self.weight,
-            Some(&self.bias),
+            &self.bias,
+            residual,
             self.stride,
             [self.padding; 2],
         )
@@ -172,10 +187,10 @@ impl<B: Backend> ResBlock<B> {
 
     fn forward(&self, x: &Var<B>) -> Result<Var<B>> {
         let y = self.conv1.forward(&self.norm1.silu(x)?)?;
-        let y = self.conv2.forward(&self.norm2.silu(&y)?)?;
+        let y = self.norm2.silu(&y)?;
         match &self.shortcut {
-            Some(conv) => conv.forward(x)?.add(&y),
-            None => x.add(&y),
+            Some(conv) => self.conv2.forward_plus(&y, &conv.forward(x)?),
+            None => self.conv2.forward_plus(&y, x),
         }
     }
 }
@@ -245,7 +260,7 @@ impl<B: Backend> AttnBlock<B> {
         let weights = q.affine(scale, 0.0)?.matmul(&k, true)?.softmax()?;
         let y = weights.matmul(&v, false)?; // (b, h w, c)
         let y = y.permute(&[0, 2, 1])?.reshape(&s)?;
-        x.add(&self.proj_out.forward(&y)?)
+        self.proj_out.forward_plus(&y, x)
     }
 }
 
@@ -421,7 +436,7 @@ impl<B: Backend> Decoder<B> {
         for level in &self.levels {
             x = level.forward(&x)?;
             if let Some(conv) = &level.resize {
-                x = conv.forward(&x.upsample2()?)?;
+                x = conv.forward_upsampled(&x)?;
             }
         }
         self.conv_out.forward(&self.norm_out.silu(&x)?)

@@ -204,7 +204,7 @@ impl<B: Backend> Unit<B> {
     }
 
     fn forward(&self, x: &Var<B>) -> Result<Var<B>> {
-        x.conv2d(&self.weight, Some(&self.bias), self.stride, self.padding)?
+        x.conv2d_bias(&self.weight, &self.bias, None, self.stride, self.padding)?
             .unary(Unary::Relu)
     }
 }
@@ -415,7 +415,7 @@ fn neighbours<B: Backend>(x: &Var<B>) -> Result<Var<B>> {
     let share = Var::constant(B::floats_beside(x.value(), &share, &[h, w])?);
     // Each channel is an image of its own.
     x.reshape(&[s[0] * s[1], 1, h, w])?
-        .conv2d(&ones, None, 1, [1, 1])?
+        .conv2d(&ones, 1, [1, 1])?
         .mul(&share)?
         .reshape(&s)
 }

@@ -121,7 +121,7 @@ impl<B: Backend> Lpips<B> {
             }
             for (weight, bias) in convolutions {
                 x = x
-                    .conv2d(weight, Some(bias), 1, [1, 1])?
+                    .conv2d_bias(weight, bias, None, 1, [1, 1])?
                     .unary(Unary::Relu)?;
             }
             maps.push(unit(&x)?);

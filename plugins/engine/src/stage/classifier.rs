@@ -123,8 +123,9 @@ impl<B: Backend> Net<B> {
     pub fn features(&self, images: &Var<B>) -> Result<Var<B>> {
         let mut x = images.clone();
         for (i, (weight, bias)) in self.convs.iter().enumerate() {
+            let stride = if i == 0 { 1 } else { 2 };
             x = x
-                .conv2d(weight, Some(bias), if i == 0 { 1 } else { 2 }, [1, 1])?
+                .conv2d_bias(weight, bias, None, stride, [1, 1])?
                 .unary(Unary::Silu)?;
         }
         let s = x.shape();
