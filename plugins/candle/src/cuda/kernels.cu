@@ -96,22 +96,16 @@ __device__ inline void both(const Places& p, unsigned i, long long& a, long long
     }
 }
 
-// Adjacent elements that one instruction reads or writes.
-template <class T> struct alignas(4 * sizeof(T)) Four {
-    T of[4];
+// Adjacent elements that a thread reads or writes at once.
+template <class T, unsigned N> struct alignas(N * sizeof(T)) Some {
+    T of[N];
 };
 
-// One, or four in one.
-template <class V> constexpr unsigned many = sizeof(V) / sizeof(float);
-template <class V> __device__ inline float& nth(V& x, unsigned e) { return ((float*)&x)[e]; }
-template <class V> __device__ inline V load(const float* x) { return *(const V*)x; }
-__device__ inline void store(float* to, float x) { *to = x; }
-__device__ inline void store(bf16* to, float x) { put(*to, x); }
-__device__ inline void store(float* to, const Four<float>& x) { *(Four<float>*)to = x; }
-__device__ inline void store(bf16* to, const Four<float>& x) {
-    Four<bf16> y;
-    for (int e = 0; e < 4; ++e) put(y.of[e], x.of[e]);
-    *(Four<bf16>*)to = y;
+template <unsigned N> __device__ inline Some<float, N> load(const float* x) { return *(const Some<float, N>*)x; }
+template <class T, unsigned N> __device__ inline void store(T* to, const Some<float, N>& x) {
+    Some<T, N> y;
+    for (unsigned e = 0; e < N; ++e) put(y.of[e], x.of[e]);
+    *(Some<T, N>*)to = y;
 }
 
 struct Add {
@@ -160,10 +154,10 @@ template <class From, class To> __device__ void copy_four(unsigned n, const Plac
     EACH(i, n) {
         long long a, b;
         both(p, i, a, b);
-        Four<From> x = *(const Four<From>*)(from + a);
-        Four<To> y;
+        Some<From, 4> x = *(const Some<From, 4>*)(from + a);
+        Some<To, 4> y;
         for (int e = 0; e < 4; ++e) put(y.of[e], wide(x.of[e]));
-        *(Four<To>*)(to + b) = y;
+        *(Some<To, 4>*)(to + b) = y;
     }
 }
 #define COPY(name, From, To)                                                                                     \
@@ -206,17 +200,17 @@ __device__ inline float unary(int f, float x) {
         default: return x > 0.0f ? x : 0.0f;
     }
 }
-template <class V, class T> __device__ void unary(unsigned n, int f, const float* from, T* to) {
+template <unsigned N, class T> __device__ void unary(unsigned n, int f, const float* from, T* to) {
     EACH(i, n) {
-        V x = load<V>(from + (size_t)i * many<V>);
-        for (unsigned e = 0; e < many<V>; ++e) nth(x, e) = unary(f, nth(x, e));
-        store(to + (size_t)i * many<V>, x);
+        Some<float, N> x = load<N>(from + (size_t)i * N);
+        for (unsigned e = 0; e < N; ++e) x.of[e] = unary(f, x.of[e]);
+        store(to + (size_t)i * N, x);
     }
 }
-KERNEL(unary_f32, unsigned n, int f, const float* from, float* to) { unary<float>(n, f, from, to); }
-KERNEL(unary_bf16, unsigned n, int f, const float* from, bf16* to) { unary<float>(n, f, from, to); }
-KERNEL(unary_four_f32, unsigned n, int f, const float* from, float* to) { unary<Four<float>>(n, f, from, to); }
-KERNEL(unary_four_bf16, unsigned n, int f, const float* from, bf16* to) { unary<Four<float>>(n, f, from, to); }
+KERNEL(unary_f32, unsigned n, int f, const float* from, float* to) { unary<1>(n, f, from, to); }
+KERNEL(unary_bf16, unsigned n, int f, const float* from, bf16* to) { unary<1>(n, f, from, to); }
+KERNEL(unary_four_f32, unsigned n, int f, const float* from, float* to) { unary<4>(n, f, from, to); }
+KERNEL(unary_four_bf16, unsigned n, int f, const float* from, bf16* to) { unary<4>(n, f, from, to); }
 
 // From the argument, the result and the gradient of the result.
 __device__ inline float unary_slope(int f, float x, float y) {
@@ -247,20 +241,20 @@ __device__ inline float unary_slope(int f, float x, float y) {
     }
     return d;
 }
-template <class V>
+template <unsigned N>
 __device__ void unary_backward(unsigned n, int f, const float* xs, const float* ys, const float* gs, float* to) {
     EACH(i, n) {
-        size_t place = (size_t)i * many<V>;
-        V x = load<V>(xs + place), y = load<V>(ys + place), g = load<V>(gs + place);
-        for (unsigned e = 0; e < many<V>; ++e) nth(g, e) *= unary_slope(f, nth(x, e), nth(y, e));
+        size_t place = (size_t)i * N;
+        Some<float, N> x = load<N>(xs + place), y = load<N>(ys + place), g = load<N>(gs + place);
+        for (unsigned e = 0; e < N; ++e) g.of[e] *= unary_slope(f, x.of[e], y.of[e]);
         store(to + place, g);
     }
 }
 KERNEL(unary_backward_one, unsigned n, int f, const float* xs, const float* ys, const float* gs, float* to) {
-    unary_backward<float>(n, f, xs, ys, gs, to);
+    unary_backward<1>(n, f, xs, ys, gs, to);
 }
 KERNEL(unary_backward_four, unsigned n, int f, const float* xs, const float* ys, const float* gs, float* to) {
-    unary_backward<Four<float>>(n, f, xs, ys, gs, to);
+    unary_backward<4>(n, f, xs, ys, gs, to);
 }
 
 // In the order of the engine's `Binary`.
@@ -276,45 +270,45 @@ __device__ inline float binary(int f, float a, float b) {
     }
 }
 // Places of elements, or of four at a time.
-template <class V>
+template <unsigned N>
 __device__ void binary(unsigned n, int f, const Places& p, const float* as, const float* bs, float* to) {
     EACH(i, n) {
         long long i_a, i_b;
         both(p, i, i_a, i_b);
-        V a = load<V>(as + i_a), b = load<V>(bs + i_b);
-        for (unsigned e = 0; e < many<V>; ++e) nth(a, e) = binary(f, nth(a, e), nth(b, e));
-        store(to + (size_t)i * many<V>, a);
+        Some<float, N> a = load<N>(as + i_a), b = load<N>(bs + i_b);
+        for (unsigned e = 0; e < N; ++e) a.of[e] = binary(f, a.of[e], b.of[e]);
+        store(to + (size_t)i * N, a);
     }
 }
 KERNEL(binary_one, unsigned n, int f, Places p, const float* as, const float* bs, float* to) {
-    binary<float>(n, f, p, as, bs, to);
+    binary<1>(n, f, p, as, bs, to);
 }
 KERNEL(binary_four, unsigned n, int f, Places p, const float* as, const float* bs, float* to) {
-    binary<Four<float>>(n, f, p, as, bs, to);
+    binary<4>(n, f, p, as, bs, to);
 }
 
 // x + y gate (+ added) for rows of `row` = l c elements with a gate (c) each; nothing is added where `added` is null.
-template <class V>
+template <unsigned N>
 __device__ void gated_add(unsigned n, unsigned row, unsigned c, const float* xs, const float* ys, const float* gates,
                           const float* added, float* to) {
     EACH(i, n) {
-        unsigned place = i * many<V>;
-        V x = load<V>(xs + place), y = load<V>(ys + place), gate = load<V>(gates + place / row * c + place % c);
-        for (unsigned e = 0; e < many<V>; ++e) nth(x, e) += nth(y, e) * nth(gate, e);
+        unsigned place = i * N;
+        Some<float, N> x = load<N>(xs + place), y = load<N>(ys + place), gate = load<N>(gates + place / row * c + place % c);
+        for (unsigned e = 0; e < N; ++e) x.of[e] += y.of[e] * gate.of[e];
         if (added) {
-            y = load<V>(added + place);
-            for (unsigned e = 0; e < many<V>; ++e) nth(x, e) += nth(y, e);
+            y = load<N>(added + place);
+            for (unsigned e = 0; e < N; ++e) x.of[e] += y.of[e];
         }
         store(to + place, x);
     }
 }
 KERNEL(gated_add_one, unsigned n, unsigned row, unsigned c, const float* x, const float* y, const float* gate,
        const float* added, float* to) {
-    gated_add<float>(n, row, c, x, y, gate, added, to);
+    gated_add<1>(n, row, c, x, y, gate, added, to);
 }
 KERNEL(gated_add_four, unsigned n, unsigned row, unsigned c, const float* x, const float* y, const float* gate,
        const float* added, float* to) {
-    gated_add<Four<float>>(n, row, c, x, y, gate, added, to);
+    gated_add<4>(n, row, c, x, y, gate, added, to);
 }
 
 KERNEL(affine, unsigned n, float mul, float add, const float* from, float* to) {
@@ -579,71 +573,71 @@ KERNEL(group_norm, unsigned n, unsigned area, unsigned groups, float eps, int ac
 }
 
 // A row of at most BLOCK * 32 elements, which its threads hold.
-template <class V> struct Row {
-    static constexpr unsigned HELD = 32 / many<V>;
-    V of[HELD];
+template <unsigned N> struct Row {
+    static constexpr unsigned HELD = 32 / N;
+    Some<float, N> of[HELD];
 };
 #define HOLD(k, i, d) \
-    _Pragma("unroll") for (unsigned k = 0; k < Row<V>::HELD; ++k) \
-        if (unsigned i = (k * BLOCK + threadIdx.x) * many<V>; i < (d))
+    _Pragma("unroll") for (unsigned k = 0; k < Row<N>::HELD; ++k) \
+        if (unsigned i = (k * BLOCK + threadIdx.x) * N; i < (d))
 
 // The row's moments, and the row less its mean over its deviation.
-template <class V> __device__ void standardise(unsigned d, float eps, Row<V>& row, float& mean, float& r) {
+template <unsigned N> __device__ void standardise(unsigned d, float eps, Row<N>& row, float& mean, float& r) {
     float sum = 0.0f, square = 0.0f;
-    HOLD(k, i, d) for (unsigned e = 0; e < many<V>; ++e) sum += nth(row.of[k], e);
+    HOLD(k, i, d) for (unsigned e = 0; e < N; ++e) sum += row.of[k].of[e];
     mean = total(sum) / d;
-    HOLD(k, i, d) for (unsigned e = 0; e < many<V>; ++e) square += (nth(row.of[k], e) - mean) * (nth(row.of[k], e) - mean);
+    HOLD(k, i, d) for (unsigned e = 0; e < N; ++e) square += (row.of[k].of[e] - mean) * (row.of[k].of[e] - mean);
     r = 1.0f / sqrtf(total(square) / d + eps);
-    HOLD(k, i, d) for (unsigned e = 0; e < many<V>; ++e) nth(row.of[k], e) = (nth(row.of[k], e) - mean) * r;
+    HOLD(k, i, d) for (unsigned e = 0; e < N; ++e) row.of[k].of[e] = (row.of[k].of[e] - mean) * r;
 }
 
 // Layer norm of rows (b l, d), times the scale plus the shift of the row's sequence, (b, d) each.
-template <class V, class T>
+template <unsigned N, class T>
 __device__ void modulated_norm(unsigned l, unsigned d, float eps, const float* x, const float* scale, const float* shift,
                                T* to) {
     size_t first = (size_t)blockIdx.x * d, own = (size_t)(blockIdx.x / l) * d;
-    Row<V> row;
+    Row<N> row;
     float mean, r;
-    HOLD(k, i, d) row.of[k] = load<V>(x + first + i);
+    HOLD(k, i, d) row.of[k] = load<N>(x + first + i);
     standardise(d, eps, row, mean, r);
     HOLD(k, i, d) {
-        V times = load<V>(scale + own + i), plus = load<V>(shift + own + i);
-        for (unsigned e = 0; e < many<V>; ++e) nth(row.of[k], e) = nth(row.of[k], e) * nth(times, e) + nth(plus, e);
+        Some<float, N> times = load<N>(scale + own + i), plus = load<N>(shift + own + i);
+        for (unsigned e = 0; e < N; ++e) row.of[k].of[e] = row.of[k].of[e] * times.of[e] + plus.of[e];
         store(to + first + i, row.of[k]);
     }
 }
-#define MODULATED_NORM(name, V, T)                                                                                   \
+#define MODULATED_NORM(name, N, T)                                                                                   \
     KERNEL(modulated_norm_##name, unsigned l, unsigned d, float eps, const float* x, const float* scale,             \
            const float* shift, T* to) {                                                                              \
-        modulated_norm<V>(l, d, eps, x, scale, shift, to);                                                           \
+        modulated_norm<N>(l, d, eps, x, scale, shift, to);                                                           \
     }
-MODULATED_NORM(one_f32, float, float)
-MODULATED_NORM(one_bf16, float, bf16)
-MODULATED_NORM(four_f32, Four<float>, float)
-MODULATED_NORM(four_bf16, Four<float>, bf16)
+MODULATED_NORM(one_f32, 1, float)
+MODULATED_NORM(one_bf16, 1, bf16)
+MODULATED_NORM(four_f32, 4, float)
+MODULATED_NORM(four_bf16, 4, bf16)
 
 // Gradient for x; and the mean and the reciprocal of the deviation of each row.
-template <class V>
+template <unsigned N>
 __device__ void modulated_norm_backward(unsigned l, unsigned d, float eps, const float* x, const float* scale,
                                         const float* g, float* dx, float* moments) {
     size_t first = (size_t)blockIdx.x * d, own = (size_t)(blockIdx.x / l) * d;
-    Row<V> row, grad;
+    Row<N> row, grad;
     float mean, r, sum = 0.0f, along = 0.0f;
-    HOLD(k, i, d) row.of[k] = load<V>(x + first + i);
+    HOLD(k, i, d) row.of[k] = load<N>(x + first + i);
     standardise(d, eps, row, mean, r);
     HOLD(k, i, d) {
-        V times = load<V>(scale + own + i);
-        grad.of[k] = load<V>(g + first + i);
-        for (unsigned e = 0; e < many<V>; ++e) {
-            nth(grad.of[k], e) *= nth(times, e);
-            sum += nth(grad.of[k], e);
-            along += nth(grad.of[k], e) * nth(row.of[k], e);
+        Some<float, N> times = load<N>(scale + own + i);
+        grad.of[k] = load<N>(g + first + i);
+        for (unsigned e = 0; e < N; ++e) {
+            grad.of[k].of[e] *= times.of[e];
+            sum += grad.of[k].of[e];
+            along += grad.of[k].of[e] * row.of[k].of[e];
         }
     }
     sum = total(sum) / d;
     along = total(along) / d;
     HOLD(k, i, d) {
-        for (unsigned e = 0; e < many<V>; ++e) nth(row.of[k], e) = r * (nth(grad.of[k], e) - sum - nth(row.of[k], e) * along);
+        for (unsigned e = 0; e < N; ++e) row.of[k].of[e] = r * (grad.of[k].of[e] - sum - row.of[k].of[e] * along);
         store(dx + first + i, row.of[k]);
     }
     if (threadIdx.x == 0) {
@@ -653,11 +647,11 @@ __device__ void modulated_norm_backward(unsigned l, unsigned d, float eps, const
 }
 KERNEL(modulated_norm_backward_one, unsigned l, unsigned d, float eps, const float* x, const float* scale, const float* g,
        float* dx, float* moments) {
-    modulated_norm_backward<float>(l, d, eps, x, scale, g, dx, moments);
+    modulated_norm_backward<1>(l, d, eps, x, scale, g, dx, moments);
 }
 KERNEL(modulated_norm_backward_four, unsigned l, unsigned d, float eps, const float* x, const float* scale, const float* g,
        float* dx, float* moments) {
-    modulated_norm_backward<Four<float>>(l, d, eps, x, scale, g, dx, moments);
+    modulated_norm_backward<4>(l, d, eps, x, scale, g, dx, moments);
 }
 
 // What `part` rows of each of b sequences (l, d) add to the gradients of their scale and shift: -> (2, b, parts, d).
@@ -744,11 +738,6 @@ struct Slide {
     unsigned halvings;     // how often both sides are halved in memory, where each pixel stands for a block
 };
 
-// Adjacent elements that a thread writes at once.
-template <class T, unsigned N> struct alignas(N * sizeof(T)) Some {
-    T of[N];
-};
-
 // The pixels under each window, zero beyond the image: (c, h, w) -> (c, kh, kw, oh, ow), for every image.
 // A thread takes adjacent windows of a row.
 template <class T, unsigned N> __device__ void unfold(unsigned n, const Slide& s, const float* x, Some<T, N>* to) {
@@ -786,12 +775,12 @@ KERNEL(unfold_3x3_f16, unsigned n, Slide s, const float* x, Some<fp16, 8>* to) {
             float line[10] = {};
             if (y < s.h) {
                 const float* from = x + ((size_t)plane * (s.h >> s.halvings) + (y >> s.halvings)) * wide + column * read;
-                Four<float> four = *(const Four<float>*)from;
+                Some<float, 4> four = *(const Some<float, 4>*)from;
                 if (s.halvings) {
                     for (unsigned e = 0; e < 8; ++e) line[1 + e] = four.of[e / 2];
                 } else {
                     for (unsigned e = 0; e < 4; ++e) line[1 + e] = four.of[e];
-                    four = *(const Four<float>*)(from + 4);
+                    four = *(const Some<float, 4>*)(from + 4);
                     for (unsigned e = 0; e < 4; ++e) line[5 + e] = four.of[e];
                 }
                 if (column > 0) line[0] = from[-1];
@@ -1206,7 +1195,7 @@ template <int D> struct Rows {
             held[0] = pairs.of[0];
             held[1] = pairs.of[1];
         } else if (from.fours) {
-            Four<float> four = *(const Four<float>*)own;
+            Some<float, 4> four = *(const Some<float, 4>*)own;
             for (int n = 0; n < 4; ++n) held[n] = __float_as_uint(four.of[n]);
         } else if (from.half) {
             for (unsigned n = 0; n < 4; ++n)
