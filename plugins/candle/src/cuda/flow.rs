@@ -20,7 +20,7 @@ const KERNELS: [(usize, &str, &str, usize); 4] = [
     (32, "flow_32", "flow_together_32", 2),
 ];
 /// Tokens of which several to a block leave no part of a GPU idle. What becomes of a token is the same either way.
-const MANY: usize = 1024;
+const MANY: usize = 512;
 /// Log weights of codes that are in memory at once.
 const KEPT: usize = 1 << 27;
 
