@@ -728,7 +728,6 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// with `hidden` (b, 1, 1, n) added to the scores: -> (b, 1, h, d).
     ///
     /// `place` holds `at` too, as indices (1), for a backend that does it again with another ([`Backend::repeat`]).
-    #[expect(clippy::too_many_arguments, reason = "one operation instead of four")]
     fn attend_next(
         [q, k, v]: [&Self::Tensor; 3],
         [cos, sin]: [&Self::Tensor; 2],
