@@ -1,6 +1,7 @@
 //! Products with a bias by cuBLASLt, which adds it while the result is written: no pass of its own over the result.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::c_void;
 use std::sync::Mutex;
 
@@ -87,17 +88,14 @@ pub fn biased(a: &Raw, b: &Raw, bias: &Raw) -> Result<Option<Raw>> {
     let all = all.get_or_insert_default();
     let stream = device.cuda_stream();
     let number = stream.context().ordinal();
-    if !all.contains_key(&number) {
-        let library = Library {
+    let library = match all.entry(number) {
+        Entry::Occupied(known) => known.into_mut(),
+        Entry::Vacant(place) => place.insert(Library {
             handle: result::create_handle().map_err(refused)?,
             workspace: fresh(&device, &[WORKSPACE / 4], DType::F32)?,
             algorithms: HashMap::new(),
-        };
-        all.insert(number, library);
-    }
-    let library = all
-        .get_mut(&number)
-        .ok_or_else(|| Error::Internal("cuBLASLt: no handle".into()))?;
+        }),
+    };
     let description = describe(&key, bias_at)?;
     let handle = library.handle;
     let algorithm = *library
