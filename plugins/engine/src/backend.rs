@@ -827,7 +827,7 @@ pub trait Backend: Sized + Send + Sync + 'static {
 
 /// A root mean square norm is this scale, (d), times smaller than the vector over its length; and an epsilon as small as
 /// torch's in F.normalize, which keeps a zero vector finite.
-fn root_mean_square<B: Backend>(x: &B::Tensor) -> Result<(B::Tensor, f64)> {
+pub(crate) fn root_mean_square<B: Backend>(x: &B::Tensor) -> Result<(B::Tensor, f64)> {
     let shape = B::shape(x);
     let d = shape[shape.len() - 1];
     let scale = B::full_beside(x, &[d], (d as f32).sqrt().recip())?;

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::backend::{Backend, Binary, Mask, Unary, Window, upsample2};
+use crate::backend::{Backend, Binary, Mask, Unary, Window, root_mean_square, upsample2};
 use crate::error::{Error, Result};
 
 /// Sends the gradient of a node's value to its parents, in their order.
@@ -317,20 +317,19 @@ impl<B: Backend> Var<B> {
 
     /// A function of each element.
     pub fn unary(&self, f: Unary) -> Result<Self> {
-        let y = B::unary(&self.value, f)?;
-        let (x, kept) = (self.value.clone(), y.clone());
-        Ok(Self::from_op(y, &[self], move |g| {
-            Ok(vec![Some(B::unary_backward(&x, &kept, g, f)?)])
-        }))
+        Ok(self.mapped(B::unary(&self.value, f)?, f))
     }
 
     /// The same, for products alone to read.
     pub fn unary_factor(&self, f: Unary) -> Result<Self> {
-        let y = B::unary_factor(&self.value, f)?;
+        Ok(self.mapped(B::unary_factor(&self.value, f)?, f))
+    }
+
+    fn mapped(&self, y: B::Tensor, f: Unary) -> Self {
         let (x, kept) = (self.value.clone(), y.clone());
-        Ok(Self::from_op(y, &[self], move |g| {
+        Self::from_op(y, &[self], move |g| {
             Ok(vec![Some(B::unary_backward(&x, &kept, g, f)?)])
-        }))
+        })
     }
 
     /// x * mul + add
@@ -494,13 +493,8 @@ impl<B: Backend> Var<B> {
 
     /// x / |x| over the last dimension.
     pub fn l2_normalise(&self) -> Result<Self> {
-        // The root mean square is |x| / sqrt(d). torch's F.normalize divides by max(|x|, 1e-12); the eps is as small
-        // and keeps a zero vector finite.
-        let shape = self.shape();
-        let d = shape[shape.len() - 1];
-        let w = vec![(d as f32).sqrt().recip(); d];
-        let w = Self::constant(B::floats_beside(&self.value, &w, &[d])?);
-        self.rms_norm(&w, 1e-24 / d as f64)
+        let (scale, eps) = root_mean_square::<B>(&self.value)?;
+        self.rms_norm(&Self::constant(scale), eps)
     }
 
     /// x / |x| of (b, l, h, d) over the last dimension, times a length per head (h) where there are lengths, for products

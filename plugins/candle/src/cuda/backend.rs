@@ -419,8 +419,12 @@ impl Backend for Cuda {
         let (a, g) = (x.single()?, grad.single()?);
         // Of the others the argument is enough, and the result may have been rounded.
         let b = match f {
-            Unary::Exp | Unary::Sqrt | Unary::Recip | Unary::Tanh | Unary::Sigmoid => y.single()?,
-            Unary::Relu => y.single()?,
+            Unary::Exp
+            | Unary::Sqrt
+            | Unary::Recip
+            | Unary::Tanh
+            | Unary::Sigmoid
+            | Unary::Relu => y.single()?,
             _ => a.clone(),
         };
         same(&a, &b)?;
@@ -691,11 +695,10 @@ impl Backend for Cuda {
         let added = added.map(|added| added.single()).transpose()?;
         let (b, l, c) = from.dims3().map_err(failed)?;
         let gate = sized(gate, b * c)?;
-        let mut all = vec![&from, &y, &gate];
+        let mut all = vec![&from, &y];
         all.extend(&added);
-        for other in all.iter().filter(|&&x| !std::ptr::eq(x, &gate)) {
-            same(&from, other)?;
-        }
+        all.iter().try_for_each(|x| same(&from, x))?;
+        all.push(&gate);
         let device = device(&from)?;
         let to = fresh(&device, from.dims(), DType::F32)?;
         let (name, n) = match four(c, &all)? {
