@@ -39,7 +39,6 @@ struct Description {
     product: sys::cublasLtMatmulDesc_t,
     /// Of the first factor, the second, and the result.
     layouts: Vec<sys::cublasLtMatrixLayout_t>,
-    preference: sys::cublasLtMatmulPreference_t,
 }
 
 impl Drop for Description {
@@ -50,7 +49,6 @@ impl Drop for Description {
             for &layout in &self.layouts {
                 let _ = result::destroy_matrix_layout(layout);
             }
-            let _ = result::destroy_matmul_pref(self.preference);
         }
     }
 }
@@ -98,10 +96,10 @@ pub fn biased(a: &Raw, b: &Raw, bias: &Raw) -> Result<Option<Raw>> {
     };
     let description = describe(&key, bias_at)?;
     let handle = library.handle;
-    let algorithm = *library
-        .algorithms
-        .entry(key)
-        .or_insert_with(|| choose(handle, &description));
+    let algorithm = match library.algorithms.entry(key) {
+        Entry::Occupied(known) => *known.get(),
+        Entry::Vacant(place) => *place.insert(choose(handle, &description, key.4)?),
+    };
     let Some(algorithm) = algorithm else {
         return Ok(None);
     };
@@ -137,7 +135,7 @@ pub fn biased(a: &Raw, b: &Raw, bias: &Raw) -> Result<Option<Raw>> {
 
 /// cuBLASLt counts columns first: there a row-major C = A B is C' = B' A', and a bias of its columns is one of rows.
 fn describe(key: &Key, bias: u64) -> Result<Description> {
-    let &([m, n, k], [lead_a, lead_b], dtype, [turned_a, turned_b], even) = key;
+    let &([m, n, k], [lead_a, lead_b], dtype, [turned_a, turned_b], _) = key;
     let kind = match dtype {
         DType::BF16 => sys::cudaDataType_t::CUDA_R_16BF,
         _ => sys::cudaDataType_t::CUDA_R_32F,
@@ -147,9 +145,7 @@ fn describe(key: &Key, bias: u64) -> Result<Description> {
     let mut description = Description {
         product: result::create_matmul_desc(sums, single).map_err(refused)?,
         layouts: Vec::new(),
-        preference: std::ptr::null_mut(),
     };
-    description.preference = result::create_matmul_pref().map_err(refused)?;
     let as_lies = |rows, columns, turned| {
         if turned {
             (columns, rows)
@@ -168,7 +164,6 @@ fn describe(key: &Key, bias: u64) -> Result<Description> {
         description.layouts.push(layout.map_err(refused)?);
     }
     use sys::cublasLtMatmulDescAttributes_t as Of;
-    use sys::cublasLtMatmulPreferenceAttributes_t as Wish;
     let turn = |turned: bool| match turned {
         true => cublasOperation_t::CUBLAS_OP_T as i32,
         false => cublasOperation_t::CUBLAS_OP_N as i32,
@@ -186,47 +181,53 @@ fn describe(key: &Key, bias: u64) -> Result<Description> {
         };
         set.map_err(refused)?;
     }
-    // SAFETY: these are 64 bits wide, of the library's own types for sizes and addresses, and the others 32.
+    // SAFETY: this is an address.
     unsafe {
         let at = Of::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
         let value = (&raw const bias).cast();
         result::set_matmul_desc_attribute(description.product, at, value, 8).map_err(refused)?;
-        let most = Wish::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-        let workspace = WORKSPACE;
-        let value = (&raw const workspace).cast();
-        result::set_matmul_pref_attribute(description.preference, most, value, 8)
-            .map_err(refused)?;
-        for (attribute, even) in [
-            (Wish::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, even[1]),
-            (Wish::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, even[0]),
-            (Wish::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, even[2]),
-            (Wish::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, even[2]),
-        ] {
-            let value = (&raw const even).cast();
-            result::set_matmul_pref_attribute(description.preference, attribute, value, 4)
-                .map_err(refused)?;
-        }
     }
     Ok(description)
 }
 
-/// The algorithm that the library thinks fastest.
+/// The algorithm that the library thinks fastest, for addresses of both factors and the result that are multiples of these.
 fn choose(
     handle: sys::cublasLtHandle_t,
     description: &Description,
-) -> Option<sys::cublasLtMatmulAlgo_t> {
+    [even_a, even_b, even_c]: [u32; 3],
+) -> Result<Option<sys::cublasLtMatmulAlgo_t>> {
+    use sys::cublasLtMatmulPreferenceAttributes_t as Wish;
+    let preference = result::create_matmul_pref().map_err(refused)?;
+    let set = |wish, value: *const c_void, size| {
+        // SAFETY: each caller gives the size of the attribute, and a value of it.
+        unsafe { result::set_matmul_pref_attribute(preference, wish, value, size) }
+    };
+    let workspace = WORKSPACE;
+    let most = Wish::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+    let mut wished = set(most, (&raw const workspace).cast(), 8);
+    for (wish, even) in [
+        (Wish::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, even_b),
+        (Wish::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, even_a),
+        (Wish::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, even_c),
+        (Wish::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, even_c),
+    ] {
+        wished = wished.and_then(|()| set(wish, (&raw const even).cast(), 4));
+    }
     let layouts = &description.layouts;
-    // SAFETY: all were made by the library and are in use here alone.
+    // SAFETY: all were made by the library and are in use here alone; the preference goes after.
     let found = unsafe {
-        result::get_matmul_algo_heuristic(
+        let found = result::get_matmul_algo_heuristic(
             handle,
             description.product,
             layouts[0],
             layouts[1],
             layouts[2],
             layouts[2],
-            description.preference,
-        )
+            preference,
+        );
+        let _ = result::destroy_matmul_pref(preference);
+        found
     };
-    found.ok().map(|found| found.algo)
+    wished.map_err(refused)?;
+    Ok(found.ok().map(|found| found.algo))
 }

@@ -977,7 +977,8 @@ KERNEL(weights_backward, unsigned rows, unsigned lk, float scale, const float* p
 // With a place, a query sees the keys up to that row.
 template <class T>
 __device__ void attend(unsigned h, unsigned lq, unsigned lk, unsigned d, float scale, int causal, Steps qs, Steps ks,
-                       Steps vs, Steps steps, const float* bias, const float* q, const T* k, const T* v, T* to, const unsigned* place) {
+                       Steps vs, Steps steps, const float* bias, const float* q, const T* k, const T* v, T* to,
+                       const unsigned* place) {
     DYNAMIC_SHARED(shared);
     float *scores = shared, *query = shared + lk, *sums = query + d;
     unsigned head = blockIdx.x % h, at = blockIdx.x / h % lq, b = blockIdx.x / h / lq;
@@ -1346,6 +1347,12 @@ __device__ void write(const float (&sums)[D / 8][4], float upper, float lower, u
     }
 }
 
+template <class T> __device__ inline void swap(T*& a, T*& b) {
+    T* before = a;
+    a = b;
+    b = before;
+}
+
 // The place of a block: parts of 128 rows, then heads, then sequences.
 struct Place {
     unsigned part, head, b;
@@ -1426,9 +1433,7 @@ __device__ void attention(unsigned h, unsigned d, float scale, const Heads& q, c
             share.put_down(values, j, next + SIZE);
         }
         __syncthreads();
-        bf16* other = now;
-        now = next;
-        next = other;
+        swap(now, next);
         tile = then;
     }
     write<D>(sums, 1.0f / of_row<Add>(sum[0]), 1.0f / of_row<Add>(sum[1]), own.row(), m.lq, own.b, h, own.head, d, to);
@@ -1487,9 +1492,7 @@ __device__ void attention_dq(unsigned h, unsigned d, float scale, const Heads& q
                 share.put_down(keys, j, next);
             }
             __syncthreads();
-            bf16* other = now;
-            now = next;
-            next = other;
+            swap(now, next);
             tile = then;
         }
 #pragma unroll
@@ -1533,9 +1536,7 @@ __device__ void attention_dq(unsigned h, unsigned d, float scale, const Heads& q
             more_values.put_down(values, j, next + SIZE);
         }
         __syncthreads();
-        bf16* other = now;
-        now = next;
-        next = other;
+        swap(now, next);
         tile = then;
     }
     write<D>(sums, scale, scale, own.row(), m.lq, own.b, h, own.head, d, dq);
@@ -1602,12 +1603,8 @@ __device__ void attention_dkv(unsigned h, unsigned d, float scale, const Heads& 
             more_grads.put_down(grads, j, next + SIZE);
         }
         __syncthreads();
-        bf16* other = now;
-        now = next;
-        next = other;
-        float* other_numbers = numbers;
-        numbers = next_numbers;
-        next_numbers = other_numbers;
+        swap(now, next);
+        swap(numbers, next_numbers);
         tile = then;
     }
     write<D>(keys_sums, scale, scale, own.row(), m.lk, own.b, h, own.head, d, dk);
