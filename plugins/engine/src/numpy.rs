@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
@@ -50,6 +51,95 @@ impl Archive {
             other => Err(format!("compressed by {other}, expected deflate")),
         };
         array.map(Some).map_err(wrong)
+    }
+}
+
+impl Archive {
+    /// Names of the arrays.
+    pub fn names(&self) -> Vec<String> {
+        let names = self.zip.file_names().flatten();
+        let array = |name: std::borrow::Cow<'_, str>| name.strip_suffix(".npy").map(str::to_owned);
+        names.filter_map(array).collect()
+    }
+
+    /// An array that is there, to be read from its beginning to its end.
+    pub fn stream(&mut self, name: &str) -> Result<Stream> {
+        let wrong = |message: String| Error::data(&self.path, format!("array {name}: {message}"));
+        let index = self.zip.index_for_name(&format!("{name}.npy"));
+        let index = index.ok_or_else(|| wrong("it is not there".into()))?;
+        let entry = self.zip.by_index_raw(index);
+        let entry = entry.map_err(|e| wrong(e.to_string()))?;
+        let start = entry
+            .data_start()
+            .ok_or_else(|| wrong("it has no place".into()))?;
+        let (method, length) = (entry.compression(), entry.compressed_size());
+        // Of its own, so that several arrays can be read side by side.
+        let mut file = File::open(&self.path).map_err(Error::io(&self.path))?;
+        file.seek(SeekFrom::Start(start))
+            .map_err(Error::io(&self.path))?;
+        let file = BufReader::new(file.take(length));
+        let reader: Box<dyn Read + Send> = match method {
+            zip::CompressionMethod::Stored => Box::new(file),
+            zip::CompressionMethod::DEFLATE => Box::new(flate2::read::DeflateDecoder::new(file)),
+            other => return Err(wrong(format!("compressed by {other}, expected deflate"))),
+        };
+        Stream::begin(reader).map_err(wrong)
+    }
+}
+
+/// An array that is read from its beginning to its end, a part at a time.
+pub struct Stream {
+    reader: Box<dyn Read + Send>,
+    header: Header,
+}
+
+impl Stream {
+    /// Opens a `.npy` file.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = BufReader::new(File::open(path).map_err(Error::io(path))?);
+        Self::begin(Box::new(file)).map_err(|e| Error::data(path, e))
+    }
+
+    fn begin(mut reader: Box<dyn Read + Send>) -> Result<Self, String> {
+        let header = Header::read(&mut reader)?;
+        if header.fortran && header.shape.len() > 1 {
+            return Err(
+                "an array in Fortran order, expected C order (numpy.ascontiguousarray)".into(),
+            );
+        }
+        Ok(Self { reader, header })
+    }
+
+    /// Sizes of the dimensions.
+    pub fn shape(&self) -> &[usize] {
+        &self.header.shape
+    }
+
+    /// Type of the elements, as in `f4`.
+    pub fn kind(&self) -> &str {
+        &self.header.kind
+    }
+
+    /// The next elements.
+    pub fn read(&mut self, count: usize) -> Result<Vec<f64>, String> {
+        let bytes = self.read_bytes(count * self.header.size)?;
+        Ok(self.header.elements(&bytes))
+    }
+
+    /// The next bytes. What a header promises is not allocated before it is there.
+    pub fn read_bytes(&mut self, count: usize) -> Result<Vec<u8>, String> {
+        let mut bytes = Vec::new();
+        let read = (&mut self.reader)
+            .take(count as u64)
+            .read_to_end(&mut bytes);
+        read.map_err(|e| e.to_string())?;
+        match bytes.len() == count {
+            true => Ok(bytes),
+            false => Err(format!(
+                "it ends early: its shape is {:?}",
+                self.header.shape
+            )),
+        }
     }
 }
 
@@ -247,6 +337,17 @@ impl Rows {
     /// Sizes of the dimensions.
     pub fn shape(&self) -> &[usize] {
         &self.header.shape
+    }
+
+    /// Type of the elements, as in `f4`.
+    pub fn kind(&self) -> &str {
+        &self.header.kind
+    }
+
+    /// Bytes from the one with number `first` on, without moving what [`Rows::read`] moves.
+    pub fn read_bytes(&self, first: u64, bytes: &mut [u8]) -> Result<()> {
+        let read = self.file.read_exact_at(bytes, self.start + first);
+        read.map_err(Error::io(&self.path))
     }
 
     /// `count` elements from the one with number `first` on, in C order. They must be there.
