@@ -9,6 +9,7 @@
 
 mod error;
 mod pickle;
+pub mod regular;
 mod safetensors;
 mod source;
 mod tensor;

@@ -9,6 +9,8 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::regular;
+
 /// Bytes that can be read at any position.
 #[derive(Debug, Clone)]
 pub(crate) enum Source {
@@ -18,12 +20,9 @@ pub(crate) enum Source {
 
 impl Source {
     pub fn open(path: &Path) -> io::Result<Self> {
-        // Before opening: a pipe would wait for a writer.
-        let meta = std::fs::metadata(path)?;
-        if !meta.is_file() {
-            return Err(io::Error::other("not a file"));
-        }
-        Ok(Self::File(Arc::new(File::open(path)?), meta.len()))
+        let file = regular::open(path)?;
+        let size = file.metadata()?.len();
+        Ok(Self::File(Arc::new(file), size))
     }
 
     /// Number of bytes.
