@@ -211,3 +211,151 @@ fn decode(pickle: &Pickle, id: Id, out: &mut Vec<u8>, wanted: usize) -> Option<(
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+    use crate::Checkpoint;
+
+    // Written by NumPy 2.4 and Python's pickle of [[1.5, -2], [0.1, 3e300]] in f8, `{'m': array}`.
+    const PROTOCOL_2: &[u8] = b"\x80\x02}q\0X\x01\0\0\0mq\x01cnumpy._core.multiarray\n_reconstruct\nq\x02cnumpy\nndarray\nq\x03K\0\x85\
+        q\x04c_codecs\nencode\nq\x05X\x01\0\0\0bq\x06X\x06\0\0\0latin1q\x07\x86q\x08Rq\x09\x87q\nRq\x0b(K\x01\
+        K\x02K\x02\x86q\x0ccnumpy\ndtype\nq\x0dX\x02\0\0\0f8q\x0e\x89\x88\x87q\x0fRq\x10(K\x03X\x01\0\0\0<q\x11\
+        NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tq\x12b\x89h\x05X*\0\0\0\0\0\0\0\0\0\xc3\xb8?\0\0\0\0\0\0\0\xc3\
+        \x80\xc2\x9a\xc2\x99\xc2\x99\xc2\x99\xc2\x99\xc2\x99\xc2\xb9?5X\0f-\xc3\xabQ~q\x13h\x07\x86q\x14Rq\x15\
+        tq\x16bs.";
+    const FORTRAN: &[u8] = b"\x80\x02}q\0X\x01\0\0\0mq\x01cnumpy._core.multiarray\n_reconstruct\nq\x02cnumpy\nndarray\nq\x03K\0\x85\
+        q\x04c_codecs\nencode\nq\x05X\x01\0\0\0bq\x06X\x06\0\0\0latin1q\x07\x86q\x08Rq\x09\x87q\nRq\x0b(K\x01\
+        K\x02K\x02\x86q\x0ccnumpy\ndtype\nq\x0dX\x02\0\0\0f8q\x0e\x89\x88\x87q\x0fRq\x10(K\x03X\x01\0\0\0<q\x11\
+        NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tq\x12b\x88h\x05X*\0\0\0\0\0\0\0\0\0\xc3\xb8?\xc2\x9a\xc2\x99\
+        \xc2\x99\xc2\x99\xc2\x99\xc2\x99\xc2\xb9?\0\0\0\0\0\0\0\xc3\x805X\0f-\xc3\xabQ~q\x13h\x07\x86q\x14Rq\x15\
+        tq\x16bs.";
+    const TURNED: &[u8] = b"\x80\x02}q\0X\x01\0\0\0mq\x01cnumpy._core.multiarray\n_reconstruct\nq\x02cnumpy\nndarray\nq\x03K\0\x85\
+        q\x04c_codecs\nencode\nq\x05X\x01\0\0\0bq\x06X\x06\0\0\0latin1q\x07\x86q\x08Rq\x09\x87q\nRq\x0b(K\x01\
+        K\x02K\x02\x86q\x0ccnumpy\ndtype\nq\x0dX\x02\0\0\0f8q\x0e\x89\x88\x87q\x0fRq\x10(K\x03X\x01\0\0\0>q\x11\
+        NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tq\x12b\x89h\x05X*\0\0\0?\xc3\xb8\0\0\0\0\0\0\xc3\x80\0\0\0\0\
+        \0\0\0?\xc2\xb9\xc2\x99\xc2\x99\xc2\x99\xc2\x99\xc2\x99\xc2\x9a~Q\xc3\xab-f\0X5q\x13h\x07\x86q\x14Rq\x15\
+        tq\x16bs.";
+    const PROTOCOL_4: &[u8] = b"\x80\x04\x95\xb2\0\0\0\0\0\0\0}\x94\x8c\x01m\x94\x8c\x16numpy._core.multiarray\x94\x8c\x0c_reconstruc\
+        t\x94\x93\x94\x8c\x05numpy\x94\x8c\x07ndarray\x94\x93\x94K\0\x85\x94C\x01b\x94\x87\x94R\x94(K\x01K\x02\
+        K\x02\x86\x94h\x05\x8c\x05dtype\x94\x93\x94\x8c\x02f8\x94\x89\x88\x87\x94R\x94(K\x03\x8c\x01<\x94NNNJ\
+        \xff\xff\xff\xffJ\xff\xff\xff\xffK\0t\x94b\x89C \0\0\0\0\0\0\xf8?\0\0\0\0\0\0\0\xc0\x9a\x99\x99\x99\x99\
+        \x99\xb9?5X\0f-\xebQ~\x94t\x94bs.";
+    const PROTOCOL_5: &[u8] = b"\x80\x05\x95\x9d\0\0\0\0\0\0\0}\x94\x8c\x01m\x94\x8c\x13numpy._core.numeric\x94\x8c\x0b_frombuffer\x94\
+        \x93\x94(\x96 \0\0\0\0\0\0\0\0\0\0\0\0\0\xf8?\0\0\0\0\0\0\0\xc0\x9a\x99\x99\x99\x99\x99\xb9?5X\0f-\xeb\
+        Q~\x94\x8c\x05numpy\x94\x8c\x05dtype\x94\x93\x94\x8c\x02f8\x94\x89\x88\x87\x94R\x94(K\x03\x8c\x01<\x94\
+        NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0t\x94bK\x02K\x02\x86\x94\x8c\x01C\x94t\x94R\x94s.";
+    const FORTRAN_5: &[u8] = b"\x80\x05\x95\x9d\0\0\0\0\0\0\0}\x94\x8c\x01m\x94\x8c\x13numpy._core.numeric\x94\x8c\x0b_frombuffer\x94\
+        \x93\x94(\x96 \0\0\0\0\0\0\0\0\0\0\0\0\0\xf8?\x9a\x99\x99\x99\x99\x99\xb9?\0\0\0\0\0\0\0\xc05X\0f-\xeb\
+        Q~\x94\x8c\x05numpy\x94\x8c\x05dtype\x94\x93\x94\x8c\x02f8\x94\x89\x88\x87\x94R\x94(K\x03\x8c\x01<\x94\
+        NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0t\x94bK\x02K\x02\x86\x94\x8c\x01F\x94t\x94R\x94s.";
+    /// i4 [1, 2, 300] as `m` and no element in the shape (0, 3) as `e`.
+    const INTEGERS: &[u8] = b"\x80\x02}q\0(X\x01\0\0\0mq\x01cnumpy._core.multiarray\n_reconstruct\nq\x02cnumpy\nndarray\nq\x03K\0\x85\
+        q\x04c_codecs\nencode\nq\x05X\x01\0\0\0bq\x06X\x06\0\0\0latin1q\x07\x86q\x08Rq\x09\x87q\nRq\x0b(K\x01\
+        K\x03\x85q\x0ccnumpy\ndtype\nq\x0dX\x02\0\0\0i4q\x0e\x89\x88\x87q\x0fRq\x10(K\x03X\x01\0\0\0<q\x11NNN\
+        J\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tq\x12b\x89h\x05X\x0c\0\0\0\x01\0\0\0\x02\0\0\0,\x01\0\0q\x13h\x07\
+        \x86q\x14Rq\x15tq\x16bX\x01\0\0\0eq\x17h\x02h\x03K\0\x85q\x18h\x09\x87q\x19Rq\x1a(K\x01K\0K\x03\x86q\x1b\
+        h\x0dX\x02\0\0\0f8q\x1c\x89\x88\x87q\x1dRq\x1e(K\x03h\x11NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tq\x1f\
+        b\x89c__builtin__\nbytes\nq )Rq!tq\"bu.";
+    /// An array of objects.
+    const OBJECTS: &[u8] = b"\x80\x02}q\0X\x01\0\0\0mq\x01cnumpy._core.multiarray\n_reconstruct\nq\x02cnumpy\nndarray\nq\x03K\0\x85\
+        q\x04c_codecs\nencode\nq\x05X\x01\0\0\0bq\x06X\x06\0\0\0latin1q\x07\x86q\x08Rq\x09\x87q\nRq\x0b(K\x01\
+        K\x01\x85q\x0ccnumpy\ndtype\nq\x0dX\x02\0\0\0O8q\x0e\x89\x88\x87q\x0fRq\x10(K\x03X\x01\0\0\0|q\x11NNN\
+        J\xff\xff\xff\xffJ\xff\xff\xff\xffK?tq\x12b\x89]q\x13}q\x14atq\x15bs.";
+
+    /// As `torch.save` writes a pickle.
+    fn open(pickle: &[u8]) -> Result<Checkpoint> {
+        let mut zip = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+        let options = zip::write::SimpleFileOptions::default()
+            .compression_method(zip::CompressionMethod::Stored);
+        zip.start_file("statistic/data.pkl", options).unwrap();
+        zip.write_all(pickle).unwrap();
+        Checkpoint::from_bytes(zip.finish().unwrap().into_inner())
+    }
+
+    /// NumPy before 2 calls its modules otherwise.
+    fn older(pickle: &[u8]) -> Vec<u8> {
+        let (new, old) = (b"numpy._core", b"numpy.core");
+        let at = pickle
+            .windows(new.len())
+            .position(|own| own == new)
+            .unwrap();
+        let mut older = [&pickle[..at], old, &pickle[at + new.len()..]].concat();
+        // Texts of protocol 4 on say their length, and frames theirs.
+        if pickle[1] >= 4 {
+            older[at - 1] -= 1;
+            older[3] -= 1;
+        }
+        older
+    }
+
+    #[test]
+    fn arrays_have_their_elements_whatever_wrote_them() {
+        for pickle in [
+            PROTOCOL_2, FORTRAN, TURNED, PROTOCOL_4, PROTOCOL_5, FORTRAN_5,
+        ] {
+            for pickle in [pickle.to_vec(), older(pickle)] {
+                let file = open(&pickle).unwrap();
+                let m = file.select(None).unwrap().get("m").unwrap();
+                assert_eq!((&m.shape[..], m.dtype), (&[2, 2][..], Dtype::F64));
+                let bytes: Vec<u8> = [1.5f64, -2.0, 0.1, 3e300]
+                    .iter()
+                    .flat_map(|x| x.to_le_bytes())
+                    .collect();
+                assert_eq!(file.raw(m).unwrap(), bytes);
+                assert!(file.strangers().is_empty(), "{:?}", file.strangers());
+            }
+        }
+        let file = open(INTEGERS).unwrap();
+        let all = file.select(None).unwrap();
+        let [m, e] = ["m", "e"].map(|name| all.get(name).unwrap());
+        assert_eq!(file.indices(m).unwrap(), [1, 2, 300]);
+        assert_eq!(
+            (&e.shape[..], file.floats(e).unwrap()),
+            (&[0, 3][..], vec![])
+        );
+    }
+
+    #[test]
+    fn what_is_no_array_of_numbers_is_a_stranger() {
+        let said = open(OBJECTS).map(drop).unwrap_err().to_string();
+        assert!(
+            said.contains("numpy._core.multiarray._reconstruct"),
+            "{said}"
+        );
+    }
+
+    #[test]
+    fn an_array_that_is_not_what_it_says_is_refused() {
+        let check = |from: &[u8], to: &[u8], expected: &str| {
+            let at = PROTOCOL_2
+                .windows(from.len())
+                .position(|own| own == from)
+                .unwrap();
+            let pickle = [&PROTOCOL_2[..at], to, &PROTOCOL_2[at + from.len()..]].concat();
+            let said = open(&pickle).map(drop).unwrap_err().to_string();
+            assert!(said.contains(expected), "{said}");
+        };
+        check(
+            b"(K\x01K\x02K\x02\x86",
+            b"(K\x01K\x02K\x03\x86",
+            "are not 48 bytes",
+        );
+        check(
+            b"(K\x01K\x02K\x02\x86",
+            b"(K\x01K\x02K\x01\x86",
+            "are not 16 bytes",
+        );
+        // 2^31 - 1 by 2^31 - 1.
+        let huge = b"(K\x01J\xff\xff\xff\x7fJ\xff\xff\xff\x7f\x86";
+        check(
+            b"(K\x01K\x02K\x02\x86",
+            huge,
+            "bytes of arrays in a pickle: more than",
+        );
+        // A character that is no byte.
+        check(b"\xc3\xb8?", b"\xc4\xb8?", "are not 32 bytes");
+    }
+}

@@ -239,3 +239,170 @@ impl Lone {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+    use crate::Checkpoint;
+
+    /// A file of safetensors with a float of each name.
+    fn write(path: &Path, names: &[&str]) {
+        let data: Vec<[u8; 4]> = (0..names.len()).map(|i| (i as f32).to_le_bytes()).collect();
+        let view =
+            |bytes| safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![1], bytes);
+        let views = names
+            .iter()
+            .zip(&data)
+            .map(|(name, bytes)| (*name, view(&bytes[..]).unwrap()));
+        safetensors::serialize_to_file(views, None, path).unwrap();
+    }
+
+    fn index(dir: &Path, name: &str, map: &str) -> PathBuf {
+        let path = dir.join(name);
+        std::fs::write(
+            &path,
+            format!(r#"{{"metadata": {{}}, "weight_map": {map}}}"#),
+        )
+        .unwrap();
+        path
+    }
+
+    const ONE: &str = "model-00001-of-00002.safetensors";
+    const TWO: &str = "model-00002-of-00002.safetensors";
+
+    #[test]
+    fn the_folder_and_its_index_are_one_checkpoint_of_all_files() {
+        let dir = tempfile::tempdir().unwrap();
+        // As in a cache: the names are links, content lies elsewhere under names of its own.
+        let (blobs, folder) = (dir.path().join("blobs"), dir.path().join("snapshot"));
+        std::fs::create_dir(&blobs).unwrap();
+        std::fs::create_dir(&folder).unwrap();
+        write(&blobs.join("1"), &["a", "b"]);
+        write(&blobs.join("2"), &["c"]);
+        symlink("../blobs/1", folder.join(ONE)).unwrap();
+        symlink("../blobs/2", folder.join(TWO)).unwrap();
+        let map = format!(r#"{{"a": "{ONE}", "b": "{ONE}", "c": "{TWO}"}}"#);
+        index(&blobs, "3", &map);
+        let named = folder.join("model.safetensors.index.json");
+        symlink("../blobs/3", &named).unwrap();
+        let linked = dir.path().join("linked");
+        symlink(&folder, &linked).unwrap();
+        for path in [&folder, &named, &linked] {
+            let all = Checkpoint::open(path).unwrap();
+            assert_eq!(all.files(), 2);
+            let found = all.select(None).unwrap();
+            let read = |name: &str| all.floats(found.get(name).unwrap()).unwrap();
+            assert_eq!(
+                (read("a"), read("b"), read("c")),
+                (vec![0.0], vec![1.0], vec![0.0])
+            );
+            let files = Place::find(path).unwrap().files();
+            let names: Vec<_> = files.iter().map(|f| f.file_name().unwrap()).collect();
+            assert_eq!(names, ["model.safetensors.index.json", ONE, TWO]);
+        }
+        let part = Checkpoint::open_part(&folder, |name| name == "c").unwrap();
+        assert_eq!(
+            (part.files(), part.dictionaries()[0].tensors().len()),
+            (1, 1)
+        );
+    }
+
+    #[test]
+    fn a_folder_with_one_file_stands_for_it() {
+        let dir = tempfile::tempdir().unwrap();
+        write(&dir.path().join("weights.safetensors"), &["a"]);
+        std::fs::write(dir.path().join("README.md"), "").unwrap();
+        assert!(Checkpoint::open(dir.path()).is_ok());
+    }
+
+    #[test]
+    fn faults_of_folders_and_indices_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let check = |map: &str, expected: &str| {
+            let path = index(dir.path(), "model.safetensors.index.json", map);
+            let said = Checkpoint::open(&path).map(drop).unwrap_err().to_string();
+            assert!(said.contains(expected), "{said}");
+        };
+        write(&dir.path().join(ONE), &["a"]);
+        for name in [
+            "../x.safetensors",
+            "/etc/x.safetensors",
+            "a/b.safetensors",
+            "..",
+            "",
+            "a.txt",
+        ] {
+            check(&format!(r#"{{"a": {name:?}}}"#), "the index names");
+        }
+        check(
+            &format!(r#"{{"b": "{ONE}"}}"#),
+            "has no b, but the index says so",
+        );
+        check(
+            &format!(r#"{{"a": "{TWO}"}}"#),
+            "model-00002-of-00002.safetensors: No such file",
+        );
+        check("{}", "the index names no weights");
+        check("[1]", "not an index of weights");
+        let many: Vec<String> = (0..600).map(|i| format!(r#""w{i}": "{i}.pt""#)).collect();
+        check(&format!("{{{}}}", many.join(",")), "more than 512 files");
+        let many: Vec<String> = (0..100_001).map(|i| format!(r#""w{i}": "1.pt""#)).collect();
+        check(
+            &format!("{{{}}}", many.join(",")),
+            "more than 100000 weights",
+        );
+        std::fs::create_dir(dir.path().join("f.pt")).unwrap();
+        check(
+            r#"{"a": "f.pt"}"#,
+            "f.pt: it is a directory, not a regular file",
+        );
+
+        let check = |names: &[&str], expected: &str| {
+            let dir = tempfile::tempdir().unwrap();
+            for name in names {
+                std::fs::write(dir.path().join(name), "").unwrap();
+            }
+            let said = Checkpoint::open(dir.path())
+                .map(drop)
+                .unwrap_err()
+                .to_string();
+            assert!(said.contains(expected), "{said}");
+        };
+        check(&[], "a folder without weights");
+        check(&["config.json"], "a folder without weights");
+        check(
+            &["a.pt", "b.pt"],
+            "several files of weights (a.pt, b.pt): name one",
+        );
+        check(
+            &[ONE, TWO],
+            "shards (model-00001-of-00002.safetensors, ..) but without their index",
+        );
+    }
+
+    #[test]
+    fn a_lone_shard_is_known_by_its_name() {
+        let check = |name: &str, expected: Option<(u32, u32, &str)>| {
+            let expected = expected.map(|(number, of, index)| Lone {
+                number,
+                of,
+                index: index.into(),
+            });
+            assert_eq!(Lone::of(Path::new(name)), expected, "{name}");
+        };
+        check(
+            "d/model-00001-of-00002.safetensors",
+            Some((1, 2, "model.safetensors.index.json")),
+        );
+        check(
+            "pytorch_model-00003-of-00007.bin",
+            Some((3, 7, "pytorch_model.bin.index.json")),
+        );
+        check("model-00001-of-00001.safetensors", None);
+        check("one-of-two.pt", None);
+        check("model.safetensors", None);
+        check("a-+1-of-+2.pt", None);
+    }
+}
