@@ -4,7 +4,7 @@
 //! process. The page cache serves both alike, and a tensor is converted on its way anyway.
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -51,34 +51,5 @@ impl Source {
         let mut bytes = vec![0; len as usize];
         self.read_at(position, &mut bytes)?;
         Ok(bytes)
-    }
-}
-
-/// A [`Source`] read one after the other.
-#[derive(Debug)]
-pub(crate) struct Reader {
-    pub source: Source,
-    pub position: u64,
-}
-
-impl Read for Reader {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let left = self.source.len().saturating_sub(self.position);
-        let n = left.min(buffer.len() as u64) as usize;
-        self.source.read_at(self.position, &mut buffer[..n])?;
-        self.position += n as u64;
-        Ok(n)
-    }
-}
-
-impl Seek for Reader {
-    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
-        let position = match to {
-            SeekFrom::Start(position) => Some(position),
-            SeekFrom::End(offset) => self.source.len().checked_add_signed(offset),
-            SeekFrom::Current(offset) => self.position.checked_add_signed(offset),
-        };
-        self.position = position.ok_or(io::ErrorKind::InvalidInput)?;
-        Ok(self.position)
     }
 }
