@@ -54,6 +54,13 @@ pub struct Images {
     bytes: Bytes,
 }
 
+impl std::fmt::Debug for Images {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let shape = (self.shape(), &self.names);
+        write!(f, "{} images {shape:?}", self.len())
+    }
+}
+
 /// Values of all images, (n, height, width, channels).
 enum Bytes {
     Memory(Vec<u8>),
@@ -88,6 +95,7 @@ pub fn load(data: &Data, stage: Option<&Path>, base_dir: &Path, host: &dyn Host)
             for (level, message) in &source.notices {
                 host.log(*level, message);
             }
+            host.log(LogLevel::Info, &source.summary());
             let bytes = total * (source.height * source.width * source.channels) as u64;
             if bytes > MUCH {
                 let message = format!(

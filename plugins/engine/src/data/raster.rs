@@ -27,8 +27,10 @@ pub struct Raster {
 }
 
 /// What a file's header says of the image as it will be shown.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Header {
+    /// The file's format.
+    pub format: ImageFormat,
     /// Height in pixels.
     pub height: u32,
     /// Width in pixels.
@@ -106,6 +108,7 @@ pub fn header(content: &[u8]) -> Result<Header, String> {
         (width, height) = (height, width);
     }
     Ok(Header {
+        format: format(content).unwrap_or(ImageFormat::Png),
         height,
         width,
         colour,

@@ -256,7 +256,10 @@ impl Source {
             caption: None,
             part: None,
         });
-        let looked = Looked::over(path, &[], items.collect(), false)?;
+        let mut items: Vec<Item> = items.collect();
+        // Class after class, and by name within one.
+        items.sort_by_key(|item| item.label);
+        let looked = Looked::over(path, &[], items, false)?;
         let Some(classes) = classes else {
             let name = path
                 .file_name()
@@ -364,6 +367,19 @@ impl Source {
         }
         looked.each_class_has_images(classes.names.len(), |_| path.to_owned())?;
         looked.finish(o, path, archives, classes.names)
+    }
+
+    /// What there is, in a line.
+    pub fn summary(&self) -> String {
+        format!(
+            "{}: {} images of {} x {}, {}, classes: {}",
+            self.path.display(),
+            self.count(),
+            self.height,
+            self.width,
+            if self.channels == 1 { "grey" } else { "RGB" },
+            self.names.len()
+        )
     }
 
     /// Number of images, damaged ones left out as far as they are known.
@@ -680,10 +696,12 @@ impl Looked {
             })
             .collect();
         let mut sizes: BTreeMap<(u32, u32), usize> = BTreeMap::new();
+        let mut formats: BTreeMap<String, usize> = BTreeMap::new();
         let mut coloured = 0;
         for (_, header) in &self.items {
             *sizes.entry((header.height, header.width)).or_default() += 1;
             coloured += usize::from(header.colour);
+            *formats.entry(format!("{:?}", header.format).to_uppercase()).or_default() += 1;
         }
         if self.items.is_empty() {
             return Err(DataError::content(
@@ -712,6 +730,16 @@ impl Looked {
                 grey + coloured
             );
             notices.push((LogLevel::Info, message));
+        }
+        if formats.len() > 1 {
+            let kinds: Vec<String> = formats.iter().map(|(format, count)| format!("{format} {count}")).collect();
+            let message = format!(
+                "{}: {} images of several formats, {}: what lossy compression did to some is learned and measured with them",
+                self.path.display(),
+                self.items.len(),
+                kinds.join(", ")
+            );
+            notices.push((LogLevel::Warn, message));
         }
         if self.left_out.count() > 0 {
             let message = format!(

@@ -213,6 +213,8 @@ fn read_columns(path: &Path, tabs: bool) -> Result<Vec<Row>, DataError> {
         .has_headers(false)
         .flexible(true)
         .trim(csv::Trim::All)
+        // Of CR LF the first is trimmed: lines are counted right.
+        .terminator(csv::Terminator::Any(b'\n'))
         .delimiter(if tabs { b'\t' } else { b',' })
         .from_reader(reader);
     let (mut rows, mut columns) = (Vec::new(), None);
@@ -222,6 +224,9 @@ fn read_columns(path: &Path, tabs: bool) -> Result<Vec<Row>, DataError> {
         let line = record.position().map_or(0, csv::Position::line);
         if !more.map_err(|error| DataError::content(path, error.to_string()))? {
             return Ok(rows);
+        }
+        if record.iter().all(str::is_empty) {
+            continue;
         }
         let place = |names: &[&str]| {
             record

@@ -53,6 +53,7 @@ impl<B: Backend> Stage<B> for Images {
         for (level, message) in &source.notices {
             host.log(*level, message);
         }
+        host.log(LogLevel::Info, &source.summary());
         let total = source.count() as u64;
         let description = Description {
             format: 1,
@@ -86,12 +87,6 @@ impl<B: Backend> Stage<B> for Images {
             ..
         } = description;
         let classes = description.classes.len();
-        let message = format!(
-            "{count} images of {height} x {width}, {} channels, {classes} classes; {} damaged files left out",
-            channels,
-            damaged.len()
-        );
-        host.log(LogLevel::Info, &message);
         let output = draft.commit(&ArtifactMeta::default())?;
         let summary = json!({
             "images": count, "channels": channels, "height": height, "width": width, "classes": classes,

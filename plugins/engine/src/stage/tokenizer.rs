@@ -242,11 +242,20 @@ impl<B: Backend> Stage<B> for Tokenizer {
 
 fn config(o: &Options, images: &Images) -> Result<TokenizerConfig> {
     let (size, factor) = (images.height, 1 << (o.multipliers.len() - 1));
-    if images.width != size || !size.is_multiple_of(factor) {
+    if images.width != size {
+        let message = format!(
+            "images of {} x {}: these networks take squares; say `size: {}`",
+            images.height,
+            images.width,
+            images.height.max(images.width)
+        );
+        return Err(Error::option("/data", message));
+    }
+    if !size.is_multiple_of(factor) {
         return Err(Error::option(
             "/multipliers",
             format!(
-                "images of {} x {}: expected squares whose sides are a multiple of {factor} for {} levels",
+                "images of {} x {}: expected sides that are a multiple of {factor} for {} levels",
                 images.height,
                 images.width,
                 o.multipliers.len()
