@@ -516,9 +516,16 @@ impl Store {
     }
 }
 
+/// Crockford's base 32.
+const ALPHABET: &[u8; 32] = b"0123456789abcdefghjkmnpqrstvwxyz";
+
+/// Whether a text is an id such as [`run_id`] makes.
+pub(super) fn is_run_id(text: &str) -> bool {
+    text.len() == 10 && text.bytes().all(|byte| ALPHABET.contains(&byte))
+}
+
 /// Ten characters of Crockford's base 32: 40 bits of milliseconds since 2024, which sort, and 10 bits of chance.
 fn run_id(now: Time) -> RunId {
-    const ALPHABET: &[u8; 32] = b"0123456789abcdefghjkmnpqrstvwxyz";
     const SINCE_2024: i64 = 1_704_067_200_000;
     let time = (now.0 - SINCE_2024).cast_unsigned() & ((1 << 40) - 1);
     // The standard library's hash keys are the operating system's random numbers.
