@@ -357,6 +357,25 @@ pub fn is_inner_path(path: &str) -> bool {
     path.len() <= 4096 && !path.chars().any(char::is_control) && path.split('/').all(normal)
 }
 
+/// A name from the history as the name of a file: one that leads nowhere else, and another for every other name.
+pub fn file_name(name: &str) -> String {
+    let is_plain = |c: char| !c.is_control() && !matches!(c, '/' | '\\');
+    let plain: String = name
+        .chars()
+        .map(|c| if is_plain(c) { c } else { '_' })
+        .take(60)
+        .collect();
+    match plain == name && !matches!(name, "" | "." | "..") {
+        true => plain,
+        // Two names that became alike are told apart.
+        false => format!(
+            "{}-{}",
+            plain.replace('.', "_"),
+            &blake3::hash(name.as_bytes()).to_hex()[..8]
+        ),
+    }
+}
+
 /// Opens a file of an artifact in `dir`: a regular file within it, to which no link leads.
 ///
 /// # Errors
@@ -550,6 +569,62 @@ mod tests {
         assert_eq!(reference, hash("b", &[("d/y", "2"), ("x", "1")]));
         assert_ne!(reference, hash("c", &[("x", "1"), ("d/z", "2")]));
         assert_ne!(reference, hash("d", &[("x", "1"), ("d/y", "3")]));
+    }
+
+    #[test]
+    fn names_from_the_history_lead_nowhere() {
+        for plain in ["codes", "größte", "a.b", "x y"] {
+            assert_eq!(file_name(plain), plain);
+        }
+        let odd = [
+            "",
+            ".",
+            "..",
+            "../../x",
+            "/",
+            "a/b",
+            "a_b/",
+            "\x1b[2J",
+            "a\0b",
+            "\\",
+            &"x".repeat(999),
+        ];
+        let names: Vec<String> = odd.iter().map(|name| file_name(name)).collect();
+        for (name, odd) in names.iter().zip(odd) {
+            assert!(is_inner_path(name) && !name.contains('/'), "{name}");
+            assert_ne!(name, odd);
+            assert_eq!(names.iter().filter(|other| *other == name).count(), 1);
+        }
+    }
+
+    #[test]
+    fn only_files_within_an_artifact_are_opened() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = filled(root.path(), "a", &[("x", "1"), ("d/y", "2")]);
+        fs::write(root.path().join("secret"), "3").unwrap();
+        std::os::unix::fs::symlink(root.path().join("secret"), dir.join("link")).unwrap();
+        std::os::unix::fs::symlink(root.path(), dir.join("up")).unwrap();
+        let pipe =
+            std::ffi::CString::new(dir.join("pipe").into_os_string().into_encoded_bytes()).unwrap();
+        // SAFETY: a C string.
+        assert_eq!(unsafe { libc::mkfifo(pipe.as_ptr(), 0o600) }, 0);
+        for path in ["x", "d/y"] {
+            assert!(open_inner(&dir, path).is_ok(), "{path}");
+        }
+        let secret = root.path().join("secret");
+        let refused = [
+            "../secret",
+            "link",
+            "up/secret",
+            "pipe",
+            "d",
+            "d/../x",
+            "",
+            secret.to_str().unwrap(),
+        ];
+        for path in refused {
+            assert!(open_inner(&dir, path).is_err(), "{path}");
+        }
     }
 
     #[test]

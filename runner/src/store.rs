@@ -47,6 +47,7 @@ pub use history::{
 };
 pub use lineage::{Lineage, Relative, Turn};
 pub use log::{LogLine, LogSource, RunLine};
+pub use query::Answer;
 pub use record::{
     ArtifactFile, ArtifactRecord, AttemptEnd, AttemptState, NewRun, NewStage, Param,
     PluginIdentity, RunState, StageState, Usage,

@@ -191,7 +191,9 @@ impl From<StoreError> for Error {
             ),
             StoreError::NotImportable { .. } => (
                 Exit::Usage,
-                Some("nothing was imported; `retort --store DIR runs export -o FILE` writes a file that can be"),
+                Some(
+                    "nothing was imported; `retort --store DIR runs export -o FILE` writes a file that can be",
+                ),
             ),
             StoreError::HistoryGone { .. } => (
                 Exit::Internal,

@@ -1,4 +1,4 @@
-//! stdout is data, stderr is talk: the only place that writes to either.
+//! stdout is data, stderr is talk: the only place that writes to either, or says where to ([`stdout`]).
 //!
 //! Neither panics when the reader has gone away. While progress bars are on the screen, talk is printed above them
 //! ([`attach`]).
@@ -18,6 +18,11 @@ pub fn print(text: &str) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
     stdout.write_all(text.as_bytes())?;
     stdout.flush()
+}
+
+/// Where data goes that is written piece by piece.
+pub fn stdout() -> impl Write {
+    io::BufWriter::new(io::stdout().lock())
 }
 
 /// Writes a line to stderr, above the progress bars where there are any. Nobody listening is no error.

@@ -44,7 +44,10 @@ impl Store {
         }
         let draft = Draft::new(self.dir(), draft::IMPORT)?;
         let artifacts = self.dir().join("artifacts");
-        let staged = Foreign::open(from, draft.path()).await?.read(&artifacts).await?;
+        let staged = Foreign::open(from, draft.path())
+            .await?
+            .read(&artifacts)
+            .await?;
         // From here on everything is our own.
         let from = schema::path_of(draft.path());
         let mut connection = transfer::connect(&schema::path_of(self.dir()), &from).await?;
@@ -156,11 +159,9 @@ impl<'p> Foreign<'p> {
             self.copy(&table).await?;
         }
         self.check_references().await?;
-        sqlx::query(
-            "update main.runs set state = 'lost' where state in ('queued', 'running')",
-        )
-        .execute(&mut self.connection)
-        .await?;
+        sqlx::query("update main.runs set state = 'lost' where state in ('queued', 'running')")
+            .execute(&mut self.connection)
+            .await?;
         self.bring_up_to_date().await?;
         check::all(&mut self.connection)
             .await
@@ -188,12 +189,11 @@ impl<'p> Foreign<'p> {
                 .fetch_all(&mut self.connection)
                 .await?;
         // One more than there can be.
-        let theirs = sqlx::query_as(
-            "select type, name, tbl_name, sql from source.sqlite_schema limit ?1",
-        )
-        .bind(i64::try_from(ours.len() + 3).unwrap_or(i64::MAX))
-        .fetch_all(&mut self.connection)
-        .await;
+        let theirs =
+            sqlx::query_as("select type, name, tbl_name, sql from source.sqlite_schema limit ?1")
+                .bind(i64::try_from(ours.len() + 3).unwrap_or(i64::MAX))
+                .fetch_all(&mut self.connection)
+                .await;
         let mut theirs: Vec<Object> = self.or_refused(theirs)?;
         theirs.retain(|(_, name, _, _)| !name.starts_with("sqlite_stat"));
         // Versions of SQLite write statements differently.
@@ -204,11 +204,18 @@ impl<'p> Foreign<'p> {
         let plain = |object: Object| (object.0, object.1, object.2, object.3.as_deref().map(plain));
         let theirs: Vec<Object> = theirs.into_iter().map(plain).collect();
         let ours: Vec<Object> = ours.into_iter().map(plain).collect();
-        let expected = plain(("table".into(), "exported_files".into(), "exported_files".into(), Some(FILES.into())));
+        let expected = plain((
+            "table".into(),
+            "exported_files".into(),
+            "exported_files".into(),
+            Some(FILES.into()),
+        ));
         let files = |object: &Object| {
             let (_, name, table, sql) = object;
             *object == expected
-                || (name.starts_with("sqlite_autoindex") && table == "exported_files" && sql.is_none())
+                || (name.starts_with("sqlite_autoindex")
+                    && table == "exported_files"
+                    && sql.is_none())
         };
         let has_files = theirs.contains(&expected);
         for object in &theirs {
@@ -221,9 +228,9 @@ impl<'p> Foreign<'p> {
             }
         }
         match ours.iter().find(|object| !theirs.contains(object)) {
-            Some((kind, name, ..)) => {
-                Err(self.refused(format!("the {kind} `{name}` of a retort history is missing")))
-            }
+            Some((kind, name, ..)) => Err(self.refused(format!(
+                "the {kind} `{name}` of a retort history is missing"
+            ))),
             None => Ok(has_files),
         }
     }
@@ -248,7 +255,8 @@ impl<'p> Foreign<'p> {
         .fetch_all(&mut self.connection)
         .await?;
         let columns = columns.join(", ");
-        let sql = format!("insert into main.{table} ({columns}) select {columns} from source.{table}");
+        let sql =
+            format!("insert into main.{table} ({columns}) select {columns} from source.{table}");
         let copied = sqlx::query(AssertSqlSafe(sql))
             .execute(&mut self.connection)
             .await;
@@ -299,9 +307,7 @@ impl<'p> Foreign<'p> {
         if self.version == schema::newest(schema::MIGRATIONS) {
             return Ok(());
         }
-        let apart = sqlx::raw_sql(
-            "detach database source; pragma max_page_count = 4294967294",
-        );
+        let apart = sqlx::raw_sql("detach database source; pragma max_page_count = 4294967294");
         apart.execute(&mut self.connection).await?;
         schema::migrate(self.draft, schema::MIGRATIONS)
             .await
@@ -331,22 +337,27 @@ impl<'p> Foreign<'p> {
         .fetch_all(&mut self.connection)
         .await;
         let unknown: Vec<String> = self.or_refused(unknown)?;
-        staged.lost.extend(unknown.iter().map(|hash| {
-            format!("artifact {}: no run in the file has it", brief(hash))
-        }));
-        let hashes: Vec<String> = sqlx::query_scalar("select hash from main.artifacts order by hash")
-            .fetch_all(&mut self.connection)
-            .await?;
+        staged.lost.extend(
+            unknown
+                .iter()
+                .map(|hash| format!("artifact {}: no run in the file has it", brief(hash))),
+        );
+        let hashes: Vec<String> =
+            sqlx::query_scalar("select hash from main.artifacts order by hash")
+                .fetch_all(&mut self.connection)
+                .await?;
         // Parts that share their pages could be many times as large as the file.
         let mut room = self.size;
         for hash in hashes {
-            if artifacts.join(&hash).symlink_metadata().is_ok() || !self.has_files_of(&hash).await? {
+            if artifacts.join(&hash).symlink_metadata().is_ok() || !self.has_files_of(&hash).await?
+            {
                 continue;
             }
-            let files: String = sqlx::query_scalar("select files from main.artifacts where hash = ?1")
-                .bind(&hash)
-                .fetch_one(&mut self.connection)
-                .await?;
+            let files: String =
+                sqlx::query_scalar("select files from main.artifacts where hash = ?1")
+                    .bind(&hash)
+                    .fetch_one(&mut self.connection)
+                    .await?;
             let files: Vec<ArtifactFile> =
                 serde_json::from_str(&files).map_err(|error| self.refused(error.to_string()))?;
             let staging = self.draft.join(&hash);
@@ -503,5 +514,9 @@ fn said(error: sqlx::Error) -> String {
 
 /// The beginning of a text that may be long.
 fn brief(text: &str) -> String {
-    text.chars().take(80).collect::<String>().escape_debug().to_string()
+    text.chars()
+        .take(80)
+        .collect::<String>()
+        .escape_debug()
+        .to_string()
 }

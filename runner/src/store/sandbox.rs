@@ -119,7 +119,12 @@ fn is_reading(action: c_int, first: &str, second: &str) -> bool {
         // What the table-valued functions of the same names ask.
         ffi::SQLITE_PRAGMA => matches!(
             first.to_ascii_lowercase().as_str(),
-            "table_info" | "table_xinfo" | "table_list" | "index_list" | "index_info" | "foreign_key_list"
+            "table_info"
+                | "table_xinfo"
+                | "table_list"
+                | "index_list"
+                | "index_info"
+                | "foreign_key_list"
         ),
         _ => false,
     }

@@ -57,7 +57,8 @@ pub(super) async fn open_for_reading(dir: &Path) -> Result<SqlitePool, StoreErro
         Err(source) => return Err(StoreError::Io { path, source }),
     }
     let known = newest(MIGRATIONS);
-    let mut read = options(&path).read_only(true);
+    // Few rows under way at a time: of a question, they may be long.
+    let mut read = options(&path).read_only(true).row_buffer_size(8);
     let state = match inspect(&read, &path).await {
         Ok(state) => state,
         // A database in WAL mode needs two more files beside it. Where they are absent and cannot be made, nobody
@@ -130,8 +131,8 @@ pub(super) async fn migrate(dir: &Path, migrations: &[&'static str]) -> Result<(
     if state.version == known {
         return connection.close().await.map_err(at);
     }
-    if state.version == 0 && is_in_use(dir) {
-        return Err(gone(dir));
+    if state.version == 0 {
+        check_has_no_artifacts(dir)?;
     }
     function::register(&mut connection).await.map_err(at)?;
     if state.version > 0 {
@@ -359,15 +360,18 @@ fn check_is_no_loss(dir: &Path) -> Result<(), StoreError> {
     let is_empty = || std::fs::metadata(&path).map_or(true, |file| file.len() == 0);
     let log = || std::fs::metadata(wal_of(&path)).is_ok_and(|file| file.len() > 0);
     // Asked again at the end: another process may be making the store right now.
-    match is_empty() && (is_in_use(dir) || log()) && is_empty() {
+    match is_empty() && (artifacts(dir) > 0 || log()) && is_empty() {
         true => Err(gone(dir)),
         false => Ok(()),
     }
 }
 
-/// Whether there are artifacts: a new history would take them for what nobody needs.
-fn is_in_use(dir: &Path) -> bool {
-    artifacts(dir) > 0
+/// An error where there are artifacts: a new history would take them for what nobody needs.
+pub(super) fn check_has_no_artifacts(dir: &Path) -> Result<(), StoreError> {
+    match artifacts(dir) {
+        0 => Ok(()),
+        _ => Err(gone(dir)),
+    }
 }
 
 fn artifacts(dir: &Path) -> usize {
@@ -375,7 +379,7 @@ fn artifacts(dir: &Path) -> usize {
 }
 
 /// That the history which told of the artifacts in the directory is not there.
-pub(super) fn gone(dir: &Path) -> StoreError {
+fn gone(dir: &Path) -> StoreError {
     StoreError::HistoryGone {
         path: path_of(dir),
         artifacts: artifacts(dir),

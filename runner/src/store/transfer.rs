@@ -122,7 +122,9 @@ pub(super) async fn copy_all(connection: &mut SqliteConnection) -> Result<Transf
 pub(super) async fn connect(main: &Path, source: &Path) -> Result<SqliteConnection, StoreError> {
     let at = |error: sqlx::Error| StoreError::from(error).at(main);
     let mut connection = schema::options(main).connect().await.map_err(at)?;
-    attach(&mut connection, source, "mode=ro").await.map_err(at)?;
+    attach(&mut connection, source, "mode=ro")
+        .await
+        .map_err(at)?;
     Ok(connection)
 }
 
@@ -155,16 +157,16 @@ async fn with_sources(
 ) -> Result<Vec<RunId>, StoreError> {
     let found: Vec<String> = sqlx::query_scalar(
         "select distinct x.id from (
-             select r.id, r.created, r.key from source.runs r where r.id in (select value from json_each(?1))
+             select r.id, r.key from source.runs r where r.id in (select value from json_each(?1))
              union
-             select m.id, m.created, m.key
+             select m.id, m.key
              from source.runs r
              join source.stages s on s.run = r.key
              join source.attempts a on a.key = s.reused_from
              join source.stages ms on ms.key = a.stage
              join source.runs m on m.key = ms.run
              where r.id in (select value from json_each(?1))
-         ) x order by x.created, x.key",
+         ) x order by x.key",
     )
     .bind(serde_json::json!(runs).to_string())
     .fetch_all(connection)
@@ -290,7 +292,12 @@ impl<'c> Copy<'c> {
             (
                 // Who carries a run out does so in its own store. There is when it was last heard of.
                 "when it was last heard of",
-                "update main.runs set finished = (select heartbeat from source.leases where run = ?1)
+                "update main.runs set finished = coalesce(
+                     (select l.heartbeat from source.leases l
+                      where l.run = ?1 and l.heartbeat between runs.created and unixepoch() * 1000),
+                     (select max(coalesce(a.finished, a.started)) from source.stages s
+                      join source.attempts a on a.stage = s.key where s.run = ?1),
+                     created)
                  where key = ?2 and state = 'lost' and finished is null",
             ),
             (

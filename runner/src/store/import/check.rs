@@ -87,7 +87,6 @@ const RULES: &[(&str, &[(&str, Rule)])] = &[
             ("environment", Json(is::<Map<String, Value>>)),
         ],
     ),
-    ("leases", &[("heartbeat", Moment)]),
     ("tags", &[("tag", Name)]),
     ("names", &[("key", Key), ("name", Name)]),
     ("params", &[("origin", Name)]),
@@ -151,7 +150,12 @@ const RULES: &[(&str, &[(&str, Rule)])] = &[
     ),
     (
         "logs",
-        &[("at", Moment), ("level", Natural), ("source", Json(is_source)), ("text", Text)],
+        &[
+            ("at", Moment),
+            ("level", Natural),
+            ("source", Json(is_source)),
+            ("text", Text),
+        ],
     ),
     ("results", &[("position", Natural), ("points", Natural)]),
 ];
@@ -174,9 +178,11 @@ pub(super) async fn all(connection: &mut SqliteConnection) -> Result<(), Found> 
         })
         .await?;
     }
-    each(connection, "select type, value from main.params".into(), |row| {
-        param(row).map_err(|expected| format!("`value` of its table `params`: {expected}"))
-    })
+    each(
+        connection,
+        "select type, value from main.params".into(),
+        |row| param(row).map_err(|expected| format!("`value` of its table `params`: {expected}")),
+    )
     .await?;
     let sql = "select hash, size, files from main.artifacts";
     each(connection, sql.into(), |row| {
@@ -206,13 +212,18 @@ fn check(row: &SqliteRow, place: usize, optional: bool, rule: Rule) -> Result<()
             false => Err("a value is missing".to_owned()),
         };
     }
-    let number = || row.try_get::<i64, _>(place).map_err(|error| error.to_string());
+    let number = || {
+        row.try_get::<i64, _>(place)
+            .map_err(|error| error.to_string())
+    };
     let within = |least: i64, most: i64| match number()? {
         number if (least..=most).contains(&number) => Ok(()),
         number => Err(format!("{number} is not between {least} and {most}")),
     };
     let text = |is: fn(&str) -> bool, expected: &str| {
-        let text: &str = row.try_get(place).map_err(|_| "it is not text in UTF-8".to_owned())?;
+        let text: &str = row
+            .try_get(place)
+            .map_err(|_| "it is not text in UTF-8".to_owned())?;
         match is(text) {
             true => Ok(()),
             false => Err(format!("`{}` is not {expected}", brief(text))),
@@ -221,7 +232,10 @@ fn check(row: &SqliteRow, place: usize, optional: bool, rule: Rule) -> Result<()
     match rule {
         Rule::RunId => text(is_run_id, "the id of a run"),
         Hash => text(is_hash, "a hash (64 digits and letters from a to f)"),
-        Name => text(is_name, "a name (up to 1024 bytes without control characters)"),
+        Name => text(
+            is_name,
+            "a name (up to 1024 bytes without control characters)",
+        ),
         Text => text(|_| true, ""),
         Json(is) => text(is, "what is kept there"),
         Moment => within(0, LAST_MOMENT),
@@ -248,7 +262,10 @@ fn is_source(text: &str) -> bool {
 }
 
 fn is_hash(text: &str) -> bool {
-    text.len() == 64 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+    text.len() == 64
+        && text
+            .bytes()
+            .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 fn is_name(text: &str) -> bool {
@@ -263,7 +280,10 @@ fn param(row: &SqliteRow) -> Result<(), String> {
         true => "NULL".to_owned(),
         false => value.type_info().name().to_owned(),
     };
-    let text = || row.try_get_unchecked::<&str, _>(1).map_err(|_| "it is not text in UTF-8".to_owned());
+    let text = || {
+        row.try_get_unchecked::<&str, _>(1)
+            .map_err(|_| "it is not text in UTF-8".to_owned())
+    };
     let fits = match (kind, stored.as_str()) {
         ("null", "NULL") | ("integer", "INTEGER") | ("real", "REAL" | "NULL") => true,
         ("boolean", "INTEGER") => matches!(row.try_get_unchecked(1), Ok(0_i64 | 1)),
@@ -282,24 +302,33 @@ fn param(row: &SqliteRow) -> Result<(), String> {
 fn files(row: &SqliteRow) -> Result<(), String> {
     let hash: &str = row.try_get(0).map_err(|error| error.to_string())?;
     let size: i64 = row.try_get(1).map_err(|error| error.to_string())?;
-    let text: &str = row.try_get(2).map_err(|_| "it is not text in UTF-8".to_owned())?;
+    let text: &str = row
+        .try_get(2)
+        .map_err(|_| "it is not text in UTF-8".to_owned())?;
     let files: Vec<ArtifactFile> = serde_json::from_str(text).map_err(|error| error.to_string())?;
     for file in &files {
         if !artifact::is_inner_path(&file.path) {
-            return Err(format!("`{}` is not a path within an artifact", brief(&file.path)));
+            return Err(format!(
+                "`{}` is not a path within an artifact",
+                brief(&file.path)
+            ));
         }
         if !is_hash(&file.hash) {
             return Err(format!("`{}` is not a hash", brief(&file.hash)));
         }
     }
-    let sum = files.iter().try_fold(0_u64, |sum, file| sum.checked_add(file.size));
+    let sum = files
+        .iter()
+        .try_fold(0_u64, |sum, file| sum.checked_add(file.size));
     if sum.and_then(|sum| i64::try_from(sum).ok()) != Some(size) {
         return Err(format!("the files of artifact {hash} are not of its size"));
     }
     let in_order = files.windows(2).all(|pair| pair[0].path < pair[1].path);
     match !files.is_empty() && in_order && artifact::list_hash(&files) == hash {
         true => Ok(()),
-        false => Err(format!("the files of artifact {hash} are not what its hash says")),
+        false => Err(format!(
+            "the files of artifact {hash} are not what its hash says"
+        )),
     }
 }
 
@@ -319,12 +348,22 @@ async fn blocks(connection: &mut SqliteConnection) -> Result<(), Found> {
             return Err(fault("has no points, or not in the order of their steps"));
         }
         let times = unpacked.iter().map(|point| base.checked_add(point.at));
-        if !times.into_iter().all(|at| at.is_some_and(|at| (0..=LAST_MOMENT).contains(&at))) {
+        if !times
+            .into_iter()
+            .all(|at| at.is_some_and(|at| (0..=LAST_MOMENT).contains(&at)))
+        {
             return Err(fault("has points at impossible times"));
         }
         let found = block::Summary::of(&unpacked);
         let said = (first, last, points, numbers);
-        if said != (found.first_step, found.last_step, found.points, found.numbers) {
+        if said
+            != (
+                found.first_step,
+                found.last_step,
+                found.points,
+                found.numbers,
+            )
+        {
             return Err(fault("holds other points than is said of it"));
         }
         if before.is_some_and(|(known, end)| known == series && first <= end) {
@@ -346,7 +385,14 @@ mod tests {
     fn names_and_hashes_are_what_a_store_writes() {
         let hash = "0123456789abcdef".repeat(4);
         assert!(is_hash(&hash));
-        for wrong in ["", "..", "../../x", &hash[1..], &hash.to_uppercase(), &format!("{hash}0")] {
+        for wrong in [
+            "",
+            "..",
+            "../../x",
+            &hash[1..],
+            &hash.to_uppercase(),
+            &format!("{hash}0"),
+        ] {
             assert!(!is_hash(wrong), "{wrong}");
         }
         assert!(is_name("größte/loss 1") && !is_name("\x1b[2J") && !is_name(&"x".repeat(2000)));
@@ -357,7 +403,19 @@ mod tests {
         for inner in ["a", "a/b.c", "..a/b..", "größe"] {
             assert!(artifact::is_inner_path(inner), "{inner}");
         }
-        for outer in ["", "/", "/etc/passwd", "..", "a/../b", "./a", "a/.", "a//b", "a/", "a\0b", "a\nb"] {
+        for outer in [
+            "",
+            "/",
+            "/etc/passwd",
+            "..",
+            "a/../b",
+            "./a",
+            "a/.",
+            "a//b",
+            "a/",
+            "a\0b",
+            "a\nb",
+        ] {
             assert!(!artifact::is_inner_path(outer), "{outer:?}");
         }
         assert!(!artifact::is_inner_path(&"x".repeat(256)));
