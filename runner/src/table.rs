@@ -9,6 +9,7 @@ use comfy_table::{
 use serde_json::{Map, Number, Value};
 
 use crate::store::{RunState, StageState, Time};
+use crate::terminal::{clean, clean_line, painted};
 
 mod stream;
 
@@ -164,7 +165,8 @@ impl Rows {
         } else {
             format!("{}\n", visible(&self.title, false))
         };
-        format!("{title}{}\n", table.trim_fmt())
+        // The cells are clean: what is left are our colours.
+        format!("{title}{}\n", painted(&table.trim_fmt()))
     }
 
     fn markdown(&self) -> String {
@@ -481,19 +483,13 @@ fn is_non_finite(value: &Value) -> bool {
     matches!(value.as_str(), Some("NaN" | "Infinity" | "-Infinity"))
 }
 
-/// A text that cannot play tricks with the terminal: names come from anywhere. Control characters are escaped; line feeds
-/// stay where a cell may have several lines.
+/// A text that cannot play tricks with the terminal: names come from anywhere. Line feeds stay where a cell may have
+/// several lines.
 fn visible(text: &str, lines: bool) -> String {
-    let mut safe = String::with_capacity(text.len());
-    for character in text.chars() {
-        match character {
-            '\n' if lines => safe.push('\n'),
-            '\n' | '\t' => safe.push(' '),
-            character if character.is_control() => safe.extend(character.escape_debug()),
-            character => safe.push(character),
-        }
+    match lines {
+        true => clean(&text.replace('\t', " ")).into_owned(),
+        false => clean_line(text),
     }
-    safe
 }
 
 #[cfg(test)]
@@ -557,13 +553,11 @@ mod tests {
             "{narrow}"
         );
         assert!(!narrow.contains('\x1b'), "{narrow}");
-        assert!(
-            rows.render(Style::Table {
-                width: Some(30),
-                color: true
-            })
-            .contains("\x1b[38;5;9m")
-        );
+        let colored = rows.render(Style::Table {
+            width: Some(30),
+            color: true,
+        });
+        assert!(crate::terminal::show(&colored).contains("\x1b[38;5;9m"));
     }
 
     #[test]

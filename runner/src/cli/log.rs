@@ -7,6 +7,7 @@ use clap::ValueEnum;
 use crate::cli::{Context, Error, Format, FormatArgs, talk};
 use crate::store::{Access, LogSource, RunDetail, RunId, RunLine, RunState, Store, Time};
 use crate::table::{Cell, Rows, Tone};
+use crate::terminal::{clean_line, paint};
 
 /// How often a run under way is asked for more.
 const INTERVAL: Duration = Duration::from_millis(300);
@@ -186,22 +187,14 @@ fn texts(lines: &[RunLine], color: bool) -> String {
     let mut text = String::new();
     for RunLine { stage, line, .. } in lines {
         let time = moment(line.at);
-        let said: String = line
-            .text
-            .chars()
-            .map(|c| if c.is_control() && c != '\t' { ' ' } else { c })
-            .collect();
         let (mark, code) = match (line.level, line.source) {
             (1, _) => ("error: ", "31"),
             (2, _) => ("warning: ", "33"),
             (_, LogSource::Stdout | LogSource::Stderr) => ("", "2"),
             _ => ("", ""),
         };
-        let said = format!("{mark}{said}");
-        let said = match color && !code.is_empty() {
-            true => format!("\x1b[{code}m{said}\x1b[0m"),
-            false => said,
-        };
+        // One line, whatever was said: what follows a line feed could look like a line of another stage.
+        let said = paint(&clean_line(&format!("{mark}{}", line.text)), code, color);
         text += &format!("{time} {stage:width$}  {said}\n");
     }
     text

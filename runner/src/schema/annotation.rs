@@ -25,7 +25,7 @@ pub enum Target {
     Dir,
 }
 
-/// The options in `value` that name stages or files.
+/// The options in `value` that name stages or files, or could and are null.
 pub fn annotations(schema: &Value, value: &Value) -> Vec<Annotation> {
     let mut found = Vec::new();
     annotate_node(schema, schema, value, "", &mut found);
@@ -57,7 +57,7 @@ fn annotate_node(
             }
         };
         match value {
-            Value::String(_) => {
+            Value::String(_) | Value::Null => {
                 if let Some(target) = target {
                     let annotation = Annotation {
                         pointer: pointer.to_owned(),
