@@ -191,10 +191,10 @@ impl<'a> Planner<'a> {
                 target => draft.files.push(FileOption {
                     path: self.source.base_dir.join(text),
                     pointer,
-                    kind: if target == Target::Dir {
-                        FileKind::Dir
-                    } else {
-                        FileKind::File
+                    kind: match target {
+                        Target::Dir => FileKind::Dir,
+                        Target::Weights => FileKind::Weights,
+                        _ => FileKind::File,
                     },
                 }),
             }
