@@ -9,6 +9,8 @@ use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use retort_checkpoint::shards::Place;
+
 use crate::plan::FileKind;
 use crate::store::{ArtifactFile, ArtifactRecord};
 
@@ -59,6 +61,14 @@ pub enum ArtifactError {
     /// Nothing in it.
     #[error("the artifact has no files")]
     Empty,
+    /// No weights of a network.
+    #[error("{}: {message}", path.display())]
+    Weights {
+        /// What was to hold them.
+        path: PathBuf,
+        /// What is wrong.
+        message: String,
+    },
 }
 
 /// A difference between an artifact's record and what lies on the disk.
@@ -425,7 +435,26 @@ pub fn input_hash(path: &Path, kind: FileKind) -> Result<String, ArtifactError> 
     match kind {
         FileKind::File => file_hash(path),
         FileKind::Dir => contents(path).map(|contents| contents.hash),
+        FileKind::Weights => weights_hash(path),
     }
+}
+
+/// Of a network's weights: of their file, or of all files in the folder that belong to them.
+fn weights_hash(path: &Path) -> Result<String, ArtifactError> {
+    let place = Place::find(path).map_err(|error| ArtifactError::Weights {
+        path: path.to_owned(),
+        message: error.to_string(),
+    })?;
+    let files = place.files();
+    if let [only] = files.as_slice() {
+        return file_hash(only);
+    }
+    let mut hasher = blake3::Hasher::new();
+    for file in &files {
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
+        hasher.update(format!("{name}\0{}\n", file_hash(file)?).as_bytes());
+    }
+    Ok(hasher.finalize().to_hex().to_string())
 }
 
 /// Compares an artifact in `dir` with its record, byte by byte. Empty: it is as it was made.
