@@ -34,14 +34,36 @@ fn write(lab: &Lab, stages: &str, data: &str) {
 }
 
 fn format_file(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../plugins/engine/fixtures/images/formats").join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../plugins/engine/fixtures/images/formats")
+        .join(name)
 }
 
 /// Two classes of small images of every format.
 fn every_format(dir: &Path) {
     let classes = [
-        ("cats", &["rgb.png", "rgba.png", "grey.jpg", "cmyk.jpg", "turned-6.jpg", "progressive.jpg"]),
-        ("dogs", &["lossless.webp", "frames.gif", "rgb.bmp", "packed.tiff", "palette-clear.png", "sixteen.png"]),
+        (
+            "cats",
+            &[
+                "rgb.png",
+                "rgba.png",
+                "grey.jpg",
+                "cmyk.jpg",
+                "turned-6.jpg",
+                "progressive.jpg",
+            ],
+        ),
+        (
+            "dogs",
+            &[
+                "lossless.webp",
+                "frames.gif",
+                "rgb.bmp",
+                "packed.tiff",
+                "palette-clear.png",
+                "sixteen.png",
+            ],
+        ),
     ];
     for (class, files) in classes {
         fs::create_dir_all(dir.join(class)).unwrap();
@@ -68,27 +90,49 @@ fn prepared_once_or_read_in_place_images_train_the_same_networks() {
   judged: {kind: evaluate, data: OTHER, classifier: eye, samples: {drawn: drawn}}
 ";
     let stages = format!("{CODES}{stages}");
-    let prepared = lab(&stages.replace("OTHER", "pictures"), "{images: pictures, crop: 12, flip: true}");
+    let prepared = lab(
+        &stages.replace("OTHER", "pictures"),
+        "{images: pictures, crop: 12, flip: true}",
+    );
     let prepared_whole = stages.replace("OTHER", "{images: pictures, crop: 12}");
-    write(&prepared, &prepared_whole, "{images: pictures, crop: 12, flip: true}");
+    write(
+        &prepared,
+        &prepared_whole,
+        "{images: pictures, crop: 12, flip: true}",
+    );
     every_format(&prepared.dir.path().join("mix"));
     prepared.retort(&["run", "r.yaml"]).expect(0);
     let picture = |crop: &str| format!("{{folder: mix, size: 16, fit: contain, {crop}}}");
-    let in_place = lab(&stages.replace("OTHER", &picture("crop: 12")), &picture("crop: 12, flip: true"));
+    let in_place = lab(
+        &stages.replace("OTHER", &picture("crop: 12")),
+        &picture("crop: 12, flip: true"),
+    );
     every_format(&in_place.dir.path().join("mix"));
     in_place.retort(&["run", "r.yaml"]).expect(0);
     for stage in ["codes", "teacher", "eye", "pictures", "judged"] {
-        assert_eq!(output(&prepared, stage).0, output(&in_place, stage).0, "{stage}");
+        assert_eq!(
+            output(&prepared, stage).0,
+            output(&in_place, stage).0,
+            "{stage}"
+        );
     }
     let pictures = output(&prepared, "pictures").1;
     let manifest = fs::read_to_string(pictures.join("manifest.jsonl")).unwrap();
     assert_eq!(manifest.lines().count(), 12);
-    assert!(manifest.contains(r#""file":"dogs/frames.gif","label":1"#), "{manifest}");
+    assert!(
+        manifest.contains(r#""file":"dogs/frames.gif","label":1"#),
+        "{manifest}"
+    );
     let described = fs::read_to_string(pictures.join("images.json")).unwrap();
-    assert!(described.contains("\"cats\",") && described.contains("\"channels\": 3"), "{described}");
+    assert!(
+        described.contains("\"cats\",") && described.contains("\"channels\": 3"),
+        "{described}"
+    );
     assert!(!points(&prepared, "codes", "tokenizer/data_wait").is_empty());
     // Another seed sees them otherwise.
-    prepared.retort(&["run", "r.yaml", "--set", "eye.seed=9"]).expect(0);
+    prepared
+        .retort(&["run", "r.yaml", "--set", "eye.seed=9"])
+        .expect(0);
     assert_ne!(output(&prepared, "eye").0, output(&in_place, "eye").0);
 }
 
@@ -100,16 +144,28 @@ fn damaged_files_are_told_at_once_before_anything_is_trained() {
     let whole = fs::read(mix.join("cats/rgb.png")).unwrap();
     fs::write(mix.join("cats/cut.png"), &whole[..60]).unwrap();
     fs::write(mix.join("dogs/empty.webp"), "").unwrap();
-    fs::write(mix.join("dogs/notes.txt"), "not an image, and none promised").unwrap();
+    fs::write(
+        mix.join("dogs/notes.txt"),
+        "not an image, and none promised",
+    )
+    .unwrap();
     let said = lab.retort(&["run", "r.yaml"]);
     assert_ne!(said.code, Some(0));
-    let said = said.saying(&["2 of 14 images are damaged", "cats/cut.png", "dogs/empty.webp", "skip_damaged: true"]);
+    let said = said.saying(&[
+        "2 of 14 images are damaged",
+        "cats/cut.png",
+        "dogs/empty.webp",
+        "skip_damaged: true",
+    ]);
     assert!(!said.stderr.contains("panicked"));
     let lenient = ["run", "r.yaml", "--set", "codes.data.skip_damaged=true"];
     lab.retort(&lenient).expect(0);
     let said = lab.retort(&["log", "latest"]).expect(0);
     let log = format!("{}{}", said.stdout, said.stderr);
-    assert!(log.contains("2 damaged images were left out") && log.contains(".txt 1"), "{log}");
+    assert!(
+        log.contains("2 damaged images were left out") && log.contains(".txt 1"),
+        "{log}"
+    );
 }
 
 #[test]
@@ -117,7 +173,12 @@ fn what_cannot_be_meant_is_refused_with_what_to_do() {
     let lab = lab(CODES, "{folder: mix}");
     let mix = lab.dir.path().join("mix");
     every_format(&mix);
-    lab.retort(&["run", "r.yaml"]).saying(&["images of 2 sizes", "12 x 16 (11)", "16 x 12 (1)", "size: [12, 16]"]);
+    lab.retort(&["run", "r.yaml"]).saying(&[
+        "images of 2 sizes",
+        "12 x 16 (11)",
+        "16 x 12 (1)",
+        "size: [12, 16]",
+    ]);
     let set = |value: &str| lab.retort(&["run", "r.yaml", "--set", value]);
     set("codes.data.size=[12, 16]").saying(&["images of 12 x 16", "`size: 16`"]);
     fs::create_dir(mix.join("0")).unwrap();
@@ -130,7 +191,9 @@ fn what_cannot_be_meant_is_refused_with_what_to_do() {
     set("codes.data.size=16").saying(&["mix/2: expected image files", "found none"]);
     // Options that say too much are told by the plan.
     lab.retort(&["validate", "r.yaml", "--set", "codes.data.csv=a.csv"]);
-    let said = lab.retort(&["plan", "r.yaml", "--set", "codes.data.max=3"]).expect(3);
+    let said = lab
+        .retort(&["plan", "r.yaml", "--set", "codes.data.max=3"])
+        .expect(3);
     said.saying(&["`max` belongs to `csv` or `arrays`, not to `folder`"]);
 }
 
@@ -141,7 +204,14 @@ fn one_class_one_image_and_links_are_enough() {
     fs::create_dir_all(dir.join("flat")).unwrap();
     fs::copy(format_file("rgb.png"), dir.join("one.png")).unwrap();
     std::os::unix::fs::symlink(dir.join("one.png"), dir.join("flat/linked")).unwrap();
-    lab.retort(&["run", "r.yaml", "--set", "codes.data.size=16"]).expect(0);
+    lab.retort(&["run", "r.yaml", "--set", "codes.data.size=16"])
+        .expect(0);
     fs::copy(format_file("grey.png"), dir.join("flat/b.png")).unwrap();
-    lab.retort(&["run", "r.yaml", "--set", "codes.data={folder: flat, size: 16, channels: 1}"]).expect(0);
+    lab.retort(&[
+        "run",
+        "r.yaml",
+        "--set",
+        "codes.data={folder: flat, size: 16, channels: 1}",
+    ])
+    .expect(0);
 }

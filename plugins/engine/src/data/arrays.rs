@@ -75,7 +75,7 @@ impl Arrays {
                 .is_some_and(|ending| ending.eq_ignore_ascii_case("npz"))
         };
         let (stream, mut given) = if archive(path) {
-            let mut file = Archive::open(path).map_err(engine)?;
+            let file = Archive::open(path).map_err(engine)?;
             let names = file.names();
             let find = |known: &[&str]| {
                 let name = known.iter().find(|name| names.iter().any(|n| n == *name));

@@ -701,7 +701,9 @@ impl Looked {
         for (_, header) in &self.items {
             *sizes.entry((header.height, header.width)).or_default() += 1;
             coloured += usize::from(header.colour);
-            *formats.entry(format!("{:?}", header.format).to_uppercase()).or_default() += 1;
+            *formats
+                .entry(format!("{:?}", header.format).to_uppercase())
+                .or_default() += 1;
         }
         if self.items.is_empty() {
             return Err(DataError::content(
@@ -732,7 +734,10 @@ impl Looked {
             notices.push((LogLevel::Info, message));
         }
         if formats.len() > 1 {
-            let kinds: Vec<String> = formats.iter().map(|(format, count)| format!("{format} {count}")).collect();
+            let kinds: Vec<String> = formats
+                .iter()
+                .map(|(format, count)| format!("{format} {count}"))
+                .collect();
             let message = format!(
                 "{}: {} images of several formats, {}: what lossy compression did to some is learned and measured with them",
                 self.path.display(),

@@ -635,7 +635,11 @@ fn a_mixed_folder_comes_to_one_size_and_one_kind() {
         ..folder("x")
     };
     let source = Source::open(&options, dir).unwrap();
-    assert!(source.notices[1].1.contains("4 images of several formats, BMP 2, PNG 2:"));
+    assert!(
+        source.notices[1]
+            .1
+            .contains("4 images of several formats, BMP 2, PNG 2:")
+    );
     assert_eq!(
         source.notices[0].1,
         "1 of 4 images are grey, the others are not: all are read as RGB"
