@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::{AdamwStep, Backend, Binary, Unary};
 use crate::error::{Error, Result};
+use crate::model::decays;
 use crate::muon::{self, Muon};
 use crate::tape::{Var, backward};
 use crate::weights::{self, Floats, Params, Weights};
@@ -39,7 +40,8 @@ pub struct TrainOptions {
     /// The learning rate at the last step, as a fraction of the peak.
     #[schemars(range(min = 0, max = 1))]
     pub final_fraction: f64,
-    /// Decoupled weight decay of matrices (vectors have none).
+    /// Decoupled weight decay of matrices. Vectors have none, nor have VAR's places, scales, lengths of queries and offsets of
+    /// modulation, as in the published trainings.
     #[schemars(range(min = 0))]
     pub weight_decay: f64,
     /// Decay of AdamW's first moment.
@@ -322,10 +324,9 @@ impl<B: Backend> Fit<'_, B> {
         };
         let ema_decay = o.ema.min((1 + step) as f64 / (10 + step) as f64);
         for (((name, p), state), g) in self.params.iter().zip(moments).zip(&gradients) {
-            let weight_decay = if p.shape().len() > 1 {
-                o.weight_decay
-            } else {
-                0.0
+            let weight_decay = match decays(name, &p.shape()) {
+                true => o.weight_decay,
+                false => 0.0,
             };
             match &o.muon {
                 Some(m) if muon::applies(name, &p.shape()) => {
