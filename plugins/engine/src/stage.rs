@@ -7,6 +7,7 @@ pub mod distill;
 pub mod evaluate;
 pub mod pretrain;
 pub mod sample;
+pub mod snapshot;
 pub mod teacher;
 pub mod tokenizer;
 pub mod trajectories;
@@ -131,6 +132,7 @@ pub fn all<B: Backend>() -> Vec<Registered<B>> {
         register::<B, trajectories::Trajectories>(),
         register::<B, classifier::Classifier>(),
         register::<B, distill::Distill>(),
+        register::<B, snapshot::Snapshot>(),
         register::<B, sample::Sample>(),
         register::<B, evaluate::Evaluate>(),
         register::<B, conformance::Conformance>(),

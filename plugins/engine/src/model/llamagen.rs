@@ -31,6 +31,9 @@ use crate::model::{
 use crate::tape::{Var, unpack};
 use crate::weights::{Init, Loader, Start, numbered};
 
+/// Prefixes of the parameters from which a student's logits alone come.
+pub const LOGITS: [&str; 2] = ["norm.", "output."];
+
 const NORM_EPS: f64 = 1e-5;
 const ROPE_BASE: f64 = 10_000.0;
 /// Standard deviation of freshly drawn weights.

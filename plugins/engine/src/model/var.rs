@@ -28,6 +28,9 @@ use crate::model::{
 use crate::tape::Var;
 use crate::weights::{Init, Loader, Start, numbered};
 
+/// Prefixes of the parameters from which a student's logits alone come.
+pub const LOGITS: [&str; 2] = ["head_nm.", "head."];
+
 const NORM_EPS: f64 = 1e-6;
 /// Queries are at most this much longer than unit vectors.
 const LONGEST_QUERY: f64 = 100.0;
