@@ -8,6 +8,7 @@ pub mod evaluate;
 pub mod images;
 pub mod pretrain;
 pub mod sample;
+pub mod snapshot;
 pub mod teacher;
 pub mod tokenizer;
 pub mod trajectories;
@@ -144,6 +145,7 @@ pub fn all<B: Backend>() -> Vec<Registered<B>> {
         register::<B, trajectories::Trajectories>(),
         register::<B, classifier::Classifier>(),
         register::<B, distill::Distill>(),
+        register::<B, snapshot::Snapshot>(),
         register::<B, sample::Sample>(),
         register::<B, evaluate::Evaluate>(),
         register::<B, conformance::Conformance>(),
