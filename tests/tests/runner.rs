@@ -17,6 +17,8 @@ mod dividing;
 mod faults;
 #[path = "runner/history.rs"]
 mod history;
+#[path = "runner/imports.rs"]
+mod imports;
 #[path = "runner/interruptions.rs"]
 mod interruptions;
 #[path = "runner/lab.rs"]
