@@ -21,6 +21,8 @@ mod faults;
 mod history;
 #[path = "runner/images.rs"]
 mod images;
+#[path = "runner/imports.rs"]
+mod imports;
 #[path = "runner/interruptions.rs"]
 mod interruptions;
 #[path = "runner/lab.rs"]
