@@ -95,7 +95,10 @@ fn one_module_knows_the_yaml_parser() {
         .collect();
     let module = root().join("runner/src/yaml");
     assert!(!users.is_empty());
-    assert!(users.iter().all(|user| user.starts_with(&module)), "{users:?}");
+    assert!(
+        users.iter().all(|user| user.starts_with(&module)),
+        "{users:?}"
+    );
 }
 
 #[test]
