@@ -145,6 +145,8 @@ pub enum FileKind {
     File,
     /// A directory, with everything in it.
     Dir,
+    /// Weights of a network: a file, or the folder or index of several.
+    Weights,
 }
 
 /// Where a value came from. As text: `recipe:14`, `--set`, `params`, `default`, `derived`.
@@ -287,6 +289,9 @@ impl Plan {
                 let (there, what) = match file.kind {
                     FileKind::File => (file.path.is_file(), "file"),
                     FileKind::Dir => (file.path.is_dir(), "directory"),
+                    // What a folder holds, whoever reads it says.
+                    FileKind::Weights if file.path.is_dir() => (true, "directory"),
+                    FileKind::Weights => (file.path.is_file(), "file"),
                 };
                 if there {
                     continue;

@@ -1,4 +1,4 @@
-//! YAML text to JSON values, every one with its place. The only module that knows the YAML parser.
+//! YAML text to JSON values, every one with its place. The only module that knows the YAML parsers.
 //!
 //! In: text. Out: a [`Document`]: the value (order of keys kept, anchors and merge keys resolved), the line and column
 //! of every key and value, and how numbers were written. A mapping or sequence begins where its first child does.
@@ -8,9 +8,9 @@
 //! levels and lengths of keys are limited, and the parser is left at the first that is too much.
 
 use std::collections::BTreeMap;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use retort_checkpoint::regular;
 use serde_json::Value;
 
 use crate::diagnostic::Position;
@@ -138,6 +138,7 @@ impl Document {
 pub fn read(path: &Path) -> Result<String, ReadError> {
     let io = |source: std::io::Error| match source.kind() {
         std::io::ErrorKind::NotFound => ReadError::Missing(path.to_owned()),
+        std::io::ErrorKind::FileTooLarge => ReadError::TooLarge(path.to_owned()),
         _ => ReadError::Io {
             path: path.to_owned(),
             source,
@@ -147,19 +148,7 @@ pub fn read(path: &Path) -> Result<String, ReadError> {
     if metadata.is_dir() {
         return Err(ReadError::NotAFile(path.to_owned()));
     }
-    if metadata.len() > MAX_BYTES {
-        return Err(ReadError::TooLarge(path.to_owned()));
-    }
-    let mut bytes = Vec::new();
-    // The length above is a promise that pipes and devices do not give.
-    std::fs::File::open(path)
-        .map_err(io)?
-        .take(MAX_BYTES + 1)
-        .read_to_end(&mut bytes)
-        .map_err(io)?;
-    if bytes.len() as u64 > MAX_BYTES {
-        return Err(ReadError::TooLarge(path.to_owned()));
-    }
+    let mut bytes = regular::read(path, MAX_BYTES).map_err(io)?;
     // A byte order mark says how the file is encoded; it is no part of the text.
     if bytes.starts_with("\u{feff}".as_bytes()) {
         bytes.drain(..3);

@@ -186,6 +186,16 @@ impl From<StoreError> for Error {
                 Exit::Usage,
                 Some("`mlflow db upgrade sqlite:///mlflow.db` makes one"),
             ),
+            StoreError::NotImportable { .. } => (
+                Exit::Usage,
+                Some(
+                    "nothing was imported; `retort --store DIR runs export -o FILE` writes a file that can be",
+                ),
+            ),
+            StoreError::HistoryGone { .. } => (
+                Exit::Internal,
+                Some("`retort doctor` says what can be done"),
+            ),
             StoreError::NoArtifact { .. } => (
                 Exit::NothingMatches,
                 Some("`retort artifacts list` shows them all; RUN/STAGE means what a stage made"),

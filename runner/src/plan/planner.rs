@@ -212,10 +212,10 @@ impl<'a> Planner<'a> {
                     draft.files.push(FileOption {
                         path: self.source.base_dir.join(&text),
                         pointer: pointer.clone(),
-                        kind: if target == Target::Dir {
-                            FileKind::Dir
-                        } else {
-                            FileKind::File
+                        kind: match target {
+                            Target::Dir => FileKind::Dir,
+                            Target::Weights => FileKind::Weights,
+                            _ => FileKind::File,
                         },
                     });
                     if let Some(option) = options.pointer_mut(&pointer) {

@@ -23,6 +23,8 @@ pub enum Target {
     File,
     /// A directory.
     Dir,
+    /// Weights of a network: a file, or the folder or index of several.
+    Weights,
 }
 
 /// The options in `value` that name stages or files, or could and are null.
@@ -52,6 +54,7 @@ fn annotate_node(
         } else {
             match node.get("x-retort-file").and_then(Value::as_str) {
                 Some("dir") => Some(Target::Dir),
+                Some("weights") => Some(Target::Weights),
                 Some(_) => Some(Target::File),
                 None => None,
             }

@@ -1,62 +1,41 @@
-//! What a plain scalar means: YAML 1.2's core schema, and `0b` for binary numbers.
+//! What a plain scalar means: YAML 1.2's core schema, and `0b` for binary numbers, as serde_yaml has them.
 
 use serde_json::{Number, Value};
 
 /// What a scalar without quotes means; `None` for the numbers that JSON does not have. What looks like a number and is
 /// none that can be held (`010`, `1e400`) stays a text: where a number is wanted, its writer is told.
 pub(super) fn plain(text: &str) -> Option<Value> {
-    match text {
-        "" | "~" | "null" | "Null" | "NULL" => return Some(Value::Null),
-        "true" | "True" | "TRUE" => return Some(Value::Bool(true)),
-        "false" | "False" | "FALSE" => return Some(Value::Bool(false)),
-        _ => {}
-    }
-    let unsigned = text.strip_prefix(['-', '+']).unwrap_or(text);
-    if matches!(unsigned, ".inf" | ".Inf" | ".INF") || matches!(text, ".nan" | ".NaN" | ".NAN") {
-        return None;
-    }
-    let number = integer(text.starts_with('-'), unsigned).or_else(|| real(text, unsigned));
-    Some(number.map_or_else(|| Value::String(text.to_owned()), Value::Number))
+    let said = Value::String(text.to_owned());
+    let value = match text {
+        "" => return Some(Value::Null),
+        text if may_be_no_text(text) => serde_yaml::from_str(text),
+        _ => return Some(said),
+    };
+    Some(match value {
+        Ok(serde_yaml::Value::Null) => Value::Null,
+        Ok(serde_yaml::Value::Bool(value)) => value.into(),
+        Ok(serde_yaml::Value::Number(number)) => Value::Number(number_of(&number)?),
+        // A whole number that is too large, for one.
+        _ => said,
+    })
 }
 
-fn integer(negative: bool, digits: &str) -> Option<Number> {
-    let (digits, radix) = match digits.get(..2) {
-        Some("0x") => (&digits[2..], 16),
-        Some("0o") => (&digits[2..], 8),
-        Some("0b") => (&digits[2..], 2),
-        _ if digits.len() > 1 && digits.starts_with('0') => return None,
-        _ => (digits, 10),
-    };
-    // `from_str_radix` would take a sign.
-    if digits.is_empty() || !digits.chars().all(|digit| digit.is_digit(radix)) {
-        return None;
-    }
-    let size = u64::from_str_radix(digits, radix).ok()?;
-    match negative {
-        false => Some(size.into()),
-        true => 0_i64.checked_sub_unsigned(size).map(Number::from),
-    }
+/// Whether serde_yaml has to be asked. What begins or ends as markup of a document is never read as such.
+fn may_be_no_text(text: &str) -> bool {
+    let is_word = text == "~" || (4..=5).contains(&text.len());
+    let is_number = text.contains(|c: char| c.is_ascii_digit());
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.' | '~');
+    (is_word || is_number) && text.chars().all(plain) && text != "..."
 }
 
-fn real(text: &str, unsigned: &str) -> Option<Number> {
-    let (mantissa, exponent) = match unsigned.split_once(['e', 'E']) {
-        Some((mantissa, exponent)) => (mantissa, Some(exponent)),
-        None => (unsigned, None),
-    };
-    let (whole, fraction) = mantissa.split_once('.').unwrap_or((mantissa, ""));
-    let digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
-    let exponent_fits = exponent.is_none_or(|exponent| {
-        let size = exponent.strip_prefix(['-', '+']).unwrap_or(exponent);
-        !size.is_empty() && digits(size)
-    });
-    if !digits(whole) || !digits(fraction) || whole.len() + fraction.len() == 0 || !exponent_fits {
-        return None;
+fn number_of(number: &serde_yaml::Number) -> Option<Number> {
+    if let Some(number) = number.as_u64() {
+        return Some(number.into());
     }
-    // Digits alone are a whole number that does not fit, or has zeros in front.
-    if exponent.is_none() && !mantissa.contains('.') {
-        return None;
+    match number.as_i64() {
+        Some(number) => Some(number.into()),
+        None => Number::from_f64(number.as_f64()?),
     }
-    Number::from_f64(text.parse().ok()?)
 }
 
 #[cfg(test)]
