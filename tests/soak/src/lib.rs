@@ -5,6 +5,7 @@
 //! both, the tests of this crate a short part of them. Deliberately absent: what a right result is worth (the other
 //! tests' business): here only what must never happen is looked for.
 
+pub mod disturb;
 pub mod fuzz;
 pub mod random;
 pub mod report;

@@ -5,6 +5,7 @@ use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use clap::{Parser, Subcommand};
+use retort_soak::disturb::{self, Lab};
 use retort_soak::fuzz::driver::{self, Meal, Until};
 use retort_soak::fuzz::{TARGETS, Target};
 use retort_soak::report::Report;
@@ -29,6 +30,28 @@ enum What {
         /// Go on until each target had so many inputs, however long that takes.
         #[arg(long)]
         inputs: Option<u64>,
+        #[command(flatten)]
+        common: Common,
+    },
+    /// Kill, stop and starve runs of the real binary.
+    Disturb {
+        /// How long, in minutes.
+        #[arg(long, default_value_t = 5.0)]
+        minutes: f64,
+        /// The binary; the one beside this program, if left out.
+        #[arg(long)]
+        retort: Option<PathBuf>,
+        #[command(flatten)]
+        common: Common,
+    },
+    /// Both, half of the time each.
+    All {
+        /// How long, in minutes.
+        #[arg(long, default_value_t = 10.0)]
+        minutes: f64,
+        /// The binary; the one beside this program, if left out.
+        #[arg(long)]
+        retort: Option<PathBuf>,
         #[command(flatten)]
         common: Common,
     },
@@ -80,6 +103,31 @@ fn main() -> ExitCode {
                 ..Report::default()
             };
             fuzz(minutes, &target, inputs, &common, &mut report);
+            end(&report, &common)
+        }
+        What::Disturb {
+            minutes,
+            retort,
+            common,
+        } => {
+            let mut report = Report {
+                seed: common.seed,
+                ..Report::default()
+            };
+            disturb(minutes, retort, &common, &mut report);
+            end(&report, &common)
+        }
+        What::All {
+            minutes,
+            retort,
+            common,
+        } => {
+            let mut report = Report {
+                seed: common.seed,
+                ..Report::default()
+            };
+            disturb(minutes / 2.0, retort, &common, &mut report);
+            fuzz(minutes / 2.0, &[], None, &common, &mut report);
             end(&report, &common)
         }
         What::Feed {
@@ -148,6 +196,16 @@ fn fuzz(
         report.violations.extend(violations);
     }
     report.seconds += began.elapsed().as_secs_f64();
+}
+
+fn disturb(minutes: f64, retort: Option<PathBuf>, common: &Common, report: &mut Report) {
+    let beside = || {
+        let this = std::env::current_exe().expect("this program");
+        this.with_file_name("retort")
+    };
+    let retort = retort.unwrap_or_else(beside);
+    let lab = Lab::new(retort, report);
+    disturb::disturb(&lab, common.seed, Duration::from_secs_f64(60.0 * minutes), report);
 }
 
 fn feed_command(target: &Target, meal: &Meal) -> Command {
