@@ -10,9 +10,9 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fmt;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use retort_checkpoint::regular;
 use serde::de::{self, DeserializeSeed, Deserializer, EnumAccess, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
@@ -116,6 +116,7 @@ impl Document {
 pub fn read(path: &Path) -> Result<String, ReadError> {
     let io = |source: std::io::Error| match source.kind() {
         std::io::ErrorKind::NotFound => ReadError::Missing(path.to_owned()),
+        std::io::ErrorKind::FileTooLarge => ReadError::TooLarge(path.to_owned()),
         _ => ReadError::Io {
             path: path.to_owned(),
             source,
@@ -125,19 +126,7 @@ pub fn read(path: &Path) -> Result<String, ReadError> {
     if metadata.is_dir() {
         return Err(ReadError::NotAFile(path.to_owned()));
     }
-    if metadata.len() > MAX_BYTES {
-        return Err(ReadError::TooLarge(path.to_owned()));
-    }
-    let mut bytes = Vec::new();
-    // The length above is a promise that pipes and devices do not give.
-    std::fs::File::open(path)
-        .map_err(io)?
-        .take(MAX_BYTES + 1)
-        .read_to_end(&mut bytes)
-        .map_err(io)?;
-    if bytes.len() as u64 > MAX_BYTES {
-        return Err(ReadError::TooLarge(path.to_owned()));
-    }
+    let bytes = regular::read(path, MAX_BYTES).map_err(io)?;
     String::from_utf8(bytes).map_err(|error| {
         let valid = error.utf8_error().valid_up_to();
         let bytes = error.into_bytes();

@@ -10,14 +10,13 @@
 //! stands beside the tokens. Here: what a manifest says, whether a file holds what it says, and which shards make a whole.
 //! Deliberately absent: making samples, and noise.
 
-use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{Checkpoint, Dtype};
+use crate::{Checkpoint, Dtype, regular};
 
 /// Name of the manifest.
 pub const MANIFEST: &str = "manifest.json";
@@ -147,8 +146,8 @@ impl Manifest {
     /// It is missing, no manifest, of another format, or names files elsewhere.
     pub fn read(dir: &Path) -> Result<Self, Fault> {
         let path = dir.join(MANIFEST);
-        let text = fs::read_to_string(&path).map_err(|e| Fault::new(&path, e))?;
-        let manifest: Self = serde_json::from_str(&text).map_err(|e| Fault::new(&path, e))?;
+        let text = regular::read(&path, LONGEST_MANIFEST).map_err(|e| Fault::new(&path, e))?;
+        let manifest: Self = serde_json::from_slice(&text).map_err(|e| Fault::new(&path, e))?;
         let wrong = if manifest.format != FORMAT {
             format!("format {}, expected {FORMAT}", manifest.format)
         } else if let Some(bad) = manifest.shards.iter().find(|shard| !shard.is_sound()) {
@@ -310,6 +309,8 @@ impl Manifest {
 
 /// Samples whose tokens are looked at together.
 const ROWS: usize = 1024;
+/// Bytes of the longest manifest that is read: half a million shards.
+const LONGEST_MANIFEST: u64 = 64 << 20;
 
 impl Shard {
     fn is_sound(&self) -> bool {
@@ -355,7 +356,7 @@ pub fn joined(parts: Vec<(PathBuf, Vec<Shard>)>) -> Result<Vec<(PathBuf, Shard)>
 pub fn hash(path: &Path) -> Result<String, Fault> {
     let read = || -> std::io::Result<String> {
         let mut hasher = blake3::Hasher::new();
-        hasher.update_reader(fs::File::open(path)?)?;
+        hasher.update_reader(regular::open(path)?)?;
         Ok(hasher.finalize().to_hex().to_string())
     };
     read().map_err(|e| Fault::new(path, e))
@@ -364,6 +365,7 @@ pub fn hash(path: &Path) -> Result<String, Fault> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     fn manifest(ranges: &[[u64; 2]]) -> Manifest {
         Manifest {

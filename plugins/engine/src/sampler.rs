@@ -11,6 +11,7 @@ use crate::backend::{Backend, FlowSolver, Truncation};
 use crate::error::{Error, Result};
 use crate::model::{Conditions, Student, Teacher, TokenShape, vq::nearest};
 use crate::random::{Sequence, Stream};
+use crate::splice::State;
 use crate::tape::Var;
 
 /// How an AR teacher's distribution is formed before a token is chosen.
@@ -178,31 +179,25 @@ impl<B: Backend> StudentSampler<'_, B> {
     ) -> Result<B::Tensor> {
         let shape = self.student.tokens();
         let (b, l, known) = (B::shape(noise)[0], shape.tokens(), shape.tokens_before(t));
-        let splice = |head: &B::Tensor, tail: &B::Tensor, at: usize| -> Result<B::Tensor> {
-            match at {
-                0 => Ok(tail.clone()),
-                at if at == l => Ok(head.clone()),
-                at => B::cat(
-                    &[
-                        &B::narrow(head, 1, 0, at)?,
-                        &B::narrow(tail, 1, at, l - at)?,
-                    ],
-                    1,
-                ),
+        let x = match known {
+            0 => noise.clone(),
+            at if at == l => latents.clone(),
+            at => {
+                let held = B::narrow(latents, 1, 0, at)?;
+                B::cat(&[&held, &B::narrow(noise, 1, at, l - at)?], 1)?
             }
         };
-        let x = splice(latents, noise, known)?; // X_t
-        let kinds: Vec<u32> = (0..b * l).map(|i| u32::from(i % l < known)).collect();
-        let kinds = B::indices_beside(noise, &kinds, &[b, l])?;
-        let prediction = self.student.predict(&x, conditions, &kinds)?;
-        let boundary = shape.tokens_before(self.split);
-        let codes = || B::rows(self.codebook, &B::argmax_last(prediction.logits.value())?);
-        let predicted = match boundary {
-            0 => self.student.continuous(&prediction)?.value().clone(),
-            at if at == l => codes()?,
-            at => splice(&codes()?, self.student.continuous(&prediction)?.value(), at)?,
+        let state = State {
+            x,
+            known: vec![known; b],
         };
-        splice(&x, &predicted, known)
+        let prediction = self
+            .student
+            .predict(&state.x, conditions, &state.kinds()?)?;
+        let boundary = shape.tokens_before(self.split);
+        let head = || self.student.continuous(&prediction);
+        let sequence = state.finish(prediction.logits.value(), head, self.codebook, boundary)?;
+        Ok(sequence.value().clone())
     }
 
     /// Teacher-assisted sampling: the student's first pass, its tokens before AR step `teacher_start` kept, the

@@ -5,9 +5,11 @@
 //!
 //! ```text
 //! cross-entropy of the logits against q
-//! + perceptual distance between decode(prediction) and decode(q)      prediction: argmax codes before `split`
+//! + perceptual distance between decode(sequence) and decode(q)        sequence: X_t's tokens, argmax codes before `split`
 //! + squared distance of the continuous head to the codebook vectors   (no gradient), the continuous head after it
 //! ```
+//!
+//! The sequence is made by the function that samples with the student ([`crate::splice`]).
 
 use std::cell::Cell;
 use std::path::Path;
@@ -23,15 +25,15 @@ use crate::backend::{Backend, Unary};
 use crate::bundle::{self, Bundle};
 use crate::dataset::Dataset;
 use crate::error::{Error, Result};
-use crate::model::lpips::{self, Lpips};
 use crate::model::{CONTINUOUS_HEAD, Conditions, Student, TokenShape, Tokenizer};
+use crate::perceptual::{self, Eye, Perceptual};
 use crate::random::{Sequence, Stream};
 use crate::sampler::{check_from_zero, check_timesteps};
-use crate::stage::classifier::Net;
-use crate::stage::{Context, Stage, resolve};
+use crate::splice::State;
+use crate::stage::{Context, Stage};
 use crate::tape::Var;
 use crate::train::{Fit, HeldOut, StepOutput, TrainOptions, average, scalar, shared};
-use crate::weights::{Loader, Source, Stored};
+use crate::weights::{Loader, Source};
 
 /// Options of `distill`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -99,51 +101,6 @@ fn one() -> f64 {
     1.0
 }
 
-/// Distance between decoded images; it moves the continuous head only, so it needs a `split` below the number of AR
-/// steps.
-#[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
-#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
-pub enum Perceptual {
-    /// None.
-    #[default]
-    None,
-    /// Mean squared distance of pixels.
-    L2 {
-        /// Its weight.
-        weight: f64,
-    },
-    /// Mean squared distance of a classifier's features.
-    Classifier {
-        /// Its weight.
-        weight: f64,
-        /// The stage that trained the classifier.
-        #[schemars(extend("x-retort-artifact" = ["classifier"]))]
-        classifier: String,
-    },
-    /// LPIPS on VGG-16 (arXiv 1801.03924, version 0.1), for images of at least 16 x 16 pixels.
-    Lpips {
-        /// Its weight.
-        weight: f64,
-        /// Weights of VGG-16 under torchvision's names: `vgg16-*.pth`.
-        #[schemars(extend("x-retort-file" = "file"))]
-        vgg: String,
-        /// Weights of its linear layers: `vgg.pth` of the published implementation.
-        #[schemars(extend("x-retort-file" = "file"))]
-        linear: String,
-    },
-}
-
-impl Perceptual {
-    fn weight(&self) -> f64 {
-        match self {
-            Self::None => 0.0,
-            Self::L2 { weight } | Self::Classifier { weight, .. } | Self::Lpips { weight, .. } => {
-                *weight
-            }
-        }
-    }
-}
-
 /// The stage.
 pub struct Distill;
 
@@ -151,7 +108,7 @@ impl<B: Backend> Stage<B> for Distill {
     type Options = Options;
     const KIND: &'static str = "distill";
     const OUTPUT: &'static str = "student";
-    const REVISION: u32 = 1;
+    const REVISION: u32 = 2;
     const SUMMARY: &'static str = "train a few-step student on a teacher's trajectories";
 
     fn check(o: &Options, _: &Path) -> Result<()> {
@@ -202,12 +159,16 @@ impl<B: Backend> Stage<B> for Distill {
         let network_of_teacher = bundle.network()?;
         let shape = network_of_teacher.tokens();
         check_timesteps(&o.timesteps, &shape, "/timesteps")?;
-        let split = o.split.unwrap_or(shape.steps.len());
-        if split > shape.steps.len() {
-            let message = format!(
-                "split {split}: the teacher has {} AR steps",
-                shape.steps.len()
-            );
+        let steps = shape.steps.len();
+        let split = o.split.unwrap_or(steps);
+        if split > steps || split == steps && o.perceptual.weight() > 0.0 {
+            let message = match o.perceptual.weight() > 0.0 {
+                true => format!(
+                    "split {split}: the perceptual term needs tokens of the continuous head, so a split below the teacher's \
+                     {steps} AR steps"
+                ),
+                false => format!("split {split}: the teacher has {steps} AR steps"),
+            };
             return Err(Error::option("/split", message));
         }
         let dataset = Dataset::open(context.input_dir(&o.trajectories)?)?;
@@ -378,62 +339,6 @@ impl Options {
     }
 }
 
-/// What compares decoded images.
-enum Eye<B: Backend> {
-    Pixels,
-    Classifier(Net<B>),
-    Lpips(Lpips<B>),
-}
-
-impl<B: Backend> Eye<B> {
-    fn open(context: &Context<'_, B>, perceptual: &Perceptual) -> Result<Self> {
-        let (backend, base) = (context.backend, &context.job.base_dir);
-        Ok(match perceptual {
-            Perceptual::None | Perceptual::L2 { .. } => Self::Pixels,
-            Perceptual::Classifier { classifier, .. } => {
-                Self::Classifier(Net::open(backend, context.input_dir(classifier)?)?)
-            }
-            Perceptual::Lpips { vgg, linear, .. } => {
-                let [vgg, linear] = [vgg, linear].map(|file| resolve(base, file));
-                let (trunk, layers) = (Stored::open(&vgg, None)?, Stored::open(&linear, None)?);
-                let loader = |weights, path: &Path| {
-                    let origin = path.display().to_string();
-                    Loader::new(
-                        backend,
-                        Source::Files(std::slice::from_ref(weights)),
-                        false,
-                        origin,
-                    )
-                };
-                Self::Lpips(Lpips::load(
-                    &mut loader(&trunk, &vgg),
-                    &mut loader(&layers, &linear),
-                )?)
-            }
-        })
-    }
-
-    /// Mean distance of images (b, c, h, w) in [-1, 1].
-    fn distance(&self, a: &Var<B>, b: &Var<B>) -> Result<Var<B>> {
-        let (a, b) = match self {
-            Self::Pixels => (a.clone(), b.clone()),
-            Self::Classifier(net) => (net.features(a)?, net.features(b)?),
-            Self::Lpips(lpips) => {
-                let side = a.shape()[2].min(a.shape()[3]);
-                if side < lpips::LEAST_SIDE {
-                    let message = format!(
-                        "LPIPS needs images of at least {0} x {0} pixels, the tokenizer decodes to {side}",
-                        lpips::LEAST_SIDE
-                    );
-                    return Err(Error::option("/perceptual", message));
-                }
-                return lpips.distance(a, b)?.mean_all();
-            }
-        };
-        a.sub(&b)?.unary(Unary::Square)?.mean_all()
-    }
-}
-
 /// The training loss and what it needs.
 struct Objective<'a, B: Backend> {
     options: &'a Options,
@@ -452,10 +357,8 @@ struct Objective<'a, B: Backend> {
 
 /// X_t of some samples, on the device, and what is known of them.
 struct Batch<B: Backend> {
-    x: B::Tensor,
+    state: State<B>,
     conditions: Conditions<B>,
-    /// 1 where X_t holds a token, (b, L).
-    data: B::Tensor,
     /// Tokens (b L).
     tokens: B::Tensor,
     /// Weight of each token in the loss (b L), of mean 1.
@@ -466,36 +369,33 @@ impl<B: Backend> Objective<'_, B> {
     fn batch(&self, samples: &[usize], timesteps: &[usize]) -> Result<Batch<B>> {
         let (n, l, d) = (samples.len(), self.shape.tokens(), self.shape.dim);
         let mut x = Vec::with_capacity(n * l * d);
-        let (mut data, mut tokens) = (Vec::with_capacity(n * l), Vec::with_capacity(n * l));
+        let mut tokens = Vec::with_capacity(n * l);
+        let known = |&t: &usize| self.shape.tokens_before(t);
+        let known: Vec<usize> = timesteps.iter().map(known).collect();
         let noises = samples.par_iter().map(|&sample| self.dataset.noise(sample));
         let noises: Vec<Vec<f32>> = noises.collect::<Result<_>>()?;
-        for ((&sample, &t), noise) in samples.iter().zip(timesteps).zip(&noises) {
-            let known = self.shape.tokens_before(t);
+        for ((&sample, &known), noise) in samples.iter().zip(&known).zip(&noises) {
             let ids = self.dataset.tokens_of(sample)?;
             for &id in &ids[..known] {
                 x.extend_from_slice(&self.codebook_host[id as usize * d..(id as usize + 1) * d]);
             }
             x.extend_from_slice(&noise[known * d..]);
-            data.extend((0..l).map(|i| u32::from(i < known)));
             tokens.extend(ids);
         }
-        let counts = |known: &u32| self.options.known_tokens || *known == 0;
-        let counted = data.iter().filter(|k| counts(k)).count() as f32;
-        let weights = data
+        let weight = (n * l) as f32 / self.counted(timesteps) as f32;
+        let first = |&known: &usize| if self.options.known_tokens { 0 } else { known };
+        let weights = known
             .iter()
-            .map(|k| {
-                if counts(k) {
-                    (n * l) as f32 / counted
-                } else {
-                    0.0
-                }
-            })
-            .collect();
+            .map(first)
+            .flat_map(|first| (0..l).map(move |i| if i < first { 0.0 } else { weight }));
+        let weights = weights.collect();
         let labels: Vec<u32> = samples.iter().map(|&s| self.dataset.labels[s]).collect();
         Ok(Batch {
-            x: self.backend.floats(&x, &[n, l, d])?,
+            state: State {
+                x: self.backend.floats(&x, &[n, l, d])?,
+                known,
+            },
             conditions: self.dataset.subjects.conditions(self.backend, &labels)?,
-            data: self.backend.indices(&data, &[n, l])?,
             tokens: self.backend.indices(&tokens, &[n * l])?,
             weights,
         })
@@ -535,7 +435,7 @@ impl<B: Backend> Objective<'_, B> {
             self.shape.vocabulary,
             self.shape.dim,
         );
-        let prediction = student.predict(&b.x, &b.conditions, &b.data)?;
+        let prediction = student.predict(&b.state.x, &b.conditions, &b.state.kinds()?)?;
         let weights = Var::constant(self.backend.floats(&b.weights, &[n * l])?);
         let rows = prediction
             .logits
@@ -552,10 +452,11 @@ impl<B: Backend> Objective<'_, B> {
         )];
         if o.codebook_distance > 0.0 || o.perceptual.weight() > 0.0 {
             let continuous = student.continuous(&prediction)?; // (b, L, D)
-            let target =
-                Var::constant(B::reshape(&B::rows(self.codebook, &b.tokens)?, &[n, l, d])?);
+            let target = B::reshape(&B::rows(self.codebook, &b.tokens)?, &[n, l, d])?;
             if o.codebook_distance > 0.0 {
-                let square = continuous.sub(&target)?.unary(Unary::Square)?;
+                let square = continuous
+                    .sub(&Var::constant(target.clone()))?
+                    .unary(Unary::Square)?;
                 let weighted = square.mul(&weights.reshape(&[n, l, 1])?)?;
                 terms.push((
                     "codebook_distance",
@@ -564,18 +465,15 @@ impl<B: Backend> Objective<'_, B> {
                 ));
             }
             if o.perceptual.weight() > 0.0 {
-                let codes = B::rows(self.codebook, &B::argmax_last(prediction.logits.value())?)?;
-                let mixed = match self.boundary {
-                    0 => continuous,
-                    at if at == l => Var::constant(codes),
-                    at => {
-                        let head = Var::constant(B::narrow(&codes, 1, 0, at)?);
-                        Var::cat(&[&head, &continuous.narrow(1, at, l - at)?], 1)?
-                    }
-                };
+                let logits = prediction.logits.value();
+                let head = || Ok(continuous);
+                let sequence = b.state.finish(logits, head, self.codebook, self.boundary)?;
+                let most = samples.len();
+                let distance =
+                    perceptual::distance(self.tokenizer, &self.eye, most, &sequence, &target)?;
                 terms.push((
                     "perceptual",
-                    mean(self.perceptual(&mixed, &target)?, of_images)?,
+                    mean(distance, of_images)?,
                     o.perceptual.weight(),
                 ));
             }
@@ -602,15 +500,6 @@ impl<B: Backend> Objective<'_, B> {
         Ok(StepOutput { loss, figures })
     }
 
-    /// Distance of decoded images; latents (b, L, D).
-    fn perceptual(&self, prediction: &Var<B>, target: &Var<B>) -> Result<Var<B>> {
-        let (a, b) = (
-            self.tokenizer.decode(prediction)?,
-            self.tokenizer.decode(target)?,
-        );
-        self.eye.distance(&a, &b)
-    }
-
     /// Mean cross-entropy of the logits from timestep t and the share of right tokens, over the tokens after t.
     fn measure(&self, student: &dyn Student<B>, samples: &[usize], t: usize) -> Result<(f64, f64)> {
         let (l, k, known) = (
@@ -621,7 +510,9 @@ impl<B: Backend> Objective<'_, B> {
         let (mut sum, mut right) = (0.0, 0usize);
         for part in samples.chunks((MEASURED_AT_ONCE / (l * k)).clamp(1, 500)) {
             let b = self.batch(part, &vec![t; part.len()])?;
-            let logits = student.predict(&b.x, &b.conditions, &b.data)?.logits;
+            let logits = student
+                .predict(&b.state.x, &b.conditions, &b.state.kinds()?)?
+                .logits;
             let flat = B::reshape(logits.value(), &[part.len() * l, k])?;
             let losses = B::to_floats(&B::cross_entropy(&flat, &b.tokens)?)?;
             let chosen = B::to_indices(&B::argmax_last(&flat)?)?;
