@@ -27,9 +27,13 @@ mod measuring;
 mod plugins;
 #[path = "runner/published.rs"]
 mod published;
+#[path = "runner/recipes.rs"]
+mod recipes;
 #[path = "runner/runs.rs"]
 mod runs;
 #[path = "runner/stores.rs"]
 mod stores;
 #[path = "runner/training.rs"]
 mod training;
+#[path = "runner/tricks.rs"]
+mod tricks;

@@ -10,6 +10,7 @@
 
 use std::path::Path;
 
+use retort_checkpoint::regular;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -75,6 +76,8 @@ pub enum NetworkConfig {
 }
 
 const CONFIG: &str = "config.json";
+/// The most bytes of a configuration.
+pub const CONFIG_MOST: u64 = 1 << 20;
 /// The file with the weights of the tokenizer.
 pub const TOKENIZER: &str = "tokenizer.safetensors";
 /// The file with the weights of the teacher or student.
@@ -192,8 +195,8 @@ impl<'p> Bundle<'p> {
     /// Reads the configuration of a directory.
     pub fn open(dir: &'p Path) -> Result<Self> {
         let path = dir.join(CONFIG);
-        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-        let config: Config = serde_json::from_str(&text).map_err(|e| Error::data(&path, e))?;
+        let text = regular::read(&path, CONFIG_MOST).map_err(Error::io(&path))?;
+        let config: Config = serde_json::from_slice(&text).map_err(|e| Error::data(&path, e))?;
         if config.format != FORMAT {
             return Err(Error::data(
                 &path,

@@ -131,6 +131,26 @@ pub struct HeldOut<'a> {
     pub keep_best: bool,
 }
 
+/// A mean of figures that come in pieces: how they are cut does not change it beyond the last digit of an f64.
+#[derive(Debug, Default)]
+pub struct Mean {
+    sum: f64,
+    count: usize,
+}
+
+impl Mean {
+    /// Adds figures.
+    pub fn add(&mut self, figures: &[f32]) {
+        self.sum += figures.iter().map(|&x| f64::from(x)).sum::<f64>();
+        self.count += figures.len();
+    }
+
+    /// The mean of all.
+    pub fn value(&self) -> f64 {
+        self.sum / self.count as f64
+    }
+}
+
 /// Where and how a training runs.
 pub struct Fit<'a, B: Backend> {
     /// Services of the host.

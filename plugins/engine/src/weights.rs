@@ -34,11 +34,12 @@ pub type Weights = BTreeMap<String, Floats>;
 /// Named variables of a model, in the order in which it asked for them.
 pub type Params<B> = Vec<(String, Var<B>)>;
 
-/// Named tensors in a checkpoint file, read when they are asked for.
+/// Named tensors in a checkpoint, read when they are asked for.
 pub struct Stored {
     path: PathBuf,
     checkpoint: Checkpoint,
     dictionary: Dictionary,
+    prefix: String,
 }
 
 impl Stored {
@@ -56,10 +57,22 @@ impl Stored {
             path: path.to_owned(),
             checkpoint,
             dictionary,
+            prefix: String::new(),
         }
     }
 
-    /// The file.
+    /// The same, with what was taken off in front of the names in the file.
+    pub fn without(mut self, prefix: String) -> Self {
+        self.prefix = prefix;
+        self
+    }
+
+    /// What names in the file have in front that the names here have not.
+    pub fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
+    /// The file, or the folder or index that stands for several.
     pub fn path(&self) -> &Path {
         &self.path
     }

@@ -1,5 +1,6 @@
-//! stdout is data, stderr is talk: the only place that writes to either.
+//! stdout is data, stderr is talk: the only place that writes to either, or says where to ([`stdout`]).
 //!
+//! Whatever is written, names and messages from anywhere among it, is made safe for a terminal here ([`terminal::show`]).
 //! Neither panics when the reader has gone away. While progress bars are on the screen, talk is printed above them
 //! ([`attach`]).
 
@@ -10,21 +11,27 @@ use indicatif::MultiProgress;
 use tracing_subscriber::EnvFilter;
 
 use crate::cli::{ColorChoice, Context};
+use crate::terminal;
 
 static BARS: RwLock<Option<MultiProgress>> = RwLock::new(None);
 
-/// Writes data to stdout, as it is. A closed pipe is an error that folds into success: use `?`.
+/// Writes data to stdout, safe for a terminal. A closed pipe is an error that folds into success: use `?`.
 pub fn print(text: &str) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
-    stdout.write_all(text.as_bytes())?;
+    stdout.write_all(terminal::show(text).as_bytes())?;
     stdout.flush()
+}
+
+/// Where data goes that is written piece by piece.
+pub fn stdout() -> impl Write {
+    io::BufWriter::new(io::stdout().lock())
 }
 
 /// Writes a line to stderr, above the progress bars where there are any. Nobody listening is no error.
 pub fn say(line: &str) {
     let bars = BARS.read().ok().and_then(|bars| bars.clone());
     let write = || {
-        let _ = writeln!(io::stderr().lock(), "{line}");
+        let _ = writeln!(io::stderr().lock(), "{}", terminal::show(line));
     };
     match bars {
         Some(bars) => bars.suspend(write),
@@ -96,7 +103,8 @@ pub fn start_tracing(context: &Context) {
     };
     let started = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_ansi(context.color_stderr())
+        // Its colours could not be told from those of what it tells.
+        .with_ansi(false)
         .with_target(context.verbose > 1)
         .without_time()
         .with_writer(|| LineWriter(Vec::new()))

@@ -4,11 +4,13 @@
 use std::path::Path;
 
 use retort_abi::{ArtifactMeta, Host, LogLevel, StageResult};
+use retort_checkpoint::regular;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::backend::{Backend, Unary};
+use crate::bundle::CONFIG_MOST;
 use crate::data::{self, DataOptions, Images};
 use crate::error::{Error, Result};
 use crate::random::{Sequence, Stream};
@@ -155,8 +157,8 @@ impl<B: Backend> Net<B> {
     /// Loads from an artifact, as constants.
     pub fn open(backend: &B, dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
-        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-        let config: Config = serde_json::from_str(&text).map_err(|e| Error::data(&path, e))?;
+        let text = regular::read(&path, CONFIG_MOST).map_err(Error::io(&path))?;
+        let config: Config = serde_json::from_slice(&text).map_err(|e| Error::data(&path, e))?;
         let path = dir.join(MODEL);
         let weights = weights::read(&path)?;
         Self::load(
@@ -215,11 +217,14 @@ pub fn train<B: Backend>(
         })
     };
     let measured_on = if held.is_empty() { &train } else { &held };
-    let (pixels, labels) = images.gather(measured_on);
     let mut measure = || {
-        let (_, classes) = net.measure(backend, &pixels)?;
-        let wrong = classes.iter().zip(&labels).filter(|(a, b)| a != b).count();
-        Ok(wrong as f64 / labels.len() as f64)
+        let mut wrong = 0;
+        for picks in measured_on.chunks(options.batch) {
+            let (pixels, labels) = images.gather(picks);
+            let (_, classes) = net.measure(backend, &pixels)?;
+            wrong += classes.iter().zip(&labels).filter(|(a, b)| a != b).count();
+        }
+        Ok(wrong as f64 / measured_on.len() as f64)
     };
     let every = (options.steps / 10).max(1);
     let held_out = HeldOut {

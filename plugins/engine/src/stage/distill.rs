@@ -508,7 +508,8 @@ impl<B: Backend> Objective<'_, B> {
             self.shape.tokens_before(t),
         );
         let (mut sum, mut right) = (0.0, 0usize);
-        for part in samples.chunks((MEASURED_AT_ONCE / (l * k)).clamp(1, 500)) {
+        for part in samples.chunks((MEASURED_AT_ONCE / (l * k)).clamp(1, self.options.train.batch))
+        {
             let b = self.batch(part, &vec![t; part.len()])?;
             let logits = student
                 .predict(&b.state.x, &b.conditions, &b.state.kinds()?)?

@@ -16,7 +16,7 @@ use crate::model::{CODEBOOK, msvq, vq};
 use crate::random::{Sequence, Stream};
 use crate::stage::{Context, Stage};
 use crate::tape::Var;
-use crate::train::{Fit, HeldOut, StepOutput, TrainOptions, average, scalar, shared};
+use crate::train::{Fit, HeldOut, Mean, StepOutput, TrainOptions, average, scalar, shared};
 use crate::weights::{Loader, Source};
 
 /// Options of `tokenizer`.
@@ -208,20 +208,17 @@ impl<B: Backend> Stage<B> for Tokenizer {
             }
             Ok(StepOutput { loss, figures })
         };
+        let measured_on = if held.is_empty() { &train } else { &held };
         let mut measure = || {
-            let x = batch(
-                backend,
-                &images,
-                if held.is_empty() { &train } else { &held },
-            )?;
-            let r = measured.reconstruct(&x)?;
-            scalar::<B>(
-                r.images
-                    .sub(&Var::constant(x))?
-                    .unary(Unary::Square)?
-                    .mean_all()?
-                    .value(),
-            )
+            let mut errors = Mean::default();
+            // What a step of training takes, whatever the number of images.
+            for picks in measured_on.chunks(o.train.batch) {
+                let x = batch(backend, &images, picks)?;
+                let r = measured.reconstruct(&x)?;
+                let error = r.images.sub(&Var::constant(x))?.unary(Unary::Square)?;
+                errors.add(&B::to_floats(error.value())?);
+            }
+            Ok(errors.value())
         };
         let every = (o.train.steps / 10).max(1);
         let held_out = HeldOut {
