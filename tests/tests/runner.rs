@@ -29,6 +29,8 @@ mod plugins;
 mod published;
 #[path = "runner/runs.rs"]
 mod runs;
+#[path = "runner/sampling.rs"]
+mod sampling;
 #[path = "runner/stores.rs"]
 mod stores;
 #[path = "runner/training.rs"]

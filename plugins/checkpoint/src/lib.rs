@@ -10,6 +10,7 @@
 mod error;
 mod pickle;
 mod safetensors;
+pub mod shards;
 mod source;
 mod tensor;
 mod torch;

@@ -21,6 +21,7 @@ pub mod plugin;
 pub mod published;
 pub mod random;
 pub mod sampler;
+pub mod samples;
 pub mod stage;
 pub mod statistics;
 pub mod tape;

@@ -29,6 +29,10 @@ pub enum Stream {
     Split = 6,
     /// Restarts of unused codebook entries, one index per step.
     Restart = 7,
+    /// Classes of samples, one index per sample.
+    Class = 12,
+    /// Subsets of samples whose distances are averaged, index 0.
+    Subset = 13,
 }
 
 /// The sequence of one (seed, stream, index).

@@ -24,8 +24,8 @@ use crate::error::{Error, Result};
 use crate::model::inception::{self, Inception, Preparation};
 use crate::numpy::{self, Array};
 use crate::picture::{self, Pixels};
+use crate::samples::{Samples, by_class};
 use crate::stage::classifier::{self, Net};
-use crate::stage::sample::{SampleFile, by_class};
 use crate::stage::{Context, Stage, resolve, write_json};
 use crate::statistics::{
     Moments, RunningMoments, RunningScore, class_agreement, frechet_distance, precision_recall,
@@ -170,8 +170,9 @@ impl<B: Backend> Stage<B> for Evaluate {
         let network = Network::open(context, o, images.as_ref())?;
         let mut sets = Vec::new();
         for (name, stage) in &o.samples {
-            let file = SampleFile::open(context.input_dir(stage)?)?;
-            network.accepts(file.image).map_err(|message| {
+            let file = Samples::open(context.input_dir(stage)?)?;
+            file.check_images()?;
+            network.accepts(file.manifest.image).map_err(|message| {
                 Error::option(format!("/samples/{name}"), format!("{stage}: {message}"))
             })?;
             sets.push((name, file));
@@ -219,9 +220,9 @@ impl<B: Backend> Stage<B> for Evaluate {
         let mut rows = Vec::new();
         let mut tiles = Vec::new();
         for (name, file) in &sets {
-            let (count, image) = (file.labels.len(), file.image);
+            let (count, image) = (file.len(), file.manifest.image);
             let read = &mut |first: usize, n: usize| {
-                let pixels = file.read(first, n)?;
+                let pixels = file.images(first, n)?;
                 Ok(pixels.iter().map(|x| 2.0 * x - 1.0).collect())
             };
             let set = meter.measure(name, (count, image), Some(&file.labels), read)?;
@@ -271,7 +272,7 @@ impl<B: Backend> Stage<B> for Evaluate {
             let (picks, height) = by_class(&file.labels, o.grid_columns);
             let mut pixels = Vec::new();
             for pick in picks {
-                pixels.extend(file.read(pick, 1)?);
+                pixels.extend(file.images(pick, 1)?);
             }
             tiles.push((pixels, height, image));
             rows.push(Row {
