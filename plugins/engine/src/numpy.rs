@@ -53,6 +53,79 @@ impl Archive {
     }
 }
 
+/// An array of an archive, read from its beginning to its end.
+pub struct ArchiveRows {
+    elements: Box<dyn Read>,
+    path: PathBuf,
+    header: Header,
+    /// Elements that have not been read.
+    left: usize,
+}
+
+impl Archive {
+    /// An array to be read bit by bit, if it is there; in C order.
+    pub fn rows(&mut self, name: &str) -> Result<Option<ArchiveRows>> {
+        let Some(index) = self.zip.index_for_name(&format!("{name}.npy")) else {
+            return Ok(None);
+        };
+        let path = &self.path;
+        let wrong = |message: String| Error::data(path, format!("array {name}: {message}"));
+        let entry = self.zip.by_index_raw(index);
+        let entry = entry.map_err(|e| wrong(e.to_string()))?;
+        let start = entry
+            .data_start()
+            .ok_or_else(|| wrong("it has no place in the archive".into()))?;
+        let (method, length) = (entry.compression(), entry.compressed_size());
+        drop(entry);
+        let mut file = File::open(path).map_err(Error::io(path))?;
+        file.seek(SeekFrom::Start(start)).map_err(Error::io(path))?;
+        let raw = BufReader::new(file.take(length));
+        let mut elements: Box<dyn Read> = match method {
+            zip::CompressionMethod::Stored => Box::new(raw),
+            zip::CompressionMethod::DEFLATE => Box::new(flate2::bufread::DeflateDecoder::new(raw)),
+            other => return Err(wrong(format!("compressed by {other}, expected deflate"))),
+        };
+        let header = Header::read(&mut elements).map_err(wrong)?;
+        if header.fortran && header.shape.len() > 1 {
+            return Err(wrong(
+                "in Fortran order, expected C order (numpy.ascontiguousarray)".into(),
+            ));
+        }
+        Ok(Some(ArchiveRows {
+            elements,
+            path: path.clone(),
+            left: header.count,
+            header,
+        }))
+    }
+}
+
+impl ArchiveRows {
+    /// Sizes of the dimensions.
+    pub fn shape(&self) -> &[usize] {
+        &self.header.shape
+    }
+
+    /// Type of the elements, as in `u1`.
+    pub fn kind(&self) -> &str {
+        &self.header.kind
+    }
+
+    /// The next elements, of which there must be so many.
+    pub fn next(&mut self, count: usize) -> Result<Vec<f32>> {
+        let missing = |e: String| Error::data(&self.path, format!("cut off: {e}"));
+        self.left = self
+            .left
+            .checked_sub(count)
+            .ok_or_else(|| missing("no elements are left".into()))?;
+        let mut bytes = vec![0; count * self.header.size];
+        let read = self.elements.read_exact(&mut bytes);
+        read.map_err(|e| missing(e.to_string()))?;
+        let elements = self.header.elements(&bytes);
+        Ok(elements.into_iter().map(|x| x as f32).collect())
+    }
+}
+
 /// Writes an archive of f64 arrays, stored as `numpy.savez` does.
 pub fn write_archive(path: &Path, arrays: &[(&str, &[usize], &[f64])]) -> Result<()> {
     let write = || -> io::Result<()> {
