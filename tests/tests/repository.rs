@@ -1,4 +1,4 @@
-//! Rules of the repository: what ARCHITECTURE.md and README.md promise and a program can check.
+//! Rules of the repository: what ARCHITECTURE.md, README.md and docs/ promise and a program can check.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -81,19 +81,26 @@ fn modules_are_files_named_by_their_noun() {
 }
 
 #[test]
-fn one_module_knows_serde_yaml() {
+fn one_module_knows_the_yaml_parsers() {
     let this = Path::new(file!()).file_name().unwrap();
-    let users: Vec<PathBuf> = sources()
-        .into_iter()
-        .filter(|file| file.file_name() != Some(this))
-        .filter(|file| {
-            fs::read_to_string(file).unwrap().lines().any(|line| {
-                let code = line.split("//").next().unwrap_or_default();
-                code.contains("serde_yaml")
+    let module = root().join("runner/src/yaml");
+    for parser in ["saphyr_parser", "serde_yaml"] {
+        let users: Vec<PathBuf> = sources()
+            .into_iter()
+            .filter(|file| file.file_name() != Some(this))
+            .filter(|file| {
+                fs::read_to_string(file).unwrap().lines().any(|line| {
+                    let code = line.split("//").next().unwrap_or_default();
+                    code.contains(parser)
+                })
             })
-        })
-        .collect();
-    assert_eq!(users, [root().join("runner/src/yaml.rs")]);
+            .collect();
+        assert!(!users.is_empty(), "{parser}");
+        assert!(
+            users.iter().all(|user| user.starts_with(&module)),
+            "{parser}: {users:?}"
+        );
+    }
 }
 
 #[test]
@@ -151,10 +158,52 @@ fn data_is_attributed() {
 }
 
 #[test]
-fn commands_of_the_readme_exist() {
-    let readme = read("README.md");
-    let commands: Vec<&str> = readme
-        .lines()
+fn the_readme_stays_short() {
+    let lines = read("README.md").lines().count();
+    assert!(lines <= 150, "README.md has {lines} lines; docs/ has room");
+}
+
+#[test]
+fn links_of_the_documentation_lead_somewhere() {
+    let mut checked = 0;
+    for page in documentation() {
+        let text = fs::read_to_string(&page).unwrap();
+        let targets = text
+            .split("](")
+            .skip(1)
+            .filter_map(|rest| rest.split(')').next())
+            .filter(|target| !target.contains("://"));
+        for target in targets {
+            let file = target.split('#').next().unwrap();
+            let place = page.parent().unwrap().join(file);
+            assert!(place.exists(), "{}: {target}", page.display());
+            checked += 1;
+        }
+    }
+    assert!(checked > 20, "links were found: {checked}");
+}
+
+#[test]
+fn every_page_is_listed() {
+    let list = read("docs/README.md");
+    for page in files(&root().join("docs"), ".md") {
+        let name = page.file_name().unwrap().to_string_lossy();
+        assert!(
+            name == "README.md" || list.contains(&format!("]({name})")),
+            "docs/README.md lacks {name}"
+        );
+    }
+}
+
+#[test]
+fn commands_of_the_documentation_exist() {
+    let texts: Vec<String> = documentation()
+        .iter()
+        .map(|page| fs::read_to_string(page).unwrap())
+        .collect();
+    let commands: Vec<&str> = texts
+        .iter()
+        .flat_map(|text| text.lines())
         .filter_map(|line| line.strip_prefix("    "))
         .collect();
     let makefile = read("Makefile");
@@ -208,11 +257,11 @@ fn exit_codes_are_the_same_everywhere() {
             })
             .collect()
     };
-    let readme = read("README.md");
-    let table = readme.split("## Exit codes").nth(1).unwrap();
+    let page = read("docs/commands.md");
+    let table = page.split("## Exit codes").nth(1).unwrap();
     let table = table.split("\n## ").next().unwrap();
     let expected = BTreeSet::from([0, 1, 2, 3, 4, 5, 75, 100, 130]);
-    assert_eq!(codes(table, &['|']), expected, "README.md");
+    assert_eq!(codes(table, &['|']), expected, "docs/commands.md");
     assert_eq!(codes(documented, &[' ']), expected, "retort --help");
 }
 
@@ -262,7 +311,7 @@ fn recipes_tell_editors_their_schema() {
 }
 
 #[test]
-fn the_recipe_of_the_readme_is_valid() {
+fn recipes_of_the_documentation_are_valid() {
     let Some(retort) = retort_with_plugin() else {
         return;
     };
@@ -273,15 +322,20 @@ fn the_recipe_of_the_readme_is_valid() {
         dir.path().join("data/digits.csv"),
     )
     .unwrap();
-    let readme = read("README.md");
-    let blocks: Vec<&str> = readme
-        .split("```yaml\n")
-        .skip(1)
-        .filter_map(|rest| rest.split("```").next())
+    let texts: Vec<String> = documentation()
+        .iter()
+        .map(|page| fs::read_to_string(page).unwrap())
         .collect();
-    assert!(!blocks.is_empty());
+    // Whole recipes; a block that begins with a stage is part of one.
+    let blocks: Vec<&str> = texts
+        .iter()
+        .flat_map(|text| text.split("```yaml\n").skip(1))
+        .filter_map(|rest| rest.split("```").next())
+        .filter(|block| block.starts_with("version:"))
+        .collect();
+    assert!(blocks.len() >= 2);
     for block in blocks {
-        let recipe = dir.path().join("readme.yaml");
+        let recipe = dir.path().join("documented.yaml");
         fs::write(&recipe, block).unwrap();
         check_recipe(&retort, &["plan"], &recipe, &dir.path().join("store"));
     }
@@ -319,6 +373,13 @@ fn root() -> &'static Path {
 
 fn read(path: &str) -> String {
     fs::read_to_string(root().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
+}
+
+/// README.md and the pages of docs/.
+fn documentation() -> Vec<PathBuf> {
+    let mut pages = files(&root().join("docs"), ".md");
+    pages.push(root().join("README.md"));
+    pages
 }
 
 /// All Rust files of the workspace's crates.

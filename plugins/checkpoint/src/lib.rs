@@ -7,8 +7,12 @@
 //!
 //! Deliberately absent: any tensor library, and any knowledge of which networks there are.
 
+pub mod archive;
 mod error;
+mod ndarray;
 mod pickle;
+pub mod pieces;
+pub mod regular;
 mod safetensors;
 pub mod shards;
 mod source;
@@ -89,15 +93,31 @@ impl Dictionary {
         self.places.get(name).map(|&place| &self.tensors[place].1)
     }
 
-    /// The same tensors without a prefix that all names have; nothing, if one has it not.
-    pub fn without(&self, prefix: &str) -> Option<Self> {
-        let strip = |name: &str| Some(name.strip_prefix(prefix)?.to_owned());
-        let names: Option<Vec<String>> = self.tensors.iter().map(|(name, _)| strip(name)).collect();
-        let mut stripped = Self::new(self.path.clone());
-        for (name, (_, tensor)) in names?.into_iter().zip(&self.tensors) {
-            stripped.insert(name, tensor.clone());
+    /// The tensors whose names have a prefix, without it; nothing, if there are none.
+    pub fn part(&self, prefix: &str) -> Option<Self> {
+        let mut part = Self::new(self.path.clone());
+        for (name, tensor) in &self.tensors {
+            if let Some(name) = name.strip_prefix(prefix) {
+                part.insert(name.to_owned(), tensor.clone());
+            }
         }
-        (!stripped.tensors.is_empty()).then_some(stripped)
+        (!part.tensors.is_empty()).then_some(part)
+    }
+
+    /// What the names of all tensors begin with, up to a dot: what some program put in front of them. Empty, if there is
+    /// no such thing, or but one tensor.
+    pub fn prefix(&self) -> &str {
+        let [(first, _), rest @ ..] = self.tensors.as_slice() else {
+            return "";
+        };
+        let common = rest.iter().fold(first.len(), |common, (name, _)| {
+            let same = first.bytes().zip(name.bytes());
+            same.take(common).take_while(|(a, b)| a == b).count()
+        });
+        match first.as_bytes()[..common].iter().rposition(|&b| b == b'.') {
+            Some(dot) if !rest.is_empty() => &first[..=dot],
+            _ => "",
+        }
     }
 
     /// Whether it holds an optimiser's state rather than weights.
@@ -110,22 +130,88 @@ impl Dictionary {
 struct Content {
     dictionaries: Vec<Dictionary>,
     strangers: Vec<String>,
+    /// Elements of arrays that a pickle holds itself: the source after the file.
+    arrays: Vec<u8>,
 }
 
-/// An open checkpoint file.
+/// An open checkpoint: a file, or the files of a network in several.
 pub struct Checkpoint {
-    source: Source,
+    sources: Vec<Source>,
     container: Container,
     content: Content,
+    files: usize,
 }
 
 impl Checkpoint {
-    /// Opens a file and reads what it says of its tensors; their elements stay in the file.
+    /// Opens a file and reads what it says of its tensors; their elements stay in the file. A folder or an index stands
+    /// for the files of a network in several, see [`shards`].
+    ///
+    /// # Errors
+    /// It cannot be read, is none, is damaged, or is beyond the limits.
     pub fn open(path: &Path) -> Result<Self> {
-        Self::read(Source::open(path)?)
+        Self::open_part(path, |_| true)
+    }
+
+    /// The same; of several files, those that hold a wanted weight.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_part(path: &Path, wanted: impl Fn(&str) -> bool) -> Result<Self> {
+        match shards::Place::find(path)? {
+            shards::Place::File(path) => Self::read(Source::open(&path)?),
+            shards::Place::Index(index) => Self::join(&index, wanted),
+        }
+    }
+
+    /// The tensors of several files as one dictionary.
+    fn join(index: &shards::Index, wanted: impl Fn(&str) -> bool) -> Result<Self> {
+        let (mut sources, mut strangers) = (Vec::new(), Vec::new());
+        let mut dictionary = Dictionary::new(String::new());
+        let mut container = None;
+        let mut files = 0;
+        for (file, weights) in index.files() {
+            let mut names = weights.iter().filter(|name| wanted(name)).peekable();
+            if names.peek().is_none() {
+                continue;
+            }
+            let within = |e: Error| match e {
+                Error::Io(e) => Error::Io(std::io::Error::new(e.kind(), format!("{file}: {e}"))),
+                other => Error::format(format!("{file}: {other}")),
+            };
+            let part = Source::open(&index.path_of(file)).map_err(Error::from);
+            let part = part.and_then(Self::read).map_err(within)?;
+            let found = part.select(None).map_err(within)?;
+            for name in names {
+                let tensor = found.get(name).ok_or_else(|| {
+                    Error::format(format!("{file} has no {name}, but the index says so"))
+                })?;
+                let tensor = tensor.clone().within(sources.len() + tensor.source);
+                dictionary.insert(name.clone(), tensor);
+            }
+            container = container.or(Some(part.container));
+            strangers.extend(part.content.strangers);
+            sources.extend(part.sources);
+            files += 1;
+        }
+        strangers.sort();
+        strangers.dedup();
+        let container = container.ok_or_else(|| Error::format("the index names no weights"))?;
+        Ok(Self {
+            sources,
+            container,
+            content: Content {
+                dictionaries: vec![dictionary],
+                strangers,
+                arrays: Vec::new(),
+            },
+            files,
+        })
     }
 
     /// The same for the bytes of a file.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
     pub fn from_bytes(bytes: Vec<u8>) -> Result<Self> {
         Self::read(Source::Memory(bytes.into()))
     }
@@ -133,10 +219,11 @@ impl Checkpoint {
     fn read(source: Source) -> Result<Self> {
         let start = source.bytes(0, source.len().min(9))?;
         // Safetensors first: the length it begins with may look like anything.
-        let (container, content) = if safetensors::recognise(&start) {
+        let (container, mut content) = if safetensors::recognise(&start) {
             let content = Content {
                 dictionaries: vec![safetensors::read(&source)?],
                 strangers: Vec::new(),
+                arrays: Vec::new(),
             };
             (Container::Safetensors, content)
         } else if torch::is_zip(&start) {
@@ -158,10 +245,12 @@ impl Checkpoint {
             }
             return Err(Error::Format(message));
         }
+        let arrays = std::mem::take(&mut content.arrays);
         Ok(Self {
-            source,
+            sources: vec![source, Source::Memory(arrays.into())],
             container,
             content,
+            files: 1,
         })
     }
 
@@ -170,9 +259,15 @@ impl Checkpoint {
         self.container
     }
 
-    /// Bytes in the file.
+    /// Number of files.
+    pub fn files(&self) -> usize {
+        self.files
+    }
+
+    /// Bytes in the files.
     pub fn size(&self) -> u64 {
-        self.source.len()
+        let sources = self.sources.iter().step_by(2);
+        sources.map(Source::len).sum()
     }
 
     /// Dictionaries that hold tensors, outer ones first. One reached by several paths is listed under the first.
@@ -254,25 +349,50 @@ impl Checkpoint {
             Dtype::I64 | Dtype::U64 => |bytes, out| extend(bytes, out, i64::from_le_bytes),
             other => return Err(Error::format(format!("type {other}, expected integers"))),
         };
-        let wide = self.collect(tensor, convert)?;
         let narrow = |&x: &i64| u32::try_from(x).ok().filter(|&x| x <= i32::MAX as u32);
-        wide.iter()
-            .map(|x| narrow(x).ok_or(x))
-            .collect::<Result<_, _>>()
-            .map_err(|x| Error::format(format!("{x}, expected integers from 0 to {}", i32::MAX)))
+        let (mut wide, mut wrong) = (Vec::new(), None);
+        let found = self.collect(tensor, |bytes, out| {
+            wide.clear();
+            convert(bytes, &mut wide);
+            out.extend(wide.iter().map_while(narrow));
+            wrong = wrong.or(wide.iter().find(|x| narrow(x).is_none()).copied());
+        })?;
+        match wrong {
+            None => Ok(found),
+            Some(x) => Err(Error::format(format!(
+                "{x}, expected integers from 0 to {}",
+                i32::MAX
+            ))),
+        }
     }
 
     /// The little-endian bytes of a tensor in its own type, last dimension fastest.
     pub fn raw(&self, tensor: &Tensor) -> Result<Vec<u8>> {
-        tensor.check(&self.source)?;
-        let mut out = Vec::with_capacity(tensor.bytes() as usize);
-        tensor.visit(&self.source, |bytes| out.extend_from_slice(bytes))?;
-        Ok(out)
+        self.collect(tensor, |bytes, out| out.extend_from_slice(bytes))
     }
 
-    fn collect<T>(&self, tensor: &Tensor, convert: impl Fn(&[u8], &mut Vec<T>)) -> Result<Vec<T>> {
-        let mut out = Vec::with_capacity(tensor.check(&self.source)?);
-        tensor.visit(&self.source, |bytes| convert(bytes, &mut out))?;
+    fn collect<T>(
+        &self,
+        tensor: &Tensor,
+        mut convert: impl FnMut(&[u8], &mut Vec<T>),
+    ) -> Result<Vec<T>> {
+        let source = &self.sources[tensor.source];
+        // Elements that are not there cost no memory: they are refused before room is made for them.
+        let elements = tensor.check(source)?;
+        let mut out = Vec::new();
+        out.try_reserve_exact(
+            elements
+                * if size_of::<T>() == 1 {
+                    tensor.width()
+                } else {
+                    1
+                },
+        )
+        .map_err(|_| {
+            let bytes = tensor.bytes();
+            Error::format(format!("{bytes} bytes, more than there is memory for"))
+        })?;
+        tensor.visit(source, |bytes| convert(bytes, &mut out))?;
         Ok(out)
     }
 }
@@ -287,5 +407,34 @@ pub fn shown(path: &str) -> String {
     match path {
         "" => "the top level".to_owned(),
         path => format!("`{path}`"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_all_names_begin_with_is_a_prefix() {
+        let check = |names: &[&str], expected: &str| {
+            let mut dictionary = Dictionary::new(String::new());
+            for name in names {
+                let tensor = Tensor::contiguous(Dtype::F32, vec![1], 0);
+                dictionary.insert((*name).into(), tensor);
+            }
+            assert_eq!(dictionary.prefix(), expected, "{names:?}");
+        };
+        check(&["model.a.w", "model.b.w"], "model.");
+        check(
+            &["ema_model.module.a.w", "ema_model.module.a.b"],
+            "ema_model.module.a.",
+        );
+        check(&["layer.1", "layers.1"], "");
+        check(&["a.w", "b.w"], "");
+        check(&["a.w", "w"], "");
+        check(&["a.w"], "");
+        check(&["n\u{e4}.a", "n\u{e4}.b"], "n\u{e4}.");
+        check(&["\u{e4}.a", "\u{e5}.b"], "");
+        check(&[], "");
     }
 }

@@ -46,6 +46,12 @@ pub(crate) enum Node {
         callable: Id,
         arguments: Id,
     },
+    /// An array or type of NumPy that Python would make by a call and give a state.
+    Built {
+        callable: Id,
+        arguments: Id,
+        state: Id,
+    },
     /// Something outside the pickle.
     Persistent(Id),
 }
@@ -330,9 +336,9 @@ impl Machine<'_> {
                     self.call(callable, arguments)?;
                 }
                 b'b' => {
-                    // BUILD would give an object its attributes; no weights are looked for there.
-                    self.pop()?;
-                    self.top()?;
+                    let state = self.pop()?;
+                    let object = self.top()?;
+                    self.build(object, state);
                 }
                 b'Q' => {
                     let id = self.pop()?;
@@ -503,6 +509,30 @@ impl Machine<'_> {
             Error::format(format!("the pickle recalls {key}, which it never kept"))
         })?;
         self.push_id(id)
+    }
+
+    /// BUILD would give an object its attributes. Arrays of NumPy hold their elements there, nothing else holds weights.
+    fn build(&mut self, object: Id, state: Id) {
+        let &Node::Call {
+            callable,
+            arguments,
+        } = self.node(object)
+        else {
+            return;
+        };
+        let of_numpy = match self.node(callable) {
+            Node::Global { module, .. } => {
+                self.input.bytes[module.start as usize..module.end as usize].starts_with(b"numpy")
+            }
+            _ => false,
+        };
+        if of_numpy {
+            self.nodes[object as usize] = Node::Built {
+                callable,
+                arguments,
+                state,
+            };
+        }
     }
 
     fn call(&mut self, callable: Id, arguments: Id) -> Result<()> {

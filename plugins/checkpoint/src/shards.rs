@@ -1,222 +1,408 @@
-//! Samples in files that anyone can make in any order: which samples a file holds, how they are cut, and which files make
-//! a whole. Trajectories and sets of samples lie on disk so. Deliberately absent: what a sample is.
+//! Networks in several files, as large ones are published: `model-00001-of-00003.safetensors` and so on, and an index
+//! that says which file holds which weight.
+//!
+//! In: the path of a file, of an index (`*.index.json`), or of the folder with either. Out: the files. Names in an index
+//! stay in its folder; links in the folder may lead anywhere, as in the caches of Hugging Face.
 
-use std::fs;
-use std::ops::Range;
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
 use std::path::{Path, PathBuf};
 
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
+use serde::de::{self, Deserializer, MapAccess, Visitor};
 
-/// Name of the manifest.
-pub const MANIFEST: &str = "manifest.json";
+use crate::error::{Error, Result};
+use crate::regular;
+use crate::tensor::TENSORS;
 
-/// What is wrong with a file of a dataset.
-#[derive(Debug, thiserror::Error)]
-#[error("{}: {message}", path.display())]
-pub struct Fault {
-    /// The file.
-    pub path: PathBuf,
-    /// What is wrong, and what was expected.
-    pub message: String,
+/// The most bytes of an index.
+const LONGEST: u64 = 16 << 20;
+/// The most files of a network: all are open at once.
+const FILES: usize = 512;
+/// The most names in a folder that are looked at.
+const NAMES: usize = 10_000;
+/// How the name of an index ends.
+const INDEX: &str = ".index.json";
+/// What a folder's weights are called, the best first; each may be an index instead.
+const USUAL: [&str; 4] = [
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.bin",
+];
+/// How the names of files of weights end.
+const ENDINGS: [&str; 4] = [".safetensors", ".pt", ".pth", ".bin"];
+
+/// What a path stands for.
+pub enum Place {
+    /// One file.
+    File(PathBuf),
+    /// Several.
+    Index(Index),
 }
 
-impl Fault {
-    /// Something wrong with a file.
-    pub fn new(path: impl Into<PathBuf>, message: impl std::fmt::Display) -> Self {
-        Self {
-            path: path.into(),
-            message: message.to_string(),
-        }
-    }
-}
-
-/// A file of samples `start..end`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Shard {
-    /// Name beside the manifest.
-    pub file: String,
-    /// First sample.
-    pub start: u64,
-    /// One past the last sample.
-    pub end: u64,
-    /// Hex BLAKE3 of the file; unknown of one that is still to be made.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub hash: Option<String>,
-}
-
-impl Shard {
-    /// The shard of some samples, under the name that it has everywhere.
-    pub fn of(samples: Range<u64>) -> Self {
-        Self {
-            file: format!("shard-{:09}.safetensors", samples.start),
-            start: samples.start,
-            end: samples.end,
-            hash: None,
-        }
-    }
-
-    /// Whether it holds a sample and keeps to its directory.
-    pub fn is_sound(&self) -> bool {
-        let name = Path::new(&self.file);
-        self.start < self.end && name.file_name().is_some_and(|own| own == name.as_os_str())
-    }
-}
-
-/// Samples cut at the multiples of a size.
-pub fn cut(samples: Range<u64>, size: u64) -> impl Iterator<Item = Shard> {
-    let Range { start, end } = samples;
-    (start / size..end.div_ceil(size))
-        .map(move |i| Shard::of((i * size).max(start)..((i + 1) * size).min(end)))
-        .filter(|shard| shard.start < shard.end)
-}
-
-/// The samples that shards cover, in order, as ranges that do not touch.
-pub fn ranges(shards: &[Shard]) -> Vec<Range<u64>> {
-    let mut shards: Vec<&Shard> = shards.iter().collect();
-    shards.sort_by_key(|shard| shard.start);
-    let mut ranges: Vec<Range<u64>> = Vec::new();
-    for shard in shards {
-        match ranges.last_mut() {
-            Some(last) if last.end >= shard.start => last.end = last.end.max(shard.end),
-            _ => ranges.push(shard.start..shard.end),
-        }
-    }
-    ranges
-}
-
-/// The samples of 0..count that no shard holds.
-pub fn gaps(shards: &[Shard], count: u64) -> Vec<Range<u64>> {
-    let ranges = ranges(shards);
-    let ends = [0].into_iter().chain(ranges.iter().map(|range| range.end));
-    let starts = ranges.iter().map(|range| range.start).chain([count]);
-    ends.zip(starts)
-        .map(|(from, to)| from..to)
-        .filter(|gap| gap.start < gap.end)
-        .collect()
-}
-
-/// Reads the manifest of a directory; `shards` and `format` are those of what was read.
-///
-/// # Errors
-/// It is missing, no manifest, of another format, or names files elsewhere.
-pub fn read_manifest<M: DeserializeOwned>(
-    dir: &Path,
-    format: u32,
-    of: impl Fn(&M) -> (u32, &[Shard]),
-) -> Result<M, Fault> {
-    let path = dir.join(MANIFEST);
-    let text = fs::read_to_string(&path).map_err(|e| Fault::new(&path, e))?;
-    let manifest: M = serde_json::from_str(&text).map_err(|e| Fault::new(&path, e))?;
-    let (found, shards) = of(&manifest);
-    let wrong = if found != format {
-        format!("format {found}, expected {format}")
-    } else if let Some(bad) = shards.iter().find(|shard| !shard.is_sound()) {
-        let Shard {
-            start, end, file, ..
-        } = bad;
-        format!("samples {start}..{end} in `{file}`: no shard")
-    } else {
-        return Ok(manifest);
-    };
-    Err(Fault::new(path, wrong))
-}
-
-/// Shards of several parts in the order of their samples, each with its folder. The same samples made twice are taken once.
-///
-/// # Errors
-/// Two overlap.
-pub fn joined(parts: Vec<(PathBuf, Vec<Shard>)>) -> Result<Vec<(PathBuf, Shard)>, Fault> {
-    let mut all: Vec<(PathBuf, Shard)> = parts
-        .into_iter()
-        .flat_map(|(dir, shards)| shards.into_iter().map(move |shard| (dir.clone(), shard)))
-        .collect();
-    all.sort_by_key(|(_, shard)| (shard.start, shard.end));
-    all.dedup_by_key(|(_, shard)| (shard.start, shard.end));
-    for pair in all.windows(2) {
-        let [(one, a), (other, b)] = pair else {
-            continue;
+impl Place {
+    /// Looks at a path.
+    ///
+    /// # Errors
+    /// A folder without weights, or with several that could be meant; an index that is none.
+    pub fn find(path: &Path) -> Result<Self> {
+        let found = if path.is_dir() {
+            within(path)?
+        } else {
+            path.to_owned()
         };
-        if b.start < a.end {
-            let message = format!(
-                "its samples {}..{} overlap with {}..{} of {}",
-                b.start,
-                b.end,
-                a.start,
-                a.end,
-                one.join(&a.file).display()
-            );
-            return Err(Fault::new(other.join(&b.file), message));
+        match found.to_string_lossy().ends_with(INDEX) {
+            true => Index::read(&found).map(Self::Index),
+            false => Ok(Self::File(found)),
         }
     }
-    Ok(all)
+
+    /// All files: those with weights, and the index.
+    pub fn files(&self) -> Vec<PathBuf> {
+        match self {
+            Self::File(path) => vec![path.clone()],
+            Self::Index(index) => {
+                let parts = index.files.keys().map(|file| index.path_of(file));
+                [index.path.clone()].into_iter().chain(parts).collect()
+            }
+        }
+    }
 }
 
-/// Hex BLAKE3 of a file.
-///
-/// # Errors
-/// It cannot be read.
-pub fn hash(path: &Path) -> Result<String, Fault> {
-    let read = || -> std::io::Result<String> {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update_reader(fs::File::open(path)?)?;
-        Ok(hasher.finalize().to_hex().to_string())
+/// The weights of a folder: a file or an index.
+fn within(dir: &Path) -> Result<PathBuf> {
+    for name in USUAL {
+        for name in [name.to_owned(), format!("{name}{INDEX}")] {
+            let path = dir.join(name);
+            if path.exists() {
+                return Ok(path);
+            }
+        }
+    }
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(dir)?.take(NAMES) {
+        if let Ok(name) = entry?.file_name().into_string() {
+            names.push(name);
+        }
+    }
+    names.sort();
+    let ending = |ends: &[&str]| -> Vec<&String> {
+        let own = |name: &&String| ends.iter().any(|end| name.ends_with(end));
+        names.iter().filter(own).collect()
     };
-    read().map_err(|e| Fault::new(path, e))
+    let (indices, files) = (ending(&[INDEX]), ending(&ENDINGS));
+    match (indices.as_slice(), files.as_slice()) {
+        ([only], _) | ([], [only]) => Ok(dir.join(only)),
+        ([], []) => Err(Error::format(format!(
+            "a folder without weights: expected {} or its {INDEX}, or one file that ends with {}",
+            USUAL[0],
+            ENDINGS.join(", ")
+        ))),
+        ([], several)
+            if several
+                .iter()
+                .any(|name| Lone::of(Path::new(name)).is_some()) =>
+        {
+            Err(Error::format(format!(
+                "a folder with shards ({}, ..) but without their index, a file that ends with {INDEX}",
+                several[0]
+            )))
+        }
+        (several @ [_, ..], _) | ([], several) => {
+            let names: Vec<&str> = several.iter().take(4).map(|name| name.as_str()).collect();
+            let names = names.join(", ");
+            Err(Error::format(format!(
+                "a folder with several files of weights ({names}): name one of them"
+            )))
+        }
+    }
+}
+
+/// Which file holds which weight.
+pub struct Index {
+    path: PathBuf,
+    dir: PathBuf,
+    files: BTreeMap<String, Vec<String>>,
+}
+
+impl Index {
+    /// Reads an index.
+    ///
+    /// # Errors
+    /// It cannot be read, is none, or names something outside its folder.
+    pub fn read(path: &Path) -> Result<Self> {
+        #[derive(Deserialize)]
+        struct Document {
+            weight_map: Files,
+        }
+
+        let text = regular::read(path, LONGEST)?;
+        let document: Document = serde_json::from_slice(&text).map_err(|e| {
+            Error::format(format!(
+                "not an index of weights ({{\"weight_map\": {{WEIGHT: FILE}}}}): {e}"
+            ))
+        })?;
+        let files = document.weight_map.0;
+        for name in files.keys() {
+            let plain = !name.contains(['/', '\\', '\0']) && name != "." && name != "..";
+            if !plain || !ENDINGS.iter().any(|end| name.ends_with(end)) {
+                return Err(Error::format(format!(
+                    "the index names {name:?}, expected a file of weights beside it"
+                )));
+            }
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            dir: path.parent().map(Path::to_owned).unwrap_or_default(),
+            files,
+        })
+    }
+
+    /// Files, each with the names of its weights.
+    pub fn files(&self) -> impl Iterator<Item = (&str, &[String])> {
+        self.files
+            .iter()
+            .map(|(file, weights)| (file.as_str(), weights.as_slice()))
+    }
+
+    /// Where a file lies.
+    pub fn path_of(&self, file: &str) -> PathBuf {
+        self.dir.join(file)
+    }
+}
+
+/// The weights of each file, no more than are read.
+struct Files(BTreeMap<String, Vec<String>>);
+
+impl<'de> Deserialize<'de> for Files {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Weights;
+
+        impl<'de> Visitor<'de> for Weights {
+            type Value = Files;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("files by weight")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Files, A::Error> {
+                let mut files = HashMap::<String, Vec<String>>::new();
+                let mut count = 0;
+                while let Some((weight, file)) = map.next_entry::<String, String>()? {
+                    count += 1;
+                    if count > TENSORS {
+                        let message = format!("more than {TENSORS} weights, the most that is read");
+                        return Err(de::Error::custom(message));
+                    }
+                    files.entry(file).or_default().push(weight);
+                    if files.len() > FILES {
+                        let message = format!("more than {FILES} files, the most that is read");
+                        return Err(de::Error::custom(message));
+                    }
+                }
+                Ok(Files(files.into_iter().collect()))
+            }
+        }
+
+        deserializer.deserialize_map(Weights)
+    }
+}
+
+/// A file that by its name is one of several.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lone {
+    /// Which, from 1 on.
+    pub number: u32,
+    /// Of how many.
+    pub of: u32,
+    /// What the index would be called.
+    pub index: String,
+}
+
+impl Lone {
+    /// Of `model-00001-of-00003.safetensors` and its like.
+    pub fn of(path: &Path) -> Option<Self> {
+        let name = path.file_name()?.to_str()?;
+        let (stem, ending) = name.rsplit_once('.')?;
+        let (rest, of) = stem.rsplit_once("-of-")?;
+        let (base, number) = rest.rsplit_once('-')?;
+        let count = |digits: &str| -> Option<u32> {
+            let digits = Some(digits).filter(|d| d.bytes().all(|b| b.is_ascii_digit()));
+            digits?.parse().ok()
+        };
+        let (number, of) = (count(number)?, count(of)?);
+        (of > 1).then(|| Self {
+            number,
+            of,
+            index: format!("{base}.{ending}{INDEX}"),
+        })
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::symlink;
+
     use super::*;
+    use crate::Checkpoint;
 
-    fn shards(ranges: &[[u64; 2]]) -> Vec<Shard> {
-        let all = ranges.iter();
-        all.map(|&[start, end]| Shard::of(start..end)).collect()
+    /// A file of safetensors with a float of each name.
+    fn write(path: &Path, names: &[&str]) {
+        let data: Vec<[u8; 4]> = (0..names.len()).map(|i| (i as f32).to_le_bytes()).collect();
+        let view =
+            |bytes| safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![1], bytes);
+        let views = names
+            .iter()
+            .zip(&data)
+            .map(|(name, bytes)| (*name, view(&bytes[..]).unwrap()));
+        safetensors::serialize_to_file(views, None, path).unwrap();
     }
 
-    #[test]
-    fn ranges_and_gaps() {
-        let ends = |ranges: Vec<Range<u64>>| -> Vec<[u64; 2]> {
-            ranges.iter().map(|r| [r.start, r.end]).collect()
-        };
-        let whole = shards(&[[0, 40], [40, 100]]);
-        assert_eq!(ends(ranges(&whole)), [[0, 100]]);
-        assert!(gaps(&whole, 100).is_empty());
-        let parts = shards(&[[50, 60], [10, 20], [20, 30]]);
-        assert_eq!(ends(ranges(&parts)), [[10, 30], [50, 60]]);
-        assert_eq!(ends(gaps(&parts, 100)), [[0, 10], [30, 50], [60, 100]]);
-        assert_eq!(ends(gaps(&[], 100)), [[0, 100]]);
-    }
-
-    #[test]
-    fn parts_are_joined_in_order_and_must_not_overlap() {
-        let part = |name: &str, ranges: &[[u64; 2]]| (name.into(), shards(ranges));
-        let all = joined(vec![
-            part("b", &[[20, 40], [0, 20]]),
-            part("a", &[[40, 50], [0, 20]]),
-        ])
+    fn index(dir: &Path, name: &str, map: &str) -> PathBuf {
+        let path = dir.join(name);
+        std::fs::write(
+            &path,
+            format!(r#"{{"metadata": {{}}, "weight_map": {map}}}"#),
+        )
         .unwrap();
-        let found: Vec<(u64, u64)> = all.iter().map(|(_, s)| (s.start, s.end)).collect();
-        assert_eq!(found, [(0, 20), (20, 40), (40, 50)]);
-        let error = joined(vec![part("a", &[[0, 20]]), part("b", &[[10, 30]])]).unwrap_err();
-        let said = error.to_string();
-        assert!(
-            said.contains("b/shard-000000010.safetensors: its samples 10..30 overlap"),
-            "{said}"
-        );
-        assert!(
-            said.contains("0..20 of a/shard-000000000.safetensors"),
-            "{said}"
+        path
+    }
+
+    const ONE: &str = "model-00001-of-00002.safetensors";
+    const TWO: &str = "model-00002-of-00002.safetensors";
+
+    #[test]
+    fn the_folder_and_its_index_are_one_checkpoint_of_all_files() {
+        let dir = tempfile::tempdir().unwrap();
+        // As in a cache: the names are links, content lies elsewhere under names of its own.
+        let (blobs, folder) = (dir.path().join("blobs"), dir.path().join("snapshot"));
+        std::fs::create_dir(&blobs).unwrap();
+        std::fs::create_dir(&folder).unwrap();
+        write(&blobs.join("1"), &["a", "b"]);
+        write(&blobs.join("2"), &["c"]);
+        symlink("../blobs/1", folder.join(ONE)).unwrap();
+        symlink("../blobs/2", folder.join(TWO)).unwrap();
+        let map = format!(r#"{{"a": "{ONE}", "b": "{ONE}", "c": "{TWO}"}}"#);
+        index(&blobs, "3", &map);
+        let named = folder.join("model.safetensors.index.json");
+        symlink("../blobs/3", &named).unwrap();
+        let linked = dir.path().join("linked");
+        symlink(&folder, &linked).unwrap();
+        for path in [&folder, &named, &linked] {
+            let all = Checkpoint::open(path).unwrap();
+            assert_eq!(all.files(), 2);
+            let found = all.select(None).unwrap();
+            let read = |name: &str| all.floats(found.get(name).unwrap()).unwrap();
+            assert_eq!(
+                (read("a"), read("b"), read("c")),
+                (vec![0.0], vec![1.0], vec![0.0])
+            );
+            let files = Place::find(path).unwrap().files();
+            let names: Vec<_> = files.iter().map(|f| f.file_name().unwrap()).collect();
+            assert_eq!(names, ["model.safetensors.index.json", ONE, TWO]);
+        }
+        let part = Checkpoint::open_part(&folder, |name| name == "c").unwrap();
+        assert_eq!(
+            (part.files(), part.dictionaries()[0].tensors().len()),
+            (1, 1)
         );
     }
 
     #[test]
-    fn samples_are_cut_at_multiples() {
-        let ends = |from: u64, to: u64| -> Vec<[u64; 2]> {
-            cut(from..to, 10).map(|s| [s.start, s.end]).collect()
+    fn a_folder_with_one_file_stands_for_it() {
+        let dir = tempfile::tempdir().unwrap();
+        write(&dir.path().join("weights.safetensors"), &["a"]);
+        std::fs::write(dir.path().join("README.md"), "").unwrap();
+        assert!(Checkpoint::open(dir.path()).is_ok());
+    }
+
+    #[test]
+    fn faults_of_folders_and_indices_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let check = |map: &str, expected: &str| {
+            let path = index(dir.path(), "model.safetensors.index.json", map);
+            let said = Checkpoint::open(&path).map(drop).unwrap_err().to_string();
+            assert!(said.contains(expected), "{said}");
         };
-        assert_eq!(ends(0, 25), [[0, 10], [10, 20], [20, 25]]);
-        assert_eq!(ends(7, 12), [[7, 10], [10, 12]]);
-        assert_eq!(ends(5, 5), [[0u64; 2]; 0]);
+        write(&dir.path().join(ONE), &["a"]);
+        for name in [
+            "../x.safetensors",
+            "/etc/x.safetensors",
+            "a/b.safetensors",
+            "..",
+            "",
+            "a.txt",
+        ] {
+            check(&format!(r#"{{"a": {name:?}}}"#), "the index names");
+        }
+        check(
+            &format!(r#"{{"b": "{ONE}"}}"#),
+            "has no b, but the index says so",
+        );
+        check(
+            &format!(r#"{{"a": "{TWO}"}}"#),
+            "model-00002-of-00002.safetensors: No such file",
+        );
+        check("{}", "the index names no weights");
+        check("[1]", "not an index of weights");
+        let many: Vec<String> = (0..600).map(|i| format!(r#""w{i}": "{i}.pt""#)).collect();
+        check(&format!("{{{}}}", many.join(",")), "more than 512 files");
+        let many: Vec<String> = (0..100_001).map(|i| format!(r#""w{i}": "1.pt""#)).collect();
+        check(
+            &format!("{{{}}}", many.join(",")),
+            "more than 100000 weights",
+        );
+        std::fs::create_dir(dir.path().join("f.pt")).unwrap();
+        check(
+            r#"{"a": "f.pt"}"#,
+            "f.pt: it is a directory, not a regular file",
+        );
+
+        let check = |names: &[&str], expected: &str| {
+            let dir = tempfile::tempdir().unwrap();
+            for name in names {
+                std::fs::write(dir.path().join(name), "").unwrap();
+            }
+            let said = Checkpoint::open(dir.path())
+                .map(drop)
+                .unwrap_err()
+                .to_string();
+            assert!(said.contains(expected), "{said}");
+        };
+        check(&[], "a folder without weights");
+        check(&["config.json"], "a folder without weights");
+        check(
+            &["a.pt", "b.pt"],
+            "several files of weights (a.pt, b.pt): name one",
+        );
+        check(
+            &[ONE, TWO],
+            "shards (model-00001-of-00002.safetensors, ..) but without their index",
+        );
+    }
+
+    #[test]
+    fn a_lone_shard_is_known_by_its_name() {
+        let check = |name: &str, expected: Option<(u32, u32, &str)>| {
+            let expected = expected.map(|(number, of, index)| Lone {
+                number,
+                of,
+                index: index.into(),
+            });
+            assert_eq!(Lone::of(Path::new(name)), expected, "{name}");
+        };
+        check(
+            "d/model-00001-of-00002.safetensors",
+            Some((1, 2, "model.safetensors.index.json")),
+        );
+        check(
+            "pytorch_model-00003-of-00007.bin",
+            Some((3, 7, "pytorch_model.bin.index.json")),
+        );
+        check("model-00001-of-00001.safetensors", None);
+        check("one-of-two.pt", None);
+        check("model.safetensors", None);
+        check("a-+1-of-+2.pt", None);
     }
 }

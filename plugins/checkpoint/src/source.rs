@@ -4,10 +4,12 @@
 //! process. The page cache serves both alike, and a tensor is converted on its way anyway.
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
+
+use crate::regular;
 
 /// Bytes that can be read at any position.
 #[derive(Debug, Clone)]
@@ -18,12 +20,9 @@ pub(crate) enum Source {
 
 impl Source {
     pub fn open(path: &Path) -> io::Result<Self> {
-        // Before opening: a pipe would wait for a writer.
-        let meta = std::fs::metadata(path)?;
-        if !meta.is_file() {
-            return Err(io::Error::other("not a file"));
-        }
-        Ok(Self::File(Arc::new(File::open(path)?), meta.len()))
+        let file = regular::open(path)?;
+        let size = file.metadata()?.len();
+        Ok(Self::File(Arc::new(file), size))
     }
 
     /// Number of bytes.
@@ -52,34 +51,5 @@ impl Source {
         let mut bytes = vec![0; len as usize];
         self.read_at(position, &mut bytes)?;
         Ok(bytes)
-    }
-}
-
-/// A [`Source`] read one after the other.
-#[derive(Debug)]
-pub(crate) struct Reader {
-    pub source: Source,
-    pub position: u64,
-}
-
-impl Read for Reader {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let left = self.source.len().saturating_sub(self.position);
-        let n = left.min(buffer.len() as u64) as usize;
-        self.source.read_at(self.position, &mut buffer[..n])?;
-        self.position += n as u64;
-        Ok(n)
-    }
-}
-
-impl Seek for Reader {
-    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
-        let position = match to {
-            SeekFrom::Start(position) => Some(position),
-            SeekFrom::End(offset) => self.source.len().checked_add_signed(offset),
-            SeekFrom::Current(offset) => self.position.checked_add_signed(offset),
-        };
-        self.position = position.ok_or(io::ErrorKind::InvalidInput)?;
-        Ok(self.position)
     }
 }

@@ -7,8 +7,18 @@ use crate::source::Source;
 
 /// Bytes read at a time.
 const CHUNK: usize = 1 << 20;
+/// Bytes of a view that are put in order at a time.
+const SLAB: usize = 8 << 20;
+/// Bytes between two elements that are read with them, rather than passed over.
+const GAP: u64 = 4096;
+/// Bytes read ahead where elements lie so close.
+const AHEAD: u64 = 64 << 10;
 /// A view may be larger than its file up to this many bytes.
 const VIEW: u64 = 64 << 20;
+/// The most dimensions of a tensor.
+pub(crate) const DIMENSIONS: usize = 16;
+/// The most tensors of a file.
+pub(crate) const TENSORS: u64 = 100_000;
 
 /// A tensor that has not been read yet. Several may share a storage.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,8 +29,10 @@ pub struct Tensor {
     pub shape: Vec<usize>,
     /// Elements between neighbours of each dimension; 0 repeats one.
     strides: Vec<usize>,
-    /// Position of the first element in the file.
+    /// Position of the first element in its source.
     start: u64,
+    /// Which of the sources of a checkpoint it lies in.
+    pub(crate) source: usize,
 }
 
 impl Tensor {
@@ -32,6 +44,7 @@ impl Tensor {
             shape,
             strides,
             start,
+            source: 0,
         }
     }
 
@@ -81,7 +94,14 @@ impl Tensor {
             start: storage.0 + if empty { 0 } else { offset * size },
             shape,
             strides,
+            source: 0,
         })
+    }
+
+    /// The same in another of a checkpoint's sources.
+    pub(crate) fn within(mut self, source: usize) -> Self {
+        self.source = source;
+        self
     }
 
     /// `count` entries of the first dimension from `first` on, if there are so many.
@@ -93,7 +113,9 @@ impl Tensor {
         let mut part = self.clone();
         part.shape[0] = count;
         let size = self.dtype.bitsize() as u64 / 8;
-        part.start += first as u64 * self.strides[0] as u64 * size;
+        // A tensor without elements may have any strides.
+        let before = (first as u64).saturating_mul(self.strides[0] as u64);
+        part.start = part.start.saturating_add(before.saturating_mul(size));
         Some(part)
     }
 
@@ -103,6 +125,11 @@ impl Tensor {
             self.dtype,
             Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16
         )
+    }
+
+    /// Bytes of an element.
+    pub(crate) fn width(&self) -> usize {
+        self.dtype.bitsize() / 8
     }
 
     /// Number of elements.
@@ -143,9 +170,15 @@ impl Tensor {
         if self.elements() == 0 {
             return Ok(());
         }
-        if self.strides == row_major(&self.shape) {
-            let mut buffer = vec![0; CHUNK.min(self.bytes() as usize)];
-            let end = self.start + self.bytes();
+        let dims = self.merged();
+        let (&(n, stride), outer) = match dims.split_last() {
+            None => (&(1, 1), &[][..]),
+            Some((last, outer)) => (last, outer),
+        };
+        if outer.is_empty() && stride == 1 {
+            let bytes = (n * size) as u64;
+            let mut buffer = vec![0; CHUNK.min(bytes as usize)];
+            let end = self.start + bytes;
             let mut position = self.start;
             while position < end {
                 let n = (end - position).min(buffer.len() as u64) as usize;
@@ -155,39 +188,157 @@ impl Tensor {
             }
             return Ok(());
         }
-        let reach: usize = self
-            .shape
-            .iter()
-            .zip(&self.strides)
-            .map(|(n, s)| (n - 1) * s)
-            .sum();
-        let storage = source.bytes(self.start, (reach + 1) as u64 * size as u64)?;
-        let mut piece = Vec::with_capacity(CHUNK);
-        let mut index = vec![0; self.shape.len()];
-        let mut at = 0;
-        loop {
-            piece.extend_from_slice(&storage[at * size..(at + 1) * size]);
-            if piece.len() + size > CHUNK {
-                each(&piece);
-                piece.clear();
-            }
-            // The next index, last dimension first.
-            let mut dim = self.shape.len();
-            loop {
-                if dim == 0 {
-                    each(&piece);
-                    return Ok(());
-                }
-                dim -= 1;
-                index[dim] += 1;
-                at += self.strides[dim];
-                if index[dim] < self.shape[dim] {
-                    break;
-                }
-                at -= self.strides[dim] * self.shape[dim];
-                index[dim] = 0;
+        let end = self.start + (reach(&dims) + 1) * size as u64;
+        let mut window = Window {
+            source,
+            end,
+            start: 0,
+            bytes: Vec::new(),
+        };
+        let mut slab = Vec::new();
+        slabs(
+            &dims,
+            SLAB / size,
+            self.start,
+            size as u64,
+            &mut |start, dims| {
+                slab.resize(dims.iter().map(|d| d.0).product::<usize>() * size, 0);
+                gather(&mut window, (start, size), dims, &mut slab)?;
+                each(&slab);
+                Ok(())
+            },
+        )
+    }
+
+    /// Sizes and strides without dimensions of one entry, neighbours that lie one after the other as one dimension.
+    fn merged(&self) -> Vec<(usize, usize)> {
+        let mut merged: Vec<(usize, usize)> = Vec::new();
+        for (&n, &stride) in self.shape.iter().zip(&self.strides) {
+            match merged.last_mut() {
+                _ if n == 1 => {}
+                Some(last) if stride.checked_mul(n) == Some(last.1) => *last = (last.0 * n, stride),
+                _ => merged.push((n, stride)),
             }
         }
+        merged
+    }
+}
+
+/// Elements from the first to the last of a view.
+fn reach(dims: &[(usize, usize)]) -> u64 {
+    dims.iter()
+        .map(|&(n, stride)| (n as u64 - 1) * stride as u64)
+        .sum()
+}
+
+/// Divides a view into parts of at most `most` elements, in order: gives the position and the dimensions of each.
+fn slabs(
+    dims: &[(usize, usize)],
+    most: usize,
+    start: u64,
+    size: u64,
+    each: &mut impl FnMut(u64, &[(usize, usize)]) -> Result<()>,
+) -> Result<()> {
+    let inner: usize = dims[1..].iter().map(|d| d.0).product();
+    let (n, stride) = dims[0];
+    let at = |i: usize| start + i as u64 * stride as u64 * size;
+    if inner > most {
+        return (0..n).try_for_each(|i| slabs(&dims[1..], most, at(i), size, each));
+    }
+    let mut part = dims.to_vec();
+    for first in (0..n).step_by((most / inner).max(1)) {
+        part[0].0 = (most / inner).max(1).min(n - first);
+        each(at(first), &part)?;
+    }
+    Ok(())
+}
+
+/// Puts the elements of a view in order. They are read in the order in which they lie, by runs: what a view passes over
+/// is not read, however far it reaches.
+fn gather(
+    window: &mut Window<'_>,
+    (start, size): (u64, usize),
+    dims: &[(usize, usize)],
+    out: &mut [u8],
+) -> Result<()> {
+    // (entries, stride in the file, stride in the result), the widest stride in the file first; repetitions are outermost.
+    let mut order = Vec::with_capacity(dims.len());
+    let mut own = 1;
+    for &(n, stride) in dims.iter().rev() {
+        order.push((n, stride, own));
+        own *= n;
+    }
+    order.sort_by_key(|&(_, stride, _)| {
+        std::cmp::Reverse(if stride == 0 { usize::MAX } else { stride })
+    });
+    let Some(((n, stride, step), outer)) = order.split_last().map(|(last, outer)| (*last, outer))
+    else {
+        return Ok(());
+    };
+    // A run of neighbours at once, anything else element by element.
+    let run = if stride == 1 { n.min(CHUNK / size) } else { 1 };
+    let mut index = vec![0; outer.len()];
+    let (mut from, mut to) = (start, 0);
+    loop {
+        for first in (0..n).step_by(run) {
+            let count = run.min(n - first);
+            let position = from + (first * stride * size) as u64;
+            let bytes = window.bytes(position, count * size)?;
+            let place = (to + first * step) * size;
+            if step == 1 {
+                out[place..place + bytes.len()].copy_from_slice(bytes);
+            } else {
+                for (i, element) in bytes.chunks_exact(size).enumerate() {
+                    let place = place + i * step * size;
+                    out[place..place + size].copy_from_slice(element);
+                }
+            }
+        }
+        // The next run, the innermost dimension first.
+        let mut dim = outer.len();
+        loop {
+            if dim == 0 {
+                return Ok(());
+            }
+            dim -= 1;
+            let (n, stride, step) = outer[dim];
+            index[dim] += 1;
+            from += (stride * size) as u64;
+            to += step;
+            if index[dim] < n {
+                break;
+            }
+            from -= (n * stride * size) as u64;
+            to -= n * step;
+            index[dim] = 0;
+        }
+    }
+}
+
+/// The bytes of a source that were read last.
+struct Window<'a> {
+    source: &'a Source,
+    /// Where what may be read ends.
+    end: u64,
+    start: u64,
+    bytes: Vec<u8>,
+}
+
+impl Window<'_> {
+    fn bytes(&mut self, position: u64, len: usize) -> Result<&[u8]> {
+        let last = self.start + self.bytes.len() as u64;
+        let held = position >= self.start && position + len as u64 <= last;
+        if !held {
+            // What comes soon after the last bytes goes on like that.
+            let close = !self.bytes.is_empty() && position >= self.start && position <= last + GAP;
+            let ahead = if close { AHEAD } else { 0 };
+            let len = ahead.max(len as u64).min(self.end - position);
+            self.bytes.resize(len as usize, 0);
+            self.start = position;
+            self.source.read_at(position, &mut self.bytes)?;
+        }
+        let at = (position - self.start) as usize;
+        Ok(&self.bytes[at..at + len])
     }
 }
 
@@ -198,7 +349,7 @@ fn elements(shape: &[usize]) -> Option<u64> {
 }
 
 /// Strides of a tensor whose elements lie one after the other; dimensions of size 1 have any.
-fn row_major(shape: &[usize]) -> Vec<usize> {
+pub(crate) fn row_major(shape: &[usize]) -> Vec<usize> {
     let mut strides = vec![1usize; shape.len()];
     for i in (1..shape.len()).rev() {
         strides[i - 1] = strides[i].saturating_mul(shape[i]);
@@ -232,6 +383,72 @@ mod tests {
         check(&[], &[], 5, b"f");
         check(&[0, 9], &[9, 1], 100, b"");
         check(&[1, 2], &[77, 4], 0, b"ae");
+    }
+
+    #[test]
+    fn large_views_are_read_as_small_ones() {
+        // 300 x 70 x 50 elements of four bytes, in all orders of dimensions, in parts of every size.
+        let n = [300usize, 70, 50];
+        let storage: Vec<u8> = (0..n.iter().product::<usize>() as u32)
+            .flat_map(u32::to_le_bytes)
+            .collect();
+        let source = Source::Memory(storage.as_slice().into());
+        let strides = [70 * 50, 50, 1];
+        for [a, b, c] in [[0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] {
+            let dims = [a, b, c].map(|d| (n[d], strides[d]));
+            let mut expected = Vec::new();
+            for i in 0..dims[0].0 {
+                for j in 0..dims[1].0 {
+                    for k in 0..dims[2].0 {
+                        let at = i * dims[0].1 + j * dims[1].1 + k * dims[2].1;
+                        expected.extend((at as u32).to_le_bytes());
+                    }
+                }
+            }
+            for most in [1, 7, 50, 60, 5000, 1 << 20] {
+                let (mut found, end) = (Vec::new(), storage.len() as u64);
+                let mut window = Window {
+                    source: &source,
+                    end,
+                    start: 0,
+                    bytes: Vec::new(),
+                };
+                slabs(&dims, most, 0, 4, &mut |start, dims| {
+                    let mut slab = vec![0; dims.iter().map(|d| d.0).product::<usize>() * 4];
+                    assert!(slab.len() <= 4 * most);
+                    gather(&mut window, (start, 4), dims, &mut slab)?;
+                    found.extend(slab);
+                    Ok(())
+                })
+                .unwrap();
+                assert!(found == expected, "{a} {b} {c} by {most}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_a_view_passes_over_is_not_read() {
+        // 64 GiB of nothing, but for the ends.
+        let file = tempfile::tempfile().unwrap();
+        let len = 64u64 << 30;
+        file.set_len(len).unwrap();
+        std::os::unix::fs::FileExt::write_at(&file, b"ab", 0).unwrap();
+        std::os::unix::fs::FileExt::write_at(&file, b"yz", len - 2).unwrap();
+        let source = Source::File(std::sync::Arc::new(file), len);
+        let whole = len as usize;
+        let view = |shape: &[usize], strides: &[usize]| {
+            let dims = (shape.to_vec(), strides.to_vec());
+            let tensor = Tensor::view(Dtype::U8, dims, 0, (0, len)).unwrap();
+            let mut out = Vec::new();
+            tensor
+                .visit(&source, |piece| out.extend_from_slice(piece))
+                .unwrap();
+            out
+        };
+        assert_eq!(view(&[2], &[whole - 1]), b"az");
+        assert_eq!(view(&[2, 2], &[1, whole - 2]), b"aybz");
+        assert_eq!(view(&[3, 2], &[0, whole - 1]), b"azazaz");
+        assert_eq!(view(&[2, 2, 2], &[whole - 2, 0, 1]), b"ababyzyz");
     }
 
     #[test]

@@ -6,29 +6,26 @@
 //! ```
 //!
 //! The pickled value speaks of storages by key, and of tensors as calls of a few functions with a storage, an offset,
-//! sizes and strides. These calls are understood; all others are values that nobody looks into.
+//! sizes and strides. These calls are understood, and those that stand for NumPy's arrays; all others are values that
+//! nobody looks into.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 
 use safetensors::Dtype;
 
+use crate::archive::{Archive, Packing};
 use crate::error::{Error, Result};
+use crate::ndarray::Arrays;
 use crate::pickle::{Id, Node, Pickle};
-use crate::source::{Reader, Source};
-use crate::tensor::Tensor;
+use crate::source::Source;
+use crate::tensor::{DIMENSIONS, TENSORS, Tensor};
 use crate::{Content, Dictionary};
 
 /// The most bytes of pickle that are read.
-const PICKLE: u64 = 64 << 20;
-/// The most entries of an archive.
-const ENTRIES: usize = 100_000;
+pub(crate) const PICKLE: u64 = 64 << 20;
 /// Levels of dictionaries that are looked at.
 const DEPTH: usize = 32;
-/// The most dimensions of a tensor.
-const DIMENSIONS: usize = 16;
-/// The most tensors.
-const TENSORS: u64 = 200_000;
 /// The most calls that are listed as not understood.
 const STRANGERS: usize = 100;
 /// The most bytes in all names and paths together.
@@ -51,43 +48,17 @@ type Storages = BTreeMap<String, (u64, u64)>;
 
 /// Reads an archive.
 pub(crate) fn read_zip(source: &Source) -> Result<Content> {
-    let bad = |e: zip::result::ZipError| Error::format(format!("the zip archive: {e}"));
-    let reader = Reader {
-        source: source.clone(),
-        position: 0,
-    };
-    let mut archive = zip::ZipArchive::new(reader).map_err(bad)?;
-    if archive.len() > ENTRIES {
-        return Err(Error::Limit {
-            what: "entries in the archive",
-            limit: ENTRIES as u64,
-        });
-    }
+    let archive = Archive::read(source.clone())?;
     let mut entries = Storages::new();
-    let mut compressed = None;
-    for i in 0..archive.len() {
-        let entry = archive.by_index_raw(i).map_err(bad)?;
-        let name = entry.name().map_err(bad)?.into_owned();
-        if entry.compression() != zip::CompressionMethod::Stored || entry.encrypted() {
-            compressed = Some(name);
-            continue;
-        }
-        let start = entry.data_start().unwrap_or(u64::MAX);
-        let fits = start
-            .checked_add(entry.size())
-            .is_some_and(|end| end <= source.len());
-        if !fits {
+    for entry in archive.entries() {
+        let name = &entry.name;
+        if entry.packing != Packing::Stored {
             return Err(Error::format(format!(
-                "the archive's entry {name} is cut off"
+                "the archive's entry {name} is compressed or encrypted; torch stores entries as they are: unpack the \
+                 archive and pack it again with `zip -0`"
             )));
         }
-        entries.insert(name, (start, entry.size()));
-    }
-    if let Some(name) = compressed {
-        return Err(Error::format(format!(
-            "the archive's entry {name} is compressed or encrypted; torch stores entries as they are: unpack the \
-             archive and pack it again with `zip -0`"
-        )));
+        entries.insert(name.clone(), (archive.start(entry)?, entry.size));
     }
     let prefix = match entries
         .keys()
@@ -168,6 +139,7 @@ pub(crate) fn read_legacy(source: &Source) -> Result<Content> {
     let list = keys
         .elements(keys.root)
         .ok_or_else(|| Error::format("no list of storages after the value"))?;
+    Limited::new("storages", TENSORS).add(list.len())?;
     let mut storages = Storages::new();
     let mut position = keys.end as u64;
     for &id in list {
@@ -276,6 +248,7 @@ fn element_type(name: &str) -> Option<Dtype> {
 struct Value {
     pickle: Pickle,
     storages: Storages,
+    arrays: Arrays,
 }
 
 impl Value {
@@ -410,7 +383,7 @@ impl Value {
     }
 
     /// All dictionaries with tensors, each once, outer ones first.
-    fn dictionaries(&self) -> Result<Vec<Dictionary>> {
+    fn dictionaries(&mut self) -> Result<Vec<Dictionary>> {
         let mut tensors = Limited::new("tensors", TENSORS);
         let mut names = Limited::new("bytes of names", NAMES);
         let mut found = Vec::new();
@@ -420,8 +393,13 @@ impl Value {
             let mut below = Vec::new();
             for (path, id) in level {
                 let mut dictionary = Dictionary::new(path);
+                let mut arrays = std::mem::take(&mut self.arrays);
                 for (name, child) in self.children(id) {
-                    if let Some(tensor) = self.tensor(child)? {
+                    let tensor = match self.tensor(child)? {
+                        None => arrays.read(&self.pickle, child)?,
+                        tensor => tensor,
+                    };
+                    if let Some(tensor) = tensor {
                         tensors.add(1)?;
                         names.add(name.len())?;
                         dictionary.insert(name, tensor);
@@ -431,6 +409,7 @@ impl Value {
                         below.push((path, child));
                     }
                 }
+                self.arrays = arrays;
                 if !dictionary.tensors.is_empty() {
                     found.push(dictionary);
                 }
@@ -450,7 +429,7 @@ impl Value {
     /// Names of what Python would import and this crate does not understand.
     fn strangers(&self) -> Vec<String> {
         let calls = self.pickle.nodes().filter_map(|node| match node {
-            Node::Call { callable, .. } => Some(*callable),
+            Node::Call { callable, .. } | Node::Built { callable, .. } => Some(*callable),
             _ => None,
         });
         let callables: HashSet<Id> = calls.collect();
@@ -459,7 +438,9 @@ impl Value {
             .into_iter()
             .filter_map(|id| self.pickle.global(id))
         {
-            if !matches!(module, "torch._utils" | "torch._tensor" | "torch") {
+            let known = matches!(module, "torch._utils" | "torch._tensor" | "torch")
+                || self.arrays.understand(module, name);
+            if !known {
                 names.insert(format!("{module}.{name}"));
                 if names.len() > STRANGERS {
                     names.pop_last();
@@ -497,10 +478,15 @@ impl Limited {
 
 impl Content {
     fn of(pickle: Pickle, storages: Storages) -> Result<Self> {
-        let value = Value { pickle, storages };
+        let mut value = Value {
+            pickle,
+            storages,
+            arrays: Arrays::default(),
+        };
         Ok(Self {
             dictionaries: value.dictionaries()?,
             strangers: value.strangers(),
+            arrays: value.arrays.into_bytes(),
         })
     }
 }

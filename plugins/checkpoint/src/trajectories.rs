@@ -16,7 +16,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::shards::{self, Fault, MANIFEST, Shard, hash, read_manifest};
+use crate::pieces::{self, Fault, MANIFEST, Shard, hash, read_manifest};
 use crate::{Checkpoint, Dtype};
 
 /// Name of the captions' file.
@@ -226,18 +226,17 @@ impl Manifest {
 
     /// The samples that its shards cover, in order, as ranges that do not touch.
     pub fn ranges(&self) -> Vec<Range<u64>> {
-        shards::ranges(&self.shards)
+        pieces::ranges(&self.shards)
     }
 
     /// The samples of 0..count that no shard holds.
     pub fn gaps(&self) -> Vec<Range<u64>> {
-        shards::gaps(&self.shards, self.count)
+        pieces::gaps(&self.shards, self.count)
     }
 }
 
 /// Samples whose tokens are looked at together.
 const ROWS: usize = 1024;
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use retort_checkpoint::shards::{Fault, MANIFEST, Shard};
+use retort_checkpoint::pieces::{Fault, MANIFEST, Shard};
 use retort_checkpoint::trajectories::Manifest;
 use safetensors::tensor::{Dtype, TensorView};
 

@@ -4,6 +4,7 @@
 //! training, sampling, evaluation, and the stages that recipes name. Deliberately absent: recipes, the store, the
 //! command line (the runner's), and any tensor library.
 
+pub mod arrays;
 pub mod backend;
 pub mod bundle;
 pub mod captions;
@@ -12,16 +13,19 @@ pub mod conformance;
 pub mod data;
 pub mod dataset;
 pub mod error;
+pub mod finite;
 pub mod flow;
 pub mod model;
 pub mod muon;
 pub mod numpy;
+pub mod perceptual;
 pub mod picture;
 pub mod plugin;
 pub mod published;
 pub mod random;
 pub mod sampler;
 pub mod samples;
+pub mod splice;
 pub mod stage;
 pub mod statistics;
 pub mod tape;

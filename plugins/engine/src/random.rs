@@ -29,6 +29,8 @@ pub enum Stream {
     Split = 6,
     /// Restarts of unused codebook entries, one index per step.
     Restart = 7,
+    /// Places and mirrors of images in training, one index per epoch (upper half) and image (lower half).
+    Augment = 8,
     /// Classes of samples, one index per sample.
     Class = 12,
     /// Subsets of samples whose distances are averaged, index 0.

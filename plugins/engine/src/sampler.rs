@@ -9,8 +9,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::{Backend, FlowSolver, Truncation};
 use crate::error::{Error, Result};
+use crate::finite::Finite;
 use crate::model::{Conditions, Student, Teacher, TokenShape, vq::nearest};
 use crate::random::{Sequence, Stream};
+use crate::splice::State;
 use crate::tape::Var;
 
 /// How an AR teacher's distribution is formed before a token is chosen.
@@ -81,7 +83,8 @@ pub fn choices(seed: u64, first: u64, count: usize) -> Vec<Sequence> {
 
 /// The teacher's AR sampler: tokens (b, L'), where L' are the tokens of the AR steps before `end`.
 ///
-/// With a prefix (b, L_p), its tokens are taken as they are and choosing starts after them.
+/// With a prefix (b, L_p), its tokens are taken as they are and choosing starts after them. Logits that are not finite are
+/// an error that names the sample.
 pub fn autoregressive<B: Backend>(
     teacher: &dyn Teacher<B>,
     conditions: &Conditions<B>,
@@ -94,9 +97,10 @@ pub fn autoregressive<B: Backend>(
     let given = prefix.map_or(0, |p| B::shape(p)[1]);
     let mut generation = teacher.generate(conditions, distribution.guidance)?;
     let mut chosen: Vec<B::Tensor> = Vec::with_capacity(end);
-    let mut start = 0;
-    for &count in &shape.steps[..end.min(shape.steps.len())] {
+    let (mut start, mut finite) = (0, Finite::<B>::new("the teacher's logits"));
+    for (step, &count) in shape.steps[..end.min(shape.steps.len())].iter().enumerate() {
         let logits = generation.advance(chosen.last())?; // (b, count, K)
+        finite.watch(step, &logits)?;
         let ids = match prefix {
             Some(p) if start + count <= given => B::narrow(p, 1, start, count)?,
             _ => choose::<B>(&logits, shape, distribution, choice, start)?,
@@ -104,6 +108,7 @@ pub fn autoregressive<B: Backend>(
         chosen.push(ids);
         start += count;
     }
+    finite.check()?;
     let parts: Vec<&B::Tensor> = chosen.iter().collect();
     B::cat(&parts, 1)
 }
@@ -178,31 +183,29 @@ impl<B: Backend> StudentSampler<'_, B> {
     ) -> Result<B::Tensor> {
         let shape = self.student.tokens();
         let (b, l, known) = (B::shape(noise)[0], shape.tokens(), shape.tokens_before(t));
-        let splice = |head: &B::Tensor, tail: &B::Tensor, at: usize| -> Result<B::Tensor> {
-            match at {
-                0 => Ok(tail.clone()),
-                at if at == l => Ok(head.clone()),
-                at => B::cat(
-                    &[
-                        &B::narrow(head, 1, 0, at)?,
-                        &B::narrow(tail, 1, at, l - at)?,
-                    ],
-                    1,
-                ),
+        let x = match known {
+            0 => noise.clone(),
+            at if at == l => latents.clone(),
+            at => {
+                let held = B::narrow(latents, 1, 0, at)?;
+                B::cat(&[&held, &B::narrow(noise, 1, at, l - at)?], 1)?
             }
         };
-        let x = splice(latents, noise, known)?; // X_t
-        let kinds: Vec<u32> = (0..b * l).map(|i| u32::from(i % l < known)).collect();
-        let kinds = B::indices_beside(noise, &kinds, &[b, l])?;
-        let prediction = self.student.predict(&x, conditions, &kinds)?;
-        let boundary = shape.tokens_before(self.split);
-        let codes = || B::rows(self.codebook, &B::argmax_last(prediction.logits.value())?);
-        let predicted = match boundary {
-            0 => self.student.continuous(&prediction)?.value().clone(),
-            at if at == l => codes()?,
-            at => splice(&codes()?, self.student.continuous(&prediction)?.value(), at)?,
+        let state = State {
+            x,
+            known: vec![known; b],
         };
-        splice(&x, &predicted, known)
+        let prediction = self
+            .student
+            .predict(&state.x, conditions, &state.kinds()?)?;
+        let boundary = shape.tokens_before(self.split);
+        let head = || self.student.continuous(&prediction);
+        let sequence = state.finish(prediction.logits.value(), head, self.codebook, boundary)?;
+        let mut finite = Finite::<B>::new("the student's predictions");
+        finite.watch(t, prediction.logits.value())?;
+        finite.watch(t, sequence.value())?;
+        finite.check()?;
+        Ok(sequence.value().clone())
     }
 
     /// Teacher-assisted sampling: the student's first pass, its tokens before AR step `teacher_start` kept, the

@@ -15,7 +15,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use retort_checkpoint::shards::{Fault, MANIFEST, Shard, gaps, hash, read_manifest};
+use retort_checkpoint::pieces::{Fault, MANIFEST, Shard, gaps, hash, read_manifest};
 use safetensors::tensor::Dtype;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -7,6 +7,7 @@
 //! while the backward pass runs. Deliberately absent: second derivatives.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -187,6 +188,40 @@ impl<B: Backend> Var<B> {
                 vjp: Some(Box::new(vjp)),
             })),
         })
+    }
+
+    /// A scalar that is a sum over pieces of the first dimension, of at most `most` entries each: `of` gives the part that
+    /// some entries have in it and depends on no other parameter. The gradient is computed with the value, one piece
+    /// after the other: memory never holds the inside of more than one, and nothing is computed twice.
+    pub fn sum_of_pieces(
+        &self,
+        most: usize,
+        mut of: impl FnMut(&Self, Range<usize>) -> Result<Self>,
+    ) -> Result<Self> {
+        let shape = self.shape();
+        let (mut sum, mut gradients) = (None, Vec::new());
+        for start in (0..shape[0]).step_by(most.max(1)) {
+            let len = most.max(1).min(shape[0] - start);
+            let piece = B::narrow(&self.value, 0, start, len)?;
+            let leaf = match self.wants() {
+                true => Self::parameter(piece),
+                false => Self::constant(piece),
+            };
+            let part = of(&leaf, start..start + len)?;
+            sum = Some(match sum {
+                Some(sum) => B::binary(&sum, &part.value, Binary::Add)?,
+                None => part.value.clone(),
+            });
+            if self.wants() {
+                gradients.extend(backward(part, &[(String::new(), leaf)])?);
+            }
+        }
+        let sum = sum.ok_or_else(|| Error::Internal("a sum of no pieces".into()))?;
+        Ok(Self::from_op(sum, &[self], move |g| {
+            let whole = B::cat(&gradients.iter().collect::<Vec<_>>(), 0)?;
+            let g = B::reshape(g, &vec![1; shape.len()])?;
+            Ok(vec![Some(B::binary(&whole, &g, Binary::Mul)?)])
+        }))
     }
 
     /// The tensor.

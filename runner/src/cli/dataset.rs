@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Subcommand, ValueHint};
 use retort_checkpoint::Checkpoint;
-use retort_checkpoint::shards::{Fault, MANIFEST, Shard, hash, joined};
+use retort_checkpoint::pieces::{Fault, MANIFEST, Shard, hash, joined};
 use retort_checkpoint::trajectories::{CAPTIONS, ConditionShape, Manifest};
 use serde_json::{Map, Value, json};
 

@@ -30,7 +30,7 @@ pub struct Args {
 
 /// Prints what would run and why.
 pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
-    let recipe = recipe::read(&args.recipe.recipe, &args.recipe.set)?;
+    let recipe = recipe::read(&args.recipe.recipe, &args.recipe.set, context.home())?;
     let runtime = context.runtime()?;
     let store = context.known_store(&runtime)?;
     let mut plugins = Plugins::new(search_dirs(&context.plugin_dirs), &runtime, store.as_ref());

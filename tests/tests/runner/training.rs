@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::lab::{Lab, Running, wait_for};
 
-const INTERRUPT: i32 = 2;
+pub const INTERRUPT: i32 = 2;
 const KILL: i32 = 9;
 
 /// A tokenizer and a teacher of a few seconds: what the tests below build on.
@@ -95,7 +95,7 @@ fn last(lab: &Lab, stage: &str, series: &str) -> Option<Value> {
 }
 
 /// Starts the recipe and waits until the student's training is under way.
-fn start_training(lab: &Lab) -> Running {
+pub fn start_training(lab: &Lab) -> Running {
     let running = lab.start(&[]);
     lab.wait_for_worker("student");
     wait_for("a point of the loss", || {
@@ -594,4 +594,22 @@ fn a_teacher_and_its_tokenizer_are_of_one_family() {
     lab.retort(&["run", "r.yaml", "--until", "next"])
         .expect(100)
         .saying(&["family var, but the tokenizer codes is one of family llamagen"]);
+}
+
+/// The image that the perceptual term decodes holds X_t's tokens, as the one that sampling decodes.
+#[test]
+fn a_single_unknown_token_is_a_small_part_of_the_perceptual_term() {
+    const STUDENT: &str = "kind: distill, teacher: teacher, trajectories: pairs, seed: 5, timesteps: [0, 15], split: 15, \
+                           perceptual: {kind: l2, weight: 1.0}, train: {steps: 1, batch: 64}";
+    let lab = lab(&format!(
+        "
+  pairs: {{kind: trajectories, teacher: teacher, count: 400}}
+  noise: {{{STUDENT}, timestep_weights: [1, 0]}}
+  nearly: {{{STUDENT}, timestep_weights: [0, 1]}}
+"
+    ));
+    lab.retort(&["run", "r.yaml"]).expect(0);
+    let [noise, nearly] =
+        ["noise", "nearly"].map(|stage| points(&lab, stage, "distill/perceptual")[0]);
+    assert!(nearly > 0.0 && nearly < 0.25 * noise, "{noise}, {nearly}");
 }

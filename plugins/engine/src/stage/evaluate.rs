@@ -20,6 +20,7 @@ pub mod reference;
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use retort_abi::{ArtifactMeta, Cancel, LogLevel, StageResult};
 use schemars::JsonSchema;
@@ -27,7 +28,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::backend::Backend;
-use crate::data::{self, DataOptions, Images};
+use crate::data::{Data, Images};
 use crate::error::{Error, Result};
 use crate::model::inception::{self, Preparation};
 use crate::model::lpips::{self, Lpips};
@@ -54,12 +55,12 @@ pub struct Options {
     pub samples: BTreeMap<String, String>,
     /// The real images. May be left out when `real` or `statistics` stand for them.
     #[serde(default)]
-    pub data: Option<DataOptions>,
+    pub data: Option<Data>,
     /// A set of samples in the place of real images.
     #[serde(default)]
     #[schemars(extend("x-retort-artifact" = ["samples"]))]
     pub real: Option<String>,
-    /// Statistics of the real images, for the Frechet distances: a `.npz` or torch file with `mu` and `sigma`, and
+    /// Statistics of the real images, for the Frechet distances: a `.npz` or torch file with `mu` and `sigma` (or `m` and `s`), and
     /// `mu_s` and `sigma_s` for the spatial features. A `.npz` may hold images too, `arr_0`, uint8 (n, height, width, 3), as
     /// ADM's reference files do: with them alone, or beside the statistics, it stands for `data`.
     #[serde(default)]
@@ -200,7 +201,7 @@ impl<B: Backend> Stage<B> for Evaluate {
 
     fn check(o: &Options, _: &Path) -> Result<()> {
         if let Some(data) = &o.data {
-            data.check()
+            data.check_fixed()
                 .map_err(|e| Error::option("/data", e.to_string()))?;
             if o.real.is_some() {
                 let message =
@@ -271,7 +272,7 @@ impl<B: Backend> Stage<B> for Evaluate {
         };
         let base = &context.job.base_dir;
         let data = match &o.data {
-            Some(options) => Some(data::load(options, base)?),
+            Some(data) => Some(Arc::new(context.images(data)?)),
             None => None,
         };
         let network = Network::open(context, o, data.as_ref())?;
@@ -285,7 +286,8 @@ impl<B: Backend> Stage<B> for Evaluate {
                 let path = resolve(base, file);
                 let given = statistics(&path, &network)?;
                 if given.moments.is_none() && given.images.is_none() {
-                    let message = "no arrays `mu` and `sigma`, and no images `arr_0`";
+                    let message =
+                        "no arrays `mu` and `sigma`, nor `m` and `s`, and no images `arr_0`";
                     return Err(Error::data(&path, message));
                 }
                 Some((path, given))
@@ -509,11 +511,11 @@ impl Real<'_> {
             Self::Data(images) => Ok(Source {
                 name: "real images".into(),
                 count: images.len(),
-                image: [images.channels, images.height, images.width],
+                image: images.shape(),
                 labels: None,
                 read: Box::new(|first, n| {
-                    let size = images.stride();
-                    Ok(images.pixels[first * size..(first + n) * size].to_vec())
+                    let picks: Vec<usize> = (first..first + n).collect();
+                    Ok(images.gather(&picks)?.0)
                 }),
             }),
             Self::Samples(set) => Ok(Source {

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use retort_abi::{ArtifactMeta, LogLevel, StageResult};
-use retort_checkpoint::shards::{MANIFEST, Shard, hash};
+use retort_checkpoint::pieces::{MANIFEST, Shard, hash};
 use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -247,7 +247,7 @@ impl<B: Backend> Stage<B> for Sample {
                 let noise = noise_of(batch)?;
                 let clock = Instant::now();
                 let eps = backend.floats(&noise, &[classes.len(), l, d])?;
-                let drawn = draw(start, classes, &eps)?;
+                let drawn = draw(start, classes, &eps).map_err(|e| e.of_samples(start))?;
                 let latents = B::to_floats(&drawn.latents)?;
                 sampling += clock.elapsed().as_secs_f64();
                 finite("latent", &latents, start, l * d)?;

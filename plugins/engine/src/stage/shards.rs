@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use retort_checkpoint::shards::{Shard, cut, hash, joined};
+use retort_checkpoint::pieces::{Shard, cut, hash, joined};
 use schemars::JsonSchema;
 use serde::Deserialize;
 

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use retort_abi::{ArtifactMeta, LogLevel, StageResult};
-use retort_checkpoint::shards::{MANIFEST, Shard};
+use retort_checkpoint::pieces::{MANIFEST, Shard};
 use retort_checkpoint::trajectories::{FORMAT, Manifest};
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -213,6 +213,7 @@ impl<B: Backend> Stage<B> for Trajectories {
             for batch in batches(shard.start..shard.end, o.batch) {
                 line.go_on()?;
                 let classes = &labels[batch.start as usize..batch.end as usize];
+                let first = batch.start;
                 let noise = backend.floats(&noise_of(batch)?, &[classes.len(), l, d])?;
                 let mut choice = Choice::Flow {
                     noise: &noise,
@@ -226,7 +227,8 @@ impl<B: Backend> Stage<B> for Trajectories {
                     &mut choice,
                     None,
                     shape.steps.len(),
-                )?;
+                )
+                .map_err(|e| e.of_samples(first))?;
                 tokens.extend(B::to_indices(&ids)?);
                 line.made(classes.len() as u64);
             }

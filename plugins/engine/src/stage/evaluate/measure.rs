@@ -1,5 +1,7 @@
 //! The networks in whose features images are compared, and what they say of a set of images, a batch at a time.
 
+use std::sync::Arc;
+
 use retort_abi::LogLevel;
 
 use super::Options;
@@ -40,7 +42,11 @@ struct Seen {
 
 impl<B: Backend> Network<B> {
     /// Opens the network of a stage's options, or trains a classifier.
-    pub fn open(context: &Context<'_, B>, o: &Options, images: Option<&Images>) -> Result<Self> {
+    pub fn open(
+        context: &Context<'_, B>,
+        o: &Options,
+        images: Option<&Arc<Images>>,
+    ) -> Result<Self> {
         let backend = context.backend;
         let network = match (&o.inception, &o.classifier, images) {
             (Some(file), _, _) => {
@@ -77,7 +83,7 @@ impl<B: Backend> Network<B> {
         };
         if let Some(images) = images {
             network
-                .accepts([images.channels, images.height, images.width])
+                .accepts(images.shape())
                 .map_err(|message| Error::option("/classifier", message))?;
         }
         Ok(network)

@@ -2,31 +2,22 @@
 
 use std::path::Path;
 
-use retort_checkpoint::{Checkpoint, Dtype};
-
 use super::measure::{Measured, Network, Source};
+use crate::arrays::Arrays;
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::model::inception;
-use crate::numpy::{self, Array};
+use crate::numpy;
 use crate::statistics::Moments;
 
 /// Reads moments of the network's features, and of its spatial features where they are given.
 pub fn statistics<B: Backend>(path: &Path, network: &Network<B>) -> Result<Given> {
-    let mut array = arrays(path)?;
-    let mut moments = |mean: &str, covariance: &str, dim: usize| {
-        let (Some(m), Some(c)) = (array(mean)?, array(covariance)?) else {
-            return Ok(None);
-        };
-        if m.shape != [dim] || c.shape != [dim, dim] {
-            let message = format!(
-                "{mean} {:?} and {covariance} {:?}, expected {dim} features",
-                m.shape, c.shape
-            );
-            return Err(Error::data(path, message));
-        }
-        let moments = Moments::new(m.data, c.data);
-        moments.map(Some).map_err(|e| Error::data(path, e))
+    let arrays = Arrays::open(path)?;
+    let moments = |mean: &str, covariance: &str, dim: usize| {
+        let found = arrays.read(mean, &[dim])?;
+        let found = found.zip(arrays.read(covariance, &[dim, dim])?);
+        let moments = found.map(|(mean, covariance)| Moments::new(mean, covariance));
+        moments.transpose().map_err(|e| Error::data(path, e))
     };
     // `m` and `s` is what other tools call them.
     let own = match moments("mu", "sigma", network.dim())? {
@@ -59,9 +50,11 @@ fn images(path: &Path) -> Result<Option<(usize, [usize; 3])>> {
     if !is_archive(path) {
         return Ok(None);
     }
-    let Some(rows) = numpy::Archive::open(path)?.rows(IMAGES)? else {
+    let archive = numpy::Archive::open(path)?;
+    if !archive.names().contains(&IMAGES) {
         return Ok(None);
-    };
+    }
+    let rows = archive.stream(IMAGES)?;
     match (rows.kind(), rows.shape()) {
         ("u1", &[n, h, w, 3]) if n * h * w > 0 => Ok(Some((n, [3, h, w]))),
         (kind, shape) => {
@@ -73,20 +66,19 @@ fn images(path: &Path) -> Result<Option<(usize, [usize; 3])>> {
 
 /// The images of such a file, to be measured.
 pub fn of_archive(path: &Path, (count, image): (usize, [usize; 3])) -> Result<Source<'static>> {
-    let mut rows = numpy::Archive::open(path)?
-        .rows(IMAGES)?
-        .ok_or_else(|| Error::data(path, format!("no array {IMAGES}")))?;
+    let (mut rows, path) = (numpy::Archive::open(path)?.stream(IMAGES)?, path.to_owned());
     let [c, h, w] = image;
     let read = move |_: usize, n: usize| {
-        let pixels = rows.next(n * h * w * c)?; // (n, h, w, c)
+        let bytes = rows.read_bytes(n * h * w * c); // (n, h, w, c)
+        let pixels = bytes.map_err(|e| Error::data(&path, format!("array {IMAGES}: {e}")))?;
         let mut out = vec![0.0; pixels.len()]; // (n, c, h, w)
         for (own, turned) in pixels
             .chunks_exact(h * w * c)
             .zip(out.chunks_exact_mut(h * w * c))
         {
             for (place, colours) in own.chunks_exact(c).enumerate() {
-                for (channel, x) in colours.iter().enumerate() {
-                    turned[channel * h * w + place] = x / 127.5 - 1.0;
+                for (channel, &x) in colours.iter().enumerate() {
+                    turned[channel * h * w + place] = f32::from(x) / 127.5 - 1.0;
                 }
             }
         }
@@ -106,36 +98,6 @@ const IMAGES: &str = "arr_0";
 
 fn is_archive(path: &Path) -> bool {
     path.extension().is_some_and(|e| e == "npz")
-}
-
-/// The arrays of a file by name: of NumPy's archive, or of a checkpoint.
-fn arrays(path: &Path) -> Result<Box<dyn FnMut(&str) -> Result<Option<Array>> + '_>> {
-    if is_archive(path) {
-        let mut archive = numpy::Archive::open(path)?;
-        return Ok(Box::new(move |name| archive.array(name)));
-    }
-    let checkpoint = Checkpoint::open(path).map_err(Error::checkpoint(path))?;
-    let dictionary = checkpoint.select(None).map_err(Error::checkpoint(path))?;
-    let dictionary = dictionary.clone();
-    Ok(Box::new(move |name| {
-        let Some(tensor) = dictionary.get(name) else {
-            return Ok(None);
-        };
-        let wide = |bytes: Vec<u8>| {
-            let (elements, _) = bytes.as_chunks();
-            elements.iter().map(|x| f64::from_le_bytes(*x)).collect()
-        };
-        let data = match tensor.dtype {
-            // Small eigenvalues do not survive fewer digits.
-            Dtype::F64 => checkpoint.raw(tensor).map(wide),
-            _ => checkpoint
-                .floats(tensor)
-                .map(|x| x.into_iter().map(f64::from).collect()),
-        };
-        let data = data.map_err(|e| Error::data(path, format!("tensor {name}: {e}")))?;
-        let shape = tensor.shape.clone();
-        Ok(Some(Array { shape, data }))
-    }))
 }
 
 /// Writes moments as [`statistics`] reads them.
@@ -158,31 +120,7 @@ pub fn save(path: &Path, real: &Measured) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use safetensors::tensor::{Dtype, TensorView};
-
     use super::*;
-
-    #[test]
-    fn statistics_in_a_checkpoint_keep_their_digits() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("statistics.safetensors");
-        let (mu, sigma) = ([0.1, 1e-9], [1.0 + 1e-12, 0.5, 0.5, 2.0]);
-        let bytes = |x: &[f64]| -> Vec<u8> { x.iter().flat_map(|x| x.to_le_bytes()).collect() };
-        let (mean, covariance) = (bytes(&mu), bytes(&sigma));
-        let views = [
-            ("mu", TensorView::new(Dtype::F64, vec![2], &mean).unwrap()),
-            (
-                "sigma",
-                TensorView::new(Dtype::F64, vec![2, 2], &covariance).unwrap(),
-            ),
-        ];
-        safetensors::serialize_to_file(views, None, &path).unwrap();
-        let mut array = arrays(&path).unwrap();
-        let found = array("sigma").unwrap().unwrap();
-        assert_eq!((found.shape, found.data), (vec![2, 2], sigma.to_vec()));
-        assert_eq!(array("mu").unwrap().unwrap().data, mu);
-        assert_eq!(array("mu_s").unwrap(), None);
-    }
 
     /// An archive as `numpy.savez` and `numpy.savez_compressed` write it.
     fn archive(path: &Path, method: zip::CompressionMethod, shape: &[usize], bytes: &[u8]) {

@@ -1,0 +1,91 @@
+//! X_t, and the final sequence that a student makes of it (Distilled Decoding, arXiv 2412.17153, section 3.3): the one
+//! function by which training and sampling put a prediction together.
+//!
+//! ```text
+//! X_t       tokens' codebook vectors where a sample holds them, noise after them
+//! sequence  X_t's own tokens where it holds them; of the others the argmax codes before `split`, the continuous head after it
+//! ```
+//!
+//! b samples, L tokens, codes of dimension D. Codes and known tokens carry no gradient; the head's vectors do.
+
+use crate::backend::Backend;
+use crate::error::{Error, Result};
+use crate::tape::Var;
+
+/// X_t of some samples.
+#[derive(Debug, Clone)]
+pub struct State<B: Backend> {
+    /// Codebook vectors of the known tokens, noise after them: (b, L, D).
+    pub x: B::Tensor,
+    /// How many tokens each sample holds, from the first on (b).
+    pub known: Vec<usize>,
+}
+
+/// Where a position of the final sequence comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Part {
+    Known,
+    Codes,
+    Head,
+}
+
+impl<B: Backend> State<B> {
+    /// 1 where it holds a token, 0 where it holds noise: (b, L).
+    pub fn kinds(&self) -> Result<B::Tensor> {
+        let (b, l) = (self.known.len(), B::shape(&self.x)[1]);
+        let kinds = self
+            .known
+            .iter()
+            .flat_map(|&k| (0..l).map(move |i| u32::from(i < k)));
+        B::indices_beside(&self.x, &kinds.collect::<Vec<_>>(), &[b, l])
+    }
+
+    /// The final sequence (b, L, D), from logits (b, L, K) and what the continuous head says (b, L, D), which is asked for
+    /// if a position takes it. `boundary` is the number of tokens before `split`.
+    pub fn finish(
+        &self,
+        logits: &B::Tensor,
+        head: impl FnOnce() -> Result<Var<B>>,
+        codebook: &B::Tensor,
+        boundary: usize,
+    ) -> Result<Var<B>> {
+        let shape = B::shape(&self.x);
+        let (l, d) = (shape[1], shape[2]);
+        let part_of = |known: usize, i: usize| match i {
+            i if i < known => Part::Known,
+            i if i < boundary => Part::Codes,
+            _ => Part::Head,
+        };
+        let parts: Vec<Part> = self
+            .known
+            .iter()
+            .flat_map(|&known| (0..l).map(move |i| part_of(known, i)))
+            .collect();
+        let mut used = Vec::new();
+        let mut uses = |part, vectors: Var<B>| {
+            used.push((part, vectors.reshape(&[parts.len(), d])?));
+            Ok::<_, Error>(())
+        };
+        if parts.contains(&Part::Known) {
+            uses(Part::Known, Var::constant(self.x.clone()))?;
+        }
+        if parts.contains(&Part::Codes) {
+            let codes = B::rows(codebook, &B::argmax_last(logits)?)?;
+            uses(Part::Codes, Var::constant(codes))?;
+        }
+        if parts.contains(&Part::Head) {
+            uses(Part::Head, head()?)?;
+        }
+        if let [(_, whole)] = &used[..] {
+            return whole.reshape(&shape);
+        }
+        // Each position takes its row of the part that it comes from.
+        let rows = parts.iter().enumerate().map(|(at, part)| {
+            let place = used.iter().take_while(|(other, _)| other != part).count();
+            (place * parts.len() + at) as u32
+        });
+        let rows: Vec<u32> = rows.collect();
+        let table = Var::cat(&used.iter().map(|(_, v)| v).collect::<Vec<_>>(), 0)?;
+        table.rows(&B::indices_beside(&self.x, &rows, &shape[..2])?)
+    }
+}

@@ -1,0 +1,332 @@
+//! What the perceptual term of a student's loss sees: the sequence that sampling would end with.
+
+use std::collections::BTreeMap;
+
+use retort_candle::Candle;
+use retort_engine::backend::Backend;
+use retort_engine::bundle::{NetworkConfig, TokenizerConfig};
+use retort_engine::model::autoencoder::Shape;
+use retort_engine::model::{ConditionShape, Conditions, Prediction, Student, Tokenizer};
+use retort_engine::model::{llamagen, msvq, var, vq};
+use retort_engine::perceptual::{self, Eye};
+use retort_engine::random::noise;
+use retort_engine::sampler::StudentSampler;
+use retort_engine::splice::State;
+use retort_engine::tape::{Var, backward};
+use retort_engine::weights::{Floats, Loader, Params, Source, Weights};
+
+type Tensor = <Candle as Backend>::Tensor;
+
+/// A small student and its tokenizer, with weights that leave no part of it idle.
+struct Case {
+    backend: Candle,
+    network: NetworkConfig,
+    tokenizer: Box<dyn Tokenizer<Candle>>,
+    codebook: Tensor,
+    weights: Weights,
+    /// AR steps before the continuous head takes over, and their tokens.
+    split: usize,
+    boundary: usize,
+}
+
+/// One of each family: LlamaGen's split counts tokens, VAR's scales.
+fn cases() -> [Case; 2] {
+    let autoencoder = Shape {
+        image_channels: 1,
+        image_size: 8,
+        channels: 8,
+        multipliers: vec![1, 1],
+        res_blocks: 1,
+        norm_groups: 4,
+        z_channels: 4,
+    };
+    let (vocabulary, codebook_dim) = (16, 4);
+    let raster = NetworkConfig::Llamagen(llamagen::Config {
+        width: 32,
+        depth: 2,
+        heads: 2,
+        vocabulary,
+        codebook_dim,
+        side: 4,
+        condition: ConditionShape::Classes(10),
+    });
+    let of_raster = TokenizerConfig::Vq(vq::Config {
+        autoencoder: autoencoder.clone(),
+        vocabulary,
+        codebook_dim,
+        l2_norm: true,
+    });
+    let scales = NetworkConfig::Var(var::Config {
+        width: 32,
+        depth: 2,
+        heads: 2,
+        vocabulary,
+        codebook_dim,
+        scales: vec![1, 2, 4],
+        classes: 10,
+        shared_adaln: false,
+        attn_l2_norm: true,
+    });
+    let of_scales = TokenizerConfig::Msvq(msvq::Config {
+        autoencoder,
+        vocabulary,
+        scales: vec![1, 2, 4],
+        phi_convs: 2,
+    });
+    [
+        Case::new(raster, of_raster, 6, 6),
+        Case::new(scales, of_scales, 2, 5),
+    ]
+}
+
+impl Case {
+    fn new(network: NetworkConfig, shape: TokenizerConfig, split: usize, boundary: usize) -> Self {
+        let backend = Candle::open("cpu", "f32", 1).expect("a CPU");
+        let mut loader = Loader::new(&backend, Source::Init(1), true, "drawn");
+        network.student(&mut loader).expect("a student");
+        let weights = disturbed(&loader.into_params());
+        let mut loader = Loader::new(&backend, Source::Init(2), true, "drawn");
+        shape.build(&mut loader).expect("a tokenizer");
+        let of_tokenizer = disturbed(&loader.into_params());
+        let mut loader = Loader::new(&backend, Source::Host(&of_tokenizer), false, "disturbed");
+        let tokenizer = shape.build(&mut loader).expect("a tokenizer");
+        Self {
+            codebook: tokenizer.codebook().expect("codes"),
+            network,
+            tokenizer,
+            weights,
+            split,
+            boundary,
+            backend,
+        }
+    }
+
+    fn student(&self, weights: &Weights) -> (Box<dyn Student<Candle>>, Params<Candle>) {
+        let source = Source::Host(weights);
+        let mut loader = Loader::new(&self.backend, source, true, "student");
+        let student = self.network.student(&mut loader).expect("a student");
+        (student, loader.into_params())
+    }
+
+    /// X_t of samples at these timesteps, whose tokens are i, i + 1, .. modulo 16, and those tokens' vectors (b, L, D).
+    fn state(&self, timesteps: &[usize]) -> (State<Candle>, Tensor) {
+        let shape = self.network.tokens();
+        let (b, l, d) = (timesteps.len(), shape.tokens(), shape.dim);
+        let ids: Vec<u32> = (0..b)
+            .flat_map(|i| (0..l).map(move |at| ((i + at) % 16) as u32))
+            .collect();
+        let ids = self.backend.indices(&ids, &[b, l]).expect("tokens");
+        let target = Candle::rows(&self.codebook, &ids).expect("vectors");
+        let vectors = Candle::to_floats(&target).expect("floats");
+        let known: Vec<usize> = timesteps.iter().map(|&t| shape.tokens_before(t)).collect();
+        let mut x = Vec::new();
+        for (i, &known) in known.iter().enumerate() {
+            x.extend(&vectors[i * l * d..(i * l + known) * d]);
+            x.extend(&noise(9, i as u64, l, d)[known * d..]);
+        }
+        let x = self.backend.floats(&x, &[b, l, d]).expect("X_t");
+        (State { x, known }, target)
+    }
+
+    fn conditions(&self, b: usize) -> Conditions<Candle> {
+        let labels: Vec<u32> = (0..b as u32).collect();
+        Conditions::Classes(self.backend.indices(&labels, &[b]).expect("labels"))
+    }
+
+    fn predict(&self, student: &dyn Student<Candle>, state: &State<Candle>) -> Prediction<Candle> {
+        let conditions = self.conditions(state.known.len());
+        let kinds = state.kinds().expect("kinds");
+        student
+            .predict(&state.x, &conditions, &kinds)
+            .expect("a prediction")
+    }
+
+    /// The perceptual term on pixels, of which at most `most` images are decoded at once.
+    fn term(
+        &self,
+        student: &dyn Student<Candle>,
+        prediction: &Prediction<Candle>,
+        (state, target): &(State<Candle>, Tensor),
+        most: usize,
+    ) -> Var<Candle> {
+        let head = || student.continuous(prediction);
+        let logits = prediction.logits.value();
+        let sequence = state.finish(logits, head, &self.codebook, self.boundary);
+        let sequence = sequence.expect("a sequence");
+        perceptual::distance(&*self.tokenizer, &Eye::Pixels, most, &sequence, target)
+            .expect("a distance")
+    }
+
+    fn gradients(&self, timesteps: &[usize], most: usize) -> (f32, BTreeMap<String, Vec<f32>>) {
+        let (student, params) = self.student(&self.weights);
+        let state = self.state(timesteps);
+        let prediction = self.predict(&*student, &state.0);
+        let term = self.term(&*student, &prediction, &state, most);
+        let value = value(&term);
+        // The logits' own head has no part in the term.
+        let logits = prediction
+            .logits
+            .mean_all()
+            .and_then(|mean| mean.affine(0.0, 0.0));
+        let loss = term.add(&logits.expect("a mean")).expect("a sum");
+        drop((prediction, term));
+        let all = backward(loss, &params).expect("gradients");
+        let named = params.iter().zip(&all);
+        let named =
+            named.map(|((name, _), g)| (name.clone(), Candle::to_floats(g).expect("floats")));
+        (value, named.collect())
+    }
+}
+
+/// The values of parameters with noise added.
+fn disturbed(params: &Params<Candle>) -> Weights {
+    let each = params.iter().enumerate().map(|(i, (name, p))| {
+        let mut data = Candle::to_floats(p.value()).expect("floats");
+        let noise = noise(4, i as u64, data.len(), 1);
+        data.iter_mut().zip(noise).for_each(|(x, n)| *x += 0.1 * n);
+        let shape = p.shape();
+        (name.clone(), Floats { shape, data })
+    });
+    each.collect()
+}
+
+fn value(x: &Var<Candle>) -> f32 {
+    Candle::to_floats(x.value()).expect("a value")[0]
+}
+
+/// Other logits at the positions that hold tokens (`known`) or at all others.
+fn with_other_logits(prediction: &mut Prediction<Candle>, state: &State<Candle>, known: bool) {
+    let shape = prediction.logits.shape();
+    let mut logits = Candle::to_floats(prediction.logits.value()).expect("floats");
+    for (i, &first) in state.known.iter().enumerate() {
+        let row = &mut logits[i * shape[1] * shape[2]..][..shape[1] * shape[2]];
+        let (head, tail) = row.split_at_mut(first * shape[2]);
+        let part = if known { head } else { tail };
+        let other = noise(6, i as u64, part.len(), 1);
+        part.iter_mut().zip(other).for_each(|(x, n)| *x = 10.0 * n);
+    }
+    let logits = Candle::floats_beside(&state.x, &logits, &shape).expect("logits");
+    prediction.logits = Var::constant(logits);
+}
+
+#[test]
+fn logits_of_known_tokens_do_not_move_the_perceptual_term() {
+    for case in cases() {
+        let (student, _) = case.student(&case.weights);
+        // The known tokens reach `split`, or not, in one batch.
+        for (timesteps, reached) in [(vec![case.split; 3], true), (vec![0, case.split, 1], false)] {
+            let state = case.state(&timesteps);
+            let mut prediction = case.predict(&*student, &state.0);
+            let before = value(&case.term(&*student, &prediction, &state, 3));
+            with_other_logits(&mut prediction, &state.0, true);
+            let same = value(&case.term(&*student, &prediction, &state, 3));
+            assert_eq!(before.to_bits(), same.to_bits(), "{timesteps:?}");
+            with_other_logits(&mut prediction, &state.0, false);
+            let other = value(&case.term(&*student, &prediction, &state, 3));
+            assert_eq!(before == other, reached, "{timesteps:?}: {before}, {other}");
+        }
+    }
+}
+
+#[test]
+fn training_sees_the_sequence_that_sampling_ends_with() {
+    for case in cases() {
+        let (student, _) = case.student(&case.weights);
+        let l = student.tokens().tokens();
+        for t in [0, 1, case.split, case.split + 1] {
+            if t >= student.tokens().steps.len() {
+                continue;
+            }
+            let (state, target) = case.state(&[t, t]);
+            let (noise, _) = case.state(&[0, 0]);
+            let sampler = StudentSampler {
+                student: &*student,
+                codebook: &case.codebook,
+                split: case.split,
+            };
+            let sampled = sampler
+                .pass(&target, &noise.x, &case.conditions(2), t)
+                .expect("a pass");
+            let prediction = case.predict(&*student, &state);
+            let head = || student.continuous(&prediction);
+            let logits = prediction.logits.value();
+            let trained = state
+                .finish(logits, head, &case.codebook, case.boundary)
+                .expect("a sequence");
+            let [sampled, trained, target] =
+                [&sampled, trained.value(), &target].map(|x| Candle::to_floats(x).expect("floats"));
+            assert_eq!(sampled, trained, "t = {t}");
+            // By hand: known tokens, then argmax codes, then the head.
+            let codes = Candle::rows(&case.codebook, &Candle::argmax_last(logits).expect("ids"));
+            let codes = Candle::to_floats(&codes.expect("codes")).expect("floats");
+            let head = student.continuous(&prediction).expect("a head");
+            let head = Candle::to_floats(head.value()).expect("floats");
+            let (known, d) = (state.known[0], student.tokens().dim);
+            for (at, x) in trained.iter().enumerate() {
+                let expected = match at / d % l {
+                    i if i < known => target[at],
+                    i if i < case.boundary => codes[at],
+                    _ => head[at],
+                };
+                assert_eq!(*x, expected, "t = {t}, element {at}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_gradient_of_the_head_is_the_slope_of_the_perceptual_term() {
+    const STEP: f32 = 2e-3;
+    for case in cases() {
+        let timesteps = [0, case.split, 1];
+        let (_, gradients) = case.gradients(&timesteps, 3);
+        let at = |weights: &Weights| {
+            let (student, _) = case.student(weights);
+            let state = case.state(&timesteps);
+            let prediction = case.predict(&*student, &state.0);
+            f64::from(value(&case.term(&*student, &prediction, &state, 3)))
+        };
+        let names: Vec<&String> = gradients
+            .keys()
+            .filter(|n| n.starts_with("final_layer_conti."))
+            .collect();
+        assert_eq!(names.len(), 3);
+        for name in names {
+            // Along the gradient itself, so that nothing cancels.
+            let g = &gradients[name];
+            let norm = g.iter().map(|x| x * x).sum::<f32>().sqrt();
+            assert!(norm > 1e-3, "{name}: {norm}");
+            let moved = |by: f32| {
+                let mut weights = case.weights.clone();
+                let data = &mut weights.get_mut(name).expect("a weight").data;
+                data.iter_mut()
+                    .zip(g)
+                    .for_each(|(x, g)| *x += by * g / norm);
+                at(&weights)
+            };
+            let slope = (moved(STEP) - moved(-STEP)) / f64::from(2.0 * STEP);
+            let error = (slope / f64::from(norm) - 1.0).abs();
+            assert!(error < 0.01, "{name}: slope {slope}, gradient {norm}");
+        }
+    }
+}
+
+#[test]
+fn images_decoded_a_few_at_a_time_give_the_same_gradient() {
+    for case in cases() {
+        let timesteps = [0, case.split, 1, 0, 1];
+        let (whole, gradients) = case.gradients(&timesteps, 5);
+        for most in [1, 2, 3] {
+            let (parts, others) = case.gradients(&timesteps, most);
+            assert!((whole - parts).abs() < 1e-5 * whole, "{whole}, {parts}");
+            for (name, g) in &gradients {
+                let norm = |x: &[f32]| x.iter().map(|x| x * x).sum::<f32>().sqrt();
+                let apart: Vec<f32> = g.iter().zip(&others[name]).map(|(a, b)| a - b).collect();
+                assert!(
+                    norm(&apart) <= 1e-5 * norm(g) + 1e-9,
+                    "{name}, {most} at once"
+                );
+            }
+        }
+    }
+}
