@@ -37,6 +37,8 @@ mod published;
 mod recipes;
 #[path = "runner/runs.rs"]
 mod runs;
+#[path = "runner/sampling.rs"]
+mod sampling;
 #[path = "runner/stores.rs"]
 mod stores;
 #[path = "runner/training.rs"]

@@ -24,6 +24,7 @@ pub mod plugin;
 pub mod published;
 pub mod random;
 pub mod sampler;
+pub mod samples;
 pub mod splice;
 pub mod stage;
 pub mod statistics;

@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant, SystemTime};
 
-
 use crate::random::Random;
 use crate::report::Report;
 
@@ -85,7 +84,9 @@ impl Lab {
         process::compile(&plugins.join("libretort_soak.so"));
         let disk = Disk::mount(&home.path().join("disk"));
         if let Err(why) = &disk {
-            report.left_out.push(format!("a disk that is full: no small file system could be mounted ({why})"));
+            report.left_out.push(format!(
+                "a disk that is full: no small file system could be mounted ({why})"
+            ));
         }
         Self {
             retort,
@@ -139,7 +140,10 @@ pub fn disturb(lab: &Lab, seed: u64, time: Duration, report: &mut Report) {
         }
         let mut round = Round::new(lab, seed, number, report);
         if let Err(broken) = round.go() {
-            let place = format!("round {number} of seed {seed}, {}", round.recipe.replace('\n', " | "));
+            let place = format!(
+                "round {number} of seed {seed}, {}",
+                round.recipe.replace('\n', " | ")
+            );
             report.violations.push(format!("{broken} ({place})"));
             // What is broken stays so: the next round begins with another store.
             number = (number / ROUNDS + 1) * ROUNDS - 1;
@@ -236,7 +240,14 @@ impl<'a> Round<'a> {
         }
         self.right = truth::results(&said)?;
         let given = self.lab.at("given.db");
-        let arguments = ["runs", "export", "--files", "--force", "-o", given.to_str().expect("UTF-8")];
+        let arguments = [
+            "runs",
+            "export",
+            "--files",
+            "--force",
+            "-o",
+            given.to_str().expect("UTF-8"),
+        ];
         let said = self.lab.retort(&store, &arguments);
         match said.code {
             Some(0) => Ok(()),
@@ -260,7 +271,9 @@ impl<'a> Round<'a> {
         let mut life = Life::default();
         let pace = self.random.between(20, 400) as u64;
         while runner.lives() {
-            std::thread::sleep(Duration::from_millis(self.random.below(pace as usize) as u64));
+            std::thread::sleep(Duration::from_millis(
+                self.random.below(pace as usize) as u64
+            ));
             life.workers.extend(process::children(runner.pid()));
             let disturbance = *self.random.one_of(&DISTURBANCES);
             if life.hits < 3 {
@@ -320,7 +333,10 @@ impl<'a> Round<'a> {
                 }
             }
             Disturbance::KillCommand => {
-                let still = self.beside.iter_mut().position(|(_, command)| command.lives());
+                let still = self
+                    .beside
+                    .iter_mut()
+                    .position(|(_, command)| command.lives());
                 if let Some(at) = still {
                     let (name, command) = &self.beside[at];
                     if kill(command.pid(), libc::SIGKILL) {
@@ -360,11 +376,17 @@ impl<'a> Round<'a> {
         }
         let given = self.lab.at("given.db");
         let taken = self.lab.at("taken.db");
-        let (given, taken) = (given.to_str().expect("UTF-8"), taken.to_str().expect("UTF-8"));
+        let (given, taken) = (
+            given.to_str().expect("UTF-8"),
+            taken.to_str().expect("UTF-8"),
+        );
         let commands: [(&str, &[&str]); 6] = [
             ("gc", &["gc", "--remove"]),
             ("import", &["runs", "import", given]),
-            ("export", &["runs", "export", "--files", "--force", "-o", taken]),
+            (
+                "export",
+                &["runs", "export", "--files", "--force", "-o", taken],
+            ),
             ("query", &["query", "select count(*) from v_metrics"]),
             ("verify", &["artifacts", "verify"]),
             ("list", &["runs", "list", "--json"]),
@@ -417,7 +439,9 @@ fn recipe(random: &mut Random, seed: u64, round: usize) -> String {
         let steps = random.between(3, 25);
         let pause = random.between(1, 30);
         let bytes = random.between(1, 20_000);
-        text += &format!("  s{stage}: {{kind: tick, text: {seed}-{round}, steps: {steps}, pause: {pause}, bytes: {bytes}");
+        text += &format!(
+            "  s{stage}: {{kind: tick, text: {seed}-{round}, steps: {steps}, pause: {pause}, bytes: {bytes}"
+        );
         if stage > 0 && !random.once_in(3) {
             text += &format!(", input: s{}", random.below(stage));
         }

@@ -205,7 +205,12 @@ fn disturb(minutes: f64, retort: Option<PathBuf>, common: &Common, report: &mut 
     };
     let retort = retort.unwrap_or_else(beside);
     let lab = Lab::new(retort, report);
-    disturb::disturb(&lab, common.seed, Duration::from_secs_f64(60.0 * minutes), report);
+    disturb::disturb(
+        &lab,
+        common.seed,
+        Duration::from_secs_f64(60.0 * minutes),
+        report,
+    );
 }
 
 fn feed_command(target: &Target, meal: &Meal) -> Command {

@@ -532,7 +532,7 @@ fn every_loss_and_every_sampler_runs_to_its_end() {
         assert!(values.last() < values.first(), "{stage} {term}: {values:?}");
     }
     let mixed = output(&lab, "mixed").1;
-    for file in ["samples.safetensors", "samples.npz", "grid.png"] {
+    for file in ["shard-000000000.safetensors", "samples.npz", "grid.png"] {
         assert!(mixed.join(file).is_file(), "{file}");
     }
     assert_eq!(std::fs::read_dir(mixed.join("png")).unwrap().count(), 40);
