@@ -8,6 +8,8 @@ pub(super) fn plain(text: &str) -> Option<Value> {
     let said = Value::String(text.to_owned());
     let value = match text {
         "" => return Some(Value::Null),
+        // Most numbers of a long list, which would take serde_yaml a while.
+        text if is_short_number(text) => return text.parse().ok().map(Value::Number),
         text if may_be_no_text(text) => serde_yaml::from_str(text),
         _ => return Some(said),
     };
@@ -20,9 +22,17 @@ pub(super) fn plain(text: &str) -> Option<Value> {
     })
 }
 
+/// A few digits and nothing else.
+fn is_short_number(text: &str) -> bool {
+    let few = (1..=18).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_digit());
+    few && (text == "0" || !text.starts_with('0'))
+}
+
 /// Whether serde_yaml has to be asked. What begins or ends as markup of a document is never read as such.
 fn may_be_no_text(text: &str) -> bool {
-    let is_word = text == "~" || (4..=5).contains(&text.len());
+    let is_word = text == "~"
+        || (4..=5).contains(&text.len())
+            && text.starts_with(['n', 'N', 't', 'T', 'f', 'F', '.', '+', '-']);
     let is_number = text.contains(|c: char| c.is_ascii_digit());
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.' | '~');
     (is_word || is_number) && text.chars().all(plain) && text != "..."

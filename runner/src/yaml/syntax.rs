@@ -45,6 +45,14 @@ pub(super) fn explain(text: &str, error: &ScanError) -> YamlError {
     } else if let Some((at, odd)) = in_indentation(text, position, terminal::is_odd_space) {
         position = at;
         (odd_space(odd), Some("indent with plain spaces".to_owned()))
+    } else if has("simple key expect")
+        && let Some((at, odd)) = behind_colon(text, position)
+    {
+        position = at;
+        (
+            odd_space(odd),
+            Some("write a plain space behind the `:`".to_owned()),
+        )
     } else if has("mapping values are not allowed") || has("illegal placement of ':'") {
         (
             "`:` is not expected here".to_owned(),
@@ -136,6 +144,21 @@ fn in_indentation(
             .take_while(|&c| c.is_whitespace() || terminal::is_odd_space(c));
         let (column, odd) = indentation.enumerate().find(|(_, c)| is(*c))?;
         let column = column + 1;
+        Some((Position { line, column }, odd))
+    })
+}
+
+/// A `:` with something that looks like a space behind it, on the line at `position` or the one before: no `key: value`
+/// to YAML, but to people.
+fn behind_colon(text: &str, position: Position) -> Option<(Position, char)> {
+    [0, 1].into_iter().find_map(|before| {
+        let line = position.line.checked_sub(before)?;
+        let said = lines(text).nth(line.checked_sub(1)?)?;
+        let pairs = said.chars().zip(said.chars().skip(1));
+        let (column, (_, odd)) = pairs
+            .enumerate()
+            .find(|(_, (c, next))| *c == ':' && terminal::is_odd_space(*next))?;
+        let column = column + 2;
         Some((Position { line, column }, odd))
     })
 }

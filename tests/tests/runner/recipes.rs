@@ -104,7 +104,7 @@ fn long_chains_of_params() {
     let path = format!("params{}=1", ".a".repeat(20_000));
     judge(format!("{HEAD}{STAGES}"), &["--set", &path])
         .expect(3)
-        .saying(&["is not a path"]);
+        .saying(&["a path is like `seed`"]);
 }
 
 #[test]
@@ -235,7 +235,9 @@ fn characters_that_look_like_spaces() {
             );
         }
         judge(format!("{text}{odd}x: [1\n"), &[]).expect(3);
-        judge(format!("# {odd}\n{text}"), &[]).expect(0);
+        // In a comment everything may be but a byte order mark.
+        let code = if odd == "\u{feff}" { 3 } else { 0 };
+        judge(format!("# {odd}\n{text}"), &[]).expect(code);
     }
 }
 
@@ -305,7 +307,11 @@ fn numbers_of_the_runner() {
     }
     check("", ", seed: \"${params.n}\"", &[], "/stages/0/seed", 10);
     check("seed: \"${params.m}\"", "", &["params.m=7.0"], "/seed", 7);
-    check("version: 1.0", "", &[], "/seed", 0);
+    judge(
+        format!("version: 1.0\nbackend: faulty\n{STAGES}"),
+        &["--set", "version=1e0"],
+    )
+    .expect(0);
     for (key, wrong) in [
         ("seed", "1.5"),
         ("seed", "-1"),
@@ -461,7 +467,12 @@ fn the_home_directory_in_paths() {
         assert!(!said.contains("does not exist"), "{said}");
         let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
         let file = json["plan"]["stages"][0]["options"]["file"].clone();
-        assert_eq!(file.as_str(), home.join("mine.csv").to_str());
+        let file = std::path::Path::new(file.as_str().unwrap());
+        assert!(file.is_absolute());
+        assert_eq!(
+            file.canonicalize().unwrap(),
+            home.join("mine.csv").canonicalize().unwrap()
+        );
         json["decisions"][0]["digest"].clone()
     };
     let written = digest(&lab, &[]);
@@ -470,7 +481,7 @@ fn the_home_directory_in_paths() {
     let whole = format!("a.file={}", home.join("mine.csv").display());
     assert_eq!(digest(&lab, &["--set", &whole]), written);
     lab.recipe(&["a: {kind: do, file: '${paths.d}/mine.csv'}"]);
-    assert_eq!(digest(&lab, &["--set", "paths.d=~"]), written);
+    assert_eq!(digest(&lab, &["--set", "paths.d=~/../home"]), written);
     lab.recipe(&["a: {kind: do}"]);
     lab.run(&["--set", "a.file=~someone/x"])
         .expect(3)
@@ -516,10 +527,13 @@ fn names_are_kept_as_written() {
             &format!("b: {{kind: do, input: {name}}}"),
         ]);
         let json = lab.retort(&["plan", "r.yaml", "--json"]);
-        // Nothing is no name of an input.
+        // Nothing is no name of an input; a stage may be called so.
         if name == "null" {
-            let stages = json.expect(0).json()["plan"]["stages"].clone();
-            assert_eq!(stages[0]["name"], name);
+            json.expect(3)
+                .saying(&["`input`: expected a text, got nothing"]);
+            lab.recipe(&["null: {kind: do}"]);
+            let json = lab.retort(&["plan", "r.yaml", "--json"]).expect(0).json();
+            assert_eq!(json["plan"]["stages"][0]["name"], name);
             continue;
         }
         let json = json.expect(0).json();

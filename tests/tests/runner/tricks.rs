@@ -65,31 +65,37 @@ fn what_a_plugin_says() {
         &["runs", "show", "--json"],
         &["metrics"],
         &["metrics", "--json"],
-        &["metrics", "plot", "*"],
-        &["metrics", "plot", "*", "--svg", "-"],
+        &["metrics", "plot", "latest", "*"],
+        &["metrics", "plot", "latest", "*", "--svg", "-"],
         &["why", "bad"],
         &["compare", "latest", "latest~1"],
         &["artifacts", "list"],
         &["query", "select * from v_attempts"],
         &[
             "query",
-            "select text, text as \"a\u{9b}\" from v_log",
+            "select text, text as \"a\u{9b}\" from v_logs",
             "--format",
             "csv",
         ],
         &["plan", "r.yaml", "-v"],
         &["plan", "r.yaml", "--json"],
         &["graph", "r.yaml"],
+        &["graph", "r.yaml", "--format", "dot"],
+        &["lineage", "latest/good"],
+        &["query", "select * from v_logs", "--json"],
+        &["query", "select * from v_logs", "--format", "md"],
+        &["plugin", "check", "faulty"],
+        &["gc"],
         &["doctor"],
     ];
     for command in commands {
         for color in ["never", "always"] {
             let said = lab.retort(&[command, &["--color", color][..]].concat());
-            assert!(
-                !said.stderr.contains("panicked") && said.code.is_some(),
-                "{command:?}: {}",
-                said.stderr
-            );
+            // What the machine is like is not the matter here.
+            let said = match command[0] {
+                "doctor" => said,
+                _ => said.expect(0),
+            };
             check_clean(&said, color == "always");
             if command.contains(&"--json") && command[0] != "tail" {
                 assert!(said.json().to_string().len() > 2);
