@@ -6,10 +6,13 @@
 
 use std::fs::{self, File, TryLockError};
 use std::io;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use crate::plan::FileKind;
+use retort_checkpoint::regular;
+
+use crate::draft::Draft;
+use crate::input;
 use crate::store::{ArtifactFile, ArtifactRecord};
 
 /// Where things lie in a store's directory.
@@ -243,7 +246,7 @@ impl Lock {
     /// Takes the lock, making its file; `None` while another process has it.
     fn try_take(path: PathBuf) -> Result<Option<Self>, ArtifactError> {
         loop {
-            let file = File::create(&path).map_err(failed("make", &path))?;
+            let file = open_lock(&path).map_err(failed("make", &path))?;
             match file.try_lock() {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => return Ok(None),
@@ -261,6 +264,24 @@ impl Lock {
     fn remove(self) {
         let _ = fs::remove_file(&self.path);
     }
+}
+
+/// Opens a file to be locked, making it if need be. Whatever else lies there is not waited for, followed or changed.
+///
+/// # Errors
+/// It cannot be made, or is no regular file.
+pub fn open_lock(path: &Path) -> io::Result<File> {
+    if let Ok(found) = fs::symlink_metadata(path) {
+        regular::expect_regular(&found)?;
+    }
+    let file = File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(path)?;
+    regular::expect_regular(&file.metadata()?)?;
+    Ok(file)
 }
 
 /// Makes the files in `staging` an artifact under `artifacts`, and returns what it holds. Afterwards `staging` is gone.
@@ -288,11 +309,22 @@ pub fn commit(staging: &Path, artifacts: &Path) -> Result<Contents, ArtifactErro
             return Ok(contents);
         }
         // Somebody damaged it: the whole one takes its place.
-        let aside = staging.with_extension("damaged");
-        fs::rename(&place, &aside).map_err(failed("move", &place))?;
-        let _ = fs::remove_dir_all(&aside);
+        let aside = Draft::folder(&place).map_err(failed("make", &place))?;
+        let damaged = aside.path().join("damaged");
+        fs::rename(&place, damaged).map_err(failed("move", &place))?;
     }
-    match fs::rename(staging, &place) {
+    let moved = match fs::rename(staging, &place) {
+        // The artifacts lie on another disk.
+        Err(error) if error.kind() == io::ErrorKind::CrossesDevices => {
+            let moved = carry(staging, &contents, &place)?;
+            if moved.is_ok() {
+                fs::remove_dir_all(staging).map_err(failed("remove", staging))?;
+            }
+            moved
+        }
+        moved => moved,
+    };
+    match moved {
         Ok(()) => {}
         // Another process has just committed the same content.
         Err(error)
@@ -307,6 +339,26 @@ pub fn commit(staging: &Path, artifacts: &Path) -> Result<Contents, ArtifactErro
     }
     sync(artifacts)?;
     Ok(contents)
+}
+
+/// Copies the files of an artifact to the disk of its place, and moves them there once they are all written. What the
+/// move comes to is the inner result.
+fn carry(
+    staging: &Path,
+    contents: &Contents,
+    place: &Path,
+) -> Result<io::Result<()>, ArtifactError> {
+    let draft = Draft::folder(place).map_err(failed("make", place))?;
+    for file in &contents.files {
+        let (from, to) = (staging.join(&file.path), draft.path().join(&file.path));
+        if let Some(dir) = to.parent() {
+            fs::create_dir_all(dir).map_err(failed("make", dir))?;
+        }
+        fs::copy(&from, &to).map_err(failed("write", &to))?;
+        sync(&to)?;
+    }
+    sync_dirs(draft.path())?;
+    Ok(draft.finish())
 }
 
 /// What a directory holds. Empty directories do not count.
@@ -334,21 +386,9 @@ pub fn contents(dir: &Path) -> Result<Contents, ArtifactError> {
 /// # Errors
 /// [`ArtifactError::Io`].
 pub fn file_hash(path: &Path) -> Result<String, ArtifactError> {
-    let file = File::open(path).map_err(failed("open", path))?;
-    let mut hasher = blake3::Hasher::new();
-    hasher.update_reader(file).map_err(failed("read", path))?;
-    Ok(hasher.finalize().to_hex().to_string())
-}
-
-/// Content hash of a file or directory that an option names.
-///
-/// # Errors
-/// As [`contents`].
-pub fn input_hash(path: &Path, kind: FileKind) -> Result<String, ArtifactError> {
-    match kind {
-        FileKind::File => file_hash(path),
-        FileKind::Dir => contents(path).map(|contents| contents.hash),
-    }
+    let file = regular::open(path).map_err(failed("open", path))?;
+    let hash = input::content_hash(file).map_err(failed("read", path))?;
+    Ok(hash.to_hex().to_string())
 }
 
 /// Compares an artifact in `dir` with its record, byte by byte. Empty: it is as it was made.

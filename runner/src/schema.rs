@@ -36,6 +36,9 @@ pub const RESERVED: [&str; 9] = [
     "description",
 ];
 
+/// Threads of one stage, at most: more than any machine has would only keep its worker from being stopped.
+const MOST_THREADS: u32 = 1024;
+
 /// Names of stages and recipes.
 pub const NAME_PATTERN: &str = "^[a-z0-9][a-z0-9_-]*$";
 
@@ -152,7 +155,7 @@ pub fn runner_schema() -> Value {
             "device": device_schema("Where to compute: `cpu`, `cuda`, `cuda:1`, or `auto`, the first usable GPU of the plugin, else the CPU."),
             "dtype": {"type": "string", "description": "Element type of the computation: `f32`, `bf16`. Default: the plugin's first."},
             "threads": {
-                "type": "integer", "minimum": 1,
+                "type": "integer", "minimum": 1, "maximum": MOST_THREADS,
                 "description": "Threads of a stage. Default: all cores, divided among stages that run at the same time."
             },
             "params": {
@@ -235,7 +238,7 @@ fn open_stage_schema() -> Value {
             "type": "integer", "minimum": 0, "maximum": 9_007_199_254_740_991_u64,
             "description": "Seed of this stage. Default: derived from the recipe's seed and the stage's name."
         },
-        "threads": {"type": "integer", "minimum": 1, "description": "Threads of this stage."},
+        "threads": {"type": "integer", "minimum": 1, "maximum": MOST_THREADS, "description": "Threads of this stage."},
         "workers": {
             "type": "integer", "minimum": 1, "maximum": 256,
             "description": "Worker processes that divide this stage's work at the same time, if its kind can be divided. They share its threads and, where no GPU is named by its number, all usable GPUs. Default: 1."

@@ -20,6 +20,7 @@ use sqlx::{Sqlite, Transaction};
 mod block;
 mod care;
 mod error;
+mod file;
 mod function;
 mod history;
 mod lease;
@@ -37,6 +38,7 @@ mod transfer;
 
 pub use care::Garbage;
 pub use error::StoreError;
+pub use file::Memory;
 pub use history::{
     ArtifactRow, AttemptDetail, LastExecution, RunDetail, RunFilter, RunSummary, SourceStage,
     StageCounts, StageDetail, Success,

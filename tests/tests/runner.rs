@@ -29,7 +29,11 @@ mod plugins;
 mod published;
 #[path = "runner/runs.rs"]
 mod runs;
+#[path = "runner/sources.rs"]
+mod sources;
 #[path = "runner/stores.rs"]
 mod stores;
+#[path = "runner/terminal.rs"]
+mod terminal;
 #[path = "runner/training.rs"]
 mod training;

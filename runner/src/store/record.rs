@@ -1,5 +1,7 @@
 //! Writing down runs, stages, attempts and artifacts as they happen. Each function is one transaction.
 
+use std::time::Duration;
+
 use std::hash::{BuildHasher, Hasher};
 
 use retort_abi::{ArtifactMeta, Description, Failure};
@@ -96,6 +98,8 @@ pub struct AttemptEnd {
     pub output_artifact: Option<String>,
     /// What it took.
     pub usage: Usage,
+    /// How long of its time it was stopped.
+    pub paused: Duration,
 }
 
 /// What an attempt took.
@@ -415,7 +419,7 @@ impl Store {
         sqlx::query(
             "update attempts
              set state = ?2, reason = ?3, message = ?4, failure = ?5, summary = ?6, output = ?7, cpu_seconds = ?8,
-                 max_rss = ?9, finished = ?10
+                 max_rss = ?9, finished = ?10, paused = ?11
              where key = ?1",
         )
         .bind(attempt.0)
@@ -428,6 +432,7 @@ impl Store {
         .bind(end.usage.cpu_seconds)
         .bind(end.usage.max_rss.map(|bytes| i64::try_from(bytes).unwrap_or(i64::MAX)))
         .bind(Time::now().0)
+        .bind(i64::try_from(end.paused.as_millis()).unwrap_or(i64::MAX))
         .execute(&mut *write)
         .await?;
         sqlx::query(
