@@ -289,15 +289,7 @@ pub fn open_lock(path: &Path) -> io::Result<File> {
 /// # Errors
 /// [`ArtifactError`]; then nothing is visible under `artifacts`, and `staging` is as it was.
 pub fn commit(staging: &Path, artifacts: &Path) -> Result<Contents, ArtifactError> {
-    let contents = contents(staging)?;
-    if contents.files.is_empty() {
-        return Err(ArtifactError::Empty);
-    }
-    for file in &contents.files {
-        seal(&staging.join(&file.path))?;
-    }
-    sync_dirs(staging)?;
-    fs::create_dir_all(artifacts).map_err(failed("make", artifacts))?;
+    let contents = seal(staging)?;
     let place = artifacts.join(&contents.hash);
     if place.exists() {
         let whole = contents.files.iter().all(|file| {
@@ -313,10 +305,37 @@ pub fn commit(staging: &Path, artifacts: &Path) -> Result<Contents, ArtifactErro
         let damaged = aside.path().join("damaged");
         fs::rename(&place, damaged).map_err(failed("move", &place))?;
     }
+    publish(staging, &contents.hash, artifacts)?;
+    Ok(contents)
+}
+
+/// Hashes the files in `staging`, syncs them and makes them read-only: what [`publish`] may then make visible.
+///
+/// # Errors
+/// [`ArtifactError`].
+pub fn seal(staging: &Path) -> Result<Contents, ArtifactError> {
+    let contents = contents(staging)?;
+    if contents.files.is_empty() {
+        return Err(ArtifactError::Empty);
+    }
+    for file in &contents.files {
+        seal_file(&staging.join(&file.path))?;
+    }
+    sync_dirs(staging)?;
+    Ok(contents)
+}
+
+/// Makes what was sealed visible under its hash, unless another process has just done so. Afterwards `staging` is gone.
+///
+/// # Errors
+/// [`ArtifactError::Io`].
+pub fn publish(staging: &Path, hash: &str, artifacts: &Path) -> Result<(), ArtifactError> {
+    fs::create_dir_all(artifacts).map_err(failed("make", artifacts))?;
+    let place = artifacts.join(hash);
     let moved = match fs::rename(staging, &place) {
         // The artifacts lie on another disk.
         Err(error) if error.kind() == io::ErrorKind::CrossesDevices => {
-            let moved = carry(staging, &contents, &place)?;
+            let moved = carry(staging, &place)?;
             if moved.is_ok() {
                 fs::remove_dir_all(staging).map_err(failed("remove", staging))?;
             }
@@ -326,7 +345,6 @@ pub fn commit(staging: &Path, artifacts: &Path) -> Result<Contents, ArtifactErro
     };
     match moved {
         Ok(()) => {}
-        // Another process has just committed the same content.
         Err(error)
             if matches!(
                 error.kind(),
@@ -337,28 +355,32 @@ pub fn commit(staging: &Path, artifacts: &Path) -> Result<Contents, ArtifactErro
         }
         Err(error) => return Err(failed("move", staging)(error)),
     }
-    sync(artifacts)?;
-    Ok(contents)
+    sync(artifacts)
 }
 
 /// Copies the files of an artifact to the disk of its place, and moves them there once they are all written. What the
 /// move comes to is the inner result.
-fn carry(
-    staging: &Path,
-    contents: &Contents,
-    place: &Path,
-) -> Result<io::Result<()>, ArtifactError> {
+fn carry(staging: &Path, place: &Path) -> Result<io::Result<()>, ArtifactError> {
     let draft = Draft::folder(place).map_err(failed("make", place))?;
-    for file in &contents.files {
-        let (from, to) = (staging.join(&file.path), draft.path().join(&file.path));
-        if let Some(dir) = to.parent() {
-            fs::create_dir_all(dir).map_err(failed("make", dir))?;
+    copy_files(staging, draft.path())?;
+    sync_dirs(draft.path())?;
+    Ok(draft.finish())
+}
+
+/// Copies the files of one directory into another, and syncs them.
+fn copy_files(from: &Path, to: &Path) -> Result<(), ArtifactError> {
+    for entry in fs::read_dir(from).map_err(failed("read", from))? {
+        let entry = entry.map_err(failed("read", from))?;
+        let (from, to) = (entry.path(), to.join(entry.file_name()));
+        if from.is_dir() {
+            fs::create_dir(&to).map_err(failed("make", &to))?;
+            copy_files(&from, &to)?;
+            continue;
         }
         fs::copy(&from, &to).map_err(failed("write", &to))?;
         sync(&to)?;
     }
-    sync_dirs(draft.path())?;
-    Ok(draft.finish())
+    Ok(())
 }
 
 /// What a directory holds. Empty directories do not count.
@@ -369,16 +391,77 @@ pub fn contents(dir: &Path) -> Result<Contents, ArtifactError> {
     let mut files = Vec::new();
     list(dir, dir, &mut files)?;
     files.sort_by(|a, b| a.path.cmp(&b.path));
-    let mut hasher = blake3::Hasher::new();
-    for file in &files {
-        // No path holds a NUL, and the numbers are text: no two lists write the same bytes.
-        hasher.update(format!("{}\0{}\0{}\n", file.path, file.size, file.hash).as_bytes());
-    }
     Ok(Contents {
-        hash: hasher.finalize().to_hex().to_string(),
+        hash: list_hash(&files),
         size: files.iter().map(|file| file.size).sum(),
         files,
     })
+}
+
+/// Hex BLAKE3 of a sorted list of files: the hash of the artifact that holds them.
+pub fn list_hash(files: &[ArtifactFile]) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for file in files {
+        // No path holds a NUL, and the numbers are text: no two lists write the same bytes.
+        hasher.update(format!("{}\0{}\0{}\n", file.path, file.size, file.hash).as_bytes());
+    }
+    hasher.finalize().to_hex().to_string()
+}
+
+/// Whether a path leads to something within a directory: relative, without `..`, written in the one way there is, and
+/// without characters that play tricks with terminals.
+pub fn is_inner_path(path: &str) -> bool {
+    let normal = |part: &str| !matches!(part, "" | "." | "..") && part.len() <= 255;
+    path.len() <= 4096 && !path.chars().any(char::is_control) && path.split('/').all(normal)
+}
+
+/// A name from the history as the name of a file: one that leads nowhere else, and another for every other name.
+pub fn file_name(name: &str) -> String {
+    let is_plain = |c: char| !c.is_control() && !matches!(c, '/' | '\\');
+    let plain: String = name
+        .chars()
+        .map(|c| if is_plain(c) { c } else { '_' })
+        .take(60)
+        .collect();
+    match plain == name && !matches!(name, "" | "." | "..") {
+        true => plain,
+        // Two names that became alike are told apart.
+        false => format!(
+            "{}-{}",
+            plain.replace('.', "_"),
+            &blake3::hash(name.as_bytes()).to_hex()[..8]
+        ),
+    }
+}
+
+/// Opens a file of an artifact in `dir`: a regular file within it, to which no link leads.
+///
+/// # Errors
+/// It is not there, or it is something else.
+pub fn open_inner(dir: &Path, path: &str) -> io::Result<File> {
+    if !is_inner_path(path) {
+        return Err(io::Error::other("its path leads out of the artifact"));
+    }
+    let mut place = dir.to_owned();
+    for part in Path::new(path) {
+        if fs::symlink_metadata(&place)?.is_symlink() {
+            return Err(io::Error::other("a symbolic link leads to it"));
+        }
+        place.push(part);
+    }
+    let check = |found: fs::Metadata| match found.file_type() {
+        kind if kind.is_file() => Ok(()),
+        kind if kind.is_symlink() => Err(io::Error::other("it is a symbolic link")),
+        _ => Err(io::Error::other("it is no regular file")),
+    };
+    check(fs::symlink_metadata(&place)?)?;
+    // Without waiting and without following: something else may have been put there meanwhile.
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(&place)?;
+    check(file.metadata()?)?;
+    Ok(file)
 }
 
 /// Hex BLAKE3 of a file's bytes.
@@ -402,10 +485,15 @@ pub fn verify(dir: &Path, record: &ArtifactRecord) -> Vec<Damage> {
     }
     let mut found = Vec::new();
     for file in &record.files {
-        match file_hash(&dir.join(&file.path)) {
+        let hash = open_inner(dir, &file.path).and_then(|file| {
+            let mut hasher = blake3::Hasher::new();
+            hasher.update_reader(file)?;
+            Ok(hasher.finalize().to_hex().to_string())
+        });
+        match hash {
             Ok(hash) if hash == file.hash => {}
             Ok(_) => found.push(damage(&file.path, "changed".into())),
-            Err(ArtifactError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 found.push(damage(&file.path, "missing".into()));
             }
             Err(error) => found.push(damage(&file.path, error.to_string())),
@@ -455,7 +543,7 @@ fn list(root: &Path, dir: &Path, files: &mut Vec<ArtifactFile>) -> Result<(), Ar
 }
 
 /// Syncs a file and makes it read-only, so that no later stage changes it by mistake.
-fn seal(path: &Path) -> Result<(), ArtifactError> {
+fn seal_file(path: &Path) -> Result<(), ArtifactError> {
     sync(path)?;
     let mode = fs::metadata(path)
         .map_err(failed("read", path))?
@@ -527,6 +615,62 @@ mod tests {
         assert_eq!(reference, hash("b", &[("d/y", "2"), ("x", "1")]));
         assert_ne!(reference, hash("c", &[("x", "1"), ("d/z", "2")]));
         assert_ne!(reference, hash("d", &[("x", "1"), ("d/y", "3")]));
+    }
+
+    #[test]
+    fn names_from_the_history_lead_nowhere() {
+        for plain in ["codes", "größte", "a.b", "x y"] {
+            assert_eq!(file_name(plain), plain);
+        }
+        let odd = [
+            "",
+            ".",
+            "..",
+            "../../x",
+            "/",
+            "a/b",
+            "a_b/",
+            "\x1b[2J",
+            "a\0b",
+            "\\",
+            &"x".repeat(999),
+        ];
+        let names: Vec<String> = odd.iter().map(|name| file_name(name)).collect();
+        for (name, odd) in names.iter().zip(odd) {
+            assert!(is_inner_path(name) && !name.contains('/'), "{name}");
+            assert_ne!(name, odd);
+            assert_eq!(names.iter().filter(|other| *other == name).count(), 1);
+        }
+    }
+
+    #[test]
+    fn only_files_within_an_artifact_are_opened() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = filled(root.path(), "a", &[("x", "1"), ("d/y", "2")]);
+        fs::write(root.path().join("secret"), "3").unwrap();
+        std::os::unix::fs::symlink(root.path().join("secret"), dir.join("link")).unwrap();
+        std::os::unix::fs::symlink(root.path(), dir.join("up")).unwrap();
+        let pipe =
+            std::ffi::CString::new(dir.join("pipe").into_os_string().into_encoded_bytes()).unwrap();
+        // SAFETY: a C string.
+        assert_eq!(unsafe { libc::mkfifo(pipe.as_ptr(), 0o600) }, 0);
+        for path in ["x", "d/y"] {
+            assert!(open_inner(&dir, path).is_ok(), "{path}");
+        }
+        let secret = root.path().join("secret");
+        let refused = [
+            "../secret",
+            "link",
+            "up/secret",
+            "pipe",
+            "d",
+            "d/../x",
+            "",
+            secret.to_str().unwrap(),
+        ];
+        for path in refused {
+            assert!(open_inner(&dir, path).is_err(), "{path}");
+        }
     }
 
     #[test]

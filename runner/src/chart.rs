@@ -6,6 +6,7 @@
 use std::fmt::Write as _;
 
 use crate::table::number;
+use crate::terminal;
 
 /// Curves over one axis.
 #[derive(Debug, Clone, Default)]
@@ -97,7 +98,12 @@ impl Chart {
         let _ = writeln!(text, "{:margin$}  {:^width$}", "", self.axis);
         for (number, curve) in self.curves.iter().enumerate() {
             let mark = paint("━━", number, color);
-            let _ = writeln!(text, "{:margin$}  {mark} {}", "", curve.label);
+            let _ = writeln!(
+                text,
+                "{:margin$}  {mark} {}",
+                "",
+                terminal::clean_line(&curve.label)
+            );
         }
         text
     }
@@ -312,10 +318,7 @@ impl Canvas {
 }
 
 fn paint(text: &str, curve: usize, color: bool) -> String {
-    match color {
-        true => format!("\x1b[{}m{text}\x1b[0m", COLORS[curve % COLORS.len()].0),
-        false => text.to_owned(),
-    }
+    terminal::paint(text, COLORS[curve % COLORS.len()].0, color)
 }
 
 /// About so many round numbers within a range.

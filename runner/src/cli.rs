@@ -37,6 +37,7 @@ pub mod worker;
 
 use crate::store::{Access, Memory, Store};
 use crate::table::Style;
+use crate::terminal;
 
 pub use error::{Error, Exit};
 
@@ -171,8 +172,9 @@ pub struct RecipeArgs {
     pub recipe: PathBuf,
     /// Set a value of the recipe: a path from its root, or from a stage's name (may be repeated).
     ///
-    /// The value is read as YAML. Examples: `--set seed=3`, `--set params.width=64`,
-    /// `--set stages.distill.steps=100`, or shorter `--set distill.steps=100`.
+    /// The value is read as YAML, but where a text is wanted it is the text as typed: `--set 'codes.data.csv=run #2.csv'`.
+    /// Examples: `--set seed=3`, `--set params.width=64`, `--set stages.distill.steps=100`, or shorter
+    /// `--set distill.steps=100`.
     #[arg(long = "set", value_name = "PATH=VALUE")]
     pub set: Vec<String>,
 }
@@ -290,6 +292,12 @@ impl Context {
         Ok(())
     }
 
+    /// The home directory: what `~/` in paths of recipes stands for.
+    pub fn home(&self) -> Option<PathBuf> {
+        let home = PathBuf::from(std::env::var_os("HOME")?);
+        home.is_absolute().then_some(home)
+    }
+
     /// Whether stdout takes colours.
     pub fn color_stdout(&self) -> bool {
         talk::wants_color(self.color, &std::io::stdout())
@@ -337,7 +345,13 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => {
             // Help and version are data (0), the rest is usage (2); a closed pipe is nobody's fault.
-            let _ = error.print();
+            let text = error.render().to_string();
+            if terminal::show(&text) == text {
+                let _ = error.print();
+            } else {
+                // It quotes an argument that could play tricks with the terminal.
+                talk::say(text.trim_end());
+            }
             return ExitCode::from(
                 if error.use_stderr() {
                     Exit::Usage

@@ -1,17 +1,28 @@
 //! What is wrong with a recipe, where, and what to do about it.
 //!
-//! In: findings with a place in the recipe. Out: text with `file:line:column` and the marked line. Deliberately
-//! absent: finding anything, and exit codes.
+//! In: findings with a place in the recipe or in an argument of the command line. Out: text with `file:line:column` and
+//! the marked line, safe for a terminal and of bounded length whatever was written. Deliberately absent: finding
+//! anything, and exit codes.
 
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use annotate_snippets::{AnnotationKind, Group, Level, Origin, Renderer, Snippet};
 use serde::{Deserialize, Serialize};
+use unicode_width::UnicodeWidthStr;
+
+use crate::terminal::{clean, paint};
+use crate::yaml;
 
 pub use retort_abi::Severity;
 
 /// Findings beyond this many are counted, not shown.
 const SHOWN: usize = 20;
+
+/// Characters of a message or a hint that are shown.
+const MOST_WORDS: usize = 1500;
+
+/// Characters of a line that are shown before its mark, and from its mark on.
+const AROUND: (usize, usize) = (80, 120);
 
 /// A place in a text; both count from 1, columns in characters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -29,14 +40,26 @@ pub struct Finding {
     pub severity: Severity,
     /// What is at fault.
     pub cause: Cause,
-    /// Where, if it is in the recipe's text (values from `--set` are not).
+    /// Where, if it is in the recipe's text.
     pub position: Option<Position>,
+    /// Where, if it came with the command line.
+    #[serde(default)]
+    pub argument: Option<Argument>,
     /// JSON pointer from the recipe's root, empty where the whole recipe is meant.
     pub pointer: String,
     /// What is wrong and what was expected.
     pub message: String,
     /// What to do.
     pub hint: Option<String>,
+}
+
+/// A place in an argument of the command line.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Argument {
+    /// The argument: `--set seed=3`.
+    pub text: String,
+    /// Where in it.
+    pub position: Position,
 }
 
 /// What is at fault.
@@ -68,6 +91,7 @@ impl Finding {
             severity: Severity::Error,
             cause: Cause::Recipe,
             position: None,
+            argument: None,
             pointer: pointer.into(),
             message: message.into(),
             hint: None,
@@ -96,47 +120,133 @@ impl Finding {
 
     /// Shown as rustc does: title, place, marked line, hint.
     pub fn render(&self, path: &Path, text: &str, color: bool) -> String {
-        let path = path.display().to_string();
-        let level = match self.severity {
-            Severity::Error => Level::ERROR,
-            Severity::Warning => Level::WARNING,
+        let (name, severity) = match self.severity {
+            Severity::Error => ("error", "1;31"),
+            Severity::Warning => ("warning", "1;33"),
         };
-        let title = level.primary_title(&self.message);
-        let line = self
-            .position
-            .and_then(|at| Some((at, text.lines().nth(at.line - 1)?)));
-        // Only the line itself is given to the renderer: a recipe may have megabytes.
-        let group = match line {
-            Some((at, line)) => {
-                let start = line
-                    .char_indices()
-                    .nth(at.column - 1)
-                    .map_or(line.len(), |(start, _)| start);
-                let span = start..start + token_length(&line[start..]);
-                let snippet = Snippet::source(line)
-                    .line_start(at.line)
-                    .path(path)
-                    .annotation(AnnotationKind::Primary.span(span));
-                title.element(snippet)
-            }
-            None => {
-                let origin = Origin::path(path);
-                Group::with_title(title).element(match self.position {
-                    Some(at) => origin.line(at.line).char_column(at.column),
-                    None => origin,
-                })
-            }
+        let side = |text: &str| paint(text, "1;34", color);
+        let mut shown = format!(
+            "{}{}",
+            paint(name, severity, color),
+            paint(
+                &format!(": {}", brief(&self.message, "       ")),
+                "1",
+                color
+            )
+        );
+        let (source, path, position) = match &self.argument {
+            Some(argument) => (
+                argument.text.as_str(),
+                "command line".to_owned(),
+                Some(argument.position),
+            ),
+            None => (text, path.display().to_string(), self.position),
         };
-        let group = match &self.hint {
-            Some(hint) => group.element(Level::HELP.message(hint)),
-            None => group,
+        let marked = position.and_then(|at| {
+            let line = yaml::lines(source).nth(at.line.checked_sub(1)?)?;
+            Some((at, Marked::new(line, at.column)))
+        });
+        let margin = marked
+            .as_ref()
+            .map_or(0, |(at, _)| at.line.to_string().len());
+        let place = position.map_or_else(String::new, |at| format!(":{}:{}", at.line, at.column));
+        let _ = write!(
+            shown,
+            "\n{:margin$}{} {}{place}",
+            "",
+            side("-->"),
+            clean(&path)
+        );
+        if let Some((
+            at,
+            Marked {
+                line,
+                before,
+                width,
+            },
+        )) = &marked
+        {
+            let bar = side("|");
+            let carets = paint(&"^".repeat(*width), severity, color);
+            let _ = write!(
+                shown,
+                "\n{:margin$} {bar}\n{} {bar} {line}\n{:margin$} {bar} {:before$}{carets}",
+                "",
+                side(&at.line.to_string()),
+                "",
+                ""
+            );
+        }
+        if let Some(hint) = &self.hint {
+            let indentation = " ".repeat(margin + 9);
+            let _ = write!(
+                shown,
+                "\n{:margin$} {}\n{:margin$} {} {}: {}",
+                "",
+                side("|"),
+                "",
+                side("="),
+                paint("help", "1", color),
+                clean(&brief(hint, &indentation))
+            );
+        }
+        shown
+    }
+}
+
+/// A message that may be of any length, cut; further lines are indented.
+fn brief(message: &str, indentation: &str) -> String {
+    let cut = match message.char_indices().nth(MOST_WORDS) {
+        Some((end, _)) => format!("{}...", &message[..end]),
+        None => message.to_owned(),
+    };
+    cut.replace('\n', &format!("\n{indentation}"))
+}
+
+/// A line as it is shown, and where its mark stands, in columns of a terminal.
+struct Marked {
+    line: String,
+    before: usize,
+    width: usize,
+}
+
+impl Marked {
+    /// Marks what begins at a column of a line. Of a long line only what is near is shown.
+    fn new(line: &str, column: usize) -> Self {
+        let skipped = column.saturating_sub(1);
+        let start = line
+            .char_indices()
+            .nth(skipped)
+            .map_or(line.len(), |(start, _)| start);
+        let (before, rest) = line.split_at(start);
+        let first = skipped.saturating_sub(AROUND.0);
+        let before: String = before.chars().skip(first).map(visible).collect();
+        let before = match first {
+            0 => before,
+            _ => format!("...{before}"),
         };
-        let renderer = if color {
-            Renderer::styled()
-        } else {
-            Renderer::plain()
+        let cut = rest.char_indices().nth(AROUND.1);
+        let (near, more) = match cut {
+            Some((end, _)) => (&rest[..end], "..."),
+            None => (rest, ""),
         };
-        renderer.render(&[group]).to_string()
+        let token: String = near[..token_length(near)].chars().map(visible).collect();
+        let after: String = near[token_length(near)..].chars().map(visible).collect();
+        Self {
+            before: before.width(),
+            width: token.width().max(1),
+            line: format!("{before}{token}{after}{more}")
+                .trim_end()
+                .to_owned(),
+        }
+    }
+}
+
+/// A character as it is shown in a line.
+fn visible(character: char) -> String {
+    match character {
+        '\t' => "    ".to_owned(),
+        c => clean(c.encode_utf8(&mut [0; 4])).into_owned(),
     }
 }
 
@@ -175,15 +285,19 @@ impl Report {
     }
 }
 
-/// Bytes of the key or value at the beginning of `text`: what the carets stand under.
+/// Bytes of the key or value at the beginning of `text`: what the carets stand under. At least one character, where
+/// there is one.
 fn token_length(text: &str) -> usize {
-    if let Some(quote @ ('"' | '\'')) = text.chars().next()
-        && let Some(end) = text[1..].find(quote)
+    let Some(first) = text.chars().next() else {
+        return 0;
+    };
+    if matches!(first, '"' | '\'')
+        && let Some(end) = text[1..].find(first)
     {
         return end + 2;
     }
-    if text.starts_with(char::is_whitespace) {
-        return 1;
+    if first.is_whitespace() {
+        return first.len_utf8();
     }
     let mut end = text.len();
     for stop in [": ", ", ", " #", "]", "}"] {
@@ -194,8 +308,7 @@ fn token_length(text: &str) -> usize {
         .strip_suffix(':')
         .unwrap_or(token)
         .len()
-        .max(1)
-        .min(text.len())
+        .max(first.len_utf8())
 }
 
 #[cfg(test)]
@@ -240,6 +353,73 @@ error: unknown option `stpes`
         check("x]", "x");
         check("", "");
         check("\tx: 1", "\t");
+        check("\u{a0}x", "\u{a0}");
+        check("\u{3000}", "\u{3000}");
+        check("]", "]");
+        check("漢: x", "漢");
+    }
+
+    #[test]
+    fn marks_stand_under_what_they_mark() {
+        let check = |line: &str, column: usize, shown: &str, carets: &str| {
+            let finding = Finding::error("", "x").at(Some(Position { line: 1, column }));
+            let text = finding.render(Path::new("r"), line, false);
+            let lines: Vec<&str> = text.lines().skip(3).collect();
+            assert_eq!(
+                lines,
+                [format!("1 | {shown}"), format!("  | {carets}")],
+                "{line:?}"
+            );
+        };
+        check("漢字: [x", 5, "漢字: [x", "      ^^");
+        check("\u{a0}a", 1, "\u{a0}a", "^");
+        check("\u{3000}a", 1, "\u{3000}a", "^^");
+        check("\u{200b}a: 1", 1, "\\u200ba: 1", "^^^^^^^");
+        check("\u{202e}a: b", 5, "\\u202ea: b", "         ^");
+        check("\ta: b", 5, "    a: b", "       ^");
+        check("a", 2, "a", " ^");
+        check("a", 20, "a", " ^");
+    }
+
+    #[test]
+    fn what_is_shown_is_bounded_and_safe() {
+        let long = "é".repeat(100_000);
+        let finding = Finding::error("", format!("\x1b[2J{long}"))
+            .at(Some(Position {
+                line: 1,
+                column: 50_000,
+            }))
+            .hint(format!("\u{9b}\n{long}"));
+        for color in [false, true] {
+            let text = finding.render(Path::new("\x1b]0;x"), &long, color);
+            assert!(text.len() < 10_000, "{}", text.len());
+            assert!(
+                !text.contains("\x1b[2J") && !text.contains("\x1b]") && !text.contains('\u{9b}')
+            );
+        }
+        let lost = Finding::error("", "x").at(Some(Position { line: 0, column: 0 }));
+        assert!(
+            lost.render(Path::new("r"), "a", false)
+                .contains("--> r:0:0")
+        );
+    }
+
+    #[test]
+    fn a_finding_in_an_argument_shows_the_argument() {
+        let finding = Finding {
+            argument: Some(Argument {
+                text: "--set seed=x".into(),
+                position: Position {
+                    line: 1,
+                    column: 12,
+                },
+            }),
+            ..Finding::error("/seed", "wrong")
+        };
+        assert_eq!(
+            finding.render(Path::new("r.yaml"), "seed: 1", false),
+            "error: wrong\n --> command line:1:12\n  |\n1 | --set seed=x\n  |            ^"
+        );
     }
 
     #[test]

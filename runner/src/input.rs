@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use retort_checkpoint::regular;
+use retort_checkpoint::shards::Place;
 
 use crate::plan::FileKind;
 
@@ -61,6 +62,14 @@ pub enum InputError {
     Loop {
         /// Where that was noticed.
         path: PathBuf,
+    },
+    /// A network's weights in several files, of which something is missing.
+    #[error("{}: {message}", path.display())]
+    Weights {
+        /// What the option names.
+        path: PathBuf,
+        /// Why they are none.
+        message: String,
     },
     /// A name that a digest cannot hold.
     #[error("the name of {} is not UTF-8", path.display())]
@@ -174,13 +183,34 @@ impl Listing {
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
         let now = i128::try_from(now.as_nanos()).unwrap_or(i128::MAX);
-        let mut walk = Walk::default();
+        let (mut walk, mut base) = (Walk::default(), None);
         match kind {
             FileKind::File => {
                 let found = fs::metadata(path).map_err(failed("read", path))?;
                 walk.file(path, String::new(), &found)?;
             }
             FileKind::Dir => walk.folder(path, "")?,
+            FileKind::Weights => {
+                let files = Place::find(path).map(|place| place.files());
+                let files = files.map_err(|error| InputError::Weights {
+                    path: path.to_owned(),
+                    message: error.to_string(),
+                })?;
+                if let [only] = files.as_slice() {
+                    return Self::of(only, FileKind::File);
+                }
+                base = files
+                    .first()
+                    .and_then(|file| file.parent())
+                    .map(Path::to_owned);
+                for file in &files {
+                    let inner = file.strip_prefix(base.as_deref().unwrap_or(path));
+                    let name = inner.ok().and_then(Path::to_str);
+                    let name = name.ok_or_else(|| InputError::Name { path: file.clone() })?;
+                    let found = fs::metadata(file).map_err(failed("read", file))?;
+                    walk.file(file, name.to_owned(), &found)?;
+                }
+            }
         }
         walk.files.sort_by(|a, b| a.0.cmp(&b.0));
         let mut content = blake3::Hasher::new();
@@ -196,7 +226,7 @@ impl Listing {
             changes.update(&stamp.bytes()[40..]);
         }
         Ok(Self {
-            path: path.to_owned(),
+            path: base.unwrap_or_else(|| path.to_owned()),
             kind,
             files: walk
                 .files
@@ -299,7 +329,7 @@ impl Listing {
         let snapshot = Snapshot {
             hash: match self.kind {
                 FileKind::File => single,
-                FileKind::Dir => list.finalize().to_hex().to_string(),
+                FileKind::Dir | FileKind::Weights => list.finalize().to_hex().to_string(),
             },
             traces: self.traces.clone(),
             young,

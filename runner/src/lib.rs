@@ -25,5 +25,6 @@ pub mod schema;
 pub mod store;
 pub mod table;
 pub mod tensorboard;
+pub mod terminal;
 pub mod worker;
 pub mod yaml;

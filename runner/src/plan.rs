@@ -16,7 +16,8 @@ use serde_json::Value;
 
 use crate::diagnostic::{Cause, Finding, Position, Report};
 use crate::recipe::{self, Recipe};
-use crate::yaml::{Part, escape};
+use crate::terminal;
+use crate::yaml::{Part, escape, odd_space};
 
 pub mod decision;
 mod digest;
@@ -142,7 +143,7 @@ impl FileOption {
     pub fn problem(&self) -> Option<String> {
         let shown = self.path.display();
         let what = match self.kind {
-            FileKind::File => "file",
+            FileKind::File | FileKind::Weights => "file",
             FileKind::Dir => "directory",
         };
         let Ok(found) = std::fs::metadata(&self.path) else {
@@ -151,6 +152,8 @@ impl FileOption {
         let there = match self.kind {
             FileKind::File => found.is_file(),
             FileKind::Dir => found.is_dir(),
+            // What a folder holds, whoever reads it says.
+            FileKind::Weights => found.is_file() || found.is_dir(),
         };
         let kind = regular::kind(found.file_type());
         (!there).then(|| format!("{shown} is {kind}, not a {what}"))
@@ -165,6 +168,8 @@ pub enum FileKind {
     File,
     /// A directory, with everything in it.
     Dir,
+    /// Weights of a network: a file, or the folder or index of several.
+    Weights,
 }
 
 /// Where a value came from. As text: `recipe:14`, `--set`, `params`, `default`, `derived`.
@@ -309,13 +314,34 @@ impl Plan {
                 };
                 let message = format!("stage `{}`: {problem}", stage.name);
                 let pointer = format!("/stages/{}{}", escape(&stage.name), file.pointer);
-                findings.push(Finding::error(pointer, message).hint(format!(
-                    "relative paths start from the recipe's directory, {}",
-                    self.base_dir.display()
-                )));
+                let written = stage.options.pointer(&file.pointer).and_then(Value::as_str);
+                findings.push(
+                    Finding::error(pointer, message)
+                        .hint(self.path_hint(written.unwrap_or_default())),
+                );
             }
         }
         self.place(findings)
+    }
+
+    /// What may be wrong with a path that leads nowhere.
+    fn path_hint(&self, written: &str) -> String {
+        if let Some(odd) = written.chars().find(|&c| terminal::is_odd_space(c)) {
+            return odd_space(odd);
+        }
+        if written.starts_with("~/") || written == "~" {
+            return "`~/` is not replaced: HOME is not set to a directory".to_owned();
+        }
+        if written.starts_with('~') {
+            return "of paths that begin with `~` only `~/` is replaced, by your home directory; write the path of another out"
+                .to_owned();
+        }
+        if written.contains('$') {
+            return "variables of the environment are not replaced in recipes; write the path out, begin it with `~/`, or use ${params.name}"
+                .to_owned();
+        }
+        let base = self.base_dir.display();
+        format!("relative paths start from the recipe's directory, {base}")
     }
 
     /// An option of a stage that the work on it found to be wrong.

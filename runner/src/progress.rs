@@ -15,6 +15,7 @@ use crate::executor::Event;
 use crate::executor::attempt::End;
 use crate::frame::Progress;
 use crate::store::{LogLine, LogSource};
+use crate::terminal;
 
 /// Time between two plain lines of one stage.
 const INTERVAL: Duration = Duration::from_secs(10);
@@ -57,7 +58,7 @@ struct Meter {
 }
 
 impl Teller {
-    /// Tells in this manner; `say` writes a line to stderr, above the bars.
+    /// Tells in this manner; `say` writes a line to stderr, above the bars, and makes it safe for a terminal.
     pub fn new(manner: Manner, say: impl Fn(&str) + Send + Sync + 'static) -> Self {
         Self {
             manner,
@@ -166,17 +167,14 @@ impl Teller {
     }
 
     fn paint(&self, text: &str, color: &str) -> String {
-        if self.manner.color {
-            format!("\x1b[1;{color}m{text}\x1b[0m")
-        } else {
-            text.to_owned()
-        }
+        terminal::paint(text, &format!("1;{color}"), self.manner.color)
     }
 
     fn bar(&self, stage: &str) -> ProgressBar {
         let bar = self.bars.add(ProgressBar::no_length());
         bar.set_style(waiting_style());
-        bar.set_prefix(stage.to_owned());
+        // Bars write to the terminal themselves.
+        bar.set_prefix(terminal::clean_line(stage));
         bar.enable_steady_tick(Duration::from_millis(200));
         bar
     }
@@ -190,7 +188,7 @@ impl Teller {
                 bar.set_length(progress.total);
                 bar.set_style(running_style());
             }
-            bar.set_message(progress.unit.clone());
+            bar.set_message(terminal::clean_line(&progress.unit));
             bar.set_position(progress.done);
             if first {
                 // What an earlier attempt did is no speed of this one.
@@ -227,12 +225,7 @@ impl Teller {
             2 => format!("{}: ", self.paint("warning", "33")),
             _ => String::new(),
         };
-        // Control characters of a plugin's output stay out of the terminal.
-        let text: String = line
-            .text
-            .chars()
-            .map(|c| if c.is_control() && c != '\t' { '·' } else { c })
-            .collect();
+        let text = line.text.replace('\n', " ");
         (self.say)(&format!("{stage}: {label}{text}"));
     }
 
@@ -350,7 +343,10 @@ mod tests {
         let lines = Arc::new(Mutex::new(Vec::new()));
         let heard = Arc::clone(&lines);
         let teller = Teller::new(manner, move |line| {
-            heard.lock().unwrap().push(line.to_owned())
+            heard
+                .lock()
+                .unwrap()
+                .push(crate::terminal::show(line).into_owned())
         });
         events.into_iter().for_each(|event| teller.hear(event));
         lines.lock().unwrap().clone()
@@ -418,15 +414,15 @@ mod tests {
                 quiet: true,
                 ..PLAIN
             },
-            &["s: error: bad·[2J"],
+            &["s: error: bad\\u001b[2J"],
         );
-        check_lines(PLAIN, &["s: error: bad·[2J", "s: warning: odd"]);
+        check_lines(PLAIN, &["s: error: bad\\u001b[2J", "s: warning: odd"]);
         check_lines(
             Manner {
                 verbose: 1,
                 ..PLAIN
             },
-            &["s: error: bad·[2J", "s: warning: odd", "s: well"],
+            &["s: error: bad\\u001b[2J", "s: warning: odd", "s: well"],
         );
         check_lines(
             Manner {
@@ -434,7 +430,7 @@ mod tests {
                 ..PLAIN
             },
             &[
-                "s: error: bad·[2J",
+                "s: error: bad\\u001b[2J",
                 "s: warning: odd",
                 "s: well",
                 "s: printed",

@@ -1,7 +1,8 @@
 //! Recipes as written.
 //!
-//! In: a file and the changes of `--set`. Out: a [`Recipe`]: what is written, with `${params.x}` replaced, and with
-//! every mistake found on the way. Defaults, devices and references between stages are settled by [`crate::plan`].
+//! In: a file and the changes of `--set`. Out: a [`Recipe`]: what is written, with `${params.x}` replaced
+//! (`recipe/interpolation.rs`), and with every mistake found on the way. Defaults, devices and references between
+//! stages are settled by [`crate::plan`].
 //!
 //! A recipe with mistakes is still a recipe: what can be read is, so that the plan can report the other mistakes
 //! too. Only a file that is no YAML mapping at all is an error here.
@@ -13,7 +14,16 @@ use serde_json::{Map, Value};
 
 use crate::diagnostic::{Finding, Position, Report};
 use crate::schema::{self, RESERVED};
-use crate::yaml::{self, Document, Part, YamlError, escape};
+use crate::yaml::{self, Document, Part, YamlError};
+
+mod interpolation;
+mod setting;
+
+use interpolation::Interpolation;
+use setting::Setting;
+
+/// Stages of a recipe.
+pub const MAX_STAGES: usize = 1000;
 
 /// A recipe as written: everything that may be left out may be `None`.
 #[derive(Debug, Clone)]
@@ -78,9 +88,11 @@ pub struct Source {
     pub text: String,
     /// Changes of `--set`, as typed.
     pub set: Vec<String>,
+    /// What `~/` in paths stands for; only the command line knows it.
+    pub home: Option<PathBuf>,
     document: Document,
-    /// What was set: pointer -> the change as typed.
-    set_at: BTreeMap<String, String>,
+    /// What was set, by its pointer.
+    set_at: BTreeMap<String, Setting>,
     /// Values that have `${...}` in the text, and where the value comes from if that is all there is.
     interpolated: BTreeMap<String, Option<String>>,
 }
@@ -125,15 +137,46 @@ impl Source {
         }
     }
 
-    /// Gives a finding its place.
+    /// Gives a finding its place: in the text, or in the argument that set the value.
     pub fn place(&self, mut finding: Finding, part: Part) -> Finding {
         match self.setting(&finding.pointer) {
-            Some(setting) => finding
-                .message
-                .push_str(&format!(" (from `--set {setting}`)")),
+            Some((at, setting)) => {
+                let inside = finding.pointer[at.len()..].to_owned();
+                setting.mark(&mut finding, &inside, part);
+            }
             None => finding.position = self.position(&finding.pointer, part, 0),
         }
         finding
+    }
+
+    /// How a value that is no text was written, where that says more than the value: `1.50`, `0x10`; of what was set,
+    /// all that was typed.
+    pub fn as_written(&self, pointer: &str) -> Option<&str> {
+        self.written_as(pointer, 0)
+    }
+
+    /// How nothing was written at a pointer of the text: `~`, `null`.
+    pub fn written_null(&self, pointer: &str) -> Option<&str> {
+        match self.setting(pointer) {
+            Some(_) => None,
+            None => self.document.written(pointer),
+        }
+    }
+
+    fn written_as(&self, pointer: &str, depth: usize) -> Option<&str> {
+        let around =
+            above(pointer).find_map(|above| Some((above, self.interpolated.get(above)?.as_ref())));
+        match around {
+            Some((use_of, Some(origin))) if depth < 16 => {
+                let origin = format!("{origin}{}", &pointer[use_of.len()..]);
+                self.written_as(&origin, depth + 1)
+            }
+            Some(_) => None,
+            None => match self.setting(pointer) {
+                Some((at, setting)) => setting.as_written(&pointer[at.len()..]),
+                None => self.document.written(pointer),
+            },
+        }
     }
 
     /// The place in the text; of what is inside a `${params.x}`, the place where the param is written.
@@ -151,8 +194,9 @@ impl Source {
         }
     }
 
-    fn setting(&self, pointer: &str) -> Option<&String> {
-        above(pointer).find_map(|pointer| self.set_at.get(pointer))
+    /// What was set at a pointer or above it, and where.
+    fn setting<'p>(&self, pointer: &'p str) -> Option<(&'p str, &Setting)> {
+        above(pointer).find_map(|above| Some((above, self.set_at.get(above)?)))
     }
 }
 
@@ -162,8 +206,8 @@ fn above(pointer: &str) -> impl Iterator<Item = &str> {
         .filter(|pointer| !pointer.is_empty())
 }
 
-/// Reads a recipe and applies the changes of `--set`.
-pub fn read(path: &Path, set: &[String]) -> Result<Recipe, Report> {
+/// Reads a recipe and applies the changes of `--set`. `home` is what `~/` stands for.
+pub fn read(path: &Path, set: &[String], home: Option<PathBuf>) -> Result<Recipe, Report> {
     let text = yaml::read(path).map_err(|error| {
         let mut finding = Finding::error("", error.to_string());
         let mut source = std::error::Error::source(&error);
@@ -172,6 +216,13 @@ pub fn read(path: &Path, set: &[String]) -> Result<Recipe, Report> {
             source = cause.source();
         }
         match error {
+            yaml::ReadError::Missing(_) if path == Path::new("-") => {
+                finding.message = "`-` is not read as standard input".to_owned();
+                finding.hint = Some(
+                    "save the recipe to a file and name it: relative paths in a recipe start from its directory"
+                        .to_owned(),
+                );
+            }
             yaml::ReadError::Missing(_) => finding.hint = neighbour(path),
             yaml::ReadError::NotAFile(_) => finding.hint = Some(content(path)),
             yaml::ReadError::TooLarge(_) => {
@@ -193,7 +244,9 @@ pub fn read(path: &Path, set: &[String]) -> Result<Recipe, Report> {
         .ok()
         .and_then(|path| path.parent().map(Path::to_owned))
         .unwrap_or_default();
-    parse(path, base_dir, text, set)
+    let mut recipe = parse(path, base_dir, text, set)?;
+    recipe.source.home = home;
+    Ok(recipe)
 }
 
 /// Parses a recipe's text and applies the changes of `--set`. `path` is for messages and the default name.
@@ -237,11 +290,13 @@ pub fn parse(
         .map(finding_of)
         .collect();
     let mut value = std::mem::take(&mut document.value);
-    let mut set_at = BTreeMap::new();
+    let mut set_at: BTreeMap<String, Setting> = BTreeMap::new();
     for change in set {
-        match apply(&mut value, change) {
-            Ok(pointer) => {
-                set_at.insert(pointer, change.clone());
+        match setting::apply(&mut value, change) {
+            Ok((pointer, setting)) => {
+                let below = format!("{pointer}/");
+                set_at.retain(|earlier, _| !earlier.starts_with(&below));
+                set_at.insert(pointer, setting);
             }
             Err(finding) => findings.push(finding),
         }
@@ -251,33 +306,48 @@ pub fn parse(
         base_dir,
         text,
         set: set.to_vec(),
+        home: None,
         document,
         set_at,
         interpolated: BTreeMap::new(),
     };
-    let mut interpolation = Interpolation {
-        root: &value,
-        interpolated: BTreeMap::new(),
-        problems: Vec::new(),
-    };
-    let value = interpolation.replace(&value, "", &mut Vec::new());
-    let Interpolation {
-        interpolated,
-        problems,
-        ..
-    } = interpolation;
-    source.interpolated = interpolated;
+    let replaced = Interpolation::new(&value, &source).replace();
+    let mut value = replaced.value;
+    source.interpolated = replaced.interpolated;
     findings.extend(
-        problems
+        replaced
+            .problems
             .into_iter()
             .map(|finding| source.place(finding, Part::Value)),
     );
+    if !replaced.complete {
+        return Err(Report {
+            path: path.to_owned(),
+            text: source.text,
+            findings,
+        });
+    }
+    let stages = value.get("stages").and_then(Value::as_object);
+    if let Some(stages) = stages.filter(|stages| stages.len() > MAX_STAGES) {
+        let message = format!("{} stages; a recipe has at most {MAX_STAGES}", stages.len());
+        let finding = Finding::error("/stages", message).hint("divide it into several recipes");
+        findings.push(source.place(finding, Part::Key));
+        return Err(Report {
+            path: path.to_owned(),
+            text: source.text,
+            findings,
+        });
+    }
+    let runner_schema = schema::runner_schema();
+    schema::take_texts(&runner_schema, &mut value, |pointer| {
+        source.as_written(pointer)
+    });
 
     let broken: BTreeSet<String> = findings
         .iter()
         .map(|finding| finding.pointer.clone())
         .collect();
-    for violation in schema::check(&schema::runner_schema(), &value, "key") {
+    for violation in schema::check(&runner_schema, &value, "key") {
         // What a failed `${...}` leaves behind is no second mistake.
         if broken.contains(&violation.pointer) {
             continue;
@@ -292,6 +362,8 @@ pub fn parse(
         }
         findings.push(source.place(finding, violation.part));
     }
+    // `1e3` is a whole number wherever one is wanted.
+    schema::settle_numbers(&runner_schema, &mut value);
     Ok(extract(source, &value, findings))
 }
 
@@ -394,265 +466,6 @@ fn yaml_files(directory: &Path) -> Vec<String> {
     names.sort();
     names.truncate(100);
     names
-}
-
-/// Applies one `--set path=value` and returns the pointer of what was set.
-fn apply(recipe: &mut Value, change: &str) -> Result<String, Finding> {
-    let refuse = |message: String| Finding::error("", format!("`--set {change}`: {message}"));
-    let Some((path, text)) = change.split_once('=') else {
-        return Err(refuse("a `=` is missing".to_owned())
-            .hint("write --set path=value, for example --set seed=3"));
-    };
-    let value = match yaml::parse(text) {
-        Ok(document) if document.problems.is_empty() => document.value,
-        Ok(document) => return Err(refuse(document.problems[0].message.clone())),
-        Err(_) if text.trim().is_empty() => Value::Null,
-        Err(error) => {
-            return Err(refuse(format!("the value is not YAML: {}", error.message)));
-        }
-    };
-    let mut steps: Vec<&str> = path.trim().split('.').collect();
-    if steps.iter().any(|step| step.is_empty()) {
-        return Err(refuse(format!("`{path}` is not a path"))
-            .hint("a path is like `seed` or `teacher.steps`"));
-    }
-    let schema = schema::runner_schema();
-    let top: Vec<&str> = schema["properties"]
-        .as_object()
-        .into_iter()
-        .flatten()
-        .map(|(key, _)| key.as_str())
-        .collect();
-    if !top.contains(&steps[0]) {
-        let stages: Vec<&str> = recipe
-            .get("stages")
-            .and_then(Value::as_object)
-            .into_iter()
-            .flatten()
-            .map(|(name, _)| name.as_str())
-            .collect();
-        if !stages.contains(&steps[0]) {
-            let finding = refuse(format!(
-                "`{}` is neither a key of recipes nor a stage",
-                steps[0]
-            ));
-            let hint = schema::suggest(steps[0], top.into_iter().chain(stages));
-            return Err(Finding { hint, ..finding });
-        }
-        steps.insert(0, "stages");
-    }
-    // A new stage would only be a misspelt one.
-    if let ["stages", stage, ..] = steps.as_slice() {
-        let stages = recipe.get("stages").and_then(Value::as_object);
-        if !stages.is_some_and(|stages| stages.contains_key(*stage)) {
-            let finding = refuse(format!("there is no stage `{stage}`"));
-            let names = stages.into_iter().flatten().map(|(name, _)| name.as_str());
-            return Err(Finding {
-                hint: schema::suggest(stage, names),
-                ..finding
-            });
-        }
-    }
-    let mut place = recipe;
-    let mut pointer = String::new();
-    for step in steps {
-        pointer.push_str(&format!("/{}", escape(step)));
-        if place.is_null() {
-            *place = Value::Object(Map::new());
-        }
-        place = match place {
-            Value::Object(entries) => entries.entry(step).or_insert(Value::Null),
-            Value::Array(items) => {
-                let length = items.len();
-                match step
-                    .parse::<usize>()
-                    .ok()
-                    .and_then(|index| items.get_mut(index))
-                {
-                    Some(item) => item,
-                    None => {
-                        return Err(refuse(format!(
-                            "`{step}` is not an item of a list of {length} (the first is 0)"
-                        )));
-                    }
-                }
-            }
-            _ => {
-                return Err(refuse(format!(
-                    "there is nothing inside what `{step}` would be in"
-                )));
-            }
-        };
-    }
-    *place = value;
-    Ok(pointer)
-}
-
-/// Replaces `${params.x}` and `${paths.x}`; `$${` stands for `${`.
-struct Interpolation<'a> {
-    root: &'a Value,
-    interpolated: BTreeMap<String, Option<String>>,
-    problems: Vec<Finding>,
-}
-
-impl Interpolation<'_> {
-    /// The value with everything replaced. `open` are the references being followed, against cycles.
-    fn replace(&mut self, value: &Value, pointer: &str, open: &mut Vec<String>) -> Value {
-        match value {
-            Value::Object(entries) => entries
-                .iter()
-                .map(|(key, value)| {
-                    let inside = format!("{pointer}/{}", escape(key));
-                    (key.clone(), self.replace(value, &inside, open))
-                })
-                .collect(),
-            Value::Array(items) => items
-                .iter()
-                .enumerate()
-                .map(|(index, item)| self.replace(item, &format!("{pointer}/{index}"), open))
-                .collect(),
-            Value::String(text) if text.contains("${") => {
-                let whole = text
-                    .strip_prefix("${")
-                    .and_then(|rest| rest.strip_suffix('}'));
-                let origin = whole.filter(|name| !name.contains("${")).map(|name| {
-                    name.trim()
-                        .split('.')
-                        .map(|step| format!("/{}", escape(step)))
-                        .collect()
-                });
-                self.interpolated.insert(pointer.to_owned(), origin);
-                match self.text(text, open) {
-                    Ok(value) => value,
-                    Err(finding) => {
-                        // A mistake in a param is reported where it is written, not at each use.
-                        if open.is_empty() {
-                            self.problems.push(Finding {
-                                pointer: pointer.to_owned(),
-                                ..finding
-                            });
-                        }
-                        value.clone()
-                    }
-                }
-            }
-            other => other.clone(),
-        }
-    }
-
-    fn text(&mut self, text: &str, open: &mut Vec<String>) -> Result<Value, Finding> {
-        let mut result = String::new();
-        let mut rest = text;
-        while let Some(start) = rest.find("${") {
-            let (before, from) = rest.split_at(start);
-            if let Some(before) = before.strip_suffix('$') {
-                result.push_str(before);
-                result.push_str("${");
-                rest = &from[2..];
-                continue;
-            }
-            let Some(end) = from.find('}') else {
-                return Err(Finding::error("", format!("`{from}` has no `}}`"))
-                    .hint("write ${params.name}, or $${ for the characters themselves"));
-            };
-            let name = from[2..end].trim();
-            let value = self.look_up(name, open)?;
-            if before.is_empty() && result.is_empty() && end + 1 == from.len() {
-                return Ok(value);
-            }
-            result.push_str(before);
-            match value {
-                Value::String(text) => result.push_str(&text),
-                Value::Number(_) | Value::Bool(_) => result.push_str(&value.to_string()),
-                _ => {
-                    let message = format!(
-                        "`${{{name}}}` is not a text or number and cannot be part of a text"
-                    );
-                    return Err(Finding::error("", message).hint("use it as the whole value"));
-                }
-            }
-            rest = &from[end + 1..];
-        }
-        result.push_str(rest);
-        Ok(Value::String(result))
-    }
-
-    fn look_up(&mut self, name: &str, open: &mut Vec<String>) -> Result<Value, Finding> {
-        if open.iter().any(|other| other == name) {
-            let cycle = format!("{} -> {name}", open.join(" -> "));
-            return Err(Finding::error(
-                "",
-                format!("params refer to each other in a circle: {cycle}"),
-            )
-            .hint("give one of them a value"));
-        }
-        let mut steps = name.split('.');
-        let first = steps.next().unwrap_or_default();
-        if !matches!(first, "params" | "paths") || name == first {
-            return Err(Finding::error("", format!("`${{{name}}}` is not known"))
-                .hint("only ${params.name} and ${paths.name} are replaced; write $${ for the characters themselves"));
-        }
-        let mut value = self.root.get(first).unwrap_or(&Value::Null);
-        let mut pointer = format!("/{first}");
-        for step in steps {
-            let child = match value {
-                Value::Object(entries) => entries.get(step),
-                Value::Array(items) => step
-                    .parse::<usize>()
-                    .ok()
-                    .and_then(|index| items.get(index)),
-                _ => None,
-            };
-            let Some(child) = child else {
-                let finding = Finding::error(
-                    "",
-                    format!(
-                        "`${{{name}}}`: there is no `{step}` in `{}`",
-                        pointer[1..].replace('/', ".")
-                    ),
-                );
-                let known = value
-                    .as_object()
-                    .into_iter()
-                    .flatten()
-                    .map(|(key, _)| key.as_str());
-                return Err(Finding {
-                    hint: schema::suggest(step, known),
-                    ..finding
-                });
-            };
-            value = child;
-            pointer.push_str(&format!("/{}", escape(step)));
-        }
-        open.push(name.to_owned());
-        let problems = self.problems.len();
-        let value = self.replace_strictly(value, open);
-        open.pop();
-        debug_assert_eq!(problems, self.problems.len());
-        value
-    }
-
-    /// Like [`Self::replace`] of a value that is referred to: the first mistake in it is an error.
-    fn replace_strictly(
-        &mut self,
-        value: &Value,
-        open: &mut Vec<String>,
-    ) -> Result<Value, Finding> {
-        match value {
-            Value::Object(entries) => entries
-                .iter()
-                .map(|(key, value)| Ok((key.clone(), self.replace_strictly(value, open)?)))
-                .collect::<Result<Map<_, _>, _>>()
-                .map(Value::Object),
-            Value::Array(items) => items
-                .iter()
-                .map(|item| self.replace_strictly(item, open))
-                .collect::<Result<_, _>>()
-                .map(Value::Array),
-            Value::String(text) if text.contains("${") => self.text(text, open),
-            other => Ok(other.clone()),
-        }
-    }
 }
 
 #[cfg(test)]
@@ -773,7 +586,7 @@ mod tests {
         };
         check("seed", "`=` is missing");
         check("seed=[", "not YAML");
-        check("seed=x", "(from `--set seed=x`)");
+        check("seed=x", "expected a whole number");
         check("taecher.x=1", "did you mean `teacher`?");
         check("stages.taecher.x=1", "did you mean `teacher`?");
         check("teacher.list.7=1", "not an item");
@@ -818,7 +631,7 @@ mod tests {
             "stages: {s: {kind: k}}\n",
             &[(1, 1, "begin the recipe with")],
         );
-        check("version: 1\nstages: {}\n", &[(2, 1, "is empty")]);
+        check("version: 1\nstages: {}\n", &[(2, 9, "is empty")]);
         check(
             "verison: 1\nstages: {s: {kind: k}}\n",
             &[(1, 1, "did you mean `version`?")],
@@ -833,5 +646,76 @@ mod tests {
                 (7, 6, "expected a mapping, got 3"),
             ],
         );
+    }
+
+    /// Anything anywhere in a recipe: an answer that can be shown, never a panic.
+    #[test]
+    fn any_insertion_is_answered() {
+        let odd = [
+            "\u{a0}",
+            "\u{3000}",
+            "\u{200b}",
+            "\u{301}",
+            "漢",
+            "🙂",
+            "\u{feff}",
+            "\u{2028}",
+            "\u{85}",
+            "\u{9b}",
+            "\r",
+            "\t",
+            "\"",
+            "'",
+            "[",
+            "{",
+            ": ",
+            "- ",
+            "&a ",
+            "*a ",
+            "!t ",
+            "${",
+            "%",
+            "#",
+            "|\n",
+            "\0",
+            "é: ",
+            "\u{10ffff}",
+        ];
+        let text = "version: 1\nbackend: fake\nparams: {é: '漢${params.w}', w: 1.50}\nstages:\n  s:\n    kind: everything\n    data: 'd'\n    steps: [\"ü\", 🙂]\n";
+        let places: Vec<usize> = text.char_indices().map(|(at, _)| at).collect();
+        // A fixed sequence that looks random: every place with several characters, one and two at a time.
+        let mut state = 1_u64;
+        let mut next = |below: usize| {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            (state >> 33) as usize % below
+        };
+        for &at in places.iter().cycle().take(6 * places.len()) {
+            let mut changed = text.to_owned();
+            changed.insert_str(at, odd[next(odd.len())]);
+            if next(2) == 0 {
+                let at = places[next(places.len())];
+                if changed.is_char_boundary(at) {
+                    changed.insert_str(at, odd[next(odd.len())]);
+                }
+            }
+            let shown = match crate::plan::fake::plan(&changed, &["s.flag=\u{a0}\u{3000}"]) {
+                Ok(plan) => plan
+                    .warnings
+                    .iter()
+                    .map(|f| f.render(&plan.path, &plan.text, true))
+                    .collect(),
+                Err(report) => report.render(true),
+            };
+            let safe = crate::terminal::show(&shown);
+            assert!(
+                !safe.contains(['\u{9b}', '\u{2028}', '\u{200b}', '\0', '\r']),
+                "{safe:?}"
+            );
+            for line in safe.lines().filter(|line| line.contains('^')) {
+                assert!(line.trim_end().ends_with(['^', 'm']), "{safe}");
+            }
+        }
     }
 }

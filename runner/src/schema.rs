@@ -15,13 +15,15 @@ mod annotation;
 mod branch;
 mod defaults;
 mod option;
+mod text;
 mod violation;
 
 pub use annotation::{Annotation, Target, annotations};
-pub use defaults::settle;
+pub use defaults::{settle, settle_numbers};
 pub use option::{OptionText, options};
+pub use text::take_texts;
 use violation::type_name;
-pub use violation::{Violation, check};
+pub use violation::{Checker, Violation, check};
 
 /// Keys of a stage that the runner reads; all others are options of the stage's kind.
 pub const RESERVED: [&str; 9] = [
@@ -36,11 +38,15 @@ pub const RESERVED: [&str; 9] = [
     "description",
 ];
 
-/// Threads of one stage, at most: more than any machine has would only keep its worker from being stopped.
-const MOST_THREADS: u32 = 1024;
-
-/// Names of stages and recipes.
+/// Names of stages.
 pub const NAME_PATTERN: &str = "^[a-z0-9][a-z0-9_-]*$";
+
+/// Names of recipes: whatever a file can be called, since a recipe without a name takes its file's.
+pub const RECIPE_NAME_PATTERN: &str =
+    r"^[^\s/\x00-\x1f\x7f-\x9f]([^/\x00-\x1f\x7f-\x9f]*[^\s/\x00-\x1f\x7f-\x9f])?$";
+
+/// More threads than any machine has.
+const MAX_THREADS: usize = 4096;
 
 /// A value that stands for another (`${params.width}`) fits every option in the editor's schema.
 const REFERENCE_PATTERN: &str = r"^\$\{[^}]+\}$";
@@ -140,7 +146,7 @@ pub fn runner_schema() -> Value {
         "properties": {
             "version": {"type": "integer", "const": 1, "description": "Version of the recipe format: 1."},
             "name": {
-                "type": "string", "pattern": NAME_PATTERN,
+                "type": "string", "pattern": RECIPE_NAME_PATTERN, "maxLength": 200,
                 "description": "Name under which runs of this recipe are found. Default: the file's name."
             },
             "description": {"type": "string", "description": "What the recipe is for."},
@@ -155,7 +161,7 @@ pub fn runner_schema() -> Value {
             "device": device_schema("Where to compute: `cpu`, `cuda`, `cuda:1`, or `auto`, the first usable GPU of the plugin, else the CPU."),
             "dtype": {"type": "string", "description": "Element type of the computation: `f32`, `bf16`. Default: the plugin's first."},
             "threads": {
-                "type": "integer", "minimum": 1, "maximum": MOST_THREADS,
+                "type": "integer", "minimum": 1, "maximum": MAX_THREADS,
                 "description": "Threads of a stage. Default: all cores, divided among stages that run at the same time."
             },
             "params": {
@@ -206,7 +212,8 @@ pub fn suggest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Opti
     }
 }
 
-fn list(names: &[&str]) -> String {
+/// Names in quotes, the first of them.
+pub fn list(names: &[&str]) -> String {
     const MOST: usize = 30;
     let mut text = names
         .iter()
@@ -238,7 +245,7 @@ fn open_stage_schema() -> Value {
             "type": "integer", "minimum": 0, "maximum": 9_007_199_254_740_991_u64,
             "description": "Seed of this stage. Default: derived from the recipe's seed and the stage's name."
         },
-        "threads": {"type": "integer", "minimum": 1, "maximum": MOST_THREADS, "description": "Threads of this stage."},
+        "threads": {"type": "integer", "minimum": 1, "maximum": MAX_THREADS, "description": "Threads of this stage."},
         "workers": {
             "type": "integer", "minimum": 1, "maximum": 256,
             "description": "Worker processes that divide this stage's work at the same time, if its kind can be divided. They share its threads and, where no GPU is named by its number, all usable GPUs. Default: 1."

@@ -14,15 +14,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
 
+use sqlx::Sqlite;
+use sqlx::pool::PoolConnection;
 use sqlx::sqlite::{SqliteConnection, SqlitePool};
-use sqlx::{Sqlite, Transaction};
 
 mod block;
 mod care;
+mod draft;
 mod error;
 mod file;
 mod function;
 mod history;
+mod import;
 mod lease;
 mod lineage;
 mod log;
@@ -30,6 +33,7 @@ mod mlflow;
 mod query;
 mod record;
 mod reference;
+mod sandbox;
 mod schema;
 mod select;
 mod series;
@@ -45,6 +49,7 @@ pub use history::{
 };
 pub use lineage::{Lineage, Relative, Turn};
 pub use log::{LogLine, LogSource, RunLine};
+pub use query::Answer;
 pub use record::{
     ArtifactFile, ArtifactRecord, AttemptEnd, AttemptState, NewRun, NewStage, Param,
     PluginIdentity, RunState, StageState, Usage,
@@ -159,24 +164,38 @@ impl Store {
             });
         }
         let turn = self.writer.lock().await;
-        let transaction = self.pool.begin_with("begin immediate").await?;
-        Ok(Write {
-            transaction,
+        let mut write = Write {
+            connection: self.pool.acquire().await?,
+            committed: false,
             _turn: turn,
-        })
+        };
+        sqlx::query("begin immediate").execute(&mut *write).await?;
+        Ok(write)
     }
 }
 
-/// A transaction that may write, and this process's turn at writing. Dropped without [`Write::commit`], it did nothing.
+/// A transaction that may write, and this process's turn at writing. Dropped without [`Write::commit`], it did nothing,
+/// and its connection is closed: SQLite ends a transaction by itself when the disk is full or fails, and a connection
+/// of which nobody knows whether it is in a transaction is of no use to the next writer.
 struct Write<'s> {
-    // Declared first, so that it has ended when the next writer's turn comes.
-    transaction: Transaction<'static, Sqlite>,
+    connection: PoolConnection<Sqlite>,
+    committed: bool,
     _turn: tokio::sync::MutexGuard<'s, ()>,
 }
 
 impl Write<'_> {
-    async fn commit(self) -> Result<(), StoreError> {
-        Ok(self.transaction.commit().await?)
+    async fn commit(mut self) -> Result<(), StoreError> {
+        sqlx::query("commit").execute(&mut *self).await?;
+        self.committed = true;
+        Ok(())
+    }
+}
+
+impl Drop for Write<'_> {
+    fn drop(&mut self) {
+        if !self.committed {
+            self.connection.close_on_drop();
+        }
     }
 }
 
@@ -184,13 +203,13 @@ impl std::ops::Deref for Write<'_> {
     type Target = SqliteConnection;
 
     fn deref(&self) -> &SqliteConnection {
-        &self.transaction
+        &self.connection
     }
 }
 
 impl std::ops::DerefMut for Write<'_> {
     fn deref_mut(&mut self) -> &mut SqliteConnection {
-        &mut self.transaction
+        &mut self.connection
     }
 }
 

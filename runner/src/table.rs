@@ -9,6 +9,11 @@ use comfy_table::{
 use serde_json::{Map, Number, Value};
 
 use crate::store::{RunState, StageState, Time};
+use crate::terminal::{clean, clean_line, painted};
+
+mod stream;
+
+pub use stream::Stream;
 
 /// How rows are printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -114,15 +119,10 @@ impl Rows {
 
     /// The rows as a list of objects.
     pub fn objects(&self) -> Value {
-        let object = |row: &Vec<Cell>| {
-            Value::Object(Map::from_iter(
-                self.heads
-                    .iter()
-                    .cloned()
-                    .zip(row.iter().map(|cell| cell.data.clone())),
-            ))
-        };
-        self.rows.iter().map(object).collect()
+        self.rows
+            .iter()
+            .map(|row| object(&self.heads, row))
+            .collect()
     }
 
     fn table(&self, width: Option<u16>, color: bool) -> String {
@@ -165,7 +165,8 @@ impl Rows {
         } else {
             format!("{}\n", visible(&self.title, false))
         };
-        format!("{title}{}\n", table.trim_fmt())
+        // The cells are clean: what is left are our colours.
+        format!("{title}{}\n", painted(&table.trim_fmt()))
     }
 
     fn markdown(&self) -> String {
@@ -319,7 +320,7 @@ impl From<StageState> for Cell {
 impl From<Time> for Cell {
     /// For people: how long ago it was.
     fn from(time: Time) -> Self {
-        Self::new(ago(Time::now().since(time).as_secs_f64()), time.to_string())
+        Self::new(ago(time.seconds_to(Time::now())), time.to_string())
     }
 }
 
@@ -419,8 +420,13 @@ pub fn duration(seconds: f64) -> String {
     }
 }
 
-/// How long ago something was: `just now`, `5 min ago`, `3 days ago`.
+/// How long ago something was: `just now`, `5 min ago`, `3 days ago`; or will be, which says that a clock was wrong.
 pub fn ago(seconds: f64) -> String {
+    // Clocks of machines differ by some seconds.
+    if seconds < -60.0 {
+        let until = ago(-seconds);
+        return format!("in {} (clock?)", until.trim_end_matches(" ago"));
+    }
     let count = |unit: f64, name: &str| {
         let number = (seconds / unit).floor();
         let plural = if number == 1.0 || name == "min" {
@@ -437,6 +443,11 @@ pub fn ago(seconds: f64) -> String {
         ..86_400.0 => count(3600.0, "hour"),
         _ => count(86_400.0, "day"),
     }
+}
+
+fn object(heads: &[String], row: &[Cell]) -> Value {
+    let data = row.iter().map(|cell| cell.data.clone());
+    Value::Object(Map::from_iter(heads.iter().cloned().zip(data)))
 }
 
 fn toned(cell: TableCell, tone: Tone) -> TableCell {
@@ -472,19 +483,13 @@ fn is_non_finite(value: &Value) -> bool {
     matches!(value.as_str(), Some("NaN" | "Infinity" | "-Infinity"))
 }
 
-/// A text that cannot play tricks with the terminal: names come from anywhere. Control characters are escaped; line feeds
-/// stay where a cell may have several lines.
+/// A text that cannot play tricks with the terminal: names come from anywhere. Line feeds stay where a cell may have
+/// several lines.
 fn visible(text: &str, lines: bool) -> String {
-    let mut safe = String::with_capacity(text.len());
-    for character in text.chars() {
-        match character {
-            '\n' if lines => safe.push('\n'),
-            '\n' | '\t' => safe.push(' '),
-            character if character.is_control() => safe.extend(character.escape_debug()),
-            character => safe.push(character),
-        }
+    match lines {
+        true => clean(&text.replace('\t', " ")).into_owned(),
+        false => clean_line(text),
     }
-    safe
 }
 
 #[cfg(test)]
@@ -548,13 +553,11 @@ mod tests {
             "{narrow}"
         );
         assert!(!narrow.contains('\x1b'), "{narrow}");
-        assert!(
-            rows.render(Style::Table {
-                width: Some(30),
-                color: true
-            })
-            .contains("\x1b[38;5;9m")
-        );
+        let colored = rows.render(Style::Table {
+            width: Some(30),
+            color: true,
+        });
+        assert!(crate::terminal::show(&colored).contains("\x1b[38;5;9m"));
     }
 
     #[test]
@@ -624,6 +627,15 @@ mod tests {
                 "2 min ago",
                 "1 hour ago",
                 "1 day ago"
+            ]
+        );
+        assert_eq!(
+            [-3.0, -59.0, -61.0, -90_000.0].map(ago),
+            [
+                "just now",
+                "just now",
+                "in 1 min (clock?)",
+                "in 1 day (clock?)"
             ]
         );
     }

@@ -81,19 +81,26 @@ fn modules_are_files_named_by_their_noun() {
 }
 
 #[test]
-fn one_module_knows_serde_yaml() {
+fn one_module_knows_the_yaml_parsers() {
     let this = Path::new(file!()).file_name().unwrap();
-    let users: Vec<PathBuf> = sources()
-        .into_iter()
-        .filter(|file| file.file_name() != Some(this))
-        .filter(|file| {
-            fs::read_to_string(file).unwrap().lines().any(|line| {
-                let code = line.split("//").next().unwrap_or_default();
-                code.contains("serde_yaml")
+    let module = root().join("runner/src/yaml");
+    for parser in ["saphyr_parser", "serde_yaml"] {
+        let users: Vec<PathBuf> = sources()
+            .into_iter()
+            .filter(|file| file.file_name() != Some(this))
+            .filter(|file| {
+                fs::read_to_string(file).unwrap().lines().any(|line| {
+                    let code = line.split("//").next().unwrap_or_default();
+                    code.contains(parser)
+                })
             })
-        })
-        .collect();
-    assert_eq!(users, [root().join("runner/src/yaml.rs")]);
+            .collect();
+        assert!(!users.is_empty(), "{parser}");
+        assert!(
+            users.iter().all(|user| user.starts_with(&module)),
+            "{parser}: {users:?}"
+        );
+    }
 }
 
 #[test]

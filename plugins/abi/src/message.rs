@@ -54,7 +54,7 @@ pub struct StageKind {
     pub divisible: bool,
     /// JSON Schema (2020-12) of the options: an object schema with `additionalProperties: false`, with `default`s.
     /// String schemas may carry two annotations: `x-retort-artifact: [kinds]` marks the name of another stage whose
-    /// output is one of these kinds; `x-retort-file: "file" | "dir"` marks a path (relative to the recipe).
+    /// output is one of these kinds; `x-retort-file: "file" | "dir" | "weights"` marks a path (relative to the recipe).
     pub schema: Value,
 }
 

@@ -92,15 +92,15 @@ impl Dictionary {
         self.places.get(name).map(|&place| &self.tensors[place].1)
     }
 
-    /// The same tensors without a prefix that all names have; nothing, if one has it not.
-    pub fn without(&self, prefix: &str) -> Option<Self> {
-        let strip = |name: &str| Some(name.strip_prefix(prefix)?.to_owned());
-        let names: Option<Vec<String>> = self.tensors.iter().map(|(name, _)| strip(name)).collect();
-        let mut stripped = Self::new(self.path.clone());
-        for (name, (_, tensor)) in names?.into_iter().zip(&self.tensors) {
-            stripped.insert(name, tensor.clone());
+    /// The tensors whose names have a prefix, without it; nothing, if there are none.
+    pub fn part(&self, prefix: &str) -> Option<Self> {
+        let mut part = Self::new(self.path.clone());
+        for (name, tensor) in &self.tensors {
+            if let Some(name) = name.strip_prefix(prefix) {
+                part.insert(name.to_owned(), tensor.clone());
+            }
         }
-        (!stripped.tensors.is_empty()).then_some(stripped)
+        (!part.tensors.is_empty()).then_some(part)
     }
 
     /// What the names of all tensors begin with, up to a dot: what some program put in front of them. Empty, if there is
@@ -406,5 +406,34 @@ pub fn shown(path: &str) -> String {
     match path {
         "" => "the top level".to_owned(),
         path => format!("`{path}`"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_all_names_begin_with_is_a_prefix() {
+        let check = |names: &[&str], expected: &str| {
+            let mut dictionary = Dictionary::new(String::new());
+            for name in names {
+                let tensor = Tensor::contiguous(Dtype::F32, vec![1], 0);
+                dictionary.insert((*name).into(), tensor);
+            }
+            assert_eq!(dictionary.prefix(), expected, "{names:?}");
+        };
+        check(&["model.a.w", "model.b.w"], "model.");
+        check(
+            &["ema_model.module.a.w", "ema_model.module.a.b"],
+            "ema_model.module.a.",
+        );
+        check(&["layer.1", "layers.1"], "");
+        check(&["a.w", "b.w"], "");
+        check(&["a.w", "w"], "");
+        check(&["a.w"], "");
+        check(&["n\u{e4}.a", "n\u{e4}.b"], "n\u{e4}.");
+        check(&["\u{e4}.a", "\u{e5}.b"], "");
+        check(&[], "");
     }
 }

@@ -4,12 +4,14 @@
 //! tokenizer/  config.json  tokenizer.safetensors
 //! teacher/    config.json  tokenizer.safetensors  model.safetensors
 //! student/    config.json  tokenizer.safetensors  model.safetensors   (the moving average)
+//!             snapshots/1000.safetensors ..                           (the same after 1000 steps, if asked for)
 //! ```
 //!
 //! A directory is complete in itself: whoever loads a student can decode what it predicts.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use retort_checkpoint::regular;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -75,10 +77,14 @@ pub enum NetworkConfig {
 }
 
 const CONFIG: &str = "config.json";
+/// The most bytes of a configuration.
+pub const CONFIG_MOST: u64 = 1 << 20;
 /// The file with the weights of the tokenizer.
 pub const TOKENIZER: &str = "tokenizer.safetensors";
 /// The file with the weights of the teacher or student.
 pub const MODEL: &str = "model.safetensors";
+/// The folder of a student with its weights at earlier steps of its training, one file each.
+pub const SNAPSHOTS: &str = "snapshots";
 
 impl TokenizerConfig {
     /// Channels, height and width of the images.
@@ -151,6 +157,15 @@ impl NetworkConfig {
         }
     }
 
+    /// Whether the logits alone come of a parameter of a student.
+    pub fn is_of_logits(&self, name: &str) -> bool {
+        let own: &[&str] = match self {
+            Self::Llamagen(_) => &llamagen::LOGITS,
+            Self::Var(_) => &var::LOGITS,
+        };
+        own.iter().any(|prefix| name.starts_with(prefix))
+    }
+
     /// The shape of a student of this teacher, with at least as many blocks.
     pub fn deepened(&self, depth: Option<usize>) -> Result<Self> {
         let own = match self {
@@ -192,8 +207,8 @@ impl<'p> Bundle<'p> {
     /// Reads the configuration of a directory.
     pub fn open(dir: &'p Path) -> Result<Self> {
         let path = dir.join(CONFIG);
-        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-        let config: Config = serde_json::from_str(&text).map_err(|e| Error::data(&path, e))?;
+        let text = regular::read(&path, CONFIG_MOST).map_err(Error::io(&path))?;
+        let config: Config = serde_json::from_slice(&text).map_err(|e| Error::data(&path, e))?;
         if config.format != FORMAT {
             return Err(Error::data(
                 &path,
@@ -229,6 +244,24 @@ impl<'p> Bundle<'p> {
     /// The weights of the teacher or student.
     pub fn network_file(&self) -> Result<Stored> {
         Stored::open(&self.dir.join(MODEL), None)
+    }
+
+    /// Steps of training after which a student's weights were kept, ascending.
+    pub fn snapshots(&self) -> Result<Vec<u64>> {
+        let dir = self.dir.join(SNAPSHOTS);
+        if !dir.is_dir() {
+            return Ok(Vec::new());
+        }
+        let mut steps = Vec::new();
+        for entry in std::fs::read_dir(&dir).map_err(Error::io(&dir))? {
+            let name = entry.map_err(Error::io(&dir))?.file_name();
+            let step = name
+                .to_str()
+                .and_then(|name| name.strip_suffix(".safetensors"));
+            steps.extend(step.and_then(|step| step.parse::<u64>().ok()));
+        }
+        steps.sort_unstable();
+        Ok(steps)
     }
 
     /// Loads the teacher as constants.
@@ -283,6 +316,19 @@ pub fn write_network(
     write_config(dir, &tokenizer.config.tokenizer, Some(network.0), timesteps)?;
     link(&tokenizer.dir.join(TOKENIZER), &dir.join(TOKENIZER))?;
     weights::write(&dir.join(MODEL), network.1)
+}
+
+/// Writes the directory of a student as it was at an earlier step of its training.
+pub fn write_snapshot(dir: &Path, student: &Bundle<'_>, step: u64) -> Result<()> {
+    let c = &student.config;
+    write_config(dir, &c.tokenizer, c.network.as_ref(), &c.timesteps)?;
+    link(&student.dir.join(TOKENIZER), &dir.join(TOKENIZER))?;
+    link(&student.dir.join(snapshot(step)), &dir.join(MODEL))
+}
+
+/// The file of a student's directory with its weights after so many steps.
+pub fn snapshot(step: u64) -> PathBuf {
+    Path::new(SNAPSHOTS).join(format!("{step}.safetensors"))
 }
 
 /// Writes the configuration of a directory.

@@ -4,6 +4,7 @@
 //! training, sampling, evaluation, and the stages that recipes name. Deliberately absent: recipes, the store, the
 //! command line (the runner's), and any tensor library.
 
+pub mod arrays;
 pub mod backend;
 pub mod bundle;
 pub mod captions;
@@ -12,6 +13,7 @@ pub mod conformance;
 pub mod data;
 pub mod dataset;
 pub mod error;
+pub mod finite;
 pub mod flow;
 pub mod model;
 pub mod muon;

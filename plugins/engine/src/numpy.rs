@@ -5,51 +5,141 @@
 
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use crate::error::{Error, Result};
+use retort_checkpoint::archive::{self, Packing};
+use retort_checkpoint::regular;
 
-/// An array in C order.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Array {
-    /// Sizes of the dimensions.
-    pub shape: Vec<usize>,
-    /// Elements.
-    pub data: Vec<f64>,
-}
+use crate::arrays::other_shape;
+use crate::error::{Error, Result};
 
 /// An `.npz` archive open for reading.
 pub struct Archive {
-    zip: zip::ZipArchive<BufReader<File>>,
+    zip: archive::Archive,
     path: PathBuf,
 }
 
 impl Archive {
     /// Opens an archive.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = BufReader::new(File::open(path).map_err(Error::io(path))?);
-        let zip = zip::ZipArchive::new(file)
-            .map_err(|e| Error::data(path, format!("not a NumPy archive: {e}")))?;
+        let zip = archive::Archive::open(path).map_err(|error| match error {
+            retort_checkpoint::Error::Io(_) => Error::checkpoint(path)(error),
+            _ => Error::data(path, format!("not a NumPy archive: {error}")),
+        })?;
         Ok(Self {
             zip,
             path: path.to_owned(),
         })
     }
 
-    /// An array, if it is there.
-    pub fn array(&mut self, name: &str) -> Result<Option<Array>> {
-        let Some(index) = self.zip.index_for_name(&format!("{name}.npy")) else {
+    /// The elements of an array of a shape, in C order, if one of that name is there. Nothing of one of another shape is
+    /// unpacked but what says so.
+    pub fn array(&self, name: &str, shape: &[usize]) -> Result<Option<Vec<f64>>> {
+        let Some(entry) = self.zip.entry(&format!("{name}.npy")) else {
             return Ok(None);
         };
         let wrong = |message: String| Error::data(&self.path, format!("array {name}: {message}"));
-        let entry = self.zip.by_index_raw(index);
-        let entry = entry.map_err(|e| wrong(e.to_string()))?;
-        let array = match entry.compression() {
-            zip::CompressionMethod::Stored => read_array(entry),
-            zip::CompressionMethod::DEFLATE => read_array(flate2::read::DeflateDecoder::new(entry)),
-            other => Err(format!("compressed by {other}, expected deflate")),
+        let packed = self.zip.packed(entry).map_err(|e| wrong(e.to_string()))?;
+        // By large pieces: arrays have headers of some bytes and elements by the million.
+        let packed = io::BufReader::with_capacity(1 << 16, packed);
+        let array = match entry.packing {
+            Packing::Stored => read_array(packed, shape),
+            Packing::Deflate => read_array(flate2::bufread::DeflateDecoder::new(packed), shape),
+            Packing::Other => Err("encrypted, or not compressed by deflate".into()),
         };
-        array.map(Some).map_err(wrong)
+        match array {
+            Ok(Ok(data)) => Ok(Some(data)),
+            Ok(Err(found)) => Err(Error::data(&self.path, other_shape(name, &found, shape))),
+            Err(message) => Err(wrong(message)),
+        }
+    }
+}
+
+impl Archive {
+    /// Names of the arrays.
+    pub fn names(&self) -> Vec<&str> {
+        let entries = self.zip.entries().iter();
+        entries
+            .filter_map(|entry| entry.name.strip_suffix(".npy"))
+            .collect()
+    }
+
+    /// An array that is there, to be read from its beginning to its end.
+    pub fn stream(&self, name: &str) -> Result<Stream> {
+        let wrong = |message: String| Error::data(&self.path, format!("array {name}: {message}"));
+        let entry = self.zip.entry(&format!("{name}.npy"));
+        let entry = entry.ok_or_else(|| wrong("it is not there".into()))?;
+        let start = self.zip.start(entry).map_err(|e| wrong(e.to_string()))?;
+        // Of its own, so that several arrays can be read side by side.
+        let mut file = regular::open(&self.path).map_err(Error::io(&self.path))?;
+        file.seek(SeekFrom::Start(start))
+            .map_err(Error::io(&self.path))?;
+        let file = BufReader::new(file.take(entry.packed));
+        let reader: Box<dyn Read + Send> = match entry.packing {
+            Packing::Stored => Box::new(file),
+            Packing::Deflate => Box::new(flate2::bufread::DeflateDecoder::new(file)),
+            Packing::Other => {
+                return Err(wrong("encrypted, or not compressed by deflate".into()));
+            }
+        };
+        Stream::begin(reader).map_err(wrong)
+    }
+}
+
+/// An array that is read from its beginning to its end, a part at a time.
+pub struct Stream {
+    reader: Box<dyn Read + Send>,
+    header: Header,
+}
+
+impl Stream {
+    /// Opens a `.npy` file.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = BufReader::new(regular::open(path).map_err(Error::io(path))?);
+        Self::begin(Box::new(file)).map_err(|e| Error::data(path, e))
+    }
+
+    fn begin(mut reader: Box<dyn Read + Send>) -> Result<Self, String> {
+        let header = Header::read(&mut reader)?;
+        if header.fortran && header.shape.len() > 1 {
+            return Err(
+                "an array in Fortran order, expected C order (numpy.ascontiguousarray)".into(),
+            );
+        }
+        Ok(Self { reader, header })
+    }
+
+    /// Sizes of the dimensions.
+    pub fn shape(&self) -> &[usize] {
+        &self.header.shape
+    }
+
+    /// Type of the elements, as in `f4`.
+    pub fn kind(&self) -> &str {
+        &self.header.kind
+    }
+
+    /// The next elements.
+    pub fn read(&mut self, count: usize) -> Result<Vec<f64>, String> {
+        let bytes = self.read_bytes(count * self.header.size)?;
+        Ok(self.header.elements(&bytes))
+    }
+
+    /// The next bytes. What a header promises is not allocated before it is there.
+    pub fn read_bytes(&mut self, count: usize) -> Result<Vec<u8>, String> {
+        let mut bytes = Vec::new();
+        let read = (&mut self.reader)
+            .take(count as u64)
+            .read_to_end(&mut bytes);
+        read.map_err(|e| e.to_string())?;
+        match bytes.len() == count {
+            true => Ok(bytes),
+            false => Err(format!(
+                "it ends early: its shape is {:?}",
+                self.header.shape
+            )),
+        }
     }
 }
 
@@ -99,6 +189,8 @@ pub fn header(descr: &str, shape: &[usize]) -> Vec<u8> {
 
 /// Longest header that is read; NumPy writes some hundred bytes.
 const HEADER_MOST: usize = 64 * 1024;
+/// The most dimensions of an array, as in NumPy.
+const DIMENSIONS: usize = 64;
 
 /// What the header of a `.npy` file says.
 struct Header {
@@ -134,7 +226,10 @@ impl Header {
         file.read_exact(&mut text).map_err(|e| e.to_string())?;
         let text = String::from_utf8_lossy(&text);
         let (descr, fortran, shape) =
-            parse(&text).ok_or_else(|| format!("a header that reads {}", text.trim_end()))?;
+            parse(&text).ok_or_else(|| format!("a header that reads {}", start_of(&text)))?;
+        if shape.len() > DIMENSIONS {
+            return Err(format!("a shape of {} dimensions", shape.len()));
+        }
         let count = shape
             .iter()
             .try_fold(1usize, |product, &n| product.checked_mul(n))
@@ -146,7 +241,10 @@ impl Header {
             "i2" | "u2" | "f2" => 2,
             "i4" | "u4" | "f4" => 4,
             "i8" | "u8" | "f8" => 8,
-            _ => return Err(format!("type {descr}, expected floats or integers")),
+            _ => {
+                let descr = start_of(descr);
+                return Err(format!("type {descr}, expected floats or integers"));
+            }
         };
         Ok(Self {
             kind: kind.to_owned(),
@@ -185,10 +283,21 @@ impl Header {
     }
 }
 
-/// Reads a `.npy` file.
-fn read_array(mut file: impl Read) -> Result<Array, String> {
+/// Enough of a text to know it by.
+fn start_of(text: &str) -> String {
+    text.trim_end().chars().take(200).collect()
+}
+
+/// Reads the elements of a `.npy` file, last dimension fastest; the shape, where it is not the one that is wanted.
+fn read_array(
+    mut file: impl Read,
+    wanted: &[usize],
+) -> Result<Result<Vec<f64>, Vec<usize>>, String> {
     let header = Header::read(&mut file)?;
-    let (size, shape) = (header.count * header.size, header.shape.clone());
+    if header.shape != wanted {
+        return Ok(Err(header.shape));
+    }
+    let (size, shape) = (header.count * header.size, &header.shape);
     let mut bytes = Vec::new();
     file.take(size as u64)
         .read_to_end(&mut bytes)
@@ -200,14 +309,11 @@ fn read_array(mut file: impl Read) -> Result<Array, String> {
         ));
     }
     let data = header.elements(&bytes);
-    Ok(Array {
-        data: if header.fortran {
-            c_order(&data, &shape)
-        } else {
-            data
-        },
-        shape,
-    })
+    Ok(Ok(if header.fortran {
+        c_order(&data, shape)
+    } else {
+        data
+    }))
 }
 
 /// A `.npy` file, open to be read row by row.
@@ -222,7 +328,7 @@ pub struct Rows {
 impl Rows {
     /// Opens a file; the whole array must be there, in C order.
     pub fn open(path: &Path) -> Result<Self> {
-        let mut file = File::open(path).map_err(Error::io(path))?;
+        let mut file = regular::open(path).map_err(Error::io(path))?;
         let header = Header::read(&mut file).map_err(|e| Error::data(path, e))?;
         let start = file.stream_position().map_err(Error::io(path))?;
         let expected = (header.count * header.size) as u64;
@@ -247,6 +353,17 @@ impl Rows {
     /// Sizes of the dimensions.
     pub fn shape(&self) -> &[usize] {
         &self.header.shape
+    }
+
+    /// Type of the elements, as in `f4`.
+    pub fn kind(&self) -> &str {
+        &self.header.kind
+    }
+
+    /// Bytes from the one with number `first` on, without moving what [`Rows::read`] moves.
+    pub fn read_bytes(&self, first: u64, bytes: &mut [u8]) -> Result<()> {
+        let read = self.file.read_exact_at(bytes, self.start + first);
+        read.map_err(Error::io(&self.path))
     }
 
     /// `count` elements from the one with number `first` on, in C order. They must be there.
@@ -320,12 +437,10 @@ mod tests {
         let path = dir.path().join("statistics.npz");
         let (mu, sigma) = ([1.5, -2.0], [1.0, 0.25, 0.25, 3.0]);
         write_archive(&path, &[("mu", &[2], &mu), ("sigma", &[2, 2], &sigma)]).unwrap();
-        let mut archive = Archive::open(&path).unwrap();
-        let found = archive.array("mu").unwrap().unwrap();
-        assert_eq!((found.shape, found.data), (vec![2], mu.to_vec()));
-        let found = archive.array("sigma").unwrap().unwrap();
-        assert_eq!((found.shape, found.data), (vec![2, 2], sigma.to_vec()));
-        assert_eq!(archive.array("mu_s").unwrap(), None);
+        let archive = Archive::open(&path).unwrap();
+        assert_eq!(archive.array("mu", &[2]).unwrap().unwrap(), mu);
+        assert_eq!(archive.array("sigma", &[2, 2]).unwrap().unwrap(), sigma);
+        assert_eq!(archive.array("mu_s", &[2]).unwrap(), None);
         std::fs::write(&path, b"PK").unwrap();
         assert!(Archive::open(&path).is_err());
     }
@@ -352,14 +467,11 @@ mod tests {
             ("<f4", "False", bytes(&expected, little)),
             ("<f4", "True", bytes(&turned, little)),
         ] {
-            let found = read_array(&npy(descr, fortran, "(2, 3)", &data)[..]).unwrap();
-            assert_eq!(
-                (&found.shape[..], &found.data[..]),
-                (&[2, 3][..], &expected[..])
-            );
+            let found = read_array(&npy(descr, fortran, "(2, 3)", &data)[..], &[2, 3]);
+            assert_eq!(found.unwrap().unwrap(), expected);
         }
-        let scalar = read_array(&npy("<f8", "False", "()", &7f64.to_le_bytes())[..]).unwrap();
-        assert_eq!((scalar.shape, scalar.data), (vec![], vec![7.0]));
+        let scalar = read_array(&npy("<f8", "False", "()", &7f64.to_le_bytes())[..], &[]);
+        assert_eq!(scalar.unwrap().unwrap(), [7.0]);
     }
 
     #[test]
@@ -403,12 +515,64 @@ mod tests {
             ),
             (npy("<f8", "False", "(-1,)", &[]), "a header that reads"),
             (
+                npy("<f8", "False", &format!("({})", "1,".repeat(9000)), &[0; 8]),
+                "a shape of 9000 dimensions",
+            ),
+            (
                 npy("<f8", "False", "(9999999999, 9999999999)", &[]),
                 "shape [9999999999, 9999999999]",
             ),
         ] {
-            let error = read_array(&file[..]).unwrap_err();
+            let error = read_array(&file[..], &[2]).unwrap_err();
             assert!(error.starts_with(expected), "{error}");
         }
+    }
+
+    #[test]
+    fn nothing_of_another_shape_is_unpacked() {
+        // Zeros, deflated by a thousand to one: reading them would need far more than the test is given.
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bomb.npz");
+        let count = 300_000_000usize;
+        let header = npy("<f8", "False", &format!("({count},)"), &[]);
+        let mut packed =
+            flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::fast());
+        packed.write_all(&header).unwrap();
+        for _ in 0..32 {
+            packed.write_all(&vec![0; 1 << 20]).unwrap();
+        }
+        let packed = packed.finish().unwrap();
+        // By hand: a directory that tells the size it likes.
+        let name = b"mu.npy";
+        let fields = |signature: &[u8], versions: &[u8]| {
+            let mut entry = [signature, versions, &[0, 0, 8, 0], &[0; 8]].concat();
+            entry.extend((packed.len() as u32).to_le_bytes());
+            entry.extend(
+                u32::try_from(8 * count)
+                    .unwrap_or(u32::MAX - 1)
+                    .to_le_bytes(),
+            );
+            entry.extend([name.len() as u8, 0, 0, 0]);
+            entry
+        };
+        let local = [&fields(b"PK\x03\x04", &[20, 0])[..], name, &packed].concat();
+        let directory = [&fields(b"PK\x01\x02", &[20, 0, 20, 0])[..], &[0; 14], name].concat();
+        let mut end = b"PK\x05\x06\0\0\0\0\x01\0\x01\0".to_vec();
+        end.extend((directory.len() as u32).to_le_bytes());
+        end.extend((local.len() as u32).to_le_bytes());
+        end.extend([0; 2]);
+        std::fs::write(&path, [local, directory, end].concat()).unwrap();
+        let archive = Archive::open(&path).unwrap();
+        let said = archive.array("mu", &[2048]).unwrap_err().to_string();
+        assert!(
+            said.contains("array mu of shape [300000000], expected [2048]"),
+            "{said}"
+        );
+        // Of the right shape, but cut off: what is there is read and no more.
+        let said = archive.array("mu", &[count]).unwrap_err().to_string();
+        assert!(
+            said.contains("33554432 bytes, expected 2400000000"),
+            "{said}"
+        );
     }
 }

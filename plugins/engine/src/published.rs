@@ -7,8 +7,10 @@
 //! LlamaGen: arXiv 2406.06525. VAR: arXiv 2404.02905. Students of both: arXiv 2412.17153.
 
 use std::borrow::Cow;
+use std::collections::BTreeSet;
 use std::path::Path;
 
+use retort_checkpoint::shards::Lone;
 use retort_checkpoint::{Checkpoint, Dictionary, shown};
 
 use crate::bundle::{Family, NetworkConfig, TokenizerConfig};
@@ -102,17 +104,30 @@ fn recognise(dictionary: &Dictionary) -> Option<(String, Option<(Family, Role)>)
     }
 }
 
-/// Opens a file at the dictionary that holds such a network. Files of other networks are refused in words.
+/// Opens a file, or the folder or index of several, at the dictionary that holds such a network. Files of other networks
+/// are refused in words.
 pub fn open(path: &Path, family: Family, role: Role, select: Option<&str>) -> Result<Stored> {
+    if let Some(lone) = Lone::of(path)
+        && path.is_file()
+    {
+        let beside = path.parent().unwrap_or(Path::new(""));
+        let message = format!(
+            "by its name this is file {} of the {} that a network lies in: give the folder, or the index in it, {}",
+            lone.number,
+            lone.of,
+            beside.join(lone.index).display()
+        );
+        return Err(Error::data(path, message));
+    }
     let checkpoint = Checkpoint::open(path).map_err(Error::checkpoint(path))?;
     let chosen = match select {
         Some(_) => {
             let chosen = checkpoint.select(select).map_err(Error::checkpoint(path))?;
-            let chosen = unwrapped(chosen);
-            if let Some((words, network)) = recognise(&chosen)
+            let chosen = Network::of(chosen, family, role);
+            if let Some((words, network)) = recognise(&chosen.weights)
                 && network != Some((family, role))
             {
-                let place = shown(&chosen.path);
+                let place = shown(&chosen.weights.path);
                 let wanted = wanted(family, role);
                 return Err(Error::data(
                     path,
@@ -124,31 +139,70 @@ pub fn open(path: &Path, family: Family, role: Role, select: Option<&str>) -> Re
         }
         None => {
             let all = checkpoint.dictionaries().iter();
-            let weights = all.filter(|d| !d.is_optimiser()).map(unwrapped);
-            let weights: Vec<Cow<Dictionary>> = weights.collect();
-            let weights: Vec<&Dictionary> = weights.iter().map(|d| &**d).collect();
-            let chosen = choose(&weights, family, role);
-            Cow::Owned(
-                chosen
-                    .map_err(|message| Error::data(path, message))?
-                    .clone(),
-            )
+            let weights = all.filter(|d| !d.is_optimiser());
+            let weights = weights.map(|d| Network::of(d, family, role)).collect();
+            choose(weights, family, role).map_err(|message| Error::data(path, message))?
         }
     };
-    let chosen = chosen.into_owned();
-    Ok(Stored::of(path, checkpoint, chosen))
+    let (weights, prefix) = (chosen.weights.into_owned(), chosen.prefix);
+    Ok(Stored::of(path, checkpoint, weights).without(prefix))
 }
 
-/// What torch's wrappers (`DataParallel`, `torch.compile`) put in front of all names of the network they wrap.
-const WRAPPERS: [&str; 2] = ["module.", "_orig_mod."];
+/// A dictionary under the names of the network itself.
+struct Network<'d> {
+    weights: Cow<'d, Dictionary>,
+    /// What stood in front of them: put there by what wrapped the network, as `module.`, `_orig_mod.` or `model.`.
+    prefix: String,
+}
 
-/// The dictionary under the names of the network itself.
-fn unwrapped(dictionary: &Dictionary) -> Cow<'_, Dictionary> {
-    let mut found = Cow::Borrowed(dictionary);
-    while let Some(inner) = WRAPPERS.iter().find_map(|prefix| found.without(prefix)) {
-        found = Cow::Owned(inner);
+impl<'d> Network<'d> {
+    /// Takes off what all names have in front. Where other tensors stand beside such a network, those that have its prefix
+    /// are the network.
+    fn of(dictionary: &'d Dictionary, family: Family, role: Role) -> Self {
+        let mut found = Self {
+            weights: Cow::Borrowed(dictionary),
+            prefix: String::new(),
+        };
+        while recognise(&found.weights).is_none() {
+            let common = found.weights.prefix();
+            let Some(dot) = common.find('.') else { break };
+            let step = common[..=dot].to_owned();
+            let Some(inner) = found.weights.part(&step) else {
+                break;
+            };
+            found = Self {
+                weights: Cow::Owned(inner),
+                prefix: found.prefix + &step,
+            };
+        }
+        if recognise(&found.weights).is_some() {
+            return found;
+        }
+        let fitting = |prefix: String| {
+            let part = dictionary.part(&prefix)?;
+            (recognise(&part)?.1 == Some((family, role))).then_some(Self {
+                weights: Cow::Owned(part),
+                prefix,
+            })
+        };
+        let mut parts = prefixes(dictionary).into_iter().filter_map(fitting);
+        match (parts.next(), parts.next()) {
+            (Some(only), None) => only,
+            _ => found,
+        }
     }
-    found
+}
+
+/// Prefixes under which a dictionary holds networks.
+fn prefixes(dictionary: &Dictionary) -> BTreeSet<String> {
+    let names = dictionary.tensors().map(|(name, _)| name);
+    let of = |name: &str| {
+        SIGNS.iter().find_map(|(sign, ..)| {
+            let prefix = name.strip_suffix(sign)?;
+            prefix.ends_with('.').then(|| prefix.to_owned())
+        })
+    };
+    names.filter_map(of).collect()
 }
 
 fn wanted(family: Family, role: Role) -> String {
@@ -156,38 +210,68 @@ fn wanted(family: Family, role: Role) -> String {
 }
 
 /// The dictionary that holds such a network: the only one, or the one in the usual place.
-fn choose<'d>(
-    all: &[&'d Dictionary],
-    family: Family,
-    role: Role,
-) -> Result<&'d Dictionary, String> {
-    let fits = |d: &Dictionary| recognise(d).is_some_and(|(_, n)| n == Some((family, role)));
-    let fitting: Vec<&Dictionary> = all.iter().copied().filter(|d| fits(d)).collect();
-    let mut places = role.places().iter();
-    let usual = places.find_map(|place| fitting.iter().find(|d| d.path == *place));
-    let list = |dictionaries: &[&Dictionary]| {
-        let paths: Vec<String> = dictionaries
+fn choose(all: Vec<Network<'_>>, family: Family, role: Role) -> Result<Network<'_>, String> {
+    let fits = |n: &&Network| recognise(&n.weights).is_some_and(|(_, n)| n == Some((family, role)));
+    let place = |n: &Network| n.weights.path.clone();
+    let list = |networks: &[&Network]| {
+        let paths: Vec<String> = networks
             .iter()
             .take(12)
-            .map(|d| shown(&d.path))
+            .map(|n| shown(&n.weights.path))
             .collect();
         paths.join(", ")
     };
-    match (fitting.as_slice(), usual) {
-        (&[only], _) => Ok(only),
-        (_, Some(usual)) => Ok(usual),
+    let fitting: Vec<&Network> = all.iter().filter(fits).collect();
+    let mut places = role.places().iter();
+    let usual = places.find(|&&usual| fitting.iter().any(|n| n.weights.path == usual));
+    let chosen = match (fitting.as_slice(), usual) {
+        (&[only], _) => place(only),
+        (_, Some(&usual)) => usual.to_owned(),
         ([], None) => {
             let wanted = wanted(family, role);
-            Err(match all.iter().find_map(|d| recognise(d)) {
+            let words = all.iter().find_map(|n| recognise(&n.weights));
+            return Err(match words {
                 Some((words, _)) => format!("this looks like {words}; {wanted}"),
-                None => format!("no known network under {}; {wanted}", list(all)),
-            })
+                None => {
+                    let there = list(&all.iter().collect::<Vec<_>>());
+                    let names = names(&all);
+                    format!("no known network under {there}; {wanted}{names}")
+                }
+            });
         }
-        (several, None) => Err(format!(
-            "weights in several places, select one: {}",
-            list(several)
-        )),
+        (several, None) => {
+            return Err(format!(
+                "weights in several places, select one: {}",
+                list(several)
+            ));
+        }
+    };
+    let mut all = all.into_iter();
+    all.find(|n| n.weights.path == chosen && fits(&n))
+        .ok_or_else(|| format!("nothing under {}", shown(&chosen)))
+}
+
+/// Some of the names that are there instead, and what they tell.
+fn names(all: &[Network<'_>]) -> String {
+    let Some(largest) = all.iter().max_by_key(|n| n.weights.tensors().len()) else {
+        return String::new();
+    };
+    let count = largest.weights.tensors().len();
+    let shown: Vec<&str> = largest.weights.tensors().map(|(n, _)| n).take(3).collect();
+    let more = match count.saturating_sub(shown.len()) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    let mut text = format!("; there are `{}`{more}", shown.join("`, `"));
+    let prefixes = prefixes(&largest.weights);
+    if prefixes.len() > 1 {
+        let prefixes: Vec<String> = prefixes.into_iter().take(4).collect();
+        text.push_str(&format!(
+            "; several networks lie under `{}`: save the one to take in a file of its own",
+            prefixes.join("`, `")
+        ));
     }
+    text
 }
 
 /// Parts of the names of buffers, which carry no weights: attention masks, tables, counters.

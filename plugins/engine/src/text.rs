@@ -8,10 +8,10 @@
 //! what that code removes from captions found on web pages (addresses, markup) is not looked for. A text longer than the
 //! model takes is cut.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use retort_checkpoint::shards::Place;
+use retort_checkpoint::{Checkpoint, regular};
 use tokenizers::{Tokenizer, TruncationParams};
 
 use crate::backend::Backend;
@@ -25,14 +25,12 @@ pub struct TextEncoder {
     dir: PathBuf,
     config: Config,
     tokenizer: Tokenizer,
-    files: Vec<PathBuf>,
 }
 
-/// `*.index.json`: which file holds which weight.
-#[derive(Deserialize)]
-struct Index {
-    weight_map: BTreeMap<String, String>,
-}
+/// The most bytes of `config.json`.
+const CONFIG: u64 = 1 << 20;
+/// The most bytes of `tokenizer.json`; a quarter of a million tokens take some 20 MB.
+const TOKENIZER: u64 = 64 << 20;
 
 /// Texts encoded at a time.
 const BATCH: usize = 16;
@@ -41,13 +39,23 @@ impl TextEncoder {
     /// Reads configuration and tokenizer of a folder and finds its weights.
     pub fn open(dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
-        let config: Config = read_json(&path)?;
+        let text = regular::read(&path, CONFIG).map_err(Error::io(&path))?;
+        let config: Config = serde_json::from_slice(&text).map_err(|e| Error::data(&path, e))?;
         config.check().map_err(|e| Error::data(&path, e))?;
         let path = dir.join("tokenizer.json");
-        let text = std::fs::read(&path).map_err(Error::io(&path))?;
+        let text = regular::read(&path, TOKENIZER).map_err(Error::io(&path))?;
         let tokenizer = Tokenizer::from_bytes(text).map_err(|e| Error::data(&path, e))?;
+        if let Place::Index(index) = Place::find(dir).map_err(Error::checkpoint(dir))? {
+            let files = index
+                .files()
+                .filter(|(_, weights)| weights.iter().any(|name| is_wanted(name)))
+                .map(|(file, _)| index.path_of(file));
+            if let Some(missing) = files.into_iter().find(|file| !file.exists()) {
+                let message = "does not exist, but the index beside it names it";
+                return Err(Error::data(missing, message));
+            }
+        }
         Ok(Self {
-            files: weight_files(dir)?,
             dir: dir.to_owned(),
             config,
             tokenizer,
@@ -126,53 +134,21 @@ impl TextEncoder {
 
     /// Loads the weights.
     fn load<B: Backend>(&self, backend: &B) -> Result<Encoder<B>> {
-        let files: Vec<Stored> = self
-            .files
-            .iter()
-            .map(|path| Stored::open(path, None))
-            .collect::<Result<_>>()?;
-        let has = |name: &&&str| files.iter().any(|file| file.shape(name).is_some());
+        let checkpoint = Checkpoint::open_part(&self.dir, is_wanted);
+        let checkpoint = checkpoint.map_err(Error::checkpoint(&self.dir))?;
+        let all = checkpoint.select(None);
+        let all = all.map_err(Error::checkpoint(&self.dir))?.clone();
+        let stored = Stored::of(&self.dir, checkpoint, all);
+        let has = |name: &&&str| stored.shape(name).is_some();
         let embeddings = EMBEDDINGS.iter().find(has).unwrap_or(&EMBEDDINGS[0]);
-        let origin = match self.files.as_slice() {
-            [only] => only.display().to_string(),
-            _ => self.dir.display().to_string(),
-        };
-        let mut loader = Loader::new(backend, Source::Files(&files), false, origin);
+        let origin = self.dir.display().to_string();
+        let source = Source::Files(std::slice::from_ref(&stored));
+        let mut loader = Loader::new(backend, source, false, origin);
         Encoder::load(&mut loader, &self.config, embeddings)
     }
 }
 
-/// The files with the weights, whichever the folder has.
-fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
-    for name in ["model.safetensors", "pytorch_model.bin"] {
-        let (path, index) = (dir.join(name), dir.join(format!("{name}.index.json")));
-        if path.exists() {
-            return Ok(vec![path]);
-        }
-        if index.exists() {
-            let Index { weight_map } = read_json(&index)?;
-            // The decoder's weights may lie in a file of their own, which is not needed.
-            let wanted = weight_map
-                .iter()
-                .filter(|(name, _)| !name.starts_with("decoder.") && *name != "lm_head.weight");
-            let mut files: Vec<PathBuf> = wanted.map(|(_, file)| dir.join(file)).collect();
-            files.sort();
-            files.dedup();
-            return match files.iter().find(|file| !file.exists()) {
-                Some(file) => Err(Error::data(
-                    file,
-                    format!("does not exist, but {} names it", index.display()),
-                )),
-                None => Ok(files),
-            };
-        }
-    }
-    let message =
-        "no model.safetensors and no pytorch_model.bin in this folder, nor their .index.json";
-    Err(Error::data(dir, message))
-}
-
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
-    let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-    serde_json::from_str(&text).map_err(|e| Error::data(path, e))
+/// Whether a weight is one of the encoder: those of the decoder may lie in files of their own, which are not needed.
+fn is_wanted(name: &str) -> bool {
+    !name.starts_with("decoder.") && name != "lm_head.weight"
 }

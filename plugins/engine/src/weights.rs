@@ -34,11 +34,12 @@ pub type Weights = BTreeMap<String, Floats>;
 /// Named variables of a model, in the order in which it asked for them.
 pub type Params<B> = Vec<(String, Var<B>)>;
 
-/// Named tensors in a checkpoint file, read when they are asked for.
+/// Named tensors in a checkpoint, read when they are asked for.
 pub struct Stored {
     path: PathBuf,
     checkpoint: Checkpoint,
     dictionary: Dictionary,
+    prefix: String,
 }
 
 impl Stored {
@@ -56,10 +57,22 @@ impl Stored {
             path: path.to_owned(),
             checkpoint,
             dictionary,
+            prefix: String::new(),
         }
     }
 
-    /// The file.
+    /// The same, with what was taken off in front of the names in the file.
+    pub fn without(mut self, prefix: String) -> Self {
+        self.prefix = prefix;
+        self
+    }
+
+    /// What names in the file have in front that the names here have not.
+    pub fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
+    /// The file, or the folder or index that stands for several.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -269,6 +282,13 @@ pub enum Init {
     Normal(f32),
     /// Uniform within plus and minus a bound.
     Uniform(f32),
+    /// Six modulations, one behind the other: normal, the first two (gammas) with a standard deviation of their own.
+    Modulation {
+        /// Of the gammas.
+        gamma: f32,
+        /// Of scales and shifts.
+        others: f32,
+    },
 }
 
 /// Where a parameter of a network comes from that starts from another network.
@@ -476,6 +496,12 @@ fn draw(seed: u64, name: &str, count: usize, init: Init) -> Vec<f32> {
         Init::Uniform(bound) => out
             .iter_mut()
             .for_each(|x| *x = (2.0 * sequence.uniform() - 1.0) as f32 * bound),
+        Init::Modulation { gamma, others } => {
+            sequence.normals(&mut out);
+            let (gammas, rest) = out.split_at_mut(count / 3);
+            gammas.iter_mut().for_each(|x| *x *= gamma);
+            rest.iter_mut().for_each(|x| *x *= others);
+        }
     }
     out
 }

@@ -181,6 +181,11 @@ fn check_store(runtime: &Runtime, dir: &Path, checks: &mut Vec<Check>) -> Option
             checks.push(salvage(runtime, dir));
             return None;
         }
+        Err(error @ StoreError::HistoryGone { .. }) => {
+            checks
+                .push(Check::new("store", Verdict::Bad, error.to_string()).repair(after_loss(dir)));
+            return None;
+        }
         Err(error) => {
             let repair = "move it away, or choose another with --store";
             checks.push(Check::new("store", Verdict::Bad, error.to_string()).repair(repair));
@@ -213,6 +218,7 @@ fn check_store(runtime: &Runtime, dir: &Path, checks: &mut Vec<Check>) -> Option
         }
         Err(error) => checks.push(Check::new("store", Verdict::Bad, error.to_string())),
     }
+    checks.push(privacy(dir));
     match tempfile::Builder::new().prefix(".doctor").tempfile_in(dir) {
         Ok(_) => checks.push(Check::new("store is writable", Verdict::Good, "yes")),
         Err(error) => checks.push(
@@ -221,6 +227,52 @@ fn check_store(runtime: &Runtime, dir: &Path, checks: &mut Vec<Check>) -> Option
         ),
     }
     Some(store)
+}
+
+/// What is left to do when the history is gone: the copy of it that is there, first.
+fn after_loss(dir: &Path) -> String {
+    let backups = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut backups: Vec<_> = backups
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .filter(|name| name.starts_with("history.schema") && name.ends_with(".backup.db"))
+        .collect();
+    backups.sort();
+    let shown = dir.display();
+    let copy = match backups.last() {
+        Some(backup) => format!(
+            "copy {shown}/{backup}, made before a migration, to {shown}/history.db, or a newer copy if there is one"
+        ),
+        None => format!("put a copy of it back in its place, {shown}/history.db"),
+    };
+    format!(
+        "{copy}; without any, move {shown} away, begin a new store, and `retort runs import` what was exported: \
+         artifacts without a history are not reused"
+    )
+}
+
+/// Whether others may read the history: the arguments of commands are in it.
+fn privacy(dir: &Path) -> Check {
+    use std::os::unix::fs::PermissionsExt;
+    let open: Vec<String> = ["history.db", "history.db-wal"]
+        .into_iter()
+        .filter(|name| {
+            std::fs::metadata(dir.join(name))
+                .is_ok_and(|file| file.permissions().mode() & 0o007 != 0)
+        })
+        .map(|name| dir.join(name).display().to_string())
+        .collect();
+    let what = "store is private";
+    // A directory that is closed closes what is in it.
+    let closed = std::fs::metadata(dir).is_ok_and(|dir| dir.permissions().mode() & 0o001 == 0);
+    match open.is_empty() || closed {
+        true => Check::new(what, Verdict::Good, "yes"),
+        false => Check::new(
+            what,
+            Verdict::Odd,
+            "everybody on this machine may read its history, with what was given by --set",
+        )
+        .repair(format!("chmod o-rwx {}", open.join(" "))),
+    }
 }
 
 const SALVAGE: &str = "save what can be read (`retort runs export -o saved.db`), move the store away, and \

@@ -12,6 +12,7 @@ use crate::input::InputError;
 use crate::plan::DescribeError;
 use crate::plan::decision::SelectError;
 use crate::store::StoreError;
+use crate::terminal::paint;
 
 /// Exit codes: public, documented in `retort --help`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,17 +116,13 @@ impl Error {
         if self.message.is_empty() {
             return;
         }
-        let (red, cyan, plain) = if context.color_stderr() {
-            ("\x1b[1;31m", "\x1b[1;36m", "\x1b[0m")
-        } else {
-            ("", "", "")
-        };
-        let mut text = format!("{red}error{plain}: {}", self.message);
+        let color = context.color_stderr();
+        let mut text = format!("{}: {}", paint("error", "1;31", color), self.message);
         for cause in &self.causes {
             text.push_str(&format!("\n  because: {cause}"));
         }
         if let Some(hint) = &self.hint {
-            text.push_str(&format!("\n  {cyan}help{plain}: {hint}"));
+            text.push_str(&format!("\n  {}: {hint}", paint("help", "1;36", color)));
         }
         talk::say(&text);
     }
@@ -194,6 +191,16 @@ impl From<StoreError> for Error {
             StoreError::NotMlflow { .. } => (
                 Exit::Usage,
                 Some("`mlflow db upgrade sqlite:///mlflow.db` makes one"),
+            ),
+            StoreError::NotImportable { .. } => (
+                Exit::Usage,
+                Some(
+                    "nothing was imported; `retort --store DIR runs export -o FILE` writes a file that can be",
+                ),
+            ),
+            StoreError::HistoryGone { .. } => (
+                Exit::Internal,
+                Some("`retort doctor` says what can be done"),
             ),
             StoreError::NoArtifact { .. } => (
                 Exit::NothingMatches,

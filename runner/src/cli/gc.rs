@@ -32,7 +32,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         // Reading first: a store that is not there is not to be made.
         let store = Store::open(dir, Access::ReadOnly).await?;
         if !args.remove {
-            let found = leftovers(dir, &store.garbage().await?);
+            let found = leftovers(&store, &store.garbage().await?);
             store.close().await;
             return Ok::<_, Error>(found);
         }
@@ -40,7 +40,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         let store = Store::open(dir, Access::ReadWrite).await?;
         let mut removed = Vec::new();
         let collect = |garbage: &Garbage| {
-            removed = leftovers(dir, garbage);
+            removed = leftovers(&store, garbage);
             removed.retain(remove);
             let gone = garbage.artifacts.iter();
             gone.filter(|hash| !dir.join("artifacts").join(hash).exists())
@@ -74,8 +74,13 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
 }
 
 /// What lies in the store's directory and is not needed.
-fn leftovers(dir: &Path, garbage: &Garbage) -> Vec<Leftover> {
+fn leftovers(store: &Store, garbage: &Garbage) -> Vec<Leftover> {
+    let dir = store.dir();
     let mut found = Vec::new();
+    for path in store.abandoned() {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        found.push(("draft", name.into_owned(), path));
+    }
     for (what, name, path) in entries(&dir.join("artifacts"), "artifact") {
         if !garbage.needed.contains(&name) {
             found.push((what, name, path));

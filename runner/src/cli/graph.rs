@@ -31,7 +31,7 @@ pub enum GraphFormat {
 
 /// Prints the graph of stages.
 pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
-    let recipe = recipe::read(&args.recipe.recipe, &args.recipe.set)?;
+    let recipe = recipe::read(&args.recipe.recipe, &args.recipe.set, context.home())?;
     let runtime = context.runtime()?;
     let store = context.known_store(&runtime)?;
     let mut plugins = Plugins::new(search_dirs(&context.plugin_dirs), &runtime, store.as_ref());

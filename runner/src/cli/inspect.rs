@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::ValueHint;
+use retort_checkpoint::shards::Lone;
 use retort_checkpoint::{Checkpoint, Dictionary, shown};
 use serde_json::{Value, json};
 
@@ -12,7 +13,7 @@ use crate::table::{self, Cell, Rows};
 /// Arguments of `inspect`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The file: .pth, .pt or .safetensors.
+    /// The file: .pth, .pt or .safetensors; or the folder or index (*.index.json) of several.
     #[arg(value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub file: PathBuf,
     /// List the tensors of this dictionary, as in `trainer.ema_parameters`; '' is the top level.
@@ -45,9 +46,11 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
             let document = json!({
                 "file": args.file,
                 "container": checkpoint.container().name(),
+                "files": checkpoint.files(),
                 "bytes": checkpoint.size(),
                 "dictionaries": dictionaries.objects(),
                 "selected": selected.map(|dictionary| &dictionary.path),
+                "prefix": selected.map(Dictionary::prefix),
                 "tensors": tensors.as_ref().map_or(Value::Null, Rows::objects),
                 "not_interpreted": checkpoint.strangers(),
             });
@@ -69,11 +72,30 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         }
     };
     if args.format.get() != Format::Json && !context.quiet {
+        let files = match checkpoint.files() {
+            1 => String::new(),
+            files => format!(" in {files} files"),
+        };
         talk::say(&format!(
-            "{place}: {}, {}",
+            "{place}: {}{files}, {}",
             checkpoint.container().name(),
             table::bytes(checkpoint.size())
         ));
+        if let Some(lone) = Lone::of(&args.file)
+            && checkpoint.files() == 1
+        {
+            talk::say(&format!(
+                "note: by its name this is file {} of {}; the folder, or {} in it, stands for all",
+                lone.number, lone.of, lone.index
+            ));
+        }
+        if let Some(prefix) = selected.map(Dictionary::prefix)
+            && !prefix.is_empty()
+        {
+            talk::say(&format!(
+                "note: all names begin with `{prefix}`; `teacher` and `student` take off what hides a network they know"
+            ));
+        }
         if !checkpoint.strangers().is_empty() {
             let names = checkpoint.strangers().join(", ");
             talk::say(&format!("note: neither run nor interpreted: {names}"));

@@ -5,8 +5,9 @@ use std::time::Duration;
 use clap::ValueEnum;
 
 use crate::cli::{Context, Error, Format, FormatArgs, talk};
-use crate::store::{Access, LogSource, RunDetail, RunId, RunLine, RunState, Store};
+use crate::store::{Access, LogSource, RunDetail, RunId, RunLine, RunState, Store, Time};
 use crate::table::{Cell, Rows, Tone};
+use crate::terminal::{clean_line, paint};
 
 /// How often a run under way is asked for more.
 const INTERVAL: Duration = Duration::from_millis(300);
@@ -176,7 +177,7 @@ fn say_end(run: &RunId, detail: &RunDetail, context: &Context) {
     }
 }
 
-/// A line of text for each: time of day, stage, what was said.
+/// A line of text for each: when (in UTC, as everywhere), stage, what was said.
 fn texts(lines: &[RunLine], color: bool) -> String {
     let width = lines
         .iter()
@@ -185,28 +186,30 @@ fn texts(lines: &[RunLine], color: bool) -> String {
         .unwrap_or(0);
     let mut text = String::new();
     for RunLine { stage, line, .. } in lines {
-        let time = line.at.to_string();
-        // RFC 3339: the time of day stands at a fixed place.
-        let time = time.get(11..19).unwrap_or_default();
-        let said: String = line
-            .text
-            .chars()
-            .map(|c| if c.is_control() && c != '\t' { ' ' } else { c })
-            .collect();
+        let time = moment(line.at);
         let (mark, code) = match (line.level, line.source) {
             (1, _) => ("error: ", "31"),
             (2, _) => ("warning: ", "33"),
             (_, LogSource::Stdout | LogSource::Stderr) => ("", "2"),
             _ => ("", ""),
         };
-        let said = format!("{mark}{said}");
-        let said = match color && !code.is_empty() {
-            true => format!("\x1b[{code}m{said}\x1b[0m"),
-            false => said,
-        };
+        // One line, whatever was said: what follows a line feed could look like a line of another stage.
+        let said = paint(&clean_line(&format!("{mark}{}", line.text)), code, color);
         text += &format!("{time} {stage:width$}  {said}\n");
     }
     text
+}
+
+/// `2026-01-31 12:00:00Z`: to the second, and in words that sort.
+fn moment(at: Time) -> String {
+    let time = at.to_string();
+    // RFC 3339: date and time of day stand at fixed places.
+    let (date, clock) = (time.get(..10), time.get(11..19));
+    format!(
+        "{} {}Z",
+        date.unwrap_or_default(),
+        clock.unwrap_or_default()
+    )
 }
 
 fn rows(lines: &[RunLine]) -> Rows {

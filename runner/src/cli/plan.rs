@@ -34,7 +34,7 @@ const WORTH_A_STORE: u64 = 1 << 30;
 
 /// Prints what would run and why.
 pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
-    let recipe = recipe::read(&args.recipe.recipe, &args.recipe.set)?;
+    let recipe = recipe::read(&args.recipe.recipe, &args.recipe.set, context.home())?;
     let runtime = context.runtime()?;
     let store = context.known_store(&runtime)?;
     let mut plugins = Plugins::new(search_dirs(&context.plugin_dirs), &runtime, store.as_ref());

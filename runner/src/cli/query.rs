@@ -1,7 +1,10 @@
 //! `retort query`.
 
+use std::ops::ControlFlow;
+
 use crate::cli::{Context, Error, Exit, FormatArgs, talk};
-use crate::store::{Access, Store, StoreError};
+use crate::store::{Access, Answer, Store, StoreError};
+use crate::table::Stream;
 
 /// Arguments of `query`.
 #[derive(Debug, clap::Args)]
@@ -19,28 +22,59 @@ pub struct Args {
 
 /// Runs a read-only SQL query on the history.
 pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
-    let rows = context.runtime()?.block_on(async {
-        let store = Store::open(&context.store, Access::ReadOnly).await?;
-        let answer = match args.sql.as_ref().or(args.statement.as_ref()) {
-            Some(sql) => store.query(sql).await,
-            None => store.query(VIEWS).await,
+    let sql = args.sql.as_ref().or(args.statement.as_ref());
+    let style = args.format.style(context);
+    let mut stream = None;
+    let mut written = Ok(true);
+    let take = |answer: Answer<'_>| {
+        written = match answer {
+            Answer::Heads(heads) => Stream::new(heads, style, talk::stdout())
+                .map(|begun| stream.replace(begun).is_none()),
+            Answer::Row(row) => match &mut stream {
+                Some(stream) => stream.push(row),
+                None => Ok(true),
+            },
         };
+        match written {
+            Ok(true) => ControlFlow::Continue(()),
+            Ok(false) | Err(_) => ControlFlow::Break(()),
+        }
+    };
+    context.runtime()?.block_on(async {
+        let store = Store::open(&context.store, Access::ReadOnly).await?;
+        let answer = store.query(sql.map_or(VIEWS, String::as_str), take).await;
         store.close().await;
-        answer.map_err(|error| match error {
-            // What SQLite finds wrong with the statement is the user's to mend.
-            StoreError::Sql(error) => {
-                let said = error
-                    .as_database_error()
-                    .map(|error| error.message().to_owned());
-                let mut shown =
-                    Error::new(Exit::Usage, "the statement cannot be answered").hint(HINT);
-                shown.causes.push(said.unwrap_or_else(|| error.to_string()));
-                shown
-            }
-            error => error.into(),
-        })
+        answer.map_err(of_statement)
     })?;
-    Ok(talk::print(&rows.render(args.format.style(context)))?)
+    let more = !written?;
+    let shown = stream.map(Stream::end).transpose()?;
+    if more && let Some(shown) = shown {
+        talk::say(&format!(
+            "only the first {} are shown; `--format csv` and `--format json` give all",
+            talk::count(shown, "row")
+        ));
+    }
+    Ok(())
+}
+
+/// What SQLite finds wrong with the statement is the user's to mend.
+fn of_statement(error: StoreError) -> Error {
+    let StoreError::Sql(error) = error else {
+        return error.into();
+    };
+    let Some(database) = error.as_database_error() else {
+        return StoreError::Sql(error).into();
+    };
+    let mut shown = Error::new(Exit::Usage, "the statement cannot be answered").hint(HINT);
+    shown.causes.push(match database.code().as_deref() {
+        // SQLITE_AUTH says no more than that.
+        Some("23") => format!(
+            "it would do more than read the history ({})",
+            database.message()
+        ),
+        _ => database.message().to_owned(),
+    });
+    shown
 }
 
 const HINT: &str = "`retort query` without a statement lists the views and their columns";

@@ -58,7 +58,7 @@ pub struct ExecutionArgs {
 
 /// Plans the recipe and runs what has to run.
 pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
-    let recipe = recipe::read(&args.recipe.recipe, &args.recipe.set)?;
+    let recipe = recipe::read(&args.recipe.recipe, &args.recipe.set, context.home())?;
     let runtime = context.runtime()?;
     // A store that is not there yet is made only when the recipe has turned out to be right.
     let known = match context.store.join("history.db").exists() {

@@ -502,7 +502,7 @@ fn facts(detail: &RunDetail) -> Rows {
         "recipe",
         format!("{} ({})", run.recipe, run.recipe_path).into(),
     );
-    let since = table::ago(Time::now().since(run.started).as_secs_f64());
+    let since = table::ago(run.started.seconds_to(Time::now()));
     add("started", format!("{} ({since})", run.started).into());
     add("took", Cell::seconds(run.seconds));
     add("command", run.command.join(" ").into());

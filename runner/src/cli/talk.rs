@@ -1,5 +1,6 @@
-//! stdout is data, stderr is talk: the only place that writes to either.
+//! stdout is data, stderr is talk: the only place that writes to either, or says where to ([`stdout`]).
 //!
+//! Whatever is written, names and messages from anywhere among it, is made safe for a terminal here ([`terminal::show`]).
 //! Neither panics when the reader has gone away. While progress bars are on the screen, talk is printed above them
 //! ([`attach`]).
 
@@ -10,14 +11,48 @@ use indicatif::MultiProgress;
 use tracing_subscriber::EnvFilter;
 
 use crate::cli::{ColorChoice, Context};
+use crate::terminal;
 
 static BARS: RwLock<Option<MultiProgress>> = RwLock::new(None);
 
-/// Writes data to stdout, as it is. A closed pipe is an error that folds into success: use `?`.
+/// Writes data to stdout, safe for a terminal. A closed pipe is an error that folds into success: use `?`.
 pub fn print(text: &str) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
-    stdout.write_all(text.as_bytes())?;
+    stdout.write_all(terminal::show(text).as_bytes())?;
     stdout.flush()
+}
+
+/// Where data goes that is written piece by piece, safe for a terminal as what [`print`] writes.
+pub fn stdout() -> impl Write {
+    io::BufWriter::new(Shown {
+        out: io::stdout().lock(),
+        begun: Vec::new(),
+    })
+}
+
+/// Shows what is written through it ([`terminal::show`]).
+struct Shown<W> {
+    out: W,
+    /// The first bytes of a character whose others are to come.
+    begun: Vec<u8>,
+}
+
+impl<W: Write> Write for Shown<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.begun.extend_from_slice(bytes);
+        let whole = match std::str::from_utf8(&self.begun) {
+            Err(error) if error.error_len().is_none() => error.valid_up_to(),
+            _ => self.begun.len(),
+        };
+        let text = String::from_utf8_lossy(&self.begun[..whole]);
+        self.out.write_all(terminal::show(&text).as_bytes())?;
+        self.begun.drain(..whole);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
 }
 
 /// Writes a line to stderr, above the progress bars where there are any. Nobody listening is no error: a terminal may be
@@ -26,8 +61,8 @@ pub fn say(line: &str) {
     let bars = BARS.read().ok().and_then(|bars| bars.clone());
     let _ = match bars {
         // Not `suspend`, which panics when the terminal is gone.
-        Some(bars) => bars.println(line),
-        None => writeln!(io::stderr().lock(), "{line}"),
+        Some(bars) => bars.println(terminal::show(line)),
+        None => writeln!(io::stderr().lock(), "{}", terminal::show(line)),
     };
 }
 
@@ -95,7 +130,8 @@ pub fn start_tracing(context: &Context) {
     };
     let started = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_ansi(context.color_stderr())
+        // Its colours could not be told from those of what it tells.
+        .with_ansi(false)
         .with_target(context.verbose > 1)
         .without_time()
         .with_writer(|| LineWriter(Vec::new()))
@@ -126,6 +162,26 @@ impl Drop for LineWriter {
         let text = String::from_utf8_lossy(&self.0);
         if !text.is_empty() {
             say(text.trim_end_matches('\n'));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_shown_as_the_whole_would_be() {
+        let text = "a\u{9b}é🙂\x1b[2J\u{202e}\n";
+        for size in 1..6 {
+            let mut shown = Shown {
+                out: Vec::new(),
+                begun: Vec::new(),
+            };
+            for piece in text.as_bytes().chunks(size) {
+                shown.write_all(piece).unwrap();
+            }
+            assert_eq!(shown.out, terminal::show(text).as_bytes());
         }
     }
 }

@@ -1,9 +1,11 @@
 //! `retort runs export` and `retort runs import`: runs into other stores, TensorBoard and MLflow.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use clap::{ValueEnum, ValueHint};
 
+use crate::artifact::{self, file_name};
 use crate::cli::{Context, Error, Exit, FormatArgs, artifacts, talk};
 use crate::store::{self, Access, RunDetail, RunFilter, RunId, Store, StoreError, Transfer};
 use crate::table::{Cell, Rows, Tone};
@@ -142,7 +144,7 @@ async fn write_events(
     context: &Context,
 ) -> Result<(), Error> {
     let summary = &run.summary;
-    let dir = root.join(&summary.id.0);
+    let dir = root.join(file_name(&summary.id.0));
     let seconds = |time: store::Time| time.0 as f64 / 1000.0;
     let began = seconds(summary.started);
     let series = store.last_metrics(&summary.id).await?;
@@ -161,31 +163,21 @@ async fn write_events(
                 events += 1;
             }
         }
-        for artifact in run
-            .artifacts
-            .iter()
-            .filter(|artifact| artifact.stage == stage.name)
-        {
-            let Some(preview) = &artifact.artifact.meta.preview else {
+        for made in run.artifacts.iter().filter(|made| made.stage == stage.name) {
+            let Some(preview) = &made.artifact.meta.preview else {
                 continue;
             };
-            let path = Path::new(&artifacts::path(artifact, context)).join(preview);
-            let bytes = std::fs::read(&path).unwrap_or_default();
+            let dir = artifacts::path(made, context);
+            let bytes = picture(Path::new(&dir), preview).unwrap_or_default();
             if let Some(size) = png_size(&bytes) {
-                file.image(
-                    &artifact.artifact.kind,
-                    0,
-                    seconds(artifact.created),
-                    size,
-                    &bytes,
-                );
+                file.image(&made.artifact.kind, 0, seconds(made.created), size, &bytes);
                 events += 1;
             }
         }
         if events == 0 {
             continue;
         }
-        let dir = dir.join(stage.name.replace('/', "_"));
+        let dir = dir.join(file_name(&stage.name));
         let path = dir.join(format!(
             "events.out.tfevents.{}.retort",
             summary.started.0 / 1000
@@ -201,6 +193,16 @@ async fn write_events(
             })?;
     }
     Ok(())
+}
+
+/// A file of an artifact, unless it is too large for a picture.
+fn picture(dir: &Path, path: &str) -> std::io::Result<Vec<u8>> {
+    const MOST: u64 = 64 << 20;
+    let mut bytes = Vec::new();
+    artifact::open_inner(dir, path)?
+        .take(MOST)
+        .read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// Takes runs over.

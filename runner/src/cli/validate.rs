@@ -34,7 +34,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     // The worst that was met: a wrong recipe before a missing plugin.
     let mut worst: Option<Exit> = None;
     for path in &args.recipes {
-        let (report, stages) = findings(path, &args.set, &mut plugins);
+        let (report, stages) = findings(path, &args.set, context, &mut plugins);
         if args.json {
             documents.push(document(&report));
         } else {
@@ -68,9 +68,10 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
 fn findings(
     path: &std::path::Path,
     set: &[String],
+    context: &Context,
     plugins: &mut dyn plan::Descriptions,
 ) -> (Report, usize) {
-    let recipe = match recipe::read(path, set) {
+    let recipe = match recipe::read(path, set, context.home()) {
         Ok(recipe) => recipe,
         Err(report) => return (report, 0),
     };
@@ -123,6 +124,7 @@ fn document(report: &Report) -> Value {
                 "severity": finding.severity,
                 "line": finding.position.map(|position| position.line),
                 "column": finding.position.map(|position| position.column),
+                "argument": finding.argument,
                 "pointer": finding.pointer,
                 "message": finding.message,
                 "hint": finding.hint,

@@ -121,6 +121,12 @@ impl Drop for Recorder {
     }
 }
 
+impl Waiting {
+    fn is_empty(&self) -> bool {
+        self.points.is_empty() && self.lines.is_empty()
+    }
+}
+
 impl Shared {
     /// Nothing that holds this lock panics half-way.
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
@@ -171,24 +177,40 @@ async fn write_rows(
             && let Err(error) = store.append_metrics(attempt, &points).await
         {
             complain("metrics", error.to_string());
-            give_back(&shared, points, batch.count, &error);
+            if is_for_a_moment(&error) {
+                give_back(&shared, points, batch.count);
+            }
         }
         if !batch.lines.is_empty()
             && let Err(error) = store.append_log(attempt, &batch.lines).await
         {
             complain("the log", error.to_string());
+            if is_for_a_moment(&error) {
+                shared.waiting().lines.splice(..0, batch.lines);
+            }
         }
         if batch.closing {
-            return;
+            // What was given back is tried again, for as long as the end of the attempt waits.
+            if shared.waiting().is_empty() {
+                return;
+            }
+            shared.wake.notify_one();
+            tokio::time::sleep(INTERVAL).await;
+            continue;
         }
         let _ = tokio::time::timeout(INTERVAL, shared.hurry.notified()).await;
     }
 }
 
-/// Points that another writer kept out are written with the next batch.
-fn give_back(shared: &Shared, batches: Vec<Batch>, count: usize, error: &StoreError) {
+/// Whether the next batch may have more luck: another writer was at work, or the disk was full.
+fn is_for_a_moment(error: &StoreError) -> bool {
+    matches!(error, StoreError::Busy | StoreError::Full)
+}
+
+/// Points that could not be written are written with the next batch.
+fn give_back(shared: &Shared, batches: Vec<Batch>, count: usize) {
     let mut waiting = shared.waiting();
-    if matches!(error, StoreError::Busy) && waiting.count + count <= MOST_POINTS {
+    if waiting.count + count <= MOST_POINTS {
         waiting.count += count;
         for Batch { series, mut points } in batches {
             let newer = waiting.points.entry(series).or_default();

@@ -3,8 +3,9 @@
 //! A mistake in one stage does not hide those of others: each step goes on with what is right, and what one mistake
 //! causes elsewhere is not reported again.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use retort_abi::{Description, Device, StageKind};
 use serde_json::Value;
@@ -14,7 +15,7 @@ use super::{
 };
 use crate::diagnostic::{Cause, Finding};
 use crate::recipe::{Recipe, RecipeStage, Source, Written};
-use crate::schema::{self, Target};
+use crate::schema::{self, Checker, Target};
 use crate::yaml::{Part, escape};
 
 /// The stages of a recipe in an order in which they can run, and everything found on the way. Stages with mistakes are
@@ -28,6 +29,7 @@ pub(super) fn settle(
         source: &recipe.source,
         plugins,
         known: BTreeMap::new(),
+        checkers: HashMap::new(),
         variants: BTreeMap::new(),
         devices: BTreeMap::new(),
         findings: recipe.findings.clone(),
@@ -47,12 +49,15 @@ pub(super) fn settle(
     (stages, planner.findings, planner.notes)
 }
 
+/// A build of a plugin. Its description is large, and many stages share it.
+type Build = Rc<(PluginIdentity, Description)>;
+
 /// What is known of a stage before its references are.
 struct Draft<'a> {
     stage: &'a RecipeStage,
     /// `/stages/<name>`
     pointer: String,
-    plugin: Option<(PluginIdentity, Description)>,
+    plugin: Option<Build>,
     /// Options with defaults; as written where they are invalid.
     options: Value,
     /// Pointers of defaults.
@@ -78,9 +83,11 @@ struct Planner<'a> {
     source: &'a Source,
     plugins: &'a mut dyn Descriptions,
     /// Plugins asked so far; `None` where that failed and has been reported.
-    known: BTreeMap<String, Option<(PluginIdentity, Description)>>,
+    known: BTreeMap<String, Option<Build>>,
+    /// Schemas of stage kinds by the plugin's name and the kind.
+    checkers: HashMap<(String, String), Checker>,
     /// Builds of plugins for other devices.
-    variants: BTreeMap<String, Vec<(PluginIdentity, Description)>>,
+    variants: BTreeMap<String, Vec<Build>>,
     /// By the plugin's file.
     devices: BTreeMap<PathBuf, Option<Vec<Device>>>,
     findings: Vec<Finding>,
@@ -113,9 +120,10 @@ impl<'a> Planner<'a> {
             references: Vec::new(),
             files: Vec::new(),
         };
-        let (Some((identity, description)), Some(kind)) = (&draft.plugin, &stage.kind) else {
+        let (Some(build), Some(kind)) = (draft.plugin.clone(), &stage.kind) else {
             return draft;
         };
+        let (identity, description) = &*build;
         let Some(known) = description.stages.iter().find(|known| known.kind == *kind) else {
             let kinds = description.stages.iter().map(|known| known.kind.as_str());
             let message = format!(
@@ -146,7 +154,17 @@ impl<'a> Planner<'a> {
             self.report(finding.hint(hint), Part::Value);
         }
         let mut options = Value::Object(stage.options.clone());
-        let violations: Vec<_> = schema::check(&known.schema, &options, "option")
+        let source = self.source;
+        let place = draft.pointer.clone();
+        schema::take_texts(&known.schema, &mut options, |pointer| {
+            source.as_written(&format!("{place}{pointer}"))
+        });
+        let checker = self
+            .checkers
+            .entry((identity.name.clone(), kind.clone()))
+            .or_insert_with(|| Checker::new(&known.schema));
+        let violations: Vec<_> = checker
+            .check(&options, "option")
             .into_iter()
             // What could not be replaced has been reported.
             .filter(|violation| {
@@ -176,39 +194,70 @@ impl<'a> Planner<'a> {
             draft.filled = schema::settle(&known.schema, &mut options);
         }
         for annotation in schema::annotations(&known.schema, &options) {
-            let Some(text) = options.pointer(&annotation.pointer).and_then(Value::as_str) else {
+            let pointer = annotation.pointer;
+            let Some(text) = options.pointer(&pointer).and_then(Value::as_str) else {
+                self.warn_of_null(&draft, &pointer, &annotation.target);
                 continue;
             };
-            let pointer = annotation.pointer;
             match annotation.target {
                 Target::Artifact(kinds) => {
                     draft.references.push(Reference {
-                        pointer,
                         stage: text.to_owned(),
+                        pointer,
                         kinds,
                     });
                 }
-                target => draft.files.push(FileOption {
-                    path: self.source.base_dir.join(text),
-                    pointer,
-                    kind: if target == Target::Dir {
-                        FileKind::Dir
-                    } else {
-                        FileKind::File
-                    },
-                }),
+                target => {
+                    let text = self.at_home(text);
+                    draft.files.push(FileOption {
+                        path: self.source.base_dir.join(&text),
+                        pointer: pointer.clone(),
+                        kind: match target {
+                            Target::Dir => FileKind::Dir,
+                            Target::Weights => FileKind::Weights,
+                            _ => FileKind::File,
+                        },
+                    });
+                    if let Some(option) = options.pointer_mut(&pointer) {
+                        *option = Value::String(text);
+                    }
+                }
             }
         }
         draft.options = options;
         draft
     }
 
+    /// A path as written, `~/` replaced by the home directory.
+    fn at_home(&self, path: &str) -> String {
+        let home = self.source.home.as_deref().and_then(Path::to_str);
+        match (path.strip_prefix('~'), home) {
+            (Some(rest), Some(home)) if rest.is_empty() || rest.starts_with('/') => {
+                format!("{}{rest}", home.trim_end_matches('/'))
+            }
+            _ => path.to_owned(),
+        }
+    }
+
+    /// Who writes `csv: ~` may mean the home directory, and has written "nothing".
+    fn warn_of_null(&mut self, draft: &Draft<'_>, pointer: &str, target: &Target) {
+        let at = format!("{}{pointer}", draft.pointer);
+        if matches!(target, Target::Artifact(_)) || self.source.written_null(&at) != Some("~") {
+            return;
+        }
+        let message = format!(
+            "stage `{}`: `{}` is `~`, which is YAML for nothing",
+            draft.stage.name,
+            pointer[1..].replace('/', ".")
+        );
+        let finding = Finding::warning(at, message).hint(
+            "paths in the home directory begin with `~/`; where nothing is meant, remove the key",
+        );
+        self.report(finding, Part::Value);
+    }
+
     /// The plugin that runs a stage; what stands in the way is reported once.
-    fn plugin_of(
-        &mut self,
-        stage: &RecipeStage,
-        pointer: &str,
-    ) -> Option<(PluginIdentity, Description)> {
+    fn plugin_of(&mut self, stage: &RecipeStage, pointer: &str) -> Option<Build> {
         let (name, place) = match (&stage.plugin, &self.recipe.backend) {
             (Some(name), _) => (name, format!("{pointer}/plugin")),
             (None, Some(name)) => (name, "/backend".to_owned()),
@@ -230,7 +279,7 @@ impl<'a> Planner<'a> {
             return known.clone();
         }
         let answer = match self.plugins.describe(name) {
-            Ok(answer) => Some(answer),
+            Ok(answer) => Some(Rc::new(answer)),
             Err(error) => {
                 let finding = Finding {
                     cause: Cause::Plugin,
@@ -247,6 +296,7 @@ impl<'a> Planner<'a> {
 
     /// Reports references to stages that are not there or make something else.
     fn check_references(&mut self, drafts: &[Draft<'_>]) {
+        let by_name = indices(drafts);
         for draft in drafts {
             for reference in &draft.references {
                 let at = format!("{}{}", draft.pointer, reference.pointer);
@@ -258,24 +308,24 @@ impl<'a> Planner<'a> {
                 let fits = |output: &str| {
                     reference.kinds.is_empty() || reference.kinds.iter().any(|kind| kind == output)
                 };
-                let fitting: Vec<&str> = drafts
-                    .iter()
-                    .filter(|other| other.stage.name != draft.stage.name)
-                    .filter(|other| other.kind().is_some_and(|kind| fits(&kind.output)))
-                    .map(|other| other.stage.name.as_str())
-                    .collect();
+                let fitting = || -> Vec<&str> {
+                    drafts
+                        .iter()
+                        .filter(|other| other.stage.name != draft.stage.name)
+                        .filter(|other| other.kind().is_some_and(|kind| fits(&kind.output)))
+                        .map(|other| other.stage.name.as_str())
+                        .collect()
+                };
                 let wanted = match reference.kinds.as_slice() {
                     [] => "an artifact".to_owned(),
                     kinds => format!("`{}`", kinds.join("` or `")),
                 };
-                let fitting_hint = || match fitting.as_slice() {
+                let fitting_hint = || match fitting().as_slice() {
                     [] => format!("no stage of this recipe makes {wanted}"),
-                    names => format!("stages that make {wanted}: `{}`", names.join("`, `")),
+                    names => format!("stages that make {wanted}: {}", schema::list(names)),
                 };
-                let Some(target) = drafts
-                    .iter()
-                    .find(|other| other.stage.name == reference.stage)
-                else {
+                let target = by_name.get(reference.stage.as_str());
+                let Some(target) = target.map(|&index| &drafts[index]) else {
                     let message = format!(
                         "stage `{}`: `{option}` names the stage `{}`, which is not in the recipe",
                         draft.stage.name, reference.stage
@@ -306,18 +356,19 @@ impl<'a> Planner<'a> {
 
     /// Indices of the stages, each after all that it refers to, otherwise as in the recipe. Cycles are reported.
     fn order(&mut self, drafts: &[Draft<'_>]) -> Vec<usize> {
+        let by_name = indices(drafts);
         let inputs: Vec<Vec<usize>> = drafts
             .iter()
             .map(|draft| {
                 let stages = draft.references.iter().map(|reference| &reference.stage);
                 stages
-                    .filter_map(|name| drafts.iter().position(|other| other.stage.name == *name))
+                    .filter_map(|name| by_name.get(name.as_str()).copied())
                     .collect()
             })
             .collect();
         let mut order = Vec::new();
         let mut placed = vec![false; drafts.len()];
-        // Quadratic, for recipes of a few dozen stages.
+        // Quadratic, for recipes of a few dozen stages and at most a thousand.
         while let Some(next) = (0..drafts.len())
             .find(|&stage| !placed[stage] && inputs[stage].iter().all(|&input| placed[input]))
         {
@@ -411,16 +462,13 @@ impl<'a> Planner<'a> {
                     stage.name
                 );
                 let finding = Finding::error(format!("{}/timeout", draft.pointer), message);
-                self.report(
-                    finding.hint("write a time like `90s`, `30m` or `2h 30m`"),
-                    Part::Value,
-                );
+                self.report(finding.hint(time_hint(written)), Part::Value);
                 return None;
             }
         };
         let kind = draft.kind()?;
         let place = self.place(draft, draft.plugin.as_ref()?)?;
-        let dtype = self.dtype(draft, &place.description)?;
+        let dtype = self.dtype(draft, &place.build.1)?;
         if place.chosen {
             origins.insert("/device".to_owned(), Origin::Derived);
         }
@@ -441,7 +489,7 @@ impl<'a> Planner<'a> {
             name: stage.name.clone(),
             kind: kind.kind.clone(),
             description: stage.description.clone(),
-            plugin: place.plugin,
+            plugin: place.build.0.clone(),
             device: place.device,
             dtype,
             threads: stage
@@ -497,7 +545,7 @@ impl<'a> Planner<'a> {
     }
 
     /// Which build of the plugin runs the stage, and where.
-    fn place(&mut self, draft: &Draft<'_>, base: &(PluginIdentity, Description)) -> Option<Place> {
+    fn place(&mut self, draft: &Draft<'_>, base: &Build) -> Option<Place> {
         let written = draft
             .stage
             .device
@@ -505,12 +553,9 @@ impl<'a> Planner<'a> {
             .or(self.recipe.device.as_ref())
             .map_or("auto", String::as_str);
         let pointer = self.setting(draft, "device", draft.stage.device.is_some());
-        let knows = |build: &(PluginIdentity, Description), kind: &str| {
-            build.1.devices.iter().any(|device| device == kind)
-        };
-        let placed = |build: &(PluginIdentity, Description), device: &str, chosen| Place {
-            plugin: build.0.clone(),
-            description: build.1.clone(),
+        let knows = |build: &Build, kind: &str| build.1.devices.iter().any(|device| device == kind);
+        let placed = |build: &Build, device: &str, chosen| Place {
+            build: Rc::clone(build),
             device: device.to_owned(),
             devices: vec![device.to_owned()],
             chosen,
@@ -519,7 +564,7 @@ impl<'a> Planner<'a> {
         if kind == "cpu" && knows(base, kind) {
             return Some(placed(base, "cpu", false));
         }
-        let mut builds = vec![base.clone()];
+        let mut builds = vec![Rc::clone(base)];
         builds.extend(self.variants_of(&base.0.name));
         let driving = |kind: &str| builds.iter().find(|build| knows(build, kind));
         let fallback = base.1.devices.first().map_or("cpu", String::as_str);
@@ -610,14 +655,14 @@ impl<'a> Planner<'a> {
     }
 
     /// The other builds of a plugin; one that cannot be asked is told of and left out.
-    fn variants_of(&mut self, plugin: &str) -> Vec<(PluginIdentity, Description)> {
+    fn variants_of(&mut self, plugin: &str) -> Vec<Build> {
         if let Some(known) = self.variants.get(plugin) {
             return known.clone();
         }
         let mut found = Vec::new();
         for answer in self.plugins.variants(plugin) {
             match answer {
-                Ok(variant) => found.push(variant),
+                Ok(variant) => found.push(Rc::new(variant)),
                 Err(error) => self.note(format!("a variant of `{plugin}` is left out: {error}")),
             }
         }
@@ -649,10 +694,38 @@ impl<'a> Planner<'a> {
     }
 }
 
+/// What to write instead of a wrong time: a number without a unit means seconds.
+fn time_hint(written: &str) -> String {
+    let seconds = written.trim().parse::<f64>();
+    match seconds.map(std::time::Duration::try_from_secs_f64) {
+        Ok(Ok(time)) if !time.is_zero() && time.subsec_nanos() == 0 => {
+            format!(
+                "write `{}s`: a time has a unit (`90s`, `30m`, `2h 30m`)",
+                time.as_secs()
+            )
+        }
+        Ok(Ok(time)) if time.as_millis() > 0 => {
+            format!(
+                "write `{}ms`: a time has a unit (`90s`, `30m`, `2h 30m`)",
+                time.as_millis()
+            )
+        }
+        _ => "write a time like `90s`, `30m` or `2h 30m`".to_owned(),
+    }
+}
+
+/// The stages by name.
+fn indices<'a>(drafts: &[Draft<'a>]) -> HashMap<&'a str, usize> {
+    drafts
+        .iter()
+        .enumerate()
+        .map(|(index, draft)| (draft.stage.name.as_str(), index))
+        .collect()
+}
+
 /// Where a stage runs.
 struct Place {
-    plugin: PluginIdentity,
-    description: Description,
+    build: Build,
     device: String,
     /// The devices that workers are spread over: it alone where the recipe names it, else all that could have been chosen.
     devices: Vec<String>,

@@ -23,9 +23,11 @@ pub enum Target {
     File,
     /// A directory.
     Dir,
+    /// Weights of a network: a file, or the folder or index of several.
+    Weights,
 }
 
-/// The options in `value` that name stages or files.
+/// The options in `value` that name stages or files, or could and are null.
 pub fn annotations(schema: &Value, value: &Value) -> Vec<Annotation> {
     let mut found = Vec::new();
     annotate_node(schema, schema, value, "", &mut found);
@@ -52,12 +54,13 @@ fn annotate_node(
         } else {
             match node.get("x-retort-file").and_then(Value::as_str) {
                 Some("dir") => Some(Target::Dir),
+                Some("weights") => Some(Target::Weights),
                 Some(_) => Some(Target::File),
                 None => None,
             }
         };
         match value {
-            Value::String(_) => {
+            Value::String(_) | Value::Null => {
                 if let Some(target) = target {
                     let annotation = Annotation {
                         pointer: pointer.to_owned(),

@@ -5,12 +5,20 @@ use serde_json::{Value, json};
 use super::branch::{branches, child_schema, resolve};
 use crate::yaml::escape;
 
+/// 2^53: every whole number up to it is exact as a real number.
+pub(super) const EXACT: f64 = 9_007_199_254_740_992.0;
+
 /// Fills in the defaults and gives numbers their schema's type (`1` where a real number is expected becomes `1.0`, so
 /// that equal settings are equal texts). Returns pointers to what was filled in.
 pub fn settle(schema: &Value, value: &mut Value) -> Vec<String> {
     let mut filled = Vec::new();
-    settle_node(schema, schema, value, "", &mut filled);
+    settle_node(schema, schema, value, "", &mut Some(&mut filled));
     filled
+}
+
+/// Gives numbers their schema's type, and fills in nothing.
+pub fn settle_numbers(schema: &Value, value: &mut Value) {
+    settle_node(schema, schema, value, "", &mut None);
 }
 
 fn settle_node(
@@ -18,7 +26,7 @@ fn settle_node(
     node: &Value,
     value: &mut Value,
     pointer: &str,
-    filled: &mut Vec<String>,
+    filled: &mut Option<&mut Vec<String>>,
 ) {
     // Filling in defaults never changes which alternative fits: it adds what that one allows.
     for node in branches(root, node, value) {
@@ -37,6 +45,7 @@ fn settle_node(
                 {
                     let path = format!("{pointer}/{}", escape(key));
                     if !entries.contains_key(key) {
+                        let Some(filled) = filled else { continue };
                         let own = schema.get("default");
                         let Some(default) = own.or_else(|| resolve(root, schema)?.get("default"))
                         else {
@@ -74,12 +83,7 @@ fn settle_node(
             }
             Value::Number(number) => {
                 let real = number.as_f64().unwrap_or(0.0);
-                // 2^53: every whole number up to it is exact.
-                if is("integer")
-                    && number.is_f64()
-                    && real.fract() == 0.0
-                    && real.abs() <= 9_007_199_254_740_992.0
-                {
+                if is("integer") && number.is_f64() && real.fract() == 0.0 && real.abs() <= EXACT {
                     *value = json!(real as i64);
                 } else if is("number") && !is("integer") && !number.is_f64() {
                     *value = json!(real);
@@ -120,6 +124,12 @@ mod tests {
             r#"{"type":"constant","rate":1.0}"#
         );
         assert_eq!(value["steps"].to_string(), "2");
+        let mut value = json!({"data": "d", "steps": 1e3, "guidance": 2});
+        settle_numbers(&schema, &mut value);
+        assert_eq!(
+            value.to_string(),
+            r#"{"data":"d","steps":1000,"guidance":2.0}"#
+        );
         let (value, _) = settled(json!({"data": "d", "schedule": {"type": "cosine", "rate": 0.5}}));
         assert_eq!(value["schedule"]["warmup"], 100);
     }

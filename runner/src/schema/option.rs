@@ -154,6 +154,7 @@ fn type_text(root: &Value, node: &Value, depth: usize) -> String {
     }
     match node.get("x-retort-file").and_then(Value::as_str) {
         Some("dir") => return "directory".to_owned(),
+        Some("weights") => return "file or directory".to_owned(),
         Some(_) => return "file".to_owned(),
         None => {}
     }

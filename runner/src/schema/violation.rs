@@ -9,8 +9,10 @@ use jsonschema::error::{TypeKind, ValidationErrorKind};
 use serde_json::Value;
 
 use super::branch::{branches, child, child_schema};
-use super::{NAME_PATTERN, list, nearest, plain, suggest};
-use crate::yaml::{Part, escape};
+use super::defaults::EXACT;
+use super::{NAME_PATTERN, RECIPE_NAME_PATTERN, list, nearest, plain, suggest};
+use crate::terminal;
+use crate::yaml::{Part, escape, odd_space};
 
 /// What is wrong with a value.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,18 +29,47 @@ pub struct Violation {
 
 /// What is wrong with `value`, each independent mistake once. `noun` is what a key is called: `key`, `option`.
 pub fn check(schema: &Value, value: &Value, noun: &str) -> Vec<Violation> {
-    let validator = match jsonschema::options().offline().build(schema) {
-        Ok(validator) => validator,
-        // A plugin's mistake, which `plugin check` reports in full.
-        Err(error) => {
-            return vec![Violation {
+    Checker::new(schema).check(value, noun)
+}
+
+/// A schema, ready to check many values.
+pub struct Checker {
+    schema: Value,
+    /// Or what is wrong with the schema.
+    validator: Result<jsonschema::Validator, String>,
+}
+
+impl Checker {
+    /// Of a schema.
+    pub fn new(schema: &Value) -> Self {
+        let validator = jsonschema::options().offline().build(schema);
+        Self {
+            schema: schema.clone(),
+            validator: validator.map_err(|error| error.to_string()),
+        }
+    }
+
+    /// As [`check`].
+    pub fn check(&self, value: &Value, noun: &str) -> Vec<Violation> {
+        match &self.validator {
+            Ok(validator) => violations(validator, &self.schema, value, noun),
+            // A plugin's mistake, which `plugin check` reports in full.
+            Err(error) => vec![Violation {
                 pointer: String::new(),
                 part: Part::Key,
                 message: format!("the plugin's schema of this stage is invalid: {error}"),
                 hint: Some("`retort plugin check` says more".to_owned()),
-            }];
+            }],
         }
-    };
+    }
+}
+
+fn violations(
+    validator: &jsonschema::Validator,
+    schema: &Value,
+    value: &Value,
+    noun: &str,
+) -> Vec<Violation> {
     let errors: Vec<ValidationError<'_>> = validator.iter_errors(value).collect();
     let explainer = Explainer {
         root: schema,
@@ -274,12 +305,7 @@ impl Explainer<'_> {
         let wants = |name: &str| expected.iter().any(|expected| expected == name);
         let hint = match found {
             Value::String(text) if wants("a number") || wants("a whole number") => {
-                let plain = text.replace(['_', ' ', ','], "");
-                match plain.parse::<f64>() {
-                    Ok(_) if plain == *text => Some(format!("remove the quotes: {plain}")),
-                    Ok(_) => Some(format!("write it without separators: {plain}")),
-                    Err(_) => None,
-                }
+                number_hint(text)
             }
             Value::String(text)
                 if wants("true or false")
@@ -389,6 +415,43 @@ impl Explainer<'_> {
     }
 }
 
+/// What to write instead of a text where a number is wanted.
+fn number_hint(text: &str) -> Option<String> {
+    let odd = text.chars().find(|&c| terminal::is_odd_space(c));
+    let plain: String = text
+        .chars()
+        .filter(|&c| !matches!(c, '_' | ' ' | ',') && !terminal::is_odd_space(c))
+        .collect();
+    let number: f64 = plain.parse().ok()?;
+    let unsigned = plain.trim_start_matches(['-', '+']);
+    let sign = if plain.starts_with('-') { "-" } else { "" };
+    let whole = unsigned.bytes().all(|byte| byte.is_ascii_digit());
+    let bare = unsigned.trim_start_matches('0');
+    if !number.is_finite() {
+        return unsigned
+            .starts_with(|c: char| c.is_ascii_digit() || c == '.')
+            .then(|| "it is too large: numbers go up to 1.8e308".to_owned());
+    }
+    if whole && bare.len() > 16 {
+        return Some(format!("it is too large: whole numbers go up to {EXACT}"));
+    }
+    if whole && unsigned.len() > 1 && unsigned.starts_with('0') {
+        let decimal = if bare.is_empty() { "0" } else { bare };
+        let octal = match i64::from_str_radix(unsigned, 8) {
+            Ok(octal) if octal > 7 => {
+                format!("; where the octal number is meant, write 0o{bare} or {octal}")
+            }
+            _ => String::new(),
+        };
+        return Some(format!("write {sign}{decimal}{octal}"));
+    }
+    Some(match odd {
+        Some(odd) => format!("write {plain}: {}", odd_space(odd)),
+        None if plain == text => format!("remove the quotes: {plain}"),
+        None => format!("write it without separators: {plain}"),
+    })
+}
+
 /// What a branch expects where the value at `pointer` is of another type altogether; `None` where the type is right.
 fn expected(branch: &[ValidationError<'_>], pointer: &str) -> Option<Vec<String>> {
     let here = |error: &&ValidationError<'_>| error.instance_path().as_str() == pointer;
@@ -461,6 +524,9 @@ fn collect_constants(error: &ValidationError<'_>, constants: &mut Vec<Value>) ->
 
 fn pattern_hint(pattern: &str) -> String {
     match pattern {
+        RECIPE_NAME_PATTERN => {
+            "a name has no `/` and no control characters, and neither begins nor ends with a space".to_owned()
+        }
         NAME_PATTERN => "names consist of lower-case letters, digits, `-` and `_`, and begin with a letter or digit".to_owned(),
         pattern if pattern.contains("auto|cpu") => "expected `auto`, `cpu`, `cuda` or `cuda:N`".to_owned(),
         pattern => format!("it has to match {pattern}"),
@@ -556,6 +622,24 @@ mod tests {
             json!("1_000"),
             &[("/steps", "without separators: 1000")],
         );
+        for (text, hint) in [
+            (
+                "010",
+                "write 10; where the octal number is meant, write 0o10 or 8",
+            ),
+            ("-010", "write -10;"),
+            ("09", "write 9"),
+            ("1e400", "too large: numbers go up to"),
+            (
+                "99999999999999999999",
+                "too large: whole numbers go up to 9007199254740992",
+            ),
+            ("\u{a0}16", "write 16: U+00A0"),
+            ("16", "remove the quotes: 16"),
+            ("1 000", "without separators: 1000"),
+        ] {
+            with("steps", json!(text), &[("/steps", hint)]);
+        }
         with(
             "steps",
             json!(1.5),

@@ -1,8 +1,9 @@
 //! Looking after a store: tags, notes, removing runs, and what no run needs any more.
 
 use std::collections::HashSet;
+use std::path::PathBuf;
 
-use super::{RunId, Store, StoreError};
+use super::{RunId, Store, StoreError, draft, schema};
 
 /// What a store holds that no run needs.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -77,7 +78,7 @@ impl Store {
              join stages ds on ds.reused_from = a.key
              join runs d on d.key = ds.run
              where d.id not in (select value from json_each(?1))
-             order by d.created, d.key",
+             order by d.key",
         )
         .bind(ids)
         .fetch_all(self.pool())
@@ -125,6 +126,10 @@ impl Store {
         let known: Vec<String> = sqlx::query_scalar("select hash from artifacts order by hash")
             .fetch_all(self.pool())
             .await?;
+        // Artifacts of which a history without a run knows nothing are not garbage: it is another one's, or was emptied.
+        if known.is_empty() && self.count_runs().await? == 0 {
+            schema::check_has_no_artifacts(self.dir())?;
+        }
         let unfinished: Vec<String> = sqlx::query_scalar(
             "select distinct digest from attempts a where state != 'succeeded'
              and not exists (select 1 from attempts b where b.digest = a.digest and b.state = 'succeeded')",
@@ -139,6 +144,23 @@ impl Store {
             needed,
             resumable: unfinished.into_iter().collect(),
         })
+    }
+
+    /// What imports and exports that were ended half-way have left in the store's directory.
+    pub fn abandoned(&self) -> Vec<PathBuf> {
+        let mut found = draft::leftovers(self.dir(), draft::IMPORT);
+        found.extend(draft::leftovers(self.dir(), draft::EXPORT));
+        // Those of earlier versions have no lock; while they are in use, the store is being written to.
+        let entries = std::fs::read_dir(self.dir())
+            .into_iter()
+            .flatten()
+            .flatten();
+        let old = entries.filter(|entry| {
+            entry.file_name().as_encoded_bytes().starts_with(b".import")
+                && entry.file_type().is_ok_and(|kind| kind.is_dir())
+        });
+        found.extend(old.map(|entry| entry.path()));
+        found
     }
 
     /// Calls `remove` for what no run needs while no run can begin, then forgets the artifacts that it says are gone,

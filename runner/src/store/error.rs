@@ -50,6 +50,34 @@ pub enum StoreError {
         /// What it is instead.
         message: String,
     },
+    /// A database, or what SQLite keeps beside it, is a directory, a pipe or a device.
+    #[error("{} is {kind}, not a file: move it away or choose another --store", path.display())]
+    NotAFile {
+        /// What was found.
+        path: PathBuf,
+        /// What it is.
+        kind: &'static str,
+    },
+    /// There is no history, or an empty file in its place, beside artifacts that one must have told of.
+    #[error(
+        "the history of this store is gone: {} is missing or empty, and {artifacts} artifact(s) lie beside it; nothing \
+         was changed",
+        path.display()
+    )]
+    HistoryGone {
+        /// The database.
+        path: PathBuf,
+        /// Directories under `artifacts`.
+        artifacts: usize,
+    },
+    /// A file that runs cannot be imported from.
+    #[error("{} cannot be imported: {message}", path.display())]
+    NotImportable {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        message: String,
+    },
     /// The store cannot be written to.
     #[error("the store {} cannot be written to: check its permissions or choose another --store", path.display())]
     ReadOnly {

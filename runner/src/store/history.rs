@@ -374,8 +374,8 @@ impl Store {
         let row = sqlx::query(
             "select r.id, r.state as run_state, s.digest, s.components, s.state
              from runs r join stages s on s.run = r.key and s.name = ?2
-             where r.recipe = ?1 and s.digest is not null
-             order by r.created desc, r.key desc limit 1",
+             where +r.recipe = ?1 and s.digest is not null
+             order by r.key desc limit 1",
         )
         .bind(recipe)
         .bind(stage)

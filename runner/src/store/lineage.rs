@@ -197,10 +197,10 @@ impl Store {
     pub async fn turn_before(&self, run: &RunId, stage: &str) -> Result<Option<Turn>, StoreError> {
         let earlier: Option<String> = sqlx::query_scalar(
             "select p.id from runs r
-             join runs p on p.recipe = r.recipe and (p.created, p.key) < (r.created, r.key)
+             join runs p on +p.recipe = r.recipe and p.key < r.key
              join stages s on s.run = p.key and s.name = ?2
              where r.id = ?1 and s.digest is not null
-             order by p.created desc, p.key desc limit 1",
+             order by p.key desc limit 1",
         )
         .bind(&run.0)
         .bind(stage)

@@ -12,6 +12,7 @@ use sqlx::sqlite::SqliteConnection;
 use sqlx::{ConnectOptions, Connection};
 
 use super::{RunDetail, RunState, SeriesPoint, Store, StoreError, schema};
+use crate::artifact::{self, file_name};
 
 /// Longest value of a parameter or tag, in characters.
 const LONGEST: usize = 8000;
@@ -128,21 +129,20 @@ impl Store {
             let points = self.metric_series(&summary.id, &name).await?;
             add_points(connection, uuid, &key(&name), &points).await?;
         }
-        for artifact in &run.artifacts {
-            let Some(preview) = &artifact.artifact.meta.preview else {
+        for made in &run.artifacts {
+            let Some(preview) = &made.artifact.meta.preview else {
                 continue;
             };
-            let from = self
-                .dir()
-                .join("artifacts")
-                .join(&artifact.artifact.hash)
-                .join(preview);
-            let name = Path::new(preview).file_name().unwrap_or(preview.as_ref());
-            let to = place.join(&artifact.stage);
-            let copied = std::fs::create_dir_all(&to)
-                .and_then(|()| std::fs::copy(&from, to.join(name)).map(drop));
+            let from = self.dir().join("artifacts").join(&made.artifact.hash);
+            let name = preview.rsplit('/').next().unwrap_or(preview);
+            let to = place.join(file_name(&made.stage));
+            let copied = artifact::open_inner(&from, preview).and_then(|mut picture| {
+                std::fs::create_dir_all(&to)?;
+                let mut copy = std::fs::File::create(to.join(file_name(name)))?;
+                std::io::copy(&mut picture, &mut copy)
+            });
             if let Err(error) = copied {
-                tracing::warn!("{} was not exported: {error}", from.display());
+                tracing::warn!("{preview} in {} was not exported: {error}", from.display());
             }
         }
         Ok(())

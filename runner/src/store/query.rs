@@ -1,11 +1,15 @@
-//! Questions in SQL, from people. The connection is read-only, and so is whatever a statement attaches to it.
+//! Questions in SQL, from people. The connection is read-only, and SQLite is asked for each action of a statement: reading
+//! tables and views and calling functions is all that goes.
 
+use std::ops::ControlFlow;
+
+use futures_util::TryStreamExt;
 use serde_json::Value;
 use sqlx::sqlite::SqliteRow;
 use sqlx::{AssertSqlSafe, Column, Executor, Row, SqlSafeStr, Statement, TypeInfo, ValueRef};
 
-use super::{Access, Store, StoreError, schema};
-use crate::table::{Cell, Rows};
+use super::{Access, Store, StoreError, sandbox, schema};
+use crate::table::Cell;
 
 impl Store {
     /// What SQLite finds wrong with the database, a line each; reads all of it.
@@ -19,11 +23,16 @@ impl Store {
         Ok(said.into_iter().filter(|line| line != "ok").collect())
     }
 
-    /// The answer to a statement, which cannot write whatever it says.
+    /// Gives the heads of the answer to a statement, then its rows, as they come, to `take`, until that has enough. The
+    /// statement cannot write, nor reach anything but the history, whatever it says, and has bounded memory.
     ///
     /// # Errors
-    /// [`StoreError::Sql`] when SQLite does not understand the statement, or it would write.
-    pub async fn query(&self, sql: &str) -> Result<Rows, StoreError> {
+    /// [`StoreError::Sql`] when SQLite does not understand the statement, or it would do more than read.
+    pub async fn query(
+        &self,
+        sql: &str,
+        mut take: impl FnMut(Answer<'_>) -> ControlFlow<()>,
+    ) -> Result<(), StoreError> {
         // Views show states; they have to be true before they are looked at.
         self.reconcile().await?;
         let reader = match self.access {
@@ -31,20 +40,43 @@ impl Store {
             Access::ReadWrite => schema::open_for_reading(&self.dir).await?,
         };
         let mut connection = reader.acquire().await?;
+        // It will be of no use for anything else.
+        connection.close_on_drop();
+        sandbox::limit_sizes(&mut connection, sandbox::LONGEST_ANSWER).await?;
+        let limit = format!("pragma hard_heap_limit = {MEMORY}");
+        sqlx::query(AssertSqlSafe(limit))
+            .execute(&mut *connection)
+            .await?;
+        sandbox::only_reading(&mut connection).await?;
         let statement = connection
             .prepare(AssertSqlSafe(sql).into_sql_str())
             .await?;
         let heads: Vec<&str> = statement.columns().iter().map(Column::name).collect();
-        let mut answer = Rows::new(&heads);
-        for row in statement.query().fetch_all(&mut *connection).await? {
-            let cells = (0..heads.len())
-                .map(|place| cell(&row, place))
-                .collect::<Result<Vec<_>, _>>()?;
-            answer.push(cells);
+        if take(Answer::Heads(&heads)).is_break() {
+            return Ok(());
         }
-        Ok(answer)
+        let mut rows = statement.query().fetch(&mut *connection);
+        while let Some(row) = rows.try_next().await? {
+            let cells = (0..heads.len()).map(|place| cell(&row, place));
+            if take(Answer::Row(cells.collect::<Result<_, _>>()?)).is_break() {
+                break;
+            }
+        }
+        Ok(())
     }
 }
+
+/// A piece of the answer to a statement.
+#[derive(Debug)]
+pub enum Answer<'a> {
+    /// The names of its columns; once, and first.
+    Heads(&'a [&'a str]),
+    /// A row.
+    Row(Vec<Cell>),
+}
+
+/// Memory that SQLite may take for a question, in bytes; of this whole process, which asks one.
+const MEMORY: u64 = 512 << 20;
 
 fn cell(row: &SqliteRow, place: usize) -> Result<Cell, sqlx::Error> {
     let value = row.try_get_raw(place)?;

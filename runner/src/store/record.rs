@@ -1,8 +1,7 @@
 //! Writing down runs, stages, attempts and artifacts as they happen. Each function is one transaction.
 
-use std::time::Duration;
-
 use std::hash::{BuildHasher, Hasher};
+use std::time::{Duration, Instant};
 
 use retort_abi::{ArtifactMeta, Description, Failure};
 use serde::{Deserialize, Serialize};
@@ -11,7 +10,7 @@ use sqlx::sqlite::SqliteConnection;
 
 use super::lease::Holder;
 use super::time::Time;
-use super::{AttemptId, RunId, StageId, Store, StoreError, series};
+use super::{AttemptId, BUSY_TIMEOUT, RunId, StageId, Store, StoreError, series};
 
 /// A run about to begin.
 #[derive(Debug, Clone, Default)]
@@ -214,6 +213,21 @@ macro_rules! names {
     };
 }
 
+/// Records what a run cannot go on without. A disk that is full for a moment, because of somebody else's file, is no
+/// reason to lose a result: it is tried again for as long as one waits for another writer.
+macro_rules! when_there_is_room {
+    ($record:expr) => {{
+        let began = Instant::now();
+        loop {
+            let recorded = $record.await;
+            if !is_for_a_moment(&recorded, began) {
+                break recorded;
+            }
+            tokio::time::sleep(Duration::from_millis(250)).await;
+        }
+    }};
+}
+
 impl RunState {
     /// All states.
     pub const ALL: [Self; 6] = [
@@ -290,6 +304,15 @@ impl Store {
         state: RunState,
         error: Option<&str>,
     ) -> Result<(), StoreError> {
+        when_there_is_room!(self.try_finish_run(run, state, error))
+    }
+
+    async fn try_finish_run(
+        &self,
+        run: &RunId,
+        state: RunState,
+        error: Option<&str>,
+    ) -> Result<(), StoreError> {
         let mut write = self.write().await?;
         sqlx::query("update runs set state = ?2, error = ?3, finished = ?4 where id = ?1")
             .bind(&run.0)
@@ -346,6 +369,16 @@ impl Store {
         components: &Value,
         source: AttemptId,
     ) -> Result<(), StoreError> {
+        when_there_is_room!(self.try_stage_reused(stage, digest, components, source))
+    }
+
+    async fn try_stage_reused(
+        &self,
+        stage: StageId,
+        digest: &str,
+        components: &Value,
+        source: AttemptId,
+    ) -> Result<(), StoreError> {
         let mut write = self.write().await?;
         sqlx::query("update stages set state = 'reused', digest = ?2, components = ?3, reused_from = ?4 where key = ?1")
             .bind(stage.0)
@@ -365,6 +398,16 @@ impl Store {
     /// # Errors
     /// As [`Store::begin_run`].
     pub async fn begin_attempt(
+        &self,
+        stage: StageId,
+        digest: &str,
+        components: &Value,
+        worker_pid: u32,
+    ) -> Result<AttemptId, StoreError> {
+        when_there_is_room!(self.try_begin_attempt(stage, digest, components, worker_pid))
+    }
+
+    async fn try_begin_attempt(
         &self,
         stage: StageId,
         digest: &str,
@@ -407,6 +450,14 @@ impl Store {
     /// # Errors
     /// As [`Store::begin_run`].
     pub async fn finish_attempt(
+        &self,
+        attempt: AttemptId,
+        end: &AttemptEnd,
+    ) -> Result<(), StoreError> {
+        when_there_is_room!(self.try_finish_attempt(attempt, end))
+    }
+
+    async fn try_finish_attempt(
         &self,
         attempt: AttemptId,
         end: &AttemptEnd,
@@ -456,6 +507,14 @@ impl Store {
         attempt: AttemptId,
         artifact: &ArtifactRecord,
     ) -> Result<(), StoreError> {
+        when_there_is_room!(self.try_record_artifact(attempt, artifact))
+    }
+
+    async fn try_record_artifact(
+        &self,
+        attempt: AttemptId,
+        artifact: &ArtifactRecord,
+    ) -> Result<(), StoreError> {
         let mut write = self.write().await?;
         let now = Time::now().0;
         sqlx::query(
@@ -486,6 +545,14 @@ impl Store {
     /// # Errors
     /// As [`Store::begin_run`].
     pub async fn record_lineage(
+        &self,
+        attempt: AttemptId,
+        inputs: &[String],
+    ) -> Result<(), StoreError> {
+        when_there_is_room!(self.try_record_lineage(attempt, inputs))
+    }
+
+    async fn try_record_lineage(
         &self,
         attempt: AttemptId,
         inputs: &[String],
@@ -521,9 +588,21 @@ impl Store {
     }
 }
 
+/// Whether the disk was full, and may no longer be.
+fn is_for_a_moment<T>(recorded: &Result<T, StoreError>, began: Instant) -> bool {
+    matches!(recorded, Err(StoreError::Full)) && began.elapsed() < BUSY_TIMEOUT
+}
+
+/// Crockford's base 32.
+const ALPHABET: &[u8; 32] = b"0123456789abcdefghjkmnpqrstvwxyz";
+
+/// Whether a text is an id such as [`run_id`] makes.
+pub(super) fn is_run_id(text: &str) -> bool {
+    text.len() == 10 && text.bytes().all(|byte| ALPHABET.contains(&byte))
+}
+
 /// Ten characters of Crockford's base 32: 40 bits of milliseconds since 2024, which sort, and 10 bits of chance.
 fn run_id(now: Time) -> RunId {
-    const ALPHABET: &[u8; 32] = b"0123456789abcdefghjkmnpqrstvwxyz";
     const SINCE_2024: i64 = 1_704_067_200_000;
     let time = (now.0 - SINCE_2024).cast_unsigned() & ((1 << 40) - 1);
     // The standard library's hash keys are the operating system's random numbers.

@@ -1,4 +1,6 @@
 //! From what people type to a run: `latest`, `latest~1`, a tag, the beginning of an id.
+//!
+//! The latest run is the one that was recorded last, whatever the clock said then: clocks are set back.
 
 use super::{RunId, Store, StoreError};
 
@@ -27,16 +29,14 @@ impl Store {
     }
 
     async fn run_before_latest(&self, steps: u32) -> Result<Option<String>, StoreError> {
-        let found = sqlx::query_scalar(
-            "select id from runs order by created desc, key desc limit 1 offset ?1",
-        );
+        let found = sqlx::query_scalar("select id from runs order by key desc limit 1 offset ?1");
         Ok(found.bind(steps).fetch_optional(self.pool()).await?)
     }
 
     async fn run_by_tag(&self, tag: &str) -> Result<Option<String>, StoreError> {
         let found = sqlx::query_scalar(
             "select r.id from tags t join runs r on r.key = t.run where t.tag = ?1
-             order by r.created desc, r.key desc limit 1",
+             order by r.key desc limit 1",
         );
         Ok(found.bind(tag).fetch_optional(self.pool()).await?)
     }
@@ -48,7 +48,7 @@ impl Store {
             return Ok(None);
         }
         let mut found: Vec<String> = sqlx::query_scalar(
-            "select id from runs where id >= ?1 and id < ?1 || '~' order by created desc, key desc",
+            "select id from runs where id >= ?1 and id < ?1 || '~' order by key desc",
         )
         .bind(&prefix)
         .fetch_all(self.pool())
@@ -62,7 +62,7 @@ impl Store {
         Ok(found.pop())
     }
 
-    async fn count_runs(&self) -> Result<u64, StoreError> {
+    pub(super) async fn count_runs(&self) -> Result<u64, StoreError> {
         let count: i64 = sqlx::query_scalar("select count(*) from runs")
             .fetch_one(self.pool())
             .await?;

@@ -4,7 +4,8 @@
 //! not left to sqlx's migrator because that takes no lock on SQLite: of many processes opening one new store at once,
 //! all but one would fail. Here the first takes a file lock, the others wait for it and find the work done.
 
-use std::fs::{File, TryLockError};
+use std::fs::{DirBuilder, File, TryLockError};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -29,7 +30,7 @@ pub(super) const MIGRATIONS: &[&str] = &[
 const UNPACKED: usize = 2;
 
 /// `rtrt`: tells the history of retort from any other SQLite database.
-const APPLICATION_ID: i64 = 0x7274_7274;
+pub(super) const APPLICATION_ID: i64 = 0x7274_7274;
 
 /// The database of a store.
 pub(super) fn path_of(dir: &Path) -> PathBuf {
@@ -46,6 +47,8 @@ pub(super) async fn open_for_writing(dir: &Path) -> Result<SqlitePool, StoreErro
 /// Opens for questions only. An older schema is migrated first, by way of a connection that may write.
 pub(super) async fn open_for_reading(dir: &Path) -> Result<SqlitePool, StoreError> {
     let path = path_of(dir);
+    check_files(&path)?;
+    check_is_no_loss(dir)?;
     match path.try_exists() {
         Ok(true) => {}
         Ok(false) => {
@@ -56,7 +59,8 @@ pub(super) async fn open_for_reading(dir: &Path) -> Result<SqlitePool, StoreErro
         Err(source) => return Err(StoreError::Io { path, source }),
     }
     let known = newest(MIGRATIONS);
-    let mut read = options(&path).read_only(true);
+    // Few rows under way at a time: of a question, they may be long.
+    let mut read = options(&path).read_only(true).row_buffer_size(8);
     let state = match inspect(&read, &path).await {
         Ok(state) => state,
         // A database in WAL mode needs two more files beside it. Where they are absent and cannot be made, nobody
@@ -72,6 +76,7 @@ pub(super) async fn open_for_reading(dir: &Path) -> Result<SqlitePool, StoreErro
         migrate(dir, MIGRATIONS)
             .await
             .map_err(|error| match error {
+                error @ StoreError::HistoryGone { .. } => error,
                 // Nothing has been made of it yet: there is nothing to ask.
                 _ if state.version == 0 => StoreError::Missing {
                     path: dir.to_owned(),
@@ -102,6 +107,7 @@ pub(super) async fn connect_for_writing(dir: &Path) -> Result<SqliteConnection, 
 /// Brings the database of `dir` to the last of `migrations`, making directory and file if need be.
 pub(super) async fn migrate(dir: &Path, migrations: &[&'static str]) -> Result<(), StoreError> {
     let path = path_of(dir);
+    check_files(&path)?;
     let known = newest(migrations);
     let existing = options(&path);
     if std::fs::metadata(&path).is_ok_and(|file| file.len() > 0) {
@@ -115,13 +121,20 @@ pub(super) async fn migrate(dir: &Path, migrations: &[&'static str]) -> Result<(
     let _turn = lock(dir).await?;
 
     // Only here, alone, is the journal's mode set: the file remembers it.
-    let options = existing.create_if_missing(true);
+    check_is_no_loss(dir)?;
+    if !path.exists() {
+        make_file(&path)?;
+    }
+    let options = existing;
     let at = |error: sqlx::Error| StoreError::from(error).at(&path);
     let mut connection = options.connect().await.map_err(at)?;
     let state = read_state(&mut connection).await.map_err(at)?;
     check_version(&state, known, &path)?;
     if state.version == known {
         return connection.close().await.map_err(at);
+    }
+    if state.version == 0 {
+        check_has_no_artifacts(dir)?;
     }
     function::register(&mut connection).await.map_err(at)?;
     if state.version > 0 {
@@ -165,6 +178,8 @@ async fn back_up(
     if copy.exists() {
         std::fs::remove_file(&copy).map_err(|error| StoreError::refused(&copy, error))?;
     }
+    // SQLite takes an empty file for the copy, with the mode that it has.
+    make_file(&copy)?;
     sqlx::query("vacuum into ?1")
         .bind(copy.to_string_lossy().into_owned())
         .execute(connection)
@@ -238,6 +253,8 @@ async fn read_state(connection: &mut SqliteConnection) -> Result<State, sqlx::Er
 }
 
 pub(super) fn options(path: &Path) -> SqliteConnectOptions {
+    // Absolute: SQLite would take `file:x` for a URI, and `:memory:` for no file at all.
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
     SqliteConnectOptions::new()
         .filename(path)
         .foreign_keys(true)
@@ -260,7 +277,7 @@ fn pool(options: SqliteConnectOptions, connections: u32) -> SqlitePool {
         .connect_lazy_with(options)
 }
 
-fn wal_of(path: &Path) -> PathBuf {
+pub(super) fn wal_of(path: &Path) -> PathBuf {
     let mut wal = path.as_os_str().to_owned();
     wal.push("-wal");
     wal.into()
@@ -274,14 +291,101 @@ fn check_writable(path: &Path) -> Result<(), StoreError> {
         .map_err(|error| StoreError::refused(path, error))
 }
 
-/// Makes the directory; a new one tells git to leave it alone.
+/// Makes the directory, for its owner alone; a new one tells git to leave it alone.
 fn make_directory(dir: &Path) -> Result<(), StoreError> {
     if dir.is_dir() {
         return Ok(());
     }
-    std::fs::create_dir_all(dir).map_err(|error| StoreError::refused(&path_of(dir), error))?;
+    let refused = |error| StoreError::refused(&path_of(dir), error);
+    if let Some(parent) = dir.parent() {
+        std::fs::create_dir_all(parent).map_err(refused)?;
+    }
+    match DirBuilder::new().mode(0o700).create(dir) {
+        // Another process was faster.
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists && dir.is_dir() => {}
+        made => made.map_err(refused)?,
+    }
     let ignore = dir.join(".gitignore");
     std::fs::write(&ignore, "*\n").map_err(|error| StoreError::refused(&ignore, error))
+}
+
+/// Makes an empty file with the rights that the directory gives to its group. Nobody else may read it: the arguments of
+/// commands are in it, and what somebody gave with `--set`. SQLite gives its further files the mode of the database.
+fn make_file(path: &Path) -> Result<(), StoreError> {
+    let made = || {
+        let dir = path.parent().unwrap_or(Path::new("."));
+        let mode = 0o600 | (std::fs::metadata(dir)?.permissions().mode() & 0o060);
+        let file = File::options()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(mode)
+            .open(path)?;
+        // Whatever the umask takes away: where the directory is a group's, so is the history.
+        file.set_permissions(std::fs::Permissions::from_mode(mode))
+    };
+    made().map_err(|error| StoreError::refused(path, error))
+}
+
+/// An error where a database, or a file that SQLite keeps beside it, is no regular file: opening a pipe waits for good.
+pub(super) fn check_files(path: &Path) -> Result<(), StoreError> {
+    // Through links, as SQLite goes.
+    let place = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    for end in ["", "-wal", "-shm", "-journal"] {
+        let mut file = place.as_os_str().to_owned();
+        file.push(end);
+        let Ok(found) = std::fs::metadata(&file) else {
+            continue;
+        };
+        let kind = match found.file_type() {
+            kind if kind.is_file() => continue,
+            kind if kind.is_dir() => "a directory",
+            kind if kind.is_fifo() => "a named pipe",
+            kind if kind.is_socket() => "a socket",
+            _ => "a device",
+        };
+        return Err(StoreError::NotAFile {
+            path: match end {
+                "" => path.to_owned(),
+                _ => file.into(),
+            },
+            kind,
+        });
+    }
+    Ok(())
+}
+
+/// An error where the history is gone. Said before SQLite opens what is left: beside an empty database it would remove
+/// the write-ahead log, which may hold everything.
+fn check_is_no_loss(dir: &Path) -> Result<(), StoreError> {
+    let path = path_of(dir);
+    let is_empty = || std::fs::metadata(&path).map_or(true, |file| file.len() == 0);
+    let log = || std::fs::metadata(wal_of(&path)).is_ok_and(|file| file.len() > 0);
+    // Asked again at the end: another process may be making the store right now.
+    match is_empty() && (artifacts(dir) > 0 || log()) && is_empty() {
+        true => Err(gone(dir)),
+        false => Ok(()),
+    }
+}
+
+/// An error where there are artifacts: a new history would take them for what nobody needs.
+pub(super) fn check_has_no_artifacts(dir: &Path) -> Result<(), StoreError> {
+    match artifacts(dir) {
+        0 => Ok(()),
+        _ => Err(gone(dir)),
+    }
+}
+
+fn artifacts(dir: &Path) -> usize {
+    std::fs::read_dir(dir.join("artifacts")).map_or(0, |entries| entries.count())
+}
+
+/// That the history which told of the artifacts in the directory is not there.
+fn gone(dir: &Path) -> StoreError {
+    StoreError::HistoryGone {
+        path: path_of(dir),
+        artifacts: artifacts(dir),
+    }
 }
 
 /// Waits for the right to make or migrate the store.

@@ -268,7 +268,7 @@ impl Select {
             self.sql.push(direction);
             self.sql.push(" nulls last, ");
         }
-        self.sql.push("r.created desc, r.key desc limit ");
+        self.sql.push("r.key desc limit ");
         self.sql.push_bind(limit);
         Ok(())
     }

@@ -9,6 +9,7 @@ use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{ConnectOptions, Connection};
 
 use super::*;
+use crate::table::Rows;
 
 /// Runs a test's async body against a fresh store directory.
 fn check<F: Future<Output = ()>>(body: impl FnOnce(PathBuf) -> F) {
@@ -22,6 +23,24 @@ fn check<F: Future<Output = ()>>(body: impl FnOnce(PathBuf) -> F) {
 
 async fn open(dir: &Path) -> Store {
     Store::open(dir, Access::ReadWrite).await.expect("a store")
+}
+
+/// The answer to a statement, all of it.
+async fn ask(store: &Store, sql: &str) -> Result<Rows, StoreError> {
+    let mut rows = Rows::default();
+    let taken = store.query(sql, |answer| {
+        match answer {
+            Answer::Heads(heads) => rows = Rows::new(heads),
+            Answer::Row(row) => rows.push(row),
+        }
+        std::ops::ControlFlow::Continue(())
+    });
+    taken.await.map(|()| rows)
+}
+
+/// A hash, told from others by a word.
+fn hash(word: &str) -> String {
+    blake3::hash(word.as_bytes()).to_hex().to_string()
 }
 
 fn a_run(recipe: &str) -> NewRun {
@@ -41,7 +60,7 @@ fn a_stage(name: &str) -> NewStage {
         plugin: PluginIdentity {
             name: "candle".into(),
             version: "1.0.0".into(),
-            hash: "ab".into(),
+            hash: hash("a plugin"),
         },
         device: "cpu".into(),
         dtype: "f32".into(),
@@ -109,7 +128,7 @@ async fn begin(store: &Store, recipe: &str, digest: &str) -> (RunId, StageId, At
         .await
         .expect("a stage");
     let attempt = store
-        .begin_attempt(stage, digest, &json!({"seed": "3"}), 1)
+        .begin_attempt(stage, &hash(digest), &json!({"seed": "3"}), 1)
         .await
         .expect("an attempt");
     (run, stage, attempt)
@@ -218,7 +237,7 @@ fn a_success_is_found_by_its_digest_and_reused() {
             .finish_attempt(failed, &an_end(AttemptState::Failed, None))
             .await
             .unwrap();
-        assert_eq!(store.find_success("d1").await.unwrap(), None);
+        assert_eq!(store.find_success(&hash("d1")).await.unwrap(), None);
 
         let (first, _, attempt) = begin(&store, "digits", "d1").await;
         store
@@ -233,14 +252,18 @@ fn a_success_is_found_by_its_digest_and_reused() {
             .finish_attempt(attempt, &an_end(AttemptState::Succeeded, Some("h1")))
             .await
             .unwrap();
-        let success = store.find_success("d1").await.unwrap().expect("a success");
+        let success = store
+            .find_success(&hash("d1"))
+            .await
+            .unwrap()
+            .expect("a success");
         assert_eq!((success.attempt, &success.run), (attempt, &first));
         assert_eq!(success.output, an_artifact("h1"));
 
         let second = store.begin_run(&a_run("digits")).await.unwrap();
         let stage = store.add_stage(&second, &a_stage("distill")).await.unwrap();
         store
-            .stage_reused(stage, "d1", &json!({"seed": "4"}), attempt)
+            .stage_reused(stage, &hash("d1"), &json!({"seed": "4"}), attempt)
             .await
             .unwrap();
         let detail = store.run_detail(&second).await.unwrap();
@@ -814,7 +837,7 @@ async fn a_pair(store: &Store) -> (RunId, RunId) {
     let second = store.begin_run(&new).await.unwrap();
     let stage = store.add_stage(&second, &a_stage("again")).await.unwrap();
     store
-        .stage_reused(stage, "d1", &json!({}), attempt)
+        .stage_reused(stage, &hash("d1"), &json!({}), attempt)
         .await
         .unwrap();
     store
@@ -1373,8 +1396,7 @@ fn a_statement_is_answered_and_cannot_write() {
             )
             .await
             .unwrap();
-        let answer = store
-            .query("select run, stage, step, value, x'00ff' as bytes, null as gap from v_metrics order by step")
+        let answer = ask(&store, "select run, stage, step, value, x'00ff' as bytes, null as gap from v_metrics order by step")
             .await
             .unwrap();
         assert_eq!(
@@ -1385,8 +1407,7 @@ fn a_statement_is_answered_and_cannot_write() {
             ])
         );
         // No rows still have heads.
-        let none = store
-            .query("select id, state from v_runs where false")
+        let none = ask(&store, "select id, state from v_runs where false")
             .await
             .unwrap();
         assert_eq!(none.render(crate::table::Style::Csv), "id,state\n");
@@ -1399,7 +1420,7 @@ fn a_statement_is_answered_and_cannot_write() {
             "no sql".to_owned(),
             "select * from no_table".to_owned(),
         ] {
-            let answer = store.query(&statement).await;
+            let answer = ask(&store, &statement).await;
             assert!(
                 matches!(answer, Err(StoreError::Sql(_))),
                 "{statement}: {answer:?}"
@@ -1418,14 +1439,13 @@ fn every_view_can_be_asked() {
     check(|dir| async move {
         let store = open(&dir).await;
         begin(&store, "digits", "d1").await;
-        let views = store
-            .query("select name from sqlite_schema where type = 'view'")
+        let views = ask(&store, "select name from sqlite_schema where type = 'view'")
             .await
             .unwrap();
         assert!(views.len() >= 10);
         for view in views.objects().as_array().unwrap() {
             let view = view["name"].as_str().unwrap();
-            store.query(&format!("select * from {view}")).await.unwrap();
+            ask(&store, &format!("select * from {view}")).await.unwrap();
         }
     });
 }
@@ -1636,5 +1656,108 @@ fn descriptions_are_kept_by_the_hash_of_the_plugin() {
             Some(description)
         );
         assert_eq!(store.cached_description("cd").await.unwrap(), None);
+    });
+}
+
+#[test]
+fn a_full_disk_ends_neither_a_connection_nor_what_comes_after() {
+    check(|dir| async move {
+        let store = open(&dir).await;
+        let (run, stage, attempt) = begin(&store, "digits", "d1").await;
+        let limit = async |pages: i64| {
+            // A limit is of a connection: each of the pool gets it.
+            let mut all = Vec::new();
+            for _ in 0..4 {
+                all.push(store.pool().acquire().await.unwrap());
+            }
+            for connection in &mut all {
+                let limit = format!("pragma max_page_count = {pages}");
+                let limit = sqlx::query(sqlx::AssertSqlSafe(limit));
+                limit.execute(&mut **connection).await.unwrap();
+            }
+        };
+        limit(1).await;
+        let line = |text: String| LogLine {
+            at: Time(5),
+            level: 3,
+            source: LogSource::Plugin,
+            text,
+        };
+        for _ in 0..4 {
+            let long = [line("x".repeat(200_000))];
+            let full = store.append_log(attempt, &long).await;
+            assert!(matches!(full, Err(StoreError::Full)), "{full:?}");
+        }
+        // The connections are others by now, and none of them believes to be in a transaction.
+        for _ in 0..8 {
+            store
+                .append_log(attempt, &[line("short".into())])
+                .await
+                .unwrap();
+            store.heartbeat(&run).await.unwrap();
+        }
+        store
+            .finish_attempt(attempt, &an_end(AttemptState::Failed, None))
+            .await
+            .unwrap();
+        store
+            .begin_attempt(stage, "d2", &json!({}), 1)
+            .await
+            .unwrap();
+        assert_eq!(store.run_log(&run, 0, 99).await.unwrap().len(), 8);
+        assert_eq!(store.problems().await.unwrap(), [""; 0]);
+    });
+}
+
+#[test]
+fn a_transaction_that_ends_early_leaves_nothing_and_a_good_connection() {
+    check(|dir| async move {
+        let store = open(&dir).await;
+        for _ in 0..10 {
+            let mut write = store.write().await.unwrap();
+            let broken = sqlx::query("insert into runs (key) values (1)").execute(&mut *write);
+            assert!(broken.await.is_err());
+            drop(write);
+            let mut write = store.write().await.unwrap();
+            // As SQLite does by itself when the disk fails.
+            sqlx::query("rollback").execute(&mut *write).await.unwrap();
+            assert!(write.commit().await.is_err());
+        }
+        begin(&store, "digits", "d1").await;
+        assert_eq!(
+            store.list_runs(&RunFilter::default()).await.unwrap().len(),
+            1
+        );
+    });
+}
+
+#[test]
+fn the_latest_run_is_the_last_one_recorded() {
+    check(|dir| async move {
+        let store = open(&dir).await;
+        let mut runs = Vec::new();
+        for _ in 0..3 {
+            runs.push(begin(&store, "digits", "d1").await.0);
+        }
+        // The clock was set back by a day before the last one, and was a day ahead in the second.
+        for (run, days) in [(&runs[1], 1_i64), (&runs[2], -1)] {
+            let moved = sqlx::query("update runs set created = created + ?2 where id = ?1");
+            let moved = moved.bind(&run.0).bind(days * 86_400_000);
+            moved.execute(store.pool()).await.unwrap();
+        }
+        for (reference, run) in [("latest", 2), ("latest~1", 1), ("latest~2", 0)] {
+            assert_eq!(store.resolve_run(reference).await.unwrap(), runs[run]);
+        }
+        for run in &runs {
+            store.tag_run(run, "mine").await.unwrap();
+        }
+        assert_eq!(store.resolve_run("mine").await.unwrap(), runs[2]);
+        let listed = store.list_runs(&RunFilter::default()).await.unwrap();
+        let listed: Vec<_> = listed.into_iter().map(|run| run.id).rev().collect();
+        assert_eq!(listed, runs);
+        let last = store.last_execution("digits", "distill").await.unwrap();
+        assert_eq!(last.unwrap().run, runs[2]);
+        let before = store.turn_before(&runs[2], "distill").await.unwrap();
+        assert_eq!(before.unwrap().run, runs[1]);
     });
 }

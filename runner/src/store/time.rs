@@ -16,6 +16,11 @@ impl Time {
         Self(i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
     }
 
+    /// Seconds from this moment to another; less than none when that is earlier.
+    pub fn seconds_to(self, other: Time) -> f64 {
+        other.0.saturating_sub(self.0) as f64 / 1000.0
+    }
+
     /// Time passed since an earlier moment; zero when it is not earlier.
     pub fn since(self, earlier: Time) -> Duration {
         Duration::from_millis(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(0))

@@ -2,16 +2,21 @@
 //! asked for, the files of artifacts.
 //!
 //! A run is known by its id, so that taking it over twice changes nothing. Keys are given anew. A run whose stages were
-//! reused goes along with the runs that reuse them. Where the source is damaged, what can be read is taken, piece by
-//! piece, and what cannot is told: of a run that is partly lost the rest is worth having.
+//! reused goes along with the runs that reuse them. Where the store is damaged that runs are exported from, what can be
+//! read is taken, piece by piece, and what cannot is told: of a run that is partly lost the rest is worth having.
+//!
+//! Deliberately absent: reading a file that comes from elsewhere (`import.rs`).
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::io::Read;
+use std::path::Path;
 
 use sqlx::sqlite::{SqliteConnection, SqliteRow};
 use sqlx::{ConnectOptions, Connection, Row};
 
-use super::{RunId, Store, StoreError, block, schema};
+use super::draft::{self, Draft};
+use super::{ArtifactFile, RunId, StoreError, block, schema};
+use crate::artifact;
 
 /// What was taken over.
 #[derive(Debug, Clone, Default, PartialEq, serde::Serialize)]
@@ -27,10 +32,10 @@ pub struct Transfer {
 }
 
 /// Bytes of a file kept in one row.
-const PART: usize = 1 << 20;
+pub(super) const PART: usize = 1 << 20;
 
 /// Files of artifacts in an exported file. Not part of a store's schema: a store keeps them as files.
-const FILES: &str = "create table exported_files (artifact text not null, path text not null, part integer not null,
+pub(super) const FILES: &str = "create table exported_files (artifact text not null, path text not null, part integer not null,
     data blob not null, primary key (artifact, path, part)) strict";
 
 /// Writes runs of the store in `dir` into the file `to`, all of them when `runs` is none. With `files`, the files of
@@ -47,10 +52,7 @@ pub async fn export(
     let source = schema::path_of(dir);
     schema::check_is_store(&source).await?;
     let beside = to.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let draft = tempfile::Builder::new()
-        .prefix(".export")
-        .tempdir_in(beside.unwrap_or(Path::new(".")))
-        .map_err(|error| StoreError::refused(to, error))?;
+    let draft = Draft::new(beside.unwrap_or(Path::new(".")), draft::EXPORT)?;
     schema::migrate(draft.path(), schema::MIGRATIONS).await?;
     let path = schema::path_of(draft.path());
     let mut connection = connect(&path, &source).await?;
@@ -77,13 +79,20 @@ pub async fn export(
                 .fetch_all(&mut connection)
                 .await?;
         for hash in artifacts {
-            match put_files(&mut connection, &dir.join("artifacts"), &hash).await {
-                Ok(()) => transfer.artifacts.push(hash),
-                Err(error @ StoreError::Io { .. }) => {
-                    transfer.lost.push(format!("artifact {hash}: {error}"));
+            let fault = match put_files(&mut connection, &dir.join("artifacts"), &hash).await {
+                Ok(()) => {
+                    transfer.artifacts.push(hash);
+                    continue;
                 }
+                Err(StoreError::Damaged { message }) => message,
+                Err(error @ StoreError::Io { .. }) => error.to_string(),
                 Err(error) => return Err(error),
-            }
+            };
+            sqlx::query("delete from main.exported_files where artifact = ?1")
+                .bind(&hash)
+                .execute(&mut connection)
+                .await?;
+            transfer.lost.push(format!("artifact {hash}: {fault}"));
         }
     }
     // One file: no write-ahead log beside it.
@@ -95,96 +104,37 @@ pub async fn export(
     Ok(transfer)
 }
 
-impl Store {
-    /// Takes over the runs of an exported file, or of another store's `history.db`, that are not known here, and the
-    /// files of their artifacts where the file holds them. All or nothing.
-    ///
-    /// # Errors
-    /// [`StoreError`].
-    pub async fn import(&self, from: &Path) -> Result<Transfer, StoreError> {
-        let version = schema::check_is_store(from).await?;
-        // An older file is brought up to date in a copy: it is not ours to change.
-        let mut copied = None;
-        if version < schema::newest(schema::MIGRATIONS) {
-            let copy = tempfile::tempdir_in(self.dir())
-                .map_err(|error| StoreError::refused(self.dir(), error))?;
-            let path = schema::path_of(copy.path());
-            std::fs::copy(from, &path).map_err(|error| StoreError::refused(&path, error))?;
-            schema::migrate(copy.path(), schema::MIGRATIONS).await?;
-            copied = Some((copy, path));
-        }
-        let source = copied.as_ref().map_or(from, |(_, path)| path);
-        let mut connection = connect(&schema::path_of(self.dir()), source).await?;
-        let mut transaction = connection.begin_with("begin immediate").await?;
-        let mut copy = Copy::new(&mut transaction, Transfer::default());
-        let mut lost = Vec::new();
-        let runs = all_runs(copy.connection, &mut lost).await;
-        for run in &runs {
-            copy.run(run).await?;
-        }
-        copy.connect_reused().await?;
-        let mut transfer = copy.done;
-        transfer.lost.append(&mut lost);
-        let has_files: i64 = sqlx::query_scalar(
-            "select count(*) from source.sqlite_schema where name = 'exported_files'",
-        )
-        .fetch_one(&mut *transaction)
-        .await?;
-        if has_files > 0 {
-            self.take_files(&mut transaction, &mut transfer).await?;
-        }
-        transaction.commit().await?;
-        sqlx::raw_sql("detach database source")
-            .execute(&mut connection)
-            .await?;
-        connection.close().await?;
-        Ok(transfer)
+/// Copies all runs of the database attached as `source`, which is sound, into `main`.
+pub(super) async fn copy_all(connection: &mut SqliteConnection) -> Result<Transfer, StoreError> {
+    let mut lost = Vec::new();
+    let runs = all_runs(connection, &mut lost).await;
+    let mut copy = Copy::new(connection, Transfer::default());
+    for run in &runs {
+        copy.run(run).await?;
     }
-
-    async fn take_files(
-        &self,
-        connection: &mut SqliteConnection,
-        transfer: &mut Transfer,
-    ) -> Result<(), StoreError> {
-        let hashes: Vec<String> = sqlx::query_scalar(
-            "select distinct artifact from source.exported_files order by artifact",
-        )
-        .fetch_all(&mut *connection)
-        .await?;
-        let root = self.dir().join("artifacts");
-        for hash in hashes {
-            if root.join(&hash).exists() {
-                continue;
-            }
-            let draft = tempfile::Builder::new()
-                .prefix(".import")
-                .tempdir_in(self.dir())
-                .map_err(|error| StoreError::refused(self.dir(), error))?;
-            let staging = draft.path().join("files");
-            take_parts(connection, &hash, &staging).await?;
-            let contents = crate::artifact::commit(&staging, &root);
-            let problem = match contents {
-                Ok(contents) if contents.hash == hash => None,
-                Ok(contents) => {
-                    let _ = std::fs::remove_dir_all(root.join(contents.hash));
-                    Some("its files are not what its hash says".to_owned())
-                }
-                Err(error) => Some(error.to_string()),
-            };
-            match problem {
-                None => transfer.artifacts.push(hash),
-                Some(problem) => transfer.lost.push(format!("artifact {hash}: {problem}")),
-            }
-        }
-        Ok(())
-    }
+    copy.connect_reused().await?;
+    let mut transfer = copy.done;
+    transfer.lost.append(&mut lost);
+    Ok(transfer)
 }
 
 /// A connection that may write to `main`, with another database to read from under the name `source`.
-async fn connect(main: &Path, source: &Path) -> Result<SqliteConnection, StoreError> {
+pub(super) async fn connect(main: &Path, source: &Path) -> Result<SqliteConnection, StoreError> {
     let at = |error: sqlx::Error| StoreError::from(error).at(main);
     let mut connection = schema::options(main).connect().await.map_err(at)?;
-    let source = std::path::absolute(source).map_err(|error| StoreError::refused(source, error))?;
+    attach(&mut connection, source, "mode=ro")
+        .await
+        .map_err(at)?;
+    Ok(connection)
+}
+
+/// Attaches a database under the name `source`.
+pub(super) async fn attach(
+    connection: &mut SqliteConnection,
+    source: &Path,
+    how: &str,
+) -> Result<(), sqlx::Error> {
+    let source = std::path::absolute(source)?;
     let mut uri = String::from("file:");
     for byte in source.to_string_lossy().bytes() {
         match byte {
@@ -193,13 +143,11 @@ async fn connect(main: &Path, source: &Path) -> Result<SqliteConnection, StoreEr
             byte => uri += &format!("%{byte:02x}"),
         }
     }
-    uri += "?mode=ro";
     sqlx::query("attach database ?1 as source")
-        .bind(uri)
-        .execute(&mut connection)
-        .await
-        .map_err(at)?;
-    Ok(connection)
+        .bind(format!("{uri}?{how}"))
+        .execute(connection)
+        .await?;
+    Ok(())
 }
 
 /// These runs, and before each the runs whose stages they reuse.
@@ -209,16 +157,16 @@ async fn with_sources(
 ) -> Result<Vec<RunId>, StoreError> {
     let found: Vec<String> = sqlx::query_scalar(
         "select distinct x.id from (
-             select r.id, r.created, r.key from source.runs r where r.id in (select value from json_each(?1))
+             select r.id, r.key from source.runs r where r.id in (select value from json_each(?1))
              union
-             select m.id, m.created, m.key
+             select m.id, m.key
              from source.runs r
              join source.stages s on s.run = r.key
              join source.attempts a on a.key = s.reused_from
              join source.stages ms on ms.key = a.stage
              join source.runs m on m.key = ms.run
              where r.id in (select value from json_each(?1))
-         ) x order by x.created, x.key",
+         ) x order by x.key",
     )
     .bind(serde_json::json!(runs).to_string())
     .fetch_all(connection)
@@ -321,7 +269,8 @@ impl<'c> Copy<'c> {
             .row(
                 "insert into main.runs (id, recipe, recipe_path, seed, command, resumed_from, state, error, created,
                      finished, note)
-                 select id, recipe, recipe_path, seed, command, resumed_from, state, error, created, finished, note
+                 select id, recipe, recipe_path, seed, command, resumed_from,
+                     case when state in ('queued', 'running') then 'lost' else state end, error, created, finished, note
                  from source.runs where id = ?1",
                 &run.0,
             )
@@ -341,10 +290,15 @@ impl<'c> Copy<'c> {
                  where run = ?1 and json_valid(resolved) and json_valid(environment)",
             ),
             (
-                "lease",
-                "insert into main.leases (run, host, boot, pid_namespace, pid, process_started, heartbeat)
-                 select ?2, host, boot, pid_namespace, pid, process_started, heartbeat
-                 from source.leases where run = ?1",
+                // Who carries a run out does so in its own store. There is when it was last heard of.
+                "when it was last heard of",
+                "update main.runs set finished = coalesce(
+                     (select l.heartbeat from source.leases l
+                      where l.run = ?1 and l.heartbeat between runs.created and unixepoch() * 1000),
+                     (select max(coalesce(a.finished, a.started)) from source.stages s
+                      join source.attempts a on a.stage = s.key where s.run = ?1),
+                     created)
+                 where key = ?2 and state = 'lost' and finished is null",
             ),
             (
                 "tags",
@@ -660,7 +614,7 @@ impl<'c> Copy<'c> {
     }
 }
 
-/// Puts the files of an artifact into the exported file.
+/// Puts the files of an artifact into the exported file: all of them, as its record has them, or none.
 async fn put_files(
     connection: &mut SqliteConnection,
     artifacts: &Path,
@@ -670,86 +624,68 @@ async fn put_files(
         .bind(hash)
         .fetch_one(&mut *connection)
         .await?;
-    let files: Vec<super::ArtifactFile> =
-        serde_json::from_str(&files).map_err(|error| StoreError::Damaged {
-            message: error.to_string(),
-        })?;
+    let damaged = |message: String| StoreError::Damaged { message };
+    let files: Vec<ArtifactFile> =
+        serde_json::from_str(&files).map_err(|error| damaged(error.to_string()))?;
+    // Of a record that somebody else has written no path may lead elsewhere. The hash of the list tells.
+    if artifact::list_hash(&files) != hash {
+        return Err(damaged("its files are not what its hash says".to_owned()));
+    }
     for file in files {
-        let path = artifacts.join(hash).join(&file.path);
-        let io = |source| StoreError::Io {
-            path: path.clone(),
-            source,
-        };
-        let mut reader = std::fs::File::open(&path).map_err(io)?;
-        let mut part = 0_i64;
-        loop {
-            let mut bytes = Vec::with_capacity(PART);
-            let limited = std::io::Read::by_ref(&mut reader);
-            std::io::Read::read_to_end(&mut std::io::Read::take(limited, PART as u64), &mut bytes)
-                .map_err(io)?;
-            // An empty file is one empty part.
-            if bytes.is_empty() && part > 0 {
-                break;
-            }
-            let last = bytes.len() < PART;
-            sqlx::query(
-                "insert into main.exported_files (artifact, path, part, data) values (?1, ?2, ?3, ?4)",
-            )
-            .bind(hash)
-            .bind(&file.path)
-            .bind(part)
-            .bind(bytes)
-            .execute(&mut *connection)
-            .await?;
-            part += 1;
-            if last {
-                break;
-            }
-        }
+        put_file(connection, &artifacts.join(hash), hash, &file).await?;
     }
     Ok(())
 }
 
-/// Writes the files of an artifact below a directory.
-async fn take_parts(
+async fn put_file(
     connection: &mut SqliteConnection,
+    dir: &Path,
     hash: &str,
-    staging: &Path,
+    file: &ArtifactFile,
 ) -> Result<(), StoreError> {
-    let parts: Vec<(String, i64)> = sqlx::query_as(
-        "select path, part from source.exported_files where artifact = ?1 order by path, part",
-    )
-    .bind(hash)
-    .fetch_all(&mut *connection)
-    .await?;
-    for (path, part) in parts {
-        // The file may come from anywhere: no path of it may lead out of the directory.
-        let inside = Path::new(&path)
-            .components()
-            .all(|component| matches!(component, std::path::Component::Normal(_)));
-        if !inside {
-            return Err(StoreError::Damaged {
-                message: format!("an exported file has the path {path}"),
-            });
+    let path = dir.join(&file.path);
+    let io = |source| StoreError::Io {
+        path: path.clone(),
+        source,
+    };
+    let changed = || StoreError::Damaged {
+        message: format!("`{}` is not what it was when it was made", file.path),
+    };
+    let mut reader = artifact::open_inner(dir, &file.path).map_err(io)?;
+    let mut hasher = blake3::Hasher::new();
+    let (mut part, mut size) = (0_i64, 0_u64);
+    loop {
+        let mut bytes = Vec::with_capacity(PART);
+        std::io::Read::by_ref(&mut reader)
+            .take(PART as u64)
+            .read_to_end(&mut bytes)
+            .map_err(io)?;
+        // An empty file is one empty part.
+        if bytes.is_empty() && part > 0 {
+            break;
         }
-        let data: Vec<u8> = sqlx::query_scalar(
-            "select data from source.exported_files where artifact = ?1 and path = ?2 and part = ?3",
+        hasher.update(&bytes);
+        size += bytes.len() as u64;
+        if size > file.size {
+            return Err(changed());
+        }
+        let last = bytes.len() < PART;
+        sqlx::query(
+            "insert into main.exported_files (artifact, path, part, data) values (?1, ?2, ?3, ?4)",
         )
         .bind(hash)
-        .bind(&path)
+        .bind(&file.path)
         .bind(part)
-        .fetch_one(&mut *connection)
+        .bind(bytes)
+        .execute(&mut *connection)
         .await?;
-        let to: PathBuf = staging.join(&path);
-        let write = || {
-            std::fs::create_dir_all(to.parent().unwrap_or(staging))?;
-            let mut file = std::fs::File::options()
-                .create(true)
-                .append(true)
-                .open(&to)?;
-            std::io::Write::write_all(&mut file, &data)
-        };
-        write().map_err(|error| StoreError::refused(&to, error))?;
+        part += 1;
+        if last {
+            break;
+        }
     }
-    Ok(())
+    match hasher.finalize().to_hex().as_str() == file.hash {
+        true => Ok(()),
+        false => Err(changed()),
+    }
 }

@@ -90,7 +90,7 @@ fn inception_measures_against_images_and_against_their_statistics() {
     // Of other features than the network's.
     lab.retort(&["run", "r.yaml", "--set", "again.dims=192"])
         .expect(100)
-        .saying(&["statistics.npz", "expected 192 features"]);
+        .saying(&["statistics.npz", "of shape [64], expected [192]"]);
 }
 
 #[test]

@@ -2,17 +2,19 @@
 //! perceptual loss (`distill`).
 
 use std::path::Path;
+use std::sync::Arc;
 
 use retort_abi::{ArtifactMeta, Host, LogLevel, StageResult};
+use retort_checkpoint::regular;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::backend::{Backend, Unary};
-use crate::data::{self, DataOptions, Images};
+use crate::bundle::CONFIG_MOST;
+use crate::data::{Data, Images};
 use crate::error::{Error, Result};
-use crate::random::{Sequence, Stream};
-use crate::stage::tokenizer::batch;
+use crate::stage::tokenizer::{batch_shape, training_feed};
 use crate::stage::{Context, Stage, write_json};
 use crate::tape::Var;
 use crate::train::{Decay, Fit, HeldOut, StepOutput, TrainOptions};
@@ -23,7 +25,7 @@ use crate::weights::{self, Init, Loader, Params, Source, Weights};
 #[serde(deny_unknown_fields)]
 pub struct Options {
     /// Images to learn from.
-    pub data: DataOptions,
+    pub data: Data,
     /// Share of each class kept out of training, to measure the accuracy.
     #[serde(default = "held_out")]
     #[schemars(range(min = 0, max = 0.9))]
@@ -155,8 +157,8 @@ impl<B: Backend> Net<B> {
     /// Loads from an artifact, as constants.
     pub fn open(backend: &B, dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
-        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-        let config: Config = serde_json::from_str(&text).map_err(|e| Error::data(&path, e))?;
+        let text = regular::read(&path, CONFIG_MOST).map_err(Error::io(&path))?;
+        let config: Config = serde_json::from_slice(&text).map_err(|e| Error::data(&path, e))?;
         let path = dir.join(MODEL);
         let weights = weights::read(&path)?;
         Self::load(
@@ -177,12 +179,12 @@ const MODEL: &str = "model.safetensors";
 pub fn train<B: Backend>(
     (host, backend, seed): (&dyn Host, &B, u64),
     work_dir: Option<&Path>,
-    images: &Images,
+    images: &Arc<Images>,
     (held_out, features): (f64, usize),
     options: &TrainOptions,
 ) -> Result<(Config, Weights, f64)> {
     let config = Config {
-        image: [images.channels, images.height, images.width],
+        image: images.shape(),
         features,
         classes: images.classes,
     };
@@ -199,27 +201,28 @@ pub fn train<B: Backend>(
         params: &params,
         ema: None,
     };
+    let mut feed = training_feed(images, &train, options.batch, seed);
     let step = |step: u64| {
-        let mut choice = Sequence::new(seed, Stream::Step, step);
-        let picks: Vec<usize> = (0..options.batch)
-            .map(|_| train[choice.below(train.len())])
-            .collect();
-        let labels: Vec<u32> = picks.iter().map(|&i| images.labels[i]).collect();
-        let features = net.features(&Var::constant(batch(backend, images, &picks)?))?;
+        let seen = feed.take(step)?;
+        let x = backend.floats(&seen.pixels, &batch_shape(images, options.batch))?;
+        let features = net.features(&Var::constant(x))?;
         let loss = net
             .classify(&features)?
-            .cross_entropy(&backend.indices(&labels, &[picks.len()])?)?;
+            .cross_entropy(&backend.indices(&seen.labels, &[options.batch])?)?;
         Ok(StepOutput {
             loss,
-            figures: Vec::new(),
+            figures: vec![feed.wait()],
         })
     };
     let measured_on = if held.is_empty() { &train } else { &held };
-    let (pixels, labels) = images.gather(measured_on);
     let mut measure = || {
-        let (_, classes) = net.measure(backend, &pixels)?;
-        let wrong = classes.iter().zip(&labels).filter(|(a, b)| a != b).count();
-        Ok(wrong as f64 / labels.len() as f64)
+        let mut wrong = 0;
+        for picks in measured_on.chunks(options.batch) {
+            let (pixels, labels) = images.gather(picks)?;
+            let (_, classes) = net.measure(backend, &pixels)?;
+            wrong += classes.iter().zip(&labels).filter(|(a, b)| a != b).count();
+        }
+        Ok(wrong as f64 / measured_on.len() as f64)
     };
     let every = (options.steps / 10).max(1);
     let held_out = HeldOut {
@@ -257,7 +260,7 @@ impl<B: Backend> Stage<B> for Classifier {
     }
 
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
-        let images = data::load(&o.data, &context.job.base_dir)?;
+        let images = Arc::new(context.images(&o.data)?);
         let with = (context.host, context.backend, context.job.seed);
         let (config, weights, accuracy) = train(
             with,

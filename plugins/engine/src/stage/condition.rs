@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use retort_abi::Cancel;
+use retort_checkpoint::regular;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -297,6 +298,9 @@ impl Wish<'_> {
     }
 }
 
+/// The most bytes of a file of captions.
+const LINES_MOST: u64 = 256 << 20;
+
 impl Texts {
     /// The texts, in order.
     fn read(&self, base: &Path) -> Result<Vec<String>> {
@@ -305,11 +309,13 @@ impl Texts {
             Self::List(texts) => texts.clone(),
             Self::Lines(lines) => {
                 let path = resolve(base, &lines.file);
-                let text = match std::fs::read_to_string(&path) {
+                let text = match regular::read(&path, LINES_MOST) {
                     // The runner speaks of missing files.
                     Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
                     text => text.map_err(Error::io(&path))?,
                 };
+                let text = String::from_utf8(text)
+                    .map_err(|e| Error::data(&path, format!("not UTF-8: {}", e.utf8_error())))?;
                 text.lines().map(str::to_owned).collect()
             }
         };
@@ -375,18 +381,7 @@ impl Features {
         if shape.contains(&0) {
             return Err(Error::data(&path, format!("features of shape {shape:?}")));
         }
-        let mask = self.mask(base, &source)?;
-        if let Some(mask) = &mask
-            && mask.len() != shape[0] * shape[1]
-        {
-            let message = format!(
-                "a mask of {} elements for {} captions of {} tokens",
-                mask.len(),
-                shape[0],
-                shape[1]
-            );
-            return Err(Error::data(&path, message));
-        }
+        let mask = self.mask(base, &source, [shape[0], shape[1]])?;
         Ok(Table {
             source,
             shape,
@@ -394,16 +389,36 @@ impl Features {
         })
     }
 
-    fn mask(&self, base: &Path, source: &Source) -> Result<Option<Vec<bool>>> {
+    /// The mask of so many captions of so many tokens.
+    fn mask(
+        &self,
+        base: &Path,
+        source: &Source,
+        [captions, tokens]: [usize; 2],
+    ) -> Result<Option<Vec<bool>>> {
+        // Before it is read: a file may speak of any number of elements.
+        let check = |path: &Path, found: &[usize]| {
+            let elements = found.iter().try_fold(1usize, |n, &m| n.checked_mul(m));
+            if elements == captions.checked_mul(tokens) {
+                return Ok(());
+            }
+            let message =
+                format!("a mask of shape {found:?} for {captions} captions of {tokens} tokens");
+            Err(Error::data(path, message))
+        };
         if let Some(file) = &self.mask_file {
-            let mut rows = numpy::Rows::open(&resolve(base, file))?;
-            let count = rows.shape().iter().product();
-            let found = rows.read(0, count)?;
+            let path = resolve(base, file);
+            let mut rows = numpy::Rows::open(&path)?;
+            check(&path, rows.shape())?;
+            let found = rows.read(0, captions * tokens)?;
             return Ok(Some(found.iter().map(|&x| x != 0.0).collect()));
         }
         let (Some(name), Source::Safetensors(stored, _)) = (&self.mask, source) else {
             return Ok(None);
         };
+        if let Some(found) = stored.shape(name) {
+            check(stored.path(), found)?;
+        }
         let found = stored
             .indices(name)
             .map(|ids| ids.iter().map(|&x| x != 0).collect());

@@ -11,18 +11,19 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use retort_abi::{ArtifactMeta, Cancel, LogLevel, StageResult, Table};
-use retort_checkpoint::{Checkpoint, Dtype};
 use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use crate::arrays::Arrays;
 use crate::backend::Backend;
-use crate::data::{self, DataOptions, Images};
+use crate::data::{Data, Images};
 use crate::error::{Error, Result};
 use crate::model::inception::{self, Inception, Preparation};
-use crate::numpy::{self, Array};
+use crate::numpy;
 use crate::picture::{self, Pixels};
 use crate::stage::classifier::{self, Net};
 use crate::stage::sample::{SampleFile, by_class};
@@ -43,9 +44,9 @@ pub struct Options {
     pub samples: BTreeMap<String, String>,
     /// The real images. May be left out when `statistics` stand for them.
     #[serde(default)]
-    pub data: Option<DataOptions>,
-    /// Statistics of the real images, for the Frechet distances: a `.npz` or torch file with `mu` and `sigma`, and
-    /// `mu_s` and `sigma_s` for the spatial features. Precision and recall need `data`.
+    pub data: Option<Data>,
+    /// Statistics of the real images, for the Frechet distances: a `.npz` or torch file with `mu` and `sigma` (or `m` and
+    /// `s`), and `mu_s` and `sigma_s` for the spatial features. Precision and recall need `data`.
     #[serde(default)]
     #[schemars(extend("x-retort-file" = "file"))]
     pub statistics: Option<String>,
@@ -118,7 +119,7 @@ impl<B: Backend> Stage<B> for Evaluate {
 
     fn check(o: &Options, _: &Path) -> Result<()> {
         if let Some(data) = &o.data {
-            data.check()
+            data.check_fixed()
                 .map_err(|e| Error::option("/data", e.to_string()))?;
         } else if o.statistics.is_none() {
             let message = "nothing to measure against: give `data`, or `statistics`";
@@ -164,7 +165,7 @@ impl<B: Backend> Stage<B> for Evaluate {
             ..*context
         };
         let images = match &o.data {
-            Some(options) => Some(data::load(options, &context.job.base_dir)?),
+            Some(data) => Some(Arc::new(context.images(data)?)),
             None => None,
         };
         let network = Network::open(context, o, images.as_ref())?;
@@ -191,12 +192,12 @@ impl<B: Backend> Stage<B> for Evaluate {
         let real = match &images {
             // Given statistics leave only the neighbours to be measured.
             Some(images) if o.statistics.is_none() || o.neighbours > 0 || o.save_statistics => {
-                let size = images.channels * images.height * images.width;
                 let read = &mut |first: usize, n: usize| {
-                    Ok(images.pixels[first * size..(first + n) * size].to_vec())
+                    let picks: Vec<usize> = (first..first + n).collect();
+                    Ok(images.gather(&picks)?.0)
                 };
-                let image = [images.channels, images.height, images.width];
-                Some(meter.measure("real images", (images.labels.len(), image), None, read)?)
+                let of = (images.len(), images.shape());
+                Some(meter.measure("real images", of, None, read)?)
             }
             _ => None,
         };
@@ -354,7 +355,7 @@ struct Seen {
 }
 
 impl<B: Backend> Network<B> {
-    fn open(context: &Context<'_, B>, o: &Options, images: Option<&Images>) -> Result<Self> {
+    fn open(context: &Context<'_, B>, o: &Options, images: Option<&Arc<Images>>) -> Result<Self> {
         let backend = context.backend;
         let network = match (&o.inception, &o.classifier, images) {
             (Some(file), _, _) => {
@@ -392,7 +393,7 @@ impl<B: Backend> Network<B> {
         };
         if let Some(images) = images {
             network
-                .accepts([images.channels, images.height, images.width])
+                .accepts(images.shape())
                 .map_err(|message| Error::option("/classifier", message))?;
         }
         Ok(network)
@@ -550,58 +551,24 @@ impl<B: Backend> Meter<'_, '_, B> {
 
 /// Reads moments of the network's features, and of its spatial features where they are given.
 fn statistics<B: Backend>(path: &Path, network: &Network<B>) -> Result<(Moments, Option<Moments>)> {
-    let mut array = arrays(path)?;
-    let mut moments = |mean: &str, covariance: &str, dim: usize| {
-        let (Some(m), Some(c)) = (array(mean)?, array(covariance)?) else {
-            return Ok(None);
-        };
-        if m.shape != [dim] || c.shape != [dim, dim] {
-            let message = format!(
-                "{mean} {:?} and {covariance} {:?}, expected {dim} features",
-                m.shape, c.shape
-            );
-            return Err(Error::data(path, message));
-        }
-        let moments = Moments::new(m.data, c.data);
-        moments.map(Some).map_err(|e| Error::data(path, e))
+    let arrays = Arrays::open(path)?;
+    let moments = |mean: &str, covariance: &str, dim: usize| {
+        let found = arrays.read(mean, &[dim])?;
+        let found = found.zip(arrays.read(covariance, &[dim, dim])?);
+        let moments = found.map(|(mean, covariance)| Moments::new(mean, covariance));
+        moments.transpose().map_err(|e| Error::data(path, e))
     };
-    let own = moments("mu", "sigma", network.dim())?
-        .ok_or_else(|| Error::data(path, "no arrays `mu` and `sigma`"))?;
+    let own = match moments("mu", "sigma", network.dim())? {
+        None => moments("m", "s", network.dim())?,
+        found => found,
+    };
+    let own =
+        own.ok_or_else(|| Error::data(path, "no arrays `mu` and `sigma`, nor `m` and `s`"))?;
     let spatial = match network {
         Network::Inception { .. } => moments("mu_s", "sigma_s", inception::SPATIAL_FEATURES)?,
         Network::Classifier(_) => None,
     };
     Ok((own, spatial))
-}
-
-/// The arrays of a file by name: of NumPy's archive, or of a checkpoint.
-fn arrays(path: &Path) -> Result<Box<dyn FnMut(&str) -> Result<Option<Array>> + '_>> {
-    if path.extension().is_some_and(|e| e == "npz") {
-        let mut archive = numpy::Archive::open(path)?;
-        return Ok(Box::new(move |name| archive.array(name)));
-    }
-    let checkpoint = Checkpoint::open(path).map_err(Error::checkpoint(path))?;
-    let dictionary = checkpoint.select(None).map_err(Error::checkpoint(path))?;
-    let dictionary = dictionary.clone();
-    Ok(Box::new(move |name| {
-        let Some(tensor) = dictionary.get(name) else {
-            return Ok(None);
-        };
-        let wide = |bytes: Vec<u8>| {
-            let (elements, _) = bytes.as_chunks();
-            elements.iter().map(|x| f64::from_le_bytes(*x)).collect()
-        };
-        let data = match tensor.dtype {
-            // Small eigenvalues do not survive fewer digits.
-            Dtype::F64 => checkpoint.raw(tensor).map(wide),
-            _ => checkpoint
-                .floats(tensor)
-                .map(|x| x.into_iter().map(f64::from).collect()),
-        };
-        let data = data.map_err(|e| Error::data(path, format!("tensor {name}: {e}")))?;
-        let shape = tensor.shape.clone();
-        Ok(Some(Array { shape, data }))
-    }))
 }
 
 /// Writes moments as [`statistics`] reads them.
@@ -688,34 +655,5 @@ fn table(rows: &[Row], reference: &str) -> Table {
                     .collect()
             })
             .collect(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use safetensors::tensor::{Dtype, TensorView};
-
-    use super::*;
-
-    #[test]
-    fn statistics_in_a_checkpoint_keep_their_digits() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("statistics.safetensors");
-        let (mu, sigma) = ([0.1, 1e-9], [1.0 + 1e-12, 0.5, 0.5, 2.0]);
-        let bytes = |x: &[f64]| -> Vec<u8> { x.iter().flat_map(|x| x.to_le_bytes()).collect() };
-        let (mean, covariance) = (bytes(&mu), bytes(&sigma));
-        let views = [
-            ("mu", TensorView::new(Dtype::F64, vec![2], &mean).unwrap()),
-            (
-                "sigma",
-                TensorView::new(Dtype::F64, vec![2, 2], &covariance).unwrap(),
-            ),
-        ];
-        safetensors::serialize_to_file(views, None, &path).unwrap();
-        let mut array = arrays(&path).unwrap();
-        let found = array("sigma").unwrap().unwrap();
-        assert_eq!((found.shape, found.data), (vec![2, 2], sigma.to_vec()));
-        assert_eq!(array("mu").unwrap().unwrap().data, mu);
-        assert_eq!(array("mu_s").unwrap(), None);
     }
 }

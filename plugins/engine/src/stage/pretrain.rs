@@ -9,13 +9,13 @@ use serde_json::json;
 
 use crate::backend::Backend;
 use crate::bundle::{self, Bundle, Family, NetworkConfig, TokenizerConfig};
-use crate::data::{self, DataOptions};
+use crate::data::{Data, Images};
 use crate::error::{Error, Result};
 use crate::model::{ConditionShape, Conditions, Teacher, llamagen, var};
 use crate::random::{Sequence, Stream};
 use crate::stage::tokenizer::batch;
 use crate::stage::{Context, Stage};
-use crate::train::{Fit, HeldOut, StepOutput, TrainOptions, average, scalar, shared};
+use crate::train::{Fit, HeldOut, Mean, StepOutput, TrainOptions, average, shared};
 use crate::weights::{Loader, Source};
 
 /// Options of `pretrain`.
@@ -30,7 +30,7 @@ pub struct Options {
     #[schemars(extend("x-retort-artifact" = ["tokenizer"]))]
     pub tokenizer: String,
     /// Images to learn from.
-    pub data: DataOptions,
+    pub data: Data,
     /// Share of each class kept out of training, to measure the loss.
     #[serde(default = "held_out")]
     #[schemars(range(min = 0, max = 0.9))]
@@ -86,12 +86,12 @@ impl<B: Backend> Stage<B> for Pretrain {
     type Options = Options;
     const KIND: &'static str = "pretrain";
     const OUTPUT: &'static str = "teacher";
-    const REVISION: u32 = 2;
+    const REVISION: u32 = 3;
     const SUMMARY: &'static str = "train an autoregressive teacher on a tokenizer's tokens";
 
     fn check(o: &Options, _base_dir: &Path) -> Result<()> {
         o.data
-            .check()
+            .check_fixed()
             .map_err(|e| Error::option("/data", e.to_string()))?;
         // The rest of the shape comes with the tokenizer.
         match o.family {
@@ -103,8 +103,8 @@ impl<B: Backend> Stage<B> for Pretrain {
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
         let (backend, seed) = (context.backend, context.job.seed);
         let source = Bundle::open(context.input_dir(&o.tokenizer)?)?;
-        let images = data::load(&o.data, &context.job.base_dir)?;
-        if [images.channels, images.height, images.width] != source.config.tokenizer.image() {
+        let images = context.images(&o.data)?;
+        if images.shape() != source.config.tokenizer.image() {
             let message = format!(
                 "images of {} x {} x {}, but the tokenizer {} was made for {:?}",
                 images.channels,
@@ -116,7 +116,7 @@ impl<B: Backend> Stage<B> for Pretrain {
             return Err(Error::option("/data", message));
         }
         let network = network(o, &source.config.tokenizer, images.classes)?;
-        let tokens = encode_all(backend, &source, &images)?;
+        let tokens = encode_all(backend, &source, &images, o.train.batch)?;
         let shape = network.tokens();
         let l = shape.tokens();
         let (train, held) = images.split(o.held_out, seed);
@@ -141,15 +141,14 @@ impl<B: Backend> Stage<B> for Pretrain {
         let source_of = Source::Device(&shared);
         let measured = build(&mut Loader::new(backend, source_of, false, "teacher"))?;
 
-        let loss = |model: &dyn Teacher<B>, labels: &[u32], seen: &[u32], wanted: &[u32]| {
+        // Logits (n L, K) of all tokens of n images.
+        let logits = |model: &dyn Teacher<B>, labels: &[u32], seen: &[u32]| {
             let n = labels.len();
             let logits = model.forced(
                 &Conditions::Classes(backend.indices(labels, &[n])?),
                 &backend.indices(seen, &[n, l])?,
             )?;
-            logits
-                .reshape(&[n * l, shape.vocabulary])?
-                .cross_entropy(&backend.indices(wanted, &[n * l])?)
+            logits.reshape(&[n * l, shape.vocabulary])
         };
         let fit = Fit {
             host: context.host,
@@ -184,24 +183,26 @@ impl<B: Backend> Stage<B> for Pretrain {
                     }
                 }
             }
+            let wanted = backend.indices(&wanted, &[wanted.len()])?;
             Ok(StepOutput {
-                loss: loss(&*model, &labels, &seen, &wanted)?,
+                loss: logits(&*model, &labels, &seen)?.cross_entropy(&wanted)?,
                 figures: Vec::new(),
             })
         };
         let measured_on = if held.is_empty() { &train } else { &held };
-        let mut measure = || {
-            let mut sum = 0.0;
-            for picks in measured_on.chunks(256) {
-                let (wanted, labels) = (
-                    gather(picks),
-                    picks.iter().map(|&i| images.labels[i]).collect::<Vec<_>>(),
-                );
-                sum += scalar::<B>(loss(&*measured, &labels, &wanted, &wanted)?.value())?
-                    * picks.len() as f64;
+        // What a step of training takes, whatever the number of images.
+        let held_out_loss = |model: &dyn Teacher<B>| {
+            let mut losses = Mean::default();
+            for picks in measured_on.chunks(o.train.batch) {
+                let labels: Vec<u32> = picks.iter().map(|&i| images.labels[i]).collect();
+                let wanted = gather(picks);
+                let logits = logits(model, &labels, &wanted)?;
+                let wanted = backend.indices(&wanted, &[wanted.len()])?;
+                losses.add(&B::to_floats(&B::cross_entropy(logits.value(), &wanted)?)?);
             }
-            Ok(sum / measured_on.len() as f64)
+            Ok(losses.value())
         };
+        let mut measure = || held_out_loss(&*measured);
         let every = (o.train.steps / 40).max(10);
         let held_out = HeldOut {
             every,
@@ -213,9 +214,7 @@ impl<B: Backend> Stage<B> for Pretrain {
 
         let source_of = Source::Host(&weights);
         let kept = build(&mut Loader::new(backend, source_of, false, "teacher"))?;
-        let labels: Vec<u32> = measured_on.iter().map(|&i| images.labels[i]).collect();
-        let wanted = gather(measured_on);
-        let held_out_loss = scalar::<B>(loss(&*kept, &labels, &wanted, &wanted)?.value())?;
+        let held_out_loss = held_out_loss(&*kept)?;
         context.host.log(
             LogLevel::Info,
             &format!("held-out loss {held_out_loss:.4} nats per token"),
@@ -285,16 +284,17 @@ fn shape_of_var(
     }
 }
 
-/// Tokens (n, L) of all images.
+/// Tokens (n, L) of all images, so many at once.
 fn encode_all<B: Backend>(
     backend: &B,
     source: &Bundle<'_>,
-    images: &data::Images,
+    images: &Images,
+    at_once: usize,
 ) -> Result<Vec<u32>> {
     let tokenizer = source.tokenizer(backend)?;
     let all: Vec<usize> = (0..images.len()).collect();
     let mut tokens = Vec::new();
-    for picks in all.chunks(256) {
+    for picks in all.chunks(at_once) {
         tokens.extend(B::to_indices(
             &tokenizer.encode(&batch(backend, images, picks)?)?,
         )?);

@@ -7,6 +7,8 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use retort_abi::{ArtifactMeta, LogLevel, StageResult};
+use retort_checkpoint::regular;
+use retort_checkpoint::shards::Place;
 use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -19,19 +21,20 @@ use crate::sampler::check_from_zero;
 use crate::stage::{Context, Stage, resolve};
 use crate::weights::{self, Loader, Params, Source, Stored};
 
-/// Which files, and what they do not say themselves.
+/// Which files, and what they do not say themselves. Where a network lies in several files, the folder or the index
+/// (`*.index.json`) stands for them.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Options {
     /// Family of the networks.
     pub family: Family,
-    /// File with the network's weights: .pth, .pt or .safetensors.
+    /// The network's weights: a file (.pth, .pt or .safetensors), or the folder or index (*.index.json) of several.
     #[serde(default)]
-    #[schemars(extend("x-retort-file" = "file"))]
+    #[schemars(extend("x-retort-file" = "weights"))]
     pub model: Option<String>,
-    /// File with the tokenizer's weights.
+    /// The tokenizer's weights, in the same way.
     #[serde(default)]
-    #[schemars(extend("x-retort-file" = "file"))]
+    #[schemars(extend("x-retort-file" = "weights"))]
     pub tokenizer: Option<String>,
     /// Dictionary in `model` that holds the weights, as in `trainer.ema_parameters`; found by itself where the file is
     /// as published.
@@ -138,7 +141,7 @@ impl<B: Backend> Stage<B> for Teacher {
     type Options = Options;
     const KIND: &'static str = "teacher";
     const OUTPUT: &'static str = "teacher";
-    const REVISION: u32 = 1;
+    const REVISION: u32 = 2;
     const SUMMARY: &'static str =
         "load a published teacher and its tokenizer from checkpoint files";
 
@@ -161,7 +164,7 @@ impl<B: Backend> Stage<B> for Student {
     type Options = Options;
     const KIND: &'static str = "student";
     const OUTPUT: &'static str = "student";
-    const REVISION: u32 = 1;
+    const REVISION: u32 = 2;
     const SUMMARY: &'static str =
         "load a published student and its tokenizer from checkpoint files";
 
@@ -221,6 +224,7 @@ fn run<B: Backend>(context: &Context<'_, B>, o: &Options, role: Role) -> Result<
         source: network_file,
     };
     for part in [&tokenizer_part, &network_part] {
+        report_prefix(context, part);
         report_unexpected(context, part);
     }
 
@@ -300,6 +304,20 @@ impl<B: Backend> Part<'_, B> {
     }
 }
 
+/// Says what was taken off in front of a file's names.
+fn report_prefix<B: Backend>(context: &Context<'_, B>, part: &Part<'_, B>) {
+    if let Some(stored) = part.source
+        && !stored.prefix().is_empty()
+    {
+        let message = format!(
+            "{}: the weights are those whose names begin with `{}`, which is taken off",
+            stored.path().display(),
+            stored.prefix()
+        );
+        context.host.log(LogLevel::Info, &message);
+    }
+}
+
 /// Warns of weights in a file that the network has no place for.
 fn report_unexpected<B: Backend>(context: &Context<'_, B>, part: &Part<'_, B>) {
     let Some(stored) = part.source else { return };
@@ -331,18 +349,31 @@ fn report_unexpected<B: Backend>(context: &Context<'_, B>, part: &Part<'_, B>) {
 
 /// What the weights were read from.
 fn source(stored: &Stored) -> Result<Value> {
-    let mut hasher = blake3::Hasher::new();
-    let file = std::fs::File::open(stored.path()).map_err(Error::io(stored.path()))?;
-    hasher
-        .update_reader(file)
-        .map_err(Error::io(stored.path()))?;
-    let name = stored
-        .path()
-        .file_name()
-        .map(|name| name.to_string_lossy().into_owned());
-    Ok(json!({
-        "file": name,
+    let path = stored.path();
+    let name = |path: &Path| {
+        let name = path.file_name();
+        name.map(|name| name.to_string_lossy().into_owned())
+    };
+    let hash = |path: &Path| -> Result<String> {
+        let mut hasher = blake3::Hasher::new();
+        let file = regular::open(path).map_err(Error::io(path))?;
+        hasher.update_reader(file).map_err(Error::io(path))?;
+        Ok(hasher.finalize().to_hex().to_string())
+    };
+    let place = Place::find(path).map_err(Error::checkpoint(path))?;
+    let mut source = json!({
+        "file": name(path),
         "dictionary": stored.dictionary(),
-        "blake3": hasher.finalize().to_hex().as_str(),
-    }))
+        "prefix": stored.prefix(),
+    });
+    match place.files().as_slice() {
+        [only] => source["blake3"] = hash(only)?.into(),
+        several => {
+            let hashes = several
+                .iter()
+                .map(|path| Ok((name(path).unwrap_or_default(), hash(path)?.into())));
+            source["files"] = Value::Object(hashes.collect::<Result<_>>()?);
+        }
+    }
+    Ok(source)
 }

@@ -125,7 +125,8 @@ fn planned(
     let mut dirs: Vec<PathBuf> = plugin.parent().map(Path::to_owned).into_iter().collect();
     dirs.extend(context.plugin_dirs.iter().cloned());
     let mut plugins = Plugins::new(search_dirs(&dirs), runtime, None);
-    let plan = plan::plan(&recipe::read(recipe, set)?, &mut plugins)?;
+    let read = recipe::read(recipe, set, context.home())?;
+    let plan = plan::plan(&read, &mut plugins)?;
     if plan.stages.iter().all(|stage| stage.plugin.path != plugin) {
         return Err(Error::new(
             Exit::NothingMatches,

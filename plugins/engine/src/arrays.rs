@@ -1,0 +1,120 @@
+//! Arrays of numbers by name, as statistics of images are published: NumPy's archives (`.npz`), and checkpoint files with
+//! tensors or NumPy's arrays in them.
+//!
+//! In: a name and the shape that the array must have. Out: f64, in C order. An array of another shape is refused before
+//! any of it is read or unpacked.
+
+use std::path::{Path, PathBuf};
+
+use retort_checkpoint::{Checkpoint, Dtype, Tensor};
+
+use crate::error::{Error, Result};
+use crate::numpy::Archive;
+
+/// An open file of arrays.
+pub struct Arrays {
+    path: PathBuf,
+    holder: Holder,
+}
+
+enum Holder {
+    Numpy(Archive),
+    /// The tensors of a dictionary, by name.
+    Checkpoint(Checkpoint, Vec<(String, Tensor)>),
+}
+
+impl Arrays {
+    /// Opens a file.
+    ///
+    /// # Errors
+    /// It cannot be read, or is neither kind of file.
+    pub fn open(path: &Path) -> Result<Self> {
+        let holder = if path
+            .extension()
+            .is_some_and(|e| e.eq_ignore_ascii_case("npz"))
+        {
+            Holder::Numpy(Archive::open(path)?)
+        } else {
+            let checkpoint = Checkpoint::open(path).map_err(Error::checkpoint(path))?;
+            let all = checkpoint.select(None).map_err(Error::checkpoint(path))?;
+            let tensors = all.tensors().map(|(name, t)| (name.to_owned(), t.clone()));
+            let tensors = tensors.collect();
+            Holder::Checkpoint(checkpoint, tensors)
+        };
+        Ok(Self {
+            path: path.to_owned(),
+            holder,
+        })
+    }
+
+    /// The elements of an array, if there is one of that name.
+    ///
+    /// # Errors
+    /// It has another shape, is damaged, or holds no numbers.
+    pub fn read(&self, name: &str, shape: &[usize]) -> Result<Option<Vec<f64>>> {
+        match &self.holder {
+            Holder::Numpy(archive) => archive.array(name, shape),
+            Holder::Checkpoint(checkpoint, tensors) => {
+                let Some((_, tensor)) = tensors.iter().find(|(own, _)| own == name) else {
+                    return Ok(None);
+                };
+                if tensor.shape != shape {
+                    let message = other_shape(name, &tensor.shape, shape);
+                    return Err(Error::data(&self.path, message));
+                }
+                let wide = |bytes: Vec<u8>| {
+                    let (elements, _) = bytes.as_chunks();
+                    elements.iter().map(|x| f64::from_le_bytes(*x)).collect()
+                };
+                let data = match tensor.dtype {
+                    // Small eigenvalues do not survive fewer digits.
+                    Dtype::F64 => checkpoint.raw(tensor).map(wide),
+                    _ => checkpoint
+                        .floats(tensor)
+                        .map(|x| x.into_iter().map(f64::from).collect()),
+                };
+                data.map(Some)
+                    .map_err(|e| Error::data(&self.path, format!("array {name}: {e}")))
+            }
+        }
+    }
+}
+
+/// What is said of an array of another shape.
+pub(crate) fn other_shape(name: &str, found: &[usize], expected: &[usize]) -> String {
+    format!("array {name} of shape {found:?}, expected {expected:?}")
+}
+
+#[cfg(test)]
+mod tests {
+    use safetensors::tensor::TensorView;
+
+    use super::*;
+
+    #[test]
+    fn arrays_in_a_checkpoint_keep_their_digits() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("statistics.safetensors");
+        let (mu, sigma) = ([0.1, 1e-9], [1.0 + 1e-12, 0.5, 0.5, 2.0]);
+        let bytes = |x: &[f64]| -> Vec<u8> { x.iter().flat_map(|x| x.to_le_bytes()).collect() };
+        let (mean, covariance) = (bytes(&mu), bytes(&sigma));
+        let views = [
+            ("mu", TensorView::new(Dtype::F64, vec![2], &mean).unwrap()),
+            (
+                "sigma",
+                TensorView::new(Dtype::F64, vec![2, 2], &covariance).unwrap(),
+            ),
+        ];
+        safetensors::serialize_to_file(views, None, &path).unwrap();
+        let arrays = Arrays::open(&path).unwrap();
+        let found = arrays.read("sigma", &[2, 2]).unwrap().unwrap();
+        assert_eq!(found, sigma);
+        assert_eq!(arrays.read("mu", &[2]).unwrap().unwrap(), mu);
+        assert_eq!(arrays.read("mu_s", &[2]).unwrap(), None);
+        let said = arrays.read("mu", &[3]).unwrap_err().to_string();
+        assert!(
+            said.contains("array mu of shape [2], expected [3]"),
+            "{said}"
+        );
+    }
+}

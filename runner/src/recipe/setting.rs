@@ -1,0 +1,234 @@
+//! Changes from the command line: `--set path=value`.
+//!
+//! A value is read as YAML, but a text is the text as typed: whoever types `--set codes.data.csv=run #2.csv` means a
+//! file of that name. So plain texts, and what is no YAML, are taken as they are; of everything else (`a: b`, `1e3`,
+//! `yes`) the typing is kept, and used where the schema wants a text.
+
+use serde_json::{Map, Value};
+
+use crate::diagnostic::{Argument, Finding, Position};
+use crate::schema;
+use crate::yaml::{self, Document, MAX_DEPTH, Part, escape};
+
+/// One value that was set.
+#[derive(Debug, Clone)]
+pub(super) struct Setting {
+    /// The change as typed: `path=value`.
+    change: String,
+    /// The value as YAML; `None` where it is a text as typed.
+    document: Option<Document>,
+    /// Why the value is no YAML.
+    not_yaml: Option<String>,
+}
+
+impl Setting {
+    /// Says where in the argument a finding is. `rest` is its pointer inside of what was set.
+    pub(super) fn mark(&self, finding: &mut Finding, rest: &str, part: Part) {
+        let (path, typed) = self.change.split_once('=').unwrap_or((&self.change, ""));
+        let last_step = path.rfind('.').map_or(0, |dot| dot + 1);
+        let position = match (rest.is_empty(), part, &self.document) {
+            (true, Part::Key, _) => in_path(path, last_step),
+            (true, Part::Value, _) | (_, _, None) => {
+                in_value(path, typed, Position { line: 1, column: 1 })
+            }
+            (false, part, Some(document)) => in_value(
+                path,
+                typed,
+                document
+                    .locate(rest, part)
+                    .unwrap_or(Position { line: 1, column: 1 }),
+            ),
+        };
+        finding.argument = Some(argument(&self.change, position));
+        if let (true, Some(why)) = (rest.is_empty(), &self.not_yaml) {
+            finding.hint = Some(format!("the value is not YAML: {why}"));
+        }
+    }
+
+    /// What was typed for the value at a pointer inside of what was set, where the value does not say it.
+    pub(super) fn as_written(&self, inside: &str) -> Option<&str> {
+        let document = self.document.as_ref()?;
+        match inside {
+            // With references in it, the value says what was meant.
+            "" => Some(self.change.split_once('=')?.1).filter(|typed| !typed.contains("${")),
+            inside => document.written(inside),
+        }
+    }
+}
+
+/// Applies one change and returns the pointer of what was set.
+pub(super) fn apply(recipe: &mut Value, change: &str) -> Result<(String, Setting), Finding> {
+    let refuse = |message: String, position: Position| Finding {
+        argument: Some(argument(change, position)),
+        ..Finding::error("", message)
+    };
+    let Some((path, text)) = change.split_once('=') else {
+        let message = format!("`--set {change}`: a `=` is missing");
+        return Err(refuse(message, in_path(change, 0))
+            .hint("write --set path=value, for example --set seed=3"));
+    };
+    let (value, setting) = read(change, text)
+        .map_err(|(message, place)| refuse(message, in_value(path, text, place)))?;
+    let mut steps: Vec<&str> = path.trim().split('.').collect();
+    if steps.iter().any(|step| step.is_empty()) || steps.len() > MAX_DEPTH {
+        let message = format!("`{path}` is not a path");
+        return Err(
+            refuse(message, in_path(path, 0)).hint("a path is like `seed` or `teacher.steps`")
+        );
+    }
+    let schema = schema::runner_schema();
+    let top: Vec<&str> = schema["properties"]
+        .as_object()
+        .into_iter()
+        .flatten()
+        .map(|(key, _)| key.as_str())
+        .collect();
+    let stages: Vec<String> = recipe
+        .get("stages")
+        .and_then(Value::as_object)
+        .into_iter()
+        .flatten()
+        .map(|(name, _)| name.clone())
+        .collect();
+    let names = || stages.iter().map(String::as_str);
+    if !top.contains(&steps[0]) {
+        if !names().any(|name| name == steps[0]) {
+            let message = format!("`{}` is neither a key of recipes nor a stage", steps[0]);
+            let hint = schema::suggest(steps[0], top.into_iter().chain(names()));
+            let finding = refuse(message, in_path(path, 0));
+            return Err(Finding { hint, ..finding });
+        }
+        steps.insert(0, "stages");
+    }
+    // A new stage would only be a misspelt one.
+    if let ["stages", stage, ..] = steps.as_slice()
+        && !names().any(|name| name == *stage)
+    {
+        let hint = schema::suggest(stage, names());
+        let finding = refuse(format!("there is no stage `{stage}`"), in_path(path, 7));
+        return Err(Finding { hint, ..finding });
+    }
+    let mut place = recipe;
+    let mut pointer = String::new();
+    let mut rest = steps.as_slice();
+    while !rest.is_empty() {
+        if place.is_null() {
+            *place = Value::Object(Map::new());
+        }
+        let (step, used) = match &*place {
+            Value::Object(entries) => key_of(entries, rest),
+            _ => (rest[0].to_owned(), 1),
+        };
+        rest = &rest[used..];
+        pointer.push_str(&format!("/{}", escape(&step)));
+        place = match place {
+            Value::Object(entries) => entries.entry(step).or_insert(Value::Null),
+            Value::Array(items) => {
+                let length = items.len();
+                let index = step.parse::<usize>().ok();
+                match index.and_then(|index| items.get_mut(index)) {
+                    Some(item) => item,
+                    None => {
+                        let message = format!(
+                            "`{step}` is not an item of a list of {length} (the first is 0)"
+                        );
+                        return Err(refuse(message, in_path(path, 0)));
+                    }
+                }
+            }
+            _ => {
+                let message = format!("there is nothing inside what `{step}` would be in");
+                return Err(refuse(message, in_path(path, 0)));
+            }
+        };
+    }
+    *place = value;
+    Ok((pointer, setting))
+}
+
+/// The key of a mapping that a path's next steps name, and how many steps it takes: a key may have dots in it (`1.50`).
+pub(super) fn key_of(entries: &Map<String, Value>, steps: &[&str]) -> (String, usize) {
+    let mut key = String::new();
+    for (index, step) in steps.iter().enumerate() {
+        key.push_str(if index == 0 { "" } else { "." });
+        key.push_str(step);
+        if entries.contains_key(&key) {
+            return (key, index + 1);
+        }
+    }
+    (steps.first().copied().unwrap_or_default().to_owned(), 1)
+}
+
+/// What a typed value means. An error is a message and its place in the value.
+fn read(change: &str, typed: &str) -> Result<(Value, Setting), (String, Position)> {
+    let setting = |document, not_yaml| Setting {
+        change: change.to_owned(),
+        document,
+        not_yaml,
+    };
+    let literal = |why| (Value::String(typed.to_owned()), setting(None, why));
+    // Nothing, in the ways in which YAML writes it.
+    if matches!(typed.trim(), "" | "~" | "null" | "Null" | "NULL") {
+        return Ok((Value::Null, setting(None, None)));
+    }
+    let quoted = typed.trim_start().starts_with(['"', '\'']);
+    match yaml::parse(typed) {
+        Ok(document) if !document.problems.is_empty() => {
+            let problem = &document.problems[0];
+            let place = problem.position.unwrap_or(Position { line: 1, column: 1 });
+            // `.inf` may be the name of a file.
+            match document.value {
+                Value::Null => Ok(literal(Some(problem.message.clone()))),
+                _ => Err((problem.message.clone(), place)),
+            }
+        }
+        Ok(document) => Ok(match &document.value {
+            Value::String(text) if quoted => (Value::String(text.clone()), setting(None, None)),
+            Value::String(_) | Value::Null => literal(None),
+            value => (value.clone(), setting(Some(document.clone()), None)),
+        }),
+        Err(error) => Ok(literal(Some(error.message))),
+    }
+}
+
+fn argument(change: &str, position: Position) -> Argument {
+    Argument {
+        text: format!("--set {change}"),
+        position,
+    }
+}
+
+/// A place in the path, by bytes from its beginning.
+fn in_path(path: &str, bytes: usize) -> Position {
+    behind(path.get(..bytes).unwrap_or_default())
+}
+
+/// A place in the value.
+fn in_value(path: &str, typed: &str, place: Position) -> Position {
+    let begin = behind(&format!("{path}="));
+    let last = typed.chars().count().max(1);
+    match place.line {
+        1 => Position {
+            line: begin.line,
+            // Of what ends too early the last character is marked.
+            column: begin.column + place.column.min(last) - 1,
+        },
+        line => Position {
+            line: begin.line + line - 1,
+            column: place.column,
+        },
+    }
+}
+
+/// Where what follows these characters of a change is in the argument.
+fn behind(text: &str) -> Position {
+    let argument = format!("--set {text}");
+    let line = yaml::lines(&argument).count().max(1);
+    let column = yaml::lines(&argument)
+        .last()
+        .unwrap_or_default()
+        .chars()
+        .count()
+        + 1;
+    Position { line, column }
+}

@@ -1,0 +1,522 @@
+//! Runs from a file into the store. The file may come from anywhere.
+//!
+//! It is read once, into a draft: a database of our own with the tables that the file must have, and directories for the
+//! files of artifacts. SQLite copies table by table, which settles types and rules of single columns; then every value
+//! is looked at ([`check`]), and every file is hashed. Only what came through goes into the store, from the draft and
+//! in one transaction. Space and time are in proportion to the size of the file.
+//!
+//! Deliberately absent: leases and descriptions of plugins. Nobody carries an imported run out here, and what a plugin
+//! says of itself is asked of the plugin.
+
+use std::io::Write;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
+
+use super::draft::{self, Draft};
+use super::record::ArtifactFile;
+use super::sandbox::{self, Budget};
+use super::transfer::{self, FILES, PART, Transfer};
+use super::{Access, Store, StoreError, schema};
+use crate::artifact;
+
+mod check;
+
+/// Tables of a store that are not taken over.
+const LEFT_OUT: [&str; 1] = ["descriptions"];
+/// Of artifacts that cannot be taken over, at most so many are named.
+const NAMED: i64 = 20;
+
+impl Store {
+    /// Takes over the runs of an exported file, or of another store's `history.db`, that are not known here, and the
+    /// files of their artifacts where the file holds them. All runs or none; files that are not what their hash says
+    /// stay out. Runs that had not ended are lost here: nobody carries them out.
+    ///
+    /// # Errors
+    /// [`StoreError::NotImportable`], where the file is at fault, and as [`Store::begin_run`].
+    pub async fn import(&self, from: &Path) -> Result<Transfer, StoreError> {
+        if self.access == Access::ReadOnly {
+            return Err(StoreError::ReadOnly {
+                path: self.dir.clone(),
+            });
+        }
+        let draft = Draft::new(self.dir(), draft::IMPORT)?;
+        let artifacts = self.dir().join("artifacts");
+        let staged = Foreign::open(from, draft.path())
+            .await?
+            .read(&artifacts)
+            .await?;
+        // From here on everything is our own.
+        let from = schema::path_of(draft.path());
+        let mut connection = transfer::connect(&schema::path_of(self.dir()), &from).await?;
+        let mut transaction = connection.begin_with("begin immediate").await?;
+        let mut transfer = transfer::copy_all(&mut transaction).await?;
+        for (hash, staging) in staged.files {
+            artifact::publish(&staging, &hash, &artifacts).map_err(|error| match error {
+                artifact::ArtifactError::Io { path, source, .. } => {
+                    StoreError::refused(&path, source)
+                }
+                error => StoreError::Io {
+                    path: artifacts.clone(),
+                    source: std::io::Error::other(error),
+                },
+            })?;
+            transfer.artifacts.push(hash);
+        }
+        transfer.lost.extend(staged.lost);
+        // Last: no artifact of a run may be missing once the run is there. Until then no other process removes them.
+        transaction.commit().await?;
+        connection.close().await?;
+        Ok(transfer)
+    }
+}
+
+/// A file to be imported, attached as `source` to the database of a draft.
+struct Foreign<'p> {
+    path: &'p Path,
+    draft: &'p Path,
+    connection: SqliteConnection,
+    budget: Budget,
+    /// Bytes of the file, its write-ahead log included.
+    size: u64,
+    /// Version of its schema.
+    version: i64,
+}
+
+/// What was read beside the tables.
+struct Staged {
+    /// Hashes of artifacts, and where their files lie.
+    files: Vec<(String, PathBuf)>,
+    /// What cannot be taken over.
+    lost: Vec<String>,
+}
+
+impl<'p> Foreign<'p> {
+    async fn open(path: &'p Path, draft: &'p Path) -> Result<Self, StoreError> {
+        let refused = |message: String| StoreError::NotImportable {
+            path: path.to_owned(),
+            message,
+        };
+        let size = size(path).map_err(|error| refused(error.to_string()))?;
+        schema::check_files(path).map_err(|error| match error {
+            StoreError::NotAFile { path: file, kind } if file == path => {
+                refused(format!("it is {kind}, not a file"))
+            }
+            error => refused(error.to_string()),
+        })?;
+        let (mut connection, _) = attach(&SqliteConnectOptions::new(), path, size).await?;
+        let version: i64 = sqlx::query_scalar("pragma source.user_version")
+            .fetch_one(&mut connection)
+            .await
+            .map_err(|error| refused(said(error)))?;
+        let application: i64 = sqlx::query_scalar("pragma source.application_id")
+            .fetch_one(&mut connection)
+            .await
+            .map_err(|error| refused(said(error)))?;
+        connection.close().await?;
+        let known = schema::newest(schema::MIGRATIONS);
+        if application != schema::APPLICATION_ID {
+            return Err(refused("it is not a retort history".to_owned()));
+        }
+        if version > known {
+            return Err(refused(format!(
+                "it was written by a newer retort (schema {version}; this one knows up to {known})"
+            )));
+        }
+        let migrations = usize::try_from(version)
+            .ok()
+            .filter(|&version| version > 0)
+            .and_then(|version| schema::MIGRATIONS.get(..version))
+            .ok_or_else(|| refused(format!("it has the schema {version}, which never was")))?;
+        schema::migrate(draft, migrations).await?;
+        let options = schema::options(&schema::path_of(draft)).foreign_keys(false);
+        let (connection, budget) = attach(&options, path, size).await?;
+        Ok(Self {
+            path,
+            draft,
+            connection,
+            budget,
+            size,
+            version,
+        })
+    }
+
+    async fn read(mut self, artifacts: &Path) -> Result<Staged, StoreError> {
+        // The draft is thrown away when anything goes wrong with it.
+        sqlx::raw_sql("pragma main.journal_mode = off; pragma main.synchronous = off")
+            .execute(&mut self.connection)
+            .await?;
+        let has_files = self.check_schema().await?;
+        // The draft may take as much space as the file, and some for pages that are not full.
+        let pages = self.size / 4096 * 3 + 512;
+        let limit = format!("pragma main.max_page_count = {pages}");
+        sqlx::query(AssertSqlSafe(limit))
+            .execute(&mut self.connection)
+            .await?;
+        for table in self.tables().await? {
+            self.copy(&table).await?;
+        }
+        self.check_references().await?;
+        sqlx::query("update main.runs set state = 'lost' where state in ('queued', 'running')")
+            .execute(&mut self.connection)
+            .await?;
+        self.bring_up_to_date().await?;
+        check::all(&mut self.connection)
+            .await
+            .map_err(|found| match found {
+                check::Found::Fault(message) => self.refused(message),
+                check::Found::Store(error) => error,
+            })?;
+        let mut staged = Staged {
+            files: Vec::new(),
+            lost: Vec::new(),
+        };
+        if has_files {
+            self.read_files(artifacts, &mut staged).await?;
+        }
+        self.connection.close().await?;
+        Ok(staged)
+    }
+
+    /// That the file holds the tables, indexes, triggers and views of its version, and nothing else, but for the files
+    /// of artifacts; whether it holds these.
+    async fn check_schema(&mut self) -> Result<bool, StoreError> {
+        type Object = (String, String, String, Option<String>);
+        let ours: Vec<Object> =
+            sqlx::query_as("select type, name, tbl_name, sql from main.sqlite_schema")
+                .fetch_all(&mut self.connection)
+                .await?;
+        // One more than there can be.
+        let theirs =
+            sqlx::query_as("select type, name, tbl_name, sql from source.sqlite_schema limit ?1")
+                .bind(i64::try_from(ours.len() + 3).unwrap_or(i64::MAX))
+                .fetch_all(&mut self.connection)
+                .await;
+        let mut theirs: Vec<Object> = self.or_refused(theirs)?;
+        theirs.retain(|(_, name, _, _)| !name.starts_with("sqlite_stat"));
+        // Versions of SQLite write statements differently.
+        let plain = |sql: &str| {
+            let kept = sql.chars().filter(|c| !c.is_whitespace() && *c != '"');
+            kept.collect::<String>().to_lowercase()
+        };
+        let plain = |object: Object| (object.0, object.1, object.2, object.3.as_deref().map(plain));
+        let theirs: Vec<Object> = theirs.into_iter().map(plain).collect();
+        let ours: Vec<Object> = ours.into_iter().map(plain).collect();
+        let expected = plain((
+            "table".into(),
+            "exported_files".into(),
+            "exported_files".into(),
+            Some(FILES.into()),
+        ));
+        let files = |object: &Object| {
+            let (_, name, table, sql) = object;
+            *object == expected
+                || (name.starts_with("sqlite_autoindex")
+                    && table == "exported_files"
+                    && sql.is_none())
+        };
+        let has_files = theirs.contains(&expected);
+        for object in &theirs {
+            if !ours.contains(object) && !files(object) {
+                let (kind, name, ..) = object;
+                return Err(self.refused(format!(
+                    "its {kind} `{}` is not that of a retort history",
+                    brief(name)
+                )));
+            }
+        }
+        match ours.iter().find(|object| !theirs.contains(object)) {
+            Some((kind, name, ..)) => Err(self.refused(format!(
+                "the {kind} `{name}` of a retort history is missing"
+            ))),
+            None => Ok(has_files),
+        }
+    }
+
+    async fn tables(&mut self) -> Result<Vec<String>, StoreError> {
+        let tables: Vec<String> = sqlx::query_scalar(
+            "select name from main.sqlite_schema where type = 'table' and name not like 'sqlite_%'",
+        )
+        .fetch_all(&mut self.connection)
+        .await?;
+        let wanted = |table: &String| !LEFT_OUT.contains(&table.as_str());
+        Ok(tables.into_iter().filter(wanted).collect())
+    }
+
+    /// Copies a table. Its columns are named, so that SQLite makes each row anew, checks its types and rules, and does
+    /// not take over bytes.
+    async fn copy(&mut self, table: &str) -> Result<(), StoreError> {
+        let columns: Vec<String> = sqlx::query_scalar(
+            "select '\"' || name || '\"' from pragma_table_xinfo(?1, 'main') where hidden = 0",
+        )
+        .bind(table)
+        .fetch_all(&mut self.connection)
+        .await?;
+        let columns = columns.join(", ");
+        let sql =
+            format!("insert into main.{table} ({columns}) select {columns} from source.{table}");
+        let copied = sqlx::query(AssertSqlSafe(sql))
+            .execute(&mut self.connection)
+            .await;
+        let Err(error) = copied else { return Ok(()) };
+        if self.is_too_large().await {
+            return Err(self.refused(format!(
+                "its table `{table}` would take several times the space of the whole file"
+            )));
+        }
+        match StoreError::from(error) {
+            error @ (StoreError::Full | StoreError::Busy) => Err(error),
+            StoreError::Damaged { message } => {
+                Err(self.refused(format!("its table `{table}` is damaged: {message}")))
+            }
+            StoreError::Sql(error) => {
+                let said = self.said(error);
+                Err(self.refused(format!("its table `{table}`: {said}")))
+            }
+            error => Err(error),
+        }
+    }
+
+    /// Whether the draft has all the pages that it may have.
+    async fn is_too_large(&mut self) -> bool {
+        let connection = &mut self.connection;
+        let pages = sqlx::query_scalar::<_, i64>("pragma main.page_count");
+        let pages = pages.fetch_one(&mut *connection).await;
+        let most = sqlx::query_scalar::<_, i64>("pragma main.max_page_count");
+        let most = most.fetch_one(connection).await;
+        matches!((pages, most), (Ok(pages), Ok(most)) if pages >= most)
+    }
+
+    async fn check_references(&mut self) -> Result<(), StoreError> {
+        let dangling: Option<(String, Option<i64>, String, i64)> =
+            sqlx::query_as("pragma main.foreign_key_check")
+                .fetch_optional(&mut self.connection)
+                .await?;
+        match dangling {
+            None => Ok(()),
+            Some((table, _, parent, _)) => Err(self.refused(format!(
+                "a row of its table `{table}` refers to one of `{parent}` that is not there"
+            ))),
+        }
+    }
+
+    /// Migrates the draft to the newest schema, and attaches the file again.
+    async fn bring_up_to_date(&mut self) -> Result<(), StoreError> {
+        if self.version == schema::newest(schema::MIGRATIONS) {
+            return Ok(());
+        }
+        let apart = sqlx::raw_sql("detach database source; pragma max_page_count = 4294967294");
+        apart.execute(&mut self.connection).await?;
+        schema::migrate(self.draft, schema::MIGRATIONS)
+            .await
+            .map_err(|error| match error {
+                error @ (StoreError::Full | StoreError::Io { .. }) => error,
+                error => self.refused(format!(
+                    "it cannot be brought to the present schema: {error}"
+                )),
+            })?;
+        let options = schema::options(&schema::path_of(self.draft));
+        (self.connection, self.budget) = attach(&options, self.path, self.size).await?;
+        Ok(())
+    }
+
+    /// Reads the files of the artifacts that the runs of the file have, and hashes them. An artifact of which a piece is
+    /// missing, or not what it should be, leaves nothing.
+    async fn read_files(
+        &mut self,
+        artifacts: &Path,
+        staged: &mut Staged,
+    ) -> Result<(), StoreError> {
+        let unknown = sqlx::query_scalar(
+            "select distinct artifact from source.exported_files
+             where artifact not in (select hash from main.artifacts) limit ?1",
+        )
+        .bind(NAMED)
+        .fetch_all(&mut self.connection)
+        .await;
+        let unknown: Vec<String> = self.or_refused(unknown)?;
+        staged.lost.extend(
+            unknown
+                .iter()
+                .map(|hash| format!("artifact {}: no run in the file has it", brief(hash))),
+        );
+        let hashes: Vec<String> =
+            sqlx::query_scalar("select hash from main.artifacts order by hash")
+                .fetch_all(&mut self.connection)
+                .await?;
+        // Parts that share their pages could be many times as large as the file.
+        let mut room = self.size;
+        for hash in hashes {
+            if artifacts.join(&hash).symlink_metadata().is_ok() || !self.has_files_of(&hash).await?
+            {
+                continue;
+            }
+            let files: String =
+                sqlx::query_scalar("select files from main.artifacts where hash = ?1")
+                    .bind(&hash)
+                    .fetch_one(&mut self.connection)
+                    .await?;
+            let files: Vec<ArtifactFile> =
+                serde_json::from_str(&files).map_err(|error| self.refused(error.to_string()))?;
+            let staging = self.draft.join(&hash);
+            let fault = match self.stage(&hash, &files, &staging, &mut room).await? {
+                Some(fault) => Some(fault),
+                None => match artifact::seal(&staging) {
+                    Ok(contents) if contents.hash == hash => None,
+                    Ok(_) => Some("its files are not what its hash says".to_owned()),
+                    Err(artifact::ArtifactError::Io { path, source, .. }) => {
+                        return Err(StoreError::refused(&path, source));
+                    }
+                    Err(error) => Some(error.to_string()),
+                },
+            };
+            match fault {
+                None => staged.files.push((hash, staging)),
+                Some(fault) => {
+                    let _ = std::fs::remove_dir_all(&staging);
+                    staged.lost.push(format!("artifact {hash}: {fault}"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn has_files_of(&mut self, hash: &str) -> Result<bool, StoreError> {
+        let found = sqlx::query_scalar(
+            "select exists (select 1 from source.exported_files where artifact = ?1)",
+        )
+        .bind(hash)
+        .fetch_one(&mut self.connection)
+        .await;
+        self.or_refused(found)
+    }
+
+    /// Writes the files of an artifact below `staging`; what is wrong with them, if anything is.
+    async fn stage(
+        &mut self,
+        hash: &str,
+        files: &[ArtifactFile],
+        staging: &Path,
+        room: &mut u64,
+    ) -> Result<Option<String>, StoreError> {
+        for file in files {
+            let to = staging.join(&file.path);
+            let refused = |error| StoreError::refused(&to, error);
+            std::fs::create_dir_all(to.parent().unwrap_or(staging)).map_err(refused)?;
+            let mut writer = std::fs::File::create_new(&to).map_err(refused)?;
+            let mut written = 0;
+            for part in 0_i64.. {
+                let data = sqlx::query_scalar(
+                    "select data from source.exported_files
+                     where artifact = ?1 and path = ?2 and part = ?3 and length(data) <= ?4",
+                )
+                .bind(hash)
+                .bind(&file.path)
+                .bind(part)
+                .bind(PART as i64)
+                .fetch_optional(&mut self.connection)
+                .await;
+                let Some(data): Option<Vec<u8>> = self.or_refused(data)? else {
+                    return Ok(Some(format!("`{}` is not whole", brief(&file.path))));
+                };
+                let length = data.len() as u64;
+                written += length;
+                let Some(left) = room.checked_sub(length) else {
+                    return Err(self.refused(
+                        "its files would take more space than the file that holds them".to_owned(),
+                    ));
+                };
+                *room = left;
+                // An empty file is one empty part.
+                if written > file.size || (length == 0 && file.size > 0) {
+                    return Ok(Some(format!("`{}` has another size", brief(&file.path))));
+                }
+                writer.write_all(&data).map_err(refused)?;
+                if written == file.size {
+                    break;
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    fn refused(&self, message: String) -> StoreError {
+        StoreError::NotImportable {
+            path: self.path.to_owned(),
+            message,
+        }
+    }
+
+    /// What SQLite has to say about reading the file.
+    fn or_refused<T>(&self, result: Result<T, sqlx::Error>) -> Result<T, StoreError> {
+        result.map_err(|error| self.refused(self.said(error)))
+    }
+
+    fn said(&self, error: sqlx::Error) -> String {
+        match self.budget.is_spent() {
+            true => "reading it takes far longer than its size explains".to_owned(),
+            false => said(error),
+        }
+    }
+}
+
+/// A connection to `main` with `source` attached, to be read only, within limits in proportion to its `size`.
+async fn attach(
+    main: &SqliteConnectOptions,
+    source: &Path,
+    size: u64,
+) -> Result<(SqliteConnection, Budget), StoreError> {
+    // Rows are as long as they may be, and some are under way at a time.
+    let mut connection = main.clone().row_buffer_size(4).connect().await?;
+    sandbox::limit_sizes(&mut connection, sandbox::LONGEST_FOREIGN).await?;
+    let budget = sandbox::limit_steps(&mut connection, 20_000_000 + 64 * size).await?;
+    sqlx::raw_sql("pragma trusted_schema = off; pragma cell_size_check = on; pragma mmap_size = 0")
+        .execute(&mut connection)
+        .await?;
+    let attached = match transfer::attach(&mut connection, source, "mode=ro").await {
+        // In a directory that cannot be written to, a database that nobody has open is read as it lies.
+        Err(_) if !schema::wal_of(source).exists() => {
+            transfer::attach(&mut connection, source, "mode=ro&immutable=1").await
+        }
+        attached => attached,
+    };
+    match attached {
+        Ok(()) => Ok((connection, budget)),
+        Err(error) => Err(StoreError::NotImportable {
+            path: source.to_owned(),
+            message: match budget.is_spent() {
+                true => "reading it takes far longer than its size explains".to_owned(),
+                false => said(error),
+            },
+        }),
+    }
+}
+
+/// Bytes of a database with its write-ahead log. What takes no space on the disk counts little.
+fn size(path: &Path) -> std::io::Result<u64> {
+    let real = |found: std::fs::Metadata| found.len().min(found.blocks() * 512 * 16 + (1 << 16));
+    let log = std::fs::metadata(schema::wal_of(path)).map_or(0, real);
+    Ok(real(std::fs::metadata(path)?) + log)
+}
+
+/// What SQLite says, without what the library adds.
+fn said(error: sqlx::Error) -> String {
+    match error.as_database_error() {
+        Some(error) if matches!(error.code().as_deref(), Some("26")) => {
+            "it is not a retort history (no SQLite database)".to_owned()
+        }
+        Some(error) => error.message().to_owned(),
+        None => error.to_string(),
+    }
+}
+
+/// The beginning of a text that may be long.
+fn brief(text: &str) -> String {
+    text.chars()
+        .take(80)
+        .collect::<String>()
+        .escape_debug()
+        .to_string()
+}

@@ -1,0 +1,431 @@
+//! Whether every value of a draft is one that a store could have written.
+//!
+//! The tables are our own: their rules (not null, unique, one of these states) hold already. What is checked is what SQL
+//! does not say: that ids and hashes are such, that JSON is of the shape that readers expect, that paths stay within
+//! their artifact, that an artifact's hash is that of its list of files, that blocks of points unpack to what is said of
+//! them.
+
+use futures_util::TryStreamExt;
+use retort_abi::{ArtifactMeta, Failure};
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+use sqlx::sqlite::{SqliteConnection, SqliteRow};
+use sqlx::{AssertSqlSafe, Row, TypeInfo, ValueRef};
+
+use super::brief;
+use crate::artifact;
+use crate::store::record::{ArtifactFile, is_run_id};
+use crate::store::{StoreError, block};
+
+/// Milliseconds from 1970 to the end of the year 9999.
+const LAST_MOMENT: i64 = 253_402_300_799_999;
+
+/// Why a draft does not go into the store.
+pub(super) enum Found {
+    /// A value is wrong: where, and what was expected.
+    Fault(String),
+    /// The draft could not be read.
+    Store(StoreError),
+}
+
+impl From<sqlx::Error> for Found {
+    fn from(error: sqlx::Error) -> Self {
+        match error {
+            // A text that is no UTF-8.
+            error @ (sqlx::Error::ColumnDecode { .. } | sqlx::Error::Decode(_)) => {
+                Self::Fault(error.to_string())
+            }
+            error => Self::Store(error.into()),
+        }
+    }
+}
+
+/// What a column may hold.
+#[derive(Clone, Copy)]
+enum Rule {
+    RunId,
+    Hash,
+    /// A short text without control characters.
+    Name,
+    /// A text that people read.
+    Text,
+    Moment,
+    /// A number from 0.
+    Natural,
+    /// The key of a row; names and runs are packed into one number.
+    Key,
+    /// Any number; null is NaN.
+    Number,
+    Json(fn(&str) -> bool),
+}
+
+use Rule::{Hash, Json, Key, Moment, Name, Natural, Number, Text};
+
+/// Columns of the tables, with what they may hold; a `?` behind the name: or nothing. What is not named has a type that
+/// says all.
+const RULES: &[(&str, &[(&str, Rule)])] = &[
+    (
+        "runs",
+        &[
+            ("key", Key),
+            ("id", Rule::RunId),
+            ("recipe", Name),
+            ("recipe_path", Text),
+            ("command", Json(is::<Vec<String>>)),
+            ("resumed_from?", Rule::RunId),
+            ("error?", Text),
+            ("created", Moment),
+            ("finished?", Moment),
+            ("note", Text),
+        ],
+    ),
+    (
+        "documents",
+        &[
+            ("recipe_text", Text),
+            ("resolved", Json(is::<Option<Map<String, Value>>>)),
+            ("environment", Json(is::<Map<String, Value>>)),
+        ],
+    ),
+    ("tags", &[("tag", Name)]),
+    ("names", &[("key", Key), ("name", Name)]),
+    ("params", &[("origin", Name)]),
+    (
+        "stages",
+        &[
+            ("position", Natural),
+            ("name", Name),
+            ("kind", Name),
+            ("plugin", Name),
+            ("plugin_version", Name),
+            ("plugin_hash", Hash),
+            ("device", Name),
+            ("dtype", Name),
+            ("options", Json(is::<Map<String, Value>>)),
+            ("inputs", Json(is::<Vec<(String, String)>>)),
+            ("digest?", Hash),
+            ("components?", Json(is::<Map<String, Value>>)),
+        ],
+    ),
+    (
+        "attempts",
+        &[
+            ("number", Natural),
+            ("digest", Hash),
+            ("worker_pid", Natural),
+            ("reason?", Text),
+            ("message?", Text),
+            ("failure?", Json(is::<Failure>)),
+            ("summary?", Json(is::<Value>)),
+            ("output?", Hash),
+            ("cpu_seconds?", Number),
+            ("max_rss?", Natural),
+            ("started", Moment),
+            ("finished?", Moment),
+        ],
+    ),
+    (
+        "artifacts",
+        &[("hash", Hash), ("size", Natural), ("created", Moment)],
+    ),
+    (
+        "outputs",
+        &[
+            ("kind", Name),
+            ("name", Name),
+            ("meta", Json(is_meta)),
+            ("created", Moment),
+        ],
+    ),
+    (
+        "series",
+        &[
+            ("name", Name),
+            ("base", Moment),
+            ("last?", Number),
+            ("min?", Number),
+            ("max?", Number),
+            ("points", Natural),
+        ],
+    ),
+    (
+        "logs",
+        &[
+            ("at", Moment),
+            ("level", Natural),
+            ("source", Json(is_source)),
+            ("text", Text),
+        ],
+    ),
+    ("results", &[("position", Natural), ("points", Natural)]),
+];
+
+/// Looks at every row of the draft.
+pub(super) async fn all(connection: &mut SqliteConnection) -> Result<(), Found> {
+    for (table, columns) in RULES {
+        let names: Vec<&str> = columns
+            .iter()
+            .map(|(name, _)| name.trim_end_matches('?'))
+            .collect();
+        let sql = format!("select {} from main.{table}", names.join(", "));
+        each(connection, sql, |row| {
+            for (place, (name, rule)) in columns.iter().enumerate() {
+                check(row, place, name.ends_with('?'), *rule).map_err(|expected| {
+                    format!("`{}` of its table `{table}`: {expected}", names[place])
+                })?;
+            }
+            Ok(())
+        })
+        .await?;
+    }
+    each(
+        connection,
+        "select type, value from main.params".into(),
+        |row| param(row).map_err(|expected| format!("`value` of its table `params`: {expected}")),
+    )
+    .await?;
+    let sql = "select hash, size, files from main.artifacts";
+    each(connection, sql.into(), |row| {
+        files(row).map_err(|expected| format!("`files` of its table `artifacts`: {expected}"))
+    })
+    .await?;
+    blocks(connection).await
+}
+
+async fn each(
+    connection: &mut SqliteConnection,
+    sql: String,
+    mut look: impl FnMut(&SqliteRow) -> Result<(), String>,
+) -> Result<(), Found> {
+    let mut rows = sqlx::query(AssertSqlSafe(sql)).fetch(connection);
+    while let Some(row) = rows.try_next().await? {
+        look(&row).map_err(Found::Fault)?;
+    }
+    Ok(())
+}
+
+/// What was expected, and what is there instead.
+fn check(row: &SqliteRow, place: usize, optional: bool, rule: Rule) -> Result<(), String> {
+    if row.try_get_raw(place).is_ok_and(|value| value.is_null()) {
+        return match optional {
+            true => Ok(()),
+            false => Err("a value is missing".to_owned()),
+        };
+    }
+    let number = || {
+        row.try_get::<i64, _>(place)
+            .map_err(|error| error.to_string())
+    };
+    let within = |least: i64, most: i64| match number()? {
+        number if (least..=most).contains(&number) => Ok(()),
+        number => Err(format!("{number} is not between {least} and {most}")),
+    };
+    let text = |is: fn(&str) -> bool, expected: &str| {
+        let text: &str = row
+            .try_get(place)
+            .map_err(|_| "it is not text in UTF-8".to_owned())?;
+        match is(text) {
+            true => Ok(()),
+            false => Err(format!("`{}` is not {expected}", brief(text))),
+        }
+    };
+    match rule {
+        Rule::RunId => text(is_run_id, "the id of a run"),
+        Hash => text(is_hash, "a hash (64 digits and letters from a to f)"),
+        Name => text(
+            is_name,
+            "a name (up to 1024 bytes without control characters)",
+        ),
+        Text => text(|_| true, ""),
+        Json(is) => text(is, "what is kept there"),
+        Moment => within(0, LAST_MOMENT),
+        Natural => within(0, i64::MAX),
+        Key => within(1, i64::from(i32::MAX)),
+        Number => row
+            .try_get::<f64, _>(place)
+            .map(drop)
+            .map_err(|error| error.to_string()),
+    }
+}
+
+fn is<T: DeserializeOwned>(text: &str) -> bool {
+    serde_json::from_str::<T>(text).is_ok()
+}
+
+fn is_meta(text: &str) -> bool {
+    serde_json::from_str::<ArtifactMeta>(text)
+        .is_ok_and(|meta| meta.preview.as_deref().is_none_or(artifact::is_inner_path))
+}
+
+fn is_source(text: &str) -> bool {
+    matches!(text, "plugin" | "stdout" | "stderr" | "runner")
+}
+
+fn is_hash(text: &str) -> bool {
+    text.len() == 64
+        && text
+            .bytes()
+            .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+}
+
+fn is_name(text: &str) -> bool {
+    text.len() <= 1024 && !text.chars().any(char::is_control)
+}
+
+/// A parameter's value, and the type that is said of it.
+fn param(row: &SqliteRow) -> Result<(), String> {
+    let kind: &str = row.try_get(0).map_err(|error| error.to_string())?;
+    let value = row.try_get_raw(1).map_err(|error| error.to_string())?;
+    let stored = match value.is_null() {
+        true => "NULL".to_owned(),
+        false => value.type_info().name().to_owned(),
+    };
+    let text = || {
+        row.try_get_unchecked::<&str, _>(1)
+            .map_err(|_| "it is not text in UTF-8".to_owned())
+    };
+    let fits = match (kind, stored.as_str()) {
+        ("null", "NULL") | ("integer", "INTEGER") | ("real", "REAL" | "NULL") => true,
+        ("boolean", "INTEGER") => matches!(row.try_get_unchecked(1), Ok(0_i64 | 1)),
+        ("text", "TEXT") => text().map(|_| true)?,
+        ("array", "TEXT") => is::<Vec<Value>>(text()?),
+        ("object", "TEXT") => is::<Map<String, Value>>(text()?),
+        _ => false,
+    };
+    match fits {
+        true => Ok(()),
+        false => Err(format!("it is not of the type {kind}")),
+    }
+}
+
+/// An artifact is its list of files: the hash says so.
+fn files(row: &SqliteRow) -> Result<(), String> {
+    let hash: &str = row.try_get(0).map_err(|error| error.to_string())?;
+    let size: i64 = row.try_get(1).map_err(|error| error.to_string())?;
+    let text: &str = row
+        .try_get(2)
+        .map_err(|_| "it is not text in UTF-8".to_owned())?;
+    let files: Vec<ArtifactFile> = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    for file in &files {
+        if !artifact::is_inner_path(&file.path) {
+            return Err(format!(
+                "`{}` is not a path within an artifact",
+                brief(&file.path)
+            ));
+        }
+        if !is_hash(&file.hash) {
+            return Err(format!("`{}` is not a hash", brief(&file.hash)));
+        }
+    }
+    let sum = files
+        .iter()
+        .try_fold(0_u64, |sum, file| sum.checked_add(file.size));
+    if sum.and_then(|sum| i64::try_from(sum).ok()) != Some(size) {
+        return Err(format!("the files of artifact {hash} are not of its size"));
+    }
+    let in_order = files.windows(2).all(|pair| pair[0].path < pair[1].path);
+    match !files.is_empty() && in_order && artifact::list_hash(&files) == hash {
+        true => Ok(()),
+        false => Err(format!(
+            "the files of artifact {hash} are not what its hash says"
+        )),
+    }
+}
+
+/// Blocks of points: each unpacks to what is said of it, and those of a series follow each other.
+async fn blocks(connection: &mut SqliteConnection) -> Result<(), Found> {
+    let mut before = None;
+    let sql = "select b.series, b.first_step, b.last_step, b.points, b.numbers, k.data, e.base
+         from main.blocks b join main.series e on e.key = b.series left join main.packs k on k.key = b.pack
+         order by b.series, b.first_step";
+    each(connection, sql.into(), |row| {
+        let fault = |what: &str| format!("a block of points in its table `blocks` {what}");
+        let (series, first, last, points, numbers, data, base): Block =
+            sqlx::FromRow::from_row(row).map_err(|error| fault(&error.to_string()))?;
+        let data = data.ok_or_else(|| fault("has no points"))?;
+        let unpacked = block::unpack(&data).map_err(|_| fault("cannot be unpacked"))?;
+        if unpacked.is_empty() || !unpacked.is_sorted_by(|a, b| a.step < b.step) {
+            return Err(fault("has no points, or not in the order of their steps"));
+        }
+        let times = unpacked.iter().map(|point| base.checked_add(point.at));
+        if !times
+            .into_iter()
+            .all(|at| at.is_some_and(|at| (0..=LAST_MOMENT).contains(&at)))
+        {
+            return Err(fault("has points at impossible times"));
+        }
+        let found = block::Summary::of(&unpacked);
+        let said = (first, last, points, numbers);
+        if said
+            != (
+                found.first_step,
+                found.last_step,
+                found.points,
+                found.numbers,
+            )
+        {
+            return Err(fault("holds other points than is said of it"));
+        }
+        if before.is_some_and(|(known, end)| known == series && first <= end) {
+            return Err(fault("overlaps another"));
+        }
+        before = Some((series, last));
+        Ok(())
+    })
+    .await
+}
+
+type Block = (i64, i64, i64, i64, i64, Option<Vec<u8>>, i64);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_hashes_are_what_a_store_writes() {
+        let hash = "0123456789abcdef".repeat(4);
+        assert!(is_hash(&hash));
+        for wrong in [
+            "",
+            "..",
+            "../../x",
+            &hash[1..],
+            &hash.to_uppercase(),
+            &format!("{hash}0"),
+        ] {
+            assert!(!is_hash(wrong), "{wrong}");
+        }
+        assert!(is_name("größte/loss 1") && !is_name("\x1b[2J") && !is_name(&"x".repeat(2000)));
+    }
+
+    #[test]
+    fn paths_stay_within_their_artifact() {
+        for inner in ["a", "a/b.c", "..a/b..", "größe"] {
+            assert!(artifact::is_inner_path(inner), "{inner}");
+        }
+        for outer in [
+            "",
+            "/",
+            "/etc/passwd",
+            "..",
+            "a/../b",
+            "./a",
+            "a/.",
+            "a//b",
+            "a/",
+            "a\0b",
+            "a\nb",
+        ] {
+            assert!(!artifact::is_inner_path(outer), "{outer:?}");
+        }
+        assert!(!artifact::is_inner_path(&"x".repeat(256)));
+        assert!(!artifact::is_inner_path(&"x/".repeat(4000)));
+    }
+
+    #[test]
+    fn a_preview_is_a_file_of_its_artifact() {
+        let meta = |preview: &str| serde_json::json!({ "preview": preview }).to_string();
+        assert!(is_meta("{}") && is_meta(&meta("grid.png")));
+        assert!(!is_meta(&meta("../../secret.png")) && !is_meta("[]") && !is_meta("3"));
+    }
+}

@@ -1,0 +1,131 @@
+//! What a connection may do when the database it reads, or the question it is asked, comes from others.
+//!
+//! A database can be crafted so that SQLite reads it correctly and never comes to an end: pages that lie in two trees,
+//! values that share their pages. A question can be anything. Both get limits of size; a database gets a number of
+//! steps in proportion to its size, a question only what reads ([`only_reading`]).
+
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use libsqlite3_sys as ffi;
+use sqlx::sqlite::SqliteConnection;
+
+/// Longest value, and longest row, in a file that is imported.
+pub(super) const LONGEST_FOREIGN: i32 = 16 << 20;
+/// Longest value that a question may make.
+pub(super) const LONGEST_ANSWER: i32 = 32 << 20;
+/// SQLite's own unit of work, between two looks at the budget.
+const STEPS: i32 = 10_000;
+
+/// How much SQLite may still do on a connection.
+#[derive(Debug, Clone)]
+pub(super) struct Budget {
+    left: Arc<AtomicU64>,
+    spent: Arc<AtomicBool>,
+}
+
+impl Budget {
+    /// Whether it was used up: what was going on has then been interrupted.
+    pub(super) fn is_spent(&self) -> bool {
+        self.spent.load(Ordering::Relaxed)
+    }
+}
+
+/// Lets a connection do `steps` steps of SQLite's virtual machine, and no more.
+pub(super) async fn limit_steps(
+    connection: &mut SqliteConnection,
+    steps: u64,
+) -> Result<Budget, sqlx::Error> {
+    let budget = Budget {
+        left: Arc::new(AtomicU64::new(steps)),
+        spent: Arc::default(),
+    };
+    let Budget { left, spent } = budget.clone();
+    let mut handle = connection.lock_handle().await?;
+    handle.set_progress_handler(STEPS, move || {
+        let taken = left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
+            left.checked_sub(STEPS.unsigned_abs().into())
+        });
+        spent.fetch_or(taken.is_err(), Ordering::Relaxed);
+        taken.is_ok()
+    });
+    Ok(budget)
+}
+
+/// Limits the sizes of values and statements on a connection.
+pub(super) async fn limit_sizes(
+    connection: &mut SqliteConnection,
+    longest: i32,
+) -> Result<(), sqlx::Error> {
+    let mut handle = connection.lock_handle().await?;
+    let handle = handle.as_raw_handle().as_ptr();
+    for (limit, value) in [
+        (ffi::SQLITE_LIMIT_LENGTH, longest),
+        (ffi::SQLITE_LIMIT_SQL_LENGTH, 1 << 20),
+        (ffi::SQLITE_LIMIT_EXPR_DEPTH, 200),
+        (ffi::SQLITE_LIMIT_WORKER_THREADS, 0),
+    ] {
+        // SAFETY: the handle is locked, so nobody else uses the connection meanwhile.
+        unsafe { ffi::sqlite3_limit(handle, limit, value) };
+    }
+    Ok(())
+}
+
+/// From now on a connection refuses statements that do anything but read tables and views and call functions.
+pub(super) async fn only_reading(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+    let mut handle = connection.lock_handle().await?;
+    // SAFETY: the handle is locked, so nobody else uses the connection meanwhile; the function lives as long as the
+    // program and needs no data.
+    unsafe {
+        ffi::sqlite3_set_authorizer(
+            handle.as_raw_handle().as_ptr(),
+            Some(authorize),
+            std::ptr::null_mut(),
+        )
+    };
+    Ok(())
+}
+
+/// # Safety
+/// Called by SQLite, with C strings or null.
+unsafe extern "C" fn authorize(
+    _: *mut c_void,
+    action: c_int,
+    first: *const c_char,
+    second: *const c_char,
+    _: *const c_char,
+    _: *const c_char,
+) -> c_int {
+    // SAFETY: SQLite passes C strings or null, which stay until the call returns.
+    let text = |text: *const c_char| match text.is_null() {
+        true => "",
+        false => unsafe { CStr::from_ptr(text) }.to_str().unwrap_or("?"),
+    };
+    match is_reading(action, text(first), text(second)) {
+        true => ffi::SQLITE_OK,
+        false => ffi::SQLITE_DENY,
+    }
+}
+
+fn is_reading(action: c_int, first: &str, second: &str) -> bool {
+    match action {
+        ffi::SQLITE_SELECT | ffi::SQLITE_READ | ffi::SQLITE_RECURSIVE => true,
+        // The second name is the function's. These reach outside the database, or into the program's memory.
+        ffi::SQLITE_FUNCTION => !matches!(
+            second.to_ascii_lowercase().as_str(),
+            "load_extension" | "fts3_tokenizer" | "readfile" | "writefile" | "edit"
+        ),
+        // What the table-valued functions of the same names ask.
+        ffi::SQLITE_PRAGMA => matches!(
+            first.to_ascii_lowercase().as_str(),
+            "table_info"
+                | "table_xinfo"
+                | "table_list"
+                | "index_list"
+                | "index_info"
+                | "foreign_key_list"
+        ),
+        _ => false,
+    }
+}

@@ -1,0 +1,141 @@
+//! What is no YAML, said in words of people.
+
+use saphyr_parser::ScanError;
+
+use super::{YamlError, end_of, lines};
+use crate::diagnostic::Position;
+use crate::terminal;
+
+/// What no recipe may hold, whatever it means in YAML: refused before anything is parsed.
+pub(super) fn forbidden(text: &str) -> Option<YamlError> {
+    let unwanted = |c: char| {
+        c.is_control() && !matches!(c, '\t' | '\n' | '\r') || matches!(c, '\u{fffe}' | '\u{ffff}')
+    };
+    let at = text.find(unwanted)?;
+    let found = text[at..].chars().next().unwrap_or_default();
+    Some(YamlError {
+        position: Some(end_of(&text[..at])),
+        pointer: String::new(),
+        message: format!(
+            "a control character cannot be in YAML: U+{:04X}",
+            u32::from(found)
+        ),
+        hint: Some(format!(
+            "remove it, or write it as \"\\u{:04x}\" in double quotes; is this a text file?",
+            u32::from(found)
+        )),
+    })
+}
+
+/// A mistake in the syntax: what, where, what to do.
+pub(super) fn explain(text: &str, error: &ScanError) -> YamlError {
+    let marker = error.marker();
+    let mut position = Position {
+        line: marker.line().max(1),
+        column: marker.col() + 1,
+    };
+    let said = error.info();
+    let has = |part: &str| said.contains(part);
+    let (message, hint) = if let Some((at, _)) = in_indentation(text, position, |c| c == '\t') {
+        position = at;
+        (
+            "a tab cannot indent YAML".to_owned(),
+            Some("indent with spaces".to_owned()),
+        )
+    } else if let Some((at, odd)) = in_indentation(text, position, terminal::is_odd_space) {
+        position = at;
+        (odd_space(odd), Some("indent with plain spaces".to_owned()))
+    } else if has("mapping values are not allowed") || has("illegal placement of ':'") {
+        (
+            "`:` is not expected here".to_owned(),
+            Some(
+                "a text with `: ` in it needs quotes; or the line before lacks its `:`; or the indentation is off"
+                    .to_owned(),
+            ),
+        )
+    } else if has("flow mapping") || has("flow sequence") || has("flow construct") {
+        (
+            said.to_owned(),
+            Some("a `,` or a closing bracket is missing, here or on a line before".to_owned()),
+        )
+    } else if has("misplaced bracket") {
+        (
+            "a closing bracket without its opening one".to_owned(),
+            Some("remove it, or put a text with brackets in quotes".to_owned()),
+        )
+    } else if has("did not find expected key")
+        || has("did not find expected '-'")
+        || has("invalid indentation")
+        || has("wrongly indented")
+        || has("block sequence entries are not allowed")
+    {
+        (
+            said.to_owned(),
+            Some("the indentation does not match the lines above".to_owned()),
+        )
+    } else if has("simple key expect") {
+        (
+            "a `key: value` is expected here".to_owned(),
+            Some("is there a `:` missing on this line or the one before?".to_owned()),
+        )
+    } else if has("recursion limit") {
+        (TOO_DEEP.to_owned(), None)
+    } else if has("unknown anchor") {
+        (
+            "`*` names an anchor that is not there".to_owned(),
+            Some("put a text that begins with `*` in quotes".to_owned()),
+        )
+    } else if has("document start") {
+        (
+            "a line that begins with `%` is a directive of YAML".to_owned(),
+            Some("put a text that begins with `%` in quotes".to_owned()),
+        )
+    } else if has("unexpected character") || has("directive") {
+        (
+            said.to_owned(),
+            Some("a text that begins with this character needs quotes".to_owned()),
+        )
+    } else {
+        (said.to_owned(), None)
+    };
+    YamlError {
+        position: Some(position),
+        pointer: String::new(),
+        message,
+        hint,
+    }
+}
+
+/// Of values inside values inside values.
+pub(super) const TOO_DEEP: &str = "nested too deeply";
+
+/// Names a character that looks like a space.
+pub fn odd_space(odd: char) -> String {
+    format!(
+        "U+{:04X} is here, which looks like a space or like nothing, and is no space",
+        u32::from(odd)
+    )
+}
+
+/// The first such character in the indentation of the line at `position`, or of one near it, since mistakes in
+/// indentation are noticed late, or where the text before them should have gone on.
+fn in_indentation(
+    text: &str,
+    position: Position,
+    is: impl Fn(char) -> bool,
+) -> Option<(Position, char)> {
+    let near = [Some(0), Some(1), Some(2), None];
+    near.into_iter().find_map(|before| {
+        let line = match before {
+            Some(before) => position.line.checked_sub(before)?,
+            None => position.line + 1,
+        };
+        let indentation = lines(text)
+            .nth(line.checked_sub(1)?)?
+            .chars()
+            .take_while(|&c| c.is_whitespace() || terminal::is_odd_space(c));
+        let (column, odd) = indentation.enumerate().find(|(_, c)| is(*c))?;
+        let column = column + 1;
+        Some((Position { line, column }, odd))
+    })
+}
