@@ -9,9 +9,10 @@ use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use retort_checkpoint::shards::Place;
+use retort_checkpoint::regular;
 
-use crate::plan::FileKind;
+use crate::draft::Draft;
+use crate::input;
 use crate::store::{ArtifactFile, ArtifactRecord};
 
 /// Where things lie in a store's directory.
@@ -61,14 +62,6 @@ pub enum ArtifactError {
     /// Nothing in it.
     #[error("the artifact has no files")]
     Empty,
-    /// No weights of a network.
-    #[error("{}: {message}", path.display())]
-    Weights {
-        /// What was to hold them.
-        path: PathBuf,
-        /// What is wrong.
-        message: String,
-    },
 }
 
 /// A difference between an artifact's record and what lies on the disk.
@@ -253,7 +246,7 @@ impl Lock {
     /// Takes the lock, making its file; `None` while another process has it.
     fn try_take(path: PathBuf) -> Result<Option<Self>, ArtifactError> {
         loop {
-            let file = File::create(&path).map_err(failed("make", &path))?;
+            let file = open_lock(&path).map_err(failed("make", &path))?;
             match file.try_lock() {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => return Ok(None),
@@ -273,6 +266,24 @@ impl Lock {
     }
 }
 
+/// Opens a file to be locked, making it if need be. Whatever else lies there is not waited for, followed or changed.
+///
+/// # Errors
+/// It cannot be made, or is no regular file.
+pub fn open_lock(path: &Path) -> io::Result<File> {
+    if let Ok(found) = fs::symlink_metadata(path) {
+        regular::expect_regular(&found)?;
+    }
+    let file = File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(path)?;
+    regular::expect_regular(&file.metadata()?)?;
+    Ok(file)
+}
+
 /// Makes the files in `staging` an artifact under `artifacts`, and returns what it holds. Afterwards `staging` is gone.
 ///
 /// # Errors
@@ -290,9 +301,9 @@ pub fn commit(staging: &Path, artifacts: &Path) -> Result<Contents, ArtifactErro
             return Ok(contents);
         }
         // Somebody damaged it: the whole one takes its place.
-        let aside = staging.with_extension("damaged");
-        fs::rename(&place, &aside).map_err(failed("move", &place))?;
-        let _ = fs::remove_dir_all(&aside);
+        let aside = Draft::folder(&place).map_err(failed("make", &place))?;
+        let damaged = aside.path().join("damaged");
+        fs::rename(&place, damaged).map_err(failed("move", &place))?;
     }
     publish(staging, &contents.hash, artifacts)?;
     Ok(contents)
@@ -320,7 +331,19 @@ pub fn seal(staging: &Path) -> Result<Contents, ArtifactError> {
 /// [`ArtifactError::Io`].
 pub fn publish(staging: &Path, hash: &str, artifacts: &Path) -> Result<(), ArtifactError> {
     fs::create_dir_all(artifacts).map_err(failed("make", artifacts))?;
-    match fs::rename(staging, artifacts.join(hash)) {
+    let place = artifacts.join(hash);
+    let moved = match fs::rename(staging, &place) {
+        // The artifacts lie on another disk.
+        Err(error) if error.kind() == io::ErrorKind::CrossesDevices => {
+            let moved = carry(staging, &place)?;
+            if moved.is_ok() {
+                fs::remove_dir_all(staging).map_err(failed("remove", staging))?;
+            }
+            moved
+        }
+        moved => moved,
+    };
+    match moved {
         Ok(()) => {}
         Err(error)
             if matches!(
@@ -333,6 +356,31 @@ pub fn publish(staging: &Path, hash: &str, artifacts: &Path) -> Result<(), Artif
         Err(error) => return Err(failed("move", staging)(error)),
     }
     sync(artifacts)
+}
+
+/// Copies the files of an artifact to the disk of its place, and moves them there once they are all written. What the
+/// move comes to is the inner result.
+fn carry(staging: &Path, place: &Path) -> Result<io::Result<()>, ArtifactError> {
+    let draft = Draft::folder(place).map_err(failed("make", place))?;
+    copy_files(staging, draft.path())?;
+    sync_dirs(draft.path())?;
+    Ok(draft.finish())
+}
+
+/// Copies the files of one directory into another, and syncs them.
+fn copy_files(from: &Path, to: &Path) -> Result<(), ArtifactError> {
+    for entry in fs::read_dir(from).map_err(failed("read", from))? {
+        let entry = entry.map_err(failed("read", from))?;
+        let (from, to) = (entry.path(), to.join(entry.file_name()));
+        if from.is_dir() {
+            fs::create_dir(&to).map_err(failed("make", &to))?;
+            copy_files(&from, &to)?;
+            continue;
+        }
+        fs::copy(&from, &to).map_err(failed("write", &to))?;
+        sync(&to)?;
+    }
+    Ok(())
 }
 
 /// What a directory holds. Empty directories do not count.
@@ -421,40 +469,9 @@ pub fn open_inner(dir: &Path, path: &str) -> io::Result<File> {
 /// # Errors
 /// [`ArtifactError::Io`].
 pub fn file_hash(path: &Path) -> Result<String, ArtifactError> {
-    let file = File::open(path).map_err(failed("open", path))?;
-    let mut hasher = blake3::Hasher::new();
-    hasher.update_reader(file).map_err(failed("read", path))?;
-    Ok(hasher.finalize().to_hex().to_string())
-}
-
-/// Content hash of a file or directory that an option names.
-///
-/// # Errors
-/// As [`contents`].
-pub fn input_hash(path: &Path, kind: FileKind) -> Result<String, ArtifactError> {
-    match kind {
-        FileKind::File => file_hash(path),
-        FileKind::Dir => contents(path).map(|contents| contents.hash),
-        FileKind::Weights => weights_hash(path),
-    }
-}
-
-/// Of a network's weights: of their file, or of all files in the folder that belong to them.
-fn weights_hash(path: &Path) -> Result<String, ArtifactError> {
-    let place = Place::find(path).map_err(|error| ArtifactError::Weights {
-        path: path.to_owned(),
-        message: error.to_string(),
-    })?;
-    let files = place.files();
-    if let [only] = files.as_slice() {
-        return file_hash(only);
-    }
-    let mut hasher = blake3::Hasher::new();
-    for file in &files {
-        let name = file.file_name().unwrap_or_default().to_string_lossy();
-        hasher.update(format!("{name}\0{}\n", file_hash(file)?).as_bytes());
-    }
-    Ok(hasher.finalize().to_hex().to_string())
+    let file = regular::open(path).map_err(failed("open", path))?;
+    let hash = input::content_hash(file).map_err(failed("read", path))?;
+    Ok(hash.to_hex().to_string())
 }
 
 /// Compares an artifact in `dir` with its record, byte by byte. Empty: it is as it was made.

@@ -35,7 +35,7 @@ pub mod validate;
 pub mod why;
 pub mod worker;
 
-use crate::store::{Access, Store};
+use crate::store::{Access, Memory, Store};
 use crate::table::Style;
 use crate::terminal;
 
@@ -69,7 +69,7 @@ pub use error::{Error, Exit};
         5    a plugin is missing or broken\n  \
         75   the store is busy; try again\n  \
         100  a stage failed\n  \
-        130  interrupted (143: terminated); `retort resume` continues\n\n\
+        130  interrupted (143: terminated, 129: the terminal was closed); `retort resume` continues\n\n\
         Environment: RETORT_PLUGIN_PATH (directories with plugins, separated by ':'), NO_COLOR, RUST_LOG.",
     max_term_width = 110
 )]
@@ -198,6 +198,19 @@ pub struct SelectionArgs {
     /// Run only this stage and those that it depends on.
     #[arg(long, value_name = "STAGE")]
     pub until: Option<String>,
+    /// Read every file that the recipe names, even if it looks as it did when it was read before.
+    #[arg(long)]
+    pub rehash: bool,
+}
+
+impl SelectionArgs {
+    /// Whether hashes of earlier commands are believed.
+    pub fn memory(&self) -> Memory {
+        match self.rehash {
+            true => Memory::Distrusted,
+            false => Memory::Trusted,
+        }
+    }
 }
 
 /// How data is printed.
@@ -257,6 +270,28 @@ pub struct Context {
 }
 
 impl Context {
+    /// Paths go to workers and into the store as text: what cannot be written so is refused at once.
+    fn check_names(&self, command: &Command) -> Result<(), Error> {
+        let recipes: Vec<&PathBuf> = match command {
+            Command::Run(args) => vec![&args.recipe.recipe],
+            Command::Plan(args) => vec![&args.recipe.recipe],
+            Command::Graph(args) => vec![&args.recipe.recipe],
+            Command::Validate(args) => args.recipes.iter().collect(),
+            // They use neither.
+            Command::Inspect(_) | Command::Completions(_) | Command::Worker(_) => return Ok(()),
+            _ => Vec::new(),
+        };
+        for path in recipes.into_iter().chain([&self.store]) {
+            let whole = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+            if whole.to_str().is_none() {
+                let message = format!("the path {} is not UTF-8", whole.display());
+                return Err(Error::new(Exit::Usage, message)
+                    .hint("rename what is not, or work from another directory"));
+            }
+        }
+        Ok(())
+    }
+
     /// The home directory: what `~/` in paths of recipes stands for.
     pub fn home(&self) -> Option<PathBuf> {
         let home = PathBuf::from(std::env::var_os("HOME")?);
@@ -335,6 +370,13 @@ pub fn main() -> ExitCode {
         color: cli.global.color,
     };
     talk::start_tracing(&context);
+    // A limit on the size of files is an error of writing, with a name and a place, and no end without a word.
+    // SAFETY: a plain system call; workers inherit it.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+    if let Err(error) = context.check_names(&cli.command) {
+        error.show(&context);
+        return ExitCode::from(error.exit.code());
+    }
     let result = match &cli.command {
         Command::Run(args) => run::execute(args, &context),
         Command::Validate(args) => validate::execute(args, &context),

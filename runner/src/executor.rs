@@ -15,18 +15,23 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::artifact::{self, ArtifactError, Layout, Work};
+use crate::artifact::{ArtifactError, Layout, Work};
 use crate::executor::attempt::{Bench, Brief, End, Ended, Stop};
+use crate::executor::pause::Pauses;
+use crate::executor::source::Source;
 use crate::frame::Progress;
+use crate::input::{InputError, Snapshot};
 use crate::plan::decision::Role;
 use crate::plan::{self, Digest, Plan, PlannedStage};
 use crate::store::{
-    ArtifactRecord, AttemptId, LogLine, NewRun, NewStage, Param, PluginIdentity, RunId, RunState,
-    StageId, Store, StoreError, Success,
+    ArtifactRecord, AttemptId, LogLine, Memory, NewRun, NewStage, Param, PluginIdentity, RunId,
+    RunState, StageId, Store, StoreError, Success,
 };
 
 pub mod attempt;
+pub mod pause;
 mod recorder;
+pub mod source;
 
 /// How often the run says that it lives.
 const HEARTBEAT: Duration = Duration::from_secs(5);
@@ -184,9 +189,12 @@ pub enum ExecutorError {
     /// The store cannot be read or written.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// Something in the store's directory, or a file that a stage names, cannot be used.
+    /// Something in the store's directory cannot be used.
     #[error(transparent)]
     Artifact(#[from] ArtifactError),
+    /// A file that a stage names cannot be used.
+    #[error(transparent)]
+    Input(#[from] InputError),
     /// A stage left out by `--from` is needed and was never made.
     #[error("`{stage}` is left out by --from, but its result is needed and not in the store")]
     Missing {
@@ -220,7 +228,7 @@ pub async fn execute(
     let system = |what| move |source| ExecutorError::System { what, source };
     let layout =
         Layout::new(store.dir()).map_err(system("the store's directory cannot be named"))?;
-    let files = file_hashes(plan, roles)?;
+    let sources = sources(plan, roles, &store).await?;
     // From here on the usual effect of these signals is off.
     let mut signals = Signals::listen().map_err(system("signals cannot be received"))?;
     let run = store.begin_run(&new_run(plan, roles, options)).await?;
@@ -234,8 +242,9 @@ pub async fn execute(
             staging,
             listener,
             grace,
+            pauses: Pauses::default(),
         });
-        let mut floor = Floor::open(plan, roles, files, &run, bench, options).await?;
+        let mut floor = Floor::open(plan, roles, sources, &run, bench, options).await?;
         (floor.bench.listener)(Event::RunBegan { run: run.clone() });
         floor.work(&mut signals).await?;
         Ok::<_, ExecutorError>(floor)
@@ -251,6 +260,7 @@ pub async fn execute(
         }
     };
     let signal = floor.signal;
+    let elapsed = floor.bench.pauses.worked(began, Duration::ZERO);
     let stages = floor.report();
     let state = match signal {
         _ if stages.iter().all(StageReport::is_good) => RunState::Succeeded,
@@ -265,7 +275,7 @@ pub async fn execute(
         state,
         signal,
         stages,
-        elapsed: began.elapsed(),
+        elapsed,
     })
 }
 
@@ -365,13 +375,14 @@ fn seed_origin(plan: &Plan) -> String {
     line.map_or_else(|| "default".into(), |line| format!("recipe:{}", line + 1))
 }
 
-/// Content hashes of the files that options name, by stage and pointer, for the stages that may run.
-fn file_hashes(
+/// The files that options name, by stage, for the stages that may run.
+async fn sources(
     plan: &Plan,
     roles: &[Role],
-) -> Result<HashMap<String, BTreeMap<String, String>>, ExecutorError> {
-    let mut known: HashMap<&std::path::Path, String> = HashMap::new();
-    let mut hashes: HashMap<String, BTreeMap<String, String>> = HashMap::new();
+    store: &Store,
+) -> Result<HashMap<String, Vec<Source>>, ExecutorError> {
+    let mut known: HashMap<&std::path::Path, Snapshot> = HashMap::new();
+    let mut sources: HashMap<String, Vec<Source>> = HashMap::new();
     for (stage, _) in plan
         .stages
         .iter()
@@ -379,18 +390,24 @@ fn file_hashes(
         .filter(|(_, role)| **role != Role::Skipped)
     {
         for file in &stage.files {
-            let hash = match known.get(&*file.path) {
-                Some(hash) => hash.clone(),
-                None => artifact::input_hash(&file.path, file.kind)?,
+            let snapshot = match known.get(&*file.path) {
+                Some(snapshot) => snapshot.clone(),
+                None => {
+                    store
+                        .snapshot(&file.path, file.kind, Memory::Trusted)
+                        .await?
+                }
             };
-            known.insert(&file.path, hash.clone());
-            hashes
-                .entry(stage.name.clone())
-                .or_default()
-                .insert(file.pointer.clone(), hash);
+            known.insert(&file.path, snapshot.clone());
+            sources.entry(stage.name.clone()).or_default().push(Source {
+                pointer: file.pointer.clone(),
+                path: file.path.clone(),
+                kind: file.kind,
+                snapshot,
+            });
         }
     }
-    Ok(hashes)
+    Ok(sources)
 }
 
 /// The stages of a run on their way.
@@ -399,7 +416,7 @@ struct Floor<'p> {
     options: &'p Options,
     run: RunId,
     bench: Arc<Bench>,
-    files: HashMap<String, BTreeMap<String, String>>,
+    sources: HashMap<String, Vec<Source>>,
     places: Vec<Place<'p>>,
     stop: watch::Sender<Stop>,
     signal: Option<i32>,
@@ -461,7 +478,7 @@ impl<'p> Floor<'p> {
     async fn open(
         plan: &'p Plan,
         roles: &[Role],
-        files: HashMap<String, BTreeMap<String, String>>,
+        sources: HashMap<String, Vec<Source>>,
         run: &RunId,
         bench: Arc<Bench>,
         options: &'p Options,
@@ -495,7 +512,7 @@ impl<'p> Floor<'p> {
             options,
             run: run.clone(),
             bench,
-            files,
+            sources,
             places,
             stop,
             signal: None,
@@ -516,7 +533,10 @@ impl<'p> Floor<'p> {
             }
             tokio::select! {
                 Some(ended) = self.workers.join_next() => self.take_back(ended).await?,
-                signal = signals.next() => self.interrupt(signal),
+                signal = signals.next() => match signal {
+                    libc::SIGTSTP => self.bench.pauses.stop(),
+                    signal => self.interrupt(signal),
+                },
                 _ = heartbeat.tick() => {
                     if let Err(error) = self.bench.store.heartbeat(&self.run).await {
                         tracing::debug!("heartbeat: {error}");
@@ -572,9 +592,11 @@ impl<'p> Floor<'p> {
                 State::Waiting | State::Ready(_) | State::Running => return Gathered::NotYet,
             }
         }
-        let none = BTreeMap::new();
-        let files = self.files.get(&stage.name).unwrap_or(&none);
-        match plan::digest(stage, &hashes, files) {
+        let files = self.sources.get(&stage.name).into_iter().flatten();
+        let files = files
+            .map(|source| (source.pointer.clone(), source.snapshot.hash.clone()))
+            .collect();
+        match plan::digest(stage, &hashes, &files) {
             Some(digest) => Gathered::Ready(Box::new(Ready { digest, inputs })),
             None => Gathered::NotYet,
         }
@@ -633,8 +655,13 @@ impl<'p> Floor<'p> {
                 continue;
             };
             let Ready { digest, inputs } = *ready;
-            let brief = Brief {
+            let mut brief = Brief {
                 stage: place.stage.clone(),
+                sources: self
+                    .sources
+                    .get(&place.stage.name)
+                    .cloned()
+                    .unwrap_or_default(),
                 id,
                 work_dir: self.bench.layout.work(&digest.hex),
                 digest,
@@ -649,9 +676,9 @@ impl<'p> Floor<'p> {
                 _ => Start::AsLeftOrReused,
             };
             self.workers.spawn(async move {
-                let began = Instant::now();
-                let visit = visit(&bench, &brief, stop, start).await;
-                (index, began.elapsed(), visit)
+                let (began, paused) = (Instant::now(), bench.pauses.total());
+                let visit = visit(&bench, &mut brief, stop, start).await;
+                (index, bench.pauses.worked(began, paused), visit)
             });
         }
     }
@@ -733,14 +760,15 @@ impl<'p> Floor<'p> {
         Ok(())
     }
 
-    /// Ctrl-C or its like: the first time workers are asked to stop, the second time they are made to.
+    /// Ctrl-C or its like: the first time workers are asked to stop, the second time they are made to. A closed terminal
+    /// is told twice, by the kernel and by the shell, and nobody is impatient there.
     fn interrupt(&mut self, signal: i32) {
         if self.signal.is_none() {
             self.signal = Some(signal);
             let (grace, workers) = (self.options.grace, self.workers.len());
             (self.bench.listener)(Event::Stopping { grace, workers });
             self.stop.send_replace(Stop::AtCheckpoint);
-        } else {
+        } else if signal != libc::SIGHUP {
             (self.bench.listener)(Event::Killing);
             self.stop.send_replace(Stop::Now);
         }
@@ -815,14 +843,13 @@ async fn find_success(bench: &Bench, digest: &str) -> Result<Option<Success>, St
 /// Gives a stage to a worker, as soon as no other process works on the same.
 async fn visit(
     bench: &Bench,
-    brief: &Brief,
+    brief: &mut Brief,
     mut stop: watch::Receiver<Stop>,
     start: Start,
 ) -> Result<Visit, ExecutorError> {
-    let digest = &brief.digest.hex;
     let mut waited = false;
     let work: Work = loop {
-        if let Some(work) = bench.layout.open_work(digest)? {
+        if let Some(work) = bench.layout.open_work(&brief.digest.hex)? {
             break work;
         }
         if !std::mem::replace(&mut waited, true) {
@@ -837,15 +864,22 @@ async fn visit(
     };
     if waited
         && start == Start::AsLeftOrReused
-        && let Some(success) = find_success(bench, digest).await?
+        && let Some(success) = find_success(bench, &brief.digest.hex).await?
     {
         return Ok(Visit::Reused(success));
     }
     if start == Start::Anew {
         empty(work.path())?;
     }
+    for source in &mut brief.sources {
+        if let Err(message) = source.begin(&bench.store).await {
+            let end = End::InputChanged { message };
+            return Ok(Visit::Made(attempt::refuse(bench, brief, end).await?));
+        }
+    }
     let ended = attempt::make(bench, brief, stop).await?;
-    if matches!(ended.end, End::Succeeded { .. }) {
+    // A checkpoint of other data would be taken up as one of these.
+    if ended.tainted || matches!(ended.end, End::Succeeded { .. }) {
         work.remove();
     }
     Ok(Visit::Made(ended))
@@ -863,12 +897,13 @@ fn empty(dir: &std::path::Path) -> Result<(), ExecutorError> {
     Ok(())
 }
 
-/// The signals that stop a run. One that was ignored when the program started (`nohup`, a background job of a script)
+/// The signals that end a run, or stop it for a while. One that was ignored when the program started (`nohup`, a background job of a script)
 /// stays ignored.
 struct Signals {
     interrupt: Option<Signal>,
     terminate: Option<Signal>,
     hangup: Option<Signal>,
+    stop: Option<Signal>,
 }
 
 impl Signals {
@@ -877,15 +912,17 @@ impl Signals {
             interrupt: listen(SignalKind::interrupt())?,
             terminate: listen(SignalKind::terminate())?,
             hangup: listen(SignalKind::hangup())?,
+            stop: listen(SignalKind::from_raw(libc::SIGTSTP))?,
         })
     }
 
-    /// The next one. A terminal that was closed counts as termination.
+    /// The next one.
     async fn next(&mut self) -> i32 {
         tokio::select! {
             () = receive(&mut self.interrupt) => libc::SIGINT,
             () = receive(&mut self.terminate) => libc::SIGTERM,
-            () = receive(&mut self.hangup) => libc::SIGTERM,
+            () = receive(&mut self.hangup) => libc::SIGHUP,
+            () = receive(&mut self.stop) => libc::SIGTSTP,
         }
     }
 }

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use retort_abi::{Description, Device, Severity, StageJob};
+use retort_checkpoint::regular;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -137,8 +138,30 @@ pub struct FileOption {
     pub kind: FileKind,
 }
 
+impl FileOption {
+    /// Why it cannot be read, in words; nothing is opened for that.
+    pub fn problem(&self) -> Option<String> {
+        let shown = self.path.display();
+        let what = match self.kind {
+            FileKind::File | FileKind::Weights => "file",
+            FileKind::Dir => "directory",
+        };
+        let Ok(found) = std::fs::metadata(&self.path) else {
+            return Some(format!("the {what} {shown} does not exist"));
+        };
+        let there = match self.kind {
+            FileKind::File => found.is_file(),
+            FileKind::Dir => found.is_dir(),
+            // What a folder holds, whoever reads it says.
+            FileKind::Weights => found.is_file() || found.is_dir(),
+        };
+        let kind = regular::kind(found.file_type());
+        (!there).then(|| format!("{shown} is {kind}, not a {what}"))
+    }
+}
+
 /// What a path names.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FileKind {
     /// One file.
@@ -286,21 +309,10 @@ impl Plan {
         let mut findings = Vec::new();
         for stage in &self.stages {
             for file in &stage.files {
-                let (there, what) = match file.kind {
-                    FileKind::File => (file.path.is_file(), "file"),
-                    FileKind::Dir => (file.path.is_dir(), "directory"),
-                    // What a folder holds, whoever reads it says.
-                    FileKind::Weights if file.path.is_dir() => (true, "directory"),
-                    FileKind::Weights => (file.path.is_file(), "file"),
-                };
-                if there {
+                let Some(problem) = file.problem() else {
                     continue;
-                }
-                let shown = file.path.display();
-                let message = match file.path.exists() {
-                    true => format!("stage `{}`: {shown} is not a {what}", stage.name),
-                    false => format!("stage `{}`: the {what} {shown} does not exist", stage.name),
                 };
+                let message = format!("stage `{}`: {problem}", stage.name);
                 let pointer = format!("/stages/{}{}", escape(&stage.name), file.pointer);
                 let written = stage.options.pointer(&file.pointer).and_then(Value::as_str);
                 findings.push(

@@ -338,7 +338,7 @@ impl<'a> Plugins<'a> {
         if let Some(description) = cached {
             return Ok((identity(&description), description));
         }
-        let Answer::Description(description) = self.ask(path, Call::Describe)? else {
+        let Answer::Description(description) = self.ask(path, &hash, Call::Describe)? else {
             return Err(confused(path));
         };
         if let Some(store) = self.store
@@ -358,17 +358,19 @@ impl<'a> Plugins<'a> {
     ///
     /// # Errors
     /// As [`Plugins::describe_file`].
-    pub fn probe_file(&self, path: &Path) -> Result<Vec<Device>, DescribeError> {
-        match self.ask(path, Call::Probe)? {
+    pub fn probe_file(&self, plugin: &PluginIdentity) -> Result<Vec<Device>, DescribeError> {
+        let path = &plugin.path;
+        match self.ask(path, &plugin.hash, Call::Probe)? {
             Answer::Devices(devices) => Ok(devices),
             _ => Err(confused(path)),
         }
     }
 
-    fn ask(&self, path: &Path, call: Call) -> Result<Answer, DescribeError> {
+    /// Asks the plugin that has this hash: what was looked at is what is loaded.
+    fn ask(&self, path: &Path, hash: &str, call: Call) -> Result<Answer, DescribeError> {
         let task = Task {
             plugin: path.to_owned(),
-            hash: None,
+            hash: Some(hash.to_owned()),
             call,
         };
         self.runtime
@@ -440,7 +442,7 @@ impl Descriptions for Plugins<'_> {
         if let Some(known) = self.devices.get(&plugin.path) {
             return Ok(known.clone());
         }
-        let devices = self.probe_file(&plugin.path)?;
+        let devices = self.probe_file(plugin)?;
         self.devices.insert(plugin.path.clone(), devices.clone());
         Ok(devices)
     }
@@ -450,8 +452,8 @@ impl Descriptions for Plugins<'_> {
         plugin: &str,
         jobs: &[StageJob],
     ) -> Result<Vec<Vec<Diagnostic>>, DescribeError> {
-        let path = find(plugin, &self.dirs)?.path;
-        match self.ask(&path, Call::Validate(jobs.to_vec()))? {
+        let PluginIdentity { path, hash, .. } = self.describe(plugin)?.0;
+        match self.ask(&path, &hash, Call::Validate(jobs.to_vec()))? {
             Answer::Findings(findings) if findings.len() == jobs.len() => Ok(findings),
             _ => Err(confused(&path)),
         }

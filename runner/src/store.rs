@@ -22,6 +22,7 @@ mod block;
 mod care;
 mod draft;
 mod error;
+mod file;
 mod function;
 mod history;
 mod import;
@@ -41,6 +42,7 @@ mod transfer;
 
 pub use care::Garbage;
 pub use error::StoreError;
+pub use file::Memory;
 pub use history::{
     ArtifactRow, AttemptDetail, LastExecution, RunDetail, RunFilter, RunSummary, SourceStage,
     StageCounts, StageDetail, Success,

@@ -73,19 +73,7 @@ pub fn main(parent: u32) -> Result<std::convert::Infallible, WorkerError> {
 
 /// Loads the plugin, makes the call, sends the answer.
 fn work(task: Task, outbox: &Arc<Outbox>, cancel: Arc<AtomicU32>) {
-    if let Some(planned) = &task.hash
-        && artifact::file_hash(&task.plugin).is_ok_and(|found| found != *planned)
-    {
-        outbox.send(&FromWorker::NotLoaded {
-            message: format!(
-                "{} is not the file it was when the run was planned",
-                task.plugin.display()
-            ),
-            hint: Some("run again: the plan will know the new one".into()),
-        });
-        return;
-    }
-    let plugin = match LoadedPlugin::load(&task.plugin) {
+    let plugin = match LoadedPlugin::load(&task.plugin, task.hash.as_deref()) {
         Ok(plugin) => plugin,
         Err(error) => {
             outbox.send(&FromWorker::NotLoaded {

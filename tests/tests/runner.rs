@@ -39,8 +39,12 @@ mod recipes;
 mod runs;
 #[path = "runner/sampling.rs"]
 mod sampling;
+#[path = "runner/sources.rs"]
+mod sources;
 #[path = "runner/stores.rs"]
 mod stores;
+#[path = "runner/terminal.rs"]
+mod terminal;
 #[path = "runner/training.rs"]
 mod training;
 #[path = "runner/tricks.rs"]

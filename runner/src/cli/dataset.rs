@@ -13,6 +13,7 @@ use serde_json::{Map, Value, json};
 
 use crate::artifact::{self, Layout};
 use crate::cli::{Context, Error, Exit, Format, FormatArgs, talk};
+use crate::draft::Draft;
 use crate::store::{Access, ArtifactRecord, Store};
 use crate::table::{self, Cell, Rows, Style, Tone};
 
@@ -347,17 +348,13 @@ fn merge(args: &MergeArgs, context: &Context) -> Result<(), Error> {
     }
 
     // Complete or not there at all.
-    let partial = out.with_extension("partial");
     let failed = |action: &str, path: &Path| {
         let message = format!("cannot {action} {}", path.display());
         move |e: std::io::Error| Error::new(Exit::Internal, message).cause(&e)
     };
-    if partial.exists() {
-        fs::remove_dir_all(&partial).map_err(failed("remove", &partial))?;
-    }
-    fs::create_dir_all(&partial).map_err(failed("make", &partial))?;
+    let draft = Draft::folder(out).map_err(failed("make", out))?;
     let take = |from: &Path, name: &str| {
-        let to = partial.join(name);
+        let to = draft.path().join(name);
         // An artifact's files must not become writable through another name.
         fs::copy(from, &to).map(drop).map_err(failed("copy", from))
     };
@@ -380,9 +377,9 @@ fn merge(args: &MergeArgs, context: &Context) -> Result<(), Error> {
         take(from, CAPTIONS)?;
     }
     let text = serde_json::to_string_pretty(&whole).unwrap_or_default();
-    let manifest = partial.join(MANIFEST);
+    let manifest = draft.path().join(MANIFEST);
     fs::write(&manifest, text + "\n").map_err(failed("write", &manifest))?;
-    fs::rename(&partial, out).map_err(failed("make", out))?;
+    draft.finish().map_err(failed("make", out))?;
     if !context.quiet {
         talk::say(&format!(
             "{}: {} pairs in {} shards of {} parts, {}",

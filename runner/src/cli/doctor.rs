@@ -366,7 +366,8 @@ fn plugins(runtime: &Runtime, context: &Context, store: Option<&Store>, checks: 
         let checked = plugins
             .describe_file(&found.path)
             .and_then(|(identity, description)| {
-                Ok((identity, description, plugins.probe_file(&found.path)?))
+                let devices = plugins.probe_file(&identity)?;
+                Ok((identity, description, devices))
             });
         match checked {
             Ok((identity, description, devices)) => {

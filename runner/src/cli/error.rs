@@ -8,6 +8,7 @@ use crate::cli::{Context, talk};
 use crate::diagnostic::Report;
 use crate::executor::ExecutorError;
 use crate::filter::FilterError;
+use crate::input::InputError;
 use crate::plan::DescribeError;
 use crate::plan::decision::SelectError;
 use crate::store::StoreError;
@@ -33,6 +34,8 @@ pub enum Exit {
     StoreBusy = 75,
     /// A stage failed.
     StageFailed = 100,
+    /// The terminal was closed.
+    HungUp = 129,
     /// Interrupted by Ctrl-C.
     Interrupted = 130,
     /// Terminated by SIGTERM.
@@ -98,7 +101,10 @@ impl Error {
     pub fn of_history(error: Box<dyn StdError>) -> Self {
         match error.downcast::<StoreError>() {
             Ok(error) => (*error).into(),
-            Err(error) => Self::new(Exit::Internal, error.to_string()),
+            Err(error) => match error.downcast::<InputError>() {
+                Ok(error) => (*error).into(),
+                Err(error) => Self::new(Exit::Internal, error.to_string()),
+            },
         }
     }
 
@@ -221,6 +227,13 @@ impl From<StoreError> for Error {
     }
 }
 
+impl From<InputError> for Error {
+    /// What a recipe names is not what it takes it for.
+    fn from(error: InputError) -> Self {
+        Self::new(Exit::InvalidRecipe, error.to_string())
+    }
+}
+
 impl From<DescribeError> for Error {
     fn from(error: DescribeError) -> Self {
         Self {
@@ -247,6 +260,7 @@ impl From<ExecutorError> for Error {
     fn from(error: ExecutorError) -> Self {
         match error {
             ExecutorError::Store(error) => error.into(),
+            ExecutorError::Input(error) => error.into(),
             ExecutorError::Missing { .. } => Self::new(Exit::NothingMatches, error.to_string())
                 .hint("run it without --from first"),
             ExecutorError::Artifact(_) | ExecutorError::System { .. } => {

@@ -1,30 +1,36 @@
 //! The store as what planning knows of the past, or nothing where there is no store yet.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::error::Error as StdError;
+use std::path::PathBuf;
 
 use serde_json::Value;
 use tokio::runtime::Runtime;
 
-use crate::artifact::{self, Layout};
-use crate::plan::PlannedStage;
+use crate::artifact::Layout;
+use crate::input::{Folder, InputError, Listing};
 use crate::plan::decision::Past;
-use crate::store::Store;
+use crate::plan::{FileKind, FileOption, PlannedStage};
+use crate::store::{Memory, Store};
 
 /// [`Past`] over a store.
 pub struct History<'a> {
     runtime: &'a Runtime,
     store: &'a Store,
     layout: Layout,
+    memory: Memory,
+    hashes: HashMap<(PathBuf, FileKind), String>,
 }
 
 impl<'a> History<'a> {
-    /// What this store knows.
-    pub fn new(runtime: &'a Runtime, store: &'a Store, layout: Layout) -> Self {
+    /// What this store knows; hashes of files only where its memory is trusted.
+    pub fn new(runtime: &'a Runtime, store: &'a Store, layout: Layout, memory: Memory) -> Self {
         Self {
             runtime,
             store,
             layout,
+            memory,
+            hashes: HashMap::new(),
         }
     }
 }
@@ -52,12 +58,23 @@ impl Past for History<'_> {
         &mut self,
         stage: &PlannedStage,
     ) -> Result<BTreeMap<String, String>, Box<dyn StdError>> {
-        file_hashes(stage)
+        let (runtime, store, memory) = (self.runtime, self.store, self.memory);
+        file_hashes(stage, &mut self.hashes, |file| {
+            let snapshot = store.snapshot(&file.path, file.kind, memory);
+            Ok(runtime.block_on(snapshot)?.hash)
+        })
     }
 }
 
 /// [`Past`] where there is no store yet.
-pub struct NoHistory;
+#[derive(Default)]
+pub struct NoHistory {
+    hashes: HashMap<(PathBuf, FileKind), String>,
+    /// What a store would have remembered.
+    pub hashed: BTreeMap<String, Folder>,
+    /// Bytes of all that was hashed.
+    pub bytes: u64,
+}
 
 impl Past for NoHistory {
     fn find_success(&mut self, _: &str) -> Result<Option<String>, Box<dyn StdError>> {
@@ -72,17 +89,36 @@ impl Past for NoHistory {
         &mut self,
         stage: &PlannedStage,
     ) -> Result<BTreeMap<String, String>, Box<dyn StdError>> {
-        file_hashes(stage)
+        let Self {
+            hashes,
+            hashed,
+            bytes,
+        } = self;
+        file_hashes(stage, hashes, |file| {
+            let listing = Listing::of(&file.path, file.kind)?;
+            let (snapshot, anew) = listing.hashed(&BTreeMap::new())?;
+            *bytes += listing.size();
+            hashed.extend(anew);
+            Ok(snapshot.hash)
+        })
     }
 }
 
-fn file_hashes(stage: &PlannedStage) -> Result<BTreeMap<String, String>, Box<dyn StdError>> {
+/// Hashes of the files of a stage that are there, each path hashed once.
+fn file_hashes(
+    stage: &PlannedStage,
+    known: &mut HashMap<(PathBuf, FileKind), String>,
+    mut hash: impl FnMut(&FileOption) -> Result<String, InputError>,
+) -> Result<BTreeMap<String, String>, Box<dyn StdError>> {
     let mut hashes = BTreeMap::new();
-    for file in stage.files.iter().filter(|file| file.path.exists()) {
-        hashes.insert(
-            file.pointer.clone(),
-            artifact::input_hash(&file.path, file.kind)?,
-        );
+    for file in stage.files.iter().filter(|file| file.problem().is_none()) {
+        let key = (file.path.clone(), file.kind);
+        let found = match known.get(&key) {
+            Some(found) => found.clone(),
+            None => hash(file)?,
+        };
+        known.insert(key, found.clone());
+        hashes.insert(file.pointer.clone(), found);
     }
     Ok(hashes)
 }

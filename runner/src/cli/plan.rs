@@ -8,10 +8,11 @@ use crate::artifact::Layout;
 use crate::cli::past::{History, NoHistory};
 use crate::cli::{Context, Error, Exit, RecipeArgs, SelectionArgs, talk};
 use crate::diagnostic::Report;
-use crate::plan::decision::{self, Action, Decision, Past};
+use crate::plan::decision::{self, Action, Decision};
 use crate::plan::{self, Origin, Plan, PlannedStage, Threads};
 use crate::plugin::{Plugins, search_dirs};
 use crate::recipe;
+use crate::store::{Access, Store, StoreError};
 use crate::table::{Cell, Rows, Style, Tone};
 
 /// Arguments of `plan`.
@@ -28,6 +29,9 @@ pub struct Args {
     pub json: bool,
 }
 
+/// Planning makes no store, but for files of so many bytes that nobody wants to wait for their hashes again.
+const WORTH_A_STORE: u64 = 1 << 30;
+
 /// Prints what would run and why.
 pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let recipe = recipe::read(&args.recipe.recipe, &args.recipe.set, context.home())?;
@@ -42,11 +46,28 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         selection.until.as_deref(),
         &selection.force,
     )?;
-    let mut past: Box<dyn Past> = match &store {
-        Some(store) => Box::new(History::new(&runtime, store, Layout::new(&context.store)?)),
-        None => Box::new(NoHistory),
+    let mut nothing = NoHistory::default();
+    let decisions = match &store {
+        Some(store) => {
+            let layout = Layout::new(&context.store)?;
+            let mut past = History::new(&runtime, store, layout, selection.memory());
+            decision::decide(&plan, &roles, &mut past)
+        }
+        None => decision::decide(&plan, &roles, &mut nothing),
     };
-    let decisions = decision::decide(&plan, &roles, past.as_mut()).map_err(Error::of_history)?;
+    let decisions = decisions.map_err(Error::of_history)?;
+    if nothing.bytes >= WORTH_A_STORE {
+        // Best effort: without it the next command reads the files again.
+        let remembered = runtime.block_on(async {
+            let store = Store::open(&context.store, Access::ReadWrite).await?;
+            store.remember_files(&nothing.hashed).await?;
+            store.close().await;
+            Ok::<_, StoreError>(())
+        });
+        if let Err(error) = remembered {
+            tracing::debug!("hashes of files cannot be remembered: {error}");
+        }
+    }
     if args.json {
         let document = json!({"plan": plan, "decisions": decisions});
         talk::print(&format!("{document:#}\n"))?;

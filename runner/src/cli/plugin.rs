@@ -88,7 +88,7 @@ fn list(args: &ListArgs, runtime: &Runtime, context: &Context) -> Result<(), Err
     for found in &all {
         let described = plugins.describe_file(&found.path);
         let devices = match &described {
-            Ok(_) => plugins.probe_file(&found.path),
+            Ok((identity, _)) => plugins.probe_file(identity),
             Err(_) => Ok(Vec::new()),
         };
         rows.push(row(found, described, devices));
@@ -179,7 +179,7 @@ fn check(args: &CheckArgs, runtime: &Runtime, context: &Context) -> Result<(), E
     if again != description {
         problems.push("it describes itself differently when asked twice".to_owned());
     }
-    let devices = plugins.probe_file(&path)?;
+    let devices = plugins.probe_file(&identity)?;
     if devices.iter().all(|device| device.unusable.is_some()) {
         problems.push("none of its devices can be used".to_owned());
     }

@@ -5,7 +5,7 @@ use crate::cli::{Context, Error, Exit, talk};
 use crate::plan::decision::Role;
 use crate::plan::{Descriptions, Plan};
 use crate::plugin::{Plugins, search_dirs};
-use crate::store::{Access, RunDetail, RunState, StageState, Store};
+use crate::store::{Access, Memory, RunDetail, RunState, StageState, Store};
 
 /// Arguments of `resume`.
 #[derive(Debug, clap::Args)]
@@ -60,7 +60,8 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         plan,
         resumed_from: Some(run),
     };
-    job.check(&mut plugins, &mut past(&runtime, &store)?, context)?;
+    let past = &mut past(&runtime, &store, Memory::Trusted)?;
+    job.check(&mut plugins, past, context)?;
     job.carry_out(&runtime, &store, &args.execution, context)
 }
 

@@ -21,7 +21,7 @@ use crate::plan::decision::{self, Action, Past, Role};
 use crate::plan::{self, Plan};
 use crate::plugin::{Plugins, search_dirs};
 use crate::progress::{self, Manner, Teller};
-use crate::store::{Access, ArtifactRow, RunId, RunState, Store};
+use crate::store::{Access, ArtifactRow, Memory, RunId, RunState, Store};
 use crate::table::{Cell, Rows, Tone};
 use crate::{environment, recipe};
 
@@ -85,8 +85,11 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         resumed_from: None,
     };
     match &known {
-        Some(store) => job.check(&mut plugins, &mut past(&runtime, store)?, context)?,
-        None => job.check(&mut plugins, &mut NoHistory, context)?,
+        Some(store) => {
+            let past = &mut past(&runtime, store, selection.memory())?;
+            job.check(&mut plugins, past, context)?;
+        }
+        None => job.check(&mut plugins, &mut NoHistory::default(), context)?,
     }
     let store = match &known {
         Some(store) => Arc::clone(store),
@@ -104,8 +107,13 @@ pub(super) fn open_store(runtime: &Runtime, dir: &Path) -> Result<Arc<Store>, Er
 }
 
 /// What a store knows of the past.
-pub(super) fn past<'a>(runtime: &'a Runtime, store: &'a Store) -> Result<History<'a>, Error> {
-    Ok(History::new(runtime, store, Layout::new(store.dir())?))
+pub(super) fn past<'a>(
+    runtime: &'a Runtime,
+    store: &'a Store,
+    memory: Memory,
+) -> Result<History<'a>, Error> {
+    let layout = Layout::new(store.dir())?;
+    Ok(History::new(runtime, store, layout, memory))
 }
 
 /// A plan about to be run.
@@ -413,10 +421,10 @@ impl<'a> Ending<'a> {
                 return Ok(());
             }
             (RunState::Interrupted, Some(signal)) => {
-                let exit = if *signal == libc::SIGINT {
-                    Exit::Interrupted
-                } else {
-                    Exit::Terminated
+                let exit = match *signal {
+                    libc::SIGINT => Exit::Interrupted,
+                    libc::SIGHUP => Exit::HungUp,
+                    _ => Exit::Terminated,
                 };
                 Error::new(exit, format!("run {run} was interrupted after {took}"))
             }

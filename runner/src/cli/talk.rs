@@ -55,16 +55,15 @@ impl<W: Write> Write for Shown<W> {
     }
 }
 
-/// Writes a line to stderr, above the progress bars where there are any. Nobody listening is no error.
+/// Writes a line to stderr, above the progress bars where there are any. Nobody listening is no error: a terminal may be
+/// closed at any moment.
 pub fn say(line: &str) {
     let bars = BARS.read().ok().and_then(|bars| bars.clone());
-    let write = || {
-        let _ = writeln!(io::stderr().lock(), "{}", terminal::show(line));
+    let _ = match bars {
+        // Not `suspend`, which panics when the terminal is gone.
+        Some(bars) => bars.println(terminal::show(line)),
+        None => writeln!(io::stderr().lock(), "{}", terminal::show(line)),
     };
-    match bars {
-        Some(bars) => bars.suspend(write),
-        None => write(),
-    }
 }
 
 /// `1 stage`, `2 stages`.

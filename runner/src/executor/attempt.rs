@@ -19,7 +19,9 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::artifact::{Layout, Staging};
+use crate::executor::pause::Pauses;
 use crate::executor::recorder::{Recorder, own_line};
+use crate::executor::source::Source;
 use crate::executor::{Event, Listener};
 use crate::frame::{Answer, Call, FromWorker, Progress, Task, ToWorker};
 use crate::plan::{Digest, PlannedStage};
@@ -45,6 +47,8 @@ pub struct Bench {
     pub listener: Listener,
     /// How long a stage may take to reach its next checkpoint when it is to stop.
     pub grace: Duration,
+    /// How long the run has been stopped.
+    pub pauses: Pauses,
 }
 
 /// What an attempt needs to know.
@@ -61,6 +65,8 @@ pub struct Brief {
     pub threads: usize,
     /// Its inputs, by the name of the stage that made them.
     pub inputs: BTreeMap<String, Input>,
+    /// Files and folders that its options name.
+    pub sources: Vec<Source>,
     /// What survives attempts.
     pub work_dir: PathBuf,
 }
@@ -112,6 +118,8 @@ pub struct Ended {
     pub artifacts: Vec<ArtifactRecord>,
     /// The last lines it wrote to its standard error.
     pub last_words: Vec<String>,
+    /// Whether it may have read something else than its digest says: what it left is worth nothing.
+    pub tainted: bool,
 }
 
 /// How an attempt ended: each way is a reason of its own in the history.
@@ -137,6 +145,11 @@ pub enum End {
     },
     /// The process left without a result, or a signal ended it that we did not send.
     Died(Death),
+    /// A file that it reads changed.
+    InputChanged {
+        /// Which, and when.
+        message: String,
+    },
     /// It took longer than the recipe allows.
     TimedOut {
         /// So long.
@@ -185,6 +198,7 @@ impl End {
             Self::Panicked(_) => "panic".into(),
             Self::NotLoaded { .. } => "plugin not loaded".into(),
             Self::Died(death) => death.reason(),
+            Self::InputChanged { .. } => "input changed".into(),
             Self::TimedOut { .. } => "timeout".into(),
             Self::Interrupted { .. } => "interrupted".into(),
             Self::Protocol { .. } => "protocol error".into(),
@@ -208,7 +222,9 @@ impl End {
                     .collect::<String>();
                 format!("{place}{}{chain}", failure.message)
             }
-            Self::NotLoaded { message, .. } | Self::Protocol { message } => message.clone(),
+            Self::NotLoaded { message, .. }
+            | Self::InputChanged { message }
+            | Self::Protocol { message } => message.clone(),
             Self::Died(death) => death.message().into(),
             Self::TimedOut { limit, manner } => {
                 format!(
@@ -226,6 +242,9 @@ impl End {
             Self::Failed(failure) | Self::Panicked(failure) => failure.hint.clone(),
             Self::NotLoaded { hint, .. } => hint.clone(),
             Self::Died(death) => death.hint().map(str::to_owned),
+            Self::InputChanged { .. } => Some(
+                "run again once nothing writes to it; nothing that this stage made is used".into(),
+            ),
             Self::TimedOut { .. } => Some(
                 "raise the stage's `timeout`; `retort resume` continues from its last checkpoint"
                     .into(),
@@ -269,11 +288,19 @@ pub async fn make(
     stop: watch::Receiver<Stop>,
 ) -> Result<Ended, StoreError> {
     let name = &brief.stage.name;
+    let paused = bench.pauses.total();
     let kills_before = out_of_memory_kills();
     // All are started before anything is recorded: that of the whole is there, and waits, while the parts work.
     let (whole, parts) = match hire(brief) {
         Ok(workers) => workers,
-        Err(error) => return never_started(bench, brief, &error).await,
+        Err(error) => {
+            let message = format!("a worker process could not be started: {error}");
+            let end = End::Failed(Failure {
+                retryable: true,
+                ..Failure::new(FailureCode::Io, message)
+            });
+            return refuse(bench, brief, end).await;
+        }
     };
     let attempt = bench
         .store
@@ -316,6 +343,7 @@ pub async fn make(
         recorder: &recorder,
         stop,
         deadline: brief.stage.timeout.map(|limit| Instant::now() + limit),
+        paused,
         told: Told::default(),
     };
     let (fault, mut usage) = scene.divide(parts).await?;
@@ -331,6 +359,21 @@ pub async fn make(
     let end = left
         .so_far
         .judge(left.exit.status, left.ladder, brief, out_of_memory);
+    let mut changed = None;
+    for source in &brief.sources {
+        if let Err(message) = source.end(&bench.store).await {
+            changed.get_or_insert(message);
+        }
+    }
+    let tainted = changed.is_some();
+    let end = match (end, changed) {
+        (End::Succeeded { .. }, Some(message)) => End::InputChanged { message },
+        (end, Some(message)) => {
+            recorder.line(own_line(LogLevel::Warn, message));
+            end
+        }
+        (end, None) => end,
+    };
     if let Some(message) = end.message() {
         recorder.line(own_line(
             LogLevel::Error,
@@ -341,13 +384,17 @@ pub async fn make(
     let artifacts: Vec<ArtifactRecord> = left.so_far.artifacts.into_values().collect();
     bench
         .store
-        .finish_attempt(attempt, &recorded(&end, usage))
+        .finish_attempt(
+            attempt,
+            &recorded(&end, usage, bench.pauses.total() - paused),
+        )
         .await?;
     let _ = std::fs::remove_dir_all(bench.staging.attempt(attempt));
     Ok(Ended {
         end,
         artifacts,
         last_words: left.so_far.last_words.into(),
+        tainted,
     })
 }
 
@@ -398,6 +445,8 @@ struct Scene<'a> {
     recorder: &'a Recorder,
     stop: watch::Receiver<Stop>,
     deadline: Option<Instant>,
+    /// How long the run had been stopped when the attempt began.
+    paused: Duration,
     told: Told,
 }
 
@@ -459,7 +508,7 @@ impl Scene<'_> {
         part: Option<Part>,
         mut halt: watch::Receiver<Stop>,
     ) -> Result<Left, StoreError> {
-        worker
+        let sent = worker
             .send(&ToWorker::Start(Box::new(self.task(part))))
             .await;
         let mut heard = Conversation {
@@ -467,9 +516,19 @@ impl Scene<'_> {
             part,
             so_far: SoFar::default(),
         };
+        if let Err(error) = sent {
+            heard.nonsense(error.to_string());
+            worker.signal(libc::SIGKILL);
+        }
         let mut ladder = Ladder::new(self.bench.grace);
         let mut stop = self.stop.clone();
+        let (mut deadline, mut paused) = (self.deadline, self.paused);
         let exit = loop {
+            let pause = self.bench.pauses.total() - paused;
+            (deadline, paused) = (deadline.map(|at| at + pause), paused + pause);
+            ladder.next = ladder.next.map(|at| at + pause);
+            // A timer that goes off during a pause does not know of it.
+            let in_time = || self.bench.pauses.total() == paused;
             tokio::select! {
                 event = worker.next() => match event {
                     Heard::Exited(exit) => break exit,
@@ -487,10 +546,12 @@ impl Scene<'_> {
                     let level = *halt.borrow_and_update();
                     ladder.interrupt(level, &mut worker).await;
                 }
-                () = sleep_until(self.deadline), if ladder.cause.is_none() => {
+                () = sleep_until(deadline), if ladder.cause.is_none() => if in_time() {
                     ladder.begin(Cause::Timeout, &mut worker).await;
-                }
-                () = sleep_until(ladder.next) => ladder.climb(&worker),
+                },
+                () = sleep_until(ladder.next) => if in_time() {
+                    ladder.climb(&worker);
+                },
             }
         };
         Ok(Left {
@@ -552,7 +613,7 @@ impl Told {
     }
 }
 
-fn recorded(end: &End, usage: Usage) -> AttemptEnd {
+fn recorded(end: &End, usage: Usage, paused: Duration) -> AttemptEnd {
     let (summary, output_artifact) = match end {
         End::Succeeded { output, summary } => (summary.clone(), Some(output.hash.clone())),
         _ => (Value::Null, None),
@@ -569,32 +630,28 @@ fn recorded(end: &End, usage: Usage) -> AttemptEnd {
         summary,
         output_artifact,
         usage,
+        paused,
     }
 }
 
-/// Records an attempt for which no process could be started.
-async fn never_started(
-    bench: &Bench,
-    brief: &Brief,
-    error: &std::io::Error,
-) -> Result<Ended, StoreError> {
+/// Records an attempt that ended before a process worked on it.
+///
+/// # Errors
+/// The store cannot be written to.
+pub async fn refuse(bench: &Bench, brief: &Brief, end: End) -> Result<Ended, StoreError> {
     let attempt = bench
         .store
         .begin_attempt(brief.id, &brief.digest.hex, &brief.digest.components, 0)
         .await?;
-    let message = format!("a worker process could not be started: {error}");
-    let end = End::Failed(Failure {
-        retryable: true,
-        ..Failure::new(FailureCode::Io, message)
-    });
     bench
         .store
-        .finish_attempt(attempt, &recorded(&end, Usage::default()))
+        .finish_attempt(attempt, &recorded(&end, Usage::default(), Duration::ZERO))
         .await?;
     Ok(Ended {
         end,
         artifacts: Vec::new(),
         last_words: Vec::new(),
+        tainted: false,
     })
 }
 
@@ -814,7 +871,8 @@ impl Ladder {
         if self.cause.is_none() {
             self.cause = Some(cause);
             self.next = Some(Instant::now() + self.grace);
-            worker.send(&ToWorker::CancelAtCheckpoint).await;
+            // A message without paths can be written.
+            let _ = worker.send(&ToWorker::CancelAtCheckpoint).await;
         }
     }
 
@@ -901,6 +959,7 @@ mod tests {
             base_dir: PathBuf::new(),
             threads: 1,
             inputs: BTreeMap::new(),
+            sources: Vec::new(),
             work_dir: PathBuf::new(),
         }
     }

@@ -227,7 +227,10 @@ pub fn decide(
             .files
             .iter()
             .filter(|file| !files.contains_key(&file.pointer))
-            .map(|file| format!("{} does not exist", file.path.display()))
+            .map(|file| {
+                let gone = || format!("{} does not exist", file.path.display());
+                file.problem().unwrap_or_else(gone)
+            })
             .collect();
         let waiting = inputs_to_come(stage, &outputs);
         let digest = digest(stage, &outputs, &files);

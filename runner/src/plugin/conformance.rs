@@ -675,7 +675,8 @@ async fn watch(
 ) -> std::io::Result<Seen> {
     let begun = Instant::now();
     let mut worker = Worker::spawn(1, Some(temporary))?;
-    worker.send(&ToWorker::Start(Box::new(task))).await;
+    let sent = worker.send(&ToWorker::Start(Box::new(task))).await;
+    sent.map_err(std::io::Error::other)?;
     let mut seen = Seen::default();
     let mut asked: Option<Instant> = None;
     let mut allowed = limit;
@@ -721,7 +722,8 @@ async fn watch(
         if sign && stopping == Stopping::AtFirstSign && asked.is_none() {
             asked = Some(Instant::now());
             (allowed, deadline) = (grace, tokio::time::Instant::now() + grace);
-            worker.send(&ToWorker::CancelAtCheckpoint).await;
+            // A message without paths can be written.
+            let _ = worker.send(&ToWorker::CancelAtCheckpoint).await;
         }
     }
     seen.stopping = asked.map(|asked| asked.elapsed());

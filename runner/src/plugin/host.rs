@@ -4,8 +4,10 @@
 //! is no plugin for this host. Deliberately absent: searching for plugins; the services given to the plugin (the
 //! worker's), processes.
 
-use std::fs::File;
-use std::io::Read;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
@@ -14,8 +16,10 @@ use retort_abi::{
     Description, Device, Diagnostic, Failure, FailureCode, StageJob, StageResult, export,
     table_member,
 };
+use retort_checkpoint::regular;
 use serde::de::DeserializeOwned;
 
+use crate::input::{self, Stamp};
 use crate::plugin::trust::{self, TrustError};
 
 /// A loaded plugin. It stays loaded until the process ends.
@@ -40,6 +44,12 @@ pub enum LoadError {
         path: PathBuf,
         /// Why not.
         source: std::io::Error,
+    },
+    /// It is not what was planned, or is being written.
+    #[error("{} is not the file it was when the run was planned", path.display())]
+    Changed {
+        /// The file.
+        path: PathBuf,
     },
     /// It is something else.
     #[error("{} is not a shared object", path.display())]
@@ -98,6 +108,7 @@ impl LoadError {
         let text = match self {
             Self::Untrusted(error) => return error.hint(),
             Self::Unreadable { .. } => return None,
+            Self::Changed { .. } => "run again: the plan will know the new one",
             Self::NotASharedObject { .. } => {
                 "a plugin is a file like libretort_candle.so, made by a build"
             }
@@ -126,17 +137,47 @@ impl LoadedPlugin {
     ///
     /// # Errors
     /// [`LoadError`].
-    pub fn load(path: &Path) -> Result<Self, LoadError> {
-        check_magic(path)?;
+    /// `planned`: the hash that it must have; what was hashed is what is loaded.
+    pub fn load(path: &Path, planned: Option<&str>) -> Result<Self, LoadError> {
+        let unreadable = |source| LoadError::Unreadable {
+            path: path.to_owned(),
+            source,
+        };
+        let changed = || LoadError::Changed {
+            path: path.to_owned(),
+        };
+        let file = regular::open(path).map_err(unreadable)?;
+        check_magic(path, &file)?;
         trust::check_owner(path)?;
+        let stamp = Stamp::of(&file.metadata().map_err(unreadable)?);
+        if let Some(planned) = planned {
+            let copy = file.try_clone().map_err(unreadable)?;
+            let hash = input::content_hash(copy).map_err(unreadable)?;
+            if hash.to_hex().as_str() != planned {
+                return Err(changed());
+            }
+        }
+        let place = match needs_its_place(&file).map_err(unreadable)? {
+            // By its path, then, in directories that nobody else can write to.
+            true if fs::metadata(path).is_ok_and(|found| Stamp::of(&found) == stamp) => {
+                path.to_owned()
+            }
+            true => return Err(changed()),
+            false => opened(path, &file),
+        };
         // SAFETY: loading runs the plugin's initialisers. Plugins are trusted code; the worker process contains faults.
         let library =
-            unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.map_err(|error| {
+            unsafe { Library::open(Some(&place), RTLD_NOW | RTLD_LOCAL) }.map_err(|error| {
                 LoadError::NotLoadable {
                     path: path.to_owned(),
                     reason: linker_says(&error),
                 }
             })?;
+        // Never closed: the linker knows the plugin by the number of its descriptor, which nothing else must get.
+        let file: &'static File = Box::leak(Box::new(file));
+        if Stamp::of(&file.metadata().map_err(unreadable)?) != stamp {
+            return Err(changed());
+        }
         // Never unloaded: its threads and thread-locals may outlive any moment we could choose.
         let library: &'static Library = Box::leak(Box::new(library));
         // SAFETY: `retort_plugin.h` gives the symbol of this name this type.
@@ -280,10 +321,9 @@ fn job_text(job: &StageJob) -> Result<String, Failure> {
 }
 
 /// Tells files that are no shared objects by their first bytes, because the linker's words for it differ.
-fn check_magic(path: &Path) -> Result<(), LoadError> {
+fn check_magic(path: &Path, file: &File) -> Result<(), LoadError> {
     let mut magic = [0; 4];
-    let read = File::open(path).and_then(|mut file| file.read_exact(&mut magic));
-    match read {
+    match file.read_exact_at(&mut magic, 0) {
         Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
             Err(LoadError::NotASharedObject {
                 path: path.to_owned(),
@@ -299,6 +339,33 @@ fn check_magic(path: &Path) -> Result<(), LoadError> {
             })
         }
         Ok(()) => Ok(()),
+    }
+}
+
+/// The path by which the linker gets this very file, whatever lies at its own path by now.
+fn opened(path: &Path, file: &File) -> PathBuf {
+    match cfg!(target_os = "linux") {
+        true => format!("/proc/self/fd/{}", file.as_raw_fd()).into(),
+        false => path.to_owned(),
+    }
+}
+
+/// Whether the file looks for libraries beside itself (`$ORIGIN`), which the linker finds by the path it is loaded from.
+fn needs_its_place(file: &File) -> io::Result<bool> {
+    let mut bytes = vec![0; 1 << 20];
+    let mut position = 0;
+    loop {
+        let read = file.read_at(&mut bytes, position)?;
+        let found = |words: &[u8]| bytes[..read].windows(words.len()).any(|part| part == words);
+        if found(b"$ORIGIN") || found(b"${ORIGIN}") {
+            return Ok(true);
+        }
+        // A word across two pieces is whole in a third.
+        let step = read.saturating_sub(16);
+        if step == 0 {
+            return Ok(false);
+        }
+        position += step as u64;
     }
 }
 
@@ -414,17 +481,17 @@ mod tests {
         let text = dir.path().join("text.so");
         std::fs::write(&text, "not a shared object").unwrap();
         assert!(matches!(
-            LoadedPlugin::load(&text),
+            LoadedPlugin::load(&text, None),
             Err(LoadError::NotASharedObject { .. })
         ));
         assert!(matches!(
-            LoadedPlugin::load(&dir.path().join("nothing.so")),
+            LoadedPlugin::load(&dir.path().join("nothing.so"), None),
             Err(LoadError::Unreadable { .. })
         ));
         let elf = dir.path().join("elf.so");
         std::fs::write(&elf, b"\x7fELF and then nonsense").unwrap();
         assert!(matches!(
-            LoadedPlugin::load(&elf),
+            LoadedPlugin::load(&elf, None),
             Err(LoadError::NotLoadable { .. })
         ));
     }

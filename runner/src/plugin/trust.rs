@@ -1,18 +1,28 @@
 //! Which files are loaded at all: nobody else can change them, and a lock, where there is one, lists them.
 //!
-//! Loading a plugin runs its code with all rights of the user. So a file that others can replace is refused: it, and its
-//! directory, must belong to the user or to root and be writable by no one else. A directory with a `plugins.lock` gives
-//! only the plugins whose BLAKE3 is in it; its lines are those of `b3sum`, `HASH  FILE`. Deliberately absent: directories
-//! further up, and any judgement of what a plugin does.
+//! Loading a plugin runs its code with all rights of the user. So a file that others can replace is refused: it, and
+//! every directory and link from the root to it, must belong to the user or to root and be writable by no one else. A
+//! directory with a `plugins.lock` gives only the plugins whose BLAKE3 is in it; its lines are those of `b3sum`,
+//! `HASH  FILE`; a lock that cannot be read allows nothing. Deliberately absent: access lists beyond owner, group and
+//! others, and any judgement of what a plugin does.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
+use std::ffi::OsString;
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
+
+use retort_checkpoint::regular;
+
+use crate::draft::Draft;
 
 /// Name of the file with the hashes allowed in a directory.
 pub const LOCK: &str = "plugins.lock";
+/// Bytes of the longest lock that is read.
+const LONGEST_LOCK: u64 = 1 << 20;
+/// Links on the way to a plugin, at most, as for the kernel.
+const MOST_LINKS: usize = 40;
 
 /// Why a file is not loaded.
 #[derive(Debug, thiserror::Error)]
@@ -91,56 +101,106 @@ impl TrustError {
     }
 }
 
-/// Refuses a plugin whose file, or whose directory, somebody else can change. A link is followed: its own directory and
-/// that of the file count.
+/// Refuses a plugin whose file, or a directory on the way to it, somebody else can change. Links are followed: all
+/// directories count that lead to a link, and all that lead to the file.
 ///
 /// # Errors
 /// [`TrustError::Writable`] or [`TrustError::Io`].
 pub fn check_owner(plugin: &Path) -> Result<(), TrustError> {
-    let read = |source| TrustError::Io {
+    places(plugin).map(drop)
+}
+
+/// The places of a plugin: its own, and that of the file where it is a link, with every link between them. Each has been
+/// found to be safe.
+fn places(plugin: &Path) -> Result<Vec<PathBuf>, TrustError> {
+    let failed = |source| TrustError::Io {
         path: plugin.to_owned(),
         source,
     };
-    let file = fs::canonicalize(plugin).map_err(read)?;
-    let found = fs::metadata(&file).map_err(read)?;
+    let whole = std::path::absolute(plugin).map_err(failed)?;
+    let mut here = PathBuf::from("/");
+    let mut ahead: VecDeque<OsString> = parts(&whole);
+    let (mut places, mut links) = (Vec::new(), 0);
+    let top = fs::symlink_metadata(&here).map_err(failed)?;
+    refuse(plugin, &here, &top, Depth::Above)?;
+    while let Some(part) = ahead.pop_front() {
+        if part == ".." {
+            here.pop();
+            continue;
+        }
+        let path = here.join(&part);
+        let found = fs::symlink_metadata(&path).map_err(failed)?;
+        if ahead.is_empty() {
+            // The sticky bit keeps others from replacing an entry, not from adding one.
+            let dir = fs::symlink_metadata(&here).map_err(failed)?;
+            refuse(plugin, &here, &dir, Depth::Own)?;
+            places.push(path.clone());
+        }
+        refuse(plugin, &path, &found, Depth::Above)?;
+        if !found.is_symlink() {
+            here = path;
+            continue;
+        }
+        links += 1;
+        if links > MOST_LINKS {
+            return Err(failed(io::Error::from_raw_os_error(libc::ELOOP)));
+        }
+        let target = fs::read_link(&path).map_err(failed)?;
+        if target.is_absolute() {
+            here = PathBuf::from("/");
+        }
+        for part in parts(&target).into_iter().rev() {
+            ahead.push_front(part);
+        }
+    }
+    Ok(places)
+}
+
+/// Names from the root, or from a directory; `..` is one.
+fn parts(path: &Path) -> VecDeque<OsString> {
+    let named = path.components().filter_map(|part| match part {
+        Component::Normal(name) => Some(name.to_owned()),
+        Component::ParentDir => Some("..".into()),
+        _ => None,
+    });
+    named.collect()
+}
+
+/// What an entry is to a plugin.
+#[derive(Clone, Copy, PartialEq)]
+enum Depth {
+    /// The directory that holds it.
+    Own,
+    /// Anything else on the way to it, or itself.
+    Above,
+}
+
+/// Refuses what somebody else can change.
+fn refuse(
+    plugin: &Path,
+    path: &Path,
+    found: &fs::Metadata,
+    depth: Depth,
+) -> Result<(), TrustError> {
     // SAFETY: a plain system call that cannot fail.
     let user = unsafe { libc::geteuid() };
-    let mut looked_at = vec![(file.clone(), found, false)];
-    let mut dirs: Vec<&Path> = [plugin, &file]
-        .into_iter()
-        .filter_map(Path::parent)
-        .collect();
-    dirs.dedup();
-    for dir in dirs {
-        // The parent of a bare file name is empty: the working directory.
-        let dir = if dir.as_os_str().is_empty() {
-            Path::new(".")
-        } else {
-            dir
-        };
-        let found = fs::metadata(dir).map_err(read)?;
-        looked_at.push((dir.to_owned(), found, true));
-    }
-    for (path, found, is_dir) in looked_at {
-        let shown = path.display().to_string();
-        let (problem, repair) = match writer(&found, user) {
-            None => continue,
-            Some(Writer::Everybody) => ("is writable by everybody", format!("chmod o-w '{shown}'")),
-            Some(Writer::Group) => ("is writable by its group", format!("chmod g-w '{shown}'")),
-            Some(Writer::Owner) => (
-                "belongs to another user",
-                format!("copy the plugin with `retort plugin install`, or: chown {user} '{shown}'"),
-            ),
-        };
-        return Err(TrustError::Writable {
-            plugin: plugin.to_owned(),
-            path,
-            is_dir,
-            problem,
-            repair,
-        });
-    }
-    Ok(())
+    let shown = path.display().to_string();
+    let (problem, repair) = match writer(found, user, depth) {
+        None => return Ok(()),
+        Some(Writer::Everybody) => ("is writable by everybody", format!("chmod o-w '{shown}'")),
+        Some(Writer::Group) => ("is writable by its group", format!("chmod g-w '{shown}'")),
+        Some(Writer::Owner) => (
+            "belongs to another user",
+            format!("copy the plugin with `retort plugin install`, or: chown {user} '{shown}'"),
+        ),
+    };
+    Err(TrustError::Writable {
+        plugin: plugin.to_owned(),
+        path: path.to_owned(),
+        is_dir: found.is_dir(),
+        problem,
+        repair,
+    })
 }
 
 #[derive(Debug, PartialEq)]
@@ -151,52 +211,67 @@ enum Writer {
 }
 
 /// Who besides the user and root can write to something.
-fn writer(found: &fs::Metadata, user: u32) -> Option<Writer> {
+fn writer(found: &fs::Metadata, user: u32, depth: Depth) -> Option<Writer> {
+    if found.uid() != user && found.uid() != 0 {
+        return Some(Writer::Owner);
+    }
+    // A link's own rights mean nothing, and what lies in a sticky directory only its owner replaces.
+    let sticky = found.is_dir() && found.mode() & 0o1000 != 0;
+    if found.is_symlink() || (sticky && depth == Depth::Above) {
+        return None;
+    }
     if found.mode() & 0o002 != 0 {
         return Some(Writer::Everybody);
     }
     // Where every user has a group of the same number with nobody else in it, umask 002 is usual and harmless.
-    if found.mode() & 0o020 != 0 && found.gid() != found.uid() {
-        return Some(Writer::Group);
-    }
-    (found.uid() != user && found.uid() != 0).then_some(Writer::Owner)
+    (found.mode() & 0o020 != 0 && found.gid() != found.uid()).then_some(Writer::Group)
 }
 
-/// Refuses a plugin that the lock of its directory does not list with this hash. Without a lock everything passes.
+/// Refuses a plugin that the lock of its directory does not list with this hash; where it is a link, also that of the
+/// file's directory. Without a lock everything passes.
 ///
 /// # Errors
 /// [`TrustError`].
 pub fn check_lock(plugin: &Path, hash: &str) -> Result<(), TrustError> {
-    let Some(dir) = plugin.parent() else {
-        return Ok(());
-    };
-    let Some(lock) = read_lock(dir)? else {
-        return Ok(());
-    };
-    let name = plugin.file_name().unwrap_or_default().to_string_lossy();
-    let known = lock.get(&*name);
-    if known.is_some_and(|known| known == hash) {
-        return Ok(());
+    for place in places(plugin)? {
+        let Some(dir) = place.parent() else { continue };
+        let Some(lock) = read_lock(dir)? else {
+            continue;
+        };
+        let name = place.file_name().unwrap_or_default().to_string_lossy();
+        let known = lock.get(&*name);
+        if known.is_some_and(|known| known == hash) {
+            continue;
+        }
+        return Err(TrustError::Locked {
+            plugin: plugin.to_owned(),
+            lock: dir.join(LOCK),
+            known: known.cloned(),
+            hash: hash.to_owned(),
+        });
     }
-    Err(TrustError::Locked {
-        plugin: plugin.to_owned(),
-        lock: dir.join(LOCK),
-        known: known.cloned(),
-        hash: hash.to_owned(),
-    })
+    Ok(())
 }
 
-/// The hashes allowed in a directory, by file name; `None` when it has no lock.
+/// The hashes allowed in a directory, by file name; `None` when it has no lock. What is there and cannot be read allows
+/// nothing.
 ///
 /// # Errors
-/// [`TrustError::Io`] or [`TrustError::NoLock`].
+/// [`TrustError`].
 pub fn read_lock(dir: &Path) -> Result<Option<BTreeMap<String, String>>, TrustError> {
     let path = dir.join(LOCK);
-    let text = match fs::read_to_string(&path) {
-        Ok(text) => text,
+    match fs::symlink_metadata(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(source) => return Err(TrustError::Io { path, source }),
+        Ok(_) => {}
+    }
+    let text = regular::read(&path, LONGEST_LOCK)
+        .and_then(|bytes| String::from_utf8(bytes).map_err(io::Error::other));
+    let text = match text {
+        Ok(text) => text,
+        Err(source) => return Err(TrustError::Io { path, source }),
     };
+    check_owner(&path)?;
     let mut lock = BTreeMap::new();
     for (number, line) in text.lines().enumerate() {
         if line.is_empty() || line.starts_with('#') {
@@ -228,10 +303,11 @@ pub fn write_lock(dir: &Path, hashes: &BTreeMap<String, String>) -> Result<(), T
         .iter()
         .map(|(name, hash)| format!("{hash}  {name}\n"))
         .collect();
-    let fresh = dir.join(format!(".{LOCK}-{}", std::process::id()));
-    fs::write(&fresh, text)
-        .and_then(|()| fs::rename(&fresh, &path))
-        .map_err(|source| TrustError::Io { path, source })
+    let written = Draft::file(&path).and_then(|(fresh, mut file)| {
+        file.write_all(text.as_bytes())?;
+        fresh.finish()
+    });
+    written.map_err(|source| TrustError::Io { path, source })
 }
 
 #[cfg(test)]
@@ -301,10 +377,128 @@ mod tests {
     }
 
     #[test]
+    fn directories_above_count_unless_they_are_sticky() {
+        let root = tempfile::tempdir().unwrap();
+        let inner = root.path().join("above/inner");
+        fs::create_dir_all(&inner).unwrap();
+        let file = inner.join("libretort_x.so");
+        fs::write(&file, "").unwrap();
+        let mode = |path: &Path, mode| {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap()
+        };
+        let above = root.path().join("above");
+        check_owner(&file).unwrap();
+        mode(&above, 0o777);
+        let error = check_owner(&file).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .contains("/above is writable by everybody"),
+            "{error}"
+        );
+        mode(&above, 0o1777);
+        check_owner(&file).unwrap();
+        // A link in a good place, through a directory that is a link, to a place below an open directory.
+        mode(&above, 0o777);
+        std::os::unix::fs::symlink("above/inner", root.path().join("way")).unwrap();
+        std::os::unix::fs::symlink("way/libretort_x.so", root.path().join("libretort_x.so"))
+            .unwrap();
+        let error = check_owner(&root.path().join("libretort_x.so")).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .contains("/above is writable by everybody"),
+            "{error}"
+        );
+        mode(&above, 0o755);
+        check_owner(&root.path().join("libretort_x.so")).unwrap();
+        std::os::unix::fs::symlink("loop.so", root.path().join("loop.so")).unwrap();
+        assert!(matches!(
+            check_owner(&root.path().join("loop.so")),
+            Err(TrustError::Io { .. })
+        ));
+    }
+
+    #[test]
+    fn a_lock_that_cannot_be_read_allows_nothing() {
+        let pipe = |path: &Path| {
+            assert!(
+                std::process::Command::new("mkfifo")
+                    .arg(path)
+                    .status()
+                    .unwrap()
+                    .success()
+            );
+        };
+        let dangling = |path: &Path| std::os::unix::fs::symlink("nowhere", path).unwrap();
+        let makers: [&dyn Fn(&Path); 6] = [
+            &dangling,
+            &pipe,
+            &|path| fs::create_dir(path).unwrap(),
+            &|path| std::os::unix::fs::symlink("/dev/zero", path).unwrap(),
+            &|path| fs::write(path, b"\xff\xfe").unwrap(),
+            &|path| fs::write(path, "a".repeat(2 << 20)).unwrap(),
+        ];
+        for make in makers {
+            let root = tempfile::tempdir().unwrap();
+            let plugin = root.path().join("libretort_x.so");
+            fs::write(&plugin, "").unwrap();
+            make(&root.path().join(LOCK));
+            let error = check_lock(&plugin, &"a".repeat(64))
+                .unwrap_err()
+                .to_string();
+            assert!(error.contains(LOCK), "{error}");
+        }
+        // One that others can write allows what they like.
+        let root = tempfile::tempdir().unwrap();
+        let (plugin, lock) = (root.path().join("libretort_x.so"), root.path().join(LOCK));
+        fs::write(&plugin, "").unwrap();
+        fs::write(&lock, format!("{}  libretort_x.so\n", "a".repeat(64))).unwrap();
+        check_lock(&plugin, &"a".repeat(64)).unwrap();
+        fs::set_permissions(&lock, fs::Permissions::from_mode(0o666)).unwrap();
+        assert!(matches!(
+            check_lock(&plugin, &"a".repeat(64)),
+            Err(TrustError::Writable { .. })
+        ));
+    }
+
+    #[test]
+    fn a_link_needs_the_leave_of_both_directories() {
+        let root = tempfile::tempdir().unwrap();
+        let (here, there) = (root.path().join("here"), root.path().join("there"));
+        fs::create_dir(&here).unwrap();
+        fs::create_dir(&there).unwrap();
+        let hash = "a".repeat(64);
+        let (link, file) = (here.join("libretort_x.so"), there.join("real.so"));
+        fs::write(&file, "").unwrap();
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        let lock = |dir: &Path, name: &str| {
+            write_lock(dir, &BTreeMap::from([(name.to_owned(), hash.clone())])).unwrap();
+        };
+        check_lock(&link, &hash).unwrap();
+        lock(&there, "another.so");
+        assert!(matches!(
+            check_lock(&link, &hash),
+            Err(TrustError::Locked { .. })
+        ));
+        lock(&there, "real.so");
+        check_lock(&link, &hash).unwrap();
+        lock(&here, "another.so");
+        assert!(matches!(
+            check_lock(&link, &hash),
+            Err(TrustError::Locked { .. })
+        ));
+        lock(&here, "libretort_x.so");
+        check_lock(&link, &hash).unwrap();
+    }
+
+    #[test]
     fn a_lock_allows_what_it_lists() {
         let root = tempfile::tempdir().unwrap();
         let (known, other) = ("a".repeat(64), "b".repeat(64));
         let plugin = root.path().join("libretort_x.so");
+        fs::write(&plugin, "").unwrap();
+        fs::write(root.path().join("libretort_y.so"), "").unwrap();
         check_lock(&plugin, &known).unwrap();
         write_lock(
             root.path(),

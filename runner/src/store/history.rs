@@ -1,5 +1,7 @@
 //! Asking the store about what was recorded. One named function per question.
 
+use std::time::Duration;
+
 use retort_abi::{ArtifactMeta, Description, Failure};
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -483,8 +485,8 @@ impl Store {
         run_state: RunState,
     ) -> Result<Vec<AttemptDetail>, StoreError> {
         let rows = sqlx::query(
-            "select key, number, state, reason, message, failure, summary, output, started, finished, cpu_seconds,
-                    max_rss, worker_pid
+            "select key, number, state, reason, message, failure, summary, output, started, finished, paused,
+                    cpu_seconds, max_rss, worker_pid
              from attempts where stage = ?1 order by number",
         )
         .bind(stage.0)
@@ -554,6 +556,8 @@ fn attempt_detail(row: &SqliteRow, run_state: RunState) -> Result<AttemptDetail,
     }
     let started = Time(row.try_get("started")?);
     let finished = row.try_get::<Option<i64>, _>("finished")?.map(Time);
+    let paused = row.try_get::<i64, _>("paused")?;
+    let paused = Duration::from_millis(paused.unsigned_abs());
     let until = finished.or((state == AttemptState::Running).then(Time::now));
     Ok(AttemptDetail {
         id: AttemptId(row.try_get("key")?),
@@ -566,7 +570,7 @@ fn attempt_detail(row: &SqliteRow, run_state: RunState) -> Result<AttemptDetail,
         output: row.try_get("output")?,
         started,
         finished,
-        seconds: until.map(|until| until.since(started).as_secs_f64()),
+        seconds: until.map(|until| until.since(started).saturating_sub(paused).as_secs_f64()),
         usage: Usage {
             cpu_seconds: row.try_get("cpu_seconds")?,
             max_rss: row

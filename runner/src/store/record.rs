@@ -97,6 +97,8 @@ pub struct AttemptEnd {
     pub output_artifact: Option<String>,
     /// What it took.
     pub usage: Usage,
+    /// How long of its time it was stopped.
+    pub paused: Duration,
 }
 
 /// What an attempt took.
@@ -468,7 +470,7 @@ impl Store {
         sqlx::query(
             "update attempts
              set state = ?2, reason = ?3, message = ?4, failure = ?5, summary = ?6, output = ?7, cpu_seconds = ?8,
-                 max_rss = ?9, finished = ?10
+                 max_rss = ?9, finished = ?10, paused = ?11
              where key = ?1",
         )
         .bind(attempt.0)
@@ -481,6 +483,7 @@ impl Store {
         .bind(end.usage.cpu_seconds)
         .bind(end.usage.max_rss.map(|bytes| i64::try_from(bytes).unwrap_or(i64::MAX)))
         .bind(Time::now().0)
+        .bind(i64::try_from(end.paused.as_millis()).unwrap_or(i64::MAX))
         .execute(&mut *write)
         .await?;
         sqlx::query(

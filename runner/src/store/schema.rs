@@ -15,6 +15,7 @@ use sqlx::sqlite::{
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 
 use super::{BUSY_TIMEOUT, StoreError, function, lease, series};
+use crate::artifact;
 
 /// Every migration, in order. Append only.
 pub(super) const MIGRATIONS: &[&str] = &[
@@ -22,6 +23,7 @@ pub(super) const MIGRATIONS: &[&str] = &[
     include_str!("../../../migrations/0002_questions.sql"),
     include_str!("../../../migrations/0003_points_are_packed.sql"),
     include_str!("../../../migrations/0004_one_key.sql"),
+    include_str!("../../../migrations/0005_remembered.sql"),
 ];
 
 /// The schema after which the program packs the points of older ones.
@@ -389,12 +391,7 @@ fn gone(dir: &Path) -> StoreError {
 /// Waits for the right to make or migrate the store.
 async fn lock(dir: &Path) -> Result<File, StoreError> {
     let path = dir.join("migrate.lock");
-    let file = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path);
-    let file = file.map_err(|error| StoreError::refused(&path, error))?;
+    let file = artifact::open_lock(&path).map_err(|error| StoreError::refused(&path, error))?;
     let start = Instant::now();
     loop {
         match file.try_lock() {

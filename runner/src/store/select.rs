@@ -557,7 +557,7 @@ impl Select {
             Target::Stage(name, column, _) => {
                 let column = match *column {
                     "seconds" => {
-                        "(select sum(a.finished - a.started) / 1000.0 from attempts a where a.stage = s.key)"
+                        "(select sum(a.finished - a.started - a.paused) / 1000.0 from attempts a where a.stage = s.key)"
                     }
                     "state" => "s.state",
                     "kind" => "s.kind",

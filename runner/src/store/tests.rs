@@ -100,6 +100,7 @@ fn an_end(state: AttemptState, output: Option<&str>) -> AttemptEnd {
             cpu_seconds: Some(1.5),
             max_rss: Some(1 << 20),
         },
+        paused: Duration::ZERO,
     }
 }
 

@@ -4,11 +4,13 @@
 //! own, so that a Ctrl-C in the terminal does not reach it and everything it starts can be ended with it. Deliberately
 //! absent: what the events mean for a stage (the executor's).
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use retort_abi::Failure;
@@ -24,6 +26,19 @@ use crate::worker::{LONGEST_LINE, shortened};
 
 /// How long what a dead worker has left in its pipes is waited for: processes that left its group may hold them open.
 const DRAIN: Duration = Duration::from_millis(500);
+
+/// Process ids of the workers that have not been collected.
+static ALIVE: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
+
+/// Signals every worker of this process, and everything in their groups.
+pub fn signal_all(signal: i32) {
+    // The lock keeps their ids from being used again meanwhile.
+    alive().iter().for_each(|&pid| signal_group(pid, signal));
+}
+
+fn alive() -> MutexGuard<'static, BTreeSet<u32>> {
+    ALIVE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A worker process.
 #[derive(Debug)]
@@ -99,6 +114,9 @@ pub enum AskError {
         /// So long.
         after: Duration,
     },
+    /// It could not be asked.
+    #[error("the plugin cannot be asked: {0}")]
+    Unsendable(FrameError),
     /// It sent something else.
     #[error("the plugin's worker sent nonsense: {0}")]
     Nonsense(String),
@@ -144,7 +162,8 @@ pub fn signal_name(signal: i32) -> String {
 /// [`AskError`].
 pub async fn ask(task: Task, limit: Duration) -> Result<Answer, AskError> {
     let mut worker = Worker::spawn(1, None).map_err(AskError::Spawn)?;
-    worker.send(&ToWorker::Start(Box::new(task))).await;
+    let sent = worker.send(&ToWorker::Start(Box::new(task))).await;
+    sent.map_err(AskError::Unsendable)?;
     let mut answer = None;
     let mut output = Vec::new();
     let conversation = async {
@@ -206,6 +225,7 @@ impl Worker {
             .process_group(0)
             .spawn()?;
         let pid = child.id();
+        alive().insert(pid);
         let exit = tokio::task::spawn_blocking(move || reap(pid));
         let (Some(stdout), Some(stderr)) = (child.stdout.take(), child.stderr.take()) else {
             return Err(io::Error::other("no pipes"));
@@ -226,8 +246,11 @@ impl Worker {
     }
 
     /// Sends a message. That the worker is gone is no error here: its exit will be heard.
-    pub async fn send(&mut self, message: &ToWorker) {
-        self.wire.send(message).await;
+    ///
+    /// # Errors
+    /// The message cannot be written, because a path in it is not UTF-8: nobody would ever answer.
+    pub async fn send(&mut self, message: &ToWorker) -> Result<(), FrameError> {
+        self.wire.send(message).await
     }
 
     /// Signals the worker and everything in its group; nothing once it has ended.
@@ -313,6 +336,7 @@ fn reap(pid: u32) -> Exit {
             && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted
         {}
         signal_group(pid, libc::SIGKILL);
+        alive().remove(&pid);
         let (mut status, mut usage) = (0, std::mem::zeroed::<libc::rusage>());
         while libc::wait4(id, &mut status, 0, &mut usage) != id {
             if io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
@@ -365,11 +389,15 @@ impl Wire {
     }
 
     /// Sends a message. That nobody takes it is no error here.
-    pub async fn send(&mut self, message: &ToWorker) {
-        let (Some(socket), Ok(bytes)) = (&mut self.socket, frame::encode(message)) else {
-            return;
-        };
-        let _ = socket.write_all(&bytes).await;
+    ///
+    /// # Errors
+    /// It cannot be written, because a path in it is not UTF-8.
+    pub async fn send(&mut self, message: &ToWorker) -> Result<(), FrameError> {
+        let bytes = frame::encode(message)?;
+        if let Some(socket) = &mut self.socket {
+            let _ = socket.write_all(&bytes).await;
+        }
+        Ok(())
     }
 
     /// Waits for bytes, or the end of them. Cancel-safe.

@@ -308,6 +308,12 @@ fn datasets_are_shown_checked_and_merged() {
         lab.retort(&arguments).expect(2).saying(&[saying]);
         assert!(!dir.join("whole").exists());
     }
+    // What somebody keeps beside it is none of ours, whatever its name.
+    let kept = ["whole.partial", ".whole", "whole.damaged"].map(|name| dir.join(name));
+    for kept in &kept {
+        std::fs::create_dir(kept).unwrap();
+        std::fs::write(kept.join("precious"), "").unwrap();
+    }
     lab.retort(&[
         "dataset",
         "merge",
@@ -328,6 +334,7 @@ fn datasets_are_shown_checked_and_merged() {
     ])
     .expect(2)
     .saying(&["whole is there already"]);
+    assert!(kept.iter().all(|kept| kept.join("precious").exists()));
     assert_eq!(told("whole")["missing"], json!([]));
     lab.retort(&["dataset", "verify", "whole"]).expect(0);
 

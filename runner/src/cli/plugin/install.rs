@@ -6,11 +6,13 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use clap::ValueHint;
+use retort_checkpoint::regular;
 use tokio::runtime::Runtime;
 
 use crate::artifact;
 use crate::cli::plugin::built;
 use crate::cli::{Context, Error, Exit, talk};
+use crate::draft::Draft;
 use crate::plugin::{self, Plugins, search_dirs, trust};
 
 /// Arguments of `plugin install`.
@@ -100,12 +102,8 @@ fn copy(source: &Path, target: &Path) -> io::Result<()> {
         .recursive(true)
         .mode(0o755)
         .create(dir)?;
-    let fresh = dir.join(format!(".installing-{}", std::process::id()));
-    let copied = fs::copy(source, &fresh)
-        .and_then(|_| fs::set_permissions(&fresh, fs::Permissions::from_mode(0o755)))
-        .and_then(|()| fs::rename(&fresh, target));
-    if copied.is_err() {
-        let _ = fs::remove_file(&fresh);
-    }
-    copied
+    let (fresh, mut file) = Draft::file(target)?;
+    io::copy(&mut regular::open(source)?, &mut file)?;
+    file.set_permissions(fs::Permissions::from_mode(0o755))?;
+    fresh.finish()
 }

@@ -1,0 +1,78 @@
+//! The files and folders that a stage reads beside its inputs, watched while it reads them.
+//!
+//! A digest says what they held when the run began. A stage that reads something else would be recorded under a digest
+//! that is not its own, and be reused for it for ever. So they are looked at before the stage and after it; where the file
+//! system says that nothing was written, nothing is read.
+
+use std::path::PathBuf;
+
+use crate::input::{InputError, Listing, Snapshot};
+use crate::plan::FileKind;
+use crate::store::{Memory, Store};
+
+/// A file or folder that a stage reads.
+#[derive(Debug, Clone)]
+pub struct Source {
+    /// Pointer of the option that names it.
+    pub pointer: String,
+    /// Where it is.
+    pub path: PathBuf,
+    /// What it is.
+    pub kind: FileKind,
+    /// What it held: in the stage's digest.
+    pub snapshot: Snapshot,
+}
+
+impl Source {
+    /// Makes sure that it still holds what the digest says, before the stage begins; from then on it must not be written.
+    ///
+    /// # Errors
+    /// What is wrong, in words.
+    pub async fn begin(&mut self, store: &Store) -> Result<(), String> {
+        let said = |error: InputError| error.to_string();
+        if self.listing().await.map_err(said)?.is_as(&self.snapshot) && !self.snapshot.is_young() {
+            return Ok(());
+        }
+        let now = store.snapshot(&self.path, self.kind, Memory::Trusted).await;
+        let now = now.map_err(said)?;
+        if now.hash != self.snapshot.hash {
+            return Err(self.changed("has changed since the run began").await);
+        }
+        self.snapshot = now;
+        Ok(())
+    }
+
+    /// Whether nothing was written since [`Source::begin`].
+    ///
+    /// # Errors
+    /// What was, in words.
+    pub async fn end(&self, store: &Store) -> Result<(), String> {
+        let said = |error: InputError| error.to_string();
+        let mut same = self.listing().await.map_err(said)?.is_as(&self.snapshot);
+        if same && self.snapshot.is_young() {
+            let now = store.snapshot(&self.path, self.kind, Memory::Trusted).await;
+            same = now.map_err(said)?.hash == self.snapshot.hash;
+        }
+        match same {
+            true => Ok(()),
+            false => Err(self.changed("was written while the stage ran").await),
+        }
+    }
+
+    /// Many files take long to look at: not on the event loop.
+    async fn listing(&self) -> Result<Listing, InputError> {
+        let (path, kind) = (self.path.clone(), self.kind);
+        let listing = tokio::task::spawn_blocking(move || Listing::of(&path, kind)).await;
+        listing.unwrap_or_else(|error| Err(InputError::interrupted(&self.path, error)))
+    }
+
+    async fn changed(&self, what: &str) -> String {
+        let newest = self.listing().await.map(|listing| listing.newest());
+        let path = newest.unwrap_or_else(|_| self.path.clone());
+        let of = match path == self.path {
+            true => String::new(),
+            false => format!(", or something else in {},", self.path.display()),
+        };
+        format!("{}{of} {what} (option {})", path.display(), self.pointer)
+    }
+}

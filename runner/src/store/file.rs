@@ -1,0 +1,108 @@
+//! What is remembered of files that were hashed, so that a large one is read once and not at every command.
+//!
+//! A row is a folder, or a file that was named itself; what is in it ([`Folder`]) is packed, because a folder may hold a
+//! million files. Nothing here is needed: what is missing is hashed anew.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use sqlx::{Connection, Row};
+
+use super::{Access, Store, StoreError, schema};
+use crate::input::{Folder, InputError, Listing, Snapshot};
+use crate::plan::FileKind;
+
+/// Whether hashes of earlier commands are believed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Memory {
+    /// Where the file system says that a file is as it was.
+    Trusted,
+    /// Never: every file is read.
+    Distrusted,
+}
+
+impl Store {
+    /// What a file or folder holds; read only where that is not remembered, and remembered from then on.
+    ///
+    /// # Errors
+    /// [`InputError`]. A store that cannot be asked, or cannot take it, is only slower.
+    pub async fn snapshot(
+        &self,
+        path: &Path,
+        kind: FileKind,
+        memory: Memory,
+    ) -> Result<Snapshot, InputError> {
+        let at = path.to_owned();
+        let listing = tokio::task::spawn_blocking(move || Listing::of(&at, kind)).await;
+        let listing = listing.unwrap_or_else(|error| Err(InputError::interrupted(path, error)))?;
+        let known = match memory {
+            Memory::Distrusted => BTreeMap::new(),
+            Memory::Trusted => {
+                let known = self.remembered_files(&listing.folders()).await;
+                known.unwrap_or_else(|error| {
+                    tracing::debug!("hashes of files are not remembered: {error}");
+                    BTreeMap::new()
+                })
+            }
+        };
+        let hashed = tokio::task::spawn_blocking(move || listing.hashed(&known)).await;
+        let hashed = hashed.unwrap_or_else(|error| Err(InputError::interrupted(path, error)));
+        let (snapshot, anew) = hashed?;
+        if let Err(error) = self.remember_files(&anew).await {
+            tracing::debug!("hashes of files cannot be remembered: {error}");
+        }
+        Ok(snapshot)
+    }
+
+    /// What is remembered of these folders.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub async fn remembered_files(
+        &self,
+        folders: &[String],
+    ) -> Result<BTreeMap<String, Folder>, StoreError> {
+        let wanted = serde_json::Value::from(folders).to_string();
+        let rows = sqlx::query(
+            "select path, files from file_hashes where path in (select value from json_each(?1))",
+        )
+        .bind(wanted)
+        .fetch_all(self.pool())
+        .await?;
+        let rows = rows.iter().map(|row| {
+            let files: &[u8] = row.try_get("files")?;
+            Ok((row.try_get("path")?, Folder::unpack(files)))
+        });
+        rows.collect()
+    }
+
+    /// Remembers what is in these folders, all at once; also by way of a store that was opened for reading.
+    ///
+    /// # Errors
+    /// The store cannot be written to: then the files are read again the next time.
+    pub async fn remember_files(
+        &self,
+        folders: &BTreeMap<String, Folder>,
+    ) -> Result<(), StoreError> {
+        if folders.is_empty() {
+            return Ok(());
+        }
+        const SQL: &str = "insert into file_hashes (path, files) values (?1, ?2)
+             on conflict (path) do update set files = excluded.files";
+        if self.access == Access::ReadWrite {
+            let mut write = self.write().await?;
+            for (path, files) in folders {
+                let query = sqlx::query(SQL).bind(path).bind(files.pack());
+                query.execute(&mut *write).await?;
+            }
+            return write.commit().await;
+        }
+        let mut connection = schema::connect_for_writing(self.dir()).await?;
+        let mut write = connection.begin_with("begin immediate").await?;
+        for (path, files) in folders {
+            let query = sqlx::query(SQL).bind(path).bind(files.pack());
+            query.execute(&mut *write).await?;
+        }
+        Ok(write.commit().await?)
+    }
+}

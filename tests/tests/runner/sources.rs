@@ -1,0 +1,411 @@
+//! Files and folders that stages read: as people keep them, and while somebody writes to them.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use retort::input::Folder;
+use retort::store::{Access, AttemptState, RunState, Store};
+
+use crate::lab::{Lab, Said, block_on, wait_for};
+
+const INTERRUPT: i32 = 2;
+/// Longer than file systems need to tell two writings apart by their times.
+const SETTLED: Duration = Duration::from_millis(2_200);
+
+fn fifo(path: &Path) {
+    assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
+}
+
+/// A lab with a file of data.
+fn with_data(stages: &[&str]) -> Lab {
+    let lab = Lab::new(stages);
+    fs::write(lab.dir.path().join("data.txt"), "all of it").unwrap();
+    lab
+}
+
+#[track_caller]
+fn says_to_run(lab: &Lab, stage: &str) {
+    let plan = lab.retort(&["plan", "r.yaml", "--json"]).expect(0).json();
+    let decisions = plan["decisions"].as_array().unwrap();
+    let found = decisions.iter().find(|one| one["stage"] == stage).unwrap();
+    assert_eq!(found["action"], "run", "{found}");
+}
+
+#[track_caller]
+fn check_changed(lab: &Lab, said: Said, words: &str) {
+    said.expect(100)
+        .saying(&["data.txt", words, "(option /file)"]);
+    let attempt = lab.attempt("b");
+    assert_eq!(attempt.state, AttemptState::Failed);
+    assert_eq!(attempt.reason.as_deref(), Some("input changed"));
+    assert_eq!(attempt.output, None);
+    assert_eq!(
+        lab.entries("work"),
+        [""; 0],
+        "no checkpoint of other data is left"
+    );
+}
+
+#[test]
+fn a_file_that_changed_before_its_stage_began_stops_it() {
+    let lab = with_data(&[
+        "a: {kind: do, act: work, amount: 20}",
+        "b: {kind: do, file: data.txt, input: a}",
+    ]);
+    let data = lab.dir.path().join("data.txt");
+    let running = lab.start(&[]);
+    lab.wait_for_worker("a");
+    fs::write(&data, "half").unwrap();
+    check_changed(&lab, running.end(), "has changed since the run began");
+    fs::write(&data, "all of it").unwrap();
+    says_to_run(&lab, "b");
+    lab.run(&[]).expect(0);
+}
+
+#[test]
+fn a_file_written_while_its_stage_runs_spoils_what_the_stage_makes() {
+    for back in [false, true] {
+        let lab = with_data(&["b: {kind: do, act: work, amount: 20, file: data.txt}"]);
+        let data = lab.dir.path().join("data.txt");
+        let modified = fs::metadata(&data).unwrap().modified().unwrap();
+        std::thread::sleep(Duration::from_millis(100));
+        let running = lab.start(&[]);
+        lab.wait_for_worker("b");
+        fs::write(&data, "half").unwrap();
+        if back {
+            // As it was, with the time it had: only that something happened can be seen.
+            fs::write(&data, "all of it").unwrap();
+            let file = fs::File::options().append(true).open(&data).unwrap();
+            file.set_modified(modified).unwrap();
+        }
+        check_changed(&lab, running.end(), "was written while the stage ran");
+        fs::write(&data, "all of it").unwrap();
+        says_to_run(&lab, "b");
+        let again = lab.run(&[]).expect(0);
+        assert!(!again.stderr.contains("continuing from a checkpoint"));
+    }
+}
+
+#[test]
+fn a_checkpoint_of_a_file_that_was_written_is_not_taken_up() {
+    let lab = with_data(&["b: {kind: do, act: work, amount: 30, file: data.txt}"]);
+    let running = lab.start(&[]);
+    lab.wait_for_worker("b");
+    fs::write(lab.dir.path().join("data.txt"), "half").unwrap();
+    running.signal(INTERRUPT);
+    running.end().expect(130);
+    assert_eq!(lab.latest().unwrap().summary.state, RunState::Interrupted);
+    assert_eq!(lab.entries("work"), [""; 0]);
+}
+
+#[test]
+fn rights_and_further_names_are_no_change() {
+    let lab = with_data(&["b: {kind: do, act: work, amount: 20, file: data.txt}"]);
+    let data = lab.dir.path().join("data.txt");
+    std::thread::sleep(SETTLED);
+    let running = lab.start(&[]);
+    lab.wait_for_worker("b");
+    fs::set_permissions(&data, fs::Permissions::from_mode(0o400)).unwrap();
+    fs::hard_link(&data, lab.dir.path().join("other name")).unwrap();
+    running.end().expect(0);
+}
+
+#[test]
+fn a_file_replaced_in_a_folder_is_named() {
+    let lab = Lab::new(&[
+        "a: {kind: do, act: work, amount: 20}",
+        "b: {kind: do, folder: data, input: a}",
+    ]);
+    fs::create_dir_all(lab.dir.path().join("data/0")).unwrap();
+    for name in ["x", "y", "z"] {
+        fs::write(lab.dir.path().join("data/0").join(name), name).unwrap();
+    }
+    let running = lab.start(&[]);
+    lab.wait_for_worker("a");
+    fs::write(lab.dir.path().join("data/0/y"), "new").unwrap();
+    running
+        .end()
+        .expect(100)
+        .saying(&["data/0/y", "has changed since the run began"]);
+    assert_eq!(lab.attempt("b").reason.as_deref(), Some("input changed"));
+}
+
+/// A lab whose one stage reads a folder of two classes.
+fn with_folder() -> Lab {
+    let lab = Lab::new(&["a: {kind: do, folder: data}"]);
+    for class in ["0", "1"] {
+        let dir = lab.dir.path().join("data").join(class);
+        fs::create_dir_all(&dir).unwrap();
+        fs::write(dir.join("a.png"), class).unwrap();
+    }
+    lab
+}
+
+#[test]
+fn folders_of_links_are_what_they_lead_to() {
+    let lab = with_folder();
+    lab.run(&[]).expect(0);
+    let (data, real) = (lab.dir.path().join("data"), lab.dir.path().join("blobs"));
+    fs::rename(&data, &real).unwrap();
+    fs::create_dir_all(data.join("0")).unwrap();
+    symlink("../../blobs/0/a.png", data.join("0/a.png")).unwrap();
+    symlink("../blobs/1", data.join("1")).unwrap();
+    assert_eq!(lab.outcomes(&[]), ["a reused"]);
+    fs::write(real.join("1/a.png"), "other").unwrap();
+    assert_eq!(lab.outcomes(&[]), ["a succeeded"]);
+}
+
+#[test]
+fn circles_broken_links_and_pipes_in_folders_are_named() {
+    type Spoil = fn(&Path);
+    let cases: [(Spoil, &[&str]); 4] = [
+        (
+            |data| symlink("..", data.join("0/up")).unwrap(),
+            &["data/0/up", "circle"],
+        ),
+        (
+            |data| symlink("me", data.join("me")).unwrap(),
+            &["data/me", "circle"],
+        ),
+        (
+            |data| symlink("gone", data.join("1/b")).unwrap(),
+            &["data/1/b is a link to gone"],
+        ),
+        (
+            |data| fifo(&data.join("1/p.png")),
+            &["data/1/p.png is a named pipe"],
+        ),
+    ];
+    for (spoil, words) in cases {
+        let lab = with_folder();
+        spoil(&lab.dir.path().join("data"));
+        lab.run(&[]).expect(3).saying(words);
+        lab.retort(&["plan", "r.yaml"]).expect(3).saying(words);
+    }
+}
+
+#[test]
+fn leavings_of_file_managers_make_nothing_run_again() {
+    let lab = with_folder();
+    lab.run(&[]).expect(0);
+    for name in [".DS_Store", "0/Thumbs.db", "1/desktop.ini", "0/._a.png"] {
+        fs::write(lab.dir.path().join("data").join(name), "x").unwrap();
+    }
+    assert_eq!(lab.outcomes(&[]), ["a reused"]);
+    fs::write(lab.dir.path().join("data/0/b.png"), "x").unwrap();
+    assert_eq!(lab.outcomes(&[]), ["a succeeded"]);
+}
+
+#[test]
+fn what_is_no_regular_file_is_named_and_never_opened() {
+    let lab = Lab::new(&["a: {kind: do, file: data.txt}"]);
+    let data = lab.dir.path().join("data.txt");
+    let said = |words: &[&str]| {
+        lab.run(&[]).expect(3).saying(words);
+        lab.retort(&["plan", "r.yaml"]).expect(0).saying(words);
+        lab.retort(&["validate", "r.yaml"]).expect(0).saying(words);
+    };
+    fifo(&data);
+    said(&["data.txt is a named pipe, not a file"]);
+    fs::remove_file(&data).unwrap();
+    symlink("/dev/zero", &data).unwrap();
+    said(&["data.txt is a device, not a file"]);
+    fs::remove_file(&data).unwrap();
+    fs::create_dir(&data).unwrap();
+    said(&["data.txt is a directory, not a file"]);
+    assert!(lab.latest().is_none(), "nothing was begun");
+    let recipe = lab.dir.path().join("r.yaml");
+    fs::remove_file(&recipe).unwrap();
+    fifo(&recipe);
+    for command in ["run", "plan", "validate", "graph"] {
+        lab.retort(&[command, "r.yaml"])
+            .expect(3)
+            .saying(&["r.yaml", "a named pipe"]);
+    }
+}
+
+#[test]
+fn a_lock_that_is_something_else_is_named() {
+    let lab = Lab::new(&["a: {kind: do}"]);
+    lab.run(&[]).expect(0);
+    let plan = lab.retort(&["plan", "r.yaml", "--json"]).expect(0).json();
+    let digest = plan["decisions"][0]["digest"].as_str().unwrap().to_owned();
+    let lock = lab.store_dir().join("work").join(format!("{digest}.lock"));
+    fifo(&lock);
+    lab.run(&["--force"])
+        .expect(1)
+        .saying(&[".lock", "a named pipe"]);
+    fs::remove_file(&lock).unwrap();
+    let precious = lab.dir.path().join("precious");
+    fs::write(&precious, "mine").unwrap();
+    symlink(&precious, &lock).unwrap();
+    lab.run(&["--force"])
+        .expect(1)
+        .saying(&[".lock", "a symbolic link"]);
+    assert_eq!(fs::read_to_string(&precious).unwrap(), "mine");
+}
+
+#[test]
+fn hashes_are_remembered_between_commands() {
+    for (stage, key) in [
+        ("a: {kind: do, file: data.txt}", "data.txt"),
+        ("a: {kind: do, folder: data}", "data/0"),
+    ] {
+        let lab = with_folder();
+        lab.recipe(&[stage]);
+        fs::write(lab.dir.path().join("data.txt"), "data").unwrap();
+        std::thread::sleep(SETTLED);
+        lab.run(&[]).expect(0);
+        assert_eq!(lab.outcomes(&[]), ["a reused"]);
+        let key = lab.dir.path().join(key).to_str().unwrap().to_owned();
+        // A memory that is wrong shows who believes it.
+        block_on(async {
+            let store = Store::open(&lab.store_dir(), Access::ReadWrite)
+                .await
+                .unwrap();
+            let mut known = store.remembered_files(&[key.clone()]).await.unwrap();
+            let mut bytes = known[&key].pack();
+            *bytes.last_mut().unwrap() ^= 1;
+            known.insert(key.clone(), Folder::unpack(&bytes));
+            store.remember_files(&known).await.unwrap();
+            store.close().await;
+        });
+        says_to_run(&lab, "a");
+        let plan = |flags: &[&str]| {
+            let said = lab.retort(&[&["plan", "r.yaml", "--json"], flags].concat());
+            said.expect(0).json()["decisions"][0]["action"].clone()
+        };
+        assert_eq!(plan(&["--rehash"]), "reuse");
+        assert_eq!(plan(&[]), "reuse", "what was read is remembered");
+    }
+}
+
+#[test]
+fn a_file_written_just_now_is_read_again() {
+    let lab = with_data(&["a: {kind: do, file: data.txt}"]);
+    let data = lab.dir.path().join("data.txt");
+    lab.run(&[]).expect(0);
+    let known = block_on(async {
+        let store = Store::open(&lab.store_dir(), Access::ReadOnly)
+            .await
+            .unwrap();
+        store
+            .remembered_files(&[data.to_str().unwrap().to_owned()])
+            .await
+            .unwrap()
+    });
+    assert!(known.is_empty(), "{known:?}");
+}
+
+#[test]
+fn an_artifact_reaches_another_disk() {
+    use std::os::unix::fs::MetadataExt;
+    let shared = Path::new("/dev/shm");
+    let lab = Lab::new(&[
+        "a: {kind: do, text: far}",
+        "b: {kind: do, act: copy, input: a}",
+    ]);
+    let here = fs::metadata(lab.dir.path()).unwrap().dev();
+    if fs::metadata(shared).map_or(here, |found| found.dev()) == here {
+        eprintln!("SKIPPED: there is no second disk at /dev/shm");
+        return;
+    }
+    let other = tempfile::tempdir_in(shared).unwrap();
+    for dir in ["artifacts", "work"] {
+        fs::create_dir_all(other.path().join(dir)).unwrap();
+        fs::create_dir_all(lab.store_dir()).unwrap();
+        symlink(other.path().join(dir), lab.store_dir().join(dir)).unwrap();
+    }
+    lab.run(&[]).expect(0);
+    lab.retort(&["artifacts", "verify"]).expect(0);
+    assert_eq!(lab.entries("staging"), [""; 0]);
+    let near = Lab::new(&[
+        "a: {kind: do, text: far}",
+        "b: {kind: do, act: copy, input: a}",
+    ]);
+    near.run(&[]).expect(0);
+    let sorted = |lab: &Lab| {
+        let mut names = lab.entries("artifacts");
+        names.sort();
+        names
+    };
+    assert_eq!(
+        sorted(&lab),
+        sorted(&near),
+        "the same artifacts, and nothing beside them"
+    );
+    // One that was damaged there is made whole.
+    let hash = lab.attempt("a").output.unwrap();
+    let file = other.path().join("artifacts").join(&hash).join("thing.txt");
+    fs::remove_file(&file).unwrap();
+    lab.run(&["--force"]).expect(0);
+    lab.retort(&["artifacts", "verify"]).expect(0);
+    assert_eq!(sorted(&lab), sorted(&near));
+}
+
+#[test]
+fn a_repository_around_a_recipe_runs_nothing() {
+    let lab = Lab::new(&["a: {kind: do}"]);
+    let dir = lab.dir.path();
+    let git = |arguments: &[&str]| {
+        let output = Command::new("git")
+            .args(["-c", "user.name=t", "-c", "user.email=t@example.org", "-C"])
+            .arg(dir)
+            .args(arguments)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "git {arguments:?}");
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    };
+    git(&["init", "-q"]);
+    fs::write(dir.join(".gitattributes"), "* filter=evil\n").unwrap();
+    git(&["add", "r.yaml", ".gitattributes"]);
+    git(&["commit", "-q", "-m", "first"]);
+    let trap = dir.join("trap");
+    let spring = format!("touch '{}'; cat", trap.display());
+    for name in [
+        "filter.evil.clean",
+        "filter.evil.smudge",
+        "filter.evil.process",
+        "core.fsmonitor",
+        "core.sshCommand",
+        "remote.origin.uploadpack",
+        "diff.external",
+        "core.pager",
+        "alias.describe",
+    ] {
+        git(&["config", name, &spring]);
+    }
+    git(&["config", "remote.origin.url", "."]);
+    git(&["config", "remote.origin.promisor", "true"]);
+    let commit = fs::read_to_string(dir.join(".git/HEAD")).unwrap();
+    let commit = fs::read_to_string(
+        dir.join(".git")
+            .join(commit.trim().trim_start_matches("ref: ")),
+    );
+    let commit = commit.unwrap().trim().to_owned();
+    std::thread::sleep(Duration::from_millis(1_100));
+    let recipe = fs::read_to_string(dir.join("r.yaml")).unwrap();
+    fs::write(dir.join("r.yaml"), recipe + "# changed\n").unwrap();
+    // The tree is fetched by whoever looks for it.
+    fs::remove_dir_all(dir.join(".git/objects")).unwrap();
+    fs::create_dir(dir.join(".git/objects")).unwrap();
+    for command in [
+        &["validate", "r.yaml"],
+        &["plan", "r.yaml"],
+        &["run", "r.yaml"],
+        &["resume", "latest"],
+    ] {
+        lab.retort(command).expect(0);
+        assert!(
+            !trap.exists(),
+            "{command:?} ran a program of the repository"
+        );
+    }
+    let shown = lab.retort(&["runs", "show", "latest", "--json"]).expect(0);
+    assert!(shown.stdout.contains(&commit), "{}", shown.stdout);
+    wait_for("the end", || (!trap.exists()).then_some(()));
+}

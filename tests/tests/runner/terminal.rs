@@ -1,0 +1,331 @@
+//! What terminals and shells do to a run: they close, stop it for a while, stop reading, and set limits.
+
+use std::ffi::OsStr;
+use std::io::Read;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::CommandExt;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use retort::store::{AttemptState, RunState};
+
+use crate::lab::{Lab, Running, Said, binary, plugins, wait_for, wait_until_gone};
+
+const INTERRUPT: i32 = libc::SIGINT;
+
+/// A terminal: what is on the screen, and what the program on it gets.
+fn terminal() -> (OwnedFd, OwnedFd) {
+    let (mut screen, mut inside) = (0, 0);
+    let none = std::ptr::null_mut();
+    // SAFETY: the call fills the two numbers; the descriptors are new and nobody else's.
+    unsafe {
+        let made = libc::openpty(&mut screen, &mut inside, none, none.cast(), none.cast());
+        assert_eq!(made, 0);
+        (OwnedFd::from_raw_fd(screen), OwnedFd::from_raw_fd(inside))
+    }
+}
+
+/// The recipe run on a terminal of its own, and the screen of that.
+fn on_a_terminal(lab: &Lab, arguments: &[&str]) -> (Running, OwnedFd) {
+    let (screen, inside) = terminal();
+    let mut command = lab.command(&[&["run", "r.yaml"], arguments].concat());
+    let end = || Stdio::from(inside.try_clone().unwrap());
+    command.stdin(end()).stdout(end()).stderr(end());
+    let number = screen.as_raw_fd();
+    // SAFETY: between fork and exec only async-signal-safe functions are called.
+    unsafe {
+        command.pre_exec(move || {
+            libc::close(number);
+            libc::setsid();
+            libc::ioctl(0, libc::TIOCSCTTY, 0);
+            libc::signal(libc::SIGHUP, libc::SIG_DFL);
+            Ok(())
+        });
+    }
+    let child = command.spawn().unwrap();
+    (Running { child }, screen)
+}
+
+/// Reads a screen until it is closed, so that nobody waits for it.
+fn watch(screen: &OwnedFd) {
+    let mut screen = std::fs::File::from(screen.try_clone().unwrap());
+    std::thread::spawn(move || {
+        let mut bytes = [0; 4096];
+        while screen.read(&mut bytes).is_ok_and(|count| count > 0) {}
+    });
+}
+
+#[test]
+fn a_closed_terminal_interrupts_the_run_at_a_checkpoint() {
+    for (stage, arguments) in [
+        (
+            "a: {kind: do, act: work, amount: 100, text: long}",
+            &["-v"] as &[&str],
+        ),
+        (
+            "a: {kind: do, act: work, amount: 100, text: long}",
+            &["--quiet"],
+        ),
+        (
+            "a: {kind: do, act: talk_on, text: long}",
+            &["-vv", "--grace", "500ms"],
+        ),
+    ] {
+        let lab = Lab::new(&[stage, "b: {kind: do, input: a}"]);
+        let (mut running, screen) = on_a_terminal(&lab, arguments);
+        let worker = lab.wait_for_worker("a");
+        // Nobody holds the screen open: neither a reader nor this test.
+        drop(screen);
+        let status = running.child.wait().unwrap();
+        assert_eq!(status.code(), Some(129), "{stage} {arguments:?}: {status}");
+        wait_until_gone(worker);
+        let run = lab.latest().unwrap();
+        assert_eq!(run.summary.state, RunState::Interrupted);
+        assert_eq!(lab.attempt("a").state, AttemptState::Interrupted);
+        assert_eq!(lab.entries("staging"), [""; 0]);
+        if stage.contains("work") {
+            assert!(lab.entries("work").len() > 1, "a checkpoint is there");
+        }
+    }
+}
+
+#[test]
+fn a_hang_up_told_twice_is_one() {
+    let lab = Lab::new(&["a: {kind: do, act: work, amount: 100, text: long}"]);
+    let running = lab.start(&[]);
+    lab.wait_for_worker("a");
+    for _ in 0..3 {
+        running.signal(libc::SIGHUP);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    running
+        .end()
+        .expect(129)
+        .saying(&["stopped at a checkpoint"]);
+    assert_eq!(lab.latest().unwrap().summary.state, RunState::Interrupted);
+}
+
+#[test]
+fn a_run_that_ignores_hang_up_goes_on_without_a_terminal() {
+    let lab = Lab::new(&[
+        "a: {kind: do, act: work, amount: 20}",
+        "b: {kind: do, input: a}",
+    ]);
+    let (screen, inside) = terminal();
+    watch(&screen);
+    let mut command = lab.command(&["run", "r.yaml", "-vv"]);
+    let end = || Stdio::from(inside.try_clone().unwrap());
+    command.stdin(end()).stdout(end()).stderr(end());
+    // SAFETY: between fork and exec only async-signal-safe functions are called.
+    unsafe {
+        command.pre_exec(|| {
+            libc::setsid();
+            libc::ioctl(0, libc::TIOCSCTTY, 0);
+            libc::signal(libc::SIGHUP, libc::SIG_IGN);
+            Ok(())
+        });
+    }
+    let mut running = Running {
+        child: command.spawn().unwrap(),
+    };
+    drop((command, inside));
+    lab.wait_for_worker("a");
+    // The reader's copy keeps the screen; a hang-up is what a shell would send.
+    running.signal(libc::SIGHUP);
+    drop(screen);
+    let status = running.child.wait().unwrap();
+    assert_eq!(
+        lab.latest().unwrap().summary.state,
+        RunState::Succeeded,
+        "{status}"
+    );
+}
+
+/// The state of a process, as the kernel's letter.
+fn state(pid: u32) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(')')?.1.trim().chars().next()
+}
+
+fn wait_for_state(pid: u32, wanted: &str) {
+    wait_for("a state", || wanted.contains(state(pid)?).then_some(()));
+}
+
+#[test]
+fn a_stopped_run_stands_still_and_goes_on() {
+    let lab = Lab::new(&["a: {kind: do, act: work, amount: 15, text: long, timeout: 20s}"]);
+    let began = Instant::now();
+    let running = lab.start(&[]);
+    let worker = lab.wait_for_worker("a");
+    running.signal(libc::SIGTSTP);
+    wait_for_state(running.child.id(), "T");
+    wait_for_state(worker, "T");
+    // Longer than the stage may take.
+    std::thread::sleep(Duration::from_secs(22));
+    assert_eq!(state(worker), Some('T'));
+    running.signal(libc::SIGCONT);
+    wait_for_state(worker, "SR");
+    running.end().expect(0);
+    let attempt = lab.attempt("a");
+    assert_eq!(attempt.state, AttemptState::Succeeded);
+    let (seconds, all) = (attempt.seconds.unwrap(), began.elapsed().as_secs_f64());
+    assert!(seconds + 21.0 < all, "{seconds} of {all}");
+    let sql = "select seconds from v_attempts";
+    let told = lab.retort(&["query", sql, "--json"]).expect(0).json()[0]["seconds"]
+        .as_f64()
+        .unwrap();
+    assert!((told - seconds).abs() < 0.01, "{told} and {seconds}");
+}
+
+#[test]
+fn a_stopped_run_can_be_interrupted_and_killed() {
+    let lab = Lab::new(&["a: {kind: do, act: work, amount: 100, text: long}"]);
+    let running = lab.start(&[]);
+    let worker = lab.wait_for_worker("a");
+    for _ in 0..3 {
+        running.signal(libc::SIGTSTP);
+        wait_for_state(running.child.id(), "T");
+        running.signal(libc::SIGCONT);
+        wait_for_state(worker, "SR");
+    }
+    running.signal(libc::SIGTSTP);
+    wait_for_state(worker, "T");
+    wait_for_state(running.child.id(), "T");
+    running.signal(INTERRUPT);
+    running.signal(libc::SIGCONT);
+    running
+        .end()
+        .expect(130)
+        .saying(&["stopped at a checkpoint"]);
+    let running = lab.start(&[]);
+    let worker = lab.wait_for_worker("a");
+    running.signal(libc::SIGTSTP);
+    wait_for_state(running.child.id(), "T");
+    running.signal(libc::SIGKILL);
+    wait_until_gone(worker);
+    drop(running);
+    assert_eq!(lab.latest().unwrap().summary.state, RunState::Lost);
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    let lab = Lab::new(&["a: {kind: do, text: x}", "b: {kind: do, input: a}"]);
+    lab.run(&[]).expect(0);
+    for arguments in [
+        &["plan", "r.yaml", "-v"] as &[&str],
+        &["runs", "show", "latest"],
+        &["run", "r.yaml"],
+        &["log", "latest"],
+        &["help", "run"],
+    ] {
+        let mut command = lab.command(arguments);
+        let mut child = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        drop(child.stdout.take());
+        let output = child.wait_with_output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {stderr}");
+        assert!(
+            !stderr.contains("error") && !stderr.contains("panicked"),
+            "{arguments:?}: {stderr}"
+        );
+    }
+}
+
+/// Runs the recipe where no file may be longer than this.
+fn with_files_of(lab: &Lab, bytes: u64) -> Said {
+    let mut command = lab.command(&["run", "r.yaml"]);
+    // SAFETY: between fork and exec only an async-signal-safe function is called.
+    unsafe {
+        command.pre_exec(move || {
+            let limit = libc::rlimit {
+                rlim_cur: bytes,
+                rlim_max: bytes,
+            };
+            libc::setrlimit(libc::RLIMIT_FSIZE, &limit);
+            libc::signal(libc::SIGXFSZ, libc::SIG_DFL);
+            Ok(())
+        });
+    }
+    let output = command.output().unwrap();
+    Said {
+        code: output.status.code(),
+        stdout: String::from_utf8(output.stdout).unwrap(),
+        stderr: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+#[test]
+fn a_limit_on_the_size_of_files_is_an_error_with_words() {
+    let lab = Lab::new(&["a: {kind: do, act: fill}"]);
+    with_files_of(&lab, 4 << 20)
+        .expect(100)
+        .saying(&["File too large"]);
+    assert_eq!(lab.latest().unwrap().summary.state, RunState::Failed);
+    // Too little for the history itself.
+    let lab = Lab::new(&["a: {kind: do}"]);
+    let said = with_files_of(&lab, 20 << 10);
+    assert_eq!(said.code, Some(1), "{}", said.stderr);
+    assert!(said.stderr.starts_with("error: "), "{}", said.stderr);
+}
+
+#[test]
+fn more_threads_than_any_machine_has_are_refused() {
+    for text in ["1000000000", "4097", "18446744073709551615"] {
+        let lab = Lab::new(&[&format!("a: {{kind: do, threads: {text}}}")]);
+        lab.run(&[]).expect(3).saying(&["threads", "4096"]);
+        let lab = Lab::new(&["a: {kind: do}"]);
+        let set = format!("threads={text}");
+        lab.run(&["--set", &set])
+            .expect(3)
+            .saying(&["threads", "4096"]);
+    }
+    Lab::new(&["a: {kind: do, threads: 4096}"])
+        .run(&[])
+        .expect(0);
+}
+
+#[test]
+fn a_name_that_is_not_utf8_is_refused_at_once() {
+    let lab = Lab::new(&["a: {kind: do}"]);
+    let odd = lab.dir.path().join(OsStr::from_bytes(b"caf\xe9"));
+    std::fs::create_dir(&odd).unwrap();
+    std::fs::copy(lab.dir.path().join("r.yaml"), odd.join("r.yaml")).unwrap();
+    let retort = |dir: &std::path::Path, arguments: &[&OsStr]| {
+        let mut command = std::process::Command::new(binary());
+        command
+            .args(arguments)
+            .arg("--plugin-dir")
+            .arg(plugins())
+            .current_dir(dir);
+        command.stdin(Stdio::null()).env("HOME", lab.dir.path());
+        let output = command.output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {stderr}");
+        assert!(
+            stderr.contains("is not UTF-8") && stderr.contains("caf"),
+            "{stderr}"
+        );
+    };
+    let text = OsStr::new;
+    for command in ["run", "plan", "validate", "graph"] {
+        retort(&odd, &[text(command), text("r.yaml")]);
+        let recipe = odd.join("r.yaml");
+        retort(lab.dir.path(), &[text(command), recipe.as_os_str()]);
+    }
+    retort(
+        lab.dir.path(),
+        &[
+            text("run"),
+            text("r.yaml"),
+            text("--store"),
+            odd.as_os_str(),
+        ],
+    );
+    retort(&odd, &[text("runs"), text("list")]);
+    assert!(!odd.join(".retort").exists());
+}
