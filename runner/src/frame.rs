@@ -129,6 +129,7 @@ pub struct Line {
 
 /// Points of a metric series, column by column: there may be very many.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(try_from = "Columns")]
 pub struct Points {
     /// Name of the series.
     pub series: String,
@@ -139,6 +140,39 @@ pub struct Points {
     pub values: Vec<f64>,
     /// When: milliseconds since 1970.
     pub at: Vec<i64>,
+}
+
+/// [`Points`] as they arrive: columns that may be of different lengths.
+#[derive(Deserialize)]
+struct Columns {
+    series: String,
+    steps: Vec<u64>,
+    #[serde(with = "bits")]
+    values: Vec<f64>,
+    at: Vec<i64>,
+}
+
+impl TryFrom<Columns> for Points {
+    type Error = String;
+
+    fn try_from(columns: Columns) -> Result<Self, String> {
+        let Columns {
+            series,
+            steps,
+            values,
+            at,
+        } = columns;
+        let (n, v, t) = (steps.len(), values.len(), at.len());
+        if (v, t) != (n, n) {
+            return Err(format!("points of {n} steps, {v} values and {t} times"));
+        }
+        Ok(Self {
+            series,
+            steps,
+            values,
+            at,
+        })
+    }
 }
 
 impl PartialEq for Points {
@@ -301,6 +335,12 @@ mod tests {
             inbox.take::<FromWorker>(),
             Err(FrameError::TooLong { .. })
         ));
+        let mut inbox = Inbox::default();
+        let uneven = br#"{"metrics":[{"series":"a","steps":[1,2],"values":[0],"at":[0,0]}]}"#;
+        inbox.extend(&(uneven.len() as u32).to_le_bytes());
+        inbox.extend(uneven);
+        let error = inbox.take::<FromWorker>().unwrap_err().to_string();
+        assert!(error.contains("2 steps, 1 values and 2 times"), "{error}");
         let mut inbox = Inbox::default();
         inbox.extend(&[2, 0, 0, 0, b'{', b'!']);
         assert!(matches!(

@@ -293,7 +293,9 @@ def check(retort):
             cwd=folder, check=True, capture_output=True, text=True,
         )
         paths = {a["kind"]: pathlib.Path(a["path"]) for a in json.loads(listed.stdout)}
-        made = load_file(paths["samples"] / "samples.safetensors")["images"]
+        shards = json.loads((paths["samples"] / "manifest.json").read_text())["shards"]
+        made = [load_file(paths["samples"] / shard["file"])["images"] for shard in shards]
+        made = np.concatenate(made).astype(np.float32) / 255
         real = np.array([row.split(",")[:64] for row in rows], np.float32).reshape(-1, 1, 8, 8) / 16
         found = json.loads((paths["evaluation"] / "evaluation.json").read_text())["sets"]["made"]
         saved = np.load(paths["evaluation"] / "statistics.npz")

@@ -11,6 +11,7 @@ pub mod archive;
 mod error;
 mod ndarray;
 mod pickle;
+pub mod pieces;
 pub mod regular;
 mod safetensors;
 pub mod shards;

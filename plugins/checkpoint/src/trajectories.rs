@@ -7,42 +7,22 @@
 //! `captions.safetensors` is there where the teacher is conditioned on captions; `labels` number these then. A shard holds
 //! `labels` (n) and `tokens` (n, L) in the narrowest unsigned type. Noise is a pure function of the
 //! manifest's seed and the sample's index and is not stored, unless it was given from a file: then `noise` (n, L, D)
-//! stands beside the tokens. Here: what a manifest says, whether a file holds what it says, and which shards make a whole.
+//! stands beside the tokens. Here: what a manifest says, and whether a file holds what it says.
 //! Deliberately absent: making samples, and noise.
 
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{Checkpoint, Dtype, regular};
+use crate::pieces::{self, Fault, MANIFEST, Shard, hash, read_manifest};
+use crate::{Checkpoint, Dtype};
 
-/// Name of the manifest.
-pub const MANIFEST: &str = "manifest.json";
 /// Name of the captions' file.
 pub const CAPTIONS: &str = "captions.safetensors";
 /// Version of the layout.
 pub const FORMAT: u32 = 1;
-
-/// What is wrong with a file of a dataset.
-#[derive(Debug, thiserror::Error)]
-#[error("{}: {message}", path.display())]
-pub struct Fault {
-    /// The file.
-    pub path: PathBuf,
-    /// What is wrong, and what was expected.
-    pub message: String,
-}
-
-impl Fault {
-    fn new(path: impl Into<PathBuf>, message: impl std::fmt::Display) -> Self {
-        Self {
-            path: path.into(),
-            message: message.to_string(),
-        }
-    }
-}
 
 /// `manifest.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -101,32 +81,6 @@ impl ConditionShape {
     }
 }
 
-/// A file of samples `start..end`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Shard {
-    /// Name beside the manifest.
-    pub file: String,
-    /// First sample.
-    pub start: u64,
-    /// One past the last sample.
-    pub end: u64,
-    /// Hex BLAKE3 of the file; unknown of one that is still to be made.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub hash: Option<String>,
-}
-
-impl Shard {
-    /// The shard of some samples, under the name that it has everywhere.
-    pub fn of(samples: Range<u64>) -> Self {
-        Self {
-            file: format!("shard-{:09}.safetensors", samples.start),
-            start: samples.start,
-            end: samples.end,
-            hash: None,
-        }
-    }
-}
-
 /// A file that holds the samples of its shard.
 pub struct Opened {
     /// The file.
@@ -145,20 +99,9 @@ impl Manifest {
     /// # Errors
     /// It is missing, no manifest, of another format, or names files elsewhere.
     pub fn read(dir: &Path) -> Result<Self, Fault> {
-        let path = dir.join(MANIFEST);
-        let text = regular::read(&path, LONGEST_MANIFEST).map_err(|e| Fault::new(&path, e))?;
-        let manifest: Self = serde_json::from_slice(&text).map_err(|e| Fault::new(&path, e))?;
-        let wrong = if manifest.format != FORMAT {
-            format!("format {}, expected {FORMAT}", manifest.format)
-        } else if let Some(bad) = manifest.shards.iter().find(|shard| !shard.is_sound()) {
-            format!(
-                "samples {}..{} in `{}`: no shard",
-                bad.start, bad.end, bad.file
-            )
-        } else {
-            return Ok(manifest);
-        };
-        Err(Fault::new(path, wrong))
+        read_manifest(dir, FORMAT, |manifest: &Self| {
+            (manifest.format, &manifest.shards)
+        })
     }
 
     /// Opens a file and looks whether it holds the samples of a shard: its hash, where that is known, the number of
@@ -283,89 +226,20 @@ impl Manifest {
 
     /// The samples that its shards cover, in order, as ranges that do not touch.
     pub fn ranges(&self) -> Vec<Range<u64>> {
-        let mut shards: Vec<&Shard> = self.shards.iter().collect();
-        shards.sort_by_key(|shard| shard.start);
-        let mut ranges: Vec<Range<u64>> = Vec::new();
-        for shard in shards {
-            match ranges.last_mut() {
-                Some(last) if last.end >= shard.start => last.end = last.end.max(shard.end),
-                _ => ranges.push(shard.start..shard.end),
-            }
-        }
-        ranges
+        pieces::ranges(&self.shards)
     }
 
     /// The samples of 0..count that no shard holds.
     pub fn gaps(&self) -> Vec<Range<u64>> {
-        let ranges = self.ranges();
-        let ends = [0].into_iter().chain(ranges.iter().map(|range| range.end));
-        let starts = ranges.iter().map(|range| range.start).chain([self.count]);
-        ends.zip(starts)
-            .map(|(from, to)| from..to)
-            .filter(|gap| gap.start < gap.end)
-            .collect()
+        pieces::gaps(&self.shards, self.count)
     }
 }
 
 /// Samples whose tokens are looked at together.
 const ROWS: usize = 1024;
-/// Bytes of the longest manifest that is read: half a million shards.
-const LONGEST_MANIFEST: u64 = 64 << 20;
-
-impl Shard {
-    fn is_sound(&self) -> bool {
-        let name = Path::new(&self.file);
-        self.start < self.end && name.file_name().is_some_and(|own| own == name.as_os_str())
-    }
-}
-
-/// Shards of several parts in the order of their samples, each with its folder. The same samples made twice are taken once.
-///
-/// # Errors
-/// Two overlap.
-pub fn joined(parts: Vec<(PathBuf, Vec<Shard>)>) -> Result<Vec<(PathBuf, Shard)>, Fault> {
-    let mut all: Vec<(PathBuf, Shard)> = parts
-        .into_iter()
-        .flat_map(|(dir, shards)| shards.into_iter().map(move |shard| (dir.clone(), shard)))
-        .collect();
-    all.sort_by_key(|(_, shard)| (shard.start, shard.end));
-    all.dedup_by_key(|(_, shard)| (shard.start, shard.end));
-    for pair in all.windows(2) {
-        let [(one, a), (other, b)] = pair else {
-            continue;
-        };
-        if b.start < a.end {
-            let message = format!(
-                "its samples {}..{} overlap with {}..{} of {}",
-                b.start,
-                b.end,
-                a.start,
-                a.end,
-                one.join(&a.file).display()
-            );
-            return Err(Fault::new(other.join(&b.file), message));
-        }
-    }
-    Ok(all)
-}
-
-/// Hex BLAKE3 of a file.
-///
-/// # Errors
-/// It cannot be read.
-pub fn hash(path: &Path) -> Result<String, Fault> {
-    let read = || -> std::io::Result<String> {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update_reader(regular::open(path)?)?;
-        Ok(hasher.finalize().to_hex().to_string())
-    };
-    read().map_err(|e| Fault::new(path, e))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs;
 
     fn manifest(ranges: &[[u64; 2]]) -> Manifest {
         Manifest {
@@ -387,48 +261,12 @@ mod tests {
     }
 
     #[test]
-    fn ranges_and_gaps() {
-        let ends = |ranges: Vec<Range<u64>>| -> Vec<[u64; 2]> {
-            ranges.iter().map(|r| [r.start, r.end]).collect()
-        };
-        let whole = manifest(&[[0, 40], [40, 100]]);
-        assert_eq!(ends(whole.ranges()), [[0, 100]]);
-        assert!(whole.gaps().is_empty());
-        let parts = manifest(&[[50, 60], [10, 20], [20, 30]]);
-        assert_eq!(ends(parts.ranges()), [[10, 30], [50, 60]]);
-        assert_eq!(ends(parts.gaps()), [[0, 10], [30, 50], [60, 100]]);
-        assert_eq!(ends(manifest(&[]).gaps()), [[0, 100]]);
-    }
-
-    #[test]
-    fn parts_are_joined_in_order_and_must_not_overlap() {
-        let part = |name: &str, ranges: &[[u64; 2]]| (name.into(), manifest(ranges).shards);
-        let all = joined(vec![
-            part("b", &[[20, 40], [0, 20]]),
-            part("a", &[[40, 50], [0, 20]]),
-        ])
-        .unwrap();
-        let found: Vec<(u64, u64)> = all.iter().map(|(_, s)| (s.start, s.end)).collect();
-        assert_eq!(found, [(0, 20), (20, 40), (40, 50)]);
-        let error = joined(vec![part("a", &[[0, 20]]), part("b", &[[10, 30]])]).unwrap_err();
-        let said = error.to_string();
-        assert!(
-            said.contains("b/shard-000000010.safetensors: its samples 10..30 overlap"),
-            "{said}"
-        );
-        assert!(
-            said.contains("0..20 of a/shard-000000000.safetensors"),
-            "{said}"
-        );
-    }
-
-    #[test]
     fn a_manifest_keeps_to_its_directory() {
         let dir = tempfile::tempdir().unwrap();
         for (file, end) in [("../else", 5), ("a/b", 5), ("", 5), ("shard", 0)] {
             let mut wrong = manifest(&[[0, 5]]);
             (wrong.shards[0].file, wrong.shards[0].end) = (file.into(), end);
-            fs::write(
+            std::fs::write(
                 dir.path().join(MANIFEST),
                 serde_json::to_string(&wrong).unwrap(),
             )

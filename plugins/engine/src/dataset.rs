@@ -4,7 +4,8 @@
 
 use std::path::Path;
 
-use retort_checkpoint::trajectories::{Fault, MANIFEST, Manifest, Shard};
+use retort_checkpoint::pieces::{Fault, MANIFEST, Shard};
+use retort_checkpoint::trajectories::Manifest;
 use safetensors::tensor::{Dtype, TensorView};
 
 use crate::captions::{self, Captions, Subjects};

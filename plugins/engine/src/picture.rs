@@ -9,6 +9,7 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use image::{ImageError, Rgb, RgbImage};
+use rayon::prelude::*;
 use retort_abi::{Failure, FailureCode};
 
 use crate::numpy;
@@ -107,37 +108,68 @@ pub fn write_grid(path: &Path, sets: &[Pixels<'_>], rows: usize) -> Result<(), P
 }
 
 /// Writes each image as a PNG of its own size into `folder`, which must exist, and returns the file names:
-/// `000000-7.png` is the first image, of class 7.
+/// `000000-7.png` is the image with number 0, of class 7. `first` is the number of the first one.
 pub fn write_pngs(
     folder: &Path,
     images: Pixels<'_>,
     labels: &[u32],
+    first: u64,
 ) -> Result<Vec<String>, PictureError> {
     if labels.len() != images.len() {
         let message = format!("{} labels for {} images", labels.len(), images.len());
         return Err(PictureError::Shape(message));
     }
-    let mut names = Vec::with_capacity(labels.len());
-    for (index, label) in labels.iter().enumerate() {
-        let name = format!("{index:06}-{label}.png");
+    let write = |(index, label): (usize, &u32)| {
+        let name = format!("{:06}-{label}.png", first + index as u64);
         let mut picture = RgbImage::new(images.width as u32, images.height as u32);
         for (x, y, pixel) in picture.enumerate_pixels_mut() {
             *pixel = Rgb(images.rgb(index, y as usize, x as usize));
         }
         save(&folder.join(&name), &picture)?;
-        names.push(name);
-    }
-    Ok(names)
+        Ok(name)
+    };
+    labels.par_iter().enumerate().map(write).collect()
 }
 
-/// Writes the sample file of the ADM evaluation suite: a NumPy archive whose `arr_0` is uint8 (n, height, width, 3).
-pub fn write_npz(path: &Path, images: Pixels<'_>) -> Result<(), PictureError> {
-    let write = || -> io::Result<()> {
-        let mut archive = zip::ZipWriter::new(BufWriter::new(File::create(path)?));
-        let bytes = images.len() * images.height * images.width * 3;
-        archive.start_file("arr_0.npy", numpy::stored(bytes))?;
-        let shape = [images.len(), images.height, images.width, 3];
-        archive.write_all(&numpy::header("|u1", &shape))?;
+/// The sample file of the ADM evaluation suite under way: a NumPy archive whose `arr_0` is uint8 (n, height, width, 3).
+pub struct Npz {
+    path: PathBuf,
+    archive: zip::ZipWriter<BufWriter<File>>,
+    /// Height and width.
+    size: [usize; 2],
+    /// Images that are still to come.
+    left: usize,
+}
+
+impl Npz {
+    /// Starts a file of so many images.
+    pub fn create(path: &Path, count: usize, size: [usize; 2]) -> Result<Self, PictureError> {
+        let [height, width] = size;
+        let begin = || -> io::Result<_> {
+            let mut archive = zip::ZipWriter::new(BufWriter::new(File::create(path)?));
+            archive.start_file("arr_0.npy", numpy::stored(count * height * width * 3))?;
+            archive.write_all(&numpy::header("|u1", &[count, height, width, 3]))?;
+            Ok(archive)
+        };
+        let archive = begin().map_err(|source| PictureError::Write {
+            path: path.to_owned(),
+            source,
+        })?;
+        Ok(Self {
+            path: path.to_owned(),
+            archive,
+            size,
+            left: count,
+        })
+    }
+
+    /// Writes the next images.
+    pub fn add(&mut self, images: Pixels<'_>) -> Result<(), PictureError> {
+        let fits = [images.height, images.width] == self.size && images.len() <= self.left;
+        if !fits {
+            let message = "other images than were announced".to_owned();
+            return Err(PictureError::Shape(message));
+        }
         let mut buffer = Vec::with_capacity(images.height * images.width * 3); // (h, w, 3)
         for index in 0..images.len() {
             buffer.clear();
@@ -146,14 +178,32 @@ pub fn write_npz(path: &Path, images: Pixels<'_>) -> Result<(), PictureError> {
                     buffer.extend_from_slice(&images.rgb(index, y, x));
                 }
             }
-            archive.write_all(&buffer)?;
+            let written = self.archive.write_all(&buffer);
+            written.map_err(|source| self.refused(source))?;
         }
-        archive.finish()?.flush()
-    };
-    write().map_err(|source| PictureError::Write {
-        path: path.to_owned(),
-        source,
-    })
+        self.left -= images.len();
+        Ok(())
+    }
+
+    /// Ends the file.
+    pub fn finish(self) -> Result<(), PictureError> {
+        if self.left > 0 {
+            let message = format!("{} images are missing", self.left);
+            return Err(PictureError::Shape(message));
+        }
+        let Self { path, archive, .. } = self;
+        let ended = archive.finish().map_err(io::Error::from);
+        ended
+            .and_then(|mut file| file.flush())
+            .map_err(|source| PictureError::Write { path, source })
+    }
+
+    fn refused(&self, source: io::Error) -> PictureError {
+        PictureError::Write {
+            path: self.path.clone(),
+            source,
+        }
+    }
 }
 
 /// Sides below this are enlarged by the next whole factor that reaches it.
@@ -240,6 +290,12 @@ mod tests {
         image::open(path).unwrap().to_rgb8()
     }
 
+    fn write_npz(path: &Path, images: Pixels<'_>) -> Result<(), PictureError> {
+        let mut file = Npz::create(path, images.len(), [images.height, images.width])?;
+        file.add(images)?;
+        file.finish()
+    }
+
     #[test]
     fn a_grid_shows_sets_side_by_side() {
         let dir = tempfile::tempdir().unwrap();
@@ -279,12 +335,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let values: Vec<f32> = (0..12).map(|value| value as f32 / 51.0).collect();
         let images = Pixels::new(&values, 1, 2, 3).unwrap();
-        let names = write_pngs(dir.path(), images, &[7, 10]).unwrap();
-        assert_eq!(names, ["000000-7.png", "000001-10.png"]);
-        let picture = read(&dir.path().join("000001-10.png"));
+        let names = write_pngs(dir.path(), images, &[7, 10], 40).unwrap();
+        assert_eq!(names, ["000040-7.png", "000041-10.png"]);
+        let picture = read(&dir.path().join("000041-10.png"));
         assert_eq!(picture.dimensions(), (3, 2));
         assert_eq!(picture.get_pixel(2, 1).0, [55; 3]);
-        assert!(write_pngs(dir.path(), images, &[7]).is_err());
+        assert!(write_pngs(dir.path(), images, &[7], 0).is_err());
     }
 
     #[test]

@@ -31,6 +31,10 @@ pub enum Stream {
     Restart = 7,
     /// Places and mirrors of images in training, one index per epoch (upper half) and image (lower half).
     Augment = 8,
+    /// Classes of samples, one index per sample.
+    Class = 12,
+    /// Subsets of samples whose distances are averaged, index 0.
+    Subset = 13,
 }
 
 /// The sequence of one (seed, stream, index).

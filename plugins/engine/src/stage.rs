@@ -8,6 +8,8 @@ pub mod evaluate;
 pub mod images;
 pub mod pretrain;
 pub mod sample;
+pub mod shards;
+pub mod snapshot;
 pub mod teacher;
 pub mod tokenizer;
 pub mod trajectories;
@@ -69,6 +71,14 @@ impl<'a, B: Backend> Context<'a, B> {
     pub fn work_dir(&self) -> Result<&'a Path> {
         let missing = || Error::Internal("the host gave no work directory".into());
         self.job.work_dir.as_deref().ok_or_else(missing)
+    }
+
+    /// Ends the stage when it has been asked to stop. For the time between pieces of work.
+    pub fn go_on(&self) -> Result<()> {
+        match self.host.cancelled() {
+            Cancel::Run => Ok(()),
+            _ => Err(Error::Cancelled),
+        }
     }
 
     /// Waits until no other part of the stage has what this name stands for in hand; until the lock is dropped, none gets it.
@@ -144,6 +154,7 @@ pub fn all<B: Backend>() -> Vec<Registered<B>> {
         register::<B, trajectories::Trajectories>(),
         register::<B, classifier::Classifier>(),
         register::<B, distill::Distill>(),
+        register::<B, snapshot::Snapshot>(),
         register::<B, sample::Sample>(),
         register::<B, evaluate::Evaluate>(),
         register::<B, conformance::Conformance>(),

@@ -2,10 +2,13 @@
 //!
 //! - Frechet distance: Heusel et al. 2017, arXiv 1706.08500, eq. 6.
 //! - Inception score: Salimans et al. 2016, arXiv 1606.03498, section 4.
-//! - Precision and recall by k-nearest-neighbour manifolds: Kynkaanniemi et al. 2019, arXiv 1904.06991, eq. 1 and 2.
+//! - Precision and recall (`neighbours.rs`), and the kernel distance (`kernel.rs`).
 //!
 //! In: features (n, d), row after row, of any network. Out: plain numbers. Deliberately absent: the networks, files.
 //! Nothing depends on the number of threads.
+
+pub mod kernel;
+pub mod neighbours;
 
 use nalgebra::{DMatrix, DMatrixView, DMatrixViewMut};
 use rayon::prelude::*;
@@ -27,15 +30,6 @@ pub struct InceptionScore {
     pub mean: f64,
     /// Standard deviation over the splits (divisor: number of splits).
     pub deviation: f64,
-}
-
-/// Shares, from 0 to 1, of sets that lie within each other's manifold.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct PrecisionRecall {
-    /// Share of generated samples that look like real ones: quality.
-    pub precision: f64,
-    /// Share of real samples that look like generated ones: variety.
-    pub recall: f64,
 }
 
 /// Why a figure cannot be computed.
@@ -61,6 +55,9 @@ pub enum StatisticsError {
         /// Samples given.
         found: usize,
     },
+    /// It was asked to stop.
+    #[error("stopped")]
+    Stopped,
     /// NaN or infinity among the inputs.
     #[error("{what}: value {index} is not finite")]
     NotFinite {
@@ -76,6 +73,7 @@ impl From<StatisticsError> for Failure {
         let code = match &error {
             StatisticsError::Shape { .. } => FailureCode::BadData,
             StatisticsError::TooFew { .. } => FailureCode::InvalidOptions,
+            StatisticsError::Stopped => FailureCode::Cancelled,
             StatisticsError::NotFinite { .. } => FailureCode::Numerical,
         };
         Failure::new(code, error.to_string())
@@ -84,7 +82,10 @@ impl From<StatisticsError> for Failure {
 
 impl From<StatisticsError> for crate::Error {
     fn from(error: StatisticsError) -> Self {
-        crate::Error::Host(error.into())
+        match error {
+            StatisticsError::Stopped => crate::Error::Cancelled,
+            error => crate::Error::Host(error.into()),
+        }
     }
 }
 
@@ -430,30 +431,6 @@ impl RunningScore {
     }
 }
 
-/// Precision and recall of `generated` (m, d) against `real` (n, d). The manifold of a set is the union of the balls
-/// around its points that reach to the `k`-th nearest other point (3 in the paper). Both sets need more than `k` points.
-pub fn precision_recall(
-    real: &[f32],
-    generated: &[f32],
-    dim: usize,
-    k: usize,
-) -> Result<PrecisionRecall, StatisticsError> {
-    for (what, set) in [("real features", real), ("generated features", generated)] {
-        let found = rows(what, set, dim)?;
-        if k == 0 || found <= k {
-            return Err(StatisticsError::TooFew {
-                what: "precision and recall",
-                needed: k.max(1) + 1,
-                found,
-            });
-        }
-    }
-    Ok(PrecisionRecall {
-        precision: covered(generated, real, &radii(real, dim, k), dim),
-        recall: covered(real, generated, &radii(generated, dim, k), dim),
-    })
-}
-
 /// Share, from 0 to 1, of samples whose predicted class is the one asked for.
 pub fn class_agreement(predicted: &[u32], wanted: &[u32]) -> Result<f64, StatisticsError> {
     if predicted.len() != wanted.len() {
@@ -479,9 +456,7 @@ pub fn class_agreement(predicted: &[u32], wanted: &[u32]) -> Result<f64, Statist
 
 const BATCH_ROWS: usize = 1024;
 const BLOCK_COLUMNS: usize = 64;
-/// Points compared with each other while both are in the cache.
-const TILE_ROWS: usize = 32;
-/// Independent partial sums of a distance: enough for the compiler to use vector registers.
+/// Independent partial sums: enough for the compiler to use vector registers.
 const LANES: usize = 16;
 
 /// Number of rows of an array that must be finite and (n, dim).
@@ -500,73 +475,12 @@ fn rows(what: &'static str, values: &[f32], dim: usize) -> Result<usize, Statist
     }
 }
 
-/// Squared distance of each point to its k-th nearest other point of the set.
-fn radii(set: &[f32], dim: usize, k: usize) -> Vec<f32> {
-    let block = TILE_ROWS * dim;
-    set.par_chunks(block)
-        .enumerate()
-        .flat_map_iter(|(index, points)| {
-            let mut nearest = vec![vec![f32::INFINITY; k]; points.len() / dim];
-            for (tile, others) in set.chunks(block).enumerate() {
-                for (i, point) in points.chunks_exact(dim).enumerate() {
-                    for (j, other) in others.chunks_exact(dim).enumerate() {
-                        if index * TILE_ROWS + i != tile * TILE_ROWS + j {
-                            insert(&mut nearest[i], squared_distance(point, other));
-                        }
-                    }
-                }
-            }
-            nearest
-                .into_iter()
-                .map(|nearest| nearest[nearest.len() - 1])
-        })
-        .collect()
-}
-
-/// Keeps the smallest values, ascending.
-fn insert(smallest: &mut [f32], value: f32) {
-    if value < smallest[smallest.len() - 1] {
-        let place = smallest.partition_point(|&kept| kept <= value);
-        smallest[place..].rotate_right(1);
-        smallest[place] = value;
-    }
-}
-
-/// Share of `points` within the ball of at least one of `centres`.
-fn covered(points: &[f32], centres: &[f32], radii: &[f32], dim: usize) -> f64 {
-    let inside = points.par_chunks_exact(dim).filter(|point| {
-        let mut balls = centres.chunks_exact(dim).zip(radii);
-        balls.any(|(centre, &radius)| squared_distance(point, centre) <= radius)
-    });
-    inside.count() as f64 / (points.len() / dim) as f64
-}
-
-/// From differences, not from norms and a product: the same two points give the same bits in either order, and equal
-/// points give 0.
-fn squared_distance(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0.0; LANES];
-    let (a_blocks, b_blocks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let tail: f32 = a_blocks
-        .remainder()
-        .iter()
-        .zip(b_blocks.remainder())
-        .map(|(a, b)| (a - b) * (a - b))
-        .sum();
-    for (a, b) in a_blocks.zip(b_blocks) {
-        for lane in 0..LANES {
-            let difference = a[lane] - b[lane];
-            lanes[lane] += difference * difference;
-        }
-    }
-    tail + lanes.iter().sum::<f32>()
-}
-
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     /// Numbers in [-1, 1) that look random.
-    fn noise(count: usize, seed: u64) -> Vec<f32> {
+    pub fn noise(count: usize, seed: u64) -> Vec<f32> {
         let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         let mut next = || {
             state ^= state << 13;
@@ -772,59 +686,6 @@ mod tests {
     }
 
     #[test]
-    fn precision_and_recall_agree_with_brute_force() {
-        let (dim, k) = (19, 3); // 19: vector lanes and a tail
-        let real = noise(77 * dim, 1);
-        let generated: Vec<f32> = noise(53 * dim, 2).iter().map(|x| 0.8 * x + 0.1).collect();
-        let distance = |a: &[f32], b: &[f32]| -> f64 {
-            a.iter()
-                .zip(b)
-                .map(|(&a, &b)| f64::from(a - b).powi(2))
-                .sum::<f64>()
-                .sqrt()
-        };
-        let manifold = |set: &[f32]| -> Vec<f64> {
-            let points: Vec<_> = set.chunks(dim).collect();
-            let kth = |point: &&[f32]| {
-                let mut all: Vec<f64> = points.iter().map(|other| distance(point, other)).collect();
-                all.sort_by(f64::total_cmp);
-                all[k] // all[0] is the point itself
-            };
-            points.iter().map(kth).collect()
-        };
-        let share = |points: &[f32], set: &[f32]| {
-            let radii = manifold(set);
-            let hit = |point: &&[f32]| {
-                set.chunks(dim)
-                    .zip(&radii)
-                    .any(|(c, r)| distance(point, c) <= *r)
-            };
-            points.chunks(dim).filter(hit).count() as f64 / (points.len() / dim) as f64
-        };
-        let found = precision_recall(&real, &generated, dim, k).unwrap();
-        assert_eq!(found.precision, share(&generated, &real));
-        assert_eq!(found.recall, share(&real, &generated));
-        assert!(
-            found.precision > 0.1 && found.recall < 0.9,
-            "a case that tells: {found:?}"
-        );
-    }
-
-    #[test]
-    fn precision_and_recall_at_the_limits() {
-        let set = noise(40 * 8, 5);
-        let same = precision_recall(&set, &set, 8, 3).unwrap();
-        assert_eq!((same.precision, same.recall), (1.0, 1.0));
-        let far: Vec<f32> = set.iter().map(|x| x + 100.0).collect();
-        let apart = precision_recall(&set, &far, 8, 3).unwrap();
-        assert_eq!((apart.precision, apart.recall), (0.0, 0.0));
-        // Collapse onto one real point: looks real, covers nothing else.
-        let collapsed = set[..8].repeat(10);
-        let found = precision_recall(&set, &collapsed, 8, 3).unwrap();
-        assert_eq!((found.precision, found.recall), (1.0, 1.0 / 40.0));
-    }
-
-    #[test]
     fn unusable_input_is_refused() {
         assert!(matches!(
             Moments::of(&[1.0; 5], 2),
@@ -840,7 +701,6 @@ mod tests {
         assert!(Moments::new(vec![0.0], vec![f64::INFINITY]).is_err());
         let one = diagonal(&[0.0], &[1.0]);
         assert!(frechet_distance(&one, &diagonal(&[0.0; 2], &[1.0; 2])).is_err());
-        assert!(precision_recall(&[0.0; 3], &[0.0; 9], 1, 3).is_err());
         assert!(inception_score(&[0.5; 4], 2, 3).is_err());
         assert_eq!(class_agreement(&[1, 2, 3, 4], &[1, 0, 3, 4]), Ok(0.75));
         assert!(class_agreement(&[1], &[1, 2]).is_err());

@@ -195,29 +195,11 @@ pub struct Writer {
 impl Writer {
     /// Starts a file of tensors of these names, types and shapes.
     pub fn create(path: &Path, tensors: Vec<(String, Dtype, Vec<usize>)>) -> Result<Self> {
-        let mut end = 0;
-        let info = |(name, dtype, shape): (String, Dtype, Vec<usize>)| {
-            let start = end;
-            end += dtype.bitsize() / 8 * shape.iter().product::<usize>();
-            let data_offsets = (start, end);
-            let info = TensorInfo {
-                dtype,
-                shape,
-                data_offsets,
-            };
-            (name, info)
-        };
-        let infos = tensors.into_iter().map(info).collect();
-        let metadata = Metadata::new(None, infos).map_err(|e| Error::Internal(e.to_string()))?;
-        let mut header =
-            serde_json::to_vec(&metadata).map_err(|e| Error::Internal(e.to_string()))?;
-        header.resize(header.len().next_multiple_of(8), b' ');
+        let (header, end) = header(tensors)?;
         let mut file = std::fs::File::create(path)
             .map(BufWriter::new)
             .map_err(Error::io(path))?;
-        file.write_all(&(header.len() as u64).to_le_bytes())
-            .and_then(|()| file.write_all(&header))
-            .map_err(Error::io(path))?;
+        file.write_all(&header).map_err(Error::io(path))?;
         Ok(Self {
             path: path.to_owned(),
             file,
@@ -252,6 +234,29 @@ impl Writer {
     }
 }
 
+/// What stands before the elements of tensors of these names, types and shapes, and how many bytes follow it.
+pub fn header(tensors: Vec<(String, Dtype, Vec<usize>)>) -> Result<(Vec<u8>, usize)> {
+    let mut end = 0;
+    let info = |(name, dtype, shape): (String, Dtype, Vec<usize>)| {
+        let start = end;
+        end += dtype.bitsize() / 8 * shape.iter().product::<usize>();
+        let data_offsets = (start, end);
+        let info = TensorInfo {
+            dtype,
+            shape,
+            data_offsets,
+        };
+        (name, info)
+    };
+    let infos = tensors.into_iter().map(info).collect();
+    let metadata = Metadata::new(None, infos).map_err(|e| Error::Internal(e.to_string()))?;
+    let mut text = serde_json::to_vec(&metadata).map_err(|e| Error::Internal(e.to_string()))?;
+    text.resize(text.len().next_multiple_of(8), b' ');
+    let mut header = (text.len() as u64).to_le_bytes().to_vec();
+    header.extend(text);
+    Ok((header, end))
+}
+
 /// Little-endian bytes of floats.
 pub fn le_bytes(data: &[f32]) -> Vec<u8> {
     data.iter().flat_map(|x| x.to_le_bytes()).collect()
@@ -282,6 +287,13 @@ pub enum Init {
     Normal(f32),
     /// Uniform within plus and minus a bound.
     Uniform(f32),
+    /// Six modulations, one behind the other: normal, the first two (gammas) with a standard deviation of their own.
+    Modulation {
+        /// Of the gammas.
+        gamma: f32,
+        /// Of scales and shifts.
+        others: f32,
+    },
 }
 
 /// Where a parameter of a network comes from that starts from another network.
@@ -489,6 +501,12 @@ fn draw(seed: u64, name: &str, count: usize, init: Init) -> Vec<f32> {
         Init::Uniform(bound) => out
             .iter_mut()
             .for_each(|x| *x = (2.0 * sequence.uniform() - 1.0) as f32 * bound),
+        Init::Modulation { gamma, others } => {
+            sequence.normals(&mut out);
+            let (gammas, rest) = out.split_at_mut(count / 3);
+            gammas.iter_mut().for_each(|x| *x *= gamma);
+            rest.iter_mut().for_each(|x| *x *= others);
+        }
     }
     out
 }

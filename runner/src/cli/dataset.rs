@@ -7,9 +7,8 @@ use std::path::{Path, PathBuf};
 
 use clap::{Subcommand, ValueHint};
 use retort_checkpoint::Checkpoint;
-use retort_checkpoint::trajectories::{
-    CAPTIONS, ConditionShape, Fault, MANIFEST, Manifest, Shard, hash, joined,
-};
+use retort_checkpoint::pieces::{Fault, MANIFEST, Shard, hash, joined};
+use retort_checkpoint::trajectories::{CAPTIONS, ConditionShape, Manifest};
 use serde_json::{Map, Value, json};
 
 use crate::artifact::{self, Layout};

@@ -9,8 +9,6 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::StoreError;
-
 /// Begins the names of drafts of imports.
 pub(super) const IMPORT: &str = ".retort-import-";
 /// Begins the names of drafts of exports.
@@ -26,11 +24,11 @@ pub(super) struct Draft {
 
 impl Draft {
     /// A new one in `parent`. Removes what processes that are gone have left there.
-    pub(super) fn new(parent: &Path, prefix: &str) -> Result<Self, StoreError> {
+    pub(super) fn new(parent: &Path, prefix: &str) -> io::Result<Self> {
         for (dir, lock, _held) in abandoned(parent, prefix) {
             remove(&dir, &lock);
         }
-        let make = || loop {
+        loop {
             // The standard library's hash keys are the operating system's random numbers.
             let chance = std::hash::RandomState::new().build_hasher().finish();
             let dir = parent.join(format!("{prefix}{chance:016x}"));
@@ -61,8 +59,7 @@ impl Draft {
                     Err(error)
                 }
             };
-        };
-        make().map_err(|error| StoreError::refused(&parent.join(prefix), error))
+        }
     }
 
     pub(super) fn path(&self) -> &Path {

@@ -42,7 +42,8 @@ impl Store {
                 path: self.dir.clone(),
             });
         }
-        let draft = Draft::new(self.dir(), draft::IMPORT)?;
+        let draft = Draft::new(self.dir(), draft::IMPORT)
+            .map_err(|error| StoreError::refused(&schema::path_of(self.dir()), error))?;
         let artifacts = self.dir().join("artifacts");
         let staged = Foreign::open(from, draft.path())
             .await?
@@ -188,12 +189,14 @@ impl<'p> Foreign<'p> {
             sqlx::query_as("select type, name, tbl_name, sql from main.sqlite_schema")
                 .fetch_all(&mut self.connection)
                 .await?;
-        // One more than there can be.
-        let theirs =
-            sqlx::query_as("select type, name, tbl_name, sql from source.sqlite_schema limit ?1")
-                .bind(i64::try_from(ours.len() + 3).unwrap_or(i64::MAX))
-                .fetch_all(&mut self.connection)
-                .await;
+        // More than there can be, and longer than ours are: enough to see that something is not as it should be.
+        let theirs = sqlx::query_as(
+            "select substr(type, 1, 99), substr(name, 1, 99), substr(tbl_name, 1, 99), substr(sql, 1, 9999)
+             from source.sqlite_schema limit ?1",
+        )
+        .bind(i64::try_from(ours.len() + 9).unwrap_or(i64::MAX))
+        .fetch_all(&mut self.connection)
+        .await;
         let mut theirs: Vec<Object> = self.or_refused(theirs)?;
         theirs.retain(|(_, name, _, _)| !name.starts_with("sqlite_stat"));
         // Versions of SQLite write statements differently.
@@ -261,12 +264,10 @@ impl<'p> Foreign<'p> {
             .execute(&mut self.connection)
             .await;
         let Err(error) = copied else { return Ok(()) };
-        if self.is_too_large().await {
-            return Err(self.refused(format!(
-                "its table `{table}` would take several times the space of the whole file"
-            )));
-        }
         match StoreError::from(error) {
+            StoreError::Full if self.is_too_large() => Err(self.refused(format!(
+                "its table `{table}` would take several times the space of the whole file"
+            ))),
             error @ (StoreError::Full | StoreError::Busy) => Err(error),
             StoreError::Damaged { message } => {
                 Err(self.refused(format!("its table `{table}` is damaged: {message}")))
@@ -279,14 +280,9 @@ impl<'p> Foreign<'p> {
         }
     }
 
-    /// Whether the draft has all the pages that it may have.
-    async fn is_too_large(&mut self) -> bool {
-        let connection = &mut self.connection;
-        let pages = sqlx::query_scalar::<_, i64>("pragma main.page_count");
-        let pages = pages.fetch_one(&mut *connection).await;
-        let most = sqlx::query_scalar::<_, i64>("pragma main.max_page_count");
-        let most = most.fetch_one(connection).await;
-        matches!((pages, most), (Ok(pages), Ok(most)) if pages >= most)
+    /// Whether SQLite said that the disk is full because of the draft's limit: there is room on the disk.
+    fn is_too_large(&self) -> bool {
+        std::fs::write(self.draft.join("room"), vec![0; 1 << 20]).is_ok()
     }
 
     async fn check_references(&mut self) -> Result<(), StoreError> {
@@ -330,7 +326,7 @@ impl<'p> Foreign<'p> {
         staged: &mut Staged,
     ) -> Result<(), StoreError> {
         let unknown = sqlx::query_scalar(
-            "select distinct artifact from source.exported_files
+            "select distinct substr(artifact, 1, 99) from source.exported_files
              where artifact not in (select hash from main.artifacts) limit ?1",
         )
         .bind(NAMED)
@@ -471,6 +467,7 @@ async fn attach(
     // Rows are as long as they may be, and some are under way at a time.
     let mut connection = main.clone().row_buffer_size(4).connect().await?;
     sandbox::limit_sizes(&mut connection, sandbox::LONGEST_FOREIGN).await?;
+    sandbox::limit_memory(&mut connection).await?;
     let budget = sandbox::limit_steps(&mut connection, 20_000_000 + 64 * size).await?;
     sqlx::raw_sql("pragma trusted_schema = off; pragma cell_size_check = on; pragma mmap_size = 0")
         .execute(&mut connection)

@@ -31,6 +31,7 @@ impl Store {
         if !to.exists() {
             return Err(refuse("it does not exist"));
         }
+        schema::check_files(to).map_err(|error| refuse(&error.to_string()))?;
         let at = |error: sqlx::Error| StoreError::from(error).at(to);
         let mut connection = schema::options(to).connect().await.map_err(at)?;
         let known: i64 = sqlx::query_scalar(

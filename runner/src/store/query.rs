@@ -43,10 +43,7 @@ impl Store {
         // It will be of no use for anything else.
         connection.close_on_drop();
         sandbox::limit_sizes(&mut connection, sandbox::LONGEST_ANSWER).await?;
-        let limit = format!("pragma hard_heap_limit = {MEMORY}");
-        sqlx::query(AssertSqlSafe(limit))
-            .execute(&mut *connection)
-            .await?;
+        sandbox::limit_memory(&mut connection).await?;
         sandbox::only_reading(&mut connection).await?;
         let statement = connection
             .prepare(AssertSqlSafe(sql).into_sql_str())
@@ -74,9 +71,6 @@ pub enum Answer<'a> {
     /// A row.
     Row(Vec<Cell>),
 }
-
-/// Memory that SQLite may take for a question, in bytes; of this whole process, which asks one.
-const MEMORY: u64 = 512 << 20;
 
 fn cell(row: &SqliteRow, place: usize) -> Result<Cell, sqlx::Error> {
     let value = row.try_get_raw(place)?;

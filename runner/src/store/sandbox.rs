@@ -72,6 +72,12 @@ pub(super) async fn limit_sizes(
     Ok(())
 }
 
+/// Limits the memory that SQLite takes, in this whole process, to half a gigabyte: caches and all, which are far smaller.
+pub(super) async fn limit_memory(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+    let limit = sqlx::query("pragma hard_heap_limit = 536870912");
+    limit.execute(connection).await.map(drop)
+}
+
 /// From now on a connection refuses statements that do anything but read tables and views and call functions.
 pub(super) async fn only_reading(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
     let mut handle = connection.lock_handle().await?;

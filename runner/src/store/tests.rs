@@ -981,7 +981,10 @@ fn runs_are_removed_with_everything_that_only_they_have() {
         let garbage = store.garbage().await.unwrap();
         assert_eq!(garbage.artifacts.len(), 1);
         store
-            .collect_garbage(|garbage| garbage.artifacts.clone())
+            .collect_garbage(|garbage| {
+                std::fs::remove_dir_all(dir.join("artifacts")).unwrap();
+                garbage.artifacts.clone()
+            })
             .await
             .unwrap();
         assert_eq!(store.garbage().await.unwrap().artifacts.len(), 0);

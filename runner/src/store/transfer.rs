@@ -52,7 +52,12 @@ pub async fn export(
     let source = schema::path_of(dir);
     schema::check_is_store(&source).await?;
     let beside = to.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let draft = Draft::new(beside.unwrap_or(Path::new(".")), draft::EXPORT)?;
+    // Of the file, and not of the store, whatever is wrong.
+    let refused = |source| StoreError::Io {
+        path: to.to_owned(),
+        source,
+    };
+    let draft = Draft::new(beside.unwrap_or(Path::new(".")), draft::EXPORT).map_err(refused)?;
     schema::migrate(draft.path(), schema::MIGRATIONS).await?;
     let path = schema::path_of(draft.path());
     let mut connection = connect(&path, &source).await?;
@@ -100,7 +105,7 @@ pub async fn export(
         .execute(&mut connection)
         .await?;
     connection.close().await?;
-    std::fs::rename(&path, to).map_err(|error| StoreError::refused(to, error))?;
+    std::fs::rename(&path, to).map_err(refused)?;
     Ok(transfer)
 }
 

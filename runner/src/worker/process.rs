@@ -29,8 +29,7 @@ const DRAIN: Duration = Duration::from_millis(500);
 #[derive(Debug)]
 pub struct Worker {
     pid: u32,
-    socket: Option<UnixStream>,
-    inbox: Inbox,
+    wire: Wire,
     stdout: Lines,
     stderr: Lines,
     exit: Option<JoinHandle<Exit>>,
@@ -194,7 +193,6 @@ impl Worker {
     /// What the operating system says.
     pub fn spawn(threads: usize, temporary: Option<&Path>) -> io::Result<Self> {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
-        ours.set_nonblocking(true)?;
         let threads = threads.max(1).to_string();
         let mut child = Command::new(own_program()?)
             .arg0("retort")
@@ -214,8 +212,7 @@ impl Worker {
         };
         Ok(Self {
             pid,
-            socket: Some(UnixStream::from_std(ours)?),
-            inbox: Inbox::default(),
+            wire: Wire::new(ours)?,
             stdout: Lines::new(OwnedFd::from(stdout))?,
             stderr: Lines::new(OwnedFd::from(stderr))?,
             exit: Some(exit),
@@ -230,10 +227,7 @@ impl Worker {
 
     /// Sends a message. That the worker is gone is no error here: its exit will be heard.
     pub async fn send(&mut self, message: &ToWorker) {
-        let (Some(socket), Ok(bytes)) = (&mut self.socket, frame::encode(message)) else {
-            return;
-        };
-        let _ = socket.write_all(&bytes).await;
+        self.wire.send(message).await;
     }
 
     /// Signals the worker and everything in its group; nothing once it has ended.
@@ -246,14 +240,10 @@ impl Worker {
     /// What the worker does next. Cancel-safe. Not to be called after [`Heard::Exited`].
     pub async fn next(&mut self) -> Heard {
         loop {
-            match self.inbox.take() {
+            match self.wire.take() {
                 Ok(Some(message)) => return Heard::Frame(message),
                 Ok(None) => {}
-                Err(error) => {
-                    self.socket = None;
-                    self.inbox = Inbox::default();
-                    return Heard::Nonsense(error);
-                }
+                Err(error) => return Heard::Nonsense(error),
             }
             if let Some(line) = self.stdout.take() {
                 return Heard::Line(LogSource::Stdout, line);
@@ -261,7 +251,7 @@ impl Worker {
             if let Some(line) = self.stderr.take() {
                 return Heard::Line(LogSource::Stderr, line);
             }
-            let silent = self.socket.is_none() && self.stdout.closed() && self.stderr.closed();
+            let silent = self.wire.closed() && self.stdout.closed() && self.stderr.closed();
             match &self.ended {
                 Some((exit, _)) if silent => return Heard::Exited(*exit),
                 Some((exit, since)) if since.elapsed() > DRAIN => return Heard::Exited(*exit),
@@ -272,17 +262,11 @@ impl Worker {
 
     /// Waits until there is something new in one of the sources.
     async fn wait(&mut self) {
-        let mut bytes = [0; 16 << 10];
         let ended = self.ended.is_some();
         tokio::select! {
             // In this order: what was sent before the exit is read before it.
             biased;
-            read = async { self.socket.as_mut()?.read(&mut bytes).await.ok() }, if self.socket.is_some() => {
-                match read {
-                    None | Some(0) => self.socket = None,
-                    Some(count) => self.inbox.extend(&bytes[..count]),
-                }
-            }
+            () = self.wire.read(), if !self.wire.closed() => {}
             () = self.stdout.read(), if !self.stdout.closed() => {}
             () = self.stderr.read(), if !self.stderr.closed() => {}
             exit = async { self.exit.as_mut().expect("waited for once").await }, if self.exit.is_some() => {
@@ -351,6 +335,66 @@ fn reap(pid: u32) -> Exit {
             max_rss: Some(usage.ru_maxrss.cast_unsigned() * unit),
         };
         Exit { status, usage }
+    }
+}
+
+/// The runner's end of the socket to a worker, which may send anything.
+#[derive(Debug)]
+pub struct Wire {
+    /// None once it is closed, or what came through it was nonsense.
+    socket: Option<UnixStream>,
+    inbox: Inbox,
+}
+
+impl Wire {
+    /// Of a connected socket; to be called within a runtime.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub fn new(socket: std::os::unix::net::UnixStream) -> io::Result<Self> {
+        socket.set_nonblocking(true)?;
+        Ok(Self {
+            socket: Some(UnixStream::from_std(socket)?),
+            inbox: Inbox::default(),
+        })
+    }
+
+    /// Whether nothing more comes.
+    pub fn closed(&self) -> bool {
+        self.socket.is_none()
+    }
+
+    /// Sends a message. That nobody takes it is no error here.
+    pub async fn send(&mut self, message: &ToWorker) {
+        let (Some(socket), Ok(bytes)) = (&mut self.socket, frame::encode(message)) else {
+            return;
+        };
+        let _ = socket.write_all(&bytes).await;
+    }
+
+    /// Waits for bytes, or the end of them. Cancel-safe.
+    pub async fn read(&mut self) {
+        let Some(socket) = &mut self.socket else {
+            return;
+        };
+        let mut bytes = [0; 16 << 10];
+        match socket.read(&mut bytes).await {
+            Ok(0) | Err(_) => self.socket = None,
+            Ok(count) => self.inbox.extend(&bytes[..count]),
+        }
+    }
+
+    /// The next whole message among what was read, if there is one.
+    ///
+    /// # Errors
+    /// What came is no message; nothing more is read.
+    pub fn take(&mut self) -> Result<Option<FromWorker>, FrameError> {
+        let message = self.inbox.take();
+        if message.is_err() {
+            self.socket = None;
+            self.inbox = Inbox::default();
+        }
+        message
     }
 }
 

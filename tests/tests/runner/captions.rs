@@ -139,7 +139,7 @@ fn captions_become_the_expected_tokens() {
         "kind: trajectories, teacher: teacher, count: 3, distribution: {{guidance: 2.0}}, {noise}, \
          caption: {texts}, text_encoder: t5"
     );
-    let greedy = "count: 3, sampler: {kind: teacher, teacher: teacher, distribution: {guidance: 2.0, top_k: 1}}";
+    let greedy = "count: 3, tokens: true, sampler: {kind: teacher, teacher: teacher, distribution: {guidance: 2.0, top_k: 1}}";
     recipe(
         &lab,
         &[
@@ -152,7 +152,7 @@ fn captions_become_the_expected_tokens() {
             &format!("divided: {{{pairs}, shard_size: 1, workers: 3}}"),
             "student: {kind: distill, teacher: teacher, trajectories: trajectories, timesteps: [0, 6], split: 10, \
              held_out: 0, codebook_distance: 1.0, train: {steps: 3, batch: 3}}",
-            "two-step: {kind: sample, sampler: {kind: student, student: student, timesteps: [0, 6], split: 10}, count: 4, \
+            "two-step: {kind: sample, sampler: {kind: student, student: student, timesteps: [0, 6], split: 10}, count: 4, images: f32, \
              caption: [a red cat, two tables], text_encoder: t5}",
             "assisted: {kind: sample, sampler: {kind: assisted, student: student, teacher: teacher, timesteps: [0, 6], \
              teacher_start: 3}, count: 2, caption: one dog, text_encoder: t5}",
@@ -168,7 +168,8 @@ fn captions_become_the_expected_tokens() {
 
     let expected = expected();
     for stage in ["greedy", "parts", "given"] {
-        let samples = Stored::open(&artifact(&lab, stage, "samples.safetensors"), None).unwrap();
+        let samples =
+            Stored::open(&artifact(&lab, stage, "shard-000000000.safetensors"), None).unwrap();
         assert_eq!(
             samples.indices("tokens").unwrap(),
             expected.indices("greedy.tokens").unwrap(),
@@ -202,7 +203,11 @@ fn captions_become_the_expected_tokens() {
     let written = std::fs::read_to_string(artifact(&lab, "two-step", "captions.json")).unwrap();
     let written: Vec<String> = serde_json::from_str(&written).unwrap();
     assert_eq!(written, ["a red cat", "two tables"]);
-    let drawn = Stored::open(&artifact(&lab, "two-step", "samples.safetensors"), None).unwrap();
+    let drawn = Stored::open(
+        &artifact(&lab, "two-step", "shard-000000000.safetensors"),
+        None,
+    )
+    .unwrap();
     assert_eq!(drawn.indices("labels").unwrap(), [0, 1, 0, 1]);
     let images = drawn.floats("images").unwrap();
     assert!(images.iter().all(|x| (0.0..=1.0).contains(x)));

@@ -104,6 +104,7 @@ impl Family {
         let given = format!(
             "count: {count}, noise: {{file: {file}, tensor: student.noise}}, labels: {{file: {file}, tensor: labels}}"
         );
+        let kept = "images: f32, latents: true";
         format!(
             "version: 1
 backend: candle
@@ -112,14 +113,16 @@ stages:
   teacher: {{kind: teacher, family: {name}, model: teacher.pth, tokenizer: tokenizer.pth, {hints}}}
   student: {{kind: student, family: {name}, model: student.pth, tokenizer: tokenizer.pth, timesteps: [0, {middle}], {hints}}}
   trajectories: {{kind: trajectories, teacher: teacher, distribution: {{guidance: {guidance}}}, {given}}}
-  greedy: {{kind: sample, sampler: {{kind: teacher, teacher: teacher, distribution: {{guidance: {greedy}, top_k: 1}}}}, {given}}}
-  one_step: {{kind: sample, sampler: {{kind: student, student: student, timesteps: [0], split: {split}}}, {given}}}
-  two_step: {{kind: sample, sampler: {{kind: student, student: student, timesteps: [0, {middle}], split: {split}}}, {given}}}
+  greedy: {{kind: sample, sampler: {{kind: teacher, teacher: teacher, distribution: {{guidance: {greedy}, top_k: 1}}}}, tokens: true, {kept}, {given}}}
+  one_step: {{kind: sample, sampler: {{kind: student, student: student, timesteps: [0], split: {split}}}, {kept}, {given}}}
+  two_step: {{kind: sample, sampler: {{kind: student, student: student, timesteps: [0, {middle}], split: {split}}}, {kept}, {given}}}
   assisted:
     kind: sample
     sampler: {{kind: assisted, student: student, teacher: teacher, timesteps: [0, {middle}], teacher_start: {start}, split: {split}, distribution: {{guidance: 2.0, top_k: 1}}}}
     {}
+    {}
 ",
+            kept.replace(", ", "\n    "),
             given.replace(", noise", "\n    noise").replace(", labels", "\n    labels")
         )
     }
@@ -180,7 +183,7 @@ fn agrees(family: &Family) {
     assert_eq!(tokens, expected.indices(&name).unwrap(), "{name}");
 
     for stage in ["greedy", "one_step", "two_step", "assisted"] {
-        let samples = artifact(&lab, stage).join("samples.safetensors");
+        let samples = artifact(&lab, stage).join("shard-000000000.safetensors");
         let samples = Stored::open(&samples, None).unwrap();
         if stage == "greedy" {
             let tokens = samples.indices("tokens").unwrap();

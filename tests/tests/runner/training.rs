@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::lab::{Lab, Running, wait_for};
 
-const INTERRUPT: i32 = 2;
+pub const INTERRUPT: i32 = 2;
 const KILL: i32 = 9;
 
 /// A tokenizer and a teacher of a few seconds: what the tests below build on.
@@ -95,7 +95,7 @@ fn last(lab: &Lab, stage: &str, series: &str) -> Option<Value> {
 }
 
 /// Starts the recipe and waits until the student's training is under way.
-fn start_training(lab: &Lab) -> Running {
+pub fn start_training(lab: &Lab) -> Running {
     let running = lab.start(&[]);
     lab.wait_for_worker("student");
     wait_for("a point of the loss", || {
@@ -532,7 +532,7 @@ fn every_loss_and_every_sampler_runs_to_its_end() {
         assert!(values.last() < values.first(), "{stage} {term}: {values:?}");
     }
     let mixed = output(&lab, "mixed").1;
-    for file in ["samples.safetensors", "samples.npz", "grid.png"] {
+    for file in ["shard-000000000.safetensors", "samples.npz", "grid.png"] {
         assert!(mixed.join(file).is_file(), "{file}");
     }
     assert_eq!(std::fs::read_dir(mixed.join("png")).unwrap().count(), 40);

@@ -23,7 +23,8 @@ use crate::model::{
     Tokenizer, llamagen, msvq, t5, var, vq,
 };
 use crate::sampler::{Choice, Distribution, StudentSampler, autoregressive, choices};
-use crate::statistics::{Moments, frechet_distance, inception_score, precision_recall};
+use crate::statistics::neighbours::precision_recall;
+use crate::statistics::{Moments, frechet_distance, inception_score};
 use crate::tape::{Var, backward};
 use crate::weights::{self, Floats, Loader, Source, Stored, Weights};
 
@@ -816,7 +817,8 @@ pub fn measures<B: Backend>(backend: &B, dir: &Path) -> Result<Vec<Case>> {
     };
     let (real, logits) = (moments("real")?, set("logits")?);
     let score = inception_score(&logits.data, logits.shape[1], 10)?;
-    let both = precision_recall(&set("real")?.data, &set("fake")?.data, real.dim(), 3)?;
+    let (images, fakes) = (&set("real")?.data, &set("fake")?.data);
+    let both = precision_recall(images, fakes, real.dim(), 3, &mut || true)?;
     let figures = [
         ("fake", frechet_distance(&real, &moments("fake")?)?),
         ("few", frechet_distance(&real, &moments("few")?)?),

@@ -44,6 +44,28 @@ pub enum Preparation {
     Tensorflow,
 }
 
+impl Preparation {
+    /// Its name in recipes.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Pytorch => "pytorch",
+            Self::Tensorflow => "tensorflow",
+        }
+    }
+
+    /// What it does to images, for people.
+    pub fn describe(self) -> String {
+        let how = match self {
+            Self::Pytorch => "with pixels as areas, as pytorch-fid",
+            Self::Tensorflow => "with pixels as points, as ADM's suite and torch-fidelity",
+        };
+        format!(
+            "{}: resized to {SIDE} x {SIDE} bilinearly {how}",
+            self.name()
+        )
+    }
+}
+
 /// The network.
 pub struct Inception<B: Backend> {
     stem: Vec<Unit<B>>,

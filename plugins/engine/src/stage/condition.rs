@@ -1,8 +1,10 @@
 //! What samples are made for, as `sample` and `trajectories` are told: classes, captions, or features of captions.
 
+use std::ops::Range;
 use std::path::Path;
 
 use retort_abi::Cancel;
+use retort_checkpoint::pieces::Shard;
 use retort_checkpoint::regular;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -12,6 +14,8 @@ use crate::captions::{self, Captions, Subjects};
 use crate::error::{Error, Result};
 use crate::model::{CaptionShape, ConditionShape};
 use crate::numpy;
+use crate::random::{Sequence, Stream};
+use crate::stage::shards::batches;
 use crate::stage::{Context, resolve};
 use crate::text::TextEncoder;
 use crate::train::replace;
@@ -33,18 +37,16 @@ impl Given {
         Stored::open(&resolve(base, &self.file), None)
     }
 
-    /// Its floats, of a shape.
-    pub fn floats(&self, base: &Path, shape: &[usize]) -> Result<Vec<f32>> {
-        let stored = self.open(base)?;
-        match stored.shape(&self.tensor) {
-            Some(found) if found != shape => {
-                let message = format!(
-                    "tensor {}: shape {found:?}, expected {shape:?}",
-                    self.tensor
-                );
+    /// Its floats, of a shape, to be read as they are needed.
+    pub fn rows(&self, base: &Path, shape: &[usize]) -> Result<GivenRows> {
+        let (stored, tensor) = (self.open(base)?, self.tensor.clone());
+        match stored.shape(&tensor) {
+            Some(found) if found == shape => Ok(GivenRows { stored, tensor }),
+            Some(found) => {
+                let message = format!("tensor {tensor}: shape {found:?}, expected {shape:?}");
                 Err(Error::data(stored.path(), message))
             }
-            _ => stored.floats(&self.tensor),
+            None => Err(Error::data(stored.path(), format!("no tensor {tensor}"))),
         }
     }
 
@@ -54,11 +56,47 @@ impl Given {
     }
 }
 
+/// A tensor of a file, one row a sample.
+pub struct GivenRows {
+    stored: Stored,
+    tensor: String,
+}
+
+impl GivenRows {
+    /// The floats of some samples.
+    pub fn read(&self, samples: Range<u64>) -> Result<Vec<f32>> {
+        let (first, end) = (samples.start as usize, samples.end as usize);
+        self.stored.rows(&self.tensor, first, end - first)
+    }
+}
+
+/// Whether a shard holds the noise that was given, or none where none was.
+pub fn same_noise(
+    given: Option<&GivenRows>,
+    stored: &Stored,
+    shard: &Shard,
+    batch: usize,
+) -> Result<bool> {
+    let Some(given) = given else {
+        return Ok(stored.shape("noise").is_none());
+    };
+    if stored.shape("noise").is_none() {
+        return Ok(false);
+    }
+    for rows in batches(shard.start..shard.end, batch) {
+        let (first, count) = (rows.start - shard.start, rows.end - rows.start);
+        if given.read(rows)? != stored.rows("noise", first as usize, count as usize)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 /// Classes of samples.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum Labels {
-    /// `balanced`: sample i has class i mod classes.
+    /// `balanced`: sample i has class i mod classes; `drawn`: one that is drawn.
     Rule(Rule),
     /// One class per sample.
     List(Vec<u32>),
@@ -72,6 +110,8 @@ pub enum Labels {
 pub enum Rule {
     /// Sample i has class i mod classes.
     Balanced,
+    /// Every sample has a class drawn from all with equal chances.
+    Drawn,
 }
 
 impl Default for Labels {
@@ -82,10 +122,13 @@ impl Default for Labels {
 
 impl Labels {
     /// The classes of `count` samples.
-    fn resolve(&self, base: &Path, count: u64, classes: usize) -> Result<Vec<u32>> {
+    fn resolve(&self, base: &Path, seed: u64, count: u64, classes: usize) -> Result<Vec<u32>> {
         let pointer = "/labels";
         let labels = match self {
             Self::Rule(Rule::Balanced) => (0..count).map(|i| (i % classes as u64) as u32).collect(),
+            Self::Rule(Rule::Drawn) => (0..count)
+                .map(|i| Sequence::new(seed, Stream::Class, i).below(classes) as u32)
+                .collect(),
             Self::List(list) => list.clone(),
             Self::File(given) => given.indices(base)?,
         };
@@ -237,7 +280,7 @@ impl Wish<'_> {
                 let balanced = Labels::default();
                 let labels = self.labels.unwrap_or(&balanced);
                 return Ok(Made {
-                    labels: labels.resolve(base, count, *classes)?,
+                    labels: labels.resolve(base, context.job.seed, count, *classes)?,
                     subjects: Subjects::Classes(*classes),
                     texts: Vec::new(),
                 });

@@ -6,33 +6,44 @@
 //! of samples that it gives their class; with Inception, its score (Salimans et al. 2016, arXiv 1606.03498) and the
 //! Frechet distance of its spatial features (Nash et al. 2021, arXiv 2103.03841: sFID).
 //!
+//! For few samples: the kernel distance (Binkowski et al. 2018, arXiv 1801.01401: KID). For sets made from the same noise:
+//! LPIPS between their images.
+//!
+//! Real images and samples are read a batch at a time; of all images at most their features are kept, as f32.
+//!
 //! Out: `evaluation.json`, `grid.png`, and on request `statistics.npz` of the real images (mu, sigma; mu_s, sigma_s of
 //! the spatial features), as pytorch-fid and ADM's evaluation suite write them and as this stage reads them.
+
+pub mod figure;
+pub mod measure;
+pub mod reference;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use retort_abi::{ArtifactMeta, Cancel, LogLevel, StageResult, Table};
+use retort_abi::{ArtifactMeta, Cancel, LogLevel, StageResult};
 use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use crate::arrays::Arrays;
 use crate::backend::Backend;
 use crate::data::{Data, Images};
 use crate::error::{Error, Result};
-use crate::model::inception::{self, Inception, Preparation};
-use crate::numpy;
+use crate::model::inception::{self, Preparation};
+use crate::model::lpips::{self, Lpips};
 use crate::picture::{self, Pixels};
-use crate::stage::classifier::{self, Net};
-use crate::stage::sample::{SampleFile, by_class};
+use crate::random::{Sequence, Stream};
+use crate::samples::{Samples, by_class};
 use crate::stage::{Context, Stage, resolve, write_json};
-use crate::statistics::{
-    Moments, RunningMoments, RunningScore, class_agreement, frechet_distance, precision_recall,
-};
+use crate::statistics::frechet_distance;
+use crate::statistics::kernel::kernel_distance;
+use crate::statistics::neighbours::precision_recall;
 use crate::tape::Var;
-use crate::weights::{Loader, Source, Stored};
+use crate::weights::{Loader, Stored};
+use figure::{Figure, Row, relate, table};
+use measure::{Had, Measured, Meter, Network, Source, had};
+use reference::{Given, of_archive, save, statistics};
 
 /// Options of `evaluate`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -42,11 +53,16 @@ pub struct Options {
     #[serde(default)]
     #[schemars(extend("additionalProperties" = { "type": "string", "x-retort-artifact": ["samples"] }))]
     pub samples: BTreeMap<String, String>,
-    /// The real images. May be left out when `statistics` stand for them.
+    /// The real images. May be left out when `real` or `statistics` stand for them.
     #[serde(default)]
     pub data: Option<Data>,
-    /// Statistics of the real images, for the Frechet distances: a `.npz` or torch file with `mu` and `sigma` (or `m` and
-    /// `s`), and `mu_s` and `sigma_s` for the spatial features. Precision and recall need `data`.
+    /// A set of samples in the place of real images.
+    #[serde(default)]
+    #[schemars(extend("x-retort-artifact" = ["samples"]))]
+    pub real: Option<String>,
+    /// Statistics of the real images, for the Frechet distances: a `.npz` or torch file with `mu` and `sigma` (or `m` and `s`), and
+    /// `mu_s` and `sigma_s` for the spatial features. A `.npz` may hold images too, `arr_0`, uint8 (n, height, width, 3), as
+    /// ADM's reference files do: with them alone, or beside the statistics, it stands for `data`.
     #[serde(default)]
     #[schemars(extend("x-retort-file" = "file"))]
     pub statistics: Option<String>,
@@ -64,9 +80,9 @@ pub struct Options {
     #[schemars(extend("enum" = [64, 192, 768, 2048]))]
     pub dims: usize,
     /// How images are brought to Inception: as pytorch-fid does it, or as ADM's evaluation suite, for figures beside its
-    /// own. Statistics must have been made in the same way.
+    /// own; or a list, for the figures of both in one table. Statistics must have been made in the same way.
     #[serde(default)]
-    pub preparation: Preparation,
+    pub preparation: Preparations,
     /// Consecutive parts of a set over which the inception score is averaged.
     #[serde(default = "splits")]
     #[schemars(range(min = 1))]
@@ -74,10 +90,16 @@ pub struct Options {
     /// The set whose Frechet distance the others are divided by; the one named `teacher`, if left out.
     #[serde(default)]
     pub reference: Option<String>,
-    /// Neighbours that span the manifolds of precision and recall; 0 leaves these two out. They take time and memory
-    /// that grow with the product of the numbers of samples and of real images.
+    /// Neighbours that span the manifolds of precision and recall; 0 leaves these two out. They take time that grows with
+    /// the product of the numbers of samples and of real images, and need images and not statistics alone.
     #[serde(default = "neighbours")]
     pub neighbours: usize,
+    /// Also measures the kernel distance, which serves where samples are few. It needs images and not statistics alone.
+    #[serde(default)]
+    pub kernel: Option<KernelOptions>,
+    /// Also measures how far the images of each set are from those of another one made from the same noise.
+    #[serde(default)]
+    pub lpips: Option<LpipsOptions>,
     /// Images that the network sees at a time.
     #[serde(default = "batch")]
     #[schemars(range(min = 1))]
@@ -89,6 +111,66 @@ pub struct Options {
     #[serde(default = "columns")]
     #[schemars(range(min = 1))]
     pub grid_columns: usize,
+}
+
+/// How the kernel distance is taken.
+#[derive(Debug, Clone, Copy, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct KernelOptions {
+    /// Pairs of subsets over which it is averaged.
+    #[schemars(range(min = 1))]
+    pub subsets: usize,
+    /// Samples of a subset; all, where a set has fewer.
+    #[schemars(range(min = 2))]
+    pub size: usize,
+}
+
+impl Default for KernelOptions {
+    fn default() -> Self {
+        Self {
+            subsets: 100,
+            size: 1000,
+        }
+    }
+}
+
+/// LPIPS on VGG-16 between two sets.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LpipsOptions {
+    /// Weights of VGG-16 under torchvision's names: `vgg16-*.pth`.
+    #[schemars(extend("x-retort-file" = "file"))]
+    pub vgg: String,
+    /// Weights of its linear layers: `vgg.pth` of the published implementation.
+    #[schemars(extend("x-retort-file" = "file"))]
+    pub linear: String,
+    /// The set that the others are compared with, as `samples` names it.
+    pub beside: String,
+}
+
+/// One preparation, or several.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum Preparations {
+    /// One.
+    One(Preparation),
+    /// Several, each with rows of its own in the table.
+    Several(Vec<Preparation>),
+}
+
+impl Default for Preparations {
+    fn default() -> Self {
+        Self::One(Preparation::default())
+    }
+}
+
+impl Preparations {
+    fn all(&self) -> &[Preparation] {
+        match self {
+            Self::One(one) => std::slice::from_ref(one),
+            Self::Several(several) => several,
+        }
+    }
 }
 
 fn dims() -> usize {
@@ -114,23 +196,56 @@ impl<B: Backend> Stage<B> for Evaluate {
     type Options = Options;
     const KIND: &'static str = "evaluate";
     const OUTPUT: &'static str = "evaluation";
-    const REVISION: u32 = 2;
+    const REVISION: u32 = 3;
     const SUMMARY: &'static str = "measure sample sets against real images";
 
     fn check(o: &Options, _: &Path) -> Result<()> {
         if let Some(data) = &o.data {
             data.check_fixed()
                 .map_err(|e| Error::option("/data", e.to_string()))?;
-        } else if o.statistics.is_none() {
-            let message = "nothing to measure against: give `data`, or `statistics`";
+            if o.real.is_some() {
+                let message =
+                    "`data` and `real` exclude each other: both stand for the real images";
+                return Err(Error::option("/real", message));
+            }
+        } else if o.real.is_none() && o.statistics.is_none() {
+            let message = "nothing to measure against: give `data`, `real` or `statistics`";
             return Err(Error::option("/data", message));
-        } else if o.save_statistics {
-            let message = "no real images whose statistics could be saved: give `data`";
+        } else if o.real.is_none() && o.save_statistics {
+            let message = "no real images whose statistics could be saved: give `data` or `real`";
             return Err(Error::option("/save_statistics", message));
         } else if o.inception.is_none() && o.classifier.is_none() {
             let message =
                 "no images to train a classifier with: give `data`, `classifier` or `inception`";
             return Err(Error::option("/data", message));
+        }
+        let preparations = o.preparation.all();
+        if preparations.is_empty()
+            || (1..preparations.len()).any(|i| preparations[..i].contains(&preparations[i]))
+        {
+            let message = "expected one preparation, or different ones";
+            return Err(Error::option("/preparation", message));
+        }
+        if preparations.len() > 1 && (o.statistics.is_some() || o.save_statistics) {
+            let message = "statistics are those of one preparation: name it, and leave the others to another stage";
+            return Err(Error::option("/preparation", message));
+        }
+        if preparations.len() > 1 && o.inception.is_none() {
+            let message = "a preparation is one of `inception`: give that, or no preparation";
+            return Err(Error::option("/preparation", message));
+        }
+        let named = [
+            ("/lpips/beside", o.lpips.as_ref().map(|lpips| &lpips.beside)),
+            ("/reference", o.reference.as_ref()),
+        ];
+        for (pointer, name) in named {
+            if let Some(name) = name
+                && !o.samples.contains_key(name)
+            {
+                let known: Vec<&str> = o.samples.keys().map(String::as_str).collect();
+                let message = format!("no set {name}; expected one of {}", known.join(", "));
+                return Err(Error::option(pointer, message));
+            }
         }
         if o.samples.is_empty() && !o.save_statistics {
             return Err(Error::option(
@@ -146,16 +261,7 @@ impl<B: Backend> Stage<B> for Evaluate {
             let message = format!("dims {}: expected 64, 192, 768 or 2048", o.dims);
             return Err(Error::option("/dims", message));
         }
-        match &o.reference {
-            Some(name) if !o.samples.contains_key(name) => {
-                let known: Vec<&str> = o.samples.keys().map(String::as_str).collect();
-                Err(Error::option(
-                    "/reference",
-                    format!("no set {name}; expected one of {}", known.join(", ")),
-                ))
-            }
-            _ => Ok(()),
-        }
+        Ok(())
     }
 
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
@@ -164,496 +270,456 @@ impl<B: Backend> Stage<B> for Evaluate {
             backend: &context.backend.exact(),
             ..*context
         };
-        let images = match &o.data {
+        let base = &context.job.base_dir;
+        let data = match &o.data {
             Some(data) => Some(Arc::new(context.images(data)?)),
             None => None,
         };
-        let network = Network::open(context, o, images.as_ref())?;
+        let network = Network::open(context, o, data.as_ref())?;
         let mut sets = Vec::new();
         for (name, stage) in &o.samples {
-            let file = SampleFile::open(context.input_dir(stage)?)?;
-            network.accepts(file.image).map_err(|message| {
-                Error::option(format!("/samples/{name}"), format!("{stage}: {message}"))
-            })?;
-            sets.push((name, file));
+            let set = open_set(context, &network, stage, &format!("/samples/{name}"))?;
+            sets.push((name.as_str(), set));
         }
-        let mut meter = Meter {
-            context,
-            options: o,
-            network: &network,
-            done: 0,
-            total: (images.as_ref().map_or(0, |i| i.labels.len())
-                + sets
-                    .iter()
-                    .map(|(_, file)| file.labels.len())
-                    .sum::<usize>()) as u64,
-        };
-
-        let real = match &images {
-            // Given statistics leave only the neighbours to be measured.
-            Some(images) if o.statistics.is_none() || o.neighbours > 0 || o.save_statistics => {
-                let read = &mut |first: usize, n: usize| {
-                    let picks: Vec<usize> = (first..first + n).collect();
-                    Ok(images.gather(&picks)?.0)
-                };
-                let of = (images.len(), images.shape());
-                Some(meter.measure("real images", of, None, read)?)
-            }
-            _ => None,
-        };
         let given = match &o.statistics {
-            Some(file) => Some(statistics(&resolve(&context.job.base_dir, file), &network)?),
+            Some(file) => {
+                let path = resolve(base, file);
+                let given = statistics(&path, &network)?;
+                if given.moments.is_none() && given.images.is_none() {
+                    let message =
+                        "no arrays `mu` and `sigma`, nor `m` and `s`, and no images `arr_0`";
+                    return Err(Error::data(&path, message));
+                }
+                Some((path, given))
+            }
             None => None,
         };
-        let (moments, spatial) = match (&given, &real) {
-            (Some((moments, spatial)), _) => (moments, spatial.as_ref()),
-            (None, Some(real)) => (&real.moments, real.spatial.as_ref()),
-            (None, None) => return Err(Error::Internal("no reference".into())),
+        let real = match (&data, &o.real, &given) {
+            (Some(images), ..) => Real::Data(images),
+            (_, Some(stage), _) => Real::Samples(open_set(context, &network, stage, "/real")?),
+            (
+                _,
+                _,
+                Some((
+                    path,
+                    Given {
+                        images: Some(images),
+                        ..
+                    },
+                )),
+            ) => {
+                network
+                    .accepts(images.1)
+                    .map_err(|message| Error::data(path, message))?;
+                Real::Archive(path, *images)
+            }
+            _ => Real::None,
         };
-        if given.is_some() && spatial.is_none() && matches!(network, Network::Inception { .. }) {
-            context.host.log(
-                LogLevel::Warn,
-                "the statistics hold no mu_s and sigma_s: no spatial Frechet distance",
-            );
-        }
-
-        let mut rows = Vec::new();
-        let mut tiles = Vec::new();
-        for (name, file) in &sets {
-            let (count, image) = (file.labels.len(), file.image);
-            let read = &mut |first: usize, n: usize| {
-                let pixels = file.read(first, n)?;
-                Ok(pixels.iter().map(|x| 2.0 * x - 1.0).collect())
-            };
-            let set = meter.measure(name, (count, image), Some(&file.labels), read)?;
-            let mut figures = vec![Figure::new(
-                "frechet_distance",
-                "Frechet distance",
-                3,
-                frechet_distance(moments, &set.moments)?,
-            )];
-            if let (Some(real), Some(own)) = (spatial, &set.spatial) {
-                let distance = frechet_distance(real, own)?;
-                figures.push(Figure::new(
-                    "spatial_frechet_distance",
-                    "spatial",
-                    3,
-                    distance,
-                ));
-            }
-            if let Some(score) = set.score {
-                figures.push(Figure::new(
-                    "inception_score",
-                    "inception score",
-                    3,
-                    score.mean,
-                ));
-                figures.push(Figure::new(
-                    "inception_score_deviation",
-                    "+-",
-                    3,
-                    score.deviation,
-                ));
-            }
-            if let Some(agreement) = set.agreement {
-                figures.push(Figure::new(
-                    "class_agreement",
-                    "class agreement",
-                    4,
-                    agreement,
-                ));
-            }
-            if let (Some(real), true) = (&real, o.neighbours > 0) {
-                let dim = set.moments.dim();
-                let both = precision_recall(&real.features, &set.features, dim, o.neighbours)?;
-                figures.push(Figure::new("precision", "precision", 4, both.precision));
-                figures.push(Figure::new("recall", "recall", 4, both.recall));
-            }
-            let (picks, height) = by_class(&file.labels, o.grid_columns);
-            let mut pixels = Vec::new();
-            for pick in picks {
-                pixels.extend(file.read(pick, 1)?);
-            }
-            tiles.push((pixels, height, image));
-            rows.push(Row {
-                name: (*name).clone(),
-                count,
-                figures,
-            });
-        }
+        let given_moments = given.as_ref().and_then(|(_, given)| given.moments.as_ref());
+        let compares = o.neighbours > 0 || o.kernel.is_some();
+        // Given statistics leave only comparisons of single images.
+        let looks = real.count() > 0 && (given_moments.is_none() || compares || o.save_statistics);
+        let preparations = o.preparation.all();
+        let images = sets.iter().map(|(_, set)| set.len()).sum::<usize>()
+            + if looks { real.count() } else { 0 };
+        let mut meter = Meter {
+            context,
+            network: &network,
+            batch: o.batch,
+            splits: o.splits,
+            keep: compares && real.count() > 0,
+            done: 0,
+            total: (images * preparations.len()) as u64,
+        };
+        let lpips = lpips_distances(context, o, &sets)?;
 
         let reference = o.reference.as_deref().unwrap_or("teacher");
-        relate(&mut rows, reference);
+        let mut rows = Vec::new();
+        let mut saved = None;
+        for &preparation in preparations {
+            let measured = match looks {
+                true => Some(meter.measure(real.source()?, preparation)?),
+                false => None,
+            };
+            let against = Against {
+                moments: match (given_moments, &measured) {
+                    (Some(moments), _) => Ok(moments),
+                    (None, Some(real)) => real.moments.as_ref().map_err(of_real),
+                    (None, None) => return Err(Error::Internal("no reference".into())),
+                },
+                spatial: match (&given, &measured) {
+                    (
+                        Some((
+                            _,
+                            Given {
+                                spatial: Some(own), ..
+                            },
+                        )),
+                        _,
+                    ) => Ok(own),
+                    // Statistics that were given beside images are those of more images.
+                    (
+                        Some((
+                            _,
+                            Given {
+                                moments: Some(_), ..
+                            },
+                        )),
+                        _,
+                    )
+                    | (_, None) => Err("the statistics hold no mu_s and sigma_s".to_owned()),
+                    (_, Some(real)) => match &real.spatial {
+                        Some(own) => own.as_ref().map_err(of_real),
+                        None => Err("the network has no spatial features".to_owned()),
+                    },
+                },
+                images: measured.as_ref(),
+            };
+            let mut own = Vec::new();
+            for (number, (name, set)) in sets.iter().enumerate() {
+                let label = match preparations.len() {
+                    1 => (*name).to_owned(),
+                    _ => format!("{name}/{}", preparation.name()),
+                };
+                let seen = meter.measure(samples_source(name, set), preparation)?;
+                let mut figures = figures(context, o, &against, &seen)?;
+                if o.lpips.is_some() {
+                    let value = lpips[number].clone();
+                    figures.push(Figure::new("lpips", "LPIPS", 4, value));
+                }
+                own.push(Row {
+                    name: label,
+                    count: set.len(),
+                    figures,
+                });
+            }
+            let reference = match preparations.len() {
+                1 => reference.to_owned(),
+                _ => format!("{reference}/{}", preparation.name()),
+            };
+            relate(&mut own, &reference);
+            rows.extend(own);
+            saved = measured;
+        }
+
         for row in &rows {
             for figure in &row.figures {
                 let name = format!("{}/{}", row.name, figure.key);
-                context.host.metric(&name, 0, figure.value);
+                match &figure.value {
+                    Ok(value) => context.host.metric(&name, 0, *value),
+                    Err(reason) => context.host.log(
+                        LogLevel::Warn,
+                        &format!("{name} is not available: {reason}"),
+                    ),
+                }
             }
         }
         let summary: Map<String, Value> = rows
             .iter()
-            .map(|row| {
-                let mut figures = Map::from_iter([("samples".to_owned(), json!(row.count))]);
-                figures.extend(
-                    row.figures
-                        .iter()
-                        .map(|f| (f.key.to_owned(), json!(f.value))),
-                );
-                (row.name.clone(), figures.into())
-            })
+            .map(|row| (row.name.clone(), row.summary()))
             .collect();
         // A picture of sets of one size, each with as many classes.
-        let first = tiles.first().map(|t| (t.1, t.2));
-        let alike: Vec<usize> = (0..tiles.len())
-            .filter(|&i| Some((tiles[i].1, tiles[i].2)) == first)
-            .collect();
-        let names: Vec<&str> = alike.iter().map(|&i| rows[i].name.as_str()).collect();
+        let mut tiles = Vec::new();
+        for (name, set) in &sets {
+            let (picks, height) = by_class(&set.labels, o.grid_columns);
+            let mut pixels = Vec::new();
+            for pick in picks {
+                pixels.extend(set.images(pick, 1)?);
+            }
+            tiles.push((*name, pixels, (height, set.manifest.image)));
+        }
+        let first = tiles.first().map(|tile| tile.2);
+        tiles.retain(|tile| Some(tile.2) == first);
+        let names: Vec<&str> = tiles.iter().map(|tile| tile.0).collect();
+        let pipeline = network.pipeline(preparations);
         let mut meta = ArtifactMeta::default();
         if !rows.is_empty() {
-            meta.table = Some(table(&rows, reference));
+            let title = match &pipeline {
+                Some(pipeline) => format!("samples against real images; {pipeline}"),
+                None => "samples against real images".to_owned(),
+            };
+            meta.table = Some(table(title, &rows, reference));
             meta.preview = Some("grid.png".into());
             meta.caption = Some(format!("from the left: {}", names.join(", ")));
         }
+        let mut report = json!({
+            "network": network.describe(),
+            "sets": summary,
+            "grid_columns": names,
+        });
+        if let Some(pipeline) = &pipeline {
+            report["pipeline"] = json!(pipeline);
+        }
+        if let Some(kernel) = &o.kernel {
+            report["kernel"] = json!({ "subsets": kernel.subsets, "size": kernel.size });
+        }
         context.finish("evaluation", meta, summary.clone().into(), |dir| {
-            write_json(
-                &dir.join("evaluation.json"),
-                &json!({ "network": network.describe(), "sets": summary, "grid_columns": names }),
-            )?;
-            if let (true, Some(real)) = (o.save_statistics, &real) {
+            write_json(&dir.join("evaluation.json"), &report)?;
+            if let (true, Some(real)) = (o.save_statistics, &saved) {
                 save(&dir.join("statistics.npz"), real)?;
             }
             let Some((height, [c, h, w])) = first else {
                 return Ok(());
             };
-            let sets = alike.iter().map(|&i| Pixels::new(&tiles[i].0, c, h, w));
+            let sets = tiles.iter().map(|tile| Pixels::new(&tile.1, c, h, w));
             let sets = sets.collect::<Result<Vec<_>, _>>()?;
             Ok(picture::write_grid(&dir.join("grid.png"), &sets, height)?)
         })
     }
 }
 
-/// The network in whose features images are compared.
-enum Network<B: Backend> {
-    /// A classifier of the data.
-    Classifier(Net<B>),
-    /// Inception, and which of its features are compared.
-    Inception {
-        network: Box<Inception<B>>,
-        depth: usize,
-        preparation: Preparation,
-    },
+fn of_real(reason: &String) -> String {
+    format!("real images: {reason}")
 }
 
-/// What a network says of some images, on the host.
-struct Seen {
-    features: Vec<f32>,
-    /// Spatial features and logits: of Inception.
-    spatial: Vec<f32>,
-    logits: Vec<f32>,
-    /// Most probable classes: of a classifier.
-    classes: Vec<u32>,
+/// Opens a set of samples whose images the network sees.
+fn open_set<B: Backend>(
+    context: &Context<'_, B>,
+    network: &Network<B>,
+    stage: &str,
+    pointer: &str,
+) -> Result<Samples> {
+    let set = Samples::open(context.input_dir(stage)?)?;
+    set.check_images()?;
+    network
+        .accepts(set.manifest.image)
+        .map_err(|message| Error::option(pointer, format!("{stage}: {message}")))?;
+    Ok(set)
 }
 
-impl<B: Backend> Network<B> {
-    fn open(context: &Context<'_, B>, o: &Options, images: Option<&Arc<Images>>) -> Result<Self> {
-        let backend = context.backend;
-        let network = match (&o.inception, &o.classifier, images) {
-            (Some(file), _, _) => {
-                let path = resolve(&context.job.base_dir, file);
-                let weights = Stored::open(&path, None)?;
-                let origin = path.display().to_string();
-                let mut loader = Loader::new(
-                    backend,
-                    Source::Files(std::slice::from_ref(&weights)),
-                    false,
-                    origin,
-                );
-                let depth = inception::FEATURES.iter().position(|&d| d == o.dims);
-                Self::Inception {
-                    network: Box::new(Inception::load(&mut loader)?),
-                    depth: depth.unwrap_or(inception::FEATURES.len() - 1),
-                    preparation: o.preparation,
-                }
-            }
-            (None, Some(stage), _) => {
-                Self::Classifier(Net::open(backend, context.input_dir(stage)?)?)
-            }
-            (None, None, Some(images)) => {
-                let with = (context.host, backend, context.job.seed);
-                let work = Some(context.work_dir()?);
-                let (config, weights, _) =
-                    classifier::train(with, work, images, (0.1, 64), &classifier::training())?;
-                let source = Source::Host(&weights);
-                Self::Classifier(Net::load(
-                    &mut Loader::new(backend, source, false, "classifier"),
-                    &config,
-                )?)
-            }
-            (None, None, None) => return Err(Error::Internal("no network".into())),
+/// The images that samples are measured against.
+enum Real<'a> {
+    Data(&'a Images),
+    Samples(Samples),
+    Archive(&'a Path, (usize, [usize; 3])),
+    /// Statistics stand for them.
+    None,
+}
+
+impl Real<'_> {
+    fn count(&self) -> usize {
+        match self {
+            Self::Data(images) => images.len(),
+            Self::Samples(set) => set.len(),
+            Self::Archive(_, (count, _)) => *count,
+            Self::None => 0,
+        }
+    }
+
+    fn source(&self) -> Result<Source<'_>> {
+        match self {
+            Self::Data(images) => Ok(Source {
+                name: "real images".into(),
+                count: images.len(),
+                image: images.shape(),
+                labels: None,
+                read: Box::new(|first, n| {
+                    let picks: Vec<usize> = (first..first + n).collect();
+                    Ok(images.gather(&picks)?.0)
+                }),
+            }),
+            Self::Samples(set) => Ok(Source {
+                labels: None,
+                ..samples_source("real images", set)
+            }),
+            Self::Archive(path, images) => of_archive(path, *images),
+            Self::None => Err(Error::Internal("no real images".into())),
+        }
+    }
+}
+
+fn samples_source<'a>(name: &str, set: &'a Samples) -> Source<'a> {
+    Source {
+        name: name.to_owned(),
+        count: set.len(),
+        image: set.manifest.image,
+        labels: Some(&set.labels),
+        read: Box::new(|first, n| {
+            let mut pixels = set.images(first, n)?;
+            pixels.iter_mut().for_each(|x| *x = 2.0 * *x - 1.0);
+            Ok(pixels)
+        }),
+    }
+}
+
+/// What a set is measured against.
+struct Against<'a> {
+    moments: Had<&'a crate::statistics::Moments>,
+    spatial: Had<&'a crate::statistics::Moments>,
+    /// The real images, where these were looked at.
+    images: Option<&'a Measured>,
+}
+
+/// The figures of a set.
+fn figures<B: Backend>(
+    context: &Context<'_, B>,
+    o: &Options,
+    real: &Against<'_>,
+    set: &Measured,
+) -> Result<Vec<Figure>> {
+    let go_on = &mut || context.host.cancelled() == Cancel::Run;
+    let distance = |real: &Had<&crate::statistics::Moments>,
+                    own: &Had<crate::statistics::Moments>|
+     -> Result<Had<f64>> {
+        match (real, own) {
+            (Ok(real), Ok(own)) => Ok(Ok(frechet_distance(real, own)?)),
+            (Err(reason), _) | (_, Err(reason)) => Ok(Err(reason.clone())),
+        }
+    };
+    let value = distance(&real.moments, &set.moments)?;
+    let mut figures = vec![Figure::new(
+        "frechet_distance",
+        "Frechet distance",
+        3,
+        value,
+    )];
+    let mut add = |key, title, digits, value| figures.push(Figure::new(key, title, digits, value));
+    if let Some(own) = &set.spatial {
+        let value = distance(&real.spatial, own)?;
+        add("spatial_frechet_distance", "spatial", 3, value);
+    }
+    if let Some(score) = &set.score {
+        let of = |figure: fn(&crate::statistics::InceptionScore) -> f64| match score {
+            Ok(score) => Ok(figure(score)),
+            Err(reason) => Err(reason.clone()),
         };
-        if let Some(images) = images {
-            network
-                .accepts(images.shape())
-                .map_err(|message| Error::option("/classifier", message))?;
-        }
-        Ok(network)
+        add("inception_score", "inception score", 3, of(|s| s.mean));
+        add("inception_score_deviation", "+-", 3, of(|s| s.deviation));
     }
-
-    /// Whether it sees images of a size; else why not.
-    fn accepts(&self, image: [usize; 3]) -> Result<(), String> {
-        match self {
-            Self::Classifier(net) if net.config.image != image => Err(format!(
-                "images of {image:?}; the classifier was made for {:?}",
-                net.config.image
-            )),
-            Self::Inception { .. } if !matches!(image[0], 1 | 3) => {
-                Err(format!("images of {} channels, expected 1 or 3", image[0]))
-            }
-            _ => Ok(()),
-        }
+    if let Some(agreement) = set.agreement {
+        add("class_agreement", "class agreement", 4, Ok(agreement));
     }
-
-    /// Number of features.
-    fn dim(&self) -> usize {
-        match self {
-            Self::Classifier(net) => net.config.features,
-            Self::Inception { depth, .. } => inception::FEATURES[*depth],
-        }
-    }
-
-    fn describe(&self) -> String {
-        match self {
-            Self::Classifier(_) => "classifier".into(),
-            Self::Inception { .. } => format!("inception-2015-12-05, {} features", self.dim()),
-        }
-    }
-
-    /// Looks at images (n, c, h, w) in [-1, 1].
-    fn look(&self, backend: &B, images: &[f32], [c, h, w]: [usize; 3]) -> Result<Seen> {
-        match self {
-            Self::Classifier(net) => {
-                let (features, classes) = net.measure(backend, images)?;
-                Ok(Seen {
-                    features,
-                    classes,
-                    spatial: Vec::new(),
-                    logits: Vec::new(),
-                })
-            }
-            Self::Inception {
-                network,
-                depth,
-                preparation,
-            } => {
-                // Published figures are taken from image files: of 256 values a pixel can have.
-                let bytes: Vec<f32> = images
-                    .iter()
-                    .map(|x| ((x * 0.5 + 0.5).clamp(0.0, 1.0) * 255.0).round() / 255.0)
-                    .collect();
-                let x = backend.floats(&bytes, &[images.len() / (c * h * w), c, h, w])?;
-                let outputs = network.look(&Var::constant(x), *preparation)?;
-                Ok(Seen {
-                    features: B::to_floats(outputs.features[*depth].value())?,
-                    spatial: B::to_floats(outputs.spatial.value())?,
-                    logits: B::to_floats(outputs.logits.value())?,
-                    classes: Vec::new(),
-                })
-            }
-        }
-    }
-}
-
-/// What is known of a set of images.
-struct Measured {
-    moments: Moments,
-    spatial: Option<Moments>,
-    score: Option<crate::statistics::InceptionScore>,
-    agreement: Option<f64>,
-    /// Features (n, d); none unless neighbours are searched among them.
-    features: Vec<f32>,
-}
-
-/// Measures one set after the other.
-struct Meter<'a, 'b, B: Backend> {
-    context: &'a Context<'b, B>,
-    options: &'a Options,
-    network: &'a Network<B>,
-    done: u64,
-    total: u64,
-}
-
-impl<B: Backend> Meter<'_, '_, B> {
-    /// Measures `count` images, which `read` gives from an index on, in [-1, 1], with their classes if they were asked
-    /// for.
-    fn measure(
-        &mut self,
-        name: &str,
-        (count, image): (usize, [usize; 3]),
-        labels: Option<&[u32]>,
-        read: &mut dyn FnMut(usize, usize) -> Result<Vec<f32>>,
-    ) -> Result<Measured> {
-        let (o, dim, host) = (self.options, self.network.dim(), self.context.host);
-        let mut moments = RunningMoments::new(dim);
-        let (mut spatial, mut score) = (None, None);
-        if let Network::Inception { .. } = self.network {
-            spatial = Some(RunningMoments::new(inception::SPATIAL_FEATURES));
-            if labels.is_some() {
-                score = Some(RunningScore::new(count, inception::CLASSES, o.splits)?);
-            }
-        }
-        if count <= dim {
-            let message = format!(
-                "{name}: {count} images for {dim} features: the Frechet distance is far too great with so few"
-            );
-            host.log(LogLevel::Warn, &message);
-        }
-        let keep = o.neighbours > 0 && o.data.is_some();
-        let (mut features, mut classes) = (Vec::new(), Vec::new());
-        for first in (0..count).step_by(o.batch) {
-            if host.cancelled() != Cancel::Run {
-                return Err(Error::Cancelled);
-            }
-            let n = o.batch.min(count - first);
-            let pixels = read(first, n)?;
-            if let Some(at) = pixels.iter().position(|x| !x.is_finite()) {
-                let index = first + at / (pixels.len() / n);
-                let message = format!("{name}: image {index} holds a pixel that is not finite");
-                return Err(Error::Numerical(message));
-            }
-            let seen = self.network.look(self.context.backend, &pixels, image)?;
-            moments.add(&seen.features)?;
-            if let Some(spatial) = &mut spatial {
-                spatial.add(&seen.spatial)?;
-            }
-            if let Some(score) = &mut score {
-                score.add(&seen.logits)?;
-            }
-            classes.extend(seen.classes);
-            if keep {
-                features.extend(seen.features);
-            }
-            self.done += n as u64;
-            host.progress(self.done, self.total, "images");
-        }
-        let agreement = match (labels, self.network) {
-            (Some(labels), Network::Classifier(_)) => Some(class_agreement(&classes, labels)?),
-            _ => None,
+    let dim = match &set.moments {
+        Ok(moments) => moments.dim(),
+        Err(_) => 0,
+    };
+    let pairs = match (real.images, &set.moments) {
+        (None, _) => Err("statistics stand for the real images".to_owned()),
+        (_, Err(reason)) => Err(reason.clone()),
+        (Some(real), _) => Ok((&real.features, &set.features)),
+    };
+    if o.neighbours > 0 {
+        let both = match &pairs {
+            Ok((real, own)) => had(precision_recall(real, own, dim, o.neighbours, go_on))?,
+            Err(reason) => Err(reason.clone()),
         };
-        Ok(Measured {
-            moments: moments.finish()?,
-            spatial: spatial.map(RunningMoments::finish).transpose()?,
-            score: score.map(RunningScore::finish).transpose()?,
-            agreement,
-            features,
-        })
+        let of = |figure: fn(&crate::statistics::neighbours::PrecisionRecall) -> f64| match &both {
+            Ok(both) => Ok(figure(both)),
+            Err(reason) => Err(reason.clone()),
+        };
+        add("precision", "precision", 4, of(|both| both.precision));
+        add("recall", "recall", 4, of(|both| both.recall));
     }
-}
-
-/// Reads moments of the network's features, and of its spatial features where they are given.
-fn statistics<B: Backend>(path: &Path, network: &Network<B>) -> Result<(Moments, Option<Moments>)> {
-    let arrays = Arrays::open(path)?;
-    let moments = |mean: &str, covariance: &str, dim: usize| {
-        let found = arrays.read(mean, &[dim])?;
-        let found = found.zip(arrays.read(covariance, &[dim, dim])?);
-        let moments = found.map(|(mean, covariance)| Moments::new(mean, covariance));
-        moments.transpose().map_err(|e| Error::data(path, e))
-    };
-    let own = match moments("mu", "sigma", network.dim())? {
-        None => moments("m", "s", network.dim())?,
-        found => found,
-    };
-    let own =
-        own.ok_or_else(|| Error::data(path, "no arrays `mu` and `sigma`, nor `m` and `s`"))?;
-    let spatial = match network {
-        Network::Inception { .. } => moments("mu_s", "sigma_s", inception::SPATIAL_FEATURES)?,
-        Network::Classifier(_) => None,
-    };
-    Ok((own, spatial))
-}
-
-/// Writes moments as [`statistics`] reads them.
-fn save(path: &Path, real: &Measured) -> Result<()> {
-    let dim = real.moments.dim();
-    let shapes = [[dim], [inception::SPATIAL_FEATURES]];
-    let squares = shapes.map(|[d]| [d, d]);
-    let mut arrays = vec![
-        ("mu", &shapes[0][..], &real.moments.mean[..]),
-        ("sigma", &squares[0][..], &real.moments.covariance[..]),
-    ];
-    if let Some(spatial) = &real.spatial {
-        arrays.push(("mu_s", &shapes[1][..], &spatial.mean[..]));
-        arrays.push(("sigma_s", &squares[1][..], &spatial.covariance[..]));
+    if let Some(kernel) = &o.kernel {
+        // The same subsets whatever the seed of the run: figures of several runs are compared.
+        let mut sequence = Sequence::new(0, Stream::Subset, 0);
+        let below = &mut |n| sequence.below(n);
+        let sizes = (kernel.subsets, kernel.size);
+        let found = match &pairs {
+            Ok((real, own)) => had(kernel_distance(real, own, dim, sizes, below, go_on))?,
+            Err(reason) => Err(reason.clone()),
+        };
+        let of = |figure: fn(&crate::statistics::kernel::KernelDistance) -> f64| match &found {
+            Ok(found) => Ok(figure(found)),
+            Err(reason) => Err(reason.clone()),
+        };
+        add("kernel_distance", "kernel distance", 5, of(|k| k.mean));
+        add("kernel_distance_deviation", "+-", 5, of(|k| k.deviation));
     }
-    numpy::write_archive(path, &arrays)
+    Ok(figures)
 }
 
-/// A figure of a set.
-struct Figure {
-    /// Name in metrics and files.
-    key: &'static str,
-    /// Head of its column.
-    title: &'static str,
-    /// Digits shown behind the point.
-    digits: i32,
-    value: f64,
+/// Mean LPIPS of each set's images to those of the set that `lpips` names.
+fn lpips_distances<B: Backend>(
+    context: &Context<'_, B>,
+    o: &Options,
+    sets: &[(&str, Samples)],
+) -> Result<Vec<Had<f64>>> {
+    let Some(options) = &o.lpips else {
+        return Ok(Vec::new());
+    };
+    let base = &context.job.base_dir;
+    let [vgg, linear] = [&options.vgg, &options.linear].map(|file| resolve(base, file));
+    let (trunk, layers) = (Stored::open(&vgg, None)?, Stored::open(&linear, None)?);
+    let loader = |weights, path: &Path| {
+        let origin = path.display().to_string();
+        let source = crate::weights::Source::Files(std::slice::from_ref(weights));
+        Loader::new(context.backend, source, false, origin)
+    };
+    let lpips = Lpips::load(&mut loader(&trunk, &vgg), &mut loader(&layers, &linear))?;
+    let find = |name: &str| sets.iter().find(|(own, _)| *own == name);
+    let (_, beside) = find(&options.beside)
+        .ok_or_else(|| Error::Internal(format!("no set {}", options.beside)))?;
+    let mut out = Vec::new();
+    for (name, set) in sets {
+        if *name == options.beside {
+            out.push(Err(
+                "it is the set that the others are compared with".to_owned()
+            ));
+            continue;
+        }
+        out.push(match unlike(set, beside, o.batch)? {
+            Some(reason) => Err(format!("{reason} than {}", options.beside)),
+            None => Ok(mean_lpips(context, &lpips, set, beside, o.batch)?),
+        });
+    }
+    Ok(out)
 }
 
-impl Figure {
-    fn new(key: &'static str, title: &'static str, digits: i32, value: f64) -> Self {
-        Self {
-            key,
-            title,
-            digits,
-            value,
+/// Why images of two sets do not belong together one by one, if so.
+fn unlike(a: &Samples, b: &Samples, batch: usize) -> Result<Option<&'static str>> {
+    let (own, other) = (&a.manifest, &b.manifest);
+    let [_, h, w] = own.image;
+    Ok(if own.image != other.image {
+        Some("images of another size")
+    } else if h.min(w) < lpips::LEAST_SIDE {
+        Some("images too small for it, as small")
+    } else if a.labels != b.labels {
+        Some("other classes or captions, or another number of samples,")
+    } else if own.kept.noise != other.kept.noise || (!own.kept.noise && own.seed != other.seed) {
+        Some("made from other noise")
+    } else if own.kept.noise && !same_noise(a, b, batch)? {
+        Some("made from other noise")
+    } else {
+        None
+    })
+}
+
+fn same_noise(a: &Samples, b: &Samples, batch: usize) -> Result<bool> {
+    for first in (0..a.len()).step_by(batch) {
+        let n = batch.min(a.len() - first);
+        if a.noise(first, n)? != b.noise(first, n)? {
+            return Ok(false);
         }
     }
+    Ok(true)
 }
 
-/// The figures of a set, the Frechet distance first.
-struct Row {
-    name: String,
-    count: usize,
-    figures: Vec<Figure>,
-}
-
-/// Adds the ratio of each Frechet distance to that of the set `reference`, if there is such a set.
-fn relate(rows: &mut [Row], reference: &str) {
-    let base = rows.iter().find(|row| row.name == reference);
-    if let Some(base) = base.map(|row| row.figures[0].value) {
-        for row in rows {
-            let ratio = row.figures[0].value / base;
-            row.figures
-                .insert(1, Figure::new("frechet_ratio", RATIO, 2, ratio));
-        }
+fn mean_lpips<B: Backend>(
+    context: &Context<'_, B>,
+    lpips: &Lpips<B>,
+    a: &Samples,
+    b: &Samples,
+    batch: usize,
+) -> Result<f64> {
+    let [c, h, w] = a.manifest.image;
+    let mut sum = 0.0;
+    for first in (0..a.len()).step_by(batch) {
+        context.go_on()?;
+        let n = batch.min(a.len() - first);
+        let images = |set: &Samples| -> Result<Var<B>> {
+            let pixels: Vec<f32> = set
+                .images(first, n)?
+                .iter()
+                .map(|x| 2.0 * x - 1.0)
+                .collect();
+            Ok(Var::constant(
+                context.backend.floats(&pixels, &[n, c, h, w])?,
+            ))
+        };
+        let distances = lpips.distance(&images(a)?, &images(b)?)?;
+        let distances = B::to_floats(distances.value())?;
+        sum += distances.iter().map(|&x| f64::from(x)).sum::<f64>();
     }
-}
-
-/// Head of the column of ratios; the table names the set.
-const RATIO: &str = "x";
-
-fn table(rows: &[Row], reference: &str) -> Table {
-    let round = |x: f64, digits: i32| json!((x * 10f64.powi(digits)).round() / 10f64.powi(digits));
-    let head = |figure: &Figure| match figure.title {
-        RATIO => format!("x {reference}"),
-        title => title.to_owned(),
-    };
-    let figures = rows[0].figures.iter().map(head);
-    Table {
-        title: "samples against real images".into(),
-        columns: ["set", "samples"]
-            .map(str::to_owned)
-            .into_iter()
-            .chain(figures)
-            .collect(),
-        rows: rows
-            .iter()
-            .map(|row| {
-                let figures = row.figures.iter().map(|f| round(f.value, f.digits));
-                [json!(row.name), json!(row.count)]
-                    .into_iter()
-                    .chain(figures)
-                    .collect()
-            })
-            .collect(),
-    }
+    Ok(sum / a.len() as f64)
 }

@@ -86,7 +86,7 @@ impl<B: Backend> Stage<B> for Pretrain {
     type Options = Options;
     const KIND: &'static str = "pretrain";
     const OUTPUT: &'static str = "teacher";
-    const REVISION: u32 = 2;
+    const REVISION: u32 = 3;
     const SUMMARY: &'static str = "train an autoregressive teacher on a tokenizer's tokens";
 
     fn check(o: &Options, _base_dir: &Path) -> Result<()> {

@@ -1,33 +1,33 @@
 //! `sample`: images from a teacher, a student, both together, or the independent baseline.
 //!
-//! Out: `samples.safetensors` with labels (n), noise (n, L, D), tokens (n, L; where codes were chosen), latents
-//! (n, L, D) and images (n, c, H, W) in [0, 1], and `grid.png`. Labels number the captions of `captions.json`, where these
-//! were given as text.
+//! Out: a set of samples (`samples.rs`), `grid.png`, and on request a PNG of each image and `samples.npz`. Labels number the
+//! captions of `captions.json`, where these were given as text. Samples are made in shards (`shards.rs`), a batch at a time:
+//! beside the networks a batch is in memory, however many samples there are.
 
-use std::path::Path;
+pub mod drawer;
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use retort_abi::{ArtifactMeta, Cancel, LogLevel, StageResult};
-use safetensors::tensor::{Dtype, TensorView};
+use retort_abi::{ArtifactMeta, LogLevel, StageResult};
+use retort_checkpoint::pieces::{MANIFEST, Shard, hash};
 use schemars::JsonSchema;
 use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::backend::{Backend, FlowSolver};
+use crate::backend::Backend;
 use crate::bundle::Bundle;
-use crate::captions::Subjects;
-use crate::dataset::Dataset;
+use crate::captions::{self, Subjects};
 use crate::error::{Error, Result};
-use crate::model::{ConditionShape, Conditions, TokenShape};
-use crate::picture::{self, Pixels};
+use crate::picture::{self, Npz, Pixels};
 use crate::random;
-use crate::sampler::{
-    self, Choice, Distribution, StudentSampler, ascending, autoregressive, check_timesteps,
-};
-use crate::stage::condition::{Features, Given, Labels, Made, Texts, Wish};
-use crate::stage::trajectories::solver_steps;
-use crate::stage::{Context, Stage, write_json};
-use crate::weights::{self, Stored};
+use crate::sampler;
+use crate::samples::{FORMAT, ImagesKept, Kept, Manifest, Samples, ShardWriter, by_class};
+use crate::stage::condition::{Features, Given, Labels, Made, Texts, Wish, same_noise};
+use crate::stage::shards::{self, Division, Part, batches, hashed};
+use crate::stage::{Context, Stage, link, resolve, write_json};
+use drawer::{Sampler, drawer};
 
 /// Options of `sample`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -38,14 +38,35 @@ pub struct Options {
     /// Number of images.
     #[schemars(range(min = 1))]
     pub count: u64,
+    /// Images start..end alone, as [start, end], while other machines make others: the output is a part of the set, and a
+    /// stage whose `parts` name all parts makes the whole of them.
+    #[serde(default)]
+    pub range: Option<[u64; 2]>,
+    /// Folders of parts made elsewhere with the same networks, seed and options (their manifest.json and shards): what they
+    /// hold is taken over, the rest is made here.
+    #[serde(default)]
+    pub parts: Vec<Part>,
+    /// Images per shard file: what an interruption loses at most.
+    #[serde(default = "shard_size")]
+    #[schemars(range(min = 1))]
+    pub shard_size: u64,
     /// Images sampled at a time.
     #[serde(default = "batch")]
     #[schemars(range(min = 1))]
     pub batch: usize,
+    /// What is kept of the images: bytes, f32, or none, which leaves out decoding too.
+    #[serde(default)]
+    pub images: ImagesKept,
+    /// Whether latents are kept, (n, L, D) in f32.
+    #[serde(default)]
+    pub latents: bool,
+    /// Whether tokens are kept, (n, L). For a sampler that chooses codes.
+    #[serde(default)]
+    pub tokens: bool,
     /// Noise (count, L, D) from a file instead of the seed.
     #[serde(default)]
     pub noise: Option<Given>,
-    /// Classes of the images: `balanced` (the default), a list, or a tensor of a file. For a model of classes.
+    /// Classes of the images: `balanced` (the default), `drawn`, a list, or a tensor of a file. For a model of classes.
     #[serde(default)]
     pub labels: Option<Labels>,
     /// Captions of the images, a text, a list of texts or the lines of a file: image i has caption i mod their number. For a
@@ -71,6 +92,9 @@ pub struct Options {
     pub npz: bool,
 }
 
+fn shard_size() -> u64 {
+    1000
+}
 fn batch() -> usize {
     500
 }
@@ -87,90 +111,21 @@ impl Options {
             features: self.features.as_ref(),
         }
     }
-}
 
-/// Who samples, and how.
-#[derive(Debug, Clone, Deserialize, JsonSchema)]
-#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
-pub enum Sampler {
-    /// The teacher's own AR sampler: the reference.
-    Teacher {
-        /// The stage that made the teacher.
-        #[schemars(extend("x-retort-artifact" = ["teacher"]))]
-        teacher: String,
-        /// Its distribution.
-        #[serde(default)]
-        distribution: Distribution,
-    },
-    /// The teacher's flow map: what the student imitates.
-    Flow {
-        /// The stage that made the teacher.
-        #[schemars(extend("x-retort-artifact" = ["teacher"]))]
-        teacher: String,
-        /// Its distribution.
-        #[serde(default)]
-        distribution: Distribution,
-        /// Steps of the flow map's solver, an evaluation of the codebook each.
-        #[serde(default = "solver_steps")]
-        #[schemars(range(min = 1))]
-        solver_steps: usize,
-    },
-    /// k-step sampling, one pass per timestep.
-    Student {
-        /// The stage that distilled the student.
-        #[schemars(extend("x-retort-artifact" = ["student"]))]
-        student: String,
-        /// AR steps from which the passes start, ascending from 0: [0] is one-step sampling.
-        timesteps: Vec<usize>,
-        /// AR steps whose tokens take the most probable code; later ones take the continuous head. All, if left out.
-        #[serde(default)]
-        split: Option<usize>,
-    },
-    /// Student, then teacher, then student.
-    Assisted {
-        /// The stage that distilled the student.
-        #[schemars(extend("x-retort-artifact" = ["student"]))]
-        student: String,
-        /// The stage that made the teacher.
-        #[schemars(extend("x-retort-artifact" = ["teacher"]))]
-        teacher: String,
-        /// Timesteps of the student's two passes.
-        timesteps: [usize; 2],
-        /// AR step from which the teacher samples, up to the second timestep.
-        teacher_start: usize,
-        /// AR steps whose tokens take the most probable code; later ones take the continuous head. All, if left out.
-        #[serde(default)]
-        split: Option<usize>,
-        /// The teacher's distribution.
-        #[serde(default)]
-        distribution: Distribution,
-    },
-    /// The baseline that forgets all dependence: every token from its own distribution given the class, as counted in a
-    /// trajectory dataset; with `after`, the teacher samples the first AR steps.
-    Independent {
-        /// The stage that made the teacher.
-        #[schemars(extend("x-retort-artifact" = ["teacher"]))]
-        teacher: String,
-        /// The stage that built the trajectories.
-        #[schemars(extend("x-retort-artifact" = ["trajectories"]))]
-        trajectories: String,
-        /// AR steps that the teacher samples first.
-        #[serde(default)]
-        after: usize,
-        /// The teacher's distribution.
-        #[serde(default)]
-        distribution: Distribution,
-    },
-}
+    fn division(&self) -> Division {
+        Division {
+            count: self.count,
+            range: self.range,
+            size: self.shard_size,
+        }
+    }
 
-impl Sampler {
-    /// The stage whose output holds the tokenizer.
-    fn source(&self) -> &str {
-        match self {
-            Self::Teacher { teacher, .. }
-            | Self::Flow { teacher, .. }
-            | Self::Independent { teacher, .. } => teacher,
-            Self::Student { student, .. } | Self::Assisted { student, .. } => student,
+    fn kept(&self) -> Kept {
+        Kept {
+            images: self.images,
+            latents: self.latents,
+            tokens: self.tokens,
+            noise: self.noise.is_some(),
         }
     }
 }
@@ -178,139 +133,262 @@ impl Sampler {
 /// The stage.
 pub struct Sample;
 
-/// A batch's results.
-struct Drawn<B: Backend> {
-    latents: B::Tensor,
-    tokens: Option<B::Tensor>,
-}
-
 impl<B: Backend> Stage<B> for Sample {
     type Options = Options;
     const KIND: &'static str = "sample";
     const OUTPUT: &'static str = "samples";
-    const REVISION: u32 = 2;
+    const REVISION: u32 = 3;
     const SUMMARY: &'static str =
         "sample images from a teacher, a student, both, or the independent baseline";
+    const DIVISIBLE: bool = true;
 
     fn check(o: &Options, base: &Path) -> Result<()> {
+        o.division().check()?;
         o.wish().check(base)?;
-        match &o.sampler {
-            Sampler::Student { timesteps, .. } if !ascending(timesteps) => {
-                let message = format!(
-                    "timesteps {timesteps:?}: expected ascending AR steps, as in [0] or [0, 6]"
-                );
-                Err(Error::option("/sampler/timesteps", message))
-            }
-            Sampler::Assisted {
-                timesteps,
-                teacher_start,
-                ..
-            } if !ascending(timesteps) || *teacher_start >= timesteps[1] => {
-                let message = format!(
-                    "teacher_start {teacher_start} with timesteps {timesteps:?}: expected ascending timesteps and a start below the second"
-                );
-                Err(Error::option("/sampler/teacher_start", message))
-            }
-            _ => Ok(()),
+        if o.tokens && !o.sampler.chooses() {
+            let message = "this sampler ends in vectors and not in codes: there are no tokens to keep; keep `latents`";
+            return Err(Error::option("/tokens", message));
         }
+        if o.images == ImagesKept::None {
+            for (wanted, pointer) in [(o.png, "/png"), (o.npz, "/npz")] {
+                if wanted {
+                    return Err(Error::option(pointer, "`images: none` keeps no images"));
+                }
+            }
+            if !o.latents && !o.tokens {
+                let message = "nothing is kept: with `images: none` keep `latents` or `tokens`";
+                return Err(Error::option("/images", message));
+            }
+        }
+        o.sampler.check()
     }
 
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
-        let (host, backend, base) = (context.host, context.backend, &context.job.base_dir);
+        let (host, backend, seed) = (context.host, context.backend, context.job.seed);
+        let base = &context.job.base_dir;
         let bundle = Bundle::open(context.input_dir(o.sampler.source())?)?;
         let shape = bundle.network()?.tokens();
-        let image = bundle.config.tokenizer.image();
         // Before the networks are loaded: a text encoder may need the memory.
+        let made = o.wish().resolve(context, &shape.condition, o.count)?;
         let Made {
             labels,
             subjects,
             texts,
-        } = o.wish().resolve(context, &shape.condition, o.count)?;
-        let tokenizer = bundle.tokenizer(backend)?;
-        let codebook = tokenizer.codebook()?;
+        } = &made;
         let (l, d) = (shape.tokens(), shape.dim);
-        let noise = match &o.noise {
-            Some(given) => given.floats(base, &[o.count as usize, l, d])?,
-            None => random::noises(context.job.seed, 0..o.count, l, d),
+        let given = match &o.noise {
+            Some(given) => Some(given.rows(base, &[o.count as usize, l, d])?),
+            None => None,
         };
-        let mut draw = drawer(context, &o.sampler, &bundle, &shape, codebook, &subjects)?;
+        let noise_of = |samples: Range<u64>| match &given {
+            Some(given) => given.read(samples),
+            None => Ok(random::noises(seed, samples, l, d)),
+        };
 
-        let (mut latents, mut images, mut tokens) = (Vec::new(), Vec::new(), Vec::new());
-        let (mut sampling, mut decoding) = (0.0, 0.0);
-        for (i, classes) in labels.chunks(o.batch).enumerate() {
-            if host.cancelled() != Cancel::Run {
-                return Err(Error::Cancelled);
-            }
-            let (start, n) = (i * o.batch, classes.len());
-            let eps = backend.floats(&noise[start * l * d..(start + n) * l * d], &[n, l, d])?;
-            let clock = Instant::now();
-            let drawn = draw(start as u64, classes, &eps)?;
-            latents.extend(B::to_floats(&drawn.latents)?);
-            sampling += clock.elapsed().as_secs_f64();
-            if let Some(ids) = &drawn.tokens {
-                tokens.extend(B::to_indices(ids)?);
-            }
-            let clock = Instant::now();
-            images.extend(sampler::decode(&*tokenizer, &drawn.latents)?);
-            decoding += clock.elapsed().as_secs_f64();
-            host.progress((start + n) as u64, o.count, "images");
+        let work = context.work_dir()?;
+        let mut manifest = Manifest {
+            format: FORMAT,
+            count: o.count,
+            seed,
+            sampler: described(context)?,
+            captions: match subjects {
+                Subjects::Classes(_) => None,
+                Subjects::Captions(_) => Some(hash(&work.join(captions::FILE))?),
+            },
+            image: bundle.config.tokenizer.image(),
+            tokens: l,
+            vocabulary: shape.vocabulary,
+            dim: d,
+            labels: subjects.len(),
+            kept: o.kept(),
+            shards: Vec::new(),
+        };
+        let mut parts: Vec<(PathBuf, Vec<Shard>)> = Vec::new();
+        for Part(part) in &o.parts {
+            let dir = resolve(base, part);
+            let shards = manifest.of_part(&dir)?;
+            parts.push((dir, shards));
         }
-        drop(draw);
-        let rate = o.count as f64 / sampling;
-        host.metric("sample/images_per_second", 0, rate);
-        host.metric("sample/sampling_seconds", 0, sampling);
-        host.metric("sample/decoding_seconds", 0, decoding);
-        host.log(
-            LogLevel::Info,
-            &format!(
-                "{} images: sampling {sampling:.2} s ({rate:.0}/s), decoding {decoding:.2} s",
-                o.count
-            ),
-        );
+        let division = o.division();
+        let planned = division.shards(parts)?;
+        let labels_of = |samples: Range<u64>| &labels[samples.start as usize..samples.end as usize];
+        // Whether a file holds the samples that this stage would make.
+        let check = |path: &Path, shard: &Shard| -> Result<()> {
+            let (stored, found) = manifest.open_shard(path, shard)?;
+            let other = if found != labels_of(shard.start..shard.end) {
+                "labels"
+            } else if !same_noise(given.as_ref(), &stored, shard, o.batch)? {
+                "noise"
+            } else {
+                return Ok(());
+            };
+            let message = format!("these samples were made with other {other}");
+            Err(Error::data(path, message))
+        };
 
+        // Loaded once there is something to make.
+        let mut networks = None;
+        let (mut sampling, mut decoding) = (0.0, 0.0);
+        let told = shards::make(context, &planned, "images", check, |path, shard, line| {
+            let (tokenizer, draw) = match &mut networks {
+                Some(loaded) => loaded,
+                none => {
+                    let tokenizer = bundle.tokenizer(backend)?;
+                    let codebook = tokenizer.codebook()?;
+                    let draw = drawer(context, &o.sampler, &bundle, &shape, codebook, subjects)?;
+                    none.insert((tokenizer, draw))
+                }
+            };
+            let writer = ShardWriter::create(path, &manifest, (shard.end - shard.start) as usize)?;
+            for batch in batches(shard.start..shard.end, o.batch) {
+                line.go_on()?;
+                let (start, row) = (batch.start, (batch.start - shard.start) as usize);
+                let classes = labels_of(batch.clone());
+                let noise = noise_of(batch)?;
+                let clock = Instant::now();
+                let eps = backend.floats(&noise, &[classes.len(), l, d])?;
+                let drawn = draw(start, classes, &eps).map_err(|e| e.of_samples(start))?;
+                let latents = B::to_floats(&drawn.latents)?;
+                sampling += clock.elapsed().as_secs_f64();
+                finite("latent", &latents, start, l * d)?;
+                writer.indices("labels", row, classes)?;
+                writer.floats("latents", row, &latents)?;
+                if let (true, Some(ids)) = (o.tokens, &drawn.tokens) {
+                    writer.indices("tokens", row, &B::to_indices(ids)?)?;
+                }
+                if given.is_some() {
+                    writer.floats("noise", row, &noise)?;
+                }
+                if o.images != ImagesKept::None {
+                    let clock = Instant::now();
+                    let images = sampler::decode(&**tokenizer, &drawn.latents)?;
+                    decoding += clock.elapsed().as_secs_f64();
+                    finite("pixel", &images, start, images.len() / classes.len())?;
+                    writer.floats("images", row, &images)?;
+                }
+                line.made(classes.len() as u64);
+            }
+            Ok(())
+        })?;
+        drop(networks);
+        let mut summary = json!({ "images": division.samples().end - division.samples().start });
+        if told.samples > 0 {
+            let rate = told.samples as f64 / sampling;
+            host.metric("sample/images_per_second", told.share, rate);
+            host.metric("sample/sampling_seconds", told.share, sampling);
+            host.metric("sample/decoding_seconds", told.share, decoding);
+            let count = told.samples;
+            let message = format!(
+                "{count} images: sampling {sampling:.2} s ({rate:.0}/s), decoding {decoding:.2} s"
+            );
+            host.log(LogLevel::Info, &message);
+            summary["images_per_second"] = json!(rate);
+        }
+        if context.job.part.is_some() {
+            return Ok(StageResult::of_part());
+        }
+
+        manifest.shards = hashed(work, planned)?;
         let columns = match texts.len() {
             0 => o.grid_columns,
             // Few images of each caption: all of them.
             n => o.grid_columns.min((o.count as usize / n).max(1)),
         };
         let meta = ArtifactMeta {
-            preview: Some("grid.png".into()),
-            caption: shown(&texts, &labels, columns),
+            preview: (o.images != ImagesKept::None).then(|| "grid.png".into()),
+            caption: shown(texts, labels_of(division.samples()), columns),
             ..Default::default()
         };
-        let summary = json!({ "images": o.count, "images_per_second": rate });
         context.finish("samples", meta, summary, |dir| {
-            let set = Samples {
-                labels,
-                noise,
-                tokens,
-                latents,
-                images,
-                image,
-                shape,
-            };
-            set.write(&dir.join(SAMPLES))?;
-            let pixels = Pixels::new(&set.images, image[0], image[1], image[2])?;
-            let (tiles, rows) = set.by_class(columns);
-            picture::write_grid(
-                &dir.join("grid.png"),
-                &[Pixels::new(&tiles, image[0], image[1], image[2])?],
-                rows,
-            )?;
+            for shard in &manifest.shards {
+                link(&work.join(&shard.file), &dir.join(&shard.file))?;
+            }
+            write_json(&dir.join(MANIFEST), &manifest)?;
             if !texts.is_empty() {
-                write_json(&dir.join(CAPTIONS), &texts)?;
+                write_json(&dir.join(CAPTIONS), texts)?;
             }
-            if o.png {
-                let folder = dir.join("png");
-                std::fs::create_dir(&folder).map_err(Error::io(&folder))?;
-                picture::write_pngs(&folder, pixels, &set.labels)?;
+            match o.images {
+                ImagesKept::None => Ok(()),
+                _ => write_pictures(context, dir, columns, o),
             }
-            if o.npz {
-                picture::write_npz(&dir.join("samples.npz"), pixels)?;
-            }
-            Ok(())
         })
     }
+}
+
+/// Writes what people look at and what other tools read, a block of images in memory at a time.
+fn write_pictures<B: Backend>(
+    context: &Context<'_, B>,
+    dir: &Path,
+    columns: usize,
+    o: &Options,
+) -> Result<()> {
+    let samples = Samples::open_part(dir)?;
+    let [c, h, w] = samples.manifest.image;
+    let (picks, rows) = by_class(&samples.labels, columns);
+    let mut tiles = Vec::with_capacity(picks.len() * c * h * w);
+    for pick in picks {
+        tiles.extend(samples.images(pick, 1)?);
+    }
+    picture::write_grid(
+        &dir.join("grid.png"),
+        &[Pixels::new(&tiles, c, h, w)?],
+        rows,
+    )?;
+    if !o.png && !o.npz {
+        return Ok(());
+    }
+    let folder = dir.join("png");
+    if o.png {
+        std::fs::create_dir(&folder).map_err(Error::io(&folder))?;
+    }
+    let mut archive = match o.npz {
+        true => Some(Npz::create(
+            &dir.join("samples.npz"),
+            samples.len(),
+            [h, w],
+        )?),
+        false => None,
+    };
+    for block in batches(0..samples.len() as u64, BLOCK) {
+        context.go_on()?;
+        let (first, end) = (block.start as usize, block.end as usize);
+        let images = samples.images(first, end - first)?;
+        let pixels = Pixels::new(&images, c, h, w)?;
+        if o.png {
+            let number = samples.samples.start + block.start;
+            picture::write_pngs(&folder, pixels, &samples.labels[first..end], number)?;
+        }
+        if let Some(archive) = &mut archive {
+            archive.add(pixels)?;
+        }
+    }
+    archive.map_or(Ok(()), |archive| Ok(archive.finish()?))
+}
+
+/// Images that are written as pictures at a time.
+const BLOCK: usize = 64;
+
+/// Refuses what is not finite, and names its sample. A sample has `size` values.
+fn finite(what: &str, values: &[f32], first: u64, size: usize) -> Result<()> {
+    match values.iter().position(|x| !x.is_finite()) {
+        Some(at) => {
+            let sample = first + (at / size) as u64;
+            let message = format!("sample {sample}: a {what} is {}", values[at]);
+            Err(Error::Numerical(message))
+        }
+        None => Ok(()),
+    }
+}
+
+/// The sampler as it was asked for, with the content hashes of the stages that it names.
+fn described<B: Backend>(context: &Context<'_, B>) -> Result<Value> {
+    let mut sampler = context.job.options["sampler"].clone();
+    for name in ["teacher", "student", "trajectories"] {
+        if let Some(stage) = sampler[name].as_str() {
+            sampler[name] = json!(context.input(stage)?.hash);
+        }
+    }
+    Ok(sampler)
 }
 
 /// What the picture shows: the captions of its rows, the longer ones cut.
@@ -335,364 +413,5 @@ fn shown(texts: &[String], labels: &[u32], columns: usize) -> Option<String> {
 /// Characters of a caption that are shown under a picture.
 const SHOWN: usize = 60;
 
-type Drawer<'a, B> = Box<dyn FnMut(u64, &[u32], &<B as Backend>::Tensor) -> Result<Drawn<B>> + 'a>;
-
-/// The function that draws a batch: (index of the first sample, labels, noise) -> latents.
-fn drawer<'a, B: Backend>(
-    context: &'a Context<'_, B>,
-    sampler: &'a Sampler,
-    bundle: &Bundle<'_>,
-    shape: &'a TokenShape,
-    codebook: B::Tensor,
-    subjects: &'a Subjects,
-) -> Result<Drawer<'a, B>> {
-    let (backend, seed) = (context.backend, context.job.seed);
-    let of_tokens = |codebook: &B::Tensor, ids: B::Tensor| -> Result<Drawn<B>> {
-        Ok(Drawn {
-            latents: B::rows(codebook, &ids)?,
-            tokens: Some(ids),
-        })
-    };
-    let conditions =
-        |labels: &[u32]| -> Result<Conditions<B>> { subjects.conditions(backend, labels) };
-    let all = shape.steps.len();
-    let split = |split: Option<usize>| match split {
-        Some(s) if s > all => Err(Error::option(
-            "/sampler/split",
-            format!("split {s}: the model has {all} AR steps"),
-        )),
-        s => Ok(s.unwrap_or(all)),
-    };
-    Ok(match sampler {
-        Sampler::Teacher { distribution, .. } => {
-            let teacher = bundle.teacher(backend)?;
-            Box::new(move |first, labels, _| {
-                let mut sequences = sampler::choices(seed, first, labels.len());
-                let mut choice = Choice::Random(&mut sequences);
-                let wanted = conditions(labels)?;
-                of_tokens(
-                    &codebook,
-                    autoregressive(&*teacher, &wanted, distribution, &mut choice, None, all)?,
-                )
-            })
-        }
-        Sampler::Flow {
-            distribution,
-            solver_steps,
-            ..
-        } => {
-            let teacher = bundle.teacher(backend)?;
-            let solver = FlowSolver {
-                steps: *solver_steps,
-            };
-            Box::new(move |_, labels, noise| {
-                let wanted = conditions(labels)?;
-                let mut choice = Choice::Flow {
-                    noise,
-                    codebook: &codebook,
-                    solver,
-                };
-                of_tokens(
-                    &codebook,
-                    autoregressive(&*teacher, &wanted, distribution, &mut choice, None, all)?,
-                )
-            })
-        }
-        Sampler::Student {
-            timesteps,
-            split: s,
-            ..
-        } => {
-            check_timesteps(timesteps, shape, "/sampler/timesteps")?;
-            let (student, split) = (bundle.student(backend)?, split(*s)?);
-            Box::new(move |_, labels, noise| {
-                let sampler = StudentSampler {
-                    student: &*student,
-                    codebook: &codebook,
-                    split,
-                };
-                Ok(Drawn {
-                    latents: sampler.sample(noise, &conditions(labels)?, timesteps)?,
-                    tokens: None,
-                })
-            })
-        }
-        Sampler::Assisted {
-            teacher,
-            timesteps,
-            teacher_start,
-            split: s,
-            distribution,
-            ..
-        } => {
-            check_timesteps(timesteps, shape, "/sampler/timesteps")?;
-            let (student, split) = (bundle.student(backend)?, split(*s)?);
-            let other = Bundle::open(context.input_dir(teacher)?)?;
-            same_codebook(&bundle.config, &other.config, teacher)?;
-            let teacher = other.teacher(backend)?;
-            Box::new(move |first, labels, noise| {
-                let sampler = StudentSampler {
-                    student: &*student,
-                    codebook: &codebook,
-                    split,
-                };
-                let mut sequences = sampler::choices(seed, first, labels.len());
-                let mut choice = Choice::Random(&mut sequences);
-                let (latents, _) = sampler.assisted(
-                    noise,
-                    &conditions(labels)?,
-                    *timesteps,
-                    &*teacher,
-                    *teacher_start,
-                    distribution,
-                    &mut choice,
-                )?;
-                Ok(Drawn {
-                    latents,
-                    tokens: None,
-                })
-            })
-        }
-        Sampler::Independent {
-            trajectories,
-            after,
-            distribution,
-            ..
-        } => {
-            let teacher = bundle.teacher(backend)?;
-            let marginals =
-                Marginals::count(&Dataset::open(context.input_dir(trajectories)?)?, shape)?;
-            Box::new(move |first, classes, _| {
-                let mut sequences = sampler::choices(seed, first, classes.len());
-                let known = match after {
-                    0 => None,
-                    _ => {
-                        let mut choice = Choice::Random(&mut sequences);
-                        let ids = autoregressive(
-                            &*teacher,
-                            &conditions(classes)?,
-                            distribution,
-                            &mut choice,
-                            None,
-                            *after,
-                        )?;
-                        Some(B::to_indices(&ids)?)
-                    }
-                };
-                let ids = marginals.draw(classes, known.as_deref(), &mut sequences);
-                of_tokens(
-                    &codebook,
-                    backend.indices(&ids, &[classes.len(), shape.tokens()])?,
-                )
-            })
-        }
-    })
-}
-
-fn same_codebook(a: &crate::bundle::Config, b: &crate::bundle::Config, stage: &str) -> Result<()> {
-    if a.tokenizer == b.tokenizer {
-        return Ok(());
-    }
-    Err(Error::option(
-        "/sampler/teacher",
-        format!("{stage} has another tokenizer than the student was distilled with"),
-    ))
-}
-
-/// How often each code stands at each position, per class.
-struct Marginals {
-    /// Running sums (class, position, code).
-    cumulative: Vec<u64>,
-    tokens: usize,
-    vocabulary: usize,
-}
-
-impl Marginals {
-    fn count(dataset: &Dataset, shape: &TokenShape) -> Result<Self> {
-        let (l, k) = (shape.tokens(), shape.vocabulary);
-        let ConditionShape::Classes(classes) = shape.condition else {
-            return Err(Error::option(
-                "/sampler",
-                "the baseline counts the tokens of each class; this model is conditioned on captions",
-            ));
-        };
-        if dataset.shape() != *shape {
-            return Err(Error::option(
-                "/sampler/trajectories",
-                "the trajectories were made with a teacher of another shape",
-            ));
-        }
-        let mut counts = vec![0u64; classes * l * k];
-        for (sample, &class) in dataset.labels.iter().enumerate() {
-            for (position, token) in dataset.tokens_of(sample)?.into_iter().enumerate() {
-                counts[(class as usize * l + position) * k + token as usize] += 1;
-            }
-        }
-        for row in counts.chunks_exact_mut(k) {
-            row.iter_mut().fold(0, |sum, count| {
-                *count += sum;
-                *count
-            });
-            if row[k - 1] == 0 {
-                return Err(Error::option(
-                    "/sampler/trajectories",
-                    "a class has no trajectory to count",
-                ));
-            }
-        }
-        Ok(Self {
-            cumulative: counts,
-            tokens: l,
-            vocabulary: k,
-        })
-    }
-
-    /// Tokens (b, L); the first ones are `known` (b, l'), where given.
-    fn draw(
-        &self,
-        classes: &[u32],
-        known: Option<&[u32]>,
-        sequences: &mut [random::Sequence],
-    ) -> Vec<u32> {
-        let (l, k) = (self.tokens, self.vocabulary);
-        let given = known.map_or(0, |ids| ids.len() / classes.len());
-        let mut out = Vec::with_capacity(classes.len() * l);
-        for (i, (&class, sequence)) in classes.iter().zip(sequences).enumerate() {
-            out.extend(
-                known
-                    .into_iter()
-                    .flat_map(|ids| &ids[i * given..(i + 1) * given]),
-            );
-            for position in given..l {
-                let row = &self.cumulative[(class as usize * l + position) * k..][..k];
-                let at = sequence.below(row[k - 1] as usize) as u64;
-                out.push(row.partition_point(|&sum| sum <= at) as u32);
-            }
-        }
-        out
-    }
-}
-
 /// Name of the file with the captions, in the order of their numbers.
 const CAPTIONS: &str = "captions.json";
-/// Name of the file with the samples.
-pub const SAMPLES: &str = "samples.safetensors";
-
-/// A set of samples on the host.
-pub struct Samples {
-    /// Class of each image, or number of its caption.
-    pub labels: Vec<u32>,
-    noise: Vec<f32>,
-    tokens: Vec<u32>,
-    latents: Vec<f32>,
-    /// Pixels (n, c, H, W) in [0, 1].
-    pub images: Vec<f32>,
-    /// Channels, height, width.
-    pub image: [usize; 3],
-    shape: TokenShape,
-}
-
-impl Samples {
-    fn write(&self, path: &Path) -> Result<()> {
-        let (n, l, d) = (self.labels.len(), self.shape.tokens(), self.shape.dim);
-        let [c, h, w] = self.image;
-        let ids =
-            |x: &[u32]| -> Vec<u8> { x.iter().flat_map(|&x| i64::from(x).to_le_bytes()).collect() };
-        let mut tensors = vec![
-            ("labels", Dtype::I64, vec![n], ids(&self.labels)),
-            (
-                "noise",
-                Dtype::F32,
-                vec![n, l, d],
-                weights::le_bytes(&self.noise),
-            ),
-            (
-                "latents",
-                Dtype::F32,
-                vec![n, l, d],
-                weights::le_bytes(&self.latents),
-            ),
-            (
-                "images",
-                Dtype::F32,
-                vec![n, c, h, w],
-                weights::le_bytes(&self.images),
-            ),
-        ];
-        if !self.tokens.is_empty() {
-            tensors.push(("tokens", Dtype::I64, vec![n, l], ids(&self.tokens)));
-        }
-        let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
-            TensorView::new(*dtype, shape.clone(), bytes)
-                .map(|view| (*name, view))
-                .map_err(|e| Error::data(path, e))
-        });
-        let views: Vec<_> = views.collect::<Result<_>>()?;
-        safetensors::serialize_to_file(views, None, path).map_err(|e| Error::data(path, e))
-    }
-
-    /// The images of the first samples of each class, class by class, and the number of rows they fill.
-    fn by_class(&self, columns: usize) -> (Vec<f32>, usize) {
-        let size = self.image.iter().product::<usize>();
-        let (picks, rows) = by_class(&self.labels, columns);
-        let images = picks.iter().flat_map(|&i| &self.images[i * size..][..size]);
-        (images.copied().collect(), rows)
-    }
-}
-
-/// The first `columns` samples of each class, class by class (at most 16 classes), and the number of rows they fill:
-/// classes with fewer samples are left out unless none has enough.
-pub fn by_class(labels: &[u32], columns: usize) -> (Vec<usize>, usize) {
-    let mut classes: Vec<u32> = labels.to_vec();
-    classes.sort_unstable();
-    classes.dedup();
-    let (mut out, mut rows) = (Vec::new(), 0);
-    for class in classes {
-        let members = (0..labels.len()).filter(|&i| labels[i] == class);
-        let members: Vec<usize> = members.take(columns).collect();
-        if members.len() == columns && rows < 16 {
-            out.extend(members);
-            rows += 1;
-        }
-    }
-    if rows == 0 {
-        return ((0..labels.len().min(64)).collect(), 1);
-    }
-    (out, rows)
-}
-
-/// The labels and images of a sample artifact; images stay in the file until they are asked for.
-pub struct SampleFile {
-    /// Class of each image.
-    pub labels: Vec<u32>,
-    /// Channels, height, width.
-    pub image: [usize; 3],
-    stored: Stored,
-}
-
-impl SampleFile {
-    /// Opens a sample artifact.
-    pub fn open(dir: &Path) -> Result<Self> {
-        let stored = Stored::open(&dir.join(SAMPLES), None)?;
-        let shape = stored.shape("images").unwrap_or_default();
-        let &[n, c, h, w] = shape else {
-            let message = format!("images of shape {shape:?}, expected (n, c, H, W)");
-            return Err(Error::data(stored.path(), message));
-        };
-        let labels = stored.indices("labels")?;
-        if labels.len() != n {
-            let message = format!("{} labels for {n} images", labels.len());
-            return Err(Error::data(stored.path(), message));
-        }
-        Ok(Self {
-            labels,
-            image: [c, h, w],
-            stored,
-        })
-    }
-
-    /// `count` images from the one with index `first` on, in [0, 1].
-    pub fn read(&self, first: usize, count: usize) -> Result<Vec<f32>> {
-        self.stored.rows("images", first, count)
-    }
-}

@@ -1,15 +1,14 @@
 //! `trajectories`: the noise -> tokens dataset, by AR flow matching with a teacher (arXiv 2412.17153, section 3.2).
 //!
-//! Sample i has class i mod classes, or caption i mod captions, and the noise of (seed, i), so that shards may be made in any order, anywhere, with
-//! any batch size. A finished shard stays in the work directory: an interruption loses at most the open one. A part of a
-//! divided stage makes every so many-th shard there, and the whole takes over all of them.
+//! Sample i has class i mod classes, or caption i mod captions, and the noise of (seed, i), so that shards may be made in any
+//! order, anywhere, with any batch size.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
-use retort_abi::{ArtifactMeta, Cancel, LogLevel, StageResult};
-use retort_checkpoint::trajectories::{FORMAT, MANIFEST, Manifest, Shard, hash, joined};
+use retort_abi::{ArtifactMeta, LogLevel, StageResult};
+use retort_checkpoint::pieces::{MANIFEST, Shard};
+use retort_checkpoint::trajectories::{FORMAT, Manifest};
 use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::json;
@@ -22,9 +21,9 @@ use crate::error::{Error, Result};
 use crate::flow;
 use crate::random;
 use crate::sampler::{Choice, Distribution, autoregressive};
-use crate::stage::condition::{Features, Given, Labels, Made, Texts, Wish};
+use crate::stage::condition::{Features, Given, Labels, Made, Texts, Wish, same_noise};
+use crate::stage::shards::{self, Division, Part, batches, hashed};
 use crate::stage::{Context, Stage, link, resolve, write_json};
-use crate::train::replace;
 
 /// Options of `trajectories`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -63,7 +62,7 @@ pub struct Options {
     /// Noise (count, L, D) from a file instead of the seed.
     #[serde(default)]
     pub noise: Option<Given>,
-    /// Classes of the samples: `balanced` (the default), a list, or a tensor of a file. For a model of classes.
+    /// Classes of the samples: `balanced` (the default), `drawn`, a list, or a tensor of a file. For a model of classes.
     #[serde(default)]
     pub labels: Option<Labels>,
     /// Captions of the samples, a text, a list of texts or the lines of a file: sample i has caption i mod their number. For a
@@ -79,11 +78,6 @@ pub struct Options {
     pub features: Option<Features>,
 }
 
-/// A folder with a part of a dataset.
-#[derive(Debug, Clone, Deserialize, JsonSchema)]
-#[serde(transparent)]
-pub struct Part(#[schemars(extend("x-retort-file" = "dir"))] String);
-
 fn shard_size() -> u64 {
     10_000
 }
@@ -96,16 +90,22 @@ pub(crate) fn solver_steps() -> usize {
 }
 
 impl Options {
-    /// The shards that cover some samples, in order, each with the file that holds it already, if a part does.
-    fn shards(
+    fn division(&self) -> Division {
+        Division {
+            count: self.count,
+            range: self.range,
+            size: self.shard_size,
+        }
+    }
+
+    /// What the parts hold.
+    fn parts(
         &self,
         manifest: &Manifest,
         subjects: &Subjects,
         base: &Path,
-        range: Range<u64>,
-    ) -> Result<Vec<(Shard, Option<PathBuf>)>> {
-        let mut parts = Vec::new();
-        for Part(part) in &self.parts {
+    ) -> Result<Vec<(PathBuf, Vec<Shard>)>> {
+        let part = |Part(part): &Part| {
             let dir = resolve(base, part);
             let shards = manifest.of_part(&dir)?;
             let features = dir.join(captions::FILE);
@@ -115,36 +115,9 @@ impl Options {
                 let message = "these are not the features of this stage's captions; give all parts the same `features`";
                 return Err(Error::data(features, message));
             }
-            parts.push((dir, shards));
-        }
-        let (mut shards, mut next) = (Vec::new(), range.start);
-        let gap = |samples| cut(samples, self.shard_size).map(|shard| (shard, None));
-        for (dir, found) in joined(parts)? {
-            let from = dir.join(&found.file);
-            if found.start < range.start || found.end > range.end {
-                let message = format!(
-                    "{}: samples {}..{} lie beyond {}..{}",
-                    from.display(),
-                    found.start,
-                    found.end,
-                    range.start,
-                    range.end
-                );
-                return Err(Error::option("/parts", message));
-            }
-            shards.extend(gap(next..found.start));
-            next = found.end;
-            let hash = found.hash;
-            shards.push((
-                Shard {
-                    hash,
-                    ..Shard::of(found.start..found.end)
-                },
-                Some(from),
-            ));
-        }
-        shards.extend(gap(next..range.end));
-        Ok(shards)
+            Ok((dir, shards))
+        };
+        self.parts.iter().map(part).collect()
     }
 
     fn wish(&self) -> Wish<'_> {
@@ -155,14 +128,6 @@ impl Options {
             features: self.features.as_ref(),
         }
     }
-}
-
-/// Samples cut at the multiples of a size.
-fn cut(samples: Range<u64>, size: u64) -> impl Iterator<Item = Shard> {
-    let Range { start, end } = samples;
-    (start / size..end.div_ceil(size))
-        .map(move |i| Shard::of((i * size).max(start)..((i + 1) * size).min(end)))
-        .filter(|shard| shard.start < shard.end)
 }
 
 /// The stage.
@@ -177,15 +142,7 @@ impl<B: Backend> Stage<B> for Trajectories {
     const DIVISIBLE: bool = true;
 
     fn check(o: &Options, base: &Path) -> Result<()> {
-        if let Some([start, end]) = o.range
-            && (start >= end || end > o.count)
-        {
-            let message = format!(
-                "range [{start}, {end}]: expected [start, end] with start < end, and end at most {}, the count",
-                o.count
-            );
-            return Err(Error::option("/range", message));
-        }
+        o.division().check()?;
         o.wish().check(base)
     }
 
@@ -203,14 +160,13 @@ impl<B: Backend> Stage<B> for Trajectories {
         };
         let base = &context.job.base_dir;
         let (l, d) = (shape.tokens(), shape.dim);
-        let given = o
-            .noise
-            .as_ref()
-            .map(|g| g.floats(base, &[o.count as usize, l, d]))
-            .transpose()?;
+        let given = match &o.noise {
+            Some(given) => Some(given.rows(base, &[o.count as usize, l, d])?),
+            None => None,
+        };
         let noise_of = |i: Range<u64>| match &given {
-            Some(all) => all[i.start as usize * l * d..i.end as usize * l * d].to_vec(),
-            None => random::noises(seed, i, l, d),
+            Some(given) => given.read(i),
+            None => Ok(random::noises(seed, i, l, d)),
         };
 
         let mut manifest = Manifest {
@@ -227,22 +183,15 @@ impl<B: Backend> Stage<B> for Trajectories {
             shards: Vec::new(),
         };
         let work = context.work_dir()?;
-        let [first, last] = o.range.unwrap_or([0, o.count]);
-        let shards = o.shards(&manifest, &subjects, base, first..last)?;
-        let given_of = |shard: &Shard| {
-            let within = |x: u64| x as usize * l * d;
-            given
-                .as_ref()
-                .map(|all| &all[within(shard.start)..within(shard.end)])
-        };
+        let division = o.division();
+        let shards = division.shards(o.parts(&manifest, &subjects, base)?)?;
         let labels_of = |shard: &Shard| &labels[shard.start as usize..shard.end as usize];
         // Whether a file holds the samples that this stage would make.
         let check = |path: &Path, shard: &Shard| -> Result<()> {
             let (stored, found) = open_shard(&manifest, path, shard)?;
-            let noise = stored.shape("noise").map(|_| stored.floats("noise"));
             let other = if found != labels_of(shard) {
                 "labels"
-            } else if noise.transpose()?.as_deref() != given_of(shard) {
+            } else if !same_noise(given.as_ref(), &stored, shard, o.batch)? {
                 "noise"
             } else {
                 return Ok(());
@@ -252,38 +201,7 @@ impl<B: Backend> Stage<B> for Trajectories {
         };
         // Loaded once there is something to make.
         let mut networks = None;
-        let own: Vec<&(Shard, Option<PathBuf>)> = match context.job.part {
-            None => shards.iter().collect(),
-            Some(part) => {
-                let open = shards.iter().filter(|(_, from)| from.is_none());
-                let numbered = open.enumerate();
-                numbered
-                    .filter_map(|(number, shard)| part.takes(number).then_some(shard))
-                    .collect()
-            }
-        };
-        let total = own.iter().map(|(shard, _)| shard.end - shard.start).sum();
-        let (mut done, mut made, clock) = (0, 0, Instant::now());
-        if context.job.part.is_some() {
-            // What all parts have to do is known once each has said its share.
-            host.progress(done, total, "samples");
-        }
-        for (shard, from) in own {
-            let path = work.join(&shard.file);
-            let size = shard.end - shard.start;
-            if let Some(from) = from {
-                check(from, shard)?;
-                replace(&path, |partial| {
-                    std::fs::copy(from, partial)
-                        .map(drop)
-                        .map_err(Error::io(from))
-                })?;
-            }
-            if from.is_some() || check(&path, shard).is_ok() {
-                done += size;
-                host.progress(done, total, "samples");
-                continue;
-            }
+        let made = shards::make(context, &shards, "samples", check, |path, shard, line| {
             let (teacher, codebook) = match &mut networks {
                 Some(loaded) => loaded,
                 none => {
@@ -291,21 +209,17 @@ impl<B: Backend> Stage<B> for Trajectories {
                     none.insert((bundle.teacher(backend)?, codebook))
                 }
             };
-            let mut tokens: Vec<u32> = Vec::with_capacity(size as usize * l);
-            let mut start = shard.start;
-            while start < shard.end {
-                if host.cancelled() != Cancel::Run {
-                    return Err(Error::Cancelled);
-                }
-                let end = (start + o.batch as u64).min(shard.end);
-                let n = (end - start) as usize;
-                let noise = backend.floats(&noise_of(start..end), &[n, l, d])?;
+            let mut tokens: Vec<u32> = Vec::with_capacity((shard.end - shard.start) as usize * l);
+            for batch in batches(shard.start..shard.end, o.batch) {
+                line.go_on()?;
+                let classes = &labels[batch.start as usize..batch.end as usize];
+                let first = batch.start;
+                let noise = backend.floats(&noise_of(batch)?, &[classes.len(), l, d])?;
                 let mut choice = Choice::Flow {
                     noise: &noise,
                     codebook,
                     solver,
                 };
-                let classes = &labels[start as usize..end as usize];
                 let ids = autoregressive(
                     &**teacher,
                     &subjects.conditions(backend, classes)?,
@@ -313,35 +227,34 @@ impl<B: Backend> Stage<B> for Trajectories {
                     &mut choice,
                     None,
                     shape.steps.len(),
-                )?;
+                )
+                .map_err(|e| e.of_samples(first))?;
                 tokens.extend(B::to_indices(&ids)?);
-                (start, done, made) = (end, done + n as u64, made + n as u64);
-                host.progress(done, total, "samples");
+                line.made(classes.len() as u64);
             }
-            let noise = given_of(shard).map(|noise| (noise, d));
-            replace(&path, |partial| {
-                write_shard(partial, labels_of(shard), &tokens, noise)
-            })?;
-        }
-        if made > 0 {
-            let rate = made as f64 / clock.elapsed().as_secs_f64();
-            host.metric("trajectories/samples_per_second", done, rate);
-            host.log(
-                LogLevel::Info,
-                &format!("{made} trajectories, {rate:.0} per second"),
-            );
+            let noise = match &given {
+                Some(given) => Some(given.read(shard.start..shard.end)?),
+                None => None,
+            };
+            let noise = noise.as_deref().map(|noise| (noise, d));
+            write_shard(path, labels_of(shard), &tokens, noise)
+        })?;
+        if made.samples > 0 {
+            let rate = made.samples as f64 / made.seconds;
+            host.metric("trajectories/samples_per_second", made.share, rate);
+            let count = made.samples;
+            let message = format!("{count} trajectories, {rate:.0} per second");
+            host.log(LogLevel::Info, &message);
         }
         if context.job.part.is_some() {
             return Ok(StageResult::of_part());
         }
-        manifest.shards = shards.into_iter().map(|(shard, _)| shard).collect();
-        for shard in &mut manifest.shards {
-            shard.hash = Some(hash(&work.join(&shard.file))?);
-        }
+        manifest.shards = hashed(work, shards)?;
+        let samples = division.samples();
         context.finish(
             "trajectories",
             ArtifactMeta::default(),
-            json!({ "count": last - first }),
+            json!({ "count": samples.end - samples.start }),
             |dir| {
                 let captions = matches!(subjects, Subjects::Captions(_)).then_some(captions::FILE);
                 let shards = manifest.shards.iter().map(|shard| shard.file.as_str());

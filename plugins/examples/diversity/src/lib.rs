@@ -5,8 +5,8 @@
 //! images have a twin closer than a threshold. A student that has learnt one picture per class has good single images
 //! and no diversity.
 //!
-//! The artifact's format is the runner's documentation: `samples.safetensors` with `labels` (n) and `images`
-//! (n, c, H, W).
+//! The artifact's format is the runner's documentation: a `manifest.json` that names shards, safetensors with `labels` (n)
+//! and `images` (n, c, H, W), as bytes or as f32 in [0, 1]. One shard is in memory at a time.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -65,7 +65,7 @@ impl Plugin for Diversity {
                 kind: "diversity".into(),
                 summary: "distances within classes, and twins".into(),
                 output: "diversity".into(),
-                revision: 0,
+                revision: 1,
                 divisible: false,
                 schema: schema(),
             }],
@@ -174,24 +174,42 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
     (a.iter().zip(b).map(square).sum::<f64>() / a.len() as f64).sqrt()
 }
 
+/// What is read of `manifest.json`.
+#[derive(Deserialize)]
+struct Manifest {
+    shards: Vec<Shard>,
+}
+
+/// A file of samples.
+#[derive(Deserialize)]
+struct Shard {
+    file: String,
+}
+
 /// The first `max` images of each class of a sample artifact.
 fn read_classes(dir: &Path, max: usize) -> Result<Classes, Failure> {
-    let path = dir.join("samples.safetensors");
-    let bad =
-        |what: String| Failure::new(FailureCode::BadData, format!("{}: {what}", path.display()));
-    let bytes = std::fs::read(&path).map_err(|error| bad(error.to_string()))?;
+    let path = dir.join("manifest.json");
+    let bad = |what: String| bad(&path, what);
+    let text = std::fs::read_to_string(&path).map_err(|error| bad(error.to_string()))?;
+    let manifest: Manifest = serde_json::from_str(&text).map_err(|error| bad(error.to_string()))?;
+    let mut classes = Classes::new();
+    for shard in &manifest.shards {
+        read_shard(&dir.join(&shard.file), max, &mut classes)?;
+    }
+    Ok(classes)
+}
+
+fn bad(path: &Path, what: String) -> Failure {
+    Failure::new(FailureCode::BadData, format!("{}: {what}", path.display()))
+}
+
+/// Adds the images of a shard to their classes, up to `max` of each.
+fn read_shard(path: &Path, max: usize, classes: &mut Classes) -> Result<(), Failure> {
+    let bad = |what: String| bad(path, what);
+    let bytes = std::fs::read(path).map_err(|error| bad(error.to_string()))?;
     let file = SafeTensors::deserialize(&bytes).map_err(|error| bad(error.to_string()))?;
-    let tensor = |name: &str, dtype: Dtype| {
-        let tensor = file.tensor(name).map_err(|error| bad(error.to_string()))?;
-        if tensor.dtype() != dtype {
-            return Err(bad(format!(
-                "`{name}` is {:?}, expected {dtype:?}",
-                tensor.dtype()
-            )));
-        }
-        Ok(tensor)
-    };
-    let (labels, images) = (tensor("labels", Dtype::I64)?, tensor("images", Dtype::F32)?);
+    let tensor = |name: &str| file.tensor(name).map_err(|error| bad(error.to_string()));
+    let (labels, images) = (tensor("labels")?, tensor("images")?);
     let &[count, channels, height, width] = images.shape() else {
         return Err(bad(format!(
             "images of shape {:?}, expected (n, c, H, W)",
@@ -204,28 +222,44 @@ fn read_classes(dir: &Path, max: usize) -> Result<Classes, Failure> {
             labels.shape()
         )));
     }
-    let size = channels * height * width;
-    let labels = labels
-        .data()
-        .as_chunks::<8>()
-        .0
-        .iter()
-        .map(|&bytes| i64::from_le_bytes(bytes));
-    let pixels: Vec<f32> = images
-        .data()
-        .as_chunks::<4>()
-        .0
-        .iter()
-        .map(|&bytes| f32::from_le_bytes(bytes))
-        .collect();
-    let mut classes = Classes::new();
-    for (label, image) in labels.zip(pixels.chunks_exact(size.max(1))) {
+    // Unsigned, in the narrowest type that holds all of them.
+    let width_of = match labels.dtype() {
+        Dtype::U8 => 1,
+        Dtype::U16 => 2,
+        Dtype::U32 => 4,
+        other => {
+            return Err(bad(format!(
+                "labels are {other:?}, expected u8, u16 or u32"
+            )));
+        }
+    };
+    let label = |bytes: &[u8]| {
+        let digits = bytes.iter().rev();
+        digits.fold(0, |label, &byte| label << 8 | i64::from(byte))
+    };
+    let pixel_bytes = match images.dtype() {
+        Dtype::U8 => 1,
+        Dtype::F32 => 4,
+        other => return Err(bad(format!("images are {other:?}, expected u8 or f32"))),
+    };
+    let pixels = |bytes: &[u8]| -> Vec<f32> {
+        match pixel_bytes {
+            1 => bytes.iter().map(|&x| f32::from(x) / 255.0).collect(),
+            _ => {
+                let floats = bytes.as_chunks::<4>().0.iter();
+                floats.map(|&x| f32::from_le_bytes(x)).collect()
+            }
+        }
+    };
+    let size = channels * height * width * pixel_bytes;
+    let labels = labels.data().chunks_exact(width_of).map(label);
+    for (label, image) in labels.zip(images.data().chunks_exact(size.max(1))) {
         let members = classes.entry(label).or_default();
         if members.len() < max {
-            members.push(image.to_vec());
+            members.push(pixels(image));
         }
     }
-    Ok(classes)
+    Ok(())
 }
 
 #[cfg(test)]

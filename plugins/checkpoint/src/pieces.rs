@@ -1,0 +1,225 @@
+//! Samples in files that anyone can make in any order: which samples a file holds, how they are cut, and which files make
+//! a whole. Trajectories and sets of samples lie on disk so. Deliberately absent: what a sample is.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::regular;
+
+/// Name of the manifest.
+pub const MANIFEST: &str = "manifest.json";
+/// Bytes of the longest manifest that is read: half a million shards.
+const LONGEST_MANIFEST: u64 = 64 << 20;
+
+/// What is wrong with a file of a dataset.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {message}", path.display())]
+pub struct Fault {
+    /// The file.
+    pub path: PathBuf,
+    /// What is wrong, and what was expected.
+    pub message: String,
+}
+
+impl Fault {
+    /// Something wrong with a file.
+    pub fn new(path: impl Into<PathBuf>, message: impl std::fmt::Display) -> Self {
+        Self {
+            path: path.into(),
+            message: message.to_string(),
+        }
+    }
+}
+
+/// A file of samples `start..end`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Shard {
+    /// Name beside the manifest.
+    pub file: String,
+    /// First sample.
+    pub start: u64,
+    /// One past the last sample.
+    pub end: u64,
+    /// Hex BLAKE3 of the file; unknown of one that is still to be made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hash: Option<String>,
+}
+
+impl Shard {
+    /// The shard of some samples, under the name that it has everywhere.
+    pub fn of(samples: Range<u64>) -> Self {
+        Self {
+            file: format!("shard-{:09}.safetensors", samples.start),
+            start: samples.start,
+            end: samples.end,
+            hash: None,
+        }
+    }
+
+    /// Whether it holds a sample and keeps to its directory.
+    pub fn is_sound(&self) -> bool {
+        let name = Path::new(&self.file);
+        self.start < self.end && name.file_name().is_some_and(|own| own == name.as_os_str())
+    }
+}
+
+/// Samples cut at the multiples of a size.
+pub fn cut(samples: Range<u64>, size: u64) -> impl Iterator<Item = Shard> {
+    let Range { start, end } = samples;
+    (start / size..end.div_ceil(size))
+        .map(move |i| Shard::of((i * size).max(start)..((i + 1) * size).min(end)))
+        .filter(|shard| shard.start < shard.end)
+}
+
+/// The samples that shards cover, in order, as ranges that do not touch.
+pub fn ranges(shards: &[Shard]) -> Vec<Range<u64>> {
+    let mut shards: Vec<&Shard> = shards.iter().collect();
+    shards.sort_by_key(|shard| shard.start);
+    let mut ranges: Vec<Range<u64>> = Vec::new();
+    for shard in shards {
+        match ranges.last_mut() {
+            Some(last) if last.end >= shard.start => last.end = last.end.max(shard.end),
+            _ => ranges.push(shard.start..shard.end),
+        }
+    }
+    ranges
+}
+
+/// The samples of 0..count that no shard holds.
+pub fn gaps(shards: &[Shard], count: u64) -> Vec<Range<u64>> {
+    let ranges = ranges(shards);
+    let ends = [0].into_iter().chain(ranges.iter().map(|range| range.end));
+    let starts = ranges.iter().map(|range| range.start).chain([count]);
+    ends.zip(starts)
+        .map(|(from, to)| from..to)
+        .filter(|gap| gap.start < gap.end)
+        .collect()
+}
+
+/// Reads the manifest of a directory; `shards` and `format` are those of what was read.
+///
+/// # Errors
+/// It is missing, no manifest, of another format, or names files elsewhere.
+pub fn read_manifest<M: DeserializeOwned>(
+    dir: &Path,
+    format: u32,
+    of: impl Fn(&M) -> (u32, &[Shard]),
+) -> Result<M, Fault> {
+    let path = dir.join(MANIFEST);
+    let text = regular::read(&path, LONGEST_MANIFEST).map_err(|e| Fault::new(&path, e))?;
+    let manifest: M = serde_json::from_slice(&text).map_err(|e| Fault::new(&path, e))?;
+    let (found, shards) = of(&manifest);
+    let wrong = if found != format {
+        format!("format {found}, expected {format}")
+    } else if let Some(bad) = shards.iter().find(|shard| !shard.is_sound()) {
+        let Shard {
+            start, end, file, ..
+        } = bad;
+        format!("samples {start}..{end} in `{file}`: no shard")
+    } else {
+        return Ok(manifest);
+    };
+    Err(Fault::new(path, wrong))
+}
+
+/// Shards of several parts in the order of their samples, each with its folder. The same samples made twice are taken once.
+///
+/// # Errors
+/// Two overlap.
+pub fn joined(parts: Vec<(PathBuf, Vec<Shard>)>) -> Result<Vec<(PathBuf, Shard)>, Fault> {
+    let mut all: Vec<(PathBuf, Shard)> = parts
+        .into_iter()
+        .flat_map(|(dir, shards)| shards.into_iter().map(move |shard| (dir.clone(), shard)))
+        .collect();
+    all.sort_by_key(|(_, shard)| (shard.start, shard.end));
+    all.dedup_by_key(|(_, shard)| (shard.start, shard.end));
+    for pair in all.windows(2) {
+        let [(one, a), (other, b)] = pair else {
+            continue;
+        };
+        if b.start < a.end {
+            let message = format!(
+                "its samples {}..{} overlap with {}..{} of {}",
+                b.start,
+                b.end,
+                a.start,
+                a.end,
+                one.join(&a.file).display()
+            );
+            return Err(Fault::new(other.join(&b.file), message));
+        }
+    }
+    Ok(all)
+}
+
+/// Hex BLAKE3 of a file.
+///
+/// # Errors
+/// It cannot be read.
+pub fn hash(path: &Path) -> Result<String, Fault> {
+    let read = || -> std::io::Result<String> {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update_reader(regular::open(path)?)?;
+        Ok(hasher.finalize().to_hex().to_string())
+    };
+    read().map_err(|e| Fault::new(path, e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shards(ranges: &[[u64; 2]]) -> Vec<Shard> {
+        let all = ranges.iter();
+        all.map(|&[start, end]| Shard::of(start..end)).collect()
+    }
+
+    #[test]
+    fn ranges_and_gaps() {
+        let ends = |ranges: Vec<Range<u64>>| -> Vec<[u64; 2]> {
+            ranges.iter().map(|r| [r.start, r.end]).collect()
+        };
+        let whole = shards(&[[0, 40], [40, 100]]);
+        assert_eq!(ends(ranges(&whole)), [[0, 100]]);
+        assert!(gaps(&whole, 100).is_empty());
+        let parts = shards(&[[50, 60], [10, 20], [20, 30]]);
+        assert_eq!(ends(ranges(&parts)), [[10, 30], [50, 60]]);
+        assert_eq!(ends(gaps(&parts, 100)), [[0, 10], [30, 50], [60, 100]]);
+        assert_eq!(ends(gaps(&[], 100)), [[0, 100]]);
+    }
+
+    #[test]
+    fn parts_are_joined_in_order_and_must_not_overlap() {
+        let part = |name: &str, ranges: &[[u64; 2]]| (name.into(), shards(ranges));
+        let all = joined(vec![
+            part("b", &[[20, 40], [0, 20]]),
+            part("a", &[[40, 50], [0, 20]]),
+        ])
+        .unwrap();
+        let found: Vec<(u64, u64)> = all.iter().map(|(_, s)| (s.start, s.end)).collect();
+        assert_eq!(found, [(0, 20), (20, 40), (40, 50)]);
+        let error = joined(vec![part("a", &[[0, 20]]), part("b", &[[10, 30]])]).unwrap_err();
+        let said = error.to_string();
+        assert!(
+            said.contains("b/shard-000000010.safetensors: its samples 10..30 overlap"),
+            "{said}"
+        );
+        assert!(
+            said.contains("0..20 of a/shard-000000000.safetensors"),
+            "{said}"
+        );
+    }
+
+    #[test]
+    fn samples_are_cut_at_multiples() {
+        let ends = |from: u64, to: u64| -> Vec<[u64; 2]> {
+            cut(from..to, 10).map(|s| [s.start, s.end]).collect()
+        };
+        assert_eq!(ends(0, 25), [[0, 10], [10, 20], [20, 25]]);
+        assert_eq!(ends(7, 12), [[7, 10], [10, 12]]);
+        assert_eq!(ends(5, 5), [[0u64; 2]; 0]);
+    }
+}

@@ -1,0 +1,119 @@
+//! The figures of sets of samples as a table and as values in a file. One that cannot be had stands as `n/a` with its
+//! reason: too few samples for it are no fault of the others.
+
+use retort_abi::Table;
+use serde_json::{Map, Value, json};
+
+use super::measure::Had;
+
+/// A figure of a set.
+pub struct Figure {
+    /// Name in metrics and files.
+    pub key: &'static str,
+    /// Head of its column.
+    title: &'static str,
+    /// Digits shown behind the point.
+    digits: i32,
+    /// Its value, or why there is none.
+    pub value: Had<f64>,
+}
+
+impl Figure {
+    /// A figure.
+    pub fn new(key: &'static str, title: &'static str, digits: i32, value: Had<f64>) -> Self {
+        Self {
+            key,
+            title,
+            digits,
+            value,
+        }
+    }
+
+    fn cell(&self) -> Value {
+        match &self.value {
+            Ok(x) => {
+                let power = 10f64.powi(self.digits);
+                json!((x * power).round() / power)
+            }
+            Err(reason) => json!(format!("n/a: {reason}")),
+        }
+    }
+}
+
+/// The figures of a set, the Frechet distance first.
+pub struct Row {
+    /// The set, as figures and metrics name it.
+    pub name: String,
+    /// Number of samples.
+    pub count: usize,
+    /// Its figures, the same ones in every row.
+    pub figures: Vec<Figure>,
+}
+
+impl Row {
+    /// Values by key; reasons under `not_available`.
+    pub fn summary(&self) -> Value {
+        let mut values = Map::from_iter([("samples".to_owned(), json!(self.count))]);
+        let mut reasons = Map::new();
+        for figure in &self.figures {
+            let value = match &figure.value {
+                Ok(value) => json!(value),
+                Err(reason) => {
+                    reasons.insert(figure.key.to_owned(), json!(reason));
+                    Value::Null
+                }
+            };
+            values.insert(figure.key.to_owned(), value);
+        }
+        if !reasons.is_empty() {
+            values.insert("not_available".to_owned(), reasons.into());
+        }
+        values.into()
+    }
+}
+
+/// Adds the ratio of each Frechet distance to that of the set `reference`, if there is such a set among these.
+pub fn relate(rows: &mut [Row], reference: &str) {
+    let base = rows.iter().find(|row| row.name == reference);
+    let Some(base) = base.map(|row| row.figures[0].value.clone()) else {
+        return;
+    };
+    for row in rows {
+        let ratio = match (&row.figures[0].value, &base) {
+            (Ok(own), Ok(base)) => Ok(own / base),
+            (Err(reason), _) => Err(reason.clone()),
+            (_, Err(reason)) => Err(format!("{reference}: {reason}")),
+        };
+        row.figures
+            .insert(1, Figure::new("frechet_ratio", RATIO, 2, ratio));
+    }
+}
+
+/// Head of the column of ratios; the table names the set.
+const RATIO: &str = "x";
+
+/// The figures of all sets.
+pub fn table(title: String, rows: &[Row], reference: &str) -> Table {
+    let head = |figure: &Figure| match figure.title {
+        RATIO => format!("x {reference}"),
+        title => title.to_owned(),
+    };
+    let figures = rows.first().map_or(&[][..], |row| &row.figures);
+    Table {
+        title,
+        columns: ["set", "samples"]
+            .map(str::to_owned)
+            .into_iter()
+            .chain(figures.iter().map(head))
+            .collect(),
+        rows: rows
+            .iter()
+            .map(|row| {
+                [json!(row.name), json!(row.count)]
+                    .into_iter()
+                    .chain(row.figures.iter().map(Figure::cell))
+                    .collect()
+            })
+            .collect(),
+    }
+}

@@ -1,0 +1,382 @@
+//! Who samples, and how: a function that draws a batch, for each of the samplers that a recipe can name.
+
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+use crate::backend::{Backend, FlowSolver};
+use crate::bundle::{self, Bundle};
+use crate::captions::Subjects;
+use crate::dataset::Dataset;
+use crate::error::{Error, Result};
+use crate::model::{ConditionShape, Conditions, TokenShape};
+use crate::random;
+use crate::sampler::{
+    self, Choice, Distribution, StudentSampler, ascending, autoregressive, check_timesteps,
+};
+use crate::stage::Context;
+use crate::stage::trajectories::solver_steps;
+
+/// Who samples, and how.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+pub enum Sampler {
+    /// The teacher's own AR sampler: the reference.
+    Teacher {
+        /// The stage that made the teacher.
+        #[schemars(extend("x-retort-artifact" = ["teacher"]))]
+        teacher: String,
+        /// Its distribution.
+        #[serde(default)]
+        distribution: Distribution,
+    },
+    /// The teacher's flow map: what the student imitates.
+    Flow {
+        /// The stage that made the teacher.
+        #[schemars(extend("x-retort-artifact" = ["teacher"]))]
+        teacher: String,
+        /// Its distribution.
+        #[serde(default)]
+        distribution: Distribution,
+        /// Steps of the flow map's solver, an evaluation of the codebook each.
+        #[serde(default = "solver_steps")]
+        #[schemars(range(min = 1))]
+        solver_steps: usize,
+    },
+    /// k-step sampling, one pass per timestep.
+    Student {
+        /// The stage that distilled the student.
+        #[schemars(extend("x-retort-artifact" = ["student"]))]
+        student: String,
+        /// AR steps from which the passes start, ascending from 0: [0] is one-step sampling.
+        timesteps: Vec<usize>,
+        /// AR steps whose tokens take the most probable code; later ones take the continuous head. All, if left out.
+        #[serde(default)]
+        split: Option<usize>,
+    },
+    /// Student, then teacher, then student.
+    Assisted {
+        /// The stage that distilled the student.
+        #[schemars(extend("x-retort-artifact" = ["student"]))]
+        student: String,
+        /// The stage that made the teacher.
+        #[schemars(extend("x-retort-artifact" = ["teacher"]))]
+        teacher: String,
+        /// Timesteps of the student's two passes.
+        timesteps: [usize; 2],
+        /// AR step from which the teacher samples, up to the second timestep.
+        teacher_start: usize,
+        /// AR steps whose tokens take the most probable code; later ones take the continuous head. All, if left out.
+        #[serde(default)]
+        split: Option<usize>,
+        /// The teacher's distribution.
+        #[serde(default)]
+        distribution: Distribution,
+    },
+    /// The baseline that forgets all dependence: every token from its own distribution given the class, as counted in a
+    /// trajectory dataset; with `after`, the teacher samples the first AR steps.
+    Independent {
+        /// The stage that made the teacher.
+        #[schemars(extend("x-retort-artifact" = ["teacher"]))]
+        teacher: String,
+        /// The stage that built the trajectories.
+        #[schemars(extend("x-retort-artifact" = ["trajectories"]))]
+        trajectories: String,
+        /// AR steps that the teacher samples first.
+        #[serde(default)]
+        after: usize,
+        /// The teacher's distribution.
+        #[serde(default)]
+        distribution: Distribution,
+    },
+}
+
+impl Sampler {
+    /// The stage whose output holds the tokenizer.
+    pub fn source(&self) -> &str {
+        match self {
+            Self::Teacher { teacher, .. }
+            | Self::Flow { teacher, .. }
+            | Self::Independent { teacher, .. } => teacher,
+            Self::Student { student, .. } | Self::Assisted { student, .. } => student,
+        }
+    }
+
+    /// Whether it chooses codes for all tokens.
+    pub fn chooses(&self) -> bool {
+        match self {
+            Self::Teacher { .. } | Self::Flow { .. } | Self::Independent { .. } => true,
+            Self::Student { .. } | Self::Assisted { .. } => false,
+        }
+    }
+
+    /// Refuses passes that are none.
+    pub fn check(&self) -> Result<()> {
+        match self {
+            Self::Student { timesteps, .. } if !ascending(timesteps) => {
+                let message = format!(
+                    "timesteps {timesteps:?}: expected ascending AR steps, as in [0] or [0, 6]"
+                );
+                Err(Error::option("/sampler/timesteps", message))
+            }
+            Self::Assisted {
+                timesteps,
+                teacher_start,
+                ..
+            } if !ascending(timesteps) || *teacher_start >= timesteps[1] => {
+                let message = format!(
+                    "teacher_start {teacher_start} with timesteps {timesteps:?}: expected ascending timesteps and a start below the second"
+                );
+                Err(Error::option("/sampler/teacher_start", message))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A batch's results.
+pub struct Drawn<B: Backend> {
+    /// Latents (b, L, D).
+    pub latents: B::Tensor,
+    /// Tokens (b, L), where codes were chosen.
+    pub tokens: Option<B::Tensor>,
+}
+
+/// The function that draws a batch: (index of the first sample, labels, noise) -> latents.
+pub type Drawer<'a, B> =
+    Box<dyn FnMut(u64, &[u32], &<B as Backend>::Tensor) -> Result<Drawn<B>> + 'a>;
+
+/// The one of a sampler, its networks loaded.
+pub fn drawer<'a, B: Backend>(
+    context: &'a Context<'_, B>,
+    sampler: &'a Sampler,
+    bundle: &Bundle<'_>,
+    shape: &'a TokenShape,
+    codebook: B::Tensor,
+    subjects: &'a Subjects,
+) -> Result<Drawer<'a, B>> {
+    let (backend, seed) = (context.backend, context.job.seed);
+    let of_tokens = |codebook: &B::Tensor, ids: B::Tensor| -> Result<Drawn<B>> {
+        Ok(Drawn {
+            latents: B::rows(codebook, &ids)?,
+            tokens: Some(ids),
+        })
+    };
+    let conditions =
+        |labels: &[u32]| -> Result<Conditions<B>> { subjects.conditions(backend, labels) };
+    let all = shape.steps.len();
+    let split = |split: Option<usize>| match split {
+        Some(s) if s > all => Err(Error::option(
+            "/sampler/split",
+            format!("split {s}: the model has {all} AR steps"),
+        )),
+        s => Ok(s.unwrap_or(all)),
+    };
+    Ok(match sampler {
+        Sampler::Teacher { distribution, .. } => {
+            let teacher = bundle.teacher(backend)?;
+            Box::new(move |first, labels, _| {
+                let mut sequences = sampler::choices(seed, first, labels.len());
+                let mut choice = Choice::Random(&mut sequences);
+                let wanted = conditions(labels)?;
+                of_tokens(
+                    &codebook,
+                    autoregressive(&*teacher, &wanted, distribution, &mut choice, None, all)?,
+                )
+            })
+        }
+        Sampler::Flow {
+            distribution,
+            solver_steps,
+            ..
+        } => {
+            let teacher = bundle.teacher(backend)?;
+            let solver = FlowSolver {
+                steps: *solver_steps,
+            };
+            Box::new(move |_, labels, noise| {
+                let wanted = conditions(labels)?;
+                let mut choice = Choice::Flow {
+                    noise,
+                    codebook: &codebook,
+                    solver,
+                };
+                of_tokens(
+                    &codebook,
+                    autoregressive(&*teacher, &wanted, distribution, &mut choice, None, all)?,
+                )
+            })
+        }
+        Sampler::Student {
+            timesteps,
+            split: s,
+            ..
+        } => {
+            check_timesteps(timesteps, shape, "/sampler/timesteps")?;
+            let (student, split) = (bundle.student(backend)?, split(*s)?);
+            Box::new(move |_, labels, noise| {
+                let sampler = StudentSampler {
+                    student: &*student,
+                    codebook: &codebook,
+                    split,
+                };
+                Ok(Drawn {
+                    latents: sampler.sample(noise, &conditions(labels)?, timesteps)?,
+                    tokens: None,
+                })
+            })
+        }
+        Sampler::Assisted {
+            teacher,
+            timesteps,
+            teacher_start,
+            split: s,
+            distribution,
+            ..
+        } => {
+            check_timesteps(timesteps, shape, "/sampler/timesteps")?;
+            let (student, split) = (bundle.student(backend)?, split(*s)?);
+            let other = Bundle::open(context.input_dir(teacher)?)?;
+            same_codebook(&bundle.config, &other.config, teacher)?;
+            let teacher = other.teacher(backend)?;
+            Box::new(move |first, labels, noise| {
+                let sampler = StudentSampler {
+                    student: &*student,
+                    codebook: &codebook,
+                    split,
+                };
+                let mut sequences = sampler::choices(seed, first, labels.len());
+                let mut choice = Choice::Random(&mut sequences);
+                let (latents, _) = sampler.assisted(
+                    noise,
+                    &conditions(labels)?,
+                    *timesteps,
+                    &*teacher,
+                    *teacher_start,
+                    distribution,
+                    &mut choice,
+                )?;
+                Ok(Drawn {
+                    latents,
+                    tokens: None,
+                })
+            })
+        }
+        Sampler::Independent {
+            trajectories,
+            after,
+            distribution,
+            ..
+        } => {
+            let teacher = bundle.teacher(backend)?;
+            let marginals =
+                Marginals::count(&Dataset::open(context.input_dir(trajectories)?)?, shape)?;
+            Box::new(move |first, classes, _| {
+                let mut sequences = sampler::choices(seed, first, classes.len());
+                let known = match after {
+                    0 => None,
+                    _ => {
+                        let mut choice = Choice::Random(&mut sequences);
+                        let ids = autoregressive(
+                            &*teacher,
+                            &conditions(classes)?,
+                            distribution,
+                            &mut choice,
+                            None,
+                            *after,
+                        )?;
+                        Some(B::to_indices(&ids)?)
+                    }
+                };
+                let ids = marginals.draw(classes, known.as_deref(), &mut sequences);
+                of_tokens(
+                    &codebook,
+                    backend.indices(&ids, &[classes.len(), shape.tokens()])?,
+                )
+            })
+        }
+    })
+}
+
+fn same_codebook(a: &bundle::Config, b: &bundle::Config, stage: &str) -> Result<()> {
+    if a.tokenizer == b.tokenizer {
+        return Ok(());
+    }
+    Err(Error::option(
+        "/sampler/teacher",
+        format!("{stage} has another tokenizer than the student was distilled with"),
+    ))
+}
+
+/// How often each code stands at each position, per class.
+struct Marginals {
+    /// Running sums (class, position, code).
+    cumulative: Vec<u64>,
+    tokens: usize,
+    vocabulary: usize,
+}
+
+impl Marginals {
+    fn count(dataset: &Dataset, shape: &TokenShape) -> Result<Self> {
+        let (l, k) = (shape.tokens(), shape.vocabulary);
+        let ConditionShape::Classes(classes) = shape.condition else {
+            return Err(Error::option(
+                "/sampler",
+                "the baseline counts the tokens of each class; this model is conditioned on captions",
+            ));
+        };
+        if dataset.shape() != *shape {
+            return Err(Error::option(
+                "/sampler/trajectories",
+                "the trajectories were made with a teacher of another shape",
+            ));
+        }
+        let mut counts = vec![0u64; classes * l * k];
+        for (sample, &class) in dataset.labels.iter().enumerate() {
+            for (position, token) in dataset.tokens_of(sample)?.into_iter().enumerate() {
+                counts[(class as usize * l + position) * k + token as usize] += 1;
+            }
+        }
+        for row in counts.chunks_exact_mut(k) {
+            row.iter_mut().fold(0, |sum, count| {
+                *count += sum;
+                *count
+            });
+            if row[k - 1] == 0 {
+                return Err(Error::option(
+                    "/sampler/trajectories",
+                    "a class has no trajectory to count",
+                ));
+            }
+        }
+        Ok(Self {
+            cumulative: counts,
+            tokens: l,
+            vocabulary: k,
+        })
+    }
+
+    /// Tokens (b, L); the first ones are `known` (b, l'), where given.
+    fn draw(
+        &self,
+        classes: &[u32],
+        known: Option<&[u32]>,
+        sequences: &mut [random::Sequence],
+    ) -> Vec<u32> {
+        let (l, k) = (self.tokens, self.vocabulary);
+        let given = known.map_or(0, |ids| ids.len() / classes.len());
+        let mut out = Vec::with_capacity(classes.len() * l);
+        for (i, (&class, sequence)) in classes.iter().zip(sequences).enumerate() {
+            out.extend(
+                known
+                    .into_iter()
+                    .flat_map(|ids| &ids[i * given..(i + 1) * given]),
+            );
+            for position in given..l {
+                let row = &self.cumulative[(class as usize * l + position) * k..][..k];
+                let at = sequence.below(row[k - 1] as usize) as u64;
+                out.push(row.partition_point(|&sum| sum <= at) as u32);
+            }
+        }
+        out
+    }
+}

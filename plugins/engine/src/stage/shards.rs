@@ -1,0 +1,210 @@
+//! Stages that make samples in shards: which shards there are, which of them this process makes, and what is left of them
+//! by an interruption. `trajectories` and `sample` do.
+//!
+//! A finished shard stays in the work directory: an interruption loses at most the open one. A part of a divided stage
+//! makes every so many-th shard there, and the whole takes over all of them. Other machines make other samples (`range`),
+//! and their folders are taken over (`parts`). Deliberately absent: what a sample is.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use retort_checkpoint::pieces::{Shard, cut, hash, joined};
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+use crate::backend::Backend;
+use crate::error::{Error, Result};
+use crate::stage::Context;
+use crate::train::replace;
+
+/// A folder with a part of what a stage makes.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(transparent)]
+pub struct Part(#[schemars(extend("x-retort-file" = "dir"))] pub String);
+
+/// What a stage's options say of its samples.
+pub struct Division {
+    /// Number of samples.
+    pub count: u64,
+    /// Those that are made here; all, if left out.
+    pub range: Option<[u64; 2]>,
+    /// Samples per file.
+    pub size: u64,
+}
+
+/// A shard of the result, and the file that holds it already, if a part does.
+pub struct Planned {
+    /// The shard; its hash where a part says it.
+    pub shard: Shard,
+    /// The file.
+    pub from: Option<PathBuf>,
+}
+
+impl Division {
+    /// Refuses a range that is none.
+    pub fn check(&self) -> Result<()> {
+        match self.range {
+            Some([start, end]) if start >= end || end > self.count => {
+                let message = format!(
+                    "range [{start}, {end}]: expected [start, end] with start < end, and end at most {}, the count",
+                    self.count
+                );
+                Err(Error::option("/range", message))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The samples of the result.
+    pub fn samples(&self) -> Range<u64> {
+        let [start, end] = self.range.unwrap_or([0, self.count]);
+        start..end
+    }
+
+    /// The shards of the result, in order, with what parts hold of them.
+    pub fn shards(&self, parts: Vec<(PathBuf, Vec<Shard>)>) -> Result<Vec<Planned>> {
+        let all = self.samples();
+        let (mut shards, mut next) = (Vec::new(), all.start);
+        let gap = |samples| cut(samples, self.size).map(|shard| Planned { shard, from: None });
+        for (dir, found) in joined(parts)? {
+            let from = dir.join(&found.file);
+            if found.start < all.start || found.end > all.end {
+                let message = format!(
+                    "{}: samples {}..{} lie beyond {}..{}",
+                    from.display(),
+                    found.start,
+                    found.end,
+                    all.start,
+                    all.end
+                );
+                return Err(Error::option("/parts", message));
+            }
+            shards.extend(gap(next..found.start));
+            next = found.end;
+            let shard = Shard {
+                hash: found.hash,
+                ..Shard::of(found.start..found.end)
+            };
+            shards.push(Planned {
+                shard,
+                from: Some(from),
+            });
+        }
+        shards.extend(gap(next..all.end));
+        Ok(shards)
+    }
+}
+
+/// How far the making of shards is, as the host is told.
+pub struct Line<'a, 'b, B: Backend> {
+    context: &'a Context<'b, B>,
+    unit: &'static str,
+    done: u64,
+    total: u64,
+    made: u64,
+    clock: Instant,
+}
+
+impl<B: Backend> Line<'_, '_, B> {
+    /// Ends the stage when it has been asked to stop. For the time before each batch.
+    pub fn go_on(&self) -> Result<()> {
+        self.context.go_on()
+    }
+
+    /// So many samples more are made.
+    pub fn made(&mut self, samples: u64) {
+        self.made += samples;
+        self.done(samples);
+    }
+
+    fn done(&mut self, samples: u64) {
+        self.done += samples;
+        self.context.host.progress(self.done, self.total, self.unit);
+    }
+}
+
+/// What was made.
+pub struct Made {
+    /// Samples made by this process.
+    pub samples: u64,
+    /// Samples of its share, those that were there already among them.
+    pub share: u64,
+    /// The seconds that making took.
+    pub seconds: f64,
+}
+
+/// Makes the shards that are this process's share and not there yet, each in the work directory. `check` refuses a file
+/// that does not hold the samples that would be made; `make` writes a shard.
+pub fn make<'b, B: Backend>(
+    context: &Context<'b, B>,
+    shards: &[Planned],
+    unit: &'static str,
+    check: impl Fn(&Path, &Shard) -> Result<()>,
+    mut make: impl FnMut(&Path, &Shard, &mut Line<'_, 'b, B>) -> Result<()>,
+) -> Result<Made> {
+    let work = context.work_dir()?;
+    let own: Vec<&Planned> = match context.job.part {
+        None => shards.iter().collect(),
+        Some(part) => {
+            let open = shards.iter().filter(|planned| planned.from.is_none());
+            let numbered = open.enumerate();
+            numbered
+                .filter_map(|(number, planned)| part.takes(number).then_some(planned))
+                .collect()
+        }
+    };
+    let total = own.iter().map(|p| p.shard.end - p.shard.start).sum();
+    let mut line = Line {
+        context,
+        unit,
+        done: 0,
+        total,
+        made: 0,
+        clock: Instant::now(),
+    };
+    if context.job.part.is_some() {
+        // What all parts have to do is known once each has said its share.
+        line.done(0);
+    }
+    for Planned { shard, from } in own {
+        let path = work.join(&shard.file);
+        if let Some(from) = from {
+            line.go_on()?;
+            check(from, shard)?;
+            replace(&path, |partial| {
+                std::fs::copy(from, partial)
+                    .map(drop)
+                    .map_err(Error::io(from))
+            })?;
+        }
+        if from.is_some() || check(&path, shard).is_ok() {
+            line.done(shard.end - shard.start);
+        } else {
+            replace(&path, |partial| make(partial, shard, &mut line))?;
+        }
+    }
+    Ok(Made {
+        samples: line.made,
+        share: total,
+        seconds: line.clock.elapsed().as_secs_f64(),
+    })
+}
+
+/// Some samples in batches.
+pub fn batches(samples: Range<u64>, size: usize) -> impl Iterator<Item = Range<u64>> {
+    let Range { start, end } = samples;
+    let starts = (start..end).step_by(size);
+    starts.map(move |first| first..(first + size as u64).min(end))
+}
+
+/// The shards with the hashes of their files in a directory.
+pub fn hashed(dir: &Path, shards: Vec<Planned>) -> Result<Vec<Shard>> {
+    shards
+        .into_iter()
+        .map(|Planned { shard, .. }| {
+            let hash = Some(hash(&dir.join(&shard.file))?);
+            Ok(Shard { hash, ..shard })
+        })
+        .collect()
+}

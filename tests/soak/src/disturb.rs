@@ -1,0 +1,454 @@
+//! Runs of the real binary that are killed, stopped and starved of disk at random, while other commands use the store.
+//!
+//! In rounds. Each makes a recipe, runs it in peace in a store of its own, which says what results are right, and then
+//! in a store that has seen other rounds, in *lives*: a runner is started and disturbed until it has ended, and what it
+//! left is looked at; the next one takes it up; the last one is left in peace and must succeed. All choices follow from
+//! the seed; what they hit does not, so only hits are counted.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant, SystemTime};
+
+use crate::random::Random;
+use crate::report::Report;
+
+mod disk;
+mod process;
+mod truth;
+
+use disk::Disk;
+use process::{Ended, Runner, kill};
+
+/// Rounds that one store lives through: it grows.
+const ROUNDS: usize = 12;
+/// The most disturbed lives of a round.
+const LIVES: usize = 4;
+/// How long anything may take, on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(180);
+
+/// What disturbs.
+const DISTURBANCES: [Disturbance; 12] = [
+    Disturbance::Signal("runner killed", Whom::Runner, libc::SIGKILL),
+    Disturbance::Signal("runner killed", Whom::Runner, libc::SIGKILL),
+    Disturbance::Signal("runner terminated", Whom::Runner, libc::SIGTERM),
+    Disturbance::Signal("runner interrupted", Whom::Runner, libc::SIGINT),
+    Disturbance::Signal("runner hung up", Whom::Runner, libc::SIGHUP),
+    Disturbance::Signal("worker killed", Whom::Worker, libc::SIGKILL),
+    Disturbance::Signal("worker killed", Whom::Worker, libc::SIGKILL),
+    Disturbance::Signal("worker aborted", Whom::Worker, libc::SIGABRT),
+    Disturbance::Stop("runner stopped", Whom::Runner),
+    Disturbance::Stop("worker stopped", Whom::Worker),
+    Disturbance::KillCommand,
+    Disturbance::Fill,
+];
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Disturbance {
+    Signal(&'static str, Whom, i32),
+    /// SIGSTOP, and SIGCONT after a while.
+    Stop(&'static str, Whom),
+    /// Kills a command beside the run: gc, export, import, a query.
+    KillCommand,
+    /// Leaves no room on the store's disk for a while.
+    Fill,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Whom {
+    Runner,
+    Worker,
+}
+
+/// Where a soak works and with what.
+pub struct Lab {
+    /// The binary.
+    pub retort: PathBuf,
+    /// Directory with the soak's plugin.
+    pub plugins: PathBuf,
+    home: tempfile::TempDir,
+    disk: Option<Disk>,
+}
+
+impl Lab {
+    /// Compiles the plugin, and mounts a small disk where that is possible.
+    ///
+    /// # Panics
+    /// There is no C compiler.
+    pub fn new(retort: PathBuf, report: &mut Report) -> Self {
+        let home = tempfile::tempdir().expect("a temporary folder");
+        let plugins = home.path().join("plugins");
+        for folder in ["plugins", "ledger", "disk"] {
+            std::fs::create_dir(home.path().join(folder)).expect("a folder");
+        }
+        process::compile(&plugins.join("libretort_soak.so"));
+        let disk = Disk::mount(&home.path().join("disk"));
+        if let Err(why) = &disk {
+            report.left_out.push(format!(
+                "a disk that is full: no small file system could be mounted ({why})"
+            ));
+        }
+        Self {
+            retort,
+            plugins,
+            home,
+            disk: disk.ok(),
+        }
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.home.path().join(name)
+    }
+
+    /// The binary with these arguments, on a store.
+    fn command(&self, store: &Path, arguments: &[&str]) -> Command {
+        let mut command = Command::new(&self.retort);
+        command
+            .args(arguments)
+            .arg("--store")
+            .arg(store)
+            .arg("--plugin-dir")
+            .arg(&self.plugins)
+            .current_dir(self.home.path())
+            .env("HOME", self.home.path())
+            .env("RETORT_SOAK_LEDGER", self.at("ledger"))
+            .env_remove("RETORT_PLUGIN_PATH")
+            .env_remove("RUST_LOG")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        process::default_signals(&mut command);
+        command
+    }
+
+    /// Runs a command to its end.
+    fn retort(&self, store: &Path, arguments: &[&str]) -> Ended {
+        Runner::start(self.command(store, arguments)).end(PATIENCE)
+    }
+}
+
+/// Disturbs runs until the time is over; at least one round.
+pub fn disturb(lab: &Lab, seed: u64, time: Duration, report: &mut Report) {
+    let began = Instant::now();
+    let mut number = 0;
+    while number == 0 || began.elapsed() < time {
+        if number % ROUNDS == 0 {
+            let _ = std::fs::remove_dir_all(lab.at("store"));
+            if let Some(disk) = &lab.disk {
+                let _ = std::fs::remove_dir_all(disk.path().join("store"));
+            }
+        }
+        let mut round = Round::new(lab, seed, number, report);
+        if let Err(broken) = round.go() {
+            let place = format!(
+                "round {number} of seed {seed}, {}",
+                round.recipe.replace('\n', " | ")
+            );
+            report.violations.push(format!("{broken} ({place})"));
+            // What is broken stays so: the next round begins with another store.
+            number = (number / ROUNDS + 1) * ROUNDS - 1;
+        }
+        number += 1;
+        report.count("rounds");
+    }
+    report.seconds += began.elapsed().as_secs_f64();
+}
+
+/// A broken promise.
+type Broken = String;
+
+struct Round<'a> {
+    lab: &'a Lab,
+    report: &'a mut Report,
+    random: Random,
+    recipe: String,
+    store: PathBuf,
+    /// Whether the store's disk can be filled.
+    small: bool,
+    /// Commands beside the runs.
+    beside: Vec<(&'static str, Runner)>,
+    /// Right results: the hash of each stage's output.
+    right: BTreeMap<String, String>,
+}
+
+impl<'a> Round<'a> {
+    fn new(lab: &'a Lab, seed: u64, number: usize, report: &'a mut Report) -> Self {
+        let mut random = Random::new(seed, &format!("round {number}"));
+        let small = lab.disk.is_some() && random.once_in(4);
+        let store = match (&lab.disk, small) {
+            (Some(disk), true) => disk.path().join("store"),
+            _ => lab.at("store"),
+        };
+        let recipe = recipe(&mut random, seed, number);
+        Self {
+            lab,
+            report,
+            random,
+            recipe,
+            store,
+            small,
+            beside: Vec::new(),
+            right: BTreeMap::new(),
+        }
+    }
+
+    fn go(&mut self) -> Result<(), Broken> {
+        let result = self.live();
+        if let Some(disk) = &self.lab.disk {
+            disk.free();
+        }
+        for (_, command) in self.beside.drain(..) {
+            command.end(PATIENCE);
+        }
+        result
+    }
+
+    fn live(&mut self) -> Result<(), Broken> {
+        let path = self.lab.at("r.yaml");
+        std::fs::write(&path, &self.recipe).expect("a recipe");
+        self.in_peace()?;
+        for life in 0..LIVES {
+            let again = life > 0 && self.random.once_in(2);
+            if self.disturbed(again)? {
+                break;
+            }
+        }
+        self.settle_commands()?;
+        let last = self.lab.retort(&self.store, &["run", "r.yaml", "--json"]);
+        if last.code != Some(0) {
+            return Err(format!("a run in peace ended with {}", last.told()));
+        }
+        truth::results_are(&last, &self.right)?;
+        self.report.count("results compared");
+        truth::is_whole(self.lab, &self.store)?;
+        let gc = self.lab.retort(&self.store, &["gc", "--remove"]);
+        if gc.code != Some(0) {
+            return Err(format!("gc in peace ended with {}", gc.told()));
+        }
+        truth::nothing_is_left_over(&self.store)
+    }
+
+    /// What the results are when nothing happens.
+    fn in_peace(&mut self) -> Result<(), Broken> {
+        let store = self.lab.at("peace");
+        let _ = std::fs::remove_dir_all(&store);
+        let mut command = self.lab.command(&store, &["run", "r.yaml", "--json"]);
+        command.env("RETORT_SOAK_HURRY", "1");
+        let said = Runner::start(command).end(PATIENCE);
+        if said.code != Some(0) {
+            return Err(format!("the undisturbed run ended with {}", said.told()));
+        }
+        self.right = truth::results(&said)?;
+        let given = self.lab.at("given.db");
+        let arguments = [
+            "runs",
+            "export",
+            "--files",
+            "--force",
+            "-o",
+            given.to_str().expect("UTF-8"),
+        ];
+        let said = self.lab.retort(&store, &arguments);
+        match said.code {
+            Some(0) => Ok(()),
+            _ => Err(format!("an export in peace ended with {}", said.told())),
+        }
+    }
+
+    /// One life: a runner, and what happens to it. Returns whether everything is done.
+    fn disturbed(&mut self, again: bool) -> Result<bool, Broken> {
+        let arguments: &[&str] = match again {
+            true => &["resume"],
+            false => &["run", "r.yaml"],
+        };
+        let known = truth::runs(self.lab, &self.store).unwrap_or_default();
+        let began = SystemTime::now();
+        let mut runner = Runner::start(self.lab.command(&self.store, arguments));
+        let mut twin = self.random.once_in(4).then(|| {
+            self.report.count("runs beside another");
+            Runner::start(self.lab.command(&self.store, &["run", "r.yaml"]))
+        });
+        let mut life = Life::default();
+        let pace = self.random.between(20, 400) as u64;
+        while runner.lives() {
+            std::thread::sleep(Duration::from_millis(
+                self.random.below(pace as usize) as u64
+            ));
+            life.workers.extend(process::children(runner.pid()));
+            let disturbance = *self.random.one_of(&DISTURBANCES);
+            if life.hits < 3 {
+                self.hit(disturbance, &mut runner, &mut life);
+            }
+            if self.random.once_in(3) {
+                self.start_command();
+            }
+            if began.elapsed().unwrap_or_default() > PATIENCE {
+                return Err("a runner does not end".into());
+            }
+        }
+        if let Some(disk) = &self.lab.disk {
+            disk.free();
+        }
+        let ended = runner.end(PATIENCE);
+        truth::end_is_known(&ended, &life)?;
+        if let Some(twin) = twin.take() {
+            life.workers.extend(process::children(twin.pid()));
+            truth::end_is_known(&twin.end(PATIENCE), &life)?;
+        }
+        truth::workers_are_gone(&life.workers)?;
+        self.settle_commands()?;
+        truth::states_are_true(self.lab, &self.store, &known, &ended, &life, self.report)?;
+        truth::points_are_there(self.lab, &self.store, &life, self.report)?;
+        self.report.count("lives");
+        Ok(ended.code == Some(0))
+    }
+
+    /// Disturbs, and counts it where it hit.
+    fn hit(&mut self, disturbance: Disturbance, runner: &mut Runner, life: &mut Life) {
+        match disturbance {
+            Disturbance::Signal(name, whom, signal) => {
+                let Some(pid) = self.pid_of(whom, runner, name == "worker killed") else {
+                    return;
+                };
+                let now = truth::milliseconds(SystemTime::now());
+                if runner.lives() && kill(pid, signal) {
+                    life.hits += 1;
+                    self.report.disturbed(name);
+                    match whom {
+                        Whom::Runner => life.runner.push((signal, now)),
+                        Whom::Worker => life.worker.push((pid, now)),
+                    }
+                }
+            }
+            Disturbance::Stop(name, whom) => {
+                let Some(pid) = self.pid_of(whom, runner, false) else {
+                    return;
+                };
+                if kill(pid, libc::SIGSTOP) {
+                    let pause = self.random.between(20, 700) as u64;
+                    std::thread::sleep(Duration::from_millis(pause));
+                    kill(pid, libc::SIGCONT);
+                    life.stopped = true;
+                    self.report.disturbed(name);
+                }
+            }
+            Disturbance::KillCommand => {
+                let still = self
+                    .beside
+                    .iter_mut()
+                    .position(|(_, command)| command.lives());
+                if let Some(at) = still {
+                    let (name, command) = &self.beside[at];
+                    if kill(command.pid(), libc::SIGKILL) {
+                        self.report.disturbed(&format!("{name} killed"));
+                    }
+                }
+            }
+            Disturbance::Fill => {
+                let Some(disk) = self.lab.disk.as_ref().filter(|_| self.small) else {
+                    return;
+                };
+                disk.fill();
+                let pause = self.random.between(50, 1500) as u64;
+                std::thread::sleep(Duration::from_millis(pause));
+                disk.free();
+                life.filled = true;
+                life.hits += 1;
+                self.report.disturbed("disk filled");
+            }
+        }
+    }
+
+    fn pid_of(&mut self, whom: Whom, runner: &Runner, _kill: bool) -> Option<u32> {
+        match whom {
+            Whom::Runner => Some(runner.pid()),
+            Whom::Worker => {
+                let workers: Vec<u32> = process::children(runner.pid()).into_iter().collect();
+                (!workers.is_empty()).then(|| *self.random.one_of(&workers))
+            }
+        }
+    }
+
+    /// Starts another command on the store.
+    fn start_command(&mut self) {
+        if self.beside.len() >= 3 {
+            return;
+        }
+        let given = self.lab.at("given.db");
+        let taken = self.lab.at("taken.db");
+        let (given, taken) = (
+            given.to_str().expect("UTF-8"),
+            taken.to_str().expect("UTF-8"),
+        );
+        let commands: [(&str, &[&str]); 6] = [
+            ("gc", &["gc", "--remove"]),
+            ("import", &["runs", "import", given]),
+            (
+                "export",
+                &["runs", "export", "--files", "--force", "-o", taken],
+            ),
+            ("query", &["query", "select count(*) from v_metrics"]),
+            ("verify", &["artifacts", "verify"]),
+            ("list", &["runs", "list", "--json"]),
+        ];
+        let (name, arguments) = *self.random.one_of(&commands);
+        let command = Runner::start(self.lab.command(&self.store, arguments));
+        self.report.count(&format!("{name} beside a run"));
+        self.beside.push((name, command));
+    }
+
+    /// Waits for the commands beside; they may be busy or find nothing, and nothing else.
+    fn settle_commands(&mut self) -> Result<(), Broken> {
+        for (name, command) in self.beside.drain(..) {
+            let ended = command.end(PATIENCE);
+            // A store that is just being made has no runs; a disk may be full.
+            let allowed: &[i32] = match (name, self.small) {
+                ("verify", false) => &[0, 4, 75],
+                (_, false) => &[0, 1, 4, 75],
+                (_, true) => &[0, 1, 4, 75],
+            };
+            if ended.panicked() || ended.code.is_some_and(|code| !allowed.contains(&code)) {
+                return Err(format!("{name} beside a run ended with {}", ended.told()));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What happened to a runner.
+#[derive(Debug, Default)]
+struct Life {
+    /// Disturbances that may end it.
+    hits: usize,
+    /// Signals that hit the runner, and when, in milliseconds since 1970.
+    runner: Vec<(i32, i64)>,
+    /// Workers that were killed, and when.
+    worker: Vec<(u32, i64)>,
+    /// Whether a process was stopped for a while.
+    stopped: bool,
+    /// Whether the disk was full.
+    filled: bool,
+    /// All workers that were seen.
+    workers: BTreeSet<u32>,
+}
+
+/// A recipe of a few stages, of which no other round has the like.
+fn recipe(random: &mut Random, seed: u64, round: usize) -> String {
+    let mut text = String::from("version: 1\nbackend: soak\nstages:\n");
+    for stage in 0..random.between(1, 4) {
+        let steps = random.between(3, 25);
+        let pause = random.between(1, 30);
+        let bytes = random.between(1, 20_000);
+        text += &format!(
+            "  s{stage}: {{kind: tick, text: {seed}-{round}, steps: {steps}, pause: {pause}, bytes: {bytes}"
+        );
+        if stage > 0 && !random.once_in(3) {
+            text += &format!(", input: s{}", random.below(stage));
+        }
+        if random.once_in(3) {
+            text += &format!(", workers: {}", random.between(2, 3));
+        }
+        text += "}\n";
+    }
+    text
+}

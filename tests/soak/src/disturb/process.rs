@@ -1,0 +1,180 @@
+//! Processes: started, found, signalled, waited for.
+
+use std::collections::BTreeSet;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
+use std::process::{Child, Command};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// A process of the binary; killed when dropped early.
+pub struct Runner {
+    child: Child,
+    stdout: Option<JoinHandle<String>>,
+    stderr: Option<JoinHandle<String>>,
+    gone: bool,
+}
+
+/// How it ended, and what it said.
+#[derive(Debug)]
+pub struct Ended {
+    /// Exit code.
+    pub code: Option<i32>,
+    /// Or the signal that ended it.
+    pub signal: Option<i32>,
+    /// What it wrote.
+    pub stdout: String,
+    /// What it said.
+    pub stderr: String,
+}
+
+impl Ended {
+    /// Whether a panic was told.
+    pub fn panicked(&self) -> bool {
+        self.stderr.contains("panicked at") || self.code == Some(101)
+    }
+
+    /// Its end and its last words.
+    pub fn told(&self) -> String {
+        let mut last: Vec<&str> = self.stderr.lines().rev().take(12).collect();
+        last.reverse();
+        format!(
+            "code {:?}, signal {:?}: {}",
+            self.code,
+            self.signal,
+            last.join(" / ")
+        )
+    }
+}
+
+impl Runner {
+    /// Starts it.
+    pub fn start(mut command: Command) -> Self {
+        let mut child = command.spawn().expect("the binary");
+        let read = |mut pipe: Box<dyn std::io::Read + Send>| {
+            std::thread::spawn(move || {
+                let mut bytes = Vec::new();
+                let _ = pipe.read_to_end(&mut bytes);
+                String::from_utf8_lossy(&bytes).into_owned()
+            })
+        };
+        let stdout = read(Box::new(child.stdout.take().expect("a pipe")));
+        let stderr = read(Box::new(child.stderr.take().expect("a pipe")));
+        Self {
+            child,
+            stdout: Some(stdout),
+            stderr: Some(stderr),
+            gone: false,
+        }
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Whether it has not ended. Until this says so, its process id is its own.
+    pub fn lives(&mut self) -> bool {
+        self.gone = self.gone || !matches!(self.child.try_wait(), Ok(None));
+        !self.gone
+    }
+
+    /// Waits for its end; kills it when that takes too long.
+    pub fn end(mut self, patience: Duration) -> Ended {
+        let until = Instant::now() + patience;
+        while self.lives() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        if self.lives() {
+            let _ = self.child.kill();
+        }
+        let status = self.child.wait().expect("a child");
+        self.gone = true;
+        let text = |reader: Option<JoinHandle<String>>| {
+            reader
+                .and_then(|reader| reader.join().ok())
+                .unwrap_or_default()
+        };
+        Ended {
+            code: status.code(),
+            signal: status.signal(),
+            stdout: text(self.stdout.take()),
+            stderr: text(self.stderr.take()),
+        }
+    }
+}
+
+impl Drop for Runner {
+    fn drop(&mut self) {
+        if !self.gone {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+/// Sends a signal; whether there was somebody to get it.
+pub fn kill(pid: u32, signal: i32) -> bool {
+    // SAFETY: a plain system call. The caller knows the process, a child of its own or a child of one.
+    unsafe { libc::kill(pid.cast_signed(), signal) == 0 }
+}
+
+/// Children of a process, by their ids, that have not ended.
+pub fn children(of: u32) -> BTreeSet<u32> {
+    let Ok(entries) = std::fs::read_dir("/proc") else {
+        return BTreeSet::new();
+    };
+    entries
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .filter(|&pid| matches!(state(pid), Some((parent, state)) if parent == of && state != 'Z'))
+        .collect()
+}
+
+/// Parent and state of a process.
+pub fn state(pid: u32) -> Option<(u32, char)> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    let state = fields.next()?.chars().next()?;
+    Some((fields.next()?.parse().ok()?, state))
+}
+
+/// Whoever runs a soak in the background has Ctrl-C and hang-ups ignored, and retort would respect that.
+pub fn default_signals(command: &mut Command) {
+    // SAFETY: between fork and exec only an async-signal-safe function is called.
+    unsafe {
+        command.pre_exec(|| {
+            for signal in [libc::SIGINT, libc::SIGHUP, libc::SIGTERM] {
+                libc::signal(signal, libc::SIG_DFL);
+            }
+            Ok(())
+        });
+    }
+}
+
+/// Compiles the soak's plugin.
+pub fn compile(to: &Path) {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let output = Command::new(std::env::var_os("CC").unwrap_or("cc".into()))
+        .args([
+            "-std=gnu11",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-O1",
+            "-shared",
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-I",
+        ])
+        .arg(root.join("../../plugins/abi"))
+        .arg(root.join("plugin.c"))
+        .arg("-o")
+        .arg(to)
+        .output()
+        .expect("a C compiler (`cc`)");
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}

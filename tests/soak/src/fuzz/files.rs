@@ -1,0 +1,369 @@
+//! Files that come from elsewhere: checkpoints, arrays, images, datasets.
+
+use std::fs;
+use std::path::Path;
+
+use retort_checkpoint::Checkpoint;
+use retort_checkpoint::trajectories::Manifest;
+use retort_engine::data::{self, DataOptions};
+use retort_engine::numpy::{Archive, Rows};
+use tempfile::TempDir;
+
+use super::Target;
+
+pub const CHECKPOINT: Target = Target {
+    name: "checkpoint",
+    exercise: exercise_checkpoint,
+    tokens: &[
+        b"ccollections\nOrderedDict\n",
+        b"ctorch._utils\n_rebuild_tensor_v2\n",
+        b"ctorch._utils\n_rebuild_parameter\n",
+        b"ctorch\nFloatStorage\n",
+        b"ctorch\nBFloat16Storage\n",
+        b"X\x07\x00\x00\x00storage",
+        b"X\x01\x00\x00\x000",
+        b"}q\x00(",
+        b"]q\x01(",
+        b"h\x00",
+        b"h\x01h\x01e",
+        b"((",
+        b"tR",
+        b"\x86\x86",
+        b")\x81",
+        b"Q",
+        b"u.",
+        b"\xff\xff\xff\xff\xff\xff\xff\x7f",
+        b"K\x00",
+        b"PK\x03\x04",
+        b"PK\x01\x02",
+        b"PK\x05\x06",
+        b"PK\x06\x06",
+        b"\"dtype\":\"F32\",\"shape\":[",
+        b"\"data_offsets\":[0,",
+        b"\"__metadata__\":{",
+        b"\"a\":{\"dtype\":\"I64\",\"shape\":[],\"data_offsets\":[0,8]},",
+        b"1,1,1,1,1,1,1,1,1,",
+    ],
+    mend: None,
+    examples: Some("tests/golden/checkpoints"),
+};
+
+pub const NPY: Target = Target {
+    name: "npy",
+    exercise: exercise_npy,
+    tokens: ARRAY_TOKENS,
+    mend: None,
+    examples: None,
+};
+
+pub const NPZ: Target = Target {
+    name: "npz",
+    exercise: exercise_npz,
+    tokens: ARRAY_TOKENS,
+    mend: None,
+    examples: None,
+};
+
+const ARRAY_TOKENS: &[&[u8]] = &[
+    b"\x93NUMPY\x01\x00",
+    b"\x93NUMPY\x02\x00",
+    b"\x93NUMPY\x03\x00",
+    b"{'descr': '<f4', 'fortran_order': False, 'shape': (",
+    b"'<f8'",
+    b"'>i2'",
+    b"'|b1'",
+    b"'|O'",
+    b"True",
+    b"(0,)",
+    b"(18446744073709551615, 2)",
+    b"(4294967296, 4294967296)",
+    b"()",
+    b"PK\x03\x04",
+    b"PK\x01\x02",
+    b"PK\x05\x06",
+    b"mu.npy",
+    b"sigma.npy",
+];
+
+pub const CSV: Target = Target {
+    name: "csv",
+    exercise: exercise_csv,
+    tokens: &[
+        b",",
+        b"\n",
+        b"\r\n",
+        b"\"",
+        b"16",
+        b"0",
+        b";",
+        b"#",
+        b"\xef\xbb\xbf",
+        b"nan",
+        b"inf",
+        b"1e39",
+        b"-1",
+        b"65537",
+        b",,",
+        b"\n\n",
+        b"\0",
+    ],
+    mend: None,
+    examples: None,
+};
+
+pub const PNG: Target = Target {
+    name: "png",
+    exercise: exercise_png,
+    tokens: &[
+        b"IHDR",
+        b"IDAT",
+        b"IEND",
+        b"PLTE",
+        b"tRNS",
+        b"iCCP",
+        b"zTXt",
+        b"acTL",
+        b"fcTL",
+        b"fdAT",
+        b"eXIf",
+        b"\x00\x00\x4e\x20\x00\x00\x4e\x20",
+        b"\x00\x00\x00\x00",
+        b"\x7f\xff\xff\xff",
+        b"\xff\xd8\xff\xe0",
+        b"\xff\xc0\x00\x11\x08",
+        b"\xff\xc2",
+        b"\xff\xc4",
+        b"\xff\xda",
+        b"\xff\xdb",
+        b"\xff\xd9",
+        b"JFIF\0",
+    ],
+    mend: Some(mend_png),
+    examples: None,
+};
+
+pub const TRAJECTORIES: Target = Target {
+    name: "trajectories",
+    exercise: exercise_trajectories,
+    tokens: &[
+        b"\"format\":",
+        b"\"seed\":",
+        b"\"count\":",
+        b"\"steps\":[",
+        b"\"vocabulary\":",
+        b"\"dim\":",
+        b"\"classes\":",
+        b"\"captions\":{",
+        b"\"distribution\":{",
+        b"\"solver_steps\":",
+        b"\"teacher\":\"",
+        b"\"shards\":[",
+        b"\"file\":\"../x\"",
+        b"\"start\":",
+        b"\"end\":",
+        b"\"hash\":null",
+        b"null",
+        b"[",
+        b"{",
+        b"}",
+        b"]",
+        b"\\u0000",
+    ],
+    mend: None,
+    examples: None,
+};
+
+/// Opens the bytes and reads every tensor.
+fn exercise_checkpoint(bytes: &[u8]) -> String {
+    let checkpoint = match Checkpoint::from_bytes(bytes.to_vec()) {
+        Ok(checkpoint) => checkpoint,
+        Err(error) => return error.to_string(),
+    };
+    let mut outcome = format!(
+        "{:?} {}",
+        checkpoint.container(),
+        checkpoint.strangers().len()
+    );
+    let selected = checkpoint.select(None).map(|d| d.path.clone());
+    outcome.push_str(&selected.unwrap_or_else(|error| error.to_string()));
+    let mut left: u64 = 64 << 20;
+    for dictionary in checkpoint.dictionaries() {
+        for (name, tensor) in dictionary.tensors() {
+            assert_eq!(dictionary.get(name).map(|t| &t.shape), Some(&tensor.shape));
+            // A file may name one storage thousands of times: enough is enough.
+            if tensor.bytes() > left {
+                continue;
+            }
+            left -= tensor.bytes();
+            match checkpoint.raw(tensor) {
+                Ok(raw) => assert_eq!(raw.len() as u64, tensor.bytes()),
+                Err(error) => outcome.push_str(&error.to_string()),
+            }
+            if let Ok(floats) = checkpoint.floats(tensor) {
+                assert_eq!(floats.len() as u64, tensor.elements());
+            }
+            if let Ok(indices) = checkpoint.indices(tensor) {
+                assert_eq!(indices.len() as u64, tensor.elements());
+            }
+        }
+    }
+    outcome
+}
+
+fn exercise_npy(bytes: &[u8]) -> String {
+    with_file("a.npy", bytes, |path| match Rows::open(path) {
+        Ok(mut rows) => {
+            let count = rows.shape().iter().product::<usize>().min(1 << 16);
+            match rows.read(0, count) {
+                Ok(read) => {
+                    assert_eq!(read.len(), count);
+                    format!("{:?}", rows.shape().len())
+                }
+                Err(error) => error.to_string(),
+            }
+        }
+        Err(error) => error.to_string(),
+    })
+}
+
+fn exercise_npz(bytes: &[u8]) -> String {
+    with_file("a.npz", bytes, |path| {
+        let mut archive = match Archive::open(path) {
+            Ok(archive) => archive,
+            Err(error) => return error.to_string(),
+        };
+        let mut outcome = String::new();
+        for name in ["mu", "sigma"] {
+            match archive.array(name) {
+                Ok(Some(array)) => {
+                    assert_eq!(array.data.len(), array.shape.iter().product::<usize>());
+                    outcome.push_str(&format!("{:?}", array.shape.len()));
+                }
+                Ok(None) => outcome.push('-'),
+                Err(error) => outcome.push_str(&error.to_string()),
+            }
+        }
+        outcome
+    })
+}
+
+fn exercise_csv(bytes: &[u8]) -> String {
+    with_file("a.csv", bytes, |path| {
+        let options = DataOptions {
+            csv: Some("a.csv".into()),
+            header: bytes.first() == Some(&b'#'),
+            ..DataOptions::default()
+        };
+        load(&options, path)
+    })
+}
+
+/// One more image of a folder that has two good ones.
+fn exercise_png(bytes: &[u8]) -> String {
+    let name = match bytes.starts_with(b"\xff\xd8") {
+        true => "images/0/b.jpg",
+        false => "images/0/b.png",
+    };
+    with_file(name, bytes, |path| {
+        let base = path.ancestors().nth(3).expect("the folder");
+        let options = DataOptions {
+            folder: Some("images".into()),
+            ..DataOptions::default()
+        };
+        let outcome = load(&options, &base.join("images"));
+        fs::remove_file(path).expect("a file");
+        outcome
+    })
+}
+
+fn load(options: &DataOptions, beside: &Path) -> String {
+    match data::load(options, beside.parent().expect("the folder")) {
+        Ok(images) => {
+            assert_eq!(images.pixels.len(), images.len() * images.stride());
+            assert!(
+                images
+                    .labels
+                    .iter()
+                    .all(|&label| (label as usize) < images.classes)
+            );
+            assert!(images.pixels.iter().all(|pixel| pixel.is_finite()));
+            format!("{}x{}x{}", images.channels, images.height, images.width)
+        }
+        Err(error) => error.to_string(),
+    }
+}
+
+fn exercise_trajectories(bytes: &[u8]) -> String {
+    with_file("manifest.json", bytes, |path| {
+        let dir = path.parent().expect("the folder");
+        let manifest = match Manifest::read(dir) {
+            Ok(manifest) => manifest,
+            Err(fault) => return fault.to_string(),
+        };
+        let mut outcome = format!(
+            "{} {} {:?}",
+            manifest.ranges().len(),
+            manifest.gaps().len(),
+            manifest.tokens().checked_ilog2()
+        );
+        for shard in manifest.shards.iter().take(4) {
+            match manifest.open_shard(&dir.join(&shard.file), shard) {
+                Ok(opened) => outcome.push_str(&opened.noise.to_string()),
+                Err(fault) => outcome.push_str(&fault.to_string()),
+            }
+        }
+        outcome
+    })
+}
+
+/// Puts the bytes into a file of a folder that this thread keeps, in memory where the system has such a place.
+fn with_file(name: &str, bytes: &[u8], read: impl FnOnce(&Path) -> String) -> String {
+    thread_local! {
+        static FOLDER: TempDir = {
+            let folder = super::folder();
+            for class in ["0", "1"] {
+                let class = folder.path().join("images").join(class);
+                fs::create_dir_all(&class).expect("a folder");
+                fs::write(class.join("a.png"), GREY).expect("a file");
+            }
+            folder
+        };
+    }
+    FOLDER.with(|folder| {
+        let path = folder.path().join(name);
+        fs::write(&path, bytes).expect("a file");
+        read(&path)
+    })
+}
+
+/// A grey image of 2 x 2 pixels.
+const GREY: &[u8] = include_bytes!("../../corpus/png/grey.png");
+
+/// Sets the check sums of all chunks.
+fn mend_png(bytes: &mut Vec<u8>) {
+    let mut at = 8;
+    while let Some(length) = bytes.get(at..at + 4) {
+        let length = u32::from_be_bytes(length.try_into().expect("four bytes")) as usize;
+        let end = (at + 8).saturating_add(length);
+        let Some(chunk) = bytes.get(at + 4..end) else {
+            return;
+        };
+        let sum = crc32(chunk).to_be_bytes();
+        let Some(place) = bytes.get_mut(end..end + 4) else {
+            return;
+        };
+        place.copy_from_slice(&sum);
+        at = end + 4;
+    }
+}
+
+fn crc32(bytes: &[u8]) -> u32 {
+    let mut sum = u32::MAX;
+    for &byte in bytes {
+        sum ^= u32::from(byte);
+        for _ in 0..8 {
+            sum = (sum >> 1) ^ (0xedb8_8320 & (sum & 1).wrapping_neg());
+        }
+    }
+    !sum
+}

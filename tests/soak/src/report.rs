@@ -1,0 +1,87 @@
+//! What a soak tried and what it found.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// What was tried, and every promise that was seen broken.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// Seed of all choices.
+    pub seed: u64,
+    /// Seconds by the clock.
+    pub seconds: f64,
+    /// Hostile inputs, by target.
+    pub inputs: BTreeMap<String, Inputs>,
+    /// What was done to processes and the disk, by kind: only what hit.
+    pub disturbances: BTreeMap<String, u64>,
+    /// How often something else was done or seen, by name.
+    pub counts: BTreeMap<String, u64>,
+    /// What could not be tried here, and why.
+    pub left_out: Vec<String>,
+    /// Broken promises.
+    pub violations: Vec<String>,
+}
+
+/// What one target was fed with.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Inputs {
+    /// So many inputs.
+    pub count: u64,
+    /// With so many different outcomes.
+    pub outcomes: u64,
+    /// Processor time of the slowest, in seconds.
+    pub slowest: f64,
+    /// The most memory that the process had, in KiB.
+    pub peak_kib: u64,
+}
+
+impl Report {
+    /// Counts something.
+    pub fn count(&mut self, what: &str) {
+        *self.counts.entry(what.to_owned()).or_default() += 1;
+    }
+
+    /// Counts a disturbance that hit.
+    pub fn disturbed(&mut self, how: &str) {
+        *self.disturbances.entry(how.to_owned()).or_default() += 1;
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "seed {}, {:.0} s", self.seed, self.seconds)?;
+        if !self.inputs.is_empty() {
+            let all: u64 = self.inputs.values().map(|inputs| inputs.count).sum();
+            writeln!(f, "{all} inputs")?;
+            for (target, inputs) in &self.inputs {
+                writeln!(
+                    f,
+                    "  {target:14} {:>10} inputs, {:>6} outcomes, slowest {:.2} s, at most {} MiB",
+                    inputs.count,
+                    inputs.outcomes,
+                    inputs.slowest,
+                    inputs.peak_kib >> 10
+                )?;
+            }
+        }
+        if !self.disturbances.is_empty() {
+            let all: u64 = self.disturbances.values().sum();
+            writeln!(f, "{all} disturbances")?;
+            for (kind, count) in &self.disturbances {
+                writeln!(f, "  {kind:32} {count:>8}")?;
+            }
+        }
+        for (name, count) in &self.counts {
+            writeln!(f, "  {name:32} {count:>8}")?;
+        }
+        for what in &self.left_out {
+            writeln!(f, "*** LEFT OUT: {what} ***")?;
+        }
+        for violation in &self.violations {
+            writeln!(f, "VIOLATION: {violation}")?;
+        }
+        write!(f, "{} violations", self.violations.len())
+    }
+}

