@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant, SystemTime};
 
-
 use crate::random::Random;
 use crate::report::Report;
 
@@ -23,6 +22,8 @@ use process::{Ended, Runner, kill};
 
 /// Rounds that one store lives through: it grows.
 const ROUNDS: usize = 12;
+/// Rounds after which every kind of disturbance has hit.
+const ENOUGH: u64 = 60;
 /// The most disturbed lives of a round.
 const LIVES: usize = 4;
 /// How long anything may take, on a busy machine.
@@ -85,7 +86,9 @@ impl Lab {
         process::compile(&plugins.join("libretort_soak.so"));
         let disk = Disk::mount(&home.path().join("disk"));
         if let Err(why) = &disk {
-            report.left_out.push(format!("a disk that is full: no small file system could be mounted ({why})"));
+            report.left_out.push(format!(
+                "a disk that is full: no small file system could be mounted ({why})"
+            ));
         }
         Self {
             retort,
@@ -139,7 +142,10 @@ pub fn disturb(lab: &Lab, seed: u64, time: Duration, report: &mut Report) {
         }
         let mut round = Round::new(lab, seed, number, report);
         if let Err(broken) = round.go() {
-            let place = format!("round {number} of seed {seed}, {}", round.recipe.replace('\n', " | "));
+            let place = format!(
+                "round {number} of seed {seed}, {}",
+                round.recipe.replace('\n', " | ")
+            );
             report.violations.push(format!("{broken} ({place})"));
             // What is broken stays so: the next round begins with another store.
             number = (number / ROUNDS + 1) * ROUNDS - 1;
@@ -148,6 +154,40 @@ pub fn disturb(lab: &Lab, seed: u64, time: Duration, report: &mut Report) {
         report.count("rounds");
     }
     report.seconds += began.elapsed().as_secs_f64();
+}
+
+/// A soak that hits nothing shows nothing: after enough rounds every kind of disturbance must have hit, and every kind of
+/// end must have been seen.
+pub fn check_variety(report: &mut Report) {
+    if report
+        .counts
+        .get("rounds")
+        .is_none_or(|rounds| *rounds < ENOUGH)
+    {
+        return;
+    }
+    let mut expected: Vec<&str> = DISTURBANCES
+        .iter()
+        .filter_map(|disturbance| match disturbance {
+            Disturbance::Signal(name, ..) | Disturbance::Stop(name, _) => Some(*name),
+            Disturbance::Fill if report.left_out.is_empty() => Some("disk filled"),
+            Disturbance::KillCommand | Disturbance::Fill => None,
+        })
+        .collect();
+    expected.extend([
+        "runs succeeded",
+        "runs failed",
+        "runs interrupted",
+        "runs lost",
+    ]);
+    expected.dedup();
+    for kind in expected {
+        if !report.disturbances.contains_key(kind) && !report.counts.contains_key(kind) {
+            report.violations.push(format!(
+                "nothing was shown about `{kind}`: it never happened"
+            ));
+        }
+    }
 }
 
 /// A broken promise.
@@ -236,7 +276,14 @@ impl<'a> Round<'a> {
         }
         self.right = truth::results(&said)?;
         let given = self.lab.at("given.db");
-        let arguments = ["runs", "export", "--files", "--force", "-o", given.to_str().expect("UTF-8")];
+        let arguments = [
+            "runs",
+            "export",
+            "--files",
+            "--force",
+            "-o",
+            given.to_str().expect("UTF-8"),
+        ];
         let said = self.lab.retort(&store, &arguments);
         match said.code {
             Some(0) => Ok(()),
@@ -260,7 +307,9 @@ impl<'a> Round<'a> {
         let mut life = Life::default();
         let pace = self.random.between(20, 400) as u64;
         while runner.lives() {
-            std::thread::sleep(Duration::from_millis(self.random.below(pace as usize) as u64));
+            std::thread::sleep(Duration::from_millis(
+                self.random.below(pace as usize) as u64
+            ));
             life.workers.extend(process::children(runner.pid()));
             let disturbance = *self.random.one_of(&DISTURBANCES);
             if life.hits < 3 {
@@ -294,7 +343,7 @@ impl<'a> Round<'a> {
     fn hit(&mut self, disturbance: Disturbance, runner: &mut Runner, life: &mut Life) {
         match disturbance {
             Disturbance::Signal(name, whom, signal) => {
-                let Some(pid) = self.pid_of(whom, runner, name == "worker killed") else {
+                let Some(pid) = self.pid_of(whom, runner) else {
                     return;
                 };
                 let now = truth::milliseconds(SystemTime::now());
@@ -308,7 +357,7 @@ impl<'a> Round<'a> {
                 }
             }
             Disturbance::Stop(name, whom) => {
-                let Some(pid) = self.pid_of(whom, runner, false) else {
+                let Some(pid) = self.pid_of(whom, runner) else {
                     return;
                 };
                 if kill(pid, libc::SIGSTOP) {
@@ -320,7 +369,10 @@ impl<'a> Round<'a> {
                 }
             }
             Disturbance::KillCommand => {
-                let still = self.beside.iter_mut().position(|(_, command)| command.lives());
+                let still = self
+                    .beside
+                    .iter_mut()
+                    .position(|(_, command)| command.lives());
                 if let Some(at) = still {
                     let (name, command) = &self.beside[at];
                     if kill(command.pid(), libc::SIGKILL) {
@@ -343,7 +395,7 @@ impl<'a> Round<'a> {
         }
     }
 
-    fn pid_of(&mut self, whom: Whom, runner: &Runner, _kill: bool) -> Option<u32> {
+    fn pid_of(&mut self, whom: Whom, runner: &Runner) -> Option<u32> {
         match whom {
             Whom::Runner => Some(runner.pid()),
             Whom::Worker => {
@@ -360,11 +412,17 @@ impl<'a> Round<'a> {
         }
         let given = self.lab.at("given.db");
         let taken = self.lab.at("taken.db");
-        let (given, taken) = (given.to_str().expect("UTF-8"), taken.to_str().expect("UTF-8"));
+        let (given, taken) = (
+            given.to_str().expect("UTF-8"),
+            taken.to_str().expect("UTF-8"),
+        );
         let commands: [(&str, &[&str]); 6] = [
             ("gc", &["gc", "--remove"]),
             ("import", &["runs", "import", given]),
-            ("export", &["runs", "export", "--files", "--force", "-o", taken]),
+            (
+                "export",
+                &["runs", "export", "--files", "--force", "-o", taken],
+            ),
             ("query", &["query", "select count(*) from v_metrics"]),
             ("verify", &["artifacts", "verify"]),
             ("list", &["runs", "list", "--json"]),
@@ -380,12 +438,15 @@ impl<'a> Round<'a> {
         for (name, command) in self.beside.drain(..) {
             let ended = command.end(PATIENCE);
             // A store that is just being made has no runs; a disk may be full.
-            let allowed: &[i32] = match (name, self.small) {
-                ("verify", false) => &[0, 4, 75],
-                (_, false) => &[0, 1, 4, 75],
-                (_, true) => &[0, 1, 4, 75],
+            let known = match ended.code {
+                Some(0 | 4 | 75) => true,
+                Some(1) => {
+                    self.small || !self.store.join("history.db").exists() || name != "verify"
+                }
+                Some(_) => false,
+                None => ended.signal == Some(libc::SIGKILL),
             };
-            if ended.panicked() || ended.code.is_some_and(|code| !allowed.contains(&code)) {
+            if ended.panicked() || !known {
                 return Err(format!("{name} beside a run ended with {}", ended.told()));
             }
         }
@@ -417,7 +478,9 @@ fn recipe(random: &mut Random, seed: u64, round: usize) -> String {
         let steps = random.between(3, 25);
         let pause = random.between(1, 30);
         let bytes = random.between(1, 20_000);
-        text += &format!("  s{stage}: {{kind: tick, text: {seed}-{round}, steps: {steps}, pause: {pause}, bytes: {bytes}");
+        text += &format!(
+            "  s{stage}: {{kind: tick, text: {seed}-{round}, steps: {steps}, pause: {pause}, bytes: {bytes}"
+        );
         if stage > 0 && !random.once_in(3) {
             text += &format!(", input: s{}", random.below(stage));
         }

@@ -38,7 +38,12 @@ impl Ended {
     pub fn told(&self) -> String {
         let mut last: Vec<&str> = self.stderr.lines().rev().take(12).collect();
         last.reverse();
-        format!("code {:?}, signal {:?}: {}", self.code, self.signal, last.join(" / "))
+        format!(
+            "code {:?}, signal {:?}: {}",
+            self.code,
+            self.signal,
+            last.join(" / ")
+        )
     }
 }
 
@@ -86,7 +91,9 @@ impl Runner {
         let status = self.child.wait().expect("a child");
         self.gone = true;
         let text = |reader: Option<JoinHandle<String>>| {
-            reader.and_then(|reader| reader.join().ok()).unwrap_or_default()
+            reader
+                .and_then(|reader| reader.join().ok())
+                .unwrap_or_default()
         };
         Ended {
             code: status.code(),
@@ -148,12 +155,26 @@ pub fn default_signals(command: &mut Command) {
 pub fn compile(to: &Path) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let output = Command::new(std::env::var_os("CC").unwrap_or("cc".into()))
-        .args(["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-I"])
+        .args([
+            "-std=gnu11",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-O1",
+            "-shared",
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-I",
+        ])
         .arg(root.join("../../plugins/abi"))
         .arg(root.join("plugin.c"))
         .arg("-o")
         .arg(to)
         .output()
         .expect("a C compiler (`cc`)");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }

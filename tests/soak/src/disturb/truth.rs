@@ -23,7 +23,10 @@ pub fn milliseconds(time: SystemTime) -> i64 {
 pub fn runs(lab: &Lab, store: &Path) -> Result<BTreeMap<String, String>, Broken> {
     let rows = query(lab, store, "select id, state from v_runs")?;
     let text = |row: &Value, key: &str| row[key].as_str().unwrap_or_default().to_owned();
-    Ok(rows.iter().map(|row| (text(row, "id"), text(row, "state"))).collect())
+    Ok(rows
+        .iter()
+        .map(|row| (text(row, "id"), text(row, "state")))
+        .collect())
 }
 
 fn query(lab: &Lab, store: &Path, sql: &str) -> Result<Vec<Value>, Broken> {
@@ -37,7 +40,8 @@ fn query(lab: &Lab, store: &Path, sql: &str) -> Result<Vec<Value>, Broken> {
 
 /// Outputs of the stages of a run with `--json`.
 pub fn results(said: &Ended) -> Result<BTreeMap<String, String>, Broken> {
-    let document: Value = serde_json::from_str(&said.stdout).map_err(|e| format!("no JSON: {e}"))?;
+    let document: Value =
+        serde_json::from_str(&said.stdout).map_err(|e| format!("no JSON: {e}"))?;
     let stages = document["stages"].as_array().ok_or("no stages")?;
     let result = |stage: &Value| {
         let hash = stage["output"]["hash"].as_str()?;
@@ -55,26 +59,39 @@ pub fn results_are(said: &Ended, right: &BTreeMap<String, String>) -> Result<(),
     let found = results(said)?;
     match found == *right {
         true => Ok(()),
-        false => Err(format!("results differ from those of an undisturbed run: {found:?}, expected {right:?}")),
+        false => Err(format!(
+            "results differ from those of an undisturbed run: {found:?}, expected {right:?}"
+        )),
     }
 }
 
 /// How runners end: with a documented code, or by the signal that was sent.
 pub fn end_is_known(ended: &Ended, life: &Life) -> Result<(), Broken> {
-    let killed = life.runner.iter().any(|(signal, _)| *signal == libc::SIGKILL);
+    let killed = life
+        .runner
+        .iter()
+        .any(|(signal, _)| *signal == libc::SIGKILL);
     let known = match (ended.code, ended.signal) {
         (Some(0 | 75 | 100), _) => true,
         // Nothing to resume: the run was killed before it was recorded.
         (Some(2 | 4), _) => true,
         (Some(1), _) => life.filled,
-        (Some(129 | 130 | 143), _) => life.runner.iter().any(|(signal, _)| *signal != libc::SIGKILL),
+        (Some(129 | 130 | 143), _) => life
+            .runner
+            .iter()
+            .any(|(signal, _)| *signal != libc::SIGKILL),
         // A signal that came before the runner listened.
-        (_, Some(signal)) => killed && signal == libc::SIGKILL || life.runner.iter().any(|(sent, _)| *sent == signal),
+        (_, Some(signal)) => {
+            killed && signal == libc::SIGKILL || life.runner.iter().any(|(sent, _)| *sent == signal)
+        }
         _ => false,
     };
     match known && !ended.panicked() {
         true => Ok(()),
-        false => Err(format!("a runner ended with {}, after {life:?}", ended.told())),
+        false => Err(format!(
+            "a runner ended with {}, after {life:?}",
+            ended.told()
+        )),
     }
 }
 
@@ -128,13 +145,19 @@ pub fn states_are_true(
         let fits = match state.as_str() {
             "succeeded" => true,
             "lost" => !life.runner.is_empty() || life.filled || killed,
-            "interrupted" => life.runner.iter().any(|(signal, _)| *signal != libc::SIGKILL),
+            "interrupted" => life
+                .runner
+                .iter()
+                .any(|(signal, _)| *signal != libc::SIGKILL),
             "failed" => !life.worker.is_empty() || life.filled,
             _ => false,
         };
         report.count(&format!("runs {state}"));
         if !fits {
-            return Err(format!("run {id} is {state}, after {life:?} and {}", ended.told()));
+            return Err(format!(
+                "run {id} is {state}, after {life:?} and {}",
+                ended.told()
+            ));
         }
     }
     for state in query(lab, store, "select distinct state from v_attempts")? {
@@ -146,11 +169,23 @@ pub fn states_are_true(
 }
 
 /// Points that a stage gave to the host before it, or its runner, was killed are in the history, but for the last second.
-pub fn points_are_there(lab: &Lab, store: &Path, life: &Life, report: &mut Report) -> Result<(), Broken> {
+pub fn points_are_there(
+    lab: &Lab,
+    store: &Path,
+    life: &Life,
+    report: &mut Report,
+) -> Result<(), Broken> {
     let ledgers = lab.at("ledger");
-    let entries: Vec<_> = std::fs::read_dir(&ledgers).expect("a folder").flatten().collect();
+    let entries: Vec<_> = std::fs::read_dir(&ledgers)
+        .expect("a folder")
+        .flatten()
+        .collect();
     let attempts = match store.join("history.db").exists() {
-        true => query(lab, store, "select attempt, worker_pid, state from v_attempts order by attempt desc limit 40")?,
+        true => query(
+            lab,
+            store,
+            "select attempt, worker_pid, state from v_attempts order by attempt desc limit 40",
+        )?,
         false => Vec::new(),
     };
     for entry in entries {
@@ -163,12 +198,27 @@ pub fn points_are_there(lab: &Lab, store: &Path, life: &Life, report: &mut Repor
             continue;
         };
         let given: Vec<(&str, i64, i64)> = ledger.lines().filter_map(given).collect();
-        let killed = life.runner.iter().find(|(signal, _)| *signal == libc::SIGKILL).map(|(_, at)| *at);
-        let killed = killed.or(life.worker.iter().find(|(worker, _)| i64::from(*worker) == pid).map(|(_, at)| *at));
+        let killed = life
+            .runner
+            .iter()
+            .find(|(signal, _)| *signal == libc::SIGKILL)
+            .map(|(_, at)| *at);
+        let killed = killed.or(life
+            .worker
+            .iter()
+            .find(|(worker, _)| i64::from(*worker) == pid)
+            .map(|(_, at)| *at));
         // A machine that has no time for the stage may have none for the runner either.
-        let stall = given.windows(2).map(|pair| pair[1].2 - pair[0].2).max().unwrap_or(0);
+        let stall = given
+            .windows(2)
+            .map(|pair| pair[1].2 - pair[0].2)
+            .max()
+            .unwrap_or(0);
         let until = killed.map_or(i64::MAX, |at| at - ON_ITS_WAY - stall);
-        let sql = format!("select series, step from v_metrics where attempt = {}", attempt["attempt"]);
+        let sql = format!(
+            "select series, step from v_metrics where attempt = {}",
+            attempt["attempt"]
+        );
         let rows = query(lab, store, &sql)?;
         let there: BTreeSet<(&str, i64)> = rows
             .iter()
@@ -189,7 +239,11 @@ pub fn points_are_there(lab: &Lab, store: &Path, life: &Life, report: &mut Repor
 /// A line of a ledger: series, step, milliseconds. The last line may be cut.
 fn given(line: &str) -> Option<(&str, i64, i64)> {
     let mut words = line.split(' ');
-    let (series, step, at) = (words.next()?, words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+    let (series, step, at) = (
+        words.next()?,
+        words.next()?.parse().ok()?,
+        words.next()?.parse().ok()?,
+    );
     (at > 1_000_000_000_000).then_some((series, step, at))
 }
 
@@ -197,9 +251,14 @@ fn given(line: &str) -> Option<(&str, i64, i64)> {
 pub fn is_whole(lab: &Lab, store: &Path) -> Result<(), Broken> {
     for arguments in [["artifacts", "verify"].as_slice(), &["doctor"]] {
         let said = lab.retort(store, arguments);
-        let good = said.code == Some(0) || (arguments == ["doctor"] && !said.panicked() && said.code.is_some());
+        let good = said.code == Some(0)
+            || (arguments == ["doctor"] && !said.panicked() && said.code.is_some());
         if !good {
-            return Err(format!("{arguments:?} ended with {} {}", said.told(), said.stdout));
+            return Err(format!(
+                "{arguments:?} ended with {} {}",
+                said.told(),
+                said.stdout
+            ));
         }
     }
     Ok(())
@@ -209,12 +268,19 @@ pub fn is_whole(lab: &Lab, store: &Path) -> Result<(), Broken> {
 pub fn nothing_is_left_over(store: &Path) -> Result<(), Broken> {
     let names = |dir: &Path| -> Vec<String> {
         let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-        entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+        entries
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .collect()
     };
-    let mut left: Vec<String> = ["staging", "work"].iter().flat_map(|dir| names(&store.join(dir))).collect();
-    left.extend(names(store).into_iter().filter(|name| {
-        name.starts_with('.') && name != ".gitignore" || name.contains(".tmp")
-    }));
+    let mut left: Vec<String> = ["staging", "work"]
+        .iter()
+        .flat_map(|dir| names(&store.join(dir)))
+        .collect();
+    left.extend(
+        names(store)
+            .into_iter()
+            .filter(|name| name.starts_with('.') && name != ".gitignore" || name.contains(".tmp")),
+    );
     match left.is_empty() {
         true => Ok(()),
         false => Err(format!("left over after gc: {left:?}")),
