@@ -98,7 +98,12 @@ impl Chart {
         let _ = writeln!(text, "{:margin$}  {:^width$}", "", self.axis);
         for (number, curve) in self.curves.iter().enumerate() {
             let mark = paint("━━", number, color);
-            let _ = writeln!(text, "{:margin$}  {mark} {}", "", terminal::clean_line(&curve.label));
+            let _ = writeln!(
+                text,
+                "{:margin$}  {mark} {}",
+                "",
+                terminal::clean_line(&curve.label)
+            );
         }
         text
     }

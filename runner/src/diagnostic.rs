@@ -128,7 +128,11 @@ impl Finding {
         let mut shown = format!(
             "{}{}",
             paint(name, severity, color),
-            paint(&format!(": {}", brief(&self.message, "       ")), "1", color)
+            paint(
+                &format!(": {}", brief(&self.message, "       ")),
+                "1",
+                color
+            )
         );
         let (source, path, position) = match &self.argument {
             Some(argument) => (
@@ -146,8 +150,22 @@ impl Finding {
             .as_ref()
             .map_or(0, |(at, _)| at.line.to_string().len());
         let place = position.map_or_else(String::new, |at| format!(":{}:{}", at.line, at.column));
-        let _ = write!(shown, "\n{:margin$}{} {}{place}", "", side("-->"), clean(&path));
-        if let Some((at, Marked { line, before, width })) = &marked {
+        let _ = write!(
+            shown,
+            "\n{:margin$}{} {}{place}",
+            "",
+            side("-->"),
+            clean(&path)
+        );
+        if let Some((
+            at,
+            Marked {
+                line,
+                before,
+                width,
+            },
+        )) = &marked
+        {
             let bar = side("|");
             let carets = paint(&"^".repeat(*width), severity, color);
             let _ = write!(
@@ -217,7 +235,9 @@ impl Marked {
         Self {
             before: before.width(),
             width: token.width().max(1),
-            line: format!("{before}{token}{after}{more}").trim_end().to_owned(),
+            line: format!("{before}{token}{after}{more}")
+                .trim_end()
+                .to_owned(),
         }
     }
 }
@@ -345,13 +365,17 @@ error: unknown option `stpes`
             let finding = Finding::error("", "x").at(Some(Position { line: 1, column }));
             let text = finding.render(Path::new("r"), line, false);
             let lines: Vec<&str> = text.lines().skip(3).collect();
-            assert_eq!(lines, [format!("1 | {shown}"), format!("  | {carets}")], "{line:?}");
+            assert_eq!(
+                lines,
+                [format!("1 | {shown}"), format!("  | {carets}")],
+                "{line:?}"
+            );
         };
         check("漢字: [x", 5, "漢字: [x", "      ^^");
         check("\u{a0}a", 1, "\u{a0}a", "^");
         check("\u{3000}a", 1, "\u{3000}a", "^^");
-        check("\u{200b}a: 1", 1, "\\u{200b}a: 1", "^^^^^^^^^");
-        check("\u{202e}a: b", 5, "\\u{202e}a: b", "            ^");
+        check("\u{200b}a: 1", 1, "\\u200ba: 1", "^^^^^^^");
+        check("\u{202e}a: b", 5, "\\u202ea: b", "         ^");
         check("\ta: b", 5, "    a: b", "       ^");
         check("a", 2, "a", " ^");
         check("a", 20, "a", " ^");
@@ -369,10 +393,15 @@ error: unknown option `stpes`
         for color in [false, true] {
             let text = finding.render(Path::new("\x1b]0;x"), &long, color);
             assert!(text.len() < 10_000, "{}", text.len());
-            assert!(!text.contains("\x1b[2J") && !text.contains("\x1b]") && !text.contains('\u{9b}'));
+            assert!(
+                !text.contains("\x1b[2J") && !text.contains("\x1b]") && !text.contains('\u{9b}')
+            );
         }
         let lost = Finding::error("", "x").at(Some(Position { line: 0, column: 0 }));
-        assert!(lost.render(Path::new("r"), "a", false).contains("--> r:0:0"));
+        assert!(
+            lost.render(Path::new("r"), "a", false)
+                .contains("--> r:0:0")
+        );
     }
 
     #[test]

@@ -343,7 +343,10 @@ mod tests {
         let lines = Arc::new(Mutex::new(Vec::new()));
         let heard = Arc::clone(&lines);
         let teller = Teller::new(manner, move |line| {
-            heard.lock().unwrap().push(crate::terminal::show(line).into_owned())
+            heard
+                .lock()
+                .unwrap()
+                .push(crate::terminal::show(line).into_owned())
         });
         events.into_iter().for_each(|event| teller.hear(event));
         lines.lock().unwrap().clone()

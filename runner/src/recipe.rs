@@ -339,7 +339,9 @@ pub fn parse(
         });
     }
     let runner_schema = schema::runner_schema();
-    schema::take_texts(&runner_schema, &mut value, |pointer| source.as_written(pointer));
+    schema::take_texts(&runner_schema, &mut value, |pointer| {
+        source.as_written(pointer)
+    });
 
     let broken: BTreeSet<String> = findings
         .iter()
@@ -629,7 +631,7 @@ mod tests {
             "stages: {s: {kind: k}}\n",
             &[(1, 1, "begin the recipe with")],
         );
-        check("version: 1\nstages: {}\n", &[(2, 1, "is empty")]);
+        check("version: 1\nstages: {}\n", &[(2, 9, "is empty")]);
         check(
             "verison: 1\nstages: {s: {kind: k}}\n",
             &[(1, 1, "did you mean `version`?")],
@@ -644,5 +646,76 @@ mod tests {
                 (7, 6, "expected a mapping, got 3"),
             ],
         );
+    }
+
+    /// Anything anywhere in a recipe: an answer that can be shown, never a panic.
+    #[test]
+    fn any_insertion_is_answered() {
+        let odd = [
+            "\u{a0}",
+            "\u{3000}",
+            "\u{200b}",
+            "\u{301}",
+            "漢",
+            "🙂",
+            "\u{feff}",
+            "\u{2028}",
+            "\u{85}",
+            "\u{9b}",
+            "\r",
+            "\t",
+            "\"",
+            "'",
+            "[",
+            "{",
+            ": ",
+            "- ",
+            "&a ",
+            "*a ",
+            "!t ",
+            "${",
+            "%",
+            "#",
+            "|\n",
+            "\0",
+            "é: ",
+            "\u{10ffff}",
+        ];
+        let text = "version: 1\nbackend: fake\nparams: {é: '漢${params.w}', w: 1.50}\nstages:\n  s:\n    kind: everything\n    data: 'd'\n    steps: [\"ü\", 🙂]\n";
+        let places: Vec<usize> = text.char_indices().map(|(at, _)| at).collect();
+        // A fixed sequence that looks random: every place with several characters, one and two at a time.
+        let mut state = 1_u64;
+        let mut next = |below: usize| {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            (state >> 33) as usize % below
+        };
+        for &at in places.iter().cycle().take(6 * places.len()) {
+            let mut changed = text.to_owned();
+            changed.insert_str(at, odd[next(odd.len())]);
+            if next(2) == 0 {
+                let at = places[next(places.len())];
+                if changed.is_char_boundary(at) {
+                    changed.insert_str(at, odd[next(odd.len())]);
+                }
+            }
+            let shown = match crate::plan::fake::plan(&changed, &["s.flag=\u{a0}\u{3000}"]) {
+                Ok(plan) => plan
+                    .warnings
+                    .iter()
+                    .map(|f| f.render(&plan.path, &plan.text, true))
+                    .collect(),
+                Err(report) => report.render(true),
+            };
+            let safe = crate::terminal::show(&shown);
+            assert!(
+                !safe.contains(['\u{9b}', '\u{2028}', '\u{200b}', '\0', '\r']),
+                "{safe:?}"
+            );
+            for line in safe.lines().filter(|line| line.contains('^')) {
+                assert!(line.trim_end().ends_with(['^', 'm']), "{safe}");
+            }
+        }
     }
 }

@@ -113,7 +113,10 @@ mod tests {
         check("plain é 漢 🙂\n\tx", "plain é 漢 🙂\n\tx");
         check("\x1b[2J\x07\u{9b}2J\x7f", r"\u001b[2J\u0007\u009b2J\u007f");
         check("a\u{202e}b\u{2066}c", r"a\u202eb\u2066c");
-        check("a\u{200b}\u{2028}\u{feff}\u{ad}", r"a\u200b\u2028\ufeff\u00ad");
+        check(
+            "a\u{200b}\u{2028}\u{feff}\u{ad}",
+            r"a\u200b\u2028\ufeff\u00ad",
+        );
         check("a\r\nb\rc", "a\nb\\u000dc");
         check("\x1b[31mred\u{fdd0}0m", r"\u001b[31mred\ufdd00m");
         assert_eq!(clean_line("a\nb\tc\r"), r"a b c\u000d");
@@ -124,7 +127,10 @@ mod tests {
         let text = paint("\x1b[8mx\u{9b}", "1;31", true);
         assert_eq!(show(&text), "\x1b[1;31m\\u001b[8mx\\u009b\x1b[0m");
         assert_eq!(paint("x\r", "1;31", false), r"x\u000d");
-        assert_eq!(show(&painted("\x1b[38;5;9mx\x1b[0m")), "\x1b[38;5;9mx\x1b[0m");
+        assert_eq!(
+            show(&painted("\x1b[38;5;9mx\x1b[0m")),
+            "\x1b[38;5;9mx\x1b[0m"
+        );
         // What was painted is no data any more: clean shows the mark.
         assert!(!clean(&text).contains('\x1b'));
     }
@@ -135,7 +141,10 @@ mod tests {
         for json in [value.to_string(), format!("{value:#}\n")] {
             let safe = show(&json);
             assert!(!safe.chars().any(is_unsafe), "{safe:?}");
-            assert_eq!(serde_json::from_str::<serde_json::Value>(&safe).unwrap(), value);
+            assert_eq!(
+                serde_json::from_str::<serde_json::Value>(&safe).unwrap(),
+                value
+            );
         }
     }
 }

@@ -27,7 +27,7 @@ pub const MAX_BYTES: u64 = 1 << 20;
 /// Levels of values inside values.
 pub const MAX_DEPTH: usize = 128;
 
-/// Values in a document, repetitions by anchors included; each 64 bytes of a text count as one more.
+/// Keys and values in a document, repetitions by anchors included; each 64 bytes of a text count as one more.
 const MAX_VALUES: usize = 100_000;
 
 /// Bytes of the keys on the way to a value.
@@ -192,7 +192,11 @@ pub fn lines(text: &str) -> impl Iterator<Item = &str> {
             rest = None;
             return (!text.is_empty()).then_some(text);
         };
-        let ending = if text[end..].starts_with("\r\n") { 2 } else { 1 };
+        let ending = if text[end..].starts_with("\r\n") {
+            2
+        } else {
+            1
+        };
         rest = Some(&text[end + ending..]);
         Some(&text[..end])
     })
@@ -208,7 +212,11 @@ fn end_of(text: &str) -> Position {
     let last = lines(text).last().unwrap_or_default();
     Position {
         line: lines(text).count() + usize::from(ends_line || text.is_empty()),
-        column: if ends_line { 1 } else { last.chars().count() + 1 },
+        column: if ends_line {
+            1
+        } else {
+            last.chars().count() + 1
+        },
     }
 }
 

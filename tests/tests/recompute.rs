@@ -3,10 +3,13 @@
 use retort_candle::Candle;
 use retort_engine::backend::{Backend, Unary};
 use retort_engine::bundle::{Family, NetworkConfig};
+use retort_engine::model::lpips::Lpips;
+use retort_engine::model::msvq::{Config, MultiScaleVq};
 use retort_engine::model::{Conditions, Student};
+use retort_engine::perceptual::{self, Eye};
 use retort_engine::published::{self, Hints};
 use retort_engine::random::noise;
-use retort_engine::tape::backward;
+use retort_engine::tape::{Var, backward};
 use retort_engine::weights::{Loader, Params, Source};
 use retort_tests::memory::{peak, resident};
 
@@ -97,4 +100,39 @@ fn recomputed_activations_take_less_memory() {
         peaks.push(took);
     }
     assert!(peaks[0] < peaks[1], "{peaks:?}");
+}
+
+/// What decoder and LPIPS take for the perceptual term, at the widths that were published.
+#[test]
+#[ignore = "minutes and some GB: cargo test --release -p retort-tests --test recompute -- --ignored --nocapture --test-threads 1"]
+fn images_decoded_a_few_at_a_time_take_less_memory() {
+    const BATCH: usize = 4;
+    let backend = Candle::open("cpu", "f32", 2).expect("a CPU");
+    let mut loader = Loader::new(&backend, Source::Init(1), false, "drawn");
+    // 128 x 128 pixels.
+    let tokenizer = MultiScaleVq::load(&mut loader, &Config::published(&[1, 2, 4, 8]));
+    let tokenizer = tokenizer.expect("a tokenizer");
+    let mut linear = Loader::new(&backend, Source::Init(2), false, "drawn");
+    let eye = Eye::Lpips(Lpips::load(&mut loader, &mut linear).expect("LPIPS"));
+    let shape = [BATCH, 85, 32];
+    let draw = |seed| backend.floats(&noise(seed, 0, BATCH * 85, 32), &shape);
+    let target = draw(2).expect("latents");
+    let mut peaks = Vec::new();
+    for most in [1, BATCH] {
+        let latents = Var::parameter(draw(1).expect("latents"));
+        // SAFETY: as above.
+        unsafe { libc::malloc_trim(0) };
+        std::fs::write("/proc/self/clear_refs", "5").expect("Linux");
+        let (before, clock) = (resident(), std::time::Instant::now());
+        let distance = perceptual::distance(&tokenizer, &eye, most, &latents, &target);
+        backward(distance.expect("a distance"), &[("x".into(), latents)]).expect("a gradient");
+        let took = peak() - before;
+        println!(
+            "{BATCH} images of 128 x 128, {most} at once: {} MiB more at the peak, {:.1?}",
+            took >> 10,
+            clock.elapsed()
+        );
+        peaks.push(took);
+    }
+    assert!(2 * peaks[0] < peaks[1], "{peaks:?}");
 }

@@ -1,10 +1,12 @@
 //! The runner, through its real binary: runs, reuse, faults, interruptions, stores in trouble, checkpoint files.
 //!
-//! The stages come from a plugin in C (`fixtures/faulty.c`) that does as its options say; in `training`, `dividing` and `measuring`,
-//! from candle.
+//! The stages come from a plugin in C (`fixtures/faulty.c`) that does as its options say; in `training`, `ablations`, `dividing`
+//! and `measuring`, from candle.
 
 #[path = "runner/abi.rs"]
 mod abi;
+#[path = "runner/ablations.rs"]
+mod ablations;
 #[path = "runner/authoring.rs"]
 mod authoring;
 #[path = "runner/captions.rs"]
@@ -17,6 +19,10 @@ mod dividing;
 mod faults;
 #[path = "runner/history.rs"]
 mod history;
+#[path = "runner/images.rs"]
+mod images;
+#[path = "runner/imports.rs"]
+mod imports;
 #[path = "runner/interruptions.rs"]
 mod interruptions;
 #[path = "runner/lab.rs"]

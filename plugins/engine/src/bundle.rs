@@ -4,11 +4,12 @@
 //! tokenizer/  config.json  tokenizer.safetensors
 //! teacher/    config.json  tokenizer.safetensors  model.safetensors
 //! student/    config.json  tokenizer.safetensors  model.safetensors   (the moving average)
+//!             snapshots/1000.safetensors ..                           (the same after 1000 steps, if asked for)
 //! ```
 //!
 //! A directory is complete in itself: whoever loads a student can decode what it predicts.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use retort_checkpoint::regular;
 use schemars::JsonSchema;
@@ -82,6 +83,8 @@ pub const CONFIG_MOST: u64 = 1 << 20;
 pub const TOKENIZER: &str = "tokenizer.safetensors";
 /// The file with the weights of the teacher or student.
 pub const MODEL: &str = "model.safetensors";
+/// The folder of a student with its weights at earlier steps of its training, one file each.
+pub const SNAPSHOTS: &str = "snapshots";
 
 impl TokenizerConfig {
     /// Channels, height and width of the images.
@@ -152,6 +155,15 @@ impl NetworkConfig {
             Self::Llamagen(c) => Ok(Box::new(llamagen::GptStudent::load(loader, c)?)),
             Self::Var(c) => Ok(Box::new(var::TransformerStudent::load(loader, c)?)),
         }
+    }
+
+    /// Whether the logits alone come of a parameter of a student.
+    pub fn is_of_logits(&self, name: &str) -> bool {
+        let own: &[&str] = match self {
+            Self::Llamagen(_) => &llamagen::LOGITS,
+            Self::Var(_) => &var::LOGITS,
+        };
+        own.iter().any(|prefix| name.starts_with(prefix))
     }
 
     /// The shape of a student of this teacher, with at least as many blocks.
@@ -234,6 +246,24 @@ impl<'p> Bundle<'p> {
         Stored::open(&self.dir.join(MODEL), None)
     }
 
+    /// Steps of training after which a student's weights were kept, ascending.
+    pub fn snapshots(&self) -> Result<Vec<u64>> {
+        let dir = self.dir.join(SNAPSHOTS);
+        if !dir.is_dir() {
+            return Ok(Vec::new());
+        }
+        let mut steps = Vec::new();
+        for entry in std::fs::read_dir(&dir).map_err(Error::io(&dir))? {
+            let name = entry.map_err(Error::io(&dir))?.file_name();
+            let step = name
+                .to_str()
+                .and_then(|name| name.strip_suffix(".safetensors"));
+            steps.extend(step.and_then(|step| step.parse::<u64>().ok()));
+        }
+        steps.sort_unstable();
+        Ok(steps)
+    }
+
     /// Loads the teacher as constants.
     pub fn teacher<B: Backend>(&self, backend: &B) -> Result<Box<dyn Teacher<B>>> {
         let (network, shape) = (self.network()?, &self.config.tokenizer);
@@ -286,6 +316,19 @@ pub fn write_network(
     write_config(dir, &tokenizer.config.tokenizer, Some(network.0), timesteps)?;
     link(&tokenizer.dir.join(TOKENIZER), &dir.join(TOKENIZER))?;
     weights::write(&dir.join(MODEL), network.1)
+}
+
+/// Writes the directory of a student as it was at an earlier step of its training.
+pub fn write_snapshot(dir: &Path, student: &Bundle<'_>, step: u64) -> Result<()> {
+    let c = &student.config;
+    write_config(dir, &c.tokenizer, c.network.as_ref(), &c.timesteps)?;
+    link(&student.dir.join(TOKENIZER), &dir.join(TOKENIZER))?;
+    link(&student.dir.join(snapshot(step)), &dir.join(MODEL))
+}
+
+/// The file of a student's directory with its weights after so many steps.
+pub fn snapshot(step: u64) -> PathBuf {
+    Path::new(SNAPSHOTS).join(format!("{step}.safetensors"))
 }
 
 /// Writes the configuration of a directory.

@@ -43,6 +43,14 @@ pub enum Error {
     /// NaN or infinity where there must be none.
     #[error("{0}")]
     Numerical(String),
+    /// What a network says of a sample is NaN or infinite.
+    #[error("sample {sample}: {message}")]
+    NotFinite {
+        /// Its index: in its batch, until [`Error::of_samples`].
+        sample: u64,
+        /// What is not finite.
+        message: String,
+    },
     /// The host asked to stop; what was done is in the work directory.
     #[error("stopped as asked; the work done so far is kept")]
     Cancelled,
@@ -73,6 +81,17 @@ impl Error {
         Self::Data {
             path: path.as_ref().to_owned(),
             message: message.to_string(),
+        }
+    }
+
+    /// The same error of a batch that begins with the sample of this index.
+    pub fn of_samples(self, first: u64) -> Self {
+        match self {
+            Self::NotFinite { sample, message } => {
+                let sample = first + sample;
+                Self::NotFinite { sample, message }
+            }
+            other => other,
         }
     }
 
@@ -110,6 +129,9 @@ impl From<Error> for Failure {
             Error::Data { .. } => Failure::new(FailureCode::BadData, message),
             Error::Numerical(_) => Failure::new(FailureCode::Numerical, message)
                 .hint("lower the learning rate or raise the warm-up; --set changes one value"),
+            Error::NotFinite { .. } => Failure::new(FailureCode::Numerical, message).hint(
+                "look at the curves of the stage that trained the network, and at its guidance and temperature",
+            ),
             Error::Cancelled => Failure::new(FailureCode::Cancelled, message),
             Error::Host(failure) => failure,
         }

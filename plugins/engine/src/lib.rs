@@ -13,6 +13,7 @@ pub mod conformance;
 pub mod data;
 pub mod dataset;
 pub mod error;
+pub mod finite;
 pub mod flow;
 pub mod model;
 pub mod muon;

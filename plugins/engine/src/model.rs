@@ -115,6 +115,15 @@ pub struct Reconstruction<B: Backend> {
     pub tokens: B::Tensor,
 }
 
+/// Parameters of more than one dimension that no weight decay pulls at in VAR's published training: lengths of queries,
+/// embeddings of places, offsets of modulations.
+const SPARED: [&str; 5] = ["scale_mul", "pos_1LC", "pos_start", "lvl_embed", "ada_gss"];
+
+/// Whether weight decay pulls at a parameter: at matrices and other embeddings, as in the published trainings.
+pub fn decays(name: &str, shape: &[usize]) -> bool {
+    shape.len() > 1 && !name.ends_with("bias") && !SPARED.iter().any(|part| name.contains(part))
+}
+
 /// Name of the codebook parameter of every tokenizer.
 pub const CODEBOOK: &str = "quantize.embedding.weight";
 

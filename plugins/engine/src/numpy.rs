@@ -4,7 +4,8 @@
 //! written. A large array in C order can be read row by row. Deliberately absent: pickled objects, records, strings.
 
 use std::fs::File;
-use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
+use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use retort_checkpoint::archive::{self, Packing};
@@ -51,6 +52,93 @@ impl Archive {
             Ok(Ok(data)) => Ok(Some(data)),
             Ok(Err(found)) => Err(Error::data(&self.path, other_shape(name, &found, shape))),
             Err(message) => Err(wrong(message)),
+        }
+    }
+}
+
+impl Archive {
+    /// Names of the arrays.
+    pub fn names(&self) -> Vec<&str> {
+        let entries = self.zip.entries().iter();
+        entries
+            .filter_map(|entry| entry.name.strip_suffix(".npy"))
+            .collect()
+    }
+
+    /// An array that is there, to be read from its beginning to its end.
+    pub fn stream(&self, name: &str) -> Result<Stream> {
+        let wrong = |message: String| Error::data(&self.path, format!("array {name}: {message}"));
+        let entry = self.zip.entry(&format!("{name}.npy"));
+        let entry = entry.ok_or_else(|| wrong("it is not there".into()))?;
+        let start = self.zip.start(entry).map_err(|e| wrong(e.to_string()))?;
+        // Of its own, so that several arrays can be read side by side.
+        let mut file = regular::open(&self.path).map_err(Error::io(&self.path))?;
+        file.seek(SeekFrom::Start(start))
+            .map_err(Error::io(&self.path))?;
+        let file = BufReader::new(file.take(entry.packed));
+        let reader: Box<dyn Read + Send> = match entry.packing {
+            Packing::Stored => Box::new(file),
+            Packing::Deflate => Box::new(flate2::bufread::DeflateDecoder::new(file)),
+            Packing::Other => {
+                return Err(wrong("encrypted, or not compressed by deflate".into()));
+            }
+        };
+        Stream::begin(reader).map_err(wrong)
+    }
+}
+
+/// An array that is read from its beginning to its end, a part at a time.
+pub struct Stream {
+    reader: Box<dyn Read + Send>,
+    header: Header,
+}
+
+impl Stream {
+    /// Opens a `.npy` file.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = BufReader::new(regular::open(path).map_err(Error::io(path))?);
+        Self::begin(Box::new(file)).map_err(|e| Error::data(path, e))
+    }
+
+    fn begin(mut reader: Box<dyn Read + Send>) -> Result<Self, String> {
+        let header = Header::read(&mut reader)?;
+        if header.fortran && header.shape.len() > 1 {
+            return Err(
+                "an array in Fortran order, expected C order (numpy.ascontiguousarray)".into(),
+            );
+        }
+        Ok(Self { reader, header })
+    }
+
+    /// Sizes of the dimensions.
+    pub fn shape(&self) -> &[usize] {
+        &self.header.shape
+    }
+
+    /// Type of the elements, as in `f4`.
+    pub fn kind(&self) -> &str {
+        &self.header.kind
+    }
+
+    /// The next elements.
+    pub fn read(&mut self, count: usize) -> Result<Vec<f64>, String> {
+        let bytes = self.read_bytes(count * self.header.size)?;
+        Ok(self.header.elements(&bytes))
+    }
+
+    /// The next bytes. What a header promises is not allocated before it is there.
+    pub fn read_bytes(&mut self, count: usize) -> Result<Vec<u8>, String> {
+        let mut bytes = Vec::new();
+        let read = (&mut self.reader)
+            .take(count as u64)
+            .read_to_end(&mut bytes);
+        read.map_err(|e| e.to_string())?;
+        match bytes.len() == count {
+            true => Ok(bytes),
+            false => Err(format!(
+                "it ends early: its shape is {:?}",
+                self.header.shape
+            )),
         }
     }
 }
@@ -265,6 +353,17 @@ impl Rows {
     /// Sizes of the dimensions.
     pub fn shape(&self) -> &[usize] {
         &self.header.shape
+    }
+
+    /// Type of the elements, as in `f4`.
+    pub fn kind(&self) -> &str {
+        &self.header.kind
+    }
+
+    /// Bytes from the one with number `first` on, without moving what [`Rows::read`] moves.
+    pub fn read_bytes(&self, first: u64, bytes: &mut [u8]) -> Result<()> {
+        let read = self.file.read_exact_at(bytes, self.start + first);
+        read.map_err(Error::io(&self.path))
     }
 
     /// `count` elements from the one with number `first` on, in C order. They must be there.

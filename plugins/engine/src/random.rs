@@ -29,6 +29,8 @@ pub enum Stream {
     Split = 6,
     /// Restarts of unused codebook entries, one index per step.
     Restart = 7,
+    /// Places and mirrors of images in training, one index per epoch (upper half) and image (lower half).
+    Augment = 8,
 }
 
 /// The sequence of one (seed, stream, index).

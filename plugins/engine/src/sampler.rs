@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::{Backend, FlowSolver, Truncation};
 use crate::error::{Error, Result};
+use crate::finite::Finite;
 use crate::model::{Conditions, Student, Teacher, TokenShape, vq::nearest};
 use crate::random::{Sequence, Stream};
 use crate::splice::State;
@@ -82,7 +83,8 @@ pub fn choices(seed: u64, first: u64, count: usize) -> Vec<Sequence> {
 
 /// The teacher's AR sampler: tokens (b, L'), where L' are the tokens of the AR steps before `end`.
 ///
-/// With a prefix (b, L_p), its tokens are taken as they are and choosing starts after them.
+/// With a prefix (b, L_p), its tokens are taken as they are and choosing starts after them. Logits that are not finite are
+/// an error that names the sample.
 pub fn autoregressive<B: Backend>(
     teacher: &dyn Teacher<B>,
     conditions: &Conditions<B>,
@@ -95,9 +97,10 @@ pub fn autoregressive<B: Backend>(
     let given = prefix.map_or(0, |p| B::shape(p)[1]);
     let mut generation = teacher.generate(conditions, distribution.guidance)?;
     let mut chosen: Vec<B::Tensor> = Vec::with_capacity(end);
-    let mut start = 0;
-    for &count in &shape.steps[..end.min(shape.steps.len())] {
+    let (mut start, mut finite) = (0, Finite::<B>::new("the teacher's logits"));
+    for (step, &count) in shape.steps[..end.min(shape.steps.len())].iter().enumerate() {
         let logits = generation.advance(chosen.last())?; // (b, count, K)
+        finite.watch(step, &logits)?;
         let ids = match prefix {
             Some(p) if start + count <= given => B::narrow(p, 1, start, count)?,
             _ => choose::<B>(&logits, shape, distribution, choice, start)?,
@@ -105,6 +108,7 @@ pub fn autoregressive<B: Backend>(
         chosen.push(ids);
         start += count;
     }
+    finite.check()?;
     let parts: Vec<&B::Tensor> = chosen.iter().collect();
     B::cat(&parts, 1)
 }
@@ -197,6 +201,10 @@ impl<B: Backend> StudentSampler<'_, B> {
         let boundary = shape.tokens_before(self.split);
         let head = || self.student.continuous(&prediction);
         let sequence = state.finish(prediction.logits.value(), head, self.codebook, boundary)?;
+        let mut finite = Finite::<B>::new("the student's predictions");
+        finite.watch(t, prediction.logits.value())?;
+        finite.watch(t, sequence.value())?;
+        finite.check()?;
         Ok(sequence.value().clone())
     }
 

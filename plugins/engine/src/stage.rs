@@ -5,8 +5,10 @@ pub mod condition;
 pub mod conformance;
 pub mod distill;
 pub mod evaluate;
+pub mod images;
 pub mod pretrain;
 pub mod sample;
+pub mod snapshot;
 pub mod teacher;
 pub mod tokenizer;
 pub mod trajectories;
@@ -24,6 +26,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::backend::Backend;
+use crate::data::{self, Data, Images};
 use crate::error::{Error, Result};
 
 /// How often a lock that another part has is tried again.
@@ -51,6 +54,16 @@ impl<'a, B: Backend> Context<'a, B> {
     /// Directory of the output of the stage that an option names.
     pub fn input_dir(&self, stage: &str) -> Result<&'a Path> {
         Ok(&self.input(stage)?.path)
+    }
+
+    /// The images that an option names.
+    pub fn images(&self, data: &Data) -> Result<Images> {
+        let stage = match data {
+            Data::Stage(stage) => Some(stage),
+            Data::Source(options) => options.images.as_ref(),
+        };
+        let dir = stage.map(|stage| self.input_dir(stage)).transpose()?;
+        data::load(data, dir, &self.job.base_dir, self.host)
     }
 
     /// Directory that survives attempts.
@@ -124,6 +137,7 @@ pub struct Registered<B: Backend> {
 /// All kinds of stage.
 pub fn all<B: Backend>() -> Vec<Registered<B>> {
     vec![
+        register::<B, images::Images>(),
         register::<B, tokenizer::Tokenizer>(),
         register::<B, pretrain::Pretrain>(),
         register::<B, teacher::Teacher>(),
@@ -131,6 +145,7 @@ pub fn all<B: Backend>() -> Vec<Registered<B>> {
         register::<B, trajectories::Trajectories>(),
         register::<B, classifier::Classifier>(),
         register::<B, distill::Distill>(),
+        register::<B, snapshot::Snapshot>(),
         register::<B, sample::Sample>(),
         register::<B, evaluate::Evaluate>(),
         register::<B, conformance::Conformance>(),

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::{AdamwStep, Backend, Binary, Unary};
 use crate::error::{Error, Result};
+use crate::model::decays;
 use crate::muon::{self, Muon};
 use crate::tape::{Var, backward};
 use crate::weights::{self, Floats, Params, Weights};
@@ -39,7 +40,8 @@ pub struct TrainOptions {
     /// The learning rate at the last step, as a fraction of the peak.
     #[schemars(range(min = 0, max = 1))]
     pub final_fraction: f64,
-    /// Decoupled weight decay of matrices (vectors have none).
+    /// Decoupled weight decay of matrices. Vectors have none, nor have VAR's places, scales, lengths of queries and offsets of
+    /// modulation, as in the published trainings.
     #[schemars(range(min = 0))]
     pub weight_decay: f64,
     /// Decay of AdamW's first moment.
@@ -57,6 +59,9 @@ pub struct TrainOptions {
     pub ema: f64,
     /// Muon for the matrices inside the blocks, AdamW for the rest; AdamW for all, if left out.
     pub muon: Option<Muon>,
+    /// Steps one after the other whose loss or gradient may be NaN or infinite. Each is left out, and counted by the
+    /// series `skipped_steps`; one more fails the training.
+    pub skip_at_most: u64,
     /// Seconds between checkpoints.
     #[schemars(range(min = 1))]
     pub checkpoint_seconds: u64,
@@ -89,6 +94,7 @@ impl Default for TrainOptions {
             clip: 1.0,
             ema: 0.0,
             muon: None,
+            skip_at_most: 10,
             checkpoint_seconds: 60,
         }
     }
@@ -198,6 +204,15 @@ pub fn shared<B: Backend>(
     }
 }
 
+/// Steps that were left out because their loss or gradient was not finite.
+#[derive(Default)]
+struct Skipped {
+    /// In the whole training.
+    all: u64,
+    /// One after the other, up to now.
+    in_a_row: u64,
+}
+
 struct Moments<B: Backend> {
     m: B::Tensor,
     v: B::Tensor,
@@ -237,7 +252,8 @@ impl<B: Backend> Fit<'_, B> {
             })
             .collect::<Result<_>>()?;
         let mut best: Option<(f64, Weights)> = None;
-        let start = self.restore(&moments, &mut best)?;
+        let mut skipped = Skipped::default();
+        let start = self.restore(&moments, &mut best, &mut skipped)?;
         if start > 0 {
             self.host.log(
                 LogLevel::Info,
@@ -249,16 +265,34 @@ impl<B: Backend> Fit<'_, B> {
             match self.host.cancelled() {
                 Cancel::Run => {}
                 Cancel::AtCheckpoint => {
-                    self.save(step, &moments, best.as_ref())?;
+                    self.save(step, &moments, best.as_ref(), &skipped)?;
                     return Err(Error::Cancelled);
                 }
                 Cancel::Now => return Err(Error::Cancelled),
             }
             if saved.elapsed() >= Duration::from_secs(o.checkpoint_seconds) {
-                self.save(step, &moments, best.as_ref())?;
+                self.save(step, &moments, best.as_ref(), &skipped)?;
                 saved = Instant::now();
             }
-            self.step(step, &moments, parts, &mut part_fn)?;
+            match self.step(step, &moments, parts, &mut part_fn)? {
+                None => skipped.in_a_row = 0,
+                Some(fault) => {
+                    skipped.all += 1;
+                    skipped.in_a_row += 1;
+                    self.skip(step, &fault, &skipped)?;
+                    if skipped.in_a_row > o.skip_at_most {
+                        // Whoever resumes goes on after these steps.
+                        skipped.in_a_row = 0;
+                        self.save(step + 1, &moments, best.as_ref(), &skipped)?;
+                        return Err(Error::Numerical(format!(
+                            "{}: {fault}; {} steps in a row were so, and `skip_at_most` is {}",
+                            self.name,
+                            o.skip_at_most + 1,
+                            o.skip_at_most
+                        )));
+                    }
+                }
+            }
             self.host.progress(step + 1, o.steps, "steps");
             if let Some(h) = &mut held_out
                 && ((step + 1).is_multiple_of(h.every) || step + 1 == o.steps)
@@ -266,14 +300,26 @@ impl<B: Backend> Fit<'_, B> {
                 let figure = (h.measure)()?;
                 self.host
                     .metric(&format!("{}/{}", self.name, h.name), step + 1, figure);
-                if h.keep_best && best.as_ref().is_none_or(|(lowest, _)| figure < *lowest) {
+                let finite = figure.is_finite();
+                if h.keep_best && finite && best.as_ref().is_none_or(|(lowest, _)| figure < *lowest)
+                {
                     best = Some((figure, self.weights()?));
                 }
             }
         }
-        match best {
-            Some((_, weights)) => Ok(weights),
-            None => self.weights(),
+        let weights = match best {
+            Some((_, weights)) => weights,
+            None => self.weights()?,
+        };
+        match weights
+            .iter()
+            .find(|(_, w)| !w.data.iter().all(|x| x.is_finite()))
+        {
+            None => Ok(weights),
+            Some((name, _)) => Err(Error::Numerical(format!(
+                "{}: the last steps made weights of {name} NaN or infinite",
+                self.name
+            ))),
         }
     }
 
@@ -296,13 +342,25 @@ impl<B: Backend> Fit<'_, B> {
         }
     }
 
+    /// Records that a step was left out.
+    fn skip(&self, step: u64, fault: &str, skipped: &Skipped) -> Result<()> {
+        if skipped.in_a_row == 1 {
+            let message = format!("{}: {fault}: the step is left out", self.name);
+            self.host.log(LogLevel::Warn, &message);
+        }
+        let name = format!("{}/skipped_steps", self.name);
+        self.host.metric(&name, step, skipped.all as f64);
+        Ok(())
+    }
+
+    /// Takes a step. If its loss or its gradient is not finite, nothing changes and what was wrong is returned.
     fn step(
         &self,
         step: u64,
         moments: &[Moments<B>],
         parts: usize,
         part_fn: &mut impl FnMut(u64, usize) -> Result<StepOutput<B>>,
-    ) -> Result<()> {
+    ) -> Result<Option<String>> {
         let o = self.options;
         let log = step.is_multiple_of(LOG_EVERY) || step + 1 == o.steps;
         let StepOutput { loss, mut figures } = part_fn(step, 0)?;
@@ -318,13 +376,10 @@ impl<B: Backend> Fit<'_, B> {
                 *sum += figure;
             }
         }
-        let norm = global_norm::<B>(&gradients)?;
-        if !norm.is_finite() {
-            let loss = scalar::<B>(&value)?;
-            return Err(Error::Numerical(format!(
-                "{}: at step {step} the loss is {loss} and the gradient's norm {norm}",
-                self.name
-            )));
+        let (norm, loss) = norm_and_loss::<B>(&gradients, &value)?;
+        if !norm.is_finite() || !loss.is_finite() {
+            let fault = format!("at step {step} the loss is {loss} and the gradient's norm {norm}");
+            return Ok(Some(fault));
         }
         let numbers = AdamwStep {
             lr: o.rate(step),
@@ -342,10 +397,9 @@ impl<B: Backend> Fit<'_, B> {
         };
         let ema_decay = o.ema.min((1 + step) as f64 / (10 + step) as f64);
         for (((name, p), state), g) in self.params.iter().zip(moments).zip(&gradients) {
-            let weight_decay = if p.shape().len() > 1 {
-                o.weight_decay
-            } else {
-                0.0
+            let weight_decay = match decays(name, &p.shape()) {
+                true => o.weight_decay,
+                false => 0.0,
             };
             match &o.muon {
                 Some(m) if muon::applies(name, &p.shape()) => {
@@ -370,14 +424,14 @@ impl<B: Backend> Fit<'_, B> {
                 self.host
                     .metric(&format!("{}/{name}", self.name), step, value)
             };
-            metric("loss", scalar::<B>(&value)?);
+            metric("loss", loss);
             metric("gradient_norm", norm);
             metric("learning_rate", numbers.lr);
             for (name, value) in figures {
                 metric(name, value);
             }
         }
-        Ok(())
+        Ok(None)
     }
 
     fn path(&self) -> Option<PathBuf> {
@@ -389,7 +443,13 @@ impl<B: Backend> Fit<'_, B> {
         })
     }
 
-    fn save(&self, step: u64, moments: &[Moments<B>], best: Option<&(f64, Weights)>) -> Result<()> {
+    fn save(
+        &self,
+        step: u64,
+        moments: &[Moments<B>],
+        best: Option<&(f64, Weights)>,
+        skipped: &Skipped,
+    ) -> Result<()> {
         let Some(path) = self.path() else {
             return Ok(());
         };
@@ -412,13 +472,15 @@ impl<B: Backend> Fit<'_, B> {
         for (name, t) in self.ema.into_iter().flatten() {
             put(format!("ema.{name}"), t)?;
         }
-        // f32 holds whole numbers exactly up to 2^24 only: the counter travels as two halves.
-        let halves = vec![(step >> 20) as f32, (step & 0xf_ffff) as f32];
+        // f32 holds whole numbers exactly up to 2^24 only: the counters travel as two halves.
+        let halves = [step, skipped.all, skipped.in_a_row]
+            .into_iter()
+            .flat_map(|x| [(x >> 20) as f32, (x & 0xf_ffff) as f32]);
         all.insert(
             "step".into(),
             Floats {
-                shape: vec![2],
-                data: halves,
+                shape: vec![6],
+                data: halves.collect(),
             },
         );
         if let Some((figure, weights)) = best {
@@ -443,7 +505,12 @@ impl<B: Backend> Fit<'_, B> {
     }
 
     /// Takes up the checkpoint and returns the next step.
-    fn restore(&self, moments: &[Moments<B>], best: &mut Option<(f64, Weights)>) -> Result<u64> {
+    fn restore(
+        &self,
+        moments: &[Moments<B>],
+        best: &mut Option<(f64, Weights)>,
+        skipped: &mut Skipped,
+    ) -> Result<u64> {
         let Some(path) = self.path().filter(|p| p.exists()) else {
             return Ok(0);
         };
@@ -481,11 +548,14 @@ impl<B: Backend> Fit<'_, B> {
                 .filter_map(|(name, w)| Some((name.strip_prefix("best.")?.to_owned(), w.clone())));
             *best = Some((f64::from_bits(bits), weights.collect()));
         }
-        let step = all
+        let counters = all
             .get("step")
-            .filter(|s| s.data.len() == 2)
+            .filter(|s| s.data.len() == 6)
             .ok_or_else(|| damaged("step"))?;
-        Ok(((step.data[0] as u64) << 20) | step.data[1] as u64)
+        let counter =
+            |i: usize| ((counters.data[2 * i] as u64) << 20) | counters.data[2 * i + 1] as u64;
+        (skipped.all, skipped.in_a_row) = (counter(1), counter(2));
+        Ok(counter(0))
     }
 }
 
@@ -508,8 +578,8 @@ pub fn scalar<B: Backend>(x: &B::Tensor) -> Result<f64> {
         .ok_or_else(|| Error::Internal("an empty scalar".into()))
 }
 
-/// Root of the sum of squares over all gradients.
-fn global_norm<B: Backend>(gradients: &[B::Tensor]) -> Result<f64> {
+/// Root of the sum of squares over all gradients, and the loss: read at once.
+fn norm_and_loss<B: Backend>(gradients: &[B::Tensor], loss: &B::Tensor) -> Result<(f64, f64)> {
     let squares = gradients
         .iter()
         .map(|g| {
@@ -517,12 +587,11 @@ fn global_norm<B: Backend>(gradients: &[B::Tensor]) -> Result<f64> {
             B::reshape(&B::sum(&B::unary(g, Unary::Square)?, &dims)?, &[1])
         })
         .collect::<Result<Vec<_>>>()?;
-    let all: Vec<&B::Tensor> = squares.iter().collect();
-    let total: f64 = B::to_floats(&B::cat(&all, 0)?)?
-        .iter()
-        .map(|&x| f64::from(x))
-        .sum();
-    Ok(total.sqrt())
+    let loss = B::reshape(loss, &[1])?;
+    let all: Vec<&B::Tensor> = [&loss].into_iter().chain(&squares).collect();
+    let read = B::to_floats(&B::cat(&all, 0)?)?;
+    let total: f64 = read[1..].iter().map(|&x| f64::from(x)).sum();
+    Ok((total.sqrt(), f64::from(read[0])))
 }
 
 #[cfg(test)]

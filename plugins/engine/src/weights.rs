@@ -282,6 +282,13 @@ pub enum Init {
     Normal(f32),
     /// Uniform within plus and minus a bound.
     Uniform(f32),
+    /// Six modulations, one behind the other: normal, the first two (gammas) with a standard deviation of their own.
+    Modulation {
+        /// Of the gammas.
+        gamma: f32,
+        /// Of scales and shifts.
+        others: f32,
+    },
 }
 
 /// Where a parameter of a network comes from that starts from another network.
@@ -489,6 +496,12 @@ fn draw(seed: u64, name: &str, count: usize, init: Init) -> Vec<f32> {
         Init::Uniform(bound) => out
             .iter_mut()
             .for_each(|x| *x = (2.0 * sequence.uniform() - 1.0) as f32 * bound),
+        Init::Modulation { gamma, others } => {
+            sequence.normals(&mut out);
+            let (gammas, rest) = out.split_at_mut(count / 3);
+            gammas.iter_mut().for_each(|x| *x *= gamma);
+            rest.iter_mut().for_each(|x| *x *= others);
+        }
     }
     out
 }

@@ -22,9 +22,37 @@ pub fn print(text: &str) -> io::Result<()> {
     stdout.flush()
 }
 
-/// Where data goes that is written piece by piece.
+/// Where data goes that is written piece by piece, safe for a terminal as what [`print`] writes.
 pub fn stdout() -> impl Write {
-    io::BufWriter::new(io::stdout().lock())
+    io::BufWriter::new(Shown {
+        out: io::stdout().lock(),
+        begun: Vec::new(),
+    })
+}
+
+/// Shows what is written through it ([`terminal::show`]).
+struct Shown<W> {
+    out: W,
+    /// The first bytes of a character whose others are to come.
+    begun: Vec<u8>,
+}
+
+impl<W: Write> Write for Shown<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.begun.extend_from_slice(bytes);
+        let whole = match std::str::from_utf8(&self.begun) {
+            Err(error) if error.error_len().is_none() => error.valid_up_to(),
+            _ => self.begun.len(),
+        };
+        let text = String::from_utf8_lossy(&self.begun[..whole]);
+        self.out.write_all(terminal::show(&text).as_bytes())?;
+        self.begun.drain(..whole);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
 }
 
 /// Writes a line to stderr, above the progress bars where there are any. Nobody listening is no error.
@@ -135,6 +163,26 @@ impl Drop for LineWriter {
         let text = String::from_utf8_lossy(&self.0);
         if !text.is_empty() {
             say(text.trim_end_matches('\n'));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_shown_as_the_whole_would_be() {
+        let text = "a\u{9b}é🙂\x1b[2J\u{202e}\n";
+        for size in 1..6 {
+            let mut shown = Shown {
+                out: Vec::new(),
+                begun: Vec::new(),
+            };
+            for piece in text.as_bytes().chunks(size) {
+                shown.write_all(piece).unwrap();
+            }
+            assert_eq!(shown.out, terminal::show(text).as_bytes());
         }
     }
 }

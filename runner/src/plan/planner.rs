@@ -250,8 +250,9 @@ impl<'a> Planner<'a> {
             draft.stage.name,
             pointer[1..].replace('/', ".")
         );
-        let finding = Finding::warning(at, message)
-            .hint("paths in the home directory begin with `~/`; where nothing is meant, remove the key");
+        let finding = Finding::warning(at, message).hint(
+            "paths in the home directory begin with `~/`; where nothing is meant, remove the key",
+        );
         self.report(finding, Part::Value);
     }
 
@@ -552,9 +553,7 @@ impl<'a> Planner<'a> {
             .or(self.recipe.device.as_ref())
             .map_or("auto", String::as_str);
         let pointer = self.setting(draft, "device", draft.stage.device.is_some());
-        let knows = |build: &Build, kind: &str| {
-            build.1.devices.iter().any(|device| device == kind)
-        };
+        let knows = |build: &Build, kind: &str| build.1.devices.iter().any(|device| device == kind);
         let placed = |build: &Build, device: &str, chosen| Place {
             build: Rc::clone(build),
             device: device.to_owned(),
@@ -700,10 +699,16 @@ fn time_hint(written: &str) -> String {
     let seconds = written.trim().parse::<f64>();
     match seconds.map(std::time::Duration::try_from_secs_f64) {
         Ok(Ok(time)) if !time.is_zero() && time.subsec_nanos() == 0 => {
-            format!("write `{}s`: a time has a unit (`90s`, `30m`, `2h 30m`)", time.as_secs())
+            format!(
+                "write `{}s`: a time has a unit (`90s`, `30m`, `2h 30m`)",
+                time.as_secs()
+            )
         }
         Ok(Ok(time)) if time.as_millis() > 0 => {
-            format!("write `{}ms`: a time has a unit (`90s`, `30m`, `2h 30m`)", time.as_millis())
+            format!(
+                "write `{}ms`: a time has a unit (`90s`, `30m`, `2h 30m`)",
+                time.as_millis()
+            )
         }
         _ => "write a time like `90s`, `30m` or `2h 30m`".to_owned(),
     }

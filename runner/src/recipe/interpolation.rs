@@ -266,7 +266,10 @@ impl<'a> Interpolation<'a> {
             };
             let child = match value {
                 Value::Object(entries) => entries.get(&step),
-                Value::Array(items) => step.parse::<usize>().ok().and_then(|index| items.get(index)),
+                Value::Array(items) => step
+                    .parse::<usize>()
+                    .ok()
+                    .and_then(|index| items.get(index)),
                 _ => None,
             };
             let Some(child) = child else {
@@ -354,7 +357,10 @@ impl<'a> Interpolation<'a> {
                 whole.text = whole.text.or_else(|| Some(value.to_string()));
                 value.clone()
             }
-            Value::Null => value.clone(),
+            Value::Null => {
+                whole.text = None;
+                Value::Null
+            }
         };
         Ok(whole)
     }

@@ -28,7 +28,9 @@ impl Setting {
         let last_step = path.rfind('.').map_or(0, |dot| dot + 1);
         let position = match (rest.is_empty(), part, &self.document) {
             (true, Part::Key, _) => in_path(path, last_step),
-            (true, Part::Value, _) | (_, _, None) => in_value(path, typed, Position { line: 1, column: 1 }),
+            (true, Part::Value, _) | (_, _, None) => {
+                in_value(path, typed, Position { line: 1, column: 1 })
+            }
             (false, part, Some(document)) => in_value(
                 path,
                 typed,
@@ -181,9 +183,7 @@ fn read(change: &str, typed: &str) -> Result<(Value, Setting), (String, Position
             }
         }
         Ok(document) => Ok(match &document.value {
-            Value::String(text) if quoted => {
-                (Value::String(text.clone()), setting(None, None))
-            }
+            Value::String(text) if quoted => (Value::String(text.clone()), setting(None, None)),
             Value::String(_) | Value::Null => literal(None),
             value => (value.clone(), setting(Some(document.clone()), None)),
         }),

@@ -115,11 +115,14 @@ mod tests {
     fn texts_are_as_written_where_a_text_is_wanted() {
         let schema = fake::schema("everything");
         let check = |pointer: &str, written: &str, value: Value, expected: Value| {
-            let mut options = json!({"data": "d", "sources": {"a": {"file": "f"}}, "labels": {"file": "f"}});
+            let mut options =
+                json!({"data": "d", "sources": {"a": {"file": "f"}}, "labels": {"file": "f"}});
             *options.pointer_mut(pointer).unwrap_or(&mut Value::Null) = Value::Null;
             let (parent, key) = pointer.rsplit_once('/').unwrap();
             options.pointer_mut(parent).unwrap()[key] = value;
-            take_texts(&schema, &mut options, |at| (at == pointer).then_some(written));
+            take_texts(&schema, &mut options, |at| {
+                (at == pointer).then_some(written)
+            });
             assert_eq!(options.pointer(pointer), Some(&expected), "{pointer}");
         };
         check("/data", "0x10", json!(16), json!("0x10"));

@@ -623,11 +623,17 @@ mod tests {
             &[("/steps", "without separators: 1000")],
         );
         for (text, hint) in [
-            ("010", "write 10; where the octal number is meant, write 0o10 or 8"),
+            (
+                "010",
+                "write 10; where the octal number is meant, write 0o10 or 8",
+            ),
             ("-010", "write -10;"),
             ("09", "write 9"),
             ("1e400", "too large: numbers go up to"),
-            ("99999999999999999999", "too large: whole numbers go up to 9007199254740992"),
+            (
+                "99999999999999999999",
+                "too large: whole numbers go up to 9007199254740992",
+            ),
             ("\u{a0}16", "write 16: U+00A0"),
             ("16", "remove the quotes: 16"),
             ("1 000", "without separators: 1000"),

@@ -9,9 +9,7 @@ use serde_json::{Map, Value};
 
 use super::scalar;
 use super::syntax::{self, TOO_DEEP};
-use super::{
-    Document, MAX_DEPTH, MAX_NAMES, MAX_PROBLEMS, MAX_VALUES, Place, YamlError, escape,
-};
+use super::{Document, MAX_DEPTH, MAX_NAMES, MAX_PROBLEMS, MAX_VALUES, Place, YamlError, escape};
 use crate::diagnostic::Position;
 use crate::terminal;
 
@@ -113,7 +111,9 @@ impl<'t> Reader<'t> {
                 hint: Some("data belongs into files that the recipe names".to_owned()),
                 ..fault(
                     span,
-                    format!("too much for a recipe: more than {MAX_VALUES} values, anchors included"),
+                    format!(
+                        "too much for a recipe: more than {MAX_VALUES} keys and values, anchors included"
+                    ),
                 )
             });
         }
@@ -346,7 +346,12 @@ impl<'t> Reader<'t> {
                 // Read aside: the key is no value of the document.
                 self.inside("\0", span, |reader| reader.node(event, span))?;
                 let pointer = format!("{}/", self.pointer);
-                self.problem(pointer, span, "a key is a plain text".to_owned(), "quote it");
+                self.problem(
+                    pointer,
+                    span,
+                    "a key is a plain text".to_owned(),
+                    "quote it",
+                );
                 Ok(String::new())
             }
         }
@@ -420,7 +425,11 @@ impl<'t> Reader<'t> {
 /// Levels of values inside a value; at most [`MAX_DEPTH`], as everything that was read.
 fn depth_of(value: &Value) -> usize {
     match value {
-        Value::Array(items) => items.iter().map(depth_of).max().map_or(0, |depth| 1 + depth),
+        Value::Array(items) => items
+            .iter()
+            .map(depth_of)
+            .max()
+            .map_or(0, |depth| 1 + depth),
         Value::Object(entries) => entries
             .values()
             .map(depth_of)

@@ -36,10 +36,12 @@ pub(super) fn explain(text: &str, error: &ScanError) -> YamlError {
     };
     let said = error.info();
     let has = |part: &str| said.contains(part);
-    let (message, hint) = if let Some((at, odd)) = in_indentation(text, position, |c| c == '\t') {
+    let (message, hint) = if let Some((at, _)) = in_indentation(text, position, |c| c == '\t') {
         position = at;
-        debug_assert_eq!(odd, '\t');
-        ("a tab cannot indent YAML".to_owned(), Some("indent with spaces".to_owned()))
+        (
+            "a tab cannot indent YAML".to_owned(),
+            Some("indent with spaces".to_owned()),
+        )
     } else if let Some((at, odd)) = in_indentation(text, position, terminal::is_odd_space) {
         position = at;
         (odd_space(odd), Some("indent with plain spaces".to_owned()))
@@ -83,6 +85,11 @@ pub(super) fn explain(text: &str, error: &ScanError) -> YamlError {
             "`*` names an anchor that is not there".to_owned(),
             Some("put a text that begins with `*` in quotes".to_owned()),
         )
+    } else if has("document start") {
+        (
+            "a line that begins with `%` is a directive of YAML".to_owned(),
+            Some("put a text that begins with `%` in quotes".to_owned()),
+        )
     } else if has("unexpected character") || has("directive") {
         (
             said.to_owned(),
@@ -110,22 +117,21 @@ pub fn odd_space(odd: char) -> String {
     )
 }
 
-/// The first such character in the indentation of the line at `position` or one of the two before it, since mistakes
-/// in indentation are sometimes noticed late.
+/// The first such character in the indentation of the line at `position`, or of one near it, since mistakes in
+/// indentation are noticed late, or where the text before them should have gone on.
 fn in_indentation(
     text: &str,
     position: Position,
     is: impl Fn(char) -> bool,
 ) -> Option<(Position, char)> {
-    let first = position.line.saturating_sub(2).max(1);
-    let near: Vec<(usize, &str)> = lines(text)
-        .enumerate()
-        .map(|(index, line)| (index + 1, line))
-        .skip(first - 1)
-        .take(position.line + 1 - first)
-        .collect();
-    near.into_iter().rev().find_map(|(line, text)| {
-        let indentation = text
+    let near = [Some(0), Some(1), Some(2), None];
+    near.into_iter().find_map(|before| {
+        let line = match before {
+            Some(before) => position.line.checked_sub(before)?,
+            None => position.line + 1,
+        };
+        let indentation = lines(text)
+            .nth(line.checked_sub(1)?)?
             .chars()
             .take_while(|&c| c.is_whitespace() || terminal::is_odd_space(c));
         let (column, odd) = indentation.enumerate().find(|(_, c)| is(*c))?;

@@ -1,8 +1,11 @@
 //! Asking about what ran: every command, for people and for programs.
 
+use std::io::{BufRead, BufReader, Read};
+use std::process::Stdio;
+
 use serde_json::{Value, json};
 
-use crate::lab::Lab;
+use crate::lab::{Lab, signal_process};
 
 /// A store with three runs of one recipe: it ran; half of it was reused; it failed.
 fn lab() -> Lab {
@@ -537,7 +540,7 @@ fn runs_go_into_another_store_and_into_event_files() {
             "import",
             there.dir.path().join("r.yaml").to_str().unwrap(),
         ])
-        .expect(1)
+        .expect(2)
         .saying(&["not a retort history"]);
 
     let events = here.dir.path().join("events");
@@ -559,4 +562,139 @@ fn runs_go_into_another_store_and_into_event_files() {
     here.retort(&["runs", "export", "--as", "mlflow", "-o", "nowhere.db"])
         .expect(2)
         .saying(&["mlflow db upgrade"]);
+}
+
+#[test]
+fn a_question_reads_the_history_and_does_nothing_else() {
+    let lab = lab();
+    let before = std::fs::read_dir(lab.dir.path()).unwrap().count();
+    for statement in [
+        "vacuum into 'x.db'",
+        "vacuum",
+        "attach database 'x.db' as x",
+        "attach database ':memory:' as x",
+        "pragma user_version = 7",
+        "pragma journal_mode = delete",
+        "pragma temp_store_directory = '.'",
+        "pragma writable_schema = on",
+        "select load_extension('x.so')",
+        "select writefile('x.db', 'x')",
+        "select readfile('r.yaml')",
+        "select fts3_tokenizer('x')",
+        "delete from runs",
+        "update runs set note = 'x'",
+        "create temp table x (a)",
+        "create temp view x as select 1",
+        "begin immediate",
+        "savepoint x",
+        "reindex",
+        "analyze",
+        "explain delete from runs",
+        "select 1; vacuum into 'x.db'",
+        "select * from pragma_journal_mode; vacuum into 'x.db'",
+        "with x as (select 1) insert into tags select 1, 'x' from x",
+    ] {
+        lab.retort(&["query", statement])
+            .expect(2)
+            .saying(&["the statement cannot be answered"]);
+    }
+    assert_eq!(std::fs::read_dir(lab.dir.path()).unwrap().count(), before);
+    for statement in [
+        "select count(*) from v_metrics",
+        "with recursive n(k) as (select 1 union all select k + 1 from n where k < 5) select sum(k) from n",
+        "select r.id, json_extract(r.environment, '$.host') from v_runs r join (select run from v_stages) s on s.run = r.id",
+        "select name, (select group_concat(name) from pragma_table_info(v.name)) from sqlite_schema v where type = 'view'",
+        "select row_number() over (order by seconds), upper(recipe) from v_runs",
+        "explain query plan select * from v_runs",
+        "values (1), (2)",
+    ] {
+        lab.retort(&["query", statement]).expect(0);
+    }
+}
+
+#[test]
+fn an_endless_answer_takes_little_memory_and_ends_when_told() {
+    let lab = lab();
+    let endless = "with recursive n(k) as (select 1 union all select k + 1 from n)
+        select k, hex(zeroblob(500)) as zeros from n";
+    for format in ["csv", "json"] {
+        let mut command = lab.command(&["query", endless, "--format", format]);
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        // 400 MB of text.
+        for _ in 0..400_000 {
+            line.clear();
+            assert!(lines.read_line(&mut line).unwrap() > 0);
+        }
+        let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+        let peak = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmHWM:"))
+            .unwrap();
+        let peak: u64 = peak.trim().trim_end_matches(" kB").parse().unwrap();
+        assert!(peak < 150_000, "{peak} kB");
+        signal_process(child.id(), 2);
+        std::io::copy(&mut lines, &mut std::io::sink()).unwrap();
+        assert!(!child.wait().unwrap().success());
+    }
+    // A reader that goes away ends it as well, and is no error.
+    let mut command = lab.command(&["query", endless, "--format", "csv"]);
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let mut some = [0; 4096];
+    child.stdout.take().unwrap().read_exact(&mut some).unwrap();
+    assert!(child.wait().unwrap().success());
+    // A table has to end before it can be printed.
+    let said = lab
+        .retort(&["query", endless])
+        .expect(0)
+        .saying(&["only the first 10000 rows", "--format csv"]);
+    assert_eq!(said.stdout.lines().count(), 10_001);
+    for large in [
+        "select zeroblob(1000000000)",
+        "select group_concat(k) from (with recursive n(k) as
+        (select 1 union all select k + 1 from n) select k from n)",
+    ] {
+        lab.retort(&["query", large, "--format", "csv"])
+            .expect(2)
+            .saying(&["too big"]);
+    }
+}
+
+#[test]
+fn a_log_says_when_with_date_and_zone() {
+    let lab = lab();
+    let log = lab.retort(&["log", "latest"]).expect(0).stdout;
+    let first = log.lines().next().unwrap();
+    let shape: String = first
+        .chars()
+        .take(20)
+        .map(|c| if c.is_ascii_digit() { '0' } else { c })
+        .collect();
+    assert_eq!(shape, "0000-00-00 00:00:00Z", "{first}");
+    let data = asked(&lab, &["log", "latest"]);
+    let at = data[0]["at"].as_str().unwrap();
+    assert_eq!(first[..19], at[..19].replace('T', " "));
+}
+
+#[test]
+fn a_time_to_come_is_said_to_be_one_and_the_latest_run_is_the_last_recorded() {
+    let lab = lab();
+    let runs = asked(&lab, &["runs", "list"]);
+    let last = runs[0]["id"].as_str().unwrap();
+    crate::lab::block_on(async {
+        let store = retort::store::Store::open(&lab.store_dir(), retort::store::Access::ReadWrite);
+        let store = store.await.unwrap();
+        // As a clock would have it that was a day and a half ahead during the first run.
+        let ahead =
+            "update runs set created = created + 129600000 where key = (select min(key) from runs)";
+        sqlx::query(ahead).execute(store.pool()).await.unwrap();
+        store.close().await;
+    });
+    let listed = lab.retort(&["runs", "list"]).expect(0).stdout;
+    assert!(listed.contains("in 1 day (clock?)"), "{listed}");
+    assert_eq!(asked(&lab, &["runs", "list"])[0]["id"], last);
+    assert_eq!(asked(&lab, &["runs", "show", "latest"])["id"], last);
+    lab.retort(&["tail"]).saying(&[last]);
+    lab.retort(&["resume"]).saying(&[last]);
 }

@@ -1,11 +1,13 @@
 //! Stores in trouble: nothing is claimed that is not so, and the message says what to do.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
 use retort::store::{Access, RunState, Store};
 
-use crate::lab::{Lab, block_on};
+use crate::imports::fifo;
+use crate::lab::{Lab, block_on, wait_for};
 
 /// A file system of a given kind on a directory, as long as the value lives; none without the right to mount.
 struct Mount<'p>(&'p Path);
@@ -214,4 +216,196 @@ fn a_damaged_store_is_told_and_what_is_left_is_saved() {
         .expect(0);
     let runs = fresh.retort(&["runs", "list", "--json"]).expect(0).json();
     assert!(!runs.as_array().unwrap().is_empty());
+}
+
+#[test]
+fn a_disk_that_is_full_for_a_while_loses_no_result() {
+    let lab = Lab::new(&[
+        // Points for five seconds, and no file before the end.
+        "a: {kind: do, act: deaf}",
+        "b: {kind: do, act: flood, amount: 50000, input: a}",
+    ]);
+    let dir = lab.store_dir();
+    let Some(_mount) = Mount::new(&dir, "size=6m") else {
+        return;
+    };
+    let running = lab.start(&[]);
+    lab.wait_for_worker("a");
+    let fill = dir.join("fill");
+    // All that is left, and what becomes free meanwhile, until the stage has something to say about it.
+    let filler = Command::new("sh")
+        .args([
+            "-c",
+            "for i in 1 2 3 4 5 6; do dd if=/dev/zero bs=4k >> \"$0\" 2>/dev/null; sleep 0.5; done",
+        ])
+        .arg(&fill)
+        .status();
+    assert!(filler.is_ok());
+    std::fs::remove_file(&fill).unwrap();
+    let said = running.end().expect(0);
+    assert!(!said.stderr.contains("begin_with"), "{}", said.stderr);
+    assert_eq!(lab.latest().unwrap().summary.state, RunState::Succeeded);
+    lab.retort(&["artifacts", "verify"]).expect(0);
+    assert_eq!(lab.outcomes(&[]), ["a reused", "b reused"]);
+}
+
+#[test]
+fn a_history_that_is_gone_is_not_made_anew_beside_artifacts() {
+    let lab = Lab::new(&["a: {kind: do, text: a}", "b: {kind: do, text: b, input: a}"]);
+    lab.run(&[]).expect(0);
+    let history = lab.store_dir().join("history.db");
+    let kept = std::fs::read(&history).unwrap();
+    let emptied: [(&str, &dyn Fn()); 3] = [
+        ("emptied", &|| std::fs::write(&history, "").unwrap()),
+        ("removed", &|| std::fs::remove_file(&history).unwrap()),
+        ("replaced", &|| {
+            let fresh = Lab::new(&["a: {kind: do, text: a}"]);
+            fresh.run(&[]).expect(0);
+            fresh.retort(&["runs", "rm", "latest"]).expect(0);
+            std::fs::remove_dir_all(fresh.store_dir().join("artifacts")).unwrap();
+            fresh.retort(&["gc", "--remove"]).expect(0);
+            std::fs::copy(fresh.store_dir().join("history.db"), &history).unwrap();
+        }),
+    ];
+    for (how, empty) in emptied {
+        for end in ["-wal", "-shm"] {
+            let _ = std::fs::remove_file(lab.store_dir().join(format!("history.db{end}")));
+        }
+        empty();
+        for command in [&["gc"][..], &["gc", "--remove"]] {
+            lab.retort(command).expect(1).saying(&[
+                "history of this store is gone",
+                "2 artifact(s)",
+                "retort doctor",
+            ]);
+        }
+        if how != "replaced" {
+            for command in [
+                &["run", "r.yaml"][..],
+                &["runs", "list"],
+                &["query", "select 1"],
+            ] {
+                lab.retort(command)
+                    .expect(1)
+                    .saying(&["history of this store is gone", "retort doctor"]);
+            }
+            let doctor = lab.retort(&["doctor", "--json"]).expect(1).stdout;
+            assert!(doctor.contains("begin a new store"), "{doctor}");
+        }
+        assert_eq!(lab.entries("artifacts").len(), 2, "{how}");
+    }
+    // Put back, it is as good as before.
+    std::fs::write(&history, kept).unwrap();
+    assert_eq!(lab.outcomes(&[]), ["a reused", "b reused"]);
+    lab.retort(&["gc", "--remove"]).expect(0);
+    assert_eq!(lab.entries("artifacts").len(), 2);
+}
+
+#[test]
+fn a_history_that_is_no_file_is_never_opened() {
+    let lab = Lab::new(&["a: {kind: do, text: a}"]);
+    let history = lab.store_dir().join("history.db");
+    let beside = lab.store_dir().join("history.db-wal");
+    std::fs::create_dir_all(&history).unwrap();
+    let check = |said: &str| {
+        for command in [
+            &["run", "r.yaml"][..],
+            &["runs", "list"],
+            &["gc"],
+            &["log"],
+            &["runs", "export", "-o", "x"],
+        ] {
+            lab.retort(command).expect(1).saying(&[said, "history.db"]);
+        }
+        lab.retort(&["doctor"]).expect(1);
+    };
+    check("is a directory");
+    std::fs::remove_dir(&history).unwrap();
+    fifo(&history);
+    check("is a named pipe");
+    std::fs::remove_file(&history).unwrap();
+    std::os::unix::fs::symlink("/dev/null", &history).unwrap();
+    check("is a device");
+    std::fs::remove_file(&history).unwrap();
+    lab.run(&[]).expect(0);
+    let _ = std::fs::remove_file(&beside);
+    fifo(&beside);
+    check("is a named pipe");
+}
+
+#[test]
+fn the_name_of_a_store_is_a_directory_whatever_it_looks_like() {
+    let lab = Lab::new(&["a: {kind: do, text: a}"]);
+    for name in [
+        "file:x",
+        "file:y?mode=memory",
+        ":memory:",
+        "file:///z",
+        "a%20b#c",
+    ] {
+        let inside = lab.dir.path().join("work");
+        std::fs::create_dir_all(&inside).unwrap();
+        let retort = |arguments: &[&str]| {
+            let output = Command::new(crate::lab::binary())
+                .args(arguments)
+                .args(["--store", name])
+                .arg("--plugin-dir")
+                .arg(crate::lab::plugins())
+                .current_dir(&inside)
+                .output()
+                .unwrap();
+            assert!(
+                output.status.success(),
+                "{name}: {}",
+                String::from_utf8_lossy(&output.stderr)
+            );
+            String::from_utf8(output.stdout).unwrap()
+        };
+        retort(&["run", "../r.yaml"]);
+        assert!(inside.join(name).join("history.db").is_file(), "{name}");
+        assert!(retort(&["runs", "list", "--format", "csv"]).contains("succeeded"));
+        retort(&["runs", "export", "-o", "out.db", "--force"]);
+        retort(&["runs", "import", "out.db"]);
+    }
+    assert!(!Path::new("/z").exists());
+}
+
+#[test]
+fn a_store_is_its_owners_or_its_groups_alone() {
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    for (dir, expected) in [
+        (None, 0o600),
+        (Some(0o755), 0o640),
+        (Some(0o770), 0o660),
+        (Some(0o777), 0o660),
+        (Some(0o700), 0o600),
+    ] {
+        let lab = Lab::new(&["a: {kind: do, act: work, amount: 10}"]);
+        let store = lab.store_dir();
+        if let Some(mode) = dir {
+            std::fs::create_dir(&store).unwrap();
+            std::fs::set_permissions(&store, std::fs::Permissions::from_mode(mode)).unwrap();
+        }
+        let running = lab.start(&["--set", "a.text=secret"]);
+        // While it runs, there is a write-ahead log as well.
+        wait_for("the log", || {
+            store.join("history.db-wal").exists().then_some(())
+        });
+        lab.wait_for_worker("a");
+        for name in ["history.db", "history.db-wal", "history.db-shm"] {
+            assert_eq!(mode(&store.join(name)), expected, "{name} in {dir:?}");
+        }
+        assert_eq!(mode(&store), dir.unwrap_or(0o700));
+        running.end().expect(0);
+        let out = lab.dir.path().join("out.db");
+        lab.retort(&["runs", "export", "-o", out.to_str().unwrap()])
+            .expect(0);
+        assert_eq!(mode(&out), 0o600);
+        if dir == Some(0o755) {
+            let history = store.join("history.db");
+            std::fs::set_permissions(&history, std::fs::Permissions::from_mode(0o644)).unwrap();
+            let doctor = lab.retort(&["doctor"]).stdout;
+            assert!(doctor.contains("chmod o-rwx"), "{doctor}");
+        }
+    }
 }

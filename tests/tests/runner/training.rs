@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::lab::{Lab, Running, wait_for};
 
-const INTERRUPT: i32 = 2;
+pub const INTERRUPT: i32 = 2;
 const KILL: i32 = 9;
 
 /// A tokenizer and a teacher of a few seconds: what the tests below build on.
@@ -95,7 +95,7 @@ fn last(lab: &Lab, stage: &str, series: &str) -> Option<Value> {
 }
 
 /// Starts the recipe and waits until the student's training is under way.
-fn start_training(lab: &Lab) -> Running {
+pub fn start_training(lab: &Lab) -> Running {
     let running = lab.start(&[]);
     lab.wait_for_worker("student");
     wait_for("a point of the loss", || {

@@ -30,7 +30,8 @@ fn without_own_colors(text: &str) -> String {
     for piece in pieces {
         let (code, after) = piece.split_once('m').unwrap_or_default();
         assert!(
-            code.split(';').all(|part| part.parse::<u8>().is_ok_and(|part| part < 98 && part != 8)),
+            code.split(';')
+                .all(|part| part.parse::<u8>().is_ok_and(|part| part < 98 && part != 8)),
             "no colour of ours: {code:?}"
         );
         rest.push_str(after);
@@ -70,7 +71,12 @@ fn what_a_plugin_says() {
         &["compare", "latest", "latest~1"],
         &["artifacts", "list"],
         &["query", "select * from v_attempts"],
-        &["query", "select text, text as \"a\u{9b}\" from v_log", "--format", "csv"],
+        &[
+            "query",
+            "select text, text as \"a\u{9b}\" from v_log",
+            "--format",
+            "csv",
+        ],
         &["plan", "r.yaml", "-v"],
         &["plan", "r.yaml", "--json"],
         &["graph", "r.yaml"],
@@ -92,15 +98,23 @@ fn what_a_plugin_says() {
     }
     // JSON keeps what was said.
     let log = lab.retort(&["log", "--json"]).expect(0).json().to_string();
-    assert!(log.contains("evil\\u001b[2J") && log.contains('\u{202e}'), "{log}");
+    assert!(
+        log.contains("evil\\u001b[2J") && log.contains('\u{202e}'),
+        "{log}"
+    );
 }
 
 #[test]
 fn what_the_history_is_told() {
     let lab = Lab::new(&["a: {kind: do}"]);
     lab.run(&[]).expect(0);
-    lab.retort(&["runs", "note", "latest", "evil\x1b[2J\u{9b}\u{202e}\u{2067}\u{200b}"])
-        .expect(0);
+    lab.retort(&[
+        "runs",
+        "note",
+        "latest",
+        "evil\x1b[2J\u{9b}\u{202e}\u{2067}\u{200b}",
+    ])
+    .expect(0);
     for command in [
         &["runs", "note", "latest"][..],
         &["runs", "show"],

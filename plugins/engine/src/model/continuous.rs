@@ -21,14 +21,19 @@ pub(super) struct Continuous<B: Backend> {
 }
 
 impl<B: Backend> Continuous<B> {
-    /// Takes the parameters of a head from width C to D.
-    pub(super) fn load(loader: &mut Loader<B>, width: usize, dim: usize) -> Result<Self> {
+    /// Takes the parameters of a head from width C to D, whose matrix is drawn with the family's standard deviation.
+    pub(super) fn load(
+        loader: &mut Loader<B>,
+        width: usize,
+        dim: usize,
+        deviation: f32,
+    ) -> Result<Self> {
         let inner = (width as f32).sqrt().recip();
         let name = |part: &str| format!("{CONTINUOUS_HEAD}{part}");
         let (table, matrix) = (name("scale_shift_table"), name("linear.weight"));
         Ok(Self {
             scale_shift: loader.get(&table, &[2, width], Init::Normal(inner))?,
-            weight: loader.factor(&matrix, &[dim, width], Init::Uniform(inner))?,
+            weight: loader.factor(&matrix, &[dim, width], Init::Normal(deviation))?,
             bias: loader.get(&name("linear.bias"), &[dim], Init::Constant(0.0))?,
         })
     }

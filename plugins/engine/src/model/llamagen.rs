@@ -31,8 +31,13 @@ use crate::model::{
 use crate::tape::{Var, unpack};
 use crate::weights::{Init, Loader, Start, numbered};
 
+/// Prefixes of the parameters from which a student's logits alone come.
+pub const LOGITS: [&str; 2] = ["norm.", "output."];
+
 const NORM_EPS: f64 = 1e-5;
 const ROPE_BASE: f64 = 10_000.0;
+/// Standard deviation of freshly drawn weights.
+const DEVIATION: f32 = 0.02;
 
 /// Shape of a LlamaGen network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -149,7 +154,11 @@ impl<B: Backend> Block<B> {
     fn load(loader: &mut Loader<B>, c: &Config, i: usize) -> Result<Self> {
         let (w, h) = (c.width, c.hidden());
         let mut matrix = |name: &str, shape: [usize; 2]| {
-            loader.factor(&format!("layers.{i}.{name}"), &shape, Init::Normal(0.02))
+            loader.factor(
+                &format!("layers.{i}.{name}"),
+                &shape,
+                Init::Normal(DEVIATION),
+            )
         };
         let wqkv = matrix("attention.wqkv.weight", [3 * w, w])?;
         let wo = matrix("attention.wo.weight", [w, w])?;
@@ -326,7 +335,7 @@ impl<B: Backend> Stack<B> {
 
 impl<B: Backend> Embedder<B> {
     fn load(loader: &mut Loader<B>, config: &Config) -> Result<Self> {
-        let (w, normal) = (config.width, Init::Normal(0.02));
+        let (w, normal) = (config.width, Init::Normal(DEVIATION));
         Ok(match config.condition {
             ConditionShape::Classes(classes) => Self::Classes(loader.get(
                 "cls_embedding.embedding_table.weight",
@@ -429,7 +438,7 @@ impl<B: Backend> Gpt<B> {
             }
         };
         Ok(Self {
-            embedding: loader.get("tok_embeddings.weight", &shape, Init::Normal(0.02))?,
+            embedding: loader.get("tok_embeddings.weight", &shape, Init::Normal(DEVIATION))?,
             stack,
             without,
             tokens: config.token_shape(),
@@ -589,13 +598,13 @@ impl<B: Backend> GptStudent<B> {
     pub fn load(loader: &mut Loader<B>, config: &Config) -> Result<Self> {
         let (w, d) = (config.width, config.codebook_dim);
         let stack = Stack::load(loader, config)?;
-        let bound = (d as f32).sqrt().recip();
+        let normal = Init::Normal(DEVIATION);
         Ok(Self {
             stack,
-            embedding: loader.factor("tok_embeddings.weight", &[w, d], Init::Uniform(bound))?,
-            embedding_bias: loader.get("tok_embeddings.bias", &[w], Init::Uniform(bound))?,
-            noise_or_data: loader.get("n_d_embed.weight", &[2, w], Init::Normal(0.02))?,
-            continuous: Continuous::load(loader, w, d)?,
+            embedding: loader.factor("tok_embeddings.weight", &[w, d], normal)?,
+            embedding_bias: loader.get("tok_embeddings.bias", &[w], Init::Constant(0.0))?,
+            noise_or_data: loader.get("n_d_embed.weight", &[2, w], normal)?,
+            continuous: Continuous::load(loader, w, d, DEVIATION)?,
             tokens: config.token_shape(),
         })
     }

@@ -28,9 +28,16 @@ use crate::model::{
 use crate::tape::Var;
 use crate::weights::{Init, Loader, Start, numbered};
 
+/// Prefixes of the parameters from which a student's logits alone come.
+pub const LOGITS: [&str; 2] = ["head_nm.", "head."];
+
 const NORM_EPS: f64 = 1e-6;
 /// Queries are at most this much longer than unit vectors.
 const LONGEST_QUERY: f64 = 100.0;
+/// Freshly drawn modulation, in parts of what other matrices are drawn with: gammas, by which blocks begin as almost the
+/// identity, and scales and shifts.
+const FIRST_GAMMA: f32 = 1e-5;
+const FIRST_MODULATION: f32 = 0.5;
 
 /// Shape of a VAR network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -148,18 +155,18 @@ struct Linear<B: Backend> {
 }
 
 impl<B: Backend> Linear<B> {
-    fn load(
+    fn load(loader: &mut Loader<B>, name: &str, sizes: [usize; 2], deviation: f32) -> Result<Self> {
+        Self::drawn(loader, name, sizes, Init::Normal(deviation))
+    }
+
+    fn drawn(
         loader: &mut Loader<B>,
         name: &str,
         [input, output]: [usize; 2],
-        deviation: f32,
+        init: Init,
     ) -> Result<Self> {
         Ok(Self {
-            weight: loader.factor(
-                &format!("{name}.weight"),
-                &[output, input],
-                Init::Normal(deviation),
-            )?,
+            weight: loader.factor(&format!("{name}.weight"), &[output, input], init)?,
             bias: loader.get(&format!("{name}.bias"), &[output], Init::Constant(0.0))?,
         })
     }
@@ -202,13 +209,17 @@ fn part<B: Backend>(x: &Var<B>, i: usize, width: usize) -> Result<Var<B>> {
 impl<B: Backend> AdaLn<B> {
     fn load(loader: &mut Loader<B>, c: &Config, i: usize) -> Result<Self> {
         let w = c.width;
+        let drawn = |deviation: f32| Init::Modulation {
+            gamma: FIRST_GAMMA * deviation,
+            others: FIRST_MODULATION * deviation,
+        };
         Ok(if c.shared_adaln {
-            let init = Init::Normal((w as f32).sqrt().recip());
+            let init = drawn((w as f32).sqrt().recip());
             let offset = loader.get(&format!("blocks.{i}.ada_gss"), &[1, 1, 6, w], init)?;
             Self::Shared(offset)
         } else {
-            let name = format!("blocks.{i}.ada_lin.1");
-            Self::Own(Linear::load(loader, &name, [w, 6 * w], c.deviation())?)
+            let (name, init) = (format!("blocks.{i}.ada_lin.1"), drawn(c.deviation()));
+            Self::Own(Linear::drawn(loader, &name, [w, 6 * w], init)?)
         })
     }
 
@@ -372,7 +383,12 @@ impl<B: Backend> Stack<B> {
             blocks: (0..c.depth)
                 .map(|i| Block::load(loader, c, i).map(Arc::new))
                 .collect::<Result<_>>()?,
-            head_norm: Linear::load(loader, "head_nm.ada_lin.1", [w, 2 * w], std)?,
+            head_norm: Linear::load(
+                loader,
+                "head_nm.ada_lin.1",
+                [w, 2 * w],
+                FIRST_MODULATION * std,
+            )?,
             head: Linear::load(loader, "head", [w, c.vocabulary], 0.02 * std)?,
         })
     }
@@ -618,7 +634,7 @@ impl<B: Backend> TransformerStudent<B> {
                 })
                 .collect::<Result<_>>()?,
             recompute: false,
-            continuous: Continuous::load(loader, w, c.codebook_dim)?,
+            continuous: Continuous::load(loader, w, c.codebook_dim, std)?,
             tokens,
         })
     }

@@ -2,6 +2,7 @@
 //! perceptual loss (`distill`).
 
 use std::path::Path;
+use std::sync::Arc;
 
 use retort_abi::{ArtifactMeta, Host, LogLevel, StageResult};
 use retort_checkpoint::regular;
@@ -11,10 +12,9 @@ use serde_json::json;
 
 use crate::backend::{Backend, Unary};
 use crate::bundle::CONFIG_MOST;
-use crate::data::{self, DataOptions, Images};
+use crate::data::{Data, Images};
 use crate::error::{Error, Result};
-use crate::random::{Sequence, Stream};
-use crate::stage::tokenizer::batch;
+use crate::stage::tokenizer::{batch_shape, training_feed};
 use crate::stage::{Context, Stage, write_json};
 use crate::tape::Var;
 use crate::train::{Decay, Fit, HeldOut, StepOutput, TrainOptions};
@@ -25,7 +25,7 @@ use crate::weights::{self, Init, Loader, Params, Source, Weights};
 #[serde(deny_unknown_fields)]
 pub struct Options {
     /// Images to learn from.
-    pub data: DataOptions,
+    pub data: Data,
     /// Share of each class kept out of training, to measure the accuracy.
     #[serde(default = "held_out")]
     #[schemars(range(min = 0, max = 0.9))]
@@ -179,12 +179,12 @@ const MODEL: &str = "model.safetensors";
 pub fn train<B: Backend>(
     (host, backend, seed): (&dyn Host, &B, u64),
     work_dir: Option<&Path>,
-    images: &Images,
+    images: &Arc<Images>,
     (held_out, features): (f64, usize),
     options: &TrainOptions,
 ) -> Result<(Config, Weights, f64)> {
     let config = Config {
-        image: [images.channels, images.height, images.width],
+        image: images.shape(),
         features,
         classes: images.classes,
     };
@@ -201,26 +201,24 @@ pub fn train<B: Backend>(
         params: &params,
         ema: None,
     };
+    let mut feed = training_feed(images, &train, options.batch, seed);
     let step = |step: u64| {
-        let mut choice = Sequence::new(seed, Stream::Step, step);
-        let picks: Vec<usize> = (0..options.batch)
-            .map(|_| train[choice.below(train.len())])
-            .collect();
-        let labels: Vec<u32> = picks.iter().map(|&i| images.labels[i]).collect();
-        let features = net.features(&Var::constant(batch(backend, images, &picks)?))?;
+        let seen = feed.take(step)?;
+        let x = backend.floats(&seen.pixels, &batch_shape(images, options.batch))?;
+        let features = net.features(&Var::constant(x))?;
         let loss = net
             .classify(&features)?
-            .cross_entropy(&backend.indices(&labels, &[picks.len()])?)?;
+            .cross_entropy(&backend.indices(&seen.labels, &[options.batch])?)?;
         Ok(StepOutput {
             loss,
-            figures: Vec::new(),
+            figures: vec![feed.wait()],
         })
     };
     let measured_on = if held.is_empty() { &train } else { &held };
     let mut measure = || {
         let mut wrong = 0;
         for picks in measured_on.chunks(options.batch) {
-            let (pixels, labels) = images.gather(picks);
+            let (pixels, labels) = images.gather(picks)?;
             let (_, classes) = net.measure(backend, &pixels)?;
             wrong += classes.iter().zip(&labels).filter(|(a, b)| a != b).count();
         }
@@ -262,7 +260,7 @@ impl<B: Backend> Stage<B> for Classifier {
     }
 
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
-        let images = data::load(&o.data, &context.job.base_dir)?;
+        let images = Arc::new(context.images(&o.data)?);
         let with = (context.host, context.backend, context.job.seed);
         let (config, weights, accuracy) = train(
             with,

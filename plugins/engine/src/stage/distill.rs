@@ -12,6 +12,7 @@
 //! The sequence is made by the function that samples with the student ([`crate::splice`]).
 
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
@@ -25,15 +26,16 @@ use crate::backend::{Backend, Unary};
 use crate::bundle::{self, Bundle};
 use crate::dataset::Dataset;
 use crate::error::{Error, Result};
+use crate::model::vq::nearest;
 use crate::model::{CONTINUOUS_HEAD, Conditions, Student, TokenShape, Tokenizer};
 use crate::perceptual::{self, Eye, Perceptual};
 use crate::random::{Sequence, Stream};
 use crate::sampler::{check_from_zero, check_timesteps};
 use crate::splice::State;
-use crate::stage::{Context, Stage};
+use crate::stage::{Context, Stage, link};
 use crate::tape::Var;
-use crate::train::{Fit, HeldOut, StepOutput, TrainOptions, average, scalar, shared};
-use crate::weights::{Loader, Source};
+use crate::train::{Fit, HeldOut, StepOutput, TrainOptions, average, replace, scalar, shared};
+use crate::weights::{Loader, Source, write_each};
 
 /// Options of `distill`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -58,13 +60,22 @@ pub struct Options {
     /// AR steps whose tokens come from the logits; later ones from the continuous head. All, if left out.
     #[serde(default)]
     pub split: Option<usize>,
+    /// How many pairs of the trajectories are used, from the first on; all, if left out.
+    #[serde(default, rename = "use")]
+    #[schemars(range(min = 1))]
+    pub used: Option<usize>,
+    /// The stage that made a student to go on from, instead of the teacher's weights. It has the same shape.
+    #[serde(default)]
+    #[schemars(extend("x-retort-artifact" = ["student"]))]
+    pub from: Option<String>,
     /// Share of the trajectories kept out of training, to measure the loss.
     #[serde(default = "held_out")]
     #[schemars(range(min = 0, max = 0.5))]
     pub held_out: f64,
-    /// Weight of the cross-entropy, from which alone the logits learn.
+    /// Weight of the cross-entropy, from which alone the logits learn. With 0 (the baseline that predicts embeddings) all
+    /// tokens come from the continuous head: `split: 0`, here and in sampling.
     #[serde(default = "one")]
-    #[schemars(extend("exclusiveMinimum" = 0))]
+    #[schemars(range(min = 0))]
     pub cross_entropy: f64,
     /// Whether the loss covers the tokens that X_t already holds.
     #[serde(default)]
@@ -76,6 +87,11 @@ pub struct Options {
     /// The perceptual term.
     #[serde(default)]
     pub perceptual: Perceptual,
+    /// Images that the perceptual term decodes and looks at together: memory holds the activations of so many. Their
+    /// gradients add up. As many as have 524,288 pixels (8 of 256 x 256), if left out.
+    #[serde(default)]
+    #[schemars(range(min = 1))]
+    pub decode_batch: Option<usize>,
     /// Parts of a batch that are computed one after the other: memory holds the activations of one, and their gradients
     /// add up to those of the batch.
     #[serde(default = "one_part")]
@@ -85,6 +101,11 @@ pub struct Options {
     /// memory for about a third more time. The result has the same bits.
     #[serde(default)]
     pub recompute: bool,
+    /// Steps after which the weights are kept, again and again: a stage of kind `snapshot` takes those of one step as a
+    /// student. None are kept, if left out.
+    #[serde(default)]
+    #[schemars(range(min = 1))]
+    pub snapshots: Option<u64>,
     /// How to train.
     #[serde(default)]
     pub train: TrainOptions,
@@ -143,10 +164,22 @@ impl<B: Backend> Stage<B> for Distill {
             );
             return Err(Error::option("/accumulate", message));
         }
-        if o.cross_entropy <= 0.0 {
+        if o.cross_entropy == 0.0 && o.split != Some(0) {
             return Err(Error::option(
                 "/cross_entropy",
-                "the logits learn from the cross-entropy alone: expected a weight above 0",
+                "without cross-entropy no logits learn: give `split: 0`, by which all tokens come from the continuous head",
+            ));
+        }
+        if o.cross_entropy == 0.0 && !o.moves_head() {
+            return Err(Error::option(
+                "/cross_entropy",
+                "no loss is left: give `codebook_distance` or `perceptual` a weight above 0",
+            ));
+        }
+        if o.from.is_some() && o.depth.is_some() {
+            return Err(Error::option(
+                "/depth",
+                "a student that goes on `from` another has as many blocks as that",
             ));
         }
         Ok(())
@@ -172,6 +205,15 @@ impl<B: Backend> Stage<B> for Distill {
             return Err(Error::option("/split", message));
         }
         let dataset = Dataset::open(context.input_dir(&o.trajectories)?)?;
+        let pairs = o.used.unwrap_or(dataset.len());
+        if pairs > dataset.len() {
+            let message = format!(
+                "use {pairs}: {} has {} pairs",
+                o.trajectories,
+                dataset.len()
+            );
+            return Err(Error::option("/use", message));
+        }
         if dataset.shape() != shape {
             let message = format!(
                 "{} was built with a teacher of another shape",
@@ -189,27 +231,54 @@ impl<B: Backend> Stage<B> for Distill {
         let tokenizer = bundle.tokenizer(backend)?;
         let codebook = tokenizer.codebook()?;
         let eye = Eye::open(context, &o.perceptual)?;
+        let [_, height, width] = bundle.config.tokenizer.image();
 
-        let file = bundle.network_file()?;
-        let start = Source::Start {
-            file: &file,
-            of: &|name| network_of_teacher.start(name),
-            seed,
+        let from = match &o.from {
+            Some(stage) => Some((stage, Bundle::open(context.input_dir(stage)?)?)),
+            None => None,
         };
-        let network = network_of_teacher.deepened(o.depth)?;
-        let mut loader = Loader::new(backend, start, true, o.teacher.as_str());
+        let (network, file) = match &from {
+            Some((stage, student)) => {
+                let network = student.network()?.clone();
+                if network.tokens() != shape || student.config.tokenizer != bundle.config.tokenizer
+                {
+                    let message =
+                        format!("{stage} is a student of another shape than {}", o.teacher);
+                    return Err(Error::option("/from", message));
+                }
+                (network, student.network_file()?)
+            }
+            None => (
+                network_of_teacher.deepened(o.depth)?,
+                bundle.network_file()?,
+            ),
+        };
+        let start = match &from {
+            Some(_) => Source::Files(std::slice::from_ref(&file)),
+            None => Source::Start {
+                file: &file,
+                of: &|name| network_of_teacher.start(name),
+                seed,
+            },
+        };
+        let origin = o.from.as_ref().unwrap_or(&o.teacher);
+        let mut loader = Loader::new(backend, start, true, origin.as_str());
         let mut student = network.student(&mut loader)?;
         student.recompute(o.recompute);
         let all = loader.into_params();
-        let continuous = o.codebook_distance > 0.0 || o.perceptual.weight() > 0.0;
-        let (params, idle): (Vec<_>, Vec<_>) = all
-            .into_iter()
-            .partition(|(name, _)| continuous || !name.starts_with(CONTINUOUS_HEAD));
+        let idle = |name: &str| {
+            !o.moves_head() && name.starts_with(CONTINUOUS_HEAD)
+                || o.cross_entropy == 0.0 && network.is_of_logits(name)
+        };
+        let (idle, params): (Vec<_>, Vec<_>) = all.into_iter().partition(|(name, _)| idle(name));
         if !idle.is_empty() {
-            host.log(
-                LogLevel::Info,
-                "no loss term reaches the continuous head: it stays as it was drawn",
-            );
+            let head = if o.moves_head() {
+                "logits"
+            } else {
+                "continuous head"
+            };
+            let message = format!("no loss term reaches the {head}: its weights stay as they are");
+            host.log(LogLevel::Info, &message);
         }
         let average = average(backend, &o.train, &params)?;
         let mut tensors = shared(&params, average.as_ref());
@@ -221,8 +290,8 @@ impl<B: Backend> Stage<B> for Distill {
             "student",
         ))?;
 
-        let held = ((dataset.len() as f64 * o.held_out) as usize).min(HELD_OUT_MOST);
-        let train = dataset.len() - held;
+        let held = ((pairs as f64 * o.held_out) as usize).min(HELD_OUT_MOST);
+        let train = pairs - held;
         if train == 0 {
             return Err(Error::option(
                 "/held_out",
@@ -237,13 +306,27 @@ impl<B: Backend> Stage<B> for Distill {
             codebook: &codebook,
             tokenizer: &*tokenizer,
             eye,
+            decode_batch: o
+                .decode_batch
+                .unwrap_or((PIXELS_AT_ONCE / (height * width)).max(1)),
             shape: &shape,
             boundary: shape.tokens_before(split),
             begun: Cell::new((Instant::now(), 0.0)),
         };
         let mut epoch = (u64::MAX, Vec::new());
         let batch = o.train.batch;
+        let work = context.work_dir()?;
+        let kept = |step: u64| {
+            o.snapshots
+                .is_some_and(|n| step > 0 && step.is_multiple_of(n))
+        };
         let step = |step: u64, part: usize| {
+            if part == 0 && kept(step) {
+                // Before step n the weights are those after n steps.
+                let path = work.join(bundle::snapshot(step));
+                std::fs::create_dir_all(work.join(bundle::SNAPSHOTS)).map_err(Error::io(&path))?;
+                replace(&path, |partial| write_tensors::<B>(partial, &tensors))?;
+            }
             let mut choice = Sequence::new(seed, Stream::Step, step);
             let samples: Vec<usize> = (0..batch as u64)
                 .map(|i| {
@@ -262,16 +345,18 @@ impl<B: Backend> Stage<B> for Distill {
             let timesteps: Vec<usize> = samples.iter().map(|_| o.draw(&mut choice)).collect();
             objective.loss(&*student, &samples, &timesteps, part)
         };
-        let held: Vec<usize> = (train..dataset.len()).collect();
+        let held: Vec<usize> = (train..pairs).collect();
+        let term = match o.cross_entropy > 0.0 {
+            true => "cross-entropy",
+            false => "squared distance",
+        };
         let mut measure = || {
             let mut total = 0.0;
             for &t in &o.timesteps {
                 let (loss, accuracy) = objective.measure(&*measured, &held, t)?;
                 host.log(
                     LogLevel::Info,
-                    &format!(
-                        "held out, t = {t}: cross-entropy {loss:.4}, right tokens {accuracy:.4}"
-                    ),
+                    &format!("held out, t = {t}: {term} {loss:.4}, right tokens {accuracy:.4}"),
                 );
                 total += loss / o.timesteps.len() as f64;
             }
@@ -280,7 +365,7 @@ impl<B: Backend> Stage<B> for Distill {
         let fit = Fit {
             host,
             backend,
-            work_dir: Some(context.work_dir()?),
+            work_dir: Some(work),
             name: "distill",
             options: &o.train,
             params: &params,
@@ -312,17 +397,38 @@ impl<B: Backend> Stage<B> for Distill {
             }
         }
         context.finish("student", ArtifactMeta::default(), figures.into(), |dir| {
-            bundle::write_network(dir, &bundle, (&network, &weights), &o.timesteps)
+            bundle::write_network(dir, &bundle, (&network, &weights), &o.timesteps)?;
+            for step in (1..o.train.steps).filter(|&step| kept(step)) {
+                let (file, folder) = (bundle::snapshot(step), dir.join(bundle::SNAPSHOTS));
+                std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
+                link(&work.join(&file), &dir.join(&file))?;
+            }
+            Ok(())
         })
     }
 }
 
 /// Most logits that are held to measure the loss.
 const MEASURED_AT_ONCE: usize = 1 << 26;
+/// Pixels of the images that the perceptual term decodes together, unless a recipe says how many images.
+const PIXELS_AT_ONCE: usize = 1 << 19;
 /// Most trajectories that are held out.
 const HELD_OUT_MOST: usize = 2000;
 
+/// Writes tensors of the device, with one on the host at a time.
+fn write_tensors<B: Backend>(path: &Path, tensors: &BTreeMap<String, B::Tensor>) -> Result<()> {
+    let shapes = tensors.iter().map(|(name, t)| (name.clone(), B::shape(t)));
+    write_each(path, shapes.collect(), |name| {
+        Ok(B::to_floats(&tensors[name])?.into())
+    })
+}
+
 impl Options {
+    /// Whether a term of the loss moves the continuous head.
+    fn moves_head(&self) -> bool {
+        self.codebook_distance > 0.0 || self.perceptual.weight() > 0.0
+    }
+
     /// A timestep by the weights.
     fn draw(&self, choice: &mut Sequence) -> usize {
         if self.timestep_weights.is_empty() {
@@ -348,6 +454,8 @@ struct Objective<'a, B: Backend> {
     codebook: &'a B::Tensor,
     tokenizer: &'a dyn Tokenizer<B>,
     eye: Eye<B>,
+    /// Images decoded together.
+    decode_batch: usize,
     shape: &'a TokenShape,
     /// Tokens before `split`.
     boundary: usize,
@@ -437,20 +545,21 @@ impl<B: Backend> Objective<'_, B> {
         );
         let prediction = student.predict(&b.state.x, &b.conditions, &b.state.kinds()?)?;
         let weights = Var::constant(self.backend.floats(&b.weights, &[n * l])?);
-        let rows = prediction
-            .logits
-            .reshape(&[n * l, k])?
-            .cross_entropy_rows(&b.tokens)?;
         let mean = |term: Var<B>, share: f64| match o.accumulate {
             1 => Ok(term),
             _ => term.affine(share, 0.0),
         };
-        let mut terms = vec![(
-            "cross_entropy",
-            mean(rows.mul(&weights)?.mean_all()?, of_tokens)?,
-            o.cross_entropy,
-        )];
-        if o.codebook_distance > 0.0 || o.perceptual.weight() > 0.0 {
+        let mut terms = Vec::new();
+        if o.cross_entropy > 0.0 {
+            let logits = prediction.logits.reshape(&[n * l, k])?;
+            let rows = logits.cross_entropy_rows(&b.tokens)?.mul(&weights)?;
+            terms.push((
+                "cross_entropy",
+                mean(rows.mean_all()?, of_tokens)?,
+                o.cross_entropy,
+            ));
+        }
+        if o.moves_head() {
             let continuous = student.continuous(&prediction)?; // (b, L, D)
             let target = B::reshape(&B::rows(self.codebook, &b.tokens)?, &[n, l, d])?;
             if o.codebook_distance > 0.0 {
@@ -468,7 +577,7 @@ impl<B: Backend> Objective<'_, B> {
                 let logits = prediction.logits.value();
                 let head = || Ok(continuous);
                 let sequence = b.state.finish(logits, head, self.codebook, self.boundary)?;
-                let most = samples.len();
+                let most = self.decode_batch;
                 let distance =
                     perceptual::distance(self.tokenizer, &self.eye, most, &sequence, &target)?;
                 terms.push((
@@ -500,23 +609,35 @@ impl<B: Backend> Objective<'_, B> {
         Ok(StepOutput { loss, figures })
     }
 
-    /// Mean cross-entropy of the logits from timestep t and the share of right tokens, over the tokens after t.
+    /// The loss from timestep t, and the share of right tokens, over the tokens after t: cross-entropy and most probable codes
+    /// of the logits; where these do not learn, squared distance and nearest codes of the continuous head.
     fn measure(&self, student: &dyn Student<B>, samples: &[usize], t: usize) -> Result<(f64, f64)> {
-        let (l, k, known) = (
+        let (l, k, d, known) = (
             self.shape.tokens(),
             self.shape.vocabulary,
+            self.shape.dim,
             self.shape.tokens_before(t),
         );
         let (mut sum, mut right) = (0.0, 0usize);
         for part in samples.chunks((MEASURED_AT_ONCE / (l * k)).clamp(1, self.options.train.batch))
         {
             let b = self.batch(part, &vec![t; part.len()])?;
-            let logits = student
-                .predict(&b.state.x, &b.conditions, &b.state.kinds()?)?
-                .logits;
-            let flat = B::reshape(logits.value(), &[part.len() * l, k])?;
-            let losses = B::to_floats(&B::cross_entropy(&flat, &b.tokens)?)?;
-            let chosen = B::to_indices(&B::argmax_last(&flat)?)?;
+            let prediction = student.predict(&b.state.x, &b.conditions, &b.state.kinds()?)?;
+            let (losses, chosen) = if self.options.cross_entropy > 0.0 {
+                let flat = B::reshape(prediction.logits.value(), &[part.len() * l, k])?;
+                (B::cross_entropy(&flat, &b.tokens)?, B::argmax_last(&flat)?)
+            } else {
+                let head = student
+                    .continuous(&prediction)?
+                    .reshape(&[part.len() * l, d])?;
+                let target = Var::constant(B::rows(self.codebook, &b.tokens)?);
+                let square = head.sub(&target)?.unary(Unary::Square)?.mean(&[1])?;
+                (
+                    square.value().clone(),
+                    nearest::<B>(head.value(), self.codebook)?,
+                )
+            };
+            let (losses, chosen) = (B::to_floats(&losses)?, B::to_indices(&chosen)?);
             let tokens = B::to_indices(&b.tokens)?;
             for i in (0..losses.len()).filter(|i| i % l >= known) {
                 sum += f64::from(losses[i]);

@@ -11,6 +11,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use retort_abi::{ArtifactMeta, Cancel, LogLevel, StageResult, Table};
 use schemars::JsonSchema;
@@ -19,7 +20,7 @@ use serde_json::{Map, Value, json};
 
 use crate::arrays::Arrays;
 use crate::backend::Backend;
-use crate::data::{self, DataOptions, Images};
+use crate::data::{Data, Images};
 use crate::error::{Error, Result};
 use crate::model::inception::{self, Inception, Preparation};
 use crate::numpy;
@@ -43,7 +44,7 @@ pub struct Options {
     pub samples: BTreeMap<String, String>,
     /// The real images. May be left out when `statistics` stand for them.
     #[serde(default)]
-    pub data: Option<DataOptions>,
+    pub data: Option<Data>,
     /// Statistics of the real images, for the Frechet distances: a `.npz` or torch file with `mu` and `sigma` (or `m` and
     /// `s`), and `mu_s` and `sigma_s` for the spatial features. Precision and recall need `data`.
     #[serde(default)]
@@ -118,7 +119,7 @@ impl<B: Backend> Stage<B> for Evaluate {
 
     fn check(o: &Options, _: &Path) -> Result<()> {
         if let Some(data) = &o.data {
-            data.check()
+            data.check_fixed()
                 .map_err(|e| Error::option("/data", e.to_string()))?;
         } else if o.statistics.is_none() {
             let message = "nothing to measure against: give `data`, or `statistics`";
@@ -164,7 +165,7 @@ impl<B: Backend> Stage<B> for Evaluate {
             ..*context
         };
         let images = match &o.data {
-            Some(options) => Some(data::load(options, &context.job.base_dir)?),
+            Some(data) => Some(Arc::new(context.images(data)?)),
             None => None,
         };
         let network = Network::open(context, o, images.as_ref())?;
@@ -191,12 +192,12 @@ impl<B: Backend> Stage<B> for Evaluate {
         let real = match &images {
             // Given statistics leave only the neighbours to be measured.
             Some(images) if o.statistics.is_none() || o.neighbours > 0 || o.save_statistics => {
-                let size = images.channels * images.height * images.width;
                 let read = &mut |first: usize, n: usize| {
-                    Ok(images.pixels[first * size..(first + n) * size].to_vec())
+                    let picks: Vec<usize> = (first..first + n).collect();
+                    Ok(images.gather(&picks)?.0)
                 };
-                let image = [images.channels, images.height, images.width];
-                Some(meter.measure("real images", (images.labels.len(), image), None, read)?)
+                let of = (images.len(), images.shape());
+                Some(meter.measure("real images", of, None, read)?)
             }
             _ => None,
         };
@@ -354,7 +355,7 @@ struct Seen {
 }
 
 impl<B: Backend> Network<B> {
-    fn open(context: &Context<'_, B>, o: &Options, images: Option<&Images>) -> Result<Self> {
+    fn open(context: &Context<'_, B>, o: &Options, images: Option<&Arc<Images>>) -> Result<Self> {
         let backend = context.backend;
         let network = match (&o.inception, &o.classifier, images) {
             (Some(file), _, _) => {
@@ -392,7 +393,7 @@ impl<B: Backend> Network<B> {
         };
         if let Some(images) = images {
             network
-                .accepts([images.channels, images.height, images.width])
+                .accepts(images.shape())
                 .map_err(|message| Error::option("/classifier", message))?;
         }
         Ok(network)

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use crate::backend::Backend;
 use crate::bundle::{self, Bundle, Family, NetworkConfig, TokenizerConfig};
-use crate::data::{self, DataOptions};
+use crate::data::{Data, Images};
 use crate::error::{Error, Result};
 use crate::model::{ConditionShape, Conditions, Teacher, llamagen, var};
 use crate::random::{Sequence, Stream};
@@ -30,7 +30,7 @@ pub struct Options {
     #[schemars(extend("x-retort-artifact" = ["tokenizer"]))]
     pub tokenizer: String,
     /// Images to learn from.
-    pub data: DataOptions,
+    pub data: Data,
     /// Share of each class kept out of training, to measure the loss.
     #[serde(default = "held_out")]
     #[schemars(range(min = 0, max = 0.9))]
@@ -86,12 +86,12 @@ impl<B: Backend> Stage<B> for Pretrain {
     type Options = Options;
     const KIND: &'static str = "pretrain";
     const OUTPUT: &'static str = "teacher";
-    const REVISION: u32 = 2;
+    const REVISION: u32 = 3;
     const SUMMARY: &'static str = "train an autoregressive teacher on a tokenizer's tokens";
 
     fn check(o: &Options, _base_dir: &Path) -> Result<()> {
         o.data
-            .check()
+            .check_fixed()
             .map_err(|e| Error::option("/data", e.to_string()))?;
         // The rest of the shape comes with the tokenizer.
         match o.family {
@@ -103,8 +103,8 @@ impl<B: Backend> Stage<B> for Pretrain {
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
         let (backend, seed) = (context.backend, context.job.seed);
         let source = Bundle::open(context.input_dir(&o.tokenizer)?)?;
-        let images = data::load(&o.data, &context.job.base_dir)?;
-        if [images.channels, images.height, images.width] != source.config.tokenizer.image() {
+        let images = context.images(&o.data)?;
+        if images.shape() != source.config.tokenizer.image() {
             let message = format!(
                 "images of {} x {} x {}, but the tokenizer {} was made for {:?}",
                 images.channels,
@@ -288,7 +288,7 @@ fn shape_of_var(
 fn encode_all<B: Backend>(
     backend: &B,
     source: &Bundle<'_>,
-    images: &data::Images,
+    images: &Images,
     at_once: usize,
 ) -> Result<Vec<u32>> {
     let tokenizer = source.tokenizer(backend)?;

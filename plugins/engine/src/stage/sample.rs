@@ -244,7 +244,8 @@ impl<B: Backend> Stage<B> for Sample {
             let (start, n) = (i * o.batch, classes.len());
             let eps = backend.floats(&noise[start * l * d..(start + n) * l * d], &[n, l, d])?;
             let clock = Instant::now();
-            let drawn = draw(start as u64, classes, &eps)?;
+            let drawn =
+                draw(start as u64, classes, &eps).map_err(|e| e.of_samples(start as u64))?;
             latents.extend(B::to_floats(&drawn.latents)?);
             sampling += clock.elapsed().as_secs_f64();
             if let Some(ids) = &drawn.tokens {

@@ -141,7 +141,7 @@ impl<B: Backend> Stage<B> for Teacher {
     type Options = Options;
     const KIND: &'static str = "teacher";
     const OUTPUT: &'static str = "teacher";
-    const REVISION: u32 = 1;
+    const REVISION: u32 = 2;
     const SUMMARY: &'static str =
         "load a published teacher and its tokenizer from checkpoint files";
 
@@ -164,7 +164,7 @@ impl<B: Backend> Stage<B> for Student {
     type Options = Options;
     const KIND: &'static str = "student";
     const OUTPUT: &'static str = "student";
-    const REVISION: u32 = 1;
+    const REVISION: u32 = 2;
     const SUMMARY: &'static str =
         "load a published student and its tokenizer from checkpoint files";
 

@@ -1,6 +1,7 @@
 //! `tokenizer`: trains a VQ image tokenizer, of one scale or many, so that a run needs nothing downloaded.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use retort_abi::{ArtifactMeta, LogLevel, StageResult};
 use schemars::JsonSchema;
@@ -9,7 +10,8 @@ use serde_json::json;
 
 use crate::backend::{Backend, Unary};
 use crate::bundle::{self, Family, TokenizerConfig};
-use crate::data::{self, DataOptions, Images};
+use crate::data::feed::Feed;
+use crate::data::{Augment, Data, Images};
 use crate::error::{Error, Result};
 use crate::model::autoencoder::Shape;
 use crate::model::{CODEBOOK, msvq, vq};
@@ -28,7 +30,7 @@ pub struct Options {
     #[serde(default)]
     pub family: Family,
     /// Images to learn from.
-    pub data: DataOptions,
+    pub data: Data,
     /// Share of each class kept out of training, to measure the reconstruction.
     #[serde(default = "held_out")]
     #[schemars(range(min = 0, max = 0.9))]
@@ -154,7 +156,7 @@ impl<B: Backend> Stage<B> for Tokenizer {
 
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
         let (backend, seed) = (context.backend, context.job.seed);
-        let images = data::load(&o.data, &context.job.base_dir)?;
+        let images = Arc::new(context.images(&o.data)?);
         let config = config(o, &images)?;
         let (train, held) = images.split(o.held_out, seed);
         let mut loader = Loader::new(backend, Source::Init(seed), true, "new tokenizer");
@@ -180,19 +182,17 @@ impl<B: Backend> Stage<B> for Tokenizer {
             params: &params,
             ema: average.as_ref(),
         };
+        let mut feed = training_feed(&images, &train, o.train.batch, seed);
         let step = |step: u64| {
-            let mut choice = Sequence::new(seed, Stream::Step, step);
-            let picks: Vec<usize> = (0..o.train.batch)
-                .map(|_| train[choice.below(train.len())])
-                .collect();
-            let x = batch(backend, &images, &picks)?;
+            let seen = feed.take(step)?;
+            let x = backend.floats(&seen.pixels, &batch_shape(&images, o.train.batch))?;
             let r = model.reconstruct(&x)?;
             let error = r
                 .images
                 .sub(&Var::constant(x))?
                 .unary(Unary::Square)?
                 .mean_all()?;
-            let figures = vec![("reconstruction", scalar::<B>(error.value())?)];
+            let figures = vec![("reconstruction", scalar::<B>(error.value())?), feed.wait()];
             let loss = error
                 .add(&r.codebook_loss)?
                 .add(&r.commitment_loss.affine(o.commitment, 0.0)?)?;
@@ -242,11 +242,20 @@ impl<B: Backend> Stage<B> for Tokenizer {
 
 fn config(o: &Options, images: &Images) -> Result<TokenizerConfig> {
     let (size, factor) = (images.height, 1 << (o.multipliers.len() - 1));
-    if images.width != size || !size.is_multiple_of(factor) {
+    if images.width != size {
+        let message = format!(
+            "images of {} x {}: these networks take squares; say `size: {}`",
+            images.height,
+            images.width,
+            images.height.max(images.width)
+        );
+        return Err(Error::option("/data", message));
+    }
+    if !size.is_multiple_of(factor) {
         return Err(Error::option(
             "/multipliers",
             format!(
-                "images of {} x {}: expected squares whose sides are a multiple of {factor} for {} levels",
+                "images of {} x {}: expected sides that are a multiple of {factor} for {} levels",
                 images.height,
                 images.width,
                 o.multipliers.len()
@@ -291,10 +300,34 @@ pub(crate) fn batch<B: Backend>(
     images: &Images,
     picks: &[usize],
 ) -> Result<B::Tensor> {
-    backend.floats(
-        &images.gather(picks).0,
-        &[picks.len(), images.channels, images.height, images.width],
-    )
+    backend.floats(&images.gather(picks)?.0, &batch_shape(images, picks.len()))
+}
+
+/// Shape of so many images.
+pub(crate) fn batch_shape(images: &Images, count: usize) -> [usize; 4] {
+    let [c, h, w] = images.shape();
+    [count, c, h, w]
+}
+
+/// The batches of a training: at each step images drawn from `train`, with every draw anew.
+pub(crate) fn training_feed(
+    images: &Arc<Images>,
+    train: &[usize],
+    batch: usize,
+    seed: u64,
+) -> Feed {
+    let (train, size) = (train.to_vec(), train.len() as u64);
+    let picks = move |step: u64| {
+        let mut choice = Sequence::new(seed, Stream::Step, step);
+        (0..batch)
+            .map(|_| train[choice.below(train.len())])
+            .collect()
+    };
+    let augment = move |step: u64| Augment {
+        seed,
+        epoch: step * batch as u64 / size,
+    };
+    Feed::new(Arc::clone(images), picks, augment)
 }
 
 /// Moves codes that were not used onto random vectors (n, D) of those for which codes were looked up.

@@ -313,7 +313,8 @@ impl<B: Backend> Stage<B> for Trajectories {
                     &mut choice,
                     None,
                     shape.steps.len(),
-                )?;
+                )
+                .map_err(|e| e.of_samples(start))?;
                 tokens.extend(B::to_indices(&ids)?);
                 (start, done, made) = (end, done + n as u64, made + n as u64);
                 host.progress(done, total, "samples");

@@ -1,0 +1,221 @@
+//! Images in NumPy's files: an archive of images and labels, or an array of each.
+
+use std::path::Path;
+
+use super::class;
+use super::error::DataError;
+use super::options::DataOptions;
+use super::raster::Raster;
+use crate::numpy::{Archive, Stream};
+
+/// Names under which archives hold images, and labels.
+const IMAGES: [&str; 8] = [
+    "images",
+    "image",
+    "x_train",
+    "train_images",
+    "X",
+    "x",
+    "data",
+    "arr_0",
+];
+const LABELS: [&str; 9] = [
+    "labels",
+    "label",
+    "y_train",
+    "train_labels",
+    "Y",
+    "y",
+    "targets",
+    "target",
+    "arr_1",
+];
+
+/// Images in a file, read from the first to the last.
+pub struct Arrays {
+    /// Height in pixels.
+    pub height: usize,
+    /// Width in pixels.
+    pub width: usize,
+    /// 1 or 3.
+    pub channels: usize,
+    /// Class of each image; empty where none are given.
+    pub labels: Vec<u32>,
+    /// Number of images.
+    pub count: usize,
+    /// Whether the channels of a pixel lie apart: (n, c, h, w).
+    planes: bool,
+    /// The value of white, where values are no bytes.
+    white: Option<f64>,
+    stream: Stream,
+    path: std::path::PathBuf,
+    done: usize,
+}
+
+impl Arrays {
+    /// Opens a file; `labels` is the path of another one with the classes.
+    pub fn open(
+        options: &DataOptions,
+        path: &Path,
+        labels: Option<&Path>,
+    ) -> Result<Self, DataError> {
+        for path in [Some(path), labels].into_iter().flatten() {
+            let metadata = std::fs::metadata(path).map_err(|e| DataError::read(path, "file", e))?;
+            if !metadata.is_file() {
+                return Err(DataError::content(
+                    path,
+                    "no regular file; expected a `.npz` or `.npy` file",
+                ));
+            }
+        }
+        let fault = |message: String| DataError::content(path, message);
+        let engine = |error: crate::Error| DataError::Options(error.to_string());
+        let archive = |path: &Path| {
+            path.extension()
+                .is_some_and(|ending| ending.eq_ignore_ascii_case("npz"))
+        };
+        let (stream, mut given) = if archive(path) {
+            let file = Archive::open(path).map_err(engine)?;
+            let names = file.names();
+            let find = |known: &[&str]| {
+                let name = known.iter().find(|name| names.iter().any(|n| n == *name));
+                name.map(|name| (*name).to_owned())
+            };
+            let Some(images) = find(&IMAGES) else {
+                let shown: Vec<_> = names.iter().take(8).collect();
+                return Err(fault(format!(
+                    "expected an array named `images` (or {}), found {shown:?}",
+                    IMAGES[1..].join(", ")
+                )));
+            };
+            let given = match find(&LABELS) {
+                Some(name) if labels.is_none() => Some(file.stream(&name).map_err(engine)?),
+                _ => None,
+            };
+            (file.stream(&images).map_err(engine)?, given)
+        } else {
+            (Stream::open(path).map_err(engine)?, None)
+        };
+        if let Some(path) = labels {
+            given = Some(Stream::open(path).map_err(engine)?);
+        }
+        let shape = stream.shape().to_vec();
+        let (height, width, channels, planes) = match shape[..] {
+            [_, h, w] => (h, w, 1, false),
+            [_, h, w, c] if matches!(c, 1 | 3) => (h, w, c, false),
+            [_, c, h, w] if matches!(c, 1 | 3) => (h, w, c, true),
+            _ => {
+                return Err(fault(format!(
+                    "images of shape {shape:?}; expected (n, height, width), or 1 or 3 channels last or first"
+                )));
+            }
+        };
+        if shape.contains(&0) {
+            return Err(DataError::Empty {
+                path: path.to_owned(),
+                expected: "images",
+                found: format!("an array of shape {shape:?}"),
+            });
+        }
+        if height > 8192 || width > 8192 {
+            return Err(fault(format!(
+                "images of {height} x {width}; sides go up to 8192"
+            )));
+        }
+        let white = match stream.kind() {
+            "u1" if options.max.is_none() => None,
+            "b1" => Some(1.0),
+            kind => match options.max {
+                Some(max) => Some(f64::from(max)),
+                None => {
+                    return Err(fault(format!(
+                        "images of type {kind}; say which value is white: `max: 1`, `max: 255`"
+                    )));
+                }
+            },
+        };
+        let count = shape[0];
+        let labels = match &mut given {
+            None => Vec::new(),
+            Some(stream) => {
+                let path = labels.unwrap_or(path);
+                let shape = stream.shape().to_vec();
+                if shape.iter().product::<usize>() != count {
+                    let message = format!("labels of shape {shape:?} for {count} images");
+                    return Err(DataError::content(path, message));
+                }
+                let values = stream
+                    .read(count)
+                    .map_err(|message| DataError::content(path, message))?;
+                let whole = |(index, value): (usize, &f64)| match *value {
+                    x if x >= 0.0 && x.fract() == 0.0 && x <= f64::from(u32::MAX) => Ok(x as u32),
+                    x => {
+                        let message = format!(
+                            "label {x} of image {index}: expected a class (an integer from 0)"
+                        );
+                        Err(DataError::content(path, message))
+                    }
+                };
+                let labels: Vec<u32> = values
+                    .iter()
+                    .enumerate()
+                    .map(whole)
+                    .collect::<Result<_, _>>()?;
+                let mut found = labels.clone();
+                found.sort_unstable();
+                found.dedup();
+                class::contiguous(path, found.into_iter().map(u64::from))?;
+                labels
+            }
+        };
+        Ok(Self {
+            height,
+            width,
+            channels,
+            labels,
+            count,
+            planes,
+            white,
+            stream,
+            path: path.to_owned(),
+            done: 0,
+        })
+    }
+
+    /// The next image.
+    pub fn next(&mut self) -> Result<Raster, DataError> {
+        let fault = |message: String| DataError::content(&self.path, message);
+        let area = self.height * self.width;
+        let bytes = match self.white {
+            None => self
+                .stream
+                .read_bytes(area * self.channels)
+                .map_err(fault)?,
+            Some(white) => {
+                let values = self.stream.read(area * self.channels).map_err(fault)?;
+                let byte = |value: &f64| match *value {
+                    x if (0.0..=white).contains(&x) => Ok((x / white * 255.0).round() as u8),
+                    x => Err(fault(format!(
+                        "image {}: expected values from 0 to {white}, found {x}",
+                        self.done
+                    ))),
+                };
+                values.iter().map(byte).collect::<Result<_, _>>()?
+            }
+        };
+        self.done += 1;
+        let pixels = match self.planes {
+            true => (0..area)
+                .flat_map(|at| (0..self.channels).map(move |c| c * area + at))
+                .map(|at| bytes[at])
+                .collect(),
+            false => bytes,
+        };
+        Ok(Raster {
+            height: self.height,
+            width: self.width,
+            channels: self.channels,
+            pixels,
+        })
+    }
+}

@@ -1,0 +1,133 @@
+//! Classes by the names that people give them.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use super::error::DataError;
+
+/// The order of classes: numbers give themselves, other names their place in the alphabet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Classes {
+    /// Name of each class.
+    pub names: Vec<String>,
+    /// The class of each name as written.
+    by_name: BTreeMap<String, u32>,
+    /// Whether some names are numbers and others not: then the alphabet orders the numbers too.
+    pub mixed: bool,
+}
+
+/// The class that a text is: `3`, and `3.0` as pandas writes it.
+pub fn number(text: &str) -> Option<u64> {
+    let whole = match text.split_once('.') {
+        Some((whole, zeros)) if !zeros.is_empty() && zeros.bytes().all(|b| b == b'0') => whole,
+        Some(_) => return None,
+        None => text,
+    };
+    let digits = !whole.is_empty() && whole.bytes().all(|b| b.is_ascii_digit());
+    digits.then(|| whole.parse().ok()).flatten()
+}
+
+impl Classes {
+    /// Orders the names found at `path`; `apart` says what bears them: two that mean one number are refused where they
+    /// are folders, and are one class in a table.
+    pub fn new(
+        path: &Path,
+        found: impl IntoIterator<Item = String>,
+        folders: bool,
+    ) -> Result<Self, DataError> {
+        let names: std::collections::BTreeSet<String> = found.into_iter().collect();
+        let numbers: Vec<Option<u64>> = names.iter().map(|name| number(name)).collect();
+        if numbers.contains(&None) {
+            let mixed = numbers.iter().any(Option::is_some);
+            let by_name = names.iter().cloned().zip(0..).collect();
+            return Ok(Self {
+                names: names.into_iter().collect(),
+                by_name,
+                mixed,
+            });
+        }
+        let mut first: BTreeMap<u64, &String> = BTreeMap::new();
+        for (number, name) in numbers.iter().flatten().zip(&names) {
+            if let Some(other) = first.insert(*number, name)
+                && folders
+            {
+                let message =
+                    format!("folders `{other}` and `{name}` both mean class {number}; rename one");
+                return Err(DataError::content(path, message));
+            }
+        }
+        contiguous(path, first.keys().copied())?;
+        Ok(Self {
+            names: first.keys().map(u64::to_string).collect(),
+            by_name: names
+                .iter()
+                .zip(&numbers)
+                .map(|(name, number)| (name.clone(), number.unwrap_or(0) as u32))
+                .collect(),
+            mixed: false,
+        })
+    }
+
+    /// The class of a name that was among those found.
+    pub fn of(&self, name: &str) -> u32 {
+        self.by_name.get(name).copied().unwrap_or(0)
+    }
+}
+
+/// Refuses classes, in ascending order, that leave one out.
+pub fn contiguous(path: &Path, classes: impl IntoIterator<Item = u64>) -> Result<(), DataError> {
+    let (mut missing, mut last) = (None, 0);
+    for (class, expected) in classes.into_iter().zip(0u64..) {
+        if class != expected {
+            missing.get_or_insert(expected);
+        }
+        last = class;
+    }
+    match missing {
+        None => Ok(()),
+        Some(missing) => Err(DataError::ClassGap {
+            path: path.to_owned(),
+            missing,
+            last,
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn order(names: &[&str], folders: bool) -> Result<Vec<String>, String> {
+        let names = names.iter().map(|name| (*name).to_owned());
+        let classes = Classes::new(Path::new("x"), names, folders);
+        classes.map(|c| c.names).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn numbers_order_by_number_and_names_by_the_alphabet() {
+        let numbers = ["2", "10", "1", "0", "3", "4", "5", "6", "7", "8", "9"];
+        assert_eq!(order(&numbers, true).unwrap()[10], "10");
+        assert_eq!(order(&["dog", "cat", "cat"], true).unwrap(), ["cat", "dog"]);
+        let mixed =
+            Classes::new(Path::new("x"), ["2", "cat", "10"].map(str::to_owned), true).unwrap();
+        assert_eq!((mixed.mixed, mixed.of("10"), mixed.of("2")), (true, 0, 1));
+    }
+
+    #[test]
+    fn two_names_of_one_number_are_refused_as_folders_and_one_class_in_tables() {
+        let error = order(&["0", "00", "1"], true).unwrap_err();
+        assert_eq!(
+            error,
+            "x: folders `0` and `00` both mean class 0; rename one"
+        );
+        assert_eq!(order(&["0", "0.0", "1.0"], false).unwrap(), ["0", "1"]);
+        let error = order(&["0", "2"], false).unwrap_err();
+        assert!(
+            error.contains("class 1 has no image, though classes go up to 2"),
+            "{error}"
+        );
+        for text in ["", "-1", "1.5", "1.", "1e3", "+1", "99999999999999999999"] {
+            assert_eq!(number(text), None, "{text}");
+        }
+    }
+}

@@ -1,0 +1,464 @@
+//! Tar archives of image files, as they lie: which bytes of an archive are which file.
+//!
+//! Read here are the headers that GNU tar, BSD tar and Python write (ustar, long names, pax paths and sizes). Nothing is
+//! unpacked: images are decoded from the bytes in their place. Deliberately absent: compressed archives, which could be
+//! read from the beginning only, and sparse files.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, BufReader, Read, Seek, SeekFrom};
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::error::DataError;
+use super::table::Row;
+
+/// A file in an archive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    /// Where its bytes begin.
+    pub start: u64,
+    /// How many there are.
+    pub size: u64,
+}
+
+/// The most files in an archive.
+const MOST_FILES: usize = 1 << 22;
+
+/// The longest name, class or caption that is read.
+const LONGEST_TEXT: u64 = 1 << 16;
+
+const BLOCK: u64 = 512;
+
+/// The image files of an archive with their classes and captions, in the order of the archive; and their places.
+pub fn read(path: &Path) -> Result<Vec<(Row, Part)>, DataError> {
+    let metadata = std::fs::metadata(path).map_err(|e| DataError::read(path, "file", e))?;
+    if !metadata.is_file() {
+        let message =
+            "no regular file; expected a tar archive (for a folder of archives, `folder:`)";
+        return Err(DataError::content(path, message));
+    }
+    let file = File::open(path).map_err(|e| DataError::read(path, "file", e))?;
+    let mut archive = Archive {
+        path,
+        file: BufReader::new(file),
+        size: metadata.len(),
+        at: 0,
+    };
+    let mut images = Vec::new();
+    let mut beside: BTreeMap<String, (Option<String>, Option<String>)> = BTreeMap::new();
+    while let Some((name, part)) = archive.next()? {
+        let hidden = |part: &str| part.starts_with('.') && part != ".";
+        if name.split('/').any(hidden) {
+            continue;
+        }
+        let (key, ending) = split(&name);
+        let text = |archive: &mut Archive| archive.text(part);
+        match ending.to_ascii_lowercase().as_str() {
+            "cls" | "class" => {
+                let label = text(&mut archive)?;
+                beside.entry(key.into()).or_default().0 = Some(label);
+            }
+            "txt" | "caption" => {
+                let caption = text(&mut archive)?;
+                beside.entry(key.into()).or_default().1 = Some(caption);
+            }
+            "json" => {
+                let text = text(&mut archive)?;
+                let value: Value = serde_json::from_str(&text).map_err(|error| {
+                    DataError::content(path, format!("{name}: expected JSON: {error}"))
+                })?;
+                let field = |names: [&str; 3]| match names.iter().find_map(|name| value.get(name)) {
+                    Some(Value::String(text)) => Some(text.clone()),
+                    Some(Value::Number(number)) => Some(number.to_string()),
+                    _ => None,
+                };
+                let entry = beside.entry(key.into()).or_default();
+                entry.0 = entry.0.take().or(field(["label", "class", "cls"]));
+                entry.1 = entry.1.take().or(field(["caption", "text", "prompt"]));
+            }
+            _ => {
+                let row = Row {
+                    file: name,
+                    label: None,
+                    caption: None,
+                    line: 0,
+                };
+                images.push((row, part));
+            }
+        }
+        if images.len() > MOST_FILES || beside.len() > MOST_FILES {
+            let message = format!("more than {MOST_FILES} files; divide it into several archives");
+            return Err(DataError::content(path, message));
+        }
+    }
+    for (row, _) in &mut images {
+        if let Some((label, caption)) = beside.get(split(&row.file).0) {
+            row.label.clone_from(label);
+            row.caption.clone_from(caption);
+        }
+    }
+    Ok(images)
+}
+
+/// The key that files which belong together share, and what makes them different: at the first dot of the last name.
+fn split(name: &str) -> (&str, &str) {
+    let base = name.rfind('/').map_or(0, |slash| slash + 1);
+    match name[base..].find('.') {
+        Some(dot) => (&name[..base + dot], &name[base + dot + 1..]),
+        None => (name, ""),
+    }
+}
+
+struct Archive<'a> {
+    path: &'a Path,
+    file: BufReader<File>,
+    size: u64,
+    /// Where the next header begins.
+    at: u64,
+}
+
+impl Archive<'_> {
+    fn fault(&self, message: impl std::fmt::Display) -> DataError {
+        DataError::content(
+            self.path,
+            format!("not a whole tar archive: at byte {} {message}", self.at),
+        )
+    }
+
+    fn io(&self) -> impl FnOnce(io::Error) -> DataError + use<> {
+        let path = self.path.to_owned();
+        move |error| DataError::read(&path, "file", error)
+    }
+
+    /// The bytes of a part, which are few.
+    fn bytes(&mut self, part: Part) -> Result<Vec<u8>, DataError> {
+        if part.size > LONGEST_TEXT {
+            return Err(self.fault(format!("{} bytes where a short text should be", part.size)));
+        }
+        let mut bytes = vec![0; part.size as usize];
+        self.file
+            .seek(SeekFrom::Start(part.start))
+            .and_then(|_| self.file.read_exact(&mut bytes))
+            .map_err(self.io())?;
+        Ok(bytes)
+    }
+
+    fn text(&mut self, part: Part) -> Result<String, DataError> {
+        let bytes = self.bytes(part)?;
+        let text = String::from_utf8(bytes).map_err(|_| self.fault("a text that is not UTF-8"))?;
+        Ok(text.trim().to_owned())
+    }
+
+    /// The next regular file.
+    fn next(&mut self) -> Result<Option<(String, Part)>, DataError> {
+        let (mut long_name, mut long_size) = (None, None);
+        loop {
+            let mut head = [0; BLOCK as usize];
+            if self.at + BLOCK > self.size {
+                return match self.at {
+                    0 => Err(self.fault("it ends")),
+                    // GNU tar ends archives with empty blocks, others simply end.
+                    at if at >= self.size => Ok(None),
+                    _ => Err(self.fault("it ends in the middle of a header")),
+                };
+            }
+            let from = self.at;
+            self.file
+                .seek(SeekFrom::Start(from))
+                .and_then(|_| self.file.read_exact(&mut head))
+                .map_err(self.io())?;
+            if head.iter().all(|byte| *byte == 0) {
+                return match from {
+                    0 => Err(self.fault("there is nothing")),
+                    _ => Ok(None),
+                };
+            }
+            if head.starts_with(&[0x1f, 0x8b]) {
+                let message = "a compressed archive; unpack it first (`gunzip`): images are read from their place in it";
+                return Err(DataError::content(self.path, message));
+            }
+            let sum: u32 = head
+                .iter()
+                .enumerate()
+                .map(|(i, byte)| match i {
+                    // The sum counts itself as spaces.
+                    148..156 => 32,
+                    _ => u32::from(*byte),
+                })
+                .sum();
+            if number(&head[148..156]) != Some(u64::from(sum)) {
+                return Err(self.fault("a header whose sum is wrong"));
+            }
+            let size =
+                number(&head[124..136]).ok_or_else(|| self.fault("a size that is no number"))?;
+            let size = long_size.take().unwrap_or(size);
+            let part = Part {
+                start: from + BLOCK,
+                size,
+            };
+            let end = part
+                .start
+                .checked_add(size)
+                .and_then(|end| end.checked_next_multiple_of(BLOCK));
+            if part
+                .start
+                .checked_add(size)
+                .is_none_or(|end| end > self.size)
+            {
+                return Err(self.fault(format!(
+                    "a file of {size} bytes begins, which are not there"
+                )));
+            }
+            self.at = end.unwrap_or(self.size);
+            match head[156] {
+                b'0' | 0 | b'7' => {
+                    let name = match long_name.take() {
+                        Some(name) => name,
+                        None => {
+                            name(&head).ok_or_else(|| self.fault("a name that is not UTF-8"))?
+                        }
+                    };
+                    // Old archives mark folders by their names only.
+                    if name.ends_with('/') {
+                        continue;
+                    }
+                    return Ok(Some((name, part)));
+                }
+                b'L' => {
+                    let bytes = self.bytes(part)?;
+                    let name = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
+                    let name = std::str::from_utf8(name)
+                        .map_err(|_| self.fault("a name that is not UTF-8"))?;
+                    long_name = Some(name.to_owned());
+                }
+                b'x' => {
+                    let bytes = self.bytes(part)?;
+                    for (key, value) in records(&bytes) {
+                        match key {
+                            "path" => long_name = Some(value.to_owned()),
+                            "size" => long_size = value.parse().ok(),
+                            _ => {}
+                        }
+                    }
+                }
+                // Folders, links, devices, and what concerns the whole archive.
+                _ => (long_name, long_size) = (None, None),
+            }
+        }
+    }
+}
+
+/// A number in octal, or in binary as GNU tar writes large ones.
+fn number(field: &[u8]) -> Option<u64> {
+    if field[0] & 0x80 != 0 {
+        let value = field[1..]
+            .iter()
+            .try_fold(u64::from(field[0] & 0x7f), |sum, byte| {
+                sum.checked_mul(256)?.checked_add(u64::from(*byte))
+            });
+        return value;
+    }
+    let text = std::str::from_utf8(field).ok()?;
+    let text = text.trim_matches(['\0', ' ']);
+    match text {
+        "" => Some(0),
+        _ => u64::from_str_radix(text, 8).ok(),
+    }
+}
+
+/// The name of a header, with its prefix where it has one.
+fn name(head: &[u8; BLOCK as usize]) -> Option<String> {
+    let field = |from: usize, to: usize| {
+        let bytes = head[from..to]
+            .split(|byte| *byte == 0)
+            .next()
+            .unwrap_or_default();
+        std::str::from_utf8(bytes).ok()
+    };
+    let name = field(0, 100)?;
+    match field(345, 500)? {
+        prefix if &head[257..263] == b"ustar\0" && !prefix.is_empty() => {
+            Some(format!("{prefix}/{name}"))
+        }
+        _ => Some(name.to_owned()),
+    }
+}
+
+/// The records of a pax header: `LENGTH KEY=VALUE\n`.
+fn records(bytes: &[u8]) -> Vec<(&str, &str)> {
+    let (mut found, mut rest) = (Vec::new(), std::str::from_utf8(bytes).unwrap_or_default());
+    while let Some((length, _)) = rest.split_once(' ') {
+        let Some((record, after)) = length.parse().ok().and_then(|n| rest.split_at_checked(n))
+        else {
+            break;
+        };
+        if record.len() <= length.len() {
+            break;
+        }
+        if let Some((key, value)) = record[length.len() + 1..].split_once('=') {
+            found.push((key, value.trim_end_matches('\n')));
+        }
+        rest = after;
+    }
+    found
+}
+
+/// The classes of files by the folders they lie in: the first that is not common to all, or `None` where they all lie in
+/// one folder.
+pub fn folders(rows: &[Row]) -> Option<Vec<String>> {
+    let parents: Vec<Vec<&str>> = rows
+        .iter()
+        .map(|row| {
+            let mut parts: Vec<&str> = row.file.split('/').filter(|part| *part != ".").collect();
+            parts.pop();
+            parts
+        })
+        .collect();
+    let first = parents.first()?;
+    let common = (0..first.len())
+        .take_while(|&i| {
+            parents
+                .iter()
+                .all(|parent| parent.get(i) == Some(&first[i]))
+        })
+        .count();
+    let classes: Vec<String> = parents
+        .iter()
+        .map(|parent| parent.get(common).copied().unwrap_or_default().to_owned())
+        .collect();
+    classes
+        .iter()
+        .any(|class| !class.is_empty())
+        .then_some(classes)
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// An archive of files, as tar writes it.
+    pub fn tar(files: &[(&str, &[u8])]) -> Vec<u8> {
+        let mut out = Vec::new();
+        for (name, content) in files {
+            if name.len() > 100 {
+                out.extend(entry("././@LongLink", b'L', name.as_bytes()));
+                out.extend(entry(&name[..100], b'0', content));
+            } else {
+                out.extend(entry(name, b'0', content));
+            }
+        }
+        out.extend([0; 1024]);
+        out
+    }
+
+    fn entry(name: &str, kind: u8, content: &[u8]) -> Vec<u8> {
+        let mut head = [0u8; 512];
+        head[..name.len()].copy_from_slice(name.as_bytes());
+        head[100..108].copy_from_slice(b"0000644\0");
+        head[124..136].copy_from_slice(format!("{:011o}\0", content.len()).as_bytes());
+        head[148..156].fill(b' ');
+        head[156] = kind;
+        head[257..263].copy_from_slice(b"ustar\0");
+        let sum: u32 = head.iter().map(|byte| u32::from(*byte)).sum();
+        head[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        let mut out = head.to_vec();
+        out.extend(content);
+        out.resize(out.len().next_multiple_of(512), 0);
+        out
+    }
+
+    fn list(bytes: &[u8]) -> Result<Vec<(Row, Part)>, String> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.tar");
+        std::fs::write(&path, bytes).unwrap();
+        read(&path).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn files_are_found_in_their_places_with_what_lies_beside_them() {
+        let long = format!("{}/x.png", "n".repeat(120));
+        let bytes = tar(&[
+            ("a/0001.jpg", b"first"),
+            ("a/0001.cls", b"7\n"),
+            ("a/0002.seg.png", b"second"),
+            ("a/0002.json", br#"{"label": 3, "caption": "a hat"}"#),
+            ("a/.hidden.png", b"no"),
+            (&long, b"third"),
+        ]);
+        let found = list(&bytes).unwrap();
+        let rows: Vec<_> = found.iter().map(|(row, _)| row.clone()).collect();
+        let labels: Vec<_> = rows.iter().map(|row| row.label.as_deref()).collect();
+        assert_eq!(labels, [Some("7"), Some("3"), None]);
+        assert_eq!(rows[1].caption.as_deref(), Some("a hat"));
+        assert_eq!(rows[2].file, long);
+        for ((_, part), text) in found.iter().zip(["first", "second", "third"]) {
+            let (start, end) = (part.start as usize, (part.start + part.size) as usize);
+            assert_eq!(&bytes[start..end], text.as_bytes());
+        }
+    }
+
+    #[test]
+    fn a_pax_header_names_the_next_file() {
+        let mut bytes = entry("pax", b'x', b"19 path=b/c d.png\n\n");
+        bytes.extend(entry("short", b'0', b"content"));
+        assert_eq!(list(&bytes).unwrap()[0].0.file, "b/c d.png");
+    }
+
+    #[test]
+    fn faults_of_archives_are_named() {
+        let whole = tar(&[("a.png", &[1; 700])]);
+        assert!(list(&[]).unwrap_err().contains("it ends"));
+        assert!(list(&[0; 2048]).unwrap_err().contains("there is nothing"));
+        assert!(
+            list(&whole[..800])
+                .unwrap_err()
+                .contains("a file of 700 bytes begins")
+        );
+        assert!(
+            list(b"\x1f\x8b compressed".repeat(50).as_slice())
+                .unwrap_err()
+                .contains("a compressed archive")
+        );
+        let mut wrong = whole.clone();
+        wrong[0] = b'b';
+        assert!(
+            list(&wrong)
+                .unwrap_err()
+                .contains("a header whose sum is wrong")
+        );
+        let mut huge = whole;
+        huge[124..136].copy_from_slice(b"77777777777\0");
+        huge[148..156].fill(b' ');
+        let sum: u32 = huge[..512].iter().map(|byte| u32::from(*byte)).sum();
+        huge[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        assert!(
+            list(&huge)
+                .unwrap_err()
+                .contains("bytes begins, which are not there")
+        );
+    }
+
+    #[test]
+    fn classes_are_the_first_folders_that_differ() {
+        let of = |files: &[&str]| {
+            let rows: Vec<Row> = files
+                .iter()
+                .map(|file| Row {
+                    file: (*file).into(),
+                    label: None,
+                    caption: None,
+                    line: 0,
+                })
+                .collect();
+            folders(&rows)
+        };
+        assert_eq!(
+            of(&["./e/flags/a.png", "./e/food/x/b.png"]).unwrap(),
+            ["flags", "food"]
+        );
+        assert_eq!(of(&["e/a.png", "e/b.png"]), None);
+        assert_eq!(of(&["a.png"]), None);
+    }
+}

@@ -1,0 +1,802 @@
+//! A source of images, opened and looked over, then read once from its first image to its last.
+//!
+//! In: options. Out: what is there (sizes, classes), known from headers before anything is decoded; then each image with its
+//! size, channels and class, decoded by all threads, a part of the source at a time. What is damaged is told all at
+//! once.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use retort_abi::LogLevel;
+
+use super::arrays::Arrays;
+use super::class::{self, Classes};
+use super::error::DataError;
+use super::folder::{Folder, LeftOut, promises_image};
+use super::options::{DataOptions, Size};
+use super::raster::{self, Header, Raster, luma};
+use super::resample::{Filter, Fit, fit};
+use super::shards::{self, Part};
+use super::{table, values};
+
+/// An image file of a source.
+#[derive(Debug)]
+struct Item {
+    /// Path within the folder or archive.
+    name: Box<str>,
+    label: u32,
+    caption: Option<Box<str>>,
+    /// Its archive and place, where it lies in one.
+    part: Option<(u32, Part)>,
+}
+
+/// An image as it comes out of a source.
+pub struct Image<'a> {
+    /// Values (height, width, channels).
+    pub pixels: &'a [u8],
+    /// Its class.
+    pub label: u32,
+    /// The file, or its number in an array or a table.
+    pub name: &'a str,
+    /// What it shows.
+    pub caption: Option<&'a str>,
+}
+
+/// A file that could not be decoded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Damaged {
+    /// Path within the folder or archive.
+    pub name: String,
+    /// Why not.
+    pub why: String,
+}
+
+/// A source that has been looked over.
+pub struct Source {
+    /// 1 (grey) or 3 (RGB).
+    pub channels: usize,
+    /// Height of all images.
+    pub height: usize,
+    /// Width of all images.
+    pub width: usize,
+    /// The value of white: 255, or less where a CSV file says so.
+    pub white: f32,
+    /// Name of each class.
+    pub names: Vec<String>,
+    /// What a user should hear.
+    pub notices: Vec<(LogLevel, String)>,
+    path: PathBuf,
+    shape: Shape,
+    damaged: Vec<Damaged>,
+    skip_damaged: bool,
+    body: Body,
+}
+
+enum Body {
+    Files {
+        archives: Vec<PathBuf>,
+        items: Vec<Item>,
+    },
+    Arrays(Box<Arrays>),
+    Values(values::Values),
+}
+
+/// What images are brought to.
+#[derive(Clone, Copy)]
+struct Shape {
+    size: (usize, usize),
+    channels: usize,
+    fit: Fit,
+    filter: Filter,
+    background: [u8; 3],
+}
+
+impl Shape {
+    fn apply(&self, image: Raster) -> Raster {
+        let image = image.with_channels(self.channels);
+        let grey = [luma(self.background)];
+        let background = if self.channels == 1 {
+            &grey[..]
+        } else {
+            &self.background
+        };
+        fit(image, self.size, self.fit, self.filter, background)
+    }
+}
+
+/// The longest image file that is read.
+const LONGEST_FILE: u64 = 1 << 29;
+
+/// As much of a file as is read for its header, to begin with.
+const BEGINNING: u64 = 1 << 16;
+
+/// Bytes of decoded images that are held at a time.
+const HELD: usize = 64 << 20;
+
+/// Label of a file whose class is not known yet.
+const UNLABELLED: u32 = u32::MAX;
+
+/// Damaged files that a message names.
+const NAMED: usize = 20;
+
+impl Source {
+    /// Opens the source that checked options name, and looks it over; relative paths start from `base_dir`.
+    pub fn open(o: &DataOptions, base_dir: &Path) -> Result<Self, DataError> {
+        o.check()?;
+        let at = |path: &String| base_dir.join(path);
+        match (&o.folder, &o.tar, &o.arrays, &o.csv) {
+            (Some(folder), ..) => Self::open_folder(o, &at(folder), o.table.as_ref().map(at)),
+            (_, Some(tar), ..) => Self::open_tar(o, &at(tar), vec![at(tar)]),
+            (_, _, Some(arrays), _) => Self::open_arrays(o, &at(arrays), o.labels.as_ref().map(at)),
+            (.., Some(csv)) => Self::open_values(o, &at(csv)),
+            _ => Err(DataError::Options(
+                "data: an `images` stage is no source of files".into(),
+            )),
+        }
+    }
+
+    fn open_values(o: &DataOptions, path: &Path) -> Result<Self, DataError> {
+        let mut values = values::read(o, path)?;
+        let mut found: Vec<u64> = values.labels.iter().copied().map(u64::from).collect();
+        found.sort_unstable();
+        found.dedup();
+        let classes = found.len();
+        class::contiguous(path, found)?;
+        let channels = o.channels.unwrap_or(1);
+        let size = o.size.map_or((values.height, values.width), Size::sides);
+        if values.white == 0.0 {
+            values.white = 1.0;
+        }
+        // New values between the old ones need all that a byte can hold.
+        if (size != (values.height, values.width) || channels != 1) && values.white != 255.0 {
+            let scale = 255.0 / values.white;
+            let pixels = values.pixels.iter_mut();
+            pixels.for_each(|value| *value = (f32::from(*value) * scale).round() as u8);
+            values.white = 255.0;
+        }
+        let white = values.white;
+        let names = (0..classes).map(|class| class.to_string()).collect();
+        Ok(Self::new(o, path, size, channels, names, Body::Values(values)).with_white(white))
+    }
+
+    fn open_arrays(
+        o: &DataOptions,
+        path: &Path,
+        labels: Option<PathBuf>,
+    ) -> Result<Self, DataError> {
+        let arrays = Arrays::open(o, path, labels.as_deref())?;
+        let classes = arrays.labels.iter().max().map_or(1, |last| last + 1);
+        let names = (0..classes).map(|class| class.to_string()).collect();
+        let size = o.size.map_or((arrays.height, arrays.width), Size::sides);
+        let channels = o.channels.unwrap_or(arrays.channels);
+        Ok(Self::new(
+            o,
+            path,
+            size,
+            channels,
+            names,
+            Body::Arrays(Box::new(arrays)),
+        ))
+    }
+
+    fn new(
+        o: &DataOptions,
+        path: &Path,
+        size: (usize, usize),
+        channels: usize,
+        names: Vec<String>,
+        body: Body,
+    ) -> Self {
+        Self {
+            channels,
+            height: size.0,
+            width: size.1,
+            white: 255.0,
+            names,
+            notices: Vec::new(),
+            path: path.to_owned(),
+            shape: Shape {
+                size,
+                channels,
+                fit: o.fit,
+                filter: o.filter,
+                background: o.background.colour(),
+            },
+            damaged: Vec::new(),
+            skip_damaged: o.skip_damaged,
+            body,
+        }
+    }
+
+    fn with_white(mut self, white: f32) -> Self {
+        self.white = white;
+        self
+    }
+
+    fn open_folder(
+        o: &DataOptions,
+        path: &Path,
+        table: Option<PathBuf>,
+    ) -> Result<Self, DataError> {
+        let folder = Folder::list(path)?;
+        let inside = table::NAMES
+            .iter()
+            .find(|name| folder.files.iter().any(|file| file == *name));
+        if let Some(table) = table.or_else(|| inside.map(|name| path.join(name))) {
+            return Self::open_table(o, path, &table);
+        }
+        let ends = |file: &String, ending: &str| file.to_ascii_lowercase().ends_with(ending);
+        let archives = folder
+            .files
+            .iter()
+            .filter(|file| ends(file, ".tar") && !file.contains('/'));
+        let archives: Vec<PathBuf> = archives.map(|file| path.join(file)).collect();
+        if !archives.is_empty()
+            && folder.folders.is_empty()
+            && !folder.files.iter().any(|f| promises_image(f))
+        {
+            return Self::open_tar(o, path, archives);
+        }
+        // Without folders all are of the one class that bears the folder's name.
+        let classes = match folder.folders.is_empty() {
+            true => None,
+            false => Some(Classes::new(path, folder.folders.iter().cloned(), true)?),
+        };
+        let label = |file: &str| match (&classes, file.split_once('/')) {
+            (Some(classes), Some((class, _))) => classes.of(class),
+            _ => 0,
+        };
+        let items = folder.files.iter().map(|file| Item {
+            label: label(file),
+            name: file.as_str().into(),
+            caption: None,
+            part: None,
+        });
+        let mut items: Vec<Item> = items.collect();
+        // Class after class, and by name within one.
+        items.sort_by_key(|item| item.label);
+        let looked = Looked::over(path, &[], items, false)?;
+        let Some(classes) = classes else {
+            let name = path
+                .file_name()
+                .map_or("images".into(), |name| name.to_string_lossy().into_owned());
+            looked.each_class_has_images(1, |_| path.to_owned())?;
+            return looked.finish(o, path, Vec::new(), vec![name]);
+        };
+        let beside: Vec<&str> = looked.images().filter(|name| !name.contains('/')).collect();
+        if let Some(first) = beside.first() {
+            let message = format!(
+                "{} images ({first}, ...) lie beside the folders of classes ({}, ...); move them into folders, or the \
+                 folders elsewhere",
+                beside.len(),
+                folder.folders[0]
+            );
+            return Err(DataError::content(path, message));
+        }
+        looked.each_class_has_images(classes.names.len(), |label| {
+            let bears = |name: &&String| classes.of(name) == label as u32;
+            path.join(folder.folders.iter().find(bears).map_or("", |name| name))
+        })?;
+        let mut source = looked.finish(o, path, Vec::new(), classes.names)?;
+        if classes.mixed {
+            let message =
+                "some folders are named by numbers, others not: classes are in alphabetical order";
+            source.notices.push((LogLevel::Warn, message.into()));
+        }
+        Ok(source)
+    }
+
+    fn open_table(o: &DataOptions, path: &Path, table: &Path) -> Result<Self, DataError> {
+        let rows = table::read(table, path)?;
+        let (classes, labelled) = classes_of(table, rows.iter().map(|row| row.label.as_deref()))?;
+        let items = rows.into_iter().map(|row| Item {
+            label: row.label.map_or(0, |label| classes.of(&label)),
+            name: row.file.into(),
+            caption: row.caption.map(Into::into),
+            part: None,
+        });
+        let looked = Looked::over(path, &[], items.collect(), true)?;
+        looked.each_class_has_images(classes.names.len(), |_| table.to_owned())?;
+        let mut source = looked.finish(o, path, Vec::new(), classes.names)?;
+        if !labelled {
+            let message = format!(
+                "{} names no classes: all images are of one",
+                table.display()
+            );
+            source.notices.push((LogLevel::Info, message));
+        }
+        Ok(source)
+    }
+
+    fn open_tar(o: &DataOptions, path: &Path, archives: Vec<PathBuf>) -> Result<Self, DataError> {
+        let (mut rows, mut parts) = (Vec::new(), Vec::new());
+        for (archive, number) in archives.iter().zip(0u32..) {
+            for (row, part) in shards::read(archive)? {
+                rows.push(row);
+                parts.push((number, part));
+            }
+        }
+        let labelled = rows.iter().filter(|row| row.label.is_some()).count();
+        if labelled == 0
+            && let Some(folders) = shards::folders(&rows)
+        {
+            for (row, folder) in rows.iter_mut().zip(folders) {
+                row.label = Some(folder);
+            }
+        }
+        // What is no image has no say in what the classes are.
+        let mut numbers: BTreeMap<String, u32> = BTreeMap::new();
+        let items = rows.into_iter().zip(parts).map(|(row, part)| Item {
+            label: row.label.map_or(UNLABELLED, |label| {
+                let next = numbers.len() as u32;
+                *numbers.entry(label).or_insert(next)
+            }),
+            name: row.file.into(),
+            caption: row.caption.map(Into::into),
+            part: Some(part),
+        });
+        let mut looked = Looked::over(path, &archives, items.collect(), false)?;
+        let mut labels: Vec<&str> = vec![""; numbers.len()];
+        for (label, number) in &numbers {
+            labels[*number as usize] = label;
+        }
+        let of = |item: &Item| labels.get(item.label as usize).copied();
+        let all = || {
+            looked
+                .items
+                .iter()
+                .map(|(item, _)| item)
+                .chain(looked.damaged.iter().map(|(item, _)| item))
+        };
+        if let (Some(bare), true) = (all().find(|item| of(item).is_none()), labelled > 0) {
+            let message = format!(
+                "{} has no class, though {labelled} files have one",
+                bare.name
+            );
+            return Err(DataError::content(path, message));
+        }
+        let (classes, _) = classes_of(path, all().map(of))?;
+        for item in looked.items_mut() {
+            item.label = labels
+                .get(item.label as usize)
+                .map_or(0, |label| classes.of(label));
+        }
+        looked.each_class_has_images(classes.names.len(), |_| path.to_owned())?;
+        looked.finish(o, path, archives, classes.names)
+    }
+
+    /// What there is, in a line.
+    pub fn summary(&self) -> String {
+        format!(
+            "{}: {} images of {} x {}, {}, classes: {}",
+            self.path.display(),
+            self.count(),
+            self.height,
+            self.width,
+            if self.channels == 1 { "grey" } else { "RGB" },
+            self.names.len()
+        )
+    }
+
+    /// Number of images, damaged ones left out as far as they are known.
+    pub fn count(&self) -> usize {
+        match &self.body {
+            Body::Files { items, .. } => items.len(),
+            Body::Arrays(arrays) => arrays.count,
+            Body::Values(values) => values.labels.len(),
+        }
+    }
+
+    /// Reads all images in order. `progress` hears how many are done and says whether to go on. Returns the damaged files,
+    /// which are none unless they may be left out.
+    pub fn read(
+        mut self,
+        progress: &mut dyn FnMut(u64) -> bool,
+        keep: &mut dyn FnMut(Image<'_>) -> crate::Result<()>,
+    ) -> crate::Result<Vec<Damaged>> {
+        let shape = self.shape;
+        match &mut self.body {
+            Body::Values(values) => {
+                let area = values.height * values.width;
+                for (index, (pixels, label)) in values
+                    .pixels
+                    .chunks_exact(area)
+                    .zip(&values.labels)
+                    .enumerate()
+                {
+                    if index.is_multiple_of(1024) && !progress(index as u64) {
+                        return Err(DataError::Cancelled.into());
+                    }
+                    let image = Raster {
+                        height: values.height,
+                        width: values.width,
+                        channels: 1,
+                        pixels: pixels.to_vec(),
+                    };
+                    keep(Image {
+                        pixels: &shape.apply(image).pixels,
+                        label: *label,
+                        name: &format!("row {index}"),
+                        caption: None,
+                    })?;
+                }
+                Ok(Vec::new())
+            }
+            Body::Arrays(arrays) => {
+                for index in 0..arrays.count {
+                    if index.is_multiple_of(256) && !progress(index as u64) {
+                        return Err(DataError::Cancelled.into());
+                    }
+                    keep(Image {
+                        pixels: &shape.apply(arrays.next()?).pixels,
+                        label: arrays.labels.get(index).copied().unwrap_or(0),
+                        name: &format!("image {index}"),
+                        caption: None,
+                    })?;
+                }
+                Ok(Vec::new())
+            }
+            Body::Files { .. } => self.read_files(progress, keep),
+        }
+    }
+
+    fn read_files(
+        self,
+        progress: &mut dyn FnMut(u64) -> bool,
+        keep: &mut dyn FnMut(Image<'_>) -> crate::Result<()>,
+    ) -> crate::Result<Vec<Damaged>> {
+        let Body::Files { archives, items } = self.body else {
+            return Ok(Vec::new());
+        };
+        let archives = Archives::open(&self.path, &archives)?;
+        let known = items.len() + self.damaged.len();
+        let (mut damaged, mut kept) = (self.damaged, vec![0u64; self.names.len()]);
+        let at_once = (HELD / (self.height * self.width * self.channels)).clamp(1, 256);
+        for (done, part) in (0u64..).step_by(at_once).zip(items.chunks(at_once)) {
+            if !progress(done) {
+                return Err(DataError::Cancelled.into());
+            }
+            let decoded: Vec<Result<Raster, String>> = part
+                .par_iter()
+                .map(|item| {
+                    let content = archives.content(item, LONGEST_FILE)?;
+                    let image = raster::decode(&content, self.shape.background)?;
+                    Ok(self.shape.apply(image))
+                })
+                .collect();
+            for (item, image) in part.iter().zip(decoded) {
+                match image {
+                    // Where images keep their size, headers have been compared; a decoder may still give another.
+                    Ok(image) if (image.height, image.width) != self.shape.size => {
+                        damaged.push(Damaged {
+                            name: item.name.to_string(),
+                            why: format!(
+                                "{} x {} pixels, its header says otherwise",
+                                image.height, image.width
+                            ),
+                        })
+                    }
+                    Ok(image) => {
+                        kept[item.label as usize] += 1;
+                        keep(Image {
+                            pixels: &image.pixels,
+                            label: item.label,
+                            name: &item.name,
+                            caption: item.caption.as_deref(),
+                        })?;
+                    }
+                    Err(why) => damaged.push(Damaged {
+                        name: item.name.to_string(),
+                        why,
+                    }),
+                }
+            }
+        }
+        damaged.sort_by(|a, b| a.name.cmp(&b.name));
+        if !damaged.is_empty() && !self.skip_damaged {
+            return Err(DataError::content(&self.path, told(&damaged, known)).into());
+        }
+        if let Some(class) = kept.iter().position(|count| *count == 0) {
+            let message = format!("all images of class {} are damaged", self.names[class]);
+            return Err(DataError::content(&self.path, message).into());
+        }
+        Ok(damaged)
+    }
+}
+
+/// The message about damaged files.
+fn told(damaged: &[Damaged], of: usize) -> String {
+    let mut text = format!("{} of {of} images are damaged:", damaged.len());
+    for Damaged { name, why } in damaged.iter().take(NAMED) {
+        text.push_str(&format!("\n  {name}: {why}"));
+    }
+    if damaged.len() > NAMED {
+        text.push_str(&format!("\n  and {} more", damaged.len() - NAMED));
+    }
+    text.push_str("\nmend or remove them, or leave them out with `skip_damaged: true`");
+    text
+}
+
+/// The classes that labels name, and whether they name any; one, if not.
+fn classes_of<'a>(
+    path: &Path,
+    labels: impl Iterator<Item = Option<&'a str>> + Clone,
+) -> Result<(Classes, bool), DataError> {
+    match labels.clone().any(|label| label.is_some()) {
+        true => Ok((
+            Classes::new(path, labels.flatten().map(str::to_owned), false)?,
+            true,
+        )),
+        false => Ok((Classes::new(path, ["images".to_owned()], false)?, false)),
+    }
+}
+
+/// Where the bytes of items are.
+struct Archives<'a> {
+    folder: &'a Path,
+    files: Vec<File>,
+}
+
+impl<'a> Archives<'a> {
+    fn open(folder: &'a Path, archives: &[PathBuf]) -> Result<Self, DataError> {
+        let open = |path: &PathBuf| File::open(path).map_err(|e| DataError::read(path, "file", e));
+        Ok(Self {
+            folder,
+            files: archives.iter().map(open).collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// The bytes of an item, at most so many from its beginning.
+    fn content(&self, item: &Item, most: u64) -> Result<Vec<u8>, String> {
+        let unreadable = |error: std::io::Error| match error.kind() {
+            std::io::ErrorKind::NotFound => "no such file".to_owned(),
+            _ => format!("cannot be read: {error}"),
+        };
+        if let Some((archive, part)) = item.part {
+            if part.size > LONGEST_FILE {
+                return Err(too_long(part.size));
+            }
+            let mut bytes = vec![0; part.size.min(most) as usize];
+            let read = self.files[archive as usize].read_exact_at(&mut bytes, part.start);
+            return read.map(|()| bytes).map_err(unreadable);
+        }
+        let path = self.folder.join(&*item.name);
+        // Before it is opened: a pipe would wait for somebody to write.
+        let metadata = std::fs::metadata(&path).map_err(unreadable)?;
+        if !metadata.is_file() {
+            return Err("no regular file".into());
+        }
+        let file = File::open(&path).map_err(unreadable)?;
+        if metadata.len() > LONGEST_FILE {
+            return Err(too_long(metadata.len()));
+        }
+        let mut bytes = Vec::with_capacity(metadata.len().min(most) as usize);
+        file.take(most)
+            .read_to_end(&mut bytes)
+            .map_err(unreadable)?;
+        Ok(bytes)
+    }
+}
+
+fn too_long(bytes: u64) -> String {
+    format!("{bytes} bytes; files of more than {LONGEST_FILE} are not decoded")
+}
+
+/// What a look at a file's beginning says.
+enum Look {
+    Image(Header),
+    Damaged(String),
+    Other,
+}
+
+/// Items whose headers have been read.
+struct Looked {
+    path: PathBuf,
+    items: Vec<(Item, Header)>,
+    damaged: Vec<(Item, String)>,
+    left_out: LeftOut,
+}
+
+impl Looked {
+    /// Reads the headers of items; all of them have to be images if they are `named` as such.
+    fn over(
+        path: &Path,
+        archives: &[PathBuf],
+        items: Vec<Item>,
+        named: bool,
+    ) -> Result<Self, DataError> {
+        let archives = Archives::open(path, archives)?;
+        let look = |item: &Item| -> Look {
+            let start = match archives.content(item, BEGINNING) {
+                Ok(start) => start,
+                Err(why) => return Look::Damaged(why),
+            };
+            if raster::format(&start).is_none() && !named && !promises_image(&item.name) {
+                return Look::Other;
+            }
+            let whole = start.len() as u64 != BEGINNING;
+            let header = raster::header(&start).or_else(|why| match whole {
+                true => Err(why),
+                false => raster::header(&archives.content(item, LONGEST_FILE)?),
+            });
+            header.map_or_else(Look::Damaged, Look::Image)
+        };
+        let looks: Vec<Look> = items.par_iter().map(look).collect();
+        let mut looked = Self {
+            path: path.to_owned(),
+            items: Vec::new(),
+            damaged: Vec::new(),
+            left_out: LeftOut::default(),
+        };
+        for (item, look) in items.into_iter().zip(looks) {
+            match look {
+                Look::Image(header) => looked.items.push((item, header)),
+                Look::Damaged(why) => looked.damaged.push((item, why)),
+                Look::Other => looked.left_out.add(&item.name),
+            }
+        }
+        Ok(looked)
+    }
+
+    /// Names of all that are or should be images.
+    fn images(&self) -> impl Iterator<Item = &str> {
+        let damaged = self.damaged.iter().map(|(item, _)| &*item.name);
+        self.items
+            .iter()
+            .map(|(item, _)| &*item.name)
+            .chain(damaged)
+    }
+
+    fn items_mut(&mut self) -> impl Iterator<Item = &mut Item> {
+        let damaged = self.damaged.iter_mut().map(|(item, _)| item);
+        self.items.iter_mut().map(|(item, _)| item).chain(damaged)
+    }
+
+    /// Refuses a class without a file that is or should be an image; `place` is where it should have one.
+    fn each_class_has_images(
+        &self,
+        classes: usize,
+        place: impl Fn(usize) -> PathBuf,
+    ) -> Result<(), DataError> {
+        let mut has = vec![false; classes];
+        let damaged = self.damaged.iter().map(|(item, _)| item.label);
+        for label in self.items.iter().map(|(item, _)| item.label).chain(damaged) {
+            has[label as usize] = true;
+        }
+        match has.iter().position(|has| !has) {
+            None => Ok(()),
+            Some(class) => Err(DataError::Empty {
+                path: place(class),
+                expected: "image files (PNG, JPEG, WebP, GIF, BMP or TIFF)",
+                found: match self.left_out.count() {
+                    0 => "none".into(),
+                    _ => format!("none; files of other kinds: {}", self.left_out.kinds()),
+                },
+            }),
+        }
+    }
+
+    fn finish(
+        self,
+        o: &DataOptions,
+        path: &Path,
+        archives: Vec<PathBuf>,
+        names: Vec<String>,
+    ) -> Result<Source, DataError> {
+        let damaged: Vec<Damaged> = self
+            .damaged
+            .into_iter()
+            .map(|(item, why)| Damaged {
+                name: item.name.into(),
+                why,
+            })
+            .collect();
+        let mut sizes: BTreeMap<(u32, u32), usize> = BTreeMap::new();
+        let mut formats: BTreeMap<String, usize> = BTreeMap::new();
+        let mut coloured = 0;
+        for (_, header) in &self.items {
+            *sizes.entry((header.height, header.width)).or_default() += 1;
+            coloured += usize::from(header.colour);
+            *formats
+                .entry(format!("{:?}", header.format).to_uppercase())
+                .or_default() += 1;
+        }
+        if self.items.is_empty() {
+            return Err(DataError::content(
+                &self.path,
+                told(&damaged, damaged.len()),
+            ));
+        }
+        let size = match (o.size, sizes.keys().next()) {
+            (Some(size), _) => size.sides(),
+            (None, Some(&(h, w))) if sizes.len() == 1 => (h as usize, w as usize),
+            _ => return Err(DataError::content(&self.path, sizes_told(&sizes, &damaged))),
+        };
+        if size.0.max(size.1) > 8192 {
+            let message = format!(
+                "images of {} x {}; sides go up to 8192: give `size`",
+                size.0, size.1
+            );
+            return Err(DataError::content(&self.path, message));
+        }
+        let grey = self.items.len() - coloured;
+        let channels = o.channels.unwrap_or(if coloured > 0 { 3 } else { 1 });
+        let mut notices = Vec::new();
+        if grey > 0 && coloured > 0 && o.channels.is_none() {
+            let message = format!(
+                "{grey} of {} images are grey, the others are not: all are read as RGB",
+                grey + coloured
+            );
+            notices.push((LogLevel::Info, message));
+        }
+        if formats.len() > 1 {
+            let kinds: Vec<String> = formats
+                .iter()
+                .map(|(format, count)| format!("{format} {count}"))
+                .collect();
+            let message = format!(
+                "{}: {} images of several formats, {}: what lossy compression did to some is learned and measured with them",
+                self.path.display(),
+                self.items.len(),
+                kinds.join(", ")
+            );
+            notices.push((LogLevel::Warn, message));
+        }
+        if self.left_out.count() > 0 {
+            let message = format!(
+                "{}: {} files are no images and were left out: {}",
+                self.path.display(),
+                self.left_out.count(),
+                self.left_out.kinds()
+            );
+            notices.push((LogLevel::Warn, message));
+        }
+        let items = self.items.into_iter().map(|(item, _)| item).collect();
+        let mut source = Source::new(
+            o,
+            path,
+            size,
+            channels,
+            names,
+            Body::Files { archives, items },
+        );
+        source.notices = notices;
+        source.damaged = damaged;
+        Ok(source)
+    }
+}
+
+/// The message about images of several sizes.
+fn sizes_told(sizes: &BTreeMap<(u32, u32), usize>, damaged: &[Damaged]) -> String {
+    let mut by_count: Vec<_> = sizes.iter().collect();
+    by_count.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
+    let shown: Vec<String> = by_count
+        .iter()
+        .take(8)
+        .map(|((h, w), count)| format!("{h} x {w} ({count})"))
+        .collect();
+    let more = match by_count.len().saturating_sub(8) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    let wish = match *by_count[0].0 {
+        (h, w) if h == w => format!("`size: {h}`"),
+        (h, w) => format!("`size: [{h}, {w}]`"),
+    };
+    let mut text = format!(
+        "images of {} sizes (height x width): {}{more}; say which size they are brought to, as in {wish}",
+        sizes.len(),
+        shown.join(", ")
+    );
+    if !damaged.is_empty() {
+        text.push_str(&format!(
+            "\nmoreover, {}",
+            told(damaged, sizes.values().sum::<usize>() + damaged.len())
+        ));
+    }
+    text
+}

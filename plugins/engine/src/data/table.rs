@@ -1,0 +1,389 @@
+//! Tables that say which image files belong to a data set, and their classes or captions: `metadata.jsonl`,
+//! `metadata.csv`, CSV and TSV of paths.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Component, Path};
+
+use serde_json::Value;
+
+use super::error::DataError;
+
+/// A row: a file within a folder.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Row {
+    /// Path from the folder on.
+    pub file: String,
+    /// Its class as written.
+    pub label: Option<String>,
+    /// What it shows.
+    pub caption: Option<String>,
+    /// Line in the table.
+    pub line: u64,
+}
+
+/// Names of a table in a folder that is read without being named.
+pub const NAMES: [&str; 4] = [
+    "metadata.jsonl",
+    "metadata.csv",
+    "metadata.tsv",
+    "metadata.json",
+];
+
+const FILE: [&str; 6] = [
+    "file_name",
+    "filename",
+    "file",
+    "path",
+    "image",
+    "image_path",
+];
+const LABEL: [&str; 5] = ["label", "class", "category", "labels", "class_name"];
+const CAPTION: [&str; 4] = ["caption", "text", "prompt", "description"];
+
+/// The longest line that is read.
+const LONGEST_LINE: u64 = 1 << 20;
+
+/// The most rows.
+const MOST_ROWS: usize = 1 << 22;
+
+/// Reads a table whose paths start from `folder`.
+pub fn read(path: &Path, folder: &Path) -> Result<Vec<Row>, DataError> {
+    let ending = path
+        .extension()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .to_lowercase();
+    let mut rows = match ending.as_str() {
+        "jsonl" | "ndjson" => read_json_lines(path)?,
+        "json" => {
+            let message = "a table in JSON; expected one object a line (`.jsonl`), CSV or TSV";
+            return Err(DataError::content(path, message));
+        }
+        _ => read_columns(path, ending == "tsv" || ending == "tab")?,
+    };
+    if rows.is_empty() {
+        return Err(DataError::Empty {
+            path: path.to_owned(),
+            expected: "rows that name image files",
+            found: "none".into(),
+        });
+    }
+    let labelled = rows.iter().filter(|row| row.label.is_some()).count();
+    if labelled > 0 && labelled < rows.len() {
+        let bare = rows
+            .iter()
+            .find(|row| row.label.is_none())
+            .map_or(0, |row| row.line);
+        let message = format!(
+            "line {bare} has no class, though {labelled} of {} rows have one",
+            rows.len()
+        );
+        return Err(DataError::content(path, message));
+    }
+    for row in &mut rows {
+        row.file = within(&row.file, folder).ok_or_else(|| {
+            let message = format!(
+                "line {}: {:?} does not lie in {}; paths start there, and what lies elsewhere is not part of the data",
+                row.line,
+                row.file,
+                folder.display()
+            );
+            DataError::content(path, message)
+        })?;
+    }
+    let mut names: Vec<(&str, u64)> = rows
+        .iter()
+        .map(|row| (row.file.as_str(), row.line))
+        .collect();
+    names.sort_unstable();
+    if let Some(twice) = names.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+        let message = format!(
+            "lines {} and {} both name {:?}",
+            twice[0].1, twice[1].1, twice[0].0
+        );
+        return Err(DataError::content(path, message));
+    }
+    Ok(rows)
+}
+
+/// The path from a folder on, if it stays in it.
+fn within(file: &str, folder: &Path) -> Option<String> {
+    let path = Path::new(file);
+    let path = match path.is_absolute() {
+        true => path.strip_prefix(folder).ok()?,
+        false => path,
+    };
+    let mut parts = Vec::new();
+    for part in path.components() {
+        match part {
+            Component::Normal(part) => parts.push(part.to_str()?),
+            Component::CurDir => {}
+            _ => return None,
+        }
+    }
+    (!parts.is_empty()).then(|| parts.join("/"))
+}
+
+fn open(path: &Path) -> Result<BufReader<File>, DataError> {
+    let metadata = std::fs::metadata(path).map_err(|e| DataError::read(path, "file", e))?;
+    if !metadata.is_file() {
+        return Err(DataError::content(
+            path,
+            "no regular file; expected a table",
+        ));
+    }
+    let file = File::open(path).map_err(|e| DataError::read(path, "file", e))?;
+    let mut reader = BufReader::new(file);
+    let start = reader
+        .fill_buf()
+        .map_err(|e| DataError::read(path, "file", e))?;
+    if start.starts_with(b"\xef\xbb\xbf") {
+        reader.consume(3);
+    }
+    Ok(reader)
+}
+
+fn read_json_lines(path: &Path) -> Result<Vec<Row>, DataError> {
+    let mut reader = open(path)?;
+    let (mut rows, mut bytes, mut line) = (Vec::new(), Vec::new(), 0);
+    loop {
+        bytes.clear();
+        let read = (&mut reader)
+            .take(LONGEST_LINE)
+            .read_until(b'\n', &mut bytes);
+        if read.map_err(|e| DataError::read(path, "file", e))? == 0 {
+            return Ok(rows);
+        }
+        line += 1;
+        let fault =
+            |message: String| Err(DataError::content(path, format!("line {line}: {message}")));
+        if bytes.len() as u64 == LONGEST_LINE && bytes.last() != Some(&b'\n') {
+            return fault(format!("longer than {LONGEST_LINE} bytes"));
+        }
+        if bytes.iter().all(u8::is_ascii_whitespace) {
+            continue;
+        }
+        let value: Value = match serde_json::from_slice(&bytes) {
+            Ok(value) => value,
+            Err(error) => return fault(format!("expected a JSON object: {error}")),
+        };
+        let text = |names: &[&str]| {
+            let found = names.iter().find_map(|name| value.get(name));
+            match found {
+                Some(Value::String(text)) => Some(text.clone()),
+                Some(Value::Number(number)) => Some(number.to_string()),
+                _ => None,
+            }
+        };
+        let Some(file) = text(&FILE) else {
+            return fault("no `file_name`".into());
+        };
+        full(path, rows.len())?;
+        rows.push(Row {
+            file,
+            label: text(&LABEL),
+            caption: text(&CAPTION),
+            line,
+        });
+    }
+}
+
+fn full(path: &Path, rows: usize) -> Result<(), DataError> {
+    match rows < MOST_ROWS {
+        true => Ok(()),
+        false => Err(DataError::content(
+            path,
+            format!("more than {MOST_ROWS} rows"),
+        )),
+    }
+}
+
+fn read_columns(path: &Path, tabs: bool) -> Result<Vec<Row>, DataError> {
+    let mut reader = open(path)?;
+    let start = reader
+        .fill_buf()
+        .map_err(|e| DataError::read(path, "file", e))?;
+    let first = start
+        .split(|byte| *byte == b'\n')
+        .next()
+        .unwrap_or_default();
+    let tabs = tabs || (first.contains(&b'\t') && !first.contains(&b','));
+    let mut reader = csv::ReaderBuilder::new()
+        .has_headers(false)
+        .flexible(true)
+        .trim(csv::Trim::All)
+        // Of CR LF the first is trimmed: lines are counted right.
+        .terminator(csv::Terminator::Any(b'\n'))
+        .delimiter(if tabs { b'\t' } else { b',' })
+        .from_reader(reader);
+    let (mut rows, mut columns) = (Vec::new(), None);
+    let mut record = csv::StringRecord::new();
+    loop {
+        let more = reader.read_record(&mut record);
+        let line = record.position().map_or(0, csv::Position::line);
+        if !more.map_err(|error| DataError::content(path, error.to_string()))? {
+            return Ok(rows);
+        }
+        if record.iter().all(str::is_empty) {
+            continue;
+        }
+        let place = |names: &[&str]| {
+            record
+                .iter()
+                .position(|cell| names.contains(&cell.to_lowercase().as_str()))
+        };
+        let (file, label, caption) = match columns {
+            Some(columns) => columns,
+            None => match place(&FILE) {
+                Some(file) => {
+                    columns = Some((file, place(&LABEL), place(&CAPTION)));
+                    continue;
+                }
+                // No names: path and class.
+                None if record.len() <= 2 => {
+                    *columns.insert((0, (record.len() == 2).then_some(1), None))
+                }
+                None => {
+                    let found: Vec<&str> = record.iter().take(8).collect();
+                    let message = format!(
+                        "line {line}: expected a column named `file_name` (and `label` or `caption`), found {found:?}"
+                    );
+                    return Err(DataError::content(path, message));
+                }
+            },
+        };
+        let cell = |column: usize| {
+            record
+                .get(column)
+                .filter(|cell| !cell.is_empty())
+                .map(str::to_owned)
+        };
+        let Some(file) = cell(file) else {
+            return Err(DataError::Cell {
+                path: path.to_owned(),
+                line,
+                column: file + 1,
+                expected: "the path of an image".into(),
+                found: "nothing".into(),
+            });
+        };
+        full(path, rows.len())?;
+        rows.push(Row {
+            file,
+            label: label.and_then(cell),
+            caption: caption.and_then(cell),
+            line,
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rows(name: &str, text: &str) -> Result<Vec<Row>, String> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        let shown = format!("{}/", dir.path().display());
+        read(&path, dir.path()).map_err(|error| error.to_string().replace(&shown, ""))
+    }
+
+    fn row(file: &str, label: Option<&str>, caption: Option<&str>, line: u64) -> Row {
+        Row {
+            file: file.into(),
+            label: label.map(str::to_owned),
+            caption: caption.map(str::to_owned),
+            line,
+        }
+    }
+
+    #[test]
+    fn tables_are_read_in_all_their_forms() {
+        let wanted = [
+            row("a.png", Some("cat"), None, 2),
+            row("b/c.png", Some("dog"), None, 3),
+        ];
+        let forms = [
+            ("m.csv", "file_name,label\na.png,cat\n./b/c.png,dog\n"),
+            (
+                "m.tsv",
+                "\u{feff}Label\tpath\r\ncat\ta.png\r\ndog\tb/c.png\r\n",
+            ),
+            ("m.csv", "id,class,image\n0,cat,a.png\n1,dog,b/c.png\n"),
+        ];
+        for (name, text) in forms {
+            assert_eq!(rows(name, text).unwrap(), wanted, "{text}");
+        }
+        assert_eq!(
+            rows("l.txt", "a.png\t3\n").unwrap(),
+            [row("a.png", Some("3"), None, 1)]
+        );
+        assert_eq!(
+            rows("l.csv", "a.png\n").unwrap(),
+            [row("a.png", None, None, 1)]
+        );
+        let lines = "{\"file_name\": \"a.png\", \"label\": 3}\n\n{\"file_name\": \"b.png\", \"label\": 1, \"text\": \"x, y\"}\n";
+        let wanted = [
+            row("a.png", Some("3"), None, 1),
+            row("b.png", Some("1"), Some("x, y"), 3),
+        ];
+        assert_eq!(rows("m.jsonl", lines).unwrap(), wanted);
+    }
+
+    #[test]
+    fn faults_of_tables_are_named() {
+        for (name, text, expected) in [
+            (
+                "m.csv",
+                "",
+                "m.csv: expected rows that name image files, found none",
+            ),
+            (
+                "m.csv",
+                "a,b,c\n",
+                "m.csv: line 1: expected a column named `file_name`",
+            ),
+            (
+                "m.csv",
+                "file,label\na.png,1\n,2\n",
+                "m.csv:3: column 1: expected the path of an image",
+            ),
+            (
+                "m.csv",
+                "file,label\na.png,1\nb.png,\n",
+                "m.csv: line 3 has no class, though 1 of 2 rows have one",
+            ),
+            (
+                "m.csv",
+                "a.png,1\n../b.png,2\n",
+                "m.csv: line 2: \"../b.png\" does not lie in",
+            ),
+            (
+                "m.csv",
+                "/etc/passwd,1\n",
+                "m.csv: line 1: \"/etc/passwd\" does not lie in",
+            ),
+            (
+                "m.csv",
+                "a.png,1\n./a.png,2\n",
+                "m.csv: lines 1 and 2 both name \"a.png\"",
+            ),
+            (
+                "m.jsonl",
+                "{\"label\": 1}\n",
+                "m.jsonl: line 1: no `file_name`",
+            ),
+            (
+                "m.jsonl",
+                "nonsense\n",
+                "m.jsonl: line 1: expected a JSON object",
+            ),
+            ("m.json", "[]", "m.json: a table in JSON"),
+        ] {
+            let error = rows(name, text).unwrap_err();
+            assert!(error.starts_with(expected), "{text:?}: {error}");
+        }
+    }
+}

@@ -1,0 +1,50 @@
+//! A watch over what networks say while samples are made: NaN and infinity are an error that names the sample, never a
+//! token. Backends may choose any code from such logits.
+//!
+//! Each tensor (b, ..) leaves one sum a sample on the device; what these are is looked at once, at the end.
+
+use crate::backend::Backend;
+use crate::error::{Error, Result};
+
+/// The sums of what was watched.
+pub struct Finite<B: Backend> {
+    /// Whose tensors they are, for messages.
+    whose: &'static str,
+    /// The AR step of each, and its sums (b, 1).
+    sums: Vec<(usize, B::Tensor)>,
+}
+
+impl<B: Backend> Finite<B> {
+    /// Nothing watched so far of what is this, as in "the teacher's logits".
+    pub fn new(whose: &'static str) -> Self {
+        let sums = Vec::new();
+        Self { whose, sums }
+    }
+
+    /// Watches a tensor (b, ..) of an AR step, in which no element may be other than finite.
+    pub fn watch(&mut self, step: usize, x: &B::Tensor) -> Result<()> {
+        let shape = B::shape(x);
+        let all: Vec<usize> = (1..shape.len()).collect();
+        let sums = B::reshape(&B::sum(x, &all)?, &[shape[0], 1])?;
+        self.sums.push((step, sums));
+        Ok(())
+    }
+
+    /// An error that names the first sample of the batch, and its first AR step, whose elements were not all finite.
+    pub fn check(self) -> Result<()> {
+        let sums: Vec<&B::Tensor> = self.sums.iter().map(|(_, sums)| sums).collect();
+        if sums.is_empty() {
+            return Ok(());
+        }
+        let floats = B::to_floats(&B::cat(&sums, 1)?)?;
+        let Some(at) = floats.iter().position(|x| !x.is_finite()) else {
+            return Ok(());
+        };
+        let (sample, step) = (at / sums.len(), self.sums[at % sums.len()].0);
+        let message = format!("{} at AR step {step} are not finite", self.whose);
+        Err(Error::NotFinite {
+            sample: sample as u64,
+            message,
+        })
+    }
+}

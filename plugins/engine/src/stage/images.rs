@@ -1,0 +1,97 @@
+//! `images`: prepares a data set once for all stages that read it.
+
+use std::path::Path;
+
+use retort_abi::{ArtifactDraft, ArtifactMeta, Cancel, LogLevel, StageResult};
+use schemars::JsonSchema;
+use serde::Deserialize;
+use serde_json::json;
+
+use crate::backend::Backend;
+use crate::data::DataOptions;
+use crate::data::prepared::{Description, Writer};
+use crate::data::source::{Damaged, Source};
+use crate::error::{Error, Result};
+use crate::stage::{Context, Stage};
+
+/// Options of `images`.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Options {
+    /// Where the images come from and what they are brought to.
+    pub data: DataOptions,
+}
+
+/// The stage.
+pub struct Images;
+
+impl<B: Backend> Stage<B> for Images {
+    type Options = Options;
+    const KIND: &'static str = "images";
+    const OUTPUT: &'static str = "images";
+    const REVISION: u32 = 1;
+    const SUMMARY: &'static str = "decode and size the images of a data set, once for all stages";
+
+    fn check(o: &Options, _: &Path) -> Result<()> {
+        if let Some(stage) = &o.data.images {
+            let message =
+                format!("{stage} has prepared its images already: name the files they come from");
+            return Err(Error::option("/data/images", message));
+        }
+        if o.data.crop.is_some() || o.data.flip {
+            let message = "`crop` and `flip` are for the stages that train: `data: {images: STAGE, flip: true}` there";
+            return Err(Error::option("/data", message));
+        }
+        o.data
+            .check()
+            .map_err(|e| Error::option("/data", e.to_string()))
+    }
+
+    fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
+        let host = context.host;
+        let source = Source::open(&o.data, &context.job.base_dir)?;
+        for (level, message) in &source.notices {
+            host.log(*level, message);
+        }
+        host.log(LogLevel::Info, &source.summary());
+        let total = source.count() as u64;
+        let description = Description {
+            format: 1,
+            count: 0,
+            channels: source.channels,
+            height: source.height,
+            width: source.width,
+            white: source.white,
+            classes: source.names.clone(),
+            shard: 0,
+            damaged: 0,
+        };
+        let draft = ArtifactDraft::begin(host, "images", &context.job.stage)?;
+        let mut writer = Writer::new(draft.path(), description)?;
+        let damaged = source.read(
+            &mut |done| {
+                host.progress(done, total, "images");
+                host.cancelled() == Cancel::Run
+            },
+            &mut |image| writer.push(&image),
+        )?;
+        let description = writer.finish(&damaged)?;
+        for Damaged { name, why } in damaged.iter().take(20) {
+            host.log(LogLevel::Warn, &format!("left out: {name}: {why}"));
+        }
+        let Description {
+            count,
+            channels,
+            height,
+            width,
+            ..
+        } = description;
+        let classes = description.classes.len();
+        let output = draft.commit(&ArtifactMeta::default())?;
+        let summary = json!({
+            "images": count, "channels": channels, "height": height, "width": width, "classes": classes,
+            "damaged": damaged.len(),
+        });
+        Ok(StageResult { output, summary })
+    }
+}

@@ -1,0 +1,57 @@
+//! `snapshot`: a student as it was at an earlier step of its training, as an artifact of its own.
+
+use std::path::Path;
+
+use retort_abi::{ArtifactMeta, StageResult};
+use schemars::JsonSchema;
+use serde::Deserialize;
+use serde_json::json;
+
+use crate::backend::Backend;
+use crate::bundle::{self, Bundle};
+use crate::error::{Error, Result};
+use crate::stage::{Context, Stage};
+
+/// Options of `snapshot`.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Options {
+    /// The `distill` stage that trained the student, with `snapshots`.
+    #[schemars(extend("x-retort-artifact" = ["student"]))]
+    pub student: String,
+    /// The step: a multiple of the training's `snapshots`, below its number of steps.
+    #[schemars(range(min = 1))]
+    pub step: u64,
+}
+
+/// The stage.
+pub struct Snapshot;
+
+impl<B: Backend> Stage<B> for Snapshot {
+    type Options = Options;
+    const KIND: &'static str = "snapshot";
+    const OUTPUT: &'static str = "student";
+    const REVISION: u32 = 1;
+    const SUMMARY: &'static str = "take a student as it was at an earlier step of its training";
+
+    fn check(_: &Options, _: &Path) -> Result<()> {
+        Ok(())
+    }
+
+    fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
+        let student = Bundle::open(context.input_dir(&o.student)?)?;
+        let kept = student.snapshots()?;
+        if !kept.contains(&o.step) {
+            let there = match kept.is_empty() {
+                true => "it has none; `snapshots: n` in its stage keeps one every n steps".into(),
+                false => format!("it has those of the steps {kept:?}"),
+            };
+            let message = format!("{} has no snapshot of step {}: {there}", o.student, o.step);
+            return Err(Error::option("/step", message));
+        }
+        let (meta, summary) = (ArtifactMeta::default(), json!({ "step": o.step }));
+        context.finish("student", meta, summary, |dir| {
+            bundle::write_snapshot(dir, &student, o.step)
+        })
+    }
+}

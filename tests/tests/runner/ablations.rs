@@ -1,0 +1,163 @@
+//! What a student's training can be compared with: fewer pairs, earlier steps, another start, no cross-entropy.
+
+use serde_json::Value;
+
+use crate::training::{lab, output, points};
+
+/// The shared part of the students here.
+const STUDENT: &str = "kind: distill, teacher: teacher, seed: 5, timesteps: [0, 6]";
+
+#[test]
+fn the_first_pairs_of_a_data_set_are_a_data_set() {
+    let train = "train: {steps: 12, batch: 16, ema: 0.9}";
+    let lab = lab(&format!(
+        "
+  many: {{kind: trajectories, teacher: teacher, count: 300, seed: 3}}
+  few: {{kind: trajectories, teacher: teacher, count: 100, seed: 3}}
+  of-few: {{{STUDENT}, trajectories: few, {train}}}
+  of-many: {{{STUDENT}, trajectories: many, {train}}}
+  of-first: {{{STUDENT}, trajectories: many, use: 100, {train}}}
+"
+    ));
+    lab.retort(&["run", "r.yaml"]).expect(0);
+    let [few, many, first] = ["of-few", "of-many", "of-first"].map(|stage| output(&lab, stage).0);
+    assert_eq!(first, few);
+    assert_ne!(first, many);
+    let wrong = format!("  wrong: {{{STUDENT}, trajectories: many, use: 301, {train}}}\n");
+    let recipe = lab.dir.path().join("r.yaml");
+    let text = std::fs::read_to_string(&recipe).unwrap();
+    std::fs::write(&recipe, format!("{text}{wrong}")).unwrap();
+    lab.retort(&["run", "r.yaml", "--until", "wrong"])
+        .expect(100)
+        .saying(&["use 301: many has 300 pairs"]);
+}
+
+/// The weights of a student.
+fn weights(lab: &crate::lab::Lab, stage: &str) -> Vec<u8> {
+    std::fs::read(output(lab, stage).1.join("model.safetensors")).unwrap()
+}
+
+#[test]
+fn snapshots_are_students_and_students_are_starts() {
+    let rate = "learning_rate: 1.0e-3, warmup: 1, decay: constant, ema: 0.9, batch: 16";
+    let lab = lab(&format!(
+        "
+  pairs: {{kind: trajectories, teacher: teacher, count: 200}}
+  whole: {{{STUDENT}, trajectories: pairs, depth: 3, snapshots: 4, train: {{steps: 11, {rate}}}}}
+  part: {{{STUDENT}, trajectories: pairs, depth: 3, train: {{steps: 8, {rate}}}}}
+  after-4: {{kind: snapshot, student: whole, step: 4}}
+  after-8: {{kind: snapshot, student: whole, step: 8}}
+  drawn: {{kind: sample, count: 20, sampler: {{kind: student, student: after-4, timesteps: [0, 6]}}}}
+  further: {{{STUDENT}, trajectories: pairs, from: after-8, train: {{steps: 6, {rate}}}}}
+  anew: {{{STUDENT}, trajectories: pairs, depth: 3, train: {{steps: 6, {rate}}}}}
+"
+    ));
+    lab.retort(&["run", "r.yaml"]).expect(0);
+    // A snapshot is the student of a training that ends there.
+    assert_eq!(weights(&lab, "after-8"), weights(&lab, "part"));
+    assert_ne!(weights(&lab, "after-4"), weights(&lab, "part"));
+    assert_ne!(weights(&lab, "whole"), weights(&lab, "part"));
+    let kept = std::fs::read_dir(output(&lab, "whole").1.join("snapshots")).unwrap();
+    assert_eq!(kept.count(), 2);
+    assert!(!output(&lab, "after-8").1.join("snapshots").exists());
+    // Whoever goes on from a student begins below one that starts anew.
+    let [further, anew] =
+        ["further", "anew"].map(|stage| points(&lab, stage, "distill/cross_entropy")[0]);
+    assert!(further < anew, "{further}, {anew}");
+
+    let recipe = lab.dir.path().join("r.yaml");
+    let text = std::fs::read_to_string(&recipe).unwrap();
+    for (stage, code, saying) in [
+        (
+            "kind: snapshot, student: whole, step: 5".to_owned(),
+            100,
+            "whole has no snapshot of step 5: it has those of the steps [4, 8]",
+        ),
+        (
+            "kind: snapshot, student: part, step: 4".to_owned(),
+            100,
+            "`snapshots: n` in its stage",
+        ),
+        (
+            format!("{STUDENT}, trajectories: pairs, from: part, depth: 4, train: {{steps: 1}}"),
+            3,
+            "has as many blocks as that",
+        ),
+    ] {
+        std::fs::write(&recipe, format!("{text}  wrong: {{{stage}}}\n")).unwrap();
+        lab.retort(&["run", "r.yaml", "--until", "wrong"])
+            .expect(code)
+            .saying(&[saying]);
+    }
+}
+
+#[test]
+fn snapshots_outlive_an_interruption() {
+    let recipe = format!(
+        "
+  pairs: {{kind: trajectories, teacher: teacher, count: 400}}
+  student: {{{STUDENT}, trajectories: pairs, depth: 3, snapshots: 10, train: {{steps: 200, batch: 32}}}}
+"
+    );
+    let undisturbed = lab(&recipe);
+    undisturbed.retort(&["run", "r.yaml"]).expect(0);
+    let disturbed = lab(&recipe);
+    let running = crate::training::start_training(&disturbed);
+    running.signal(crate::training::INTERRUPT);
+    running.end().expect(130);
+    disturbed.retort(&["resume"]).expect(0);
+    let [a, b] = [&undisturbed, &disturbed].map(|lab| output(lab, "student").0);
+    assert_eq!(a, b);
+}
+
+#[test]
+fn a_student_can_predict_embeddings_alone() {
+    let lab = lab(&format!(
+        "
+  pairs: {{kind: trajectories, teacher: teacher, count: 1000}}
+  embeddings: {{{STUDENT}, trajectories: pairs, split: 0, cross_entropy: 0, codebook_distance: 1, train: {{steps: 60, batch: 32}}}}
+  drawn: {{kind: sample, count: 20, sampler: {{kind: student, student: embeddings, timesteps: [0], split: 0}}}}
+"
+    ));
+    let said = lab.retort(&["run", "r.yaml"]).expect(0);
+    said.saying(&["squared distance"]);
+    for series in ["distill/codebook_distance", "distill/held_out_loss"] {
+        let values = points(&lab, "embeddings", series);
+        assert!(values.last() < values.first(), "{series}: {values:?}");
+    }
+    let all: Value = lab
+        .retort(&["metrics", "latest", "--stage", "embeddings", "--json"])
+        .expect(0)
+        .json();
+    let known = |name: &str| all.as_array().unwrap().iter().any(|s| s["series"] == name);
+    assert!(!known("distill/cross_entropy") && known("distill/loss"));
+
+    let recipe = lab.dir.path().join("r.yaml");
+    let text = std::fs::read_to_string(&recipe).unwrap();
+    for (options, code, saying) in [
+        (
+            "cross_entropy: 0, codebook_distance: 1",
+            3,
+            "without cross-entropy no logits learn",
+        ),
+        (
+            "cross_entropy: 0, codebook_distance: 1, split: 3",
+            3,
+            "give `split: 0`",
+        ),
+        ("cross_entropy: 0, split: 0", 3, "no loss is left"),
+        (
+            "split: 16, perceptual: {kind: l2, weight: 1}",
+            100,
+            "the perceptual term needs tokens of the continuous head",
+        ),
+    ] {
+        let wrong = format!(
+            "  wrong: {{{STUDENT}, trajectories: pairs, {options}, train: {{steps: 1}}}}\n"
+        );
+        std::fs::write(&recipe, format!("{text}{wrong}")).unwrap();
+        lab.retort(&["run", "r.yaml", "--until", "wrong"])
+            .expect(code)
+            .saying(&[saying]);
+    }
+}

@@ -1,0 +1,217 @@
+//! Images as people have them, through the real stages: of every format and size, prepared once or read in place,
+//! damaged, out of classes, behind links.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::lab::Lab;
+use crate::training::{output, points};
+
+/// What every recipe here begins with.
+const HEAD: &str = "version: 1\nseed: 3\nbackend: candle\nstages:\n";
+
+/// A tokenizer of a few steps on DATA.
+const CODES: &str = "
+  codes:
+    kind: tokenizer
+    data: DATA
+    codebook_size: 8
+    codebook_dim: 4
+    channels: 8
+    z_channels: 8
+    train: {steps: 4, batch: 8}
+";
+
+fn lab(stages: &str, data: &str) -> Lab {
+    let lab = Lab::new(&[]);
+    write(&lab, stages, data);
+    lab
+}
+
+fn write(lab: &Lab, stages: &str, data: &str) {
+    let text = format!("{HEAD}{stages}").replace("DATA", data);
+    fs::write(lab.dir.path().join("r.yaml"), text).unwrap();
+}
+
+fn format_file(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../plugins/engine/fixtures/images/formats")
+        .join(name)
+}
+
+/// Two classes of small images of every format.
+fn every_format(dir: &Path) {
+    let classes = [
+        (
+            "cats",
+            &[
+                "rgb.png",
+                "rgba.png",
+                "grey.jpg",
+                "cmyk.jpg",
+                "turned-6.jpg",
+                "progressive.jpg",
+            ],
+        ),
+        (
+            "dogs",
+            &[
+                "lossless.webp",
+                "frames.gif",
+                "rgb.bmp",
+                "packed.tiff",
+                "palette-clear.png",
+                "sixteen.png",
+            ],
+        ),
+    ];
+    for (class, files) in classes {
+        fs::create_dir_all(dir.join(class)).unwrap();
+        for file in files {
+            fs::copy(format_file(file), dir.join(class).join(file)).unwrap();
+        }
+    }
+}
+
+#[test]
+fn prepared_once_or_read_in_place_images_train_the_same_networks() {
+    let stages = "
+  pictures: {kind: images, data: {folder: mix, size: 16, fit: contain}}
+  teacher:
+    kind: pretrain
+    tokenizer: codes
+    data: OTHER
+    width: 16
+    depth: 1
+    heads: 2
+    train: {steps: 4, batch: 8}
+  eye: {kind: classifier, data: DATA, features: 8, train: {steps: 4, batch: 8}}
+  drawn: {kind: sample, count: 4, sampler: {kind: teacher, teacher: teacher}}
+  judged: {kind: evaluate, data: OTHER, classifier: eye, samples: {drawn: drawn}}
+";
+    let stages = format!("{CODES}{stages}");
+    let prepared = lab(
+        &stages.replace("OTHER", "pictures"),
+        "{images: pictures, crop: 12, flip: true}",
+    );
+    let prepared_whole = stages.replace("OTHER", "{images: pictures, crop: 12}");
+    write(
+        &prepared,
+        &prepared_whole,
+        "{images: pictures, crop: 12, flip: true}",
+    );
+    every_format(&prepared.dir.path().join("mix"));
+    prepared.retort(&["run", "r.yaml"]).expect(0);
+    let picture = |crop: &str| format!("{{folder: mix, size: 16, fit: contain, {crop}}}");
+    let in_place = lab(
+        &stages.replace("OTHER", &picture("crop: 12")),
+        &picture("crop: 12, flip: true"),
+    );
+    every_format(&in_place.dir.path().join("mix"));
+    in_place.retort(&["run", "r.yaml"]).expect(0);
+    for stage in ["codes", "teacher", "eye", "pictures", "judged"] {
+        assert_eq!(
+            output(&prepared, stage).0,
+            output(&in_place, stage).0,
+            "{stage}"
+        );
+    }
+    let pictures = output(&prepared, "pictures").1;
+    let manifest = fs::read_to_string(pictures.join("manifest.jsonl")).unwrap();
+    assert_eq!(manifest.lines().count(), 12);
+    assert!(
+        manifest.contains(r#""file":"dogs/frames.gif","label":1"#),
+        "{manifest}"
+    );
+    let described = fs::read_to_string(pictures.join("images.json")).unwrap();
+    assert!(
+        described.contains("\"cats\",") && described.contains("\"channels\": 3"),
+        "{described}"
+    );
+    assert!(!points(&prepared, "codes", "tokenizer/data_wait").is_empty());
+    // Another seed sees them otherwise.
+    prepared
+        .retort(&["run", "r.yaml", "--set", "eye.seed=9"])
+        .expect(0);
+    assert_ne!(output(&prepared, "eye").0, output(&in_place, "eye").0);
+}
+
+#[test]
+fn damaged_files_are_told_at_once_before_anything_is_trained() {
+    let lab = lab(CODES, "{folder: mix, size: 16}");
+    let mix = lab.dir.path().join("mix");
+    every_format(&mix);
+    let whole = fs::read(mix.join("cats/rgb.png")).unwrap();
+    fs::write(mix.join("cats/cut.png"), &whole[..60]).unwrap();
+    fs::write(mix.join("dogs/empty.webp"), "").unwrap();
+    fs::write(
+        mix.join("dogs/notes.txt"),
+        "not an image, and none promised",
+    )
+    .unwrap();
+    let said = lab.retort(&["run", "r.yaml"]);
+    assert_ne!(said.code, Some(0));
+    let said = said.saying(&[
+        "2 of 14 images are damaged",
+        "cats/cut.png",
+        "dogs/empty.webp",
+        "skip_damaged: true",
+    ]);
+    assert!(!said.stderr.contains("panicked"));
+    let lenient = ["run", "r.yaml", "--set", "codes.data.skip_damaged=true"];
+    lab.retort(&lenient).expect(0);
+    let said = lab.retort(&["log", "latest"]).expect(0);
+    let log = format!("{}{}", said.stdout, said.stderr);
+    assert!(
+        log.contains("2 damaged images were left out") && log.contains(".txt 1"),
+        "{log}"
+    );
+}
+
+#[test]
+fn what_cannot_be_meant_is_refused_with_what_to_do() {
+    let lab = lab(CODES, "{folder: mix}");
+    let mix = lab.dir.path().join("mix");
+    every_format(&mix);
+    lab.retort(&["run", "r.yaml"]).saying(&[
+        "images of 2 sizes",
+        "12 x 16 (11)",
+        "16 x 12 (1)",
+        "size: [12, 16]",
+    ]);
+    let set = |value: &str| lab.retort(&["run", "r.yaml", "--set", value]);
+    set("codes.data.size=[12, 16]").saying(&["images of 12 x 16", "`size: 16`"]);
+    fs::create_dir(mix.join("0")).unwrap();
+    fs::rename(mix.join("cats"), mix.join("00")).unwrap();
+    fs::copy(format_file("rgb.png"), mix.join("0/a.png")).unwrap();
+    fs::rename(mix.join("dogs"), mix.join("1")).unwrap();
+    set("codes.data.size=16").saying(&["folders `0` and `00` both mean class 0"]);
+    fs::remove_dir_all(mix.join("00")).unwrap();
+    fs::create_dir(mix.join("2")).unwrap();
+    set("codes.data.size=16").saying(&["mix/2: expected image files", "found none"]);
+    // Options that say too much are told by the plan.
+    lab.retort(&["validate", "r.yaml", "--set", "codes.data.csv=a.csv"]);
+    let said = lab
+        .retort(&["plan", "r.yaml", "--set", "codes.data.max=3"])
+        .expect(3);
+    said.saying(&["`max` belongs to `csv` or `arrays`, not to `folder`"]);
+}
+
+#[test]
+fn one_class_one_image_and_links_are_enough() {
+    let lab = lab(CODES, "{folder: flat}");
+    let dir = lab.dir.path();
+    fs::create_dir_all(dir.join("flat")).unwrap();
+    fs::copy(format_file("rgb.png"), dir.join("one.png")).unwrap();
+    std::os::unix::fs::symlink(dir.join("one.png"), dir.join("flat/linked")).unwrap();
+    lab.retort(&["run", "r.yaml", "--set", "codes.data.size=16"])
+        .expect(0);
+    fs::copy(format_file("grey.png"), dir.join("flat/b.png")).unwrap();
+    lab.retort(&[
+        "run",
+        "r.yaml",
+        "--set",
+        "codes.data={folder: flat, size: 16, channels: 1}",
+    ])
+    .expect(0);
+}

@@ -1,0 +1,611 @@
+//! Files from elsewhere: what is wrong with one is said of it, and nothing of the store changes.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
+
+use crate::lab::{Lab, block_on, wait_for};
+
+const KILL: i32 = 9;
+const STOP: i32 = 19;
+
+/// A store with artifacts and metrics, and a file that it was exported into.
+struct Source {
+    lab: Lab,
+    file: PathBuf,
+}
+
+impl Source {
+    fn new() -> Self {
+        let lab = Lab::new(&[
+            "a: {kind: do, text: hello}",
+            "b: {kind: do, act: flood, amount: 3000, input: a}",
+        ]);
+        lab.run(&[]).expect(0);
+        let file = lab.dir.path().join("good.db");
+        lab.retort(&["runs", "export", "--files", "-o", file.to_str().unwrap()])
+            .expect(0);
+        Self { lab, file }
+    }
+
+    /// The file, changed by these statements.
+    fn changed(&self, statements: &str) -> PathBuf {
+        let file = self.lab.dir.path().join("changed.db");
+        std::fs::copy(&self.file, &file).unwrap();
+        change(&file, statements);
+        file
+    }
+}
+
+fn change(file: &Path, statements: &str) {
+    block_on(async {
+        let mut connection = open(file).await;
+        let done = sqlx::raw_sql(AssertSqlSafe(statements.to_owned()))
+            .execute(&mut connection)
+            .await;
+        done.unwrap_or_else(|error| panic!("{statements}: {error}"));
+        connection.close().await.unwrap();
+    });
+}
+
+async fn open(file: &Path) -> SqliteConnection {
+    SqliteConnectOptions::new()
+        .filename(file)
+        .foreign_keys(false)
+        .connect()
+        .await
+        .unwrap()
+}
+
+/// Everything in a directory but what SQLite keeps beside the database while it works: paths, with the bytes of files.
+fn contents(dir: &Path) -> BTreeMap<PathBuf, Option<Vec<u8>>> {
+    let mut found = BTreeMap::new();
+    let mut waiting = vec![dir.to_owned()];
+    while let Some(dir) = waiting.pop() {
+        for entry in std::fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_str().unwrap();
+            if name.ends_with("-wal") || name.ends_with("-shm") || name == "history.db" {
+                continue;
+            }
+            if path.is_dir() {
+                waiting.push(path.clone());
+                found.insert(path, None);
+            } else {
+                found.insert(path.clone(), Some(std::fs::read(path).unwrap()));
+            }
+        }
+    }
+    found
+}
+
+/// Imports a file into a store that has the same artifacts, and expects that nothing changes.
+#[track_caller]
+fn check_refused(source: &Source, file: &Path, said: &[&str]) {
+    let there = Lab::new(&[
+        "a: {kind: do, text: hello}",
+        "c: {kind: do, text: own, input: a}",
+    ]);
+    there.run(&[]).expect(0);
+    let before = contents(&there.store_dir());
+    let runs = there.retort(&["runs", "list", "--json"]).stdout;
+    there
+        .retort(&["runs", "import", file.to_str().unwrap()])
+        .expect(2)
+        .saying(&[&[file.to_str().unwrap(), "nothing was imported"], said].concat());
+    assert_eq!(contents(&there.store_dir()), before);
+    let after = there.retort(&["runs", "list", "--json"]).stdout;
+    let stable = |text: &str| {
+        let lines = text.lines().filter(|line| !line.contains("\"seconds\""));
+        lines.map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(stable(&after), stable(&runs));
+    there.retort(&["gc"]).expect(0);
+    let beside = std::fs::read_dir(source.lab.dir.path()).unwrap();
+    assert!(
+        !beside
+            .flatten()
+            .any(|entry| entry.file_name().to_str().unwrap().starts_with(".retort"))
+    );
+}
+
+#[test]
+fn a_file_with_other_tables_is_refused() {
+    let source = Source::new();
+    let endless = "with recursive n(k) as (select 1 union all select k + 1 from n)";
+    for (statements, said) in [
+        (
+            format!("drop view v_metrics; drop table tags; create view tags as {endless} select k as run, 'x' as tag from n"),
+            "`tags`",
+        ),
+        (
+            format!(
+                "drop table exported_files; create view exported_files as {endless}
+                 select k as artifact, 'x' as path, 0 as part, x'00' as data from n"
+            ),
+            "`exported_files`",
+        ),
+        (
+            "create trigger evil after insert on runs begin delete from runs; end".into(),
+            "trigger `evil`",
+        ),
+        ("create table more (a)".into(), "table `more`"),
+        ("create index more on logs (abs(at))".into(), "index `more`"),
+        ("create virtual table more using fts5(a)".into(), "`more"),
+        (
+            "drop table tags; create table tags (run integer not null, tag text generated always as (hex(run)) stored,
+             primary key (tag, run)) strict, without rowid".into(),
+            "`tags`",
+        ),
+        ("alter table logs add column more text".into(), "`logs`"),
+        ("drop index logs_of_attempt".into(), "`logs_of_attempt` of a retort history is missing"),
+        ("pragma user_version = 999".into(), "newer retort"),
+        ("pragma user_version = 0".into(), "never was"),
+        ("pragma user_version = -5".into(), "never was"),
+        ("pragma user_version = 1".into(), "is not that of a retort history"),
+        ("pragma application_id = 7".into(), "not a retort history"),
+    ] {
+        check_refused(&source, &source.changed(&statements), &[said]);
+    }
+}
+
+#[test]
+fn a_file_with_values_that_no_store_writes_is_refused() {
+    let source = Source::new();
+    let long = "x".repeat(2000);
+    for (statements, said) in [
+        (
+            "update runs set id = '../../../x'",
+            "`id` of its table `runs`",
+        ),
+        ("update runs set id = 'latest'", "`id` of its table `runs`"),
+        ("update runs set id = upper(id)", "`id` of its table `runs`"),
+        ("update runs set created = -1", "`created`"),
+        ("update runs set created = 9223372036854775807", "`created`"),
+        ("update runs set command = '{}'", "`command`"),
+        ("update runs set recipe = char(27) || '[2J'", "`recipe`"),
+        ("update documents set environment = 'null'", "`environment`"),
+        (
+            "update documents set resolved = printf('%.*c', 200000, '[')",
+            "`resolved`",
+        ),
+        ("update stages set name = '..' || char(10)", "`name`"),
+        (&format!("update stages set kind = '{long}'"), "`kind`"),
+        ("update stages set plugin_hash = 'zz'", "`plugin_hash`"),
+        ("update stages set options = '[1]'", "`options`"),
+        ("update stages set inputs = '[3]'", "`inputs`"),
+        ("update stages set position = -1", "`position`"),
+        ("update attempts set digest = '../x'", "`digest`"),
+        ("update attempts set failure = '3'", "`failure`"),
+        (
+            "update attempts set output = null, stage = 77",
+            "refers to one of `stages`",
+        ),
+        (
+            "update outputs set artifact = printf('%064d', 7)",
+            "refers to one of `artifacts`",
+        ),
+        (
+            "update outputs set meta = '{\"preview\": \"../../../etc/passwd\"}'",
+            "`meta`",
+        ),
+        ("update artifacts set size = size + 1", "not of its size"),
+        (
+            "update artifacts set files = '[]', size = 0",
+            "not what its hash says",
+        ),
+        (
+            "update artifacts set files = replace(files, 'thing.txt', '/etc/hostname')",
+            "is not a path within an artifact",
+        ),
+        (
+            "update artifacts set files = replace(files, 'thing.txt', 'thing2.txt')",
+            "not what its hash says",
+        ),
+        (
+            "update packs set data = x'03ffffffffffffffff7f'",
+            "cannot be unpacked",
+        ),
+        (
+            "update blocks set points = points + 1",
+            "holds other points",
+        ),
+        ("update blocks set pack = 77", "has no points"),
+        ("update series set base = 1 << 60", "`base`"),
+        ("update logs set source = 'elsewhere'", "`source`"),
+        (
+            "update params set value = x'00'",
+            "`value` of its table `params`",
+        ),
+        (
+            "update names set name = char(155) || 'x' || key",
+            "`name` of its table `names`",
+        ),
+        ("insert into tags select key, char(27) from runs", "`tag`"),
+        ("update runs set note = cast(x'ff' as text)", "UTF-8"),
+    ] {
+        check_refused(&source, &source.changed(statements), &[said]);
+    }
+}
+
+#[test]
+fn types_are_checked_again_where_a_file_lies_about_them() {
+    let source = Source::new();
+    // What SQLite checks when it writes is not checked when it reads: a file may hold it all the same.
+    let file = source.changed(
+        "pragma writable_schema = on;
+         update sqlite_schema set sql = replace(sql, ') strict', ')') where name = 'logs'",
+    );
+    change(
+        &file,
+        "update logs set at = 'soon';
+         insert into logs (attempt, at, level, source, text) select key, 'soon', 'high', 'plugin', x'00' from attempts;
+         pragma writable_schema = on;
+         update sqlite_schema set sql = sql || ' strict' where name = 'logs'",
+    );
+    check_refused(&source, &file, &["table `logs`"]);
+}
+
+#[test]
+fn values_that_share_their_pages_do_not_fill_the_disk() {
+    let source = Source::new();
+    let file = source.changed(&format!(
+        "drop table exported_files;
+         with recursive n(k) as (select 1 union all select k + 1 from n where k < 300)
+         insert into logs (attempt, at, level, source, text)
+         select (select min(key) from attempts), 5, 3, 'stdout',
+             printf('%.*c', case k when 1 then {LONG} else {SHORT} end, 'x') from n"
+    ));
+    assert_eq!(share_pages(&file), 299);
+    assert!(std::fs::metadata(&file).unwrap().len() < 8 << 20);
+    let all = "select sum(length(text)) / 1000000 from logs";
+    let claimed: i64 = block_on(async {
+        let mut connection = open(&file).await;
+        let sum = sqlx::query_scalar(all).fetch_one(&mut connection);
+        sum.await.unwrap()
+    });
+    assert!(claimed > 300, "{claimed} MB");
+    check_refused(
+        &source,
+        &file,
+        &["several times the space of the whole file"],
+    );
+}
+
+/// Lengths of two texts whose rows begin alike: they need whole further pages more or less.
+const SHORT: usize = 16_400;
+const LONG: usize = SHORT + 252 * (4096 - 4);
+
+/// Has the rows with short texts claim to be as long as the one with a long text, and to go on in its pages; how many.
+fn share_pages(file: &Path) -> usize {
+    const PAGE: usize = 4096;
+    let mut bytes = std::fs::read(file).unwrap();
+    // (where the cell begins, where the row's payload does, how long that is)
+    let mut cells = Vec::new();
+    for at in (PAGE..bytes.len())
+        .step_by(PAGE)
+        .filter(|&at| bytes[at] == 0x0d)
+    {
+        let two = |place: usize| usize::from(u16::from_be_bytes([bytes[place], bytes[place + 1]]));
+        let count = two(at + 3);
+        // Further pages may look like leaves of tables.
+        if count > 100 || bytes[at + 7] != 0 {
+            continue;
+        }
+        for cell in (0..count).map(|cell| at + two(at + 8 + 2 * cell)) {
+            let mut place = cell;
+            let mut number = || {
+                let mut value = 0;
+                loop {
+                    let byte = bytes[place];
+                    place += 1;
+                    value = value << 7 | usize::from(byte & 0x7f);
+                    if byte < 0x80 {
+                        return value;
+                    }
+                }
+            };
+            let (length, _key) = (number(), number());
+            cells.push((cell, place, length));
+        }
+    }
+    let of = |text: usize| {
+        let fits = move |(_, _, length): &(usize, usize, usize)| (text..text + 50).contains(length);
+        cells.iter().copied().filter(fits)
+    };
+    let (_, payload, length) = of(LONG).next().expect("the long row");
+    let least = (PAGE - 12) * 32 / 255 - 23;
+    let here = least + (length - least) % (PAGE - 4);
+    let here = if here <= PAGE - 35 { here } else { least };
+    let pages: [u8; 4] = bytes[payload + here..][..4].try_into().unwrap();
+    let three = |number: usize| {
+        [
+            0x80 | number >> 14,
+            0x80 | number >> 7 & 0x7f,
+            number & 0x7f,
+        ]
+        .map(|byte| byte as u8)
+    };
+    let short: Vec<_> = of(SHORT).collect();
+    for (cell, payload, length) in &short {
+        bytes[*cell..][..3].copy_from_slice(&three(length - SHORT + LONG));
+        // The type of the last column ends the row's head: twice the length of the text, and 13.
+        let head = usize::from(bytes[*payload]);
+        bytes[payload + head - 3..][..3].copy_from_slice(&three(2 * LONG + 13));
+        bytes[payload + here..][..4].copy_from_slice(&pages);
+    }
+    std::fs::write(file, &bytes).unwrap();
+    short.len()
+}
+
+#[test]
+fn files_that_are_not_what_their_hash_says_stay_out_and_touch_nothing() {
+    let source = Source::new();
+    for statements in [
+        // Files of an artifact that the store has, under a name that it has not.
+        "update exported_files set artifact = 'f' || substr(artifact, 2)",
+        "update exported_files set artifact = '../pwned'",
+        "update exported_files set data = data || x'00'",
+        "update exported_files set data = x''",
+        "update exported_files set data = x'78'",
+        "update exported_files set part = part + 1",
+        "update exported_files set path = '../../pwned'",
+        "update exported_files set path = '/tmp/pwned-by-import'",
+        "delete from exported_files where path = 'thing.txt'; insert into exported_files
+         select hash, 'other', 0, x'00' from artifacts",
+    ] {
+        for there in [
+            Lab::new(&["a: {kind: do, text: hello}"]),
+            Lab::new(&["a: {kind: do, text: another}"]),
+        ] {
+            there.run(&[]).expect(0);
+            let before = there.entries("artifacts");
+            let file = source.changed(statements);
+            let said = there.retort(&["runs", "import", file.to_str().unwrap()]);
+            assert!(
+                matches!(said.code, Some(0 | 1)),
+                "{statements}: {}",
+                said.stderr
+            );
+            assert!(!said.stderr.contains("panicked"), "{}", said.stderr);
+            assert_eq!(there.entries("artifacts"), before, "{statements}");
+            there.retort(&["artifacts", "verify"]);
+            let left = contents(&there.store_dir());
+            assert!(
+                !left
+                    .keys()
+                    .any(|path| path.to_str().unwrap().contains(".retort-")),
+                "{left:?}"
+            );
+            assert!(!there.dir.path().join("pwned").exists());
+        }
+        assert!(!Path::new("/tmp/pwned-by-import").exists());
+    }
+}
+
+#[test]
+fn a_run_that_had_not_ended_is_lost_when_it_comes_from_elsewhere() {
+    let source = Source::new();
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+    let began = stat
+        .rsplit_once(')')
+        .unwrap()
+        .1
+        .split_whitespace()
+        .nth(19)
+        .unwrap()
+        .to_owned();
+    let read = |path: &str| std::fs::read_to_string(path).unwrap().trim().to_owned();
+    // A lease of a process that lives, here, and was heard of in the far future.
+    let file = source.changed(&format!(
+        "update runs set state = 'running', finished = null; update stages set state = 'running';
+         update attempts set state = 'running', finished = null;
+         delete from leases;
+         insert into leases select key, '{}', '{}', '{}', {}, {began}, 1 << 60 from runs",
+        read("/proc/sys/kernel/hostname"),
+        read("/proc/sys/kernel/random/boot_id"),
+        std::fs::read_link("/proc/self/ns/pid").unwrap().display(),
+        std::process::id(),
+    ));
+    let there = Lab::new(&["a: {kind: do, text: hello}"]);
+    there.run(&[]).expect(0);
+    there
+        .retort(&["runs", "import", file.to_str().unwrap()])
+        .expect(0);
+    let runs = there.retort(&["runs", "list", "--json"]).expect(0).json();
+    assert_eq!(runs[0]["state"], "lost", "{runs}");
+    assert!(runs[0]["finished"].is_string(), "{runs}");
+    there.retort(&["gc", "--remove"]).expect(0);
+    there.retort(&["runs", "rm", "latest"]).expect(0);
+}
+
+#[test]
+fn what_is_no_file_to_import_is_said_of_it() {
+    let lab = Lab::new(&["a: {kind: do, text: hello}"]);
+    lab.run(&[]).expect(0);
+    let dir = lab.dir.path();
+    let path = |name: &str| dir.join(name).to_str().unwrap().to_owned();
+    std::fs::create_dir(path("folder")).unwrap();
+    std::fs::write(path("empty"), "").unwrap();
+    std::fs::write(
+        path("text"),
+        "no database, and long enough to be looked at".repeat(99),
+    )
+    .unwrap();
+    fifo(&dir.join("pipe"));
+    symlink("/dev/zero", path("device")).unwrap();
+    symlink("/nowhere", path("dangling")).unwrap();
+    let good = Source::new();
+    let bytes = std::fs::read(&good.file).unwrap();
+    std::fs::write(path("cut"), &bytes[..bytes.len() / 2]).unwrap();
+    let mut damaged = bytes.clone();
+    for page in (8..bytes.len() / 4096).step_by(2) {
+        damaged[page * 4096..][..4096].fill(0xa5);
+    }
+    std::fs::write(path("damaged"), damaged).unwrap();
+    std::fs::write(path("piped"), &bytes).unwrap();
+    fifo(&dir.join("piped-journal"));
+    for (name, said) in [
+        ("nowhere", "No such file"),
+        ("dangling", "No such file"),
+        ("folder", "a directory"),
+        ("empty", "not a retort history"),
+        ("text", "not a retort history"),
+        ("pipe", "a named pipe"),
+        ("device", "a device"),
+        ("piped", "a named pipe"),
+        ("cut", "malformed"),
+        ("damaged", ""),
+    ] {
+        lab.retort(&["runs", "import", &path(name)])
+            .expect(2)
+            .saying(&[&path(name), "cannot be imported", said]);
+    }
+    assert_eq!(lab.entries("artifacts").len(), 1);
+    let left = lab.entries(".");
+    assert!(
+        !left.iter().any(|name| name.starts_with(".retort")),
+        "{left:?}"
+    );
+}
+
+pub fn fifo(path: &Path) {
+    let made = std::process::Command::new("mkfifo").arg(path).status();
+    assert!(made.unwrap().success());
+}
+
+#[test]
+fn what_a_killed_import_left_is_removed_and_one_under_way_is_not() {
+    let source = Source::new();
+    let there = Lab::new(&["a: {kind: do, text: mine}"]);
+    there.run(&[]).expect(0);
+    let drafts = || -> Vec<String> {
+        let names = there.entries(".").into_iter();
+        names
+            .filter(|name| name.starts_with(".retort-import"))
+            .collect()
+    };
+    // Stopped in the middle: it is not always fast enough to be caught.
+    let mut import = wait_for("an import that is caught", || {
+        let mut import = there
+            .command(&["runs", "import", source.file.to_str().unwrap()])
+            .spawn()
+            .unwrap();
+        while import.try_wait().unwrap().is_none() {
+            if drafts().len() == 2 {
+                crate::lab::signal_process(import.id(), STOP);
+                return Some(import);
+            }
+        }
+        there.retort(&["runs", "rm", "latest"]);
+        None
+    });
+    let under_way = drafts();
+    if under_way.len() == 2 {
+        let listed = there.retort(&["gc", "--json"]).expect(0).stdout;
+        assert!(!listed.contains(".retort-import"), "{listed}");
+        there.retort(&["gc", "--remove"]);
+        assert_eq!(drafts(), under_way);
+    }
+    crate::lab::signal_process(import.id(), KILL);
+    import.wait().unwrap();
+    if !drafts().is_empty() {
+        let listed = there.retort(&["gc", "--json"]).expect(0).stdout;
+        assert!(listed.contains(".retort-import"), "{listed}");
+        there.retort(&["gc", "--remove"]).expect(0);
+    }
+    assert_eq!(drafts(), [""; 0]);
+}
+
+#[test]
+fn an_export_takes_nothing_but_the_files_of_artifacts() {
+    let lab = Lab::new(&[
+        "a: {kind: do, text: hello}",
+        "b: {kind: do, text: second, input: a}",
+    ]);
+    lab.run(&[]).expect(0);
+    let secret = lab.dir.path().join("secret.txt");
+    std::fs::write(&secret, "do not tell anybody").unwrap();
+    let artifacts = lab.store_dir().join("artifacts");
+    let hashes = lab.entries("artifacts");
+    let thing = artifacts.join(&hashes[0]).join("thing.txt");
+    let file = lab.dir.path().join("out.db");
+    let replaced: [&dyn Fn(); 5] = [
+        &|| symlink(&secret, &thing).unwrap(),
+        &|| fifo(&thing),
+        &|| symlink("/dev/zero", &thing).unwrap(),
+        &|| std::fs::create_dir(&thing).unwrap(),
+        &|| std::fs::write(&thing, "hallo").unwrap(),
+    ];
+    for replace in replaced {
+        if thing.is_dir() && !thing.is_symlink() {
+            std::fs::remove_dir(&thing).unwrap();
+        } else {
+            std::fs::remove_file(&thing).unwrap();
+        }
+        replace();
+        let out = file.to_str().unwrap();
+        let said = lab
+            .retort(&["runs", "export", "--files", "--force", "-o", out])
+            .expect(1);
+        assert!(said.stdout.contains(&hashes[0]), "{}", said.stdout);
+        let bytes = std::fs::read(&file).unwrap();
+        assert!(!bytes.windows(11).any(|part| part == b"do not tell"));
+        // Of the artifact nothing is in it, and of the other everything.
+        let fresh = Lab::new(&[]);
+        fresh.retort(&["runs", "import", out]).expect(0);
+        assert_eq!(fresh.entries("artifacts"), hashes[1..]);
+    }
+    // A record that leads elsewhere, from a store that somebody else has written to.
+    change(
+        &lab.store_dir().join("history.db"),
+        &format!(
+            "update artifacts set files = replace(files, 'thing.txt', '{}')",
+            secret.display()
+        ),
+    );
+    let out = file.to_str().unwrap();
+    lab.retort(&["runs", "export", "--files", "--force", "-o", out])
+        .expect(1);
+    let bytes = std::fs::read(&file).unwrap();
+    assert!(!bytes.windows(11).any(|part| part == b"do not tell"));
+    lab.retort(&["artifacts", "verify"]).expect(1);
+}
+
+#[test]
+fn names_from_a_store_lead_nowhere_in_event_files() {
+    let lab = Lab::new(&[
+        "a: {kind: do, act: flood, amount: 100}",
+        "b: {kind: do, act: flood, amount: 100, input: a}",
+    ]);
+    lab.run(&[]).expect(0);
+    change(
+        &lab.store_dir().join("history.db"),
+        "update runs set id = '../../../evil'; update stages set name = '..' where name = 'a';
+         update stages set name = '../../' || name where name = 'b';
+         update outputs set meta = '{\"preview\": \"../../../r.yaml\"}'",
+    );
+    let out = lab.dir.path().join("deep/er/events");
+    std::fs::create_dir_all(&out).unwrap();
+    lab.retort(&[
+        "runs",
+        "export",
+        "--as",
+        "tensorboard",
+        "-o",
+        out.to_str().unwrap(),
+    ])
+    .expect(0);
+    let inside = contents(&out);
+    assert_eq!(
+        inside.values().filter(|bytes| bytes.is_some()).count(),
+        2,
+        "{inside:?}"
+    );
+    let around = contents(&lab.dir.path().join("deep"));
+    assert_eq!(around.len(), inside.len() + 2, "{:?}", around.keys());
+    assert!(!lab.dir.path().join("evil").exists());
+}
