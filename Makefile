@@ -5,7 +5,7 @@ CARGO ?= cargo
 BIN = $(or $(CARGO_TARGET_DIR),target)/release
 
 .DEFAULT_GOAL := help
-.PHONY: help build libtorch cuda cuda-test digits schema test gpu-artefacts gpu-check gpu-bench fmt lint
+.PHONY: help build libtorch cuda cuda-test digits schema test soak deny gpu-artefacts gpu-check gpu-bench fmt lint
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -50,6 +50,14 @@ test: build ## everything the project checks
 	else \
 	    echo '*** The tests of the libtorch plugin were SKIPPED: there is no libtorch (the reason stands above). ***' >&2; \
 	fi
+
+# Hours: MINUTES=600. Choices follow from SEED; inputs that crash something are kept in target/soak.
+soak: build ## hostile inputs for all readers, and runs that are killed at random (MINUTES=10 SEED=1)
+	$(CARGO) build --release -p retort-soak
+	$(BIN)/retort-soak all --minutes $(or $(MINUTES),10) --seed $(or $(SEED),1)
+
+deny: ## licences, sources and known vulnerabilities of the dependencies
+	@.ci/deny $(or $(CARGO_TARGET_DIR),target)/tools
 
 # What the two below need on a GPU's machine, in one directory: a machine without cargo uses it as it was built here. The
 # CUDA variant is the plugin there.

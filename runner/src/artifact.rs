@@ -139,7 +139,7 @@ impl Layout {
     }
 
     /// Removes what processes that are gone left in `staging`, and their work directories with nothing in them.
-    fn tidy(&self) {
+    pub fn tidy(&self) {
         for dir in ["staging", "work"] {
             let Ok(entries) = fs::read_dir(self.store.join(dir)) else {
                 continue;
@@ -603,6 +603,22 @@ mod tests {
             files: contents.files.clone(),
             meta: ArtifactMeta::default(),
         }
+    }
+
+    #[test]
+    fn a_lock_that_nobody_holds_is_tidied_up() {
+        let root = tempfile::tempdir().unwrap();
+        let layout = Layout::new(root.path()).unwrap();
+        let held = layout.open_work("held").unwrap().unwrap();
+        fs::remove_dir(held.path()).unwrap();
+        let work = root.path().join("work");
+        // A runner that was killed left this one; that one guards something to take up again.
+        fs::write(work.join("idle.lock"), "").unwrap();
+        fs::write(work.join("needed.lock"), "").unwrap();
+        fs::create_dir(work.join("needed")).unwrap();
+        layout.tidy();
+        let there = |name: &str| work.join(name).exists();
+        assert!(there("held.lock") && there("needed.lock") && !there("idle.lock"));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::artifact::Layout;
 use crate::cli::{Context, Error, FormatArgs, runs, talk};
 use crate::store::{Access, Garbage, Store};
 use crate::table::{Cell, Rows, bytes};
@@ -48,6 +49,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
                 .collect()
         };
         store.collect_garbage(collect).await?;
+        Layout::new(dir)?.tidy();
         store.close().await;
         Ok(removed)
     })?;

@@ -22,6 +22,8 @@ use process::{Ended, Runner, kill};
 
 /// Rounds that one store lives through: it grows.
 const ROUNDS: usize = 12;
+/// Rounds after which every kind of disturbance has hit.
+const ENOUGH: u64 = 60;
 /// The most disturbed lives of a round.
 const LIVES: usize = 4;
 /// How long anything may take, on a busy machine.
@@ -152,6 +154,40 @@ pub fn disturb(lab: &Lab, seed: u64, time: Duration, report: &mut Report) {
         report.count("rounds");
     }
     report.seconds += began.elapsed().as_secs_f64();
+}
+
+/// A soak that hits nothing shows nothing: after enough rounds every kind of disturbance must have hit, and every kind of
+/// end must have been seen.
+pub fn check_variety(report: &mut Report) {
+    if report
+        .counts
+        .get("rounds")
+        .is_none_or(|rounds| *rounds < ENOUGH)
+    {
+        return;
+    }
+    let mut expected: Vec<&str> = DISTURBANCES
+        .iter()
+        .filter_map(|disturbance| match disturbance {
+            Disturbance::Signal(name, ..) | Disturbance::Stop(name, _) => Some(*name),
+            Disturbance::Fill if report.left_out.is_empty() => Some("disk filled"),
+            Disturbance::KillCommand | Disturbance::Fill => None,
+        })
+        .collect();
+    expected.extend([
+        "runs succeeded",
+        "runs failed",
+        "runs interrupted",
+        "runs lost",
+    ]);
+    expected.dedup();
+    for kind in expected {
+        if !report.disturbances.contains_key(kind) && !report.counts.contains_key(kind) {
+            report.violations.push(format!(
+                "nothing was shown about `{kind}`: it never happened"
+            ));
+        }
+    }
 }
 
 /// A broken promise.
@@ -307,7 +343,7 @@ impl<'a> Round<'a> {
     fn hit(&mut self, disturbance: Disturbance, runner: &mut Runner, life: &mut Life) {
         match disturbance {
             Disturbance::Signal(name, whom, signal) => {
-                let Some(pid) = self.pid_of(whom, runner, name == "worker killed") else {
+                let Some(pid) = self.pid_of(whom, runner) else {
                     return;
                 };
                 let now = truth::milliseconds(SystemTime::now());
@@ -321,7 +357,7 @@ impl<'a> Round<'a> {
                 }
             }
             Disturbance::Stop(name, whom) => {
-                let Some(pid) = self.pid_of(whom, runner, false) else {
+                let Some(pid) = self.pid_of(whom, runner) else {
                     return;
                 };
                 if kill(pid, libc::SIGSTOP) {
@@ -359,7 +395,7 @@ impl<'a> Round<'a> {
         }
     }
 
-    fn pid_of(&mut self, whom: Whom, runner: &Runner, _kill: bool) -> Option<u32> {
+    fn pid_of(&mut self, whom: Whom, runner: &Runner) -> Option<u32> {
         match whom {
             Whom::Runner => Some(runner.pid()),
             Whom::Worker => {
@@ -402,12 +438,15 @@ impl<'a> Round<'a> {
         for (name, command) in self.beside.drain(..) {
             let ended = command.end(PATIENCE);
             // A store that is just being made has no runs; a disk may be full.
-            let allowed: &[i32] = match (name, self.small) {
-                ("verify", false) => &[0, 4, 75],
-                (_, false) => &[0, 1, 4, 75],
-                (_, true) => &[0, 1, 4, 75],
+            let known = match ended.code {
+                Some(0 | 4 | 75) => true,
+                Some(1) => {
+                    self.small || !self.store.join("history.db").exists() || name != "verify"
+                }
+                Some(_) => false,
+                None => ended.signal == Some(libc::SIGKILL),
             };
-            if ended.panicked() || ended.code.is_some_and(|code| !allowed.contains(&code)) {
+            if ended.panicked() || !known {
                 return Err(format!("{name} beside a run ended with {}", ended.told()));
             }
         }

@@ -31,7 +31,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 10] = [
+pub const TARGETS: [Target; 11] = [
     recipe::RECIPE,
     recipe::FILTER,
     frames::FRAMES,
@@ -40,7 +40,8 @@ pub const TARGETS: [Target; 10] = [
     files::NPY,
     files::NPZ,
     files::CSV,
-    files::PNG,
+    files::TAR,
+    files::IMAGE,
     files::TRAJECTORIES,
 ];
 

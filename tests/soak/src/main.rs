@@ -35,23 +35,15 @@ enum What {
     },
     /// Kill, stop and starve runs of the real binary.
     Disturb {
-        /// How long, in minutes.
-        #[arg(long, default_value_t = 5.0)]
-        minutes: f64,
-        /// The binary; the one beside this program, if left out.
-        #[arg(long)]
-        retort: Option<PathBuf>,
+        #[command(flatten)]
+        disturbed: Disturbed,
         #[command(flatten)]
         common: Common,
     },
-    /// Both, half of the time each.
+    /// Both, at the same time.
     All {
-        /// How long, in minutes.
-        #[arg(long, default_value_t = 10.0)]
-        minutes: f64,
-        /// The binary; the one beside this program, if left out.
-        #[arg(long)]
-        retort: Option<PathBuf>,
+        #[command(flatten)]
+        disturbed: Disturbed,
         #[command(flatten)]
         common: Common,
     },
@@ -78,6 +70,19 @@ enum What {
 }
 
 #[derive(clap::Args)]
+struct Disturbed {
+    /// How long, in minutes.
+    #[arg(long, default_value_t = 10.0)]
+    minutes: f64,
+    /// So many stores at a time, each with a seed of its own: the given one and those that follow it.
+    #[arg(long, default_value_t = 2)]
+    lanes: u64,
+    /// The binary; the one beside this program, if left out.
+    #[arg(long)]
+    retort: Option<PathBuf>,
+}
+
+#[derive(clap::Args)]
 struct Common {
     /// Seed of all choices.
     #[arg(long, default_value_t = 1)]
@@ -98,36 +103,22 @@ fn main() -> ExitCode {
             inputs,
             common,
         } => {
-            let mut report = Report {
-                seed: common.seed,
-                ..Report::default()
-            };
+            let mut report = Report::new(common.seed);
             fuzz(minutes, &target, inputs, &common, &mut report);
             end(&report, &common)
         }
-        What::Disturb {
-            minutes,
-            retort,
-            common,
-        } => {
-            let mut report = Report {
-                seed: common.seed,
-                ..Report::default()
-            };
-            disturb(minutes, retort, &common, &mut report);
+        What::Disturb { disturbed, common } => {
+            let mut report = Report::new(common.seed);
+            disturb(&disturbed, &common, &mut report);
             end(&report, &common)
         }
-        What::All {
-            minutes,
-            retort,
-            common,
-        } => {
-            let mut report = Report {
-                seed: common.seed,
-                ..Report::default()
-            };
-            disturb(minutes / 2.0, retort, &common, &mut report);
-            fuzz(minutes / 2.0, &[], None, &common, &mut report);
+        What::All { disturbed, common } => {
+            let (mut report, mut beside) = (Report::new(common.seed), Report::default());
+            std::thread::scope(|scope| {
+                scope.spawn(|| fuzz(disturbed.minutes, &[], None, &common, &mut beside));
+                disturb(&disturbed, &common, &mut report);
+            });
+            report.add(beside);
             end(&report, &common)
         }
         What::Feed {
@@ -198,19 +189,30 @@ fn fuzz(
     report.seconds += began.elapsed().as_secs_f64();
 }
 
-fn disturb(minutes: f64, retort: Option<PathBuf>, common: &Common, report: &mut Report) {
+fn disturb(disturbed: &Disturbed, common: &Common, report: &mut Report) {
     let beside = || {
         let this = std::env::current_exe().expect("this program");
         this.with_file_name("retort")
     };
-    let retort = retort.unwrap_or_else(beside);
-    let lab = Lab::new(retort, report);
-    disturb::disturb(
-        &lab,
-        common.seed,
-        Duration::from_secs_f64(60.0 * minutes),
-        report,
-    );
+    let retort = disturbed.retort.clone().unwrap_or_else(beside);
+    let time = Duration::from_secs_f64(60.0 * disturbed.minutes);
+    std::thread::scope(|scope| {
+        let lanes: Vec<_> = (0..disturbed.lanes)
+            .map(|lane| {
+                let retort = retort.clone();
+                scope.spawn(move || {
+                    let mut report = Report::default();
+                    let lab = Lab::new(retort, &mut report);
+                    disturb::disturb(&lab, common.seed + lane, time, &mut report);
+                    report
+                })
+            })
+            .collect();
+        for lane in lanes {
+            report.add(lane.join().expect("a lane"));
+        }
+    });
+    disturb::check_variety(report);
 }
 
 fn feed_command(target: &Target, meal: &Meal) -> Command {

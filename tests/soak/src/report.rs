@@ -38,6 +38,32 @@ pub struct Inputs {
 }
 
 impl Report {
+    /// Nothing yet.
+    pub fn new(seed: u64) -> Self {
+        Self {
+            seed,
+            ..Self::default()
+        }
+    }
+
+    /// Adds what was done at the same time.
+    pub fn add(&mut self, other: Self) {
+        self.seconds = self.seconds.max(other.seconds);
+        self.inputs.extend(other.inputs);
+        for (kind, count) in other.disturbances {
+            *self.disturbances.entry(kind).or_default() += count;
+        }
+        for (what, count) in other.counts {
+            *self.counts.entry(what).or_default() += count;
+        }
+        for what in other.left_out {
+            if !self.left_out.contains(&what) {
+                self.left_out.push(what);
+            }
+        }
+        self.violations.extend(other.violations);
+    }
+
     /// Counts something.
     pub fn count(&mut self, what: &str) {
         *self.counts.entry(what.to_owned()).or_default() += 1;

@@ -1,5 +1,6 @@
 //! A directory with a recipe, a store and the fixture plugins, and the binary to try on them.
 
+use std::io::Read;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -130,6 +131,7 @@ impl Lab {
                 .stderr(Stdio::piped())
                 .spawn()
                 .unwrap(),
+            heard: String::new(),
         }
     }
 
@@ -205,11 +207,25 @@ impl Lab {
 /// A runner under way; killed when the test ends early.
 pub struct Running {
     pub child: Child,
+    /// What it has said so far, as far as that was waited for.
+    heard: String,
 }
 
 impl Running {
     pub fn signal(&self, signal: i32) {
         signal_process(self.child.id(), signal);
+    }
+
+    /// Waits until it says this on stderr.
+    #[track_caller]
+    pub fn wait_for_words(&mut self, words: &str) {
+        let stderr = self.child.stderr.as_mut().unwrap();
+        let mut bytes = [0; 4096];
+        while !self.heard.contains(words) {
+            let count = stderr.read(&mut bytes).unwrap();
+            assert!(count > 0, "it ended without saying {words}: {}", self.heard);
+            self.heard += &String::from_utf8_lossy(&bytes[..count]);
+        }
     }
 
     pub fn end(mut self) -> Said {
@@ -222,7 +238,7 @@ impl Running {
         Said {
             code: self.child.wait().unwrap().code(),
             stdout,
-            stderr: errors.join().unwrap(),
+            stderr: std::mem::take(&mut self.heard) + &errors.join().unwrap(),
         }
     }
 }

@@ -75,6 +75,8 @@ pub fn end_is_known(ended: &Ended, life: &Life) -> Result<(), Broken> {
         (Some(0 | 75 | 100), _) => true,
         // Nothing to resume: the run was killed before it was recorded.
         (Some(2 | 4), _) => true,
+        // The worker that was killed was asked what the plugin is.
+        (Some(5), _) => !life.worker.is_empty(),
         (Some(1), _) => life.filled,
         (Some(129 | 130 | 143), _) => life
             .runner

@@ -5,8 +5,9 @@ use std::path::Path;
 
 use retort_checkpoint::Checkpoint;
 use retort_checkpoint::trajectories::Manifest;
-use retort_engine::data::{self, DataOptions};
-use retort_engine::numpy::{Archive, Rows};
+use retort_engine::data::source::Source;
+use retort_engine::data::{DataOptions, Images};
+use retort_engine::numpy::{Archive, Stream};
 use tempfile::TempDir;
 
 use super::Target;
@@ -111,9 +112,30 @@ pub const CSV: Target = Target {
     examples: None,
 };
 
-pub const PNG: Target = Target {
-    name: "png",
-    exercise: exercise_png,
+pub const TAR: Target = Target {
+    name: "tar",
+    exercise: exercise_tar,
+    tokens: &[
+        b"ustar\x00",
+        b"ustar  \0",
+        b"0000000",
+        b"77777777777",
+        b"\x80\0\0\0\0\0\0\0\x7f\xff\xff\xff",
+        b"././@LongLink",
+        b"30 path=../../x\n",
+        b"a.cls",
+        b"a.json",
+        b"{\"label\": 1}",
+        b"../",
+        b"/etc/passwd",
+    ],
+    mend: Some(mend_tar),
+    examples: None,
+};
+
+pub const IMAGE: Target = Target {
+    name: "image",
+    exercise: exercise_image,
     tokens: &[
         b"IHDR",
         b"IDAT",
@@ -137,6 +159,13 @@ pub const PNG: Target = Target {
         b"\xff\xdb",
         b"\xff\xd9",
         b"JFIF\0",
+        b"RIFF",
+        b"WEBPVP8L",
+        b"WEBPVP8X",
+        b"GIF89a",
+        b"BM",
+        b"II*\0",
+        b"MM\0*",
     ],
     mend: Some(mend_png),
     examples: None,
@@ -210,35 +239,43 @@ fn exercise_checkpoint(bytes: &[u8]) -> String {
     outcome
 }
 
+/// As images, and as an array to read.
 fn exercise_npy(bytes: &[u8]) -> String {
-    with_file("a.npy", bytes, |path| match Rows::open(path) {
-        Ok(mut rows) => {
-            let count = rows.shape().iter().product::<usize>().min(1 << 16);
-            match rows.read(0, count) {
-                Ok(read) => {
-                    assert_eq!(read.len(), count);
-                    format!("{:?}", rows.shape().len())
+    with_file("a.npy", bytes, |path| {
+        let images = DataOptions {
+            arrays: Some("a.npy".into()),
+            ..DataOptions::default()
+        };
+        let outcome = load(&images, path);
+        match Stream::open(path) {
+            Ok(mut stream) => {
+                let count = stream.shape().iter().product::<usize>().min(1 << 16);
+                match stream.read(count) {
+                    Ok(read) => assert_eq!(read.len(), count),
+                    Err(error) => return outcome + &error,
                 }
-                Err(error) => error.to_string(),
+                outcome
             }
+            Err(error) => outcome + &error.to_string(),
         }
-        Err(error) => error.to_string(),
     })
 }
 
+/// As images, and as the statistics of images.
 fn exercise_npz(bytes: &[u8]) -> String {
     with_file("a.npz", bytes, |path| {
-        let mut archive = match Archive::open(path) {
-            Ok(archive) => archive,
-            Err(error) => return error.to_string(),
+        let images = DataOptions {
+            arrays: Some("a.npz".into()),
+            ..DataOptions::default()
         };
-        let mut outcome = String::new();
-        for name in ["mu", "sigma"] {
-            match archive.array(name) {
-                Ok(Some(array)) => {
-                    assert_eq!(array.data.len(), array.shape.iter().product::<usize>());
-                    outcome.push_str(&format!("{:?}", array.shape.len()));
-                }
+        let mut outcome = load(&images, path);
+        let archive = match Archive::open(path) {
+            Ok(archive) => archive,
+            Err(error) => return outcome + &error.to_string(),
+        };
+        for (name, shape) in [("mu", &[3][..]), ("sigma", &[3, 3])] {
+            match archive.array(name, shape) {
+                Ok(Some(array)) => assert_eq!(array.len(), shape.iter().product::<usize>()),
                 Ok(None) => outcome.push('-'),
                 Err(error) => outcome.push_str(&error.to_string()),
             }
@@ -258,13 +295,19 @@ fn exercise_csv(bytes: &[u8]) -> String {
     })
 }
 
-/// One more image of a folder that has two good ones.
-fn exercise_png(bytes: &[u8]) -> String {
-    let name = match bytes.starts_with(b"\xff\xd8") {
-        true => "images/0/b.jpg",
-        false => "images/0/b.png",
-    };
-    with_file(name, bytes, |path| {
+fn exercise_tar(bytes: &[u8]) -> String {
+    with_file("a.tar", bytes, |path| {
+        let options = DataOptions {
+            tar: Some("a.tar".into()),
+            ..DataOptions::default()
+        };
+        load(&options, path)
+    })
+}
+
+/// One more image of a folder that has two good ones; the format is told by its content.
+fn exercise_image(bytes: &[u8]) -> String {
+    with_file("images/0/b.png", bytes, |path| {
         let base = path.ancestors().nth(3).expect("the folder");
         let options = DataOptions {
             folder: Some("images".into()),
@@ -277,17 +320,22 @@ fn exercise_png(bytes: &[u8]) -> String {
 }
 
 fn load(options: &DataOptions, beside: &Path) -> String {
-    match data::load(options, beside.parent().expect("the folder")) {
-        Ok(images) => {
-            assert_eq!(images.pixels.len(), images.len() * images.stride());
+    let source = match Source::open(options, beside.parent().expect("the folder")) {
+        Ok(source) => source,
+        Err(error) => return error.to_string(),
+    };
+    let told: Vec<&String> = source.notices.iter().map(|(_, notice)| notice).collect();
+    let told = format!("{} {told:?}", source.summary());
+    match Images::read(source, &mut |_| true) {
+        Ok((images, damaged)) => {
             assert!(
                 images
                     .labels
                     .iter()
                     .all(|&label| (label as usize) < images.classes)
             );
-            assert!(images.pixels.iter().all(|pixel| pixel.is_finite()));
-            format!("{}x{}x{}", images.channels, images.height, images.width)
+            let (channels, height, width) = (images.channels, images.height, images.width);
+            format!("{told} {channels}x{height}x{width} {}", damaged.len())
         }
         Err(error) => error.to_string(),
     }
@@ -337,7 +385,18 @@ fn with_file(name: &str, bytes: &[u8], read: impl FnOnce(&Path) -> String) -> St
 }
 
 /// A grey image of 2 x 2 pixels.
-const GREY: &[u8] = include_bytes!("../../corpus/png/grey.png");
+const GREY: &[u8] = include_bytes!("../../corpus/image/grey.png");
+
+/// Sets the check sums of the headers, mostly those at multiples of a block.
+fn mend_tar(bytes: &mut Vec<u8>) {
+    for block in bytes.chunks_exact_mut(512) {
+        if &block[257..262] == b"ustar" {
+            block[148..156].fill(b' ');
+            let sum: u32 = block.iter().map(|&byte| u32::from(byte)).sum();
+            block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        }
+    }
+}
 
 /// Sets the check sums of all chunks.
 fn mend_png(bytes: &mut Vec<u8>) {
