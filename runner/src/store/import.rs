@@ -474,8 +474,9 @@ async fn attach(
         .await?;
     let attached = match transfer::attach(&mut connection, source, "mode=ro").await {
         // In a directory that cannot be written to, a database that nobody has open is read as it lies.
-        Err(_) if !schema::wal_of(source).exists() => {
-            transfer::attach(&mut connection, source, "mode=ro&immutable=1").await
+        Err(error) if !schema::wal_of(source).exists() => {
+            let again = transfer::attach(&mut connection, source, "mode=ro&immutable=1").await;
+            again.map_err(|_| error)
         }
         attached => attached,
     };
