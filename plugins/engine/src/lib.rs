@@ -14,6 +14,7 @@ pub mod data;
 pub mod dataset;
 pub mod error;
 pub mod flow;
+pub mod memory;
 pub mod model;
 pub mod muon;
 pub mod numpy;
