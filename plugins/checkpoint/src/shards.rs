@@ -91,6 +91,11 @@ fn within(dir: &Path) -> Result<PathBuf> {
         let own = |name: &&String| ends.iter().any(|end| name.ends_with(end));
         names.iter().filter(own).collect()
     };
+    let lone = |files: &[&String]| -> Option<String> {
+        let mut files = files.iter();
+        let shard = files.find(|name| Lone::of(Path::new(name.as_str())).is_some())?;
+        Some((*shard).clone())
+    };
     let (indices, files) = (ending(&[INDEX]), ending(&ENDINGS));
     match (indices.as_slice(), files.as_slice()) {
         ([only], _) | ([], [only]) => Ok(dir.join(only)),
@@ -99,16 +104,10 @@ fn within(dir: &Path) -> Result<PathBuf> {
             USUAL[0],
             ENDINGS.join(", ")
         ))),
-        ([], several)
-            if several
-                .iter()
-                .any(|name| Lone::of(Path::new(name)).is_some()) =>
-        {
-            Err(Error::format(format!(
-                "a folder with shards ({}, ..) but without their index, a file that ends with {INDEX}",
-                several[0]
-            )))
-        }
+        ([], several) if lone(several).is_some() => Err(Error::format(format!(
+            "a folder with shards ({}, ..) but without their index, a file that ends with {INDEX}",
+            lone(several).unwrap_or_default()
+        ))),
         (several @ [_, ..], _) | ([], several) => {
             let names: Vec<&str> = several.iter().take(4).map(|name| name.as_str()).collect();
             let names = names.join(", ");

@@ -15,6 +15,7 @@ pub mod dataset;
 pub mod error;
 pub mod finite;
 pub mod flow;
+pub mod memory;
 pub mod model;
 pub mod muon;
 pub mod numpy;

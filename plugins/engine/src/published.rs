@@ -257,7 +257,10 @@ fn names(all: &[Network<'_>]) -> String {
         return String::new();
     };
     let count = largest.weights.tensors().len();
-    let shown: Vec<&str> = largest.weights.tensors().map(|(n, _)| n).take(3).collect();
+    let names = largest.weights.tensors().take(3);
+    let shown: Vec<String> = names
+        .map(|(name, _)| format!("{}{name}", largest.prefix))
+        .collect();
     let more = match count.saturating_sub(shown.len()) {
         0 => String::new(),
         more => format!(" and {more} more"),

@@ -28,7 +28,7 @@ pub struct TrainOptions {
     #[schemars(range(min = 1))]
     pub steps: u64,
     /// Samples per step.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1_048_576))]
     pub batch: usize,
     /// Peak learning rate.
     #[schemars(extend("exclusiveMinimum" = 0))]

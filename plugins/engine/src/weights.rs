@@ -16,6 +16,7 @@ use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
+use crate::memory;
 use crate::random::{Sequence, Stream};
 use crate::tape::Var;
 
@@ -395,6 +396,7 @@ impl<'a, B: Backend> Loader<'a, B> {
 
     fn find(&self, name: &str, shape: &[usize], init: Init) -> Result<B::Tensor> {
         let drawn = |seed| {
+            memory::check_tensor(name, shape)?;
             self.backend
                 .floats(&draw(seed, name, shape.iter().product(), init), shape)
         };

@@ -71,3 +71,65 @@ fn hostile_files_are_refused_and_nothing_in_them_runs() {
     }
     assert!(!lab.dir.path().join("EXECUTED").exists());
 }
+
+/// `inspect` with little memory, expected to end with a code.
+#[track_caller]
+fn inspect(lab: &Lab, file: &str, code: i32, expected: &str) {
+    use std::os::unix::process::CommandExt;
+    const MEMORY: u64 = 1 << 30;
+    let mut command = lab.command(&["inspect", file]);
+    // SAFETY: between fork and exec only an async-signal-safe function is called.
+    unsafe {
+        command.pre_exec(|| {
+            let limit = libc::rlimit {
+                rlim_cur: MEMORY,
+                rlim_max: MEMORY,
+            };
+            libc::setrlimit(libc::RLIMIT_AS, &limit);
+            Ok(())
+        });
+    }
+    let output = command.output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(code), "{file}: {said}");
+    assert!(said.contains(expected), "{file}: {said}");
+}
+
+#[test]
+fn what_a_file_claims_costs_nothing() {
+    let lab = Lab::new(&[]);
+    let write = |file: &str, parts: &[&[u8]]| {
+        std::fs::write(lab.dir.path().join(file), parts.concat()).unwrap();
+    };
+    let header = |text: &str| [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat();
+    let empty = r#":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}"#;
+    let many = |n: usize| {
+        let entries: Vec<String> = (0..n).map(|i| format!("\"{i}\"{empty}")).collect();
+        header(&format!("{{{}}}", entries.join(",")))
+    };
+    write("million.safetensors", &[&many(1_000_000)]);
+    inspect(&lab, "million.safetensors", 4, "bytes of header: more than");
+    write("many.safetensors", &[&many(200_000)]);
+    inspect(&lab, "many.safetensors", 4, "more than 100000 tensors");
+    let ones = format!(
+        r#"{{"a":{{"dtype":"F32","shape":[{}0],"data_offsets":[0,0]}}}}"#,
+        "1,".repeat(7 << 20)
+    );
+    write("ones.safetensors", &[&header(&ones)]);
+    inspect(&lab, "ones.safetensors", 4, "more than 16 dimensions");
+    // An archive whose end tells the truth, and one whose end does not.
+    let mut entry = b"PK\x01\x02".to_vec();
+    entry.resize(46, 0);
+    for (count, told) in [(3_000_000usize, 0xfffeu16), (200_000, 2)] {
+        let directory = entry.repeat(count);
+        let mut end = b"PK\x05\x06\0\0\0\0".to_vec();
+        end.extend(told.to_le_bytes());
+        end.extend(told.to_le_bytes());
+        end.extend((directory.len() as u32).to_le_bytes());
+        end.extend([0; 6]);
+        write("many.pt", &[&directory, &end]);
+        inspect(&lab, "many.pt", 4, "archive");
+    }
+    inspect(&lab, "/dev/zero", 4, "a device, not a regular file");
+    inspect(&lab, ".", 4, "a folder without weights");
+}

@@ -407,3 +407,115 @@ fn requests_beyond_a_network_are_refused_at_their_place() {
         check("run", 100, &stage, expected);
     }
 }
+
+/// Hash of the artifact of stage `t`, a LlamaGen teacher with weights from `model`, and what was said.
+fn teacher(lab: &Lab, model: &str) -> (Value, String) {
+    let text = format!(
+        "version: 1\nbackend: candle\ndevice: cpu\nstages:\n  t: {{kind: teacher, family: llamagen, model: {model}, \
+         tokenizer: tokenizer.pth, {}}}\n",
+        LLAMAGEN.hints
+    );
+    std::fs::write(lab.dir.path().join("r.yaml"), text).unwrap();
+    let said = lab.retort(&["run", "r.yaml"]).expect(0).stderr;
+    (row(lab, "t")["hash"].clone(), said)
+}
+
+#[test]
+fn what_stands_in_front_of_all_names_is_taken_off_and_said() {
+    let lab = Lab::new(&[]);
+    let dir = lab.dir.path();
+    LLAMAGEN.write_files(dir);
+    let weights = procedural_weights(&LLAMAGEN.golden().join("weights.json")).unwrap();
+    let (plain, _) = teacher(&lab, "teacher.pth");
+    let write = |file: &str, prefixes: &[&str], beside: &str| {
+        let mut all = retort_engine::weights::Weights::new();
+        for prefix in prefixes {
+            let own = weights["gpt"].iter();
+            all.extend(own.map(|(name, w)| (format!("{prefix}{name}"), w.clone())));
+        }
+        if !beside.is_empty() {
+            let some = weights["gpt"].values().next().unwrap().clone();
+            all.insert(beside.into(), some);
+        }
+        retort_engine::weights::write(&dir.join(file), &all).unwrap();
+    };
+    for (prefix, beside) in [
+        ("model.", ""),
+        ("ema_model.module.", ""),
+        ("_orig_mod.module.a-b.", ""),
+        ("gpt.", "loss.discriminator.0.weight"),
+    ] {
+        write("other.safetensors", &[prefix], beside);
+        let (hash, said) = teacher(&lab, "other.safetensors");
+        assert_eq!(hash, plain, "{prefix}");
+        assert!(said.contains(&format!("begin with `{prefix}`")), "{said}");
+    }
+    write("other.safetensors", &["a.", "b."], "");
+    lab.retort(&["validate", "r.yaml"]).expect(3).saying(&[
+        "no known network under the top level; expected the weights of a llamagen teacher; there are `a.",
+        "several networks lie under `a.`, `b.`",
+    ]);
+    let names = ["zebra.one", "zebra.two"];
+    let odd = names.map(|name| {
+        (
+            name.to_owned(),
+            weights["gpt"].values().next().unwrap().clone(),
+        )
+    });
+    retort_engine::weights::write(&dir.join("other.safetensors"), &odd.into()).unwrap();
+    lab.retort(&["validate", "r.yaml"])
+        .expect(3)
+        .saying(&["there are `zebra.one`, `zebra.two`"]);
+}
+
+#[test]
+fn a_network_in_several_files_is_one() {
+    let lab = Lab::new(&[]);
+    let dir = lab.dir.path();
+    LLAMAGEN.write_files(dir);
+    let weights = procedural_weights(&LLAMAGEN.golden().join("weights.json")).unwrap();
+    let (plain, _) = teacher(&lab, "teacher.pth");
+    // As in a cache: a folder of links.
+    let (blobs, folder) = (dir.join("blobs"), dir.join("snapshot"));
+    std::fs::create_dir(&blobs).unwrap();
+    std::fs::create_dir(&folder).unwrap();
+    let mut map = serde_json::Map::new();
+    for number in 0..2usize {
+        let file = format!("model-0000{}-of-00002.safetensors", number + 1);
+        let all = weights["gpt"].iter().enumerate();
+        let own: retort_engine::weights::Weights = all
+            .filter(|(i, _)| i % 2 == number)
+            .map(|(_, (name, w))| (name.clone(), w.clone()))
+            .collect();
+        map.extend(own.keys().map(|name| (name.clone(), file.clone().into())));
+        retort_engine::weights::write(&blobs.join(number.to_string()), &own).unwrap();
+        std::os::unix::fs::symlink(format!("../blobs/{number}"), folder.join(file)).unwrap();
+    }
+    let index = serde_json::json!({"metadata": {}, "weight_map": map}).to_string();
+    std::fs::write(folder.join("model.safetensors.index.json"), index).unwrap();
+    for model in ["snapshot", "snapshot/model.safetensors.index.json"] {
+        assert_eq!(teacher(&lab, model).0, plain, "{model}");
+    }
+    lab.retort(&["run", "r.yaml"]).expect(0).saying(&["reused"]);
+    lab.retort(&["inspect", "snapshot"])
+        .expect(0)
+        .saying(&["safetensors in 2 files"]);
+    // What a shard holds decides, though nobody named the shard.
+    let changed = blobs.join("1");
+    let mut bytes = std::fs::read(&changed).unwrap();
+    let last = bytes.len() - 4;
+    bytes[last..].copy_from_slice(&0.25f32.to_le_bytes());
+    std::fs::write(&changed, bytes).unwrap();
+    assert_ne!(teacher(&lab, "snapshot").0, plain);
+    let lone = "snapshot/model-00001-of-00002.safetensors";
+    let text = std::fs::read_to_string(dir.join("r.yaml")).unwrap();
+    std::fs::write(
+        dir.join("r.yaml"),
+        text.replace("model: snapshot", &format!("model: {lone}")),
+    )
+    .unwrap();
+    lab.retort(&["validate", "r.yaml"]).expect(3).saying(&[
+        "file 1 of the 2 that a network lies in",
+        "snapshot/model.safetensors.index.json",
+    ]);
+}

@@ -14,6 +14,7 @@ use crate::backend::{Backend, Unary};
 use crate::bundle::CONFIG_MOST;
 use crate::data::{Data, Images};
 use crate::error::{Error, Result};
+use crate::memory;
 use crate::stage::tokenizer::{batch_shape, training_feed};
 use crate::stage::{Context, Stage, write_json};
 use crate::tape::Var;
@@ -32,7 +33,7 @@ pub struct Options {
     pub held_out: f64,
     /// Number of features.
     #[serde(default = "features")]
-    #[schemars(range(min = 2))]
+    #[schemars(range(min = 2, max = 65536))]
     pub features: usize,
     /// How to train.
     #[serde(default = "training")]
@@ -188,6 +189,7 @@ pub fn train<B: Backend>(
         features,
         classes: images.classes,
     };
+    memory::check_batch("/train/batch", options.batch, memory::floats(&config.image))?;
     let (train, held) = images.split(held_out, seed);
     let mut loader = Loader::new(backend, Source::Init(seed), true, "new classifier");
     let net = Net::load(&mut loader, &config)?;

@@ -619,8 +619,9 @@ impl<B: Backend> Objective<'_, B> {
             self.shape.tokens_before(t),
         );
         let (mut sum, mut right) = (0.0, 0usize);
-        for part in samples.chunks((MEASURED_AT_ONCE / (l * k)).clamp(1, self.options.train.batch))
-        {
+        let o = self.options;
+        let a_step = o.train.batch.div_ceil(o.accumulate);
+        for part in samples.chunks((MEASURED_AT_ONCE / (l * k)).clamp(1, a_step)) {
             let b = self.batch(part, &vec![t; part.len()])?;
             let prediction = student.predict(&b.state.x, &b.conditions, &b.state.kinds()?)?;
             let (losses, chosen) = if self.options.cross_entropy > 0.0 {

@@ -11,6 +11,7 @@ use crate::backend::Backend;
 use crate::bundle::{self, Bundle, Family, NetworkConfig, TokenizerConfig};
 use crate::data::{Data, Images};
 use crate::error::{Error, Result};
+use crate::memory;
 use crate::model::{ConditionShape, Conditions, Teacher, llamagen, var};
 use crate::random::{Sequence, Stream};
 use crate::stage::tokenizer::batch;
@@ -36,13 +37,13 @@ pub struct Options {
     #[schemars(range(min = 0, max = 0.9))]
     pub held_out: f64,
     /// Width C of the transformer.
-    #[schemars(range(min = 4))]
+    #[schemars(range(min = 4, max = 65536))]
     pub width: usize,
     /// Number of blocks.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1024))]
     pub depth: usize,
     /// Attention heads; they divide the width. LlamaGen: width / heads is a multiple of 4.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 65536))]
     pub heads: usize,
     /// VAR: whether queries and keys are L2-normalised.
     #[serde(default = "attn_l2_norm")]
@@ -116,6 +117,14 @@ impl<B: Backend> Stage<B> for Pretrain {
             return Err(Error::option("/data", message));
         }
         let network = network(o, &source.config.tokenizer, images.classes)?;
+        // Of a token at least: its logits and their gradient, and in each block the input of four products.
+        let wide = network.tokens();
+        let kept = o.depth.checked_mul(4 * o.width);
+        let kept = kept.and_then(|kept| kept.checked_add(2 * wide.vocabulary));
+        let each = kept.and_then(|kept| memory::floats(&[wide.tokens(), kept]));
+        if context.on_host() {
+            memory::check_batch("/train/batch", o.train.batch, each)?;
+        }
         let tokens = encode_all(backend, &source, &images, o.train.batch)?;
         let shape = network.tokens();
         let l = shape.tokens();

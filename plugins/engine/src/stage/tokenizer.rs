@@ -13,6 +13,7 @@ use crate::bundle::{self, Family, TokenizerConfig};
 use crate::data::feed::Feed;
 use crate::data::{Augment, Data, Images};
 use crate::error::{Error, Result};
+use crate::memory;
 use crate::model::autoencoder::Shape;
 use crate::model::{CODEBOOK, msvq, vq};
 use crate::random::{Sequence, Stream};
@@ -43,15 +44,15 @@ pub struct Options {
     pub codebook_dim: usize,
     /// Channels of the finest level.
     #[serde(default = "channels")]
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 65536))]
     pub channels: usize,
     /// Multiplier of the channels per level, finest first; each further level halves the sides.
     #[serde(default = "multipliers")]
-    #[schemars(length(min = 1, max = 8))]
+    #[schemars(length(min = 1, max = 8), inner(range(min = 1, max = 1024)))]
     pub multipliers: Vec<usize>,
     /// Residual blocks per level of the encoder; the decoder has one more.
     #[serde(default = "res_blocks")]
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1024))]
     pub res_blocks: usize,
     /// Groups of the group normalisation; divides the channels of every level.
     #[serde(default = "norm_groups")]
@@ -60,7 +61,7 @@ pub struct Options {
     /// LlamaGen: channels between the convolutions and the projection to the codebook's dimension; 32, if left out. VAR
     /// has no such projection.
     #[serde(default)]
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 65536))]
     pub z_channels: Option<usize>,
     /// VAR: sides of its token maps, coarse to fine, as in [1, 2, 4]; the last is the side of the images, halved at every
     /// level but the finest.
@@ -84,6 +85,20 @@ pub struct Options {
 }
 
 impl Options {
+    /// What a step of training holds of an image at least: its pixels, before and after, and in each residual block of
+    /// encoder and decoder the input of both norms and both convolutions.
+    fn bytes_of_an_image(&self, images: &Images) -> Option<u64> {
+        let pixels = memory::floats(&[2, images.channels, images.height, images.width])?;
+        let levels = self.multipliers.iter().enumerate();
+        levels
+            .map(|(level, &multiplier)| {
+                let side = |n: usize| (n >> level).max(1);
+                let (blocks, width) = (2 * self.res_blocks + 1, self.channels * multiplier);
+                memory::floats(&[4, blocks, width, side(images.height), side(images.width)])
+            })
+            .try_fold(pixels, |sum, level| sum.checked_add(level?))
+    }
+
     fn phi_convs(&self) -> usize {
         self.phi_convs.unwrap_or(self.scales.len().min(4))
     }
@@ -158,6 +173,9 @@ impl<B: Backend> Stage<B> for Tokenizer {
         let (backend, seed) = (context.backend, context.job.seed);
         let images = Arc::new(context.images(&o.data)?);
         let config = config(o, &images)?;
+        if context.on_host() {
+            memory::check_batch("/train/batch", o.train.batch, o.bytes_of_an_image(&images))?;
+        }
         let (train, held) = images.split(o.held_out, seed);
         let mut loader = Loader::new(backend, Source::Init(seed), true, "new tokenizer");
         let model = config.build(&mut loader)?;

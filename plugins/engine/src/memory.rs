@@ -1,0 +1,155 @@
+//! Whether work fits into the memory that this process may still take, asked before any of it is taken: the allocator
+//! has but one answer, and it ends the process.
+//!
+//! Of the host's memory alone: a GPU says itself when its own does not suffice. What work needs is a lower bound: what passes here may still not fit. What there is: the machine's free memory, the
+//! limits of the process's control groups and of its address space. Where none is known, everything fits.
+
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+
+/// Refuses a batch of which samples take at least so many bytes each, at an option's place.
+pub fn check_batch(pointer: &str, batch: usize, each: Option<u64>) -> Result<()> {
+    match free() {
+        Some(free) => fits(pointer, batch, each, free),
+        None => Ok(()),
+    }
+}
+
+fn fits(pointer: &str, batch: usize, each: Option<u64>, free: u64) -> Result<()> {
+    let needed = each.and_then(|each| each.checked_mul(batch as u64));
+    if needed.is_some_and(|needed| needed <= free) {
+        return Ok(());
+    }
+    let needs = needed.map_or("more than there is anywhere".into(), |needed| {
+        format!("at least {}", gigabytes(needed))
+    });
+    let advice = match each.map(|each| free / each.max(1)) {
+        None | Some(0) => "not even a batch of 1 fits".to_owned(),
+        Some(most) => format!("at most {most} fit; try {}", (most / 2).max(1)),
+    };
+    let free = gigabytes(free);
+    let message = format!("a batch of {batch} needs {needs} of memory, {free} are free: {advice}");
+    Err(Error::option(pointer, message))
+}
+
+/// The bytes of so many floats, if there is a number for them.
+pub fn floats(shape: &[usize]) -> Option<u64> {
+    shape
+        .iter()
+        .try_fold(4u64, |bytes, &n| bytes.checked_mul(n as u64))
+}
+
+/// Refuses a tensor for which there is no memory.
+pub fn check_tensor(name: &str, shape: &[usize]) -> Result<()> {
+    let needed = floats(shape);
+    // Small ones are not worth looking.
+    if needed.is_some_and(|needed| needed < 64 << 20) {
+        return Ok(());
+    }
+    match (needed, free()) {
+        (Some(needed), Some(free)) if needed > free => {
+            let message = format!(
+                "weight {name} of shape {shape:?} needs {}, {} are free: make the network smaller",
+                gigabytes(needed),
+                gigabytes(free)
+            );
+            Err(Error::option("", message))
+        }
+        (None, _) => {
+            let message = format!("weight {name} of shape {shape:?}: make the network smaller");
+            Err(Error::option("", message))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn gigabytes(bytes: u64) -> String {
+    format!("{:.1} GB", bytes as f64 / 1e9)
+}
+
+/// Bytes that this process may still take; none where nothing limits it that is known.
+pub fn free() -> Option<u64> {
+    let machine = field("/proc/meminfo", "MemAvailable:").map(|kib| kib * 1024);
+    [machine, address_space(), groups()]
+        .into_iter()
+        .flatten()
+        .min()
+}
+
+/// The number after a word at the beginning of a line.
+fn field(file: impl AsRef<Path>, name: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(file).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    line.split_whitespace().next()?.parse().ok()
+}
+
+fn address_space() -> Option<u64> {
+    let limit = field("/proc/self/limits", "Max address space")?;
+    let taken = field("/proc/self/status", "VmSize:")? * 1024;
+    Some(limit.saturating_sub(taken))
+}
+
+/// The narrowest of the control groups that the process is in.
+fn groups() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+    let room = |dir: &Path, limit: &str, usage: &str| {
+        let limit = field(dir.join(limit), "")?;
+        // What the kernel only keeps of files it gives back when it is wanted.
+        let kept = field(dir.join("memory.stat"), "inactive_file ").unwrap_or(0);
+        let taken = field(dir.join(usage), "")?.saturating_sub(kept);
+        Some(limit.saturating_sub(taken))
+    };
+    let rooms = text.lines().flat_map(|line| {
+        let mut parts = line.splitn(3, ':').skip(1);
+        let (controllers, path) = (parts.next().unwrap_or(""), parts.next().unwrap_or("/"));
+        let (root, limit, usage) = match controllers {
+            "" => ("/sys/fs/cgroup", "memory.max", "memory.current"),
+            _ if controllers.split(',').any(|c| c == "memory") => (
+                "/sys/fs/cgroup/memory",
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+            ),
+            _ => return Vec::new(),
+        };
+        let dir = PathBuf::from(root).join(path.trim_start_matches('/'));
+        let dirs = dir.ancestors().take_while(|dir| dir.starts_with(root));
+        dirs.filter_map(|dir| room(dir, limit, usage)).collect()
+    });
+    rooms.min()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batch_that_does_not_fit_names_one_that_does() {
+        let said = |batch, each| match fits("/train/batch", batch, each, 8_000_000_000) {
+            Ok(()) => String::new(),
+            Err(Error::Options { pointer, message }) => format!("{pointer}: {message}"),
+            Err(other) => other.to_string(),
+        };
+        assert_eq!(said(8000, Some(1_000_000)), "");
+        assert_eq!(
+            said(8001, Some(1_000_000)),
+            "/train/batch: a batch of 8001 needs at least 8.0 GB of memory, 8.0 GB are free: at most 8000 fit; try 4000"
+        );
+        assert!(said(1, Some(9_000_000_000)).ends_with("not even a batch of 1 fits"));
+        assert!(said(usize::MAX, Some(1_000_000)).contains("more than there is anywhere"));
+        assert!(said(1, None).contains("more than there is anywhere"));
+    }
+
+    #[test]
+    fn a_weight_larger_than_memory_is_refused() {
+        assert!(check_tensor("w", &[1000, 1000]).is_ok());
+        assert!(check_tensor("w", &[usize::MAX, 2]).is_err());
+        if free().is_some() {
+            let said = check_tensor("w", &[1 << 40, 4]).unwrap_err().to_string();
+            assert!(
+                said.contains("weight w of shape [1099511627776, 4] needs"),
+                "{said}"
+            );
+        }
+    }
+}
