@@ -20,7 +20,7 @@ use crate::tape::Var;
 #[serde(default, deny_unknown_fields)]
 pub struct Distribution {
     /// Strength of classifier-free guidance, as each family defines it; none, if left out. LlamaGen: s in
-    /// uncond + s (cond - uncond), where 1 is none. VAR: w, by which the logits of scale k of S, counted from 0, are
+    /// uncond + s (cond - uncond), where 1 or less is none. VAR: w, by which the logits of scale k of S, counted from 0, are
     /// (1 + t) cond - t uncond with t = w k / (S - 1), where 0 is none.
     pub guidance: Option<f64>,
     /// Logits are divided by this.
@@ -223,14 +223,16 @@ impl<B: Backend> StudentSampler<'_, B> {
     ) -> Result<(B::Tensor, B::Tensor)> {
         let shape = self.student.tokens();
         let (b, l) = (B::shape(noise)[0], shape.tokens());
-        let first = self.pass(noise, noise, conditions, timesteps[0])?;
-        let flat = B::reshape(&first, &[b * l, shape.dim])?;
-        let tokens = B::reshape(&nearest::<B>(&flat, self.codebook)?, &[b, l])?;
         let kept = shape.tokens_before(teacher_start);
+        // Where the teacher begins, nothing of the first pass would be left: it is not made.
         let prefix = if kept == 0 {
             None
         } else {
-            Some(B::narrow(&tokens, 1, 0, kept)?)
+            let first = self.pass(noise, noise, conditions, timesteps[0])?;
+            let kept_vectors = B::narrow(&first, 1, 0, kept)?;
+            let flat = B::reshape(&kept_vectors, &[b * kept, shape.dim])?;
+            let tokens = nearest::<B>(&flat, self.codebook)?;
+            Some(B::reshape(&tokens, &[b, kept])?)
         };
         let tokens = autoregressive(
             teacher,

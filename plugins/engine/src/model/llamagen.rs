@@ -486,7 +486,8 @@ impl<B: Backend> Teacher<B> for Gpt<B> {
         guidance: Option<f64>,
     ) -> Result<Box<dyn Generation<B> + 'a>> {
         let c = &self.stack.config;
-        let guidance = guidance.filter(|&s| s != 1.0);
+        // The published sampler guides above 1 only.
+        let guidance = guidance.filter(|&s| s > 1.0);
         let front = match guidance {
             Some(_) => self.stack.front(&self.guided(conditions)?)?,
             None => self.stack.front(conditions)?,
