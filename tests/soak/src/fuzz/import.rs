@@ -327,6 +327,7 @@ async fn make_store(dir: &Path, recipe: &str) {
             summary: json!({"steps": 10}),
             output_artifact: Some(contents.hash.clone()),
             usage: Usage::default(),
+            paused: std::time::Duration::ZERO,
         };
         store.finish_attempt(attempt, &end).await.expect("an end");
     }
