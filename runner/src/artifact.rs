@@ -616,6 +616,7 @@ mod tests {
         fs::write(work.join("idle.lock"), "").unwrap();
         fs::write(work.join("needed.lock"), "").unwrap();
         fs::create_dir(work.join("needed")).unwrap();
+        fs::write(work.join("needed/checkpoint"), "").unwrap();
         layout.tidy();
         let there = |name: &str| work.join(name).exists();
         assert!(there("held.lock") && there("needed.lock") && !there("idle.lock"));

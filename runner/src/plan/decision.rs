@@ -616,7 +616,7 @@ stages:
         .unwrap();
         assert_eq!(
             decisions[0].why.join("; "),
-            "/base/d.csv does not exist; it has not run before"
+            "the file /base/d.csv does not exist; it has not run before"
         );
         assert_eq!(
             (decisions[1].action, decisions[1].why.join("; ")),

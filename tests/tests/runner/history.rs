@@ -683,7 +683,8 @@ fn a_time_to_come_is_said_to_be_one_and_the_latest_run_is_the_last_recorded() {
     let runs = asked(&lab, &["runs", "list"]);
     let last = runs[0]["id"].as_str().unwrap();
     crate::lab::block_on(async {
-        let store = retort::store::Store::open(&lab.store_dir(), retort::store::Access::ReadWrite);
+        let dir = lab.store_dir();
+        let store = retort::store::Store::open(&dir, retort::store::Access::ReadWrite);
         let store = store.await.unwrap();
         // As a clock would have it that was a day and a half ahead during the first run.
         let ahead =

@@ -125,14 +125,11 @@ impl Lab {
     /// Starts to run the recipe.
     pub fn start(&self, arguments: &[&str]) -> Running {
         let command = &mut self.command(&[&["run", "r.yaml"], arguments].concat());
-        Running {
-            child: command
+        Running::new(command
                 .stdout(Stdio::piped())
                 .stderr(Stdio::piped())
                 .spawn()
-                .unwrap(),
-            heard: String::new(),
-        }
+                .unwrap())
     }
 
     /// The outcomes of the stages of a run with `--json`, in order.
@@ -212,6 +209,13 @@ pub struct Running {
 }
 
 impl Running {
+    pub fn new(child: Child) -> Self {
+        Self {
+            child,
+            heard: String::new(),
+        }
+    }
+
     pub fn signal(&self, signal: i32) {
         signal_process(self.child.id(), signal);
     }

@@ -44,7 +44,7 @@ fn on_a_terminal(lab: &Lab, arguments: &[&str]) -> (Running, OwnedFd) {
         });
     }
     let child = command.spawn().unwrap();
-    (Running { child }, screen)
+    (Running::new(child), screen)
 }
 
 /// Reads a screen until it is closed, so that nobody waits for it.
@@ -126,9 +126,7 @@ fn a_run_that_ignores_hang_up_goes_on_without_a_terminal() {
             Ok(())
         });
     }
-    let mut running = Running {
-        child: command.spawn().unwrap(),
-    };
+    let mut running = Running::new(command.spawn().unwrap());
     drop((command, inside));
     lab.wait_for_worker("a");
     // The reader's copy keeps the screen; a hang-up is what a shell would send.
