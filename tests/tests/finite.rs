@@ -168,6 +168,7 @@ fn train(
         options: &options,
         params: &params,
         ema: None,
+        kept: None,
     };
     let seen = RefCell::new(Vec::new());
     let made = fit.run(
@@ -253,6 +254,7 @@ fn weights_that_are_not_finite_are_no_result() {
         options: &options,
         params: &params,
         ema: None,
+        kept: None,
     };
     let step = |_| {
         let loss = params[0].1.unary(Unary::Square)?.mean_all()?;

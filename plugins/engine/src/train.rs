@@ -5,6 +5,7 @@
 //! interrupted, bit for bit on the CPU. Checkpoints (parameters, both moments, EMA, best weights so far; all f32) are
 //! one safetensors file in the stage's work directory, replaced atomically.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -173,6 +174,8 @@ pub struct Fit<'a, B: Backend> {
     pub params: &'a Params<B>,
     /// The moving average, where there is one: device tensors by parameter name, updated in place.
     pub ema: Option<&'a BTreeMap<String, B::Tensor>>,
+    /// What steps leave for later ones besides, if anything: a checkpoint keeps it.
+    pub kept: Option<&'a RefCell<Vec<f32>>>,
 }
 
 /// Where the moving average of parameters is held, if the options want one: copies on the device.
@@ -483,6 +486,11 @@ impl<B: Backend> Fit<'_, B> {
                 data: halves.collect(),
             },
         );
+        if let Some(kept) = self.kept {
+            let data = kept.borrow().clone();
+            let shape = vec![data.len()];
+            all.insert("kept".into(), Floats { shape, data });
+        }
         if let Some((figure, weights)) = best {
             let bits = figure.to_bits();
             let parts = (0..4)
@@ -536,6 +544,12 @@ impl<B: Backend> Fit<'_, B> {
         }
         for (name, t) in self.ema.into_iter().flatten() {
             put(format!("ema.{name}"), t)?;
+        }
+        if let Some(kept) = self.kept {
+            let mut kept = kept.borrow_mut();
+            let found = all.get("kept").map(|found| &found.data);
+            let found = found.filter(|found| found.len() == kept.len());
+            kept.clone_from(found.ok_or_else(|| damaged("kept"))?);
         }
         if let Some(parts) = all.get("best") {
             let bits = parts

@@ -313,7 +313,7 @@ fn captions_that_do_not_fit_are_refused() {
         100,
         &options,
         &[
-            "model.safetensors",
+            "t5: weight ",
             "DenseReluDense.wi_0.weight has shape [40, 32], expected [41, 32]",
         ],
     );

@@ -131,5 +131,7 @@ fn what_a_file_claims_costs_nothing() {
         inspect(&lab, "many.pt", 4, "archive");
     }
     inspect(&lab, "/dev/zero", 4, "a device, not a regular file");
-    inspect(&lab, ".", 4, "a folder without weights");
+    std::fs::create_dir(lab.dir.path().join("empty")).unwrap();
+    inspect(&lab, "empty", 4, "a folder without weights");
+    inspect(&lab, ".", 4, "name one of them");
 }

@@ -196,7 +196,7 @@ fn questions_in_sql_are_answered_and_change_nothing() {
     );
     lab.retort(&["query", "delete from runs"])
         .expect(2)
-        .saying(&["readonly"]);
+        .saying(&["not authorized"]);
     assert!(
         lab.retort(&["query"])
             .expect(0)

@@ -125,11 +125,13 @@ impl Lab {
     /// Starts to run the recipe.
     pub fn start(&self, arguments: &[&str]) -> Running {
         let command = &mut self.command(&[&["run", "r.yaml"], arguments].concat());
-        Running::new(command
+        Running::new(
+            command
                 .stdout(Stdio::piped())
                 .stderr(Stdio::piped())
                 .spawn()
-                .unwrap())
+                .unwrap(),
+        )
     }
 
     /// The outcomes of the stages of a run with `--json`, in order.

@@ -196,7 +196,11 @@ fn a_stopped_run_can_be_interrupted_and_killed() {
         .end()
         .expect(130)
         .saying(&["stopped at a checkpoint"]);
+    let interrupted = lab.latest().unwrap().summary.id;
     let running = lab.start(&[]);
+    crate::lab::wait_for("the second run", || {
+        (lab.latest()?.summary.id != interrupted).then_some(())
+    });
     let worker = lab.wait_for_worker("a");
     running.signal(libc::SIGTSTP);
     wait_for_state(running.child.id(), "T");
@@ -215,7 +219,7 @@ fn a_reader_that_goes_away_is_no_error() {
         &["runs", "show", "latest"],
         &["run", "r.yaml"],
         &["log", "latest"],
-        &["help", "run"],
+        &["run", "--help"],
     ] {
         let mut command = lab.command(arguments);
         let mut child = command

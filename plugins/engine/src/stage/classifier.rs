@@ -202,6 +202,7 @@ pub fn train<B: Backend>(
         options,
         params: &params,
         ema: None,
+        kept: None,
     };
     let mut feed = training_feed(images, &train, options.batch, seed);
     let step = |step: u64| {

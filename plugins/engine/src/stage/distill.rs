@@ -370,6 +370,7 @@ impl<B: Backend> Stage<B> for Distill {
             options: &o.train,
             params: &params,
             ema: average.as_ref(),
+            kept: None,
         };
         let every = (o.train.steps / 10).max(1);
         let held_out = (!held.is_empty()).then_some(HeldOut {

@@ -167,6 +167,7 @@ impl<B: Backend> Stage<B> for Pretrain {
             options: &o.train,
             params: &params,
             ema: average.as_ref(),
+            kept: None,
         };
         let step = |step: u64| {
             let mut choice = Sequence::new(seed, Stream::Step, step);

@@ -1,5 +1,6 @@
 //! `tokenizer`: trains a VQ image tokenizer, of one scale or many, so that a run needs nothing downloaded.
 
+use std::cell::RefCell;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -190,7 +191,8 @@ impl<B: Backend> Stage<B> for Tokenizer {
         let shared = shared(&params, average.as_ref());
         let source = Source::Device(&shared);
         let measured = config.build(&mut Loader::new(backend, source, false, "tokenizer"))?;
-        let mut used = vec![false; o.codebook_size];
+        // Codes that were used since the last restart: 1.
+        let used = RefCell::new(vec![0.0; o.codebook_size]);
         let fit = Fit {
             host: context.host,
             backend,
@@ -199,6 +201,7 @@ impl<B: Backend> Stage<B> for Tokenizer {
             options: &o.train,
             params: &params,
             ema: average.as_ref(),
+            kept: Some(&used),
         };
         let mut feed = training_feed(&images, &train, o.train.batch, seed);
         let step = |step: u64| {
@@ -214,15 +217,16 @@ impl<B: Backend> Stage<B> for Tokenizer {
             let loss = error
                 .add(&r.codebook_loss)?
                 .add(&r.commitment_loss.affine(o.commitment, 0.0)?)?;
+            let mut used = used.borrow_mut();
             for id in B::to_indices(&r.tokens)? {
-                used[id as usize] = true;
+                used[id as usize] = 1.0;
             }
             if o.restart_every > 0
                 && (step + 1).is_multiple_of(o.restart_every)
                 && step < o.train.steps / 2
             {
                 restart::<B>(codebook.value(), r.z.value(), &used, seed, step)?;
-                used.fill(false);
+                used.fill(0.0);
             }
             Ok(StepOutput { loss, figures })
         };
@@ -352,11 +356,11 @@ pub(crate) fn training_feed(
 fn restart<B: Backend>(
     codebook: &B::Tensor,
     z: &B::Tensor,
-    used: &[bool],
+    used: &[f32],
     seed: u64,
     step: u64,
 ) -> Result<()> {
-    if used.iter().all(|&u| u) {
+    if used.iter().all(|&u| u > 0.0) {
         return Ok(());
     }
     let d = B::shape(codebook)[1];
@@ -365,7 +369,7 @@ fn restart<B: Backend>(
     for (code, _) in codes
         .chunks_exact_mut(d)
         .zip(used)
-        .filter(|(_, used)| !**used)
+        .filter(|(_, used)| **used == 0.0)
     {
         let row = choice.below(z.len() / d);
         code.copy_from_slice(&z[row * d..(row + 1) * d]);
