@@ -3,6 +3,11 @@
 //! Each param is resolved once. What a recipe can grow to by it is limited, and so is how far params refer to each
 //! other: a few lines that double forty times are a mistake, or an attack.
 
+#![expect(
+    clippy::result_large_err,
+    reason = "a finding ends a reading: it is made once, its size costs nothing"
+)]
+
 use std::collections::BTreeMap;
 
 use serde_json::{Map, Value};

@@ -4,6 +4,11 @@
 //! file of that name. So plain texts, and what is no YAML, are taken as they are; of everything else (`a: b`, `1e3`,
 //! `yes`) the typing is kept, and used where the schema wants a text.
 
+#![expect(
+    clippy::result_large_err,
+    reason = "a finding ends a reading: it is made once, its size costs nothing"
+)]
+
 use serde_json::{Map, Value};
 
 use crate::diagnostic::{Argument, Finding, Position};

@@ -103,9 +103,9 @@ unsafe extern "C" fn authorize(
     _: *const c_char,
     _: *const c_char,
 ) -> c_int {
-    // SAFETY: SQLite passes C strings or null, which stay until the call returns.
     let text = |text: *const c_char| match text.is_null() {
         true => "",
+        // SAFETY: SQLite passes C strings or null, which stay until the call returns.
         false => unsafe { CStr::from_ptr(text) }.to_str().unwrap_or("?"),
     };
     match is_reading(action, text(first), text(second)) {

@@ -244,7 +244,8 @@ impl<'t> Reader<'t> {
             self.problem(pointer, span, message, "write a finite number");
             return Ok(Value::Null);
         };
-        if !value.is_string() && !text.is_empty() && value.to_string() != text {
+        let as_json = value.to_string();
+        if !value.is_string() && !text.is_empty() && as_json != text {
             let place = self.places.entry(self.pointer.clone()).or_default();
             place.written = Some(text.into());
         }

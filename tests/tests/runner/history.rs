@@ -652,8 +652,8 @@ fn an_endless_answer_takes_little_memory_and_ends_when_told() {
     assert_eq!(said.stdout.lines().count(), 10_001);
     for large in [
         "select zeroblob(1000000000)",
-        "select group_concat(k) from (with recursive n(k) as
-        (select 1 union all select k + 1 from n) select k from n)",
+        "select group_concat(hex(zeroblob(1000))) from (with recursive n(k) as
+        (select 1 union all select k + 1 from n limit 40000) select k from n)",
     ] {
         lab.retort(&["query", large, "--format", "csv"])
             .expect(2)

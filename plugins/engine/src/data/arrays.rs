@@ -183,7 +183,7 @@ impl Arrays {
     }
 
     /// The next image.
-    pub fn next(&mut self) -> Result<Raster, DataError> {
+    pub fn read(&mut self) -> Result<Raster, DataError> {
         let fault = |message: String| DataError::content(&self.path, message);
         let area = self.height * self.width;
         let bytes = match self.white {

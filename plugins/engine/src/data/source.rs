@@ -432,7 +432,7 @@ impl Source {
                         return Err(DataError::Cancelled.into());
                     }
                     keep(Image {
-                        pixels: &shape.apply(arrays.next()?).pixels,
+                        pixels: &shape.apply(arrays.read()?).pixels,
                         label: arrays.labels.get(index).copied().unwrap_or(0),
                         name: &format!("image {index}"),
                         caption: None,

@@ -296,7 +296,9 @@ impl<B: Backend> Stage<B> for Evaluate {
         };
         let real = match (&data, &o.real, &given) {
             (Some(images), ..) => Real::Data(images),
-            (_, Some(stage), _) => Real::Samples(open_set(context, &network, stage, "/real")?),
+            (_, Some(stage), _) => {
+                Real::Samples(Box::new(open_set(context, &network, stage, "/real")?))
+            }
             (
                 _,
                 _,
@@ -490,7 +492,7 @@ fn open_set<B: Backend>(
 /// The images that samples are measured against.
 enum Real<'a> {
     Data(&'a Images),
-    Samples(Samples),
+    Samples(Box<Samples>),
     Archive(&'a Path, (usize, [usize; 3])),
     /// Statistics stand for them.
     None,
@@ -676,9 +678,10 @@ fn unlike(a: &Samples, b: &Samples, batch: usize) -> Result<Option<&'static str>
         Some("images too small for it, as small")
     } else if a.labels != b.labels {
         Some("other classes or captions, or another number of samples,")
-    } else if own.kept.noise != other.kept.noise || (!own.kept.noise && own.seed != other.seed) {
-        Some("made from other noise")
-    } else if own.kept.noise && !same_noise(a, b, batch)? {
+    } else if own.kept.noise != other.kept.noise
+        || (!own.kept.noise && own.seed != other.seed)
+        || (own.kept.noise && !same_noise(a, b, batch)?)
+    {
         Some("made from other noise")
     } else {
         None
