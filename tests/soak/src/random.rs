@@ -9,13 +9,13 @@ impl Random {
     pub fn new(seed: u64, purpose: &str) -> Self {
         let mut stream = Self(seed);
         for byte in purpose.bytes() {
-            stream.0 = stream.next() ^ u64::from(byte);
+            stream.0 = stream.number() ^ u64::from(byte);
         }
         stream
     }
 
     /// The next number.
-    pub fn next(&mut self) -> u64 {
+    pub fn number(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -25,7 +25,7 @@ impl Random {
 
     /// A number below `n`; 0 where there is none.
     pub fn below(&mut self, n: usize) -> usize {
-        (self.next() % n.max(1) as u64) as usize
+        (self.number() % n.max(1) as u64) as usize
     }
 
     /// A number from `from` to `to`.

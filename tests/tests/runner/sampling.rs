@@ -197,7 +197,7 @@ fn peak(lab: &Lab, count: usize) -> u64 {
 /// A network for images of 64 x 64, as good as random, and a stage that samples from it.
 fn large_images() -> Lab {
     let lab = Lab::new(&[]);
-    let pixel = |i: usize| (i * 2_654_435_761 >> 7) & 255;
+    let pixel = |i: usize| ((i * 2_654_435_761) >> 7) & 255;
     let row = |r: usize| {
         let pixels = (0..64 * 64).map(|i| format!("{},", pixel(r * 4096 + i)));
         format!("{}{}\n", pixels.collect::<String>(), r % 4)

@@ -266,7 +266,10 @@ fn hashes_are_remembered_between_commands() {
             let store = Store::open(&lab.store_dir(), Access::ReadWrite)
                 .await
                 .unwrap();
-            let mut known = store.remembered_files(&[key.clone()]).await.unwrap();
+            let mut known = store
+                .remembered_files(std::slice::from_ref(&key))
+                .await
+                .unwrap();
             let mut bytes = known[&key].pack();
             *bytes.last_mut().unwrap() ^= 1;
             known.insert(key.clone(), Folder::unpack(&bytes));

@@ -129,7 +129,7 @@ pub const TAR: Target = Target {
         b"../",
         b"/etc/passwd",
     ],
-    mend: Some(mend_tar),
+    mend: Some(|bytes| mend_tar(bytes)),
     examples: None,
 };
 
@@ -167,7 +167,7 @@ pub const IMAGE: Target = Target {
         b"II*\0",
         b"MM\0*",
     ],
-    mend: Some(mend_png),
+    mend: Some(|bytes| mend_png(bytes)),
     examples: None,
 };
 
@@ -388,7 +388,7 @@ fn with_file(name: &str, bytes: &[u8], read: impl FnOnce(&Path) -> String) -> St
 const GREY: &[u8] = include_bytes!("../../corpus/image/grey.png");
 
 /// Sets the check sums of the headers, mostly those at multiples of a block.
-fn mend_tar(bytes: &mut Vec<u8>) {
+fn mend_tar(bytes: &mut [u8]) {
     for block in bytes.chunks_exact_mut(512) {
         if &block[257..262] == b"ustar" {
             block[148..156].fill(b' ');
@@ -399,7 +399,7 @@ fn mend_tar(bytes: &mut Vec<u8>) {
 }
 
 /// Sets the check sums of all chunks.
-fn mend_png(bytes: &mut Vec<u8>) {
+fn mend_png(bytes: &mut [u8]) {
     let mut at = 8;
     while let Some(length) = bytes.get(at..at + 4) {
         let length = u32::from_be_bytes(length.try_into().expect("four bytes")) as usize;

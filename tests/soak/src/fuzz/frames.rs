@@ -77,7 +77,7 @@ async fn hear(bytes: &[u8]) -> String {
 
 /// Gives each frame a length that reaches to the next one, mostly: what is looked for lies in the messages.
 fn mend(bytes: &mut Vec<u8>) {
-    if bytes.len() % 8 == 0 {
+    if bytes.len().is_multiple_of(8) {
         return;
     }
     let mut mended = Vec::with_capacity(bytes.len());
