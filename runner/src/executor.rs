@@ -29,6 +29,7 @@ use crate::store::{
 };
 
 pub mod attempt;
+pub mod gauge;
 pub mod pause;
 mod recorder;
 pub mod source;
@@ -235,6 +236,11 @@ pub async fn execute(
     let began = Instant::now();
     let outcome = async {
         let staging = layout.open_staging(&run.0)?;
+        let gauge = gauge::Gauge::new(&layout.staging(&run.0));
+        let listener: Listener = Arc::new(move |event| {
+            gauge.hear(&event);
+            listener(event);
+        });
         let grace = options.grace;
         let bench = Arc::new(Bench {
             store: Arc::clone(&store),

@@ -19,6 +19,7 @@ use sqlx::pool::PoolConnection;
 use sqlx::sqlite::{SqliteConnection, SqlitePool};
 
 mod block;
+mod browse;
 mod care;
 mod draft;
 mod error;
@@ -40,6 +41,7 @@ mod series;
 mod time;
 mod transfer;
 
+pub use browse::{Group, LogWish};
 pub use care::Garbage;
 pub use error::StoreError;
 pub use file::Memory;

@@ -165,6 +165,7 @@ fn list(args: &ListArgs, context: &Context) -> Result<(), Error> {
         let recipe = args.recipe.clone();
         let filter = RunFilter {
             limit: limit.map(|limit| limit.saturating_add(1)),
+            skip: 0,
             states,
             recipe,
             expr,
@@ -244,36 +245,12 @@ fn brief_rows(runs: &[RunSummary], columns: &[String]) -> Rows {
             run.recipe.as_str().into(),
             run.started.into(),
             Cell::seconds(run.seconds),
-            stages_in_words(run).into(),
+            run.stages.in_words().into(),
             run.tags.join(" ").into(),
         ];
         rows.push(own.into_iter().chain(values(run, columns)));
     }
     rows
-}
-
-fn stages_in_words(run: &RunSummary) -> String {
-    let counts = run.stages;
-    let named = [
-        (counts.ran, "ran"),
-        (counts.reused, "reused"),
-        (counts.failed, "failed"),
-    ];
-    let parts = named
-        .iter()
-        .filter(|(count, _)| *count > 0)
-        .map(|(count, name)| format!("{count} {name}"));
-    let parts = parts.collect::<Vec<_>>().join(", ");
-    if counts.ran + counts.reused < counts.total {
-        let rest = if parts.is_empty() {
-            String::new()
-        } else {
-            format!("{parts} ")
-        };
-        format!("{rest}of {}", counts.total)
-    } else {
-        parts
-    }
 }
 
 fn with_columns<'a>(own: &[&'a str], columns: &'a [String]) -> Vec<&'a str> {

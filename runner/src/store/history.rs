@@ -21,6 +21,8 @@ use crate::filter::{Filter, Name};
 pub struct RunFilter {
     /// At most so many, the newest.
     pub limit: Option<u32>,
+    /// Without so many of the first.
+    pub skip: u32,
     /// In one of these states; any when empty.
     pub states: Vec<RunState>,
     /// Of the recipe with this name.
@@ -81,6 +83,32 @@ pub struct StageCounts {
     pub reused: u32,
     /// Failed.
     pub failed: u32,
+}
+
+impl StageCounts {
+    /// For people: `4 ran, 2 reused of 7`.
+    pub fn in_words(self) -> String {
+        let named = [
+            (self.ran, "ran"),
+            (self.reused, "reused"),
+            (self.failed, "failed"),
+        ];
+        let parts = named
+            .iter()
+            .filter(|(count, _)| *count > 0)
+            .map(|(count, name)| format!("{count} {name}"));
+        let parts = parts.collect::<Vec<_>>().join(", ");
+        if self.ran + self.reused < self.total {
+            let rest = if parts.is_empty() {
+                String::new()
+            } else {
+                format!("{parts} ")
+            };
+            format!("{rest}of {}", self.total)
+        } else {
+            parts
+        }
+    }
 }
 
 /// Everything about a run except its metrics and logs.

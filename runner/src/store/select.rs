@@ -109,6 +109,43 @@ impl Store {
         Ok(found)
     }
 
+    /// How many runs pass a filter.
+    ///
+    /// # Errors
+    /// As [`Store::list_runs`].
+    pub async fn count_matching(&self, filter: &RunFilter) -> Result<u64, StoreError> {
+        if filter.expr.is_none() && filter.states.is_empty() && filter.recipe.is_none() {
+            return self.count_runs().await;
+        }
+        // Neither order nor columns matter.
+        let filter = RunFilter {
+            sort: Vec::new(),
+            columns: Vec::new(),
+            limit: None,
+            skip: 0,
+            ..filter.clone()
+        };
+        let mut targets = Vec::new();
+        if let Some(wanted) = &filter.expr {
+            let in_text = |error: FilterError| error.in_text(&wanted.text);
+            for field in fields(&wanted.expr) {
+                targets.push((field, self.target(field, &in_text).await?));
+            }
+        }
+        let mut select = Select {
+            sql: QueryBuilder::new("select count(*)"),
+            joins: Vec::new(),
+            lost: self.unrecorded_lost(),
+        };
+        select.build(&filter, &targets)?;
+        let count: i64 = select
+            .sql
+            .build_query_scalar()
+            .fetch_one(self.pool())
+            .await?;
+        Ok(count.cast_unsigned())
+    }
+
     /// What a field means in this store.
     async fn target(
         &self,
@@ -262,6 +299,8 @@ impl Select {
                     "r.created{direction}, r.key{direction} limit "
                 ));
                 self.sql.push_bind(limit);
+                self.sql.push(" offset ");
+                self.sql.push_bind(filter.skip);
                 return Ok(());
             }
             self.scalar(&target);
@@ -270,6 +309,8 @@ impl Select {
         }
         self.sql.push("r.key desc limit ");
         self.sql.push_bind(limit);
+        self.sql.push(" offset ");
+        self.sql.push_bind(filter.skip);
         Ok(())
     }
 
