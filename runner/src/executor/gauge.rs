@@ -85,6 +85,12 @@ impl Gauge {
                         since: at,
                         at,
                     });
+                // A stage may count one thing after the other: images read, then steps.
+                let other = (&reading.progress.unit, reading.progress.total)
+                    != (&progress.unit, progress.total);
+                if other || progress.done < reading.progress.done {
+                    (reading.from, reading.since) = (progress.done, at);
+                }
                 reading.progress = progress.clone();
                 reading.at = at;
                 state

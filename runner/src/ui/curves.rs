@@ -178,8 +178,16 @@ fn offered(sources: &[Source]) -> Vec<Offered> {
             None => {}
         }
     }
-    offered.sort_by_key(|one| !one.curved);
+    offered.sort_by_key(|one| (!one.curved, !is_wanted(&one.name)));
     offered
+}
+
+/// Whether a series is one of those that people look at first.
+pub fn is_wanted(name: &str) -> bool {
+    let last = name.rsplit('/').next().unwrap_or(name);
+    ["loss", "error", "accuracy", "entropy"]
+        .iter()
+        .any(|word| last.contains(word))
 }
 
 /// The place of a curve, which scripts fill; without them it is a picture.

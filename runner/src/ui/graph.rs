@@ -3,8 +3,6 @@
 //! In: nodes with two lines of text and a tone, and edges. Out: SVG that takes its colours from the page's style sheet; a
 //! node may be a link. Texts are escaped here, and cut by characters: a picture has no ellipsis of its own.
 
-use std::collections::HashMap;
-
 use maud::{Markup, html};
 
 use crate::terminal;
@@ -22,13 +20,15 @@ pub struct Node {
     pub link: Option<String>,
 }
 
-const WIDTH: usize = 148;
+const WIDTH: usize = 160;
 const HEIGHT: usize = 46;
 const ACROSS: usize = 46;
 const DOWN: usize = 16;
+/// Room for an edge that passes a column.
+const LANE: usize = 14;
 /// Characters that fit.
 const TITLE: usize = 18;
-const TEXT: usize = 23;
+const TEXT: usize = 24;
 /// Most nodes that are drawn.
 pub const MOST: usize = 400;
 
@@ -42,36 +42,47 @@ pub fn svg(label: &str, nodes: &[Node], edges: &[(usize, usize)]) -> Markup {
         .collect();
     edges.sort_unstable();
     edges.dedup();
-    let places = places(nodes.len(), &edges);
-    let columns = places.iter().map(|place| place.0 + 1).max().unwrap_or(0);
-    let rows = places.iter().map(|place| place.1 + 1).max().unwrap_or(0);
-    let (width, height) = (columns * (WIDTH + ACROSS), rows * (HEIGHT + DOWN));
-    let at = |node: usize| {
-        let (column, row) = places[node];
-        // A column with fewer nodes stands in the middle.
-        let own = places.iter().filter(|place| place.0 == column).count();
-        let shift = (rows - own) * (HEIGHT + DOWN) / 2;
-        (
-            column * (WIDTH + ACROSS) + 2,
-            row * (HEIGHT + DOWN) + shift + 2,
-        )
-    };
-    let path = |&(from, to): &(usize, usize)| {
-        let ((x1, y1), (x2, y2)) = (at(from), at(to));
-        let (x1, y1, y2) = (x1 + WIDTH, y1 + HEIGHT / 2, y2 + HEIGHT / 2);
-        let bend = (x2.saturating_sub(x1) / 2).min(60).max(ACROSS / 2);
-        format!(
-            "M{x1} {y1}C{} {y1} {} {y2} {x2} {y2}",
-            x1 + bend,
-            x2.saturating_sub(bend)
-        )
+    let (places, ways) = places(nodes.len(), &edges);
+    let columns = places.iter().map(|place| place.column + 1).max();
+    let width =
+        columns.unwrap_or(0) * (WIDTH + ACROSS) - if columns.is_some() { ACROSS - 4 } else { 0 };
+    let height = places
+        .iter()
+        .map(|place| place.top + place.height)
+        .max()
+        .unwrap_or(0)
+        + 4;
+    let left = |place: &Spot| place.column * (WIDTH + ACROSS) + 2;
+    let middle = |place: &Spot| place.top + place.height / 2 + 2;
+    // From side to side of the columns, straight through those that are passed.
+    let path = |way: &Vec<usize>| {
+        let mut path = String::new();
+        for (number, &spot) in way.iter().enumerate() {
+            let (x, y) = (left(&places[spot]), middle(&places[spot]));
+            match number {
+                0 => path += &format!("M{} {y}", x + WIDTH),
+                _ => {
+                    let from = middle(&places[way[number - 1]]);
+                    let bend = ACROSS / 2;
+                    path += &format!(
+                        "C{} {from} {} {y} {x} {y}",
+                        x.saturating_sub(bend),
+                        x.saturating_sub(bend)
+                    );
+                    if number + 1 < way.len() {
+                        path += &format!("H{}", x + WIDTH);
+                    }
+                }
+            }
+        }
+        path
     };
     html! {
         div.scroll {
             svg.graph role="img" aria-label=(label) width=(width) height=(height) viewBox=(format!("0 0 {} {}", width.max(1), height.max(1))) {
-                @for edge in &edges { path.edge d=(path(edge)) {} }
+                @for way in &ways { path.edge d=(path(way)) {} }
                 @for (number, node) in nodes.iter().enumerate() {
-                    @let (x, y) = at(number);
+                    @let (x, y) = (left(&places[number]), places[number].top + 2);
                     @match &node.link {
                         Some(link) => { a href=(link) { (drawn(node, x, y)) } }
                         None => (drawn(node, x, y)),
@@ -102,8 +113,17 @@ fn cut(text: &str, most: usize) -> String {
     }
 }
 
-/// Column and row of each node: as far to the right as the longest way to it, below those it is not joined to.
-fn places(count: usize, edges: &[(usize, usize)]) -> Vec<(usize, usize)> {
+/// Where a node stands, or an edge passes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Spot {
+    column: usize,
+    top: usize,
+    height: usize,
+}
+
+/// Where nodes stand: as far to the right as the longest way to them. Behind them follow the places at which edges pass
+/// columns; each edge is a way through such places.
+fn places(count: usize, edges: &[(usize, usize)]) -> (Vec<Spot>, Vec<Vec<usize>>) {
     let mut columns = vec![0_usize; count];
     // As often as there are nodes is enough for any way, and an end for what is no such graph.
     for _ in 0..count {
@@ -118,36 +138,71 @@ fn places(count: usize, edges: &[(usize, usize)]) -> Vec<(usize, usize)> {
             break;
         }
     }
-    let mut rows = vec![0_usize; count];
-    let mut taken: HashMap<usize, usize> = HashMap::new();
-    let mut order: Vec<usize> = (0..count).collect();
-    order.sort_by_key(|&node| columns[node]);
-    let mut start = 0;
-    while start < order.len() {
-        let column = columns[order[start]];
-        let end = start
-            + order[start..]
-                .iter()
-                .take_while(|&&node| columns[node] == column)
-                .count();
-        // Beside those that it comes from, so that few edges cross.
-        let height = |node: usize| {
-            let from = edges
-                .iter()
-                .filter(|edge| edge.1 == node)
-                .map(|edge| rows[edge.0]);
-            let (sum, count) = from.fold((0, 0), |(sum, count), row| (sum + row * 100, count + 1));
-            if count == 0 { node * 100 } else { sum / count }
-        };
-        order[start..end].sort_by_cached_key(|&node| (height(node), node));
-        for &node in &order[start..end] {
-            let next = taken.entry(column).or_default();
-            rows[node] = *next;
-            *next += 1;
+    let mut spots: Vec<Spot> = columns
+        .iter()
+        .map(|&column| Spot {
+            column,
+            top: 0,
+            height: HEIGHT,
+        })
+        .collect();
+    // Many edges through many columns would be no picture any more.
+    let span = |&(from, to): &(usize, usize)| columns[to].saturating_sub(columns[from] + 1);
+    let passes: usize = edges.iter().map(span).sum();
+    let ways: Vec<Vec<usize>> = edges
+        .iter()
+        .map(|&(from, to)| {
+            let mut way = vec![from];
+            if passes <= 4 * MOST {
+                for column in columns[from] + 1..columns[to] {
+                    way.push(spots.len());
+                    spots.push(Spot {
+                        column,
+                        top: 0,
+                        height: LANE,
+                    });
+                }
+            }
+            way.push(to);
+            way
+        })
+        .collect();
+    let last = spots.iter().map(|spot| spot.column).max().unwrap_or(0);
+    let mut heights = vec![0; last + 1];
+    let mut before: Vec<Vec<usize>> = vec![Vec::new(); spots.len()];
+    for way in &ways {
+        for pair in way.windows(2) {
+            before[pair[1]].push(pair[0]);
         }
-        start = end;
     }
-    columns.into_iter().zip(rows).collect()
+    for column in 0..=last {
+        let mut order: Vec<usize> = (0..spots.len())
+            .filter(|&spot| spots[spot].column == column)
+            .collect();
+        // Beside those that they come from, so that few edges cross.
+        let wanted = |spot: usize| match before[spot].as_slice() {
+            [] => spot * (HEIGHT + DOWN),
+            from => {
+                from.iter()
+                    .map(|&other| spots[other].top + spots[other].height / 2)
+                    .sum::<usize>()
+                    / from.len()
+            }
+        };
+        order.sort_by_cached_key(|&spot| (wanted(spot), spot));
+        let mut top = 0;
+        for spot in order {
+            spots[spot].top = top;
+            top += spots[spot].height + DOWN;
+        }
+        heights[column] = top;
+    }
+    // A column with less in it stands in the middle.
+    let tallest = heights.iter().copied().max().unwrap_or(0);
+    for spot in &mut spots {
+        spot.top += (tallest - heights[spot.column]) / 2;
+    }
+    (spots, ways)
 }
 
 #[cfg(test)]
@@ -156,17 +211,44 @@ mod tests {
 
     #[test]
     fn nodes_stand_behind_what_they_come_from() {
-        assert_eq!(
-            places(4, &[(0, 1), (1, 3), (0, 2), (2, 3)]),
-            [(0, 0), (1, 0), (1, 1), (2, 0)]
+        let check =
+            |count: usize, edges: &[(usize, usize)], columns: &[usize], ways: &[&[usize]]| {
+                let (spots, found) = places(count, edges);
+                let stand: Vec<usize> = spots.iter().take(count).map(|spot| spot.column).collect();
+                assert_eq!((stand.as_slice(), found.len()), (columns, ways.len()));
+                assert!(
+                    found.iter().zip(ways).all(|(found, way)| found == way),
+                    "{found:?}"
+                );
+                // Nothing stands on anything else.
+                for (number, one) in spots.iter().enumerate() {
+                    let beside = spots[number + 1..]
+                        .iter()
+                        .filter(|other| other.column == one.column);
+                    for other in beside {
+                        assert!(
+                            one.top + one.height <= other.top
+                                || other.top + other.height <= one.top
+                        );
+                    }
+                }
+            };
+        check(
+            4,
+            &[(0, 1), (1, 3), (0, 2), (2, 3)],
+            &[0, 1, 1, 2],
+            &[&[0, 1], &[1, 3], &[0, 2], &[2, 3]],
         );
-        assert_eq!(
-            places(3, &[(0, 2), (0, 1), (1, 2)]),
-            [(0, 0), (1, 0), (2, 0)]
+        // The long way passes beside the node between.
+        check(
+            3,
+            &[(0, 2), (0, 1), (1, 2)],
+            &[0, 1, 2],
+            &[&[0, 3, 2], &[0, 1], &[1, 2]],
         );
+        check(0, &[], &[], &[]);
         // No such graph, and still an end.
-        assert_eq!(places(2, &[(0, 1), (1, 0)]).len(), 2);
-        assert_eq!(places(0, &[]), []);
+        assert_eq!(places(2, &[(0, 1), (1, 0)]).0.len(), 2);
     }
 
     #[test]

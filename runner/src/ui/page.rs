@@ -60,7 +60,7 @@ impl Page<'_> {
                     meta charset="utf-8";
                     meta name="viewport" content="width=device-width, initial-scale=1";
                     meta name="color-scheme" content="light dark";
-                    title { (name(self.title)) " · retort" }
+                    title { (terminal::clean(self.title)) " · retort" }
                     link rel="icon" href="/assets/icon.svg" type="image/svg+xml";
                     link rel="stylesheet" href="/assets/style.css";
                     script src="/assets/theme.js" {}

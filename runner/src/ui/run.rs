@@ -255,7 +255,8 @@ pub fn given_table(given: &retort_abi::Table) -> Markup {
 
 fn metrics(detail: &RunDetail, series: &[SeriesSummary]) -> Markup {
     let id = detail.summary.id.0.as_str();
-    let curved: Vec<&SeriesSummary> = series.iter().filter(|one| one.points > 1).collect();
+    let mut curved: Vec<&SeriesSummary> = series.iter().filter(|one| one.points > 1).collect();
+    curved.sort_by_key(|one| !curves::is_wanted(&one.series));
     let number = |value: Option<f64>| value.map_or_else(|| "–".to_owned(), page::number);
     html! {
         @if series.is_empty() {

@@ -43,9 +43,11 @@ pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
         (page::stores(site, shelf))
         h1.visually-hidden { "Runs" }
         (controls(ask, &names))
-        @match &found {
-            Ok(content) => (content),
-            Err(problem) => (page::explained(problem)),
+        div #list data-live="" {
+            @match &found {
+                Ok(content) => (content),
+                Err(problem) => (page::explained(problem)),
+            }
         }
     };
     let reply = Page {
@@ -265,7 +267,7 @@ fn controls(ask: &Ask, names: &[String]) -> Markup {
                 form.inline method="get" action="/" {
                     @for (name, value) in query.without("page").pairs() { input type="hidden" name=(name) value=(value); }
                     label for="show" { "Column" }
-                    input #show type="text" name="show" list="fields" placeholder="params.… or metrics.…" autocomplete="off"
+                    input #show type="text" name="show" list="fields" placeholder="metrics.student/loss.last" autocomplete="off"
                         autocapitalize="off" spellcheck="false";
                     button type="submit" { "Add" }
                 }
@@ -304,7 +306,7 @@ fn table(
         form.picks method="get" action="/compare" {
             @if let Some(baseline) = baseline { input type="hidden" name="baseline" value=(baseline.id.0); }
             div.scroll {
-                table.runs id=(id) data-live="" {
+                table.runs id=(id) {
                     thead { tr {
                         th scope="col" { span.visually-hidden { "Selected" } }
                         (head("Run", Some("id"), ""))

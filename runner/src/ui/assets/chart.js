@@ -169,7 +169,8 @@ class Figure {
     const xTicks = scale.logx ? logTicks(scale.x0, scale.x1) : ticks(scale.x0, scale.x1, Math.max(2, Math.floor(width / 110)));
     for (const tick of xTicks) {
       const value = scale.logx ? 10 ** tick : tick;
-      const text = element('text', { x: Math.min(px(value), width - right - 14), y: height - 8, 'text-anchor': 'middle' }, svg);
+      const edge = px(value) > width - right - 16;
+      const text = element('text', { x: edge ? width - right : px(value), y: height - 8, 'text-anchor': edge ? 'end' : 'middle' }, svg);
       text.textContent = this.axis() === 'time' ? seconds(value) : brief(Number(value.toPrecision(4)));
     }
     const runs = [...new Set(this.curves.map((curve) => curve.run))];
