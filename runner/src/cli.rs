@@ -29,6 +29,7 @@ pub mod resume;
 pub mod run;
 pub mod runs;
 pub mod schema;
+pub mod sweep;
 pub mod talk;
 pub mod transfer;
 pub mod ui;
@@ -130,6 +131,8 @@ pub enum Command {
     Resume(resume::Args),
     /// List, show, tag, remove, export and import past runs.
     Runs(runs::Args),
+    /// List, show and draw sweeps; `run --sweep` makes one.
+    Sweep(sweep::Args),
     /// Print or draw the metrics of a run.
     Metrics(metrics::Args),
     /// Print the log of a run.
@@ -396,6 +399,7 @@ pub fn main() -> ExitCode {
         Command::Graph(args) => graph::execute(args, &context),
         Command::Resume(args) => resume::execute(args, &context),
         Command::Runs(args) => runs::execute(args, &context),
+        Command::Sweep(args) => sweep::execute(args, &context),
         Command::Metrics(args) => metrics::execute(args, &context),
         Command::Log(args) => log::execute(args, &context),
         Command::Tail(args) => log::tail(args, &context),

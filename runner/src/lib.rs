@@ -24,6 +24,7 @@ pub mod progress;
 pub mod recipe;
 pub mod schema;
 pub mod store;
+pub mod sweep;
 pub mod table;
 pub mod tensorboard;
 pub mod terminal;

@@ -38,6 +38,7 @@ mod sandbox;
 mod schema;
 mod select;
 mod series;
+mod sweep;
 mod time;
 mod transfer;
 
@@ -58,6 +59,7 @@ pub use record::{
 };
 pub use select::Sort;
 pub use series::{Axis, Batch, Bucket, Lens, MetricPoint, SeriesPoint, SeriesSummary};
+pub use sweep::{SweepDetail, SweepId, SweepPlace, SweepPlan, SweepPoint, SweepSummary};
 pub use time::Time;
 pub use transfer::{Transfer, export};
 

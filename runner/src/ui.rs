@@ -33,6 +33,7 @@ mod run_log;
 mod runs;
 mod samples;
 mod server;
+mod sweeps;
 
 pub use guard::Guard;
 pub use server::serve;
@@ -103,6 +104,15 @@ impl Site {
 }
 
 impl Shelf {
+    /// The number of the store among those that are served, as URLs have it.
+    fn number(&self, site: &Site) -> usize {
+        let place = site
+            .shelves
+            .iter()
+            .position(|shelf| std::ptr::eq(shelf, self));
+        place.unwrap_or(0) + 1
+    }
+
     fn dir(&self) -> &Path {
         &self.dir
     }

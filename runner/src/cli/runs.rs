@@ -95,8 +95,8 @@ pub struct ListArgs {
     ///
     /// Compares fields with values by = != < <= > >=, ~ (contains; `*` and `?` make it a pattern), `in (a, b)`; a
     /// field alone asks whether a run has it. Joined by `and`, `or`, `not` and parentheses. Fields: id, state, recipe,
-    /// path, started, finished, seconds, age, seed, error, note, tag, stage, kind, plugin, device, stages, reused;
-    /// params.PATH; metrics.SERIES with .last, .min, .max or .points; stage.NAME with .state, .seconds, .kind, .plugin
+    /// path, started, finished, seconds, age, seed, error, note, tag, stage, kind, plugin, device, stages, reused, sweep,
+    /// point; params.PATH; metrics.SERIES with .last, .min, .max or .points; stage.NAME with .state, .seconds, .kind, .plugin
     /// or .device; env.NAME. Durations are written 10m or 7d, dates 2026-01-31.
     #[arg(short = 'w', long = "where", value_name = "FILTER")]
     pub filter: Option<String>,
@@ -485,6 +485,12 @@ fn facts(detail: &RunDetail) -> Rows {
     add("command", run.command.join(" ").into());
     if let Some(earlier) = &run.resumed_from {
         add("resumes", earlier.0.as_str().into());
+    }
+    if let Some(place) = &run.sweep {
+        add(
+            "sweep",
+            format!("{}, point {}", place.id, place.point).into(),
+        );
     }
     if !run.tags.is_empty() {
         add("tags", run.tags.join(" ").into());

@@ -17,9 +17,9 @@ use super::{RunFilter, RunState, Store, StoreError};
 use crate::filter::{Expr, Field, FilterError, Name, Operator, Value};
 
 /// Fields of a run itself, as the help lists them.
-const FIELDS: [&str; 18] = [
+const FIELDS: [&str; 20] = [
     "id", "state", "recipe", "path", "started", "finished", "seconds", "age", "seed", "error",
-    "note", "tag", "stage", "kind", "plugin", "device", "stages", "reused",
+    "note", "tag", "stage", "kind", "plugin", "device", "stages", "reused", "sweep", "point",
 ];
 
 /// What [`Store::find_runs`] found: keys in order, each with the values of the columns asked for.
@@ -656,6 +656,11 @@ fn own(name: &str) -> Option<Target> {
         "seed" => Target::Run("r.seed", Type::Number),
         "error" => Target::Run("r.error", Type::Text),
         "note" => Target::Run("r.note", Type::Text),
+        "sweep" => Target::Run(
+            "(select w.id from sweeps w where w.key = r.sweep)",
+            Type::Text,
+        ),
+        "point" => Target::Run("r.point", Type::Number),
         "tag" | "tags" => Target::Any("tags", "tag"),
         "stage" => Target::Any("stages", "name"),
         "kind" => Target::Any("stages", "kind"),

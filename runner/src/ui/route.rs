@@ -6,6 +6,7 @@ use super::reply::{Problem, Reply};
 use super::request::Ask;
 use super::{
     Site, assets, changes, compare, curves, events, files, lineage, page, pictures, run, runs,
+    sweeps,
 };
 
 /// Answers a request that may be answered.
@@ -37,6 +38,8 @@ async fn find(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
         ["artifact", hash] => lineage::answer(site, ask, hash).await,
         ["file", hash] => files::answer(site, ask, hash).await,
         ["sample", hash, number] => pictures::sample(site, hash, number).await,
+        ["sweep", id] => sweeps::answer(site, ask, id).await,
+        ["sweep", id, "plot.svg"] => sweeps::svg(site, id).await,
         ["events"] => Ok(events::answer(site, ask)),
         ["change", "remove"] => changes::confirm(site, ask).await,
         ["assets", name] => assets::answer(name).ok_or_else(nothing),

@@ -87,6 +87,9 @@ fn head(site: &Site, shelf: &Shelf, detail: &RunDetail) -> Markup {
                 }
                 @if let Some(error) = &run.error { p.alert { (page::name(error)) } }
                 @if !run.note.is_empty() { p.note { (page::name(&run.note)) } }
+                @if let Some(place) = &run.sweep {
+                    p.dim { "point " (place.point) " of sweep " a.mono href=(format!("/sweep/{}", segment(&place.id.0))) { (page::name(&place.id.0)) } }
+                }
                 @if let Some(earlier) = &run.resumed_from { p.dim { "takes up " (page::run_link(earlier)) } }
             }
             div.actions {

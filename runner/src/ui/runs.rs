@@ -5,10 +5,10 @@ use serde_json::Value;
 
 use super::page::{self, Page, Place};
 use super::reply::{Problem, Reply};
-use super::request::{Ask, Fields};
+use super::request::{Ask, Fields, segment};
 use super::{Shelf, Site};
 use crate::filter::{self, Expr, Filter, Name};
-use crate::store::{RunFilter, RunSummary, Sort};
+use crate::store::{Group, RunFilter, RunSummary, Sort};
 use crate::table;
 
 /// Runs on a page.
@@ -104,7 +104,7 @@ async fn content(shelf: &Shelf, ask: &Ask) -> Result<Markup, Problem> {
     let wish = wish(&ask.query)?;
     let baseline = baseline(shelf, ask, &wish).await;
     match ask.query.get("group") {
-        Some("tag") => groups(shelf, ask, &wish, baseline.as_ref()).await,
+        Some(by @ ("tag" | "sweep")) => groups(shelf, ask, &wish, baseline.as_ref(), by).await,
         Some(other) => Err(Problem::Bad(format!("runs have no groups by {other}"))),
         None => whole(shelf, ask, &wish, baseline.as_ref()).await,
     }
@@ -189,17 +189,31 @@ fn nothing(filtered: bool) -> Markup {
     }
 }
 
+/// The newest sweeps, with how many points they have.
+async fn sweeps(shelf: &Shelf) -> Result<Vec<Group>, Problem> {
+    let sweeps = shelf.store.list_sweeps().await?;
+    let groups = sweeps.into_iter().take(GROUPS as usize).map(|sweep| Group {
+        name: sweep.id.0,
+        runs: u64::from(sweep.points),
+    });
+    Ok(groups.collect())
+}
+
 async fn groups(
     shelf: &Shelf,
     ask: &Ask,
     wish: &Wish,
     baseline: Option<&RunSummary>,
+    by: &str,
 ) -> Result<Markup, Problem> {
-    let groups = shelf.store.tag_groups(GROUPS).await?;
+    let groups = match by {
+        "sweep" => sweeps(shelf).await?,
+        _ => shelf.store.tag_groups(GROUPS).await?,
+    };
     let mut shown = Vec::new();
     for group in groups {
         let quote = if group.name.contains('"') { '\'' } else { '"' };
-        let condition = format!("tag = {quote}{}{quote}", group.name);
+        let condition = format!("{by} = {quote}{}{quote}", group.name);
         // A name with both quotes cannot be written in a filter.
         let Ok(own) = filter::parse(&condition) else {
             continue;
@@ -226,8 +240,13 @@ async fn groups(
     Ok(html! {
         @if shown.is_empty() {
             section.empty {
-                h2 { "No tags here" }
-                p { "Runs are put together by tags: " code { "retort runs tag RUN TAG" } }
+                @if by == "sweep" {
+                    h2 { "No sweeps here" }
+                    p { "One makes many runs of a recipe: " code { "retort run RECIPE --sweep PATH=VALUE,VALUE" } }
+                } @else {
+                    h2 { "No tags here" }
+                    p { "Runs are put together by tags: " code { "retort runs tag RUN TAG" } }
+                }
             }
         }
         @for (number, (group, condition, runs)) in shown.iter().enumerate() {
@@ -236,7 +255,10 @@ async fn groups(
                 None => condition.clone(),
             };
             details.group open[number < 5] {
-                summary { span.tag { (page::name(&group.name)) } span.dim.num { " " (grouped(group.runs)) " runs" } }
+                summary {
+                    span.tag { (page::name(&group.name)) }
+                    @if by == "sweep" { " " a href=(format!("/sweep/{}", segment(&group.name))) { "its points" } }
+                    span.dim.num { " " (grouped(group.runs)) " runs" } }
                 (table(runs, wish, ask, baseline, &format!("group-{number}")))
                 @if group.runs > runs.len() as u64 {
                     p { a href=(ask.query.without("group").without("page").with("where", &all).link("/")) { "All of them" } }
@@ -279,7 +301,8 @@ fn controls(ask: &Ask, names: &[String]) -> Markup {
                 span.spacer {}
                 span.segments role="group" aria-label="Groups" {
                     a href=(query.without("group").without("page").link("/")) aria-current=[group.is_none().then_some("true")] { "List" }
-                    a href=(query.with("group", "tag").without("page").link("/")) aria-current=[group.map(|_| "true")] { "By tag" }
+                    a href=(query.with("group", "tag").without("page").link("/")) aria-current=[(group == Some("tag")).then_some("true")] { "By tag" }
+                    a href=(query.with("group", "sweep").without("page").link("/")) aria-current=[(group == Some("sweep")).then_some("true")] { "By sweep" }
                 }
             }
             datalist #fields {
