@@ -62,6 +62,7 @@ function smoothed(points, weight) {
 const figures = [];
 const knobs = { axis: 'step', logy: false, logx: false, band: true, smooth: 0, from: null, to: null };
 let own = false;
+let watch = null;
 
 class Figure {
   constructor(host) {
@@ -361,7 +362,6 @@ function showKnobs() {
 
 export const charts = {
   start() {
-    figures.push(...[...document.querySelectorAll('figure.chart')].map((host) => new Figure(host)));
     const bar = document.querySelector('#knobs');
     own = Boolean(bar);
     if (bar) {
@@ -387,15 +387,23 @@ export const charts = {
       addEventListener('popstate', () => { read(); showKnobs(); charts.load(); });
     }
     // What is out of sight is not asked for.
-    const watch = new IntersectionObserver((entries) => {
+    watch = new IntersectionObserver((entries) => {
       for (const entry of entries) {
         const figure = figures.find((candidate) => candidate.host === entry.target);
         if (entry.isIntersecting && figure && !figure.seen) figure.load();
       }
     }, { rootMargin: '300px' });
-    for (const figure of figures) watch.observe(figure.host);
+    charts.adopt();
     let wait;
     addEventListener('resize', () => { clearTimeout(wait); wait = setTimeout(() => charts.draw(), 120); });
+  },
+  // Figures that have come since.
+  adopt() {
+    for (const host of document.querySelectorAll('figure.chart')) {
+      if (figures.some((figure) => figure.host === host)) continue;
+      figures.push(new Figure(host));
+      watch.observe(host);
+    }
   },
   range(from, to) {
     if (knobs.from === from && knobs.to === to) return;
