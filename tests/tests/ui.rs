@@ -157,7 +157,7 @@ fn a_filter_an_order_and_a_selection_are_in_the_address() {
     browser.enter("#show", "metrics.student.loss.last");
     browser.click(".bar button[type=submit]");
     browser.wait_until("document.querySelectorAll('table.runs thead th').length === 9");
-    browser.click("table.runs thead th:nth-child(9) a");
+    browser.click("table.runs thead th:nth-child(7) a");
     browser.wait_until(
         "document.querySelector('th[aria-sort=ascending]')?.textContent.includes('loss')",
     );
