@@ -356,7 +356,7 @@ fn hostile_names_are_texts() {
         browser.expect_sound();
         let found = browser.script(
             "return [document.title.startsWith('owned'), document.querySelectorAll('main script, main img[onerror], main h1:not(:first-of-type)').length, \
-             document.body.innerHTML.includes('\\u202e')]",
+             document.body.innerText.includes('\\u202e')]",
         );
         assert_eq!(found, serde_json::json!([false, 0, false]), "{address}");
     }

@@ -114,6 +114,10 @@ class Figure {
     } catch {
       if (turn === this.turn && !this.curves) this.say('could not be loaded', 'none');
     }
+  }
+
+  // What is saved is what is seen.
+  links() {
     for (const link of this.host.querySelectorAll('[data-save]')) {
       const saved = this.address(link.getAttribute('href'));
       if (link.dataset.save === 'svg') own && knobs.logy ? saved.searchParams.set('logy', '1') : saved.searchParams.delete('logy');
@@ -154,6 +158,7 @@ class Figure {
   }
 
   draw() {
+    this.links();
     const scale = this.scale = this.scales();
     if (!scale) return this.say(this.curves.length ? 'no value here is finite' : 'no points', 'none');
     const { px, py, width } = scale;
@@ -302,7 +307,7 @@ class Figure {
       const [a, b] = [from, place(event)].sort((one, other) => one - other);
       from = null;
       this.hide();
-      if (b - a > 6) this.zoom(a, b);
+      b - a > 6 ? this.zoom(a, b) : this.show(b);
     });
     this.plot.addEventListener('pointercancel', () => { from = null; this.hide(); });
     this.plot.addEventListener('dblclick', () => own && charts.range(null, null));
