@@ -198,12 +198,20 @@ pub struct SelectionArgs {
     /// Run only this stage and those that it depends on.
     #[arg(long, value_name = "STAGE")]
     pub until: Option<String>,
+    /// Whether files are read again.
+    #[command(flatten)]
+    pub rehash: RehashArgs,
+}
+
+/// Whether hashes of earlier commands are believed: an argument of `run`, `resume` and `plan`.
+#[derive(Debug, Clone, Copy, Default, Args)]
+pub struct RehashArgs {
     /// Read every file that the recipe names, even if it looks as it did when it was read before.
     #[arg(long)]
     pub rehash: bool,
 }
 
-impl SelectionArgs {
+impl RehashArgs {
     /// Whether hashes of earlier commands are believed.
     pub fn memory(&self) -> Memory {
         match self.rehash {

@@ -9,6 +9,7 @@
 
 pub mod archive;
 mod error;
+pub mod images;
 mod ndarray;
 mod pickle;
 pub mod pieces;

@@ -1,11 +1,11 @@
 //! `retort resume`: takes a run up again, with its frozen plan.
 
 use crate::cli::run::{ExecutionArgs, Job, open_store, past};
-use crate::cli::{Context, Error, Exit, talk};
+use crate::cli::{Context, Error, Exit, RehashArgs, talk};
 use crate::plan::decision::Role;
 use crate::plan::{Descriptions, Plan};
 use crate::plugin::{Plugins, search_dirs};
-use crate::store::{Access, Memory, RunDetail, RunState, StageState, Store};
+use crate::store::{Access, RunDetail, RunState, StageState, Store};
 
 /// Arguments of `resume`.
 #[derive(Debug, clap::Args)]
@@ -13,6 +13,9 @@ pub struct Args {
     /// The run: an id or the beginning of one, `latest`, `latest~1`, or a tag.
     #[arg(value_name = "RUN", default_value = "latest")]
     pub run: String,
+    /// Whether files are read again.
+    #[command(flatten)]
+    pub rehash: RehashArgs,
     /// How to run the stages.
     #[command(flatten)]
     pub execution: ExecutionArgs,
@@ -60,7 +63,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         plan,
         resumed_from: Some(run),
     };
-    let past = &mut past(&runtime, &store, Memory::Trusted)?;
+    let past = &mut past(&runtime, &store, args.rehash.memory())?;
     job.check(&mut plugins, past, context)?;
     job.carry_out(&runtime, &store, &args.execution, context)
 }

@@ -86,7 +86,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     };
     match &known {
         Some(store) => {
-            let past = &mut past(&runtime, store, selection.memory())?;
+            let past = &mut past(&runtime, store, selection.rehash.memory())?;
             job.check(&mut plugins, past, context)?;
         }
         None => job.check(&mut plugins, &mut NoHistory::default(), context)?,

@@ -150,6 +150,12 @@ pub enum StoreError {
     /// A filter names what is not there, or compares what cannot be compared.
     #[error(transparent)]
     Filter(Box<FilterError>),
+    /// A statement that found no row for longer than one is willing to wait.
+    #[error("no row was found in {}", humantime::format_duration(*patience))]
+    Endless {
+        /// How long that is.
+        patience: std::time::Duration,
+    },
     /// Anything else SQLite says.
     #[error("the store's database: {0}")]
     Sql(sqlx::Error),

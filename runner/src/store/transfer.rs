@@ -434,9 +434,10 @@ impl<'c> Copy<'c> {
         let copied = self
             .one(
                 "insert into main.attempts (stage, number, digest, worker_pid, state, reason, message, failure, summary,
-                     output, cpu_seconds, max_rss, started, finished)
+                     output, cpu_seconds, max_rss, started, finished, paused)
                  select ?2, number, digest, worker_pid, state, reason, message, failure, summary,
-                     (select hash from main.artifacts where hash = output), cpu_seconds, max_rss, started, finished
+                     (select hash from main.artifacts where hash = output), cpu_seconds, max_rss, started, finished,
+                     paused
                  from source.attempts where key = ?1",
                 key,
                 into,

@@ -179,6 +179,7 @@ pub fn check_variety(report: &mut Report) {
         "runs failed",
         "runs interrupted",
         "runs lost",
+        truth::PARTS,
     ]);
     expected.dedup();
     for kind in expected {

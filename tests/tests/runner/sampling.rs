@@ -264,3 +264,37 @@ fn memory_of_50000_images_is_that_of_2000() {
     println!("2,000 images: {few} kB; 50,000: {many} kB");
     assert!(many * 10 <= few * 11, "{few} kB and {many} kB");
 }
+
+/// A machine that has plenty of memory for these networks, but not for such batches.
+#[test]
+fn batches_that_do_not_fit_are_named_before_they_are_tried() {
+    let most = "batch: 400000000, count: 400000000, shard_size: 400000000";
+    let lab = lab(&format!(
+        "
+  pairs: {{kind: trajectories, teacher: teacher, count: 60}}
+  student: {{kind: distill, teacher: teacher, trajectories: pairs, timesteps: [0], train: {{steps: 1, batch: 4}}}}
+  trajectories: {{kind: trajectories, teacher: teacher, {most}}}
+  flow: {{kind: sample, sampler: {{kind: flow, teacher: teacher}}, {most}}}
+  passes: {{kind: sample, sampler: {{kind: student, student: student, timesteps: [0]}}, {most}, images: none, latents: true}}
+  distill: {{kind: distill, teacher: teacher, trajectories: pairs, timesteps: [0], train: {{steps: 1, batch: 400000000}}}}
+  again: {{kind: distill, teacher: teacher, trajectories: pairs, timesteps: [0], recompute: true, accumulate: 2,
+    train: {{steps: 1, batch: 4611686018427387904}}}}
+"
+    ));
+    lab.run(&["--keep-going"]).expect(100).saying(&[
+        "r.yaml",
+        "a batch of 400000000 needs at least",
+        "are free",
+    ]);
+    for (stage, pointer) in [
+        ("trajectories", "/batch"),
+        ("flow", "/batch"),
+        ("passes", "/batch"),
+        ("distill", "/train/batch"),
+        ("again", "/train/batch"),
+    ] {
+        let failure = lab.attempt(stage).failure.unwrap();
+        assert_eq!(failure.pointer.as_deref(), Some(pointer), "{stage}");
+        assert!(failure.message.contains("of memory"), "{}", failure.message);
+    }
+}

@@ -32,7 +32,7 @@ use crate::perceptual::{self, Eye, Perceptual};
 use crate::random::{Sequence, Stream};
 use crate::sampler::{check_from_zero, check_timesteps};
 use crate::splice::State;
-use crate::stage::{Context, Stage, link};
+use crate::stage::{Context, Stage, link, room};
 use crate::tape::Var;
 use crate::train::{Fit, HeldOut, StepOutput, TrainOptions, average, replace, scalar, shared};
 use crate::weights::{Loader, Source, write_each};
@@ -261,6 +261,12 @@ impl<B: Backend> Stage<B> for Distill {
                 seed,
             },
         };
+        room::check(
+            context,
+            "/train/batch",
+            o.train.batch.div_ceil(o.accumulate),
+            room::training(&network, o.cross_entropy > 0.0, o.recompute),
+        )?;
         let origin = o.from.as_ref().unwrap_or(&o.teacher);
         let mut loader = Loader::new(backend, start, true, origin.as_str());
         let mut student = network.student(&mut loader)?;

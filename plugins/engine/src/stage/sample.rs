@@ -26,7 +26,7 @@ use crate::sampler;
 use crate::samples::{FORMAT, ImagesKept, Kept, Manifest, Samples, ShardWriter, by_class};
 use crate::stage::condition::{Features, Given, Labels, Made, Texts, Wish, same_noise};
 use crate::stage::shards::{self, Division, Part, batches, hashed};
-use crate::stage::{Context, Stage, link, resolve, write_json};
+use crate::stage::{Context, Stage, link, resolve, room, write_json};
 use drawer::{Sampler, drawer};
 
 /// Options of `sample`.
@@ -167,7 +167,11 @@ impl<B: Backend> Stage<B> for Sample {
         let (host, backend, seed) = (context.host, context.backend, context.job.seed);
         let base = &context.job.base_dir;
         let bundle = Bundle::open(context.input_dir(o.sampler.source())?)?;
-        let shape = bundle.network()?.tokens();
+        let network = bundle.network()?;
+        let shape = network.tokens();
+        let decoded = (o.images != ImagesKept::None).then_some(&bundle.config.tokenizer);
+        let each = room::sampling(&o.sampler, network, decoded, &context.job.dtype);
+        room::check(context, "/batch", o.division().at_once(o.batch), each)?;
         // Before the networks are loaded: a text encoder may need the memory.
         let made = o.wish().resolve(context, &shape.condition, o.count)?;
         let Made {

@@ -18,7 +18,7 @@ use crate::memory;
 use crate::model::autoencoder::Shape;
 use crate::model::{CODEBOOK, msvq, vq};
 use crate::random::{Sequence, Stream};
-use crate::stage::{Context, Stage};
+use crate::stage::{Context, Stage, room};
 use crate::tape::Var;
 use crate::train::{Fit, HeldOut, Mean, StepOutput, TrainOptions, average, scalar, shared};
 use crate::weights::{Loader, Source};
@@ -174,9 +174,12 @@ impl<B: Backend> Stage<B> for Tokenizer {
         let (backend, seed) = (context.backend, context.job.seed);
         let images = Arc::new(context.images(&o.data)?);
         let config = config(o, &images)?;
-        if context.on_host() {
-            memory::check_batch("/train/batch", o.train.batch, o.bytes_of_an_image(&images))?;
-        }
+        room::check(
+            context,
+            "/train/batch",
+            o.train.batch,
+            o.bytes_of_an_image(&images),
+        )?;
         let (train, held) = images.split(o.held_out, seed);
         let mut loader = Loader::new(backend, Source::Init(seed), true, "new tokenizer");
         let model = config.build(&mut loader)?;
