@@ -572,6 +572,39 @@ mod tests {
         assert_eq!(snapshot(&top).hash, snapshot(real.path()).hash);
     }
 
+    /// As the caches of Hugging Face: names lead to files that are called after their content.
+    #[test]
+    fn a_cache_of_published_files_is_what_it_leads_to() {
+        let files = [
+            ("config.json", "{}"),
+            ("tokenizer.json", "[]"),
+            ("model.safetensors", "weights"),
+        ];
+        let real = filled(&files);
+        let cache = tempfile::tempdir().unwrap();
+        let (blobs, revision) = (cache.path().join("blobs"), cache.path().join("snapshots/1"));
+        fs::create_dir_all(&blobs).unwrap();
+        fs::create_dir_all(&revision).unwrap();
+        for (name, content) in files {
+            let blob = blake3::hash(content.as_bytes()).to_hex().to_string();
+            fs::write(blobs.join(&blob), content).unwrap();
+            symlink(Path::new("../../blobs").join(&blob), revision.join(name)).unwrap();
+        }
+        let hash = |path: &Path, kind: FileKind| {
+            let listing = Listing::of(path, kind).unwrap();
+            listing.hashed(&BTreeMap::new()).unwrap().0.hash
+        };
+        for kind in [FileKind::Dir, FileKind::Weights] {
+            let before = hash(&revision, kind);
+            assert_eq!(before, hash(real.path(), kind), "{kind:?}");
+            let weights = fs::read_link(revision.join("model.safetensors")).unwrap();
+            let blob = revision.join(weights);
+            fs::write(&blob, "other weights").unwrap();
+            assert_ne!(hash(&revision, kind), before, "{kind:?}");
+            fs::write(&blob, "weights").unwrap();
+        }
+    }
+
     #[track_caller]
     fn refused(make: impl Fn(&Path), said: &[&str]) {
         let root = filled(&[("0/a.png", "1")]);

@@ -37,6 +37,8 @@ impl Store {
         patience: Duration,
         mut take: impl FnMut(Answer<'_>) -> ControlFlow<()>,
     ) -> Result<(), StoreError> {
+        // SQLite takes a NUL for the end, and the library would ask for what follows it, for ever.
+        let sql = sql.split('\0').next().unwrap_or_default();
         // Views show states; they have to be true before they are looked at.
         self.reconcile().await?;
         let reader = match self.access {
