@@ -17,6 +17,7 @@ use tokio::task::JoinSet;
 
 use crate::artifact::{ArtifactError, Layout, Work};
 use crate::executor::attempt::{Bench, Brief, End, Ended, Stop};
+use crate::executor::hand::Cluster;
 use crate::executor::pause::Pauses;
 use crate::executor::source::Source;
 use crate::frame::Progress;
@@ -29,8 +30,9 @@ use crate::store::{
 };
 
 pub mod attempt;
+pub mod hand;
 pub mod pause;
-mod recorder;
+pub(crate) mod recorder;
 pub mod source;
 
 /// How often the run says that it lives.
@@ -53,6 +55,8 @@ pub struct Options {
     pub environment: serde_json::Value,
     /// The run that this one takes up again.
     pub resumed_from: Option<RunId>,
+    /// The cluster whose jobs do the work; none: processes of this machine do.
+    pub cluster: Option<Cluster>,
 }
 
 /// Is told what happens, on the event loop's thread: must not block.
@@ -77,6 +81,15 @@ pub enum Event {
     Waiting {
         /// The stage.
         stage: String,
+    },
+    /// Slurm has taken a job.
+    Submitted {
+        /// The stage.
+        stage: String,
+        /// Slurm's id.
+        job: u64,
+        /// Elements, where it is an array.
+        elements: Option<usize>,
     },
     /// A worker has begun on a stage.
     Began {
@@ -243,6 +256,7 @@ pub async fn execute(
             listener,
             grace,
             pauses: Pauses::default(),
+            cluster: options.cluster.clone(),
         });
         let mut floor = Floor::open(plan, roles, sources, &run, bench, options).await?;
         (floor.bench.listener)(Event::RunBegan { run: run.clone() });

@@ -10,6 +10,7 @@
 pub mod artifact;
 pub mod chart;
 pub mod cli;
+pub mod cluster;
 pub mod diagnostic;
 pub mod draft;
 pub mod environment;
@@ -22,6 +23,7 @@ pub mod plugin;
 pub mod progress;
 pub mod recipe;
 pub mod schema;
+pub mod settings;
 pub mod store;
 pub mod table;
 pub mod tensorboard;

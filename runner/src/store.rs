@@ -26,6 +26,7 @@ mod file;
 mod function;
 mod history;
 mod import;
+mod jobs;
 mod lease;
 mod lineage;
 mod log;
@@ -48,6 +49,7 @@ pub use history::{
     StageCounts, StageDetail, Success,
 };
 pub use lineage::{Lineage, Relative, Turn};
+pub use jobs::{ElementNews, JobKey, JobRow, Left, OpenJob};
 pub use log::{LogLine, LogSource, RunLine};
 pub use query::Answer;
 pub use record::{

@@ -16,11 +16,13 @@ use crate::cli::past::{History, NoHistory};
 use crate::cli::{Context, Error, Exit, RecipeArgs, SelectionArgs, talk};
 use crate::diagnostic::{Finding, Report, Severity};
 use crate::executor::attempt::End;
+use crate::executor::hand::Cluster;
 use crate::executor::{self, ExecutorError, Options, Outcome, RunReport, StageReport};
 use crate::plan::decision::{self, Action, Past, Role};
 use crate::plan::{self, Plan};
 use crate::plugin::{Plugins, search_dirs};
 use crate::progress::{self, Manner, Teller};
+use crate::settings::{Executor, Given, Settings};
 use crate::store::{Access, ArtifactRow, Memory, RunId, RunState, Store};
 use crate::table::{Cell, Rows, Tone};
 use crate::{environment, recipe};
@@ -42,9 +44,18 @@ pub struct Args {
 /// How stages are run: shared by `run` and `resume`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct ExecutionArgs {
-    /// How many stages may run at the same time.
-    #[arg(short, long, value_name = "N", default_value_t = NonZeroUsize::MIN)]
-    pub jobs: NonZeroUsize,
+    /// How many stages may run at the same time [default: 1; on a cluster 64].
+    #[arg(short, long, value_name = "N")]
+    pub jobs: Option<NonZeroUsize>,
+    /// What runs the stages: processes of this machine, or jobs of a Slurm cluster that shares the store's directory
+    /// [default: what retort.toml says, else local].
+    #[arg(long, value_name = "EXECUTOR")]
+    pub executor: Option<Executor>,
+    /// Set what stages ask of Slurm, for all or for a kind: `--slurm partition=gpu`, `--slurm distill.time=4:00:00` (may be
+    /// repeated). Keys: partition, account, qos, time, gres, cpus, memory, array-limit, sbatch, prologue, requeue, signal,
+    /// poll.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub slurm: Vec<String>,
     /// After a failure, go on with the stages that do not depend on the failed one.
     #[arg(long)]
     pub keep_going: bool,
@@ -54,6 +65,21 @@ pub struct ExecutionArgs {
     /// Print what came of the run as one JSON document.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Stages that are submitted at the same time, unless somebody says otherwise.
+const MOST_ON_A_CLUSTER: usize = 64;
+
+impl ExecutionArgs {
+    /// Everything that is set for a recipe in `dir`.
+    pub fn settings(&self, dir: &Path, context: &Context) -> Result<Settings, Error> {
+        let given = Given {
+            executor: self.executor,
+            slurm: self.slurm.clone(),
+            ..context.given()
+        };
+        Ok(Settings::read(dir, &given)?)
+    }
 }
 
 /// Plans the recipe and runs what has to run.
@@ -146,8 +172,26 @@ impl Job {
         };
         let teller = Arc::new(Teller::new(manner, talk::say));
         talk::attach(teller.bars());
+        let settings = execution.settings(&self.plan.base_dir, context)?;
+        let cluster = match settings.executor().0 {
+            Executor::Local => None,
+            Executor::Slurm => {
+                for stage in &self.plan.stages {
+                    settings.profile(&stage.kind)?;
+                }
+                Some(Cluster {
+                    slurm: Arc::default(),
+                    settings: Arc::new(settings),
+                })
+            }
+        };
+        let most = if cluster.is_some() { MOST_ON_A_CLUSTER } else { 1 };
         let options = Options {
-            jobs: execution.jobs,
+            jobs: execution
+                .jobs
+                .or(NonZeroUsize::new(most))
+                .unwrap_or(NonZeroUsize::MIN),
+            cluster,
             keep_going: execution.keep_going,
             grace: execution.grace,
             command: std::env::args().collect(),
