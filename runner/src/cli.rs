@@ -37,6 +37,7 @@ pub mod validate;
 pub mod why;
 pub mod worker;
 
+use crate::settings::Given;
 use crate::store::{Access, Memory, Store};
 use crate::table::Style;
 use crate::terminal;
@@ -72,7 +73,8 @@ pub use error::{Error, Exit};
         75   the store is busy; try again\n  \
         100  a stage failed\n  \
         130  interrupted (143: terminated, 129: the terminal was closed); `retort resume` continues\n\n\
-        Environment: RETORT_PLUGIN_PATH (directories with plugins, separated by ':'), NO_COLOR, RUST_LOG.",
+        Environment: RETORT_PLUGIN_PATH (directories with plugins, separated by ':'), RETORT_EXECUTOR and RETORT_SLURM \
+        (as --executor and --slurm of `run`), NO_COLOR, RUST_LOG.",
     max_term_width = 110
 )]
 pub struct Cli {
@@ -317,6 +319,21 @@ impl Context {
     pub fn home(&self) -> Option<PathBuf> {
         let home = PathBuf::from(std::env::var_os("HOME")?);
         home.is_absolute().then_some(home)
+    }
+
+    /// What environment variables say of where and how stages are run, and where the user's file is.
+    pub fn given(&self) -> Given {
+        let variable = |name| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
+        let config = std::env::var_os("XDG_CONFIG_HOME").map(PathBuf::from);
+        let config = config.filter(|dir| dir.is_absolute());
+        Given {
+            executor_variable: variable("RETORT_EXECUTOR"),
+            slurm_variable: variable("RETORT_SLURM"),
+            user_dir: config
+                .or_else(|| Some(self.home()?.join(".config")))
+                .map(|dir| dir.join("retort")),
+            ..Given::default()
+        }
     }
 
     /// Whether stdout takes colours.

@@ -17,6 +17,7 @@ use tokio::task::JoinSet;
 use crate::artifact::{ArtifactError, Layout, Work};
 use crate::executor::attempt::{Bench, Brief, End, Ended, Stop};
 use crate::executor::reins::Follower;
+use crate::executor::hand::Cluster;
 use crate::executor::source::Source;
 use crate::frame::Progress;
 use crate::input::{InputError, Snapshot};
@@ -29,8 +30,9 @@ use crate::store::{
 
 pub mod attempt;
 pub mod gauge;
+pub mod hand;
 pub mod pause;
-mod recorder;
+pub(crate) mod recorder;
 pub mod reins;
 pub mod source;
 
@@ -62,6 +64,8 @@ pub struct Options {
     pub sweep: Option<SweepPlace>,
     /// Where it is to stop, to be judged.
     pub rung: Option<Rung>,
+    /// The cluster whose jobs do the work; none: processes of this machine do.
+    pub cluster: Option<Cluster>,
 }
 
 /// A place in a run where it is to stop: its first checkpoint after a step of a series.
@@ -103,6 +107,15 @@ pub enum Event {
     Waiting {
         /// The stage.
         stage: String,
+    },
+    /// Slurm has taken a job.
+    Submitted {
+        /// The stage.
+        stage: String,
+        /// Slurm's id.
+        job: u64,
+        /// Elements, where it is an array.
+        elements: Option<usize>,
     },
     /// A worker has begun on a stage.
     Began {
@@ -342,6 +355,7 @@ async fn carry_out(
             rung: options.rung.clone(),
             judged: Mutex::new(None),
             reached: Notify::new(),
+            cluster: options.cluster.clone(),
         });
         let mut floor = Floor::open(plan, roles, sources, &run, bench, options).await?;
         (floor.bench.listener)(Event::RunBegan { run: run.clone() });

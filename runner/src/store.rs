@@ -27,6 +27,7 @@ mod file;
 mod function;
 mod history;
 mod import;
+mod jobs;
 mod lease;
 mod lineage;
 mod log;
@@ -51,6 +52,7 @@ pub use history::{
     StageCounts, StageDetail, Success,
 };
 pub use lineage::{Lineage, Relative, Turn};
+pub use jobs::{ElementNews, JobKey, JobRow, Left, OpenJob};
 pub use log::{LogLine, LogSource, RunLine};
 pub use query::Answer;
 pub use record::{

@@ -11,6 +11,7 @@ use crate::filter::FilterError;
 use crate::input::InputError;
 use crate::plan::DescribeError;
 use crate::plan::decision::SelectError;
+use crate::settings::SettingsError;
 use crate::store::StoreError;
 use crate::terminal::paint;
 
@@ -237,6 +238,15 @@ impl From<InputError> for Error {
     /// What a recipe names is not what it takes it for.
     fn from(error: InputError) -> Self {
         Self::new(Exit::InvalidRecipe, error.to_string())
+    }
+}
+
+impl From<SettingsError> for Error {
+    fn from(error: SettingsError) -> Self {
+        Self {
+            hint: error.hint,
+            ..Self::new(Exit::Usage, error.message)
+        }
     }
 }
 

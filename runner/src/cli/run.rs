@@ -17,11 +17,13 @@ use crate::cli::sweep::{self, SweepArgs};
 use crate::cli::{Context, Error, Exit, RecipeArgs, SelectionArgs, talk};
 use crate::diagnostic::{Finding, Report, Severity};
 use crate::executor::attempt::End;
+use crate::executor::hand::Cluster;
 use crate::executor::{self, ExecutorError, Options, Outcome, RunReport, StageReport};
 use crate::plan::decision::{self, Action, Past, Role};
 use crate::plan::{self, Plan};
 use crate::plugin::{Plugins, search_dirs};
 use crate::progress::{self, Manner, Teller};
+use crate::settings::{Executor, Given, Settings};
 use crate::store::{Access, ArtifactRow, Memory, RunId, RunState, Store, SweepPlace};
 use crate::table::{Cell, Rows, Tone};
 use crate::{environment, recipe};
@@ -46,9 +48,18 @@ pub struct Args {
 /// How stages are run: shared by `run` and `resume`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct ExecutionArgs {
-    /// How many stages may run at the same time; of a sweep, how many runs.
-    #[arg(short, long, value_name = "N", default_value_t = NonZeroUsize::MIN)]
-    pub jobs: NonZeroUsize,
+    /// How many stages may run at the same time; of a sweep, how many runs [default: 1; on a cluster 64].
+    #[arg(short, long, value_name = "N")]
+    pub jobs: Option<NonZeroUsize>,
+    /// What runs the stages: processes of this machine, or jobs of a Slurm cluster that shares the store's directory
+    /// [default: what retort.toml says, else local].
+    #[arg(long, value_name = "EXECUTOR")]
+    pub executor: Option<Executor>,
+    /// Set what stages ask of Slurm, for all or for a kind: `--slurm partition=gpu`, `--slurm distill.time=4:00:00` (may be
+    /// repeated). Keys: partition, account, qos, time, gres, cpus, memory, array-limit, sbatch, prologue, requeue, signal,
+    /// poll.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub slurm: Vec<String>,
     /// After a failure, go on with the stages that do not depend on the failed one.
     #[arg(long)]
     pub keep_going: bool,
@@ -58,6 +69,47 @@ pub struct ExecutionArgs {
     /// Print what came of the run as one JSON document.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Stages that are submitted at the same time, unless somebody says otherwise.
+const MOST_ON_A_CLUSTER: usize = 64;
+
+impl ExecutionArgs {
+    /// How many stages, or runs of a sweep, are under way at the same time; and the cluster that runs stages of these kinds,
+    /// unless this machine does.
+    pub fn placement<'a>(
+        &self,
+        dir: &Path,
+        kinds: impl IntoIterator<Item = &'a str>,
+        context: &Context,
+    ) -> Result<(NonZeroUsize, Option<Cluster>), Error> {
+        let settings = self.settings(dir, context)?;
+        let (most, cluster) = match settings.executor().0 {
+            Executor::Local => (1, None),
+            Executor::Slurm => {
+                for kind in kinds {
+                    settings.profile(kind)?;
+                }
+                let cluster = Cluster {
+                    slurm: Arc::default(),
+                    settings: Arc::new(settings),
+                };
+                (MOST_ON_A_CLUSTER, Some(cluster))
+            }
+        };
+        let most = NonZeroUsize::new(most).unwrap_or(NonZeroUsize::MIN);
+        Ok((self.jobs.unwrap_or(most), cluster))
+    }
+
+    /// Everything that is set for a recipe in `dir`.
+    pub fn settings(&self, dir: &Path, context: &Context) -> Result<Settings, Error> {
+        let given = Given {
+            executor: self.executor,
+            slurm: self.slurm.clone(),
+            ..context.given()
+        };
+        Ok(Settings::read(dir, &given)?)
+    }
 }
 
 /// Plans the recipe and runs what has to run.
@@ -156,8 +208,11 @@ impl Job {
         };
         let teller = Arc::new(Teller::new(manner, talk::say));
         talk::attach(teller.bars());
+        let kinds = self.plan.stages.iter().map(|stage| &*stage.kind);
+        let (jobs, cluster) = execution.placement(&self.plan.base_dir, kinds, context)?;
         let options = Options {
-            jobs: execution.jobs,
+            jobs,
+            cluster,
             keep_going: execution.keep_going,
             grace: execution.grace,
             command: std::env::args().collect(),

@@ -17,6 +17,7 @@ use crate::cli::sweep::points::Source;
 use crate::cli::sweep::show::Results;
 use crate::cli::{Context, Error, Exit, talk};
 use crate::environment;
+use crate::executor::hand::Cluster;
 use crate::executor::{
     Event, ExecutorError, Listener, Options, Reins, RunReport, Rung, Signals, execute_beside,
 };
@@ -113,6 +114,7 @@ pub fn out(
     let teller = Arc::new(Teller::new(manner, talk::say));
     talk::attach(teller.bars());
     let reins = Reins::default();
+    let (jobs, cluster) = execution.placement(sweeping.source.base_dir(), [], context)?;
     let mut floor = Floor {
         schedule: Schedule::of(&sweeping),
         tally: Tally::default(),
@@ -120,6 +122,8 @@ pub fn out(
         teller,
         sweeping: &sweeping,
         execution,
+        jobs,
+        cluster,
         context,
         reins: &reins,
     };
@@ -184,6 +188,8 @@ struct Floor<'a> {
     environment: Value,
     teller: Arc<Teller>,
     execution: &'a ExecutionArgs,
+    jobs: NonZeroUsize,
+    cluster: Option<Cluster>,
     context: &'a Context,
     reins: &'a Reins,
 }
@@ -205,7 +211,7 @@ impl<'a> Floor<'a> {
         let mut under_way: UnderWay<'a> = FuturesUnordered::new();
         loop {
             while self.reins.first().is_none()
-                && under_way.len() < self.execution.jobs.get()
+                && under_way.len() < self.jobs.get()
                 && let Some(leg) = self.schedule.next(under_way.is_empty())
             {
                 match self.begin(leg, &mut plugins) {
@@ -259,6 +265,11 @@ impl<'a> Floor<'a> {
         }
         let series = detail.plan.definition.asha.as_ref();
         let rung = self.schedule.target(leg).zip(series);
+        if let Some(cluster) = &self.cluster {
+            for stage in &plan.stages {
+                cluster.settings.profile(&stage.kind)?;
+            }
+        }
         let options = Options {
             jobs: NonZeroUsize::MIN,
             keep_going: self.execution.keep_going,
@@ -266,7 +277,8 @@ impl<'a> Floor<'a> {
             command: std::env::args().collect(),
             environment: self.environment.clone(),
             resumed_from: self.before(leg),
-            runs: self.execution.jobs,
+            runs: self.jobs,
+            cluster: self.cluster.clone(),
             sweep: Some(SweepPlace {
                 id: detail.id.clone(),
                 point: leg.point,
