@@ -5,7 +5,7 @@ CARGO ?= cargo
 BIN = $(or $(CARGO_TARGET_DIR),target)/release
 
 .DEFAULT_GOAL := help
-.PHONY: help build libtorch cuda cuda-test digits schema test soak deny gpu-artefacts gpu-check gpu-bench fmt lint
+.PHONY: help build libtorch cuda cuda-test digits emoji schema test soak deny gpu-artefacts gpu-check gpu-bench fmt lint
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -37,6 +37,9 @@ cuda-test: cuda ## the checks of gpu-check on an emulated GPU (many minutes)
 
 digits: build ## distil a small teacher on handwritten digits (minutes; reused when called again)
 	$(BIN)/retort run recipes/digits.yaml
+
+emoji: build ## distil a small teacher on emoji: real colour images (half an hour on two cores; reused when called again)
+	$(BIN)/retort run recipes/emoji.yaml
 
 # Editors check recipes with it; a test says when it is out of date.
 schema: build ## write recipes/retort.schema.json anew

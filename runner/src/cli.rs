@@ -29,8 +29,10 @@ pub mod resume;
 pub mod run;
 pub mod runs;
 pub mod schema;
+pub mod sweep;
 pub mod talk;
 pub mod transfer;
+pub mod ui;
 pub mod validate;
 pub mod why;
 pub mod worker;
@@ -88,7 +90,7 @@ pub struct Cli {
 pub struct Global {
     /// Directory of the store: the history and the artifacts.
     #[arg(long, global = true, value_name = "DIR", default_value = ".retort", value_hint = ValueHint::DirPath)]
-    pub store: PathBuf,
+    pub store: Vec<PathBuf>,
     /// Look for plugins in this directory first (may be repeated).
     #[arg(long, global = true, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub plugin_dir: Vec<PathBuf>,
@@ -129,6 +131,8 @@ pub enum Command {
     Resume(resume::Args),
     /// List, show, tag, remove, export and import past runs.
     Runs(runs::Args),
+    /// List, show and draw sweeps; `run --sweep` makes one.
+    Sweep(sweep::Args),
     /// Print or draw the metrics of a run.
     Metrics(metrics::Args),
     /// Print the log of a run.
@@ -143,6 +147,8 @@ pub enum Command {
     Artifacts(artifacts::Args),
     /// Compare runs: parameters, results, metrics.
     Compare(compare::Args),
+    /// Look at the history in a browser: runs, curves, pictures, comparisons.
+    Ui(ui::Args),
     /// Ask the history in SQL (read-only).
     Query(query::Args),
     /// Show what a checkpoint file holds: dictionaries and tensors. Nothing in it is run.
@@ -267,6 +273,8 @@ pub enum Format {
 pub struct Context {
     /// Directory of the store.
     pub store: PathBuf,
+    /// Directories of all stores that were named: only `ui` takes more than one.
+    pub stores: Vec<PathBuf>,
     /// Directories to search for plugins first.
     pub plugin_dirs: Vec<PathBuf>,
     /// Say errors only.
@@ -289,7 +297,12 @@ impl Context {
             Command::Inspect(_) | Command::Completions(_) | Command::Worker(_) => return Ok(()),
             _ => Vec::new(),
         };
-        for path in recipes.into_iter().chain([&self.store]) {
+        if self.stores.len() > 1 && !matches!(command, Command::Ui(_)) {
+            let message =
+                "--store is named more than once: only `retort ui` looks at several stores";
+            return Err(Error::new(Exit::Usage, message));
+        }
+        for path in recipes.into_iter().chain(&self.stores) {
             let whole = std::path::absolute(path).unwrap_or_else(|_| path.clone());
             if whole.to_str().is_none() {
                 let message = format!("the path {} is not UTF-8", whole.display());
@@ -371,7 +384,9 @@ pub fn main() -> ExitCode {
         }
     };
     let context = Context {
-        store: cli.global.store,
+        // There is a default.
+        store: cli.global.store.first().cloned().unwrap_or_default(),
+        stores: cli.global.store,
         plugin_dirs: cli.global.plugin_dir,
         quiet: cli.global.quiet,
         verbose: cli.global.verbose,
@@ -392,6 +407,7 @@ pub fn main() -> ExitCode {
         Command::Graph(args) => graph::execute(args, &context),
         Command::Resume(args) => resume::execute(args, &context),
         Command::Runs(args) => runs::execute(args, &context),
+        Command::Sweep(args) => sweep::execute(args, &context),
         Command::Metrics(args) => metrics::execute(args, &context),
         Command::Log(args) => log::execute(args, &context),
         Command::Tail(args) => log::tail(args, &context),
@@ -400,6 +416,7 @@ pub fn main() -> ExitCode {
         Command::Gc(args) => gc::execute(args, &context),
         Command::Artifacts(args) => artifacts::execute(args, &context),
         Command::Compare(args) => compare::execute(args, &context),
+        Command::Ui(args) => ui::execute(args, &context),
         Command::Query(args) => query::execute(args, &context),
         Command::Dataset(args) => dataset::execute(args, &context),
         Command::Inspect(args) => inspect::execute(args, &context),

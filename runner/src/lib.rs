@@ -7,6 +7,7 @@
 // A closed stdout or stderr must not panic: everything printed goes through `cli::talk`.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
+pub mod account;
 pub mod artifact;
 pub mod chart;
 pub mod cli;
@@ -23,8 +24,10 @@ pub mod progress;
 pub mod recipe;
 pub mod schema;
 pub mod store;
+pub mod sweep;
 pub mod table;
 pub mod tensorboard;
 pub mod terminal;
+pub mod ui;
 pub mod worker;
 pub mod yaml;

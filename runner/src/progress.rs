@@ -81,7 +81,7 @@ impl Teller {
             Event::Reused { stage, .. } => state.reused.push(stage),
             Event::Waiting { stage } => {
                 self.talk(&format!(
-                    "{stage}: another retort process works on the same stage; waiting for it"
+                    "{stage}: another run works on the same stage; waiting for it"
                 ));
             }
             Event::Began {

@@ -19,6 +19,7 @@ use sqlx::pool::PoolConnection;
 use sqlx::sqlite::{SqliteConnection, SqlitePool};
 
 mod block;
+mod browse;
 mod care;
 mod draft;
 mod error;
@@ -37,9 +38,11 @@ mod sandbox;
 mod schema;
 mod select;
 mod series;
+mod sweep;
 mod time;
 mod transfer;
 
+pub use browse::{Group, LogWish};
 pub use care::Garbage;
 pub use error::StoreError;
 pub use file::Memory;
@@ -56,6 +59,7 @@ pub use record::{
 };
 pub use select::Sort;
 pub use series::{Axis, Batch, Bucket, Lens, MetricPoint, SeriesPoint, SeriesSummary};
+pub use sweep::{SweepDetail, SweepId, SweepPlace, SweepPlan, SweepPoint, SweepSummary};
 pub use time::Time;
 pub use transfer::{Transfer, export};
 

@@ -169,6 +169,7 @@ fn train(
         params: &params,
         ema: None,
         kept: None,
+        adversary: None,
     };
     let seen = RefCell::new(Vec::new());
     let made = fit.run(
@@ -178,7 +179,7 @@ fn train(
             let square = params[0].1.unary(Unary::Square)?.mean_all()?;
             let loss = square.mul(&Var::constant(by))?;
             let figures = Vec::new();
-            Ok(StepOutput { loss, figures })
+            Ok(StepOutput::new(loss, figures))
         },
         None,
     );
@@ -255,11 +256,12 @@ fn weights_that_are_not_finite_are_no_result() {
         params: &params,
         ema: None,
         kept: None,
+        adversary: None,
     };
     let step = |_| {
         let loss = params[0].1.unary(Unary::Square)?.mean_all()?;
         let figures = Vec::new();
-        Ok(StepOutput { loss, figures })
+        Ok(StepOutput::new(loss, figures))
     };
     let error = fit
         .run(step, None)

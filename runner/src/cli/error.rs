@@ -209,7 +209,13 @@ impl From<StoreError> for Error {
             StoreError::AmbiguousArtifact { .. } => {
                 (Exit::NothingMatches, Some("give more of the hash"))
             }
-            StoreError::AmbiguousRun { .. } => (Exit::NothingMatches, Some("give more of the id")),
+            StoreError::NoSweep { .. } => (
+                Exit::NothingMatches,
+                Some("`retort sweep list` shows them all; `retort run RECIPE --sweep` makes one"),
+            ),
+            StoreError::AmbiguousRun { .. } | StoreError::AmbiguousSweep { .. } => {
+                (Exit::NothingMatches, Some("give more of the id"))
+            }
             StoreError::Busy | StoreError::InUse => (Exit::StoreBusy, None),
             _ => (Exit::Internal, None),
         };

@@ -13,6 +13,7 @@ use tokio::runtime::Runtime;
 
 use crate::artifact::Layout;
 use crate::cli::past::{History, NoHistory};
+use crate::cli::sweep::{self, SweepArgs};
 use crate::cli::{Context, Error, Exit, RecipeArgs, SelectionArgs, talk};
 use crate::diagnostic::{Finding, Report, Severity};
 use crate::executor::attempt::End;
@@ -21,7 +22,7 @@ use crate::plan::decision::{self, Action, Past, Role};
 use crate::plan::{self, Plan};
 use crate::plugin::{Plugins, search_dirs};
 use crate::progress::{self, Manner, Teller};
-use crate::store::{Access, ArtifactRow, Memory, RunId, RunState, Store};
+use crate::store::{Access, ArtifactRow, Memory, RunId, RunState, Store, SweepPlace};
 use crate::table::{Cell, Rows, Tone};
 use crate::{environment, recipe};
 
@@ -37,12 +38,15 @@ pub struct Args {
     /// How to run them.
     #[command(flatten)]
     pub execution: ExecutionArgs,
+    /// Which values to vary.
+    #[command(flatten)]
+    pub sweep: SweepArgs,
 }
 
 /// How stages are run: shared by `run` and `resume`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct ExecutionArgs {
-    /// How many stages may run at the same time.
+    /// How many stages may run at the same time; of a sweep, how many runs.
     #[arg(short, long, value_name = "N", default_value_t = NonZeroUsize::MIN)]
     pub jobs: NonZeroUsize,
     /// After a failure, go on with the stages that do not depend on the failed one.
@@ -59,6 +63,9 @@ pub struct ExecutionArgs {
 /// Plans the recipe and runs what has to run.
 pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let recipe = recipe::read(&args.recipe.recipe, &args.recipe.set, context.home())?;
+    if args.sweep.is_given() {
+        return sweep::points::run(args, recipe, context);
+    }
     let runtime = context.runtime()?;
     // A store that is not there yet is made only when the recipe has turned out to be right.
     let known = match context.store.join("history.db").exists() {
@@ -83,6 +90,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         roles,
         shown_path: args.recipe.recipe.clone(),
         resumed_from: None,
+        sweep: None,
     };
     match &known {
         Some(store) => {
@@ -126,6 +134,8 @@ pub(super) struct Job {
     pub shown_path: PathBuf,
     /// The run that is taken up again.
     pub resumed_from: Option<RunId>,
+    /// The point of a sweep that it is.
+    pub sweep: Option<SweepPlace>,
 }
 
 impl Job {
@@ -153,6 +163,9 @@ impl Job {
             command: std::env::args().collect(),
             environment: environment::collect(&self.plan.base_dir),
             resumed_from: self.resumed_from,
+            runs: NonZeroUsize::MIN,
+            sweep: self.sweep,
+            rung: None,
         };
         let listener = Arc::new(move |event| teller.hear(event));
         let outcome = runtime.block_on(executor::execute(
@@ -238,17 +251,19 @@ impl Job {
 
     /// The findings without those about stages that are left out.
     fn of_wanted(&self, findings: Vec<Finding>) -> Vec<Finding> {
-        let left_out = |finding: &Finding| {
-            let path = finding.pointer.strip_prefix("/stages/");
-            let name = path.and_then(|path| path.split('/').next());
-            let mut stages = self.plan.stages.iter().zip(&self.roles);
-            stages.any(|(stage, role)| Some(&*stage.name) == name && *role == Role::Skipped)
-        };
         findings
             .into_iter()
-            .filter(|finding| !left_out(finding))
+            .filter(|finding| !is_left_out(finding, &self.plan, &self.roles))
             .collect()
     }
+}
+
+/// Whether a finding is about a stage that is left out.
+pub(super) fn is_left_out(finding: &Finding, plan: &Plan, roles: &[Role]) -> bool {
+    let path = finding.pointer.strip_prefix("/stages/");
+    let name = path.and_then(|path| path.split('/').next());
+    let mut stages = plan.stages.iter().zip(roles);
+    stages.any(|(stage, role)| Some(&*stage.name) == name && *role == Role::Skipped)
 }
 
 /// What a run ends with.
@@ -405,6 +420,7 @@ impl<'a> Ending<'a> {
             signal,
             stages,
             elapsed,
+            ..
         } = self.report;
         let took = progress::duration(*elapsed);
         let failed = stages

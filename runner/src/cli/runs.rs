@@ -95,8 +95,8 @@ pub struct ListArgs {
     ///
     /// Compares fields with values by = != < <= > >=, ~ (contains; `*` and `?` make it a pattern), `in (a, b)`; a
     /// field alone asks whether a run has it. Joined by `and`, `or`, `not` and parentheses. Fields: id, state, recipe,
-    /// path, started, finished, seconds, age, seed, error, note, tag, stage, kind, plugin, device, stages, reused;
-    /// params.PATH; metrics.SERIES with .last, .min, .max or .points; stage.NAME with .state, .seconds, .kind, .plugin
+    /// path, started, finished, seconds, age, seed, error, note, tag, stage, kind, plugin, device, stages, reused, sweep,
+    /// point; params.PATH; metrics.SERIES with .last, .min, .max or .points; stage.NAME with .state, .seconds, .kind, .plugin
     /// or .device; env.NAME. Durations are written 10m or 7d, dates 2026-01-31.
     #[arg(short = 'w', long = "where", value_name = "FILTER")]
     pub filter: Option<String>,
@@ -165,6 +165,7 @@ fn list(args: &ListArgs, context: &Context) -> Result<(), Error> {
         let recipe = args.recipe.clone();
         let filter = RunFilter {
             limit: limit.map(|limit| limit.saturating_add(1)),
+            skip: 0,
             states,
             recipe,
             expr,
@@ -244,36 +245,12 @@ fn brief_rows(runs: &[RunSummary], columns: &[String]) -> Rows {
             run.recipe.as_str().into(),
             run.started.into(),
             Cell::seconds(run.seconds),
-            stages_in_words(run).into(),
+            run.stages.in_words().into(),
             run.tags.join(" ").into(),
         ];
         rows.push(own.into_iter().chain(values(run, columns)));
     }
     rows
-}
-
-fn stages_in_words(run: &RunSummary) -> String {
-    let counts = run.stages;
-    let named = [
-        (counts.ran, "ran"),
-        (counts.reused, "reused"),
-        (counts.failed, "failed"),
-    ];
-    let parts = named
-        .iter()
-        .filter(|(count, _)| *count > 0)
-        .map(|(count, name)| format!("{count} {name}"));
-    let parts = parts.collect::<Vec<_>>().join(", ");
-    if counts.ran + counts.reused < counts.total {
-        let rest = if parts.is_empty() {
-            String::new()
-        } else {
-            format!("{parts} ")
-        };
-        format!("{rest}of {}", counts.total)
-    } else {
-        parts
-    }
 }
 
 fn with_columns<'a>(own: &[&'a str], columns: &'a [String]) -> Vec<&'a str> {
@@ -508,6 +485,12 @@ fn facts(detail: &RunDetail) -> Rows {
     add("command", run.command.join(" ").into());
     if let Some(earlier) = &run.resumed_from {
         add("resumes", earlier.0.as_str().into());
+    }
+    if let Some(place) = &run.sweep {
+        add(
+            "sweep",
+            format!("{}, point {}", place.id, place.point).into(),
+        );
     }
     if !run.tags.is_empty() {
         add("tags", run.tags.join(" ").into());

@@ -15,15 +15,15 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use retort_abi::{Failure, FailureCode, Input, LogLevel, Part, StageJob, StageResult};
 use serde_json::Value;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 use crate::artifact::{Layout, Staging};
 use crate::executor::pause::Pauses;
 use crate::executor::recorder::{Recorder, own_line};
 use crate::executor::source::Source;
-use crate::executor::{Event, Listener};
-use crate::frame::{Answer, Call, FromWorker, Progress, Task, ToWorker};
+use crate::executor::{Event, Listener, Rung};
+use crate::frame::{Answer, Call, FromWorker, Points, Progress, Task, ToWorker};
 use crate::plan::{Digest, PlannedStage};
 use crate::store::{
     ArtifactRecord, AttemptEnd, AttemptId, AttemptState, LogLine, LogSource, StageId, Store,
@@ -48,7 +48,37 @@ pub struct Bench {
     /// How long a stage may take to reach its next checkpoint when it is to stop.
     pub grace: Duration,
     /// How long the run has been stopped.
-    pub pauses: Pauses,
+    pub pauses: Arc<Pauses>,
+    /// Where the run is to stop, to be judged.
+    pub rung: Option<Rung>,
+    /// What it is judged by there.
+    pub judged: Mutex<Option<f64>>,
+    /// Told once it is there.
+    pub reached: Notify,
+}
+
+impl Bench {
+    /// What the run is judged by; none before it is at its rung.
+    pub fn judged(&self) -> Option<f64> {
+        *self.judged.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Looks for the rung among points of a stage that are to be recorded.
+    fn judge(&self, stage: &str, batches: &[Points]) {
+        let Some(rung) = &self.rung else { return };
+        let there = batches
+            .iter()
+            .filter(|points| rung.is_of(stage, &points.series))
+            .flat_map(|points| points.steps.iter().zip(&points.values))
+            .find(|(step, _)| **step >= rung.step);
+        if let Some((_, &value)) = there {
+            let mut judged = self.judged.lock().unwrap_or_else(PoisonError::into_inner);
+            if judged.is_none() {
+                *judged = Some(value);
+                self.reached.notify_one();
+            }
+        }
+    }
 }
 
 /// What an attempt needs to know.
@@ -232,7 +262,7 @@ impl End {
                     humantime::format_duration(*limit)
                 )
             }
-            Self::Interrupted { manner } => format!("interrupted by the user; it {manner}"),
+            Self::Interrupted { manner } => format!("interrupted; it {manner}"),
         })
     }
 
@@ -689,6 +719,7 @@ impl Conversation<'_> {
                         points.series.push_str(&format!("/part-{}", part.index + 1));
                     }
                 }
+                scene.bench.judge(&scene.brief.stage.name, &series);
                 scene.recorder.points(series);
             }
             Heard::Frame(FromWorker::Log(lines)) => {

@@ -125,6 +125,20 @@ pub enum StoreError {
         /// The runs it matches, newest first.
         candidates: Vec<String>,
     },
+    /// A reference to a sweep that matches none.
+    #[error("no sweep matches `{reference}`")]
+    NoSweep {
+        /// As given.
+        reference: String,
+    },
+    /// A prefix that several sweeps share.
+    #[error("`{reference}` matches {} sweeps: {}", candidates.len(), first(candidates))]
+    AmbiguousSweep {
+        /// As given.
+        reference: String,
+        /// The sweeps it matches, newest first.
+        candidates: Vec<String>,
+    },
     /// A reference to an artifact that matches none.
     #[error("no artifact matches `{reference}`")]
     NoArtifact {

@@ -24,6 +24,7 @@ pub(super) const MIGRATIONS: &[&str] = &[
     include_str!("../../../migrations/0003_points_are_packed.sql"),
     include_str!("../../../migrations/0004_one_key.sql"),
     include_str!("../../../migrations/0005_remembered.sql"),
+    include_str!("../../../migrations/0006_sweeps.sql"),
 ];
 
 /// The schema after which the program packs the points of older ones.

@@ -66,7 +66,8 @@ pub struct Options {
     /// Noise (count, L, D) from a file instead of the seed.
     #[serde(default)]
     pub noise: Option<Given>,
-    /// Classes of the images: `balanced` (the default), `drawn`, a list, or a tensor of a file. For a model of classes.
+    /// Classes of the images: `balanced` (the default), `drawn`, a list of numbers or names, a tensor of a file, or
+    /// `{images: STAGE}`, in the proportions of real images. For a model of classes.
     #[serde(default)]
     pub labels: Option<Labels>,
     /// Captions of the images, a text, a list of texts or the lines of a file: image i has caption i mod their number. For a
@@ -173,7 +174,9 @@ impl<B: Backend> Stage<B> for Sample {
         let each = room::sampling(&o.sampler, network, decoded, &context.job.dtype);
         room::check(context, "/batch", o.division().at_once(o.batch), each)?;
         // Before the networks are loaded: a text encoder may need the memory.
-        let made = o.wish().resolve(context, &shape.condition, o.count)?;
+        let made =
+            o.wish()
+                .resolve(context, (&shape.condition, &bundle.config.classes), o.count)?;
         let Made {
             labels,
             subjects,
@@ -298,9 +301,14 @@ impl<B: Backend> Stage<B> for Sample {
             // Few images of each caption: all of them.
             n => o.grid_columns.min((o.count as usize / n).max(1)),
         };
+        // What stands for a row of the picture: its caption, or the name of its class.
+        let names = match texts.is_empty() {
+            true => &bundle.config.classes,
+            false => texts,
+        };
         let meta = ArtifactMeta {
             preview: (o.images != ImagesKept::None).then(|| "grid.png".into()),
-            caption: shown(texts, labels_of(division.samples()), columns),
+            caption: shown(names, labels_of(division.samples()), columns),
             ..Default::default()
         };
         context.finish("samples", meta, summary, |dir| {
@@ -395,12 +403,18 @@ fn described<B: Backend>(context: &Context<'_, B>) -> Result<Value> {
     Ok(sampler)
 }
 
-/// What the picture shows: the captions of its rows, the longer ones cut.
+/// What the picture shows: the captions of its rows, the longer ones cut, or the names of their classes.
 fn shown(texts: &[String], labels: &[u32], columns: usize) -> Option<String> {
     if texts.is_empty() {
         return None;
     }
     let (picks, rows) = by_class(labels, columns);
+    // Where no label has enough samples for a row, rows stand for none.
+    let length = (picks.len() / rows).max(1);
+    let mixed = |row: &[usize]| row.iter().any(|&i| labels[i] != labels[row[0]]);
+    if picks.chunks(length).any(mixed) {
+        return None;
+    }
     let firsts = picks.iter().step_by(picks.len() / rows);
     let quoted: Vec<String> = firsts
         .map(|&i| {

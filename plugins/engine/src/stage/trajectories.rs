@@ -62,7 +62,8 @@ pub struct Options {
     /// Noise (count, L, D) from a file instead of the seed.
     #[serde(default)]
     pub noise: Option<Given>,
-    /// Classes of the samples: `balanced` (the default), `drawn`, a list, or a tensor of a file. For a model of classes.
+    /// Classes of the samples: `balanced` (the default), `drawn`, a list of numbers or names, a tensor of a file, or
+    /// `{images: STAGE}`, in the proportions of real images. For a model of classes.
     #[serde(default)]
     pub labels: Option<Labels>,
     /// Captions of the samples, a text, a list of texts or the lines of a file: sample i has caption i mod their number. For a
@@ -161,7 +162,9 @@ impl<B: Backend> Stage<B> for Trajectories {
         // Before the networks are loaded: a text encoder may need the memory.
         let Made {
             labels, subjects, ..
-        } = o.wish().resolve(context, &shape.condition, o.count)?;
+        } = o
+            .wish()
+            .resolve(context, (&shape.condition, &bundle.config.classes), o.count)?;
         let solver = FlowSolver {
             steps: o.solver_steps,
         };
