@@ -173,8 +173,6 @@ fn values_that_grow_without_bound_are_refused() {
     let bomb = "with recursive n(k, t) as (select 1, 'x' union all select k + 1, t || t from n)";
     for statement in [
         "select zeroblob(1000000000)",
-        "select printf('%.*c', 1000000000, 'x')",
-        "select printf('%1000000000d', 1)",
         "select replace(hex(zeroblob(10000000)), '0', 'xxxxxxxxxx')",
         "select hex(hex(hex(zeroblob(10000000))))",
         "select quote(zeroblob(30000000))",
@@ -185,6 +183,17 @@ fn values_that_grow_without_bound_are_refused() {
         let (peak, said) = weighed(&lab, statement);
         said.expect(2).saying(&["the statement cannot be answered"]);
         assert!(peak < 700_000, "{peak} kB: {statement}");
+    }
+    // What SQLite does not refuse it leaves away.
+    for statement in [
+        "select printf('%.*c', 1000000000, 'x')",
+        "select printf('%1000000000d', 1)",
+    ] {
+        let (peak, said) = weighed(&lab, statement);
+        assert!(
+            said.stdout.len() < 1 << 20 && peak < 100_000,
+            "{peak} kB: {statement}"
+        );
     }
     // Many that are as large as they may be, in one row.
     let wide = vec!["hex(zeroblob(8000000))"; 100].join(", ");

@@ -19,7 +19,7 @@ use sqlx::{ConnectOptions, Connection};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
-use super::Target;
+use super::{Target, statement};
 
 pub const IMPORT: Target = Target {
     name: "import",
@@ -60,7 +60,7 @@ pub const IMPORT: Target = Target {
         b" digest = ",
         b" as with recursive n(k) as (select 1 union all select k + 1 from n) select ",
     ],
-    mend: None,
+    mend: Some(statement::add),
     examples: None,
 };
 
