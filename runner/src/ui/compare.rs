@@ -164,12 +164,17 @@ fn row(fact: &Fact, values: &[Option<&Value>], pinned: bool) -> Markup {
         .flatten()
         .and_then(page::as_number)
         .filter(|_| pinned);
+    let numeric = values
+        .iter()
+        .copied()
+        .flatten()
+        .any(|value| page::as_number(value).is_some());
     html! {
         tr {
             th scope="row" { (page::fact(fact)) }
             @for (place, shown) in values.iter().enumerate() {
                 @let number = shown.and_then(page::as_number);
-                td.num[number.is_some()].best[best.contains(&place)] {
+                td.num[numeric].best[best.contains(&place)] {
                     @match shown {
                         None => span.dim { "–" },
                         Some(value) => { @match number { Some(number) => (page::number(number)), None => span.wrap { (page::value(value)) } } }

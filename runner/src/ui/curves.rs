@@ -11,7 +11,7 @@ use super::reply::{JSON, Problem, Reply};
 use super::request::{Ask, Fields};
 use super::{Shelf, Site};
 use crate::chart::{Chart, Curve, Sample};
-use crate::store::{Axis, Bucket, Lens, RunId, SeriesSummary, Time};
+use crate::store::{Axis, Bucket, Lens, RunId, RunState, SeriesSummary, Time};
 use crate::table::{Cell, Rows, Style};
 
 /// Most buckets of a curve, and what is usual.
@@ -27,6 +27,7 @@ struct Source<'s> {
     shelf: &'s Shelf,
     id: RunId,
     recipe: String,
+    under_way: bool,
     series: Vec<SeriesSummary>,
 }
 
@@ -58,16 +59,15 @@ async fn sources<'s>(site: &'s Site, query: &Fields) -> Result<Vec<Source<'s>>, 
             ))?),
             ..Default::default()
         };
-        let recipe = shelf
-            .store
-            .list_runs(&by_id)
-            .await?
-            .pop()
-            .map_or_else(String::new, |run| run.recipe);
+        let summary = shelf.store.list_runs(&by_id).await?.pop();
+        let under_way = summary
+            .as_ref()
+            .is_some_and(|run| matches!(run.state, RunState::Queued | RunState::Running));
         sources.push(Source {
             shelf,
             id,
-            recipe,
+            recipe: summary.map_or_else(String::new, |run| run.recipe),
+            under_way,
             series,
         });
     }
@@ -78,6 +78,7 @@ async fn sources<'s>(site: &'s Site, query: &Fields) -> Result<Vec<Source<'s>>, 
 pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
     let sources = sources(site, &ask.query).await?;
     let runs: Vec<String> = sources.iter().map(|source| source.id.0.clone()).collect();
+    let live = sources.iter().any(|source| source.under_way);
     let body = match sources.is_empty() {
         true => html! {
             section.empty {
@@ -92,7 +93,7 @@ pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
         title: "Curves",
         place: Place::Curves,
         runs: &runs,
-        live: Some(""),
+        live: live.then_some(""),
         body,
     }
     .reply(site))

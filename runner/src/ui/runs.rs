@@ -337,9 +337,9 @@ fn table(
                         (head("Recipe", Some("recipe"), ""))
                         (head("Started", Some("started"), ""))
                         (head("Took", Some("seconds"), "num"))
+                        @for column in &wish.columns { (head(&column.text, Some(&column.text), "num chosen")) }
                         (head("Stages", None, ""))
                         (head("Tags and note", None, ""))
-                        @for column in &wish.columns { (head(&column.text, Some(&column.text), "num")) }
                     } }
                     tbody {
                         @if let Some(baseline) = baseline { (row(baseline, wish, Some(baseline), true)) }
@@ -359,9 +359,24 @@ fn table(
     }
 }
 
+/// The end of a field's name, which says most of it, and what it stands in.
+fn short(field: &str) -> (&str, &str) {
+    let statistics = [".last", ".min", ".max", ".points"];
+    let cut = statistics.iter().find_map(|end| field.strip_suffix(end));
+    let whole = cut.unwrap_or(field);
+    match whole.rfind(['/', '.']) {
+        Some(place) => (&field[place + 1..], &field[..place]),
+        None => (field, ""),
+    }
+}
+
 fn head(text: &str, field: Option<&str>, class: &str, wish: &Wish, ask: &Ask) -> Markup {
     let Some(field) = field else {
         return html! { th scope="col" class=(class) { (page::name(text)) } };
+    };
+    let (short, rest) = match class.contains("chosen") {
+        true => short(text),
+        false => (text, ""),
     };
     let sorted = wish.sort.first().filter(|sort| sort.name.text == field);
     let (sort, aria, mark) = match sorted {
@@ -374,7 +389,10 @@ fn head(text: &str, field: Option<&str>, class: &str, wish: &Wish, ask: &Ask) ->
     };
     html! {
         th scope="col" class=(class) aria-sort=[aria] {
-            a href=(ask.query.with("sort", &sort).without("page").link("/")) { (page::name(text)) span.arrow aria-hidden="true" { (mark) } }
+            a href=(ask.query.with("sort", &sort).without("page").link("/")) title=[(!rest.is_empty()).then_some(text)] {
+                (page::name(short)) span.arrow aria-hidden="true" { (mark) }
+                @if !rest.is_empty() { br; span.context { (page::name(rest)) } }
+            }
         }
     }
 }
@@ -388,11 +406,9 @@ fn row(run: &RunSummary, wish: &Wish, baseline: Option<&RunSummary>, pinned: boo
             td.recipe { (page::name(&run.recipe)) }
             td.dim data-label="started" { (page::ago(run.started)) }
             td.num data-label="took" { (table::duration(run.seconds)) }
-            td.dim data-label="stages" { (run.stages.in_words()) }
-            td.note { (page::tags(run)) @if !run.note.is_empty() { span.dim { (page::name(&run.note)) } } @else if let Some(error) = &run.error { span.bad.clip title=(error) { (page::name(error)) } } }
             @for column in &wish.columns {
                 @let value = run.values.get(&column.text).unwrap_or(&Value::Null);
-                td.num data-label=(column.text) {
+                td.num data-label=(short(&column.text).0) {
                     @match page::as_number(value) {
                         Some(number) => {
                             (page::number(number))
@@ -404,12 +420,28 @@ fn row(run: &RunSummary, wish: &Wish, baseline: Option<&RunSummary>, pinned: boo
                     }
                 }
             }
+            td.dim data-label="stages" { (run.stages.in_words()) }
+            td.note { (page::tags(run)) @if !run.note.is_empty() { span.dim { (page::name(&run.note)) } } @else if let Some(error) = &run.error { span.bad.clip title=(error) { (page::name(error)) } } }
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn the_end_of_a_name_says_most() {
+        let check = |field: &str, expected: (&str, &str)| assert_eq!(super::short(field), expected);
+        check(
+            "metrics.student/loss.last",
+            ("loss.last", "metrics.student"),
+        );
+        check(
+            "params.student.train.steps",
+            ("steps", "params.student.train"),
+        );
+        check("seed", ("seed", ""));
+    }
+
     #[test]
     fn thousands_are_told_apart() {
         let check = |number: u64, text: &str| assert_eq!(super::grouped(number), text);

@@ -168,10 +168,20 @@ impl Browser {
         found.as_array().map_or(0, Vec::len)
     }
 
+    /// Clicks on an element, which may just be being replaced by a newer one.
     #[track_caller]
     pub fn click(&self, selector: &str) {
-        let element = self.wait_for(selector);
-        self.post(&format!("/element/{}/click", element.0), json!({}));
+        self.wait(&format!("a click on {selector}"), || {
+            let element = self.find(selector)?;
+            let path = format!("{}/element/{}/click", self.session, element.0);
+            match self.attempt("POST", &path, &json!({})) {
+                Ok(_) => Some(()),
+                Err(why) if why.contains("stale element") || why.contains("click intercepted") => {
+                    None
+                }
+                Err(why) => panic!("{why}"),
+            }
+        });
     }
 
     /// Types into an element.
@@ -187,6 +197,7 @@ impl Browser {
 
     /// Presses keys where nothing is being typed.
     pub fn keys(&self, keys: &str) {
+        self.wait_until("document.documentElement.classList.contains('js')");
         let actions: Vec<Value> = keys
             .chars()
             .flat_map(|key| {
@@ -293,6 +304,11 @@ impl Browser {
     }
 
     fn call(&self, method: &str, path: &str, body: &Value) -> Value {
+        self.attempt(method, path, body)
+            .unwrap_or_else(|why| panic!("{why}"))
+    }
+
+    fn attempt(&self, method: &str, path: &str, body: &Value) -> Result<Value, String> {
         let body = if body.is_null() {
             String::new()
         } else {
@@ -306,8 +322,10 @@ impl Browser {
             &body,
         );
         let answer: Value = serde_json::from_slice(&answer).unwrap_or_default();
-        assert_eq!(status, 200, "{method} {path}: {answer:#}");
-        answer["value"].clone()
+        match status {
+            200 => Ok(answer["value"].clone()),
+            _ => Err(format!("{method} {path}: {answer:#}")),
+        }
     }
 }
 

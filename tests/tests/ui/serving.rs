@@ -259,11 +259,12 @@ fn hostile_samples_are_refused_within_bounds() {
     };
     check(&|manifest| manifest["image"] = serde_json::json!([3, 1 << 40, 1 << 40]));
     check(&|manifest| manifest["image"] = serde_json::json!([1, 0, 8]));
-    check(&|manifest| manifest["image"] = serde_json::json!([1, 16, 16]));
     check(&|manifest| manifest["shards"][0]["file"] = "../../history.db".into());
     check(&|manifest| manifest["shards"][0]["file"] = "grid.png".into());
     check(&|manifest| manifest["shards"][0]["end"] = serde_json::json!(1_u64 << 60));
     check(&|manifest| *manifest = serde_json::json!([]));
+    // This one is remembered: its header is sound.
+    check(&|manifest| manifest["image"] = serde_json::json!([1, 16, 16]));
 }
 
 #[test]

@@ -8,9 +8,6 @@ use retort::store::{
     MetricPoint, NewRun, NewStage, Param, PluginIdentity, RunId, RunState, Store, Time, Usage,
 };
 use retort_abi::{ArtifactMeta, Table};
-use retort_checkpoint::pieces::Shard;
-use retort_engine::picture::{Pixels, write_grid};
-use retort_engine::samples::{ImagesKept, Kept, Manifest, ShardWriter};
 use serde_json::{Value, json};
 
 /// What could do harm on a page if it were taken for more than a text.
@@ -326,41 +323,32 @@ impl<'s> Writer<'s> {
             ..ArtifactMeta::default()
         };
         self.artifact(attempt, "samples", meta, |folder| {
-            let mut shard = Shard::of(0..COUNT as u64);
-            let mut manifest = Manifest {
-                format: 1,
-                count: COUNT as u64,
-                seed,
-                sampler: sampler.clone(),
-                captions: None,
-                image: [1, 8, 8],
-                tokens: 16,
-                vocabulary: 32,
-                dim: 4,
-                labels: 10,
-                kept: Kept {
-                    images: ImagesKept::U8,
-                    latents: false,
-                    tokens: false,
-                    noise: false,
-                },
-                shards: Vec::new(),
-            };
-            let path = folder.join(&shard.file);
-            let writer = ShardWriter::create(&path, &manifest, COUNT).unwrap();
-            let labels: Vec<u32> = (0..COUNT as u32).map(|number| number % 10).collect();
-            writer.indices("labels", 0, &labels).unwrap();
-            let pixel =
-                |at: usize| ((at * 7 % 256) as f32 / 255.0 + f32::from(shade) / 255.0).min(1.0);
-            let pixels: Vec<f32> = (0..COUNT * 64).map(pixel).collect();
-            writer.floats("images", 0, &pixels).unwrap();
-            shard.hash = None;
-            manifest.shards = vec![shard];
-            std::fs::write(
-                folder.join("manifest.json"),
-                serde_json::to_vec(&manifest).unwrap(),
-            )
-            .unwrap();
+            let shard = "shard-000000000.safetensors";
+            let manifest = json!({
+                "format": 1,
+                "count": COUNT,
+                "seed": seed,
+                "sampler": sampler,
+                "captions": null,
+                "image": [1, 8, 8],
+                "tokens": 16,
+                "vocabulary": 32,
+                "dim": 4,
+                "labels": 10,
+                "kept": {"images": "u8", "latents": false, "tokens": false, "noise": false},
+                "shards": [{"file": shard, "start": 0, "end": COUNT}],
+            });
+            std::fs::write(folder.join("manifest.json"), manifest.to_string()).unwrap();
+            let header = json!({
+                "labels": {"dtype": "U8", "shape": [COUNT], "data_offsets": [0, COUNT]},
+                "images": {"dtype": "U8", "shape": [COUNT, 1, 8, 8], "data_offsets": [COUNT, COUNT * 65]},
+            });
+            let header = header.to_string();
+            let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+            bytes.extend_from_slice(header.as_bytes());
+            bytes.extend((0..COUNT).map(|number| (number % 10) as u8));
+            bytes.extend((0..COUNT * 64).map(|at| pixel(at, shade)));
+            std::fs::write(folder.join(shard), bytes).unwrap();
             grid(&folder.join("grid.png"), shade);
         })
         .await
@@ -407,8 +395,23 @@ impl<'s> Writer<'s> {
     }
 }
 
+/// Something that is not all alike.
+fn pixel(at: usize, shade: u8) -> u8 {
+    ((at * 7 % 256) as u8).saturating_add(shade)
+}
+
 fn grid(path: &Path, shade: u8) {
-    let pixel = |at: usize| ((at * 7 % 256) as f32 / 255.0 + f32::from(shade) / 255.0).min(1.0);
-    let pixels: Vec<f32> = (0..20 * 64).map(pixel).collect();
-    write_grid(path, &[Pixels::new(&pixels, 1, 8, 8).unwrap()], 4).unwrap();
+    const SIDE: u32 = 40;
+    let file = std::fs::File::create(path).unwrap();
+    let mut encoder = png::Encoder::new(std::io::BufWriter::new(file), SIDE, SIDE);
+    encoder.set_color(png::ColorType::Grayscale);
+    encoder.set_depth(png::BitDepth::Eight);
+    let pixels: Vec<u8> = (0..(SIDE * SIDE) as usize)
+        .map(|at| pixel(at, shade))
+        .collect();
+    encoder
+        .write_header()
+        .unwrap()
+        .write_image_data(&pixels)
+        .unwrap();
 }

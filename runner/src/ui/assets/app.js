@@ -187,6 +187,9 @@ function replace(fresh) {
     const log = one('.log', old);
     const end = log && log.scrollHeight - log.scrollTop - log.clientHeight < 40;
     const top = log?.scrollTop;
+    const open = all('details', old).map((details) => details.open);
+    const aside = all('.scroll', old).map((scroll) => scroll.scrollLeft);
+    const ticked = new Set(all('input[type="checkbox"]:checked', old).map((box) => `${box.name}=${box.value}`));
     // Curves are drawn into their figures, and follow by themselves.
     const drawn = new Map(all('figure.chart', old).map((figure) => [figure.dataset.series, figure]));
     const imported = document.importNode(next, true);
@@ -195,9 +198,13 @@ function replace(fresh) {
       if (known) figure.replaceWith(known);
     }
     old.replaceWith(imported);
-    const fresh_log = one('.log', imported);
-    if (fresh_log) fresh_log.scrollTop = end ? fresh_log.scrollHeight : top;
+    const lines = one('.log', imported);
+    if (lines) lines.scrollTop = end ? lines.scrollHeight : top;
+    all('details', imported).forEach((details, number) => { details.open = open[number] ?? details.open; });
+    all('.scroll', imported).forEach((scroll, number) => { scroll.scrollLeft = aside[number] ?? 0; });
+    for (const box of all('input[type="checkbox"]', imported)) box.checked = ticked.has(`${box.name}=${box.value}`);
   }
+  charts.adopt();
   reveal();
   showPin();
   showPicked();
@@ -235,7 +242,9 @@ function follow() {
   const source = new EventSource(run ? `/events?run=${encodeURIComponent(run)}` : '/events');
   source.addEventListener('open', () => pulse(true));
   source.addEventListener('error', () => pulse(false));
-  source.addEventListener('change', () => {
+  source.addEventListener('change', (event) => {
+    // Told to look although nothing was written: only what is under way may have died.
+    if (event.data === 'again' && !one('.pill.now, .meter')) return;
     const wait = Math.max(0, 900 - (Date.now() - last));
     setTimeout(refresh, wait);
   });

@@ -62,6 +62,7 @@ function smoothed(points, weight) {
 const figures = [];
 const knobs = { axis: 'step', logy: false, logx: false, band: true, smooth: 0, from: null, to: null };
 let own = false;
+let watch = null;
 
 class Figure {
   constructor(host) {
@@ -113,6 +114,10 @@ class Figure {
     } catch {
       if (turn === this.turn && !this.curves) this.say('could not be loaded', 'none');
     }
+  }
+
+  // What is saved is what is seen.
+  links() {
     for (const link of this.host.querySelectorAll('[data-save]')) {
       const saved = this.address(link.getAttribute('href'));
       if (link.dataset.save === 'svg') own && knobs.logy ? saved.searchParams.set('logy', '1') : saved.searchParams.delete('logy');
@@ -153,6 +158,7 @@ class Figure {
   }
 
   draw() {
+    this.links();
     const scale = this.scale = this.scales();
     if (!scale) return this.say(this.curves.length ? 'no value here is finite' : 'no points', 'none');
     const { px, py, width } = scale;
@@ -301,7 +307,7 @@ class Figure {
       const [a, b] = [from, place(event)].sort((one, other) => one - other);
       from = null;
       this.hide();
-      if (b - a > 6) this.zoom(a, b);
+      b - a > 6 ? this.zoom(a, b) : this.show(b);
     });
     this.plot.addEventListener('pointercancel', () => { from = null; this.hide(); });
     this.plot.addEventListener('dblclick', () => own && charts.range(null, null));
@@ -361,7 +367,6 @@ function showKnobs() {
 
 export const charts = {
   start() {
-    figures.push(...[...document.querySelectorAll('figure.chart')].map((host) => new Figure(host)));
     const bar = document.querySelector('#knobs');
     own = Boolean(bar);
     if (bar) {
@@ -387,15 +392,23 @@ export const charts = {
       addEventListener('popstate', () => { read(); showKnobs(); charts.load(); });
     }
     // What is out of sight is not asked for.
-    const watch = new IntersectionObserver((entries) => {
+    watch = new IntersectionObserver((entries) => {
       for (const entry of entries) {
         const figure = figures.find((candidate) => candidate.host === entry.target);
         if (entry.isIntersecting && figure && !figure.seen) figure.load();
       }
     }, { rootMargin: '300px' });
-    for (const figure of figures) watch.observe(figure.host);
+    charts.adopt();
     let wait;
     addEventListener('resize', () => { clearTimeout(wait); wait = setTimeout(() => charts.draw(), 120); });
+  },
+  // Figures that have come since.
+  adopt() {
+    for (const host of document.querySelectorAll('figure.chart')) {
+      if (figures.some((figure) => figure.host === host)) continue;
+      figures.push(new Figure(host));
+      watch.observe(host);
+    }
   },
   range(from, to) {
     if (knobs.from === from && knobs.to === to) return;
