@@ -11,7 +11,9 @@ use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
 use crate::frame::Points;
-use crate::store::{AttemptId, Batch, JobKey, LogLine, LogSource, MetricPoint, Store, StoreError, Time};
+use crate::store::{
+    AttemptId, Batch, JobKey, LogLine, LogSource, MetricPoint, Store, StoreError, Time,
+};
 
 /// How often rows are written; a kill of the runner loses at most this and what the worker holds back (0.1 s).
 const INTERVAL: Duration = Duration::from_millis(250);

@@ -254,8 +254,12 @@ impl Slot {
         } else if self.over == Some(Over::GaveUp) {
             self.end(Ended {
                 reason: "started too often".into(),
-                message: "it was started again as often as `requeue` allows, and came to no good end".into(),
-                hint: Some("`retort log` says how each start ended; `retort resume` tries again".into()),
+                message:
+                    "it was started again as often as `requeue` allows, and came to no good end"
+                        .into(),
+                hint: Some(
+                    "`retort log` says how each start ended; `retort resume` tries again".into(),
+                ),
             })
             .await;
         } else {

@@ -76,7 +76,12 @@ impl Work {
         if !self.slots.iter().any(|slot| at_work(&slot)) {
             return Ok(false);
         }
-        let ids: Vec<u64> = self.jobs.iter().filter(|job| !job.over).map(|job| job.id).collect();
+        let ids: Vec<u64> = self
+            .jobs
+            .iter()
+            .filter(|job| !job.over)
+            .map(|job| job.id)
+            .collect();
         let known = match self.to.slurm.look(&ids).await {
             Ok(known) => known,
             Err(error) => {
@@ -110,10 +115,8 @@ impl Work {
                     }
                     (slot.absent, slot.expected) = (0, false);
                     waits(slot, &said, &mut self.news).await;
-                    let own = matches!(
-                        slot.over,
-                        Some(Over::TimeLimit { .. } | Over::Again { .. })
-                    );
+                    let own =
+                        matches!(slot.over, Some(Over::TimeLimit { .. } | Over::Again { .. }));
                     if own && !slot.hurried && said.reason == "BeginTime" && hurried < HURRY {
                         (slot.hurried, hurried) = (true, hurried + 1);
                         self.to.slurm.start_now(place.0, place.1).await;
@@ -170,43 +173,82 @@ impl Work {
             let told = matches!(slot.over, Some(Over::TimeLimit { .. } | Over::Again { .. }));
             let at_checkpoint = matches!(
                 slot.over,
-                Some(Over::TimeLimit { at_checkpoint: true })
+                Some(Over::TimeLimit {
+                    at_checkpoint: true
+                })
             );
             let (reason, message, again) = match state {
                 // It said why, and Slurm has not started it again.
-                _ if told => ("not started again", format!("Slurm has not started job {name} again"), true),
+                _ if told => (
+                    "not started again",
+                    format!("Slurm has not started job {name} again"),
+                    true,
+                ),
                 Some(State::Cancelled) => (
                     "cancelled in Slurm",
                     format!("somebody has cancelled job {name} in Slurm (scancel)"),
                     false,
                 ),
-                Some(State::Timeout) => ("time limit", format!("the time of job {name} was over{at}"), true),
-                Some(State::NodeFailed) => ("node failed", format!("the node of job {name} failed{at}"), true),
-                Some(State::Preempted) => ("preempted", format!("job {name} had to make room{at}"), true),
+                Some(State::Timeout) => (
+                    "time limit",
+                    format!("the time of job {name} was over{at}"),
+                    true,
+                ),
+                Some(State::NodeFailed) => (
+                    "node failed",
+                    format!("the node of job {name} failed{at}"),
+                    true,
+                ),
+                Some(State::Preempted) => (
+                    "preempted",
+                    format!("job {name} had to make room{at}"),
+                    true,
+                ),
                 Some(State::OutOfMemory) => (
                     "out of memory in Slurm",
                     format!("job {name} took more memory than it may{at}"),
                     false,
                 ),
-                Some(State::Deadline) => ("deadline", format!("the deadline of job {name} has passed"), false),
+                Some(State::Deadline) => (
+                    "deadline",
+                    format!("the deadline of job {name} has passed"),
+                    false,
+                ),
                 Some(State::Completed | State::Failed) | Some(State::Pending | State::Running)
                     if slot.life.is_none() && slot.over.is_none() =>
                 {
-                    ("job failed", format!("job {name} ended before its worker began{at}{printed}"), false)
+                    (
+                        "job failed",
+                        format!("job {name} ended before its worker began{at}{printed}"),
+                        false,
+                    )
                 }
-                Some(_) => ("died without a word", format!("job {name} ended{at}, and its worker had not said why{printed}"), true),
-                None => ("gone from Slurm", format!("Slurm knows no job {name} any more, and its worker had not told of its end"), true),
+                Some(_) => (
+                    "died without a word",
+                    format!("job {name} ended{at}, and its worker had not said why{printed}"),
+                    true,
+                ),
+                None => (
+                    "gone from Slurm",
+                    format!(
+                        "Slurm knows no job {name} any more, and its worker had not told of its end"
+                    ),
+                    true,
+                ),
             };
             slot.life_ended(reason, Time::now().0, &mut self.news);
             if again && (at_checkpoint || slot.tries < self.to.profile.requeue) {
                 slot.tries += u32::from(!at_checkpoint);
-                slot.note(LogLevel::Warn, format!("{message}; it is submitted again")).await;
+                slot.note(LogLevel::Warn, format!("{message}; it is submitted again"))
+                    .await;
                 slot.again();
                 slot.why = reason.to_owned();
                 self.submit_at = Instant::now() + GATHER;
             } else {
                 let hint = match state {
-                    Some(State::OutOfMemory) => "set `memory` in retort.toml, or make batches smaller",
+                    Some(State::OutOfMemory) => {
+                        "set `memory` in retort.toml, or make batches smaller"
+                    }
                     Some(State::Completed | State::Failed) if !again => {
                         "correct `prologue` and `sbatch` in retort.toml; what the job printed stands above"
                     }
@@ -275,7 +317,8 @@ async fn waits(
             _ => "node failed, or preempted",
         };
         slot.life_ended(reason, Time::now().0, news);
-        slot.note(LogLevel::Warn, format!("{reason}; Slurm starts it again")).await;
+        slot.note(LogLevel::Warn, format!("{reason}; Slurm starts it again"))
+            .await;
     }
     slot.phase = Phase::Queued;
     if slot.why != said.reason {
