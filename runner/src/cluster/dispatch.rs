@@ -6,6 +6,7 @@
 //! elements in turn and asks Slurm now and then. What was submitted before, by a runner that went away, is taken up.
 //! Deliberately absent: what an end means for the stage (the executor's), and what Slurm's programs are called like.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -487,6 +488,7 @@ impl Work {
             .map(|job| job.id)
             .collect();
         let known = self.to.slurm.look(&ids).await;
+        let mut taken = BTreeSet::new();
         for index in 0..self.slots.len() {
             if !new(&self.slots[index]) {
                 continue;
@@ -509,14 +511,24 @@ impl Work {
                 });
                 let goes_on = said.unwrap_or(true);
                 if !slot::is_worth_taking(&dir, goes_on) {
+                    // It ended while nobody was there.
+                    let key = (job.id, job.array.then_some(element));
+                    let said = known.as_ref().ok().and_then(|known| known.get(&key));
+                    let reason = said.map_or("gone from Slurm", |said| watch::reason(said.state));
+                    let reason = reason.to_owned();
+                    self.news
+                        .push((job.key, element, ElementNews::Lost { reason }));
                     continue;
                 }
                 let (key, mark) = (job.key, job.marks[element]);
                 self.jobs[at].slots[element] = Some(index);
                 self.slots[index].place((key, element), Reader::new(dir), mark);
-                self.to.store.job_taken(key, self.to.attempt).await?;
+                taken.insert(key);
                 break;
             }
+        }
+        for key in taken {
+            self.to.store.job_taken(key, self.to.attempt).await?;
         }
         let taken: usize = self
             .jobs

@@ -80,6 +80,11 @@ pub enum ElementNews {
         /// When.
         at: i64,
     },
+    /// It has ended while nobody was there, like this.
+    Lost {
+        /// In few words.
+        reason: String,
+    },
     /// Nothing more comes of it.
     Over,
 }
@@ -237,7 +242,7 @@ impl Store {
                 ElementNews::Queued(why) => ("queued", Some(why.as_str())),
                 ElementNews::Running | ElementNews::Began { .. } => ("running", None),
                 ElementNews::Ended { .. } => ("queued", None),
-                ElementNews::Over => ("over", None),
+                ElementNews::Lost { .. } | ElementNews::Over => ("over", None),
             };
             sqlx::query(
                 "update job_elements set state = ?3, why = ?4 where job = ?1 and element = ?2",
@@ -277,7 +282,19 @@ impl Store {
                     .execute(&mut *write)
                     .await?;
                 }
-                _ => {}
+                ElementNews::Lost { reason } => {
+                    sqlx::query(
+                        "update job_lives set finished = ?3, reason = ?4
+                         where job = ?1 and element = ?2 and finished is null",
+                    )
+                    .bind(key.0)
+                    .bind(element)
+                    .bind(Time::now().0)
+                    .bind(reason)
+                    .execute(&mut *write)
+                    .await?;
+                }
+                ElementNews::Queued(_) | ElementNews::Running | ElementNews::Over => {}
             }
         }
         write.commit().await

@@ -3,7 +3,7 @@
 use retort_abi::LogLevel;
 use tokio::time::Instant;
 
-use super::slot::{Phase, Slot, Wish};
+use super::slot::{LOST, Phase, Slot, Wish};
 use super::{GATHER, Work};
 use crate::cluster::Ended;
 use crate::cluster::slurm::{Key, Said, State, id};
@@ -115,9 +115,8 @@ impl Work {
                     }
                     (slot.absent, slot.expected) = (0, false);
                     waits(slot, &said, &mut self.news).await;
-                    let own =
-                        matches!(slot.over, Some(Over::TimeLimit { .. } | Over::Again { .. }));
-                    if own && !slot.hurried && said.reason == "BeginTime" && hurried < HURRY {
+                    // Slurm lets what it starts again wait for two minutes.
+                    if !slot.hurried && said.reason == "BeginTime" && hurried < HURRY {
                         (slot.hurried, hurried) = (true, hurried + 1);
                         self.to.slurm.start_now(place.0, place.1).await;
                     }
@@ -135,7 +134,8 @@ impl Work {
                         continue;
                     }
                     slot.absent += 1;
-                    if slot.absent >= SETTLED {
+                    let unborn = slot.wish > Wish::GoOn && slot.life.is_none();
+                    if slot.absent >= SETTLED || unborn {
                         self.conclude(index, place, said).await;
                     }
                 }
@@ -300,6 +300,19 @@ fn read((index, mut reader): (usize, Reader)) -> Read {
     (index, reader, records, Ok(()))
 }
 
+/// The end of a life that Slurm knows in this state, and that has not told of its end.
+pub(super) fn reason(state: State) -> &'static str {
+    match state {
+        State::Cancelled => "cancelled in Slurm",
+        State::Timeout => "time limit",
+        State::NodeFailed => "node failed",
+        State::Preempted => "preempted",
+        State::OutOfMemory => "out of memory in Slurm",
+        State::Deadline => "deadline",
+        State::Pending | State::Running | State::Completed | State::Failed => "died without a word",
+    }
+}
+
 /// Goes on with the next life of an element, if there is one and the last has been heard to its end.
 fn turn(slot: &mut Slot) -> bool {
     slot.reader.as_mut().is_some_and(Reader::turn)
@@ -314,7 +327,7 @@ async fn waits(
     if slot.life.is_some() {
         let reason = match slot.over {
             Some(Over::Terminated { .. }) => "preempted, or ended to be started again",
-            _ => "node failed, or preempted",
+            _ => LOST,
         };
         slot.life_ended(reason, Time::now().0, news);
         slot.note(LogLevel::Warn, format!("{reason}; Slurm starts it again"))
