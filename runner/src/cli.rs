@@ -18,6 +18,7 @@ pub mod error;
 pub mod gc;
 pub mod graph;
 pub mod inspect;
+pub mod left;
 pub mod lineage;
 pub mod log;
 pub mod metrics;
@@ -323,7 +324,8 @@ impl Context {
 
     /// What environment variables say of where and how stages are run, and where the user's file is.
     pub fn given(&self) -> Given {
-        let variable = |name| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
+        let variable =
+            |name| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
         let config = std::env::var_os("XDG_CONFIG_HOME").map(PathBuf::from);
         let config = config.filter(|dir| dir.is_absolute());
         Given {

@@ -9,6 +9,7 @@
 
 use crate::store::{JobKey, LogLine};
 
+pub mod devices;
 pub mod dispatch;
 pub mod node;
 pub mod slurm;

@@ -173,8 +173,20 @@ const DEFAULT_SIGNAL: Duration = Duration::from_secs(120);
 const DEFAULT_POLL: Duration = Duration::from_secs(10);
 /// Options of `sbatch` that are retort's own.
 const OWN: [&str; 14] = [
-    "--array", "-a", "--output", "-o", "--error", "-e", "--job-name", "-J", "--chdir", "-D", "--wrap",
-    "--signal", "--parsable", "--wait",
+    "--array",
+    "-a",
+    "--output",
+    "-o",
+    "--error",
+    "-e",
+    "--job-name",
+    "-J",
+    "--chdir",
+    "-D",
+    "--wrap",
+    "--signal",
+    "--parsable",
+    "--wait",
 ];
 
 impl Settings {
@@ -188,7 +200,10 @@ impl Settings {
             executor: given.executor,
             slurm: partial(given.slurm.iter().map(String::as_str), "--slurm")?,
         }];
-        let executor = given.executor_variable.as_deref().filter(|name| !name.is_empty());
+        let executor = given
+            .executor_variable
+            .as_deref()
+            .filter(|name| !name.is_empty());
         let executor = executor.map(|name| match name {
             "local" => Ok(Executor::Local),
             "slurm" => Ok(Executor::Slurm),
@@ -271,7 +286,9 @@ impl Settings {
             cpus: self.number(kind, "cpus", |partial| partial.cpus)?,
             memory: written(|partial| partial.memory.as_ref()),
             array_limit: self.number(kind, "array-limit", |partial| partial.array_limit)?,
-            sbatch: sbatch.map(|(options, _)| options.clone()).unwrap_or_default(),
+            sbatch: sbatch
+                .map(|(options, _)| options.clone())
+                .unwrap_or_default(),
             prologue: text(|partial| partial.prologue.as_ref()).unwrap_or_default(),
             requeue: self
                 .pick(kind, |partial| partial.requeue.as_ref())
@@ -279,6 +296,24 @@ impl Settings {
             signal: time("signal", DEFAULT_SIGNAL, |partial| partial.signal.as_ref())?,
             poll: time("poll", DEFAULT_POLL, |partial| partial.poll.as_ref())?,
         })
+    }
+
+    /// Whether any kind of stage asks for GPUs.
+    pub fn asks_for_gpus(&self) -> bool {
+        let asks = |partial: &Partial| {
+            let lines = partial.sbatch.iter().flatten();
+            partial
+                .gres
+                .as_ref()
+                .is_some_and(|gres| gres.contains("gpu"))
+                || lines
+                    .into_iter()
+                    .any(|line| line.starts_with("--gpus") || line.starts_with("--gres=gpu"))
+        };
+        let partials = self.layers.iter().map(|layer| &layer.slurm);
+        partials
+            .flat_map(|partial| partial.kinds.values().chain([partial]))
+            .any(asks)
     }
 
     /// The strongest that says something, and who that is.
@@ -310,7 +345,11 @@ impl Settings {
     /// Everything that is set, for people: name, value, origin.
     pub fn list(&self) -> Vec<(String, String, String)> {
         let (executor, origin) = self.executor();
-        let mut list = vec![("executor".to_owned(), executor.name().to_owned(), origin.to_owned())];
+        let mut list = vec![(
+            "executor".to_owned(),
+            executor.name().to_owned(),
+            origin.to_owned(),
+        )];
         for layer in &self.layers {
             let kinds = layer.slurm.kinds.iter();
             let kinds = kinds.map(|(kind, partial)| (format!("slurm.kinds.{kind}"), partial));
@@ -342,7 +381,12 @@ impl Partial {
             ("memory", self.memory.as_ref().map(Text::text)),
             ("array-limit", number(self.array_limit)),
             ("sbatch", self.sbatch.as_ref().map(|lines| lines.join(" "))),
-            ("prologue", self.prologue.as_ref().map(|text| text.trim().replace('\n', "; "))),
+            (
+                "prologue",
+                self.prologue
+                    .as_ref()
+                    .map(|text| text.trim().replace('\n', "; ")),
+            ),
             ("requeue", self.requeue.map(|count| count.to_string())),
             ("signal", text(&self.signal)),
             ("poll", text(&self.poll)),
@@ -368,10 +412,14 @@ fn partial<'a>(
         let (table, key) = match path.split_once('.') {
             None => (&mut all, path),
             Some((kind, key)) => {
-                let kinds = all.entry("kinds").or_insert_with(|| toml::Table::new().into());
-                let of_kind = kinds
-                    .as_table_mut()
-                    .map(|kinds| kinds.entry(kind).or_insert_with(|| toml::Table::new().into()));
+                let kinds = all
+                    .entry("kinds")
+                    .or_insert_with(|| toml::Table::new().into());
+                let of_kind = kinds.as_table_mut().map(|kinds| {
+                    kinds
+                        .entry(kind)
+                        .or_insert_with(|| toml::Table::new().into())
+                });
                 let Some(table) = of_kind.and_then(toml::Value::as_table_mut) else {
                     return Err(wrong(format!("{origin}: `{word}` is no setting")));
                 };
@@ -380,7 +428,9 @@ fn partial<'a>(
         };
         match key {
             "sbatch" => {
-                let lines = table.entry(key).or_insert_with(|| Vec::<toml::Value>::new().into());
+                let lines = table
+                    .entry(key)
+                    .or_insert_with(|| Vec::<toml::Value>::new().into());
                 if let Some(lines) = lines.as_array_mut() {
                     lines.push(value.into());
                 }
@@ -403,7 +453,9 @@ fn partial<'a>(
 fn checked(partial: Partial, origin: &str) -> Result<Partial, SettingsError> {
     for (kind, of_kind) in &partial.kinds {
         if !of_kind.kinds.is_empty() {
-            return Err(wrong(format!("{origin}: slurm.kinds.{kind} has kinds of its own")));
+            return Err(wrong(format!(
+                "{origin}: slurm.kinds.{kind} has kinds of its own"
+            )));
         }
     }
     for partial in partial.kinds.values().chain([&partial]) {
@@ -486,7 +538,11 @@ mod tests {
         assert_eq!(settings.executor(), (Executor::Slurm, &*project_file));
         let profile = settings.profile("distill").unwrap();
         assert_eq!(
-            (profile.partition.as_deref(), profile.account.as_deref(), profile.time.as_deref()),
+            (
+                profile.partition.as_deref(),
+                profile.account.as_deref(),
+                profile.time.as_deref()
+            ),
             (Some("project"), Some("us"), Some("90"))
         );
         assert_eq!((profile.cpus, profile.requeue), (Some(8), DEFAULT_REQUEUE));
@@ -497,7 +553,11 @@ mod tests {
         assert_eq!(settings.executor(), (Executor::Local, "environment"));
         assert_eq!(settings.profile("distill").unwrap().cpus, Some(4));
         given.executor = Some(Executor::Slurm);
-        given.slurm = vec!["distill.cpus=16".into(), "sbatch=--exclusive".into(), "sbatch=--nice".into()];
+        given.slurm = vec![
+            "distill.cpus=16".into(),
+            "sbatch=--exclusive".into(),
+            "sbatch=--nice".into(),
+        ];
         let settings = of(&given);
         assert_eq!(settings.executor(), (Executor::Slurm, "flag"));
         let profile = settings.profile("distill").unwrap();
@@ -555,7 +615,10 @@ mod tests {
         write(&path, "executor = 'slurm'");
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).unwrap();
         let error = Settings::read(&root.path().join("x"), &Given::default()).unwrap_err();
-        assert!(error.message.contains("is writable by everybody"), "{error}");
+        assert!(
+            error.message.contains("is writable by everybody"),
+            "{error}"
+        );
         assert!(error.hint.unwrap().contains("chmod o-w"));
     }
 }

@@ -218,6 +218,12 @@ impl From<StoreError> for Error {
                 (Exit::NothingMatches, Some("give more of the id"))
             }
             StoreError::Busy | StoreError::InUse => (Exit::StoreBusy, None),
+            StoreError::Elsewhere { .. } => (
+                Exit::StoreBusy,
+                Some(
+                    "ask there, or try again when it has ended; a machine that is gone is forgotten after two minutes",
+                ),
+            ),
             _ => (Exit::Internal, None),
         };
         let shown = Self::new(exit, error.to_string());

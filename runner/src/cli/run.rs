@@ -15,10 +15,13 @@ use crate::artifact::Layout;
 use crate::cli::past::{History, NoHistory};
 use crate::cli::sweep::{self, SweepArgs};
 use crate::cli::{Context, Error, Exit, RecipeArgs, SelectionArgs, talk};
+use crate::cluster::devices::OnNodes;
 use crate::diagnostic::{Finding, Report, Severity};
 use crate::executor::attempt::End;
 use crate::executor::hand::Cluster;
-use crate::executor::{self, ExecutorError, Options, Outcome, RunReport, StageReport};
+use crate::executor::{
+    self, Choice, ExecutorError, Leave, Options, Outcome, RunReport, StageReport,
+};
 use crate::plan::decision::{self, Action, Past, Role};
 use crate::plan::{self, Plan};
 use crate::plugin::{Plugins, search_dirs};
@@ -60,6 +63,9 @@ pub struct ExecutionArgs {
     /// poll.
     #[arg(long, value_name = "KEY=VALUE")]
     pub slurm: Vec<String>,
+    /// Leave the run to Slurm once everything that can be submitted has been; `retort resume` comes back to it.
+    #[arg(long)]
+    pub detach: bool,
     /// After a failure, go on with the stages that do not depend on the failed one.
     #[arg(long)]
     pub keep_going: bool,
@@ -101,6 +107,21 @@ impl ExecutionArgs {
         Ok((self.jobs.unwrap_or(most), cluster))
     }
 
+    /// These, with what a run that is taken up was given where nothing is said now.
+    pub fn or_as_recorded(&self, resolved: &Value) -> Self {
+        let mut these = self.clone();
+        if these.executor.is_none() && resolved["executor"] == "slurm" {
+            these.executor = Some(Executor::Slurm);
+        }
+        if these.slurm.is_empty() {
+            let recorded = resolved["slurm"].as_array().into_iter().flatten();
+            these.slurm = recorded
+                .filter_map(|word| Some(word.as_str()?.to_owned()))
+                .collect();
+        }
+        these
+    }
+
     /// Everything that is set for a recipe in `dir`.
     pub fn settings(&self, dir: &Path, context: &Context) -> Result<Settings, Error> {
         let given = Given {
@@ -129,7 +150,12 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         &runtime,
         known.as_deref(),
     );
-    let plan = plan::plan(&recipe, &mut plugins)?;
+    let dir = args.recipe.recipe.parent().unwrap_or(Path::new(""));
+    let settings = args.execution.settings(dir, context)?;
+    let plan = match settings.executor().0 == Executor::Slurm && settings.asks_for_gpus() {
+        true => plan::plan(&recipe, &mut OnNodes(&mut plugins))?,
+        false => plan::plan(&recipe, &mut plugins)?,
+    };
     let selection = &args.selection;
     let roles = decision::select(
         &plan,
@@ -213,6 +239,12 @@ impl Job {
         let options = Options {
             jobs,
             cluster,
+            leave: match (execution.detach, std::io::stdin().is_terminal()) {
+                (true, _) => Leave::WhenSubmitted,
+                (false, true) => Leave::Ask(Arc::new(ask_how_to_leave)),
+                (false, false) => Leave::Never,
+            },
+            slurm: execution.slurm.clone(),
             keep_going: execution.keep_going,
             grace: execution.grace,
             command: std::env::args().collect(),
@@ -491,12 +523,23 @@ impl<'a> Ending<'a> {
                 }
                 return Ok(());
             }
-            (RunState::Interrupted, Some(signal)) => {
-                let exit = match *signal {
-                    libc::SIGINT => Exit::Interrupted,
-                    libc::SIGHUP => Exit::HungUp,
-                    _ => Exit::Terminated,
+            (RunState::Running, signal) => {
+                let text = format!("run {run} is left to Slurm after {took}");
+                let hint = format!(
+                    "`retort runs show {run}` shows how far it is, `retort resume {run}` takes it up"
+                );
+                return match signal.map(exit_of) {
+                    None | Some(Exit::Interrupted) => {
+                        if !context.quiet {
+                            talk::say(&format!("{text}; {hint}"));
+                        }
+                        Ok(())
+                    }
+                    Some(exit) => Err(Error::new(exit, text).hint(hint)),
                 };
+            }
+            (RunState::Interrupted, Some(signal)) => {
+                let exit = exit_of(*signal);
                 Error::new(exit, format!("run {run} was interrupted after {took}"))
             }
             _ => Error::new(
@@ -510,6 +553,34 @@ impl<'a> Ending<'a> {
         Err(error.hint(format!(
             "`retort runs show {run}` has the details, `retort resume {run}` takes it up again"
         )))
+    }
+}
+
+/// The code of a run that this signal ended.
+fn exit_of(signal: i32) -> Exit {
+    match signal {
+        libc::SIGINT => Exit::Interrupted,
+        libc::SIGHUP => Exit::HungUp,
+        _ => Exit::Terminated,
+    }
+}
+
+/// Asks on the terminal what is to become of jobs; waits for an answer.
+fn ask_how_to_leave() -> Choice {
+    talk::say(
+        "Slurm jobs are under way: [d]etach and leave them to Slurm, [c]ancel them, or [g]o on?",
+    );
+    let mut answer = String::new();
+    let _ = std::io::stdin().read_line(&mut answer);
+    match answer
+        .trim()
+        .chars()
+        .next()
+        .map(|first| first.to_ascii_lowercase())
+    {
+        Some('d') => Choice::Detach,
+        Some('c') => Choice::Cancel,
+        _ => Choice::GoOn,
     }
 }
 

@@ -6,6 +6,7 @@
 //! elements in turn and asks Slurm now and then. What was submitted before, by a runner that went away, is taken up.
 //! Deliberately absent: what an end means for the stage (the executor's), and what Slurm's programs are called like.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -146,6 +147,11 @@ impl Desk {
     pub async fn open(assignment: Assignment) -> Result<Self, StoreError> {
         let (commands, orders) = mpsc::unbounded_channel();
         let mut work = Work::new(assignment);
+        let waiting = work.waiting.as_deref();
+        work.to
+            .store
+            .attempt_waits(work.to.attempt, waiting)
+            .await?;
         work.recall().await?;
         let task = tokio::spawn(work.run(orders));
         Ok(Self { commands, task })
@@ -396,7 +402,8 @@ impl Work {
             true => None,
             false => {
                 let why = self.slots.iter().find(|slot| !slot.why.is_empty());
-                why.map(|slot| slot.why.clone()).or_else(|| self.waiting.clone())
+                why.map(|slot| slot.why.clone())
+                    .or_else(|| self.waiting.clone())
             }
         };
         if waiting != self.waiting {
@@ -442,11 +449,16 @@ impl Work {
             let wanted = |wish: Wish| -> Vec<Option<usize>> {
                 let some = wishes.iter().enumerate();
                 let some = some.filter(|(_, found)| **found == Some(wish));
-                some.map(|(element, _)| job.array.then_some(element)).collect()
+                some.map(|(element, _)| job.array.then_some(element))
+                    .collect()
             };
             if !std::mem::replace(&mut job.stopping, true) {
                 let _ = spool::ask_to_stop(&job.dir, true);
-                let _ = self.to.slurm.cancel(job.id, &wanted(Wish::Checkpoint), true).await;
+                let _ = self
+                    .to
+                    .slurm
+                    .cancel(job.id, &wanted(Wish::Checkpoint), true)
+                    .await;
             }
             let now = wanted(Wish::Now);
             if !now.is_empty() {
@@ -469,8 +481,14 @@ impl Work {
         if !self.slots.iter().any(new) || !self.jobs.iter().any(unclaimed) {
             return Ok(());
         }
-        let ids: Vec<u64> = self.jobs.iter().filter(|job| !job.over).map(|job| job.id).collect();
+        let ids: Vec<u64> = self
+            .jobs
+            .iter()
+            .filter(|job| !job.over)
+            .map(|job| job.id)
+            .collect();
         let known = self.to.slurm.look(&ids).await;
+        let mut taken = BTreeSet::new();
         for index in 0..self.slots.len() {
             if !new(&self.slots[index]) {
                 continue;
@@ -493,18 +511,36 @@ impl Work {
                 });
                 let goes_on = said.unwrap_or(true);
                 if !slot::is_worth_taking(&dir, goes_on) {
+                    // It ended while nobody was there.
+                    let key = (job.id, job.array.then_some(element));
+                    let said = known.as_ref().ok().and_then(|known| known.get(&key));
+                    let reason = said.map_or("gone from Slurm", |said| watch::reason(said.state));
+                    let reason = reason.to_owned();
+                    self.news
+                        .push((job.key, element, ElementNews::Lost { reason }));
                     continue;
                 }
                 let (key, mark) = (job.key, job.marks[element]);
                 self.jobs[at].slots[element] = Some(index);
                 self.slots[index].place((key, element), Reader::new(dir), mark);
-                self.to.store.job_taken(key, self.to.attempt).await?;
+                taken.insert(key);
                 break;
             }
         }
-        let taken: usize = self.jobs.iter().flat_map(|job| &job.slots).flatten().count();
+        for key in taken {
+            self.to.store.job_taken(key, self.to.attempt).await?;
+        }
+        let taken: usize = self
+            .jobs
+            .iter()
+            .flat_map(|job| &job.slots)
+            .flatten()
+            .count();
         if taken > 0 {
-            self.warn(format!("{taken} of {} elements were submitted before and are taken up", self.slots.len()));
+            self.warn(format!(
+                "{taken} of {} elements were submitted before and are taken up",
+                self.slots.len()
+            ));
         }
         self.ask_at = Instant::now();
         // Of other numbers of parts, or ended without a result: they would be in the way.
@@ -538,8 +574,9 @@ impl Work {
         };
         self.chunk = Some(chunk);
         // The whole of a stage is no part of an array.
-        let (parts, wholes): (Vec<usize>, Vec<usize>) =
-            new.into_iter().partition(|index| self.slots[*index].part.is_some());
+        let (parts, wholes): (Vec<usize>, Vec<usize>) = new
+            .into_iter()
+            .partition(|index| self.slots[*index].part.is_some());
         let arrays = parts.chunks(chunk).map(<[usize]>::to_vec);
         let singles = wholes.into_iter().map(|index| vec![index]);
         for slots in arrays.chain(singles).collect::<Vec<_>>() {
@@ -578,7 +615,9 @@ impl Work {
     /// The queue is full: fewer elements may find room, and later all will.
     fn full(&mut self, slots: &[usize], said: &str) {
         if self.put_off == RETRY.0 {
-            self.warn(format!("Slurm's queue is full ({said}); trying again until there is room"));
+            self.warn(format!(
+                "Slurm's queue is full ({said}); trying again until there is room"
+            ));
         }
         for &index in slots {
             self.slots[index].why = format!("the queue is full: {said}");
@@ -598,7 +637,8 @@ impl Work {
 
     async fn submit_some(&mut self, slots: &[usize]) -> Result<Result<(), SlurmError>, StoreError> {
         let to = &self.to;
-        let elements: Vec<Option<Part>> = slots.iter().map(|index| self.slots[*index].part).collect();
+        let elements: Vec<Option<Part>> =
+            slots.iter().map(|index| self.slots[*index].part).collect();
         let array = elements[0].is_some().then_some(elements.len());
         self.submitted += 1;
         let name = format!(
@@ -614,8 +654,13 @@ impl Work {
             elements: elements.clone(),
             task: self.slots[slots[0]].task.clone(),
             threads: to.cpus,
-            requeue: slots.iter().map(|index| to.profile.requeue - self.slots[*index].tries.min(to.profile.requeue)).max().unwrap_or(0),
-            interval: LOOK.max(Duration::from_millis(5) * u32::try_from(elements.len()).unwrap_or(u32::MAX)),
+            requeue: slots
+                .iter()
+                .map(|index| to.profile.requeue - self.slots[*index].tries.min(to.profile.requeue))
+                .max()
+                .unwrap_or(0),
+            interval: LOOK
+                .max(Duration::from_millis(5) * u32::try_from(elements.len()).unwrap_or(u32::MAX)),
             again: true,
         };
         let script = dir.join("batch.sh");
@@ -638,7 +683,10 @@ impl Work {
             }
             return Ok(Ok(()));
         }
-        let key = to.store.begin_job(to.attempt, &to.digest, &name, array).await?;
+        let key = to
+            .store
+            .begin_job(to.attempt, &to.digest, &name, array)
+            .await?;
         let job = NewJob {
             name: &name,
             script: &script,
@@ -649,8 +697,10 @@ impl Work {
         };
         let mut taken = to.slurm.submit(&job).await;
         // What did not answer may have taken it.
-        if matches!(taken, Err(SlurmError::Silent { .. } | SlurmError::Full { .. }))
-            && let Ok(Some(id)) = to.slurm.find(&name).await
+        if matches!(
+            taken,
+            Err(SlurmError::Silent { .. } | SlurmError::Full { .. })
+        ) && let Ok(Some(id)) = to.slurm.find(&name).await
         {
             taken = Ok((id, String::new()));
         }
@@ -691,7 +741,8 @@ impl Work {
 /// The script of a job: the prologue, and this very program.
 fn batch(dir: &std::path::Path, profile: &Profile) -> Result<String, String> {
     let program = std::env::current_exe().map_err(|error| error.to_string())?;
-    let quoted = |path: &std::path::Path| format!("'{}'", path.display().to_string().replace('\'', r"'\''"));
+    let quoted =
+        |path: &std::path::Path| format!("'{}'", path.display().to_string().replace('\'', r"'\''"));
     Ok(format!(
         "#!/bin/bash\n{}\nexec {} worker --spool {}\n",
         profile.prologue,

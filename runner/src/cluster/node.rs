@@ -303,7 +303,13 @@ impl Watch<'_> {
                     }
                 }
                 // A frame has a limit.
-                if self.series.values().map(|points| points.steps.len()).sum::<usize>() > 1 << 18 {
+                if self
+                    .series
+                    .values()
+                    .map(|points| points.steps.len())
+                    .sum::<usize>()
+                    > 1 << 18
+                {
                     self.join();
                 }
             }
@@ -426,7 +432,9 @@ fn kills_for_memory() -> u64 {
         })
     });
     let of_group = counted.and_then(|events| {
-        let kills = events.lines().find_map(|line| line.strip_prefix("oom_kill "))?;
+        let kills = events
+            .lines()
+            .find_map(|line| line.strip_prefix("oom_kill "))?;
         kills.trim().parse().ok()
     });
     of_group.unwrap_or_else(out_of_memory_kills)

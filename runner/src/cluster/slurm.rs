@@ -107,7 +107,9 @@ impl State {
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum SlurmError {
     /// A program is not there.
-    #[error("`{program}` was not found on PATH: Slurm's programs are needed on the machine that submits")]
+    #[error(
+        "`{program}` was not found on PATH: Slurm's programs are needed on the machine that submits"
+    )]
     NotInstalled {
         /// Which.
         program: String,
@@ -213,7 +215,14 @@ impl Slurm {
         }
         let ids = format!("--jobs={}", list(jobs));
         let fields = "--format=JobID,State,NodeList";
-        let words = ["--noheader", "--parsable2", "--allocations", "--array", fields, &ids];
+        let words = [
+            "--noheader",
+            "--parsable2",
+            "--allocations",
+            "--array",
+            fields,
+            &ids,
+        ];
         let answer = match call("sacct", &words.map(str::to_owned)).await {
             Err(SlurmError::NotInstalled { .. }) => {
                 self.unaccounted.store(true, Ordering::Relaxed);
@@ -374,7 +383,11 @@ fn arguments(job: &NewJob<'_>) -> Vec<String> {
         format!("--chdir={}", job.spool.display()),
         format!(
             "--output={}",
-            if job.elements.is_some() { "%a.out" } else { "0.out" }
+            if job.elements.is_some() {
+                "%a.out"
+            } else {
+                "0.out"
+            }
         ),
         "--open-mode=append".into(),
         "--requeue".into(),
@@ -480,10 +493,10 @@ fn refusal(answer: &Answer, busy: bool) -> SlurmError {
     if has("policy") && busy {
         return SlurmError::Full { said };
     }
-    let hint = REFUSALS
-        .iter()
-        .find(|(word, _)| has(word))
-        .map_or("correct the profile that `retort doctor` shows", |(_, hint)| hint);
+    let hint = REFUSALS.iter().find(|(word, _)| has(word)).map_or(
+        "correct the profile that `retort doctor` shows",
+        |(_, hint)| hint,
+    );
     SlurmError::Refused {
         said,
         hint: hint.to_owned(),
@@ -495,7 +508,11 @@ fn words(answer: &Answer) -> String {
     let lines: Vec<&str> = answer
         .stderr
         .lines()
-        .map(|line| line.trim_start_matches("sbatch: ").trim_start_matches("error: ").trim())
+        .map(|line| {
+            line.trim_start_matches("sbatch: ")
+                .trim_start_matches("error: ")
+                .trim()
+        })
         .filter(|line| !line.is_empty())
         .collect();
     match (lines.as_slice(), answer.status) {
@@ -585,7 +602,10 @@ mod tests {
             node: node.into(),
         };
         for (text, expected) in [
-            ("3|0|RUNNING|None|n1", Some(((3, Some(0)), said(State::Running, "None", "n1")))),
+            (
+                "3|0|RUNNING|None|n1",
+                Some(((3, Some(0)), said(State::Running, "None", "n1"))),
+            ),
             (
                 "7|N/A|PENDING|Resources|",
                 Some(((7, None), said(State::Pending, "Resources", ""))),
@@ -594,7 +614,10 @@ mod tests {
                 "7|12|COMPLETING|None|n1",
                 Some(((7, Some(12)), said(State::Running, "None", "n1"))),
             ),
-            ("7|12|NODE_FAIL|x|", Some(((7, Some(12)), said(State::NodeFailed, "x", "")))),
+            (
+                "7|12|NODE_FAIL|x|",
+                Some(((7, Some(12)), said(State::NodeFailed, "x", ""))),
+            ),
             ("", None),
             ("slurm_load_jobs error", None),
             ("x|1|RUNNING|None|", None),
@@ -624,12 +647,18 @@ mod tests {
                 "sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified",
                 "set `account`",
             ),
-            ("sbatch: error: Invalid generic resource (gres) specification", "set `gres`"),
+            (
+                "sbatch: error: Invalid generic resource (gres) specification",
+                "set `gres`",
+            ),
             (
                 "sbatch: error: Memory specification can not be satisfied\nsbatch: error: Batch job submission failed: Requested node configuration is not available",
                 "set `memory`",
             ),
-            ("sbatch: error: Invalid --time specification", "as Slurm writes it"),
+            (
+                "sbatch: error: Invalid --time specification",
+                "as Slurm writes it",
+            ),
             (
                 "sbatch: error: Batch job submission failed: Requested time limit is invalid (missing or exceeds some limit)",
                 "the longest times",

@@ -218,8 +218,7 @@ pub fn read_order(dir: &Path) -> Result<Order, SpoolError> {
         regular::open(&path)?.take(limit).read_to_end(&mut text)
     })
     .map_err(failed("read", &path))?;
-    let order: Order =
-        serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
+    let order: Order = serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
     match order.format {
         FORMAT => Ok(order),
         other => Err(damaged(format!(
@@ -655,7 +654,10 @@ mod tests {
             for bytes in [&whole[..end], &torn[..]] {
                 fs::write(&path, bytes).unwrap();
                 let seen = all(&mut reader.clone()).len();
-                assert!(seen <= 2 && (end == whole.len()) == (seen == 2), "{end}: {seen}");
+                assert!(
+                    seen <= 2 && (end == whole.len()) == (seen == 2),
+                    "{end}: {seen}"
+                );
             }
             let first = all(&mut reader).len();
             fs::write(&path, &whole).unwrap();

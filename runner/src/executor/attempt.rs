@@ -535,10 +535,7 @@ impl Scene<'_> {
     }
 
     /// Has the parts done, all at the same time. When one fails, the others are stopped, and it is returned.
-    async fn divide(
-        &self,
-        parts: Vec<(Part, Hand)>,
-    ) -> Result<(Option<Left>, Usage), StoreError> {
+    async fn divide(&self, parts: Vec<(Part, Hand)>) -> Result<(Option<Left>, Usage), StoreError> {
         let halt = watch::Sender::new(Stop::No);
         let mut under_way: FuturesUnordered<_> = parts
             .into_iter()

@@ -130,7 +130,10 @@ pub fn place(bench: &Bench, brief: &Brief) -> Result<Placement, End> {
         };
         let whole = spawn(None)?;
         let parts = brief.parts().map(|part| Ok((part, spawn(Some(part))?)));
-        Ok(Placement::Here(whole, parts.collect::<std::io::Result<_>>()?))
+        Ok(Placement::Here(
+            whole,
+            parts.collect::<std::io::Result<_>>()?,
+        ))
     };
     hire().map_err(|error: std::io::Error| {
         let message = format!("a worker process could not be started: {error}");

@@ -11,7 +11,9 @@ use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
 use crate::frame::Points;
-use crate::store::{AttemptId, Batch, JobKey, LogLine, LogSource, MetricPoint, Store, StoreError, Time};
+use crate::store::{
+    AttemptId, Batch, JobKey, LogLine, LogSource, MetricPoint, Store, StoreError, Time,
+};
 
 /// How often rows are written; a kill of the runner loses at most this and what the worker holds back (0.1 s).
 const INTERVAL: Duration = Duration::from_millis(250);
@@ -172,6 +174,8 @@ async fn write_rows(
     loop {
         shared.wake.notified().await;
         let batch = shared.take();
+        // Whether what came before the marks has been written, or is lost.
+        let mut kept = true;
         if batch.lost_points > 0 {
             complain(
                 "metrics",
@@ -187,6 +191,7 @@ async fn write_rows(
         {
             complain("metrics", error.to_string());
             if is_for_a_moment(&error) {
+                kept = false;
                 give_back(&shared, points, batch.count);
             }
         }
@@ -195,11 +200,16 @@ async fn write_rows(
         {
             complain("the log", error.to_string());
             if is_for_a_moment(&error) {
+                kept = false;
                 shared.waiting().lines.splice(..0, batch.lines);
             }
         }
-        // Marks that cannot be written are no loss: those that follow say more.
-        if !batch.marks.is_empty() && shared.waiting().is_empty() {
+        if !kept {
+            let mut waiting = shared.waiting();
+            for (element, number) in batch.marks {
+                waiting.marks.entry(element).or_insert(number);
+            }
+        } else if !batch.marks.is_empty() {
             let marks = batch.marks.into_iter();
             let marks = marks.map(|((job, element), number)| (job, element, number));
             if let Err(error) = store.note_imported(marks).await {

@@ -92,6 +92,19 @@ pub enum StoreError {
     /// A run is under way, and what was asked for would pull the store from under it.
     #[error("a run is under way in this store: try again when it has ended")]
     InUse,
+    /// Another machine writes to the store.
+    #[error(
+        "the store {} is used by process {pid} on {host}, and one machine at a time can use a store",
+        path.display()
+    )]
+    Elsewhere {
+        /// The store.
+        path: PathBuf,
+        /// The machine.
+        host: String,
+        /// The process that took the store there.
+        pid: u32,
+    },
     /// No space left.
     #[error("the disk with the store is full: free some space and try again")]
     Full,

@@ -205,8 +205,11 @@ pub struct AttemptDetail {
     /// What it took.
     #[serde(flatten)]
     pub usage: Usage,
-    /// Process id of its worker.
+    /// Process id of its worker; 0 on a cluster.
     pub worker_pid: u32,
+    /// Why nothing of it runs yet, on a cluster.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub waiting: Option<String>,
 }
 
 /// An artifact of a run.
@@ -518,7 +521,7 @@ impl Store {
     ) -> Result<Vec<AttemptDetail>, StoreError> {
         let rows = sqlx::query(
             "select key, number, state, reason, message, failure, summary, output, started, finished, paused,
-                    cpu_seconds, max_rss, worker_pid
+                    cpu_seconds, max_rss, worker_pid, waiting
              from attempts where stage = ?1 order by number",
         )
         .bind(stage.0)
@@ -617,6 +620,9 @@ fn attempt_detail(row: &SqliteRow, run_state: RunState) -> Result<AttemptDetail,
                 .map(i64::cast_unsigned),
         },
         worker_pid: row.try_get("worker_pid")?,
+        waiting: row
+            .try_get::<Option<String>, _>("waiting")?
+            .filter(|_| state == AttemptState::Running),
     })
 }
 

@@ -80,6 +80,11 @@ pub enum ElementNews {
         /// When.
         at: i64,
     },
+    /// It has ended while nobody was there, like this.
+    Lost {
+        /// In few words.
+        reason: String,
+    },
     /// Nothing more comes of it.
     Over,
 }
@@ -177,7 +182,9 @@ impl Store {
             jobs.push(OpenJob {
                 key: JobKey(key),
                 name: row.try_get("name")?,
-                job: row.try_get::<Option<i64>, _>("job")?.map(i64::cast_unsigned),
+                job: row
+                    .try_get::<Option<i64>, _>("job")?
+                    .map(i64::cast_unsigned),
                 imported: imported
                     .into_iter()
                     .filter_map(|(element, number)| {
@@ -235,7 +242,7 @@ impl Store {
                 ElementNews::Queued(why) => ("queued", Some(why.as_str())),
                 ElementNews::Running | ElementNews::Began { .. } => ("running", None),
                 ElementNews::Ended { .. } => ("queued", None),
-                ElementNews::Over => ("over", None),
+                ElementNews::Lost { .. } | ElementNews::Over => ("over", None),
             };
             sqlx::query(
                 "update job_elements set state = ?3, why = ?4 where job = ?1 and element = ?2",
@@ -275,7 +282,19 @@ impl Store {
                     .execute(&mut *write)
                     .await?;
                 }
-                _ => {}
+                ElementNews::Lost { reason } => {
+                    sqlx::query(
+                        "update job_lives set finished = ?3, reason = ?4
+                         where job = ?1 and element = ?2 and finished is null",
+                    )
+                    .bind(key.0)
+                    .bind(element)
+                    .bind(Time::now().0)
+                    .bind(reason)
+                    .execute(&mut *write)
+                    .await?;
+                }
+                ElementNews::Queued(_) | ElementNews::Running | ElementNews::Over => {}
             }
         }
         write.commit().await
@@ -382,7 +401,9 @@ impl Store {
             .await?;
             jobs.push(JobRow {
                 stage: row.try_get("stage")?,
-                job: row.try_get::<Option<i64>, _>("job")?.map(i64::cast_unsigned),
+                job: row
+                    .try_get::<Option<i64>, _>("job")?
+                    .map(i64::cast_unsigned),
                 elements: row.try_get("elements")?,
                 queued: row.try_get("queued")?,
                 running: row.try_get("running")?,
@@ -419,21 +440,74 @@ impl Store {
         Ok(left)
     }
 
+    /// Records why all jobs of a run that was left to Slurm wait there, or that one runs.
+    ///
+    /// # Errors
+    /// As [`Store::begin_run`].
+    pub async fn scheduler_says(
+        &self,
+        left: &Left,
+        waiting: Option<&str>,
+    ) -> Result<(), StoreError> {
+        let mut connection = super::schema::connect_for_writing(self.dir()).await?;
+        let state = if waiting.is_some() {
+            "queued"
+        } else {
+            "running"
+        };
+        for statement in [
+            "update attempts set waiting = ?2
+             where state = 'running' and stage in (select key from stages where run = (select key from runs where id = ?1))",
+            "update stages set state = ?3
+             where run = (select key from runs where id = ?1) and state in ('queued', 'running')
+               and exists (select 1 from attempts where stage = stages.key and state = 'running')",
+        ] {
+            sqlx::query(statement)
+                .bind(&left.run.0)
+                .bind(waiting)
+                .bind(state)
+                .execute(&mut connection)
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// Whether all attempts of a run that are under way have been submitted.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`], [`StoreError::Sql`].
+    pub async fn is_submitted(&self, run: &RunId) -> Result<bool, StoreError> {
+        let (all, not_yet): (i64, i64) = sqlx::query_as(
+            "select count(*), count(*) filter (where a.waiting in ('', 'not submitted') or a.waiting like 'the queue%')
+             from attempts a join stages s on s.key = a.stage
+             where s.run = (select key from runs where id = ?1) and a.state = 'running'",
+        )
+        .bind(&run.0)
+        .fetch_one(self.pool())
+        .await?;
+        Ok(all > 0 && not_yet == 0)
+    }
+
+    /// Records that another run takes up what a run has left to Slurm.
+    ///
+    /// # Errors
+    /// As [`Store::begin_run`].
+    pub async fn take_up(&self, left: &Left) -> Result<(), StoreError> {
+        self.end_left(left, "taken up again while its Slurm jobs went on")
+            .await
+    }
+
     /// Records that a run which was left to Slurm has no job there any more.
     ///
     /// # Errors
     /// As [`Store::begin_run`].
     pub async fn scheduler_is_done(&self, left: &Left) -> Result<(), StoreError> {
-        let (state, error) = match left.detached {
-            true => (
-                "interrupted",
-                "its Slurm jobs have ended; `retort resume` takes over what they made",
-            ),
-            false => (
-                "lost",
-                "its runner is gone and its Slurm jobs have ended; `retort resume` takes over what they made",
-            ),
-        };
+        let error = "its Slurm jobs have ended; `retort resume` takes over what they made";
+        self.end_left(left, error).await
+    }
+
+    async fn end_left(&self, left: &Left, error: &str) -> Result<(), StoreError> {
+        let state = if left.detached { "interrupted" } else { "lost" };
         let mut connection = super::schema::connect_for_writing(self.dir()).await?;
         sqlx::query(
             "update runs set state = ?2, error = ?3, finished = ?4

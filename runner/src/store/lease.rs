@@ -18,7 +18,7 @@ use super::{RunId, Store, StoreError, schema};
 
 /// A heartbeat older than this, seen from another machine, means that the runner is gone. Runners beat every few
 /// seconds; the rest is for clocks that differ and for busy disks.
-const HEARTBEAT_LIMIT: Duration = Duration::from_secs(120);
+pub(super) const HEARTBEAT_LIMIT: Duration = Duration::from_secs(120);
 
 /// A process, named so that it can be told from every other.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -102,6 +102,9 @@ impl Store {
         .bind(&run.0)
         .execute(&mut *write)
         .await?;
+        if let Some(claim) = &self.claim {
+            let _ = claim.beat();
+        }
         write.commit().await
     }
 

@@ -294,7 +294,7 @@ fn check_writable(path: &Path) -> Result<(), StoreError> {
 }
 
 /// Makes the directory, for its owner alone; a new one tells git to leave it alone.
-fn make_directory(dir: &Path) -> Result<(), StoreError> {
+pub(super) fn make_directory(dir: &Path) -> Result<(), StoreError> {
     if dir.is_dir() {
         return Ok(());
     }

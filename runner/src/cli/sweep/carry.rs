@@ -19,7 +19,7 @@ use crate::cli::{Context, Error, Exit, talk};
 use crate::environment;
 use crate::executor::hand::Cluster;
 use crate::executor::{
-    Event, ExecutorError, Listener, Options, Reins, RunReport, Rung, Signals, execute_beside,
+    Event, ExecutorError, Leave, Listener, Options, Reins, RunReport, Rung, Signals, execute_beside,
 };
 use crate::plugin::{Plugins, search_dirs};
 use crate::progress::{self, Manner, Teller};
@@ -279,6 +279,8 @@ impl<'a> Floor<'a> {
             resumed_from: self.before(leg),
             runs: self.jobs,
             cluster: self.cluster.clone(),
+            leave: Leave::Never,
+            slurm: self.execution.slurm.clone(),
             sweep: Some(SweepPlace {
                 id: detail.id.clone(),
                 point: leg.point,

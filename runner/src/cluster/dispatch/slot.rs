@@ -12,6 +12,9 @@ use crate::frame::{Answer, FromWorker, Task};
 use crate::store::{ElementNews, JobKey, LogLine, Time, Usage};
 use crate::worker::process::{Exit, ExitStatus, Heard};
 
+/// How a life ended that did not say so, where Slurm does not say either.
+pub const LOST: &str = "node failed, or preempted";
+
 /// How far an element is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
@@ -153,6 +156,10 @@ impl Slot {
             match word {
                 Word::Began { job, node, pid } => {
                     let life = (number >> 32) as u32;
+                    if self.life.is_some_and(|before| before != life) {
+                        // Nobody was there to ask Slurm.
+                        self.life_ended(LOST, at, news);
+                    }
                     news.push((
                         key,
                         element,
@@ -254,8 +261,12 @@ impl Slot {
         } else if self.over == Some(Over::GaveUp) {
             self.end(Ended {
                 reason: "started too often".into(),
-                message: "it was started again as often as `requeue` allows, and came to no good end".into(),
-                hint: Some("`retort log` says how each start ended; `retort resume` tries again".into()),
+                message:
+                    "it was started again as often as `requeue` allows, and came to no good end"
+                        .into(),
+                hint: Some(
+                    "`retort log` says how each start ended; `retort resume` tries again".into(),
+                ),
             })
             .await;
         } else {

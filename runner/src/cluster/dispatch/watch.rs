@@ -3,7 +3,7 @@
 use retort_abi::LogLevel;
 use tokio::time::Instant;
 
-use super::slot::{Phase, Slot, Wish};
+use super::slot::{LOST, Phase, Slot, Wish};
 use super::{GATHER, Work};
 use crate::cluster::Ended;
 use crate::cluster::slurm::{Key, Said, State, id};
@@ -76,7 +76,12 @@ impl Work {
         if !self.slots.iter().any(|slot| at_work(&slot)) {
             return Ok(false);
         }
-        let ids: Vec<u64> = self.jobs.iter().filter(|job| !job.over).map(|job| job.id).collect();
+        let ids: Vec<u64> = self
+            .jobs
+            .iter()
+            .filter(|job| !job.over)
+            .map(|job| job.id)
+            .collect();
         let known = match self.to.slurm.look(&ids).await {
             Ok(known) => known,
             Err(error) => {
@@ -110,11 +115,8 @@ impl Work {
                     }
                     (slot.absent, slot.expected) = (0, false);
                     waits(slot, &said, &mut self.news).await;
-                    let own = matches!(
-                        slot.over,
-                        Some(Over::TimeLimit { .. } | Over::Again { .. })
-                    );
-                    if own && !slot.hurried && said.reason == "BeginTime" && hurried < HURRY {
+                    // Slurm lets what it starts again wait for two minutes.
+                    if !slot.hurried && said.reason == "BeginTime" && hurried < HURRY {
                         (slot.hurried, hurried) = (true, hurried + 1);
                         self.to.slurm.start_now(place.0, place.1).await;
                     }
@@ -132,7 +134,8 @@ impl Work {
                         continue;
                     }
                     slot.absent += 1;
-                    if slot.absent >= SETTLED {
+                    let unborn = slot.wish > Wish::GoOn && slot.life.is_none();
+                    if slot.absent >= SETTLED || unborn {
                         self.conclude(index, place, said).await;
                     }
                 }
@@ -170,43 +173,82 @@ impl Work {
             let told = matches!(slot.over, Some(Over::TimeLimit { .. } | Over::Again { .. }));
             let at_checkpoint = matches!(
                 slot.over,
-                Some(Over::TimeLimit { at_checkpoint: true })
+                Some(Over::TimeLimit {
+                    at_checkpoint: true
+                })
             );
             let (reason, message, again) = match state {
                 // It said why, and Slurm has not started it again.
-                _ if told => ("not started again", format!("Slurm has not started job {name} again"), true),
+                _ if told => (
+                    "not started again",
+                    format!("Slurm has not started job {name} again"),
+                    true,
+                ),
                 Some(State::Cancelled) => (
                     "cancelled in Slurm",
                     format!("somebody has cancelled job {name} in Slurm (scancel)"),
                     false,
                 ),
-                Some(State::Timeout) => ("time limit", format!("the time of job {name} was over{at}"), true),
-                Some(State::NodeFailed) => ("node failed", format!("the node of job {name} failed{at}"), true),
-                Some(State::Preempted) => ("preempted", format!("job {name} had to make room{at}"), true),
+                Some(State::Timeout) => (
+                    "time limit",
+                    format!("the time of job {name} was over{at}"),
+                    true,
+                ),
+                Some(State::NodeFailed) => (
+                    "node failed",
+                    format!("the node of job {name} failed{at}"),
+                    true,
+                ),
+                Some(State::Preempted) => (
+                    "preempted",
+                    format!("job {name} had to make room{at}"),
+                    true,
+                ),
                 Some(State::OutOfMemory) => (
                     "out of memory in Slurm",
                     format!("job {name} took more memory than it may{at}"),
                     false,
                 ),
-                Some(State::Deadline) => ("deadline", format!("the deadline of job {name} has passed"), false),
+                Some(State::Deadline) => (
+                    "deadline",
+                    format!("the deadline of job {name} has passed"),
+                    false,
+                ),
                 Some(State::Completed | State::Failed) | Some(State::Pending | State::Running)
                     if slot.life.is_none() && slot.over.is_none() =>
                 {
-                    ("job failed", format!("job {name} ended before its worker began{at}{printed}"), false)
+                    (
+                        "job failed",
+                        format!("job {name} ended before its worker began{at}{printed}"),
+                        false,
+                    )
                 }
-                Some(_) => ("died without a word", format!("job {name} ended{at}, and its worker had not said why{printed}"), true),
-                None => ("gone from Slurm", format!("Slurm knows no job {name} any more, and its worker had not told of its end"), true),
+                Some(_) => (
+                    "died without a word",
+                    format!("job {name} ended{at}, and its worker had not said why{printed}"),
+                    true,
+                ),
+                None => (
+                    "gone from Slurm",
+                    format!(
+                        "Slurm knows no job {name} any more, and its worker had not told of its end"
+                    ),
+                    true,
+                ),
             };
             slot.life_ended(reason, Time::now().0, &mut self.news);
             if again && (at_checkpoint || slot.tries < self.to.profile.requeue) {
                 slot.tries += u32::from(!at_checkpoint);
-                slot.note(LogLevel::Warn, format!("{message}; it is submitted again")).await;
+                slot.note(LogLevel::Warn, format!("{message}; it is submitted again"))
+                    .await;
                 slot.again();
                 slot.why = reason.to_owned();
                 self.submit_at = Instant::now() + GATHER;
             } else {
                 let hint = match state {
-                    Some(State::OutOfMemory) => "set `memory` in retort.toml, or make batches smaller",
+                    Some(State::OutOfMemory) => {
+                        "set `memory` in retort.toml, or make batches smaller"
+                    }
                     Some(State::Completed | State::Failed) if !again => {
                         "correct `prologue` and `sbatch` in retort.toml; what the job printed stands above"
                     }
@@ -258,6 +300,19 @@ fn read((index, mut reader): (usize, Reader)) -> Read {
     (index, reader, records, Ok(()))
 }
 
+/// The end of a life that Slurm knows in this state, and that has not told of its end.
+pub(super) fn reason(state: State) -> &'static str {
+    match state {
+        State::Cancelled => "cancelled in Slurm",
+        State::Timeout => "time limit",
+        State::NodeFailed => "node failed",
+        State::Preempted => "preempted",
+        State::OutOfMemory => "out of memory in Slurm",
+        State::Deadline => "deadline",
+        State::Pending | State::Running | State::Completed | State::Failed => "died without a word",
+    }
+}
+
 /// Goes on with the next life of an element, if there is one and the last has been heard to its end.
 fn turn(slot: &mut Slot) -> bool {
     slot.reader.as_mut().is_some_and(Reader::turn)
@@ -272,10 +327,11 @@ async fn waits(
     if slot.life.is_some() {
         let reason = match slot.over {
             Some(Over::Terminated { .. }) => "preempted, or ended to be started again",
-            _ => "node failed, or preempted",
+            _ => LOST,
         };
         slot.life_ended(reason, Time::now().0, news);
-        slot.note(LogLevel::Warn, format!("{reason}; Slurm starts it again")).await;
+        slot.note(LogLevel::Warn, format!("{reason}; Slurm starts it again"))
+            .await;
     }
     slot.phase = Phase::Queued;
     if slot.why != said.reason {
