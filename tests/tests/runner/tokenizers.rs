@@ -163,6 +163,12 @@ fn trainings_go_on_from_others() {
             .expect(100)
             .saying(&[said]);
     }
+    // A teacher that sees mirror images too is another one.
+    let before = output(&lab, "teacher").0;
+    let flipped = "teacher.data={images: pictures, flip: true}";
+    lab.retort(&["run", "r.yaml", "--until", "teacher", "--set", flipped])
+        .expect(0);
+    assert_ne!(output(&lab, "teacher").0, before);
     // The same shape with other codes.
     let text = fs::read_to_string(lab.dir.path().join("r.yaml")).unwrap();
     let text = text.replace(
