@@ -38,7 +38,7 @@ cuda-test: cuda ## the checks of gpu-check on an emulated GPU (many minutes)
 digits: build ## distil a small teacher on handwritten digits (minutes; reused when called again)
 	$(BIN)/retort run recipes/digits.yaml
 
-emoji: build ## distil a small teacher on emoji: real colour images (half an hour on two cores; reused when called again)
+emoji: build ## distil a small teacher on emoji: real colour images (longer; reused when called again)
 	$(BIN)/retort run recipes/emoji.yaml
 
 # Editors check recipes with it; a test says when it is out of date.

@@ -47,6 +47,8 @@ mod sources;
 mod stores;
 #[path = "runner/terminal.rs"]
 mod terminal;
+#[path = "runner/tokenizers.rs"]
+mod tokenizers;
 #[path = "runner/training.rs"]
 mod training;
 #[path = "runner/tricks.rs"]

@@ -40,7 +40,7 @@ fn format_file(name: &str) -> PathBuf {
 }
 
 /// Two classes of small images of every format.
-fn every_format(dir: &Path) {
+pub fn every_format(dir: &Path) {
     let classes = [
         (
             "cats",

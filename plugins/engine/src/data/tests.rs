@@ -716,6 +716,8 @@ fn what_training_sees_is_a_function_of_seed_epoch_and_image() {
     let middle = images.gather(&[0]).unwrap().0;
     let value = |p: usize| (p * 7 % 200) as f32 / 255.0 * 2.0 - 1.0;
     assert_eq!(middle[..4], [value(7), value(8), value(9), value(10)]);
+    let other = images.gather_mirrored(&[0]).unwrap().0;
+    assert_eq!(other[..4], [value(10), value(9), value(8), value(7)]);
     let mirrored = (0..40)
         .find(|&i| images.view(i, Some(Augment { seed: 3, epoch: 0 })).2)
         .unwrap();

@@ -13,7 +13,7 @@ use crate::data::{Data, Images};
 use crate::error::{Error, Result};
 use crate::model::{CODEBOOK, ConditionShape, Conditions, Teacher, llamagen, var};
 use crate::random::{Sequence, Stream};
-use crate::stage::tokenizer::batch;
+use crate::stage::tokenizer::batch_shape;
 use crate::stage::{Context, Stage, room};
 use crate::train::{Fit, HeldOut, Mean, StepOutput, TrainOptions, average, shared};
 use crate::weights::{Loader, Source, Start, Stored};
@@ -96,7 +96,7 @@ impl<B: Backend> Stage<B> for Pretrain {
 
     fn check(o: &Options, _base_dir: &Path) -> Result<()> {
         o.data
-            .check_fixed()
+            .check()
             .map_err(|e| Error::option("/data", e.to_string()))?;
         // The rest of the shape comes with the tokenizer.
         match o.family {
@@ -127,16 +127,21 @@ impl<B: Backend> Stage<B> for Pretrain {
             o.train.batch,
             room::training(&network, true, false),
         )?;
-        let tokens = encode_all(backend, &source, &images, o.train.batch)?;
+        // Tokens are made once, of each image as it may be seen: as it is, and mirrored.
+        let views: &[bool] = if images.flips() {
+            &[false, true]
+        } else {
+            &[false]
+        };
+        let tokens = views
+            .iter()
+            .map(|&mirrored| encode_all(backend, &source, &images, mirrored, o.train.batch))
+            .collect::<Result<Vec<_>>>()?;
         let shape = network.tokens();
         let l = shape.tokens();
         let (train, held) = images.split(o.held_out, seed);
-        let gather = |picks: &[usize]| -> Vec<u32> {
-            picks
-                .iter()
-                .flat_map(|&i| tokens[i * l..(i + 1) * l].iter().copied())
-                .collect()
-        };
+        // Tokens of image i in a view.
+        let of = |view: usize, i: usize| tokens[view][i * l..(i + 1) * l].iter().copied();
 
         let frozen = source.tokenizer_file()?;
         let build = |loader: &mut Loader<B>| {
@@ -204,7 +209,14 @@ impl<B: Backend> Stage<B> for Pretrain {
                     }
                 })
                 .collect();
-            let wanted = gather(&picks);
+            let mut wanted = Vec::with_capacity(picks.len() * l);
+            for &i in &picks {
+                let view = match views.len() {
+                    1 => 0,
+                    n => choice.below(n),
+                };
+                wanted.extend(of(view, i));
+            }
             let mut seen = wanted.clone();
             if o.token_noise > 0.0 {
                 for token in &mut seen {
@@ -223,7 +235,7 @@ impl<B: Backend> Stage<B> for Pretrain {
             let mut losses = Mean::default();
             for picks in measured_on.chunks(o.train.batch) {
                 let labels: Vec<u32> = picks.iter().map(|&i| images.labels[i]).collect();
-                let wanted = gather(picks);
+                let wanted: Vec<u32> = picks.iter().flat_map(|&i| of(0, i)).collect();
                 let logits = logits(model, &labels, &wanted)?;
                 let wanted = backend.indices(&wanted, &[wanted.len()])?;
                 losses.add(&B::to_floats(&B::cross_entropy(logits.value(), &wanted)?)?);
@@ -365,20 +377,24 @@ fn shape_of_var(
     }
 }
 
-/// Tokens (n, L) of all images, so many at once.
+/// Tokens (n, L) of all images, perhaps mirrored, so many at once.
 fn encode_all<B: Backend>(
     backend: &B,
     source: &Bundle<'_>,
     images: &Images,
+    mirrored: bool,
     at_once: usize,
 ) -> Result<Vec<u32>> {
     let tokenizer = source.tokenizer(backend)?;
     let all: Vec<usize> = (0..images.len()).collect();
     let mut tokens = Vec::new();
     for picks in all.chunks(at_once) {
-        tokens.extend(B::to_indices(
-            &tokenizer.encode(&batch(backend, images, picks)?)?,
-        )?);
+        let (pixels, _) = match mirrored {
+            true => images.gather_mirrored(picks)?,
+            false => images.gather(picks)?,
+        };
+        let pixels = backend.floats(&pixels, &batch_shape(images, picks.len()))?;
+        tokens.extend(B::to_indices(&tokenizer.encode(&pixels)?)?);
     }
     Ok(tokens)
 }

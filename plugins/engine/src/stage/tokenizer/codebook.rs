@@ -80,6 +80,10 @@ impl<'a, B: Backend> Codebook<'a, B> {
             return Ok(());
         };
         let (decay, z) = (decay as f32, B::to_floats(z)?);
+        // The step will be left out: its numbers must not stay.
+        if !z.iter().all(|x| x.is_finite()) {
+            return Ok(());
+        }
         averages.iter_mut().for_each(|x| *x *= decay);
         let (weights, sums) = averages.split_at_mut(self.size);
         for (&token, z) in tokens.iter().zip(z.chunks_exact(self.dim)) {
@@ -110,13 +114,17 @@ impl<'a, B: Backend> Codebook<'a, B> {
     /// Moves codes that were not used since the last restart onto random vectors (n, D) of those for which codes were looked
     /// up. Returns which ones.
     pub fn restart(&self, z: &B::Tensor, seed: u64, step: u64) -> Result<Vec<usize>> {
+        let z = B::to_floats(z)?;
+        if !z.iter().all(|x| x.is_finite()) {
+            return Ok(Vec::new());
+        }
         let mut kept = self.kept.borrow_mut();
         let idle: Vec<usize> = (0..self.size).filter(|&code| kept[code] == 0.0).collect();
         kept[..self.size].fill(0.0);
         if idle.is_empty() {
             return Ok(idle);
         }
-        let (d, z) = (self.dim, B::to_floats(z)?);
+        let d = self.dim;
         let mut codes = B::to_floats(self.tensor)?;
         let mut choice = Sequence::new(seed, Stream::Restart, step);
         for &code in &idle {
