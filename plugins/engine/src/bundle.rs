@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
+use crate::memory::floats;
 use crate::model::{Student, Teacher, TokenShape, Tokenizer, llamagen, msvq, var, vq};
 use crate::stage::link;
 use crate::weights::{self, Loader, Source, Start, Stored, Weights};
@@ -96,6 +97,20 @@ impl TokenizerConfig {
         [shape.image_channels, shape.image_size, shape.image_size]
     }
 
+    /// Bytes that decoding holds of an image at least: input and output of a block at its widest.
+    pub fn bytes_of_decoding(&self) -> Option<u64> {
+        let shape = match self {
+            Self::Vq(c) => &c.autoencoder,
+            Self::Msvq(c) => &c.autoencoder,
+        };
+        let levels = shape.multipliers.iter().enumerate();
+        let mut each = levels.map(|(level, multiplier)| {
+            let side = (shape.image_size >> level).max(1);
+            floats(&[2, shape.channels, *multiplier, side, side])
+        });
+        each.try_fold(0, |most: u64, level| Some(most.max(level?)))
+    }
+
     /// The family whose tokens it makes.
     pub fn family(&self) -> Family {
         match self {
@@ -164,6 +179,20 @@ impl NetworkConfig {
             Self::Var(_) => &var::LOGITS,
         };
         own.iter().any(|prefix| name.starts_with(prefix))
+    }
+
+    /// Bytes that a teacher's generation holds of a sample at least: keys and values of all positions, and a step's logits;
+    /// with guidance twice.
+    pub fn bytes_of_generation(&self, guided: bool) -> Option<u64> {
+        let (shape, rows) = (self.tokens(), 1 + usize::from(guided));
+        let (width, depth) = match self {
+            Self::Llamagen(c) => (c.width, c.depth),
+            Self::Var(c) => (c.width, c.depth),
+        };
+        let positions = shape.tokens() + shape.condition.positions();
+        let step = shape.steps.iter().max().copied().unwrap_or(1);
+        let caches = floats(&[2, rows, depth, positions, width])?;
+        caches.checked_add(floats(&[rows, step, shape.vocabulary])?)
     }
 
     /// The shape of a student of this teacher, with at least as many blocks.

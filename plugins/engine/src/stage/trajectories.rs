@@ -19,6 +19,7 @@ use crate::captions::{self, Subjects};
 use crate::dataset::{open_shard, write_shard};
 use crate::error::{Error, Result};
 use crate::flow;
+use crate::memory;
 use crate::random;
 use crate::sampler::{Choice, Distribution, autoregressive};
 use crate::stage::condition::{Features, Given, Labels, Made, Texts, Wish, same_noise};
@@ -150,7 +151,12 @@ impl<B: Backend> Stage<B> for Trajectories {
         let (host, backend, seed) = (context.host, context.backend, context.job.seed);
         let input = context.input(&o.teacher)?;
         let bundle = Bundle::open(&input.path)?;
-        let shape = bundle.network()?.tokens();
+        let network = bundle.network()?;
+        let shape = network.tokens();
+        if context.on_host() {
+            let each = o.distribution.bytes_of_a_sample(network);
+            memory::check_batch("/batch", o.batch.min(o.count as usize), each)?;
+        }
         // Before the networks are loaded: a text encoder may need the memory.
         let Made {
             labels, subjects, ..
