@@ -266,7 +266,7 @@ fn real_images_are_read_as_people_have_them() {
         &lab,
         &own(
             "folder",
-            "data: {folder: real, height: 16, width: 16}, save_statistics: true",
+            "data: {folder: real}, save_statistics: true",
         ),
     );
     add(&lab, &own("adm", "statistics: adm.npz"));
