@@ -46,6 +46,12 @@ pub fn truncate_row(row: &mut [f32], truncation: &Truncation) {
     } else {
         top_k.min(row.len())
     };
+    // As torch has it: whatever equals the last of them stays too.
+    let last = row[order[keep - 1] as usize];
+    keep += order[keep..]
+        .iter()
+        .take_while(|&&i| row[i as usize] == last)
+        .count();
     if top_p < 1.0 {
         let max = row[order[0] as usize];
         let weight = |&i: &u32| f64::from(row[i as usize] - max).exp();
@@ -109,6 +115,9 @@ mod tests {
         let logits = [0.1f32, 0.4, 0.2, 0.3].map(f32::ln);
         assert_eq!(kept(ALL, &logits), [0, 1, 2, 3]);
         assert_eq!(kept(Truncation { top_k: 2, ..ALL }, &logits), [1, 3]);
+        // Equals of the last one stay.
+        let two = Truncation { top_k: 2, ..ALL };
+        assert_eq!(kept(two, &[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]), [1, 2, 3, 4]);
         // 0.4 + 0.3 = 0.7 is over 0.5: the code that passes the threshold stays.
         assert_eq!(kept(Truncation { top_p: 0.5, ..ALL }, &logits), [1, 3]);
         assert_eq!(kept(Truncation { top_p: 0.3, ..ALL }, &logits), [1]);

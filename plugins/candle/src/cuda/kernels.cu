@@ -1706,7 +1706,10 @@ KERNEL(truncate, unsigned k, float temperature, unsigned keep, double share, con
     if (keep >= k && share >= 1.0) return;
     unsigned long long above;
     unsigned last = descend(k, row, true, top, 0, keep - 1, buckets, above);
-    unsigned equals = keep - (unsigned)above;
+    // Whatever equals the last of the most probable stays too.
+    unsigned long long ties = 0;
+    ALONG(i, k) if (ordered(row[i]) == last) ++ties;
+    unsigned equals = (unsigned)together<Add>(ties, 0ull);
     if (share < 1.0) {
         unsigned long long sum = 0;
         ALONG(i, k) if (ordered(row[i]) > last) sum += share_of(row[i], top);
