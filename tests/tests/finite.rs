@@ -7,14 +7,14 @@ use std::sync::Mutex;
 use retort_abi::{ArtifactMeta, Cancel, Failure, FailureCode, Host, LogLevel};
 use retort_candle::Candle;
 use retort_engine::Error;
-use retort_engine::backend::{Backend, FlowSolver, Unary};
+use retort_engine::backend::{FlowSolver, Sampling, Tensors, Unary};
 use retort_engine::model::{ConditionShape, Conditions, Generation, Teacher, TokenShape};
 use retort_engine::random::noise;
 use retort_engine::sampler::{Choice, Distribution, autoregressive, choices};
 use retort_engine::tape::Var;
 use retort_engine::train::{Fit, StepOutput, TrainOptions};
 
-type Tensor = <Candle as Backend>::Tensor;
+type Tensor = <Candle as Tensors>::Tensor;
 
 fn candle() -> Candle {
     Candle::open("cpu", "f32", 1).expect("a CPU")
