@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use retort_abi::{ArtifactMeta, Cancel, Failure, FailureCode, Host, LogLevel};
 use retort_candle::Candle;
 use retort_engine::Error;
-use retort_engine::backend::{FlowSolver, Sampling, Tensors, Unary};
+use retort_engine::backend::{FlowSolver, Tensors, Unary};
 use retort_engine::model::{ConditionShape, Conditions, Generation, Teacher, TokenShape};
 use retort_engine::random::noise;
 use retort_engine::sampler::{Choice, Distribution, autoregressive, choices};
