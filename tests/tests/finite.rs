@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use retort_abi::{ArtifactMeta, Cancel, Failure, FailureCode, Host, LogLevel};
 use retort_candle::Candle;
 use retort_engine::Error;
-use retort_engine::backend::{Backend, FlowSolver, Unary};
+use retort_engine::backend::{FlowSolver, Tensors, Unary};
 use retort_engine::model::{
     ConditionShape, Conditions, Generation, Guidance, PrefixMask, Teacher, TokenShape,
 };
@@ -16,7 +16,7 @@ use retort_engine::sampler::{Choice, Distribution, autoregressive, choices};
 use retort_engine::tape::Var;
 use retort_engine::train::{Fit, StepOutput, TrainOptions};
 
-type Tensor = <Candle as Backend>::Tensor;
+type Tensor = <Candle as Tensors>::Tensor;
 
 fn candle() -> Candle {
     Candle::open("cpu", "f32", 1).expect("a CPU")

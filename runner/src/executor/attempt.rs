@@ -999,7 +999,7 @@ async fn sleep_until(moment: Option<Instant>) {
     }
 }
 
-/// How often the kernel has killed a process for want of memory, since it started; 0 where that is not known.
+/// How often the kernel has killed a process because memory ran out, since it started; 0 where that is not known.
 pub(crate) fn out_of_memory_kills() -> u64 {
     let text = std::fs::read_to_string("/proc/vmstat").unwrap_or_default();
     text.lines()
