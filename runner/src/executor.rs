@@ -16,8 +16,8 @@ use tokio::task::JoinSet;
 
 use crate::artifact::{ArtifactError, Layout, Work};
 use crate::executor::attempt::{Bench, Brief, End, Ended, Stop};
-use crate::executor::reins::Follower;
 use crate::executor::hand::Cluster;
+use crate::executor::reins::Follower;
 use crate::executor::source::Source;
 use crate::frame::Progress;
 use crate::input::{InputError, Snapshot};
@@ -219,6 +219,7 @@ impl Event {
         match &mut self {
             Self::Reused { stage, .. }
             | Self::Waiting { stage }
+            | Self::Submitted { stage, .. }
             | Self::Began { stage, .. }
             | Self::Progress { stage, .. }
             | Self::Line { stage, .. }
@@ -462,6 +463,7 @@ async fn detach(mut floor: Floor<'_>, began: Instant) -> Result<RunReport, Execu
         run,
         state,
         signal,
+        rung: None,
         stages,
         elapsed,
     })
