@@ -114,9 +114,11 @@ impl Case {
 
     /// Tokens of the first AR steps (b, l).
     fn tokens(&self, steps: usize) -> Tensor {
-        let l = self.teacher.tokens().tokens_before(steps);
+        let shape = self.teacher.tokens();
+        let l = shape.tokens();
         let ids: Vec<u32> = (0..BATCH * l).map(|i| (i * 7 % 16) as u32).collect();
-        self.backend.indices(&ids, &[BATCH, l]).expect("tokens")
+        let all = self.backend.indices(&ids, &[BATCH, l]).expect("tokens");
+        Candle::narrow(&all, 1, 0, shape.tokens_before(steps)).expect("tokens")
     }
 
     /// Logits of each AR step of a generation that is given the same tokens.
