@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use rayon::prelude::*;
 use retort_candle::Candle;
-use retort_engine::backend::{AdamwStep, Backend, FlowSolver, Unary};
+use retort_engine::backend::{AdamwStep, Backend, FlowSolver, Tensors, Unary};
 use retort_engine::bundle::{Family, NetworkConfig, TokenizerConfig};
 use retort_engine::error::{Error, Result};
 use retort_engine::flow;

@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use retort_abi::{ArtifactMeta, Cancel, Failure, FailureCode, Host, LogLevel};
 use retort_candle::Candle;
 use retort_engine::Error;
-use retort_engine::backend::{Backend, FlowSolver, Unary};
+use retort_engine::backend::{FlowSolver, Tensors, Unary};
 use retort_engine::model::{
     ConditionShape, Conditions, Generation, Guidance, PrefixMask, Teacher, TokenShape,
 };
@@ -16,7 +16,7 @@ use retort_engine::sampler::{Choice, Distribution, autoregressive, choices};
 use retort_engine::tape::Var;
 use retort_engine::train::{Fit, StepOutput, TrainOptions};
 
-type Tensor = <Candle as Backend>::Tensor;
+type Tensor = <Candle as Tensors>::Tensor;
 
 fn candle() -> Candle {
     Candle::open("cpu", "f32", 1).expect("a CPU")
@@ -182,6 +182,7 @@ fn train(
         params: &params,
         ema: None,
         kept: None,
+        adversary: None,
     };
     let seen = RefCell::new(Vec::new());
     let made = fit.run(
@@ -191,7 +192,7 @@ fn train(
             let square = params[0].1.unary(Unary::Square)?.mean_all()?;
             let loss = square.mul(&Var::constant(by))?;
             let figures = Vec::new();
-            Ok(StepOutput { loss, figures })
+            Ok(StepOutput::new(loss, figures))
         },
         None,
     );
@@ -268,11 +269,12 @@ fn weights_that_are_not_finite_are_no_result() {
         params: &params,
         ema: None,
         kept: None,
+        adversary: None,
     };
     let step = |_| {
         let loss = params[0].1.unary(Unary::Square)?.mean_all()?;
         let figures = Vec::new();
-        Ok(StepOutput { loss, figures })
+        Ok(StepOutput::new(loss, figures))
     };
     let error = fit
         .run(step, None)

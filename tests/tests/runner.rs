@@ -33,6 +33,8 @@ mod measuring;
 mod plugins;
 #[path = "runner/published.rs"]
 mod published;
+#[path = "runner/questions.rs"]
+mod questions;
 #[path = "runner/recipes.rs"]
 mod recipes;
 #[path = "runner/runs.rs"]
@@ -45,6 +47,8 @@ mod sources;
 mod stores;
 #[path = "runner/terminal.rs"]
 mod terminal;
+#[path = "runner/tokenizers.rs"]
+mod tokenizers;
 #[path = "runner/training.rs"]
 mod training;
 #[path = "runner/tricks.rs"]

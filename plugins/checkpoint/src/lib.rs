@@ -10,6 +10,7 @@
 
 pub mod archive;
 mod error;
+pub mod images;
 mod ndarray;
 mod pickle;
 pub mod pieces;

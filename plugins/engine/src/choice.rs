@@ -5,11 +5,22 @@
 
 use rayon::prelude::*;
 
-use crate::backend::{Backend, Truncation};
+use crate::backend::tensor::Tensors;
 use crate::error::Result;
 
-/// [`Backend::truncate`] on the host.
-pub fn truncate<B: Backend>(logits: &B::Tensor, truncation: &Truncation) -> Result<B::Tensor> {
+/// Which codes a row of logits leaves to choose from.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Truncation {
+    /// Logits are divided by this.
+    pub temperature: f64,
+    /// Only so many of the most probable codes stay; 0 keeps all.
+    pub top_k: usize,
+    /// Of these only the most probable whose probabilities sum to this, the first over the sum included; 1 keeps all.
+    pub top_p: f64,
+}
+
+/// `Sampling::truncate` on the host.
+pub fn truncate<B: Tensors>(logits: &B::Tensor, truncation: &Truncation) -> Result<B::Tensor> {
     let shape = B::shape(logits);
     let mut host = B::to_floats(logits)?;
     host.par_chunks_mut(shape[1])
@@ -17,8 +28,8 @@ pub fn truncate<B: Backend>(logits: &B::Tensor, truncation: &Truncation) -> Resu
     B::floats_beside(logits, &host, &shape)
 }
 
-/// [`Backend::categorical`] on the host.
-pub fn categorical<B: Backend>(logits: &B::Tensor, uniforms: &[f64]) -> Result<B::Tensor> {
+/// `Sampling::categorical` on the host.
+pub fn categorical<B: Tensors>(logits: &B::Tensor, uniforms: &[f64]) -> Result<B::Tensor> {
     let shape = B::shape(logits);
     let host = B::to_floats(logits)?;
     let ids: Vec<u32> = host

@@ -7,6 +7,7 @@
 pub mod autoencoder;
 mod continuous;
 mod decoding;
+pub mod discriminator;
 pub mod inception;
 pub mod llamagen;
 pub mod lpips;
@@ -23,7 +24,7 @@ pub use retort_checkpoint::trajectories::{CaptionShape, ConditionShape};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::backend::Backend;
+use crate::backend::{Backend, Unary};
 use crate::error::{Error, Result};
 use crate::tape::Var;
 
@@ -127,6 +128,31 @@ pub struct Reconstruction<B: Backend> {
     pub commitment_loss: Var<B>,
     /// Ids of all tokens, in any shape.
     pub tokens: B::Tensor,
+    /// The codebook (K, D) as it was looked up, where its gradient and that of `z` lead back.
+    pub codes: Option<Var<B>>,
+    /// What the last convolution of the decoder saw, and its kernel: how losses compare their pull at it.
+    pub last: LastConvolution<B>,
+}
+
+/// The convolution that makes images, of stride 1, which keeps their size.
+pub struct LastConvolution<B: Backend> {
+    /// Its input (b, C, h, w).
+    pub input: B::Tensor,
+    /// Its kernel (c, C, k, k).
+    pub kernel: B::Tensor,
+}
+
+impl<B: Backend> LastConvolution<B> {
+    /// Length of the gradient of its kernel, given that of the images.
+    pub fn pull(&self, images: &B::Tensor) -> Result<f64> {
+        let padding = [B::shape(&self.kernel)[2] / 2; 2];
+        let (_, gradient) =
+            B::conv2d_backward(&self.input, &self.kernel, images, 1, padding, (false, true))?;
+        let gradient = gradient.ok_or_else(|| Error::Internal("no gradient of a kernel".into()))?;
+        let square = B::unary(&gradient, Unary::Square)?;
+        let sum = B::to_floats(&B::sum(&square, &[0, 1, 2, 3])?)?;
+        Ok(f64::from(sum[0]).sqrt())
+    }
 }
 
 /// Parameters of more than one dimension that no weight decay pulls at in VAR's published training: lengths of queries,

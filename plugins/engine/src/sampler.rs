@@ -64,11 +64,6 @@ impl Distribution {
         })
     }
 
-    /// Bytes that sampling by it holds of a sample at least.
-    pub fn bytes_of_a_sample(&self, network: &NetworkConfig) -> Option<u64> {
-        network.bytes_of_generation(self.guidance.is_some())
-    }
-
     /// What it leaves of a row of logits.
     fn truncation(&self) -> Truncation {
         Truncation {

@@ -39,6 +39,9 @@ const ROPE_BASE: f64 = 10_000.0;
 /// Standard deviation of freshly drawn weights.
 const DEVIATION: f32 = 0.02;
 
+/// Name of the parameter with an embedding for each class.
+pub const CLASS_EMBEDDING: &str = "cls_embedding.embedding_table.weight";
+
 /// Shape of a LlamaGen network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Config {
@@ -337,11 +340,9 @@ impl<B: Backend> Embedder<B> {
     fn load(loader: &mut Loader<B>, config: &Config) -> Result<Self> {
         let (w, normal) = (config.width, Init::Normal(DEVIATION));
         Ok(match config.condition {
-            ConditionShape::Classes(classes) => Self::Classes(loader.get(
-                "cls_embedding.embedding_table.weight",
-                &[classes + 1, w],
-                normal,
-            )?),
+            ConditionShape::Classes(classes) => {
+                Self::Classes(loader.get(CLASS_EMBEDDING, &[classes + 1, w], normal)?)
+            }
             ConditionShape::Captions(shape) => Self::Captions {
                 fc1: loader.factor(
                     "cls_embedding.cap_proj.fc1.weight",

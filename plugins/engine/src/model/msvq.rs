@@ -353,7 +353,9 @@ impl<B: Backend> Tokenizer<B> for MultiScaleVq<B> {
         let commitment_loss = mean(&|sum| square(&z, &sum.detach()))?;
         // z + (sum - z) without gradient: forward the quantised map, backward as if it were z.
         let gap = B::binary(scales.sums[count - 1].value(), z.value(), Binary::Sub)?;
-        let images = self.decode_map(&z.add(&Var::constant(gap))?)?;
+        let through = z.add(&Var::constant(gap))?;
+        let latents = self.post_quant_conv.forward(&through)?;
+        let (images, last) = self.decoder.forward_seen(&latents)?;
         let tokens = scales.tokens.clone();
         Ok(Reconstruction {
             images,
@@ -361,6 +363,8 @@ impl<B: Backend> Tokenizer<B> for MultiScaleVq<B> {
             codebook_loss,
             commitment_loss,
             tokens,
+            codes: None,
+            last,
         })
     }
 }

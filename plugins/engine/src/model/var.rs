@@ -40,6 +40,9 @@ const LONGEST_QUERY: f64 = 100.0;
 const FIRST_GAMMA: f32 = 1e-5;
 const FIRST_MODULATION: f32 = 0.5;
 
+/// Name of the parameter with an embedding for each class.
+pub const CLASS_EMBEDDING: &str = "class_emb.weight";
+
 /// Shape of a VAR network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Config {
@@ -374,7 +377,7 @@ impl<B: Backend> Stack<B> {
             None
         };
         Ok(Self {
-            class_embedding: loader.get("class_emb.weight", &[c.classes + 1, w], normal)?,
+            class_embedding: loader.get(CLASS_EMBEDDING, &[c.classes + 1, w], normal)?,
             start: loader.get("pos_start", &[1, 1, w], normal)?,
             word_embed: Linear::load(loader, "word_embed", [c.codebook_dim, w], std)?,
             positions: loader.get("pos_1LC", &[1, l, w], normal)?,

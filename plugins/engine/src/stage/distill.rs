@@ -31,11 +31,11 @@ use crate::error::{Error, Result};
 use crate::memory;
 use crate::model::vq::nearest;
 use crate::model::{CONTINUOUS_HEAD, Conditions, Student, TokenShape, Tokenizer};
-use crate::perceptual::{self, Eye, Perceptual};
+use crate::perceptual::{self, Eye, PIXELS_AT_ONCE, Perceptual};
 use crate::random::{Sequence, Stream};
 use crate::sampler::{check_from_zero, check_timesteps};
 use crate::splice::State;
-use crate::stage::{Context, Stage, link};
+use crate::stage::{Context, Stage, link, room};
 use crate::tape::Var;
 use crate::train::{Fit, HeldOut, StepOutput, TrainOptions, average, replace, scalar, shared};
 use crate::weights::{Loader, Source, write_each};
@@ -87,7 +87,8 @@ pub struct Options {
     #[serde(default)]
     #[schemars(range(min = 0))]
     pub codebook_distance: f64,
-    /// The perceptual term.
+    /// The perceptual term: distance between decoded images. It moves the continuous head only, so it needs a `split` below
+    /// the number of AR steps.
     #[serde(default)]
     pub perceptual: Perceptual,
     /// Images that the perceptual term decodes and looks at together: memory holds the activations of so many. Their
@@ -234,6 +235,7 @@ impl<B: Backend> Stage<B> for Distill {
         let tokenizer = bundle.tokenizer(backend)?;
         let codebook = tokenizer.codebook()?;
         let eye = Eye::open(context, &o.perceptual)?;
+        eye.check(bundle.config.tokenizer.image())?;
 
         let from = match &o.from {
             Some(stage) => Some((stage, Bundle::open(context.input_dir(stage)?)?)),
@@ -263,6 +265,12 @@ impl<B: Backend> Stage<B> for Distill {
                 seed,
             },
         };
+        room::check(
+            context,
+            "/train/batch",
+            o.train.batch.div_ceil(o.accumulate),
+            room::training(&network, o.cross_entropy > 0.0, o.recompute),
+        )?;
         let origin = o.from.as_ref().unwrap_or(&o.teacher);
         let mut loader = Loader::new(backend, start, true, origin.as_str());
         let mut student = network.student(&mut loader)?;
@@ -387,6 +395,7 @@ impl<B: Backend> Stage<B> for Distill {
             params: &params,
             ema: average.as_ref(),
             kept: None,
+            adversary: None,
         };
         let every = (o.train.steps / 10).max(1);
         let held_out = (!held.is_empty()).then_some(HeldOut {
@@ -414,7 +423,8 @@ impl<B: Backend> Stage<B> for Distill {
             }
         }
         context.finish("student", ArtifactMeta::default(), figures.into(), |dir| {
-            bundle::write_network(dir, &bundle, (&network, &weights), &o.timesteps)?;
+            let shown = (o.timesteps.as_slice(), bundle.config.classes.as_slice());
+            bundle::write_network(dir, &bundle, (&network, &weights), shown)?;
             for step in (1..o.train.steps).filter(|&step| kept(step)) {
                 let (file, folder) = (bundle::snapshot(step), dir.join(bundle::SNAPSHOTS));
                 std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
@@ -427,8 +437,6 @@ impl<B: Backend> Stage<B> for Distill {
 
 /// Most logits that are held to measure the loss.
 const MEASURED_AT_ONCE: usize = 1 << 26;
-/// Pixels of the images that the perceptual term decodes together, unless a recipe says how many images.
-const PIXELS_AT_ONCE: usize = 1 << 19;
 /// Most trajectories that are held out.
 const HELD_OUT_MOST: usize = 2000;
 
@@ -623,7 +631,7 @@ impl<B: Backend> Objective<'_, B> {
             });
         }
         let loss = loss.ok_or_else(|| Error::Internal("a loss without terms".into()))?;
-        Ok(StepOutput { loss, figures })
+        Ok(StepOutput::new(loss, figures))
     }
 
     /// The loss from timestep t, and the share of right tokens, over the tokens after t: cross-entropy and most probable codes

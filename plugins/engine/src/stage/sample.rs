@@ -20,14 +20,13 @@ use crate::backend::Backend;
 use crate::bundle::Bundle;
 use crate::captions::{self, Subjects};
 use crate::error::{Error, Result};
-use crate::memory;
 use crate::picture::{self, Npz, Pixels};
 use crate::random;
 use crate::sampler;
 use crate::samples::{FORMAT, ImagesKept, Kept, Manifest, Samples, ShardWriter, by_class};
 use crate::stage::condition::{Features, Given, Labels, Made, Texts, Wish, same_noise};
 use crate::stage::shards::{self, Division, Part, batches, hashed};
-use crate::stage::{Context, Stage, link, resolve, write_json};
+use crate::stage::{Context, Stage, link, resolve, room, write_json};
 use drawer::{Sampler, drawer};
 
 /// Options of `sample`.
@@ -72,7 +71,8 @@ pub struct Options {
     /// Noise (count, L, D) from a file instead of the seed.
     #[serde(default)]
     pub noise: Option<Given>,
-    /// Classes of the images: `balanced` (the default), `drawn`, a list, or a tensor of a file. For a model of classes.
+    /// Classes of the images: `balanced` (the default), `drawn`, a list of numbers or names, a tensor of a file, or
+    /// `{images: STAGE}`, in the proportions of real images. For a model of classes.
     #[serde(default)]
     pub labels: Option<Labels>,
     /// Captions of the images, a text, a list of texts or the lines of a file: image i has caption i mod their number. For a
@@ -176,19 +176,13 @@ impl<B: Backend> Stage<B> for Sample {
         let bundle = Bundle::open(context.input_dir(o.sampler.source())?)?;
         let network = bundle.network()?;
         let shape = network.tokens();
-        if context.on_host() {
-            let sampled = o.sampler.distribution();
-            let sampled = sampled.map_or(Some(0), |d| d.bytes_of_a_sample(network));
-            let decoded = match o.images {
-                ImagesKept::None => Some(0),
-                _ => bundle.config.tokenizer.bytes_of_decoding(),
-            };
-            // One after the other.
-            let each = sampled.zip(decoded).map(|(a, b)| a.max(b));
-            memory::check_batch("/batch", o.batch.min(o.count as usize), each)?;
-        }
+        let decoded = (o.images != ImagesKept::None).then_some(&bundle.config.tokenizer);
+        let each = room::sampling(&o.sampler, network, decoded, &context.job.dtype);
+        room::check(context, "/batch", o.division().at_once(o.batch), each)?;
         // Before the networks are loaded: a text encoder may need the memory.
-        let made = o.wish().resolve(context, &shape.condition, o.count)?;
+        let made =
+            o.wish()
+                .resolve(context, (&shape.condition, &bundle.config.classes), o.count)?;
         let Made {
             labels,
             subjects,
@@ -321,9 +315,14 @@ impl<B: Backend> Stage<B> for Sample {
             // Few images of each caption: all of them.
             n => o.grid_columns.min((o.count as usize / n).max(1)),
         };
+        // What stands for a row of the picture: its caption, or the name of its class.
+        let names = match texts.is_empty() {
+            true => &bundle.config.classes,
+            false => texts,
+        };
         let meta = ArtifactMeta {
             preview: (o.images != ImagesKept::None).then(|| "grid.png".into()),
-            caption: shown(texts, labels_of(division.samples()), columns),
+            caption: shown(names, labels_of(division.samples()), columns),
             ..Default::default()
         };
         context.finish("samples", meta, summary, |dir| {
@@ -418,12 +417,18 @@ fn described<B: Backend>(context: &Context<'_, B>) -> Result<Value> {
     Ok(sampler)
 }
 
-/// What the picture shows: the captions of its rows, the longer ones cut.
+/// What the picture shows: the captions of its rows, the longer ones cut, or the names of their classes.
 fn shown(texts: &[String], labels: &[u32], columns: usize) -> Option<String> {
     if texts.is_empty() {
         return None;
     }
     let (picks, rows) = by_class(labels, columns);
+    // Where no label has enough samples for a row, rows stand for none.
+    let length = (picks.len() / rows).max(1);
+    let mixed = |row: &[usize]| row.iter().any(|&i| labels[i] != labels[row[0]]);
+    if picks.chunks(length).any(mixed) {
+        return None;
+    }
     let firsts = picks.iter().step_by(picks.len() / rows);
     let quoted: Vec<String> = firsts
         .map(|&i| {

@@ -19,12 +19,11 @@ use crate::captions::{self, Subjects};
 use crate::dataset::{open_shard, write_shard};
 use crate::error::{Error, Result};
 use crate::flow;
-use crate::memory;
 use crate::random;
 use crate::sampler::{Choice, Distribution, autoregressive};
 use crate::stage::condition::{Features, Given, Labels, Made, Texts, Wish, same_noise};
 use crate::stage::shards::{self, Division, Part, batches, hashed};
-use crate::stage::{Context, Stage, link, resolve, write_json};
+use crate::stage::{Context, Stage, link, resolve, room, write_json};
 
 /// Options of `trajectories`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -63,7 +62,8 @@ pub struct Options {
     /// Noise (count, L, D) from a file instead of the seed.
     #[serde(default)]
     pub noise: Option<Given>,
-    /// Classes of the samples: `balanced` (the default), `drawn`, a list, or a tensor of a file. For a model of classes.
+    /// Classes of the samples: `balanced` (the default), `drawn`, a list of numbers or names, a tensor of a file, or
+    /// `{images: STAGE}`, in the proportions of real images. For a model of classes.
     #[serde(default)]
     pub labels: Option<Labels>,
     /// Captions of the samples, a text, a list of texts or the lines of a file: sample i has caption i mod their number. For a
@@ -153,14 +153,18 @@ impl<B: Backend> Stage<B> for Trajectories {
         let bundle = Bundle::open(&input.path)?;
         let network = bundle.network()?;
         let shape = network.tokens();
-        if context.on_host() {
-            let each = o.distribution.bytes_of_a_sample(network);
-            memory::check_batch("/batch", o.batch.min(o.count as usize), each)?;
-        }
+        room::check(
+            context,
+            "/batch",
+            o.division().at_once(o.batch),
+            room::generating(network, &o.distribution, &context.job.dtype),
+        )?;
         // Before the networks are loaded: a text encoder may need the memory.
         let Made {
             labels, subjects, ..
-        } = o.wish().resolve(context, &shape.condition, o.count)?;
+        } = o
+            .wish()
+            .resolve(context, (&shape.condition, &bundle.config.classes), o.count)?;
         let solver = FlowSolver {
             steps: o.solver_steps,
         };
