@@ -5,7 +5,7 @@ use std::cell::Cell;
 
 use retort_candle::Candle;
 use retort_engine::Result;
-use retort_engine::backend::Backend;
+use retort_engine::backend::Tensors;
 use retort_engine::bundle::{NetworkConfig, TokenizerConfig};
 use retort_engine::model::autoencoder::Shape;
 use retort_engine::model::{
@@ -20,7 +20,7 @@ use retort_engine::stage::sample::drawer::Sampler;
 use retort_engine::tape::Var;
 use retort_engine::weights::{Floats, Loader, Source, Weights};
 
-type Tensor = <Candle as Backend>::Tensor;
+type Tensor = <Candle as Tensors>::Tensor;
 
 const BATCH: usize = 3;
 
