@@ -375,10 +375,10 @@ fn full_queue(site: &Site) {
     fs::write(&script, "#!/bin/sh\n").unwrap();
     let script = script.display().to_string();
     // All forty that the controller keeps.
-    for _ in 0..2 {
+    for elements in ["--array=0-19", "--array=0-18", "--job-name=one"] {
         let said = site.slurm(
             "sbatch",
-            &["--hold", "--array=0-19", "--output=/dev/null", &script],
+            &["--hold", elements, "--output=/dev/null", &script],
         );
         assert!(said.contains("Submitted"), "{said}");
     }
