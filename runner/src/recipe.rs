@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use crate::diagnostic::{Finding, Position, Report};
+use crate::diagnostic::{Finding, Position, Report, Severity};
 use crate::schema::{self, RESERVED};
 use crate::sweep::{self, Sweep};
 use crate::yaml::{self, Document, Part, YamlError};
@@ -207,6 +207,23 @@ impl Source {
 fn above(pointer: &str) -> impl Iterator<Item = &str> {
     std::iter::successors(Some(pointer), |pointer| Some(pointer.rsplit_once('/')?.0))
         .filter(|pointer| !pointer.is_empty())
+}
+
+impl Recipe {
+    /// How many of its findings are errors.
+    pub fn errors(&self) -> usize {
+        let is_error = |finding: &&Finding| finding.severity == Severity::Error;
+        self.findings.iter().filter(is_error).count()
+    }
+
+    /// Its findings, with its text.
+    pub fn report(&self) -> Report {
+        Report {
+            path: self.source.path.clone(),
+            text: self.source.text.clone(),
+            findings: self.findings.clone(),
+        }
+    }
 }
 
 /// Reads a recipe and applies the changes of `--set`. `home` is what `~/` stands for.

@@ -167,7 +167,7 @@ pub fn out(
         };
         talk::say(&match succeeded {
             0 => format!("sweep {id}: nothing to do, {total} done"),
-            ran => format!("sweep {id}: {ran} of {total} ran in {took}{early}"),
+            ran => format!("sweep {id}: {ran} of {total} succeeded in {took}{early}"),
         });
     }
     Ok(printed?)
@@ -222,18 +222,35 @@ impl<'a> Floor<'a> {
                 return Ok(());
             }
             // Planning, above, is no async code: it waits for the store by itself. Meanwhile runs under way stand still.
-            let ended = runtime.block_on(async {
+            let (ended, signal) = runtime.block_on(async {
                 tokio::select! {
-                    ended = under_way.next() => ended,
-                    signal = signals.next() => {
-                        self.reins.pull(signal);
-                        None
-                    }
+                    ended = under_way.next() => (ended, None),
+                    signal = signals.next() => (None, Some(signal)),
                 }
             });
+            if let Some(signal) = signal {
+                self.interrupt(signal, under_way.len());
+            }
             if let Some((leg, report)) = ended {
                 self.take_back(leg, report?)?;
             }
+        }
+    }
+
+    /// Ctrl-C and its like, handed on to all runs, and said once.
+    fn interrupt(&self, signal: i32, workers: usize) {
+        let is_first = self.reins.first().is_none();
+        // A pause has to be counted on the event loop's thread, which is this one.
+        self.reins.pull(signal);
+        match (is_first, signal) {
+            (_, libc::SIGTSTP) => {}
+            (true, _) => self.teller.hear(Event::Stopping {
+                grace: self.execution.grace,
+                workers,
+            }),
+            // A closed terminal is told twice.
+            (false, libc::SIGHUP) => {}
+            (false, _) => self.teller.hear(Event::Killing),
         }
     }
 
@@ -308,6 +325,8 @@ impl<'a> Floor<'a> {
                     "point {point} of {total}{rung}: run {run} ({settings})"
                 ));
             }
+            // Said once for all.
+            Event::Stopping { .. } | Event::Killing => {}
             event => teller.hear(event.renamed(|stage| format!("{point}/{stage}"))),
         })
     }

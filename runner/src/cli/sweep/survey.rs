@@ -58,18 +58,9 @@ impl Survey {
     ) -> Result<Self, Error> {
         let mut survey = Self::default();
         for (number, settings) in (1..).zip(points) {
-            let said = |mut error: Error| {
-                if error.report.is_some() {
-                    let values = settings.join(", ");
-                    let whole = format!("this is point {number} of {} ({values})", points.len());
-                    error.message = match error.message.is_empty() {
-                        true => whole,
-                        false => format!("{}; {whole}", error.message),
-                    };
-                }
-                error
-            };
-            survey.add(source, settings, plugins, past).map_err(said)?;
+            survey
+                .add(source, settings, plugins, past)
+                .map_err(|error| of_point(error, number, points))?;
         }
         survey.validate(source, points, plugins)?;
         Ok(survey)
@@ -191,14 +182,14 @@ impl Survey {
                 continue;
             }
             // Which point is it? Only its own plan can tell the place.
-            for settings in points {
+            for (number, settings) in (1..).zip(points) {
                 let (plan, roles) = source.plan(settings, plugins)?;
                 let wanted = |finding: &Finding| !is_left_out(finding, &plan, &roles);
                 let found: Vec<Finding> =
                     plan.validate(plugins).into_iter().filter(wanted).collect();
                 if found.iter().any(is_error) {
-                    talk::say(&format!("of the point {}:", settings.join(", ")));
-                    return Err(source.report(found).into());
+                    let error = source.report(found).into();
+                    return Err(of_point(error, number, points));
                 }
             }
             return Err(source.report(found).into());
@@ -251,4 +242,17 @@ impl Source {
             findings,
         }
     }
+}
+
+/// An error in a recipe, with the point that it is in.
+fn of_point(mut error: Error, number: usize, points: &[Vec<String>]) -> Error {
+    if error.report.is_some() {
+        let values = points[number - 1].join(", ");
+        let whole = format!("this is point {number} of {} ({values})", points.len());
+        error.message = match error.message.is_empty() {
+            true => whole,
+            false => format!("{}; {whole}", error.message),
+        };
+    }
+    error
 }
