@@ -21,6 +21,7 @@ pub mod plan;
 pub mod plugin;
 pub mod progress;
 pub mod recipe;
+pub mod report;
 pub mod schema;
 pub mod store;
 pub mod sweep;

@@ -88,6 +88,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let past = &mut past(&runtime, &store, Memory::Trusted)?;
     job.check(&mut plugins, past, context)?;
     job.carry_out(&runtime, &store, &args.execution, context)
+        .map(drop)
 }
 
 /// Plugins that have been built anew since are used as they are now; what they made before is made again.

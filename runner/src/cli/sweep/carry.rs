@@ -22,7 +22,7 @@ use crate::executor::{
 };
 use crate::plugin::{Plugins, search_dirs};
 use crate::progress::{self, Manner, Teller};
-use crate::store::{RunState, Store, SweepDetail, SweepPlace};
+use crate::store::{RunId, RunState, Store, SweepDetail, SweepPlace};
 use crate::sweep::halving::{Course, Halving, Leg};
 
 /// A sweep about to be carried out.
@@ -116,6 +116,7 @@ pub fn out(
     let mut floor = Floor {
         schedule: Schedule::of(&sweeping),
         tally: Tally::default(),
+        before: unfinished(&sweeping.detail),
         environment: environment::collect(sweeping.source.base_dir()),
         teller,
         sweeping: &sweeping,
@@ -166,11 +167,22 @@ pub fn out(
             count => format!(", {count} stopped early"),
         };
         talk::say(&match succeeded {
-            0 => format!("sweep {id}: nothing to do, {total} done"),
+            0 => {
+                let done = results.succeeded();
+                format!("sweep {id}: nothing to do: {done} of {total} done{early}")
+            }
             ran => format!("sweep {id}: {ran} of {total} succeeded in {took}{early}"),
         });
     }
     Ok(printed?)
+}
+
+/// The newest runs of points that did not succeed.
+fn unfinished(detail: &SweepDetail) -> BTreeMap<u32, RunId> {
+    let points = detail.points.iter().filter(|point| !point.is_done());
+    points
+        .filter_map(|point| Some((point.number, point.run.clone()?.0)))
+        .collect()
 }
 
 /// Runs on their way.
@@ -181,6 +193,8 @@ struct Floor<'a> {
     sweeping: &'a Sweeping<'a>,
     schedule: Schedule,
     tally: Tally,
+    /// Runs of points that did not succeed: their next ones take them up again.
+    before: BTreeMap<u32, RunId>,
     environment: Value,
     teller: Arc<Teller>,
     execution: &'a ExecutionArgs,
@@ -282,7 +296,7 @@ impl<'a> Floor<'a> {
             grace: self.execution.grace,
             command: std::env::args().collect(),
             environment: self.environment.clone(),
-            resumed_from: self.before(leg),
+            resumed_from: self.before.get(&leg.point).cloned(),
             runs: self.execution.jobs,
             sweep: Some(SweepPlace {
                 id: detail.id.clone(),
@@ -299,15 +313,6 @@ impl<'a> Floor<'a> {
             let work = execute_beside(&plan, &roles, store, &options, listener, reins);
             (leg, work.await)
         }))
-    }
-
-    /// The run that a leg takes up again.
-    fn before(&self, leg: Leg) -> Option<crate::store::RunId> {
-        let runtime = self.sweeping.runtime;
-        let detail = runtime.block_on(self.sweeping.store.sweep_detail(&self.sweeping.detail.id));
-        let points = detail.ok()?.points;
-        let (run, state) = points.into_iter().nth(leg.point as usize - 1)?.run?;
-        (state != RunState::Succeeded).then_some(run)
     }
 
     /// Tells what happens in a point's run, with the point's number before its stages.
@@ -338,6 +343,7 @@ impl<'a> Floor<'a> {
             point: leg.point,
         };
         let number = leg.number as u32;
+        self.before.insert(leg.point, report.run.clone());
         let took = progress::duration(report.elapsed);
         let said = match (report.state, report.rung) {
             (RunState::Succeeded, _) => {

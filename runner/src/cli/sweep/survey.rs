@@ -1,6 +1,6 @@
 //! What a sweep would run, and what its points share, before anything runs.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 
 use crate::cli::run::is_left_out;
 use crate::cli::sweep::points::Source;
@@ -119,7 +119,7 @@ impl Survey {
         past: &mut dyn Past,
     ) -> Result<(Ahead, Vec<&'p PlannedStage>), Error> {
         let mut ahead = Ahead::default();
-        let mut outputs: BTreeMap<String, String> = BTreeMap::new();
+        let mut outputs = plan.given_hashes();
         let mut to_come: HashSet<&str> = HashSet::new();
         let mut to_run = Vec::new();
         for (stage, role) in plan.stages.iter().zip(roles) {
