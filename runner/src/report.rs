@@ -135,7 +135,7 @@ fn compared(pages: &[Page]) -> Markup {
             .map(|series| series.last)
     };
     html! {
-        h2 { "What differs" }
+        h2 { "What differs, and results" }
         div.wide { table {
             thead { tr { th { } @for page in pages { th { (page.detail.summary.id) } } } }
             tbody {

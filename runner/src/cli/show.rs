@@ -124,7 +124,11 @@ async fn find(store: &Store, what: &str) -> Result<Vec<ArtifactRow>, Error> {
         }
         Err(error) => return Err(error.into()),
     };
-    rows.retain(|row| row.artifact.meta.preview.is_some());
+    // A preview may be something else than a picture.
+    rows.retain(|row| {
+        let preview = row.artifact.meta.preview.as_deref();
+        preview.is_some_and(|preview| preview.to_ascii_lowercase().ends_with(".png"))
+    });
     Ok(rows)
 }
 

@@ -24,7 +24,8 @@ pub struct Survey {
     made: HashSet<String>,
     /// What plugins have still to look at.
     unchecked: Option<Plan>,
-    checked: HashSet<String>,
+    /// Hashes of the jobs that they have, or will have, looked at.
+    checked: HashSet<blake3::Hash>,
 }
 
 /// What a point would do.
@@ -96,7 +97,7 @@ impl Survey {
             .into_iter()
             .filter(|stage| {
                 let job = serde_json::to_string(&plan.job(stage, 1)).unwrap_or_default();
-                self.checked.insert(job)
+                self.checked.insert(blake3::hash(job.as_bytes()))
             })
             .cloned()
             .collect();
