@@ -107,6 +107,14 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
 /// The pictures meant: of an artifact, or of all artifacts of a run.
 async fn find(store: &Store, what: &str) -> Result<Vec<ArtifactRow>, Error> {
     let mut rows = match store.resolve_artifact(what).await {
+        Ok(_) if what.contains('/') => {
+            // Several stages may have made the same: this one has its own caption.
+            let (run, stage) = what.split_once('/').unwrap_or_default();
+            let run = store.resolve_run(run).await?;
+            let mut rows = store.list_artifacts(Some(&run)).await?;
+            rows.retain(|row| row.is_output && row.stage == stage);
+            rows
+        }
         Ok(hash) => {
             let mut rows = store.list_artifacts(None).await?;
             rows.retain(|row| row.artifact.hash == hash);

@@ -281,5 +281,5 @@ fn python_reads_the_history_as_the_page_says() {
     );
     assert!(said.contains("'state': 'succeeded'"), "{said}");
     assert!(said.contains("a thing .retort/artifacts/"), "{said}");
-    assert!(said.trim_end().ends_with("800 100"), "{said}");
+    assert!(said.trim_end().ends_with("800.0 100"), "{said}");
 }
