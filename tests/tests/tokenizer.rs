@@ -107,7 +107,7 @@ fn pixels_are_compared_by_squares_or_by_absolute_values() {
         (PixelLoss::L2, 0.022_440_990_8),
         (PixelLoss::L1, 0.131_235_833),
     ] {
-        let made = Var::parameter(backend.floats(&reconstructions(), &SHAPE).expect("images"));
+        let made: Var<Candle> = Var::parameter(backend.floats(&reconstructions(), &SHAPE).expect("images"));
         let criterion = Criterion {
             pixels,
             eye: None,
@@ -214,7 +214,7 @@ fn an_adversary_pulls_at_the_last_layer_as_much_as_the_other_terms() {
 fn entropy_is_low_where_choices_are_sure_and_even() {
     let backend = candle();
     let var = |data: &[f32], shape: [usize; 2]| {
-        Var::parameter(backend.floats(data, &shape).expect("a matrix"))
+        Var::<Candle>::parameter(backend.floats(data, &shape).expect("a matrix"))
     };
     let z = var(&values(20, 0.9, 0.0, 1.0), [5, 4]);
     let codes = var(&values(24, 1.9, 0.0, 1.0), [6, 4]);

@@ -23,7 +23,10 @@ use super::time::Time;
 use crate::artifact;
 
 /// How long a heartbeat is watched that seems old: two of them, and some.
+#[cfg(not(test))]
 const WATCH: Duration = Duration::from_secs(12);
+#[cfg(test)]
+const WATCH: Duration = Duration::from_millis(700);
 /// Files of earlier machines that are kept: who reads an old list of the directory goes on from one of them.
 const KEPT: u64 = 16;
 /// Bytes of a file, always: it is written over in its place.
@@ -299,7 +302,7 @@ mod tests {
         }
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn the_store_of_a_machine_that_is_gone_is_taken() {
         let root = tempfile::tempdir().unwrap();
         let dir = root.path().join("hosts");

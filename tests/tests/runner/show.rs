@@ -64,8 +64,8 @@ fn without_a_terminal_its_path_is_printed_or_it_is_saved() {
     let lab = Lab::new(&PAINTS);
     lab.run(&[]).expect(0);
     let said = lab.retort(&["show", "latest/one-step"]).expect(0);
-    let path = said.stdout.trim();
-    let bytes = std::fs::read(path).unwrap();
+    let path = said.stdout.trim().to_owned();
+    let bytes = std::fs::read(&path).unwrap();
     assert!(bytes.starts_with(b"\x89PNG"));
     let hash = path.rsplit('/').nth(1).unwrap();
     let said = said.saying(&["the output is no terminal"]);
@@ -88,8 +88,8 @@ fn without_a_terminal_its_path_is_printed_or_it_is_saved() {
     lab.retort(&["show", "latest/nothing"]).expect(4);
     lab.retort(&["show", "0000"]).expect(4);
     // A link out of the artifact is not followed.
-    std::fs::remove_file(path).unwrap();
-    std::os::unix::fs::symlink("/etc/hostname", path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    std::os::unix::fs::symlink("/etc/hostname", &path).unwrap();
     lab.retort(&["show", "latest/one-step", "--save", "x.png"])
         .expect(1)
         .saying(&["symbolic link", "artifacts verify"]);
