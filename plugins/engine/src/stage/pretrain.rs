@@ -261,8 +261,8 @@ impl<B: Backend> Stage<B> for Pretrain {
         );
         let summary = json!({ "held_out_loss": held_out_loss });
         context.finish("teacher", ArtifactMeta::default(), summary, |dir| {
-            let numbered = images.names.iter().enumerate();
-            let numbered = numbered.into_iter().all(|(i, name)| *name == i.to_string());
+            let mut numbered = images.names.iter().enumerate();
+            let numbered = numbered.all(|(i, name)| *name == i.to_string());
             let names = if numbered { &[][..] } else { &images.names };
             bundle::write_network(dir, &source, (&network, &weights), (&[], names))
         })
@@ -270,7 +270,7 @@ impl<B: Backend> Stage<B> for Pretrain {
 }
 
 /// A teacher to go on from.
-struct From {
+struct Origin {
     /// Its weights.
     file: Stored,
     /// Whether it knows other classes.
@@ -284,7 +284,7 @@ fn start_from<B: Backend>(
     tokenizer: &Bundle<'_>,
     network: &NetworkConfig,
     images: &Images,
-) -> Result<From> {
+) -> Result<Origin> {
     let refuse = |message: String| Err(Error::option("/from", message));
     let bundle = Bundle::open(context.input_dir(stage)?)?;
     let own = bundle.network()?;
@@ -313,7 +313,7 @@ fn start_from<B: Backend>(
         );
         context.host.log(LogLevel::Info, &message);
     }
-    Ok(From {
+    Ok(Origin {
         file: bundle.network_file()?,
         anew: !same,
     })
