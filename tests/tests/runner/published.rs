@@ -254,9 +254,8 @@ stages:
         let command = ["artifacts", "export", "--as", "published"];
         lab.retort(&[&command[..], more].concat())
     };
-    export(&["latest/teacher", "-o", "t.pth"])
-        .expect(0)
-        .saying(&["t.pth"]);
+    let said = export(&["latest/teacher", "-o", "t.pth"]).expect(0);
+    assert_eq!(said.stdout, "t.pth\n");
     export(&["latest/student", "-o", "s.pth"]).expect(0);
     export(&["latest/student", "--network", "tokenizer", "-o", "k.pth"]).expect(0);
     recipe("out.yaml", ["t.pth", "s.pth", "k.pth"]);

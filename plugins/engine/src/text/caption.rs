@@ -93,8 +93,15 @@ static RULES: LazyLock<[Rules; 3]> = LazyLock::new(|| {
     [compiled(&ADDRESSES), compiled(&SIGNS), compiled(&PHRASES)]
 });
 
+/// Characters of a caption that are looked at: text encoders take a hundred words, and some rules look ahead.
+const LONGEST: usize = 20_000;
+
 /// The caption as the text encoder gets it.
 pub fn clean(caption: &str) -> String {
+    let caption = match caption.char_indices().nth(LONGEST) {
+        Some((end, _)) => &caption[..end],
+        None => caption,
+    };
     once(&once(caption))
 }
 
