@@ -62,6 +62,21 @@ impl Chart {
     /// The chart for a terminal: so many columns and rows in all, names of curves below. Nothing when there is nothing
     /// to draw.
     pub fn terminal(&self, columns: usize, rows: usize, color: bool) -> String {
+        self.drawn(columns, rows, color, Self::draw)
+    }
+
+    /// The same with a dot for each sample, and no lines between them.
+    pub fn dots(&self, columns: usize, rows: usize, color: bool) -> String {
+        self.drawn(columns, rows, color, Self::draw_dots)
+    }
+
+    fn drawn(
+        &self,
+        columns: usize,
+        rows: usize,
+        color: bool,
+        draw: fn(&Self, &Curve, usize, Frame, &mut Canvas),
+    ) -> String {
         let Some(frame) = self.frame() else {
             return String::new();
         };
@@ -79,7 +94,7 @@ impl Chart {
         let width = columns.saturating_sub(margin + 2).max(10);
         let mut canvas = Canvas::new(width, height);
         for (number, curve) in self.curves.iter().enumerate() {
-            self.draw(curve, number, frame, &mut canvas);
+            draw(self, curve, number, frame, &mut canvas);
         }
         let mut text = String::new();
         for row in 0..height {
@@ -202,6 +217,18 @@ impl Chart {
             for pair in run.windows(2) {
                 let ends = [pair[0], pair[1]].map(|sample| (x(sample.x), y(sample.mean)));
                 canvas.stroke(ends[0], ends[1], color);
+            }
+        }
+    }
+
+    /// Each sample as a square of four dots.
+    fn draw_dots(&self, curve: &Curve, color: usize, frame: Frame, canvas: &mut Canvas) {
+        let (right, bottom) = (canvas.width * 2 - 2, canvas.height * 4 - 2);
+        for sample in self.runs(curve).into_iter().flatten() {
+            let x = (sample.x - frame.x.0) / (frame.x.1 - frame.x.0) * right as f64;
+            let y = (frame.y.1 - sample.mean) / (frame.y.1 - frame.y.0) * bottom as f64;
+            for (dx, dy) in [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)] {
+                canvas.dot(x.round() + dx, y.round() + dy, color);
             }
         }
     }
@@ -341,13 +368,15 @@ fn ticks((low, high): (f64, f64), count: usize) -> Vec<f64> {
         .collect()
 }
 
-fn escaped(text: &str) -> String {
+/// A text for SVG, within or outside of tags.
+pub(crate) fn escaped(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { ' ' } else { c })
         .collect::<String>()
         .replace('&', "&amp;")
         .replace('<', "&lt;")
         .replace('>', "&gt;")
+        .replace('"', "&quot;")
 }
 
 #[cfg(test)]

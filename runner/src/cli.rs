@@ -18,6 +18,7 @@ pub mod error;
 pub mod gc;
 pub mod graph;
 pub mod inspect;
+pub mod left;
 pub mod lineage;
 pub mod log;
 pub mod metrics;
@@ -29,12 +30,15 @@ pub mod resume;
 pub mod run;
 pub mod runs;
 pub mod schema;
+pub mod sweep;
 pub mod talk;
 pub mod transfer;
+pub mod ui;
 pub mod validate;
 pub mod why;
 pub mod worker;
 
+use crate::settings::Given;
 use crate::store::{Access, Memory, Store};
 use crate::table::Style;
 use crate::terminal;
@@ -70,7 +74,8 @@ pub use error::{Error, Exit};
         75   the store is busy; try again\n  \
         100  a stage failed\n  \
         130  interrupted (143: terminated, 129: the terminal was closed); `retort resume` continues\n\n\
-        Environment: RETORT_PLUGIN_PATH (directories with plugins, separated by ':'), NO_COLOR, RUST_LOG.",
+        Environment: RETORT_PLUGIN_PATH (directories with plugins, separated by ':'), RETORT_EXECUTOR and RETORT_SLURM \
+        (as --executor and --slurm of `run`), NO_COLOR, RUST_LOG.",
     max_term_width = 110
 )]
 pub struct Cli {
@@ -88,7 +93,7 @@ pub struct Cli {
 pub struct Global {
     /// Directory of the store: the history and the artifacts.
     #[arg(long, global = true, value_name = "DIR", default_value = ".retort", value_hint = ValueHint::DirPath)]
-    pub store: PathBuf,
+    pub store: Vec<PathBuf>,
     /// Look for plugins in this directory first (may be repeated).
     #[arg(long, global = true, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub plugin_dir: Vec<PathBuf>,
@@ -129,6 +134,8 @@ pub enum Command {
     Resume(resume::Args),
     /// List, show, tag, remove, export and import past runs.
     Runs(runs::Args),
+    /// List, show and draw sweeps; `run --sweep` makes one.
+    Sweep(sweep::Args),
     /// Print or draw the metrics of a run.
     Metrics(metrics::Args),
     /// Print the log of a run.
@@ -143,6 +150,8 @@ pub enum Command {
     Artifacts(artifacts::Args),
     /// Compare runs: parameters, results, metrics.
     Compare(compare::Args),
+    /// Look at the history in a browser: runs, curves, pictures, comparisons.
+    Ui(ui::Args),
     /// Ask the history in SQL (read-only).
     Query(query::Args),
     /// Show what a checkpoint file holds: dictionaries and tensors. Nothing in it is run.
@@ -198,12 +207,20 @@ pub struct SelectionArgs {
     /// Run only this stage and those that it depends on.
     #[arg(long, value_name = "STAGE")]
     pub until: Option<String>,
+    /// Whether files are read again.
+    #[command(flatten)]
+    pub rehash: RehashArgs,
+}
+
+/// Whether hashes of earlier commands are believed: an argument of `run`, `resume` and `plan`.
+#[derive(Debug, Clone, Copy, Default, Args)]
+pub struct RehashArgs {
     /// Read every file that the recipe names, even if it looks as it did when it was read before.
     #[arg(long)]
     pub rehash: bool,
 }
 
-impl SelectionArgs {
+impl RehashArgs {
     /// Whether hashes of earlier commands are believed.
     pub fn memory(&self) -> Memory {
         match self.rehash {
@@ -259,6 +276,8 @@ pub enum Format {
 pub struct Context {
     /// Directory of the store.
     pub store: PathBuf,
+    /// Directories of all stores that were named: only `ui` takes more than one.
+    pub stores: Vec<PathBuf>,
     /// Directories to search for plugins first.
     pub plugin_dirs: Vec<PathBuf>,
     /// Say errors only.
@@ -281,7 +300,12 @@ impl Context {
             Command::Inspect(_) | Command::Completions(_) | Command::Worker(_) => return Ok(()),
             _ => Vec::new(),
         };
-        for path in recipes.into_iter().chain([&self.store]) {
+        if self.stores.len() > 1 && !matches!(command, Command::Ui(_)) {
+            let message =
+                "--store is named more than once: only `retort ui` looks at several stores";
+            return Err(Error::new(Exit::Usage, message));
+        }
+        for path in recipes.into_iter().chain(&self.stores) {
             let whole = std::path::absolute(path).unwrap_or_else(|_| path.clone());
             if whole.to_str().is_none() {
                 let message = format!("the path {} is not UTF-8", whole.display());
@@ -296,6 +320,22 @@ impl Context {
     pub fn home(&self) -> Option<PathBuf> {
         let home = PathBuf::from(std::env::var_os("HOME")?);
         home.is_absolute().then_some(home)
+    }
+
+    /// What environment variables say of where and how stages are run, and where the user's file is.
+    pub fn given(&self) -> Given {
+        let variable =
+            |name| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
+        let config = std::env::var_os("XDG_CONFIG_HOME").map(PathBuf::from);
+        let config = config.filter(|dir| dir.is_absolute());
+        Given {
+            executor_variable: variable("RETORT_EXECUTOR"),
+            slurm_variable: variable("RETORT_SLURM"),
+            user_dir: config
+                .or_else(|| Some(self.home()?.join(".config")))
+                .map(|dir| dir.join("retort")),
+            ..Given::default()
+        }
     }
 
     /// Whether stdout takes colours.
@@ -363,7 +403,9 @@ pub fn main() -> ExitCode {
         }
     };
     let context = Context {
-        store: cli.global.store,
+        // There is a default.
+        store: cli.global.store.first().cloned().unwrap_or_default(),
+        stores: cli.global.store,
         plugin_dirs: cli.global.plugin_dir,
         quiet: cli.global.quiet,
         verbose: cli.global.verbose,
@@ -384,6 +426,7 @@ pub fn main() -> ExitCode {
         Command::Graph(args) => graph::execute(args, &context),
         Command::Resume(args) => resume::execute(args, &context),
         Command::Runs(args) => runs::execute(args, &context),
+        Command::Sweep(args) => sweep::execute(args, &context),
         Command::Metrics(args) => metrics::execute(args, &context),
         Command::Log(args) => log::execute(args, &context),
         Command::Tail(args) => log::tail(args, &context),
@@ -392,6 +435,7 @@ pub fn main() -> ExitCode {
         Command::Gc(args) => gc::execute(args, &context),
         Command::Artifacts(args) => artifacts::execute(args, &context),
         Command::Compare(args) => compare::execute(args, &context),
+        Command::Ui(args) => ui::execute(args, &context),
         Command::Query(args) => query::execute(args, &context),
         Command::Dataset(args) => dataset::execute(args, &context),
         Command::Inspect(args) => inspect::execute(args, &context),

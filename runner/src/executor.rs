@@ -3,38 +3,45 @@
 //! In: a plan, the part of each stage in it ([`Role`]), a store. Out: a run in the store, and a [`RunReport`]. Whether a
 //! stage is reused is decided when its inputs are really there. One event loop on one thread; the work is done by worker
 //! processes, one per attempt ([`attempt`]). Deliberately absent: planning, and the terminal: what happens is told to a
-//! [`Listener`].
+//! [`Listener`], and what the user wants is heard from [`Reins`].
 
 use std::collections::{BTreeMap, HashMap};
 use std::num::NonZeroUsize;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use retort_abi::Input;
-use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::watch;
+use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::JoinSet;
 
 use crate::artifact::{ArtifactError, Layout, Work};
 use crate::executor::attempt::{Bench, Brief, End, Ended, Stop};
-use crate::executor::pause::Pauses;
+use crate::executor::reins::Follower;
+use crate::executor::hand::Cluster;
 use crate::executor::source::Source;
 use crate::frame::Progress;
 use crate::input::{InputError, Snapshot};
 use crate::plan::decision::Role;
 use crate::plan::{self, Digest, Plan, PlannedStage};
 use crate::store::{
-    ArtifactRecord, AttemptId, LogLine, Memory, NewRun, NewStage, Param, PluginIdentity, RunId,
-    RunState, StageId, Store, StoreError, Success,
+    ArtifactRecord, AttemptId, AttemptState, LogLine, Memory, NewRun, NewStage, Param,
+    PluginIdentity, RunId, RunState, StageId, Store, StoreError, Success, SweepPlace,
 };
 
 pub mod attempt;
+pub mod gauge;
+pub mod hand;
 pub mod pause;
-mod recorder;
+pub(crate) mod recorder;
+pub mod reins;
 pub mod source;
+
+pub use reins::{Reins, Signals};
 
 /// How often the run says that it lives.
 const HEARTBEAT: Duration = Duration::from_secs(5);
+/// How often it is looked whether everything is submitted, so that the runner can leave.
+const LEAVE: Duration = Duration::from_millis(500);
 /// How often a stage that another process works on is looked at again.
 const WAIT_FOR_OTHERS: Duration = Duration::from_millis(300);
 
@@ -53,6 +60,67 @@ pub struct Options {
     pub environment: serde_json::Value,
     /// The run that this one takes up again.
     pub resumed_from: Option<RunId>,
+    /// How many runs this process carries out at the same time: they share the cores.
+    pub runs: NonZeroUsize,
+    /// The point of a sweep that it is.
+    pub sweep: Option<SweepPlace>,
+    /// Where it is to stop, to be judged.
+    pub rung: Option<Rung>,
+    /// The cluster whose jobs do the work; none: processes of this machine do.
+    pub cluster: Option<Cluster>,
+    /// How its jobs are left.
+    pub leave: Leave,
+    /// What was set for them by flags, for the record.
+    pub slurm: Vec<String>,
+}
+
+/// How a runner leaves jobs of a cluster.
+#[derive(Clone)]
+pub enum Leave {
+    /// It does not: Ctrl-C cancels them.
+    Never,
+    /// By itself, when everything is submitted that can be.
+    WhenSubmitted,
+    /// Ctrl-C asks. A function that waits for an answer; called on a thread of its own.
+    Ask(Arc<dyn Fn() -> Choice + Send + Sync>),
+}
+
+impl std::fmt::Debug for Leave {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Never => "Never",
+            Self::WhenSubmitted => "WhenSubmitted",
+            Self::Ask(_) => "Ask",
+        })
+    }
+}
+
+/// What somebody wants who was asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Choice {
+    /// The jobs go on without a runner.
+    Detach,
+    /// They stop at their next checkpoint.
+    Cancel,
+    /// Nothing.
+    GoOn,
+}
+
+/// A place in a run where it is to stop: its first checkpoint after a step of a series.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rung {
+    /// The series: `distill/loss`, or `student/distill/loss` with its stage.
+    pub series: String,
+    /// The step.
+    pub step: u64,
+}
+
+impl Rung {
+    /// Whether a stage's series is meant.
+    pub fn is_of(&self, stage: &str, series: &str) -> bool {
+        let behind = |stage: &str| self.series.strip_prefix(stage)?.strip_prefix('/');
+        self.series == series || behind(stage) == Some(series)
+    }
 }
 
 /// Is told what happens, on the event loop's thread: must not block.
@@ -77,6 +145,15 @@ pub enum Event {
     Waiting {
         /// The stage.
         stage: String,
+    },
+    /// Slurm has taken a job.
+    Submitted {
+        /// The stage.
+        stage: String,
+        /// Slurm's id.
+        job: u64,
+        /// Elements, where it is an array.
+        elements: Option<usize>,
     },
     /// A worker has begun on a stage.
     Began {
@@ -136,6 +213,28 @@ pub enum Event {
     },
 }
 
+impl Event {
+    /// The same with another name for its stage.
+    pub fn renamed(mut self, name: impl Fn(&str) -> String) -> Self {
+        match &mut self {
+            Self::Reused { stage, .. }
+            | Self::Waiting { stage }
+            | Self::Began { stage, .. }
+            | Self::Progress { stage, .. }
+            | Self::Line { stage, .. }
+            | Self::Ended { stage, .. }
+            | Self::Warning {
+                stage: Some(stage), ..
+            } => *stage = name(stage),
+            Self::RunBegan { .. }
+            | Self::Stopping { .. }
+            | Self::Killing
+            | Self::Warning { stage: None, .. } => {}
+        }
+        self
+    }
+}
+
 /// How a run went.
 #[derive(Debug)]
 pub struct RunReport {
@@ -145,6 +244,8 @@ pub struct RunReport {
     pub state: RunState,
     /// The signal that stopped it.
     pub signal: Option<i32>,
+    /// What it had at its rung, where it stopped there.
+    pub rung: Option<f64>,
     /// Its stages, in the plan's order, without those left out.
     pub stages: Vec<StageReport>,
     /// How long it took.
@@ -211,7 +312,7 @@ pub enum ExecutorError {
     },
 }
 
-/// Runs a plan. `roles` has one entry per stage of the plan ([`plan::decision::select`]).
+/// Runs a plan, and hears the user meanwhile. `roles` has one entry per stage of the plan ([`plan::decision::select`]).
 ///
 /// That a stage failed is no error but part of the report.
 ///
@@ -225,16 +326,62 @@ pub async fn execute(
     options: &Options,
     listener: Listener,
 ) -> Result<RunReport, ExecutorError> {
-    let system = |what| move |source| ExecutorError::System { what, source };
-    let layout =
-        Layout::new(store.dir()).map_err(system("the store's directory cannot be named"))?;
     let sources = sources(plan, roles, &store).await?;
-    // From here on the usual effect of these signals is off.
-    let mut signals = Signals::listen().map_err(system("signals cannot be received"))?;
+    let mut signals = Signals::listen().map_err(|source| ExecutorError::System {
+        what: "signals cannot be received",
+        source,
+    })?;
+    let reins = Reins::default();
+    let mut work = std::pin::pin!(carry_out(
+        plan, roles, sources, store, options, listener, &reins
+    ));
+    loop {
+        tokio::select! {
+            report = &mut work => return report,
+            signal = signals.next() => reins.pull(signal),
+        }
+    }
+}
+
+/// Runs a plan beside others, held by the same reins.
+///
+/// # Errors
+/// As [`execute`].
+pub async fn execute_beside(
+    plan: &Plan,
+    roles: &[Role],
+    store: Arc<Store>,
+    options: &Options,
+    listener: Listener,
+    reins: &Reins,
+) -> Result<RunReport, ExecutorError> {
+    let sources = sources(plan, roles, &store).await?;
+    carry_out(plan, roles, sources, store, options, listener, reins).await
+}
+
+async fn carry_out(
+    plan: &Plan,
+    roles: &[Role],
+    sources: HashMap<String, Vec<Source>>,
+    store: Arc<Store>,
+    options: &Options,
+    listener: Listener,
+    reins: &Reins,
+) -> Result<RunReport, ExecutorError> {
+    let layout = Layout::new(store.dir()).map_err(|source| ExecutorError::System {
+        what: "the store's directory cannot be named",
+        source,
+    })?;
     let run = store.begin_run(&new_run(plan, roles, options)).await?;
     let began = Instant::now();
+    let paused = reins.pauses.total();
     let outcome = async {
         let staging = layout.open_staging(&run.0)?;
+        let gauge = gauge::Gauge::new(&layout.staging(&run.0));
+        let listener: Listener = Arc::new(move |event| {
+            gauge.hear(&event);
+            listener(event);
+        });
         let grace = options.grace;
         let bench = Arc::new(Bench {
             store: Arc::clone(&store),
@@ -242,11 +389,15 @@ pub async fn execute(
             staging,
             listener,
             grace,
-            pauses: Pauses::default(),
+            pauses: Arc::clone(&reins.pauses),
+            rung: options.rung.clone(),
+            judged: Mutex::new(None),
+            reached: Notify::new(),
+            cluster: options.cluster.clone(),
         });
         let mut floor = Floor::open(plan, roles, sources, &run, bench, options).await?;
         (floor.bench.listener)(Event::RunBegan { run: run.clone() });
-        floor.work(&mut signals).await?;
+        floor.work(reins.follow()).await?;
         Ok::<_, ExecutorError>(floor)
     };
     let floor = match outcome.await {
@@ -259,17 +410,54 @@ pub async fn execute(
             return Err(error);
         }
     };
+    if floor.detached {
+        return detach(floor, began).await;
+    }
     let signal = floor.signal;
-    let elapsed = floor.bench.pauses.worked(began, Duration::ZERO);
+    let rung = floor.is_judged.then(|| floor.bench.judged()).flatten();
+    let elapsed = floor.bench.pauses.worked(began, paused);
     let stages = floor.report();
-    let state = match signal {
+    let failed = |stage: &StageReport| matches!(&stage.outcome, Outcome::Ran(end) if end.state() == AttemptState::Failed);
+    let state = match (signal, rung) {
         _ if stages.iter().all(StageReport::is_good) => RunState::Succeeded,
-        Some(_) => RunState::Interrupted,
-        None => RunState::Failed,
+        (Some(_), _) => RunState::Interrupted,
+        (None, Some(_)) if !stages.iter().any(failed) => RunState::Interrupted,
+        _ => RunState::Failed,
     };
-    store
-        .finish_run(&run, state, why(&stages).as_deref())
-        .await?;
+    let rung = rung.filter(|_| state == RunState::Interrupted && signal.is_none());
+    let why = match (&options.rung, rung) {
+        (Some(Rung { series, step }), Some(_)) => {
+            Some(format!("stopped at step {step} of {series}, to be judged"))
+        }
+        _ => why(&stages),
+    };
+    store.finish_run(&run, state, why.as_deref()).await?;
+    Ok(RunReport {
+        run,
+        state,
+        signal,
+        rung,
+        stages,
+        elapsed,
+    })
+}
+
+/// Leaves the jobs of a run to the cluster.
+async fn detach(mut floor: Floor<'_>, began: Instant) -> Result<RunReport, ExecutorError> {
+    // Nothing is cancelled by that.
+    floor.workers.shutdown().await;
+    let (store, run) = (Arc::clone(&floor.bench.store), floor.run.clone());
+    let elapsed = floor.bench.pauses.worked(began, Duration::ZERO);
+    let signal = floor.signal;
+    let stages = floor.report();
+    let open = store.jobs(&run).await?.iter().any(|job| job.over.is_none());
+    let state = if open {
+        store.leave_to_scheduler(&run).await?;
+        RunState::Running
+    } else {
+        store.finish_run(&run, RunState::Interrupted, None).await?;
+        RunState::Interrupted
+    };
     Ok(RunReport {
         run,
         state,
@@ -315,6 +503,10 @@ fn new_run(plan: &Plan, roles: &[Role], options: &Options) -> NewRun {
         .iter()
         .zip(roles)
         .filter(|(_, role)| **role == Role::Forced);
+    if options.cluster.is_some() {
+        resolved["executor"] = "slurm".into();
+        resolved["slurm"] = options.slurm.clone().into();
+    }
     resolved["forced"] = forced.map(|(stage, _)| stage.name.as_str()).collect();
     NewRun {
         recipe_name: plan.name.clone(),
@@ -326,6 +518,7 @@ fn new_run(plan: &Plan, roles: &[Role], options: &Options) -> NewRun {
         command: options.command.clone(),
         resumed_from: options.resumed_from.clone(),
         environment: options.environment.clone(),
+        sweep: options.sweep.clone(),
     }
 }
 
@@ -421,6 +614,12 @@ struct Floor<'p> {
     stop: watch::Sender<Stop>,
     signal: Option<i32>,
     failed: bool,
+    /// Whether it has come to its rung, and is being stopped.
+    is_judged: bool,
+    /// Whether jobs are left to the cluster.
+    detached: bool,
+    /// Where somebody is asked, the answer.
+    answer: Option<oneshot::Receiver<Choice>>,
     workers: JoinSet<(usize, Duration, Result<Visit, ExecutorError>)>,
 }
 
@@ -517,26 +716,50 @@ impl<'p> Floor<'p> {
             stop,
             signal: None,
             failed: false,
+            is_judged: false,
+            detached: false,
+            answer: None,
             workers,
         })
     }
 
     /// Runs everything that can be run.
-    async fn work(&mut self, signals: &mut Signals) -> Result<(), ExecutorError> {
+    async fn work(&mut self, mut signals: Follower) -> Result<(), ExecutorError> {
         let mut heartbeat = tokio::time::interval(HEARTBEAT);
         heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             self.settle().await?;
             self.launch();
-            if self.workers.is_empty() {
+            if self.workers.is_empty() || self.detached {
                 return Ok(());
             }
+            let leaves =
+                matches!(self.options.leave, Leave::WhenSubmitted) && self.bench.cluster.is_some();
             tokio::select! {
+                Ok(choice) = answer(&mut self.answer) => {
+                    self.answer = None;
+                    match choice {
+                        Choice::Detach => self.leave(libc::SIGINT),
+                        Choice::Cancel => self.interrupt(libc::SIGINT),
+                        Choice::GoOn => {}
+                    }
+                }
+                () = tokio::time::sleep(LEAVE), if leaves && self.signal.is_none() => {
+                    if self.bench.store.is_submitted(&self.run).await? {
+                        self.detached = true;
+                    }
+                }
                 Some(ended) = self.workers.join_next() => self.take_back(ended).await?,
-                signal = signals.next() => match signal {
-                    libc::SIGTSTP => self.bench.pauses.stop(),
-                    signal => self.interrupt(signal),
-                },
+                signal = signals.next() => self.interrupt_or_leave(signal),
+                () = self.bench.reached.notified(), if !self.is_judged => {
+                    self.is_judged = true;
+                    // Who is in a hurry already stays so.
+                    self.stop.send_if_modified(|stop| {
+                        let asks = *stop == Stop::No;
+                        *stop = (*stop).max(Stop::AtCheckpoint);
+                        asks
+                    });
+                }
                 _ = heartbeat.tick() => {
                     if let Err(error) = self.bench.store.heartbeat(&self.run).await {
                         tracing::debug!("heartbeat: {error}");
@@ -641,7 +864,8 @@ impl<'p> Floor<'p> {
 
     /// Gives ready stages to workers, in the plan's order, as far as there is room.
     fn launch(&mut self) {
-        let stopping = self.signal.is_some() || (self.failed && !self.options.keep_going);
+        let stopping =
+            self.signal.is_some() || self.is_judged || (self.failed && !self.options.keep_going);
         for index in 0..self.places.len() {
             if stopping || self.workers.len() >= self.options.jobs.get() {
                 return;
@@ -697,10 +921,9 @@ impl<'p> Floor<'p> {
                 other != index && !self.leads_to(index, other) && !self.leads_to(other, index)
             })
             .count();
-        self.places[index]
-            .stage
-            .threads
-            .count(self.options.jobs.get().min(beside + 1))
+        let stages = self.options.jobs.get().min(beside + 1);
+        let runs = self.options.runs.get();
+        self.places[index].stage.threads.count(stages * runs)
     }
 
     /// Whether a stage needs, perhaps through others, what an earlier one makes.
@@ -758,6 +981,30 @@ impl<'p> Floor<'p> {
             }
         };
         Ok(())
+    }
+
+    /// Jobs of a cluster need neither this process nor a terminal: where these go, jobs stay. Ctrl-C may mean both.
+    fn interrupt_or_leave(&mut self, signal: i32) {
+        if self.bench.cluster.is_none() || self.signal.is_some() {
+            return self.interrupt(signal);
+        }
+        match (&self.options.leave, signal) {
+            (_, libc::SIGHUP | libc::SIGTERM) | (Leave::WhenSubmitted, _) => self.leave(signal),
+            // Twice is an answer.
+            (Leave::Ask(ask), _) if self.answer.is_none() => {
+                let (tell, answer) = oneshot::channel();
+                let ask = Arc::clone(ask);
+                // A thread that nobody waits for: it may never get an answer.
+                std::thread::spawn(move || tell.send(ask()));
+                self.answer = Some(answer);
+            }
+            _ => self.interrupt(signal),
+        }
+    }
+
+    fn leave(&mut self, signal: i32) {
+        self.signal = Some(signal);
+        self.detached = true;
     }
 
     /// Ctrl-C or its like: the first time workers are asked to stop, the second time they are made to. A closed terminal
@@ -847,12 +1094,12 @@ async fn visit(
     mut stop: watch::Receiver<Stop>,
     start: Start,
 ) -> Result<Visit, ExecutorError> {
-    let mut waited = false;
+    let mut told = false;
     let work: Work = loop {
         if let Some(work) = bench.layout.open_work(&brief.digest.hex)? {
             break work;
         }
-        if !std::mem::replace(&mut waited, true) {
+        if !std::mem::replace(&mut told, true) {
             (bench.listener)(Event::Waiting {
                 stage: brief.stage.name.clone(),
             });
@@ -862,8 +1109,8 @@ async fn visit(
             () = tokio::time::sleep(WAIT_FOR_OTHERS) => {}
         }
     };
-    if waited
-        && start == Start::AsLeftOrReused
+    // Between the moment when the stage was found to be not there and this one another run may have made it.
+    if start == Start::AsLeftOrReused
         && let Some(success) = find_success(bench, &brief.digest.hex).await?
     {
         return Ok(Visit::Reused(success));
@@ -897,54 +1144,12 @@ fn empty(dir: &std::path::Path) -> Result<(), ExecutorError> {
     Ok(())
 }
 
-/// The signals that end a run, or stop it for a while. One that was ignored when the program started (`nohup`, a background job of a script)
-/// stays ignored.
-struct Signals {
-    interrupt: Option<Signal>,
-    terminate: Option<Signal>,
-    hangup: Option<Signal>,
-    stop: Option<Signal>,
-}
-
-impl Signals {
-    fn listen() -> std::io::Result<Self> {
-        Ok(Self {
-            interrupt: listen(SignalKind::interrupt())?,
-            terminate: listen(SignalKind::terminate())?,
-            hangup: listen(SignalKind::hangup())?,
-            stop: listen(SignalKind::from_raw(libc::SIGTSTP))?,
-        })
-    }
-
-    /// The next one.
-    async fn next(&mut self) -> i32 {
-        tokio::select! {
-            () = receive(&mut self.interrupt) => libc::SIGINT,
-            () = receive(&mut self.terminate) => libc::SIGTERM,
-            () = receive(&mut self.hangup) => libc::SIGHUP,
-            () = receive(&mut self.stop) => libc::SIGTSTP,
-        }
-    }
-}
-
-fn listen(kind: SignalKind) -> std::io::Result<Option<Signal>> {
-    // SAFETY: asks for the present action only; the structure is filled by the call when it succeeds.
-    let ignored = unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        libc::sigaction(kind.as_raw_value(), std::ptr::null(), &mut action) == 0
-            && action.sa_sigaction == libc::SIG_IGN
-    };
-    if ignored {
-        Ok(None)
-    } else {
-        signal(kind).map(Some)
-    }
-}
-
-/// Waits for a signal; for ever when it is ignored.
-async fn receive(signal: &mut Option<Signal>) {
-    match signal {
-        Some(signal) => drop(signal.recv().await),
+/// Waits for an answer; for ever where nobody was asked.
+async fn answer(
+    asked: &mut Option<oneshot::Receiver<Choice>>,
+) -> Result<Choice, oneshot::error::RecvError> {
+    match asked {
+        Some(asked) => asked.await,
         None => std::future::pending().await,
     }
 }

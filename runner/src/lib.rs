@@ -7,9 +7,11 @@
 // A closed stdout or stderr must not panic: everything printed goes through `cli::talk`.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
+pub mod account;
 pub mod artifact;
 pub mod chart;
 pub mod cli;
+pub mod cluster;
 pub mod diagnostic;
 pub mod draft;
 pub mod environment;
@@ -22,9 +24,12 @@ pub mod plugin;
 pub mod progress;
 pub mod recipe;
 pub mod schema;
+pub mod settings;
 pub mod store;
+pub mod sweep;
 pub mod table;
 pub mod tensorboard;
 pub mod terminal;
+pub mod ui;
 pub mod worker;
 pub mod yaml;

@@ -144,14 +144,14 @@ impl FileOption {
         let shown = self.path.display();
         let what = match self.kind {
             FileKind::File | FileKind::Weights => "file",
-            FileKind::Dir => "directory",
+            FileKind::Dir | FileKind::Images => "directory",
         };
         let Ok(found) = std::fs::metadata(&self.path) else {
             return Some(format!("the {what} {shown} does not exist"));
         };
         let there = match self.kind {
             FileKind::File => found.is_file(),
-            FileKind::Dir => found.is_dir(),
+            FileKind::Dir | FileKind::Images => found.is_dir(),
             // What a folder holds, whoever reads it says.
             FileKind::Weights => found.is_file() || found.is_dir(),
         };
@@ -168,6 +168,8 @@ pub enum FileKind {
     File,
     /// A directory, with everything in it.
     Dir,
+    /// A directory, with the files in it that a loader of images reads.
+    Images,
     /// Weights of a network: a file, or the folder or index of several.
     Weights,
 }

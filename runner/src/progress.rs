@@ -81,8 +81,16 @@ impl Teller {
             Event::Reused { stage, .. } => state.reused.push(stage),
             Event::Waiting { stage } => {
                 self.talk(&format!(
-                    "{stage}: another retort process works on the same stage; waiting for it"
+                    "{stage}: another run works on the same stage; waiting for it"
                 ));
+            }
+            Event::Submitted {
+                stage,
+                job,
+                elements,
+            } => {
+                let of = elements.map_or_else(String::new, |count| format!(" of {count} elements"));
+                self.talk(&format!("{stage}: submitted as job {job}{of}"));
             }
             Event::Began {
                 stage,

@@ -14,6 +14,7 @@ use serde_json::{Map, Value};
 
 use crate::diagnostic::{Finding, Position, Report};
 use crate::schema::{self, RESERVED};
+use crate::sweep::{self, Sweep};
 use crate::yaml::{self, Document, Part, YamlError};
 
 mod interpolation;
@@ -46,6 +47,8 @@ pub struct Recipe {
     pub threads: Option<usize>,
     /// The stages in the order of the text.
     pub stages: Vec<RecipeStage>,
+    /// What a sweep varies.
+    pub sweep: Option<Sweep>,
     /// Mistakes and warnings.
     pub findings: Vec<Finding>,
 }
@@ -364,11 +367,29 @@ pub fn parse(
     }
     // `1e3` is a whole number wherever one is wanted.
     schema::settle_numbers(&runner_schema, &mut value);
-    Ok(extract(source, &value, findings))
+    let is_wrong = |finding: &Finding| finding.pointer.starts_with("/sweep");
+    let sweep = match value.get("sweep") {
+        Some(section) if !findings.iter().any(is_wrong) => {
+            let typed = |pointer: &str, value: &Value| {
+                let written = source.as_written(pointer).filter(|_| !value.is_string());
+                setting::typed(value, written)
+            };
+            match sweep::section(section, &typed) {
+                Ok(sweep) => Some(sweep),
+                Err(wrong) => {
+                    let placed = wrong.into_iter();
+                    findings.extend(placed.map(|finding| source.place(finding, Part::Key)));
+                    None
+                }
+            }
+        }
+        _ => None,
+    };
+    Ok(extract(source, &value, sweep, findings))
 }
 
 /// What can be read of a value whose mistakes are known already.
-fn extract(source: Source, value: &Value, findings: Vec<Finding>) -> Recipe {
+fn extract(source: Source, value: &Value, sweep: Option<Sweep>, findings: Vec<Finding>) -> Recipe {
     let text = |value: &Value, key: &str| value.get(key)?.as_str().map(str::to_owned);
     let count = |value: &Value, key: &str| {
         value
@@ -416,6 +437,7 @@ fn extract(source: Source, value: &Value, findings: Vec<Finding>) -> Recipe {
             .flatten()
             .map(stage)
             .collect(),
+        sweep,
         findings,
         source,
     }

@@ -11,6 +11,8 @@
 use retort_abi::Description;
 use serde_json::{Map, Value, json};
 
+use crate::sweep;
+
 mod annotation;
 mod branch;
 mod defaults;
@@ -126,7 +128,7 @@ pub fn recipe_schema(plugins: &[Description]) -> Value {
     open(&mut stage, &["kind"]);
     open(
         &mut schema,
-        &["version", "name", "params", "paths", "stages"],
+        &["version", "name", "params", "paths", "sweep", "stages"],
     );
     definitions.insert("stage".to_owned(), stage);
     schema["$defs"] = Value::Object(definitions);
@@ -172,6 +174,7 @@ pub fn runner_schema() -> Value {
                 "type": "object", "additionalProperties": {"type": "string"},
                 "description": "Paths used elsewhere as `${paths.name}`; relative ones start from the recipe's directory."
             },
+            "sweep": sweep::schema(),
             "stages": {
                 "type": "object", "minProperties": 1,
                 "propertyNames": {"pattern": NAME_PATTERN},

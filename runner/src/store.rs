@@ -19,13 +19,16 @@ use sqlx::pool::PoolConnection;
 use sqlx::sqlite::{SqliteConnection, SqlitePool};
 
 mod block;
+mod browse;
 mod care;
 mod draft;
 mod error;
 mod file;
 mod function;
 mod history;
+mod host;
 mod import;
+mod jobs;
 mod lease;
 mod lineage;
 mod log;
@@ -37,9 +40,11 @@ mod sandbox;
 mod schema;
 mod select;
 mod series;
+mod sweep;
 mod time;
 mod transfer;
 
+pub use browse::{Group, LogWish};
 pub use care::Garbage;
 pub use error::StoreError;
 pub use file::Memory;
@@ -47,6 +52,7 @@ pub use history::{
     ArtifactRow, AttemptDetail, LastExecution, RunDetail, RunFilter, RunSummary, SourceStage,
     StageCounts, StageDetail, Success,
 };
+pub use jobs::{ElementNews, JobKey, JobRow, Left, OpenJob};
 pub use lineage::{Lineage, Relative, Turn};
 pub use log::{LogLine, LogSource, RunLine};
 pub use query::Answer;
@@ -56,6 +62,7 @@ pub use record::{
 };
 pub use select::Sort;
 pub use series::{Axis, Batch, Bucket, Lens, MetricPoint, SeriesPoint, SeriesSummary};
+pub use sweep::{SweepDetail, SweepId, SweepPlace, SweepPlan, SweepPoint, SweepSummary};
 pub use time::Time;
 pub use transfer::{Transfer, export};
 
@@ -116,6 +123,8 @@ pub struct Store {
     series: Mutex<HashMap<AttemptId, HashMap<String, series::Known>>>,
     /// Runs found lost that could not be recorded as such (the store cannot be written to).
     lost: Mutex<HashSet<String>>,
+    /// This machine's right to write.
+    claim: Option<host::Claim>,
 }
 
 impl Store {
@@ -126,9 +135,17 @@ impl Store {
     /// [`StoreError::Missing`] (reading only), [`StoreError::NewerSchema`], [`StoreError::NotAStore`],
     /// [`StoreError::ReadOnly`], [`StoreError::Busy`], [`StoreError::Full`], [`StoreError::Damaged`].
     pub async fn open(dir: &Path, access: Access) -> Result<Store, StoreError> {
-        let pool = match access {
-            Access::ReadWrite => schema::open_for_writing(dir).await?,
-            Access::ReadOnly => schema::open_for_reading(dir).await?,
+        let (pool, claim) = match access {
+            Access::ReadWrite => {
+                schema::check_files(&schema::path_of(dir))?;
+                schema::make_directory(dir)?;
+                let claim = host::claim(dir).await?;
+                (schema::open_for_writing(dir).await?, claim)
+            }
+            Access::ReadOnly => {
+                host::check(dir)?;
+                (schema::open_for_reading(dir).await?, None)
+            }
         };
         Ok(Store {
             dir: dir.to_owned(),
@@ -137,6 +154,7 @@ impl Store {
             writer: tokio::sync::Mutex::default(),
             series: Mutex::default(),
             lost: Mutex::default(),
+            claim,
         })
     }
 

@@ -33,6 +33,8 @@ mod measuring;
 mod plugins;
 #[path = "runner/published.rs"]
 mod published;
+#[path = "runner/questions.rs"]
+mod questions;
 #[path = "runner/recipes.rs"]
 mod recipes;
 #[path = "runner/runs.rs"]

@@ -117,6 +117,17 @@ impl TokenizerConfig {
         }
     }
 
+    /// Channels of the feature maps that are as large as the images.
+    pub fn finest_channels(&self) -> usize {
+        let shape = match self {
+            Self::Vq(c) => &c.autoencoder,
+            Self::Msvq(c) => &c.autoencoder,
+        };
+        shape
+            .channels
+            .saturating_mul(shape.multipliers.first().copied().unwrap_or(1))
+    }
+
     /// Builds the tokenizer.
     pub fn build<B: Backend>(&self, loader: &mut Loader<B>) -> Result<Box<dyn Tokenizer<B>>> {
         match self {
@@ -132,6 +143,22 @@ impl NetworkConfig {
         match self {
             Self::Llamagen(c) => c.token_shape(),
             Self::Var(c) => c.token_shape(),
+        }
+    }
+
+    /// Number and width of its blocks.
+    pub fn size(&self) -> (usize, usize) {
+        match self {
+            Self::Llamagen(c) => (c.depth, c.width),
+            Self::Var(c) => (c.depth, c.width),
+        }
+    }
+
+    /// Whether guidance of this strength is any, as the family means it: then it generates two rows an image.
+    pub fn is_guided(&self, guidance: Option<f64>) -> bool {
+        match self {
+            Self::Llamagen(_) => guidance.is_some_and(|s| s > 1.0),
+            Self::Var(_) => guidance.is_some_and(|w| w != 0.0),
         }
     }
 

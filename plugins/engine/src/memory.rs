@@ -64,7 +64,8 @@ pub fn check_tensor(name: &str, shape: &[usize]) -> Result<()> {
     }
 }
 
-fn gigabytes(bytes: u64) -> String {
+/// Bytes, for people.
+pub fn gigabytes(bytes: u64) -> String {
     format!("{:.1} GB", bytes as f64 / 1e9)
 }
 

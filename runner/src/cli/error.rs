@@ -11,6 +11,7 @@ use crate::filter::FilterError;
 use crate::input::InputError;
 use crate::plan::DescribeError;
 use crate::plan::decision::SelectError;
+use crate::settings::SettingsError;
 use crate::store::StoreError;
 use crate::terminal::paint;
 
@@ -209,8 +210,20 @@ impl From<StoreError> for Error {
             StoreError::AmbiguousArtifact { .. } => {
                 (Exit::NothingMatches, Some("give more of the hash"))
             }
-            StoreError::AmbiguousRun { .. } => (Exit::NothingMatches, Some("give more of the id")),
+            StoreError::NoSweep { .. } => (
+                Exit::NothingMatches,
+                Some("`retort sweep list` shows them all; `retort run RECIPE --sweep` makes one"),
+            ),
+            StoreError::AmbiguousRun { .. } | StoreError::AmbiguousSweep { .. } => {
+                (Exit::NothingMatches, Some("give more of the id"))
+            }
             StoreError::Busy | StoreError::InUse => (Exit::StoreBusy, None),
+            StoreError::Elsewhere { .. } => (
+                Exit::StoreBusy,
+                Some(
+                    "ask there, or try again when it has ended; a machine that is gone is forgotten after two minutes",
+                ),
+            ),
             _ => (Exit::Internal, None),
         };
         let shown = Self::new(exit, error.to_string());
@@ -231,6 +244,15 @@ impl From<InputError> for Error {
     /// What a recipe names is not what it takes it for.
     fn from(error: InputError) -> Self {
         Self::new(Exit::InvalidRecipe, error.to_string())
+    }
+}
+
+impl From<SettingsError> for Error {
+    fn from(error: SettingsError) -> Self {
+        Self {
+            hint: error.hint,
+            ..Self::new(Exit::Usage, error.message)
+        }
     }
 }
 

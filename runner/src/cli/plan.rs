@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use crate::artifact::Layout;
 use crate::cli::past::{History, NoHistory};
+use crate::cli::sweep::{self, SweepArgs};
 use crate::cli::{Context, Error, Exit, RecipeArgs, SelectionArgs, talk};
 use crate::diagnostic::Report;
 use crate::plan::decision::{self, Action, Decision};
@@ -27,6 +28,9 @@ pub struct Args {
     /// Print the whole plan as JSON: every resolved value and its origin.
     #[arg(long)]
     pub json: bool,
+    /// Which values to vary.
+    #[command(flatten)]
+    pub sweep: SweepArgs,
 }
 
 /// Planning makes no store, but for files of so many bytes that nobody wants to wait for their hashes again.
@@ -35,6 +39,9 @@ const WORTH_A_STORE: u64 = 1 << 30;
 /// Prints what would run and why.
 pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let recipe = recipe::read(&args.recipe.recipe, &args.recipe.set, context.home())?;
+    if args.sweep.is_given() {
+        return sweep::points::plan(args, recipe, context);
+    }
     let runtime = context.runtime()?;
     let store = context.known_store(&runtime)?;
     let mut plugins = Plugins::new(search_dirs(&context.plugin_dirs), &runtime, store.as_ref());
@@ -50,7 +57,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let decisions = match &store {
         Some(store) => {
             let layout = Layout::new(&context.store)?;
-            let mut past = History::new(&runtime, store, layout, selection.memory());
+            let mut past = History::new(&runtime, store, layout, selection.rehash.memory());
             decision::decide(&plan, &roles, &mut past)
         }
         None => decision::decide(&plan, &roles, &mut nothing),

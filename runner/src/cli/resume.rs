@@ -1,18 +1,22 @@
 //! `retort resume`: takes a run up again, with its frozen plan.
 
 use crate::cli::run::{ExecutionArgs, Job, open_store, past};
-use crate::cli::{Context, Error, Exit, talk};
+use crate::cli::{Context, Error, Exit, RehashArgs, left, sweep, talk};
 use crate::plan::decision::Role;
 use crate::plan::{Descriptions, Plan};
 use crate::plugin::{Plugins, search_dirs};
-use crate::store::{Access, Memory, RunDetail, RunState, StageState, Store};
+use crate::store::{Access, RunDetail, RunState, StageState, Store, StoreError, SweepPlace};
 
 /// Arguments of `resume`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The run: an id or the beginning of one, `latest`, `latest~1`, or a tag.
-    #[arg(value_name = "RUN", default_value = "latest")]
-    pub run: String,
+    /// The run: an id or the beginning of one, `latest`, `latest~1`, or a tag; or a sweep, whose missing points are run.
+    /// Without it, the latest run, or the sweep that it is of.
+    #[arg(value_name = "RUN")]
+    pub run: Option<String>,
+    /// Whether files are read again.
+    #[command(flatten)]
+    pub rehash: RehashArgs,
     /// How to run the stages.
     #[command(flatten)]
     pub execution: ExecutionArgs,
@@ -24,9 +28,33 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     // Reading first: a store that is not there is not to be made.
     drop(runtime.block_on(Store::open(&context.store, Access::ReadOnly))?);
     let store = open_store(&runtime, &context.store)?;
-    let run = runtime.block_on(store.resolve_run(&args.run))?;
+    let reference = args.run.as_deref().unwrap_or("latest");
+    let run = match runtime.block_on(store.resolve_run(reference)) {
+        Err(StoreError::NoRun { .. }) if reference.starts_with(['s', 'S']) => {
+            let sweep = runtime.block_on(store.resolve_sweep(reference));
+            // Of two things that are not there, the run is the likelier one.
+            let sweep = sweep.or_else(|error| match error {
+                StoreError::NoSweep { .. } => Err(StoreError::NoRun {
+                    reference: reference.to_owned(),
+                    runs: 1,
+                }),
+                error => Err(error),
+            })?;
+            return sweep::points::resume(&sweep, &runtime, &store, &args.execution, context);
+        }
+        run => run?,
+    };
+    if args.run.is_none() {
+        let place = runtime.block_on(store.run_detail(&run))?.summary.sweep;
+        if let Some(SweepPlace { id, .. }) = place {
+            return sweep::points::resume(&id, &runtime, &store, &args.execution, context);
+        }
+    }
+    let left = runtime.block_on(left::refresh(&store, context))?;
+    let left = left.into_iter().find(|left| left.run == run);
     let detail = runtime.block_on(store.run_detail(&run))?;
-    if matches!(detail.summary.state, RunState::Running | RunState::Queued) {
+    let alive = matches!(detail.summary.state, RunState::Running | RunState::Queued);
+    if alive && left.is_none() {
         return Err(Error::new(
             Exit::Usage,
             format!("run {run} is still {}", detail.summary.state),
@@ -59,10 +87,16 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         shown_path: plan.path.clone(),
         plan,
         resumed_from: Some(run),
+        sweep: detail.summary.sweep.clone(),
     };
-    let past = &mut past(&runtime, &store, Memory::Trusted)?;
+    let past = &mut past(&runtime, &store, args.rehash.memory())?;
     job.check(&mut plugins, past, context)?;
-    job.carry_out(&runtime, &store, &args.execution, context)
+    // The jobs that still run are taken up as they are.
+    if let Some(left) = left {
+        runtime.block_on(store.take_up(&left))?;
+    }
+    let execution = args.execution.or_as_recorded(&detail.resolved);
+    job.carry_out(&runtime, &store, &execution, context)
 }
 
 /// Plugins that have been built anew since are used as they are now; what they made before is made again.

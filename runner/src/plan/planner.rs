@@ -214,6 +214,7 @@ impl<'a> Planner<'a> {
                         pointer: pointer.clone(),
                         kind: match target {
                             Target::Dir => FileKind::Dir,
+                            Target::Images => FileKind::Images,
                             Target::Weights => FileKind::Weights,
                             _ => FileKind::File,
                         },

@@ -196,6 +196,19 @@ fn read(change: &str, typed: &str) -> Result<(Value, Setting), (String, Position
     }
 }
 
+/// How a value is typed after `path=`, so that it is read as this value. `written` is how it stands in a text.
+pub(super) fn typed(value: &Value, written: Option<&str>) -> String {
+    match value {
+        Value::String(text) => match read("", text) {
+            Ok((Value::String(same), _)) if same == *text => text.clone(),
+            _ => value.to_string(),
+        },
+        Value::Null => String::new(),
+        // Also YAML.
+        value => written.map_or_else(|| value.to_string(), str::to_owned),
+    }
+}
+
 fn argument(change: &str, position: Position) -> Argument {
     Argument {
         text: format!("--set {change}"),

@@ -94,6 +94,12 @@ impl Store {
     pub async fn remove_runs(&self, runs: &[RunId]) -> Result<(), StoreError> {
         self.reconcile().await?;
         let mut write = self.write().await?;
+        let sweeps: Vec<i64> = sqlx::query_scalar(
+            "select distinct sweep from runs where sweep is not null and id in (select value from json_each(?1))",
+        )
+        .bind(serde_json::json!(runs).to_string())
+        .fetch_all(&mut *write)
+        .await?;
         for run in runs {
             let state: Option<String> = sqlx::query_scalar("select state from runs where id = ?1")
                 .bind(&run.0)
@@ -107,6 +113,14 @@ impl Store {
                 .execute(&mut *write)
                 .await?;
         }
+        // A sweep goes with the last of its runs.
+        sqlx::query(
+            "delete from sweeps where key in (select value from json_each(?1))
+             and not exists (select 1 from runs where sweep = sweeps.key)",
+        )
+        .bind(serde_json::json!(sweeps).to_string())
+        .execute(&mut *write)
+        .await?;
         write.commit().await
     }
 

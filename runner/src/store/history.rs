@@ -12,7 +12,8 @@ use super::select::Sort;
 use super::time::Time;
 use super::{
     ArtifactFile, ArtifactRecord, AttemptId, AttemptState, Param, PluginIdentity, RunId, RunState,
-    StageId, StageState, Store, StoreError, Usage, json, json_or_none, variant,
+    StageId, StageState, Store, StoreError, SweepId, SweepPlace, Usage, json, json_or_none,
+    variant,
 };
 use crate::filter::{Filter, Name};
 
@@ -21,6 +22,8 @@ use crate::filter::{Filter, Name};
 pub struct RunFilter {
     /// At most so many, the newest.
     pub limit: Option<u32>,
+    /// Without so many of the first.
+    pub skip: u32,
     /// In one of these states; any when empty.
     pub states: Vec<RunState>,
     /// Of the recipe with this name.
@@ -65,6 +68,9 @@ pub struct RunSummary {
     pub command: Vec<String>,
     /// The run it took up again.
     pub resumed_from: Option<RunId>,
+    /// The point of a sweep that it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sweep: Option<SweepPlace>,
     /// The values of the columns asked for.
     #[serde(skip_serializing_if = "Map::is_empty")]
     pub values: Map<String, Value>,
@@ -81,6 +87,32 @@ pub struct StageCounts {
     pub reused: u32,
     /// Failed.
     pub failed: u32,
+}
+
+impl StageCounts {
+    /// For people: `4 ran, 2 reused of 7`.
+    pub fn in_words(self) -> String {
+        let named = [
+            (self.ran, "ran"),
+            (self.reused, "reused"),
+            (self.failed, "failed"),
+        ];
+        let parts = named
+            .iter()
+            .filter(|(count, _)| *count > 0)
+            .map(|(count, name)| format!("{count} {name}"));
+        let parts = parts.collect::<Vec<_>>().join(", ");
+        if self.ran + self.reused < self.total {
+            let rest = if parts.is_empty() {
+                String::new()
+            } else {
+                format!("{parts} ")
+            };
+            format!("{rest}of {}", self.total)
+        } else {
+            parts
+        }
+    }
 }
 
 /// Everything about a run except its metrics and logs.
@@ -173,8 +205,11 @@ pub struct AttemptDetail {
     /// What it took.
     #[serde(flatten)]
     pub usage: Usage,
-    /// Process id of its worker.
+    /// Process id of its worker; 0 on a cluster.
     pub worker_pid: u32,
+    /// Why nothing of it runs yet, on a cluster.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub waiting: Option<String>,
 }
 
 /// An artifact of a run.
@@ -412,7 +447,7 @@ impl Store {
     async fn select_runs(&self, keys: &[i64]) -> Result<Vec<RunSummary>, StoreError> {
         let rows = sqlx::query(
             "select r.id, r.recipe, r.created, r.finished, r.error, r.seed, r.recipe_path, r.command, r.resumed_from,
-                    r.note,
+                    r.note, (select id from sweeps where key = r.sweep) as sweep, r.point,
                     case when r.state in ('queued', 'running') and r.id in (select value from json_each(?1))
                          then 'lost' else r.state end as true_state,
                     (select heartbeat from leases where run = r.key) as heartbeat,
@@ -486,7 +521,7 @@ impl Store {
     ) -> Result<Vec<AttemptDetail>, StoreError> {
         let rows = sqlx::query(
             "select key, number, state, reason, message, failure, summary, output, started, finished, paused,
-                    cpu_seconds, max_rss, worker_pid
+                    cpu_seconds, max_rss, worker_pid, waiting
              from attempts where stage = ?1 order by number",
         )
         .bind(stage.0)
@@ -545,6 +580,13 @@ fn run_summary(row: &SqliteRow) -> Result<RunSummary, sqlx::Error> {
         recipe_path: row.try_get("recipe_path")?,
         command: json(row, "command")?,
         resumed_from: row.try_get::<Option<String>, _>("resumed_from")?.map(RunId),
+        sweep: match row.try_get("sweep")? {
+            Some(id) => Some(SweepPlace {
+                id: SweepId(id),
+                point: row.try_get::<Option<u32>, _>("point")?.unwrap_or_default(),
+            }),
+            None => None,
+        },
     })
 }
 
@@ -578,6 +620,9 @@ fn attempt_detail(row: &SqliteRow, run_state: RunState) -> Result<AttemptDetail,
                 .map(i64::cast_unsigned),
         },
         worker_pid: row.try_get("worker_pid")?,
+        waiting: row
+            .try_get::<Option<String>, _>("waiting")?
+            .filter(|_| state == AttemptState::Running),
     })
 }
 

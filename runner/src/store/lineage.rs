@@ -105,12 +105,23 @@ impl Store {
     /// # Errors
     /// [`StoreError::Damaged`], [`StoreError::Sql`].
     pub async fn lineage(&self, hash: &str) -> Result<Lineage, StoreError> {
+        self.lineage_within(hash, usize::MAX).await
+    }
+
+    /// The same, of at most `most` artifacts, the nearest.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`], [`StoreError::Sql`].
+    pub async fn lineage_within(&self, hash: &str, most: usize) -> Result<Lineage, StoreError> {
         let mut depths = HashMap::from([(hash.to_owned(), 0)]);
         let mut edges = HashSet::new();
         for direction in [-1, 1] {
             let mut queue = VecDeque::from([(hash.to_owned(), 0)]);
             while let Some((from, depth)) = queue.pop_front() {
                 for next in self.neighbours(&from, direction).await? {
+                    if !depths.contains_key(&next) && depths.len() >= most {
+                        continue;
+                    }
                     edges.insert(match direction {
                         -1 => (from.clone(), next.clone()),
                         _ => (next.clone(), from.clone()),

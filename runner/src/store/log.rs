@@ -134,7 +134,7 @@ impl Store {
     }
 }
 
-fn log_line(row: &SqliteRow) -> Result<LogLine, StoreError> {
+pub(super) fn log_line(row: &SqliteRow) -> Result<LogLine, StoreError> {
     Ok(LogLine {
         at: Time(row.try_get("at")?),
         level: row.try_get("level")?,

@@ -10,7 +10,7 @@ use sqlx::sqlite::SqliteConnection;
 
 use super::lease::Holder;
 use super::time::Time;
-use super::{AttemptId, BUSY_TIMEOUT, RunId, StageId, Store, StoreError, series};
+use super::{AttemptId, BUSY_TIMEOUT, RunId, StageId, Store, StoreError, SweepPlace, series};
 
 /// A run about to begin.
 #[derive(Debug, Clone, Default)]
@@ -33,6 +33,8 @@ pub struct NewRun {
     pub resumed_from: Option<RunId>,
     /// Where it runs: see [`crate::environment`].
     pub environment: Value,
+    /// The point of a sweep that it is.
+    pub sweep: Option<SweepPlace>,
 }
 
 /// A resolved value and where it came from.
@@ -102,7 +104,7 @@ pub struct AttemptEnd {
 }
 
 /// What an attempt took.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Usage {
     /// Processor time of the worker, user and system, in seconds; with that of all parts.
     pub cpu_seconds: Option<f64>,
@@ -266,8 +268,8 @@ impl Store {
             }
         };
         let key = sqlx::query(
-            "insert into runs (id, recipe, recipe_path, seed, command, resumed_from, state, created)
-             values (?1, ?2, ?3, ?4, ?5, ?6, 'queued', ?7)",
+            "insert into runs (id, recipe, recipe_path, seed, command, resumed_from, state, created, sweep, point)
+             values (?1, ?2, ?3, ?4, ?5, ?6, 'queued', ?7, (select key from sweeps where id = ?8), ?9)",
         )
         .bind(&id.0)
         .bind(&run.recipe_name)
@@ -276,6 +278,8 @@ impl Store {
         .bind(Value::from(run.command.clone()).to_string())
         .bind(run.resumed_from.as_ref().map(|id| &id.0))
         .bind(now.0)
+        .bind(run.sweep.as_ref().map(|place| &place.id.0))
+        .bind(run.sweep.as_ref().map(|place| place.point))
         .execute(&mut *write)
         .await?
         .last_insert_rowid();
@@ -600,7 +604,7 @@ pub(super) fn is_run_id(text: &str) -> bool {
 }
 
 /// Ten characters of Crockford's base 32: 40 bits of milliseconds since 2024, which sort, and 10 bits of chance.
-fn run_id(now: Time) -> RunId {
+pub(super) fn run_id(now: Time) -> RunId {
     const ALPHABET: &[u8; 32] = b"0123456789abcdefghjkmnpqrstvwxyz";
     const SINCE_2024: i64 = 1_704_067_200_000;
     let time = (now.0 - SINCE_2024).cast_unsigned() & ((1 << 40) - 1);

@@ -71,7 +71,7 @@ impl Store {
 }
 
 /// How many runs before the latest are meant; none when the reference is not of this form.
-fn steps_back(reference: &str) -> Option<u32> {
+pub(super) fn steps_back(reference: &str) -> Option<u32> {
     match reference.trim().strip_prefix("latest")? {
         "" => Some(0),
         "~" => Some(1),

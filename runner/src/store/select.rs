@@ -17,9 +17,9 @@ use super::{RunFilter, RunState, Store, StoreError};
 use crate::filter::{Expr, Field, FilterError, Name, Operator, Value};
 
 /// Fields of a run itself, as the help lists them.
-const FIELDS: [&str; 18] = [
+const FIELDS: [&str; 20] = [
     "id", "state", "recipe", "path", "started", "finished", "seconds", "age", "seed", "error",
-    "note", "tag", "stage", "kind", "plugin", "device", "stages", "reused",
+    "note", "tag", "stage", "kind", "plugin", "device", "stages", "reused", "sweep", "point",
 ];
 
 /// What [`Store::find_runs`] found: keys in order, each with the values of the columns asked for.
@@ -107,6 +107,43 @@ impl Store {
             found.values.push(values);
         }
         Ok(found)
+    }
+
+    /// How many runs pass a filter.
+    ///
+    /// # Errors
+    /// As [`Store::list_runs`].
+    pub async fn count_matching(&self, filter: &RunFilter) -> Result<u64, StoreError> {
+        if filter.expr.is_none() && filter.states.is_empty() && filter.recipe.is_none() {
+            return self.count_runs().await;
+        }
+        // Neither order nor columns matter.
+        let filter = RunFilter {
+            sort: Vec::new(),
+            columns: Vec::new(),
+            limit: None,
+            skip: 0,
+            ..filter.clone()
+        };
+        let mut targets = Vec::new();
+        if let Some(wanted) = &filter.expr {
+            let in_text = |error: FilterError| error.in_text(&wanted.text);
+            for field in fields(&wanted.expr) {
+                targets.push((field, self.target(field, &in_text).await?));
+            }
+        }
+        let mut select = Select {
+            sql: QueryBuilder::new("select count(*)"),
+            joins: Vec::new(),
+            lost: self.unrecorded_lost(),
+        };
+        select.build(&filter, &targets)?;
+        let count: i64 = select
+            .sql
+            .build_query_scalar()
+            .fetch_one(self.pool())
+            .await?;
+        Ok(count.cast_unsigned())
     }
 
     /// What a field means in this store.
@@ -262,6 +299,8 @@ impl Select {
                     "r.created{direction}, r.key{direction} limit "
                 ));
                 self.sql.push_bind(limit);
+                self.sql.push(" offset ");
+                self.sql.push_bind(filter.skip);
                 return Ok(());
             }
             self.scalar(&target);
@@ -270,6 +309,8 @@ impl Select {
         }
         self.sql.push("r.key desc limit ");
         self.sql.push_bind(limit);
+        self.sql.push(" offset ");
+        self.sql.push_bind(filter.skip);
         Ok(())
     }
 
@@ -615,6 +656,11 @@ fn own(name: &str) -> Option<Target> {
         "seed" => Target::Run("r.seed", Type::Number),
         "error" => Target::Run("r.error", Type::Text),
         "note" => Target::Run("r.note", Type::Text),
+        "sweep" => Target::Run(
+            "(select w.id from sweeps w where w.key = r.sweep)",
+            Type::Text,
+        ),
+        "point" => Target::Run("r.point", Type::Number),
         "tag" | "tags" => Target::Any("tags", "tag"),
         "stage" => Target::Any("stages", "name"),
         "kind" => Target::Any("stages", "kind"),

@@ -337,6 +337,7 @@ impl<'c> Copy<'c> {
             let copied = self.rows(sql, key, here).await;
             self.or_lost(copied, run, what)?;
         }
+        self.sweep(run, key, here).await?;
         // A run without its recipe would not be found by anybody.
         sqlx::query(
             "insert or ignore into main.documents (run, recipe_text, resolved, environment)
@@ -355,6 +356,53 @@ impl<'c> Copy<'c> {
             self.stage(run, stage, here).await?;
         }
         self.done.runs.push(run.clone());
+        Ok(())
+    }
+
+    /// The sweep that a run is a point of. One of the same name that is there already stays as it is: the run becomes its
+    /// point only where both are made of the same.
+    async fn sweep(&mut self, run: &RunId, key: i64, here: i64) -> Result<(), StoreError> {
+        let sweep: Option<Option<i64>> =
+            sqlx::query_scalar("select sweep from source.runs where key = ?1")
+                .bind(key)
+                .fetch_optional(&mut *self.connection)
+                .await?;
+        let Some(sweep) = sweep.flatten() else {
+            return Ok(());
+        };
+        let copied = self
+            .rows(
+                "insert into main.sweeps (id, recipe, recipe_path, recipe_text, settings, definition, selection, points,
+                     created)
+                 select id, recipe, recipe_path, recipe_text, settings, definition, selection, points, created
+                 from source.sweeps w where key = ?1 and ?2 and not exists (select 1 from main.sweeps where id = w.id)",
+                sweep,
+                here,
+            )
+            .await;
+        self.or_lost(copied, run, "its sweep")?;
+        for sql in [
+            // A sweep that was there has its points.
+            "insert or ignore into main.sweep_points (sweep, point, settings)
+             select m.key, p.point, p.settings
+             from source.sweeps w join source.sweep_points p on p.sweep = w.key join main.sweeps m on m.id = w.id
+             where w.key = ?1 and ?2 and not exists (select 1 from main.sweep_points where sweep = m.key)",
+            "update main.runs set
+                 sweep = (select m.key from source.sweeps w
+                          join main.sweeps m on m.id = w.id and m.recipe_text = w.recipe_text
+                              and m.settings = w.settings and m.definition = w.definition and m.points = w.points
+                          where w.key = ?1),
+                 point = (select point from source.runs where id = runs.id)
+             where key = ?2",
+            "update main.runs set point = null where key = ?2 and sweep is null and ?1",
+            "insert or ignore into main.sweep_rungs (sweep, point, rung, value)
+             select r.sweep, g.point, g.rung, g.value from main.runs r
+             join source.sweep_rungs g on g.sweep = ?1 and g.point = r.point
+             where r.key = ?2 and r.sweep is not null",
+        ] {
+            let copied = self.rows(sql, sweep, here).await;
+            self.or_lost(copied, run, "its place in a sweep")?;
+        }
         Ok(())
     }
 
@@ -434,9 +482,10 @@ impl<'c> Copy<'c> {
         let copied = self
             .one(
                 "insert into main.attempts (stage, number, digest, worker_pid, state, reason, message, failure, summary,
-                     output, cpu_seconds, max_rss, started, finished)
+                     output, cpu_seconds, max_rss, started, finished, paused)
                  select ?2, number, digest, worker_pid, state, reason, message, failure, summary,
-                     (select hash from main.artifacts where hash = output), cpu_seconds, max_rss, started, finished
+                     (select hash from main.artifacts where hash = output), cpu_seconds, max_rss, started, finished,
+                     paused
                  from source.attempts where key = ?1",
                 key,
                 into,

@@ -148,7 +148,7 @@ fn two_runs_of_one_recipe_work_on_a_stage_once() {
     let second = lab
         .run(&[])
         .expect(0)
-        .saying(&["another retort process works on the same stage"]);
+        .saying(&["another run works on the same stage"]);
     first.end().expect(0);
     assert!(
         second.stdout.contains("reused") || second.stdout.contains("nothing to do"),

@@ -12,6 +12,7 @@ use std::sync::{Mutex, PoisonError};
 
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
+use retort_checkpoint::images;
 
 /// Pixels of 8 bits, row by row, the channels of a pixel side by side: (height, width, channels).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,9 +57,14 @@ pub const FORMATS: &str = "PNG, JPEG, WebP, GIF, BMP or TIFF";
 
 /// The format of a file that begins with these bytes.
 pub fn format(start: &[u8]) -> Option<ImageFormat> {
-    use ImageFormat::{Bmp, Gif, Jpeg, Png, Tiff, WebP};
-    let found = image::guess_format(start).ok()?;
-    matches!(found, Bmp | Gif | Jpeg | Png | Tiff | WebP).then_some(found)
+    images::format(start).map(|format| match format {
+        images::Format::Bmp => ImageFormat::Bmp,
+        images::Format::Gif => ImageFormat::Gif,
+        images::Format::Jpeg => ImageFormat::Jpeg,
+        images::Format::Png => ImageFormat::Png,
+        images::Format::Tiff => ImageFormat::Tiff,
+        images::Format::WebP => ImageFormat::WebP,
+    })
 }
 
 fn decoder(content: &[u8]) -> Result<impl ImageDecoder + '_, String> {

@@ -1018,7 +1018,7 @@ fn a_feed_gives_each_step_its_images_from_wherever_it_begins() {
 fn the_schema_marks_paths_and_closes_the_object() {
     let schema = schemars::schema_for!(DataOptions).to_value();
     assert_eq!(schema["properties"]["csv"]["x-retort-file"], "file");
-    assert_eq!(schema["properties"]["folder"]["x-retort-file"], "dir");
+    assert_eq!(schema["properties"]["folder"]["x-retort-file"], "images");
     assert_eq!(schema["additionalProperties"], false);
     assert_eq!(schema["properties"]["header"]["default"], false);
     assert!(schema["properties"]["csv"].get("default").is_none());

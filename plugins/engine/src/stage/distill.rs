@@ -11,6 +11,8 @@
 //!
 //! The sequence is made by the function that samples with the student ([`crate::splice`]).
 
+mod need;
+
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -26,13 +28,14 @@ use crate::backend::{Backend, Unary};
 use crate::bundle::{self, Bundle};
 use crate::dataset::Dataset;
 use crate::error::{Error, Result};
+use crate::memory;
 use crate::model::vq::nearest;
 use crate::model::{CONTINUOUS_HEAD, Conditions, Student, TokenShape, Tokenizer};
 use crate::perceptual::{self, Eye, PIXELS_AT_ONCE, Perceptual};
 use crate::random::{Sequence, Stream};
 use crate::sampler::{check_from_zero, check_timesteps};
 use crate::splice::State;
-use crate::stage::{Context, Stage, link};
+use crate::stage::{Context, Stage, link, room};
 use crate::tape::Var;
 use crate::train::{Fit, HeldOut, StepOutput, TrainOptions, average, replace, scalar, shared};
 use crate::weights::{Loader, Source, write_each};
@@ -233,7 +236,6 @@ impl<B: Backend> Stage<B> for Distill {
         let codebook = tokenizer.codebook()?;
         let eye = Eye::open(context, &o.perceptual)?;
         eye.check(bundle.config.tokenizer.image())?;
-        let [_, height, width] = bundle.config.tokenizer.image();
 
         let from = match &o.from {
             Some(stage) => Some((stage, Bundle::open(context.input_dir(stage)?)?)),
@@ -263,11 +265,33 @@ impl<B: Backend> Stage<B> for Distill {
                 seed,
             },
         };
+        room::check(
+            context,
+            "/train/batch",
+            o.train.batch.div_ceil(o.accumulate),
+            room::training(&network, o.cross_entropy > 0.0, o.recompute),
+        )?;
         let origin = o.from.as_ref().unwrap_or(&o.teacher);
         let mut loader = Loader::new(backend, start, true, origin.as_str());
         let mut student = network.student(&mut loader)?;
         student.recompute(o.recompute);
         let all = loader.into_params();
+        let parameters = all
+            .iter()
+            .map(|(_, p)| p.shape().iter().product::<usize>())
+            .sum();
+        let needed = need::Need::of(o, &network, &bundle.config.tokenizer, parameters);
+        host.log(
+            LogLevel::Info,
+            &format!("training needs {}", needed.describe()),
+        );
+        // The weights are there already.
+        let free = memory::free().map(|free| free.saturating_add(4 * parameters as u64));
+        if let (true, Some(free)) = (context.on_host(), free)
+            && let Some(message) = needed.refusal(o, free)
+        {
+            return Err(Error::option("/train/batch", message));
+        }
         let idle = |name: &str| {
             !o.moves_head() && name.starts_with(CONTINUOUS_HEAD)
                 || o.cross_entropy == 0.0 && network.is_of_logits(name)
@@ -308,9 +332,7 @@ impl<B: Backend> Stage<B> for Distill {
             codebook: &codebook,
             tokenizer: &*tokenizer,
             eye,
-            decode_batch: o
-                .decode_batch
-                .unwrap_or((PIXELS_AT_ONCE / (height * width)).max(1)),
+            decode_batch: o.decode_batch(bundle.config.tokenizer.image()),
             shape: &shape,
             boundary: shape.tokens_before(split),
             begun: Cell::new((Instant::now(), 0.0)),

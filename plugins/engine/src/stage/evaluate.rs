@@ -412,6 +412,7 @@ impl<B: Backend> Stage<B> for Evaluate {
                 own.push(Row {
                     name: label,
                     count: set.len(),
+                    passes: set.manifest.passes,
                     figures,
                 });
             }

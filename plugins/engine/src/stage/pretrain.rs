@@ -11,11 +11,10 @@ use crate::backend::Backend;
 use crate::bundle::{self, Bundle, Family, NetworkConfig, TokenizerConfig};
 use crate::data::{Data, Images};
 use crate::error::{Error, Result};
-use crate::memory;
 use crate::model::{CODEBOOK, ConditionShape, Conditions, Teacher, llamagen, var};
 use crate::random::{Sequence, Stream};
 use crate::stage::tokenizer::batch_shape;
-use crate::stage::{Context, Stage};
+use crate::stage::{Context, Stage, room};
 use crate::train::{Fit, HeldOut, Mean, StepOutput, TrainOptions, average, shared};
 use crate::weights::{Loader, Source, Start, Stored};
 
@@ -122,14 +121,12 @@ impl<B: Backend> Stage<B> for Pretrain {
             return Err(Error::option("/data", message));
         }
         let network = network(o, &source.config.tokenizer, images.classes)?;
-        // Of a token at least: its logits and their gradient, and in each block the input of four products.
-        let wide = network.tokens();
-        let kept = o.depth.checked_mul(4 * o.width);
-        let kept = kept.and_then(|kept| kept.checked_add(2 * wide.vocabulary));
-        let each = kept.and_then(|kept| memory::floats(&[wide.tokens(), kept]));
-        if context.on_host() {
-            memory::check_batch("/train/batch", o.train.batch, each)?;
-        }
+        room::check(
+            context,
+            "/train/batch",
+            o.train.batch,
+            room::training(&network, true, false),
+        )?;
         // Tokens are made once, of each image as it may be seen: as it is, and mirrored.
         let views: &[bool] = if images.flips() {
             &[false, true]

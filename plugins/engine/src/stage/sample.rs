@@ -26,7 +26,7 @@ use crate::sampler;
 use crate::samples::{FORMAT, ImagesKept, Kept, Manifest, Samples, ShardWriter, by_class};
 use crate::stage::condition::{Features, Given, Labels, Made, Texts, Wish, same_noise};
 use crate::stage::shards::{self, Division, Part, batches, hashed};
-use crate::stage::{Context, Stage, link, resolve, write_json};
+use crate::stage::{Context, Stage, link, resolve, room, write_json};
 use drawer::{Sampler, drawer};
 
 /// Options of `sample`.
@@ -57,6 +57,11 @@ pub struct Options {
     /// What is kept of the images: bytes, f32, or none, which leaves out decoding too.
     #[serde(default)]
     pub images: ImagesKept,
+    /// Sides to which decoded images are brought before they are kept, in pixels, bicubic as torch's `interpolate` (LlamaGen's
+    /// images of 384 x 384 are measured at 256); as they are decoded, if left out.
+    #[serde(default)]
+    #[schemars(range(min = 1, max = 4096))]
+    pub resize: Option<usize>,
     /// Whether latents are kept, (n, L, D) in f32.
     #[serde(default)]
     pub latents: bool,
@@ -138,7 +143,7 @@ impl<B: Backend> Stage<B> for Sample {
     type Options = Options;
     const KIND: &'static str = "sample";
     const OUTPUT: &'static str = "samples";
-    const REVISION: u32 = 3;
+    const REVISION: u32 = 4;
     const SUMMARY: &'static str =
         "sample images from a teacher, a student, both, or the independent baseline";
     const DIVISIBLE: bool = true;
@@ -151,7 +156,8 @@ impl<B: Backend> Stage<B> for Sample {
             return Err(Error::option("/tokens", message));
         }
         if o.images == ImagesKept::None {
-            for (wanted, pointer) in [(o.png, "/png"), (o.npz, "/npz")] {
+            let resize = o.resize.is_some();
+            for (wanted, pointer) in [(o.png, "/png"), (o.npz, "/npz"), (resize, "/resize")] {
                 if wanted {
                     return Err(Error::option(pointer, "`images: none` keeps no images"));
                 }
@@ -168,7 +174,11 @@ impl<B: Backend> Stage<B> for Sample {
         let (host, backend, seed) = (context.host, context.backend, context.job.seed);
         let base = &context.job.base_dir;
         let bundle = Bundle::open(context.input_dir(o.sampler.source())?)?;
-        let shape = bundle.network()?.tokens();
+        let network = bundle.network()?;
+        let shape = network.tokens();
+        let decoded = (o.images != ImagesKept::None).then_some(&bundle.config.tokenizer);
+        let each = room::sampling(&o.sampler, network, decoded, &context.job.dtype);
+        room::check(context, "/batch", o.division().at_once(o.batch), each)?;
         // Before the networks are loaded: a text encoder may need the memory.
         let made =
             o.wish()
@@ -188,6 +198,8 @@ impl<B: Backend> Stage<B> for Sample {
             None => Ok(random::noises(seed, samples, l, d)),
         };
 
+        let [channels, _, side] = bundle.config.tokenizer.image();
+        let side = o.resize.unwrap_or(side);
         let work = context.work_dir()?;
         let mut manifest = Manifest {
             format: FORMAT,
@@ -198,7 +210,8 @@ impl<B: Backend> Stage<B> for Sample {
                 Subjects::Classes(_) => None,
                 Subjects::Captions(_) => Some(hash(&work.join(captions::FILE))?),
             },
-            image: bundle.config.tokenizer.image(),
+            passes: Some(o.sampler.passes(&shape)),
+            image: [channels, side, side],
             tokens: l,
             vocabulary: shape.vocabulary,
             dim: d,
@@ -264,7 +277,7 @@ impl<B: Backend> Stage<B> for Sample {
                 }
                 if o.images != ImagesKept::None {
                     let clock = Instant::now();
-                    let images = sampler::decode(&**tokenizer, &drawn.latents)?;
+                    let images = sampler::decode(&**tokenizer, &drawn.latents, side)?;
                     decoding += clock.elapsed().as_secs_f64();
                     finite("pixel", &images, start, images.len() / classes.len())?;
                     writer.floats("images", row, &images)?;
@@ -274,15 +287,20 @@ impl<B: Backend> Stage<B> for Sample {
             Ok(())
         })?;
         drop(networks);
-        let mut summary = json!({ "images": division.samples().end - division.samples().start });
+        let passes = o.sampler.passes(&shape);
+        let mut summary = json!({
+            "images": division.samples().end - division.samples().start,
+            "passes": passes,
+        });
         if told.samples > 0 {
             let rate = told.samples as f64 / sampling;
             host.metric("sample/images_per_second", told.share, rate);
             host.metric("sample/sampling_seconds", told.share, sampling);
             host.metric("sample/decoding_seconds", told.share, decoding);
+            host.metric("sample/passes", told.share, passes as f64);
             let count = told.samples;
             let message = format!(
-                "{count} images: sampling {sampling:.2} s ({rate:.0}/s), decoding {decoding:.2} s"
+                "{count} images in {passes} passes a batch: sampling {sampling:.2} s ({rate:.0}/s), decoding {decoding:.2} s"
             );
             host.log(LogLevel::Info, &message);
             summary["images_per_second"] = json!(rate);

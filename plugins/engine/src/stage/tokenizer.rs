@@ -26,7 +26,7 @@ use crate::model::{CODEBOOK, Reconstruction, Tokenizer as Model, discriminator, 
 use crate::perceptual::{Eye, PIXELS_AT_ONCE, Perceptual};
 use crate::picture::{self, Pixels};
 use crate::random::{Sequence, Stream};
-use crate::stage::{Context, Stage};
+use crate::stage::{Context, Stage, room};
 use crate::tape::Var;
 use crate::train::{self, Fit, HeldOut, Mean, StepOutput, TrainOptions, average, scalar, shared};
 use crate::weights::{self, Loader, Source, Stored};
@@ -238,9 +238,12 @@ impl<B: Backend> Stage<B> for Tokenizer {
         let (backend, seed) = (context.backend, context.job.seed);
         let images = Arc::new(context.images(&o.data)?);
         let config = config(o, &images)?;
-        if context.on_host() {
-            memory::check_batch("/train/batch", o.train.batch, o.bytes_of_an_image(&images))?;
-        }
+        room::check(
+            context,
+            "/train/batch",
+            o.train.batch,
+            o.bytes_of_an_image(&images),
+        )?;
         let (train, held) = images.split(o.held_out, seed);
         let eye = Eye::open(context, &o.perceptual)?;
         eye.check(images.shape())?;

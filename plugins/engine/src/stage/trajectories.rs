@@ -23,7 +23,7 @@ use crate::random;
 use crate::sampler::{Choice, Distribution, autoregressive};
 use crate::stage::condition::{Features, Given, Labels, Made, Texts, Wish, same_noise};
 use crate::stage::shards::{self, Division, Part, batches, hashed};
-use crate::stage::{Context, Stage, link, resolve, write_json};
+use crate::stage::{Context, Stage, link, resolve, room, write_json};
 
 /// Options of `trajectories`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -151,7 +151,14 @@ impl<B: Backend> Stage<B> for Trajectories {
         let (host, backend, seed) = (context.host, context.backend, context.job.seed);
         let input = context.input(&o.teacher)?;
         let bundle = Bundle::open(&input.path)?;
-        let shape = bundle.network()?.tokens();
+        let network = bundle.network()?;
+        let shape = network.tokens();
+        room::check(
+            context,
+            "/batch",
+            o.division().at_once(o.batch),
+            room::generating(network, &o.distribution, &context.job.dtype),
+        )?;
         // Before the networks are loaded: a text encoder may need the memory.
         let Made {
             labels, subjects, ..

@@ -15,7 +15,9 @@ use sqlx::{AssertSqlSafe, Row, TypeInfo, ValueRef};
 use super::brief;
 use crate::artifact;
 use crate::store::record::{ArtifactFile, is_run_id};
+use crate::store::sweep::is_sweep_id;
 use crate::store::{StoreError, block};
+use crate::sweep::Sweep;
 
 /// Milliseconds from 1970 to the end of the year 9999.
 const LAST_MOMENT: i64 = 253_402_300_799_999;
@@ -54,12 +56,14 @@ enum Rule {
     Natural,
     /// The key of a row; names and runs are packed into one number.
     Key,
+    /// The number of a point of a sweep, or of its rung.
+    Point,
     /// Any number; null is NaN.
     Number,
     Json(fn(&str) -> bool),
 }
 
-use Rule::{Hash, Json, Key, Moment, Name, Natural, Number, Text};
+use Rule::{Hash, Json, Key, Moment, Name, Natural, Number, Point, Text};
 
 /// Columns of the tables, with what they may hold; a `?` behind the name: or nothing. What is not named has a type that
 /// says all.
@@ -77,6 +81,7 @@ const RULES: &[(&str, &[(&str, Rule)])] = &[
             ("created", Moment),
             ("finished?", Moment),
             ("note", Text),
+            ("point?", Point),
         ],
     ),
     (
@@ -86,6 +91,29 @@ const RULES: &[(&str, &[(&str, Rule)])] = &[
             ("resolved", Json(is::<Option<Map<String, Value>>>)),
             ("environment", Json(is::<Map<String, Value>>)),
         ],
+    ),
+    (
+        "sweeps",
+        &[
+            ("key", Key),
+            ("id", Json(is_sweep_id)),
+            ("recipe", Name),
+            ("recipe_path", Text),
+            ("recipe_text", Text),
+            ("settings", Json(is::<Vec<String>>)),
+            ("definition", Json(is::<Sweep>)),
+            ("selection", Json(is::<Map<String, Value>>)),
+            ("points", Natural),
+            ("created", Moment),
+        ],
+    ),
+    (
+        "sweep_points",
+        &[("point", Point), ("settings", Json(is::<Vec<String>>))],
+    ),
+    (
+        "sweep_rungs",
+        &[("point", Point), ("rung", Point), ("value?", Number)],
     ),
     ("tags", &[("tag", Name)]),
     ("names", &[("key", Key), ("name", Name)]),
@@ -122,6 +150,7 @@ const RULES: &[(&str, &[(&str, Rule)])] = &[
             ("max_rss?", Natural),
             ("started", Moment),
             ("finished?", Moment),
+            ("paused", Natural),
         ],
     ),
     (
@@ -189,6 +218,7 @@ pub(super) async fn all(connection: &mut SqliteConnection) -> Result<(), Found> 
         files(row).map_err(|expected| format!("`files` of its table `artifacts`: {expected}"))
     })
     .await?;
+    sweeps(connection).await?;
     blocks(connection).await
 }
 
@@ -240,6 +270,7 @@ fn check(row: &SqliteRow, place: usize, optional: bool, rule: Rule) -> Result<()
         Json(is) => text(is, "what is kept there"),
         Moment => within(0, LAST_MOMENT),
         Natural => within(0, i64::MAX),
+        Point => within(0, i64::from(u32::MAX)),
         Key => within(1, i64::from(i32::MAX)),
         Number => row
             .try_get::<f64, _>(place)
@@ -330,6 +361,25 @@ fn files(row: &SqliteRow) -> Result<(), String> {
             "the files of artifact {hash} are not what its hash says"
         )),
     }
+}
+
+/// A sweep has as many points as is said of it, numbered from 1; its runs and rungs are of them.
+async fn sweeps(connection: &mut SqliteConnection) -> Result<(), Found> {
+    let sql = "select w.id from main.sweeps w
+         where w.points != (select count(*) from main.sweep_points p where p.sweep = w.key)
+            or w.points != (select coalesce(max(p.point), 0) from main.sweep_points p where p.sweep = w.key)
+            or exists (select 1 from main.sweep_points p where p.sweep = w.key and p.point = 0)
+            or exists (select 1 from main.sweep_rungs g where g.sweep = w.key and g.point not between 1 and w.points)
+            or exists (select 1 from main.runs r
+                       where r.sweep = w.key and ifnull(r.point, 0) not between 1 and w.points)";
+    each(connection, sql.into(), |row| {
+        let id: &str = row.try_get(0).map_err(|error| error.to_string())?;
+        Err(format!(
+            "the points of its sweep {} are not those that its runs have",
+            brief(id)
+        ))
+    })
+    .await
 }
 
 /// Blocks of points: each unpacks to what is said of it, and those of a series follow each other.

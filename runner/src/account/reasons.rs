@@ -1,0 +1,141 @@
+//! Why a stage of a run ran, or why it did not have to.
+
+use std::collections::HashSet;
+
+use serde_json::Value;
+
+use crate::plan::decision;
+use crate::store::{RunId, StageState, Store, StoreError, Turn};
+
+/// What can be said of a stage's turn.
+#[derive(Debug, Clone)]
+pub struct Answer {
+    /// The stage.
+    pub stage: String,
+    /// How many inputs lie between it and the stage that was asked about.
+    pub depth: usize,
+    /// How its turn went.
+    pub state: StageState,
+    /// The earlier run that it is compared with.
+    pub compared_with: Option<RunId>,
+    /// Why, a sentence each.
+    pub why: Vec<String>,
+}
+
+/// Why a stage had its turn as it did; and, where an input had changed, why that had.
+///
+/// # Errors
+/// [`StoreError::Damaged`], [`StoreError::Sql`].
+pub async fn of_stage(store: &Store, run: &RunId, stage: &str) -> Result<Vec<Answer>, StoreError> {
+    let mut answers = Vec::new();
+    let mut told = HashSet::new();
+    let mut ahead = vec![(stage.to_owned(), 0)];
+    while let Some((stage, depth)) = ahead.pop() {
+        if !told.insert(stage.clone()) {
+            continue;
+        }
+        if let Some((mut answer, changed)) = of_turn(store, run, &stage).await? {
+            ahead.extend(changed.into_iter().rev().map(|input| (input, depth + 1)));
+            answer.depth = depth;
+            answers.push(answer);
+        }
+    }
+    Ok(answers)
+}
+
+/// Why one stage had its turn as it did, and which of its inputs had changed; none when the run has no such stage.
+///
+/// # Errors
+/// [`StoreError::Damaged`], [`StoreError::Sql`].
+pub async fn of_turn(
+    store: &Store,
+    run: &RunId,
+    stage: &str,
+) -> Result<Option<(Answer, Vec<String>)>, StoreError> {
+    let Some(turn) = store.turn(run, stage).await? else {
+        return Ok(None);
+    };
+    let before = store.turn_before(run, stage).await?;
+    let changed = changed_inputs(&turn, before.as_ref());
+    let answer = Answer {
+        stage: stage.to_owned(),
+        depth: 0,
+        state: turn.state,
+        why: why(&turn, before.as_ref()),
+        compared_with: before.map(|before| before.run),
+    };
+    Ok(Some((answer, changed)))
+}
+
+fn why(turn: &Turn, before: Option<&Turn>) -> Vec<String> {
+    let Some(components) = &turn.components else {
+        let inputs: Vec<&str> = turn
+            .inputs
+            .iter()
+            .map(|(_, stage)| stage.as_str())
+            .collect();
+        return vec![match inputs.as_slice() {
+            [] => "the run ended before its turn".into(),
+            inputs => format!(
+                "its inputs did not all come: it needs {}",
+                inputs.join(", ")
+            ),
+        }];
+    };
+    let differences = before
+        .and_then(|before| before.components.as_ref())
+        .map(|before| decision::differences(before, components));
+    let mut why = Vec::new();
+    if let Some(from) = &turn.reused_from {
+        why.push(format!(
+            "run {from} had made the same: nothing that decides its result differs"
+        ));
+    }
+    if turn.forced {
+        why.push("it was made to run (--force)".into());
+    }
+    match (differences, before) {
+        (Some(differences), Some(before)) if differences.is_empty() && why.is_empty() => {
+            why.push(unchanged(before));
+        }
+        (Some(differences), Some(_)) => why.extend(differences),
+        _ if turn.reused_from.is_none() => why.push("this recipe had not run it before".into()),
+        _ => {}
+    }
+    why
+}
+
+/// Why a stage ran although nothing differs from its turn before.
+fn unchanged(before: &Turn) -> String {
+    match before.state {
+        StageState::Succeeded | StageState::Reused => {
+            "nothing differs: its result was no longer in the store".into()
+        }
+        state => {
+            let reason = before
+                .reason
+                .as_deref()
+                .filter(|reason| *reason != state.name());
+            let reason = reason.map_or_else(String::new, |reason| format!(" ({reason})"));
+            format!("nothing differs, but it had not succeeded: it was {state}{reason}")
+        }
+    }
+}
+
+/// The stages whose results went in and were others before.
+fn changed_inputs(turn: &Turn, before: Option<&Turn>) -> Vec<String> {
+    let (Some(now), Some(before)) = (
+        &turn.components,
+        before.and_then(|before| before.components.as_ref()),
+    ) else {
+        return Vec::new();
+    };
+    let mut changed: Vec<String> = Vec::new();
+    for (pointer, stage) in &turn.inputs {
+        let at = |components: &Value| components["options"].pointer(pointer).cloned();
+        if at(now) != at(before) && !changed.contains(stage) {
+            changed.push(stage.clone());
+        }
+    }
+    changed
+}

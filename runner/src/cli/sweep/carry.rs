@@ -1,0 +1,389 @@
+//! A sweep under way: which point runs next, what is said meanwhile, and what it ends with.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io::IsTerminal;
+use std::num::NonZeroUsize;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use serde_json::Value;
+use tokio::runtime::Runtime;
+
+use crate::cli::run::ExecutionArgs;
+use crate::cli::sweep::points::Source;
+use crate::cli::sweep::show::Results;
+use crate::cli::{Context, Error, Exit, talk};
+use crate::environment;
+use crate::executor::hand::Cluster;
+use crate::executor::{
+    Event, ExecutorError, Leave, Listener, Options, Reins, RunReport, Rung, Signals, execute_beside,
+};
+use crate::plugin::{Plugins, search_dirs};
+use crate::progress::{self, Manner, Teller};
+use crate::store::{RunState, Store, SweepDetail, SweepPlace};
+use crate::sweep::halving::{Course, Halving, Leg};
+
+/// A sweep about to be carried out.
+pub struct Sweeping<'a> {
+    /// What its points have in common.
+    pub source: &'a Source,
+    /// The sweep, with what is known of its points.
+    pub detail: SweepDetail,
+    /// Which points have nothing left to do, in their order.
+    pub done: Vec<bool>,
+    /// Where async code runs.
+    pub runtime: &'a Runtime,
+    /// Where runs are recorded.
+    pub store: &'a Arc<Store>,
+}
+
+/// Which point runs when.
+enum Schedule {
+    InOrder(VecDeque<Leg>),
+    Halving(Halving),
+}
+
+impl Schedule {
+    fn of(sweeping: &Sweeping<'_>) -> Self {
+        let points = sweeping.detail.points.iter().zip(&sweeping.done);
+        match &sweeping.detail.plan.definition.asha {
+            None => {
+                let missing = points.filter(|(_, done)| !**done);
+                let legs = missing.map(|(point, _)| Leg {
+                    point: point.number,
+                    number: 0,
+                });
+                Self::InOrder(legs.collect())
+            }
+            Some(asha) => {
+                let courses: BTreeMap<u32, Course> = points
+                    .map(|(point, &done)| {
+                        let value = |value: &Option<f64>| value.unwrap_or(f64::NAN);
+                        let rungs: Vec<f64> = point.rungs.iter().map(value).collect();
+                        let course = Course {
+                            begun: rungs.len(),
+                            rungs,
+                            done,
+                        };
+                        (point.number, course)
+                    })
+                    .collect();
+                Self::Halving(Halving::new(asha.clone(), courses))
+            }
+        }
+    }
+
+    fn next(&mut self, idle: bool) -> Option<Leg> {
+        match self {
+            Self::InOrder(legs) => legs.pop_front(),
+            Self::Halving(halving) => halving.next(idle),
+        }
+    }
+
+    fn target(&self, leg: Leg) -> Option<u64> {
+        match self {
+            Self::InOrder(_) => None,
+            Self::Halving(halving) => halving.target(leg),
+        }
+    }
+}
+
+/// What has come of points so far.
+#[derive(Debug, Default)]
+struct Tally {
+    succeeded: usize,
+    failed: usize,
+}
+
+/// Runs what is missing, and prints what came of it.
+pub fn out(
+    sweeping: Sweeping<'_>,
+    execution: &ExecutionArgs,
+    context: &Context,
+) -> Result<(), Error> {
+    let began = Instant::now();
+    let manner = Manner {
+        bars: std::io::stderr().is_terminal(),
+        color: context.color_stderr(),
+        quiet: context.quiet,
+        verbose: context.verbose,
+    };
+    let teller = Arc::new(Teller::new(manner, talk::say));
+    talk::attach(teller.bars());
+    let reins = Reins::default();
+    let (jobs, cluster) = execution.placement(sweeping.source.base_dir(), [], context)?;
+    let mut floor = Floor {
+        schedule: Schedule::of(&sweeping),
+        tally: Tally::default(),
+        environment: environment::collect(sweeping.source.base_dir()),
+        teller,
+        sweeping: &sweeping,
+        execution,
+        jobs,
+        cluster,
+        context,
+        reins: &reins,
+    };
+    let worked = floor.work();
+    talk::attach(None);
+    let Tally { succeeded, failed } = floor.tally;
+    let stopped = match &floor.schedule {
+        Schedule::InOrder(_) => 0,
+        Schedule::Halving(halving) => halving.stopped(),
+    };
+    worked?;
+    let (runtime, store) = (sweeping.runtime, sweeping.store);
+    let id = &sweeping.detail.id;
+    let detail = runtime.block_on(store.sweep_detail(id))?;
+    let results = runtime.block_on(Results::of(store, detail, None))?;
+    runtime.block_on(store.close());
+    let printed = talk::print(&match execution.json {
+        true => format!("{:#}\n", results.document()),
+        false => results.rows(false).render(context.table_style()),
+    });
+    if !context.quiet {
+        results.say();
+    }
+    let took = progress::duration(began.elapsed());
+    let total = talk::count(sweeping.done.len(), "point");
+    let again = format!("`retort sweep show {id}` has the details, `retort resume {id}` goes on");
+    if let Some(signal) = reins.first() {
+        let exit = match signal {
+            libc::SIGINT => Exit::Interrupted,
+            libc::SIGHUP => Exit::HungUp,
+            _ => Exit::Terminated,
+        };
+        let done = results.succeeded();
+        let message = format!("sweep {id} was interrupted after {took}: {done} of {total} done");
+        return Err(Error::new(exit, message).hint(again));
+    }
+    if failed > 0 {
+        let message = format!("{failed} of {total} failed; sweep {id} ended after {took}");
+        return Err(Error::new(Exit::StageFailed, message).hint(again));
+    }
+    if !context.quiet {
+        let early = match stopped {
+            0 => String::new(),
+            count => format!(", {count} stopped early"),
+        };
+        talk::say(&match succeeded {
+            0 => format!("sweep {id}: nothing to do, {total} done"),
+            ran => format!("sweep {id}: {ran} of {total} ran in {took}{early}"),
+        });
+    }
+    Ok(printed?)
+}
+
+/// Runs on their way.
+type UnderWay<'a> =
+    FuturesUnordered<Pin<Box<dyn Future<Output = (Leg, Result<RunReport, ExecutorError>)> + 'a>>>;
+
+struct Floor<'a> {
+    sweeping: &'a Sweeping<'a>,
+    schedule: Schedule,
+    tally: Tally,
+    environment: Value,
+    teller: Arc<Teller>,
+    execution: &'a ExecutionArgs,
+    jobs: NonZeroUsize,
+    cluster: Option<Cluster>,
+    context: &'a Context,
+    reins: &'a Reins,
+}
+
+impl<'a> Floor<'a> {
+    /// Carries out legs, as many at once as there may be, until there are no more or the user ends it.
+    fn work(&mut self) -> Result<(), Error> {
+        let runtime = self.sweeping.runtime;
+        let mut signals = runtime
+            .block_on(async { Signals::listen() })
+            .map_err(|error| {
+                Error::new(Exit::Internal, "signals cannot be received").cause(&error)
+            })?;
+        let mut plugins = Plugins::new(
+            search_dirs(&self.context.plugin_dirs),
+            runtime,
+            Some(self.sweeping.store),
+        );
+        let mut under_way: UnderWay<'a> = FuturesUnordered::new();
+        loop {
+            while self.reins.first().is_none()
+                && under_way.len() < self.jobs.get()
+                && let Some(leg) = self.schedule.next(under_way.is_empty())
+            {
+                match self.begin(leg, &mut plugins) {
+                    Ok(run) => under_way.push(run),
+                    Err(error) => {
+                        // A file that is gone, for one: other points may do without it.
+                        self.tally.failed += 1;
+                        talk::say(&format!("point {}: cannot be run", leg.point));
+                        error.show(self.context);
+                    }
+                }
+            }
+            if under_way.is_empty() {
+                return Ok(());
+            }
+            // Planning, above, is no async code: it waits for the store by itself. Meanwhile runs under way stand still.
+            let ended = runtime.block_on(async {
+                tokio::select! {
+                    ended = under_way.next() => ended,
+                    signal = signals.next() => {
+                        self.reins.pull(signal);
+                        None
+                    }
+                }
+            });
+            if let Some((leg, report)) = ended {
+                self.take_back(leg, report?)?;
+            }
+        }
+    }
+
+    /// Plans a point as it is now, and begins its run.
+    fn begin(
+        &self,
+        leg: Leg,
+        plugins: &mut Plugins<'_>,
+    ) -> Result<Pin<Box<dyn Future<Output = (Leg, Result<RunReport, ExecutorError>)> + 'a>>, Error>
+    {
+        let Sweeping {
+            source,
+            detail,
+            store,
+            ..
+        } = self.sweeping;
+        let place = leg.point as usize - 1;
+        let settings = detail.points[place].settings.as_slice();
+        let (plan, roles) = source.plan(settings, plugins)?;
+        let missing = plan.missing_files();
+        if !missing.is_empty() {
+            return Err(source.report(missing).into());
+        }
+        let series = detail.plan.definition.asha.as_ref();
+        let rung = self.schedule.target(leg).zip(series);
+        if let Some(cluster) = &self.cluster {
+            for stage in &plan.stages {
+                cluster.settings.profile(&stage.kind)?;
+            }
+        }
+        let options = Options {
+            jobs: NonZeroUsize::MIN,
+            keep_going: self.execution.keep_going,
+            grace: self.execution.grace,
+            command: std::env::args().collect(),
+            environment: self.environment.clone(),
+            resumed_from: self.before(leg),
+            runs: self.jobs,
+            cluster: self.cluster.clone(),
+            leave: Leave::Never,
+            slurm: self.execution.slurm.clone(),
+            sweep: Some(SweepPlace {
+                id: detail.id.clone(),
+                point: leg.point,
+            }),
+            rung: rung.map(|(step, asha)| Rung {
+                series: asha.metric.clone(),
+                step,
+            }),
+        };
+        let listener = self.listener(leg, settings);
+        let (store, reins) = (Arc::clone(store), self.reins);
+        Ok(Box::pin(async move {
+            let work = execute_beside(&plan, &roles, store, &options, listener, reins);
+            (leg, work.await)
+        }))
+    }
+
+    /// The run that a leg takes up again.
+    fn before(&self, leg: Leg) -> Option<crate::store::RunId> {
+        let runtime = self.sweeping.runtime;
+        let detail = runtime.block_on(self.sweeping.store.sweep_detail(&self.sweeping.detail.id));
+        let points = detail.ok()?.points;
+        let (run, state) = points.into_iter().nth(leg.point as usize - 1)?.run?;
+        (state != RunState::Succeeded).then_some(run)
+    }
+
+    /// Tells what happens in a point's run, with the point's number before its stages.
+    fn listener(&self, leg: Leg, settings: &[String]) -> Listener {
+        let (point, total) = (leg.point, self.sweeping.done.len());
+        let (settings, quiet) = (settings.join(", "), self.context.quiet);
+        let rung = self
+            .schedule
+            .target(leg)
+            .map_or_else(String::new, |step| format!(" up to step {step}"));
+        let teller = Arc::clone(&self.teller);
+        Arc::new(move |event| match event {
+            Event::RunBegan { run } if !quiet => {
+                talk::say(&format!(
+                    "point {point} of {total}{rung}: run {run} ({settings})"
+                ));
+            }
+            event => teller.hear(event.renamed(|stage| format!("{point}/{stage}"))),
+        })
+    }
+
+    fn take_back(&mut self, leg: Leg, report: RunReport) -> Result<(), Error> {
+        let (runtime, store) = (self.sweeping.runtime, self.sweeping.store);
+        let place = SweepPlace {
+            id: self.sweeping.detail.id.clone(),
+            point: leg.point,
+        };
+        let number = leg.number as u32;
+        let took = progress::duration(report.elapsed);
+        let said = match (report.state, report.rung) {
+            (RunState::Succeeded, _) => {
+                self.tally.succeeded += 1;
+                format!("succeeded in {took}")
+            }
+            (RunState::Interrupted, Some(value)) => {
+                format!(
+                    "stopped after {took}, judged by {}",
+                    crate::table::number(value)
+                )
+            }
+            (RunState::Interrupted, None) => format!("interrupted after {took}"),
+            _ => {
+                self.tally.failed += 1;
+                format!("failed after {took}")
+            }
+        };
+        if !self.context.quiet {
+            talk::say(&format!("point {}: {said}", leg.point));
+        }
+        let Schedule::Halving(halving) = &mut self.schedule else {
+            return Ok(());
+        };
+        if report.state == RunState::Succeeded {
+            halving.finished(leg.point);
+        }
+        let judged = match (report.state, report.rung) {
+            (RunState::Interrupted, Some(value)) => Some(value),
+            // It came to its end before the rung, or all of it was there: what it ended with speaks for it.
+            (RunState::Succeeded, _) if halving.target(leg).is_some() => {
+                let asha = self.sweeping.detail.plan.definition.asha.as_ref();
+                let series = runtime.block_on(store.last_metrics(&report.run))?;
+                let found = asha.and_then(|asha| {
+                    let rung = Rung {
+                        series: asha.metric.clone(),
+                        step: 0,
+                    };
+                    series
+                        .iter()
+                        .rfind(|known| rung.is_of(&known.stage, &known.series))
+                        .map(|known| known.last)
+                });
+                Some(found.unwrap_or(f64::NAN))
+            }
+            _ => None,
+        };
+        if let Some(value) = judged {
+            runtime.block_on(store.record_rung(&place, number, value))?;
+            halving.reached(leg, value);
+        }
+        Ok(())
+    }
+}

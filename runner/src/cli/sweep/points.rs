@@ -1,0 +1,308 @@
+//! A sweep's points: planned, looked at, and given to be carried out.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+use tokio::runtime::Runtime;
+
+use crate::cli::past::{History, NoHistory};
+use crate::cli::run::{self, ExecutionArgs, open_store, past};
+use crate::cli::sweep::carry::{self, Sweeping};
+use crate::cli::sweep::survey::{Ahead, Survey};
+use crate::cli::{Context, Error, Exit, SelectionArgs, plan as plan_command, talk};
+use crate::plan::decision::{self, Role};
+use crate::plan::{self, Plan};
+use crate::plugin::{Plugins, search_dirs};
+use crate::recipe::{self, Recipe};
+use crate::store::{Memory, RunState, Store, SweepId, SweepPlan};
+use crate::sweep::Sweep;
+use crate::table::{Cell, Rows, Tone};
+
+/// The recipe that all points have in common.
+pub struct Source {
+    /// The file, as people named it.
+    pub shown_path: PathBuf,
+    /// Its text.
+    pub text: String,
+    base_dir: PathBuf,
+    home: Option<PathBuf>,
+    set: Vec<String>,
+    selection: SelectionArgs,
+}
+
+impl Source {
+    fn of(recipe: &Recipe, selection: &SelectionArgs) -> Self {
+        let source = &recipe.source;
+        Self {
+            shown_path: source.path.clone(),
+            text: source.text.clone(),
+            base_dir: source.base_dir.clone(),
+            home: source.home.clone(),
+            set: source.set.clone(),
+            selection: selection.clone(),
+        }
+    }
+
+    /// Directory that relative paths start from.
+    pub fn base_dir(&self) -> &std::path::Path {
+        &self.base_dir
+    }
+
+    /// The plan of the point with these values.
+    pub fn plan(
+        &self,
+        settings: &[String],
+        plugins: &mut Plugins<'_>,
+    ) -> Result<(Plan, Vec<Role>), Error> {
+        let set = [self.set.as_slice(), settings].concat();
+        let mut recipe = recipe::parse(
+            &self.shown_path,
+            self.base_dir.clone(),
+            self.text.clone(),
+            &set,
+        )?;
+        recipe.source.home = self.home.clone();
+        let plan = plan::plan(&recipe, plugins)?;
+        let selection = &self.selection;
+        let roles = decision::select(
+            &plan,
+            selection.from.as_deref(),
+            selection.until.as_deref(),
+            &[],
+        )?;
+        Ok((plan, roles))
+    }
+}
+
+/// `retort run --sweep`.
+pub fn run(args: &run::Args, recipe: Recipe, context: &Context) -> Result<(), Error> {
+    let (definition, points) = define(&args.sweep, &args.selection, &recipe)?;
+    let source = Source::of(&recipe, &args.selection);
+    let runtime = context.runtime()?;
+    let known = match context.store.join("history.db").exists() {
+        true => Some(open_store(&runtime, &context.store)?),
+        false => None,
+    };
+    let mut plugins = Plugins::new(
+        search_dirs(&context.plugin_dirs),
+        &runtime,
+        known.as_deref(),
+    );
+    let survey = match &known {
+        Some(store) => {
+            let past = &mut past(&runtime, store, args.selection.rehash.memory())?;
+            Survey::of(&source, &points, &mut plugins, past)?
+        }
+        None => Survey::of(&source, &points, &mut plugins, &mut NoHistory::default())?,
+    };
+    survey.talk(&source, context);
+    let store = match &known {
+        Some(store) => Arc::clone(store),
+        None => open_store(&runtime, &context.store)?,
+    };
+    plugins.remember(&store);
+    let plan = SweepPlan {
+        recipe: recipe.name.clone(),
+        recipe_path: std::path::absolute(&source.shown_path)
+            .unwrap_or_else(|_| source.shown_path.clone())
+            .display()
+            .to_string(),
+        recipe_text: source.text.clone(),
+        settings: source.set.clone(),
+        definition,
+        selection: selection_value(&args.selection),
+    };
+    let id = match runtime.block_on(store.find_sweep(&plan))? {
+        Some(id) => id,
+        None => runtime.block_on(store.begin_sweep(&plan, &points))?,
+    };
+    go_on(
+        &id,
+        &source,
+        survey,
+        &runtime,
+        &store,
+        &args.execution,
+        context,
+    )
+}
+
+/// `retort resume SWEEP`.
+pub fn resume(
+    id: &SweepId,
+    runtime: &Runtime,
+    store: &Arc<Store>,
+    execution: &ExecutionArgs,
+    context: &Context,
+) -> Result<(), Error> {
+    let detail = runtime.block_on(store.sweep_detail(id))?;
+    let path = PathBuf::from(&detail.plan.recipe_path);
+    let selection = |key: &str| detail.plan.selection[key].as_str().map(str::to_owned);
+    let source = Source {
+        base_dir: path
+            .parent()
+            .map(std::path::Path::to_owned)
+            .unwrap_or_default(),
+        shown_path: path,
+        text: detail.plan.recipe_text.clone(),
+        home: context.home(),
+        set: detail.plan.settings.clone(),
+        selection: SelectionArgs {
+            from: selection("from"),
+            until: selection("until"),
+            ..SelectionArgs::default()
+        },
+    };
+    let points: Vec<Vec<String>> = detail
+        .points
+        .iter()
+        .map(|point| point.settings.clone())
+        .collect();
+    let mut plugins = Plugins::new(search_dirs(&context.plugin_dirs), runtime, Some(store));
+    let past = &mut past(runtime, store, Memory::Trusted)?;
+    let survey = Survey::of(&source, &points, &mut plugins, past)?;
+    survey.talk(&source, context);
+    go_on(id, &source, survey, runtime, store, execution, context)
+}
+
+/// Carries out the points that are missing.
+fn go_on(
+    id: &SweepId,
+    source: &Source,
+    survey: Survey,
+    runtime: &Runtime,
+    store: &Arc<Store>,
+    execution: &ExecutionArgs,
+    context: &Context,
+) -> Result<(), Error> {
+    let detail = runtime.block_on(store.sweep_detail(id))?;
+    let is_alive = |state: &RunState| matches!(state, RunState::Running | RunState::Queued);
+    if let Some(run) = detail.points.iter().find_map(|point| {
+        let (run, state) = point.run.as_ref()?;
+        is_alive(state).then_some(run)
+    }) {
+        return Err(Error::new(
+            Exit::Usage,
+            format!("sweep {id} is under way: its run {run} has not ended"),
+        )
+        .hint("a sweep goes on once nobody else is at work on it"));
+    }
+    // What has changed since (a plugin, a file) is made again.
+    let is_done = |place: usize| {
+        detail
+            .points
+            .get(place)
+            .is_some_and(|point| point.is_done())
+            && survey
+                .points
+                .get(place)
+                .is_some_and(|ahead| ahead.is_done())
+    };
+    let done = (0..detail.points.len())
+        .filter(|&place| is_done(place))
+        .count();
+    if !context.quiet {
+        let begun = detail.points.iter().any(|point| point.run.is_some());
+        if begun {
+            let total = talk::count(detail.points.len(), "point");
+            talk::say(&format!("going on with sweep {id}: {done} of {total} done"));
+        } else {
+            talk::say(&format!("sweep {id}"));
+        }
+        talk::say(&survey.sum(|place| !is_done(place)));
+    }
+    let done = (0..detail.points.len()).map(is_done).collect();
+    let sweeping = Sweeping {
+        source,
+        detail,
+        done,
+        runtime,
+        store,
+    };
+    carry::out(sweeping, execution, context)
+}
+
+/// `retort plan --sweep`.
+pub fn plan(args: &plan_command::Args, recipe: Recipe, context: &Context) -> Result<(), Error> {
+    let (definition, points) = define(&args.sweep, &args.selection, &recipe)?;
+    let source = Source::of(&recipe, &args.selection);
+    let runtime = context.runtime()?;
+    let store = context.known_store(&runtime)?;
+    let mut plugins = Plugins::new(search_dirs(&context.plugin_dirs), &runtime, store.as_ref());
+    let survey = match &store {
+        Some(store) => {
+            let layout = crate::artifact::Layout::new(&context.store)?;
+            let mut past = History::new(&runtime, store, layout, args.selection.rehash.memory());
+            Survey::of(&source, &points, &mut plugins, &mut past)?
+        }
+        None => Survey::of(&source, &points, &mut plugins, &mut NoHistory::default())?,
+    };
+    if args.json {
+        let points = points.iter().zip(&survey.points).map(|(settings, ahead)| {
+            json!({"settings": settings, "run": ahead.run, "shared": ahead.shared, "stored": ahead.stored})
+        });
+        let document = json!({"sweep": definition, "points": points.collect::<Value>()});
+        talk::print(&format!("{document:#}\n"))?;
+    } else {
+        let text = rows(&definition, &points, &survey.points).render(context.table_style());
+        talk::print(&format!("{text}\n{}\n", survey.sum(|_| true)))?;
+    }
+    survey.talk(&source, context);
+    if let (Some(asha), false) = (&definition.asha, context.quiet) {
+        let rungs: Vec<String> = asha.rungs.iter().map(u64::to_string).collect();
+        talk::say(&format!(
+            "at most: points are stopped at steps {} of {}, and one of {} goes on",
+            rungs.join(", "),
+            asha.metric,
+            asha.reduction_factor
+        ));
+    }
+    Ok(())
+}
+
+fn define(
+    args: &super::SweepArgs,
+    selection: &SelectionArgs,
+    recipe: &Recipe,
+) -> Result<(Sweep, Vec<Vec<String>>), Error> {
+    if !selection.force.is_empty() {
+        return Err(Error::new(
+            Exit::Usage,
+            "--force and --sweep do not go together: every point would run the stages that they share again",
+        )
+        .hint("run the stages that you mean once, with --force, before the sweep"));
+    }
+    let definition = args.definition(recipe)?;
+    let points = definition.points()?;
+    Ok((definition, points))
+}
+
+fn selection_value(selection: &SelectionArgs) -> Value {
+    json!({"from": selection.from, "until": selection.until})
+}
+
+/// The points of a plan, a row each.
+fn rows(definition: &Sweep, points: &[Vec<String>], ahead: &[Ahead]) -> Rows {
+    let names = super::show::short_names(definition.parameters.iter().map(|one| one.path.as_str()));
+    let heads: Vec<&str> = std::iter::once("point")
+        .chain(names.iter().map(String::as_str))
+        .chain(["to run", "shared", "in the store"])
+        .collect();
+    let mut rows = Rows::new(&heads);
+    for ((number, settings), ahead) in (1_u64..).zip(points).zip(ahead) {
+        let counts = [ahead.run, ahead.shared, ahead.stored];
+        let mut row = vec![Cell::from(number)];
+        row.extend(
+            settings
+                .iter()
+                .map(|setting| super::show::value_of(setting)),
+        );
+        row.extend(counts.map(|count| {
+            let tone = if count == 0 { Tone::Dim } else { Tone::Plain };
+            Cell::from(count as u64).tone(tone)
+        }));
+        rows.push(row);
+    }
+    rows
+}

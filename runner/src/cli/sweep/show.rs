@@ -1,0 +1,543 @@
+//! What came of sweeps: tables and pictures.
+
+use std::collections::HashMap;
+
+use serde_json::{Value, json};
+
+use crate::chart::{Chart, Curve, Sample};
+use crate::cli::sweep::{BestArgs, ListArgs, PlotArgs, ReferenceArgs, ShowArgs, objective};
+use crate::cli::{Context, Error, Exit, talk};
+use crate::filter;
+use crate::store::{
+    Access, RunFilter, RunState, RunSummary, Store, StoreError, SweepDetail, SweepPoint,
+};
+use crate::sweep::plot::{self, Axis, Line};
+use crate::sweep::{Goal, Objective};
+use crate::table::{Cell, Rows, Style, Tone};
+
+/// A sweep, with the values of its objective.
+pub(super) struct Results {
+    detail: SweepDetail,
+    objective: Option<Objective>,
+    /// The runs that speak for points, by id, with the objective among their values.
+    runs: HashMap<String, RunSummary>,
+    /// Why there are no values.
+    unknown: Option<String>,
+}
+
+impl Results {
+    /// Reads the values; of another objective, if one is given.
+    pub(super) async fn of(
+        store: &Store,
+        detail: SweepDetail,
+        other: Option<Objective>,
+    ) -> Result<Self, StoreError> {
+        let objective = other.or_else(|| detail.plan.definition.objective.clone());
+        let name = objective
+            .as_ref()
+            .map(|objective| format!("metrics.{}", objective.metric));
+        let mut unknown = None;
+        let column = match name.as_deref().map(filter::parse_name) {
+            Some(Ok(name)) => Some(name),
+            Some(Err(error)) => {
+                unknown = Some(error.to_string());
+                None
+            }
+            None => None,
+        };
+        let mut filter = RunFilter {
+            expr: filter::parse(&format!("sweep = {}", detail.id)).ok(),
+            columns: column.into_iter().collect(),
+            ..RunFilter::default()
+        };
+        let runs = match store.list_runs(&filter).await {
+            // No run of the store has such a metric.
+            Err(StoreError::Filter(error)) => {
+                unknown = Some(match &error.hint {
+                    Some(hint) => format!("{error}; {hint}"),
+                    None => error.to_string(),
+                });
+                filter.columns = Vec::new();
+                store.list_runs(&filter).await?
+            }
+            runs => runs?,
+        };
+        Ok(Self {
+            detail,
+            objective,
+            runs: runs
+                .into_iter()
+                .map(|run| (run.id.0.clone(), run))
+                .collect(),
+            unknown,
+        })
+    }
+
+    /// Points that have succeeded.
+    pub(super) fn succeeded(&self) -> usize {
+        let points = self.detail.points.iter();
+        points.filter(|point| point.is_done()).count()
+    }
+
+    fn run(&self, point: &SweepPoint) -> Option<&RunSummary> {
+        self.runs.get(&point.run.as_ref()?.0.0)
+    }
+
+    /// What a point reached; NaN is a value.
+    fn value(&self, point: &SweepPoint) -> Option<f64> {
+        match self.run(point)?.values.values().next()? {
+            Value::Number(number) => number.as_f64(),
+            // As the table has it where there is no number.
+            Value::String(_) => Some(f64::NAN),
+            _ => None,
+        }
+    }
+
+    /// The points that have a value, the best first.
+    fn ranked(&self) -> Vec<(&SweepPoint, f64)> {
+        let goal = self
+            .objective
+            .as_ref()
+            .map_or(Goal::Min, |objective| objective.goal);
+        let mut ranked: Vec<(&SweepPoint, f64)> = self
+            .detail
+            .points
+            .iter()
+            .filter_map(|point| Some((point, self.value(point)?)))
+            .collect();
+        ranked.sort_by(|one, other| goal.order(one.1, other.1));
+        ranked
+    }
+
+    fn best(&self) -> Option<(&SweepPoint, f64)> {
+        self.ranked().into_iter().find(|(_, value)| !value.is_nan())
+    }
+
+    /// A row for each point; the best ones first, if they are to be sorted.
+    pub(super) fn rows(&self, sort: bool) -> Rows {
+        let definition = &self.detail.plan.definition;
+        let names = short_names(definition.parameters.iter().map(|one| one.path.as_str()));
+        let mut heads: Vec<&str> = vec!["point", "run", "state"];
+        heads.extend(names.iter().map(String::as_str));
+        if definition.asha.is_some() {
+            heads.push("rungs");
+        }
+        heads.extend(
+            self.objective
+                .iter()
+                .map(|objective| objective.metric.as_str()),
+        );
+        heads.extend(["took", "stages"]);
+        let mut rows = Rows::new(&heads);
+        let ranked: Vec<u32> = self
+            .ranked()
+            .iter()
+            .map(|(point, _)| point.number)
+            .collect();
+        let mut points: Vec<&SweepPoint> = self.detail.points.iter().collect();
+        if sort {
+            let rank = |number: u32| ranked.iter().position(|&one| one == number);
+            points.sort_by_key(|point| rank(point.number).unwrap_or(usize::MAX));
+        }
+        let best = self.best().map(|(point, _)| point.number);
+        for point in points {
+            rows.push(self.row(point, best == Some(point.number)));
+        }
+        rows
+    }
+
+    fn row(&self, point: &SweepPoint, is_best: bool) -> Vec<Cell> {
+        let run = self.run(point);
+        let state = match &point.run {
+            None => Cell::from("to come").tone(Tone::Dim),
+            Some((_, RunState::Interrupted)) if !point.rungs.is_empty() => {
+                Cell::from("stopped").tone(Tone::Odd)
+            }
+            Some((_, state)) => (*state).into(),
+        };
+        let mut row = vec![
+            Cell::from(u64::from(point.number)),
+            point.run.as_ref().map(|(run, _)| run.0.as_str()).into(),
+            state,
+        ];
+        row.extend(point.settings.iter().map(|setting| value_of(setting)));
+        if self.detail.plan.definition.asha.is_some() {
+            row.push((point.rungs.len() as u64).into());
+        }
+        if self.objective.is_some() {
+            row.push(match self.value(point) {
+                Some(value) if is_best => Cell::number(value).marked(" *").tone(Tone::Good),
+                Some(value) => Cell::number(value),
+                None => Cell::none(),
+            });
+        }
+        row.push(run.map(|run| Cell::seconds(run.seconds)).into());
+        row.push(run.map(|run| run.stages.in_words()).into());
+        row
+    }
+
+    /// What tables have no room for.
+    pub(super) fn say(&self) {
+        if let Some(why) = &self.unknown {
+            talk::say(&format!("the objective has no values: {why}"));
+        }
+    }
+
+    /// Everything, for programs.
+    pub(super) fn document(&self) -> Value {
+        let mut document = json!(self.detail);
+        let best = self.best().map(|(point, _)| point.number);
+        document["best"] = json!(best);
+        document["objective"] = json!(self.objective);
+        for (shown, point) in document["points"]
+            .as_array_mut()
+            .into_iter()
+            .flatten()
+            .zip(&self.detail.points)
+        {
+            let run = point.run.as_ref();
+            shown["run"] = json!(run.map(|(run, _)| run));
+            shown["state"] = json!(run.map(|(_, state)| state));
+            shown["objective"] = json!(self.value(point).filter(|value| value.is_finite()));
+            shown["seconds"] = json!(self.run(point).map(|run| run.seconds));
+            shown["stages"] = json!(self.run(point).map(|run| run.stages));
+            shown["command"] = command(&self.detail, point).into();
+        }
+        document
+    }
+}
+
+/// The last steps of paths that tell them apart.
+pub(super) fn short_names<'a>(paths: impl Iterator<Item = &'a str> + Clone) -> Vec<String> {
+    let ending = |path: &str, steps: usize| -> String {
+        let parts: Vec<&str> = path.split('.').collect();
+        parts[parts.len().saturating_sub(steps)..].join(".")
+    };
+    let all: Vec<&str> = paths.collect();
+    let short = |path: &&str| {
+        let steps = path.split('.').count();
+        (1..=steps)
+            .map(|count| ending(path, count))
+            .zip(1..)
+            .find(|(short, count)| {
+                let same = |other: &&&str| ending(other, *count) == *short;
+                all.iter().filter(same).count() == 1
+            })
+            .map_or_else(|| (*path).to_owned(), |(short, _)| short)
+    };
+    all.iter().map(short).collect()
+}
+
+/// The value of `path=value`, as a number where it is one.
+pub(super) fn value_of(setting: &str) -> Cell {
+    let text = setting.split_once('=').map_or(setting, |(_, value)| value);
+    match text.parse::<i64>() {
+        Ok(number) => Cell::new(text, number),
+        Err(_) => match text.parse::<f64>() {
+            Ok(number) if number.is_finite() => Cell::new(text, number),
+            _ => Cell::from(text),
+        },
+    }
+}
+
+/// The command that runs a point again.
+fn command(detail: &SweepDetail, point: &SweepPoint) -> String {
+    let path = std::path::Path::new(&detail.plan.recipe_path);
+    let here = std::env::current_dir().ok();
+    let path = here
+        .and_then(|here| path.strip_prefix(here).ok())
+        .unwrap_or(path);
+    let mut command = format!("retort run {}", quoted(&path.display().to_string()));
+    for setting in detail.plan.settings.iter().chain(&point.settings) {
+        command.push_str(&format!(" --set {}", quoted(setting)));
+    }
+    for key in ["from", "until"] {
+        if let Some(stage) = detail.plan.selection[key].as_str() {
+            command.push_str(&format!(" --{key} {}", quoted(stage)));
+        }
+    }
+    command
+}
+
+/// A word as a shell takes it.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "_-./=:,+@%".contains(c);
+    match !word.is_empty() && word.chars().all(plain) {
+        true => word.to_owned(),
+        false => format!("'{}'", word.replace('\'', r"'\''")),
+    }
+}
+
+async fn results(args: &ReferenceArgs, context: &Context) -> Result<Results, Error> {
+    let store = Store::open(&context.store, Access::ReadOnly).await?;
+    let id = store.resolve_sweep(&args.sweep).await?;
+    let detail = store.sweep_detail(&id).await?;
+    let other = args.objective.as_deref().map(objective);
+    let is_asked = other.is_some();
+    let results = Results::of(&store, detail, other).await?;
+    store.close().await;
+    match &results.unknown {
+        Some(why) if is_asked => Err(Error::new(Exit::NothingMatches, why.clone())),
+        _ => Ok(results),
+    }
+}
+
+pub(super) fn list(args: &ListArgs, context: &Context) -> Result<(), Error> {
+    let sweeps = context.runtime()?.block_on(async {
+        let store = match Store::open(&context.store, Access::ReadOnly).await {
+            Ok(store) => store,
+            Err(StoreError::Missing { .. }) => return Ok(Vec::new()),
+            Err(error) => return Err(Error::from(error)),
+        };
+        let sweeps = store.list_sweeps().await?;
+        store.close().await;
+        Ok(sweeps)
+    })?;
+    let style = args.format.style(context);
+    if style == Style::Json {
+        return Ok(talk::print(&format!("{:#}\n", json!(sweeps)))?);
+    }
+    let mut rows = Rows::new(&[
+        "sweep",
+        "recipe",
+        "started",
+        "points",
+        "succeeded",
+        "running",
+        "failed",
+        "stopped",
+        "objective",
+    ]);
+    for sweep in &sweeps {
+        let metric = sweep.objective.as_ref();
+        let metric = metric.and_then(|objective| objective["metric"].as_str());
+        rows.push([
+            Cell::from(sweep.id.0.as_str()),
+            sweep.recipe.as_str().into(),
+            sweep.started.into(),
+            u64::from(sweep.points).into(),
+            u64::from(sweep.succeeded).into(),
+            u64::from(sweep.running).into(),
+            u64::from(sweep.failed).into(),
+            u64::from(sweep.stopped).into(),
+            metric.into(),
+        ]);
+    }
+    if !(sweeps.is_empty() && matches!(style, Style::Table { .. })) {
+        talk::print(&rows.render(style))?;
+    }
+    if sweeps.is_empty() && !context.quiet {
+        talk::say(&format!("no sweeps in {}", context.store.display()));
+    }
+    Ok(())
+}
+
+pub(super) fn show(args: &ShowArgs, context: &Context) -> Result<(), Error> {
+    let results = context
+        .runtime()?
+        .block_on(results(&args.reference, context))?;
+    let text = match args.format.style(context) {
+        Style::Json => format!("{:#}\n", results.document()),
+        style => results.rows(args.sort).render(style),
+    };
+    talk::print(&text)?;
+    if !context.quiet {
+        let detail = &results.detail;
+        talk::say(&format!(
+            "sweep {} of {}, {}: {} of {} succeeded",
+            detail.id,
+            detail.plan.recipe,
+            detail.started,
+            results.succeeded(),
+            talk::count(detail.points.len(), "point")
+        ));
+        results.say();
+    }
+    Ok(())
+}
+
+pub(super) fn best(args: &BestArgs, context: &Context) -> Result<(), Error> {
+    let results = context
+        .runtime()?
+        .block_on(results(&args.reference, context))?;
+    let Some(objective) = &results.objective else {
+        return Err(Error::new(
+            Exit::Usage,
+            format!("sweep {} has no objective", results.detail.id),
+        )
+        .hint("say what is looked for: --objective evaluation/1-step/frechet_distance"));
+    };
+    let ranked: Vec<(&SweepPoint, f64)> = results
+        .ranked()
+        .into_iter()
+        .filter(|(_, value)| !value.is_nan())
+        .take(args.number as usize)
+        .collect();
+    if ranked.is_empty() {
+        let why = results
+            .unknown
+            .clone()
+            .unwrap_or_else(|| "no point has come so far".to_owned());
+        return Err(Error::new(
+            Exit::NothingMatches,
+            format!("no point has a value of `{}`: {why}", objective.metric),
+        ));
+    }
+    if args.command {
+        let (point, _) = ranked[0];
+        return Ok(talk::print(&format!(
+            "{}\n",
+            command(&results.detail, point)
+        ))?);
+    }
+    let style = args.format.style(context);
+    if style == Style::Json {
+        let mut document = results.document();
+        let numbers: Vec<u32> = ranked.iter().map(|(point, _)| point.number).collect();
+        let points = document["points"].take();
+        let points = points.as_array().cloned().unwrap_or_default();
+        let chosen = numbers
+            .iter()
+            .filter_map(|&number| points.get(number as usize - 1).cloned());
+        return Ok(talk::print(&format!("{:#}\n", chosen.collect::<Value>()))?);
+    }
+    let definition = &results.detail.plan.definition;
+    let mut heads: Vec<&str> = vec!["point", "run", objective.metric.as_str()];
+    heads.extend(definition.parameters.iter().map(|one| one.path.as_str()));
+    let mut rows = Rows::new(&heads);
+    for (point, value) in &ranked {
+        let mut row = vec![
+            Cell::from(u64::from(point.number)),
+            point.run.as_ref().map(|(run, _)| run.0.as_str()).into(),
+            Cell::number(*value),
+        ];
+        row.extend(point.settings.iter().map(|setting| value_of(setting)));
+        rows.push(row);
+    }
+    talk::print(&rows.render(style))?;
+    if !context.quiet && matches!(style, Style::Table { .. }) {
+        let (point, _) = ranked[0];
+        talk::say(&format!("again: {}", command(&results.detail, point)));
+    }
+    Ok(())
+}
+
+pub(super) fn plot(args: &PlotArgs, context: &Context) -> Result<(), Error> {
+    let results = context
+        .runtime()?
+        .block_on(results(&args.reference, context))?;
+    let nothing = || {
+        Error::new(
+            Exit::NothingMatches,
+            "there is nothing to draw: no point has a value of the objective",
+        )
+        .hint("`retort sweep show` has the points; --objective names another metric")
+    };
+    let Some(objective) = results.objective.clone() else {
+        return Err(nothing());
+    };
+    let ranked: Vec<(&SweepPoint, f64)> = results
+        .ranked()
+        .into_iter()
+        .filter(|(_, value)| value.is_finite())
+        .collect();
+    if ranked.is_empty() {
+        return Err(nothing());
+    }
+    let paths: Vec<&str> = results
+        .detail
+        .plan
+        .definition
+        .parameters
+        .iter()
+        .map(|one| one.path.as_str())
+        .collect();
+    let text = |point: &SweepPoint, place: usize| {
+        let setting = point.settings.get(place).map_or("", String::as_str);
+        let value = setting.split_once('=').map_or(setting, |(_, value)| value);
+        value.to_owned()
+    };
+    let axes: Vec<Axis> = paths
+        .iter()
+        .enumerate()
+        .map(|(place, path)| {
+            let values = ranked.iter().map(|(point, _)| text(point, place));
+            Axis::of((*path).to_owned(), values.collect())
+        })
+        .collect();
+    let lines: Vec<Line> = ranked
+        .iter()
+        .map(|(point, value)| Line {
+            label: format!("point {}", point.number),
+            value: *value,
+        })
+        .collect();
+    let Some(file) = &args.svg else {
+        return slices(&axes, &lines, &objective, args.log, context);
+    };
+    let svg = plot::svg(&axes, &lines, &objective);
+    if file.as_os_str() == "-" {
+        return Ok(talk::print(&svg)?);
+    }
+    std::fs::write(file, svg).map_err(|error| {
+        let message = format!("{} cannot be written", file.display());
+        Error::new(Exit::Internal, message).cause(&error)
+    })
+}
+
+/// The objective over each parameter, as dots in the terminal.
+fn slices(
+    axes: &[Axis],
+    lines: &[Line],
+    objective: &Objective,
+    log: bool,
+    context: &Context,
+) -> Result<(), Error> {
+    let size = terminal_size::terminal_size_of(std::io::stdout());
+    let columns = size.map_or(100, |(width, _)| usize::from(width.0));
+    for axis in axes {
+        let samples = axis.places.iter().zip(lines).map(|(&x, line)| Sample {
+            x,
+            min: line.value,
+            mean: line.value,
+            max: line.value,
+        });
+        let chart = Chart {
+            axis: axis.caption(),
+            log,
+            curves: vec![Curve {
+                label: format!("{} over {}", objective.metric, axis.path),
+                samples: samples.collect(),
+            }],
+        };
+        let text = chart.dots(columns, 10, context.color_stdout());
+        talk::print(&format!("{text}\n"))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_as_short_as_they_can_be() {
+        let check = |paths: &[&str], expected: &[&str]| {
+            assert_eq!(short_names(paths.iter().copied()), expected);
+        };
+        check(&["a.train.steps", "seed"], &["steps", "seed"]);
+        check(
+            &["a.train.steps", "b.train.steps", "b.x"],
+            &["a.train.steps", "b.train.steps", "x"],
+        );
+        check(&["steps", "a.steps"], &["steps", "a.steps"]);
+    }
+
+    #[test]
+    fn words_are_quoted_for_a_shell() {
+        assert_eq!(quoted("a.b=1e-3,x"), "a.b=1e-3,x");
+        assert_eq!(quoted("a=[0, 6]"), "'a=[0, 6]'");
+        assert_eq!(quoted("a=it's"), r"'a=it'\''s'");
+        assert_eq!(quoted(""), "''");
+    }
+}

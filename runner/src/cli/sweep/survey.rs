@@ -1,0 +1,254 @@
+//! What a sweep would run, and what its points share, before anything runs.
+
+use std::collections::{BTreeMap, HashSet};
+
+use crate::cli::run::is_left_out;
+use crate::cli::sweep::points::Source;
+use crate::cli::{Context, Error, talk};
+use crate::diagnostic::{Finding, Report, Severity};
+use crate::executor::ExecutorError;
+use crate::plan::decision::{Past, Role};
+use crate::plan::{self, Plan, PlannedStage};
+use crate::plugin::Plugins;
+
+/// What would happen in a sweep.
+#[derive(Debug, Default)]
+pub struct Survey {
+    /// What each point would do, in their order.
+    pub points: Vec<Ahead>,
+    /// What no point can do without being told of it: warnings, each once.
+    warnings: Vec<Finding>,
+    /// What plans chose by themselves, each once.
+    notes: Vec<String>,
+    /// Digests that a point makes.
+    made: HashSet<String>,
+    /// What plugins have still to look at.
+    unchecked: Option<Plan>,
+    checked: HashSet<String>,
+}
+
+/// What a point would do.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Ahead {
+    /// Stages that it runs, and no point before it.
+    pub run: usize,
+    /// Stages that a point before it runs.
+    pub shared: usize,
+    /// Stages whose results are in the store.
+    pub stored: usize,
+}
+
+impl Ahead {
+    /// Whether all its results are in the store.
+    pub fn is_done(self) -> bool {
+        self.run == 0 && self.shared == 0
+    }
+}
+
+/// Jobs that plugins look at in one go.
+const MOST_JOBS: usize = 1000;
+
+impl Survey {
+    /// Plans one point after the other, and has plugins check what they would do.
+    pub fn of(
+        source: &Source,
+        points: &[Vec<String>],
+        plugins: &mut Plugins<'_>,
+        past: &mut dyn Past,
+    ) -> Result<Self, Error> {
+        let mut survey = Self::default();
+        for (number, settings) in (1..).zip(points) {
+            let said = |mut error: Error| {
+                if error.report.is_some() {
+                    let values = settings.join(", ");
+                    let whole = format!("this is point {number} of {} ({values})", points.len());
+                    error.message = match error.message.is_empty() {
+                        true => whole,
+                        false => format!("{}; {whole}", error.message),
+                    };
+                }
+                error
+            };
+            survey.add(source, settings, plugins, past).map_err(said)?;
+        }
+        survey.validate(source, points, plugins)?;
+        Ok(survey)
+    }
+
+    fn add(
+        &mut self,
+        source: &Source,
+        settings: &[String],
+        plugins: &mut Plugins<'_>,
+        past: &mut dyn Past,
+    ) -> Result<(), Error> {
+        let (plan, roles) = source.plan(settings, plugins)?;
+        let wanted = |finding: &Finding| !is_left_out(finding, &plan, &roles);
+        let missing: Vec<Finding> = plan.missing_files().into_iter().filter(wanted).collect();
+        if !missing.is_empty() {
+            return Err(source.report(missing).into());
+        }
+        for finding in plan.warnings.iter().filter(|finding| wanted(finding)) {
+            let same = |known: &Finding| known.message == finding.message;
+            if !self.warnings.iter().any(same) {
+                self.warnings.push(finding.clone());
+            }
+        }
+        for note in &plan.notes {
+            if !self.notes.contains(note) {
+                self.notes.push(note.clone());
+            }
+        }
+        let (ahead, to_run) = self.look_ahead(&plan, &roles, past)?;
+        self.points.push(ahead);
+        let unknown: Vec<PlannedStage> = to_run
+            .into_iter()
+            .filter(|stage| {
+                let job = serde_json::to_string(&plan.job(stage, 1)).unwrap_or_default();
+                self.checked.insert(job)
+            })
+            .cloned()
+            .collect();
+        if !unknown.is_empty() {
+            let all = self.unchecked.get_or_insert_with(|| Plan {
+                stages: Vec::new(),
+                ..plan
+            });
+            all.stages.extend(unknown);
+        }
+        Ok(())
+    }
+
+    /// What becomes of each stage of a point; the stages that it runs. A result that is not there yet goes by the digest of
+    /// the stage that makes it.
+    fn look_ahead<'p>(
+        &mut self,
+        plan: &'p Plan,
+        roles: &[Role],
+        past: &mut dyn Past,
+    ) -> Result<(Ahead, Vec<&'p PlannedStage>), Error> {
+        let mut ahead = Ahead::default();
+        let mut outputs: BTreeMap<String, String> = BTreeMap::new();
+        let mut to_come: HashSet<&str> = HashSet::new();
+        let mut to_run = Vec::new();
+        for (stage, role) in plan.stages.iter().zip(roles) {
+            if *role == Role::Skipped {
+                continue;
+            }
+            let files = past.file_hashes(stage).map_err(Error::of_history)?;
+            let Some(digest) = plan::digest(stage, &outputs, &files) else {
+                continue;
+            };
+            let inputs = stage.references.iter();
+            let is_open = inputs
+                .map(|reference| reference.stage.as_str())
+                .any(|input| to_come.contains(input));
+            let found = match is_open {
+                true => None,
+                false => past.find_success(&digest.hex).map_err(Error::of_history)?,
+            };
+            if let Some(hash) = found {
+                ahead.stored += 1;
+                outputs.insert(stage.name.clone(), hash);
+                continue;
+            }
+            if *role == Role::Needed {
+                let stage = stage.name.clone();
+                return Err(ExecutorError::Missing { stage }.into());
+            }
+            match self.made.insert(digest.hex.clone()) {
+                true => {
+                    ahead.run += 1;
+                    to_run.push(stage);
+                }
+                false => ahead.shared += 1,
+            }
+            to_come.insert(&stage.name);
+            outputs.insert(stage.name.clone(), digest.hex);
+        }
+        Ok((ahead, to_run))
+    }
+
+    /// The plugins' own checks, of every different stage once.
+    fn validate(
+        &mut self,
+        source: &Source,
+        points: &[Vec<String>],
+        plugins: &mut Plugins<'_>,
+    ) -> Result<(), Error> {
+        let Some(all) = self.unchecked.take() else {
+            return Ok(());
+        };
+        let is_error = |finding: &Finding| finding.severity == Severity::Error;
+        for stages in all.stages.chunks(MOST_JOBS) {
+            let part = Plan {
+                stages: stages.to_vec(),
+                ..all.clone()
+            };
+            let found = part.validate(plugins);
+            if !found.iter().any(is_error) {
+                self.warnings.extend(found);
+                continue;
+            }
+            // Which point is it? Only its own plan can tell the place.
+            for settings in points {
+                let (plan, roles) = source.plan(settings, plugins)?;
+                let wanted = |finding: &Finding| !is_left_out(finding, &plan, &roles);
+                let found: Vec<Finding> =
+                    plan.validate(plugins).into_iter().filter(wanted).collect();
+                if found.iter().any(is_error) {
+                    talk::say(&format!("of the point {}:", settings.join(", ")));
+                    return Err(source.report(found).into());
+                }
+            }
+            return Err(source.report(found).into());
+        }
+        Ok(())
+    }
+
+    /// What is worth saying before the sweep begins.
+    pub fn talk(&self, source: &Source, context: &Context) {
+        if context.quiet {
+            return;
+        }
+        if !self.warnings.is_empty() {
+            let report = source.report(self.warnings.clone());
+            talk::say(&report.render(context.color_stderr()));
+        }
+        self.notes.iter().for_each(|note| talk::say(note));
+    }
+
+    /// `24 runs, 31 stages to run, 89 shared`, of these points.
+    pub fn sum(&self, of: impl Fn(usize) -> bool) -> String {
+        let chosen = self.points.iter().enumerate();
+        let chosen: Vec<&Ahead> = chosen
+            .filter(|(place, _)| of(*place))
+            .map(|(_, ahead)| ahead)
+            .collect();
+        let total = |count: fn(&Ahead) -> usize| chosen.iter().map(|ahead| count(ahead)).sum();
+        let run: usize = total(|ahead| ahead.run);
+        let shared: usize = total(|ahead| ahead.shared);
+        let stored: usize = total(|ahead| ahead.stored);
+        let there = match stored {
+            0 => String::new(),
+            stored => format!(" ({stored} of them are in the store)"),
+        };
+        format!(
+            "{}, {} to run, {} shared{there}",
+            talk::count(chosen.len(), "run"),
+            talk::count(run, "stage"),
+            shared + stored
+        )
+    }
+}
+
+impl Source {
+    /// Findings with the text that they are in.
+    pub(super) fn report(&self, findings: Vec<Finding>) -> Report {
+        Report {
+            path: self.shown_path.clone(),
+            text: self.text.clone(),
+            findings,
+        }
+    }
+}

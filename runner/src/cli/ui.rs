@@ -1,0 +1,160 @@
+//! `retort ui`: the history as pages for a browser.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::cli::{Context, Error, Exit, talk};
+use crate::ui::{self, Guard, Site};
+
+/// The port, unless another is named.
+const PORT: u16 = 6116;
+
+/// Arguments of `ui`.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_long_help = "Pages: the runs (filtered, ordered, grouped by tag), one run (stages, progress, metrics, \
+    parameters, reasons, log, artifacts, environment), curves, pictures (samples of the same noise side by side) and \
+    comparisons. Everything a page shows is in its address: links can be kept and sent. Keys: press ? on a page.\n\n\
+    Examples:\n  \
+    retort ui --open                              the store in .retort, in a browser\n  \
+    retort ui --store a/.retort --store b/.retort  two stores\n  \
+    ssh -L 6116:localhost:6116 host               and then open http://localhost:6116 here, for `retort ui` on another machine"
+)]
+pub struct Args {
+    /// Listen on this port. Without it, 6116, or any free one when that is taken; 0 takes any free one.
+    #[arg(long, value_name = "PORT")]
+    pub port: Option<u16>,
+    /// Open the page in a browser.
+    #[arg(long)]
+    pub open: bool,
+    /// Let tags, notes and runs be changed from the pages; without it nothing can be.
+    ///
+    /// The address then has a token, so that nobody else on this machine can change anything.
+    #[arg(long)]
+    pub write: bool,
+    /// Listen on this address: others than loopback can be reached from other machines, and have a token.
+    ///
+    /// The connection is not encrypted: across a network a tunnel (`ssh -L`) is the better way.
+    #[arg(long, value_name = "ADDRESS", default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
+    pub bind: IpAddr,
+    /// Answer to this name too, beside `localhost` and addresses (may be repeated): behind a proxy, or by the machine's name.
+    #[arg(long, value_name = "NAME")]
+    pub allow_host: Vec<String>,
+}
+
+/// Serves pages until Ctrl-C.
+pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
+    let runtime = context.runtime()?;
+    let result = runtime.block_on(serve(args, context));
+    // Files that are being sent need not arrive.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
+}
+
+async fn serve(args: &Args, context: &Context) -> Result<(), Error> {
+    let guard = Guard::new(args.bind, args.allow_host.clone(), args.write).map_err(|error| {
+        Error::new(Exit::Internal, "there are no random numbers for a token").cause(&error)
+    })?;
+    let token = guard.token().map(str::to_owned);
+    let site = Site::open(&context.stores, args.write, guard).await?;
+    let listener = listen(args).await?;
+    let place = listener.local_addr()?;
+    let address = address(place, token.as_deref());
+    let mut interrupted = signal(SignalKind::interrupt())?;
+    let mut terminated = signal(SignalKind::terminate())?;
+    talk::print(&format!("{address}\n"))?;
+    if !context.quiet {
+        talk::say(if args.write {
+            "tags, notes and runs may be changed; Ctrl-C ends it"
+        } else {
+            "read-only; Ctrl-C ends it"
+        });
+    }
+    if args.open {
+        open(&address);
+    }
+    let stop = async {
+        tokio::select! {
+            _ = interrupted.recv() => {}
+            _ = terminated.recv() => {}
+        }
+    };
+    ui::serve(Arc::new(site), listener, stop).await;
+    Ok(())
+}
+
+async fn listen(args: &Args) -> Result<TcpListener, Error> {
+    let wanted = SocketAddr::new(args.bind, args.port.unwrap_or(PORT));
+    let refused = |error: &std::io::Error| {
+        let error_shown =
+            Error::new(Exit::Internal, format!("cannot listen on {wanted}")).cause(error);
+        match error.kind() {
+            std::io::ErrorKind::AddrInUse => {
+                error_shown.hint("another program does; --port 0 takes any free port")
+            }
+            std::io::ErrorKind::AddrNotAvailable => {
+                error_shown.hint("--bind takes an address of this machine")
+            }
+            _ => error_shown,
+        }
+    };
+    match TcpListener::bind(wanted).await {
+        Err(error) if args.port.is_none() && error.kind() == std::io::ErrorKind::AddrInUse => {
+            TcpListener::bind(SocketAddr::new(args.bind, 0))
+                .await
+                .map_err(|error| refused(&error))
+        }
+        bound => bound.map_err(|error| refused(&error)),
+    }
+}
+
+/// What to open: an address that stands for all is reached as this machine.
+fn address(place: SocketAddr, token: Option<&str>) -> String {
+    let host = match place.ip() {
+        ip if ip.is_loopback() && ip.is_ipv4() => "localhost".to_owned(),
+        ip if ip.is_unspecified() => "localhost".to_owned(),
+        IpAddr::V6(ip) => format!("[{ip}]"),
+        IpAddr::V4(ip) => ip.to_string(),
+    };
+    let token = token.map_or_else(String::new, |token| format!("?token={token}"));
+    format!("http://{host}:{}/{token}", place.port())
+}
+
+/// Asks the desktop to open an address. Without a desktop it has been printed.
+fn open(address: &str) {
+    let opened = std::process::Command::new("xdg-open")
+        .arg(address)
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn();
+    match opened {
+        Ok(mut child) => {
+            // It may stay as long as the browser does.
+            std::thread::spawn(move || child.wait());
+        }
+        Err(error) => talk::say(&format!(
+            "no browser could be opened (xdg-open: {error}): open the address above"
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_can_be_opened() {
+        let check = |place: &str, token: Option<&str>, expected: &str| {
+            assert_eq!(address(place.parse().unwrap(), token), expected);
+        };
+        check("127.0.0.1:6116", None, "http://localhost:6116/");
+        check("0.0.0.0:80", Some("ab"), "http://localhost:80/?token=ab");
+        check("10.0.0.7:80", Some("ab"), "http://10.0.0.7:80/?token=ab");
+        check("[::1]:80", None, "http://[::1]:80/");
+    }
+}

@@ -1,0 +1,179 @@
+//! How far the stages of a run are, for whoever looks from outside: a small file beside what the run stages, written anew at
+//! most once a second and gone with the run.
+//!
+//! It is no part of the history: a run that has ended has no progress. What cannot be written is not written.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use crate::executor::Event;
+use crate::frame::Progress;
+use crate::store::Time;
+
+/// Time between two writings.
+const INTERVAL: Duration = Duration::from_secs(1);
+/// The longest file that is read.
+const LONGEST: u64 = 1 << 20;
+
+/// How far a stage is, and since when it has been heard of.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Reading {
+    /// How far.
+    #[serde(flatten)]
+    pub progress: Progress,
+    /// How far it was when it was first heard of: where the attempt took the work up.
+    pub from: u64,
+    /// When that was, in milliseconds since 1970.
+    pub since: i64,
+    /// When this was.
+    pub at: i64,
+}
+
+impl Reading {
+    /// Seconds that are left, if it goes on as it did; none while that is unknown.
+    pub fn left(&self, now: Time) -> Option<f64> {
+        let done = self
+            .progress
+            .done
+            .checked_sub(self.from)
+            .filter(|done| *done > 0)?;
+        let left = self.progress.total.checked_sub(self.progress.done)?;
+        let took = Time(self.since).seconds_to(Time(self.at));
+        let passed = Time(self.at).seconds_to(now).max(0.0);
+        (took > 0.0).then(|| (left as f64 * took / done as f64 - passed).max(0.0))
+    }
+}
+
+/// Writes the file.
+#[derive(Debug)]
+pub struct Gauge {
+    path: PathBuf,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    stages: BTreeMap<String, Reading>,
+    written: Option<Instant>,
+}
+
+impl Gauge {
+    /// For the run that stages its files in `staging`.
+    pub fn new(staging: &Path) -> Self {
+        Self {
+            path: path(staging),
+            state: Mutex::default(),
+        }
+    }
+
+    /// Takes notice of an event.
+    pub fn hear(&self, event: &Event) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = match event {
+            Event::Progress { stage, progress } => {
+                let at = Time::now().0;
+                let reading = state
+                    .stages
+                    .entry(stage.clone())
+                    .or_insert_with(|| Reading {
+                        progress: progress.clone(),
+                        from: progress.done,
+                        since: at,
+                        at,
+                    });
+                // A stage may count one thing after the other: images read, then steps.
+                let other = (&reading.progress.unit, reading.progress.total)
+                    != (&progress.unit, progress.total);
+                if other || progress.done < reading.progress.done {
+                    (reading.from, reading.since) = (progress.done, at);
+                }
+                reading.progress = progress.clone();
+                reading.at = at;
+                state
+                    .written
+                    .is_none_or(|written| written.elapsed() >= INTERVAL)
+            }
+            Event::Ended { stage, .. } => state.stages.remove(stage).is_some(),
+            _ => false,
+        };
+        if due {
+            state.written = Some(Instant::now());
+            if let Err(error) = write(&self.path, &state.stages) {
+                tracing::debug!(%error, "progress was not written");
+            }
+        }
+    }
+}
+
+/// How far the stages of a run are, by its staging directory; nothing where nothing is known.
+pub fn read(staging: &Path) -> BTreeMap<String, Reading> {
+    let bytes = retort_checkpoint::regular::read(&path(staging), LONGEST);
+    let read = bytes
+        .ok()
+        .and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    read.unwrap_or_default()
+}
+
+/// The file of a run's staging directory.
+pub fn path(staging: &Path) -> PathBuf {
+    staging.join("progress.json")
+}
+
+/// Readers find the old one or the new one.
+fn write(path: &Path, stages: &BTreeMap<String, Reading>) -> std::io::Result<()> {
+    let draft = path.with_extension("new");
+    std::fs::write(&draft, serde_json::to_vec(stages)?)?;
+    std::fs::rename(&draft, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn progress(done: u64) -> Event {
+        Event::Progress {
+            stage: "a".into(),
+            progress: Progress {
+                done,
+                total: 100,
+                unit: "steps".into(),
+            },
+        }
+    }
+
+    #[test]
+    fn what_is_heard_can_be_read_until_the_stage_ends() {
+        let staging = tempfile::tempdir().unwrap();
+        assert!(read(staging.path()).is_empty());
+        let gauge = Gauge::new(staging.path());
+        gauge.hear(&progress(10));
+        // Too soon to be written again.
+        gauge.hear(&progress(20));
+        let reading = read(staging.path()).remove("a").unwrap();
+        assert_eq!((reading.progress.done, reading.from), (10, 10));
+        assert_eq!(reading.left(Time::now()), None);
+        std::fs::write(path(staging.path()), "{").unwrap();
+        assert!(read(staging.path()).is_empty());
+    }
+
+    #[test]
+    fn what_is_left_follows_from_what_was_done_by_this_attempt() {
+        let reading = Reading {
+            progress: Progress {
+                done: 60,
+                total: 100,
+                unit: "steps".into(),
+            },
+            from: 50,
+            since: 0,
+            at: 20_000,
+        };
+        assert_eq!(reading.left(Time(20_000)), Some(80.0));
+        assert_eq!(reading.left(Time(30_000)), Some(70.0));
+        assert_eq!(reading.left(Time(1_000_000)), Some(0.0));
+    }
+}

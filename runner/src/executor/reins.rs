@@ -1,0 +1,128 @@
+//! What the user tells the runs of this process: signals, heard once and handed on to each.
+//!
+//! The first of Ctrl-C and its like asks runs to stop at a checkpoint, the second ends them; Ctrl-Z stops the whole process
+//! for a while.
+
+use std::sync::Arc;
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
+
+use crate::executor::pause::Pauses;
+
+/// Holds the runs of this process.
+#[derive(Debug, Clone)]
+pub struct Reins {
+    heard: Arc<watch::Sender<Vec<i32>>>,
+    pub(super) pauses: Arc<Pauses>,
+}
+
+impl Default for Reins {
+    fn default() -> Self {
+        Self {
+            heard: Arc::new(watch::Sender::new(Vec::new())),
+            pauses: Arc::default(),
+        }
+    }
+}
+
+impl Reins {
+    /// Hands a signal on. To be called on the event loop's thread.
+    pub fn pull(&self, signal: i32) {
+        match signal {
+            libc::SIGTSTP => self.pauses.stop(),
+            signal => self.heard.send_modify(|heard| heard.push(signal)),
+        }
+    }
+
+    /// The first signal that was to end the runs.
+    pub fn first(&self) -> Option<i32> {
+        self.heard.borrow().first().copied()
+    }
+
+    /// A run's hand on them: what it has not heard yet.
+    pub(super) fn follow(&self) -> Follower {
+        Follower {
+            heard: self.heard.subscribe(),
+            known: 0,
+        }
+    }
+}
+
+/// One run's ear.
+#[derive(Debug)]
+pub(super) struct Follower {
+    heard: watch::Receiver<Vec<i32>>,
+    known: usize,
+}
+
+impl Follower {
+    /// The next signal.
+    pub(super) async fn next(&mut self) -> i32 {
+        let known = self.known;
+        match self.heard.wait_for(|heard| heard.len() > known).await {
+            Ok(heard) => {
+                self.known += 1;
+                heard[known]
+            }
+            // Nobody can pull any more.
+            Err(_) => std::future::pending().await,
+        }
+    }
+}
+
+/// The signals that end a run, or stop it for a while. One that was ignored when the program started (`nohup`, a background job of a script)
+/// stays ignored.
+pub struct Signals {
+    interrupt: Option<Signal>,
+    terminate: Option<Signal>,
+    hangup: Option<Signal>,
+    stop: Option<Signal>,
+}
+
+impl Signals {
+    /// From here on their usual effect is off.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn listen() -> std::io::Result<Self> {
+        Ok(Self {
+            interrupt: listen(SignalKind::interrupt())?,
+            terminate: listen(SignalKind::terminate())?,
+            hangup: listen(SignalKind::hangup())?,
+            stop: listen(SignalKind::from_raw(libc::SIGTSTP))?,
+        })
+    }
+
+    /// The next one.
+    pub async fn next(&mut self) -> i32 {
+        tokio::select! {
+            () = receive(&mut self.interrupt) => libc::SIGINT,
+            () = receive(&mut self.terminate) => libc::SIGTERM,
+            () = receive(&mut self.hangup) => libc::SIGHUP,
+            () = receive(&mut self.stop) => libc::SIGTSTP,
+        }
+    }
+}
+
+fn listen(kind: SignalKind) -> std::io::Result<Option<Signal>> {
+    // SAFETY: asks for the present action only; the structure is filled by the call when it succeeds.
+    let ignored = unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        libc::sigaction(kind.as_raw_value(), std::ptr::null(), &mut action) == 0
+            && action.sa_sigaction == libc::SIG_IGN
+    };
+    if ignored {
+        Ok(None)
+    } else {
+        signal(kind).map(Some)
+    }
+}
+
+/// Waits for a signal; for ever when it is ignored.
+async fn receive(signal: &mut Option<Signal>) {
+    match signal {
+        Some(signal) => drop(signal.recv().await),
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,133 @@
+//! Tags, notes, and runs that are removed: only with `--write`, only from forms of ours, and only by what the store's own
+//! functions allow. A run that is under way is never removed.
+
+use maud::html;
+
+use super::page::{self, Page, Place};
+use super::reply::{Problem, Reply};
+use super::request::Ask;
+use super::{Shelf, Site};
+use crate::store::{Access, RunId, Store};
+
+/// Longest tag, and longest note.
+const TAG: usize = 200;
+const NOTE: usize = 20_000;
+
+/// Changes what a form says.
+pub async fn answer(site: &Site, ask: &Ask, what: &str) -> Result<Reply, Problem> {
+    may_change(site)?;
+    if !site.guard.is_sealed(ask.form.get("seal")) {
+        return Err(Problem::Refused(
+            "this form is not one of ours, or an old one: load the page again".into(),
+        ));
+    }
+    let reference = ask.form.get("run").unwrap_or_default();
+    let (shelf, run) = site.find_run(reference).await?;
+    let text = |name: &str, most: usize| match ask.form.get(name).unwrap_or_default().trim() {
+        long if long.chars().count() > most => Err(Problem::Bad(format!(
+            "a {name} has at most {most} characters"
+        ))),
+        text => Ok(text.to_owned()),
+    };
+    match what {
+        "tag" => {
+            let tag = text("tag", TAG)?;
+            // It would never be found: references are tried in this order.
+            if tag.is_empty() || tag.starts_with("latest") {
+                return Err(Problem::Bad(format!(
+                    "`{tag}` cannot be a tag: it means something else, or nothing"
+                )));
+            }
+            let store = writable(shelf).await?;
+            store.tag_run(&run, &tag).await?;
+            store.close().await;
+        }
+        "untag" => {
+            let store = writable(shelf).await?;
+            store
+                .untag_run(&run, ask.form.get("tag").unwrap_or_default())
+                .await?;
+            store.close().await;
+        }
+        "note" => {
+            let note = text("note", NOTE)?;
+            let store = writable(shelf).await?;
+            store.note_run(&run, &note).await?;
+            store.close().await;
+        }
+        "remove" => return remove(shelf, ask, &run).await,
+        _ => return Err(Problem::NotFound("there is no such change".into())),
+    }
+    Ok(Reply::see(&page::run_path(&run.0)))
+}
+
+async fn remove(shelf: &Shelf, ask: &Ask, run: &RunId) -> Result<Reply, Problem> {
+    let dependents = shelf.store.dependents(std::slice::from_ref(run)).await?;
+    if !dependents.is_empty() && ask.form.get("force").is_none() {
+        return Err(Problem::Bad(format!(
+            "stages of this run are reused by {} others",
+            dependents.len()
+        )));
+    }
+    if ask.form.get("confirm") != Some(run.0.as_str()) {
+        return Err(Problem::Bad(
+            "to remove a run, its whole id has to be typed".into(),
+        ));
+    }
+    let store = writable(shelf).await?;
+    store.remove_runs(std::slice::from_ref(run)).await?;
+    store.close().await;
+    Ok(Reply::see("/"))
+}
+
+/// Asks whether a run is really to be removed.
+pub async fn confirm(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
+    may_change(site)?;
+    let (shelf, run) = site
+        .find_run(ask.query.get("run").unwrap_or_default())
+        .await?;
+    let dependents = shelf.store.dependents(std::slice::from_ref(&run)).await?;
+    let body = html! {
+        section.narrow {
+            h1 { "Remove run " (page::run_link(&run)) "?" }
+            p { "All that is known of it goes: parameters, metrics, logs. The files of its artifacts stay until " code { "retort gc --remove" } "." }
+            @if !dependents.is_empty() {
+                div.alert role="alert" {
+                    p { "Its stages are reused by " (dependents.len()) " other runs, which then no longer know where these results came from:" }
+                    p { @for other in dependents.iter().take(20) { (page::run_link(other)) " " } @if dependents.len() > 20 { "…" } }
+                }
+            }
+            form.stack method="post" action="/change/remove" {
+                input type="hidden" name="seal" value=(site.guard.seal());
+                input type="hidden" name="run" value=(run.0);
+                @if !dependents.is_empty() {
+                    label { input type="checkbox" name="force" value="1" required; " Remove it all the same" }
+                }
+                label for="confirm" { "Type the run's id" }
+                input #confirm.mono type="text" name="confirm" required autocomplete="off" placeholder=(run.0);
+                div { button.danger type="submit" { "Remove" } " " a.button href=(page::run_path(&run.0)) { "Keep it" } }
+            }
+        }
+    };
+    Ok(Page {
+        title: "Remove a run",
+        place: Place::Other,
+        runs: &[],
+        live: None,
+        body,
+    }
+    .reply(site))
+}
+
+fn may_change(site: &Site) -> Result<(), Problem> {
+    match site.write {
+        true => Ok(()),
+        false => Err(Problem::Refused(
+            "nothing may be changed here: `retort ui --write` allows it".into(),
+        )),
+    }
+}
+
+async fn writable(shelf: &Shelf) -> Result<Store, Problem> {
+    Ok(Store::open(shelf.dir(), Access::ReadWrite).await?)
+}

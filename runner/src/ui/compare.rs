@@ -1,0 +1,253 @@
+//! Runs beside each other: what differs, the best of each metric, their curves and their pictures.
+
+use std::collections::BTreeSet;
+
+use maud::{Markup, html};
+use serde_json::Value;
+
+use super::curves;
+use super::page::{self, Page, Place};
+use super::pictures::{self, Preview};
+use super::reply::{Problem, Reply};
+use super::request::{Ask, link};
+use super::{Shelf, Site};
+use crate::account::comparison::{Fact, best, facts, side_by_side};
+use crate::store::{RunDetail, RunId, SeriesSummary};
+use crate::table;
+
+/// Most runs beside each other, and curves of series that several have.
+const RUNS: usize = 12;
+const CURVES: usize = 8;
+/// Most rows of one kind.
+const ROWS: usize = 1000;
+
+struct Column<'s> {
+    shelf: &'s Shelf,
+    detail: RunDetail,
+    series: Vec<SeriesSummary>,
+}
+
+/// The page.
+pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
+    let named: Vec<&str> = ask
+        .query
+        .get("baseline")
+        .into_iter()
+        .chain(ask.query.all("run"))
+        .collect();
+    let mut columns: Vec<Column> = Vec::new();
+    for reference in named.iter().take(RUNS) {
+        let (shelf, id) = site.find_run(reference).await?;
+        if !columns.iter().any(|known| known.detail.summary.id == id) {
+            let detail = shelf.store.run_detail(&id).await?;
+            let series = shelf.store.last_metrics(&id).await?;
+            columns.push(Column {
+                shelf,
+                detail,
+                series,
+            });
+        }
+    }
+    let runs: Vec<String> = columns
+        .iter()
+        .map(|column| column.detail.summary.id.0.clone())
+        .collect();
+    let body = match columns.len() {
+        0 | 1 => html! {
+            section.empty {
+                h1 { "Compare" }
+                p { @if columns.is_empty() { "Tick two or more runs in the " } @else { "One run is chosen. Tick more in the " } a href="/" { "list of runs" } " and press Compare." }
+                form.inline method="get" action="/compare" {
+                    @for run in &runs { input type="hidden" name="run" value=(run); }
+                    @if columns.is_empty() { label { "Run " input type="text" name="run" value="latest" required autocomplete="off"; } }
+                    label { "with " input type="text" name="run" value="latest~1" required autocomplete="off"; }
+                    button.primary type="submit" { "Compare" }
+                }
+            }
+        },
+        _ => content(ask, &columns, &runs),
+    };
+    Ok(Page {
+        title: "Compare",
+        place: Place::Compare,
+        runs: &runs,
+        live: None,
+        body,
+    }
+    .reply(site))
+}
+
+fn content(ask: &Ask, columns: &[Column], runs: &[String]) -> Markup {
+    let all = ask.query.get("all").is_some();
+    let told: Vec<(RunId, Vec<(Fact, Value)>)> = columns
+        .iter()
+        .map(|column| {
+            (
+                column.detail.summary.id.clone(),
+                facts(&column.detail, &column.series, column.shelf.dir()),
+            )
+        })
+        .collect();
+    let rows = side_by_side(&told, all);
+    let of = |about: &str| -> Vec<&(&Fact, Vec<Option<&Value>>)> {
+        rows.iter()
+            .filter(|(fact, _)| fact.about == about)
+            .take(ROWS)
+            .collect()
+    };
+    let pinned = ask.query.get("baseline").is_some();
+    let sections = [
+        (
+            "metric",
+            "Metrics",
+            "The best of a row is marked where it is known which is better.",
+        ),
+        ("parameter", "Parameters", ""),
+        ("run", "Runs", ""),
+        ("environment", "Environment", ""),
+    ];
+    html! {
+        h1.visually-hidden { "Compare" }
+        div.bar {
+            span.dim { (columns.len()) " runs" }
+            span.spacer {}
+            span.segments role="group" aria-label="Rows" {
+                a href=(ask.query.without("all").link("/compare")) aria-current=[(!all).then_some("true")] { "What differs" }
+                a href=(ask.query.with("all", "1").link("/compare")) aria-current=[all.then_some("true")] { "Everything" }
+            }
+        }
+        div.scroll { table.compare {
+            thead { tr {
+                th scope="col" { span.visually-hidden { "What" } }
+                @for (place, column) in columns.iter().enumerate() { (head(ask, column, place, pinned)) }
+            } }
+            @for (about, title, hint) in sections {
+                @let some = of(about);
+                tbody {
+                    tr.section { th scope="rowgroup" colspan=(columns.len() + 1) { (title) @if some.is_empty() { span.dim { ": no difference" } } @else if !hint.is_empty() { span.hint { " " (hint) } } } }
+                    @for (fact, values) in some {
+                        (row(fact, values, pinned))
+                    }
+                }
+            }
+        } }
+        (overlaid(columns, runs))
+        (aligned(columns, runs))
+    }
+}
+
+fn head(ask: &Ask, column: &Column, place: usize, pinned: bool) -> Markup {
+    let run = &column.detail.summary;
+    let others = ask
+        .query
+        .pairs()
+        .filter(|(name, value)| !(matches!(*name, "run" | "baseline") && *value == run.id.0));
+    let mut left = super::request::Fields::default();
+    others.for_each(|(name, value)| left.push(name, value));
+    html! {
+        th scope="col" {
+            span class=(format!("swatch c{}", place % 8)) aria-hidden="true" {} " "
+            (page::run_link(&run.id)) " "
+            a.quiet href=(left.link("/compare")) aria-label=(format!("Leave run {} out", run.id)) title="Leave it out" { "×" }
+            @if place == 0 && pinned { " " span.badge { "baseline" } }
+            br; (page::name(&run.recipe)) br; (page::run_state(run.state)) " " span.dim.num { (table::duration(run.seconds)) }
+            @if !run.tags.is_empty() { br; (page::tags(run)) }
+        }
+    }
+}
+
+fn row(fact: &Fact, values: &[Option<&Value>], pinned: bool) -> Markup {
+    let best = best(fact, values);
+    let base = values
+        .first()
+        .copied()
+        .flatten()
+        .and_then(page::as_number)
+        .filter(|_| pinned);
+    let numeric = values
+        .iter()
+        .copied()
+        .flatten()
+        .any(|value| page::as_number(value).is_some());
+    html! {
+        tr {
+            th scope="row" { (page::fact(fact)) }
+            @for (place, shown) in values.iter().enumerate() {
+                @let number = shown.and_then(page::as_number);
+                td.num[numeric].best[best.contains(&place)] {
+                    @match shown {
+                        None => span.dim { "–" },
+                        Some(value) => { @match number { Some(number) => (page::number(number)), None => span.wrap { (page::value(value)) } } }
+                    }
+                    @if best.contains(&place) { span.star title="best of the row" { " ★" span.visually-hidden { "best" } } }
+                    @if let (Some(number), Some(base), true) = (number, base, place > 0) { (page::delta(number, base)) }
+                }
+            }
+        }
+    }
+}
+
+/// Curves of the series that several runs have.
+fn overlaid(columns: &[Column], runs: &[String]) -> Markup {
+    let names = |column: &Column| -> Vec<String> {
+        let curved = column.series.iter().filter(|one| one.points > 1);
+        curved
+            .map(|one| format!("{}/{}", one.stage, one.series))
+            .collect()
+    };
+    let mut seen = BTreeSet::new();
+    let mut shared: Vec<String> = Vec::new();
+    for name in columns.iter().flat_map(names) {
+        if !seen.insert(name.clone()) && !shared.contains(&name) {
+            shared.push(name);
+        }
+    }
+    let mut fields = super::request::Fields::default();
+    runs.iter().for_each(|run| fields.push("run", run));
+    html! {
+        @if !shared.is_empty() {
+            section {
+                h2 { "Curves" }
+                div.charts { @for name in shared.iter().take(CURVES) { (curves::figure(runs, name, &Default::default())) } }
+                p { a href=(fields.link("/curves")) { "All curves of these runs" } }
+            }
+        }
+    }
+}
+
+/// The pictures of stages with one name, beside each other.
+fn aligned(columns: &[Column], runs: &[String]) -> Markup {
+    let of: Vec<Vec<Preview>> = columns
+        .iter()
+        .map(|column| pictures::previews(&column.detail))
+        .collect();
+    let mut stages: Vec<&str> = Vec::new();
+    for preview in of.iter().flatten() {
+        if !stages.contains(&preview.stage()) {
+            stages.push(preview.stage());
+        }
+    }
+    let several: Vec<(&str, &str)> = runs.iter().map(|run| ("run", run.as_str())).collect();
+    html! {
+        @if !stages.is_empty() {
+            section {
+                h2 { "Pictures" }
+                div.scroll { table.aligned {
+                    thead { tr { th scope="col" { "Stage" } @for column in columns { th scope="col" { (page::run_link(&column.detail.summary.id)) } } } }
+                    tbody { @for stage in &stages {
+                        tr {
+                            th scope="row" { (page::name(stage)) }
+                            @for previews in &of {
+                                td { @match previews.iter().find(|preview| preview.stage() == *stage) {
+                                    Some(preview) => a.zoom href=(preview.address()) { img.pixels src=(preview.address()) loading="lazy" alt=(format!("grid of {stage}")); },
+                                    None => span.dim { "–" },
+                                } }
+                            }
+                        }
+                    } }
+                } }
+                p { a href=(link("/pictures", &several)) { "Single samples of the same noise, side by side" } }
+            }
+        }
+    }
+}

@@ -1,0 +1,421 @@
+//! Curves: any series of any runs side by side. A page with a figure for each series, the numbers behind it as JSON in as many
+//! buckets as it has room for, and the same as SVG and CSV.
+//!
+//! However many points a series has, a curve is at most [`BUCKETS`] buckets: zooming in asks for finer ones.
+
+use maud::{Markup, html};
+use serde_json::{Value, json};
+
+use super::page::{self, Page, Place};
+use super::reply::{JSON, Problem, Reply};
+use super::request::{Ask, Fields};
+use super::{Shelf, Site};
+use crate::chart::{Chart, Curve, Sample};
+use crate::store::{Axis, Bucket, Lens, RunId, RunState, SeriesSummary, Time};
+use crate::table::{Cell, Rows, Style};
+
+/// Most buckets of a curve, and what is usual.
+const BUCKETS: u32 = 4000;
+const USUAL: u32 = 800;
+/// Most runs on a page, figures on a page, and series that are offered.
+pub const RUNS: usize = 24;
+const FIGURES: usize = 24;
+const OFFERED: usize = 2000;
+
+/// A run whose curves are looked at.
+struct Source<'s> {
+    shelf: &'s Shelf,
+    id: RunId,
+    recipe: String,
+    under_way: bool,
+    series: Vec<SeriesSummary>,
+}
+
+/// A curve.
+struct Found<'s> {
+    source: &'s Source<'s>,
+    stage: String,
+    series: String,
+    /// When its first point of all was measured.
+    began: Time,
+    buckets: Vec<Bucket>,
+}
+
+async fn sources<'s>(site: &'s Site, query: &Fields) -> Result<Vec<Source<'s>>, Problem> {
+    let mut sources: Vec<Source> = Vec::new();
+    let pinned = query.get("baseline");
+    let named: Vec<&str> = pinned.into_iter().chain(query.all("run")).collect();
+    for reference in named.iter().take(RUNS) {
+        let (shelf, id) = site.find_run(reference).await?;
+        if sources.iter().any(|known| known.id == id) {
+            continue;
+        }
+        let series = shelf.store.last_metrics(&id).await?;
+        let by_id = crate::store::RunFilter {
+            limit: Some(1),
+            expr: Some(crate::filter::parse(&format!(
+                "id = \"{}\"",
+                id.0.replace('"', "")
+            ))?),
+            ..Default::default()
+        };
+        let summary = shelf.store.list_runs(&by_id).await?.pop();
+        let under_way = summary
+            .as_ref()
+            .is_some_and(|run| matches!(run.state, RunState::Queued | RunState::Running));
+        sources.push(Source {
+            shelf,
+            id,
+            recipe: summary.map_or_else(String::new, |run| run.recipe),
+            under_way,
+            series,
+        });
+    }
+    Ok(sources)
+}
+
+/// The page.
+pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
+    let sources = sources(site, &ask.query).await?;
+    let runs: Vec<String> = sources.iter().map(|source| source.id.0.clone()).collect();
+    let live = sources.iter().any(|source| source.under_way);
+    let body = match sources.is_empty() {
+        true => html! {
+            section.empty {
+                h1 { "Curves" }
+                p { "Choose runs first: tick them in the " a href="/" { "list of runs" } " and press Curves." }
+                p { a.button href="/curves?run=latest" { "Curves of the latest run" } }
+            }
+        },
+        false => content(&sources, &runs, ask),
+    };
+    Ok(Page {
+        title: "Curves",
+        place: Place::Curves,
+        runs: &runs,
+        live: live.then_some(""),
+        body,
+    }
+    .reply(site))
+}
+
+fn content(sources: &[Source], runs: &[String], ask: &Ask) -> Markup {
+    let offered = offered(sources);
+    let wished: Vec<&str> = ask.query.all("series").collect();
+    let chosen: Vec<&str> = match wished.is_empty() {
+        false => wished.clone(),
+        true => offered
+            .iter()
+            .filter(|one| one.curved)
+            .map(|one| one.name.as_str())
+            .take(6)
+            .collect(),
+    };
+    html! {
+        h1.visually-hidden { "Curves" }
+        div.split {
+            aside {
+                form.stack #choice method="get" action="/curves" {
+                    @for (name, value) in ask.query.pairs().filter(|(name, _)| !matches!(*name, "series" | "run" | "from" | "to")) { input type="hidden" name=(name) value=(value); }
+                    fieldset {
+                        legend { "Runs" }
+                        ul.choices { @for (number, source) in sources.iter().enumerate() {
+                            li { label {
+                                input type="checkbox" name="run" value=(source.id.0) checked;
+                                " " span class=(format!("swatch c{}", number % 8)) aria-hidden="true" {} " "
+                                (page::name(&source.recipe)) " " a.mono href=(page::run_path(&source.id.0)) { (page::name(&source.id.0)) }
+                            } }
+                        } }
+                    }
+                    fieldset {
+                        legend { "Series" }
+                        p data-needs-script="" hidden { input type="search" data-searches="series-choices" aria-label="Search series" placeholder="Search" autocomplete="off"; }
+                        ul.choices.tall #series-choices { @for one in &offered {
+                            li { label { input type="checkbox" name="series" value=(one.name) checked[chosen.contains(&one.name.as_str())]; " " (page::name(&one.name)) @if !one.curved { span.dim { " one point" } } } }
+                        } }
+                    }
+                    button.primary type="submit" { "Show" }
+                }
+            }
+            div {
+                div.bar.knobs #knobs hidden {
+                    span.segments role="group" aria-label="Horizontal axis" {
+                        button type="button" data-knob="axis" data-value="step" { "Step" }
+                        button type="button" data-knob="axis" data-value="time" { "Time" }
+                    }
+                    label { input type="checkbox" data-knob="logy"; " log y" }
+                    label { input type="checkbox" data-knob="logx"; " log x" }
+                    label { input type="checkbox" data-knob="band"; " range" }
+                    label { "Smoothing " input type="range" min="0" max="0.99" step="0.01" value="0" data-knob="smooth"; " " output.num { "0" } }
+                    span.spacer {}
+                    button type="button" data-knob="reset" hidden { "Whole range" }
+                }
+                @if chosen.is_empty() {
+                    section.empty { h2 { "No curves" } p { "These runs have recorded no series of more than one point." } }
+                }
+                div.charts #charts {
+                    @for name in chosen.iter().take(FIGURES) { (figure(runs, name, &ask.query)) }
+                }
+                @if chosen.len() > FIGURES { p.dim { "The first " (FIGURES) " of " (chosen.len()) " are drawn." } }
+            }
+        }
+    }
+}
+
+struct Offered {
+    name: String,
+    curved: bool,
+}
+
+/// The series that any of the runs has, those with curves first.
+fn offered(sources: &[Source]) -> Vec<Offered> {
+    let mut offered: Vec<Offered> = Vec::new();
+    for series in sources.iter().flat_map(|source| &source.series) {
+        let name = format!("{}/{}", series.stage, series.series);
+        let curved = series.points > 1;
+        match offered.iter().position(|known| known.name == name) {
+            Some(place) => offered[place].curved |= curved,
+            None if offered.len() < OFFERED => offered.push(Offered { name, curved }),
+            None => {}
+        }
+    }
+    offered.sort_by_key(|one| (!one.curved, !is_wanted(&one.name)));
+    offered
+}
+
+/// Whether a series is one of those that people look at first.
+pub fn is_wanted(name: &str) -> bool {
+    let last = name.rsplit('/').next().unwrap_or(name);
+    ["loss", "error", "accuracy", "entropy"]
+        .iter()
+        .any(|word| last.contains(word))
+}
+
+/// The place of a curve, which scripts fill; without them it is a picture.
+pub fn figure(runs: &[String], series: &str, query: &Fields) -> Markup {
+    let mut fields = Fields::default();
+    for run in runs {
+        fields.push("run", run);
+    }
+    fields.push("series", series);
+    for name in ["axis", "from", "to"] {
+        fields.push(name, query.get(name).unwrap_or_default());
+    }
+    let data = fields.link("/curves/data.json");
+    let svg = fields.with("logy", query.get("logy").unwrap_or_default());
+    html! {
+        figure.chart data-chart=(data) data-series=(series) {
+            figcaption {
+                span.title { (page::name(series)) }
+                span.links {
+                    a data-save="svg" href=(svg.link("/curves/curves.svg")) download="curves.svg" { "SVG" } " "
+                    a data-save="csv" href=(fields.link("/curves/curves.csv")) download="curves.csv" { "CSV" }
+                }
+            }
+            div.plot { noscript { img src=(svg.link("/curves/curves.svg")) alt=(format!("Curve of {series}")); } }
+        }
+    }
+}
+
+fn lens(query: &Fields) -> Result<Lens, Problem> {
+    let axis = match query.get("axis") {
+        None | Some("step") => Axis::Step,
+        Some("time") => Axis::Time,
+        Some(other) => {
+            return Err(Problem::Bad(format!(
+                "the axis is step or time, and not {other}"
+            )));
+        }
+    };
+    Ok(Lens {
+        buckets: query.number("buckets").unwrap_or(USUAL).clamp(1, BUCKETS),
+        axis,
+        from: query.number("from").unwrap_or(0),
+        to: query.number("to").unwrap_or(u64::MAX),
+    })
+}
+
+async fn find<'s>(
+    sources: &'s [Source<'s>],
+    query: &Fields,
+    lens: Lens,
+) -> Result<Vec<Found<'s>>, Problem> {
+    let mut found: Vec<Found> = Vec::new();
+    for name in query.all("series").take(FIGURES) {
+        for source in sources {
+            // Of series with one name in several stages each is a curve of its own.
+            let stages: Vec<&SeriesSummary> = source
+                .series
+                .iter()
+                .filter(|one| {
+                    one.series == *name || format!("{}/{}", one.stage, one.series) == *name
+                })
+                .collect();
+            for summary in stages {
+                let whole = format!("{}/{}", summary.stage, summary.series);
+                let buckets = source.shelf.store.curve(&source.id, &whole, lens).await?;
+                let Some(first) = buckets.first() else {
+                    continue;
+                };
+                let began = match lens.from {
+                    0 => first.first_at,
+                    _ => {
+                        let all = Lens {
+                            buckets: 1,
+                            from: 0,
+                            to: u64::MAX,
+                            ..lens
+                        };
+                        let all = source.shelf.store.curve(&source.id, &whole, all).await?;
+                        all.first().map_or(first.first_at, |all| all.first_at)
+                    }
+                };
+                found.push(Found {
+                    source,
+                    stage: summary.stage.clone(),
+                    series: summary.series.clone(),
+                    began,
+                    buckets,
+                });
+            }
+        }
+    }
+    Ok(found)
+}
+
+impl Found<'_> {
+    fn label(&self, alone: bool) -> String {
+        let name = format!("{}/{}", self.stage, self.series);
+        match alone {
+            true => name,
+            false => format!("{} {}", self.source.id, name),
+        }
+    }
+
+    fn place(&self, bucket: &Bucket, axis: Axis) -> f64 {
+        match axis {
+            Axis::Step => (bucket.first_step as f64 + bucket.last_step as f64) / 2.0,
+            Axis::Time => {
+                let middle = i64::midpoint(bucket.first_at.0, bucket.last_at.0);
+                (middle - self.began.0) as f64 / 1000.0
+            }
+        }
+    }
+
+    fn data(&self, axis: Axis) -> Value {
+        let finite = |value: Option<f64>| value.filter(|value| value.is_finite());
+        let points = self.buckets.iter().map(|bucket| {
+            json!([
+                self.place(bucket, axis),
+                finite(bucket.min),
+                finite(bucket.mean),
+                finite(bucket.max),
+                bucket.first_step,
+                bucket.last_step,
+                bucket.points
+            ])
+        });
+        json!({
+            "run": self.source.id, "recipe": self.source.recipe, "stage": self.stage, "series": self.series,
+            "points": points.collect::<Vec<_>>(),
+        })
+    }
+}
+
+/// The numbers behind a figure.
+pub async fn data(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
+    let lens = lens(&ask.query)?;
+    let sources = sources(site, &ask.query).await?;
+    let found = find(&sources, &ask.query, lens).await?;
+    let curves: Vec<Value> = found.iter().map(|one| one.data(lens.axis)).collect();
+    let columns = [
+        "x",
+        "min",
+        "mean",
+        "max",
+        "first_step",
+        "last_step",
+        "points",
+    ];
+    Ok(Reply::new(
+        JSON,
+        json!({"columns": columns, "curves": curves}).to_string(),
+    ))
+}
+
+/// The same as a picture.
+pub async fn svg(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
+    let lens = lens(&ask.query)?;
+    let sources = sources(site, &ask.query).await?;
+    let found = find(&sources, &ask.query, lens).await?;
+    let value = |value: Option<f64>| value.unwrap_or(f64::NAN);
+    let chart = Chart {
+        axis: if lens.axis == Axis::Step {
+            "step"
+        } else {
+            "seconds"
+        }
+        .into(),
+        log: ask.query.get("logy").is_some(),
+        curves: found
+            .iter()
+            .map(|one| Curve {
+                label: one.label(sources.len() == 1),
+                samples: one
+                    .buckets
+                    .iter()
+                    .map(|bucket| Sample {
+                        x: one.place(bucket, lens.axis),
+                        min: value(bucket.min),
+                        mean: value(bucket.mean),
+                        max: value(bucket.max),
+                    })
+                    .collect(),
+            })
+            .collect(),
+    };
+    Ok(Reply::new("image/svg+xml", chart.svg()))
+}
+
+/// The same as rows.
+pub async fn csv(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
+    let lens = lens(&ask.query)?;
+    let sources = sources(site, &ask.query).await?;
+    let found = find(&sources, &ask.query, lens).await?;
+    let mut rows = Rows::new(&[
+        "run",
+        "stage",
+        "series",
+        "from_step",
+        "to_step",
+        "from_time",
+        "to_time",
+        "points",
+        "nan",
+        "min",
+        "mean",
+        "max",
+    ]);
+    for one in &found {
+        for bucket in &one.buckets {
+            rows.push([
+                one.source.id.0.as_str().into(),
+                one.stage.as_str().into(),
+                one.series.as_str().into(),
+                bucket.first_step.into(),
+                bucket.last_step.into(),
+                bucket.first_at.to_string().into(),
+                bucket.last_at.to_string().into(),
+                bucket.points.into(),
+                bucket.nan.into(),
+                bucket.min.map(Cell::number).into(),
+                bucket.mean.map(Cell::number).into(),
+                bucket.max.map(Cell::number).into(),
+            ]);
+        }
+    }
+    Ok(Reply::new(
+        "text/csv; charset=utf-8",
+        rows.render(Style::Csv),
+    ))
+}

@@ -1,0 +1,115 @@
+//! Files of artifacts: pictures to be shown, anything else to be kept.
+//!
+//! A file is named by the hash of an artifact that a store knows and by a path that the store lists for it. That path, too,
+//! may come from an imported history: it has to stay inside, and no link may lead to it ([`artifact::open_inner`]).
+
+use std::fs::File;
+use std::io::{self, Read};
+
+use hyper::body::Bytes;
+use tokio::sync::mpsc;
+
+use super::reply::{Content, Problem, Reply};
+use super::request::Ask;
+use super::{Shelf, Site};
+use crate::artifact;
+use crate::store::ArtifactFile;
+
+/// Bytes that are sent at a time.
+const PIECE: usize = 64 << 10;
+/// The longest picture that a browser is given to show.
+const LONGEST_PICTURE: u64 = 64 << 20;
+
+/// Sends a file: `/file/HASH?path=PATH`.
+pub async fn answer(site: &Site, ask: &Ask, hash: &str) -> Result<Reply, Problem> {
+    let path = ask.query.get("path").unwrap_or_default();
+    let (shelf, files) = find(site, hash).await?;
+    let listed = files
+        .iter()
+        .find(|file| file.path == path)
+        .ok_or_else(|| Problem::NotFound("this artifact has no such file".into()))?;
+    let file = open(shelf, hash, listed)?;
+    let is_picture = path.ends_with(".png") && listed.size <= LONGEST_PICTURE;
+    let kind = if is_picture {
+        "image/png"
+    } else {
+        "application/octet-stream"
+    };
+    let reply = Reply {
+        content: Content::Pieces(pieces(file, listed.size)),
+        ..Reply::new(kind, "")
+    };
+    let last = path.rsplit('/').next().unwrap_or_default();
+    let plain: String = last
+        .chars()
+        .map(|c| {
+            if c.is_ascii_alphanumeric() || "._-".contains(c) {
+                c
+            } else {
+                '_'
+            }
+        })
+        .collect();
+    let manner = if is_picture && ask.query.get("keep").is_none() {
+        "inline"
+    } else {
+        "attachment"
+    };
+    Ok(reply.forever().header(
+        "content-disposition",
+        format!("{manner}; filename=\"{plain}\""),
+    ))
+}
+
+/// The files of an artifact, and the store that has it.
+pub async fn find<'s>(
+    site: &'s Site,
+    hash: &str,
+) -> Result<(&'s Shelf, Vec<ArtifactFile>), Problem> {
+    let is_hash = hash.len() == 64
+        && hash
+            .bytes()
+            .all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte));
+    if is_hash {
+        for shelf in &site.shelves {
+            if let Some(files) = shelf.store.artifact_files(hash).await?
+                && shelf.layout.artifact(hash).is_dir()
+            {
+                return Ok((shelf, files));
+            }
+        }
+    }
+    Err(Problem::NotFound(
+        "no store here has this artifact's files".into(),
+    ))
+}
+
+/// Opens a listed file.
+pub fn open(shelf: &Shelf, hash: &str, listed: &ArtifactFile) -> Result<File, Problem> {
+    artifact::open_inner(&shelf.layout.artifact(hash), &listed.path)
+        .map_err(|error| Problem::File(format!("{}: {error}", listed.path)))
+}
+
+fn pieces(mut file: File, size: u64) -> mpsc::Receiver<io::Result<Bytes>> {
+    let (sender, receiver) = mpsc::channel(2);
+    tokio::task::spawn_blocking(move || {
+        let mut left = size;
+        while left > 0 {
+            let mut piece = vec![0; PIECE.min(usize::try_from(left).unwrap_or(PIECE))];
+            let read = file.read(&mut piece);
+            let (piece, over) = match read {
+                Ok(0) => return,
+                Ok(count) => {
+                    piece.truncate(count);
+                    left -= count as u64;
+                    (Ok(Bytes::from(piece)), false)
+                }
+                Err(error) => (Err(error), true),
+            };
+            if sender.blocking_send(piece).is_err() || over {
+                return;
+            }
+        }
+    });
+    receiver
+}

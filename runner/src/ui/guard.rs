@@ -1,0 +1,371 @@
+//! Who may ask: the headers of a request are looked at before anything else is.
+//!
+//! - A page on another site can make a browser send requests here, even under a name of its own (DNS rebinding). `Host` must
+//!   therefore be a name of ours, `Origin` the same, and what a browser says of where a request comes from (`Sec-Fetch-Site`)
+//!   must not be another site, unless somebody followed a link.
+//! - Other people reach an address that is not loopback, and other users of this machine reach loopback: where the first is
+//!   so, or something could be changed, a random token has to be shown. It is in the address that is opened, and then in a
+//!   cookie that no script can read.
+//! - What changes something has to carry a second random text that only our pages have.
+//!
+//! Answers tell browsers to run no script and load nothing but our own, and to let nobody frame us ([`headers`]).
+
+use std::io::Read;
+use std::net::IpAddr;
+
+use hyper::header::{COOKIE, HOST, ORIGIN};
+use hyper::{HeaderMap, Method, Uri};
+
+/// The name of the cookie with the token.
+const COOKIE_NAME: &str = "retort_token";
+
+/// What every answer tells the browser.
+const HEADERS: [(&str, &str); 7] = [
+    (
+        "content-security-policy",
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; \
+         form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    ),
+    ("x-content-type-options", "nosniff"),
+    ("x-frame-options", "DENY"),
+    ("referrer-policy", "no-referrer"),
+    ("cross-origin-opener-policy", "same-origin"),
+    ("cross-origin-resource-policy", "same-origin"),
+    (
+        "permissions-policy",
+        "camera=(), geolocation=(), microphone=()",
+    ),
+];
+
+/// Decides who may ask.
+#[derive(Debug, Clone)]
+pub struct Guard {
+    /// What has to be shown, where something has to be.
+    token: Option<String>,
+    /// What forms have to carry.
+    seal: String,
+    /// Whether anybody but this machine can reach us.
+    loopback: bool,
+    /// Names of ours beside `localhost` and addresses.
+    names: Vec<String>,
+}
+
+/// What to do with a request.
+#[derive(Debug, PartialEq)]
+pub enum Verdict {
+    /// To answer it.
+    Welcome,
+    /// To set the cookie, and send the browser to the same place without the token.
+    Enter {
+        /// The cookie.
+        cookie: String,
+        /// The place.
+        place: String,
+    },
+    /// To refuse it, and to say why.
+    Refused(&'static str),
+}
+
+impl Guard {
+    /// For a server that listens on an address and has these names; with a token, where one is needed.
+    ///
+    /// # Errors
+    /// The system gives no random numbers.
+    pub fn new(address: IpAddr, names: Vec<String>, write: bool) -> std::io::Result<Self> {
+        let loopback = address.is_loopback();
+        Ok(Self {
+            token: (!loopback || write).then(random).transpose()?,
+            seal: random()?,
+            loopback,
+            names,
+        })
+    }
+
+    /// What has to be shown.
+    pub fn token(&self) -> Option<&str> {
+        self.token.as_deref()
+    }
+
+    /// What forms have to carry.
+    pub fn seal(&self) -> &str {
+        &self.seal
+    }
+
+    /// Whether a form carries it.
+    pub fn is_sealed(&self, shown: Option<&str>) -> bool {
+        shown.is_some_and(|shown| same(shown, &self.seal))
+    }
+
+    /// What every answer tells the browser.
+    pub fn headers() -> &'static [(&'static str, &'static str)] {
+        &HEADERS
+    }
+
+    /// What to do with a request.
+    pub fn judge(&self, method: &Method, uri: &Uri, headers: &HeaderMap) -> Verdict {
+        let mut hosts = headers.get_all(HOST).iter();
+        let host = match (hosts.next().map(|host| host.to_str()), hosts.next()) {
+            (Some(Ok(host)), None) => host,
+            _ => return Verdict::Refused("a request has one Host header"),
+        };
+        let other_authority = uri.authority().is_some_and(|named| named.as_str() != host);
+        if other_authority || !self.is_ours(host) {
+            return Verdict::Refused(
+                "this name is not one of this server's: open it as localhost, or name it with --allow-host",
+            );
+        }
+        let read = matches!(*method, Method::GET | Method::HEAD);
+        match headers.get(ORIGIN).map(|origin| origin.to_str()) {
+            None if read => {}
+            Some(Ok(origin)) if is_origin(origin, host) => {}
+            _ => return Verdict::Refused("the request comes from a page of another site"),
+        }
+        let says = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+        let foreign = matches!(says("sec-fetch-site"), Some("cross-site" | "same-site"));
+        let followed = read
+            && says("sec-fetch-mode") == Some("navigate")
+            && says("sec-fetch-dest") == Some("document");
+        if foreign && !followed {
+            return Verdict::Refused("the request comes from a page of another site");
+        }
+        match &self.token {
+            None => Verdict::Welcome,
+            Some(token) => enter(token, uri, headers),
+        }
+    }
+
+    /// Whether a `Host` header names this server. The port does not matter: it may have been forwarded.
+    fn is_ours(&self, host: &str) -> bool {
+        let name = match host.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+            Some((inner, _)) => inner,
+            None => host.split(':').next().unwrap_or_default(),
+        };
+        let name = name.trim_end_matches('.').to_ascii_lowercase();
+        let named = self.names.iter().any(|own| own.eq_ignore_ascii_case(&name));
+        match name.parse::<IpAddr>() {
+            // Nobody else can own the name that an address is.
+            Ok(address) => !self.loopback || address.is_loopback() || named,
+            Err(_) => name == "localhost" || named,
+        }
+    }
+}
+
+fn enter(token: &str, uri: &Uri, headers: &HeaderMap) -> Verdict {
+    let cookies = headers
+        .get_all(COOKIE)
+        .iter()
+        .filter_map(|value| value.to_str().ok());
+    let shown = cookies.flat_map(|line| line.split(';')).any(|cookie| {
+        let own = cookie.trim().split_once('=');
+        own.is_some_and(|(name, value)| name == COOKIE_NAME && same(value, token))
+    });
+    if shown {
+        return Verdict::Welcome;
+    }
+    let query = super::request::Fields::read(uri.query().unwrap_or_default());
+    match query.get("token") {
+        Some(shown) if same(shown, token) => Verdict::Enter {
+            cookie: format!("{COOKIE_NAME}={token}; HttpOnly; SameSite=Strict; Path=/"),
+            place: query.without("token").link(&local(uri.path())),
+        },
+        _ => Verdict::Refused("open the address that `retort ui` has printed: it has a token"),
+    }
+}
+
+/// A path that a browser takes for nothing but a path: `//host` would be another server.
+fn local(path: &str) -> String {
+    format!("/{}", path.trim_start_matches(['/', '\\']))
+}
+
+fn is_origin(origin: &str, host: &str) -> bool {
+    let rest = origin
+        .strip_prefix("http://")
+        .or_else(|| origin.strip_prefix("https://"));
+    rest.is_some_and(|rest| rest.eq_ignore_ascii_case(host))
+}
+
+/// Whether two secrets are the same, in a time that tells nothing about them.
+fn same(shown: &str, own: &str) -> bool {
+    blake3::hash(shown.as_bytes()) == blake3::hash(own.as_bytes())
+}
+
+fn random() -> std::io::Result<String> {
+    let mut bytes = [0; 24];
+    std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HERE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
+    const EVERYWHERE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED);
+
+    fn judge(guard: &Guard, method: Method, uri: &str, headers: &[(&str, &str)]) -> Verdict {
+        let mut map = HeaderMap::new();
+        for (name, value) in headers {
+            let name = hyper::header::HeaderName::from_bytes(name.as_bytes()).unwrap();
+            map.append(name, value.parse().unwrap());
+        }
+        guard.judge(&method, &uri.parse().unwrap(), &map)
+    }
+
+    fn is_welcome(guard: &Guard, method: Method, headers: &[(&str, &str)]) -> bool {
+        judge(guard, method, "/", headers) == Verdict::Welcome
+    }
+
+    #[test]
+    fn only_names_of_ours_are_served() {
+        let guard = Guard::new(HERE, vec!["box.lan".into()], false).unwrap();
+        for host in [
+            "localhost",
+            "localhost:6006",
+            "127.0.0.1:1",
+            "[::1]:6006",
+            "LOCALHOST.",
+            "box.lan:80",
+        ] {
+            assert!(is_welcome(&guard, Method::GET, &[("host", host)]), "{host}");
+        }
+        for host in [
+            "evil.example",
+            "localhost.evil.example",
+            "10.0.0.1:6006",
+            "127.0.0.1.evil.example",
+            "",
+            "[evil]",
+        ] {
+            assert!(
+                !is_welcome(&guard, Method::GET, &[("host", host)]),
+                "{host}"
+            );
+        }
+        assert!(!is_welcome(&guard, Method::GET, &[]));
+        assert!(!is_welcome(
+            &guard,
+            Method::GET,
+            &[("host", "localhost"), ("host", "localhost")]
+        ));
+        let absolute = judge(
+            &guard,
+            Method::GET,
+            "http://evil.example/",
+            &[("host", "localhost")],
+        );
+        assert!(matches!(absolute, Verdict::Refused(_)));
+    }
+
+    #[test]
+    fn pages_of_other_sites_cannot_ask() {
+        let guard = Guard::new(HERE, Vec::new(), false).unwrap();
+        let host = ("host", "localhost:6006");
+        let check = |method: Method, more: &[(&'static str, &'static str)], welcome: bool| {
+            let headers = [&[host], more].concat();
+            assert_eq!(
+                is_welcome(&guard, method.clone(), &headers),
+                welcome,
+                "{method} {more:?}"
+            );
+        };
+        check(Method::GET, &[("origin", "http://localhost:6006")], true);
+        check(Method::GET, &[("origin", "http://localhost:7007")], false);
+        check(Method::GET, &[("origin", "http://evil.example")], false);
+        check(Method::GET, &[("origin", "null")], false);
+        check(Method::POST, &[], false);
+        check(Method::POST, &[("origin", "http://localhost:6006")], true);
+        check(Method::POST, &[("origin", "null")], false);
+        check(Method::GET, &[("sec-fetch-site", "same-origin")], true);
+        check(
+            Method::GET,
+            &[
+                ("sec-fetch-site", "cross-site"),
+                ("sec-fetch-mode", "no-cors"),
+                ("sec-fetch-dest", "image"),
+            ],
+            false,
+        );
+        let link = [
+            ("sec-fetch-site", "cross-site"),
+            ("sec-fetch-mode", "navigate"),
+            ("sec-fetch-dest", "document"),
+        ];
+        check(Method::GET, &link, true);
+        check(
+            Method::POST,
+            &[link.as_slice(), &[("origin", "http://localhost:6006")]].concat(),
+            false,
+        );
+        let frame = [
+            ("sec-fetch-site", "cross-site"),
+            ("sec-fetch-mode", "navigate"),
+            ("sec-fetch-dest", "iframe"),
+        ];
+        check(Method::GET, &frame, false);
+    }
+
+    #[test]
+    fn a_token_is_needed_away_from_loopback_and_to_write() {
+        assert!(
+            Guard::new(HERE, Vec::new(), false)
+                .unwrap()
+                .token()
+                .is_none()
+        );
+        assert!(
+            Guard::new(HERE, Vec::new(), true)
+                .unwrap()
+                .token()
+                .is_some()
+        );
+        let guard = Guard::new(EVERYWHERE, Vec::new(), false).unwrap();
+        let token = guard.token().unwrap().to_owned();
+        let host = ("host", "10.1.2.3:6006");
+        assert!(!is_welcome(&guard, Method::GET, &[host]));
+        let other = format!("/?token={}", "0".repeat(token.len()));
+        assert!(matches!(
+            judge(&guard, Method::GET, &other, &[host]),
+            Verdict::Refused(_)
+        ));
+        let entered = judge(
+            &guard,
+            Method::GET,
+            &format!("//evil.example/run/x?token={token}&a=b"),
+            &[host],
+        );
+        let Verdict::Enter { cookie, place } = entered else {
+            panic!("{entered:?}")
+        };
+        assert_eq!(place, "/evil.example/run/x?a=b");
+        assert!(cookie.contains("HttpOnly") && cookie.contains("SameSite=Strict"));
+        let shown = format!("other=1; {COOKIE_NAME}={token}");
+        assert!(is_welcome(&guard, Method::GET, &[host, ("cookie", &shown)]));
+        let wrong = format!("{COOKIE_NAME}={token}0");
+        assert!(!is_welcome(
+            &guard,
+            Method::GET,
+            &[host, ("cookie", &wrong)]
+        ));
+        assert!(!is_welcome(
+            &guard,
+            Method::GET,
+            &[("host", "evil.example"), ("cookie", &shown)]
+        ));
+        assert!(
+            guard.is_sealed(Some(guard.seal()))
+                && !guard.is_sealed(None)
+                && !guard.is_sealed(Some(""))
+        );
+    }
+
+    #[test]
+    fn answers_forbid_what_is_not_ours() {
+        let policy = Guard::headers()
+            .iter()
+            .find(|(name, _)| *name == "content-security-policy")
+            .unwrap()
+            .1;
+        assert!(policy.contains("default-src 'none'") && policy.contains("frame-ancestors 'none'"));
+        assert!(!policy.contains("unsafe") && !policy.contains("data:") && !policy.contains('*'));
+    }
+}

@@ -1,0 +1,149 @@
+//! An artifact: its files, what it was made from and what was made from it.
+
+use maud::{Markup, html};
+
+use super::graph::{self, Node};
+use super::page::{self, Page, Place};
+use super::reply::{Problem, Reply};
+use super::request::{Ask, link};
+use super::{Shelf, Site};
+use crate::store::{ArtifactRow, Lineage, StoreError};
+use crate::table;
+
+/// Most artifacts of a lineage, and most files that are listed.
+const MOST: usize = 120;
+const FILES: usize = 500;
+
+/// The page.
+pub async fn answer(site: &Site, _: &Ask, reference: &str) -> Result<Reply, Problem> {
+    let (shelf, hash) = find(site, reference).await?;
+    let lineage = shelf.store.lineage_within(&hash, MOST).await?;
+    let files = shelf.store.artifact_files(&hash).await?.unwrap_or_default();
+    let own = lineage.artifacts.iter().find(|one| one.depth == 0);
+    let runs: Vec<String> = own
+        .and_then(|one| one.run.as_ref())
+        .map(|run| run.0.clone())
+        .into_iter()
+        .collect();
+    let body = html! {
+        h1 { "Artifact " (page::hash(&hash)) }
+        @if let Some(own) = own {
+            dl.facts {
+                dt { "kind" } dd { (page::name(&own.kind)) }
+                dt { "size" } dd.num { (table::bytes(own.size)) }
+                dt { "made" } dd { (page::ago(own.created)) @if let Some(run) = &own.run { " by " (page::name(own.stage.as_deref().unwrap_or_default())) " of run " (page::run_link(run)) } }
+                dt { "hash" } dd.mono.wrap { (hash) }
+            }
+        }
+        section {
+            h2 { "Lineage" }
+            p.hint { "To the left what it was made from, to the right what was made from it." @if lineage.artifacts.len() >= MOST { " The nearest " (MOST) " are shown." } }
+            (drawing(&lineage))
+        }
+        section {
+            h2 { "Files" }
+            (listing(&hash, &files))
+        }
+    };
+    Ok(Page {
+        title: "Artifact",
+        place: Place::Other,
+        runs: &runs,
+        live: None,
+        body,
+    }
+    .reply(site))
+}
+
+async fn find<'s>(site: &'s Site, reference: &str) -> Result<(&'s Shelf, String), Problem> {
+    let mut first = None;
+    for shelf in &site.shelves {
+        match shelf.store.resolve_artifact(reference).await {
+            Ok(hash) => return Ok((shelf, hash)),
+            Err(error @ (StoreError::NoArtifact { .. } | StoreError::AmbiguousArtifact { .. })) => {
+                first = first.or(Some(error))
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Err(first.map_or_else(
+        || Problem::NotFound("there is no store".into()),
+        Problem::from,
+    ))
+}
+
+/// The files of an artifact, to be kept.
+pub fn listing(hash: &str, files: &[crate::store::ArtifactFile]) -> Markup {
+    html! {
+        div.scroll { table {
+            thead { tr { th scope="col" { "File" } th.num scope="col" { "Size" } th scope="col" { "Hash" } } }
+            tbody {
+                @for file in files.iter().take(FILES) {
+                    tr {
+                        td { a href=(link(&format!("/file/{hash}"), &[("path", &file.path), ("keep", "1")])) { (page::name(&file.path)) } }
+                        td.num { (table::bytes(file.size)) }
+                        td { (page::hash(&file.hash)) }
+                    }
+                }
+            }
+        } }
+        @if files.len() > FILES { p.dim { "and " (files.len() - FILES) " more" } }
+    }
+}
+
+fn drawing(lineage: &Lineage) -> Markup {
+    let nodes: Vec<Node> = lineage
+        .artifacts
+        .iter()
+        .map(|one| Node {
+            title: one.stage.clone().unwrap_or_else(|| one.kind.clone()),
+            text: format!("{} {}", one.kind, table::bytes(one.size)),
+            tone: if one.depth == 0 { "now" } else { "old" },
+            link: Some(format!("/artifact/{}", one.hash)),
+        })
+        .collect();
+    let place = |hash: &String| lineage.artifacts.iter().position(|one| one.hash == *hash);
+    let edges = lineage
+        .made_from
+        .iter()
+        .filter_map(|(made, from)| Some((place(from)?, place(made)?)));
+    graph::svg(
+        "Lineage of the artifact",
+        &nodes,
+        &edges.collect::<Vec<_>>(),
+    )
+}
+
+/// The artifacts of a run, each with what it was made from.
+pub fn of_run(artifacts: &[ArtifactRow]) -> Markup {
+    let mut hashes: Vec<&str> = Vec::new();
+    let mut nodes = Vec::new();
+    for row in artifacts {
+        if hashes.contains(&row.artifact.hash.as_str()) || nodes.len() >= graph::MOST {
+            continue;
+        }
+        hashes.push(&row.artifact.hash);
+        nodes.push(Node {
+            title: if row.is_output {
+                row.stage.clone()
+            } else {
+                format!("{}/{}", row.stage, row.artifact.name)
+            },
+            text: format!("{} {}", row.artifact.kind, table::bytes(row.artifact.size)),
+            tone: if row.reused { "old" } else { "good" },
+            link: Some(format!("/artifact/{}", row.artifact.hash)),
+        });
+    }
+    let place = |hash: &str| hashes.iter().position(|known| *known == hash);
+    let edges = artifacts.iter().flat_map(|row| {
+        let made = place(&row.artifact.hash);
+        row.made_from
+            .iter()
+            .filter_map(move |from| Some((place(from)?, made?)))
+    });
+    graph::svg(
+        "Which artifact of the run was made from which",
+        &nodes,
+        &edges.collect::<Vec<_>>(),
+    )
+}

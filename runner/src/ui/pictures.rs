@@ -1,0 +1,473 @@
+//! Pictures: grids, single samples of the same noise and class side by side, snapshots over training.
+//!
+//! Which noise a sample was made of is known: it is a function of the set's seed and the sample's number. Sets that share a
+//! seed are put side by side by number; others by class, and it is said that their noise is another.
+
+use std::sync::Arc;
+
+use maud::{Markup, html};
+use serde_json::Value;
+
+use super::files;
+use super::page::{self, Page, Place};
+use super::reply::{Problem, Reply};
+use super::request::{Ask, Fields, link};
+use super::samples::Set;
+use super::{Shelf, Site};
+use crate::store::{ArtifactRow, RunDetail, RunId, StageDetail};
+
+/// Sets side by side, rows of samples, and runs on a page.
+const SETS: usize = 12;
+const ROWS: usize = 16;
+const MOST_ROWS: usize = 100;
+const RUNS: usize = 12;
+/// Further pictures of an artifact that are shown.
+const FURTHER: usize = 24;
+/// Classes that can be chosen from.
+const CLASSES: usize = 1000;
+/// About so wide is a sample shown, in pixels.
+const WIDE: usize = 72;
+
+/// A picture in an artifact.
+pub struct Preview {
+    run: RunId,
+    stage: String,
+    hash: String,
+    path: String,
+    caption: Option<String>,
+}
+
+/// A set of samples that a run has.
+struct Column {
+    run: RunId,
+    stage: String,
+    hash: String,
+    set: Arc<Set>,
+}
+
+/// A student as it was at a step, and a picture of what it draws.
+struct Frame {
+    step: u64,
+    preview: Preview,
+}
+
+/// The page.
+pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
+    let mut details: Vec<(&Shelf, RunDetail)> = Vec::new();
+    let named: Vec<&str> = ask
+        .query
+        .get("baseline")
+        .into_iter()
+        .chain(ask.query.all("run"))
+        .collect();
+    for reference in named.iter().take(RUNS) {
+        let (shelf, id) = site.find_run(reference).await?;
+        if !details.iter().any(|(_, known)| known.summary.id == id) {
+            details.push((shelf, shelf.store.run_detail(&id).await?));
+        }
+    }
+    let runs: Vec<String> = details
+        .iter()
+        .map(|(_, detail)| detail.summary.id.0.clone())
+        .collect();
+    let body = match details.is_empty() {
+        true => html! {
+            section.empty {
+                h1 { "Pictures" }
+                p { "Choose runs first: tick them in the " a href="/" { "list of runs" } " and press Pictures." }
+                p { a.button href="/pictures?run=latest" { "Pictures of the latest run" } }
+            }
+        },
+        false => content(site, ask, &details).await?,
+    };
+    Ok(Page {
+        title: "Pictures",
+        place: Place::Pictures,
+        runs: &runs,
+        live: None,
+        body,
+    }
+    .reply(site))
+}
+
+async fn content(
+    site: &Site,
+    ask: &Ask,
+    details: &[(&Shelf, RunDetail)],
+) -> Result<Markup, Problem> {
+    let wished: Vec<&str> = ask.query.all("set").collect();
+    let mut offered: Vec<(&RunDetail, &ArtifactRow)> = Vec::new();
+    for (_, detail) in details {
+        let sets = detail
+            .artifacts
+            .iter()
+            .filter(|row| row.artifact.kind == "samples");
+        for row in sets {
+            if !offered
+                .iter()
+                .any(|(_, known)| known.artifact.hash == row.artifact.hash)
+            {
+                offered.push((detail, row));
+            }
+        }
+    }
+    let (mut columns, mut unread) = (Vec::new(), Vec::new());
+    let chosen = offered
+        .iter()
+        .filter(|(_, row)| wished.is_empty() || wished.contains(&row.artifact.hash.as_str()));
+    for (detail, row) in chosen.take(SETS) {
+        match open(site, &row.artifact.hash).await {
+            Ok(set) => columns.push(Column {
+                run: detail.summary.id.clone(),
+                stage: row.stage.clone(),
+                hash: row.artifact.hash.clone(),
+                set,
+            }),
+            Err(problem) => unread.push((row.stage.clone(), problem)),
+        }
+    }
+    let previews: Vec<Preview> = details
+        .iter()
+        .flat_map(|(_, detail)| previews(detail))
+        .collect();
+    let strips: Vec<(String, Vec<Frame>)> = details
+        .iter()
+        .flat_map(|(_, detail)| strips(detail))
+        .collect();
+    Ok(html! {
+        h1.visually-hidden { "Pictures" }
+        @for (stage, problem) in &unread { div.alert role="alert" { p { (page::name(stage)) ": " (page::name(&problem.to_string())) } } }
+        @if columns.is_empty() && previews.is_empty() {
+            section.empty { h2 { "No pictures" } p { "These runs have made no samples and no grids." } }
+        }
+        @if !columns.is_empty() {
+            section {
+                h2 { "The same noise, side by side" }
+                (side_by_side(ask, &columns, &offered, details.len() > 1))
+            }
+        }
+        @for (student, frames) in &strips { (strip(student, frames)) }
+        @if !previews.is_empty() {
+            section { h2 { "Grids" } (grids(&previews)) }
+        }
+    })
+}
+
+async fn open(site: &Site, hash: &str) -> Result<Arc<Set>, Problem> {
+    if let Some(set) = site.samples.get(hash) {
+        return Ok(set);
+    }
+    let (shelf, files) = files::find(site, hash).await?;
+    let dir = shelf.layout.artifact(hash);
+    let opened = tokio::task::spawn_blocking(move || Set::open(dir, &files));
+    let set = Arc::new(
+        opened
+            .await
+            .map_err(|error| Problem::File(error.to_string()))??,
+    );
+    site.samples.put(hash, &set);
+    Ok(set)
+}
+
+/// A sample as a picture: `/sample/HASH/NUMBER`.
+pub async fn sample(site: &Site, hash: &str, number: &str) -> Result<Reply, Problem> {
+    let number: usize = number
+        .trim_end_matches(".png")
+        .parse()
+        .map_err(|_| Problem::NotFound("samples have numbers".into()))?;
+    let set = open(site, hash).await?;
+    let png = tokio::task::spawn_blocking(move || set.png(number)).await;
+    let png = png.map_err(|error| Problem::File(error.to_string()))??;
+    Ok(Reply::new("image/png", png).forever())
+}
+
+/// The numbers of the samples of each column that stand in a row, by the first column's.
+fn aligned(
+    columns: &[Column],
+    class: Option<u32>,
+    skip: usize,
+    rows: usize,
+) -> Vec<Vec<Option<usize>>> {
+    let Some(first) = columns.first() else {
+        return Vec::new();
+    };
+    let of_class = |set: &Set| -> Vec<usize> {
+        let numbers = set.labels.iter().enumerate();
+        numbers
+            .filter(|(_, label)| class.is_none_or(|class| **label == class))
+            .map(|(number, _)| number)
+            .collect()
+    };
+    let numbers = of_class(&first.set);
+    let others: Vec<Vec<usize>> = columns.iter().map(|column| of_class(&column.set)).collect();
+    let row = |place: usize| {
+        let number = numbers[place];
+        let label = first.set.labels[number];
+        let fits = |set: &Set, number: usize| set.labels.get(number) == Some(&label);
+        let cell = |(column, own): (&Column, &Vec<usize>)| match column.set.shares_noise(&first.set)
+        {
+            true => fits(&column.set, number).then_some(number),
+            // As far down among its own of this class, or as near as one of the class is.
+            false => match own
+                .get(place)
+                .copied()
+                .filter(|&number| fits(&column.set, number))
+            {
+                Some(number) => Some(number),
+                None => own
+                    .iter()
+                    .copied()
+                    .filter(|&number| fits(&column.set, number))
+                    .nth(place / 10),
+            },
+        };
+        columns.iter().zip(&others).map(cell).collect()
+    };
+    (skip.min(numbers.len())..numbers.len().min(skip.saturating_add(rows)))
+        .map(row)
+        .collect()
+}
+
+fn side_by_side(
+    ask: &Ask,
+    columns: &[Column],
+    offered: &[(&RunDetail, &ArtifactRow)],
+    several: bool,
+) -> Markup {
+    let class: Option<u32> = ask.query.number("class");
+    let skip: usize = ask.query.number("at").unwrap_or(0);
+    let rows: usize = ask.query.number("rows").unwrap_or(ROWS).clamp(1, MOST_ROWS);
+    let first = &columns[0];
+    let lines = aligned(columns, class, skip, rows);
+    let known = {
+        let mut labels = first.set.labels.clone();
+        labels.sort_unstable();
+        labels.dedup();
+        labels.truncate(CLASSES);
+        labels
+    };
+    let title = |label: u32| match first.set.captions.get(label as usize) {
+        Some(caption) => caption.clone(),
+        None => format!("class {label}"),
+    };
+    let zoom: usize = ask.query.number("zoom").unwrap_or(1).clamp(1, 8);
+    let here = |fields: Fields| fields.link("/pictures");
+    let shown = |set: &Set| {
+        let (height, width) = set.size();
+        let factor = (WIDE / width.max(1)).max(1) * zoom;
+        (width * factor, height * factor)
+    };
+    html! {
+        form.filter method="get" action="/pictures" {
+            @for (name, value) in ask.query.pairs().filter(|(name, _)| !matches!(*name, "class" | "at" | "set" | "zoom")) { input type="hidden" name=(name) value=(value); }
+            label for="class" { "Class" }
+            select #class name="class" {
+                option value="" { "all" }
+                @for label in &known { option value=(label) selected[class == Some(*label)] { (page::name(&title(*label))) } }
+            }
+            label for="zoom" { "Zoom" }
+            select #zoom name="zoom" { @for factor in [1, 2, 4] { option value=(factor) selected[zoom == factor] { (factor) "×" } } }
+            @if offered.len() > 1 {
+                details.sets {
+                    summary { "Sets (" (columns.len()) " of " (offered.len()) ")" }
+                    ul.choices { @for (detail, row) in offered {
+                        li { label {
+                            input type="checkbox" name="set" value=(row.artifact.hash) checked[columns.iter().any(|column| column.hash == row.artifact.hash)];
+                            " " (page::name(&row.stage)) @if several { " " span.mono.dim { (page::name(&detail.summary.id.0)) } }
+                        } }
+                    } }
+                }
+            }
+            button.primary type="submit" { "Show" }
+        }
+        @if lines.is_empty() {
+            section.empty { h3 { "No samples here" } p { a href=(here(ask.query.without("class").without("at"))) { "From the beginning" } } }
+        } @else {
+            div.scroll { table.samples {
+                thead { tr {
+                    th scope="col" { "Sample" }
+                    @for column in columns {
+                        th scope="col" {
+                            (page::name(&column.stage))
+                            @if several { br; span.mono.dim { (page::name(&column.run.0)) } }
+                            br; span.dim { (page::name(&column.set.sampler())) }
+                            @if !column.set.shares_noise(&first.set) { br; span.odd { "other noise" } }
+                        }
+                    }
+                } }
+                tbody {
+                    @for line in &lines {
+                        @let number = line[0].unwrap_or_default();
+                        @let label = first.set.labels.get(number).copied().unwrap_or_default();
+                        tr {
+                            th.num scope="row" { "#" (number) br; span.dim { (page::name(&title(label))) } }
+                            @for (column, sample) in columns.iter().zip(line) {
+                                td {
+                                    @match sample {
+                                        Some(sample) => {
+                                            @let (width, height) = shown(&column.set);
+                                            a.zoom href=(format!("/sample/{}/{sample}.png", column.hash)) {
+                                                img.pixels src=(format!("/sample/{}/{sample}.png", column.hash)) width=(width) height=(height) loading="lazy"
+                                                    alt=(format!("sample {sample} of {}, {}", column.stage, title(label)));
+                                            }
+                                            @if *sample != number { br; span.dim.num { "#" (sample) } }
+                                        }
+                                        None => span.dim { "–" },
+                                    }
+                                }
+                            }
+                        }
+                    }
+                }
+            } }
+            nav.pages aria-label="Parts of the set" {
+                span.num { "rows " (skip + 1) "–" (skip + lines.len()) @if class.is_none() { " of " (first.set.count()) } }
+                @if skip > 0 { a.button href=(here(ask.query.with("at", &skip.saturating_sub(rows).to_string()))) rel="prev" { "← Before" } }
+                @if lines.len() == rows { a.button href=(here(ask.query.with("at", &(skip + rows).to_string()))) rel="next" { "Next →" } }
+            }
+            @if columns.iter().any(|column| !column.set.shares_noise(&first.set)) {
+                p.hint { "Sets marked “other noise” have another seed than the first: their samples have the same class, and not the same noise. Give sample stages one " code { "seed" } " to compare them sample by sample." }
+            }
+        }
+    }
+}
+
+/// The pictures of a run that are worth a look, each once.
+pub fn previews(detail: &RunDetail) -> Vec<Preview> {
+    let mut previews: Vec<Preview> = Vec::new();
+    for row in &detail.artifacts {
+        let meta = &row.artifact.meta;
+        let listed = |path: &String| row.artifact.files.iter().any(|file| file.path == *path);
+        let own = meta
+            .preview
+            .iter()
+            .filter(|path| listed(path) && path.ends_with(".png"));
+        let further = row.artifact.files.iter().map(|file| &file.path);
+        let further = further.filter(|path| {
+            path.ends_with(".png") && !path.contains('/') && meta.preview.as_ref() != Some(path)
+        });
+        for path in own.chain(further.take(FURTHER)) {
+            previews.push(Preview {
+                run: detail.summary.id.clone(),
+                stage: row.stage.clone(),
+                hash: row.artifact.hash.clone(),
+                path: path.clone(),
+                caption: meta
+                    .caption
+                    .clone()
+                    .filter(|_| meta.preview.as_ref() == Some(path)),
+            });
+        }
+    }
+    previews
+}
+
+impl Preview {
+    /// The address of the picture.
+    pub fn address(&self) -> String {
+        link(&format!("/file/{}", self.hash), &[("path", &self.path)])
+    }
+
+    /// The stage that made it.
+    pub fn stage(&self) -> &str {
+        &self.stage
+    }
+}
+
+/// Pictures with their captions.
+pub fn grids(previews: &[Preview]) -> Markup {
+    html! {
+        div.grids { @for preview in previews { (grid(preview)) } }
+    }
+}
+
+/// A picture with its caption.
+pub fn grid(preview: &Preview) -> Markup {
+    html! {
+        figure.grid {
+            a.zoom href=(preview.address()) {
+                img.pixels src=(preview.address()) loading="lazy" alt=(preview.caption.clone().unwrap_or_else(|| format!("{} of stage {}", preview.path, preview.stage)));
+            }
+            figcaption {
+                strong { (page::name(&preview.stage)) } " " (page::run_link(&preview.run))
+                @if let Some(caption) = &preview.caption { br; span.dim { (page::name(caption)) } }
+            }
+        }
+    }
+}
+
+/// What snapshots of students draw, by the student that was trained: frames in the order of steps.
+fn strips(detail: &RunDetail) -> Vec<(String, Vec<Frame>)> {
+    let stage = |name: &str| detail.stages.iter().find(|stage| stage.name == name);
+    let mut strips: Vec<(String, Vec<Frame>)> = Vec::new();
+    let all = previews(detail);
+    for sampled in &detail.stages {
+        let Some(student) = sampled.options["sampler"]["student"]
+            .as_str()
+            .and_then(stage)
+        else {
+            continue;
+        };
+        let Some((trained, step)) = trained(student) else {
+            continue;
+        };
+        let Some(own) = all.iter().find(|preview| preview.stage == sampled.name) else {
+            continue;
+        };
+        let preview = Preview {
+            run: own.run.clone(),
+            stage: own.stage.clone(),
+            hash: own.hash.clone(),
+            path: own.path.clone(),
+            caption: own.caption.clone(),
+        };
+        let steps = &sampled.options["sampler"]["timesteps"];
+        let name = match steps {
+            Value::Null => trained,
+            steps => format!("{trained}, t = {steps}"),
+        };
+        match strips.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, frames)) => frames.push(Frame { step, preview }),
+            None => strips.push((name, vec![Frame { step, preview }])),
+        }
+    }
+    strips.retain(|(_, frames)| frames.len() > 1);
+    for (_, frames) in &mut strips {
+        frames.sort_by_key(|frame| frame.step);
+    }
+    strips
+}
+
+/// The student that a stage is, or a snapshot of, and at which step.
+fn trained(student: &StageDetail) -> Option<(String, u64)> {
+    match student.kind.as_str() {
+        "snapshot" => Some((
+            student.options["student"].as_str()?.to_owned(),
+            student.options["step"].as_u64()?,
+        )),
+        "distill" => Some((
+            student.name.clone(),
+            student.options["train"]["steps"].as_u64()?,
+        )),
+        _ => None,
+    }
+}
+
+fn strip(student: &str, frames: &[Frame]) -> Markup {
+    html! {
+        section.strip data-strip="" {
+            h2 { "Over training: " (page::name(student)) }
+            p.slide data-needs-script="" hidden {
+                label { "Step " input type="range" min="0" max=(frames.len() - 1) value=(frames.len() - 1) step="1"; " " output.num {} }
+            }
+            div.frames tabindex="0" aria-label="Pictures by step" {
+                @for frame in frames {
+                    figure.grid data-step=(frame.step) {
+                        a.zoom href=(frame.preview.address()) { img.pixels src=(frame.preview.address()) loading="lazy" alt=(format!("{} at step {}", student, frame.step)); }
+                        figcaption.num { "step " (frame.step) }
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,397 @@
+//! `retort ui`: what the server answers and refuses, over plain HTTP; and every page in a real browser.
+//!
+//! Pictures of the pages are kept under `target/ui-screenshots`; their paths are printed.
+
+#[path = "ui/browser.rs"]
+mod browser;
+#[path = "runner/lab.rs"]
+#[allow(dead_code, reason = "the tests of the runner use all of it")]
+mod lab;
+#[path = "ui/serving.rs"]
+mod serving;
+#[path = "ui/shelf.rs"]
+mod shelf;
+
+use browser::Browser;
+use lab::{Lab, block_on};
+use serving::Server;
+use shelf::{HOSTILE, Made};
+
+/// A store, its server and a browser; none where there is no browser.
+fn open() -> Option<(Lab, Made, Server, Browser)> {
+    let browser = Browser::start()?;
+    let lab = Lab::new(&[]);
+    let made = block_on(shelf::make(&lab.store_dir()));
+    let server = Server::start(&lab, &[]);
+    Some((lab, made, server, browser))
+}
+
+#[test]
+fn every_page_wide_narrow_light_and_dark() {
+    let Some((_lab, made, server, browser)) = open() else {
+        return;
+    };
+    let (first, second) = (&made.first, &made.second);
+    let both = format!("run={first}&run={second}");
+    let pages = [
+        (
+            "runs",
+            "/?show=metrics.student.loss.last&show=params.student.train.steps".to_owned(),
+            "digits",
+        ),
+        ("groups", "/?group=tag".to_owned(), "baseline"),
+        ("run", format!("/run/{first}"), "Stages"),
+        (
+            "run-metrics",
+            format!("/run/{first}/metrics"),
+            "images_per_second",
+        ),
+        (
+            "run-params",
+            format!("/run/{first}/params"),
+            "stages.student.train.steps",
+        ),
+        ("run-why", format!("/run/{second}/why"), "Compared with"),
+        (
+            "run-log",
+            format!("/run/{first}/log"),
+            "the learning rate is high",
+        ),
+        (
+            "run-artifacts",
+            format!("/run/{first}/artifacts"),
+            "Lineage",
+        ),
+        (
+            "run-environment",
+            format!("/run/{first}/environment"),
+            "Where it ran",
+        ),
+        (
+            "artifact",
+            format!("/artifact/{}", made.samples),
+            "manifest.json",
+        ),
+        (
+            "curves",
+            format!("/curves?{both}&series=student/loss"),
+            "student/loss",
+        ),
+        (
+            "pictures",
+            format!("/pictures?run={first}"),
+            "The same noise, side by side",
+        ),
+        (
+            "compare",
+            format!("/compare?{both}"),
+            "stages.student.train.steps",
+        ),
+        ("nothing", "/run/nothing".to_owned(), "Not here"),
+    ];
+    for (width, dark, name) in [
+        (1280, false, "light"),
+        (1280, true, "dark"),
+        (390, false, "narrow"),
+    ] {
+        browser.resize(width, 900);
+        browser.dark(dark);
+        for (page, address, text) in &pages {
+            browser.open(&server.at(address));
+            browser.wait_for_text(text);
+            browser.wait_until("[...document.querySelectorAll('.plot')].slice(0, 1).every(plot => plot.querySelector('svg'))");
+            if *page == "nothing" {
+                browser.forgive();
+            }
+            browser.expect_sound();
+            browser.keep(&format!("{page}-{name}"));
+        }
+    }
+}
+
+#[test]
+fn tables_are_read_without_scripts() {
+    let Some((_lab, made, server, browser)) = open() else {
+        return;
+    };
+    browser.scripts(false);
+    browser.open(&server.at("/?show=metrics.student.loss.last"));
+    // Scripts of tests do not run either: what is shown is asked of the elements.
+    assert_eq!(browser.count("table.runs tbody tr"), 3);
+    assert_eq!(browser.count(".picked button"), 3);
+    browser.open(&server.at(&format!("/run/{}", made.first)));
+    assert_eq!(browser.count("svg.graph .node"), 8);
+    assert!(browser.count(".gantt .lane") >= 8);
+    browser.open(&server.at(&format!("/compare?run={}&run={}", made.first, made.second)));
+    assert!(browser.count("td.best") >= 1);
+    browser.open(&server.at(&format!("/curves?run={}&series=student/loss", made.first)));
+    assert_eq!(browser.count("figure.chart"), 1);
+}
+
+#[test]
+fn a_filter_an_order_and_a_selection_are_in_the_address() {
+    let Some((_lab, made, server, browser)) = open() else {
+        return;
+    };
+    browser.open(&server.at("/"));
+    browser.enter("#where", "recipe = digits");
+    browser.click(".filter button[type=submit]");
+    browser.wait_until("document.querySelectorAll('table.runs tbody tr').length === 2");
+    assert!(
+        browser.address().contains("where=recipe+%3D+digits"),
+        "{}",
+        browser.address()
+    );
+
+    // An error points at its place, and the filter can be mended.
+    browser.enter("#where", "recipes = digits");
+    browser.click(".filter button[type=submit]");
+    browser.wait_for_text("there is no field `recipes`");
+    browser.wait_for_text("did you mean `recipe`?");
+    browser.wait_for_text("^^^^^^^");
+    browser.keep("filter-error");
+    browser.forgive();
+    browser.back();
+    browser.wait_until("document.querySelectorAll('table.runs tbody tr').length === 2");
+
+    browser.enter("#show", "metrics.student.loss.last");
+    browser.click(".bar button[type=submit]");
+    browser.wait_until("document.querySelectorAll('table.runs thead th').length === 9");
+    browser.click("table.runs thead th:nth-child(7) a");
+    browser.wait_until(
+        "document.querySelector('th[aria-sort=ascending]')?.textContent.includes('loss')",
+    );
+    let order = browser.script(
+        "return [...document.querySelectorAll('tr[data-run]')].map(row => row.dataset.run)",
+    );
+    assert_eq!(order, serde_json::json!([made.second.0, made.first.0]));
+    browser.back();
+    browser.wait_until("!document.querySelector('th[aria-sort=ascending]')");
+
+    for run in [&made.first, &made.second] {
+        browser.click(&format!("tr[data-run='{run}'] input"));
+    }
+    browser.wait_for_text("of 2 selected runs");
+    browser.keep("selection");
+    browser.click(".picked button.primary");
+    browser.wait_for_text("What differs");
+    browser.expect_sound();
+    // The best loss is the second run's.
+    let best = browser.script("return document.querySelector('td.best')?.cellIndex");
+    let columns = browser.script(
+        "return [...document.querySelectorAll('thead th a.mono')].map(link => link.textContent)",
+    );
+    let best = usize::try_from(best.as_u64().unwrap()).unwrap();
+    assert_eq!(
+        columns[best - 1],
+        made.second.0.as_str(),
+        "{columns} {best}"
+    );
+    browser.back();
+    browser.wait_for("table.runs");
+}
+
+#[test]
+fn keys_lead_everywhere_and_a_baseline_stays() {
+    let Some((_lab, made, server, browser)) = open() else {
+        return;
+    };
+    browser.open(&server.at("/?show=metrics.student.loss.last"));
+    browser.wait_for("table.runs");
+    browser.wait_until("document.documentElement.classList.contains('js')");
+    browser.keys("?");
+    browser.wait_until("document.querySelector('#help').open");
+    browser.keep("keys");
+    browser.keys("\u{e00c}");
+    browser.wait_until("!document.querySelector('#help').open");
+    browser.keys("/");
+    browser.wait_until("document.activeElement.id === 'where'");
+    browser.keys("\u{e00c}");
+    browser.wait_until("document.activeElement.id !== 'where'");
+    // The newest run is the hostile one; the second of digits follows.
+    browser.keys("jj");
+    browser.wait_until(&format!(
+        "document.querySelector('tr.at')?.dataset.run === '{}'",
+        made.second
+    ));
+    browser.keys("x");
+    browser.wait_for_text("of 1 selected run");
+    browser.keys("jp");
+    browser.wait_until(&format!(
+        "document.querySelector('tr.pinned')?.dataset.run === '{}'",
+        made.first
+    ));
+    browser.wait_until("document.querySelector('.delta')");
+    browser.keep("baseline");
+    browser.open(&server.at("/"));
+    browser.wait_until(&format!(
+        "location.search.includes('baseline={}')",
+        made.first
+    ));
+    browser.wait_for("tr.pinned");
+    browser.keys("jj");
+    browser.keys("o");
+    browser.wait_for_text("Stages");
+    browser.keys("gc");
+    browser.wait_for("figure.chart svg");
+    browser.keys("gr");
+    browser.wait_for("table.runs");
+    browser.keys("t");
+    browser.wait_until("document.documentElement.dataset.theme === 'dark'");
+    browser.open(&server.at("/curves"));
+    browser.wait_until("document.documentElement.dataset.theme === 'dark'");
+    browser.expect_sound();
+}
+
+#[test]
+fn curves_are_zoomed_smoothed_and_taken_along() {
+    let Some((_lab, made, server, browser)) = open() else {
+        return;
+    };
+    browser.open(&server.at(&format!(
+        "/curves?run={}&run={}&series=student/loss",
+        made.first, made.second
+    )));
+    browser.wait_for("figure.chart svg .line");
+    let steps = "Math.max(...[...document.querySelectorAll('.plot text')].map(text => Number(text.textContent)).filter(Number.isFinite))";
+    let whole = browser.script(&format!("return {steps}")).as_f64().unwrap();
+    browser.drag(".plot svg", -100, 20);
+    browser.wait_until("location.search.includes('from=')");
+    browser.wait_until(&format!("{steps} < {whole}"));
+    browser.keep("curves-zoomed");
+    browser.back();
+    browser.wait_until("!location.search.includes('from=')");
+    browser.wait_until(&format!("{steps} === {whole}"));
+    browser.click("[data-knob=logy]");
+    browser.wait_until("location.search.includes('logy=1')");
+    browser.click("[data-knob=axis][data-value=time]");
+    browser.wait_until("location.search.includes('axis=time')");
+    browser.script("const knob = document.querySelector('[data-knob=smooth]'); knob.value = 0.9; knob.dispatchEvent(new Event('input', {bubbles: true}))");
+    browser.wait_until("document.querySelectorAll('.plot .raw').length === 2");
+    browser.drag(".plot svg", 0, 3);
+    browser.wait_until("!document.querySelector('.tip').hidden && document.querySelectorAll('.tip .num').length === 2");
+    browser.keep("curves-read");
+    let saved = browser.script("return [...document.querySelectorAll('[data-save]')].map(link => link.getAttribute('href'))");
+    assert!(
+        saved[0].as_str().unwrap().contains("logy=1")
+            && saved[0].as_str().unwrap().contains("axis=time"),
+        "{saved}"
+    );
+    let (status, svg) = server.get(saved[0].as_str().unwrap());
+    assert!(
+        status == 200 && svg.starts_with("<svg") && svg.contains(&made.second.0),
+        "{svg}"
+    );
+    let (status, csv) = server.get(saved[1].as_str().unwrap());
+    assert!(
+        status == 200 && csv.starts_with("run,stage,series,from_step"),
+        "{csv}"
+    );
+    // A link shows the same.
+    browser.open(&browser.address());
+    browser.wait_until("document.querySelector('[data-knob=logy]').checked && document.querySelectorAll('.plot .raw').length === 2");
+    browser.expect_sound();
+}
+
+#[test]
+fn pictures_of_the_same_noise_stand_side_by_side() {
+    let Some((_lab, made, server, browser)) = open() else {
+        return;
+    };
+    browser.open(&server.at(&format!("/pictures?run={}&class=3", made.first)));
+    browser.wait_for("table.samples");
+    browser.wait_until("[...document.querySelectorAll('table.samples img')].slice(0, 8).every(image => image.complete && image.naturalWidth === 8)");
+    let first = browser.script(
+        "return [...document.querySelectorAll('table.samples tbody tr:first-child td img')].map(image => image.getAttribute('src').split('/').pop())",
+    );
+    // Class 3 begins with sample 3; the set of another seed has its own first one of the class.
+    assert_eq!(
+        first,
+        serde_json::json!(["3.png", "3.png", "3.png", "3.png"])
+    );
+    assert_eq!(browser.count("table.samples thead .odd"), 1);
+    assert_eq!(browser.count("table.samples tbody tr"), 4);
+    let sharp = browser
+        .script("return getComputedStyle(document.querySelector('img.pixels')).imageRendering");
+    assert_eq!(sharp, "pixelated");
+    browser.click("table.samples tbody tr:first-child a.zoom");
+    browser.wait_until("document.querySelector('dialog.picture img')?.width >= 400");
+    browser.keep("picture-close");
+    browser.keys("\u{e00c}");
+    browser.wait_until("!document.querySelector('dialog.picture')");
+    // Snapshots over training, by step.
+    browser.wait_until("document.querySelector('.strip output').textContent === '1000'");
+    browser.script("const slider = document.querySelector('.strip input'); slider.value = 0; slider.dispatchEvent(new Event('input', {bubbles: true}))");
+    browser.wait_until("document.querySelector('.strip output').textContent === '500'");
+    // Two runs.
+    browser.open(&server.at(&format!("/pictures?run={}&run={}", made.first, made.second)));
+    browser.wait_until("document.querySelectorAll('table.samples thead th').length === 9");
+    browser.keep("pictures-of-two-runs");
+    browser.expect_sound();
+}
+
+#[test]
+fn hostile_names_are_texts() {
+    let Some((_lab, made, server, browser)) = open() else {
+        return;
+    };
+    let run = &made.hostile;
+    for address in [
+        "/".to_owned(),
+        "/?group=tag".to_owned(),
+        format!("/?where=recipe+~+%22{}%22", "<script>"),
+        format!("/run/{run}"),
+        format!("/run/{run}/metrics"),
+        format!("/run/{run}/params"),
+        format!("/run/{run}/why"),
+        format!("/run/{run}/log"),
+        format!("/run/{run}/artifacts"),
+        format!("/run/{run}/environment"),
+        format!("/curves?run={run}"),
+        format!("/pictures?run={run}"),
+        format!("/compare?run={run}&run={}", made.first),
+    ] {
+        browser.open(&server.at(&address));
+        browser.wait_until("document.documentElement.classList.contains('js')");
+        browser.expect_sound();
+        let found = browser.script(
+            "return [document.title.startsWith('owned'), document.querySelectorAll('main script, main img[onerror], main h1:not(:first-of-type)').length, \
+             document.body.innerText.includes('\\u202e')]",
+        );
+        assert_eq!(found, serde_json::json!([false, 0, false]), "{address}");
+    }
+    browser.open(&server.at(&format!("/run/{run}")));
+    browser.wait_for_text("<script>document.title");
+    browser.keep("hostile");
+    assert!(HOSTILE.contains('\u{202e}'));
+}
+
+#[test]
+fn a_run_is_followed_while_it_goes_on() {
+    let Some(browser) = Browser::start() else {
+        return;
+    };
+    // A store, so that it can be looked at from the beginning.
+    let lab = Lab::new(&["first: {kind: do, act: succeed}"]);
+    lab.run(&[]).expect(0);
+    lab.recipe(&["a: {kind: do, act: work, amount: 3000}"]);
+    let server = Server::start(&lab, &[]);
+    browser.open(&server.at("/"));
+    browser.wait_until("document.querySelectorAll('tr[data-run]').length === 1");
+    let running = lab.start(&[]);
+    browser.wait_until("document.querySelectorAll('tr[data-run]').length === 2");
+    browser.wait_until("document.querySelector('tr[data-run] .pill.now')");
+    browser.click("tr[data-run] td.id a");
+    browser.wait_until("document.querySelector('.meter progress')?.value > 5");
+    browser.wait_for_text("left");
+    browser.keep("live");
+    browser.click(".tabs a[href$='/metrics']");
+    browser.wait_for("figure.chart svg .line");
+    browser.click(".tabs a");
+    browser.wait_for(".meter");
+    running.signal(libc::SIGINT);
+    browser.wait_until("document.querySelector('.run-head .pill.odd')");
+    browser.wait_until("!document.querySelector('.meter')");
+    browser.expect_sound();
+    running.end().expect(130);
+}
