@@ -1,7 +1,7 @@
 //! What a tokenizer is trained by and measured by, against NumPy in float64 (tests/peers/losses.py) and against the tape.
 
 use retort_candle::Candle;
-use retort_engine::backend::{Backend, Unary};
+use retort_engine::backend::{Tensors, Unary};
 use retort_engine::model::LastConvolution;
 use retort_engine::model::discriminator::{self, Discriminator};
 use retort_engine::stage::tokenizer::codebook::Codebook;
@@ -12,7 +12,7 @@ use retort_engine::stage::tokenizer::quality::{psnr, ssim};
 use retort_engine::tape::{Var, backward};
 use retort_engine::weights::{Floats, Loader, Source, Weights};
 
-type Tensor = <Candle as Backend>::Tensor;
+type Tensor = <Candle as Tensors>::Tensor;
 
 fn candle() -> Candle {
     Candle::open("cpu", "f32", 1).expect("a CPU")
