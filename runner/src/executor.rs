@@ -16,8 +16,8 @@ use tokio::task::JoinSet;
 
 use crate::artifact::{ArtifactError, Layout, Work};
 use crate::executor::attempt::{Bench, Brief, End, Ended, Stop};
-use crate::executor::reins::Follower;
 use crate::executor::hand::Cluster;
+use crate::executor::reins::Follower;
 use crate::executor::source::Source;
 use crate::frame::Progress;
 use crate::input::{InputError, Snapshot};

@@ -99,7 +99,10 @@ fn check<B: Backend>(single: &B, half: &B, only: &str) -> Result<bool> {
     });
     examine("running out of memory", &|| Ok(vec![memory(single)?]));
     if ran == 0 {
-        return Err(Error::option("", format!("no examination has {only:?} in its name")));
+        return Err(Error::option(
+            "",
+            format!("no examination has {only:?} in its name"),
+        ));
     }
     Ok(passed)
 }

@@ -264,10 +264,7 @@ fn real_images_are_read_as_people_have_them() {
     };
     add(
         &lab,
-        &own(
-            "folder",
-            "data: {folder: real}, save_statistics: true",
-        ),
+        &own("folder", "data: {folder: real}, save_statistics: true"),
     );
     add(&lab, &own("adm", "statistics: adm.npz"));
     lab.retort(&["run", "r.yaml"]).expect(0);

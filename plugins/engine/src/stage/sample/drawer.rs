@@ -188,7 +188,8 @@ pub struct Drawn<B: Backend> {
 }
 
 /// The function that draws a batch: (index of the first sample, labels, noise) -> latents.
-pub type Drawer<'a, B> = Box<dyn FnMut(u64, &[u32], &<B as Tensors>::Tensor) -> Result<Drawn<B>> + 'a>;
+pub type Drawer<'a, B> =
+    Box<dyn FnMut(u64, &[u32], &<B as Tensors>::Tensor) -> Result<Drawn<B>> + 'a>;
 
 /// The one of a sampler, its networks loaded.
 pub fn drawer<'a, B: Backend>(
