@@ -26,10 +26,13 @@ pub mod past;
 pub mod plan;
 pub mod plugin;
 pub mod query;
+pub mod report;
 pub mod resume;
 pub mod run;
 pub mod runs;
+pub mod sample;
 pub mod schema;
+pub mod show;
 pub mod sweep;
 pub mod talk;
 pub mod transfer;
@@ -130,12 +133,18 @@ pub enum Command {
     Plan(plan::Args),
     /// Draw the stages of a recipe and what each takes from which.
     Graph(graph::Args),
-    /// Continue an interrupted, failed or lost run.
+    /// Draw images with a student or a teacher, without a recipe.
+    Sample(sample::Args),
+    /// Continue an interrupted, failed or lost run, or a sweep.
     Resume(resume::Args),
     /// List, show, tag, remove, export and import past runs.
     Runs(runs::Args),
     /// List, show and draw sweeps; `run --sweep` makes one.
     Sweep(sweep::Args),
+    /// Show pictures in the terminal.
+    Show(show::Args),
+    /// Write runs into one HTML page, to be sent to somebody.
+    Report(report::Args),
     /// Print or draw the metrics of a run.
     Metrics(metrics::Args),
     /// Print the log of a run.
@@ -424,9 +433,12 @@ pub fn main() -> ExitCode {
         Command::Validate(args) => validate::execute(args, &context),
         Command::Plan(args) => plan::execute(args, &context),
         Command::Graph(args) => graph::execute(args, &context),
+        Command::Sample(args) => sample::execute(args, &context),
         Command::Resume(args) => resume::execute(args, &context),
         Command::Runs(args) => runs::execute(args, &context),
         Command::Sweep(args) => sweep::execute(args, &context),
+        Command::Show(args) => show::execute(args, &context),
+        Command::Report(args) => report::execute(args, &context),
         Command::Metrics(args) => metrics::execute(args, &context),
         Command::Log(args) => log::execute(args, &context),
         Command::Tail(args) => log::tail(args, &context),

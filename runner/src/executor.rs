@@ -219,6 +219,7 @@ impl Event {
         match &mut self {
             Self::Reused { stage, .. }
             | Self::Waiting { stage }
+            | Self::Submitted { stage, .. }
             | Self::Began { stage, .. }
             | Self::Progress { stage, .. }
             | Self::Line { stage, .. }
@@ -296,6 +297,14 @@ pub enum ExecutorError {
     /// A file that a stage names cannot be used.
     #[error(transparent)]
     Input(#[from] InputError),
+    /// An artifact that the recipe takes by name is not there.
+    #[error("the artifact {} that the recipe takes as `{name}` is not in the store", hash.get(..12).unwrap_or(hash))]
+    NoArtifact {
+        /// Its name in the recipe.
+        name: String,
+        /// Its hash.
+        hash: String,
+    },
     /// A stage left out by `--from` is needed and was never made.
     #[error("`{stage}` is left out by --from, but its result is needed and not in the store")]
     Missing {
@@ -372,6 +381,15 @@ async fn carry_out(
         what: "the store's directory cannot be named",
         source,
     })?;
+    for given in &plan.given {
+        let known = store.find_artifact(&given.hash).await?;
+        if !known.is_some_and(|known| known.kind == given.kind && layout.holds(&known)) {
+            return Err(ExecutorError::NoArtifact {
+                name: given.name.clone(),
+                hash: given.hash.clone(),
+            });
+        }
+    }
     let run = store.begin_run(&new_run(plan, roles, options)).await?;
     let began = Instant::now();
     let paused = reins.pauses.total();
@@ -462,6 +480,7 @@ async fn detach(mut floor: Floor<'_>, began: Instant) -> Result<RunReport, Execu
         run,
         state,
         signal,
+        rung: None,
         stages,
         elapsed,
     })
@@ -790,7 +809,18 @@ impl<'p> Floor<'p> {
         let stage = self.places[index].stage;
         let (mut inputs, mut hashes) = (BTreeMap::new(), BTreeMap::new());
         for reference in &stage.references {
-            // A plan's references name stages of the plan.
+            let mut given = self.plan.given.iter();
+            if let Some(given) = given.find(|given| given.name == reference.stage) {
+                let input = Input {
+                    kind: given.kind.clone(),
+                    path: self.bench.layout.artifact(&given.hash),
+                    hash: given.hash.clone(),
+                };
+                hashes.insert(reference.stage.clone(), given.hash.clone());
+                inputs.insert(reference.stage.clone(), input);
+                continue;
+            }
+            // A plan's other references name stages of the plan.
             let Some(source) = self
                 .places
                 .iter()

@@ -23,6 +23,7 @@ pub mod plan;
 pub mod plugin;
 pub mod progress;
 pub mod recipe;
+pub mod report;
 pub mod schema;
 pub mod settings;
 pub mod store;

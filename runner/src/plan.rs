@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::diagnostic::{Cause, Finding, Position, Report};
-use crate::recipe::{self, Recipe};
+use crate::recipe::{self, Given, Recipe};
 use crate::terminal;
 use crate::yaml::{Part, escape, odd_space};
 
@@ -44,6 +44,9 @@ pub struct Plan {
     pub base_dir: PathBuf,
     /// The recipe's seed, from which stages' seeds are derived.
     pub seed: u64,
+    /// Artifacts of the store that stages take by name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub given: Vec<Given>,
     /// The stages, each after all that it refers to.
     pub stages: Vec<PlannedStage>,
     /// Warnings met on the way.
@@ -285,6 +288,7 @@ pub fn plan(recipe: &Recipe, plugins: &mut dyn Descriptions) -> Result<Plan, Rep
         set: recipe.source.set.clone(),
         base_dir: recipe.source.base_dir.clone(),
         seed: recipe.seed.unwrap_or(0),
+        given: recipe.given.clone(),
         stages,
         warnings: Vec::new(),
         notes,
@@ -301,6 +305,14 @@ pub fn plan(recipe: &Recipe, plugins: &mut dyn Descriptions) -> Result<Plan, Rep
 }
 
 impl Plan {
+    /// Hashes of the artifacts that are given, by name.
+    pub fn given_hashes(&self) -> BTreeMap<String, String> {
+        let given = self.given.iter();
+        given
+            .map(|given| (given.name.clone(), given.hash.clone()))
+            .collect()
+    }
+
     /// The stage of that name.
     pub fn stage(&self, name: &str) -> Option<&PlannedStage> {
         self.stages.iter().find(|stage| stage.name == name)

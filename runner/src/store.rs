@@ -139,8 +139,19 @@ impl Store {
             Access::ReadWrite => {
                 schema::check_files(&schema::path_of(dir))?;
                 schema::make_directory(dir)?;
+                let known = host::is_known(dir);
                 let claim = host::claim(dir).await?;
-                (schema::open_for_writing(dir).await?, claim)
+                match schema::open_for_writing(dir).await {
+                    Ok(pool) => (pool, claim),
+                    Err(error) => {
+                        drop(claim);
+                        // What is no store is left as it was.
+                        if !known {
+                            host::forget(dir);
+                        }
+                        return Err(error);
+                    }
+                }
             }
             Access::ReadOnly => {
                 host::check(dir)?;

@@ -5,7 +5,7 @@ use std::cell::Cell;
 
 use retort_candle::Candle;
 use retort_engine::Result;
-use retort_engine::backend::Backend;
+use retort_engine::backend::Tensors;
 use retort_engine::bundle::{NetworkConfig, TokenizerConfig};
 use retort_engine::model::autoencoder::Shape;
 use retort_engine::model::{
@@ -20,7 +20,7 @@ use retort_engine::stage::sample::drawer::Sampler;
 use retort_engine::tape::Var;
 use retort_engine::weights::{Floats, Loader, Source, Weights};
 
-type Tensor = <Candle as Backend>::Tensor;
+type Tensor = <Candle as Tensors>::Tensor;
 
 const BATCH: usize = 3;
 
@@ -114,9 +114,11 @@ impl Case {
 
     /// Tokens of the first AR steps (b, l).
     fn tokens(&self, steps: usize) -> Tensor {
-        let l = self.teacher.tokens().tokens_before(steps);
+        let shape = self.teacher.tokens();
+        let l = shape.tokens();
         let ids: Vec<u32> = (0..BATCH * l).map(|i| (i * 7 % 16) as u32).collect();
-        self.backend.indices(&ids, &[BATCH, l]).expect("tokens")
+        let all = self.backend.indices(&ids, &[BATCH, l]).expect("tokens");
+        Candle::narrow(&all, 1, 0, shape.tokens_before(steps)).expect("tokens")
     }
 
     /// Logits of each AR step of a generation that is given the same tokens.

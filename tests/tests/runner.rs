@@ -37,14 +37,20 @@ mod published;
 mod questions;
 #[path = "runner/recipes.rs"]
 mod recipes;
+#[path = "runner/report.rs"]
+mod report;
 #[path = "runner/runs.rs"]
 mod runs;
 #[path = "runner/sampling.rs"]
 mod sampling;
+#[path = "runner/show.rs"]
+mod show;
 #[path = "runner/sources.rs"]
 mod sources;
 #[path = "runner/stores.rs"]
 mod stores;
+#[path = "runner/sweeps.rs"]
+mod sweeps;
 #[path = "runner/terminal.rs"]
 mod terminal;
 #[path = "runner/tokenizers.rs"]

@@ -8,7 +8,6 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::backend::{Backend, FlowSolver, Truncation};
-use crate::bundle::NetworkConfig;
 use crate::error::{Error, Result};
 use crate::finite::Finite;
 use crate::model::resize::bicubic_planes;

@@ -283,6 +283,8 @@ impl From<ExecutorError> for Error {
         match error {
             ExecutorError::Store(error) => error.into(),
             ExecutorError::Input(error) => error.into(),
+            ExecutorError::NoArtifact { .. } => Self::new(Exit::NothingMatches, error.to_string())
+                .hint("`retort artifacts list` shows what there is; `retort runs import` brings others"),
             ExecutorError::Missing { .. } => Self::new(Exit::NothingMatches, error.to_string())
                 .hint("run it without --from first"),
             ExecutorError::Artifact(_) | ExecutorError::System { .. } => {

@@ -97,6 +97,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     }
     let execution = args.execution.or_as_recorded(&detail.resolved);
     job.carry_out(&runtime, &store, &execution, context)
+        .map(drop)
 }
 
 /// Plugins that have been built anew since are used as they are now; what they made before is made again.

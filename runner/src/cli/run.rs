@@ -183,6 +183,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     };
     plugins.remember(&store);
     job.carry_out(&runtime, &store, &args.execution, context)
+        .map(drop)
 }
 
 /// Opens the store for a run.
@@ -217,14 +218,14 @@ pub(super) struct Job {
 }
 
 impl Job {
-    /// Runs the plan and prints what came of it.
+    /// Runs the plan and prints what came of it; the run.
     pub fn carry_out(
         self,
         runtime: &Runtime,
         store: &Arc<Store>,
         execution: &ExecutionArgs,
         context: &Context,
-    ) -> Result<(), Error> {
+    ) -> Result<RunId, Error> {
         let layout = Layout::new(store.dir())?;
         let manner = Manner {
             bars: std::io::stderr().is_terminal(),
@@ -287,7 +288,8 @@ impl Job {
         }
         // How the run went decides, whether or not somebody reads about it.
         ending.conclude(context)?;
-        Ok(printed?)
+        printed?;
+        Ok(report.run)
     }
 
     /// Finds out everything that can be found out before any work is done; shows warnings.

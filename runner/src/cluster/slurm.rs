@@ -564,30 +564,48 @@ async fn call(program: &str, arguments: &[String]) -> Result<Answer, SlurmError>
     let status = {
         let talk = async {
             let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
-            tokio::join!(
+            let heard = tokio::try_join!(
                 read(stdout, MOST_BYTES, &mut out),
                 read(stderr, MOST_WORDS, &mut err)
             );
-            child.wait().await
+            match heard {
+                Ok(_) => child.wait().await.ok(),
+                // It is ended with what holds it.
+                Err(WillRetry) => None,
+            }
         };
-        tokio::time::timeout(LIMIT, talk).await
+        tokio::time::timeout(LIMIT, talk).await.ok().flatten()
     };
     if out.len() as u64 == MOST_BYTES {
         return Err(odd(program, "it is too long"));
     }
     Ok(Answer {
-        status: status.ok().and_then(Result::ok),
+        status,
         stdout: String::from_utf8_lossy(&out).into_owned(),
         stderr: String::from_utf8_lossy(&err).into_owned(),
     })
 }
 
+/// `sbatch` found no room, and would try again by itself for two minutes.
+struct WillRetry;
+
 /// Reads a pipe to its end, keeping so much.
-async fn read(pipe: Option<impl AsyncRead + Unpin>, most: u64, kept: &mut Vec<u8>) {
-    let Some(mut pipe) = pipe else { return };
-    let _ = (&mut pipe).take(most).read_to_end(kept).await;
-    let mut rest = [0; 4096];
-    while matches!(pipe.read(&mut rest).await, Ok(count) if count > 0) {}
+async fn read(
+    pipe: Option<impl AsyncRead + Unpin>,
+    most: u64,
+    kept: &mut Vec<u8>,
+) -> Result<(), WillRetry> {
+    const WORDS: &[u8] = b"sleeping and retrying";
+    let Some(mut pipe) = pipe else { return Ok(()) };
+    let mut bytes = [0; 16 << 10];
+    while let Ok(count @ 1..) = pipe.read(&mut bytes).await {
+        let room = usize::try_from(most).unwrap_or(usize::MAX) - kept.len();
+        kept.extend_from_slice(&bytes[..count.min(room)]);
+        if kept.len() < 4096 && kept.windows(WORDS.len()).any(|some| some == WORDS) {
+            return Err(WillRetry);
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

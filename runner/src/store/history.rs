@@ -369,6 +369,22 @@ impl Store {
             .collect()
     }
 
+    /// What is known of an artifact, by its hash: what its newest maker said.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`], [`StoreError::Sql`].
+    pub async fn find_artifact(&self, hash: &str) -> Result<Option<ArtifactRecord>, StoreError> {
+        let row = sqlx::query(
+            "select o.artifact as hash, o.kind, o.name, f.size, f.files, o.meta
+             from outputs o join artifacts f on f.hash = o.artifact
+             where o.artifact = ?1 order by o.key desc limit 1",
+        )
+        .bind(hash)
+        .fetch_optional(self.pool())
+        .await?;
+        Ok(row.as_ref().map(artifact_record).transpose()?)
+    }
+
     /// The newest successful attempt with a digest.
     ///
     /// # Errors

@@ -52,6 +52,16 @@ pub(super) struct Claim {
     lock: Option<File>,
 }
 
+/// Whether machines have said before that they write here.
+pub(super) fn is_known(store: &Path) -> bool {
+    store.join("hosts").exists()
+}
+
+/// Takes back that a machine has said so, where nothing else was made.
+pub(super) fn forget(store: &Path) {
+    let _ = fs::remove_dir_all(store.join("hosts"));
+}
+
 /// Takes the right to write to a store for this machine.
 ///
 /// # Errors

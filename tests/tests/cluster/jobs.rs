@@ -47,6 +47,28 @@ fn working(name: &str, ticks: u32) -> Lab {
 }
 
 #[test]
+fn a_store_that_another_machine_writes_to_is_left_alone() {
+    let lab = Lab::new(&["a: {kind: do}"]);
+    lab.run(&[]).expect(0);
+    let hosts = lab.store_dir().join("hosts");
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap();
+    let other = format!(
+        "{{\"host\":\"login2\",\"boot\":\"another\",\"pid\":4711,\"at\":{},\"free\":false}}",
+        now.as_millis()
+    );
+    fs::write(hosts.join("100"), other).unwrap();
+    for command in [&["run", "r.yaml"][..], &["runs", "list"], &["resume"]] {
+        lab.retort(command)
+            .expect(75)
+            .saying(&["process 4711 on login2"]);
+    }
+    fs::remove_file(hosts.join("100")).unwrap();
+    lab.retort(&["runs", "list"]).expect(0);
+}
+
+#[test]
 fn stages_are_done_by_jobs() {
     let Some(site) = Site::start() else { return };
     for (name, check) in [
@@ -60,6 +82,7 @@ fn stages_are_done_by_jobs() {
         ("a runner that leaves", detached),
         ("Ctrl-C", interrupted),
         ("pieces of a time limit", time_limit),
+        ("the documentation, followed", documented),
         ("a node that dies", dead_node),
     ] {
         let began = Instant::now();
@@ -67,6 +90,45 @@ fn stages_are_done_by_jobs() {
         check(&site);
         eprintln!("{name}: {:.1} s", began.elapsed().as_secs_f64());
     }
+}
+
+/// Does what docs/cluster.md says, as it stands there; only the recipe is a smaller one.
+fn documented(site: &Site) {
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/cluster.md");
+    let page = fs::read_to_string(page).unwrap();
+    let steps = page.split("## Step by step").nth(1).unwrap();
+    let steps = steps.split("\n## ").next().unwrap();
+    let settings = steps.split("```toml\n").nth(1).unwrap();
+    let settings = settings.split("```").next().unwrap();
+    let lab = working("documented", 10);
+    fs::write(lab.dir.path().join("retort.toml"), settings).unwrap();
+    let commands: Vec<&str> = steps
+        .lines()
+        .filter_map(|line| line.strip_prefix("    retort "))
+        .collect();
+    assert!(commands.len() >= 5, "{commands:?}");
+    for command in commands {
+        let command = command.split('#').next().unwrap();
+        let words: Vec<&str> = command.split_whitespace().collect();
+        let words: Vec<&str> = words
+            .into_iter()
+            .map(|word| {
+                if word.starts_with("recipes/") {
+                    "r.yaml"
+                } else {
+                    word
+                }
+            })
+            .collect();
+        let said = site.retort(&lab, &words);
+        match words[0] {
+            // The machine of the test may lack plugins that others have.
+            "doctor" => assert!(said.stdout.contains("retort.toml)"), "{}", said.stdout),
+            _ => drop(said.expect(0)),
+        }
+    }
+    assert_eq!(lab.latest().unwrap().summary.state, RunState::Succeeded);
+    assert_eq!(ends(site, &lab), ["succeeded"]);
 }
 
 /// How the lives of jobs of all runs ended, in order.
@@ -313,10 +375,10 @@ fn full_queue(site: &Site) {
     fs::write(&script, "#!/bin/sh\n").unwrap();
     let script = script.display().to_string();
     // All forty that the controller keeps.
-    for _ in 0..2 {
+    for elements in ["--array=0-19", "--array=0-18", "--job-name=one"] {
         let said = site.slurm(
             "sbatch",
-            &["--hold", "--array=0-19", "--output=/dev/null", &script],
+            &["--hold", elements, "--output=/dev/null", &script],
         );
         assert!(said.contains("Submitted"), "{said}");
     }

@@ -155,6 +155,8 @@ JobAcctGatherType=jobacct_gather/none
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs=1 RealMemory=1000
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs=1 RealMemory=1000
 PartitionName=p Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+PartitionName=short Nodes=n1,n2 MaxTime=60 State=UP
+PartitionName=long Nodes=n1,n2 MaxTime=INFINITE State=UP
 "
         )
     }

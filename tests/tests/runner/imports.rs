@@ -68,7 +68,9 @@ fn contents(dir: &Path) -> BTreeMap<PathBuf, Option<Vec<u8>>> {
         for entry in std::fs::read_dir(dir).unwrap() {
             let path = entry.unwrap().path();
             let name = path.file_name().unwrap().to_str().unwrap();
-            if name.ends_with("-wal") || name.ends_with("-shm") || name == "history.db" {
+            // Which machine has the store is no part of it.
+            let own = ["history.db", "hosts"].contains(&name);
+            if name.ends_with("-wal") || name.ends_with("-shm") || own {
                 continue;
             }
             if path.is_dir() {

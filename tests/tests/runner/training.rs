@@ -39,7 +39,7 @@ stages:
 ";
 
 /// A dataset and a student on top of it.
-const STUDENT: &str = "
+pub const STUDENT: &str = "
   pairs:
     kind: trajectories
     teacher: teacher

@@ -525,6 +525,14 @@ struct Shown {
     pixels: Vec<u8>,
 }
 
+#[test]
+fn a_palette_of_no_whole_colours_is_damage() {
+    let file = include_bytes!("../../../../tests/soak/corpus/image/palette_of_13_bytes.png");
+    let error = raster::decode(file, [0; 3]).unwrap_err();
+    assert!(error.starts_with("a palette of 13 bytes"), "{error}");
+    assert_eq!(raster::header(file).unwrap_err(), error);
+}
+
 fn fixture<T: serde::de::DeserializeOwned>(name: &str) -> T {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("fixtures/images")

@@ -435,6 +435,7 @@ impl<B: Backend> Stage<B> for Evaluate {
                         _ => format!("{name}/{}", preparation.name()),
                     },
                     count: images.len(),
+                    passes: None,
                     figures,
                 });
             }

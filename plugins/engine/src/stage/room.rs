@@ -49,17 +49,13 @@ pub fn sampling(
     tokenizer: Option<&TokenizerConfig>,
     dtype: &str,
 ) -> Option<u64> {
-    let drawing = match sampler {
-        Sampler::Teacher { distribution, .. } | Sampler::Flow { distribution, .. } => {
-            generating(network, distribution, dtype)?
-        }
-        Sampler::Independent {
-            distribution,
-            after,
-            ..
-        } if *after > 0 => generating(network, distribution, dtype)?,
-        Sampler::Independent { .. } => 0,
+    let passes = match sampler {
         Sampler::Student { .. } | Sampler::Assisted { .. } => student(network)?,
+        _ => 0,
+    };
+    let drawing = match sampler.distribution() {
+        Some(distribution) => generating(network, distribution, dtype)?.max(passes),
+        None => passes,
     };
     let decoding = tokenizer.map_or(Some(0), decoding)?;
     Some(drawing.max(decoding))

@@ -23,7 +23,7 @@ use crate::executor::{
 };
 use crate::plugin::{Plugins, search_dirs};
 use crate::progress::{self, Manner, Teller};
-use crate::store::{RunState, Store, SweepDetail, SweepPlace};
+use crate::store::{RunId, RunState, Store, SweepDetail, SweepPlace};
 use crate::sweep::halving::{Course, Halving, Leg};
 
 /// A sweep about to be carried out.
@@ -118,6 +118,7 @@ pub fn out(
     let mut floor = Floor {
         schedule: Schedule::of(&sweeping),
         tally: Tally::default(),
+        before: unfinished(&sweeping.detail),
         environment: environment::collect(sweeping.source.base_dir()),
         teller,
         sweeping: &sweeping,
@@ -170,11 +171,22 @@ pub fn out(
             count => format!(", {count} stopped early"),
         };
         talk::say(&match succeeded {
-            0 => format!("sweep {id}: nothing to do, {total} done"),
-            ran => format!("sweep {id}: {ran} of {total} ran in {took}{early}"),
+            0 => {
+                let done = results.succeeded();
+                format!("sweep {id}: nothing to do: {done} of {total} done{early}")
+            }
+            ran => format!("sweep {id}: {ran} of {total} succeeded in {took}{early}"),
         });
     }
     Ok(printed?)
+}
+
+/// The newest runs of points that did not succeed.
+fn unfinished(detail: &SweepDetail) -> BTreeMap<u32, RunId> {
+    let points = detail.points.iter().filter(|point| !point.is_done());
+    points
+        .filter_map(|point| Some((point.number, point.run.clone()?.0)))
+        .collect()
 }
 
 /// Runs on their way.
@@ -185,6 +197,8 @@ struct Floor<'a> {
     sweeping: &'a Sweeping<'a>,
     schedule: Schedule,
     tally: Tally,
+    /// Runs of points that did not succeed: their next ones take them up again.
+    before: BTreeMap<u32, RunId>,
     environment: Value,
     teller: Arc<Teller>,
     execution: &'a ExecutionArgs,
@@ -228,18 +242,35 @@ impl<'a> Floor<'a> {
                 return Ok(());
             }
             // Planning, above, is no async code: it waits for the store by itself. Meanwhile runs under way stand still.
-            let ended = runtime.block_on(async {
+            let (ended, signal) = runtime.block_on(async {
                 tokio::select! {
-                    ended = under_way.next() => ended,
-                    signal = signals.next() => {
-                        self.reins.pull(signal);
-                        None
-                    }
+                    ended = under_way.next() => (ended, None),
+                    signal = signals.next() => (None, Some(signal)),
                 }
             });
+            if let Some(signal) = signal {
+                self.interrupt(signal, under_way.len());
+            }
             if let Some((leg, report)) = ended {
                 self.take_back(leg, report?)?;
             }
+        }
+    }
+
+    /// Ctrl-C and its like, handed on to all runs, and said once.
+    fn interrupt(&self, signal: i32, workers: usize) {
+        let is_first = self.reins.first().is_none();
+        // A pause has to be counted on the event loop's thread, which is this one.
+        self.reins.pull(signal);
+        match (is_first, signal) {
+            (_, libc::SIGTSTP) => {}
+            (true, _) => self.teller.hear(Event::Stopping {
+                grace: self.execution.grace,
+                workers,
+            }),
+            // A closed terminal is told twice.
+            (false, libc::SIGHUP) => {}
+            (false, _) => self.teller.hear(Event::Killing),
         }
     }
 
@@ -276,7 +307,7 @@ impl<'a> Floor<'a> {
             grace: self.execution.grace,
             command: std::env::args().collect(),
             environment: self.environment.clone(),
-            resumed_from: self.before(leg),
+            resumed_from: self.before.get(&leg.point).cloned(),
             runs: self.jobs,
             cluster: self.cluster.clone(),
             leave: Leave::Never,
@@ -298,15 +329,6 @@ impl<'a> Floor<'a> {
         }))
     }
 
-    /// The run that a leg takes up again.
-    fn before(&self, leg: Leg) -> Option<crate::store::RunId> {
-        let runtime = self.sweeping.runtime;
-        let detail = runtime.block_on(self.sweeping.store.sweep_detail(&self.sweeping.detail.id));
-        let points = detail.ok()?.points;
-        let (run, state) = points.into_iter().nth(leg.point as usize - 1)?.run?;
-        (state != RunState::Succeeded).then_some(run)
-    }
-
     /// Tells what happens in a point's run, with the point's number before its stages.
     fn listener(&self, leg: Leg, settings: &[String]) -> Listener {
         let (point, total) = (leg.point, self.sweeping.done.len());
@@ -322,6 +344,8 @@ impl<'a> Floor<'a> {
                     "point {point} of {total}{rung}: run {run} ({settings})"
                 ));
             }
+            // Said once for all.
+            Event::Stopping { .. } | Event::Killing => {}
             event => teller.hear(event.renamed(|stage| format!("{point}/{stage}"))),
         })
     }
@@ -333,6 +357,7 @@ impl<'a> Floor<'a> {
             point: leg.point,
         };
         let number = leg.number as u32;
+        self.before.insert(leg.point, report.run.clone());
         let took = progress::duration(report.elapsed);
         let said = match (report.state, report.rung) {
             (RunState::Succeeded, _) => {

@@ -210,7 +210,9 @@ fn go_on(
         } else {
             talk::say(&format!("sweep {id}"));
         }
-        talk::say(&survey.sum(|place| !is_done(place)));
+        if done < detail.points.len() {
+            talk::say(&survey.sum(|place| !is_done(place)));
+        }
     }
     let done = (0..detail.points.len()).map(is_done).collect();
     let sweeping = Sweeping {
