@@ -74,7 +74,7 @@ fn the_discriminator_is_the_published_one() {
     let mut loader = Loader::new(&backend, Source::Host(&weights), false, "values");
     let network = Discriminator::load(&mut loader, "d.", 3, (4, 2)).expect("a discriminator");
     let logits = |pixels: &[f32]| -> Vec<f64> {
-        let x = Var::constant(backend.floats(pixels, &SHAPE).expect("images"));
+        let x = Var::<Candle>::constant(backend.floats(pixels, &SHAPE).expect("images"));
         let logits = network.forward(&x).expect("logits");
         assert_eq!(logits.shape(), [2, 1, 2, 2]);
         let floats = Candle::to_floats(logits.value()).expect("floats");
@@ -107,7 +107,8 @@ fn pixels_are_compared_by_squares_or_by_absolute_values() {
         (PixelLoss::L2, 0.022_440_990_8),
         (PixelLoss::L1, 0.131_235_833),
     ] {
-        let made: Var<Candle> = Var::parameter(backend.floats(&reconstructions(), &SHAPE).expect("images"));
+        let made =
+            Var::<Candle>::parameter(backend.floats(&reconstructions(), &SHAPE).expect("images"));
         let criterion = Criterion {
             pixels,
             eye: None,
@@ -129,8 +130,8 @@ fn pixels_are_compared_by_squares_or_by_absolute_values() {
 fn pull(x: &Tensor, of: impl FnOnce(Var<Candle>) -> Var<Candle>) -> Vec<f64> {
     let backend = candle();
     let kernel = backend.floats(&values(3 * 3 * 9, 0.3, 0.0, 0.2), &[3, 3, 3, 3]);
-    let kernel = Var::parameter(kernel.expect("a kernel"));
-    let made = Var::constant(x.clone()).conv2d(&kernel, 1, [1, 1]);
+    let kernel = Var::<Candle>::parameter(kernel.expect("a kernel"));
+    let made = Var::<Candle>::constant(x.clone()).conv2d(&kernel, 1, [1, 1]);
     let loss = of(made.expect("images"));
     let gradients = backward(loss, &[("kernel".into(), kernel)]).expect("a gradient");
     let floats = Candle::to_floats(&gradients[0]).expect("floats");
@@ -204,7 +205,7 @@ fn an_adversary_pulls_at_the_last_layer_as_much_as_the_other_terms() {
 
     // What it learns from is the hinge loss alone: the tokenizer's terms do not reach it.
     let (criterion, params) = of(0.5, 1e4, 0);
-    let made = Var::constant(seen.clone());
+    let made = Var::<Candle>::constant(seen.clone());
     let (loss, _) = criterion.loss(made, &real, &last(), 0).expect("a loss");
     let gradients = backward(loss, &params).expect("gradients of the adversary");
     assert_eq!(gradients.len(), 10);
