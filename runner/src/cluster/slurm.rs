@@ -219,7 +219,6 @@ impl Slurm {
             "--noheader",
             "--parsable2",
             "--allocations",
-            "--array",
             fields,
             &ids,
         ];
