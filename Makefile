@@ -5,7 +5,7 @@ CARGO ?= cargo
 BIN = $(or $(CARGO_TARGET_DIR),target)/release
 
 .DEFAULT_GOAL := help
-.PHONY: help build libtorch cuda cuda-test digits schema test soak deny gpu-artefacts gpu-check gpu-bench fmt lint
+.PHONY: help build libtorch cuda cuda-test digits emoji schema test test-long soak deny gpu-artefacts gpu-check gpu-bench fmt lint
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -29,14 +29,17 @@ cuda: build ## build the candle plugin's CUDA variant too; no GPU is needed (CUD
 	$(CUDA_ENV) $(CARGO) build --release -p retort-candle --features cuda --target-dir $(CUDA_DIR)
 	install -m 755 $(CUDA_DIR)/release/libretort_candle.so $(BIN)/libretort_candle.cuda.so
 
-# The kernels, compiled for the host, as a GPU that is none: the variant runs on it as it is.
-cuda-test: cuda ## the checks of gpu-check on an emulated GPU (many minutes)
+# An emulated GPU: the kernels compiled for the host. The variant runs on it as it is.
+cuda-test: cuda ## the checks of gpu-check on an emulated GPU (many minutes; PART=operations: those with that in their name)
 	$(CUDA_ENV) $(CARGO) build --release -p retort-tests --features cuda --bin retort-gpu --target-dir $(CUDA_DIR)
 	plugins/candle/emulator/build $(CUDA_DIR)/emulator
-	LD_LIBRARY_PATH=$(abspath $(CUDA_DIR))/emulator RETORT_GPU=emulated $(CUDA_DIR)/release/retort-gpu check
+	LD_LIBRARY_PATH=$(abspath $(CUDA_DIR))/emulator RETORT_GPU=emulated $(CUDA_DIR)/release/retort-gpu check $(PART)
 
 digits: build ## distil a small teacher on handwritten digits (minutes; reused when called again)
 	$(BIN)/retort run recipes/digits.yaml
+
+emoji: build ## distil a small teacher on emoji: real colour images (longer; reused when called again)
+	$(BIN)/retort run recipes/emoji.yaml
 
 # Editors check recipes with it; a test says when it is out of date.
 schema: build ## write recipes/retort.schema.json anew
@@ -50,6 +53,10 @@ test: build ## everything the project checks
 	else \
 	    echo '*** The tests of the libtorch plugin were SKIPPED: there is no libtorch (the reason stands above). ***' >&2; \
 	fi
+
+test-long: build ## the tests that `make test` leaves out: minutes to an hour
+	$(CARGO) test --release -p retort-engine --lib -- --ignored --nocapture
+	$(CARGO) test --release -p retort-tests --no-fail-fast -- --ignored --nocapture --test-threads 1
 
 # Hours: MINUTES=600. Choices follow from SEED; inputs that crash something are kept in target/soak.
 soak: build ## hostile inputs for all readers, and runs that are killed at random (MINUTES=10 SEED=1)

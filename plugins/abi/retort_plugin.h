@@ -180,9 +180,10 @@ typedef struct retort_plugin {
      *
      * A schema is a JSON Schema (2020-12) of the stage's options: an object schema with additionalProperties false and
      * defaults. On strings, "x-retort-artifact": ["teacher", ...] marks the name of another stage whose output has one
-     * of these kinds, and "x-retort-file": "file" | "dir" | "weights" marks a path (weights: a file, or the folder or
-     * index of several). `revision` is raised when the same options would give a different result than before. `divisible` (false if left out) says that several processes can share
-     * the work: see `run`.
+     * of these kinds, and "x-retort-file": "file" | "dir" | "images" | "weights" marks a path (images: a folder, of which
+     * only image files, tables and archives of them count; weights: a file, or the folder or index of several).
+     * `revision` is raised when the same options would give a different result than before. `divisible` (false if left
+     * out) says that several processes can share the work: see `run`.
      */
     int32_t (*describe)(retort_sink out, retort_sink err);
 

@@ -10,6 +10,7 @@ fn main() {
         return;
     }
     println!("cargo::rerun-if-changed=src/cuda/kernels.cu");
+    println!("cargo::rerun-if-changed=src/cuda/kernels");
     println!("cargo::rerun-if-env-changed=CUDA_COMPUTE_CAP");
     println!("cargo::rerun-if-env-changed=NVCC");
     let nvcc = std::env::var("NVCC").unwrap_or("nvcc".into());

@@ -18,6 +18,7 @@ pub mod error;
 pub mod gc;
 pub mod graph;
 pub mod inspect;
+pub mod left;
 pub mod lineage;
 pub mod log;
 pub mod metrics;
@@ -25,10 +26,13 @@ pub mod past;
 pub mod plan;
 pub mod plugin;
 pub mod query;
+pub mod report;
 pub mod resume;
 pub mod run;
 pub mod runs;
+pub mod sample;
 pub mod schema;
+pub mod show;
 pub mod sweep;
 pub mod talk;
 pub mod transfer;
@@ -37,6 +41,7 @@ pub mod validate;
 pub mod why;
 pub mod worker;
 
+use crate::settings::Given;
 use crate::store::{Access, Memory, Store};
 use crate::table::Style;
 use crate::terminal;
@@ -72,7 +77,8 @@ pub use error::{Error, Exit};
         75   the store is busy; try again\n  \
         100  a stage failed\n  \
         130  interrupted (143: terminated, 129: the terminal was closed); `retort resume` continues\n\n\
-        Environment: RETORT_PLUGIN_PATH (directories with plugins, separated by ':'), NO_COLOR, RUST_LOG.",
+        Environment: RETORT_PLUGIN_PATH (directories with plugins, separated by ':'), RETORT_EXECUTOR and RETORT_SLURM \
+        (as --executor and --slurm of `run`), NO_COLOR, RUST_LOG.",
     max_term_width = 110
 )]
 pub struct Cli {
@@ -127,12 +133,18 @@ pub enum Command {
     Plan(plan::Args),
     /// Draw the stages of a recipe and what each takes from which.
     Graph(graph::Args),
-    /// Continue an interrupted, failed or lost run.
+    /// Draw images with a student or a teacher, without a recipe.
+    Sample(sample::Args),
+    /// Continue an interrupted, failed or lost run, or a sweep.
     Resume(resume::Args),
     /// List, show, tag, remove, export and import past runs.
     Runs(runs::Args),
     /// List, show and draw sweeps; `run --sweep` makes one.
     Sweep(sweep::Args),
+    /// Show pictures in the terminal.
+    Show(show::Args),
+    /// Write runs into one HTML page, to be sent to somebody.
+    Report(report::Args),
     /// Print or draw the metrics of a run.
     Metrics(metrics::Args),
     /// Print the log of a run.
@@ -204,12 +216,20 @@ pub struct SelectionArgs {
     /// Run only this stage and those that it depends on.
     #[arg(long, value_name = "STAGE")]
     pub until: Option<String>,
+    /// Whether files are read again.
+    #[command(flatten)]
+    pub rehash: RehashArgs,
+}
+
+/// Whether hashes of earlier commands are believed: an argument of `run`, `resume` and `plan`.
+#[derive(Debug, Clone, Copy, Default, Args)]
+pub struct RehashArgs {
     /// Read every file that the recipe names, even if it looks as it did when it was read before.
     #[arg(long)]
     pub rehash: bool,
 }
 
-impl SelectionArgs {
+impl RehashArgs {
     /// Whether hashes of earlier commands are believed.
     pub fn memory(&self) -> Memory {
         match self.rehash {
@@ -311,6 +331,22 @@ impl Context {
         home.is_absolute().then_some(home)
     }
 
+    /// What environment variables say of where and how stages are run, and where the user's file is.
+    pub fn given(&self) -> Given {
+        let variable =
+            |name| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
+        let config = std::env::var_os("XDG_CONFIG_HOME").map(PathBuf::from);
+        let config = config.filter(|dir| dir.is_absolute());
+        Given {
+            executor_variable: variable("RETORT_EXECUTOR"),
+            slurm_variable: variable("RETORT_SLURM"),
+            user_dir: config
+                .or_else(|| Some(self.home()?.join(".config")))
+                .map(|dir| dir.join("retort")),
+            ..Given::default()
+        }
+    }
+
     /// Whether stdout takes colours.
     pub fn color_stdout(&self) -> bool {
         talk::wants_color(self.color, &std::io::stdout())
@@ -397,9 +433,12 @@ pub fn main() -> ExitCode {
         Command::Validate(args) => validate::execute(args, &context),
         Command::Plan(args) => plan::execute(args, &context),
         Command::Graph(args) => graph::execute(args, &context),
+        Command::Sample(args) => sample::execute(args, &context),
         Command::Resume(args) => resume::execute(args, &context),
         Command::Runs(args) => runs::execute(args, &context),
         Command::Sweep(args) => sweep::execute(args, &context),
+        Command::Show(args) => show::execute(args, &context),
+        Command::Report(args) => report::execute(args, &context),
         Command::Metrics(args) => metrics::execute(args, &context),
         Command::Log(args) => log::execute(args, &context),
         Command::Tail(args) => log::tail(args, &context),

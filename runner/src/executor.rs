@@ -11,11 +11,12 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use retort_abi::Input;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::JoinSet;
 
 use crate::artifact::{ArtifactError, Layout, Work};
 use crate::executor::attempt::{Bench, Brief, End, Ended, Stop};
+use crate::executor::hand::Cluster;
 use crate::executor::reins::Follower;
 use crate::executor::source::Source;
 use crate::frame::Progress;
@@ -29,8 +30,9 @@ use crate::store::{
 
 pub mod attempt;
 pub mod gauge;
+pub mod hand;
 pub mod pause;
-mod recorder;
+pub(crate) mod recorder;
 pub mod reins;
 pub mod source;
 
@@ -38,6 +40,8 @@ pub use reins::{Reins, Signals};
 
 /// How often the run says that it lives.
 const HEARTBEAT: Duration = Duration::from_secs(5);
+/// How often it is looked whether everything is submitted, so that the runner can leave.
+const LEAVE: Duration = Duration::from_millis(500);
 /// How often a stage that another process works on is looked at again.
 const WAIT_FOR_OTHERS: Duration = Duration::from_millis(300);
 
@@ -62,6 +66,44 @@ pub struct Options {
     pub sweep: Option<SweepPlace>,
     /// Where it is to stop, to be judged.
     pub rung: Option<Rung>,
+    /// The cluster whose jobs do the work; none: processes of this machine do.
+    pub cluster: Option<Cluster>,
+    /// How its jobs are left.
+    pub leave: Leave,
+    /// What was set for them by flags, for the record.
+    pub slurm: Vec<String>,
+}
+
+/// How a runner leaves jobs of a cluster.
+#[derive(Clone)]
+pub enum Leave {
+    /// It does not: Ctrl-C cancels them.
+    Never,
+    /// By itself, when everything is submitted that can be.
+    WhenSubmitted,
+    /// Ctrl-C asks. A function that waits for an answer; called on a thread of its own.
+    Ask(Arc<dyn Fn() -> Choice + Send + Sync>),
+}
+
+impl std::fmt::Debug for Leave {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Never => "Never",
+            Self::WhenSubmitted => "WhenSubmitted",
+            Self::Ask(_) => "Ask",
+        })
+    }
+}
+
+/// What somebody wants who was asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Choice {
+    /// The jobs go on without a runner.
+    Detach,
+    /// They stop at their next checkpoint.
+    Cancel,
+    /// Nothing.
+    GoOn,
 }
 
 /// A place in a run where it is to stop: its first checkpoint after a step of a series.
@@ -103,6 +145,15 @@ pub enum Event {
     Waiting {
         /// The stage.
         stage: String,
+    },
+    /// Slurm has taken a job.
+    Submitted {
+        /// The stage.
+        stage: String,
+        /// Slurm's id.
+        job: u64,
+        /// Elements, where it is an array.
+        elements: Option<usize>,
     },
     /// A worker has begun on a stage.
     Began {
@@ -168,6 +219,7 @@ impl Event {
         match &mut self {
             Self::Reused { stage, .. }
             | Self::Waiting { stage }
+            | Self::Submitted { stage, .. }
             | Self::Began { stage, .. }
             | Self::Progress { stage, .. }
             | Self::Line { stage, .. }
@@ -245,6 +297,14 @@ pub enum ExecutorError {
     /// A file that a stage names cannot be used.
     #[error(transparent)]
     Input(#[from] InputError),
+    /// An artifact that the recipe takes by name is not there.
+    #[error("the artifact {} that the recipe takes as `{name}` is not in the store", hash.get(..12).unwrap_or(hash))]
+    NoArtifact {
+        /// Its name in the recipe.
+        name: String,
+        /// Its hash.
+        hash: String,
+    },
     /// A stage left out by `--from` is needed and was never made.
     #[error("`{stage}` is left out by --from, but its result is needed and not in the store")]
     Missing {
@@ -321,6 +381,15 @@ async fn carry_out(
         what: "the store's directory cannot be named",
         source,
     })?;
+    for given in &plan.given {
+        let known = store.find_artifact(&given.hash).await?;
+        if !known.is_some_and(|known| known.kind == given.kind && layout.holds(&known)) {
+            return Err(ExecutorError::NoArtifact {
+                name: given.name.clone(),
+                hash: given.hash.clone(),
+            });
+        }
+    }
     let run = store.begin_run(&new_run(plan, roles, options)).await?;
     let began = Instant::now();
     let paused = reins.pauses.total();
@@ -342,6 +411,7 @@ async fn carry_out(
             rung: options.rung.clone(),
             judged: Mutex::new(None),
             reached: Notify::new(),
+            cluster: options.cluster.clone(),
         });
         let mut floor = Floor::open(plan, roles, sources, &run, bench, options).await?;
         (floor.bench.listener)(Event::RunBegan { run: run.clone() });
@@ -358,6 +428,9 @@ async fn carry_out(
             return Err(error);
         }
     };
+    if floor.detached {
+        return detach(floor, began).await;
+    }
     let signal = floor.signal;
     let rung = floor.is_judged.then(|| floor.bench.judged()).flatten();
     let elapsed = floor.bench.pauses.worked(began, paused);
@@ -382,6 +455,32 @@ async fn carry_out(
         state,
         signal,
         rung,
+        stages,
+        elapsed,
+    })
+}
+
+/// Leaves the jobs of a run to the cluster.
+async fn detach(mut floor: Floor<'_>, began: Instant) -> Result<RunReport, ExecutorError> {
+    // Nothing is cancelled by that.
+    floor.workers.shutdown().await;
+    let (store, run) = (Arc::clone(&floor.bench.store), floor.run.clone());
+    let elapsed = floor.bench.pauses.worked(began, Duration::ZERO);
+    let signal = floor.signal;
+    let stages = floor.report();
+    let open = store.jobs(&run).await?.iter().any(|job| job.over.is_none());
+    let state = if open {
+        store.leave_to_scheduler(&run).await?;
+        RunState::Running
+    } else {
+        store.finish_run(&run, RunState::Interrupted, None).await?;
+        RunState::Interrupted
+    };
+    Ok(RunReport {
+        run,
+        state,
+        signal,
+        rung: None,
         stages,
         elapsed,
     })
@@ -423,6 +522,10 @@ fn new_run(plan: &Plan, roles: &[Role], options: &Options) -> NewRun {
         .iter()
         .zip(roles)
         .filter(|(_, role)| **role == Role::Forced);
+    if options.cluster.is_some() {
+        resolved["executor"] = "slurm".into();
+        resolved["slurm"] = options.slurm.clone().into();
+    }
     resolved["forced"] = forced.map(|(stage, _)| stage.name.as_str()).collect();
     NewRun {
         recipe_name: plan.name.clone(),
@@ -532,6 +635,10 @@ struct Floor<'p> {
     failed: bool,
     /// Whether it has come to its rung, and is being stopped.
     is_judged: bool,
+    /// Whether jobs are left to the cluster.
+    detached: bool,
+    /// Where somebody is asked, the answer.
+    answer: Option<oneshot::Receiver<Choice>>,
     workers: JoinSet<(usize, Duration, Result<Visit, ExecutorError>)>,
 }
 
@@ -629,6 +736,8 @@ impl<'p> Floor<'p> {
             signal: None,
             failed: false,
             is_judged: false,
+            detached: false,
+            answer: None,
             workers,
         })
     }
@@ -640,12 +749,27 @@ impl<'p> Floor<'p> {
         loop {
             self.settle().await?;
             self.launch();
-            if self.workers.is_empty() {
+            if self.workers.is_empty() || self.detached {
                 return Ok(());
             }
+            let leaves =
+                matches!(self.options.leave, Leave::WhenSubmitted) && self.bench.cluster.is_some();
             tokio::select! {
+                Ok(choice) = answer(&mut self.answer) => {
+                    self.answer = None;
+                    match choice {
+                        Choice::Detach => self.leave(libc::SIGINT),
+                        Choice::Cancel => self.interrupt(libc::SIGINT),
+                        Choice::GoOn => {}
+                    }
+                }
+                () = tokio::time::sleep(LEAVE), if leaves && self.signal.is_none() => {
+                    if self.bench.store.is_submitted(&self.run).await? {
+                        self.detached = true;
+                    }
+                }
                 Some(ended) = self.workers.join_next() => self.take_back(ended).await?,
-                signal = signals.next() => self.interrupt(signal),
+                signal = signals.next() => self.interrupt_or_leave(signal),
                 () = self.bench.reached.notified(), if !self.is_judged => {
                     self.is_judged = true;
                     // Who is in a hurry already stays so.
@@ -685,7 +809,18 @@ impl<'p> Floor<'p> {
         let stage = self.places[index].stage;
         let (mut inputs, mut hashes) = (BTreeMap::new(), BTreeMap::new());
         for reference in &stage.references {
-            // A plan's references name stages of the plan.
+            let mut given = self.plan.given.iter();
+            if let Some(given) = given.find(|given| given.name == reference.stage) {
+                let input = Input {
+                    kind: given.kind.clone(),
+                    path: self.bench.layout.artifact(&given.hash),
+                    hash: given.hash.clone(),
+                };
+                hashes.insert(reference.stage.clone(), given.hash.clone());
+                inputs.insert(reference.stage.clone(), input);
+                continue;
+            }
+            // A plan's other references name stages of the plan.
             let Some(source) = self
                 .places
                 .iter()
@@ -878,6 +1013,30 @@ impl<'p> Floor<'p> {
         Ok(())
     }
 
+    /// Jobs of a cluster need neither this process nor a terminal: where these go, jobs stay. Ctrl-C may mean both.
+    fn interrupt_or_leave(&mut self, signal: i32) {
+        if self.bench.cluster.is_none() || self.signal.is_some() {
+            return self.interrupt(signal);
+        }
+        match (&self.options.leave, signal) {
+            (_, libc::SIGHUP | libc::SIGTERM) | (Leave::WhenSubmitted, _) => self.leave(signal),
+            // Twice is an answer.
+            (Leave::Ask(ask), _) if self.answer.is_none() => {
+                let (tell, answer) = oneshot::channel();
+                let ask = Arc::clone(ask);
+                // A thread that nobody waits for: it may never get an answer.
+                std::thread::spawn(move || tell.send(ask()));
+                self.answer = Some(answer);
+            }
+            _ => self.interrupt(signal),
+        }
+    }
+
+    fn leave(&mut self, signal: i32) {
+        self.signal = Some(signal);
+        self.detached = true;
+    }
+
     /// Ctrl-C or its like: the first time workers are asked to stop, the second time they are made to. A closed terminal
     /// is told twice, by the kernel and by the shell, and nobody is impatient there.
     fn interrupt(&mut self, signal: i32) {
@@ -1013,4 +1172,14 @@ fn empty(dir: &std::path::Path) -> Result<(), ExecutorError> {
         .and_then(|()| std::fs::create_dir(dir))
         .map_err(failed)?;
     Ok(())
+}
+
+/// Waits for an answer; for ever where nobody was asked.
+async fn answer(
+    asked: &mut Option<oneshot::Receiver<Choice>>,
+) -> Result<Choice, oneshot::error::RecvError> {
+    match asked {
+        Some(asked) => asked.await,
+        None => std::future::pending().await,
+    }
 }

@@ -3,7 +3,7 @@
 //! In: a path and whether it is a file or a folder. Out: a [`Snapshot`]: a hash of the content, as of an artifact, and
 //! what the file system says of every file, by which a later look tells whether anything was written. Links are followed.
 //! Names that begin with a dot, and the leavings of file managers ([`is_hidden`]), are no data: they count for nothing, and
-//! no loader reads them. What has been hashed is remembered ([`Folder`]) and not read again while the file system says
+//! no loader reads them; nor is, in a folder of images, what is neither an image nor a list of them. What has been hashed is remembered ([`Folder`]) and not read again while the file system says
 //! that it is as it was. Deliberately absent: where that is remembered (the store), and what files mean.
 
 use std::collections::BTreeMap;
@@ -13,6 +13,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use retort_checkpoint::images::{self, is_hidden};
 use retort_checkpoint::regular;
 use retort_checkpoint::shards::Place;
 
@@ -131,11 +132,6 @@ impl Stamp {
     }
 }
 
-/// Whether a file or folder of this name is no data: hidden, or put there by a file manager.
-pub fn is_hidden(name: &str) -> bool {
-    name.starts_with('.') || ["thumbs.db", "desktop.ini"].contains(&&*name.to_ascii_lowercase())
-}
-
 /// The files that a path stands for, as they are at a moment.
 #[derive(Debug)]
 pub struct Listing {
@@ -190,6 +186,10 @@ impl Listing {
                 walk.file(path, String::new(), &found)?;
             }
             FileKind::Dir => walk.folder(path, "")?,
+            FileKind::Images => {
+                walk.only_images = true;
+                walk.folder(path, "")?;
+            }
             FileKind::Weights => {
                 let files = Place::find(path).map(|place| place.files());
                 let files = files.map_err(|error| InputError::Weights {
@@ -329,7 +329,9 @@ impl Listing {
         let snapshot = Snapshot {
             hash: match self.kind {
                 FileKind::File => single,
-                FileKind::Dir | FileKind::Weights => list.finalize().to_hex().to_string(),
+                FileKind::Dir | FileKind::Images | FileKind::Weights => {
+                    list.finalize().to_hex().to_string()
+                }
             },
             traces: self.traces.clone(),
             young,
@@ -429,6 +431,8 @@ struct Walk {
     /// The folders that lead to this one.
     above: Vec<(u64, u64)>,
     linked: usize,
+    /// Whether files that no loader of images reads are passed over.
+    only_images: bool,
 }
 
 impl Walk {
@@ -487,7 +491,12 @@ impl Walk {
                 inner => format!("{inner}/{own}"),
             };
             if !found.is_dir() {
-                self.file(&path, name, &found)?;
+                let counts = !self.only_images
+                    || !found.is_file()
+                    || images::is_data(&path, &name).map_err(failed("read", &path))?;
+                if counts {
+                    self.file(&path, name, &found)?;
+                }
                 continue;
             }
             self.linked += usize::from(is_link);
@@ -561,6 +570,39 @@ mod tests {
         let top = links.path().join("top");
         symlink(real.path(), &top).unwrap();
         assert_eq!(snapshot(&top).hash, snapshot(real.path()).hash);
+    }
+
+    /// As the caches of Hugging Face: names lead to files that are called after their content.
+    #[test]
+    fn a_cache_of_published_files_is_what_it_leads_to() {
+        let files = [
+            ("config.json", "{}"),
+            ("tokenizer.json", "[]"),
+            ("model.safetensors", "weights"),
+        ];
+        let real = filled(&files);
+        let cache = tempfile::tempdir().unwrap();
+        let (blobs, revision) = (cache.path().join("blobs"), cache.path().join("snapshots/1"));
+        fs::create_dir_all(&blobs).unwrap();
+        fs::create_dir_all(&revision).unwrap();
+        for (name, content) in files {
+            let blob = blake3::hash(content.as_bytes()).to_hex().to_string();
+            fs::write(blobs.join(&blob), content).unwrap();
+            symlink(Path::new("../../blobs").join(&blob), revision.join(name)).unwrap();
+        }
+        let hash = |path: &Path, kind: FileKind| {
+            let listing = Listing::of(path, kind).unwrap();
+            listing.hashed(&BTreeMap::new()).unwrap().0.hash
+        };
+        for kind in [FileKind::Dir, FileKind::Weights] {
+            let before = hash(&revision, kind);
+            assert_eq!(before, hash(real.path(), kind), "{kind:?}");
+            let weights = fs::read_link(revision.join("model.safetensors")).unwrap();
+            let blob = revision.join(weights);
+            fs::write(&blob, "other weights").unwrap();
+            assert_ne!(hash(&revision, kind), before, "{kind:?}");
+            fs::write(&blob, "weights").unwrap();
+        }
     }
 
     #[track_caller]

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::diagnostic::{Cause, Finding, Position, Report};
-use crate::recipe::{self, Recipe};
+use crate::recipe::{self, Given, Recipe};
 use crate::terminal;
 use crate::yaml::{Part, escape, odd_space};
 
@@ -44,6 +44,9 @@ pub struct Plan {
     pub base_dir: PathBuf,
     /// The recipe's seed, from which stages' seeds are derived.
     pub seed: u64,
+    /// Artifacts of the store that stages take by name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub given: Vec<Given>,
     /// The stages, each after all that it refers to.
     pub stages: Vec<PlannedStage>,
     /// Warnings met on the way.
@@ -144,14 +147,14 @@ impl FileOption {
         let shown = self.path.display();
         let what = match self.kind {
             FileKind::File | FileKind::Weights => "file",
-            FileKind::Dir => "directory",
+            FileKind::Dir | FileKind::Images => "directory",
         };
         let Ok(found) = std::fs::metadata(&self.path) else {
             return Some(format!("the {what} {shown} does not exist"));
         };
         let there = match self.kind {
             FileKind::File => found.is_file(),
-            FileKind::Dir => found.is_dir(),
+            FileKind::Dir | FileKind::Images => found.is_dir(),
             // What a folder holds, whoever reads it says.
             FileKind::Weights => found.is_file() || found.is_dir(),
         };
@@ -168,6 +171,8 @@ pub enum FileKind {
     File,
     /// A directory, with everything in it.
     Dir,
+    /// A directory, with the files in it that a loader of images reads.
+    Images,
     /// Weights of a network: a file, or the folder or index of several.
     Weights,
 }
@@ -283,6 +288,7 @@ pub fn plan(recipe: &Recipe, plugins: &mut dyn Descriptions) -> Result<Plan, Rep
         set: recipe.source.set.clone(),
         base_dir: recipe.source.base_dir.clone(),
         seed: recipe.seed.unwrap_or(0),
+        given: recipe.given.clone(),
         stages,
         warnings: Vec::new(),
         notes,
@@ -299,6 +305,14 @@ pub fn plan(recipe: &Recipe, plugins: &mut dyn Descriptions) -> Result<Plan, Rep
 }
 
 impl Plan {
+    /// Hashes of the artifacts that are given, by name.
+    pub fn given_hashes(&self) -> BTreeMap<String, String> {
+        let given = self.given.iter();
+        given
+            .map(|given| (given.name.clone(), given.hash.clone()))
+            .collect()
+    }
+
     /// The stage of that name.
     pub fn stage(&self, name: &str) -> Option<&PlannedStage> {
         self.stages.iter().find(|stage| stage.name == name)

@@ -84,6 +84,14 @@ impl Teller {
                     "{stage}: another run works on the same stage; waiting for it"
                 ));
             }
+            Event::Submitted {
+                stage,
+                job,
+                elements,
+            } => {
+                let of = elements.map_or_else(String::new, |count| format!(" of {count} elements"));
+                self.talk(&format!("{stage}: submitted as job {job}{of}"));
+            }
             Event::Began {
                 stage,
                 device,

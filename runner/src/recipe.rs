@@ -10,9 +10,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::diagnostic::{Finding, Position, Report};
+use crate::diagnostic::{Finding, Position, Report, Severity};
 use crate::schema::{self, RESERVED};
 use crate::sweep::{self, Sweep};
 use crate::yaml::{self, Document, Part, YamlError};
@@ -47,6 +48,8 @@ pub struct Recipe {
     pub threads: Option<usize>,
     /// The stages in the order of the text.
     pub stages: Vec<RecipeStage>,
+    /// Artifacts of the store that stand for what stages of their names would make.
+    pub given: Vec<Given>,
     /// What a sweep varies.
     pub sweep: Option<Sweep>,
     /// Mistakes and warnings.
@@ -78,6 +81,17 @@ pub struct RecipeStage {
     pub description: Option<String>,
     /// All other keys.
     pub options: Map<String, Value>,
+}
+
+/// An artifact of the store that stages take by a name, as if a stage had made it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Given {
+    /// The name.
+    pub name: String,
+    /// The artifact's hash.
+    pub hash: String,
+    /// Its kind.
+    pub kind: String,
 }
 
 /// Where a recipe comes from, and where in it each value does.
@@ -207,6 +221,23 @@ impl Source {
 fn above(pointer: &str) -> impl Iterator<Item = &str> {
     std::iter::successors(Some(pointer), |pointer| Some(pointer.rsplit_once('/')?.0))
         .filter(|pointer| !pointer.is_empty())
+}
+
+impl Recipe {
+    /// How many of its findings are errors.
+    pub fn errors(&self) -> usize {
+        let is_error = |finding: &&Finding| finding.severity == Severity::Error;
+        self.findings.iter().filter(is_error).count()
+    }
+
+    /// Its findings, with its text.
+    pub fn report(&self) -> Report {
+        Report {
+            path: self.source.path.clone(),
+            text: self.source.text.clone(),
+            findings: self.findings.clone(),
+        }
+    }
 }
 
 /// Reads a recipe and applies the changes of `--set`. `home` is what `~/` stands for.
@@ -436,6 +467,19 @@ fn extract(source: Source, value: &Value, sweep: Option<Sweep>, findings: Vec<Fi
             .into_iter()
             .flatten()
             .map(stage)
+            .collect(),
+        given: value
+            .get("artifacts")
+            .and_then(Value::as_object)
+            .into_iter()
+            .flatten()
+            .filter_map(|(name, given)| {
+                Some(Given {
+                    name: name.clone(),
+                    hash: text(given, "hash")?,
+                    kind: text(given, "kind")?,
+                })
+            })
             .collect(),
         sweep,
         findings,

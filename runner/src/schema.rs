@@ -128,7 +128,15 @@ pub fn recipe_schema(plugins: &[Description]) -> Value {
     open(&mut stage, &["kind"]);
     open(
         &mut schema,
-        &["version", "name", "params", "paths", "sweep", "stages"],
+        &[
+            "version",
+            "name",
+            "params",
+            "paths",
+            "artifacts",
+            "sweep",
+            "stages",
+        ],
     );
     definitions.insert("stage".to_owned(), stage);
     schema["$defs"] = Value::Object(definitions);
@@ -173,6 +181,17 @@ pub fn runner_schema() -> Value {
             "paths": {
                 "type": "object", "additionalProperties": {"type": "string"},
                 "description": "Paths used elsewhere as `${paths.name}`; relative ones start from the recipe's directory."
+            },
+            "artifacts": {
+                "type": "object", "propertyNames": {"pattern": NAME_PATTERN},
+                "description": "Artifacts of the store that stages take by these names, as if stages had made them.",
+                "additionalProperties": {
+                    "type": "object", "additionalProperties": false, "required": ["hash", "kind"],
+                    "properties": {
+                        "hash": {"type": "string", "pattern": "^[0-9a-f]{64}$", "description": "Its whole hash: `retort artifacts list --json` has it."},
+                        "kind": {"type": "string", "description": "Its kind: `student`, `teacher`."}
+                    }
+                }
             },
             "sweep": sweep::schema(),
             "stages": {

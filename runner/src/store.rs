@@ -26,7 +26,9 @@ mod error;
 mod file;
 mod function;
 mod history;
+mod host;
 mod import;
+mod jobs;
 mod lease;
 mod lineage;
 mod log;
@@ -50,6 +52,7 @@ pub use history::{
     ArtifactRow, AttemptDetail, LastExecution, RunDetail, RunFilter, RunSummary, SourceStage,
     StageCounts, StageDetail, Success,
 };
+pub use jobs::{ElementNews, JobKey, JobRow, Left, OpenJob};
 pub use lineage::{Lineage, Relative, Turn};
 pub use log::{LogLine, LogSource, RunLine};
 pub use query::Answer;
@@ -120,6 +123,8 @@ pub struct Store {
     series: Mutex<HashMap<AttemptId, HashMap<String, series::Known>>>,
     /// Runs found lost that could not be recorded as such (the store cannot be written to).
     lost: Mutex<HashSet<String>>,
+    /// This machine's right to write.
+    claim: Option<host::Claim>,
 }
 
 impl Store {
@@ -130,9 +135,28 @@ impl Store {
     /// [`StoreError::Missing`] (reading only), [`StoreError::NewerSchema`], [`StoreError::NotAStore`],
     /// [`StoreError::ReadOnly`], [`StoreError::Busy`], [`StoreError::Full`], [`StoreError::Damaged`].
     pub async fn open(dir: &Path, access: Access) -> Result<Store, StoreError> {
-        let pool = match access {
-            Access::ReadWrite => schema::open_for_writing(dir).await?,
-            Access::ReadOnly => schema::open_for_reading(dir).await?,
+        let (pool, claim) = match access {
+            Access::ReadWrite => {
+                schema::check_files(&schema::path_of(dir))?;
+                schema::make_directory(dir)?;
+                let known = host::is_known(dir);
+                let claim = host::claim(dir).await?;
+                match schema::open_for_writing(dir).await {
+                    Ok(pool) => (pool, claim),
+                    Err(error) => {
+                        drop(claim);
+                        // What is no store is left as it was.
+                        if !known {
+                            host::forget(dir);
+                        }
+                        return Err(error);
+                    }
+                }
+            }
+            Access::ReadOnly => {
+                host::check(dir)?;
+                (schema::open_for_reading(dir).await?, None)
+            }
         };
         Ok(Store {
             dir: dir.to_owned(),
@@ -141,6 +165,7 @@ impl Store {
             writer: tokio::sync::Mutex::default(),
             series: Mutex::default(),
             lost: Mutex::default(),
+            claim,
         })
     }
 

@@ -240,6 +240,11 @@ impl Cell {
         }
     }
 
+    /// The text for people.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
     /// Nothing.
     pub fn none() -> Self {
         Self::new("", Value::Null)

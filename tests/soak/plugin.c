@@ -5,9 +5,9 @@
  * work directory every fifth step and when the host wants the stage to stop. Parts do their pieces and leave them there.
  * The artifact holds bytes made from the pieces and from the input. Whatever was killed on the way, a right result has
  * the same bytes. Two environment variables, which no digest sees: RETORT_SOAK_LEDGER names a directory where each process
- * writes down the points it has given to the host, and RETORT_SOAK_HURRY leaves out the pauses.
+ * writes down whether it is a part, and the points it has given to the host, and RETORT_SOAK_HURRY leaves out the pauses.
  */
-#include "retort_plugin.h"
+#include "../tests/fixtures/calls.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -16,56 +16,7 @@
 #include <sys/time.h>
 #include <unistd.h>
 
-enum { PIECES = 3, PATH = 4096, LONGER = PATH + 64 };
-
-static retort_str str(const char *text) {
-    retort_str s = {text, strlen(text)};
-    return s;
-}
-
-static void put(retort_sink sink, const char *text) {
-    sink.write(sink.ctx, text, strlen(text));
-}
-
-static int fail(retort_sink err, int status, const char *code, const char *message) {
-    char text[512];
-    snprintf(text, sizeof text, "{\"code\":\"%s\",\"message\":\"%s\"}", code, message);
-    put(err, text);
-    return status;
-}
-
-/* A sink that keeps a path. */
-static void keep(void *ctx, const char *data, uint64_t len) {
-    char *buffer = ctx;
-    size_t have = strlen(buffer);
-    if (have + len < PATH) {
-        memcpy(buffer + have, data, len);
-        buffer[have + len] = 0;
-    }
-}
-
-/* The job is searched as text, which the host writes without spaces. A real plugin uses a JSON parser. */
-static int find(const char *job, const char *key, char *out, size_t size) {
-    char pattern[64];
-    snprintf(pattern, sizeof pattern, "\"%s\":\"", key);
-    const char *at = strstr(job, pattern);
-    if (!at)
-        return 0;
-    at += strlen(pattern);
-    size_t length = strcspn(at, "\"");
-    if (length >= size)
-        return 0;
-    memcpy(out, at, length);
-    out[length] = 0;
-    return 1;
-}
-
-static long number(const char *job, const char *key, long otherwise) {
-    char pattern[64];
-    snprintf(pattern, sizeof pattern, "\"%s\":", key);
-    const char *at = strstr(job, pattern);
-    return at ? atol(at + strlen(pattern)) : otherwise;
-}
+enum { PIECES = 3, LONGER = PATH + 64 };
 
 static int32_t describe(retort_sink out, retort_sink err) {
     (void)err;
@@ -140,7 +91,7 @@ static void tell(const retort_host *host, FILE *ledger, int piece, long step, ui
 static int work(const retort_host *host, const char *job, FILE *ledger, const char *dir, int piece, uint64_t seed,
                 uint64_t *result, retort_sink err) {
     char path[LONGER];
-    long step = 0, steps = number(job, "steps", 10);
+    long step = 0, steps = (long)number(job, "steps", 10);
     unsigned long long saved;
     uint64_t state = scramble(seed + (uint64_t)piece);
     snprintf(path, sizeof path, "%s/piece-%d", dir, piece);
@@ -178,7 +129,7 @@ static int make(const retort_host *host, const char *job, uint64_t state, retort
         snprintf(name, sizeof name, "%s/thing-%d", path, file);
         FILE *out = fopen(name, "w");
         int written = out != NULL;
-        for (long left = number(job, "bytes", 1000); written && left > 0; left -= (long)sizeof state) {
+        for (long left = (long)number(job, "bytes", 1000); written && left > 0; left -= (long)sizeof state) {
             state = scramble(state);
             written = fwrite(&state, sizeof state, 1, out) == 1;
         }
@@ -203,6 +154,8 @@ static int32_t run(const retort_host *host, retort_str stage, retort_sink result
     if (ledgers) {
         snprintf(name, sizeof name, "%s/%d", ledgers, (int)getpid());
         ledger = fopen(name, "a");
+        if (ledger && part)
+            fputs("part\n", ledger);
     }
     if (!find(job, "work_dir", dir, sizeof dir))
         return fail(err, RETORT_FAILED, "internal", "no work_dir");
@@ -223,7 +176,7 @@ static int32_t run(const retort_host *host, retort_str stage, retort_sink result
     int status = RETORT_OK;
     for (int piece = 0; piece < PIECES && status == RETORT_OK; piece++) {
         uint64_t done = 0;
-        if (part && piece % number(part, "of", 1) != number(part, "index", 0))
+        if (part && piece % (int)number(part, "of", 1) != (int)number(part, "index", 0))
             continue;
         status = work(host, job, ledger, dir, piece, state, &done, err);
         sum = scramble(sum ^ done);

@@ -5,6 +5,7 @@ pub mod examination;
 pub mod golden;
 pub mod gpu;
 pub mod memory;
+pub mod skip;
 pub mod speed;
 pub mod throughput;
 pub mod torch;

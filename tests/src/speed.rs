@@ -11,12 +11,12 @@ use std::time::Instant;
 
 use rayon::prelude::*;
 use retort_candle::Candle;
-use retort_engine::backend::{AdamwStep, Backend, FlowSolver, Unary};
+use retort_engine::backend::{AdamwStep, Backend, FlowSolver, Tensors, Unary};
 use retort_engine::bundle::{Family, NetworkConfig, TokenizerConfig};
 use retort_engine::error::{Error, Result};
 use retort_engine::flow;
 use retort_engine::model::autoencoder::Shape;
-use retort_engine::model::{Conditions, Teacher};
+use retort_engine::model::{Conditions, Guidance, Teacher};
 use retort_engine::published::{self, Hints};
 use retort_engine::random::{Sequence, Stream, noise};
 use retort_engine::tape::{Var, backward};
@@ -322,7 +322,11 @@ impl<B: Backend> On<B> {
         let shape = teacher.tokens();
         let labels: Vec<u32> = (0..batch as u32).collect();
         let labels = Conditions::Classes(self.backend.indices(&labels, &[batch])?);
-        let mut generation = teacher.generate(&labels, Some(GUIDANCE))?;
+        let guidance = Guidance {
+            scale: GUIDANCE,
+            interval: None,
+        };
+        let mut generation = teacher.generate(&labels, Some(guidance))?;
         let (mut seconds, mut previous, mut sample) = ([0.0; 2], None, 0);
         for &count in &shape.steps {
             let eps: Vec<f32> = noise(5, sample, batch * count, shape.dim);

@@ -7,14 +7,16 @@ use std::sync::Mutex;
 use retort_abi::{ArtifactMeta, Cancel, Failure, FailureCode, Host, LogLevel};
 use retort_candle::Candle;
 use retort_engine::Error;
-use retort_engine::backend::{Backend, FlowSolver, Unary};
-use retort_engine::model::{ConditionShape, Conditions, Generation, Teacher, TokenShape};
+use retort_engine::backend::{FlowSolver, Tensors, Unary};
+use retort_engine::model::{
+    ConditionShape, Conditions, Generation, Guidance, PrefixMask, Teacher, TokenShape,
+};
 use retort_engine::random::noise;
 use retort_engine::sampler::{Choice, Distribution, autoregressive, choices};
 use retort_engine::tape::Var;
 use retort_engine::train::{Fit, StepOutput, TrainOptions};
 
-type Tensor = <Candle as Backend>::Tensor;
+type Tensor = <Candle as Tensors>::Tensor;
 
 fn candle() -> Candle {
     Candle::open("cpu", "f32", 1).expect("a CPU")
@@ -40,9 +42,17 @@ impl Teacher<Candle> for Broken {
     fn generate<'a>(
         &'a self,
         _: &Conditions<Candle>,
-        _: Option<f64>,
+        _: Option<Guidance>,
     ) -> Result<Box<dyn Generation<Candle> + 'a>, Error> {
         Ok(Box::new(Tokens(self, 0)))
+    }
+    fn at_once(
+        &self,
+        _: &Conditions<Candle>,
+        _: Option<Guidance>,
+        _: Option<&Tensor>,
+    ) -> Result<Tensor, Error> {
+        Err(Error::Internal("not asked for".into()))
     }
 }
 
@@ -56,6 +66,9 @@ impl Generation<Candle> for Tokens<'_> {
         }
         self.1 += 1;
         candle().floats(&logits, &[3, count, k])
+    }
+    fn prefill(&mut self, _: &Tensor, _: PrefixMask) -> Result<Tensor, Error> {
+        Err(Error::Internal("not asked for".into()))
     }
 }
 
@@ -169,6 +182,7 @@ fn train(
         params: &params,
         ema: None,
         kept: None,
+        adversary: None,
     };
     let seen = RefCell::new(Vec::new());
     let made = fit.run(
@@ -178,7 +192,7 @@ fn train(
             let square = params[0].1.unary(Unary::Square)?.mean_all()?;
             let loss = square.mul(&Var::constant(by))?;
             let figures = Vec::new();
-            Ok(StepOutput { loss, figures })
+            Ok(StepOutput::new(loss, figures))
         },
         None,
     );
@@ -255,11 +269,12 @@ fn weights_that_are_not_finite_are_no_result() {
         params: &params,
         ema: None,
         kept: None,
+        adversary: None,
     };
     let step = |_| {
         let loss = params[0].1.unary(Unary::Square)?.mean_all()?;
         let figures = Vec::new();
-        Ok(StepOutput { loss, figures })
+        Ok(StepOutput::new(loss, figures))
     };
     let error = fit
         .run(step, None)

@@ -1,7 +1,7 @@
 //! What freshly drawn networks start from, and what weight decay spares: as the published trainings have it.
 
 use retort_candle::Candle;
-use retort_engine::backend::Backend;
+use retort_engine::backend::Tensors;
 use retort_engine::bundle::NetworkConfig;
 use retort_engine::model::{ConditionShape, decays, llamagen, var};
 use retort_engine::weights::{Loader, Params, Source};

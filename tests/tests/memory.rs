@@ -3,7 +3,7 @@
 //! `RETORT_MEMORY_MIB=1024 cargo test --release -p retort-tests --test memory -- --nocapture` for a larger file.
 
 use retort_candle::Candle;
-use retort_engine::backend::Backend;
+use retort_engine::backend::Tensors;
 use retort_engine::weights::{Init, Loader, Source, Stored, write_each};
 use retort_tests::memory::{peak, resident};
 use retort_tests::torch::Archive;

@@ -1,7 +1,7 @@
 //! Activations that are computed again in the backward pass: the same gradients, less memory.
 
 use retort_candle::Candle;
-use retort_engine::backend::{Backend, Unary};
+use retort_engine::backend::{Tensors, Unary};
 use retort_engine::bundle::{Family, NetworkConfig};
 use retort_engine::model::lpips::Lpips;
 use retort_engine::model::msvq::{Config, MultiScaleVq};

@@ -3,9 +3,10 @@
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+
+use retort_tests::skip::skip;
 
 #[test]
 fn the_map_stays_short() {
@@ -193,6 +194,32 @@ fn every_page_is_listed() {
             "docs/README.md lacks {name}"
         );
     }
+}
+
+/// What SECURITY.md says was found is kept out by tests: each that it names is one.
+#[test]
+fn the_tests_of_found_faults_are_there() {
+    let tests: BTreeSet<String> = sources()
+        .iter()
+        .flat_map(|path| {
+            let text = fs::read_to_string(path).unwrap();
+            let named = text.split("#[test]").skip(1).filter_map(|after| {
+                let name = after.split("fn ").nth(1)?.split('(').next()?;
+                Some(name.to_owned())
+            });
+            named.collect::<Vec<_>>()
+        })
+        .collect();
+    let page = read("SECURITY.md");
+    let rows = page.lines().filter(|line| line.starts_with("| "));
+    let mut named = 0;
+    for cell in rows.filter_map(|row| row.trim_end_matches(" |").rsplit_once(" | ")) {
+        for name in cell.1.split('`').skip(1).step_by(2) {
+            assert!(tests.contains(name), "SECURITY.md: no test {name}");
+            named += 1;
+        }
+    }
+    assert!(named >= 28, "{named} tests");
 }
 
 #[test]
@@ -428,11 +455,9 @@ fn built(name: &str) -> Option<PathBuf> {
     if path.exists() {
         return Some(path);
     }
-    // Written past the test harness, which would swallow it.
-    let place = path.display();
-    let _ = writeln!(
-        std::io::stderr(),
-        "SKIPPED: {place} is not built; `make test` builds it"
-    );
+    skip(&format!(
+        "{} is not built; `make test` builds it",
+        path.display()
+    ));
     None
 }

@@ -33,18 +33,28 @@ mod measuring;
 mod plugins;
 #[path = "runner/published.rs"]
 mod published;
+#[path = "runner/questions.rs"]
+mod questions;
 #[path = "runner/recipes.rs"]
 mod recipes;
+#[path = "runner/report.rs"]
+mod report;
 #[path = "runner/runs.rs"]
 mod runs;
 #[path = "runner/sampling.rs"]
 mod sampling;
+#[path = "runner/show.rs"]
+mod show;
 #[path = "runner/sources.rs"]
 mod sources;
 #[path = "runner/stores.rs"]
 mod stores;
+#[path = "runner/sweeps.rs"]
+mod sweeps;
 #[path = "runner/terminal.rs"]
 mod terminal;
+#[path = "runner/tokenizers.rs"]
+mod tokenizers;
 #[path = "runner/training.rs"]
 mod training;
 #[path = "runner/tricks.rs"]

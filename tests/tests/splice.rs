@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use retort_candle::Candle;
-use retort_engine::backend::Backend;
+use retort_engine::backend::Tensors;
 use retort_engine::bundle::{NetworkConfig, TokenizerConfig};
 use retort_engine::model::autoencoder::Shape;
 use retort_engine::model::{ConditionShape, Conditions, Prediction, Student, Tokenizer};
@@ -15,7 +15,7 @@ use retort_engine::splice::State;
 use retort_engine::tape::{Var, backward};
 use retort_engine::weights::{Floats, Loader, Params, Source, Weights};
 
-type Tensor = <Candle as Backend>::Tensor;
+type Tensor = <Candle as Tensors>::Tensor;
 
 /// A small student and its tokenizer, with weights that leave no part of it idle.
 struct Case {

@@ -1,4 +1,4 @@
-// A GPU that is none: the functions of libcuda and libcublas that the CUDA variant calls, on the host, with its kernels
+// An emulated GPU: the functions of libcuda and libcublas that the CUDA variant calls, on the host, with its kernels
 // compiled from the same text. Tests run the plugin as it is on it; nothing but tests may know of it.
 //
 // It is stricter than a GPU where that finds mistakes. Memory begins as NaN, and a write beyond its end is noticed when it

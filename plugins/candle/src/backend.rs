@@ -2,7 +2,8 @@
 
 use candle_core::{DType, Tensor};
 use retort_engine::backend::{
-    AdamwStep, Backend, Binary, FlowSolver, Mask, Unary, Window, upsample2,
+    AdamwStep, Attention, Binary, FlowSolver, Layers, Mask, Norms, Optimiser, Sampling, Tensors,
+    Unary, Window, upsample2,
 };
 use retort_engine::error::Result;
 
@@ -15,7 +16,7 @@ use crate::{
     softmax,
 };
 
-impl Backend for Candle {
+impl Tensors for Candle {
     type Tensor = Tensor;
 
     fn exact(&self) -> Self {
@@ -24,57 +25,73 @@ impl Backend for Candle {
             ..self.clone()
         }
     }
+
     fn floats(&self, data: &[f32], shape: &[usize]) -> Result<T> {
         Plain(self.clone()).floats(data, shape)
     }
+
     fn indices(&self, data: &[u32], shape: &[usize]) -> Result<T> {
         Plain(self.clone()).indices(data, shape)
     }
+
     fn full(&self, shape: &[usize], value: f32) -> Result<T> {
         Plain(self.clone()).full(shape, value)
     }
+
     fn floats_beside(other: &T, data: &[f32], shape: &[usize]) -> Result<T> {
         Plain::floats_beside(other, data, shape)
     }
+
     fn indices_beside(other: &T, data: &[u32], shape: &[usize]) -> Result<T> {
         Plain::indices_beside(other, data, shape)
     }
+
     fn to_floats(x: &T) -> Result<Vec<f32>> {
         Plain::to_floats(x)
     }
+
     fn to_indices(x: &T) -> Result<Vec<u32>> {
         Plain::to_indices(x)
     }
+
     fn shape(x: &T) -> Vec<usize> {
         Plain::shape(x)
     }
+
     fn reshape(x: &T, shape: &[usize]) -> Result<T> {
         Plain::reshape(x, shape)
     }
+
     fn permute(x: &T, dims: &[usize]) -> Result<T> {
         Plain::permute(x, dims)
     }
+
     fn narrow(x: &T, dim: usize, start: usize, len: usize) -> Result<T> {
         Plain::narrow(x, dim, start, len)
     }
+
     fn cat(xs: &[&T], dim: usize) -> Result<T> {
         Plain::cat(xs, dim)
     }
+
     fn expand(x: &T, shape: &[usize]) -> Result<T> {
         Plain::expand(x, shape)
     }
+
     fn unary(x: &T, f: Unary) -> Result<T> {
         fits(&[x])
             .then(|| activation::unary(x, f))
             .flatten()
             .unwrap_or_else(|| Plain::unary(x, f))
     }
+
     fn binary(a: &T, b: &T, f: Binary) -> Result<T> {
         fits(&[a, b])
             .then(|| arithmetic::binary(a, b, f))
             .flatten()
             .unwrap_or_else(|| Plain::binary(a, b, f))
     }
+
     fn affine(x: &T, mul: f64, add: f64) -> Result<T> {
         if fits(&[x]) {
             arithmetic::affine(x, mul, add)
@@ -82,6 +99,7 @@ impl Backend for Candle {
             Plain::affine(x, mul, add)
         }
     }
+
     fn sum(x: &T, dims: &[usize]) -> Result<T> {
         if fits(&[x]) {
             arithmetic::sum(x, dims)
@@ -89,9 +107,11 @@ impl Backend for Candle {
             Plain::sum(x, dims)
         }
     }
+
     fn max_last(x: &T) -> Result<T> {
         Plain::max_last(x)
     }
+
     fn argmax_last(x: &T) -> Result<T> {
         if fits(&[x]) {
             softmax::argmax_last(x)
@@ -99,6 +119,7 @@ impl Backend for Candle {
             Plain::argmax_last(x)
         }
     }
+
     fn matmul(a: &T, b: &T, ta: bool, tb: bool) -> Result<T> {
         if fits(&[a, b]) && a.rank() >= 2 {
             product::matmul(a, b, ta, tb)
@@ -106,18 +127,23 @@ impl Backend for Candle {
             Plain::matmul(a, b, ta, tb)
         }
     }
+
     fn rows(table: &T, ids: &T) -> Result<T> {
         Plain::rows(table, ids)
     }
+
     fn rows_adjoint(grad: &T, ids: &T, k: usize) -> Result<T> {
         Plain::rows_adjoint(grad, ids, k)
     }
+
     fn pick(x: &T, ids: &T) -> Result<T> {
         Plain::pick(x, ids)
     }
+
     fn pick_adjoint(grad: &T, ids: &T, k: usize) -> Result<T> {
         Plain::pick_adjoint(grad, ids, k)
     }
+
     fn conv2d(x: &T, w: &T, stride: usize, padding: [usize; 2]) -> Result<T> {
         if fits(&[x, w]) {
             convolution::conv2d(x, w, None, None, stride, padding)
@@ -125,33 +151,7 @@ impl Backend for Candle {
             Plain::conv2d(x, w, stride, padding)
         }
     }
-    fn conv2d_bias(
-        x: &T,
-        w: &T,
-        bias: &T,
-        residual: Option<&T>,
-        stride: usize,
-        padding: [usize; 2],
-    ) -> Result<T> {
-        let fit = fits(&[x, w, bias])
-            && bias.elem_count() == w.dims()[0]
-            && residual.is_none_or(|residual| fits(&[residual]));
-        if fit {
-            convolution::conv2d(x, w, Some(bias), residual, stride, padding)
-        } else {
-            Plain::conv2d_bias(x, w, bias, residual, stride, padding)
-        }
-    }
-    fn conv2d_upsampled(x: &T, w: &T, bias: &T, padding: [usize; 2]) -> Result<T> {
-        let fused = match fits(&[x, w, bias]) && bias.elem_count() == w.dims()[0] {
-            true => convolution::conv2d_upsampled(x, w, bias, padding)?,
-            false => None,
-        };
-        match fused {
-            Some(y) => Ok(y),
-            None => Self::conv2d_bias(&upsample2::<Self>(x)?, w, bias, None, 1, padding),
-        }
-    }
+
     fn conv2d_backward(
         x: &T,
         w: &T,
@@ -170,22 +170,39 @@ impl Backend for Candle {
     fn write_(x: &T, dim: usize, start: usize, src: &T) -> Result<()> {
         Plain::write_(x, dim, start, src)
     }
+
     fn assign_(x: &T, src: &T) -> Result<()> {
         Plain::assign_(x, src)
     }
-    fn adamw_(p: &T, m: &T, v: &T, g: &T, s: &AdamwStep) -> Result<()> {
-        let written = [p, m, v];
-        if fits(&[p, m, v, g]) && written.iter().all(|x| x.is_contiguous() && same(x, g)) {
-            optimiser::adamw_(p, m, v, g, s)
+}
+
+impl Layers for Candle {
+    fn conv2d_bias(
+        x: &T,
+        w: &T,
+        bias: &T,
+        residual: Option<&T>,
+        stride: usize,
+        padding: [usize; 2],
+    ) -> Result<T> {
+        let fit = fits(&[x, w, bias])
+            && bias.elem_count() == w.dims()[0]
+            && residual.is_none_or(|residual| fits(&[residual]));
+        if fit {
+            convolution::conv2d(x, w, Some(bias), residual, stride, padding)
         } else {
-            Plain::adamw_(p, m, v, g, s)
+            Plain::conv2d_bias(x, w, bias, residual, stride, padding)
         }
     }
-    fn ema_(average: &T, x: &T, decay: f64) -> Result<()> {
-        if fits(&[average, x]) && average.is_contiguous() && same(average, x) {
-            optimiser::ema_(average, x, decay)
-        } else {
-            Plain::ema_(average, x, decay)
+
+    fn conv2d_upsampled(x: &T, w: &T, bias: &T, padding: [usize; 2]) -> Result<T> {
+        let fused = match fits(&[x, w, bias]) && bias.elem_count() == w.dims()[0] {
+            true => convolution::conv2d_upsampled(x, w, bias, padding)?,
+            false => None,
+        };
+        match fused {
+            Some(y) => Ok(y),
+            None => Self::conv2d_bias(&upsample2::<Self>(x)?, w, bias, None, 1, padding),
         }
     }
 
@@ -195,6 +212,7 @@ impl Backend for Candle {
             .flatten()
             .unwrap_or_else(|| Plain::unary_backward(x, y, grad, f))
     }
+
     fn linear(x: &T, w: &T, bias: Option<&T>) -> Result<T> {
         let fit = fits(&[x, w])
             && bias.is_none_or(|b| fits(&[b]) && b.dims() == &w.dims()[..1])
@@ -206,6 +224,7 @@ impl Backend for Candle {
             Plain::linear(x, w, bias)
         }
     }
+
     fn softmax(x: &T) -> Result<T> {
         if fits(&[x]) {
             softmax::softmax(x)
@@ -213,6 +232,7 @@ impl Backend for Candle {
             Plain::softmax(x)
         }
     }
+
     fn softmax_backward(y: &T, grad: &T) -> Result<T> {
         if fits(&[y, grad]) && same(y, grad) {
             softmax::softmax_backward(y, grad)
@@ -220,62 +240,7 @@ impl Backend for Candle {
             Plain::softmax_backward(y, grad)
         }
     }
-    fn rms_norm(x: &T, w: &T, eps: f64) -> Result<T> {
-        if fits(&[x, w]) && ends_with(x, w.dims()) && w.rank() == 1 {
-            norm::rms_norm(x, w, eps)
-        } else {
-            Plain::rms_norm(x, w, eps)
-        }
-    }
-    fn rms_norm_backward(x: &T, w: &T, grad: &T, eps: f64) -> Result<(T, T)> {
-        if fits(&[x, w, grad]) && ends_with(x, w.dims()) && w.rank() == 1 && same(x, grad) {
-            norm::rms_norm_backward(x, w, grad, eps)
-        } else {
-            Plain::rms_norm_backward(x, w, grad, eps)
-        }
-    }
-    fn layer_norm(x: &T, eps: f64) -> Result<T> {
-        if fits(&[x]) {
-            norm::layer_norm(x, eps)
-        } else {
-            Plain::layer_norm(x, eps)
-        }
-    }
-    fn layer_norm_backward(x: &T, grad: &T, eps: f64) -> Result<T> {
-        if fits(&[x, grad]) && same(x, grad) {
-            norm::layer_norm_backward(x, grad, eps)
-        } else {
-            Plain::layer_norm_backward(x, grad, eps)
-        }
-    }
-    fn modulated_norm(x: &T, scale: &T, shift: &T, eps: f64) -> Result<T> {
-        if fits(&[x, scale, shift]) && modulates(x, scale) && modulates(x, shift) {
-            norm::modulated_norm(x, scale, shift, eps)
-        } else {
-            Plain::modulated_norm(x, scale, shift, eps)
-        }
-    }
-    fn group_norm(x: &T, groups: usize, w: &T, bias: &T, eps: f64) -> Result<T> {
-        if fits(&[x, w, bias]) && grouped(x, groups, &[w, bias]) {
-            norm::group_norm(x, groups, w, bias, eps, |y| y)
-        } else {
-            Plain::group_norm(x, groups, w, bias, eps)
-        }
-    }
-    fn group_norm_silu(x: &T, groups: usize, w: &T, bias: &T, eps: f64) -> Result<T> {
-        if fits(&[x, w, bias]) && grouped(x, groups, &[w, bias]) {
-            norm::group_norm(x, groups, w, bias, eps, silu)
-        } else {
-            Plain::group_norm_silu(x, groups, w, bias, eps)
-        }
-    }
-    fn group_norm_backward(x: &T, groups: usize, w: &T, grad: &T, eps: f64) -> Result<(T, T, T)> {
-        if fits(&[x, w, grad]) && grouped(x, groups, &[w]) && same(x, grad) {
-            norm::group_norm_backward(x, groups, w, grad, eps)
-        } else {
-            Plain::group_norm_backward(x, groups, w, grad, eps)
-        }
-    }
+
     fn max_pool2d(x: &T, window: Window) -> Result<T> {
         if fits(&[x]) && pooling::pooled(x, window) {
             pooling::max_pool2d(x, window)
@@ -283,6 +248,7 @@ impl Backend for Candle {
             Plain::max_pool2d(x, window)
         }
     }
+
     fn max_pool2d_backward(x: &T, grad: &T, window: Window) -> Result<T> {
         if fits(&[x, grad]) && pooling::pooled(x, window) {
             pooling::max_pool2d_backward(x, grad, window)
@@ -290,6 +256,107 @@ impl Backend for Candle {
             Plain::max_pool2d_backward(x, grad, window)
         }
     }
+
+    fn swiglu(x: &T) -> Result<T> {
+        if fits(&[x]) {
+            activation::swiglu(x)
+        } else {
+            Plain::swiglu(x)
+        }
+    }
+
+    fn swiglu_backward(x: &T, grad: &T) -> Result<T> {
+        if fits(&[x, grad]) && 2 * grad.elem_count() == x.elem_count() {
+            activation::swiglu_backward(x, grad)
+        } else {
+            Plain::swiglu_backward(x, grad)
+        }
+    }
+
+    fn cross_entropy(logits: &T, ids: &T) -> Result<T> {
+        if fits(&[logits]) {
+            softmax::cross_entropy(logits, ids)
+        } else {
+            Plain::cross_entropy(logits, ids)
+        }
+    }
+
+    fn cross_entropy_backward(logits: &T, ids: &T, grad: &T) -> Result<T> {
+        if fits(&[logits, grad]) && grad.elem_count() == ids.elem_count() {
+            softmax::cross_entropy_backward(logits, ids, grad)
+        } else {
+            Plain::cross_entropy_backward(logits, ids, grad)
+        }
+    }
+}
+
+impl Norms for Candle {
+    fn rms_norm(x: &T, w: &T, eps: f64) -> Result<T> {
+        if fits(&[x, w]) && ends_with(x, w.dims()) && w.rank() == 1 {
+            norm::rms_norm(x, w, eps)
+        } else {
+            Plain::rms_norm(x, w, eps)
+        }
+    }
+
+    fn rms_norm_backward(x: &T, w: &T, grad: &T, eps: f64) -> Result<(T, T)> {
+        if fits(&[x, w, grad]) && ends_with(x, w.dims()) && w.rank() == 1 && same(x, grad) {
+            norm::rms_norm_backward(x, w, grad, eps)
+        } else {
+            Plain::rms_norm_backward(x, w, grad, eps)
+        }
+    }
+
+    fn layer_norm(x: &T, eps: f64) -> Result<T> {
+        if fits(&[x]) {
+            norm::layer_norm(x, eps)
+        } else {
+            Plain::layer_norm(x, eps)
+        }
+    }
+
+    fn layer_norm_backward(x: &T, grad: &T, eps: f64) -> Result<T> {
+        if fits(&[x, grad]) && same(x, grad) {
+            norm::layer_norm_backward(x, grad, eps)
+        } else {
+            Plain::layer_norm_backward(x, grad, eps)
+        }
+    }
+
+    fn modulated_norm(x: &T, scale: &T, shift: &T, eps: f64) -> Result<T> {
+        if fits(&[x, scale, shift]) && modulates(x, scale) && modulates(x, shift) {
+            norm::modulated_norm(x, scale, shift, eps)
+        } else {
+            Plain::modulated_norm(x, scale, shift, eps)
+        }
+    }
+
+    fn group_norm(x: &T, groups: usize, w: &T, bias: &T, eps: f64) -> Result<T> {
+        if fits(&[x, w, bias]) && grouped(x, groups, &[w, bias]) {
+            norm::group_norm(x, groups, w, bias, eps, |y| y)
+        } else {
+            Plain::group_norm(x, groups, w, bias, eps)
+        }
+    }
+
+    fn group_norm_silu(x: &T, groups: usize, w: &T, bias: &T, eps: f64) -> Result<T> {
+        if fits(&[x, w, bias]) && grouped(x, groups, &[w, bias]) {
+            norm::group_norm(x, groups, w, bias, eps, silu)
+        } else {
+            Plain::group_norm_silu(x, groups, w, bias, eps)
+        }
+    }
+
+    fn group_norm_backward(x: &T, groups: usize, w: &T, grad: &T, eps: f64) -> Result<(T, T, T)> {
+        if fits(&[x, w, grad]) && grouped(x, groups, &[w]) && same(x, grad) {
+            norm::group_norm_backward(x, groups, w, grad, eps)
+        } else {
+            Plain::group_norm_backward(x, groups, w, grad, eps)
+        }
+    }
+}
+
+impl Attention for Candle {
     fn rope(x: &T, cos: &T, sin: &T) -> Result<T> {
         let tables = |x: &T| cos.dims() == [x.dims()[1], x.dims()[3] / 2] && same(cos, sin);
         if fits(&[x, cos, sin]) && x.rank() == 4 && tables(x) {
@@ -298,6 +365,7 @@ impl Backend for Candle {
             Plain::rope(x, cos, sin)
         }
     }
+
     fn attention(q: &T, k: &T, v: &T, mask: &Mask<T>, scale: f64) -> Result<T> {
         if fits(&[q, k, v]) && masked(mask) {
             attention::attention(q, k, v, mask, scale)
@@ -305,6 +373,7 @@ impl Backend for Candle {
             Plain::attention(q, k, v, mask, scale)
         }
     }
+
     fn attention_backward(
         q: &T,
         k: &T,
@@ -320,34 +389,28 @@ impl Backend for Candle {
             Plain::attention_backward(q, k, v, mask, scale, y, grad)
         }
     }
-    fn swiglu(x: &T) -> Result<T> {
-        if fits(&[x]) {
-            activation::swiglu(x)
+}
+
+impl Optimiser for Candle {
+    fn adamw_(p: &T, m: &T, v: &T, g: &T, s: &AdamwStep) -> Result<()> {
+        let written = [p, m, v];
+        if fits(&[p, m, v, g]) && written.iter().all(|x| x.is_contiguous() && same(x, g)) {
+            optimiser::adamw_(p, m, v, g, s)
         } else {
-            Plain::swiglu(x)
+            Plain::adamw_(p, m, v, g, s)
         }
     }
-    fn swiglu_backward(x: &T, grad: &T) -> Result<T> {
-        if fits(&[x, grad]) && 2 * grad.elem_count() == x.elem_count() {
-            activation::swiglu_backward(x, grad)
+
+    fn ema_(average: &T, x: &T, decay: f64) -> Result<()> {
+        if fits(&[average, x]) && average.is_contiguous() && same(average, x) {
+            optimiser::ema_(average, x, decay)
         } else {
-            Plain::swiglu_backward(x, grad)
+            Plain::ema_(average, x, decay)
         }
     }
-    fn cross_entropy(logits: &T, ids: &T) -> Result<T> {
-        if fits(&[logits]) {
-            softmax::cross_entropy(logits, ids)
-        } else {
-            Plain::cross_entropy(logits, ids)
-        }
-    }
-    fn cross_entropy_backward(logits: &T, ids: &T, grad: &T) -> Result<T> {
-        if fits(&[logits, grad]) && grad.elem_count() == ids.elem_count() {
-            softmax::cross_entropy_backward(logits, ids, grad)
-        } else {
-            Plain::cross_entropy_backward(logits, ids, grad)
-        }
-    }
+}
+
+impl Sampling for Candle {
     fn flow_map(logits: &T, noise: &T, codebook: &T, solver: &FlowSolver) -> Result<T> {
         if fits(&[logits, noise, codebook]) {
             flow::flow_map(logits, noise, codebook, solver)

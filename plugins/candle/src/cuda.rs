@@ -6,15 +6,18 @@
 //! up in f32.
 //! One stream orders everything; the host waits only where it reads results.
 
+mod arguments;
 mod attention;
 mod backend;
 mod biased;
 mod convolution;
+mod elementwise;
 mod flow;
 mod graph;
 mod launch;
 mod libraries;
 mod product;
+mod sums;
 mod tensor;
 
 use candle_core::Device;

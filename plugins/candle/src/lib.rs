@@ -80,7 +80,7 @@ fn keep_memory() {
     }
 }
 
-/// Folds candle's errors into the engine's: want of memory is a kind of its own, because the user can act on it.
+/// Folds candle's errors into the engine's: running out of memory is a kind of its own, because the user can act on it.
 fn failed(error: candle_core::Error) -> Error {
     let text = match error {
         // A backtrace is for the log of a crash, not for a message.

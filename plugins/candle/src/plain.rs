@@ -4,7 +4,9 @@
 //! types without a kernel and the yardstick for the kernels.
 
 use candle_core::{DType, Tensor};
-use retort_engine::backend::{Backend, Binary, Unary};
+use retort_engine::backend::{
+    Attention, Binary, Layers, Norms, Optimiser, Sampling, Tensors, Unary,
+};
 use retort_engine::error::{Error, Result};
 
 use crate::{Candle, T, failed};
@@ -13,7 +15,7 @@ use crate::{Candle, T, failed};
 #[derive(Debug, Clone)]
 pub struct Plain(pub Candle);
 
-impl Backend for Plain {
+impl Tensors for Plain {
     type Tensor = Tensor;
 
     fn exact(&self) -> Self {
@@ -276,6 +278,12 @@ impl Backend for Plain {
         Self::write_(x, 0, 0, src)
     }
 }
+
+impl Layers for Plain {}
+impl Norms for Plain {}
+impl Attention for Plain {}
+impl Optimiser for Plain {}
+impl Sampling for Plain {}
 
 /// Images (b, c, h, w) with zeros around them, as candle's convolutions take one padding for both directions.
 fn padded(x: &T, [high, wide]: [usize; 2]) -> candle_core::Result<T> {

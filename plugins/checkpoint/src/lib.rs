@@ -1,17 +1,20 @@
-//! Reads checkpoint files as data: torch's zip archives, its older pickles, and safetensors.
+//! Reads checkpoint files as data: torch's zip archives, its older pickles, and safetensors. Writes the first of these.
 //!
 //! In: a file that somebody published. Out: dictionaries of named tensors, read one at a time and converted on the way,
 //! so that a large file takes no more memory than its largest tensor. No instruction of a pickle is carried out; see
 //! `pickle.rs`. All sizes are checked before anything is allocated: a hostile file gets an error, never a crash, an
 //! endless loop or the machine's memory.
 //!
-//! Deliberately absent: any tensor library, and any knowledge of which networks there are.
+//! Deliberately absent: any tensor library; and, but for where published scripts look for weights ([`published`]), any
+//! knowledge of which networks there are.
 
 pub mod archive;
 mod error;
+pub mod images;
 mod ndarray;
 mod pickle;
 pub mod pieces;
+pub mod published;
 pub mod regular;
 mod safetensors;
 pub mod shards;
@@ -19,6 +22,7 @@ mod source;
 mod tensor;
 mod torch;
 pub mod trajectories;
+pub mod writer;
 
 use std::collections::HashMap;
 use std::path::Path;

@@ -119,6 +119,24 @@ impl Tensor {
         Some(part)
     }
 
+    /// One element as a tensor of shape (1), if it has that place.
+    pub fn element(&self, place: &[usize]) -> Option<Self> {
+        if place.len() != self.shape.len() {
+            return None;
+        }
+        let size = self.dtype.bitsize() as u64 / 8;
+        let mut part = self.clone();
+        for ((&at, &n), &stride) in place.iter().zip(&self.shape).zip(&self.strides) {
+            if at >= n {
+                return None;
+            }
+            let before = (at as u64).saturating_mul(stride as u64);
+            part.start = part.start.saturating_add(before.saturating_mul(size));
+        }
+        (part.shape, part.strides) = (vec![1], vec![1]);
+        Some(part)
+    }
+
     /// Whether the elements are floats of a type that can be read as such.
     pub fn is_float(&self) -> bool {
         matches!(

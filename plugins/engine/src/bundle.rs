@@ -17,7 +17,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::model::{Student, Teacher, TokenShape, Tokenizer, llamagen, msvq, var, vq};
+use crate::model::{
+    ConditionShape, Student, Teacher, TokenShape, Tokenizer, llamagen, msvq, var, vq,
+};
 use crate::stage::link;
 use crate::weights::{self, Loader, Source, Start, Stored, Weights};
 
@@ -34,6 +36,9 @@ pub struct Config {
     /// A student's timesteps, in AR steps, ascending from 0.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub timesteps: Vec<usize>,
+    /// Names of the classes of a teacher or student, where they are more than numbers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub classes: Vec<String>,
 }
 
 /// A family of networks.
@@ -112,6 +117,17 @@ impl TokenizerConfig {
         }
     }
 
+    /// Channels of the feature maps that are as large as the images.
+    pub fn finest_channels(&self) -> usize {
+        let shape = match self {
+            Self::Vq(c) => &c.autoencoder,
+            Self::Msvq(c) => &c.autoencoder,
+        };
+        shape
+            .channels
+            .saturating_mul(shape.multipliers.first().copied().unwrap_or(1))
+    }
+
     /// Builds the tokenizer.
     pub fn build<B: Backend>(&self, loader: &mut Loader<B>) -> Result<Box<dyn Tokenizer<B>>> {
         match self {
@@ -127,6 +143,22 @@ impl NetworkConfig {
         match self {
             Self::Llamagen(c) => c.token_shape(),
             Self::Var(c) => c.token_shape(),
+        }
+    }
+
+    /// Number and width of its blocks.
+    pub fn size(&self) -> (usize, usize) {
+        match self {
+            Self::Llamagen(c) => (c.depth, c.width),
+            Self::Var(c) => (c.depth, c.width),
+        }
+    }
+
+    /// Whether guidance of this strength is any, as the family means it: then it generates two rows an image.
+    pub fn is_guided(&self, guidance: Option<f64>) -> bool {
+        match self {
+            Self::Llamagen(_) => guidance.is_some_and(|s| s > 1.0),
+            Self::Var(_) => guidance.is_some_and(|w| w != 0.0),
         }
     }
 
@@ -154,6 +186,31 @@ impl NetworkConfig {
         match self {
             Self::Llamagen(c) => Ok(Box::new(llamagen::GptStudent::load(loader, c)?)),
             Self::Var(c) => Ok(Box::new(var::TransformerStudent::load(loader, c)?)),
+        }
+    }
+
+    /// Number of classes that it is made for, if it is made for classes.
+    pub fn classes(&self) -> Option<usize> {
+        match self.tokens().condition {
+            ConditionShape::Classes(classes) => Some(classes),
+            ConditionShape::Captions(_) => None,
+        }
+    }
+
+    /// The same network for another number of classes.
+    pub fn with_classes(mut self, classes: usize) -> Self {
+        match &mut self {
+            Self::Llamagen(c) => c.condition = ConditionShape::Classes(classes),
+            Self::Var(c) => c.classes = classes,
+        }
+        self
+    }
+
+    /// Name of the parameter with an embedding for each class.
+    pub fn class_embedding(&self) -> &'static str {
+        match self {
+            Self::Llamagen(_) => llamagen::CLASS_EMBEDDING,
+            Self::Var(_) => var::CLASS_EMBEDDING,
         }
     }
 
@@ -298,22 +355,48 @@ impl<'p> Bundle<'p> {
     }
 }
 
+/// What is different between two shapes, for people: `codebook_dim 8 here, 4 there`.
+pub fn differences(here: &impl Serialize, there: &impl Serialize) -> String {
+    let fields = |x: Result<serde_json::Value, serde_json::Error>| match x {
+        Ok(serde_json::Value::Object(fields)) => fields,
+        _ => serde_json::Map::new(),
+    };
+    let (here, there) = (
+        fields(serde_json::to_value(here)),
+        fields(serde_json::to_value(there)),
+    );
+    let absent = serde_json::Value::Null;
+    let mut names: Vec<&String> = here.keys().chain(there.keys()).collect();
+    names.sort();
+    names.dedup();
+    let values = names.iter().map(|name| {
+        let of = |x: &serde_json::Map<String, serde_json::Value>| {
+            x.get(*name).unwrap_or(&absent).to_string()
+        };
+        (name, of(&here), of(&there))
+    });
+    let told = values.filter(|(_, here, there)| here != there);
+    let told = told.map(|(name, here, there)| format!("{name} {here} here, {there} there"));
+    told.collect::<Vec<_>>().join("; ")
+}
+
 const FORMAT: u32 = 1;
 
 /// Writes the directory of a tokenizer.
 pub fn write_tokenizer(dir: &Path, config: &TokenizerConfig, weights: &Weights) -> Result<()> {
-    write_config(dir, config, None, &[])?;
+    write_config(dir, config, None, (&[], &[]))?;
     weights::write(&dir.join(TOKENIZER), weights)
 }
 
-/// Writes the directory of a teacher or student, with the tokenizer of another directory.
+/// Writes the directory of a teacher or student, with the tokenizer of another directory. `shown` are a student's timesteps
+/// and the names of the classes.
 pub fn write_network(
     dir: &Path,
     tokenizer: &Bundle<'_>,
     network: (&NetworkConfig, &Weights),
-    timesteps: &[usize],
+    shown: (&[usize], &[String]),
 ) -> Result<()> {
-    write_config(dir, &tokenizer.config.tokenizer, Some(network.0), timesteps)?;
+    write_config(dir, &tokenizer.config.tokenizer, Some(network.0), shown)?;
     link(&tokenizer.dir.join(TOKENIZER), &dir.join(TOKENIZER))?;
     weights::write(&dir.join(MODEL), network.1)
 }
@@ -321,7 +404,8 @@ pub fn write_network(
 /// Writes the directory of a student as it was at an earlier step of its training.
 pub fn write_snapshot(dir: &Path, student: &Bundle<'_>, step: u64) -> Result<()> {
     let c = &student.config;
-    write_config(dir, &c.tokenizer, c.network.as_ref(), &c.timesteps)?;
+    let shown = (c.timesteps.as_slice(), c.classes.as_slice());
+    write_config(dir, &c.tokenizer, c.network.as_ref(), shown)?;
     link(&student.dir.join(TOKENIZER), &dir.join(TOKENIZER))?;
     link(&student.dir.join(snapshot(step)), &dir.join(MODEL))
 }
@@ -331,18 +415,19 @@ pub fn snapshot(step: u64) -> PathBuf {
     Path::new(SNAPSHOTS).join(format!("{step}.safetensors"))
 }
 
-/// Writes the configuration of a directory.
+/// Writes the configuration of a directory, with timesteps and names of classes.
 pub fn write_config(
     dir: &Path,
     tokenizer: &TokenizerConfig,
     network: Option<&NetworkConfig>,
-    timesteps: &[usize],
+    (timesteps, classes): (&[usize], &[String]),
 ) -> Result<()> {
     let config = Config {
         format: FORMAT,
         tokenizer: tokenizer.clone(),
         network: network.cloned(),
         timesteps: timesteps.to_vec(),
+        classes: classes.to_vec(),
     };
     let path = dir.join(CONFIG);
     let text = serde_json::to_string_pretty(&config).map_err(|e| Error::Internal(e.to_string()))?;

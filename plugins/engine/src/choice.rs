@@ -5,11 +5,22 @@
 
 use rayon::prelude::*;
 
-use crate::backend::{Backend, Truncation};
+use crate::backend::tensor::Tensors;
 use crate::error::Result;
 
-/// [`Backend::truncate`] on the host.
-pub fn truncate<B: Backend>(logits: &B::Tensor, truncation: &Truncation) -> Result<B::Tensor> {
+/// Which codes a row of logits leaves to choose from.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Truncation {
+    /// Logits are divided by this.
+    pub temperature: f64,
+    /// Only so many of the most probable codes stay; 0 keeps all.
+    pub top_k: usize,
+    /// Of these only the most probable whose probabilities sum to this, the first over the sum included; 1 keeps all.
+    pub top_p: f64,
+}
+
+/// `Sampling::truncate` on the host.
+pub fn truncate<B: Tensors>(logits: &B::Tensor, truncation: &Truncation) -> Result<B::Tensor> {
     let shape = B::shape(logits);
     let mut host = B::to_floats(logits)?;
     host.par_chunks_mut(shape[1])
@@ -17,8 +28,8 @@ pub fn truncate<B: Backend>(logits: &B::Tensor, truncation: &Truncation) -> Resu
     B::floats_beside(logits, &host, &shape)
 }
 
-/// [`Backend::categorical`] on the host.
-pub fn categorical<B: Backend>(logits: &B::Tensor, uniforms: &[f64]) -> Result<B::Tensor> {
+/// `Sampling::categorical` on the host.
+pub fn categorical<B: Tensors>(logits: &B::Tensor, uniforms: &[f64]) -> Result<B::Tensor> {
     let shape = B::shape(logits);
     let host = B::to_floats(logits)?;
     let ids: Vec<u32> = host
@@ -46,6 +57,12 @@ pub fn truncate_row(row: &mut [f32], truncation: &Truncation) {
     } else {
         top_k.min(row.len())
     };
+    // As torch has it: whatever equals the last of them stays too.
+    let last = row[order[keep - 1] as usize];
+    keep += order[keep..]
+        .iter()
+        .take_while(|&&i| row[i as usize] == last)
+        .count();
     if top_p < 1.0 {
         let max = row[order[0] as usize];
         let weight = |&i: &u32| f64::from(row[i as usize] - max).exp();
@@ -109,6 +126,9 @@ mod tests {
         let logits = [0.1f32, 0.4, 0.2, 0.3].map(f32::ln);
         assert_eq!(kept(ALL, &logits), [0, 1, 2, 3]);
         assert_eq!(kept(Truncation { top_k: 2, ..ALL }, &logits), [1, 3]);
+        // Equals of the last one stay.
+        let two = Truncation { top_k: 2, ..ALL };
+        assert_eq!(kept(two, &[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]), [1, 2, 3, 4]);
         // 0.4 + 0.3 = 0.7 is over 0.5: the code that passes the threshold stays.
         assert_eq!(kept(Truncation { top_p: 0.5, ..ALL }, &logits), [1, 3]);
         assert_eq!(kept(Truncation { top_p: 0.3, ..ALL }, &logits), [1]);

@@ -216,17 +216,38 @@ impl Images {
         self.gather_augmented(indices, None)
     }
 
+    /// Whether training sees half of the images mirrored.
+    pub fn flips(&self) -> bool {
+        self.flip
+    }
+
+    /// As [`Images::gather`], all of them mirrored.
+    pub fn gather_mirrored(&self, indices: &[usize]) -> Result<(Vec<f32>, Vec<u32>)> {
+        self.gather_seen(indices, |index| {
+            let (top, left, _) = self.view(index, None);
+            (top, left, true)
+        })
+    }
+
     /// As [`Images::gather`], as training sees them.
     pub fn gather_augmented(
         &self,
         indices: &[usize],
         augment: Option<Augment>,
     ) -> Result<(Vec<f32>, Vec<u32>)> {
+        self.gather_seen(indices, |index| self.view(index, augment))
+    }
+
+    fn gather_seen(
+        &self,
+        indices: &[usize],
+        view: impl Fn(usize) -> (usize, usize, bool),
+    ) -> Result<(Vec<f32>, Vec<u32>)> {
         let mut pixels = Vec::with_capacity(indices.len() * self.stride());
         let mut buffer = Vec::new();
         for &index in indices {
             let image = self.stored_image(index, &mut buffer)?;
-            self.convert(image, self.view(index, augment), &mut pixels);
+            self.convert(image, view(index), &mut pixels);
         }
         let labels = indices.iter().map(|&index| self.labels[index]).collect();
         Ok((pixels, labels))

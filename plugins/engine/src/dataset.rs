@@ -170,6 +170,12 @@ impl Dataset {
         let (shard, row) = self.place(sample);
         shard.index_rows("tokens", row, 1)
     }
+
+    /// One token of a sample.
+    pub fn token(&self, sample: usize, position: usize) -> Result<u32> {
+        let (shard, row) = self.place(sample);
+        shard.index_at("tokens", &[row, position])
+    }
 }
 
 #[cfg(test)]

@@ -16,12 +16,26 @@
 //! codebook (k, d). Out: ids (n). Here: the composed form every backend can run, and a float64 reference, which takes
 //! another way.
 
-use crate::backend::{Backend, Binary, FlowSolver, Unary};
+use crate::backend::layers::Layers;
+use crate::backend::tensor::{Binary, Unary};
 use crate::error::Result;
 
 /// Steps unless somebody says otherwise. Of ten thousand tokens at published shapes fewer than one in a thousand then
 /// differ from float64 (`tests/tests/flow.rs`).
 pub const STEPS: usize = 96;
+
+/// The numbers of the AR flow map.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct FlowSolver {
+    /// Steps of the Adams method, an evaluation of the codebook each ([`steps`]).
+    pub steps: usize,
+}
+
+impl Default for FlowSolver {
+    fn default() -> Self {
+        Self { steps: STEPS }
+    }
+}
 
 /// How many slopes a prediction is made from. A correction is made from one more, the newest.
 pub const ORDER: usize = 4;
@@ -132,8 +146,8 @@ pub fn spread(mean_square: f64, square_of_mean: f64, d: usize) -> f64 {
     if some { spread } else { 1.0 }
 }
 
-/// The flow map in plain tensor operations: the default of [`Backend::flow_map`].
-pub fn composed<B: Backend>(
+/// The flow map in plain tensor operations: the default of `Sampling::flow_map`.
+pub fn composed<B: Layers>(
     logits: &B::Tensor,
     noise: &B::Tensor,
     codebook: &B::Tensor,

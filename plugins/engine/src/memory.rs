@@ -64,8 +64,12 @@ pub fn check_tensor(name: &str, shape: &[usize]) -> Result<()> {
     }
 }
 
-fn gigabytes(bytes: u64) -> String {
-    format!("{:.1} GB", bytes as f64 / 1e9)
+/// Bytes, for people.
+pub fn gigabytes(bytes: u64) -> String {
+    match bytes {
+        0..100_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
+        _ => format!("{:.1} GB", bytes as f64 / 1e9),
+    }
 }
 
 /// Bytes that this process may still take; none where nothing limits it that is known.

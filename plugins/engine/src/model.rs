@@ -7,11 +7,12 @@
 pub mod autoencoder;
 mod continuous;
 mod decoding;
+pub mod discriminator;
 pub mod inception;
 pub mod llamagen;
 pub mod lpips;
 pub mod msvq;
-mod resize;
+pub mod resize;
 pub mod t5;
 pub mod var;
 pub mod vq;
@@ -20,7 +21,10 @@ pub use continuous::CONTINUOUS_HEAD;
 
 pub use retort_checkpoint::trajectories::{CaptionShape, ConditionShape};
 
-use crate::backend::Backend;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::backend::{Backend, Unary};
 use crate::error::{Error, Result};
 use crate::tape::Var;
 
@@ -83,6 +87,17 @@ impl TokenShape {
         self.steps.iter().sum()
     }
 
+    /// Number of AR steps that so many tokens fill.
+    pub fn steps_within(&self, tokens: usize) -> usize {
+        let mut left = tokens;
+        let fits = |&&count: &&usize| {
+            let fits = count <= left;
+            left = left.saturating_sub(count);
+            fits
+        };
+        self.steps.iter().take_while(fits).count()
+    }
+
     /// Number of tokens in the first `step` AR steps.
     pub fn tokens_before(&self, step: usize) -> usize {
         self.steps[..step.min(self.steps.len())].iter().sum()
@@ -113,6 +128,31 @@ pub struct Reconstruction<B: Backend> {
     pub commitment_loss: Var<B>,
     /// Ids of all tokens, in any shape.
     pub tokens: B::Tensor,
+    /// The codebook (K, D) as it was looked up, where its gradient and that of `z` lead back.
+    pub codes: Option<Var<B>>,
+    /// What the last convolution of the decoder saw, and its kernel: how losses compare their pull at it.
+    pub last: LastConvolution<B>,
+}
+
+/// The convolution that makes images, of stride 1, which keeps their size.
+pub struct LastConvolution<B: Backend> {
+    /// Its input (b, C, h, w).
+    pub input: B::Tensor,
+    /// Its kernel (c, C, k, k).
+    pub kernel: B::Tensor,
+}
+
+impl<B: Backend> LastConvolution<B> {
+    /// Length of the gradient of its kernel, given that of the images.
+    pub fn pull(&self, images: &B::Tensor) -> Result<f64> {
+        let padding = [B::shape(&self.kernel)[2] / 2; 2];
+        let (_, gradient) =
+            B::conv2d_backward(&self.input, &self.kernel, images, 1, padding, (false, true))?;
+        let gradient = gradient.ok_or_else(|| Error::Internal("no gradient of a kernel".into()))?;
+        let square = B::unary(&gradient, Unary::Square)?;
+        let sum = B::to_floats(&B::sum(&square, &[0, 1, 2, 3])?)?;
+        Ok(f64::from(sum[0]).sqrt())
+    }
 }
 
 /// Parameters of more than one dimension that no weight decay pulls at in VAR's published training: lengths of queries,
@@ -133,18 +173,51 @@ pub trait Teacher<B: Backend> {
     fn tokens(&self) -> &TokenShape;
     /// Teacher-forced logits (b, L, K) of tokens (b, L); differentiable.
     fn forced(&self, conditions: &Conditions<B>, tokens: &B::Tensor) -> Result<Var<B>>;
-    /// Starts generating; with a classifier-free guidance scale, which means what the family means by it.
+    /// Starts generating.
     fn generate<'a>(
         &'a self,
         conditions: &Conditions<B>,
-        guidance: Option<f64>,
+        guidance: Option<Guidance>,
     ) -> Result<Box<dyn Generation<B> + 'a>>;
+    /// Guided logits (b, L - l', K) of all tokens after the known ones (b, l'), which fill whole AR steps, in one pass: each
+    /// given the known ones alone.
+    fn at_once(
+        &self,
+        conditions: &Conditions<B>,
+        guidance: Option<Guidance>,
+        known: Option<&B::Tensor>,
+    ) -> Result<B::Tensor>;
+}
+
+/// Classifier-free guidance.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Guidance {
+    /// Its strength, which means what the family means by it.
+    pub scale: f64,
+    /// Number of the last guided one of the AR steps after the first that is chosen, counted from 0; all are, if none. As
+    /// LlamaGen's `cfg_interval`.
+    pub interval: Option<usize>,
+}
+
+/// What the tokens see of each other that a generation is given.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum PrefixMask {
+    /// Their own AR step and the earlier ones, as in training.
+    #[default]
+    Causal,
+    /// As the released code of the paper has it. VAR: all scales of the prefix and the first scale after it see each other.
+    /// LlamaGen: the same as `causal`.
+    Published,
 }
 
 /// A generation under way: holds the KV cache.
 pub trait Generation<B: Backend> {
     /// Guided logits (b, l, K) of the next AR step, given the tokens (b, l') of the previous one (none at first).
     fn advance(&mut self, previous: Option<&B::Tensor>) -> Result<B::Tensor>;
+    /// The same after the tokens (b, l') of the first AR steps, fewer than all, in one pass. In the place of the first
+    /// `advance`.
+    fn prefill(&mut self, tokens: &B::Tensor, mask: PrefixMask) -> Result<B::Tensor>;
 }
 
 /// What a student says of X_t.

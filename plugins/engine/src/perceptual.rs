@@ -1,11 +1,11 @@
-//! The perceptual term of a student's training loss: how far decoded images are apart.
+//! The perceptual term of a training loss: how far images are apart, for an eye. A student's:
 //!
 //! ```text
 //! term = mean over the batch of eye(decode(sequence), decode(tokens))        eye: pixels, a classifier's features, or LPIPS
 //! ```
 //!
 //! In: final sequences (b, L, D) as [`crate::splice`] makes them. It differentiates them alone: decoder and eye are constants. Images
-//! go through a few at a time.
+//! go through a few at a time. A tokenizer's term compares images and their reconstructions.
 
 use std::path::Path;
 
@@ -21,8 +21,7 @@ use crate::stage::{Context, resolve};
 use crate::tape::Var;
 use crate::weights::{Loader, Source, Stored};
 
-/// Distance between decoded images; it moves the continuous head only, so it needs a `split` below the number of AR
-/// steps.
+/// Distance between images.
 #[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
 #[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
 pub enum Perceptual {
@@ -38,6 +37,9 @@ pub enum Perceptual {
     Classifier {
         /// Its weight.
         weight: f64,
+        /// Whether the maps of its convolutions are compared too, each pixel's channels made a unit vector, as LPIPS does.
+        #[serde(default)]
+        maps: bool,
         /// The stage that trained the classifier.
         #[schemars(extend("x-retort-artifact" = ["classifier"]))]
         classifier: String,
@@ -67,12 +69,15 @@ impl Perceptual {
     }
 }
 
+/// Pixels of the images that are looked at together, unless a recipe says how many images.
+pub const PIXELS_AT_ONCE: usize = 1 << 19;
+
 /// What compares decoded images.
 pub enum Eye<B: Backend> {
     /// Their pixels as they are.
     Pixels,
-    /// The features of a classifier.
-    Classifier(Net<B>),
+    /// The features of a classifier, and its maps, if so said.
+    Classifier(Net<B>, bool),
     /// LPIPS.
     Lpips(Lpips<B>),
 }
@@ -83,9 +88,9 @@ impl<B: Backend> Eye<B> {
         let (backend, base) = (context.backend, &context.job.base_dir);
         Ok(match perceptual {
             Perceptual::None | Perceptual::L2 { .. } => Self::Pixels,
-            Perceptual::Classifier { classifier, .. } => {
-                Self::Classifier(Net::open(backend, context.input_dir(classifier)?)?)
-            }
+            Perceptual::Classifier {
+                classifier, maps, ..
+            } => Self::Classifier(Net::open(backend, context.input_dir(classifier)?)?, *maps),
             Perceptual::Lpips { vgg, linear, .. } => {
                 let [vgg, linear] = [vgg, linear].map(|file| resolve(base, file));
                 let (trunk, layers) = (Stored::open(&vgg, None)?, Stored::open(&linear, None)?);
@@ -106,25 +111,48 @@ impl<B: Backend> Eye<B> {
         })
     }
 
+    /// Refuses images (c, h, w) that it cannot look at.
+    pub fn check(&self, image: [usize; 3]) -> Result<()> {
+        let refuse = |message: String| Err(Error::option("/perceptual", message));
+        let side = image[1].min(image[2]);
+        match self {
+            Self::Classifier(net, _) if net.config.image != image => refuse(format!(
+                "images of {image:?}; the classifier was made for {:?}",
+                net.config.image
+            )),
+            Self::Lpips(_) if side < lpips::LEAST_SIDE => refuse(format!(
+                "LPIPS needs images of at least {0} x {0} pixels, the tokenizer decodes to {side}",
+                lpips::LEAST_SIDE
+            )),
+            _ => Ok(()),
+        }
+    }
+
     /// Mean distance of images (b, c, h, w) in [-1, 1].
     pub fn distance(&self, a: &Var<B>, b: &Var<B>) -> Result<Var<B>> {
         let (a, b) = match self {
             Self::Pixels => (a.clone(), b.clone()),
-            Self::Classifier(net) => (net.features(a)?, net.features(b)?),
-            Self::Lpips(lpips) => {
-                let side = a.shape()[2].min(a.shape()[3]);
-                if side < lpips::LEAST_SIDE {
-                    let message = format!(
-                        "LPIPS needs images of at least {0} x {0} pixels, the tokenizer decodes to {side}",
-                        lpips::LEAST_SIDE
-                    );
-                    return Err(Error::option("/perceptual", message));
+            Self::Classifier(net, false) => (net.features(a)?, net.features(b)?),
+            Self::Classifier(net, true) => {
+                let (a, b) = (net.maps(a)?, net.maps(b)?);
+                let (last, own) = (&a[a.len() - 1], &b[b.len() - 1]);
+                let mut sum = mean_square(&net.features_of(last)?, &net.features_of(own)?)?;
+                for (a, b) in a.iter().zip(&b) {
+                    // Of unit vectors, as the mean over pixels of the square of what is between them.
+                    let channels = a.shape()[1] as f64;
+                    let term = mean_square(&lpips::unit(a)?, &lpips::unit(b)?)?;
+                    sum = sum.add(&term.affine(channels, 0.0)?)?;
                 }
-                return lpips.distance(a, b)?.mean_all();
+                return Ok(sum);
             }
+            Self::Lpips(lpips) => return lpips.distance(a, b)?.mean_all(),
         };
-        a.sub(&b)?.unary(Unary::Square)?.mean_all()
+        mean_square(&a, &b)
     }
+}
+
+fn mean_square<B: Backend>(a: &Var<B>, b: &Var<B>) -> Result<Var<B>> {
+    a.sub(b)?.unary(Unary::Square)?.mean_all()
 }
 
 /// Mean distance of the images of sequences (b, L, D) to those of others, of which at most `most` are decoded at once.

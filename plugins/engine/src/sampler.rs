@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 use crate::backend::{Backend, FlowSolver, Truncation};
 use crate::error::{Error, Result};
 use crate::finite::Finite;
-use crate::model::{Conditions, Student, Teacher, TokenShape, vq::nearest};
+use crate::model::resize::bicubic_planes;
+use crate::model::{Conditions, Guidance, PrefixMask, Student, Teacher, TokenShape, vq::nearest};
 use crate::random::{Sequence, Stream};
 use crate::splice::State;
 use crate::tape::Var;
@@ -23,10 +24,14 @@ pub struct Distribution {
     /// uncond + s (cond - uncond), where 1 or less is none. VAR: w, by which the logits of scale k of S, counted from 0, are
     /// (1 + t) cond - t uncond with t = w k / (S - 1), where 0 is none.
     pub guidance: Option<f64>,
+    /// Number of the last guided AR step, counted from 0 at the one after the first that the teacher samples: later ones have
+    /// no guidance. All are guided, if left out. As LlamaGen's `cfg_interval`, where -1 leaves it out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cfg_interval: Option<usize>,
     /// Logits are divided by this.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub temperature: f64,
-    /// Only the k most probable codes stay; 0 keeps all.
+    /// Only the k most probable codes stay, and those that are as probable as the last of them; 0 keeps all.
     pub top_k: usize,
     /// Only the most probable codes whose probabilities sum to this stay, the first over the sum included; 1 keeps all.
     #[schemars(range(min = 0, max = 1))]
@@ -37,6 +42,7 @@ impl Default for Distribution {
     fn default() -> Self {
         Self {
             guidance: None,
+            cfg_interval: None,
             temperature: 1.0,
             top_k: 0,
             top_p: 1.0,
@@ -47,6 +53,14 @@ impl Default for Distribution {
 impl Distribution {
     fn truncates(&self, vocabulary: usize) -> bool {
         self.temperature != 1.0 || (1..vocabulary).contains(&self.top_k) || self.top_p < 1.0
+    }
+
+    /// Its guidance, as teachers take it.
+    pub fn guided(&self) -> Option<Guidance> {
+        self.guidance.map(|scale| Guidance {
+            scale,
+            interval: self.cfg_interval,
+        })
     }
 
     /// What it leaves of a row of logits.
@@ -81,36 +95,80 @@ pub fn choices(seed: u64, first: u64, count: usize) -> Vec<Sequence> {
         .collect()
 }
 
+/// Tokens that a teacher goes on from.
+pub struct Prefix<'a, B: Backend> {
+    /// Tokens of the first AR steps (b, L_p).
+    pub tokens: &'a B::Tensor,
+    /// What they see of each other.
+    pub mask: PrefixMask,
+}
+
 /// The teacher's AR sampler: tokens (b, L'), where L' are the tokens of the AR steps before `end`.
 ///
-/// With a prefix (b, L_p), its tokens are taken as they are and choosing starts after them. Logits that are not finite are
-/// an error that names the sample.
+/// A prefix goes through the teacher in the pass that yields the first token after it: there are as many passes as AR steps
+/// whose tokens are chosen. Logits that are not finite are an error that names the sample.
 pub fn autoregressive<B: Backend>(
     teacher: &dyn Teacher<B>,
     conditions: &Conditions<B>,
     distribution: &Distribution,
     choice: &mut Choice<'_, B>,
-    prefix: Option<&B::Tensor>,
+    prefix: Option<Prefix<'_, B>>,
     end: usize,
 ) -> Result<B::Tensor> {
     let shape = teacher.tokens();
-    let given = prefix.map_or(0, |p| B::shape(p)[1]);
-    let mut generation = teacher.generate(conditions, distribution.guidance)?;
+    let given = prefix.as_ref().map_or(0, |p| B::shape(p.tokens)[1]);
+    let mut generation = teacher.generate(conditions, distribution.guided())?;
     let mut chosen: Vec<B::Tensor> = Vec::with_capacity(end);
-    let (mut start, mut finite) = (0, Finite::<B>::new("the teacher's logits"));
-    for (step, &count) in shape.steps[..end.min(shape.steps.len())].iter().enumerate() {
-        let logits = generation.advance(chosen.last())?; // (b, count, K)
+    let (mut start, mut finite) = (given, Finite::<B>::new("the teacher's logits"));
+    for step in shape.steps_within(given)..end.min(shape.steps.len()) {
+        let logits = match &prefix {
+            Some(prefix) if chosen.is_empty() => generation.prefill(prefix.tokens, prefix.mask)?,
+            _ => generation.advance(chosen.last())?,
+        }; // (b, count, K)
         finite.watch(step, &logits)?;
-        let ids = match prefix {
-            Some(p) if start + count <= given => B::narrow(p, 1, start, count)?,
-            _ => choose::<B>(&logits, shape, distribution, choice, start)?,
-        };
-        chosen.push(ids);
-        start += count;
+        chosen.push(choose::<B>(&logits, shape, distribution, choice, start)?);
+        start += shape.steps[step];
     }
     finite.check()?;
-    let parts: Vec<&B::Tensor> = chosen.iter().collect();
-    B::cat(&parts, 1)
+    let given = prefix.iter().map(|prefix| prefix.tokens);
+    B::cat(&given.chain(&chosen).collect::<Vec<_>>(), 1)
+}
+
+/// Tokens (b, L): the teacher's AR sampler up to the step `end`, then all others in one pass, each given those alone.
+pub fn skipping<B: Backend>(
+    teacher: &dyn Teacher<B>,
+    conditions: &Conditions<B>,
+    distribution: &Distribution,
+    choice: &mut Choice<'_, B>,
+    end: usize,
+) -> Result<B::Tensor> {
+    let shape = teacher.tokens();
+    let known = match end {
+        0 => None,
+        end => Some(autoregressive(
+            teacher,
+            conditions,
+            distribution,
+            choice,
+            None,
+            end,
+        )?),
+    };
+    if end >= shape.steps.len()
+        && let Some(all) = known
+    {
+        return Ok(all);
+    }
+    let logits = teacher.at_once(conditions, distribution.guided(), known.as_ref())?;
+    let mut finite = Finite::<B>::new("the teacher's logits");
+    finite.watch(end, &logits)?;
+    finite.check()?;
+    let start = shape.tokens_before(end);
+    let rest = choose::<B>(&logits, shape, distribution, choice, start)?;
+    match known {
+        Some(known) => B::cat(&[&known, &rest], 1),
+        None => Ok(rest),
+    }
 }
 
 /// Ids (b, l) from logits (b, l, K) of the tokens from `start` on.
@@ -208,19 +266,22 @@ impl<B: Backend> StudentSampler<'_, B> {
         Ok(sequence.value().clone())
     }
 
-    /// Teacher-assisted sampling: the student's first pass, its tokens before AR step `teacher_start` kept, the
-    /// teacher's choices up to `t`, and the student's last pass from `t`.
-    #[expect(clippy::too_many_arguments, reason = "the algorithm has these inputs")]
+    /// Teacher-assisted sampling: the student's first pass from the first timestep, its tokens before the assistant's start
+    /// kept, the teacher's choices up to the second timestep, and the student's last pass from there.
     pub fn assisted(
         &self,
         noise: &B::Tensor,
         conditions: &Conditions<B>,
         timesteps: [usize; 2],
-        teacher: &dyn Teacher<B>,
-        teacher_start: usize,
-        distribution: &Distribution,
+        assistant: &Assistant<'_, B>,
         choice: &mut Choice<'_, B>,
     ) -> Result<(B::Tensor, B::Tensor)> {
+        let &Assistant {
+            teacher,
+            start: teacher_start,
+            distribution,
+            mask,
+        } = assistant;
         let shape = self.student.tokens();
         let (b, l) = (B::shape(noise)[0], shape.tokens());
         let kept = shape.tokens_before(teacher_start);
@@ -239,7 +300,7 @@ impl<B: Backend> StudentSampler<'_, B> {
             conditions,
             distribution,
             choice,
-            prefix.as_ref(),
+            prefix.as_ref().map(|tokens| Prefix { tokens, mask }),
             timesteps[1],
         )?;
         let known = B::rows(self.codebook, &tokens)?; // (b, l', D)
@@ -252,6 +313,18 @@ impl<B: Backend> StudentSampler<'_, B> {
         let last = self.pass(&latents, noise, conditions, timesteps[1])?;
         Ok((last, latents))
     }
+}
+
+/// A teacher that samples a part of the tokens between a student's passes.
+pub struct Assistant<'a, B: Backend> {
+    /// The teacher.
+    pub teacher: &'a dyn Teacher<B>,
+    /// The AR step from which it samples.
+    pub start: usize,
+    /// Its distribution.
+    pub distribution: &'a Distribution,
+    /// What the tokens see of each other that it is given.
+    pub mask: PrefixMask,
 }
 
 /// Whether timesteps can be passes of a sampler: at least one, each later than the one before.
@@ -284,13 +357,18 @@ pub fn check_timesteps(timesteps: &[usize], shape: &TokenShape, pointer: &str) -
     Ok(())
 }
 
-/// Images (b, c, h, w) in [0, 1] on the host from latents (b, L, D).
+/// Images (b, c, h, w) in [0, 1] on the host from latents (b, L, D), brought to a side of so many pixels.
 pub fn decode<B: Backend>(
     tokenizer: &dyn crate::model::Tokenizer<B>,
     latents: &B::Tensor,
+    side: usize,
 ) -> Result<Vec<f32>> {
     let images = tokenizer.decode(&Var::constant(latents.clone()))?;
-    Ok(B::to_floats(images.value())?
+    let (decoded, mut pixels) = (images.shape()[3], B::to_floats(images.value())?);
+    if decoded != side {
+        pixels = bicubic_planes(&pixels, decoded, side);
+    }
+    Ok(pixels
         .into_iter()
         .map(|x| ((x + 1.0) / 2.0).clamp(0.0, 1.0))
         .collect())

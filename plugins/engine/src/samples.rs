@@ -66,6 +66,9 @@ pub struct Manifest {
     pub sampler: Value,
     /// Hash of the captions' features that labels number; none where labels are classes.
     pub captions: Option<String>,
+    /// Passes of networks that made a sample; none, if it is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub passes: Option<usize>,
     /// Channels, height and width of an image.
     pub image: [usize; 3],
     /// Tokens L of a sample.

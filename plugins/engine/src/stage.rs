@@ -7,6 +7,7 @@ pub mod distill;
 pub mod evaluate;
 pub mod images;
 pub mod pretrain;
+mod room;
 pub mod sample;
 pub mod shards;
 pub mod snapshot;

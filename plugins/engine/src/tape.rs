@@ -224,6 +224,15 @@ impl<B: Backend> Var<B> {
         }))
     }
 
+    /// A scalar that is a function of this value, of which `value` and the gradient are known already.
+    pub fn known(&self, value: B::Tensor, gradient: B::Tensor) -> Self {
+        let dims = self.shape().len();
+        Self::from_op(value, &[self], move |g| {
+            let g = B::reshape(g, &vec![1; dims])?;
+            Ok(vec![Some(B::binary(&gradient, &g, Binary::Mul)?)])
+        })
+    }
+
     /// The tensor.
     pub fn value(&self) -> &B::Tensor {
         &self.value

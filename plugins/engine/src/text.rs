@@ -4,9 +4,9 @@
 //! folder/  config.json  tokenizer.json  model.safetensors | pytorch_model.bin | several of either and their .index.json
 //! ```
 //!
-//! A text is brought to lower case and its white space to single blanks, as LlamaGen's own code does before anything else;
-//! what that code removes from captions found on web pages (addresses, markup) is not looked for. A text longer than the
-//! model takes is cut.
+//! A text is cleaned as LlamaGen's own code does it ([`caption`]). One longer than the model takes is cut.
+
+pub mod caption;
 
 use std::path::{Path, PathBuf};
 
@@ -78,11 +78,9 @@ impl TextEncoder {
         };
         self.tokenizer.with_truncation(Some(cut)).map_err(wrong)?;
         let encode = |text: &String| {
-            let text = text.to_lowercase();
-            let words: Vec<&str> = text.split_whitespace().collect();
             let encoding = self
                 .tokenizer
-                .encode(words.join(" "), true)
+                .encode(caption::clean(text), true)
                 .map_err(wrong)?;
             let ids = encoding.get_ids().to_vec();
             match ids

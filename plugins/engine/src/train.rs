@@ -124,6 +124,30 @@ pub struct StepOutput<B: Backend> {
     pub loss: Var<B>,
     /// Named figures.
     pub figures: Vec<(&'static str, f64)>,
+    /// A parameter and rows of it that the step wrote anew: their moments begin again, and their average with them.
+    pub anew: Option<(&'static str, Vec<usize>)>,
+}
+
+impl<B: Backend> StepOutput<B> {
+    /// A loss and figures.
+    pub fn new(loss: Var<B>, figures: Vec<(&'static str, f64)>) -> Self {
+        Self {
+            loss,
+            figures,
+            anew: None,
+        }
+    }
+}
+
+/// Parameters that an optimiser of their own moves within the same training: those of an adversary. They share step and
+/// checkpoint with the others and nothing else.
+pub struct Adversary<'a> {
+    /// What their names begin with. They stand behind all others.
+    pub prefix: &'static str,
+    /// How they are trained: rates, decays and clipping.
+    pub options: &'a TrainOptions,
+    /// The step from which on the loss reaches them.
+    pub from: u64,
 }
 
 /// Measures the weights now and then on held-out data.
@@ -176,6 +200,8 @@ pub struct Fit<'a, B: Backend> {
     pub ema: Option<&'a BTreeMap<String, B::Tensor>>,
     /// What steps leave for later ones besides, if anything: a checkpoint keeps it.
     pub kept: Option<&'a RefCell<Vec<f32>>>,
+    /// The adversary among the parameters, if there is one.
+    pub adversary: Option<Adversary<'a>>,
 }
 
 /// Where the moving average of parameters is held, if the options want one: copies on the device.
@@ -329,7 +355,7 @@ impl<B: Backend> Fit<'_, B> {
     /// The weights to keep if training ended now.
     fn weights(&self) -> Result<Weights> {
         match self.ema {
-            None => weights::from_params(self.params),
+            None => weights::from_params(&self.params[..self.own()]),
             Some(average) => average
                 .iter()
                 .map(|(name, t)| {
@@ -366,40 +392,40 @@ impl<B: Backend> Fit<'_, B> {
     ) -> Result<Option<String>> {
         let o = self.options;
         let log = step.is_multiple_of(LOG_EVERY) || step + 1 == o.steps;
-        let StepOutput { loss, mut figures } = part_fn(step, 0)?;
+        let StepOutput {
+            loss,
+            mut figures,
+            anew,
+        } = part_fn(step, 0)?;
         let mut value = loss.value().clone();
-        let mut gradients = backward(loss, self.params)?;
+        let params = &self.params[..match &self.adversary {
+            Some(adversary) if step < adversary.from => self.own(),
+            _ => self.params.len(),
+        }];
+        let mut gradients = backward(loss, params)?;
         for part in 1..parts {
             let more = part_fn(step, part)?;
             value = B::binary(&value, more.loss.value(), Binary::Add)?;
-            for (sum, g) in gradients.iter_mut().zip(backward(more.loss, self.params)?) {
+            for (sum, g) in gradients.iter_mut().zip(backward(more.loss, params)?) {
                 *sum = B::binary(sum, &g, Binary::Add)?;
             }
             for ((_, sum), (_, figure)) in figures.iter_mut().zip(more.figures) {
                 *sum += figure;
             }
         }
-        let (norm, loss) = norm_and_loss::<B>(&gradients, &value)?;
-        if !norm.is_finite() || !loss.is_finite() {
+        let (norms, loss) = norms_and_loss::<B>(&gradients, &value, self.own())?;
+        if !norms.iter().all(|norm| norm.is_finite()) || !loss.is_finite() {
+            let norm = norms[0].hypot(norms[1]);
             let fault = format!("at step {step} the loss is {loss} and the gradient's norm {norm}");
             return Ok(Some(fault));
         }
-        let numbers = AdamwStep {
-            lr: o.rate(step),
-            beta1: o.beta1,
-            beta2: o.beta2,
-            eps: 1e-8,
-            weight_decay: 0.0,
-            correction1: 1.0 - o.beta1.powf((step + 1) as f64),
-            correction2: 1.0 - o.beta2.powf((step + 1) as f64),
-            grad_scale: if o.clip > 0.0 && norm > o.clip {
-                o.clip / norm
-            } else {
-                1.0
-            },
-        };
+        if let Some((name, rows)) = &anew {
+            self.begin_rows_anew(name, rows, moments)?;
+        }
+        let numbers = adamw(o, step, norms[0]);
         let ema_decay = o.ema.min((1 + step) as f64 / (10 + step) as f64);
-        for (((name, p), state), g) in self.params.iter().zip(moments).zip(&gradients) {
+        let all = params.iter().zip(moments).zip(&gradients);
+        for (((name, p), state), g) in all.clone().take(self.own()) {
             let weight_decay = match decays(name, &p.shape()) {
                 true => o.weight_decay,
                 false => 0.0,
@@ -422,19 +448,70 @@ impl<B: Backend> Fit<'_, B> {
                 B::ema_(&average[name], p.value(), ema_decay)?;
             }
         }
+        if let Some(Adversary { options, from, .. }) = &self.adversary {
+            for (((name, p), state), g) in all.skip(self.own()) {
+                let mut numbers = adamw(options, step - from, norms[1]);
+                if decays(name, &p.shape()) {
+                    numbers.weight_decay = options.weight_decay;
+                }
+                B::adamw_(p.value(), &state.m, &state.v, g, &numbers)?;
+            }
+        }
         if log {
             let metric = |name: &str, value| {
                 self.host
                     .metric(&format!("{}/{name}", self.name), step, value)
             };
             metric("loss", loss);
-            metric("gradient_norm", norm);
+            metric("gradient_norm", norms[0]);
+            if self.adversary.is_some() {
+                metric("adversary_gradient_norm", norms[1]);
+            }
             metric("learning_rate", numbers.lr);
             for (name, value) in figures {
                 metric(name, value);
             }
         }
         Ok(None)
+    }
+
+    /// Number of parameters that are not the adversary's.
+    fn own(&self) -> usize {
+        match &self.adversary {
+            Some(Adversary { prefix, .. }) => self
+                .params
+                .partition_point(|(name, _)| !name.starts_with(prefix)),
+            None => self.params.len(),
+        }
+    }
+
+    /// Forgets what led to the former values of some rows of a parameter.
+    fn begin_rows_anew(&self, name: &str, rows: &[usize], moments: &[Moments<B>]) -> Result<()> {
+        let missing = || Error::Internal(format!("no parameter {name}"));
+        let at = self.params.iter().position(|(own, _)| own == name);
+        let at = at.ok_or_else(missing)?;
+        let p = self.params[at].1.value();
+        let shape = B::shape(p);
+        let width = shape[1..].iter().product::<usize>();
+        let now = B::to_floats(p)?;
+        let average = self.ema.and_then(|average| average.get(name));
+        let changed = [
+            (Some(&moments[at].m), None),
+            (Some(&moments[at].v), None),
+            (average, Some(&now)),
+        ];
+        for (tensor, values) in changed {
+            let Some(tensor) = tensor else { continue };
+            let mut data = B::to_floats(tensor)?;
+            for row in rows.iter().map(|row| row * width..(row + 1) * width) {
+                match values {
+                    Some(values) => data[row.clone()].copy_from_slice(&values[row]),
+                    None => data[row].fill(0.0),
+                }
+            }
+            B::assign_(tensor, &self.backend.floats(&data, &shape)?)?;
+        }
+        Ok(())
     }
 
     fn path(&self) -> Option<PathBuf> {
@@ -592,8 +669,30 @@ pub fn scalar<B: Backend>(x: &B::Tensor) -> Result<f64> {
         .ok_or_else(|| Error::Internal("an empty scalar".into()))
 }
 
-/// Root of the sum of squares over all gradients, and the loss: read at once.
-fn norm_and_loss<B: Backend>(gradients: &[B::Tensor], loss: &B::Tensor) -> Result<(f64, f64)> {
+/// AdamW at a step, without weight decay.
+fn adamw(o: &TrainOptions, step: u64, norm: f64) -> AdamwStep {
+    AdamwStep {
+        lr: o.rate(step),
+        beta1: o.beta1,
+        beta2: o.beta2,
+        eps: 1e-8,
+        weight_decay: 0.0,
+        correction1: 1.0 - o.beta1.powf((step + 1) as f64),
+        correction2: 1.0 - o.beta2.powf((step + 1) as f64),
+        grad_scale: if o.clip > 0.0 && norm > o.clip {
+            o.clip / norm
+        } else {
+            1.0
+        },
+    }
+}
+
+/// Roots of the sums of squares over the first `own` gradients and over the others, and the loss: read at once.
+fn norms_and_loss<B: Backend>(
+    gradients: &[B::Tensor],
+    loss: &B::Tensor,
+    own: usize,
+) -> Result<([f64; 2], f64)> {
     let squares = gradients
         .iter()
         .map(|g| {
@@ -604,8 +703,9 @@ fn norm_and_loss<B: Backend>(gradients: &[B::Tensor], loss: &B::Tensor) -> Resul
     let loss = B::reshape(loss, &[1])?;
     let all: Vec<&B::Tensor> = [&loss].into_iter().chain(&squares).collect();
     let read = B::to_floats(&B::cat(&all, 0)?)?;
-    let total: f64 = read[1..].iter().map(|&x| f64::from(x)).sum();
-    Ok((total.sqrt(), f64::from(read[0])))
+    let root = |squares: &[f32]| squares.iter().map(|&x| f64::from(x)).sum::<f64>().sqrt();
+    let (first, rest) = read[1..].split_at(own.min(read.len() - 1));
+    Ok(([root(first), root(rest)], f64::from(read[0])))
 }
 
 #[cfg(test)]

@@ -121,6 +121,18 @@ impl Stored {
         })
     }
 
+    /// One of them, by its place.
+    pub fn index_at(&self, name: &str, place: &[usize]) -> Result<u32> {
+        let found = self.read(name, |checkpoint, tensor| {
+            let element = tensor.element(place).ok_or_else(|| {
+                let message = format!("shape {:?}, no element {place:?}", tensor.shape);
+                retort_checkpoint::Error::Format(message)
+            })?;
+            checkpoint.indices(&element)
+        })?;
+        Ok(found[0])
+    }
+
     fn read<T>(
         &self,
         name: &str,

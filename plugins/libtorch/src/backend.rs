@@ -1,7 +1,8 @@
 //! `Libtorch` as the engine's backend: the required operations, and the fused ones that libtorch has.
 
 use retort_engine::backend::{
-    AdamwStep, Backend, Binary, FlowSolver, Mask, Truncation, Unary, Window,
+    AdamwStep, Attention, Binary, FlowSolver, Layers, Mask, Norms, Optimiser, Sampling, Tensors,
+    Truncation, Unary, Window,
 };
 use retort_engine::error::{Error, Result};
 use tch::{Kind, Reduction};
@@ -65,7 +66,7 @@ impl Libtorch {
     }
 }
 
-impl Backend for Libtorch {
+impl Tensors for Libtorch {
     type Tensor = Tensor;
 
     fn exact(&self) -> Self {
@@ -262,24 +263,6 @@ impl Backend for Libtorch {
         x.with(convolved(x, w, NONE, stride, padding))
     }
 
-    fn conv2d_bias(
-        x: &T,
-        w: &T,
-        bias: &T,
-        residual: Option<&T>,
-        stride: usize,
-        padding: [usize; 2],
-    ) -> Result<T> {
-        let bias = bias.wide().and_then(|bias| bias.f_reshape([-1]));
-        let bias = bias.map_err(failed)?;
-        let y = convolved(x, w, Some(&bias), stride, padding);
-        // In place: nobody else has seen the result.
-        x.with(match residual {
-            Some(residual) => y.and_then(|mut y| y.f_add_(&residual.inner)),
-            None => y,
-        })
-    }
-
     fn conv2d_backward(
         x: &T,
         w: &T,
@@ -301,6 +284,45 @@ impl Backend for Libtorch {
         Ok((single(dx)?, single(dw)?))
     }
 
+    fn write_(x: &T, dim: usize, start: usize, src: &T) -> Result<()> {
+        let len = Self::shape(src)[dim] as i64;
+        x.inner
+            .f_narrow(dim as i64, start as i64, len)
+            .and_then(|mut part| part.f_copy_(&src.inner))
+            .map_err(failed)
+    }
+
+    fn assign_(x: &T, src: &T) -> Result<()> {
+        if x.sizes() != src.sizes() {
+            return Err(Error::Backend(format!(
+                "assign: the shapes {:?} and {:?} differ",
+                x.sizes(),
+                src.sizes()
+            )));
+        }
+        x.inner.shallow_clone().f_copy_(&src.inner).map_err(failed)
+    }
+}
+
+impl Layers for Libtorch {
+    fn conv2d_bias(
+        x: &T,
+        w: &T,
+        bias: &T,
+        residual: Option<&T>,
+        stride: usize,
+        padding: [usize; 2],
+    ) -> Result<T> {
+        let bias = bias.wide().and_then(|bias| bias.f_reshape([-1]));
+        let bias = bias.map_err(failed)?;
+        let y = convolved(x, w, Some(&bias), stride, padding);
+        // In place: nobody else has seen the result.
+        x.with(match residual {
+            Some(residual) => y.and_then(|mut y| y.f_add_(&residual.inner)),
+            None => y,
+        })
+    }
+
     fn max_pool2d(x: &T, window: Window) -> Result<T> {
         x.with(pool(&x.inner, window).map(|(y, _)| y))
     }
@@ -320,55 +342,6 @@ impl Backend for Libtorch {
             )
         };
         x.with(run())
-    }
-
-    fn write_(x: &T, dim: usize, start: usize, src: &T) -> Result<()> {
-        let len = Self::shape(src)[dim] as i64;
-        x.inner
-            .f_narrow(dim as i64, start as i64, len)
-            .and_then(|mut part| part.f_copy_(&src.inner))
-            .map_err(failed)
-    }
-
-    fn assign_(x: &T, src: &T) -> Result<()> {
-        if x.sizes() != src.sizes() {
-            return Err(Error::Backend(format!(
-                "assign: the shapes {:?} and {:?} differ",
-                x.sizes(),
-                src.sizes()
-            )));
-        }
-        x.inner.shallow_clone().f_copy_(&src.inner).map_err(failed)
-    }
-
-    fn adamw_(p: &T, m: &T, v: &T, g: &T, s: &AdamwStep) -> Result<()> {
-        let [mut p, mut m, mut v] = [p, m, v].map(|x| x.inner.shallow_clone());
-        let mut run = || {
-            let g = match s.grad_scale {
-                1.0 => g.inner.shallow_clone(),
-                scale => g.inner.f_mul(&number(scale))?,
-            };
-            let _ = m.f_lerp_(&g, 1.0 - s.beta1)?;
-            let _ = v.f_lerp_(&g.f_square()?, 1.0 - s.beta2)?;
-            let denominator = v
-                .f_sqrt()?
-                .f_mul_scalar_(s.correction2.sqrt().recip())?
-                .f_add_scalar_(s.eps)?;
-            if s.weight_decay != 0.0 {
-                let _ = p.f_mul_scalar_(1.0 - s.lr * s.weight_decay)?;
-            }
-            let scaled = m.f_mul(&number(-s.lr / s.correction1))?;
-            p.f_addcdiv_(&scaled, &denominator).map(drop)
-        };
-        run().map_err(failed)
-    }
-
-    fn ema_(average: &T, x: &T, decay: f64) -> Result<()> {
-        let mut average = average.inner.shallow_clone();
-        average
-            .f_lerp_(&x.inner, 1.0 - decay)
-            .map(drop)
-            .map_err(failed)
     }
 
     fn unary_backward(x: &T, y: &T, grad: &T, f: Unary) -> Result<T> {
@@ -449,6 +422,51 @@ impl Backend for Libtorch {
         ))
     }
 
+    fn swiglu(x: &T) -> Result<T> {
+        let run = || {
+            let (a, b) = halves(&x.inner)?;
+            a.f_silu()?.f_mul_(&b)
+        };
+        x.with(run())
+    }
+
+    fn swiglu_backward(x: &T, grad: &T) -> Result<T> {
+        let run = || {
+            let (a, b) = halves(&x.inner)?;
+            let out = Raw::f_empty(x.sizes(), (Kind::Float, x.inner.device()))?;
+            let (da, db) = halves(&out)?;
+            let _ = grad.inner.f_mul_out(&db, &a.f_silu()?)?;
+            let _ = a.f_silu_backward_grad_input(&da, &grad.inner.f_mul(&b)?)?;
+            Ok(out)
+        };
+        x.with(run())
+    }
+
+    fn cross_entropy(logits: &T, ids: &T) -> Result<T> {
+        logits.with(
+            logits
+                .inner
+                .f_cross_entropy_loss(&ids.inner, NONE, Reduction::None, -100, 0.0),
+        )
+    }
+
+    fn cross_entropy_backward(logits: &T, ids: &T, grad: &T) -> Result<T> {
+        // (softmax - 1 at the id) times the row's gradient
+        let run = || {
+            let ids = ids.inner.f_unsqueeze(1)?;
+            let less = Raw::f_full([1, 1], -1.0, (Kind::Float, grad.inner.device()))?
+                .f_expand(ids.size(), false)?;
+            logits
+                .inner
+                .f_softmax(-1, Kind::Float)?
+                .f_scatter_add_(1, &ids, &less)?
+                .f_mul_(&grad.inner.f_unsqueeze(1)?)
+        };
+        logits.with(run())
+    }
+}
+
+impl Norms for Libtorch {
     fn rms_norm(x: &T, w: &T, eps: f64) -> Result<T> {
         let run = || x.wide()?.f_rms_norm(w.sizes(), Some(w.wide()?), eps);
         x.with(run())
@@ -513,7 +531,9 @@ impl Backend for Libtorch {
         let [dx, dw, db] = aten::group_norm_backward(&x.inner, groups, &w, &grad.inner, eps)?;
         Ok((x.like(dx), x.like(dw), x.like(db)))
     }
+}
 
+impl Attention for Libtorch {
     fn rope(x: &T, cos: &T, sin: &T) -> Result<T> {
         let run = || {
             let s = x.sizes();
@@ -577,50 +597,41 @@ impl Backend for Libtorch {
         let (dq, dk, dv) = run().map_err(failed)?;
         Ok((back(dq)?, back(dk)?, back(dv)?))
     }
+}
 
-    fn swiglu(x: &T) -> Result<T> {
-        let run = || {
-            let (a, b) = halves(&x.inner)?;
-            a.f_silu()?.f_mul_(&b)
+impl Optimiser for Libtorch {
+    fn adamw_(p: &T, m: &T, v: &T, g: &T, s: &AdamwStep) -> Result<()> {
+        let [mut p, mut m, mut v] = [p, m, v].map(|x| x.inner.shallow_clone());
+        let mut run = || {
+            let g = match s.grad_scale {
+                1.0 => g.inner.shallow_clone(),
+                scale => g.inner.f_mul(&number(scale))?,
+            };
+            let _ = m.f_lerp_(&g, 1.0 - s.beta1)?;
+            let _ = v.f_lerp_(&g.f_square()?, 1.0 - s.beta2)?;
+            let denominator = v
+                .f_sqrt()?
+                .f_mul_scalar_(s.correction2.sqrt().recip())?
+                .f_add_scalar_(s.eps)?;
+            if s.weight_decay != 0.0 {
+                let _ = p.f_mul_scalar_(1.0 - s.lr * s.weight_decay)?;
+            }
+            let scaled = m.f_mul(&number(-s.lr / s.correction1))?;
+            p.f_addcdiv_(&scaled, &denominator).map(drop)
         };
-        x.with(run())
+        run().map_err(failed)
     }
 
-    fn swiglu_backward(x: &T, grad: &T) -> Result<T> {
-        let run = || {
-            let (a, b) = halves(&x.inner)?;
-            let out = Raw::f_empty(x.sizes(), (Kind::Float, x.inner.device()))?;
-            let (da, db) = halves(&out)?;
-            let _ = grad.inner.f_mul_out(&db, &a.f_silu()?)?;
-            let _ = a.f_silu_backward_grad_input(&da, &grad.inner.f_mul(&b)?)?;
-            Ok(out)
-        };
-        x.with(run())
+    fn ema_(average: &T, x: &T, decay: f64) -> Result<()> {
+        let mut average = average.inner.shallow_clone();
+        average
+            .f_lerp_(&x.inner, 1.0 - decay)
+            .map(drop)
+            .map_err(failed)
     }
+}
 
-    fn cross_entropy(logits: &T, ids: &T) -> Result<T> {
-        logits.with(
-            logits
-                .inner
-                .f_cross_entropy_loss(&ids.inner, NONE, Reduction::None, -100, 0.0),
-        )
-    }
-
-    fn cross_entropy_backward(logits: &T, ids: &T, grad: &T) -> Result<T> {
-        // (softmax - 1 at the id) times the row's gradient
-        let run = || {
-            let ids = ids.inner.f_unsqueeze(1)?;
-            let less = Raw::f_full([1, 1], -1.0, (Kind::Float, grad.inner.device()))?
-                .f_expand(ids.size(), false)?;
-            logits
-                .inner
-                .f_softmax(-1, Kind::Float)?
-                .f_scatter_add_(1, &ids, &less)?
-                .f_mul_(&grad.inner.f_unsqueeze(1)?)
-        };
-        logits.with(run())
-    }
-
+impl Sampling for Libtorch {
     fn truncate(logits: &T, truncation: &Truncation) -> Result<T> {
         logits.with(choice::truncate(&logits.inner, truncation))
     }

@@ -26,13 +26,15 @@ pub(crate) fn truncate(logits: &Tensor, truncation: &Truncation) -> Result<Tenso
     }
     by_rows(&scaled, |rows, _| {
         let (sorted, order) = rows.f_sort_stable(true, -1, true)?;
-        let (mut left, order) = (sorted.f_narrow(1, 0, keep)?, order.f_narrow(1, 0, keep)?);
+        // Whatever equals the last of the most probable codes stays too.
+        let last = sorted.f_narrow(1, keep - 1, 1)?;
+        let mut left = sorted.f_masked_fill(&sorted.f_lt_tensor(&last)?, f64::NEG_INFINITY)?;
         if top_p < 1.0 {
             let sums = weights(&left, &left.f_narrow(1, 0, 1)?)?.f_cumsum(1, Kind::Double)?;
-            let enough = sums.f_narrow(1, keep - 1, 1)?.f_mul_scalar(top_p)?;
+            let enough = sums.f_narrow(1, k - 1, 1)?.f_mul_scalar(top_p)?;
             // A code goes where those before it are enough.
             let none = enough.f_zeros_like()?;
-            let before = Tensor::f_cat(&[&none, &sums.f_narrow(1, 0, keep - 1)?], 1)?;
+            let before = Tensor::f_cat(&[&none, &sums.f_narrow(1, 0, k - 1)?], 1)?;
             left = left.f_masked_fill_(&before.f_gt_tensor(&enough)?, f64::NEG_INFINITY)?;
         }
         rows.f_empty_like()?

@@ -1,7 +1,7 @@
 //! `dtype: bf16`: close to f32 where it rounds, equal to f32 where it must not.
 
 use retort_engine::Result;
-use retort_engine::backend::{Backend, FlowSolver, Unary};
+use retort_engine::backend::{FlowSolver, Layers, Norms, Sampling, Tensors, Unary};
 use retort_engine::model::{ConditionShape, Conditions, Student, llamagen};
 use retort_engine::random::noise;
 use retort_engine::tape::{Var, backward};

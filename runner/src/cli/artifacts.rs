@@ -1,11 +1,14 @@
 //! `retort artifacts`.
 
 use std::collections::HashSet;
+use std::path::PathBuf;
 
-use clap::Subcommand;
+use clap::{Subcommand, ValueEnum};
+use retort_checkpoint::published::{self, Kind, Part};
 
 use crate::artifact::{self, Layout};
 use crate::cli::{Context, Error, Exit, FormatArgs, runs, talk};
+use crate::draft::Draft;
 use crate::store::{Access, ArtifactRow, Store};
 use crate::table::{Cell, Rows, Style, Tone};
 
@@ -24,6 +27,44 @@ pub enum Command {
     List(ListArgs),
     /// Hash the files of artifacts again and compare.
     Verify(VerifyArgs),
+    /// Write a tokenizer, teacher or student as a file that other programs load.
+    Export(ExportArgs),
+}
+
+/// Arguments of `artifacts export`.
+#[derive(Debug, clap::Args)]
+pub struct ExportArgs {
+    /// The artifact: the beginning of its hash, or RUN/STAGE for what a stage of a run made (`latest/student`).
+    #[arg(value_name = "ARTIFACT")]
+    pub artifact: String,
+    /// As what.
+    #[arg(long = "as", value_name = "FORM")]
+    pub form: Form,
+    /// Which network of the artifact.
+    #[arg(long, value_name = "NETWORK", default_value = "own")]
+    pub network: ExportedNetwork,
+    /// Where to write it. By default STAGE.pth in the working directory, or tokenizer.pth.
+    #[arg(long, short, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Write over a file that is there.
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// Forms of exported networks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Form {
+    /// A torch file with the weights where the published scripts of VAR, LlamaGen and Distilled Decoding look for them.
+    Published,
+}
+
+/// Networks of an artifact.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ExportedNetwork {
+    /// What the artifact is: of a teacher the teacher.
+    Own,
+    /// The tokenizer that it goes with.
+    Tokenizer,
 }
 
 /// Arguments of `artifacts list`.
@@ -54,11 +95,12 @@ pub struct VerifyArgs {
     pub format: FormatArgs,
 }
 
-/// Lists or verifies artifacts.
+/// Lists, verifies or exports artifacts.
 pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     match &args.command {
         Command::List(args) => list(args, context),
         Command::Verify(args) => verify(args, context),
+        Command::Export(args) => export(args, context),
     }
 }
 
@@ -204,4 +246,52 @@ fn verify(args: &VerifyArgs, context: &Context) -> Result<(), Error> {
     }
     Err(Error::new(Exit::Internal, verified)
         .hint("remove the damaged directories from the store; a run then makes them again"))
+}
+
+fn export(args: &ExportArgs, context: &Context) -> Result<(), Error> {
+    let artifact = context.runtime()?.block_on(async {
+        let store = Store::open(&context.store, Access::ReadOnly).await?;
+        let hash = store.resolve_artifact(&args.artifact).await?;
+        let mut artifacts = store.list_artifacts(None).await?;
+        store.close().await;
+        artifacts.retain(|row| row.artifact.hash == hash);
+        artifacts.pop().ok_or_else(|| {
+            let message = format!("no artifact `{}` in this store", args.artifact);
+            Error::new(Exit::NothingMatches, message)
+        })
+    })?;
+    let Form::Published = args.form;
+    let kind = Kind::of(&artifact.artifact.kind).ok_or_else(|| {
+        let message = format!(
+            "{} is of kind {}: only tokenizers, teachers and students are networks that were published",
+            args.artifact, artifact.artifact.kind
+        );
+        Error::new(Exit::NothingMatches, message)
+            .hint("`retort artifacts list --kind student` shows the students")
+    })?;
+    let part = match (args.network, kind) {
+        (ExportedNetwork::Tokenizer, _) | (_, Kind::Tokenizer) => Part::Tokenizer,
+        (ExportedNetwork::Own, _) => Part::Network,
+    };
+    let name = match part {
+        Part::Tokenizer => "tokenizer",
+        Part::Network => &artifact.stage,
+    };
+    let output = match &args.output {
+        Some(output) => output.clone(),
+        None => PathBuf::from(format!("{name}.pth")),
+    };
+    if !args.force && output.symlink_metadata().is_ok() {
+        let message = format!("{} is there already", output.display());
+        return Err(Error::new(Exit::Usage, message).hint("give another --output, or --force"));
+    }
+    let refused = |error: std::io::Error| {
+        Error::new(Exit::Internal, format!("{}: {error}", output.display()))
+    };
+    let (draft, file) = Draft::file(&output).map_err(refused)?;
+    let dir = Layout::new(&context.store)?.artifact(&artifact.artifact.hash);
+    published::export(&dir, kind, part, (file, draft.path()))
+        .map_err(|error| Error::new(Exit::Internal, error.to_string()))?;
+    draft.finish().map_err(refused)?;
+    Ok(talk::print(&format!("{}\n", output.display()))?)
 }

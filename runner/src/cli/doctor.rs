@@ -6,7 +6,9 @@ use serde_json::json;
 use tokio::runtime::Runtime;
 
 use crate::cli::{Context, Error, Exit, Format, FormatArgs, talk};
+use crate::cluster::slurm::{Slurm, SlurmError};
 use crate::plugin::{self, Plugins, search_dirs};
+use crate::settings::{Executor, Settings};
 use crate::store::{self, Access, RunFilter, RunState, Store, StoreError};
 use crate::table::{Cell, Rows, Tone, bytes};
 
@@ -71,6 +73,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let store = check_store(&runtime, &context.store, &mut checks);
     checks.push(space(&context.store));
     plugins(&runtime, context, store.as_ref(), &mut checks);
+    cluster(&runtime, context, &mut checks);
     talk::print(&text(&checks, args, context))?;
     match checks
         .iter()
@@ -323,6 +326,54 @@ fn free_space(dir: &Path) -> Option<u64> {
         let mut status: libc::statvfs = std::mem::zeroed();
         (libc::statvfs(path.as_ptr(), &mut status) == 0)
             .then(|| status.f_bavail.saturating_mul(status.f_frsize))
+    }
+}
+
+/// What runs stages of a recipe in this directory, who says so, and whether the cluster answers.
+fn cluster(runtime: &Runtime, context: &Context, checks: &mut Vec<Check>) {
+    let settings = match Settings::read(Path::new("."), &context.given()) {
+        Ok(settings) => settings,
+        Err(error) => {
+            let check = Check::new("settings", Verdict::Bad, error.message);
+            checks.push(match error.hint {
+                Some(hint) => check.repair(hint),
+                None => check,
+            });
+            return;
+        }
+    };
+    for (name, value, origin) in settings.list() {
+        checks.push(Check::new(
+            name,
+            Verdict::Good,
+            format!("{value} ({origin})"),
+        ));
+    }
+    let wanted = settings.executor().0 == Executor::Slurm;
+    let slurm = Slurm::default();
+    match runtime.block_on(slurm.greet()) {
+        Ok(version) => {
+            let accounts = match runtime.block_on(slurm.keeps_accounts()) {
+                true => "keeps accounts",
+                false => {
+                    "keeps no accounts: why a job ended is known for as long as Slurm remembers it"
+                }
+            };
+            checks.push(Check::new(
+                "slurm",
+                Verdict::Good,
+                format!("{version}, {accounts}"),
+            ));
+        }
+        Err(SlurmError::NotInstalled { .. }) if !wanted => {}
+        Err(error) => {
+            let verdict = if wanted { Verdict::Bad } else { Verdict::Odd };
+            checks.push(
+                Check::new("slurm", verdict, error.to_string()).repair(
+                    "run on a machine that submits to the cluster, or with --executor local",
+                ),
+            );
+        }
     }
 }
 

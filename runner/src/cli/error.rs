@@ -11,6 +11,7 @@ use crate::filter::FilterError;
 use crate::input::InputError;
 use crate::plan::DescribeError;
 use crate::plan::decision::SelectError;
+use crate::settings::SettingsError;
 use crate::store::StoreError;
 use crate::terminal::paint;
 
@@ -217,6 +218,12 @@ impl From<StoreError> for Error {
                 (Exit::NothingMatches, Some("give more of the id"))
             }
             StoreError::Busy | StoreError::InUse => (Exit::StoreBusy, None),
+            StoreError::Elsewhere { .. } => (
+                Exit::StoreBusy,
+                Some(
+                    "ask there, or try again when it has ended; a machine that is gone is forgotten after two minutes",
+                ),
+            ),
             _ => (Exit::Internal, None),
         };
         let shown = Self::new(exit, error.to_string());
@@ -237,6 +244,15 @@ impl From<InputError> for Error {
     /// What a recipe names is not what it takes it for.
     fn from(error: InputError) -> Self {
         Self::new(Exit::InvalidRecipe, error.to_string())
+    }
+}
+
+impl From<SettingsError> for Error {
+    fn from(error: SettingsError) -> Self {
+        Self {
+            hint: error.hint,
+            ..Self::new(Exit::Usage, error.message)
+        }
     }
 }
 
@@ -267,6 +283,8 @@ impl From<ExecutorError> for Error {
         match error {
             ExecutorError::Store(error) => error.into(),
             ExecutorError::Input(error) => error.into(),
+            ExecutorError::NoArtifact { .. } => Self::new(Exit::NothingMatches, error.to_string())
+                .hint("`retort artifacts list` shows what there is; `retort runs import` brings others"),
             ExecutorError::Missing { .. } => Self::new(Exit::NothingMatches, error.to_string())
                 .hint("run it without --from first"),
             ExecutorError::Artifact(_) | ExecutorError::System { .. } => {

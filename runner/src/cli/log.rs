@@ -4,13 +4,15 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 
-use crate::cli::{Context, Error, Format, FormatArgs, talk};
+use crate::cli::{Context, Error, Format, FormatArgs, left, talk};
 use crate::store::{Access, LogSource, RunDetail, RunId, RunLine, RunState, Store, Time};
 use crate::table::{Cell, Rows, Tone};
 use crate::terminal::{clean_line, paint};
 
 /// How often a run under way is asked for more.
 const INTERVAL: Duration = Duration::from_millis(300);
+/// How often Slurm is asked about a run that was left to it.
+const ASK: Duration = Duration::from_secs(10);
 /// Lines read at a time.
 const BATCH: u32 = 10_000;
 
@@ -122,7 +124,12 @@ pub fn tail(args: &TailArgs, context: &Context) -> Result<(), Error> {
         let mut after = 0;
         let mut begun = false;
         let mut headed = false;
+        let mut ask_at = tokio::time::Instant::now();
         loop {
+            if tokio::time::Instant::now() >= ask_at {
+                left::refresh(&store, context).await?;
+                ask_at = tokio::time::Instant::now() + ASK;
+            }
             // The state first: what was said before the end is then read for certain.
             let detail = store.run_detail(&run).await?;
             loop {

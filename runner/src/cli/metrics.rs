@@ -439,7 +439,8 @@ fn numbers(curves: Vec<Plotted>, style: Style) -> String {
     bucket_rows(&runs).render(style)
 }
 
-fn curve(label: String, buckets: &[Bucket], axis: Axis) -> Curve {
+/// Buckets as a curve.
+pub(super) fn curve(label: String, buckets: &[Bucket], axis: Axis) -> Curve {
     let began = buckets.first().map(|bucket| bucket.first_at);
     let place = |bucket: &Bucket| match axis {
         Axis::Step => (bucket.first_step as f64 + bucket.last_step as f64) / 2.0,

@@ -57,7 +57,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let decisions = match &store {
         Some(store) => {
             let layout = Layout::new(&context.store)?;
-            let mut past = History::new(&runtime, store, layout, selection.memory());
+            let mut past = History::new(&runtime, store, layout, selection.rehash.memory());
             decision::decide(&plan, &roles, &mut past)
         }
         None => decision::decide(&plan, &roles, &mut nothing),

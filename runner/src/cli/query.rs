@@ -1,6 +1,7 @@
 //! `retort query`.
 
 use std::ops::ControlFlow;
+use std::time::Duration;
 
 use crate::cli::{Context, Error, Exit, FormatArgs, talk};
 use crate::store::{Access, Answer, Store, StoreError};
@@ -15,6 +16,9 @@ pub struct Args {
     /// The same as --sql.
     #[arg(value_name = "SQL", conflicts_with = "sql")]
     pub statement: Option<String>,
+    /// How long finding the next row may take; a statement that takes longer is ended.
+    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = humantime::parse_duration)]
+    pub timeout: Duration,
     /// How to print.
     #[command(flatten)]
     pub format: FormatArgs,
@@ -42,7 +46,8 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     };
     context.runtime()?.block_on(async {
         let store = Store::open(&context.store, Access::ReadOnly).await?;
-        let answer = store.query(sql.map_or(VIEWS, String::as_str), take).await;
+        let sql = sql.map_or(VIEWS, String::as_str);
+        let answer = store.query(sql, args.timeout, take).await;
         store.close().await;
         answer.map_err(of_statement)
     })?;
@@ -59,13 +64,16 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
 
 /// What SQLite finds wrong with the statement is the user's to mend.
 fn of_statement(error: StoreError) -> Error {
-    let StoreError::Sql(error) = error else {
-        return error.into();
+    let wrong = || Error::new(Exit::Usage, "the statement cannot be answered");
+    let error = match error {
+        StoreError::Sql(error) => error,
+        endless @ StoreError::Endless { .. } => return wrong().cause(&endless).hint(MORE),
+        error => return error.into(),
     };
     let Some(database) = error.as_database_error() else {
         return StoreError::Sql(error).into();
     };
-    let mut shown = Error::new(Exit::Usage, "the statement cannot be answered").hint(HINT);
+    let mut shown = wrong().hint(HINT);
     shown.causes.push(match database.code().as_deref() {
         // SQLITE_AUTH says no more than that.
         Some("23") => format!(
@@ -77,6 +85,7 @@ fn of_statement(error: StoreError) -> Error {
     shown
 }
 
+const MORE: &str = "ask for less, or give it more time: `--timeout 10m`";
 const HINT: &str = "`retort query` without a statement lists the views and their columns";
 
 /// What may be asked: the views are kept, the tables under them may change.

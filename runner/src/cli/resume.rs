@@ -1,13 +1,11 @@
 //! `retort resume`: takes a run up again, with its frozen plan.
 
 use crate::cli::run::{ExecutionArgs, Job, open_store, past};
-use crate::cli::{Context, Error, Exit, sweep, talk};
+use crate::cli::{Context, Error, Exit, RehashArgs, left, sweep, talk};
 use crate::plan::decision::Role;
 use crate::plan::{Descriptions, Plan};
 use crate::plugin::{Plugins, search_dirs};
-use crate::store::{
-    Access, Memory, RunDetail, RunState, StageState, Store, StoreError, SweepPlace,
-};
+use crate::store::{Access, RunDetail, RunState, StageState, Store, StoreError, SweepPlace};
 
 /// Arguments of `resume`.
 #[derive(Debug, clap::Args)]
@@ -16,6 +14,9 @@ pub struct Args {
     /// Without it, the latest run, or the sweep that it is of.
     #[arg(value_name = "RUN")]
     pub run: Option<String>,
+    /// Whether files are read again.
+    #[command(flatten)]
+    pub rehash: RehashArgs,
     /// How to run the stages.
     #[command(flatten)]
     pub execution: ExecutionArgs,
@@ -49,8 +50,11 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
             return sweep::points::resume(&id, &runtime, &store, &args.execution, context);
         }
     }
+    let left = runtime.block_on(left::refresh(&store, context))?;
+    let left = left.into_iter().find(|left| left.run == run);
     let detail = runtime.block_on(store.run_detail(&run))?;
-    if matches!(detail.summary.state, RunState::Running | RunState::Queued) {
+    let alive = matches!(detail.summary.state, RunState::Running | RunState::Queued);
+    if alive && left.is_none() {
         return Err(Error::new(
             Exit::Usage,
             format!("run {run} is still {}", detail.summary.state),
@@ -85,9 +89,15 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         resumed_from: Some(run),
         sweep: detail.summary.sweep.clone(),
     };
-    let past = &mut past(&runtime, &store, Memory::Trusted)?;
+    let past = &mut past(&runtime, &store, args.rehash.memory())?;
     job.check(&mut plugins, past, context)?;
-    job.carry_out(&runtime, &store, &args.execution, context)
+    // The jobs that still run are taken up as they are.
+    if let Some(left) = left {
+        runtime.block_on(store.take_up(&left))?;
+    }
+    let execution = args.execution.or_as_recorded(&detail.resolved);
+    job.carry_out(&runtime, &store, &execution, context)
+        .map(drop)
 }
 
 /// Plugins that have been built anew since are used as they are now; what they made before is made again.

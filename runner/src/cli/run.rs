@@ -15,13 +15,18 @@ use crate::artifact::Layout;
 use crate::cli::past::{History, NoHistory};
 use crate::cli::sweep::{self, SweepArgs};
 use crate::cli::{Context, Error, Exit, RecipeArgs, SelectionArgs, talk};
+use crate::cluster::devices::OnNodes;
 use crate::diagnostic::{Finding, Report, Severity};
 use crate::executor::attempt::End;
-use crate::executor::{self, ExecutorError, Options, Outcome, RunReport, StageReport};
+use crate::executor::hand::Cluster;
+use crate::executor::{
+    self, Choice, ExecutorError, Leave, Options, Outcome, RunReport, StageReport,
+};
 use crate::plan::decision::{self, Action, Past, Role};
 use crate::plan::{self, Plan};
 use crate::plugin::{Plugins, search_dirs};
 use crate::progress::{self, Manner, Teller};
+use crate::settings::{Executor, Given, Settings};
 use crate::store::{Access, ArtifactRow, Memory, RunId, RunState, Store, SweepPlace};
 use crate::table::{Cell, Rows, Tone};
 use crate::{environment, recipe};
@@ -46,9 +51,21 @@ pub struct Args {
 /// How stages are run: shared by `run` and `resume`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct ExecutionArgs {
-    /// How many stages may run at the same time; of a sweep, how many runs.
-    #[arg(short, long, value_name = "N", default_value_t = NonZeroUsize::MIN)]
-    pub jobs: NonZeroUsize,
+    /// How many stages may run at the same time; of a sweep, how many runs [default: 1; on a cluster 64].
+    #[arg(short, long, value_name = "N")]
+    pub jobs: Option<NonZeroUsize>,
+    /// What runs the stages: processes of this machine, or jobs of a Slurm cluster that shares the store's directory
+    /// [default: what retort.toml says, else local].
+    #[arg(long, value_name = "EXECUTOR")]
+    pub executor: Option<Executor>,
+    /// Set what stages ask of Slurm, for all or for a kind: `--slurm partition=gpu`, `--slurm distill.time=4:00:00` (may be
+    /// repeated). Keys: partition, account, qos, time, gres, cpus, memory, array-limit, sbatch, prologue, requeue, signal,
+    /// poll.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub slurm: Vec<String>,
+    /// Leave the run to Slurm once everything that can be submitted has been; `retort resume` comes back to it.
+    #[arg(long)]
+    pub detach: bool,
     /// After a failure, go on with the stages that do not depend on the failed one.
     #[arg(long)]
     pub keep_going: bool,
@@ -58,6 +75,62 @@ pub struct ExecutionArgs {
     /// Print what came of the run as one JSON document.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Stages that are submitted at the same time, unless somebody says otherwise.
+const MOST_ON_A_CLUSTER: usize = 64;
+
+impl ExecutionArgs {
+    /// How many stages, or runs of a sweep, are under way at the same time; and the cluster that runs stages of these kinds,
+    /// unless this machine does.
+    pub fn placement<'a>(
+        &self,
+        dir: &Path,
+        kinds: impl IntoIterator<Item = &'a str>,
+        context: &Context,
+    ) -> Result<(NonZeroUsize, Option<Cluster>), Error> {
+        let settings = self.settings(dir, context)?;
+        let (most, cluster) = match settings.executor().0 {
+            Executor::Local => (1, None),
+            Executor::Slurm => {
+                for kind in kinds {
+                    settings.profile(kind)?;
+                }
+                let cluster = Cluster {
+                    slurm: Arc::default(),
+                    settings: Arc::new(settings),
+                };
+                (MOST_ON_A_CLUSTER, Some(cluster))
+            }
+        };
+        let most = NonZeroUsize::new(most).unwrap_or(NonZeroUsize::MIN);
+        Ok((self.jobs.unwrap_or(most), cluster))
+    }
+
+    /// These, with what a run that is taken up was given where nothing is said now.
+    pub fn or_as_recorded(&self, resolved: &Value) -> Self {
+        let mut these = self.clone();
+        if these.executor.is_none() && resolved["executor"] == "slurm" {
+            these.executor = Some(Executor::Slurm);
+        }
+        if these.slurm.is_empty() {
+            let recorded = resolved["slurm"].as_array().into_iter().flatten();
+            these.slurm = recorded
+                .filter_map(|word| Some(word.as_str()?.to_owned()))
+                .collect();
+        }
+        these
+    }
+
+    /// Everything that is set for a recipe in `dir`.
+    pub fn settings(&self, dir: &Path, context: &Context) -> Result<Settings, Error> {
+        let given = Given {
+            executor: self.executor,
+            slurm: self.slurm.clone(),
+            ..context.given()
+        };
+        Ok(Settings::read(dir, &given)?)
+    }
 }
 
 /// Plans the recipe and runs what has to run.
@@ -77,7 +150,12 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         &runtime,
         known.as_deref(),
     );
-    let plan = plan::plan(&recipe, &mut plugins)?;
+    let dir = args.recipe.recipe.parent().unwrap_or(Path::new(""));
+    let settings = args.execution.settings(dir, context)?;
+    let plan = match settings.executor().0 == Executor::Slurm && settings.asks_for_gpus() {
+        true => plan::plan(&recipe, &mut OnNodes(&mut plugins))?,
+        false => plan::plan(&recipe, &mut plugins)?,
+    };
     let selection = &args.selection;
     let roles = decision::select(
         &plan,
@@ -94,7 +172,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     };
     match &known {
         Some(store) => {
-            let past = &mut past(&runtime, store, selection.memory())?;
+            let past = &mut past(&runtime, store, selection.rehash.memory())?;
             job.check(&mut plugins, past, context)?;
         }
         None => job.check(&mut plugins, &mut NoHistory::default(), context)?,
@@ -105,6 +183,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     };
     plugins.remember(&store);
     job.carry_out(&runtime, &store, &args.execution, context)
+        .map(drop)
 }
 
 /// Opens the store for a run.
@@ -139,14 +218,14 @@ pub(super) struct Job {
 }
 
 impl Job {
-    /// Runs the plan and prints what came of it.
+    /// Runs the plan and prints what came of it; the run.
     pub fn carry_out(
         self,
         runtime: &Runtime,
         store: &Arc<Store>,
         execution: &ExecutionArgs,
         context: &Context,
-    ) -> Result<(), Error> {
+    ) -> Result<RunId, Error> {
         let layout = Layout::new(store.dir())?;
         let manner = Manner {
             bars: std::io::stderr().is_terminal(),
@@ -156,8 +235,17 @@ impl Job {
         };
         let teller = Arc::new(Teller::new(manner, talk::say));
         talk::attach(teller.bars());
+        let kinds = self.plan.stages.iter().map(|stage| &*stage.kind);
+        let (jobs, cluster) = execution.placement(&self.plan.base_dir, kinds, context)?;
         let options = Options {
-            jobs: execution.jobs,
+            jobs,
+            cluster,
+            leave: match (execution.detach, std::io::stdin().is_terminal()) {
+                (true, _) => Leave::WhenSubmitted,
+                (false, true) => Leave::Ask(Arc::new(ask_how_to_leave)),
+                (false, false) => Leave::Never,
+            },
+            slurm: execution.slurm.clone(),
             keep_going: execution.keep_going,
             grace: execution.grace,
             command: std::env::args().collect(),
@@ -200,7 +288,8 @@ impl Job {
         }
         // How the run went decides, whether or not somebody reads about it.
         ending.conclude(context)?;
-        Ok(printed?)
+        printed?;
+        Ok(report.run)
     }
 
     /// Finds out everything that can be found out before any work is done; shows warnings.
@@ -436,12 +525,23 @@ impl<'a> Ending<'a> {
                 }
                 return Ok(());
             }
-            (RunState::Interrupted, Some(signal)) => {
-                let exit = match *signal {
-                    libc::SIGINT => Exit::Interrupted,
-                    libc::SIGHUP => Exit::HungUp,
-                    _ => Exit::Terminated,
+            (RunState::Running, signal) => {
+                let text = format!("run {run} is left to Slurm after {took}");
+                let hint = format!(
+                    "`retort runs show {run}` shows how far it is, `retort resume {run}` takes it up"
+                );
+                return match signal.map(exit_of) {
+                    None | Some(Exit::Interrupted) => {
+                        if !context.quiet {
+                            talk::say(&format!("{text}; {hint}"));
+                        }
+                        Ok(())
+                    }
+                    Some(exit) => Err(Error::new(exit, text).hint(hint)),
                 };
+            }
+            (RunState::Interrupted, Some(signal)) => {
+                let exit = exit_of(*signal);
                 Error::new(exit, format!("run {run} was interrupted after {took}"))
             }
             _ => Error::new(
@@ -455,6 +555,34 @@ impl<'a> Ending<'a> {
         Err(error.hint(format!(
             "`retort runs show {run}` has the details, `retort resume {run}` takes it up again"
         )))
+    }
+}
+
+/// The code of a run that this signal ended.
+fn exit_of(signal: i32) -> Exit {
+    match signal {
+        libc::SIGINT => Exit::Interrupted,
+        libc::SIGHUP => Exit::HungUp,
+        _ => Exit::Terminated,
+    }
+}
+
+/// Asks on the terminal what is to become of jobs; waits for an answer.
+fn ask_how_to_leave() -> Choice {
+    talk::say(
+        "Slurm jobs are under way: [d]etach and leave them to Slurm, [c]ancel them, or [g]o on?",
+    );
+    let mut answer = String::new();
+    let _ = std::io::stdin().read_line(&mut answer);
+    match answer
+        .trim()
+        .chars()
+        .next()
+        .map(|first| first.to_ascii_lowercase())
+    {
+        Some('d') => Choice::Detach,
+        Some('c') => Choice::Cancel,
+        _ => Choice::GoOn,
     }
 }
 

@@ -4,11 +4,11 @@ use clap::Subcommand;
 
 use serde_json::Value;
 
-use crate::cli::{Context, Error, Exit, FormatArgs, artifacts, metrics, talk, transfer};
+use crate::cli::{Context, Error, Exit, FormatArgs, artifacts, left, metrics, talk, transfer};
 use crate::filter;
 use crate::store::{
-    Access, RunDetail, RunFilter, RunState, RunSummary, SeriesSummary, Sort, StageDetail, Store,
-    StoreError, Time,
+    Access, JobRow, RunDetail, RunFilter, RunState, RunSummary, SeriesSummary, Sort, StageDetail,
+    StageState, Store, StoreError, Time,
 };
 use crate::table::{self, Cell, Rows, Style, Tone};
 
@@ -172,6 +172,7 @@ fn list(args: &ListArgs, context: &Context) -> Result<(), Error> {
             sort,
             columns,
         };
+        left::refresh(&store, context).await?;
         let mut runs = store.list_runs(&filter).await?;
         store.close().await;
         let more = limit.is_some_and(|limit| runs.len() as u64 > u64::from(limit));
@@ -405,20 +406,22 @@ fn remove(args: &RemoveArgs, context: &Context) -> Result<(), Error> {
 }
 
 fn show(args: &ShowArgs, context: &Context) -> Result<(), Error> {
-    let (detail, metrics) = context.runtime()?.block_on(async {
+    let (detail, metrics, jobs) = context.runtime()?.block_on(async {
         let store = Store::open(&context.store, Access::ReadOnly).await?;
+        left::refresh(&store, context).await?;
         let run = store.resolve_run(&args.run).await?;
         let detail = store.run_detail(&run).await?;
         let metrics = store.last_metrics(&run).await?;
+        let jobs = store.jobs(&run).await?;
         store.close().await;
-        Ok::<_, Error>((detail, metrics))
+        Ok::<_, Error>((detail, metrics, jobs))
     })?;
     let style = args.format.style(context);
     let text = match style {
-        Style::Json => format!("{:#}\n", complete(&detail, &metrics, context)),
+        Style::Json => format!("{:#}\n", complete(&detail, &metrics, &jobs, context)),
         Style::Csv => stage_rows(&detail).render(style),
         Style::Table { .. } | Style::Markdown => {
-            let sections = sections(&detail, &metrics, context);
+            let sections = sections(&detail, &metrics, &jobs, context);
             let texts = sections
                 .iter()
                 .filter(|rows| !rows.is_empty())
@@ -430,9 +433,15 @@ fn show(args: &ShowArgs, context: &Context) -> Result<(), Error> {
 }
 
 /// Everything about a run, for programs.
-fn complete(detail: &RunDetail, metrics: &[SeriesSummary], context: &Context) -> Value {
+fn complete(
+    detail: &RunDetail,
+    metrics: &[SeriesSummary],
+    jobs: &[JobRow],
+    context: &Context,
+) -> Value {
     let mut complete = serde_json::json!(detail);
     complete["metrics"] = serde_json::json!(metrics);
+    complete["jobs"] = serde_json::json!(jobs);
     for (shown, row) in complete["artifacts"]
         .as_array_mut()
         .into_iter()
@@ -445,11 +454,17 @@ fn complete(detail: &RunDetail, metrics: &[SeriesSummary], context: &Context) ->
 }
 
 /// Everything about a run, for people: the results last, where they are seen.
-fn sections(detail: &RunDetail, series: &[SeriesSummary], context: &Context) -> Vec<Rows> {
+fn sections(
+    detail: &RunDetail,
+    series: &[SeriesSummary],
+    jobs: &[JobRow],
+    context: &Context,
+) -> Vec<Rows> {
     let mut sections = vec![
         facts(detail),
         stage_rows(detail).titled("Stages"),
         attempt_rows(detail).titled("Attempts"),
+        job_rows(jobs).titled("Jobs"),
         param_rows(detail),
     ];
     sections.push(metrics::summary_rows(series).titled("Metrics"));
@@ -563,6 +578,37 @@ fn attempt_rows(detail: &RunDetail) -> Rows {
     rows
 }
 
+/// Jobs of a cluster.
+fn job_rows(jobs: &[JobRow]) -> Rows {
+    let mut rows = Rows::new(&[
+        "stage",
+        "job",
+        "elements",
+        "queued",
+        "running",
+        "submitted",
+        "over",
+        "ends",
+    ]);
+    for job in jobs {
+        let ends = job.ends.iter().map(|(reason, count)| match count {
+            1 => reason.clone(),
+            count => format!("{reason} ({count})"),
+        });
+        rows.push([
+            job.stage.as_str().into(),
+            job.job.map(Cell::from).into(),
+            u64::from(job.elements.max(1)).into(),
+            u64::from(job.queued).into(),
+            u64::from(job.running).into(),
+            job.submitted.into(),
+            job.over.into(),
+            ends.collect::<Vec<_>>().join(", ").into(),
+        ]);
+    }
+    rows
+}
+
 /// How a stage ended, or where its result was taken from.
 fn why(stage: &StageDetail) -> String {
     if let Some(source) = &stage.reused_from {
@@ -571,6 +617,13 @@ fn why(stage: &StageDetail) -> String {
     let Some(attempt) = stage.attempts.last() else {
         return String::new();
     };
+    if let Some(waiting) = attempt
+        .waiting
+        .as_deref()
+        .filter(|_| stage.state == StageState::Queued)
+    {
+        return format!("in Slurm: {waiting}");
+    }
     let reason = attempt
         .reason
         .as_deref()

@@ -151,6 +151,7 @@ impl SweepArgs {
         let whole = self.sweep.iter().any(String::is_empty);
         let mut sweep = match (&recipe.sweep, whole) {
             (Some(section), true) => section.clone(),
+            (None, true) if recipe.errors() > 0 => return Err(recipe.report().into()),
             (None, true) => {
                 return Err(Error::new(
                     Exit::Usage,

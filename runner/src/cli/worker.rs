@@ -1,24 +1,57 @@
 //! `retort worker`.
 
+use std::path::{Path, PathBuf};
+
+use clap::ValueHint;
+
 use crate::cli::{Context, Error, Exit};
+use crate::cluster::node::{self, Place};
 use crate::worker::{self, WorkerError};
 
 /// Arguments of `worker`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Process id of the runner; the worker ends with it.
-    #[arg(long, value_name = "PID")]
-    pub parent: u32,
+    #[arg(long, value_name = "PID", required_unless_present = "spool")]
+    pub parent: Option<u32>,
+    /// The spool of a job on a cluster, of which this process does an element.
+    #[arg(long, value_name = "DIR", conflicts_with = "parent", value_hint = ValueHint::DirPath)]
+    pub spool: Option<PathBuf>,
 }
 
-/// Loads a plugin and makes one call; comes back only when it is no worker.
-pub fn execute(args: &Args, _context: &Context) -> Result<(), Error> {
-    match worker::main(args.parent) {
+/// Loads a plugin and makes one call; comes back only when it is no worker. On a cluster it watches over one that does.
+pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
+    if let Some(spool) = &args.spool {
+        return watch(spool, context);
+    }
+    match worker::main(args.parent.unwrap_or_default()) {
         Ok(never) => match never {},
         Err(error @ WorkerError::NotAWorker) => {
             Err(Error::new(Exit::Usage, error.to_string())
                 .hint("`retort run RECIPE` runs a recipe"))
         }
+        Err(error) => Err(Error::new(Exit::Internal, error.to_string())),
+    }
+}
+
+/// Does an element of a job.
+fn watch(spool: &Path, context: &Context) -> Result<(), Error> {
+    let variable = |name| std::env::var(name).unwrap_or_default();
+    let Ok(job) = std::env::var("SLURM_JOB_ID") else {
+        let message = "SLURM_JOB_ID is not set: this is no job of Slurm";
+        return Err(Error::new(Exit::Usage, message)
+            .hint("`retort run --executor slurm RECIPE` submits jobs"));
+    };
+    let place = Place {
+        spool: spool.to_owned(),
+        // A job that is no array has one element.
+        element: variable("SLURM_ARRAY_TASK_ID").parse().unwrap_or(0),
+        job,
+        node: variable("SLURMD_NODENAME"),
+    };
+    match context.runtime()?.block_on(node::serve(&place)) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(Error::said(Exit::StageFailed)),
         Err(error) => Err(Error::new(Exit::Internal, error.to_string())),
     }
 }

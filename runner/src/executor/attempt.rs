@@ -8,6 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -19,6 +20,9 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 use crate::artifact::{Layout, Staging};
+use crate::cluster::dispatch::Desk;
+use crate::cluster::{Ended as ClusterEnd, News};
+use crate::executor::hand::{self, Cluster, Hand, Placement};
 use crate::executor::pause::Pauses;
 use crate::executor::recorder::{Recorder, own_line};
 use crate::executor::source::Source;
@@ -30,7 +34,7 @@ use crate::store::{
     StoreError, Time, Usage,
 };
 use crate::worker::death::Death;
-use crate::worker::process::{Exit, ExitStatus, Heard, Worker, signal_name};
+use crate::worker::process::{Exit, ExitStatus, Heard, signal_name};
 
 /// From SIGTERM to SIGKILL.
 const LAST_WORDS: Duration = Duration::from_secs(5);
@@ -55,6 +59,8 @@ pub struct Bench {
     pub judged: Mutex<Option<f64>>,
     /// Told once it is there.
     pub reached: Notify,
+    /// The cluster whose jobs do the work; without one, this machine's processes do.
+    pub cluster: Option<Cluster>,
 }
 
 impl Bench {
@@ -103,12 +109,12 @@ pub struct Brief {
 
 impl Brief {
     /// The parts that its work is divided into; none where one process does all of it.
-    fn parts(&self) -> impl Iterator<Item = Part> + use<> {
+    pub(super) fn parts(&self) -> impl Iterator<Item = Part> + use<> {
         let of = self.stage.workers.len();
         (0..of).map(move |index| Part { index, of })
     }
 
-    fn threads_of(&self, part: Option<Part>) -> usize {
+    pub(super) fn threads_of(&self, part: Option<Part>) -> usize {
         (self.threads / part.map_or(1, |part| part.of)).max(1)
     }
 
@@ -192,6 +198,8 @@ pub enum End {
         /// How it stopped.
         manner: Manner,
     },
+    /// Something happened to it that only happens on a cluster.
+    Cluster(ClusterEnd),
     /// What it sent makes no sense.
     Protocol {
         /// What.
@@ -231,6 +239,7 @@ impl End {
             Self::InputChanged { .. } => "input changed".into(),
             Self::TimedOut { .. } => "timeout".into(),
             Self::Interrupted { .. } => "interrupted".into(),
+            Self::Cluster(end) => end.reason.clone(),
             Self::Protocol { .. } => "protocol error".into(),
         }
     }
@@ -255,6 +264,7 @@ impl End {
             Self::NotLoaded { message, .. }
             | Self::InputChanged { message }
             | Self::Protocol { message } => message.clone(),
+            Self::Cluster(end) => end.message.clone(),
             Self::Died(death) => death.message().into(),
             Self::TimedOut { limit, manner } => {
                 format!(
@@ -271,6 +281,7 @@ impl End {
         match self {
             Self::Failed(failure) | Self::Panicked(failure) => failure.hint.clone(),
             Self::NotLoaded { hint, .. } => hint.clone(),
+            Self::Cluster(end) => end.hint.clone(),
             Self::Died(death) => death.hint().map(str::to_owned),
             Self::InputChanged { .. } => Some(
                 "run again once nothing writes to it; nothing that this stage made is used".into(),
@@ -320,17 +331,9 @@ pub async fn make(
     let name = &brief.stage.name;
     let paused = bench.pauses.total();
     let kills_before = out_of_memory_kills();
-    // All are started before anything is recorded: that of the whole is there, and waits, while the parts work.
-    let (whole, parts) = match hire(brief) {
-        Ok(workers) => workers,
-        Err(error) => {
-            let message = format!("a worker process could not be started: {error}");
-            let end = End::Failed(Failure {
-                retryable: true,
-                ..Failure::new(FailureCode::Io, message)
-            });
-            return refuse(bench, brief, end).await;
-        }
+    let placement = match hand::place(bench, brief) {
+        Ok(placement) => placement,
+        Err(end) => return refuse(bench, brief, end).await,
     };
     let attempt = bench
         .store
@@ -338,7 +341,7 @@ pub async fn make(
             brief.id,
             &brief.digest.hex,
             &brief.digest.components,
-            whole.pid(),
+            placement.pid(),
         )
         .await?;
     let inputs: Vec<String> = brief
@@ -357,15 +360,14 @@ pub async fn make(
         };
         Recorder::begin(Arc::clone(&bench.store), attempt, warn)
     };
-    (bench.listener)(Event::Began {
-        stage: name.clone(),
-        attempt,
-        pid: whole.pid(),
-        device: brief.devices(),
-        workers: parts.len().max(1),
-        threads: brief.threads_of(parts.first().map(|(part, _)| *part)),
-    });
-
+    let (cpus, pid) = (placement.cpus(), placement.pid());
+    let (desk, whole, parts) = match placement {
+        Placement::Here(whole, parts) => (None, whole, parts),
+        Placement::Cluster(placed) => {
+            let (desk, whole, parts) = placed.open(bench, brief, attempt).await?;
+            (Some(desk), whole, parts)
+        }
+    };
     let scene = Scene {
         bench,
         brief,
@@ -375,7 +377,13 @@ pub async fn make(
         deadline: brief.stage.timeout.map(|limit| Instant::now() + limit),
         paused,
         told: Told::default(),
+        cpus,
+        pid,
+        began: AtomicBool::new(false),
     };
+    if desk.is_none() {
+        scene.began();
+    }
     let (fault, mut usage) = scene.divide(parts).await?;
     let left = match fault {
         Some(fault) => fault,
@@ -385,7 +393,11 @@ pub async fn make(
             left
         }
     };
-    let out_of_memory = out_of_memory_kills() > kills_before;
+    if let Some(desk) = desk {
+        Desk::close(desk).await;
+    }
+    let here = || out_of_memory_kills() > kills_before;
+    let out_of_memory = left.exit.out_of_memory.unwrap_or_else(here);
     let end = left
         .so_far
         .judge(left.exit.status, left.ladder, brief, out_of_memory);
@@ -426,14 +438,6 @@ pub async fn make(
         last_words: left.so_far.last_words.into(),
         tainted,
     })
-}
-
-/// Starts the worker of a stage, and those of its parts.
-fn hire(brief: &Brief) -> std::io::Result<(Worker, Vec<(Part, Worker)>)> {
-    let spawn = |part| Worker::spawn(brief.threads_of(part), None);
-    let whole = spawn(None)?;
-    let parts = brief.parts().map(|part| Ok((part, spawn(Some(part))?)));
-    Ok((whole, parts.collect::<std::io::Result<_>>()?))
 }
 
 /// How lines about a part begin; those about the whole of a stage have no such beginning.
@@ -478,6 +482,12 @@ struct Scene<'a> {
     /// How long the run had been stopped when the attempt began.
     paused: Duration,
     told: Told,
+    /// Threads of each worker on a cluster; none on this machine.
+    cpus: Option<usize>,
+    /// The process of the whole on this machine, else 0.
+    pid: u32,
+    /// Whether it has been told that a worker is at work.
+    began: AtomicBool,
 }
 
 /// A worker that has left.
@@ -503,11 +513,29 @@ impl Left {
 }
 
 impl Scene<'_> {
+    /// Tells, once, that a worker is at work.
+    fn began(&self) {
+        if self.began.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let brief = self.brief;
+        (self.bench.listener)(Event::Began {
+            stage: brief.stage.name.clone(),
+            attempt: self.attempt,
+            pid: self.pid,
+            device: match self.cpus {
+                Some(_) => brief.stage.device.clone(),
+                None => brief.devices(),
+            },
+            workers: brief.parts().count().max(1),
+            threads: self
+                .cpus
+                .unwrap_or_else(|| brief.threads_of(brief.parts().next())),
+        });
+    }
+
     /// Has the parts done, all at the same time. When one fails, the others are stopped, and it is returned.
-    async fn divide(
-        &self,
-        parts: Vec<(Part, Worker)>,
-    ) -> Result<(Option<Left>, Usage), StoreError> {
+    async fn divide(&self, parts: Vec<(Part, Hand)>) -> Result<(Option<Left>, Usage), StoreError> {
         let halt = watch::Sender::new(Stop::No);
         let mut under_way: FuturesUnordered<_> = parts
             .into_iter()
@@ -534,7 +562,7 @@ impl Scene<'_> {
     /// Tells a worker what to do, and hears it until it has left. `halt` stops it as the user does.
     async fn hear(
         &self,
-        mut worker: Worker,
+        mut worker: Hand,
         part: Option<Part>,
         mut halt: watch::Receiver<Stop>,
     ) -> Result<Left, StoreError> {
@@ -552,7 +580,9 @@ impl Scene<'_> {
         }
         let mut ladder = Ladder::new(self.bench.grace);
         let mut stop = self.stop.clone();
-        let (mut deadline, mut paused) = (self.deadline, self.paused);
+        // On a cluster it is time at work that counts.
+        let here = self.cpus.is_none();
+        let (mut deadline, mut paused) = (self.deadline.filter(|_| here), self.paused);
         let exit = loop {
             let pause = self.bench.pauses.total() - paused;
             (deadline, paused) = (deadline.map(|at| at + pause), paused + pause);
@@ -563,6 +593,9 @@ impl Scene<'_> {
                 event = worker.next() => match event {
                     Heard::Exited(exit) => break exit,
                     event => {
+                        if let (Heard::Remote(News::Began), Some(limit)) = (&event, self.brief.stage.timeout) {
+                            deadline = Some(Instant::now() + limit);
+                        }
                         if heard.take(event).await? == Sense::No {
                             worker.signal(libc::SIGKILL);
                         }
@@ -600,9 +633,13 @@ impl Scene<'_> {
             kind: stage.kind.clone(),
             options: stage.options.clone(),
             seed: stage.seed,
-            device: brief.device_of(part).to_owned(),
+            // A job has devices of its own, which begin with the first.
+            device: match self.cpus {
+                Some(_) => stage.device.clone(),
+                None => brief.device_of(part).to_owned(),
+            },
             dtype: stage.dtype.clone(),
-            threads: brief.threads_of(part),
+            threads: self.cpus.unwrap_or_else(|| brief.threads_of(part)),
             base_dir: brief.base_dir.clone(),
             work_dir: Some(brief.work_dir.clone()),
             inputs: brief.inputs.clone(),
@@ -697,6 +734,7 @@ struct SoFar {
     answer: Option<Result<StageResult, Failure>>,
     not_loaded: Option<(String, Option<String>)>,
     nonsense: Option<String>,
+    cluster: Option<ClusterEnd>,
     artifacts: BTreeMap<u64, ArtifactRecord>,
     last_words: std::collections::VecDeque<String>,
 }
@@ -734,19 +772,24 @@ impl Conversation<'_> {
                 }
             }
             Heard::Line(source, text) => {
-                if source == LogSource::Stderr {
-                    if self.so_far.last_words.len() == 8 {
-                        self.so_far.last_words.pop_front();
-                    }
-                    self.so_far.last_words.push_back(text.clone());
-                }
-                self.say(LogLine {
+                let line = LogLine {
                     at: Time::now(),
                     level: LogLevel::Debug as u32,
                     source,
                     text,
-                });
+                };
+                self.wrote(line);
             }
+            Heard::Remote(news) => match news {
+                News::Began => scene.began(),
+                News::Line(line) => self.wrote(line),
+                News::Heard {
+                    job,
+                    element,
+                    number,
+                } => scene.recorder.mark(job, element, number),
+                News::Ended(end) => self.so_far.cluster = Some(end),
+            },
             Heard::Frame(FromWorker::Progress(progress)) => {
                 (scene.bench.listener)(Event::Progress {
                     stage: scene.brief.stage.name.clone(),
@@ -777,6 +820,17 @@ impl Conversation<'_> {
             Heard::Exited(_) => {}
         }
         Ok(Sense::Yes)
+    }
+
+    /// Something that the worker, or what it started, wrote.
+    fn wrote(&mut self, line: LogLine) {
+        if line.source == LogSource::Stderr {
+            if self.so_far.last_words.len() == 8 {
+                self.so_far.last_words.pop_front();
+            }
+            self.so_far.last_words.push_back(line.text.clone());
+        }
+        self.say(line);
     }
 
     fn say(&self, mut line: LogLine) {
@@ -811,6 +865,9 @@ impl SoFar {
         // A whole result counts, even when it came while the stage was being stopped, or just before a crash on leaving.
         if let Some(Ok(result)) = &self.answer {
             return self.judge_result(result, &brief.stage.output_kind);
+        }
+        if let Some(end) = &self.cluster {
+            return End::Cluster(end.clone());
         }
         match (&self.answer, exit, ladder.cause) {
             (Some(Err(failure)), _, Some(cause)) if failure.code == FailureCode::Cancelled => {
@@ -898,7 +955,7 @@ impl Ladder {
     }
 
     /// The first step: asks the plugin to stop at its next checkpoint.
-    async fn begin(&mut self, cause: Cause, worker: &mut Worker) {
+    async fn begin(&mut self, cause: Cause, worker: &mut Hand) {
         if self.cause.is_none() {
             self.cause = Some(cause);
             self.next = Some(Instant::now() + self.grace);
@@ -908,7 +965,7 @@ impl Ladder {
     }
 
     /// What the user wants.
-    async fn interrupt(&mut self, level: Stop, worker: &mut Worker) {
+    async fn interrupt(&mut self, level: Stop, worker: &mut Hand) {
         match level {
             Stop::No => {}
             Stop::AtCheckpoint => self.begin(Cause::Interrupt, worker).await,
@@ -920,14 +977,14 @@ impl Ladder {
     }
 
     /// The next step.
-    fn climb(&mut self, worker: &Worker) {
+    fn climb(&mut self, worker: &Hand) {
         match self.sent {
             None => self.signal(libc::SIGTERM, worker),
             Some(_) => self.signal(libc::SIGKILL, worker),
         }
     }
 
-    fn signal(&mut self, signal: i32, worker: &Worker) {
+    fn signal(&mut self, signal: i32, worker: &Hand) {
         worker.signal(signal);
         self.sent = Some(signal);
         self.next = (signal == libc::SIGTERM).then(|| Instant::now() + LAST_WORDS);
@@ -942,8 +999,8 @@ async fn sleep_until(moment: Option<Instant>) {
     }
 }
 
-/// How often the kernel has killed a process for want of memory, since it started; 0 where that is not known.
-fn out_of_memory_kills() -> u64 {
+/// How often the kernel has killed a process because memory ran out, since it started; 0 where that is not known.
+pub(crate) fn out_of_memory_kills() -> u64 {
     let text = std::fs::read_to_string("/proc/vmstat").unwrap_or_default();
     text.lines()
         .find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
@@ -1206,6 +1263,7 @@ mod tests {
             exit: Exit {
                 status: ExitStatus::Signal(libc::SIGKILL),
                 usage: Usage::default(),
+                out_of_memory: None,
             },
         };
         let died = left(0, None, None);

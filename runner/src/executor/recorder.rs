@@ -11,7 +11,9 @@ use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
 use crate::frame::Points;
-use crate::store::{AttemptId, Batch, LogLine, LogSource, MetricPoint, Store, StoreError, Time};
+use crate::store::{
+    AttemptId, Batch, JobKey, LogLine, LogSource, MetricPoint, Store, StoreError, Time,
+};
 
 /// How often rows are written; a kill of the runner loses at most this and what the worker holds back (0.1 s).
 const INTERVAL: Duration = Duration::from_millis(250);
@@ -44,6 +46,8 @@ struct Waiting {
     lines: Vec<LogLine>,
     lines_taken: usize,
     lost_points: usize,
+    /// How far elements of jobs have been heard when what came before has been written.
+    marks: HashMap<(JobKey, usize), u64>,
     closing: bool,
 }
 
@@ -106,6 +110,12 @@ impl Recorder {
         self.shared.wake.notify_one();
     }
 
+    /// Notes how far an element of a job has been heard, once everything before has been written.
+    pub fn mark(&self, job: JobKey, element: usize, number: u64) {
+        self.shared.waiting().marks.insert((job, element), number);
+        self.shared.wake.notify_one();
+    }
+
     /// Writes what still waits.
     pub async fn end(mut self) {
         self.shared.waiting().closing = true;
@@ -140,6 +150,7 @@ impl Shared {
             count: std::mem::take(&mut waiting.count),
             lines: std::mem::take(&mut waiting.lines),
             lost_points: std::mem::take(&mut waiting.lost_points),
+            marks: std::mem::take(&mut waiting.marks),
             lines_taken: waiting.lines_taken,
             closing: waiting.closing,
         }
@@ -163,6 +174,8 @@ async fn write_rows(
     loop {
         shared.wake.notified().await;
         let batch = shared.take();
+        // Whether what came before the marks has been written, or is lost.
+        let mut kept = true;
         if batch.lost_points > 0 {
             complain(
                 "metrics",
@@ -178,6 +191,7 @@ async fn write_rows(
         {
             complain("metrics", error.to_string());
             if is_for_a_moment(&error) {
+                kept = false;
                 give_back(&shared, points, batch.count);
             }
         }
@@ -186,7 +200,20 @@ async fn write_rows(
         {
             complain("the log", error.to_string());
             if is_for_a_moment(&error) {
+                kept = false;
                 shared.waiting().lines.splice(..0, batch.lines);
+            }
+        }
+        if !kept {
+            let mut waiting = shared.waiting();
+            for (element, number) in batch.marks {
+                waiting.marks.entry(element).or_insert(number);
+            }
+        } else if !batch.marks.is_empty() {
+            let marks = batch.marks.into_iter();
+            let marks = marks.map(|((job, element), number)| (job, element, number));
+            if let Err(error) = store.note_imported(marks).await {
+                tracing::debug!("marks: {error}");
             }
         }
         if batch.closing {

@@ -205,7 +205,7 @@ pub fn decide(
     roles: &[Role],
     past: &mut dyn Past,
 ) -> Result<Vec<Decision>, Box<dyn StdError>> {
-    let mut outputs: BTreeMap<String, String> = BTreeMap::new();
+    let mut outputs = plan.given_hashes();
     let mut decisions = Vec::new();
     for (stage, &role) in plan.stages.iter().zip(roles) {
         let mut decision = Decision {

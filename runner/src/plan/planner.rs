@@ -214,6 +214,7 @@ impl<'a> Planner<'a> {
                         pointer: pointer.clone(),
                         kind: match target {
                             Target::Dir => FileKind::Dir,
+                            Target::Images => FileKind::Images,
                             Target::Weights => FileKind::Weights,
                             _ => FileKind::File,
                         },
@@ -297,6 +298,14 @@ impl<'a> Planner<'a> {
     /// Reports references to stages that are not there or make something else.
     fn check_references(&mut self, drafts: &[Draft<'_>]) {
         let by_name = indices(drafts);
+        for given in &self.recipe.given {
+            if by_name.contains_key(given.name.as_str()) {
+                let message = format!("`{}` is a stage too", given.name);
+                let pointer = format!("/artifacts/{}", escape(&given.name));
+                let finding = Finding::error(pointer, message);
+                self.report(finding.hint("give one of them another name"), Part::Key);
+            }
+        }
         for draft in drafts {
             for reference in &draft.references {
                 let at = format!("{}{}", draft.pointer, reference.pointer);
@@ -324,6 +333,20 @@ impl<'a> Planner<'a> {
                     [] => format!("no stage of this recipe makes {wanted}"),
                     names => format!("stages that make {wanted}: {}", schema::list(names)),
                 };
+                let mut given = self.recipe.given.iter();
+                if let Some(given) = given.find(|given| given.name == reference.stage) {
+                    if !fits(&given.kind) {
+                        let message = format!(
+                            "stage `{}`: `{option}` wants {wanted}, but the artifact `{}` is a `{}`",
+                            draft.stage.name, given.name, given.kind
+                        );
+                        self.report(
+                            Finding::error(at, message).hint(fitting_hint()),
+                            Part::Value,
+                        );
+                    }
+                    continue;
+                }
                 let target = by_name.get(reference.stage.as_str());
                 let Some(target) = target.map(|&index| &drafts[index]) else {
                     let message = format!(

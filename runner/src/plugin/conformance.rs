@@ -707,7 +707,7 @@ async fn watch(
                 seen.points.extend(points);
             }
             Heard::Frame(FromWorker::Late { calls }) => seen.late = calls,
-            Heard::Frame(FromWorker::Loaded | FromWorker::Log(_)) => {}
+            Heard::Frame(FromWorker::Loaded | FromWorker::Log(_)) | Heard::Remote(_) => {}
             Heard::Nonsense(error) => seen.last_words.push(error.to_string()),
             Heard::Line(_, line) => {
                 seen.last_words.push(line);

@@ -23,6 +23,8 @@ pub enum Target {
     File,
     /// A directory.
     Dir,
+    /// A directory of images: of its files only those that a loader of images reads.
+    Images,
     /// Weights of a network: a file, or the folder or index of several.
     Weights,
 }
@@ -54,6 +56,7 @@ fn annotate_node(
         } else {
             match node.get("x-retort-file").and_then(Value::as_str) {
                 Some("dir") => Some(Target::Dir),
+                Some("images") => Some(Target::Images),
                 Some("weights") => Some(Target::Weights),
                 Some(_) => Some(Target::File),
                 None => None,

@@ -153,7 +153,7 @@ fn type_text(root: &Value, node: &Value, depth: usize) -> String {
         return format!("stage that makes {}", kinds.join(" or "));
     }
     match node.get("x-retort-file").and_then(Value::as_str) {
-        Some("dir") => return "directory".to_owned(),
+        Some("dir" | "images") => return "directory".to_owned(),
         Some("weights") => return "file or directory".to_owned(),
         Some(_) => return "file".to_owned(),
         None => {}

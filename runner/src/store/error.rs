@@ -92,6 +92,19 @@ pub enum StoreError {
     /// A run is under way, and what was asked for would pull the store from under it.
     #[error("a run is under way in this store: try again when it has ended")]
     InUse,
+    /// Another machine writes to the store.
+    #[error(
+        "the store {} is used by process {pid} on {host}, and one machine at a time can use a store",
+        path.display()
+    )]
+    Elsewhere {
+        /// The store.
+        path: PathBuf,
+        /// The machine.
+        host: String,
+        /// The process that took the store there.
+        pid: u32,
+    },
     /// No space left.
     #[error("the disk with the store is full: free some space and try again")]
     Full,
@@ -164,6 +177,12 @@ pub enum StoreError {
     /// A filter names what is not there, or compares what cannot be compared.
     #[error(transparent)]
     Filter(Box<FilterError>),
+    /// A statement that found no row for longer than one is willing to wait.
+    #[error("no row was found in {}", humantime::format_duration(*patience))]
+    Endless {
+        /// How long that is.
+        patience: std::time::Duration,
+    },
     /// Anything else SQLite says.
     #[error("the store's database: {0}")]
     Sql(sqlx::Error),

@@ -205,8 +205,11 @@ pub struct AttemptDetail {
     /// What it took.
     #[serde(flatten)]
     pub usage: Usage,
-    /// Process id of its worker.
+    /// Process id of its worker; 0 on a cluster.
     pub worker_pid: u32,
+    /// Why nothing of it runs yet, on a cluster.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub waiting: Option<String>,
 }
 
 /// An artifact of a run.
@@ -366,6 +369,22 @@ impl Store {
             .collect()
     }
 
+    /// What is known of an artifact, by its hash: what its newest maker said.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`], [`StoreError::Sql`].
+    pub async fn find_artifact(&self, hash: &str) -> Result<Option<ArtifactRecord>, StoreError> {
+        let row = sqlx::query(
+            "select o.artifact as hash, o.kind, o.name, f.size, f.files, o.meta
+             from outputs o join artifacts f on f.hash = o.artifact
+             where o.artifact = ?1 order by o.key desc limit 1",
+        )
+        .bind(hash)
+        .fetch_optional(self.pool())
+        .await?;
+        Ok(row.as_ref().map(artifact_record).transpose()?)
+    }
+
     /// The newest successful attempt with a digest.
     ///
     /// # Errors
@@ -518,7 +537,7 @@ impl Store {
     ) -> Result<Vec<AttemptDetail>, StoreError> {
         let rows = sqlx::query(
             "select key, number, state, reason, message, failure, summary, output, started, finished, paused,
-                    cpu_seconds, max_rss, worker_pid
+                    cpu_seconds, max_rss, worker_pid, waiting
              from attempts where stage = ?1 order by number",
         )
         .bind(stage.0)
@@ -617,6 +636,9 @@ fn attempt_detail(row: &SqliteRow, run_state: RunState) -> Result<AttemptDetail,
                 .map(i64::cast_unsigned),
         },
         worker_pid: row.try_get("worker_pid")?,
+        waiting: row
+            .try_get::<Option<String>, _>("waiting")?
+            .filter(|_| state == AttemptState::Running),
     })
 }
 

@@ -18,7 +18,7 @@ use super::{RunId, Store, StoreError, schema};
 
 /// A heartbeat older than this, seen from another machine, means that the runner is gone. Runners beat every few
 /// seconds; the rest is for clocks that differ and for busy disks.
-const HEARTBEAT_LIMIT: Duration = Duration::from_secs(120);
+pub(super) const HEARTBEAT_LIMIT: Duration = Duration::from_secs(120);
 
 /// A process, named so that it can be told from every other.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -102,18 +102,21 @@ impl Store {
         .bind(&run.0)
         .execute(&mut *write)
         .await?;
+        if let Some(claim) = &self.claim {
+            let _ = claim.beat();
+        }
         write.commit().await
     }
 
     /// Marks as lost the runs whose runner is gone. Where that cannot be written down it is remembered and shown.
     pub(super) async fn reconcile(&self) -> Result<(), StoreError> {
-        let gone = gone(&mut *self.pool().acquire().await?).await?;
+        let gone = gone(&mut *self.pool().acquire().await?, Jobs::None).await?;
         if gone.is_empty() {
             return Ok(());
         }
         let recorded = async {
             let mut connection = schema::connect_for_writing(self.dir()).await?;
-            for (key, _) in &gone {
+            for (key, _, _) in &gone {
                 // The lease is kept: should its holder live after all, its heartbeat still has a place to go.
                 sqlx::query(
                     "update runs set state = 'lost', finished = (select heartbeat from leases where run = key)
@@ -131,9 +134,14 @@ impl Store {
                 .lost
                 .lock()
                 .unwrap_or_else(|poisoned| poisoned.into_inner());
-            lost.extend(gone.into_iter().map(|(_, id)| id));
+            lost.extend(gone.into_iter().map(|(_, id, _)| id));
         }
         Ok(())
+    }
+
+    /// The runs whose runner is gone, or has left on purpose, while a job of theirs is not over.
+    pub(super) async fn without_runner(&self) -> Result<Vec<(i64, String, bool)>, StoreError> {
+        gone(&mut *self.pool().acquire().await?, Jobs::Open).await
     }
 
     /// The runs known to be lost but not recorded so, as a JSON list for SQL's `json_each`.
@@ -152,22 +160,68 @@ pub(super) async fn nobody_runs(connection: &mut SqliteConnection) -> Result<(),
         sqlx::query_scalar("select key from runs where state in ('queued', 'running')")
             .fetch_all(&mut *connection)
             .await?;
-    let gone = gone(connection).await?;
-    match alive.len() > gone.len() {
+    let (lost, left) = match has_jobs(connection).await? {
+        true => (
+            gone(&mut *connection, Jobs::None).await?,
+            gone(&mut *connection, Jobs::Open).await?,
+        ),
+        // An older schema knows no jobs.
+        false => (gone(connection, Jobs::Unknown).await?, Vec::new()),
+    };
+    match alive.len() > lost.len() + left.len() {
         true => Err(StoreError::InUse),
         false => Ok(()),
     }
 }
 
-/// Keys and ids of the runs that are recorded as alive, and are not.
-async fn gone(connection: &mut SqliteConnection) -> Result<Vec<(i64, String)>, StoreError> {
-    let rows = sqlx::query(
-        "select r.key, r.id, l.host, l.boot, l.pid_namespace, l.pid, l.process_started, l.heartbeat
-         from runs r join leases l on l.run = r.key
-         where r.state in ('queued', 'running')",
-    )
-    .fetch_all(connection)
-    .await?;
+/// Whether the store keeps jobs.
+async fn has_jobs(connection: &mut SqliteConnection) -> Result<bool, StoreError> {
+    let found = sqlx::query("select 1 from sqlite_schema where name = 'jobs'")
+        .fetch_optional(connection)
+        .await?;
+    Ok(found.is_some())
+}
+
+/// Which runs are asked about.
+#[derive(Clone, Copy)]
+enum Jobs {
+    /// Those without a job that is not over.
+    None,
+    /// Those with one: whether they go on, Slurm knows.
+    Open,
+    /// All, in a store that knows no jobs.
+    Unknown,
+}
+
+/// Keys and ids of the runs that are recorded as alive, and are not; and whether the runner has left them on purpose.
+async fn gone(
+    connection: &mut SqliteConnection,
+    jobs: Jobs,
+) -> Result<Vec<(i64, String, bool)>, StoreError> {
+    let query = match jobs {
+        Jobs::None => {
+            "select r.key, r.id, l.host, l.boot, l.pid_namespace, l.pid, l.process_started, l.heartbeat, l.scheduler
+             from runs r join leases l on l.run = r.key
+             where r.state in ('queued', 'running')
+               and not exists (select 1 from stages s join attempts a on a.stage = s.key
+                               join jobs j on a.key in (j.attempt, j.taken_by)
+                               where s.run = r.key and j.over is null)"
+        }
+        Jobs::Open => {
+            "select r.key, r.id, l.host, l.boot, l.pid_namespace, l.pid, l.process_started, l.heartbeat, l.scheduler
+             from runs r join leases l on l.run = r.key
+             where r.state in ('queued', 'running')
+               and exists (select 1 from stages s join attempts a on a.stage = s.key
+                           join jobs j on a.key in (j.attempt, j.taken_by)
+                           where s.run = r.key and j.over is null)"
+        }
+        Jobs::Unknown => {
+            "select r.key, r.id, l.host, l.boot, l.pid_namespace, l.pid, l.process_started, l.heartbeat, 0 as scheduler
+             from runs r join leases l on l.run = r.key
+             where r.state in ('queued', 'running')"
+        }
+    };
+    let rows = sqlx::query(query).fetch_all(connection).await?;
     if rows.is_empty() {
         return Ok(Vec::new());
     }
@@ -181,8 +235,9 @@ async fn gone(connection: &mut SqliteConnection) -> Result<Vec<(i64, String)>, S
             pid: row.try_get("pid")?,
             process_started: row.try_get::<i64, _>("process_started")?.cast_unsigned(),
         };
-        if !holder.lives(&reader, Time(row.try_get("heartbeat")?), now) {
-            gone.push((row.try_get("key")?, row.try_get("id")?));
+        let detached: bool = row.try_get("scheduler")?;
+        if detached || !holder.lives(&reader, Time(row.try_get("heartbeat")?), now) {
+            gone.push((row.try_get("key")?, row.try_get("id")?, detached));
         }
     }
     Ok(gone)

@@ -2,6 +2,7 @@
 //! tables and views and calling functions is all that goes.
 
 use std::ops::ControlFlow;
+use std::time::Duration;
 
 use futures_util::TryStreamExt;
 use serde_json::Value;
@@ -24,15 +25,20 @@ impl Store {
     }
 
     /// Gives the heads of the answer to a statement, then its rows, as they come, to `take`, until that has enough. The
-    /// statement cannot write, nor reach anything but the history, whatever it says, and has bounded memory.
+    /// statement cannot write, nor reach anything but the history, whatever it says, has bounded memory, and is ended
+    /// when the next row takes longer than `patience`.
     ///
     /// # Errors
-    /// [`StoreError::Sql`] when SQLite does not understand the statement, or it would do more than read.
+    /// [`StoreError::Sql`] when SQLite does not understand the statement, or it would do more than read;
+    /// [`StoreError::Endless`].
     pub async fn query(
         &self,
         sql: &str,
+        patience: Duration,
         mut take: impl FnMut(Answer<'_>) -> ControlFlow<()>,
     ) -> Result<(), StoreError> {
+        // SQLite takes a NUL for the end, and the library would ask for what follows it, for ever.
+        let sql = sql.split('\0').next().unwrap_or_default();
         // Views show states; they have to be true before they are looked at.
         self.reconcile().await?;
         let reader = match self.access {
@@ -45,15 +51,23 @@ impl Store {
         sandbox::limit_sizes(&mut connection, sandbox::LONGEST_ANSWER).await?;
         sandbox::limit_memory(&mut connection).await?;
         sandbox::only_reading(&mut connection).await?;
-        let statement = connection
-            .prepare(AssertSqlSafe(sql).into_sql_str())
-            .await?;
+        let clock = sandbox::limit_time(&mut connection, patience).await?;
+        let ended = |error: sqlx::Error| match clock.is_spent() {
+            true => StoreError::Endless { patience },
+            false => error.into(),
+        };
+        let statement = connection.prepare(AssertSqlSafe(sql).into_sql_str());
+        let statement = statement.await.map_err(ended)?;
         let heads: Vec<&str> = statement.columns().iter().map(Column::name).collect();
         if take(Answer::Heads(&heads)).is_break() {
             return Ok(());
         }
         let mut rows = statement.query().fetch(&mut *connection);
-        while let Some(row) = rows.try_next().await? {
+        loop {
+            clock.renew();
+            let Some(row) = rows.try_next().await.map_err(ended)? else {
+                break;
+            };
             let cells = (0..heads.len()).map(|place| cell(&row, place));
             if take(Answer::Row(cells.collect::<Result<_, _>>()?)).is_break() {
                 break;

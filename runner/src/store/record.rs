@@ -104,7 +104,7 @@ pub struct AttemptEnd {
 }
 
 /// What an attempt took.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Usage {
     /// Processor time of the worker, user and system, in seconds; with that of all parts.
     pub cpu_seconds: Option<f64>,

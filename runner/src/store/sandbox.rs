@@ -2,11 +2,12 @@
 //!
 //! A database can be crafted so that SQLite reads it correctly and never comes to an end: pages that lie in two trees,
 //! values that share their pages. A question can be anything. Both get limits of size; a database gets a number of
-//! steps in proportion to its size, a question only what reads ([`only_reading`]).
+//! steps in proportion to its size, a question only what reads ([`only_reading`]) and time for each row of its answer.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use libsqlite3_sys as ffi;
 use sqlx::sqlite::SqliteConnection;
@@ -51,6 +52,55 @@ pub(super) async fn limit_steps(
         taken.is_ok()
     });
     Ok(budget)
+}
+
+/// How long SQLite may work on the next row of an answer.
+#[derive(Debug, Clone)]
+pub(super) struct Patience {
+    began: Instant,
+    /// Milliseconds from the beginning to the last row.
+    last: Arc<AtomicU64>,
+    spent: Arc<AtomicBool>,
+}
+
+impl Patience {
+    fn elapsed(&self) -> u64 {
+        u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// The next row is asked for. Said before the last one is taken away: SQLite goes on at once.
+    pub(super) fn renew(&self) {
+        self.last.store(self.elapsed(), Ordering::Relaxed);
+    }
+
+    /// Whether a row took too long: SQLite was then interrupted.
+    pub(super) fn is_spent(&self) -> bool {
+        self.spent.load(Ordering::Relaxed)
+    }
+}
+
+/// Interrupts a connection that finds no row for so long.
+pub(super) async fn limit_time(
+    connection: &mut SqliteConnection,
+    longest: Duration,
+) -> Result<Patience, sqlx::Error> {
+    let patience = Patience {
+        began: Instant::now(),
+        last: Arc::default(),
+        spent: Arc::default(),
+    };
+    let longest = u64::try_from(longest.as_millis()).unwrap_or(u64::MAX);
+    let asked = patience.clone();
+    let mut handle = connection.lock_handle().await?;
+    handle.set_progress_handler(STEPS, move || {
+        let waited = asked
+            .elapsed()
+            .saturating_sub(asked.last.load(Ordering::Relaxed));
+        let late = waited > longest;
+        asked.spent.fetch_or(late, Ordering::Relaxed);
+        !late
+    });
+    Ok(patience)
 }
 
 /// Limits the sizes of values and statements on a connection.

@@ -25,6 +25,7 @@ pub(super) const MIGRATIONS: &[&str] = &[
     include_str!("../../../migrations/0004_one_key.sql"),
     include_str!("../../../migrations/0005_remembered.sql"),
     include_str!("../../../migrations/0006_sweeps.sql"),
+    include_str!("../../../migrations/0007_cluster.sql"),
 ];
 
 /// The schema after which the program packs the points of older ones.
@@ -293,7 +294,7 @@ fn check_writable(path: &Path) -> Result<(), StoreError> {
 }
 
 /// Makes the directory, for its owner alone; a new one tells git to leave it alone.
-fn make_directory(dir: &Path) -> Result<(), StoreError> {
+pub(super) fn make_directory(dir: &Path) -> Result<(), StoreError> {
     if dir.is_dir() {
         return Ok(());
     }

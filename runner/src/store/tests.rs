@@ -28,7 +28,7 @@ async fn open(dir: &Path) -> Store {
 /// The answer to a statement, all of it.
 async fn ask(store: &Store, sql: &str) -> Result<Rows, StoreError> {
     let mut rows = Rows::default();
-    let taken = store.query(sql, |answer| {
+    let taken = store.query(sql, Duration::from_secs(60), |answer| {
         match answer {
             Answer::Heads(heads) => rows = Rows::new(heads),
             Answer::Row(row) => rows.push(row),

@@ -362,12 +362,13 @@ impl<'c> Copy<'c> {
     /// The sweep that a run is a point of. One of the same name that is there already stays as it is: the run becomes its
     /// point only where both are made of the same.
     async fn sweep(&mut self, run: &RunId, key: i64, here: i64) -> Result<(), StoreError> {
-        let sweep: Option<Option<i64>> =
-            sqlx::query_scalar("select sweep from source.runs where key = ?1")
+        let found: Result<Option<(Option<i64>, Option<i64>)>, sqlx::Error> =
+            sqlx::query_as("select sweep, point from source.runs where key = ?1")
                 .bind(key)
                 .fetch_optional(&mut *self.connection)
-                .await?;
-        let Some(sweep) = sweep.flatten() else {
+                .await;
+        let found = self.or_lost(found.map_err(StoreError::from), run, "its sweep")?;
+        let Some((Some(sweep), Some(point))) = found.flatten() else {
             return Ok(());
         };
         let copied = self
@@ -391,16 +392,26 @@ impl<'c> Copy<'c> {
                  sweep = (select m.key from source.sweeps w
                           join main.sweeps m on m.id = w.id and m.recipe_text = w.recipe_text
                               and m.settings = w.settings and m.definition = w.definition and m.points = w.points
-                          where w.key = ?1),
-                 point = (select point from source.runs where id = runs.id)
+                          where w.key = ?1)
              where key = ?2",
-            "update main.runs set point = null where key = ?2 and sweep is null and ?1",
-            "insert or ignore into main.sweep_rungs (sweep, point, rung, value)
+        ] {
+            let copied = self.rows(sql, sweep, here).await;
+            self.or_lost(copied, run, "its place in a sweep")?;
+        }
+        for (sql, value) in [
+            (
+                "update main.runs set point = ?1 where key = ?2 and sweep is not null",
+                point,
+            ),
+            (
+                "insert or ignore into main.sweep_rungs (sweep, point, rung, value)
              select r.sweep, g.point, g.rung, g.value from main.runs r
              join source.sweep_rungs g on g.sweep = ?1 and g.point = r.point
              where r.key = ?2 and r.sweep is not null",
+                sweep,
+            ),
         ] {
-            let copied = self.rows(sql, sweep, here).await;
+            let copied = self.rows(sql, value, here).await;
             self.or_lost(copied, run, "its place in a sweep")?;
         }
         Ok(())
@@ -482,9 +493,10 @@ impl<'c> Copy<'c> {
         let copied = self
             .one(
                 "insert into main.attempts (stage, number, digest, worker_pid, state, reason, message, failure, summary,
-                     output, cpu_seconds, max_rss, started, finished)
+                     output, cpu_seconds, max_rss, started, finished, paused)
                  select ?2, number, digest, worker_pid, state, reason, message, failure, summary,
-                     (select hash from main.artifacts where hash = output), cpu_seconds, max_rss, started, finished
+                     (select hash from main.artifacts where hash = output), cpu_seconds, max_rss, started, finished,
+                     paused
                  from source.attempts where key = ?1",
                 key,
                 into,

@@ -111,7 +111,11 @@ fn values_of(
         let count = count.map(|count| u32::try_from(count).unwrap_or(u32::MAX));
         return Values::real(min, max, is("log"), count);
     }
-    match (value["min"].as_i64(), value["max"].as_i64()) {
+    // The schema has them as numbers, which `1` becomes too.
+    let whole = |number: f64| {
+        (number.fract() == 0.0 && number.abs() <= 2_f64.powi(53)).then_some(number as i64)
+    };
+    match (whole(min), whole(max)) {
         _ if value.get("count").is_some() => {
             Err("`count` divides a range of numbers, not one of whole numbers".to_owned())
         }

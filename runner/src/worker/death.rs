@@ -46,7 +46,7 @@ const LAST_WORDS: [(&str, Cause); 8] = [
 
 impl Death {
     /// Of a process that ended so, having written these lines last; `out_of_memory`: when the kernel killed some process
-    /// for want of memory.
+    /// because memory ran out.
     pub fn new<'a>(
         status: ExitStatus,
         last_words: impl Iterator<Item = &'a str> + Clone,

@@ -14,11 +14,13 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use retort_abi::Failure;
+use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 use tokio::task::JoinHandle;
 
+use crate::cluster::News;
 use crate::frame::{self, Answer, FrameError, FromWorker, Inbox, Task, ToWorker};
 use crate::store::{LogSource, Usage};
 use crate::worker::death::Death;
@@ -61,6 +63,8 @@ pub enum Heard {
     Nonsense(FrameError),
     /// It, or something it loaded or started, wrote a line.
     Line(LogSource, String),
+    /// Of a worker on another machine: something that only there can happen.
+    Remote(News),
     /// It has ended, and its whole process group with it. The last event.
     Exited(Exit),
 }
@@ -72,10 +76,13 @@ pub struct Exit {
     pub status: ExitStatus,
     /// What it took.
     pub usage: Usage,
+    /// Whether memory ran out at that time, where that is known by who watched it.
+    pub out_of_memory: Option<bool>,
 }
 
 /// With a code or by a signal.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum ExitStatus {
     /// It left.
     Code(i32),
@@ -176,7 +183,7 @@ pub async fn ask(task: Task, limit: Duration) -> Result<Answer, AskError> {
                 Heard::Frame(FromWorker::NotLoaded { message, hint }) => {
                     answer = Some(Err(AskError::NotLoaded { message, hint }));
                 }
-                Heard::Frame(_) => {}
+                Heard::Frame(_) | Heard::Remote(_) => {}
                 Heard::Nonsense(error) => answer = Some(Err(AskError::Nonsense(error.to_string()))),
                 Heard::Line(_, line) => output.push(line),
                 Heard::Exited(exit) => return exit,
@@ -294,7 +301,7 @@ impl Worker {
             () = self.stderr.read(), if !self.stderr.closed() => {}
             exit = async { self.exit.as_mut().expect("waited for once").await }, if self.exit.is_some() => {
                 self.exit = None;
-                let exit = exit.unwrap_or(Exit { status: ExitStatus::Code(-1), usage: Usage::default() });
+                let exit = exit.unwrap_or(Exit { status: ExitStatus::Code(-1), usage: Usage::default(), out_of_memory: None });
                 self.ended = Some((exit, tokio::time::Instant::now()));
             }
             () = tokio::time::sleep(DRAIN), if ended => {}
@@ -343,6 +350,7 @@ fn reap(pid: u32) -> Exit {
                 return Exit {
                     status: ExitStatus::Code(-1),
                     usage: Usage::default(),
+                    out_of_memory: None,
                 };
             }
         }
@@ -358,7 +366,11 @@ fn reap(pid: u32) -> Exit {
             cpu_seconds: Some(seconds(usage.ru_utime) + seconds(usage.ru_stime)),
             max_rss: Some(usage.ru_maxrss.cast_unsigned() * unit),
         };
-        Exit { status, usage }
+        Exit {
+            status,
+            usage,
+            out_of_memory: None,
+        }
     }
 }
 

@@ -23,7 +23,7 @@ use process::{Ended, Runner, kill};
 /// Rounds that one store lives through: it grows.
 const ROUNDS: usize = 12;
 /// Rounds after which every kind of disturbance has hit.
-const ENOUGH: u64 = 60;
+const ENOUGH: u64 = 100;
 /// The most disturbed lives of a round.
 const LIVES: usize = 4;
 /// How long anything may take, on a busy machine.
@@ -179,6 +179,7 @@ pub fn check_variety(report: &mut Report) {
         "runs failed",
         "runs interrupted",
         "runs lost",
+        truth::PARTS,
     ]);
     expected.dedup();
     for kind in expected {

@@ -14,6 +14,7 @@ pub mod harness;
 mod import;
 mod mutation;
 mod recipe;
+mod statement;
 
 /// What is fed with hostile bytes.
 #[derive(Debug)]
@@ -24,7 +25,7 @@ pub struct Target {
     pub exercise: fn(&[u8]) -> String,
     /// Pieces that the format is made of.
     pub tokens: &'static [&'static [u8]],
-    /// Makes check sums fit again, so that what lies behind them is reached.
+    /// Makes check sums fit again, or adds what means something, so that what lies behind is reached.
     pub mend: Option<fn(&mut Vec<u8>)>,
     /// A folder of further examples, from the repository's root.
     pub examples: Option<&'static str>,

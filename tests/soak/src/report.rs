@@ -94,7 +94,11 @@ impl fmt::Display for Report {
         }
         if !self.disturbances.is_empty() {
             let all: u64 = self.disturbances.values().sum();
-            writeln!(f, "{all} disturbances")?;
+            let ended = |kind: &&String| kind.ends_with("killed") || kind.ends_with("aborted");
+            let kills: u64 = (self.disturbances.keys().filter(ended))
+                .map(|kind| self.disturbances[kind])
+                .sum();
+            writeln!(f, "{all} disturbances, {kills} of them kills")?;
             for (kind, count) in &self.disturbances {
                 writeln!(f, "  {kind:32} {count:>8}")?;
             }

@@ -1,11 +1,8 @@
 //! Asking about what ran: every command, for people and for programs.
 
-use std::io::{BufRead, BufReader, Read};
-use std::process::Stdio;
-
 use serde_json::{Value, json};
 
-use crate::lab::{Lab, signal_process};
+use crate::lab::Lab;
 
 /// A store with three runs of one recipe: it ran; half of it was reused; it failed.
 fn lab() -> Lab {
@@ -562,103 +559,6 @@ fn runs_go_into_another_store_and_into_event_files() {
     here.retort(&["runs", "export", "--as", "mlflow", "-o", "nowhere.db"])
         .expect(2)
         .saying(&["mlflow db upgrade"]);
-}
-
-#[test]
-fn a_question_reads_the_history_and_does_nothing_else() {
-    let lab = lab();
-    let before = std::fs::read_dir(lab.dir.path()).unwrap().count();
-    for statement in [
-        "vacuum into 'x.db'",
-        "vacuum",
-        "attach database 'x.db' as x",
-        "attach database ':memory:' as x",
-        "pragma user_version = 7",
-        "pragma journal_mode = delete",
-        "pragma temp_store_directory = '.'",
-        "pragma writable_schema = on",
-        "select load_extension('x.so')",
-        "select writefile('x.db', 'x')",
-        "select readfile('r.yaml')",
-        "select fts3_tokenizer('x')",
-        "delete from runs",
-        "update runs set note = 'x'",
-        "create temp table x (a)",
-        "create temp view x as select 1",
-        "begin immediate",
-        "savepoint x",
-        "reindex",
-        "analyze",
-        "explain delete from runs",
-        "select 1; vacuum into 'x.db'",
-        "select * from pragma_journal_mode; vacuum into 'x.db'",
-        "with x as (select 1) insert into tags select 1, 'x' from x",
-    ] {
-        lab.retort(&["query", statement])
-            .expect(2)
-            .saying(&["the statement cannot be answered"]);
-    }
-    assert_eq!(std::fs::read_dir(lab.dir.path()).unwrap().count(), before);
-    for statement in [
-        "select count(*) from v_metrics",
-        "with recursive n(k) as (select 1 union all select k + 1 from n where k < 5) select sum(k) from n",
-        "select r.id, json_extract(r.environment, '$.host') from v_runs r join (select run from v_stages) s on s.run = r.id",
-        "select name, (select group_concat(name) from pragma_table_info(v.name)) from sqlite_schema v where type = 'view'",
-        "select row_number() over (order by seconds), upper(recipe) from v_runs",
-        "explain query plan select * from v_runs",
-        "values (1), (2)",
-    ] {
-        lab.retort(&["query", statement]).expect(0);
-    }
-}
-
-#[test]
-fn an_endless_answer_takes_little_memory_and_ends_when_told() {
-    let lab = lab();
-    let endless = "with recursive n(k) as (select 1 union all select k + 1 from n)
-        select k, hex(zeroblob(500)) as zeros from n";
-    for format in ["csv", "json"] {
-        let mut command = lab.command(&["query", endless, "--format", format]);
-        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-        let mut lines = BufReader::new(child.stdout.take().unwrap());
-        let mut line = String::new();
-        // 400 MB of text.
-        for _ in 0..400_000 {
-            line.clear();
-            assert!(lines.read_line(&mut line).unwrap() > 0);
-        }
-        let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
-        let peak = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmHWM:"))
-            .unwrap();
-        let peak: u64 = peak.trim().trim_end_matches(" kB").parse().unwrap();
-        assert!(peak < 150_000, "{peak} kB");
-        signal_process(child.id(), 2);
-        std::io::copy(&mut lines, &mut std::io::sink()).unwrap();
-        assert!(!child.wait().unwrap().success());
-    }
-    // A reader that goes away ends it as well, and is no error.
-    let mut command = lab.command(&["query", endless, "--format", "csv"]);
-    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-    let mut some = [0; 4096];
-    child.stdout.take().unwrap().read_exact(&mut some).unwrap();
-    assert!(child.wait().unwrap().success());
-    // A table has to end before it can be printed.
-    let said = lab
-        .retort(&["query", endless])
-        .expect(0)
-        .saying(&["only the first 10000 rows", "--format csv"]);
-    assert_eq!(said.stdout.lines().count(), 10_001);
-    for large in [
-        "select zeroblob(1000000000)",
-        "select group_concat(hex(zeroblob(1000))) from (with recursive n(k) as
-        (select 1 union all select k + 1 from n limit 40000) select k from n)",
-    ] {
-        lab.retort(&["query", large, "--format", "csv"])
-            .expect(2)
-            .saying(&["too big"]);
-    }
 }
 
 #[test]

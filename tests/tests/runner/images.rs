@@ -40,7 +40,7 @@ fn format_file(name: &str) -> PathBuf {
 }
 
 /// Two classes of small images of every format.
-fn every_format(dir: &Path) {
+pub fn every_format(dir: &Path) {
     let classes = [
         (
             "cats",
@@ -209,4 +209,24 @@ fn one_class_and_one_image_without_an_ending_are_enough() {
         "codes.data={folder: flat, size: 16, channels: 1}",
     ])
     .expect(0);
+}
+
+#[test]
+fn what_is_no_image_beside_images_decides_nothing() {
+    let lab = lab(CODES, "{folder: img, size: 8}");
+    let folder = lab.dir.path().join("img");
+    every_format(&folder);
+    lab.run(&[]).expect(0);
+    for name in ["README.txt", "LICENSE", "cats/notes.txt"] {
+        fs::write(folder.join(name), "about these images").unwrap();
+    }
+    assert_eq!(lab.outcomes(&[]), ["codes reused"]);
+    let images = fs::read_dir(folder.join("cats")).unwrap().flatten();
+    let some = images.map(|entry| entry.path()).find(|path| {
+        let ending = path.extension().unwrap_or_default();
+        ending == "png"
+    });
+    // An image by its content alone.
+    fs::copy(some.unwrap(), folder.join("cats/one-more")).unwrap();
+    assert_eq!(lab.outcomes(&[]), ["codes ran"]);
 }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use retort_engine::arrays::Arrays;
 use retort_engine::weights;
 use retort_tests::golden;
 use serde_json::Value;
@@ -144,4 +145,148 @@ fn lpips_moves_the_continuous_head() {
         values.last() < values.first() && values.iter().all(|x| *x > 0.0),
         "{values:?}"
     );
+}
+
+/// An array as NumPy pickles it for `torch.save`, protocol 2: bytes go as the text of as many characters.
+fn pickled(data: &[f64], shape: &[usize]) -> Vec<u8> {
+    let text: String = data
+        .iter()
+        .flat_map(|x| x.to_le_bytes())
+        .map(char::from)
+        .collect();
+    let mut out = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85c_codecs\nencode\nX\x01\0\0\0bX\x06\0\0\0latin1\
+        \x86R\x87R(K\x01"
+        .to_vec();
+    for &n in shape {
+        out.push(b'J');
+        out.extend((n as u32).to_le_bytes());
+    }
+    out.push(if shape.len() == 1 { 0x85 } else { 0x86 });
+    out.extend(b"cnumpy\ndtype\nX\x02\0\0\0f8\x89\x88\x87R(K\x03X\x01\0\0\0<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb\x89c_codecs\nencode\nX");
+    out.extend((text.len() as u32).to_le_bytes());
+    out.extend(text.as_bytes());
+    out.extend(b"X\x06\0\0\0latin1\x86Rtb");
+    out
+}
+
+/// A file as the paper's authors published their statistics: `m` and `s`.
+fn write_statistic(path: &Path, from: &Path, dim: usize) {
+    use std::io::Write;
+    let arrays = Arrays::open(from).unwrap();
+    let mut pickle = b"\x80\x02}(".to_vec();
+    for (name, own, shape) in [("mu", "m", vec![dim]), ("sigma", "s", vec![dim, dim])] {
+        let data = arrays.read(name, &shape).unwrap().unwrap();
+        pickle.extend(b"X\x01\0\0\0");
+        pickle.extend(own.as_bytes());
+        pickle.extend(pickled(&data, &shape));
+    }
+    pickle.extend(b"u.");
+    let mut zip = zip::ZipWriter::new(std::fs::File::create(path).unwrap());
+    let options =
+        zip::write::SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored);
+    zip.start_file("statistic/data.pkl", options).unwrap();
+    zip.write_all(&pickle).unwrap();
+    zip.finish().unwrap();
+}
+
+/// What stands for the real images: images in a folder, ADM's array, the authors' statistics, another set of samples.
+#[test]
+fn real_images_are_read_as_people_have_them() {
+    let lab = lab("
+  drawn: {kind: sample, seed: 5, count: 10, png: true, npz: true, resize: 16, sampler: {kind: teacher, teacher: teacher}}
+  other: {kind: sample, seed: 5, count: 10, resize: 16, sampler: {kind: flow, teacher: teacher}}
+  set:
+    kind: evaluate
+    real: drawn
+    inception: inception.safetensors
+    dims: 64
+    splits: 100
+    preparation: [pytorch, tensorflow]
+    kernel: {subsets: 3, size: 8}
+    lpips: {vgg: vgg.safetensors, linear: linear.safetensors, beside: drawn}
+    samples: {drawn: drawn, other: other}
+");
+    for part in ["inception", "vgg", "linear"] {
+        network(&lab, part);
+    }
+    let said = lab.retort(&["run", "r.yaml"]).expect(0);
+    for text in [
+        "n/a: inception score: at least 100",
+        "other/tensorflow",
+        "LPIPS",
+        "passes",
+    ] {
+        assert!(said.stdout.contains(text), "{text} in {}", said.stdout);
+    }
+    let report = std::fs::read_to_string(output(&lab, "set").1.join("evaluation.json")).unwrap();
+    let report: Value = serde_json::from_str(&report).unwrap();
+    let row = |name: &str| report["sets"][name].clone();
+    let value = |name: &str, figure: &str| {
+        let found = row(name)[figure].as_f64();
+        found.unwrap_or_else(|| panic!("{figure} of {name} in {report:#}"))
+    };
+    // The very same images, and others.
+    assert!(value("drawn/pytorch", "frechet_distance") < 1e-6);
+    assert!(value("other/pytorch", "frechet_distance") > 1e-3);
+    let ways = ["other/pytorch", "other/tensorflow"].map(|name| value(name, "frechet_distance"));
+    assert!(ways[0] != ways[1], "{ways:?}");
+    assert!(value("other/pytorch", "kernel_distance") > value("drawn/pytorch", "kernel_distance"));
+    assert!(value("other/pytorch", "lpips") > 0.0);
+    for (name, figure) in [
+        ("drawn/pytorch", "lpips"),
+        ("other/pytorch", "inception_score"),
+    ] {
+        assert!(row(name)["not_available"][figure].is_string(), "{report:#}");
+    }
+    assert_eq!(row("other/pytorch")["passes"], 16);
+    assert!(
+        report["pipeline"]
+            .as_str()
+            .unwrap()
+            .contains("nearest of 256 values")
+    );
+
+    // The same images in other forms.
+    let drawn = output(&lab, "drawn").1;
+    let folder = lab.dir.path().join("real/0");
+    std::fs::create_dir_all(&folder).unwrap();
+    for image in std::fs::read_dir(drawn.join("png")).unwrap() {
+        let image = image.unwrap();
+        std::fs::copy(image.path(), folder.join(image.file_name())).unwrap();
+    }
+    std::fs::copy(drawn.join("samples.npz"), lab.dir.path().join("adm.npz")).unwrap();
+    let own = |name: &str, real: &str| {
+        format!(
+            "
+  {name}: {{kind: evaluate, {real}, inception: inception.safetensors, dims: 64, splits: 2, neighbours: 2, samples: {{drawn: drawn, other: other}}}}
+"
+        )
+    };
+    add(
+        &lab,
+        &own("folder", "data: {folder: real}, save_statistics: true"),
+    );
+    add(&lab, &own("adm", "statistics: adm.npz"));
+    lab.retort(&["run", "r.yaml"]).expect(0);
+    let statistics = output(&lab, "folder").1.join("statistics.npz");
+    write_statistic(&lab.dir.path().join("statistic.pth"), &statistics, 64);
+    add(&lab, &own("authors", "statistics: statistic.pth"));
+    lab.retort(&["run", "r.yaml"]).expect(0);
+    for stage in ["folder", "adm", "authors"] {
+        let dir = output(&lab, stage).1;
+        let text = std::fs::read_to_string(dir.join("evaluation.json")).unwrap();
+        let all: Value = serde_json::from_str(&text).unwrap();
+        let other = &all["sets"]["other"];
+        let distance = other["frechet_distance"].as_f64().unwrap();
+        assert!(
+            (distance / ways[0] - 1.0).abs() < 1e-6,
+            "{stage}: {distance} and {}",
+            ways[0]
+        );
+        // Those of single images are not to be had from statistics.
+        let precision = other["precision"].is_number();
+        assert_eq!(precision, stage != "authors", "{stage}: {other:#}");
+        let spatial = other["spatial_frechet_distance"].is_number();
+        assert_eq!(spatial, stage != "authors", "{stage}: {other:#}");
+    }
 }

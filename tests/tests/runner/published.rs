@@ -227,6 +227,89 @@ fn var_files_give_the_published_results() {
     agrees(&VAR);
 }
 
+/// Networks written for the published scripts, and taken in again: the same artifacts.
+fn exports(family: &Family, buffers: [&[&str]; 3]) {
+    let lab = Lab::new(&[]);
+    let dir = lab.dir.path();
+    family.write_files(dir);
+    let recipe = |file: &str, with: [&str; 3]| {
+        let [teacher, student, tokenizer] = with;
+        let Family { name, hints, .. } = family;
+        let text = format!(
+            "version: 1
+backend: candle
+device: cpu
+stages:
+  teacher: {{kind: teacher, family: {name}, model: {teacher}, tokenizer: {tokenizer}, {hints}}}
+  student: {{kind: student, family: {name}, model: {student}, tokenizer: {tokenizer}, timesteps: [0, 2], {hints}}}
+"
+        );
+        std::fs::write(dir.join(file), text).unwrap();
+    };
+    recipe("in.yaml", ["teacher.pth", "student.pth", "tokenizer.pth"]);
+    lab.retort(&["run", "in.yaml"]).expect(0);
+    let hashes = || ["teacher", "student"].map(|stage| row(&lab, stage)["hash"].clone());
+    let before = hashes();
+    let export = |more: &[&str]| {
+        let command = ["artifacts", "export", "--as", "published"];
+        lab.retort(&[&command[..], more].concat())
+    };
+    let said = export(&["latest/teacher", "-o", "t.pth"]).expect(0);
+    assert_eq!(said.stdout, "t.pth\n");
+    export(&["latest/student", "-o", "s.pth"]).expect(0);
+    export(&["latest/student", "--network", "tokenizer", "-o", "k.pth"]).expect(0);
+    recipe("out.yaml", ["t.pth", "s.pth", "k.pth"]);
+    lab.retort(&["run", "out.yaml"]).expect(0);
+    assert_eq!(hashes(), before);
+
+    // Every weight that the published network has, and the buffers without which its scripts refuse the file.
+    let weights = procedural_weights(&family.golden().join("weights.json")).unwrap();
+    let places = [family.teacher.1, family.student.1, family.tokenizer.1];
+    let parts = [family.teacher.0, family.student.0, family.tokenizer.0];
+    let published = match family.name {
+        "llamagen" => [&["model"][..], places[1], places[2]],
+        _ => places,
+    };
+    for (i, file) in ["t.pth", "s.pth", "k.pth"].into_iter().enumerate() {
+        let place = published[i].join(".");
+        let stored = Stored::open(&dir.join(file), Some(&place)).unwrap();
+        let mut found: Vec<&str> = stored.shapes().map(|(name, _)| name).collect();
+        let mut expected: Vec<&str> = weights[parts[i]].keys().map(String::as_str).collect();
+        expected.extend(buffers[i]);
+        found.sort_unstable();
+        expected.sort_unstable();
+        assert_eq!(found, expected, "{file}");
+    }
+    // The average stands where the other weights would.
+    let beside = Stored::open(&dir.join("s.pth"), Some(&family.beside.join("."))).unwrap();
+    let own = Stored::open(&dir.join("s.pth"), Some(&family.student.1.join("."))).unwrap();
+    let name = "final_layer_conti.linear.bias";
+    assert_eq!(beside.floats(name).unwrap(), own.floats(name).unwrap());
+
+    export(&["latest/teacher", "-o", "t.pth"])
+        .expect(2)
+        .saying(&["t.pth is there already", "--force"]);
+    export(&["latest/teacher", "-o", "t.pth", "--force"]).expect(0);
+    export(&["latest/nothing", "-o", "n.pth"]).expect(4);
+    assert!(!dir.join("n.pth").exists());
+}
+
+#[test]
+fn llamagen_networks_go_out_and_in() {
+    exports(&LLAMAGEN, [&[], &[], &["quantize.codebook_used"]]);
+}
+
+#[test]
+fn var_networks_go_out_and_in() {
+    const BUFFERS: [&str; 4] = [
+        "attn_bias_for_masking",
+        "lvl_1L",
+        "blocks.0.attn.zero_k_bias",
+        "blocks.1.attn.zero_k_bias",
+    ];
+    exports(&VAR, [&BUFFERS, &BUFFERS, &["quantize.ema_vocab_hit_SV"]]);
+}
+
 #[test]
 fn files_that_do_not_fit_are_refused_before_work_starts() {
     let lab = Lab::new(&[]);

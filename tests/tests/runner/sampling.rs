@@ -1,12 +1,14 @@
 //! Sampling in shards: the same bytes however the work is cut, what an interruption leaves, parts of several machines, and
 //! memory that does not grow with the number of images.
 
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 
 use retort_engine::samples::Samples;
 use retort_engine::weights::Stored;
 
-use crate::lab::{Lab, signal_process, wait_for, wait_until_gone};
+use crate::lab::{Lab, Running, signal_process, wait_for, wait_until_gone};
 use crate::training::{lab, output, shards};
 
 const KILL: i32 = 9;
@@ -263,4 +265,50 @@ fn memory_of_50000_images_is_that_of_2000() {
     let (few, many) = (peak(&lab, 2000), peak(&lab, 50_000));
     println!("2,000 images: {few} kB; 50,000: {many} kB");
     assert!(many * 10 <= few * 11, "{few} kB and {many} kB");
+}
+
+/// In six gigabytes of address space, which is plenty for these networks, but not for such batches.
+#[test]
+fn batches_that_do_not_fit_are_named_before_they_are_tried() {
+    let most = "batch: 400000000, count: 400000000, shard_size: 400000000";
+    let lab = lab(&format!(
+        "
+  pairs: {{kind: trajectories, teacher: teacher, count: 60}}
+  student: {{kind: distill, teacher: teacher, trajectories: pairs, timesteps: [0], train: {{steps: 1, batch: 4}}}}
+  trajectories: {{kind: trajectories, teacher: teacher, {most}}}
+  flow: {{kind: sample, sampler: {{kind: flow, teacher: teacher}}, {most}}}
+  passes: {{kind: sample, sampler: {{kind: student, student: student, timesteps: [0]}}, {most}, images: none, latents: true}}
+  distill: {{kind: distill, teacher: teacher, trajectories: pairs, timesteps: [0], train: {{steps: 1, batch: 1000000}}}}
+  again: {{kind: distill, teacher: teacher, trajectories: pairs, timesteps: [0], depth: 64, recompute: true, accumulate: 2,
+    train: {{steps: 1, batch: 1000000}}}}
+"
+    ));
+    let mut command = lab.command(&["run", "r.yaml", "--keep-going"]);
+    let limit = libc::rlimit {
+        rlim_cur: 6 << 30,
+        rlim_max: 6 << 30,
+    };
+    // SAFETY: between fork and exec only an async-signal-safe function is called.
+    unsafe {
+        command.pre_exec(move || match libc::setrlimit(libc::RLIMIT_AS, &limit) {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        });
+    }
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    Running::new(child.spawn().unwrap())
+        .end()
+        .expect(100)
+        .saying(&["r.yaml", "a batch of 400000000 needs at least", "are free"]);
+    for (stage, pointer) in [
+        ("trajectories", "/batch"),
+        ("flow", "/batch"),
+        ("passes", "/batch"),
+        ("distill", "/train/batch"),
+        ("again", "/train/batch"),
+    ] {
+        let failure = lab.attempt(stage).failure.unwrap();
+        assert_eq!(failure.pointer.as_deref(), Some(pointer), "{stage}");
+        assert!(failure.message.contains("of memory"), "{}", failure.message);
+    }
 }

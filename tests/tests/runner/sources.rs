@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use retort::input::Folder;
 use retort::store::{Access, AttemptState, RunState, Store};
+use retort_tests::skip::skip;
 
 use crate::lab::{Lab, Said, block_on, wait_for};
 
@@ -200,6 +201,43 @@ fn leavings_of_file_managers_make_nothing_run_again() {
 }
 
 #[test]
+fn what_no_loader_of_images_reads_makes_nothing_run_again() {
+    let lab = with_folder();
+    lab.recipe(&["a: {kind: do, pictures: data}"]);
+    lab.run(&[]).expect(0);
+    let at = |name: &str| lab.dir.path().join("data").join(name);
+    for name in [
+        "README.txt",
+        "LICENSE",
+        "0/notes.json",
+        "1/a.txt",
+        "labels.csv",
+    ] {
+        fs::write(at(name), "about these images").unwrap();
+    }
+    assert_eq!(lab.outcomes(&[]), ["a reused"]);
+    // Nor is a stage disturbed that runs while one is written.
+    lab.recipe(&["a: {kind: do, act: work, amount: 20, pictures: data}"]);
+    let running = lab.start(&[]);
+    lab.wait_for_worker("a");
+    fs::write(at("README.txt"), "more about them").unwrap();
+    running.end().expect(0);
+    for (name, content) in [
+        ("0/without-ending", &b"\xff\xd8\xff\xe0"[..]),
+        ("1/damaged.webp", b""),
+        ("metadata.csv", b"file_name,label"),
+        ("shard.tar", b""),
+    ] {
+        fs::write(at(name), content).unwrap();
+        assert_eq!(lab.outcomes(&[]), ["a ran"], "{name}");
+    }
+    fifo(&at("0/pipe.txt"));
+    lab.run(&[])
+        .expect(3)
+        .saying(&["0/pipe.txt is a named pipe"]);
+}
+
+#[test]
 fn what_is_no_regular_file_is_named_and_never_opened() {
     let lab = Lab::new(&["a: {kind: do, file: data.txt}"]);
     let data = lab.dir.path().join("data.txt");
@@ -248,6 +286,22 @@ fn a_lock_that_is_something_else_is_named() {
     assert_eq!(fs::read_to_string(&precious).unwrap(), "mine");
 }
 
+/// A memory that is wrong shows who believes it.
+fn spoil_memory(lab: &Lab, key: &str) {
+    block_on(async {
+        let store = Store::open(&lab.store_dir(), Access::ReadWrite)
+            .await
+            .unwrap();
+        let keys = [key.to_owned()];
+        let mut known = store.remembered_files(&keys).await.unwrap();
+        let mut bytes = known[key].pack();
+        *bytes.last_mut().unwrap() ^= 1;
+        known.insert(key.to_owned(), Folder::unpack(&bytes));
+        store.remember_files(&known).await.unwrap();
+        store.close().await;
+    });
+}
+
 #[test]
 fn hashes_are_remembered_between_commands() {
     for (stage, key) in [
@@ -261,21 +315,7 @@ fn hashes_are_remembered_between_commands() {
         lab.run(&[]).expect(0);
         assert_eq!(lab.outcomes(&[]), ["a reused"]);
         let key = lab.dir.path().join(key).to_str().unwrap().to_owned();
-        // A memory that is wrong shows who believes it.
-        block_on(async {
-            let store = Store::open(&lab.store_dir(), Access::ReadWrite)
-                .await
-                .unwrap();
-            let mut known = store
-                .remembered_files(std::slice::from_ref(&key))
-                .await
-                .unwrap();
-            let mut bytes = known[&key].pack();
-            *bytes.last_mut().unwrap() ^= 1;
-            known.insert(key.clone(), Folder::unpack(&bytes));
-            store.remember_files(&known).await.unwrap();
-            store.close().await;
-        });
+        spoil_memory(&lab, &key);
         says_to_run(&lab, "a");
         let plan = |flags: &[&str]| {
             let said = lab.retort(&[&["plan", "r.yaml", "--json"], flags].concat());
@@ -284,6 +324,25 @@ fn hashes_are_remembered_between_commands() {
         assert_eq!(plan(&["--rehash"]), "reuse");
         assert_eq!(plan(&[]), "reuse", "what was read is remembered");
     }
+}
+
+#[test]
+fn a_run_taken_up_again_reads_files_anew_when_told() {
+    let lab = with_data(&[
+        "a: {kind: do, file: data.txt}",
+        "b: {kind: do, act: fail_unless_flag, input: a}",
+    ]);
+    std::thread::sleep(SETTLED);
+    lab.run(&[]).expect(100);
+    let key = lab.dir.path().join("data.txt");
+    spoil_memory(&lab, key.to_str().unwrap());
+    let outcome = |arguments: &[&str]| {
+        let said = lab.retort(&[&["resume", "--json"], arguments].concat());
+        said.json()["stages"][0]["outcome"].clone()
+    };
+    assert_eq!(outcome(&["--rehash"]), "reused");
+    spoil_memory(&lab, key.to_str().unwrap());
+    assert_eq!(outcome(&[]), "ran", "a wrong memory is believed");
 }
 
 #[test]
@@ -313,7 +372,7 @@ fn an_artifact_reaches_another_disk() {
     ]);
     let here = fs::metadata(lab.dir.path()).unwrap().dev();
     if fs::metadata(shared).map_or(here, |found| found.dev()) == here {
-        eprintln!("SKIPPED: there is no second disk at /dev/shm");
+        skip("there is no second disk at /dev/shm");
         return;
     }
     let other = tempfile::tempdir_in(shared).unwrap();

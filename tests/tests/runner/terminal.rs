@@ -15,7 +15,7 @@ use crate::lab::{Lab, Running, Said, binary, plugins, wait_for, wait_until_gone}
 const INTERRUPT: i32 = libc::SIGINT;
 
 /// A terminal: what is on the screen, and what the program on it gets.
-fn terminal() -> (OwnedFd, OwnedFd) {
+pub fn terminal() -> (OwnedFd, OwnedFd) {
     let (mut screen, mut inside) = (0, 0);
     let none = std::ptr::null_mut();
     // SAFETY: the call fills the two numbers; the descriptors are new and nobody else's.

@@ -39,7 +39,7 @@ stages:
 ";
 
 /// A dataset and a student on top of it.
-const STUDENT: &str = "
+pub const STUDENT: &str = "
   pairs:
     kind: trajectories
     teacher: teacher
@@ -506,13 +506,14 @@ fn every_loss_and_every_sampler_runs_to_its_end() {
   drawn: {kind: sample, count: 40, sampler: {kind: teacher, teacher: teacher, distribution: {top_k: 8, top_p: 0.9}}}
   mixed: {kind: sample, count: 40, png: true, npz: true, sampler: {kind: student, student: pixels, timesteps: [0, 6], split: 8}}
   assisted: {kind: sample, count: 40, sampler: {kind: assisted, student: perceived, teacher: teacher, timesteps: [0, 6], teacher_start: 3}}
-  apart: {kind: sample, count: 40, sampler: {kind: independent, teacher: teacher, trajectories: pairs, after: 2}}
+  apart: {kind: sample, count: 40, sampler: {kind: independent, teacher: teacher, trajectories: pairs}}
+  skipped: {kind: sample, count: 40, sampler: {kind: skip, teacher: teacher, skip: 12}}
   judged:
     kind: evaluate
     data: ${params.data}
     classifier: features
     reference: drawn
-    samples: {drawn: drawn, mixed: mixed, assisted: assisted, apart: apart}
+    samples: {drawn: drawn, mixed: mixed, assisted: assisted, apart: apart, skipped: skipped}
 ");
     let said = lab.retort(&["run", "r.yaml"]).expect(0);
     for text in [
@@ -528,6 +529,17 @@ fn every_loss_and_every_sampler_runs_to_its_end() {
             "{text} is missing in:\n{}",
             said.stdout
         );
+    }
+    let judged = std::fs::read_to_string(output(&lab, "judged").1.join("evaluation.json")).unwrap();
+    let judged: Value = serde_json::from_str(&judged).unwrap();
+    for (set, passes) in [
+        ("drawn", 16),
+        ("mixed", 2),
+        ("assisted", 5),
+        ("apart", 0),
+        ("skipped", 5),
+    ] {
+        assert_eq!(judged["sets"][set]["passes"], passes, "{set}");
     }
     // The terms that only the continuous head can lower are lowered.
     for (stage, term) in [
@@ -574,7 +586,8 @@ fn a_next_scale_teacher_is_distilled() {
   drawn: {kind: sample, count: 40, sampler: {kind: teacher, teacher: next, distribution: {guidance: 1.0}}}
   mixed: {kind: sample, count: 40, sampler: {kind: student, student: student, timesteps: [0, 2], split: 2}}
   assisted: {kind: sample, count: 40, sampler: {kind: assisted, student: student, teacher: next, timesteps: [0, 2], teacher_start: 1}}
-  apart: {kind: sample, count: 40, sampler: {kind: independent, teacher: next, trajectories: pairs, after: 1}}
+  apart: {kind: sample, count: 40, sampler: {kind: independent, teacher: next, trajectories: pairs}}
+  skipped: {kind: sample, count: 40, sampler: {kind: skip, teacher: next, skip: 2}}
 ");
     lab.retort(&["run", "r.yaml"]).expect(0);
     for (stage, series) in [

@@ -35,12 +35,8 @@ impl Browser {
                 .find(|program| program.is_file())
         };
         let (Some(chromium), Some(driver)) = (found("chromium"), found("chromedriver")) else {
-            assert!(
-                std::env::var_os("RETORT_SKIP_IS_FAILURE").is_none(),
-                "chromium and chromedriver are not installed: .ci/packages installs them"
-            );
-            eprintln!(
-                "SKIPPED: the pages in a browser; chromium and chromedriver are not installed (.ci/packages does)"
+            retort_tests::skip::skip(
+                "chromium and chromedriver are not installed: .ci/packages installs them",
             );
             return None;
         };

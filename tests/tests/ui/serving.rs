@@ -257,7 +257,7 @@ fn hostile_samples_are_refused_within_bounds() {
             "{changed}: {status} {text}"
         );
     };
-    check(&|manifest| manifest["image"] = serde_json::json!([3, 1_u64 << 40, 1_u64 << 40]));
+    check(&|manifest| manifest["image"] = serde_json::json!([3, 1u64 << 40, 1u64 << 40]));
     check(&|manifest| manifest["image"] = serde_json::json!([1, 0, 8]));
     check(&|manifest| manifest["shards"][0]["file"] = "../../history.db".into());
     check(&|manifest| manifest["shards"][0]["file"] = "grid.png".into());

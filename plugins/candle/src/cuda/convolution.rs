@@ -9,9 +9,9 @@
 use candle_core::DType;
 use retort_engine::error::{Error, Result};
 
-use crate::cuda::backend::fill;
 use crate::cuda::launch::{Slide, blocks, launch};
 use crate::cuda::product::{Single, product_into};
+use crate::cuda::sums::fill;
 use crate::cuda::tensor::{Raw, Tensor, convert, device, fresh, pointer};
 use crate::failed;
 

@@ -6,8 +6,8 @@ use retort_engine::error::{Error, Result};
 use retort_engine::flow;
 use retort_kernels::flow::{DROPPED, UNDECIDED};
 
-use crate::cuda::backend::fill;
 use crate::cuda::launch::{Flow, launch};
+use crate::cuda::sums::fill;
 use crate::cuda::tensor::{Raw, Tensor, copy, device, fresh, pointer};
 use crate::failed;
 

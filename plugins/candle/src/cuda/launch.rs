@@ -13,6 +13,10 @@ const BLOCK: usize = 256;
 const RANK: usize = 8;
 /// Bytes of shared memory that a kernel may have without asking for more.
 pub const SHARED: usize = 48 * 1024;
+/// Elements of a row that a warp alone looks at.
+pub const SHORT: u32 = 256;
+/// Elements of a row that the threads of a block hold.
+pub const HELD: usize = 8192;
 /// Elements that one launch may look at: kernels count them in 32 bits.
 const MOST: usize = 1 << 31;
 

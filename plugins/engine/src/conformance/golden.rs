@@ -5,6 +5,8 @@
 //! (`expected.safetensors`). Out: one [`Case`] per tensor. Every tensor must agree within 1e-4 of its largest magnitude,
 //! every token exactly; none is left out.
 
+mod prefix;
+
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -19,10 +21,10 @@ use crate::model::autoencoder::Shape;
 use crate::model::inception::{FEATURES, Inception, Preparation};
 use crate::model::lpips::Lpips;
 use crate::model::{
-    CODEBOOK, CaptionFeatures, CaptionShape, ConditionShape, Conditions, Student, Teacher,
-    Tokenizer, llamagen, msvq, t5, var, vq,
+    CODEBOOK, CaptionFeatures, CaptionShape, ConditionShape, Conditions, PrefixMask, Student,
+    Teacher, Tokenizer, llamagen, msvq, t5, var, vq,
 };
-use crate::sampler::{Choice, Distribution, StudentSampler, autoregressive, choices};
+use crate::sampler::{Assistant, Choice, Distribution, StudentSampler, autoregressive, choices};
 use crate::statistics::neighbours::precision_recall;
 use crate::statistics::{Moments, frechet_distance, inception_score};
 use crate::tape::{Var, backward};
@@ -207,6 +209,7 @@ pub fn models<B: Backend>(backend: &B, dir: &Path) -> Result<Vec<Case>> {
     let mut cases = flow(backend, dir)?;
     cases.extend(llamagen(backend, dir)?);
     cases.extend(var(backend, dir)?);
+    cases.extend(prefix::check(backend, dir)?);
     cases.extend(var_variants(backend)?);
     cases.extend(captions(backend, dir)?);
     Ok(cases)
@@ -339,12 +342,8 @@ fn llamagen<B: Backend>(backend: &B, dir: &Path) -> Result<Vec<Case>> {
     Ok(suite.cases)
 }
 
-/// Compares teacher, student, samplers and tokenizer of VAR.
-fn var<B: Backend>(backend: &B, dir: &Path) -> Result<Vec<Case>> {
-    let dir = dir.join("var");
-    let (numbers, parts) = (Numbers::open(dir.join("config.json"))?, Parts::open(&dir)?);
-    let load = |part: &str| parts.loader(backend, part);
-
+/// Shapes of VAR's networks and of their tokenizer.
+fn var_networks(numbers: &Numbers) -> Result<(var::Config, msvq::Config)> {
     let depth: usize = numbers.get("depth")?;
     let scales: Vec<usize> = numbers.get("patch_nums")?;
     let network = var::Config {
@@ -369,6 +368,15 @@ fn var<B: Backend>(backend: &B, dir: &Path) -> Result<Vec<Case>> {
         phi_convs: numbers.get("share_quant_resi")?,
         scales,
     };
+    Ok((network, tokenizer))
+}
+
+/// Compares teacher, student, samplers and tokenizer of VAR.
+fn var<B: Backend>(backend: &B, dir: &Path) -> Result<Vec<Case>> {
+    let dir = dir.join("var");
+    let (numbers, parts) = (Numbers::open(dir.join("config.json"))?, Parts::open(&dir)?);
+    let load = |part: &str| parts.loader(backend, part);
+    let (network, tokenizer) = var_networks(&numbers)?;
     let quantiser = msvq::Quantiser::load(&mut load("vae")?, &tokenizer)?;
     let teacher = var::Transformer::load(&mut load("var")?, &network, quantiser)?;
     let networks = Networks {
@@ -732,15 +740,15 @@ fn compare<B: Backend>(
         suite.image(name, &decode(latents)?)?;
     }
     let mut sequences = choices(0, 0, n);
-    let (latents, prefix) = sampler.assisted(
-        &noise,
-        &labels,
-        [0, middle],
+    let assistant = Assistant {
         teacher,
-        numbers.get("t_teacher_start")?,
-        &greedy(2.0),
-        &mut Choice::Random(&mut sequences),
-    )?;
+        start: numbers.get("t_teacher_start")?,
+        distribution: &greedy(2.0),
+        mask: PrefixMask::Causal,
+    };
+    let mut choice = Choice::Random(&mut sequences);
+    let (latents, prefix) =
+        sampler.assisted(&noise, &labels, [0, middle], &assistant, &mut choice)?;
     suite.floats("assisted.prefix_latents", &prefix)?;
     suite.floats("assisted.latents", &latents)?;
     suite.image("assisted", &decode(latents)?)?;

@@ -163,12 +163,12 @@ pub fn unary_at(x: f64, f: Unary) -> f64 {
     }
 }
 
-/// `Backend::unary`
+/// `Tensors::unary`
 pub fn unary(x: &Host, f: Unary) -> Host {
     Host::build(&x.shape, |i| unary_at(x.at(i), f))
 }
 
-/// `Backend::binary`
+/// `Tensors::binary`
 pub fn binary(a: &Host, b: &Host, f: Binary) -> Host {
     let rank = a.shape.len().max(b.shape.len());
     let size = |x: &Host, d: usize| {
@@ -188,7 +188,7 @@ pub fn binary(a: &Host, b: &Host, f: Binary) -> Host {
     })
 }
 
-/// `Backend::permute`
+/// `Tensors::permute`
 pub fn permute(x: &Host, dims: &[usize]) -> Host {
     let shape: Vec<usize> = dims.iter().map(|&d| x.shape[d]).collect();
     Host::build(&shape, |i| {
@@ -200,7 +200,7 @@ pub fn permute(x: &Host, dims: &[usize]) -> Host {
     })
 }
 
-/// `Backend::narrow`
+/// `Tensors::narrow`
 pub fn narrow(x: &Host, dim: usize, start: usize, len: usize) -> Host {
     let mut shape = x.shape.clone();
     shape[dim] = len;
@@ -211,7 +211,7 @@ pub fn narrow(x: &Host, dim: usize, start: usize, len: usize) -> Host {
     })
 }
 
-/// `Backend::cat`
+/// `Tensors::cat`
 pub fn cat(a: &Host, b: &Host, dim: usize) -> Host {
     let mut shape = a.shape.clone();
     shape[dim] += b.shape[dim];
@@ -226,12 +226,12 @@ pub fn cat(a: &Host, b: &Host, dim: usize) -> Host {
     })
 }
 
-/// `Backend::expand`
+/// `Tensors::expand`
 pub fn expand(x: &Host, shape: &[usize]) -> Host {
     Host::build(shape, |i| x.broadcast_at(i))
 }
 
-/// `Backend::sum`
+/// `Tensors::sum`
 pub fn sum(x: &Host, dims: &[usize]) -> Host {
     let mut shape = x.shape.clone();
     dims.iter().for_each(|&d| shape[d] = 1);
@@ -244,7 +244,7 @@ pub fn sum(x: &Host, dims: &[usize]) -> Host {
     y
 }
 
-/// `Backend::matmul`
+/// `Tensors::matmul`
 pub fn matmul(a: &Host, b: &Host, ta: bool, tb: bool) -> Host {
     let turned = |x: &Host, turn: bool| {
         let rank = x.shape.len();
@@ -271,7 +271,7 @@ pub fn matmul(a: &Host, b: &Host, ta: bool, tb: bool) -> Host {
     })
 }
 
-/// `Backend::linear`
+/// `Layers::linear`
 pub fn linear(x: &Host, w: &Host, bias: Option<&Host>) -> Host {
     let mut shape = x.shape.clone();
     *shape.last_mut().expect("rank >= 1") = w.shape[0];
@@ -286,7 +286,7 @@ pub fn linear(x: &Host, w: &Host, bias: Option<&Host>) -> Host {
     Host { shape, data }
 }
 
-/// `Backend::conv2d`
+/// `Tensors::conv2d`
 pub fn conv2d(x: &Host, w: &Host, stride: usize, padding: [usize; 2]) -> Host {
     let out = |d: usize| (x.shape[d] + 2 * padding[d - 2] - w.shape[d]) / stride + 1;
     let (kh, kw) = (w.shape[2], w.shape[3]);
@@ -310,7 +310,7 @@ pub fn conv2d(x: &Host, w: &Host, stride: usize, padding: [usize; 2]) -> Host {
     })
 }
 
-/// `Backend::max_pool2d`
+/// `Layers::max_pool2d`
 pub fn max_pool2d(x: &Host, window: Window) -> Host {
     let count = |d: usize| window.count(x.shape[d]);
     Host::build(&[x.shape[0], x.shape[1], count(2), count(3)], |i| {
@@ -326,7 +326,7 @@ pub fn max_pool2d(x: &Host, window: Window) -> Host {
     })
 }
 
-/// `Backend::softmax`
+/// `Layers::softmax`
 pub fn softmax(x: &Host) -> Host {
     Host {
         shape: x.shape.clone(),
@@ -341,7 +341,7 @@ fn softmax_row(row: &[f64]) -> Vec<f64> {
     e.iter().map(|e| e / total).collect()
 }
 
-/// `Backend::rms_norm`
+/// `Norms::rms_norm`
 pub fn rms_norm(x: &Host, w: &Host, eps: f64) -> Host {
     let data = x.map_rows(|row| {
         let mean = row.iter().map(|x| x * x).sum::<f64>() / row.len() as f64;
@@ -354,7 +354,7 @@ pub fn rms_norm(x: &Host, w: &Host, eps: f64) -> Host {
     }
 }
 
-/// `Backend::layer_norm`
+/// `Norms::layer_norm`
 pub fn layer_norm(x: &Host, eps: f64) -> Host {
     let data = x.map_rows(|row| {
         let n = row.len() as f64;
@@ -369,14 +369,14 @@ pub fn layer_norm(x: &Host, eps: f64) -> Host {
     }
 }
 
-/// `Backend::group_norm`
+/// `Norms::group_norm`
 pub fn group_norm(x: &Host, groups: usize, w: &Host, bias: &Host, eps: f64) -> Host {
     let size = x.data.len() / (x.shape[0] * groups);
     let y = layer_norm(&x.reshaped(&[x.shape[0] * groups, size]), eps).reshaped(&x.shape);
     Host::build(&x.shape, |i| y.at(i) * w.data[i[1]] + bias.data[i[1]])
 }
 
-/// `Backend::rope`
+/// `Attention::rope`
 pub fn rope(x: &Host, cos: &Host, sin: &Host) -> Host {
     Host::build(&x.shape, |i| {
         let pair = i[3] / 2;
@@ -391,7 +391,7 @@ pub fn rope(x: &Host, cos: &Host, sin: &Host) -> Host {
     })
 }
 
-/// `Backend::attention`; the bias is (lq, lk).
+/// `Attention::attention`; the bias is (lq, lk).
 pub fn attention(q: &Host, k: &Host, v: &Host, bias: Option<&Host>, scale: f64) -> Host {
     let (lq, lk, heads, d) = (q.shape[1], k.shape[1], q.shape[2], q.shape[3]);
     let at = |b: usize, l: usize, i: usize, h: usize| ((b * l + i) * heads + h) * d;
@@ -421,7 +421,7 @@ pub fn attention(q: &Host, k: &Host, v: &Host, bias: Option<&Host>, scale: f64) 
     }
 }
 
-/// `Backend::swiglu`
+/// `Layers::swiglu`
 pub fn swiglu(x: &Host) -> Host {
     let d = x.last() / 2;
     let mut shape = x.shape.clone();
@@ -434,7 +434,7 @@ pub fn swiglu(x: &Host) -> Host {
     Host { shape, data }
 }
 
-/// `Backend::cross_entropy`
+/// `Layers::cross_entropy`
 pub fn cross_entropy(logits: &Host, ids: &[u32]) -> Host {
     let data: Vec<f64> = logits
         .data

@@ -5,6 +5,8 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use retort_checkpoint::images;
+
 use super::error::DataError;
 
 /// The most files that a folder may hold.
@@ -24,18 +26,6 @@ pub struct Folder {
     pub files: Vec<String>,
     /// The folders directly in it.
     pub folders: Vec<String>,
-}
-
-/// Whether systems put a file or folder of this name beside what people keep.
-fn ignored(name: &str) -> bool {
-    let known = [
-        "thumbs.db",
-        "ehthumbs.db",
-        "desktop.ini",
-        "__macosx",
-        "@eadir",
-    ];
-    name.starts_with('.') || known.contains(&name.to_lowercase().as_str())
 }
 
 impl Folder {
@@ -86,7 +76,7 @@ impl Folder {
                     "the name is not UTF-8; rename it",
                 ));
             };
-            if ignored(&name) {
+            if images::is_hidden(&name) {
                 continue;
             }
             let inside = match within {
@@ -192,15 +182,4 @@ fn ending(name: &str) -> String {
         Some(ending) => format!(".{}", ending.to_string_lossy()),
         None => "no ending".into(),
     }
-}
-
-/// Whether a name promises an image, so that other content means damage.
-pub fn promises_image(name: &str) -> bool {
-    let endings = [
-        "png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "tif", "tiff",
-    ];
-    let ending = Path::new(name).extension().unwrap_or_default();
-    endings
-        .iter()
-        .any(|known| ending.eq_ignore_ascii_case(known))
 }

@@ -26,7 +26,7 @@ pub struct DataOptions {
     /// named 0, 1, 2, ... give those classes; other names give classes in alphabetical order. Links are followed; hidden
     /// files and those of no known format are left out.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(extend("x-retort-file" = "dir"))]
+    #[schemars(extend("x-retort-file" = "images"))]
     pub folder: Option<String>,
     /// CSV or TSV file of paths within `folder` and classes, or `.jsonl`: in place of `metadata.csv`.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -8,10 +8,12 @@
 //! The size that a header claims is checked before anything is decoded or allocated.
 
 use std::io::Cursor;
+use std::panic::AssertUnwindSafe;
 use std::sync::{Mutex, PoisonError};
 
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
+use retort_checkpoint::images;
 
 /// Pixels of 8 bits, row by row, the channels of a pixel side by side: (height, width, channels).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,9 +58,14 @@ pub const FORMATS: &str = "PNG, JPEG, WebP, GIF, BMP or TIFF";
 
 /// The format of a file that begins with these bytes.
 pub fn format(start: &[u8]) -> Option<ImageFormat> {
-    use ImageFormat::{Bmp, Gif, Jpeg, Png, Tiff, WebP};
-    let found = image::guess_format(start).ok()?;
-    matches!(found, Bmp | Gif | Jpeg | Png | Tiff | WebP).then_some(found)
+    images::format(start).map(|format| match format {
+        images::Format::Bmp => ImageFormat::Bmp,
+        images::Format::Gif => ImageFormat::Gif,
+        images::Format::Jpeg => ImageFormat::Jpeg,
+        images::Format::Png => ImageFormat::Png,
+        images::Format::Tiff => ImageFormat::Tiff,
+        images::Format::WebP => ImageFormat::WebP,
+    })
 }
 
 fn decoder(content: &[u8]) -> Result<impl ImageDecoder + '_, String> {
@@ -69,6 +76,9 @@ fn decoder(content: &[u8]) -> Result<impl ImageDecoder + '_, String> {
         };
         return Err(format!("expected {FORMATS}, found {found}"));
     };
+    if format == ImageFormat::Png {
+        check_palettes(content)?;
+    }
     let mut limits = Limits::default();
     limits.max_alloc = Some(MOST_MEMORY);
     let mut reader = ImageReader::with_format(Cursor::new(content), format);
@@ -87,6 +97,30 @@ fn decoder(content: &[u8]) -> Result<impl ImageDecoder + '_, String> {
     Ok(decoder)
 }
 
+/// The library takes it on trust that a PNG's palette is one of whole colours. `content` may be the beginning of a file.
+fn check_palettes(content: &[u8]) -> Result<(), String> {
+    let mut at = 8_usize;
+    while let Some(&[a, b, c, d, ref kind @ ..]) = content.get(at..at.saturating_add(8)) {
+        let length = u32::from_be_bytes([a, b, c, d]) as usize;
+        match kind {
+            b"PLTE" if length > 768 || !length.is_multiple_of(3) => {
+                return Err(format!(
+                    "a palette of {length} bytes: expected three for each of up to 256 colours"
+                ));
+            }
+            b"IDAT" => break,
+            _ => at = at.saturating_add(length).saturating_add(12),
+        }
+    }
+    Ok(())
+}
+
+/// What a decoder makes of a file; one that panics has found damage as well.
+fn survived<T>(work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+    std::panic::catch_unwind(AssertUnwindSafe(work))
+        .unwrap_or_else(|_| Err("damaged in a way that its decoder does not expect".to_owned()))
+}
+
 fn fault(error: image::ImageError) -> String {
     // A decoder's message may quote what it found: one line of it is enough.
     let text = error.to_string();
@@ -96,6 +130,10 @@ fn fault(error: image::ImageError) -> String {
 
 /// Reads a header. `content` may be the beginning of a file; then an error may mean that more is needed.
 pub fn header(content: &[u8]) -> Result<Header, String> {
+    survived(|| header_of(content))
+}
+
+fn header_of(content: &[u8]) -> Result<Header, String> {
     let mut decoder = decoder(content)?;
     let (mut width, mut height) = decoder.dimensions();
     let colour = decoder.color_type().has_color();
@@ -117,6 +155,10 @@ pub fn header(content: &[u8]) -> Result<Header, String> {
 
 /// Decodes a file's content, over `background` where it is transparent.
 pub fn decode(content: &[u8], background: [u8; 3]) -> Result<Raster, String> {
+    survived(|| pixels_of(content, background))
+}
+
+fn pixels_of(content: &[u8], background: [u8; 3]) -> Result<Raster, String> {
     let mut decoder = decoder(content)?;
     let (width, height) = decoder.dimensions();
     let large = u64::from(width) * u64::from(height) > LARGE;

@@ -12,11 +12,12 @@ use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 use retort_abi::LogLevel;
+use retort_checkpoint::images::{TABLES, promises_archive, promises_image};
 
 use super::arrays::Arrays;
 use super::class::{self, Classes};
 use super::error::DataError;
-use super::folder::{Folder, LeftOut, promises_image};
+use super::folder::{Folder, LeftOut};
 use super::options::{DataOptions, Size};
 use super::raster::{self, Header, Raster, luma};
 use super::resample::{Filter, Fit, fit};
@@ -223,17 +224,16 @@ impl Source {
         table: Option<PathBuf>,
     ) -> Result<Self, DataError> {
         let folder = Folder::list(path)?;
-        let inside = table::NAMES
+        let inside = TABLES
             .iter()
             .find(|name| folder.files.iter().any(|file| file == *name));
         if let Some(table) = table.or_else(|| inside.map(|name| path.join(name))) {
             return Self::open_table(o, path, &table);
         }
-        let ends = |file: &String, ending: &str| file.to_ascii_lowercase().ends_with(ending);
         let archives = folder
             .files
             .iter()
-            .filter(|file| ends(file, ".tar") && !file.contains('/'));
+            .filter(|file| promises_archive(file) && !file.contains('/'));
         let archives: Vec<PathBuf> = archives.map(|file| path.join(file)).collect();
         if !archives.is_empty()
             && folder.folders.is_empty()

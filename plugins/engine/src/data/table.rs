@@ -22,14 +22,6 @@ pub struct Row {
     pub line: u64,
 }
 
-/// Names of a table in a folder that is read without being named.
-pub const NAMES: [&str; 4] = [
-    "metadata.jsonl",
-    "metadata.csv",
-    "metadata.tsv",
-    "metadata.json",
-];
-
 const FILE: [&str; 6] = [
     "file_name",
     "filename",

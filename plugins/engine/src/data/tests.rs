@@ -525,6 +525,14 @@ struct Shown {
     pixels: Vec<u8>,
 }
 
+#[test]
+fn a_palette_of_no_whole_colours_is_damage() {
+    let file = include_bytes!("../../../../tests/soak/corpus/image/palette_of_13_bytes.png");
+    let error = raster::decode(file, [0; 3]).unwrap_err();
+    assert!(error.starts_with("a palette of 13 bytes"), "{error}");
+    assert_eq!(raster::header(file).unwrap_err(), error);
+}
+
 fn fixture<T: serde::de::DeserializeOwned>(name: &str) -> T {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("fixtures/images")
@@ -716,6 +724,8 @@ fn what_training_sees_is_a_function_of_seed_epoch_and_image() {
     let middle = images.gather(&[0]).unwrap().0;
     let value = |p: usize| (p * 7 % 200) as f32 / 255.0 * 2.0 - 1.0;
     assert_eq!(middle[..4], [value(7), value(8), value(9), value(10)]);
+    let other = images.gather_mirrored(&[0]).unwrap().0;
+    assert_eq!(other[..4], [value(10), value(9), value(8), value(7)]);
     let mirrored = (0..40)
         .find(|&i| images.view(i, Some(Augment { seed: 3, epoch: 0 })).2)
         .unwrap();
@@ -1016,7 +1026,7 @@ fn a_feed_gives_each_step_its_images_from_wherever_it_begins() {
 fn the_schema_marks_paths_and_closes_the_object() {
     let schema = schemars::schema_for!(DataOptions).to_value();
     assert_eq!(schema["properties"]["csv"]["x-retort-file"], "file");
-    assert_eq!(schema["properties"]["folder"]["x-retort-file"], "dir");
+    assert_eq!(schema["properties"]["folder"]["x-retort-file"], "images");
     assert_eq!(schema["additionalProperties"], false);
     assert_eq!(schema["properties"]["header"]["default"], false);
     assert!(schema["properties"]["csv"].get("default").is_none());

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::Backend;
 use crate::error::Result;
+use crate::model::LastConvolution;
 use crate::tape::Var;
 use crate::weights::{Init, Loader};
 
@@ -432,6 +433,21 @@ impl<B: Backend> Decoder<B> {
 
     /// Images (b, c, H, W) of z (b, Z, side, side).
     pub(super) fn forward(&self, z: &Var<B>) -> Result<Var<B>> {
+        self.conv_out.forward(&self.body(z)?)
+    }
+
+    /// The same with what the last convolution saw.
+    pub(super) fn forward_seen(&self, z: &Var<B>) -> Result<(Var<B>, LastConvolution<B>)> {
+        let x = self.body(z)?;
+        let last = LastConvolution {
+            input: x.value().clone(),
+            kernel: self.conv_out.weight.value().clone(),
+        };
+        Ok((self.conv_out.forward(&x)?, last))
+    }
+
+    /// What the last convolution sees.
+    fn body(&self, z: &Var<B>) -> Result<Var<B>> {
         let mut x = self.mid.forward(&self.conv_in.forward(z)?)?;
         for level in &self.levels {
             x = level.forward(&x)?;
@@ -439,7 +455,7 @@ impl<B: Backend> Decoder<B> {
                 x = conv.forward_upsampled(&x)?;
             }
         }
-        self.conv_out.forward(&self.norm_out.silu(&x)?)
+        self.norm_out.silu(&x)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::backend::{Backend, Binary};
 use crate::error::Result;
+use crate::model::Guidance;
 
 /// The keys and values of a block so far: (b, l, h, d), allocated in full and written in place.
 pub(super) struct Cache<B: Backend> {
@@ -85,10 +86,24 @@ pub(super) fn rows<B: Backend>(
     B::cat(&[labels, &without], 0)
 }
 
+/// The guidance of a step: so many have followed the first one that was chosen.
+pub(super) fn guided(guidance: Option<Guidance>, after: usize) -> Option<f64> {
+    let guidance = guidance?;
+    let ended = guidance
+        .interval
+        .is_some_and(|last| after.saturating_sub(1) > last);
+    (!ended).then_some(guidance.scale)
+}
+
+/// The conditional rows of logits (2 b, l, K).
+pub(super) fn conditional<B: Backend>(logits: &B::Tensor) -> Result<B::Tensor> {
+    B::narrow(logits, 0, 0, B::shape(logits)[0] / 2)
+}
+
 /// uncond + s (cond - uncond) of logits (2 b, l, K): conditional rows, then unconditional ones.
 pub(super) fn guide<B: Backend>(logits: &B::Tensor, s: f64) -> Result<B::Tensor> {
     let batch = B::shape(logits)[0] / 2;
-    let conditional = B::narrow(logits, 0, 0, batch)?;
+    let conditional = conditional::<B>(logits)?;
     let unconditional = B::narrow(logits, 0, batch, batch)?;
     let difference = B::binary(&conditional, &unconditional, Binary::Sub)?;
     B::binary(

@@ -23,10 +23,10 @@ use serde::{Deserialize, Serialize};
 use crate::backend::{Backend, Mask, Recording, Unary};
 use crate::error::{Error, Result};
 use crate::model::continuous::Continuous;
-use crate::model::decoding::{Cache, guide, rows};
+use crate::model::decoding::{Cache, conditional, guide, guided, rows};
 use crate::model::{
-    CaptionFeatures, ConditionShape, Conditions, Generation, Prediction, Student, Teacher,
-    TokenShape,
+    CaptionFeatures, ConditionShape, Conditions, Generation, Guidance, Prediction, PrefixMask,
+    Student, Teacher, TokenShape,
 };
 use crate::tape::{Var, unpack};
 use crate::weights::{Init, Loader, Start, numbered};
@@ -38,6 +38,9 @@ const NORM_EPS: f64 = 1e-5;
 const ROPE_BASE: f64 = 10_000.0;
 /// Standard deviation of freshly drawn weights.
 const DEVIATION: f32 = 0.02;
+
+/// Name of the parameter with an embedding for each class.
+pub const CLASS_EMBEDDING: &str = "cls_embedding.embedding_table.weight";
 
 /// Shape of a LlamaGen network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -337,11 +340,9 @@ impl<B: Backend> Embedder<B> {
     fn load(loader: &mut Loader<B>, config: &Config) -> Result<Self> {
         let (w, normal) = (config.width, Init::Normal(DEVIATION));
         Ok(match config.condition {
-            ConditionShape::Classes(classes) => Self::Classes(loader.get(
-                "cls_embedding.embedding_table.weight",
-                &[classes + 1, w],
-                normal,
-            )?),
+            ConditionShape::Classes(classes) => {
+                Self::Classes(loader.get(CLASS_EMBEDDING, &[classes + 1, w], normal)?)
+            }
             ConditionShape::Captions(shape) => Self::Captions {
                 fc1: loader.factor(
                     "cls_embedding.cap_proj.fc1.weight",
@@ -445,8 +446,24 @@ impl<B: Backend> Gpt<B> {
         })
     }
 
+    /// The positions in front: with guidance those of the conditions, then as many times those of no condition.
+    fn front(&self, conditions: &Conditions<B>, guidance: Option<Guidance>) -> Result<Front<B>> {
+        match guidance {
+            Some(_) => self.stack.front(&self.doubled(conditions)?),
+            None => self.stack.front(conditions),
+        }
+    }
+
+    /// Embeddings (b or 2b, l, C) of tokens (b, l).
+    fn embedded(&self, ids: &B::Tensor, guidance: Option<Guidance>) -> Result<Var<B>> {
+        match guidance {
+            Some(_) => self.embedding.rows(&B::cat(&[ids, ids], 0)?),
+            None => self.embedding.rows(ids),
+        }
+    }
+
     /// The conditions, then as many times no condition.
-    fn guided(&self, conditions: &Conditions<B>) -> Result<Conditions<B>> {
+    fn doubled(&self, conditions: &Conditions<B>) -> Result<Conditions<B>> {
         Ok(match &self.without {
             Without::Class(row) => {
                 Conditions::Classes(rows::<B>(conditions.classes()?, *row, true)?)
@@ -483,15 +500,11 @@ impl<B: Backend> Teacher<B> for Gpt<B> {
     fn generate<'a>(
         &'a self,
         conditions: &Conditions<B>,
-        guidance: Option<f64>,
+        guidance: Option<Guidance>,
     ) -> Result<Box<dyn Generation<B> + 'a>> {
         let c = &self.stack.config;
-        // The published sampler guides above 1 only.
-        let guidance = guidance.filter(|&s| s > 1.0);
-        let front = match guidance {
-            Some(_) => self.stack.front(&self.guided(conditions)?)?,
-            None => self.stack.front(conditions)?,
-        };
+        let guidance = guiding(guidance);
+        let front = self.front(conditions, guidance)?;
         let all = c.condition.positions() + self.tokens.tokens();
         let batch = front.embeddings.shape()[0];
         let shape = [batch, all, c.heads, c.width / c.heads];
@@ -503,8 +516,46 @@ impl<B: Backend> Teacher<B> for Gpt<B> {
             caches: Cache::blocks(self.embedding.value(), c.depth, shape)?,
             recording: Recording::default(),
             at: 0,
+            after: 0,
         }))
     }
+
+    /// No input stands for a token that is not known: here it is the mean of all tokens' embeddings.
+    fn at_once(
+        &self,
+        conditions: &Conditions<B>,
+        guidance: Option<Guidance>,
+        known: Option<&B::Tensor>,
+    ) -> Result<B::Tensor> {
+        let (l, guidance) = (self.tokens.tokens(), guiding(guidance));
+        let front = self.front(conditions, guidance)?;
+        let given = known.map_or(0, |tokens| B::shape(tokens)[1]);
+        let batch = front.embeddings.shape()[0];
+        let mut parts = vec![front.embeddings.clone()];
+        if let Some(tokens) = known {
+            parts.push(self.embedded(tokens, guidance)?);
+        }
+        let unknown = (l - given).saturating_sub(1);
+        if unknown > 0 {
+            let mean = self.embedding.mean(&[0])?; // (1, C)
+            let shape = [batch, unknown, self.stack.config.width];
+            let mean = B::expand(&B::reshape(mean.value(), &[1, 1, shape[2]])?, &shape)?;
+            parts.push(Var::constant(mean));
+        }
+        let x = Var::cat(&parts.iter().collect::<Vec<_>>(), 1)?; // (b or 2b, T+l-1, C)
+        let x = self.stack.forward(x, &front.padding)?;
+        let last = self.tokens.condition.positions() - 1 + given;
+        let logits = self.stack.logits(&x.narrow(1, last, l - given)?)?;
+        match guided(guidance, 0) {
+            Some(s) => guide::<B>(logits.value(), s),
+            None => Ok(logits.value().clone()),
+        }
+    }
+}
+
+/// The published sampler guides above 1 only.
+fn guiding(guidance: Option<Guidance>) -> Option<Guidance> {
+    guidance.filter(|guidance| guidance.scale > 1.0)
 }
 
 /// What a position after the condition adds to its scores: (b, 1, 1, l), -inf at the padding; nothing, without padding.
@@ -528,12 +579,14 @@ struct Decoding<'a, B: Backend> {
     gpt: &'a Gpt<B>,
     front: Front<B>,
     hidden: Option<B::Tensor>,
-    guidance: Option<f64>,
+    guidance: Option<Guidance>,
     caches: Vec<Cache<B>>,
     /// The steps after the first.
     recording: Recording,
     /// Positions so far.
     at: usize,
+    /// Steps after the first that was chosen.
+    after: usize,
 }
 
 impl<B: Backend> Decoding<'_, B> {
@@ -545,19 +598,23 @@ impl<B: Backend> Decoding<'_, B> {
         }
         let last = x.shape()[1] - 1;
         let logits = stack.logits(&x.narrow(1, last, 1)?)?; // (b or 2b, 1, K)
-        match self.guidance {
-            Some(s) => guide::<B>(logits.value(), s),
-            None => Ok(logits.value().clone()),
+        match (self.guidance, guided(self.guidance, self.after)) {
+            (_, Some(s)) => guide::<B>(logits.value(), s),
+            (Some(_), None) => conditional::<B>(logits.value()),
+            (None, None) => Ok(logits.value().clone()),
         }
+    }
+
+    /// The same from the positions in front and, after them, those of given tokens.
+    fn first(&mut self, x: Var<B>) -> Result<B::Tensor> {
+        self.at = x.shape()[1];
+        let mask = mask::<B>(x.value(), &self.front.padding, self.at)?;
+        self.logits(x, &Seen::First(&mask))
     }
 
     /// The same after tokens (b, 1) at a position, on the host and as a tensor (1).
     fn after(&self, ids: &B::Tensor, at: usize, place: &B::Tensor) -> Result<B::Tensor> {
-        let table = &self.gpt.embedding;
-        let x = match self.guidance {
-            Some(_) => table.rows(&B::cat(&[ids, ids], 0)?)?,
-            None => table.rows(ids)?,
-        };
+        let x = self.gpt.embedded(ids, self.guidance)?;
         let hidden = self.hidden.as_ref();
         self.logits(x, &Seen::Before { at, place, hidden })
     }
@@ -566,12 +623,15 @@ impl<B: Backend> Decoding<'_, B> {
 impl<B: Backend> Generation<B> for Decoding<'_, B> {
     fn advance(&mut self, previous: Option<&B::Tensor>) -> Result<B::Tensor> {
         let Some(ids) = previous else {
-            let x = self.front.embeddings.clone();
-            self.at = x.shape()[1];
-            let mask = mask::<B>(x.value(), &self.front.padding, self.at)?;
-            return self.logits(x, &Seen::First(&mask));
+            return self.first(self.front.embeddings.clone());
         };
         let at = self.at;
+        let before = guided(self.guidance, self.after);
+        self.after += 1;
+        if guided(self.guidance, self.after) != before {
+            // From here on the steps are others than those recorded.
+            self.recording = Recording::default();
+        }
         let place = B::indices_beside(ids, &[at as u32], &[1])?;
         // Hundreds of steps that differ in these two alone.
         let mut kept = std::mem::take(&mut self.recording);
@@ -581,6 +641,11 @@ impl<B: Backend> Generation<B> for Decoding<'_, B> {
         self.recording = kept;
         self.at += 1;
         Ok(logits)
+    }
+
+    fn prefill(&mut self, tokens: &B::Tensor, _: PrefixMask) -> Result<B::Tensor> {
+        let embedded = self.gpt.embedded(tokens, self.guidance)?;
+        self.first(Var::cat(&[&self.front.embeddings, &embedded], 1)?)
     }
 }
 

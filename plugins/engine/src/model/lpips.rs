@@ -132,7 +132,7 @@ impl<B: Backend> Lpips<B> {
 
 /// x / (|x| + 1e-10) over the channels. Under the root stands 1e-20 more, which changes no value and leaves the
 /// gradient of a pixel without any activation finite: 0.
-fn unit<B: Backend>(x: &Var<B>) -> Result<Var<B>> {
+pub fn unit<B: Backend>(x: &Var<B>) -> Result<Var<B>> {
     let norm = x
         .unary(Unary::Square)?
         .sum(&[1])?

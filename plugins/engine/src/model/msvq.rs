@@ -205,15 +205,29 @@ impl<B: Backend> Quantiser<B> {
 
     /// What each token position after the first scale sees of the coarser scales, given tokens (b, L): (b, L - 1, D).
     pub fn coarser(&self, tokens: &B::Tensor) -> Result<Var<B>> {
+        self.coarser_of(B::shape(tokens)[0], Some(tokens))
+    }
+
+    /// The same of a batch of b, given the tokens (b, l') of the first scales alone: others add nothing.
+    pub fn coarser_of(&self, b: usize, tokens: Option<&B::Tensor>) -> Result<Var<B>> {
         let starts = self.starts();
+        let known = tokens.map_or(0, |tokens| B::shape(tokens)[1]);
         let mut map: Option<Var<B>> = None;
         let mut views = Vec::new();
         for k in 0..self.scales.len() - 1 {
-            let ids = B::narrow(tokens, 1, starts[k], starts[k + 1] - starts[k])?;
-            let h = self.contribution(k, &self.codebook.rows(&ids)?)?;
-            let sum = match map {
-                Some(map) => map.add(&h)?,
-                None => h,
+            let sum = if let Some(tokens) = tokens.filter(|_| starts[k + 1] <= known) {
+                let ids = B::narrow(tokens, 1, starts[k], starts[k + 1] - starts[k])?;
+                let h = self.contribution(k, &self.codebook.rows(&ids)?)?;
+                match map {
+                    Some(map) => map.add(&h)?,
+                    None => h,
+                }
+            } else if let Some(map) = map {
+                map
+            } else {
+                let (codebook, side) = (self.codebook.value(), self.scales[self.scales.len() - 1]);
+                let shape = [b, B::shape(codebook)[1], side, side];
+                Var::constant(B::full_beside(codebook, &shape, 0.0)?)
             };
             views.push(self.view(k + 1, &sum)?);
             map = Some(sum);
@@ -339,7 +353,9 @@ impl<B: Backend> Tokenizer<B> for MultiScaleVq<B> {
         let commitment_loss = mean(&|sum| square(&z, &sum.detach()))?;
         // z + (sum - z) without gradient: forward the quantised map, backward as if it were z.
         let gap = B::binary(scales.sums[count - 1].value(), z.value(), Binary::Sub)?;
-        let images = self.decode_map(&z.add(&Var::constant(gap))?)?;
+        let through = z.add(&Var::constant(gap))?;
+        let latents = self.post_quant_conv.forward(&through)?;
+        let (images, last) = self.decoder.forward_seen(&latents)?;
         let tokens = scales.tokens.clone();
         Ok(Reconstruction {
             images,
@@ -347,6 +363,8 @@ impl<B: Backend> Tokenizer<B> for MultiScaleVq<B> {
             codebook_loss,
             commitment_loss,
             tokens,
+            codes: None,
+            last,
         })
     }
 }

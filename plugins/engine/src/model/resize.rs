@@ -14,6 +14,35 @@ pub fn bicubic(from: usize, to: usize) -> Vec<f32> {
     square(&bicubic_axis(from, to), from, to)
 }
 
+/// Square planes of pixels, one after the other, brought to another side on the host: as [`bicubic`], an axis at a time.
+pub fn bicubic_planes(planes: &[f32], from: usize, to: usize) -> Vec<f32> {
+    let axis = bicubic_axis(from, to);
+    // The few source cells of each target cell.
+    let taps: Vec<Vec<(usize, f64)>> = axis
+        .chunks_exact(from)
+        .map(|row| {
+            let cells = row.iter().copied().enumerate();
+            cells.filter(|&(_, weight)| weight != 0.0).collect()
+        })
+        .collect();
+    let mut out = Vec::with_capacity(planes.len() / (from * from) * to * to);
+    let mut rows = vec![0.0; from * to];
+    for plane in planes.chunks_exact(from * from) {
+        for (source, row) in plane.chunks_exact(from).zip(rows.chunks_exact_mut(to)) {
+            for (x, taps) in row.iter_mut().zip(&taps) {
+                *x = taps.iter().map(|&(at, w)| w * f64::from(source[at])).sum();
+            }
+        }
+        for taps in &taps {
+            out.extend((0..to).map(|column| {
+                let sum = taps.iter().map(|&(at, w)| w * rows[at * to + column]);
+                sum.sum::<f64>() as f32
+            }));
+        }
+    }
+    out
+}
+
 /// (to, from): cell i covers floor(i from / to) .. ceil((i + 1) from / to).
 fn area_axis(from: usize, to: usize) -> Vec<f64> {
     let mut matrix = vec![0.0; to * from];
@@ -70,6 +99,22 @@ mod tests {
         // Cells that do not divide overlap.
         assert_eq!(area_axis(3, 2), [0.5, 0.5, 0.0, 0.0, 0.5, 0.5]);
         assert_eq!(area(2, 1), [0.25; 4]);
+    }
+
+    #[test]
+    fn planes_are_resized_as_by_the_matrix() {
+        let planes: Vec<f32> = (0..2 * 36).map(|i| (i * 7 % 11) as f32).collect();
+        for to in [4, 6, 9] {
+            let matrix = bicubic(6, to);
+            let found = bicubic_planes(&planes, 6, to);
+            assert_eq!(found.len(), 2 * to * to);
+            for (plane, found) in planes.chunks_exact(36).zip(found.chunks_exact(to * to)) {
+                for (row, x) in matrix.chunks_exact(36).zip(found) {
+                    let sum: f32 = row.iter().zip(plane).map(|(a, b)| a * b).sum();
+                    assert!((sum - x).abs() < 1e-4, "{to}: {sum} and {x}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -20,10 +20,11 @@ use serde::{Deserialize, Serialize};
 use crate::backend::{Backend, Mask, Unary};
 use crate::error::{Error, Result};
 use crate::model::continuous::Continuous;
-use crate::model::decoding::{Cache, guide, rows};
+use crate::model::decoding::{Cache, conditional, guide, guided, rows};
 use crate::model::msvq::{self, Quantiser};
 use crate::model::{
-    ConditionShape, Conditions, Generation, Prediction, Student, Teacher, TokenShape,
+    ConditionShape, Conditions, Generation, Guidance, Prediction, PrefixMask, Student, Teacher,
+    TokenShape,
 };
 use crate::tape::Var;
 use crate::weights::{Init, Loader, Start, numbered};
@@ -38,6 +39,9 @@ const LONGEST_QUERY: f64 = 100.0;
 /// identity, and scales and shifts.
 const FIRST_GAMMA: f32 = 1e-5;
 const FIRST_MODULATION: f32 = 0.5;
+
+/// Name of the parameter with an embedding for each class.
+pub const CLASS_EMBEDDING: &str = "class_emb.weight";
 
 /// Shape of a VAR network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -373,7 +377,7 @@ impl<B: Backend> Stack<B> {
             None
         };
         Ok(Self {
-            class_embedding: loader.get("class_emb.weight", &[c.classes + 1, w], normal)?,
+            class_embedding: loader.get(CLASS_EMBEDDING, &[c.classes + 1, w], normal)?,
             start: loader.get("pos_start", &[1, 1, w], normal)?,
             word_embed: Linear::load(loader, "word_embed", [c.codebook_dim, w], std)?,
             positions: loader.get("pos_1LC", &[1, l, w], normal)?,
@@ -430,9 +434,10 @@ fn level_of(steps: &[usize]) -> Vec<u32> {
         .collect()
 }
 
-/// The bias (l, l) that lets position i see position j where `sees(level of i, level of j, i == j)`.
+/// The bias (l, l), on the device of `beside`, that lets position i see position j where
+/// `sees(level of i, level of j, i == j)`.
 fn mask<B: Backend>(
-    backend: &B,
+    beside: &B::Tensor,
     steps: &[usize],
     sees: impl Fn(u32, u32, bool) -> bool,
 ) -> Result<Mask<B::Tensor>> {
@@ -448,7 +453,12 @@ fn mask<B: Backend>(
             }
         })
         .collect();
-    Ok(Mask::Bias(backend.floats(&bias, &[l, l])?))
+    Ok(Mask::Bias(B::floats_beside(beside, &bias, &[l, l])?))
+}
+
+/// What the teacher's positions see: their own scale and the coarser ones.
+fn teachers_mask<B: Backend>(beside: &B::Tensor, steps: &[usize]) -> Result<Mask<B::Tensor>> {
+    mask::<B>(beside, steps, |own, other, _| other <= own)
 }
 
 /// The AR teacher, with the tokenizer's quantiser, whose feature maps it feeds on.
@@ -464,13 +474,11 @@ impl<B: Backend> Transformer<B> {
     /// Takes the parameters under their published names; those of the quantiser stay as they are in training.
     pub fn load(loader: &mut Loader<B>, config: &Config, quantiser: Quantiser<B>) -> Result<Self> {
         let tokens = config.token_shape();
-        let mask = mask(loader.backend(), &tokens.steps, |own, other, _| {
-            other <= own
-        })?;
+        let stack = Stack::load(loader, config, &tokens.steps)?;
         Ok(Self {
-            stack: Stack::load(loader, config, &tokens.steps)?,
+            mask: teachers_mask::<B>(stack.start.value(), &tokens.steps)?,
+            stack,
             config: config.clone(),
-            mask,
             quantiser,
             tokens,
         })
@@ -480,6 +488,51 @@ impl<B: Backend> Transformer<B> {
     pub fn inputs(&self, tokens: &B::Tensor) -> Result<Var<B>> {
         self.quantiser.coarser(tokens)
     }
+
+    /// Class ids of a batch, with guidance as many times the unconditional row after them.
+    fn rows(&self, conditions: &Conditions<B>, guidance: Option<Guidance>) -> Result<B::Tensor> {
+        rows::<B>(
+            conditions.classes()?,
+            self.config.classes,
+            guidance.is_some(),
+        )
+    }
+
+    /// Logits of all positions, given the inputs (b, L - 1, D) of those after the first.
+    fn all(&self, condition: &Condition<B>, inputs: &Var<B>) -> Result<Var<B>> {
+        let stack = &self.stack;
+        let seen = stack.word_embed.forward(inputs)?;
+        let mut x = Var::cat(&[&stack.first(condition)?, &seen], 1)?.add(&stack.places()?)?;
+        for block in &stack.blocks {
+            let attend = |q: &Var<B>, k: &Var<B>, v: &Var<B>, scale| {
+                Var::attention(q, k, v, &self.mask, scale)
+            };
+            x = block.forward(&x, &block.adaln.modulation(condition)?, None, &attend)?;
+        }
+        stack.logits(&x, condition)
+    }
+
+    /// Logits (b, l, K) of a scale from those of the rows (b or 2b, l, K), so many scales after the first that was chosen.
+    fn guide(
+        &self,
+        logits: &B::Tensor,
+        guidance: Option<Guidance>,
+        scale: usize,
+        after: usize,
+    ) -> Result<B::Tensor> {
+        let share = scale as f64 / (self.tokens.steps.len() - 1) as f64;
+        match (guidance, guided(guidance, after)) {
+            // (1 + t) cond - t uncond = uncond + (1 + t) (cond - uncond)
+            (_, Some(w)) => guide::<B>(logits, 1.0 + w * share),
+            (Some(_), None) => conditional::<B>(logits),
+            (None, None) => Ok(logits.clone()),
+        }
+    }
+}
+
+/// VAR's guidance of 0 is none.
+fn guiding(guidance: Option<Guidance>) -> Option<Guidance> {
+    guidance.filter(|guidance| guidance.scale != 0.0)
 }
 
 impl<B: Backend> Teacher<B> for Transformer<B> {
@@ -488,28 +541,18 @@ impl<B: Backend> Teacher<B> for Transformer<B> {
     }
 
     fn forced(&self, conditions: &Conditions<B>, tokens: &B::Tensor) -> Result<Var<B>> {
-        let stack = &self.stack;
-        let condition = stack.condition(conditions.classes()?)?;
-        let seen = stack.word_embed.forward(&self.inputs(tokens)?)?;
-        let mut x = Var::cat(&[&stack.first(&condition)?, &seen], 1)?.add(&stack.places()?)?;
-        for block in &stack.blocks {
-            let attend = |q: &Var<B>, k: &Var<B>, v: &Var<B>, scale| {
-                Var::attention(q, k, v, &self.mask, scale)
-            };
-            x = block.forward(&x, &block.adaln.modulation(&condition)?, None, &attend)?;
-        }
-        stack.logits(&x, &condition)
+        let condition = self.stack.condition(conditions.classes()?)?;
+        self.all(&condition, &self.inputs(tokens)?)
     }
 
     fn generate<'a>(
         &'a self,
         conditions: &Conditions<B>,
-        guidance: Option<f64>,
+        guidance: Option<Guidance>,
     ) -> Result<Box<dyn Generation<B> + 'a>> {
-        let (c, stack) = (&self.config, &self.stack);
-        let guidance = guidance.filter(|&w| w != 0.0);
+        let (c, stack, guidance) = (&self.config, &self.stack, guiding(guidance));
         let beside = stack.start.value();
-        let rows = rows::<B>(conditions.classes()?, c.classes, guidance.is_some())?;
+        let rows = self.rows(conditions, guidance)?;
         let condition = stack.condition(&rows)?;
         let modulations = stack.blocks.iter().map(|b| b.adaln.modulation(&condition));
         let shape = [
@@ -527,7 +570,34 @@ impl<B: Backend> Teacher<B> for Transformer<B> {
             caches: Cache::blocks(beside, c.depth, shape)?,
             map: None,
             step: 0,
+            after: 0,
         }))
+    }
+
+    /// Later scales see the feature map of the known ones.
+    fn at_once(
+        &self,
+        conditions: &Conditions<B>,
+        guidance: Option<Guidance>,
+        known: Option<&B::Tensor>,
+    ) -> Result<B::Tensor> {
+        let guidance = guiding(guidance);
+        let rows = self.rows(conditions, guidance)?;
+        let b = B::shape(conditions.classes()?)[0];
+        let mut inputs = self.quantiser.coarser_of(b, known)?;
+        if guidance.is_some() {
+            inputs = Var::cat(&[&inputs, &inputs], 0)?;
+        }
+        let logits = self.all(&self.stack.condition(&rows)?, &inputs)?;
+        let steps = &self.tokens.steps;
+        let known = known.map_or(0, |tokens| B::shape(tokens)[1]);
+        let first = self.tokens.steps_within(known);
+        let parts = (first..steps.len()).map(|k| {
+            let own = logits.narrow(1, self.tokens.tokens_before(k), steps[k])?;
+            self.guide(own.value(), guidance, k, 0)
+        });
+        let parts: Vec<B::Tensor> = parts.collect::<Result<_>>()?;
+        B::cat(&parts.iter().collect::<Vec<_>>(), 1)
     }
 }
 
@@ -538,32 +608,63 @@ struct Decoding<'a, B: Backend> {
     condition: Condition<B>,
     modulations: Vec<Modulation<B>>,
     places: Var<B>,
-    guidance: Option<f64>,
+    guidance: Option<Guidance>,
     caches: Vec<Cache<B>>,
     /// The feature map of the tokens so far (b, D, n, n).
     map: Option<Var<B>>,
+    /// The next scale.
     step: usize,
+    /// Scales after the first that was chosen.
+    after: usize,
 }
 
 impl<B: Backend> Decoding<'_, B> {
-    /// The input (b or 2b, n_k^2, C) of the scale after the tokens (b, n_(k-1)^2), without its places.
-    fn input(&mut self, tokens: &B::Tensor) -> Result<Var<B>> {
+    /// The input (b or 2b, n_k^2, C) of scale k, counted from 0, after the tokens (b, n_(k-1)^2), without its places.
+    fn input(&mut self, k: usize, tokens: &B::Tensor) -> Result<Var<B>> {
         let Transformer {
             quantiser, stack, ..
         } = self.teacher;
-        let h = quantiser.contribution(self.step - 1, &quantiser.codebook().rows(tokens)?)?;
+        let h = quantiser.contribution(k - 1, &quantiser.codebook().rows(tokens)?)?;
         let map = match self.map.take() {
             Some(map) => map.add(&h)?,
             None => h,
         };
-        let x = stack
-            .word_embed
-            .forward(&quantiser.view(self.step, &map)?)?;
+        let x = stack.word_embed.forward(&quantiser.view(k, &map)?)?;
         self.map = Some(map);
         match self.guidance {
             Some(_) => Var::cat(&[&x, &x], 0),
             None => Ok(x),
         }
+    }
+
+    /// Guided logits (b, n_k^2, K) of scale k, the last one of the positions from `at` on, x (b or 2b, l, C), which see those
+    /// before them and each other as `mask` says.
+    fn run(
+        &mut self,
+        x: &Var<B>,
+        at: usize,
+        k: usize,
+        mask: &Mask<B::Tensor>,
+    ) -> Result<B::Tensor> {
+        let Transformer { stack, tokens, .. } = self.teacher;
+        let l = x.shape()[1];
+        let mut x = x.add(&self.places.narrow(1, at, l)?)?;
+        for ((block, cache), m) in stack.blocks.iter().zip(&self.caches).zip(&self.modulations) {
+            let attend = |q: &Var<B>, k: &Var<B>, v: &Var<B>, scale| {
+                let (k, v) = cache.extend(at, k.value(), v.value())?;
+                let y = B::attention(q.value(), &k, &v, mask, scale)?;
+                Ok(Var::constant(y))
+            };
+            x = block.forward(&x, m, None, &attend)?;
+        }
+        let own = x.narrow(1, l - tokens.steps[k], tokens.steps[k])?;
+        let logits = stack.logits(&own, &self.condition)?; // (b or 2b, n_k^2, K)
+        let logits = self
+            .teacher
+            .guide(logits.value(), self.guidance, k, self.after)?;
+        self.step = k + 1;
+        self.after += 1;
+        Ok(logits)
     }
 }
 
@@ -572,26 +673,30 @@ impl<B: Backend> Generation<B> for Decoding<'_, B> {
         let Transformer { stack, tokens, .. } = self.teacher;
         let x = match previous {
             None => stack.first(&self.condition)?,
-            Some(ids) => self.input(ids)?,
+            Some(ids) => self.input(self.step, ids)?,
         };
         let at = tokens.tokens_before(self.step);
-        let mut x = x.add(&self.places.narrow(1, at, tokens.steps[self.step])?)?;
-        for ((block, cache), m) in stack.blocks.iter().zip(&self.caches).zip(&self.modulations) {
-            let attend = |q: &Var<B>, k: &Var<B>, v: &Var<B>, scale| {
-                let (k, v) = cache.extend(at, k.value(), v.value())?;
-                let y = B::attention(q.value(), &k, &v, &Mask::Full, scale)?;
-                Ok(Var::constant(y))
-            };
-            x = block.forward(&x, m, None, &attend)?;
+        self.run(&x, at, self.step, &Mask::Full)
+    }
+
+    fn prefill(&mut self, tokens: &B::Tensor, mask: PrefixMask) -> Result<B::Tensor> {
+        let Transformer {
+            stack,
+            tokens: shape,
+            ..
+        } = self.teacher;
+        let known = shape.steps_within(B::shape(tokens)[1]);
+        let mut parts = vec![stack.first(&self.condition)?];
+        for k in 1..=known {
+            let (at, count) = (shape.tokens_before(k - 1), shape.steps[k - 1]);
+            parts.push(self.input(k, &B::narrow(tokens, 1, at, count)?)?);
         }
-        let logits = stack.logits(&x, &self.condition)?; // (b or 2b, n_k^2, K)
-        let share = self.step as f64 / (tokens.steps.len() - 1) as f64;
-        self.step += 1;
-        match self.guidance {
-            // (1 + t) cond - t uncond = uncond + (1 + t) (cond - uncond)
-            Some(w) => guide::<B>(logits.value(), 1.0 + w * share),
-            None => Ok(logits.value().clone()),
-        }
+        let x = Var::cat(&parts.iter().collect::<Vec<_>>(), 1)?;
+        let mask = match mask {
+            PrefixMask::Causal => teachers_mask::<B>(x.value(), &shape.steps[..=known])?,
+            PrefixMask::Published => Mask::Full,
+        };
+        self.run(&x, 0, known, &mask)
     }
 }
 
@@ -621,11 +726,12 @@ impl<B: Backend> TransformerStudent<B> {
         let tokens = c.token_shape();
         let mut steps = vec![1];
         steps.extend(&tokens.steps);
+        let stack = Stack::load(loader, c, &steps)?;
         Ok(Self {
-            mask: mask(loader.backend(), &steps, |own, other, itself| {
+            mask: mask::<B>(stack.start.value(), &steps, |own, other, itself| {
                 other < own || itself
             })?,
-            stack: Stack::load(loader, c, &steps)?,
+            stack,
             noise_or_data: loader.get("n_d_embed.weight", &[2, w], Init::Normal(std))?,
             layerwise: (0..=c.depth)
                 .map(|i| {

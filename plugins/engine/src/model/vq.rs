@@ -123,14 +123,20 @@ impl<B: Backend> Tokenizer<B> for VqModel<B> {
         // z + (chosen - z) without gradient: forward the codes, backward as if they were z.
         let through = z.add(&chosen.detach().sub(&z.detach())?)?;
         let b = B::shape(images)[0];
-        let s = z.shape();
-        let images = self.decode(&through.reshape(&[b, s[0] / b, s[1]])?)?;
+        let (s, side) = (z.shape(), self.config.autoencoder.side());
+        let through = through
+            .reshape(&[b, side, side, s[1]])?
+            .permute(&[0, 3, 1, 2])?;
+        let latents = self.post_quant_conv.forward(&through)?;
+        let (images, last) = self.decoder.forward_seen(&latents)?;
         Ok(Reconstruction {
             images,
             z,
             codebook_loss,
             commitment_loss,
             tokens,
+            codes: Some(codes),
+            last,
         })
     }
 }

@@ -124,13 +124,27 @@ impl<B: Backend> Net<B> {
 
     /// Features (b, f) of images (b, c, h, w) in [-1, 1]; differentiable.
     pub fn features(&self, images: &Var<B>) -> Result<Var<B>> {
-        let mut x = images.clone();
+        let maps = self.maps(images)?;
+        self.features_of(&maps[maps.len() - 1])
+    }
+
+    /// The output of each convolution, (b, c', h', w'), finest first; differentiable.
+    pub fn maps(&self, images: &Var<B>) -> Result<Vec<Var<B>>> {
+        let mut maps: Vec<Var<B>> = Vec::new();
         for (i, (weight, bias)) in self.convs.iter().enumerate() {
             let stride = if i == 0 { 1 } else { 2 };
-            x = x
+            let map = maps
+                .last()
+                .unwrap_or(images)
                 .conv2d_bias(weight, bias, None, stride, [1, 1])?
                 .unary(Unary::Silu)?;
+            maps.push(map);
         }
+        Ok(maps)
+    }
+
+    /// Features (b, f) of the last of the maps.
+    pub fn features_of(&self, x: &Var<B>) -> Result<Var<B>> {
         let s = x.shape();
         let flat = x.reshape(&[s[0], s[1] * s[2] * s[3]])?;
         flat.linear(&self.feature.0, Some(&self.feature.1))?
@@ -203,6 +217,7 @@ pub fn train<B: Backend>(
         params: &params,
         ema: None,
         kept: None,
+        adversary: None,
     };
     let mut feed = training_feed(images, &train, options.batch, seed);
     let step = |step: u64| {
@@ -212,10 +227,7 @@ pub fn train<B: Backend>(
         let loss = net
             .classify(&features)?
             .cross_entropy(&backend.indices(&seen.labels, &[options.batch])?)?;
-        Ok(StepOutput {
-            loss,
-            figures: vec![feed.wait()],
-        })
+        Ok(StepOutput::new(loss, vec![feed.wait()]))
     };
     let measured_on = if held.is_empty() { &train } else { &held };
     let mut measure = || {

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::Backend;
 use crate::captions::{self, Captions, Subjects};
+use crate::data::prepared::Prepared;
 use crate::error::{Error, Result};
 use crate::model::{CaptionShape, ConditionShape};
 use crate::numpy;
@@ -99,9 +100,51 @@ pub enum Labels {
     /// `balanced`: sample i has class i mod classes; `drawn`: one that is drawn.
     Rule(Rule),
     /// One class per sample.
-    List(Vec<u32>),
+    List(Vec<Class>),
     /// From a file.
     File(Given),
+    /// Those of images.
+    Images(OfImages),
+}
+
+/// A class.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum Class {
+    /// By its number.
+    Number(u32),
+    /// By its name: that of the folder of its images.
+    Name(String),
+}
+
+impl Class {
+    /// Its number, among classes of these names.
+    fn number(&self, names: &[String]) -> Result<u32, String> {
+        let name = match self {
+            Self::Number(number) => return Ok(*number),
+            Self::Name(name) => name,
+        };
+        match names.iter().position(|own| own == name) {
+            Some(number) => Ok(number as u32),
+            None if names.is_empty() => {
+                Err(format!("{name}: the classes of this model have no names"))
+            }
+            None => Err(format!(
+                "no class {name}; the model has {}",
+                names.join(", ")
+            )),
+        }
+    }
+}
+
+/// Classes in the proportions of images.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct OfImages {
+    /// The `images` stage that prepared them: of `count` samples, sample i has the class of image i n / count, rounded down,
+    /// of n.
+    #[schemars(extend("x-retort-artifact" = ["images"]))]
+    pub images: String,
 }
 
 /// A rule that gives every sample a class.
@@ -122,15 +165,31 @@ impl Default for Labels {
 
 impl Labels {
     /// The classes of `count` samples.
-    fn resolve(&self, base: &Path, seed: u64, count: u64, classes: usize) -> Result<Vec<u32>> {
+    fn resolve<B: Backend>(
+        &self,
+        context: &Context<'_, B>,
+        count: u64,
+        (classes, names): (usize, &[String]),
+    ) -> Result<Vec<u32>> {
+        let (base, seed) = (&context.job.base_dir, context.job.seed);
         let pointer = "/labels";
         let labels = match self {
             Self::Rule(Rule::Balanced) => (0..count).map(|i| (i % classes as u64) as u32).collect(),
             Self::Rule(Rule::Drawn) => (0..count)
                 .map(|i| Sequence::new(seed, Stream::Class, i).below(classes) as u32)
                 .collect(),
-            Self::List(list) => list.clone(),
+            Self::List(list) => list
+                .iter()
+                .map(|class| class.number(names))
+                .collect::<Result<_, _>>()
+                .map_err(|message| Error::option(pointer, message))?,
             Self::File(given) => given.indices(base)?,
+            Self::Images(OfImages { images }) => {
+                let all = Prepared::open(context.input_dir(images)?)?.labels;
+                let place =
+                    |i: u64| (u128::from(i) * all.len() as u128 / u128::from(count)) as usize;
+                (0..count).map(|i| all[place(i)]).collect()
+            }
         };
         if labels.len() as u64 != count {
             return Err(Error::option(
@@ -259,11 +318,11 @@ impl Wish<'_> {
         Ok(())
     }
 
-    /// What `count` samples of a model are made for. Captions become features, in a file of the work directory.
+    /// What `count` samples of a model are made for, whose classes may have names. Captions become features, in a file of the work directory.
     pub fn resolve<B: Backend>(
         &self,
         context: &Context<'_, B>,
-        shape: &ConditionShape,
+        (shape, names): (&ConditionShape, &[String]),
         count: u64,
     ) -> Result<Made> {
         let base = &context.job.base_dir;
@@ -280,7 +339,7 @@ impl Wish<'_> {
                 let balanced = Labels::default();
                 let labels = self.labels.unwrap_or(&balanced);
                 return Ok(Made {
-                    labels: labels.resolve(base, context.job.seed, count, *classes)?,
+                    labels: labels.resolve(context, count, (*classes, names))?,
                     subjects: Subjects::Classes(*classes),
                     texts: Vec::new(),
                 });

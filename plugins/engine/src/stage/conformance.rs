@@ -125,7 +125,7 @@ fn share(case: &Case) -> f64 {
     }
 }
 
-/// JSON has no infinity: an error that is none (another shape, a refusal) is null.
+/// JSON has no infinity: an error that is not a number (another shape, a refusal) is null.
 fn finite(number: f64) -> serde_json::Value {
     serde_json::Number::from_f64(number).map_or(serde_json::Value::Null, Into::into)
 }

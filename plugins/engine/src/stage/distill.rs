@@ -11,6 +11,8 @@
 //!
 //! The sequence is made by the function that samples with the student ([`crate::splice`]).
 
+mod need;
+
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -26,13 +28,14 @@ use crate::backend::{Backend, Unary};
 use crate::bundle::{self, Bundle};
 use crate::dataset::Dataset;
 use crate::error::{Error, Result};
+use crate::memory;
 use crate::model::vq::nearest;
 use crate::model::{CONTINUOUS_HEAD, Conditions, Student, TokenShape, Tokenizer};
-use crate::perceptual::{self, Eye, Perceptual};
+use crate::perceptual::{self, Eye, PIXELS_AT_ONCE, Perceptual};
 use crate::random::{Sequence, Stream};
 use crate::sampler::{check_from_zero, check_timesteps};
 use crate::splice::State;
-use crate::stage::{Context, Stage, link};
+use crate::stage::{Context, Stage, link, room};
 use crate::tape::Var;
 use crate::train::{Fit, HeldOut, StepOutput, TrainOptions, average, replace, scalar, shared};
 use crate::weights::{Loader, Source, write_each};
@@ -84,7 +87,8 @@ pub struct Options {
     #[serde(default)]
     #[schemars(range(min = 0))]
     pub codebook_distance: f64,
-    /// The perceptual term.
+    /// The perceptual term: distance between decoded images. It moves the continuous head only, so it needs a `split` below
+    /// the number of AR steps.
     #[serde(default)]
     pub perceptual: Perceptual,
     /// Images that the perceptual term decodes and looks at together: memory holds the activations of so many. Their
@@ -231,7 +235,7 @@ impl<B: Backend> Stage<B> for Distill {
         let tokenizer = bundle.tokenizer(backend)?;
         let codebook = tokenizer.codebook()?;
         let eye = Eye::open(context, &o.perceptual)?;
-        let [_, height, width] = bundle.config.tokenizer.image();
+        eye.check(bundle.config.tokenizer.image())?;
 
         let from = match &o.from {
             Some(stage) => Some((stage, Bundle::open(context.input_dir(stage)?)?)),
@@ -261,11 +265,33 @@ impl<B: Backend> Stage<B> for Distill {
                 seed,
             },
         };
+        room::check(
+            context,
+            "/train/batch",
+            o.train.batch.div_ceil(o.accumulate),
+            room::training(&network, o.cross_entropy > 0.0, o.recompute),
+        )?;
         let origin = o.from.as_ref().unwrap_or(&o.teacher);
         let mut loader = Loader::new(backend, start, true, origin.as_str());
         let mut student = network.student(&mut loader)?;
         student.recompute(o.recompute);
         let all = loader.into_params();
+        let parameters = all
+            .iter()
+            .map(|(_, p)| p.shape().iter().product::<usize>())
+            .sum();
+        let needed = need::Need::of(o, &network, &bundle.config.tokenizer, parameters);
+        host.log(
+            LogLevel::Info,
+            &format!("training needs {}", needed.describe()),
+        );
+        // The weights are there already.
+        let free = memory::free().map(|free| free.saturating_add(4 * parameters as u64));
+        if let (true, Some(free)) = (context.on_host(), free)
+            && let Some(message) = needed.refusal(o, free)
+        {
+            return Err(Error::option("/train/batch", message));
+        }
         let idle = |name: &str| {
             !o.moves_head() && name.starts_with(CONTINUOUS_HEAD)
                 || o.cross_entropy == 0.0 && network.is_of_logits(name)
@@ -306,9 +332,7 @@ impl<B: Backend> Stage<B> for Distill {
             codebook: &codebook,
             tokenizer: &*tokenizer,
             eye,
-            decode_batch: o
-                .decode_batch
-                .unwrap_or((PIXELS_AT_ONCE / (height * width)).max(1)),
+            decode_batch: o.decode_batch(bundle.config.tokenizer.image()),
             shape: &shape,
             boundary: shape.tokens_before(split),
             begun: Cell::new((Instant::now(), 0.0)),
@@ -371,6 +395,7 @@ impl<B: Backend> Stage<B> for Distill {
             params: &params,
             ema: average.as_ref(),
             kept: None,
+            adversary: None,
         };
         let every = (o.train.steps / 10).max(1);
         let held_out = (!held.is_empty()).then_some(HeldOut {
@@ -398,7 +423,8 @@ impl<B: Backend> Stage<B> for Distill {
             }
         }
         context.finish("student", ArtifactMeta::default(), figures.into(), |dir| {
-            bundle::write_network(dir, &bundle, (&network, &weights), &o.timesteps)?;
+            let shown = (o.timesteps.as_slice(), bundle.config.classes.as_slice());
+            bundle::write_network(dir, &bundle, (&network, &weights), shown)?;
             for step in (1..o.train.steps).filter(|&step| kept(step)) {
                 let (file, folder) = (bundle::snapshot(step), dir.join(bundle::SNAPSHOTS));
                 std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
@@ -411,8 +437,6 @@ impl<B: Backend> Stage<B> for Distill {
 
 /// Most logits that are held to measure the loss.
 const MEASURED_AT_ONCE: usize = 1 << 26;
-/// Pixels of the images that the perceptual term decodes together, unless a recipe says how many images.
-const PIXELS_AT_ONCE: usize = 1 << 19;
 /// Most trajectories that are held out.
 const HELD_OUT_MOST: usize = 2000;
 
@@ -607,7 +631,7 @@ impl<B: Backend> Objective<'_, B> {
             });
         }
         let loss = loss.ok_or_else(|| Error::Internal("a loss without terms".into()))?;
-        Ok(StepOutput { loss, figures })
+        Ok(StepOutput::new(loss, figures))
     }
 
     /// The loss from timestep t, and the share of right tokens, over the tokens after t: cross-entropy and most probable codes

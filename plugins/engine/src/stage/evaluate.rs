@@ -28,13 +28,16 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::backend::Backend;
+use crate::bundle::Bundle;
 use crate::data::{Data, Images};
 use crate::error::{Error, Result};
+use crate::model::Tokenizer;
 use crate::model::inception::{self, Preparation};
 use crate::model::lpips::{self, Lpips};
 use crate::picture::{self, Pixels};
 use crate::random::{Sequence, Stream};
 use crate::samples::{Samples, by_class};
+use crate::stage::tokenizer::batch as batch_of;
 use crate::stage::{Context, Stage, resolve, write_json};
 use crate::statistics::frechet_distance;
 use crate::statistics::kernel::kernel_distance;
@@ -53,6 +56,11 @@ pub struct Options {
     #[serde(default)]
     #[schemars(extend("additionalProperties" = { "type": "string", "x-retort-artifact": ["samples"] }))]
     pub samples: BTreeMap<String, String>,
+    /// Tokenizers whose reconstructions of the images of `data` are measured like sets of samples: what no sampler of their
+    /// tokens can better. A name for the table, then the stage that made the tokenizer.
+    #[serde(default)]
+    #[schemars(extend("additionalProperties" = { "type": "string", "x-retort-artifact": ["tokenizer"] }))]
+    pub tokenizers: BTreeMap<String, String>,
     /// The real images. May be left out when `real` or `statistics` stand for them.
     #[serde(default)]
     pub data: Option<Data>,
@@ -247,11 +255,23 @@ impl<B: Backend> Stage<B> for Evaluate {
                 return Err(Error::option(pointer, message));
             }
         }
-        if o.samples.is_empty() && !o.save_statistics {
+        if o.samples.is_empty() && o.tokenizers.is_empty() && !o.save_statistics {
             return Err(Error::option(
                 "/samples",
                 "no sample set to measure; expected `name: stage` lines",
             ));
+        }
+        if !o.tokenizers.is_empty() && o.data.is_none() {
+            let message = "a tokenizer reconstructs images: give them as `data`";
+            return Err(Error::option("/tokenizers", message));
+        }
+        if let Some(name) = o
+            .tokenizers
+            .keys()
+            .find(|name| o.samples.contains_key(*name))
+        {
+            let message = format!("{name} is a set of samples already: give it another name");
+            return Err(Error::option("/tokenizers", message));
         }
         if o.inception.is_some() && o.classifier.is_some() {
             let message = "two networks to measure with: give `classifier` or `inception`";
@@ -322,8 +342,8 @@ impl<B: Backend> Stage<B> for Evaluate {
         // Given statistics leave only comparisons of single images.
         let looks = real.count() > 0 && (given_moments.is_none() || compares || o.save_statistics);
         let preparations = o.preparation.all();
-        let images = sets.iter().map(|(_, set)| set.len()).sum::<usize>()
-            + if looks { real.count() } else { 0 };
+        let mut images = sets.iter().map(|(_, set)| set.len()).sum::<usize>();
+        images += real.count() * (usize::from(looks) + o.tokenizers.len());
         let mut meter = Meter {
             context,
             network: &network,
@@ -392,6 +412,30 @@ impl<B: Backend> Stage<B> for Evaluate {
                 own.push(Row {
                     name: label,
                     count: set.len(),
+                    passes: set.manifest.passes,
+                    figures,
+                });
+            }
+            for (name, stage) in &o.tokenizers {
+                let images = data
+                    .as_deref()
+                    .ok_or_else(|| Error::Internal("no images".into()))?;
+                let bundle = Bundle::open(context.input_dir(stage)?)?;
+                let tokenizer = bundle.tokenizer(context.backend)?;
+                let source = reconstructions(context.backend, &*tokenizer, images, name);
+                let seen = meter.measure(source, preparation)?;
+                let mut figures = figures(context, o, &against, &seen)?;
+                if o.lpips.is_some() {
+                    let value = Err("reconstructions have no noise".to_owned());
+                    figures.push(Figure::new("lpips", "LPIPS", 4, value));
+                }
+                own.push(Row {
+                    name: match preparations.len() {
+                        1 => name.clone(),
+                        _ => format!("{name}/{}", preparation.name()),
+                    },
+                    count: images.len(),
+                    passes: None,
                     figures,
                 });
             }
@@ -539,6 +583,28 @@ fn samples_source<'a>(name: &str, set: &'a Samples) -> Source<'a> {
         read: Box::new(|first, n| {
             let mut pixels = set.images(first, n)?;
             pixels.iter_mut().for_each(|x| *x = 2.0 * *x - 1.0);
+            Ok(pixels)
+        }),
+    }
+}
+
+/// What a tokenizer makes of images.
+fn reconstructions<'a, B: Backend>(
+    backend: &'a B,
+    tokenizer: &'a dyn Tokenizer<B>,
+    images: &'a Images,
+    name: &str,
+) -> Source<'a> {
+    Source {
+        name: name.to_owned(),
+        count: images.len(),
+        image: images.shape(),
+        labels: Some(&images.labels),
+        read: Box::new(move |first, n| {
+            let picks: Vec<usize> = (first..first + n).collect();
+            let made = tokenizer.reconstruct(&batch_of(backend, images, &picks)?)?;
+            let mut pixels = B::to_floats(made.images.value())?;
+            pixels.iter_mut().for_each(|x| *x = x.clamp(-1.0, 1.0));
             Ok(pixels)
         }),
     }

@@ -11,13 +11,12 @@ use crate::backend::Backend;
 use crate::bundle::{self, Bundle, Family, NetworkConfig, TokenizerConfig};
 use crate::data::{Data, Images};
 use crate::error::{Error, Result};
-use crate::memory;
-use crate::model::{ConditionShape, Conditions, Teacher, llamagen, var};
+use crate::model::{CODEBOOK, ConditionShape, Conditions, Teacher, llamagen, var};
 use crate::random::{Sequence, Stream};
-use crate::stage::tokenizer::batch;
-use crate::stage::{Context, Stage};
+use crate::stage::tokenizer::batch_shape;
+use crate::stage::{Context, Stage, room};
 use crate::train::{Fit, HeldOut, Mean, StepOutput, TrainOptions, average, shared};
-use crate::weights::{Loader, Source};
+use crate::weights::{Loader, Source, Start, Stored};
 
 /// Options of `pretrain`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -32,6 +31,11 @@ pub struct Options {
     pub tokenizer: String,
     /// Images to learn from.
     pub data: Data,
+    /// The stage of a teacher to go on from, trained here or published, of the same shape and with the tokens of the same
+    /// codebook. For other classes the embedding of classes is made anew.
+    #[serde(default)]
+    #[schemars(extend("x-retort-artifact" = ["teacher"]))]
+    pub from: Option<String>,
     /// Share of each class kept out of training, to measure the loss.
     #[serde(default = "held_out")]
     #[schemars(range(min = 0, max = 0.9))]
@@ -92,7 +96,7 @@ impl<B: Backend> Stage<B> for Pretrain {
 
     fn check(o: &Options, _base_dir: &Path) -> Result<()> {
         o.data
-            .check_fixed()
+            .check()
             .map_err(|e| Error::option("/data", e.to_string()))?;
         // The rest of the shape comes with the tokenizer.
         match o.family {
@@ -117,24 +121,27 @@ impl<B: Backend> Stage<B> for Pretrain {
             return Err(Error::option("/data", message));
         }
         let network = network(o, &source.config.tokenizer, images.classes)?;
-        // Of a token at least: its logits and their gradient, and in each block the input of four products.
-        let wide = network.tokens();
-        let kept = o.depth.checked_mul(4 * o.width);
-        let kept = kept.and_then(|kept| kept.checked_add(2 * wide.vocabulary));
-        let each = kept.and_then(|kept| memory::floats(&[wide.tokens(), kept]));
-        if context.on_host() {
-            memory::check_batch("/train/batch", o.train.batch, each)?;
-        }
-        let tokens = encode_all(backend, &source, &images, o.train.batch)?;
+        room::check(
+            context,
+            "/train/batch",
+            o.train.batch,
+            room::training(&network, true, false),
+        )?;
+        // Tokens are made once, of each image as it may be seen: as it is, and mirrored.
+        let views: &[bool] = if images.flips() {
+            &[false, true]
+        } else {
+            &[false]
+        };
+        let tokens = views
+            .iter()
+            .map(|&mirrored| encode_all(backend, &source, &images, mirrored, o.train.batch))
+            .collect::<Result<Vec<_>>>()?;
         let shape = network.tokens();
         let l = shape.tokens();
         let (train, held) = images.split(o.held_out, seed);
-        let gather = |picks: &[usize]| -> Vec<u32> {
-            picks
-                .iter()
-                .flat_map(|&i| tokens[i * l..(i + 1) * l].iter().copied())
-                .collect()
-        };
+        // Tokens of image i in a view.
+        let of = |view: usize, i: usize| tokens[view][i * l..(i + 1) * l].iter().copied();
 
         let frozen = source.tokenizer_file()?;
         let build = |loader: &mut Loader<B>| {
@@ -142,7 +149,24 @@ impl<B: Backend> Stage<B> for Pretrain {
             let mut tokenizer = Loader::new(backend, frozen, false, o.tokenizer.as_str());
             network.teacher(loader, (&source.config.tokenizer, &mut tokenizer))
         };
-        let mut loader = Loader::new(backend, Source::Init(seed), true, "new teacher");
+        let from = match &o.from {
+            Some(stage) => Some(start_from(context, stage, &source, &network, &images)?),
+            None => None,
+        };
+        let anew = |name: &str| match &from {
+            Some(from) if from.anew && name == network.class_embedding() => Start::Drawn,
+            _ => Start::Weight(name.into()),
+        };
+        let start = match &from {
+            Some(from) => Source::Start {
+                file: &from.file,
+                of: &anew,
+                seed,
+            },
+            None => Source::Init(seed),
+        };
+        let origin = o.from.as_deref().unwrap_or("new teacher");
+        let mut loader = Loader::new(backend, start, true, origin);
         let model = build(&mut loader)?;
         let params = loader.into_params();
         let average = average(backend, &o.train, &params)?;
@@ -168,6 +192,7 @@ impl<B: Backend> Stage<B> for Pretrain {
             params: &params,
             ema: average.as_ref(),
             kept: None,
+            adversary: None,
         };
         let step = |step: u64| {
             let mut choice = Sequence::new(seed, Stream::Step, step);
@@ -184,7 +209,14 @@ impl<B: Backend> Stage<B> for Pretrain {
                     }
                 })
                 .collect();
-            let wanted = gather(&picks);
+            let mut wanted = Vec::with_capacity(picks.len() * l);
+            for &i in &picks {
+                let view = match views.len() {
+                    1 => 0,
+                    n => choice.below(n),
+                };
+                wanted.extend(of(view, i));
+            }
             let mut seen = wanted.clone();
             if o.token_noise > 0.0 {
                 for token in &mut seen {
@@ -194,10 +226,8 @@ impl<B: Backend> Stage<B> for Pretrain {
                 }
             }
             let wanted = backend.indices(&wanted, &[wanted.len()])?;
-            Ok(StepOutput {
-                loss: logits(&*model, &labels, &seen)?.cross_entropy(&wanted)?,
-                figures: Vec::new(),
-            })
+            let loss = logits(&*model, &labels, &seen)?.cross_entropy(&wanted)?;
+            Ok(StepOutput::new(loss, Vec::new()))
         };
         let measured_on = if held.is_empty() { &train } else { &held };
         // What a step of training takes, whatever the number of images.
@@ -205,7 +235,7 @@ impl<B: Backend> Stage<B> for Pretrain {
             let mut losses = Mean::default();
             for picks in measured_on.chunks(o.train.batch) {
                 let labels: Vec<u32> = picks.iter().map(|&i| images.labels[i]).collect();
-                let wanted = gather(picks);
+                let wanted: Vec<u32> = picks.iter().flat_map(|&i| of(0, i)).collect();
                 let logits = logits(model, &labels, &wanted)?;
                 let wanted = backend.indices(&wanted, &[wanted.len()])?;
                 losses.add(&B::to_floats(&B::cross_entropy(logits.value(), &wanted)?)?);
@@ -231,9 +261,62 @@ impl<B: Backend> Stage<B> for Pretrain {
         );
         let summary = json!({ "held_out_loss": held_out_loss });
         context.finish("teacher", ArtifactMeta::default(), summary, |dir| {
-            bundle::write_network(dir, &source, (&network, &weights), &[])
+            let mut numbered = images.names.iter().enumerate();
+            let numbered = numbered.all(|(i, name)| *name == i.to_string());
+            let names = if numbered { &[][..] } else { &images.names };
+            bundle::write_network(dir, &source, (&network, &weights), (&[], names))
         })
     }
+}
+
+/// A teacher to go on from.
+struct Origin {
+    /// Its weights.
+    file: Stored,
+    /// Whether it knows other classes.
+    anew: bool,
+}
+
+/// Opens the teacher to go on from, if it fits a new one of this shape on these tokens.
+fn start_from<B: Backend>(
+    context: &Context<'_, B>,
+    stage: &str,
+    tokenizer: &Bundle<'_>,
+    network: &NetworkConfig,
+    images: &Images,
+) -> Result<Origin> {
+    let refuse = |message: String| Err(Error::option("/from", message));
+    let bundle = Bundle::open(context.input_dir(stage)?)?;
+    let own = bundle.network()?;
+    let Some(classes) = own.classes() else {
+        return refuse(format!(
+            "{stage} is made for captions; a teacher of classes cannot start from it"
+        ));
+    };
+    if own.clone().with_classes(images.classes) != *network {
+        let what = bundle::differences(network, &own.clone().with_classes(images.classes));
+        return refuse(format!("{stage} is a teacher of another shape: {what}"));
+    }
+    let codebook = |bundle: &Bundle<'_>| bundle.tokenizer_file()?.floats(CODEBOOK);
+    if codebook(&bundle)? != codebook(tokenizer)? {
+        return refuse(format!(
+            "{stage} was trained on the tokens of another codebook, where each number means another code: train it anew, or \
+             take its tokenizer here"
+        ));
+    }
+    let same = classes == images.classes
+        && (bundle.config.classes.is_empty() || bundle.config.classes == images.names);
+    if !same {
+        let message = format!(
+            "{stage} knows {classes} other classes: the embedding of the {} here is made anew",
+            images.classes
+        );
+        context.host.log(LogLevel::Info, &message);
+    }
+    Ok(Origin {
+        file: bundle.network_file()?,
+        anew: !same,
+    })
 }
 
 /// The teacher's shape, for a tokenizer and a number of classes.
@@ -294,20 +377,24 @@ fn shape_of_var(
     }
 }
 
-/// Tokens (n, L) of all images, so many at once.
+/// Tokens (n, L) of all images, perhaps mirrored, so many at once.
 fn encode_all<B: Backend>(
     backend: &B,
     source: &Bundle<'_>,
     images: &Images,
+    mirrored: bool,
     at_once: usize,
 ) -> Result<Vec<u32>> {
     let tokenizer = source.tokenizer(backend)?;
     let all: Vec<usize> = (0..images.len()).collect();
     let mut tokens = Vec::new();
     for picks in all.chunks(at_once) {
-        tokens.extend(B::to_indices(
-            &tokenizer.encode(&batch(backend, images, picks)?)?,
-        )?);
+        let (pixels, _) = match mirrored {
+            true => images.gather_mirrored(picks)?,
+            false => images.gather(picks)?,
+        };
+        let pixels = backend.floats(&pixels, &batch_shape(images, picks.len()))?;
+        tokens.extend(B::to_indices(&tokenizer.encode(&pixels)?)?);
     }
     Ok(tokens)
 }

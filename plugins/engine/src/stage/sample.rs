@@ -26,7 +26,7 @@ use crate::sampler;
 use crate::samples::{FORMAT, ImagesKept, Kept, Manifest, Samples, ShardWriter, by_class};
 use crate::stage::condition::{Features, Given, Labels, Made, Texts, Wish, same_noise};
 use crate::stage::shards::{self, Division, Part, batches, hashed};
-use crate::stage::{Context, Stage, link, resolve, write_json};
+use crate::stage::{Context, Stage, link, resolve, room, write_json};
 use drawer::{Sampler, drawer};
 
 /// Options of `sample`.
@@ -57,6 +57,11 @@ pub struct Options {
     /// What is kept of the images: bytes, f32, or none, which leaves out decoding too.
     #[serde(default)]
     pub images: ImagesKept,
+    /// Sides to which decoded images are brought before they are kept, in pixels, bicubic as torch's `interpolate` (LlamaGen's
+    /// images of 384 x 384 are measured at 256); as they are decoded, if left out.
+    #[serde(default)]
+    #[schemars(range(min = 1, max = 4096))]
+    pub resize: Option<usize>,
     /// Whether latents are kept, (n, L, D) in f32.
     #[serde(default)]
     pub latents: bool,
@@ -66,7 +71,8 @@ pub struct Options {
     /// Noise (count, L, D) from a file instead of the seed.
     #[serde(default)]
     pub noise: Option<Given>,
-    /// Classes of the images: `balanced` (the default), `drawn`, a list, or a tensor of a file. For a model of classes.
+    /// Classes of the images: `balanced` (the default), `drawn`, a list of numbers or names, a tensor of a file, or
+    /// `{images: STAGE}`, in the proportions of real images. For a model of classes.
     #[serde(default)]
     pub labels: Option<Labels>,
     /// Captions of the images, a text, a list of texts or the lines of a file: image i has caption i mod their number. For a
@@ -137,7 +143,7 @@ impl<B: Backend> Stage<B> for Sample {
     type Options = Options;
     const KIND: &'static str = "sample";
     const OUTPUT: &'static str = "samples";
-    const REVISION: u32 = 3;
+    const REVISION: u32 = 4;
     const SUMMARY: &'static str =
         "sample images from a teacher, a student, both, or the independent baseline";
     const DIVISIBLE: bool = true;
@@ -150,7 +156,8 @@ impl<B: Backend> Stage<B> for Sample {
             return Err(Error::option("/tokens", message));
         }
         if o.images == ImagesKept::None {
-            for (wanted, pointer) in [(o.png, "/png"), (o.npz, "/npz")] {
+            let resize = o.resize.is_some();
+            for (wanted, pointer) in [(o.png, "/png"), (o.npz, "/npz"), (resize, "/resize")] {
                 if wanted {
                     return Err(Error::option(pointer, "`images: none` keeps no images"));
                 }
@@ -167,9 +174,15 @@ impl<B: Backend> Stage<B> for Sample {
         let (host, backend, seed) = (context.host, context.backend, context.job.seed);
         let base = &context.job.base_dir;
         let bundle = Bundle::open(context.input_dir(o.sampler.source())?)?;
-        let shape = bundle.network()?.tokens();
+        let network = bundle.network()?;
+        let shape = network.tokens();
+        let decoded = (o.images != ImagesKept::None).then_some(&bundle.config.tokenizer);
+        let each = room::sampling(&o.sampler, network, decoded, &context.job.dtype);
+        room::check(context, "/batch", o.division().at_once(o.batch), each)?;
         // Before the networks are loaded: a text encoder may need the memory.
-        let made = o.wish().resolve(context, &shape.condition, o.count)?;
+        let made =
+            o.wish()
+                .resolve(context, (&shape.condition, &bundle.config.classes), o.count)?;
         let Made {
             labels,
             subjects,
@@ -185,6 +198,8 @@ impl<B: Backend> Stage<B> for Sample {
             None => Ok(random::noises(seed, samples, l, d)),
         };
 
+        let [channels, _, side] = bundle.config.tokenizer.image();
+        let side = o.resize.unwrap_or(side);
         let work = context.work_dir()?;
         let mut manifest = Manifest {
             format: FORMAT,
@@ -195,7 +210,8 @@ impl<B: Backend> Stage<B> for Sample {
                 Subjects::Classes(_) => None,
                 Subjects::Captions(_) => Some(hash(&work.join(captions::FILE))?),
             },
-            image: bundle.config.tokenizer.image(),
+            passes: Some(o.sampler.passes(&shape)),
+            image: [channels, side, side],
             tokens: l,
             vocabulary: shape.vocabulary,
             dim: d,
@@ -261,7 +277,7 @@ impl<B: Backend> Stage<B> for Sample {
                 }
                 if o.images != ImagesKept::None {
                     let clock = Instant::now();
-                    let images = sampler::decode(&**tokenizer, &drawn.latents)?;
+                    let images = sampler::decode(&**tokenizer, &drawn.latents, side)?;
                     decoding += clock.elapsed().as_secs_f64();
                     finite("pixel", &images, start, images.len() / classes.len())?;
                     writer.floats("images", row, &images)?;
@@ -271,15 +287,20 @@ impl<B: Backend> Stage<B> for Sample {
             Ok(())
         })?;
         drop(networks);
-        let mut summary = json!({ "images": division.samples().end - division.samples().start });
+        let passes = o.sampler.passes(&shape);
+        let mut summary = json!({
+            "images": division.samples().end - division.samples().start,
+            "passes": passes,
+        });
         if told.samples > 0 {
             let rate = told.samples as f64 / sampling;
             host.metric("sample/images_per_second", told.share, rate);
             host.metric("sample/sampling_seconds", told.share, sampling);
             host.metric("sample/decoding_seconds", told.share, decoding);
+            host.metric("sample/passes", told.share, passes as f64);
             let count = told.samples;
             let message = format!(
-                "{count} images: sampling {sampling:.2} s ({rate:.0}/s), decoding {decoding:.2} s"
+                "{count} images in {passes} passes a batch: sampling {sampling:.2} s ({rate:.0}/s), decoding {decoding:.2} s"
             );
             host.log(LogLevel::Info, &message);
             summary["images_per_second"] = json!(rate);
@@ -294,9 +315,14 @@ impl<B: Backend> Stage<B> for Sample {
             // Few images of each caption: all of them.
             n => o.grid_columns.min((o.count as usize / n).max(1)),
         };
+        // What stands for a row of the picture: its caption, or the name of its class.
+        let names = match texts.is_empty() {
+            true => &bundle.config.classes,
+            false => texts,
+        };
         let meta = ArtifactMeta {
             preview: (o.images != ImagesKept::None).then(|| "grid.png".into()),
-            caption: shown(texts, labels_of(division.samples()), columns),
+            caption: shown(names, labels_of(division.samples()), columns),
             ..Default::default()
         };
         context.finish("samples", meta, summary, |dir| {
@@ -391,12 +417,18 @@ fn described<B: Backend>(context: &Context<'_, B>) -> Result<Value> {
     Ok(sampler)
 }
 
-/// What the picture shows: the captions of its rows, the longer ones cut.
+/// What the picture shows: the captions of its rows, the longer ones cut, or the names of their classes.
 fn shown(texts: &[String], labels: &[u32], columns: usize) -> Option<String> {
     if texts.is_empty() {
         return None;
     }
     let (picks, rows) = by_class(labels, columns);
+    // Where no label has enough samples for a row, rows stand for none.
+    let length = (picks.len() / rows).max(1);
+    let mixed = |row: &[usize]| row.iter().any(|&i| labels[i] != labels[row[0]]);
+    if picks.chunks(length).any(mixed) {
+        return None;
+    }
     let firsts = picks.iter().step_by(picks.len() / rows);
     let quoted: Vec<String> = firsts
         .map(|&i| {

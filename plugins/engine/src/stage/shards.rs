@@ -62,6 +62,13 @@ impl Division {
         start..end
     }
 
+    /// The largest batch that there is, where batches have at most so many samples.
+    pub fn at_once(&self, batch: usize) -> usize {
+        let all = self.samples();
+        let most = (all.end - all.start).min(self.size);
+        usize::try_from(most).map_or(batch, |most| batch.min(most))
+    }
+
     /// The shards of the result, in order, with what parts hold of them.
     pub fn shards(&self, parts: Vec<(PathBuf, Vec<Shard>)>) -> Result<Vec<Planned>> {
         let all = self.samples();

@@ -257,7 +257,7 @@ fn run<B: Backend>(context: &Context<'_, B>, o: &Options, role: Role) -> Result<
     meta.extra.insert("sources".into(), sources);
     let summary = json!({ "weights": size });
     context.finish(role.name(), meta, summary, |dir| {
-        bundle::write_config(dir, &tokenizer, Some(&network), &o.timesteps)?;
+        bundle::write_config(dir, &tokenizer, Some(&network), (&o.timesteps, &[]))?;
         tokenizer_part.write(&dir.join(bundle::TOKENIZER))?;
         network_part.write(&dir.join(bundle::MODEL))
     })

@@ -1,6 +1,12 @@
 //! `tokenizer`: trains a VQ image tokenizer, of one scale or many, so that a run needs nothing downloaded.
+//!
+//! Out: the tokenizer, and `reconstructions.png`: held-out images, and below each row what the tokenizer makes of them.
 
-use std::cell::RefCell;
+pub mod codebook;
+pub mod loss;
+pub mod quality;
+
+use std::cell::Cell;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -10,18 +16,22 @@ use serde::Deserialize;
 use serde_json::json;
 
 use crate::backend::{Backend, Unary};
-use crate::bundle::{self, Family, TokenizerConfig};
+use crate::bundle::{self, Bundle, Family, TokenizerConfig};
 use crate::data::feed::Feed;
 use crate::data::{Augment, Data, Images};
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::model::autoencoder::Shape;
-use crate::model::{CODEBOOK, msvq, vq};
+use crate::model::{CODEBOOK, Reconstruction, Tokenizer as Model, discriminator, msvq, vq};
+use crate::perceptual::{Eye, PIXELS_AT_ONCE, Perceptual};
+use crate::picture::{self, Pixels};
 use crate::random::{Sequence, Stream};
-use crate::stage::{Context, Stage};
+use crate::stage::{Context, Stage, room};
 use crate::tape::Var;
-use crate::train::{Fit, HeldOut, Mean, StepOutput, TrainOptions, average, scalar, shared};
-use crate::weights::{Loader, Source};
+use crate::train::{self, Fit, HeldOut, Mean, StepOutput, TrainOptions, average, scalar, shared};
+use crate::weights::{self, Loader, Source, Stored};
+use codebook::{COLLAPSED, Codebook};
+use loss::{Adversarial, Adversary, Criterion, PixelLoss};
 
 /// Options of `tokenizer`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -33,6 +43,10 @@ pub struct Options {
     pub family: Family,
     /// Images to learn from.
     pub data: Data,
+    /// The stage of a tokenizer to go on from, or of a published teacher, with its tokenizer; of the same shape.
+    #[serde(default)]
+    #[schemars(extend("x-retort-artifact" = ["tokenizer", "teacher"]))]
+    pub from: Option<String>,
     /// Share of each class kept out of training, to measure the reconstruction.
     #[serde(default = "held_out")]
     #[schemars(range(min = 0, max = 0.9))]
@@ -73,16 +87,50 @@ pub struct Options {
     #[serde(default)]
     #[schemars(range(min = 1))]
     pub phi_convs: Option<usize>,
+    /// How pixels of images and reconstructions are compared.
+    #[serde(default)]
+    pub pixels: PixelLoss,
+    /// The perceptual term: distance between images and reconstructions.
+    #[serde(default)]
+    pub perceptual: Perceptual,
+    /// An adversary in the loss; none, if left out.
+    #[serde(default)]
+    pub adversarial: Option<Adversarial>,
+    /// LlamaGen: an entropy term in the loss, for even use of the codes; none, if left out.
+    #[serde(default)]
+    pub entropy: Option<Entropy>,
+    /// LlamaGen: decay of moving averages of what each code is looked up for, which then are the codes. If left out, codes
+    /// follow the gradient of their squared distance.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 1))]
+    pub codebook_ema: Option<f64>,
     /// Weight of the commitment loss.
     #[serde(default = "commitment")]
     #[schemars(range(min = 0))]
     pub commitment: f64,
-    /// Steps between restarts of codes that no image used since the last one; 0: never.
+    /// Steps between restarts of codes that no image used since the last one, in the first half of the training; 0: never.
     #[serde(default = "restart_every")]
     pub restart_every: u64,
     /// How to train.
     #[serde(default)]
     pub train: TrainOptions,
+}
+
+/// The entropy term of a tokenizer's loss.
+#[derive(Debug, Clone, Copy, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Entropy {
+    /// Its weight.
+    #[schemars(range(min = 0))]
+    pub weight: f64,
+    /// Temperature of the choices among codes, in squared distances.
+    #[serde(default = "temperature")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub temperature: f64,
+}
+
+fn temperature() -> f64 {
+    0.01
 }
 
 impl Options {
@@ -134,7 +182,7 @@ impl<B: Backend> Stage<B> for Tokenizer {
     type Options = Options;
     const KIND: &'static str = "tokenizer";
     const OUTPUT: &'static str = "tokenizer";
-    const REVISION: u32 = 2;
+    const REVISION: u32 = 3;
     const SUMMARY: &'static str = "train a VQ image tokenizer on images";
 
     fn check(o: &Options, _base_dir: &Path) -> Result<()> {
@@ -152,6 +200,22 @@ impl<B: Backend> Stage<B> for Tokenizer {
                 o.norm_groups
             );
             return Err(Error::option("/norm_groups", message));
+        }
+        loss::check(o.adversarial.as_ref(), o.train.steps)?;
+        if o.entropy.is_some() && o.codebook_ema.is_some() {
+            let message = "codes that are averages follow no gradient: keep one of `entropy` and `codebook_ema`";
+            return Err(Error::option("/entropy", message));
+        }
+        let of_llamagen = [
+            ("/entropy", o.entropy.is_some()),
+            ("/codebook_ema", o.codebook_ema.is_some()),
+        ];
+        if let (Family::Var, Some((pointer, _))) =
+            (o.family, of_llamagen.iter().find(|(_, given)| *given))
+        {
+            let message = "not for `family: var`: its scales share the codes and smooth them before they add up, so that no \
+                           code can be told from what it was looked up for";
+            return Err(Error::option(*pointer, message));
         }
         match o.family {
             Family::Llamagen if !o.scales.is_empty() => Err(Error::option(
@@ -174,25 +238,56 @@ impl<B: Backend> Stage<B> for Tokenizer {
         let (backend, seed) = (context.backend, context.job.seed);
         let images = Arc::new(context.images(&o.data)?);
         let config = config(o, &images)?;
-        if context.on_host() {
-            memory::check_batch("/train/batch", o.train.batch, o.bytes_of_an_image(&images))?;
-        }
+        room::check(
+            context,
+            "/train/batch",
+            o.train.batch,
+            o.bytes_of_an_image(&images),
+        )?;
         let (train, held) = images.split(o.held_out, seed);
-        let mut loader = Loader::new(backend, Source::Init(seed), true, "new tokenizer");
+        let eye = Eye::open(context, &o.perceptual)?;
+        eye.check(images.shape())?;
+        let from = match &o.from {
+            Some(stage) => Some(start_from(context, stage, &config)?),
+            None => None,
+        };
+        let start = match &from {
+            Some(file) => Source::Files(std::slice::from_ref(file)),
+            None => Source::Init(seed),
+        };
+        let origin = o.from.as_deref().unwrap_or("new tokenizer");
+        let mut loader = Loader::new(backend, start, true, origin);
         let model = config.build(&mut loader)?;
-        let params = loader.into_params();
-        let codebook = params
-            .iter()
-            .find(|(name, _)| name == CODEBOOK)
-            .map(|(_, p)| p.clone());
+        let all = loader.into_params();
+        let codebook = all.iter().find(|(name, _)| name == CODEBOOK);
         let codebook = codebook.ok_or_else(|| Error::Internal("no codebook".into()))?;
+        let codebook = codebook.1.value().clone();
+        let codebook = Codebook::new(backend, &codebook, o.codebook_ema)?;
+        // Codes that are averages are no parameters.
+        let averaged = |name: &str| o.codebook_ema.is_some() && name == CODEBOOK;
+        let (still, own): (Vec<_>, Vec<_>) = all.into_iter().partition(|(name, _)| averaged(name));
 
-        let average = average(backend, &o.train, &params)?;
-        let shared = shared(&params, average.as_ref());
-        let source = Source::Device(&shared);
+        let average = average(backend, &o.train, &own)?;
+        let mut tensors = shared(&own, average.as_ref());
+        tensors.extend(shared(&still, None));
+        let source = Source::Device(&tensors);
         let measured = config.build(&mut Loader::new(backend, source, false, "tokenizer"))?;
-        // Codes that were used since the last restart: 1.
-        let used = RefCell::new(vec![0.0; o.codebook_size]);
+
+        let mut params = own;
+        let against = o.adversarial.as_ref().map(|own| own.training(&o.train));
+        let mut criterion = Criterion {
+            pixels: o.pixels,
+            eye: (o.perceptual.weight() > 0.0).then_some((eye, o.perceptual.weight())),
+            adversary: None,
+            at_once: (PIXELS_AT_ONCE / (images.height * images.width)).max(1),
+        };
+        if let Some(own) = &o.adversarial {
+            let side = images.height.min(images.width);
+            discriminator::check(side, own.layers, "/adversarial/layers")?;
+            let (adversary, its) = Adversary::new(backend, seed, images.channels, own)?;
+            criterion.adversary = Some(adversary);
+            params.extend(its);
+        }
         let fit = Fit {
             host: context.host,
             backend,
@@ -201,36 +296,67 @@ impl<B: Backend> Stage<B> for Tokenizer {
             options: &o.train,
             params: &params,
             ema: average.as_ref(),
-            kept: Some(&used),
+            kept: Some(&codebook.kept),
+            adversary: o
+                .adversarial
+                .as_ref()
+                .zip(against.as_ref())
+                .map(|(own, options)| train::Adversary {
+                    prefix: loss::PREFIX,
+                    options,
+                    from: own.start,
+                }),
         };
         let mut feed = training_feed(&images, &train, o.train.batch, seed);
         let step = |step: u64| {
             let seen = feed.take(step)?;
+            codebook.settle()?;
             let x = backend.floats(&seen.pixels, &batch_shape(&images, o.train.batch))?;
-            let r = model.reconstruct(&x)?;
-            let error = r
-                .images
-                .sub(&Var::constant(x))?
-                .unary(Unary::Square)?
-                .mean_all()?;
-            let figures = vec![("reconstruction", scalar::<B>(error.value())?), feed.wait()];
-            let loss = error
-                .add(&r.codebook_loss)?
-                .add(&r.commitment_loss.affine(o.commitment, 0.0)?)?;
-            let mut used = used.borrow_mut();
-            for id in B::to_indices(&r.tokens)? {
-                used[id as usize] = 1.0;
+            let Reconstruction {
+                images: made,
+                z,
+                codebook_loss,
+                commitment_loss,
+                tokens,
+                codes,
+                last,
+            } = model.reconstruct(&x)?;
+            let looked_up = z.value().clone();
+            let (mut loss, mut figures) = criterion.loss(made, &x, &last, step)?;
+            if o.codebook_ema.is_none() {
+                loss = loss.add(&codebook_loss)?;
             }
+            loss = loss.add(&commitment_loss.affine(o.commitment, 0.0)?)?;
+            if let (
+                Some(Entropy {
+                    weight,
+                    temperature,
+                }),
+                Some(codes),
+            ) = (o.entropy, codes)
+            {
+                let term = loss::entropy(&z, &codes, temperature)?;
+                figures.push(("entropy", scalar::<B>(term.value())?));
+                loss = loss.add(&term.affine(weight, 0.0)?)?;
+            }
+            codebook.note(&B::to_indices(&tokens)?, &looked_up)?;
+            let (used, perplexity) = codebook.use_lately();
+            figures.extend([("codebook_usage", used), ("perplexity", perplexity)]);
+            figures.push(feed.wait());
+            let mut output = StepOutput::new(loss, figures);
             if o.restart_every > 0
                 && (step + 1).is_multiple_of(o.restart_every)
                 && step < o.train.steps / 2
             {
-                restart::<B>(codebook.value(), r.z.value(), &used, seed, step)?;
-                used.fill(0.0);
+                let anew = codebook.restart(&looked_up, seed, step)?;
+                if !anew.is_empty() && o.codebook_ema.is_none() {
+                    output.anew = Some((CODEBOOK, anew));
+                }
             }
-            Ok(StepOutput { loss, figures })
+            Ok(output)
         };
         let measured_on = if held.is_empty() { &train } else { &held };
+        let warned = Cell::new(false);
         let mut measure = || {
             let mut errors = Mean::default();
             // What a step of training takes, whatever the number of images.
@@ -239,6 +365,16 @@ impl<B: Backend> Stage<B> for Tokenizer {
                 let r = measured.reconstruct(&x)?;
                 let error = r.images.sub(&Var::constant(x))?.unary(Unary::Square)?;
                 errors.add(&B::to_floats(error.value())?);
+            }
+            let (used, perplexity) = codebook.use_lately();
+            if used < COLLAPSED && !warned.replace(true) {
+                let message = format!(
+                    "{:.0} of {} codes are in use (perplexity {perplexity:.1}): the codebook has collapsed; try another \
+                     seed, a lower learning rate, `restart_every` or fewer codes",
+                    used * o.codebook_size as f64,
+                    o.codebook_size
+                );
+                context.host.log(LogLevel::Warn, &message);
             }
             Ok(errors.value())
         };
@@ -249,17 +385,144 @@ impl<B: Backend> Stage<B> for Tokenizer {
             measure: &mut measure,
             keep_best: false,
         };
-        let weights = fit.run(step, Some(held_out))?;
-        let error = measure()?;
-        context.host.log(
-            LogLevel::Info,
-            &format!("mean squared error of held-out images in [-1, 1]: {error:.5}"),
-        );
-        let summary = json!({ "held_out_error": error });
-        context.finish("tokenizer", ArtifactMeta::default(), summary, |dir| {
-            bundle::write_tokenizer(dir, &config, &weights)
+        let mut trained = fit.run(step, Some(held_out))?;
+        codebook.settle()?;
+        trained.extend(weights::from_params(&still)?);
+        let source = Source::Host(&trained);
+        let made = config.build(&mut Loader::new(backend, source, false, "tokenizer"))?;
+        let quality = look(backend, &*made, &images, measured_on, o.train.batch)?;
+        context.host.log(LogLevel::Info, &quality.to_string());
+        let summary = json!({
+            "held_out_error": quality.error,
+            "psnr": quality.psnr,
+            "ssim": quality.ssim,
+            "codebook_usage": quality.usage,
+            "perplexity": quality.perplexity,
+        });
+        for (name, value) in summary.as_object().into_iter().flatten() {
+            if let (Some(value), true) = (value.as_f64(), name != "held_out_error") {
+                let name = format!("tokenizer/held_out_{name}");
+                context.host.metric(&name, o.train.steps, value);
+            }
+        }
+        let meta = ArtifactMeta {
+            preview: Some(PICTURE.into()),
+            caption: Some("each row of held-out images, and below it their reconstructions".into()),
+            ..ArtifactMeta::default()
+        };
+        context.finish("tokenizer", meta, summary, |dir| {
+            let [c, h, w] = images.shape();
+            let pixels = Pixels::new(&quality.picture, c, h, w)?;
+            picture::write_grid(&dir.join(PICTURE), &[pixels], quality.rows)?;
+            bundle::write_tokenizer(dir, &config, &trained)
         })
     }
+}
+
+/// The weights of the tokenizer to go on from, if it has this shape.
+fn start_from<B: Backend>(
+    context: &Context<'_, B>,
+    stage: &str,
+    config: &TokenizerConfig,
+) -> Result<Stored> {
+    let bundle = Bundle::open(context.input_dir(stage)?)?;
+    if bundle.config.tokenizer != *config {
+        let what = bundle::differences(config, &bundle.config.tokenizer);
+        let message = format!("{stage} has a tokenizer of another shape: {what}");
+        return Err(Error::option("/from", message));
+    }
+    bundle.tokenizer_file()
+}
+
+const PICTURE: &str = "reconstructions.png";
+/// Images of the picture, and how many of them make a row.
+const SHOWN: usize = 48;
+const ROW: usize = 16;
+
+/// How good a tokenizer is.
+struct Quality {
+    /// Mean squared error in [-1, 1].
+    error: f64,
+    psnr: f64,
+    ssim: f64,
+    /// Share of the codes that these images use, and their perplexity.
+    usage: f64,
+    perplexity: f64,
+    /// Rows of images in [0, 1], each followed by a row of their reconstructions.
+    picture: Vec<f32>,
+    rows: usize,
+}
+
+impl std::fmt::Display for Quality {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "held-out images: mean squared error {:.5} in [-1, 1], PSNR {:.2} dB, SSIM {:.4}; {:.1} % of the codes, \
+             perplexity {:.1}",
+            self.error,
+            self.psnr,
+            self.ssim,
+            100.0 * self.usage,
+            self.perplexity
+        )
+    }
+}
+
+/// Looks at images and what a tokenizer makes of them, so many at a time.
+fn look<B: Backend>(
+    backend: &B,
+    model: &dyn Model<B>,
+    images: &Images,
+    picks: &[usize],
+    at_once: usize,
+) -> Result<Quality> {
+    let stride = images.stride();
+    let shown: Vec<usize> = match picks.len() {
+        n if n <= SHOWN => (0..n).collect(),
+        n => (0..SHOWN).map(|i| i * n / SHOWN).collect(),
+    };
+    let mut uses = vec![0usize; B::shape(&model.codebook()?)[0]];
+    let (mut errors, mut psnr, mut ssim) = (Mean::default(), 0.0, 0.0);
+    let (mut above, mut below) = (Vec::new(), Vec::new());
+    for (number, part) in picks.chunks(at_once).enumerate() {
+        let pixels = images.gather(part)?.0;
+        let r = model.reconstruct(&backend.floats(&pixels, &batch_shape(images, part.len()))?)?;
+        let made = B::to_floats(r.images.value())?;
+        for token in B::to_indices(&r.tokens)? {
+            uses[token as usize] += 1;
+        }
+        let pairs = pixels.chunks_exact(stride).zip(made.chunks_exact(stride));
+        for (i, (a, b)) in pairs.enumerate() {
+            let squares: Vec<f32> = a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).collect();
+            errors.add(&squares);
+            psnr += quality::psnr(a, b);
+            ssim += quality::ssim(a, b, images.shape());
+            if shown.binary_search(&(number * at_once + i)).is_ok() {
+                above.extend(a.iter().map(|x| x * 0.5 + 0.5));
+                below.extend(b.iter().map(|x| x * 0.5 + 0.5));
+            }
+        }
+    }
+    let mut picture = Vec::new();
+    let mut rows = 0;
+    let row = (ROW.min(shown.len())) * stride;
+    for (a, b) in above.chunks_exact(row).zip(below.chunks_exact(row)) {
+        picture.extend_from_slice(a);
+        picture.extend_from_slice(b);
+        rows += 2;
+    }
+    let (n, total) = (picks.len() as f64, uses.iter().sum::<usize>() as f64);
+    let shares = uses.iter().filter(|&&n| n > 0).map(|&n| n as f64 / total);
+    let entropy: f64 = shares.map(|share| -share * share.ln()).sum();
+    Ok(Quality {
+        error: errors.value(),
+        psnr: psnr / n,
+        ssim: ssim / n,
+        usage: uses.iter().filter(|&&n| n > 0).count() as f64 / uses.len() as f64,
+        perplexity: entropy.exp(),
+        picture,
+        rows,
+    })
 }
 
 fn config(o: &Options, images: &Images) -> Result<TokenizerConfig> {
@@ -350,32 +613,4 @@ pub(crate) fn training_feed(
         epoch: step * batch as u64 / size,
     };
     Feed::new(Arc::clone(images), picks, augment)
-}
-
-/// Moves codes that were not used onto random vectors (n, D) of those for which codes were looked up.
-fn restart<B: Backend>(
-    codebook: &B::Tensor,
-    z: &B::Tensor,
-    used: &[f32],
-    seed: u64,
-    step: u64,
-) -> Result<()> {
-    if used.iter().all(|&u| u > 0.0) {
-        return Ok(());
-    }
-    let d = B::shape(codebook)[1];
-    let (mut codes, z) = (B::to_floats(codebook)?, B::to_floats(z)?);
-    let mut choice = Sequence::new(seed, Stream::Restart, step);
-    for (code, _) in codes
-        .chunks_exact_mut(d)
-        .zip(used)
-        .filter(|(_, used)| **used == 0.0)
-    {
-        let row = choice.below(z.len() / d);
-        code.copy_from_slice(&z[row * d..(row + 1) * d]);
-    }
-    B::assign_(
-        codebook,
-        &B::floats_beside(codebook, &codes, &B::shape(codebook))?,
-    )
 }

@@ -23,7 +23,7 @@ use crate::random;
 use crate::sampler::{Choice, Distribution, autoregressive};
 use crate::stage::condition::{Features, Given, Labels, Made, Texts, Wish, same_noise};
 use crate::stage::shards::{self, Division, Part, batches, hashed};
-use crate::stage::{Context, Stage, link, resolve, write_json};
+use crate::stage::{Context, Stage, link, resolve, room, write_json};
 
 /// Options of `trajectories`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -62,7 +62,8 @@ pub struct Options {
     /// Noise (count, L, D) from a file instead of the seed.
     #[serde(default)]
     pub noise: Option<Given>,
-    /// Classes of the samples: `balanced` (the default), `drawn`, a list, or a tensor of a file. For a model of classes.
+    /// Classes of the samples: `balanced` (the default), `drawn`, a list of numbers or names, a tensor of a file, or
+    /// `{images: STAGE}`, in the proportions of real images. For a model of classes.
     #[serde(default)]
     pub labels: Option<Labels>,
     /// Captions of the samples, a text, a list of texts or the lines of a file: sample i has caption i mod their number. For a
@@ -150,11 +151,20 @@ impl<B: Backend> Stage<B> for Trajectories {
         let (host, backend, seed) = (context.host, context.backend, context.job.seed);
         let input = context.input(&o.teacher)?;
         let bundle = Bundle::open(&input.path)?;
-        let shape = bundle.network()?.tokens();
+        let network = bundle.network()?;
+        let shape = network.tokens();
+        room::check(
+            context,
+            "/batch",
+            o.division().at_once(o.batch),
+            room::generating(network, &o.distribution, &context.job.dtype),
+        )?;
         // Before the networks are loaded: a text encoder may need the memory.
         let Made {
             labels, subjects, ..
-        } = o.wish().resolve(context, &shape.condition, o.count)?;
+        } = o
+            .wish()
+            .resolve(context, (&shape.condition, &bundle.config.classes), o.count)?;
         let solver = FlowSolver {
             steps: o.solver_steps,
         };

@@ -1,11 +1,13 @@
 //! Tensors as vectors in host memory, operations as loops over them.
 //!
-//! Only what `Backend` requires is here; everything that it can compose of that (attention, norms, softmax, AdamW) it
-//! composes. Bring your own where it pays: the fused pairs are the methods of the trait with a default.
+//! Only what a backend has to bring is here, the operations of `Tensors`. The engine composes the rest of them (norms,
+//! attention, softmax, AdamW). Override a pair of those where it pays: each has a default in one of the other traits.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use retort_engine::backend::{Backend, Binary, Unary};
+use retort_engine::backend::{
+    Attention, Binary, Layers, Norms, Optimiser, Sampling, Tensors, Unary,
+};
 use retort_engine::error::{Error, Result};
 
 /// The backend. What a tensor library needs to be opened with (a device, a stream) would be kept here.
@@ -209,7 +211,7 @@ fn indices(shape: &[usize]) -> impl Iterator<Item = Vec<usize>> {
 
 type T = Tensor;
 
-impl Backend for Loops {
+impl Tensors for Loops {
     type Tensor = Tensor;
 
     fn exact(&self) -> Self {
@@ -506,3 +508,10 @@ impl Backend for Loops {
         Ok(())
     }
 }
+
+// Composed of the operations above. Override a pair here where a kernel of your own is faster.
+impl Layers for Loops {}
+impl Norms for Loops {}
+impl Attention for Loops {}
+impl Optimiser for Loops {}
+impl Sampling for Loops {}

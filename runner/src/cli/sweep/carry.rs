@@ -17,12 +17,13 @@ use crate::cli::sweep::points::Source;
 use crate::cli::sweep::show::Results;
 use crate::cli::{Context, Error, Exit, talk};
 use crate::environment;
+use crate::executor::hand::Cluster;
 use crate::executor::{
-    Event, ExecutorError, Listener, Options, Reins, RunReport, Rung, Signals, execute_beside,
+    Event, ExecutorError, Leave, Listener, Options, Reins, RunReport, Rung, Signals, execute_beside,
 };
 use crate::plugin::{Plugins, search_dirs};
 use crate::progress::{self, Manner, Teller};
-use crate::store::{RunState, Store, SweepDetail, SweepPlace};
+use crate::store::{RunId, RunState, Store, SweepDetail, SweepPlace};
 use crate::sweep::halving::{Course, Halving, Leg};
 
 /// A sweep about to be carried out.
@@ -113,13 +114,17 @@ pub fn out(
     let teller = Arc::new(Teller::new(manner, talk::say));
     talk::attach(teller.bars());
     let reins = Reins::default();
+    let (jobs, cluster) = execution.placement(sweeping.source.base_dir(), [], context)?;
     let mut floor = Floor {
         schedule: Schedule::of(&sweeping),
         tally: Tally::default(),
+        before: unfinished(&sweeping.detail),
         environment: environment::collect(sweeping.source.base_dir()),
         teller,
         sweeping: &sweeping,
         execution,
+        jobs,
+        cluster,
         context,
         reins: &reins,
     };
@@ -166,11 +171,22 @@ pub fn out(
             count => format!(", {count} stopped early"),
         };
         talk::say(&match succeeded {
-            0 => format!("sweep {id}: nothing to do, {total} done"),
-            ran => format!("sweep {id}: {ran} of {total} ran in {took}{early}"),
+            0 => {
+                let done = results.succeeded();
+                format!("sweep {id}: nothing to do: {done} of {total} done{early}")
+            }
+            ran => format!("sweep {id}: {ran} of {total} succeeded in {took}{early}"),
         });
     }
     Ok(printed?)
+}
+
+/// The newest runs of points that did not succeed.
+fn unfinished(detail: &SweepDetail) -> BTreeMap<u32, RunId> {
+    let points = detail.points.iter().filter(|point| !point.is_done());
+    points
+        .filter_map(|point| Some((point.number, point.run.clone()?.0)))
+        .collect()
 }
 
 /// Runs on their way.
@@ -181,9 +197,13 @@ struct Floor<'a> {
     sweeping: &'a Sweeping<'a>,
     schedule: Schedule,
     tally: Tally,
+    /// Runs of points that did not succeed: their next ones take them up again.
+    before: BTreeMap<u32, RunId>,
     environment: Value,
     teller: Arc<Teller>,
     execution: &'a ExecutionArgs,
+    jobs: NonZeroUsize,
+    cluster: Option<Cluster>,
     context: &'a Context,
     reins: &'a Reins,
 }
@@ -205,7 +225,7 @@ impl<'a> Floor<'a> {
         let mut under_way: UnderWay<'a> = FuturesUnordered::new();
         loop {
             while self.reins.first().is_none()
-                && under_way.len() < self.execution.jobs.get()
+                && under_way.len() < self.jobs.get()
                 && let Some(leg) = self.schedule.next(under_way.is_empty())
             {
                 match self.begin(leg, &mut plugins) {
@@ -222,18 +242,35 @@ impl<'a> Floor<'a> {
                 return Ok(());
             }
             // Planning, above, is no async code: it waits for the store by itself. Meanwhile runs under way stand still.
-            let ended = runtime.block_on(async {
+            let (ended, signal) = runtime.block_on(async {
                 tokio::select! {
-                    ended = under_way.next() => ended,
-                    signal = signals.next() => {
-                        self.reins.pull(signal);
-                        None
-                    }
+                    ended = under_way.next() => (ended, None),
+                    signal = signals.next() => (None, Some(signal)),
                 }
             });
+            if let Some(signal) = signal {
+                self.interrupt(signal, under_way.len());
+            }
             if let Some((leg, report)) = ended {
                 self.take_back(leg, report?)?;
             }
+        }
+    }
+
+    /// Ctrl-C and its like, handed on to all runs, and said once.
+    fn interrupt(&self, signal: i32, workers: usize) {
+        let is_first = self.reins.first().is_none();
+        // A pause has to be counted on the event loop's thread, which is this one.
+        self.reins.pull(signal);
+        match (is_first, signal) {
+            (_, libc::SIGTSTP) => {}
+            (true, _) => self.teller.hear(Event::Stopping {
+                grace: self.execution.grace,
+                workers,
+            }),
+            // A closed terminal is told twice.
+            (false, libc::SIGHUP) => {}
+            (false, _) => self.teller.hear(Event::Killing),
         }
     }
 
@@ -259,14 +296,22 @@ impl<'a> Floor<'a> {
         }
         let series = detail.plan.definition.asha.as_ref();
         let rung = self.schedule.target(leg).zip(series);
+        if let Some(cluster) = &self.cluster {
+            for stage in &plan.stages {
+                cluster.settings.profile(&stage.kind)?;
+            }
+        }
         let options = Options {
             jobs: NonZeroUsize::MIN,
             keep_going: self.execution.keep_going,
             grace: self.execution.grace,
             command: std::env::args().collect(),
             environment: self.environment.clone(),
-            resumed_from: self.before(leg),
-            runs: self.execution.jobs,
+            resumed_from: self.before.get(&leg.point).cloned(),
+            runs: self.jobs,
+            cluster: self.cluster.clone(),
+            leave: Leave::Never,
+            slurm: self.execution.slurm.clone(),
             sweep: Some(SweepPlace {
                 id: detail.id.clone(),
                 point: leg.point,
@@ -284,15 +329,6 @@ impl<'a> Floor<'a> {
         }))
     }
 
-    /// The run that a leg takes up again.
-    fn before(&self, leg: Leg) -> Option<crate::store::RunId> {
-        let runtime = self.sweeping.runtime;
-        let detail = runtime.block_on(self.sweeping.store.sweep_detail(&self.sweeping.detail.id));
-        let points = detail.ok()?.points;
-        let (run, state) = points.into_iter().nth(leg.point as usize - 1)?.run?;
-        (state != RunState::Succeeded).then_some(run)
-    }
-
     /// Tells what happens in a point's run, with the point's number before its stages.
     fn listener(&self, leg: Leg, settings: &[String]) -> Listener {
         let (point, total) = (leg.point, self.sweeping.done.len());
@@ -308,6 +344,8 @@ impl<'a> Floor<'a> {
                     "point {point} of {total}{rung}: run {run} ({settings})"
                 ));
             }
+            // Said once for all.
+            Event::Stopping { .. } | Event::Killing => {}
             event => teller.hear(event.renamed(|stage| format!("{point}/{stage}"))),
         })
     }
@@ -319,6 +357,7 @@ impl<'a> Floor<'a> {
             point: leg.point,
         };
         let number = leg.number as u32;
+        self.before.insert(leg.point, report.run.clone());
         let took = progress::duration(report.elapsed);
         let said = match (report.state, report.rung) {
             (RunState::Succeeded, _) => {

@@ -91,7 +91,7 @@ pub fn run(args: &run::Args, recipe: Recipe, context: &Context) -> Result<(), Er
     );
     let survey = match &known {
         Some(store) => {
-            let past = &mut past(&runtime, store, args.selection.memory())?;
+            let past = &mut past(&runtime, store, args.selection.rehash.memory())?;
             Survey::of(&source, &points, &mut plugins, past)?
         }
         None => Survey::of(&source, &points, &mut plugins, &mut NoHistory::default())?,
@@ -210,7 +210,9 @@ fn go_on(
         } else {
             talk::say(&format!("sweep {id}"));
         }
-        talk::say(&survey.sum(|place| !is_done(place)));
+        if done < detail.points.len() {
+            talk::say(&survey.sum(|place| !is_done(place)));
+        }
     }
     let done = (0..detail.points.len()).map(is_done).collect();
     let sweeping = Sweeping {
@@ -233,7 +235,7 @@ pub fn plan(args: &plan_command::Args, recipe: Recipe, context: &Context) -> Res
     let survey = match &store {
         Some(store) => {
             let layout = crate::artifact::Layout::new(&context.store)?;
-            let mut past = History::new(&runtime, store, layout, args.selection.memory());
+            let mut past = History::new(&runtime, store, layout, args.selection.rehash.memory());
             Survey::of(&source, &points, &mut plugins, &mut past)?
         }
         None => Survey::of(&source, &points, &mut plugins, &mut NoHistory::default())?,

@@ -93,7 +93,7 @@ impl Results {
         }
     }
 
-    /// The points that have a value, the best first.
+    /// The points that have gone the whole way and have a value, the best first.
     fn ranked(&self) -> Vec<(&SweepPoint, f64)> {
         let goal = self
             .objective
@@ -103,6 +103,7 @@ impl Results {
             .detail
             .points
             .iter()
+            .filter(|point| point.is_done())
             .filter_map(|point| Some((point, self.value(point)?)))
             .collect();
         ranked.sort_by(|one, other| goal.order(one.1, other.1));

@@ -1,6 +1,6 @@
 //! What a sweep would run, and what its points share, before anything runs.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 
 use crate::cli::run::is_left_out;
 use crate::cli::sweep::points::Source;
@@ -24,7 +24,8 @@ pub struct Survey {
     made: HashSet<String>,
     /// What plugins have still to look at.
     unchecked: Option<Plan>,
-    checked: HashSet<String>,
+    /// Hashes of the jobs that they have, or will have, looked at.
+    checked: HashSet<blake3::Hash>,
 }
 
 /// What a point would do.
@@ -58,18 +59,9 @@ impl Survey {
     ) -> Result<Self, Error> {
         let mut survey = Self::default();
         for (number, settings) in (1..).zip(points) {
-            let said = |mut error: Error| {
-                if error.report.is_some() {
-                    let values = settings.join(", ");
-                    let whole = format!("this is point {number} of {} ({values})", points.len());
-                    error.message = match error.message.is_empty() {
-                        true => whole,
-                        false => format!("{}; {whole}", error.message),
-                    };
-                }
-                error
-            };
-            survey.add(source, settings, plugins, past).map_err(said)?;
+            survey
+                .add(source, settings, plugins, past)
+                .map_err(|error| of_point(error, number, points))?;
         }
         survey.validate(source, points, plugins)?;
         Ok(survey)
@@ -105,7 +97,7 @@ impl Survey {
             .into_iter()
             .filter(|stage| {
                 let job = serde_json::to_string(&plan.job(stage, 1)).unwrap_or_default();
-                self.checked.insert(job)
+                self.checked.insert(blake3::hash(job.as_bytes()))
             })
             .cloned()
             .collect();
@@ -128,7 +120,7 @@ impl Survey {
         past: &mut dyn Past,
     ) -> Result<(Ahead, Vec<&'p PlannedStage>), Error> {
         let mut ahead = Ahead::default();
-        let mut outputs: BTreeMap<String, String> = BTreeMap::new();
+        let mut outputs = plan.given_hashes();
         let mut to_come: HashSet<&str> = HashSet::new();
         let mut to_run = Vec::new();
         for (stage, role) in plan.stages.iter().zip(roles) {
@@ -191,14 +183,14 @@ impl Survey {
                 continue;
             }
             // Which point is it? Only its own plan can tell the place.
-            for settings in points {
+            for (number, settings) in (1..).zip(points) {
                 let (plan, roles) = source.plan(settings, plugins)?;
                 let wanted = |finding: &Finding| !is_left_out(finding, &plan, &roles);
                 let found: Vec<Finding> =
                     plan.validate(plugins).into_iter().filter(wanted).collect();
                 if found.iter().any(is_error) {
-                    talk::say(&format!("of the point {}:", settings.join(", ")));
-                    return Err(source.report(found).into());
+                    let error = source.report(found).into();
+                    return Err(of_point(error, number, points));
                 }
             }
             return Err(source.report(found).into());
@@ -251,4 +243,17 @@ impl Source {
             findings,
         }
     }
+}
+
+/// An error in a recipe, with the point that it is in.
+fn of_point(mut error: Error, number: usize, points: &[Vec<String>]) -> Error {
+    if error.report.is_some() {
+        let values = points[number - 1].join(", ");
+        let whole = format!("this is point {number} of {} ({values})", points.len());
+        error.message = match error.message.is_empty() {
+            true => whole,
+            false => format!("{}; {whole}", error.message),
+        };
+    }
+    error
 }

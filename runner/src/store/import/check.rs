@@ -150,6 +150,7 @@ const RULES: &[(&str, &[(&str, Rule)])] = &[
             ("max_rss?", Natural),
             ("started", Moment),
             ("finished?", Moment),
+            ("paused", Natural),
         ],
     ),
     (

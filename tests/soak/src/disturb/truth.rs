@@ -13,6 +13,9 @@ use crate::report::Report;
 /// How long a point may be on its way to the history, in milliseconds.
 const ON_ITS_WAY: i64 = 1000;
 
+/// How killed workers that did a part of a stage are counted.
+pub const PARTS: &str = "parts of a stage killed";
+
 /// Milliseconds since 1970.
 pub fn milliseconds(time: SystemTime) -> i64 {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -194,6 +197,13 @@ pub fn points_are_there(
         let ledger = std::fs::read_to_string(entry.path()).unwrap_or_default();
         std::fs::remove_file(entry.path()).expect("a ledger");
         let pid: i64 = entry.file_name().to_string_lossy().parse().unwrap_or(-1);
+        let was_hit = life
+            .worker
+            .iter()
+            .any(|(worker, _)| i64::from(*worker) == pid);
+        if was_hit && ledger.starts_with("part\n") {
+            report.count(PARTS);
+        }
         // Parts have no attempt of their own. A process that is stopped sends nothing, and a full disk takes nothing.
         let attempt = attempts.iter().find(|attempt| attempt["worker_pid"] == pid);
         let Some(attempt) = attempt.filter(|_| !life.stopped && !life.filled) else {

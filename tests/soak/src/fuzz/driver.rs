@@ -1,7 +1,7 @@
 //! Feeds a target with mutated inputs, in a process of its own.
 //!
 //! The process writes each input down before it tries it, so that whatever ends the process (a panic, a signal, a stack
-//! that overflows, want of memory, too much time) the input is known. Its address space is limited, which turns greed
+//! that overflows, running out of memory, too much time) the input is known. Its address space is limited, which turns greed
 //! into a failed allocation; a thread of it watches the processor time of each input.
 
 use std::collections::HashSet;

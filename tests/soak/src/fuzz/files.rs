@@ -60,9 +60,7 @@ pub const NPY: Target = Target {
 pub const NPZ: Target = Target {
     name: "npz",
     exercise: exercise_npz,
-    tokens: ARRAY_TOKENS,
-    mend: None,
-    examples: None,
+    ..NPY
 };
 
 const ARRAY_TOKENS: &[&[u8]] = &[
@@ -285,24 +283,22 @@ fn exercise_npz(bytes: &[u8]) -> String {
 }
 
 fn exercise_csv(bytes: &[u8]) -> String {
-    with_file("a.csv", bytes, |path| {
-        let options = DataOptions {
-            csv: Some("a.csv".into()),
-            header: bytes.first() == Some(&b'#'),
-            ..DataOptions::default()
-        };
-        load(&options, path)
+    load_from("a.csv", bytes, |file| DataOptions {
+        csv: Some(file),
+        header: bytes.first() == Some(&b'#'),
+        ..DataOptions::default()
     })
 }
 
 fn exercise_tar(bytes: &[u8]) -> String {
-    with_file("a.tar", bytes, |path| {
-        let options = DataOptions {
-            tar: Some("a.tar".into()),
-            ..DataOptions::default()
-        };
-        load(&options, path)
+    load_from("a.tar", bytes, |file| DataOptions {
+        tar: Some(file),
+        ..DataOptions::default()
     })
+}
+
+fn load_from(name: &str, bytes: &[u8], options: impl FnOnce(String) -> DataOptions) -> String {
+    with_file(name, bytes, |path| load(&options(name.into()), path))
 }
 
 /// One more image of a folder that has two good ones; the format is told by its content.

@@ -19,7 +19,7 @@ use sqlx::{ConnectOptions, Connection};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
-use super::Target;
+use super::{Target, statement};
 
 pub const IMPORT: Target = Target {
     name: "import",
@@ -60,7 +60,7 @@ pub const IMPORT: Target = Target {
         b" digest = ",
         b" as with recursive n(k) as (select 1 union all select k + 1 from n) select ",
     ],
-    mend: None,
+    mend: Some(statement::add),
     examples: None,
 };
 
@@ -207,6 +207,8 @@ async fn change(file: &Path, lines: &str) {
         && let Ok(mut connection) = connect(file).await
     {
         for statement in statements {
+            // SQLite takes a NUL for the end, and the library asks for what follows it, for ever.
+            let statement = statement.split('\0').next().unwrap_or_default();
             // Not what is tried here, and without an end.
             let harmless = !statement.contains("recursive") || statement.starts_with("create ");
             if harmless {
@@ -244,6 +246,8 @@ async fn connect(file: &Path) -> sqlx::Result<SqliteConnection> {
         .filename(file)
         .foreign_keys(false)
         .pragma("writable_schema", "on")
+        // A file of eight megabytes: what is looked for needs no more, and to write one takes time itself.
+        .pragma("max_page_count", "2000")
         .pragma("journal_mode", "off")
         .pragma("synchronous", "off");
     let mut connection = options.connect().await?;

@@ -46,6 +46,8 @@ pub struct Row {
     pub name: String,
     /// Number of samples.
     pub count: usize,
+    /// Passes of networks that made a sample, where that is known.
+    pub passes: Option<usize>,
     /// Its figures, the same ones in every row.
     pub figures: Vec<Figure>,
 }
@@ -54,6 +56,9 @@ impl Row {
     /// Values by key; reasons under `not_available`.
     pub fn summary(&self) -> Value {
         let mut values = Map::from_iter([("samples".to_owned(), json!(self.count))]);
+        if let Some(passes) = self.passes {
+            values.insert("passes".to_owned(), json!(passes));
+        }
         let mut reasons = Map::new();
         for figure in &self.figures {
             let value = match &figure.value {
@@ -101,7 +106,7 @@ pub fn table(title: String, rows: &[Row], reference: &str) -> Table {
     let figures = rows.first().map_or(&[][..], |row| &row.figures);
     Table {
         title,
-        columns: ["set", "samples"]
+        columns: ["set", "samples", "passes"]
             .map(str::to_owned)
             .into_iter()
             .chain(figures.iter().map(head))
@@ -109,7 +114,8 @@ pub fn table(title: String, rows: &[Row], reference: &str) -> Table {
         rows: rows
             .iter()
             .map(|row| {
-                [json!(row.name), json!(row.count)]
+                let passes = row.passes.map_or(json!("n/a"), |passes| json!(passes));
+                [json!(row.name), json!(row.count), passes]
                     .into_iter()
                     .chain(row.figures.iter().map(Figure::cell))
                     .collect()

@@ -3,15 +3,16 @@
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use crate::backend::{Backend, FlowSolver};
+use crate::backend::{Backend, FlowSolver, Tensors};
 use crate::bundle::{self, Bundle};
 use crate::captions::Subjects;
 use crate::dataset::Dataset;
 use crate::error::{Error, Result};
-use crate::model::{ConditionShape, Conditions, TokenShape};
+use crate::model::{ConditionShape, Conditions, PrefixMask, TokenShape};
 use crate::random;
 use crate::sampler::{
-    self, Choice, Distribution, StudentSampler, ascending, autoregressive, check_timesteps,
+    self, Assistant, Choice, Distribution, StudentSampler, ascending, autoregressive,
+    check_timesteps, skipping,
 };
 use crate::stage::Context;
 use crate::stage::trajectories::solver_steps;
@@ -65,6 +66,10 @@ pub enum Sampler {
         timesteps: [usize; 2],
         /// AR step from which the teacher samples, up to the second timestep.
         teacher_start: usize,
+        /// What the tokens that the teacher is given see of each other: `causal`, as in training, or `published`, as the
+        /// paper's released code has it.
+        #[serde(default)]
+        prefix: PrefixMask,
         /// AR steps whose tokens take the most probable code; later ones take the continuous head. All, if left out.
         #[serde(default)]
         split: Option<usize>,
@@ -72,8 +77,21 @@ pub enum Sampler {
         #[serde(default)]
         distribution: Distribution,
     },
-    /// The baseline that forgets all dependence: every token from its own distribution given the class, as counted in a
-    /// trajectory dataset; with `after`, the teacher samples the first AR steps.
+    /// The baseline that leaves out the last AR steps of the teacher: their tokens are drawn in one pass, each given the
+    /// earlier steps alone.
+    Skip {
+        /// The stage that made the teacher.
+        #[schemars(extend("x-retort-artifact" = ["teacher"]))]
+        teacher: String,
+        /// AR steps at the end that are drawn at once; all of them: from the class alone.
+        #[schemars(range(min = 1))]
+        skip: usize,
+        /// The teacher's distribution.
+        #[serde(default)]
+        distribution: Distribution,
+    },
+    /// The baseline that forgets all dependence: every token from its own distribution given the class, as a trajectory
+    /// dataset has it.
     Independent {
         /// The stage that made the teacher.
         #[schemars(extend("x-retort-artifact" = ["teacher"]))]
@@ -81,12 +99,6 @@ pub enum Sampler {
         /// The stage that built the trajectories.
         #[schemars(extend("x-retort-artifact" = ["trajectories"]))]
         trajectories: String,
-        /// AR steps that the teacher samples first.
-        #[serde(default)]
-        after: usize,
-        /// The teacher's distribution.
-        #[serde(default)]
-        distribution: Distribution,
     },
 }
 
@@ -96,6 +108,7 @@ impl Sampler {
         match self {
             Self::Teacher { teacher, .. }
             | Self::Flow { teacher, .. }
+            | Self::Skip { teacher, .. }
             | Self::Independent { teacher, .. } => teacher,
             Self::Student { student, .. } | Self::Assisted { student, .. } => student,
         }
@@ -104,8 +117,41 @@ impl Sampler {
     /// Whether it chooses codes for all tokens.
     pub fn chooses(&self) -> bool {
         match self {
-            Self::Teacher { .. } | Self::Flow { .. } | Self::Independent { .. } => true,
+            Self::Teacher { .. }
+            | Self::Flow { .. }
+            | Self::Skip { .. }
+            | Self::Independent { .. } => true,
             Self::Student { .. } | Self::Assisted { .. } => false,
+        }
+    }
+
+    /// The distribution of the teacher that samples, if one does.
+    pub fn distribution(&self) -> Option<&Distribution> {
+        match self {
+            Self::Teacher { distribution, .. }
+            | Self::Flow { distribution, .. }
+            | Self::Assisted { distribution, .. }
+            | Self::Skip { distribution, .. } => Some(distribution),
+            Self::Student { .. } | Self::Independent { .. } => None,
+        }
+    }
+
+    /// Passes of networks that make a batch: the steps that tables of samplers count.
+    pub fn passes(&self, shape: &TokenShape) -> usize {
+        let steps = shape.steps.len();
+        match self {
+            Self::Teacher { .. } | Self::Flow { .. } => steps,
+            Self::Student { timesteps, .. } => timesteps.len(),
+            Self::Assisted {
+                timesteps,
+                teacher_start,
+                ..
+            } => {
+                let first = usize::from(*teacher_start > 0);
+                first + timesteps[1] - teacher_start + 1
+            }
+            Self::Skip { skip, .. } => steps.saturating_sub(*skip) + 1,
+            Self::Independent { .. } => 0,
         }
     }
 
@@ -143,7 +189,7 @@ pub struct Drawn<B: Backend> {
 
 /// The function that draws a batch: (index of the first sample, labels, noise) -> latents.
 pub type Drawer<'a, B> =
-    Box<dyn FnMut(u64, &[u32], &<B as Backend>::Tensor) -> Result<Drawn<B>> + 'a>;
+    Box<dyn FnMut(u64, &[u32], &<B as Tensors>::Tensor) -> Result<Drawn<B>> + 'a>;
 
 /// The one of a sampler, its networks loaded.
 pub fn drawer<'a, B: Backend>(
@@ -229,6 +275,7 @@ pub fn drawer<'a, B: Backend>(
             teacher,
             timesteps,
             teacher_start,
+            prefix,
             split: s,
             distribution,
             ..
@@ -246,48 +293,45 @@ pub fn drawer<'a, B: Backend>(
                 };
                 let mut sequences = sampler::choices(seed, first, labels.len());
                 let mut choice = Choice::Random(&mut sequences);
-                let (latents, _) = sampler.assisted(
-                    noise,
-                    &conditions(labels)?,
-                    *timesteps,
-                    &*teacher,
-                    *teacher_start,
+                let assistant = Assistant {
+                    teacher: &*teacher,
+                    start: *teacher_start,
                     distribution,
-                    &mut choice,
-                )?;
+                    mask: *prefix,
+                };
+                let wanted = conditions(labels)?;
+                let (latents, _) =
+                    sampler.assisted(noise, &wanted, *timesteps, &assistant, &mut choice)?;
                 Ok(Drawn {
                     latents,
                     tokens: None,
                 })
             })
         }
-        Sampler::Independent {
-            trajectories,
-            after,
-            distribution,
-            ..
+        Sampler::Skip {
+            skip, distribution, ..
         } => {
+            if *skip > all {
+                let message = format!("skip {skip}: the model has {all} AR steps");
+                return Err(Error::option("/sampler/skip", message));
+            }
             let teacher = bundle.teacher(backend)?;
-            let marginals =
-                Marginals::count(&Dataset::open(context.input_dir(trajectories)?)?, shape)?;
+            Box::new(move |first, labels, _| {
+                let mut sequences = sampler::choices(seed, first, labels.len());
+                let mut choice = Choice::Random(&mut sequences);
+                let wanted = conditions(labels)?;
+                of_tokens(
+                    &codebook,
+                    skipping(&*teacher, &wanted, distribution, &mut choice, all - skip)?,
+                )
+            })
+        }
+        Sampler::Independent { trajectories, .. } => {
+            let dataset = Dataset::open(context.input_dir(trajectories)?)?;
+            let marginals = Marginals::open(dataset, shape)?;
             Box::new(move |first, classes, _| {
                 let mut sequences = sampler::choices(seed, first, classes.len());
-                let known = match after {
-                    0 => None,
-                    _ => {
-                        let mut choice = Choice::Random(&mut sequences);
-                        let ids = autoregressive(
-                            &*teacher,
-                            &conditions(classes)?,
-                            distribution,
-                            &mut choice,
-                            None,
-                            *after,
-                        )?;
-                        Some(B::to_indices(&ids)?)
-                    }
-                };
-                let ids = marginals.draw(classes, known.as_deref(), &mut sequences);
+                let ids = marginals.draw(classes, &mut sequences)?;
                 of_tokens(
                     &codebook,
                     backend.indices(&ids, &[classes.len(), shape.tokens()])?,
@@ -307,17 +351,17 @@ fn same_codebook(a: &bundle::Config, b: &bundle::Config, stage: &str) -> Result<
     ))
 }
 
-/// How often each code stands at each position, per class.
+/// Every token's own distribution given the class, as trajectories have it: that of a trajectory of the class that is drawn
+/// for this token alone.
 struct Marginals {
-    /// Running sums (class, position, code).
-    cumulative: Vec<u64>,
+    dataset: Dataset,
+    /// Trajectories of each class.
+    of_class: Vec<Vec<u32>>,
     tokens: usize,
-    vocabulary: usize,
 }
 
 impl Marginals {
-    fn count(dataset: &Dataset, shape: &TokenShape) -> Result<Self> {
-        let (l, k) = (shape.tokens(), shape.vocabulary);
+    fn open(dataset: Dataset, shape: &TokenShape) -> Result<Self> {
         let ConditionShape::Classes(classes) = shape.condition else {
             return Err(Error::option(
                 "/sampler",
@@ -330,53 +374,31 @@ impl Marginals {
                 "the trajectories were made with a teacher of another shape",
             ));
         }
-        let mut counts = vec![0u64; classes * l * k];
+        let mut of_class = vec![Vec::new(); classes];
         for (sample, &class) in dataset.labels.iter().enumerate() {
-            for (position, token) in dataset.tokens_of(sample)?.into_iter().enumerate() {
-                counts[(class as usize * l + position) * k + token as usize] += 1;
-            }
-        }
-        for row in counts.chunks_exact_mut(k) {
-            row.iter_mut().fold(0, |sum, count| {
-                *count += sum;
-                *count
-            });
-            if row[k - 1] == 0 {
-                return Err(Error::option(
-                    "/sampler/trajectories",
-                    "a class has no trajectory to count",
-                ));
-            }
+            of_class[class as usize].push(sample as u32);
         }
         Ok(Self {
-            cumulative: counts,
-            tokens: l,
-            vocabulary: k,
+            dataset,
+            of_class,
+            tokens: shape.tokens(),
         })
     }
 
-    /// Tokens (b, L); the first ones are `known` (b, l'), where given.
-    fn draw(
-        &self,
-        classes: &[u32],
-        known: Option<&[u32]>,
-        sequences: &mut [random::Sequence],
-    ) -> Vec<u32> {
-        let (l, k) = (self.tokens, self.vocabulary);
-        let given = known.map_or(0, |ids| ids.len() / classes.len());
-        let mut out = Vec::with_capacity(classes.len() * l);
-        for (i, (&class, sequence)) in classes.iter().zip(sequences).enumerate() {
-            out.extend(
-                known
-                    .into_iter()
-                    .flat_map(|ids| &ids[i * given..(i + 1) * given]),
-            );
-            for position in given..l {
-                let row = &self.cumulative[(class as usize * l + position) * k..][..k];
-                let at = sequence.below(row[k - 1] as usize) as u64;
-                out.push(row.partition_point(|&sum| sum <= at) as u32);
+    /// Tokens (b, L).
+    fn draw(&self, classes: &[u32], sequences: &mut [random::Sequence]) -> Result<Vec<u32>> {
+        let mut out = Vec::with_capacity(classes.len() * self.tokens);
+        for (&class, sequence) in classes.iter().zip(sequences) {
+            let samples = &self.of_class[class as usize];
+            if samples.is_empty() {
+                let message = format!("class {class} has no trajectory to draw from");
+                return Err(Error::option("/sampler/trajectories", message));
+            }
+            for position in 0..self.tokens {
+                let sample = samples[sequence.below(samples.len())] as usize;
+                out.push(self.dataset.token(sample, position)?);
             }
         }
-        out
+        Ok(out)
     }
 }

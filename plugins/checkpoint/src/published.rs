@@ -1,0 +1,242 @@
+//! Networks of an artifact as files that the published scripts load.
+//!
+//! In: a directory with `config.json` and weights under published names, as `tokenizer`, `teacher` and `student` stages
+//! write it. Out: a torch file with the weights where those scripts look, and with the buffers without which they refuse
+//! it:
+//!
+//! ```text
+//! VAR       tokenizer, teacher   weights at the top
+//!           student              trainer.ema_parameters, trainer.var_wo_ddp
+//! LlamaGen  tokenizer, teacher   model
+//!           student              ema, model
+//! ```
+//!
+//! A student's artifact holds the moving average alone: it stands in both places, its elements once.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::regular;
+use crate::writer::TorchWriter;
+use crate::{Checkpoint, Dictionary};
+
+/// A network of an artifact.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// The teacher or student.
+    Network,
+    /// The tokenizer.
+    Tokenizer,
+}
+
+/// What an artifact is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A tokenizer.
+    Tokenizer,
+    /// A teacher.
+    Teacher,
+    /// A student.
+    Student,
+}
+
+impl Kind {
+    /// The one whose name the store knows.
+    pub fn of(name: &str) -> Option<Self> {
+        match name {
+            "tokenizer" => Some(Self::Tokenizer),
+            "teacher" => Some(Self::Teacher),
+            "student" => Some(Self::Student),
+            _ => None,
+        }
+    }
+}
+
+/// What went wrong, and with which file.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {message}", path.display())]
+pub struct ExportError {
+    /// The file.
+    pub path: PathBuf,
+    /// What is wrong with it.
+    pub message: String,
+}
+
+/// The most bytes of a configuration.
+const CONFIG_MOST: u64 = 1 << 20;
+/// Counters of LlamaGen's tokenizer, which its file always has.
+const CODEBOOK_USED: usize = 65536;
+
+/// Writes a network of an artifact's directory to an empty file, of which `to` is the path.
+///
+/// # Errors
+/// The directory holds no such network, or a file cannot be read or written.
+pub fn export(
+    dir: &Path,
+    kind: Kind,
+    part: Part,
+    (file, to): (File, &Path),
+) -> Result<(), ExportError> {
+    let at = |path: &Path| {
+        let path = path.to_owned();
+        move |error: &dyn std::fmt::Display| ExportError {
+            path: path.clone(),
+            message: error.to_string(),
+        }
+    };
+    let path = dir.join("config.json");
+    let text = regular::read(&path, CONFIG_MOST).map_err(|e| at(&path)(&e))?;
+    let config: Value = serde_json::from_slice(&text).map_err(|e| at(&path)(&e))?;
+    let family = |network: &str| config[network]["family"].as_str().map(str::to_owned);
+    let (weights, family) = match part {
+        Part::Network => ("model.safetensors", family("network")),
+        Part::Tokenizer => ("tokenizer.safetensors", family("tokenizer")),
+    };
+    let family = family.ok_or_else(|| at(&path)(&"it holds no teacher or student"))?;
+    let weights_at = dir.join(weights);
+    let stored = Checkpoint::open(&weights_at).map_err(|e| at(&weights_at)(&e))?;
+    let weights = stored.select(None).map_err(|e| at(&weights_at)(&e))?;
+
+    let mut job = Job {
+        stored: &stored,
+        weights,
+        config: &config,
+        writer: TorchWriter::new(file),
+    };
+    let written = match (part, kind, family.as_str()) {
+        (Part::Tokenizer, _, "msvq") => job.all(Buffers::Msvq),
+        (Part::Tokenizer, _, "vq") => job.under(&["model"], Buffers::Vq),
+        (_, Kind::Student, "var") => {
+            job.writer.open("trainer");
+            let done = job.under(&["ema_parameters", "var_wo_ddp"], Buffers::Var { first: 1 });
+            job.writer.close();
+            done
+        }
+        (_, _, "var") => job.all(Buffers::Var { first: 0 }),
+        (_, Kind::Student, "llamagen") => job.under(&["ema", "model"], Buffers::None),
+        (_, _, "llamagen") => job.under(&["model"], Buffers::None),
+        (_, _, other) => {
+            let message = format!("family {other} was never published");
+            return Err(ExportError { path, message });
+        }
+    };
+    written
+        .and_then(|()| job.writer.finish())
+        .map_err(|e| at(to)(&e))
+}
+
+/// Which buffers stand beside the weights.
+#[derive(Clone, Copy)]
+enum Buffers {
+    None,
+    /// Counts of used codes, one row a scale.
+    Msvq,
+    /// Counts of used codes.
+    Vq,
+    /// Levels, mask and the keys' bias; with the class as a scale of its own in front, `first` is 1.
+    Var {
+        first: usize,
+    },
+}
+
+struct Job<'a> {
+    stored: &'a Checkpoint,
+    weights: &'a Dictionary,
+    config: &'a Value,
+    writer: TorchWriter,
+}
+
+impl Job<'_> {
+    /// The same weights under each name.
+    fn under(&mut self, names: &[&str], buffers: Buffers) -> std::io::Result<()> {
+        for (number, name) in names.iter().enumerate() {
+            self.writer.open(name);
+            if number == 0 {
+                self.all(buffers)?;
+            } else {
+                for (name, _) in self.weights.tensors() {
+                    self.writer.again(name);
+                }
+                self.buffers(buffers, true)?;
+            }
+            self.writer.close();
+        }
+        Ok(())
+    }
+
+    fn all(&mut self, buffers: Buffers) -> std::io::Result<()> {
+        for (name, tensor) in self.weights.tensors() {
+            let data = self.stored.floats(tensor).map_err(std::io::Error::other)?;
+            self.writer.floats(name, &tensor.shape, &data)?;
+        }
+        self.buffers(buffers, false)
+    }
+
+    fn buffers(&mut self, buffers: Buffers, again: bool) -> std::io::Result<()> {
+        for (name, shape, values) in self.values(buffers) {
+            if again {
+                self.writer.again(&name);
+                continue;
+            }
+            match values {
+                Values::Floats(data) => self.writer.floats(&name, &shape, &data)?,
+                Values::Longs(data) => self.writer.longs(&name, &shape, &data)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Names, shapes and elements of buffers.
+    fn values(&self, buffers: Buffers) -> Vec<(String, Vec<usize>, Values)> {
+        let number = |value: &Value| value.as_u64().unwrap_or(0) as usize;
+        let zeros = |name: &str, shape: Vec<usize>| {
+            let count = shape.iter().product();
+            (name.to_owned(), shape, Values::Floats(vec![0.0; count]))
+        };
+        match buffers {
+            Buffers::None => Vec::new(),
+            Buffers::Vq => vec![zeros("quantize.codebook_used", vec![CODEBOOK_USED])],
+            Buffers::Msvq => {
+                let tokenizer = &self.config["tokenizer"];
+                let scales = tokenizer["scales"].as_array().map_or(0, Vec::len);
+                let codes = number(&tokenizer["vocabulary"]);
+                vec![zeros("quantize.ema_vocab_hit_SV", vec![scales, codes])]
+            }
+            Buffers::Var { first } => {
+                let network = &self.config["network"];
+                let sides = network["scales"].as_array().into_iter().flatten();
+                let cells = std::iter::repeat_n(1, first).chain(sides.map(|n| number(n).pow(2)));
+                let levels = cells.enumerate();
+                let levels = levels.flat_map(|(k, n)| std::iter::repeat_n(k as i64, n));
+                let levels: Vec<i64> = levels.collect();
+                let l = levels.len();
+                let sees = |i: usize, j: usize| match first {
+                    0 => levels[j] <= levels[i],
+                    _ => levels[j] < levels[i] || i == j,
+                };
+                let mask = (0..l * l).map(|at| match sees(at / l, at % l) {
+                    true => 0.0,
+                    false => f32::NEG_INFINITY,
+                });
+                let mask = Values::Floats(mask.collect());
+                let width = number(&network["width"]);
+                let mut all = vec![
+                    ("attn_bias_for_masking".to_owned(), vec![1, 1, l, l], mask),
+                    ("lvl_1L".to_owned(), vec![1, l], Values::Longs(levels)),
+                ];
+                for block in 0..number(&network["depth"]) {
+                    let name = format!("blocks.{block}.attn.zero_k_bias");
+                    all.push(zeros(&name, vec![width]));
+                }
+                all
+            }
+        }
+    }
+}
+
+enum Values {
+    Floats(Vec<f32>),
+    Longs(Vec<i64>),
+}

@@ -1,0 +1,204 @@
+//! What memory a student's training needs at least, before it starts: the parts, and the options that make them smaller.
+//!
+//! In: shapes and options. Out: bytes, of what the tape has to hold in f32. A lower bound: backends take more for a while.
+
+use super::{Options, PIXELS_AT_ONCE};
+use crate::bundle::{NetworkConfig, TokenizerConfig};
+use crate::memory::{floats, gigabytes};
+use crate::perceptual::Perceptual;
+
+/// Bytes, where there is a number for them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Need {
+    /// Weights with their gradients, both moments and the average.
+    weights: Option<u64>,
+    /// What a part of a batch leaves for its backward pass.
+    activations: Option<u64>,
+    /// The same of decoder and perceptual network, for the images that are decoded together.
+    decoding: Option<u64>,
+}
+
+/// What the tape keeps of a token in a block, in widths: input, norms, queries, keys and values, twice, what attention makes
+/// of them, and four widths twice in the feed-forward layer.
+const WIDTHS_OF_A_BLOCK: usize = 18;
+
+/// Channels and convolutions of VGG-16 between its poolings.
+const VGG: [(usize, usize); 5] = [(64, 2), (128, 2), (256, 3), (512, 3), (512, 3)];
+
+impl Need {
+    /// Of a student with so many parameters.
+    pub fn of(
+        o: &Options,
+        network: &NetworkConfig,
+        tokenizer: &TokenizerConfig,
+        parameters: usize,
+    ) -> Self {
+        let shape = network.tokens();
+        let (width, depth) = match network {
+            NetworkConfig::Llamagen(c) => (c.width, c.depth),
+            NetworkConfig::Var(c) => (c.width, c.depth),
+        };
+        let part = o.train.batch.div_ceil(o.accumulate);
+        // Of every block all, or the inputs alone and all of one.
+        let kept = match o.recompute {
+            true => depth.checked_add(WIDTHS_OF_A_BLOCK),
+            false => depth.checked_mul(WIDTHS_OF_A_BLOCK),
+        };
+        let of_token = kept
+            .and_then(|kept| kept.checked_mul(width))
+            .and_then(|kept| kept.checked_add(2 * shape.vocabulary));
+        let tokens = shape.tokens() + shape.condition.positions();
+        let copies = if o.train.ema > 0.0 { 5 } else { 4 };
+        let decoding = match o.perceptual.weight() > 0.0 {
+            false => Some(0),
+            true => of_image(&o.perceptual, tokenizer).and_then(|image| {
+                let together = o.decode_batch(tokenizer.image()).min(part);
+                image.checked_mul(together as u64)
+            }),
+        };
+        Self {
+            weights: floats(&[copies, parameters]),
+            activations: of_token.and_then(|kept| floats(&[part, tokens, kept])),
+            decoding,
+        }
+    }
+
+    /// All of it.
+    pub fn total(&self) -> Option<u64> {
+        self.weights?
+            .checked_add(self.activations?)?
+            .checked_add(self.decoding?)
+    }
+
+    /// The parts, for people.
+    pub fn describe(&self) -> String {
+        let said =
+            |bytes: Option<u64>| bytes.map_or("more than there is anywhere".into(), gigabytes);
+        format!(
+            "at least {} of memory (weights and optimiser {}, activations {}, decoding {})",
+            said(self.total()),
+            said(self.weights),
+            said(self.activations),
+            said(self.decoding)
+        )
+    }
+
+    /// Why it does not fit into so many bytes, if so, and what to do.
+    pub fn refusal(&self, o: &Options, free: u64) -> Option<String> {
+        if self.total().is_some_and(|total| total <= free) {
+            return None;
+        }
+        let mut advice = Vec::new();
+        let (activations, decoding) = (self.activations, self.decoding);
+        let large = |part: Option<u64>| part.is_none_or(|part| part > free / 8);
+        if large(activations) && !o.recompute {
+            advice.push("`recompute: true`".to_owned());
+        }
+        if large(activations) && o.accumulate < o.train.batch {
+            advice.push(format!("a larger `accumulate` than {}", o.accumulate));
+        }
+        if large(decoding) && o.decode_batch != Some(1) {
+            advice.push("`decode_batch: 1`".to_owned());
+        }
+        let advice = match advice.is_empty() {
+            true => "take a device with more memory, or a smaller student".to_owned(),
+            false => format!("try {}", advice.join(", ")),
+        };
+        let (needs, free) = (self.describe(), gigabytes(free));
+        Some(format!("training needs {needs}, {free} are free: {advice}"))
+    }
+}
+
+/// What decoding one image and looking at it leaves for the backward pass: in each residual block of the decoder the input
+/// of both norms and both convolutions, and the outputs of VGG's convolutions.
+fn of_image(perceptual: &Perceptual, tokenizer: &TokenizerConfig) -> Option<u64> {
+    let shape = match tokenizer {
+        TokenizerConfig::Vq(c) => &c.autoencoder,
+        TokenizerConfig::Msvq(c) => &c.autoencoder,
+    };
+    let side = |level: usize| (shape.image_size >> level).max(1);
+    let mut layers = vec![floats(&[2, shape.image_channels, side(0), side(0)])];
+    for (level, multiplier) in shape.multipliers.iter().enumerate() {
+        let width = shape.channels * multiplier;
+        let sizes = [4, shape.res_blocks + 1, width, side(level), side(level)];
+        layers.push(floats(&sizes));
+    }
+    if matches!(perceptual, Perceptual::Lpips { .. }) {
+        for (level, (channels, convolutions)) in VGG.into_iter().enumerate() {
+            layers.push(floats(&[convolutions, channels, side(level), side(level)]));
+        }
+    }
+    layers
+        .into_iter()
+        .try_fold(0u64, |sum, layer| sum.checked_add(layer?))
+}
+
+impl Options {
+    /// How many images of a size the perceptual term decodes together.
+    pub(super) fn decode_batch(&self, [_, height, width]: [usize; 3]) -> usize {
+        let most = (PIXELS_AT_ONCE / (height * width)).max(1);
+        self.decode_batch.unwrap_or(most)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::bundle::Family;
+    use crate::published::{Hints, published};
+
+    fn need(more: serde_json::Value) -> (Options, Need) {
+        let mut options = json!({
+            "teacher": "t", "trajectories": "p", "timesteps": [0, 5], "split": 5,
+            "perceptual": {"kind": "lpips", "weight": 1.0, "vgg": "v", "linear": "l"},
+            "train": {"batch": 64, "ema": 0.9999},
+        });
+        for (name, value) in more.as_object().into_iter().flatten() {
+            options[name] = value.clone();
+        }
+        let o: Options = serde_json::from_value(options).expect("options");
+        let hints = Hints {
+            size: Some("d16".into()),
+            ..Default::default()
+        };
+        let (tokenizer, network) = published(Family::Var, &hints).expect("a size");
+        let need = Need::of(&o, &network, &tokenizer, 330_000_000);
+        (o, need)
+    }
+
+    #[test]
+    fn options_bring_published_training_onto_smaller_devices() {
+        const GB: u64 = 1_000_000_000;
+        let plain = need(json!({"decode_batch": 64}));
+        let all = plain.1.total().expect("a number");
+        assert!(all > 80 * GB, "{}", plain.1.describe());
+        let said = plain.1.refusal(&plain.0, 80 * GB).expect("a refusal");
+        for advice in [
+            "`recompute: true`",
+            "a larger `accumulate` than 1",
+            "`decode_batch: 1`",
+        ] {
+            assert!(said.contains(advice), "{said}");
+        }
+        // What recipes/paper/var-train.yaml says, and what fits into 24 GB.
+        let default = need(json!({"recompute": true}));
+        assert_eq!(default.1.refusal(&default.0, 80 * GB), None);
+        let small = need(json!({"recompute": true, "accumulate": 8, "decode_batch": 2}));
+        assert_eq!(small.1.refusal(&small.0, 24 * GB), None);
+        assert!(small.1.total() < default.1.total());
+    }
+
+    #[test]
+    fn sizes_beyond_numbers_are_refused() {
+        let (o, _) = need(json!({}));
+        let none = Need {
+            weights: None,
+            activations: Some(1),
+            decoding: Some(1),
+        };
+        let said = none.refusal(&o, u64::MAX).expect("a refusal");
+        assert!(said.contains("more than there is anywhere"), "{said}");
+    }
+}

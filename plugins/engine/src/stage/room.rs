@@ -1,0 +1,92 @@
+//! What a sample of a batch takes of the host's memory at least, by the shapes of networks: asked before a batch is begun,
+//! because the allocator's answer to one that does not fit ends the process ([`crate::memory`]).
+//!
+//! Lower bounds: what certainly is there at one time. What they let pass may still not fit.
+
+use super::sample::drawer::Sampler;
+use crate::backend::Backend;
+use crate::bundle::{NetworkConfig, TokenizerConfig};
+use crate::error::Result;
+use crate::memory;
+use crate::sampler::Distribution;
+use crate::stage::Context;
+
+/// Generating: keys and values of all blocks, for two rows with guidance.
+pub fn generating(
+    network: &NetworkConfig,
+    distribution: &Distribution,
+    dtype: &str,
+) -> Option<u64> {
+    let (depth, width) = network.size();
+    let rows = match network.is_guided(distribution.guidance) {
+        true => 2,
+        false => 1,
+    };
+    // They are kept as products read them: in two bytes where these are rounded.
+    let floats = match dtype {
+        "f32" => 2,
+        _ => 1,
+    };
+    memory::floats(&[rows, floats, depth, width, network.tokens().tokens()])
+}
+
+/// A pass of a student: the logits of all tokens.
+fn student(network: &NetworkConfig) -> Option<u64> {
+    let shape = network.tokens();
+    memory::floats(&[shape.tokens(), shape.vocabulary])
+}
+
+/// Decoding: the image, and what goes into and comes out of a convolution at its full size.
+fn decoding(tokenizer: &TokenizerConfig) -> Option<u64> {
+    let [_, height, width] = tokenizer.image();
+    memory::floats(&[2, tokenizer.finest_channels(), height, width])
+}
+
+/// A sample: the larger of drawing and decoding it.
+pub fn sampling(
+    sampler: &Sampler,
+    network: &NetworkConfig,
+    tokenizer: Option<&TokenizerConfig>,
+    dtype: &str,
+) -> Option<u64> {
+    let passes = match sampler {
+        Sampler::Student { .. } | Sampler::Assisted { .. } => student(network)?,
+        _ => 0,
+    };
+    let drawing = match sampler.distribution() {
+        Some(distribution) => generating(network, distribution, dtype)?.max(passes),
+        None => passes,
+    };
+    let decoding = tokenizer.map_or(Some(0), decoding)?;
+    Some(drawing.max(decoding))
+}
+
+/// A sample of a step that trains a network of tokens: its logits and their gradient, if the loss reaches them, and in each
+/// block the input of its products, or of the block alone where the rest is computed again.
+pub fn training(network: &NetworkConfig, logits: bool, recompute: bool) -> Option<u64> {
+    let (depth, width) = network.size();
+    let shape = network.tokens();
+    let block = if recompute { 1 } else { 4 };
+    let blocks = memory::floats(&[shape.tokens(), depth, block, width])?;
+    let logits = match logits {
+        true => memory::floats(&[2, shape.tokens(), shape.vocabulary])?,
+        false => 0,
+    };
+    blocks.checked_add(logits)
+}
+
+/// Refuses a batch that does not fit into the host's memory, where that is what it is computed in.
+///
+/// # Errors
+/// At the option `pointer`.
+pub fn check<B: Backend>(
+    context: &Context<'_, B>,
+    pointer: &str,
+    batch: usize,
+    each: Option<u64>,
+) -> Result<()> {
+    match context.on_host() {
+        true => memory::check_batch(pointer, batch, each),
+        false => Ok(()),
+    }
+}

@@ -1,0 +1,144 @@
+//! A codebook in training: which codes are used, restarts of those that are not, and codes that are moving averages of what
+//! they are looked up for (van den Oord et al. 2017, arXiv 1711.00937, appendix A.1) instead of following a gradient.
+
+use std::cell::RefCell;
+
+use crate::backend::Backend;
+use crate::error::Result;
+use crate::random::{Sequence, Stream};
+
+/// By how much the memory of a code's use fades with each step.
+const FADING: f64 = 0.98;
+/// What is left of one use after 150 steps.
+const FADED: f32 = 0.048;
+/// Below this share of its codes a codebook counts as collapsed.
+pub const COLLAPSED: f64 = 0.05;
+
+/// A codebook in training. Numbers that later steps need are in one list, for the checkpoint: K uses since the last
+/// restart (0 or 1), K fading numbers of uses, and with averages K weights and K x D sums.
+pub struct Codebook<'a, B: Backend> {
+    backend: &'a B,
+    /// (K, D)
+    tensor: &'a B::Tensor,
+    size: usize,
+    dim: usize,
+    /// Decay of the averages, if the codes are averages.
+    decay: Option<f64>,
+    /// The numbers.
+    pub kept: RefCell<Vec<f32>>,
+}
+
+impl<'a, B: Backend> Codebook<'a, B> {
+    /// That of a new tokenizer.
+    pub fn new(backend: &'a B, tensor: &'a B::Tensor, decay: Option<f64>) -> Result<Self> {
+        let shape = B::shape(tensor);
+        let (size, dim) = (shape[0], shape[1]);
+        let mut kept = vec![0.0; 2 * size];
+        if decay.is_some() {
+            kept.extend(vec![1.0; size]);
+            kept.extend(B::to_floats(tensor)?);
+        }
+        Ok(Self {
+            backend,
+            tensor,
+            size,
+            dim,
+            decay,
+            kept: RefCell::new(kept),
+        })
+    }
+
+    /// Sets the codes to their averages, where they are averages.
+    pub fn settle(&self) -> Result<()> {
+        if self.decay.is_none() {
+            return Ok(());
+        }
+        let kept = self.kept.borrow();
+        let (weights, sums) = kept[2 * self.size..].split_at(self.size);
+        let (total, few) = (weights.iter().sum::<f32>(), 1e-5);
+        let mut codes = sums.to_vec();
+        for (code, weight) in codes.chunks_exact_mut(self.dim).zip(weights) {
+            // No weight is quite 0.
+            let weight = (weight + few) / (total + self.size as f32 * few) * total;
+            code.iter_mut().for_each(|x| *x /= weight);
+        }
+        let codes = self.backend.floats(&codes, &[self.size, self.dim])?;
+        B::assign_(self.tensor, &codes)
+    }
+
+    /// Takes note of the tokens of a step and of the vectors (n, D) for which they were looked up.
+    pub fn note(&self, tokens: &[u32], z: &B::Tensor) -> Result<()> {
+        let mut kept = self.kept.borrow_mut();
+        let (used, rest) = kept.split_at_mut(self.size);
+        let (uses, averages) = rest.split_at_mut(self.size);
+        uses.iter_mut().for_each(|x| *x *= FADING as f32);
+        for &token in tokens {
+            used[token as usize] = 1.0;
+            uses[token as usize] += 1.0;
+        }
+        let Some(decay) = self.decay else {
+            return Ok(());
+        };
+        let (decay, z) = (decay as f32, B::to_floats(z)?);
+        // The step will be left out: its numbers must not stay.
+        if !z.iter().all(|x| x.is_finite()) {
+            return Ok(());
+        }
+        averages.iter_mut().for_each(|x| *x *= decay);
+        let (weights, sums) = averages.split_at_mut(self.size);
+        for (&token, z) in tokens.iter().zip(z.chunks_exact(self.dim)) {
+            let token = token as usize;
+            weights[token] += 1.0 - decay;
+            let sum = &mut sums[token * self.dim..(token + 1) * self.dim];
+            for (sum, x) in sum.iter_mut().zip(z) {
+                *sum += (1.0 - decay) * x;
+            }
+        }
+        Ok(())
+    }
+
+    /// Share of the codes that were used lately, and the perplexity of their use: as many codes used evenly would be as
+    /// hard to guess.
+    pub fn use_lately(&self) -> (f64, f64) {
+        let kept = self.kept.borrow();
+        let uses = &kept[self.size..2 * self.size];
+        let total: f64 = uses.iter().map(|&x| f64::from(x)).sum();
+        let used = uses.iter().filter(|x| **x > FADED).count();
+        let entropy = uses.iter().filter(|x| **x > 0.0).map(|&x| {
+            let share = f64::from(x) / total;
+            -share * share.ln()
+        });
+        (used as f64 / self.size as f64, entropy.sum::<f64>().exp())
+    }
+
+    /// Moves codes that were not used since the last restart onto random vectors (n, D) of those for which codes were looked
+    /// up. Returns which ones.
+    pub fn restart(&self, z: &B::Tensor, seed: u64, step: u64) -> Result<Vec<usize>> {
+        let z = B::to_floats(z)?;
+        if !z.iter().all(|x| x.is_finite()) {
+            return Ok(Vec::new());
+        }
+        let mut kept = self.kept.borrow_mut();
+        let idle: Vec<usize> = (0..self.size).filter(|&code| kept[code] == 0.0).collect();
+        kept[..self.size].fill(0.0);
+        if idle.is_empty() {
+            return Ok(idle);
+        }
+        let d = self.dim;
+        let mut codes = B::to_floats(self.tensor)?;
+        let mut choice = Sequence::new(seed, Stream::Restart, step);
+        for &code in &idle {
+            let row = choice.below(z.len() / d);
+            let z = &z[row * d..(row + 1) * d];
+            codes[code * d..(code + 1) * d].copy_from_slice(z);
+            if self.decay.is_some() {
+                kept[2 * self.size + code] = 1.0;
+                let sums = 3 * self.size + code * d;
+                kept[sums..sums + d].copy_from_slice(z);
+            }
+        }
+        let codes = self.backend.floats(&codes, &[self.size, d])?;
+        B::assign_(self.tensor, &codes)?;
+        Ok(idle)
+    }
+}

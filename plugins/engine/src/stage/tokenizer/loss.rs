@@ -1,0 +1,268 @@
+//! What moves a tokenizer: how far its reconstructions are from the images, for pixels, for an eye and for an adversary.
+//!
+//! ```text
+//! loss = pixels + w_p perceptual + lambda w_a adversarial                     (VQGAN, Esser et al. 2021, arXiv 2012.09841)
+//! adversarial = - mean D(reconstruction),  lambda = min(|d (pixels + w_p perceptual) / d W| / (|d adversarial / d W| + 1e-4), cap)
+//! loss of D = mean(max(0, 1 - D(image)) + max(0, 1 + D(reconstruction))) / 2                                      (hinge)
+//! ```
+//!
+//! W is the kernel of the decoder's last convolution. The terms are differentiated up to the reconstructions, each once; the
+//! sum goes back from there through the tokenizer.
+
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+use crate::backend::{Backend, Binary, Unary};
+use crate::error::{Error, Result};
+use crate::model::LastConvolution;
+use crate::model::discriminator::Discriminator;
+use crate::perceptual::Eye;
+use crate::tape::{Var, backward};
+use crate::train::{TrainOptions, scalar, shared};
+use crate::weights::{Loader, Params, Source};
+
+/// How pixels are compared.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum PixelLoss {
+    /// Mean of squares.
+    #[default]
+    L2,
+    /// Mean of absolute values: edges stay sharper.
+    L1,
+}
+
+/// A discriminator of patches (PatchGAN) that learns beside the tokenizer to tell images from reconstructions.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Adversarial {
+    /// Its weight in the loss.
+    #[serde(default = "weight")]
+    #[schemars(range(min = 0))]
+    pub weight: f64,
+    /// The step from which on it learns and counts: before it, reconstructions are nothing to judge by.
+    pub start: u64,
+    /// The most by which its weight is multiplied so that it pulls at the last layer as much as the other terms.
+    #[serde(default = "cap")]
+    #[schemars(range(min = 0))]
+    pub cap: f64,
+    /// Channels of its first convolution.
+    #[serde(default = "channels")]
+    #[schemars(range(min = 1, max = 4096))]
+    pub channels: usize,
+    /// Its strided convolutions: 3 judge patches of 70 x 70 pixels, 2 of 34 x 34, 1 of 16 x 16.
+    #[serde(default = "layers")]
+    #[schemars(range(min = 1, max = 8))]
+    pub layers: usize,
+    /// Its peak learning rate; the tokenizer's, if left out.
+    #[serde(default)]
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub learning_rate: Option<f64>,
+}
+
+fn weight() -> f64 {
+    0.5
+}
+fn cap() -> f64 {
+    1e4
+}
+fn channels() -> usize {
+    64
+}
+fn layers() -> usize {
+    3
+}
+
+/// What the names of the adversary's parameters begin with.
+pub const PREFIX: &str = "discriminator.";
+
+impl Adversarial {
+    /// How it is trained beside a tokenizer.
+    pub fn training(&self, tokenizer: &TrainOptions) -> TrainOptions {
+        TrainOptions {
+            steps: tokenizer.steps - self.start,
+            learning_rate: self.learning_rate.unwrap_or(tokenizer.learning_rate),
+            muon: None,
+            ..tokenizer.clone()
+        }
+    }
+}
+
+/// The adversary in training.
+pub struct Adversary<B: Backend> {
+    options: Adversarial,
+    /// Its network, which learns.
+    learning: Discriminator<B>,
+    /// The same, through which the tokenizer's gradient flows and which learns nothing from it.
+    judging: Discriminator<B>,
+}
+
+impl<B: Backend> Adversary<B> {
+    /// A new one for images of so many channels, and its parameters.
+    pub fn new(
+        backend: &B,
+        seed: u64,
+        channels: usize,
+        options: &Adversarial,
+    ) -> Result<(Self, Params<B>)> {
+        let shape = (options.channels, options.layers);
+        let mut loader = Loader::new(backend, Source::Init(seed), true, "new discriminator");
+        let learning = Discriminator::load(&mut loader, PREFIX, channels, shape)?;
+        let params = loader.into_params();
+        let tensors = shared(&params, None);
+        let mut loader = Loader::new(backend, Source::Device(&tensors), false, "discriminator");
+        let judging = Discriminator::load(&mut loader, PREFIX, channels, shape)?;
+        let own = Self {
+            options: options.clone(),
+            learning,
+            judging,
+        };
+        Ok((own, params))
+    }
+
+    /// The hinge loss from which it learns.
+    fn hinge(&self, images: &B::Tensor, reconstructions: &B::Tensor) -> Result<Var<B>> {
+        let side = |x: &B::Tensor, sign: f64| {
+            let logits = self.learning.forward(&Var::constant(x.clone()))?;
+            let short = logits.affine(sign, 1.0)?.unary(Unary::Relu)?;
+            short.mean_all()?.affine(0.5, 0.0)
+        };
+        side(images, -1.0)?.add(&side(reconstructions, 1.0)?)
+    }
+}
+
+/// The loss of reconstructions.
+pub struct Criterion<B: Backend> {
+    /// How pixels are compared.
+    pub pixels: PixelLoss,
+    /// What else compares images, and its weight.
+    pub eye: Option<(Eye<B>, f64)>,
+    /// Who judges reconstructions.
+    pub adversary: Option<Adversary<B>>,
+    /// Images that the eye sees together.
+    pub at_once: usize,
+}
+
+/// A scalar and its gradient for some images.
+struct Term<B: Backend> {
+    value: B::Tensor,
+    gradient: B::Tensor,
+}
+
+impl<B: Backend> Term<B> {
+    fn of(images: &B::Tensor, f: impl FnOnce(&Var<B>) -> Result<Var<B>>) -> Result<Self> {
+        let leaf = Var::parameter(images.clone());
+        let scalar = f(&leaf)?;
+        let value = scalar.value().clone();
+        let mut gradients = backward(scalar, &[("images".into(), leaf)])?;
+        Ok(Self {
+            value,
+            gradient: gradients.remove(0),
+        })
+    }
+
+    fn plus(self, other: &Self, weight: f64) -> Result<Self> {
+        let add = |a, b: &B::Tensor| B::binary(a, &B::affine(b, weight, 0.0)?, Binary::Add);
+        Ok(Self {
+            value: add(&self.value, &other.value)?,
+            gradient: add(&self.gradient, &other.gradient)?,
+        })
+    }
+}
+
+impl<B: Backend> Criterion<B> {
+    /// The loss of reconstructions of images (b, c, h, w) at a step, and its parts.
+    pub fn loss(
+        &self,
+        reconstructions: Var<B>,
+        images: &B::Tensor,
+        last: &LastConvolution<B>,
+        step: u64,
+    ) -> Result<(Var<B>, Vec<(&'static str, f64)>)> {
+        let made = reconstructions.value().clone();
+        let target = Var::constant(images.clone());
+        let mut sum = Term::of(&made, |made| self.pixels.distance(made, &target))?;
+        let mut figures = vec![("reconstruction", scalar::<B>(&sum.value)?)];
+        if let Some((eye, weight)) = &self.eye {
+            let count = B::shape(images)[0];
+            let term = Term::of(&made, |made| {
+                made.sum_of_pieces(self.at_once, |piece, place| {
+                    let target = B::narrow(images, 0, place.start, place.len())?;
+                    let distance = eye.distance(piece, &Var::constant(target))?;
+                    distance.affine(place.len() as f64 / count as f64, 0.0)
+                })
+            })?;
+            figures.push(("perceptual", scalar::<B>(&term.value)?));
+            sum = sum.plus(&term, *weight)?;
+        }
+        let acting = self.adversary.as_ref();
+        let Some(adversary) = acting.filter(|own| step >= own.options.start) else {
+            return Ok((reconstructions.known(sum.value, sum.gradient), figures));
+        };
+        let term = Term::of(&made, |made| {
+            adversary
+                .judging
+                .forward(made)?
+                .mean_all()?
+                .affine(-1.0, 0.0)
+        })?;
+        let pulls = (last.pull(&sum.gradient)?, last.pull(&term.gradient)?);
+        let adaptive = (pulls.0 / (pulls.1 + 1e-4)).min(adversary.options.cap);
+        figures.push(("adversarial", scalar::<B>(&term.value)?));
+        figures.push(("adaptive_weight", adaptive));
+        sum = sum.plus(&term, adaptive * adversary.options.weight)?;
+        let hinge = adversary.hinge(images, &made)?;
+        figures.push(("discriminator", scalar::<B>(hinge.value())?));
+        let loss = reconstructions.known(sum.value, sum.gradient).add(&hinge)?;
+        Ok((loss, figures))
+    }
+}
+
+impl PixelLoss {
+    /// The distance of images.
+    fn distance<B: Backend>(self, a: &Var<B>, b: &Var<B>) -> Result<Var<B>> {
+        let difference = a.sub(b)?;
+        match self {
+            Self::L2 => difference.unary(Unary::Square)?.mean_all(),
+            Self::L1 => {
+                let above = difference.unary(Unary::Relu)?;
+                let below = difference.affine(-1.0, 0.0)?.unary(Unary::Relu)?;
+                above.add(&below)?.mean_all()
+            }
+        }
+    }
+}
+
+/// The entropy term (Yu et al. 2023, arXiv 2310.05737, eq. 3): each vector should be sure of its code, and all codes should
+/// be used. Low where the choices (n, K) of softmax(-|z - c|^2 / temperature) are sure one by one and even on the whole.
+pub fn entropy<B: Backend>(z: &Var<B>, codes: &Var<B>, temperature: f64) -> Result<Var<B>> {
+    let (n, k) = (z.shape()[0], codes.shape()[0]);
+    let lengths = |x: &Var<B>| x.unary(Unary::Square)?.sum(&[1]);
+    // -|z - c|^2 = 2 <z, c> - |z|^2 - |c|^2
+    let near = z
+        .matmul(codes, true)?
+        .affine(2.0, 0.0)?
+        .sub(&lengths(z)?.reshape(&[n, 1])?)?
+        .sub(&lengths(codes)?.reshape(&[1, k])?)?;
+    let choice = near.affine(1.0 / temperature, 0.0)?.softmax()?;
+    let information = |p: &Var<B>| p.mul(&p.affine(1.0, 1e-10)?.unary(Unary::Log)?);
+    let each = information(&choice)?.sum(&[1])?.mean_all()?;
+    let whole = choice.mean(&[0])?;
+    let even = information(&whole)?.sum(&[0, 1])?;
+    let shape = each.shape();
+    even.reshape(&shape)?.sub(&each)
+}
+
+/// Refuses weights with which nothing would be learnt, or nothing from an adversary.
+pub fn check(adversarial: Option<&Adversarial>, steps: u64) -> Result<()> {
+    match adversarial {
+        Some(own) if own.start >= steps => {
+            let message = format!(
+                "the adversary begins at step {}, and the training has {steps}: it would never act",
+                own.start
+            );
+            Err(Error::option("/adversarial/start", message))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,85 @@
+//! How like two images are, pixel by pixel: the peak signal-to-noise ratio, and the structural similarity (Wang et al. 2004,
+//! "Image quality assessment", eq. 13) with their Gaussian window of 11 x 11 pixels and deviation 1.5, where it fits inside.
+//!
+//! In: images (channels, height, width) in [-1, 1], seen as [0, 1] and clipped to it.
+
+/// Ratios end here: equal images have no noise.
+const MOST_DECIBELS: f64 = 100.0;
+const WINDOW: usize = 11;
+const DEVIATION: f64 = 1.5;
+const C1: f64 = 0.01 * 0.01;
+const C2: f64 = 0.03 * 0.03;
+
+fn unit(x: f32) -> f64 {
+    (f64::from(x) * 0.5 + 0.5).clamp(0.0, 1.0)
+}
+
+/// Peak signal-to-noise ratio of two images in decibels.
+pub fn psnr(a: &[f32], b: &[f32]) -> f64 {
+    let squares = a.iter().zip(b).map(|(&a, &b)| (unit(a) - unit(b)).powi(2));
+    let error = squares.sum::<f64>() / a.len() as f64;
+    (-10.0 * error.log10()).min(MOST_DECIBELS)
+}
+
+/// Structural similarity of two images, the mean over channels. A side of fewer than 11 pixels has a window of the greatest
+/// odd number of them.
+pub fn ssim(a: &[f32], b: &[f32], [channels, height, width]: [usize; 3]) -> f64 {
+    let (down, across) = (window(height), window(width));
+    let plane = height * width;
+    let filtered = |values: &[f64]| filter(values, [height, width], &down, &across);
+    let of = |channel: usize| {
+        let part = channel * plane..(channel + 1) * plane;
+        let a: Vec<f64> = a[part.clone()].iter().map(|&x| unit(x)).collect();
+        let b: Vec<f64> = b[part].iter().map(|&x| unit(x)).collect();
+        let product =
+            |x: &[f64], y: &[f64]| -> Vec<f64> { x.iter().zip(y).map(|(x, y)| x * y).collect() };
+        let means = [filtered(&a), filtered(&b)];
+        let squares = [
+            filtered(&product(&a, &a)),
+            filtered(&product(&b, &b)),
+            filtered(&product(&a, &b)),
+        ];
+        let places = means[0].len();
+        let sum: f64 = (0..places)
+            .map(|i| {
+                let (ma, mb) = (means[0][i], means[1][i]);
+                let (va, vb) = (squares[0][i] - ma * ma, squares[1][i] - mb * mb);
+                let both = squares[2][i] - ma * mb;
+                (2.0 * ma * mb + C1) * (2.0 * both + C2)
+                    / ((ma * ma + mb * mb + C1) * (va + vb + C2))
+            })
+            .sum();
+        sum / places as f64
+    };
+    (0..channels).map(of).sum::<f64>() / channels as f64
+}
+
+/// The window along a side.
+fn window(side: usize) -> Vec<f64> {
+    let size = WINDOW.min(side - (1 - side % 2));
+    let middle = (size / 2) as f64;
+    let weight = |i: usize| (-((i as f64 - middle) / DEVIATION).powi(2) / 2.0).exp();
+    let weights: Vec<f64> = (0..size).map(weight).collect();
+    let sum: f64 = weights.iter().sum();
+    weights.into_iter().map(|w| w / sum).collect()
+}
+
+/// Weighted means of the windows that lie inside a plane.
+fn filter(values: &[f64], [height, width]: [usize; 2], down: &[f64], across: &[f64]) -> Vec<f64> {
+    let kept = width + 1 - across.len();
+    let rows: Vec<f64> = (0..height)
+        .flat_map(|y| {
+            let row = &values[y * width..(y + 1) * width];
+            (0..kept).map(move |x| across.iter().zip(&row[x..]).map(|(w, v)| w * v).sum())
+        })
+        .collect();
+    (0..=height - down.len())
+        .flat_map(|y| {
+            let rows = &rows;
+            (0..kept).map(move |x| {
+                let column = down.iter().enumerate();
+                column.map(|(i, w)| w * rows[(y + i) * kept + x]).sum()
+            })
+        })
+        .collect()
+}

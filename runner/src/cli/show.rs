@@ -1,0 +1,202 @@
+//! `retort show`: the pictures of an artifact or a run, in the terminal or into a file.
+
+use std::io::{IsTerminal, Read};
+use std::path::PathBuf;
+
+use clap::{ValueEnum, ValueHint};
+use image::{DynamicImage, ImageFormat, ImageReader, Limits};
+
+use crate::artifact::{self, Layout};
+use crate::cli::{Context, Error, Exit, talk};
+use crate::store::{Access, ArtifactRow, Store, StoreError};
+
+/// Bytes of a picture that is read.
+pub(super) const MOST_BYTES: u64 = 64 << 20;
+/// Sides of a picture that is drawn, in pixels.
+const MOST_PIXELS: u32 = 16_384;
+
+/// Arguments of `show`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// What to show: `latest/one-step` (a run and a stage), the beginning of an artifact's hash, or a run: all its pictures.
+    #[arg(value_name = "WHAT", default_value = "latest")]
+    pub what: String,
+    /// Write the picture into a PNG file instead.
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub save: Option<PathBuf>,
+    /// How to draw in a terminal.
+    #[arg(long = "as", value_name = "HOW", default_value = "auto")]
+    pub manner: Manner,
+    /// So many columns wide.
+    #[arg(long, value_name = "COLUMNS", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub width: Option<u32>,
+}
+
+/// How a terminal draws pictures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Manner {
+    /// The best that the terminal says it can.
+    Auto,
+    /// The protocol of kitty.
+    Kitty,
+    /// The protocol of iTerm2.
+    Iterm,
+    /// Sixel graphics.
+    Sixel,
+    /// Half blocks in colours: any terminal can.
+    Blocks,
+    /// Not at all: the paths of the files.
+    Paths,
+}
+
+/// Shows pictures.
+pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
+    let pictures = context.runtime()?.block_on(async {
+        let store = Store::open(&context.store, Access::ReadOnly).await?;
+        let pictures = find(&store, &args.what).await?;
+        store.close().await;
+        Ok::<_, Error>(pictures)
+    })?;
+    let layout = Layout::new(&context.store)?;
+    if pictures.is_empty() {
+        return Err(Error::new(
+            Exit::NothingMatches,
+            format!("`{}` has no picture", args.what),
+        )
+        .hint("`retort artifacts list` shows which artifacts have one"));
+    }
+    if let Some(file) = &args.save {
+        let [only] = pictures.as_slice() else {
+            let stages: Vec<&str> = pictures.iter().map(|row| row.stage.as_str()).collect();
+            return Err(Error::new(
+                Exit::Usage,
+                format!("`{}` has {} pictures", args.what, pictures.len()),
+            )
+            .hint(format!("name a stage of it: {}", stages.join(", "))));
+        };
+        let bytes = read(&layout, only)?;
+        return std::fs::write(file, bytes).map_err(|error| {
+            let message = format!("{} cannot be written", file.display());
+            Error::new(Exit::Internal, message).cause(&error)
+        });
+    }
+    let draws = std::io::stdout().is_terminal() && args.manner != Manner::Paths;
+    for row in &pictures {
+        let meta = &row.artifact.meta;
+        let caption = meta.caption.as_deref().unwrap_or_default();
+        if draws {
+            let caption = match caption {
+                "" => String::new(),
+                caption => format!(" ({caption})"),
+            };
+            talk::print(&format!("{} of run {}{caption}\n", row.stage, row.run))?;
+            draw(&decoded(&read(&layout, row)?, row)?, args)?;
+            continue;
+        }
+        let path = layout
+            .artifact(&row.artifact.hash)
+            .join(meta.preview.as_deref().unwrap_or_default());
+        talk::print(&format!("{}\n", path.display()))?;
+    }
+    if !draws && args.manner != Manner::Paths && !context.quiet {
+        talk::say("the output is no terminal: these are the files; --save FILE copies one");
+    }
+    Ok(())
+}
+
+/// The pictures meant: of an artifact, or of all artifacts of a run.
+async fn find(store: &Store, what: &str) -> Result<Vec<ArtifactRow>, Error> {
+    let mut rows = match store.resolve_artifact(what).await {
+        Ok(_) if what.contains('/') => {
+            // Several stages may have made the same: this one has its own caption.
+            let (run, stage) = what.split_once('/').unwrap_or_default();
+            let run = store.resolve_run(run).await?;
+            let mut rows = store.list_artifacts(Some(&run)).await?;
+            rows.retain(|row| row.is_output && row.stage == stage);
+            rows
+        }
+        Ok(hash) => {
+            let mut rows = store.list_artifacts(None).await?;
+            rows.retain(|row| row.artifact.hash == hash);
+            // Made several times, it is still one picture.
+            rows.drain(..rows.len().saturating_sub(1));
+            rows
+        }
+        Err(no_artifact @ StoreError::NoArtifact { .. }) if !what.contains('/') => {
+            let run = store.resolve_run(what).await;
+            let run = run.map_err(|error| match error {
+                StoreError::NoRun { runs: 1.., .. } => no_artifact,
+                error => error,
+            })?;
+            store.list_artifacts(Some(&run)).await?
+        }
+        Err(error) => return Err(error.into()),
+    };
+    // A preview may be something else than a picture.
+    rows.retain(|row| {
+        let preview = row.artifact.meta.preview.as_deref();
+        preview.is_some_and(|preview| preview.to_ascii_lowercase().ends_with(".png"))
+    });
+    Ok(rows)
+}
+
+/// The bytes of an artifact's picture.
+pub(super) fn read(layout: &Layout, row: &ArtifactRow) -> Result<Vec<u8>, Error> {
+    let preview = row.artifact.meta.preview.as_deref().unwrap_or_default();
+    let dir = layout.artifact(&row.artifact.hash);
+    let refused = |error: std::io::Error| {
+        let message = format!(
+            "the picture of stage `{}`, {}, cannot be read",
+            row.stage,
+            dir.join(preview).display()
+        );
+        Error::new(Exit::Internal, message)
+            .cause(&error)
+            .hint("`retort artifacts verify` says what is damaged")
+    };
+    let file = artifact::open_inner(&dir, preview).map_err(refused)?;
+    let mut bytes = Vec::new();
+    file.take(MOST_BYTES + 1)
+        .read_to_end(&mut bytes)
+        .map_err(refused)?;
+    match bytes.len() as u64 {
+        ..=MOST_BYTES => Ok(bytes),
+        _ => Err(refused(std::io::Error::other("it is larger than 64 MiB"))),
+    }
+}
+
+fn decoded(bytes: &[u8], row: &ArtifactRow) -> Result<DynamicImage, Error> {
+    let mut reader = ImageReader::with_format(std::io::Cursor::new(bytes), ImageFormat::Png);
+    let mut limits = Limits::default();
+    limits.max_image_width = Some(MOST_PIXELS);
+    limits.max_image_height = Some(MOST_PIXELS);
+    limits.max_alloc = Some(256 << 20);
+    reader.limits(limits);
+    reader.decode().map_err(|error| {
+        let message = format!(
+            "the picture of stage `{}` is no PNG that can be drawn",
+            row.stage
+        );
+        Error::new(Exit::NothingMatches, message).cause(&error)
+    })
+}
+
+/// Draws at the cursor. What goes to the terminal is made of pixels alone.
+fn draw(picture: &DynamicImage, args: &Args) -> Result<(), Error> {
+    let is = |manner| args.manner == Manner::Auto || args.manner == manner;
+    let config = viuer::Config {
+        absolute_offset: false,
+        transparent: true,
+        width: args.width,
+        use_kitty: is(Manner::Kitty),
+        use_iterm: is(Manner::Iterm),
+        use_sixel: is(Manner::Sixel),
+        ..viuer::Config::default()
+    };
+    viuer::print(picture, &config).map_err(|error| {
+        Error::new(Exit::Internal, "the terminal does not take the picture")
+            .cause(&error)
+            .hint("--as blocks is drawn by any terminal")
+    })?;
+    Ok(())
+}

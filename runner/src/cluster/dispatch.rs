@@ -1,0 +1,762 @@
+//! The runner's end of a stage on a cluster: submits its elements, hears them through their spools, and starts again what
+//! came to no good end.
+//!
+//! In: tasks of a stage and its parts, and the wish to stop them. Out: events for each ([`Element::next`]), news of jobs in
+//! the store. One [`Desk`] per attempt, a task of its own: it gathers what is to be submitted, looks at the spools of all
+//! elements in turn and asks Slurm now and then. What was submitted before, by a runner that went away, is taken up.
+//! Deliberately absent: what an end means for the stage (the executor's), and what Slurm's programs are called like.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use retort_abi::{Failure, FailureCode, LogLevel, Part};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use crate::cluster::dispatch::slot::{Phase, Slot, Wish};
+use crate::cluster::slurm::{NewJob, Slurm, SlurmError};
+use crate::cluster::spool::{self, Order, Reader};
+use crate::cluster::{Ended, News};
+use crate::executor::recorder::own_line;
+use crate::executor::{Event, Listener};
+use crate::frame::{FromWorker, Task, ToWorker};
+use crate::settings::Profile;
+use crate::store::{AttemptId, ElementNews, JobKey, Store, StoreError, Usage};
+use crate::worker::process::{Exit, ExitStatus, Heard};
+
+mod slot;
+mod watch;
+
+/// How long tasks are gathered before they are submitted together.
+const GATHER: Duration = Duration::from_millis(50);
+/// The shortest time between two looks at spools, and how many elements are looked at in a second.
+const LOOK: Duration = Duration::from_millis(250);
+const LOOKS_PER_SECOND: usize = 500;
+/// How often a full queue is tried again, at first and at last.
+/// How soon Slurm is asked again about elements that it says are over.
+const SETTLE: Duration = Duration::from_secs(2);
+const RETRY: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
+
+/// What jobs of a stage need to know.
+pub struct Assignment {
+    /// The store.
+    pub store: Arc<Store>,
+    /// Slurm.
+    pub slurm: Arc<Slurm>,
+    /// Who is told.
+    pub listener: Listener,
+    /// The stage's name.
+    pub stage: String,
+    /// The attempt.
+    pub attempt: AttemptId,
+    /// The stage's digest.
+    pub digest: String,
+    /// The stage's work directory.
+    pub work_dir: PathBuf,
+    /// What it asks of Slurm.
+    pub profile: Profile,
+    /// Processors, and threads, of each element.
+    pub cpus: usize,
+}
+
+/// A stage's jobs.
+pub struct Desk {
+    commands: mpsc::UnboundedSender<Command>,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Desk {
+    /// The jobs go on: their end is for whoever takes them up.
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// The runner's end of an element: as a worker of this machine, it is sent a task, heard and signalled.
+#[derive(Debug)]
+pub struct Element {
+    part: Option<Part>,
+    commands: mpsc::UnboundedSender<Command>,
+    heard: mpsc::Receiver<Heard>,
+    tell: mpsc::Sender<Heard>,
+}
+
+#[derive(Debug)]
+enum Command {
+    Submit {
+        part: Option<Part>,
+        task: Box<Task>,
+        tell: mpsc::Sender<Heard>,
+    },
+    Stop {
+        part: Option<Part>,
+        wish: Wish,
+    },
+    Close(oneshot::Sender<()>),
+}
+
+impl Element {
+    /// Sends a message.
+    pub fn send(&mut self, message: &ToWorker) {
+        let part = self.part;
+        let command = match message {
+            ToWorker::Start(task) => Command::Submit {
+                part,
+                task: task.clone(),
+                tell: self.tell.clone(),
+            },
+            ToWorker::CancelAtCheckpoint => Command::Stop {
+                part,
+                wish: Wish::Checkpoint,
+            },
+            ToWorker::CancelNow => Command::Stop {
+                part,
+                wish: Wish::Now,
+            },
+        };
+        // A desk that is gone tells of its end.
+        let _ = self.commands.send(command);
+    }
+
+    /// Ends it: there are no signals between machines, but that.
+    pub fn end(&self) {
+        let _ = self.commands.send(Command::Stop {
+            part: self.part,
+            wish: Wish::Now,
+        });
+    }
+
+    /// What it does next. Cancel-safe.
+    pub async fn next(&mut self) -> Heard {
+        self.heard.recv().await.unwrap_or(Heard::Exited(Exit {
+            status: ExitStatus::Code(-1),
+            usage: Usage::default(),
+            out_of_memory: None,
+        }))
+    }
+}
+
+impl Desk {
+    /// Opens the desk of a stage, and finds what was submitted for it before.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn open(assignment: Assignment) -> Result<Self, StoreError> {
+        let (commands, orders) = mpsc::unbounded_channel();
+        let mut work = Work::new(assignment);
+        let waiting = work.waiting.as_deref();
+        work.to
+            .store
+            .attempt_waits(work.to.attempt, waiting)
+            .await?;
+        work.recall().await?;
+        let task = tokio::spawn(work.run(orders));
+        Ok(Self { commands, task })
+    }
+
+    /// Closes the jobs: all ends have been told.
+    pub async fn close(desk: Self) {
+        let (done, closed) = oneshot::channel();
+        if desk.commands.send(Command::Close(done)).is_ok() {
+            let _ = closed.await;
+        }
+    }
+
+    /// An element, to which nothing has been sent.
+    pub fn element(&self, part: Option<Part>) -> Element {
+        let (tell, heard) = mpsc::channel(64);
+        Element {
+            part,
+            commands: self.commands.clone(),
+            heard,
+            tell,
+        }
+    }
+}
+
+/// A job that has been submitted.
+struct Job {
+    key: JobKey,
+    /// Slurm's id.
+    id: u64,
+    dir: PathBuf,
+    /// What its elements do.
+    elements: Vec<Option<Part>>,
+    array: bool,
+    /// Slots of its elements, where they are this runner's.
+    slots: Vec<Option<usize>>,
+    /// How far each was taken over by another runner.
+    marks: Vec<u64>,
+    /// Whether its elements have been asked to stop.
+    stopping: bool,
+    over: bool,
+}
+
+struct Work {
+    to: Assignment,
+    jobs: Vec<Job>,
+    slots: Vec<Slot>,
+    /// News for the history, written together.
+    news: Vec<(JobKey, usize, ElementNews)>,
+    /// When Slurm is asked next.
+    ask_at: Instant,
+    /// When elements without a job are submitted, and how long that is put off when the queue is full.
+    submit_at: Instant,
+    put_off: Duration,
+    /// Elements of one array at most; none before Slurm has been asked.
+    chunk: Option<usize>,
+    /// Why nothing runs, as it is recorded.
+    waiting: Option<String>,
+    /// Whether it has been said that Slurm does not answer.
+    silent: bool,
+    submitted: u32,
+}
+
+impl Work {
+    fn new(to: Assignment) -> Self {
+        let now = Instant::now();
+        Self {
+            to,
+            jobs: Vec::new(),
+            slots: Vec::new(),
+            news: Vec::new(),
+            ask_at: now,
+            submit_at: now,
+            put_off: RETRY.0,
+            chunk: None,
+            waiting: Some("not submitted".into()),
+            silent: false,
+            submitted: 0,
+        }
+    }
+
+    fn spools(&self) -> PathBuf {
+        self.to.work_dir.join(spool::FOLDER)
+    }
+
+    fn warn(&self, text: impl Into<String>) {
+        (self.to.listener)(Event::Warning {
+            stage: Some(self.to.stage.clone()),
+            text: text.into(),
+        });
+    }
+
+    /// Finds the jobs that another runner has left.
+    async fn recall(&mut self) -> Result<(), StoreError> {
+        for open in self.to.store.open_jobs(&self.to.digest).await? {
+            let dir = self.spools().join(&open.name);
+            let id = match open.job {
+                Some(id) => Some(id),
+                // It ended between submitting it and writing its id down.
+                None => self.to.slurm.find(&open.name).await.ok().flatten(),
+            };
+            let order = spool::read_order(&dir).ok();
+            let (Some(id), Some(order)) = (id, order) else {
+                match id {
+                    Some(id) => {
+                        let _ = self.to.slurm.cancel(id, &[None], false).await;
+                        self.to.store.job_over(open.key).await?;
+                    }
+                    None => self.to.store.job_refused(open.key).await?,
+                }
+                let _ = std::fs::remove_dir_all(&dir);
+                continue;
+            };
+            if open.job.is_none() {
+                self.to.store.job_submitted(open.key, id, "").await?;
+            }
+            let mut marks = vec![0; order.elements.len()];
+            for (element, mark) in open.imported {
+                if let Some(place) = marks.get_mut(element) {
+                    *place = mark;
+                }
+            }
+            self.jobs.push(Job {
+                key: open.key,
+                id,
+                dir,
+                slots: vec![None; order.elements.len()],
+                array: order.elements.first().is_some_and(Option::is_some),
+                elements: order.elements,
+                marks,
+                stopping: false,
+                over: false,
+            });
+        }
+        Ok(())
+    }
+
+    async fn run(mut self, mut orders: mpsc::UnboundedReceiver<Command>) {
+        loop {
+            let tick = self.next_look();
+            tokio::select! {
+                command = orders.recv() => match command {
+                    Some(Command::Close(done)) => {
+                        if let Err(error) = self.close().await {
+                            tracing::debug!("jobs: {error}");
+                        }
+                        let _ = done.send(());
+                        return;
+                    }
+                    Some(command) => self.take(command),
+                    None => return,
+                },
+                () = tokio::time::sleep_until(tick) => {
+                    if let Err(error) = self.turn().await {
+                        self.fail(&error).await;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Writes down what is left to be written.
+    async fn close(&mut self) -> Result<(), StoreError> {
+        let news = std::mem::take(&mut self.news);
+        self.to.store.note_elements(&news).await?;
+        for job in self.jobs.iter_mut().filter(|job| !job.over) {
+            job.over = true;
+            self.to.store.job_over(job.key).await?;
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, command: Command) {
+        match command {
+            Command::Submit { part, task, tell } => {
+                self.slots.push(Slot::new(part, *task, tell));
+                self.submit_at = self.submit_at.min(Instant::now() + GATHER);
+                self.submit_at = self.submit_at.max(Instant::now() + GATHER / 2);
+            }
+            Command::Stop { part, wish } => {
+                let slot = self.slots.iter_mut().find(|slot| slot.part == part);
+                if let Some(slot) = slot {
+                    slot.wish = slot.wish.max(wish);
+                }
+            }
+            Command::Close(_) => {}
+        }
+    }
+
+    /// When there is something to do next.
+    fn next_look(&self) -> Instant {
+        let now = Instant::now();
+        if self.slots.iter().all(|slot| slot.phase == Phase::Over) {
+            return now + Duration::from_secs(3600);
+        }
+        let heard = self.slots.iter().filter(|slot| slot.is_heard()).count();
+        let look = LOOK.max(Duration::from_millis(
+            u64::try_from(1000 * heard / LOOKS_PER_SECOND).unwrap_or(u64::MAX),
+        ));
+        let mut next = (now + look).min(self.ask_at);
+        if self.slots.iter().any(|slot| slot.phase == Phase::New) {
+            next = next.min(self.submit_at);
+        }
+        next.max(now)
+    }
+
+    /// One round: stop, submit, hear, ask.
+    async fn turn(&mut self) -> Result<(), StoreError> {
+        self.stop().await;
+        if Instant::now() >= self.submit_at {
+            self.adopt().await?;
+            self.submit().await?;
+        }
+        self.hear().await?;
+        if Instant::now() >= self.ask_at {
+            let pause = match self.ask().await? {
+                true => SETTLE.min(self.to.profile.poll),
+                false => self.to.profile.poll,
+            };
+            self.ask_at = Instant::now() + pause;
+        }
+        self.settle().await
+    }
+
+    /// Writes down what happened, and closes jobs of which nothing is left.
+    async fn settle(&mut self) -> Result<(), StoreError> {
+        let news = std::mem::take(&mut self.news);
+        self.to.store.note_elements(&news).await?;
+        for job in &mut self.jobs {
+            let done = |slot: &Option<usize>| {
+                slot.is_none_or(|slot| {
+                    let slot = &self.slots[slot];
+                    slot.phase == Phase::Over || slot.job.is_none_or(|(at, _)| at != job.key)
+                })
+            };
+            // Those that nobody has asked for yet may still be.
+            if !job.over && job.slots.iter().any(Option::is_some) && job.slots.iter().all(done) {
+                job.over = true;
+                self.to.store.job_over(job.key).await?;
+            }
+        }
+        self.say_whether_it_waits().await
+    }
+
+    async fn say_whether_it_waits(&mut self) -> Result<(), StoreError> {
+        let at_work = |slot: &Slot| matches!(slot.phase, Phase::Running | Phase::Over);
+        let waiting = match self.slots.iter().any(at_work) {
+            true => None,
+            false => {
+                let why = self.slots.iter().find(|slot| !slot.why.is_empty());
+                why.map(|slot| slot.why.clone())
+                    .or_else(|| self.waiting.clone())
+            }
+        };
+        if waiting != self.waiting {
+            self.to
+                .store
+                .attempt_waits(self.to.attempt, waiting.as_deref())
+                .await?;
+            self.waiting = waiting;
+        }
+        Ok(())
+    }
+
+    /// The store cannot be written to: nothing true could be said any more.
+    async fn fail(&mut self, error: &StoreError) {
+        let ended = Ended {
+            reason: "history not written".into(),
+            message: error.to_string(),
+            hint: Some("`retort resume` takes up the jobs, which go on".into()),
+        };
+        for slot in &mut self.slots {
+            slot.end(ended.clone()).await;
+        }
+    }
+
+    /// Stops what is to be stopped.
+    async fn stop(&mut self) {
+        for index in 0..self.slots.len() {
+            let slot = &mut self.slots[index];
+            if slot.phase == Phase::New && slot.wish > Wish::GoOn {
+                slot.cancelled().await;
+            }
+        }
+        let slots = &self.slots;
+        for job in &mut self.jobs {
+            let wish_of = |index: &Option<usize>| match index.map(|index| &slots[index]) {
+                Some(slot) if slot.phase != Phase::Over => Some(slot.wish),
+                _ => None,
+            };
+            let wishes = job.slots.iter().map(wish_of).collect::<Vec<_>>();
+            if wishes.iter().flatten().all(|wish| *wish == Wish::GoOn) {
+                continue;
+            }
+            let wanted = |wish: Wish| -> Vec<Option<usize>> {
+                let some = wishes.iter().enumerate();
+                let some = some.filter(|(_, found)| **found == Some(wish));
+                some.map(|(element, _)| job.array.then_some(element))
+                    .collect()
+            };
+            if !std::mem::replace(&mut job.stopping, true) {
+                let _ = spool::ask_to_stop(&job.dir, true);
+                let _ = self
+                    .to
+                    .slurm
+                    .cancel(job.id, &wanted(Wish::Checkpoint), true)
+                    .await;
+            }
+            let now = wanted(Wish::Now);
+            if !now.is_empty() {
+                let _ = self.to.slurm.cancel(job.id, &now, false).await;
+            }
+            self.ask_at = self.ask_at.min(Instant::now() + Duration::from_secs(1));
+        }
+        for slot in &mut self.slots {
+            // Once is enough; what comes of it Slurm says.
+            if slot.wish == Wish::Now {
+                slot.wish = Wish::Ending;
+            }
+        }
+    }
+
+    /// Finds elements that another runner has submitted, for those that have no job.
+    async fn adopt(&mut self) -> Result<(), StoreError> {
+        let new = |slot: &Slot| slot.phase == Phase::New && slot.wish == Wish::GoOn;
+        let unclaimed = |job: &Job| !job.over && job.slots.iter().all(Option::is_none);
+        if !self.slots.iter().any(new) || !self.jobs.iter().any(unclaimed) {
+            return Ok(());
+        }
+        let ids: Vec<u64> = self
+            .jobs
+            .iter()
+            .filter(|job| !job.over)
+            .map(|job| job.id)
+            .collect();
+        let known = self.to.slurm.look(&ids).await;
+        let mut taken = BTreeSet::new();
+        for index in 0..self.slots.len() {
+            if !new(&self.slots[index]) {
+                continue;
+            }
+            let part = self.slots[index].part;
+            // The newest first.
+            for at in (0..self.jobs.len()).rev() {
+                let job = &self.jobs[at];
+                let element = job.elements.iter().position(|known| *known == part);
+                let Some(element) = element.filter(|element| job.slots[*element].is_none()) else {
+                    continue;
+                };
+                if job.over {
+                    continue;
+                }
+                let dir = spool::element_dir(&job.dir, element);
+                let said = known.as_ref().map(|known| {
+                    let key = (job.id, job.array.then_some(element));
+                    known.get(&key).is_some_and(|said| !said.state.is_final())
+                });
+                let goes_on = said.unwrap_or(true);
+                if !slot::is_worth_taking(&dir, goes_on) {
+                    // It ended while nobody was there.
+                    let key = (job.id, job.array.then_some(element));
+                    let said = known.as_ref().ok().and_then(|known| known.get(&key));
+                    let reason = said.map_or("gone from Slurm", |said| watch::reason(said.state));
+                    let reason = reason.to_owned();
+                    self.news
+                        .push((job.key, element, ElementNews::Lost { reason }));
+                    continue;
+                }
+                let (key, mark) = (job.key, job.marks[element]);
+                self.jobs[at].slots[element] = Some(index);
+                self.slots[index].place((key, element), Reader::new(dir), mark);
+                taken.insert(key);
+                break;
+            }
+        }
+        for key in taken {
+            self.to.store.job_taken(key, self.to.attempt).await?;
+        }
+        let taken: usize = self
+            .jobs
+            .iter()
+            .flat_map(|job| &job.slots)
+            .flatten()
+            .count();
+        if taken > 0 {
+            self.warn(format!(
+                "{taken} of {} elements were submitted before and are taken up",
+                self.slots.len()
+            ));
+        }
+        self.ask_at = Instant::now();
+        // Of other numbers of parts, or ended without a result: they would be in the way.
+        let whole = self.slots.iter().all(|slot| slot.part.is_none());
+        for job in &mut self.jobs {
+            let of_parts = job.elements.iter().any(Option::is_some);
+            if job.over || job.slots.iter().any(Option::is_some) || (of_parts == whole) {
+                continue;
+            }
+            job.over = true;
+            let _ = self.to.slurm.cancel(job.id, &[None], false).await;
+            self.to.store.job_over(job.key).await?;
+        }
+        Ok(())
+    }
+
+    /// Submits what has no job.
+    async fn submit(&mut self) -> Result<(), StoreError> {
+        let new: Vec<usize> = (0..self.slots.len())
+            .filter(|index| {
+                let slot = &self.slots[*index];
+                slot.phase == Phase::New && slot.wish == Wish::GoOn
+            })
+            .collect();
+        if new.is_empty() {
+            return Ok(());
+        }
+        let chunk = match self.chunk {
+            Some(chunk) => chunk,
+            None => self.to.slurm.array_size().await,
+        };
+        self.chunk = Some(chunk);
+        // The whole of a stage is no part of an array.
+        let (parts, wholes): (Vec<usize>, Vec<usize>) = new
+            .into_iter()
+            .partition(|index| self.slots[*index].part.is_some());
+        let arrays = parts.chunks(chunk).map(<[usize]>::to_vec);
+        let singles = wholes.into_iter().map(|index| vec![index]);
+        for slots in arrays.chain(singles).collect::<Vec<_>>() {
+            match self.submit_some(&slots).await? {
+                Ok(()) => self.put_off = RETRY.0,
+                Err(SlurmError::Full { said }) => {
+                    self.full(&slots, &said);
+                    return Ok(());
+                }
+                Err(error @ SlurmError::Silent { .. }) => {
+                    self.is_silent(&error);
+                    self.submit_at = Instant::now() + self.to.profile.poll;
+                    return Ok(());
+                }
+                Err(error) => {
+                    let hint = match &error {
+                        SlurmError::Refused { hint, .. } => Some(format!(
+                            "{hint} (in retort.toml or with --slurm; `retort doctor` shows what is set)"
+                        )),
+                        _ => None,
+                    };
+                    let ended = Ended {
+                        reason: "not submitted".into(),
+                        message: error.to_string(),
+                        hint,
+                    };
+                    for index in slots {
+                        self.slots[index].end(ended.clone()).await;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The queue is full: fewer elements may find room, and later all will.
+    fn full(&mut self, slots: &[usize], said: &str) {
+        if self.put_off == RETRY.0 {
+            self.warn(format!(
+                "Slurm's queue is full ({said}); trying again until there is room"
+            ));
+        }
+        for &index in slots {
+            self.slots[index].why = format!("the queue is full: {said}");
+        }
+        if slots.len() > 1 {
+            self.chunk = Some(slots.len().div_ceil(2));
+        }
+        self.submit_at = Instant::now() + self.put_off;
+        self.put_off = (self.put_off * 2).min(RETRY.1);
+    }
+
+    fn is_silent(&mut self, error: &SlurmError) {
+        if !std::mem::replace(&mut self.silent, true) {
+            self.warn(format!("{error}; trying again"));
+        }
+    }
+
+    async fn submit_some(&mut self, slots: &[usize]) -> Result<Result<(), SlurmError>, StoreError> {
+        let to = &self.to;
+        let elements: Vec<Option<Part>> =
+            slots.iter().map(|index| self.slots[*index].part).collect();
+        let array = elements[0].is_some().then_some(elements.len());
+        self.submitted += 1;
+        let name = format!(
+            "retort-{}-{}-{}-{}",
+            to.digest.get(..12).unwrap_or(&to.digest),
+            to.attempt,
+            std::process::id(),
+            self.submitted
+        );
+        let dir = self.spools().join(&name);
+        let order = Order {
+            format: spool::FORMAT,
+            elements: elements.clone(),
+            task: self.slots[slots[0]].task.clone(),
+            threads: to.cpus,
+            requeue: slots
+                .iter()
+                .map(|index| to.profile.requeue - self.slots[*index].tries.min(to.profile.requeue))
+                .max()
+                .unwrap_or(0),
+            interval: LOOK
+                .max(Duration::from_millis(5) * u32::try_from(elements.len()).unwrap_or(u32::MAX)),
+            again: true,
+        };
+        let script = dir.join("batch.sh");
+        let prepared = std::fs::create_dir_all(&dir)
+            .map_err(|error| error.to_string())
+            .and_then(|()| spool::write_order(&dir, &order).map_err(|error| error.to_string()))
+            .and_then(|()| spool::ask_to_stop(&dir, false).map_err(|error| error.to_string()))
+            .and_then(|()| {
+                let text = batch(&dir, &to.profile)?;
+                spool::put(&script, text.as_bytes()).map_err(|error| error.to_string())
+            });
+        if let Err(message) = prepared {
+            let ended = Ended {
+                reason: "not submitted".into(),
+                message: format!("the spool in {} cannot be made: {message}", dir.display()),
+                hint: None,
+            };
+            for &index in slots {
+                self.slots[index].end(ended.clone()).await;
+            }
+            return Ok(Ok(()));
+        }
+        let key = to
+            .store
+            .begin_job(to.attempt, &to.digest, &name, array)
+            .await?;
+        let job = NewJob {
+            name: &name,
+            script: &script,
+            spool: &dir,
+            elements: array,
+            cpus: to.cpus,
+            profile: &to.profile,
+        };
+        let mut taken = to.slurm.submit(&job).await;
+        // What did not answer may have taken it.
+        if matches!(
+            taken,
+            Err(SlurmError::Silent { .. } | SlurmError::Full { .. })
+        ) && let Ok(Some(id)) = to.slurm.find(&name).await
+        {
+            taken = Ok((id, String::new()));
+        }
+        let (id, cluster) = match taken {
+            Ok(taken) => taken,
+            Err(error) => {
+                to.store.job_refused(key).await?;
+                let _ = std::fs::remove_dir_all(&dir);
+                return Ok(Err(error));
+            }
+        };
+        to.store.job_submitted(key, id, &cluster).await?;
+        (to.listener)(Event::Submitted {
+            stage: to.stage.clone(),
+            job: id,
+            elements: array,
+        });
+        for (element, &index) in slots.iter().enumerate() {
+            let reader = Reader::new(spool::element_dir(&dir, element));
+            self.slots[index].place((key, element), reader, 0);
+        }
+        self.jobs.push(Job {
+            key,
+            id,
+            dir,
+            array: array.is_some(),
+            slots: slots.iter().copied().map(Some).collect(),
+            marks: vec![0; elements.len()],
+            elements,
+            stopping: false,
+            over: false,
+        });
+        self.ask_at = self.ask_at.min(Instant::now() + Duration::from_secs(1));
+        Ok(Ok(()))
+    }
+}
+
+/// The script of a job: the prologue, and this very program.
+fn batch(dir: &std::path::Path, profile: &Profile) -> Result<String, String> {
+    let program = std::env::current_exe().map_err(|error| error.to_string())?;
+    let quoted =
+        |path: &std::path::Path| format!("'{}'", path.display().to_string().replace('\'', r"'\''"));
+    Ok(format!(
+        "#!/bin/bash\n{}\nexec {} worker --spool {}\n",
+        profile.prologue,
+        quoted(&program),
+        quoted(dir)
+    ))
+}
+
+/// What a worker says that was stopped before it began.
+fn cancelled() -> FromWorker {
+    FromWorker::Failed(Failure::new(FailureCode::Cancelled, "it had not begun"))
+}
+
+/// A line about an element, for the log.
+fn note(level: LogLevel, text: String) -> Heard {
+    Heard::Remote(News::Line(own_line(level, text)))
+}

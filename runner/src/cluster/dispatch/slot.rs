@@ -1,0 +1,368 @@
+//! One element as the runner sees it: what it was told to do, where its job is, and what has been heard of it.
+
+use std::path::PathBuf;
+
+use retort_abi::{LogLevel, Part};
+use tokio::sync::mpsc;
+
+use super::{cancelled, note};
+use crate::cluster::spool::{Over, Reader, Record, Seen, Word};
+use crate::cluster::{Ended, News};
+use crate::frame::{Answer, FromWorker, Task};
+use crate::store::{ElementNews, JobKey, LogLine, Time, Usage};
+use crate::worker::process::{Exit, ExitStatus, Heard};
+
+/// How a life ended that did not say so, where Slurm does not say either.
+pub const LOST: &str = "node failed, or preempted";
+
+/// How far an element is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// It has no job.
+    New,
+    /// Its job waits, or will be started again.
+    Queued,
+    /// A life of it has begun.
+    Running,
+    /// Its end has been told.
+    Over,
+}
+
+/// What the executor wants of an element.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Wish {
+    GoOn,
+    /// To stop at the next checkpoint.
+    Checkpoint,
+    /// To end at once.
+    Now,
+    /// The same, and Slurm has been told.
+    Ending,
+}
+
+/// What a life has said of its end, kept until it is known whether another follows.
+#[derive(Debug, Default)]
+pub struct Held {
+    pub frames: Vec<FromWorker>,
+    pub exit: Option<Exit>,
+}
+
+impl Held {
+    pub fn has_result(&self) -> bool {
+        let result = |frame: &FromWorker| matches!(frame, FromWorker::Answer(Answer::Result(_)));
+        self.frames.iter().any(result)
+    }
+}
+
+#[derive(Debug)]
+pub struct Slot {
+    pub part: Option<Part>,
+    pub task: Task,
+    tell: mpsc::Sender<Heard>,
+    pub phase: Phase,
+    pub wish: Wish,
+    /// Why it waits.
+    pub why: String,
+    /// Its job, and which element of it this is.
+    pub job: Option<(JobKey, usize)>,
+    pub reader: Option<Reader>,
+    /// Records below this number have been taken over by another runner.
+    mark: u64,
+    pub held: Held,
+    /// The life that has begun and not ended.
+    pub life: Option<u32>,
+    /// How the last life ended, by its own words.
+    pub over: Option<Over>,
+    /// How often it was submitted again.
+    pub tries: u32,
+    /// How often Slurm has said that it is over while it had not said so itself.
+    pub absent: u32,
+    /// Whether Slurm says that it runs.
+    pub expected: bool,
+    /// Whether Slurm has been asked not to let it wait.
+    pub hurried: bool,
+    begun: bool,
+}
+
+impl Slot {
+    pub fn new(part: Option<Part>, task: Task, tell: mpsc::Sender<Heard>) -> Self {
+        Self {
+            part,
+            task,
+            tell,
+            phase: Phase::New,
+            wish: Wish::GoOn,
+            why: String::new(),
+            job: None,
+            reader: None,
+            mark: 0,
+            held: Held::default(),
+            life: None,
+            over: None,
+            tries: 0,
+            absent: 0,
+            expected: false,
+            hurried: false,
+            begun: false,
+        }
+    }
+
+    /// It has a job.
+    pub fn place(&mut self, job: (JobKey, usize), reader: Reader, mark: u64) {
+        self.job = Some(job);
+        self.reader = Some(reader);
+        self.mark = mark;
+        self.held = Held::default();
+        (self.life, self.over, self.absent) = (None, None, 0);
+        (self.expected, self.hurried) = (false, false);
+        self.phase = Phase::Queued;
+        self.why = "submitted".into();
+    }
+
+    /// It has none any more, and is to be submitted again.
+    pub fn again(&mut self) {
+        self.phase = Phase::New;
+        (self.job, self.reader) = (None, None);
+    }
+
+    /// Whether there may be something to read.
+    pub fn is_heard(&self) -> bool {
+        self.reader.is_some() && (self.phase == Phase::Running || self.expected)
+    }
+
+    async fn send(&self, heard: Heard) {
+        // Nobody hears an attempt that was dropped.
+        let _ = self.tell.send(heard).await;
+    }
+
+    pub async fn note(&self, level: LogLevel, text: String) {
+        self.send(note(level, text)).await;
+    }
+
+    /// Takes what it has said.
+    pub async fn take(
+        &mut self,
+        records: Vec<Record>,
+        news: &mut Vec<(JobKey, usize, ElementNews)>,
+    ) {
+        let Some((key, element)) = self.job else {
+            return;
+        };
+        let Some(last) = records.last().map(|record| record.number) else {
+            return;
+        };
+        for Record { number, at, word } in records {
+            let fresh = number >= self.mark;
+            match word {
+                Word::Began { job, node, pid } => {
+                    let life = (number >> 32) as u32;
+                    if self.life.is_some_and(|before| before != life) {
+                        // Nobody was there to ask Slurm.
+                        self.life_ended(LOST, at, news);
+                    }
+                    news.push((
+                        key,
+                        element,
+                        ElementNews::Began {
+                            life,
+                            node: node.clone(),
+                            at,
+                        },
+                    ));
+                    self.held = Held::default();
+                    (self.life, self.over, self.absent) = (Some(life), None, 0);
+                    self.phase = Phase::Running;
+                    self.why.clear();
+                    if !std::mem::replace(&mut self.begun, true) {
+                        self.send(Heard::Remote(News::Began)).await;
+                    }
+                    if fresh {
+                        let text = format!("job {job} began on {node} (process {pid})");
+                        self.note(LogLevel::Debug, text).await;
+                    }
+                }
+                Word::Frame(
+                    frame @ (FromWorker::Artifact { .. }
+                    | FromWorker::Answer(_)
+                    | FromWorker::Failed(_)
+                    | FromWorker::NotLoaded { .. }),
+                ) => self.held.frames.push(frame),
+                Word::Frame(frame) => {
+                    if fresh || matches!(frame, FromWorker::Progress(_)) {
+                        self.send(Heard::Frame(frame)).await;
+                    }
+                }
+                Word::Line { source, text } => {
+                    if fresh {
+                        let line = LogLine {
+                            at: Time(at),
+                            level: LogLevel::Debug as u32,
+                            source,
+                            text,
+                        };
+                        self.send(Heard::Remote(News::Line(line))).await;
+                    }
+                }
+                Word::Exited {
+                    status,
+                    usage,
+                    out_of_memory,
+                } => {
+                    self.held.exit = Some(Exit {
+                        status,
+                        usage,
+                        out_of_memory: Some(out_of_memory),
+                    });
+                }
+                Word::Over(over) => self.life_over(over, at, fresh, news).await,
+            }
+        }
+        self.send(Heard::Remote(News::Heard {
+            job: key,
+            element,
+            number: last + 1,
+        }))
+        .await;
+    }
+
+    /// A life is over, by its own words.
+    async fn life_over(
+        &mut self,
+        over: Over,
+        at: i64,
+        fresh: bool,
+        news: &mut Vec<(JobKey, usize, ElementNews)>,
+    ) {
+        let (reason, goes_on) = match &over {
+            Over::Done if self.held.has_result() => ("succeeded", false),
+            Over::Done => ("failed", false),
+            Over::Stopped => ("stopped", false),
+            Over::GaveUp => ("started too often", false),
+            Over::TimeLimit {
+                at_checkpoint: true,
+            } => ("time limit, at a checkpoint", true),
+            Over::TimeLimit { .. } => ("time limit", true),
+            Over::Again { reason } => (reason.as_str(), true),
+            // Why, Slurm says.
+            Over::Terminated { .. } => ("", true),
+        };
+        let reason = reason.to_owned();
+        if !reason.is_empty() {
+            self.life_ended(&reason, at, news);
+            if goes_on && fresh {
+                let text = format!("{reason}; it is started again");
+                self.note(LogLevel::Warn, text).await;
+            }
+        }
+        self.over = Some(over);
+        if goes_on {
+            self.phase = Phase::Queued;
+            self.why = "to be started again".into();
+        } else if self.over == Some(Over::GaveUp) {
+            self.end(Ended {
+                reason: "started too often".into(),
+                message:
+                    "it was started again as often as `requeue` allows, and came to no good end"
+                        .into(),
+                hint: Some(
+                    "`retort log` says how each start ended; `retort resume` tries again".into(),
+                ),
+            })
+            .await;
+        } else {
+            self.deliver().await;
+        }
+    }
+
+    /// Notes for the history how the present life ended.
+    pub fn life_ended(
+        &mut self,
+        reason: &str,
+        at: i64,
+        news: &mut Vec<(JobKey, usize, ElementNews)>,
+    ) {
+        if let (Some((key, element)), Some(life)) = (self.job, self.life.take()) {
+            let reason = reason.to_owned();
+            news.push((key, element, ElementNews::Ended { life, reason, at }));
+        }
+    }
+
+    /// Tells the end that the last life has told of.
+    pub async fn deliver(&mut self) {
+        for frame in std::mem::take(&mut self.held.frames) {
+            self.send(Heard::Frame(frame)).await;
+        }
+        let left = Exit {
+            status: ExitStatus::Code(0),
+            usage: Usage::default(),
+            out_of_memory: Some(false),
+        };
+        let exit = self.held.exit.unwrap_or(left);
+        self.send(Heard::Exited(exit)).await;
+        self.phase = Phase::Over;
+    }
+
+    /// Tells that it was stopped before it had begun, or between two lives.
+    pub async fn cancelled(&mut self) {
+        self.held = Held {
+            frames: vec![cancelled()],
+            exit: None,
+        };
+        self.deliver().await;
+    }
+
+    /// Tells that Slurm has ended it, as it was asked to.
+    pub async fn killed(&mut self) {
+        self.held.frames.clear();
+        match self.wish {
+            Wish::Ending | Wish::Now => {
+                self.held.exit = Some(Exit {
+                    status: ExitStatus::Signal(libc::SIGKILL),
+                    usage: self.held.exit.map(|exit| exit.usage).unwrap_or_default(),
+                    out_of_memory: Some(false),
+                });
+                self.deliver().await;
+            }
+            _ => self.cancelled().await,
+        }
+    }
+
+    /// Tells an end that only a cluster has.
+    pub async fn end(&mut self, ended: Ended) {
+        if self.phase == Phase::Over {
+            return;
+        }
+        self.send(Heard::Remote(News::Ended(ended))).await;
+        self.held.frames.clear();
+        self.deliver().await;
+    }
+}
+
+/// Whether what an element has said so far may lead to a result; `goes_on`: whether Slurm still has it.
+pub fn is_worth_taking(dir: &std::path::Path, goes_on: bool) -> bool {
+    let mut reader = Reader::new(PathBuf::from(dir));
+    let (mut held, mut over) = (Held::default(), None);
+    loop {
+        let mut records = Vec::new();
+        let seen = reader.look(&mut records);
+        for record in records {
+            match record.word {
+                Word::Began { .. } => (held, over) = (Held::default(), None),
+                Word::Frame(frame @ FromWorker::Answer(_)) => held.frames.push(frame),
+                Word::Over(last) => over = Some(last),
+                _ => {}
+            }
+        }
+        match seen {
+            Ok(Seen::More) => {}
+            Ok(_) if reader.turn() => {}
+            Ok(_) => break,
+            Err(_) => return false,
+        }
+    }
+    match over {
+        Some(Over::Done) => held.has_result(),
+        Some(Over::Stopped | Over::GaveUp) => false,
+        _ => goes_on || held.has_result(),
+    }
+}

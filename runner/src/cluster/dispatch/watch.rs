@@ -1,0 +1,343 @@
+//! Hearing elements through their spools, and asking Slurm about those that say nothing.
+
+use retort_abi::LogLevel;
+use tokio::time::Instant;
+
+use super::slot::{LOST, Phase, Slot, Wish};
+use super::{GATHER, Work};
+use crate::cluster::Ended;
+use crate::cluster::slurm::{Key, Said, State, id};
+use crate::cluster::spool::{Over, Reader, Record, Seen, SpoolError};
+use crate::store::{ElementNews, StoreError, Time};
+
+/// How often Slurm has to say that an element is over which has not said so itself: what it wrote last may be on its way.
+const SETTLED: u32 = 3;
+/// Queued elements whose spools are looked at although Slurm has not said that they run.
+const FEW: usize = 64;
+/// Elements that Slurm is asked to hurry with, at a time.
+const HURRY: usize = 32;
+/// Bytes of what a job printed that are told.
+const LAST_WORDS: usize = 2000;
+
+/// What was read of an element.
+type Read = (usize, Reader, Vec<Record>, Result<(), SpoolError>);
+
+impl Work {
+    /// Hears what elements have said since the last time.
+    pub(super) async fn hear(&mut self) -> Result<(), StoreError> {
+        let queued = self
+            .slots
+            .iter()
+            .filter(|slot| slot.phase == Phase::Queued && !slot.expected);
+        let all = queued.count() <= FEW;
+        let mut readers = Vec::new();
+        for (index, slot) in self.slots.iter_mut().enumerate() {
+            let heard = slot.is_heard() || (all && slot.phase == Phase::Queued);
+            if heard && let Some(reader) = slot.reader.take() {
+                readers.push((index, reader));
+            }
+        }
+        if readers.is_empty() {
+            return Ok(());
+        }
+        // A file system that hangs must not stop the run's heart.
+        let read = tokio::task::spawn_blocking(move || readers.into_iter().map(read).collect());
+        let read: Vec<Read> = read.await.unwrap_or_default();
+        for (index, reader, records, result) in read {
+            let slot = &mut self.slots[index];
+            slot.reader = Some(reader);
+            slot.take(records, &mut self.news).await;
+            let key = slot.job;
+            if slot.phase == Phase::Over {
+                self.news
+                    .extend(key.map(|(key, element)| (key, element, ElementNews::Over)));
+                continue;
+            }
+            if let Err(error) = result {
+                let damaged = matches!(error, SpoolError::Damaged { .. });
+                slot.why = error.to_string();
+                if damaged {
+                    slot.end(Ended {
+                        reason: "spool damaged".into(),
+                        message: error.to_string(),
+                        hint: Some("`retort resume` submits what has no result again".into()),
+                    })
+                    .await;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks Slurm, and draws conclusions about elements that have not told of their end. Returns whether it is to be asked
+    /// again soon.
+    pub(super) async fn ask(&mut self) -> Result<bool, StoreError> {
+        let at_work = |slot: &&Slot| slot.job.is_some() && slot.phase != Phase::Over;
+        if !self.slots.iter().any(|slot| at_work(&slot)) {
+            return Ok(false);
+        }
+        let ids: Vec<u64> = self
+            .jobs
+            .iter()
+            .filter(|job| !job.over)
+            .map(|job| job.id)
+            .collect();
+        let known = match self.to.slurm.look(&ids).await {
+            Ok(known) => known,
+            Err(error) => {
+                self.is_silent(&error);
+                return Ok(false);
+            }
+        };
+        if std::mem::replace(&mut self.silent, false) {
+            self.warn("Slurm answers again");
+        }
+        let places: Vec<Option<Key>> = self.slots.iter().map(|slot| self.key(slot)).collect();
+        let gone = places.iter().flatten().any(|key| !known.contains_key(key));
+        let accounts = match gone {
+            true => self.to.slurm.accounts(&ids).await.unwrap_or_default(),
+            false => Default::default(),
+        };
+        let mut hurried = 0;
+        for (index, place) in places.into_iter().enumerate() {
+            let Some(place) = place else { continue };
+            let said = known.get(&place).or_else(|| accounts.get(&place)).cloned();
+            let slot = &mut self.slots[index];
+            if slot.phase == Phase::Over {
+                continue;
+            }
+            match said {
+                Some(said) if said.state == State::Pending => {
+                    if slot.life.is_some() && slot.phase == Phase::Running && slot.absent < 1 {
+                        // Once more: its last words may be on their way.
+                        slot.absent += 1;
+                        continue;
+                    }
+                    (slot.absent, slot.expected) = (0, false);
+                    waits(slot, &said, &mut self.news).await;
+                    // Slurm lets what it starts again wait for two minutes.
+                    if !slot.hurried && said.reason == "BeginTime" && hurried < HURRY {
+                        (slot.hurried, hurried) = (true, hurried + 1);
+                        self.to.slurm.start_now(place.0, place.1).await;
+                    }
+                }
+                Some(said) if said.state == State::Running => {
+                    slot.absent = 0;
+                    slot.expected = true;
+                    slot.hurried = false;
+                    turn(slot);
+                }
+                said => {
+                    slot.expected = true;
+                    if turn(slot) {
+                        slot.absent = 0;
+                        continue;
+                    }
+                    slot.absent += 1;
+                    let unborn = slot.wish > Wish::GoOn && slot.life.is_none();
+                    if slot.absent >= SETTLED || unborn {
+                        self.conclude(index, place, said).await;
+                    }
+                }
+            }
+        }
+        let unsettled = |slot: &Slot| slot.absent > 0 && slot.phase != Phase::Over;
+        Ok(self.slots.iter().any(unsettled))
+    }
+
+    fn key(&self, slot: &Slot) -> Option<Key> {
+        let (key, element) = slot.job?;
+        let job = self.jobs.iter().find(|job| job.key == key)?;
+        Some((job.id, job.array.then_some(element)))
+    }
+
+    /// Slurm does nothing more about an element, which has not told of its end.
+    async fn conclude(&mut self, index: usize, place: Key, said: Option<Said>) {
+        let printed = self.printed(index);
+        let slot = &mut self.slots[index];
+        let job = slot.job;
+        let state = said.as_ref().map(|said| said.state);
+        let node = said.map(|said| said.node).unwrap_or_default();
+        let name = id(place.0, place.1);
+        let at = match node.is_empty() {
+            true => String::new(),
+            false => format!(" on {node}"),
+        };
+        if slot.held.has_result() {
+            slot.life_ended("succeeded", Time::now().0, &mut self.news);
+            slot.deliver().await;
+        } else if slot.wish > Wish::GoOn && state.is_none_or(|state| state == State::Cancelled) {
+            slot.life_ended("stopped", Time::now().0, &mut self.news);
+            slot.killed().await;
+        } else {
+            let told = matches!(slot.over, Some(Over::TimeLimit { .. } | Over::Again { .. }));
+            let at_checkpoint = matches!(
+                slot.over,
+                Some(Over::TimeLimit {
+                    at_checkpoint: true
+                })
+            );
+            let (reason, message, again) = match state {
+                // It said why, and Slurm has not started it again.
+                _ if told => (
+                    "not started again",
+                    format!("Slurm has not started job {name} again"),
+                    true,
+                ),
+                Some(State::Cancelled) => (
+                    "cancelled in Slurm",
+                    format!("somebody has cancelled job {name} in Slurm (scancel)"),
+                    false,
+                ),
+                Some(State::Timeout) => (
+                    "time limit",
+                    format!("the time of job {name} was over{at}"),
+                    true,
+                ),
+                Some(State::NodeFailed) => (
+                    "node failed",
+                    format!("the node of job {name} failed{at}"),
+                    true,
+                ),
+                Some(State::Preempted) => (
+                    "preempted",
+                    format!("job {name} had to make room{at}"),
+                    true,
+                ),
+                Some(State::OutOfMemory) => (
+                    "out of memory in Slurm",
+                    format!("job {name} took more memory than it may{at}"),
+                    false,
+                ),
+                Some(State::Deadline) => (
+                    "deadline",
+                    format!("the deadline of job {name} has passed"),
+                    false,
+                ),
+                Some(State::Completed | State::Failed) | Some(State::Pending | State::Running)
+                    if slot.life.is_none() && slot.over.is_none() =>
+                {
+                    (
+                        "job failed",
+                        format!("job {name} ended before its worker began{at}{printed}"),
+                        false,
+                    )
+                }
+                Some(_) => (
+                    "died without a word",
+                    format!("job {name} ended{at}, and its worker had not said why{printed}"),
+                    true,
+                ),
+                None => (
+                    "gone from Slurm",
+                    format!(
+                        "Slurm knows no job {name} any more, and its worker had not told of its end"
+                    ),
+                    true,
+                ),
+            };
+            slot.life_ended(reason, Time::now().0, &mut self.news);
+            if again && (at_checkpoint || slot.tries < self.to.profile.requeue) {
+                slot.tries += u32::from(!at_checkpoint);
+                slot.note(LogLevel::Warn, format!("{message}; it is submitted again"))
+                    .await;
+                slot.again();
+                slot.why = reason.to_owned();
+                self.submit_at = Instant::now() + GATHER;
+            } else {
+                let hint = match state {
+                    Some(State::OutOfMemory) => {
+                        "set `memory` in retort.toml, or make batches smaller"
+                    }
+                    Some(State::Completed | State::Failed) if !again => {
+                        "correct `prologue` and `sbatch` in retort.toml; what the job printed stands above"
+                    }
+                    _ => "`retort resume` submits what has no result again",
+                };
+                slot.end(Ended {
+                    reason: reason.to_owned(),
+                    message,
+                    hint: Some(hint.to_owned()),
+                })
+                .await;
+            }
+        }
+        if let Some((key, element)) = job {
+            self.news.push((key, element, ElementNews::Over));
+        }
+    }
+
+    /// The end of what a job printed itself: its prologue's complaints, and Slurm's.
+    fn printed(&self, index: usize) -> String {
+        let Some((key, element)) = self.slots[index].job else {
+            return String::new();
+        };
+        let Some(job) = self.jobs.iter().find(|job| job.key == key) else {
+            return String::new();
+        };
+        let path = job.dir.join(format!("{element}.out"));
+        let bytes = retort_checkpoint::regular::read(&path, 1 << 20).unwrap_or_default();
+        let end = &bytes[bytes.len().saturating_sub(LAST_WORDS)..];
+        let text = String::from_utf8_lossy(end);
+        match text.trim() {
+            "" => String::new(),
+            text => format!("; it printed:\n{text}"),
+        }
+    }
+}
+
+/// Reads what is new of an element.
+fn read((index, mut reader): (usize, Reader)) -> Read {
+    let mut records = Vec::new();
+    // A part of very much at a time: other elements wait.
+    for _ in 0..8 {
+        match reader.look(&mut records) {
+            Ok(Seen::More) => {}
+            Ok(_) => break,
+            Err(error) => return (index, reader, records, Err(error)),
+        }
+    }
+    (index, reader, records, Ok(()))
+}
+
+/// The end of a life that Slurm knows in this state, and that has not told of its end.
+pub(super) fn reason(state: State) -> &'static str {
+    match state {
+        State::Cancelled => "cancelled in Slurm",
+        State::Timeout => "time limit",
+        State::NodeFailed => "node failed",
+        State::Preempted => "preempted",
+        State::OutOfMemory => "out of memory in Slurm",
+        State::Deadline => "deadline",
+        State::Pending | State::Running | State::Completed | State::Failed => "died without a word",
+    }
+}
+
+/// Goes on with the next life of an element, if there is one and the last has been heard to its end.
+fn turn(slot: &mut Slot) -> bool {
+    slot.reader.as_mut().is_some_and(Reader::turn)
+}
+
+/// Slurm lets an element wait. One that ran has lost its node, or had to make room.
+async fn waits(
+    slot: &mut Slot,
+    said: &Said,
+    news: &mut Vec<(crate::store::JobKey, usize, ElementNews)>,
+) {
+    if slot.life.is_some() {
+        let reason = match slot.over {
+            Some(Over::Terminated { .. }) => "preempted, or ended to be started again",
+            _ => LOST,
+        };
+        slot.life_ended(reason, Time::now().0, news);
+        slot.note(LogLevel::Warn, format!("{reason}; Slurm starts it again"))
+            .await;
+    }
+    slot.phase = Phase::Queued;
+    if slot.why != said.reason {
+        slot.why.clone_from(&said.reason);
+        if let Some((key, element)) = slot.job {
+            news.push((key, element, ElementNews::Queued(said.reason.clone())));
+        }
+    }
+}

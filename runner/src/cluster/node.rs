@@ -1,0 +1,441 @@
+//! The end of a spool where the work is done: watches over a worker on a compute node.
+//!
+//! In: the directory of a job's spool, and what Slurm says of the place. Out: records in the spool. The worker is the
+//! same as on the runner's machine, and what is heard of it is what a runner would hear; it is written down instead of
+//! being judged. Slurm's signal ahead of the time limit asks the worker to stop at its next checkpoint, and Slurm for
+//! another life. Deliberately absent: the store, which no compute node opens, and the machine of the runner, which need
+//! not be there.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use retort_abi::FailureCode;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::Instant;
+
+use crate::cluster::spool::{self, Order, Over, SpoolError, Word, Writer};
+use crate::executor::attempt::out_of_memory_kills;
+use crate::frame::{Call, FromWorker, Points, Task, ToWorker};
+use crate::worker::process::{Exit, ExitStatus, Heard, Worker};
+
+/// How often the file that stops a job is looked for, and stale directories with it.
+const STOP_INTERVAL: Duration = Duration::from_secs(2);
+/// From SIGTERM to SIGKILL for the worker, once Slurm has said that the end is near.
+const LAST_MOMENTS: Duration = Duration::from_secs(20);
+/// How long records that cannot be written are tried again.
+const PATIENCE: Duration = Duration::from_secs(600);
+/// Bytes that may wait to be written; beyond, metrics and lines are lost.
+const MOST_PENDING: usize = 64 << 20;
+
+/// Where Slurm has put this process.
+#[derive(Debug, Clone)]
+pub struct Place {
+    /// The directory of the job's spool.
+    pub spool: PathBuf,
+    /// Which element of the job this is.
+    pub element: usize,
+    /// Slurm's id of this element.
+    pub job: String,
+    /// The name of the node.
+    pub node: String,
+}
+
+/// Why a process watches over no worker.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// The spool cannot be used.
+    #[error(transparent)]
+    Spool(#[from] SpoolError),
+    /// The element is none of the job's.
+    #[error("{} has no element {element}", spool.display())]
+    NoElement {
+        /// The spool.
+        spool: PathBuf,
+        /// The element.
+        element: usize,
+    },
+    /// The operating system refuses.
+    #[error("{what}: {source}")]
+    System {
+        /// What was tried.
+        what: String,
+        /// Why not.
+        source: std::io::Error,
+    },
+}
+
+/// Does the work of an element; returns whether it has come to an end that is its own.
+///
+/// # Errors
+/// [`NodeError`]: nothing was begun, or what happened could not be written down.
+pub async fn serve(place: &Place) -> Result<bool, NodeError> {
+    let order = spool::read_order(&place.spool)?;
+    let system = |what: &str| {
+        let what = what.to_owned();
+        move |source| NodeError::System { what, source }
+    };
+    let Some(&part) = order.elements.get(place.element) else {
+        return Err(NodeError::NoElement {
+            spool: place.spool.clone(),
+            element: place.element,
+        });
+    };
+    let mut signals = Signals::listen().map_err(system("signals cannot be received"))?;
+    let dir = spool::element_dir(&place.spool, place.element);
+    let shown = dir.display().to_string();
+    let mut writer = Writer::open(&dir).map_err(system(&format!("cannot write to {shown}")))?;
+    writer.push(Word::Began {
+        job: place.job.clone(),
+        node: place.node.clone(),
+        pid: std::process::id(),
+    });
+    // Two lives would write the same files: the one that Slurm took for dead has time to see that it is.
+    if writer.supersede() {
+        let began = Instant::now();
+        while writer.is_followed_too_soon() && began.elapsed() < 5 * STOP_INTERVAL {
+            tokio::time::sleep(STOP_INTERVAL / 4).await;
+        }
+    }
+    let wasted = spool::wasted_lives(&dir, writer.life());
+    let over = if spool::is_to_stop(&place.spool) {
+        Over::Stopped
+    } else if wasted > order.requeue {
+        Over::GaveUp
+    } else {
+        let mut task = order.task.clone();
+        let staging = dir.join(format!("staging-{}", writer.life()));
+        if let Call::Run {
+            job, staging: at, ..
+        } = &mut task.call
+        {
+            job.part = part;
+            *at = staging.clone();
+        }
+        let mut watch = Watch {
+            place,
+            order: &order,
+            writer: &mut writer,
+            lost: 0,
+            series: HashMap::new(),
+            progress: None,
+            answer: None,
+            cause: None,
+        };
+        let over = watch
+            .over(task, &mut signals, wasted)
+            .await
+            .map_err(system("a worker process could not be started"))?;
+        let _ = std::fs::remove_dir_all(staging);
+        over
+    };
+    let again = matches!(over, Over::TimeLimit { .. } | Over::Again { .. });
+    let good = match &over {
+        Over::TimeLimit { at_checkpoint } | Over::Terminated { at_checkpoint } => *at_checkpoint,
+        Over::Again { .. } | Over::GaveUp => false,
+        Over::Done | Over::Stopped => true,
+    };
+    writer.push(Word::Over(over));
+    let began = Instant::now();
+    while let Err(source) = writer.close(good) {
+        if began.elapsed() > PATIENCE {
+            let what = format!("what happened cannot be written to {shown}");
+            return Err(NodeError::System { what, source });
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    if again && order.again {
+        requeue(&place.job).await;
+    }
+    Ok(good)
+}
+
+/// Asks Slurm for another life of this job, which ends this process. Where that fails the runner will do it.
+async fn requeue(job: &str) {
+    let asked = tokio::process::Command::new("scontrol")
+        .args(["requeue", job])
+        .stdin(Stdio::null())
+        .status();
+    match tokio::time::timeout(Duration::from_secs(60), asked).await {
+        // Time for Slurm to end this process: to end by itself would be another end than the one asked for.
+        Ok(Ok(status)) if status.success() => tokio::time::sleep(Duration::from_secs(60)).await,
+        _ => {}
+    }
+}
+
+/// Why a worker is being stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Cause {
+    User,
+    TimeLimit,
+    Terminated,
+}
+
+/// A worker under watch.
+struct Watch<'a> {
+    place: &'a Place,
+    order: &'a Order,
+    writer: &'a mut Writer,
+    /// Frames that had no room.
+    lost: u64,
+    /// Points since the last write, and what was said last of progress: they are joined.
+    series: HashMap<String, Points>,
+    progress: Option<FromWorker>,
+    answer: Option<Answer>,
+    cause: Option<Cause>,
+}
+
+/// What the worker answered.
+#[derive(Clone, Copy, PartialEq)]
+enum Answer {
+    Result,
+    Cancelled,
+    Retryable,
+    Final,
+}
+
+impl Watch<'_> {
+    /// Has the task done, and says why this life is over.
+    async fn over(
+        &mut self,
+        task: Task,
+        signals: &mut Signals,
+        wasted: u32,
+    ) -> std::io::Result<Over> {
+        let kills = kills_for_memory();
+        let mut worker = Worker::spawn(self.order.threads, None)?;
+        if let Err(error) = worker.send(&ToWorker::Start(Box::new(task))).await {
+            return Err(std::io::Error::other(error));
+        }
+        let mut stop = tokio::time::interval(STOP_INTERVAL);
+        let mut write = tokio::time::interval(self.order.interval);
+        write.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut kill_at = None::<Instant>;
+        let exit = loop {
+            tokio::select! {
+                event = worker.next() => match event {
+                    Heard::Exited(exit) => break exit,
+                    event => self.hear(event, &worker),
+                },
+                cause = signals.next() => {
+                    self.ask(cause, &mut worker).await;
+                    // Twice, or in the end: no more time is given.
+                    if cause == Cause::Terminated {
+                        let at = Instant::now() + LAST_MOMENTS;
+                        kill_at = Some(kill_at.map_or(at, |before| before.min(at)));
+                    }
+                }
+                _ = stop.tick() => {
+                    if self.cause.is_none() && spool::is_to_stop(&self.place.spool) {
+                        self.ask(Cause::User, &mut worker).await;
+                    }
+                    if self.writer.is_superseded() {
+                        self.cause = Some(Cause::Terminated);
+                        worker.signal(libc::SIGKILL);
+                    }
+                }
+                _ = write.tick() => self.write(),
+                () = until(kill_at) => {
+                    worker.signal(libc::SIGKILL);
+                    kill_at = None;
+                }
+            }
+        };
+        let out_of_memory = kills_for_memory() > kills;
+        self.join();
+        self.writer.push(Word::Exited {
+            status: exit.status,
+            usage: exit.usage,
+            out_of_memory,
+        });
+        Ok(self.judge(exit, out_of_memory, wasted))
+    }
+
+    fn judge(&self, exit: Exit, out_of_memory: bool, wasted: u32) -> Over {
+        let at_checkpoint = self.answer == Some(Answer::Cancelled);
+        let killed = exit.status == ExitStatus::Signal(libc::SIGKILL);
+        // What a worker says for itself counts, whatever was asked of it meanwhile.
+        if matches!(self.answer, Some(Answer::Result | Answer::Final)) {
+            return Over::Done;
+        }
+        match self.cause {
+            Some(Cause::User) => return Over::Stopped,
+            Some(Cause::TimeLimit) => return Over::TimeLimit { at_checkpoint },
+            Some(Cause::Terminated) => return Over::Terminated { at_checkpoint },
+            None => {}
+        }
+        let reason = match self.answer {
+            Some(Answer::Retryable) => "failed in a way that may pass",
+            None if killed && !out_of_memory => "its worker was killed by SIGKILL",
+            _ => return Over::Done,
+        };
+        match wasted < self.order.requeue {
+            true => Over::Again {
+                reason: reason.to_owned(),
+            },
+            false => Over::Done,
+        }
+    }
+
+    async fn ask(&mut self, cause: Cause, worker: &mut Worker) {
+        // What comes first is the reason; that Slurm then ends what is left belongs to it.
+        self.cause.get_or_insert(cause);
+        // A message without paths can be written.
+        let _ = worker.send(&ToWorker::CancelAtCheckpoint).await;
+    }
+
+    fn hear(&mut self, event: Heard, worker: &Worker) {
+        match event {
+            Heard::Frame(FromWorker::Metrics(series)) => {
+                if self.writer.pending() > MOST_PENDING {
+                    self.lost += 1;
+                    return;
+                }
+                for mut points in series {
+                    match self.series.get_mut(&points.series) {
+                        Some(before) => {
+                            before.steps.append(&mut points.steps);
+                            before.values.append(&mut points.values);
+                            before.at.append(&mut points.at);
+                        }
+                        None => drop(self.series.insert(points.series.clone(), points)),
+                    }
+                }
+                // A frame has a limit.
+                if self
+                    .series
+                    .values()
+                    .map(|points| points.steps.len())
+                    .sum::<usize>()
+                    > 1 << 18
+                {
+                    self.join();
+                }
+            }
+            Heard::Frame(progress @ FromWorker::Progress(_)) => self.progress = Some(progress),
+            Heard::Frame(frame) => {
+                self.answer = match &frame {
+                    FromWorker::Answer(_) => Some(Answer::Result),
+                    FromWorker::Failed(failure) if failure.code == FailureCode::Cancelled => {
+                        Some(Answer::Cancelled)
+                    }
+                    FromWorker::Failed(failure) if failure.retryable => Some(Answer::Retryable),
+                    FromWorker::Failed(_) | FromWorker::NotLoaded { .. } => Some(Answer::Final),
+                    _ => self.answer,
+                };
+                self.say(Word::Frame(frame));
+            }
+            Heard::Line(source, text) => self.say(Word::Line { source, text }),
+            Heard::Nonsense(error) => {
+                worker.signal(libc::SIGKILL);
+                self.answer = Some(Answer::Final);
+                let message = format!("the worker sent what makes no sense: {error}");
+                self.say(Word::Frame(FromWorker::NotLoaded {
+                    message,
+                    hint: None,
+                }));
+            }
+            Heard::Exited(_) | Heard::Remote(_) => {}
+        }
+    }
+
+    fn say(&mut self, word: Word) {
+        let matters = !matches!(
+            word,
+            Word::Line { .. } | Word::Frame(FromWorker::Log(_) | FromWorker::Loaded)
+        );
+        if matters || self.writer.pending() <= MOST_PENDING {
+            // What came before it is written before it.
+            self.join();
+            self.writer.push(word);
+        } else {
+            self.lost += 1;
+        }
+    }
+
+    /// Makes records of what has been joined.
+    fn join(&mut self) {
+        let mut series: Vec<Points> = self.series.drain().map(|(_, points)| points).collect();
+        if !series.is_empty() {
+            series.sort_by(|a, b| a.series.cmp(&b.series));
+            self.writer.push(Word::Frame(FromWorker::Metrics(series)));
+        }
+        if let Some(progress) = self.progress.take() {
+            self.writer.push(Word::Frame(progress));
+        }
+    }
+
+    fn write(&mut self) {
+        self.join();
+        // What cannot be written now, the next time will do.
+        if self.writer.flush().is_ok() && self.lost > 0 {
+            let text = format!(
+                "{} frames came while the spool could not be written, and are lost",
+                std::mem::take(&mut self.lost)
+            );
+            self.writer.push(Word::Line {
+                source: crate::store::LogSource::Runner,
+                text,
+            });
+        }
+    }
+}
+
+async fn until(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Slurm's signals.
+struct Signals {
+    ahead: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn listen() -> std::io::Result<Self> {
+        Ok(Self {
+            ahead: signal(SignalKind::user_defined1())?,
+            terminate: signal(SignalKind::terminate())?,
+        })
+    }
+
+    async fn next(&mut self) -> Cause {
+        tokio::select! {
+            _ = self.ahead.recv() => Cause::TimeLimit,
+            _ = self.terminate.recv() => Cause::Terminated,
+        }
+    }
+}
+
+/// How often a process has been killed for want of memory: in this job where its control group tells, else on the whole
+/// machine.
+fn kills_for_memory() -> u64 {
+    let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let counted = groups.lines().find_map(|line| {
+        let path = line.strip_prefix("0::/")?;
+        // The step's group has the limit, or the job's above it does.
+        let dirs: Vec<PathBuf> = Path::new("/sys/fs/cgroup")
+            .join(path)
+            .ancestors()
+            .take(4)
+            .map(Path::to_owned)
+            .collect();
+        dirs.iter().find_map(|dir| {
+            dir.file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with("job_"))
+                .then(|| std::fs::read_to_string(dir.join("memory.events")).ok())
+                .flatten()
+        })
+    });
+    let of_group = counted.and_then(|events| {
+        let kills = events
+            .lines()
+            .find_map(|line| line.strip_prefix("oom_kill "))?;
+        kills.trim().parse().ok()
+    });
+    of_group.unwrap_or_else(out_of_memory_kills)
+}

@@ -1,0 +1,674 @@
+//! The spool: what a worker on another machine says, as files in a directory that both machines see.
+//!
+//! A job has a directory, an element of it one inside. Every time that the element is started is a *life*: its records
+//! are appended to `<life>.<piece>.open`, synced, and a piece that is full or the last gets the name `.sealed`, which no
+//! file had before. A record is a length, a checksum and JSON; a reader takes whole ones only, so a torn end is nothing
+//! yet. Records are numbered: who reads again from the beginning knows what it has had.
+//!
+//! Nothing relies on locks, on times of files, or on a name being moved over another: shared file systems keep few
+//! promises. What they say of handles that have gone stale is no answer and is asked again.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use retort_abi::Part;
+use retort_checkpoint::regular;
+use serde::{Deserialize, Serialize};
+
+use crate::frame::{self, FromWorker, Task};
+use crate::store::{LogSource, Time, Usage};
+use crate::worker::process::ExitStatus;
+
+/// The layout of these files; a worker and a runner of other layouts do not understand each other.
+pub const FORMAT: u32 = 1;
+/// Bytes after which a piece is sealed.
+const PIECE: u64 = 8 << 20;
+/// Bytes read at a time, unless a record is longer.
+const CHUNK: usize = 1 << 20;
+/// How often a stale handle is asked again.
+const STALE_TRIES: u32 = 10;
+
+/// The directory of spools in a work directory.
+pub const FOLDER: &str = ".spool";
+/// The file in a job's spool that stops its elements.
+const STOP: &str = "stop";
+/// The file that says what a job does.
+const ORDER: &str = "order.json";
+
+/// What a job is to do: written once, before it is submitted.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Order {
+    /// [`FORMAT`].
+    pub format: u32,
+    /// What each element does; a job that is no array has one, of no part.
+    pub elements: Vec<Option<Part>>,
+    /// The task of all, without a part.
+    pub task: Task,
+    /// Threads that each may use.
+    pub threads: usize,
+    /// How often an element may be started again after it has ended without a result.
+    pub requeue: u32,
+    /// Time between two writes of an element.
+    pub interval: Duration,
+    /// Whether a worker that Slurm stops ahead of its time asks for the next life itself.
+    pub again: bool,
+}
+
+/// What an element says.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Word {
+    /// A life begins.
+    Began {
+        /// Slurm's id of it.
+        job: String,
+        /// Where.
+        node: String,
+        /// The process that writes this.
+        pid: u32,
+    },
+    /// The worker sent a frame.
+    Frame(FromWorker),
+    /// The worker, or something in it, wrote a line.
+    Line {
+        /// Where to.
+        source: LogSource,
+        /// The line.
+        text: String,
+    },
+    /// The worker's process has ended.
+    Exited {
+        /// How.
+        status: ExitStatus,
+        /// What it took.
+        usage: Usage,
+        /// Whether memory ran out at that time.
+        out_of_memory: bool,
+    },
+    /// The life is over: the last record of it.
+    Over(Over),
+}
+
+/// Why a life is over.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Over {
+    /// The worker has ended, well or badly: there is nothing to do again.
+    Done,
+    /// The user wanted it to stop.
+    Stopped,
+    /// The time that Slurm gives was over.
+    TimeLimit {
+        /// Whether the worker had saved what it did.
+        at_checkpoint: bool,
+    },
+    /// Slurm ended it, for a reason that Slurm knows: preemption, `scancel`, a node that is needed.
+    Terminated {
+        /// Whether the worker had saved what it did.
+        at_checkpoint: bool,
+    },
+    /// It failed in a way that another try may not.
+    Again {
+        /// How.
+        reason: String,
+    },
+    /// It has been started too often.
+    GaveUp,
+}
+
+/// A record.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// Its number: grows with every record of an element, through all its lives.
+    pub number: u64,
+    /// When: milliseconds since 1970, by the clock of the machine that wrote it.
+    pub at: i64,
+    /// What.
+    pub word: Word,
+}
+
+/// Why a spool cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum SpoolError {
+    /// The file system refuses.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A sealed piece, or an order, makes no sense.
+    #[error("{} is damaged: {message}", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        message: String,
+    },
+}
+
+fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> SpoolError {
+    let path = path.to_owned();
+    move |source| SpoolError::Io {
+        action,
+        path,
+        source,
+    }
+}
+
+/// Does it again while the file system says that a handle is stale: the file is there under another one.
+pub fn patiently<T>(mut act: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    for _ in 1..STALE_TRIES {
+        match act() {
+            Err(error) if error.raw_os_error() == Some(libc::ESTALE) => {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            done => return done,
+        }
+    }
+    act()
+}
+
+/// Writes the order of a job, synced.
+///
+/// # Errors
+/// [`SpoolError::Io`].
+pub fn write_order(dir: &Path, order: &Order) -> Result<(), SpoolError> {
+    let path = dir.join(ORDER);
+    let text = serde_json::to_vec(order).map_err(|error| SpoolError::Damaged {
+        path: path.clone(),
+        message: error.to_string(),
+    })?;
+    put(&path, &text).map_err(failed("write", &path))
+}
+
+/// Writes a new file and makes sure that it is there for others.
+///
+/// # Errors
+/// What the file system says.
+pub fn put(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    patiently(|| {
+        fs::write(path, bytes)?;
+        File::open(path)?.sync_all()
+    })?;
+    let dir = path.parent().unwrap_or(Path::new("."));
+    File::open(dir)?.sync_all()
+}
+
+/// Reads the order of a job.
+///
+/// # Errors
+/// [`SpoolError`].
+pub fn read_order(dir: &Path) -> Result<Order, SpoolError> {
+    let path = dir.join(ORDER);
+    let damaged = |message: String| SpoolError::Damaged {
+        path: path.clone(),
+        message,
+    };
+    let mut text = Vec::new();
+    patiently(|| {
+        text.clear();
+        let limit = frame::LIMIT as u64;
+        regular::open(&path)?.take(limit).read_to_end(&mut text)
+    })
+    .map_err(failed("read", &path))?;
+    let order: Order = serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
+    match order.format {
+        FORMAT => Ok(order),
+        other => Err(damaged(format!(
+            "it was written by another retort (format {other}, this one knows {FORMAT}): both must be of one version"
+        ))),
+    }
+}
+
+/// Asks the elements of a job to stop at their next checkpoint, or makes the file in which that will be asked: what is
+/// in a file is asked of the server whenever it is opened, that a file is not there is remembered for a while.
+///
+/// # Errors
+/// [`SpoolError::Io`].
+pub fn ask_to_stop(dir: &Path, stop: bool) -> Result<(), SpoolError> {
+    let path = dir.join(STOP);
+    let word: &[u8] = if stop { b"stop" } else { b"" };
+    put(&path, word).map_err(failed("write", &path))
+}
+
+/// Whether somebody has asked the elements of a job to stop.
+pub fn is_to_stop(dir: &Path) -> bool {
+    word(&dir.join(STOP)) == "stop"
+}
+
+/// What stands in a small file; nothing where it cannot be read.
+fn word(path: &Path) -> String {
+    let read = patiently(|| regular::read(path, 64)).unwrap_or_default();
+    String::from_utf8_lossy(&read).into_owned()
+}
+
+/// The directory of an element.
+pub fn element_dir(spool: &Path, element: usize) -> PathBuf {
+    spool.join(element.to_string())
+}
+
+fn piece_path(dir: &Path, life: u32, piece: u32, sealed: bool) -> PathBuf {
+    let end = if sealed { "sealed" } else { "open" };
+    dir.join(format!("{life}.{piece}.{end}"))
+}
+
+/// A number that grows with lives and with records in them.
+fn number(life: u32, record: u32) -> u64 {
+    u64::from(life) << 32 | u64::from(record)
+}
+
+/// Writes the records of one life.
+#[derive(Debug)]
+pub struct Writer {
+    dir: PathBuf,
+    life: u32,
+    piece: u32,
+    file: File,
+    /// Bytes of the file that are known to be whole records.
+    written: u64,
+    records: u32,
+    pending: Vec<u8>,
+}
+
+impl Writer {
+    /// Begins the next life of an element.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn open(dir: &Path) -> io::Result<Self> {
+        patiently(|| fs::create_dir_all(dir))?;
+        let life = (0..u32::MAX)
+            .find_map(|life| match File::create_new(mark(dir, life)) {
+                Ok(_) => Some(Ok(life)),
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => None,
+                Err(error) => Some(Err(error)),
+            })
+            .unwrap_or(Err(io::ErrorKind::AlreadyExists.into()))?;
+        Ok(Self {
+            file: File::create_new(piece_path(dir, life, 0, false))?,
+            dir: dir.to_owned(),
+            life,
+            piece: 0,
+            written: 0,
+            records: 0,
+            pending: Vec::new(),
+        })
+    }
+
+    /// Which life this is, from 0.
+    pub fn life(&self) -> u32 {
+        self.life
+    }
+
+    /// Adds a record to what is to be written.
+    pub fn push(&mut self, word: Word) {
+        let record = Record {
+            number: number(self.life, self.records),
+            at: Time::now().0,
+            word,
+        };
+        // What a worker sent was shorter than a frame may be; the little around it is not counted.
+        let Ok(text) = serde_json::to_vec(&record) else {
+            return;
+        };
+        self.records += 1;
+        self.pending.extend((text.len() as u32).to_le_bytes());
+        self.pending.extend(checksum(&text).to_le_bytes());
+        self.pending.extend(text);
+    }
+
+    /// Bytes that are not yet written.
+    pub fn pending(&self) -> usize {
+        self.pending.len()
+    }
+
+    /// Writes and syncs what is pending. After an error it can be tried again: nothing is written twice.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn flush(&mut self) -> io::Result<()> {
+        if self.pending.is_empty() {
+            return Ok(());
+        }
+        self.file.write_all_at(&self.pending, self.written)?;
+        self.file.sync_data()?;
+        self.written += self.pending.len() as u64;
+        self.pending.clear();
+        if self.written >= PIECE {
+            self.seal_piece()?;
+            self.piece += 1;
+            self.file = File::create_new(piece_path(&self.dir, self.life, self.piece, false))?;
+            self.written = 0;
+        }
+        Ok(())
+    }
+
+    /// Writes the last records, seals the piece, and notes how the life ended for those that follow. After an error it
+    /// can be tried again.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn close(&mut self, good: bool) -> io::Result<()> {
+        self.flush()?;
+        let word = if good { GOOD } else { BAD };
+        put(&mark(&self.dir, self.life), word.as_bytes())?;
+        self.seal_piece()
+    }
+
+    /// Whether another life has begun: Slurm took this one for dead, and it must not go on.
+    pub fn is_superseded(&self) -> bool {
+        word(&mark(&self.dir, self.life)) == SUPERSEDED
+    }
+
+    /// Tells the life before this one, should it still be at work, that its time is over. Returns whether it may be.
+    pub fn supersede(&self) -> bool {
+        let Some(before) = self.life.checked_sub(1).map(|life| mark(&self.dir, life)) else {
+            return false;
+        };
+        word(&before).is_empty() && put(&before, SUPERSEDED.as_bytes()).is_ok()
+    }
+
+    /// Whether the life before this one may still be at work.
+    pub fn is_followed_too_soon(&self) -> bool {
+        let before = self.life.checked_sub(1).map(|life| mark(&self.dir, life));
+        before.is_some_and(|before| word(&before) == SUPERSEDED)
+    }
+
+    fn seal_piece(&self) -> io::Result<()> {
+        let [from, to] =
+            [false, true].map(|sealed| piece_path(&self.dir, self.life, self.piece, sealed));
+        match fs::rename(&from, &to) {
+            // Done by an earlier try.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && to.exists() => {}
+            moved => moved?,
+        }
+        File::open(&self.dir)?.sync_all()
+    }
+}
+
+/// What stands in the file of a life that has come to a good end, or to a checkpoint.
+const GOOD: &str = "good";
+/// That it has come to another.
+const BAD: &str = "bad";
+/// That the next has begun although it had not ended.
+const SUPERSEDED: &str = "superseded";
+
+/// The file that a life takes for itself, empty while it lasts.
+fn mark(dir: &Path, life: u32) -> PathBuf {
+    dir.join(format!("life-{life}"))
+}
+
+/// How many lives before this one came to no good end.
+pub fn wasted_lives(dir: &Path, before: u32) -> u32 {
+    let wasted = |life: &u32| word(&mark(dir, *life)) != GOOD;
+    u32::try_from((0..before).filter(wasted).count()).unwrap_or(u32::MAX)
+}
+
+fn checksum(bytes: &[u8]) -> u32 {
+    const CRC: crc::Crc<u32> = crc::Crc::<u32>::new(&crc::CRC_32_ISCSI);
+    CRC.checksum(bytes)
+}
+
+/// Reads the records of an element, from its first life on.
+#[derive(Debug, Clone)]
+pub struct Reader {
+    dir: PathBuf,
+    life: u32,
+    piece: u32,
+    offset: u64,
+}
+
+/// What a look at a spool gave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Seen {
+    /// Nothing new.
+    Nothing,
+    /// Records.
+    Records,
+    /// Records, and there are more.
+    More,
+}
+
+impl Reader {
+    /// Of an element that may not have begun.
+    pub fn new(dir: PathBuf) -> Self {
+        Self {
+            dir,
+            life: 0,
+            piece: 0,
+            offset: 0,
+        }
+    }
+
+    /// The life that is being read.
+    pub fn life(&self) -> u32 {
+        self.life
+    }
+
+    /// Goes on with the next life, if it has begun. What was not read of the present one is passed over.
+    pub fn turn(&mut self) -> bool {
+        let next = self.life + 1;
+        let began = [false, true]
+            .into_iter()
+            .any(|sealed| piece_path(&self.dir, next, 0, sealed).exists());
+        if began {
+            (self.life, self.piece, self.offset) = (next, 0, 0);
+        }
+        began
+    }
+
+    /// Adds the records that have come since the last look.
+    ///
+    /// # Errors
+    /// [`SpoolError`].
+    pub fn look(&mut self, records: &mut Vec<Record>) -> Result<Seen, SpoolError> {
+        let mut any = false;
+        loop {
+            let Some((path, file, sealed)) = self.open()? else {
+                return Ok(if any { Seen::Records } else { Seen::Nothing });
+            };
+            let (taken, bytes) = self.take(&path, file, sealed, records)?;
+            any |= taken > 0;
+            match (taken, sealed) {
+                // A sealed piece without more has been read to its end.
+                (0, true) => (self.piece, self.offset) = (self.piece + 1, 0),
+                (0, false) => return Ok(if any { Seen::Records } else { Seen::Nothing }),
+                (taken, _) => {
+                    self.offset += taken as u64;
+                    if bytes >= CHUNK {
+                        return Ok(Seen::More);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The present piece. It may get its other name at any time.
+    fn open(&self) -> Result<Option<(PathBuf, File, bool)>, SpoolError> {
+        for sealed in [true, false, true] {
+            let path = piece_path(&self.dir, self.life, self.piece, sealed);
+            // The first is a look: most pieces that are read are open.
+            if sealed && fs::symlink_metadata(&path).is_err() {
+                continue;
+            }
+            match patiently(|| regular::open(&path)) {
+                Ok(file) => return Ok(Some((path, file, sealed))),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(failed("open", &path)(error)),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Takes whole records; returns their bytes, and how many bytes were looked at.
+    fn take(
+        &self,
+        path: &Path,
+        mut file: File,
+        sealed: bool,
+        records: &mut Vec<Record>,
+    ) -> Result<(usize, usize), SpoolError> {
+        let damaged = |message: &str| SpoolError::Damaged {
+            path: path.to_owned(),
+            message: message.to_owned(),
+        };
+        let mut bytes = Vec::new();
+        let mut read = |bytes: &mut Vec<u8>, size: usize| {
+            patiently(|| {
+                bytes.clear();
+                file.seek(SeekFrom::Start(self.offset))?;
+                (&mut file).take(size as u64).read_to_end(bytes)
+            })
+            .map_err(failed("read", path))
+        };
+        read(&mut bytes, CHUNK)?;
+        if let Some(length) = length(&bytes)
+            && length > bytes.len() - 8
+            && bytes.len() == CHUNK
+        {
+            if length > 2 * frame::LIMIT {
+                return Err(damaged("a record is longer than any may be"));
+            }
+            read(&mut bytes, length + 8)?;
+        }
+        let mut taken = 0;
+        while let Some(length) = length(&bytes[taken..]) {
+            let Some(text) = bytes.get(taken + 8..taken + 8 + length) else {
+                break;
+            };
+            let sum = &bytes[taken + 4..taken + 8];
+            if length == 0 || checksum(text).to_le_bytes() != *sum {
+                if sealed {
+                    return Err(damaged("a record is not what its checksum says"));
+                }
+                // Not all of it has come over the network.
+                break;
+            }
+            let record = serde_json::from_slice(text).map_err(|error| {
+                damaged(&format!("a record is none that this retort knows: {error}"))
+            })?;
+            records.push(record);
+            taken += 8 + length;
+        }
+        Ok((taken, bytes.len()))
+    }
+}
+
+/// The length at the beginning of a record.
+fn length(bytes: &[u8]) -> Option<usize> {
+    let head: [u8; 4] = bytes.get(..8)?.get(..4)?.try_into().ok()?;
+    Some(u32::from_le_bytes(head) as usize)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::Line;
+
+    fn said(text: &str) -> Word {
+        Word::Frame(FromWorker::Log(vec![Line {
+            level: 3,
+            text: text.into(),
+            at: 0,
+        }]))
+    }
+
+    fn all(reader: &mut Reader) -> Vec<Record> {
+        let mut records = Vec::new();
+        while reader.look(&mut records).unwrap() == Seen::More {}
+        records
+    }
+
+    #[test]
+    fn what_is_written_is_read_once_and_in_order_through_pieces_and_lives() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("3");
+        let mut reader = Reader::new(dir.clone());
+        assert!(all(&mut reader).is_empty(), "nothing has begun");
+        let mut numbers = Vec::new();
+        for life in 0..3 {
+            assert!(!reader.turn(), "the next has not begun");
+            let mut writer = Writer::open(&dir).unwrap();
+            assert_eq!((writer.life(), reader.turn()), (life, life > 0));
+            // Pieces and records beyond what is read at once.
+            for size in [10, CHUNK + 5, 3, PIECE as usize, 1] {
+                writer.push(said(&"x".repeat(size)));
+                writer.flush().unwrap();
+                numbers.extend(all(&mut reader).iter().map(|record| record.number));
+            }
+            writer.push(Word::Over(Over::Done));
+            writer.close(life == 1).unwrap();
+            numbers.extend(all(&mut reader).iter().map(|record| record.number));
+            assert_eq!(numbers.len(), 6 * (life as usize + 1));
+        }
+        assert!(numbers.is_sorted());
+        assert_eq!(wasted_lives(&dir, 3), 2);
+        let mut again = Reader::new(dir);
+        let mut once_more = Vec::new();
+        loop {
+            once_more.extend(all(&mut again).iter().map(|record| record.number));
+            if !again.turn() {
+                break;
+            }
+        }
+        assert_eq!(once_more, numbers);
+    }
+
+    #[test]
+    fn a_life_learns_that_another_has_begun() {
+        let root = tempfile::tempdir().unwrap();
+        let old = Writer::open(root.path()).unwrap();
+        assert!(!old.supersede() && !old.is_superseded());
+        let mut new = Writer::open(root.path()).unwrap();
+        assert!(new.supersede() && old.is_superseded() && new.is_followed_too_soon());
+        let mut old = old;
+        old.close(false).unwrap();
+        assert!(!new.is_followed_too_soon());
+        new.close(true).unwrap();
+        let third = Writer::open(root.path()).unwrap();
+        assert!(!third.supersede(), "it has ended");
+    }
+
+    #[test]
+    fn a_torn_end_is_nothing_yet() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("0");
+        let mut writer = Writer::open(&dir).unwrap();
+        writer.push(said("one"));
+        writer.push(said("two"));
+        writer.flush().unwrap();
+        let path = piece_path(&dir, 0, 0, false);
+        let whole = fs::read(&path).unwrap();
+        for end in 0..=whole.len() {
+            let mut reader = Reader::new(dir.clone());
+            // As a file looks of which the last page has not come: its length, and zeros.
+            let mut torn = whole[..end].to_vec();
+            torn.resize(whole.len(), 0);
+            for bytes in [&whole[..end], &torn[..]] {
+                fs::write(&path, bytes).unwrap();
+                let seen = all(&mut reader.clone()).len();
+                assert!(
+                    seen <= 2 && (end == whole.len()) == (seen == 2),
+                    "{end}: {seen}"
+                );
+            }
+            let first = all(&mut reader).len();
+            fs::write(&path, &whole).unwrap();
+            assert_eq!(first + all(&mut reader).len(), 2, "{end}");
+        }
+        let mut reader = Reader::new(dir.clone());
+        let mut spoilt = whole.clone();
+        spoilt[20] ^= 1;
+        fs::remove_file(&path).unwrap();
+        fs::write(piece_path(&dir, 0, 0, true), spoilt).unwrap();
+        let error = reader.look(&mut Vec::new()).unwrap_err().to_string();
+        assert!(error.contains("0.0.sealed is damaged"), "{error}");
+    }
+}

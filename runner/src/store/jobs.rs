@@ -1,0 +1,529 @@
+//! Jobs of a cluster that do the work of attempts: what was submitted, how far its elements are, how each life ended.
+
+use serde::Serialize;
+use sqlx::Row;
+
+use super::time::Time;
+use super::{AttemptId, RunId, Store, StoreError};
+
+/// Names a job, within one store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct JobKey(pub i64);
+
+/// A job that is not over, as it was left.
+#[derive(Debug, Clone, PartialEq)]
+pub struct OpenJob {
+    /// Its key.
+    pub key: JobKey,
+    /// The name by which Slurm knows it, and that of its spool.
+    pub name: String,
+    /// Slurm's id, once it has one.
+    pub job: Option<u64>,
+    /// The number of the last record taken over, by element.
+    pub imported: Vec<(usize, u64)>,
+}
+
+/// A job, for people.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct JobRow {
+    /// The stage that it works for.
+    pub stage: String,
+    /// Slurm's id, once it has one.
+    pub job: Option<u64>,
+    /// Elements of an array; 0: it is none.
+    pub elements: u32,
+    /// Elements that wait.
+    pub queued: u32,
+    /// Elements that run.
+    pub running: u32,
+    /// When it was submitted.
+    pub submitted: Time,
+    /// When nothing of it was left to do.
+    pub over: Option<Time>,
+    /// How lives of its elements ended, and how often in each way.
+    pub ends: Vec<(String, u32)>,
+}
+
+/// The jobs of a run that its runner has left.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Left {
+    /// The run.
+    pub run: RunId,
+    /// Whether the runner has left it on purpose.
+    pub detached: bool,
+    /// Slurm's ids.
+    pub jobs: Vec<u64>,
+}
+
+/// What has become of an element.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ElementNews {
+    /// It waits, for this.
+    Queued(String),
+    /// It runs.
+    Running,
+    /// A life of it has begun.
+    Began {
+        /// Which.
+        life: u32,
+        /// Where.
+        node: String,
+        /// When.
+        at: i64,
+    },
+    /// A life of it has ended.
+    Ended {
+        /// Which.
+        life: u32,
+        /// How, in few words.
+        reason: String,
+        /// When.
+        at: i64,
+    },
+    /// It has ended while nobody was there, like this.
+    Lost {
+        /// In few words.
+        reason: String,
+    },
+    /// Nothing more comes of it.
+    Over,
+}
+
+impl Store {
+    /// Records a job that is about to be submitted.
+    ///
+    /// # Errors
+    /// As [`Store::begin_run`].
+    pub async fn begin_job(
+        &self,
+        attempt: AttemptId,
+        digest: &str,
+        name: &str,
+        elements: Option<usize>,
+    ) -> Result<JobKey, StoreError> {
+        let mut write = self.write().await?;
+        let count = elements.unwrap_or(0);
+        let key = sqlx::query(
+            "insert into jobs (attempt, digest, name, cluster, elements, submitted) values (?1, ?2, ?3, '', ?4, ?5)",
+        )
+        .bind(attempt.0)
+        .bind(digest)
+        .bind(name)
+        .bind(number(count))
+        .bind(Time::now().0)
+        .execute(&mut *write)
+        .await?
+        .last_insert_rowid();
+        for element in 0..count.max(1) {
+            sqlx::query(
+                "insert into job_elements (job, element, state, imported) values (?1, ?2, 'queued', 0)",
+            )
+            .bind(key)
+            .bind(number(element))
+            .execute(&mut *write)
+            .await?;
+        }
+        write.commit().await?;
+        Ok(JobKey(key))
+    }
+
+    /// Records that Slurm has taken a job.
+    ///
+    /// # Errors
+    /// As [`Store::begin_run`].
+    pub async fn job_submitted(
+        &self,
+        key: JobKey,
+        job: u64,
+        cluster: &str,
+    ) -> Result<(), StoreError> {
+        let mut write = self.write().await?;
+        sqlx::query("update jobs set job = ?2, cluster = ?3 where key = ?1")
+            .bind(key.0)
+            .bind(job.cast_signed())
+            .bind(cluster)
+            .execute(&mut *write)
+            .await?;
+        write.commit().await
+    }
+
+    /// Forgets a job that Slurm has not taken.
+    ///
+    /// # Errors
+    /// As [`Store::begin_run`].
+    pub async fn job_refused(&self, key: JobKey) -> Result<(), StoreError> {
+        let mut write = self.write().await?;
+        sqlx::query("delete from jobs where key = ?1")
+            .bind(key.0)
+            .execute(&mut *write)
+            .await?;
+        write.commit().await
+    }
+
+    /// The jobs for a stage with this digest that are not over, in order.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`], [`StoreError::Sql`].
+    pub async fn open_jobs(&self, digest: &str) -> Result<Vec<OpenJob>, StoreError> {
+        let rows = sqlx::query(
+            "select key, name, job from jobs where digest = ?1 and over is null order by key",
+        )
+        .bind(digest)
+        .fetch_all(self.pool())
+        .await?;
+        let mut jobs = Vec::new();
+        for row in rows {
+            let key: i64 = row.try_get("key")?;
+            let imported: Vec<(i64, i64)> =
+                sqlx::query_as("select element, imported from job_elements where job = ?1")
+                    .bind(key)
+                    .fetch_all(self.pool())
+                    .await?;
+            jobs.push(OpenJob {
+                key: JobKey(key),
+                name: row.try_get("name")?,
+                job: row
+                    .try_get::<Option<i64>, _>("job")?
+                    .map(i64::cast_unsigned),
+                imported: imported
+                    .into_iter()
+                    .filter_map(|(element, number)| {
+                        Some((usize::try_from(element).ok()?, number.cast_unsigned()))
+                    })
+                    .collect(),
+            });
+        }
+        Ok(jobs)
+    }
+
+    /// Records that another attempt takes a job over.
+    ///
+    /// # Errors
+    /// As [`Store::begin_run`].
+    pub async fn job_taken(&self, key: JobKey, attempt: AttemptId) -> Result<(), StoreError> {
+        let mut write = self.write().await?;
+        sqlx::query("update jobs set taken_by = ?2 where key = ?1")
+            .bind(key.0)
+            .bind(attempt.0)
+            .execute(&mut *write)
+            .await?;
+        write.commit().await
+    }
+
+    /// Records that nothing of a job is left to do.
+    ///
+    /// # Errors
+    /// As [`Store::begin_run`].
+    pub async fn job_over(&self, key: JobKey) -> Result<(), StoreError> {
+        let mut write = self.write().await?;
+        sqlx::query("update jobs set over = ?2 where key = ?1 and over is null")
+            .bind(key.0)
+            .bind(Time::now().0)
+            .execute(&mut *write)
+            .await?;
+        write.commit().await
+    }
+
+    /// Records what has become of elements.
+    ///
+    /// # Errors
+    /// As [`Store::begin_run`].
+    pub async fn note_elements(
+        &self,
+        news: &[(JobKey, usize, ElementNews)],
+    ) -> Result<(), StoreError> {
+        if news.is_empty() {
+            return Ok(());
+        }
+        let mut write = self.write().await?;
+        for (key, element, news) in news {
+            let element = number(*element);
+            let (state, why) = match news {
+                ElementNews::Queued(why) => ("queued", Some(why.as_str())),
+                ElementNews::Running | ElementNews::Began { .. } => ("running", None),
+                ElementNews::Ended { .. } => ("queued", None),
+                ElementNews::Lost { .. } | ElementNews::Over => ("over", None),
+            };
+            sqlx::query(
+                "update job_elements set state = ?3, why = ?4 where job = ?1 and element = ?2",
+            )
+            .bind(key.0)
+            .bind(element)
+            .bind(state)
+            .bind(why)
+            .execute(&mut *write)
+            .await?;
+            match news {
+                ElementNews::Began { life, node, at } => {
+                    sqlx::query(
+                        "insert or ignore into job_lives (job, element, life, node, started)
+                         values (?1, ?2, ?3, ?4, ?5)",
+                    )
+                    .bind(key.0)
+                    .bind(element)
+                    .bind(life)
+                    .bind(node)
+                    .bind(at)
+                    .execute(&mut *write)
+                    .await?;
+                }
+                ElementNews::Ended { life, reason, at } => {
+                    // One that never said that it had begun has an end all the same.
+                    sqlx::query(
+                        "insert into job_lives (job, element, life, node, started, finished, reason)
+                         values (?1, ?2, ?3, '', ?4, ?4, ?5)
+                         on conflict do update set finished = ?4, reason = ?5 where finished is null",
+                    )
+                    .bind(key.0)
+                    .bind(element)
+                    .bind(life)
+                    .bind(at)
+                    .bind(reason)
+                    .execute(&mut *write)
+                    .await?;
+                }
+                ElementNews::Lost { reason } => {
+                    sqlx::query(
+                        "update job_lives set finished = ?3, reason = ?4
+                         where job = ?1 and element = ?2 and finished is null",
+                    )
+                    .bind(key.0)
+                    .bind(element)
+                    .bind(Time::now().0)
+                    .bind(reason)
+                    .execute(&mut *write)
+                    .await?;
+                }
+                ElementNews::Queued(_) | ElementNews::Running | ElementNews::Over => {}
+            }
+        }
+        write.commit().await
+    }
+
+    /// Records how far what elements say has been taken over.
+    ///
+    /// # Errors
+    /// As [`Store::begin_run`].
+    pub async fn note_imported(
+        &self,
+        marks: impl IntoIterator<Item = (JobKey, usize, u64)>,
+    ) -> Result<(), StoreError> {
+        let mut write = self.write().await?;
+        for (key, element, mark) in marks {
+            sqlx::query("update job_elements set imported = ?3 where job = ?1 and element = ?2")
+                .bind(key.0)
+                .bind(number(element))
+                .bind(mark.cast_signed())
+                .execute(&mut *write)
+                .await?;
+        }
+        write.commit().await
+    }
+
+    /// Records whether, and why, nothing of an attempt runs: its stage is queued then.
+    ///
+    /// # Errors
+    /// As [`Store::begin_run`].
+    pub async fn attempt_waits(
+        &self,
+        attempt: AttemptId,
+        why: Option<&str>,
+    ) -> Result<(), StoreError> {
+        let mut write = self.write().await?;
+        sqlx::query("update attempts set waiting = ?2 where key = ?1")
+            .bind(attempt.0)
+            .bind(why)
+            .execute(&mut *write)
+            .await?;
+        let state = if why.is_some() { "queued" } else { "running" };
+        sqlx::query(
+            "update stages set state = ?2
+             where key = (select stage from attempts where key = ?1) and state in ('queued', 'running')",
+        )
+        .bind(attempt.0)
+        .bind(state)
+        .execute(&mut *write)
+        .await?;
+        sqlx::query(
+            "update runs set state = case
+                 when exists (select 1 from stages where run = runs.key and state not in ('queued', 'reused'))
+                 then 'running' else 'queued' end
+             where key = (select s.run from stages s join attempts a on a.stage = s.key where a.key = ?1)
+               and state in ('queued', 'running')",
+        )
+        .bind(attempt.0)
+        .execute(&mut *write)
+        .await?;
+        write.commit().await
+    }
+
+    /// Records that the runner leaves a run to Slurm.
+    ///
+    /// # Errors
+    /// As [`Store::begin_run`].
+    pub async fn leave_to_scheduler(&self, run: &RunId) -> Result<(), StoreError> {
+        let mut write = self.write().await?;
+        sqlx::query(
+            "update leases set scheduler = 1 where run = (select key from runs where id = ?1)",
+        )
+        .bind(&run.0)
+        .execute(&mut *write)
+        .await?;
+        write.commit().await
+    }
+
+    /// The jobs of a run, in order.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`], [`StoreError::Sql`].
+    pub async fn jobs(&self, run: &RunId) -> Result<Vec<JobRow>, StoreError> {
+        let rows = sqlx::query(
+            "select j.key, s.name as stage, j.job, j.elements, j.submitted, j.over,
+                    (select count(*) from job_elements e where e.job = j.key and e.state = 'queued') as queued,
+                    (select count(*) from job_elements e where e.job = j.key and e.state = 'running') as running
+             from jobs j
+             join attempts a on a.key in (j.attempt, j.taken_by)
+             join stages s on s.key = a.stage
+             where s.run = (select key from runs where id = ?1)
+             group by j.key order by j.key",
+        )
+        .bind(&run.0)
+        .fetch_all(self.pool())
+        .await?;
+        let mut jobs = Vec::new();
+        for row in rows {
+            let ends = sqlx::query_as(
+                "select reason, count(*) from job_lives where job = ?1 and reason is not null
+                 group by reason order by count(*) desc, reason",
+            )
+            .bind(row.try_get::<i64, _>("key")?)
+            .fetch_all(self.pool())
+            .await?;
+            jobs.push(JobRow {
+                stage: row.try_get("stage")?,
+                job: row
+                    .try_get::<Option<i64>, _>("job")?
+                    .map(i64::cast_unsigned),
+                elements: row.try_get("elements")?,
+                queued: row.try_get("queued")?,
+                running: row.try_get("running")?,
+                submitted: Time(row.try_get("submitted")?),
+                over: row.try_get::<Option<i64>, _>("over")?.map(Time),
+                ends,
+            });
+        }
+        Ok(jobs)
+    }
+
+    /// The runs whose runner has left while jobs of theirs were not over.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`], [`StoreError::Sql`].
+    pub async fn left_to_scheduler(&self) -> Result<Vec<Left>, StoreError> {
+        let gone = self.without_runner().await?;
+        let mut left = Vec::new();
+        for (key, id, detached) in gone {
+            let jobs: Vec<i64> = sqlx::query_scalar(
+                "select distinct j.job from jobs j
+                 join attempts a on a.key in (j.attempt, j.taken_by) join stages s on s.key = a.stage
+                 where s.run = ?1 and j.over is null and j.job is not null",
+            )
+            .bind(key)
+            .fetch_all(self.pool())
+            .await?;
+            left.push(Left {
+                run: RunId(id),
+                detached,
+                jobs: jobs.into_iter().map(i64::cast_unsigned).collect(),
+            });
+        }
+        Ok(left)
+    }
+
+    /// Records why all jobs of a run that was left to Slurm wait there, or that one runs.
+    ///
+    /// # Errors
+    /// As [`Store::begin_run`].
+    pub async fn scheduler_says(
+        &self,
+        left: &Left,
+        waiting: Option<&str>,
+    ) -> Result<(), StoreError> {
+        let mut connection = super::schema::connect_for_writing(self.dir()).await?;
+        let state = if waiting.is_some() {
+            "queued"
+        } else {
+            "running"
+        };
+        for statement in [
+            "update attempts set waiting = ?2
+             where state = 'running' and stage in (select key from stages where run = (select key from runs where id = ?1))",
+            "update stages set state = ?3
+             where run = (select key from runs where id = ?1) and state in ('queued', 'running')
+               and exists (select 1 from attempts where stage = stages.key and state = 'running')",
+        ] {
+            sqlx::query(statement)
+                .bind(&left.run.0)
+                .bind(waiting)
+                .bind(state)
+                .execute(&mut connection)
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// Whether all attempts of a run that are under way have been submitted.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`], [`StoreError::Sql`].
+    pub async fn is_submitted(&self, run: &RunId) -> Result<bool, StoreError> {
+        let (all, not_yet): (i64, i64) = sqlx::query_as(
+            "select count(*), count(*) filter (where a.waiting in ('', 'not submitted') or a.waiting like 'the queue%')
+             from attempts a join stages s on s.key = a.stage
+             where s.run = (select key from runs where id = ?1) and a.state = 'running'",
+        )
+        .bind(&run.0)
+        .fetch_one(self.pool())
+        .await?;
+        Ok(all > 0 && not_yet == 0)
+    }
+
+    /// Records that another run takes up what a run has left to Slurm.
+    ///
+    /// # Errors
+    /// As [`Store::begin_run`].
+    pub async fn take_up(&self, left: &Left) -> Result<(), StoreError> {
+        self.end_left(left, "taken up again while its Slurm jobs went on")
+            .await
+    }
+
+    /// Records that a run which was left to Slurm has no job there any more.
+    ///
+    /// # Errors
+    /// As [`Store::begin_run`].
+    pub async fn scheduler_is_done(&self, left: &Left) -> Result<(), StoreError> {
+        let error = "its Slurm jobs have ended; `retort resume` takes over what they made";
+        self.end_left(left, error).await
+    }
+
+    async fn end_left(&self, left: &Left, error: &str) -> Result<(), StoreError> {
+        let state = if left.detached { "interrupted" } else { "lost" };
+        let mut connection = super::schema::connect_for_writing(self.dir()).await?;
+        sqlx::query(
+            "update runs set state = ?2, error = ?3, finished = ?4
+             where id = ?1 and state in ('queued', 'running')",
+        )
+        .bind(&left.run.0)
+        .bind(state)
+        .bind(error)
+        .bind(Time::now().0)
+        .execute(&mut connection)
+        .await?;
+        Ok(())
+    }
+}
+
+/// Numbers of elements fit.
+fn number(number: usize) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}

@@ -1,0 +1,11 @@
+//! Stages as jobs of Slurm: against a real one, of two nodes on this machine, and at scale against one that is imagined.
+
+#[path = "cluster/imagined.rs"]
+mod imagined;
+#[path = "cluster/jobs.rs"]
+mod jobs;
+#[path = "runner/lab.rs"]
+#[allow(dead_code)]
+mod lab;
+#[path = "cluster/site.rs"]
+mod site;

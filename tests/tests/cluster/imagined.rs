@@ -1,0 +1,511 @@
+//! 1.2 million pairs in 1,200 elements over 64 nodes that are imagined: Slurm's programs are scripts, nodes a thread that
+//! writes what workers would. The runner is the real one, and what happens to a cluster of this size happens to it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use retort::artifact;
+use retort::cluster::spool::{self, Order, Over, Word, Writer};
+use retort::frame::{Answer, Call, FromWorker, Points, Progress};
+use retort::store::{ArtifactRecord, Usage};
+use retort::worker::process::ExitStatus;
+use retort_abi::StageResult;
+
+use crate::lab::{Lab, Running, Said, compile, wait_for};
+
+const ELEMENTS: usize = 1200;
+const NODES: usize = 64;
+const PLACES: usize = 16;
+/// Pairs of an element, and of a shard of it.
+const PAIRS: usize = 1000;
+const SHARD: usize = 100;
+/// Time that a shard takes.
+const PACE: Duration = Duration::from_millis(2500);
+
+/// An element on its way.
+struct Element {
+    job: usize,
+    index: Option<usize>,
+    /// Its number among all parts; none of the whole.
+    part: Option<usize>,
+    state: &'static str,
+    node: Option<usize>,
+    writer: Option<Writer>,
+    next: Instant,
+    done: usize,
+    lives: usize,
+}
+
+struct Cluster {
+    dir: PathBuf,
+    orders: Vec<(PathBuf, Order)>,
+    elements: Vec<Element>,
+    lost: BTreeSet<usize>,
+    /// Elements that have already failed once.
+    failed: BTreeSet<usize>,
+    /// How lives ended, as it was brought about.
+    ends: BTreeMap<&'static str, usize>,
+}
+
+/// What the test and the nodes share.
+#[derive(Default)]
+struct Shared {
+    running: AtomicUsize,
+    lose_a_node: AtomicBool,
+    over: AtomicBool,
+    ends: Mutex<BTreeMap<&'static str, usize>>,
+}
+
+/// Slurm's programs, as far as a runner asks them anything.
+fn programs(dir: &Path) {
+    let scripts = [
+        (
+            "sbatch",
+            "n=1; while ! mkdir \"$SIM/jobs/$n\" 2>/dev/null; do n=$((n+1)); done
+             printf '%s\\n' \"$@\" > \"$SIM/jobs/$n/draft\"; mv \"$SIM/jobs/$n/draft\" \"$SIM/jobs/$n/args\"; echo $n",
+        ),
+        ("squeue", "case \"$*\" in *--name=*) ;; *) cat \"$SIM/queue\";; esac"),
+        ("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1"),
+        ("scancel", "exit 0"),
+        ("scontrol", "echo 'MaxArraySize = 1001'"),
+    ];
+    fs::create_dir(dir.join("bin")).unwrap();
+    fs::create_dir(dir.join("jobs")).unwrap();
+    fs::write(dir.join("queue"), "").unwrap();
+    for (name, script) in scripts {
+        let path = dir.join("bin").join(name);
+        fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+}
+
+impl Cluster {
+    fn take_jobs(&mut self) {
+        loop {
+            let job = self.orders.len() + 1;
+            let Ok(arguments) = fs::read_to_string(self.dir.join(format!("jobs/{job}/args")))
+            else {
+                return;
+            };
+            let value = |name: &str| arguments.lines().find_map(|line| line.strip_prefix(name));
+            let spool = PathBuf::from(value("--chdir=").unwrap());
+            let order = spool::read_order(&spool).unwrap();
+            let array = value("--array=").is_some();
+            for (index, part) in order.elements.iter().enumerate() {
+                self.elements.push(Element {
+                    job,
+                    index: array.then_some(index),
+                    part: part.map(|part| part.index),
+                    state: "PENDING",
+                    node: None,
+                    writer: None,
+                    next: Instant::now(),
+                    done: 0,
+                    lives: 0,
+                });
+            }
+            self.orders.push((spool, order));
+        }
+    }
+
+    fn start_what_has_room(&mut self) {
+        let mut used = [0; NODES];
+        for node in self.elements.iter().filter_map(|element| element.node) {
+            used[node] += 1;
+        }
+        let mut places = (0..NODES)
+            .filter(|node| !self.lost.contains(node))
+            .flat_map(|node| std::iter::repeat_n(node, PLACES - used[node]))
+            .collect::<Vec<_>>();
+        for (number, element) in self.elements.iter_mut().enumerate() {
+            if element.state != "PENDING" || element.next > Instant::now() {
+                continue;
+            }
+            let Some(node) = places.pop() else { return };
+            let (spool, _) = &self.orders[element.job - 1];
+            let mut writer =
+                Writer::open(&spool::element_dir(spool, element.index.unwrap_or(0))).unwrap();
+            writer.push(Word::Began {
+                job: format!("{}", element.job),
+                node: format!("node{node}"),
+                pid: 1,
+            });
+            writer.flush().unwrap();
+            (element.state, element.node, element.writer) = ("RUNNING", Some(node), Some(writer));
+            element.lives += 1;
+            // Not all at the same moment.
+            element.next = Instant::now() + PACE * u32::try_from(number % 50).unwrap() / 50;
+        }
+    }
+
+    fn work(&mut self, work_dir: &Path) {
+        for number in 0..self.elements.len() {
+            let element = &mut self.elements[number];
+            if element.state != "RUNNING" || element.next > Instant::now() {
+                continue;
+            }
+            element.next = Instant::now() + PACE;
+            let Some(part) = element.part else {
+                self.make_the_whole(number, work_dir);
+                continue;
+            };
+            let writer = element.writer.as_mut().unwrap();
+            // What an earlier life has made is there.
+            while work_dir.join(format!("{}-{}", part, element.done)).exists() {
+                element.done += 1;
+            }
+            if element.done < PAIRS / SHARD {
+                let start = part * PAIRS + element.done * SHARD;
+                let path = work_dir.join(format!("{}-{}", part, element.done));
+                fs::write(path, format!("{start} {}", start + SHARD)).unwrap();
+                writer.push(Word::Frame(FromWorker::Metrics(vec![Points {
+                    series: "made".into(),
+                    steps: vec![element.done as u64],
+                    values: vec![start as f64],
+                    at: vec![1_795_000_000_000],
+                }])));
+                element.done += 1;
+                writer.push(Word::Frame(FromWorker::Progress(Progress {
+                    done: (element.done * SHARD) as u64,
+                    total: PAIRS as u64,
+                    unit: "pairs".into(),
+                })));
+                writer.flush().unwrap();
+                // One in a hundred fails, each kind in turn.
+                if part % 100 == 7 && element.done == 3 && self.failed.insert(part) {
+                    self.fail(number);
+                }
+            } else {
+                self.end(number, StageResult::of_part(), Vec::new());
+            }
+        }
+    }
+
+    fn ended(&mut self, how: &'static str) {
+        *self.ends.entry(how).or_default() += 1;
+    }
+
+    fn fail(&mut self, number: usize) {
+        let element = &mut self.elements[number];
+        let kind = self.failed.len() % 3;
+        let mut writer = element.writer.take().unwrap();
+        element.node = None;
+        let (state, end) = match kind {
+            0 => ("FAILED", "died without a word"),
+            1 => ("NODE_FAIL", "node failed"),
+            _ => {
+                let reason = "its worker was killed by SIGKILL".to_owned();
+                writer.push(Word::Over(Over::Again { reason }));
+                writer.close(false).unwrap();
+                ("PENDING", "its worker was killed by SIGKILL")
+            }
+        };
+        element.state = state;
+        element.next = Instant::now() + Duration::from_secs(3);
+        self.ended(end);
+    }
+
+    fn end(&mut self, number: usize, result: StageResult, frames: Vec<FromWorker>) {
+        let element = &mut self.elements[number];
+        let mut writer = element.writer.take().unwrap();
+        for frame in frames
+            .into_iter()
+            .chain([FromWorker::Answer(Answer::Result(result))])
+        {
+            writer.push(Word::Frame(frame));
+        }
+        writer.push(Word::Exited {
+            status: ExitStatus::Code(0),
+            usage: Usage::default(),
+            out_of_memory: false,
+        });
+        writer.push(Word::Over(Over::Done));
+        writer.close(true).unwrap();
+        (element.state, element.node) = ("COMPLETED", None);
+        self.ended("succeeded");
+    }
+
+    /// All shards, as one artifact.
+    fn make_the_whole(&mut self, number: usize, work_dir: &Path) {
+        let (spool, order) = &self.orders[self.elements[number].job - 1];
+        let Call::Run { artifacts, .. } = &order.task.call else {
+            panic!()
+        };
+        let staging = spool.join("staging");
+        fs::create_dir_all(&staging).unwrap();
+        let mut manifest = String::new();
+        for entry in fs::read_dir(work_dir).unwrap().flatten() {
+            if entry.file_type().unwrap().is_file() {
+                manifest += &(fs::read_to_string(entry.path()).unwrap() + "\n");
+            }
+        }
+        fs::write(staging.join("pairs"), manifest).unwrap();
+        let contents = artifact::commit(&staging, artifacts).unwrap();
+        let record = ArtifactRecord {
+            hash: contents.hash,
+            kind: "thing".into(),
+            name: "pairs".into(),
+            size: contents.size,
+            files: contents.files,
+            meta: retort_abi::ArtifactMeta::default(),
+        };
+        let result = StageResult {
+            output: 1,
+            summary: serde_json::Value::Null,
+        };
+        let record = Box::new(record);
+        self.end(number, result, vec![FromWorker::Artifact { id: 1, record }]);
+    }
+
+    /// A node is gone, and Slurm starts again what ran there.
+    fn lose_a_node(&mut self) {
+        let node = self
+            .elements
+            .iter()
+            .find_map(|element| element.node)
+            .unwrap();
+        self.lost.insert(node);
+        for number in 0..self.elements.len() {
+            let element = &mut self.elements[number];
+            if element.node == Some(node) {
+                (element.writer, element.node) = (None, None);
+                element.state = "PENDING";
+                element.next = Instant::now() + Duration::from_secs(8);
+                self.ended("node failed, or preempted");
+            }
+        }
+    }
+
+    fn tell(&self) {
+        let line = |element: &Element| {
+            let index = element
+                .index
+                .map_or("N/A".to_owned(), |index| index.to_string());
+            let node = element
+                .node
+                .map_or(String::new(), |node| format!("node{node}"));
+            let reason = if element.lives > 0 {
+                "BeginTime"
+            } else {
+                "Resources"
+            };
+            format!(
+                "{}|{index}|{}|{reason}|{node}\n",
+                element.job, element.state
+            )
+        };
+        let text: String = self.elements.iter().map(line).collect();
+        fs::write(self.dir.join("draft"), text).unwrap();
+        fs::rename(self.dir.join("draft"), self.dir.join("queue")).unwrap();
+    }
+}
+
+fn nodes(dir: PathBuf, shared: Arc<Shared>) {
+    let mut cluster = Cluster {
+        dir,
+        orders: Vec::new(),
+        elements: Vec::new(),
+        lost: BTreeSet::new(),
+        failed: BTreeSet::new(),
+        ends: BTreeMap::new(),
+    };
+    while !shared.over.load(Ordering::Relaxed) {
+        cluster.take_jobs();
+        cluster.start_what_has_room();
+        let work_dir = cluster
+            .orders
+            .first()
+            .and_then(|(_, order)| match &order.task.call {
+                Call::Run { job, .. } => job.work_dir.clone(),
+                _ => None,
+            });
+        if let Some(work_dir) = work_dir {
+            cluster.work(&work_dir);
+        }
+        if shared.lose_a_node.swap(false, Ordering::Relaxed) {
+            cluster.lose_a_node();
+        }
+        cluster.tell();
+        let running = cluster
+            .elements
+            .iter()
+            .filter(|element| element.state == "RUNNING");
+        shared.running.store(running.count(), Ordering::Relaxed);
+        shared.ends.lock().unwrap().clone_from(&cluster.ends);
+        thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// Seconds of processor time that a process has taken.
+fn cpu_seconds(pid: u32) -> f64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let (_, fields) = stat.rsplit_once(')').unwrap();
+    let ticks: Vec<f64> = fields
+        .split_whitespace()
+        .skip(11)
+        .take(2)
+        .map(|field| field.parse().unwrap())
+        .collect();
+    // SAFETY: a plain system call.
+    (ticks[0] + ticks[1]) / unsafe { libc::sysconf(libc::_SC_CLK_TCK) } as f64
+}
+
+/// The most memory that a process has had, in bytes.
+fn most_memory(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    line.map_or(0, |line| {
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+    })
+}
+
+#[test]
+fn a_million_pairs_on_sixty_four_nodes() {
+    // A file system in memory: it is the runner that is looked at, not the disk under a thousand workers.
+    let root = [Path::new("/dev/shm"), &std::env::temp_dir()]
+        .into_iter()
+        .find(|dir| dir.is_dir())
+        .map(Path::to_owned)
+        .unwrap();
+    let dir = tempfile::Builder::new()
+        .prefix("cluster")
+        .tempdir_in(root)
+        .unwrap();
+    programs(dir.path());
+    let plugins = dir.path().join("plugins");
+    fs::create_dir(&plugins).unwrap();
+    let divisible = "-DFAULTY_DIVISIBLE=\"true\"";
+    compile(
+        "faulty.c",
+        &[divisible],
+        &plugins.join("libretort_faulty.so"),
+    );
+    let lab = Lab { dir };
+    lab.recipe(&[&format!("a: {{kind: do, workers: {ELEMENTS}}}")]);
+    let command = |arguments: &[&str]| -> Command {
+        let mut command = lab.command(arguments);
+        let path = std::env::var("PATH").unwrap();
+        command
+            .env(
+                "PATH",
+                format!("{}:{path}", lab.dir.path().join("bin").display()),
+            )
+            .env("SIM", lab.dir.path())
+            .args(["--plugin-dir", plugins.to_str().unwrap()])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command
+    };
+    let shared = Arc::new(Shared::default());
+    let cluster = {
+        let (dir, shared) = (lab.dir.path().to_owned(), Arc::clone(&shared));
+        thread::spawn(move || nodes(dir, shared))
+    };
+    let settings = ["--executor", "slurm", "--slurm", "poll=5s"];
+    let arguments = [&["run", "r.yaml"][..], &settings].concat();
+    let first = Running::new(command(&arguments).spawn().unwrap());
+    let pid = first.child.id();
+    wait_for("a full cluster", || {
+        (shared.running.load(Ordering::Relaxed) > 900).then_some(())
+    });
+    thread::sleep(Duration::from_secs(3));
+    let (cpu, began) = (cpu_seconds(pid), Instant::now());
+    shared.lose_a_node.store(true, Ordering::Relaxed);
+    thread::sleep(Duration::from_secs(12));
+    let share = (cpu_seconds(pid) - cpu) / began.elapsed().as_secs_f64();
+    let running = shared.running.load(Ordering::Relaxed);
+    let memory = most_memory(pid);
+    // The runner is gone, and a node with it, while the others go on.
+    first.signal(9);
+    first.end();
+    shared.lose_a_node.store(true, Ordering::Relaxed);
+    thread::sleep(Duration::from_secs(3));
+    let second = Running::new(
+        command(&[&["resume"][..], &settings[2..]].concat())
+            .spawn()
+            .unwrap(),
+    );
+    let resumed = second.child.id();
+    let most = Arc::new(AtomicUsize::new(0));
+    let watch = {
+        let most = Arc::clone(&most);
+        thread::spawn(move || {
+            while Path::new(&format!("/proc/{resumed}/status")).exists() {
+                let memory = usize::try_from(most_memory(resumed)).unwrap();
+                if memory == 0 {
+                    return;
+                }
+                most.fetch_max(memory, Ordering::Relaxed);
+                thread::sleep(Duration::from_millis(200));
+            }
+        })
+    };
+    let said: Said = second.end();
+    watch.join().unwrap();
+    shared.over.store(true, Ordering::Relaxed);
+    cluster.join().unwrap();
+    let said = said.expect(0);
+    assert!(said.stderr.contains("taken up"), "{}", said.stderr);
+    let memory = memory.max(most.load(Ordering::Relaxed) as u64);
+    let figures = format!(
+        "runner: {} MB at most, {:.1} % of a core with {running} elements running",
+        memory >> 20,
+        100.0 * share
+    );
+    eprintln!("{figures}");
+
+    // Every pair once.
+    let output = retort(&command, &["artifacts", "list", "latest", "--json"]).json();
+    let path = PathBuf::from(output[0]["path"].as_str().unwrap());
+    let mut pairs = vec![0_u8; ELEMENTS * PAIRS];
+    for line in fs::read_to_string(path.join("pairs")).unwrap().lines() {
+        let (start, end) = line.split_once(' ').unwrap();
+        for pair in start.parse::<usize>().unwrap()..end.parse().unwrap() {
+            pairs[pair] += 1;
+        }
+    }
+    assert!(pairs.iter().all(|times| *times == 1));
+    // Nothing that was said is lost.
+    let points = "select count(*) as n from (select distinct series, step from v_metrics)";
+    let points = retort(&command, &["query", "--json", points]).json();
+    assert_eq!(points[0]["n"], ELEMENTS * PAIRS / SHARD);
+    // How each life ended is as it was.
+    let lives = "select reason, count(*) as n from v_job_lives group by reason";
+    let lives = retort(&command, &["query", "--json", lives]).json();
+    let known: BTreeMap<String, usize> = lives
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|row| {
+            let n = usize::try_from(row["n"].as_u64().unwrap()).unwrap();
+            (row["reason"].as_str().unwrap_or("none").to_owned(), n)
+        })
+        .collect();
+    let brought_about: BTreeMap<String, usize> = shared
+        .ends
+        .lock()
+        .unwrap()
+        .iter()
+        .map(|(how, count)| ((*how).to_owned(), *count))
+        .collect();
+    assert_eq!(known, brought_about);
+    assert!(memory < 500 << 20, "{figures}");
+    assert!(share < 0.05 * running as f64 / 1000.0, "{figures}");
+}
+
+fn retort(command: &dyn Fn(&[&str]) -> Command, arguments: &[&str]) -> Said {
+    let output = command(arguments).output().unwrap();
+    let said = Said {
+        code: output.status.code(),
+        stdout: String::from_utf8(output.stdout).unwrap(),
+        stderr: String::from_utf8(output.stderr).unwrap(),
+    };
+    said.expect(0)
+}

@@ -1,0 +1,409 @@
+//! Whole runs on a real Slurm, and what happens to them: one test, because one Slurm serves all.
+
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use retort::store::{AttemptState, RunState};
+use serde_json::Value;
+
+use crate::lab::{Lab, signal_process, wait_for};
+use crate::site::Site;
+
+const KILL: i32 = 9;
+
+/// A tokenizer and a teacher of a few seconds, and trajectories that three workers share.
+const PAIRS: &str = "
+version: 1
+seed: 3
+backend: candle
+params:
+  data: {csv: DIGITS, height: 8, width: 8, max: 16}
+stages:
+  codes:
+    kind: tokenizer
+    data: ${params.data}
+    codebook_size: 16
+    codebook_dim: 4
+    channels: 8
+    z_channels: 8
+    train: {steps: 10, batch: 32}
+  teacher:
+    kind: pretrain
+    tokenizer: codes
+    data: ${params.data}
+    width: 32
+    depth: 2
+    heads: 2
+    train: {steps: 10, batch: 32}
+  pairs: {kind: trajectories, teacher: teacher, count: 601, shard_size: 100, batch: 33, workers: 3}
+";
+
+/// Works for so many tenths of a second.
+fn working(name: &str, ticks: u32) -> Lab {
+    Lab::new(&[&format!(
+        "a: {{kind: do, act: work, amount: {ticks}, text: {name}}}"
+    )])
+}
+
+#[test]
+fn a_store_that_another_machine_writes_to_is_left_alone() {
+    let lab = Lab::new(&["a: {kind: do}"]);
+    lab.run(&[]).expect(0);
+    let hosts = lab.store_dir().join("hosts");
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap();
+    let other = format!(
+        "{{\"host\":\"login2\",\"boot\":\"another\",\"pid\":4711,\"at\":{},\"free\":false}}",
+        now.as_millis()
+    );
+    fs::write(hosts.join("100"), other).unwrap();
+    for command in [&["run", "r.yaml"][..], &["runs", "list"], &["resume"]] {
+        lab.retort(command)
+            .expect(75)
+            .saying(&["process 4711 on login2"]);
+    }
+    fs::remove_file(hosts.join("100")).unwrap();
+    lab.retort(&["runs", "list"]).expect(0);
+}
+
+#[test]
+fn stages_are_done_by_jobs() {
+    let Some(site) = Site::start() else { return };
+    for (name, check) in [
+        // First: jobs that have ended count for a while.
+        ("a full queue", full_queue as fn(&Site)),
+        ("an array makes the bytes of one process", array),
+        ("a refusal says what to do", refusals),
+        ("a job that is cancelled", cancelled),
+        ("a worker that is killed", killed_worker),
+        ("a runner that is killed", killed_runner),
+        ("a runner that leaves", detached),
+        ("Ctrl-C", interrupted),
+        ("pieces of a time limit", time_limit),
+        ("the documentation, followed", documented),
+        ("a node that dies", dead_node),
+    ] {
+        let began = Instant::now();
+        eprintln!("{name} ...");
+        check(&site);
+        eprintln!("{name}: {:.1} s", began.elapsed().as_secs_f64());
+    }
+}
+
+/// Does what docs/cluster.md says, as it stands there; only the recipe is a smaller one.
+fn documented(site: &Site) {
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/cluster.md");
+    let page = fs::read_to_string(page).unwrap();
+    let steps = page.split("## Step by step").nth(1).unwrap();
+    let steps = steps.split("\n## ").next().unwrap();
+    let settings = steps.split("```toml\n").nth(1).unwrap();
+    let settings = settings.split("```").next().unwrap();
+    let lab = working("documented", 10);
+    fs::write(lab.dir.path().join("retort.toml"), settings).unwrap();
+    let commands: Vec<&str> = steps
+        .lines()
+        .filter_map(|line| line.strip_prefix("    retort "))
+        .collect();
+    assert!(commands.len() >= 5, "{commands:?}");
+    for command in commands {
+        let command = command.split('#').next().unwrap();
+        let words: Vec<&str> = command.split_whitespace().collect();
+        let words: Vec<&str> = words
+            .into_iter()
+            .map(|word| {
+                if word.starts_with("recipes/") {
+                    "r.yaml"
+                } else {
+                    word
+                }
+            })
+            .collect();
+        let said = site.retort(&lab, &words);
+        match words[0] {
+            // The machine of the test may lack plugins that others have.
+            "doctor" => assert!(said.stdout.contains("retort.toml)"), "{}", said.stdout),
+            _ => drop(said.expect(0)),
+        }
+    }
+    assert_eq!(lab.latest().unwrap().summary.state, RunState::Succeeded);
+    assert_eq!(ends(site, &lab), ["succeeded"]);
+}
+
+/// How the lives of jobs of all runs ended, in order.
+fn ends(site: &Site, lab: &Lab) -> Vec<String> {
+    let said = site.retort(
+        lab,
+        &[
+            "query",
+            "--json",
+            "select reason from v_job_lives order by job, element, life",
+        ],
+    );
+    let rows = said.expect(0).json();
+    let rows = rows.as_array().unwrap().iter();
+    rows.map(|row| row["reason"].as_str().unwrap_or("none").to_owned())
+        .collect()
+}
+
+/// The state of the newest run, and of its first stage.
+fn states(site: &Site, lab: &Lab) -> (String, String) {
+    let shown = site
+        .retort(lab, &["runs", "show", "--json"])
+        .expect(0)
+        .json();
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    (text(&shown["state"]), text(&shown["stages"][0]["state"]))
+}
+
+/// Waits until a worker is at work; returns the process that watches over it.
+fn wait_for_watch(site: &Site, lab: &Lab) -> u32 {
+    wait_for("a job at work", || {
+        let said = site.retort(lab, &["log", "latest", "--level", "trace"]);
+        let line = said
+            .stdout
+            .lines()
+            .rfind(|line| line.contains(" began on "))?;
+        let (_, pid) = line.split_once("(process ")?;
+        pid.trim_end().trim_end_matches(')').parse().ok()
+    })
+}
+
+/// The only child of a process.
+fn child_of(parent: u32) -> u32 {
+    wait_for("a child process", || {
+        let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).ok()?;
+        children.split_whitespace().next()?.parse().ok()
+    })
+}
+
+fn array(site: &Site) {
+    let lab = Lab::new(&[]);
+    let digits = Path::new(env!("CARGO_MANIFEST_DIR")).join("../recipes/data/digits.csv");
+    let digits = digits.canonicalize().unwrap();
+    let text = PAIRS.replace("DIGITS", digits.to_str().unwrap());
+    fs::write(lab.dir.path().join("r.yaml"), text).unwrap();
+    lab.retort(&["run", "r.yaml"]).expect(0);
+    site.run(&lab, &["--force=pairs", "-v"]).expect(0).saying(&[
+        "pairs: submitted as job",
+        "of 3 elements",
+        "pairs: part 3 of 3: 200 trajectories",
+    ]);
+    let all = lab
+        .retort(&["artifacts", "list", "--json"])
+        .expect(0)
+        .json();
+    let pairs: Vec<&str> = all
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|row| row["stage"] == "pairs")
+        .map(|row| row["hash"].as_str().unwrap())
+        .collect();
+    assert_eq!(pairs.len(), 2);
+    assert_eq!(pairs[0], pairs[1]);
+    assert_eq!(
+        ends(site, &lab),
+        ["succeeded"; 4],
+        "three parts and the whole"
+    );
+    let series = lab
+        .retort(&["metrics", "latest", "--stage", "pairs", "--json"])
+        .expect(0);
+    assert_eq!(series.json().as_array().unwrap().len(), 3);
+    assert_eq!(lab.entries("work"), [""; 0], "nothing is left");
+    lab.run(&[]).expect(0);
+    assert!(
+        lab.outcomes(&[])
+            .iter()
+            .all(|outcome| outcome.ends_with(" reused")),
+        "no digest knows of jobs"
+    );
+}
+
+fn refusals(site: &Site) {
+    let lab = Lab::new(&["a: {kind: do}"]);
+    for (setting, expected) in [
+        ("partition=nope", "invalid partition specified: nope"),
+        ("gres=gpu:1", "Invalid generic resource"),
+        ("memory=100G", "set `memory`"),
+        ("time=soon", "as Slurm writes it"),
+        ("prologue=exit 3", "ended before its worker began"),
+    ] {
+        site.run(&lab, &["--slurm", setting])
+            .expect(100)
+            .saying(&[expected]);
+    }
+    site.run(&lab, &["--slurm", "partitoin=p"])
+        .expect(2)
+        .saying(&["partitoin"]);
+    let doctor = site.retort(&lab, &["doctor"]);
+    assert!(
+        doctor.stdout.contains("keeps no accounts"),
+        "{}",
+        doctor.stdout
+    );
+}
+
+fn cancelled(site: &Site) {
+    let lab = working("cancelled", 600);
+    let running = site.start_run(&lab, &[]);
+    wait_for_watch(site, &lab);
+    site.slurm("scancel", &["--user=root"]);
+    running.end().expect(100).saying(&["cancelled in Slurm"]);
+    assert_eq!(
+        lab.attempt("a").reason.as_deref(),
+        Some("cancelled in Slurm")
+    );
+    assert_eq!(ends(site, &lab), ["cancelled in Slurm"]);
+}
+
+fn killed_worker(site: &Site) {
+    let lab = working("killed", 20);
+    let running = site.start_run(&lab, &[]);
+    let watch = wait_for_watch(site, &lab);
+    signal_process(child_of(watch), KILL);
+    running.end().expect(0);
+    assert_eq!(
+        ends(site, &lab),
+        ["its worker was killed by SIGKILL", "succeeded"]
+    );
+}
+
+fn killed_runner(site: &Site) {
+    let lab = working("left", 60);
+    let running = site.start_run(&lab, &[]);
+    wait_for_watch(site, &lab);
+    running.signal(KILL);
+    running.end();
+    assert_eq!(
+        states(site, &lab),
+        ("running".into(), "running".into()),
+        "Slurm has it"
+    );
+    site.retort(&lab, &["resume", "-v"])
+        .expect(0)
+        .saying(&["taken up"]);
+    assert_eq!(
+        ends(site, &lab),
+        ["succeeded"],
+        "nothing was submitted again"
+    );
+    let detail = lab.latest().unwrap();
+    assert_eq!(detail.summary.state, RunState::Succeeded);
+    let earlier = detail.summary.resumed_from.unwrap();
+    let earlier = lab
+        .retort(&["runs", "show", &earlier.0, "--json"])
+        .expect(0)
+        .json();
+    assert_eq!(earlier["state"], "lost");
+    // Its end comes while nobody is there.
+    let lab = working("alone", 10);
+    let running = site.start_run(&lab, &[]);
+    wait_for_watch(site, &lab);
+    running.signal(KILL);
+    running.end();
+    wait_for("the end of the job", || {
+        (states(site, &lab).0 == "lost").then_some(())
+    });
+    let began = Instant::now();
+    site.retort(&lab, &["resume"]).expect(0);
+    assert!(began.elapsed() < Duration::from_secs(60));
+    assert_eq!(ends(site, &lab), ["succeeded"]);
+}
+
+fn detached(site: &Site) {
+    let lab = working("detached", 30);
+    let said = site.run(&lab, &["--detach"]).expect(0);
+    assert!(said.stderr.contains("is left to Slurm"), "{}", said.stderr);
+    let state = states(site, &lab).0;
+    assert!(["queued", "running"].contains(&&*state), "{state}");
+    site.retort(&lab, &["resume"]).expect(0);
+    assert_eq!(ends(site, &lab), ["succeeded"]);
+    // A terminal that is closed takes nothing along.
+    let lab = working("closed", 30);
+    let running = site.start_run(&lab, &[]);
+    wait_for_watch(site, &lab);
+    running.signal(1);
+    running.end().expect(129);
+    assert_eq!(states(site, &lab).0, "running");
+    site.retort(&lab, &["resume"]).expect(0);
+    assert_eq!(ends(site, &lab), ["succeeded"]);
+}
+
+fn interrupted(site: &Site) {
+    let lab = working("interrupted", 80);
+    let running = site.start_run(&lab, &[]);
+    wait_for_watch(site, &lab);
+    running.signal(2);
+    running
+        .end()
+        .expect(130)
+        .saying(&["stopped at a checkpoint"]);
+    let attempt = lab.attempt("a");
+    assert_eq!(
+        (attempt.state, attempt.reason.as_deref()),
+        (AttemptState::Interrupted, Some("interrupted"))
+    );
+    assert_eq!(ends(site, &lab), ["stopped"]);
+    site.retort(&lab, &["resume", "--executor", "local", "-v"]);
+    let log = lab.retort(&["log", "latest"]).stdout;
+    assert!(log.contains("continuing from a checkpoint"), "{log}");
+}
+
+fn time_limit(site: &Site) {
+    let lab = working("pieces", 100);
+    // A minute is Slurm's shortest time; the signal comes some seconds after the beginning.
+    site.run(&lab, &["--slurm", "time=1", "--slurm", "signal=55s"])
+        .expect(0);
+    let ends = ends(site, &lab);
+    assert!(
+        ends.len() > 1 && ends[0] == "time limit, at a checkpoint",
+        "{ends:?}"
+    );
+    assert_eq!(ends.last().unwrap(), "succeeded");
+    assert_eq!(
+        lab.latest().unwrap().stages[0].attempts.len(),
+        1,
+        "by itself"
+    );
+}
+
+fn full_queue(site: &Site) {
+    let script = site.path("idle");
+    fs::write(&script, "#!/bin/sh\n").unwrap();
+    let script = script.display().to_string();
+    // As many as the controller keeps: forty, and it counts one more than there are.
+    for elements in ["--array=0-19", "--array=0-18"] {
+        let said = site.slurm(
+            "sbatch",
+            &["--hold", elements, "--output=/dev/null", &script],
+        );
+        assert!(said.contains("Submitted"), "{said}");
+    }
+    let lab = Lab::new(&["a: {kind: do}"]);
+    let running = site.start_run(&lab, &[]);
+    std::thread::sleep(Duration::from_secs(3));
+    let (run, stage) = states(site, &lab);
+    assert_eq!((&*run, &*stage), ("queued", "queued"), "nothing of it runs");
+    site.slurm("scancel", &["--user=root", "--state=PENDING"]);
+    running.end().expect(0);
+}
+
+fn dead_node(site: &Site) {
+    let lab = working("dead", 150);
+    let running = site.start_run(&lab, &[]);
+    let watch = wait_for_watch(site, &lab);
+    let node = site.slurm("squeue", &["--noheader", "--states=RUNNING", "--format=%N"]);
+    let node = node.trim();
+    site.kill_node(node);
+    running.end().expect(0);
+    let ends = ends(site, &lab);
+    assert_eq!(ends, ["node failed, or preempted", "succeeded"]);
+    // The life that Slurm took for dead was not, and has seen that another had begun.
+    wait_for("the end of the first life", || {
+        (!Path::new(&format!("/proc/{watch}/task/{watch}/children")).exists()).then_some(())
+    });
+    site.start_node(node);
+}

@@ -1,0 +1,290 @@
+//! A Slurm of two nodes on this machine, with a munge of its own, in a directory of its own. It ends with the test.
+
+use std::fs;
+use std::net::TcpListener;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+use crate::lab::{Lab, Running, Said, wait_for};
+
+const PROGRAMS: [&str; 8] = [
+    "munged",
+    "slurmctld",
+    "slurmd",
+    "sbatch",
+    "squeue",
+    "scancel",
+    "scontrol",
+    "sinfo",
+];
+
+pub struct Site {
+    dir: TempDir,
+}
+
+/// A path of a program: daemons are not always on PATH.
+fn program(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/sbin".into(), "/sbin".into()])
+        .map(|dir| dir.join(name))
+        .find(|path| path.exists())
+}
+
+fn free_ports() -> [u16; 3] {
+    let listeners = [(); 3].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+    listeners.map(|listener| listener.local_addr().unwrap().port())
+}
+
+impl Site {
+    /// Starts it; none, said loudly, where it cannot be started.
+    pub fn start() -> Option<Self> {
+        let missing: Vec<&str> = PROGRAMS
+            .into_iter()
+            .filter(|name| program(name).is_none())
+            .collect();
+        // SAFETY: a plain system call that cannot fail.
+        let root = unsafe { libc::geteuid() } == 0;
+        let why = match (missing.as_slice(), root) {
+            ([], true) => None,
+            ([], false) => Some("its daemons have to be started as root".to_owned()),
+            (missing, _) => Some(format!(
+                "not installed: {} (.ci/packages)",
+                missing.join(", ")
+            )),
+        };
+        if let Some(why) = why {
+            let text = format!("*** The tests against a real Slurm were SKIPPED: {why}. ***");
+            assert!(
+                std::env::var_os("RETORT_SKIP_IS_FAILURE").is_none(),
+                "{text}"
+            );
+            eprintln!("{text}");
+            return None;
+        }
+        let dir = tempfile::Builder::new().prefix("slurm").tempdir().unwrap();
+        let site = Self { dir };
+        for name in ["state", "log", "run", "munge"] {
+            fs::create_dir(site.path(name)).unwrap();
+        }
+        // Its socket is for every user of this machine.
+        for path in [site.dir.path().to_owned(), site.path("munge")] {
+            fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        site.start_munge();
+        fs::write(site.conf(), site.configuration()).unwrap();
+        site.daemon("slurmctld", &[]);
+        for node in ["n1", "n2"] {
+            site.start_node(node);
+        }
+        wait_for("two nodes", || {
+            let said = site.slurm("sinfo", &["--noheader", "--Node", "--format=%N %T"]);
+            (said.lines().filter(|line| line.ends_with(" idle")).count() == 2).then_some(())
+        });
+        Some(site)
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub fn conf(&self) -> PathBuf {
+        self.path("slurm.conf")
+    }
+
+    fn start_munge(&self) {
+        let key = self.path("munge/key");
+        fs::write(
+            &key,
+            fs::read("/proc/sys/kernel/random/uuid").unwrap().repeat(4),
+        )
+        .unwrap();
+        fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).unwrap();
+        chown(&key, Some(0), Some(0)).unwrap();
+        let option = |name: &str, file: &str| format!("--{name}={}", self.path(file).display());
+        let started = Command::new(program("munged").unwrap())
+            .arg("--force")
+            .args([
+                option("key-file", "munge/key"),
+                option("socket", "munge/socket"),
+                option("pid-file", "run/munged.pid"),
+                option("log-file", "log/munged.log"),
+                option("seed-file", "munge/seed"),
+            ])
+            .status()
+            .unwrap();
+        assert!(started.success(), "munged: {}", self.logs());
+    }
+
+    fn configuration(&self) -> String {
+        let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+        let (host, dir) = (host.trim(), self.dir.path().display());
+        let [controller, first, second] = free_ports();
+        format!(
+            "ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller}
+AuthType=auth/munge
+AuthInfo=socket={dir}/munge/socket
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={dir}/state
+SlurmdSpoolDir={dir}/spool-%n
+SlurmctldPidFile={dir}/run/slurmctld.pid
+SlurmdPidFile={dir}/run/slurmd-%n.pid
+SlurmctldLogFile={dir}/log/slurmctld.log
+SlurmdLogFile={dir}/log/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
+ReturnToService=2
+SlurmdTimeout=5
+KillWait=2
+MinJobAge=20
+MaxJobCount=40
+MaxArraySize=31
+MpiDefault=none
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs=1 RealMemory=1000
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs=1 RealMemory=1000
+PartitionName=p Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+PartitionName=short Nodes=n1,n2 MaxTime=60 State=UP
+PartitionName=long Nodes=n1,n2 MaxTime=INFINITE State=UP
+"
+        )
+    }
+
+    fn daemon(&self, name: &str, arguments: &[&str]) {
+        let started = Command::new(program(name).unwrap())
+            .args(arguments)
+            .env("SLURM_CONF", self.conf())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .unwrap();
+        assert!(started.success(), "{name}: {}", self.logs());
+    }
+
+    pub fn start_node(&self, node: &str) {
+        self.daemon("slurmd", &["-N", node]);
+    }
+
+    /// The process that a file in `run` names.
+    fn daemon_pid(&self, name: &str) -> Option<i32> {
+        let text = fs::read_to_string(self.path("run").join(name)).ok()?;
+        text.trim().parse().ok()
+    }
+
+    /// Ends a node's daemon as a power cut would.
+    pub fn kill_node(&self, node: &str) {
+        let pid = wait_for("the node's daemon", || {
+            self.daemon_pid(&format!("slurmd-{node}.pid"))
+        });
+        // SAFETY: a plain system call on a daemon that this test has started.
+        assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
+    }
+
+    /// What one of Slurm's programs says.
+    pub fn slurm(&self, name: &str, arguments: &[&str]) -> String {
+        let output = Command::new(program(name).unwrap())
+            .args(arguments)
+            .env("SLURM_CONF", self.conf())
+            .output()
+            .unwrap();
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    fn logs(&self) -> String {
+        let logs = fs::read_dir(self.path("log"))
+            .into_iter()
+            .flatten()
+            .flatten();
+        logs.map(|log| {
+            let text = fs::read_to_string(log.path()).unwrap_or_default();
+            let last: Vec<&str> = text.lines().rev().take(10).collect();
+            format!(
+                "\n{}:\n{}",
+                log.path().display(),
+                last.into_iter().rev().collect::<Vec<_>>().join("\n")
+            )
+        })
+        .collect()
+    }
+
+    /// `retort` in a lab, with this Slurm.
+    pub fn command(&self, lab: &Lab, arguments: &[&str]) -> Command {
+        let mut command = lab.command(arguments);
+        command.env("SLURM_CONF", self.conf());
+        command
+    }
+
+    pub fn retort(&self, lab: &Lab, arguments: &[&str]) -> Said {
+        let output = self.command(lab, arguments).output().unwrap();
+        Said {
+            code: output.status.code(),
+            stdout: String::from_utf8(output.stdout).unwrap(),
+            stderr: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+
+    /// `retort run r.yaml` on this Slurm, which is asked every second.
+    pub fn run(&self, lab: &Lab, arguments: &[&str]) -> Said {
+        self.retort(lab, &[&ON_SLURM, arguments].concat())
+    }
+
+    pub fn start_run(&self, lab: &Lab, arguments: &[&str]) -> Running {
+        let mut command = self.command(lab, &[&ON_SLURM, arguments].concat());
+        let child = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn();
+        Running::new(child.unwrap())
+    }
+}
+
+const ON_SLURM: [&str; 6] = ["run", "r.yaml", "--executor", "slurm", "--slurm", "poll=1s"];
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        self.slurm("scancel", &["--user=root"]);
+        for _ in 0..50 {
+            if self.slurm("squeue", &["--noheader"]).trim().is_empty() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        if std::thread::panicking() {
+            eprintln!("{}", self.logs());
+        }
+        let daemons = [
+            "slurmd-n1.pid",
+            "slurmd-n2.pid",
+            "slurmctld.pid",
+            "munged.pid",
+        ];
+        let pids: Vec<i32> = daemons
+            .iter()
+            .filter_map(|name| self.daemon_pid(name))
+            .collect();
+        for &pid in &pids {
+            // SAFETY: a plain system call on a daemon that this test has started; its file names it while it lives.
+            unsafe { libc::kill(pid, libc::SIGTERM) };
+        }
+        for pid in pids {
+            for _ in 0..50 {
+                if !Path::new(&format!("/proc/{pid}")).exists() {
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        }
+    }
+}

@@ -1,0 +1,460 @@
+//! A teacher's generation: given tokens in one pass, guidance for a part of the way, tokens drawn at once, and how many passes
+//! of networks each sampler makes.
+
+use std::cell::Cell;
+
+use retort_candle::Candle;
+use retort_engine::Result;
+use retort_engine::backend::Tensors;
+use retort_engine::bundle::{NetworkConfig, TokenizerConfig};
+use retort_engine::model::autoencoder::Shape;
+use retort_engine::model::{
+    ConditionShape, Conditions, Generation, Guidance, Prediction, PrefixMask, Student, Teacher,
+    TokenShape, llamagen, msvq, var, vq,
+};
+use retort_engine::random::noise;
+use retort_engine::sampler::{
+    Assistant, Choice, Distribution, StudentSampler, autoregressive, choices, skipping,
+};
+use retort_engine::stage::sample::drawer::Sampler;
+use retort_engine::tape::Var;
+use retort_engine::weights::{Floats, Loader, Source, Weights};
+
+type Tensor = <Candle as Tensors>::Tensor;
+
+const BATCH: usize = 3;
+
+struct Case {
+    backend: Candle,
+    teacher: Box<dyn Teacher<Candle>>,
+    student: Box<dyn Student<Candle>>,
+    codebook: Tensor,
+}
+
+fn candle() -> Candle {
+    Candle::open("cpu", "f32", 1).expect("a CPU")
+}
+
+/// A teacher and a student of each family, with weights at random.
+fn cases() -> [Case; 2] {
+    let autoencoder = Shape {
+        image_channels: 1,
+        image_size: 8,
+        channels: 8,
+        multipliers: vec![1, 1],
+        res_blocks: 1,
+        norm_groups: 4,
+        z_channels: 4,
+    };
+    let (vocabulary, codebook_dim, classes) = (16, 4, 10);
+    let raster = NetworkConfig::Llamagen(llamagen::Config {
+        width: 32,
+        depth: 2,
+        heads: 2,
+        vocabulary,
+        codebook_dim,
+        side: 4,
+        condition: ConditionShape::Classes(classes),
+    });
+    let of_raster = TokenizerConfig::Vq(vq::Config {
+        autoencoder: autoencoder.clone(),
+        vocabulary,
+        codebook_dim,
+        l2_norm: true,
+    });
+    let scales = NetworkConfig::Var(var::Config {
+        width: 32,
+        depth: 2,
+        heads: 2,
+        vocabulary,
+        codebook_dim,
+        scales: vec![1, 2, 3, 4],
+        classes,
+        shared_adaln: false,
+        attn_l2_norm: true,
+    });
+    let of_scales = TokenizerConfig::Msvq(msvq::Config {
+        autoencoder,
+        vocabulary,
+        scales: vec![1, 2, 3, 4],
+        phi_convs: 2,
+    });
+    [
+        Case::new(&raster, &of_raster),
+        Case::new(&scales, &of_scales),
+    ]
+}
+
+impl Case {
+    fn new(network: &NetworkConfig, tokenizer: &TokenizerConfig) -> Self {
+        let backend = candle();
+        let of_tokenizer = disturbed(&backend, |loader| tokenizer.build(loader).map(drop));
+        let load = |weights| Loader::new(&backend, Source::Host(weights), false, "drawn");
+        let codes = tokenizer.build(&mut load(&of_tokenizer)).expect("codes");
+        let of_teacher = disturbed(&backend, |loader| {
+            let with = (tokenizer, &mut load(&of_tokenizer));
+            network.teacher(loader, with).map(drop)
+        });
+        let of_student = disturbed(&backend, |loader| network.student(loader).map(drop));
+        let with = (tokenizer, &mut load(&of_tokenizer));
+        Self {
+            codebook: codes.codebook().expect("codes"),
+            teacher: network
+                .teacher(&mut load(&of_teacher), with)
+                .expect("a teacher"),
+            student: network.student(&mut load(&of_student)).expect("a student"),
+            backend,
+        }
+    }
+
+    fn conditions(&self) -> Conditions<Candle> {
+        let labels: Vec<u32> = (0..BATCH as u32).collect();
+        Conditions::Classes(self.backend.indices(&labels, &[BATCH]).expect("labels"))
+    }
+
+    /// Tokens of the first AR steps (b, l).
+    fn tokens(&self, steps: usize) -> Tensor {
+        let shape = self.teacher.tokens();
+        let l = shape.tokens();
+        let ids: Vec<u32> = (0..BATCH * l).map(|i| (i * 7 % 16) as u32).collect();
+        let all = self.backend.indices(&ids, &[BATCH, l]).expect("tokens");
+        Candle::narrow(&all, 1, 0, shape.tokens_before(steps)).expect("tokens")
+    }
+
+    /// Logits of each AR step of a generation that is given the same tokens.
+    fn logits(&self, guidance: Option<Guidance>) -> Vec<Vec<f32>> {
+        let shape = self.teacher.tokens();
+        let all = self.tokens(shape.steps.len());
+        let mut generation = self
+            .teacher
+            .generate(&self.conditions(), guidance)
+            .expect("a generation");
+        let (mut previous, mut at) = (None, 0);
+        let each = shape.steps.iter().map(|&count| {
+            let logits = generation.advance(previous.as_ref()).expect("logits");
+            previous = Some(Candle::narrow(&all, 1, at, count).expect("tokens"));
+            at += count;
+            Candle::to_floats(&logits).expect("floats")
+        });
+        each.collect()
+    }
+}
+
+/// What a network's parameters are drawn as, with noise added.
+fn disturbed(backend: &Candle, build: impl FnOnce(&mut Loader<Candle>) -> Result<()>) -> Weights {
+    let mut loader = Loader::new(backend, Source::Init(1), true, "drawn");
+    build(&mut loader).expect("a network");
+    let params = loader.into_params();
+    let each = params.iter().enumerate().map(|(i, (name, p))| {
+        let mut data = Candle::to_floats(p.value()).expect("floats");
+        let noise = noise(4, i as u64, data.len(), 1);
+        data.iter_mut().zip(noise).for_each(|(x, n)| *x += 0.1 * n);
+        let shape = p.shape();
+        (name.clone(), Floats { shape, data })
+    });
+    each.collect()
+}
+
+fn guidance(interval: Option<usize>) -> Option<Guidance> {
+    Some(Guidance {
+        scale: 2.0,
+        interval,
+    })
+}
+
+#[track_caller]
+fn close(what: &str, a: &[f32], b: &[f32]) {
+    assert_eq!(a.len(), b.len(), "{what}");
+    let scale = a.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+    let most = a.iter().zip(b).map(|(a, b)| (a - b).abs());
+    let most = most.fold(0.0f32, f32::max);
+    assert!(most <= 1e-5 * scale, "{what}: {most} of {scale}");
+}
+
+#[test]
+fn given_tokens_go_through_in_one_pass() {
+    for case in cases() {
+        for guided in [None, guidance(None)] {
+            let expected = case.logits(guided);
+            let steps = case.teacher.tokens().steps.len();
+            for known in [1, steps / 2, steps - 1] {
+                let mut generation = case
+                    .teacher
+                    .generate(&case.conditions(), guided)
+                    .expect("a generation");
+                let logits = generation
+                    .prefill(&case.tokens(known), PrefixMask::Causal)
+                    .expect("logits");
+                let logits = Candle::to_floats(&logits).expect("floats");
+                close(&format!("step {known}"), &expected[known], &logits);
+                // And it goes on from there.
+                if known + 1 < steps {
+                    let (all, count) = (case.tokens(steps), case.teacher.tokens().steps[known]);
+                    let at = case.teacher.tokens().tokens_before(known);
+                    let next = Candle::narrow(&all, 1, at, count).expect("tokens");
+                    let logits = generation.advance(Some(&next)).expect("logits");
+                    let logits = Candle::to_floats(&logits).expect("floats");
+                    close("the step after", &expected[known + 1], &logits);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn guidance_ends_after_its_interval() {
+    for case in cases() {
+        let (all, none) = (case.logits(guidance(None)), case.logits(None));
+        // As published: token 0, and those after it up to number `interval`, counted from 0.
+        let some = case.logits(guidance(Some(1)));
+        for (step, logits) in some.iter().enumerate() {
+            let (expected, other) = match step {
+                0..=2 => (&all, &none),
+                _ => (&none, &all),
+            };
+            close(&format!("step {step}"), &expected[step], logits);
+            // VAR's first scale has no guidance anyhow.
+            assert!(step == 0 || other[step] != *logits, "step {step}");
+        }
+    }
+}
+
+#[test]
+fn tokens_drawn_at_once_see_the_known_ones_alone() {
+    for case in cases() {
+        let shape = case.teacher.tokens();
+        let (steps, k) = (shape.steps.len(), shape.vocabulary);
+        let at_once = |known: usize| {
+            let tokens = (known > 0).then(|| case.tokens(known));
+            let logits = case
+                .teacher
+                .at_once(&case.conditions(), guidance(None), tokens.as_ref())
+                .expect("logits");
+            let l = shape.tokens() - shape.tokens_before(known);
+            assert_eq!(Candle::shape(&logits), [BATCH, l, k]);
+            let first = Candle::narrow(&logits, 1, 0, shape.steps[known]).expect("a step");
+            Candle::to_floats(&first).expect("floats")
+        };
+        let expected = case.logits(guidance(None));
+        // The next step is that of the sampler that goes on step by step.
+        for known in [0, 1, steps - 1] {
+            close(&format!("{known} known"), &expected[known], &at_once(known));
+        }
+    }
+}
+
+/// Counts the passes of a teacher and a student.
+struct Counted<'a, T: ?Sized> {
+    network: &'a T,
+    passes: &'a Cell<usize>,
+}
+
+struct CountedGeneration<'a> {
+    inner: Box<dyn Generation<Candle> + 'a>,
+    passes: &'a Cell<usize>,
+}
+
+fn count(passes: &Cell<usize>) {
+    passes.set(passes.get() + 1);
+}
+
+impl Teacher<Candle> for Counted<'_, dyn Teacher<Candle>> {
+    fn tokens(&self) -> &TokenShape {
+        self.network.tokens()
+    }
+
+    fn forced(&self, conditions: &Conditions<Candle>, tokens: &Tensor) -> Result<Var<Candle>> {
+        count(self.passes);
+        self.network.forced(conditions, tokens)
+    }
+
+    fn generate<'a>(
+        &'a self,
+        conditions: &Conditions<Candle>,
+        guidance: Option<Guidance>,
+    ) -> Result<Box<dyn Generation<Candle> + 'a>> {
+        Ok(Box::new(CountedGeneration {
+            inner: self.network.generate(conditions, guidance)?,
+            passes: self.passes,
+        }))
+    }
+
+    fn at_once(
+        &self,
+        conditions: &Conditions<Candle>,
+        guidance: Option<Guidance>,
+        known: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        count(self.passes);
+        self.network.at_once(conditions, guidance, known)
+    }
+}
+
+impl Generation<Candle> for CountedGeneration<'_> {
+    fn advance(&mut self, previous: Option<&Tensor>) -> Result<Tensor> {
+        count(self.passes);
+        self.inner.advance(previous)
+    }
+
+    fn prefill(&mut self, tokens: &Tensor, mask: PrefixMask) -> Result<Tensor> {
+        count(self.passes);
+        self.inner.prefill(tokens, mask)
+    }
+}
+
+impl Student<Candle> for Counted<'_, dyn Student<Candle>> {
+    fn tokens(&self) -> &TokenShape {
+        self.network.tokens()
+    }
+
+    fn predict(
+        &self,
+        x: &Tensor,
+        conditions: &Conditions<Candle>,
+        data: &Tensor,
+    ) -> Result<Prediction<Candle>> {
+        count(self.passes);
+        self.network.predict(x, conditions, data)
+    }
+
+    fn recompute(&mut self, _: bool) {}
+
+    fn continuous(&self, prediction: &Prediction<Candle>) -> Result<Var<Candle>> {
+        self.network.continuous(prediction)
+    }
+}
+
+/// The passes that a sampler makes for a batch.
+fn passes(case: &Case, sampler: &Sampler) -> usize {
+    let passes = Cell::new(0);
+    let teacher = Counted::<dyn Teacher<Candle>> {
+        network: &*case.teacher,
+        passes: &passes,
+    };
+    let student = Counted::<dyn Student<Candle>> {
+        network: &*case.student,
+        passes: &passes,
+    };
+    let shape = case.teacher.tokens();
+    let (steps, l, d) = (shape.steps.len(), shape.tokens(), shape.dim);
+    let eps = case
+        .backend
+        .floats(&noise(5, 0, BATCH * l, d), &[BATCH, l, d])
+        .expect("noise");
+    let mut drawn = choices(1, 0, BATCH);
+    let mut choice = Choice::Random(&mut drawn);
+    let (conditions, plain) = (case.conditions(), Distribution::default());
+    let of_student = StudentSampler {
+        student: &student,
+        codebook: &case.codebook,
+        split: steps,
+    };
+    match sampler {
+        Sampler::Teacher { .. } => {
+            autoregressive(&teacher, &conditions, &plain, &mut choice, None, steps).map(drop)
+        }
+        Sampler::Student { timesteps, .. } => {
+            of_student.sample(&eps, &conditions, timesteps).map(drop)
+        }
+        Sampler::Assisted {
+            timesteps,
+            teacher_start,
+            prefix,
+            ..
+        } => {
+            let assistant = Assistant {
+                teacher: &teacher,
+                start: *teacher_start,
+                distribution: &plain,
+                mask: *prefix,
+            };
+            of_student
+                .assisted(&eps, &conditions, *timesteps, &assistant, &mut choice)
+                .map(drop)
+        }
+        Sampler::Skip { skip, .. } => {
+            skipping(&teacher, &conditions, &plain, &mut choice, steps - skip).map(drop)
+        }
+        Sampler::Flow { .. } | Sampler::Independent { .. } => unreachable!("not tried here"),
+    }
+    .expect("samples");
+    passes.get()
+}
+
+#[test]
+fn samplers_make_the_passes_that_they_say() {
+    let of = |text: &str| -> Sampler { serde_json::from_str(text).expect("a sampler") };
+    let [raster, scales] = cases();
+    for (case, samplers) in [
+        (
+            &raster,
+            vec![
+                (r#"{"kind": "teacher", "teacher": "t"}"#, 16),
+                (
+                    r#"{"kind": "student", "student": "s", "timesteps": [0, 6]}"#,
+                    2,
+                ),
+                (
+                    r#"{"kind": "assisted", "student": "s", "teacher": "t", "timesteps": [0, 9], "teacher_start": 5}"#,
+                    6,
+                ),
+                (
+                    r#"{"kind": "assisted", "student": "s", "teacher": "t", "timesteps": [0, 9], "teacher_start": 0}"#,
+                    10,
+                ),
+                (r#"{"kind": "skip", "teacher": "t", "skip": 10}"#, 7),
+                (r#"{"kind": "skip", "teacher": "t", "skip": 16}"#, 1),
+            ],
+        ),
+        (
+            &scales,
+            vec![
+                (r#"{"kind": "teacher", "teacher": "t"}"#, 4),
+                (
+                    r#"{"kind": "assisted", "student": "s", "teacher": "t", "timesteps": [0, 3], "teacher_start": 2, "prefix": "published"}"#,
+                    3,
+                ),
+                (
+                    r#"{"kind": "assisted", "student": "s", "teacher": "t", "timesteps": [0, 3], "teacher_start": 0}"#,
+                    4,
+                ),
+                (r#"{"kind": "skip", "teacher": "t", "skip": 1}"#, 4),
+                (r#"{"kind": "skip", "teacher": "t", "skip": 3}"#, 2),
+            ],
+        ),
+    ] {
+        for (text, expected) in samplers {
+            let sampler = of(text);
+            assert_eq!(sampler.passes(case.teacher.tokens()), expected, "{text}");
+            assert_eq!(passes(case, &sampler), expected, "{text}");
+        }
+    }
+}
+
+/// The steps in the paper's tables.
+#[test]
+fn assisted_passes_are_the_steps_of_the_tables() {
+    let raster = TokenShape {
+        steps: vec![1; 256],
+        vocabulary: 16384,
+        dim: 8,
+        condition: ConditionShape::Classes(1000),
+    };
+    let scales = TokenShape {
+        steps: [1, 2, 3, 4, 5, 6, 8, 10, 13, 16].map(|n| n * n).to_vec(),
+        ..raster.clone()
+    };
+    let check = |shape: &TokenShape, t: usize, start: usize, expected: usize| {
+        let text = format!(
+            r#"{{"kind": "assisted", "student": "s", "teacher": "t", "timesteps": [0, {t}], "teacher_start": {start}}}"#
+        );
+        let sampler: Sampler = serde_json::from_str(&text).expect("a sampler");
+        assert_eq!(sampler.passes(shape), expected, "{text}");
+    };
+    for (start, expected) in [(4, 3), (3, 4), (0, 6)] {
+        check(&scales, 5, start, expected);
+    }
+    for (start, expected) in [(60, 22), (40, 42), (0, 81)] {
+        check(&raster, 80, start, expected);
+    }
+}

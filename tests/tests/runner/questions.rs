@@ -1,0 +1,205 @@
+//! Questions in SQL: they read, and nothing that they ask for grows without bound.
+
+use std::io::{BufRead, BufReader, Read};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use crate::lab::{Lab, Said, signal_process};
+
+/// A store with two runs.
+fn lab() -> Lab {
+    let lab = Lab::new(&[
+        "a: {kind: do, text: hello}",
+        "b: {kind: do, text: second, input: a}",
+    ]);
+    lab.run(&[]).expect(0);
+    lab.run(&["--set", "b.act=abort"]).expect(100);
+    lab
+}
+
+#[test]
+fn a_question_reads_the_history_and_does_nothing_else() {
+    let lab = lab();
+    let before = std::fs::read_dir(lab.dir.path()).unwrap().count();
+    for statement in [
+        "vacuum into 'x.db'",
+        "vacuum",
+        "attach database 'x.db' as x",
+        "attach database ':memory:' as x",
+        "pragma user_version = 7",
+        "pragma journal_mode = delete",
+        "pragma temp_store_directory = '.'",
+        "pragma writable_schema = on",
+        "select load_extension('x.so')",
+        "select writefile('x.db', 'x')",
+        "select readfile('r.yaml')",
+        "select fts3_tokenizer('x')",
+        "delete from runs",
+        "update runs set note = 'x'",
+        "create temp table x (a)",
+        "create temp view x as select 1",
+        "begin immediate",
+        "savepoint x",
+        "reindex",
+        "analyze",
+        "explain delete from runs",
+        "select 1; vacuum into 'x.db'",
+        "select * from pragma_journal_mode; vacuum into 'x.db'",
+        "with x as (select 1) insert into tags select 1, 'x' from x",
+    ] {
+        lab.retort(&["query", statement])
+            .expect(2)
+            .saying(&["the statement cannot be answered"]);
+    }
+    assert_eq!(std::fs::read_dir(lab.dir.path()).unwrap().count(), before);
+    for statement in [
+        "select count(*) from v_metrics",
+        "with recursive n(k) as (select 1 union all select k + 1 from n where k < 5) select sum(k) from n",
+        "select r.id, json_extract(r.environment, '$.host') from v_runs r join (select run from v_stages) s on s.run = r.id",
+        "select name, (select group_concat(name) from pragma_table_info(v.name)) from sqlite_schema v where type = 'view'",
+        "select row_number() over (order by seconds), upper(recipe) from v_runs",
+        "explain query plan select * from v_runs",
+        "values (1), (2)",
+    ] {
+        lab.retort(&["query", statement]).expect(0);
+    }
+}
+
+#[test]
+fn an_endless_answer_takes_little_memory_and_ends_when_told() {
+    let lab = lab();
+    let endless = "with recursive n(k) as (select 1 union all select k + 1 from n)
+        select k, hex(zeroblob(500)) as zeros from n";
+    for format in ["csv", "json"] {
+        let mut command = lab.command(&["query", endless, "--format", format]);
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        // 400 MB of text.
+        for _ in 0..400_000 {
+            line.clear();
+            assert!(lines.read_line(&mut line).unwrap() > 0);
+        }
+        let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+        let peak = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmHWM:"))
+            .unwrap();
+        let peak: u64 = peak.trim().trim_end_matches(" kB").parse().unwrap();
+        assert!(peak < 150_000, "{peak} kB");
+        signal_process(child.id(), 2);
+        std::io::copy(&mut lines, &mut std::io::sink()).unwrap();
+        assert!(!child.wait().unwrap().success());
+    }
+    // A reader that goes away ends it as well, and is no error.
+    let mut command = lab.command(&["query", endless, "--format", "csv"]);
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let mut some = [0; 4096];
+    child.stdout.take().unwrap().read_exact(&mut some).unwrap();
+    assert!(child.wait().unwrap().success());
+    // A table has to end before it can be printed.
+    let said = lab
+        .retort(&["query", endless])
+        .expect(0)
+        .saying(&["only the first 10000 rows", "--format csv"]);
+    assert_eq!(said.stdout.lines().count(), 10_001);
+    for large in [
+        "select zeroblob(1000000000)",
+        "select group_concat(hex(zeroblob(1000))) from (with recursive n(k) as
+        (select 1 union all select k + 1 from n limit 40000) select k from n)",
+    ] {
+        lab.retort(&["query", large, "--format", "csv"])
+            .expect(2)
+            .saying(&["too big"]);
+    }
+}
+
+/// The most memory that a statement took, and what came of it.
+fn weighed(lab: &Lab, statement: &str) -> (u64, Said) {
+    let before = Instant::now();
+    let mut command = lab.command(&["query", statement, "--format", "csv", "--timeout", "2s"]);
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = child.spawn().unwrap();
+    let status = format!("/proc/{}/status", child.id());
+    let watch = std::thread::spawn(move || {
+        let mut peak = 0;
+        // Until it has ended.
+        while let Ok(text) = std::fs::read_to_string(&status) {
+            let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+            let Some(line) = line else { break };
+            peak = line.trim().trim_end_matches(" kB").parse().unwrap();
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        peak
+    });
+    let output = child.wait_with_output().unwrap();
+    assert!(before.elapsed() < Duration::from_secs(30), "{statement}");
+    let said = Said {
+        code: output.status.code(),
+        stdout: String::from_utf8(output.stdout).unwrap(),
+        stderr: String::from_utf8(output.stderr).unwrap(),
+    };
+    (watch.join().unwrap(), said)
+}
+
+#[test]
+fn a_statement_that_finds_no_row_ends_by_itself() {
+    let lab = lab();
+    let numbers = "with recursive n(k) as (select 1 union all select k + 1 from n)";
+    for statement in [
+        format!("{numbers} select count(*) from n"),
+        format!("{numbers} select group_concat(k) from n"),
+        format!("{numbers} select sum(k) over (order by k) from n"),
+        format!("{numbers} select k from n where k < 0"),
+        format!(
+            "{numbers}, m(k) as (select k from n limit 100000)
+            select count(*) from m a, m b, m c where a.k + b.k + c.k = -1"
+        ),
+    ] {
+        let (peak, said) = weighed(&lab, &statement);
+        said.expect(2)
+            .saying(&["no row was found in 2s", "--timeout"]);
+        assert!(peak < 700_000, "{peak} kB: {statement}");
+    }
+    // A connection of its own: the next question is as any.
+    lab.retort(&["query", "select count(*) from v_runs"])
+        .expect(0);
+}
+
+#[test]
+fn values_that_grow_without_bound_are_refused() {
+    let lab = lab();
+    let doubled = (0..40).fold("'x'".to_owned(), |text, _| format!("({text}) || 'x'"));
+    let bomb = "with recursive n(k, t) as (select 1, 'x' union all select k + 1, t || t from n)";
+    for statement in [
+        "select zeroblob(1000000000)",
+        "select replace(hex(zeroblob(10000000)), '0', 'xxxxxxxxxx')",
+        "select hex(hex(hex(zeroblob(10000000))))",
+        "select quote(zeroblob(30000000))",
+        &format!("{bomb} select max(length(t)) from n"),
+        "with recursive n(k) as (select 1 union all select k + 1 from n limit 100)
+         select json_group_array(hex(zeroblob(1000000))) from n",
+    ] {
+        let (peak, said) = weighed(&lab, statement);
+        said.expect(2).saying(&["the statement cannot be answered"]);
+        assert!(peak < 700_000, "{peak} kB: {statement}");
+    }
+    // What SQLite does not refuse it leaves away.
+    for statement in [
+        "select printf('%.*c', 1000000000, 'x')",
+        "select printf('%1000000000d', 1)",
+    ] {
+        let (peak, said) = weighed(&lab, statement);
+        assert!(
+            said.stdout.len() < 1 << 20 && peak < 100_000,
+            "{peak} kB: {statement}"
+        );
+    }
+    // Many that are as large as they may be, in one row.
+    let wide = vec!["hex(zeroblob(8000000))"; 100].join(", ");
+    let (peak, said) = weighed(&lab, &format!("select {wide}"));
+    said.expect(2);
+    assert!(peak < 900_000, "{peak} kB");
+    lab.retort(&["query", &format!("select {doubled}")])
+        .expect(0);
+}

@@ -1,0 +1,90 @@
+//! Runs as one page: whole, without anything beside it, and whatever names are in it.
+
+use crate::lab::Lab;
+
+/// A page without what is in pictures, and with the tags of its text.
+fn tags(page: &str) -> Vec<String> {
+    page.split('<')
+        .skip(1)
+        .filter_map(|rest| rest.split([' ', '>', '\n']).next())
+        .map(str::to_owned)
+        .collect()
+}
+
+const HOSTILE: &str = "<script>alert(1)</script><img src=x onerror=alert(2)>";
+
+#[test]
+fn a_page_has_everything_of_its_runs() {
+    let lab = Lab::new(&[
+        "base: {kind: do, text: base}",
+        "curve: {kind: do, act: flood, amount: 800, input: base}",
+        "picture: {kind: do, act: paint, text: four columns, input: base}",
+    ]);
+    lab.run(&[]).expect(0);
+    lab.run(&["--set", "curve.amount=400"]).expect(0);
+    lab.retort(&["report", "latest", "-o", "one.html"])
+        .expect(0)
+        .saying(&["one.html is written"]);
+    let read = |name: &str| std::fs::read_to_string(lab.dir.path().join(name)).unwrap();
+    let page = read("one.html");
+    for part in [
+        "<!DOCTYPE html>",
+        "prefers-color-scheme: dark",
+        "data:image/png;base64,iVBORw0KGgo",
+        "four columns",
+        "curve/loss",
+        "stages.curve.amount",
+        "succeeded",
+        "Environment",
+    ] {
+        assert!(page.contains(part), "{part} is missing");
+    }
+    assert_eq!(page.matches("<svg").count(), 8);
+    assert!(!tags(&page).contains(&"script".to_owned()));
+    assert!(
+        !page.contains("http://")
+            || page.matches("http://").count()
+                == page.matches("http://www.w3.org/2000/svg").count()
+    );
+    assert!(!page.contains("https://"));
+
+    let both = lab
+        .retort(&["report", "latest", "latest~1", "-o", "-"])
+        .expect(0)
+        .stdout;
+    assert!(both.contains("What differs") && both.matches("<section").count() == 2);
+    assert_eq!(
+        both.matches("<svg").count(),
+        8,
+        "curves of one series share a chart"
+    );
+    lab.retort(&["report", "nobody"]).expect(4);
+    lab.retort(&["report", "latest", "-o", "/nonexistent/x.html"])
+        .expect(1);
+}
+
+#[test]
+fn what_the_store_says_is_text() {
+    let lab = Lab::new(&[
+        "base: {kind: do, text: base}",
+        &format!("picture: {{kind: do, act: paint, text: '{HOSTILE}', input: base}}"),
+        &format!("table: {{kind: do, text: '{HOSTILE}', input: base}}"),
+    ]);
+    lab.run(&[]).expect(0);
+    lab.retort(&["runs", "note", "latest", HOSTILE]).expect(0);
+    lab.retort(&["runs", "tag", "latest", "\"><script>"])
+        .expect(0);
+    lab.retort(&["report", "-o", "r.html", "--title", "</title><script>"])
+        .expect(0);
+    let page = std::fs::read_to_string(lab.dir.path().join("r.html")).unwrap();
+    let tags = tags(&page);
+    assert!(
+        !tags.iter().any(|tag| tag.eq_ignore_ascii_case("script")),
+        "{tags:?}"
+    );
+    // The one picture; the table's preview is no PNG, and is left out in words.
+    assert_eq!(tags.iter().filter(|tag| *tag == "img").count(), 1);
+    assert!(page.contains("This picture is no PNG file."));
+    assert!(page.contains("&lt;script&gt;alert(1)"));
+    assert!(page.contains("default-src 'none'"));
+}

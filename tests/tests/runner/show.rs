@@ -1,0 +1,285 @@
+//! Pictures in the terminal, images without a recipe, and the history read from Python.
+
+use std::io::Read;
+use std::os::fd::AsRawFd;
+use std::process::{Command, Stdio};
+
+use crate::lab::{Lab, binary};
+use crate::terminal::terminal;
+use crate::training;
+
+const PAINTS: [&str; 3] = [
+    "base: {kind: do, text: base}",
+    "one-step: {kind: do, act: paint, text: four columns, input: base}",
+    "two-step: {kind: do, act: paint, text: the same, input: one-step}",
+];
+
+/// What stands on a terminal after a command.
+fn on_screen(lab: &Lab, arguments: &[&str]) -> String {
+    let (screen, inside) = terminal();
+    let size = libc::winsize {
+        ws_row: 24,
+        ws_col: 80,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    // SAFETY: a terminal of our own, and a structure that the call only reads.
+    unsafe { libc::ioctl(screen.as_raw_fd(), libc::TIOCSWINSZ, &size) };
+    let mut command = lab.command(arguments);
+    command
+        .stdout(Stdio::from(inside))
+        .stderr(Stdio::null())
+        .env("TERM", "xterm-256color")
+        .env("COLORTERM", "truecolor");
+    let mut child = command.spawn().unwrap();
+    drop(command);
+    let mut bytes = Vec::new();
+    // The terminal ends with an error once nobody holds its other side.
+    let _ = std::fs::File::from(screen).read_to_end(&mut bytes);
+    assert!(child.wait().unwrap().success());
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[test]
+fn a_picture_is_drawn_in_the_terminal() {
+    let lab = Lab::new(&PAINTS);
+    lab.run(&[]).expect(0);
+    let drawn = on_screen(&lab, &["show", "latest/one-step", "--as", "blocks"]);
+    assert!(
+        drawn.contains("one-step of run") && drawn.contains("(four columns)"),
+        "{drawn}"
+    );
+    assert!(drawn.contains('▄') || drawn.contains('▀'), "{drawn:?}");
+    // Red and blue.
+    assert!(
+        drawn.contains("255;0;0") && drawn.contains("0;0;255"),
+        "{drawn:?}"
+    );
+    let all = on_screen(&lab, &["show", "--as", "blocks"]);
+    assert!(all.contains("one-step of run") && all.contains("two-step of run"));
+}
+
+#[test]
+fn without_a_terminal_its_path_is_printed_or_it_is_saved() {
+    let lab = Lab::new(&PAINTS);
+    lab.run(&[]).expect(0);
+    let said = lab.retort(&["show", "latest/one-step"]).expect(0);
+    let path = said.stdout.trim().to_owned();
+    let bytes = std::fs::read(&path).unwrap();
+    assert!(bytes.starts_with(b"\x89PNG"));
+    let hash = path.rsplit('/').nth(1).unwrap();
+    let said = said.saying(&["the output is no terminal"]);
+    assert_eq!(
+        lab.retort(&["show", &hash[..12]]).expect(0).stdout,
+        said.stdout
+    );
+    lab.retort(&["show", &hash[..12], "--save", "copy.png"])
+        .expect(0);
+    assert_eq!(
+        std::fs::read(lab.dir.path().join("copy.png")).unwrap(),
+        bytes
+    );
+    lab.retort(&["show", "latest", "--save", "copy.png"])
+        .expect(2)
+        .saying(&["has 2 pictures", "one-step, two-step"]);
+    lab.retort(&["show", "latest/base"])
+        .expect(4)
+        .saying(&["has no picture"]);
+    lab.retort(&["show", "latest/nothing"]).expect(4);
+    lab.retort(&["show", "0000"]).expect(4);
+    // A link out of the artifact is not followed.
+    std::fs::remove_file(&path).unwrap();
+    std::os::unix::fs::symlink("/etc/hostname", &path).unwrap();
+    lab.retort(&["show", "latest/one-step", "--save", "x.png"])
+        .expect(1)
+        .saying(&["symbolic link", "artifacts verify"]);
+}
+
+#[test]
+fn a_student_is_sampled_without_a_recipe() {
+    let lab = training::lab(training::STUDENT);
+    let short = [
+        "--set",
+        "pairs.count=500",
+        "--set",
+        "student.train.steps=20",
+    ];
+    lab.run(&short).expect(0);
+    let hash = training::output(&lab, "student").0;
+    // Away from the recipe.
+    std::fs::remove_file(lab.dir.path().join("r.yaml")).unwrap();
+    lab.retort(&[
+        "sample",
+        "latest/student",
+        "-n",
+        "5",
+        "--labels",
+        "3,1",
+        "-o",
+        "out",
+    ])
+    .expect(0)
+    .saying(&["6 pictures in out"]);
+    let out = |name: &str| lab.dir.path().join("out").join(name);
+    assert!(out("grid.png").is_file() && out("000000-3.png").is_file());
+    assert!(out("000001-1.png").is_file() && out("000004-3.png").is_file());
+    let detail = lab.latest().unwrap();
+    assert_eq!(detail.summary.recipe, "sample");
+    // Made from the student, as the lineage knows.
+    assert_eq!(detail.artifacts[0].made_from, [hash.clone()]);
+    // The same again is reused; another seed is another set; two passes are those that it was trained for.
+    let again = [
+        "sample",
+        &hash[..12],
+        "-n",
+        "5",
+        "--labels",
+        "3,1",
+        "--json",
+    ];
+    assert_eq!(
+        lab.retort(&again).expect(0).json()["stages"][0]["outcome"],
+        "reused"
+    );
+    let other = ["--seed", "4", "--steps", "2"];
+    let run = lab
+        .retort(&[again.as_slice(), &other].concat())
+        .expect(0)
+        .json();
+    assert_eq!(run["stages"][0]["outcome"], "ran");
+    let detail = lab.latest().unwrap();
+    assert_eq!(
+        detail.stages[0].options["sampler"]["timesteps"],
+        serde_json::json!([0, 6])
+    );
+    lab.retort(&["sample", &hash, "-n", "2", "--set", "images.latents=true"])
+        .expect(0);
+    // A teacher too, with its guidance.
+    let run = detail.summary.id;
+    lab.retort(&["runs", "show", &run.0]).expect(0);
+    let teacher = lab
+        .retort(&["artifacts", "list", "--kind", "teacher", "--json"])
+        .json()[0]["hash"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    lab.retort(&["sample", &teacher, "-n", "2", "--guidance", "1.5"])
+        .expect(0);
+    for (arguments, code, said) in [
+        (vec!["sample", "nobody"], 4, "no artifact matches"),
+        (
+            vec!["sample", "latest/images"],
+            4,
+            "no student and no teacher",
+        ),
+        (
+            vec!["sample", hash.as_str(), "--steps", "3"],
+            2,
+            "trained from the AR steps [0,6]",
+        ),
+        (
+            vec!["sample", hash.as_str(), "--guidance", "2"],
+            2,
+            "for teachers",
+        ),
+        (
+            vec!["sample", hash.as_str(), "--labels", "3,x"],
+            2,
+            "expected numbers",
+        ),
+        (vec!["sample", hash.as_str(), "-n", "0"], 2, "0"),
+        (
+            vec!["sample", hash.as_str(), "--set", "images.cuont=3"],
+            3,
+            "did you mean `count`?",
+        ),
+        (
+            vec!["sample", hash.as_str(), "-o", "out"],
+            2,
+            "no empty directory",
+        ),
+        (vec!["sample", "out/grid.png"], 2, "--family"),
+    ] {
+        lab.retort(&arguments).expect(code).saying(&[said]);
+    }
+    // A published file is loaded by a stage, which says what is wrong with it.
+    let file = "out/grid.png";
+    let wrong = ["sample", file, "--family", "var", "--tokenizer", file];
+    let wrong = lab.retort(&wrong);
+    assert!(matches!(wrong.code, Some(3 | 100)), "{:?}", wrong.code);
+    wrong.saying(&["grid.png"]);
+}
+
+#[test]
+fn a_recipe_takes_an_artifact_by_its_hash() {
+    let lab = Lab::new(&["a: {kind: do, text: hello}"]);
+    lab.run(&[]).expect(0);
+    let hash = training::output(&lab, "a").0;
+    let recipe = |hash: &str, kind: &str, name: &str| {
+        let text = format!(
+            "version: 1\nbackend: faulty\nartifacts:\n  {name}: {{hash: {hash}, kind: {kind}}}\nstages:\n  \
+             b: {{kind: do, act: copy, input: given}}\n"
+        );
+        std::fs::write(lab.dir.path().join("r.yaml"), text).unwrap();
+    };
+    recipe(&hash, "thing", "given");
+    lab.retort(&["plan", "r.yaml"]).expect(0);
+    lab.run(&[]).expect(0);
+    assert_eq!(training::output(&lab, "b").0, hash);
+    lab.retort(&["resume"]).expect(0);
+    assert_eq!(lab.outcomes(&[]), ["b reused"]);
+    recipe(&hash, "student", "given");
+    lab.run(&[])
+        .expect(3)
+        .saying(&["wants `thing`, but the artifact `given` is a `student`"]);
+    recipe(&hash, "thing", "b");
+    lab.run(&[]).expect(3).saying(&["`b` is a stage too"]);
+    recipe(&"0".repeat(64), "thing", "given");
+    lab.run(&[]).expect(4).saying(&["is not in the store"]);
+    recipe("zzz", "thing", "given");
+    lab.run(&[]).expect(3);
+}
+
+#[test]
+fn python_reads_the_history_as_the_page_says() {
+    if Command::new("python3").arg("--version").output().is_err() {
+        eprintln!("SKIPPED: there is no python3");
+        return;
+    }
+    let lab = Lab::new(&[
+        "a: {kind: do, text: hello}",
+        "b: {kind: do, act: flood, amount: 800, input: a}",
+    ]);
+    lab.run(&[]).expect(0);
+    std::os::unix::fs::symlink(lab.store_dir(), lab.dir.path().join(".retort")).unwrap();
+    let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/python.md");
+    let page = std::fs::read_to_string(page).unwrap();
+    let mut program: String = page
+        .split("```python\n")
+        .skip(1)
+        .filter_map(|rest| rest.split("```").next())
+        .collect();
+    program.push_str("\nprint(params['stages.b.amount'], len(curve('latest', 'b/loss')))\n");
+    let bin = binary();
+    let path = format!(
+        "{}:{}",
+        bin.parent().unwrap().display(),
+        std::env::var("PATH").unwrap()
+    );
+    let output = Command::new("python3")
+        .arg("-c")
+        .arg(program)
+        .current_dir(lab.dir.path())
+        .env("PATH", path)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(said.contains("'state': 'succeeded'"), "{said}");
+    assert!(said.contains("a thing .retort/artifacts/"), "{said}");
+    assert!(said.trim_end().ends_with("800.0 100"), "{said}");
+}

@@ -1,0 +1,285 @@
+//! What a tokenizer is trained by and measured by, against NumPy in float64 (tests/peers/losses.py) and against the tape.
+
+use retort_candle::Candle;
+use retort_engine::backend::{Tensors, Unary};
+use retort_engine::model::LastConvolution;
+use retort_engine::model::discriminator::{self, Discriminator};
+use retort_engine::stage::tokenizer::codebook::Codebook;
+use retort_engine::stage::tokenizer::loss::{
+    Adversarial, Adversary, Criterion, PixelLoss, entropy,
+};
+use retort_engine::stage::tokenizer::quality::{psnr, ssim};
+use retort_engine::tape::{Var, backward};
+use retort_engine::weights::{Floats, Loader, Source, Weights};
+
+type Tensor = <Candle as Tensors>::Tensor;
+
+fn candle() -> Candle {
+    Candle::open("cpu", "f32", 1).expect("a CPU")
+}
+
+/// A sine, sampled: the numbers that losses.py makes too.
+fn values(count: usize, step: f64, shift: f64, scale: f64) -> Vec<f32> {
+    let value = |i: usize| (scale * (step * i as f64).sin() + shift) as f32;
+    (1..=count).map(value).collect()
+}
+
+fn near(found: f64, expected: f64, what: &str) {
+    let off = (found - expected).abs();
+    assert!(
+        off < 1e-4 * (1.0 + expected.abs()),
+        "{what}: {found}, expected {expected}"
+    );
+}
+
+fn number(x: &Tensor) -> f64 {
+    f64::from(Candle::to_floats(x).expect("a number")[0])
+}
+
+/// Weights of a PatchGAN of 4 channels and 2 strided convolutions.
+fn weights() -> Weights {
+    let all: [(&str, &[usize], f64, f64, f64); 10] = [
+        ("0.weight", &[4, 3, 4, 4], 0.7, 0.0, 0.3),
+        ("0.bias", &[4], 1.1, 0.0, 0.1),
+        ("2.weight", &[8, 4, 4, 4], 0.9, 0.0, 0.2),
+        ("3.weight", &[8], 0.5, 1.0, 0.2),
+        ("3.bias", &[8], 1.3, 0.0, 0.1),
+        ("5.weight", &[16, 8, 4, 4], 1.7, 0.0, 0.2),
+        ("6.weight", &[16], 0.4, 1.0, 0.2),
+        ("6.bias", &[16], 0.8, 0.0, 0.1),
+        ("8.weight", &[1, 16, 4, 4], 2.1, 0.0, 0.3),
+        ("8.bias", &[1], 0.6, 0.0, 0.1),
+    ];
+    let own = |(name, shape, step, shift, scale): (&str, &[usize], f64, f64, f64)| {
+        let data = values(shape.iter().product(), step, shift, scale);
+        let shape = shape.to_vec();
+        (format!("d.main.{name}"), Floats { shape, data })
+    };
+    all.into_iter().map(own).collect()
+}
+
+const SHAPE: [usize; 4] = [2, 3, 16, 16];
+
+fn images() -> Vec<f32> {
+    values(SHAPE.iter().product(), 0.37, 0.0, 1.0)
+}
+
+fn reconstructions() -> Vec<f32> {
+    values(SHAPE.iter().product(), 0.37, 0.05, 0.8)
+}
+
+#[test]
+fn the_discriminator_is_the_published_one() {
+    let (backend, weights) = (candle(), weights());
+    let mut loader = Loader::new(&backend, Source::Host(&weights), false, "values");
+    let network = Discriminator::load(&mut loader, "d.", 3, (4, 2)).expect("a discriminator");
+    let logits = |pixels: &[f32]| -> Vec<f64> {
+        let x = Var::<Candle>::constant(backend.floats(pixels, &SHAPE).expect("images"));
+        let logits = network.forward(&x).expect("logits");
+        assert_eq!(logits.shape(), [2, 1, 2, 2]);
+        let floats = Candle::to_floats(logits.value()).expect("floats");
+        floats.into_iter().map(f64::from).collect()
+    };
+    let (real, fake) = (logits(&images()), logits(&reconstructions()));
+    near(real[0], -1.738_466_57, "the first patch");
+    near(real[1], 7.217_496_75, "the second patch");
+    let mean = |x: &[f64], f: fn(f64) -> f64| x.iter().map(|&x| f(x)).sum::<f64>() / x.len() as f64;
+    near(-mean(&fake, |x| x), 0.136_078_451, "adversarial");
+    let hinge = mean(&real, |x| (1.0 - x).max(0.0)) + mean(&fake, |x| (1.0 + x).max(0.0));
+    near(0.5 * hinge, 3.502_956_52, "hinge");
+}
+
+#[test]
+fn layers_that_leave_no_patch_are_refused() {
+    let check = |side, layers| discriminator::check(side, layers, "/layers");
+    assert!(check(32, 3).is_ok() && check(256, 3).is_ok() && check(8, 1).is_ok());
+    let error = check(16, 3).expect_err("too many").to_string();
+    assert!(error.contains("at most 2"), "{error}");
+    let error = check(4, 1).expect_err("too small").to_string();
+    assert!(error.contains("too small"), "{error}");
+}
+
+#[test]
+fn pixels_are_compared_by_squares_or_by_absolute_values() {
+    let backend = candle();
+    let x = backend.floats(&images(), &SHAPE).expect("images");
+    for (pixels, expected) in [
+        (PixelLoss::L2, 0.022_440_990_8),
+        (PixelLoss::L1, 0.131_235_833),
+    ] {
+        let made =
+            Var::<Candle>::parameter(backend.floats(&reconstructions(), &SHAPE).expect("images"));
+        let criterion = Criterion {
+            pixels,
+            eye: None,
+            adversary: None,
+            at_once: 1,
+        };
+        // Nobody asks what the last convolution saw where there is no adversary.
+        let last = LastConvolution {
+            input: x.clone(),
+            kernel: x.clone(),
+        };
+        let (loss, figures) = criterion.loss(made, &x, &last, 0).expect("a loss");
+        near(number(loss.value()), expected, "the loss");
+        assert_eq!(figures[0].0, "reconstruction");
+    }
+}
+
+/// Gradients of the kernel of a convolution whose outputs are judged.
+fn pull(x: &Tensor, of: impl FnOnce(Var<Candle>) -> Var<Candle>) -> Vec<f64> {
+    let backend = candle();
+    let kernel = backend.floats(&values(3 * 3 * 9, 0.3, 0.0, 0.2), &[3, 3, 3, 3]);
+    let kernel = Var::<Candle>::parameter(kernel.expect("a kernel"));
+    let made = Var::<Candle>::constant(x.clone()).conv2d(&kernel, 1, [1, 1]);
+    let loss = of(made.expect("images"));
+    let gradients = backward(loss, &[("kernel".into(), kernel)]).expect("a gradient");
+    let floats = Candle::to_floats(&gradients[0]).expect("floats");
+    floats.into_iter().map(f64::from).collect()
+}
+
+#[test]
+fn an_adversary_pulls_at_the_last_layer_as_much_as_the_other_terms() {
+    let backend = candle();
+    let seen = backend.floats(&reconstructions(), &SHAPE).expect("a map");
+    let real = backend.floats(&images(), &SHAPE).expect("images");
+    let kernel = backend.floats(&values(3 * 3 * 9, 0.3, 0.0, 0.2), &[3, 3, 3, 3]);
+    let last = || LastConvolution {
+        input: seen.clone(),
+        kernel: kernel.as_ref().expect("a kernel").clone(),
+    };
+    let of = |weight: f64, cap: f64, start: u64| {
+        let options = Adversarial {
+            weight,
+            start,
+            cap,
+            channels: 4,
+            layers: 2,
+            learning_rate: None,
+        };
+        let (adversary, params) = Adversary::new(&backend, 5, 3, &options).expect("an adversary");
+        let criterion = Criterion {
+            pixels: PixelLoss::L2,
+            eye: None,
+            adversary: Some(adversary),
+            at_once: 2,
+        };
+        (criterion, params)
+    };
+    let (criterion, _) = of(0.5, 1e4, 10);
+    let judged = |criterion: &Criterion<Candle>, step: u64| {
+        let mut figures = Vec::new();
+        let gradient = pull(&seen, |made| {
+            let (loss, said) = criterion.loss(made, &real, &last(), step).expect("a loss");
+            figures = said;
+            loss
+        });
+        (gradient, figures)
+    };
+    let length = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
+    // Before it begins, pixels alone pull.
+    let (pixels, figures) = judged(&criterion, 9);
+    assert_eq!(figures.len(), 1);
+    let (both, figures) = judged(&criterion, 10);
+    let figure = |name: &str| {
+        let own = figures.iter().find(|(own, _)| *own == name);
+        own.unwrap_or_else(|| panic!("no {name}")).1
+    };
+    let own: Vec<f64> = both.iter().zip(&pixels).map(|(a, b)| a - b).collect();
+    near(
+        length(&own) / length(&pixels),
+        0.5,
+        "its pull beside theirs",
+    );
+    assert!(figure("adaptive_weight") > 0.0 && figure("discriminator") > 0.0);
+    // The cap holds.
+    let (capped, figures) = judged(&of(0.5, 1e-3, 0).0, 0);
+    assert_eq!(
+        figures
+            .iter()
+            .find(|f| f.0 == "adaptive_weight")
+            .map(|f| f.1),
+        Some(1e-3)
+    );
+    assert!(length(&capped) < 1.01 * length(&pixels));
+
+    // What it learns from is the hinge loss alone: the tokenizer's terms do not reach it.
+    let (criterion, params) = of(0.5, 1e4, 0);
+    let made = Var::<Candle>::constant(seen.clone());
+    let (loss, _) = criterion.loss(made, &real, &last(), 0).expect("a loss");
+    let gradients = backward(loss, &params).expect("gradients of the adversary");
+    assert_eq!(gradients.len(), 10);
+}
+
+#[test]
+fn entropy_is_low_where_choices_are_sure_and_even() {
+    let backend = candle();
+    let var = |data: &[f32], shape: [usize; 2]| {
+        Var::<Candle>::parameter(backend.floats(data, &shape).expect("a matrix"))
+    };
+    let z = var(&values(20, 0.9, 0.0, 1.0), [5, 4]);
+    let codes = var(&values(24, 1.9, 0.0, 1.0), [6, 4]);
+    let term = entropy(&z, &codes, 0.5).expect("a term");
+    near(number(term.value()), -0.826_394_362, "entropy");
+    let params = [("z".to_owned(), z), ("codes".to_owned(), codes)];
+    let gradients = backward(term, &params).expect("gradients");
+    let square = Candle::unary(&gradients[1], Unary::Square).expect("squares");
+    let sum = Candle::sum(&square, &[0, 1]).expect("a sum");
+    assert!(number(&sum) > 0.0);
+}
+
+#[test]
+fn figures_of_reconstructions_are_the_usual_ones() {
+    let (a, b) = (images(), reconstructions());
+    let stride = 3 * 16 * 16;
+    let expected = [(22.509_698, 0.970_475_2), (22.510_661, 0.969_738_04)];
+    let pairs = a.chunks_exact(stride).zip(b.chunks_exact(stride));
+    for ((a, b), (ratio, similarity)) in pairs.zip(expected) {
+        near(psnr(a, b), ratio, "PSNR");
+        near(ssim(a, b, [3, 16, 16]), similarity, "SSIM");
+    }
+    let small = |x: &[f32]| -> Vec<f32> {
+        let row = |i: usize| x[(i / 8) * 256 + (i % 8) * 16..][..8].to_vec();
+        (0..24).flat_map(row).collect()
+    };
+    near(
+        ssim(&small(&a), &small(&b), [3, 8, 8]),
+        0.975_008_071,
+        "SSIM of small images",
+    );
+    assert_eq!(psnr(&a, &a), 100.0);
+    near(ssim(&a[..stride], &a[..stride], [3, 16, 16]), 1.0, "SSIM");
+}
+
+#[test]
+fn codes_are_averages_of_what_they_are_looked_up_for() {
+    let backend = candle();
+    let tensor = backend.floats(&[1.0, 0.0, 0.0, 1.0, 5.0, 5.0], &[3, 2]);
+    let tensor = tensor.expect("codes");
+    let codes = || Candle::to_floats(&tensor).expect("codes");
+    let codebook = Codebook::new(&backend, &tensor, Some(0.5)).expect("a codebook");
+    let z = backend.floats(&[3.0, 0.0, 1.0, 0.0, 0.0, 3.0], &[3, 2]);
+    let z = z.expect("vectors");
+    codebook.note(&[0, 0, 1], &z).expect("noted");
+    codebook.settle().expect("settled");
+    // Code 0: weight 0.5 + 0.5 x 2, sum 0.5 (1, 0) + 0.5 (4, 0); code 1: 0.5 + 0.5, 0.5 (0, 1) + 0.5 (0, 3); code 2 stays.
+    for (found, expected) in codes().iter().zip([5.0 / 3.0, 0.0, 0.0, 2.0, 5.0, 5.0]) {
+        near(f64::from(*found), expected, "a code");
+    }
+    let (used, perplexity) = codebook.use_lately();
+    near(used, 2.0 / 3.0, "use");
+    // Two thirds and one third.
+    near(perplexity, 1.889_881_6, "perplexity");
+    // The one that nobody used moves onto a vector that was looked up, and stays there when the codes settle.
+    assert_eq!(codebook.restart(&z, 1, 0).expect("restarted"), [2]);
+    let moved = codes()[4..].to_vec();
+    assert!(
+        [[3.0, 0.0], [1.0, 0.0], [0.0, 3.0]]
+            .iter()
+            .any(|row| moved == row)
+    );
+    codebook.settle().expect("settled");
+    near(f64::from(codes()[4]), f64::from(moved[0]), "the moved code");
+    // All count as unused again.
+    assert_eq!(codebook.restart(&z, 1, 1).expect("restarted"), [0, 1, 2]);
+}
