@@ -311,6 +311,10 @@ fn written(args: &Args, network: &Network, backend: &str) -> Result<(String, Vec
         format!("seed={}", args.seed),
         format!("images.sampler={sampler}"),
     ];
+    if let (Network::Published { .. }, Some(timesteps)) = (network, sampler.get("timesteps")) {
+        // A file does not say from which AR steps its student was trained.
+        set.push(format!("{NETWORK}.timesteps={timesteps}"));
+    }
     let (labels, number) = labels(args)?;
     set.extend(number.map(|number| format!("images.count={number}")));
     set.extend(labels.map(|labels| format!("images.labels={labels}")));

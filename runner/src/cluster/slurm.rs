@@ -215,13 +215,7 @@ impl Slurm {
         }
         let ids = format!("--jobs={}", list(jobs));
         let fields = "--format=JobID,State,NodeList";
-        let words = [
-            "--noheader",
-            "--parsable2",
-            "--allocations",
-            fields,
-            &ids,
-        ];
+        let words = ["--noheader", "--parsable2", "--allocations", fields, &ids];
         let answer = match call("sacct", &words.map(str::to_owned)).await {
             Err(SlurmError::NotInstalled { .. }) => {
                 self.unaccounted.store(true, Ordering::Relaxed);
@@ -445,6 +439,10 @@ const REFUSALS: [(&str, &str); 14] = [
         "no node has so many processors; `sinfo --Format=nodelist,cpus` lists what they have; set `cpus`",
     ),
     (
+        "policy",
+        "`sacctmgr show associations user=$USER` and `sacctmgr show qos` list the limits; ask for less with `time`, `cpus`, `gres` or `memory`",
+    ),
+    (
         "time limit",
         "`sinfo --Format=partition,time` lists the longest times; set `time`",
     ),
@@ -471,10 +469,6 @@ const REFUSALS: [(&str, &str); 14] = [
     (
         "unrecognized option",
         "a line of `sbatch` is no option of this cluster's sbatch",
-    ),
-    (
-        "policy",
-        "`sacctmgr show associations user=$USER` and `sacctmgr show qos` list the limits; ask for less with `time`, `cpus`, `gres` or `memory`",
     ),
 ];
 

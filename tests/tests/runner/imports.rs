@@ -412,7 +412,7 @@ fn a_run_that_had_not_ended_is_lost_when_it_comes_from_elsewhere() {
         "update runs set state = 'running', finished = null; update stages set state = 'running';
          update attempts set state = 'running', finished = null;
          delete from leases;
-         insert into leases select key, '{}', '{}', '{}', {}, {began}, 1 << 60 from runs",
+         insert into leases (run, host, boot, pid_namespace, pid, process_started, heartbeat) select key, '{}', '{}', '{}', {}, {began}, 1 << 60 from runs",
         read("/proc/sys/kernel/hostname"),
         read("/proc/sys/kernel/random/boot_id"),
         std::fs::read_link("/proc/self/ns/pid").unwrap().display(),

@@ -204,7 +204,16 @@ fn a_student_is_sampled_without_a_recipe() {
     }
     // A published file is loaded by a stage, which says what is wrong with it.
     let file = "out/grid.png";
-    let wrong = ["sample", file, "--family", "var", "--tokenizer", file];
+    let wrong = [
+        "sample",
+        file,
+        "--family",
+        "var",
+        "--tokenizer",
+        file,
+        "--backend",
+        "candle",
+    ];
     let wrong = lab.retort(&wrong);
     assert!(matches!(wrong.code, Some(3 | 100)), "{:?}", wrong.code);
     wrong.saying(&["grid.png"]);
