@@ -82,7 +82,10 @@ impl Site {
             site.start_node(node);
         }
         wait_for("two nodes", || {
-            let said = site.slurm("sinfo", &["--noheader", "--Node", "--format=%N %T"]);
+            let said = site.slurm(
+                "sinfo",
+                &["--noheader", "--Node", "--partition=p", "--format=%N %T"],
+            );
             (said.lines().filter(|line| line.ends_with(" idle")).count() == 2).then_some(())
         });
         Some(site)
