@@ -33,12 +33,12 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         Err(StoreError::NoRun { .. }) if reference.starts_with(['s', 'S']) => {
             let sweep = runtime.block_on(store.resolve_sweep(reference));
             // Of two things that are not there, the run is the likelier one.
-            let sweep = sweep.or_else(|error| match error {
-                StoreError::NoSweep { .. } => Err(StoreError::NoRun {
+            let sweep = sweep.map_err(|error| match error {
+                StoreError::NoSweep { .. } => StoreError::NoRun {
                     reference: reference.to_owned(),
                     runs: 1,
-                }),
-                error => Err(error),
+                },
+                error => error,
             })?;
             return sweep::points::resume(&sweep, &runtime, &store, &args.execution, context);
         }

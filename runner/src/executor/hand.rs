@@ -71,7 +71,7 @@ pub enum Placement {
     /// On this machine: the process of the whole, and one for each part.
     Here(Hand, Vec<(Part, Hand)>),
     /// On a cluster.
-    Cluster(Placed),
+    Cluster(Box<Placed>),
 }
 
 /// What a stage asks of a cluster.
@@ -117,11 +117,11 @@ pub fn place(bench: &Bench, brief: &Brief) -> Result<Placement, End> {
             Threads::Fixed(threads) => Some(threads),
             Threads::Share => None,
         };
-        return Ok(Placement::Cluster(Placed {
+        return Ok(Placement::Cluster(Box::new(Placed {
             cpus: profile.cpus.or(fixed).unwrap_or(1).max(1),
             cluster: cluster.clone(),
             profile,
-        }));
+        })));
     }
     let hire = || {
         let spawn = |part| -> std::io::Result<Hand> {

@@ -190,13 +190,11 @@ impl Sweep {
 
     /// How many points a grid has; none where values are not counted.
     fn size(&self) -> Option<u64> {
-        let counts = self
+        let mut counts = self
             .parameters
             .iter()
             .map(|parameter| parameter.values.count());
-        counts.fold(Some(1_u64), |product, count| {
-            Some(product?.saturating_mul(count?))
-        })
+        counts.try_fold(1_u64, |product, count| Some(product.saturating_mul(count?)))
     }
 
     fn grid(&self) -> Result<Vec<Vec<String>>, SpaceError> {

@@ -175,7 +175,7 @@ fn places(count: usize, edges: &[(usize, usize)]) -> (Vec<Spot>, Vec<Vec<usize>>
             before[pair[1]].push(pair[0]);
         }
     }
-    for column in 0..=last {
+    for (column, height) in heights.iter_mut().enumerate() {
         let mut order: Vec<usize> = (0..spots.len())
             .filter(|&spot| spots[spot].column == column)
             .collect();
@@ -195,7 +195,7 @@ fn places(count: usize, edges: &[(usize, usize)]) -> (Vec<Spot>, Vec<Vec<usize>>
             spots[spot].top = top;
             top += spots[spot].height + DOWN;
         }
-        heights[column] = top;
+        *height = top;
     }
     // A column with less in it stands in the middle.
     let tallest = heights.iter().copied().max().unwrap_or(0);

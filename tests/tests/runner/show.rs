@@ -126,7 +126,7 @@ fn a_student_is_sampled_without_a_recipe() {
     let detail = lab.latest().unwrap();
     assert_eq!(detail.summary.recipe, "sample");
     // Made from the student, as the lineage knows.
-    assert_eq!(detail.artifacts[0].made_from, [hash.clone()]);
+    assert_eq!(detail.artifacts[0].made_from, std::slice::from_ref(&hash));
     // The same again is reused; another seed is another set; two passes are those that it was trained for.
     let again = [
         "sample",
