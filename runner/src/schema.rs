@@ -50,6 +50,12 @@ pub const RECIPE_NAME_PATTERN: &str =
 /// More threads than any machine has.
 const MAX_THREADS: usize = 4096;
 
+/// More elements than most clusters take in an array. Processes of one machine are fewer: [`MAX_PROCESSES`].
+const MAX_WORKERS: usize = 4096;
+
+/// Workers of a stage on one machine.
+pub const MAX_PROCESSES: usize = 256;
+
 /// A value that stands for another (`${params.width}`) fits every option in the editor's schema.
 const REFERENCE_PATTERN: &str = r"^\$\{[^}]+\}$";
 
@@ -269,7 +275,7 @@ fn open_stage_schema() -> Value {
         },
         "threads": {"type": "integer", "minimum": 1, "maximum": MAX_THREADS, "description": "Threads of this stage."},
         "workers": {
-            "type": "integer", "minimum": 1, "maximum": 256,
+            "type": "integer", "minimum": 1, "maximum": MAX_WORKERS,
             "description": "Worker processes that divide this stage's work at the same time, if its kind can be divided. They share its threads and, where no GPU is named by its number, all usable GPUs. Default: 1."
         },
         "timeout": {

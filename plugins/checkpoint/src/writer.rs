@@ -245,6 +245,9 @@ mod tests {
             .filter(|(_, w)| *w == marks)
             .map(|(at, _)| at)
             .collect();
-        assert!(places.len() == 1 && places[0] % 64 == 0, "{places:?}");
+        assert!(
+            places.len() == 1 && places[0].is_multiple_of(64),
+            "{places:?}"
+        );
     }
 }

@@ -23,9 +23,10 @@ use crate::executor::{
     self, Choice, ExecutorError, Leave, Options, Outcome, RunReport, StageReport,
 };
 use crate::plan::decision::{self, Action, Past, Role};
-use crate::plan::{self, Plan};
+use crate::plan::{self, Plan, PlannedStage};
 use crate::plugin::{Plugins, search_dirs};
 use crate::progress::{self, Manner, Teller};
+use crate::schema::MAX_PROCESSES;
 use crate::settings::{Executor, Given, Settings};
 use crate::store::{Access, ArtifactRow, Memory, RunId, RunState, Store, SweepPlace};
 use crate::table::{Cell, Rows, Tone};
@@ -237,6 +238,9 @@ impl Job {
         talk::attach(teller.bars());
         let kinds = self.plan.stages.iter().map(|stage| &*stage.kind);
         let (jobs, cluster) = execution.placement(&self.plan.base_dir, kinds, context)?;
+        if cluster.is_none() {
+            fits_one_machine(&self.plan)?;
+        }
         let options = Options {
             jobs,
             cluster,
@@ -344,6 +348,23 @@ impl Job {
             .into_iter()
             .filter(|finding| !is_left_out(finding, &self.plan, &self.roles))
             .collect()
+    }
+}
+
+/// Refuses more workers than one machine is to have processes of a stage.
+pub(super) fn fits_one_machine(plan: &Plan) -> Result<(), Error> {
+    let many = |stage: &&PlannedStage| stage.workers.len() > MAX_PROCESSES;
+    match plan.stages.iter().find(many) {
+        None => Ok(()),
+        Some(stage) => Err(Error::new(
+            Exit::Usage,
+            format!(
+                "stage `{}`: {} workers are too many for one machine, which has at most {MAX_PROCESSES}",
+                stage.name,
+                stage.workers.len()
+            ),
+        )
+        .hint("name fewer, or run them as jobs: --executor slurm")),
     }
 }
 

@@ -12,7 +12,7 @@ use futures_util::stream::FuturesUnordered;
 use serde_json::Value;
 use tokio::runtime::Runtime;
 
-use crate::cli::run::ExecutionArgs;
+use crate::cli::run::{ExecutionArgs, fits_one_machine};
 use crate::cli::sweep::points::Source;
 use crate::cli::sweep::show::Results;
 use crate::cli::{Context, Error, Exit, talk};
@@ -296,10 +296,13 @@ impl<'a> Floor<'a> {
         }
         let series = detail.plan.definition.asha.as_ref();
         let rung = self.schedule.target(leg).zip(series);
-        if let Some(cluster) = &self.cluster {
-            for stage in &plan.stages {
-                cluster.settings.profile(&stage.kind)?;
+        match &self.cluster {
+            Some(cluster) => {
+                for stage in &plan.stages {
+                    cluster.settings.profile(&stage.kind)?;
+                }
             }
+            None => fits_one_machine(&plan)?,
         }
         let options = Options {
             jobs: NonZeroUsize::MIN,
