@@ -191,7 +191,6 @@ fn an_interrupted_sweep_goes_on_where_it_was() {
     let arguments = ["--sweep", "end.rate=1,2,3", "--jobs", "2"];
     let mut running = lab.start(&arguments);
     running.wait_for_words("waiting for it");
-    lab.wait_for_worker("base");
     lab.run(&arguments)
         .expect(2)
         .saying(&["is under way", "once nobody else is at work on it"]);
