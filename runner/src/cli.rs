@@ -155,7 +155,7 @@ pub enum Command {
     Why(why::Args),
     /// Show what an artifact was made from, and what was made from it.
     Lineage(lineage::Args),
-    /// List and verify artifacts.
+    /// List, verify and export artifacts.
     Artifacts(artifacts::Args),
     /// Compare runs: parameters, results, metrics.
     Compare(compare::Args),

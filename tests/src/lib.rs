@@ -6,6 +6,7 @@ pub mod golden;
 pub mod gpu;
 pub mod memory;
 pub mod skip;
+pub mod small;
 pub mod speed;
 pub mod throughput;
 pub mod torch;

@@ -7,10 +7,9 @@ use retort_candle::Candle;
 use retort_engine::Result;
 use retort_engine::backend::Tensors;
 use retort_engine::bundle::{NetworkConfig, TokenizerConfig};
-use retort_engine::model::autoencoder::Shape;
 use retort_engine::model::{
     ConditionShape, Conditions, Generation, Guidance, Prediction, PrefixMask, Student, Teacher,
-    TokenShape, llamagen, msvq, var, vq,
+    TokenShape,
 };
 use retort_engine::random::noise;
 use retort_engine::sampler::{
@@ -19,6 +18,7 @@ use retort_engine::sampler::{
 use retort_engine::stage::sample::drawer::Sampler;
 use retort_engine::tape::Var;
 use retort_engine::weights::{Floats, Loader, Source, Weights};
+use retort_tests::small;
 
 type Tensor = <Candle as Tensors>::Tensor;
 
@@ -37,48 +37,7 @@ fn candle() -> Candle {
 
 /// A teacher and a student of each family, with weights at random.
 fn cases() -> [Case; 2] {
-    let autoencoder = Shape {
-        image_channels: 1,
-        image_size: 8,
-        channels: 8,
-        multipliers: vec![1, 1],
-        res_blocks: 1,
-        norm_groups: 4,
-        z_channels: 4,
-    };
-    let (vocabulary, codebook_dim, classes) = (16, 4, 10);
-    let raster = NetworkConfig::Llamagen(llamagen::Config {
-        width: 32,
-        depth: 2,
-        heads: 2,
-        vocabulary,
-        codebook_dim,
-        side: 4,
-        condition: ConditionShape::Classes(classes),
-    });
-    let of_raster = TokenizerConfig::Vq(vq::Config {
-        autoencoder: autoencoder.clone(),
-        vocabulary,
-        codebook_dim,
-        l2_norm: true,
-    });
-    let scales = NetworkConfig::Var(var::Config {
-        width: 32,
-        depth: 2,
-        heads: 2,
-        vocabulary,
-        codebook_dim,
-        scales: vec![1, 2, 3, 4],
-        classes,
-        shared_adaln: false,
-        attn_l2_norm: true,
-    });
-    let of_scales = TokenizerConfig::Msvq(msvq::Config {
-        autoencoder,
-        vocabulary,
-        scales: vec![1, 2, 3, 4],
-        phi_convs: 2,
-    });
+    let [(raster, of_raster), (scales, of_scales)] = small::families(&[1, 2, 3, 4]);
     [
         Case::new(&raster, &of_raster),
         Case::new(&scales, &of_scales),

@@ -5,15 +5,14 @@ use std::collections::BTreeMap;
 use retort_candle::Candle;
 use retort_engine::backend::Tensors;
 use retort_engine::bundle::{NetworkConfig, TokenizerConfig};
-use retort_engine::model::autoencoder::Shape;
-use retort_engine::model::{ConditionShape, Conditions, Prediction, Student, Tokenizer};
-use retort_engine::model::{llamagen, msvq, var, vq};
+use retort_engine::model::{Conditions, Prediction, Student, Tokenizer};
 use retort_engine::perceptual::{self, Eye};
 use retort_engine::random::noise;
 use retort_engine::sampler::StudentSampler;
 use retort_engine::splice::State;
 use retort_engine::tape::{Var, backward};
 use retort_engine::weights::{Floats, Loader, Params, Source, Weights};
+use retort_tests::small;
 
 type Tensor = <Candle as Tensors>::Tensor;
 
@@ -31,48 +30,7 @@ struct Case {
 
 /// One of each family: LlamaGen's split counts tokens, VAR's scales.
 fn cases() -> [Case; 2] {
-    let autoencoder = Shape {
-        image_channels: 1,
-        image_size: 8,
-        channels: 8,
-        multipliers: vec![1, 1],
-        res_blocks: 1,
-        norm_groups: 4,
-        z_channels: 4,
-    };
-    let (vocabulary, codebook_dim) = (16, 4);
-    let raster = NetworkConfig::Llamagen(llamagen::Config {
-        width: 32,
-        depth: 2,
-        heads: 2,
-        vocabulary,
-        codebook_dim,
-        side: 4,
-        condition: ConditionShape::Classes(10),
-    });
-    let of_raster = TokenizerConfig::Vq(vq::Config {
-        autoencoder: autoencoder.clone(),
-        vocabulary,
-        codebook_dim,
-        l2_norm: true,
-    });
-    let scales = NetworkConfig::Var(var::Config {
-        width: 32,
-        depth: 2,
-        heads: 2,
-        vocabulary,
-        codebook_dim,
-        scales: vec![1, 2, 4],
-        classes: 10,
-        shared_adaln: false,
-        attn_l2_norm: true,
-    });
-    let of_scales = TokenizerConfig::Msvq(msvq::Config {
-        autoencoder,
-        vocabulary,
-        scales: vec![1, 2, 4],
-        phi_convs: 2,
-    });
+    let [(raster, of_raster), (scales, of_scales)] = small::families(&[1, 2, 4]);
     [
         Case::new(raster, of_raster, 6, 6),
         Case::new(scales, of_scales, 2, 5),

@@ -142,10 +142,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     }
     let runtime = context.runtime()?;
     // A store that is not there yet is made only when the recipe has turned out to be right.
-    let known = match context.store.join("history.db").exists() {
-        true => Some(open_store(&runtime, &context.store)?),
-        false => None,
-    };
+    let known = store_if_there(&runtime, &context.store)?;
     let mut plugins = Plugins::new(
         search_dirs(&context.plugin_dirs),
         &runtime,
@@ -194,6 +191,14 @@ pub(super) fn open_store(runtime: &Runtime, dir: &Path) -> Result<Arc<Store>, Er
     ))
 }
 
+/// The store, unless it has still to be made.
+pub(super) fn store_if_there(runtime: &Runtime, dir: &Path) -> Result<Option<Arc<Store>>, Error> {
+    match dir.join("history.db").exists() {
+        true => open_store(runtime, dir).map(Some),
+        false => Ok(None),
+    }
+}
+
 /// What a store knows of the past.
 pub(super) fn past<'a>(
     runtime: &'a Runtime,
@@ -202,6 +207,19 @@ pub(super) fn past<'a>(
 ) -> Result<History<'a>, Error> {
     let layout = Layout::new(store.dir())?;
     Ok(History::new(runtime, store, layout, memory))
+}
+
+/// Shows progress on standard error from here on, above which everything else is said.
+pub(super) fn teller(context: &Context) -> Arc<Teller> {
+    let manner = Manner {
+        bars: std::io::stderr().is_terminal(),
+        color: context.color_stderr(),
+        quiet: context.quiet,
+        verbose: context.verbose,
+    };
+    let teller = Arc::new(Teller::new(manner, talk::say));
+    talk::attach(teller.bars());
+    teller
 }
 
 /// A plan about to be run.
@@ -228,14 +246,7 @@ impl Job {
         context: &Context,
     ) -> Result<RunId, Error> {
         let layout = Layout::new(store.dir())?;
-        let manner = Manner {
-            bars: std::io::stderr().is_terminal(),
-            color: context.color_stderr(),
-            quiet: context.quiet,
-            verbose: context.verbose,
-        };
-        let teller = Arc::new(Teller::new(manner, talk::say));
-        talk::attach(teller.bars());
+        let teller = teller(context);
         let kinds = self.plan.stages.iter().map(|stage| &*stage.kind);
         let (jobs, cluster) = execution.placement(&self.plan.base_dir, kinds, context)?;
         if cluster.is_none() {

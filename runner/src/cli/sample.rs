@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::artifact::{self, Layout};
 use crate::cli::past::NoHistory;
-use crate::cli::run::{ExecutionArgs, Job, open_store, past};
+use crate::cli::run::{ExecutionArgs, Job, open_store, past, store_if_there};
 use crate::cli::{Context, Error, Exit, SelectionArgs, show, talk};
 use crate::plan::decision;
 use crate::plan::{self, Descriptions};
@@ -98,10 +98,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     } else {
         runtime.block_on(in_store(args, context))?
     };
-    let known = match context.store.join("history.db").exists() {
-        true => Some(open_store(&runtime, &context.store)?),
-        false => None,
-    };
+    let known = store_if_there(&runtime, &context.store)?;
     let mut plugins = Plugins::new(
         search_dirs(&context.plugin_dirs),
         &runtime,

@@ -474,6 +474,12 @@ impl Work {
         }
     }
 
+    /// Slurm's ids of jobs of which something is left to do.
+    fn open_jobs(&self) -> Vec<u64> {
+        let open = self.jobs.iter().filter(|job| !job.over);
+        open.map(|job| job.id).collect()
+    }
+
     /// Finds elements that another runner has submitted, for those that have no job.
     async fn adopt(&mut self) -> Result<(), StoreError> {
         let new = |slot: &Slot| slot.phase == Phase::New && slot.wish == Wish::GoOn;
@@ -481,13 +487,7 @@ impl Work {
         if !self.slots.iter().any(new) || !self.jobs.iter().any(unclaimed) {
             return Ok(());
         }
-        let ids: Vec<u64> = self
-            .jobs
-            .iter()
-            .filter(|job| !job.over)
-            .map(|job| job.id)
-            .collect();
-        let known = self.to.slurm.look(&ids).await;
+        let known = self.to.slurm.look(&self.open_jobs()).await;
         let mut taken = BTreeSet::new();
         for index in 0..self.slots.len() {
             if !new(&self.slots[index]) {

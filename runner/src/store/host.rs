@@ -75,14 +75,7 @@ pub(super) async fn claim(store: &Path) -> Result<Option<Claim>, StoreError> {
     match fs::create_dir_all(&dir) {
         Ok(()) => {}
         // Nothing of it can be written: that will be said of the database.
-        Err(error)
-            if matches!(
-                error.kind(),
-                ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem
-            ) =>
-        {
-            return Ok(None);
-        }
+        Err(error) if may_not_write(&error) => return Ok(None),
         Err(error) => return Err(refused(error)),
     }
     let lock = artifact::open_lock(&dir.join("lock")).ok();
@@ -121,14 +114,7 @@ pub(super) async fn claim(store: &Path) -> Result<Option<Claim>, StoreError> {
                 }
             }
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem
-                ) =>
-            {
-                return Ok(None);
-            }
+            Err(error) if may_not_write(&error) => return Ok(None),
             Err(error) => return Err(refused(error)),
         }
     }
@@ -259,6 +245,14 @@ impl Drop for Claim {
             Err(TryLockError::WouldBlock | TryLockError::Error(_)) => {}
         }
     }
+}
+
+/// Whether somebody may read a store and not write to it.
+fn may_not_write(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem
+    )
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use crate::chart::escaped;
-use crate::sweep::{Goal, Objective};
+use crate::sweep::{Goal, Objective, Parameter};
 use crate::table::number;
 
 /// A parameter, with the place of each point on its axis.
@@ -29,6 +29,30 @@ pub struct Line {
     pub label: String,
     /// The objective.
     pub value: f64,
+}
+
+/// The value in a setting `path=value`.
+pub fn value_of(setting: &str) -> &str {
+    setting.split_once('=').map_or(setting, |(_, value)| value)
+}
+
+/// Axes of a sweep's parameters and lines of its points, each with its number, its settings and the objective.
+pub fn of_points<'a>(
+    parameters: &[Parameter],
+    points: impl Iterator<Item = (u32, &'a [String], f64)> + Clone,
+) -> (Vec<Axis>, Vec<Line>) {
+    let axis = |(place, parameter): (usize, &Parameter)| {
+        let values = points.clone().map(|(_, settings, _)| {
+            value_of(settings.get(place).map_or("", String::as_str)).to_owned()
+        });
+        Axis::of(parameter.path.clone(), values.collect())
+    };
+    let line = |(number, _, value): (u32, &[String], f64)| Line {
+        label: format!("point {number}"),
+        value,
+    };
+    let axes = parameters.iter().enumerate().map(axis).collect();
+    (axes, points.clone().map(line).collect())
 }
 
 impl Axis {

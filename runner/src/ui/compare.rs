@@ -29,12 +29,7 @@ struct Column<'s> {
 
 /// The page.
 pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
-    let named: Vec<&str> = ask
-        .query
-        .get("baseline")
-        .into_iter()
-        .chain(ask.query.all("run"))
-        .collect();
+    let named: Vec<&str> = ask.query.runs().collect();
     let mut columns: Vec<Column> = Vec::new();
     for reference in named.iter().take(RUNS) {
         let (shelf, id) = site.find_run(reference).await?;

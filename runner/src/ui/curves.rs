@@ -43,8 +43,7 @@ struct Found<'s> {
 
 async fn sources<'s>(site: &'s Site, query: &Fields) -> Result<Vec<Source<'s>>, Problem> {
     let mut sources: Vec<Source> = Vec::new();
-    let pinned = query.get("baseline");
-    let named: Vec<&str> = pinned.into_iter().chain(query.all("run")).collect();
+    let named: Vec<&str> = query.runs().collect();
     for reference in named.iter().take(RUNS) {
         let (shelf, id) = site.find_run(reference).await?;
         if sources.iter().any(|known| known.id == id) {

@@ -54,12 +54,7 @@ struct Frame {
 /// The page.
 pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
     let mut details: Vec<(&Shelf, RunDetail)> = Vec::new();
-    let named: Vec<&str> = ask
-        .query
-        .get("baseline")
-        .into_iter()
-        .chain(ask.query.all("run"))
-        .collect();
+    let named: Vec<&str> = ask.query.runs().collect();
     for reference in named.iter().take(RUNS) {
         let (shelf, id) = site.find_run(reference).await?;
         if !details.iter().any(|(_, known)| known.summary.id == id) {

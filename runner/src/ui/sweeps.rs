@@ -12,7 +12,7 @@ use super::{Shelf, Site};
 use crate::filter;
 use crate::store::{RunFilter, StoreError, SweepDetail, SweepPoint};
 use crate::sweep::Objective;
-use crate::sweep::plot::{self, Axis, Line};
+use crate::sweep::plot;
 
 /// Most points that are shown.
 const MOST: usize = 2000;
@@ -87,10 +87,6 @@ impl Found<'_> {
     }
 }
 
-fn value_of(setting: &str) -> &str {
-    setting.split_once('=').map_or(setting, |(_, value)| value)
-}
-
 /// The picture: `/sweep/ID/plot.svg`.
 pub async fn svg(site: &Site, reference: &str) -> Result<Reply, Problem> {
     let found = find(site, reference).await?;
@@ -98,21 +94,10 @@ pub async fn svg(site: &Site, reference: &str) -> Result<Reply, Problem> {
         return Err(Problem::NotFound("this sweep has no objective".into()));
     };
     let ranked = found.ranked(objective);
-    let parameters = found.detail.plan.definition.parameters.iter().enumerate();
-    let axes = parameters.map(|(place, parameter)| {
-        let values = ranked.iter().map(|(point, _)| {
-            value_of(point.settings.get(place).map_or("", String::as_str)).to_owned()
-        });
-        Axis::of(parameter.path.clone(), values.collect())
-    });
-    let axes: Vec<Axis> = axes.collect();
-    let lines: Vec<Line> = ranked
+    let drawn = ranked
         .iter()
-        .map(|(point, value)| Line {
-            label: format!("point {}", point.number),
-            value: *value,
-        })
-        .collect();
+        .map(|(point, value)| (point.number, point.settings.as_slice(), *value));
+    let (axes, lines) = plot::of_points(&found.detail.plan.definition.parameters, drawn);
     Ok(Reply::new(
         "image/svg+xml",
         plot::svg(&axes, &lines, objective),
@@ -171,7 +156,7 @@ pub async fn answer(site: &Site, _: &Ask, reference: &str) -> Result<Reply, Prob
                                 Some((run, state)) => { td.id { (page::run_link(run)) } td { (page::run_state(*state)) } }
                                 None => { td.dim { "–" } td { (page::pill("dim", "not begun")) } }
                             }
-                            @for setting in &point.settings { td.num { (page::name(value_of(setting))) } }
+                            @for setting in &point.settings { td.num { (page::name(plot::value_of(setting))) } }
                             @if definition.objective.is_some() {
                                 td.num.best[best == Some(point.number)] {
                                     @match found.value(point) { Some(value) => (page::number(value)), None => span.dim { "–" } }

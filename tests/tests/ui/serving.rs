@@ -267,6 +267,16 @@ fn hostile_samples_are_refused_within_bounds() {
     check(&|manifest| manifest["image"] = serde_json::json!([1, 16, 16]));
 }
 
+/// The seal of changes that a run's page holds.
+fn seal(server: &Server, cookie: &str, run: &str) -> String {
+    let path = format!("/run/{run}");
+    let page = request(server.port, "GET", &path, &[("cookie", cookie)], "").1;
+    let page = String::from_utf8(page).unwrap();
+    let seal = page.split("name=\"seal\" value=\"").nth(1);
+    let seal = seal.and_then(|rest| rest.split('"').next());
+    seal.expect("a seal").to_owned()
+}
+
 #[test]
 fn changes_need_the_option_the_token_and_the_seal() {
     let (lab, made, server) = served(&["--write"]);
@@ -283,22 +293,8 @@ fn changes_need_the_option_the_token_and_the_seal() {
         "{headers}"
     );
     let cookie = format!("retort_token={token}");
-    let page = String::from_utf8(
-        request(
-            server.port,
-            "GET",
-            &format!("/run/{first}"),
-            &[("cookie", &cookie)],
-            "",
-        )
-        .1,
-    )
-    .unwrap();
-    let seal = page
-        .split("name=\"seal\" value=\"")
-        .nth(1)
-        .and_then(|rest| rest.split('"').next())
-        .expect("a seal");
+    let seal = seal(&server, &cookie, &first.to_string());
+    let seal = seal.as_str();
 
     let note = |seal: &str| {
         server
@@ -380,22 +376,7 @@ fn a_run_that_is_under_way_is_not_removed() {
     let token = server.printed.split("?token=").nth(1).unwrap();
     let cookie = format!("retort_token={token}");
     let run = lab.latest().unwrap().summary.id;
-    let page = String::from_utf8(
-        request(
-            server.port,
-            "GET",
-            &format!("/run/{run}"),
-            &[("cookie", &cookie)],
-            "",
-        )
-        .1,
-    )
-    .unwrap();
-    let seal = page
-        .split("name=\"seal\" value=\"")
-        .nth(1)
-        .and_then(|rest| rest.split('"').next())
-        .unwrap();
+    let seal = seal(&server, &cookie, &run.to_string());
     assert_eq!(
         server
             .post(

@@ -1,7 +1,6 @@
 //! A sweep under way: which point runs next, what is said meanwhile, and what it ends with.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::io::IsTerminal;
 use std::num::NonZeroUsize;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -12,7 +11,7 @@ use futures_util::stream::FuturesUnordered;
 use serde_json::Value;
 use tokio::runtime::Runtime;
 
-use crate::cli::run::{ExecutionArgs, fits_one_machine};
+use crate::cli::run::{ExecutionArgs, fits_one_machine, teller};
 use crate::cli::sweep::points::Source;
 use crate::cli::sweep::show::Results;
 use crate::cli::{Context, Error, Exit, talk};
@@ -22,7 +21,7 @@ use crate::executor::{
     Event, ExecutorError, Leave, Listener, Options, Reins, RunReport, Rung, Signals, execute_beside,
 };
 use crate::plugin::{Plugins, search_dirs};
-use crate::progress::{self, Manner, Teller};
+use crate::progress::{self, Teller};
 use crate::store::{RunId, RunState, Store, SweepDetail, SweepPlace};
 use crate::sweep::halving::{Course, Halving, Leg};
 
@@ -105,14 +104,7 @@ pub fn out(
     context: &Context,
 ) -> Result<(), Error> {
     let began = Instant::now();
-    let manner = Manner {
-        bars: std::io::stderr().is_terminal(),
-        color: context.color_stderr(),
-        quiet: context.quiet,
-        verbose: context.verbose,
-    };
-    let teller = Arc::new(Teller::new(manner, talk::say));
-    talk::attach(teller.bars());
+    let teller = teller(context);
     let reins = Reins::default();
     let (jobs, cluster) = execution.placement(sweeping.source.base_dir(), [], context)?;
     let mut floor = Floor {

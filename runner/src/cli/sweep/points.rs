@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
 use crate::cli::past::{History, NoHistory};
-use crate::cli::run::{self, ExecutionArgs, open_store, past};
+use crate::cli::run::{self, ExecutionArgs, open_store, past, store_if_there};
 use crate::cli::sweep::carry::{self, Sweeping};
 use crate::cli::sweep::survey::{Ahead, Survey};
 use crate::cli::{Context, Error, Exit, SelectionArgs, plan as plan_command, talk};
@@ -80,10 +80,7 @@ pub fn run(args: &run::Args, recipe: Recipe, context: &Context) -> Result<(), Er
     let (definition, points) = define(&args.sweep, &args.selection, &recipe)?;
     let source = Source::of(&recipe, &args.selection);
     let runtime = context.runtime()?;
-    let known = match context.store.join("history.db").exists() {
-        true => Some(open_store(&runtime, &context.store)?),
-        false => None,
-    };
+    let known = store_if_there(&runtime, &context.store)?;
     let mut plugins = Plugins::new(
         search_dirs(&context.plugin_dirs),
         &runtime,

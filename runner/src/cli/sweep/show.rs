@@ -231,7 +231,7 @@ pub(super) fn short_names<'a>(paths: impl Iterator<Item = &'a str> + Clone) -> V
 
 /// The value of `path=value`, as a number where it is one.
 pub(super) fn value_of(setting: &str) -> Cell {
-    let text = setting.split_once('=').map_or(setting, |(_, value)| value);
+    let text = plot::value_of(setting);
     match text.parse::<i64>() {
         Ok(number) => Cell::new(text, number),
         Err(_) => match text.parse::<f64>() {
@@ -445,34 +445,10 @@ pub(super) fn plot(args: &PlotArgs, context: &Context) -> Result<(), Error> {
     if ranked.is_empty() {
         return Err(nothing());
     }
-    let paths: Vec<&str> = results
-        .detail
-        .plan
-        .definition
-        .parameters
+    let drawn = ranked
         .iter()
-        .map(|one| one.path.as_str())
-        .collect();
-    let text = |point: &SweepPoint, place: usize| {
-        let setting = point.settings.get(place).map_or("", String::as_str);
-        let value = setting.split_once('=').map_or(setting, |(_, value)| value);
-        value.to_owned()
-    };
-    let axes: Vec<Axis> = paths
-        .iter()
-        .enumerate()
-        .map(|(place, path)| {
-            let values = ranked.iter().map(|(point, _)| text(point, place));
-            Axis::of((*path).to_owned(), values.collect())
-        })
-        .collect();
-    let lines: Vec<Line> = ranked
-        .iter()
-        .map(|(point, value)| Line {
-            label: format!("point {}", point.number),
-            value: *value,
-        })
-        .collect();
+        .map(|(point, value)| (point.number, point.settings.as_slice(), *value));
+    let (axes, lines) = plot::of_points(&results.detail.plan.definition.parameters, drawn);
     let Some(file) = &args.svg else {
         return slices(&axes, &lines, &objective, args.log, context);
     };

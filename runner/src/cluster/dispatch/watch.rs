@@ -76,12 +76,7 @@ impl Work {
         if !self.slots.iter().any(|slot| at_work(&slot)) {
             return Ok(false);
         }
-        let ids: Vec<u64> = self
-            .jobs
-            .iter()
-            .filter(|job| !job.over)
-            .map(|job| job.id)
-            .collect();
+        let ids = self.open_jobs();
         let known = match self.to.slurm.look(&ids).await {
             Ok(known) => known,
             Err(error) => {
