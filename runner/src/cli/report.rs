@@ -155,6 +155,7 @@ async fn curves(store: &Store, pages: &[Page]) -> Result<Curves, Error> {
         let chart = Chart {
             axis: "step".into(),
             log: false,
+            log_x: false,
             curves,
         };
         charts.push((name, chart));
