@@ -392,16 +392,17 @@ fn full_queue(site: &Site) {
 
 /// A node's daemon dies, and its job is started again. The worker that Slurm took for dead may live: it gives way.
 #[test]
-#[ignore = "has not been seen to pass: how soon a controller gives a node up varies"]
 fn a_node_that_dies() {
     let Some(site) = Site::start() else { return };
     let site = &site;
-    let lab = working("dead", 150);
+    let lab = working("dead", 500);
     let running = site.start_run(&lab, &[]);
     let watch = wait_for_watch(site, &lab);
     let node = site.slurm("squeue", &["--noheader", "--states=RUNNING", "--format=%N"]);
     let node = node.trim();
     site.kill_node(node);
+    let killed = Instant::now();
+    wait_for("NODE_FAIL", || { let s = site.slurm("squeue", &["--noheader", "--states=all", "--format=%T %N %r %S"]); eprintln!("{:.1} {s}", killed.elapsed().as_secs_f64()); std::thread::sleep(Duration::from_secs(1)); s.contains("PENDING").then_some(()) });
     running.end().expect(0);
     let ends = ends(site, &lab);
     assert_eq!(ends, ["node failed, or preempted", "succeeded"]);
