@@ -78,6 +78,9 @@ pub struct PlannedStage {
     /// Devices of the worker processes that divide its work, one each; empty where one process does all of it.
     #[serde(default)]
     pub workers: Vec<String>,
+    /// Whether these work on the same thing and wait for each other.
+    #[serde(default)]
+    pub together: bool,
     /// Seed of all its random numbers; below 2^53, so that JSON readers keep it.
     pub seed: u64,
     /// When to end an attempt; `None` is never.
@@ -764,6 +767,15 @@ mod tests {
                 5,
                 42,
                 "stage `b`: the work of a `tokenizer` cannot be divided among workers / kinds that can be: `everything`",
+            )],
+        );
+        check(
+            &format!("{HEAD}  b: {{kind: pretrain, tokenizer: codes, workers: 2}}\n"),
+            &[(
+                5,
+                50,
+                "stage `b`: plugin `fake` has no way for the workers of a `pretrain` to add up gradients / take a plugin that \
+                 can: `backend: libtorch`; or leave `workers` out",
             )],
         );
         check(

@@ -102,6 +102,7 @@ pub fn description() -> Description {
         output: output.into(),
         revision: 1,
         divisible: kind == "everything",
+        together: kind == "pretrain",
         schema: schema(kind),
     };
     Description {

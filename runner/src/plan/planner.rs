@@ -131,10 +131,16 @@ impl<'a> Planner<'a> {
             return draft;
         };
         if stage.workers.is_some_and(|workers| workers > 1) && !known.divisible {
-            let message = format!(
-                "stage `{}`: the work of a `{kind}` cannot be divided among workers",
-                stage.name
-            );
+            let message = match known.together {
+                true => format!(
+                    "stage `{}`: plugin `{}` has no way for the workers of a `{kind}` to add up gradients",
+                    stage.name, identity.name
+                ),
+                false => format!(
+                    "stage `{}`: the work of a `{kind}` cannot be divided among workers",
+                    stage.name
+                ),
+            };
             let divisible: Vec<&str> = description
                 .stages
                 .iter()
@@ -142,6 +148,9 @@ impl<'a> Planner<'a> {
                 .map(|known| known.kind.as_str())
                 .collect();
             let hint = match divisible.as_slice() {
+                _ if known.together => {
+                    "take a plugin that can: `backend: libtorch`; or leave `workers` out".into()
+                }
                 [] => format!("plugin `{}` has no kind that can be", identity.name),
                 kinds => format!("kinds that can be: `{}`", kinds.join("`, `")),
             };
@@ -511,6 +520,7 @@ impl<'a> Planner<'a> {
                 .threads
                 .or(self.recipe.threads)
                 .map_or(Threads::Share, Threads::Fixed),
+            together: kind.together && !workers.is_empty(),
             workers,
             seed: stage
                 .seed
