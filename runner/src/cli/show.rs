@@ -8,6 +8,7 @@ use image::{DynamicImage, ImageFormat, ImageReader, Limits};
 
 use crate::artifact::{self, Layout};
 use crate::cli::{Context, Error, Exit, talk};
+use crate::draft;
 use crate::store::{Access, ArtifactRow, Store, StoreError};
 
 use self::screen::Screen;
@@ -80,7 +81,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
             .hint(format!("name a stage of it: {}", stages.join(", "))));
         };
         let bytes = read(&layout, only)?;
-        return std::fs::write(file, bytes).map_err(|error| {
+        return draft::write(file, &bytes).map_err(|error| {
             let message = format!("{} cannot be written", file.display());
             Error::new(Exit::Internal, message).cause(&error)
         });

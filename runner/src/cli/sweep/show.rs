@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 use crate::chart::{Chart, Curve, Sample};
 use crate::cli::sweep::{BestArgs, ListArgs, PlotArgs, ReferenceArgs, ShowArgs, objective};
 use crate::cli::{Context, Error, Exit, talk};
+use crate::draft;
 use crate::store::{Access, RunState, Store, StoreError, SweepDetail, SweepPoint};
 use crate::sweep::Objective;
 use crate::sweep::plot::{self, Axis, Line};
@@ -345,7 +346,7 @@ pub(super) fn plot(args: &PlotArgs, context: &Context) -> Result<(), Error> {
     if file.as_os_str() == "-" {
         return Ok(talk::print(&svg)?);
     }
-    std::fs::write(file, svg).map_err(|error| {
+    draft::write(file, svg.as_bytes()).map_err(|error| {
         let message = format!("{} cannot be written", file.display());
         Error::new(Exit::Internal, message).cause(&error)
     })
