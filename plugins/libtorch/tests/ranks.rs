@@ -193,14 +193,15 @@ fn curves(lab: &Lab) {
     lab.retort(&["run", "r.yaml"]);
     for (stage, name) in [("teacher", "pretrain"), ("student", "distill")] {
         let [loss, held] = ["loss", "held_out_loss"].map(|figure| format!("{name}/{figure}"));
-        let first_run = ["run", "r.yaml", "--until", stage, "--force"];
-        lab.retort(&[&first_run[..], &[stage]].concat());
+        let force = format!("--force={stage}");
+        let alone = ["run", "r.yaml", "--until", stage, &force];
+        lab.retort(&alone);
         let (one, held_of_one) = (lab.points(stage, &loss), lab.points(stage, &held));
         assert!(one.last().unwrap() < &(0.9 * one[0]), "it learns: {one:?}");
-        let alone = lab.hash(stage);
+        let hash_alone = lab.hash(stage);
         for workers in [2, 4] {
             let setting = format!("stages.{stage}.workers={workers}");
-            let run = [&first_run[..], &[stage, "--set", &setting]].concat();
+            let run = [&alone[..], &["--set", &setting]].concat();
             lab.retort(&run);
             let (many, held_of_many) = (lab.points(stage, &loss), lab.points(stage, &held));
             let apart = |one: &[f64], many: &[f64]| -> f64 {
@@ -223,7 +224,7 @@ fn curves(lab: &Lab) {
             assert!(first < 1e-5 && all < 5e-3 && held < 5e-3);
             let hash = lab.hash(stage);
             assert_ne!(
-                hash, alone,
+                hash, hash_alone,
                 "sums are rounded in another order: it was no single process"
             );
             lab.retort(&run);
@@ -261,7 +262,7 @@ fn faults(lab: &Lab) {
             "{text}"
         );
         let hash = lab.hash("student");
-        let again = lab.long(&seed, &["--force", "student"]).output();
+        let again = lab.long(&seed, &["--force=student"]).output();
         let again = again.expect("it runs");
         assert!(again.status.success(), "{}", said(&again));
         assert_eq!(
