@@ -234,12 +234,12 @@ fn curves(lab: &Lab) {
 }
 
 fn faults(lab: &Lab) {
-    let faults = [("-KILL", 1), ("-KILL", 0), ("-STOP", 1), ("-INT", 0)];
+    let faults = [("-KILL", 1), ("-KILL", 0), ("-STOP", 1), ("-TERM", 0)];
     for (number, (what, rank)) in faults.into_iter().enumerate() {
         let seed = format!("stages.student.seed={number}");
         let (child, pid) = lab.start(&seed, rank);
         let runner = i32::try_from(child.id()).expect("a process id");
-        signal(if what == "-INT" { runner } else { pid }, what);
+        signal(if what == "-TERM" { runner } else { pid }, what);
         let began = Instant::now();
         let output = child.wait_with_output().expect("it ends");
         let (took, reason) = (began.elapsed(), lab.reason());
@@ -251,7 +251,7 @@ fn faults(lab: &Lab) {
         assert!(took < Duration::from_secs(30), "{took:?}");
         match what {
             "-KILL" => assert!(reason.contains("SIGKILL"), "{reason}: {}", said(&output)),
-            "-INT" => assert_eq!(reason, "interrupted", "{}", said(&output)),
+            "-TERM" => assert_eq!(reason, "interrupted", "{}", said(&output)),
             _ => assert!(reason.starts_with("failed"), "{reason}: {}", said(&output)),
         }
         let resumed = lab.command(&["resume", "-v"]).output().expect("it runs");
