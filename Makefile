@@ -5,7 +5,7 @@ CARGO ?= cargo
 BIN = $(or $(CARGO_TARGET_DIR),target)/release
 
 .DEFAULT_GOAL := help
-.PHONY: help build libtorch cuda cuda-test digits emoji schema test test-long soak deny gpu-artefacts gpu-check gpu-bench fmt lint
+.PHONY: help build libtorch cuda cuda-test digits emoji schema test test-long soak libfuzzer deny gpu-artefacts gpu-check gpu-bench fmt lint
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -63,6 +63,22 @@ soak: build ## hostile inputs for all readers, and runs that are killed at rando
 	$(CARGO) build --release -p retort-soak
 	$(BIN)/retort-soak all --minutes $(or $(MINUTES),10) --seed $(or $(SEED),1)
 
+# The flags of a fuzzer, for a stable compiler; everything is built anew with them. What it finds belongs into the corpus.
+FUZZ_DIR = $(or $(CARGO_TARGET_DIR),target)/libfuzzer
+FUZZ_FLAGS = --cfg fuzzing -Cpasses=sancov-module -Cdebug-assertions -Coverflow-checks \
+    -Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
+    -Cllvm-args=-sanitizer-coverage-pc-table -Cllvm-args=-sanitizer-coverage-trace-compares
+HOST = $(shell rustc -vV | sed -n 's/^host: //p')
+libfuzzer: ## the hostile inputs of `make soak`, led by coverage (SECONDS=60 for each TARGET; all without)
+	RUSTFLAGS="$(FUZZ_FLAGS)" $(CARGO) build --release -p retort-soak --features libfuzzer --bin libfuzzer \
+	    --target $(HOST) --target-dir $(FUZZ_DIR)
+	@for target in $(or $(TARGET),$(filter-out harness,$(notdir $(wildcard tests/soak/corpus/*)))); do \
+	    mkdir -p $(FUZZ_DIR)/found/$$target && echo "== $$target" && \
+	    TARGET=$$target $(FUZZ_DIR)/$(HOST)/release/libfuzzer $(FUZZ_DIR)/found/$$target tests/soak/corpus/$$target \
+	        -max_total_time=$(or $(SECONDS),60) -rss_limit_mb=1024 -timeout=20 -max_len=65536 -print_final_stats=1 \
+	        -artifact_prefix=$(FUZZ_DIR)/found/ || exit 1; \
+	done
+
 deny: ## licences, sources and known vulnerabilities of the dependencies
 	@.ci/deny $(or $(CARGO_TARGET_DIR),target)/tools
 
@@ -96,7 +112,7 @@ fmt: ## format the code
 
 lint: ## check format and lints, as the tests of a change do
 	$(CARGO) fmt --all --check
-	$(CARGO) clippy --release --all-targets -- -D warnings
+	$(CARGO) clippy --release --all-targets --features retort-soak/libfuzzer -- -D warnings
 	@if [ -e .libtorch ]; then env -u LIBTORCH $(CARGO) clippy --release -p retort-libtorch --all-targets -- -D warnings; \
 	else echo 'lint: plugins/libtorch was not looked at (make libtorch)' >&2; fi
 	@if [ -e $(CUDA_DIR)/toolkit/bin/nvcc ]; then $(CUDA_ENV) $(CARGO) clippy --release -p retort-candle -p retort-tests \

@@ -121,7 +121,9 @@ impl Layout {
     /// [`ArtifactError::Io`].
     pub fn open_staging(&self, run: &str) -> Result<Staging, ArtifactError> {
         let (root, dir) = (self.store.join("staging"), self.staging(run));
-        fs::create_dir_all(&root).map_err(failed("make", &root))?;
+        make_dir(&root)?;
+        // Now, and not when a stage has computed its result.
+        make_dir(&self.artifacts())?;
         self.tidy();
         let lock_path = dir.with_extension("lock");
         let lock = loop {
@@ -169,7 +171,7 @@ impl Layout {
     pub fn open_work(&self, digest: &str) -> Result<Option<Work>, ArtifactError> {
         let dir = self.work(digest);
         let root = self.store.join("work");
-        fs::create_dir_all(&root).map_err(failed("make", &root))?;
+        make_dir(&root)?;
         let Some(lock) = Lock::try_take(dir.with_extension("lock"))? else {
             return Ok(None);
         };
@@ -330,7 +332,7 @@ pub fn seal(staging: &Path) -> Result<Contents, ArtifactError> {
 /// # Errors
 /// [`ArtifactError::Io`].
 pub fn publish(staging: &Path, hash: &str, artifacts: &Path) -> Result<(), ArtifactError> {
-    fs::create_dir_all(artifacts).map_err(failed("make", artifacts))?;
+    make_dir(artifacts)?;
     let place = artifacts.join(hash);
     let moved = match fs::rename(staging, &place) {
         // The artifacts lie on another disk.
@@ -567,6 +569,20 @@ fn sync(path: &Path) -> Result<(), ArtifactError> {
     File::open(path)
         .and_then(|file| file.sync_all())
         .map_err(failed("sync", path))
+}
+
+/// Makes a directory of the store where it is missing. Something else in its place is named.
+fn make_dir(path: &Path) -> Result<(), ArtifactError> {
+    fs::create_dir_all(path).map_err(|error| {
+        let kind = match fs::metadata(path) {
+            Ok(found) => regular::kind(found.file_type()),
+            Err(_) if path.is_symlink() => "a link that leads nowhere",
+            Err(_) => return failed("make", path)(error),
+        };
+        let message = format!("it is {kind}, not a directory");
+        let error = io::Error::new(io::ErrorKind::NotADirectory, message);
+        failed("use", path)(error)
+    })
 }
 
 fn failed(action: &'static str, path: &Path) -> impl Fn(io::Error) -> ArtifactError {

@@ -1,13 +1,19 @@
 //! Files and folders under way: made beside their place under a name that nobody has, and moved there once they are whole.
 //!
+//! What a command is told to write takes the place of a file once it is whole; only what is no file, such as
+//! `/dev/stdout`, is written as it is.
+//!
 //! Nothing is written over and nothing is removed that was not made here: the name is made exclusively, whatever lies
 //! beside it. What is not finished is removed. Deliberately absent: artifacts, which have a staging of their own.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
+
+use retort_checkpoint::regular;
 
 /// A file or folder under way.
 #[derive(Debug)]
@@ -74,6 +80,46 @@ impl Draft {
     }
 }
 
+/// Writes a file that somebody named: what was there stays as it was until the whole of it is written. A pipe or a device
+/// is written to, but nobody waits for a reader.
+///
+/// # Errors
+/// It cannot be written, or is a pipe that nobody reads.
+pub fn write(target: &Path, bytes: &[u8]) -> io::Result<()> {
+    let found = match fs::metadata(target) {
+        Ok(found) => Some(found.file_type()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => return Err(error),
+    };
+    if let Some(kind) = found.filter(|kind| !kind.is_file()) {
+        if kind.is_dir() {
+            return Err(io::ErrorKind::IsADirectory.into());
+        }
+        File::options()
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+            .open(target)
+            .map_err(|error| match error.raw_os_error() {
+                Some(libc::ENXIO) => {
+                    let message = format!("it is {} that nobody reads", regular::kind(kind));
+                    io::Error::new(io::ErrorKind::InvalidInput, message)
+                }
+                _ => error,
+            })?;
+        // There is a reader, who takes what comes at his pace.
+        return File::options().write(true).open(target)?.write_all(bytes);
+    }
+    // A link stays one.
+    let target = match found {
+        Some(_) => fs::canonicalize(target)?,
+        None => target.to_owned(),
+    };
+    let (draft, mut file) = Draft::file(&target)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    draft.finish()
+}
+
 impl Drop for Draft {
     fn drop(&mut self) {
         // Where it was finished there is nothing of this name any more.
@@ -123,6 +169,36 @@ mod tests {
         assert_eq!(names(&root.path().join("a")).len(), 2);
         drop((draft, file));
         assert_eq!(names(&root.path().join("a")), ["b.v2"]);
+    }
+
+    #[test]
+    fn what_is_written_takes_the_place_of_a_file_and_of_nothing_else() {
+        let root = tempfile::tempdir().unwrap();
+        let at = |name: &str| root.path().join(name);
+        write(&at("new"), b"1").unwrap();
+        std::os::unix::fs::symlink("new", at("link")).unwrap();
+        write(&at("link"), b"2").unwrap();
+        assert_eq!(fs::read(at("new")).unwrap(), b"2");
+        assert!(at("link").is_symlink());
+        fs::create_dir(at("folder")).unwrap();
+        let error = write(&at("folder"), b"3").unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::IsADirectory);
+        let made = std::process::Command::new("mkfifo")
+            .arg(at("pipe"))
+            .status();
+        assert!(made.unwrap().success());
+        let error = write(&at("pipe"), b"4").unwrap_err().to_string();
+        assert_eq!(error, "it is a named pipe that nobody reads");
+        let pipe = at("pipe");
+        let reader = File::options().read(true).write(true).open(&pipe).unwrap();
+        write(&pipe, b"5").unwrap();
+        let mut read = [0];
+        io::Read::read_exact(&mut &reader, &mut read).unwrap();
+        assert_eq!(&read, b"5");
+        write(Path::new("/dev/null"), b"6").unwrap();
+        let error = write(Path::new("/dev/full"), b"7").unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+        assert_eq!(names(root.path()), ["folder", "link", "new", "pipe"]);
     }
 
     #[test]

@@ -294,6 +294,10 @@ impl Listing {
             let is_young = stamp.is_young(self.now);
             let hash = match known {
                 Some(hash) => hash,
+                // What it holds decides nothing, and to read it would take long.
+                None if self.kind == FileKind::Images && images::is_too_long(name, stamp.size) => {
+                    blake3::hash(b"")
+                }
                 None => {
                     let path = self.at(name);
                     let file = regular::open(&path).map_err(failed("open", &path))?;
@@ -603,6 +607,32 @@ mod tests {
             assert_ne!(hash(&revision, kind), before, "{kind:?}");
             fs::write(&blob, "weights").unwrap();
         }
+    }
+
+    #[test]
+    fn what_is_too_long_for_an_image_is_not_read() {
+        let root = filled(&[("0/a.png", ""), ("b.tar", "")]);
+        let hash = || {
+            let listing = Listing::of(root.path(), FileKind::Images).unwrap();
+            listing.hashed(&BTreeMap::new()).unwrap().0.hash
+        };
+        let write = |name: &str, at: u64| {
+            use std::os::unix::fs::FileExt;
+            let file = fs::File::options().write(true).open(root.path().join(name));
+            file.unwrap().write_at(b"x", at).unwrap();
+        };
+        write("0/a.png", images::LONGEST_FILE);
+        let before = hash();
+        write("0/a.png", 1 << 20);
+        assert_eq!(hash(), before);
+        write("0/a.png", images::LONGEST_FILE + 1);
+        let longer = hash();
+        assert_ne!(longer, before);
+        // An archive has no such limit.
+        write("b.tar", images::LONGEST_FILE);
+        let before = hash();
+        write("b.tar", 1 << 20);
+        assert_ne!(hash(), before);
     }
 
     #[track_caller]

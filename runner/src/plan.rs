@@ -7,9 +7,10 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::time::Duration;
 
-use retort_abi::{Description, Device, Severity, StageJob};
+use retort_abi::{Device, Severity, StageJob};
 use retort_checkpoint::regular;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -19,12 +20,14 @@ use crate::recipe::{self, Given, Recipe};
 use crate::terminal;
 use crate::yaml::{Part, escape, odd_space};
 
+mod build;
 pub mod decision;
 mod digest;
 #[cfg(test)]
 pub(crate) mod fake;
 mod planner;
 
+pub use build::Build;
 pub use digest::{Digest, digest};
 
 /// A recipe with everything settled. Serialised, it is what a run freezes and `resume` continues.
@@ -235,14 +238,11 @@ impl TryFrom<String> for Origin {
 /// What plugins say of themselves. The runner's plugin search is one implementation, tests bring another.
 pub trait Descriptions {
     /// The plugin of that name and its description, from a cache where possible.
-    fn describe(&mut self, plugin: &str) -> Result<(PluginIdentity, Description), DescribeError>;
+    fn describe(&mut self, plugin: &str) -> Result<Rc<Build>, DescribeError>;
 
     /// The other builds of that plugin, for other devices: alike but for devices and dtypes. Asked only where the device
     /// is not plainly one of the plugin's own.
-    fn variants(
-        &mut self,
-        plugin: &str,
-    ) -> Vec<Result<(PluginIdentity, Description), DescribeError>>;
+    fn variants(&mut self, plugin: &str) -> Vec<Result<Rc<Build>, DescribeError>>;
 
     /// The devices really present. Starts a worker; asked only where the device is not plainly `cpu`.
     fn devices(&mut self, plugin: &PluginIdentity) -> Result<Vec<Device>, DescribeError>;

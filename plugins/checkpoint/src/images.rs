@@ -11,6 +11,9 @@ use crate::regular;
 /// As many first bytes as tell the format of an image.
 const START: u64 = 16;
 
+/// The longest image file that is decoded.
+pub const LONGEST_FILE: u64 = 1 << 28;
+
 /// Tables in a folder, directly in it, that say what its images are; the first that is there counts.
 pub const TABLES: [&str; 4] = [
     "metadata.jsonl",
@@ -77,6 +80,13 @@ pub fn promises_image(name: &str) -> bool {
 pub fn promises_archive(name: &str) -> bool {
     let ending = Path::new(name).extension().unwrap_or_default();
     ending.eq_ignore_ascii_case("tar")
+}
+
+/// Whether a file of data is too long for an image, so that nobody reads more than its beginning: `inner` is its name
+/// within the folder.
+pub fn is_too_long(inner: &str, bytes: u64) -> bool {
+    let is_list = !inner.contains('/') && (promises_archive(inner) || TABLES.contains(&inner));
+    bytes > LONGEST_FILE && !is_list
 }
 
 /// Whether a loader reads the file at `path`, whose name within the folder is `inner`: it is an image, or its name says

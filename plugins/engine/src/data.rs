@@ -9,6 +9,7 @@ pub mod arrays;
 pub mod class;
 pub mod error;
 pub mod feed;
+pub mod file;
 pub mod folder;
 pub mod options;
 pub mod prepared;
@@ -335,5 +336,7 @@ fn scramble(seed: u64, index: u64) -> u64 {
     mix(mix(seed.wrapping_add(0x9e37_79b9_7f4a_7c15)).wrapping_add(index))
 }
 
+#[cfg(test)]
+mod hostile;
 #[cfg(test)]
 mod tests;

@@ -6,6 +6,7 @@ use clap::{Subcommand, ValueEnum, ValueHint};
 
 use crate::chart::{Chart, Curve, Sample};
 use crate::cli::{Context, Error, Exit, Format, FormatArgs, talk};
+use crate::draft;
 use crate::store::{Access, Axis, Bucket, Lens, RunId, SeriesSummary, Store};
 use crate::table::{Cell, Rows, Style};
 
@@ -383,6 +384,7 @@ fn plot(args: &PlotArgs, context: &Context) -> Result<(), Error> {
     let chart = Chart {
         axis: axis.into(),
         log: args.log,
+        log_x: false,
         curves: curves
             .iter()
             .map(|plotted| curve(label(plotted), &plotted.buckets, lens.axis))
@@ -400,7 +402,7 @@ fn plot(args: &PlotArgs, context: &Context) -> Result<(), Error> {
             talk::print(&text)?;
         }
         Some(path) if path.as_os_str() == "-" => talk::print(&chart.svg())?,
-        Some(path) => std::fs::write(path, chart.svg()).map_err(|error| {
+        Some(path) => draft::write(path, chart.svg().as_bytes()).map_err(|error| {
             Error::new(
                 Exit::Internal,
                 format!("{} cannot be written", path.display()),

@@ -8,6 +8,7 @@ use clap::ValueHint;
 use crate::artifact::Layout;
 use crate::chart::Chart;
 use crate::cli::{Context, Error, Exit, metrics, show, talk};
+use crate::draft;
 use crate::report::{self, Curves, Page, Picture};
 use crate::store::{Access, Axis, Lens, Store};
 
@@ -77,7 +78,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         // A document and not words for a terminal; its control characters are those of texts in it.
         return Ok(talk::stdout().write_all(page.as_bytes())?);
     }
-    std::fs::write(&args.output, page).map_err(|error| {
+    draft::write(&args.output, page.as_bytes()).map_err(|error| {
         let message = format!("{} cannot be written", args.output.display());
         Error::new(Exit::Internal, message).cause(&error)
     })?;
@@ -155,6 +156,7 @@ async fn curves(store: &Store, pages: &[Page]) -> Result<Curves, Error> {
         let chart = Chart {
             axis: "step".into(),
             log: false,
+            log_x: false,
             curves,
         };
         charts.push((name, chart));

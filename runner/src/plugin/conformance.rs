@@ -13,6 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 use retort_abi::{
     Description, Device, Failure, FailureCode, Input, Part, Severity, StageJob, StageResult, ffi,
 };
+use retort_checkpoint::regular;
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
@@ -932,6 +933,9 @@ fn talk_size(bytes: u64) -> String {
     crate::table::bytes(bytes)
 }
 
+/// The largest plugin whose symbols are read.
+const LONGEST_PLUGIN: u64 = 1 << 30;
+
 /// Names of the symbols that a shared object exports.
 ///
 /// # Errors
@@ -939,7 +943,7 @@ fn talk_size(bytes: u64) -> String {
 pub fn exports(path: &Path) -> Result<Vec<String>, String> {
     use object::read::elf::ElfFile64;
     use object::read::{NameOrOrdinal, Object};
-    let bytes = fs::read(path).map_err(|error| error.to_string())?;
+    let bytes = regular::read(path, LONGEST_PLUGIN).map_err(|error| error.to_string())?;
     let file: ElfFile64<'_, object::Endianness> =
         ElfFile64::parse(&*bytes).map_err(|error| error.to_string())?;
     let mut names = Vec::new();

@@ -2,8 +2,8 @@
 //!
 //! A target does with the bytes what retort does with such a file or message, through the functions that retort calls,
 //! and says what came of it. It panics where a promise is broken; to be slow or greedy is for [`driver`] to notice.
-//! Mutations are led by outcomes: an input that ends with a message not seen before is changed further. Where a machine
-//! has libFuzzer, `tests/soak/libfuzzer` runs the same targets led by coverage.
+//! Mutations are led by outcomes: an input that ends with a message not seen before is changed further. `make
+//! libfuzzer` runs the same targets led by coverage.
 
 use std::path::{Path, PathBuf};
 

@@ -266,6 +266,52 @@ fn what_is_no_regular_file_is_named_and_never_opened() {
 }
 
 #[test]
+fn what_a_command_writes_to_is_not_waited_for() {
+    let lab = Lab::new(&["a: {kind: do, text: x}"]);
+    lab.run(&[]).expect(0);
+    let pipe = lab.dir.path().join("pipe");
+    fifo(&pipe);
+    lab.retort(&["report", "-o", "pipe"])
+        .expect(1)
+        .saying(&["pipe cannot be written", "a named pipe that nobody reads"]);
+    fs::write(lab.dir.path().join("old.html"), "old").unwrap();
+    lab.retort(&["report", "-o", "old.html"]).expect(0);
+    let page = fs::read_to_string(lab.dir.path().join("old.html")).unwrap();
+    assert!(page.contains("<html"));
+}
+
+#[test]
+fn a_plugin_that_is_no_file_is_not_examined() {
+    let lab = Lab::new(&["a: {kind: do}"]);
+    fifo(&lab.dir.path().join("pipe"));
+    symlink("/dev/zero", lab.dir.path().join("libretort_zero.so")).unwrap();
+    for (name, kind) in [
+        ("pipe", "a named pipe, not a regular file"),
+        ("libretort_zero.so", "a device, not a regular file"),
+    ] {
+        let said = lab.retort(&["plugin", "test", "--json", name]).expect(5);
+        assert!(said.stdout.contains(kind), "{}", said.stdout);
+    }
+}
+
+#[test]
+fn a_store_without_room_for_artifacts_is_known_before_a_stage_begins() {
+    let lab = Lab::new(&["a: {kind: do}"]);
+    lab.run(&[]).expect(0);
+    let artifacts = lab.store_dir().join("artifacts");
+    fs::remove_dir_all(&artifacts).unwrap();
+    fifo(&artifacts);
+    let said = lab.run(&["--force"]).expect(1);
+    let said = said.saying(&["artifacts: it is a named pipe, not a directory"]);
+    assert!(!said.stderr.contains("a: started"), "{}", said.stderr);
+    fs::remove_file(&artifacts).unwrap();
+    symlink("elsewhere", &artifacts).unwrap();
+    lab.run(&["--force"])
+        .expect(1)
+        .saying(&["artifacts: it is a link that leads nowhere, not a directory"]);
+}
+
+#[test]
 fn a_lock_that_is_something_else_is_named() {
     let lab = Lab::new(&["a: {kind: do}"]);
     lab.run(&[]).expect(0);

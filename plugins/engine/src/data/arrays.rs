@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::class;
 use super::error::DataError;
+use super::file;
 use super::options::DataOptions;
 use super::raster::Raster;
 use crate::numpy::{Archive, Stream};
@@ -60,13 +61,7 @@ impl Arrays {
         labels: Option<&Path>,
     ) -> Result<Self, DataError> {
         for path in [Some(path), labels].into_iter().flatten() {
-            let metadata = std::fs::metadata(path).map_err(|e| DataError::read(path, "file", e))?;
-            if !metadata.is_file() {
-                return Err(DataError::content(
-                    path,
-                    "no regular file; expected a `.npz` or `.npy` file",
-                ));
-            }
+            file::open(path, "a `.npz` or `.npy` file")?;
         }
         let fault = |message: String| DataError::content(path, message);
         let engine = |error: crate::Error| DataError::Options(error.to_string());

@@ -12,7 +12,7 @@ use std::panic::AssertUnwindSafe;
 use std::sync::{Mutex, PoisonError};
 
 use image::metadata::Orientation;
-use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
+use image::{ColorType, DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 use retort_checkpoint::images;
 
 /// Pixels of 8 bits, row by row, the channels of a pixel side by side: (height, width, channels).
@@ -44,8 +44,11 @@ pub struct Header {
 /// The most pixels that an image may have: 8192 x 8192, more than any camera that training data comes from.
 pub const MOST_PIXELS: u64 = 1 << 26;
 
-/// The most memory that a decoder may take for one image.
-const MOST_MEMORY: u64 = 1 << 30;
+/// The most memory that an image may take: its file, its pixels as they are stored, and as they are used.
+const MOST_MEMORY: u64 = 480 << 20;
+
+/// The most memory for what a PNG holds beside its pixels. A colour profile is unpacked before anybody asks for it.
+const MOST_BESIDE: u64 = 16 << 20;
 
 /// Images of more pixels than this are decoded one after the other.
 const LARGE: u64 = 1 << 23;
@@ -68,7 +71,7 @@ pub fn format(start: &[u8]) -> Option<ImageFormat> {
     })
 }
 
-fn decoder(content: &[u8]) -> Result<impl ImageDecoder + '_, String> {
+pub(super) fn decoder(content: &[u8]) -> Result<impl ImageDecoder + '_, String> {
     let Some(format) = format(content) else {
         let found = match content {
             [] => "an empty file",
@@ -80,7 +83,10 @@ fn decoder(content: &[u8]) -> Result<impl ImageDecoder + '_, String> {
         check_palettes(content)?;
     }
     let mut limits = Limits::default();
-    limits.max_alloc = Some(MOST_MEMORY);
+    limits.max_alloc = Some(match format {
+        ImageFormat::Png => MOST_BESIDE,
+        _ => MOST_MEMORY,
+    });
     let mut reader = ImageReader::with_format(Cursor::new(content), format);
     reader.limits(limits);
     let decoder = reader.into_decoder().map_err(fault)?;
@@ -93,6 +99,18 @@ fn decoder(content: &[u8]) -> Result<impl ImageDecoder + '_, String> {
     }
     if width == 0 || height == 0 {
         return Err(format!("an image of {width} x {height} pixels"));
+    }
+    let used = match decoder.color_type() {
+        ColorType::L8 | ColorType::Rgb8 => 0,
+        kind => u64::from(width) * u64::from(height) * if kind.has_color() { 3 } else { 1 },
+    };
+    let memory = (content.len() as u64).saturating_add(decoder.total_bytes()) + used;
+    if memory > MOST_MEMORY {
+        return Err(format!(
+            "an image of {width} x {height} pixels that takes {} MiB to decode: no more than {} are used",
+            memory >> 20,
+            MOST_MEMORY >> 20
+        ));
     }
     Ok(decoder)
 }

@@ -12,6 +12,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::error::DataError;
+use super::file;
 use super::table::Row;
 
 /// A file in an archive.
@@ -31,15 +32,18 @@ const LONGEST_TEXT: u64 = 1 << 16;
 
 const BLOCK: u64 = 512;
 
+/// Opens an archive.
+pub fn open(path: &Path) -> Result<File, DataError> {
+    let expected = "a tar archive (for a folder of archives, `folder:`)";
+    file::open(path, expected)
+}
+
 /// The image files of an archive with their classes and captions, in the order of the archive; and their places.
 pub fn read(path: &Path) -> Result<Vec<(Row, Part)>, DataError> {
-    let metadata = std::fs::metadata(path).map_err(|e| DataError::read(path, "file", e))?;
-    if !metadata.is_file() {
-        let message =
-            "no regular file; expected a tar archive (for a folder of archives, `folder:`)";
-        return Err(DataError::content(path, message));
-    }
-    let file = File::open(path).map_err(|e| DataError::read(path, "file", e))?;
+    let file = open(path)?;
+    let metadata = file
+        .metadata()
+        .map_err(|e| DataError::read(path, "file", e))?;
     let mut archive = Archive {
         path,
         file: BufReader::new(file),

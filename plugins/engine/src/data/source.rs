@@ -7,12 +7,15 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
+use std::ops::Deref;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rayon::prelude::*;
 use retort_abi::LogLevel;
-use retort_checkpoint::images::{TABLES, promises_archive, promises_image};
+use retort_checkpoint::images::{LONGEST_FILE, TABLES, promises_archive, promises_image};
+use retort_checkpoint::regular;
 
 use super::arrays::Arrays;
 use super::class::{self, Classes};
@@ -109,8 +112,8 @@ impl Shape {
     }
 }
 
-/// The longest image file that is read.
-const LONGEST_FILE: u64 = 1 << 29;
+/// Files of more bytes than this are held one after the other.
+const LARGE_FILE: u64 = 1 << 24;
 
 /// As much of a file as is read for its header, to begin with.
 const BEGINNING: u64 = 1 << 16;
@@ -543,42 +546,72 @@ struct Archives<'a> {
 
 impl<'a> Archives<'a> {
     fn open(folder: &'a Path, archives: &[PathBuf]) -> Result<Self, DataError> {
-        let open = |path: &PathBuf| File::open(path).map_err(|e| DataError::read(path, "file", e));
         Ok(Self {
             folder,
-            files: archives.iter().map(open).collect::<Result<_, _>>()?,
+            files: archives
+                .iter()
+                .map(|path| shards::open(path))
+                .collect::<Result<_, _>>()?,
         })
     }
 
     /// The bytes of an item, at most so many from its beginning.
-    fn content(&self, item: &Item, most: u64) -> Result<Vec<u8>, String> {
+    fn content(&self, item: &Item, most: u64) -> Result<Content, String> {
         let unreadable = |error: std::io::Error| match error.kind() {
             std::io::ErrorKind::NotFound => "no such file".to_owned(),
+            std::io::ErrorKind::InvalidInput => error.to_string(),
             _ => format!("cannot be read: {error}"),
         };
         if let Some((archive, part)) = item.part {
             if part.size > LONGEST_FILE {
                 return Err(too_long(part.size));
             }
+            let alone = Content::wait_for(part.size.min(most));
             let mut bytes = vec![0; part.size.min(most) as usize];
             let read = self.files[archive as usize].read_exact_at(&mut bytes, part.start);
-            return read.map(|()| bytes).map_err(unreadable);
+            let content = Content {
+                bytes,
+                _alone: alone,
+            };
+            return read.map(|()| content).map_err(unreadable);
         }
         let path = self.folder.join(&*item.name);
-        // Before it is opened: a pipe would wait for somebody to write.
-        let metadata = std::fs::metadata(&path).map_err(unreadable)?;
-        if !metadata.is_file() {
-            return Err("no regular file".into());
-        }
-        let file = File::open(&path).map_err(unreadable)?;
+        let file = regular::open(&path).map_err(unreadable)?;
+        let metadata = file.metadata().map_err(unreadable)?;
         if metadata.len() > LONGEST_FILE {
             return Err(too_long(metadata.len()));
         }
+        let alone = Content::wait_for(metadata.len().min(most));
         let mut bytes = Vec::with_capacity(metadata.len().min(most) as usize);
         file.take(most)
             .read_to_end(&mut bytes)
             .map_err(unreadable)?;
-        Ok(bytes)
+        Ok(Content {
+            bytes,
+            _alone: alone,
+        })
+    }
+}
+
+/// The bytes of a file. Of many threads one at a time has those of a large one.
+struct Content {
+    bytes: Vec<u8>,
+    _alone: Option<MutexGuard<'static, ()>>,
+}
+
+impl Content {
+    /// Waits until no other large file is held, where this one is large.
+    fn wait_for(bytes: u64) -> Option<MutexGuard<'static, ()>> {
+        static LARGE_FILES: Mutex<()> = Mutex::new(());
+        (bytes > LARGE_FILE).then(|| LARGE_FILES.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl Deref for Content {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes
     }
 }
 

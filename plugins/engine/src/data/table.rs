@@ -8,6 +8,7 @@ use std::path::{Component, Path};
 use serde_json::Value;
 
 use super::error::DataError;
+use super::file;
 
 /// A row: a file within a folder.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -118,15 +119,7 @@ fn within(file: &str, folder: &Path) -> Option<String> {
 }
 
 fn open(path: &Path) -> Result<BufReader<File>, DataError> {
-    let metadata = std::fs::metadata(path).map_err(|e| DataError::read(path, "file", e))?;
-    if !metadata.is_file() {
-        return Err(DataError::content(
-            path,
-            "no regular file; expected a table",
-        ));
-    }
-    let file = File::open(path).map_err(|e| DataError::read(path, "file", e))?;
-    let mut reader = BufReader::new(file);
+    let mut reader = BufReader::new(file::open(path, "a table")?);
     let start = reader
         .fill_buf()
         .map_err(|e| DataError::read(path, "file", e))?;
@@ -201,6 +194,7 @@ fn read_columns(path: &Path, tabs: bool) -> Result<Vec<Row>, DataError> {
         .next()
         .unwrap_or_default();
     let tabs = tabs || (first.contains(&b'\t') && !first.contains(&b','));
+    let (records, next) = file::records(reader, LONGEST_LINE);
     let mut reader = csv::ReaderBuilder::new()
         .has_headers(false)
         .flexible(true)
@@ -208,13 +202,19 @@ fn read_columns(path: &Path, tabs: bool) -> Result<Vec<Row>, DataError> {
         // Of CR LF the first is trimmed: lines are counted right.
         .terminator(csv::Terminator::Any(b'\n'))
         .delimiter(if tabs { b'\t' } else { b',' })
-        .from_reader(reader);
+        .from_reader(records);
     let (mut rows, mut columns) = (Vec::new(), None);
     let mut record = csv::StringRecord::new();
     loop {
+        next.begin();
+        let begins = reader.position().line();
         let more = reader.read_record(&mut record);
         let line = record.position().map_or(0, csv::Position::line);
-        if !more.map_err(|error| DataError::content(path, error.to_string()))? {
+        let fault = |error: csv::Error| match next.is_over() {
+            true => format!("line {begins}: {}", next.too_long()),
+            false => error.to_string(),
+        };
+        if !more.map_err(|error| DataError::content(path, fault(error)))? {
             return Ok(rows);
         }
         if record.iter().all(str::is_empty) {

@@ -1,11 +1,11 @@
 //! Images as lines of a CSV file: grey values row by row, and the class.
 
-use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::Path;
 
 use super::class;
 use super::error::DataError;
+use super::file;
 use super::options::DataOptions;
 
 /// Grey images of one size, in memory.
@@ -21,6 +21,9 @@ pub struct Values {
     /// Class of each image.
     pub labels: Vec<u32>,
 }
+
+/// The longest line that is read: more than three channels of 1024 x 1024.
+const LONGEST_LINE: u64 = 1 << 24;
 
 /// Values so far: whole numbers that fit bytes for as long as there are no others.
 enum Numbers {
@@ -60,18 +63,13 @@ impl Numbers {
 
 /// Reads a file.
 pub fn read(options: &DataOptions, path: &Path) -> Result<Values, DataError> {
-    let metadata = std::fs::metadata(path).map_err(|e| DataError::read(path, "file", e))?;
-    if !metadata.is_file() {
-        let message =
-            "no regular file; expected a CSV file (for a folder of image files, use `folder:`)";
-        return Err(DataError::content(path, message));
-    }
-    let file = File::open(path).map_err(|e| DataError::read(path, "file", e))?;
+    let expected = "a CSV file (for a folder of image files, use `folder:`)";
+    let (lines, next) = file::records(file::open(path, expected)?, LONGEST_LINE);
     let mut reader = csv::ReaderBuilder::new()
         .has_headers(false)
         .flexible(true) // so that a line of another length is reported in our words
         .trim(csv::Trim::All)
-        .from_reader(BufReader::new(file));
+        .from_reader(lines);
 
     let named = options
         .label
@@ -87,11 +85,19 @@ pub fn read(options: &DataOptions, path: &Path) -> Result<Values, DataError> {
     let mut labels: Vec<u32> = Vec::new();
     let mut record = csv::ByteRecord::new();
     loop {
+        next.begin();
+        let begins = reader.position().byte();
         let more = reader
             .read_byte_record(&mut record)
-            .map_err(|error| DataError::Read {
-                path: path.to_owned(),
-                source: error.into(),
+            .map_err(|error| match next.is_over() {
+                true => DataError::content(
+                    path,
+                    format!("line {}: {}", line_of(path, begins), next.too_long()),
+                ),
+                false => DataError::Read {
+                    path: path.to_owned(),
+                    source: error.into(),
+                },
             })?;
         if !more {
             break;
@@ -238,7 +244,7 @@ fn expected_number(line: u64, header: bool) -> &'static str {
 /// Line, from 1, of the record found from `byte` on, for a message: the file is read again. The reader's own count is the
 /// line where it began to look, before any blank lines.
 fn line_of(path: &Path, byte: u64) -> u64 {
-    let Ok(file) = File::open(path) else {
+    let Ok(file) = file::open(path, "a CSV file") else {
         return 0;
     };
     let mut line = 1;

@@ -1,0 +1,16 @@
+//! The targets of the soak, led by coverage: the environment variable TARGET names one. `make libfuzzer` builds it with the
+//! flags of a fuzzer and runs it; without them nothing leads it.
+#![no_main]
+
+use std::sync::OnceLock;
+
+use retort_soak::fuzz::Target;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    static TARGET: OnceLock<&Target> = OnceLock::new();
+    let target = TARGET.get_or_init(|| {
+        let name = std::env::var("TARGET").expect("TARGET names a target");
+        Target::named(&name).expect("there is such a target")
+    });
+    (target.exercise)(bytes);
+});
