@@ -193,14 +193,15 @@ fn curves(lab: &Lab) {
     lab.retort(&["run", "r.yaml"]);
     for (stage, name) in [("teacher", "pretrain"), ("student", "distill")] {
         let [loss, held] = ["loss", "held_out_loss"].map(|figure| format!("{name}/{figure}"));
-        let first_run = ["run", "r.yaml", "--until", stage, "--force"];
-        lab.retort(&[&first_run[..], &[stage]].concat());
+        let force = format!("--force={stage}");
+        let alone = ["run", "r.yaml", "--until", stage, &force];
+        lab.retort(&alone);
         let (one, held_of_one) = (lab.points(stage, &loss), lab.points(stage, &held));
         assert!(one.last().unwrap() < &(0.9 * one[0]), "it learns: {one:?}");
-        let alone = lab.hash(stage);
+        let hash_alone = lab.hash(stage);
         for workers in [2, 4] {
             let setting = format!("stages.{stage}.workers={workers}");
-            let run = [&first_run[..], &[stage, "--set", &setting]].concat();
+            let run = [&alone[..], &["--set", &setting]].concat();
             lab.retort(&run);
             let (many, held_of_many) = (lab.points(stage, &loss), lab.points(stage, &held));
             let apart = |one: &[f64], many: &[f64]| -> f64 {
@@ -223,7 +224,7 @@ fn curves(lab: &Lab) {
             assert!(first < 1e-5 && all < 5e-3 && held < 5e-3);
             let hash = lab.hash(stage);
             assert_ne!(
-                hash, alone,
+                hash, hash_alone,
                 "sums are rounded in another order: it was no single process"
             );
             lab.retort(&run);
@@ -233,12 +234,12 @@ fn curves(lab: &Lab) {
 }
 
 fn faults(lab: &Lab) {
-    let faults = [("-KILL", 1), ("-KILL", 0), ("-STOP", 1), ("-INT", 0)];
+    let faults = [("-KILL", 1), ("-KILL", 0), ("-STOP", 1), ("-TERM", 0)];
     for (number, (what, rank)) in faults.into_iter().enumerate() {
         let seed = format!("stages.student.seed={number}");
         let (child, pid) = lab.start(&seed, rank);
         let runner = i32::try_from(child.id()).expect("a process id");
-        signal(if what == "-INT" { runner } else { pid }, what);
+        signal(if what == "-TERM" { runner } else { pid }, what);
         let began = Instant::now();
         let output = child.wait_with_output().expect("it ends");
         let (took, reason) = (began.elapsed(), lab.reason());
@@ -250,7 +251,7 @@ fn faults(lab: &Lab) {
         assert!(took < Duration::from_secs(30), "{took:?}");
         match what {
             "-KILL" => assert!(reason.contains("SIGKILL"), "{reason}: {}", said(&output)),
-            "-INT" => assert_eq!(reason, "interrupted", "{}", said(&output)),
+            "-TERM" => assert_eq!(reason, "interrupted", "{}", said(&output)),
             _ => assert!(reason.starts_with("failed"), "{reason}: {}", said(&output)),
         }
         let resumed = lab.command(&["resume", "-v"]).output().expect("it runs");
@@ -261,7 +262,7 @@ fn faults(lab: &Lab) {
             "{text}"
         );
         let hash = lab.hash("student");
-        let again = lab.long(&seed, &["--force", "student"]).output();
+        let again = lab.long(&seed, &["--force=student"]).output();
         let again = again.expect("it runs");
         assert!(again.status.success(), "{}", said(&again));
         assert_eq!(
