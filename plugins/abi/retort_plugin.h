@@ -183,7 +183,8 @@ typedef struct retort_plugin {
      * of these kinds, and "x-retort-file": "file" | "dir" | "images" | "weights" marks a path (images: a folder, of which
      * only image files, tables and archives of them count; weights: a file, or the folder or index of several).
      * `revision` is raised when the same options would give a different result than before. `divisible` (false if left
-     * out) says that several processes can share the work: see `run`.
+     * out) says that several processes can share the work: see `run`. `together` (false if left out) says besides that
+     * these work on the same thing and wait for each other.
      */
     int32_t (*describe)(retort_sink out, retort_sink err);
 
@@ -226,6 +227,11 @@ typedef struct retort_plugin {
      * in work_dir, commits no artifact and returns {"output": 0}. When all have, the job without a part is run: it finds
      * what they have made, makes what is missing and commits the artifact. Parts write different files, or lock a file
      * that they share. The artifact does not depend on `of`.
+     *
+     * Where the kind has `together`, no part is begun without the others, all are on this machine, and the environment of
+     * each has MASTER_ADDR, MASTER_PORT, RANK, LOCAL_RANK and WORLD_SIZE: there they meet. Part 0 alone reports metrics
+     * and progress. A part that fails because another is gone says so by "retryable": true; the other's end is the reason
+     * then. What the last decimals of the artifact are may depend on `of`.
      */
     int32_t (*run)(const retort_host *host, retort_str stage_json, retort_sink result, retort_sink err);
 } retort_plugin;

@@ -1,10 +1,11 @@
-//! Compiles what tch lacks (`src/aten.cpp`) and notes where libtorch lies, so that the plugin finds it at run time
+//! Compiles what tch lacks (`src/aten.cpp`, `src/collective.cpp`) and notes where libtorch lies, so that the plugin finds it at run time
 //! without LD_LIBRARY_PATH.
 
 use std::path::{Path, PathBuf};
 
 fn main() {
     println!("cargo::rerun-if-changed=src/aten.cpp");
+    println!("cargo::rerun-if-changed=src/collective.cpp");
     let lib = std::env::var_os("DEP_TCH_LIBTORCH_LIB").expect("torch-sys says where libtorch is");
     let lib = PathBuf::from(lib);
     let lib = lib
@@ -33,6 +34,16 @@ fn main() {
         .include(root.join("include"))
         .file("src/aten.cpp")
         .compile("retort_aten");
+    // C++20, as c10d's headers are. The last folder has what they miss where Gloo's own headers are not there.
+    cc::Build::new()
+        .cpp(true)
+        .std("c++20")
+        .warnings(false)
+        .include(root.join("include"))
+        .include(root.join("include/torch/csrc/api/include"))
+        .include("gloo")
+        .file("src/collective.cpp")
+        .compile("retort_collective");
 }
 
 /// The OpenMP that libtorch brings along, or the system's, which it uses then: a process must not have two.

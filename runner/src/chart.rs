@@ -15,6 +15,8 @@ pub struct Chart {
     pub axis: String,
     /// Whether the vertical axis is logarithmic; then values that are not positive leave gaps.
     pub log: bool,
+    /// Whether the horizontal axis is; then places that are not positive are left out.
+    pub log_x: bool,
     /// The curves.
     pub curves: Vec<Curve>,
 }
@@ -106,7 +108,7 @@ impl Chart {
             let side = if label.is_empty() { '│' } else { '┤' };
             let _ = writeln!(text, "{label:>margin$} {side}{}", canvas.line(row, color));
         }
-        let (first, last) = (number(frame.x.0), number(frame.x.1));
+        let (first, last) = (number(self.place(frame.x.0)), number(self.place(frame.x.1)));
         let _ = writeln!(text, "{:margin$} └{}", "", "─".repeat(width));
         let between = width.saturating_sub(first.chars().count());
         let _ = writeln!(text, "{:margin$}  {first}{last:>between$}", "");
@@ -162,7 +164,7 @@ impl Chart {
                 "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>",
                 x(tick),
                 H - BOTTOM + 18.0,
-                number(tick)
+                number(self.place(tick))
             );
         }
         let _ = writeln!(
@@ -236,7 +238,11 @@ impl Chart {
     /// What is drawn of a curve: pieces without gaps, on the axis' scale.
     fn runs(&self, curve: &Curve) -> Vec<Vec<Sample>> {
         let scaled = curve.samples.iter().map(|sample| Sample {
-            x: sample.x,
+            x: if self.log_x {
+                sample.x.log10()
+            } else {
+                sample.x
+            },
             min: self.scaled(sample.min),
             mean: self.scaled(sample.mean),
             max: self.scaled(sample.max),
@@ -278,6 +284,15 @@ impl Chart {
             x: range(&|sample| sample.x, &|sample| sample.x),
             y: range(&|sample| sample.min, &|sample| sample.max),
         })
+    }
+
+    /// What stands at a place of the axis.
+    fn place(&self, scaled: f64) -> f64 {
+        if self.log_x {
+            10_f64.powf(scaled)
+        } else {
+            scaled
+        }
     }
 
     fn scaled(&self, value: f64) -> f64 {
@@ -393,6 +408,7 @@ mod tests {
         Chart {
             axis: "step".into(),
             log,
+            log_x: false,
             curves: vec![Curve {
                 label: "a <loss>".into(),
                 samples: samples.collect(),

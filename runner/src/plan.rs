@@ -7,9 +7,10 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::time::Duration;
 
-use retort_abi::{Description, Device, Severity, StageJob};
+use retort_abi::{Device, Severity, StageJob};
 use retort_checkpoint::regular;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -19,12 +20,14 @@ use crate::recipe::{self, Given, Recipe};
 use crate::terminal;
 use crate::yaml::{Part, escape, odd_space};
 
+mod build;
 pub mod decision;
 mod digest;
 #[cfg(test)]
 pub(crate) mod fake;
 mod planner;
 
+pub use build::Build;
 pub use digest::{Digest, digest};
 
 /// A recipe with everything settled. Serialised, it is what a run freezes and `resume` continues.
@@ -75,6 +78,9 @@ pub struct PlannedStage {
     /// Devices of the worker processes that divide its work, one each; empty where one process does all of it.
     #[serde(default)]
     pub workers: Vec<String>,
+    /// Whether these work on the same thing and wait for each other.
+    #[serde(default)]
+    pub together: bool,
     /// Seed of all its random numbers; below 2^53, so that JSON readers keep it.
     pub seed: u64,
     /// When to end an attempt; `None` is never.
@@ -232,14 +238,11 @@ impl TryFrom<String> for Origin {
 /// What plugins say of themselves. The runner's plugin search is one implementation, tests bring another.
 pub trait Descriptions {
     /// The plugin of that name and its description, from a cache where possible.
-    fn describe(&mut self, plugin: &str) -> Result<(PluginIdentity, Description), DescribeError>;
+    fn describe(&mut self, plugin: &str) -> Result<Rc<Build>, DescribeError>;
 
     /// The other builds of that plugin, for other devices: alike but for devices and dtypes. Asked only where the device
     /// is not plainly one of the plugin's own.
-    fn variants(
-        &mut self,
-        plugin: &str,
-    ) -> Vec<Result<(PluginIdentity, Description), DescribeError>>;
+    fn variants(&mut self, plugin: &str) -> Vec<Result<Rc<Build>, DescribeError>>;
 
     /// The devices really present. Starts a worker; asked only where the device is not plainly `cpu`.
     fn devices(&mut self, plugin: &PluginIdentity) -> Result<Vec<Device>, DescribeError>;
@@ -764,6 +767,15 @@ mod tests {
                 5,
                 42,
                 "stage `b`: the work of a `tokenizer` cannot be divided among workers / kinds that can be: `everything`",
+            )],
+        );
+        check(
+            &format!("{HEAD}  b: {{kind: pretrain, tokenizer: codes, workers: 2}}\n"),
+            &[(
+                5,
+                50,
+                "stage `b`: plugin `fake` has no way for the workers of a `pretrain` to add up gradients / take a plugin that \
+                 can: `backend: libtorch`; or leave `workers` out",
             )],
         );
         check(

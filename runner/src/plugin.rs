@@ -8,6 +8,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::Duration;
 
 use retort_abi::{Description, Device, Diagnostic, Failure, StageJob};
@@ -15,7 +16,7 @@ use tokio::runtime::Runtime;
 
 use crate::artifact;
 use crate::frame::{Answer, Call, Task};
-use crate::plan::{DescribeError, Descriptions, PluginIdentity};
+use crate::plan::{Build, DescribeError, Descriptions, PluginIdentity};
 use crate::plugin::trust::TrustError;
 use crate::store::Store;
 use crate::worker::process::{self, AskError};
@@ -63,7 +64,8 @@ pub struct Plugins<'a> {
     dirs: Vec<SearchDir>,
     runtime: &'a Runtime,
     store: Option<&'a Store>,
-    described: HashMap<String, (PluginIdentity, Description)>,
+    described: HashMap<String, Rc<Build>>,
+    variants: HashMap<String, Vec<Result<Rc<Build>, DescribeError>>>,
     devices: HashMap<PathBuf, Vec<Device>>,
 }
 
@@ -281,6 +283,7 @@ impl<'a> Plugins<'a> {
             runtime,
             store,
             described: HashMap::new(),
+            variants: HashMap::new(),
             devices: HashMap::new(),
         }
     }
@@ -290,10 +293,11 @@ impl<'a> Plugins<'a> {
         if self.store.is_some() {
             return;
         }
-        for (identity, description) in self.described.values() {
+        for build in self.described.values() {
+            let identity = &build.identity;
             if let Err(error) = self
                 .runtime
-                .block_on(store.cache_description(&identity.hash, description))
+                .block_on(store.cache_description(&identity.hash, &build.description))
             {
                 tracing::debug!(
                     "the description of {} is not cached: {error}",
@@ -380,9 +384,9 @@ impl<'a> Plugins<'a> {
 }
 
 impl Descriptions for Plugins<'_> {
-    fn describe(&mut self, plugin: &str) -> Result<(PluginIdentity, Description), DescribeError> {
+    fn describe(&mut self, plugin: &str) -> Result<Rc<Build>, DescribeError> {
         if let Some(known) = self.described.get(plugin) {
-            return Ok(known.clone());
+            return Ok(Rc::clone(known));
         }
         let found = find(plugin, &self.dirs)?;
         let (identity, description) = self.describe_file(&found.path)?;
@@ -408,18 +412,19 @@ impl Descriptions for Plugins<'_> {
                 hint: Some(format!("rename the file to {}", file_name(&identity.name))),
             });
         }
-        self.described
-            .insert(plugin.to_owned(), (identity.clone(), description.clone()));
-        Ok((identity, description))
+        let build = Build::new(identity, description);
+        self.described.insert(plugin.to_owned(), Rc::clone(&build));
+        Ok(build)
     }
 
-    fn variants(
-        &mut self,
-        plugin: &str,
-    ) -> Vec<Result<(PluginIdentity, Description), DescribeError>> {
-        let Ok((_, base)) = self.describe(plugin) else {
+    fn variants(&mut self, plugin: &str) -> Vec<Result<Rc<Build>, DescribeError>> {
+        if let Some(known) = self.variants.get(plugin) {
+            return known.clone();
+        }
+        let Ok(base) = self.describe(plugin) else {
             return Vec::new();
         };
+        let base = &base.description;
         let alike = |found: &Found| {
             let (identity, description) = self.describe_file(&found.path)?;
             let path = found.path.display();
@@ -428,14 +433,16 @@ impl Descriptions for Plugins<'_> {
             } else if identity.version != base.version || description.stages != base.stages {
                 format!("{path} is of another version than the plugin itself")
             } else {
-                return Ok((identity, description));
+                return Ok(Build::new(identity, description));
             };
             Err(DescribeError {
                 message: odd,
                 hint: Some("build both anew, or remove the variant".into()),
             })
         };
-        variants(plugin, &self.dirs).iter().map(alike).collect()
+        let found: Vec<_> = variants(plugin, &self.dirs).iter().map(alike).collect();
+        self.variants.insert(plugin.to_owned(), found.clone());
+        found
     }
 
     fn devices(&mut self, plugin: &PluginIdentity) -> Result<Vec<Device>, DescribeError> {
@@ -452,10 +459,11 @@ impl Descriptions for Plugins<'_> {
         plugin: &str,
         jobs: &[StageJob],
     ) -> Result<Vec<Vec<Diagnostic>>, DescribeError> {
-        let PluginIdentity { path, hash, .. } = self.describe(plugin)?.0;
-        match self.ask(&path, &hash, Call::Validate(jobs.to_vec()))? {
+        let build = self.describe(plugin)?;
+        let PluginIdentity { path, hash, .. } = &build.identity;
+        match self.ask(path, hash, Call::Validate(jobs.to_vec()))? {
             Answer::Findings(findings) if findings.len() == jobs.len() => Ok(findings),
-            _ => Err(confused(&path)),
+            _ => Err(confused(path)),
         }
     }
 

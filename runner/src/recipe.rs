@@ -9,12 +9,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::diagnostic::{Finding, Position, Report, Severity};
-use crate::schema::{self, RESERVED};
+use crate::schema::{self, Checker, RESERVED};
 use crate::sweep::{self, Sweep};
 use crate::yaml::{self, Document, Part, YamlError};
 
@@ -23,6 +24,13 @@ mod setting;
 
 use interpolation::Interpolation;
 use setting::Setting;
+
+/// The runner's part of the schema of recipes, and what checks values by it: a sweep reads a recipe once for each point.
+static RUNNER_SCHEMA: LazyLock<(Value, Checker)> = LazyLock::new(|| {
+    let schema = schema::runner_schema();
+    let checker = Checker::new(&schema);
+    (schema, checker)
+});
 
 /// Stages of a recipe.
 pub const MAX_STAGES: usize = 1000;
@@ -372,8 +380,8 @@ pub fn parse(
             findings,
         });
     }
-    let runner_schema = schema::runner_schema();
-    schema::take_texts(&runner_schema, &mut value, |pointer| {
+    let (runner_schema, checker) = &*RUNNER_SCHEMA;
+    schema::take_texts(runner_schema, &mut value, |pointer| {
         source.as_written(pointer)
     });
 
@@ -381,7 +389,7 @@ pub fn parse(
         .iter()
         .map(|finding| finding.pointer.clone())
         .collect();
-    for violation in schema::check(&runner_schema, &value, "key") {
+    for violation in checker.check(&value, "key") {
         // What a failed `${...}` leaves behind is no second mistake.
         if broken.contains(&violation.pointer) {
             continue;

@@ -287,6 +287,7 @@ mod tests {
                 Chart {
                     axis: hostile.into(),
                     log: false,
+                    log_x: false,
                     curves: vec![Curve {
                         label: hostile.into(),
                         samples: vec![sample(1.0), sample(2.0)],

@@ -2,14 +2,15 @@
 //!
 //! In: what `--sweep` and a recipe's `sweep:` say. Out: a [`Sweep`], and its points: for each the values to set, written
 //! as `--set` has them (`sweep/space.rs` reads and counts, `sweep/draw.rs` draws). Which point goes on after a rung is
-//! decided in `sweep/halving.rs`; pictures of a sweep are made in `sweep/plot.rs`. Deliberately absent: planning and
-//! running, which are those of any run.
+//! decided in `sweep/halving.rs`, which point is the best in `sweep/results.rs`; pictures of a sweep are made in
+//! `sweep/plot.rs`. Deliberately absent: planning and running, which are those of any run.
 
 use serde::{Deserialize, Serialize};
 
 mod draw;
 pub mod halving;
 pub mod plot;
+pub mod results;
 mod section;
 mod space;
 

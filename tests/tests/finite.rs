@@ -8,6 +8,7 @@ use retort_abi::{ArtifactMeta, Cancel, Failure, FailureCode, Host, LogLevel};
 use retort_candle::Candle;
 use retort_engine::Error;
 use retort_engine::backend::{FlowSolver, Tensors, Unary};
+use retort_engine::collective::Single;
 use retort_engine::model::{
     ConditionShape, Conditions, Generation, Guidance, PrefixMask, Teacher, TokenShape,
 };
@@ -178,6 +179,7 @@ fn train(
         backend: &backend,
         work_dir: Some(work_dir),
         name: "test",
+        ranks: &Single,
         options: &options,
         params: &params,
         ema: None,
@@ -265,6 +267,7 @@ fn weights_that_are_not_finite_are_no_result() {
         backend: &backend,
         work_dir: Some(dir.path()),
         name: "test",
+        ranks: &Single,
         options: &options,
         params: &params,
         ema: None,

@@ -93,6 +93,7 @@ fn every_page_wide_narrow_light_and_dark() {
         (1280, false, "light"),
         (1280, true, "dark"),
         (390, false, "narrow"),
+        (390, true, "narrow-dark"),
     ] {
         browser.resize(width, 900);
         browser.dark(dark);
@@ -294,6 +295,105 @@ fn curves_are_zoomed_smoothed_and_taken_along() {
 }
 
 #[test]
+fn axes_of_curves_go_by_logarithms() {
+    let Some((_lab, made, server, browser)) = open() else {
+        return;
+    };
+    browser.open(&server.at(&format!("/curves?run={}&series=student/loss", made.first)));
+    browser.wait_for("figure.chart svg .line");
+    // Where the curve is at a share of its steps, from left and top, and what stands at the axes.
+    let place = |share: f64| {
+        let script = format!(
+            "const line = document.querySelector('.plot .line'); const all = line.getTotalLength(); \
+             const ends = [0, all].map(at => line.getPointAtLength(at).x); \
+             const points = line.getAttribute('d').split(/[ML]/).slice(1).map(pair => pair.trim().split(' ').map(Number)); \
+             const [x, y] = points[Math.round((points.length - 1) * {share})]; \
+             return [(x - ends[0]) / (ends[1] - ends[0]), y]"
+        );
+        let found = browser.script(&script);
+        (found[0].as_f64().unwrap(), found[1].as_f64().unwrap())
+    };
+    let texts = || {
+        let texts = "return [...document.querySelectorAll('.plot svg > text')].map(text => text.textContent)";
+        browser.script(texts).to_string()
+    };
+    let (middle, linear) = place(0.5);
+    assert!((middle - 0.5).abs() < 0.02, "{middle}");
+    browser.click("[data-knob=logy]");
+    browser.wait_until("location.search.includes('logy=1')");
+    let (same, log) = place(0.5);
+    // The loss falls from 2.1 to 0.1: at half its steps, 0.33, it is higher up by logarithms.
+    assert!(
+        (same - middle).abs() < 0.02 && log < linear - 20.0,
+        "{linear} {log}"
+    );
+    browser.click("[data-knob=logx]");
+    browser.wait_until("location.search.includes('logx=1')");
+    let (right, _) = place(0.5);
+    // Half of 3,000 steps is far to the right: log(1500) of log(3000).
+    assert!(right > 0.85, "{right}");
+    assert!(
+        texts().contains("\"100\"") && texts().contains("\"1000\""),
+        "{}",
+        texts()
+    );
+    browser.keep("curves-logarithms");
+    let saved =
+        browser.script("return document.querySelector('[data-save=svg]').getAttribute('href')");
+    let (status, svg) = server.get(saved.as_str().unwrap());
+    assert!(
+        status == 200 && svg.contains(">1000<") && svg.contains(">100<"),
+        "{svg}"
+    );
+    browser.expect_sound();
+    // A link shows the same, and going back undoes nothing that is not in it.
+    browser.open(&browser.address());
+    browser.wait_for("figure.chart svg .line");
+    browser.wait_until("document.querySelector('[data-knob=logx]').checked && document.querySelector('[data-knob=logy]').checked");
+    assert!((place(0.5).0 - right).abs() < 0.02);
+    browser.click("[data-knob=logx]");
+    browser.click("[data-knob=logy]");
+    browser.wait_until("!location.search.includes('log')");
+    assert!((place(0.5).1 - linear).abs() < 1.0);
+}
+
+#[test]
+fn the_best_point_of_a_sweep_is_one_that_has_come() {
+    let Some(browser) = Browser::start() else {
+        return;
+    };
+    let lab = Lab::new(&[]);
+    let (id, runs) = block_on(shelf::sweep(&lab.store_dir()));
+    // As the command line has it.
+    let best = lab.retort(&["sweep", "best", "--json"]).expect(0).json();
+    assert_eq!(best[0]["run"], runs[2].0.as_str(), "{best}");
+    let server = Server::start(&lab, &[]);
+    for (width, dark, name) in [
+        (1280, false, "light"),
+        (1280, true, "dark"),
+        (390, false, "narrow"),
+    ] {
+        browser.resize(width, 900);
+        browser.dark(dark);
+        browser.open(&server.at(&format!("/sweep/{id}")));
+        browser.wait_for_text("2 succeeded");
+        let starred = browser.script(
+            "return [...document.querySelectorAll('tbody tr')].filter(row => row.querySelector('.star')).map(row => row.dataset.run)",
+        );
+        assert_eq!(starred, serde_json::json!([runs[2].0]));
+        browser.wait_until("document.querySelector('figure.grid img').naturalWidth > 0");
+        browser.expect_sound();
+        browser.keep(&format!("sweep-{name}"));
+    }
+    browser.wait_for_text("to come");
+    let (status, svg) = server.get(&format!("/sweep/{id}/plot.svg"));
+    assert!(status == 200 && !svg.contains("point 2"), "{svg}");
+    browser.open(&server.at("/?group=sweep"));
+    browser.wait_for_text(&id.0);
+    browser.expect_sound();
+}
+
+#[test]
 fn pictures_of_the_same_noise_stand_side_by_side() {
     let Some((_lab, made, server, browser)) = open() else {
         return;
@@ -323,6 +423,20 @@ fn pictures_of_the_same_noise_stand_side_by_side() {
     browser.wait_until("document.querySelector('.strip output').textContent === '1000'");
     browser.script("const slider = document.querySelector('.strip input'); slider.value = 0; slider.dispatchEvent(new Event('input', {bubbles: true}))");
     browser.wait_until("document.querySelector('.strip output').textContent === '500'");
+    // What a tokenizer makes of real images is said to be that, wherever it is shown.
+    for address in [
+        format!("/pictures?run={}", made.first),
+        format!("/run/{}", made.first),
+        format!("/compare?run={}&run={}", made.first, made.second),
+    ] {
+        browser.open(&server.at(&address));
+        browser.wait_for_text("real above, reconstructed below");
+        assert!(
+            browser.count("img[src*='reconstructions.png']") >= 1,
+            "{address}"
+        );
+        browser.expect_sound();
+    }
     // Two runs.
     browser.open(&server.at(&format!("/pictures?run={}&run={}", made.first, made.second)));
     browser.wait_until("document.querySelectorAll('table.samples thead th').length === 9");

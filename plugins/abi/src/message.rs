@@ -52,6 +52,10 @@ pub struct StageKind {
     /// Whether several processes can share the work ([`StageJob::part`]): recipes may then say `workers: 4`.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub divisible: bool,
+    /// Whether these processes work on the same thing and wait for each other (`MASTER_ADDR` and `MASTER_PORT` say where
+    /// they meet), so that all have to be there at the same time; the first alone tells of metrics and progress.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub together: bool,
     /// JSON Schema (2020-12) of the options: an object schema with `additionalProperties: false`, with `default`s.
     /// String schemas may carry two annotations: `x-retort-artifact: [kinds]` marks the name of another stage whose
     /// output is one of these kinds; `x-retort-file: "file" | "dir" | "weights"` marks a path (relative to the recipe).

@@ -133,6 +133,7 @@ pub(crate) fn plugin() -> EnginePlugin<Cuda> {
         about: ABOUT,
         open: Cuda::open,
         devices,
+        collective: None,
     }
 }
 

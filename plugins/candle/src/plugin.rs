@@ -21,6 +21,7 @@ pub(crate) fn plugin() -> EnginePlugin<Candle> {
         about: ABOUT,
         open: Candle::open,
         devices,
+        collective: None,
     }
 }
 

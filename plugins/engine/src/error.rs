@@ -51,6 +51,9 @@ pub enum Error {
         /// What is not finite.
         message: String,
     },
+    /// Another rank of a training is gone, or has not come in time.
+    #[error("{0}")]
+    Rank(String),
     /// The host asked to stop; what was done is in the work directory.
     #[error("stopped as asked; the work done so far is kept")]
     Cancelled,
@@ -132,6 +135,12 @@ impl From<Error> for Failure {
             Error::NotFinite { .. } => Failure::new(FailureCode::Numerical, message).hint(
                 "look at the curves of the stage that trained the network, and at its guidance and temperature",
             ),
+            // What happened to the other rank is the reason; this one would go on.
+            Error::Rank(_) => Failure {
+                retryable: true,
+                ..Failure::new(FailureCode::Io, message)
+                    .hint("`retort resume` continues from the last checkpoint")
+            },
             Error::Cancelled => Failure::new(FailureCode::Cancelled, message),
             Error::Host(failure) => failure,
         }

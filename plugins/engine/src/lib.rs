@@ -9,6 +9,7 @@ pub mod backend;
 pub mod bundle;
 pub mod captions;
 pub mod choice;
+pub mod collective;
 pub mod conformance;
 pub mod data;
 pub mod dataset;

@@ -1,10 +1,12 @@
 //! A backend as a plugin: everything that is the same for all of them.
 
 use retort_abi::{
-    Description, Device, Diagnostic, Failure, FailureCode, Host, Plugin, StageJob, StageResult,
+    Description, Device, Diagnostic, Failure, FailureCode, Host, Part, Plugin, StageJob,
+    StageResult,
 };
 
 use crate::backend::Backend;
+use crate::collective::{Collective, Quiet, Single};
 use crate::error::{Error, Result};
 use crate::stage::{self, Context};
 
@@ -35,6 +37,8 @@ pub struct EnginePlugin<B: Backend> {
     pub open: fn(&str, &str, usize) -> Result<B>,
     /// Devices really present.
     pub devices: fn() -> Vec<Device>,
+    /// Meets the other ranks of a stage, where the library has a way to.
+    pub collective: Option<fn(Part) -> Result<Box<dyn Collective>>>,
 }
 
 impl<B: Backend> Plugin for EnginePlugin<B> {
@@ -49,7 +53,14 @@ impl<B: Backend> Plugin for EnginePlugin<B> {
             dtypes: own(self.about.dtypes),
             libraries: own(self.about.libraries),
             families: own(&["llamagen", "var"]),
-            stages: stage::all::<B>().iter().map(|s| (s.describe)()).collect(),
+            stages: stage::all::<B>()
+                .iter()
+                .map(|s| {
+                    let mut kind = (s.describe)();
+                    kind.divisible |= kind.together && self.collective.is_some();
+                    kind
+                })
+                .collect(),
         }
     }
 
@@ -64,10 +75,16 @@ impl<B: Backend> Plugin for EnginePlugin<B> {
     fn run(&self, host: &dyn Host, job: &StageJob) -> Result<StageResult, Failure> {
         let kind = find::<B>(job)?;
         let backend = (self.open)(&job.device, &job.dtype, job.threads)?;
+        let ranks: Box<dyn Collective> = match (self.collective, job.part) {
+            (Some(meet), Some(part)) if (kind.describe)().together => meet(part)?,
+            _ => Box::new(Single),
+        };
+        let quiet = Quiet(host);
         let context = Context {
-            host,
+            host: if ranks.rank() == 0 { host } else { &quiet },
             job,
             backend: &backend,
+            ranks: &*ranks,
         };
         // Inside the pool: a kernel started from a thread of the pool needs no hand-over.
         rayon::scope(|_| (kind.run)(&context)).map_err(|error| match error {

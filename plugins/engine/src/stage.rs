@@ -28,6 +28,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::backend::Backend;
+use crate::collective::Collective;
 use crate::data::{self, Data, Images};
 use crate::error::{Error, Result};
 
@@ -42,6 +43,8 @@ pub struct Context<'a, B: Backend> {
     pub job: &'a StageJob,
     /// The tensor library.
     pub backend: &'a B,
+    /// The other ranks.
+    pub ranks: &'a dyn Collective,
 }
 
 impl<'a, B: Backend> Context<'a, B> {
@@ -85,6 +88,23 @@ impl<'a, B: Backend> Context<'a, B> {
             Cancel::Run => Ok(()),
             _ => Err(Error::Cancelled),
         }
+    }
+
+    /// What a batch is cut into that ranks share: as many pieces as there are ranks, and each into `parts`.
+    ///
+    /// # Errors
+    /// There are more pieces than samples.
+    pub(crate) fn check_share(&self, batch: usize, parts: usize) -> Result<()> {
+        let ranks = self.ranks.size();
+        if ranks * parts <= batch {
+            return Ok(());
+        }
+        let each = match parts {
+            1 => String::new(),
+            _ => format!(", each with {parts} parts of a step (`accumulate`)"),
+        };
+        let message = format!("a batch of {batch} is too small for {ranks} workers{each}");
+        Err(Error::option("/train/batch", message))
     }
 
     /// Waits until no other part of the stage has what this name stands for in hand; until the lock is dropped, none gets it.
@@ -132,6 +152,8 @@ pub trait Stage<B: Backend> {
     const SUMMARY: &'static str;
     /// Whether it does the part of the work that a job names.
     const DIVISIBLE: bool = false;
+    /// Whether ranks can do it together, where the backend has a [`Collective`].
+    const TOGETHER: bool = false;
 
     /// Refuses options that no schema can refuse. Touches no device and no artifact.
     fn check(options: &Self::Options, base_dir: &Path) -> Result<()>;
@@ -175,6 +197,7 @@ fn register<B: Backend, S: Stage<B>>() -> Registered<B> {
             output: S::OUTPUT.into(),
             revision: S::REVISION,
             divisible: S::DIVISIBLE,
+            together: S::TOGETHER,
             schema: schemars::schema_for!(S::Options).to_value(),
         },
         check: |job| {

@@ -15,6 +15,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::backend::{AdamwStep, Backend, Binary, Unary};
+use crate::collective::Collective;
 use crate::error::{Error, Result};
 use crate::model::decays;
 use crate::muon::{self, Muon};
@@ -192,6 +193,9 @@ pub struct Fit<'a, B: Backend> {
     pub work_dir: Option<&'a Path>,
     /// Prefix of the metric names and of the checkpoint.
     pub name: &'a str,
+    /// Who trains it together: the steps give losses of this rank's share of a batch, in the measure in which it has part
+    /// in that of the batch.
+    pub ranks: &'a dyn Collective,
     /// How.
     pub options: &'a TrainOptions,
     /// What is trained.
@@ -247,6 +251,8 @@ struct Moments<B: Backend> {
     v: B::Tensor,
 }
 
+/// Gradients that ranks add up at a time: 25 MB.
+const BUCKET: usize = 25 << 18;
 /// Steps between points of the training curves.
 const LOG_EVERY: u64 = 10;
 
@@ -289,9 +295,17 @@ impl<B: Backend> Fit<'_, B> {
                 &format!("{}: continuing from step {start} of {}", self.name, o.steps),
             );
         }
+        self.agree(start, &moments)?;
+        let mut stop = false;
         let mut saved = Instant::now();
         for step in start..o.steps {
             match self.host.cancelled() {
+                // Ranks stop at the same step: the one that all know of.
+                Cancel::AtCheckpoint | Cancel::Run if self.ranks.is_shared() && !stop => {}
+                Cancel::Run if stop => {
+                    self.save(step, &moments, best.as_ref(), &skipped)?;
+                    return Err(Error::Cancelled);
+                }
                 Cancel::Run => {}
                 Cancel::AtCheckpoint => {
                     self.save(step, &moments, best.as_ref(), &skipped)?;
@@ -303,7 +317,12 @@ impl<B: Backend> Fit<'_, B> {
                 self.save(step, &moments, best.as_ref(), &skipped)?;
                 saved = Instant::now();
             }
-            match self.step(step, &moments, parts, &mut part_fn)? {
+            let taken = self.step(step, &moments, parts, &mut part_fn, &mut stop);
+            if let Err(Error::Rank(_)) = taken {
+                // Nothing of the step is in the weights.
+                self.save(step, &moments, best.as_ref(), &skipped)?;
+            }
+            match taken? {
                 None => skipped.in_a_row = 0,
                 Some(fault) => {
                     skipped.all += 1;
@@ -326,7 +345,7 @@ impl<B: Backend> Fit<'_, B> {
             if let Some(h) = &mut held_out
                 && ((step + 1).is_multiple_of(h.every) || step + 1 == o.steps)
             {
-                let figure = (h.measure)()?;
+                let figure = self.of_the_first((h.measure)()?)?;
                 self.host
                     .metric(&format!("{}/{}", self.name, h.name), step + 1, figure);
                 let finite = figure.is_finite();
@@ -335,6 +354,11 @@ impl<B: Backend> Fit<'_, B> {
                     best = Some((figure, self.weights()?));
                 }
             }
+        }
+        if self.ranks.is_shared() {
+            // Whoever makes the artifact takes it from there.
+            self.save(o.steps, &moments, best.as_ref(), &skipped)?;
+            self.ranks.barrier()?;
         }
         let weights = match best {
             Some((_, weights)) => weights,
@@ -389,6 +413,7 @@ impl<B: Backend> Fit<'_, B> {
         moments: &[Moments<B>],
         parts: usize,
         part_fn: &mut impl FnMut(u64, usize) -> Result<StepOutput<B>>,
+        stop: &mut bool,
     ) -> Result<Option<String>> {
         let o = self.options;
         let log = step.is_multiple_of(LOG_EVERY) || step + 1 == o.steps;
@@ -412,6 +437,9 @@ impl<B: Backend> Fit<'_, B> {
             for ((_, sum), (_, figure)) in figures.iter_mut().zip(more.figures) {
                 *sum += figure;
             }
+        }
+        if self.ranks.is_shared() {
+            *stop = self.reduce(&mut gradients, &mut value, &mut figures)?;
         }
         let (norms, loss) = norms_and_loss::<B>(&gradients, &value, self.own())?;
         if !norms.iter().all(|norm| norm.is_finite()) || !loss.is_finite() {
@@ -475,6 +503,87 @@ impl<B: Backend> Fit<'_, B> {
         Ok(None)
     }
 
+    /// Sums over all ranks: gradients, loss and figures. Returns whether one of them has been asked to stop.
+    fn reduce(
+        &self,
+        gradients: &mut [B::Tensor],
+        loss: &mut B::Tensor,
+        figures: &mut [(&'static str, f64)],
+    ) -> Result<bool> {
+        let stop = self.host.cancelled() != Cancel::Run;
+        let mut head = vec![f32::from(stop), scalar::<B>(loss)? as f32];
+        head.extend(figures.iter().map(|(_, figure)| *figure as f32));
+        self.ranks.all_reduce(&mut head)?;
+        *loss = self.backend.floats(&head[1..2], &B::shape(loss))?;
+        for ((_, figure), sum) in figures.iter_mut().zip(&head[2..]) {
+            *figure = f64::from(*sum);
+        }
+        let stop = head[0] > 0.0;
+        let (mut bucket, mut first) = (Vec::new(), 0);
+        for last in 0..gradients.len() {
+            bucket.extend(B::to_floats(&gradients[last])?);
+            if bucket.len() < BUCKET && last + 1 < gradients.len() {
+                continue;
+            }
+            self.ranks.all_reduce(&mut bucket)?;
+            let mut sums = bucket.as_slice();
+            for gradient in &mut gradients[first..=last] {
+                let shape = B::shape(gradient);
+                let (own, rest) = sums.split_at(shape.iter().product());
+                *gradient = self.backend.floats(own, &shape)?;
+                sums = rest;
+            }
+            bucket.clear();
+            first = last + 1;
+        }
+        Ok(stop)
+    }
+
+    /// Has all ranks begin with the state of the first.
+    fn agree(&self, start: u64, moments: &[Moments<B>]) -> Result<()> {
+        if !self.ranks.is_shared() {
+            return Ok(());
+        }
+        let halves = [(start >> 20) as f32, (start & 0xf_ffff) as f32];
+        let mut of_the_first = halves;
+        self.ranks.broadcast(&mut of_the_first, 0)?;
+        let mut unlike = [f32::from(halves != of_the_first)];
+        self.ranks.all_reduce(&mut unlike)?;
+        if unlike[0] > 0.0 {
+            let message = "the workers of this training have found different checkpoints: they must see the same work directory";
+            return Err(Error::Data {
+                path: self.path().unwrap_or_default(),
+                message: message.into(),
+            });
+        }
+        let own = self.params.iter().map(|(_, p)| p.value());
+        let states = moments.iter().flat_map(|state| [&state.m, &state.v]);
+        let average = self.ema.into_iter().flat_map(BTreeMap::values);
+        for tensor in own.chain(states).chain(average) {
+            let mut data = B::to_floats(tensor)?;
+            self.ranks.broadcast(&mut data, 0)?;
+            if self.ranks.rank() > 0 {
+                B::assign_(tensor, &self.backend.floats(&data, &B::shape(tensor))?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A figure that all have measured, as the first has.
+    fn of_the_first(&self, figure: f64) -> Result<f64> {
+        if !self.ranks.is_shared() {
+            return Ok(figure);
+        }
+        let bits = figure.to_bits();
+        let mut parts = [0, 16, 32, 48].map(|shift| ((bits >> shift) & 0xffff) as f32);
+        self.ranks.broadcast(&mut parts, 0)?;
+        let bits = parts
+            .iter()
+            .rev()
+            .fold(0, |bits, &part| bits << 16 | part as u64);
+        Ok(f64::from_bits(bits))
+    }
+
     /// Number of parameters that are not the adversary's.
     fn own(&self) -> usize {
         match &self.adversary {
@@ -530,7 +639,7 @@ impl<B: Backend> Fit<'_, B> {
         best: Option<&(f64, Weights)>,
         skipped: &Skipped,
     ) -> Result<()> {
-        let Some(path) = self.path() else {
+        let Some(path) = self.path().filter(|_| self.ranks.rank() == 0) else {
             return Ok(());
         };
         let mut all = Weights::new();

@@ -12,6 +12,7 @@
 mod aten;
 mod backend;
 mod choice;
+mod collective;
 pub mod cuda;
 mod flow;
 mod host;

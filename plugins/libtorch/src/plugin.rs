@@ -3,7 +3,7 @@
 use retort_abi::Device;
 use retort_engine::plugin::{About, EnginePlugin, processor};
 
-use crate::{Libtorch, cuda};
+use crate::{Libtorch, collective, cuda};
 
 const ABOUT: About = About {
     name: "libtorch",
@@ -26,6 +26,7 @@ pub(crate) fn plugin() -> EnginePlugin<Libtorch> {
         about: ABOUT,
         open: Libtorch::open,
         devices,
+        collective: Some(collective::meet),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use clap::ValueEnum;
 
+use crate::cli::lineage::short as short_hash;
 use crate::cli::{Context, Error, RecipeArgs, talk};
 use crate::plan::{self, Plan, PlannedStage};
 use crate::plugin::{Plugins, search_dirs};
@@ -45,15 +46,36 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     Ok(())
 }
 
-/// What a stage takes from others: their indices, each with the options that name it.
-fn inputs<'p>(plan: &'p Plan, stage: &'p PlannedStage) -> Vec<(usize, Vec<String>)> {
+/// What is drawn as a node: a stage, or an artifact of the store that the recipe takes.
+struct Node<'p> {
+    name: &'p str,
+    /// What it is, in the second line.
+    text: String,
+    /// Absent for an artifact, which takes nothing.
+    stage: Option<&'p PlannedStage>,
+}
+
+/// The artifacts that are given, then the stages in the order in which they can run.
+fn nodes(plan: &Plan) -> Vec<Node<'_>> {
+    let given = plan.given.iter().map(|given| Node {
+        name: &given.name,
+        text: format!("{} {}", given.kind, short_hash(&given.hash)),
+        stage: None,
+    });
+    let stages = plan.stages.iter().map(|stage| Node {
+        name: &stage.name,
+        text: stage.kind.clone(),
+        stage: Some(stage),
+    });
+    given.chain(stages).collect()
+}
+
+/// What a node takes from others: their indices, each with the options that name it.
+fn inputs(nodes: &[Node<'_>], node: &Node<'_>) -> Vec<(usize, Vec<String>)> {
     let mut inputs: Vec<(usize, Vec<String>)> = Vec::new();
-    for reference in &stage.references {
-        let Some(index) = plan
-            .stages
-            .iter()
-            .position(|other| other.name == reference.stage)
-        else {
+    for reference in node.stage.iter().flat_map(|stage| &stage.references) {
+        let named = |other: &Node<'_>| other.name == reference.stage;
+        let Some(index) = nodes.iter().position(named) else {
             continue;
         };
         let option = reference.pointer[1..].replace('/', ".");
@@ -65,53 +87,60 @@ fn inputs<'p>(plan: &'p Plan, stage: &'p PlannedStage) -> Vec<(usize, Vec<String
     inputs
 }
 
-/// A line per stage, in the order in which they can run.
+/// A line for each node.
 fn text(plan: &Plan) -> String {
-    let width = |of: fn(&PlannedStage) -> &str| {
-        plan.stages
-            .iter()
-            .map(|stage| of(stage).len())
-            .max()
-            .unwrap_or(0)
-    };
-    let (names, kinds) = (width(|stage| &stage.name), width(|stage| &stage.kind));
+    let nodes = nodes(plan);
+    let widest = |of: fn(&Node<'_>) -> usize| nodes.iter().map(of).max().unwrap_or(0);
+    let (names, kinds) = (
+        widest(|node| node.name.len()),
+        widest(|node| node.text.len()),
+    );
     let mut text = String::new();
-    for stage in &plan.stages {
-        let inputs: Vec<&str> = inputs(plan, stage)
+    for node in &nodes {
+        let inputs: Vec<&str> = inputs(&nodes, node)
             .into_iter()
-            .map(|(input, _)| plan.stages[input].name.as_str())
+            .map(|(input, _)| nodes[input].name)
             .collect();
-        let line = match inputs.as_slice() {
-            [] => format!("{:names$}  {}", stage.name, stage.kind),
-            inputs => format!(
-                "{:names$}  {:kinds$}  <- {}",
-                stage.name,
-                stage.kind,
-                inputs.join(", ")
-            ),
+        let (name, kind) = (node.name, &node.text);
+        let end = match (node.stage, inputs.as_slice()) {
+            (None, _) => "(in the store)".to_owned(),
+            (Some(_), []) => String::new(),
+            (Some(_), inputs) => format!("<- {}", inputs.join(", ")),
         };
-        text.push_str(&format!("{line}\n"));
+        let line = format!("{name:names$}  {kind:kinds$}  {end}");
+        text.push_str(&format!("{}\n", line.trim_end()));
     }
     text
 }
 
+/// Artifacts that are given have dashed frames.
 fn dot(plan: &Plan) -> String {
+    let nodes = nodes(plan);
     let mut text = format!(
         "digraph \"{}\" {{\n  rankdir=LR;\n  node [shape=box];\n",
         plan.name
     );
-    for stage in &plan.stages {
+    for Node {
+        name,
+        text: kind,
+        stage,
+    } in &nodes
+    {
+        let style = if stage.is_none() {
+            ", style=dashed"
+        } else {
+            ""
+        };
         text.push_str(&format!(
-            "  \"{0}\" [label=\"{0}\\n{1}\"];\n",
-            stage.name, stage.kind
+            "  \"{name}\" [label=\"{name}\\n{kind}\"{style}];\n"
         ));
     }
-    for stage in &plan.stages {
-        for (input, options) in inputs(plan, stage) {
-            let input = &plan.stages[input].name;
+    for node in &nodes {
+        for (input, options) in inputs(&nodes, node) {
             text.push_str(&format!(
-                "  \"{input}\" -> \"{}\" [label=\"{}\"];\n",
-                stage.name,
+                "  \"{}\" -> \"{}\" [label=\"{}\"];\n",
+                nodes[input].name,
+                node.name,
                 options.join(", ")
             ));
         }
@@ -119,17 +148,19 @@ fn dot(plan: &Plan) -> String {
     text + "}\n"
 }
 
-/// Numbers as node names: Mermaid has reserved words, `end` among them.
+/// Numbers as node names: Mermaid has reserved words, `end` among them. Artifacts that are given are round.
 fn mermaid(plan: &Plan) -> String {
+    let nodes = nodes(plan);
     let mut text = "flowchart LR\n".to_owned();
-    for (index, stage) in plan.stages.iter().enumerate() {
-        text.push_str(&format!(
-            "  n{index}[\"{}<br/>{}\"]\n",
-            stage.name, stage.kind
-        ));
+    for (index, node) in nodes.iter().enumerate() {
+        let label = format!("\"{}<br/>{}\"", node.name, node.text);
+        text.push_str(&match node.stage {
+            Some(_) => format!("  n{index}[{label}]\n"),
+            None => format!("  n{index}([{label}])\n"),
+        });
     }
-    for (index, stage) in plan.stages.iter().enumerate() {
-        for (input, options) in inputs(plan, stage) {
+    for (index, node) in nodes.iter().enumerate() {
+        for (input, options) in inputs(&nodes, node) {
             text.push_str(&format!(
                 "  n{input} -->|\"{}\"| n{index}\n",
                 options.join(", ")
@@ -167,6 +198,38 @@ mod tests {
   n1["s<br/>pretrain"]
   n0 -->|"tokenizer"| n1
 "#
+        );
+    }
+
+    #[test]
+    fn artifacts_that_are_given_are_nodes() {
+        let hash = "0123456789abcdef".repeat(4);
+        let recipe = format!(
+            "version: 1\nname: g\nbackend: fake\nartifacts:\n  codes: {{hash: {hash}, kind: tokenizer}}\nstages:\n  \
+             s: {{kind: pretrain, tokenizer: codes}}\n"
+        );
+        let plan = fake::plan(&recipe, &[]).unwrap();
+        let short = short_hash(&hash);
+        assert_eq!(
+            text(&plan),
+            format!(
+                "codes  tokenizer {short}  (in the store)\ns      pretrain{0:1$}  <- codes\n",
+                "",
+                short.len() + 2
+            )
+        );
+        let dot = dot(&plan);
+        assert!(
+            dot.contains(&format!(
+                "\"codes\" [label=\"codes\\ntokenizer {short}\", style=dashed];"
+            )) && dot.contains("\"codes\" -> \"s\" [label=\"tokenizer\"];"),
+            "{dot}"
+        );
+        let mermaid = mermaid(&plan);
+        assert!(
+            mermaid.contains(&format!("n0([\"codes<br/>tokenizer {short}\"])"))
+                && mermaid.contains("n0 -->|\"tokenizer\"| n1"),
+            "{mermaid}"
         );
     }
 }

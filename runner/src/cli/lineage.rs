@@ -136,7 +136,7 @@ fn mermaid(lineage: &Lineage) -> String {
     text
 }
 
-fn short(hash: &str) -> &str {
+pub(super) fn short(hash: &str) -> &str {
     hash.get(..12).unwrap_or(hash)
 }
 

@@ -384,6 +384,7 @@ fn plot(args: &PlotArgs, context: &Context) -> Result<(), Error> {
     let chart = Chart {
         axis: axis.into(),
         log: args.log,
+        log_x: false,
         curves: curves
             .iter()
             .map(|plotted| curve(label(plotted), &plotted.buckets, lens.axis))

@@ -156,6 +156,7 @@ async fn curves(store: &Store, pages: &[Page]) -> Result<Curves, Error> {
         let chart = Chart {
             axis: "step".into(),
             log: false,
+            log_x: false,
             curves,
         };
         charts.push((name, chart));

@@ -108,7 +108,8 @@ fn renew_plugins(
 ) -> Result<(), Error> {
     let mut told: Vec<String> = Vec::new();
     for stage in &mut plan.stages {
-        let (identity, description) = plugins.describe(&stage.plugin.name)?;
+        let build = plugins.describe(&stage.plugin.name)?;
+        let (identity, description) = (&build.identity, &build.description);
         if identity.hash != stage.plugin.hash && !told.contains(&identity.name) {
             if !context.quiet {
                 talk::say(&format!(
@@ -132,7 +133,7 @@ fn renew_plugins(
                 )
             })?;
         (stage.revision, stage.output_kind) = (kind.revision, kind.output.clone());
-        stage.plugin = identity;
+        stage.plugin = identity.clone();
     }
     Ok(())
 }

@@ -71,13 +71,13 @@ fn descriptions(
     if !names.is_empty() {
         return names
             .iter()
-            .map(|name| Ok(plugins.describe(name)?.1))
+            .map(|name| Ok(plugins.describe(name)?.description.clone()))
             .collect();
     }
     let mut descriptions = Vec::new();
     for name in plugins.names() {
         match plugins.describe(&name) {
-            Ok((_, description)) => descriptions.push(description),
+            Ok(build) => descriptions.push(build.description.clone()),
             Err(error) => tracing::warn!("plugin `{name}` is left out: {error}"),
         }
     }

@@ -11,6 +11,11 @@ use crate::cli::{Context, Error, Exit, talk};
 use crate::draft;
 use crate::store::{Access, ArtifactRow, Store, StoreError};
 
+use self::screen::Screen;
+
+mod encode;
+mod screen;
+
 /// Bytes of a picture that is read.
 pub(super) const MOST_BYTES: u64 = 64 << 20;
 /// Sides of a picture that is drawn, in pixels.
@@ -36,7 +41,7 @@ pub struct Args {
 /// How a terminal draws pictures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Manner {
-    /// The best that the terminal says it can.
+    /// The best that the terminal says it can; half blocks in tmux and screen.
     Auto,
     /// The protocol of kitty.
     Kitty,
@@ -82,6 +87,10 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         });
     }
     let draws = std::io::stdout().is_terminal() && args.manner != Manner::Paths;
+    let manner = match args.manner {
+        Manner::Auto if draws => screen::best(variable, screen::ask),
+        manner => manner,
+    };
     for row in &pictures {
         let meta = &row.artifact.meta;
         let caption = meta.caption.as_deref().unwrap_or_default();
@@ -91,7 +100,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
                 caption => format!(" ({caption})"),
             };
             talk::print(&format!("{} of run {}{caption}\n", row.stage, row.run))?;
-            draw(&decoded(&read(&layout, row)?, row)?, args)?;
+            draw(&decoded(&read(&layout, row)?, row)?, args, manner)?;
             continue;
         }
         let path = layout
@@ -183,21 +192,20 @@ fn decoded(bytes: &[u8], row: &ArtifactRow) -> Result<DynamicImage, Error> {
 }
 
 /// Draws at the cursor. What goes to the terminal is made of pixels alone.
-fn draw(picture: &DynamicImage, args: &Args) -> Result<(), Error> {
-    let is = |manner| args.manner == Manner::Auto || args.manner == manner;
-    let config = viuer::Config {
-        absolute_offset: false,
-        transparent: true,
-        width: args.width,
-        use_kitty: is(Manner::Kitty),
-        use_iterm: is(Manner::Iterm),
-        use_sixel: is(Manner::Sixel),
-        ..viuer::Config::default()
-    };
-    viuer::print(picture, &config).map_err(|error| {
-        Error::new(Exit::Internal, "the terminal does not take the picture")
+fn draw(picture: &DynamicImage, args: &Args, manner: Manner) -> Result<(), Error> {
+    let screen = Screen::of_stdout();
+    let picture = screen.fitted(&picture.to_rgba8(), args.width, manner);
+    let drawn = screen.drawn(&picture, manner, screen::truecolor(variable));
+    let drawn = drawn.map_err(|error| {
+        Error::new(Exit::Internal, "the picture cannot be drawn")
             .cause(&error)
-            .hint("--as blocks is drawn by any terminal")
+            .hint("--save FILE copies it; --as blocks is drawn by any terminal")
     })?;
-    Ok(())
+    Ok(talk::draw(&drawn)?)
+}
+
+/// A variable of the environment that says what the terminal is.
+fn variable(name: &str) -> String {
+    let value = std::env::var_os(name).unwrap_or_default();
+    value.to_string_lossy().into_owned()
 }

@@ -22,6 +22,13 @@ pub fn print(text: &str) -> io::Result<()> {
     stdout.flush()
 }
 
+/// Writes to stdout what draws a picture: escape sequences that are made of pixels, and of no text from anywhere.
+pub fn draw(picture: &str) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(picture.as_bytes())?;
+    stdout.flush()
+}
+
 /// Where data goes that is written piece by piece, safe for a terminal as what [`print`] writes.
 pub fn stdout() -> impl Write {
     io::BufWriter::new(Shown {

@@ -1,21 +1,20 @@
 //! Planning for machines that cannot be asked: a compute node has the devices that its jobs ask for.
 
-use retort_abi::{Description, Device, Diagnostic, StageJob};
+use std::rc::Rc;
 
-use crate::plan::{DescribeError, Descriptions, PluginIdentity};
+use retort_abi::{Device, Diagnostic, StageJob};
+
+use crate::plan::{Build, DescribeError, Descriptions, PluginIdentity};
 
 /// Descriptions of plugins, for nodes with GPUs: what drives GPUs finds one there.
 pub struct OnNodes<'a>(pub &'a mut dyn Descriptions);
 
 impl Descriptions for OnNodes<'_> {
-    fn describe(&mut self, plugin: &str) -> Result<(PluginIdentity, Description), DescribeError> {
+    fn describe(&mut self, plugin: &str) -> Result<Rc<Build>, DescribeError> {
         self.0.describe(plugin)
     }
 
-    fn variants(
-        &mut self,
-        plugin: &str,
-    ) -> Vec<Result<(PluginIdentity, Description), DescribeError>> {
+    fn variants(&mut self, plugin: &str) -> Vec<Result<Rc<Build>, DescribeError>> {
         self.0.variants(plugin)
     }
 

@@ -204,7 +204,7 @@ impl Watch<'_> {
         wasted: u32,
     ) -> std::io::Result<Over> {
         let kills = kills_for_memory();
-        let mut worker = Worker::spawn(self.order.threads, None)?;
+        let mut worker = Worker::spawn(self.order.threads, &[])?;
         if let Err(error) = worker.send(&ToWorker::Start(Box::new(task))).await {
             return Err(std::io::Error::other(error));
         }

@@ -423,6 +423,8 @@ pub struct Reader {
     life: u32,
     piece: u32,
     offset: u64,
+    /// Whether the next life has begun: what the present one has left is all that it will.
+    is_final: bool,
 }
 
 /// What a look at a spool gave.
@@ -444,6 +446,7 @@ impl Reader {
             life: 0,
             piece: 0,
             offset: 0,
+            is_final: false,
         }
     }
 
@@ -452,16 +455,14 @@ impl Reader {
         self.life
     }
 
-    /// Goes on with the next life, if it has begun. What was not read of the present one is passed over.
+    /// Whether the next life has begun. If so, the next look takes what the present one has left, of a piece that was never
+    /// sealed its whole records, and goes on with the next.
     pub fn turn(&mut self) -> bool {
         let next = self.life + 1;
-        let began = [false, true]
+        self.is_final |= [false, true]
             .into_iter()
             .any(|sealed| piece_path(&self.dir, next, 0, sealed).exists());
-        if began {
-            (self.life, self.piece, self.offset) = (next, 0, 0);
-        }
-        began
+        self.is_final
     }
 
     /// Adds the records that have come since the last look.
@@ -471,14 +472,20 @@ impl Reader {
     pub fn look(&mut self, records: &mut Vec<Record>) -> Result<Seen, SpoolError> {
         let mut any = false;
         loop {
-            let Some((path, file, sealed)) = self.open()? else {
-                return Ok(if any { Seen::Records } else { Seen::Nothing });
+            let (taken, bytes, sealed) = match self.open()? {
+                Some((path, file, sealed)) => {
+                    let (taken, bytes) = self.take(&path, file, sealed, records)?;
+                    (taken, bytes, sealed)
+                }
+                None => (0, 0, false),
             };
-            let (taken, bytes) = self.take(&path, file, sealed, records)?;
             any |= taken > 0;
             match (taken, sealed) {
                 // A sealed piece without more has been read to its end.
                 (0, true) => (self.piece, self.offset) = (self.piece + 1, 0),
+                (0, false) if std::mem::take(&mut self.is_final) => {
+                    (self.life, self.piece, self.offset) = (self.life + 1, 0, 0);
+                }
                 (0, false) => return Ok(if any { Seen::Records } else { Seen::Nothing }),
                 (taken, _) => {
                     self.offset += taken as u64;
@@ -597,6 +604,7 @@ mod tests {
             assert!(!reader.turn(), "the next has not begun");
             let mut writer = Writer::open(&dir).unwrap();
             assert_eq!((writer.life(), reader.turn()), (life, life > 0));
+            assert!(all(&mut reader).is_empty() && reader.life() == life);
             // Pieces and records beyond what is read at once.
             for size in [10, CHUNK + 5, 3, PIECE as usize, 1] {
                 writer.push(said(&"x".repeat(size)));
@@ -619,6 +627,48 @@ mod tests {
             }
         }
         assert_eq!(once_more, numbers);
+    }
+
+    #[test]
+    fn what_a_superseded_life_has_left_is_read_before_the_next() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().to_owned();
+        let mut reader = Reader::new(dir.clone());
+        let texts = |reader: &mut Reader| -> Vec<String> {
+            let records = all(reader);
+            let text = |record: &Record| match &record.word {
+                Word::Frame(FromWorker::Log(lines)) => lines[0].text.clone(),
+                other => panic!("{other:?}"),
+            };
+            records.iter().map(text).collect()
+        };
+        let mut first = Writer::open(&dir).unwrap();
+        first.push(said("read in time"));
+        first.flush().unwrap();
+        assert_eq!(texts(&mut reader), ["read in time"]);
+        // Its node is lost: a whole record, and one that is torn.
+        first.push(said("whole"));
+        first.flush().unwrap();
+        first.push(said("torn"));
+        let open = piece_path(&dir, 0, 0, false);
+        let mut bytes = fs::read(&open).unwrap();
+        bytes.extend(&first.pending[..first.pending.len() - 1]);
+        fs::write(&open, bytes).unwrap();
+        let mut second = Writer::open(&dir).unwrap();
+        assert!(second.supersede());
+        second.push(said("the next"));
+        second.flush().unwrap();
+        // Asked more than once before it is looked at, as Slurm may be.
+        assert!(reader.turn() && reader.turn());
+        assert_eq!(texts(&mut reader), ["whole", "the next"]);
+        assert_eq!((reader.life(), reader.turn()), (1, false));
+        second.push(said("the last"));
+        second.close(true).unwrap();
+        assert_eq!(texts(&mut reader), ["the last"]);
+        let mut again = Reader::new(dir);
+        assert!(again.turn());
+        let all = ["read in time", "whole", "the next", "the last"];
+        assert_eq!(texts(&mut again), all);
     }
 
     #[test]

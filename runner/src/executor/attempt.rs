@@ -504,9 +504,26 @@ impl Left {
         matches!(self.so_far.answer, Some(Ok(_))) && self.so_far.nonsense.is_none()
     }
 
-    /// Whether this says more than another part about why the attempt failed: the first to fail is the reason, but of
-    /// those that were told to stop the one that had to be made to.
+    /// Whether it ended only because another one did, with which it worked together.
+    fn was_left_alone(&self) -> bool {
+        matches!(&self.so_far.answer, Some(Err(failure)) if failure.retryable)
+    }
+
+    /// Whether it ended by itself.
+    fn has_own_fault(&self) -> bool {
+        match &self.so_far.answer {
+            Some(Err(failure)) => failure.code != FailureCode::Cancelled && !failure.retryable,
+            Some(Ok(_)) => false,
+            None => self.ladder.sent.is_none(),
+        }
+    }
+
+    /// Whether this says more than another part about why the attempt failed: the first to fail is the reason, but not
+    /// where it was left alone by this one, and of those that were told to stop the one that had to be made to.
     fn is_graver_than(&self, other: &Left) -> bool {
+        if other.was_left_alone() && self.has_own_fault() {
+            return true;
+        }
         let signalled = |left: &Left| left.ladder.sent.is_some();
         self.ladder.cause == other.ladder.cause && signalled(self) && !signalled(other)
     }
@@ -751,8 +768,8 @@ impl Conversation<'_> {
         let scene = self.scene;
         match event {
             Heard::Frame(FromWorker::Metrics(mut series)) => {
-                // Parts have the same series: each keeps its own.
-                if let Some(part) = self.part {
+                // Parts have the same series: each keeps its own. Of those that work together one tells.
+                if let Some(part) = self.part.filter(|_| !scene.brief.stage.together) {
                     for points in &mut series {
                         points.series.push_str(&format!("/part-{}", part.index + 1));
                     }
@@ -1029,6 +1046,7 @@ mod tests {
                 dtype: "f32".into(),
                 threads: Threads::Share,
                 workers: Vec::new(),
+                together: false,
                 seed: 0,
                 timeout: Some(Duration::from_secs(60)),
                 options: json!({}),

@@ -2,6 +2,8 @@
 //!
 //! In: a stage about to begin. Out: a [`Hand`] for it and for each part, which all are sent, heard and ended alike.
 
+use std::ffi::OsString;
+use std::net::TcpListener;
 use std::sync::Arc;
 
 use retort_abi::{Failure, FailureCode, Part};
@@ -105,6 +107,17 @@ impl Placement {
 /// How the attempt has ended before it began.
 pub fn place(bench: &Bench, brief: &Brief) -> Result<Placement, End> {
     if let Some(cluster) = &bench.cluster {
+        if brief.stage.together {
+            return Err(End::Cluster(Ended {
+                reason: "not submitted".into(),
+                message: "the workers of a training have to run at the same time, which the elements of a job array need not"
+                    .into(),
+                hint: Some(
+                    "leave `workers` out, or run this stage with `--executor local` inside an allocation"
+                        .into(),
+                ),
+            }));
+        }
         let profile = cluster.settings.profile(&brief.stage.kind);
         let profile = profile.map_err(|error| {
             End::Cluster(Ended {
@@ -124,8 +137,14 @@ pub fn place(bench: &Bench, brief: &Brief) -> Result<Placement, End> {
         })));
     }
     let hire = || {
-        let spawn = |part| -> std::io::Result<Hand> {
-            let worker = Worker::spawn(brief.threads_of(part), None)?;
+        let port = match brief.stage.together {
+            true => free_port()?,
+            false => 0,
+        };
+        let spawn = |part: Option<Part>| -> std::io::Result<Hand> {
+            let part_of_all = part.filter(|_| brief.stage.together);
+            let variables = part_of_all.map_or_else(Vec::new, |part| ranks(part, port));
+            let worker = Worker::spawn(brief.threads_of(part), &variables)?;
             Ok(Hand::Process(Box::new(worker)))
         };
         let whole = spawn(None)?;
@@ -142,6 +161,22 @@ pub fn place(bench: &Bench, brief: &Brief) -> Result<Placement, End> {
             ..Failure::new(FailureCode::Io, message)
         })
     })
+}
+
+/// Where processes of this machine meet, as programs that `torchrun` starts are told.
+fn ranks(part: Part, port: u16) -> Vec<(&'static str, OsString)> {
+    vec![
+        ("MASTER_ADDR", "127.0.0.1".into()),
+        ("MASTER_PORT", port.to_string().into()),
+        ("RANK", part.index.to_string().into()),
+        ("LOCAL_RANK", part.index.to_string().into()),
+        ("WORLD_SIZE", part.of.to_string().into()),
+    ]
+}
+
+/// A port of this machine that nobody listens at.
+fn free_port() -> std::io::Result<u16> {
+    Ok(TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
 }
 
 impl Placed {

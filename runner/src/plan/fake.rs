@@ -1,11 +1,12 @@
 //! A plugin for tests, with schemas shaped like those that schemars makes.
 
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use retort_abi::{Description, Device, StageJob, StageKind};
 use serde_json::{Value, json};
 
-use super::{DescribeError, Descriptions, Plan, PluginIdentity, plan as settle};
+use super::{Build, DescribeError, Descriptions, Plan, PluginIdentity, plan as settle};
 use crate::diagnostic::Report;
 use crate::recipe;
 
@@ -26,7 +27,7 @@ pub fn plan(text: &str, set: &[&str]) -> Result<Plan, Report> {
 pub struct Fake;
 
 impl Descriptions for Fake {
-    fn describe(&mut self, plugin: &str) -> Result<(PluginIdentity, Description), DescribeError> {
+    fn describe(&mut self, plugin: &str) -> Result<Rc<Build>, DescribeError> {
         let mut description = description();
         match plugin {
             "fake" | "varied" => {}
@@ -44,13 +45,10 @@ impl Descriptions for Fake {
             version: "0.1.0".into(),
             hash: "f00d".into(),
         };
-        Ok((identity, description))
+        Ok(Build::new(identity, description))
     }
 
-    fn variants(
-        &mut self,
-        plugin: &str,
-    ) -> Vec<Result<(PluginIdentity, Description), DescribeError>> {
+    fn variants(&mut self, plugin: &str) -> Vec<Result<Rc<Build>, DescribeError>> {
         if plugin != "varied" {
             return Vec::new();
         }
@@ -65,7 +63,7 @@ impl Descriptions for Fake {
             version: "0.1.0".into(),
             hash: "beef".into(),
         };
-        vec![Ok((identity, description))]
+        vec![Ok(Build::new(identity, description))]
     }
 
     fn devices(&mut self, _: &PluginIdentity) -> Result<Vec<Device>, DescribeError> {
@@ -104,6 +102,7 @@ pub fn description() -> Description {
         output: output.into(),
         revision: 1,
         divisible: kind == "everything",
+        together: kind == "pretrain",
         schema: schema(kind),
     };
     Description {

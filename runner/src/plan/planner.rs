@@ -11,11 +11,12 @@ use retort_abi::{Description, Device, StageKind};
 use serde_json::Value;
 
 use super::{
-    Descriptions, FileKind, FileOption, Origin, PlannedStage, PluginIdentity, Reference, Threads,
+    Build, Descriptions, FileKind, FileOption, Origin, PlannedStage, PluginIdentity, Reference,
+    Threads,
 };
 use crate::diagnostic::{Cause, Finding};
 use crate::recipe::{Recipe, RecipeStage, Source, Written};
-use crate::schema::{self, Checker, Target};
+use crate::schema::{self, Target};
 use crate::yaml::{Part, escape};
 
 /// The stages of a recipe in an order in which they can run, and everything found on the way. Stages with mistakes are
@@ -29,7 +30,6 @@ pub(super) fn settle(
         source: &recipe.source,
         plugins,
         known: BTreeMap::new(),
-        checkers: HashMap::new(),
         variants: BTreeMap::new(),
         devices: BTreeMap::new(),
         findings: recipe.findings.clone(),
@@ -49,15 +49,12 @@ pub(super) fn settle(
     (stages, planner.findings, planner.notes)
 }
 
-/// A build of a plugin. Its description is large, and many stages share it.
-type Build = Rc<(PluginIdentity, Description)>;
-
 /// What is known of a stage before its references are.
 struct Draft<'a> {
     stage: &'a RecipeStage,
     /// `/stages/<name>`
     pointer: String,
-    plugin: Option<Build>,
+    plugin: Option<Rc<Build>>,
     /// Options with defaults; as written where they are invalid.
     options: Value,
     /// Pointers of defaults.
@@ -71,7 +68,7 @@ impl Draft<'_> {
         let kind = self.stage.kind.as_ref()?;
         self.plugin
             .as_ref()?
-            .1
+            .description
             .stages
             .iter()
             .find(|known| known.kind == *kind)
@@ -83,11 +80,9 @@ struct Planner<'a> {
     source: &'a Source,
     plugins: &'a mut dyn Descriptions,
     /// Plugins asked so far; `None` where that failed and has been reported.
-    known: BTreeMap<String, Option<Build>>,
-    /// Schemas of stage kinds by the plugin's name and the kind.
-    checkers: HashMap<(String, String), Checker>,
+    known: BTreeMap<String, Option<Rc<Build>>>,
     /// Builds of plugins for other devices.
-    variants: BTreeMap<String, Vec<Build>>,
+    variants: BTreeMap<String, Vec<Rc<Build>>>,
     /// By the plugin's file.
     devices: BTreeMap<PathBuf, Option<Vec<Device>>>,
     findings: Vec<Finding>,
@@ -123,7 +118,7 @@ impl<'a> Planner<'a> {
         let (Some(build), Some(kind)) = (draft.plugin.clone(), &stage.kind) else {
             return draft;
         };
-        let (identity, description) = &*build;
+        let (identity, description) = (&build.identity, &build.description);
         let Some(known) = description.stages.iter().find(|known| known.kind == *kind) else {
             let kinds = description.stages.iter().map(|known| known.kind.as_str());
             let message = format!(
@@ -136,10 +131,16 @@ impl<'a> Planner<'a> {
             return draft;
         };
         if stage.workers.is_some_and(|workers| workers > 1) && !known.divisible {
-            let message = format!(
-                "stage `{}`: the work of a `{kind}` cannot be divided among workers",
-                stage.name
-            );
+            let message = match known.together {
+                true => format!(
+                    "stage `{}`: plugin `{}` has no way for the workers of a `{kind}` to add up gradients",
+                    stage.name, identity.name
+                ),
+                false => format!(
+                    "stage `{}`: the work of a `{kind}` cannot be divided among workers",
+                    stage.name
+                ),
+            };
             let divisible: Vec<&str> = description
                 .stages
                 .iter()
@@ -147,6 +148,9 @@ impl<'a> Planner<'a> {
                 .map(|known| known.kind.as_str())
                 .collect();
             let hint = match divisible.as_slice() {
+                _ if known.together => {
+                    "take a plugin that can: `backend: libtorch`; or leave `workers` out".into()
+                }
                 [] => format!("plugin `{}` has no kind that can be", identity.name),
                 kinds => format!("kinds that can be: `{}`", kinds.join("`, `")),
             };
@@ -159,11 +163,8 @@ impl<'a> Planner<'a> {
         schema::take_texts(&known.schema, &mut options, |pointer| {
             source.as_written(&format!("{place}{pointer}"))
         });
-        let checker = self
-            .checkers
-            .entry((identity.name.clone(), kind.clone()))
-            .or_insert_with(|| Checker::new(&known.schema));
-        let violations: Vec<_> = checker
+        let violations: Vec<_> = build
+            .checker(known)
             .check(&options, "option")
             .into_iter()
             // What could not be replaced has been reported.
@@ -258,7 +259,7 @@ impl<'a> Planner<'a> {
     }
 
     /// The plugin that runs a stage; what stands in the way is reported once.
-    fn plugin_of(&mut self, stage: &RecipeStage, pointer: &str) -> Option<Build> {
+    fn plugin_of(&mut self, stage: &RecipeStage, pointer: &str) -> Option<Rc<Build>> {
         let (name, place) = match (&stage.plugin, &self.recipe.backend) {
             (Some(name), _) => (name, format!("{pointer}/plugin")),
             (None, Some(name)) => (name, "/backend".to_owned()),
@@ -280,7 +281,7 @@ impl<'a> Planner<'a> {
             return known.clone();
         }
         let answer = match self.plugins.describe(name) {
-            Ok(answer) => Some(Rc::new(answer)),
+            Ok(build) => Some(build),
             Err(error) => {
                 let finding = Finding {
                     cause: Cause::Plugin,
@@ -491,7 +492,7 @@ impl<'a> Planner<'a> {
         };
         let kind = draft.kind()?;
         let place = self.place(draft, draft.plugin.as_ref()?)?;
-        let dtype = self.dtype(draft, &place.build.1)?;
+        let dtype = self.dtype(draft, &place.build.description)?;
         if place.chosen {
             origins.insert("/device".to_owned(), Origin::Derived);
         }
@@ -512,13 +513,14 @@ impl<'a> Planner<'a> {
             name: stage.name.clone(),
             kind: kind.kind.clone(),
             description: stage.description.clone(),
-            plugin: place.build.0.clone(),
+            plugin: place.build.identity.clone(),
             device: place.device,
             dtype,
             threads: stage
                 .threads
                 .or(self.recipe.threads)
                 .map_or(Threads::Share, Threads::Fixed),
+            together: kind.together && !workers.is_empty(),
             workers,
             seed: stage
                 .seed
@@ -568,7 +570,7 @@ impl<'a> Planner<'a> {
     }
 
     /// Which build of the plugin runs the stage, and where.
-    fn place(&mut self, draft: &Draft<'_>, base: &Build) -> Option<Place> {
+    fn place(&mut self, draft: &Draft<'_>, base: &Rc<Build>) -> Option<Place> {
         let written = draft
             .stage
             .device
@@ -576,8 +578,14 @@ impl<'a> Planner<'a> {
             .or(self.recipe.device.as_ref())
             .map_or("auto", String::as_str);
         let pointer = self.setting(draft, "device", draft.stage.device.is_some());
-        let knows = |build: &Build, kind: &str| build.1.devices.iter().any(|device| device == kind);
-        let placed = |build: &Build, device: &str, chosen| Place {
+        let knows = |build: &Build, kind: &str| {
+            build
+                .description
+                .devices
+                .iter()
+                .any(|device| device == kind)
+        };
+        let placed = |build: &Rc<Build>, device: &str, chosen| Place {
             build: Rc::clone(build),
             device: device.to_owned(),
             devices: vec![device.to_owned()],
@@ -588,9 +596,13 @@ impl<'a> Planner<'a> {
             return Some(placed(base, "cpu", false));
         }
         let mut builds = vec![Rc::clone(base)];
-        builds.extend(self.variants_of(&base.0.name));
+        builds.extend(self.variants_of(&base.identity.name));
         let driving = |kind: &str| builds.iter().find(|build| knows(build, kind));
-        let fallback = base.1.devices.first().map_or("cpu", String::as_str);
+        let fallback = base
+            .description
+            .devices
+            .first()
+            .map_or("cpu", String::as_str);
         let wanted = if written == "auto" { "cuda" } else { kind };
         let Some(build) = driving(wanted) else {
             if written == "auto" {
@@ -598,10 +610,10 @@ impl<'a> Planner<'a> {
             }
             // Something that is no device at all has been reported by the schema.
             if matches!(kind, "cpu" | "cuda") {
-                let message = format!("plugin `{}` cannot drive `{kind}`", base.0.name);
+                let message = format!("plugin `{}` cannot drive `{kind}`", base.identity.name);
                 let known: Vec<&str> = builds
                     .iter()
-                    .flat_map(|build| build.1.devices.iter().map(String::as_str))
+                    .flat_map(|build| build.description.devices.iter().map(String::as_str))
                     .collect();
                 let finding = Finding::error(pointer, message)
                     .hint(format!("it was built for `{}`", known.join("`, `")));
@@ -612,7 +624,7 @@ impl<'a> Planner<'a> {
         if wanted == "cpu" {
             return Some(placed(build, "cpu", false));
         }
-        let devices = self.devices_of(&build.0, &pointer)?;
+        let devices = self.devices_of(&build.identity, &pointer)?;
         let gpus: Vec<&Device> = devices
             .iter()
             .filter(|device| device.name.starts_with("cuda"))
@@ -678,14 +690,14 @@ impl<'a> Planner<'a> {
     }
 
     /// The other builds of a plugin; one that cannot be asked is told of and left out.
-    fn variants_of(&mut self, plugin: &str) -> Vec<Build> {
+    fn variants_of(&mut self, plugin: &str) -> Vec<Rc<Build>> {
         if let Some(known) = self.variants.get(plugin) {
             return known.clone();
         }
         let mut found = Vec::new();
         for answer in self.plugins.variants(plugin) {
             match answer {
-                Ok(variant) => found.push(Rc::new(variant)),
+                Ok(variant) => found.push(variant),
                 Err(error) => self.note(format!("a variant of `{plugin}` is left out: {error}")),
             }
         }
@@ -748,7 +760,7 @@ fn indices<'a>(drafts: &[Draft<'a>]) -> HashMap<&'a str, usize> {
 
 /// Where a stage runs.
 struct Place {
-    build: Build,
+    build: Rc<Build>,
     device: String,
     /// The devices that workers are spread over: it alone where the recipe names it, else all that could have been chosen.
     devices: Vec<String>,

@@ -675,7 +675,7 @@ async fn watch(
     &Terms { limit, grace, .. }: &Terms,
 ) -> std::io::Result<Seen> {
     let begun = Instant::now();
-    let mut worker = Worker::spawn(1, Some(temporary))?;
+    let mut worker = Worker::spawn(1, &[("TMPDIR", temporary.into())])?;
     let sent = worker.send(&ToWorker::Start(Box::new(task))).await;
     sent.map_err(std::io::Error::other)?;
     let mut seen = Seen::default();

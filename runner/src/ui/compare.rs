@@ -231,10 +231,11 @@ fn aligned(columns: &[Column], runs: &[String]) -> Markup {
                     thead { tr { th scope="col" { "Stage" } @for column in columns { th scope="col" { (page::run_link(&column.detail.summary.id)) } } } }
                     tbody { @for stage in &stages {
                         tr {
-                            th scope="row" { (page::name(stage)) }
+                            @let pairs = of.iter().flatten().any(|preview| preview.stage() == *stage && preview.is_of_pairs());
+                            th scope="row" { (page::name(stage)) @if pairs { br; span.dim { (pictures::ROWS_OF_PAIRS) } } }
                             @for previews in &of {
                                 td { @match previews.iter().find(|preview| preview.stage() == *stage) {
-                                    Some(preview) => a.zoom href=(preview.address()) { img.pixels src=(preview.address()) loading="lazy" alt=(format!("grid of {stage}")); },
+                                    Some(preview) => a.zoom href=(preview.address()) { img.pixels src=(preview.address()) loading="lazy" alt=(preview.said()); },
                                     None => span.dim { "–" },
                                 } }
                             }

@@ -201,7 +201,11 @@ pub fn figure(runs: &[String], series: &str, query: &Fields) -> Markup {
         fields.push(name, query.get(name).unwrap_or_default());
     }
     let data = fields.link("/curves/data.json");
-    let svg = fields.with("logy", query.get("logy").unwrap_or_default());
+    let svg = ["logy", "logx"]
+        .into_iter()
+        .fold(fields.clone(), |svg, name| {
+            svg.with(name, query.get(name).unwrap_or_default())
+        });
     html! {
         figure.chart data-chart=(data) data-series=(series) {
             figcaption {
@@ -356,6 +360,7 @@ pub async fn svg(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
         }
         .into(),
         log: ask.query.get("logy").is_some(),
+        log_x: ask.query.get("logx").is_some(),
         curves: found
             .iter()
             .map(|one| Curve {

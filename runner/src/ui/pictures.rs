@@ -23,6 +23,10 @@ const MOST_ROWS: usize = 100;
 const RUNS: usize = 12;
 /// Further pictures of an artifact that are shown.
 const FURTHER: usize = 24;
+/// What the picture is called that a tokenizer makes of real images and their reconstructions.
+const RECONSTRUCTIONS: &str = "reconstructions.png";
+/// What its rows are.
+pub const ROWS_OF_PAIRS: &str = "real above, reconstructed below";
 /// Classes that can be chosen from.
 const CLASSES: usize = 1000;
 /// About so wide is a sample shown, in pixels.
@@ -142,9 +146,7 @@ async fn content(
             }
         }
         @for (student, frames) in &strips { (strip(student, frames)) }
-        @if !previews.is_empty() {
-            section { h2 { "Grids" } (grids(&previews)) }
-        }
+        (grids(&previews))
     })
 }
 
@@ -363,16 +365,43 @@ impl Preview {
         link(&format!("/file/{}", self.hash), &[("path", &self.path)])
     }
 
+    /// What it is, where it cannot be seen.
+    pub fn said(&self) -> String {
+        match (&self.caption, self.is_of_pairs()) {
+            (_, true) => format!(
+                "images and what stage {} makes of them: {ROWS_OF_PAIRS}",
+                self.stage
+            ),
+            (Some(caption), _) => caption.clone(),
+            (None, _) => format!("{} of stage {}", self.path, self.stage),
+        }
+    }
+
+    /// Whether it shows what a tokenizer makes of images: rows of real ones, and below each what becomes of them.
+    pub fn is_of_pairs(&self) -> bool {
+        self.path == RECONSTRUCTIONS
+    }
+
     /// The stage that made it.
     pub fn stage(&self) -> &str {
         &self.stage
     }
 }
 
-/// Pictures with their captions.
+/// Pictures with their captions: samples, and what tokenizers make of real images.
 pub fn grids(previews: &[Preview]) -> Markup {
+    let (pairs, grids): (Vec<&Preview>, Vec<&Preview>) =
+        previews.iter().partition(|preview| preview.is_of_pairs());
+    let section = |title: &str, some: &[&Preview]| {
+        html! {
+            @if !some.is_empty() {
+                section { h2 { (title) } div.grids { @for preview in some { (grid(preview)) } } }
+            }
+        }
+    };
     html! {
-        div.grids { @for preview in previews { (grid(preview)) } }
+        (section("Grids", &grids))
+        (section("Reconstructions", &pairs))
     }
 }
 
@@ -381,10 +410,11 @@ pub fn grid(preview: &Preview) -> Markup {
     html! {
         figure.grid {
             a.zoom href=(preview.address()) {
-                img.pixels src=(preview.address()) loading="lazy" alt=(preview.caption.clone().unwrap_or_else(|| format!("{} of stage {}", preview.path, preview.stage)));
+                img.pixels src=(preview.address()) loading="lazy" alt=(preview.said());
             }
             figcaption {
                 strong { (page::name(&preview.stage)) } " " (page::run_link(&preview.run))
+                @if preview.is_of_pairs() { br; span { "in each pair of rows: " strong { (ROWS_OF_PAIRS) } } }
                 @if let Some(caption) = &preview.caption { br; span.dim { (page::name(caption)) } }
             }
         }

@@ -154,35 +154,43 @@ fn stages(shelf: &Shelf, detail: &RunDetail) -> Markup {
             }
         }
         @if !previews.is_empty() {
-            section { h2 { "Pictures" } (pictures::grids(&previews)) p { a href=(link("/pictures", &[("run", &detail.summary.id.0)])) { "Single samples, side by side" } } }
+            (pictures::grids(&previews)) p { a href=(link("/pictures", &[("run", &detail.summary.id.0)])) { "Single samples, side by side" } }
         }
     }
 }
 
-/// The graph of the stages.
+/// The graph of the stages, and of the artifacts that the recipe takes from the store.
 fn drawing(detail: &RunDetail) -> Markup {
-    let nodes: Vec<Node> = detail
-        .stages
-        .iter()
-        .map(|stage| Node {
-            title: stage.name.clone(),
-            text: match stage.attempts.last().and_then(|attempt| attempt.seconds) {
-                Some(seconds) => format!("{} {}", stage.state, table::duration(seconds)),
-                None => stage.state.to_string(),
-            },
-            tone: page::stage_tone(stage.state),
-            link: Some(link(
-                &format!("{}/log", page::run_path(&detail.summary.id.0)),
-                &[("stage", &stage.name)],
-            )),
-        })
-        .collect();
-    let place = |name: &str| detail.stages.iter().position(|stage| stage.name == name);
-    let edges = detail.stages.iter().enumerate().flat_map(|(to, stage)| {
-        stage
-            .inputs
-            .iter()
-            .filter_map(move |(_, from)| Some((place(from)?, to)))
+    let given = detail.resolved["given"].as_array();
+    let given = given.into_iter().flatten().filter_map(|given| {
+        let text = |key: &str| given[key].as_str();
+        let (hash, kind) = (text("hash")?, text("kind")?);
+        let node = Node {
+            title: text("name")?.to_owned(),
+            text: format!("{kind} in the store"),
+            tone: "old",
+            link: Some(format!("/artifact/{}", segment(hash))),
+        };
+        Some(node)
+    });
+    let stages = detail.stages.iter().map(|stage| Node {
+        title: stage.name.clone(),
+        text: match stage.attempts.last().and_then(|attempt| attempt.seconds) {
+            Some(seconds) => format!("{} {}", stage.state, table::duration(seconds)),
+            None => stage.state.to_string(),
+        },
+        tone: page::stage_tone(stage.state),
+        link: Some(link(
+            &format!("{}/log", page::run_path(&detail.summary.id.0)),
+            &[("stage", &stage.name)],
+        )),
+    });
+    let nodes: Vec<Node> = given.chain(stages).collect();
+    let place = |name: &str| nodes.iter().position(|node| node.title == name);
+    let edges = detail.stages.iter().flat_map(|stage| {
+        let to = place(&stage.name);
+        let edge = move |(_, from): &(String, String)| Some((place(from)?, to?));
+        stage.inputs.iter().filter_map(edge)
     });
     graph::svg(
         "The stages and what each takes from which",

@@ -137,8 +137,22 @@ async fn whole(
         columns: wish.columns.clone(),
         ..RunFilter::default()
     };
-    let runs = shelf.store.list_runs(&filter).await?;
-    let count = shelf.store.count_matching(&filter).await?;
+    let listed = shelf.store.list_runs(&filter);
+    let counted = shelf.store.count_matching(&filter);
+    let (runs, count) = match wish.sort.is_empty() {
+        // Both go through all runs, and do so beside each other.
+        false => tokio::try_join!(listed, counted)?,
+        true => {
+            let runs = listed.await?;
+            let count = match runs.len() {
+                // The list ends here: nothing is gone through once more to count it.
+                found @ 1.. if found < PAGE as usize => u64::from(filter.skip) + found as u64,
+                0 if wish.page == 1 => 0,
+                _ => counted.await?,
+            };
+            (runs, count)
+        }
+    };
     let (first, last) = (
         u64::from(filter.skip) + 1,
         u64::from(filter.skip) + runs.len() as u64,

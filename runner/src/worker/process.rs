@@ -5,10 +5,10 @@
 //! absent: what the events mean for a stage (the executor's).
 
 use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -168,7 +168,7 @@ pub fn signal_name(signal: i32) -> String {
 /// # Errors
 /// [`AskError`].
 pub async fn ask(task: Task, limit: Duration) -> Result<Answer, AskError> {
-    let mut worker = Worker::spawn(1, None).map_err(AskError::Spawn)?;
+    let mut worker = Worker::spawn(1, &[]).map_err(AskError::Spawn)?;
     let sent = worker.send(&ToWorker::Start(Box::new(task))).await;
     sent.map_err(AskError::Unsendable)?;
     let mut answer = None;
@@ -212,12 +212,11 @@ pub async fn ask(task: Task, limit: Duration) -> Result<Answer, AskError> {
 }
 
 impl Worker {
-    /// Starts a worker process whose libraries may use `threads` threads, and put temporary files in `temporary` where
-    /// that is given. To be called on a thread that lives as long as the runner: the kernel ends the worker with it.
+    /// Starts a worker process whose libraries may use `threads` threads, with these variables besides its environment. To be called on a thread that lives as long as the runner: the kernel ends the worker with it.
     ///
     /// # Errors
     /// What the operating system says.
-    pub fn spawn(threads: usize, temporary: Option<&Path>) -> io::Result<Self> {
+    pub fn spawn(threads: usize, variables: &[(&str, OsString)]) -> io::Result<Self> {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
         let threads = threads.max(1).to_string();
         let mut child = Command::new(own_program()?)
@@ -225,7 +224,7 @@ impl Worker {
             .args(["worker", "--parent", &std::process::id().to_string()])
             .env("RAYON_NUM_THREADS", &threads)
             .env("OMP_NUM_THREADS", &threads)
-            .envs(temporary.map(|dir| ("TMPDIR", dir)))
+            .envs(variables.iter().map(|(name, value)| (name, value)))
             .stdin(OwnedFd::from(theirs))
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

@@ -1,5 +1,6 @@
 //! 1.2 million pairs in 1,200 elements over 64 nodes that are imagined: Slurm's programs are scripts, nodes a thread that
-//! writes what workers would. The runner is the real one, and what happens to a cluster of this size happens to it.
+//! writes what workers would. The runner is the real one, and what happens to a cluster of this size happens to it. A
+//! hundredth of it is tried every time.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -20,14 +21,31 @@ use retort_abi::StageResult;
 
 use crate::lab::{Lab, Running, Said, binary, compile, wait_for};
 
-const ELEMENTS: usize = 1200;
-const NODES: usize = 64;
+/// Elements that a node takes at a time.
 const PLACES: usize = 16;
-/// Pairs of an element, and of a shard of it.
-const PAIRS: usize = 1000;
-const SHARD: usize = 100;
-/// Time that a shard takes.
-const PACE: Duration = Duration::from_millis(2500);
+/// Shards of an element.
+const SHARDS: usize = 10;
+
+/// How large a cluster is.
+#[derive(Clone, Copy)]
+struct Scale {
+    elements: usize,
+    nodes: usize,
+    /// Pairs of a shard.
+    shard: usize,
+    /// Time that a shard takes.
+    pace: Duration,
+    /// Of so many elements one fails once, in one of three ways.
+    one_in: usize,
+    /// How long the runner is looked at with all places taken.
+    window: Duration,
+}
+
+impl Scale {
+    fn pairs(&self) -> usize {
+        self.elements * SHARDS * self.shard
+    }
+}
 
 /// An element on its way.
 struct Element {
@@ -44,6 +62,7 @@ struct Element {
 }
 
 struct Cluster {
+    scale: Scale,
     dir: PathBuf,
     orders: Vec<(PathBuf, Order)>,
     elements: Vec<Element>,
@@ -116,11 +135,11 @@ impl Cluster {
     }
 
     fn start_what_has_room(&mut self) {
-        let mut used = [0; NODES];
+        let mut used = vec![0; self.scale.nodes];
         for node in self.elements.iter().filter_map(|element| element.node) {
             used[node] += 1;
         }
-        let mut places = (0..NODES)
+        let mut places = (0..self.scale.nodes)
             .filter(|node| !self.lost.contains(node))
             .flat_map(|node| std::iter::repeat_n(node, PLACES - used[node]))
             .collect::<Vec<_>>();
@@ -141,7 +160,8 @@ impl Cluster {
             (element.state, element.node, element.writer) = ("RUNNING", Some(node), Some(writer));
             element.lives += 1;
             // Not all at the same moment.
-            element.next = Instant::now() + PACE * u32::try_from(number % 50).unwrap() / 50;
+            element.next =
+                Instant::now() + self.scale.pace * u32::try_from(number % 50).unwrap() / 50;
         }
     }
 
@@ -151,7 +171,7 @@ impl Cluster {
             if element.state != "RUNNING" || element.next > Instant::now() {
                 continue;
             }
-            element.next = Instant::now() + PACE;
+            element.next = Instant::now() + self.scale.pace;
             let Some(part) = element.part else {
                 self.make_the_whole(number, work_dir);
                 continue;
@@ -161,10 +181,10 @@ impl Cluster {
             while work_dir.join(format!("{}-{}", part, element.done)).exists() {
                 element.done += 1;
             }
-            if element.done < PAIRS / SHARD {
-                let start = part * PAIRS + element.done * SHARD;
+            if element.done < SHARDS {
+                let start = (part * SHARDS + element.done) * self.scale.shard;
                 let path = work_dir.join(format!("{}-{}", part, element.done));
-                fs::write(path, format!("{start} {}", start + SHARD)).unwrap();
+                fs::write(path, format!("{start} {}", start + self.scale.shard)).unwrap();
                 writer.push(Word::Frame(FromWorker::Metrics(vec![Points {
                     series: "made".into(),
                     steps: vec![element.done as u64],
@@ -173,13 +193,12 @@ impl Cluster {
                 }])));
                 element.done += 1;
                 writer.push(Word::Frame(FromWorker::Progress(Progress {
-                    done: (element.done * SHARD) as u64,
-                    total: PAIRS as u64,
+                    done: (element.done * self.scale.shard) as u64,
+                    total: (SHARDS * self.scale.shard) as u64,
                     unit: "pairs".into(),
                 })));
                 writer.flush().unwrap();
-                // One in a hundred fails, each kind in turn.
-                if part % 100 == 7 && element.done == 3 && self.failed.insert(part) {
+                if part % self.scale.one_in == 7 && element.done == 3 && self.failed.insert(part) {
                     self.fail(number);
                 }
             } else {
@@ -307,8 +326,9 @@ impl Cluster {
     }
 }
 
-fn nodes(dir: PathBuf, shared: Arc<Shared>) {
+fn nodes(scale: Scale, dir: PathBuf, shared: Arc<Shared>) {
     let mut cluster = Cluster {
+        scale,
         dir,
         orders: Vec::new(),
         elements: Vec::new(),
@@ -366,10 +386,33 @@ fn most_memory(pid: u32) -> u64 {
     })
 }
 
-/// Every pair is there once; the last points of elements on a node that dies are not, so the check of points fails.
 #[test]
-#[ignore = "the last points of a lost node's elements are missing (16 of 12,000)"]
+#[ignore = "two minutes: make test-long"]
 fn a_million_pairs_on_sixty_four_nodes() {
+    simulate(Scale {
+        elements: 1200,
+        nodes: 64,
+        shard: 100,
+        // As often as workers write where there are so many.
+        pace: Duration::from_secs(5),
+        one_in: 100,
+        window: Duration::from_secs(12),
+    });
+}
+
+#[test]
+fn twelve_thousand_pairs_on_eight_nodes() {
+    simulate(Scale {
+        elements: 120,
+        nodes: 8,
+        shard: 10,
+        pace: Duration::from_secs(1),
+        one_in: 12,
+        window: Duration::from_secs(4),
+    });
+}
+
+fn simulate(scale: Scale) {
     // A file system in memory: it is the runner that is looked at, not the disk under a thousand workers.
     let root = [Path::new("/dev/shm"), &std::env::temp_dir()]
         .into_iter()
@@ -390,7 +433,7 @@ fn a_million_pairs_on_sixty_four_nodes() {
         &plugins.join("libretort_faulty.so"),
     );
     let lab = Lab { dir };
-    lab.recipe(&[&format!("a: {{kind: do, workers: {ELEMENTS}}}")]);
+    lab.recipe(&[&format!("a: {{kind: do, workers: {}}}", scale.elements)]);
     let command = |arguments: &[&str]| -> Command {
         // Without the other tests' plugins, of which one has the same name.
         let mut command = Command::new(binary());
@@ -417,19 +460,19 @@ fn a_million_pairs_on_sixty_four_nodes() {
     let shared = Arc::new(Shared::default());
     let cluster = {
         let (dir, shared) = (lab.dir.path().to_owned(), Arc::clone(&shared));
-        thread::spawn(move || nodes(dir, shared))
+        thread::spawn(move || nodes(scale, dir, shared))
     };
     let settings = ["--executor", "slurm", "--slurm", "poll=5s"];
     let arguments = [&["run", "r.yaml"][..], &settings].concat();
     let first = Running::new(command(&arguments).spawn().unwrap());
     let pid = first.child.id();
     wait_for("a full cluster", || {
-        (shared.running.load(Ordering::Relaxed) > 900).then_some(())
+        (shared.running.load(Ordering::Relaxed) > 3 * scale.elements / 4).then_some(())
     });
-    thread::sleep(Duration::from_secs(3));
+    thread::sleep(scale.window / 4);
     let (cpu, began) = (cpu_seconds(pid), Instant::now());
     shared.lose_a_node.store(true, Ordering::Relaxed);
-    thread::sleep(Duration::from_secs(12));
+    thread::sleep(scale.window);
     let share = (cpu_seconds(pid) - cpu) / began.elapsed().as_secs_f64();
     let running = shared.running.load(Ordering::Relaxed);
     let memory = most_memory(pid);
@@ -437,7 +480,7 @@ fn a_million_pairs_on_sixty_four_nodes() {
     first.signal(9);
     first.end();
     shared.lose_a_node.store(true, Ordering::Relaxed);
-    thread::sleep(Duration::from_secs(3));
+    thread::sleep(scale.window / 4);
     let second = Running::new(
         command(&[&["resume"][..], &settings[2..]].concat())
             .spawn()
@@ -475,7 +518,7 @@ fn a_million_pairs_on_sixty_four_nodes() {
     // Every pair once.
     let output = retort(&command, &["artifacts", "list", "latest", "--json"]).json();
     let path = PathBuf::from(output[0]["path"].as_str().unwrap());
-    let mut pairs = vec![0_u8; ELEMENTS * PAIRS];
+    let mut pairs = vec![0_u8; scale.pairs()];
     for line in fs::read_to_string(path.join("pairs")).unwrap().lines() {
         let (start, end) = line.split_once(' ').unwrap();
         let range = start.parse::<usize>().unwrap()..end.parse().unwrap();
@@ -485,7 +528,7 @@ fn a_million_pairs_on_sixty_four_nodes() {
     // Nothing that was said is lost.
     let points = "select count(*) as n from (select distinct series, step from v_metrics)";
     let points = retort(&command, &["query", "--json", points]).json();
-    assert_eq!(points[0]["n"], ELEMENTS * PAIRS / SHARD);
+    assert_eq!(points[0]["n"], scale.elements * SHARDS);
     // How each life ended is as it was.
     let lives = "select reason, count(*) as n from v_job_lives group by reason";
     let lives = retort(&command, &["query", "--json", lives]).json();
@@ -507,7 +550,9 @@ fn a_million_pairs_on_sixty_four_nodes() {
         .collect();
     assert_eq!(known, brought_about);
     assert!(memory < 500 << 20, "{figures}");
-    assert!(share < 0.05 * running as f64 / 1000.0, "{figures}");
+    // Few elements do not pay for what a runner does anyway.
+    let most = 0.05 * (running as f64 / 1000.0).max(1.0);
+    assert!(share < most, "{figures}");
 }
 
 fn retort(command: &dyn Fn(&[&str]) -> Command, arguments: &[&str]) -> Said {

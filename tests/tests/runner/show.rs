@@ -1,7 +1,8 @@
 //! Pictures in the terminal, images without a recipe, and the history read from Python.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
 use crate::lab::{Lab, binary};
@@ -16,28 +17,88 @@ const PAINTS: [&str; 3] = [
 
 /// What stands on a terminal after a command.
 fn on_screen(lab: &Lab, arguments: &[&str]) -> String {
+    on_answering_screen(lab, arguments, "")
+}
+
+/// The same where the terminal answers when it is asked what it can.
+fn on_answering_screen(lab: &Lab, arguments: &[&str], answer: &str) -> String {
     let (screen, inside) = terminal();
     let size = libc::winsize {
         ws_row: 24,
         ws_col: 80,
-        ws_xpixel: 0,
-        ws_ypixel: 0,
+        ws_xpixel: 800,
+        ws_ypixel: 480,
     };
     // SAFETY: a terminal of our own, and a structure that the call only reads.
     unsafe { libc::ioctl(screen.as_raw_fd(), libc::TIOCSWINSZ, &size) };
     let mut command = lab.command(arguments);
+    if !answer.is_empty() {
+        command.stdin(Stdio::from(inside.try_clone().unwrap()));
+        // SAFETY: between fork and exec only async-signal-safe functions are called.
+        unsafe {
+            command.pre_exec(|| {
+                libc::setsid();
+                libc::ioctl(0, libc::TIOCSCTTY, 0);
+                Ok(())
+            });
+        }
+    }
     command
         .stdout(Stdio::from(inside))
         .stderr(Stdio::null())
         .env("TERM", "xterm-256color")
         .env("COLORTERM", "truecolor");
+    for other in [
+        "KITTY_WINDOW_ID",
+        "LC_TERMINAL",
+        "STY",
+        "TERM_PROGRAM",
+        "TMUX",
+    ] {
+        command.env_remove(other);
+    }
     let mut child = command.spawn().unwrap();
     drop(command);
-    let mut bytes = Vec::new();
+    let mut screen = std::fs::File::from(screen);
+    let (mut bytes, mut buffer) = (Vec::new(), [0; 4096]);
+    let mut answer = answer.as_bytes();
     // The terminal ends with an error once nobody holds its other side.
-    let _ = std::fs::File::from(screen).read_to_end(&mut bytes);
+    while let Ok(count @ 1..) = screen.read(&mut buffer) {
+        bytes.extend_from_slice(&buffer[..count]);
+        if bytes.ends_with(b"\x1b[c") {
+            screen.write_all(std::mem::take(&mut answer)).unwrap();
+        }
+    }
     assert!(child.wait().unwrap().success());
     String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[test]
+fn a_terminal_is_asked_what_it_draws() {
+    let lab = Lab::new(&PAINTS);
+    lab.run(&[]).expect(0);
+    let what = ["show", "latest/one-step"];
+    for (answer, drawn) in [
+        ("\x1b_Gi=1;OK\x1b\\\x1b[?62;4;22c", "\x1b_Ga=T,f=100,q=2,m="),
+        ("\x1b[?62;4;22c", "\x1bP0;1q\"1;1;"),
+        ("\x1b[?62;22c", "▀"),
+        // It has no answer: after a second half blocks are drawn.
+        ("\0", "▀"),
+    ] {
+        let said = on_answering_screen(&lab, &what, answer);
+        assert!(said.contains(drawn), "{answer:?}: {said:?}");
+        assert!(!said.contains("62;"), "the answer is not shown: {said:?}");
+    }
+    // Nobody is asked where stdin is no terminal, or where somebody says how.
+    for how in [
+        &[] as &[_],
+        &["--as", "kitty"],
+        &["--as", "iterm"],
+        &["--as", "sixel"],
+    ] {
+        let said = on_screen(&lab, &[&what, how].concat());
+        assert!(!said.contains("\x1b[c"), "{said:?}");
+    }
 }
 
 #[test]

@@ -5,7 +5,8 @@ use std::path::Path;
 use retort::artifact::{self, Layout};
 use retort::store::{
     Access, ArtifactRecord, AttemptEnd, AttemptId, AttemptState, Batch, LogLine, LogSource,
-    MetricPoint, NewRun, NewStage, Param, PluginIdentity, RunId, RunState, Store, Time, Usage,
+    MetricPoint, NewRun, NewStage, Param, PluginIdentity, RunId, RunState, Store, SweepId,
+    SweepPlace, SweepPlan, Time, Usage,
 };
 use retort_abi::{ArtifactMeta, Table};
 use serde_json::{Value, json};
@@ -58,6 +59,53 @@ pub async fn make(dir: &Path) -> Made {
     }
 }
 
+/// A sweep of four points: one is to come, and one that is under way is ahead of those that have come.
+pub async fn sweep(dir: &Path) -> (SweepId, Vec<RunId>) {
+    let store = Store::open(dir, Access::ReadWrite).await.unwrap();
+    let definition = json!({
+        "parameters": [{"path": "student.train.learning_rate", "choice": ["0.001", "0.002", "0.004", "0.008"]}],
+        "objective": {"metric": "student/loss", "goal": "min"},
+        "sample": null,
+        "asha": null,
+    });
+    let plan = SweepPlan {
+        recipe: "digits".into(),
+        recipe_path: "/recipes/digits.yaml".into(),
+        recipe_text: "version: 1\n".into(),
+        settings: Vec::new(),
+        definition: serde_json::from_value(definition).unwrap(),
+        selection: json!({}),
+    };
+    let points = ["0.001", "0.002", "0.004", "0.008"];
+    let points = points.map(|value| vec![format!("student.train.learning_rate={value}")]);
+    let id = store.begin_sweep(&plan, &points).await.unwrap();
+    let mut runs = Vec::new();
+    for (point, (loss, state)) in (1..).zip([
+        (0.5, RunState::Succeeded),
+        (0.1, RunState::Interrupted),
+        (0.25, RunState::Succeeded),
+    ]) {
+        let place = SweepPlace {
+            id: id.clone(),
+            point,
+        };
+        let mut writer = Writer::begin_at(&store, dir, "digits", &[], Some(place)).await;
+        let stage = Stage {
+            name: "student",
+            kind: "distill",
+            options: json!({}),
+            inputs: &[],
+        };
+        let attempt = writer.stage(&stage).await;
+        writer.curve(attempt, "loss", 20, |_| loss).await;
+        writer.end(attempt, None).await;
+        store.finish_run(&writer.run, state, None).await.unwrap();
+        runs.push(writer.run);
+    }
+    store.close().await;
+    (id, runs)
+}
+
 async fn digits(store: &Store, dir: &Path, steps: u64, scale: f64) -> (RunId, String) {
     let params = [
         ("seed", json!(1), "recipe:7"),
@@ -73,7 +121,16 @@ async fn digits(store: &Store, dir: &Path, steps: u64, scale: f64) -> (RunId, St
             inputs: &[],
         })
         .await;
-    writer.end(codes, None).await;
+    let reconstructions = ArtifactMeta {
+        preview: Some("reconstructions.png".into()),
+        caption: Some("each row of held-out images, and below it their reconstructions".into()),
+        ..ArtifactMeta::default()
+    };
+    writer
+        .artifact(codes, "tokenizer", reconstructions, |folder| {
+            grid(&folder.join("reconstructions.png"), (steps / 1000) as u8);
+        })
+        .await;
     let student = Stage {
         name: "student",
         kind: "distill",
@@ -231,6 +288,16 @@ impl<'s> Writer<'s> {
         name: &str,
         params: &[(&str, Value, &str)],
     ) -> Self {
+        Self::begin_at(store, dir, name, params, None).await
+    }
+
+    async fn begin_at(
+        store: &'s Store,
+        dir: &Path,
+        name: &str,
+        params: &[(&str, Value, &str)],
+        sweep: Option<SweepPlace>,
+    ) -> Self {
         let params = params.iter().map(|(path, value, origin)| Param {
             path: (*path).into(),
             value: value.clone(),
@@ -243,6 +310,7 @@ impl<'s> Writer<'s> {
             params: params.collect(),
             command: vec!["retort".into(), "run".into(), name.into()],
             environment: json!({"host": name, "memory": 8_000_000_000_u64, "commit": "0123456789abcdef"}),
+            sweep,
             ..NewRun::default()
         };
         let run = store.begin_run(&new).await.unwrap();

@@ -3,7 +3,6 @@
 use candle_core::{CudaDevice, DType};
 use retort_engine::error::{Error, Result};
 
-use crate::cuda::arguments::{rows, together};
 use crate::cuda::launch::{Places, blocks, counted, launch};
 use crate::cuda::tensor::{Raw, device, fresh, pointer};
 use crate::failed;

@@ -12,6 +12,7 @@ use serde_json::json;
 
 use crate::backend::{Backend, Unary};
 use crate::bundle::CONFIG_MOST;
+use crate::collective::Single;
 use crate::data::{Data, Images};
 use crate::error::{Error, Result};
 use crate::memory;
@@ -213,6 +214,7 @@ pub fn train<B: Backend>(
         backend,
         work_dir,
         name: "classifier",
+        ranks: &Single,
         options,
         params: &params,
         ema: None,

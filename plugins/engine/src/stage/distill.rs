@@ -26,6 +26,7 @@ use serde_json::json;
 
 use crate::backend::{Backend, Unary};
 use crate::bundle::{self, Bundle};
+use crate::collective::Collective;
 use crate::dataset::Dataset;
 use crate::error::{Error, Result};
 use crate::memory;
@@ -134,6 +135,7 @@ impl<B: Backend> Stage<B> for Distill {
     const KIND: &'static str = "distill";
     const OUTPUT: &'static str = "student";
     const REVISION: u32 = 2;
+    const TOGETHER: bool = true;
     const SUMMARY: &'static str = "train a few-step student on a teacher's trajectories";
 
     fn check(o: &Options, _: &Path) -> Result<()> {
@@ -191,6 +193,8 @@ impl<B: Backend> Stage<B> for Distill {
 
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
         let (host, backend, seed) = (context.host, context.backend, context.job.seed);
+        let ranks = context.ranks;
+        context.check_share(o.train.batch, o.accumulate)?;
         let teacher = context.input(&o.teacher)?;
         let bundle = Bundle::open(&teacher.path)?;
         let network_of_teacher = bundle.network()?;
@@ -268,7 +272,7 @@ impl<B: Backend> Stage<B> for Distill {
         room::check(
             context,
             "/train/batch",
-            o.train.batch.div_ceil(o.accumulate),
+            o.train.batch.div_ceil(o.accumulate * ranks.size()),
             room::training(&network, o.cross_entropy > 0.0, o.recompute),
         )?;
         let origin = o.from.as_ref().unwrap_or(&o.teacher);
@@ -335,6 +339,7 @@ impl<B: Backend> Stage<B> for Distill {
             decode_batch: o.decode_batch(bundle.config.tokenizer.image()),
             shape: &shape,
             boundary: shape.tokens_before(split),
+            ranks,
             begun: Cell::new((Instant::now(), 0.0)),
         };
         let mut epoch = (u64::MAX, Vec::new());
@@ -345,7 +350,7 @@ impl<B: Backend> Stage<B> for Distill {
                 .is_some_and(|n| step > 0 && step.is_multiple_of(n))
         };
         let step = |step: u64, part: usize| {
-            if part == 0 && kept(step) {
+            if part == 0 && ranks.rank() == 0 && kept(step) {
                 // Before step n the weights are those after n steps.
                 let path = work.join(bundle::snapshot(step));
                 std::fs::create_dir_all(work.join(bundle::SNAPSHOTS)).map_err(Error::io(&path))?;
@@ -391,6 +396,7 @@ impl<B: Backend> Stage<B> for Distill {
             backend,
             work_dir: Some(work),
             name: "distill",
+            ranks,
             options: &o.train,
             params: &params,
             ema: average.as_ref(),
@@ -405,6 +411,9 @@ impl<B: Backend> Stage<B> for Distill {
             keep_best: false,
         });
         let mut weights = fit.run_in_parts(o.accumulate, step, held_out)?;
+        if context.job.part.is_some() {
+            return Ok(StageResult::of_part());
+        }
         weights.extend(crate::weights::from_params(&idle)?);
         let mut figures = serde_json::Map::new();
         if !held.is_empty() {
@@ -484,6 +493,8 @@ struct Objective<'a, B: Backend> {
     shape: &'a TokenShape,
     /// Tokens before `split`.
     boundary: usize,
+    /// Who shares each batch.
+    ranks: &'a dyn Collective,
     /// When the last step began, and for how many seconds it waited for its data.
     begun: Cell<(Instant, f64)>,
 }
@@ -554,8 +565,8 @@ impl<B: Backend> Objective<'_, B> {
     ) -> Result<StepOutput<B>> {
         let o = self.options;
         let begun = Instant::now();
-        let at = |part: usize| part * samples.len() / o.accumulate;
-        let own = at(part)..at(part + 1);
+        let own = self.ranks.share(samples.len(), part, o.accumulate);
+        let parts = o.accumulate * self.ranks.size();
         let of_images = own.len() as f64 / samples.len() as f64;
         let of_tokens =
             self.counted(&timesteps[own.clone()]) as f64 / self.counted(timesteps).max(1) as f64;
@@ -570,7 +581,7 @@ impl<B: Backend> Objective<'_, B> {
         );
         let prediction = student.predict(&b.state.x, &b.conditions, &b.state.kinds()?)?;
         let weights = Var::constant(self.backend.floats(&b.weights, &[n * l])?);
-        let mean = |term: Var<B>, share: f64| match o.accumulate {
+        let mean = |term: Var<B>, share: f64| match parts {
             1 => Ok(term),
             _ => term.affine(share, 0.0),
         };
@@ -619,9 +630,8 @@ impl<B: Backend> Objective<'_, B> {
         // Of the time since the last part began.
         let last = self.begun.replace((begun, data_seconds));
         let step = (begun - last.0).as_secs_f64();
-        if step > 0.0 {
-            figures.push(("data_wait", last.1 / step / o.accumulate as f64));
-        }
+        let waited = if step > 0.0 { last.1 / step } else { 0.0 };
+        figures.push(("data_wait", waited / parts as f64));
         let mut loss: Option<Var<B>> = None;
         for (_, term, weight) in terms {
             let term = term.affine(weight, 0.0)?;

@@ -92,6 +92,7 @@ impl<B: Backend> Stage<B> for Pretrain {
     const KIND: &'static str = "pretrain";
     const OUTPUT: &'static str = "teacher";
     const REVISION: u32 = 3;
+    const TOGETHER: bool = true;
     const SUMMARY: &'static str = "train an autoregressive teacher on a tokenizer's tokens";
 
     fn check(o: &Options, _base_dir: &Path) -> Result<()> {
@@ -107,6 +108,8 @@ impl<B: Backend> Stage<B> for Pretrain {
 
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
         let (backend, seed) = (context.backend, context.job.seed);
+        let ranks = context.ranks;
+        context.check_share(o.train.batch, 1)?;
         let source = Bundle::open(context.input_dir(&o.tokenizer)?)?;
         let images = context.images(&o.data)?;
         if images.shape() != source.config.tokenizer.image() {
@@ -124,7 +127,7 @@ impl<B: Backend> Stage<B> for Pretrain {
         room::check(
             context,
             "/train/batch",
-            o.train.batch,
+            o.train.batch.div_ceil(ranks.size()),
             room::training(&network, true, false),
         )?;
         // Tokens are made once, of each image as it may be seen: as it is, and mirrored.
@@ -188,6 +191,7 @@ impl<B: Backend> Stage<B> for Pretrain {
             backend,
             work_dir: Some(context.work_dir()?),
             name: "pretrain",
+            ranks,
             options: &o.train,
             params: &params,
             ema: average.as_ref(),
@@ -225,8 +229,15 @@ impl<B: Backend> Stage<B> for Pretrain {
                     }
                 }
             }
-            let wanted = backend.indices(&wanted, &[wanted.len()])?;
-            let loss = logits(&*model, &labels, &seen)?.cross_entropy(&wanted)?;
+            // What is drawn does not depend on who else takes a share.
+            let own = ranks.share(picks.len(), 0, 1);
+            let part = own.len() as f64 / picks.len() as f64;
+            let of_own = own.start * l..own.end * l;
+            let wanted = backend.indices(&wanted[of_own.clone()], &[of_own.len()])?;
+            let mut loss = logits(&*model, &labels[own], &seen[of_own])?.cross_entropy(&wanted)?;
+            if ranks.is_shared() {
+                loss = loss.affine(part, 0.0)?;
+            }
             Ok(StepOutput::new(loss, Vec::new()))
         };
         let measured_on = if held.is_empty() { &train } else { &held };
@@ -251,6 +262,9 @@ impl<B: Backend> Stage<B> for Pretrain {
             keep_best: o.keep_best,
         };
         let weights = fit.run(step, Some(held_out))?;
+        if context.job.part.is_some() {
+            return Ok(StageResult::of_part());
+        }
 
         let source_of = Source::Host(&weights);
         let kept = build(&mut Loader::new(backend, source_of, false, "teacher"))?;

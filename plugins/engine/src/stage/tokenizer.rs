@@ -17,6 +17,7 @@ use serde_json::json;
 
 use crate::backend::{Backend, Unary};
 use crate::bundle::{self, Bundle, Family, TokenizerConfig};
+use crate::collective::Single;
 use crate::data::feed::Feed;
 use crate::data::{Augment, Data, Images};
 use crate::error::{Error, Result};
@@ -293,6 +294,7 @@ impl<B: Backend> Stage<B> for Tokenizer {
             backend,
             work_dir: Some(context.work_dir()?),
             name: "tokenizer",
+            ranks: &Single,
             options: &o.train,
             params: &params,
             ema: average.as_ref(),

@@ -67,6 +67,7 @@ impl Plugin for Diversity {
                 output: "diversity".into(),
                 revision: 1,
                 divisible: false,
+                together: false,
                 schema: schema(),
             }],
         }

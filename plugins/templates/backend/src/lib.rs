@@ -26,6 +26,7 @@ fn plugin() -> EnginePlugin<Loops> {
         about: ABOUT,
         open: Loops::open,
         devices: || vec![Device::named("cpu")],
+        collective: None,
     }
 }
 

@@ -13,7 +13,7 @@ use tokio::runtime::Runtime;
 
 use crate::cli::run::{ExecutionArgs, fits_one_machine, teller};
 use crate::cli::sweep::points::Source;
-use crate::cli::sweep::show::Results;
+use crate::cli::sweep::show;
 use crate::cli::{Context, Error, Exit, talk};
 use crate::environment;
 use crate::executor::hand::Cluster;
@@ -24,6 +24,7 @@ use crate::plugin::{Plugins, search_dirs};
 use crate::progress::{self, Teller};
 use crate::store::{RunId, RunState, Store, SweepDetail, SweepPlace};
 use crate::sweep::halving::{Course, Halving, Leg};
+use crate::sweep::results::Results;
 
 /// A sweep about to be carried out.
 pub struct Sweeping<'a> {
@@ -134,11 +135,11 @@ pub fn out(
     let results = runtime.block_on(Results::of(store, detail, None))?;
     runtime.block_on(store.close());
     let printed = talk::print(&match execution.json {
-        true => format!("{:#}\n", results.document()),
-        false => results.rows(false).render(context.table_style()),
+        true => format!("{:#}\n", show::document(&results)),
+        false => show::rows(&results, false).render(context.table_style()),
     });
     if !context.quiet {
-        results.say();
+        show::say(&results);
     }
     let took = progress::duration(began.elapsed());
     let total = talk::count(sweeping.done.len(), "point");

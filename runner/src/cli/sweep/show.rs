@@ -1,212 +1,109 @@
 //! What came of sweeps: tables and pictures.
 
-use std::collections::HashMap;
-
 use serde_json::{Value, json};
 
 use crate::chart::{Chart, Curve, Sample};
 use crate::cli::sweep::{BestArgs, ListArgs, PlotArgs, ReferenceArgs, ShowArgs, objective};
 use crate::cli::{Context, Error, Exit, talk};
 use crate::draft;
-use crate::filter;
-use crate::store::{
-    Access, RunFilter, RunState, RunSummary, Store, StoreError, SweepDetail, SweepPoint,
-};
+use crate::store::{Access, RunState, Store, StoreError, SweepDetail, SweepPoint};
+use crate::sweep::Objective;
 use crate::sweep::plot::{self, Axis, Line};
-use crate::sweep::{Goal, Objective};
+use crate::sweep::results::Results;
 use crate::table::{Cell, Rows, Style, Tone};
 
-/// A sweep, with the values of its objective.
-pub(super) struct Results {
-    detail: SweepDetail,
-    objective: Option<Objective>,
-    /// The runs that speak for points, by id, with the objective among their values.
-    runs: HashMap<String, RunSummary>,
-    /// Why there are no values.
-    unknown: Option<String>,
+/// A row for each point; the best ones first, if they are to be sorted.
+pub(super) fn rows(results: &Results, sort: bool) -> Rows {
+    let definition = &results.detail.plan.definition;
+    let names = short_names(definition.parameters.iter().map(|one| one.path.as_str()));
+    let mut heads: Vec<&str> = vec!["point", "run", "state"];
+    heads.extend(names.iter().map(String::as_str));
+    if definition.asha.is_some() {
+        heads.push("rungs");
+    }
+    heads.extend(
+        results
+            .objective
+            .iter()
+            .map(|objective| objective.metric.as_str()),
+    );
+    heads.extend(["took", "stages"]);
+    let mut rows = Rows::new(&heads);
+    let ranked: Vec<u32> = results
+        .ranked()
+        .iter()
+        .map(|(point, _)| point.number)
+        .collect();
+    let mut points: Vec<&SweepPoint> = results.detail.points.iter().collect();
+    if sort {
+        let rank = |number: u32| ranked.iter().position(|&one| one == number);
+        points.sort_by_cached_key(|point| rank(point.number).unwrap_or(usize::MAX));
+    }
+    let best = results.best().map(|(point, _)| point.number);
+    for point in points {
+        rows.push(row(results, point, best == Some(point.number)));
+    }
+    rows
 }
 
-impl Results {
-    /// Reads the values; of another objective, if one is given.
-    pub(super) async fn of(
-        store: &Store,
-        detail: SweepDetail,
-        other: Option<Objective>,
-    ) -> Result<Self, StoreError> {
-        let objective = other.or_else(|| detail.plan.definition.objective.clone());
-        let name = objective
-            .as_ref()
-            .map(|objective| format!("metrics.{}", objective.metric));
-        let mut unknown = None;
-        let column = match name.as_deref().map(filter::parse_name) {
-            Some(Ok(name)) => Some(name),
-            Some(Err(error)) => {
-                unknown = Some(error.to_string());
-                None
-            }
-            None => None,
-        };
-        let mut filter = RunFilter {
-            expr: filter::parse(&format!("sweep = {}", detail.id)).ok(),
-            columns: column.into_iter().collect(),
-            ..RunFilter::default()
-        };
-        let runs = match store.list_runs(&filter).await {
-            // No run of the store has such a metric.
-            Err(StoreError::Filter(error)) => {
-                unknown = Some(match &error.hint {
-                    Some(hint) => format!("{error}; {hint}"),
-                    None => error.to_string(),
-                });
-                filter.columns = Vec::new();
-                store.list_runs(&filter).await?
-            }
-            runs => runs?,
-        };
-        Ok(Self {
-            detail,
-            objective,
-            runs: runs
-                .into_iter()
-                .map(|run| (run.id.0.clone(), run))
-                .collect(),
-            unknown,
-        })
-    }
-
-    /// Points that have succeeded.
-    pub(super) fn succeeded(&self) -> usize {
-        let points = self.detail.points.iter();
-        points.filter(|point| point.is_done()).count()
-    }
-
-    fn run(&self, point: &SweepPoint) -> Option<&RunSummary> {
-        self.runs.get(&point.run.as_ref()?.0.0)
-    }
-
-    /// What a point reached; NaN is a value.
-    fn value(&self, point: &SweepPoint) -> Option<f64> {
-        match self.run(point)?.values.values().next()? {
-            Value::Number(number) => number.as_f64(),
-            // As the table has it where there is no number.
-            Value::String(_) => Some(f64::NAN),
-            _ => None,
+fn row(results: &Results, point: &SweepPoint, is_best: bool) -> Vec<Cell> {
+    let run = results.run(point);
+    let state = match &point.run {
+        None => Cell::from("to come").tone(Tone::Dim),
+        Some((_, RunState::Interrupted)) if !point.rungs.is_empty() => {
+            Cell::from("stopped").tone(Tone::Odd)
         }
+        Some((_, state)) => (*state).into(),
+    };
+    let mut row = vec![
+        Cell::from(u64::from(point.number)),
+        point.run.as_ref().map(|(run, _)| run.0.as_str()).into(),
+        state,
+    ];
+    row.extend(point.settings.iter().map(|setting| value_of(setting)));
+    if results.detail.plan.definition.asha.is_some() {
+        row.push((point.rungs.len() as u64).into());
     }
+    if results.objective.is_some() {
+        row.push(match results.value(point) {
+            Some(value) if is_best => Cell::number(value).marked(" *").tone(Tone::Good),
+            Some(value) => Cell::number(value),
+            None => Cell::none(),
+        });
+    }
+    row.push(run.map(|run| Cell::seconds(run.seconds)).into());
+    row.push(run.map(|run| run.stages.in_words()).into());
+    row
+}
 
-    /// The points that have gone the whole way and have a value, the best first.
-    fn ranked(&self) -> Vec<(&SweepPoint, f64)> {
-        let goal = self
-            .objective
-            .as_ref()
-            .map_or(Goal::Min, |objective| objective.goal);
-        let mut ranked: Vec<(&SweepPoint, f64)> = self
-            .detail
-            .points
-            .iter()
-            .filter(|point| point.is_done())
-            .filter_map(|point| Some((point, self.value(point)?)))
-            .collect();
-        ranked.sort_by(|one, other| goal.order(one.1, other.1));
-        ranked
+/// What tables have no room for.
+pub(super) fn say(results: &Results) {
+    if let Some(why) = &results.unknown {
+        talk::say(&format!("the objective has no values: {why}"));
     }
+}
 
-    fn best(&self) -> Option<(&SweepPoint, f64)> {
-        self.ranked().into_iter().find(|(_, value)| !value.is_nan())
+/// Everything, for programs.
+pub(super) fn document(results: &Results) -> Value {
+    let mut document = json!(results.detail);
+    let best = results.best().map(|(point, _)| point.number);
+    document["best"] = json!(best);
+    document["objective"] = json!(results.objective);
+    for (shown, point) in document["points"]
+        .as_array_mut()
+        .into_iter()
+        .flatten()
+        .zip(&results.detail.points)
+    {
+        let run = point.run.as_ref();
+        shown["run"] = json!(run.map(|(run, _)| run));
+        shown["state"] = json!(run.map(|(_, state)| state));
+        shown["objective"] = json!(results.value(point).filter(|value| value.is_finite()));
+        shown["seconds"] = json!(results.run(point).map(|run| run.seconds));
+        shown["stages"] = json!(results.run(point).map(|run| run.stages));
+        shown["command"] = command(&results.detail, point).into();
     }
-
-    /// A row for each point; the best ones first, if they are to be sorted.
-    pub(super) fn rows(&self, sort: bool) -> Rows {
-        let definition = &self.detail.plan.definition;
-        let names = short_names(definition.parameters.iter().map(|one| one.path.as_str()));
-        let mut heads: Vec<&str> = vec!["point", "run", "state"];
-        heads.extend(names.iter().map(String::as_str));
-        if definition.asha.is_some() {
-            heads.push("rungs");
-        }
-        heads.extend(
-            self.objective
-                .iter()
-                .map(|objective| objective.metric.as_str()),
-        );
-        heads.extend(["took", "stages"]);
-        let mut rows = Rows::new(&heads);
-        let ranked: Vec<u32> = self
-            .ranked()
-            .iter()
-            .map(|(point, _)| point.number)
-            .collect();
-        let mut points: Vec<&SweepPoint> = self.detail.points.iter().collect();
-        if sort {
-            let rank = |number: u32| ranked.iter().position(|&one| one == number);
-            points.sort_by_key(|point| rank(point.number).unwrap_or(usize::MAX));
-        }
-        let best = self.best().map(|(point, _)| point.number);
-        for point in points {
-            rows.push(self.row(point, best == Some(point.number)));
-        }
-        rows
-    }
-
-    fn row(&self, point: &SweepPoint, is_best: bool) -> Vec<Cell> {
-        let run = self.run(point);
-        let state = match &point.run {
-            None => Cell::from("to come").tone(Tone::Dim),
-            Some((_, RunState::Interrupted)) if !point.rungs.is_empty() => {
-                Cell::from("stopped").tone(Tone::Odd)
-            }
-            Some((_, state)) => (*state).into(),
-        };
-        let mut row = vec![
-            Cell::from(u64::from(point.number)),
-            point.run.as_ref().map(|(run, _)| run.0.as_str()).into(),
-            state,
-        ];
-        row.extend(point.settings.iter().map(|setting| value_of(setting)));
-        if self.detail.plan.definition.asha.is_some() {
-            row.push((point.rungs.len() as u64).into());
-        }
-        if self.objective.is_some() {
-            row.push(match self.value(point) {
-                Some(value) if is_best => Cell::number(value).marked(" *").tone(Tone::Good),
-                Some(value) => Cell::number(value),
-                None => Cell::none(),
-            });
-        }
-        row.push(run.map(|run| Cell::seconds(run.seconds)).into());
-        row.push(run.map(|run| run.stages.in_words()).into());
-        row
-    }
-
-    /// What tables have no room for.
-    pub(super) fn say(&self) {
-        if let Some(why) = &self.unknown {
-            talk::say(&format!("the objective has no values: {why}"));
-        }
-    }
-
-    /// Everything, for programs.
-    pub(super) fn document(&self) -> Value {
-        let mut document = json!(self.detail);
-        let best = self.best().map(|(point, _)| point.number);
-        document["best"] = json!(best);
-        document["objective"] = json!(self.objective);
-        for (shown, point) in document["points"]
-            .as_array_mut()
-            .into_iter()
-            .flatten()
-            .zip(&self.detail.points)
-        {
-            let run = point.run.as_ref();
-            shown["run"] = json!(run.map(|(run, _)| run));
-            shown["state"] = json!(run.map(|(_, state)| state));
-            shown["objective"] = json!(self.value(point).filter(|value| value.is_finite()));
-            shown["seconds"] = json!(self.run(point).map(|run| run.seconds));
-            shown["stages"] = json!(self.run(point).map(|run| run.stages));
-            shown["command"] = command(&self.detail, point).into();
-        }
-        document
-    }
+    document
 }
 
 /// The last steps of paths that tell them apart.
@@ -339,8 +236,8 @@ pub(super) fn show(args: &ShowArgs, context: &Context) -> Result<(), Error> {
         .runtime()?
         .block_on(results(&args.reference, context))?;
     let text = match args.format.style(context) {
-        Style::Json => format!("{:#}\n", results.document()),
-        style => results.rows(args.sort).render(style),
+        Style::Json => format!("{:#}\n", document(&results)),
+        style => rows(&results, args.sort).render(style),
     };
     talk::print(&text)?;
     if !context.quiet {
@@ -353,7 +250,7 @@ pub(super) fn show(args: &ShowArgs, context: &Context) -> Result<(), Error> {
             results.succeeded(),
             talk::count(detail.points.len(), "point")
         ));
-        results.say();
+        say(&results);
     }
     Ok(())
 }
@@ -394,7 +291,7 @@ pub(super) fn best(args: &BestArgs, context: &Context) -> Result<(), Error> {
     }
     let style = args.format.style(context);
     if style == Style::Json {
-        let mut document = results.document();
+        let mut document = document(&results);
         let numbers: Vec<u32> = ranked.iter().map(|(point, _)| point.number).collect();
         let points = document["points"].take();
         let points = points.as_array().cloned().unwrap_or_default();
@@ -438,18 +335,10 @@ pub(super) fn plot(args: &PlotArgs, context: &Context) -> Result<(), Error> {
     let Some(objective) = results.objective.clone() else {
         return Err(nothing());
     };
-    let ranked: Vec<(&SweepPoint, f64)> = results
-        .ranked()
-        .into_iter()
-        .filter(|(_, value)| value.is_finite())
-        .collect();
-    if ranked.is_empty() {
+    let (axes, lines) = results.drawn();
+    if lines.is_empty() {
         return Err(nothing());
     }
-    let drawn = ranked
-        .iter()
-        .map(|(point, value)| (point.number, point.settings.as_slice(), *value));
-    let (axes, lines) = plot::of_points(&results.detail.plan.definition.parameters, drawn);
     let Some(file) = &args.svg else {
         return slices(&axes, &lines, &objective, args.log, context);
     };
@@ -483,6 +372,7 @@ fn slices(
         let chart = Chart {
             axis: axis.caption(),
             log,
+            log_x: false,
             curves: vec![Curve {
                 label: format!("{} over {}", objective.metric, axis.path),
                 samples: samples.collect(),

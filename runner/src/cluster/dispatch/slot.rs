@@ -152,6 +152,10 @@ impl Slot {
             return;
         };
         for Record { number, at, word } in records {
+            if self.phase == Phase::Over {
+                // It has a result, or none for good: another life works for nothing.
+                break;
+            }
             let fresh = number >= self.mark;
             match word {
                 Word::Began { job, node, pid } => {

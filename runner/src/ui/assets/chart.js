@@ -120,7 +120,9 @@ class Figure {
   links() {
     for (const link of this.host.querySelectorAll('[data-save]')) {
       const saved = this.address(link.getAttribute('href'));
-      if (link.dataset.save === 'svg') own && knobs.logy ? saved.searchParams.set('logy', '1') : saved.searchParams.delete('logy');
+      for (const name of link.dataset.save === 'svg' ? ['logy', 'logx'] : []) {
+        own && knobs[name] ? saved.searchParams.set(name, '1') : saved.searchParams.delete(name);
+      }
       link.href = saved.pathname + saved.search;
     }
   }

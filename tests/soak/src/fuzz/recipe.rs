@@ -1,8 +1,9 @@
 //! Recipes, from their text to a plan or the diagnostics on the terminal; filters of `--where`.
 
 use std::path::Path;
+use std::rc::Rc;
 
-use retort::plan::{self, DescribeError, Descriptions, PluginIdentity};
+use retort::plan::{self, Build, DescribeError, Descriptions, PluginIdentity};
 use retort::{filter, recipe};
 use retort_abi::{Description, Device, Diagnostic, StageJob};
 use retort_candle::Candle;
@@ -148,7 +149,7 @@ fn exercise_filter(bytes: &[u8]) -> String {
 struct Candles;
 
 impl Descriptions for Candles {
-    fn describe(&mut self, plugin: &str) -> Result<(PluginIdentity, Description), DescribeError> {
+    fn describe(&mut self, plugin: &str) -> Result<Rc<Build>, DescribeError> {
         if plugin != "candle" {
             return Err(DescribeError {
                 message: format!("plugin `{plugin}` was not found"),
@@ -161,10 +162,10 @@ impl Descriptions for Candles {
             version: "0.1.0".into(),
             hash: "f00d".into(),
         };
-        Ok((identity, description()))
+        Ok(Build::new(identity, description()))
     }
 
-    fn variants(&mut self, _: &str) -> Vec<Result<(PluginIdentity, Description), DescribeError>> {
+    fn variants(&mut self, _: &str) -> Vec<Result<Rc<Build>, DescribeError>> {
         Vec::new()
     }
 

@@ -1,7 +1,7 @@
 //! `Cuda`: linear maps, convolutions, activations, pooling, softmax and losses.
 
 use candle_core::DType;
-use retort_engine::backend::{Binary, Layers, Unary, Window};
+use retort_engine::backend::{Binary, Layers, Tensors, Unary, Window};
 use retort_engine::error::{Error, Result};
 
 use crate::cuda::arguments::{four, rows, same, sized};

@@ -1,0 +1,151 @@
+//! Ranks: processes that train one network together, each on its share of every batch.
+//!
+//! A backend's library brings the [`Collective`] through which they meet; the engine says what is exchanged, and when.
+//! Every rank starts from the same state, takes the same samples of its own share and gets the same sums, bit for bit: so
+//! all hold the same weights after each step, and only the first writes.
+
+use std::ops::Range;
+use std::path::PathBuf;
+
+use retort_abi::{ArtifactMeta, Cancel, Failure, Host, LogLevel};
+
+use crate::error::Result;
+
+/// What ranks exchange. All call the same functions in the same order with buffers of the same size, and a call returns
+/// when it is done.
+pub trait Collective: Send + Sync {
+    /// Which of the ranks this process is, from 0.
+    fn rank(&self) -> usize;
+    /// The number of ranks.
+    fn size(&self) -> usize;
+    /// Puts the sum over all ranks into each one's buffer; all get the same bits.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Rank`]: another rank is gone, or has not come in time.
+    fn all_reduce(&self, values: &mut [f32]) -> Result<()>;
+    /// Puts the values of one rank into the buffers of all.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Rank`].
+    fn broadcast(&self, values: &mut [f32], root: usize) -> Result<()>;
+    /// Waits for all ranks.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Rank`].
+    fn barrier(&self) -> Result<()>;
+
+    /// Whether there are others.
+    fn is_shared(&self) -> bool {
+        self.size() > 1
+    }
+
+    /// The part of so many samples, one after the other, that a rank's share is cut into; `cut` in how many. The shares of
+    /// all ranks make the whole, and differ by a sample at most.
+    fn share(&self, samples: usize, part: usize, cut: usize) -> Range<usize> {
+        let parts = cut * self.size();
+        let at = |part: usize| part * samples / parts;
+        let own = self.rank() * cut + part;
+        at(own)..at(own + 1)
+    }
+}
+
+/// One process alone: nothing is exchanged.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Single;
+
+impl Collective for Single {
+    fn rank(&self) -> usize {
+        0
+    }
+
+    fn size(&self) -> usize {
+        1
+    }
+
+    fn all_reduce(&self, _: &mut [f32]) -> Result<()> {
+        Ok(())
+    }
+
+    fn broadcast(&self, _: &mut [f32], _: usize) -> Result<()> {
+        Ok(())
+    }
+
+    fn barrier(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// The host of a rank that is not the first: what all would say alike, the first says.
+pub(crate) struct Quiet<'a>(pub &'a dyn Host);
+
+impl Host for Quiet<'_> {
+    fn log(&self, level: LogLevel, message: &str) {
+        let level = match level {
+            LogLevel::Info | LogLevel::Warn => LogLevel::Debug,
+            other => other,
+        };
+        self.0.log(level, message);
+    }
+
+    fn metric(&self, _: &str, _: u64, _: f64) {}
+
+    fn progress(&self, _: u64, _: u64, _: &str) {}
+
+    fn cancelled(&self) -> Cancel {
+        self.0.cancelled()
+    }
+
+    fn artifact_begin(&self, kind: &str, name: &str) -> Result<(u64, PathBuf), Failure> {
+        self.0.artifact_begin(kind, name)
+    }
+
+    fn artifact_commit(&self, id: u64, meta: &ArtifactMeta) -> Result<(), Failure> {
+        self.0.artifact_commit(id, meta)
+    }
+
+    fn artifact_abort(&self, id: u64) {
+        self.0.artifact_abort(id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct At(usize, usize);
+
+    impl Collective for At {
+        fn rank(&self) -> usize {
+            self.0
+        }
+        fn size(&self) -> usize {
+            self.1
+        }
+        fn all_reduce(&self, _: &mut [f32]) -> Result<()> {
+            Ok(())
+        }
+        fn broadcast(&self, _: &mut [f32], _: usize) -> Result<()> {
+            Ok(())
+        }
+        fn barrier(&self) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn shares_make_the_whole() {
+        for samples in [1, 7, 32, 33] {
+            for (size, cut) in [(1, 1), (2, 1), (4, 3), (5, 2)] {
+                let shares = (0..size).flat_map(|rank| {
+                    (0..cut).map(move |part| At(rank, size).share(samples, part, cut))
+                });
+                let all: Vec<usize> = shares.clone().flatten().collect();
+                assert_eq!(all, (0..samples).collect::<Vec<_>>());
+                let lengths: Vec<usize> = shares.map(|share| share.len()).collect();
+                let [least, most] = [lengths.iter().min(), lengths.iter().max()];
+                assert!(most.unwrap() - least.unwrap() <= 1, "{lengths:?}");
+            }
+        }
+        assert_eq!(Single.share(9, 0, 1), 0..9);
+    }
+}

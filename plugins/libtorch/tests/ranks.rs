@@ -1,0 +1,273 @@
+//! Trainings of several workers, through the real binary: as one worker trains so do two and four, and what one of them
+//! suffers ends the attempt of all.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// Batches of 30: four workers have shares of 7 and 8.
+const RECIPE: &str = "
+version: 1
+seed: 4
+backend: libtorch
+device: cpu
+threads: 1
+params:
+  data: {csv: DATA, height: 8, width: 8, max: 16}
+stages:
+  codes:
+    kind: tokenizer
+    data: ${params.data}
+    codebook_size: 16
+    codebook_dim: 4
+    channels: 8
+    z_channels: 8
+    train: {steps: 60, batch: 32}
+  teacher:
+    kind: pretrain
+    tokenizer: codes
+    data: ${params.data}
+    width: 32
+    depth: 2
+    heads: 2
+    token_noise: 0.1
+    train: {steps: 80, batch: 30, warmup: 10, ema: 0.95}
+  pairs: {kind: trajectories, teacher: teacher, count: 400}
+  student:
+    kind: distill
+    teacher: teacher
+    trajectories: pairs
+    timesteps: [0, 6]
+    held_out: 0.2
+    accumulate: 2
+    train: {steps: 80, batch: 30, warmup: 10, ema: 0.95, muon: {learning_rate: 0.02}}
+";
+
+/// A training that is disturbed.
+const LONG: [&str; 3] = [
+    "stages.student.train.steps=400",
+    "stages.student.train.checkpoint_seconds=1",
+    "stages.student.workers=2",
+];
+
+struct Lab(tempfile::TempDir);
+
+impl Lab {
+    /// A directory with the recipe.
+    fn new() -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/data/digits.csv");
+        let data = data.canonicalize().expect("the digits");
+        let text = RECIPE.replace("DATA", &data.display().to_string());
+        std::fs::write(dir.path().join("r.yaml"), text).expect("a recipe");
+        Self(dir)
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(binary());
+        command
+            .args(arguments)
+            .arg("--store")
+            .arg(self.0.path().join("store"))
+            .current_dir(self.0.path())
+            .env_remove("RETORT_PLUGIN_PATH")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command
+    }
+
+    /// What a command prints as JSON.
+    fn retort(&self, arguments: &[&str]) -> Value {
+        let output = self.command(arguments).arg("--json").output();
+        let output = output.expect("the binary runs");
+        assert!(output.status.success(), "{arguments:?}: {}", said(&output));
+        serde_json::from_slice(&output.stdout).expect("JSON")
+    }
+
+    fn points(&self, stage: &str, series: &str) -> Vec<f64> {
+        let found = self.retort(&["metrics", "latest", series, "--stage", stage]);
+        let found = found.as_array().expect("points").iter();
+        found
+            .map(|p| p["value"].as_f64().expect("a number"))
+            .collect()
+    }
+
+    /// The content hash of a stage's output.
+    fn hash(&self, stage: &str) -> String {
+        let shown = self.retort(&["artifacts", "list", "latest"]);
+        let rows = shown.as_array().expect("artifacts");
+        let row = rows.iter().find(|row| row["stage"] == stage);
+        row.expect("an artifact")["hash"]
+            .as_str()
+            .expect("a hash")
+            .to_owned()
+    }
+
+    /// The reason of the last attempt at the student.
+    fn reason(&self) -> String {
+        let sql = "select reason from v_attempts order by attempt desc limit 1";
+        let rows = self.retort(&["query", sql]);
+        rows[0]["reason"].as_str().unwrap_or_default().to_owned()
+    }
+
+    /// Runs a long training of two workers, or starts it.
+    fn long(&self, seed: &str, more: &[&str]) -> Command {
+        let mut command = self.command(&["run", "r.yaml", "--grace", "2s", "--set", seed]);
+        for setting in LONG {
+            command.args(["--set", setting]);
+        }
+        command.args(more);
+        command.env("RETORT_RANK_TIMEOUT", "4");
+        command
+    }
+
+    /// Starts it, and waits for its first checkpoint; returns the process of a rank too.
+    fn start(&self, seed: &str, rank: usize) -> (Child, i32) {
+        let child = self.long(seed, &[]).spawn().expect("the binary runs");
+        let work = self.0.path().join("store/work");
+        wait_for("a checkpoint", || {
+            let dirs = std::fs::read_dir(&work).ok()?.flatten();
+            let mut files = dirs.map(|dir| dir.path().join("distill.checkpoint.safetensors"));
+            files.any(|file| file.exists()).then_some(())
+        });
+        let wanted = format!("RANK={rank}");
+        let pid = wait_for("the rank", || {
+            let of = format!("/proc/{0}/task/{0}/children", child.id());
+            let children = std::fs::read_to_string(of).ok()?;
+            children.split_whitespace().find_map(|pid| {
+                let environment = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
+                let mut variables = environment.split(|&byte| byte == 0);
+                let found = variables.any(|variable| variable == wanted.as_bytes());
+                found.then(|| pid.parse().ok())?
+            })
+        });
+        (child, pid)
+    }
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let began = Instant::now();
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(began.elapsed() < Duration::from_secs(240), "no {what}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn signal(pid: i32, name: &str) {
+    let done = Command::new("kill").args([name, &pid.to_string()]).status();
+    assert!(done.expect("kill").success());
+}
+
+/// The binary beside the plugins; tests lie two directories below.
+fn binary() -> PathBuf {
+    let this = std::env::current_exe().expect("this test's path");
+    let dir = this.ancestors().nth(2).expect("target/release");
+    for file in ["retort", "libretort_libtorch.so"] {
+        assert!(
+            dir.join(file).exists(),
+            "{} is missing: make build libtorch",
+            dir.join(file).display()
+        );
+    }
+    dir.join("retort")
+}
+
+#[test]
+fn n_workers_train_as_one_does_and_what_happens_to_one_ends_all() {
+    let lab = Lab::new();
+    curves(&lab);
+    faults(&lab);
+}
+
+fn curves(lab: &Lab) {
+    lab.retort(&["run", "r.yaml"]);
+    for (stage, name) in [("teacher", "pretrain"), ("student", "distill")] {
+        let [loss, held] = ["loss", "held_out_loss"].map(|figure| format!("{name}/{figure}"));
+        let first_run = ["run", "r.yaml", "--until", stage, "--force"];
+        lab.retort(&[&first_run[..], &[stage]].concat());
+        let (one, held_of_one) = (lab.points(stage, &loss), lab.points(stage, &held));
+        assert!(one.last().unwrap() < &(0.9 * one[0]), "it learns: {one:?}");
+        let alone = lab.hash(stage);
+        for workers in [2, 4] {
+            let setting = format!("stages.{stage}.workers={workers}");
+            let run = [&first_run[..], &[stage, "--set", &setting]].concat();
+            lab.retort(&run);
+            let (many, held_of_many) = (lab.points(stage, &loss), lab.points(stage, &held));
+            let apart = |one: &[f64], many: &[f64]| -> f64 {
+                assert_eq!(one.len(), many.len());
+                let apart = one.iter().zip(many).map(|(a, b)| (b / a - 1.0).abs());
+                apart.fold(0.0, f64::max)
+            };
+            let (first, all) = (apart(&one[..1], &many[..1]), apart(&one, &many));
+            let held = apart(&held_of_one, &held_of_many);
+            println!(
+                "{stage}, {workers} workers: loss {:.6} .. {:.6}, of one {:.6} .. {:.6}; apart {first:.1e} at first, {all:.1e} at \
+                 most; held out {:.6}, of one {:.6}, apart {held:.1e} at most",
+                many[0],
+                many.last().unwrap(),
+                one[0],
+                one.last().unwrap(),
+                held_of_many.last().unwrap(),
+                held_of_one.last().unwrap(),
+            );
+            assert!(first < 1e-5 && all < 5e-3 && held < 5e-3);
+            let hash = lab.hash(stage);
+            assert_ne!(
+                hash, alone,
+                "sums are rounded in another order: it was no single process"
+            );
+            lab.retort(&run);
+            assert_eq!(lab.hash(stage), hash, "the same workers give the same bits");
+        }
+    }
+}
+
+fn faults(lab: &Lab) {
+    let faults = [("-KILL", 1), ("-KILL", 0), ("-STOP", 1), ("-INT", 0)];
+    for (number, (what, rank)) in faults.into_iter().enumerate() {
+        let seed = format!("stages.student.seed={number}");
+        let (child, pid) = lab.start(&seed, rank);
+        let runner = i32::try_from(child.id()).expect("a process id");
+        signal(if what == "-INT" { runner } else { pid }, what);
+        let began = Instant::now();
+        let output = child.wait_with_output().expect("it ends");
+        let (took, reason) = (began.elapsed(), lab.reason());
+        println!(
+            "{what} of rank {rank}: {reason}, after {:.1} s",
+            took.as_secs_f64()
+        );
+        assert!(!output.status.success(), "{}", said(&output));
+        assert!(took < Duration::from_secs(30), "{took:?}");
+        match what {
+            "-KILL" => assert!(reason.contains("SIGKILL"), "{reason}: {}", said(&output)),
+            "-INT" => assert_eq!(reason, "interrupted", "{}", said(&output)),
+            _ => assert!(reason.starts_with("failed"), "{reason}: {}", said(&output)),
+        }
+        let resumed = lab.command(&["resume", "-v"]).output().expect("it runs");
+        assert!(resumed.status.success(), "{}", said(&resumed));
+        let text = said(&resumed);
+        assert!(
+            text.contains("part 1 of 2: distill: continuing from step"),
+            "{text}"
+        );
+        let hash = lab.hash("student");
+        let again = lab.long(&seed, &["--force", "student"]).output();
+        let again = again.expect("it runs");
+        assert!(again.status.success(), "{}", said(&again));
+        assert_eq!(
+            lab.hash("student"),
+            hash,
+            "{what}: as if nothing had happened"
+        );
+    }
+}

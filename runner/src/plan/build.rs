@@ -1,0 +1,41 @@
+//! A build of a plugin, as planning knows it.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use retort_abi::{Description, StageKind};
+
+use super::PluginIdentity;
+use crate::schema::Checker;
+
+/// A build of a plugin: which it is, and what it says of itself. That is large, and shared by stages and plans: a sweep has
+/// thousands of them. So are the schemas, once they are ready to check options.
+pub struct Build {
+    /// Which it is.
+    pub identity: PluginIdentity,
+    /// What it says of itself.
+    pub description: Description,
+    /// By stage kind.
+    checkers: RefCell<HashMap<String, Rc<Checker>>>,
+}
+
+impl Build {
+    /// Of what a plugin says.
+    pub fn new(identity: PluginIdentity, description: Description) -> Rc<Self> {
+        Rc::new(Self {
+            identity,
+            description,
+            checkers: RefCell::default(),
+        })
+    }
+
+    /// The schema of one of its kinds, ready.
+    pub(super) fn checker(&self, kind: &StageKind) -> Rc<Checker> {
+        let mut checkers = self.checkers.borrow_mut();
+        let ready = checkers
+            .entry(kind.kind.clone())
+            .or_insert_with(|| Rc::new(Checker::new(&kind.schema)));
+        Rc::clone(ready)
+    }
+}
