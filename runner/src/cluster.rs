@@ -1,7 +1,7 @@
 //! A cluster: the work of stages done by jobs of Slurm, on machines that share the store's directory.
 //!
-//! In: tasks, as a worker of this machine gets them. Out: the same [`Heard`](crate::worker::process::Heard) events, and
-//! [`News`] that only a cluster has. A divisible stage is a job array, an element of it a part; another stage one job.
+//! In: tasks, as a worker of this machine gets them. Out: the same [`WorkerEvent`](crate::worker::process::WorkerEvent) events, and
+//! [`ElementEvent`] that only a cluster has. A divisible stage is a job array, an element of it a part; another stage one job.
 //! What workers say comes through a [`spool`], so neither the machine of the runner nor the runner has to be there:
 //! another one takes the job up from its spool. Compute nodes never open the history.
 //!
@@ -17,13 +17,13 @@ pub mod spool;
 
 /// What only a worker on another machine does.
 #[derive(Debug)]
-pub enum News {
+pub enum ElementEvent {
     /// It has begun to work.
     Began,
     /// A line, from its own time.
     Line(LogLine),
     /// Everything that it has said up to this record has been heard.
-    Heard {
+    ReadTo {
         /// The job.
         job: JobKey,
         /// Its element.

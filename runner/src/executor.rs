@@ -3,7 +3,7 @@
 //! In: a plan, the part of each stage in it ([`Role`]), a store. Out: a run in the store, and a [`RunReport`]. Whether a
 //! stage is reused is decided when its inputs are really there. One event loop on one thread; the work is done by worker
 //! processes, one per attempt ([`attempt`]). Deliberately absent: planning, and the terminal: what happens is told to a
-//! [`Listener`], and what the user wants is heard from [`Reins`].
+//! [`Listener`], and what the user wants is heard from [`Control`].
 
 use std::collections::{BTreeMap, HashMap};
 use std::num::NonZeroUsize;
@@ -15,9 +15,9 @@ use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::JoinSet;
 
 use crate::artifact::{ArtifactError, Layout, Work};
-use crate::executor::attempt::{Bench, Brief, End, Ended, Stop};
-use crate::executor::hand::Cluster;
-use crate::executor::reins::Follower;
+use crate::executor::attempt::{AttemptSpec, End, Ended, RunContext, Stop};
+use crate::executor::control::Follower;
+use crate::executor::handle::Cluster;
 use crate::executor::source::Source;
 use crate::frame::Progress;
 use crate::input::{InputError, Snapshot};
@@ -29,14 +29,14 @@ use crate::store::{
 };
 
 pub mod attempt;
+pub mod control;
 pub mod gauge;
-pub mod hand;
+pub mod handle;
 pub mod pause;
 pub(crate) mod recorder;
-pub mod reins;
 pub mod source;
 
-pub use reins::{Reins, Signals};
+pub use control::{Control, Signals};
 
 /// How often the run says that it lives.
 const HEARTBEAT: Duration = Duration::from_secs(5);
@@ -106,7 +106,7 @@ pub enum Choice {
     GoOn,
 }
 
-/// A place in a run where it is to stop: its first checkpoint after a step of a series.
+/// A entry in a run where it is to stop: its first checkpoint after a step of a series.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rung {
     /// The series: `distill/loss`, or `student/distill/loss` with its stage.
@@ -340,19 +340,19 @@ pub async fn execute(
         what: "signals cannot be received",
         source,
     })?;
-    let reins = Reins::default();
+    let control = Control::default();
     let mut work = std::pin::pin!(carry_out(
-        plan, roles, sources, store, options, listener, &reins
+        plan, roles, sources, store, options, listener, &control
     ));
     loop {
         tokio::select! {
             report = &mut work => return report,
-            signal = signals.next() => reins.pull(signal),
+            signal = signals.next() => control.send(signal),
         }
     }
 }
 
-/// Runs a plan beside others, held by the same reins.
+/// Runs a plan beside others, held by the same control.
 ///
 /// # Errors
 /// As [`execute`].
@@ -362,10 +362,10 @@ pub async fn execute_beside(
     store: Arc<Store>,
     options: &Options,
     listener: Listener,
-    reins: &Reins,
+    control: &Control,
 ) -> Result<RunReport, ExecutorError> {
     let sources = sources(plan, roles, &store).await?;
-    carry_out(plan, roles, sources, store, options, listener, reins).await
+    carry_out(plan, roles, sources, store, options, listener, control).await
 }
 
 async fn carry_out(
@@ -375,7 +375,7 @@ async fn carry_out(
     store: Arc<Store>,
     options: &Options,
     listener: Listener,
-    reins: &Reins,
+    control: &Control,
 ) -> Result<RunReport, ExecutorError> {
     let layout = Layout::new(store.dir()).map_err(|source| ExecutorError::System {
         what: "the store's directory cannot be named",
@@ -392,7 +392,7 @@ async fn carry_out(
     }
     let run = store.begin_run(&new_run(plan, roles, options)).await?;
     let began = Instant::now();
-    let paused = reins.pauses.total();
+    let paused = control.pauses.total();
     let outcome = async {
         let staging = layout.open_staging(&run.0)?;
         let gauge = gauge::Gauge::new(&layout.staging(&run.0));
@@ -401,25 +401,25 @@ async fn carry_out(
             listener(event);
         });
         let grace = options.grace;
-        let bench = Arc::new(Bench {
+        let context = Arc::new(RunContext {
             store: Arc::clone(&store),
             layout,
             staging,
             listener,
             grace,
-            pauses: Arc::clone(&reins.pauses),
+            pauses: Arc::clone(&control.pauses),
             rung: options.rung.clone(),
             judged: Mutex::new(None),
             reached: Notify::new(),
             cluster: options.cluster.clone(),
         });
-        let mut floor = Floor::open(plan, roles, sources, &run, bench, options).await?;
-        (floor.bench.listener)(Event::RunBegan { run: run.clone() });
-        floor.work(reins.follow()).await?;
-        Ok::<_, ExecutorError>(floor)
+        let mut scheduler = Scheduler::open(plan, roles, sources, &run, context, options).await?;
+        (scheduler.context.listener)(Event::RunBegan { run: run.clone() });
+        scheduler.work(control.follow()).await?;
+        Ok::<_, ExecutorError>(scheduler)
     };
-    let floor = match outcome.await {
-        Ok(floor) => floor,
+    let scheduler = match outcome.await {
+        Ok(scheduler) => scheduler,
         Err(error) => {
             // Best effort: a store that took no more does perhaps not take this either; then the run reads as lost.
             let _ = store
@@ -428,13 +428,16 @@ async fn carry_out(
             return Err(error);
         }
     };
-    if floor.detached {
-        return detach(floor, began).await;
+    if scheduler.detached {
+        return detach(scheduler, began).await;
     }
-    let signal = floor.signal;
-    let rung = floor.is_judged.then(|| floor.bench.judged()).flatten();
-    let elapsed = floor.bench.pauses.worked(began, paused);
-    let stages = floor.report();
+    let signal = scheduler.signal;
+    let rung = scheduler
+        .is_judged
+        .then(|| scheduler.context.judged())
+        .flatten();
+    let elapsed = scheduler.context.pauses.worked(began, paused);
+    let stages = scheduler.report();
     let failed = |stage: &StageReport| matches!(&stage.outcome, Outcome::Ran(end) if end.state() == AttemptState::Failed);
     let state = match (signal, rung) {
         _ if stages.iter().all(StageReport::is_good) => RunState::Succeeded,
@@ -461,13 +464,13 @@ async fn carry_out(
 }
 
 /// Leaves the jobs of a run to the cluster.
-async fn detach(mut floor: Floor<'_>, began: Instant) -> Result<RunReport, ExecutorError> {
+async fn detach(mut scheduler: Scheduler<'_>, began: Instant) -> Result<RunReport, ExecutorError> {
     // Nothing is cancelled by that.
-    floor.workers.shutdown().await;
-    let (store, run) = (Arc::clone(&floor.bench.store), floor.run.clone());
-    let elapsed = floor.bench.pauses.worked(began, Duration::ZERO);
-    let signal = floor.signal;
-    let stages = floor.report();
+    scheduler.workers.shutdown().await;
+    let (store, run) = (Arc::clone(&scheduler.context.store), scheduler.run.clone());
+    let elapsed = scheduler.context.pauses.worked(began, Duration::ZERO);
+    let signal = scheduler.signal;
+    let stages = scheduler.report();
     let open = store.jobs(&run).await?.iter().any(|job| job.over.is_none());
     let state = if open {
         store.leave_to_scheduler(&run).await?;
@@ -623,13 +626,13 @@ async fn sources(
 }
 
 /// The stages of a run on their way.
-struct Floor<'p> {
+struct Scheduler<'p> {
     plan: &'p Plan,
     options: &'p Options,
     run: RunId,
-    bench: Arc<Bench>,
+    context: Arc<RunContext>,
     sources: HashMap<String, Vec<Source>>,
-    places: Vec<Place<'p>>,
+    entries: Vec<StageEntry<'p>>,
     stop: watch::Sender<Stop>,
     signal: Option<i32>,
     failed: bool,
@@ -639,11 +642,11 @@ struct Floor<'p> {
     detached: bool,
     /// Where somebody is asked, the answer.
     answer: Option<oneshot::Receiver<Choice>>,
-    workers: JoinSet<(usize, Duration, Result<Visit, ExecutorError>)>,
+    workers: JoinSet<(usize, Duration, Result<StageEnd, ExecutorError>)>,
 }
 
 /// A stage on its way.
-struct Place<'p> {
+struct StageEntry<'p> {
     stage: &'p PlannedStage,
     role: Role,
     id: Option<StageId>,
@@ -654,7 +657,7 @@ struct Place<'p> {
 enum State {
     LeftOut,
     Waiting,
-    Ready(Box<Ready>),
+    Ready(Box<ResolvedStage>),
     Running,
     Done {
         output: Box<ArtifactRecord>,
@@ -667,7 +670,7 @@ enum State {
 }
 
 /// What is known of a stage once its inputs are there.
-struct Ready {
+struct ResolvedStage {
     digest: Digest,
     inputs: BTreeMap<String, Input>,
 }
@@ -684,7 +687,7 @@ enum Start {
 }
 
 /// What came of giving a stage to a worker.
-enum Visit {
+enum StageEnd {
     Made(Ended),
     /// Another process has made it meanwhile.
     Reused(Success),
@@ -692,30 +695,30 @@ enum Visit {
     Stopped,
 }
 
-impl<'p> Floor<'p> {
+impl<'p> Scheduler<'p> {
     async fn open(
         plan: &'p Plan,
         roles: &[Role],
         sources: HashMap<String, Vec<Source>>,
         run: &RunId,
-        bench: Arc<Bench>,
+        context: Arc<RunContext>,
         options: &'p Options,
     ) -> Result<Self, ExecutorError> {
-        let mut places = Vec::new();
+        let mut entries = Vec::new();
         for (position, (stage, &role)) in plan.stages.iter().zip(roles).enumerate() {
             let (state, id) = match role {
                 Role::Skipped => (State::LeftOut, None),
                 _ => (
                     State::Waiting,
                     Some(
-                        bench
+                        context
                             .store
                             .add_stage(run, &new_stage(stage, position))
                             .await?,
                     ),
                 ),
             };
-            places.push(Place {
+            entries.push(StageEntry {
                 stage,
                 role,
                 id,
@@ -729,9 +732,9 @@ impl<'p> Floor<'p> {
             plan,
             options,
             run: run.clone(),
-            bench,
+            context,
             sources,
-            places,
+            entries,
             stop,
             signal: None,
             failed: false,
@@ -752,8 +755,8 @@ impl<'p> Floor<'p> {
             if self.workers.is_empty() || self.detached {
                 return Ok(());
             }
-            let leaves =
-                matches!(self.options.leave, Leave::WhenSubmitted) && self.bench.cluster.is_some();
+            let leaves = matches!(self.options.leave, Leave::WhenSubmitted)
+                && self.context.cluster.is_some();
             tokio::select! {
                 Ok(choice) = answer(&mut self.answer) => {
                     self.answer = None;
@@ -764,13 +767,13 @@ impl<'p> Floor<'p> {
                     }
                 }
                 () = tokio::time::sleep(LEAVE), if leaves && self.signal.is_none() => {
-                    if self.bench.store.is_submitted(&self.run).await? {
+                    if self.context.store.is_submitted(&self.run).await? {
                         self.detached = true;
                     }
                 }
-                Some(ended) = self.workers.join_next() => self.take_back(ended).await?,
+                Some(ended) = self.workers.join_next() => self.record_end(ended).await?,
                 signal = signals.next() => self.interrupt_or_leave(signal),
-                () = self.bench.reached.notified(), if !self.is_judged => {
+                () = self.context.reached.notified(), if !self.is_judged => {
                     self.is_judged = true;
                     // Who is in a hurry already stays so.
                     self.stop.send_if_modified(|stop| {
@@ -780,7 +783,7 @@ impl<'p> Floor<'p> {
                     });
                 }
                 _ = heartbeat.tick() => {
-                    if let Err(error) = self.bench.store.heartbeat(&self.run).await {
+                    if let Err(error) = self.context.store.heartbeat(&self.run).await {
                         tracing::debug!("heartbeat: {error}");
                     }
                 }
@@ -790,30 +793,30 @@ impl<'p> Floor<'p> {
 
     /// Finds out, in the plan's order, which waiting stages are reused, ready or blocked.
     async fn settle(&mut self) -> Result<(), ExecutorError> {
-        for index in 0..self.places.len() {
-            if !matches!(self.places[index].state, State::Waiting) {
+        for index in 0..self.entries.len() {
+            if !matches!(self.entries[index].state, State::Waiting) {
                 continue;
             }
-            let state = match self.gather(index) {
-                Gathered::NotYet => continue,
-                Gathered::Blocked(by) => State::Blocked { by },
-                Gathered::Ready(ready) => self.reuse_or_keep(index, ready).await?,
+            let state = match self.resolve_inputs(index) {
+                Resolution::NotYet => continue,
+                Resolution::Blocked(by) => State::Blocked { by },
+                Resolution::Ready(ready) => self.reuse_or_keep(index, ready).await?,
             };
-            self.places[index].state = state;
+            self.entries[index].state = state;
         }
         Ok(())
     }
 
     /// The inputs of a stage, if they are there.
-    fn gather(&self, index: usize) -> Gathered {
-        let stage = self.places[index].stage;
+    fn resolve_inputs(&self, index: usize) -> Resolution {
+        let stage = self.entries[index].stage;
         let (mut inputs, mut hashes) = (BTreeMap::new(), BTreeMap::new());
         for reference in &stage.references {
             let mut given = self.plan.given.iter();
             if let Some(given) = given.find(|given| given.name == reference.stage) {
                 let input = Input {
                     kind: given.kind.clone(),
-                    path: self.bench.layout.artifact(&given.hash),
+                    path: self.context.layout.artifact(&given.hash),
                     hash: given.hash.clone(),
                 };
                 hashes.insert(reference.stage.clone(), given.hash.clone());
@@ -822,15 +825,15 @@ impl<'p> Floor<'p> {
             }
             // A plan's other references name stages of the plan.
             let Some(source) = self
-                .places
+                .entries
                 .iter()
-                .find(|place| place.stage.name == reference.stage)
+                .find(|entry| entry.stage.name == reference.stage)
             else {
-                return Gathered::Blocked(reference.stage.clone());
+                return Resolution::Blocked(reference.stage.clone());
             };
             match &source.state {
                 State::Done { output, .. } => {
-                    let path = self.bench.layout.artifact(&output.hash);
+                    let path = self.context.layout.artifact(&output.hash);
                     let input = Input {
                         kind: output.kind.clone(),
                         path,
@@ -840,9 +843,9 @@ impl<'p> Floor<'p> {
                     inputs.insert(reference.stage.clone(), input);
                 }
                 State::Ended(_) | State::Blocked { .. } | State::LeftOut => {
-                    return Gathered::Blocked(reference.stage.clone());
+                    return Resolution::Blocked(reference.stage.clone());
                 }
-                State::Waiting | State::Ready(_) | State::Running => return Gathered::NotYet,
+                State::Waiting | State::Ready(_) | State::Running => return Resolution::NotYet,
             }
         }
         let files = self.sources.get(&stage.name).into_iter().flatten();
@@ -850,20 +853,24 @@ impl<'p> Floor<'p> {
             .map(|source| (source.pointer.clone(), source.snapshot.hash.clone()))
             .collect();
         match plan::digest(stage, &hashes, &files) {
-            Some(digest) => Gathered::Ready(Box::new(Ready { digest, inputs })),
-            None => Gathered::NotYet,
+            Some(digest) => Resolution::Ready(Box::new(ResolvedStage { digest, inputs })),
+            None => Resolution::NotYet,
         }
     }
 
-    async fn reuse_or_keep(&self, index: usize, ready: Box<Ready>) -> Result<State, ExecutorError> {
-        let place = &self.places[index];
-        if place.role == Role::Forced {
+    async fn reuse_or_keep(
+        &self,
+        index: usize,
+        ready: Box<ResolvedStage>,
+    ) -> Result<State, ExecutorError> {
+        let entry = &self.entries[index];
+        if entry.role == Role::Forced {
             return Ok(State::Ready(ready));
         }
-        match find_success(&self.bench, &ready.digest.hex).await? {
+        match find_success(&self.context, &ready.digest.hex).await? {
             Some(success) => self.reuse(index, &ready.digest, success).await,
-            None if place.role == Role::Needed => Err(ExecutorError::Missing {
-                stage: place.stage.name.clone(),
+            None if entry.role == Role::Needed => Err(ExecutorError::Missing {
+                stage: entry.stage.name.clone(),
             }),
             None => Ok(State::Ready(ready)),
         }
@@ -875,15 +882,15 @@ impl<'p> Floor<'p> {
         digest: &Digest,
         success: Success,
     ) -> Result<State, ExecutorError> {
-        let place = &self.places[index];
-        if let Some(id) = place.id {
-            self.bench
+        let entry = &self.entries[index];
+        if let Some(id) = entry.id {
+            self.context
                 .store
                 .stage_reused(id, &digest.hex, &digest.components, success.attempt)
                 .await?;
         }
-        (self.bench.listener)(Event::Reused {
-            stage: place.stage.name.clone(),
+        (self.context.listener)(Event::Reused {
+            stage: entry.stage.name.clone(),
             from: success.run.clone(),
         });
         Ok(State::Done {
@@ -896,43 +903,43 @@ impl<'p> Floor<'p> {
     fn launch(&mut self) {
         let stopping =
             self.signal.is_some() || self.is_judged || (self.failed && !self.options.keep_going);
-        for index in 0..self.places.len() {
+        for index in 0..self.entries.len() {
             if stopping || self.workers.len() >= self.options.jobs.get() {
                 return;
             }
             let threads = self.threads(index);
-            let place = &mut self.places[index];
-            let (Some(id), State::Ready(_)) = (place.id, &place.state) else {
+            let entry = &mut self.entries[index];
+            let (Some(id), State::Ready(_)) = (entry.id, &entry.state) else {
                 continue;
             };
-            let State::Ready(ready) = std::mem::replace(&mut place.state, State::Running) else {
+            let State::Ready(ready) = std::mem::replace(&mut entry.state, State::Running) else {
                 continue;
             };
-            let Ready { digest, inputs } = *ready;
-            let mut brief = Brief {
-                stage: place.stage.clone(),
+            let ResolvedStage { digest, inputs } = *ready;
+            let mut spec = AttemptSpec {
+                stage: entry.stage.clone(),
                 sources: self
                     .sources
-                    .get(&place.stage.name)
+                    .get(&entry.stage.name)
                     .cloned()
                     .unwrap_or_default(),
                 id,
-                work_dir: self.bench.layout.work(&digest.hex),
+                work_dir: self.context.layout.work(&digest.hex),
                 digest,
                 base_dir: self.plan.base_dir.clone(),
                 threads,
                 inputs,
             };
-            let (bench, stop) = (Arc::clone(&self.bench), self.stop.subscribe());
-            let start = match (place.role, &self.options.resumed_from) {
+            let (context, stop) = (Arc::clone(&self.context), self.stop.subscribe());
+            let start = match (entry.role, &self.options.resumed_from) {
                 (Role::Forced, None) => Start::Anew,
                 (Role::Forced, Some(_)) => Start::AsLeft,
                 _ => Start::AsLeftOrReused,
             };
             self.workers.spawn(async move {
-                let (began, paused) = (Instant::now(), bench.pauses.total());
-                let visit = visit(&bench, &mut brief, stop, start).await;
-                (index, bench.pauses.worked(began, paused), visit)
+                let (began, paused) = (Instant::now(), context.pauses.total());
+                let run_stage = run_stage(&context, &mut spec, stop, start).await;
+                (index, context.pauses.worked(began, paused), run_stage)
             });
         }
     }
@@ -940,10 +947,10 @@ impl<'p> Floor<'p> {
     /// The threads of a stage: its share among those that may run beside it, which are the unfinished ones that neither
     /// need it nor are needed by it.
     fn threads(&self, index: usize) -> usize {
-        let beside = (0..self.places.len())
+        let beside = (0..self.entries.len())
             .filter(|&other| {
                 matches!(
-                    self.places[other].state,
+                    self.entries[other].state,
                     State::Waiting | State::Ready(_) | State::Running
                 )
             })
@@ -953,46 +960,50 @@ impl<'p> Floor<'p> {
             .count();
         let stages = self.options.jobs.get().min(beside + 1);
         let runs = self.options.runs.get();
-        self.places[index].stage.threads.count(stages * runs)
+        self.entries[index].stage.threads.count(stages * runs)
     }
 
     /// Whether a stage needs, perhaps through others, what an earlier one makes.
     fn leads_to(&self, earlier: usize, later: usize) -> bool {
-        let name = &self.places[earlier].stage.name;
-        self.places[later].stage.references.iter().any(|reference| {
-            let between = self.places[..later]
-                .iter()
-                .position(|place| place.stage.name == reference.stage);
-            reference.stage == *name
-                || between.is_some_and(|between| self.leads_to(earlier, between))
-        })
+        let name = &self.entries[earlier].stage.name;
+        self.entries[later]
+            .stage
+            .references
+            .iter()
+            .any(|reference| {
+                let between = self.entries[..later]
+                    .iter()
+                    .position(|entry| entry.stage.name == reference.stage);
+                reference.stage == *name
+                    || between.is_some_and(|between| self.leads_to(earlier, between))
+            })
     }
 
     /// Takes note of what came of a stage.
-    async fn take_back(
+    async fn record_end(
         &mut self,
-        ended: Result<(usize, Duration, Result<Visit, ExecutorError>), tokio::task::JoinError>,
+        ended: Result<(usize, Duration, Result<StageEnd, ExecutorError>), tokio::task::JoinError>,
     ) -> Result<(), ExecutorError> {
-        let (index, elapsed, visit) = ended.map_err(|error| ExecutorError::System {
+        let (index, elapsed, run_stage) = ended.map_err(|error| ExecutorError::System {
             what: "a stage could not be watched",
             source: std::io::Error::other(error),
         })?;
-        self.places[index].elapsed = elapsed;
-        let stage = self.places[index].stage.name.clone();
-        self.places[index].state = match visit? {
+        self.entries[index].elapsed = elapsed;
+        let stage = self.entries[index].stage.name.clone();
+        self.entries[index].state = match run_stage? {
             // It will not have another turn in this run.
-            Visit::Stopped => State::Waiting,
-            Visit::Reused(success) => {
-                // Its digest is computed again: it went into the worker's brief.
-                match self.gather(index) {
-                    Gathered::Ready(ready) => self.reuse(index, &ready.digest, success).await?,
+            StageEnd::Stopped => State::Waiting,
+            StageEnd::Reused(success) => {
+                // Its digest is computed again: it went into the worker's spec.
+                match self.resolve_inputs(index) {
+                    Resolution::Ready(ready) => self.reuse(index, &ready.digest, success).await?,
                     _ => State::Waiting,
                 }
             }
-            Visit::Made(Ended {
+            StageEnd::Made(Ended {
                 end, last_words, ..
             }) => {
-                (self.bench.listener)(Event::Ended {
+                (self.context.listener)(Event::Ended {
                     stage,
                     end: end.clone(),
                     elapsed,
@@ -1015,7 +1026,7 @@ impl<'p> Floor<'p> {
 
     /// Jobs of a cluster need neither this process nor a terminal: where these go, jobs stay. Ctrl-C may mean both.
     fn interrupt_or_leave(&mut self, signal: i32) {
-        if self.bench.cluster.is_none() || self.signal.is_some() {
+        if self.context.cluster.is_none() || self.signal.is_some() {
             return self.interrupt(signal);
         }
         match (&self.options.leave, signal) {
@@ -1043,17 +1054,17 @@ impl<'p> Floor<'p> {
         if self.signal.is_none() {
             self.signal = Some(signal);
             let (grace, workers) = (self.options.grace, self.workers.len());
-            (self.bench.listener)(Event::Stopping { grace, workers });
+            (self.context.listener)(Event::Stopping { grace, workers });
             self.stop.send_replace(Stop::AtCheckpoint);
         } else if signal != libc::SIGHUP {
-            (self.bench.listener)(Event::Killing);
+            (self.context.listener)(Event::Killing);
             self.stop.send_replace(Stop::Now);
         }
     }
 
     fn report(self) -> Vec<StageReport> {
-        let stages = self.places.into_iter().filter_map(|place| {
-            let outcome = match place.state {
+        let stages = self.entries.into_iter().filter_map(|entry| {
+            let outcome = match entry.state {
                 State::LeftOut => return None,
                 State::Done {
                     reused_from: Some(from),
@@ -1070,22 +1081,22 @@ impl<'p> Floor<'p> {
                 State::Blocked { by } => Outcome::Blocked { by },
                 State::Waiting | State::Ready(_) | State::Running => Outcome::NotReached,
             };
-            let (name, kind) = (place.stage.name.clone(), place.stage.kind.clone());
+            let (name, kind) = (entry.stage.name.clone(), entry.stage.kind.clone());
             Some(StageReport {
                 name,
                 kind,
                 outcome,
-                elapsed: place.elapsed,
+                elapsed: entry.elapsed,
             })
         });
         stages.collect()
     }
 }
 
-enum Gathered {
+enum Resolution {
     NotYet,
     Blocked(String),
-    Ready(Box<Ready>),
+    Ready(Box<ResolvedStage>),
 }
 
 fn new_stage(stage: &PlannedStage, position: usize) -> NewStage {
@@ -1112,54 +1123,54 @@ fn new_stage(stage: &PlannedStage, position: usize) -> NewStage {
 }
 
 /// A successful attempt with this digest whose output is still there.
-async fn find_success(bench: &Bench, digest: &str) -> Result<Option<Success>, StoreError> {
-    let found = bench.store.find_success(digest).await?;
-    Ok(found.filter(|success| bench.layout.holds(&success.output)))
+async fn find_success(context: &RunContext, digest: &str) -> Result<Option<Success>, StoreError> {
+    let found = context.store.find_success(digest).await?;
+    Ok(found.filter(|success| context.layout.holds(&success.output)))
 }
 
 /// Gives a stage to a worker, as soon as no other process works on the same.
-async fn visit(
-    bench: &Bench,
-    brief: &mut Brief,
+async fn run_stage(
+    context: &RunContext,
+    spec: &mut AttemptSpec,
     mut stop: watch::Receiver<Stop>,
     start: Start,
-) -> Result<Visit, ExecutorError> {
+) -> Result<StageEnd, ExecutorError> {
     let mut told = false;
     let work: Work = loop {
-        if let Some(work) = bench.layout.open_work(&brief.digest.hex)? {
+        if let Some(work) = context.layout.open_work(&spec.digest.hex)? {
             break work;
         }
         if !std::mem::replace(&mut told, true) {
-            (bench.listener)(Event::Waiting {
-                stage: brief.stage.name.clone(),
+            (context.listener)(Event::Waiting {
+                stage: spec.stage.name.clone(),
             });
         }
         tokio::select! {
-            _ = stop.changed() => return Ok(Visit::Stopped),
+            _ = stop.changed() => return Ok(StageEnd::Stopped),
             () = tokio::time::sleep(WAIT_FOR_OTHERS) => {}
         }
     };
     // Between the moment when the stage was found to be not there and this one another run may have made it.
     if start == Start::AsLeftOrReused
-        && let Some(success) = find_success(bench, &brief.digest.hex).await?
+        && let Some(success) = find_success(context, &spec.digest.hex).await?
     {
-        return Ok(Visit::Reused(success));
+        return Ok(StageEnd::Reused(success));
     }
     if start == Start::Anew {
         empty(work.path())?;
     }
-    for source in &mut brief.sources {
-        if let Err(message) = source.begin(&bench.store).await {
+    for source in &mut spec.sources {
+        if let Err(message) = source.begin(&context.store).await {
             let end = End::InputChanged { message };
-            return Ok(Visit::Made(attempt::refuse(bench, brief, end).await?));
+            return Ok(StageEnd::Made(attempt::refuse(context, spec, end).await?));
         }
     }
-    let ended = attempt::make(bench, brief, stop).await?;
+    let ended = attempt::run(context, spec, stop).await?;
     // A checkpoint of other data would be taken up as one of these.
     if ended.tainted || matches!(ended.end, End::Succeeded { .. }) {
         work.remove();
     }
-    Ok(Visit::Made(ended))
+    Ok(StageEnd::Made(ended))
 }
 
 fn empty(dir: &std::path::Path) -> Result<(), ExecutorError> {

@@ -44,7 +44,7 @@ mod sweep;
 mod time;
 mod transfer;
 
-pub use browse::{Group, LogWish};
+pub use browse::{Group, LogQuery};
 pub use care::Garbage;
 pub use error::StoreError;
 pub use file::Memory;
@@ -52,7 +52,7 @@ pub use history::{
     ArtifactRow, AttemptDetail, LastExecution, RunDetail, RunFilter, RunSummary, SourceStage,
     StageCounts, StageDetail, Success,
 };
-pub use jobs::{ElementNews, JobKey, JobRow, Left, OpenJob};
+pub use jobs::{ElementUpdate, JobKey, JobRow, LeftJobs, OpenJob};
 pub use lineage::{Lineage, Relative, Turn};
 pub use log::{LogLine, LogSource, RunLine};
 pub use query::Answer;

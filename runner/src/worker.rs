@@ -84,20 +84,20 @@ fn work(task: Task, outbox: &Arc<Outbox>, cancel: Arc<AtomicU32>) {
         }
     };
     outbox.send(&FromWorker::Loaded);
-    let desk = match &task.call {
+    let writer = match &task.call {
         Call::Run {
             job,
             staging,
             artifacts,
             ..
-        } if job.part.is_none() => Some(Desk::new(staging.clone(), artifacts.clone())),
+        } if job.part.is_none() => Some(ArtifactWriter::new(staging.clone(), artifacts.clone())),
         _ => None,
     };
     // Never dropped: a thread of the plugin may call after its time, and must not find it gone.
     let services: &'static Services = Box::leak(Box::new(Services {
         outbox: Arc::clone(outbox),
         cancel,
-        desk,
+        writer,
         over: AtomicBool::new(false),
         late: AtomicU64::new(0),
     }));
@@ -250,7 +250,7 @@ struct Outbox {
 
 #[derive(Default)]
 struct Pending {
-    parcels: VecDeque<Parcel>,
+    parcels: VecDeque<Outgoing>,
     lines: Vec<Line>,
     progress: Option<Progress>,
     lost_points: u64,
@@ -260,13 +260,13 @@ struct Pending {
 /// Points of one frame, put in their places as they come: what a stage's call costs is a look-up and three numbers,
 /// however much waits.
 #[derive(Debug, Default)]
-struct Parcel {
+struct Outgoing {
     series: Vec<Points>,
     places: HashMap<String, usize>,
     count: usize,
 }
 
-impl Parcel {
+impl Outgoing {
     fn add(&mut self, series: &str, step: u64, value: f64, at: i64) {
         let place = match self.places.get(series) {
             Some(&place) => place,
@@ -325,8 +325,8 @@ impl Outbox {
 
     fn send_pending(&self, socket: &mut UnixStream) {
         let pending = std::mem::take(&mut *lock(&self.pending));
-        for parcel in pending.parcels {
-            write_frame(socket, &FromWorker::Metrics(parcel.series));
+        for outgoing in pending.parcels {
+            write_frame(socket, &FromWorker::Metrics(outgoing.series));
         }
         let mut lines = pending.lines;
         for (count, what) in [
@@ -357,16 +357,16 @@ impl Outbox {
             if pending
                 .parcels
                 .back()
-                .is_none_or(|parcel| parcel.count >= BATCH)
+                .is_none_or(|outgoing| outgoing.count >= BATCH)
             {
                 if pending.parcels.len() >= MOST_PARCELS {
                     let oldest = pending.parcels.pop_front();
-                    pending.lost_points += oldest.map_or(0, |parcel| parcel.count as u64);
+                    pending.lost_points += oldest.map_or(0, |outgoing| outgoing.count as u64);
                 }
-                pending.parcels.push_back(Parcel::default());
+                pending.parcels.push_back(Outgoing::default());
             }
-            if let Some(parcel) = pending.parcels.back_mut() {
-                parcel.add(series, step, value, at);
+            if let Some(outgoing) = pending.parcels.back_mut() {
+                outgoing.add(series, step, value, at);
             }
         });
     }
@@ -435,7 +435,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Artifacts being written.
-struct Desk {
+struct ArtifactWriter {
     staging: PathBuf,
     artifacts: PathBuf,
     open: Mutex<Drafts>,
@@ -453,7 +453,7 @@ struct Draft {
     path: PathBuf,
 }
 
-impl Desk {
+impl ArtifactWriter {
     fn new(staging: PathBuf, artifacts: PathBuf) -> Self {
         Self {
             staging,
@@ -537,7 +537,7 @@ struct Services {
     outbox: Arc<Outbox>,
     cancel: Arc<AtomicU32>,
     /// Only in `run` of a whole stage.
-    desk: Option<Desk>,
+    writer: Option<ArtifactWriter>,
     /// Whether the plugin's function has returned.
     over: AtomicBool,
     /// Calls that came later.
@@ -639,9 +639,9 @@ unsafe extern "C" fn artifact_begin(
     // SAFETY: see above.
     let (services, kind, name) = unsafe { (services(ctx), text(kind), text(name)) };
     let begun = services
-        .and_then(|services| services.desk.as_ref())
+        .and_then(|services| services.writer.as_ref())
         .ok_or_else(no_desk)
-        .and_then(|desk| desk.begin(kind, name));
+        .and_then(|writer| writer.begin(kind, name));
     match begun {
         Ok((number, path)) => {
             // SAFETY: see above; the staging path was made from JSON text and is UTF-8.
@@ -661,8 +661,8 @@ unsafe extern "C" fn artifact_begin(
 unsafe extern "C" fn artifact_commit(ctx: *mut c_void, id: u64, meta_json: Str, err: Sink) -> i32 {
     // SAFETY: see above.
     let (services, meta) = unsafe { (services(ctx), text(meta_json)) };
-    let open = services.and_then(|services| Some((services, services.desk.as_ref()?)));
-    let committed = open.ok_or_else(no_desk).and_then(|(services, desk)| {
+    let open = services.and_then(|services| Some((services, services.writer.as_ref()?)));
+    let committed = open.ok_or_else(no_desk).and_then(|(services, writer)| {
         let meta = if meta.trim().is_empty() {
             Ok(ArtifactMeta::default())
         } else {
@@ -674,7 +674,7 @@ unsafe extern "C" fn artifact_commit(ctx: *mut c_void, id: u64, meta_json: Str, 
                 format!("artifact_commit({id}): the facts are no artifact meta: {error}"),
             )
         })?;
-        let record = Box::new(desk.commit(id, meta)?);
+        let record = Box::new(writer.commit(id, meta)?);
         services.outbox.send(&FromWorker::Artifact { id, record });
         Ok(())
     });
@@ -688,8 +688,8 @@ unsafe extern "C" fn artifact_commit(ctx: *mut c_void, id: u64, meta_json: Str, 
 unsafe extern "C" fn artifact_abort(ctx: *mut c_void, id: u64) {
     // SAFETY: see above.
     let services = unsafe { services(ctx) };
-    if let Some(desk) = services.and_then(|services| services.desk.as_ref()) {
-        desk.abort(id);
+    if let Some(writer) = services.and_then(|services| services.writer.as_ref()) {
+        writer.abort(id);
     }
 }
 
@@ -811,7 +811,7 @@ mod tests {
             (pending.parcels.len(), pending.lost_points),
             (MOST_PARCELS, BATCH as u64)
         );
-        let first = |parcel: Option<&Parcel>| parcel.unwrap().series[0].steps[0];
+        let first = |outgoing: Option<&Outgoing>| outgoing.unwrap().series[0].steps[0];
         assert_eq!(
             first(pending.parcels.front()),
             BATCH as u64,
@@ -877,10 +877,11 @@ mod tests {
     #[test]
     fn drafts_become_artifacts_once() {
         let root = tempfile::tempdir().unwrap();
-        let desk = Desk::new(root.path().join("staging"), root.path().join("artifacts"));
-        let (id, path) = desk.begin("student".into(), "best".into()).unwrap();
+        let writer =
+            ArtifactWriter::new(root.path().join("staging"), root.path().join("artifacts"));
+        let (id, path) = writer.begin("student".into(), "best".into()).unwrap();
         std::fs::write(path.join("a"), "1").unwrap();
-        let record = desk.commit(id, ArtifactMeta::default()).unwrap();
+        let record = writer.commit(id, ArtifactMeta::default()).unwrap();
         assert_eq!(
             (record.kind.as_str(), record.name.as_str(), record.size),
             ("student", "best", 1)
@@ -893,13 +894,14 @@ mod tests {
                 .exists()
         );
         assert!(
-            desk.commit(id, ArtifactMeta::default())
+            writer
+                .commit(id, ArtifactMeta::default())
                 .unwrap_err()
                 .message
                 .contains("no artifact with this id")
         );
-        let (id, path) = desk.begin("student".into(), "none".into()).unwrap();
-        desk.abort(id);
+        let (id, path) = writer.begin("student".into(), "none".into()).unwrap();
+        writer.abort(id);
         assert!(!path.exists());
     }
 }

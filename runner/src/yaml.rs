@@ -89,7 +89,7 @@ pub struct Document {
     pub value: Value,
     /// What is wrong without making the rest unreadable: duplicate keys, values that JSON does not have.
     pub problems: Vec<YamlError>,
-    places: BTreeMap<String, Place>,
+    places: BTreeMap<String, Location>,
 }
 
 /// Which part of an entry is meant.
@@ -103,7 +103,7 @@ pub enum Part {
 
 /// Where a value stands, and how it was written.
 #[derive(Debug, Clone, Default)]
-struct Place {
+struct Location {
     key: Option<Position>,
     value: Option<Position>,
     written: Option<Box<str>>,

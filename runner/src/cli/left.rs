@@ -4,11 +4,11 @@ use std::collections::HashMap;
 
 use crate::cli::{Context, Error, talk};
 use crate::cluster::slurm::{Said, Slurm, State};
-use crate::store::{Left, Store};
+use crate::store::{LeftJobs, Store};
 
 /// Asks Slurm about the runs that have no runner any more but jobs that are not over, and corrects what the store says of
 /// them. Returns those that Slurm still works on, or of which nothing can be known.
-pub async fn refresh(store: &Store, context: &Context) -> Result<Vec<Left>, Error> {
+pub async fn refresh(store: &Store, context: &Context) -> Result<Vec<LeftJobs>, Error> {
     let left = store.left_to_scheduler().await?;
     if left.is_empty() {
         return Ok(left);

@@ -18,7 +18,7 @@ use crate::cli::{Context, Error, Exit, RecipeArgs, SelectionArgs, talk};
 use crate::cluster::devices::OnNodes;
 use crate::diagnostic::{Finding, Report, Severity};
 use crate::executor::attempt::End;
-use crate::executor::hand::Cluster;
+use crate::executor::handle::Cluster;
 use crate::executor::{
     self, Choice, ExecutorError, Leave, Options, Outcome, RunReport, StageReport,
 };

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::ValueHint;
 
 use crate::cli::{Context, Error, Exit};
-use crate::cluster::node::{self, Place};
+use crate::cluster::node::{self, ElementIdentity};
 use crate::worker::{self, WorkerError};
 
 /// Arguments of `worker`.
@@ -42,7 +42,7 @@ fn watch(spool: &Path, context: &Context) -> Result<(), Error> {
         return Err(Error::new(Exit::Usage, message)
             .hint("`retort run --executor slurm RECIPE` submits jobs"));
     };
-    let place = Place {
+    let place = ElementIdentity {
         spool: spool.to_owned(),
         // A job that is no array has one element.
         element: variable("SLURM_ARRAY_TASK_ID").parse().unwrap_or(0),

@@ -1,8 +1,8 @@
 //! The runner's end of a stage on a cluster: submits its elements, hears them through their spools, and starts again what
 //! came to no good end.
 //!
-//! In: tasks of a stage and its parts, and the wish to stop them. Out: events for each ([`Element::next`]), news of jobs in
-//! the store. One [`Desk`] per attempt, a task of its own: it gathers what is to be submitted, looks at the spools of all
+//! In: tasks of a stage and its parts, and the level to stop them. Out: events for each ([`Element::next`]), news of jobs in
+//! the store. One [`Dispatcher`] per attempt, a task of its own: it gathers what is to be submitted, looks at the spools of all
 //! elements in turn and asks Slurm now and then. What was submitted before, by a runner that went away, is taken up.
 //! Deliberately absent: what an end means for the stage (the executor's), and what Slurm's programs are called like.
 
@@ -16,16 +16,16 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use crate::cluster::dispatch::slot::{Phase, Slot, Wish};
+use crate::cluster::dispatch::slot::{Phase, Slot, StopLevel};
 use crate::cluster::slurm::{NewJob, Slurm, SlurmError};
 use crate::cluster::spool::{self, Order, Reader};
-use crate::cluster::{Ended, News};
+use crate::cluster::{ElementEvent, Ended};
 use crate::executor::recorder::own_line;
 use crate::executor::{Event, Listener};
 use crate::frame::{FromWorker, Task, ToWorker};
 use crate::settings::Profile;
-use crate::store::{AttemptId, ElementNews, JobKey, Store, StoreError, Usage};
-use crate::worker::process::{Exit, ExitStatus, Heard};
+use crate::store::{AttemptId, ElementUpdate, JobKey, Store, StoreError, Usage};
+use crate::worker::process::{Exit, ExitStatus, WorkerEvent};
 
 mod slot;
 mod watch;
@@ -63,12 +63,12 @@ pub struct Assignment {
 }
 
 /// A stage's jobs.
-pub struct Desk {
+pub struct Dispatcher {
     commands: mpsc::UnboundedSender<Command>,
     task: JoinHandle<()>,
 }
 
-impl Drop for Desk {
+impl Drop for Dispatcher {
     /// The jobs go on: their end is for whoever takes them up.
     fn drop(&mut self) {
         self.task.abort();
@@ -80,8 +80,8 @@ impl Drop for Desk {
 pub struct Element {
     part: Option<Part>,
     commands: mpsc::UnboundedSender<Command>,
-    heard: mpsc::Receiver<Heard>,
-    tell: mpsc::Sender<Heard>,
+    heard: mpsc::Receiver<WorkerEvent>,
+    tell: mpsc::Sender<WorkerEvent>,
 }
 
 #[derive(Debug)]
@@ -89,11 +89,11 @@ enum Command {
     Submit {
         part: Option<Part>,
         task: Box<Task>,
-        tell: mpsc::Sender<Heard>,
+        tell: mpsc::Sender<WorkerEvent>,
     },
     Stop {
         part: Option<Part>,
-        wish: Wish,
+        level: StopLevel,
     },
     Close(oneshot::Sender<()>),
 }
@@ -110,14 +110,14 @@ impl Element {
             },
             ToWorker::CancelAtCheckpoint => Command::Stop {
                 part,
-                wish: Wish::Checkpoint,
+                level: StopLevel::Checkpoint,
             },
             ToWorker::CancelNow => Command::Stop {
                 part,
-                wish: Wish::Now,
+                level: StopLevel::Now,
             },
         };
-        // A desk that is gone tells of its end.
+        // A dispatcher that is gone tells of its end.
         let _ = self.commands.send(command);
     }
 
@@ -125,13 +125,13 @@ impl Element {
     pub fn end(&self) {
         let _ = self.commands.send(Command::Stop {
             part: self.part,
-            wish: Wish::Now,
+            level: StopLevel::Now,
         });
     }
 
     /// What it does next. Cancel-safe.
-    pub async fn next(&mut self) -> Heard {
-        self.heard.recv().await.unwrap_or(Heard::Exited(Exit {
+    pub async fn next(&mut self) -> WorkerEvent {
+        self.heard.recv().await.unwrap_or(WorkerEvent::Exited(Exit {
             status: ExitStatus::Code(-1),
             usage: Usage::default(),
             out_of_memory: None,
@@ -139,8 +139,8 @@ impl Element {
     }
 }
 
-impl Desk {
-    /// Opens the desk of a stage, and finds what was submitted for it before.
+impl Dispatcher {
+    /// Opens the dispatcher of a stage, and finds what was submitted for it before.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -158,9 +158,9 @@ impl Desk {
     }
 
     /// Closes the jobs: all ends have been told.
-    pub async fn close(desk: Self) {
+    pub async fn close(dispatcher: Self) {
         let (done, closed) = oneshot::channel();
-        if desk.commands.send(Command::Close(done)).is_ok() {
+        if dispatcher.commands.send(Command::Close(done)).is_ok() {
             let _ = closed.await;
         }
     }
@@ -199,8 +199,8 @@ struct Work {
     to: Assignment,
     jobs: Vec<Job>,
     slots: Vec<Slot>,
-    /// News for the history, written together.
-    news: Vec<(JobKey, usize, ElementNews)>,
+    /// ElementEvent for the history, written together.
+    news: Vec<(JobKey, usize, ElementUpdate)>,
     /// When Slurm is asked next.
     ask_at: Instant,
     /// When elements without a job are submitted, and how long that is put off when the queue is full.
@@ -331,10 +331,10 @@ impl Work {
                 self.submit_at = self.submit_at.min(Instant::now() + GATHER);
                 self.submit_at = self.submit_at.max(Instant::now() + GATHER / 2);
             }
-            Command::Stop { part, wish } => {
+            Command::Stop { part, level } => {
                 let slot = self.slots.iter_mut().find(|slot| slot.part == part);
                 if let Some(slot) = slot {
-                    slot.wish = slot.wish.max(wish);
+                    slot.level = slot.level.max(level);
                 }
             }
             Command::Close(_) => {}
@@ -432,23 +432,27 @@ impl Work {
     async fn stop(&mut self) {
         for index in 0..self.slots.len() {
             let slot = &mut self.slots[index];
-            if slot.phase == Phase::New && slot.wish > Wish::GoOn {
+            if slot.phase == Phase::New && slot.level > StopLevel::GoOn {
                 slot.cancelled().await;
             }
         }
         let slots = &self.slots;
         for job in &mut self.jobs {
             let wish_of = |index: &Option<usize>| match index.map(|index| &slots[index]) {
-                Some(slot) if slot.phase != Phase::Over => Some(slot.wish),
+                Some(slot) if slot.phase != Phase::Over => Some(slot.level),
                 _ => None,
             };
             let wishes = job.slots.iter().map(wish_of).collect::<Vec<_>>();
-            if wishes.iter().flatten().all(|wish| *wish == Wish::GoOn) {
+            if wishes
+                .iter()
+                .flatten()
+                .all(|level| *level == StopLevel::GoOn)
+            {
                 continue;
             }
-            let wanted = |wish: Wish| -> Vec<Option<usize>> {
+            let wanted = |level: StopLevel| -> Vec<Option<usize>> {
                 let some = wishes.iter().enumerate();
-                let some = some.filter(|(_, found)| **found == Some(wish));
+                let some = some.filter(|(_, found)| **found == Some(level));
                 some.map(|(element, _)| job.array.then_some(element))
                     .collect()
             };
@@ -457,10 +461,10 @@ impl Work {
                 let _ = self
                     .to
                     .slurm
-                    .cancel(job.id, &wanted(Wish::Checkpoint), true)
+                    .cancel(job.id, &wanted(StopLevel::Checkpoint), true)
                     .await;
             }
-            let now = wanted(Wish::Now);
+            let now = wanted(StopLevel::Now);
             if !now.is_empty() {
                 let _ = self.to.slurm.cancel(job.id, &now, false).await;
             }
@@ -468,8 +472,8 @@ impl Work {
         }
         for slot in &mut self.slots {
             // Once is enough; what comes of it Slurm says.
-            if slot.wish == Wish::Now {
-                slot.wish = Wish::Ending;
+            if slot.level == StopLevel::Now {
+                slot.level = StopLevel::Ending;
             }
         }
     }
@@ -482,7 +486,7 @@ impl Work {
 
     /// Finds elements that another runner has submitted, for those that have no job.
     async fn adopt(&mut self) -> Result<(), StoreError> {
-        let new = |slot: &Slot| slot.phase == Phase::New && slot.wish == Wish::GoOn;
+        let new = |slot: &Slot| slot.phase == Phase::New && slot.level == StopLevel::GoOn;
         let unclaimed = |job: &Job| !job.over && job.slots.iter().all(Option::is_none);
         if !self.slots.iter().any(new) || !self.jobs.iter().any(unclaimed) {
             return Ok(());
@@ -517,7 +521,7 @@ impl Work {
                     let reason = said.map_or("gone from Slurm", |said| watch::reason(said.state));
                     let reason = reason.to_owned();
                     self.news
-                        .push((job.key, element, ElementNews::Lost { reason }));
+                        .push((job.key, element, ElementUpdate::Lost { reason }));
                     continue;
                 }
                 let (key, mark) = (job.key, job.marks[element]);
@@ -562,7 +566,7 @@ impl Work {
         let new: Vec<usize> = (0..self.slots.len())
             .filter(|index| {
                 let slot = &self.slots[*index];
-                slot.phase == Phase::New && slot.wish == Wish::GoOn
+                slot.phase == Phase::New && slot.level == StopLevel::GoOn
             })
             .collect();
         if new.is_empty() {
@@ -757,6 +761,6 @@ fn cancelled() -> FromWorker {
 }
 
 /// A line about an element, for the log.
-fn note(level: LogLevel, text: String) -> Heard {
-    Heard::Remote(News::Line(own_line(level, text)))
+fn note(level: LogLevel, text: String) -> WorkerEvent {
+    WorkerEvent::Remote(ElementEvent::Line(own_line(level, text)))
 }

@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use crate::cluster::spool::{self, Order, Over, SpoolError, Word, Writer};
 use crate::executor::attempt::out_of_memory_kills;
 use crate::frame::{Call, FromWorker, Points, Task, ToWorker};
-use crate::worker::process::{Exit, ExitStatus, Heard, Worker};
+use crate::worker::process::{Exit, ExitStatus, Worker, WorkerEvent};
 
 /// How often the file that stops a job is looked for, and stale directories with it.
 const STOP_INTERVAL: Duration = Duration::from_secs(2);
@@ -31,7 +31,7 @@ const MOST_PENDING: usize = 64 << 20;
 
 /// Where Slurm has put this process.
 #[derive(Debug, Clone)]
-pub struct Place {
+pub struct ElementIdentity {
     /// The directory of the job's spool.
     pub spool: PathBuf,
     /// Which element of the job this is.
@@ -70,7 +70,7 @@ pub enum NodeError {
 ///
 /// # Errors
 /// [`NodeError`]: nothing was begun, or what happened could not be written down.
-pub async fn serve(place: &Place) -> Result<bool, NodeError> {
+pub async fn serve(place: &ElementIdentity) -> Result<bool, NodeError> {
     let order = spool::read_order(&place.spool)?;
     let system = |what: &str| {
         let what = what.to_owned();
@@ -174,7 +174,7 @@ enum Cause {
 
 /// A worker under watch.
 struct Watch<'a> {
-    place: &'a Place,
+    place: &'a ElementIdentity,
     order: &'a Order,
     writer: &'a mut Writer,
     /// Frames that had no room.
@@ -215,7 +215,7 @@ impl Watch<'_> {
         let exit = loop {
             tokio::select! {
                 event = worker.next() => match event {
-                    Heard::Exited(exit) => break exit,
+                    WorkerEvent::Exited(exit) => break exit,
                     event => self.hear(event, &worker),
                 },
                 cause = signals.next() => {
@@ -285,9 +285,9 @@ impl Watch<'_> {
         let _ = worker.send(&ToWorker::CancelAtCheckpoint).await;
     }
 
-    fn hear(&mut self, event: Heard, worker: &Worker) {
+    fn hear(&mut self, event: WorkerEvent, worker: &Worker) {
         match event {
-            Heard::Frame(FromWorker::Metrics(series)) => {
+            WorkerEvent::Frame(FromWorker::Metrics(series)) => {
                 if self.writer.pending() > MOST_PENDING {
                     self.lost += 1;
                     return;
@@ -313,8 +313,10 @@ impl Watch<'_> {
                     self.join();
                 }
             }
-            Heard::Frame(progress @ FromWorker::Progress(_)) => self.progress = Some(progress),
-            Heard::Frame(frame) => {
+            WorkerEvent::Frame(progress @ FromWorker::Progress(_)) => {
+                self.progress = Some(progress)
+            }
+            WorkerEvent::Frame(frame) => {
                 self.answer = match &frame {
                     FromWorker::Answer(_) => Some(Answer::Result),
                     FromWorker::Failed(failure) if failure.code == FailureCode::Cancelled => {
@@ -326,8 +328,8 @@ impl Watch<'_> {
                 };
                 self.say(Word::Frame(frame));
             }
-            Heard::Line(source, text) => self.say(Word::Line { source, text }),
-            Heard::Nonsense(error) => {
+            WorkerEvent::Line(source, text) => self.say(Word::Line { source, text }),
+            WorkerEvent::Malformed(error) => {
                 worker.signal(libc::SIGKILL);
                 self.answer = Some(Answer::Final);
                 let message = format!("the worker sent what makes no sense: {error}");
@@ -336,7 +338,7 @@ impl Watch<'_> {
                     hint: None,
                 }));
             }
-            Heard::Exited(_) | Heard::Remote(_) => {}
+            WorkerEvent::Exited(_) | WorkerEvent::Remote(_) => {}
         }
     }
 

@@ -7,6 +7,7 @@
 //! reuse.
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,9 +21,9 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 use crate::artifact::{Layout, Staging};
-use crate::cluster::dispatch::Desk;
-use crate::cluster::{Ended as ClusterEnd, News};
-use crate::executor::hand::{self, Cluster, Hand, Placement};
+use crate::cluster::dispatch::Dispatcher;
+use crate::cluster::{ElementEvent, Ended as ClusterEnd};
+use crate::executor::handle::{self, Cluster, Placement, WorkerHandle};
 use crate::executor::pause::Pauses;
 use crate::executor::recorder::{Recorder, own_line};
 use crate::executor::source::Source;
@@ -34,13 +35,13 @@ use crate::store::{
     StoreError, Time, Usage,
 };
 use crate::worker::death::Death;
-use crate::worker::process::{Exit, ExitStatus, Heard, signal_name};
+use crate::worker::process::{Exit, ExitStatus, WorkerEvent, signal_name};
 
 /// From SIGTERM to SIGKILL.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// What attempts of a run share.
-pub struct Bench {
+pub struct RunContext {
     /// The store.
     pub store: Arc<Store>,
     /// Where things lie in it.
@@ -57,13 +58,13 @@ pub struct Bench {
     pub rung: Option<Rung>,
     /// What it is judged by there.
     pub judged: Mutex<Option<f64>>,
-    /// Told once it is there.
+    /// Notified once it is there.
     pub reached: Notify,
     /// The cluster whose jobs do the work; without one, this machine's processes do.
     pub cluster: Option<Cluster>,
 }
 
-impl Bench {
+impl RunContext {
     /// What the run is judged by; none before it is at its rung.
     pub fn judged(&self) -> Option<f64> {
         *self.judged.lock().unwrap_or_else(PoisonError::into_inner)
@@ -88,7 +89,7 @@ impl Bench {
 }
 
 /// What an attempt needs to know.
-pub struct Brief {
+pub struct AttemptSpec {
     /// The stage, planned.
     pub stage: PlannedStage,
     /// The stage, recorded.
@@ -107,7 +108,7 @@ pub struct Brief {
     pub work_dir: PathBuf,
 }
 
-impl Brief {
+impl AttemptSpec {
     /// The parts that its work is divided into; none where one process does all of it.
     pub(super) fn parts(&self) -> impl Iterator<Item = Part> + use<> {
         let of = self.stage.workers.len();
@@ -179,7 +180,7 @@ pub enum End {
         /// What to do.
         hint: Option<String>,
     },
-    /// The process left without a result, or a signal ended it that we did not send.
+    /// The process finished without a result, or a signal ended it that we did not send.
     Died(Death),
     /// A file that it reads changed.
     InputChanged {
@@ -323,87 +324,89 @@ fn code_name(code: FailureCode) -> String {
 ///
 /// # Errors
 /// The store cannot be written to: then nothing true could be said about the attempt, and it is ended.
-pub async fn make(
-    bench: &Bench,
-    brief: &Brief,
+pub async fn run(
+    context: &RunContext,
+    spec: &AttemptSpec,
     stop: watch::Receiver<Stop>,
 ) -> Result<Ended, StoreError> {
-    let name = &brief.stage.name;
-    let paused = bench.pauses.total();
+    let name = &spec.stage.name;
+    let paused = context.pauses.total();
     let kills_before = out_of_memory_kills();
-    let placement = match hand::place(bench, brief) {
+    let placement = match handle::place(context, spec) {
         Ok(placement) => placement,
-        Err(end) => return refuse(bench, brief, end).await,
+        Err(end) => return refuse(context, spec, end).await,
     };
-    let attempt = bench
+    let attempt = context
         .store
         .begin_attempt(
-            brief.id,
-            &brief.digest.hex,
-            &brief.digest.components,
+            spec.id,
+            &spec.digest.hex,
+            &spec.digest.components,
             placement.pid(),
         )
         .await?;
-    let inputs: Vec<String> = brief
+    let inputs: Vec<String> = spec
         .inputs
         .values()
         .map(|input| input.hash.clone())
         .collect();
-    bench.store.record_lineage(attempt, &inputs).await?;
+    context.store.record_lineage(attempt, &inputs).await?;
     let recorder = {
-        let (listener, stage) = (Arc::clone(&bench.listener), name.clone());
+        let (listener, stage) = (Arc::clone(&context.listener), name.clone());
         let warn = move |text| {
             listener(Event::Warning {
                 stage: Some(stage.clone()),
                 text,
             })
         };
-        Recorder::begin(Arc::clone(&bench.store), attempt, warn)
+        Recorder::begin(Arc::clone(&context.store), attempt, warn)
     };
     let (cpus, pid) = (placement.cpus(), placement.pid());
-    let (desk, whole, parts) = match placement {
+    let (dispatcher, whole, parts) = match placement {
         Placement::Here(whole, parts) => (None, whole, parts),
         Placement::Cluster(placed) => {
-            let (desk, whole, parts) = placed.open(bench, brief, attempt).await?;
-            (Some(desk), whole, parts)
+            let (dispatcher, whole, parts) = placed.open(context, spec, attempt).await?;
+            (Some(dispatcher), whole, parts)
         }
     };
-    let scene = Scene {
-        bench,
-        brief,
+    let supervisor = Supervisor {
+        context,
+        spec,
         attempt,
         recorder: &recorder,
         stop,
-        deadline: brief.stage.timeout.map(|limit| Instant::now() + limit),
+        deadline: spec.stage.timeout.map(|limit| Instant::now() + limit),
         paused,
-        told: Told::default(),
+        part_progress: PartProgress::default(),
         cpus,
         pid,
         began: AtomicBool::new(false),
     };
-    if desk.is_none() {
-        scene.began();
+    if dispatcher.is_none() {
+        supervisor.began();
     }
-    let (fault, mut usage) = scene.divide(parts).await?;
-    let left = match fault {
+    let (fault, mut usage) = supervisor.run_parts(parts).await?;
+    let finished = match fault {
         Some(fault) => fault,
         None => {
-            let left = scene.hear(whole, None, watch::channel(Stop::No).1).await?;
-            usage = after(usage, left.exit.usage);
-            left
+            let finished = supervisor
+                .supervise(whole, None, watch::channel(Stop::No).1)
+                .await?;
+            usage = after(usage, finished.exit.usage);
+            finished
         }
     };
-    if let Some(desk) = desk {
-        Desk::close(desk).await;
+    if let Some(dispatcher) = dispatcher {
+        Dispatcher::close(dispatcher).await;
     }
     let here = || out_of_memory_kills() > kills_before;
-    let out_of_memory = left.exit.out_of_memory.unwrap_or_else(here);
-    let end = left
-        .so_far
-        .judge(left.exit.status, left.ladder, brief, out_of_memory);
+    let out_of_memory = finished.exit.out_of_memory.unwrap_or_else(here);
+    let end = finished
+        .received
+        .judge(finished.exit.status, finished.shutdown, spec, out_of_memory);
     let mut changed = None;
-    for source in &brief.sources {
-        if let Err(message) = source.end(&bench.store).await {
+    for source in &spec.sources {
+        if let Err(message) = source.end(&context.store).await {
             changed.get_or_insert(message);
         }
     }
@@ -419,23 +422,23 @@ pub async fn make(
     if let Some(message) = end.message() {
         recorder.line(own_line(
             LogLevel::Error,
-            format!("{}{}: {message}", title(left.part), end.reason()),
+            format!("{}{}: {message}", title(finished.part), end.reason()),
         ));
     }
     recorder.end().await;
-    let artifacts: Vec<ArtifactRecord> = left.so_far.artifacts.into_values().collect();
-    bench
+    let artifacts: Vec<ArtifactRecord> = finished.received.artifacts.into_values().collect();
+    context
         .store
         .finish_attempt(
             attempt,
-            &recorded(&end, usage, bench.pauses.total() - paused),
+            &recorded(&end, usage, context.pauses.total() - paused),
         )
         .await?;
-    let _ = std::fs::remove_dir_all(bench.staging.attempt(attempt));
+    let _ = std::fs::remove_dir_all(context.staging.attempt(attempt));
     Ok(Ended {
         end,
         artifacts,
-        last_words: left.so_far.last_words.into(),
+        last_words: finished.received.last_words.into(),
         tainted,
     })
 }
@@ -472,16 +475,16 @@ fn sum<T: std::ops::Add<Output = T>>(one: Option<T>, other: Option<T>) -> Option
 }
 
 /// An attempt under way.
-struct Scene<'a> {
-    bench: &'a Bench,
-    brief: &'a Brief,
+struct Supervisor<'a> {
+    context: &'a RunContext,
+    spec: &'a AttemptSpec,
     attempt: AttemptId,
     recorder: &'a Recorder,
     stop: watch::Receiver<Stop>,
     deadline: Option<Instant>,
     /// How long the run had been stopped when the attempt began.
     paused: Duration,
-    told: Told,
+    part_progress: PartProgress,
     /// Threads of each worker on a cluster; none on this machine.
     cpus: Option<usize>,
     /// The process of the whole on this machine, else 0.
@@ -490,161 +493,164 @@ struct Scene<'a> {
     began: AtomicBool,
 }
 
-/// A worker that has left.
-struct Left {
+/// A worker that has finished.
+struct FinishedWorker {
     part: Option<Part>,
-    so_far: SoFar,
-    ladder: Ladder,
+    received: Received,
+    shutdown: ShutdownSequence,
     exit: Exit,
 }
 
-impl Left {
+impl FinishedWorker {
     /// Whether the part has been done.
     fn is_done(&self) -> bool {
-        matches!(self.so_far.answer, Some(Ok(_))) && self.so_far.nonsense.is_none()
+        matches!(self.received.answer, Some(Ok(_))) && self.received.protocol_error.is_none()
     }
 
     /// Whether it ended only because another one did, with which it worked together.
     fn was_left_alone(&self) -> bool {
-        matches!(&self.so_far.answer, Some(Err(failure)) if failure.retryable)
+        matches!(&self.received.answer, Some(Err(failure)) if failure.retryable)
     }
 
     /// Whether it ended by itself.
     fn has_own_fault(&self) -> bool {
-        match &self.so_far.answer {
+        match &self.received.answer {
             Some(Err(failure)) => failure.code != FailureCode::Cancelled && !failure.retryable,
             Some(Ok(_)) => false,
-            None => self.ladder.sent.is_none(),
+            None => self.shutdown.sent.is_none(),
         }
     }
 
     /// Whether this says more than another part about why the attempt failed: the first to fail is the reason, but not
     /// where it was left alone by this one, and of those that were told to stop the one that had to be made to.
-    fn is_graver_than(&self, other: &Left) -> bool {
+    fn is_graver_than(&self, other: &FinishedWorker) -> bool {
         if other.was_left_alone() && self.has_own_fault() {
             return true;
         }
-        let signalled = |left: &Left| left.ladder.sent.is_some();
-        self.ladder.cause == other.ladder.cause && signalled(self) && !signalled(other)
+        let signalled = |finished: &FinishedWorker| finished.shutdown.sent.is_some();
+        self.shutdown.cause == other.shutdown.cause && signalled(self) && !signalled(other)
     }
 }
 
-impl Scene<'_> {
+impl Supervisor<'_> {
     /// Tells, once, that a worker is at work.
     fn began(&self) {
         if self.began.swap(true, Ordering::Relaxed) {
             return;
         }
-        let brief = self.brief;
-        (self.bench.listener)(Event::Began {
-            stage: brief.stage.name.clone(),
+        let spec = self.spec;
+        (self.context.listener)(Event::Began {
+            stage: spec.stage.name.clone(),
             attempt: self.attempt,
             pid: self.pid,
             device: match self.cpus {
-                Some(_) => brief.stage.device.clone(),
-                None => brief.devices(),
+                Some(_) => spec.stage.device.clone(),
+                None => spec.devices(),
             },
-            workers: brief.parts().count().max(1),
+            workers: spec.parts().count().max(1),
             threads: self
                 .cpus
-                .unwrap_or_else(|| brief.threads_of(brief.parts().next())),
+                .unwrap_or_else(|| spec.threads_of(spec.parts().next())),
         });
     }
 
     /// Has the parts done, all at the same time. When one fails, the others are stopped, and it is returned.
-    async fn divide(&self, parts: Vec<(Part, Hand)>) -> Result<(Option<Left>, Usage), StoreError> {
+    async fn run_parts(
+        &self,
+        parts: Vec<(Part, WorkerHandle)>,
+    ) -> Result<(Option<FinishedWorker>, Usage), StoreError> {
         let halt = watch::Sender::new(Stop::No);
         let mut under_way: FuturesUnordered<_> = parts
             .into_iter()
-            .map(|(part, worker)| self.hear(worker, Some(part), halt.subscribe()))
+            .map(|(part, worker)| self.supervise(worker, Some(part), halt.subscribe()))
             .collect();
-        let (mut fault, mut usage) = (None::<Left>, Usage::default());
-        while let Some(left) = under_way.next().await {
-            let left = left?;
-            usage = beside(usage, left.exit.usage);
-            if left.is_done() {
+        let (mut fault, mut usage) = (None::<FinishedWorker>, Usage::default());
+        while let Some(finished) = under_way.next().await {
+            let finished = finished?;
+            usage = beside(usage, finished.exit.usage);
+            if finished.is_done() {
                 continue;
             }
             halt.send_replace(Stop::AtCheckpoint);
             if fault
                 .as_ref()
-                .is_none_or(|fault| left.is_graver_than(fault))
+                .is_none_or(|fault| finished.is_graver_than(fault))
             {
-                fault = Some(left);
+                fault = Some(finished);
             }
         }
         Ok((fault, usage))
     }
 
-    /// Tells a worker what to do, and hears it until it has left. `halt` stops it as the user does.
-    async fn hear(
+    /// Tells a worker what to do, and hears it until it has finished. `halt` stops it as the user does.
+    async fn supervise(
         &self,
-        mut worker: Hand,
+        mut worker: WorkerHandle,
         part: Option<Part>,
         mut halt: watch::Receiver<Stop>,
-    ) -> Result<Left, StoreError> {
+    ) -> Result<FinishedWorker, StoreError> {
         let sent = worker
             .send(&ToWorker::Start(Box::new(self.task(part))))
             .await;
-        let mut heard = Conversation {
-            scene: self,
+        let mut handler = EventHandler {
+            supervisor: self,
             part,
-            so_far: SoFar::default(),
+            received: Received::default(),
         };
         if let Err(error) = sent {
-            heard.nonsense(error.to_string());
+            let _ = handler.protocol_error(error.to_string());
             worker.signal(libc::SIGKILL);
         }
-        let mut ladder = Ladder::new(self.bench.grace);
+        let mut shutdown = ShutdownSequence::new(self.context.grace);
         let mut stop = self.stop.clone();
         // On a cluster it is time at work that counts.
         let here = self.cpus.is_none();
         let (mut deadline, mut paused) = (self.deadline.filter(|_| here), self.paused);
         let exit = loop {
-            let pause = self.bench.pauses.total() - paused;
+            let pause = self.context.pauses.total() - paused;
             (deadline, paused) = (deadline.map(|at| at + pause), paused + pause);
-            ladder.next = ladder.next.map(|at| at + pause);
+            shutdown.next = shutdown.next.map(|at| at + pause);
             // A timer that goes off during a pause does not know of it.
-            let in_time = || self.bench.pauses.total() == paused;
+            let in_time = || self.context.pauses.total() == paused;
             tokio::select! {
                 event = worker.next() => match event {
-                    Heard::Exited(exit) => break exit,
+                    WorkerEvent::Exited(exit) => break exit,
                     event => {
-                        if let (Heard::Remote(News::Began), Some(limit)) = (&event, self.brief.stage.timeout) {
+                        if let (WorkerEvent::Remote(ElementEvent::Began), Some(limit)) = (&event, self.spec.stage.timeout) {
                             deadline = Some(Instant::now() + limit);
                         }
-                        if heard.take(event).await? == Sense::No {
+                        if handler.take(event).await? .is_break() {
                             worker.signal(libc::SIGKILL);
                         }
                     }
                 },
                 Ok(()) = stop.changed() => {
                     let level = *stop.borrow_and_update();
-                    ladder.interrupt(level, &mut worker).await;
+                    shutdown.interrupt(level, &mut worker).await;
                 }
                 Ok(()) = halt.changed() => {
                     let level = *halt.borrow_and_update();
-                    ladder.interrupt(level, &mut worker).await;
+                    shutdown.interrupt(level, &mut worker).await;
                 }
-                () = sleep_until(deadline), if ladder.cause.is_none() => if in_time() {
-                    ladder.begin(Cause::Timeout, &mut worker).await;
+                () = sleep_until(deadline), if shutdown.cause.is_none() => if in_time() {
+                    shutdown.begin(Cause::Timeout, &mut worker).await;
                 },
-                () = sleep_until(ladder.next) => if in_time() {
-                    ladder.climb(&worker);
+                () = sleep_until(shutdown.next) => if in_time() {
+                    shutdown.escalate(&worker);
                 },
             }
         };
-        Ok(Left {
+        Ok(FinishedWorker {
             part,
-            so_far: heard.so_far,
-            ladder,
+            received: handler.received,
+            shutdown,
             exit,
         })
     }
 
     /// What a worker is told to do.
     fn task(&self, part: Option<Part>) -> Task {
-        let (stage, brief) = (&self.brief.stage, self.brief);
+        let (stage, spec) = (&self.spec.stage, self.spec);
         let job = StageJob {
             stage: stage.name.clone(),
             kind: stage.kind.clone(),
@@ -653,13 +659,13 @@ impl Scene<'_> {
             // A job has devices of its own, which begin with the first.
             device: match self.cpus {
                 Some(_) => stage.device.clone(),
-                None => brief.device_of(part).to_owned(),
+                None => spec.device_of(part).to_owned(),
             },
             dtype: stage.dtype.clone(),
-            threads: self.cpus.unwrap_or_else(|| brief.threads_of(part)),
-            base_dir: brief.base_dir.clone(),
-            work_dir: Some(brief.work_dir.clone()),
-            inputs: brief.inputs.clone(),
+            threads: self.cpus.unwrap_or_else(|| spec.threads_of(part)),
+            base_dir: spec.base_dir.clone(),
+            work_dir: Some(spec.work_dir.clone()),
+            inputs: spec.inputs.clone(),
             part,
         };
         Task {
@@ -667,8 +673,8 @@ impl Scene<'_> {
             hash: Some(stage.plugin.hash.clone()),
             call: Call::Run {
                 job: Box::new(job),
-                staging: self.bench.staging.attempt(self.attempt),
-                artifacts: self.bench.layout.artifacts(),
+                staging: self.context.staging.attempt(self.attempt),
+                artifacts: self.context.layout.artifacts(),
                 linger: Duration::ZERO,
             },
         }
@@ -677,9 +683,9 @@ impl Scene<'_> {
 
 /// What each part said last of its progress.
 #[derive(Default)]
-struct Told(Mutex<BTreeMap<usize, Progress>>);
+struct PartProgress(Mutex<BTreeMap<usize, Progress>>);
 
-impl Told {
+impl PartProgress {
     /// How far the stage is when one of its workers is so far. Parts add up; the whole begins where they ended.
     fn together(&self, part: Option<Part>, mut progress: Progress) -> Progress {
         let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -722,12 +728,16 @@ fn recorded(end: &End, usage: Usage, paused: Duration) -> AttemptEnd {
 ///
 /// # Errors
 /// The store cannot be written to.
-pub async fn refuse(bench: &Bench, brief: &Brief, end: End) -> Result<Ended, StoreError> {
-    let attempt = bench
+pub async fn refuse(
+    context: &RunContext,
+    spec: &AttemptSpec,
+    end: End,
+) -> Result<Ended, StoreError> {
+    let attempt = context
         .store
-        .begin_attempt(brief.id, &brief.digest.hex, &brief.digest.components, 0)
+        .begin_attempt(spec.id, &spec.digest.hex, &spec.digest.components, 0)
         .await?;
-    bench
+    context
         .store
         .finish_attempt(attempt, &recorded(&end, Usage::default(), Duration::ZERO))
         .await?;
@@ -740,44 +750,37 @@ pub async fn refuse(bench: &Bench, brief: &Brief, end: End) -> Result<Ended, Sto
 }
 
 /// What has been heard so far from a worker.
-struct Conversation<'a> {
-    scene: &'a Scene<'a>,
+struct EventHandler<'a> {
+    supervisor: &'a Supervisor<'a>,
     part: Option<Part>,
-    so_far: SoFar,
+    received: Received,
 }
 
 #[derive(Default)]
-struct SoFar {
+struct Received {
     answer: Option<Result<StageResult, Failure>>,
     not_loaded: Option<(String, Option<String>)>,
-    nonsense: Option<String>,
+    protocol_error: Option<String>,
     cluster: Option<ClusterEnd>,
     artifacts: BTreeMap<u64, ArtifactRecord>,
     last_words: std::collections::VecDeque<String>,
 }
 
-/// Whether what a worker sent makes sense.
-#[derive(PartialEq)]
-enum Sense {
-    Yes,
-    No,
-}
-
-impl Conversation<'_> {
-    async fn take(&mut self, event: Heard) -> Result<Sense, StoreError> {
-        let scene = self.scene;
+impl EventHandler<'_> {
+    async fn take(&mut self, event: WorkerEvent) -> Result<ControlFlow<()>, StoreError> {
+        let supervisor = self.supervisor;
         match event {
-            Heard::Frame(FromWorker::Metrics(mut series)) => {
+            WorkerEvent::Frame(FromWorker::Metrics(mut series)) => {
                 // Parts have the same series: each keeps its own. Of those that work together one tells.
-                if let Some(part) = self.part.filter(|_| !scene.brief.stage.together) {
+                if let Some(part) = self.part.filter(|_| !supervisor.spec.stage.together) {
                     for points in &mut series {
                         points.series.push_str(&format!("/part-{}", part.index + 1));
                     }
                 }
-                scene.bench.judge(&scene.brief.stage.name, &series);
-                scene.recorder.points(series);
+                supervisor.context.judge(&supervisor.spec.stage.name, &series);
+                supervisor.recorder.points(series);
             }
-            Heard::Frame(FromWorker::Log(lines)) => {
+            WorkerEvent::Frame(FromWorker::Log(lines)) => {
                 for line in lines {
                     let (level, text) = (line.level, line.text);
                     self.say(LogLine {
@@ -788,7 +791,7 @@ impl Conversation<'_> {
                     });
                 }
             }
-            Heard::Line(source, text) => {
+            WorkerEvent::Line(source, text) => {
                 let line = LogLine {
                     at: Time::now(),
                     level: LogLevel::Debug as u32,
@@ -797,109 +800,115 @@ impl Conversation<'_> {
                 };
                 self.wrote(line);
             }
-            Heard::Remote(news) => match news {
-                News::Began => scene.began(),
-                News::Line(line) => self.wrote(line),
-                News::Heard {
+            WorkerEvent::Remote(news) => match news {
+                ElementEvent::Began => supervisor.began(),
+                ElementEvent::Line(line) => self.wrote(line),
+                ElementEvent::ReadTo {
                     job,
                     element,
                     number,
-                } => scene.recorder.mark(job, element, number),
-                News::Ended(end) => self.so_far.cluster = Some(end),
+                } => supervisor.recorder.mark(job, element, number),
+                ElementEvent::Ended(end) => self.received.cluster = Some(end),
             },
-            Heard::Frame(FromWorker::Progress(progress)) => {
-                (scene.bench.listener)(Event::Progress {
-                    stage: scene.brief.stage.name.clone(),
-                    progress: scene.told.together(self.part, progress),
+            WorkerEvent::Frame(FromWorker::Progress(progress)) => {
+                (supervisor.context.listener)(Event::Progress {
+                    stage: supervisor.spec.stage.name.clone(),
+                    progress: supervisor.part_progress.together(self.part, progress),
                 });
             }
-            Heard::Frame(FromWorker::Artifact { id, record }) => {
-                let store = &scene.bench.store;
-                store.record_artifact(scene.attempt, &record).await?;
-                self.so_far.artifacts.insert(id, *record);
+            WorkerEvent::Frame(FromWorker::Artifact { id, record }) => {
+                let store = &supervisor.context.store;
+                store.record_artifact(supervisor.attempt, &record).await?;
+                self.received.artifacts.insert(id, *record);
             }
-            Heard::Frame(FromWorker::Answer(Answer::Result(result))) => {
-                self.so_far.answer = Some(Ok(result))
+            WorkerEvent::Frame(FromWorker::Answer(Answer::Result(result))) => {
+                self.received.answer = Some(Ok(result))
             }
-            Heard::Frame(FromWorker::Failed(failure)) => self.so_far.answer = Some(Err(failure)),
-            Heard::Frame(FromWorker::NotLoaded { message, hint }) => {
-                self.so_far.not_loaded = Some((message, hint))
+            WorkerEvent::Frame(FromWorker::Failed(failure)) => self.received.answer = Some(Err(failure)),
+            WorkerEvent::Frame(FromWorker::NotLoaded { message, hint }) => {
+                self.received.not_loaded = Some((message, hint))
             }
-            Heard::Frame(FromWorker::Late { calls }) => self.say(own_line(
+            WorkerEvent::Frame(FromWorker::Late { calls }) => self.say(own_line(
                 LogLevel::Warn,
                 format!("the plugin called the host {calls} times after `run` had returned; nobody heard it"),
             )),
-            Heard::Frame(FromWorker::Loaded) => {}
-            Heard::Frame(FromWorker::Answer(_)) => {
-                return Ok(self.nonsense("an answer to another question".into()));
+            WorkerEvent::Frame(FromWorker::Loaded) => {}
+            WorkerEvent::Frame(FromWorker::Answer(_)) => {
+                return Ok(self.protocol_error("an answer to another question".into()));
             }
-            Heard::Nonsense(error) => return Ok(self.nonsense(error.to_string())),
-            Heard::Exited(_) => {}
+            WorkerEvent::Malformed(error) => return Ok(self.protocol_error(error.to_string())),
+            WorkerEvent::Exited(_) => {}
         }
-        Ok(Sense::Yes)
+        Ok(ControlFlow::Continue(()))
     }
 
     /// Something that the worker, or what it started, wrote.
     fn wrote(&mut self, line: LogLine) {
         if line.source == LogSource::Stderr {
-            if self.so_far.last_words.len() == 8 {
-                self.so_far.last_words.pop_front();
+            if self.received.last_words.len() == 8 {
+                self.received.last_words.pop_front();
             }
-            self.so_far.last_words.push_back(line.text.clone());
+            self.received.last_words.push_back(line.text.clone());
         }
         self.say(line);
     }
 
     fn say(&self, mut line: LogLine) {
         line.text.insert_str(0, &title(self.part));
-        (self.scene.bench.listener)(Event::Line {
-            stage: self.scene.brief.stage.name.clone(),
+        (self.supervisor.context.listener)(Event::Line {
+            stage: self.supervisor.spec.stage.name.clone(),
             line: line.clone(),
         });
-        self.scene.recorder.line(line);
+        self.supervisor.recorder.line(line);
     }
 
-    fn nonsense(&mut self, what: String) -> Sense {
-        self.so_far.nonsense = Some(format!("the worker sent what makes no sense: {what}"));
-        Sense::No
+    fn protocol_error(&mut self, what: String) -> ControlFlow<()> {
+        self.received.protocol_error = Some(format!("the worker sent what makes no sense: {what}"));
+        ControlFlow::Break(())
     }
 }
 
-impl SoFar {
+impl Received {
     /// How the attempt ended, from everything that was seen of it.
-    fn judge(&self, exit: ExitStatus, ladder: Ladder, brief: &Brief, out_of_memory: bool) -> End {
+    fn judge(
+        &self,
+        exit: ExitStatus,
+        shutdown: ShutdownSequence,
+        spec: &AttemptSpec,
+        out_of_memory: bool,
+    ) -> End {
         if let Some((message, hint)) = &self.not_loaded {
             return End::NotLoaded {
                 message: message.clone(),
                 hint: hint.clone(),
             };
         }
-        if let Some(message) = &self.nonsense {
+        if let Some(message) = &self.protocol_error {
             return End::Protocol {
                 message: message.clone(),
             };
         }
         // A whole result counts, even when it came while the stage was being stopped, or just before a crash on leaving.
         if let Some(Ok(result)) = &self.answer {
-            return self.judge_result(result, &brief.stage.output_kind);
+            return self.judge_result(result, &spec.stage.output_kind);
         }
         if let Some(end) = &self.cluster {
             return End::Cluster(end.clone());
         }
-        match (&self.answer, exit, ladder.cause) {
+        match (&self.answer, exit, shutdown.cause) {
             (Some(Err(failure)), _, Some(cause)) if failure.code == FailureCode::Cancelled => {
-                cause.end(Manner::AtCheckpoint, brief.stage.timeout)
+                cause.end(Manner::AtCheckpoint, spec.stage.timeout)
             }
             (Some(Err(failure)), _, _) if failure.code == FailureCode::Panic => {
                 End::Panicked(failure.clone())
             }
             (Some(Err(failure)), _, _) => End::Failed(failure.clone()),
-            (_, ExitStatus::Signal(signal), Some(cause)) if ladder.sent == Some(signal) => {
-                cause.end(Manner::Signalled(signal), brief.stage.timeout)
+            (_, ExitStatus::Signal(signal), Some(cause)) if shutdown.sent == Some(signal) => {
+                cause.end(Manner::Signalled(signal), spec.stage.timeout)
             }
             // With a signal of ours on its way, a plugin's own handler may have turned it into an exit.
-            (_, ExitStatus::Code(_), Some(cause)) if ladder.sent.is_some() => {
-                cause.end(Manner::Otherwise, brief.stage.timeout)
+            (_, ExitStatus::Code(_), Some(cause)) if shutdown.sent.is_some() => {
+                cause.end(Manner::Otherwise, spec.stage.timeout)
             }
             _ => {
                 let last_words = self.last_words.iter().map(String::as_str);
@@ -952,7 +961,7 @@ impl Cause {
 
 /// Stopping a worker, step by step: it is asked, then SIGTERM, then SIGKILL.
 #[derive(Debug, Clone, Copy)]
-struct Ladder {
+struct ShutdownSequence {
     grace: Duration,
     cause: Option<Cause>,
     /// The last signal sent.
@@ -961,7 +970,7 @@ struct Ladder {
     next: Option<Instant>,
 }
 
-impl Ladder {
+impl ShutdownSequence {
     fn new(grace: Duration) -> Self {
         Self {
             grace,
@@ -972,7 +981,7 @@ impl Ladder {
     }
 
     /// The first step: asks the plugin to stop at its next checkpoint.
-    async fn begin(&mut self, cause: Cause, worker: &mut Hand) {
+    async fn begin(&mut self, cause: Cause, worker: &mut WorkerHandle) {
         if self.cause.is_none() {
             self.cause = Some(cause);
             self.next = Some(Instant::now() + self.grace);
@@ -982,7 +991,7 @@ impl Ladder {
     }
 
     /// What the user wants.
-    async fn interrupt(&mut self, level: Stop, worker: &mut Hand) {
+    async fn interrupt(&mut self, level: Stop, worker: &mut WorkerHandle) {
         match level {
             Stop::No => {}
             Stop::AtCheckpoint => self.begin(Cause::Interrupt, worker).await,
@@ -994,14 +1003,14 @@ impl Ladder {
     }
 
     /// The next step.
-    fn climb(&mut self, worker: &Hand) {
+    fn escalate(&mut self, worker: &WorkerHandle) {
         match self.sent {
             None => self.signal(libc::SIGTERM, worker),
             Some(_) => self.signal(libc::SIGKILL, worker),
         }
     }
 
-    fn signal(&mut self, signal: i32, worker: &Hand) {
+    fn signal(&mut self, signal: i32, worker: &WorkerHandle) {
         worker.signal(signal);
         self.sent = Some(signal);
         self.next = (signal == libc::SIGTERM).then(|| Instant::now() + LAST_WORDS);
@@ -1030,8 +1039,8 @@ mod tests {
     use crate::plan::{PluginIdentity, Threads};
     use serde_json::json;
 
-    fn brief() -> Brief {
-        Brief {
+    fn spec() -> AttemptSpec {
+        AttemptSpec {
             stage: PlannedStage {
                 name: "s".into(),
                 kind: "make".into(),
@@ -1070,17 +1079,23 @@ mod tests {
         }
     }
 
-    fn ladder(cause: Option<Cause>, sent: Option<i32>) -> Ladder {
-        Ladder {
+    fn shutdown(cause: Option<Cause>, sent: Option<i32>) -> ShutdownSequence {
+        ShutdownSequence {
             cause,
             sent,
-            ..Ladder::new(Duration::ZERO)
+            ..ShutdownSequence::new(Duration::ZERO)
         }
     }
 
     #[track_caller]
-    fn check(so_far: SoFar, exit: ExitStatus, ladder: Ladder, reason: &str, message: &str) {
-        let end = so_far.judge(exit, ladder, &brief(), false);
+    fn check(
+        received: Received,
+        exit: ExitStatus,
+        shutdown: ShutdownSequence,
+        reason: &str,
+        message: &str,
+    ) {
+        let end = received.judge(exit, shutdown, &spec(), false);
         assert_eq!(end.reason(), reason);
         assert!(
             end.message().unwrap_or_default().contains(message),
@@ -1089,14 +1104,14 @@ mod tests {
         );
     }
 
-    fn failed(code: FailureCode) -> SoFar {
-        SoFar {
+    fn failed(code: FailureCode) -> Received {
+        Received {
             answer: Some(Err(Failure::new(code, "why"))),
-            ..SoFar::default()
+            ..Received::default()
         }
     }
 
-    fn made(kind: &str, output: u64) -> SoFar {
+    fn made(kind: &str, output: u64) -> Received {
         let record = ArtifactRecord {
             hash: "h".into(),
             kind: kind.into(),
@@ -1105,20 +1120,20 @@ mod tests {
             files: Vec::new(),
             meta: Default::default(),
         };
-        SoFar {
+        Received {
             answer: Some(Ok(StageResult {
                 output,
                 summary: Value::Null,
             })),
             artifacts: BTreeMap::from([(1, record)]),
-            ..SoFar::default()
+            ..Received::default()
         }
     }
 
     #[test]
     fn every_end_has_its_own_reason() {
         use ExitStatus::{Code, Signal};
-        let free = ladder(None, None);
+        let free = shutdown(None, None);
         check(made("thing", 1), Code(0), free, "succeeded", "");
         check(
             made("thing", 1),
@@ -1157,28 +1172,28 @@ mod tests {
             "why",
         );
         check(
-            SoFar::default(),
+            Received::default(),
             Signal(libc::SIGSEGV),
             free,
             "killed by SIGSEGV",
             "memory that is not its own",
         );
         check(
-            SoFar::default(),
+            Received::default(),
             Signal(libc::SIGABRT),
             free,
             "killed by SIGABRT",
             "abort",
         );
         check(
-            SoFar::default(),
+            Received::default(),
             Signal(libc::SIGKILL),
             free,
             "killed by SIGKILL",
             "memory runs out",
         );
         check(
-            SoFar::default(),
+            Received::default(),
             Code(3),
             free,
             "exited with code 3",
@@ -1193,7 +1208,7 @@ mod tests {
             (Cause::Interrupt, "interrupted"),
             (Cause::Timeout, "timeout"),
         ] {
-            let asked = ladder(Some(cause), None);
+            let asked = shutdown(Some(cause), None);
             check(
                 failed(FailureCode::Cancelled),
                 Code(0),
@@ -1209,22 +1224,22 @@ mod tests {
                 "why",
             );
             check(
-                SoFar::default(),
+                Received::default(),
                 Signal(libc::SIGSEGV),
                 asked,
                 "killed by SIGSEGV",
                 "",
             );
-            let signalled = ladder(Some(cause), Some(libc::SIGTERM));
+            let signalled = shutdown(Some(cause), Some(libc::SIGTERM));
             check(
-                SoFar::default(),
+                Received::default(),
                 Signal(libc::SIGTERM),
                 signalled,
                 reason,
                 "was ended with SIGTERM",
             );
             check(
-                SoFar::default(),
+                Received::default(),
                 Code(143),
                 signalled,
                 reason,
@@ -1239,24 +1254,24 @@ mod tests {
 
     #[test]
     fn parts_share_threads_and_devices() {
-        let mut brief = brief();
-        brief.threads = 5;
-        assert_eq!(brief.parts().count(), 0);
-        brief.stage.workers = vec!["cpu".into(), "cuda:1".into()];
-        let parts: Vec<Option<Part>> = brief.parts().map(Some).collect();
+        let mut spec = spec();
+        spec.threads = 5;
+        assert_eq!(spec.parts().count(), 0);
+        spec.stage.workers = vec!["cpu".into(), "cuda:1".into()];
+        let parts: Vec<Option<Part>> = spec.parts().map(Some).collect();
         assert_eq!(parts, [part(0), part(1)]);
-        let of = |part| (brief.threads_of(part), brief.device_of(part));
+        let of = |part| (spec.threads_of(part), spec.device_of(part));
         assert_eq!(of(part(0)), (2, "cpu"));
         assert_eq!(of(part(1)), (2, "cuda:1"));
         assert_eq!(of(None), (5, "cpu"));
-        assert_eq!(brief.devices(), "cpu, cuda:1");
-        brief.threads = 1;
-        assert_eq!(brief.threads_of(part(0)), 1);
+        assert_eq!(spec.devices(), "cpu, cuda:1");
+        spec.threads = 1;
+        assert_eq!(spec.threads_of(part(0)), 1);
     }
 
     #[test]
     fn progress_of_parts_adds_up_and_does_not_fall_back() {
-        let told = Told::default();
+        let told = PartProgress::default();
         let check = |part, (done, total, unit): (u64, u64, &str), expected| {
             let unit = unit.to_owned();
             let shown = told.together(part, Progress { done, total, unit });
@@ -1274,19 +1289,19 @@ mod tests {
 
     #[test]
     fn the_part_that_says_most_is_the_reason() {
-        let left = |index, cause, sent| Left {
+        let finished = |index, cause, sent| FinishedWorker {
             part: part(index),
-            so_far: SoFar::default(),
-            ladder: ladder(cause, sent),
+            received: Received::default(),
+            shutdown: shutdown(cause, sent),
             exit: Exit {
                 status: ExitStatus::Signal(libc::SIGKILL),
                 usage: Usage::default(),
                 out_of_memory: None,
             },
         };
-        let died = left(0, None, None);
-        let asked = left(0, Some(Cause::Interrupt), None);
-        let made_to = left(1, Some(Cause::Interrupt), Some(libc::SIGTERM));
+        let died = finished(0, None, None);
+        let asked = finished(0, Some(Cause::Interrupt), None);
+        let made_to = finished(1, Some(Cause::Interrupt), Some(libc::SIGTERM));
         assert!(!made_to.is_graver_than(&died), "it was stopped for that");
         assert!(made_to.is_graver_than(&asked));
         assert!(!asked.is_graver_than(&made_to));

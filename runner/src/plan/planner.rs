@@ -570,7 +570,7 @@ impl<'a> Planner<'a> {
     }
 
     /// Which build of the plugin runs the stage, and where.
-    fn place(&mut self, draft: &Draft<'_>, base: &Rc<Build>) -> Option<Place> {
+    fn place(&mut self, draft: &Draft<'_>, base: &Rc<Build>) -> Option<Placement> {
         let written = draft
             .stage
             .device
@@ -585,7 +585,7 @@ impl<'a> Planner<'a> {
                 .iter()
                 .any(|device| device == kind)
         };
-        let placed = |build: &Rc<Build>, device: &str, chosen| Place {
+        let placed = |build: &Rc<Build>, device: &str, chosen| Placement {
             build: Rc::clone(build),
             device: device.to_owned(),
             devices: vec![device.to_owned()],
@@ -630,7 +630,7 @@ impl<'a> Planner<'a> {
             .filter(|device| device.name.starts_with("cuda"))
             .collect();
         let usable = gpus.iter().find(|device| device.unusable.is_none());
-        let spread = |place| Place {
+        let spread = |place| Placement {
             devices: gpus
                 .iter()
                 .filter(|device| device.unusable.is_none())
@@ -759,7 +759,7 @@ fn indices<'a>(drafts: &[Draft<'a>]) -> HashMap<&'a str, usize> {
 }
 
 /// Where a stage runs.
-struct Place {
+struct Placement {
     build: Rc<Build>,
     device: String,
     /// The devices that workers are spread over: it alone where the recipe names it, else all that could have been chosen.

@@ -24,7 +24,7 @@ use crate::plugin::{self, trust};
 use crate::schema;
 use crate::store::ArtifactRecord;
 use crate::worker::death::Death;
-use crate::worker::process::{Exit, Heard, Worker};
+use crate::worker::process::{Exit, Worker, WorkerEvent};
 
 /// Kind of stage by which a backend of the engine examines its own operations.
 const OPERATIONS: &str = "conformance";
@@ -449,7 +449,7 @@ impl<'a> Examination<'a> {
                 .map(|reference| (reference.stage.clone(), made[&reference.stage].clone()))
                 .collect();
             let place = place.path().join(index.to_string());
-            let bench = Bench {
+            let tested = StageUnderTest {
                 plan,
                 stage,
                 inputs,
@@ -460,7 +460,7 @@ impl<'a> Examination<'a> {
                 .iter()
                 .find(|kind| kind.kind == stage.kind);
             let divisible = kind.is_some_and(|kind| kind.divisible);
-            if let Some(output) = self.examine_stage(&bench, divisible) {
+            if let Some(output) = self.examine_stage(&tested, divisible) {
                 made.insert(stage.name.clone(), output);
             }
         }
@@ -480,13 +480,13 @@ impl<'a> Examination<'a> {
     }
 
     /// One stage; its output, if it made one.
-    fn examine_stage(&mut self, bench: &Bench<'_>, divisible: bool) -> Option<Input> {
-        let name = &bench.stage.name;
+    fn examine_stage(&mut self, tested: &StageUnderTest<'_>, divisible: bool) -> Option<Input> {
+        let name = &tested.stage.name;
         let mut first = None;
-        let outside = Surroundings::of(bench);
+        let outside = Surroundings::of(tested);
         self.check("runs", name, |exam| {
-            let seen = exam.run(bench, "first", Stopping::Never, LINGER)?;
-            let (record, _) = seen.result(&bench.stage.output_kind)?;
+            let seen = exam.run(tested, "first", Stopping::Never, LINGER)?;
+            let (record, _) = seen.result(&tested.stage.output_kind)?;
             let said = format!(
                 "{} of {} in {:.1} s",
                 record.kind,
@@ -499,17 +499,17 @@ impl<'a> Examination<'a> {
         let (record, seen) = first?;
         let output = Input {
             kind: record.kind.clone(),
-            path: bench.place.join("first/artifacts").join(&record.hash),
+            path: tested.place.join("first/artifacts").join(&record.hash),
             hash: record.hash.clone(),
         };
-        if !self.is_own(bench.stage) {
+        if !self.is_own(tested.stage) {
             return Some(output);
         }
         self.check("progress", name, |_| seen.progress_is_monotonic());
         self.check("steps", name, |_| seen.steps_are_monotonic());
         self.check("stays inside", name, |_| {
-            strays(&bench.place.join("first"))?;
-            outside.compare(bench)
+            strays(&tested.place.join("first"))?;
+            outside.compare(tested)
         });
         self.check("ends", name, |_| {
             if seen.late > 0 {
@@ -521,24 +521,24 @@ impl<'a> Examination<'a> {
                 false => failed("what it made was changed after it had been committed"),
             }
         });
-        let exact = bench.stage.device == "cpu";
+        let exact = tested.stage.device == "cpu";
         self.check("same seed", name, |exam| {
             if !exact {
                 return skipped("only promised on a CPU");
             }
-            let again = exam.run(bench, "second", Stopping::Never, Duration::ZERO)?;
-            same(&record, &again.result(&bench.stage.output_kind)?.0)
+            let again = exam.run(tested, "second", Stopping::Never, Duration::ZERO)?;
+            same(&record, &again.result(&tested.stage.output_kind)?.0)
         });
         let mut stopped = false;
         self.check("stops", name, |exam| {
-            let seen = exam.run(bench, "third", Stopping::AtFirstSign, Duration::ZERO)?;
+            let seen = exam.run(tested, "third", Stopping::AtFirstSign, Duration::ZERO)?;
             stopped = true;
             seen.stopped(exam.terms.grace)
         });
         if stopped {
             self.check("resumes", name, |exam| {
-                let resumed = exam.run(bench, "third", Stopping::Never, Duration::ZERO)?;
-                let (record_again, _) = resumed.result(&bench.stage.output_kind)?;
+                let resumed = exam.run(tested, "third", Stopping::Never, Duration::ZERO)?;
+                let (record_again, _) = resumed.result(&tested.stage.output_kind)?;
                 match exact {
                     true => same(&record, &record_again),
                     false => Ok("to an end".into()),
@@ -548,10 +548,10 @@ impl<'a> Examination<'a> {
         if divisible {
             self.check("divides", name, |exam| {
                 for index in 0..PARTS {
-                    exam.run_part(bench, "fourth", Part { index, of: PARTS })?;
+                    exam.run_part(tested, "fourth", Part { index, of: PARTS })?;
                 }
-                let whole = exam.run(bench, "fourth", Stopping::Never, Duration::ZERO)?;
-                let (record_again, _) = whole.result(&bench.stage.output_kind)?;
+                let whole = exam.run(tested, "fourth", Stopping::Never, Duration::ZERO)?;
+                let (record_again, _) = whole.result(&tested.stage.output_kind)?;
                 match exact {
                     true => same(&record, &record_again),
                     false => Ok("to an end".into()),
@@ -562,13 +562,13 @@ impl<'a> Examination<'a> {
     }
 
     /// A part of a stage, after which nothing but its work directory is left.
-    fn run_part(&self, bench: &Bench<'_>, take: &str, part: Part) -> Result<(), Bad> {
-        let place = bench.place.join(take);
+    fn run_part(&self, tested: &StageUnderTest<'_>, take: &str, part: Part) -> Result<(), Bad> {
+        let place = tested.place.join(take);
         let job = StageJob {
             part: Some(part),
-            ..bench.job(&place)
+            ..tested.job(&place)
         };
-        let plugin = &bench.stage.plugin.path;
+        let plugin = &tested.stage.plugin.path;
         self.attempt(plugin, job, &place, Stopping::Never, Duration::ZERO)?
             .answered()
             .map(drop)
@@ -576,14 +576,14 @@ impl<'a> Examination<'a> {
 
     fn run(
         &self,
-        bench: &Bench<'_>,
+        tested: &StageUnderTest<'_>,
         take: &str,
         stopping: Stopping,
         linger: Duration,
     ) -> Result<Seen, Bad> {
-        let place = bench.place.join(take);
-        let job = bench.job(&place);
-        self.attempt(&bench.stage.plugin.path, job, &place, stopping, linger)
+        let place = tested.place.join(take);
+        let job = tested.job(&place);
+        self.attempt(&tested.stage.plugin.path, job, &place, stopping, linger)
     }
 
     /// Runs a job in a worker and takes down all it does.
@@ -623,14 +623,14 @@ const PARTS: usize = 2;
 const TEMPORARY: &str = "temporary";
 
 /// A stage to be examined, its inputs and a directory for all that comes of it.
-struct Bench<'a> {
+struct StageUnderTest<'a> {
     plan: &'a Plan,
     stage: &'a PlannedStage,
     inputs: BTreeMap<String, Input>,
     place: PathBuf,
 }
 
-impl Bench<'_> {
+impl StageUnderTest<'_> {
     /// The stage's job in a directory of its own.
     fn job(&self, place: &Path) -> StageJob {
         StageJob {
@@ -693,29 +693,32 @@ async fn watch(
         };
         let mut sign = false;
         match heard {
-            Heard::Frame(FromWorker::Answer(answer)) => seen.answer = Some(Ok(answer)),
-            Heard::Frame(FromWorker::Failed(failure)) => seen.answer = Some(Err(failure)),
-            Heard::Frame(FromWorker::NotLoaded { message, .. }) => seen.not_loaded = Some(message),
-            Heard::Frame(FromWorker::Artifact { id, record }) => {
+            WorkerEvent::Frame(FromWorker::Answer(answer)) => seen.answer = Some(Ok(answer)),
+            WorkerEvent::Frame(FromWorker::Failed(failure)) => seen.answer = Some(Err(failure)),
+            WorkerEvent::Frame(FromWorker::NotLoaded { message, .. }) => {
+                seen.not_loaded = Some(message)
+            }
+            WorkerEvent::Frame(FromWorker::Artifact { id, record }) => {
                 seen.artifacts.insert(id, *record);
             }
-            Heard::Frame(FromWorker::Progress(progress)) => {
+            WorkerEvent::Frame(FromWorker::Progress(progress)) => {
                 sign = true;
                 seen.progress.push(progress);
             }
-            Heard::Frame(FromWorker::Metrics(points)) => {
+            WorkerEvent::Frame(FromWorker::Metrics(points)) => {
                 sign = true;
                 seen.points.extend(points);
             }
-            Heard::Frame(FromWorker::Late { calls }) => seen.late = calls,
-            Heard::Frame(FromWorker::Loaded | FromWorker::Log(_)) | Heard::Remote(_) => {}
-            Heard::Nonsense(error) => seen.last_words.push(error.to_string()),
-            Heard::Line(_, line) => {
+            WorkerEvent::Frame(FromWorker::Late { calls }) => seen.late = calls,
+            WorkerEvent::Frame(FromWorker::Loaded | FromWorker::Log(_))
+            | WorkerEvent::Remote(_) => {}
+            WorkerEvent::Malformed(error) => seen.last_words.push(error.to_string()),
+            WorkerEvent::Line(_, line) => {
                 seen.last_words.push(line);
                 let surplus = seen.last_words.len().saturating_sub(8);
                 seen.last_words.drain(..surplus);
             }
-            Heard::Exited(exit) => {
+            WorkerEvent::Exited(exit) => {
                 seen.exit = Some(exit);
                 break;
             }
@@ -874,9 +877,9 @@ fn strays(place: &Path) -> Result<(), Bad> {
 struct Surroundings(BTreeMap<PathBuf, (u64, Option<SystemTime>)>);
 
 impl Surroundings {
-    fn of(bench: &Bench<'_>) -> Self {
+    fn of(tested: &StageUnderTest<'_>) -> Self {
         let mut files = BTreeMap::new();
-        let mut dirs = vec![bench.plan.base_dir.clone()];
+        let mut dirs = vec![tested.plan.base_dir.clone()];
         dirs.extend(std::env::current_dir());
         for dir in dirs {
             list(&dir, 3, &mut files);
@@ -884,8 +887,8 @@ impl Surroundings {
         Self(files)
     }
 
-    fn compare(&self, bench: &Bench<'_>) -> Found {
-        let now = Self::of(bench).0;
+    fn compare(&self, tested: &StageUnderTest<'_>) -> Found {
+        let now = Self::of(tested).0;
         let changed = now
             .iter()
             .find(|(path, state)| self.0.get(*path) != Some(*state));
@@ -893,7 +896,7 @@ impl Surroundings {
         if let Some(path) = changed.map(|(path, _)| path).or(gone) {
             return failed(format!("it changed {}", path.display()));
         }
-        for input in bench.inputs.values() {
+        for input in tested.inputs.values() {
             let found = artifact::contents(&input.path);
             if found.is_ok_and(|found| found.hash != input.hash) {
                 return failed(format!("it changed its input {}", input.path.display()));

@@ -17,7 +17,7 @@ pub struct Group {
 
 /// Which lines of a run's log.
 #[derive(Debug, Clone, Default)]
-pub struct LogWish<'a> {
+pub struct LogQuery<'a> {
     /// At most this level: 1 error to 5 trace.
     pub level: u32,
     /// Of this stage.
@@ -81,7 +81,7 @@ impl Store {
     pub async fn log_page(
         &self,
         run: &RunId,
-        wish: &LogWish<'_>,
+        wish: &LogQuery<'_>,
         limit: u32,
     ) -> Result<(Vec<RunLine>, bool), StoreError> {
         let rows = sqlx::query(

@@ -46,7 +46,7 @@ pub struct JobRow {
 
 /// The jobs of a run that its runner has left.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Left {
+pub struct LeftJobs {
     /// The run.
     pub run: RunId,
     /// Whether the runner has left it on purpose.
@@ -57,7 +57,7 @@ pub struct Left {
 
 /// What has become of an element.
 #[derive(Debug, Clone, PartialEq)]
-pub enum ElementNews {
+pub enum ElementUpdate {
     /// It waits, for this.
     Queued(String),
     /// It runs.
@@ -230,7 +230,7 @@ impl Store {
     /// As [`Store::begin_run`].
     pub async fn note_elements(
         &self,
-        news: &[(JobKey, usize, ElementNews)],
+        news: &[(JobKey, usize, ElementUpdate)],
     ) -> Result<(), StoreError> {
         if news.is_empty() {
             return Ok(());
@@ -239,10 +239,10 @@ impl Store {
         for (key, element, news) in news {
             let element = number(*element);
             let (state, why) = match news {
-                ElementNews::Queued(why) => ("queued", Some(why.as_str())),
-                ElementNews::Running | ElementNews::Began { .. } => ("running", None),
-                ElementNews::Ended { .. } => ("queued", None),
-                ElementNews::Lost { .. } | ElementNews::Over => ("over", None),
+                ElementUpdate::Queued(why) => ("queued", Some(why.as_str())),
+                ElementUpdate::Running | ElementUpdate::Began { .. } => ("running", None),
+                ElementUpdate::Ended { .. } => ("queued", None),
+                ElementUpdate::Lost { .. } | ElementUpdate::Over => ("over", None),
             };
             sqlx::query(
                 "update job_elements set state = ?3, why = ?4 where job = ?1 and element = ?2",
@@ -254,7 +254,7 @@ impl Store {
             .execute(&mut *write)
             .await?;
             match news {
-                ElementNews::Began { life, node, at } => {
+                ElementUpdate::Began { life, node, at } => {
                     sqlx::query(
                         "insert or ignore into job_lives (job, element, life, node, started)
                          values (?1, ?2, ?3, ?4, ?5)",
@@ -267,7 +267,7 @@ impl Store {
                     .execute(&mut *write)
                     .await?;
                 }
-                ElementNews::Ended { life, reason, at } => {
+                ElementUpdate::Ended { life, reason, at } => {
                     // One that never said that it had begun has an end all the same.
                     sqlx::query(
                         "insert into job_lives (job, element, life, node, started, finished, reason)
@@ -282,7 +282,7 @@ impl Store {
                     .execute(&mut *write)
                     .await?;
                 }
-                ElementNews::Lost { reason } => {
+                ElementUpdate::Lost { reason } => {
                     sqlx::query(
                         "update job_lives set finished = ?3, reason = ?4
                          where job = ?1 and element = ?2 and finished is null",
@@ -294,7 +294,7 @@ impl Store {
                     .execute(&mut *write)
                     .await?;
                 }
-                ElementNews::Queued(_) | ElementNews::Running | ElementNews::Over => {}
+                ElementUpdate::Queued(_) | ElementUpdate::Running | ElementUpdate::Over => {}
             }
         }
         write.commit().await
@@ -419,7 +419,7 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::Damaged`], [`StoreError::Sql`].
-    pub async fn left_to_scheduler(&self) -> Result<Vec<Left>, StoreError> {
+    pub async fn left_to_scheduler(&self) -> Result<Vec<LeftJobs>, StoreError> {
         let gone = self.without_runner().await?;
         let mut left = Vec::new();
         for (key, id, detached) in gone {
@@ -431,7 +431,7 @@ impl Store {
             .bind(key)
             .fetch_all(self.pool())
             .await?;
-            left.push(Left {
+            left.push(LeftJobs {
                 run: RunId(id),
                 detached,
                 jobs: jobs.into_iter().map(i64::cast_unsigned).collect(),
@@ -446,7 +446,7 @@ impl Store {
     /// As [`Store::begin_run`].
     pub async fn scheduler_says(
         &self,
-        left: &Left,
+        left: &LeftJobs,
         waiting: Option<&str>,
     ) -> Result<(), StoreError> {
         let mut connection = super::schema::connect_for_writing(self.dir()).await?;
@@ -492,7 +492,7 @@ impl Store {
     ///
     /// # Errors
     /// As [`Store::begin_run`].
-    pub async fn take_up(&self, left: &Left) -> Result<(), StoreError> {
+    pub async fn take_up(&self, left: &LeftJobs) -> Result<(), StoreError> {
         self.end_left(left, "taken up again while its Slurm jobs went on")
             .await
     }
@@ -501,12 +501,12 @@ impl Store {
     ///
     /// # Errors
     /// As [`Store::begin_run`].
-    pub async fn scheduler_is_done(&self, left: &Left) -> Result<(), StoreError> {
+    pub async fn scheduler_is_done(&self, left: &LeftJobs) -> Result<(), StoreError> {
         let error = "its Slurm jobs have ended; `retort resume` takes over what they made";
         self.end_left(left, error).await
     }
 
-    async fn end_left(&self, left: &Left, error: &str) -> Result<(), StoreError> {
+    async fn end_left(&self, left: &LeftJobs, error: &str) -> Result<(), StoreError> {
         let state = if left.detached { "interrupted" } else { "lost" };
         let mut connection = super::schema::connect_for_writing(self.dir()).await?;
         sqlx::query(

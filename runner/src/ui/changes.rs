@@ -3,7 +3,7 @@
 
 use maud::html;
 
-use super::page::{self, Page, Place};
+use super::page::{self, Page, Section};
 use super::reply::{Problem, Reply};
 use super::request::Ask;
 use super::{Shelf, Site};
@@ -111,7 +111,7 @@ pub async fn confirm(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
     };
     Ok(Page {
         title: "Remove a run",
-        place: Place::Other,
+        place: Section::Other,
         runs: &[],
         live: None,
         body,

@@ -6,7 +6,7 @@ use maud::{Markup, html};
 use serde_json::Value;
 
 use super::curves;
-use super::page::{self, Page, Place};
+use super::page::{self, Page, Section};
 use super::pictures::{self, Preview};
 use super::reply::{Problem, Reply};
 use super::request::{Ask, link};
@@ -64,7 +64,7 @@ pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
     };
     Ok(Page {
         title: "Compare",
-        place: Place::Compare,
+        place: Section::Compare,
         runs: &runs,
         live: None,
         body,

@@ -6,7 +6,7 @@
 use maud::{Markup, html};
 use serde_json::{Value, json};
 
-use super::page::{self, Page, Place};
+use super::page::{self, Page, Section};
 use super::reply::{JSON, Problem, Reply};
 use super::request::{Ask, Fields};
 use super::{Shelf, Site};
@@ -90,7 +90,7 @@ pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
     };
     Ok(Page {
         title: "Curves",
-        place: Place::Curves,
+        place: Section::Curves,
         runs: &runs,
         live: live.then_some(""),
         body,

@@ -3,7 +3,7 @@
 use maud::{Markup, html};
 
 use super::graph::{self, Node};
-use super::page::{self, Page, Place};
+use super::page::{self, Page, Section};
 use super::reply::{Problem, Reply};
 use super::request::{Ask, link};
 use super::{Shelf, Site};
@@ -47,7 +47,7 @@ pub async fn answer(site: &Site, _: &Ask, reference: &str) -> Result<Reply, Prob
     };
     Ok(Page {
         title: "Artifact",
-        place: Place::Other,
+        place: Section::Other,
         runs: &runs,
         live: None,
         body,

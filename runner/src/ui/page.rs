@@ -14,7 +14,7 @@ use crate::terminal;
 
 /// Where a page stands among the others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Place {
+pub enum Section {
     /// The list of runs.
     Runs,
     /// A run.
@@ -34,7 +34,7 @@ pub struct Page<'a> {
     /// The title, without the program's name.
     pub title: &'a str,
     /// Where it stands.
-    pub place: Place,
+    pub place: Section,
     /// The runs that it is about: links to other pages keep them.
     pub runs: &'a [String],
     /// Whether it may change while it is looked at; with the run whose progress is of interest.
@@ -47,10 +47,10 @@ impl Page<'_> {
     /// The whole document.
     pub fn reply(self, site: &Site) -> Reply {
         let tabs = [
-            (Place::Runs, "Runs", "/"),
-            (Place::Curves, "Curves", "/curves"),
-            (Place::Pictures, "Pictures", "/pictures"),
-            (Place::Compare, "Compare", "/compare"),
+            (Section::Runs, "Runs", "/"),
+            (Section::Curves, "Curves", "/curves"),
+            (Section::Pictures, "Pictures", "/pictures"),
+            (Section::Compare, "Compare", "/compare"),
         ];
         let kept: Vec<(&str, &str)> = self.runs.iter().map(|run| ("run", run.as_str())).collect();
         let document = html! {
@@ -74,8 +74,8 @@ impl Page<'_> {
                         }
                         nav aria-label="Pages" {
                             @for (place, text, path) in tabs {
-                                @let here = place == self.place || (place == Place::Runs && self.place == Place::Run);
-                                @let href = if place == Place::Runs { path.to_owned() } else { link(path, &kept) };
+                                @let here = place == self.place || (place == Section::Runs && self.place == Section::Run);
+                                @let href = if place == Section::Runs { path.to_owned() } else { link(path, &kept) };
                                 a href=(href) aria-current=[here.then_some("page")] { (text) }
                             }
                         }
@@ -147,7 +147,7 @@ pub fn problem(site: &Site, problem: &Problem) -> Reply {
     };
     Page {
         title: "Not here",
-        place: Place::Other,
+        place: Section::Other,
         runs: &[],
         live: None,
         body,

@@ -9,7 +9,7 @@ use maud::{Markup, html};
 use serde_json::Value;
 
 use super::files;
-use super::page::{self, Page, Place};
+use super::page::{self, Page, Section};
 use super::reply::{Problem, Reply};
 use super::request::{Ask, Fields, link};
 use super::samples::Set;
@@ -81,7 +81,7 @@ pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
     };
     Ok(Page {
         title: "Pictures",
-        place: Place::Pictures,
+        place: Section::Pictures,
         runs: &runs,
         live: None,
         body,

@@ -3,7 +3,7 @@
 use maud::{Markup, html};
 
 use super::graph::{self, Node};
-use super::page::{self, Page, Place};
+use super::page::{self, Page, Section};
 use super::reply::{Problem, Reply};
 use super::request::{Ask, link, segment};
 use super::{Shelf, Site, curves, gantt, lineage, live, pictures, run_log};
@@ -63,7 +63,7 @@ pub async fn tab(site: &Site, ask: &Ask, reference: &str, tab: &str) -> Result<R
     let runs = [run.0.clone()];
     let page = Page {
         title: &title,
-        place: Place::Run,
+        place: Section::Run,
         runs: &runs,
         live: under_way.then_some(run.0.as_str()),
         body,

@@ -6,7 +6,7 @@ use super::Shelf;
 use super::page;
 use super::reply::Problem;
 use super::request::{Ask, link};
-use crate::store::{LogSource, LogWish, RunDetail, RunLine};
+use crate::store::{LogQuery, LogSource, RunDetail, RunLine};
 use crate::terminal;
 
 /// Lines on a page.
@@ -28,7 +28,7 @@ pub async fn content(shelf: &Shelf, detail: &RunDetail, ask: &Ask) -> Result<Mar
     let level = query.get("level").unwrap_or("trace");
     let known = LEVELS.iter().find(|(name, _)| *name == level);
     let (_, number) = known.ok_or_else(|| Problem::Bad(format!("there is no level `{level}`")))?;
-    let wish = LogWish {
+    let wish = LogQuery {
         level: *number,
         stage: query.get("stage"),
         text: query.get("text"),

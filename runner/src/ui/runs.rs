@@ -3,7 +3,7 @@
 use maud::{Markup, html};
 use serde_json::Value;
 
-use super::page::{self, Page, Place};
+use super::page::{self, Page, Section};
 use super::reply::{Problem, Reply};
 use super::request::{Ask, Fields, segment};
 use super::{Shelf, Site};
@@ -22,7 +22,7 @@ const NAMES: u32 = 500;
 const COLUMNS: usize = 24;
 
 /// What was asked for.
-struct Wish {
+struct ListQuery {
     filter: Option<Filter>,
     sort: Vec<Sort>,
     columns: Vec<Name>,
@@ -52,7 +52,7 @@ pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
     };
     let reply = Page {
         title: "Runs",
-        place: Place::Runs,
+        place: Section::Runs,
         runs: &[],
         live: Some(""),
         body,
@@ -70,7 +70,7 @@ fn chosen(query: &Fields) -> impl Iterator<Item = &str> {
         .filter(|name| !name.is_empty())
 }
 
-fn wish(query: &Fields) -> Result<Wish, Problem> {
+fn query(query: &Fields) -> Result<ListQuery, Problem> {
     let filter = query.get("where").filter(|text| !text.trim().is_empty());
     let sort = query
         .all("sort")
@@ -92,7 +92,7 @@ fn wish(query: &Fields) -> Result<Wish, Problem> {
             columns.push(name);
         }
     }
-    Ok(Wish {
+    Ok(ListQuery {
         filter: filter.map(filter::parse).transpose()?,
         sort: sort.collect::<Result<_, Problem>>()?,
         columns,
@@ -101,23 +101,23 @@ fn wish(query: &Fields) -> Result<Wish, Problem> {
 }
 
 async fn content(shelf: &Shelf, ask: &Ask) -> Result<Markup, Problem> {
-    let wish = wish(&ask.query)?;
-    let baseline = baseline(shelf, ask, &wish).await;
+    let query = query(&ask.query)?;
+    let baseline = baseline(shelf, ask, &query).await;
     match ask.query.get("group") {
-        Some(by @ ("tag" | "sweep")) => groups(shelf, ask, &wish, baseline.as_ref(), by).await,
+        Some(by @ ("tag" | "sweep")) => groups(shelf, ask, &query, baseline.as_ref(), by).await,
         Some(other) => Err(Problem::Bad(format!("runs have no groups by {other}"))),
-        None => whole(shelf, ask, &wish, baseline.as_ref()).await,
+        None => whole(shelf, ask, &query, baseline.as_ref()).await,
     }
 }
 
 /// The run that others are held against; one that is gone, or another store's, is none.
-async fn baseline(shelf: &Shelf, ask: &Ask, wish: &Wish) -> Option<RunSummary> {
+async fn baseline(shelf: &Shelf, ask: &Ask, query: &ListQuery) -> Option<RunSummary> {
     let id = ask.query.get("baseline")?;
     let by_id = filter::parse(&format!("id = \"{}\"", id.replace('"', ""))).ok()?;
     let filter = RunFilter {
         limit: Some(1),
         expr: Some(by_id),
-        columns: wish.columns.clone(),
+        columns: query.columns.clone(),
         ..RunFilter::default()
     };
     shelf.store.list_runs(&filter).await.ok()?.pop()
@@ -126,20 +126,20 @@ async fn baseline(shelf: &Shelf, ask: &Ask, wish: &Wish) -> Option<RunSummary> {
 async fn whole(
     shelf: &Shelf,
     ask: &Ask,
-    wish: &Wish,
+    query: &ListQuery,
     baseline: Option<&RunSummary>,
 ) -> Result<Markup, Problem> {
     let filter = RunFilter {
         limit: Some(PAGE),
-        skip: (wish.page - 1).saturating_mul(PAGE),
-        expr: wish.filter.clone(),
-        sort: wish.sort.clone(),
-        columns: wish.columns.clone(),
+        skip: (query.page - 1).saturating_mul(PAGE),
+        expr: query.filter.clone(),
+        sort: query.sort.clone(),
+        columns: query.columns.clone(),
         ..RunFilter::default()
     };
     let listed = shelf.store.list_runs(&filter);
     let counted = shelf.store.count_matching(&filter);
-    let (runs, count) = match wish.sort.is_empty() {
+    let (runs, count) = match query.sort.is_empty() {
         // Both go through all runs, and do so beside each other.
         false => tokio::try_join!(listed, counted)?,
         true => {
@@ -147,7 +147,7 @@ async fn whole(
             let count = match runs.len() {
                 // The list ends here: nothing is gone through once more to count it.
                 found @ 1.. if found < PAGE as usize => u64::from(filter.skip) + found as u64,
-                0 if wish.page == 1 => 0,
+                0 if query.page == 1 => 0,
                 _ => counted.await?,
             };
             (runs, count)
@@ -159,16 +159,16 @@ async fn whole(
     );
     Ok(html! {
         @if runs.is_empty() && count == 0 {
-            (nothing(wish.filter.is_some()))
+            (nothing(query.filter.is_some()))
         } @else {
-            (table(&runs, wish, ask, baseline, "runs"))
+            (table(&runs, query, ask, baseline, "runs"))
             nav.pages aria-label="Parts of the list" {
                 span.num #count { @if runs.is_empty() { "nothing so far down of " } @else { (grouped(first)) "–" (grouped(last)) " of " } (grouped(count)) }
-                @if wish.page > 1 {
-                    a.button href=(ask.query.with("page", &(wish.page - 1).to_string()).link("/")) rel="prev" { "← Newer" }
+                @if query.page > 1 {
+                    a.button href=(ask.query.with("page", &(query.page - 1).to_string()).link("/")) rel="prev" { "← Newer" }
                 }
                 @if last < count && !runs.is_empty() {
-                    a.button href=(ask.query.with("page", &(wish.page + 1).to_string()).link("/")) rel="next" { "Older →" }
+                    a.button href=(ask.query.with("page", &(query.page + 1).to_string()).link("/")) rel="next" { "Older →" }
                 }
             }
         }
@@ -216,7 +216,7 @@ async fn sweeps(shelf: &Shelf) -> Result<Vec<Group>, Problem> {
 async fn groups(
     shelf: &Shelf,
     ask: &Ask,
-    wish: &Wish,
+    query: &ListQuery,
     baseline: Option<&RunSummary>,
     by: &str,
 ) -> Result<Markup, Problem> {
@@ -232,7 +232,7 @@ async fn groups(
         let Ok(own) = filter::parse(&condition) else {
             continue;
         };
-        let expr = match &wish.filter {
+        let expr = match &query.filter {
             Some(given) => Filter {
                 text: given.text.clone(),
                 expr: Expr::And(vec![given.expr.clone(), own.expr]),
@@ -242,8 +242,8 @@ async fn groups(
         let filter = RunFilter {
             limit: Some(OF_GROUP),
             expr: Some(expr),
-            sort: wish.sort.clone(),
-            columns: wish.columns.clone(),
+            sort: query.sort.clone(),
+            columns: query.columns.clone(),
             ..RunFilter::default()
         };
         let runs = shelf.store.list_runs(&filter).await?;
@@ -273,7 +273,7 @@ async fn groups(
                     span.tag { (page::name(&group.name)) }
                     @if by == "sweep" { " " a href=(format!("/sweep/{}", segment(&group.name))) { "its points" } }
                     span.dim.num { " " (grouped(group.runs)) " runs" } }
-                (table(runs, wish, ask, baseline, &format!("group-{number}")))
+                (table(runs, query, ask, baseline, &format!("group-{number}")))
                 @if group.runs > runs.len() as u64 {
                     p { a href=(ask.query.without("group").without("page").with("where", &all).link("/")) { "All of them" } }
                 }
@@ -333,12 +333,12 @@ fn controls(ask: &Ask, names: &[String]) -> Markup {
 
 fn table(
     runs: &[RunSummary],
-    wish: &Wish,
+    query: &ListQuery,
     ask: &Ask,
     baseline: Option<&RunSummary>,
     id: &str,
 ) -> Markup {
-    let head = |text: &str, field: Option<&str>, class: &str| head(text, field, class, wish, ask);
+    let head = |text: &str, field: Option<&str>, class: &str| head(text, field, class, query, ask);
     html! {
         form.picks method="get" action="/compare" {
             @if let Some(baseline) = baseline { input type="hidden" name="baseline" value=(baseline.id.0); }
@@ -351,14 +351,14 @@ fn table(
                         (head("Recipe", Some("recipe"), ""))
                         (head("Started", Some("started"), ""))
                         (head("Took", Some("seconds"), "num"))
-                        @for column in &wish.columns { (head(&column.text, Some(&column.text), "num chosen")) }
+                        @for column in &query.columns { (head(&column.text, Some(&column.text), "num chosen")) }
                         (head("Stages", None, ""))
                         (head("Tags and note", None, ""))
                     } }
                     tbody {
-                        @if let Some(baseline) = baseline { (row(baseline, wish, Some(baseline), true)) }
+                        @if let Some(baseline) = baseline { (row(baseline, query, Some(baseline), true)) }
                         @for run in runs.iter().filter(|run| baseline.is_none_or(|baseline| baseline.id != run.id)) {
-                            (row(run, wish, baseline, false))
+                            (row(run, query, baseline, false))
                         }
                     }
                 }
@@ -384,7 +384,7 @@ fn short(field: &str) -> (&str, &str) {
     }
 }
 
-fn head(text: &str, field: Option<&str>, class: &str, wish: &Wish, ask: &Ask) -> Markup {
+fn head(text: &str, field: Option<&str>, class: &str, query: &ListQuery, ask: &Ask) -> Markup {
     let Some(field) = field else {
         return html! { th scope="col" class=(class) { (page::name(text)) } };
     };
@@ -392,11 +392,11 @@ fn head(text: &str, field: Option<&str>, class: &str, wish: &Wish, ask: &Ask) ->
         true => short(text),
         false => (text, ""),
     };
-    let sorted = wish.sort.first().filter(|sort| sort.name.text == field);
+    let sorted = query.sort.first().filter(|sort| sort.name.text == field);
     let (sort, aria, mark) = match sorted {
         Some(sort) if sort.descending => (field.to_owned(), Some("descending"), "↓"),
         Some(_) => (format!("-{field}"), Some("ascending"), "↑"),
-        None if field == "started" && wish.sort.is_empty() => {
+        None if field == "started" && query.sort.is_empty() => {
             (field.to_owned(), Some("descending"), "↓")
         }
         None => (field.to_owned(), None, ""),
@@ -411,7 +411,7 @@ fn head(text: &str, field: Option<&str>, class: &str, wish: &Wish, ask: &Ask) ->
     }
 }
 
-fn row(run: &RunSummary, wish: &Wish, baseline: Option<&RunSummary>, pinned: bool) -> Markup {
+fn row(run: &RunSummary, query: &ListQuery, baseline: Option<&RunSummary>, pinned: bool) -> Markup {
     html! {
         tr.pinned[pinned] data-run=(run.id.0) {
             td.pick { input type="checkbox" name="run" value=(run.id.0) aria-label=(format!("Select {}", run.id)); }
@@ -420,7 +420,7 @@ fn row(run: &RunSummary, wish: &Wish, baseline: Option<&RunSummary>, pinned: boo
             td.recipe { (page::name(&run.recipe)) }
             td.dim data-label="started" { (page::ago(run.started)) }
             td.num data-label="took" { (table::duration(run.seconds)) }
-            @for column in &wish.columns {
+            @for column in &query.columns {
                 @let value = run.values.get(&column.text).unwrap_or(&Value::Null);
                 td.num data-label=(short(&column.text).0) {
                     @match page::as_number(value) {

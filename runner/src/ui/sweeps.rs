@@ -2,7 +2,7 @@
 
 use maud::{Markup, html};
 
-use super::page::{self, Page, Place};
+use super::page::{self, Page, Section};
 use super::reply::{Problem, Reply};
 use super::request::{Ask, link, segment};
 use super::{Shelf, Site};
@@ -123,7 +123,7 @@ pub async fn answer(site: &Site, _: &Ask, reference: &str) -> Result<Reply, Prob
     let title = format!("sweep {id}");
     Ok(Page {
         title: &title,
-        place: Place::Other,
+        place: Section::Other,
         runs: &runs,
         live: Some(""),
         body,

@@ -1,6 +1,6 @@
 //! The runner's end of a worker: starting it, hearing it, signalling it, and knowing for certain how it ended.
 //!
-//! In: a [`Task`]. Out: [`Heard`] events, of which the last is always the exit. A worker leads a process group of its
+//! In: a [`Task`]. Out: [`WorkerEvent`] events, of which the last is always the exit. A worker leads a process group of its
 //! own, so that a Ctrl-C in the terminal does not reach it and everything it starts can be ended with it. Deliberately
 //! absent: what the events mean for a stage (the executor's).
 
@@ -20,7 +20,7 @@ use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 use tokio::task::JoinHandle;
 
-use crate::cluster::News;
+use crate::cluster::ElementEvent;
 use crate::frame::{self, Answer, FrameError, FromWorker, Inbox, Task, ToWorker};
 use crate::store::{LogSource, Usage};
 use crate::worker::death::Death;
@@ -56,15 +56,15 @@ pub struct Worker {
 
 /// Something a worker did.
 #[derive(Debug)]
-pub enum Heard {
+pub enum WorkerEvent {
     /// It sent a frame.
     Frame(FromWorker),
     /// It sent what is no frame; no further frames are read.
-    Nonsense(FrameError),
+    Malformed(FrameError),
     /// It, or something it loaded or started, wrote a line.
     Line(LogSource, String),
     /// Of a worker on another machine: something that only there can happen.
-    Remote(News),
+    Remote(ElementEvent),
     /// It has ended, and its whole process group with it. The last event.
     Exited(Exit),
 }
@@ -126,7 +126,7 @@ pub enum AskError {
     Unsendable(FrameError),
     /// It sent something else.
     #[error("the plugin's worker sent nonsense: {0}")]
-    Nonsense(String),
+    Malformed(String),
 }
 
 fn quoted(output: &str) -> String {
@@ -176,24 +176,26 @@ pub async fn ask(task: Task, limit: Duration) -> Result<Answer, AskError> {
     let conversation = async {
         loop {
             match worker.next().await {
-                Heard::Frame(FromWorker::Answer(given)) => answer = Some(Ok(given)),
-                Heard::Frame(FromWorker::Failed(failure)) => {
+                WorkerEvent::Frame(FromWorker::Answer(given)) => answer = Some(Ok(given)),
+                WorkerEvent::Frame(FromWorker::Failed(failure)) => {
                     answer = Some(Err(AskError::Failed(failure)))
                 }
-                Heard::Frame(FromWorker::NotLoaded { message, hint }) => {
+                WorkerEvent::Frame(FromWorker::NotLoaded { message, hint }) => {
                     answer = Some(Err(AskError::NotLoaded { message, hint }));
                 }
-                Heard::Frame(_) | Heard::Remote(_) => {}
-                Heard::Nonsense(error) => answer = Some(Err(AskError::Nonsense(error.to_string()))),
-                Heard::Line(_, line) => output.push(line),
-                Heard::Exited(exit) => return exit,
+                WorkerEvent::Frame(_) | WorkerEvent::Remote(_) => {}
+                WorkerEvent::Malformed(error) => {
+                    answer = Some(Err(AskError::Malformed(error.to_string())))
+                }
+                WorkerEvent::Line(_, line) => output.push(line),
+                WorkerEvent::Exited(exit) => return exit,
             }
         }
     };
     let ended = tokio::time::timeout(limit, conversation).await;
     let Ok(exit) = ended else {
         worker.signal(libc::SIGKILL);
-        while !matches!(worker.next().await, Heard::Exited(_)) {}
+        while !matches!(worker.next().await, WorkerEvent::Exited(_)) {}
         return Err(AskError::TimedOut { after: limit });
     };
     answer.unwrap_or_else(|| {
@@ -266,24 +268,26 @@ impl Worker {
         }
     }
 
-    /// What the worker does next. Cancel-safe. Not to be called after [`Heard::Exited`].
-    pub async fn next(&mut self) -> Heard {
+    /// What the worker does next. Cancel-safe. Not to be called after [`WorkerEvent::Exited`].
+    pub async fn next(&mut self) -> WorkerEvent {
         loop {
             match self.wire.take() {
-                Ok(Some(message)) => return Heard::Frame(message),
+                Ok(Some(message)) => return WorkerEvent::Frame(message),
                 Ok(None) => {}
-                Err(error) => return Heard::Nonsense(error),
+                Err(error) => return WorkerEvent::Malformed(error),
             }
             if let Some(line) = self.stdout.take() {
-                return Heard::Line(LogSource::Stdout, line);
+                return WorkerEvent::Line(LogSource::Stdout, line);
             }
             if let Some(line) = self.stderr.take() {
-                return Heard::Line(LogSource::Stderr, line);
+                return WorkerEvent::Line(LogSource::Stderr, line);
             }
             let silent = self.wire.closed() && self.stdout.closed() && self.stderr.closed();
             match &self.ended {
-                Some((exit, _)) if silent => return Heard::Exited(*exit),
-                Some((exit, since)) if since.elapsed() > DRAIN => return Heard::Exited(*exit),
+                Some((exit, _)) if silent => return WorkerEvent::Exited(*exit),
+                Some((exit, since)) if since.elapsed() > DRAIN => {
+                    return WorkerEvent::Exited(*exit);
+                }
                 _ => self.wait().await,
             }
         }

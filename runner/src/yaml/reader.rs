@@ -9,7 +9,9 @@ use serde_json::{Map, Value};
 
 use super::scalar;
 use super::syntax::{self, TOO_DEEP};
-use super::{Document, MAX_DEPTH, MAX_NAMES, MAX_PROBLEMS, MAX_VALUES, Place, YamlError, escape};
+use super::{
+    Document, Location, MAX_DEPTH, MAX_NAMES, MAX_PROBLEMS, MAX_VALUES, YamlError, escape,
+};
 use crate::diagnostic::Position;
 use crate::terminal;
 
@@ -65,7 +67,7 @@ struct Reader<'t> {
     pointer: String,
     depth: usize,
     values: usize,
-    places: BTreeMap<String, Place>,
+    places: BTreeMap<String, Location>,
     problems: Vec<YamlError>,
     anchors: BTreeMap<usize, Anchor>,
 }
@@ -402,7 +404,7 @@ impl<'t> Reader<'t> {
             .range(below.clone()..)
             .take_while(|(pointer, _)| pointer.starts_with(&below))
             .map(|(pointer, place)| (&pointer[from.len()..], place.clone()));
-        let copies: Vec<(String, Place)> = whole
+        let copies: Vec<(String, Location)> = whole
             .map(|place| ("", place))
             .into_iter()
             .chain(inner)

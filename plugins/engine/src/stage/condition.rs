@@ -257,7 +257,7 @@ fn tensor() -> String {
 }
 
 /// What a stage's options say.
-pub struct Wish<'o> {
+pub struct ConditionOptions<'o> {
     /// `labels`
     pub labels: Option<&'o Labels>,
     /// `caption`
@@ -278,7 +278,7 @@ pub struct Made {
     pub texts: Vec<String>,
 }
 
-impl Wish<'_> {
+impl ConditionOptions<'_> {
     /// Refuses contradictions; files that are there already must be of use.
     pub fn check(&self, base: &Path) -> Result<()> {
         let refuse = |pointer: &str, message: &str| Err(Error::option(pointer, message));

@@ -24,7 +24,7 @@ use crate::picture::{self, Npz, Pixels};
 use crate::random;
 use crate::sampler;
 use crate::samples::{FORMAT, ImagesKept, Kept, Manifest, Samples, ShardWriter, by_class};
-use crate::stage::condition::{Features, Given, Labels, Made, Texts, Wish, same_noise};
+use crate::stage::condition::{ConditionOptions, Features, Given, Labels, Made, Texts, same_noise};
 use crate::stage::shards::{self, Division, Part, batches, hashed};
 use crate::stage::{Context, Stage, link, resolve, room, write_json};
 use drawer::{Sampler, drawer};
@@ -109,8 +109,8 @@ fn columns() -> usize {
 }
 
 impl Options {
-    fn wish(&self) -> Wish<'_> {
-        Wish {
+    fn wish(&self) -> ConditionOptions<'_> {
+        ConditionOptions {
             labels: self.labels.as_ref(),
             caption: self.caption.as_ref(),
             text_encoder: self.text_encoder.as_deref(),

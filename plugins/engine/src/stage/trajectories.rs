@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::flow;
 use crate::random;
 use crate::sampler::{Choice, Distribution, autoregressive};
-use crate::stage::condition::{Features, Given, Labels, Made, Texts, Wish, same_noise};
+use crate::stage::condition::{ConditionOptions, Features, Given, Labels, Made, Texts, same_noise};
 use crate::stage::shards::{self, Division, Part, batches, hashed};
 use crate::stage::{Context, Stage, link, resolve, room, write_json};
 
@@ -121,8 +121,8 @@ impl Options {
         self.parts.iter().map(part).collect()
     }
 
-    fn wish(&self) -> Wish<'_> {
-        Wish {
+    fn wish(&self) -> ConditionOptions<'_> {
+        ConditionOptions {
             labels: self.labels.as_ref(),
             caption: self.caption.as_ref(),
             text_encoder: self.text_encoder.as_deref(),

@@ -16,9 +16,10 @@ use crate::cli::sweep::points::Source;
 use crate::cli::sweep::show;
 use crate::cli::{Context, Error, Exit, talk};
 use crate::environment;
-use crate::executor::hand::Cluster;
+use crate::executor::handle::Cluster;
 use crate::executor::{
-    Event, ExecutorError, Leave, Listener, Options, Reins, RunReport, Rung, Signals, execute_beside,
+    Control, Event, ExecutorError, Leave, Listener, Options, RunReport, Rung, Signals,
+    execute_beside,
 };
 use crate::plugin::{Plugins, search_dirs};
 use crate::progress::{self, Teller};
@@ -93,7 +94,7 @@ impl Schedule {
 
 /// What has come of points so far.
 #[derive(Debug, Default)]
-struct Tally {
+struct Counts {
     succeeded: usize,
     failed: usize,
 }
@@ -106,11 +107,11 @@ pub fn out(
 ) -> Result<(), Error> {
     let began = Instant::now();
     let teller = teller(context);
-    let reins = Reins::default();
+    let control = Control::default();
     let (jobs, cluster) = execution.placement(sweeping.source.base_dir(), [], context)?;
-    let mut floor = Floor {
+    let mut floor = SweepScheduler {
         schedule: Schedule::of(&sweeping),
-        tally: Tally::default(),
+        counts: Counts::default(),
         before: unfinished(&sweeping.detail),
         environment: environment::collect(sweeping.source.base_dir()),
         teller,
@@ -119,11 +120,11 @@ pub fn out(
         jobs,
         cluster,
         context,
-        reins: &reins,
+        control: &control,
     };
     let worked = floor.work();
     talk::attach(None);
-    let Tally { succeeded, failed } = floor.tally;
+    let Counts { succeeded, failed } = floor.counts;
     let stopped = match &floor.schedule {
         Schedule::InOrder(_) => 0,
         Schedule::Halving(halving) => halving.stopped(),
@@ -144,7 +145,7 @@ pub fn out(
     let took = progress::duration(began.elapsed());
     let total = talk::count(sweeping.done.len(), "point");
     let again = format!("`retort sweep show {id}` has the details, `retort resume {id}` goes on");
-    if let Some(signal) = reins.first() {
+    if let Some(signal) = control.first() {
         let exit = match signal {
             libc::SIGINT => Exit::Interrupted,
             libc::SIGHUP => Exit::HungUp,
@@ -186,10 +187,10 @@ fn unfinished(detail: &SweepDetail) -> BTreeMap<u32, RunId> {
 type UnderWay<'a> =
     FuturesUnordered<Pin<Box<dyn Future<Output = (Leg, Result<RunReport, ExecutorError>)> + 'a>>>;
 
-struct Floor<'a> {
+struct SweepScheduler<'a> {
     sweeping: &'a Sweeping<'a>,
     schedule: Schedule,
-    tally: Tally,
+    counts: Counts,
     /// Runs of points that did not succeed: their next ones take them up again.
     before: BTreeMap<u32, RunId>,
     environment: Value,
@@ -198,10 +199,10 @@ struct Floor<'a> {
     jobs: NonZeroUsize,
     cluster: Option<Cluster>,
     context: &'a Context,
-    reins: &'a Reins,
+    control: &'a Control,
 }
 
-impl<'a> Floor<'a> {
+impl<'a> SweepScheduler<'a> {
     /// Carries out legs, as many at once as there may be, until there are no more or the user ends it.
     fn work(&mut self) -> Result<(), Error> {
         let runtime = self.sweeping.runtime;
@@ -217,7 +218,7 @@ impl<'a> Floor<'a> {
         );
         let mut under_way: UnderWay<'a> = FuturesUnordered::new();
         loop {
-            while self.reins.first().is_none()
+            while self.control.first().is_none()
                 && under_way.len() < self.jobs.get()
                 && let Some(leg) = self.schedule.next(under_way.is_empty())
             {
@@ -225,7 +226,7 @@ impl<'a> Floor<'a> {
                     Ok(run) => under_way.push(run),
                     Err(error) => {
                         // A file that is gone, for one: other points may do without it.
-                        self.tally.failed += 1;
+                        self.counts.failed += 1;
                         talk::say(&format!("point {}: cannot be run", leg.point));
                         error.show(self.context);
                     }
@@ -252,9 +253,9 @@ impl<'a> Floor<'a> {
 
     /// Ctrl-C and its like, handed on to all runs, and said once.
     fn interrupt(&self, signal: i32, workers: usize) {
-        let is_first = self.reins.first().is_none();
+        let is_first = self.control.first().is_none();
         // A pause has to be counted on the event loop's thread, which is this one.
-        self.reins.pull(signal);
+        self.control.send(signal);
         match (is_first, signal) {
             (_, libc::SIGTSTP) => {}
             (true, _) => self.teller.hear(Event::Stopping {
@@ -318,9 +319,9 @@ impl<'a> Floor<'a> {
             }),
         };
         let listener = self.listener(leg, settings);
-        let (store, reins) = (Arc::clone(store), self.reins);
+        let (store, control) = (Arc::clone(store), self.control);
         Ok(Box::pin(async move {
-            let work = execute_beside(&plan, &roles, store, &options, listener, reins);
+            let work = execute_beside(&plan, &roles, store, &options, listener, control);
             (leg, work.await)
         }))
     }
@@ -357,7 +358,7 @@ impl<'a> Floor<'a> {
         let took = progress::duration(report.elapsed);
         let said = match (report.state, report.rung) {
             (RunState::Succeeded, _) => {
-                self.tally.succeeded += 1;
+                self.counts.succeeded += 1;
                 format!("succeeded in {took}")
             }
             (RunState::Interrupted, Some(value)) => {
@@ -368,7 +369,7 @@ impl<'a> Floor<'a> {
             }
             (RunState::Interrupted, None) => format!("interrupted after {took}"),
             _ => {
-                self.tally.failed += 1;
+                self.counts.failed += 1;
                 format!("failed after {took}")
             }
         };

@@ -7,10 +7,10 @@ use tokio::sync::mpsc;
 
 use super::{cancelled, note};
 use crate::cluster::spool::{Over, Reader, Record, Seen, Word};
-use crate::cluster::{Ended, News};
+use crate::cluster::{ElementEvent, Ended};
 use crate::frame::{Answer, FromWorker, Task};
-use crate::store::{ElementNews, JobKey, LogLine, Time, Usage};
-use crate::worker::process::{Exit, ExitStatus, Heard};
+use crate::store::{ElementUpdate, JobKey, LogLine, Time, Usage};
+use crate::worker::process::{Exit, ExitStatus, WorkerEvent};
 
 /// How a life ended that did not say so, where Slurm does not say either.
 pub const LOST: &str = "node failed, or preempted";
@@ -30,7 +30,7 @@ pub enum Phase {
 
 /// What the executor wants of an element.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Wish {
+pub enum StopLevel {
     GoOn,
     /// To stop at the next checkpoint.
     Checkpoint,
@@ -42,12 +42,12 @@ pub enum Wish {
 
 /// What a life has said of its end, kept until it is known whether another follows.
 #[derive(Debug, Default)]
-pub struct Held {
+pub struct PendingEnd {
     pub frames: Vec<FromWorker>,
     pub exit: Option<Exit>,
 }
 
-impl Held {
+impl PendingEnd {
     pub fn has_result(&self) -> bool {
         let result = |frame: &FromWorker| matches!(frame, FromWorker::Answer(Answer::Result(_)));
         self.frames.iter().any(result)
@@ -58,9 +58,9 @@ impl Held {
 pub struct Slot {
     pub part: Option<Part>,
     pub task: Task,
-    tell: mpsc::Sender<Heard>,
+    tell: mpsc::Sender<WorkerEvent>,
     pub phase: Phase,
-    pub wish: Wish,
+    pub level: StopLevel,
     /// Why it waits.
     pub why: String,
     /// Its job, and which element of it this is.
@@ -68,7 +68,7 @@ pub struct Slot {
     pub reader: Option<Reader>,
     /// Records below this number have been taken over by another runner.
     mark: u64,
-    pub held: Held,
+    pub held: PendingEnd,
     /// The life that has begun and not ended.
     pub life: Option<u32>,
     /// How the last life ended, by its own words.
@@ -85,18 +85,18 @@ pub struct Slot {
 }
 
 impl Slot {
-    pub fn new(part: Option<Part>, task: Task, tell: mpsc::Sender<Heard>) -> Self {
+    pub fn new(part: Option<Part>, task: Task, tell: mpsc::Sender<WorkerEvent>) -> Self {
         Self {
             part,
             task,
             tell,
             phase: Phase::New,
-            wish: Wish::GoOn,
+            level: StopLevel::GoOn,
             why: String::new(),
             job: None,
             reader: None,
             mark: 0,
-            held: Held::default(),
+            held: PendingEnd::default(),
             life: None,
             over: None,
             tries: 0,
@@ -112,7 +112,7 @@ impl Slot {
         self.job = Some(job);
         self.reader = Some(reader);
         self.mark = mark;
-        self.held = Held::default();
+        self.held = PendingEnd::default();
         (self.life, self.over, self.absent) = (None, None, 0);
         (self.expected, self.hurried) = (false, false);
         self.phase = Phase::Queued;
@@ -130,7 +130,7 @@ impl Slot {
         self.reader.is_some() && (self.phase == Phase::Running || self.expected)
     }
 
-    async fn send(&self, heard: Heard) {
+    async fn send(&self, heard: WorkerEvent) {
         // Nobody hears an attempt that was dropped.
         let _ = self.tell.send(heard).await;
     }
@@ -143,7 +143,7 @@ impl Slot {
     pub async fn take(
         &mut self,
         records: Vec<Record>,
-        news: &mut Vec<(JobKey, usize, ElementNews)>,
+        news: &mut Vec<(JobKey, usize, ElementUpdate)>,
     ) {
         let Some((key, element)) = self.job else {
             return;
@@ -167,18 +167,18 @@ impl Slot {
                     news.push((
                         key,
                         element,
-                        ElementNews::Began {
+                        ElementUpdate::Began {
                             life,
                             node: node.clone(),
                             at,
                         },
                     ));
-                    self.held = Held::default();
+                    self.held = PendingEnd::default();
                     (self.life, self.over, self.absent) = (Some(life), None, 0);
                     self.phase = Phase::Running;
                     self.why.clear();
                     if !std::mem::replace(&mut self.begun, true) {
-                        self.send(Heard::Remote(News::Began)).await;
+                        self.send(WorkerEvent::Remote(ElementEvent::Began)).await;
                     }
                     if fresh {
                         let text = format!("job {job} began on {node} (process {pid})");
@@ -193,7 +193,7 @@ impl Slot {
                 ) => self.held.frames.push(frame),
                 Word::Frame(frame) => {
                     if fresh || matches!(frame, FromWorker::Progress(_)) {
-                        self.send(Heard::Frame(frame)).await;
+                        self.send(WorkerEvent::Frame(frame)).await;
                     }
                 }
                 Word::Line { source, text } => {
@@ -204,7 +204,8 @@ impl Slot {
                             source,
                             text,
                         };
-                        self.send(Heard::Remote(News::Line(line))).await;
+                        self.send(WorkerEvent::Remote(ElementEvent::Line(line)))
+                            .await;
                     }
                 }
                 Word::Exited {
@@ -221,7 +222,7 @@ impl Slot {
                 Word::Over(over) => self.life_over(over, at, fresh, news).await,
             }
         }
-        self.send(Heard::Remote(News::Heard {
+        self.send(WorkerEvent::Remote(ElementEvent::ReadTo {
             job: key,
             element,
             number: last + 1,
@@ -235,7 +236,7 @@ impl Slot {
         over: Over,
         at: i64,
         fresh: bool,
-        news: &mut Vec<(JobKey, usize, ElementNews)>,
+        news: &mut Vec<(JobKey, usize, ElementUpdate)>,
     ) {
         let (reason, goes_on) = match &over {
             Over::Done if self.held.has_result() => ("succeeded", false),
@@ -283,18 +284,18 @@ impl Slot {
         &mut self,
         reason: &str,
         at: i64,
-        news: &mut Vec<(JobKey, usize, ElementNews)>,
+        news: &mut Vec<(JobKey, usize, ElementUpdate)>,
     ) {
         if let (Some((key, element)), Some(life)) = (self.job, self.life.take()) {
             let reason = reason.to_owned();
-            news.push((key, element, ElementNews::Ended { life, reason, at }));
+            news.push((key, element, ElementUpdate::Ended { life, reason, at }));
         }
     }
 
     /// Tells the end that the last life has told of.
     pub async fn deliver(&mut self) {
         for frame in std::mem::take(&mut self.held.frames) {
-            self.send(Heard::Frame(frame)).await;
+            self.send(WorkerEvent::Frame(frame)).await;
         }
         let left = Exit {
             status: ExitStatus::Code(0),
@@ -302,13 +303,13 @@ impl Slot {
             out_of_memory: Some(false),
         };
         let exit = self.held.exit.unwrap_or(left);
-        self.send(Heard::Exited(exit)).await;
+        self.send(WorkerEvent::Exited(exit)).await;
         self.phase = Phase::Over;
     }
 
     /// Tells that it was stopped before it had begun, or between two lives.
     pub async fn cancelled(&mut self) {
-        self.held = Held {
+        self.held = PendingEnd {
             frames: vec![cancelled()],
             exit: None,
         };
@@ -318,8 +319,8 @@ impl Slot {
     /// Tells that Slurm has ended it, as it was asked to.
     pub async fn killed(&mut self) {
         self.held.frames.clear();
-        match self.wish {
-            Wish::Ending | Wish::Now => {
+        match self.level {
+            StopLevel::Ending | StopLevel::Now => {
                 self.held.exit = Some(Exit {
                     status: ExitStatus::Signal(libc::SIGKILL),
                     usage: self.held.exit.map(|exit| exit.usage).unwrap_or_default(),
@@ -336,7 +337,8 @@ impl Slot {
         if self.phase == Phase::Over {
             return;
         }
-        self.send(Heard::Remote(News::Ended(ended))).await;
+        self.send(WorkerEvent::Remote(ElementEvent::Ended(ended)))
+            .await;
         self.held.frames.clear();
         self.deliver().await;
     }
@@ -345,13 +347,13 @@ impl Slot {
 /// Whether what an element has said so far may lead to a result; `goes_on`: whether Slurm still has it.
 pub fn is_worth_taking(dir: &std::path::Path, goes_on: bool) -> bool {
     let mut reader = Reader::new(PathBuf::from(dir));
-    let (mut held, mut over) = (Held::default(), None);
+    let (mut held, mut over) = (PendingEnd::default(), None);
     loop {
         let mut records = Vec::new();
         let seen = reader.look(&mut records);
         for record in records {
             match record.word {
-                Word::Began { .. } => (held, over) = (Held::default(), None),
+                Word::Began { .. } => (held, over) = (PendingEnd::default(), None),
                 Word::Frame(frame @ FromWorker::Answer(_)) => held.frames.push(frame),
                 Word::Over(last) => over = Some(last),
                 _ => {}

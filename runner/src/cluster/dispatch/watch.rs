@@ -3,12 +3,12 @@
 use retort_abi::LogLevel;
 use tokio::time::Instant;
 
-use super::slot::{LOST, Phase, Slot, Wish};
+use super::slot::{LOST, Phase, Slot, StopLevel};
 use super::{GATHER, Work};
 use crate::cluster::Ended;
 use crate::cluster::slurm::{Key, Said, State, id};
 use crate::cluster::spool::{Over, Reader, Record, Seen, SpoolError};
-use crate::store::{ElementNews, StoreError, Time};
+use crate::store::{ElementUpdate, StoreError, Time};
 
 /// How often Slurm has to say that an element is over which has not said so itself: what it wrote last may be on its way.
 const SETTLED: u32 = 3;
@@ -50,7 +50,7 @@ impl Work {
             let key = slot.job;
             if slot.phase == Phase::Over {
                 self.news
-                    .extend(key.map(|(key, element)| (key, element, ElementNews::Over)));
+                    .extend(key.map(|(key, element)| (key, element, ElementUpdate::Over)));
                 continue;
             }
             if let Err(error) = result {
@@ -129,7 +129,7 @@ impl Work {
                         continue;
                     }
                     slot.absent += 1;
-                    let unborn = slot.wish > Wish::GoOn && slot.life.is_none();
+                    let unborn = slot.level > StopLevel::GoOn && slot.life.is_none();
                     if slot.absent >= SETTLED || unborn {
                         self.conclude(index, place, said).await;
                     }
@@ -161,7 +161,9 @@ impl Work {
         if slot.held.has_result() {
             slot.life_ended("succeeded", Time::now().0, &mut self.news);
             slot.deliver().await;
-        } else if slot.wish > Wish::GoOn && state.is_none_or(|state| state == State::Cancelled) {
+        } else if slot.level > StopLevel::GoOn
+            && state.is_none_or(|state| state == State::Cancelled)
+        {
             slot.life_ended("stopped", Time::now().0, &mut self.news);
             slot.killed().await;
         } else {
@@ -258,7 +260,7 @@ impl Work {
             }
         }
         if let Some((key, element)) = job {
-            self.news.push((key, element, ElementNews::Over));
+            self.news.push((key, element, ElementUpdate::Over));
         }
     }
 
@@ -317,7 +319,7 @@ fn turn(slot: &mut Slot) -> bool {
 async fn waits(
     slot: &mut Slot,
     said: &Said,
-    news: &mut Vec<(crate::store::JobKey, usize, ElementNews)>,
+    news: &mut Vec<(crate::store::JobKey, usize, ElementUpdate)>,
 ) {
     if slot.life.is_some() {
         let reason = match slot.over {
@@ -332,7 +334,7 @@ async fn waits(
     if slot.why != said.reason {
         slot.why.clone_from(&said.reason);
         if let Some((key, element)) = slot.job {
-            news.push((key, element, ElementNews::Queued(said.reason.clone())));
+            news.push((key, element, ElementUpdate::Queued(said.reason.clone())));
         }
     }
 }

@@ -10,14 +10,14 @@ use tokio::sync::watch;
 
 use crate::executor::pause::Pauses;
 
-/// Holds the runs of this process.
+/// Sends signals to all runs of this process.
 #[derive(Debug, Clone)]
-pub struct Reins {
+pub struct Control {
     heard: Arc<watch::Sender<Vec<i32>>>,
     pub(super) pauses: Arc<Pauses>,
 }
 
-impl Default for Reins {
+impl Default for Control {
     fn default() -> Self {
         Self {
             heard: Arc::new(watch::Sender::new(Vec::new())),
@@ -26,9 +26,9 @@ impl Default for Reins {
     }
 }
 
-impl Reins {
+impl Control {
     /// Hands a signal on. To be called on the event loop's thread.
-    pub fn pull(&self, signal: i32) {
+    pub fn send(&self, signal: i32) {
         match signal {
             libc::SIGTSTP => self.pauses.stop(),
             signal => self.heard.send_modify(|heard| heard.push(signal)),
@@ -40,7 +40,7 @@ impl Reins {
         self.heard.borrow().first().copied()
     }
 
-    /// A run's hand on them: what it has not heard yet.
+    /// A run's receiver of signals: those it has not seen yet.
     pub(super) fn follow(&self) -> Follower {
         Follower {
             heard: self.heard.subscribe(),
@@ -49,7 +49,7 @@ impl Reins {
     }
 }
 
-/// One run's ear.
+/// The signals that one run has still to see.
 #[derive(Debug)]
 pub(super) struct Follower {
     heard: watch::Receiver<Vec<i32>>,

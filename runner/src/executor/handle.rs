@@ -1,6 +1,6 @@
 //! Whoever works on a stage or a part of it: a process of this machine, or an element of a job on a cluster.
 //!
-//! In: a stage about to begin. Out: a [`Hand`] for it and for each part, which all are sent, heard and ended alike.
+//! In: a stage about to begin. Out: a [`WorkerHandle`] for it and for each part, which all are sent, heard and ended alike.
 
 use std::ffi::OsString;
 use std::net::TcpListener;
@@ -9,14 +9,14 @@ use std::sync::Arc;
 use retort_abi::{Failure, FailureCode, Part};
 
 use crate::cluster::Ended;
-use crate::cluster::dispatch::{Assignment, Desk, Element};
+use crate::cluster::dispatch::{Assignment, Dispatcher, Element};
 use crate::cluster::slurm::Slurm;
-use crate::executor::attempt::{Bench, Brief, End};
+use crate::executor::attempt::{AttemptSpec, End, RunContext};
 use crate::frame::{FrameError, ToWorker};
 use crate::plan::Threads;
 use crate::settings::{Profile, Settings};
 use crate::store::{AttemptId, StoreError};
-use crate::worker::process::{Heard, Worker};
+use crate::worker::process::{Worker, WorkerEvent};
 
 /// A cluster, and what stages ask of it.
 #[derive(Debug, Clone)]
@@ -29,14 +29,14 @@ pub struct Cluster {
 
 /// Whoever works.
 #[derive(Debug)]
-pub enum Hand {
+pub enum WorkerHandle {
     /// A process of this machine.
     Process(Box<Worker>),
     /// An element of a job.
     Element(Element),
 }
 
-impl Hand {
+impl WorkerHandle {
     /// Sends a message.
     ///
     /// # Errors
@@ -51,8 +51,8 @@ impl Hand {
         }
     }
 
-    /// What it does next. Cancel-safe. Not to be called after [`Heard::Exited`].
-    pub async fn next(&mut self) -> Heard {
+    /// What it does next. Cancel-safe. Not to be called after [`WorkerEvent::Exited`].
+    pub async fn next(&mut self) -> WorkerEvent {
         match self {
             Self::Process(worker) => worker.next().await,
             Self::Element(element) => element.next().await,
@@ -71,13 +71,13 @@ impl Hand {
 /// Where a stage is worked on.
 pub enum Placement {
     /// On this machine: the process of the whole, and one for each part.
-    Here(Hand, Vec<(Part, Hand)>),
+    Here(WorkerHandle, Vec<(Part, WorkerHandle)>),
     /// On a cluster.
-    Cluster(Box<Placed>),
+    Cluster(Box<ClusterPlacement>),
 }
 
 /// What a stage asks of a cluster.
-pub struct Placed {
+pub struct ClusterPlacement {
     cluster: Cluster,
     profile: Profile,
     cpus: usize,
@@ -87,7 +87,7 @@ impl Placement {
     /// The process of the whole on this machine, else 0.
     pub fn pid(&self) -> u32 {
         match self {
-            Self::Here(Hand::Process(worker), _) => worker.pid(),
+            Self::Here(WorkerHandle::Process(worker), _) => worker.pid(),
             _ => 0,
         }
     }
@@ -101,13 +101,13 @@ impl Placement {
     }
 }
 
-/// Finds hands for a stage: processes are started at once, that of the whole too, which waits while the parts work.
+/// Finds workers for a stage: processes are started at once, that of the whole too, which waits while the parts work.
 ///
 /// # Errors
 /// How the attempt has ended before it began.
-pub fn place(bench: &Bench, brief: &Brief) -> Result<Placement, End> {
-    if let Some(cluster) = &bench.cluster {
-        if brief.stage.together {
+pub fn place(context: &RunContext, spec: &AttemptSpec) -> Result<Placement, End> {
+    if let Some(cluster) = &context.cluster {
+        if spec.stage.together {
             return Err(End::Cluster(Ended {
                 reason: "not submitted".into(),
                 message: "the workers of a training have to run at the same time, which the elements of a job array need not"
@@ -118,7 +118,7 @@ pub fn place(bench: &Bench, brief: &Brief) -> Result<Placement, End> {
                 ),
             }));
         }
-        let profile = cluster.settings.profile(&brief.stage.kind);
+        let profile = cluster.settings.profile(&spec.stage.kind);
         let profile = profile.map_err(|error| {
             End::Cluster(Ended {
                 reason: "not submitted".into(),
@@ -126,35 +126,35 @@ pub fn place(bench: &Bench, brief: &Brief) -> Result<Placement, End> {
                 hint: error.hint,
             })
         })?;
-        let fixed = match brief.stage.threads {
+        let fixed = match spec.stage.threads {
             Threads::Fixed(threads) => Some(threads),
             Threads::Share => None,
         };
-        return Ok(Placement::Cluster(Box::new(Placed {
+        return Ok(Placement::Cluster(Box::new(ClusterPlacement {
             cpus: profile.cpus.or(fixed).unwrap_or(1).max(1),
             cluster: cluster.clone(),
             profile,
         })));
     }
-    let hire = || {
-        let port = match brief.stage.together {
+    let start = || {
+        let port = match spec.stage.together {
             true => free_port()?,
             false => 0,
         };
-        let spawn = |part: Option<Part>| -> std::io::Result<Hand> {
-            let part_of_all = part.filter(|_| brief.stage.together);
+        let spawn = |part: Option<Part>| -> std::io::Result<WorkerHandle> {
+            let part_of_all = part.filter(|_| spec.stage.together);
             let variables = part_of_all.map_or_else(Vec::new, |part| ranks(part, port));
-            let worker = Worker::spawn(brief.threads_of(part), &variables)?;
-            Ok(Hand::Process(Box::new(worker)))
+            let worker = Worker::spawn(spec.threads_of(part), &variables)?;
+            Ok(WorkerHandle::Process(Box::new(worker)))
         };
         let whole = spawn(None)?;
-        let parts = brief.parts().map(|part| Ok((part, spawn(Some(part))?)));
+        let parts = spec.parts().map(|part| Ok((part, spawn(Some(part))?)));
         Ok(Placement::Here(
             whole,
             parts.collect::<std::io::Result<_>>()?,
         ))
     };
-    hire().map_err(|error: std::io::Error| {
+    start().map_err(|error: std::io::Error| {
         let message = format!("a worker process could not be started: {error}");
         End::Failed(Failure {
             retryable: true,
@@ -179,33 +179,33 @@ fn free_port() -> std::io::Result<u16> {
     Ok(TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
 }
 
-impl Placed {
-    /// Opens the desk of an attempt, and gives a hand for the whole and for each part.
+impl ClusterPlacement {
+    /// Opens the dispatcher of an attempt, and gives a handle for the whole and for each part.
     ///
     /// # Errors
     /// The store cannot be read or written.
     pub async fn open(
         self,
-        bench: &Bench,
-        brief: &Brief,
+        context: &RunContext,
+        spec: &AttemptSpec,
         attempt: AttemptId,
-    ) -> Result<(Desk, Hand, Vec<(Part, Hand)>), StoreError> {
-        let desk = Desk::open(Assignment {
-            store: Arc::clone(&bench.store),
+    ) -> Result<(Dispatcher, WorkerHandle, Vec<(Part, WorkerHandle)>), StoreError> {
+        let dispatcher = Dispatcher::open(Assignment {
+            store: Arc::clone(&context.store),
             slurm: self.cluster.slurm,
-            listener: Arc::clone(&bench.listener),
-            stage: brief.stage.name.clone(),
+            listener: Arc::clone(&context.listener),
+            stage: spec.stage.name.clone(),
             attempt,
-            digest: brief.digest.hex.clone(),
-            work_dir: brief.work_dir.clone(),
+            digest: spec.digest.hex.clone(),
+            work_dir: spec.work_dir.clone(),
             profile: self.profile,
             cpus: self.cpus,
         })
         .await?;
-        let whole = Hand::Element(desk.element(None));
-        let parts = brief.parts();
-        let parts = parts.map(|part| (part, Hand::Element(desk.element(Some(part)))));
+        let whole = WorkerHandle::Element(dispatcher.element(None));
+        let parts = spec.parts();
+        let parts = parts.map(|part| (part, WorkerHandle::Element(dispatcher.element(Some(part)))));
         let parts = parts.collect();
-        Ok((desk, whole, parts))
+        Ok((dispatcher, whole, parts))
     }
 }
