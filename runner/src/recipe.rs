@@ -405,7 +405,7 @@ pub fn parse(
         findings.push(source.place(finding, violation.part));
     }
     // `1e3` is a whole number wherever one is wanted.
-    schema::settle_numbers(&runner_schema, &mut value);
+    schema::settle_numbers(runner_schema, &mut value);
     let is_wrong = |finding: &Finding| finding.pointer.starts_with("/sweep");
     let sweep = match value.get("sweep") {
         Some(section) if !findings.iter().any(is_wrong) => {

@@ -1,6 +1,7 @@
 //! Pixels as what a terminal draws them from: escape sequences, or characters in colours.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fmt::Write as _;
 use std::io::Cursor;
 
@@ -89,11 +90,11 @@ fn indexed(picture: &RgbaImage) -> (Vec<[u8; 3]>, Vec<Option<u8>>) {
     let mut known: BTreeMap<[u8; 3], u8> = BTreeMap::new();
     for color in picture.pixels().filter(opaque).map(rgb) {
         let next = known.len();
-        if !known.contains_key(&color) {
+        if let Entry::Vacant(unknown) = known.entry(color) {
             let Ok(next) = u8::try_from(next) else {
                 return quantised(picture);
             };
-            known.insert(color, next);
+            unknown.insert(next);
         }
     }
     let mut palette = vec![[0; 3]; known.len()];
