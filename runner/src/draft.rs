@@ -81,10 +81,10 @@ impl Draft {
 }
 
 /// Writes a file that somebody named: what was there stays as it was until the whole of it is written. A pipe or a device
-/// is written to, but nobody waits for a reader.
+/// is written to, but nobody waits for a reader. No folder is made: one that is not there is a mistake in the name.
 ///
 /// # Errors
-/// It cannot be written, or is a pipe that nobody reads.
+/// It cannot be written, its folder is not there, or it is a pipe that nobody reads.
 pub fn write(target: &Path, bytes: &[u8]) -> io::Result<()> {
     let found = match fs::metadata(target) {
         Ok(found) => Some(found.file_type()),
@@ -114,6 +114,11 @@ pub fn write(target: &Path, bytes: &[u8]) -> io::Result<()> {
         Some(_) => fs::canonicalize(target)?,
         None => target.to_owned(),
     };
+    let folder = target.parent().unwrap_or(Path::new(""));
+    if !folder.as_os_str().is_empty() && !folder.is_dir() {
+        let message = format!("there is no folder {}", folder.display());
+        return Err(io::Error::new(io::ErrorKind::NotFound, message));
+    }
     let (draft, mut file) = Draft::file(&target)?;
     file.write_all(bytes)?;
     file.sync_all()?;

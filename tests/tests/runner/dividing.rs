@@ -130,10 +130,17 @@ fn what_cannot_be_divided_is_said() {
   student: {kind: distill, teacher: teacher, trajectories: pairs, timesteps: [0], workers: 2}
 ");
     lab.retort(&["validate", "r.yaml"]).expect(3).saying(&[
-        "stage `student`: the work of a `distill` cannot be divided among workers",
+        "stage `student`: plugin `candle` has no way for the workers of a `distill` to add up gradients",
         "workers: 2}",
-        "kinds that can be: `trajectories`",
+        "`backend: libtorch`",
     ]);
     lab.retort(&["validate", "r.yaml", "--set", "student.workers=1"])
         .expect(0);
+    let tokenizer = ["--set", "student.workers=1", "--set", "codes.workers=2"];
+    lab.retort(&[&["validate", "r.yaml"], &tokenizer[..]].concat())
+        .expect(3)
+        .saying(&[
+            "stage `codes`: the work of a `tokenizer` cannot be divided among workers",
+            "kinds that can be: `trajectories`",
+        ]);
 }

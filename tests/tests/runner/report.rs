@@ -59,8 +59,10 @@ fn a_page_has_everything_of_its_runs() {
         "curves of one series share a chart"
     );
     lab.retort(&["report", "nobody"]).expect(4);
-    lab.retort(&["report", "latest", "-o", "/nonexistent/x.html"])
-        .expect(1);
+    lab.retort(&["report", "latest", "-o", "nowhere/x.html"])
+        .expect(1)
+        .saying(&["there is no folder nowhere"]);
+    assert!(!lab.dir.path().join("nowhere").exists());
 }
 
 #[test]

@@ -286,7 +286,7 @@ fn a_plugin_that_is_no_file_is_not_examined() {
     fifo(&lab.dir.path().join("pipe"));
     symlink("/dev/zero", lab.dir.path().join("libretort_zero.so")).unwrap();
     for (name, kind) in [
-        ("pipe", "a named pipe, not a regular file"),
+        ("./pipe", "a named pipe, not a regular file"),
         ("libretort_zero.so", "a device, not a regular file"),
     ] {
         let said = lab.retort(&["plugin", "test", "--json", name]).expect(5);
