@@ -1678,6 +1678,12 @@ fn a_full_disk_ends_neither_a_connection_nor_what_comes_after() {
                 let limit = sqlx::query(sqlx::AssertSqlSafe(limit));
                 limit.execute(&mut **connection).await.unwrap();
             }
+            // They go back by themselves, a little later: until then a fresh one without a limit would be opened.
+            let limited = all.len();
+            drop(all);
+            while store.pool().num_idle() < limited {
+                tokio::task::yield_now().await;
+            }
         };
         limit(1).await;
         let line = |text: String| LogLine {
