@@ -459,7 +459,8 @@ impl<'a> Examination<'a> {
                 .stages
                 .iter()
                 .find(|kind| kind.kind == stage.kind);
-            let divisible = kind.is_some_and(|kind| kind.divisible);
+            // Processes that work together would wait for each other here, where one works at a time.
+            let divisible = kind.is_some_and(|kind| kind.divisible && !kind.together);
             if let Some(output) = self.examine_stage(&tested, divisible) {
                 made.insert(stage.name.clone(), output);
             }
