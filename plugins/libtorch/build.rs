@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 fn main() {
     println!("cargo::rerun-if-changed=src/aten.cpp");
     println!("cargo::rerun-if-changed=src/collective.cpp");
+    println!("cargo::rerun-if-changed=src/guarded.h");
     let lib = std::env::var_os("DEP_TCH_LIBTORCH_LIB").expect("torch-sys says where libtorch is");
     let lib = PathBuf::from(lib);
     let lib = lib

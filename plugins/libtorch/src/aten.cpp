@@ -16,26 +16,12 @@
 #include <ATen/ops/native_group_norm_backward.h>
 #include <ATen/ops/native_layer_norm.h>
 #include <ATen/ops/native_layer_norm_backward.h>
-#include <c10/util/Exception.h>
+
+#include "guarded.h"
 
 using at::Tensor;
 
 namespace {
-
-template <class Body> const char *guarded(Body body) {
-  static thread_local std::string message;
-  try {
-    body();
-    return nullptr;
-  } catch (const c10::Error &error) {
-    message = error.what_without_backtrace();
-  } catch (const std::exception &error) {
-    message = error.what();
-  } catch (...) {
-    message = "libtorch threw something that is no exception";
-  }
-  return message.c_str();
-}
 
 void give(Tensor **out, Tensor tensor) {
   *out = tensor.defined() ? new Tensor(std::move(tensor)) : nullptr;

@@ -11,9 +11,10 @@
 #include <vector>
 
 #include <ATen/ops/from_blob.h>
-#include <c10/util/Exception.h>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
+
+#include "guarded.h"
 
 namespace {
 
@@ -24,21 +25,6 @@ struct Ranks {
   c10::intrusive_ptr<c10d::Store> store;
   c10::intrusive_ptr<Group> group;
 };
-
-template <class Body> const char *guarded(Body body) {
-  static thread_local std::string message;
-  try {
-    body();
-    return nullptr;
-  } catch (const c10::Error &error) {
-    message = error.what_without_backtrace();
-  } catch (const std::exception &error) {
-    message = error.what();
-  } catch (...) {
-    message = "c10d threw something that is no exception";
-  }
-  return message.c_str();
-}
 
 std::vector<at::Tensor> over(float *values, int64_t count) {
   return {at::from_blob(values, {count}, at::kFloat)};
