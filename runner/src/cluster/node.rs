@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use crate::cluster::spool::{self, Order, Over, SpoolError, Word, Writer};
 use crate::executor::attempt::out_of_memory_kills;
 use crate::frame::{Call, FromWorker, Points, Task, ToWorker};
-use crate::worker::process::{Exit, ExitStatus, Worker, WorkerEvent};
+use crate::worker::process::{Exit, ExitStatus, SURVIVES_SIGTERM, Worker, WorkerEvent};
 
 /// How often the file that stops a job is looked for, and stale directories with it.
 const STOP_INTERVAL: Duration = Duration::from_secs(2);
@@ -204,7 +204,8 @@ impl Watch<'_> {
         wasted: u32,
     ) -> std::io::Result<Over> {
         let kills = kills_for_memory();
-        let mut worker = Worker::spawn(self.order.threads, &[])?;
+        // Slurm signals every process of a job. What the worker does about its end is said here, through its socket.
+        let mut worker = Worker::spawn(self.order.threads, &[(SURVIVES_SIGTERM, "1".into())])?;
         if let Err(error) = worker.send(&ToWorker::Start(Box::new(task))).await {
             return Err(std::io::Error::other(error));
         }
@@ -263,6 +264,13 @@ impl Watch<'_> {
             Some(Cause::User) => return Over::Stopped,
             Some(Cause::TimeLimit) => return Over::TimeLimit { at_checkpoint },
             Some(Cause::Terminated) => return Over::Terminated { at_checkpoint },
+            // Nothing here sends it: it was Slurm's, and ended a worker that had not yet arranged to survive it before it
+            // was received here.
+            None if exit.status == ExitStatus::Signal(libc::SIGTERM) => {
+                return Over::Terminated {
+                    at_checkpoint: false,
+                };
+            }
             None => {}
         }
         let reason = match self.answer {

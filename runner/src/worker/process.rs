@@ -29,6 +29,10 @@ use crate::worker::{LONGEST_LINE, shortened};
 /// How long what a dead worker has left in its pipes is waited for: processes that left its group may hold them open.
 const DRAIN: Duration = Duration::from_millis(500);
 
+/// The variable that has a worker ignore SIGTERM: where a scheduler signals every process of a job, whoever watches over
+/// the worker decides how it ends.
+pub const SURVIVES_SIGTERM: &str = "RETORT_WORKER_SURVIVES_SIGTERM";
+
 /// Process ids of the workers that have not been collected.
 static ALIVE: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
 
