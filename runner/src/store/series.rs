@@ -202,15 +202,16 @@ impl Store {
     /// # Errors
     /// [`StoreError::Damaged`], [`StoreError::Sql`].
     pub async fn last_metrics(&self, run: &RunId) -> Result<Vec<SeriesSummary>, StoreError> {
+        let key = self.run_key(run).await?;
         let rows = sqlx::query(
             "select s.name as stage, e.name as series, e.points, e.last_step, e.last, e.min, e.max, e.attempt, v.reused
              from v_stage_attempts v
              join stages s on s.key = v.stage
              join series e on e.attempt = v.attempt
-             where v.run = (select key from runs where id = ?1)
+             where v.run = ?1
              order by s.position, s.key, e.name, e.attempt",
         )
-        .bind(&run.0)
+        .bind(key)
         .fetch_all(self.pool())
         .await?;
         rows.iter()
@@ -415,15 +416,16 @@ impl Store {
     }
 
     async fn series_named(&self, run: &RunId, name: &str) -> Result<Vec<Named>, StoreError> {
+        let key = self.run_key(run).await?;
         let rows = sqlx::query(
             "select e.key, e.base, s.name as stage, e.name as series
              from v_stage_attempts v
              join stages s on s.key = v.stage
              join series e on e.attempt = v.attempt
-             where v.run = (select key from runs where id = ?1) and (e.name = ?2 or s.name || '/' || e.name = ?2)
+             where v.run = ?1 and (e.name = ?2 or s.name || '/' || e.name = ?2)
              order by s.position, s.key, e.attempt",
         )
-        .bind(&run.0)
+        .bind(key)
         .bind(name)
         .fetch_all(self.pool())
         .await?;
