@@ -855,6 +855,24 @@ mod tests {
     }
 
     #[test]
+    fn lines_that_grow_on_the_wire_fit_into_frames() {
+        // JSON writes each of these bytes as six.
+        let line = "\u{1}".repeat(LONGEST_LINE);
+        let sent = frames(|outbox| {
+            for _ in 0..BATCH / 8 {
+                outbox.log(LogLevel::Info, &line);
+            }
+            outbox.send(&FromWorker::Loaded);
+        });
+        let lines = sent.iter().map(|frame| match frame {
+            FromWorker::Log(lines) => lines.len(),
+            FromWorker::Loaded => 0,
+            other => panic!("{other:?}"),
+        });
+        assert_eq!(lines.sum::<usize>(), BATCH / 8);
+    }
+
+    #[test]
     fn a_call_does_not_wait_for_a_runner_that_does_not_read() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let outbox = Arc::new(Outbox::new(ours));
