@@ -342,7 +342,7 @@ async fn why(shelf: &Shelf, detail: &RunDetail) -> Result<Markup, Problem> {
     }
     Ok(html! {
         p.hint { "Why each stage ran, or did not have to: what decides its result, beside its last turn in an earlier run of this recipe." }
-        div.scroll { table {
+        div.scroll { table.reasons {
             thead { tr { th scope="col" { "Stage" } th scope="col" { "State" } th scope="col" { "Why" } th scope="col" { "Compared with" } } }
             tbody {
                 @for answer in &answers {
