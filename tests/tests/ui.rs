@@ -51,7 +51,11 @@ fn every_page_wide_narrow_light_and_dark() {
             format!("/run/{first}/params"),
             "stages.student.train.steps",
         ),
-        ("run-why", format!("/run/{second}/why"), "Compared with"),
+        (
+            "run-why",
+            format!("/run/{second}/why"),
+            "Why each stage ran",
+        ),
         (
             "run-log",
             format!("/run/{first}/log"),
@@ -453,7 +457,7 @@ fn names_stay_readable_on_a_narrow_page() {
         // Letters in a column would be narrow and tall.
         let narrow = browser.script(&format!(
             "return [...document.querySelectorAll('{cells}')].filter(cell => cell.textContent.trim().length > 5) \
-             .filter(cell => cell.clientWidth < 85).map(cell => cell.textContent)"
+             .filter(cell => cell.clientWidth < 80).map(cell => cell.textContent)"
         ));
         assert_eq!(narrow, serde_json::json!([]), "{address}");
         browser.expect_sound();
@@ -488,12 +492,14 @@ fn a_log_is_searched() {
         "{}",
         browser.address()
     );
-    // The address shows the same, and going back the whole.
-    browser.open(&browser.address());
+    // Going back shows the whole, and the address the same again.
+    let searched = browser.address();
+    browser.back();
+    browser.wait_until("document.querySelectorAll('.log li').length === 4");
+    browser.open(&searched);
     browser.wait_until("document.querySelectorAll('.log li').length === 1 && document.querySelector('#text').value === 'LEARNING Rate'");
     browser.keep("log-search");
-    browser.back();
-    browser.back();
+    browser.open(&server.at(&path));
     browser.wait_until("document.querySelectorAll('.log li').length === 4");
     // What SQL would take for a pattern is text.
     browser.enter("#text", "%\u{e007}");
