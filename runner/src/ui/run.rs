@@ -314,7 +314,7 @@ fn params(detail: &RunDetail) -> Markup {
             thead { tr { th scope="col" { "Parameter" } th scope="col" { "Value" } th scope="col" { "Origin" } } }
             tbody {
                 @for param in &detail.params {
-                    tr { th.mono scope="row" { (page::name(&param.path)) } td.mono.wrap { (page::value(&param.value)) } td.dim { (page::name(&param.origin)) } }
+                    tr { th.mono scope="row" { (page::jointed(&param.path)) } td.mono.wrap { (page::value(&param.value)) } td.dim { (page::name(&param.origin)) } }
                 }
             }
         } }
@@ -349,7 +349,7 @@ async fn why(shelf: &Shelf, detail: &RunDetail) -> Result<Markup, Problem> {
                     tr {
                         th scope="row" { (page::name(&answer.stage)) }
                         td { (page::stage_state(answer.state)) }
-                        td { @for line in &answer.why { p.wrap { (page::name(line)) } } }
+                        td.why { @for line in &answer.why { p.wrap { (page::name(line)) } } }
                         td { @if let Some(run) = &answer.compared_with { (page::run_link(run)) } }
                     }
                 }
