@@ -259,7 +259,7 @@ fn cancelled(site: &Site) {
 }
 
 fn killed_worker(site: &Site) {
-    let lab = working("killed", 20);
+    let lab = working("killed", 60);
     let running = site.start_run(&lab, &[]);
     let watch = wait_for_watch(site, &lab);
     signal_process(child_of(watch), KILL);
@@ -298,7 +298,7 @@ fn killed_runner(site: &Site) {
         .json();
     assert_eq!(earlier["state"], "lost");
     // Its end comes while nobody is there.
-    let lab = working("alone", 10);
+    let lab = working("alone", 60);
     let running = site.start_run(&lab, &[]);
     wait_for_watch(site, &lab);
     running.signal(KILL);
@@ -313,7 +313,7 @@ fn killed_runner(site: &Site) {
 }
 
 fn detached(site: &Site) {
-    let lab = working("detached", 30);
+    let lab = working("detached", 100);
     let said = site.run(&lab, &["--detach"]).expect(0);
     assert!(said.stderr.contains("is left to Slurm"), "{}", said.stderr);
     let state = states(site, &lab).0;
@@ -321,7 +321,7 @@ fn detached(site: &Site) {
     site.retort(&lab, &["resume"]).expect(0);
     assert_eq!(ends(site, &lab), ["succeeded"]);
     // A terminal that is closed takes nothing along.
-    let lab = working("closed", 30);
+    let lab = working("closed", 100);
     let running = site.start_run(&lab, &[]);
     wait_for_watch(site, &lab);
     running.signal(1);

@@ -2,7 +2,7 @@
 
 use retort::store::{AttemptState, RunState};
 
-use crate::lab::{Lab, signal_process, wait_until_gone};
+use crate::lab::{Lab, signal_process, wait_for, wait_until_gone};
 
 /// Runs a stage that goes wrong, and expects this reason, and these words about it, in the history and on stderr.
 #[track_caller]
@@ -174,7 +174,8 @@ fn hanging_past_the_deadline() {
 fn hanging_whatever_is_sent() {
     check(
         "hang_hard",
-        ", timeout: 1s",
+        // It has to be told to ignore SIGTERM before that comes, on a busy machine too.
+        ", timeout: 10s",
         "timeout",
         &["was ended with SIGKILL"],
     );
@@ -182,11 +183,12 @@ fn hanging_whatever_is_sent() {
 
 #[test]
 fn stopping_at_the_deadline_keeps_the_checkpoint() {
-    let lab = Lab::new(&["a: {kind: do, act: work, amount: 30, timeout: 1s}"]);
+    let lab = Lab::new(&["a: {kind: do, act: wait, flag: released, timeout: 1s}"]);
     lab.run(&[])
         .expect(100)
         .saying(&["timeout", "stopped at a checkpoint"]);
     assert_eq!(lab.attempt("a").reason.as_deref(), Some("timeout"));
+    lab.release();
     lab.run(&["--set", "a.timeout=1h"])
         .expect(0)
         .saying(&["continuing from a checkpoint"]);
@@ -210,11 +212,15 @@ fn what_a_stage_has_started_ends_with_it() {
     let lab = Lab::new(&[]);
     let flag = lab.dir.path().join("child");
     lab.recipe(&[&format!(
-        "a: {{kind: do, act: hang_with_child, flag: {}, timeout: 2s}}",
+        "a: {{kind: do, act: hang_with_child, flag: {}}}",
         flag.display()
     )]);
-    lab.run(&["--grace", "100ms"]).expect(100);
-    let child: u32 = std::fs::read_to_string(&flag).unwrap().parse().unwrap();
+    let running = lab.start(&["--grace", "100ms"]);
+    let child: u32 = wait_for("the child", || {
+        std::fs::read_to_string(&flag).ok()?.parse().ok()
+    });
+    running.signal(2);
+    running.end().expect(130);
     wait_until_gone(child);
 }
 

@@ -1,8 +1,11 @@
 //! Asking about what ran: every command, for people and for programs.
 
+use std::io::Read;
+use std::process::Stdio;
+
 use serde_json::{Value, json};
 
-use crate::lab::Lab;
+use crate::lab::{Lab, Running};
 
 /// A store with three runs of one recipe: it ran; half of it was reused; it failed.
 fn lab() -> Lab {
@@ -256,14 +259,18 @@ fn filters_choose_order_and_point_at_mistakes() {
 fn the_log_is_replayed_and_followed() {
     let lab = Lab::new(&[
         "a: {kind: do, act: talk, amount: 3}",
-        "b: {kind: do, act: work, amount: 8}",
+        "b: {kind: do, act: wait, flag: released}",
     ]);
     let running = lab.start(&[]);
     lab.wait_for_worker("b");
-    let followed = lab
-        .retort(&["tail", "-n", "3"])
-        .expect(0)
-        .saying(&["succeeded"]);
+    let mut tail = lab.command(&["tail", "-n", "3"]);
+    let tail = tail.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut followed = Running::new(tail.spawn().unwrap());
+    // It has begun to show lines while the run goes on.
+    let shown = followed.child.stdout.as_mut().unwrap();
+    shown.read_exact(&mut [0]).unwrap();
+    lab.release();
+    let followed = followed.end().expect(0).saying(&["succeeded"]);
     running.end().expect(0);
     assert!(followed.stdout.lines().count() >= 3, "{}", followed.stdout);
     let log = lab

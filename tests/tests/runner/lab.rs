@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use retort::store::{Access, AttemptDetail, RunDetail, RunFilter, Store};
+use retort::store::{Access, AttemptDetail, RunDetail, RunFilter, RunId, Store};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -107,6 +107,11 @@ impl Lab {
         command
     }
 
+    /// Lets the stages end that wait: those with `act: wait, flag: released`.
+    pub fn release(&self) {
+        std::fs::write(self.dir.path().join("released"), "").unwrap();
+    }
+
     /// Runs the binary to its end.
     pub fn retort(&self, arguments: &[&str]) -> Said {
         let output = self.command(arguments).output().unwrap();
@@ -189,6 +194,14 @@ impl Lab {
             let detail = self.latest()?;
             let stage = detail.stages.iter().find(|known| known.name == stage)?;
             stage.attempts.first().map(|attempt| attempt.worker_pid)
+        })
+    }
+
+    /// Waits until the newest run is another one than this, and has all its stages; returns its id.
+    pub fn wait_for_run_after(&self, earlier: &RunId) -> RunId {
+        wait_for("another run", || {
+            let run = self.latest()?;
+            (run.summary.id != *earlier && !run.stages.is_empty()).then_some(run.summary.id)
         })
     }
 

@@ -282,7 +282,7 @@ fn a_plugin_finds_libraries_beside_itself() {
 fn a_plugin_replaced_between_planning_and_running_is_not_run() {
     let (lab, dir) = with_own_plugin();
     lab.recipe(&[
-        "a: {kind: do, act: work, amount: 20}",
+        "a: {kind: do, act: wait, flag: released}",
         "b: {kind: do, input: a}",
     ]);
     let running = lab.start(&["--plugin-dir", dir.to_str().unwrap()]);
@@ -290,6 +290,7 @@ fn a_plugin_replaced_between_planning_and_running_is_not_run() {
     let fresh = dir.join("fresh");
     compile("faulty.c", &["-DFAULTY_DEFAULT=\"\\\"fail\\\"\""], &fresh);
     std::fs::rename(fresh, dir.join("libretort_faulty.so")).unwrap();
+    lab.release();
     running
         .end()
         .expect(100)

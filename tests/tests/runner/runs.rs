@@ -122,11 +122,16 @@ fn parts_of_a_recipe() {
 #[test]
 fn independent_stages_run_side_by_side() {
     let lab = Lab::new(&[
-        "a: {kind: do, act: work, amount: 20, text: a}",
-        "b: {kind: do, act: work, amount: 20, text: b}",
+        "a: {kind: do, act: wait, flag: released, text: a}",
+        "b: {kind: do, act: wait, flag: released, text: b}",
         "c: {kind: do, input: a, other: b}",
     ]);
-    lab.run(&["--jobs", "2"]).expect(0);
+    let running = lab.start(&["--jobs", "2"]);
+    // Neither ends before both have begun.
+    lab.wait_for_worker("a");
+    lab.wait_for_worker("b");
+    lab.release();
+    running.end().expect(0);
     let (a, b, c) = (lab.attempt("a"), lab.attempt("b"), lab.attempt("c"));
     assert!(a.started < b.finished.unwrap() && b.started < a.finished.unwrap());
     assert!(c.started >= a.finished.unwrap() && c.started >= b.finished.unwrap());

@@ -401,7 +401,7 @@ fn a_store_is_its_owners_or_its_groups_alone() {
         (Some(0o777), 0o660),
         (Some(0o700), 0o600),
     ] {
-        let lab = Lab::new(&["a: {kind: do, act: work, amount: 10}"]);
+        let lab = Lab::new(&["a: {kind: do, act: wait, flag: released}"]);
         let store = lab.store_dir();
         if let Some(mode) = dir {
             std::fs::create_dir(&store).unwrap();
@@ -417,6 +417,7 @@ fn a_store_is_its_owners_or_its_groups_alone() {
             assert_eq!(mode(&store.join(name)), expected, "{name} in {dir:?}");
         }
         assert_eq!(mode(&store), dir.unwrap_or(0o700));
+        lab.release();
         running.end().expect(0);
         let out = lab.dir.path().join("out.db");
         lab.retort(&["runs", "export", "-o", out.to_str().unwrap()])

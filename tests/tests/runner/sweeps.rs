@@ -185,7 +185,7 @@ fn a_failed_point_does_not_end_the_others_and_is_made_up_for() {
 #[test]
 fn an_interrupted_sweep_goes_on_where_it_was() {
     let lab = Lab::new(&[
-        "base: {kind: do, act: work, amount: 30, text: long}",
+        "base: {kind: do, act: wait, flag: released, text: long}",
         "end: {kind: do, input: base}",
     ]);
     let arguments = ["--sweep", "end.rate=1,2,3", "--jobs", "2"];
@@ -207,6 +207,7 @@ fn an_interrupted_sweep_goes_on_where_it_was() {
             Value::Null
         ]
     );
+    lab.release();
     lab.retort(&["resume"])
         .expect(0)
         .saying(&["going on with sweep s", "continuing from a checkpoint"]);
@@ -217,12 +218,21 @@ fn an_interrupted_sweep_goes_on_where_it_was() {
     );
 }
 
-/// A recipe whose section says everything.
+/// A recipe whose section says everything, and whose work takes 1.2 s.
 fn lab_with_section(section: &str) -> Lab {
+    lab_that_works(section, 12)
+}
+
+/// Whose work takes far longer than a runner needs to stop it at a rung, on a busy machine too.
+fn lab_with_rungs() -> Lab {
+    lab_that_works(ASHA, 60)
+}
+
+fn lab_that_works(section: &str, ticks: u32) -> Lab {
     let lab = Lab::new(&[]);
     let text = format!(
         "version: 1\nbackend: faulty\nsweep:\n{section}stages:\n  base: {{kind: do, text: base}}\n  \
-         work: {{kind: do, act: work, amount: 12, input: base}}\n  end: {{kind: do, input: work}}\n"
+         work: {{kind: do, act: work, amount: {ticks}, input: base}}\n  end: {{kind: do, input: work}}\n"
     );
     std::fs::write(lab.dir.path().join("r.yaml"), text).unwrap();
     lab
@@ -233,7 +243,7 @@ const ASHA: &str = "  parameters:\n    work.rate: [4, 1, 3, 2]\n  objective: {me
 
 #[test]
 fn halving_stops_the_worse_half_and_resumes_the_better() {
-    let lab = lab_with_section(ASHA);
+    let lab = lab_with_rungs();
     lab.run(&["--sweep"]).expect(0).saying(&[
         "up to step 1",
         "continuing from a checkpoint",
@@ -264,7 +274,7 @@ fn halving_stops_the_worse_half_and_resumes_the_better() {
     lab.run(&["--sweep"]).expect(0).saying(&["nothing to do"]);
 
     // Without an interruption the best point's run has the same bytes.
-    let other = lab_with_section(ASHA);
+    let other = lab_with_rungs();
     other.run(&["--set", "work.rate=1"]).expect(0);
     for hash in other.entries("artifacts") {
         assert!(lab.entries("artifacts").contains(&hash), "{hash}");
@@ -404,7 +414,7 @@ fn what_makes_no_sense_is_refused_before_anything_runs() {
 
 /// A store with a sweep of two points, exported.
 fn exported() -> (Lab, String) {
-    let lab = lab_with_section(ASHA);
+    let lab = lab_with_rungs();
     lab.run(&["--sweep"]).expect(0);
     let file = lab.dir.path().join("runs.db").to_str().unwrap().to_owned();
     lab.retort(&["runs", "export", "-o", &file]).expect(0);
@@ -514,7 +524,7 @@ fn a_file_cannot_change_a_sweep_or_bring_a_wrong_one() {
 
 #[test]
 fn a_run_of_a_sweep_that_is_taken_up_alone_stays_its_point() {
-    let lab = lab_with_section(ASHA);
+    let lab = lab_with_rungs();
     lab.run(&["--sweep"]).expect(0);
     let stopped = of_points(&sweep(&lab), "run")[3]
         .as_str()

@@ -60,11 +60,11 @@ fn watch(screen: &OwnedFd) {
 fn a_closed_terminal_interrupts_the_run_at_a_checkpoint() {
     for (stage, arguments) in [
         (
-            "a: {kind: do, act: work, amount: 100, text: long}",
+            "a: {kind: do, act: wait, flag: released, text: long}",
             &["-v"] as &[&str],
         ),
         (
-            "a: {kind: do, act: work, amount: 100, text: long}",
+            "a: {kind: do, act: wait, flag: released, text: long}",
             &["--quiet"],
         ),
         (
@@ -84,7 +84,7 @@ fn a_closed_terminal_interrupts_the_run_at_a_checkpoint() {
         assert_eq!(run.summary.state, RunState::Interrupted);
         assert_eq!(lab.attempt("a").state, AttemptState::Interrupted);
         assert_eq!(lab.entries("staging"), [""; 0]);
-        if stage.contains("work") {
+        if stage.contains("wait") {
             assert!(lab.entries("work").len() > 1, "a checkpoint is there");
         }
     }
@@ -92,24 +92,25 @@ fn a_closed_terminal_interrupts_the_run_at_a_checkpoint() {
 
 #[test]
 fn a_hang_up_told_twice_is_one() {
-    let lab = Lab::new(&["a: {kind: do, act: work, amount: 100, text: long}"]);
-    let running = lab.start(&[]);
+    // It never stops by itself: a second Ctrl-C would kill it, a second hang-up leaves it its grace.
+    let lab = Lab::new(&["a: {kind: do, act: hang}"]);
+    let mut running = lab.start(&["--grace", "3s"]);
     lab.wait_for_worker("a");
-    for _ in 0..3 {
-        running.signal(libc::SIGHUP);
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    running.signal(libc::SIGHUP);
+    // Signals of one kind that come together are one.
+    running.wait_for_words("press Ctrl-C again");
+    running.signal(libc::SIGHUP);
     running
         .end()
         .expect(129)
-        .saying(&["stopped at a checkpoint"]);
+        .saying(&["was ended with SIGTERM"]);
     assert_eq!(lab.latest().unwrap().summary.state, RunState::Interrupted);
 }
 
 #[test]
 fn a_run_that_ignores_hang_up_goes_on_without_a_terminal() {
     let lab = Lab::new(&[
-        "a: {kind: do, act: work, amount: 20}",
+        "a: {kind: do, act: wait, flag: released}",
         "b: {kind: do, input: a}",
     ]);
     let (screen, inside) = terminal();
@@ -132,6 +133,7 @@ fn a_run_that_ignores_hang_up_goes_on_without_a_terminal() {
     // The reader's copy keeps the screen; a hang-up is what a shell would send.
     running.signal(libc::SIGHUP);
     drop(screen);
+    lab.release();
     let status = running.child.wait().unwrap();
     assert_eq!(
         lab.latest().unwrap().summary.state,
@@ -152,7 +154,7 @@ fn wait_for_state(pid: u32, wanted: &str) {
 
 #[test]
 fn a_stopped_run_stands_still_and_goes_on() {
-    let lab = Lab::new(&["a: {kind: do, act: work, amount: 15, text: long, timeout: 20s}"]);
+    let lab = Lab::new(&["a: {kind: do, act: wait, flag: released, text: long, timeout: 20s}"]);
     let began = Instant::now();
     let running = lab.start(&[]);
     let worker = lab.wait_for_worker("a");
@@ -164,6 +166,7 @@ fn a_stopped_run_stands_still_and_goes_on() {
     assert_eq!(state(worker), Some('T'));
     running.signal(libc::SIGCONT);
     wait_for_state(worker, "SR");
+    lab.release();
     running.end().expect(0);
     let attempt = lab.attempt("a");
     assert_eq!(attempt.state, AttemptState::Succeeded);
@@ -178,7 +181,7 @@ fn a_stopped_run_stands_still_and_goes_on() {
 
 #[test]
 fn a_stopped_run_can_be_interrupted_and_killed() {
-    let lab = Lab::new(&["a: {kind: do, act: work, amount: 100, text: long}"]);
+    let lab = Lab::new(&["a: {kind: do, act: wait, flag: released, text: long}"]);
     let running = lab.start(&[]);
     let worker = lab.wait_for_worker("a");
     for _ in 0..3 {
@@ -198,9 +201,7 @@ fn a_stopped_run_can_be_interrupted_and_killed() {
         .saying(&["stopped at a checkpoint"]);
     let interrupted = lab.latest().unwrap().summary.id;
     let running = lab.start(&[]);
-    crate::lab::wait_for("the second run", || {
-        (lab.latest()?.summary.id != interrupted).then_some(())
-    });
+    lab.wait_for_run_after(&interrupted);
     let worker = lab.wait_for_worker("a");
     running.signal(libc::SIGTSTP);
     wait_for_state(running.child.id(), "T");

@@ -1,0 +1,172 @@
+//! How an attempt ended: in one word for the history, and in words for people.
+
+use std::time::Duration;
+
+use retort_abi::{Failure, FailureCode};
+use serde_json::Value;
+
+use crate::cluster::Ended as ClusterEnd;
+use crate::store::{ArtifactRecord, AttemptState};
+use crate::worker::death::Death;
+use crate::worker::process::signal_name;
+
+/// How an attempt ended: each way is a reason of its own in the history.
+#[derive(Debug, Clone, PartialEq)]
+pub enum End {
+    /// It made what it was to make.
+    Succeeded {
+        /// The artifact that references to the stage stand for.
+        output: Box<ArtifactRecord>,
+        /// Facts it returned.
+        summary: Value,
+    },
+    /// The plugin says why not.
+    Failed(Failure),
+    /// The plugin panicked, and said so.
+    Panicked(Failure),
+    /// The plugin could not be loaded.
+    NotLoaded {
+        /// Why.
+        message: String,
+        /// What to do.
+        hint: Option<String>,
+    },
+    /// The process finished without a result, or a signal ended it that we did not send.
+    Died(Death),
+    /// A file that it reads changed.
+    InputChanged {
+        /// Which, and when.
+        message: String,
+    },
+    /// It took longer than the recipe allows.
+    TimedOut {
+        /// So long.
+        limit: Duration,
+        /// How it stopped.
+        manner: Manner,
+    },
+    /// The user stopped it.
+    Interrupted {
+        /// How it stopped.
+        manner: Manner,
+    },
+    /// Something happened to it that only happens on a cluster.
+    Cluster(ClusterEnd),
+    /// What it sent makes no sense.
+    Protocol {
+        /// What.
+        message: String,
+    },
+}
+
+/// How an attempt that was told to stop did so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Manner {
+    /// By itself, having saved its work.
+    AtCheckpoint,
+    /// By this signal.
+    Signalled(i32),
+    /// It ended in some other way just then.
+    Otherwise,
+}
+
+impl End {
+    /// In one word.
+    pub fn state(&self) -> AttemptState {
+        match self {
+            Self::Succeeded { .. } => AttemptState::Succeeded,
+            Self::Interrupted { .. } => AttemptState::Interrupted,
+            _ => AttemptState::Failed,
+        }
+    }
+
+    /// Precisely, in few words; stable, to be searched for.
+    pub fn reason(&self) -> String {
+        match self {
+            Self::Succeeded { .. } => "succeeded".into(),
+            Self::Failed(failure) => format!("failed: {}", code_name(failure.code)),
+            Self::Panicked(_) => "panic".into(),
+            Self::NotLoaded { .. } => "plugin not loaded".into(),
+            Self::Died(death) => death.reason(),
+            Self::InputChanged { .. } => "input changed".into(),
+            Self::TimedOut { .. } => "timeout".into(),
+            Self::Interrupted { .. } => "interrupted".into(),
+            Self::Cluster(end) => end.reason.clone(),
+            Self::Protocol { .. } => "protocol error".into(),
+        }
+    }
+
+    /// What happened, for people; `None` when it went well.
+    pub fn message(&self) -> Option<String> {
+        Some(match self {
+            Self::Succeeded { .. } => return None,
+            Self::Failed(failure) | Self::Panicked(failure) => {
+                let place = failure
+                    .pointer
+                    .as_deref()
+                    .filter(|pointer| !pointer.is_empty());
+                let place = place.map_or_else(String::new, |pointer| format!("option {pointer}: "));
+                let chain = failure
+                    .chain
+                    .iter()
+                    .map(|cause| format!("; because {cause}"))
+                    .collect::<String>();
+                format!("{place}{}{chain}", failure.message)
+            }
+            Self::NotLoaded { message, .. }
+            | Self::InputChanged { message }
+            | Self::Protocol { message } => message.clone(),
+            Self::Cluster(end) => end.message.clone(),
+            Self::Died(death) => death.message().into(),
+            Self::TimedOut { limit, manner } => {
+                format!(
+                    "it took longer than its timeout of {}, and {manner}",
+                    humantime::format_duration(*limit)
+                )
+            }
+            Self::Interrupted { manner } => format!("interrupted; it {manner}"),
+        })
+    }
+
+    /// What to do.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Failed(failure) | Self::Panicked(failure) => failure.hint.clone(),
+            Self::NotLoaded { hint, .. } => hint.clone(),
+            Self::Cluster(end) => end.hint.clone(),
+            Self::Died(death) => death.hint().map(str::to_owned),
+            Self::InputChanged { .. } => Some(
+                "run again once nothing writes to it; nothing that this stage made is used".into(),
+            ),
+            Self::TimedOut { .. } => Some(
+                "raise the stage's `timeout`; `retort resume` continues from its last checkpoint"
+                    .into(),
+            ),
+            _ => None,
+        }
+    }
+}
+
+impl std::fmt::Display for Manner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::AtCheckpoint => f.write_str("stopped at a checkpoint"),
+            Self::Signalled(signal) => {
+                write!(
+                    f,
+                    "was ended with {}; what it did since its last checkpoint is lost",
+                    signal_name(*signal)
+                )
+            }
+            Self::Otherwise => f.write_str("ended without a result"),
+        }
+    }
+}
+
+/// The code of a failure as it is written in JSON.
+fn code_name(code: FailureCode) -> String {
+    serde_json::to_value(code)
+        .ok()
+        .and_then(|name| Some(name.as_str()?.to_owned()))
+        .unwrap_or_default()
+}

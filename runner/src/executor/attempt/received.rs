@@ -1,0 +1,206 @@
+//! What is heard from a worker: events go to the history and the listener, and at the end they say how the attempt ended.
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+
+use retort_abi::{Failure, FailureCode, LogLevel, Part, StageResult};
+
+use super::shutdown::ShutdownSequence;
+use super::supervisor::Supervisor;
+use super::{AttemptSpec, End, Manner, title};
+use crate::cluster::{ElementEvent, Ended as ClusterEnd};
+use crate::executor::Event;
+use crate::executor::recorder::own_line;
+use crate::frame::{Answer, FromWorker};
+use crate::store::{ArtifactRecord, LogLine, LogSource, StoreError, Time};
+use crate::worker::death::Death;
+use crate::worker::process::{ExitStatus, WorkerEvent};
+
+/// What has been heard so far from a worker.
+pub(super) struct EventHandler<'a> {
+    pub(super) supervisor: &'a Supervisor<'a>,
+    pub(super) part: Option<Part>,
+    pub(super) received: Received,
+}
+
+#[derive(Default)]
+pub(super) struct Received {
+    pub(super) answer: Option<Result<StageResult, Failure>>,
+    pub(super) not_loaded: Option<(String, Option<String>)>,
+    pub(super) protocol_error: Option<String>,
+    pub(super) cluster: Option<ClusterEnd>,
+    pub(super) artifacts: BTreeMap<u64, ArtifactRecord>,
+    pub(super) last_words: std::collections::VecDeque<String>,
+}
+
+impl EventHandler<'_> {
+    pub(super) async fn take(&mut self, event: WorkerEvent) -> Result<ControlFlow<()>, StoreError> {
+        let supervisor = self.supervisor;
+        match event {
+            WorkerEvent::Frame(FromWorker::Metrics(mut series)) => {
+                // Parts have the same series: each keeps its own. Of those that work together one tells.
+                if let Some(part) = self.part.filter(|_| !supervisor.spec.stage.together) {
+                    for points in &mut series {
+                        points.series.push_str(&format!("/part-{}", part.index + 1));
+                    }
+                }
+                supervisor.context.judge(&supervisor.spec.stage.name, &series);
+                supervisor.recorder.points(series);
+            }
+            WorkerEvent::Frame(FromWorker::Log(lines)) => {
+                for line in lines {
+                    let (level, text) = (line.level, line.text);
+                    self.say(LogLine {
+                        at: Time(line.at),
+                        level,
+                        source: LogSource::Plugin,
+                        text,
+                    });
+                }
+            }
+            WorkerEvent::Line(source, text) => {
+                let line = LogLine {
+                    at: Time::now(),
+                    level: LogLevel::Debug as u32,
+                    source,
+                    text,
+                };
+                self.wrote(line);
+            }
+            WorkerEvent::Remote(news) => match news {
+                ElementEvent::Began => supervisor.began(),
+                ElementEvent::Line(line) => self.wrote(line),
+                ElementEvent::ReadTo {
+                    job,
+                    element,
+                    number,
+                } => supervisor.recorder.mark(job, element, number),
+                ElementEvent::Ended(end) => self.received.cluster = Some(end),
+            },
+            WorkerEvent::Frame(FromWorker::Progress(progress)) => {
+                (supervisor.context.listener)(Event::Progress {
+                    stage: supervisor.spec.stage.name.clone(),
+                    progress: supervisor.part_progress.together(self.part, progress),
+                });
+            }
+            WorkerEvent::Frame(FromWorker::Artifact { id, record }) => {
+                let store = &supervisor.context.store;
+                store.record_artifact(supervisor.attempt, &record).await?;
+                self.received.artifacts.insert(id, *record);
+            }
+            WorkerEvent::Frame(FromWorker::Answer(Answer::Result(result))) => {
+                self.received.answer = Some(Ok(result))
+            }
+            WorkerEvent::Frame(FromWorker::Failed(failure)) => self.received.answer = Some(Err(failure)),
+            WorkerEvent::Frame(FromWorker::NotLoaded { message, hint }) => {
+                self.received.not_loaded = Some((message, hint))
+            }
+            WorkerEvent::Frame(FromWorker::Late { calls }) => self.say(own_line(
+                LogLevel::Warn,
+                format!("the plugin called the host {calls} times after `run` had returned; nobody heard it"),
+            )),
+            WorkerEvent::Frame(FromWorker::Loaded) => {}
+            WorkerEvent::Frame(FromWorker::Answer(_)) => {
+                return Ok(self.protocol_error("an answer to another question".into()));
+            }
+            WorkerEvent::Malformed(error) => return Ok(self.protocol_error(error.to_string())),
+            WorkerEvent::Exited(_) => {}
+        }
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// Something that the worker, or what it started, wrote.
+    fn wrote(&mut self, line: LogLine) {
+        if line.source == LogSource::Stderr {
+            if self.received.last_words.len() == 8 {
+                self.received.last_words.pop_front();
+            }
+            self.received.last_words.push_back(line.text.clone());
+        }
+        self.say(line);
+    }
+
+    fn say(&self, mut line: LogLine) {
+        line.text.insert_str(0, &title(self.part));
+        (self.supervisor.context.listener)(Event::Line {
+            stage: self.supervisor.spec.stage.name.clone(),
+            line: line.clone(),
+        });
+        self.supervisor.recorder.line(line);
+    }
+
+    pub(super) fn protocol_error(&mut self, what: String) -> ControlFlow<()> {
+        self.received.protocol_error = Some(format!("the worker sent what makes no sense: {what}"));
+        ControlFlow::Break(())
+    }
+}
+
+impl Received {
+    /// How the attempt ended, from everything that was seen of it.
+    pub(super) fn judge(
+        &self,
+        exit: ExitStatus,
+        shutdown: ShutdownSequence,
+        spec: &AttemptSpec,
+        out_of_memory: bool,
+    ) -> End {
+        if let Some((message, hint)) = &self.not_loaded {
+            return End::NotLoaded {
+                message: message.clone(),
+                hint: hint.clone(),
+            };
+        }
+        if let Some(message) = &self.protocol_error {
+            return End::Protocol {
+                message: message.clone(),
+            };
+        }
+        // A whole result counts, even when it came while the stage was being stopped, or just before a crash on leaving.
+        if let Some(Ok(result)) = &self.answer {
+            return self.judge_result(result, &spec.stage.output_kind);
+        }
+        if let Some(end) = &self.cluster {
+            return End::Cluster(end.clone());
+        }
+        match (&self.answer, exit, shutdown.cause) {
+            (Some(Err(failure)), _, Some(cause)) if failure.code == FailureCode::Cancelled => {
+                cause.end(Manner::AtCheckpoint, spec.stage.timeout)
+            }
+            (Some(Err(failure)), _, _) if failure.code == FailureCode::Panic => {
+                End::Panicked(failure.clone())
+            }
+            (Some(Err(failure)), _, _) => End::Failed(failure.clone()),
+            (_, ExitStatus::Signal(signal), Some(cause)) if shutdown.sent == Some(signal) => {
+                cause.end(Manner::Signalled(signal), spec.stage.timeout)
+            }
+            // With a signal of ours on its way, a plugin's own handler may have turned it into an exit.
+            (_, ExitStatus::Code(_), Some(cause)) if shutdown.sent.is_some() => {
+                cause.end(Manner::Otherwise, spec.stage.timeout)
+            }
+            _ => {
+                let last_words = self.last_words.iter().map(String::as_str);
+                End::Died(Death::new(exit, last_words, out_of_memory))
+            }
+        }
+    }
+
+    fn judge_result(&self, result: &StageResult, kind: &str) -> End {
+        let message = match self.artifacts.get(&result.output) {
+            Some(output) if output.kind == kind => {
+                return End::Succeeded {
+                    output: Box::new(output.clone()),
+                    summary: result.summary.clone(),
+                };
+            }
+            Some(output) => format!(
+                "the stage's output is a `{}`, but the plugin's description promises a `{kind}`",
+                output.kind
+            ),
+            None => format!(
+                "the stage's output is artifact {}, which was not committed",
+                result.output
+            ),
+        };
+        End::Protocol { message }
+    }
+}

@@ -1,0 +1,99 @@
+//! Stopping a worker: it is asked, then told with SIGTERM, then killed.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::{End, Manner, Stop};
+use crate::executor::handle::WorkerHandle;
+use crate::frame::ToWorker;
+
+/// From SIGTERM to SIGKILL.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
+/// Why a worker is being stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Cause {
+    /// The user wants it, or another part has failed.
+    Interrupt,
+    /// It takes too long.
+    Timeout,
+}
+
+impl Cause {
+    pub(super) fn end(self, manner: Manner, limit: Option<Duration>) -> End {
+        match self {
+            Self::Interrupt => End::Interrupted { manner },
+            Self::Timeout => End::TimedOut {
+                limit: limit.unwrap_or_default(),
+                manner,
+            },
+        }
+    }
+}
+
+/// Stopping a worker, step by step: it is asked, then SIGTERM, then SIGKILL.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ShutdownSequence {
+    pub(super) grace: Duration,
+    pub(super) cause: Option<Cause>,
+    /// The last signal sent.
+    pub(super) sent: Option<i32>,
+    /// When to take the next step.
+    pub(super) next: Option<Instant>,
+}
+
+impl ShutdownSequence {
+    pub(super) fn new(grace: Duration) -> Self {
+        Self {
+            grace,
+            cause: None,
+            sent: None,
+            next: None,
+        }
+    }
+
+    /// The first step: asks the plugin to stop at its next checkpoint.
+    pub(super) async fn begin(&mut self, cause: Cause, worker: &mut WorkerHandle) {
+        if self.cause.is_none() {
+            self.cause = Some(cause);
+            self.next = Some(Instant::now() + self.grace);
+            // A message without paths can be written.
+            let _ = worker.send(&ToWorker::CancelAtCheckpoint).await;
+        }
+    }
+
+    /// What the user wants.
+    pub(super) async fn interrupt(&mut self, level: Stop, worker: &mut WorkerHandle) {
+        match level {
+            Stop::No => {}
+            Stop::AtCheckpoint => self.begin(Cause::Interrupt, worker).await,
+            Stop::Now => {
+                self.cause.get_or_insert(Cause::Interrupt);
+                self.signal(libc::SIGKILL, worker);
+            }
+        }
+    }
+
+    /// The next step.
+    pub(super) fn escalate(&mut self, worker: &WorkerHandle) {
+        match self.sent {
+            None => self.signal(libc::SIGTERM, worker),
+            Some(_) => self.signal(libc::SIGKILL, worker),
+        }
+    }
+
+    fn signal(&mut self, signal: i32, worker: &WorkerHandle) {
+        worker.signal(signal);
+        self.sent = Some(signal);
+        self.next = (signal == libc::SIGTERM).then(|| Instant::now() + LAST_WORDS);
+    }
+}
+
+/// Sleeps until a moment; for ever without one.
+pub(super) async fn sleep_until(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,83 @@
+//! How a run went, stage by stage.
+
+use std::time::Duration;
+
+use crate::executor::attempt::End;
+use crate::store::{RunId, RunState};
+
+/// How a run went.
+#[derive(Debug)]
+pub struct RunReport {
+    /// Its id.
+    pub run: RunId,
+    /// Its state.
+    pub state: RunState,
+    /// The signal that stopped it.
+    pub signal: Option<i32>,
+    /// What it had at its rung, where it stopped there.
+    pub rung: Option<f64>,
+    /// Its stages, in the plan's order, without those left out.
+    pub stages: Vec<StageReport>,
+    /// How long it took.
+    pub elapsed: Duration,
+}
+
+/// How a stage went.
+#[derive(Debug)]
+pub struct StageReport {
+    /// Its name.
+    pub name: String,
+    /// Its kind.
+    pub kind: String,
+    /// What came of it.
+    pub outcome: Outcome,
+    /// How long its attempt took; zero without one.
+    pub elapsed: Duration,
+}
+
+/// What came of a stage.
+#[derive(Debug)]
+pub enum Outcome {
+    /// It ran, and ended like this.
+    Ran(End),
+    /// Its result was there already.
+    Reused {
+        /// The run it comes from.
+        from: RunId,
+    },
+    /// It did not run because this stage did not succeed.
+    Blocked {
+        /// The other stage.
+        by: String,
+    },
+    /// The run ended before its turn.
+    NotReached,
+}
+
+impl StageReport {
+    /// Whether its result is there.
+    pub fn is_good(&self) -> bool {
+        matches!(
+            self.outcome,
+            Outcome::Ran(End::Succeeded { .. }) | Outcome::Reused { .. }
+        )
+    }
+}
+
+/// In a line: which stages failed, and how.
+pub(super) fn why(stages: &[StageReport]) -> Option<String> {
+    let failed: Vec<String> = stages
+        .iter()
+        .filter(|stage| !stage.is_good())
+        .filter_map(|stage| match &stage.outcome {
+            Outcome::Ran(end) => {
+                let message = end
+                    .message()
+                    .map_or_else(String::new, |message| format!(": {message}"));
+                Some(format!("{}: {}{message}", stage.name, end.reason()))
+            }
+            _ => None,
+        })
+        .collect();
+    (!failed.is_empty()).then(|| failed.join("; "))
+}

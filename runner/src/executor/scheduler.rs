@@ -1,0 +1,575 @@
+//! The stages of a run on their way: which is ready, reused or blocked, and which is given to a worker next.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use retort_abi::Input;
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinSet;
+
+use crate::artifact::{ArtifactError, Work};
+use crate::executor::attempt::{self, AttemptSpec, End, Ended, RunContext, Stop};
+use crate::executor::control::Follower;
+use crate::executor::describe::new_stage;
+use crate::executor::source::Source;
+use crate::executor::{Choice, Event, ExecutorError, Leave, Options, Outcome, StageReport};
+use crate::plan::decision::Role;
+use crate::plan::{self, Digest, Plan, PlannedStage};
+use crate::store::{ArtifactRecord, RunId, StageId, StoreError, Success};
+
+/// How often the run says that it lives.
+const HEARTBEAT: Duration = Duration::from_secs(5);
+
+/// How often it is looked whether everything is submitted, so that the runner can leave.
+const LEAVE: Duration = Duration::from_millis(500);
+
+/// How often a stage that another process works on is looked at again.
+const WAIT_FOR_OTHERS: Duration = Duration::from_millis(300);
+
+/// The stages of a run on their way.
+pub(super) struct Scheduler<'p> {
+    plan: &'p Plan,
+    options: &'p Options,
+    pub(super) run: RunId,
+    pub(super) context: Arc<RunContext>,
+    sources: HashMap<String, Vec<Source>>,
+    entries: Vec<StageEntry<'p>>,
+    stop: watch::Sender<Stop>,
+    pub(super) signal: Option<i32>,
+    failed: bool,
+    /// Whether it has come to its rung, and is being stopped.
+    pub(super) is_judged: bool,
+    /// Whether jobs are left to the cluster.
+    pub(super) detached: bool,
+    /// Where somebody is asked, the answer.
+    answer: Option<oneshot::Receiver<Choice>>,
+    pub(super) workers: JoinSet<(usize, Duration, Result<StageEnd, ExecutorError>)>,
+}
+
+/// A stage on its way.
+struct StageEntry<'p> {
+    stage: &'p PlannedStage,
+    role: Role,
+    id: Option<StageId>,
+    state: State,
+    elapsed: Duration,
+}
+
+enum State {
+    LeftOut,
+    Waiting,
+    Ready(Box<ResolvedStage>),
+    Running,
+    Done {
+        output: Box<ArtifactRecord>,
+        reused_from: Option<RunId>,
+    },
+    Ended(End),
+    Blocked {
+        by: String,
+    },
+}
+
+/// What is known of a stage once its inputs are there.
+struct ResolvedStage {
+    digest: Digest,
+    inputs: BTreeMap<String, Input>,
+}
+
+/// From where a stage is worked on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Start {
+    /// From nothing, whatever earlier attempts left.
+    Anew,
+    /// From what an earlier attempt left, if there is any.
+    AsLeft,
+    /// The same, unless another process has made it in the meantime.
+    AsLeftOrReused,
+}
+
+/// What came of giving a stage to a worker.
+pub(super) enum StageEnd {
+    Made(Ended),
+    /// Another process has made it meanwhile.
+    Reused(Success),
+    /// The run was stopped while it waited.
+    Stopped,
+}
+
+impl<'p> Scheduler<'p> {
+    pub(super) async fn open(
+        plan: &'p Plan,
+        roles: &[Role],
+        sources: HashMap<String, Vec<Source>>,
+        run: &RunId,
+        context: Arc<RunContext>,
+        options: &'p Options,
+    ) -> Result<Self, ExecutorError> {
+        let mut entries = Vec::new();
+        for (position, (stage, &role)) in plan.stages.iter().zip(roles).enumerate() {
+            let (state, id) = match role {
+                Role::Skipped => (State::LeftOut, None),
+                _ => (
+                    State::Waiting,
+                    Some(
+                        context
+                            .store
+                            .add_stage(run, &new_stage(stage, position))
+                            .await?,
+                    ),
+                ),
+            };
+            entries.push(StageEntry {
+                stage,
+                role,
+                id,
+                state,
+                elapsed: Duration::ZERO,
+            });
+        }
+        let (stop, _) = watch::channel(Stop::No);
+        let workers = JoinSet::new();
+        Ok(Self {
+            plan,
+            options,
+            run: run.clone(),
+            context,
+            sources,
+            entries,
+            stop,
+            signal: None,
+            failed: false,
+            is_judged: false,
+            detached: false,
+            answer: None,
+            workers,
+        })
+    }
+
+    /// Runs everything that can be run.
+    pub(super) async fn work(&mut self, mut signals: Follower) -> Result<(), ExecutorError> {
+        let mut heartbeat = tokio::time::interval(HEARTBEAT);
+        heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            self.settle().await?;
+            self.launch();
+            if self.workers.is_empty() || self.detached {
+                return Ok(());
+            }
+            let leaves = matches!(self.options.leave, Leave::WhenSubmitted)
+                && self.context.cluster.is_some();
+            tokio::select! {
+                Ok(choice) = answer(&mut self.answer) => {
+                    self.answer = None;
+                    match choice {
+                        Choice::Detach => self.leave(libc::SIGINT),
+                        Choice::Cancel => self.interrupt(libc::SIGINT),
+                        Choice::GoOn => {}
+                    }
+                }
+                () = tokio::time::sleep(LEAVE), if leaves && self.signal.is_none() => {
+                    if self.context.store.is_submitted(&self.run).await? {
+                        self.detached = true;
+                    }
+                }
+                Some(ended) = self.workers.join_next() => self.record_end(ended).await?,
+                signal = signals.next() => self.interrupt_or_leave(signal),
+                () = self.context.reached.notified(), if !self.is_judged => {
+                    self.is_judged = true;
+                    // Who is in a hurry already stays so.
+                    self.stop.send_if_modified(|stop| {
+                        let asks = *stop == Stop::No;
+                        *stop = (*stop).max(Stop::AtCheckpoint);
+                        asks
+                    });
+                }
+                _ = heartbeat.tick() => {
+                    if let Err(error) = self.context.store.heartbeat(&self.run).await {
+                        tracing::debug!("heartbeat: {error}");
+                    }
+                }
+            }
+        }
+    }
+
+    /// Finds out, in the plan's order, which waiting stages are reused, ready or blocked.
+    async fn settle(&mut self) -> Result<(), ExecutorError> {
+        for index in 0..self.entries.len() {
+            if !matches!(self.entries[index].state, State::Waiting) {
+                continue;
+            }
+            let state = match self.resolve_inputs(index) {
+                Resolution::NotYet => continue,
+                Resolution::Blocked(by) => State::Blocked { by },
+                Resolution::Ready(ready) => self.reuse_or_keep(index, ready).await?,
+            };
+            self.entries[index].state = state;
+        }
+        Ok(())
+    }
+
+    /// The inputs of a stage, if they are there.
+    fn resolve_inputs(&self, index: usize) -> Resolution {
+        let stage = self.entries[index].stage;
+        let (mut inputs, mut hashes) = (BTreeMap::new(), BTreeMap::new());
+        for reference in &stage.references {
+            let mut given = self.plan.given.iter();
+            if let Some(given) = given.find(|given| given.name == reference.stage) {
+                let input = Input {
+                    kind: given.kind.clone(),
+                    path: self.context.layout.artifact(&given.hash),
+                    hash: given.hash.clone(),
+                };
+                hashes.insert(reference.stage.clone(), given.hash.clone());
+                inputs.insert(reference.stage.clone(), input);
+                continue;
+            }
+            // A plan's other references name stages of the plan.
+            let Some(source) = self
+                .entries
+                .iter()
+                .find(|entry| entry.stage.name == reference.stage)
+            else {
+                return Resolution::Blocked(reference.stage.clone());
+            };
+            match &source.state {
+                State::Done { output, .. } => {
+                    let path = self.context.layout.artifact(&output.hash);
+                    let input = Input {
+                        kind: output.kind.clone(),
+                        path,
+                        hash: output.hash.clone(),
+                    };
+                    hashes.insert(reference.stage.clone(), output.hash.clone());
+                    inputs.insert(reference.stage.clone(), input);
+                }
+                State::Ended(_) | State::Blocked { .. } | State::LeftOut => {
+                    return Resolution::Blocked(reference.stage.clone());
+                }
+                State::Waiting | State::Ready(_) | State::Running => return Resolution::NotYet,
+            }
+        }
+        let files = self.sources.get(&stage.name).into_iter().flatten();
+        let files = files
+            .map(|source| (source.pointer.clone(), source.snapshot.hash.clone()))
+            .collect();
+        match plan::digest(stage, &hashes, &files) {
+            Some(digest) => Resolution::Ready(Box::new(ResolvedStage { digest, inputs })),
+            None => Resolution::NotYet,
+        }
+    }
+
+    async fn reuse_or_keep(
+        &self,
+        index: usize,
+        ready: Box<ResolvedStage>,
+    ) -> Result<State, ExecutorError> {
+        let entry = &self.entries[index];
+        if entry.role == Role::Forced {
+            return Ok(State::Ready(ready));
+        }
+        match find_success(&self.context, &ready.digest.hex).await? {
+            Some(success) => self.reuse(index, &ready.digest, success).await,
+            None if entry.role == Role::Needed => Err(ExecutorError::Missing {
+                stage: entry.stage.name.clone(),
+            }),
+            None => Ok(State::Ready(ready)),
+        }
+    }
+
+    async fn reuse(
+        &self,
+        index: usize,
+        digest: &Digest,
+        success: Success,
+    ) -> Result<State, ExecutorError> {
+        let entry = &self.entries[index];
+        if let Some(id) = entry.id {
+            self.context
+                .store
+                .stage_reused(id, &digest.hex, &digest.components, success.attempt)
+                .await?;
+        }
+        (self.context.listener)(Event::Reused {
+            stage: entry.stage.name.clone(),
+            from: success.run.clone(),
+        });
+        Ok(State::Done {
+            output: Box::new(success.output),
+            reused_from: Some(success.run),
+        })
+    }
+
+    /// Gives ready stages to workers, in the plan's order, as far as there is room.
+    fn launch(&mut self) {
+        let stopping =
+            self.signal.is_some() || self.is_judged || (self.failed && !self.options.keep_going);
+        for index in 0..self.entries.len() {
+            if stopping || self.workers.len() >= self.options.jobs.get() {
+                return;
+            }
+            let threads = self.threads(index);
+            let entry = &mut self.entries[index];
+            let (Some(id), State::Ready(_)) = (entry.id, &entry.state) else {
+                continue;
+            };
+            let State::Ready(ready) = std::mem::replace(&mut entry.state, State::Running) else {
+                continue;
+            };
+            let ResolvedStage { digest, inputs } = *ready;
+            let mut spec = AttemptSpec {
+                stage: entry.stage.clone(),
+                sources: self
+                    .sources
+                    .get(&entry.stage.name)
+                    .cloned()
+                    .unwrap_or_default(),
+                id,
+                work_dir: self.context.layout.work(&digest.hex),
+                digest,
+                base_dir: self.plan.base_dir.clone(),
+                threads,
+                inputs,
+            };
+            let (context, stop) = (Arc::clone(&self.context), self.stop.subscribe());
+            let start = match (entry.role, &self.options.resumed_from) {
+                (Role::Forced, None) => Start::Anew,
+                (Role::Forced, Some(_)) => Start::AsLeft,
+                _ => Start::AsLeftOrReused,
+            };
+            self.workers.spawn(async move {
+                let (began, paused) = (Instant::now(), context.pauses.total());
+                let run_stage = run_stage(&context, &mut spec, stop, start).await;
+                (index, context.pauses.worked(began, paused), run_stage)
+            });
+        }
+    }
+
+    /// The threads of a stage: its share among those that may run beside it, which are the unfinished ones that neither
+    /// need it nor are needed by it.
+    fn threads(&self, index: usize) -> usize {
+        let beside = (0..self.entries.len())
+            .filter(|&other| {
+                matches!(
+                    self.entries[other].state,
+                    State::Waiting | State::Ready(_) | State::Running
+                )
+            })
+            .filter(|&other| {
+                other != index && !self.leads_to(index, other) && !self.leads_to(other, index)
+            })
+            .count();
+        let stages = self.options.jobs.get().min(beside + 1);
+        let runs = self.options.runs.get();
+        self.entries[index].stage.threads.count(stages * runs)
+    }
+
+    /// Whether a stage needs, perhaps through others, what an earlier one makes.
+    fn leads_to(&self, earlier: usize, later: usize) -> bool {
+        let name = &self.entries[earlier].stage.name;
+        self.entries[later]
+            .stage
+            .references
+            .iter()
+            .any(|reference| {
+                let between = self.entries[..later]
+                    .iter()
+                    .position(|entry| entry.stage.name == reference.stage);
+                reference.stage == *name
+                    || between.is_some_and(|between| self.leads_to(earlier, between))
+            })
+    }
+
+    /// Takes note of what came of a stage.
+    async fn record_end(
+        &mut self,
+        ended: Result<(usize, Duration, Result<StageEnd, ExecutorError>), tokio::task::JoinError>,
+    ) -> Result<(), ExecutorError> {
+        let (index, elapsed, run_stage) = ended.map_err(|error| ExecutorError::System {
+            what: "a stage could not be watched",
+            source: std::io::Error::other(error),
+        })?;
+        self.entries[index].elapsed = elapsed;
+        let stage = self.entries[index].stage.name.clone();
+        self.entries[index].state = match run_stage? {
+            // It will not have another turn in this run.
+            StageEnd::Stopped => State::Waiting,
+            StageEnd::Reused(success) => {
+                // Its digest is computed again: it went into the worker's spec.
+                match self.resolve_inputs(index) {
+                    Resolution::Ready(ready) => self.reuse(index, &ready.digest, success).await?,
+                    _ => State::Waiting,
+                }
+            }
+            StageEnd::Made(Ended {
+                end, last_words, ..
+            }) => {
+                (self.context.listener)(Event::Ended {
+                    stage,
+                    end: end.clone(),
+                    elapsed,
+                    last_words,
+                });
+                match end {
+                    End::Succeeded { output, .. } => State::Done {
+                        output,
+                        reused_from: None,
+                    },
+                    end => {
+                        self.failed = true;
+                        State::Ended(end)
+                    }
+                }
+            }
+        };
+        Ok(())
+    }
+
+    /// Jobs of a cluster need neither this process nor a terminal: where these go, jobs stay. Ctrl-C may mean both.
+    fn interrupt_or_leave(&mut self, signal: i32) {
+        if self.context.cluster.is_none() || self.signal.is_some() {
+            return self.interrupt(signal);
+        }
+        match (&self.options.leave, signal) {
+            (_, libc::SIGHUP | libc::SIGTERM) | (Leave::WhenSubmitted, _) => self.leave(signal),
+            // Twice is an answer.
+            (Leave::Ask(ask), _) if self.answer.is_none() => {
+                let (tell, answer) = oneshot::channel();
+                let ask = Arc::clone(ask);
+                // A thread that nobody waits for: it may never get an answer.
+                std::thread::spawn(move || tell.send(ask()));
+                self.answer = Some(answer);
+            }
+            _ => self.interrupt(signal),
+        }
+    }
+
+    fn leave(&mut self, signal: i32) {
+        self.signal = Some(signal);
+        self.detached = true;
+    }
+
+    /// Ctrl-C or its like: the first time workers are asked to stop, the second time they are made to. A closed terminal
+    /// is told twice, by the kernel and by the shell, and nobody is impatient there.
+    fn interrupt(&mut self, signal: i32) {
+        if self.signal.is_none() {
+            self.signal = Some(signal);
+            let (grace, workers) = (self.options.grace, self.workers.len());
+            (self.context.listener)(Event::Stopping { grace, workers });
+            self.stop.send_replace(Stop::AtCheckpoint);
+        } else if signal != libc::SIGHUP {
+            (self.context.listener)(Event::Killing);
+            self.stop.send_replace(Stop::Now);
+        }
+    }
+
+    pub(super) fn report(self) -> Vec<StageReport> {
+        let stages = self.entries.into_iter().filter_map(|entry| {
+            let outcome = match entry.state {
+                State::LeftOut => return None,
+                State::Done {
+                    reused_from: Some(from),
+                    ..
+                } => Outcome::Reused { from },
+                State::Done {
+                    output,
+                    reused_from: None,
+                } => Outcome::Ran(End::Succeeded {
+                    output,
+                    summary: serde_json::Value::Null,
+                }),
+                State::Ended(end) => Outcome::Ran(end),
+                State::Blocked { by } => Outcome::Blocked { by },
+                State::Waiting | State::Ready(_) | State::Running => Outcome::NotReached,
+            };
+            let (name, kind) = (entry.stage.name.clone(), entry.stage.kind.clone());
+            Some(StageReport {
+                name,
+                kind,
+                outcome,
+                elapsed: entry.elapsed,
+            })
+        });
+        stages.collect()
+    }
+}
+
+enum Resolution {
+    NotYet,
+    Blocked(String),
+    Ready(Box<ResolvedStage>),
+}
+
+/// A successful attempt with this digest whose output is still there.
+async fn find_success(context: &RunContext, digest: &str) -> Result<Option<Success>, StoreError> {
+    let found = context.store.find_success(digest).await?;
+    Ok(found.filter(|success| context.layout.holds(&success.output)))
+}
+
+/// Gives a stage to a worker, as soon as no other process works on the same.
+async fn run_stage(
+    context: &RunContext,
+    spec: &mut AttemptSpec,
+    mut stop: watch::Receiver<Stop>,
+    start: Start,
+) -> Result<StageEnd, ExecutorError> {
+    let mut told = false;
+    let work: Work = loop {
+        if let Some(work) = context.layout.open_work(&spec.digest.hex)? {
+            break work;
+        }
+        if !std::mem::replace(&mut told, true) {
+            (context.listener)(Event::Waiting {
+                stage: spec.stage.name.clone(),
+            });
+        }
+        tokio::select! {
+            _ = stop.changed() => return Ok(StageEnd::Stopped),
+            () = tokio::time::sleep(WAIT_FOR_OTHERS) => {}
+        }
+    };
+    // Between the moment when the stage was found to be not there and this one another run may have made it.
+    if start == Start::AsLeftOrReused
+        && let Some(success) = find_success(context, &spec.digest.hex).await?
+    {
+        return Ok(StageEnd::Reused(success));
+    }
+    if start == Start::Anew {
+        empty(work.path())?;
+    }
+    for source in &mut spec.sources {
+        if let Err(message) = source.begin(&context.store).await {
+            let end = End::InputChanged { message };
+            return Ok(StageEnd::Made(attempt::refuse(context, spec, end).await?));
+        }
+    }
+    let ended = attempt::run(context, spec, stop).await?;
+    // A checkpoint of other data would be taken up as one of these.
+    if ended.tainted || matches!(ended.end, End::Succeeded { .. }) {
+        work.remove();
+    }
+    Ok(StageEnd::Made(ended))
+}
+
+fn empty(dir: &std::path::Path) -> Result<(), ExecutorError> {
+    let failed = |source| ArtifactError::Io {
+        action: "empty",
+        path: dir.to_owned(),
+        source,
+    };
+    std::fs::remove_dir_all(dir)
+        .and_then(|()| std::fs::create_dir(dir))
+        .map_err(failed)?;
+    Ok(())
+}
+
+/// Waits for an answer; for ever where nobody was asked.
+async fn answer(
+    asked: &mut Option<oneshot::Receiver<Choice>>,
+) -> Result<Choice, oneshot::error::RecvError> {
+    match asked {
+        Some(asked) => asked.await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,258 @@
+//! Stores of other schemas, and directories that hold none.
+
+use super::*;
+
+#[test]
+fn a_store_of_the_first_schema_is_taken_along() {
+    check(|dir| async move {
+        schema::migrate(&dir, &schema::MIGRATIONS[..1])
+            .await
+            .unwrap();
+        let path = schema::path_of(&dir);
+        let mut old = SqliteConnectOptions::new()
+            .filename(&path)
+            .connect()
+            .await
+            .unwrap();
+        let holder = lease::Holder::this_process();
+        sqlx::raw_sql(
+            "insert into runs (key, id, recipe, recipe_path, recipe_text, resolved, seed, command, environment, state, created)
+                 values (1, 'r1', 'digits', '/r.yaml', 'text', '{\"a\": 1}', 3, '[]', '{\"host\": \"h\"}', 'running', 5);
+             insert into params values (1, 'stages.distill.steps', 7, 'integer', 'default');
+             insert into stages (key, run, position, name, kind, plugin, plugin_version, plugin_hash, device, dtype, seed,
+                 options, inputs, state) values (1, 1, 0, 'distill', 'k', 'p', '1', 'h', 'cpu', 'f32', 0, '{}', '[]', 'running');
+             insert into attempts (key, stage, number, digest, worker_pid, state, started) values (1, 1, 1, 'd', 1, 'running', 5);
+             insert into series (key, attempt, name, base, last_step, last, min, max) values (1, 1, 'loss', 100, 9999, 0.5, 0.5, 1);
+             with recursive n(i) as (select 0 union all select i + 1 from n where i < 9999)
+             insert into points select 1, i, case when i = 7 then null else i / 8.0 end, i * 3 from n;",
+        )
+        .execute(&mut old)
+        .await
+        .unwrap();
+        sqlx::query("insert into leases values (1, ?1, ?2, ?3, ?4, ?5, 5)")
+            .bind(&holder.host)
+            .bind(&holder.boot)
+            .bind(&holder.pid_namespace)
+            .bind(holder.pid)
+            .bind(holder.process_started.cast_signed())
+            .execute(&mut old)
+            .await
+            .unwrap();
+        old.close().await.unwrap();
+
+        // An older program is at work in it.
+        let refused = Store::open(&dir, Access::ReadWrite).await.unwrap_err();
+        assert!(matches!(refused, StoreError::InUse), "{refused}");
+        let mut old = SqliteConnectOptions::new()
+            .filename(&path)
+            .connect()
+            .await
+            .unwrap();
+        sqlx::query("update leases set process_started = process_started + 1")
+            .execute(&mut old)
+            .await
+            .unwrap();
+        old.close().await.unwrap();
+
+        let store = Store::open(&dir, Access::ReadOnly).await.unwrap();
+        let run = RunId("r1".into());
+        let points = store.metric_series(&run, "distill/loss").await.unwrap();
+        assert_eq!(points.len(), 10_000);
+        assert!(points[7].value.is_nan());
+        assert_eq!(
+            (points[9].step, points[9].value, points[9].at),
+            (9, 9.0 / 8.0, Time(127))
+        );
+        assert_eq!(store.last_metrics(&run).await.unwrap()[0].points, 10_000);
+        let detail = store.run_detail(&run).await.unwrap();
+        assert_eq!(
+            (detail.recipe_text.as_str(), detail.resolved),
+            ("text", json!({"a": 1}))
+        );
+        assert_eq!(detail.params[0].value, json!(7));
+        assert_eq!(detail.summary.state, RunState::Lost);
+        let filter = RunFilter {
+            expr: Some(
+                crate::filter::parse("metrics.loss.last = 0.5 and params.distill.steps = 7")
+                    .unwrap(),
+            ),
+            ..RunFilter::default()
+        };
+        assert_eq!(store.list_runs(&filter).await.unwrap().len(), 1);
+        // Rows go with their run.
+        store.close().await;
+        let store = open(&dir).await;
+        store.remove_runs(&[run]).await.unwrap();
+        let left: i64 = sqlx::query_scalar(
+            "select (select count(*) from params) + (select count(*) from results) + (select count(*) from packs)",
+        )
+        .fetch_one(store.pool())
+        .await
+        .unwrap();
+        assert_eq!(left, 0);
+
+        let backup = dir.join("history.schema1.backup.db");
+        let mut backup = SqliteConnectOptions::new()
+            .filename(backup)
+            .connect()
+            .await
+            .unwrap();
+        let kept: i64 = sqlx::query_scalar("select count(*) from points")
+            .fetch_one(&mut backup)
+            .await
+            .unwrap();
+        assert_eq!(kept, 10_000);
+    });
+}
+
+#[test]
+fn many_processes_migrate_one_old_store_at_once() {
+    check(|dir| async move {
+        schema::migrate(&dir, &schema::MIGRATIONS[..1])
+            .await
+            .unwrap();
+        let path = schema::path_of(&dir);
+        let mut old = SqliteConnectOptions::new()
+            .filename(&path)
+            .connect()
+            .await
+            .unwrap();
+        sqlx::raw_sql(
+            "insert into runs (key, id, recipe, recipe_path, recipe_text, resolved, seed, command, environment, state, created)
+                 values (1, 'r1', 'digits', '/r.yaml', 'text', '{}', 3, '[]', '{}', 'succeeded', 5);
+             insert into stages (key, run, position, name, kind, plugin, plugin_version, plugin_hash, device, dtype, seed,
+                 options, inputs, state) values (1, 1, 0, 'distill', 'k', 'p', '1', 'h', 'cpu', 'f32', 0, '{}', '[]', 'succeeded');
+             insert into attempts (key, stage, number, digest, worker_pid, state, started) values (1, 1, 1, 'd', 1, 'succeeded', 5);
+             insert into series (key, attempt, name, base, last_step, last, min, max) values (1, 1, 'loss', 100, 99999, 0.5, 0.5, 1);
+             with recursive n(i) as (select 0 union all select i + 1 from n where i < 99999)
+             insert into points select 1, i, i / 8.0, i * 3 from n;",
+        )
+        .execute(&mut old)
+        .await
+        .unwrap();
+        old.close().await.unwrap();
+
+        assert_eq!(crowd(&dir).await.len(), 81);
+        let store = open(&dir).await;
+        let points = store.metric_series(&RunId("r1".into()), "loss").await;
+        assert_eq!(points.unwrap().len(), 100_000);
+        // Copied once, as it was: whoever came second found the work done.
+        let copies = std::fs::read_dir(&dir).unwrap().filter(|entry| {
+            let name = entry.as_ref().unwrap().file_name();
+            name.to_string_lossy().contains("backup")
+        });
+        assert_eq!(copies.count(), 1);
+        let mut backup = SqliteConnectOptions::new()
+            .filename(dir.join("history.schema1.backup.db"))
+            .connect()
+            .await
+            .unwrap();
+        let kept: (i64, i64) =
+            sqlx::query_as("select (select count(*) from runs), (select count(*) from points)")
+                .fetch_one(&mut backup)
+                .await
+                .unwrap();
+        assert_eq!(kept, (1, 100_000));
+    });
+}
+
+#[test]
+fn an_older_schema_is_migrated_and_a_newer_one_refused() {
+    check(|dir| async move {
+        let mood = "alter table runs add column mood text not null default 'fine'";
+        let later = &[schema::MIGRATIONS, &[mood]].concat();
+        let store = open(&dir).await;
+        let run = store.begin_run(&a_run("digits")).await.unwrap();
+        store
+            .finish_run(&run, RunState::Succeeded, None)
+            .await
+            .unwrap();
+        store.close().await;
+        schema::migrate(&dir, later).await.unwrap();
+        schema::migrate(&dir, later).await.unwrap();
+
+        let path = schema::path_of(&dir);
+        let mut connection = SqliteConnectOptions::new()
+            .filename(&path)
+            .connect()
+            .await
+            .unwrap();
+        let (id, mood): (String, String) = sqlx::query_as("select id, mood from runs")
+            .fetch_one(&mut connection)
+            .await
+            .unwrap();
+        assert_eq!((id, mood), (run.0, "fine".to_owned()));
+        let newest = schema::newest(schema::MIGRATIONS);
+        for access in [Access::ReadOnly, Access::ReadWrite] {
+            let error = Store::open(&dir, access).await.unwrap_err();
+            let StoreError::NewerSchema { found, known, .. } = error else {
+                panic!("{error}")
+            };
+            assert_eq!((found, known), (newest + 1, newest));
+        }
+    });
+}
+
+#[test]
+fn a_migration_that_fails_leaves_the_store_as_it_was() {
+    check(|dir| async move {
+        open(&dir).await.close().await;
+        let broken = &[
+            schema::MIGRATIONS,
+            &["drop table logs; drop table no_such_table"],
+        ];
+        assert!(schema::migrate(&dir, &broken.concat()).await.is_err());
+        let store = open(&dir).await;
+        assert_eq!(store.log(AttemptId(1)).await.unwrap(), []);
+    });
+}
+
+#[test]
+fn what_is_no_store_is_told_apart() {
+    check(|dir| async move {
+        let missing = Store::open(&dir, Access::ReadOnly).await.unwrap_err();
+        assert!(matches!(missing, StoreError::Missing { .. }), "{missing}");
+        assert!(!dir.exists(), "reading makes nothing");
+
+        std::fs::create_dir(&dir).unwrap();
+        let path = schema::path_of(&dir);
+        std::fs::write(
+            &path,
+            "no database, but long enough to be taken for one by its size. ".repeat(40),
+        )
+        .unwrap();
+        for access in [Access::ReadOnly, Access::ReadWrite] {
+            let error = Store::open(&dir, access).await.unwrap_err();
+            assert!(matches!(error, StoreError::NotAStore { .. }), "{error}");
+        }
+
+        std::fs::remove_file(&path).unwrap();
+        let foreign = SqliteConnectOptions::new()
+            .filename(&path)
+            .create_if_missing(true);
+        let mut connection = foreign.connect().await.unwrap();
+        sqlx::query("create table cooking_recipes (name text)")
+            .execute(&mut connection)
+            .await
+            .unwrap();
+        for access in [Access::ReadOnly, Access::ReadWrite] {
+            let error = Store::open(&dir, access).await.unwrap_err();
+            assert!(matches!(error, StoreError::NotAStore { .. }), "{error}");
+        }
+    });
+}
+
+#[test]
+fn a_file_in_the_place_of_the_directory_is_named() {
+    check(|dir| async move {
+        std::fs::write(&dir, "a file").unwrap();
+        for access in [Access::ReadOnly, Access::ReadWrite] {
+            let error = Store::open(&dir, access).await.unwrap_err();
+            assert!(
+                matches!(error, StoreError::Io { .. } | StoreError::Missing { .. }),
+                "{error}"
+            );
+            assert!(error.to_string().contains("store"), "{error}");
+        }
+    });
+}
