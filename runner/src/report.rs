@@ -60,6 +60,7 @@ td { overflow-wrap: anywhere; } td.number, th.number { text-align: right; font-v
 .interrupted { color: var(--odd); }
 figure { margin: 1rem 0; } figure img { max-width: 100%; image-rendering: pixelated; background: var(--soft); }
 figure svg { max-width: 100%; height: auto; }
+.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(30rem, 100%), 1fr)); gap: 0 1.5rem; }
 pre { background: var(--soft); padding: 0.7rem; overflow-x: auto; }
 summary { cursor: pointer; }";
 
@@ -88,9 +89,9 @@ pub fn html(title: &str, pages: &[Page], curves: &Curves) -> String {
                 }
                 @if !curves.charts.is_empty() {
                     h2 { "Curves" }
-                    @for (title, chart) in &curves.charts {
+                    div.curves { @for (title, chart) in &curves.charts {
                         figure { figcaption { (title) } (PreEscaped(chart.svg())) }
-                    }
+                    } }
                     @if curves.left_out > 0 {
                         p.dim { (curves.left_out) " more series are in the tables only." }
                     }
