@@ -427,16 +427,18 @@ mod tests {
                 recorder.line(line(5000));
             }
         };
-        let mut feed = std::pin::pin!(feed);
-        let held_back = tokio::time::timeout(Duration::from_millis(400), &mut feed).await;
-        assert!(held_back.is_err(), "nobody could have written so much");
         {
-            let waiting = recorder.shared.waiting();
-            let held = waiting.amount.points + waiting.writing.points;
-            assert!((4000..=5000).contains(&held), "{held} points");
+            let mut feed = std::pin::pin!(feed);
+            let held_back = tokio::time::timeout(Duration::from_millis(400), &mut feed).await;
+            assert!(held_back.is_err(), "nobody could have written so much");
+            {
+                let waiting = recorder.shared.waiting();
+                let held = waiting.amount.points + waiting.writing.points;
+                assert!((4000..=5000).contains(&held), "{held} points");
+            }
+            sqlx::query("rollback").execute(&mut lock).await.unwrap();
+            feed.await;
         }
-        sqlx::query("rollback").execute(&mut lock).await.unwrap();
-        feed.await;
         recorder.end().await;
         assert_eq!(store.log(attempt).await.unwrap().len(), 30);
         let whole = crate::store::Lens {

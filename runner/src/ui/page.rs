@@ -291,7 +291,8 @@ pub fn fact(fact: &Fact) -> Markup {
 /// The same as [`name`], of a name that may have to break: it does so behind what joins its parts.
 pub fn jointed(text: &str) -> Markup {
     let text = terminal::clean(text);
-    html! { bdi { @for part in text.split_inclusive(['/', '.', '_', '-']) { (part) wbr; } } }
+    let joints = ['/', '.', '_', '-'];
+    html! { bdi { @for part in text.split_inclusive(joints) { (part) @if part.ends_with(joints) { wbr; } } } }
 }
 
 /// Links to choose among the stores, where there are several.
