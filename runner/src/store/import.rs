@@ -308,7 +308,9 @@ impl<'p> Foreign<'p> {
         schema::migrate(self.draft, schema::MIGRATIONS)
             .await
             .map_err(|error| match error {
-                error @ (StoreError::Full | StoreError::Io { .. }) => error,
+                error @ (StoreError::Full
+                | StoreError::FileTooLong { .. }
+                | StoreError::Io { .. }) => error,
                 error => self.refused(format!(
                     "it cannot be brought to the present schema: {error}"
                 )),
