@@ -30,6 +30,7 @@ mod host;
 mod import;
 mod jobs;
 mod lease;
+mod length;
 mod lineage;
 mod log;
 mod mlflow;

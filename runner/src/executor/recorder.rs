@@ -419,26 +419,24 @@ mod tests {
         let recorder =
             Recorder::begin_within(MOST, Arc::clone(&store), attempt, |what| panic!("{what}"));
         let mut lock = locked(&store).await;
-        let feed = async {
+        let mut feed = Box::pin(async {
             for frame_number in 0..30 {
                 recorder.room().await;
                 recorder.points([frame(frame_number * 1000)]);
                 recorder.room().await;
                 recorder.line(line(5000));
             }
-        };
+        });
+        let held_back = tokio::time::timeout(Duration::from_millis(400), &mut feed).await;
+        assert!(held_back.is_err(), "nobody could have written so much");
         {
-            let mut feed = std::pin::pin!(feed);
-            let held_back = tokio::time::timeout(Duration::from_millis(400), &mut feed).await;
-            assert!(held_back.is_err(), "nobody could have written so much");
-            {
-                let waiting = recorder.shared.waiting();
-                let held = waiting.amount.points + waiting.writing.points;
-                assert!((4000..=5000).contains(&held), "{held} points");
-            }
-            sqlx::query("rollback").execute(&mut lock).await.unwrap();
-            feed.await;
+            let waiting = recorder.shared.waiting();
+            let held = waiting.amount.points + waiting.writing.points;
+            assert!((4000..=5000).contains(&held), "{held} points");
         }
+        sqlx::query("rollback").execute(&mut lock).await.unwrap();
+        feed.as_mut().await;
+        drop(feed);
         recorder.end().await;
         assert_eq!(store.log(attempt).await.unwrap().len(), 30);
         let whole = crate::store::Lens {
