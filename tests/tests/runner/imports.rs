@@ -136,7 +136,10 @@ fn a_file_with_other_tables_is_refused() {
         ),
         ("create table more (a)".into(), "table `more`"),
         (
-            (0..8000).map(|number| format!("create table more{number} (a);")).collect(),
+            "pragma writable_schema = on;
+             with recursive n(k) as (select 1 union all select k + 1 from n limit 8000)
+             insert into sqlite_schema select 'table', 'more' || k, 'more' || k, 2, 'create table more' || k || ' (a)' from n"
+                .into(),
             "far longer than its size explains",
         ),
         ("create index more on logs (abs(at))".into(), "index `more`"),
