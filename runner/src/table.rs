@@ -170,7 +170,10 @@ impl Rows {
         };
         let more = match self.rows.len().saturating_sub(MOST_ROWS) {
             0 => String::new(),
-            more => format!("... and {more} more; CSV and JSON have all {}\n", self.rows.len()),
+            more => format!(
+                "... and {more} more; CSV and JSON have all {}\n",
+                self.rows.len()
+            ),
         };
         // The cells are clean: what is left are our colours.
         format!("{title}{}\n{more}", painted(&table.trim_fmt()))
