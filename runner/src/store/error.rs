@@ -253,7 +253,10 @@ impl StoreError {
     pub(super) fn at(self, path: &std::path::Path) -> Self {
         let error = match self {
             Self::Sql(error) => error,
-            Self::Full => return length::reached_by(path).unwrap_or(Self::Full),
+            // Of the files that are open, another may be as near to the limit.
+            error @ (Self::Full | Self::FileTooLong { .. }) => {
+                return length::reached_by(path).unwrap_or(error);
+            }
             error => return error,
         };
         let Some(database) = error.as_database_error() else {
