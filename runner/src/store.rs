@@ -30,6 +30,7 @@ mod host;
 mod import;
 mod jobs;
 mod lease;
+mod length;
 mod lineage;
 mod log;
 mod mlflow;
@@ -280,4 +281,4 @@ fn variant<T: serde::de::DeserializeOwned>(
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -66,6 +66,9 @@ pub enum Tone {
     Dim,
 }
 
+/// Rows of a table. To lay out columns all of them are held, and take some kilobytes each.
+const MOST_ROWS: usize = 10_000;
+
 impl Rows {
     /// No rows yet, under these column heads.
     pub fn new(heads: &[&str]) -> Self {
@@ -148,7 +151,7 @@ impl Rows {
                 }
             }));
         }
-        for row in &self.rows {
+        for row in self.rows.iter().take(MOST_ROWS) {
             table.add_row(
                 row.iter()
                     .map(|cell| toned(TableCell::new(visible(&cell.text, true)), cell.tone)),
@@ -165,8 +168,12 @@ impl Rows {
         } else {
             format!("{}\n", visible(&self.title, false))
         };
+        let more = match self.rows.len().saturating_sub(MOST_ROWS) {
+            0 => String::new(),
+            more => format!("... and {more} more; CSV and JSON have all {}\n", self.rows.len()),
+        };
         // The cells are clean: what is left are our colours.
-        format!("{title}{}\n", painted(&table.trim_fmt()))
+        format!("{title}{}\n{more}", painted(&table.trim_fmt()))
     }
 
     fn markdown(&self) -> String {
@@ -516,6 +523,20 @@ mod tests {
 
     fn check(style: Style, expected: &str) {
         assert_eq!(sample().render(style), expected);
+    }
+
+    #[test]
+    fn a_table_has_an_end() {
+        let mut rows = Rows::new(&["n"]);
+        (0..10_002_u64).for_each(|number| rows.push([number.into()]));
+        let table = Style::Table {
+            width: None,
+            color: false,
+        };
+        let text = rows.render(table);
+        assert_eq!(text.lines().count(), 1 + 10_000 + 1);
+        assert!(text.ends_with("\n9999\n... and 2 more; CSV and JSON have all 10002\n"));
+        assert_eq!(rows.render(Style::Csv).lines().count(), 1 + 10_002);
     }
 
     #[test]

@@ -51,7 +51,11 @@ fn every_page_wide_narrow_light_and_dark() {
             format!("/run/{first}/params"),
             "stages.student.train.steps",
         ),
-        ("run-why", format!("/run/{second}/why"), "Compared with"),
+        (
+            "run-why",
+            format!("/run/{second}/why"),
+            "Why each stage ran",
+        ),
         (
             "run-log",
             format!("/run/{first}/log"),
@@ -105,6 +109,7 @@ fn every_page_wide_narrow_light_and_dark() {
                 browser.forgive();
             }
             browser.expect_sound();
+            browser.expect_accessible();
             browser.keep(&format!("{page}-{name}"));
         }
     }
@@ -203,6 +208,27 @@ fn keys_lead_everywhere_and_a_baseline_stays() {
     browser.keys("?");
     browser.wait_until("document.querySelector('#help').open");
     browser.keep("keys");
+    // Somebody who goes through the page with Tab sees where he is, and skips to the content first.
+    browser.keys("\u{e00c}");
+    browser.wait_until("!document.querySelector('#help').open");
+    browser.open(&server.at("/?show=metrics.student.loss.last"));
+    browser.wait_for("table.runs");
+    for number in 0..24 {
+        browser.keys("\u{e004}");
+        let seen = browser.script(
+            "const one = document.activeElement; const style = getComputedStyle(one); const place = one.getBoundingClientRect(); \
+             return [one.className, style.outlineStyle !== 'none' && parseFloat(style.outlineWidth) >= 2, \
+             place.width > 3 && place.bottom > 0 && place.top < innerHeight]",
+        );
+        assert_eq!(
+            (&seen[1], &seen[2]),
+            (&true.into(), &true.into()),
+            "{seen} after {number} tabs"
+        );
+        assert_eq!(seen[0] == "skip", number == 0, "{seen}");
+    }
+    browser.keys("?");
+    browser.wait_until("document.querySelector('#help').open");
     browser.keys("\u{e00c}");
     browser.wait_until("!document.querySelector('#help').open");
     browser.keys("/");
@@ -381,8 +407,26 @@ fn the_best_point_of_a_sweep_is_one_that_has_come() {
             "return [...document.querySelectorAll('tbody tr')].filter(row => row.querySelector('.star')).map(row => row.dataset.run)",
         );
         assert_eq!(starred, serde_json::json!([runs[2].0]));
-        browser.wait_until("document.querySelector('figure.grid img').naturalWidth > 0");
+        browser.wait_until("document.querySelectorAll('svg.swept').length === 2");
+        // Drawn in the page's colours, and large enough to be read; what is wider than the page scrolls by itself.
+        let drawn = browser.script(
+            "const color = (element, what) => getComputedStyle(element)[what]; \
+             const texts = [...document.querySelectorAll('svg.swept text')]; \
+             return [texts.every(text => color(text, 'fill') === color(document.body, 'color')), \
+             Math.min(...texts.map(text => text.getBoundingClientRect().height)), \
+             new Set([...document.querySelectorAll('svg.swept circle')].map(one => color(one, 'fill'))).size, \
+             color(document.querySelector('figure.swept'), 'backgroundColor')]",
+        );
+        assert_eq!((&drawn[0], &drawn[2]), (&true.into(), &2.into()), "{drawn}");
+        assert!(drawn[1].as_f64().unwrap() > 10.0, "{name}: {drawn}");
+        let face = if dark {
+            "rgb(26, 29, 33)"
+        } else {
+            "rgb(255, 255, 255)"
+        };
+        assert_eq!(drawn[3], face, "{name}");
         browser.expect_sound();
+        browser.expect_accessible();
         browser.keep(&format!("sweep-{name}"));
     }
     browser.wait_for_text("to come");
@@ -390,6 +434,96 @@ fn the_best_point_of_a_sweep_is_one_that_has_come() {
     assert!(status == 200 && !svg.contains("point 2"), "{svg}");
     browser.open(&server.at("/?group=sweep"));
     browser.wait_for_text(&id.0);
+    browser.expect_sound();
+}
+
+#[test]
+fn names_stay_readable_on_a_narrow_page() {
+    let Some((_lab, made, server, browser)) = open() else {
+        return;
+    };
+    browser.resize(390, 900);
+    let both = format!("run={}&run={}", made.first, made.second);
+    for (address, cells) in [
+        (
+            format!("/compare?{both}"),
+            "table.compare th[scope=row], table.aligned th[scope=row]",
+        ),
+        (format!("/run/{}/why", made.second), "td.why"),
+        (format!("/run/{}/params", made.second), "th.mono, td.wrap"),
+    ] {
+        browser.open(&server.at(&address));
+        browser.wait_for(cells.split(',').next().unwrap());
+        // Letters in a column would be narrow and tall.
+        let narrow = browser.script(&format!(
+            "return [...document.querySelectorAll('{cells}')].filter(cell => cell.textContent.trim().length > 5) \
+             .filter(cell => cell.clientWidth < 80).map(cell => cell.textContent)"
+        ));
+        assert_eq!(narrow, serde_json::json!([]), "{address}");
+        browser.expect_sound();
+    }
+    // The open tab is in sight, wherever it stands among the others.
+    browser.open(&server.at(&format!("/run/{}/environment", made.first)));
+    browser.wait_until("document.documentElement.classList.contains('js')");
+    browser.wait_until("(() => { const tab = document.querySelector('.tabs [aria-current]').getBoundingClientRect(); return tab.left >= 0 && tab.right <= innerWidth; })()");
+}
+
+#[test]
+fn a_log_is_searched() {
+    let Some((_lab, made, server, browser)) = open() else {
+        return;
+    };
+    let lines = || {
+        browser.script(
+            "return [...document.querySelectorAll('.log li .text')].map(line => line.textContent)",
+        )
+    };
+    let path = format!("/run/{}/log", made.first);
+    browser.open(&server.at(&path));
+    browser.wait_until("document.querySelectorAll('.log li').length === 4");
+    // From the keyboard: a text, in any case.
+    browser.keys("/");
+    browser.wait_until("document.activeElement.id === 'text'");
+    browser.enter("#text", "LEARNING Rate\u{e007}");
+    browser.wait_until("document.querySelectorAll('.log li').length === 1");
+    assert_eq!(lines(), serde_json::json!(["the learning rate is high"]));
+    assert!(
+        browser.address().contains("text=LEARNING+Rate"),
+        "{}",
+        browser.address()
+    );
+    // Going back shows the whole, and the address the same again.
+    let searched = browser.address();
+    browser.back();
+    browser.wait_until("document.querySelectorAll('.log li').length === 4");
+    browser.open(&searched);
+    browser.wait_until("document.querySelectorAll('.log li').length === 1 && document.querySelector('#text').value === 'LEARNING Rate'");
+    browser.keep("log-search");
+    browser.open(&server.at(&path));
+    browser.wait_until("document.querySelectorAll('.log li').length === 4");
+    // What SQL would take for a pattern is text.
+    browser.enter("#text", "%\u{e007}");
+    browser.wait_for_text("No such lines");
+    browser.expect_sound();
+    browser.click(".filter a.button");
+    browser.wait_until("document.querySelectorAll('.log li').length === 4");
+    // By level, and by stage.
+    browser.open(&server.at(&format!("{path}?level=warn&text=a")));
+    browser.wait_until("document.querySelectorAll('.log li').length === 2");
+    assert_eq!(
+        lines(),
+        serde_json::json!(["the learning rate is high", "one sample was not finite"])
+    );
+    for (stage, count) in [("student", 4), ("codes", 0)] {
+        browser.open(&server.at(&path));
+        browser.wait_for("#stage");
+        browser.script(&format!(
+            "document.querySelector('#stage').value = '{stage}'"
+        ));
+        browser.click(".filter button");
+        browser.wait_until(&format!("location.search.includes('stage={stage}')"));
+        assert_eq!(browser.count(".log li"), count, "{stage}");
+    }
     browser.expect_sound();
 }
 

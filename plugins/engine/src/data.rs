@@ -7,6 +7,7 @@
 
 pub mod arrays;
 pub mod class;
+mod demand;
 pub mod error;
 pub mod feed;
 pub mod file;

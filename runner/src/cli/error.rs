@@ -224,6 +224,13 @@ impl From<StoreError> for Error {
                     "ask there, or try again when it has ended; a machine that is gone is forgotten after two minutes",
                 ),
             ),
+            StoreError::FileTooLong { .. } => (
+                Exit::Internal,
+                Some(
+                    "`ulimit -f unlimited` in this shell lifts it; where the system refuses, its administrator or the \
+                     batch system has set it",
+                ),
+            ),
             _ => (Exit::Internal, None),
         };
         let shown = Self::new(exit, error.to_string());

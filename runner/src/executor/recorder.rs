@@ -1,7 +1,8 @@
 //! Writing the metrics and the log of an attempt into the store, in batches, beside the attempt.
 //!
-//! In: points and lines, as fast as they come. Out: rows, four times a second. A store that cannot take them never
-//! disturbs the stage: what waits is bounded, what is lost is counted and told.
+//! In: points and lines, as fast as they come. Out: rows, four times a second. What waits is bounded: while there is no
+//! [`room`](Recorder::room), workers are not read, and keep what they have themselves. A store that cannot take rows at all
+//! never disturbs the stage: what it costs then is counted and told.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,8 +18,11 @@ use crate::store::{
 
 /// How often rows are written; a kill of the runner loses at most this and what the worker holds back (0.1 s).
 const INTERVAL: Duration = Duration::from_millis(250);
-/// Points that may wait, as many as in the worker; beyond, new ones are lost.
-const MOST_POINTS: usize = 1 << 22;
+/// Points that may wait or be being written, 25 MB. At half of them workers are no longer read, so that there is room for what
+/// they are sending; beyond, which takes a store that cannot be written to, new ones are lost.
+const MOST_POINTS: usize = 1 << 20;
+/// The same in bytes of lines.
+const MOST_BYTES: usize = 32 << 20;
 /// Lines that one attempt may have in the store; a plugin that talks without end must not fill the disk.
 const MOST_LINES: usize = 50_000;
 /// How long the end of an attempt waits for the last rows.
@@ -36,16 +40,32 @@ struct Shared {
     waiting: Mutex<Waiting>,
     wake: Notify,
     hurry: Notify,
+    /// Told when there may be room again.
+    freed: Notify,
+    most: Amount,
+}
+
+/// So much of what is recorded.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+struct Amount {
+    points: usize,
+    /// Of lines.
+    bytes: usize,
 }
 
 #[derive(Debug, Default)]
 struct Waiting {
     points: HashMap<String, Vec<MetricPoint>>,
-    /// How many points there are in all.
-    count: usize,
     lines: Vec<LogLine>,
     lines_taken: usize,
+    /// What of it waits.
+    amount: Amount,
+    /// What has been taken out to be written, and is still held in memory.
+    writing: Amount,
+    /// Whether the store could not be written to when it was last tried: waiting for it would be for nothing.
+    stalled: bool,
     lost_points: usize,
+    lost_lines: usize,
     /// How far elements of jobs have been heard when what came before has been written.
     marks: HashMap<(JobKey, usize), u64>,
     closing: bool,
@@ -58,19 +78,50 @@ impl Recorder {
         attempt: AttemptId,
         warn: impl Fn(String) + Send + Sync + 'static,
     ) -> Self {
-        let shared = Arc::new(Shared::default());
+        let most = Amount {
+            points: MOST_POINTS,
+            bytes: MOST_BYTES,
+        };
+        Self::begin_within(most, store, attempt, warn)
+    }
+
+    fn begin_within(
+        most: Amount,
+        store: Arc<Store>,
+        attempt: AttemptId,
+        warn: impl Fn(String) + Send + Sync + 'static,
+    ) -> Self {
+        let shared = Arc::new(Shared {
+            most,
+            ..Shared::default()
+        });
         let task = tokio::spawn(write_rows(store, attempt, Arc::clone(&shared), warn));
         Self { shared, task }
     }
 
+    /// Waits until more can be recorded without growing what waits beyond its bound. Cancel-safe.
+    pub async fn room(&self) {
+        loop {
+            let mut freed = std::pin::pin!(self.shared.freed.notified());
+            // From here on nothing that is told is missed.
+            freed.as_mut().enable();
+            if self.shared.has_room() {
+                return;
+            }
+            self.shared.hurry.notify_one();
+            freed.await;
+        }
+    }
+
     /// Records points.
     pub fn points(&self, batches: impl IntoIterator<Item = Points>) {
+        let most = self.shared.most.points;
         let mut waiting = self.shared.waiting();
         for batch in batches {
-            let room = MOST_POINTS.saturating_sub(waiting.count);
-            let taken = room.min(batch.steps.len());
+            let held = waiting.amount.points + waiting.writing.points;
+            let taken = most.saturating_sub(held).min(batch.steps.len());
             waiting.lost_points += batch.steps.len() - taken;
-            waiting.count += taken;
+            waiting.amount.points += taken;
             let columns = batch.steps.iter().zip(&batch.values).zip(&batch.at);
             let points = columns
                 .take(taken)
@@ -91,10 +142,19 @@ impl Recorder {
 
     /// Records a line.
     pub fn line(&self, line: LogLine) {
+        let most = self.shared.most.bytes;
         let mut waiting = self.shared.waiting();
         waiting.lines_taken += 1;
         match waiting.lines_taken {
-            taken if taken <= MOST_LINES => waiting.lines.push(line),
+            taken if taken <= MOST_LINES => {
+                let held = waiting.amount.bytes + waiting.writing.bytes;
+                if held + size(&line) > most {
+                    waiting.lost_lines += 1;
+                } else {
+                    waiting.amount.bytes += size(&line);
+                    waiting.lines.push(line);
+                }
+            }
             taken if taken == MOST_LINES + 1 => {
                 let text = format!("more than {MOST_LINES} lines: what follows is not kept");
                 waiting.lines.push(LogLine {
@@ -143,18 +203,46 @@ impl Shared {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether workers may be heard: half of the room is kept for what is on its way.
+    fn has_room(&self) -> bool {
+        let waiting = self.waiting();
+        let (amount, writing) = (waiting.amount, waiting.writing);
+        waiting.stalled
+            || waiting.closing
+            || (amount.points + writing.points < self.most.points.div_ceil(2)
+                && amount.bytes + writing.bytes < self.most.bytes.div_ceil(2))
+    }
+
+    /// Takes out what waits, to be written.
     fn take(&self) -> Waiting {
         let mut waiting = self.waiting();
+        waiting.writing = std::mem::take(&mut waiting.amount);
         Waiting {
             points: std::mem::take(&mut waiting.points),
-            count: std::mem::take(&mut waiting.count),
             lines: std::mem::take(&mut waiting.lines),
+            amount: waiting.writing,
             lost_points: std::mem::take(&mut waiting.lost_points),
+            lost_lines: std::mem::take(&mut waiting.lost_lines),
             marks: std::mem::take(&mut waiting.marks),
             lines_taken: waiting.lines_taken,
             closing: waiting.closing,
+            ..Waiting::default()
         }
     }
+
+    /// What was taken out is held no more; `stalled`: because the store could not be written to.
+    fn let_go(&self, stalled: bool) {
+        let mut waiting = self.waiting();
+        waiting.writing = Amount::default();
+        waiting.stalled = stalled;
+        drop(waiting);
+        self.freed.notify_waiters();
+    }
+}
+
+/// What a line takes.
+fn size(line: &LogLine) -> usize {
+    line.text.len() + size_of::<LogLine>()
 }
 
 async fn write_rows(
@@ -171,19 +259,22 @@ async fn write_rows(
             ));
         }
     };
+    let (mut lost_points, mut lost_lines) = (0, 0);
     loop {
         shared.wake.notified().await;
         let batch = shared.take();
         // Whether what came before the marks has been written, or is lost.
         let mut kept = true;
-        if batch.lost_points > 0 {
-            complain(
-                "metrics",
-                format!(
-                    "{} points came faster than they could be written",
-                    batch.lost_points
-                ),
-            );
+        lost_points += batch.lost_points;
+        lost_lines += batch.lost_lines;
+        for (count, all, what) in [
+            (batch.lost_points, "metrics", "points"),
+            (batch.lost_lines, "the log", "lines"),
+        ] {
+            if count > 0 {
+                let why = format!("{count} {what} came while the store could not be written to");
+                complain(all, why);
+            }
         }
         let points: Vec<Batch> = batch.points.into_iter().map(Batch::from).collect();
         if !points.is_empty()
@@ -192,7 +283,7 @@ async fn write_rows(
             complain("metrics", error.to_string());
             if is_for_a_moment(&error) {
                 kept = false;
-                give_back(&shared, points, batch.count);
+                give_back(&shared, points, batch.amount.points);
             }
         }
         if !batch.lines.is_empty()
@@ -201,9 +292,10 @@ async fn write_rows(
             complain("the log", error.to_string());
             if is_for_a_moment(&error) {
                 kept = false;
-                shared.waiting().lines.splice(..0, batch.lines);
+                give_back_lines(&shared, batch.lines);
             }
         }
+        shared.let_go(!kept);
         if !kept {
             let mut waiting = shared.waiting();
             for (element, number) in batch.marks {
@@ -219,13 +311,24 @@ async fn write_rows(
         if batch.closing {
             // What was given back is tried again, for as long as the end of the attempt waits.
             if shared.waiting().is_empty() {
-                return;
+                break;
             }
             shared.wake.notify_one();
             tokio::time::sleep(INTERVAL).await;
             continue;
         }
         let _ = tokio::time::timeout(INTERVAL, shared.hurry.notified()).await;
+    }
+    for (count, what) in [(lost_points, "metric points"), (lost_lines, "log lines")] {
+        if count > 0 {
+            let text = format!(
+                "{count} {what} are lost: they came while the store could not be written to"
+            );
+            let line = own_line(retort_abi::LogLevel::Warn, text);
+            if let Err(error) = store.append_log(attempt, &[line]).await {
+                complain("what was lost", error.to_string());
+            }
+        }
     }
 }
 
@@ -234,17 +337,31 @@ fn is_for_a_moment(error: &StoreError) -> bool {
     matches!(error, StoreError::Busy | StoreError::Full)
 }
 
-/// Points that could not be written are written with the next batch.
+/// Points that could not be written are written with the next batch, where there is room for them.
 fn give_back(shared: &Shared, batches: Vec<Batch>, count: usize) {
     let mut waiting = shared.waiting();
-    if waiting.count + count <= MOST_POINTS {
-        waiting.count += count;
-        for Batch { series, mut points } in batches {
-            let newer = waiting.points.entry(series).or_default();
-            points.append(newer);
-            *newer = points;
-        }
+    if waiting.amount.points + count > shared.most.points {
+        waiting.lost_points += count;
+        return;
     }
+    waiting.amount.points += count;
+    for Batch { series, mut points } in batches {
+        let newer = waiting.points.entry(series).or_default();
+        points.append(newer);
+        *newer = points;
+    }
+}
+
+/// The same for lines.
+fn give_back_lines(shared: &Shared, lines: Vec<LogLine>) {
+    let mut waiting = shared.waiting();
+    let bytes: usize = lines.iter().map(size).sum();
+    if waiting.amount.bytes + bytes > shared.most.bytes {
+        waiting.lost_lines += lines.len();
+        return;
+    }
+    waiting.amount.bytes += bytes;
+    waiting.lines.splice(..0, lines);
 }
 
 /// A line said by the runner itself.
@@ -254,5 +371,153 @@ pub fn own_line(level: retort_abi::LogLevel, text: impl Into<String>) -> LogLine
         level: level as u32,
         source: LogSource::Runner,
         text: text.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::Axis;
+    use crate::store::tests::{begin, open};
+
+    const MOST: Amount = Amount {
+        points: 8000,
+        bytes: 100_000,
+    };
+
+    fn frame(first: u64) -> Points {
+        Points {
+            series: "loss".into(),
+            steps: (first..first + 1000).collect(),
+            values: vec![0.5; 1000],
+            at: vec![7; 1000],
+        }
+    }
+
+    fn line(length: usize) -> LogLine {
+        own_line(retort_abi::LogLevel::Info, "x".repeat(length))
+    }
+
+    /// A lock that another process might hold.
+    async fn locked(store: &Store) -> sqlx::SqliteConnection {
+        use sqlx::Connection;
+        let path = store.dir().join("history.db");
+        let address = format!("sqlite://{}", path.display());
+        let mut other = sqlx::SqliteConnection::connect(&address).await.unwrap();
+        sqlx::query("begin immediate")
+            .execute(&mut other)
+            .await
+            .unwrap();
+        other
+    }
+
+    #[tokio::test]
+    async fn who_is_faster_than_the_store_is_held_back_and_nothing_is_lost() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Arc::new(open(dir.path()).await);
+        let (run, _, attempt) = begin(&store, "digits", "d").await;
+        let recorder =
+            Recorder::begin_within(MOST, Arc::clone(&store), attempt, |what| panic!("{what}"));
+        let mut lock = locked(&store).await;
+        let mut feed = Box::pin(async {
+            for frame_number in 0..30 {
+                recorder.room().await;
+                recorder.points([frame(frame_number * 1000)]);
+                recorder.room().await;
+                recorder.line(line(5000));
+            }
+        });
+        let held_back = tokio::time::timeout(Duration::from_millis(400), &mut feed).await;
+        assert!(held_back.is_err(), "nobody could have written so much");
+        {
+            let waiting = recorder.shared.waiting();
+            let held = waiting.amount.points + waiting.writing.points;
+            assert!((4000..=5000).contains(&held), "{held} points");
+        }
+        sqlx::query("rollback").execute(&mut lock).await.unwrap();
+        feed.as_mut().await;
+        drop(feed);
+        recorder.end().await;
+        assert_eq!(store.log(attempt).await.unwrap().len(), 30);
+        let whole = crate::store::Lens {
+            buckets: 1,
+            axis: Axis::Step,
+            from: 0,
+            to: u64::MAX,
+        };
+        let curve = store.curve(&run, "loss", whole).await.unwrap();
+        assert_eq!(
+            curve.iter().map(|bucket| bucket.points).sum::<u64>(),
+            30_000
+        );
+    }
+
+    #[tokio::test]
+    async fn what_a_store_that_takes_nothing_costs_is_bounded_and_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Arc::new(open(dir.path()).await);
+        let (_, _, attempt) = begin(&store, "digits", "d").await;
+        let recorder = Recorder::begin_within(MOST, Arc::clone(&store), attempt, |_| {});
+        // As after a write that has failed; nothing is awaited, so nothing is written meanwhile.
+        recorder.shared.let_go(true);
+        for number in 0..20 {
+            assert!(recorder.shared.has_room(), "nobody waits for nothing");
+            recorder.points([frame(number * 1000)]);
+            recorder.line(line(9_500));
+        }
+        {
+            let waiting = recorder.shared.waiting();
+            assert_eq!((waiting.amount.points, waiting.lost_points), (8000, 12_000));
+            assert_eq!((waiting.lines.len(), waiting.lost_lines), (10, 10));
+            assert!(waiting.amount.bytes <= MOST.bytes);
+        }
+        recorder.end().await;
+        let log = store.log(attempt).await.unwrap();
+        let told: Vec<&str> = log[10..].iter().map(|line| line.text.as_str()).collect();
+        assert_eq!(
+            told,
+            [
+                "12000 metric points are lost: they came while the store could not be written to",
+                "10 log lines are lost: they came while the store could not be written to"
+            ]
+        );
+    }
+
+    #[test]
+    fn what_was_not_written_comes_first_again_or_is_counted() {
+        let shared = Shared {
+            most: MOST,
+            ..Shared::default()
+        };
+        let batch = |step: u64| Batch {
+            series: "loss".into(),
+            points: vec![MetricPoint {
+                step,
+                value: 0.5,
+                at: Time(1),
+            }],
+        };
+        shared
+            .waiting()
+            .points
+            .insert("loss".into(), batch(2).points);
+        shared.waiting().amount.points = 7999;
+        give_back(&shared, vec![batch(1)], 1);
+        let steps: Vec<u64> = shared.waiting().points["loss"]
+            .iter()
+            .map(|point| point.step)
+            .collect();
+        assert_eq!(steps, [1, 2]);
+        give_back(&shared, vec![batch(0)], 1);
+        give_back_lines(&shared, vec![line(200_000)]);
+        let waiting = shared.waiting();
+        assert_eq!((waiting.lost_points, waiting.lost_lines), (1, 1));
+        assert_eq!(
+            waiting.amount,
+            Amount {
+                points: 8000,
+                bytes: 0
+            }
+        );
     }
 }

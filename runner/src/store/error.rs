@@ -2,7 +2,14 @@
 
 use std::path::PathBuf;
 
+use super::length;
 use crate::filter::FilterError;
+
+/// SQLite's code for a write that failed (`SQLITE_IOERR_WRITE`).
+const WRITE_FAILED: i32 = 778;
+/// SQLite's code where the shared memory of the write-ahead log cannot be enlarged (`SQLITE_IOERR_SHMSIZE`): on a full
+/// disk.
+const NO_SHARED_MEMORY: i32 = 4874;
 
 /// An error of the store. Each variant is a different thing for the user to do.
 #[derive(Debug, thiserror::Error)]
@@ -108,6 +115,18 @@ pub enum StoreError {
     /// No space left.
     #[error("the disk with the store is full: free some space and try again")]
     Full,
+    /// The system lets no file of this process grow so long.
+    #[error(
+        "{} cannot grow: the limit on the size of files (`ulimit -f`) is {} KiB",
+        path.display(),
+        limit / 1024
+    )]
+    FileTooLong {
+        /// The file.
+        path: PathBuf,
+        /// The limit in bytes.
+        limit: u64,
+    },
     /// SQLite finds the database malformed.
     #[error("the store's history is damaged: {message}")]
     Damaged {
@@ -215,9 +234,13 @@ impl From<sqlx::Error> for StoreError {
             .and_then(|code| code.parse().ok())
             .unwrap_or_default();
         let message = database.message().to_owned();
+        if matches!(code, WRITE_FAILED | NO_SHARED_MEMORY)
+            && let Some(error) = length::reached()
+        {
+            return error;
+        }
         match (code, code & 0xff) {
-            // Enlarging the shared memory of the write-ahead log fails in this way on a full disk.
-            (4874, _) | (_, 13) => Self::Full,
+            (NO_SHARED_MEMORY, _) | (_, 13) => Self::Full,
             (_, 5 | 6) => Self::Busy,
             (_, 11) => Self::Damaged { message },
             _ => Self::Sql(error),
@@ -228,7 +251,11 @@ impl From<sqlx::Error> for StoreError {
 impl StoreError {
     /// The same, with SQLite's complaints about a file as such turned into what they mean for the database at `path`.
     pub(super) fn at(self, path: &std::path::Path) -> Self {
-        let Self::Sql(error) = self else { return self };
+        let error = match self {
+            Self::Sql(error) => error,
+            Self::Full => return length::reached_by(path).unwrap_or(Self::Full),
+            error => return error,
+        };
         let Some(database) = error.as_database_error() else {
             return Self::Sql(error);
         };
@@ -237,6 +264,11 @@ impl StoreError {
             .and_then(|code| code.parse().ok())
             .unwrap_or_default();
         let message = database.message().to_owned();
+        if code == WRITE_FAILED
+            && let Some(error) = length::reached_by(path)
+        {
+            return error;
+        }
         match code & 0xff {
             8 => Self::ReadOnly {
                 path: path.parent().unwrap_or(path).to_owned(),

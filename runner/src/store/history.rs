@@ -283,11 +283,7 @@ impl Store {
             reference: run.0.clone(),
             runs: 0,
         };
-        let key: Option<i64> = sqlx::query_scalar("select key from runs where id = ?1")
-            .bind(&run.0)
-            .fetch_optional(self.pool())
-            .await?;
-        let key = key.ok_or_else(missing)?;
+        let key = self.run_key(run).await?.ok_or_else(missing)?;
         let summary = self.select_runs(&[key]).await?.pop().ok_or_else(missing)?;
         let row = sqlx::query("select recipe_text, resolved, environment from documents where run = (select key from runs where id = ?1)")
             .bind(&run.0)
@@ -302,6 +298,16 @@ impl Store {
             artifacts: self.list_artifacts(Some(run)).await?,
             summary,
         })
+    }
+
+    /// The key of a run. A statement about a view is given this, and not the id to look it up: only what is bound is carried
+    /// into the view, which is then made of this run's rows instead of all.
+    pub(super) async fn run_key(&self, run: &RunId) -> Result<Option<i64>, StoreError> {
+        let key = sqlx::query_scalar("select key from runs where id = ?1")
+            .bind(&run.0)
+            .fetch_optional(self.pool())
+            .await?;
+        Ok(key)
     }
 
     /// The resolved values of a run with their origins, in the recipe's order of paths.
@@ -337,7 +343,19 @@ impl Store {
         &self,
         run: Option<&RunId>,
     ) -> Result<Vec<ArtifactRow>, StoreError> {
-        let rows = sqlx::query(
+        let key = match run {
+            Some(run) => match self.run_key(run).await? {
+                None => return Ok(Vec::new()),
+                key => key,
+            },
+            None => None,
+        };
+        // Two conditions, each of which SQLite carries into the view: otherwise it would make all of that.
+        let wanted = match key {
+            Some(_) => "v.run = ?1",
+            None => "?1 is null and v.reused = 0",
+        };
+        let rows = sqlx::query(sqlx::AssertSqlSafe(format!(
             "select o.artifact as hash, o.kind, o.name, f.size, f.files, o.meta, r.id as run, s.name as stage,
                     v.attempt, v.reused, coalesce(a.output = o.artifact, 0) as is_output, o.created,
                     (select json_group_array(i.artifact) from inputs i where i.attempt = o.attempt) as made_from
@@ -347,10 +365,10 @@ impl Store {
              join artifacts f on f.hash = o.artifact
              join stages s on s.key = v.stage
              join runs r on r.key = v.run
-             where case when ?1 is null then not v.reused else r.id = ?1 end
-             order by s.run, s.position, s.key, o.key",
-        )
-        .bind(run.map(|run| &run.0))
+             where {wanted}
+             order by s.run, s.position, s.key, o.key"
+        )))
+        .bind(key)
         .fetch_all(self.pool())
         .await?;
         rows.iter()

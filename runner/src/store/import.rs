@@ -308,7 +308,9 @@ impl<'p> Foreign<'p> {
         schema::migrate(self.draft, schema::MIGRATIONS)
             .await
             .map_err(|error| match error {
-                error @ (StoreError::Full | StoreError::Io { .. }) => error,
+                error @ (StoreError::Full
+                | StoreError::FileTooLong { .. }
+                | StoreError::Io { .. }) => error,
                 error => self.refused(format!(
                     "it cannot be brought to the present schema: {error}"
                 )),
@@ -468,7 +470,7 @@ async fn attach(
     let mut connection = main.clone().row_buffer_size(4).connect().await?;
     sandbox::limit_sizes(&mut connection, sandbox::LONGEST_FOREIGN).await?;
     sandbox::limit_memory(&mut connection).await?;
-    let budget = sandbox::limit_steps(&mut connection, 20_000_000 + 64 * size).await?;
+    let budget = sandbox::limit_steps(&mut connection, sandbox::ATTACHING).await?;
     sqlx::raw_sql("pragma trusted_schema = off; pragma cell_size_check = on; pragma mmap_size = 0")
         .execute(&mut connection)
         .await?;
@@ -481,7 +483,10 @@ async fn attach(
         attached => attached,
     };
     match attached {
-        Ok(()) => Ok((connection, budget)),
+        Ok(()) => {
+            let budget = sandbox::limit_steps(&mut connection, 20_000_000 + 64 * size).await?;
+            Ok((connection, budget))
+        }
         Err(error) => Err(StoreError::NotImportable {
             path: source.to_owned(),
             message: match budget.is_spent() {

@@ -16,6 +16,9 @@ use sqlx::sqlite::SqliteConnection;
 pub(super) const LONGEST_FOREIGN: i32 = 16 << 20;
 /// Longest value that a question may make.
 pub(super) const LONGEST_ANSWER: i32 = 32 << 20;
+/// Steps in which SQLite reads the schema of a database that is imported: ours takes a few hundred. Each object costs few
+/// steps and much more work than they say.
+pub(super) const ATTACHING: u64 = 20_000;
 /// SQLite's own unit of work, between two looks at the budget.
 const STEPS: i32 = 10_000;
 

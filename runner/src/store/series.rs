@@ -202,15 +202,16 @@ impl Store {
     /// # Errors
     /// [`StoreError::Damaged`], [`StoreError::Sql`].
     pub async fn last_metrics(&self, run: &RunId) -> Result<Vec<SeriesSummary>, StoreError> {
+        let key = self.run_key(run).await?;
         let rows = sqlx::query(
             "select s.name as stage, e.name as series, e.points, e.last_step, e.last, e.min, e.max, e.attempt, v.reused
              from v_stage_attempts v
              join stages s on s.key = v.stage
              join series e on e.attempt = v.attempt
-             where v.run = (select key from runs where id = ?1)
+             where v.run = ?1
              order by s.position, s.key, e.name, e.attempt",
         )
-        .bind(&run.0)
+        .bind(key)
         .fetch_all(self.pool())
         .await?;
         rows.iter()
@@ -272,16 +273,43 @@ impl Store {
         Ok(buckets)
     }
 
-    async fn buckets(&self, named: &Named, lens: Lens) -> Result<Vec<Summary>, StoreError> {
-        let (from, to) = (clamped(lens.from), clamped(lens.to));
-        let extent = sqlx::query(
-            "select count(*) as blocks, min(first_step) as first_step, max(last_step) as last_step,
-                    min(first_at) as first_at, max(last_at) as last_at
-             from blocks where series = ?1 and last_step >= ?2 and first_step <= ?3",
+    /// When the first point of a series was measured: of the first stage that has it.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`], [`StoreError::Sql`].
+    pub async fn series_began(&self, run: &RunId, name: &str) -> Result<Option<Time>, StoreError> {
+        let named = self.series_named(run, name).await?;
+        let Some(named) = named.first() else {
+            return Ok(None);
+        };
+        let first: Option<i64> = sqlx::query_scalar(
+            "select first_at from blocks where series = ?1 order by first_step limit 1",
         )
         .bind(named.key)
+        .fetch_optional(self.pool())
+        .await?;
+        Ok(first.map(|at| Time(named.base.saturating_add(at))))
+    }
+
+    async fn buckets(&self, named: &Named, lens: Lens) -> Result<Vec<Summary>, StoreError> {
+        let (from, to) = (clamped(lens.from), clamped(lens.to));
+        // Blocks as a whole give at least half as many buckets as asked for, or there are few.
+        let few = i64::from(lens.buckets).min(FEW.max(i64::from(lens.buckets) / 2));
+        let begin = self.block_of(named, from).await?;
+        // Blocks do not overlap: the first and the last are found by their place, and no more are counted than matter.
+        let extent = sqlx::query(
+            "with wanted as not materialized (
+                 select * from blocks
+                 where series = ?1 and last_step >= ?3 and first_step <= ?4 and first_step >= ?2)
+             select (select count(*) from (select 1 from wanted limit ?5)) as blocks,
+                    (select first_step from wanted order by first_step limit 1) as first_step,
+                    (select last_step from wanted order by first_step desc limit 1) as last_step",
+        )
+        .bind(named.key)
+        .bind(begin)
         .bind(from)
         .bind(to)
+        .bind(few)
         .fetch_one(self.pool())
         .await?;
         let blocks: i64 = extent.try_get("blocks")?;
@@ -294,11 +322,20 @@ impl Store {
                     (extent.try_get("first_step")?, extent.try_get("last_step")?);
                 (first.max(from), last.min(to))
             }
-            Axis::Time => (extent.try_get("first_at")?, extent.try_get("last_at")?),
+            Axis::Time => {
+                sqlx::query_as(
+                    "select min(first_at), max(last_at) from blocks
+                     where series = ?1 and last_step >= ?2 and first_step <= ?3",
+                )
+                .bind(named.key)
+                .bind(from)
+                .bind(to)
+                .fetch_one(self.pool())
+                .await?
+            }
         };
         let mut grid = Grid::new(lens, first, last);
-        // Blocks as a whole give at least half as many buckets as asked for, or there are few.
-        if blocks < FEW.max(i64::from(lens.buckets) / 2) && blocks < i64::from(lens.buckets) {
+        if blocks < few {
             for row in &self.packs(named, from, to).await? {
                 let mut points = unpacked(row, &named.series)?;
                 points.retain(|point| (from..=to).contains(&point.step));
@@ -308,6 +345,19 @@ impl Store {
             self.sum_up_blocks(named, from, to, &mut grid).await?;
         }
         Ok(grid.buckets.into_values().collect())
+    }
+
+    /// Where the block begins that has a step, or would have it.
+    async fn block_of(&self, named: &Named, step: i64) -> Result<i64, StoreError> {
+        let first = sqlx::query_scalar(
+            "select first_step from blocks where series = ?1 and first_step <= ?2
+             order by first_step desc limit 1",
+        )
+        .bind(named.key)
+        .bind(step)
+        .fetch_optional(self.pool())
+        .await?;
+        Ok(first.unwrap_or(step))
     }
 
     /// Many more points than buckets: blocks count as a whole, but for those that the range cuts.
@@ -327,7 +377,7 @@ impl Store {
                     sum(numbers) as numbers, case when count(sum) = count(*) then sum(sum) end as sum,
                     min(min) as min, max(max) as max, min(first_at) as first_at, max(last_at) as last_at,
                     min({place}) as place
-             from blocks where series = ?1 and first_step >= ?2 and last_step <= ?3
+             from blocks where series = ?1 and first_step between ?2 and ?3 and last_step <= ?3
              group by cast(({place} - ?4) * ?5 as integer)"
         );
         let rows = sqlx::query(sqlx::AssertSqlSafe(whole))
@@ -341,14 +391,20 @@ impl Store {
         for row in &rows {
             grid.merge(row.try_get("place")?, summary(row)?);
         }
+        let ends = (
+            self.block_of(named, from).await?,
+            self.block_of(named, to).await?,
+        );
         let cut = sqlx::query(
             "select k.data from blocks b join packs k on k.key = b.pack
-             where b.series = ?1 and b.last_step >= ?2 and b.first_step <= ?3
+             where b.series = ?1 and b.first_step in (?4, ?5) and b.last_step >= ?2 and b.first_step <= ?3
                and (b.first_step < ?2 or b.last_step > ?3)",
         )
         .bind(named.key)
         .bind(from)
         .bind(to)
+        .bind(ends.0)
+        .bind(ends.1)
         .fetch_all(self.pool())
         .await?;
         for row in &cut {
@@ -360,15 +416,16 @@ impl Store {
     }
 
     async fn series_named(&self, run: &RunId, name: &str) -> Result<Vec<Named>, StoreError> {
+        let key = self.run_key(run).await?;
         let rows = sqlx::query(
             "select e.key, e.base, s.name as stage, e.name as series
              from v_stage_attempts v
              join stages s on s.key = v.stage
              join series e on e.attempt = v.attempt
-             where v.run = (select key from runs where id = ?1) and (e.name = ?2 or s.name || '/' || e.name = ?2)
+             where v.run = ?1 and (e.name = ?2 or s.name || '/' || e.name = ?2)
              order by s.position, s.key, e.attempt",
         )
-        .bind(&run.0)
+        .bind(key)
         .bind(name)
         .fetch_all(self.pool())
         .await?;

@@ -26,7 +26,7 @@ fn check<F: Future<Output = ()>>(body: impl FnOnce(PathBuf) -> F) {
     runtime.block_on(body(dir.path().join("store")));
 }
 
-async fn open(dir: &Path) -> Store {
+pub(crate) async fn open(dir: &Path) -> Store {
     Store::open(dir, Access::ReadWrite).await.expect("a store")
 }
 
@@ -126,7 +126,11 @@ fn a_point(step: u64, value: f64) -> MetricPoint {
 }
 
 /// A run with one stage and one attempt under way.
-async fn begin(store: &Store, recipe: &str, digest: &str) -> (RunId, StageId, AttemptId) {
+pub(crate) async fn begin(
+    store: &Store,
+    recipe: &str,
+    digest: &str,
+) -> (RunId, StageId, AttemptId) {
     let run = store.begin_run(&a_run(recipe)).await.expect("a run");
     let stage = store
         .add_stage(&run, &a_stage("distill"))

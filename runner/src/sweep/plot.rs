@@ -1,6 +1,7 @@
 //! A sweep as a picture: parallel coordinates, and the objective over each parameter, as one SVG document.
 //!
-//! In: an axis for each parameter, a line for each point. Colours go from the best value (blue) to the worst (orange).
+//! In: an axis for each parameter, a line for each point. Colours go from the best value (blue) to the worst (orange). Out: one
+//! document, or its parts for a page, which gives their classes colours of its own.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -130,7 +131,11 @@ fn ends(values: impl Iterator<Item = f64>) -> (f64, f64) {
     );
     match most > least {
         true => (least, most),
-        false => (least - 0.5, most + 0.5),
+        false => {
+            // Around one value alone, by its size.
+            let more = if least == 0.0 { 0.5 } else { least.abs() * 0.1 };
+            (least - more, most + more)
+        }
     }
 }
 
@@ -142,27 +147,75 @@ fn brief(text: &str) -> String {
     }
 }
 
+/// Width of the whole document; the parallel axes take all of it.
 const W: f64 = 980.0;
+/// Above and below the parallel axes, and the axes themselves.
 const TOP: f64 = 56.0;
+const BOTTOM: f64 = 34.0;
 const HEIGHT: f64 = 300.0;
+/// Room beside the outermost axes: half of the longest name.
 const SIDE: f64 = 90.0;
+/// From one parallel axis to the next, on a page.
+const STEP: f64 = 190.0;
+/// A slice: all of it, and within it the place of its axes.
+const SLICE: (f64, f64) = (420.0, 250.0);
+const PLOT: (f64, f64, f64, f64) = (70.0, 14.0, 330.0, 186.0);
+/// Shades from the best value to the worst that a page tells apart.
+const SHADES: usize = 8;
 
 /// The picture.
 pub fn svg(axes: &[Axis], lines: &[Line], objective: &Objective) -> String {
     let slice_rows = axes.len().div_ceil(2) as f64;
-    let height = TOP + HEIGHT + 60.0 + slice_rows * 260.0;
+    let below = TOP + HEIGHT + BOTTOM;
+    let height = below + slice_rows * SLICE.1;
     let mut svg = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {W} {height}\" font-family=\"sans-serif\" \
-         font-size=\"12\">\n<rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n"
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {W} {height}\" {FONT}>\n\
+         <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n"
     );
-    let values = ends(lines.iter().map(|line| line.value));
-    parallel(axes, lines, objective, values, &mut svg);
+    draw_parallel(axes, lines, objective, W, &mut svg);
     for (place, axis) in axes.iter().enumerate() {
-        let left = if place % 2 == 0 { 0.0 } else { W / 2.0 };
-        let top = TOP + HEIGHT + 60.0 + (place / 2) as f64 * 260.0;
-        slice(axis, lines, objective, (left, top), &mut svg);
+        let left = if place % 2 == 0 { 20.0 } else { W / 2.0 };
+        let top = below + (place / 2) as f64 * SLICE.1;
+        let _ = writeln!(svg, "<g transform=\"translate({left} {top})\">");
+        draw_slice(axis, lines, objective, &mut svg);
+        svg.push_str("</g>\n");
     }
     svg + "</svg>\n"
+}
+
+const FONT: &str = "font-family=\"sans-serif\" font-size=\"12\"";
+
+/// The parallel coordinates alone, as an element of a page, as wide as they have to be.
+pub fn parallel(axes: &[Axis], lines: &[Line], objective: &Objective) -> String {
+    let width = 2.0 * SIDE + STEP * axes.len().max(1) as f64;
+    let what = format!(
+        "Parallel coordinates: {} points over {}, from the best {} to the others. The table has the same numbers.",
+        lines.len(),
+        axes.iter()
+            .map(|axis| axis.path.as_str())
+            .collect::<Vec<_>>()
+            .join(", "),
+        objective.metric
+    );
+    element((width, TOP + HEIGHT + BOTTOM), &what, |svg| {
+        draw_parallel(axes, lines, objective, width, svg);
+    })
+}
+
+/// The objective over one parameter, as an element of a page.
+pub fn slice(axis: &Axis, lines: &[Line], objective: &Objective) -> String {
+    let what = format!("{} over {}", objective.metric, axis.caption());
+    element(SLICE, &what, |svg| draw_slice(axis, lines, objective, svg))
+}
+
+fn element((width, height): (f64, f64), what: &str, draw: impl FnOnce(&mut String)) -> String {
+    let mut svg = format!(
+        "<svg class=\"swept\" viewBox=\"0 0 {width} {height}\" width=\"{width}\" height=\"{height}\" role=\"img\" \
+         aria-label=\"{}\" {FONT}>",
+        escaped(what)
+    );
+    draw(&mut svg);
+    svg + "</svg>"
 }
 
 /// How good a value is: 0 is the best, 1 the worst.
@@ -185,14 +238,21 @@ fn color(rank: f64) -> String {
     )
 }
 
-fn parallel(
+/// The class of a shade, by which a page colours it.
+fn shade(rank: f64) -> String {
+    let number = (rank.clamp(0.0, 1.0) * (SHADES - 1) as f64).round();
+    format!("shade-{number}")
+}
+
+fn draw_parallel(
     axes: &[Axis],
     lines: &[Line],
     objective: &Objective,
-    values: (f64, f64),
+    width: f64,
     svg: &mut String,
 ) {
-    let step = (W - 2.0 * SIDE) / axes.len().max(1) as f64;
+    let values = ends(lines.iter().map(|line| line.value));
+    let step = (width - 2.0 * SIDE) / axes.len().max(1) as f64;
     let x = |place: usize| SIDE + step * place as f64;
     let y = |value: f64, (least, most): (f64, f64)| {
         TOP + HEIGHT - (value - least) / (most - least) * HEIGHT
@@ -208,10 +268,11 @@ fn parallel(
         points.push(format!("{:.1} {:.1}", x(axes.len()), y(line.value, values)));
         let _ = writeln!(
             svg,
-            "<path d=\"M{}\" fill=\"none\" stroke=\"{}\" stroke-width=\"{}\" stroke-opacity=\"0.8\"><title>{}: {}</title></path>",
+            "<path class=\"line {}\" d=\"M{}\" fill=\"none\" stroke=\"{}\" stroke-width=\"{}\" stroke-opacity=\"0.8\"><title>{}: {}</title></path>",
+            shade(rank),
             points.join("L"),
             color(rank),
-            if place == 0 { 3 } else { 1 },
+            if place == 0 { 3.0 } else { 1.4 },
             escaped(&line.label),
             number(line.value)
         );
@@ -219,7 +280,7 @@ fn parallel(
     let mut vertical = |at: f64, name: &str, low: String, high: String| {
         let _ = writeln!(
             svg,
-            "<path d=\"M{at:.1} {TOP}v{HEIGHT}\" stroke=\"#444\"/>\
+            "<path class=\"axis\" d=\"M{at:.1} {TOP}v{HEIGHT}\" stroke=\"#444\"/>\
              <text x=\"{at:.1}\" y=\"{:.1}\" text-anchor=\"middle\" font-weight=\"bold\">{}</text>\
              <text x=\"{at:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>\
              <text x=\"{at:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>",
@@ -258,22 +319,15 @@ fn last_steps(path: &str) -> &str {
     }
 }
 
-fn slice(
-    axis: &Axis,
-    lines: &[Line],
-    objective: &Objective,
-    (left, top): (f64, f64),
-    svg: &mut String,
-) {
-    let (width, height) = (W / 2.0 - SIDE - 40.0, 190.0);
-    let left = left + SIDE;
+fn draw_slice(axis: &Axis, lines: &[Line], objective: &Objective, svg: &mut String) {
+    let (left, top, width, height) = PLOT;
     let (low, high) = axis.ends();
     let values = ends(lines.iter().map(|line| line.value));
     let x = |place: f64| left + (place - low) / (high - low) * width;
     let y = |value: f64| top + height - (value - values.0) / (values.1 - values.0) * height;
     let _ = writeln!(
         svg,
-        "<path d=\"M{left} {top}v{height}h{width}\" fill=\"none\" stroke=\"#444\"/>\
+        "<path class=\"axis\" d=\"M{left} {top}v{height}h{width}\" fill=\"none\" stroke=\"#444\"/>\
          <text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\" font-weight=\"bold\">{}</text>\
          <text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>\
          <text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>\
@@ -297,7 +351,8 @@ fn slice(
     for (&place, line) in axis.places.iter().zip(lines).rev() {
         let _ = writeln!(
             svg,
-            "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"4\" fill=\"{}\" fill-opacity=\"0.8\"><title>{}: {}</title></circle>",
+            "<circle class=\"{}\" cx=\"{:.1}\" cy=\"{:.1}\" r=\"4.5\" fill=\"{}\" fill-opacity=\"0.8\"><title>{}: {}</title></circle>",
+            shade(rank(line.value, values, objective.goal)),
             x(place),
             y(line.value),
             color(rank(line.value, values, objective.goal)),
@@ -345,5 +400,35 @@ mod tests {
         assert_eq!(svg.matches("fill=\"none\" stroke=\"rgb").count(), 2);
         assert!(!svg.contains("<i>") && !svg.contains("a<b") && svg.contains("fd&amp;&lt;"));
         assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
+    }
+
+    #[test]
+    fn parts_for_a_page_have_classes_and_no_background() {
+        let axis = Axis::of("a<b".into(), vec!["1".into(), "2".into(), "3".into()]);
+        let lines = [5.0, 6.0, 9.0].map(|value| Line {
+            label: "p".into(),
+            value,
+        });
+        let objective = Objective {
+            metric: "fd&<".into(),
+            goal: Goal::Min,
+        };
+        for part in [
+            parallel(std::slice::from_ref(&axis), &lines, &objective),
+            slice(&axis, &lines, &objective),
+        ] {
+            assert!(!part.contains("white") && !part.contains("a<b"), "{part}");
+            assert!(part.starts_with("<svg class=\"swept\"") && part.ends_with("</svg>"));
+            for shade in ["shade-0", "shade-2", "shade-7"] {
+                assert_eq!(part.matches(shade).count(), 1, "{part}");
+            }
+        }
+    }
+
+    #[test]
+    fn one_value_alone_stands_in_the_middle_of_its_size() {
+        assert_eq!(ends([200.0, 200.0].into_iter()), (180.0, 220.0));
+        assert_eq!(ends([0.0].into_iter()), (-0.5, 0.5));
+        assert_eq!(ends([-1.0, 3.0].into_iter()), (-1.0, 3.0));
     }
 }

@@ -5,10 +5,8 @@
 
 use std::io::{self, Write};
 
-use super::{Cell, Rows, Style, object, plain};
+use super::{Cell, MOST_ROWS, Rows, Style, object, plain};
 
-/// Rows of a table.
-const MOST_ROWS: usize = 10_000;
 /// Bytes of a table's texts.
 const MOST_BYTES: usize = 32 << 20;
 

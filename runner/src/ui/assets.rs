@@ -112,9 +112,10 @@ mod tests {
                 let ratio = contrast(of(text), of(back));
                 assert!(ratio >= 4.5, "{name}: {text} on {back} has {ratio:.2}");
             }
-            for number in 0..8 {
-                let ratio = contrast(of(&format!("--c{number}")), of("--face"));
-                assert!(ratio >= 3.0, "{name}: curve {number} has {ratio:.2}");
+            let curves = (0..8).map(|number| format!("--c{number}"));
+            for line in curves.chain(["--first".into(), "--last".into()]) {
+                let ratio = contrast(of(&line), of("--face"));
+                assert!(ratio >= 3.0, "{name}: {line} has {ratio:.2}");
             }
         }
     }

@@ -232,7 +232,7 @@ fn aligned(columns: &[Column], runs: &[String]) -> Markup {
                     tbody { @for stage in &stages {
                         tr {
                             @let pairs = of.iter().flatten().any(|preview| preview.stage() == *stage && preview.is_of_pairs());
-                            th scope="row" { (page::name(stage)) @if pairs { br; span.dim { (pictures::ROWS_OF_PAIRS) } } }
+                            th scope="row" { (page::jointed(stage)) @if pairs { br; span.dim { (pictures::ROWS_OF_PAIRS) } } }
                             @for previews in &of {
                                 td { @match previews.iter().find(|preview| preview.stage() == *stage) {
                                     Some(preview) => a.zoom href=(preview.address()) { img.pixels src=(preview.address()) loading="lazy" alt=(preview.said()); },

@@ -263,14 +263,8 @@ async fn find<'s>(
                 let began = match lens.from {
                     0 => first.first_at,
                     _ => {
-                        let all = Lens {
-                            buckets: 1,
-                            from: 0,
-                            to: u64::MAX,
-                            ..lens
-                        };
-                        let all = source.shelf.store.curve(&source.id, &whole, all).await?;
-                        all.first().map_or(first.first_at, |all| all.first_at)
+                        let began = source.shelf.store.series_began(&source.id, &whole);
+                        began.await?.unwrap_or(first.first_at)
                     }
                 };
                 found.push(Found {

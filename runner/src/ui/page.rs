@@ -285,7 +285,13 @@ pub fn tags(run: &RunSummary) -> Markup {
 
 /// What a row of a comparison is about.
 pub fn fact(fact: &Fact) -> Markup {
-    html! { span.mono { (name(&fact.name)) } }
+    html! { span.mono { (jointed(&fact.name)) } }
+}
+
+/// The same as [`name`], of a name that may have to break: it does so behind what joins its parts.
+pub fn jointed(text: &str) -> Markup {
+    let text = terminal::clean(text);
+    html! { bdi { @for part in text.split_inclusive(['/', '.', '_', '-']) { (part) wbr; } } }
 }
 
 /// Links to choose among the stores, where there are several.

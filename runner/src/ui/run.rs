@@ -314,7 +314,7 @@ fn params(detail: &RunDetail) -> Markup {
             thead { tr { th scope="col" { "Parameter" } th scope="col" { "Value" } th scope="col" { "Origin" } } }
             tbody {
                 @for param in &detail.params {
-                    tr { th.mono scope="row" { (page::name(&param.path)) } td.mono.wrap { (page::value(&param.value)) } td.dim { (page::name(&param.origin)) } }
+                    tr { th.mono scope="row" { (page::jointed(&param.path)) } td.mono.wrap { (page::value(&param.value)) } td.dim { (page::name(&param.origin)) } }
                 }
             }
         } }
@@ -342,14 +342,14 @@ async fn why(shelf: &Shelf, detail: &RunDetail) -> Result<Markup, Problem> {
     }
     Ok(html! {
         p.hint { "Why each stage ran, or did not have to: what decides its result, beside its last turn in an earlier run of this recipe." }
-        div.scroll { table {
+        div.scroll { table.reasons {
             thead { tr { th scope="col" { "Stage" } th scope="col" { "State" } th scope="col" { "Why" } th scope="col" { "Compared with" } } }
             tbody {
                 @for answer in &answers {
                     tr {
                         th scope="row" { (page::name(&answer.stage)) }
                         td { (page::stage_state(answer.state)) }
-                        td { @for line in &answer.why { p.wrap { (page::name(line)) } } }
+                        td.why { @for line in &answer.why { p.wrap { (page::name(line)) } } }
                         td { @if let Some(run) = &answer.compared_with { (page::run_link(run)) } }
                     }
                 }

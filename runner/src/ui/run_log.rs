@@ -42,14 +42,18 @@ pub async fn content(shelf: &Shelf, detail: &RunDetail, ask: &Ask) -> Result<Mar
         form.filter method="get" action=(path) {
             label for="text" { "Search" }
             input #text type="search" name="text" value=(query.get("text").unwrap_or_default()) autocomplete="off" spellcheck="false";
-            label for="stage" { "Stage" }
-            select #stage name="stage" {
-                option value="" { "all" }
-                @for stage in &detail.stages { option value=(stage.name) selected[wish.stage == Some(stage.name.as_str())] { (page::name(&stage.name)) } }
+            span.pair {
+                label for="stage" { "Stage" }
+                select #stage name="stage" {
+                    option value="" { "all" }
+                    @for stage in &detail.stages { option value=(stage.name) selected[wish.stage == Some(stage.name.as_str())] { (page::name(&stage.name)) } }
+                }
             }
-            label for="level" { "Level" }
-            select #level name="level" {
-                @for (name, _) in LEVELS { option value=(name) selected[name == level] { (name) } }
+            span.pair {
+                label for="level" { "Level" }
+                select #level name="level" {
+                    @for (name, _) in LEVELS { option value=(name) selected[name == level] { (name) } }
+                }
             }
             button.primary type="submit" { "Show" }
             @if query.pairs().next().is_some() { a.button href=(path) { "Clear" } }

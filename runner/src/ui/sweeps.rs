@@ -1,6 +1,6 @@
 //! A sweep: its points with what they change and what came of them, as parallel coordinates and slices.
 
-use maud::{Markup, html};
+use maud::{Markup, PreEscaped, html};
 
 use super::page::{self, Page, Section};
 use super::reply::{Problem, Reply};
@@ -41,6 +41,22 @@ pub async fn svg(site: &Site, reference: &str) -> Result<Reply, Problem> {
         "image/svg+xml",
         plot::svg(&axes, &lines, objective),
     ))
+}
+
+/// Parallel coordinates and slices, which take the page's colours; points have their values as titles.
+fn pictures(results: &Results, id: &str) -> Markup {
+    let Some(objective) = &results.objective else {
+        return html! {};
+    };
+    let (axes, lines) = results.drawn();
+    html! {
+        figure.swept tabindex="0" aria-label="Parallel coordinates" { (PreEscaped(plot::parallel(&axes, &lines, objective))) }
+        div.slices { @for axis in &axes { figure.swept { (PreEscaped(plot::slice(axis, &lines, objective))) } } }
+        p.hint {
+            "Blue is the best, orange the worst; the thick line is the best point. "
+            a href=(format!("/sweep/{}/plot.svg", segment(id))) download="sweep.svg" { "SVG" }
+        }
+    }
 }
 
 /// What a point has come to.
@@ -86,9 +102,7 @@ pub async fn answer(site: &Site, _: &Ask, reference: &str) -> Result<Reply, Prob
         }
         div #sweep data-live="" {
             @if let Some(why) = &results.unknown { p.hint { "The objective has no values: " (page::name(why)) } }
-            @if drawn > 1 {
-                figure.grid { img.plain src=(format!("/sweep/{}/plot.svg?{}", segment(id), drawn)) alt="Parallel coordinates of the parameters and the objective, and the objective over each parameter; the table has the same numbers"; }
-            }
+            @if drawn > 1 { (pictures(&results, id)) }
             div.scroll { table {
                 thead { tr {
                     th.num scope="col" { "Point" } th scope="col" { "Run" } th scope="col" { "State" }

@@ -21,8 +21,11 @@ const BATCH: usize = 8192;
 /// Frames of metric points kept while the runner does not read: four million points, 100 MB. Beyond, the oldest go.
 const MOST_PARCELS: usize = 512;
 
-/// Log lines kept while the runner does not read; beyond, further ones go.
+/// Log lines kept while the runner does not read, and their bytes; beyond, further ones go.
 const MOST_LINES: usize = 1 << 16;
+const MOST_LINE_BYTES: usize = 32 << 20;
+/// Bytes of lines of one frame, which JSON may make six times as long.
+const LINES_OF_A_FRAME: usize = 4 << 20;
 
 /// Longest log line, in bytes.
 pub const LONGEST_LINE: usize = 16 << 10;
@@ -38,6 +41,7 @@ pub(super) struct Outbox {
 struct Pending {
     parcels: VecDeque<Outgoing>,
     lines: Vec<Line>,
+    line_bytes: usize,
     progress: Option<Progress>,
     lost_points: u64,
     lost_lines: u64,
@@ -110,11 +114,23 @@ impl Outbox {
     }
 
     fn send_pending(&self, socket: &mut UnixStream) {
-        let pending = std::mem::take(&mut *lock(&self.pending));
-        for outgoing in pending.parcels {
+        // One parcel after the other, so that what waits for the runner is never held twice; those of now, so that this
+        // comes to an end.
+        let parcels = lock(&self.pending).parcels.len();
+        for _ in 0..parcels {
+            let Some(outgoing) = lock(&self.pending).parcels.pop_front() else {
+                break;
+            };
             write_frame(socket, &FromWorker::Metrics(outgoing.series));
         }
-        let mut lines = pending.lines;
+        let (pending, mut lines) = {
+            let mut now = lock(&self.pending);
+            let parcels = std::mem::take(&mut now.parcels);
+            let mut pending = std::mem::take(&mut *now);
+            now.parcels = parcels;
+            let lines = std::mem::take(&mut pending.lines);
+            (pending, lines)
+        };
         for (count, what) in [
             (pending.lost_points, "metric points"),
             (pending.lost_lines, "log lines"),
@@ -129,8 +145,16 @@ impl Outbox {
                 });
             }
         }
-        for batch in lines.chunks(BATCH / 8) {
-            write_frame(socket, &FromWorker::Log(batch.to_vec()));
+        while !lines.is_empty() {
+            let mut bytes = 0;
+            let fits = |line: &&Line| {
+                bytes += line.text.len();
+                bytes <= LINES_OF_A_FRAME
+            };
+            let first = lines.iter().take(BATCH / 8);
+            let count = first.take_while(fits).count().max(1);
+            let batch: Vec<Line> = lines.drain(..count).collect();
+            write_frame(socket, &FromWorker::Log(batch));
         }
         if let Some(progress) = pending.progress {
             write_frame(socket, &FromWorker::Progress(progress));
@@ -161,13 +185,16 @@ impl Outbox {
         let at = Time::now().0;
         self.put(|pending| {
             for line in text.lines() {
-                if pending.lines.len() >= MOST_LINES {
+                let text = shortened(line);
+                let bytes = pending.line_bytes + text.len();
+                if pending.lines.len() >= MOST_LINES || bytes > MOST_LINE_BYTES {
                     pending.lost_lines += 1;
                     continue;
                 }
+                pending.line_bytes = bytes;
                 pending.lines.push(Line {
                     level: level as u32,
-                    text: shortened(line),
+                    text,
                     at,
                 });
             }
@@ -313,7 +340,11 @@ mod tests {
         for step in 0..most + 1 {
             outbox.metric("loss", step, 0.5);
         }
+        for _ in 0..2 * MOST_LINE_BYTES / LONGEST_LINE {
+            outbox.log(LogLevel::Info, &"x".repeat(LONGEST_LINE));
+        }
         let pending = lock(&outbox.pending);
+        assert!(pending.line_bytes <= MOST_LINE_BYTES && pending.lost_lines > 0);
         assert_eq!(
             (pending.parcels.len(), pending.lost_points),
             (MOST_PARCELS, BATCH as u64)
@@ -325,6 +356,24 @@ mod tests {
             "the oldest go"
         );
         assert_eq!(first(pending.parcels.back()), most);
+    }
+
+    #[test]
+    fn lines_that_grow_on_the_wire_fit_into_frames() {
+        // JSON writes each of these bytes as six.
+        let line = "\u{1}".repeat(LONGEST_LINE);
+        let sent = frames(|outbox| {
+            for _ in 0..BATCH / 8 {
+                outbox.log(LogLevel::Info, &line);
+            }
+            outbox.send(&FromWorker::Loaded);
+        });
+        let lines = sent.iter().map(|frame| match frame {
+            FromWorker::Log(lines) => lines.len(),
+            FromWorker::Loaded => 0,
+            other => panic!("{other:?}"),
+        });
+        assert_eq!(lines.sum::<usize>(), BATCH / 8);
     }
 
     #[test]

@@ -104,6 +104,9 @@ fn io_failure(action: &str, path: &Path, error: &std::io::Error) -> Failure {
     match error.kind() {
         std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => failure
             .hint("free some space, or choose another disk with --store; then `retort resume`"),
+        std::io::ErrorKind::FileTooLarge => failure.hint(
+            "this is the limit on the size of files: `ulimit -f unlimited` in this shell lifts it; then `retort resume`",
+        ),
         _ => failure,
     }
 }

@@ -135,6 +135,10 @@ fn a_file_with_other_tables_is_refused() {
             "trigger `evil`",
         ),
         ("create table more (a)".into(), "table `more`"),
+        (
+            (0..8000).map(|number| format!("create table more{number} (a);")).collect(),
+            "far longer than its size explains",
+        ),
         ("create index more on logs (abs(at))".into(), "index `more`"),
         ("create virtual table more using fts5(a)".into(), "`more"),
         (

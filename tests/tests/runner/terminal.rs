@@ -269,11 +269,19 @@ fn a_limit_on_the_size_of_files_is_an_error_with_words() {
         .expect(100)
         .saying(&["File too large"]);
     assert_eq!(lab.latest().unwrap().summary.state, RunState::Failed);
-    // Too little for the history itself.
-    let lab = Lab::new(&["a: {kind: do}"]);
-    let said = with_files_of(&lab, 20 << 10);
-    assert_eq!(said.code, Some(1), "{}", said.stderr);
-    assert!(said.stderr.starts_with("error: "), "{}", said.stderr);
+    // Too little for the history itself, from its first page to its log of a finished run.
+    for kibibytes in [1, 8, 20, 32, 40, 64, 100, 150] {
+        let lab = Lab::new(&["a: {kind: do}"]);
+        let said = with_files_of(&lab, kibibytes << 10).expect(1).saying(&[
+            "history.db",
+            "`ulimit -f`",
+            "`ulimit -f unlimited`",
+        ]);
+        let limit = format!("is {kibibytes} KiB");
+        assert!(said.stderr.contains(&limit), "{kibibytes}: {}", said.stderr);
+        // What was made is no obstacle once there is room.
+        lab.run(&[]).expect(0);
+    }
 }
 
 #[test]

@@ -14,6 +14,53 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// What elements are called in answers.
 const ELEMENT: &str = "element-6066-11e4-a52e-4f735466cecf";
 
+/// Finds what somebody could not use or read.
+const AUDIT: &str = r#"
+const wrong = [];
+const shown = element => element.checkVisibility({visibilityProperty: true}) && !element.closest('[hidden], noscript, .visually-hidden, .skip');
+const named = element => [element.getAttribute('aria-label'), element.title, element.textContent, element.placeholder,
+  ...[...(element.labels ?? [])].map(label => label.textContent),
+  ...[...element.querySelectorAll('img')].map(image => image.alt)].some(text => text?.trim());
+for (const element of document.querySelectorAll('button, a[href], summary')) if (shown(element) && !named(element)) wrong.push(`no name: ${element.outerHTML.slice(0, 90)}`);
+for (const element of document.querySelectorAll('input:not([type=hidden]), select, textarea'))
+  if (shown(element) && !element.labels?.length && !element.getAttribute('aria-label')) wrong.push(`no label: ${element.outerHTML.slice(0, 90)}`);
+for (const element of document.querySelectorAll('img, svg[role=img]'))
+  if (!element.hasAttribute('alt') && !element.hasAttribute('aria-label')) wrong.push(`no text: ${element.outerHTML.slice(0, 90)}`);
+for (const element of document.querySelectorAll('thead th')) if (!element.scope) wrong.push(`a head of nothing: ${element.textContent}`);
+if (!document.documentElement.lang || document.querySelectorAll('main').length !== 1 || !document.querySelector('h1')) wrong.push('no language, main part or heading');
+const paint = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+const mixed = layers => {
+  paint.globalAlpha = 1; paint.fillStyle = '#fff'; paint.fillRect(0, 0, 1, 1);
+  for (const [color, opacity] of layers) { paint.globalAlpha = opacity; paint.fillStyle = color; paint.fillRect(0, 0, 1, 1); }
+  return paint.getImageData(0, 0, 1, 1).data;
+};
+const light = color => [0.2126, 0.7152, 0.0722].reduce((sum, weight, place) => {
+  const part = color[place] / 255;
+  return sum + weight * (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
+}, 0);
+const seen = new Set();
+const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+for (let text = texts.nextNode(); text; text = texts.nextNode()) {
+  const element = text.parentElement;
+  if (!text.data.trim() || element.closest('title, option, datalist, script, style') || !shown(element)) continue;
+  const style = getComputedStyle(element);
+  const inside = element instanceof SVGElement;
+  const above = [];
+  for (let one = element; one; one = one.parentElement) above.unshift(one);
+  let opacity = 1;
+  const layers = above.map(one => { opacity *= Number(getComputedStyle(one).opacity); return [getComputedStyle(one).backgroundColor, 1]; });
+  const color = inside ? style.fill : style.color;
+  const key = JSON.stringify([color, opacity, layers, style.fontSize]);
+  if (seen.has(key)) continue;
+  seen.add(key);
+  const [one, other] = [light(mixed(layers)), light(mixed([...layers, [color, opacity]]))].sort((a, b) => b - a);
+  const ratio = (one + 0.05) / (other + 0.05);
+  const large = parseFloat(style.fontSize) >= 24 || (parseFloat(style.fontSize) >= 18.66 && style.fontWeight >= 700);
+  if (ratio < (large ? 3 : 4.5) && !element.closest(':disabled')) wrong.push(`${ratio.toFixed(2)} to 1: ${text.data.trim().slice(0, 40)}`);
+}
+return wrong;
+"#;
+
 /// A browser with one window.
 pub struct Browser {
     driver: Child,
@@ -274,6 +321,14 @@ impl Browser {
             "{} is {wider} pixels wider than the window",
             self.address()
         );
+    }
+
+    /// Everybody can use the page: controls and pictures have names, texts stand out from what is behind them (4.5 to 1;
+    /// 3 to 1 where they are large), tables have heads.
+    #[track_caller]
+    pub fn expect_accessible(&self) {
+        let found = self.script(AUDIT);
+        assert_eq!(found, json!([]), "{}", self.address());
     }
 
     /// What the browser has complained about is forgotten: it was expected.

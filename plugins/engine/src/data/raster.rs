@@ -15,6 +15,8 @@ use image::metadata::Orientation;
 use image::{ColorType, DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 use retort_checkpoint::images;
 
+use super::demand;
+
 /// Pixels of 8 bits, row by row, the channels of a pixel side by side: (height, width, channels).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Raster {
@@ -79,8 +81,10 @@ pub(super) fn decoder(content: &[u8]) -> Result<impl ImageDecoder + '_, String> 
         };
         return Err(format!("expected {FORMATS}, found {found}"));
     };
-    if format == ImageFormat::Png {
-        check_palettes(content)?;
+    match format {
+        ImageFormat::Png => check_palettes(content)?,
+        ImageFormat::Tiff => demand::check_pieces(content)?,
+        _ => {}
     }
     let mut limits = Limits::default();
     limits.max_alloc = Some(match format {
@@ -104,7 +108,11 @@ pub(super) fn decoder(content: &[u8]) -> Result<impl ImageDecoder + '_, String> 
         ColorType::L8 | ColorType::Rgb8 => 0,
         kind => u64::from(width) * u64::from(height) * if kind.has_color() { 3 } else { 1 },
     };
-    let memory = (content.len() as u64).saturating_add(decoder.total_bytes()) + used;
+    let beside = demand::beside(content, format, u64::from(width) * u64::from(height));
+    let memory = (content.len() as u64)
+        .saturating_add(decoder.total_bytes())
+        .saturating_add(used)
+        .saturating_add(beside);
     if memory > MOST_MEMORY {
         return Err(format!(
             "an image of {width} x {height} pixels that takes {} MiB to decode: no more than {} are used",

@@ -161,7 +161,7 @@ impl Supervisor<'_> {
             // A timer that goes off during a pause does not know of it.
             let in_time = || self.context.pauses.total() == paused;
             tokio::select! {
-                event = worker.next() => match event {
+                event = self.next_event(&mut worker) => match event {
                     WorkerEvent::Exited(exit) => break exit,
                     event => {
                         if let (WorkerEvent::Remote(ElementEvent::Began), Some(limit)) = (&event, self.spec.stage.timeout) {
@@ -194,6 +194,12 @@ impl Supervisor<'_> {
             shutdown,
             exit,
         })
+    }
+
+    /// What a worker does next, once there is room for what it may have to record.
+    async fn next_event(&self, worker: &mut WorkerHandle) -> WorkerEvent {
+        self.recorder.room().await;
+        worker.next().await
     }
 
     /// What a worker is told to do.

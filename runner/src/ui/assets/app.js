@@ -258,6 +258,9 @@ showPin();
 showPicked();
 const log = one('.log');
 if (log) log.scrollTop = log.scrollHeight;
+// On a narrow page the open one of a run's tabs may lie beside it.
+const tab = one('.tabs [aria-current]');
+if (tab) tab.parentElement.scrollLeft = tab.offsetLeft - (tab.parentElement.clientWidth - tab.offsetWidth) / 2;
 charts.start();
 pictures.start();
 follow();

@@ -174,7 +174,7 @@ class Figure {
       const text = element('text', { x: left - 6, y: y + 4, 'text-anchor': 'end' }, svg);
       text.textContent = brief(Number(value.toPrecision(4)));
     }
-    const xTicks = scale.logx ? logTicks(scale.x0, scale.x1) : ticks(scale.x0, scale.x1, Math.max(2, Math.floor(width / 110)));
+    const xTicks = scale.logx ? logTicks(scale.x0, scale.x1) : ticks(scale.x0, scale.x1, Math.max(2, Math.floor(width / 80)));
     for (const tick of xTicks) {
       const value = scale.logx ? 10 ** tick : tick;
       const edge = px(value) > width - right - 16;
