@@ -98,9 +98,10 @@ impl Lab {
             .stdin(Stdio::null());
         // SAFETY: between fork and exec only an async-signal-safe function is called.
         unsafe {
-            // Whoever runs the tests in the background has Ctrl-C ignored, and retort would respect that.
+            // Whoever runs the tests in the background has Ctrl-C and hang-ups ignored, and retort would respect that.
             command.pre_exec(|| {
                 libc::signal(libc::SIGINT, libc::SIG_DFL);
+                libc::signal(libc::SIGHUP, libc::SIG_DFL);
                 Ok(())
             });
         }
