@@ -1,7 +1,7 @@
 //! Operations on elements: movement, arithmetic, reductions, activations, and what writes in place.
 
 use super::host::{self, Host};
-use super::{Lie, LIES, Suite};
+use super::{LIES, Lie, Suite};
 use crate::backend::{AdamwStep, Backend, Binary, Unary};
 
 impl<B: Backend> Suite<'_, B> {

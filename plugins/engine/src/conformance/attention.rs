@@ -1,7 +1,7 @@
 //! Attention, rotary positions, and positions of a generation one after the other.
 
 use super::host::{self, Host};
-use super::{Lie, LIES, Suite, difference};
+use super::{LIES, Lie, Suite, difference};
 use crate::backend::{Backend, Mask, Recording};
 use crate::error::Result;
 
