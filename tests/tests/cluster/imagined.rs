@@ -550,9 +550,14 @@ fn simulate(scale: Scale) {
         .collect();
     assert_eq!(known, brought_about);
     assert!(memory < 500 << 20, "{figures}");
-    // Few elements do not pay for what a runner does anyway. On busy cores 4.9 and 5.2 % were seen with a thousand.
-    let most = 0.06 * (running as f64 / 1000.0).max(1.0);
-    assert!(share < most, "{figures}");
+    // Processor time is judged where it is much: few elements do not pay for what a runner does anyway, and how long a
+    // machine that others share takes for that differs threefold. On busy cores 4.9 and 5.2 % were seen with a thousand.
+    if scale.elements >= 1000 {
+        assert!(
+            share < 0.06 * (running as f64 / 1000.0).max(1.0),
+            "{figures}"
+        );
+    }
 }
 
 fn retort(command: &dyn Fn(&[&str]) -> Command, arguments: &[&str]) -> Said {
