@@ -352,8 +352,9 @@ fn interrupted(site: &Site) {
 }
 
 fn time_limit(site: &Site) {
-    let lab = working("pieces", 100);
-    // A minute is Slurm's shortest time; the signal comes some seconds after the beginning.
+    // A minute is Slurm's shortest time. It looks every thirty seconds for jobs whose signal is due, which this one's is from
+    // its beginning: work for longer than that.
+    let lab = working("pieces", 400);
     site.run(&lab, &["--slurm", "time=1", "--slurm", "signal=55s"])
         .expect(0);
     let ends = ends(site, &lab);
