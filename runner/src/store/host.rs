@@ -241,6 +241,9 @@ impl Drop for Claim {
                 {
                     let _ = put(&self.dir, self.number + 1, &free);
                 }
+                // Closing is not enough: a process that is being started has a copy of this descriptor for a moment, and
+                // who comes meanwhile would find the lock taken.
+                let _ = lock.unlock();
             }
             Err(TryLockError::WouldBlock | TryLockError::Error(_)) => {}
         }
