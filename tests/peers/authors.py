@@ -13,13 +13,14 @@ LlamaGen/autoregressive/sample/eval_fewstep.py). Prints how far latents and imag
 import argparse
 import json
 import pathlib
-import struct
 import subprocess
 import sys
 import tempfile
 
 import torch
 import torch.nn.functional as F
+
+from published import arrays
 
 
 def arguments():
@@ -33,18 +34,6 @@ def arguments():
     parser.add_argument("--retort", default="retort", help="the program")
     parser.add_argument("--store", default=".retort", help="its store")
     return parser.parse_args()
-
-
-def arrays(path):
-    """Tensors of a safetensors file."""
-    kinds = {"F32": torch.float32, "U8": torch.uint8, "I64": torch.int64, "U16": torch.uint16, "I32": torch.int32, "U32": torch.uint32}
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    header.pop("__metadata__", None)
-    for name, tensor in header.items():
-        start, end = (8 + length + at for at in tensor["data_offsets"])
-        yield name, torch.frombuffer(bytearray(data[start:end]), dtype=kinds[tensor["dtype"]]).reshape(tensor["shape"])
 
 
 class Retort:

@@ -27,16 +27,18 @@ def dictionaries(value, path=()):
         yield from dictionaries(inner, (*path, str(name)))
 
 
-def weights(path):
-    """Tensors of f32 in a safetensors file."""
+def arrays(path):
+    """Names and tensors of a safetensors file."""
+    kinds = {"F32": torch.float32, "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "I32": torch.int32, "I64": torch.int64}
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
     header.pop("__metadata__", None)
     for name, tensor in header.items():
         start, end = (8 + length + at for at in tensor["data_offsets"])
-        x = torch.frombuffer(bytearray(data[start:end]) or bytearray(4), dtype=torch.float32)
-        yield name, x[: (end - start) // 4].reshape(tensor["shape"])
+        kind = kinds[tensor["dtype"]]
+        x = torch.frombuffer(bytearray(data[start:end]), dtype=kind) if end > start else torch.empty(0, dtype=kind)
+        yield name, x.reshape(tensor["shape"])
 
 
 def main():
@@ -50,7 +52,7 @@ def main():
     for name in ("model.safetensors", "tokenizer.safetensors"):
         if not (folder / name).exists():
             continue
-        own = dict(weights(folder / name))
+        own = dict(arrays(folder / name))
         for path, tensors in found:
             if not own.keys() <= tensors.keys():
                 continue
