@@ -392,7 +392,14 @@ fn copy_files(from: &Path, to: &Path) -> Result<(), ArtifactError> {
 /// [`ArtifactError`]: something cannot be read, is a link or a device, or has a name that is not UTF-8.
 pub fn contents(dir: &Path) -> Result<Contents, ArtifactError> {
     let mut files = Vec::new();
-    list(dir, &mut files)?;
+    walk(dir, dir, &mut |name, path, size| {
+        files.push(ArtifactFile {
+            path: name.to_owned(),
+            size,
+            hash: file_hash(path)?,
+        });
+        Ok(())
+    })?;
     files.sort_by(|a, b| a.path.cmp(&b.path));
     Ok(Contents {
         hash: list_hash(&files),
@@ -521,18 +528,6 @@ pub fn verify(dir: &Path, record: &ArtifactRecord) -> Vec<Damage> {
         Err(_) => {}
     }
     found
-}
-
-fn list(dir: &Path, files: &mut Vec<ArtifactFile>) -> Result<(), ArtifactError> {
-    walk(dir, dir, &mut |name, path, size| {
-        let hash = file_hash(path)?;
-        files.push(ArtifactFile {
-            path: name.to_owned(),
-            size,
-            hash,
-        });
-        Ok(())
-    })
 }
 
 /// Shows every file below `dir`: its path within `root`, where it lies, its size.

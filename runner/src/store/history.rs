@@ -343,17 +343,10 @@ impl Store {
         &self,
         run: Option<&RunId>,
     ) -> Result<Vec<ArtifactRow>, StoreError> {
-        let key = match run {
-            Some(run) => match self.run_key(run).await? {
-                None => return Ok(Vec::new()),
-                key => key,
-            },
-            None => None,
-        };
         // Two conditions, each of which SQLite carries into the view: otherwise it would make all of that.
-        let wanted = match key {
-            Some(_) => "v.run = ?1",
-            None => "?1 is null and v.reused = 0",
+        let (key, wanted) = match run {
+            Some(run) => (self.run_key(run).await?, "v.run = ?1"),
+            None => (None, "?1 is null and v.reused = 0"),
         };
         let rows = sqlx::query(sqlx::AssertSqlSafe(format!(
             "select o.artifact as hash, o.kind, o.name, f.size, f.files, o.meta, r.id as run, s.name as stage,

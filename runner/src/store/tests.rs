@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use serde_json::json;
-use sqlx::sqlite::SqliteConnectOptions;
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{ConnectOptions, Connection};
 
 use super::*;
@@ -28,6 +28,17 @@ fn check<F: Future<Output = ()>>(body: impl FnOnce(PathBuf) -> F) {
 
 pub(crate) async fn open(dir: &Path) -> Store {
     Store::open(dir, Access::ReadWrite).await.expect("a store")
+}
+
+/// A database, without what a store makes sure of.
+async fn connect(path: &Path) -> SqliteConnection {
+    let options = SqliteConnectOptions::new().filename(path);
+    options.connect().await.unwrap()
+}
+
+async fn succeed(store: &Store, run: &RunId) {
+    let finished = store.finish_run(run, RunState::Succeeded, None);
+    finished.await.unwrap();
 }
 
 /// The answer to a statement, all of it.
@@ -206,10 +217,7 @@ fn what_was_recorded_is_read_back() {
             .finish_attempt(attempt, &an_end(AttemptState::Succeeded, Some("h0")))
             .await
             .unwrap();
-        store
-            .finish_run(&run, RunState::Succeeded, None)
-            .await
-            .unwrap();
+        succeed(&store, &run).await;
         store.tag_run(&run, "größte").await.unwrap();
 
         let detail = store.run_detail(&run).await.unwrap();

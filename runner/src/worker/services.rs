@@ -119,7 +119,7 @@ unsafe extern "C" fn artifact_begin(
     let (services, kind, name) = unsafe { (services(ctx), text(kind), text(name)) };
     let begun = services
         .and_then(|services| services.writer.as_ref())
-        .ok_or_else(no_desk)
+        .ok_or_else(no_writer)
         .and_then(|writer| writer.begin(kind, name));
     match begun {
         Ok((number, path)) => {
@@ -141,7 +141,7 @@ unsafe extern "C" fn artifact_commit(ctx: *mut c_void, id: u64, meta_json: Str, 
     // SAFETY: see above.
     let (services, meta) = unsafe { (services(ctx), text(meta_json)) };
     let open = services.and_then(|services| Some((services, services.writer.as_ref()?)));
-    let committed = open.ok_or_else(no_desk).and_then(|(services, writer)| {
+    let committed = open.ok_or_else(no_writer).and_then(|(services, writer)| {
         let meta = if meta.trim().is_empty() {
             Ok(ArtifactMeta::default())
         } else {
@@ -172,7 +172,7 @@ unsafe extern "C" fn artifact_abort(ctx: *mut c_void, id: u64) {
     }
 }
 
-fn no_desk() -> Failure {
+fn no_writer() -> Failure {
     Failure::new(
         FailureCode::Unsupported,
         "artifacts are only made while a stage runs, and not by a part of it",

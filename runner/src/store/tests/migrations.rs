@@ -2,18 +2,17 @@
 
 use super::*;
 
+/// The database of a new store as the first version made it.
+async fn of_the_first_schema(dir: &Path) -> SqliteConnection {
+    let first = &schema::MIGRATIONS[..1];
+    schema::migrate(dir, first).await.unwrap();
+    connect(&schema::path_of(dir)).await
+}
+
 #[test]
 fn a_store_of_the_first_schema_is_taken_along() {
     check(|dir| async move {
-        schema::migrate(&dir, &schema::MIGRATIONS[..1])
-            .await
-            .unwrap();
-        let path = schema::path_of(&dir);
-        let mut old = SqliteConnectOptions::new()
-            .filename(&path)
-            .connect()
-            .await
-            .unwrap();
+        let mut old = of_the_first_schema(&dir).await;
         let holder = lease::Holder::this_process();
         sqlx::raw_sql(
             "insert into runs (key, id, recipe, recipe_path, recipe_text, resolved, seed, command, environment, state, created)
@@ -43,11 +42,7 @@ fn a_store_of_the_first_schema_is_taken_along() {
         // An older program is at work in it.
         let refused = Store::open(&dir, Access::ReadWrite).await.unwrap_err();
         assert!(matches!(refused, StoreError::InUse), "{refused}");
-        let mut old = SqliteConnectOptions::new()
-            .filename(&path)
-            .connect()
-            .await
-            .unwrap();
+        let mut old = connect(&schema::path_of(&dir)).await;
         sqlx::query("update leases set process_started = process_started + 1")
             .execute(&mut old)
             .await
@@ -92,11 +87,7 @@ fn a_store_of_the_first_schema_is_taken_along() {
         assert_eq!(left, 0);
 
         let backup = dir.join("history.schema1.backup.db");
-        let mut backup = SqliteConnectOptions::new()
-            .filename(backup)
-            .connect()
-            .await
-            .unwrap();
+        let mut backup = connect(&backup).await;
         let kept: i64 = sqlx::query_scalar("select count(*) from points")
             .fetch_one(&mut backup)
             .await
@@ -108,15 +99,7 @@ fn a_store_of_the_first_schema_is_taken_along() {
 #[test]
 fn many_processes_migrate_one_old_store_at_once() {
     check(|dir| async move {
-        schema::migrate(&dir, &schema::MIGRATIONS[..1])
-            .await
-            .unwrap();
-        let path = schema::path_of(&dir);
-        let mut old = SqliteConnectOptions::new()
-            .filename(&path)
-            .connect()
-            .await
-            .unwrap();
+        let mut old = of_the_first_schema(&dir).await;
         sqlx::raw_sql(
             "insert into runs (key, id, recipe, recipe_path, recipe_text, resolved, seed, command, environment, state, created)
                  values (1, 'r1', 'digits', '/r.yaml', 'text', '{}', 3, '[]', '{}', 'succeeded', 5);
@@ -142,11 +125,7 @@ fn many_processes_migrate_one_old_store_at_once() {
             name.to_string_lossy().contains("backup")
         });
         assert_eq!(copies.count(), 1);
-        let mut backup = SqliteConnectOptions::new()
-            .filename(dir.join("history.schema1.backup.db"))
-            .connect()
-            .await
-            .unwrap();
+        let mut backup = connect(&dir.join("history.schema1.backup.db")).await;
         let kept: (i64, i64) =
             sqlx::query_as("select (select count(*) from runs), (select count(*) from points)")
                 .fetch_one(&mut backup)
@@ -163,20 +142,13 @@ fn an_older_schema_is_migrated_and_a_newer_one_refused() {
         let later = &[schema::MIGRATIONS, &[mood]].concat();
         let store = open(&dir).await;
         let run = store.begin_run(&a_run("digits")).await.unwrap();
-        store
-            .finish_run(&run, RunState::Succeeded, None)
-            .await
-            .unwrap();
+        succeed(&store, &run).await;
         store.close().await;
         schema::migrate(&dir, later).await.unwrap();
         schema::migrate(&dir, later).await.unwrap();
 
         let path = schema::path_of(&dir);
-        let mut connection = SqliteConnectOptions::new()
-            .filename(&path)
-            .connect()
-            .await
-            .unwrap();
+        let mut connection = connect(&path).await;
         let (id, mood): (String, String) = sqlx::query_as("select id, mood from runs")
             .fetch_one(&mut connection)
             .await

@@ -22,10 +22,7 @@ async fn a_pair(store: &Store) -> (RunId, RunId) {
         .finish_attempt(attempt, &an_end(AttemptState::Succeeded, Some(&file.hash)))
         .await
         .unwrap();
-    store
-        .finish_run(&first, RunState::Succeeded, None)
-        .await
-        .unwrap();
+    succeed(&store, &first).await;
     store.tag_run(&first, "best").await.unwrap();
     let mut new = a_run("digits");
     new.params.push(Param {
@@ -39,10 +36,7 @@ async fn a_pair(store: &Store) -> (RunId, RunId) {
         .stage_reused(stage, &hash("d1"), &json!({}), attempt)
         .await
         .unwrap();
-    store
-        .finish_run(&second, RunState::Succeeded, None)
-        .await
-        .unwrap();
+    succeed(&store, &second).await;
     (first, second)
 }
 
@@ -214,10 +208,7 @@ fn what_is_left_of_a_damaged_store_is_saved() {
                 .append_metrics(attempt, &losses(&points))
                 .await
                 .unwrap();
-            store
-                .finish_run(&run, RunState::Succeeded, None)
-                .await
-                .unwrap();
+            succeed(&store, &run).await;
         }
         store.close().await;
         let path = schema::path_of(&dir);
