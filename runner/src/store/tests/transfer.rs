@@ -22,7 +22,7 @@ async fn a_pair(store: &Store) -> (RunId, RunId) {
         .finish_attempt(attempt, &an_end(AttemptState::Succeeded, Some(&file.hash)))
         .await
         .unwrap();
-    succeed(&store, &first).await;
+    succeed(store, &first).await;
     store.tag_run(&first, "best").await.unwrap();
     let mut new = a_run("digits");
     new.params.push(Param {
@@ -36,7 +36,7 @@ async fn a_pair(store: &Store) -> (RunId, RunId) {
         .stage_reused(stage, &hash("d1"), &json!({}), attempt)
         .await
         .unwrap();
-    succeed(&store, &second).await;
+    succeed(store, &second).await;
     (first, second)
 }
 
