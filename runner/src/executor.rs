@@ -61,6 +61,17 @@ pub enum ExecutorError {
         /// Its hash.
         hash: String,
     },
+    /// An artifact that the recipe takes by name is known, and its files are not what it was made of.
+    #[error(
+        "the artifact {} that the recipe takes as `{name}` is damaged: files are missing, or not of their size",
+        hash.get(..12).unwrap_or(hash)
+    )]
+    Damaged {
+        /// Its name in the recipe.
+        name: String,
+        /// Its hash.
+        hash: String,
+    },
     /// A stage left out by `--from` is needed and was never made.
     #[error("`{stage}` is left out by --from, but its result is needed and not in the store")]
     Missing {
@@ -138,12 +149,17 @@ async fn carry_out(
         source,
     })?;
     for given in &plan.given {
-        let known = store.find_artifact(&given.hash).await?;
-        if !known.is_some_and(|known| known.kind == given.kind && layout.holds(&known)) {
-            return Err(ExecutorError::NoArtifact {
-                name: given.name.clone(),
-                hash: given.hash.clone(),
-            });
+        let (name, hash) = (given.name.clone(), given.hash.clone());
+        let known = store.find_artifact(&hash).await?;
+        let Some(known) = known.filter(|known| known.kind == given.kind) else {
+            return Err(ExecutorError::NoArtifact { name, hash });
+        };
+        // Of an imported run nothing may lie here.
+        if !layout.artifact(&hash).exists() {
+            return Err(ExecutorError::NoArtifact { name, hash });
+        }
+        if !layout.holds(&known) {
+            return Err(ExecutorError::Damaged { name, hash });
         }
     }
     let run = store.begin_run(&new_run(plan, roles, options)).await?;

@@ -3,13 +3,15 @@
 //! A cell has both: a text for people ("3 min ago") and the datum behind it. Only this module knows how a format looks;
 //! it returns text, and printing is the command line's.
 
+use std::borrow::Cow;
+
 use comfy_table::{
     Attribute, Cell as TableCell, CellAlignment, Color, ContentArrangement, presets,
 };
 use serde_json::{Map, Number, Value};
 
 use crate::store::{RunState, StageState, Time};
-use crate::terminal::{clean, clean_line, painted};
+use crate::terminal::{clean, clean_line, name, painted};
 
 mod stream;
 
@@ -68,6 +70,8 @@ pub enum Tone {
 
 /// Rows of a table. To lay out columns all of them are held, and take some kilobytes each.
 const MOST_ROWS: usize = 10_000;
+/// Characters of a table, blanks included: one long cell makes every line as long.
+const MOST_CHARACTERS: usize = 32 << 20;
 
 impl Rows {
     /// No rows yet, under these column heads.
@@ -151,11 +155,12 @@ impl Rows {
                 }
             }));
         }
+        let most = self.longest_cell();
         for row in self.rows.iter().take(MOST_ROWS) {
-            table.add_row(
-                row.iter()
-                    .map(|cell| toned(TableCell::new(visible(&cell.text, true)), cell.tone)),
-            );
+            table.add_row(row.iter().map(|cell| {
+                let text = visible(&shortened(&cell.text, most), true);
+                toned(TableCell::new(text), cell.tone)
+            }));
         }
         for (place, column) in table.column_iter_mut().enumerate() {
             column.set_padding((0, 2));
@@ -227,6 +232,29 @@ impl Rows {
             .unwrap_or_default()
     }
 
+    /// The most lines of a cell, and characters of each, with which the table stays within [`MOST_CHARACTERS`]. What a
+    /// table of usual texts holds is never shortened.
+    fn longest_cell(&self) -> usize {
+        let rows = || self.rows.iter().take(MOST_ROWS);
+        let takes = |most: usize| {
+            let lines = rows().map(|row| {
+                let lines = row.iter().map(|cell| cell.text.lines().count().min(most));
+                lines.max().unwrap_or(0).max(1)
+            });
+            let mut widths = vec![0; self.heads.len()];
+            for (width, cell) in rows().flat_map(|row| widths_of(row, most)) {
+                if let Some(widest) = widths.get_mut(cell) {
+                    *widest = width.max(*widest);
+                }
+            }
+            lines.sum::<usize>().saturating_mul(widths.iter().sum())
+        };
+        let mut limits = [usize::MAX, 4096, 1024, 256, 64].into_iter();
+        limits
+            .find(|most| takes(*most) <= MOST_CHARACTERS)
+            .unwrap_or(16)
+    }
+
     /// Whether a column holds numbers and nothing else, so that it is aligned to the right.
     fn is_numeric(&self, place: usize) -> bool {
         let mut cells = self
@@ -248,6 +276,11 @@ impl Cell {
             data: data.into(),
             tone: Tone::Plain,
         }
+    }
+
+    /// A name that a file brings: for people on one line, whatever is in it.
+    pub fn name(text: &str) -> Self {
+        Self::new(name(text), text)
     }
 
     /// The text for people.
@@ -465,6 +498,39 @@ fn object(heads: &[String], row: &[Cell]) -> Value {
     Value::Object(Map::from_iter(heads.iter().cloned().zip(data)))
 }
 
+/// The widths of the cells of a row, no more than `most`, and their places.
+fn widths_of(row: &[Cell], most: usize) -> impl Iterator<Item = (usize, usize)> {
+    row.iter().enumerate().map(move |(place, cell)| {
+        let widths = cell
+            .text
+            .lines()
+            .map(|line| line.chars().take(most).count());
+        (widths.max().unwrap_or(0), place)
+    })
+}
+
+/// A text of at most so many lines, each of at most so many characters.
+fn shortened(text: &str, most: usize) -> Cow<'_, str> {
+    let fits = text.len() <= most
+        || (text.lines().count() <= most && text.lines().all(|line| line.chars().count() <= most));
+    if fits {
+        return Cow::Borrowed(text);
+    }
+    let lines = text.lines().take(most).map(|line| {
+        let kept = line
+            .char_indices()
+            .nth(most)
+            .map_or(line, |(end, _)| &line[..end]);
+        let more = if kept.len() < line.len() { "..." } else { "" };
+        format!("{kept}{more}")
+    });
+    let mut kept = lines.collect::<Vec<_>>().join("\n");
+    if text.lines().count() > most {
+        kept.push_str("\n...");
+    }
+    Cow::Owned(kept)
+}
+
 fn toned(cell: TableCell, tone: Tone) -> TableCell {
     match tone {
         Tone::Plain => cell,
@@ -540,6 +606,37 @@ mod tests {
         assert_eq!(text.lines().count(), 1 + 10_000 + 1);
         assert!(text.ends_with("\n9999\n... and 2 more; CSV and JSON have all 10002\n"));
         assert_eq!(rows.render(Style::Csv).lines().count(), 1 + 10_002);
+    }
+
+    #[test]
+    fn one_long_cell_does_not_lengthen_all_lines_without_bound() {
+        let table = Style::Table {
+            width: None,
+            color: false,
+        };
+        let (long, high) = ("x".repeat(1 << 20), "y\n".repeat(1 << 18));
+        let mut rows = Rows::new(&["name", "more"]);
+        rows.push([long.as_str().into(), "first".into()]);
+        assert!(rows.render(table).contains(&long), "alone it is whole");
+        rows.push(["second".into(), high.as_str().into()]);
+        (0..5000_u64).for_each(|number| rows.push([number.into(), "z".into()]));
+        let text = rows.render(table);
+        assert!(text.len() <= MOST_CHARACTERS, "{}", text.len());
+        assert!(text.contains("xxx...  first") && text.contains("4999"));
+        assert!(rows.render(Style::Csv).contains(&long), "programs get all");
+    }
+
+    #[test]
+    fn a_name_is_on_one_line() {
+        let mut rows = Rows::new(&["name", "n"]);
+        rows.push([Cell::name("a\nerror: x\t\x1b"), 1_u64.into()]);
+        let table = Style::Table {
+            width: None,
+            color: false,
+        };
+        let expected = "name                    n\na\\nerror: x\\t\\u001b  1\n";
+        assert_eq!(rows.render(table), expected);
+        assert_eq!(rows.objects()[0]["name"], "a\nerror: x\t\x1b");
     }
 
     #[test]

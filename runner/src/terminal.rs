@@ -20,6 +20,11 @@ pub fn clean_line(text: &str) -> String {
     clean(&text.replace(['\n', '\t'], " ")).into_owned()
 }
 
+/// A name from a file or a message, on one line: line feeds and tabs are shown as they are escaped.
+pub fn name(text: &str) -> String {
+    clean(&text.replace('\n', "\\n").replace('\t', "\\t")).into_owned()
+}
+
 /// What is written to a terminal or a pipe: clean, with the colours that [`paint`] and [`painted`] marked.
 pub fn show(text: &str) -> Cow<'_, str> {
     cleaned(text, Some(mark()))

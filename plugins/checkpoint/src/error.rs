@@ -31,4 +31,13 @@ impl Error {
     pub(crate) fn format(message: impl Into<String>) -> Self {
         Self::Format(message.into())
     }
+
+    /// The same of a file of several, or in a folder: who opened these does not know which it was.
+    pub(crate) fn of(self, file: &str) -> Self {
+        let file = file.escape_debug();
+        match self {
+            Self::Io(e) => Self::Io(io::Error::new(e.kind(), format!("{file}: {e}"))),
+            other => Self::format(format!("{file}: {other}")),
+        }
+    }
 }

@@ -162,7 +162,12 @@ impl Checkpoint {
     /// As [`Self::open`].
     pub fn open_part(path: &Path, wanted: impl Fn(&str) -> bool) -> Result<Self> {
         match shards::Place::find(path)? {
-            shards::Place::File(path) => Self::read(Source::open(&path)?),
+            shards::Place::File(file) => {
+                let opened = Source::open(&file).map_err(Error::from);
+                opened
+                    .and_then(Self::read)
+                    .map_err(|e| shards::of(e, path, &file))
+            }
             shards::Place::Index(index) => Self::join(&index, wanted),
         }
     }
@@ -179,15 +184,17 @@ impl Checkpoint {
                 continue;
             }
             let within = |e: Error| match e {
-                Error::Io(e) => Error::Io(std::io::Error::new(e.kind(), format!("{file}: {e}"))),
-                other => Error::format(format!("{file}: {other}")),
+                Error::Io(e) if e.kind() == std::io::ErrorKind::NotFound => Error::format(format!(
+                    "the index names {file:?}, and there is no such file"
+                )),
+                e => e.of(file),
             };
             let part = Source::open(&index.path_of(file)).map_err(Error::from);
             let part = part.and_then(Self::read).map_err(within)?;
             let found = part.select(None).map_err(within)?;
             for name in names {
                 let tensor = found.get(name).ok_or_else(|| {
-                    Error::format(format!("{file} has no {name}, but the index says so"))
+                    Error::format(format!("{file:?} has no {name:?}, but the index says so"))
                 })?;
                 let tensor = tensor.clone().within(sources.len() + tensor.source);
                 dictionary.insert(name.clone(), tensor);

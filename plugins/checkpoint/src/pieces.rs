@@ -62,7 +62,11 @@ impl Shard {
     /// Whether it holds a sample and keeps to its directory.
     pub fn is_sound(&self) -> bool {
         let name = Path::new(&self.file);
-        self.start < self.end && name.file_name().is_some_and(|own| own == name.as_os_str())
+        let is_plain = |c: char| !c.is_control();
+        self.start < self.end
+            && self.file.chars().all(is_plain)
+            && self.hash.as_ref().is_none_or(|hash| hash.len() == 64)
+            && name.file_name().is_some_and(|own| own == name.as_os_str())
     }
 }
 
@@ -118,7 +122,8 @@ pub fn read_manifest<M: DeserializeOwned>(
         let Shard {
             start, end, file, ..
         } = bad;
-        format!("samples {start}..{end} in `{file}`: no shard")
+        let file: String = file.chars().take(255).collect();
+        format!("samples {start}..{end} in {file:?}: no shard")
     } else {
         return Ok(manifest);
     };

@@ -53,7 +53,9 @@ impl Place {
             path.to_owned()
         };
         match found.to_string_lossy().ends_with(INDEX) {
-            true => Index::read(&found).map(Self::Index),
+            true => Index::read(&found)
+                .map(Self::Index)
+                .map_err(|e| of(e, path, &found)),
             false => Ok(Self::File(found)),
         }
     }
@@ -67,6 +69,14 @@ impl Place {
                 [index.path.clone()].into_iter().chain(parts).collect()
             }
         }
+    }
+}
+
+/// An error of a file that a folder stands for, if it is one.
+pub(crate) fn of(error: Error, path: &Path, file: &Path) -> Error {
+    match file.file_name() {
+        Some(name) if path != file => error.of(&name.to_string_lossy()),
+        _ => error,
     }
 }
 
@@ -98,14 +108,16 @@ fn within(dir: &Path) -> Result<PathBuf> {
     };
     let (indices, files) = (ending(&[INDEX]), ending(&ENDINGS));
     match (indices.as_slice(), files.as_slice()) {
-        ([only], _) | ([], [only]) => Ok(dir.join(only)),
+        ([only], _) => Ok(dir.join(only)),
+        ([], [only]) if lone(&[only]).is_none() => Ok(dir.join(only)),
         ([], []) => Err(Error::format(format!(
             "a folder without weights: expected {} or its {INDEX}, or one file that ends with {}",
             USUAL[0],
             ENDINGS.join(", ")
         ))),
         ([], several) if lone(several).is_some() => Err(Error::format(format!(
-            "a folder with shards ({}, ..) but without their index, a file that ends with {INDEX}",
+            "a folder with shards ({}, ..) but without their index, a file that ends with {INDEX}; it lies where they were \
+             published",
             lone(several).unwrap_or_default()
         ))),
         (several @ [_, ..], _) | ([], several) => {
@@ -199,6 +211,11 @@ impl<'de> Deserialize<'de> for Files {
                         let message = format!("more than {FILES} files, the most that is read");
                         return Err(de::Error::custom(message));
                     }
+                }
+                let mut names: Vec<&String> = files.values().flatten().collect();
+                names.sort_unstable();
+                if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+                    return Err(de::Error::custom(format!("{:?} comes twice", twice[0])));
                 }
                 Ok(Files(files.into_iter().collect()))
             }
@@ -337,14 +354,18 @@ mod tests {
         }
         check(
             &format!(r#"{{"b": "{ONE}"}}"#),
-            "has no b, but the index says so",
+            "has no \"b\", but the index says so",
         );
         check(
             &format!(r#"{{"a": "{TWO}"}}"#),
-            "model-00002-of-00002.safetensors: No such file",
+            "names \"model-00002-of-00002.safetensors\", and there is no such file",
         );
         check("{}", "the index names no weights");
         check("[1]", "not an index of weights");
+        check(
+            &format!(r#"{{"a": "{ONE}", "a": "{TWO}"}}"#),
+            r#""a" comes twice"#,
+        );
         let many: Vec<String> = (0..600).map(|i| format!(r#""w{i}": "{i}.pt""#)).collect();
         check(&format!("{{{}}}", many.join(",")), "more than 512 files");
         let many: Vec<String> = (0..100_001).map(|i| format!(r#""w{i}": "1.pt""#)).collect();
@@ -369,6 +390,18 @@ mod tests {
                 .to_string();
             assert!(said.contains(expected), "{said}");
         };
+        check(
+            &[ONE],
+            "shards (model-00001-of-00002.safetensors, ..) but without their index",
+        );
+        check(
+            &["model.safetensors"],
+            "model.safetensors: neither a file of torch.save",
+        );
+        check(
+            &["model.safetensors.index.json"],
+            "model.safetensors.index.json: not an index of weights",
+        );
         check(&[], "a folder without weights");
         check(&["config.json"], "a folder without weights");
         check(

@@ -112,6 +112,8 @@ impl Manifest {
     pub fn open_shard(&self, path: &Path, shard: &Shard) -> Result<Opened, Fault> {
         let fault = |message: String| Fault::new(path, message);
         let bad = |e: crate::Error| Fault::new(path, e);
+        // First: a file of another size is not read to be refused.
+        let opened = self.glance(path, shard)?;
         if let Some(expected) = &shard.hash {
             let found = hash(path)?;
             if found != *expected {
@@ -119,7 +121,6 @@ impl Manifest {
                 return Err(fault(message));
             }
         }
-        let opened = self.glance(path, shard)?;
         let dictionary = opened.checkpoint.select(None).map_err(bad)?;
         let (n, l) = (opened.labels.len(), self.tokens());
         // Rows at a time: a shard may be large.
@@ -221,7 +222,9 @@ impl Manifest {
 
     /// Tokens of a sample.
     pub fn tokens(&self) -> usize {
-        self.steps.iter().sum()
+        self.steps
+            .iter()
+            .fold(0, |sum, step| sum.saturating_add(*step))
     }
 
     /// The samples that its shards cover, in order, as ranges that do not touch.

@@ -223,7 +223,14 @@ fn verify(args: &InfoArgs, context: &Context) -> Result<(), Error> {
     for shard in &m.shards {
         match m.open_shard(&found.path(shard), shard) {
             Ok(opened) => {
-                labels = labels.max(opened.labels.iter().map(|&x| x + 1).max().unwrap_or(0))
+                labels = labels.max(
+                    opened
+                        .labels
+                        .iter()
+                        .map(|x| x.saturating_add(1))
+                        .max()
+                        .unwrap_or(0),
+                )
             }
             Err(fault) => {
                 let samples = shown(std::slice::from_ref(&(shard.start..shard.end)));

@@ -292,6 +292,8 @@ impl From<ExecutorError> for Error {
             ExecutorError::Input(error) => error.into(),
             ExecutorError::NoArtifact { .. } => Self::new(Exit::NothingMatches, error.to_string())
                 .hint("`retort artifacts list` shows what there is; `retort runs import` brings others"),
+            ExecutorError::Damaged { .. } => Self::new(Exit::Internal, error.to_string())
+                .hint("`retort artifacts verify` names the files; remove the artifact's directory, and a run of the recipe that made it makes it again"),
             ExecutorError::Missing { .. } => Self::new(Exit::NothingMatches, error.to_string())
                 .hint("run it without --from first"),
             ExecutorError::Artifact(_) | ExecutorError::System { .. } => {

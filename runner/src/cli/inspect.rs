@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use crate::cli::{Context, Error, Exit, Format, FormatArgs, talk};
 use crate::table::{self, Cell, Rows};
+use crate::terminal;
 
 /// Arguments of `inspect`.
 #[derive(Debug, clap::Args)]
@@ -93,11 +94,12 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
             && !prefix.is_empty()
         {
             talk::say(&format!(
-                "note: all names begin with `{prefix}`; `teacher` and `student` take off what hides a network they know"
+                "note: all names begin with `{}`; `teacher` and `student` take off what hides a network they know",
+                terminal::name(prefix)
             ));
         }
         if !checkpoint.strangers().is_empty() {
-            let names = checkpoint.strangers().join(", ");
+            let names = terminal::name(&checkpoint.strangers().join(", "));
             talk::say(&format!("note: neither run nor interpreted: {names}"));
         }
     }
@@ -127,7 +129,8 @@ fn dictionaries(checkpoint: &Checkpoint) -> Rows {
         .into_iter()
         .partition(|dictionary| dictionary.is_optimiser());
     for dictionary in weights {
-        let path = Cell::new(shown(&dictionary.path), dictionary.path.as_str());
+        let shown = terminal::name(&shown(&dictionary.path));
+        let path = Cell::new(shown, dictionary.path.as_str());
         rows.push([path].into_iter().chain(sums(&[dictionary])));
     }
     if !state.is_empty() {
@@ -139,13 +142,13 @@ fn dictionaries(checkpoint: &Checkpoint) -> Rows {
 
 /// One row per tensor.
 fn tensors(dictionary: &Dictionary) -> Rows {
-    let title = format!("Tensors of {}", shown(&dictionary.path));
+    let title = format!("Tensors of {}", terminal::name(&shown(&dictionary.path)));
     let mut rows = Rows::new(&["name", "shape", "dtype", "bytes"]).titled(title);
     for (name, tensor) in dictionary.tensors() {
         let sizes: Vec<String> = tensor.shape.iter().map(usize::to_string).collect();
         let shape = format!("({})", sizes.join(", "));
         rows.push([
-            name.into(),
+            Cell::name(name),
             Cell::new(shape, tensor.shape.clone()),
             tensor.dtype.to_string().to_lowercase().into(),
             Cell::bytes(tensor.bytes()),

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::error::DataError;
+use super::error::{DataError, shown};
 
 /// The order of classes: numbers give themselves, other names their place in the alphabet.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -15,6 +15,9 @@ pub struct Classes {
     /// Whether some names are numbers and others not: then the alphabet orders the numbers too.
     pub mixed: bool,
 }
+
+/// The longest name of a class.
+const LONGEST: usize = 1024;
 
 /// The class that a text is: `3`, and `3.0` as pandas writes it.
 pub fn number(text: &str) -> Option<u64> {
@@ -36,6 +39,14 @@ impl Classes {
         folders: bool,
     ) -> Result<Self, DataError> {
         let names: std::collections::BTreeSet<String> = found.into_iter().collect();
+        let is_name = |name: &String| name.len() <= LONGEST && !name.chars().any(char::is_control);
+        if let Some(wrong) = names.iter().find(|name| !is_name(name)) {
+            let message = format!(
+                "a class of the name `{}`; names have at most {LONGEST} bytes, and no control characters",
+                shown(wrong)
+            );
+            return Err(DataError::content(path, message));
+        }
         let numbers: Vec<Option<u64>> = names.iter().map(|name| number(name)).collect();
         if numbers.contains(&None) {
             let mixed = numbers.iter().any(Option::is_some);
@@ -126,6 +137,11 @@ mod tests {
             error.contains("class 1 has no image, though classes go up to 2"),
             "{error}"
         );
+        for name in ["a\nb", "\x1b[2J", &"x".repeat(2000)] {
+            let error = order(&["b", name], true).unwrap_err();
+            assert!(error.starts_with("x: a class of the name `") && error.len() < 400);
+            assert!(!error.contains(char::is_control), "{error}");
+        }
         for text in ["", "-1", "1.5", "1.", "1e3", "+1", "99999999999999999999"] {
             assert_eq!(number(text), None, "{text}");
         }

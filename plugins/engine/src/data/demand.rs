@@ -67,6 +67,61 @@ fn planes(content: &[u8]) -> u64 {
     }
 }
 
+/// That the picture in a WebP is not larger than the canvas that is said to hold it: the library decodes it before it
+/// compares the two. `content` may be the beginning of a file.
+pub(super) fn check_canvas(content: &[u8]) -> Result<(), String> {
+    if content.get(12..16) != Some(b"VP8X") {
+        return Ok(());
+    }
+    let side = |at: usize| Some(u24_le(content, at)? + 1);
+    let (Some(width), Some(height)) = (side(24), side(27)) else {
+        return Ok(());
+    };
+    match picture(content) {
+        Some((w, h)) if w > width || h > height => Err(format!(
+            "a picture of {w} x {h} pixels on a canvas of {width} x {height}"
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// The sides of the largest picture in a WebP with a canvas, as its own header gives them.
+fn picture(content: &[u8]) -> Option<(u32, u32)> {
+    let mut most: Option<(u32, u32)> = None;
+    let mut at = 12_usize;
+    while let Some(kind) = content.get(at..at.checked_add(4)?) {
+        let Some(length) = content.get(at + 4..at + 8) else {
+            break;
+        };
+        let length = u32::from_le_bytes(length.try_into().ok()?) as usize;
+        let inside = at + 8;
+        let found = match kind {
+            b"VP8 " if content.get(inside + 3..inside + 6) == Some(&[0x9d, 1, 0x2a]) => {
+                let side = |at| Some(u24_le(content, at)? & 0x3fff);
+                side(inside + 6).zip(side(inside + 8))
+            }
+            b"VP8L" if content.get(inside) == Some(&0x2f) => {
+                let bits = content.get(inside + 1..inside + 5);
+                let bits = bits
+                    .and_then(|bits| bits.try_into().ok())
+                    .map(u32::from_le_bytes);
+                bits.map(|bits| ((bits & 0x3fff) + 1, (bits >> 14 & 0x3fff) + 1))
+            }
+            _ => None,
+        };
+        if let Some((w, h)) = found {
+            let (known_w, known_h) = most.unwrap_or((0, 0));
+            most = Some((known_w.max(w), known_h.max(h)));
+        }
+        at = match kind {
+            // A frame of an animation: its chunks follow its place and size.
+            b"ANMF" => inside + 16,
+            _ => inside.checked_add(length)?.checked_add(length % 2)?,
+        };
+    }
+    most
+}
+
 /// That the first image of a TIFF has not more pieces than images have, nor pieces that share their bytes: each is
 /// unpacked by itself.
 pub(super) fn check_pieces(content: &[u8]) -> Result<(), String> {
@@ -146,6 +201,14 @@ impl Tiff<'_> {
     }
 }
 
+/// The number in three bytes.
+fn u24_le(content: &[u8], at: usize) -> Option<u32> {
+    let &[low, middle, high] = content.get(at..at + 3)? else {
+        return None;
+    };
+    Some(u32::from_le_bytes([low, middle, high, 0]))
+}
+
 fn u16_be(content: &[u8], at: usize) -> Option<u16> {
     let &[high, low] = content.get(at..at + 2)? else {
         return None;
@@ -222,6 +285,50 @@ mod tests {
         let mut cut = jpeg(8192, &[0x11; 3]);
         cut.truncate(20);
         assert_eq!(coefficients(&cut), None);
+    }
+
+    /// A WebP of a canvas of 8 x 8 that holds these chunks.
+    fn webp(chunks: &[&[u8]]) -> Vec<u8> {
+        let canvas = chunk(b"VP8X", &[0, 0, 0, 0, 7, 0, 0, 7, 0, 0]);
+        [&b"RIFF\xff\xff\0\0WEBP"[..], &canvas, &chunks.concat()].concat()
+    }
+
+    fn chunk(kind: &[u8], content: &[u8]) -> Vec<u8> {
+        let mut chunk = [kind, &(content.len() as u32).to_le_bytes(), content].concat();
+        chunk.resize(chunk.len().next_multiple_of(2), 0);
+        chunk
+    }
+
+    #[test]
+    fn a_picture_larger_than_its_canvas_is_not_decoded() {
+        let lossy = |side: u16| {
+            let side = side.to_le_bytes();
+            chunk(
+                b"VP8 ",
+                &[&[0x50, 0, 0, 0x9d, 1, 0x2a][..], &side, &side, &[0; 3]].concat(),
+            )
+        };
+        let lossless = |side: u32| {
+            let bits = (side - 1) | (side - 1) << 14;
+            chunk(b"VP8L", &[&[0x2f][..], &bits.to_le_bytes()].concat())
+        };
+        let frame = |inside: &[u8]| chunk(b"ANMF", &[&[0; 16][..], inside].concat());
+        let exif = chunk(b"EXIF", &[1, 2, 3]);
+        for good in [lossy(8), lossless(8), frame(&lossy(4)), exif.clone()] {
+            assert_eq!(check_canvas(&webp(&[&exif, &good])), Ok(()));
+        }
+        for large in [lossy(16_383), lossless(16_383), frame(&lossy(16_383))] {
+            let content = webp(&[&exif, &large]);
+            let expected = "a picture of 16383 x 16383 pixels on a canvas of 8 x 8";
+            assert_eq!(check_canvas(&content).unwrap_err(), expected);
+            // Before the decoder is asked for pixels.
+            assert_eq!(raster::header(&content).unwrap_err(), expected);
+            let second = webp(&[&frame(&lossy(8)), &frame(&large)]);
+            assert_eq!(check_canvas(&second).unwrap_err(), expected);
+            for length in 0..content.len() {
+                let _ = check_canvas(&content[..length]);
+            }
+        }
     }
 
     #[test]

@@ -105,6 +105,17 @@ impl DataError {
     }
 }
 
+/// A name from a file, as a message has it: on one line, and of a length that can be read.
+pub(crate) fn shown(name: &str) -> String {
+    const LONGEST: usize = 200;
+    let kept: String = name.chars().take(LONGEST).collect();
+    let more = if kept.len() < name.len() { "..." } else { "" };
+    match kept.chars().any(char::is_control) {
+        true => format!("{}{more}", kept.escape_debug()),
+        false => kept + more,
+    }
+}
+
 impl From<DataError> for Failure {
     fn from(error: DataError) -> Self {
         let code = match &error {

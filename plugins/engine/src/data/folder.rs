@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use retort_checkpoint::images;
 
-use super::error::DataError;
+use super::error::{DataError, shown};
 
 /// The most files that a folder may hold.
 const MOST_FILES: usize = 1 << 22;
@@ -167,7 +167,7 @@ impl LeftOut {
         let mut parts: Vec<String> = kinds
             .into_iter()
             .take(8)
-            .map(|(ending, count)| format!("{ending} {count}"))
+            .map(|(ending, count)| format!("{} {count}", shown(ending)))
             .collect();
         if more > 0 {
             parts.push(format!("{more} other kinds"));

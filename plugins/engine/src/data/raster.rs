@@ -84,6 +84,7 @@ pub(super) fn decoder(content: &[u8]) -> Result<impl ImageDecoder + '_, String> 
     match format {
         ImageFormat::Png => check_palettes(content)?,
         ImageFormat::Tiff => demand::check_pieces(content)?,
+        ImageFormat::WebP => demand::check_canvas(content)?,
         _ => {}
     }
     let mut limits = Limits::default();

@@ -9,11 +9,12 @@ use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
 
+use retort_checkpoint::images::promises_image;
 use serde_json::Value;
 
-use super::error::DataError;
-use super::file;
-use super::table::Row;
+use super::error::{DataError, shown};
+use super::table::{LONGEST_PATH, Row};
+use super::{file, table};
 
 /// A file in an archive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,8 +54,7 @@ pub fn read(path: &Path) -> Result<Vec<(Row, Part)>, DataError> {
     let mut images = Vec::new();
     let mut beside: BTreeMap<String, (Option<String>, Option<String>)> = BTreeMap::new();
     while let Some((name, part)) = archive.next()? {
-        let hidden = |part: &str| part.starts_with('.') && part != ".";
-        if name.split('/').any(hidden) {
+        if is_hidden(&name) {
             continue;
         }
         let (key, ending) = split(&name);
@@ -71,16 +71,18 @@ pub fn read(path: &Path) -> Result<Vec<(Row, Part)>, DataError> {
             "json" => {
                 let text = text(&mut archive)?;
                 let value: Value = serde_json::from_str(&text).map_err(|error| {
+                    let name = shown(&name);
                     DataError::content(path, format!("{name}: expected JSON: {error}"))
                 })?;
-                let field = |names: [&str; 3]| match names.iter().find_map(|name| value.get(name)) {
-                    Some(Value::String(text)) => Some(text.clone()),
-                    Some(Value::Number(number)) => Some(number.to_string()),
-                    _ => None,
+                let field = |names: [&str; 3]| {
+                    let text = table::text(&value, &names);
+                    text.map_err(|message| {
+                        DataError::content(path, format!("{}: {message}", shown(&name)))
+                    })
                 };
                 let entry = beside.entry(key.into()).or_default();
-                entry.0 = entry.0.take().or(field(["label", "class", "cls"]));
-                entry.1 = entry.1.take().or(field(["caption", "text", "prompt"]));
+                entry.0 = entry.0.take().or(field(["label", "class", "cls"])?);
+                entry.1 = entry.1.take().or(field(["caption", "text", "prompt"])?);
             }
             _ => {
                 let row = Row {
@@ -97,6 +99,15 @@ pub fn read(path: &Path) -> Result<Vec<(Row, Part)>, DataError> {
             return Err(DataError::content(path, message));
         }
     }
+    let mut names: Vec<&str> = images.iter().map(|(row, _)| row.file.as_str()).collect();
+    names.sort_unstable();
+    if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+        let message = format!(
+            "{} is in it twice, as `tar -r` and `tar -u` leave it; unpack it and pack it again",
+            shown(twice[0])
+        );
+        return Err(DataError::content(path, message));
+    }
     for (row, _) in &mut images {
         if let Some((label, caption)) = beside.get(split(&row.file).0) {
             row.label.clone_from(label);
@@ -104,6 +115,12 @@ pub fn read(path: &Path) -> Result<Vec<(Row, Part)>, DataError> {
         }
     }
     Ok(images)
+}
+
+/// Whether a file, or a folder that it lies in, is hidden.
+fn is_hidden(name: &str) -> bool {
+    let hidden = |part: &str| part.starts_with('.') && part != ".";
+    name.split('/').any(hidden)
 }
 
 /// The key that files which belong together share, and what makes them different: at the first dot of the last name.
@@ -157,7 +174,7 @@ impl Archive<'_> {
 
     /// The next regular file.
     fn next(&mut self) -> Result<Option<(String, Part)>, DataError> {
-        let (mut long_name, mut long_size) = (None, None);
+        let (mut long_name, mut long_size, mut sparse) = (None, None, false);
         loop {
             let mut head = [0; BLOCK as usize];
             if self.at + BLOCK > self.size {
@@ -217,18 +234,32 @@ impl Archive<'_> {
             }
             self.at = end.unwrap_or(self.size);
             match head[156] {
-                b'0' | 0 | b'7' => {
+                kind @ (b'0' | 0 | b'7' | b'1' | b'2' | b'S') => {
                     let name = match long_name.take() {
                         Some(name) => name,
                         None => {
                             name(&head).ok_or_else(|| self.fault("a name that is not UTF-8"))?
                         }
                     };
-                    // Old archives mark folders by their names only.
-                    if name.ends_with('/') {
-                        continue;
+                    if name.len() > LONGEST_PATH {
+                        return Err(self.fault(format!("a name of {} bytes", name.len())));
                     }
-                    return Ok(Some((name, part)));
+                    let stored = match kind {
+                        b'1' | b'2' => {
+                            "a link; pack it with `tar --dereference --hard-dereference`"
+                        }
+                        b'S' => "a sparse file; pack it without `--sparse`",
+                        _ if sparse => "a sparse file; pack it without `--sparse`",
+                        // Old archives mark folders by their names only.
+                        _ if name.ends_with('/') => continue,
+                        _ => return Ok(Some((name, part))),
+                    };
+                    // What is in it is not here.
+                    if promises_image(&name) && !is_hidden(&name) {
+                        let message = format!("{} is {stored}", shown(&name));
+                        return Err(DataError::content(self.path, message));
+                    }
+                    sparse = false;
                 }
                 b'L' => {
                     let bytes = self.bytes(part)?;
@@ -243,12 +274,12 @@ impl Archive<'_> {
                         match key {
                             "path" => long_name = Some(value.to_owned()),
                             "size" => long_size = value.parse().ok(),
-                            _ => {}
+                            key => sparse |= key.starts_with("GNU.sparse."),
                         }
                     }
                 }
                 // Folders, links, devices, and what concerns the whole archive.
-                _ => (long_name, long_size) = (None, None),
+                _ => (long_name, long_size, sparse) = (None, None, false),
             }
         }
     }
@@ -408,6 +439,49 @@ pub(super) mod tests {
         let mut bytes = entry("pax", b'x', b"19 path=b/c d.png\n\n");
         bytes.extend(entry("short", b'0', b"content"));
         assert_eq!(list(&bytes).unwrap()[0].0.file, "b/c d.png");
+    }
+
+    #[test]
+    fn images_that_are_not_in_the_archive_or_twice_are_said() {
+        let check = |more: Vec<u8>, expected: &str| {
+            let bytes = [entry("a.png", b'0', b"first"), more].concat();
+            let said = list(&bytes).unwrap_err();
+            assert!(said.ends_with(expected), "{said}");
+        };
+        let again =
+            "a.png is in it twice, as `tar -r` and `tar -u` leave it; unpack it and pack it again";
+        check(entry("a.png", b'0', b"second"), again);
+        let link = "b.png is a link; pack it with `tar --dereference --hard-dereference`";
+        check(entry("b.png", b'1', b""), link);
+        check(entry("b.png", b'2', b""), link);
+        let sparse = "b.png is a sparse file; pack it without `--sparse`";
+        check(entry("b.png", b'S', b""), sparse);
+        let header = entry("pax", b'x', b"22 GNU.sparse.major=1\n");
+        check([header.clone(), entry("b.png", b'0', b"")].concat(), sparse);
+        check(
+            entry("b\n.json", b'0', br#"{"class": [1]}"#),
+            r"b\n.json: `class` is a list: expected a text or a number",
+        );
+        let name = "n".repeat(5000);
+        check(
+            [
+                entry("././@LongLink", b'L', name.as_bytes()),
+                entry("n", b'0', b""),
+            ]
+            .concat(),
+            "a name of 5000 bytes",
+        );
+        // Not of images, hidden, or a header that was of another file: nothing is missing.
+        let bytes = [
+            entry("a.png", b'0', b"first"),
+            entry("readme.txt", b'2', b""),
+            entry("x/._b.png", b'1', b""),
+            header,
+            entry("folder", b'5', b""),
+            entry("c.png", b'0', b"second"),
+        ]
+        .concat();
+        assert_eq!(list(&bytes).unwrap().len(), 2);
     }
 
     #[test]

@@ -19,7 +19,7 @@ use retort_checkpoint::regular;
 
 use super::arrays::Arrays;
 use super::class::{self, Classes};
-use super::error::DataError;
+use super::error::{DataError, shown};
 use super::folder::{Folder, LeftOut};
 use super::options::{DataOptions, Size};
 use super::raster::{self, Header, Raster, luma};
@@ -273,10 +273,11 @@ impl Source {
         let beside: Vec<&str> = looked.images().filter(|name| !name.contains('/')).collect();
         if let Some(first) = beside.first() {
             let message = format!(
-                "{} images ({first}, ...) lie beside the folders of classes ({}, ...); move them into folders, or the \
-                 folders elsewhere",
+                "{} images ({}, ...) lie beside the folders of classes ({}, ...); move them into folders, or the folders \
+                 elsewhere",
                 beside.len(),
-                folder.folders[0]
+                shown(first),
+                shown(&folder.folders[0])
             );
             return Err(DataError::content(path, message));
         }
@@ -358,7 +359,7 @@ impl Source {
         if let (Some(bare), true) = (all().find(|item| of(item).is_none()), labelled > 0) {
             let message = format!(
                 "{} has no class, though {labelled} files have one",
-                bare.name
+                shown(&bare.name)
             );
             return Err(DataError::content(path, message));
         }
@@ -504,7 +505,10 @@ impl Source {
             return Err(DataError::content(&self.path, told(&damaged, known)).into());
         }
         if let Some(class) = kept.iter().position(|count| *count == 0) {
-            let message = format!("all images of class {} are damaged", self.names[class]);
+            let message = format!(
+                "all images of class {} are damaged",
+                shown(&self.names[class])
+            );
             return Err(DataError::content(&self.path, message).into());
         }
         Ok(damaged)
@@ -515,7 +519,7 @@ impl Source {
 fn told(damaged: &[Damaged], of: usize) -> String {
     let mut text = format!("{} of {of} images are damaged:", damaged.len());
     for Damaged { name, why } in damaged.iter().take(NAMED) {
-        text.push_str(&format!("\n  {name}: {why}"));
+        text.push_str(&format!("\n  {}: {why}", shown(name)));
     }
     if damaged.len() > NAMED {
         text.push_str(&format!("\n  and {} more", damaged.len() - NAMED));

@@ -7,7 +7,7 @@ use std::path::{Component, Path};
 
 use serde_json::Value;
 
-use super::error::DataError;
+use super::error::{DataError, shown};
 use super::file;
 
 /// A row: a file within a folder.
@@ -36,6 +36,9 @@ const CAPTION: [&str; 4] = ["caption", "text", "prompt", "description"];
 
 /// The longest line that is read.
 const LONGEST_LINE: u64 = 1 << 20;
+
+/// The longest path that is read: as systems allow.
+pub(super) const LONGEST_PATH: usize = 4096;
 
 /// The most rows.
 const MOST_ROWS: usize = 1 << 22;
@@ -75,6 +78,15 @@ pub fn read(path: &Path, folder: &Path) -> Result<Vec<Row>, DataError> {
         return Err(DataError::content(path, message));
     }
     for row in &mut rows {
+        if row.file.len() > LONGEST_PATH {
+            let message = format!(
+                "line {}: a path of {} bytes, `{}` (a quotation mark that is never closed?)",
+                row.line,
+                row.file.len(),
+                shown(&row.file)
+            );
+            return Err(DataError::content(path, message));
+        }
         row.file = within(&row.file, folder).ok_or_else(|| {
             let message = format!(
                 "line {}: {:?} does not lie in {}; paths start there, and what lies elsewhere is not part of the data",
@@ -153,25 +165,45 @@ fn read_json_lines(path: &Path) -> Result<Vec<Row>, DataError> {
             Ok(value) => value,
             Err(error) => return fault(format!("expected a JSON object: {error}")),
         };
-        let text = |names: &[&str]| {
-            let found = names.iter().find_map(|name| value.get(name));
-            match found {
-                Some(Value::String(text)) => Some(text.clone()),
-                Some(Value::Number(number)) => Some(number.to_string()),
-                _ => None,
-            }
+        let read = |names: &[&str]| {
+            text(&value, names)
+                .map_err(|message| DataError::content(path, format!("line {line}: {message}")))
         };
-        let Some(file) = text(&FILE) else {
+        let Some(file) = read(&FILE)? else {
             return fault("no `file_name`".into());
         };
         full(path, rows.len())?;
         rows.push(Row {
             file,
-            label: text(&LABEL),
-            caption: text(&CAPTION),
+            label: read(&LABEL)?,
+            caption: read(&CAPTION)?,
             line,
         });
     }
+}
+
+/// The text, or the number as text, that stands in an object under the first of some names that it has.
+///
+/// # Errors
+/// Something else stands there.
+pub(super) fn text(object: &Value, names: &[&str]) -> Result<Option<String>, String> {
+    let Some((name, value)) = names
+        .iter()
+        .find_map(|name| Some((name, object.get(name)?)))
+    else {
+        return Ok(None);
+    };
+    let found = match value {
+        Value::String(text) => return Ok(Some(text.clone())),
+        Value::Number(number) => return Ok(Some(number.to_string())),
+        Value::Null => return Ok(None),
+        Value::Bool(value) => {
+            return Err(format!("`{name}` is {value}: expected a text or a number"));
+        }
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    };
+    Err(format!("`{name}` is {found}: expected a text or a number"))
 }
 
 fn full(path: &Path, rows: usize) -> Result<(), DataError> {
@@ -369,6 +401,21 @@ mod tests {
             ),
             (
                 "m.jsonl",
+                "{\"file_name\": \"a.png\", \"label\": {\"id\": 3}}\n",
+                "m.jsonl: line 1: `label` is an object: expected a text or a number",
+            ),
+            (
+                "m.jsonl",
+                "{\"file_name\": \"a.png\", \"caption\": [\"one\", \"two\"]}\n",
+                "m.jsonl: line 1: `caption` is a list: expected a text or a number",
+            ),
+            (
+                "m.csv",
+                &format!("file,label\n\"a.png,1\n{}", "b.png,2\n".repeat(1000)),
+                "m.csv: line 2: a path of ",
+            ),
+            (
+                "m.jsonl",
                 "nonsense\n",
                 "m.jsonl: line 1: expected a JSON object",
             ),
@@ -376,6 +423,7 @@ mod tests {
         ] {
             let error = rows(name, text).unwrap_err();
             assert!(error.starts_with(expected), "{text:?}: {error}");
+            assert!(error.len() < 500 && !error.contains('\n'), "{error}");
         }
     }
 }
