@@ -280,6 +280,41 @@ mod tests {
     }
 
     #[test]
+    fn a_shard_of_another_size_is_not_read_to_be_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("shard");
+        std::fs::write(&path, b"\x02\0\0\0\0\0\0\0{}").unwrap();
+        // Hours of reading, and no place on the disk.
+        let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+        file.set_len(1 << 42).unwrap();
+        let manifest = manifest(&[[0, 5]]);
+        let shard = Shard {
+            hash: Some("0".repeat(64)),
+            ..manifest.shards[0].clone()
+        };
+        let error = manifest.open_shard(&path, &shard).map(drop).unwrap_err();
+        assert!(error.message.contains("damaged"), "{error}");
+    }
+
+    #[test]
+    fn names_and_hashes_in_a_manifest_are_such() {
+        let good = Shard::of(0..5);
+        assert!(good.is_sound());
+        for file in ["a\nerror: b", "\x1b[2J", "..", "a/b", ""] {
+            let file = file.to_owned();
+            assert!(
+                !Shard {
+                    file,
+                    ..good.clone()
+                }
+                .is_sound()
+            );
+        }
+        let hash = Some("z".repeat(1 << 20));
+        assert!(!Shard { hash, ..good }.is_sound());
+    }
+
+    #[test]
     fn other_datasets_are_told_apart() {
         let (one, mut other) = (manifest(&[]), manifest(&[[0, 3]]));
         assert_eq!(one.differs(&other), None);
