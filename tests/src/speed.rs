@@ -22,6 +22,8 @@ use retort_engine::random::{Sequence, Stream, noise};
 use retort_engine::tape::{Var, backward};
 use retort_engine::weights::{self, Loader, Source, Weights};
 
+use crate::golden;
+
 /// Guidance scale of the teachers: two rows of the batch per image.
 const GUIDANCE: f64 = 2.0;
 const SOLVER: FlowSolver = FlowSolver { steps: flow::STEPS };
@@ -484,32 +486,60 @@ pub struct Peer {
     pub dtype: &'static str,
     /// Threads of torch.
     pub threads: usize,
+    /// The mode in which torch.compile makes kernels of them, if any.
+    pub compile: Option<String>,
+}
+
+impl Peer {
+    /// Seconds of phases, named as the script names them, of a family at a batch, on a device of torch. Under `compile` those
+    /// that it took to compile them.
+    pub(crate) fn run(
+        &self,
+        device: &str,
+        family: &str,
+        batch: usize,
+        phases: &[&str],
+    ) -> Result<BTreeMap<String, f64>> {
+        let script = golden::folder().with_file_name("peers").join("speed.py");
+        let mut command = Command::new(&self.python);
+        command
+            .arg(&script)
+            .args([family, self.dtype])
+            .args([batch, self.threads].map(|n| n.to_string()))
+            .args(phases)
+            .env("DEVICE", device)
+            .stderr(Stdio::inherit());
+        match &self.compile {
+            Some(mode) => command.env("COMPILE", mode),
+            None => command.env_remove("COMPILE"),
+        };
+        let output = command
+            .output()
+            .map_err(Error::io(Path::new(&self.python)))?;
+        serde_json::from_slice(&output.stdout)
+            .map_err(|e| Error::data(&script, format!("{e}; it ended with {}", output.status)))
+    }
 }
 
 impl Contestant for Peer {
     fn name(&self) -> &str {
-        match self.dtype {
-            "f32" => "PyTorch",
-            _ => "PyTorch bf16",
+        match (self.dtype, &self.compile) {
+            ("f32", None) => "PyTorch",
+            (_, None) => "PyTorch bf16",
+            ("f32", _) => "compiled",
+            _ => "compiled bf16",
         }
     }
 
     fn times(&mut self, r: &Reference, _: &Drawn, phases: &[Phase]) -> Result<Vec<Option<f64>>> {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("peers/speed.py");
         let keys: Vec<&str> = phases.iter().filter_map(|p| p.key()).collect();
         if keys.is_empty() {
             return Ok(vec![None; phases.len()]);
         }
-        let output = Command::new(&self.python)
-            .arg(&script)
-            .args([&r.family.to_string(), self.dtype])
-            .args([r.batch, self.threads].map(|n| n.to_string()))
-            .args(&keys)
-            .stderr(Stdio::inherit())
-            .output()
-            .map_err(Error::io(Path::new(&self.python)))?;
-        let times: BTreeMap<String, f64> = serde_json::from_slice(&output.stdout)
-            .map_err(|e| Error::data(&script, format!("{e}; it ended with {}", output.status)))?;
+        let times = self.run("cpu", &r.family.to_string(), r.batch, &keys)?;
+        if let Some(seconds) = times.get("compile") {
+            eprintln!("{}: {} took {seconds:.0} s to compile", r.name, self.name());
+        }
         let of = |p: &Phase| p.key().and_then(|key| times.get(key).copied());
         Ok(phases.iter().map(of).collect())
     }
