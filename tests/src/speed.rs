@@ -19,7 +19,7 @@ use retort_engine::model::autoencoder::Shape;
 use retort_engine::model::{Conditions, Guidance, Teacher};
 use retort_engine::published::{self, Hints};
 use retort_engine::random::{Sequence, Stream, noise};
-use retort_engine::tape::{Var, backward};
+use retort_engine::tape::{Variable, backward};
 use retort_engine::weights::{self, Loader, Source, Weights};
 
 use crate::golden;
@@ -126,8 +126,8 @@ impl Reference {
 
     /// Operations of a phase, a multiplication with its addition counted as two, and bytes in f32 that it must read.
     pub fn work(&self, phase: Phase) -> (f64, f64) {
-        let shape = self.network.tokens();
-        let (k, d, l) = (shape.vocabulary, shape.dim, shape.tokens());
+        let shape = self.network.token_shape();
+        let (k, d, l) = (shape.vocabulary, shape.dim, shape.count());
         let (depth, width, block) = match &self.network {
             NetworkConfig::Llamagen(c) => (c.depth, c.width, 4 * c.width + 3 * c.hidden()),
             NetworkConfig::Var(c) => (c.depth, c.width, 12 * c.width),
@@ -321,7 +321,7 @@ impl<B: Backend> On<B> {
         codebook: &B::Tensor,
         batch: usize,
     ) -> Result<[f64; 2]> {
-        let shape = teacher.tokens();
+        let shape = teacher.token_shape();
         let labels: Vec<u32> = (0..batch as u32).collect();
         let labels = Conditions::Classes(self.backend.indices(&labels, &[batch])?);
         let guidance = Guidance {
@@ -375,7 +375,7 @@ impl<B: Backend> On<B> {
         let mut loader = Loader::new(&self.backend, Source::Host(&drawn.student), true, "drawn");
         let student = r.network.student(&mut loader)?;
         let params = loader.into_params();
-        let zeros = |(_, p): &(String, Var<B>)| self.backend.full(&p.shape(), 0.0);
+        let zeros = |(_, p): &(String, Variable<B>)| self.backend.full(&p.shape(), 0.0);
         let first: Vec<_> = params.iter().map(zeros).collect::<Result<_>>()?;
         let second: Vec<_> = params.iter().map(zeros).collect::<Result<_>>()?;
         let numbers = AdamwStep {
@@ -388,8 +388,8 @@ impl<B: Backend> On<B> {
             correction2: 0.05,
             grad_scale: 1.0,
         };
-        let (b, shape) = (r.batch, r.network.tokens());
-        let (l, k) = (shape.tokens(), shape.vocabulary);
+        let (b, shape) = (r.batch, r.network.token_shape());
+        let (l, k) = (shape.count(), shape.vocabulary);
         let (eps, labels, kinds) = self.inputs(r)?;
         let targets: Vec<u32> = (0..b * l).map(|i| (i * 37 % k) as u32).collect();
         let targets = self.backend.indices(&targets, &[b * l])?;
@@ -412,8 +412,8 @@ impl<B: Backend> On<B> {
 
     /// Noise (b, L, D), class ids (b), and that all of it is noise (b, L).
     pub(crate) fn inputs(&self, r: &Reference) -> Result<(B::Tensor, Conditions<B>, B::Tensor)> {
-        let (b, shape) = (r.batch, r.network.tokens());
-        let l = shape.tokens();
+        let (b, shape) = (r.batch, r.network.token_shape());
+        let l = shape.count();
         let labels: Vec<u32> = (0..b as u32).collect();
         Ok((
             self.backend
@@ -466,7 +466,7 @@ impl<B: Backend> Contestant for On<B> {
                     })?
                 }
                 Phase::Decode => {
-                    let latents = Var::constant(self.inputs(r)?.0.clone());
+                    let latents = Variable::constant(self.inputs(r)?.0.clone());
                     least(|| Self::wait(tokenizer.decode(&latents)?.value()))?
                 }
                 Phase::Train => self.train(r, drawn)?,

@@ -12,7 +12,7 @@ use retort_engine::bundle::Family;
 use retort_engine::error::{Error, Result};
 use retort_engine::random::{noise, noises};
 use retort_engine::sampler::{Choice, Distribution, StudentSampler, autoregressive, choices};
-use retort_engine::tape::Var;
+use retort_engine::tape::Variable;
 use retort_engine::weights::{Loader, Source};
 
 use crate::speed::{Drawn, On, Peer, Phase, Reference, least};
@@ -130,7 +130,7 @@ fn phases<B: Backend>(on: &On<B>, r: &Reference, drawn: &Drawn) -> Result<Vec<Ti
     let tokenizer = r.tokenizer.build(&mut frozen(&drawn.tokenizer))?;
     let codebook = tokenizer.codebook()?;
     let (eps, labels, _) = on.inputs(r)?;
-    let (b, shape) = (r.batch, r.network.tokens());
+    let (b, shape) = (r.batch, r.network.token_shape());
     let (steps, half) = (shape.steps.len(), shape.steps.len() / 2);
     let distribution = Distribution {
         guidance: Some(2.0),
@@ -164,7 +164,7 @@ fn phases<B: Backend>(on: &On<B>, r: &Reference, drawn: &Drawn) -> Result<Vec<Ti
         );
         let pairing = least(|| {
             let fresh = on.backend.floats(
-                &noises(2, 0..b as u64, shape.tokens(), shape.dim),
+                &noises(2, 0..b as u64, shape.count(), shape.dim),
                 &B::shape(&eps),
             )?;
             let mut choice = Choice::Flow {
@@ -196,7 +196,7 @@ fn phases<B: Backend>(on: &On<B>, r: &Reference, drawn: &Drawn) -> Result<Vec<Ti
             time(name, "images", (Phase::Student, passes), peer, seconds);
         }
     }
-    let latents = Var::constant(eps.clone());
+    let latents = Variable::constant(eps.clone());
     let decoding = least(|| On::<B>::wait(tokenizer.decode(&latents)?.value()))?;
     time(
         "decode",
