@@ -37,7 +37,7 @@ use crate::random::{Sequence, Stream};
 use crate::sampler::{check_from_zero, check_timesteps};
 use crate::splice::State;
 use crate::stage::{Context, Stage, link, room};
-use crate::tape::Var;
+use crate::tape::Variable;
 use crate::train::{Fit, HeldOut, StepOutput, TrainOptions, average, replace, scalar, shared};
 use crate::weights::{Loader, Source, write_each};
 
@@ -198,7 +198,7 @@ impl<B: Backend> Stage<B> for Distill {
         let teacher = context.input(&o.teacher)?;
         let bundle = Bundle::open(&teacher.path)?;
         let network_of_teacher = bundle.network()?;
-        let shape = network_of_teacher.tokens();
+        let shape = network_of_teacher.token_shape();
         check_timesteps(&o.timesteps, &shape, "/timesteps")?;
         let steps = shape.steps.len();
         let split = o.split.unwrap_or(steps);
@@ -248,7 +248,8 @@ impl<B: Backend> Stage<B> for Distill {
         let (network, file) = match &from {
             Some((stage, student)) => {
                 let network = student.network()?.clone();
-                if network.tokens() != shape || student.config.tokenizer != bundle.config.tokenizer
+                if network.token_shape() != shape
+                    || student.config.tokenizer != bundle.config.tokenizer
                 {
                     let message =
                         format!("{stage} is a student of another shape than {}", o.teacher);
@@ -511,7 +512,7 @@ struct Batch<B: Backend> {
 
 impl<B: Backend> Objective<'_, B> {
     fn batch(&self, samples: &[usize], timesteps: &[usize]) -> Result<Batch<B>> {
-        let (n, l, d) = (samples.len(), self.shape.tokens(), self.shape.dim);
+        let (n, l, d) = (samples.len(), self.shape.count(), self.shape.dim);
         let mut x = Vec::with_capacity(n * l * d);
         let mut tokens = Vec::with_capacity(n * l);
         let known = |&t: &usize| self.shape.tokens_before(t);
@@ -547,7 +548,7 @@ impl<B: Backend> Objective<'_, B> {
 
     /// Tokens of samples that the loss covers.
     fn counted(&self, timesteps: &[usize]) -> usize {
-        let l = self.shape.tokens();
+        let l = self.shape.count();
         let known = |&t: &usize| match self.options.known_tokens {
             true => 0,
             false => self.shape.tokens_before(t),
@@ -575,13 +576,13 @@ impl<B: Backend> Objective<'_, B> {
         let data_seconds = begun.elapsed().as_secs_f64();
         let (n, l, k, d) = (
             samples.len(),
-            self.shape.tokens(),
+            self.shape.count(),
             self.shape.vocabulary,
             self.shape.dim,
         );
         let prediction = student.predict(&b.state.x, &b.conditions, &b.state.kinds()?)?;
-        let weights = Var::constant(self.backend.floats(&b.weights, &[n * l])?);
-        let mean = |term: Var<B>, share: f64| match parts {
+        let weights = Variable::constant(self.backend.floats(&b.weights, &[n * l])?);
+        let mean = |term: Variable<B>, share: f64| match parts {
             1 => Ok(term),
             _ => term.affine(share, 0.0),
         };
@@ -600,7 +601,7 @@ impl<B: Backend> Objective<'_, B> {
             let target = B::reshape(&B::rows(self.codebook, &b.tokens)?, &[n, l, d])?;
             if o.codebook_distance > 0.0 {
                 let square = continuous
-                    .sub(&Var::constant(target.clone()))?
+                    .sub(&Variable::constant(target.clone()))?
                     .unary(Unary::Square)?;
                 let weighted = square.mul(&weights.reshape(&[n, l, 1])?)?;
                 terms.push((
@@ -632,7 +633,7 @@ impl<B: Backend> Objective<'_, B> {
         let step = (begun - last.0).as_secs_f64();
         let waited = if step > 0.0 { last.1 / step } else { 0.0 };
         figures.push(("data_wait", waited / parts as f64));
-        let mut loss: Option<Var<B>> = None;
+        let mut loss: Option<Variable<B>> = None;
         for (_, term, weight) in terms {
             let term = term.affine(weight, 0.0)?;
             loss = Some(match loss {
@@ -648,7 +649,7 @@ impl<B: Backend> Objective<'_, B> {
     /// of the logits; where these do not learn, squared distance and nearest codes of the continuous head.
     fn measure(&self, student: &dyn Student<B>, samples: &[usize], t: usize) -> Result<(f64, f64)> {
         let (l, k, d, known) = (
-            self.shape.tokens(),
+            self.shape.count(),
             self.shape.vocabulary,
             self.shape.dim,
             self.shape.tokens_before(t),
@@ -666,7 +667,7 @@ impl<B: Backend> Objective<'_, B> {
                 let head = student
                     .continuous(&prediction)?
                     .reshape(&[part.len() * l, d])?;
-                let target = Var::constant(B::rows(self.codebook, &b.tokens)?);
+                let target = Variable::constant(B::rows(self.codebook, &b.tokens)?);
                 let square = head.sub(&target)?.unary(Unary::Square)?.mean(&[1])?;
                 (
                     square.value().clone(),

@@ -42,7 +42,7 @@ use crate::stage::{Context, Stage, resolve, write_json};
 use crate::statistics::frechet_distance;
 use crate::statistics::kernel::kernel_distance;
 use crate::statistics::neighbours::precision_recall;
-use crate::tape::Var;
+use crate::tape::Variable;
 use crate::weights::{Loader, Stored};
 use figure::{Figure, Row, relate, table};
 use measure::{Had, Measured, Meter, Network, Source, had};
@@ -776,13 +776,13 @@ fn mean_lpips<B: Backend>(
     for first in (0..a.len()).step_by(batch) {
         context.go_on()?;
         let n = batch.min(a.len() - first);
-        let images = |set: &Samples| -> Result<Var<B>> {
+        let images = |set: &Samples| -> Result<Variable<B>> {
             let pixels: Vec<f32> = set
                 .images(first, n)?
                 .iter()
                 .map(|x| 2.0 * x - 1.0)
                 .collect();
-            Ok(Var::constant(
+            Ok(Variable::constant(
                 context.backend.floats(&pixels, &[n, c, h, w])?,
             ))
         };
