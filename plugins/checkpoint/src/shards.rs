@@ -396,7 +396,7 @@ mod tests {
         );
         check(
             &["model.safetensors"],
-            "model.safetensors: neither a file of torch.save",
+            "model.safetensors: the file is empty",
         );
         check(
             &["model.safetensors.index.json"],

@@ -9,7 +9,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 
 use zip::CompressionMethod;
 use zip::result::ZipError;
@@ -24,11 +24,55 @@ const PIECE: usize = 1 << 16;
 
 /// A file under way: the value is a dictionary.
 pub struct TorchWriter {
-    zip: ZipWriter<BufWriter<File>>,
+    zip: ZipWriter<Sink<BufWriter<File>>>,
     /// The pickle so far.
     pickle: Vec<u8>,
     /// Key, class and shape of each storage, by the name it was written for.
     storages: HashMap<String, Storage>,
+}
+
+/// A file that takes nothing any more once it has refused something. The library finishes an archive that is given up, and
+/// prints what goes wrong with that.
+struct Sink<W> {
+    file: W,
+    has_failed: bool,
+}
+
+impl<W: Write + Seek> Sink<W> {
+    fn new(file: W) -> Self {
+        Self {
+            file,
+            has_failed: false,
+        }
+    }
+
+    /// Does it, or nothing if something has failed.
+    fn unless_failed<T>(
+        &mut self,
+        nothing: T,
+        act: impl FnOnce(&mut W) -> io::Result<T>,
+    ) -> io::Result<T> {
+        if self.has_failed {
+            return Ok(nothing);
+        }
+        act(&mut self.file).inspect_err(|_| self.has_failed = true)
+    }
+}
+
+impl<W: Write + Seek> Write for Sink<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.unless_failed(bytes.len(), |file| file.write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.unless_failed((), W::flush)
+    }
+}
+
+impl<W: Write + Seek> Seek for Sink<W> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.unless_failed(0, |file| file.seek(to))
+    }
 }
 
 #[derive(Clone)]
@@ -42,7 +86,7 @@ impl TorchWriter {
     /// Begins a file, which is empty.
     pub fn new(file: File) -> Self {
         Self {
-            zip: ZipWriter::new(BufWriter::new(file)),
+            zip: ZipWriter::new(Sink::new(BufWriter::new(file))),
             pickle: b"\x80\x02}(".to_vec(),
             storages: HashMap::new(),
         }
@@ -103,9 +147,9 @@ impl TorchWriter {
             self.begin(name, bytes.len() as u64)?;
             self.zip.write_all(bytes)?;
         }
-        let mut file = self.zip.finish().map_err(plain)?;
-        file.flush()?;
-        file.get_ref().sync_all()
+        let mut sink = self.zip.finish().map_err(plain)?;
+        sink.flush()?;
+        sink.file.get_ref().sync_all()
     }
 
     fn tensor<T: Copy, const N: usize>(
@@ -195,6 +239,50 @@ fn plain(error: ZipError) -> std::io::Error {
 mod tests {
     use super::*;
     use crate::{Checkpoint, Container};
+
+    /// A disk with room for so many bytes.
+    struct Disk {
+        file: io::Cursor<Vec<u8>>,
+        room: usize,
+        refused: usize,
+    }
+
+    impl Write for Disk {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            if self.file.get_ref().len() + bytes.len() > self.room {
+                self.refused += 1;
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            self.file.write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Seek for Disk {
+        fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+            self.file.seek(to)
+        }
+    }
+
+    #[test]
+    fn a_full_disk_is_told_once() {
+        let mut sink = Sink::new(Disk {
+            file: io::Cursor::default(),
+            room: 100,
+            refused: 0,
+        });
+        assert_eq!(sink.write(&[7; 60]).unwrap(), 60);
+        let error = sink.write(&[7; 60]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+        // As the library does with an archive that is dropped.
+        sink.seek(SeekFrom::Start(0)).unwrap();
+        sink.write_all(&[7; 1000]).unwrap();
+        sink.flush().unwrap();
+        assert_eq!((sink.file.refused, sink.file.file.get_ref().len()), (1, 60));
+    }
 
     #[test]
     fn what_is_written_is_read() {

@@ -290,8 +290,11 @@ fn export(args: &ExportArgs, context: &Context) -> Result<(), Error> {
     };
     let (draft, file) = Draft::file(&output).map_err(refused)?;
     let dir = Layout::new(&context.store)?.artifact(&artifact.artifact.hash);
-    published::export(&dir, kind, part, (file, draft.path()))
-        .map_err(|error| Error::new(Exit::Internal, error.to_string()))?;
+    published::export(&dir, kind, part, (file, &output)).map_err(|error| {
+        Error::new(Exit::Internal, error.to_string()).hint(
+            "`retort artifacts verify` says which artifacts are damaged, if it is not the disk",
+        )
+    })?;
     draft.finish().map_err(refused)?;
     Ok(talk::print(&format!("{}\n", output.display()))?)
 }
