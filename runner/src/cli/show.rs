@@ -187,7 +187,9 @@ fn decoded(bytes: &[u8], row: &ArtifactRow) -> Result<DynamicImage, Error> {
             "the picture of stage `{}` is no PNG that can be drawn",
             row.stage
         );
-        Error::new(Exit::NothingMatches, message).cause(&error)
+        Error::new(Exit::NothingMatches, message)
+            .cause(&error)
+            .hint("`retort artifacts verify` says what is damaged")
     })
 }
 

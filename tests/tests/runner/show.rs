@@ -308,6 +308,16 @@ fn a_recipe_takes_an_artifact_by_its_hash() {
     lab.run(&[]).expect(4).saying(&["is not in the store"]);
     recipe("zzz", "thing", "given");
     lab.run(&[]).expect(3);
+
+    // One that is known, and of which files are gone.
+    recipe(&hash, "thing", "given");
+    let dir = lab.dir.path().join(".retort/artifacts").join(&hash);
+    let mut files = std::fs::read_dir(&dir).unwrap();
+    std::fs::remove_file(files.next().unwrap().unwrap().path()).unwrap();
+    let said = lab.run(&[]).expect(1);
+    said.saying(&["is damaged", "`retort artifacts verify` names the files"]);
+    std::fs::remove_dir_all(dir).unwrap();
+    lab.run(&[]).expect(4).saying(&["is not in the store"]);
 }
 
 #[test]
