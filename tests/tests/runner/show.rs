@@ -311,7 +311,7 @@ fn a_recipe_takes_an_artifact_by_its_hash() {
 
     // One that is known, and of which files are gone.
     recipe(&hash, "thing", "given");
-    let dir = lab.dir.path().join(".retort/artifacts").join(&hash);
+    let dir = lab.store_dir().join("artifacts").join(&hash);
     let mut files = std::fs::read_dir(&dir).unwrap();
     std::fs::remove_file(files.next().unwrap().unwrap().path()).unwrap();
     let said = lab.run(&[]).expect(1);
