@@ -20,7 +20,7 @@ pub struct Node {
     pub link: Option<String>,
 }
 
-const WIDTH: usize = 160;
+const WIDTH: usize = 168;
 const HEIGHT: usize = 46;
 const ACROSS: usize = 46;
 const DOWN: usize = 16;

@@ -58,12 +58,12 @@ struct Frame {
 /// The page.
 pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
     let mut details: Vec<(&Shelf, RunDetail)> = Vec::new();
-    let named: Vec<&str> = ask.query.runs().collect();
-    for reference in named.iter().take(RUNS) {
-        let (shelf, id) = site.find_run(reference).await?;
-        if !details.iter().any(|(_, known)| known.summary.id == id) {
-            details.push((shelf, shelf.store.run_detail(&id).await?));
-        }
+    let named = site.named_runs(&ask.query, RUNS).await?;
+    if let Some(settled) = named.settled {
+        return Ok(Reply::see(&settled.link("/pictures")));
+    }
+    for (shelf, id) in named.runs {
+        details.push((shelf, shelf.store.run_detail(&id).await?));
     }
     let runs: Vec<String> = details
         .iter()
@@ -83,6 +83,7 @@ pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
         title: "Pictures",
         place: Section::Pictures,
         runs: &runs,
+        pinned: ask.query.get("baseline").is_some(),
         live: None,
         body,
     }
@@ -141,13 +142,22 @@ async fn content(
         }
         @if !columns.is_empty() {
             section {
-                h2 { "The same noise, side by side" }
+                h2 { (heading(&columns)) }
                 (side_by_side(ask, &columns, &offered, details.len() > 1))
             }
         }
         @for (student, frames) in &strips { (strip(student, frames)) }
         (grids(&previews))
     })
+}
+
+/// What sets side by side have in common.
+fn heading(columns: &[Column]) -> &'static str {
+    let shared = |column: &Column| column.set.shares_noise(&columns[0].set);
+    match columns.len() < 2 || columns.iter().skip(1).any(shared) {
+        true => "The same noise, side by side",
+        false => "The same class, side by side",
+    }
 }
 
 async fn open(site: &Site, hash: &str) -> Result<Arc<Set>, Problem> {

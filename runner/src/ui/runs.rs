@@ -54,6 +54,7 @@ pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
         title: "Runs",
         place: Section::Runs,
         runs: &[],
+        pinned: false,
         live: Some(""),
         body,
     }

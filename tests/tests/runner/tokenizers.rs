@@ -211,6 +211,26 @@ fn classes_keep_the_names_of_their_folders() {
         .stdout;
     assert!(all.contains("cats") && all.contains("dogs"), "{all}");
 
+    // Without a recipe they are named as well.
+    lab.retort(&[
+        "sample",
+        "latest/teacher",
+        "-n",
+        "3",
+        "--labels",
+        "dogs,cats",
+        "-o",
+        "out",
+    ])
+    .expect(0)
+    .saying(&["4 pictures in out"]);
+    for file in ["000000-1.png", "000001-0.png", "000002-1.png"] {
+        assert!(lab.dir.path().join("out").join(file).is_file(), "{file}");
+    }
+    lab.retort(&["sample", "latest~1/teacher", "--labels", "cows"])
+        .expect(100)
+        .saying(&["no class cows; the model has cats, dogs"]);
+
     let text = fs::read_to_string(output(&lab, "judged").1.join("evaluation.json")).unwrap();
     let report: Value = serde_json::from_str(&text).unwrap();
     assert_eq!(report["sets"]["reconstruction"]["samples"], 12);
