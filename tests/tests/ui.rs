@@ -551,6 +551,8 @@ fn pictures_of_the_same_noise_stand_side_by_side() {
     );
     assert_eq!(browser.count("table.samples thead .odd"), 1);
     assert_eq!(browser.count("table.samples tbody tr"), 4);
+    // Classes have the names that the network knows them by.
+    browser.wait_for_text("digit 3");
     let sharp = browser
         .script("return getComputedStyle(document.querySelector('img.pixels')).imageRendering");
     assert_eq!(sharp, "pixelated");
