@@ -147,21 +147,22 @@ fn open(address: &str) {
             "no browser could be opened ({why}): open the address above"
         ));
     };
-    let opened = match start("xdg-open") {
+    let (program, opened) = match start("xdg-open") {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound && !chosen.is_empty() => {
-            start(&chosen).map(|child| (child, chosen))
+            let opened = start(&chosen);
+            (chosen, opened)
         }
-        opened => opened.map(|child| (child, "xdg-open".to_owned())),
+        opened => ("xdg-open".to_owned(), opened),
     };
     match opened {
-        Ok((mut child, program)) => {
+        Ok(mut child) => {
             // It may stay as long as the browser does.
             std::thread::spawn(move || match child.wait() {
                 Ok(status) if !status.success() => unopened(format!("{program}: {status}")),
                 _ => {}
             });
         }
-        Err(error) => unopened(format!("xdg-open: {error}")),
+        Err(error) => unopened(format!("{program}: {error}")),
     }
 }
 

@@ -41,7 +41,7 @@ struct Found<'s> {
     buckets: Vec<Bucket>,
 }
 
-async fn sources<'s>(named: Vec<(&'s Shelf, RunId)>) -> Result<Vec<Source<'s>>, Problem> {
+async fn sources(named: Vec<(&Shelf, RunId)>) -> Result<Vec<Source<'_>>, Problem> {
     let mut sources: Vec<Source> = Vec::new();
     for (shelf, id) in named {
         let series = shelf.store.last_metrics(&id).await?;

@@ -211,6 +211,11 @@ fn classes_keep_the_names_of_their_folders() {
         .stdout;
     assert!(all.contains("cats") && all.contains("dogs"), "{all}");
 
+    let text = fs::read_to_string(output(&lab, "judged").1.join("evaluation.json")).unwrap();
+    let report: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(report["sets"]["reconstruction"]["samples"], 12);
+    assert!(report["sets"]["reconstruction"]["frechet_distance"].is_number());
+
     // Without a recipe they are named as well.
     lab.retort(&[
         "sample",
@@ -230,11 +235,6 @@ fn classes_keep_the_names_of_their_folders() {
     lab.retort(&["sample", "latest~1/teacher", "--labels", "cows"])
         .expect(100)
         .saying(&["no class cows; the model has cats, dogs"]);
-
-    let text = fs::read_to_string(output(&lab, "judged").1.join("evaluation.json")).unwrap();
-    let report: Value = serde_json::from_str(&text).unwrap();
-    assert_eq!(report["sets"]["reconstruction"]["samples"], 12);
-    assert!(report["sets"]["reconstruction"]["frechet_distance"].is_number());
 
     lab.retort(&["run", "r.yaml", "--set", "named.labels=[dogs, cows]"])
         .expect(100)
