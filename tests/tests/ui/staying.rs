@@ -138,6 +138,37 @@ fn keys_act_after_a_click_beside_everything() {
 }
 
 #[test]
+fn many_tabs_can_be_open() {
+    let Some((_lab, _, server, browser)) = open() else {
+        return;
+    };
+    // More than a browser has connections to one server. Here every tab counts as seen, so they are told that they are not.
+    for number in 0..8 {
+        if number > 0 {
+            browser.tab();
+        }
+        browser.open(&server.at("/"));
+        browser.wait_until("document.querySelectorAll('tr[data-run]').length === 3");
+        browser.wait_until("document.querySelector('#pulse.on')");
+        if number < 7 {
+            browser.script(
+                "Object.defineProperty(document, 'hidden', {value: true, configurable: true}); \
+                 document.dispatchEvent(new Event('visibilitychange'))",
+            );
+            browser.wait_until("!document.querySelector('#pulse.on')");
+        }
+    }
+    // Who comes back is told again.
+    browser.script(
+        "Object.defineProperty(document, 'hidden', {value: true, configurable: true}); \
+         document.dispatchEvent(new Event('visibilitychange')); delete document.hidden; \
+         document.dispatchEvent(new Event('visibilitychange'))",
+    );
+    browser.wait_until("document.querySelector('#pulse.on')");
+    browser.expect_sound();
+}
+
+#[test]
 fn a_link_means_the_same_run_tomorrow() {
     let lab = Lab::new(&[]);
     let made = block_on(shelf::make(&lab.store_dir()));

@@ -224,6 +224,8 @@ function follow() {
   let busy = false;
   let again = false;
   let last = 0;
+  let source = null;
+  let ended = false;
   const refresh = async () => {
     if (busy || document.hidden) { again = true; return; }
     busy = true;
@@ -235,7 +237,7 @@ function follow() {
           const fresh = new DOMParser().parseFromString(await answer.text(), 'text/html');
           replace(fresh);
           // A run that has ended is followed no more.
-          if (run && fresh.body.dataset.live === undefined) { source.close(); pulse(false); }
+          if (run && fresh.body.dataset.live === undefined) { ended = true; rest(); }
         }
       }
       await charts.refresh();
@@ -245,17 +247,32 @@ function follow() {
     if (again) setTimeout(refresh, 1000);
   };
   const pulse = (on) => one('#pulse')?.classList.toggle('on', on);
-  const source = new EventSource(run ? `/events?run=${encodeURIComponent(run)}` : '/events');
-  source.addEventListener('open', () => pulse(true));
-  source.addEventListener('error', () => pulse(false));
-  source.addEventListener('change', (event) => {
-    // Told to look although nothing was written: only what is under way may have died.
-    if (event.data === 'again' && !one('.pill.now, .meter')) return;
-    const wait = Math.max(0, 900 - (Date.now() - last));
-    setTimeout(refresh, wait);
+  const rest = () => {
+    source?.close();
+    source = null;
+    pulse(false);
+  };
+  // A browser has six connections to a server, for all its tabs: those that nobody sees hold none.
+  const listen = () => {
+    if (source || ended || document.hidden) return;
+    source = new EventSource(run ? `/events?run=${encodeURIComponent(run)}` : '/events');
+    source.addEventListener('open', () => pulse(true));
+    source.addEventListener('error', () => pulse(false));
+    source.addEventListener('change', (event) => {
+      // Told to look although nothing was written: only what is under way may have died.
+      if (event.data === 'again' && !one('.pill.now, .meter')) return;
+      const wait = Math.max(0, 900 - (Date.now() - last));
+      setTimeout(refresh, wait);
+    });
+  };
+  listen();
+  document.addEventListener('visibilitychange', () => {
+    if (document.hidden) return rest();
+    listen();
+    // What has happened meanwhile.
+    if (!ended) refresh();
   });
-  document.addEventListener('visibilitychange', () => { if (!document.hidden && again) refresh(); });
-  addEventListener('pagehide', () => source.close());
+  addEventListener('pagehide', rest);
   addEventListener('pageshow', (event) => { if (event.persisted) location.reload(); });
 }
 
