@@ -86,9 +86,9 @@ pub fn html(title: &str, pages: &[Page], curves: &Curves) -> String {
                         li { a href={ "#" (page.detail.summary.id) } { "run " (page.detail.summary.id) }
                             " of " (page.detail.summary.recipe) }
                     } } }
-                    (compared(pages))
                 }
                 @for page in pages { (results(page)) }
+                @if several { (compared(pages)) }
                 @if !curves.charts.is_empty() {
                     h2 { "Curves" }
                     div.curves { @for (title, chart) in &curves.charts {
