@@ -4,9 +4,12 @@
     speed.py FAMILY DTYPE BATCH THREADS PHASE...
 
 FAMILY is llamagen (size B), llamagen-L or var (size d16), DTYPE f32 or bf16 (autocast), PHASE teacher, student, decode or
-train. With DEVICE=cuda in the environment everything is on a GPU.
-Prints one JSON object: seconds of each phase, the least of two or three repetitions. Needs torch alone; nothing here
-learns anything, so norms and heads are as they are drawn.
+train. With DEVICE=cuda in the environment everything is on a GPU. With COMPILE=MODE torch.compile makes kernels of it, in a
+mode of its own (default, reduce-overhead, max-autotune): each pass as a whole, LlamaGen's teacher a step at a time with a
+cache of fixed size, VAR's a block at a time.
+Prints one JSON object: seconds of each phase, the least of two or three repetitions, and under "compile" the seconds of
+the two repetitions before, in which it is compiled. Needs torch alone; nothing here learns anything, so norms and heads are as
+they are drawn.
 """
 
 import json
@@ -21,6 +24,16 @@ import torch.nn.functional as F
 
 GUIDANCE = 2.0
 DEVICE = os.environ.get("DEVICE", "cpu")
+COMPILE = os.environ.get("COMPILE")
+
+
+def compiled(f):
+    """`f` as kernels made for it, one set for each shape; as it is where nothing is compiled."""
+    if not COMPILE:
+        return f
+    # A VAR teacher has ten shapes.
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(f, mode=COMPILE, fullgraph=True, dynamic=False)
 
 
 def rms(x, weight):
@@ -108,6 +121,16 @@ class LlamaGen(nn.Module):
             x = self.tokens(ids.repeat(2, 1))
         return ids
 
+    def generate_compiled(self, labels):
+        """The same with a cache of fixed size, which a graph of kernels needs: `generate` has kernels for every length."""
+        step = getattr(self, "_step", None) or LlamaStep(self, 2 * len(labels))
+        object.__setattr__(self, "_step", step)
+        x = self.classes(torch.cat([labels, torch.full_like(labels, 1000)]))[:, None]
+        for at in range(self.length):
+            # What a graph returns is overwritten by its next run.
+            x = step.run(x, step.places[at : at + 1]).clone()
+        return x
+
     def student(self, noise, labels):
         condition = self.classes(labels)[:, None]
         x = torch.cat([condition, self.vectors(noise)], 1)
@@ -121,6 +144,38 @@ class LlamaGen(nn.Module):
 
 class LlamaGenL(LlamaGen):
     width, depth, heads = 1024, 24, 16
+
+
+class LlamaStep(nn.Module):
+    """One AR step of a teacher with its caches: the embedding of what it was given -> that of the token it chose."""
+
+    def __init__(self, model, rows):
+        super().__init__()
+        object.__setattr__(self, "model", model)
+        kind = torch.get_autocast_dtype(DEVICE) if torch.is_autocast_enabled(DEVICE) else torch.float32
+        shape = (rows, model.heads, model.length, model.width // model.heads)
+        for i in range(model.depth):
+            self.register_buffer(f"k{i}", torch.zeros(shape, dtype=kind))
+            self.register_buffer(f"v{i}", torch.zeros(shape, dtype=kind))
+        self.register_buffer("places", torch.arange(model.length))
+        self.run = compiled(self.forward)
+
+    def forward(self, x, at):
+        model, (b, _, c) = self.model, x.shape
+        turn, sees = model.turn[at], (self.places <= at)[None, None, None]
+        for i, block in enumerate(model.blocks):
+            q, k, v = block.wqkv(rms(x, block.norm1)).view(b, 1, 3, model.heads, -1).unbind(2)
+            q, k, v = rotate(q, turn).transpose(1, 2), rotate(k, turn).transpose(1, 2), v.transpose(1, 2)
+            keys, values = getattr(self, f"k{i}"), getattr(self, f"v{i}")
+            keys.index_copy_(2, at, k.to(keys.dtype))
+            values.index_copy_(2, at, v.to(values.dtype))
+            y = F.scaled_dot_product_attention(q, keys, values, sees)
+            x = x + block.wo(y.transpose(1, 2).reshape(b, 1, c))
+            h = rms(x, block.norm2)
+            x = x + block.w2(F.silu(block.w1(h)) * block.w3(h))
+        cond, uncond = model.output(rms(x, model.norm)).chunk(2)
+        ids = (uncond + GUIDANCE * (cond - uncond)).argmax(-1)
+        return model.tokens(ids.repeat(2, 1))
 
 
 class VarBlock(nn.Module):
@@ -253,8 +308,16 @@ def decoder(dim, z, channels):
     return nn.Sequential(*layers, nn.GroupNorm(32, width, 1e-6), nn.SiLU(), nn.Conv2d(width, 3, 3, padding=1))
 
 
+COMPILED = []
+
+
 def least(once):
     times = []
+    if COMPILE:
+        start = time.perf_counter()
+        # Graphs are recorded in the second.
+        once(), once()
+        COMPILED.append(time.perf_counter() - start)
     while len(times) < (3 if not times or times[0] <= 5 else 2):
         start = time.perf_counter()
         once()
@@ -274,12 +337,19 @@ def main(family, dtype, batch, threads, *phases):
     cast = torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bf16")
     with torch.no_grad(), cast:
         if "teacher" in phases:
-            result["teacher"] = least(lambda: model.generate(labels))
+            generate = model.generate
+            if COMPILE and family == "var":
+                for block in model.blocks:
+                    block.forward = compiled(block.forward)
+            elif COMPILE:
+                generate = model.generate_compiled
+            result["teacher"] = least(lambda: generate(labels))
         if "student" in phases:
-            result["student"] = least(lambda: model.student(noise, labels))
+            student = compiled(model.student)
+            result["student"] = least(lambda: student(noise, labels))
         if "decode" in phases:
             images = decoder(8, 256, 128) if family != "var" else decoder(32, 32, 160)
-            latents = torch.randn(batch, model.dim, 16, 16)
+            latents, images = torch.randn(batch, model.dim, 16, 16), compiled(images)
             result["decode"] = least(lambda: images(latents))
             del images
     if "train" in phases:
@@ -288,15 +358,19 @@ def main(family, dtype, batch, threads, *phases):
         used = [p for name, p in model.named_parameters() if name.split(".")[0] not in idle]
         optimiser = torch.optim.AdamW(used, lr=1e-5, betas=(0.9, 0.95))
 
+        student = compiled(model.student)
+
         def step():
             optimiser.zero_grad()
             with cast:
-                logits, continuous = model.student(noise, labels)
+                logits, continuous = student(noise, labels)
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets) + continuous.float().square().mean()
             loss.backward()
             optimiser.step()
 
         result["train"] = least(step)
+    if COMPILE:
+        result["compile"] = sum(COMPILED)
     print(json.dumps(result))
 
 

@@ -13,7 +13,7 @@ use retort_engine::model::autoencoder::Shape;
 use retort_engine::model::{ConditionShape, Conditions, Student, Teacher, Tokenizer, llamagen, vq};
 use retort_engine::random::{Sequence, Stream, noise};
 use retort_engine::sampler::{Choice, Distribution, autoregressive};
-use retort_engine::tape::{Var, backward};
+use retort_engine::tape::{Variable, backward};
 use retort_engine::weights::{self, Loader, Params, Source, Weights};
 
 /// Images of a batch.
@@ -78,8 +78,8 @@ fn trajectories<B: Backend>(
     seed: u64,
     count: usize,
 ) -> Result<(B::Tensor, B::Tensor)> {
-    let shape = teacher.tokens();
-    let (l, d) = (shape.tokens(), shape.dim);
+    let shape = teacher.token_shape();
+    let (l, d) = (shape.count(), shape.dim);
     let eps: Vec<f32> = (0..count as u64)
         .flat_map(|i| noise(seed, i, l, d))
         .collect();
@@ -209,7 +209,7 @@ fn results<B: Backend>(backend: &B) -> Result<Results> {
         &backend.floats(&same, &[BATCH * l])?,
         0.0,
     )?;
-    let latents = Var::constant(B::rows(&codebook, &path)?);
+    let latents = Variable::constant(B::rows(&codebook, &path)?);
     let decoded = tokenizer.decode(&latents)?;
     keep(&mut found, "tokenizer/images", decoded.value(), 1e-4)?;
     let again = tokenizer.encode(decoded.value())?;
@@ -253,7 +253,7 @@ fn results<B: Backend>(backend: &B) -> Result<Results> {
     let weights = drawn(backend, |l| vq::VqModel::load(l, &large).map(drop))?;
     let tokenizer = vq::VqModel::load(&mut constant(&weights), &large)?;
     let latents = backend.floats(&noise(6, 0, 36 * 36, d), &[1, 36 * 36, d])?;
-    let images = tokenizer.decode(&Var::constant(latents))?;
+    let images = tokenizer.decode(&Variable::constant(latents))?;
     keep(&mut found, "tokenizer/large", images.value(), 1e-4)?;
 
     // A training step of the tokenizer.
@@ -271,13 +271,13 @@ fn results<B: Backend>(backend: &B) -> Result<Results> {
 }
 
 /// Mean squared distance.
-fn distance<B: Backend>(a: &Var<B>, b: &Var<B>) -> Result<Var<B>> {
+fn distance<B: Backend>(a: &Variable<B>, b: &Variable<B>) -> Result<Variable<B>> {
     a.sub(b)?.unary(Unary::Square)?.mean_all()
 }
 
 /// Keeps the gradients of a loss. Some are zero in exact arithmetic (a shift of all keys) and nothing but rounding in
 /// floats: none is measured more finely than the thousandth part of the largest.
-fn gradients<B: Backend>(found: &mut Results, loss: Var<B>, params: &Params<B>) -> Result<()> {
+fn gradients<B: Backend>(found: &mut Results, loss: Variable<B>, params: &Params<B>) -> Result<()> {
     let all = backward(loss, params)?
         .iter()
         .map(B::to_floats)

@@ -19,8 +19,10 @@ use retort_engine::model::autoencoder::Shape;
 use retort_engine::model::{Conditions, Guidance, Teacher};
 use retort_engine::published::{self, Hints};
 use retort_engine::random::{Sequence, Stream, noise};
-use retort_engine::tape::{Var, backward};
+use retort_engine::tape::{Variable, backward};
 use retort_engine::weights::{self, Loader, Source, Weights};
+
+use crate::golden;
 
 /// Guidance scale of the teachers: two rows of the batch per image.
 const GUIDANCE: f64 = 2.0;
@@ -124,8 +126,8 @@ impl Reference {
 
     /// Operations of a phase, a multiplication with its addition counted as two, and bytes in f32 that it must read.
     pub fn work(&self, phase: Phase) -> (f64, f64) {
-        let shape = self.network.tokens();
-        let (k, d, l) = (shape.vocabulary, shape.dim, shape.tokens());
+        let shape = self.network.token_shape();
+        let (k, d, l) = (shape.vocabulary, shape.dim, shape.count());
         let (depth, width, block) = match &self.network {
             NetworkConfig::Llamagen(c) => (c.depth, c.width, 4 * c.width + 3 * c.hidden()),
             NetworkConfig::Var(c) => (c.depth, c.width, 12 * c.width),
@@ -319,7 +321,7 @@ impl<B: Backend> On<B> {
         codebook: &B::Tensor,
         batch: usize,
     ) -> Result<[f64; 2]> {
-        let shape = teacher.tokens();
+        let shape = teacher.token_shape();
         let labels: Vec<u32> = (0..batch as u32).collect();
         let labels = Conditions::Classes(self.backend.indices(&labels, &[batch])?);
         let guidance = Guidance {
@@ -373,7 +375,7 @@ impl<B: Backend> On<B> {
         let mut loader = Loader::new(&self.backend, Source::Host(&drawn.student), true, "drawn");
         let student = r.network.student(&mut loader)?;
         let params = loader.into_params();
-        let zeros = |(_, p): &(String, Var<B>)| self.backend.full(&p.shape(), 0.0);
+        let zeros = |(_, p): &(String, Variable<B>)| self.backend.full(&p.shape(), 0.0);
         let first: Vec<_> = params.iter().map(zeros).collect::<Result<_>>()?;
         let second: Vec<_> = params.iter().map(zeros).collect::<Result<_>>()?;
         let numbers = AdamwStep {
@@ -386,8 +388,8 @@ impl<B: Backend> On<B> {
             correction2: 0.05,
             grad_scale: 1.0,
         };
-        let (b, shape) = (r.batch, r.network.tokens());
-        let (l, k) = (shape.tokens(), shape.vocabulary);
+        let (b, shape) = (r.batch, r.network.token_shape());
+        let (l, k) = (shape.count(), shape.vocabulary);
         let (eps, labels, kinds) = self.inputs(r)?;
         let targets: Vec<u32> = (0..b * l).map(|i| (i * 37 % k) as u32).collect();
         let targets = self.backend.indices(&targets, &[b * l])?;
@@ -410,8 +412,8 @@ impl<B: Backend> On<B> {
 
     /// Noise (b, L, D), class ids (b), and that all of it is noise (b, L).
     pub(crate) fn inputs(&self, r: &Reference) -> Result<(B::Tensor, Conditions<B>, B::Tensor)> {
-        let (b, shape) = (r.batch, r.network.tokens());
-        let l = shape.tokens();
+        let (b, shape) = (r.batch, r.network.token_shape());
+        let l = shape.count();
         let labels: Vec<u32> = (0..b as u32).collect();
         Ok((
             self.backend
@@ -464,7 +466,7 @@ impl<B: Backend> Contestant for On<B> {
                     })?
                 }
                 Phase::Decode => {
-                    let latents = Var::constant(self.inputs(r)?.0.clone());
+                    let latents = Variable::constant(self.inputs(r)?.0.clone());
                     least(|| Self::wait(tokenizer.decode(&latents)?.value()))?
                 }
                 Phase::Train => self.train(r, drawn)?,
@@ -484,32 +486,60 @@ pub struct Peer {
     pub dtype: &'static str,
     /// Threads of torch.
     pub threads: usize,
+    /// The mode in which torch.compile makes kernels of them, if any.
+    pub compile: Option<String>,
+}
+
+impl Peer {
+    /// Seconds of phases, named as the script names them, of a family at a batch, on a device of torch. Under `compile` those
+    /// that it took to compile them.
+    pub(crate) fn run(
+        &self,
+        device: &str,
+        family: &str,
+        batch: usize,
+        phases: &[&str],
+    ) -> Result<BTreeMap<String, f64>> {
+        let script = golden::folder().with_file_name("peers").join("speed.py");
+        let mut command = Command::new(&self.python);
+        command
+            .arg(&script)
+            .args([family, self.dtype])
+            .args([batch, self.threads].map(|n| n.to_string()))
+            .args(phases)
+            .env("DEVICE", device)
+            .stderr(Stdio::inherit());
+        match &self.compile {
+            Some(mode) => command.env("COMPILE", mode),
+            None => command.env_remove("COMPILE"),
+        };
+        let output = command
+            .output()
+            .map_err(Error::io(Path::new(&self.python)))?;
+        serde_json::from_slice(&output.stdout)
+            .map_err(|e| Error::data(&script, format!("{e}; it ended with {}", output.status)))
+    }
 }
 
 impl Contestant for Peer {
     fn name(&self) -> &str {
-        match self.dtype {
-            "f32" => "PyTorch",
-            _ => "PyTorch bf16",
+        match (self.dtype, &self.compile) {
+            ("f32", None) => "PyTorch",
+            (_, None) => "PyTorch bf16",
+            ("f32", _) => "compiled",
+            _ => "compiled bf16",
         }
     }
 
     fn times(&mut self, r: &Reference, _: &Drawn, phases: &[Phase]) -> Result<Vec<Option<f64>>> {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("peers/speed.py");
         let keys: Vec<&str> = phases.iter().filter_map(|p| p.key()).collect();
         if keys.is_empty() {
             return Ok(vec![None; phases.len()]);
         }
-        let output = Command::new(&self.python)
-            .arg(&script)
-            .args([&r.family.to_string(), self.dtype])
-            .args([r.batch, self.threads].map(|n| n.to_string()))
-            .args(&keys)
-            .stderr(Stdio::inherit())
-            .output()
-            .map_err(Error::io(Path::new(&self.python)))?;
-        let times: BTreeMap<String, f64> = serde_json::from_slice(&output.stdout)
-            .map_err(|e| Error::data(&script, format!("{e}; it ended with {}", output.status)))?;
+        let times = self.run("cpu", &r.family.to_string(), r.batch, &keys)?;
+        if let Some(seconds) = times.get("compile") {
+            eprintln!("{}: {} took {seconds:.0} s to compile", r.name, self.name());
+        }
         let of = |p: &Phase| p.key().and_then(|key| times.get(key).copied());
         Ok(phases.iter().map(of).collect())
     }

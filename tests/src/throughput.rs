@@ -1,23 +1,21 @@
 //! What a GPU gets done at published shapes, with random weights: what `make gpu-bench` prints.
 //!
 //! Images (pairs, steps) per second of each phase at several batches, the share of the GPU's own rate in a large bf16
-//! product, and PyTorch's figures for the same shapes on the same GPU (`tests/peers/speed.py`). Unlike `speed.rs`, which
+//! product, and PyTorch's figures for the same shapes on the same GPU (`tests/peers/speed.py`), as it is and compiled, in the
+//! mode that COMPILE names: `max-autotune`, or `reduce-overhead`, which takes less long, or `none`. Unlike `speed.rs`, which
 //! waits after each part to tell them apart, a phase here runs as it does in a stage: nobody waits before it is done.
 
 use std::collections::BTreeMap;
-use std::path::Path;
-use std::process::{Command, Stdio};
 
 use retort_engine::backend::{Backend, FlowSolver};
 use retort_engine::bundle::Family;
 use retort_engine::error::{Error, Result};
 use retort_engine::random::{noise, noises};
 use retort_engine::sampler::{Choice, Distribution, StudentSampler, autoregressive, choices};
-use retort_engine::tape::Var;
+use retort_engine::tape::Variable;
 use retort_engine::weights::{Loader, Source};
 
-use crate::golden;
-use crate::speed::{Drawn, On, Phase, Reference, least};
+use crate::speed::{Drawn, On, Peer, Phase, Reference, least};
 
 const BATCHES: [usize; 3] = [1, 16, 64];
 const SOLVER: FlowSolver = FlowSolver {
@@ -48,8 +46,8 @@ pub fn report<B: Backend>(backend: B, python: Option<&str>, only: &str) -> Resul
         rate / 1e12
     );
     println!(
-        "{:<44}{:>12}{:>12}{:>8}{:>12}{:>10}",
-        "", "per second", "seconds", "peak", "PyTorch", "faster"
+        "{:<44}{:>12}{:>12}{:>8}{:>12}{:>10}{:>12}{:>10}",
+        "", "per second", "seconds", "peak", "PyTorch", "faster", "compiled", "faster"
     );
     for (family, name, size, key) in [
         (Family::Llamagen, "LlamaGen-L", "L", "llamagen-L"),
@@ -75,18 +73,21 @@ pub fn report<B: Backend>(backend: B, python: Option<&str>, only: &str) -> Resul
                 }
                 Err(error) => return Err(error),
             };
-            let peer = match python {
-                Some(python) => peer(python, key, batch)?,
-                None => BTreeMap::new(),
+            let peers = match python {
+                Some(python) => peers(python, key, batch),
+                None => Default::default(),
             };
             for t in &timed {
                 let flop = reference.work(t.work.0).0 * t.work.1;
-                let other = t.peer.and_then(|key| peer.get(key));
-                let other = other.map_or(["-".to_owned(), "-".to_owned()], |other| {
-                    [format!("{other:.4}"), format!("{:.2}x", other / t.seconds)]
+                let others = peers.each_ref().map(|peer| {
+                    let other = t.peer.and_then(|key| peer.get(key));
+                    other.map_or_else(
+                        || format!("{:>12}{:>10}", "-", "-"),
+                        |other| format!("{other:>12.4}{:>9.2}x", other / t.seconds),
+                    )
                 });
                 println!(
-                    "{:<44}{:>12.2}{:>12.4}{:>7.1}%{:>12}{:>10}",
+                    "{:<44}{:>12.2}{:>12.4}{:>7.1}%{}",
                     format!("{title}: {} ({})", t.name, t.unit),
                     match t.unit {
                         "steps" => 1.0 / t.seconds,
@@ -94,9 +95,11 @@ pub fn report<B: Backend>(backend: B, python: Option<&str>, only: &str) -> Resul
                     },
                     t.seconds,
                     100.0 * flop / t.seconds / rate,
-                    other[0],
-                    other[1]
+                    others.concat()
                 );
+            }
+            if let Some(seconds) = peers[1].get("compile") {
+                println!("{title}: PyTorch took {seconds:.0} s to compile");
             }
             println!(
                 "{title}: one step is {:.0} times as fast as the teacher",
@@ -127,7 +130,7 @@ fn phases<B: Backend>(on: &On<B>, r: &Reference, drawn: &Drawn) -> Result<Vec<Ti
     let tokenizer = r.tokenizer.build(&mut frozen(&drawn.tokenizer))?;
     let codebook = tokenizer.codebook()?;
     let (eps, labels, _) = on.inputs(r)?;
-    let (b, shape) = (r.batch, r.network.tokens());
+    let (b, shape) = (r.batch, r.network.token_shape());
     let (steps, half) = (shape.steps.len(), shape.steps.len() / 2);
     let distribution = Distribution {
         guidance: Some(2.0),
@@ -161,7 +164,7 @@ fn phases<B: Backend>(on: &On<B>, r: &Reference, drawn: &Drawn) -> Result<Vec<Ti
         );
         let pairing = least(|| {
             let fresh = on.backend.floats(
-                &noises(2, 0..b as u64, shape.tokens(), shape.dim),
+                &noises(2, 0..b as u64, shape.count(), shape.dim),
                 &B::shape(&eps),
             )?;
             let mut choice = Choice::Flow {
@@ -193,7 +196,7 @@ fn phases<B: Backend>(on: &On<B>, r: &Reference, drawn: &Drawn) -> Result<Vec<Ti
             time(name, "images", (Phase::Student, passes), peer, seconds);
         }
     }
-    let latents = Var::constant(eps.clone());
+    let latents = Variable::constant(eps.clone());
     let decoding = least(|| On::<B>::wait(tokenizer.decode(&latents)?.value()))?;
     time(
         "decode",
@@ -213,20 +216,26 @@ fn phases<B: Backend>(on: &On<B>, r: &Reference, drawn: &Drawn) -> Result<Vec<Ti
     Ok(timed)
 }
 
-/// Seconds of PyTorch by phase, in bf16 by autocast.
-fn peer(python: &str, family: &str, batch: usize) -> Result<BTreeMap<String, f64>> {
-    let script = golden::folder().with_file_name("peers").join("speed.py");
-    let output = Command::new(python)
-        .arg(&script)
-        .args([family, "bf16", &batch.to_string(), "8"])
-        .args(["teacher", "student", "decode", "train"])
-        .env("DEVICE", "cuda")
-        .stderr(Stdio::inherit())
-        .output()
-        .map_err(Error::io(Path::new(python)))?;
-    if !output.status.success() {
-        eprintln!("PyTorch: {family}, batch {batch}: {}", output.status);
-        return Ok(BTreeMap::new());
-    }
-    serde_json::from_slice(&output.stdout).map_err(|e| Error::data(&script, e.to_string()))
+/// Seconds of PyTorch by phase, in bf16 by autocast: as it is, and compiled. None where it fails, which it says.
+fn peers(python: &str, family: &str, batch: usize) -> [BTreeMap<String, f64>; 2] {
+    let mode = std::env::var("COMPILE").unwrap_or_else(|_| "max-autotune".into());
+    let seconds = |compile: Option<String>| {
+        let peer = Peer {
+            python: python.into(),
+            dtype: "bf16",
+            threads: 8,
+            compile,
+        };
+        let phases = ["teacher", "student", "decode", "train"];
+        let times = peer.run("cuda", family, batch, &phases);
+        times.unwrap_or_else(|why| {
+            eprintln!("PyTorch: {family}, batch {batch}: {why}");
+            BTreeMap::new()
+        })
+    };
+    let compiled = match mode.as_str() {
+        "none" => BTreeMap::new(),
+        _ => seconds(Some(mode)),
+    };
+    [seconds(None), compiled]
 }

@@ -14,7 +14,7 @@ use retort_engine::model::{
 };
 use retort_engine::random::noise;
 use retort_engine::sampler::{Choice, Distribution, autoregressive, choices};
-use retort_engine::tape::Var;
+use retort_engine::tape::Variable;
 use retort_engine::train::{Fit, StepOutput, TrainOptions};
 
 type Tensor = <Candle as Tensors>::Tensor;
@@ -34,10 +34,10 @@ struct Broken {
 struct Tokens<'a>(&'a Broken, usize);
 
 impl Teacher<Candle> for Broken {
-    fn tokens(&self) -> &TokenShape {
+    fn token_shape(&self) -> &TokenShape {
         &self.shape
     }
-    fn forced(&self, _: &Conditions<Candle>, _: &Tensor) -> Result<Var<Candle>, Error> {
+    fn forced(&self, _: &Conditions<Candle>, _: &Tensor) -> Result<Variable<Candle>, Error> {
         Err(Error::Internal("not asked for".into()))
     }
     fn generate<'a>(
@@ -167,7 +167,7 @@ fn train(
 ) -> (Result<Vec<f32>, Error>, Vec<u64>) {
     let backend = candle();
     let x = backend.floats(&[1.0, -2.0, 3.0], &[3]).expect("a vector");
-    let params = vec![("x".to_owned(), Var::parameter(x))];
+    let params = vec![("x".to_owned(), Variable::parameter(x))];
     let options = TrainOptions {
         steps: 40,
         warmup: 1,
@@ -192,7 +192,7 @@ fn train(
             seen.borrow_mut().push(step);
             let by = backend.floats(&[bad(step).unwrap_or(1.0)], &[1])?;
             let square = params[0].1.unary(Unary::Square)?.mean_all()?;
-            let loss = square.mul(&Var::constant(by))?;
+            let loss = square.mul(&Variable::constant(by))?;
             let figures = Vec::new();
             Ok(StepOutput::new(loss, figures))
         },
@@ -254,7 +254,7 @@ fn weights_that_are_not_finite_are_no_result() {
     let backend = candle();
     let params = vec![(
         "x".to_owned(),
-        Var::parameter(backend.floats(&[1.0], &[1]).expect("a number")),
+        Variable::parameter(backend.floats(&[1.0], &[1]).expect("a number")),
     )];
     let options = TrainOptions {
         steps: 2,

@@ -16,7 +16,7 @@ use retort_engine::sampler::{
     Assistant, Choice, Distribution, StudentSampler, autoregressive, choices, skipping,
 };
 use retort_engine::stage::sample::drawer::Sampler;
-use retort_engine::tape::Var;
+use retort_engine::tape::Variable;
 use retort_engine::weights::{Floats, Loader, Source, Weights};
 use retort_tests::small;
 
@@ -73,8 +73,8 @@ impl Case {
 
     /// Tokens of the first AR steps (b, l).
     fn tokens(&self, steps: usize) -> Tensor {
-        let shape = self.teacher.tokens();
-        let l = shape.tokens();
+        let shape = self.teacher.token_shape();
+        let l = shape.count();
         let ids: Vec<u32> = (0..BATCH * l).map(|i| (i * 7 % 16) as u32).collect();
         let all = self.backend.indices(&ids, &[BATCH, l]).expect("tokens");
         Candle::narrow(&all, 1, 0, shape.tokens_before(steps)).expect("tokens")
@@ -82,7 +82,7 @@ impl Case {
 
     /// Logits of each AR step of a generation that is given the same tokens.
     fn logits(&self, guidance: Option<Guidance>) -> Vec<Vec<f32>> {
-        let shape = self.teacher.tokens();
+        let shape = self.teacher.token_shape();
         let all = self.tokens(shape.steps.len());
         let mut generation = self
             .teacher
@@ -135,7 +135,7 @@ fn given_tokens_go_through_in_one_pass() {
     for case in cases() {
         for guided in [None, guidance(None)] {
             let expected = case.logits(guided);
-            let steps = case.teacher.tokens().steps.len();
+            let steps = case.teacher.token_shape().steps.len();
             for known in [1, steps / 2, steps - 1] {
                 let mut generation = case
                     .teacher
@@ -148,8 +148,9 @@ fn given_tokens_go_through_in_one_pass() {
                 close(&format!("step {known}"), &expected[known], &logits);
                 // And it goes on from there.
                 if known + 1 < steps {
-                    let (all, count) = (case.tokens(steps), case.teacher.tokens().steps[known]);
-                    let at = case.teacher.tokens().tokens_before(known);
+                    let (all, count) =
+                        (case.tokens(steps), case.teacher.token_shape().steps[known]);
+                    let at = case.teacher.token_shape().tokens_before(known);
                     let next = Candle::narrow(&all, 1, at, count).expect("tokens");
                     let logits = generation.advance(Some(&next)).expect("logits");
                     let logits = Candle::to_floats(&logits).expect("floats");
@@ -181,7 +182,7 @@ fn guidance_ends_after_its_interval() {
 #[test]
 fn tokens_drawn_at_once_see_the_known_ones_alone() {
     for case in cases() {
-        let shape = case.teacher.tokens();
+        let shape = case.teacher.token_shape();
         let (steps, k) = (shape.steps.len(), shape.vocabulary);
         let at_once = |known: usize| {
             let tokens = (known > 0).then(|| case.tokens(known));
@@ -189,7 +190,7 @@ fn tokens_drawn_at_once_see_the_known_ones_alone() {
                 .teacher
                 .at_once(&case.conditions(), guidance(None), tokens.as_ref())
                 .expect("logits");
-            let l = shape.tokens() - shape.tokens_before(known);
+            let l = shape.count() - shape.tokens_before(known);
             assert_eq!(Candle::shape(&logits), [BATCH, l, k]);
             let first = Candle::narrow(&logits, 1, 0, shape.steps[known]).expect("a step");
             Candle::to_floats(&first).expect("floats")
@@ -218,11 +219,11 @@ fn count(passes: &Cell<usize>) {
 }
 
 impl Teacher<Candle> for Counted<'_, dyn Teacher<Candle>> {
-    fn tokens(&self) -> &TokenShape {
-        self.network.tokens()
+    fn token_shape(&self) -> &TokenShape {
+        self.network.token_shape()
     }
 
-    fn forced(&self, conditions: &Conditions<Candle>, tokens: &Tensor) -> Result<Var<Candle>> {
+    fn forced(&self, conditions: &Conditions<Candle>, tokens: &Tensor) -> Result<Variable<Candle>> {
         count(self.passes);
         self.network.forced(conditions, tokens)
     }
@@ -262,8 +263,8 @@ impl Generation<Candle> for CountedGeneration<'_> {
 }
 
 impl Student<Candle> for Counted<'_, dyn Student<Candle>> {
-    fn tokens(&self) -> &TokenShape {
-        self.network.tokens()
+    fn token_shape(&self) -> &TokenShape {
+        self.network.token_shape()
     }
 
     fn predict(
@@ -278,7 +279,7 @@ impl Student<Candle> for Counted<'_, dyn Student<Candle>> {
 
     fn recompute(&mut self, _: bool) {}
 
-    fn continuous(&self, prediction: &Prediction<Candle>) -> Result<Var<Candle>> {
+    fn continuous(&self, prediction: &Prediction<Candle>) -> Result<Variable<Candle>> {
         self.network.continuous(prediction)
     }
 }
@@ -294,8 +295,8 @@ fn passes(case: &Case, sampler: &Sampler) -> usize {
         network: &*case.student,
         passes: &passes,
     };
-    let shape = case.teacher.tokens();
-    let (steps, l, d) = (shape.steps.len(), shape.tokens(), shape.dim);
+    let shape = case.teacher.token_shape();
+    let (steps, l, d) = (shape.steps.len(), shape.count(), shape.dim);
     let eps = case
         .backend
         .floats(&noise(5, 0, BATCH * l, d), &[BATCH, l, d])
@@ -384,7 +385,11 @@ fn samplers_make_the_passes_that_they_say() {
     ] {
         for (text, expected) in samplers {
             let sampler = of(text);
-            assert_eq!(sampler.passes(case.teacher.tokens()), expected, "{text}");
+            assert_eq!(
+                sampler.passes(case.teacher.token_shape()),
+                expected,
+                "{text}"
+            );
             assert_eq!(passes(case, &sampler), expected, "{text}");
         }
     }

@@ -9,7 +9,7 @@ use retort_engine::model::{Conditions, Student};
 use retort_engine::perceptual::{self, Eye};
 use retort_engine::published::{self, Hints};
 use retort_engine::random::noise;
-use retort_engine::tape::{Var, backward};
+use retort_engine::tape::{Variable, backward};
 use retort_engine::weights::{Loader, Params, Source};
 use retort_tests::memory::{peak, resident};
 
@@ -40,7 +40,7 @@ fn gradients(
     (backend, student, params): &(Candle, Box<dyn Student<Candle>>, Params<Candle>),
     batch: usize,
 ) -> Vec<Vec<f32>> {
-    let (l, d) = (student.tokens().tokens(), student.tokens().dim);
+    let (l, d) = (student.token_shape().count(), student.token_shape().dim);
     let x = backend.floats(&noise(5, 0, batch * l, d), &[batch, l, d]);
     let labels: Vec<u32> = (0..batch as u32).collect();
     let labels = Conditions::Classes(backend.indices(&labels, &[batch]).expect("labels"));
@@ -51,7 +51,7 @@ fn gradients(
         let ids = backend.indices(&vec![7; batch * l], &[batch * l])?;
         let logits = prediction
             .logits
-            .reshape(&[batch * l, student.tokens().vocabulary])?;
+            .reshape(&[batch * l, student.token_shape().vocabulary])?;
         let square = continuous.unary(Unary::Square)?.mean_all()?;
         let loss = logits.cross_entropy(&ids)?.add(&square)?;
         drop(square);
@@ -119,7 +119,7 @@ fn images_decoded_a_few_at_a_time_take_less_memory() {
     let target = draw(2).expect("latents");
     let mut peaks = Vec::new();
     for most in [1, BATCH] {
-        let latents = Var::parameter(draw(1).expect("latents"));
+        let latents = Variable::parameter(draw(1).expect("latents"));
         // SAFETY: as above.
         unsafe { libc::malloc_trim(0) };
         std::fs::write("/proc/self/clear_refs", "5").expect("Linux");

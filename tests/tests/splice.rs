@@ -10,7 +10,7 @@ use retort_engine::perceptual::{self, Eye};
 use retort_engine::random::noise;
 use retort_engine::sampler::StudentSampler;
 use retort_engine::splice::State;
-use retort_engine::tape::{Var, backward};
+use retort_engine::tape::{Variable, backward};
 use retort_engine::weights::{Floats, Loader, Params, Source, Weights};
 use retort_tests::small;
 
@@ -68,8 +68,8 @@ impl Case {
 
     /// X_t of samples at these timesteps, whose tokens are i, i + 1, .. modulo 16, and those tokens' vectors (b, L, D).
     fn state(&self, timesteps: &[usize]) -> (State<Candle>, Tensor) {
-        let shape = self.network.tokens();
-        let (b, l, d) = (timesteps.len(), shape.tokens(), shape.dim);
+        let shape = self.network.token_shape();
+        let (b, l, d) = (timesteps.len(), shape.count(), shape.dim);
         let ids: Vec<u32> = (0..b)
             .flat_map(|i| (0..l).map(move |at| ((i + at) % 16) as u32))
             .collect();
@@ -106,7 +106,7 @@ impl Case {
         prediction: &Prediction<Candle>,
         (state, target): &(State<Candle>, Tensor),
         most: usize,
-    ) -> Var<Candle> {
+    ) -> Variable<Candle> {
         let head = || student.continuous(prediction);
         let logits = prediction.logits.value();
         let sequence = state.finish(logits, head, &self.codebook, self.boundary);
@@ -148,7 +148,7 @@ fn disturbed(params: &Params<Candle>) -> Weights {
     each.collect()
 }
 
-fn value(x: &Var<Candle>) -> f32 {
+fn value(x: &Variable<Candle>) -> f32 {
     Candle::to_floats(x.value()).expect("a value")[0]
 }
 
@@ -163,8 +163,10 @@ fn with_other_logits(prediction: &mut Prediction<Candle>, state: &State<Candle>,
         let other = noise(6, i as u64, part.len(), 1);
         part.iter_mut().zip(other).for_each(|(x, n)| *x = 10.0 * n);
     }
-    let logits = Candle::floats_beside(&state.x, &logits, &shape).expect("logits");
-    prediction.logits = Var::constant(logits);
+    let logits = Candle::of(&state.x)
+        .floats(&logits, &shape)
+        .expect("logits");
+    prediction.logits = Variable::constant(logits);
 }
 
 #[test]
@@ -190,9 +192,9 @@ fn logits_of_known_tokens_do_not_move_the_perceptual_term() {
 fn training_sees_the_sequence_that_sampling_ends_with() {
     for case in cases() {
         let (student, _) = case.student(&case.weights);
-        let l = student.tokens().tokens();
+        let l = student.token_shape().count();
         for t in [0, 1, case.split, case.split + 1] {
-            if t >= student.tokens().steps.len() {
+            if t >= student.token_shape().steps.len() {
                 continue;
             }
             let (state, target) = case.state(&[t, t]);
@@ -219,7 +221,7 @@ fn training_sees_the_sequence_that_sampling_ends_with() {
             let codes = Candle::to_floats(&codes.expect("codes")).expect("floats");
             let head = student.continuous(&prediction).expect("a head");
             let head = Candle::to_floats(head.value()).expect("floats");
-            let (known, d) = (state.known[0], student.tokens().dim);
+            let (known, d) = (state.known[0], student.token_shape().dim);
             for (at, x) in trained.iter().enumerate() {
                 let expected = match at / d % l {
                     i if i < known => target[at],

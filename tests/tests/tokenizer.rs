@@ -9,7 +9,7 @@ use retort_engine::stage::tokenizer::loss::{
     Adversarial, Adversary, Criterion, PixelLoss, entropy,
 };
 use retort_engine::stage::tokenizer::quality::{psnr, ssim};
-use retort_engine::tape::{Var, backward};
+use retort_engine::tape::{Variable, backward};
 use retort_engine::weights::{Floats, Loader, Source, Weights};
 
 type Tensor = <Candle as Tensors>::Tensor;
@@ -74,7 +74,7 @@ fn the_discriminator_is_the_published_one() {
     let mut loader = Loader::new(&backend, Source::Host(&weights), false, "values");
     let network = Discriminator::load(&mut loader, "d.", 3, (4, 2)).expect("a discriminator");
     let logits = |pixels: &[f32]| -> Vec<f64> {
-        let x = Var::<Candle>::constant(backend.floats(pixels, &SHAPE).expect("images"));
+        let x = Variable::<Candle>::constant(backend.floats(pixels, &SHAPE).expect("images"));
         let logits = network.forward(&x).expect("logits");
         assert_eq!(logits.shape(), [2, 1, 2, 2]);
         let floats = Candle::to_floats(logits.value()).expect("floats");
@@ -107,8 +107,9 @@ fn pixels_are_compared_by_squares_or_by_absolute_values() {
         (PixelLoss::L2, 0.022_440_990_8),
         (PixelLoss::L1, 0.131_235_833),
     ] {
-        let made =
-            Var::<Candle>::parameter(backend.floats(&reconstructions(), &SHAPE).expect("images"));
+        let made = Variable::<Candle>::parameter(
+            backend.floats(&reconstructions(), &SHAPE).expect("images"),
+        );
         let criterion = Criterion {
             pixels,
             eye: None,
@@ -129,13 +130,13 @@ fn pixels_are_compared_by_squares_or_by_absolute_values() {
 /// Gradients of the kernel of a convolution whose outputs are judged, by who has these parameters.
 fn pull(
     x: &Tensor,
-    judge: &[(String, Var<Candle>)],
-    of: impl FnOnce(Var<Candle>) -> Var<Candle>,
+    judge: &[(String, Variable<Candle>)],
+    of: impl FnOnce(Variable<Candle>) -> Variable<Candle>,
 ) -> Vec<f64> {
     let backend = candle();
     let kernel = backend.floats(&values(3 * 3 * 9, 0.3, 0.0, 0.2), &[3, 3, 3, 3]);
-    let kernel = Var::<Candle>::parameter(kernel.expect("a kernel"));
-    let made = Var::<Candle>::constant(x.clone()).conv2d(&kernel, 1, [1, 1]);
+    let kernel = Variable::<Candle>::parameter(kernel.expect("a kernel"));
+    let made = Variable::<Candle>::constant(x.clone()).conv2d(&kernel, 1, [1, 1]);
     let loss = of(made.expect("images"));
     let mut params = vec![("kernel".to_owned(), kernel)];
     params.extend_from_slice(judge);
@@ -173,15 +174,16 @@ fn an_adversary_pulls_at_the_last_layer_as_much_as_the_other_terms() {
         (criterion, params)
     };
     let (criterion, params) = of(0.5, 1e4, 10);
-    let judged = |criterion: &Criterion<Candle>, judge: &[(String, Var<Candle>)], step: u64| {
-        let mut figures = Vec::new();
-        let gradient = pull(&seen, judge, |made| {
-            let (loss, said) = criterion.loss(made, &real, &last(), step).expect("a loss");
-            figures = said;
-            loss
-        });
-        (gradient, figures)
-    };
+    let judged =
+        |criterion: &Criterion<Candle>, judge: &[(String, Variable<Candle>)], step: u64| {
+            let mut figures = Vec::new();
+            let gradient = pull(&seen, judge, |made| {
+                let (loss, said) = criterion.loss(made, &real, &last(), step).expect("a loss");
+                figures = said;
+                loss
+            });
+            (gradient, figures)
+        };
     let length = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
     // Before it begins, pixels alone pull.
     let (pixels, figures) = judged(&criterion, &[], 9);
@@ -214,7 +216,7 @@ fn an_adversary_pulls_at_the_last_layer_as_much_as_the_other_terms() {
 
     // What it learns from is the hinge loss alone: the tokenizer's terms do not reach it.
     let (criterion, params) = of(0.5, 1e4, 0);
-    let made = Var::<Candle>::constant(seen.clone());
+    let made = Variable::<Candle>::constant(seen.clone());
     let (loss, _) = criterion.loss(made, &real, &last(), 0).expect("a loss");
     let gradients = backward(loss, &params).expect("gradients of the adversary");
     assert_eq!(gradients.len(), 10);
@@ -224,7 +226,7 @@ fn an_adversary_pulls_at_the_last_layer_as_much_as_the_other_terms() {
 fn entropy_is_low_where_choices_are_sure_and_even() {
     let backend = candle();
     let var = |data: &[f32], shape: [usize; 2]| {
-        Var::<Candle>::parameter(backend.floats(data, &shape).expect("a matrix"))
+        Variable::<Candle>::parameter(backend.floats(data, &shape).expect("a matrix"))
     };
     let z = var(&values(20, 0.9, 0.0, 1.0), [5, 4]);
     let codes = var(&values(24, 1.9, 0.0, 1.0), [6, 4]);

@@ -19,6 +19,16 @@ use crate::{
 impl Tensors for Candle {
     type Tensor = Tensor;
 
+    fn of(x: &T) -> Self {
+        Self {
+            device: x.device().clone(),
+            dtype: match x.dtype() {
+                float if float.is_float() => float,
+                _ => DType::F32,
+            },
+        }
+    }
+
     fn exact(&self) -> Self {
         Self {
             dtype: DType::F32,
@@ -36,14 +46,6 @@ impl Tensors for Candle {
 
     fn full(&self, shape: &[usize], value: f32) -> Result<T> {
         Plain(self.clone()).full(shape, value)
-    }
-
-    fn floats_beside(other: &T, data: &[f32], shape: &[usize]) -> Result<T> {
-        Plain::floats_beside(other, data, shape)
-    }
-
-    fn indices_beside(other: &T, data: &[u32], shape: &[usize]) -> Result<T> {
-        Plain::indices_beside(other, data, shape)
     }
 
     fn to_floats(x: &T) -> Result<Vec<f32>> {

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use retort_engine::error::{Error, Result};
 
 use crate::product::{Matrix, Product};
-use crate::view::{floats, fresh, tensor, whole};
+use crate::view::{floats, fresh, tensor, whole, zeros};
 use crate::winograd::Convolution;
 use crate::{T, failed};
 
@@ -252,7 +252,7 @@ impl Shape {
         let (deep, plane, tile) = (self.deep(), self.plane(), self.tile());
         let kernel = Matrix::rows(w, deep).turned();
         let image = self.c * self.h * self.w;
-        let mut dx = fresh(&[self.b, image]);
+        let mut dx = zeros(&[self.b, image]);
         dx.par_chunks_mut(image).enumerate().for_each_init(
             Vec::new,
             |unfolded: &mut Vec<f32>, (b, dx)| {

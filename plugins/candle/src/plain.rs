@@ -18,6 +18,10 @@ pub struct Plain(pub Candle);
 impl Tensors for Plain {
     type Tensor = Tensor;
 
+    fn of(x: &T) -> Self {
+        Self(Candle::of(x))
+    }
+
     fn exact(&self) -> Self {
         Self(self.0.exact())
     }
@@ -37,21 +41,6 @@ impl Tensors for Plain {
         x.to_dtype(self.0.dtype)
             .and_then(|x| x.contiguous())
             .map_err(failed)
-    }
-
-    fn floats_beside(other: &T, data: &[f32], shape: &[usize]) -> Result<T> {
-        let dtype = if other.dtype().is_float() {
-            other.dtype()
-        } else {
-            DType::F32
-        };
-        Tensor::from_slice(data, shape, other.device())
-            .and_then(|x| x.to_dtype(dtype))
-            .map_err(failed)
-    }
-
-    fn indices_beside(other: &T, data: &[u32], shape: &[usize]) -> Result<T> {
-        Tensor::from_slice(data, shape, other.device()).map_err(failed)
     }
 
     fn to_floats(x: &T) -> Result<Vec<f32>> {

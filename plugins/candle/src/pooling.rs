@@ -6,7 +6,7 @@ use retort_engine::error::Result;
 use retort_kernels::lanes::greater;
 
 use crate::T;
-use crate::view::{floats, fresh, tensor, whole};
+use crate::view::{floats, fresh, tensor, whole, zeros};
 
 /// (b, c, h, w) -> (b, c, h', w')
 pub fn max_pool2d(x: &T, window: Window) -> Result<T> {
@@ -26,7 +26,7 @@ pub fn max_pool2d_backward(x: &T, grad: &T, window: Window) -> Result<T> {
     let (x, grad) = (&whole(x)?, &whole(grad)?);
     let (d, size) = (x.dims().to_vec(), Size::of(x, window));
     floats!(x, grad);
-    let mut dx = fresh(&d);
+    let mut dx = zeros(&d);
     dx.par_chunks_mut(size.h * size.w)
         .zip(x.par_chunks_exact(size.h * size.w))
         .zip(grad.par_chunks_exact(size.out_h * size.out_w))

@@ -139,7 +139,7 @@ impl TokenizerConfig {
 
 impl NetworkConfig {
     /// Shape of the token sequences.
-    pub fn tokens(&self) -> TokenShape {
+    pub fn token_shape(&self) -> TokenShape {
         match self {
             Self::Llamagen(c) => c.token_shape(),
             Self::Var(c) => c.token_shape(),
@@ -191,7 +191,7 @@ impl NetworkConfig {
 
     /// Number of classes that it is made for, if it is made for classes.
     pub fn classes(&self) -> Option<usize> {
-        match self.tokens().condition {
+        match self.token_shape().condition {
             ConditionShape::Classes(classes) => Some(classes),
             ConditionShape::Captions(_) => None,
         }

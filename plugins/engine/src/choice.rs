@@ -25,7 +25,7 @@ pub fn truncate<B: Tensors>(logits: &B::Tensor, truncation: &Truncation) -> Resu
     let mut host = B::to_floats(logits)?;
     host.par_chunks_mut(shape[1])
         .for_each(|row| truncate_row(row, truncation));
-    B::floats_beside(logits, &host, &shape)
+    B::of(logits).floats(&host, &shape)
 }
 
 /// `Sampling::categorical` on the host.
@@ -37,7 +37,7 @@ pub fn categorical<B: Tensors>(logits: &B::Tensor, uniforms: &[f64]) -> Result<B
         .zip(uniforms)
         .map(|(row, &u)| categorical_row(row, u))
         .collect();
-    B::indices_beside(logits, &ids, &shape[..1])
+    B::of(logits).indices(&ids, &shape[..1])
 }
 
 /// Applies temperature, top-k and top-p to a row of logits; excluded codes become -inf.

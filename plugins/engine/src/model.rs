@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::{Backend, Unary};
 use crate::error::{Error, Result};
-use crate::tape::Var;
+use crate::tape::Variable;
 
 /// The shape of a model's token sequence.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,7 +83,7 @@ impl<B: Backend> Conditions<B> {
 
 impl TokenShape {
     /// Tokens of an image.
-    pub fn tokens(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.steps.iter().sum()
     }
 
@@ -111,7 +111,7 @@ pub trait Tokenizer<B: Backend> {
     /// Token ids (b, L) of images (b, c, h, w) in [-1, 1].
     fn encode(&self, images: &B::Tensor) -> Result<B::Tensor>;
     /// Images (b, c, h, w), about [-1, 1], of codebook vectors (b, L, D); differentiable.
-    fn decode(&self, latents: &Var<B>) -> Result<Var<B>>;
+    fn decode(&self, latents: &Variable<B>) -> Result<Variable<B>>;
     /// Images (b, c, h, w) in [-1, 1], encoded and decoded, with what training needs.
     fn reconstruct(&self, images: &B::Tensor) -> Result<Reconstruction<B>>;
 }
@@ -119,17 +119,17 @@ pub trait Tokenizer<B: Backend> {
 /// What a pass of a tokenizer in training yields.
 pub struct Reconstruction<B: Backend> {
     /// Images (b, c, h, w).
-    pub images: Var<B>,
+    pub images: Variable<B>,
     /// The vectors for which codes were looked up (b L, D).
-    pub z: Var<B>,
+    pub z: Variable<B>,
     /// Mean squared distance of the codes to the encoder's outputs, moving the codes.
-    pub codebook_loss: Var<B>,
+    pub codebook_loss: Variable<B>,
     /// The same, moving the encoder.
-    pub commitment_loss: Var<B>,
+    pub commitment_loss: Variable<B>,
     /// Ids of all tokens, in any shape.
     pub tokens: B::Tensor,
     /// The codebook (K, D) as it was looked up, where its gradient and that of `z` lead back.
-    pub codes: Option<Var<B>>,
+    pub codes: Option<Variable<B>>,
     /// What the last convolution of the decoder saw, and its kernel: how losses compare their pull at it.
     pub last: LastConvolution<B>,
 }
@@ -170,9 +170,9 @@ pub const CODEBOOK: &str = "quantize.embedding.weight";
 /// An AR model of tokens.
 pub trait Teacher<B: Backend> {
     /// Shape of its token sequences.
-    fn tokens(&self) -> &TokenShape;
+    fn token_shape(&self) -> &TokenShape;
     /// Teacher-forced logits (b, L, K) of tokens (b, L); differentiable.
-    fn forced(&self, conditions: &Conditions<B>, tokens: &B::Tensor) -> Result<Var<B>>;
+    fn forced(&self, conditions: &Conditions<B>, tokens: &B::Tensor) -> Result<Variable<B>>;
     /// Starts generating.
     fn generate<'a>(
         &'a self,
@@ -223,17 +223,17 @@ pub trait Generation<B: Backend> {
 /// What a student says of X_t.
 pub struct Prediction<B: Backend> {
     /// Logits over the codebook (b, L, K).
-    pub logits: Var<B>,
+    pub logits: Variable<B>,
     /// The stack's output from which the continuous head predicts; (b, condition + L, C).
-    hidden: Var<B>,
+    hidden: Variable<B>,
     /// Embedding of the condition (b, 1, C).
-    condition: Var<B>,
+    condition: Variable<B>,
 }
 
 /// A one-pass model from X_t to the final tokens.
 pub trait Student<B: Backend> {
     /// Shape of its token sequences.
-    fn tokens(&self) -> &TokenShape;
+    fn token_shape(&self) -> &TokenShape;
     /// Predicts from X_t (b, L, D); `data` (b, L) is 1 where X_t holds a token's vector and 0 where it holds noise.
     fn predict(
         &self,
@@ -242,8 +242,8 @@ pub trait Student<B: Backend> {
         data: &B::Tensor,
     ) -> Result<Prediction<B>>;
     /// Whether the activations inside blocks are computed again in the backward pass instead of being kept
-    /// ([`Var::segment`]).
+    /// ([`Variable::segment`]).
     fn recompute(&mut self, blocks: bool);
     /// The continuous head's codebook vectors (b, L, D).
-    fn continuous(&self, prediction: &Prediction<B>) -> Result<Var<B>>;
+    fn continuous(&self, prediction: &Prediction<B>) -> Result<Variable<B>>;
 }

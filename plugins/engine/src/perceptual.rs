@@ -18,7 +18,7 @@ use crate::model::Tokenizer;
 use crate::model::lpips::{self, Lpips};
 use crate::stage::classifier::Net;
 use crate::stage::{Context, resolve};
-use crate::tape::Var;
+use crate::tape::Variable;
 use crate::weights::{Loader, Source, Stored};
 
 /// Distance between images.
@@ -129,7 +129,7 @@ impl<B: Backend> Eye<B> {
     }
 
     /// Mean distance of images (b, c, h, w) in [-1, 1].
-    pub fn distance(&self, a: &Var<B>, b: &Var<B>) -> Result<Var<B>> {
+    pub fn distance(&self, a: &Variable<B>, b: &Variable<B>) -> Result<Variable<B>> {
         let (a, b) = match self {
             Self::Pixels => (a.clone(), b.clone()),
             Self::Classifier(net, false) => (net.features(a)?, net.features(b)?),
@@ -151,7 +151,7 @@ impl<B: Backend> Eye<B> {
     }
 }
 
-fn mean_square<B: Backend>(a: &Var<B>, b: &Var<B>) -> Result<Var<B>> {
+fn mean_square<B: Backend>(a: &Variable<B>, b: &Variable<B>) -> Result<Variable<B>> {
     a.sub(b)?.unary(Unary::Square)?.mean_all()
 }
 
@@ -160,13 +160,13 @@ pub fn distance<B: Backend>(
     tokenizer: &dyn Tokenizer<B>,
     eye: &Eye<B>,
     most: usize,
-    sequences: &Var<B>,
+    sequences: &Variable<B>,
     targets: &B::Tensor,
-) -> Result<Var<B>> {
+) -> Result<Variable<B>> {
     let b = B::shape(targets)[0];
     sequences.sum_of_pieces(most, |piece, place| {
         let target = B::narrow(targets, 0, place.start, place.len())?;
-        let target = tokenizer.decode(&Var::constant(target))?;
+        let target = tokenizer.decode(&Variable::constant(target))?;
         let distance = eye.distance(&tokenizer.decode(piece)?, &target)?;
         match place.len() {
             all if all == b => Ok(distance),

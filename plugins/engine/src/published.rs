@@ -428,7 +428,7 @@ pub fn shapes(
         }
     };
     let (codes, dim) = found.0.codebook();
-    let tokens = found.1.tokens();
+    let tokens = found.1.token_shape();
     if (tokens.vocabulary, tokens.dim) != (codes, dim) {
         let message = format!(
             "this {} was made for a codebook of {} codes in {} dimensions, but the tokenizer {} has {codes} in {dim}",

@@ -14,7 +14,7 @@ use crate::model::resize::bicubic_planes;
 use crate::model::{Conditions, Guidance, PrefixMask, Student, Teacher, TokenShape, vq::nearest};
 use crate::random::{Sequence, Stream};
 use crate::splice::State;
-use crate::tape::Var;
+use crate::tape::Variable;
 
 /// How an AR teacher's distribution is formed before a token is chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -115,7 +115,7 @@ pub fn autoregressive<B: Backend>(
     prefix: Option<Prefix<'_, B>>,
     end: usize,
 ) -> Result<B::Tensor> {
-    let shape = teacher.tokens();
+    let shape = teacher.token_shape();
     let given = prefix.as_ref().map_or(0, |p| B::shape(p.tokens)[1]);
     let mut generation = teacher.generate(conditions, distribution.guided())?;
     let mut chosen: Vec<B::Tensor> = Vec::with_capacity(end);
@@ -142,7 +142,7 @@ pub fn skipping<B: Backend>(
     choice: &mut Choice<'_, B>,
     end: usize,
 ) -> Result<B::Tensor> {
-    let shape = teacher.tokens();
+    let shape = teacher.token_shape();
     let known = match end {
         0 => None,
         end => Some(autoregressive(
@@ -239,8 +239,8 @@ impl<B: Backend> StudentSampler<'_, B> {
         conditions: &Conditions<B>,
         t: usize,
     ) -> Result<B::Tensor> {
-        let shape = self.student.tokens();
-        let (b, l, known) = (B::shape(noise)[0], shape.tokens(), shape.tokens_before(t));
+        let shape = self.student.token_shape();
+        let (b, l, known) = (B::shape(noise)[0], shape.count(), shape.tokens_before(t));
         let x = match known {
             0 => noise.clone(),
             at if at == l => latents.clone(),
@@ -282,8 +282,8 @@ impl<B: Backend> StudentSampler<'_, B> {
             distribution,
             mask,
         } = assistant;
-        let shape = self.student.tokens();
-        let (b, l) = (B::shape(noise)[0], shape.tokens());
+        let shape = self.student.token_shape();
+        let (b, l) = (B::shape(noise)[0], shape.count());
         let kept = shape.tokens_before(teacher_start);
         // Where the teacher begins, nothing of the first pass would be left: it is not made.
         let prefix = if kept == 0 {
@@ -363,7 +363,7 @@ pub fn decode<B: Backend>(
     latents: &B::Tensor,
     side: usize,
 ) -> Result<Vec<f32>> {
-    let images = tokenizer.decode(&Var::constant(latents.clone()))?;
+    let images = tokenizer.decode(&Variable::constant(latents.clone()))?;
     let (decoded, mut pixels) = (images.shape()[3], B::to_floats(images.value())?);
     if decoded != side {
         pixels = bicubic_planes(&pixels, decoded, side);

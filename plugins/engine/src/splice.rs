@@ -10,7 +10,7 @@
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::tape::Var;
+use crate::tape::Variable;
 
 /// X_t of some samples.
 #[derive(Debug, Clone)]
@@ -37,7 +37,7 @@ impl<B: Backend> State<B> {
             .known
             .iter()
             .flat_map(|&k| (0..l).map(move |i| u32::from(i < k)));
-        B::indices_beside(&self.x, &kinds.collect::<Vec<_>>(), &[b, l])
+        B::of(&self.x).indices(&kinds.collect::<Vec<_>>(), &[b, l])
     }
 
     /// The final sequence (b, L, D), from logits (b, L, K) and what the continuous head says (b, L, D), which is asked for
@@ -45,10 +45,10 @@ impl<B: Backend> State<B> {
     pub fn finish(
         &self,
         logits: &B::Tensor,
-        head: impl FnOnce() -> Result<Var<B>>,
+        head: impl FnOnce() -> Result<Variable<B>>,
         codebook: &B::Tensor,
         boundary: usize,
-    ) -> Result<Var<B>> {
+    ) -> Result<Variable<B>> {
         let shape = B::shape(&self.x);
         let (l, d) = (shape[1], shape[2]);
         let part_of = |known: usize, i: usize| match i {
@@ -62,16 +62,16 @@ impl<B: Backend> State<B> {
             .flat_map(|&known| (0..l).map(move |i| part_of(known, i)))
             .collect();
         let mut used = Vec::new();
-        let mut uses = |part, vectors: Var<B>| {
+        let mut uses = |part, vectors: Variable<B>| {
             used.push((part, vectors.reshape(&[parts.len(), d])?));
             Ok::<_, Error>(())
         };
         if parts.contains(&Part::Known) {
-            uses(Part::Known, Var::constant(self.x.clone()))?;
+            uses(Part::Known, Variable::constant(self.x.clone()))?;
         }
         if parts.contains(&Part::Codes) {
             let codes = B::rows(codebook, &B::argmax_last(logits)?)?;
-            uses(Part::Codes, Var::constant(codes))?;
+            uses(Part::Codes, Variable::constant(codes))?;
         }
         if parts.contains(&Part::Head) {
             uses(Part::Head, head()?)?;
@@ -85,7 +85,7 @@ impl<B: Backend> State<B> {
             (place * parts.len() + at) as u32
         });
         let rows: Vec<u32> = rows.collect();
-        let table = Var::cat(&used.iter().map(|(_, v)| v).collect::<Vec<_>>(), 0)?;
-        table.rows(&B::indices_beside(&self.x, &rows, &shape[..2])?)
+        let table = Variable::cat(&used.iter().map(|(_, v)| v).collect::<Vec<_>>(), 0)?;
+        table.rows(&B::of(&self.x).indices(&rows, &shape[..2])?)
     }
 }

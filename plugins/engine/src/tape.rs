@@ -1,6 +1,6 @@
 //! Reverse-mode differentiation over a [`Backend`]: written once, so that backends need no gradients of their own.
 //!
-//! A [`Var`] is a value and, where a parameter had a part in it, the node that knows how to send a gradient back.
+//! A [`Variable`] is a value and, where a parameter had a part in it, the node that knows how to send a gradient back.
 //! Model code is the same for training and inference: without parameters that want gradients no node is made and
 //! nothing is kept. Nodes are numbered as they are made, so descending numbers are a topological order and
 //! [`backward`] is one loop over a heap. A node is dropped as soon as it has passed its gradient on, so memory falls
@@ -24,12 +24,12 @@ struct Node<T> {
 }
 
 /// A tensor that may want a gradient. Cheap to clone.
-pub struct Var<B: Backend> {
+pub struct Variable<B: Backend> {
     value: B::Tensor,
     node: Option<Arc<Node<B::Tensor>>>,
 }
 
-impl<B: Backend> Clone for Var<B> {
+impl<B: Backend> Clone for Variable<B> {
     fn clone(&self) -> Self {
         Self {
             value: self.value.clone(),
@@ -38,11 +38,11 @@ impl<B: Backend> Clone for Var<B> {
     }
 }
 
-impl<B: Backend> std::fmt::Debug for Var<B> {
+impl<B: Backend> std::fmt::Debug for Variable<B> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
             f,
-            "Var({:?}, {})",
+            "Variable({:?}, {})",
             self.shape(),
             if self.node.is_some() {
                 "with gradient"
@@ -61,8 +61,11 @@ fn next_id() -> u64 {
 /// Gradients of a scalar for some of the parameters that led to it.
 ///
 /// Errors when a parameter had no part in the loss: a silent zero would hide a broken model.
-pub fn backward<B: Backend>(loss: Var<B>, params: &[(String, Var<B>)]) -> Result<Vec<B::Tensor>> {
-    let seed = B::floats_beside(&loss.value, &[1.0], &B::shape(&loss.value))?;
+pub fn backward<B: Backend>(
+    loss: Variable<B>,
+    params: &[(String, Variable<B>)],
+) -> Result<Vec<B::Tensor>> {
+    let seed = B::of(&loss.value).floats(&[1.0], &B::shape(&loss.value))?;
     let ids = params.iter().filter_map(|(_, p)| Some(p.node.as_ref()?.id));
     let mut leaves: BTreeMap<u64, Option<B::Tensor>> = ids.map(|id| (id, None)).collect();
     drop(loss.value);
@@ -135,7 +138,7 @@ fn made_before<T>(node: &Arc<Node<T>>, first: u64) -> BTreeMap<u64, Arc<Node<T>>
     found
 }
 
-impl<B: Backend> Var<B> {
+impl<B: Backend> Variable<B> {
     /// A value that wants no gradient.
     pub fn constant(value: B::Tensor) -> Self {
         Self { value, node: None }
@@ -256,7 +259,7 @@ impl<B: Backend> Var<B> {
     /// A result of parents, with the way its gradient goes back.
     fn from_op(
         value: B::Tensor,
-        parents: &[&Var<B>],
+        parents: &[&Variable<B>],
         vjp: impl FnOnce(&B::Tensor) -> Result<Vec<Option<B::Tensor>>> + Send + Sync + 'static,
     ) -> Self {
         if parents.iter().all(|p| p.node.is_none()) {
@@ -313,7 +316,7 @@ impl<B: Backend> Var<B> {
                 let zeros = |n: usize| {
                     let mut shape = before.clone();
                     shape[dim] = n;
-                    let zero = B::floats_beside(g, &[0.0], &vec![1; shape.len()])?;
+                    let zero = B::of(g).floats(&[0.0], &vec![1; shape.len()])?;
                     B::expand(&zero, &shape)
                 };
                 let end = before[dim] - start - len;
@@ -332,7 +335,7 @@ impl<B: Backend> Var<B> {
     }
 
     /// Tensors one behind the other along a dimension.
-    pub fn cat(xs: &[&Var<B>], dim: usize) -> Result<Self> {
+    pub fn cat(xs: &[&Variable<B>], dim: usize) -> Result<Self> {
         let values: Vec<&B::Tensor> = xs.iter().map(|x| &x.value).collect();
         let sizes: Vec<(usize, bool)> = xs.iter().map(|x| (x.shape()[dim], x.wants())).collect();
         Ok(Self::from_op(B::cat(&values, dim)?, xs, move |g| {
@@ -674,7 +677,7 @@ impl<B: Backend> Var<B> {
         ))
     }
 
-    /// [`Var::conv2d_bias`] with stride 1 of images twice as high and wide, each pixel a block of 2 x 2 (nearest neighbour).
+    /// [`Variable::conv2d_bias`] with stride 1 of images twice as high and wide, each pixel a block of 2 x 2 (nearest neighbour).
     /// The backward pass enlarges again instead of keeping what is four times as large.
     pub fn conv2d_upsampled(&self, w: &Self, bias: &Self, padding: [usize; 2]) -> Result<Self> {
         let y = B::conv2d_upsampled(&self.value, &w.value, &bias.value, padding)?;

@@ -19,7 +19,7 @@ use crate::collective::Collective;
 use crate::error::{Error, Result};
 use crate::model::decays;
 use crate::muon::{self, Muon};
-use crate::tape::{Var, backward};
+use crate::tape::{Variable, backward};
 use crate::weights::{self, Floats, Params, Weights};
 
 /// How to train.
@@ -122,7 +122,7 @@ impl TrainOptions {
 /// What a step gives: the loss to descend and figures to record beside it.
 pub struct StepOutput<B: Backend> {
     /// A scalar.
-    pub loss: Var<B>,
+    pub loss: Variable<B>,
     /// Named figures.
     pub figures: Vec<(&'static str, f64)>,
     /// A parameter and rows of it that the step wrote anew: their moments begin again, and their average with them.
@@ -131,7 +131,7 @@ pub struct StepOutput<B: Backend> {
 
 impl<B: Backend> StepOutput<B> {
     /// A loss and figures.
-    pub fn new(loss: Var<B>, figures: Vec<(&'static str, f64)>) -> Self {
+    pub fn new(loss: Variable<B>, figures: Vec<(&'static str, f64)>) -> Self {
         Self {
             loss,
             figures,
@@ -217,7 +217,7 @@ pub fn average<B: Backend>(
     if options.ema == 0.0 {
         return Ok(None);
     }
-    let copy = |(name, p): &(String, Var<B>)| {
+    let copy = |(name, p): &(String, Variable<B>)| {
         let copy = backend.floats(&B::to_floats(p.value())?, &p.shape())?;
         Ok((name.clone(), copy))
     };
@@ -230,7 +230,7 @@ pub fn shared<B: Backend>(
     params: &Params<B>,
     average: Option<&BTreeMap<String, B::Tensor>>,
 ) -> BTreeMap<String, B::Tensor> {
-    let own = |(name, p): &(String, Var<B>)| (name.clone(), p.value().clone());
+    let own = |(name, p): &(String, Variable<B>)| (name.clone(), p.value().clone());
     match average {
         Some(tensors) => tensors.clone(),
         None => params.iter().map(own).collect(),
@@ -275,7 +275,7 @@ impl<B: Backend> Fit<'_, B> {
         mut held_out: Option<HeldOut<'_>>,
     ) -> Result<Weights> {
         let o = self.options;
-        let zeros = |p: &Var<B>| self.backend.full(&p.shape(), 0.0);
+        let zeros = |p: &Variable<B>| self.backend.full(&p.shape(), 0.0);
         let moments: Vec<Moments<B>> = self
             .params
             .iter()

@@ -18,7 +18,7 @@ use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::random::{Sequence, Stream};
-use crate::tape::Var;
+use crate::tape::Variable;
 
 /// Floats on the host with their shape, row-major.
 #[derive(Debug, Clone, PartialEq)]
@@ -33,7 +33,7 @@ pub struct Floats {
 pub type Weights = BTreeMap<String, Floats>;
 
 /// Named variables of a model, in the order in which it asked for them.
-pub type Params<B> = Vec<(String, Var<B>)>;
+pub type Params<B> = Vec<(String, Variable<B>)>;
 
 /// Named tensors in a checkpoint, read when they are asked for.
 pub struct Stored {
@@ -276,7 +276,7 @@ pub fn le_bytes(data: &[f32]) -> Vec<u8> {
 }
 
 /// Copies variables to the host.
-pub fn from_params<B: Backend>(params: &[(String, Var<B>)]) -> Result<Weights> {
+pub fn from_params<B: Backend>(params: &[(String, Variable<B>)]) -> Result<Weights> {
     params
         .iter()
         .map(|(name, p)| {
@@ -389,14 +389,14 @@ impl<'a, B: Backend> Loader<'a, B> {
     }
 
     /// The parameter of a name and shape.
-    pub fn get(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Var<B>> {
+    pub fn get(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Variable<B>> {
         let value = self.find(name, shape, init)?;
         Ok(self.hand_out(name, value))
     }
 
     /// The parameter of a name and shape that only products read: a constant is held in the type in which they are
     /// computed.
-    pub fn factor(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Var<B>> {
+    pub fn factor(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Variable<B>> {
         let value = self.find(name, shape, init)?;
         let value = if self.frozen() {
             B::factor(&value)?
@@ -458,11 +458,11 @@ impl<'a, B: Backend> Loader<'a, B> {
         self.upload(name, &file.floats(name)?, shape)
     }
 
-    fn hand_out(&mut self, name: &str, value: B::Tensor) -> Var<B> {
+    fn hand_out(&mut self, name: &str, value: B::Tensor) -> Variable<B> {
         let var = if self.trainable {
-            Var::parameter(value)
+            Variable::parameter(value)
         } else {
-            Var::constant(value)
+            Variable::constant(value)
         };
         self.params.push((name.to_owned(), var.clone()));
         var

@@ -2,8 +2,8 @@
 //!
 //!     cargo bench -p retort-libtorch --bench speed [-- PART OF A LINE [COLUMN,COLUMN..]]
 //!
-//! libtorch computes in f32 and in bf16. `PYTHON` names a Python with torch for the last columns; without it they are
-//! left out.
+//! libtorch computes in f32 and in bf16. `PYTHON` names a Python with torch for the last columns, as it is and compiled;
+//! without it they are left out. To compile takes minutes.
 
 use retort_candle::Candle;
 use retort_libtorch::Libtorch;
@@ -28,12 +28,15 @@ fn main() {
         }),
     ];
     if let Ok(python) = std::env::var("PYTHON") {
-        for dtype in ["f32", "bf16"] {
-            all.push(Box::new(Peer {
-                python: python.clone(),
-                dtype,
-                threads,
-            }));
+        for compile in [None, Some("default")] {
+            for dtype in ["f32", "bf16"] {
+                all.push(Box::new(Peer {
+                    python: python.clone(),
+                    dtype,
+                    threads,
+                    compile: compile.map(Into::into),
+                }));
+            }
         }
     }
     report(all).expect("a table");

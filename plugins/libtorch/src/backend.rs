@@ -69,6 +69,13 @@ impl Libtorch {
 impl Tensors for Libtorch {
     type Tensor = Tensor;
 
+    fn of(x: &T) -> Self {
+        Self {
+            device: x.inner.device(),
+            precision: x.precision,
+        }
+    }
+
     fn exact(&self) -> Self {
         Self {
             precision: Precision::Full,
@@ -87,18 +94,6 @@ impl Tensors for Libtorch {
     fn full(&self, shape: &[usize], value: f32) -> Result<T> {
         let empty = Raw::f_empty(signed(shape), (Kind::Float, self.device));
         self.put(empty.and_then(|mut x| x.f_fill_(f64::from(value))), shape)
-    }
-
-    fn floats_beside(other: &T, data: &[f32], shape: &[usize]) -> Result<T> {
-        beside(other).floats(data, shape)
-    }
-
-    fn full_beside(other: &T, shape: &[usize], value: f32) -> Result<T> {
-        beside(other).full(shape, value)
-    }
-
-    fn indices_beside(other: &T, data: &[u32], shape: &[usize]) -> Result<T> {
-        beside(other).indices(data, shape)
     }
 
     fn factor(x: &T) -> Result<T> {
@@ -781,14 +776,6 @@ fn rounded(a: &Raw, b: &Raw) -> Tried {
 /// A number as a tensor, for operations that make a tensor: what takes it as a number panics in tch when memory is short.
 fn number(x: f64) -> Raw {
     Raw::from(x)
-}
-
-/// A backend that puts tensors where another lies.
-fn beside(other: &T) -> Libtorch {
-    Libtorch {
-        device: other.inner.device(),
-        precision: other.precision,
-    }
 }
 
 /// The greatest value of each window, and where it is.

@@ -4,7 +4,7 @@ use retort_engine::Result;
 use retort_engine::backend::{FlowSolver, Layers, Norms, Sampling, Tensors, Unary};
 use retort_engine::model::{ConditionShape, Conditions, Student, llamagen};
 use retort_engine::random::noise;
-use retort_engine::tape::{Var, backward};
+use retort_engine::tape::{Variable, backward};
 use retort_engine::weights::{Loader, Source};
 use retort_libtorch::{Libtorch, Precision};
 use retort_tests::agreement::drawn;
@@ -111,7 +111,10 @@ fn everything_but_products_is_exact() {
             Libtorch::rms_norm(&x, &w, 1e-5)?,
             Libtorch::softmax(&logits)?,
             Libtorch::sum(&x, &[0])?,
-            Var::<Libtorch>::constant(x).mean_all()?.value().clone(),
+            Variable::<Libtorch>::constant(x)
+                .mean_all()?
+                .value()
+                .clone(),
         ];
         let mut all: Vec<Vec<f32>> = all.iter().map(Libtorch::to_floats).collect::<Result<_>>()?;
         all.push(ids);

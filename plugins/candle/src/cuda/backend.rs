@@ -34,6 +34,13 @@ impl Cuda {
 impl Tensors for Cuda {
     type Tensor = Tensor;
 
+    fn of(x: &T) -> Self {
+        Self {
+            device: x.raw.device().clone(),
+            half: x.half,
+        }
+    }
+
     fn exact(&self) -> Self {
         Self {
             half: false,
@@ -57,18 +64,6 @@ impl Tensors for Cuda {
             raw: full(device, shape, value)?,
             half: self.half,
         })
-    }
-
-    fn floats_beside(other: &T, data: &[f32], shape: &[usize]) -> Result<T> {
-        other.with(Raw::from_slice(data, shape, other.raw.device()))
-    }
-
-    fn full_beside(other: &T, shape: &[usize], value: f32) -> Result<T> {
-        Ok(other.like(full(&device(&other.raw)?, shape, value)?))
-    }
-
-    fn indices_beside(other: &T, data: &[u32], shape: &[usize]) -> Result<T> {
-        other.with(Raw::from_slice(data, shape, other.raw.device()))
     }
 
     fn factor(x: &T) -> Result<T> {

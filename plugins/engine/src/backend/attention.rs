@@ -153,5 +153,5 @@ fn causal_bias<B: Tensors>(scores: &B::Tensor) -> Result<B::Tensor> {
             }
         })
         .collect();
-    B::floats_beside(scores, &bias, &[lq, lk])
+    B::of(scores).floats(&bias, &[lq, lk])
 }

@@ -366,7 +366,7 @@ fn frame<B: Tensors>(
 ) -> Result<B::Tensor> {
     let mut shape = B::shape(x);
     let after = all.saturating_sub(before + shape[dim]);
-    let one = B::floats_beside(x, &[value], &vec![1; shape.len()])?;
+    let one = B::of(x).floats(&[value], &vec![1; shape.len()])?;
     let mut side = |n: usize| {
         shape[dim] = n;
         B::expand(&one, &shape)

@@ -176,7 +176,7 @@ pub trait Norms: Tensors {
 pub(crate) fn root_mean_square<B: Tensors>(x: &B::Tensor) -> Result<(B::Tensor, f64)> {
     let shape = B::shape(x);
     let d = shape[shape.len() - 1];
-    let scale = B::full_beside(x, &[d], (d as f32).sqrt().recip())?;
+    let scale = B::of(x).full(&[d], (d as f32).sqrt().recip())?;
     Ok((scale, 1e-24 / d as f64))
 }
 

@@ -58,6 +58,9 @@ pub trait Tensors: Sized + Send + Sync + 'static {
     /// A tensor: of floats (the backend's compute type or f32) or of indices (unsigned, at least 32 bits).
     type Tensor: Clone + Send + Sync + Debug;
 
+    /// The backend of a tensor: its device and its precision, for tensors that are to meet it.
+    fn of(x: &Self::Tensor) -> Self;
+
     /// The same device, with products in f32: for what is measured and must not depend on a recipe's `dtype`.
     fn exact(&self) -> Self;
 
@@ -69,17 +72,6 @@ pub trait Tensors: Sized + Send + Sync + 'static {
 
     /// Floats, all `value`.
     fn full(&self, shape: &[usize], value: f32) -> Result<Self::Tensor>;
-
-    /// Copies floats to the device of another tensor.
-    fn floats_beside(other: &Self::Tensor, data: &[f32], shape: &[usize]) -> Result<Self::Tensor>;
-
-    /// Floats, all `value`, on the device of another tensor.
-    fn full_beside(other: &Self::Tensor, shape: &[usize], value: f32) -> Result<Self::Tensor> {
-        Self::floats_beside(other, &vec![value; shape.iter().product()], shape)
-    }
-
-    /// Copies indices to the device of another tensor.
-    fn indices_beside(other: &Self::Tensor, data: &[u32], shape: &[usize]) -> Result<Self::Tensor>;
 
     /// The same numbers in the type in which products are computed: for weights and caches that only products
     /// ([`Layers::linear`](crate::backend::Layers::linear), [`Attention::attention`](crate::backend::Attention::attention)) read.

@@ -29,7 +29,7 @@ impl<B: Backend> Suite<'_, B> {
         });
         let full = Host::build(&[2, 3], |_| 0.5);
         let got = self.b.full(&[2, 3], 0.5);
-        let beside = got.and_then(|x| B::full_beside(&x, &[2, 3], 0.5));
+        let beside = got.and_then(|x| B::of(&x).full(&[2, 3], 0.5));
         self.compare("full", beside, &full, 0.0);
     }
 

@@ -27,7 +27,7 @@ use crate::model::{
 use crate::sampler::{Assistant, Choice, Distribution, StudentSampler, autoregressive, choices};
 use crate::statistics::neighbours::precision_recall;
 use crate::statistics::{Moments, frechet_distance, inception_score};
-use crate::tape::{Var, backward};
+use crate::tape::{Variable, backward};
 use crate::weights::{self, Floats, Loader, Source, Stored, Weights};
 
 /// Largest allowed error, relative to the largest magnitude of the tensor.
@@ -442,7 +442,7 @@ fn var_variants<B: Backend>(backend: &B) -> Result<Vec<Case>> {
     let (own_teacher, _) = teacher(&own, Source::Host(&weights))?;
 
     let shape = own.token_shape();
-    let (n, l) = (2, shape.tokens());
+    let (n, l) = (2, shape.count());
     let ids: Vec<u32> = (0..n * l).map(|i| (i * 7 % 12) as u32).collect();
     let tokens = backend.indices(&ids, &[n, l])?;
     let labels = Conditions::Classes(backend.indices(&[1, 4], &[n])?);
@@ -501,7 +501,10 @@ fn captions<B: Backend>(backend: &B, dir: &Path) -> Result<Vec<Case>> {
     let student = llamagen::GptStudent::load(&mut load("dd")?, &config)?;
     let codes = images.tensor("vq", CODEBOOK)?;
     let codebook = backend.floats(&codes.data, &codes.shape)?;
-    let codebook = Var::<B>::constant(codebook).l2_normalise()?.value().clone();
+    let codebook = Variable::<B>::constant(codebook)
+        .l2_normalise()?
+        .value()
+        .clone();
 
     // Features come left-padded; the mask says how far.
     let mask = suite.expected.floats("mask")?;
@@ -529,7 +532,7 @@ fn captions<B: Backend>(backend: &B, dir: &Path) -> Result<Vec<Case>> {
     suite.floats("forced.logits_uncond", &forced(&given(without))?)?;
 
     let guidance = Some(numbers.get("guidance")?);
-    let steps = teacher.tokens().steps.len();
+    let steps = teacher.token_shape().steps.len();
     let mut greedy = choices(0, 0, n);
     let distribution = Distribution {
         guidance,
@@ -659,10 +662,13 @@ fn compare<B: Backend>(
         tokenizer,
         ..
     } = *networks;
-    let shape = teacher.tokens();
+    let shape = teacher.token_shape();
     let codebook = tokenizer.codebook()?;
     let decode = |latents: B::Tensor| -> Result<B::Tensor> {
-        Ok(tokenizer.decode(&Var::constant(latents))?.value().clone())
+        Ok(tokenizer
+            .decode(&Variable::constant(latents))?
+            .value()
+            .clone())
     };
     let classes = suite.expected.indices("labels")?;
     let n = classes.len();
@@ -716,7 +722,7 @@ fn compare<B: Backend>(
 
     // Student passes, one and two steps, assisted.
     suite.chosen = false;
-    let (middle, l): (usize, usize) = (numbers.get("t_mid")?, shape.tokens());
+    let (middle, l): (usize, usize) = (numbers.get("t_mid")?, shape.count());
     for t in [0, middle] {
         let x = suite.tensor(&format!("student.t{t}.input"))?;
         let known = shape.tokens_before(t);
@@ -784,12 +790,12 @@ pub fn measures<B: Backend>(backend: &B, dir: &Path) -> Result<Vec<Case>> {
         let data = both.map(|x| &x.data[..]).concat();
         backend.floats(&data, &[&[2], &both[0].shape[..]].concat())
     };
-    let grey = |x: &B::Tensor| Ok::<_, Error>(Var::constant(B::narrow(x, 1, 0, 1)?));
+    let grey = |x: &B::Tensor| Ok::<_, Error>(Variable::constant(B::narrow(x, 1, 0, 1)?));
     let (a, b) = (side("a")?, side("b")?);
     let found = lpips.distance(&grey(&a)?, &grey(&b)?)?;
     suite.floats("lpips.grey", found.value())?;
-    let image = Var::parameter(a);
-    let distance = lpips.distance(&image, &Var::constant(b))?;
+    let image = Variable::parameter(a);
+    let distance = lpips.distance(&image, &Variable::constant(b))?;
     suite.floats("lpips.distance", distance.value())?;
     let sum = distance.sum(&[0])?;
     drop(distance);
@@ -804,7 +810,7 @@ pub fn measures<B: Backend>(backend: &B, dir: &Path) -> Result<Vec<Case>> {
         let pixels = images.iter().flat_map(|x| x.data.iter().map(byte));
         let shape = [&[count], &images[0].shape[..]].concat();
         let x = backend.floats(&pixels.collect::<Vec<_>>(), &shape)?;
-        let x = Var::constant(x);
+        let x = Variable::constant(x);
         let found = inception.look(&x, Preparation::Pytorch)?;
         for (features, dims) in found.features.iter().zip(FEATURES) {
             suite.floats(&format!("inception.{name}.{dims}"), features.value())?;

@@ -4,10 +4,10 @@ use super::host::Host;
 use super::{Lie, Suite, difference};
 use crate::backend::{Backend, Mask, Unary, Window};
 use crate::error::Result;
-use crate::tape::{Var, backward};
+use crate::tape::{Variable, backward};
 
 /// A function of parameters, written as model code is.
-type Model<'a, B> = &'a dyn Fn(&[Var<B>]) -> Result<Var<B>>;
+type Model<'a, B> = &'a dyn Fn(&[Variable<B>]) -> Result<Variable<B>>;
 
 impl<B: Backend> Suite<'_, B> {
     pub(super) fn tape(&mut self) {
@@ -18,10 +18,10 @@ impl<B: Backend> Suite<'_, B> {
         self.slope("reshape", one, &|p| p[0].reshape(&[6, 12]));
         self.slope("permute", one, &|p| p[0].permute(&[2, 0, 1]));
         self.slope("narrow", one, &|p| p[0].narrow(1, 1, 2));
-        self.slope("cat", &two, &|p| Var::cat(&[&p[0], &p[1]], 1));
-        let half = || b.full(&[3, 4, 6], 0.5).map(Var::constant);
+        self.slope("cat", &two, &|p| Variable::cat(&[&p[0], &p[1]], 1));
+        let half = || b.full(&[3, 4, 6], 0.5).map(Variable::constant);
         self.slope("cat of a constant", one, &|p| {
-            Var::cat(&[&half()?, &p[0]], 2)
+            Variable::cat(&[&half()?, &p[0]], 2)
         });
         self.slope("mul by a constant", one, &|p| half()?.mul(&p[0]));
         self.slope("add", &two, &|p| p[0].add(&p[1]));
@@ -67,7 +67,7 @@ impl<B: Backend> Suite<'_, B> {
         );
         let heads = Host::random(&[2, 3, 2, 4], 67, -1.0, 1.0);
         let length = Host::random(&[2], 68, 0.5, 1.5);
-        let by = |p: &[Var<B>]| p[1].reshape(&[2, 1]);
+        let by = |p: &[Variable<B>]| p[1].reshape(&[2, 1]);
         self.alike(
             "unit",
             &[heads.clone(), length],
@@ -145,7 +145,7 @@ impl<B: Backend> Suite<'_, B> {
 
         let qkv = [66, 67, 68].map(|seed| Host::random(&[2, 5, 2, 4], seed, -1.0, 1.0));
         self.slope("attention", &qkv, &|p| {
-            Var::attention(&p[0], &p[1], &p[2], &Mask::Causal, 0.5)
+            Variable::attention(&p[0], &p[1], &p[2], &Mask::Causal, 0.5)
         });
         let packed = Host::random(&[2, 5, 24], 69, -1.0, 1.0);
         let angle = Host::random(&[5, 2], 70, -3.0, 3.0);
@@ -188,19 +188,24 @@ impl<B: Backend> Suite<'_, B> {
 
     /// Gradients of the sum of a model's outputs, weighted at random, and the weights.
     fn gradients(&self, params: &[Host], model: Model<'_, B>) -> Result<(Vec<Vec<f32>>, Host)> {
-        let leaves: Vec<(String, Var<B>)> = params
+        let leaves: Vec<(String, Variable<B>)> = params
             .iter()
             .enumerate()
-            .map(|(i, p)| Ok((format!("{i}"), Var::parameter(self.put(p, Lie::Whole)?))))
+            .map(|(i, p)| {
+                Ok((
+                    format!("{i}"),
+                    Variable::parameter(self.put(p, Lie::Whole)?),
+                ))
+            })
             .collect::<Result<_>>()?;
-        let vars: Vec<Var<B>> = leaves.iter().map(|(_, v)| v.clone()).collect();
+        let vars: Vec<Variable<B>> = leaves.iter().map(|(_, v)| v.clone()).collect();
         let y = model(&vars)?;
         drop(vars);
         let shape = y.shape();
         let weights = Host::random(&shape, 71, -1.0, 1.0);
         let dims: Vec<usize> = (0..shape.len()).collect();
         let loss = y
-            .mul(&Var::constant(self.put(&weights, Lie::Whole)?))?
+            .mul(&Variable::constant(self.put(&weights, Lie::Whole)?))?
             .sum(&dims)?;
         drop(y);
         let gradients = backward(loss, &leaves)?;
@@ -211,9 +216,9 @@ impl<B: Backend> Suite<'_, B> {
     fn slope_error(&self, params: &[Host], model: Model<'_, B>, h: f64) -> Result<f64> {
         let (gradients, weights) = self.gradients(params, model)?;
         let value = |at: &[Host]| -> Result<f64> {
-            let vars: Vec<Var<B>> = at
+            let vars: Vec<Variable<B>> = at
                 .iter()
-                .map(|p| Ok(Var::constant(self.put(p, Lie::Whole)?)))
+                .map(|p| Ok(Variable::constant(self.put(p, Lie::Whole)?)))
                 .collect::<Result<_>>()?;
             let y = B::to_floats(model(&vars)?.value())?;
             Ok(y.iter()

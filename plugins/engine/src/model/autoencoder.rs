@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::backend::Backend;
 use crate::error::Result;
 use crate::model::LastConvolution;
-use crate::tape::Var;
+use crate::tape::Variable;
 use crate::weights::{Init, Loader};
 
 const EPS: f64 = 1e-6;
@@ -81,8 +81,8 @@ impl Names {
 
 /// A convolution with bias.
 pub(super) struct Conv<B: Backend> {
-    weight: Var<B>,
-    bias: Var<B>,
+    weight: Variable<B>,
+    bias: Variable<B>,
     stride: usize,
     padding: usize,
 }
@@ -110,21 +110,21 @@ impl<B: Backend> Conv<B> {
     }
 
     /// (b, input, h, w) -> (b, output, h', w')
-    pub(super) fn forward(&self, x: &Var<B>) -> Result<Var<B>> {
+    pub(super) fn forward(&self, x: &Variable<B>) -> Result<Variable<B>> {
         self.run(x, None)
     }
 
     /// The same plus a residual of the result's shape.
-    fn forward_plus(&self, x: &Var<B>, residual: &Var<B>) -> Result<Var<B>> {
+    fn forward_plus(&self, x: &Variable<B>, residual: &Variable<B>) -> Result<Variable<B>> {
         self.run(x, Some(residual))
     }
 
     /// The same of images twice as high and wide, where the kernel keeps the size.
-    fn forward_upsampled(&self, x: &Var<B>) -> Result<Var<B>> {
+    fn forward_upsampled(&self, x: &Variable<B>) -> Result<Variable<B>> {
         x.conv2d_upsampled(&self.weight, &self.bias, [self.padding; 2])
     }
 
-    fn run(&self, x: &Var<B>, residual: Option<&Var<B>>) -> Result<Var<B>> {
+    fn run(&self, x: &Variable<B>, residual: Option<&Variable<B>>) -> Result<Variable<B>> {
         x.conv2d_bias(
             &self.weight,
             &self.bias,
@@ -136,8 +136,8 @@ impl<B: Backend> Conv<B> {
 }
 
 struct Norm<B: Backend> {
-    weight: Var<B>,
-    bias: Var<B>,
+    weight: Variable<B>,
+    bias: Variable<B>,
     groups: usize,
 }
 
@@ -150,11 +150,11 @@ impl<B: Backend> Norm<B> {
         })
     }
 
-    fn forward(&self, x: &Var<B>) -> Result<Var<B>> {
+    fn forward(&self, x: &Variable<B>) -> Result<Variable<B>> {
         x.group_norm(self.groups, &self.weight, &self.bias, EPS)
     }
 
-    fn silu(&self, x: &Var<B>) -> Result<Var<B>> {
+    fn silu(&self, x: &Variable<B>) -> Result<Variable<B>> {
         x.group_norm_silu(self.groups, &self.weight, &self.bias, EPS)
     }
 }
@@ -186,7 +186,7 @@ impl<B: Backend> ResBlock<B> {
         })
     }
 
-    fn forward(&self, x: &Var<B>) -> Result<Var<B>> {
+    fn forward(&self, x: &Variable<B>) -> Result<Variable<B>> {
         let y = self.conv1.forward(&self.norm1.silu(x)?)?;
         let y = self.norm2.silu(&y)?;
         match &self.shortcut {
@@ -213,9 +213,9 @@ impl<B: Backend> Projection<B> {
     }
 
     /// (b, c, h, w) -> three of (b, h w, c)
-    fn forward(&self, x: &Var<B>) -> Result<[Var<B>; 3]> {
+    fn forward(&self, x: &Variable<B>) -> Result<[Variable<B>; 3]> {
         let s = x.shape();
-        let positions = |y: Var<B>| y.reshape(&[s[0], s[1], s[2] * s[3]])?.permute(&[0, 2, 1]);
+        let positions = |y: Variable<B>| y.reshape(&[s[0], s[1], s[2] * s[3]])?.permute(&[0, 2, 1]);
         match self {
             Self::Apart([q, k, v]) => Ok([
                 positions(q.forward(x)?)?,
@@ -253,7 +253,7 @@ impl<B: Backend> AttnBlock<B> {
         })
     }
 
-    fn forward(&self, x: &Var<B>) -> Result<Var<B>> {
+    fn forward(&self, x: &Variable<B>) -> Result<Variable<B>> {
         let s = x.shape();
         let [q, k, v] = self.qkv.forward(&self.norm.forward(x)?)?;
         let scale = (s[1] as f64).sqrt().recip();
@@ -300,7 +300,7 @@ impl<B: Backend> Level<B> {
         Ok(level)
     }
 
-    fn forward(&self, x: &Var<B>) -> Result<Var<B>> {
+    fn forward(&self, x: &Variable<B>) -> Result<Variable<B>> {
         let mut x = x.clone();
         for (i, res) in self.res.iter().enumerate() {
             x = res.forward(&x)?;
@@ -334,7 +334,7 @@ impl<B: Backend> Middle<B> {
         })
     }
 
-    fn forward(&self, x: &Var<B>) -> Result<Var<B>> {
+    fn forward(&self, x: &Variable<B>) -> Result<Variable<B>> {
         self.last
             .forward(&self.attn.forward(&self.first.forward(x)?)?)
     }
@@ -381,7 +381,7 @@ impl<B: Backend> Encoder<B> {
     }
 
     /// z (b, Z, side, side) of images (b, c, H, W).
-    pub(super) fn forward(&self, images: &Var<B>) -> Result<Var<B>> {
+    pub(super) fn forward(&self, images: &Variable<B>) -> Result<Variable<B>> {
         let mut x = self.conv_in.forward(images)?;
         for level in &self.levels {
             x = level.forward(&x)?;
@@ -432,12 +432,15 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// Images (b, c, H, W) of z (b, Z, side, side).
-    pub(super) fn forward(&self, z: &Var<B>) -> Result<Var<B>> {
+    pub(super) fn forward(&self, z: &Variable<B>) -> Result<Variable<B>> {
         self.conv_out.forward(&self.body(z)?)
     }
 
     /// The same with what the last convolution saw.
-    pub(super) fn forward_seen(&self, z: &Var<B>) -> Result<(Var<B>, LastConvolution<B>)> {
+    pub(super) fn forward_seen(
+        &self,
+        z: &Variable<B>,
+    ) -> Result<(Variable<B>, LastConvolution<B>)> {
         let x = self.body(z)?;
         let last = LastConvolution {
             input: x.value().clone(),
@@ -447,7 +450,7 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// What the last convolution sees.
-    fn body(&self, z: &Var<B>) -> Result<Var<B>> {
+    fn body(&self, z: &Variable<B>) -> Result<Variable<B>> {
         let mut x = self.mid.forward(&self.conv_in.forward(z)?)?;
         for level in &self.levels {
             x = level.forward(&x)?;
@@ -460,15 +463,13 @@ impl<B: Backend> Decoder<B> {
 }
 
 /// Adds a row of zeros below and a column of zeros at the right.
-fn pad_right_bottom<B: Backend>(x: &Var<B>) -> Result<Var<B>> {
+fn pad_right_bottom<B: Backend>(x: &Variable<B>) -> Result<Variable<B>> {
     let s = x.shape();
-    let zeros = |shape: [usize; 4]| -> Result<Var<B>> {
-        Ok(Var::constant(B::floats_beside(
-            x.value(),
-            &vec![0.0; shape.iter().product()],
-            &shape,
-        )?))
+    let zeros = |shape: [usize; 4]| -> Result<Variable<B>> {
+        Ok(Variable::constant(
+            B::of(x.value()).floats(&vec![0.0; shape.iter().product()], &shape)?,
+        ))
     };
-    let wide = Var::cat(&[x, &zeros([s[0], s[1], s[2], 1])?], 3)?;
-    Var::cat(&[&wide, &zeros([s[0], s[1], 1, s[3] + 1])?], 2)
+    let wide = Variable::cat(&[x, &zeros([s[0], s[1], s[2], 1])?], 3)?;
+    Variable::cat(&[&wide, &zeros([s[0], s[1], 1, s[3] + 1])?], 2)
 }

@@ -4,7 +4,7 @@
 use crate::backend::Backend;
 use crate::error::Result;
 use crate::model::Prediction;
-use crate::tape::Var;
+use crate::tape::Variable;
 use crate::weights::{Init, Loader};
 
 const EPS: f64 = 1e-6;
@@ -15,9 +15,9 @@ pub const CONTINUOUS_HEAD: &str = "final_layer_conti.";
 /// The head: (b, l, C) -> (b, l, D).
 pub(super) struct Continuous<B: Backend> {
     /// Rows: shift, scale.
-    scale_shift: Var<B>,
-    weight: Var<B>,
-    bias: Var<B>,
+    scale_shift: Variable<B>,
+    weight: Variable<B>,
+    bias: Variable<B>,
 }
 
 impl<B: Backend> Continuous<B> {
@@ -40,7 +40,7 @@ impl<B: Backend> Continuous<B> {
 
     /// Codebook vectors (b, L, D): LN(h) (1 + scale + c) + shift + c with c the condition's embedding, then linear. The
     /// condition's positions go.
-    pub(super) fn forward(&self, prediction: &Prediction<B>) -> Result<Var<B>> {
+    pub(super) fn forward(&self, prediction: &Prediction<B>) -> Result<Variable<B>> {
         let l = prediction.logits.shape()[1];
         let front = prediction.hidden.shape()[1] - l;
         let h = prediction.hidden.narrow(1, front, l)?;

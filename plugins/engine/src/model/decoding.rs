@@ -13,7 +13,7 @@ pub(super) struct Cache<B: Backend> {
 impl<B: Backend> Cache<B> {
     /// One empty cache per block, on the device of `beside`; `shape` (b, l, h, d) for all positions.
     pub(super) fn blocks(beside: &B::Tensor, depth: usize, shape: [usize; 4]) -> Result<Vec<Self>> {
-        let empty = || B::factor(&B::full_beside(beside, &shape, 0.0)?);
+        let empty = || B::factor(&B::of(beside).full(&shape, 0.0)?);
         (0..depth)
             .map(|_| {
                 Ok(Self {
@@ -82,7 +82,7 @@ pub(super) fn rows<B: Backend>(
         return Ok(labels.clone());
     }
     let n = B::shape(labels)[0];
-    let without = B::indices_beside(labels, &vec![classes as u32; n], &[n])?;
+    let without = B::of(labels).indices(&vec![classes as u32; n], &[n])?;
     B::cat(&[labels, &without], 0)
 }
 

@@ -10,7 +10,7 @@
 
 use crate::backend::{Backend, Unary};
 use crate::error::{Error, Result};
-use crate::tape::Var;
+use crate::tape::Variable;
 use crate::weights::{Init, Loader};
 
 const EPS: f64 = 1e-5;
@@ -19,17 +19,17 @@ const LEAK: f64 = 0.2;
 
 /// The network.
 pub struct Discriminator<B: Backend> {
-    first: (Var<B>, Var<B>),
+    first: (Variable<B>, Variable<B>),
     middle: Vec<Normed<B>>,
-    last: (Var<B>, Var<B>),
+    last: (Variable<B>, Variable<B>),
 }
 
 /// A convolution without bias, and its norm.
 struct Normed<B: Backend> {
-    weight: Var<B>,
+    weight: Variable<B>,
     stride: usize,
-    scale: Var<B>,
-    shift: Var<B>,
+    scale: Variable<B>,
+    shift: Variable<B>,
 }
 
 /// Refuses so many strided convolutions for images of a side of which they would leave nothing.
@@ -90,7 +90,7 @@ impl<B: Backend> Discriminator<B> {
     }
 
     /// Logits (b, 1, h, w) of images (b, c, H, W) in [-1, 1]: above 0 for what looks real.
-    pub fn forward(&self, images: &Var<B>) -> Result<Var<B>> {
+    pub fn forward(&self, images: &Variable<B>) -> Result<Variable<B>> {
         let (weight, bias) = &self.first;
         let mut x = leaky(&images.conv2d_bias(weight, bias, None, 2, [1, 1])?)?;
         for layer in &self.middle {
@@ -102,13 +102,17 @@ impl<B: Backend> Discriminator<B> {
     }
 }
 
-fn leaky<B: Backend>(x: &Var<B>) -> Result<Var<B>> {
+fn leaky<B: Backend>(x: &Variable<B>) -> Result<Variable<B>> {
     let above = x.unary(Unary::Relu)?.affine(1.0 - LEAK, 0.0)?;
     x.affine(LEAK, 0.0)?.add(&above)
 }
 
 /// Each channel of (b, c, h, w) with mean 0 and variance 1 over b, h and w; then scale and shift (c).
-fn batch_norm<B: Backend>(x: &Var<B>, scale: &Var<B>, shift: &Var<B>) -> Result<Var<B>> {
+fn batch_norm<B: Backend>(
+    x: &Variable<B>,
+    scale: &Variable<B>,
+    shift: &Variable<B>,
+) -> Result<Variable<B>> {
     let s = x.shape();
     let (b, c) = (s[0], s[1]);
     // One image of so many channels, each a group of its own.

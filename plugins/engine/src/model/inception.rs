@@ -15,7 +15,7 @@ use serde::Deserialize;
 
 use crate::backend::{Backend, Unary, Window};
 use crate::error::Result;
-use crate::tape::Var;
+use crate::tape::Variable;
 use crate::weights::{Init, Loader};
 
 /// Side of the images the network sees.
@@ -70,18 +70,18 @@ impl Preparation {
 pub struct Inception<B: Backend> {
     stem: Vec<Unit<B>>,
     blocks: Vec<Block<B>>,
-    classifier: Var<B>,
+    classifier: Variable<B>,
 }
 
 /// What the network says of images.
 pub struct Outputs<B: Backend> {
     /// Means over the map at the depths of [`FEATURES`], each (b, d).
-    pub features: [Var<B>; 4],
+    pub features: [Variable<B>; 4],
     /// The first seven channels of the first branch of Mixed_6d, (b, 2023): row by row, channels last, as ADM's
     /// evaluation suite orders them.
-    pub spatial: Var<B>,
+    pub spatial: Variable<B>,
     /// Logits of the classes without their biases (b, 1008): the inception score is taken from these.
-    pub logits: Var<B>,
+    pub logits: Variable<B>,
 }
 
 impl<B: Backend> Inception<B> {
@@ -117,7 +117,7 @@ impl<B: Backend> Inception<B> {
     }
 
     /// Looks at images (b, c, h, w) in [0, 1]; c is 3, or 1 for grey.
-    pub fn look(&self, images: &Var<B>, preparation: Preparation) -> Result<Outputs<B>> {
+    pub fn look(&self, images: &Variable<B>, preparation: Preparation) -> Result<Outputs<B>> {
         let shape = images.shape();
         // Grey becomes three equal colours.
         let colours = images.expand(&[shape[0], 3, shape[2], shape[3]])?;
@@ -142,7 +142,7 @@ impl<B: Backend> Inception<B> {
             if block.name == "Mixed_6d" {
                 spatial = Some(branches[0].narrow(1, 0, SPATIAL.0)?);
             }
-            x = Var::cat(&branches.iter().collect::<Vec<_>>(), 1)?;
+            x = Variable::cat(&branches.iter().collect::<Vec<_>>(), 1)?;
             if block.name == "Mixed_6e" {
                 third = Some(mean(&x)?);
             }
@@ -161,8 +161,8 @@ impl<B: Backend> Inception<B> {
 
 /// A convolution with its folded batch normalisation, and ReLU.
 struct Unit<B: Backend> {
-    weight: Var<B>,
-    bias: Var<B>,
+    weight: Variable<B>,
+    bias: Variable<B>,
     stride: usize,
     padding: [usize; 2],
 }
@@ -225,7 +225,7 @@ impl<B: Backend> Unit<B> {
         })
     }
 
-    fn forward(&self, x: &Var<B>) -> Result<Var<B>> {
+    fn forward(&self, x: &Variable<B>) -> Result<Variable<B>> {
         x.conv2d_bias(&self.weight, &self.bias, None, self.stride, self.padding)?
             .unary(Unary::Relu)
     }
@@ -270,7 +270,7 @@ impl<B: Backend> Branch<B> {
         }
     }
 
-    fn forward(&self, x: &Var<B>) -> Result<Var<B>> {
+    fn forward(&self, x: &Variable<B>) -> Result<Variable<B>> {
         let mut x = match self.pool {
             Pool::None => x.clone(),
             Pool::Mean => neighbours(x)?,
@@ -289,7 +289,7 @@ impl<B: Backend> Branch<B> {
         }
         let ends = self.last.iter().map(|unit| unit.forward(&x));
         let ends = ends.collect::<Result<Vec<_>>>()?;
-        Var::cat(&ends.iter().collect::<Vec<_>>(), 1)
+        Variable::cat(&ends.iter().collect::<Vec<_>>(), 1)
     }
 }
 
@@ -300,7 +300,7 @@ struct Block<B: Backend> {
 }
 
 impl<B: Backend> Block<B> {
-    fn branches(&self, x: &Var<B>) -> Result<Vec<Var<B>>> {
+    fn branches(&self, x: &Variable<B>) -> Result<Vec<Variable<B>>> {
         self.branches.iter().map(|b| b.forward(x)).collect()
     }
 
@@ -420,21 +420,21 @@ impl<B: Backend> Block<B> {
 }
 
 /// Means over the map: (b, c, h, w) -> (b, c).
-fn mean<B: Backend>(x: &Var<B>) -> Result<Var<B>> {
+fn mean<B: Backend>(x: &Variable<B>) -> Result<Variable<B>> {
     let s = x.shape();
     x.mean(&[2, 3])?.reshape(&s[..2])
 }
 
 /// Mean of the 3 x 3 neighbours of each pixel, those outside not counted.
-fn neighbours<B: Backend>(x: &Var<B>) -> Result<Var<B>> {
+fn neighbours<B: Backend>(x: &Variable<B>) -> Result<Variable<B>> {
     let s = x.shape();
     let (h, w) = (s[2], s[3]);
-    let ones = Var::constant(B::floats_beside(x.value(), &[1.0; 9], &[1, 1, 3, 3])?);
+    let ones = Variable::constant(B::of(x.value()).floats(&[1.0; 9], &[1, 1, 3, 3])?);
     let inside = |i: usize, n: usize| 3 - usize::from(i == 0) - usize::from(i + 1 == n);
     let share: Vec<f32> = (0..h * w)
         .map(|i| ((inside(i / w, h) * inside(i % w, w)) as f32).recip())
         .collect();
-    let share = Var::constant(B::floats_beside(x.value(), &share, &[h, w])?);
+    let share = Variable::constant(B::of(x.value()).floats(&share, &[h, w])?);
     // Each channel is an image of its own.
     x.reshape(&[s[0] * s[1], 1, h, w])?
         .conv2d(&ones, 1, [1, 1])?
@@ -443,17 +443,15 @@ fn neighbours<B: Backend>(x: &Var<B>) -> Result<Var<B>> {
 }
 
 /// Bilinear interpolation to [`SIDE`] x [`SIDE`].
-fn resize<B: Backend>(x: &Var<B>, preparation: Preparation) -> Result<Var<B>> {
+fn resize<B: Backend>(x: &Variable<B>, preparation: Preparation) -> Result<Variable<B>> {
     let &[b, c, h, w] = &x.shape()[..] else {
         unreachable!("images have rank 4")
     };
     let axis = |n: usize| {
         let matrix = bilinear(n, SIDE, preparation);
-        Ok::<_, crate::Error>(Var::constant(B::floats_beside(
-            x.value(),
-            &matrix,
-            &[SIDE, n],
-        )?))
+        Ok::<_, crate::Error>(Variable::constant(
+            B::of(x.value()).floats(&matrix, &[SIDE, n])?,
+        ))
     };
     let mut y = x.clone();
     if w != SIDE {

@@ -28,7 +28,7 @@ use crate::model::{
     CaptionFeatures, ConditionShape, Conditions, Generation, Guidance, Prediction, PrefixMask,
     Student, Teacher, TokenShape,
 };
-use crate::tape::{Var, unpack};
+use crate::tape::{Variable, unpack};
 use crate::weights::{Init, Loader, Start, numbered};
 
 /// Prefixes of the parameters from which a student's logits alone come.
@@ -113,29 +113,29 @@ impl Config {
 }
 
 struct Block<B: Backend> {
-    attention_norm: Var<B>,
-    wqkv: Var<B>,
-    wo: Var<B>,
-    ffn_norm: Var<B>,
-    w1: Var<B>,
-    w3: Var<B>,
+    attention_norm: Variable<B>,
+    wqkv: Variable<B>,
+    wo: Variable<B>,
+    ffn_norm: Variable<B>,
+    w1: Variable<B>,
+    w3: Variable<B>,
     /// w1 above w3, kept when they do not change.
-    w13: Option<Var<B>>,
-    w2: Var<B>,
+    w13: Option<Variable<B>>,
+    w2: Variable<B>,
 }
 
 /// The map from the condition to the positions in front.
 enum Embedder<B: Backend> {
     /// Class embeddings; the last row is the unconditional one.
-    Classes(Var<B>),
+    Classes(Variable<B>),
     /// The map of caption features.
-    Captions { fc1: Var<B>, fc2: Var<B> },
+    Captions { fc1: Variable<B>, fc2: Variable<B> },
 }
 
 /// The positions in front.
 struct Front<B: Backend> {
     /// Embeddings (b, T, C); those of a caption are zero before its first token.
-    embeddings: Var<B>,
+    embeddings: Variable<B>,
     /// Positions of each row that nobody sees, where there are any.
     padding: Vec<usize>,
 }
@@ -147,8 +147,8 @@ struct Stack<B: Backend> {
     blocks: Vec<Arc<Block<B>>>,
     /// Whether the backward pass computes blocks again.
     recompute: bool,
-    norm: Var<B>,
-    output: Var<B>,
+    norm: Variable<B>,
+    output: Variable<B>,
     /// cos and sin of the rotary positions, each (T + side^2, d/2).
     rope: (B::Tensor, B::Tensor),
 }
@@ -173,7 +173,7 @@ impl<B: Backend> Block<B> {
         let attention_norm = norm("attention_norm.weight")?;
         let ffn_norm = norm("ffn_norm.weight")?;
         let w13 = if loader.frozen() {
-            Some(Var::cat(&[&w1, &w3], 0)?)
+            Some(Variable::cat(&[&w1, &w3], 0)?)
         } else {
             None
         };
@@ -189,10 +189,10 @@ impl<B: Backend> Block<B> {
         })
     }
 
-    fn feed_forward(&self, x: &Var<B>) -> Result<Var<B>> {
+    fn feed_forward(&self, x: &Variable<B>) -> Result<Variable<B>> {
         let w13 = match &self.w13 {
             Some(kept) => kept.clone(),
-            None => Var::cat(&[&self.w1, &self.w3], 0)?,
+            None => Variable::cat(&[&self.w1, &self.w3], 0)?,
         };
         let inner = x
             .rms_norm_factor(&self.ffn_norm, NORM_EPS)?
@@ -204,12 +204,12 @@ impl<B: Backend> Block<B> {
     /// All positions at once: x (b, l, C).
     fn forward(
         &self,
-        x: &Var<B>,
+        x: &Variable<B>,
         heads: usize,
         rope: &(B::Tensor, B::Tensor),
         mask: &Mask<B::Tensor>,
         scale: f64,
-    ) -> Result<Var<B>> {
+    ) -> Result<Variable<B>> {
         let qkv = x
             .rms_norm_factor(&self.attention_norm, NORM_EPS)?
             .linear(&self.wqkv, None)?; // (b, l, 3 C)
@@ -221,11 +221,11 @@ impl<B: Backend> Block<B> {
     /// x (b, l, C).
     fn step(
         &self,
-        x: &Var<B>,
+        x: &Variable<B>,
         cache: &Cache<B>,
         seen: &Seen<'_, B>,
         stack: &Stack<B>,
-    ) -> Result<Var<B>> {
+    ) -> Result<Variable<B>> {
         let shape = x.shape();
         let qkv = x
             .rms_norm_factor(&self.attention_norm, NORM_EPS)?
@@ -244,7 +244,7 @@ impl<B: Backend> Block<B> {
                 cache.attend_next(qkv, [cos, sin], *at, place, *hidden, scale)?
             }
         };
-        let y = Var::constant(B::reshape(&y, &shape)?);
+        let y = Variable::constant(B::reshape(&y, &shape)?);
         self.feed_forward(&x.add(&y.linear(&self.wo, None)?)?)
     }
 }
@@ -290,7 +290,7 @@ impl<B: Backend> Stack<B> {
     }
 
     /// All positions, x (b, l, C), of which the first of each row are padding.
-    fn forward(&self, mut x: Var<B>, padding: &[usize]) -> Result<Var<B>> {
+    fn forward(&self, mut x: Variable<B>, padding: &[usize]) -> Result<Variable<B>> {
         let l = x.shape()[1];
         let mask = mask::<B>(x.value(), padding, l)?;
         let rope = (
@@ -300,14 +300,14 @@ impl<B: Backend> Stack<B> {
         let (heads, scale) = (self.config.heads, self.scale());
         for block in &self.blocks {
             let (block, rope, mask) = (Arc::clone(block), rope.clone(), mask.clone());
-            x = Var::segment(self.recompute, move || {
+            x = Variable::segment(self.recompute, move || {
                 block.forward(&x, heads, &rope, &mask, scale)
             })?;
         }
         Ok(x)
     }
 
-    fn logits(&self, x: &Var<B>) -> Result<Var<B>> {
+    fn logits(&self, x: &Variable<B>) -> Result<Variable<B>> {
         x.rms_norm_factor(&self.norm, NORM_EPS)?
             .linear(&self.output, None)
     }
@@ -325,7 +325,7 @@ impl<B: Backend> Stack<B> {
             }
             Embedder::Captions { fc1, fc2 } => {
                 let captions = conditions.captions()?;
-                let features = Var::constant(captions.features.clone());
+                let features = Variable::constant(captions.features.clone());
                 let inner = features.linear(fc1, None)?.unary(Unary::GeluTanh)?;
                 Front {
                     embeddings: inner.linear(fc2, None)?,
@@ -357,7 +357,7 @@ impl<B: Backend> Embedder<B> {
 
 impl<B: Backend> Front<B> {
     /// One embedding of the condition (b, 1, C): of a caption the mean over its tokens.
-    fn summary(&self) -> Result<Var<B>> {
+    fn summary(&self) -> Result<Variable<B>> {
         if self.padding.is_empty() {
             return Ok(self.embeddings.clone());
         }
@@ -365,8 +365,8 @@ impl<B: Backend> Front<B> {
         let shares = self.padding.iter().map(|p| ((t - p) as f32).recip());
         let shares: Vec<f32> = shares.collect();
         let shape = [shares.len(), 1, 1];
-        let shares = B::floats_beside(self.embeddings.value(), &shares, &shape)?;
-        self.embeddings.sum(&[1])?.mul(&Var::constant(shares))
+        let shares = B::of(self.embeddings.value()).floats(&shares, &shape)?;
+        self.embeddings.sum(&[1])?.mul(&Variable::constant(shares))
     }
 }
 
@@ -382,7 +382,7 @@ fn mask<B: Backend>(beside: &B::Tensor, padding: &[usize], l: usize) -> Result<M
         }
     }
     let shape = [padding.len(), 1, l, l];
-    Ok(Mask::Bias(B::floats_beside(beside, &bias, &shape)?))
+    Ok(Mask::Bias(B::of(beside).floats(&bias, &shape)?))
 }
 
 /// cos and sin (T + side^2, d/2): zero at the condition, then the angles of (row, column) in raster order.
@@ -414,13 +414,13 @@ enum Without<B: Backend> {
     /// A row of the class embedding.
     Class(usize),
     /// Features (T, F).
-    Features(Var<B>),
+    Features(Variable<B>),
 }
 
 /// The AR teacher.
 pub struct Gpt<B: Backend> {
     stack: Stack<B>,
-    embedding: Var<B>,
+    embedding: Variable<B>,
     without: Without<B>,
     tokens: TokenShape,
 }
@@ -455,7 +455,7 @@ impl<B: Backend> Gpt<B> {
     }
 
     /// Embeddings (b or 2b, l, C) of tokens (b, l).
-    fn embedded(&self, ids: &B::Tensor, guidance: Option<Guidance>) -> Result<Var<B>> {
+    fn embedded(&self, ids: &B::Tensor, guidance: Option<Guidance>) -> Result<Variable<B>> {
         match guidance {
             Some(_) => self.embedding.rows(&B::cat(&[ids, ids], 0)?),
             None => self.embedding.rows(ids),
@@ -483,15 +483,15 @@ impl<B: Backend> Gpt<B> {
 }
 
 impl<B: Backend> Teacher<B> for Gpt<B> {
-    fn tokens(&self) -> &TokenShape {
+    fn token_shape(&self) -> &TokenShape {
         &self.tokens
     }
 
-    fn forced(&self, conditions: &Conditions<B>, tokens: &B::Tensor) -> Result<Var<B>> {
-        let l = self.tokens.tokens();
+    fn forced(&self, conditions: &Conditions<B>, tokens: &B::Tensor) -> Result<Variable<B>> {
+        let l = self.tokens.count();
         let front = self.stack.front(conditions)?;
         let embedded = self.embedding.rows(&B::narrow(tokens, 1, 0, l - 1)?)?; // (b, l-1, C)
-        let x = Var::cat(&[&front.embeddings, &embedded], 1)?; // (b, T+l-1, C)
+        let x = Variable::cat(&[&front.embeddings, &embedded], 1)?; // (b, T+l-1, C)
         let x = self.stack.forward(x, &front.padding)?;
         let last = self.tokens.condition.positions() - 1;
         self.stack.logits(&x.narrow(1, last, l)?)
@@ -505,7 +505,7 @@ impl<B: Backend> Teacher<B> for Gpt<B> {
         let c = &self.stack.config;
         let guidance = guiding(guidance);
         let front = self.front(conditions, guidance)?;
-        let all = c.condition.positions() + self.tokens.tokens();
+        let all = c.condition.positions() + self.tokens.count();
         let batch = front.embeddings.shape()[0];
         let shape = [batch, all, c.heads, c.width / c.heads];
         Ok(Box::new(Decoding {
@@ -527,7 +527,7 @@ impl<B: Backend> Teacher<B> for Gpt<B> {
         guidance: Option<Guidance>,
         known: Option<&B::Tensor>,
     ) -> Result<B::Tensor> {
-        let (l, guidance) = (self.tokens.tokens(), guiding(guidance));
+        let (l, guidance) = (self.tokens.count(), guiding(guidance));
         let front = self.front(conditions, guidance)?;
         let given = known.map_or(0, |tokens| B::shape(tokens)[1]);
         let batch = front.embeddings.shape()[0];
@@ -540,9 +540,9 @@ impl<B: Backend> Teacher<B> for Gpt<B> {
             let mean = self.embedding.mean(&[0])?; // (1, C)
             let shape = [batch, unknown, self.stack.config.width];
             let mean = B::expand(&B::reshape(mean.value(), &[1, 1, shape[2]])?, &shape)?;
-            parts.push(Var::constant(mean));
+            parts.push(Variable::constant(mean));
         }
-        let x = Var::cat(&parts.iter().collect::<Vec<_>>(), 1)?; // (b or 2b, T+l-1, C)
+        let x = Variable::cat(&parts.iter().collect::<Vec<_>>(), 1)?; // (b or 2b, T+l-1, C)
         let x = self.stack.forward(x, &front.padding)?;
         let last = self.tokens.condition.positions() - 1 + given;
         let logits = self.stack.logits(&x.narrow(1, last, l - given)?)?;
@@ -571,7 +571,9 @@ fn hidden<B: Backend>(
     for (row, &hidden) in bias.chunks_exact_mut(l).zip(padding) {
         row[..hidden].fill(f32::NEG_INFINITY);
     }
-    B::floats_beside(beside, &bias, &[padding.len(), 1, 1, l]).map(Some)
+    B::of(beside)
+        .floats(&bias, &[padding.len(), 1, 1, l])
+        .map(Some)
 }
 
 /// One generation of the teacher; with guidance the batch holds the conditional rows, then the unconditional ones.
@@ -591,7 +593,7 @@ struct Decoding<'a, B: Backend> {
 
 impl<B: Backend> Decoding<'_, B> {
     /// Guided logits (b, 1, K) from the embeddings of the latest positions (b or 2b, l, C).
-    fn logits(&self, mut x: Var<B>, seen: &Seen<'_, B>) -> Result<B::Tensor> {
+    fn logits(&self, mut x: Variable<B>, seen: &Seen<'_, B>) -> Result<B::Tensor> {
         let stack = &self.gpt.stack;
         for (block, cache) in stack.blocks.iter().zip(&self.caches) {
             x = block.step(&x, cache, seen, stack)?;
@@ -606,7 +608,7 @@ impl<B: Backend> Decoding<'_, B> {
     }
 
     /// The same from the positions in front and, after them, those of given tokens.
-    fn first(&mut self, x: Var<B>) -> Result<B::Tensor> {
+    fn first(&mut self, x: Variable<B>) -> Result<B::Tensor> {
         self.at = x.shape()[1];
         let mask = mask::<B>(x.value(), &self.front.padding, self.at)?;
         self.logits(x, &Seen::First(&mask))
@@ -632,7 +634,7 @@ impl<B: Backend> Generation<B> for Decoding<'_, B> {
             // From here on the steps are others than those recorded.
             self.recording = Recording::default();
         }
-        let place = B::indices_beside(ids, &[at as u32], &[1])?;
+        let place = B::of(ids).indices(&[at as u32], &[1])?;
         // Hundreds of steps that differ in these two alone.
         let mut kept = std::mem::take(&mut self.recording);
         let logits = B::repeat(&mut kept, &[ids, &place], &mut |inputs| {
@@ -645,16 +647,16 @@ impl<B: Backend> Generation<B> for Decoding<'_, B> {
 
     fn prefill(&mut self, tokens: &B::Tensor, _: PrefixMask) -> Result<B::Tensor> {
         let embedded = self.gpt.embedded(tokens, self.guidance)?;
-        self.first(Var::cat(&[&self.front.embeddings, &embedded], 1)?)
+        self.first(Variable::cat(&[&self.front.embeddings, &embedded], 1)?)
     }
 }
 
 /// The Distilled Decoding student.
 pub struct GptStudent<B: Backend> {
     stack: Stack<B>,
-    embedding: Var<B>,
-    embedding_bias: Var<B>,
-    noise_or_data: Var<B>,
+    embedding: Variable<B>,
+    embedding_bias: Variable<B>,
+    noise_or_data: Variable<B>,
     continuous: Continuous<B>,
     tokens: TokenShape,
 }
@@ -677,7 +679,7 @@ impl<B: Backend> GptStudent<B> {
 }
 
 impl<B: Backend> Student<B> for GptStudent<B> {
-    fn tokens(&self) -> &TokenShape {
+    fn token_shape(&self) -> &TokenShape {
         &self.tokens
     }
 
@@ -687,13 +689,14 @@ impl<B: Backend> Student<B> for GptStudent<B> {
         conditions: &Conditions<B>,
         data: &B::Tensor,
     ) -> Result<Prediction<B>> {
-        let (b, l) = (B::shape(x)[0], self.tokens.tokens());
+        let (b, l) = (B::shape(x)[0], self.tokens.count());
         let front = self.stack.front(conditions)?;
         let t = self.tokens.condition.positions();
-        let x = Var::constant(x.clone()).linear(&self.embedding, Some(&self.embedding_bias))?; // (b, l, C)
-        let x = Var::cat(&[&front.embeddings, &x], 1)?; // (b, T+l, C)
+        let x =
+            Variable::constant(x.clone()).linear(&self.embedding, Some(&self.embedding_bias))?; // (b, l, C)
+        let x = Variable::cat(&[&front.embeddings, &x], 1)?; // (b, T+l, C)
         // The condition counts as data.
-        let ones = B::indices_beside(data, &vec![1; b * t], &[b, t])?;
+        let ones = B::of(data).indices(&vec![1; b * t], &[b, t])?;
         let kinds = self.noise_or_data.rows(&B::cat(&[&ones, data], 1)?)?;
         let hidden = self.stack.forward(x.add(&kinds)?, &front.padding)?;
         let logits = self.stack.logits(&hidden.narrow(1, t, l)?)?;
@@ -708,7 +711,7 @@ impl<B: Backend> Student<B> for GptStudent<B> {
         self.stack.recompute = blocks;
     }
 
-    fn continuous(&self, prediction: &Prediction<B>) -> Result<Var<B>> {
+    fn continuous(&self, prediction: &Prediction<B>) -> Result<Variable<B>> {
         self.continuous.forward(prediction)
     }
 }

@@ -11,7 +11,7 @@
 
 use crate::backend::{Backend, Unary, Window};
 use crate::error::Result;
-use crate::tape::Var;
+use crate::tape::Variable;
 use crate::weights::{Init, Loader};
 
 /// The convolutions of VGG-16 by stage: index in torchvision's `features`, and channels. A stage ends with the map that
@@ -34,11 +34,11 @@ const SCALE: [f32; 3] = [0.458, 0.448, 0.450];
 /// The network with its linear layers.
 pub struct Lpips<B: Backend> {
     /// Weights and biases of the convolutions of each stage.
-    stages: Vec<Vec<(Var<B>, Var<B>)>>,
+    stages: Vec<Vec<(Variable<B>, Variable<B>)>>,
     /// Weights of the channels of each map, (c, 1, 1).
-    linear: Vec<Var<B>>,
+    linear: Vec<Variable<B>>,
     /// x * mul + add standardises colours, each (3, 1, 1).
-    colours: (Var<B>, Var<B>),
+    colours: (Variable<B>, Variable<B>),
 }
 
 impl<B: Backend> Lpips<B> {
@@ -74,7 +74,7 @@ impl<B: Backend> Lpips<B> {
         let backend = vgg.backend();
         let colour = |f: &dyn Fn(usize) -> f32| {
             let values = [0, 1, 2].map(f);
-            Ok::<_, crate::Error>(Var::constant(backend.floats(&values, &[3, 1, 1])?))
+            Ok::<_, crate::Error>(Variable::constant(backend.floats(&values, &[3, 1, 1])?))
         };
         Ok(Self {
             stages,
@@ -87,9 +87,9 @@ impl<B: Backend> Lpips<B> {
     }
 
     /// Distances (b) of images (b, c, h, w) in [-1, 1]; c is 3, or 1 for grey; sides of at least [`LEAST_SIDE`].
-    pub fn distance(&self, a: &Var<B>, b: &Var<B>) -> Result<Var<B>> {
+    pub fn distance(&self, a: &Variable<B>, b: &Variable<B>) -> Result<Variable<B>> {
         let batch = a.shape()[0];
-        let mut sum: Option<Var<B>> = None;
+        let mut sum: Option<Variable<B>> = None;
         for ((a, b), linear) in self.maps(a)?.iter().zip(self.maps(b)?).zip(&self.linear) {
             let s = a.shape();
             let square = a.sub(&b)?.unary(Unary::Square)?;
@@ -106,7 +106,7 @@ impl<B: Backend> Lpips<B> {
     }
 
     /// The five maps of images, with unit vectors of channels.
-    fn maps(&self, images: &Var<B>) -> Result<Vec<Var<B>>> {
+    fn maps(&self, images: &Variable<B>) -> Result<Vec<Variable<B>>> {
         // Grey is broadcast to three colours.
         let mut x = images.mul(&self.colours.0)?.add(&self.colours.1)?;
         let halve = Window {
@@ -132,7 +132,7 @@ impl<B: Backend> Lpips<B> {
 
 /// x / (|x| + 1e-10) over the channels. Under the root stands 1e-20 more, which changes no value and leaves the
 /// gradient of a pixel without any activation finite: 0.
-pub fn unit<B: Backend>(x: &Var<B>) -> Result<Var<B>> {
+pub fn unit<B: Backend>(x: &Variable<B>) -> Result<Variable<B>> {
     let norm = x
         .unary(Unary::Square)?
         .sum(&[1])?

@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::model::autoencoder::{Conv, Decoder, Encoder, Names, Shape};
 use crate::model::vq::nearest;
 use crate::model::{CODEBOOK, Reconstruction, Tokenizer, resize};
-use crate::tape::Var;
+use crate::tape::Variable;
 use crate::weights::{Init, Loader};
 
 /// Shape of a multi-scale VQ tokenizer.
@@ -96,19 +96,19 @@ pub fn check_sharing(scales: usize, convs: usize, pointer: &str) -> Result<()> {
 /// What turns tokens into feature maps: the codebook, the resizes and phi. VAR's transformer feeds on these maps.
 pub struct Quantiser<B: Backend> {
     scales: Vec<usize>,
-    codebook: Var<B>,
+    codebook: Variable<B>,
     phi: Vec<Conv<B>>,
     /// The convolution of `phi` at each scale.
     ticks: Vec<usize>,
     /// Matrices of the resize from each scale to the side of the map, and back; none where the sizes are equal.
-    up: Vec<Option<Var<B>>>,
-    down: Vec<Option<Var<B>>>,
+    up: Vec<Option<Variable<B>>>,
+    down: Vec<Option<Variable<B>>>,
 }
 
 /// A feature map, scale by scale.
 struct Scales<B: Backend> {
     /// The sum of contributions after each scale (b, D, n, n).
-    sums: Vec<Var<B>>,
+    sums: Vec<Variable<B>>,
     /// Tokens (b, L).
     tokens: B::Tensor,
     /// What was looked up (b L, D).
@@ -126,7 +126,7 @@ impl<B: Backend> Quantiser<B> {
                 return Ok(None);
             }
             let matrix = backend.floats(&resize(from, to), &[to * to, from * from])?;
-            Ok(Some(Var::constant(matrix)))
+            Ok(Some(Variable::constant(matrix)))
         };
         let up = c.scales.iter().map(|&n| matrix(n, side, resize::bicubic));
         let down = c.scales.iter().map(|&n| matrix(side, n, resize::area));
@@ -153,12 +153,12 @@ impl<B: Backend> Quantiser<B> {
     }
 
     /// Codebook (K, D).
-    pub fn codebook(&self) -> &Var<B> {
+    pub fn codebook(&self) -> &Variable<B> {
         &self.codebook
     }
 
     /// h_k (b, D, n, n) of scale k's codebook vectors (b, n_k^2, D).
-    pub fn contribution(&self, k: usize, codes: &Var<B>) -> Result<Var<B>> {
+    pub fn contribution(&self, k: usize, codes: &Variable<B>) -> Result<Variable<B>> {
         let (s, n) = (codes.shape(), self.scales[self.scales.len() - 1]);
         let mut h = codes.permute(&[0, 2, 1])?; // (b, D, n_k^2)
         if let Some(matrix) = &self.up[k] {
@@ -170,7 +170,7 @@ impl<B: Backend> Quantiser<B> {
     }
 
     /// A map (b, D, n, n) as scale k sees it: (b, n_k^2, D).
-    pub fn view(&self, k: usize, map: &Var<B>) -> Result<Var<B>> {
+    pub fn view(&self, k: usize, map: &Variable<B>) -> Result<Variable<B>> {
         let s = map.shape();
         let mut x = map.reshape(&[s[0], s[1], s[2] * s[3]])?;
         if let Some(matrix) = &self.down[k] {
@@ -190,7 +190,7 @@ impl<B: Backend> Quantiser<B> {
     }
 
     /// The map (b, D, n, n) of codebook vectors (b, L, D).
-    pub fn map(&self, latents: &Var<B>) -> Result<Var<B>> {
+    pub fn map(&self, latents: &Variable<B>) -> Result<Variable<B>> {
         let starts = self.starts();
         let of = |k: usize| {
             let codes = latents.narrow(1, starts[k], starts[k + 1] - starts[k])?;
@@ -204,15 +204,15 @@ impl<B: Backend> Quantiser<B> {
     }
 
     /// What each token position after the first scale sees of the coarser scales, given tokens (b, L): (b, L - 1, D).
-    pub fn coarser(&self, tokens: &B::Tensor) -> Result<Var<B>> {
+    pub fn coarser(&self, tokens: &B::Tensor) -> Result<Variable<B>> {
         self.coarser_of(B::shape(tokens)[0], Some(tokens))
     }
 
     /// The same of a batch of b, given the tokens (b, l') of the first scales alone: others add nothing.
-    pub fn coarser_of(&self, b: usize, tokens: Option<&B::Tensor>) -> Result<Var<B>> {
+    pub fn coarser_of(&self, b: usize, tokens: Option<&B::Tensor>) -> Result<Variable<B>> {
         let starts = self.starts();
         let known = tokens.map_or(0, |tokens| B::shape(tokens)[1]);
-        let mut map: Option<Var<B>> = None;
+        let mut map: Option<Variable<B>> = None;
         let mut views = Vec::new();
         for k in 0..self.scales.len() - 1 {
             let sum = if let Some(tokens) = tokens.filter(|_| starts[k + 1] <= known) {
@@ -227,19 +227,20 @@ impl<B: Backend> Quantiser<B> {
             } else {
                 let (codebook, side) = (self.codebook.value(), self.scales[self.scales.len() - 1]);
                 let shape = [b, B::shape(codebook)[1], side, side];
-                Var::constant(B::full_beside(codebook, &shape, 0.0)?)
+                Variable::constant(B::of(codebook).full(&shape, 0.0)?)
             };
             views.push(self.view(k + 1, &sum)?);
             map = Some(sum);
         }
-        Var::cat(&views.iter().collect::<Vec<_>>(), 1)
+        Variable::cat(&views.iter().collect::<Vec<_>>(), 1)
     }
 
     /// Quantises a map (b, D, n, n), coarse to fine.
     fn quantise(&self, z: &B::Tensor) -> Result<Scales<B>> {
         let (b, d) = (B::shape(z)[0], B::shape(z)[1]);
-        let mut left = Var::constant(z.clone());
-        let (mut sums, mut tokens, mut looked_up) = (Vec::<Var<B>>::new(), Vec::new(), Vec::new());
+        let mut left = Variable::constant(z.clone());
+        let (mut sums, mut tokens, mut looked_up) =
+            (Vec::<Variable<B>>::new(), Vec::new(), Vec::new());
         for k in 0..self.scales.len() {
             let cells = self.scales[k] * self.scales[k];
             let x = self.view(k, &left)?.reshape(&[b * cells, d])?;
@@ -309,13 +310,13 @@ impl<B: Backend> MultiScaleVq<B> {
         })
     }
 
-    fn decode_map(&self, map: &Var<B>) -> Result<Var<B>> {
+    fn decode_map(&self, map: &Variable<B>) -> Result<Variable<B>> {
         self.decoder.forward(&self.post_quant_conv.forward(map)?)
     }
 
     /// Images (b, c, h, w) -> z (b, D, n, n).
-    fn project(&self, images: &B::Tensor) -> Result<Var<B>> {
-        let z = self.encoder.forward(&Var::constant(images.clone()))?;
+    fn project(&self, images: &B::Tensor) -> Result<Variable<B>> {
+        let z = self.encoder.forward(&Variable::constant(images.clone()))?;
         self.quant_conv.forward(&z)
     }
 }
@@ -332,7 +333,7 @@ impl<B: Backend> Tokenizer<B> for MultiScaleVq<B> {
             .tokens)
     }
 
-    fn decode(&self, latents: &Var<B>) -> Result<Var<B>> {
+    fn decode(&self, latents: &Variable<B>) -> Result<Variable<B>> {
         self.decode_map(&self.quantiser.map(latents)?)
     }
 
@@ -341,25 +342,25 @@ impl<B: Backend> Tokenizer<B> for MultiScaleVq<B> {
         let z = self.project(images)?;
         let scales = self.quantiser.quantise(z.value())?;
         let count = scales.sums.len();
-        let mean = |distance: &dyn Fn(&Var<B>) -> Result<Var<B>>| -> Result<Var<B>> {
+        let mean = |distance: &dyn Fn(&Variable<B>) -> Result<Variable<B>>| -> Result<Variable<B>> {
             let mut total = distance(&scales.sums[0])?;
             for sum in &scales.sums[1..] {
                 total = total.add(&distance(sum)?)?;
             }
             total.affine(1.0 / count as f64, 0.0)
         };
-        let square = |a: &Var<B>, b: &Var<B>| a.sub(b)?.unary(Unary::Square)?.mean_all();
+        let square = |a: &Variable<B>, b: &Variable<B>| a.sub(b)?.unary(Unary::Square)?.mean_all();
         let codebook_loss = mean(&|sum| square(sum, &z.detach()))?;
         let commitment_loss = mean(&|sum| square(&z, &sum.detach()))?;
         // z + (sum - z) without gradient: forward the quantised map, backward as if it were z.
         let gap = B::binary(scales.sums[count - 1].value(), z.value(), Binary::Sub)?;
-        let through = z.add(&Var::constant(gap))?;
+        let through = z.add(&Variable::constant(gap))?;
         let latents = self.post_quant_conv.forward(&through)?;
         let (images, last) = self.decoder.forward_seen(&latents)?;
         let tokens = scales.tokens.clone();
         Ok(Reconstruction {
             images,
-            z: Var::constant(scales.looked_up.clone()),
+            z: Variable::constant(scales.looked_up.clone()),
             codebook_loss,
             commitment_loss,
             tokens,

@@ -13,7 +13,7 @@ use serde::Deserialize;
 
 use crate::backend::{Backend, Binary, Mask, Unary};
 use crate::error::{Error, Result};
-use crate::tape::Var;
+use crate::tape::Variable;
 use crate::weights::{Init, Loader};
 
 /// `config.json`, as far as it says something of the encoder.
@@ -110,25 +110,25 @@ impl Config {
 pub const EMBEDDINGS: [&str; 2] = ["shared.weight", "encoder.embed_tokens.weight"];
 
 struct Block<B: Backend> {
-    attention_norm: Var<B>,
-    q: Var<B>,
-    k: Var<B>,
-    v: Var<B>,
-    o: Var<B>,
-    norm: Var<B>,
-    wi_0: Var<B>,
-    wi_1: Var<B>,
-    wo: Var<B>,
+    attention_norm: Variable<B>,
+    q: Variable<B>,
+    k: Variable<B>,
+    v: Variable<B>,
+    o: Variable<B>,
+    norm: Variable<B>,
+    wi_0: Variable<B>,
+    wi_1: Variable<B>,
+    wo: Variable<B>,
 }
 
 /// The encoder.
 pub struct Encoder<B: Backend> {
     config: Config,
-    embeddings: Var<B>,
+    embeddings: Variable<B>,
     /// Bias of each bucket and head (buckets, h).
-    positions: Var<B>,
+    positions: Variable<B>,
     blocks: Vec<Block<B>>,
-    norm: Var<B>,
+    norm: Variable<B>,
 }
 
 impl<B: Backend> Encoder<B> {
@@ -196,9 +196,9 @@ impl<B: Backend> Encoder<B> {
         let mut x = self.embeddings.rows(&backend.indices(&ids, &[b, l])?)?; // (b, l, C)
         for block in &self.blocks {
             let y = x.rms_norm(&block.attention_norm, eps)?;
-            let head = |w: &Var<B>| y.linear(w, None)?.reshape(&[b, l, h, d]);
+            let head = |w: &Variable<B>| y.linear(w, None)?.reshape(&[b, l, h, d]);
             let (q, k, v) = (head(&block.q)?, head(&block.k)?, head(&block.v)?);
-            let y = Var::attention(&q, &k, &v, &mask, 1.0)?.reshape(&[b, l, h * d])?;
+            let y = Variable::attention(&q, &k, &v, &mask, 1.0)?.reshape(&[b, l, h * d])?;
             x = x.add(&y.linear(&block.o, None)?)?;
             let y = x.rms_norm(&block.norm, eps)?;
             let gate = y.linear(&block.wi_0, None)?.unary(Unary::GeluTanh)?;

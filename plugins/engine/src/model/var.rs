@@ -26,7 +26,7 @@ use crate::model::{
     ConditionShape, Conditions, Generation, Guidance, Prediction, PrefixMask, Student, Teacher,
     TokenShape,
 };
-use crate::tape::Var;
+use crate::tape::Variable;
 use crate::weights::{Init, Loader, Start, numbered};
 
 /// Prefixes of the parameters from which a student's logits alone come.
@@ -154,8 +154,8 @@ impl Config {
 
 /// A matrix with bias.
 struct Linear<B: Backend> {
-    weight: Var<B>,
-    bias: Var<B>,
+    weight: Variable<B>,
+    bias: Variable<B>,
 }
 
 impl<B: Backend> Linear<B> {
@@ -175,7 +175,7 @@ impl<B: Backend> Linear<B> {
         })
     }
 
-    fn forward(&self, x: &Var<B>) -> Result<Var<B>> {
+    fn forward(&self, x: &Variable<B>) -> Result<Variable<B>> {
         x.linear(&self.weight, Some(&self.bias))
     }
 }
@@ -183,29 +183,29 @@ impl<B: Backend> Linear<B> {
 /// What the class says to every part of the network.
 struct Condition<B: Backend> {
     /// Class embedding (b, C).
-    embedding: Var<B>,
+    embedding: Variable<B>,
     /// SiLU of it (b, C).
-    silu: Var<B>,
+    silu: Variable<B>,
     /// The blocks' shared modulation (b, 6 C), where they share it.
-    shared: Option<Var<B>>,
+    shared: Option<Variable<B>>,
 }
 
 /// How a block's modulation follows from the class.
 enum AdaLn<B: Backend> {
     Own(Linear<B>),
     /// Offset (6 C) to the shared one.
-    Shared(Var<B>),
+    Shared(Variable<B>),
 }
 
 /// A block's modulation, each (b, 1, C); `scale` already with 1 added.
 struct Modulation<B: Backend> {
-    gamma: [Var<B>; 2],
-    scale: [Var<B>; 2],
-    shift: [Var<B>; 2],
+    gamma: [Variable<B>; 2],
+    scale: [Variable<B>; 2],
+    shift: [Variable<B>; 2],
 }
 
 /// Part i of (b, n C) as (b, 1, C).
-fn part<B: Backend>(x: &Var<B>, i: usize, width: usize) -> Result<Var<B>> {
+fn part<B: Backend>(x: &Variable<B>, i: usize, width: usize) -> Result<Variable<B>> {
     let b = x.shape()[0];
     x.narrow(1, i * width, width)?.reshape(&[b, 1, width])
 }
@@ -249,18 +249,19 @@ impl<B: Backend> AdaLn<B> {
 struct Block<B: Backend> {
     heads: usize,
     adaln: AdaLn<B>,
-    qkv: Var<B>,
+    qkv: Variable<B>,
     /// Of queries and values; keys have none.
-    bias: [Var<B>; 2],
+    bias: [Variable<B>; 2],
     /// Logarithm of the queries' length per head, with L2-normalised attention.
-    length: Option<Var<B>>,
+    length: Option<Variable<B>>,
     proj: Linear<B>,
     fc1: Linear<B>,
     fc2: Linear<B>,
 }
 
 /// Mixes positions: q, k, v (b, l, h, d) and the softmax scale -> (b, l, h, d).
-type Attend<'a, B> = dyn Fn(&Var<B>, &Var<B>, &Var<B>, f64) -> Result<Var<B>> + 'a;
+type Attend<'a, B> =
+    dyn Fn(&Variable<B>, &Variable<B>, &Variable<B>, f64) -> Result<Variable<B>> + 'a;
 
 impl<B: Backend> Block<B> {
     fn load(loader: &mut Loader<B>, c: &Config, i: usize) -> Result<Self> {
@@ -297,11 +298,11 @@ impl<B: Backend> Block<B> {
     /// x (b, l, C) -> (b, l, C); `kinds` (b, l, C) is what a student adds between attention and feed-forward.
     fn forward(
         &self,
-        x: &Var<B>,
+        x: &Variable<B>,
         m: &Modulation<B>,
-        kinds: Option<&Var<B>>,
+        kinds: Option<&Variable<B>>,
         attend: &Attend<'_, B>,
-    ) -> Result<Var<B>> {
+    ) -> Result<Variable<B>> {
         let y = self.attention(
             &x.modulated_norm(&m.scale[0], &m.shift[0], NORM_EPS)?,
             attend,
@@ -312,11 +313,11 @@ impl<B: Backend> Block<B> {
         x.gated_add(&self.fc2.forward(&y)?, &m.gamma[1], None)
     }
 
-    fn attention(&self, x: &Var<B>, attend: &Attend<'_, B>) -> Result<Var<B>> {
+    fn attention(&self, x: &Variable<B>, attend: &Attend<'_, B>) -> Result<Variable<B>> {
         let s = x.shape();
         let (w, h) = (s[2], self.heads);
         // Three products instead of one: cutting the weights moves less than cutting the activations.
-        let project = |i: usize, bias: Option<&Var<B>>| {
+        let project = |i: usize, bias: Option<&Variable<B>>| {
             x.linear(&self.qkv.narrow(0, i * w, w)?, bias)?
                 .reshape(&[s[0], s[1], h, w / h])
         };
@@ -335,7 +336,7 @@ impl<B: Backend> Block<B> {
 }
 
 /// exp(min(length, log 100)) of (1, h, 1, 1) as (h).
-fn query_length<B: Backend>(length: &Var<B>, heads: usize) -> Result<Var<B>> {
+fn query_length<B: Backend>(length: &Variable<B>, heads: usize) -> Result<Variable<B>> {
     // min(x, m) = m - relu(m - x)
     let most = LONGEST_QUERY.ln();
     let below = length.affine(-1.0, most)?.unary(Unary::Relu)?;
@@ -347,13 +348,13 @@ fn query_length<B: Backend>(length: &Var<B>, heads: usize) -> Result<Var<B>> {
 
 /// The part that teacher and student share.
 struct Stack<B: Backend> {
-    class_embedding: Var<B>,
-    start: Var<B>,
+    class_embedding: Variable<B>,
+    start: Variable<B>,
     word_embed: Linear<B>,
     /// Position embeddings (1, l, C).
-    positions: Var<B>,
+    positions: Variable<B>,
     /// Scale embeddings, one row per step.
-    levels: Var<B>,
+    levels: Variable<B>,
     /// The scale of each position (l).
     level_of: B::Tensor,
     shared_adaln: Option<Linear<B>>,
@@ -409,17 +410,17 @@ impl<B: Backend> Stack<B> {
     }
 
     /// The first position (b, 1, C), without its place.
-    fn first(&self, condition: &Condition<B>) -> Result<Var<B>> {
+    fn first(&self, condition: &Condition<B>) -> Result<Variable<B>> {
         part(&condition.embedding, 0, condition.embedding.shape()[1])?.add(&self.start)
     }
 
     /// What every position adds for its place and scale: (1, l, C).
-    fn places(&self) -> Result<Var<B>> {
+    fn places(&self) -> Result<Variable<B>> {
         self.positions.add(&self.levels.rows(&self.level_of)?)
     }
 
     /// Logits (b, l, K) of the stack's output (b, l, C).
-    fn logits(&self, x: &Var<B>, condition: &Condition<B>) -> Result<Var<B>> {
+    fn logits(&self, x: &Variable<B>, condition: &Condition<B>) -> Result<Variable<B>> {
         let (all, width) = (self.head_norm.forward(&condition.silu)?, x.shape()[2]);
         let scale = part(&all, 0, width)?.affine(1.0, 1.0)?;
         self.head
@@ -453,7 +454,7 @@ fn mask<B: Backend>(
             }
         })
         .collect();
-    Ok(Mask::Bias(B::floats_beside(beside, &bias, &[l, l])?))
+    Ok(Mask::Bias(B::of(beside).floats(&bias, &[l, l])?))
 }
 
 /// What the teacher's positions see: their own scale and the coarser ones.
@@ -485,7 +486,7 @@ impl<B: Backend> Transformer<B> {
     }
 
     /// The input vectors (b, L - 1, D) of all positions after the first, given tokens (b, L).
-    pub fn inputs(&self, tokens: &B::Tensor) -> Result<Var<B>> {
+    pub fn inputs(&self, tokens: &B::Tensor) -> Result<Variable<B>> {
         self.quantiser.coarser(tokens)
     }
 
@@ -499,13 +500,13 @@ impl<B: Backend> Transformer<B> {
     }
 
     /// Logits of all positions, given the inputs (b, L - 1, D) of those after the first.
-    fn all(&self, condition: &Condition<B>, inputs: &Var<B>) -> Result<Var<B>> {
+    fn all(&self, condition: &Condition<B>, inputs: &Variable<B>) -> Result<Variable<B>> {
         let stack = &self.stack;
         let seen = stack.word_embed.forward(inputs)?;
-        let mut x = Var::cat(&[&stack.first(condition)?, &seen], 1)?.add(&stack.places()?)?;
+        let mut x = Variable::cat(&[&stack.first(condition)?, &seen], 1)?.add(&stack.places()?)?;
         for block in &stack.blocks {
-            let attend = |q: &Var<B>, k: &Var<B>, v: &Var<B>, scale| {
-                Var::attention(q, k, v, &self.mask, scale)
+            let attend = |q: &Variable<B>, k: &Variable<B>, v: &Variable<B>, scale| {
+                Variable::attention(q, k, v, &self.mask, scale)
             };
             x = block.forward(&x, &block.adaln.modulation(condition)?, None, &attend)?;
         }
@@ -536,11 +537,11 @@ fn guiding(guidance: Option<Guidance>) -> Option<Guidance> {
 }
 
 impl<B: Backend> Teacher<B> for Transformer<B> {
-    fn tokens(&self) -> &TokenShape {
+    fn token_shape(&self) -> &TokenShape {
         &self.tokens
     }
 
-    fn forced(&self, conditions: &Conditions<B>, tokens: &B::Tensor) -> Result<Var<B>> {
+    fn forced(&self, conditions: &Conditions<B>, tokens: &B::Tensor) -> Result<Variable<B>> {
         let condition = self.stack.condition(conditions.classes()?)?;
         self.all(&condition, &self.inputs(tokens)?)
     }
@@ -557,7 +558,7 @@ impl<B: Backend> Teacher<B> for Transformer<B> {
         let modulations = stack.blocks.iter().map(|b| b.adaln.modulation(&condition));
         let shape = [
             B::shape(&rows)[0],
-            self.tokens.tokens(),
+            self.tokens.count(),
             c.heads,
             c.width / c.heads,
         ];
@@ -586,7 +587,7 @@ impl<B: Backend> Teacher<B> for Transformer<B> {
         let b = B::shape(conditions.classes()?)[0];
         let mut inputs = self.quantiser.coarser_of(b, known)?;
         if guidance.is_some() {
-            inputs = Var::cat(&[&inputs, &inputs], 0)?;
+            inputs = Variable::cat(&[&inputs, &inputs], 0)?;
         }
         let logits = self.all(&self.stack.condition(&rows)?, &inputs)?;
         let steps = &self.tokens.steps;
@@ -607,11 +608,11 @@ struct Decoding<'a, B: Backend> {
     teacher: &'a Transformer<B>,
     condition: Condition<B>,
     modulations: Vec<Modulation<B>>,
-    places: Var<B>,
+    places: Variable<B>,
     guidance: Option<Guidance>,
     caches: Vec<Cache<B>>,
     /// The feature map of the tokens so far (b, D, n, n).
-    map: Option<Var<B>>,
+    map: Option<Variable<B>>,
     /// The next scale.
     step: usize,
     /// Scales after the first that was chosen.
@@ -620,7 +621,7 @@ struct Decoding<'a, B: Backend> {
 
 impl<B: Backend> Decoding<'_, B> {
     /// The input (b or 2b, n_k^2, C) of scale k, counted from 0, after the tokens (b, n_(k-1)^2), without its places.
-    fn input(&mut self, k: usize, tokens: &B::Tensor) -> Result<Var<B>> {
+    fn input(&mut self, k: usize, tokens: &B::Tensor) -> Result<Variable<B>> {
         let Transformer {
             quantiser, stack, ..
         } = self.teacher;
@@ -632,7 +633,7 @@ impl<B: Backend> Decoding<'_, B> {
         let x = stack.word_embed.forward(&quantiser.view(k, &map)?)?;
         self.map = Some(map);
         match self.guidance {
-            Some(_) => Var::cat(&[&x, &x], 0),
+            Some(_) => Variable::cat(&[&x, &x], 0),
             None => Ok(x),
         }
     }
@@ -641,7 +642,7 @@ impl<B: Backend> Decoding<'_, B> {
     /// before them and each other as `mask` says.
     fn run(
         &mut self,
-        x: &Var<B>,
+        x: &Variable<B>,
         at: usize,
         k: usize,
         mask: &Mask<B::Tensor>,
@@ -650,10 +651,10 @@ impl<B: Backend> Decoding<'_, B> {
         let l = x.shape()[1];
         let mut x = x.add(&self.places.narrow(1, at, l)?)?;
         for ((block, cache), m) in stack.blocks.iter().zip(&self.caches).zip(&self.modulations) {
-            let attend = |q: &Var<B>, k: &Var<B>, v: &Var<B>, scale| {
+            let attend = |q: &Variable<B>, k: &Variable<B>, v: &Variable<B>, scale| {
                 let (k, v) = cache.extend(at, k.value(), v.value())?;
                 let y = B::attention(q.value(), &k, &v, mask, scale)?;
-                Ok(Var::constant(y))
+                Ok(Variable::constant(y))
             };
             x = block.forward(&x, m, None, &attend)?;
         }
@@ -691,7 +692,7 @@ impl<B: Backend> Generation<B> for Decoding<'_, B> {
             let (at, count) = (shape.tokens_before(k - 1), shape.steps[k - 1]);
             parts.push(self.input(k, &B::narrow(tokens, 1, at, count)?)?);
         }
-        let x = Var::cat(&parts.iter().collect::<Vec<_>>(), 1)?;
+        let x = Variable::cat(&parts.iter().collect::<Vec<_>>(), 1)?;
         let mask = match mask {
             PrefixMask::Causal => teachers_mask::<B>(x.value(), &shape.steps[..=known])?,
             PrefixMask::Published => Mask::Full,
@@ -701,7 +702,11 @@ impl<B: Backend> Generation<B> for Decoding<'_, B> {
 }
 
 /// What a student adds to each position (b, 1+l, C): its row of the embedding of noise and data (2, C), mapped.
-fn mapped<B: Backend>(map: &Linear<B>, own: &Var<B>, kinds: &B::Tensor) -> Result<Var<B>> {
+fn mapped<B: Backend>(
+    map: &Linear<B>,
+    own: &Variable<B>,
+    kinds: &B::Tensor,
+) -> Result<Variable<B>> {
     map.forward(own)?.rows(kinds)
 }
 
@@ -712,7 +717,7 @@ pub struct TransformerStudent<B: Backend> {
     /// Whether the backward pass computes blocks again.
     recompute: bool,
     /// Rows: noise, data; (2, C).
-    noise_or_data: Var<B>,
+    noise_or_data: Variable<B>,
     /// Maps of that embedding: one per block, and one for the heads.
     layerwise: Vec<Arc<Linear<B>>>,
     continuous: Continuous<B>,
@@ -747,7 +752,7 @@ impl<B: Backend> TransformerStudent<B> {
 }
 
 impl<B: Backend> Student<B> for TransformerStudent<B> {
-    fn tokens(&self) -> &TokenShape {
+    fn token_shape(&self) -> &TokenShape {
         &self.tokens
     }
 
@@ -757,22 +762,22 @@ impl<B: Backend> Student<B> for TransformerStudent<B> {
         conditions: &Conditions<B>,
         data: &B::Tensor,
     ) -> Result<Prediction<B>> {
-        let (b, l, stack) = (B::shape(x)[0], self.tokens.tokens(), &self.stack);
+        let (b, l, stack) = (B::shape(x)[0], self.tokens.count(), &self.stack);
         let condition = Arc::new(stack.condition(conditions.classes()?)?);
         // The class token counts as data.
-        let ones = B::indices_beside(data, &vec![1; b], &[b, 1])?;
+        let ones = B::of(data).indices(&vec![1; b], &[b, 1])?;
         let kinds = B::cat(&[&ones, data], 1)?; // (b, 1+l)
-        let x = stack.word_embed.forward(&Var::constant(x.clone()))?;
-        let x = Var::cat(&[&stack.first(&condition)?, &x], 1)?.add(&stack.places()?)?;
+        let x = stack.word_embed.forward(&Variable::constant(x.clone()))?;
+        let x = Variable::cat(&[&stack.first(&condition)?, &x], 1)?.add(&stack.places()?)?;
         let mut x = x.add(&self.noise_or_data.rows(&kinds)?)?; // (b, 1+l, C)
         // The embedding has two rows: they are mapped, then spread over the positions.
         for (block, map) in stack.blocks.iter().zip(&self.layerwise) {
             let (block, map, condition) = (block.clone(), map.clone(), condition.clone());
             let (own, kinds) = (self.noise_or_data.clone(), kinds.clone());
             let mask = self.mask.clone();
-            x = Var::segment(self.recompute, move || {
-                let attend = |q: &Var<B>, k: &Var<B>, v: &Var<B>, scale| {
-                    Var::attention(q, k, v, &mask, scale)
+            x = Variable::segment(self.recompute, move || {
+                let attend = |q: &Variable<B>, k: &Variable<B>, v: &Variable<B>, scale| {
+                    Variable::attention(q, k, v, &mask, scale)
                 };
                 let modulation = block.adaln.modulation(&condition)?;
                 let kinds = mapped(&map, &own, &kinds)?;
@@ -792,7 +797,7 @@ impl<B: Backend> Student<B> for TransformerStudent<B> {
         self.recompute = blocks;
     }
 
-    fn continuous(&self, prediction: &Prediction<B>) -> Result<Var<B>> {
+    fn continuous(&self, prediction: &Prediction<B>) -> Result<Variable<B>> {
         self.continuous.forward(prediction)
     }
 }
@@ -805,12 +810,12 @@ mod tests {
     fn published_sizes() {
         let d16 = Config::published("d16").expect("a size");
         assert_eq!(
-            (d16.width, d16.heads, d16.token_shape().tokens()),
+            (d16.width, d16.heads, d16.token_shape().count()),
             (1024, 16, 680)
         );
         assert!(!d16.shared_adaln);
         let d36 = Config::published("d36").expect("a size");
-        assert_eq!((d36.width, d36.token_shape().tokens()), (2304, 2240));
+        assert_eq!((d36.width, d36.token_shape().count()), (2304, 2240));
         assert!(d36.shared_adaln);
         assert!(Config::published("d17").is_none());
     }

@@ -14,7 +14,7 @@ use crate::backend::{Backend, Binary, Unary};
 use crate::error::Result;
 use crate::model::autoencoder::{Conv, Decoder, Encoder, Names, Shape};
 use crate::model::{CODEBOOK, Reconstruction, Tokenizer};
-use crate::tape::Var;
+use crate::tape::Variable;
 use crate::weights::{Init, Loader};
 
 /// Shape of a VQ tokenizer.
@@ -38,7 +38,7 @@ pub struct VqModel<B: Backend> {
     decoder: Decoder<B>,
     quant_conv: Conv<B>,
     post_quant_conv: Conv<B>,
-    embedding: Var<B>,
+    embedding: Variable<B>,
 }
 
 impl<B: Backend> VqModel<B> {
@@ -66,7 +66,7 @@ impl<B: Backend> VqModel<B> {
         })
     }
 
-    fn codes(&self) -> Result<Var<B>> {
+    fn codes(&self) -> Result<Variable<B>> {
         if self.config.l2_norm {
             self.embedding.l2_normalise()
         } else {
@@ -75,7 +75,7 @@ impl<B: Backend> VqModel<B> {
     }
 
     /// Encoder outputs (b L, D), normalised where codes are.
-    fn project(&self, images: &Var<B>) -> Result<Var<B>> {
+    fn project(&self, images: &Variable<B>) -> Result<Variable<B>> {
         let z = self.quant_conv.forward(&self.encoder.forward(images)?)?; // (b, D, h, w)
         let s = z.shape();
         let z = z
@@ -95,7 +95,7 @@ impl<B: Backend> Tokenizer<B> for VqModel<B> {
     }
 
     fn encode(&self, images: &B::Tensor) -> Result<B::Tensor> {
-        let z = self.project(&Var::constant(images.clone()))?;
+        let z = self.project(&Variable::constant(images.clone()))?;
         let b = B::shape(images)[0];
         B::reshape(
             &nearest::<B>(z.value(), self.codes()?.value())?,
@@ -103,7 +103,7 @@ impl<B: Backend> Tokenizer<B> for VqModel<B> {
         )
     }
 
-    fn decode(&self, latents: &Var<B>) -> Result<Var<B>> {
+    fn decode(&self, latents: &Variable<B>) -> Result<Variable<B>> {
         let (s, side) = (latents.shape(), self.config.autoencoder.side());
         let z = latents
             .reshape(&[s[0], side, side, s[2]])?
@@ -113,11 +113,12 @@ impl<B: Backend> Tokenizer<B> for VqModel<B> {
 
     /// With straight-through gradients (van den Oord et al. 2017, arXiv 1711.00937).
     fn reconstruct(&self, images: &B::Tensor) -> Result<Reconstruction<B>> {
-        let z = self.project(&Var::constant(images.clone()))?;
+        let z = self.project(&Variable::constant(images.clone()))?;
         let codes = self.codes()?;
         let tokens = nearest::<B>(z.value(), codes.value())?;
         let chosen = codes.rows(&tokens)?;
-        let distance = |a: &Var<B>, b: &Var<B>| a.sub(b)?.unary(Unary::Square)?.mean_all();
+        let distance =
+            |a: &Variable<B>, b: &Variable<B>| a.sub(b)?.unary(Unary::Square)?.mean_all();
         let codebook_loss = distance(&chosen, &z.detach())?;
         let commitment_loss = distance(&z, &chosen.detach())?;
         // z + (chosen - z) without gradient: forward the codes, backward as if they were z.

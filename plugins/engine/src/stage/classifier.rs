@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::memory;
 use crate::stage::tokenizer::{batch_shape, training_feed};
 use crate::stage::{Context, Stage, write_json};
-use crate::tape::Var;
+use crate::tape::Variable;
 use crate::train::{Decay, Fit, HeldOut, StepOutput, TrainOptions};
 use crate::weights::{self, Init, Loader, Params, Source, Weights};
 
@@ -72,9 +72,9 @@ pub struct Config {
 
 /// A convolution and strided convolutions down to a side of at most 2, a layer of features, a linear classifier.
 pub struct Net<B: Backend> {
-    convs: Vec<(Var<B>, Var<B>)>,
-    feature: (Var<B>, Var<B>),
-    output: (Var<B>, Var<B>),
+    convs: Vec<(Variable<B>, Variable<B>)>,
+    feature: (Variable<B>, Variable<B>),
+    output: (Variable<B>, Variable<B>),
     /// Its shape.
     pub config: Config,
 }
@@ -102,7 +102,7 @@ impl<B: Backend> Net<B> {
             ));
             (input, output) = (output, (output * 2).min(64));
         }
-        let mut dense = |name: &str, i: usize, o: usize| -> Result<(Var<B>, Var<B>)> {
+        let mut dense = |name: &str, i: usize, o: usize| -> Result<(Variable<B>, Variable<B>)> {
             let weight = loader.get(
                 &format!("{name}.weight"),
                 &[o, i],
@@ -124,14 +124,14 @@ impl<B: Backend> Net<B> {
     }
 
     /// Features (b, f) of images (b, c, h, w) in [-1, 1]; differentiable.
-    pub fn features(&self, images: &Var<B>) -> Result<Var<B>> {
+    pub fn features(&self, images: &Variable<B>) -> Result<Variable<B>> {
         let maps = self.maps(images)?;
         self.features_of(&maps[maps.len() - 1])
     }
 
     /// The output of each convolution, (b, c', h', w'), finest first; differentiable.
-    pub fn maps(&self, images: &Var<B>) -> Result<Vec<Var<B>>> {
-        let mut maps: Vec<Var<B>> = Vec::new();
+    pub fn maps(&self, images: &Variable<B>) -> Result<Vec<Variable<B>>> {
+        let mut maps: Vec<Variable<B>> = Vec::new();
         for (i, (weight, bias)) in self.convs.iter().enumerate() {
             let stride = if i == 0 { 1 } else { 2 };
             let map = maps
@@ -145,7 +145,7 @@ impl<B: Backend> Net<B> {
     }
 
     /// Features (b, f) of the last of the maps.
-    pub fn features_of(&self, x: &Var<B>) -> Result<Var<B>> {
+    pub fn features_of(&self, x: &Variable<B>) -> Result<Variable<B>> {
         let s = x.shape();
         let flat = x.reshape(&[s[0], s[1] * s[2] * s[3]])?;
         flat.linear(&self.feature.0, Some(&self.feature.1))?
@@ -153,7 +153,7 @@ impl<B: Backend> Net<B> {
     }
 
     /// Logits (b, classes) of features (b, f).
-    pub fn classify(&self, features: &Var<B>) -> Result<Var<B>> {
+    pub fn classify(&self, features: &Variable<B>) -> Result<Variable<B>> {
         features.linear(&self.output.0, Some(&self.output.1))
     }
 
@@ -163,7 +163,7 @@ impl<B: Backend> Net<B> {
         let (mut features, mut classes) = (Vec::new(), Vec::new());
         for part in images.chunks(500 * c * h * w) {
             let x = backend.floats(part, &[part.len() / (c * h * w), c, h, w])?;
-            let f = self.features(&Var::constant(x))?;
+            let f = self.features(&Variable::constant(x))?;
             classes.extend(B::to_indices(&B::argmax_last(self.classify(&f)?.value())?)?);
             features.extend(B::to_floats(f.value())?);
         }
@@ -225,7 +225,7 @@ pub fn train<B: Backend>(
     let step = |step: u64| {
         let seen = feed.take(step)?;
         let x = backend.floats(&seen.pixels, &batch_shape(images, options.batch))?;
-        let features = net.features(&Var::constant(x))?;
+        let features = net.features(&Variable::constant(x))?;
         let loss = net
             .classify(&features)?
             .cross_entropy(&backend.indices(&seen.labels, &[options.batch])?)?;

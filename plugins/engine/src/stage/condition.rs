@@ -268,8 +268,8 @@ pub struct ConditionOptions<'o> {
     pub features: Option<&'o Features>,
 }
 
-/// What samples are made for.
-pub struct Made {
+/// What samples are conditioned on.
+pub struct Conditioning {
     /// Class of each sample, or number of its caption.
     pub labels: Vec<u32>,
     /// What the labels stand for.
@@ -324,7 +324,7 @@ impl ConditionOptions<'_> {
         context: &Context<'_, B>,
         (shape, names): (&ConditionShape, &[String]),
         count: u64,
-    ) -> Result<Made> {
+    ) -> Result<Conditioning> {
         let base = &context.job.base_dir;
         let shape = match shape {
             ConditionShape::Captions(shape) => *shape,
@@ -338,7 +338,7 @@ impl ConditionOptions<'_> {
                 }
                 let balanced = Labels::default();
                 let labels = self.labels.unwrap_or(&balanced);
-                return Ok(Made {
+                return Ok(Conditioning {
                     labels: labels.resolve(context, count, (*classes, names))?,
                     subjects: Subjects::Classes(*classes),
                     texts: Vec::new(),
@@ -392,7 +392,7 @@ impl ConditionOptions<'_> {
         let captions = Captions::open(&path, shape)?;
         let subjects = Subjects::Captions(captions.into());
         let all = subjects.len() as u64;
-        Ok(Made {
+        Ok(Conditioning {
             labels: (0..count).map(|i| (i % all) as u32).collect(),
             subjects,
             texts,

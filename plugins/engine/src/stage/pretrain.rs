@@ -140,8 +140,8 @@ impl<B: Backend> Stage<B> for Pretrain {
             .iter()
             .map(|&mirrored| encode_all(backend, &source, &images, mirrored, o.train.batch))
             .collect::<Result<Vec<_>>>()?;
-        let shape = network.tokens();
-        let l = shape.tokens();
+        let shape = network.token_shape();
+        let l = shape.count();
         let (train, held) = images.split(o.held_out, seed);
         // Tokens of image i in a view.
         let of = |view: usize, i: usize| tokens[view][i * l..(i + 1) * l].iter().copied();

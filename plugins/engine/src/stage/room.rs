@@ -27,13 +27,13 @@ pub fn generating(
         "f32" => 2,
         _ => 1,
     };
-    memory::floats(&[rows, floats, depth, width, network.tokens().tokens()])
+    memory::floats(&[rows, floats, depth, width, network.token_shape().count()])
 }
 
 /// A pass of a student: the logits of all tokens.
 fn student(network: &NetworkConfig) -> Option<u64> {
-    let shape = network.tokens();
-    memory::floats(&[shape.tokens(), shape.vocabulary])
+    let shape = network.token_shape();
+    memory::floats(&[shape.count(), shape.vocabulary])
 }
 
 /// Decoding: the image, and what goes into and comes out of a convolution at its full size.
@@ -65,11 +65,11 @@ pub fn sampling(
 /// block the input of its products, or of the block alone where the rest is computed again.
 pub fn training(network: &NetworkConfig, logits: bool, recompute: bool) -> Option<u64> {
     let (depth, width) = network.size();
-    let shape = network.tokens();
+    let shape = network.token_shape();
     let block = if recompute { 1 } else { 4 };
-    let blocks = memory::floats(&[shape.tokens(), depth, block, width])?;
+    let blocks = memory::floats(&[shape.count(), depth, block, width])?;
     let logits = match logits {
-        true => memory::floats(&[2, shape.tokens(), shape.vocabulary])?,
+        true => memory::floats(&[2, shape.count(), shape.vocabulary])?,
         false => 0,
     };
     blocks.checked_add(logits)

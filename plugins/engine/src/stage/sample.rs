@@ -24,7 +24,9 @@ use crate::picture::{self, Npz, Pixels};
 use crate::random;
 use crate::sampler;
 use crate::samples::{FORMAT, ImagesKept, Kept, Manifest, Samples, ShardWriter, by_class};
-use crate::stage::condition::{ConditionOptions, Features, Given, Labels, Made, Texts, same_noise};
+use crate::stage::condition::{
+    ConditionOptions, Conditioning, Features, Given, Labels, Texts, same_noise,
+};
 use crate::stage::shards::{self, Division, Part, batches, hashed};
 use crate::stage::{Context, Stage, link, resolve, room, write_json};
 use drawer::{Sampler, drawer};
@@ -175,7 +177,7 @@ impl<B: Backend> Stage<B> for Sample {
         let base = &context.job.base_dir;
         let bundle = Bundle::open(context.input_dir(o.sampler.source())?)?;
         let network = bundle.network()?;
-        let shape = network.tokens();
+        let shape = network.token_shape();
         let decoded = (o.images != ImagesKept::None).then_some(&bundle.config.tokenizer);
         let each = room::sampling(&o.sampler, network, decoded, &context.job.dtype);
         room::check(context, "/batch", o.division().at_once(o.batch), each)?;
@@ -183,12 +185,12 @@ impl<B: Backend> Stage<B> for Sample {
         let made =
             o.wish()
                 .resolve(context, (&shape.condition, &bundle.config.classes), o.count)?;
-        let Made {
+        let Conditioning {
             labels,
             subjects,
             texts,
         } = &made;
-        let (l, d) = (shape.tokens(), shape.dim);
+        let (l, d) = (shape.count(), shape.dim);
         let given = match &o.noise {
             Some(given) => Some(given.rows(base, &[o.count as usize, l, d])?),
             None => None,

@@ -131,8 +131,8 @@ impl<B: Backend> Line<'_, '_, B> {
     }
 }
 
-/// What was made.
-pub struct Made {
+/// What a process wrote.
+pub struct Written {
     /// Samples made by this process.
     pub samples: u64,
     /// Samples of its share, those that were there already among them.
@@ -149,7 +149,7 @@ pub fn make<'b, B: Backend>(
     unit: &'static str,
     check: impl Fn(&Path, &Shard) -> Result<()>,
     mut make: impl FnMut(&Path, &Shard, &mut Line<'_, 'b, B>) -> Result<()>,
-) -> Result<Made> {
+) -> Result<Written> {
     let work = context.work_dir()?;
     let own: Vec<&Planned> = match context.job.part {
         None => shards.iter().collect(),
@@ -191,7 +191,7 @@ pub fn make<'b, B: Backend>(
             replace(&path, |partial| make(partial, shard, &mut line))?;
         }
     }
-    Ok(Made {
+    Ok(Written {
         samples: line.made,
         share: total,
         seconds: line.clock.elapsed().as_secs_f64(),

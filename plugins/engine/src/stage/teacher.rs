@@ -234,14 +234,14 @@ fn run<B: Backend>(context: &Context<'_, B>, o: &Options, role: Role) -> Result<
             .map(|(_, p)| p.shape().iter().product::<usize>())
             .sum()
     };
-    let (shape, size) = (network.tokens(), elements(&network_part));
+    let (shape, size) = (network.token_shape(), elements(&network_part));
     context.host.log(
         LogLevel::Info,
         &format!(
             "{} {}: {size} weights, {} tokens of {} codes; tokenizer: {} weights",
             o.family,
             role.name(),
-            shape.tokens(),
+            shape.count(),
             shape.vocabulary,
             elements(&tokenizer_part)
         ),

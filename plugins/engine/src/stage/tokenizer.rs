@@ -28,7 +28,7 @@ use crate::perceptual::{Eye, PIXELS_AT_ONCE, Perceptual};
 use crate::picture::{self, Pixels};
 use crate::random::{Sequence, Stream};
 use crate::stage::{Context, Stage, room};
-use crate::tape::Var;
+use crate::tape::Variable;
 use crate::train::{self, Fit, HeldOut, Mean, StepOutput, TrainOptions, average, scalar, shared};
 use crate::weights::{self, Loader, Source, Stored};
 use codebook::{COLLAPSED, Codebook};
@@ -365,7 +365,7 @@ impl<B: Backend> Stage<B> for Tokenizer {
             for picks in measured_on.chunks(o.train.batch) {
                 let x = batch(backend, &images, picks)?;
                 let r = measured.reconstruct(&x)?;
-                let error = r.images.sub(&Var::constant(x))?.unary(Unary::Square)?;
+                let error = r.images.sub(&Variable::constant(x))?.unary(Unary::Square)?;
                 errors.add(&B::to_floats(error.value())?);
             }
             let (used, perplexity) = codebook.use_lately();

@@ -21,7 +21,9 @@ use crate::error::{Error, Result};
 use crate::flow;
 use crate::random;
 use crate::sampler::{Choice, Distribution, autoregressive};
-use crate::stage::condition::{ConditionOptions, Features, Given, Labels, Made, Texts, same_noise};
+use crate::stage::condition::{
+    ConditionOptions, Conditioning, Features, Given, Labels, Texts, same_noise,
+};
 use crate::stage::shards::{self, Division, Part, batches, hashed};
 use crate::stage::{Context, Stage, link, resolve, room, write_json};
 
@@ -152,7 +154,7 @@ impl<B: Backend> Stage<B> for Trajectories {
         let input = context.input(&o.teacher)?;
         let bundle = Bundle::open(&input.path)?;
         let network = bundle.network()?;
-        let shape = network.tokens();
+        let shape = network.token_shape();
         room::check(
             context,
             "/batch",
@@ -160,7 +162,7 @@ impl<B: Backend> Stage<B> for Trajectories {
             room::generating(network, &o.distribution, &context.job.dtype),
         )?;
         // Before the networks are loaded: a text encoder may need the memory.
-        let Made {
+        let Conditioning {
             labels, subjects, ..
         } = o
             .wish()
@@ -169,7 +171,7 @@ impl<B: Backend> Stage<B> for Trajectories {
             steps: o.solver_steps,
         };
         let base = &context.job.base_dir;
-        let (l, d) = (shape.tokens(), shape.dim);
+        let (l, d) = (shape.count(), shape.dim);
         let given = match &o.noise {
             Some(given) => Some(given.rows(base, &[o.count as usize, l, d])?),
             None => None,

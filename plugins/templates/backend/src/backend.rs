@@ -214,6 +214,10 @@ type T = Tensor;
 impl Tensors for Loops {
     type Tensor = Tensor;
 
+    fn of(_: &T) -> Self {
+        Self
+    }
+
     fn exact(&self) -> Self {
         *self
     }
@@ -228,14 +232,6 @@ impl Tensors for Loops {
 
     fn full(&self, shape: &[usize], value: f32) -> Result<T> {
         Tensor::floats(shape, vec![value; shape.iter().product()])
-    }
-
-    fn floats_beside(_other: &T, data: &[f32], shape: &[usize]) -> Result<T> {
-        Tensor::floats(shape, data.to_vec())
-    }
-
-    fn indices_beside(_other: &T, data: &[u32], shape: &[usize]) -> Result<T> {
-        Tensor::indices(shape, data.to_vec())
     }
 
     fn to_floats(x: &T) -> Result<Vec<f32>> {

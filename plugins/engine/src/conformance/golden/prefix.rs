@@ -53,7 +53,7 @@ pub(super) fn check<B: Backend>(backend: &B, dir: &Path) -> Result<Vec<Case>> {
                     tokens: &tokens,
                     mask,
                 }),
-                teacher.tokens().steps.len(),
+                teacher.token_shape().steps.len(),
             )?;
             suite.tokens(&format!("{way}.tokens"), &found)?;
         }

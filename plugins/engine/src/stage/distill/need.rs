@@ -33,7 +33,7 @@ impl Need {
         tokenizer: &TokenizerConfig,
         parameters: usize,
     ) -> Self {
-        let shape = network.tokens();
+        let shape = network.token_shape();
         let (width, depth) = match network {
             NetworkConfig::Llamagen(c) => (c.width, c.depth),
             NetworkConfig::Var(c) => (c.width, c.depth),
@@ -47,7 +47,7 @@ impl Need {
         let of_token = kept
             .and_then(|kept| kept.checked_mul(width))
             .and_then(|kept| kept.checked_add(2 * shape.vocabulary));
-        let tokens = shape.tokens() + shape.condition.positions();
+        let tokens = shape.count() + shape.condition.positions();
         let copies = if o.train.ema > 0.0 { 5 } else { 4 };
         let decoding = match o.perceptual.weight() > 0.0 {
             false => Some(0),

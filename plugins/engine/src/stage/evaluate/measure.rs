@@ -14,7 +14,7 @@ use crate::stage::{Context, resolve};
 use crate::statistics::{
     InceptionScore, Moments, RunningMoments, RunningScore, StatisticsError, class_agreement,
 };
-use crate::tape::Var;
+use crate::tape::Variable;
 use crate::weights::{Loader, Source as Weights, Stored};
 
 /// The network in whose features images are compared.
@@ -156,7 +156,7 @@ impl<B: Backend> Network<B> {
                     .map(|x| ((x * 0.5 + 0.5).clamp(0.0, 1.0) * 255.0).round() / 255.0)
                     .collect();
                 let x = backend.floats(&bytes, &[images.len() / (c * h * w), c, h, w])?;
-                let outputs = network.look(&Var::constant(x), preparation)?;
+                let outputs = network.look(&Variable::constant(x), preparation)?;
                 Ok(Seen {
                     features: B::to_floats(outputs.features[*depth].value())?,
                     spatial: B::to_floats(outputs.spatial.value())?,

@@ -334,7 +334,7 @@ pub fn drawer<'a, B: Backend>(
                 let ids = marginals.draw(classes, &mut sequences)?;
                 of_tokens(
                     &codebook,
-                    backend.indices(&ids, &[classes.len(), shape.tokens()])?,
+                    backend.indices(&ids, &[classes.len(), shape.count()])?,
                 )
             })
         }
@@ -381,7 +381,7 @@ impl Marginals {
         Ok(Self {
             dataset,
             of_class,
-            tokens: shape.tokens(),
+            tokens: shape.count(),
         })
     }
 

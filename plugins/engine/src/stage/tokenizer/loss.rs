@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::model::LastConvolution;
 use crate::model::discriminator::Discriminator;
 use crate::perceptual::Eye;
-use crate::tape::{Var, backward};
+use crate::tape::{Variable, backward};
 use crate::train::{TrainOptions, scalar, shared};
 use crate::weights::{Loader, Params, Source};
 
@@ -121,9 +121,9 @@ impl<B: Backend> Adversary<B> {
     }
 
     /// The hinge loss from which it learns.
-    fn hinge(&self, images: &B::Tensor, reconstructions: &B::Tensor) -> Result<Var<B>> {
+    fn hinge(&self, images: &B::Tensor, reconstructions: &B::Tensor) -> Result<Variable<B>> {
         let side = |x: &B::Tensor, sign: f64| {
-            let logits = self.learning.forward(&Var::constant(x.clone()))?;
+            let logits = self.learning.forward(&Variable::constant(x.clone()))?;
             let short = logits.affine(sign, 1.0)?.unary(Unary::Relu)?;
             short.mean_all()?.affine(0.5, 0.0)
         };
@@ -150,8 +150,8 @@ struct Term<B: Backend> {
 }
 
 impl<B: Backend> Term<B> {
-    fn of(images: &B::Tensor, f: impl FnOnce(&Var<B>) -> Result<Var<B>>) -> Result<Self> {
-        let leaf = Var::parameter(images.clone());
+    fn of(images: &B::Tensor, f: impl FnOnce(&Variable<B>) -> Result<Variable<B>>) -> Result<Self> {
+        let leaf = Variable::parameter(images.clone());
         let scalar = f(&leaf)?;
         let value = scalar.value().clone();
         let mut gradients = backward(scalar, &[("images".into(), leaf)])?;
@@ -174,13 +174,13 @@ impl<B: Backend> Criterion<B> {
     /// The loss of reconstructions of images (b, c, h, w) at a step, and its parts.
     pub fn loss(
         &self,
-        reconstructions: Var<B>,
+        reconstructions: Variable<B>,
         images: &B::Tensor,
         last: &LastConvolution<B>,
         step: u64,
-    ) -> Result<(Var<B>, Vec<(&'static str, f64)>)> {
+    ) -> Result<(Variable<B>, Vec<(&'static str, f64)>)> {
         let made = reconstructions.value().clone();
-        let target = Var::constant(images.clone());
+        let target = Variable::constant(images.clone());
         let mut sum = Term::of(&made, |made| self.pixels.distance(made, &target))?;
         let mut figures = vec![("reconstruction", scalar::<B>(&sum.value)?)];
         if let Some((eye, weight)) = &self.eye {
@@ -188,7 +188,7 @@ impl<B: Backend> Criterion<B> {
             let term = Term::of(&made, |made| {
                 made.sum_of_pieces(self.at_once, |piece, place| {
                     let target = B::narrow(images, 0, place.start, place.len())?;
-                    let distance = eye.distance(piece, &Var::constant(target))?;
+                    let distance = eye.distance(piece, &Variable::constant(target))?;
                     distance.affine(place.len() as f64 / count as f64, 0.0)
                 })
             })?;
@@ -220,7 +220,7 @@ impl<B: Backend> Criterion<B> {
 
 impl PixelLoss {
     /// The distance of images.
-    fn distance<B: Backend>(self, a: &Var<B>, b: &Var<B>) -> Result<Var<B>> {
+    fn distance<B: Backend>(self, a: &Variable<B>, b: &Variable<B>) -> Result<Variable<B>> {
         let difference = a.sub(b)?;
         match self {
             Self::L2 => difference.unary(Unary::Square)?.mean_all(),
@@ -235,9 +235,13 @@ impl PixelLoss {
 
 /// The entropy term (Yu et al. 2023, arXiv 2310.05737, eq. 3): each vector should be sure of its code, and all codes should
 /// be used. Low where the choices (n, K) of softmax(-|z - c|^2 / temperature) are sure one by one and even on the whole.
-pub fn entropy<B: Backend>(z: &Var<B>, codes: &Var<B>, temperature: f64) -> Result<Var<B>> {
+pub fn entropy<B: Backend>(
+    z: &Variable<B>,
+    codes: &Variable<B>,
+    temperature: f64,
+) -> Result<Variable<B>> {
     let (n, k) = (z.shape()[0], codes.shape()[0]);
-    let lengths = |x: &Var<B>| x.unary(Unary::Square)?.sum(&[1]);
+    let lengths = |x: &Variable<B>| x.unary(Unary::Square)?.sum(&[1]);
     // -|z - c|^2 = 2 <z, c> - |z|^2 - |c|^2
     let near = z
         .matmul(codes, true)?
@@ -245,7 +249,7 @@ pub fn entropy<B: Backend>(z: &Var<B>, codes: &Var<B>, temperature: f64) -> Resu
         .sub(&lengths(z)?.reshape(&[n, 1])?)?
         .sub(&lengths(codes)?.reshape(&[1, k])?)?;
     let choice = near.affine(1.0 / temperature, 0.0)?.softmax()?;
-    let information = |p: &Var<B>| p.mul(&p.affine(1.0, 1e-10)?.unary(Unary::Log)?);
+    let information = |p: &Variable<B>| p.mul(&p.affine(1.0, 1e-10)?.unary(Unary::Log)?);
     let each = information(&choice)?.sum(&[1])?.mean_all()?;
     let whole = choice.mean(&[0])?;
     let even = information(&whole)?.sum(&[0, 1])?;
