@@ -28,6 +28,33 @@ pub struct Curve {
     pub label: String,
     /// Its samples, by their places.
     pub samples: Vec<Sample>,
+    /// The weight of what came before in an average that is drawn over them; 0 draws none. For SVG.
+    pub smoothing: f64,
+}
+
+impl Curve {
+    /// An exponential average of the means, without a bias at its beginning; what is not finite is left out.
+    fn smoothed(&self) -> Option<Vec<f64>> {
+        let weight = self.smoothing.min(0.99);
+        let (mut sum, mut total) = (0.0, 0.0);
+        let average = self.samples.iter().map(|sample| {
+            if !sample.mean.is_finite() {
+                return f64::NAN;
+            }
+            sum = weight * sum + (1.0 - weight) * sample.mean;
+            total = weight * total + (1.0 - weight);
+            sum / total
+        });
+        (weight > 0.0).then(|| average.collect())
+    }
+}
+
+/// Whether a series is one of those that people look at first.
+pub fn is_wanted(name: &str) -> bool {
+    let last = name.rsplit('/').next().unwrap_or(name);
+    ["loss", "error", "accuracy", "entropy"]
+        .iter()
+        .any(|word| last.contains(word))
 }
 
 /// What is known at one place.
@@ -147,7 +174,7 @@ impl Chart {
         let y = |value: f64| {
             H - BOTTOM - (value - frame.y.0) / (frame.y.1 - frame.y.0) * (H - TOP - BOTTOM)
         };
-        for tick in ticks(frame.y, 6) {
+        for tick in marks(frame.y, 6, self.log) {
             let (at, text) = (y(tick), number(self.value(tick)));
             let _ = writeln!(
                 svg,
@@ -158,7 +185,7 @@ impl Chart {
                 at + 4.0
             );
         }
-        for tick in ticks(frame.x, 8) {
+        for tick in marks(frame.x, 8, self.log_x) {
             let _ = writeln!(
                 svg,
                 "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>",
@@ -188,10 +215,40 @@ impl Chart {
                 let _ = writeln!(
                     svg,
                     "<path d=\"M{}Z\" fill=\"{color}\" fill-opacity=\"0.2\"/>\
-                     <path d=\"M{}\" fill=\"none\" stroke=\"{color}\" stroke-width=\"1.5\" stroke-linecap=\"round\"/>",
+                     <path d=\"M{}\" fill=\"none\" stroke=\"{color}\" {} stroke-linecap=\"round\"/>",
                     band.join("L"),
-                    line.join("L")
+                    line.join("L"),
+                    match curve.smoothing > 0.0 {
+                        true => "stroke-width=\"1\" stroke-opacity=\"0.35\"",
+                        false => "stroke-width=\"1.5\"",
+                    }
                 );
+            }
+            if let Some(means) = curve.smoothed() {
+                let samples = curve.samples.iter().zip(means);
+                let average = Curve {
+                    samples: samples
+                        .map(|(sample, mean)| Sample {
+                            x: sample.x,
+                            min: mean,
+                            mean,
+                            max: mean,
+                        })
+                        .collect(),
+                    ..Curve::default()
+                };
+                for run in self.runs(&average) {
+                    let line: Vec<String> = run
+                        .iter()
+                        .map(|sample| format!("{:.1} {:.1}", x(sample.x), y(sample.mean)))
+                        .collect();
+                    let _ = writeln!(
+                        svg,
+                        "<path class=\"average\" d=\"M{}\" fill=\"none\" stroke=\"{color}\" stroke-width=\"1.8\" \
+                         stroke-linecap=\"round\"/>",
+                        line.join("L")
+                    );
+                }
             }
             let at = H + 20.0 * place as f64;
             let _ = writeln!(
@@ -363,6 +420,35 @@ fn paint(text: &str, curve: usize, color: bool) -> String {
     terminal::paint(text, COLORS[curve % COLORS.len()].0, color)
 }
 
+/// Where an axis has marks: at round numbers, of which a logarithmic axis has the logarithms.
+fn marks(range: (f64, f64), count: usize, log: bool) -> Vec<f64> {
+    if !log {
+        return ticks(range, count);
+    }
+    let (low, high) = range;
+    let inside = |tick: &f64| (low - 1e-9..=high + 1e-9).contains(tick);
+    let of = |factors: &[f64], every: usize| -> Vec<f64> {
+        // Powers of ten that numbers have.
+        let powers =
+            (low.floor().max(-330.0) as i32..=high.ceil().min(330.0) as i32).step_by(every);
+        let all = powers.flat_map(|power| {
+            factors
+                .iter()
+                .map(move |factor| f64::from(power) + factor.log10())
+        });
+        all.filter(inside).collect()
+    };
+    let every = ((high - low) / count as f64).ceil().clamp(1.0, 1000.0) as usize;
+    match (of(&[1.0], every), of(&[1.0, 2.0, 5.0], 1)) {
+        (powers, _) if powers.len() > 2 => powers,
+        (_, between) if between.len() > 2 => between,
+        _ => {
+            let numbers = ticks((10_f64.powf(low), 10_f64.powf(high)), count);
+            numbers.into_iter().map(f64::log10).filter(inside).collect()
+        }
+    }
+}
+
 /// About so many round numbers within a range.
 fn ticks((low, high): (f64, f64), count: usize) -> Vec<f64> {
     let rough = (high - low) / count as f64;
@@ -412,6 +498,7 @@ mod tests {
             curves: vec![Curve {
                 label: "a <loss>".into(),
                 samples: samples.collect(),
+                ..Curve::default()
             }],
         }
     }
@@ -456,9 +543,35 @@ mod tests {
     }
 
     #[test]
+    fn an_average_is_drawn_over_what_it_is_of() {
+        let mut chart = chart(&[1.0, 3.0, f64::NAN, 3.0], false);
+        assert!(!chart.svg().contains("average"));
+        chart.curves[0].smoothing = 0.5;
+        let means = chart.curves[0].smoothed().unwrap();
+        // (0.25 * 1 + 0.5 * 3) / 0.75, and a gap where nothing was.
+        assert!((means[0] - 1.0).abs() < 1e-12 && (means[1] - 7.0 / 3.0).abs() < 1e-12);
+        assert!(means[2].is_nan() && means[3] < 3.0);
+        let svg = chart.svg();
+        assert_eq!(svg.matches("class=\"average\"").count(), 2);
+        assert!(svg.contains("stroke-opacity=\"0.35\""), "{svg}");
+    }
+
+    #[test]
     fn ticks_are_round() {
         assert_eq!(ticks((0.0, 10.0), 5), [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]);
         assert_eq!(ticks((-0.03, 0.11), 4), [0.0, 0.05, 0.1]);
         assert_eq!(ticks((5.0, 5.0), 4), [5.0]);
+        let check = |low: f64, high: f64, expected: &[f64]| {
+            let marks = marks((low.log10(), high.log10()), 6, true);
+            let numbers: Vec<f64> = marks
+                .iter()
+                .map(|mark| (10_f64.powf(*mark) * 1e6).round() / 1e6)
+                .collect();
+            assert_eq!(numbers, expected);
+        };
+        check(1.0, 3000.0, &[1.0, 10.0, 100.0, 1000.0]);
+        check(0.015, 0.22, &[0.02, 0.05, 0.1, 0.2]);
+        check(1.58, 3.3, &[2.0, 2.5, 3.0]);
+        check(0.0001, 10_000.0, &[0.0001, 0.01, 1.0, 100.0, 10_000.0]);
     }
 }

@@ -60,6 +60,7 @@ td { overflow-wrap: anywhere; } td.number, th.number { text-align: right; font-v
 .interrupted { color: var(--odd); }
 figure { margin: 1rem 0; } figure img { max-width: 100%; image-rendering: pixelated; background: var(--soft); }
 figure svg { max-width: 100%; height: auto; }
+.pictures { display: flex; flex-wrap: wrap; gap: 0 1.5rem; align-items: flex-start; }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(30rem, 100%), 1fr)); gap: 0 1.5rem; }
 pre { background: var(--soft); padding: 0.7rem; overflow-x: auto; }
 summary { cursor: pointer; }";
@@ -85,8 +86,9 @@ pub fn html(title: &str, pages: &[Page], curves: &Curves) -> String {
                         li { a href={ "#" (page.detail.summary.id) } { "run " (page.detail.summary.id) }
                             " of " (page.detail.summary.recipe) }
                     } } }
-                    (compared(pages))
                 }
+                @for page in pages { (results(page)) }
+                @if several { (compared(pages)) }
                 @if !curves.charts.is_empty() {
                     h2 { "Curves" }
                     div.curves { @for (title, chart) in &curves.charts {
@@ -96,7 +98,7 @@ pub fn html(title: &str, pages: &[Page], curves: &Curves) -> String {
                         p.dim { (curves.left_out) " more series are in the tables only." }
                     }
                 }
-                @for page in pages { (run(page)) }
+                @for page in pages { (more(page, several)) }
                 p.dim { "Written by retort " (env!("CARGO_PKG_VERSION")) "." }
             }
         }
@@ -155,7 +157,8 @@ fn compared(pages: &[Page]) -> Markup {
     }
 }
 
-fn run(page: &Page) -> Markup {
+/// What came of a run, which is looked at first: what it was, its tables and its pictures.
+fn results(page: &Page) -> Markup {
     let detail = &page.detail;
     let run = &detail.summary;
     html! {
@@ -184,8 +187,17 @@ fn run(page: &Page) -> Markup {
                     } }
                 }
             }
-            @for picture in &page.pictures { (figure(picture)) }
-            h3 { "Stages" }
+            div.pictures { @for picture in &page.pictures { (figure(picture)) } }
+        }
+    }
+}
+
+/// How a run came to that.
+fn more(page: &Page, several: bool) -> Markup {
+    let detail = &page.detail;
+    html! {
+        section {
+            h2 { "Stages and metrics" @if several { " of run " (detail.summary.id) } }
             div.wide { (stages(&detail.stages)) }
             @if !page.series.is_empty() {
                 h3 { "Metrics" }
@@ -292,6 +304,7 @@ mod tests {
                     curves: vec![Curve {
                         label: hostile.into(),
                         samples: vec![sample(1.0), sample(2.0)],
+                        ..Curve::default()
                     }],
                 },
             )],

@@ -103,6 +103,59 @@ impl Site {
     }
 }
 
+/// Runs that a query names, each once, the pinned one first.
+struct Named<'s> {
+    runs: Vec<(&'s Shelf, RunId)>,
+    /// The query with ids in place of what else runs may be called by, where it has such names: `latest` is another run
+    /// tomorrow, and a link that is kept shows the same.
+    settled: Option<request::Fields>,
+}
+
+impl Site {
+    /// The runs that a query names, at most so many. A baseline that is gone, or another server's, is none.
+    async fn named_runs(
+        &self,
+        query: &request::Fields,
+        most: usize,
+    ) -> Result<Named<'_>, StoreError> {
+        let mut runs: Vec<(&Shelf, RunId)> = Vec::new();
+        let mut settled = request::Fields::default();
+        for (name, value) in query.pairs().filter(|(_, value)| !value.is_empty()) {
+            let place = match name {
+                "baseline" => 0,
+                "run" => runs.len(),
+                _ => {
+                    settled.push(name, value);
+                    continue;
+                }
+            };
+            if runs.len() >= most {
+                settled.push(name, value);
+                continue;
+            }
+            match self.find_run(value).await {
+                Ok((shelf, id)) => {
+                    settled.push(name, &id.0);
+                    match runs.iter().position(|(_, known)| *known == id) {
+                        Some(known) if place == 0 => runs[..=known].rotate_right(1),
+                        Some(_) => {}
+                        None => runs.insert(place, (shelf, id)),
+                    }
+                }
+                Err(StoreError::NoRun { .. }) if name == "baseline" => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let changed = settled
+            .pairs()
+            .ne(query.pairs().filter(|(_, value)| !value.is_empty()));
+        Ok(Named {
+            runs,
+            settled: changed.then_some(settled),
+        })
+    }
+}
+
 impl Shelf {
     /// The number of the store among those that are served, as URLs have it.
     fn number(&self, site: &Site) -> usize {

@@ -248,6 +248,23 @@ fn a_training_fails_beyond_the_limit_and_goes_on_after_it() {
 }
 
 #[test]
+fn a_training_that_ends_in_more_faults_than_it_took_steps_fails() {
+    let ends_in = |from: u64| {
+        let dir = tempfile::tempdir().expect("a directory");
+        let bad = |step| (step >= from).then_some(f32::NAN);
+        train(&Recorder::default(), dir.path(), 100, bad).0
+    };
+    let error = ends_in(1).expect_err("one step was taken").to_string();
+    let said = "; so were the last 39 of its 40 steps, more than it took";
+    assert!(
+        error.contains("at step 39 the loss is NaN") && error.ends_with(said),
+        "{error}"
+    );
+    ends_in(19).expect_err("19 steps were taken, 21 left out");
+    ends_in(20).expect("as many steps as were left out");
+}
+
+#[test]
 fn weights_that_are_not_finite_are_no_result() {
     // The last steps are left out: nothing else would notice what the one before did.
     let dir = tempfile::tempdir().expect("a directory");

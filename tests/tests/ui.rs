@@ -11,6 +11,8 @@ mod lab;
 mod serving;
 #[path = "ui/shelf.rs"]
 mod shelf;
+#[path = "ui/staying.rs"]
+mod staying;
 
 use browser::Browser;
 use lab::{Lab, block_on};
@@ -301,12 +303,16 @@ fn curves_are_zoomed_smoothed_and_taken_along() {
     let saved = browser.script("return [...document.querySelectorAll('[data-save]')].map(link => link.getAttribute('href'))");
     assert!(
         saved[0].as_str().unwrap().contains("logy=1")
-            && saved[0].as_str().unwrap().contains("axis=time"),
+            && saved[0].as_str().unwrap().contains("axis=time")
+            && saved[0].as_str().unwrap().contains("smooth=0.9"),
         "{saved}"
     );
     let (status, svg) = server.get(saved[0].as_str().unwrap());
     assert!(
-        status == 200 && svg.starts_with("<svg") && svg.contains(&made.second.0),
+        status == 200
+            && svg.starts_with("<svg")
+            && svg.contains(&made.second.0)
+            && svg.matches("class=\"average\"").count() == 2,
         "{svg}"
     );
     let (status, csv) = server.get(saved[1].as_str().unwrap());
@@ -545,6 +551,8 @@ fn pictures_of_the_same_noise_stand_side_by_side() {
     );
     assert_eq!(browser.count("table.samples thead .odd"), 1);
     assert_eq!(browser.count("table.samples tbody tr"), 4);
+    // Classes have the names that the network knows them by.
+    browser.wait_for_text("digit 3");
     let sharp = browser
         .script("return getComputedStyle(document.querySelector('img.pixels')).imageRendering");
     assert_eq!(sharp, "pixelated");
@@ -639,7 +647,8 @@ fn a_run_is_followed_while_it_goes_on() {
     browser.wait_for(".meter");
     running.signal(libc::SIGINT);
     browser.wait_until("document.querySelector('.run-head .pill.odd')");
-    browser.wait_until("!document.querySelector('.meter')");
+    browser
+        .wait_until("!document.querySelector('.meter') && document.title.includes('interrupted')");
     browser.expect_sound();
     running.end().expect(130);
 }

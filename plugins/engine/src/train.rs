@@ -298,6 +298,7 @@ impl<B: Backend> Fit<'_, B> {
         self.agree(start, &moments)?;
         let mut stop = false;
         let mut saved = Instant::now();
+        let mut last_fault = None;
         for step in start..o.steps {
             match self.host.cancelled() {
                 // Ranks stop at the same step: the one that all know of.
@@ -339,6 +340,7 @@ impl<B: Backend> Fit<'_, B> {
                             o.skip_at_most
                         )));
                     }
+                    last_fault = Some(fault);
                 }
             }
             self.host.progress(step + 1, o.steps, "steps");
@@ -359,6 +361,15 @@ impl<B: Backend> Fit<'_, B> {
             // Whoever makes the artifact takes it from there.
             self.save(o.steps, &moments, best.as_ref(), &skipped)?;
             self.ranks.barrier()?;
+        }
+        // A short training ends before it fails: what it learned in fewer steps than it then left out is nothing.
+        if let Some(fault) = last_fault
+            && skipped.in_a_row > o.steps - skipped.all
+        {
+            return Err(Error::Numerical(format!(
+                "{}: {fault}; so were the last {} of its {} steps, more than it took",
+                self.name, skipped.in_a_row, o.steps
+            )));
         }
         let weights = match best {
             Some((_, weights)) => weights,

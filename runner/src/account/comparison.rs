@@ -67,7 +67,7 @@ pub fn facts(detail: &RunDetail, metrics: &[SeriesSummary], dir: &Path) -> Vec<(
 
 /// The places of the best values of a metric; none where it is not known which is better, or all are alike.
 pub fn best(fact: &Fact, values: &[Option<&Value>]) -> Vec<usize> {
-    const LOWER: [&str; 8] = [
+    const LOWER: [&str; 10] = [
         "loss",
         "fd",
         "fid",
@@ -76,8 +76,10 @@ pub fn best(fact: &Fact, values: &[Option<&Value>]) -> Vec<usize> {
         "seconds",
         "entropy",
         "divergence",
+        "lpips",
+        "reconstruction",
     ];
-    const HIGHER: [&str; 7] = [
+    const HIGHER: [&str; 8] = [
         "accuracy",
         "agreement",
         "precision",
@@ -85,6 +87,7 @@ pub fn best(fact: &Fact, values: &[Option<&Value>]) -> Vec<usize> {
         "score",
         "is",
         "psnr",
+        "ssim",
     ];
     if fact.about != "metric" {
         return Vec::new();
@@ -94,7 +97,8 @@ pub fn best(fact: &Fact, values: &[Option<&Value>]) -> Vec<usize> {
         last.split(['_', '.', '-'])
             .any(|word| words.contains(&word))
     };
-    let sign = match (has(&HIGHER) || last.ends_with("per_second"), has(&LOWER)) {
+    let lower = has(&LOWER) || last == "frechet_ratio";
+    let sign = match (has(&HIGHER) || last.ends_with("per_second"), lower) {
         (true, _) => -1.0,
         (false, true) => 1.0,
         (false, false) => return Vec::new(),
@@ -180,6 +184,9 @@ mod tests {
         check("evaluate/one_step/precision", &values, &[0]);
         check("sample/images_per_second", &values, &[0]);
         check("distill/learning_rate", &values, &[]);
+        check("tokenizer/held_out_ssim", &values, &[0]);
+        check("tokenizer/held_out_lpips", &values, &[1, 3]);
+        check("1-step/frechet_ratio", &values, &[1, 3]);
         check("distill/loss", &[json!(1.0), json!(1.0)], &[]);
     }
 

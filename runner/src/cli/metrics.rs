@@ -461,6 +461,7 @@ pub(super) fn curve(label: String, buckets: &[Bucket], axis: Axis) -> Curve {
     Curve {
         label,
         samples: samples.collect(),
+        ..Curve::default()
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::ValueHint;
 
 use crate::artifact::Layout;
-use crate::chart::Chart;
+use crate::chart::{self, Chart};
 use crate::cli::{Context, Error, Exit, metrics, show, talk};
 use crate::draft;
 use crate::report::{self, Curves, Page, Picture};
@@ -127,6 +127,8 @@ async fn curves(store: &Store, pages: &[Page]) -> Result<Curves, Error> {
             names.push(name);
         }
     }
+    // What people look at first comes first, and is not what is left out.
+    names.sort_by_key(|name| !chart::is_wanted(name));
     let left_out = names.len().saturating_sub(MOST_CHARTS);
     names.truncate(MOST_CHARTS);
     let lens = Lens {

@@ -35,8 +35,8 @@ pub struct Args {
     /// How many images.
     #[arg(short = 'n', long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub number: Option<u32>,
-    /// Their classes: `balanced`, `drawn`, or numbers (3,1,4), again and again where there are fewer than images.
-    #[arg(long, value_name = "CLASSES")]
+    /// Their classes: `balanced`, `drawn`, or numbers (3,1,4) or names, again and again where there are fewer than images.
+    #[arg(long, value_name = "CLASSES", allow_hyphen_values = true)]
     pub labels: Option<String>,
     /// Passes of a student: their number, or the AR steps from which they start (0,6).
     #[arg(long, value_name = "STEPS", default_value = "1")]
@@ -96,7 +96,14 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let network = if path.exists() && !args.network.is_empty() {
         published(args, path)?
     } else {
-        runtime.block_on(in_store(args, context))?
+        let found = runtime.block_on(in_store(args, context));
+        found.map_err(|error| match error.exit {
+            Exit::NothingMatches if is_path(&args.network) => Error::new(
+                Exit::NothingMatches,
+                format!("there is no file or folder {}", args.network),
+            ),
+            _ => error,
+        })?
     };
     let known = store_if_there(&runtime, &context.store)?;
     let mut plugins = Plugins::new(
@@ -146,6 +153,15 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         Some(row) => copy(&row, dir, context),
         None => Ok(()),
     }
+}
+
+/// Whether a text can only be meant as a path: no reference to a run or an artifact is written so.
+fn is_path(text: &str) -> bool {
+    let endings = [".pt", ".pth", ".ckpt", ".bin", ".safetensors"];
+    ["/", "./", "../"]
+        .iter()
+        .any(|start| text.starts_with(start))
+        || endings.iter().any(|end| text.ends_with(end))
 }
 
 /// Pictures are not mixed with others, nor written over.
@@ -348,19 +364,29 @@ fn passes(steps: &str, trained: Option<&Value>) -> Result<Value, Error> {
 
 /// Classes as the option has them, and how many images there are to be.
 fn labels(args: &Args) -> Result<(Option<String>, Option<u32>), Error> {
-    let Some(text) = &args.labels else {
+    let Some(text) = args.labels.as_deref().map(str::trim) else {
         return Ok((None, args.number));
     };
-    if !text.starts_with(|c: char| c.is_ascii_digit()) {
-        return Ok((Some(text.clone()), args.number));
+    // A rule, or what only the option itself can say: a list, a tensor of a file.
+    if ["balanced", "drawn"].contains(&text) || text.starts_with(['{', '[']) {
+        return Ok((Some(text.to_owned()), args.number));
     }
-    let classes: Option<Vec<u32>> = text.split(',').map(|one| one.trim().parse().ok()).collect();
-    let Some(classes) = classes else {
-        return Err(Error::new(
-            Exit::Usage,
-            format!("`--labels {text}`: expected numbers such as 3,1,4, `balanced` or `drawn`"),
-        ));
+    let wrong = |what: String| {
+        Error::new(Exit::Usage, format!("`--labels {text}`: {what}"))
+            .hint("write `balanced`, `drawn`, numbers such as 3,1,4, or names of classes")
     };
+    let mut classes: Vec<Value> = Vec::new();
+    for one in text.split(',').map(str::trim) {
+        let is_number = one.starts_with(|c: char| c.is_ascii_digit() || "+-.".contains(c));
+        match one.parse::<u32>() {
+            _ if one.is_empty() => return Err(wrong("a class is empty".into())),
+            Ok(number) => classes.push(json!(number)),
+            Err(_) if is_number && one.parse::<f64>().is_ok() => {
+                return Err(wrong(format!("{one} is no number of a class")));
+            }
+            Err(_) => classes.push(json!(one)),
+        }
+    }
     let number = args
         .number
         .unwrap_or(u32::try_from(classes.len()).unwrap_or(u32::MAX));
@@ -370,12 +396,7 @@ fn labels(args: &Args) -> Result<(Option<String>, Option<u32>), Error> {
                 .hint("`balanced` and `drawn` are for any number"),
         );
     }
-    let all: Vec<u32> = classes
-        .iter()
-        .copied()
-        .cycle()
-        .take(number as usize)
-        .collect();
+    let all: Vec<&Value> = classes.iter().cycle().take(number as usize).collect();
     Ok((Some(json!(all).to_string()), Some(number)))
 }
 

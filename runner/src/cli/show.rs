@@ -41,7 +41,7 @@ pub struct Args {
 /// How a terminal draws pictures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Manner {
-    /// The best that the terminal says it can; half blocks in tmux and screen.
+    /// The best that the terminal says it can; half blocks in tmux and screen; paths where there is no terminal.
     Auto,
     /// The protocol of kitty.
     Kitty,
@@ -86,11 +86,14 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
             Error::new(Exit::Internal, message).cause(&error)
         });
     }
-    let draws = std::io::stdout().is_terminal() && args.manner != Manner::Paths;
+    let is_terminal = std::io::stdout().is_terminal();
     let manner = match args.manner {
-        Manner::Auto if draws => screen::best(variable, screen::ask),
+        Manner::Auto if is_terminal => screen::best(variable, screen::ask),
+        Manner::Auto => Manner::Paths,
+        // Who says how means it, whatever the output is: a pager, or a file that is shown later.
         manner => manner,
     };
+    let draws = manner != Manner::Paths;
     for row in &pictures {
         let meta = &row.artifact.meta;
         let caption = meta.caption.as_deref().unwrap_or_default();
@@ -109,7 +112,13 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         talk::print(&format!("{}\n", path.display()))?;
     }
     if !draws && args.manner != Manner::Paths && !context.quiet {
-        talk::say("the output is no terminal: these are the files; --save FILE copies one");
+        let why = match is_terminal {
+            true => "this terminal draws nothing",
+            false => "the output is no terminal",
+        };
+        talk::say(&format!(
+            "{why}: these are the files; --save FILE copies one, --as draws all the same"
+        ));
     }
     Ok(())
 }

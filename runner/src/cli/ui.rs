@@ -73,6 +73,12 @@ async fn serve(args: &Args, context: &Context) -> Result<(), Error> {
         } else {
             "read-only; Ctrl-C ends it"
         });
+        if args.bind.is_unspecified() {
+            talk::say(
+                "from other machines: the same with this machine's address in place of `localhost` (its name needs \
+                 --allow-host)",
+            );
+        }
     }
     if args.open {
         open(&address);
@@ -124,22 +130,39 @@ fn address(place: SocketAddr, token: Option<&str>) -> String {
     format!("http://{host}:{}/{token}", place.port())
 }
 
-/// Asks the desktop to open an address. Without a desktop it has been printed.
+/// Asks the desktop, or else `$BROWSER`, to open an address. Where neither does, it says so: the address has been printed.
 fn open(address: &str) {
-    let opened = std::process::Command::new("xdg-open")
-        .arg(address)
-        .stdin(std::process::Stdio::null())
-        .stdout(std::process::Stdio::null())
-        .stderr(std::process::Stdio::null())
-        .spawn();
+    let chosen = std::env::var("BROWSER").unwrap_or_default();
+    let chosen = chosen.split(':').next().unwrap_or_default().to_owned();
+    let start = |program: &str| {
+        std::process::Command::new(program)
+            .arg(address)
+            .stdin(std::process::Stdio::null())
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+    };
+    let unopened = |why: String| {
+        talk::say(&format!(
+            "no browser could be opened ({why}): open the address above"
+        ));
+    };
+    let (program, opened) = match start("xdg-open") {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound && !chosen.is_empty() => {
+            let opened = start(&chosen);
+            (chosen, opened)
+        }
+        opened => ("xdg-open".to_owned(), opened),
+    };
     match opened {
         Ok(mut child) => {
             // It may stay as long as the browser does.
-            std::thread::spawn(move || child.wait());
+            std::thread::spawn(move || match child.wait() {
+                Ok(status) if !status.success() => unopened(format!("{program}: {status}")),
+                _ => {}
+            });
         }
-        Err(error) => talk::say(&format!(
-            "no browser could be opened (xdg-open: {error}): open the address above"
-        )),
+        Err(error) => unopened(format!("{program}: {error}")),
     }
 }
 

@@ -113,6 +113,7 @@ pub async fn confirm(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
         title: "Remove a run",
         place: Section::Other,
         runs: &[],
+        pinned: false,
         live: None,
         body,
     }

@@ -29,31 +29,32 @@ struct Column<'s> {
 
 /// The page.
 pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
-    let named: Vec<&str> = ask.query.runs().collect();
+    let named = site.named_runs(&ask.query, RUNS).await?;
+    if let Some(settled) = named.settled {
+        return Ok(Reply::see(&settled.link("/compare")));
+    }
     let mut columns: Vec<Column> = Vec::new();
-    for reference in named.iter().take(RUNS) {
-        let (shelf, id) = site.find_run(reference).await?;
-        if !columns.iter().any(|known| known.detail.summary.id == id) {
-            let detail = shelf.store.run_detail(&id).await?;
-            let series = shelf.store.last_metrics(&id).await?;
-            columns.push(Column {
-                shelf,
-                detail,
-                series,
-            });
-        }
+    for (shelf, id) in named.runs {
+        let detail = shelf.store.run_detail(&id).await?;
+        let series = shelf.store.last_metrics(&id).await?;
+        columns.push(Column {
+            shelf,
+            detail,
+            series,
+        });
     }
     let runs: Vec<String> = columns
         .iter()
         .map(|column| column.detail.summary.id.0.clone())
         .collect();
+    let pinned = ask.query.get("baseline").is_some();
     let body = match columns.len() {
         0 | 1 => html! {
             section.empty {
                 h1 { "Compare" }
                 p { @if columns.is_empty() { "Tick two or more runs in the " } @else { "One run is chosen. Tick more in the " } a href="/" { "list of runs" } " and press Compare." }
                 form.inline method="get" action="/compare" {
-                    @for run in &runs { input type="hidden" name="run" value=(run); }
+                    @for (place, run) in runs.iter().enumerate() { input type="hidden" name=(page::field(place, pinned)) value=(run); }
                     @if columns.is_empty() { label { "Run " input type="text" name="run" value="latest" required autocomplete="off"; } }
                     label { "with " input type="text" name="run" value="latest~1" required autocomplete="off"; }
                     button.primary type="submit" { "Compare" }
@@ -66,6 +67,7 @@ pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
         title: "Compare",
         place: Section::Compare,
         runs: &runs,
+        pinned,
         live: None,
         body,
     }

@@ -10,7 +10,7 @@ use super::page::{self, Page, Section};
 use super::reply::{JSON, Problem, Reply};
 use super::request::{Ask, Fields};
 use super::{Shelf, Site};
-use crate::chart::{Chart, Curve, Sample};
+use crate::chart::{self, Chart, Curve, Sample};
 use crate::store::{Axis, Bucket, Lens, RunId, RunState, SeriesSummary, Time};
 use crate::table::{Cell, Rows, Style};
 
@@ -41,14 +41,9 @@ struct Found<'s> {
     buckets: Vec<Bucket>,
 }
 
-async fn sources<'s>(site: &'s Site, query: &Fields) -> Result<Vec<Source<'s>>, Problem> {
+async fn sources(named: Vec<(&Shelf, RunId)>) -> Result<Vec<Source<'_>>, Problem> {
     let mut sources: Vec<Source> = Vec::new();
-    let named: Vec<&str> = query.runs().collect();
-    for reference in named.iter().take(RUNS) {
-        let (shelf, id) = site.find_run(reference).await?;
-        if sources.iter().any(|known| known.id == id) {
-            continue;
-        }
+    for (shelf, id) in named {
         let series = shelf.store.last_metrics(&id).await?;
         let by_id = crate::store::RunFilter {
             limit: Some(1),
@@ -75,7 +70,11 @@ async fn sources<'s>(site: &'s Site, query: &Fields) -> Result<Vec<Source<'s>>, 
 
 /// The page.
 pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
-    let sources = sources(site, &ask.query).await?;
+    let named = site.named_runs(&ask.query, RUNS).await?;
+    if let Some(settled) = named.settled {
+        return Ok(Reply::see(&settled.link("/curves")));
+    }
+    let sources = sources(named.runs).await?;
     let runs: Vec<String> = sources.iter().map(|source| source.id.0.clone()).collect();
     let live = sources.iter().any(|source| source.under_way);
     let body = match sources.is_empty() {
@@ -92,6 +91,7 @@ pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
         title: "Curves",
         place: Section::Curves,
         runs: &runs,
+        pinned: ask.query.get("baseline").is_some(),
         live: live.then_some(""),
         body,
     }
@@ -99,6 +99,7 @@ pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
 }
 
 fn content(sources: &[Source], runs: &[String], ask: &Ask) -> Markup {
+    let pinned = ask.query.get("baseline").is_some();
     let offered = offered(sources);
     let wished: Vec<&str> = ask.query.all("series").collect();
     let chosen: Vec<&str> = match wished.is_empty() {
@@ -115,12 +116,12 @@ fn content(sources: &[Source], runs: &[String], ask: &Ask) -> Markup {
         div.split {
             aside {
                 form.stack #choice method="get" action="/curves" {
-                    @for (name, value) in ask.query.pairs().filter(|(name, _)| !matches!(*name, "series" | "run" | "from" | "to")) { input type="hidden" name=(name) value=(value); }
+                    @for (name, value) in ask.query.pairs().filter(|(name, _)| !matches!(*name, "series" | "run" | "baseline" | "from" | "to")) { input type="hidden" name=(name) value=(value); }
                     fieldset {
                         legend { "Runs" }
                         ul.choices { @for (number, source) in sources.iter().enumerate() {
                             li { label {
-                                input type="checkbox" name="run" value=(source.id.0) checked;
+                                input type="checkbox" name=(page::field(number, pinned)) value=(source.id.0) checked;
                                 " " span class=(format!("swatch c{}", number % 8)) aria-hidden="true" {} " "
                                 (page::name(&source.recipe)) " " a.mono href=(page::run_path(&source.id.0)) { (page::name(&source.id.0)) }
                             } }
@@ -178,16 +179,8 @@ fn offered(sources: &[Source]) -> Vec<Offered> {
             None => {}
         }
     }
-    offered.sort_by_key(|one| (!one.curved, !is_wanted(&one.name)));
+    offered.sort_by_key(|one| (!one.curved, !chart::is_wanted(&one.name)));
     offered
-}
-
-/// Whether a series is one of those that people look at first.
-pub fn is_wanted(name: &str) -> bool {
-    let last = name.rsplit('/').next().unwrap_or(name);
-    ["loss", "error", "accuracy", "entropy"]
-        .iter()
-        .any(|word| last.contains(word))
 }
 
 /// The place of a curve, which scripts fill; without them it is a picture.
@@ -201,7 +194,7 @@ pub fn figure(runs: &[String], series: &str, query: &Fields) -> Markup {
         fields.push(name, query.get(name).unwrap_or_default());
     }
     let data = fields.link("/curves/data.json");
-    let svg = ["logy", "logx"]
+    let svg = ["logy", "logx", "band", "smooth"]
         .into_iter()
         .fold(fields.clone(), |svg, name| {
             svg.with(name, query.get(name).unwrap_or_default())
@@ -322,7 +315,7 @@ impl Found<'_> {
 /// The numbers behind a figure.
 pub async fn data(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
     let lens = lens(&ask.query)?;
-    let sources = sources(site, &ask.query).await?;
+    let sources = sources(site.named_runs(&ask.query, RUNS).await?.runs).await?;
     let found = find(&sources, &ask.query, lens).await?;
     let curves: Vec<Value> = found.iter().map(|one| one.data(lens.axis)).collect();
     let columns = [
@@ -343,9 +336,11 @@ pub async fn data(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
 /// The same as a picture.
 pub async fn svg(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
     let lens = lens(&ask.query)?;
-    let sources = sources(site, &ask.query).await?;
+    let sources = sources(site.named_runs(&ask.query, RUNS).await?.runs).await?;
     let found = find(&sources, &ask.query, lens).await?;
     let value = |value: Option<f64>| value.unwrap_or(f64::NAN);
+    let band = ask.query.get("band") != Some("0");
+    let weight = ask.query.number("smooth").unwrap_or(0.0);
     let chart = Chart {
         axis: if lens.axis == Axis::Step {
             "step"
@@ -364,11 +359,12 @@ pub async fn svg(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
                     .iter()
                     .map(|bucket| Sample {
                         x: one.place(bucket, lens.axis),
-                        min: value(bucket.min),
+                        min: value(if band { bucket.min } else { bucket.mean }),
                         mean: value(bucket.mean),
-                        max: value(bucket.max),
+                        max: value(if band { bucket.max } else { bucket.mean }),
                     })
                     .collect(),
+                smoothing: weight,
             })
             .collect(),
     };
@@ -378,7 +374,7 @@ pub async fn svg(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
 /// The same as rows.
 pub async fn csv(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
     let lens = lens(&ask.query)?;
-    let sources = sources(site, &ask.query).await?;
+    let sources = sources(site.named_runs(&ask.query, RUNS).await?.runs).await?;
     let found = find(&sources, &ask.query, lens).await?;
     let mut rows = Rows::new(&[
         "run",

@@ -20,9 +20,9 @@ pub struct Node {
     pub link: Option<String>,
 }
 
-const WIDTH: usize = 160;
+const WIDTH: usize = 168;
 const HEIGHT: usize = 46;
-const ACROSS: usize = 46;
+const ACROSS: usize = 36;
 const DOWN: usize = 16;
 /// Room for an edge that passes a column.
 const LANE: usize = 14;

@@ -49,6 +49,7 @@ pub async fn answer(site: &Site, _: &Ask, reference: &str) -> Result<Reply, Prob
         title: "Artifact",
         place: Section::Other,
         runs: &runs,
+        pinned: false,
         live: None,
         body,
     }

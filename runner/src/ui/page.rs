@@ -37,6 +37,8 @@ pub struct Page<'a> {
     pub place: Section,
     /// The runs that it is about: links to other pages keep them.
     pub runs: &'a [String],
+    /// Whether the first of them is the baseline.
+    pub pinned: bool,
     /// Whether it may change while it is looked at; with the run whose progress is of interest.
     pub live: Option<&'a str>,
     /// The page.
@@ -52,7 +54,10 @@ impl Page<'_> {
             (Section::Pictures, "Pictures", "/pictures"),
             (Section::Compare, "Compare", "/compare"),
         ];
-        let kept: Vec<(&str, &str)> = self.runs.iter().map(|run| ("run", run.as_str())).collect();
+        let kept: Vec<(&str, &str)> = (0..)
+            .zip(self.runs)
+            .map(|(place, run)| (field(place, self.pinned), run.as_str()))
+            .collect();
         let document = html! {
             (DOCTYPE)
             html lang="en" {
@@ -111,7 +116,15 @@ impl Page<'_> {
     }
 }
 
-const KEYS: [(&str, &str); 12] = [
+/// The field of a query that names a run among those that are looked at together.
+pub fn field(place: usize, pinned: bool) -> &'static str {
+    match place == 0 && pinned {
+        true => "baseline",
+        false => "run",
+    }
+}
+
+const KEYS: [(&str, &str); 13] = [
     ("j k", "next, previous row"),
     ("Enter", "open the row's run"),
     ("x", "select the row's run"),
@@ -121,6 +134,7 @@ const KEYS: [(&str, &str); 12] = [
     ("g r", "runs"),
     ("g c", "curves"),
     ("g p", "pictures"),
+    ("g v", "compare"),
     ("t", "light or dark"),
     ("Esc", "close, leave a field, undo a zoom"),
     ("?", "this list"),
@@ -149,6 +163,7 @@ pub fn problem(site: &Site, problem: &Problem) -> Reply {
         title: "Not here",
         place: Section::Other,
         runs: &[],
+        pinned: false,
         live: None,
         body,
     }

@@ -3,6 +3,7 @@
 //! Which noise a sample was made of is known: it is a function of the set's seed and the sample's number. Sets that share a
 //! seed are put side by side by number; others by class, and it is said that their noise is another.
 
+use std::io::Read;
 use std::sync::Arc;
 
 use maud::{Markup, html};
@@ -27,6 +28,9 @@ const FURTHER: usize = 24;
 const RECONSTRUCTIONS: &str = "reconstructions.png";
 /// What its rows are.
 pub const ROWS_OF_PAIRS: &str = "real above, reconstructed below";
+/// The file of a network in which classes have names, and how long it may be.
+const CONFIG: &str = "config.json";
+const LONGEST_CONFIG: u64 = 4 << 20;
 /// Classes that can be chosen from.
 const CLASSES: usize = 1000;
 /// About so wide is a sample shown, in pixels.
@@ -58,12 +62,12 @@ struct Frame {
 /// The page.
 pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
     let mut details: Vec<(&Shelf, RunDetail)> = Vec::new();
-    let named: Vec<&str> = ask.query.runs().collect();
-    for reference in named.iter().take(RUNS) {
-        let (shelf, id) = site.find_run(reference).await?;
-        if !details.iter().any(|(_, known)| known.summary.id == id) {
-            details.push((shelf, shelf.store.run_detail(&id).await?));
-        }
+    let named = site.named_runs(&ask.query, RUNS).await?;
+    if let Some(settled) = named.settled {
+        return Ok(Reply::see(&settled.link("/pictures")));
+    }
+    for (shelf, id) in named.runs {
+        details.push((shelf, shelf.store.run_detail(&id).await?));
     }
     let runs: Vec<String> = details
         .iter()
@@ -83,6 +87,7 @@ pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
         title: "Pictures",
         place: Section::Pictures,
         runs: &runs,
+        pinned: ask.query.get("baseline").is_some(),
         live: None,
         body,
     }
@@ -125,6 +130,15 @@ async fn content(
             Err(problem) => unread.push((row.stage.clone(), problem)),
         }
     }
+    let first = offered.iter().find(|(_, row)| {
+        columns
+            .first()
+            .is_some_and(|column| column.hash == row.artifact.hash)
+    });
+    let names = match first {
+        Some((_, row)) => class_names(site, &columns[0].set, row).await,
+        None => Vec::new(),
+    };
     let previews: Vec<Preview> = details
         .iter()
         .flat_map(|(_, detail)| previews(detail))
@@ -141,13 +155,50 @@ async fn content(
         }
         @if !columns.is_empty() {
             section {
-                h2 { "The same noise, side by side" }
-                (side_by_side(ask, &columns, &offered, details.len() > 1))
+                h2 { (heading(&columns)) }
+                (side_by_side(ask, &columns, &offered, (&names, details.len() > 1)))
             }
         }
         @for (student, frames) in &strips { (strip(student, frames)) }
         (grids(&previews))
     })
+}
+
+/// What sets side by side have in common.
+fn heading(columns: &[Column]) -> &'static str {
+    let shared = |column: &Column| column.set.shares_noise(&columns[0].set);
+    match columns.len() < 2 || columns.iter().skip(1).any(shared) {
+        true => "The same noise, side by side",
+        false => "The same class, side by side",
+    }
+}
+
+/// What the labels of a set mean: its captions, or the names that classes have in the network that drew it.
+async fn class_names(site: &Site, set: &Set, row: &ArtifactRow) -> Vec<String> {
+    if !set.captions.is_empty() {
+        return set.captions.clone();
+    }
+    for hash in &row.made_from {
+        let Ok((shelf, files)) = files::find(site, hash).await else {
+            continue;
+        };
+        let config = files
+            .iter()
+            .find(|file| file.path == CONFIG && file.size <= LONGEST_CONFIG);
+        let Some(Ok(file)) = config.map(|listed| files::open(shelf, hash, listed)) else {
+            continue;
+        };
+        let config: Value =
+            serde_json::from_reader(file.take(LONGEST_CONFIG)).unwrap_or(Value::Null);
+        let classes = config["classes"].as_array().into_iter().flatten();
+        let names: Vec<String> = classes
+            .map(|name| name.as_str().unwrap_or_default().to_owned())
+            .collect();
+        if !names.is_empty() {
+            return names;
+        }
+    }
+    Vec::new()
 }
 
 async fn open(site: &Site, hash: &str) -> Result<Arc<Set>, Problem> {
@@ -229,7 +280,7 @@ fn side_by_side(
     ask: &Ask,
     columns: &[Column],
     offered: &[(&RunDetail, &ArtifactRow)],
-    several: bool,
+    (names, several): (&[String], bool),
 ) -> Markup {
     let class: Option<u32> = ask.query.number("class");
     let skip: usize = ask.query.number("at").unwrap_or(0);
@@ -243,8 +294,8 @@ fn side_by_side(
         labels.truncate(CLASSES);
         labels
     };
-    let title = |label: u32| match first.set.captions.get(label as usize) {
-        Some(caption) => caption.clone(),
+    let title = |label: u32| match names.get(label as usize) {
+        Some(name) => name.clone(),
         None => format!("class {label}"),
     };
     let zoom: usize = ask.query.number("zoom").unwrap_or(1).clamp(1, 8);

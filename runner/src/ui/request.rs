@@ -51,11 +51,6 @@ impl Fields {
         named.map(|(_, value)| value.as_str())
     }
 
-    /// The runs that are looked at together, the pinned one first.
-    pub fn runs(&self) -> impl Iterator<Item = &str> {
-        self.get("baseline").into_iter().chain(self.all("run"))
-    }
-
     /// A number, where there is one.
     pub fn number<N: std::str::FromStr>(&self, name: &str) -> Option<N> {
         self.get(name)?.parse().ok()

@@ -8,6 +8,7 @@ use super::reply::{Problem, Reply};
 use super::request::{Ask, link, segment};
 use super::{Shelf, Site, curves, gantt, lineage, live, pictures, run_log};
 use crate::account::reasons;
+use crate::chart;
 use crate::store::{AttemptDetail, RunDetail, RunState, SeriesSummary, StageDetail};
 use crate::table;
 
@@ -35,6 +36,15 @@ pub async fn overview(site: &Site, ask: &Ask, reference: &str) -> Result<Reply, 
 /// A page of a run.
 pub async fn tab(site: &Site, ask: &Ask, reference: &str, tab: &str) -> Result<Reply, Problem> {
     let (shelf, run) = site.find_run(reference).await?;
+    let base = page::run_path(&run.0);
+    if run.0 != reference {
+        // Another name means another run tomorrow; a link that is kept shows the same.
+        let path = match tab {
+            "" => base,
+            tab => format!("{base}/{}", segment(tab)),
+        };
+        return Ok(Reply::see(&ask.query.link(&path)));
+    }
     let detail = shelf.store.run_detail(&run).await?;
     let content = match tab {
         "" => stages(shelf, &detail),
@@ -48,7 +58,6 @@ pub async fn tab(site: &Site, ask: &Ask, reference: &str, tab: &str) -> Result<R
     };
     let summary = &detail.summary;
     let under_way = matches!(summary.state, RunState::Queued | RunState::Running);
-    let base = page::run_path(&run.0);
     let body = html! {
         (head(site, shelf, &detail))
         nav.tabs aria-label="Of this run" {
@@ -65,6 +74,7 @@ pub async fn tab(site: &Site, ask: &Ask, reference: &str, tab: &str) -> Result<R
         title: &title,
         place: Section::Run,
         runs: &runs,
+        pinned: false,
         live: under_way.then_some(run.0.as_str()),
         body,
     };
@@ -267,7 +277,7 @@ pub fn given_table(given: &retort_abi::Table) -> Markup {
 fn metrics(detail: &RunDetail, series: &[SeriesSummary]) -> Markup {
     let id = detail.summary.id.0.as_str();
     let mut curved: Vec<&SeriesSummary> = series.iter().filter(|one| one.points > 1).collect();
-    curved.sort_by_key(|one| !curves::is_wanted(&one.series));
+    curved.sort_by_key(|one| !chart::is_wanted(&one.series));
     let number = |value: Option<f64>| value.map_or_else(|| "–".to_owned(), page::number);
     html! {
         @if series.is_empty() {

@@ -54,6 +54,7 @@ pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
         title: "Runs",
         place: Section::Runs,
         runs: &[],
+        pinned: false,
         live: Some(""),
         body,
     }
@@ -272,9 +273,10 @@ async fn groups(
                 summary {
                     span.tag { (page::name(&group.name)) }
                     @if by == "sweep" { " " a href=(format!("/sweep/{}", segment(&group.name))) { "its points" } }
-                    span.dim.num { " " (grouped(group.runs)) " runs" } }
+                    span.dim.num { " " (grouped(group.runs)) (if by == "sweep" { " points" } else { " runs" }) } }
                 (table(runs, query, ask, baseline, &format!("group-{number}")))
-                @if group.runs > runs.len() as u64 {
+                // A point may have had several runs.
+                @if group.runs > runs.len() as u64 || (by == "sweep" && runs.len() == OF_GROUP as usize) {
                     p { a href=(ask.query.without("group").without("page").with("where", &all).link("/")) { "All of them" } }
                 }
             }

@@ -139,6 +139,7 @@ pub async fn answer(site: &Site, _: &Ask, reference: &str) -> Result<Reply, Prob
         title: &title,
         place: Section::Other,
         runs: &runs,
+        pinned: false,
         live: Some(""),
         body,
     }

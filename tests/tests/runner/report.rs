@@ -40,6 +40,9 @@ fn a_page_has_everything_of_its_runs() {
         assert!(page.contains(part), "{part} is missing");
     }
     assert_eq!(page.matches("<svg").count(), 8);
+    // What came of it is looked at first, then the curves that people look at most.
+    let place = |what: &str| page.find(what).unwrap();
+    assert!(place("data:image/png") < place("<svg") && place("<svg") < place("Stages and metrics"));
     assert!(!tags(&page).contains(&"script".to_owned()));
     assert!(
         !page.contains("http://")
@@ -52,7 +55,7 @@ fn a_page_has_everything_of_its_runs() {
         .retort(&["report", "latest", "latest~1", "-o", "-"])
         .expect(0)
         .stdout;
-    assert!(both.contains("What differs") && both.matches("<section").count() == 2);
+    assert!(both.contains("What differs") && both.matches("<section").count() == 4);
     assert_eq!(
         both.matches("<svg").count(),
         8,

@@ -130,6 +130,23 @@ fn without_a_terminal_its_path_is_printed_or_it_is_saved() {
     assert!(bytes.starts_with(b"\x89PNG"));
     let hash = path.rsplit('/').nth(1).unwrap();
     let said = said.saying(&["the output is no terminal"]);
+    // Who says how means it: for a pager, or a file that is shown later.
+    for (how, sign) in [
+        ("blocks", "\u{2580}"),
+        ("kitty", "\x1b_G"),
+        ("sixel", "\x1bP"),
+    ] {
+        let drawn = lab
+            .retort(&["show", "latest/one-step", "--as", how])
+            .expect(0);
+        assert!(
+            drawn.stdout.contains(sign) && drawn.stderr.is_empty(),
+            "{how}: {}",
+            drawn.stdout
+        );
+    }
+    let paths = lab.retort(&["show", "latest/one-step", "--as", "paths"]);
+    assert_eq!(paths.expect(0).stdout, said.stdout);
     assert_eq!(
         lab.retort(&["show", &hash[..12]]).expect(0).stdout,
         said.stdout
@@ -245,8 +262,23 @@ fn a_student_is_sampled_without_a_recipe() {
         ),
         (
             vec!["sample", hash.as_str(), "--labels", "3,x"],
+            100,
+            "x: the classes of this model have no names",
+        ),
+        (
+            vec!["sample", hash.as_str(), "--labels", "-1"],
             2,
-            "expected numbers",
+            "-1 is no number of a class",
+        ),
+        (
+            vec!["sample", hash.as_str(), "--labels", "3,,1"],
+            2,
+            "a class is empty",
+        ),
+        (
+            vec!["sample", "./student.pth"],
+            4,
+            "there is no file or folder ./student.pth",
         ),
         (vec!["sample", hash.as_str(), "-n", "0"], 2, "0"),
         (

@@ -170,9 +170,11 @@ fn a_failed_point_does_not_end_the_others_and_is_made_up_for() {
     std::fs::write(&flag, "").unwrap();
     // By its id, by the command that began it, or as the latest.
     let id = sweep(&lab)["id"].as_str().unwrap().to_owned();
-    lab.retort(&["resume", &id[..8]])
-        .expect(0)
-        .saying(&["2 of 3 points done", "1 run, 1 stage to run, 1 shared"]);
+    lab.retort(&["resume", &id[..8]]).expect(0).saying(&[
+        "2 of 3 points done",
+        "1 run, 1 stage to run, 1 shared",
+        "3 of 3 points succeeded (1 of them now)",
+    ]);
     assert_eq!(states(&lab), ["succeeded"; 3]);
     assert_eq!(attempts(&lab, "end"), 4);
     lab.run(&arguments).expect(0).saying(&["nothing to do"]);

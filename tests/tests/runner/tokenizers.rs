@@ -216,6 +216,26 @@ fn classes_keep_the_names_of_their_folders() {
     assert_eq!(report["sets"]["reconstruction"]["samples"], 12);
     assert!(report["sets"]["reconstruction"]["frechet_distance"].is_number());
 
+    // Without a recipe they are named as well.
+    lab.retort(&[
+        "sample",
+        "latest/teacher",
+        "-n",
+        "3",
+        "--labels",
+        "dogs,cats",
+        "-o",
+        "out",
+    ])
+    .expect(0)
+    .saying(&["4 pictures in out"]);
+    for file in ["000000-1.png", "000001-0.png", "000002-1.png"] {
+        assert!(lab.dir.path().join("out").join(file).is_file(), "{file}");
+    }
+    lab.retort(&["sample", "latest~1/teacher", "--labels", "cows"])
+        .expect(100)
+        .saying(&["no class cows; the model has cats, dogs"]);
+
     lab.retort(&["run", "r.yaml", "--set", "named.labels=[dogs, cows]"])
         .expect(100)
         .saying(&["no class cows; the model has cats, dogs"]);

@@ -178,6 +178,12 @@ impl Browser {
         self.post("/url", json!({"url": address}));
     }
 
+    /// Opens a tab more, in which all further steps are taken.
+    pub fn tab(&self) {
+        let made = self.post("/window/new", json!({"type": "tab"}));
+        self.post("/window", json!({"handle": made["handle"]}));
+    }
+
     pub fn back(&self) {
         self.post("/back", json!({}));
     }

@@ -161,7 +161,13 @@ async fn digits(store: &Store, dir: &Path, steps: u64, scale: f64) -> (RunId, St
             ],
         )
         .await;
-    writer.end(student, None).await;
+    let names: Vec<String> = (0..10).map(|class| format!("digit {class}")).collect();
+    let config = json!({"format": 1, "classes": names, "steps": steps});
+    let drawer = writer
+        .artifact(student, "student", ArtifactMeta::default(), |folder| {
+            std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+        })
+        .await;
     let snapshot = Stage {
         name: "half-way",
         kind: "snapshot",
@@ -197,6 +203,10 @@ async fn digits(store: &Store, dir: &Path, steps: u64, scale: f64) -> (RunId, St
                 inputs: &inputs,
             })
             .await;
+        store
+            .record_lineage(attempt, std::slice::from_ref(&drawer))
+            .await
+            .unwrap();
         // Another run's samples are others.
         let made = writer
             .samples(attempt, &sampler, seed, shade + (steps / 1000) as u8)

@@ -19,7 +19,7 @@ pub mod measure;
 pub mod reference;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use retort_abi::{ArtifactMeta, Cancel, LogLevel, StageResult};
@@ -290,164 +290,8 @@ impl<B: Backend> Stage<B> for Evaluate {
             backend: &context.backend.exact(),
             ..*context
         };
-        let base = &context.job.base_dir;
-        let data = match &o.data {
-            Some(data) => Some(Arc::new(context.images(data)?)),
-            None => None,
-        };
-        let network = Network::open(context, o, data.as_ref())?;
-        let mut sets = Vec::new();
-        for (name, stage) in &o.samples {
-            let set = open_set(context, &network, stage, &format!("/samples/{name}"))?;
-            sets.push((name.as_str(), set));
-        }
-        let given = match &o.statistics {
-            Some(file) => {
-                let path = resolve(base, file);
-                let given = statistics(&path, &network)?;
-                if given.moments.is_none() && given.images.is_none() {
-                    let message =
-                        "no arrays `mu` and `sigma`, nor `m` and `s`, and no images `arr_0`";
-                    return Err(Error::data(&path, message));
-                }
-                Some((path, given))
-            }
-            None => None,
-        };
-        let real = match (&data, &o.real, &given) {
-            (Some(images), ..) => Real::Data(images),
-            (_, Some(stage), _) => {
-                Real::Samples(Box::new(open_set(context, &network, stage, "/real")?))
-            }
-            (
-                _,
-                _,
-                Some((
-                    path,
-                    Given {
-                        images: Some(images),
-                        ..
-                    },
-                )),
-            ) => {
-                network
-                    .accepts(images.1)
-                    .map_err(|message| Error::data(path, message))?;
-                Real::Archive(path, *images)
-            }
-            _ => Real::None,
-        };
-        let given_moments = given.as_ref().and_then(|(_, given)| given.moments.as_ref());
-        let compares = o.neighbours > 0 || o.kernel.is_some();
-        // Given statistics leave only comparisons of single images.
-        let looks = real.count() > 0 && (given_moments.is_none() || compares || o.save_statistics);
-        let preparations = o.preparation.all();
-        let mut images = sets.iter().map(|(_, set)| set.len()).sum::<usize>();
-        images += real.count() * (usize::from(looks) + o.tokenizers.len());
-        let mut meter = Meter {
-            context,
-            network: &network,
-            batch: o.batch,
-            splits: o.splits,
-            keep: compares && real.count() > 0,
-            done: 0,
-            total: (images * preparations.len()) as u64,
-        };
-        let lpips = lpips_distances(context, o, &sets)?;
-
-        let reference = o.reference.as_deref().unwrap_or("teacher");
-        let mut rows = Vec::new();
-        let mut saved = None;
-        for &preparation in preparations {
-            let measured = match looks {
-                true => Some(meter.measure(real.source()?, preparation)?),
-                false => None,
-            };
-            let against = Against {
-                moments: match (given_moments, &measured) {
-                    (Some(moments), _) => Ok(moments),
-                    (None, Some(real)) => real.moments.as_ref().map_err(of_real),
-                    (None, None) => return Err(Error::Internal("no reference".into())),
-                },
-                spatial: match (&given, &measured) {
-                    (
-                        Some((
-                            _,
-                            Given {
-                                spatial: Some(own), ..
-                            },
-                        )),
-                        _,
-                    ) => Ok(own),
-                    // Statistics that were given beside images are those of more images.
-                    (
-                        Some((
-                            _,
-                            Given {
-                                moments: Some(_), ..
-                            },
-                        )),
-                        _,
-                    )
-                    | (_, None) => Err("the statistics hold no mu_s and sigma_s".to_owned()),
-                    (_, Some(real)) => match &real.spatial {
-                        Some(own) => own.as_ref().map_err(of_real),
-                        None => Err("the network has no spatial features".to_owned()),
-                    },
-                },
-                images: measured.as_ref(),
-            };
-            let mut own = Vec::new();
-            for (number, (name, set)) in sets.iter().enumerate() {
-                let label = match preparations.len() {
-                    1 => (*name).to_owned(),
-                    _ => format!("{name}/{}", preparation.name()),
-                };
-                let seen = meter.measure(samples_source(name, set), preparation)?;
-                let mut figures = figures(context, o, &against, &seen)?;
-                if o.lpips.is_some() {
-                    let value = lpips[number].clone();
-                    figures.push(Figure::new("lpips", "LPIPS", 4, value));
-                }
-                own.push(Row {
-                    name: label,
-                    count: set.len(),
-                    passes: set.manifest.passes,
-                    figures,
-                });
-            }
-            for (name, stage) in &o.tokenizers {
-                let images = data
-                    .as_deref()
-                    .ok_or_else(|| Error::Internal("no images".into()))?;
-                let bundle = Bundle::open(context.input_dir(stage)?)?;
-                let tokenizer = bundle.tokenizer(context.backend)?;
-                let source = reconstructions(context.backend, &*tokenizer, images, name);
-                let seen = meter.measure(source, preparation)?;
-                let mut figures = figures(context, o, &against, &seen)?;
-                if o.lpips.is_some() {
-                    let value = Err("reconstructions have no noise".to_owned());
-                    figures.push(Figure::new("lpips", "LPIPS", 4, value));
-                }
-                own.push(Row {
-                    name: match preparations.len() {
-                        1 => name.clone(),
-                        _ => format!("{name}/{}", preparation.name()),
-                    },
-                    count: images.len(),
-                    passes: None,
-                    figures,
-                });
-            }
-            let reference = match preparations.len() {
-                1 => reference.to_owned(),
-                _ => format!("{reference}/{}", preparation.name()),
-            };
-            relate(&mut own, &reference);
-            rows.extend(own);
-            saved = measured;
-        }
-
+        let inputs = Inputs::open(context, o)?;
+        let (rows, measured) = inputs.measure(context, o)?;
         for row in &rows {
             for figure in &row.figures {
                 let name = format!("{}/{}", row.name, figure.key);
@@ -460,13 +304,183 @@ impl<B: Backend> Stage<B> for Evaluate {
                 }
             }
         }
+        inputs.publish(context, o, &rows, measured.as_ref())
+    }
+}
+
+/// What is compared, and with what.
+struct Inputs<'o, B: Backend> {
+    data: Option<Arc<Images>>,
+    network: Network<B>,
+    sets: Vec<(&'o str, Samples)>,
+    /// The file of statistics, and what it holds.
+    given: Option<(PathBuf, Given)>,
+}
+
+impl<'o, B: Backend> Inputs<'o, B> {
+    fn open(context: &Context<'_, B>, o: &'o Options) -> Result<Self> {
+        let data = match &o.data {
+            Some(data) => Some(Arc::new(context.images(data)?)),
+            None => None,
+        };
+        let network = Network::open(context, o, data.as_ref())?;
+        let mut sets = Vec::new();
+        for (name, stage) in &o.samples {
+            let set = open_set(context, &network, stage, &format!("/samples/{name}"))?;
+            sets.push((name.as_str(), set));
+        }
+        let given = match &o.statistics {
+            Some(file) => {
+                let path = resolve(&context.job.base_dir, file);
+                let given = statistics(&path, &network)?;
+                if given.moments.is_none() && given.images.is_none() {
+                    let message =
+                        "no arrays `mu` and `sigma`, nor `m` and `s`, and no images `arr_0`";
+                    return Err(Error::data(&path, message));
+                }
+                Some((path, given))
+            }
+            None => None,
+        };
+        Ok(Self {
+            data,
+            network,
+            sets,
+            given,
+        })
+    }
+
+    fn real(&self, context: &Context<'_, B>, o: &Options) -> Result<Real<'_>> {
+        if let Some(images) = &self.data {
+            return Ok(Real::Data(images));
+        }
+        if let Some(stage) = &o.real {
+            let set = open_set(context, &self.network, stage, "/real")?;
+            return Ok(Real::Samples(Box::new(set)));
+        }
+        if let Some((path, given)) = &self.given
+            && let Some(images) = given.images
+        {
+            self.network
+                .accepts(images.1)
+                .map_err(|message| Error::data(path, message))?;
+            return Ok(Real::Archive(path, images));
+        }
+        Ok(Real::None)
+    }
+
+    /// What sets are measured against, given what was measured of the real images.
+    fn against<'a>(&'a self, measured: Option<&'a Measured>) -> Result<Against<'a>> {
+        let given = self.given.as_ref().map(|(_, given)| given);
+        let moments = given.and_then(|given| given.moments.as_ref());
+        let spatial = given.and_then(|given| given.spatial.as_ref());
+        Ok(Against {
+            moments: match (moments, measured) {
+                (Some(moments), _) => Ok(moments),
+                (None, Some(real)) => real.moments.as_ref().map_err(of_real),
+                (None, None) => return Err(Error::Internal("no reference".into())),
+            },
+            spatial: match (spatial, measured) {
+                (Some(own), _) => Ok(own),
+                // Statistics that were given beside images are those of more images.
+                (None, Some(real)) if moments.is_none() => match &real.spatial {
+                    Some(own) => own.as_ref().map_err(of_real),
+                    None => Err("the network has no spatial features".to_owned()),
+                },
+                _ => Err("the statistics hold no mu_s and sigma_s".to_owned()),
+            },
+            images: measured,
+        })
+    }
+
+    /// The rows of the table, and what was measured of the real images last, if they were looked at.
+    fn measure(
+        &self,
+        context: &Context<'_, B>,
+        o: &Options,
+    ) -> Result<(Vec<Row>, Option<Measured>)> {
+        let (real, sets) = (self.real(context, o)?, &self.sets);
+        let is_given = matches!(&self.given, Some((_, given)) if given.moments.is_some());
+        let compares = o.neighbours > 0 || o.kernel.is_some();
+        // Given statistics leave only comparisons of single images.
+        let looks = real.count() > 0 && (!is_given || compares || o.save_statistics);
+        let preparations = o.preparation.all();
+        let mut images = sets.iter().map(|(_, set)| set.len()).sum::<usize>();
+        images += real.count() * (usize::from(looks) + o.tokenizers.len());
+        let mut meter = Meter {
+            context,
+            network: &self.network,
+            batch: o.batch,
+            splits: o.splits,
+            keep: compares && real.count() > 0,
+            done: 0,
+            total: (images * preparations.len()) as u64,
+        };
+        let lpips = lpips_distances(context, o, sets)?;
+        let mut rows = Vec::new();
+        let mut last = None;
+        for &preparation in preparations {
+            let label = |name: &str| match preparations.len() {
+                1 => name.to_owned(),
+                _ => format!("{name}/{}", preparation.name()),
+            };
+            let measured = match looks {
+                true => Some(meter.measure(real.source()?, preparation)?),
+                false => None,
+            };
+            let against = self.against(measured.as_ref())?;
+            let mut own = Vec::new();
+            let mut add = |name: &str, count, passes, seen: &Measured, lpips: Option<Had<f64>>| {
+                let mut figures = figures(context, o, &against, seen)?;
+                figures.extend(lpips.map(|value| Figure::new("lpips", "LPIPS", 4, value)));
+                own.push(Row {
+                    name: label(name),
+                    count,
+                    passes,
+                    figures,
+                });
+                Ok::<_, Error>(())
+            };
+            for (number, (name, set)) in sets.iter().enumerate() {
+                let seen = meter.measure(samples_source(name, set), preparation)?;
+                let lpips = lpips.get(number).cloned();
+                add(name, set.len(), set.manifest.passes, &seen, lpips)?;
+            }
+            for (name, stage) in &o.tokenizers {
+                let images = self
+                    .data
+                    .as_deref()
+                    .ok_or_else(|| Error::Internal("no images".into()))?;
+                let bundle = Bundle::open(context.input_dir(stage)?)?;
+                let tokenizer = bundle.tokenizer(context.backend)?;
+                let source = reconstructions(context.backend, &*tokenizer, images, name);
+                let seen = meter.measure(source, preparation)?;
+                let lpips = o.lpips.as_ref();
+                let lpips = lpips.map(|_| Err("reconstructions have no noise".to_owned()));
+                add(name, images.len(), None, &seen, lpips)?;
+            }
+            relate(&mut own, &label(o.reference()));
+            rows.extend(own);
+            last = measured;
+        }
+        Ok((rows, last))
+    }
+
+    /// Writes the artifact: the figures, a picture of the sets, and the statistics of the real images where they are wanted.
+    fn publish(
+        &self,
+        context: &Context<'_, B>,
+        o: &Options,
+        rows: &[Row],
+        measured: Option<&Measured>,
+    ) -> Result<StageResult> {
         let summary: Map<String, Value> = rows
             .iter()
             .map(|row| (row.name.clone(), row.summary()))
             .collect();
         // A picture of sets of one size, each with as many classes.
         let mut tiles = Vec::new();
-        for (name, set) in &sets {
+        for (name, set) in &self.sets {
             let (picks, height) = by_class(&set.labels, o.grid_columns);
             let mut pixels = Vec::new();
             for pick in picks {
@@ -477,19 +491,19 @@ impl<B: Backend> Stage<B> for Evaluate {
         let first = tiles.first().map(|tile| tile.2);
         tiles.retain(|tile| Some(tile.2) == first);
         let names: Vec<&str> = tiles.iter().map(|tile| tile.0).collect();
-        let pipeline = network.pipeline(preparations);
+        let pipeline = self.network.pipeline(o.preparation.all());
         let mut meta = ArtifactMeta::default();
         if !rows.is_empty() {
             let title = match &pipeline {
                 Some(pipeline) => format!("samples against real images; {pipeline}"),
                 None => "samples against real images".to_owned(),
             };
-            meta.table = Some(table(title, &rows, reference));
+            meta.table = Some(table(title, rows, o.reference()));
             meta.preview = Some("grid.png".into());
             meta.caption = Some(format!("from the left: {}", names.join(", ")));
         }
         let mut report = json!({
-            "network": network.describe(),
+            "network": self.network.describe(),
             "sets": summary,
             "grid_columns": names,
         });
@@ -501,7 +515,7 @@ impl<B: Backend> Stage<B> for Evaluate {
         }
         context.finish("evaluation", meta, summary.clone().into(), |dir| {
             write_json(&dir.join("evaluation.json"), &report)?;
-            if let (true, Some(real)) = (o.save_statistics, &saved) {
+            if let (true, Some(real)) = (o.save_statistics, measured) {
                 save(&dir.join("statistics.npz"), real)?;
             }
             let Some((height, [c, h, w])) = first else {
@@ -511,6 +525,13 @@ impl<B: Backend> Stage<B> for Evaluate {
             let sets = sets.collect::<Result<Vec<_>, _>>()?;
             Ok(picture::write_grid(&dir.join("grid.png"), &sets, height)?)
         })
+    }
+}
+
+impl Options {
+    /// The set that the others are related to.
+    fn reference(&self) -> &str {
+        self.reference.as_deref().unwrap_or("teacher")
     }
 }
 

@@ -123,7 +123,11 @@ pub fn best(variable: impl Fn(&str) -> String, ask: impl FnOnce() -> Vec<u8>) ->
     if is(&["sixel", "foot", "mlterm", "yaft"]) {
         return Manner::Sixel;
     }
-    if term.is_empty() || term == "dumb" || term == "linux" {
+    if term == "dumb" {
+        // It shows what others obey.
+        return Manner::Paths;
+    }
+    if term.is_empty() || term == "linux" {
         return Manner::Blocks;
     }
     by_answer(&ask())

@@ -169,7 +169,15 @@ pub fn out(
                 let done = results.succeeded();
                 format!("sweep {id}: nothing to do: {done} of {total} done{early}")
             }
-            ran => format!("sweep {id}: {ran} of {total} succeeded in {took}{early}"),
+            ran => {
+                // Those of earlier times count too.
+                let done = results.succeeded();
+                let now = match done == ran {
+                    true => String::new(),
+                    false => format!(" ({ran} of them now)"),
+                };
+                format!("sweep {id}: {done} of {total} succeeded{now} in {took}{early}")
+            }
         });
     }
     Ok(printed?)

@@ -376,6 +376,7 @@ fn slices(
             curves: vec![Curve {
                 label: format!("{} over {}", objective.metric, axis.path),
                 samples: samples.collect(),
+                ..Curve::default()
             }],
         };
         let text = chart.dots(columns, 10, context.color_stdout());

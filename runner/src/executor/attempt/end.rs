@@ -124,7 +124,7 @@ impl End {
                     humantime::format_duration(*limit)
                 )
             }
-            Self::Interrupted { manner } => format!("interrupted; it {manner}"),
+            Self::Interrupted { manner } => format!("it {manner}"),
         })
     }
 

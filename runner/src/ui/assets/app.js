@@ -50,6 +50,13 @@ function pin(run) {
   go((fields) => { pinned ? fields.delete('baseline') : fields.set('baseline', run); });
 }
 function showPin() {
+  // What a run is compared with is the baseline, once there is one.
+  const kept = memory.get('baseline');
+  for (const link of body.dataset.place === 'Run' ? all('a[href^="/compare?"]') : []) {
+    const to = new URL(link.href);
+    kept && kept !== to.searchParams.get('run') ? to.searchParams.set('baseline', kept) : to.searchParams.delete('baseline');
+    link.href = to.pathname + to.search;
+  }
   const button = one('#pin');
   if (!button) return;
   const pinned = memory.get('baseline') === button.dataset.pin;
@@ -136,12 +143,6 @@ document.addEventListener('input', (event) => {
 
 let before = '';
 const typing = (element) => element.closest('input:not([type="checkbox"]):not([type="range"]), select, textarea, [contenteditable]');
-const kept = () => {
-  const fields = new URLSearchParams();
-  for (const run of place.searchParams.getAll('run')) fields.append('run', run);
-  if (body.dataset.place === 'Run') fields.append('run', one('#run-head').dataset.run);
-  return fields.size ? `?${fields}` : '';
-};
 const keys = {
   j: () => step(1),
   k: () => step(-1),
@@ -153,7 +154,8 @@ const keys = {
   '?': () => one('#help').showModal(),
   '/': () => { const field = one('#where, #text, #params-search, aside input[type="search"]'); if (field) { field.focus(); field.select(); } },
 };
-const places = { r: () => '/', c: () => `/curves${kept()}`, p: () => `/pictures${kept()}`, v: () => `/compare${kept()}` };
+// Where the links of the page's head lead: they keep the runs and the baseline.
+const places = { r: '', c: 'curves', p: 'pictures', v: 'compare' };
 
 document.addEventListener('keydown', (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
@@ -162,14 +164,17 @@ document.addEventListener('keydown', (event) => {
     return;
   }
   if (one('dialog[open]')) return;
-  if (before === 'g' && places[event.key]) {
+  if (before === 'g' && event.key in places) {
     before = '';
     event.preventDefault();
-    location.assign(places[event.key]());
+    const links = all('.top nav a');
+    location.assign(links.find((link) => new URL(link.href).pathname === `/${places[event.key]}`).href);
     return;
   }
   before = event.key === 'g' ? 'g' : '';
-  const act = event.key === 'Enter' && event.target === body ? keys.o : keys[event.key];
+  // A click beside everything leaves the keys with what holds the page.
+  const free = event.target === body || event.target.id === 'main';
+  const act = event.key === 'Enter' && free ? keys.o : keys[event.key];
   if (act) {
     event.preventDefault();
     act();
@@ -179,6 +184,7 @@ document.addEventListener('keydown', (event) => {
 // Following what happens
 
 function replace(fresh) {
+  document.title = fresh.title;
   for (const old of all('[data-live][id]')) {
     const next = fresh.getElementById(old.id);
     if (!next || old.isEqualNode(next)) continue;
@@ -218,6 +224,8 @@ function follow() {
   let busy = false;
   let again = false;
   let last = 0;
+  let source = null;
+  let ended = false;
   const refresh = async () => {
     if (busy || document.hidden) { again = true; return; }
     busy = true;
@@ -229,7 +237,7 @@ function follow() {
           const fresh = new DOMParser().parseFromString(await answer.text(), 'text/html');
           replace(fresh);
           // A run that has ended is followed no more.
-          if (run && fresh.body.dataset.live === undefined) { source.close(); pulse(false); }
+          if (run && fresh.body.dataset.live === undefined) { ended = true; rest(); }
         }
       }
       await charts.refresh();
@@ -239,17 +247,32 @@ function follow() {
     if (again) setTimeout(refresh, 1000);
   };
   const pulse = (on) => one('#pulse')?.classList.toggle('on', on);
-  const source = new EventSource(run ? `/events?run=${encodeURIComponent(run)}` : '/events');
-  source.addEventListener('open', () => pulse(true));
-  source.addEventListener('error', () => pulse(false));
-  source.addEventListener('change', (event) => {
-    // Told to look although nothing was written: only what is under way may have died.
-    if (event.data === 'again' && !one('.pill.now, .meter')) return;
-    const wait = Math.max(0, 900 - (Date.now() - last));
-    setTimeout(refresh, wait);
+  const rest = () => {
+    source?.close();
+    source = null;
+    pulse(false);
+  };
+  // A browser has six connections to a server, for all its tabs: those that nobody sees hold none.
+  const listen = () => {
+    if (source || ended || document.hidden) return;
+    source = new EventSource(run ? `/events?run=${encodeURIComponent(run)}` : '/events');
+    source.addEventListener('open', () => pulse(true));
+    source.addEventListener('error', () => pulse(false));
+    source.addEventListener('change', (event) => {
+      // Told to look although nothing was written: only what is under way may have died.
+      if (event.data === 'again' && !one('.pill.now, .meter')) return;
+      const wait = Math.max(0, 900 - (Date.now() - last));
+      setTimeout(refresh, wait);
+    });
+  };
+  listen();
+  document.addEventListener('visibilitychange', () => {
+    if (document.hidden) return rest();
+    listen();
+    // What has happened meanwhile.
+    if (!ended) refresh();
   });
-  document.addEventListener('visibilitychange', () => { if (!document.hidden && again) refresh(); });
-  addEventListener('pagehide', () => source.close());
+  addEventListener('pagehide', rest);
   addEventListener('pageshow', (event) => { if (event.persisted) location.reload(); });
 }
 

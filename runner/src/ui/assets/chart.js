@@ -37,11 +37,18 @@ function ticks(low, high, count) {
   }
   return found;
 }
+// Logarithms of round numbers: powers of ten, or what lies between them.
 function logTicks(low, high) {
-  const found = [];
-  const every = Math.max(1, Math.ceil((high - low) / 6));
-  for (let power = Math.ceil(low); power <= high && found.length < 30; power += every) found.push(power);
-  return found.length > 1 ? found : ticks(low, high, 4);
+  const inside = (tick) => tick >= low - 1e-9 && tick <= high + 1e-9;
+  const of = (factors, every) => {
+    const found = [];
+    for (let power = Math.floor(low); power <= high; power += every) found.push(...factors.map((factor) => power + Math.log10(factor)));
+    return found.filter(inside);
+  };
+  const powers = of([1], Math.max(1, Math.ceil((high - low) / 6)));
+  if (powers.length > 2) return powers;
+  const between = of([1, 2, 5], 1);
+  return between.length > 2 ? between : ticks(10 ** low, 10 ** high, 5).map(Math.log10).filter(inside);
 }
 
 // An exponential average that counts a bucket as often as it has points, without a bias at its beginning.
@@ -120,8 +127,11 @@ class Figure {
   links() {
     for (const link of this.host.querySelectorAll('[data-save]')) {
       const saved = this.address(link.getAttribute('href'));
-      for (const name of link.dataset.save === 'svg' ? ['logy', 'logx'] : []) {
-        own && knobs[name] ? saved.searchParams.set(name, '1') : saved.searchParams.delete(name);
+      if (link.dataset.save === 'svg') {
+        const set = (name, value) => (own && value ? saved.searchParams.set(name, value) : saved.searchParams.delete(name));
+        for (const name of ['logy', 'logx']) set(name, knobs[name] && '1');
+        set('band', knobs.band ? '' : '0');
+        set('smooth', knobs.smooth);
       }
       link.href = saved.pathname + saved.search;
     }
@@ -362,9 +372,6 @@ function showKnobs() {
     else if (name === 'smooth') { knob.value = knobs.smooth; knob.parentElement.querySelector('output').textContent = knobs.smooth; }
     else knob.checked = knobs[name];
   }
-  for (const [name, value] of Object.entries(knobs)) {
-    for (const field of document.querySelectorAll(`#choice input[type="hidden"][name="${name}"]`)) field.value = value === true ? '1' : value || '';
-  }
 }
 
 export const charts = {
@@ -390,6 +397,14 @@ export const charts = {
         write(false);
         showKnobs();
         charts.draw();
+      });
+      // Other runs and series are looked at in the same way; the zoom was into these.
+      document.querySelector('#choice').addEventListener('formdata', (event) => {
+        const now = new URL(location).searchParams;
+        for (const name of ['axis', 'logy', 'logx', 'band', 'smooth']) {
+          event.formData.delete(name);
+          if (now.has(name)) event.formData.set(name, now.get(name));
+        }
       });
       addEventListener('popstate', () => { read(); showKnobs(); charts.load(); });
     }

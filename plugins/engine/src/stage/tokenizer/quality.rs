@@ -18,7 +18,13 @@ fn unit(x: f32) -> f64 {
 pub fn psnr(a: &[f32], b: &[f32]) -> f64 {
     let squares = a.iter().zip(b).map(|(&a, &b)| (unit(a) - unit(b)).powi(2));
     let error = squares.sum::<f64>() / a.len() as f64;
-    (-10.0 * error.log10()).min(MOST_DECIBELS)
+    let ratio = -10.0 * error.log10();
+    // `min` would make a perfect ratio of one that is not a number.
+    if ratio > MOST_DECIBELS {
+        MOST_DECIBELS
+    } else {
+        ratio
+    }
 }
 
 /// Structural similarity of two images, the mean over channels. A side of fewer than 11 pixels has a window of the greatest
@@ -82,4 +88,16 @@ fn filter(values: &[f64], [height, width]: [usize; 2], down: &[f64], across: &[f
             })
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::psnr;
+
+    #[test]
+    fn an_image_that_is_not_a_number_has_no_ratio() {
+        assert_eq!(psnr(&[0.5, -0.5], &[0.5, -0.5]), 100.0);
+        assert!((psnr(&[1.0], &[0.8]) - 20.0).abs() < 1e-4);
+        assert!(psnr(&[0.5, f32::NAN], &[0.5, -0.5]).is_nan());
+    }
 }

@@ -76,6 +76,7 @@ fn the_environment_says_what_a_terminal_draws() {
             Manner::Blocks,
         ),
         (&[("TERM", "linux")], Manner::Blocks),
+        (&[("TERM", "dumb")], Manner::Paths),
         (&[], Manner::Blocks),
     ] {
         let variable = |name: &str| {
