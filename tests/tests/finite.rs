@@ -265,6 +265,27 @@ fn a_training_that_ends_in_more_faults_than_it_took_steps_fails() {
 }
 
 #[test]
+fn a_damaged_checkpoint_is_named_with_what_to_do() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let bad = |step| (step == 12).then_some(f32::NAN);
+    let (made, _) = train(&Recorder::default(), dir.path(), 0, bad);
+    made.expect_err("a step that is not left out");
+    let mut files = std::fs::read_dir(dir.path()).expect("a directory");
+    let file = files.next().expect("a checkpoint").expect("a file").path();
+    let whole = std::fs::read(&file).expect("a checkpoint");
+    for kept in [0, 20, whole.len() / 2, whole.len() - 1] {
+        std::fs::write(&file, &whole[..kept]).expect("a checkpoint");
+        let (made, _) = train(&Recorder::default(), dir.path(), 0, |_| None);
+        let error = made.expect_err("it is cut off").to_string();
+        let named = error.starts_with(&file.display().to_string());
+        assert!(
+            named && error.ends_with("; delete it to start anew"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
 fn weights_that_are_not_finite_are_no_result() {
     // The last steps are left out: nothing else would notice what the one before did.
     let dir = tempfile::tempdir().expect("a directory");

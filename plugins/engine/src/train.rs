@@ -719,19 +719,19 @@ impl<B: Backend> Fit<'_, B> {
         let Some(path) = self.path().filter(|p| p.exists()) else {
             return Ok(0);
         };
-        let all = weights::read(&path)?;
-        let damaged = |name: &str| {
-            Error::data(
-                &path,
-                format!("checkpoint without a fitting {name}; delete it to start anew"),
-            )
-        };
+        let damaged =
+            |message: &str| Error::data(&path, format!("{message}; delete it to start anew"));
+        let all = weights::read(&path).map_err(|error| match error {
+            Error::Data { message, .. } => damaged(&message),
+            other => other,
+        })?;
+        let unfit = |name: &str| damaged(&format!("checkpoint without a fitting {name}"));
         let put = |name: String, t: &B::Tensor| -> Result<()> {
             let shape = B::shape(t);
             let found = all
                 .get(&name)
                 .filter(|w| w.shape == shape)
-                .ok_or_else(|| damaged(&name))?;
+                .ok_or_else(|| unfit(&name))?;
             B::assign_(t, &self.backend.floats(&found.data, &shape)?)
         };
         for ((name, p), state) in self.params.iter().zip(moments) {
@@ -746,7 +746,7 @@ impl<B: Backend> Fit<'_, B> {
             let mut kept = kept.borrow_mut();
             let found = all.get("kept").map(|found| &found.data);
             let found = found.filter(|found| found.len() == kept.len());
-            kept.clone_from(found.ok_or_else(|| damaged("kept"))?);
+            kept.clone_from(found.ok_or_else(|| unfit("kept"))?);
         }
         if let Some(parts) = all.get("best") {
             let bits = parts
@@ -762,7 +762,7 @@ impl<B: Backend> Fit<'_, B> {
         let counters = all
             .get("step")
             .filter(|s| s.data.len() == 6)
-            .ok_or_else(|| damaged("step"))?;
+            .ok_or_else(|| unfit("step"))?;
         let counter =
             |i: usize| ((counters.data[2 * i] as u64) << 20) | counters.data[2 * i + 1] as u64;
         (skipped.all, skipped.in_a_row) = (counter(1), counter(2));
