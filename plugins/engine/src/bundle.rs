@@ -117,6 +117,15 @@ impl TokenizerConfig {
         }
     }
 
+    /// Positions of the coarsest feature maps.
+    pub fn positions(&self) -> usize {
+        let shape = match self {
+            Self::Vq(c) => &c.autoencoder,
+            Self::Msvq(c) => &c.autoencoder,
+        };
+        shape.side().saturating_mul(shape.side())
+    }
+
     /// Channels of the feature maps that are as large as the images.
     pub fn finest_channels(&self) -> usize {
         let shape = match self {

@@ -36,10 +36,17 @@ fn student(network: &NetworkConfig) -> Option<u64> {
     memory::floats(&[shape.count(), shape.vocabulary])
 }
 
-/// Decoding: the image, and what goes into and comes out of a convolution at its full size.
+/// Decoding: the larger of what goes into and comes out of a convolution at the image's full size, and the attention at its
+/// smallest.
 fn decoding(tokenizer: &TokenizerConfig) -> Option<u64> {
     let [_, height, width] = tokenizer.image();
-    memory::floats(&[2, tokenizer.finest_channels(), height, width])
+    let convolution = memory::floats(&[2, tokenizer.finest_channels(), height, width])?;
+    Some(convolution.max(attention(tokenizer.positions())?))
+}
+
+/// The attention of a tokenizer between its coarsest feature maps: scores of all pairs of positions, and their softmax.
+pub fn attention(positions: usize) -> Option<u64> {
+    memory::floats(&[2, positions, positions])
 }
 
 /// A sample: the larger of drawing and decoding it.
@@ -88,5 +95,35 @@ pub fn check<B: Backend>(
     match context.on_host() {
         true => memory::check_batch(pointer, batch, each),
         false => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bundle::Family;
+    use crate::published::{Hints, published};
+
+    #[test]
+    fn the_attention_of_a_decoder_counts() {
+        let size = |size: &str| Hints {
+            size: Some(size.into()),
+            ..Default::default()
+        };
+        let (mut tokenizer, _) = published(Family::Llamagen, &size("B")).expect("a size");
+        // 128 channels of 256 x 256, in and out: more than 256 x 256 pairs of 16 x 16 positions.
+        assert_eq!(decoding(&tokenizer), Some(4 * 2 * 128 * 256 * 256));
+        let change = |tokenizer: &mut TokenizerConfig, multipliers: usize, side: usize| {
+            let TokenizerConfig::Vq(vq) = tokenizer else {
+                panic!("a tokenizer of LlamaGen");
+            };
+            vq.autoencoder.multipliers.truncate(multipliers);
+            vq.autoencoder.image_size = side;
+        };
+        // Two levels leave 128 x 128 positions.
+        change(&mut tokenizer, 2, 256);
+        assert_eq!(decoding(&tokenizer), Some(4 * 2 * 128u64.pow(4)));
+        change(&mut tokenizer, 2, usize::MAX / 2);
+        assert_eq!(decoding(&tokenizer), None);
     }
 }

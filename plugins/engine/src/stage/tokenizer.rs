@@ -135,10 +135,13 @@ fn temperature() -> f64 {
 }
 
 impl Options {
-    /// What a step of training holds of an image at least: its pixels, before and after, and in each residual block of
-    /// encoder and decoder the input of both norms and both convolutions.
+    /// What a step of training holds of an image at least: its pixels, before and after, in each residual block of encoder
+    /// and decoder the input of both norms and both convolutions, and the attention between these.
     fn bytes_of_an_image(&self, images: &Images) -> Option<u64> {
         let pixels = memory::floats(&[2, images.channels, images.height, images.width])?;
+        let coarsest = |n: usize| (n >> self.multipliers.len().saturating_sub(1)).max(1);
+        let positions = coarsest(images.height).checked_mul(coarsest(images.width))?;
+        let pixels = pixels.checked_add(room::attention(positions)?)?;
         let levels = self.multipliers.iter().enumerate();
         levels
             .map(|(level, &multiplier)| {
