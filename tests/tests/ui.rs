@@ -565,6 +565,13 @@ fn pictures_of_the_same_noise_stand_side_by_side() {
     browser.wait_until("document.querySelector('.strip output').textContent === '1000'");
     browser.script("const slider = document.querySelector('.strip input'); slider.value = 0; slider.dispatchEvent(new Event('input', {bubbles: true}))");
     browser.wait_until("document.querySelector('.strip output').textContent === '500'");
+    browser.wait_until("new URL(location.href).searchParams.get('step') === '500'");
+    // Whoever is given the address sees that step.
+    let shared = browser.script("return location.href");
+    browser.open(&server.at("/"));
+    browser.open(shared.as_str().expect("an address"));
+    browser.wait_until("document.querySelector('.strip output')?.textContent === '500'");
+    browser.wait_until("document.querySelectorAll('.strip figure.shown').length === 1");
     // What a tokenizer makes of real images is said to be that, wherever it is shown.
     for address in [
         format!("/pictures?run={}", made.first),

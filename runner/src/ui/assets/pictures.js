@@ -36,7 +36,16 @@ function strip(section) {
     slider.setAttribute('aria-valuetext', `step ${frames[slider.value].dataset.step}`);
   };
   for (const image of section.querySelectorAll('img')) image.loading = 'eager';
-  slider.addEventListener('input', show);
+  // The step is a part of the address, so that a link leads to it.
+  const at = () => new URL(location.href);
+  const wanted = frames.findIndex((frame) => frame.dataset.step === at().searchParams.get('step'));
+  if (wanted >= 0) slider.value = wanted;
+  slider.addEventListener('input', () => {
+    show();
+    const address = at();
+    address.searchParams.set('step', frames[slider.value].dataset.step);
+    history.replaceState(null, '', address);
+  });
   show();
 }
 
