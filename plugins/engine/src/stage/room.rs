@@ -36,8 +36,8 @@ fn student(network: &NetworkConfig) -> Option<u64> {
     memory::floats(&[shape.count(), shape.vocabulary])
 }
 
-/// Decoding: the larger of what goes into and comes out of a convolution at the image's full size, and the attention at its
-/// smallest.
+/// Decoding: the larger of what goes into and comes out of a convolution at the image's full size, and the attention between
+/// the coarsest feature maps.
 fn decoding(tokenizer: &TokenizerConfig) -> Option<u64> {
     let [_, height, width] = tokenizer.image();
     let convolution = memory::floats(&[2, tokenizer.finest_channels(), height, width])?;

@@ -139,15 +139,21 @@ impl Options {
     /// and decoder the input of both norms and both convolutions, and the attention between these.
     fn bytes_of_an_image(&self, images: &Images) -> Option<u64> {
         let pixels = memory::floats(&[2, images.channels, images.height, images.width])?;
-        let coarsest = |n: usize| (n >> self.multipliers.len().saturating_sub(1)).max(1);
-        let positions = coarsest(images.height).checked_mul(coarsest(images.width))?;
+        let side = |n: usize, level: usize| (n >> level).max(1);
+        let coarsest = self.multipliers.len().saturating_sub(1);
+        let positions = side(images.height, coarsest).checked_mul(side(images.width, coarsest))?;
         let pixels = pixels.checked_add(room::attention(positions)?)?;
         let levels = self.multipliers.iter().enumerate();
         levels
             .map(|(level, &multiplier)| {
-                let side = |n: usize| (n >> level).max(1);
                 let (blocks, width) = (2 * self.res_blocks + 1, self.channels * multiplier);
-                memory::floats(&[4, blocks, width, side(images.height), side(images.width)])
+                memory::floats(&[
+                    4,
+                    blocks,
+                    width,
+                    side(images.height, level),
+                    side(images.width, level),
+                ])
             })
             .try_fold(pixels, |sum, level| sum.checked_add(level?))
     }

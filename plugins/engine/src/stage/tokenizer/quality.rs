@@ -18,13 +18,8 @@ fn unit(x: f32) -> f64 {
 pub fn psnr(a: &[f32], b: &[f32]) -> f64 {
     let squares = a.iter().zip(b).map(|(&a, &b)| (unit(a) - unit(b)).powi(2));
     let error = squares.sum::<f64>() / a.len() as f64;
-    let ratio = -10.0 * error.log10();
-    // `min` would make a perfect ratio of one that is not a number.
-    if ratio > MOST_DECIBELS {
-        MOST_DECIBELS
-    } else {
-        ratio
-    }
+    // Not `min`, which makes a perfect ratio of one that is not a number.
+    (-10.0 * error.log10()).clamp(f64::NEG_INFINITY, MOST_DECIBELS)
 }
 
 /// Structural similarity of two images, the mean over channels. A side of fewer than 11 pixels has a window of the greatest
