@@ -332,6 +332,7 @@ pub fn parse(
         .map(finding_of)
         .collect();
     let mut value = std::mem::take(&mut document.value);
+    let names = setting::names(&value);
     let mut set_at: BTreeMap<String, Setting> = BTreeMap::new();
     for change in set {
         match setting::apply(&mut value, change) {
@@ -343,6 +344,10 @@ pub fn parse(
             Err(finding) => findings.push(finding),
         }
     }
+    let unasked = set_at
+        .iter()
+        .filter_map(|(pointer, setting)| setting::unasked(pointer, setting, &value, &names));
+    findings.extend(unasked);
     let mut source = Source {
         path: path.to_owned(),
         base_dir,
