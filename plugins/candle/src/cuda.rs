@@ -14,6 +14,7 @@ mod convolution;
 mod elementwise;
 mod flow;
 mod graph;
+mod kernels;
 mod launch;
 mod libraries;
 mod product;

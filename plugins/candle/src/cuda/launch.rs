@@ -1,11 +1,12 @@
 //! Starting the kernels of `kernels.cu`: their arguments as values, and what limits them.
 
+use candle_core::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, LaunchConfig};
 use retort_engine::backend::Window;
 use retort_engine::error::{Error, Result};
 
-/// The kernels, for the driver to compile.
-pub const KERNELS: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx"));
+use crate::cuda::kernels::{Arguments, Kernel, SOURCE};
+use crate::failed;
 
 /// Threads of a block.
 const BLOCK: usize = 256;
@@ -20,44 +21,31 @@ pub const HELD: usize = 8192;
 /// Elements that one launch may look at: kernels count them in 32 bits.
 const MOST: usize = 1 << 31;
 
-/// Puts a kernel on the device's stream: name, blocks, bytes of shared memory, arguments in the kernel's order and types.
-/// No blocks, nothing to do.
-macro_rules! launch {
-    ($device:expr, $name:expr, $blocks:expr, $shared:expr, [$($argument:expr),* $(,)?]) => {{
-        use candle_core::cuda_backend::cudarc::driver::PushKernelArg as _;
-        match $blocks {
-            0 => Ok(()),
-            blocks => $device
-                .get_or_load_custom_func($name, "retort", $crate::cuda::launch::KERNELS)
-                .map_err($crate::failed)
-                .and_then(|function| {
-                    let mut builder = function.builder();
-                    $crate::cuda::launch::push!(builder, $($argument),*);
-                    let config = $crate::cuda::launch::config(blocks, $shared);
-                    // SAFETY: the arguments are those of the kernel of this name, and pointers lead to as many elements
-                    // as its sizes say. Memory goes back on the same stream, hence after the kernel.
-                    unsafe { builder.launch(config) }
-                        .map(drop)
-                        .map_err(|error| $crate::failed(candle_core::Error::wrap(error)))
-                }),
-        }
-    }};
+/// Puts a kernel on the device's stream, with so many blocks and bytes of shared memory. No blocks, nothing to do.
+pub fn launch<A: Arguments>(
+    device: &CudaDevice,
+    kernel: Kernel<A>,
+    blocks: usize,
+    shared: usize,
+    arguments: A,
+) -> Result<()> {
+    if blocks == 0 {
+        return Ok(());
+    }
+    let function = device
+        .get_or_load_custom_func(kernel.name, "retort", SOURCE)
+        .map_err(failed)?;
+    let mut builder = function.builder();
+    arguments.push(&mut builder);
+    // SAFETY: the arguments have the types that the kernel takes, and pointers lead to as many elements as its sizes say.
+    // Memory goes back on the same stream, hence after the kernel.
+    unsafe { builder.launch(config(blocks, shared)) }
+        .map(drop)
+        .map_err(|error| failed(candle_core::Error::wrap(error)))
 }
-pub(crate) use launch;
-
-/// Names arguments for as long as a launch needs them.
-macro_rules! push {
-    ($builder:ident, $($argument:expr),*) => {
-        $(
-            let argument = $argument;
-            $builder.arg(&argument);
-        )*
-    };
-}
-pub(crate) use push;
 
 /// So many blocks.
-pub fn config(blocks: usize, shared: usize) -> LaunchConfig {
+fn config(blocks: usize, shared: usize) -> LaunchConfig {
     LaunchConfig {
         grid_dim: (blocks as u32, 1, 1),
         block_dim: (BLOCK as u32, 1, 1),
