@@ -34,7 +34,7 @@ pub mod source;
 
 pub use control::{Control, Signals};
 pub use event::{Event, Listener};
-pub use options::{Choice, Leave, Options, Rung};
+pub use options::{Choice, LeaveJobs, Options, Rung};
 pub use report::{Outcome, RunReport, StageReport};
 
 use describe::new_run;

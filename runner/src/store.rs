@@ -54,7 +54,7 @@ pub use history::{
     StageCounts, StageDetail, Success,
 };
 pub use jobs::{ElementUpdate, JobKey, JobRow, LeftJobs, OpenJob};
-pub use lineage::{Lineage, Relative, Turn};
+pub use lineage::{Lineage, Relative, StageRecord};
 pub use log::{LogLine, LogSource, RunLine};
 pub use query::Answer;
 pub use record::{

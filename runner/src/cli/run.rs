@@ -20,12 +20,12 @@ use crate::diagnostic::{Finding, Report, Severity};
 use crate::executor::attempt::End;
 use crate::executor::handle::Cluster;
 use crate::executor::{
-    self, Choice, ExecutorError, Leave, Options, Outcome, RunReport, StageReport,
+    self, Choice, ExecutorError, LeaveJobs, Options, Outcome, RunReport, StageReport,
 };
 use crate::plan::decision::{self, Action, Past, Role};
 use crate::plan::{self, Plan, PlannedStage};
 use crate::plugin::{Plugins, search_dirs};
-use crate::progress::{self, Manner, Teller};
+use crate::progress::{self, Manner, ProgressReporter};
 use crate::schema::MAX_PROCESSES;
 use crate::settings::{Executor, Given, Settings};
 use crate::store::{Access, ArtifactRow, Memory, RunId, RunState, Store, SweepPlace};
@@ -210,14 +210,14 @@ pub(super) fn past<'a>(
 }
 
 /// Shows progress on standard error from here on, above which everything else is said.
-pub(super) fn teller(context: &Context) -> Arc<Teller> {
+pub(super) fn teller(context: &Context) -> Arc<ProgressReporter> {
     let manner = Manner {
         bars: std::io::stderr().is_terminal(),
         color: context.color_stderr(),
         quiet: context.quiet,
         verbose: context.verbose,
     };
-    let teller = Arc::new(Teller::new(manner, talk::say));
+    let teller = Arc::new(ProgressReporter::new(manner, talk::say));
     talk::attach(teller.bars());
     teller
 }
@@ -256,9 +256,9 @@ impl Job {
             jobs,
             cluster,
             leave: match (execution.detach, std::io::stdin().is_terminal()) {
-                (true, _) => Leave::WhenSubmitted,
-                (false, true) => Leave::Ask(Arc::new(ask_how_to_leave)),
-                (false, false) => Leave::Never,
+                (true, _) => LeaveJobs::WhenSubmitted,
+                (false, true) => LeaveJobs::Ask(Arc::new(ask_how_to_leave)),
+                (false, false) => LeaveJobs::Never,
             },
             slurm: execution.slurm.clone(),
             keep_going: execution.keep_going,

@@ -20,7 +20,7 @@ use tokio::time::Instant;
 use crate::artifact::{Layout, Staging};
 use crate::cluster::dispatch::Dispatcher;
 use crate::executor::handle::{self, Cluster, Placement};
-use crate::executor::pause::Pauses;
+use crate::executor::pause::PauseClock;
 use crate::executor::recorder::{Recorder, own_line};
 use crate::executor::source::Source;
 use crate::executor::{Event, Listener, Rung};
@@ -50,7 +50,7 @@ pub struct RunContext {
     /// How long a stage may take to reach its next checkpoint when it is to stop.
     pub grace: Duration,
     /// How long the run has been stopped.
-    pub pauses: Arc<Pauses>,
+    pub pauses: Arc<PauseClock>,
     /// Where the run is to stop, to be judged.
     pub rung: Option<Rung>,
     /// What it is judged by there.

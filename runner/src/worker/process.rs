@@ -50,7 +50,7 @@ fn alive() -> MutexGuard<'static, BTreeSet<u32>> {
 #[derive(Debug)]
 pub struct Worker {
     pid: u32,
-    wire: Wire,
+    wire: WorkerSocket,
     stdout: Lines,
     stderr: Lines,
     exit: Option<JoinHandle<Exit>>,
@@ -244,7 +244,7 @@ impl Worker {
         };
         Ok(Self {
             pid,
-            wire: Wire::new(ours)?,
+            wire: WorkerSocket::new(ours)?,
             stdout: Lines::new(OwnedFd::from(stdout))?,
             stderr: Lines::new(OwnedFd::from(stderr))?,
             exit: Some(exit),
@@ -383,13 +383,13 @@ fn reap(pid: u32) -> Exit {
 
 /// The runner's end of the socket to a worker, which may send anything.
 #[derive(Debug)]
-pub struct Wire {
+pub struct WorkerSocket {
     /// None once it is closed, or what came through it was nonsense.
     socket: Option<UnixStream>,
     inbox: Inbox,
 }
 
-impl Wire {
+impl WorkerSocket {
     /// Of a connected socket; to be called within a runtime.
     ///
     /// # Errors

@@ -9,7 +9,7 @@ use tokio::runtime::Runtime;
 use crate::cli::past::{History, NoHistory};
 use crate::cli::run::{self, ExecutionArgs, open_store, past, store_if_there};
 use crate::cli::sweep::carry::{self, Sweeping};
-use crate::cli::sweep::survey::{Ahead, Survey};
+use crate::cli::sweep::survey::{PointForecast, SweepForecast};
 use crate::cli::{Context, Error, Exit, SelectionArgs, plan as plan_command, talk};
 use crate::plan::decision::{self, Role};
 use crate::plan::{self, Plan};
@@ -89,9 +89,9 @@ pub fn run(args: &run::Args, recipe: Recipe, context: &Context) -> Result<(), Er
     let survey = match &known {
         Some(store) => {
             let past = &mut past(&runtime, store, args.selection.rehash.memory())?;
-            Survey::of(&source, &points, &mut plugins, past)?
+            SweepForecast::of(&source, &points, &mut plugins, past)?
         }
-        None => Survey::of(&source, &points, &mut plugins, &mut NoHistory::default())?,
+        None => SweepForecast::of(&source, &points, &mut plugins, &mut NoHistory::default())?,
     };
     survey.talk(&source, context);
     let store = match &known {
@@ -158,7 +158,7 @@ pub fn resume(
         .collect();
     let mut plugins = Plugins::new(search_dirs(&context.plugin_dirs), runtime, Some(store));
     let past = &mut past(runtime, store, Memory::Trusted)?;
-    let survey = Survey::of(&source, &points, &mut plugins, past)?;
+    let survey = SweepForecast::of(&source, &points, &mut plugins, past)?;
     survey.talk(&source, context);
     go_on(id, &source, survey, runtime, store, execution, context)
 }
@@ -167,7 +167,7 @@ pub fn resume(
 fn go_on(
     id: &SweepId,
     source: &Source,
-    survey: Survey,
+    survey: SweepForecast,
     runtime: &Runtime,
     store: &Arc<Store>,
     execution: &ExecutionArgs,
@@ -233,9 +233,9 @@ pub fn plan(args: &plan_command::Args, recipe: Recipe, context: &Context) -> Res
         Some(store) => {
             let layout = crate::artifact::Layout::new(&context.store)?;
             let mut past = History::new(&runtime, store, layout, args.selection.rehash.memory());
-            Survey::of(&source, &points, &mut plugins, &mut past)?
+            SweepForecast::of(&source, &points, &mut plugins, &mut past)?
         }
-        None => Survey::of(&source, &points, &mut plugins, &mut NoHistory::default())?,
+        None => SweepForecast::of(&source, &points, &mut plugins, &mut NoHistory::default())?,
     };
     if args.json {
         let points = points.iter().zip(&survey.points).map(|(settings, ahead)| {
@@ -282,7 +282,7 @@ fn selection_value(selection: &SelectionArgs) -> Value {
 }
 
 /// The points of a plan, a row each.
-fn rows(definition: &Sweep, points: &[Vec<String>], ahead: &[Ahead]) -> Rows {
+fn rows(definition: &Sweep, points: &[Vec<String>], ahead: &[PointForecast]) -> Rows {
     let names = super::show::short_names(definition.parameters.iter().map(|one| one.path.as_str()));
     let heads: Vec<&str> = std::iter::once("point")
         .chain(names.iter().map(String::as_str))
