@@ -804,3 +804,12 @@ fn sum_to<B: Backend>(gradient: B::Tensor, shape: &[usize]) -> Result<B::Tensor>
         .collect();
     B::reshape(&B::sum(&gradient, &dims)?, shape)
 }
+
+/// The value of a tensor with one element.
+pub fn scalar<B: Backend>(x: &B::Tensor) -> Result<f64> {
+    let values = B::to_floats(x)?;
+    values
+        .first()
+        .map(|&x| f64::from(x))
+        .ok_or_else(|| Error::Internal("an empty scalar".into()))
+}

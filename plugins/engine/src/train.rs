@@ -17,9 +17,10 @@ use serde::{Deserialize, Serialize};
 use crate::backend::{AdamwStep, Backend, Binary, Unary};
 use crate::collective::Collective;
 use crate::error::{Error, Result};
+use crate::files::replace;
 use crate::model::decays;
 use crate::muon::{self, Muon};
-use crate::tape::{Variable, backward};
+use crate::tape::{Variable, backward, scalar};
 use crate::weights::{self, Floats, Params, Weights};
 
 /// How to train.
@@ -768,25 +769,6 @@ impl<B: Backend> Fit<'_, B> {
         (skipped.all, skipped.in_a_row) = (counter(1), counter(2));
         Ok(counter(0))
     }
-}
-
-/// Writes a file under another name first, so that the path always holds a whole file.
-pub fn replace(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let partial = path.with_extension("partial");
-    write(&partial)?;
-    std::fs::File::open(&partial)
-        .and_then(|f| f.sync_all())
-        .map_err(Error::io(&partial))?;
-    std::fs::rename(&partial, path).map_err(Error::io(path))
-}
-
-/// The value of a tensor with one element.
-pub fn scalar<B: Backend>(x: &B::Tensor) -> Result<f64> {
-    let values = B::to_floats(x)?;
-    values
-        .first()
-        .map(|&x| f64::from(x))
-        .ok_or_else(|| Error::Internal("an empty scalar".into()))
 }
 
 /// AdamW at a step, without weight decay.

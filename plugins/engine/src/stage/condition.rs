@@ -11,15 +11,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::Backend;
 use crate::captions::{self, Captions, Subjects};
+use crate::context::Context;
 use crate::data::prepared::Prepared;
 use crate::error::{Error, Result};
+use crate::files::{replace, resolve};
 use crate::model::{CaptionShape, ConditionShape};
 use crate::numpy;
 use crate::random::{Sequence, Stream};
 use crate::stage::shards::batches;
-use crate::stage::{Context, resolve};
 use crate::text::TextEncoder;
-use crate::train::replace;
 use crate::weights::Stored;
 
 /// A tensor of a safetensors file.

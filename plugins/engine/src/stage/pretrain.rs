@@ -9,12 +9,13 @@ use serde_json::json;
 
 use crate::backend::Backend;
 use crate::bundle::{self, Bundle, Family, NetworkConfig, TokenizerConfig};
+use crate::context::Context;
 use crate::data::{Data, Images};
 use crate::error::{Error, Result};
 use crate::model::{CODEBOOK, ConditionShape, Conditions, Teacher, llamagen, var};
 use crate::random::{Sequence, Stream};
 use crate::stage::tokenizer::batch_shape;
-use crate::stage::{Context, Stage, room};
+use crate::stage::{Stage, room};
 use crate::train::{Fit, HeldOut, Mean, StepOutput, TrainOptions, average, shared};
 use crate::weights::{Loader, Source, Start, Stored};
 

@@ -19,7 +19,9 @@ use serde_json::{Value, json};
 use crate::backend::Backend;
 use crate::bundle::Bundle;
 use crate::captions::{self, Subjects};
+use crate::context::Context;
 use crate::error::{Error, Result};
+use crate::files::{link, resolve, write_json};
 use crate::picture::{self, Npz, Pixels};
 use crate::random;
 use crate::sampler;
@@ -28,7 +30,7 @@ use crate::stage::condition::{
     ConditionOptions, Conditioning, Features, Given, Labels, Texts, same_noise,
 };
 use crate::stage::shards::{self, Division, Part, batches, hashed};
-use crate::stage::{Context, Stage, link, resolve, room, write_json};
+use crate::stage::{Stage, room};
 use drawer::{Sampler, drawer};
 
 /// Options of `sample`.

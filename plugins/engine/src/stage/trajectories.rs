@@ -16,8 +16,10 @@ use serde_json::json;
 use crate::backend::{Backend, FlowSolver};
 use crate::bundle::Bundle;
 use crate::captions::{self, Subjects};
+use crate::context::Context;
 use crate::dataset::{open_shard, write_shard};
 use crate::error::{Error, Result};
+use crate::files::{link, resolve, write_json};
 use crate::flow;
 use crate::random;
 use crate::sampler::{Choice, Distribution, autoregressive};
@@ -25,7 +27,7 @@ use crate::stage::condition::{
     ConditionOptions, Conditioning, Features, Given, Labels, Texts, same_noise,
 };
 use crate::stage::shards::{self, Division, Part, batches, hashed};
-use crate::stage::{Context, Stage, link, resolve, room, write_json};
+use crate::stage::{Stage, room};
 
 /// Options of `trajectories`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]

@@ -8,14 +8,14 @@ use rayon::prelude::*;
 use super::{Inputs, Options};
 use crate::backend::{Backend, Unary};
 use crate::collective::Collective;
+use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::model::vq::nearest;
 use crate::model::{Conditions, Student};
 use crate::perceptual;
 use crate::splice::State;
-use crate::stage::Context;
-use crate::tape::Variable;
-use crate::train::{StepOutput, scalar};
+use crate::tape::{Variable, scalar};
+use crate::train::StepOutput;
 
 /// Most logits that are held to measure the loss.
 const MEASURED_AT_ONCE: usize = 1 << 26;

@@ -6,6 +6,7 @@ use serde::Deserialize;
 use crate::backend::{Backend, FlowSolver, Tensors};
 use crate::bundle::{self, Bundle};
 use crate::captions::Subjects;
+use crate::context::Context;
 use crate::dataset::Dataset;
 use crate::error::{Error, Result};
 use crate::model::{ConditionShape, Conditions, PrefixMask, TokenShape};
@@ -14,7 +15,6 @@ use crate::sampler::{
     self, Assistant, Choice, Distribution, StudentSampler, ascending, autoregressive,
     check_timesteps, skipping,
 };
-use crate::stage::Context;
 use crate::stage::trajectories::solver_steps;
 
 /// Who samples, and how.

@@ -17,8 +17,8 @@ use crate::error::{Error, Result};
 use crate::model::LastConvolution;
 use crate::model::discriminator::Discriminator;
 use crate::perceptual::Eye;
-use crate::tape::{Variable, backward};
-use crate::train::{TrainOptions, scalar, shared};
+use crate::tape::{Variable, backward, scalar};
+use crate::train::{TrainOptions, shared};
 use crate::weights::{Loader, Params, Source};
 
 /// How pixels are compared.
