@@ -6,6 +6,7 @@ pub mod conformance;
 pub mod distill;
 pub mod evaluate;
 pub mod images;
+pub mod noise;
 pub mod pretrain;
 mod room;
 pub mod sample;
