@@ -13,11 +13,12 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::backend::{Backend, Unary};
+use crate::context::Context;
 use crate::error::{Error, Result};
+use crate::files::resolve;
 use crate::model::Tokenizer;
+use crate::model::classifier::Net;
 use crate::model::lpips::{self, Lpips};
-use crate::stage::classifier::Net;
-use crate::stage::{Context, resolve};
 use crate::tape::Variable;
 use crate::weights::{Loader, Source, Stored};
 

@@ -155,7 +155,7 @@ impl<'a> Writer<'a> {
             damaged: damaged.len(),
             ..self.description
         };
-        crate::stage::write_json(&self.dir.join(DESCRIPTION), &description)?;
+        crate::files::write_json(&self.dir.join(DESCRIPTION), &description)?;
         Ok(description)
     }
 }

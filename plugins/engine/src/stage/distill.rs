@@ -24,15 +24,17 @@ use serde_json::json;
 
 use crate::backend::Backend;
 use crate::bundle::{self, Bundle, NetworkConfig};
+use crate::context::Context;
 use crate::dataset::Dataset;
 use crate::error::{Error, Result};
+use crate::files::{link, replace};
 use crate::memory;
 use crate::model::{CONTINUOUS_HEAD, Student, TokenShape, Tokenizer};
 use crate::perceptual::{Eye, PIXELS_AT_ONCE, Perceptual};
 use crate::random::{Sequence, Stream};
 use crate::sampler::{check_from_zero, check_timesteps};
-use crate::stage::{Context, Stage, link, room};
-use crate::train::{Fit, HeldOut, TrainOptions, average, replace, shared};
+use crate::stage::{Stage, room};
+use crate::train::{Fit, HeldOut, TrainOptions, average, shared};
 use crate::weights::{self, Loader, Params, Source, Stored, Weights, write_each};
 
 use objective::Objective;

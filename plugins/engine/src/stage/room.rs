@@ -6,10 +6,10 @@
 use super::sample::drawer::Sampler;
 use crate::backend::Backend;
 use crate::bundle::{NetworkConfig, TokenizerConfig};
+use crate::context::Context;
 use crate::error::Result;
 use crate::memory;
 use crate::sampler::Distribution;
-use crate::stage::Context;
 
 /// Generating: keys and values of all blocks, for two rows with guidance.
 pub fn generating(

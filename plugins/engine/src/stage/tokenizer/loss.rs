@@ -17,8 +17,8 @@ use crate::error::{Error, Result};
 use crate::model::LastConvolution;
 use crate::model::discriminator::Discriminator;
 use crate::perceptual::Eye;
-use crate::tape::{Variable, backward};
-use crate::train::{TrainOptions, scalar, shared};
+use crate::tape::{Variable, backward, scalar};
+use crate::train::{TrainOptions, shared};
 use crate::weights::{Loader, Params, Source};
 
 /// How pixels are compared.
@@ -132,11 +132,11 @@ impl<B: Backend> Adversary<B> {
 }
 
 /// The loss of reconstructions.
-pub struct Criterion<B: Backend> {
+pub struct Criterion<'a, B: Backend> {
     /// How pixels are compared.
     pub pixels: PixelLoss,
     /// What else compares images, and its weight.
-    pub eye: Option<(Eye<B>, f64)>,
+    pub eye: Option<(&'a Eye<B>, f64)>,
     /// Who judges reconstructions.
     pub adversary: Option<Adversary<B>>,
     /// Images that the eye sees together.
@@ -170,7 +170,7 @@ impl<B: Backend> Term<B> {
     }
 }
 
-impl<B: Backend> Criterion<B> {
+impl<B: Backend> Criterion<'_, B> {
     /// The loss of reconstructions of images (b, c, h, w) at a step, and its parts.
     pub fn loss(
         &self,
@@ -183,7 +183,7 @@ impl<B: Backend> Criterion<B> {
         let target = Variable::constant(images.clone());
         let mut sum = Term::of(&made, |made| self.pixels.distance(made, &target))?;
         let mut figures = vec![("reconstruction", scalar::<B>(&sum.value)?)];
-        if let Some((eye, weight)) = &self.eye {
+        if let Some((eye, weight)) = self.eye {
             let count = B::shape(images)[0];
             let term = Term::of(&made, |made| {
                 made.sum_of_pieces(self.at_once, |piece, place| {
@@ -193,7 +193,7 @@ impl<B: Backend> Criterion<B> {
                 })
             })?;
             figures.push(("perceptual", scalar::<B>(&term.value)?));
-            sum = sum.plus(&term, *weight)?;
+            sum = sum.plus(&term, weight)?;
         }
         let acting = self.adversary.as_ref();
         let Some(adversary) = acting.filter(|own| step >= own.options.start) else {
