@@ -14,13 +14,42 @@ use std::io;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use retort_abi::ArtifactMeta;
 use retort_checkpoint::regular;
+use serde::{Deserialize, Serialize};
 
 use crate::draft::Draft;
 use crate::input;
-use crate::store::{ArtifactFile, ArtifactRecord};
 
 pub use layout::{Layout, Staging, Work, open_lock};
+
+/// An artifact: its content and what is known about it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ArtifactRecord {
+    /// Hex BLAKE3 of its content; names its directory.
+    pub hash: String,
+    /// `tokenizer`, `student`, ...
+    pub kind: String,
+    /// What its maker called it.
+    pub name: String,
+    /// Bytes of all files.
+    pub size: u64,
+    /// Its files, by path.
+    pub files: Vec<ArtifactFile>,
+    /// What its maker says of it.
+    pub meta: ArtifactMeta,
+}
+
+/// A file of an artifact.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ArtifactFile {
+    /// Path within the artifact.
+    pub path: String,
+    /// Bytes.
+    pub size: u64,
+    /// Hex BLAKE3.
+    pub hash: String,
+}
 
 /// What a directory holds.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -21,6 +21,7 @@ use sqlx::sqlite::{SqliteConnection, SqlitePool};
 mod block;
 mod browse;
 mod care;
+mod connection;
 mod draft;
 mod error;
 mod file;
@@ -45,6 +46,7 @@ mod sweep;
 mod time;
 mod transfer;
 
+pub use crate::artifact::{ArtifactFile, ArtifactRecord};
 pub use browse::{Group, LogQuery};
 pub use care::Garbage;
 pub use error::StoreError;
@@ -58,8 +60,7 @@ pub use lineage::{Lineage, Relative, StageRecord};
 pub use log::{LogLine, LogSource, RunLine};
 pub use query::Answer;
 pub use record::{
-    ArtifactFile, ArtifactRecord, AttemptEnd, AttemptState, NewRun, NewStage, Param,
-    PluginIdentity, RunState, StageState, Usage,
+    AttemptEnd, AttemptState, NewRun, NewStage, Param, PluginIdentity, RunState, StageState, Usage,
 };
 pub use select::Sort;
 pub use series::{Axis, Batch, Bucket, Lens, MetricPoint, SeriesPoint, SeriesSummary};

@@ -316,6 +316,11 @@ impl Cell {
         Self::new(text, value.clone())
     }
 
+    /// A hash: its beginning is enough for people.
+    pub fn hash(hash: &str) -> Self {
+        Self::new(hash.get(..12).unwrap_or(hash), hash)
+    }
+
     /// A number of bytes.
     pub fn bytes(size: u64) -> Self {
         Self::new(bytes(size), size)

@@ -18,6 +18,7 @@ mod kernels;
 mod launch;
 mod libraries;
 mod product;
+mod structures;
 mod sums;
 mod tensor;
 

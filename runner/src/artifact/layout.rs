@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use retort_checkpoint::regular;
 
 use super::{ArtifactError, failed, make_dir};
-use crate::store::ArtifactRecord;
+use crate::artifact::ArtifactRecord;
 
 /// Where things lie in a store's directory.
 #[derive(Debug, Clone, PartialEq, Eq)]

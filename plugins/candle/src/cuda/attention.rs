@@ -7,8 +7,9 @@ use retort_engine::error::{Error, Result};
 
 use crate::cuda::CAPABILITY;
 use crate::cuda::kernels::{self, Kernel};
-use crate::cuda::launch::{Heads, SHARED, Seen, Steps, counted, launch, warps};
+use crate::cuda::launch::{SHARED, counted, launch, warps};
 use crate::cuda::product::{Single, product, product_into};
+use crate::cuda::structures::{Heads, Seen, Steps};
 use crate::cuda::tensor::{Raw, Tensor, convert, dense_last, device, fresh, pointer};
 use crate::failed;
 

@@ -10,8 +10,9 @@ use candle_core::DType;
 use retort_engine::error::{Error, Result};
 
 use crate::cuda::kernels;
-use crate::cuda::launch::{Slide, blocks, launch};
+use crate::cuda::launch::{blocks, launch};
 use crate::cuda::product::{Single, product_into};
+use crate::cuda::structures::Slide;
 use crate::cuda::sums::fill;
 use crate::cuda::tensor::{Raw, Tensor, convert, device, fresh, pointer};
 use crate::failed;

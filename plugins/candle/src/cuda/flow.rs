@@ -7,7 +7,8 @@ use retort_engine::flow;
 use retort_kernels::flow::{DROPPED, UNDECIDED};
 
 use crate::cuda::kernels::{self, Kernel};
-use crate::cuda::launch::{Flow, launch};
+use crate::cuda::launch::launch;
+use crate::cuda::structures::Flow;
 use crate::cuda::sums::fill;
 use crate::cuda::tensor::{Raw, Tensor, copy, device, fresh, pointer};
 use crate::failed;

@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 
 use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, LaunchArgs, PushKernelArg};
 
-use crate::cuda::launch::{Adamw, Flow, Heads, Places, Seen, Slide, Steps};
+use crate::cuda::structures::{Adamw, Flow, Heads, Places, Seen, Slide, Steps};
 
 /// The kernels, for the driver to compile.
 pub const SOURCE: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx"));

@@ -4,7 +4,8 @@ use candle_core::{CudaDevice, DType};
 use retort_engine::error::{Error, Result};
 
 use crate::cuda::kernels;
-use crate::cuda::launch::{Places, blocks, counted, launch};
+use crate::cuda::launch::{blocks, counted, launch};
+use crate::cuda::structures::Places;
 use crate::cuda::tensor::{Raw, device, fresh, pointer};
 use crate::failed;
 

@@ -8,7 +8,8 @@ use candle_core::{CudaDevice, CudaStorage, DType, Device, Storage};
 use retort_engine::error::{Error, Result};
 
 use crate::cuda::kernels;
-use crate::cuda::launch::{Places, blocks, launch};
+use crate::cuda::launch::{blocks, launch};
+use crate::cuda::structures::Places;
 use crate::failed;
 
 /// A tensor of candle.

@@ -202,7 +202,13 @@ impl<'a> Inputs<'a> {
         let network = bundle.network()?;
         let shape = network.token_shape();
         let decoded = (o.images != ImagesKept::None).then_some(&bundle.config.tokenizer);
-        let each = room::sampling(&o.sampler, network, decoded, &context.job.dtype);
+        let each = room::sampling(
+            o.sampler.has_student(),
+            o.sampler.distribution(),
+            network,
+            decoded,
+            &context.job.dtype,
+        );
         room::check(context, "/batch", o.division().at_once(o.batch), each)?;
         // Before the networks are loaded: a text encoder may need the memory.
         let model = (&shape.condition, bundle.config.classes.as_slice());

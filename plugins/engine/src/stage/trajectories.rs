@@ -58,7 +58,7 @@ pub struct Options {
     pub distribution: Distribution,
     /// Steps of the flow map's solver, an evaluation of the codebook each; from 64 on fewer than one token in a thousand
     /// differs from the exact one, from 96 on those alone that noise changed in its fourth digit would change.
-    #[serde(default = "solver_steps")]
+    #[serde(default = "flow::default_steps")]
     #[schemars(range(min = 1, max = 10000))]
     pub solver_steps: usize,
     /// Noise (count, L, D) from a file instead of the seed.
@@ -87,11 +87,6 @@ fn shard_size() -> u64 {
 fn batch() -> usize {
     500
 }
-/// Steps of the flow map's solver unless a recipe says otherwise.
-pub(crate) fn solver_steps() -> usize {
-    flow::STEPS
-}
-
 impl Options {
     fn division(&self) -> Division {
         Division {

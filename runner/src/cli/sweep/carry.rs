@@ -11,9 +11,9 @@ use futures_util::stream::FuturesUnordered;
 use serde_json::Value;
 use tokio::runtime::Runtime;
 
-use crate::cli::run::{ExecutionArgs, fits_one_machine, teller};
-use crate::cli::sweep::points::Source;
+use crate::cli::execution::{ExecutionArgs, fits_one_machine, teller};
 use crate::cli::sweep::show;
+use crate::cli::sweep::source::Source;
 use crate::cli::{Context, Error, Exit, talk};
 use crate::environment;
 use crate::executor::handle::Cluster;
@@ -108,12 +108,12 @@ pub fn out(
     let began = Instant::now();
     let teller = teller(context);
     let control = Control::default();
-    let (jobs, cluster) = execution.placement(sweeping.source.base_dir(), [], context)?;
+    let (jobs, cluster) = execution.placement(&sweeping.source.base_dir, [], context)?;
     let mut floor = SweepScheduler {
         schedule: Schedule::of(&sweeping),
         counts: Counts::default(),
         before: unfinished(&sweeping.detail),
-        environment: environment::collect(sweeping.source.base_dir()),
+        environment: environment::collect(&sweeping.source.base_dir),
         teller,
         sweeping: &sweeping,
         execution,

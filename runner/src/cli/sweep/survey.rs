@@ -2,8 +2,8 @@
 
 use std::collections::HashSet;
 
-use crate::cli::run::is_left_out;
-use crate::cli::sweep::points::Source;
+use crate::cli::execution::is_left_out;
+use crate::cli::sweep::source::Source;
 use crate::cli::{Context, Error, talk};
 use crate::diagnostic::{Finding, Report, Severity};
 use crate::executor::ExecutorError;

@@ -15,7 +15,6 @@ use crate::sampler::{
     self, Assistant, Choice, Distribution, StudentSampler, ascending, autoregressive,
     check_timesteps, skipping,
 };
-use crate::stage::trajectories::solver_steps;
 
 /// Who samples, and how.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -39,7 +38,7 @@ pub enum Sampler {
         #[serde(default)]
         distribution: Distribution,
         /// Steps of the flow map's solver, an evaluation of the codebook each.
-        #[serde(default = "solver_steps")]
+        #[serde(default = "crate::flow::default_steps")]
         #[schemars(range(min = 1))]
         solver_steps: usize,
     },
@@ -123,6 +122,11 @@ impl Sampler {
             | Self::Independent { .. } => true,
             Self::Student { .. } | Self::Assisted { .. } => false,
         }
+    }
+
+    /// Whether a student draws, alone or after a teacher.
+    pub fn has_student(&self) -> bool {
+        matches!(self, Self::Student { .. } | Self::Assisted { .. })
     }
 
     /// The distribution of the teacher that samples, if one does.
