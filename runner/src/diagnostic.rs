@@ -13,6 +13,7 @@ use unicode_width::UnicodeWidthStr;
 use crate::terminal::{clean, paint};
 use crate::yaml;
 
+pub use crate::yaml::Position;
 pub use retort_abi::Severity;
 
 /// Findings beyond this many are counted, not shown.
@@ -23,15 +24,6 @@ const MOST_WORDS: usize = 1500;
 
 /// Characters of a line that are shown before its mark, and from its mark on.
 const AROUND: (usize, usize) = (80, 120);
-
-/// A place in a text; both count from 1, columns in characters.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Position {
-    /// Line.
-    pub line: usize,
-    /// Column.
-    pub column: usize,
-}
 
 /// One finding.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -16,8 +16,8 @@ use crate::cli::past::History;
 use crate::cli::{Context, Error, Exit, talk};
 use crate::diagnostic::{Finding, Report, Severity};
 use crate::environment;
+use crate::executor::Cluster;
 use crate::executor::attempt::End;
-use crate::executor::handle::Cluster;
 use crate::executor::{
     self, Choice, ExecutorError, LeaveJobs, Options, Outcome, RunReport, StageReport,
 };

@@ -4,8 +4,18 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::executor::handle::Cluster;
+use crate::cluster::slurm::Slurm;
+use crate::settings::Settings;
 use crate::store::{RunId, SweepPlace};
+
+/// A cluster, and what stages ask of it.
+#[derive(Debug, Clone)]
+pub struct Cluster {
+    /// Slurm.
+    pub slurm: Arc<Slurm>,
+    /// What is set.
+    pub settings: Arc<Settings>,
+}
 
 /// How to run.
 #[derive(Debug, Clone)]

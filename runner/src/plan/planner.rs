@@ -210,6 +210,10 @@ impl Planner<'_> {
 }
 
 /// The time that a stage may take, or what is wrong with it.
+#[expect(
+    clippy::result_large_err,
+    reason = "once for a stage: its size costs nothing"
+)]
 fn timeout(draft: &Draft<'_>) -> Result<Option<Duration>, Finding> {
     let Some(written) = draft.stage.timeout.as_deref() else {
         return Ok(None);

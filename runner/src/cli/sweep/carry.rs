@@ -16,7 +16,7 @@ use crate::cli::sweep::show;
 use crate::cli::sweep::source::Source;
 use crate::cli::{Context, Error, Exit, talk};
 use crate::environment;
-use crate::executor::handle::Cluster;
+use crate::executor::Cluster;
 use crate::executor::{
     Control, Event, ExecutorError, LeaveJobs, Listener, Options, RunReport, Rung, Signals,
     execute_beside,
