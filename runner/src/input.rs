@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use retort_checkpoint::images::{self, is_hidden};
-use retort_checkpoint::regular;
+use retort_checkpoint::regular::{self, Extent};
 use retort_checkpoint::shards::Place;
 
 use crate::plan::FileKind;
@@ -71,6 +71,20 @@ pub enum InputError {
         path: PathBuf,
         /// Why they are none.
         message: String,
+    },
+    /// A file most of which is on no disk.
+    #[error(
+        "{} is {length} bytes long and mostly holes: {missing} bytes of it are not on the disk. An unfinished download or copy? \
+         Fetch it again; if it is meant to be so, fill the holes: `cp --sparse=never`",
+        path.display()
+    )]
+    Hollow {
+        /// The file.
+        path: PathBuf,
+        /// How long it is.
+        length: u64,
+        /// How much of that is not on the disk.
+        missing: u64,
     },
     /// A name that a digest cannot hold.
     #[error("the name of {} is not UTF-8", path.display())]
@@ -212,6 +226,7 @@ impl Listing {
                 }
             }
         }
+        walk.expect_content()?;
         walk.files.sort_by(|a, b| a.0.cmp(&b.0));
         let mut content = blake3::Hasher::new();
         let mut rights = blake3::Hasher::new();
@@ -437,6 +452,9 @@ struct Walk {
     linked: usize,
     /// Whether files that no loader of images reads are passed over.
     only_images: bool,
+    /// What all files that are to be read take, and the one of which most is missing.
+    extent: Extent,
+    hollow: Option<(PathBuf, Extent)>,
 }
 
 impl Walk {
@@ -453,8 +471,33 @@ impl Walk {
         owner[4..8].copy_from_slice(&found.uid().to_le_bytes());
         owner[8..12].copy_from_slice(&found.gid().to_le_bytes());
         owner[16..].copy_from_slice(&found.nlink().to_le_bytes());
+        if !(self.only_images && images::is_too_long(&name, found.size())) {
+            let extent = Extent::of(found);
+            self.extent = self.extent.and(extent);
+            let most = self.hollow.as_ref().map_or(0, |(_, most)| most.missing());
+            if extent.missing() > most {
+                self.hollow = Some((path.to_owned(), extent));
+            }
+        }
         self.files.push((name, Stamp::of(found), owner));
         Ok(())
+    }
+
+    /// Refuses files that would take far longer to read than what is on the disk explains.
+    fn expect_content(&self) -> Result<(), InputError> {
+        match &self.hollow {
+            Some((path, extent))
+                if self.extent.is_hollow()
+                    && regular::has_hole(path).map_err(failed("open", path))? =>
+            {
+                Err(InputError::Hollow {
+                    path: path.clone(),
+                    length: extent.length(),
+                    missing: extent.missing(),
+                })
+            }
+            _ => Ok(()),
+        }
     }
 
     fn folder(&mut self, dir: &Path, inner: &str) -> Result<(), InputError> {
@@ -633,6 +676,33 @@ mod tests {
         let before = hash();
         write("b.tar", 1 << 20);
         assert_ne!(hash(), before);
+    }
+
+    #[test]
+    fn what_is_mostly_holes_is_named_and_not_read() {
+        let root = filled(&[("0/a.png", "1"), ("b.tar", "1"), ("c", "1")]);
+        let stretch = |name: &str, length: u64| {
+            let file = fs::File::options().write(true).open(root.path().join(name));
+            file.unwrap().set_len(length).unwrap();
+        };
+        let said = |kind| match Listing::of(root.path(), kind) {
+            Ok(_) => String::new(),
+            Err(error) => error.to_string(),
+        };
+        // Nobody reads an image of this length.
+        stretch("0/a.png", 60 << 30);
+        assert_eq!(said(FileKind::Images), "");
+        assert!(said(FileKind::Dir).contains("0/a.png is 64424509440 bytes long and mostly holes"));
+        stretch("0/a.png", 1);
+        stretch("b.tar", 60 << 30);
+        assert!(said(FileKind::Images).contains("b.tar is 64424509440 bytes"));
+        let of_itself = Listing::of(&root.path().join("b.tar"), FileKind::File);
+        assert!(matches!(of_itself, Err(InputError::Hollow { .. })));
+        // Many that are each not so long.
+        stretch("b.tar", 600 << 20);
+        assert_eq!(said(FileKind::Dir), "");
+        stretch("c", 601 << 20);
+        assert!(said(FileKind::Dir).contains("/c is "));
     }
 
     #[track_caller]

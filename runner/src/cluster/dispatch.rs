@@ -213,6 +213,8 @@ struct Work {
     /// Whether it has been said that Slurm does not answer.
     silent: bool,
     submitted: u32,
+    /// Which elements are heard first.
+    heard_from: usize,
 }
 
 impl Work {
@@ -230,6 +232,7 @@ impl Work {
             waiting: Some("not submitted".into()),
             silent: false,
             submitted: 0,
+            heard_from: 0,
         }
     }
 

@@ -127,6 +127,12 @@ pub(super) async fn copy_all(connection: &mut SqliteConnection) -> Result<Transf
 pub(super) async fn connect(main: &Path, source: &Path) -> Result<SqliteConnection, StoreError> {
     let at = |error: sqlx::Error| StoreError::from(error).at(main);
     let mut connection = schema::options(main).connect().await.map_err(at)?;
+    // Within a transaction each statement notes down what the pages that it changes were: of a run dozens, because its
+    // parameters lie by name. As a file, somewhere on another disk, that is most of the work.
+    sqlx::raw_sql("pragma temp_store = memory")
+        .execute(&mut connection)
+        .await
+        .map_err(at)?;
     attach(&mut connection, source, "mode=ro")
         .await
         .map_err(at)?;

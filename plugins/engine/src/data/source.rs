@@ -10,7 +10,7 @@ use std::io::Read;
 use std::ops::Deref;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rayon::prelude::*;
 use retort_abi::LogLevel;
@@ -25,7 +25,8 @@ use super::options::{DataOptions, Size};
 use super::raster::{self, Header, Raster, luma};
 use super::resample::{Filter, Fit, fit};
 use super::shards::{self, Part};
-use super::{table, values};
+use super::table::{self, Held};
+use super::values;
 
 /// An image file of a source.
 #[derive(Debug)]
@@ -57,6 +58,15 @@ pub struct Damaged {
     pub name: String,
     /// Why not.
     pub why: String,
+}
+
+impl Damaged {
+    fn of((item, why): &(Item, String)) -> Self {
+        Self {
+            name: item.name.to_string(),
+            why: why.clone(),
+        }
+    }
 }
 
 /// A source that has been looked over.
@@ -126,6 +136,12 @@ const UNLABELLED: u32 = u32::MAX;
 
 /// Damaged files that a message names.
 const NAMED: usize = 20;
+
+/// Files whose headers are held at a time.
+const LOOKED_AT_ONCE: usize = 4096;
+
+/// Of so many times as many files some are looked at first, to see whether any of them is an image.
+const MANY: usize = 16;
 
 impl Source {
     /// Opens the source that checked options name, and looks it over; relative paths start from `base_dir`.
@@ -299,8 +315,8 @@ impl Source {
         let (classes, labelled) = classes_of(table, rows.iter().map(|row| row.label.as_deref()))?;
         let items = rows.into_iter().map(|row| Item {
             label: row.label.map_or(0, |label| classes.of(&label)),
-            name: row.file.into(),
-            caption: row.caption.map(Into::into),
+            name: row.file,
+            caption: row.caption,
             part: None,
         });
         let looked = Looked::over(path, &[], items.collect(), true)?;
@@ -317,44 +333,46 @@ impl Source {
     }
 
     fn open_tar(o: &DataOptions, path: &Path, archives: Vec<PathBuf>) -> Result<Self, DataError> {
-        let (mut rows, mut parts) = (Vec::new(), Vec::new());
-        for (archive, number) in archives.iter().zip(0u32..) {
-            for (row, part) in shards::read(archive)? {
-                rows.push(row);
-                parts.push((number, part));
-            }
-        }
-        let labelled = rows.iter().filter(|row| row.label.is_some()).count();
-        if labelled == 0
-            && let Some(folders) = shards::folders(&rows)
-        {
-            for (row, folder) in rows.iter_mut().zip(folders) {
-                row.label = Some(folder);
-            }
-        }
+        let (mut items, mut held) = (Vec::new(), Held::default());
+        let mut labelled = 0;
         // What is no image has no say in what the classes are.
-        let mut numbers: BTreeMap<String, u32> = BTreeMap::new();
-        let items = rows.into_iter().zip(parts).map(|(row, part)| Item {
-            label: row.label.map_or(UNLABELLED, |label| {
+        let mut numbers: BTreeMap<Arc<str>, u32> = BTreeMap::new();
+        for (archive, number) in archives.iter().zip(0u32..) {
+            for (row, part) in shards::read(archive, &mut held)? {
+                labelled += usize::from(row.label.is_some());
+                items.push(Item {
+                    label: row.label.map_or(UNLABELLED, |label| {
+                        let next = numbers.len() as u32;
+                        *numbers.entry(label).or_insert(next)
+                    }),
+                    name: row.file,
+                    caption: row.caption,
+                    part: Some((number, part)),
+                });
+            }
+        }
+        if labelled == 0
+            && let Some(depth) = shards::folders(items.iter().map(|item| &*item.name))
+        {
+            for item in &mut items {
+                let folder = shards::folder(&item.name, depth);
                 let next = numbers.len() as u32;
-                *numbers.entry(label).or_insert(next)
-            }),
-            name: row.file.into(),
-            caption: row.caption.map(Into::into),
-            part: Some(part),
-        });
-        let mut looked = Looked::over(path, &archives, items.collect(), false)?;
+                class::limit(path, numbers.len())?;
+                item.label = match numbers.get(folder) {
+                    Some(known) => *known,
+                    None => *numbers.entry(folder.into()).or_insert(next),
+                };
+            }
+        }
+        let mut looked = Looked::over(path, &archives, items, false)?;
         let mut labels: Vec<&str> = vec![""; numbers.len()];
         for (label, number) in &numbers {
             labels[*number as usize] = label;
         }
         let of = |item: &Item| labels.get(item.label as usize).copied();
         let all = || {
-            looked
-                .items
-                .iter()
-                .map(|(item, _)| item)
-                .chain(looked.damaged.iter().map(|(item, _)| item))
+            let damaged = looked.damaged.iter().map(|(item, _)| item);
+            looked.items.iter().chain(damaged)
         };
         if let (Some(bare), true) = (all().find(|item| of(item).is_none()), labelled > 0) {
             let message = format!(
@@ -517,14 +535,22 @@ impl Source {
 
 /// The message about damaged files.
 fn told(damaged: &[Damaged], of: usize) -> String {
-    let mut text = format!("{} of {of} images are damaged:", damaged.len());
+    format!(
+        "{} of {of} images are damaged:{}\nmend or remove them, or leave them out with `skip_damaged: true`",
+        damaged.len(),
+        listed(damaged)
+    )
+}
+
+/// The first of damaged files, a line each.
+fn listed(damaged: &[Damaged]) -> String {
+    let mut text = String::new();
     for Damaged { name, why } in damaged.iter().take(NAMED) {
         text.push_str(&format!("\n  {}: {why}", shown(name)));
     }
     if damaged.len() > NAMED {
         text.push_str(&format!("\n  and {} more", damaged.len() - NAMED));
     }
-    text.push_str("\nmend or remove them, or leave them out with `skip_damaged: true`");
     text
 }
 
@@ -631,11 +657,16 @@ enum Look {
 }
 
 /// Items whose headers have been read.
+#[derive(Default)]
 struct Looked {
     path: PathBuf,
-    items: Vec<(Item, Header)>,
+    items: Vec<Item>,
     damaged: Vec<(Item, String)>,
     left_out: LeftOut,
+    /// How many images there are of each height and width, of each format, and in colour.
+    sizes: BTreeMap<(u32, u32), usize>,
+    formats: BTreeMap<String, usize>,
+    coloured: usize,
 }
 
 impl Looked {
@@ -662,35 +693,76 @@ impl Looked {
             });
             header.map_or_else(Look::Damaged, Look::Image)
         };
-        let looks: Vec<Look> = items.par_iter().map(look).collect();
         let mut looked = Self {
             path: path.to_owned(),
-            items: Vec::new(),
-            damaged: Vec::new(),
-            left_out: LeftOut::default(),
+            ..Self::default()
         };
-        for (item, look) in items.into_iter().zip(looks) {
-            match look {
-                Look::Image(header) => looked.items.push((item, header)),
-                Look::Damaged(why) => looked.damaged.push((item, why)),
-                Look::Other => looked.left_out.add(&item.name),
+        if items.len() > MANY * LOOKED_AT_ONCE {
+            looked.expect_images(&items, look)?;
+        }
+        let mut items = items.into_iter();
+        loop {
+            let some: Vec<Item> = items.by_ref().take(LOOKED_AT_ONCE).collect();
+            if some.is_empty() {
+                return Ok(looked);
+            }
+            let looks: Vec<Look> = some.par_iter().map(&look).collect();
+            for (item, look) in some.into_iter().zip(looks) {
+                match look {
+                    Look::Image(header) => looked.add(item, &header),
+                    Look::Damaged(why) => looked.damaged.push((item, why)),
+                    Look::Other => looked.left_out.add(&item.name),
+                }
             }
         }
-        Ok(looked)
+    }
+
+    fn add(&mut self, item: Item, header: &Header) {
+        *self.sizes.entry((header.height, header.width)).or_default() += 1;
+        let format = format!("{:?}", header.format).to_uppercase();
+        *self.formats.entry(format).or_default() += 1;
+        self.coloured += usize::from(header.colour);
+        self.items.push(item);
+    }
+
+    /// Looks at some of many items, evenly: where none of them can be read, the others are not looked at.
+    fn expect_images(
+        &self,
+        items: &[Item],
+        look: impl Fn(&Item) -> Look + Sync,
+    ) -> Result<(), DataError> {
+        let step = items.len() / LOOKED_AT_ONCE;
+        let some: Vec<&Item> = items.iter().step_by(step).take(LOOKED_AT_ONCE).collect();
+        let looks: Vec<Look> = some.par_iter().map(|item| look(item)).collect();
+        let damaged = some.iter().zip(looks).map(|(item, look)| match look {
+            Look::Damaged(why) => Some(Damaged {
+                name: item.name.to_string(),
+                why,
+            }),
+            Look::Image(_) | Look::Other => None,
+        });
+        let Some(damaged) = damaged.collect::<Option<Vec<Damaged>>>() else {
+            return Ok(());
+        };
+        let message = format!(
+            "none of {} images can be read that were looked at, one in {step} of {}; the others were not:{}\nmend or remove \
+             them; paths of a table start from this folder",
+            damaged.len(),
+            items.len(),
+            listed(&damaged)
+        );
+        Err(DataError::content(&self.path, message))
     }
 
     /// Names of all that are or should be images.
     fn images(&self) -> impl Iterator<Item = &str> {
         let damaged = self.damaged.iter().map(|(item, _)| &*item.name);
-        self.items
-            .iter()
-            .map(|(item, _)| &*item.name)
-            .chain(damaged)
+        self.items.iter().map(|item| &*item.name).chain(damaged)
     }
 
     fn items_mut(&mut self) -> impl Iterator<Item = &mut Item> {
         let damaged = self.damaged.iter_mut().map(|(item, _)| item);
-        self.items.iter_mut().map(|(item, _)| item).chain(damaged)
+        self.items.iter_mut().chain(damaged)
     }
 
     /// Refuses a class without a file that is or should be an image; `place` is where it should have one.
@@ -701,7 +773,7 @@ impl Looked {
     ) -> Result<(), DataError> {
         let mut has = vec![false; classes];
         let damaged = self.damaged.iter().map(|(item, _)| item.label);
-        for label in self.items.iter().map(|(item, _)| item.label).chain(damaged) {
+        for label in self.items.iter().map(|item| item.label).chain(damaged) {
             has[label as usize] = true;
         }
         match has.iter().position(|has| !has) {
@@ -724,24 +796,13 @@ impl Looked {
         archives: Vec<PathBuf>,
         names: Vec<String>,
     ) -> Result<Source, DataError> {
-        let damaged: Vec<Damaged> = self
-            .damaged
-            .into_iter()
-            .map(|(item, why)| Damaged {
-                name: item.name.into(),
-                why,
-            })
-            .collect();
-        let mut sizes: BTreeMap<(u32, u32), usize> = BTreeMap::new();
-        let mut formats: BTreeMap<String, usize> = BTreeMap::new();
-        let mut coloured = 0;
-        for (_, header) in &self.items {
-            *sizes.entry((header.height, header.width)).or_default() += 1;
-            coloured += usize::from(header.colour);
-            *formats
-                .entry(format!("{:?}", header.format).to_uppercase())
-                .or_default() += 1;
-        }
+        let damaged: Vec<Damaged> = self.damaged.iter().map(Damaged::of).collect();
+        let Self {
+            sizes,
+            formats,
+            coloured,
+            ..
+        } = self;
         if self.items.is_empty() {
             return Err(DataError::content(
                 &self.path,
@@ -792,15 +853,9 @@ impl Looked {
             );
             notices.push((LogLevel::Warn, message));
         }
-        let items = self.items.into_iter().map(|(item, _)| item).collect();
-        let mut source = Source::new(
-            o,
-            path,
-            size,
-            channels,
-            names,
-            Body::Files { archives, items },
-        );
+        let items = self.items;
+        let body = Body::Files { archives, items };
+        let mut source = Source::new(o, path, size, channels, names, body);
         source.notices = notices;
         source.damaged = damaged;
         Ok(source)

@@ -77,7 +77,7 @@ impl Source {
 
 /// `retort run --sweep`.
 pub fn run(args: &run::Args, recipe: Recipe, context: &Context) -> Result<(), Error> {
-    let (definition, points) = define(&args.sweep, &args.selection, &recipe)?;
+    let (definition, points) = define(&args.sweep, &args.selection, &recipe, context)?;
     let source = Source::of(&recipe, &args.selection);
     let runtime = context.runtime()?;
     let known = store_if_there(&runtime, &context.store)?;
@@ -224,7 +224,7 @@ fn go_on(
 
 /// `retort plan --sweep`.
 pub fn plan(args: &plan_command::Args, recipe: Recipe, context: &Context) -> Result<(), Error> {
-    let (definition, points) = define(&args.sweep, &args.selection, &recipe)?;
+    let (definition, points) = define(&args.sweep, &args.selection, &recipe, context)?;
     let source = Source::of(&recipe, &args.selection);
     let runtime = context.runtime()?;
     let store = context.known_store(&runtime)?;
@@ -264,6 +264,7 @@ fn define(
     args: &super::SweepArgs,
     selection: &SelectionArgs,
     recipe: &Recipe,
+    context: &Context,
 ) -> Result<(Sweep, Vec<Vec<String>>), Error> {
     if !selection.force.is_empty() {
         return Err(Error::new(
@@ -274,6 +275,9 @@ fn define(
     }
     let definition = args.definition(recipe)?;
     let points = definition.points()?;
+    if let (Some(shortage), false) = (definition.shortage(points.len()), context.quiet) {
+        talk::say(&shortage);
+    }
     Ok((definition, points))
 }
 
