@@ -16,6 +16,22 @@ use crate::draft::Draft;
 use crate::input;
 use crate::store::{ArtifactFile, ArtifactRecord};
 
+/// What to do about an artifact that is damaged.
+pub const REPAIR: &str = "`retort artifacts verify` names the files; remove the artifact's directory, and a run of the recipe that \
+    made it makes it again";
+
+/// [`REPAIR`], where a message is about a file within an artifact: nobody writes there, so something has damaged it.
+pub fn repair_of(message: &str) -> Option<&'static str> {
+    let is_hash = |text: &str| text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let mut places = message.match_indices("artifacts/");
+    places
+        .any(|(place, found)| {
+            let rest = &message[place + found.len()..];
+            rest.get(..64).is_some_and(is_hash) && rest.get(64..65) == Some("/")
+        })
+        .then_some(REPAIR)
+}
+
 /// Where things lie in a store's directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
@@ -613,6 +629,26 @@ fn failed(action: &'static str, path: &Path) -> impl Fn(io::Error) -> ArtifactEr
 mod tests {
     use super::*;
     use retort_abi::ArtifactMeta;
+
+    #[test]
+    fn only_a_message_about_a_file_in_an_artifact_says_how_to_mend_one() {
+        let hash = "0123456789abcdef".repeat(4);
+        let within =
+            |name: &str| format!("/store/artifacts/{name}/config.json: expected value at line 1");
+        assert_eq!(repair_of(&within(&hash)), Some(REPAIR));
+        let twice = format!("artifacts/x: {}", within(&hash));
+        assert_eq!(repair_of(&twice), Some(REPAIR));
+        for other in [
+            &within(&hash[1..]),
+            &within("größe"),
+            "/data/artifacts/",
+            "no artifact",
+            &hash,
+        ] {
+            assert_eq!(repair_of(other), None, "{other}");
+        }
+        assert_eq!(repair_of(&format!("artifacts/{hash}")), None);
+    }
 
     fn filled(root: &Path, name: &str, files: &[(&str, &str)]) -> PathBuf {
         let dir = root.join(name);

@@ -336,10 +336,15 @@ impl Plan {
                     let written = stage.options.pointer(&file.pointer).and_then(Value::as_str);
                     let hint = self.path_hint(written.unwrap_or_default());
                     findings.push(finding(problem).hint(hint));
-                } else if file.kind == FileKind::File
-                    && let Some(problem) = sign::broken(&file.path)
-                {
-                    findings.push(finding(format!("{}: {problem}", file.path.display())));
+                    continue;
+                }
+                let broken = match file.kind {
+                    FileKind::File => sign::broken(&file.path).map(|why| (file.path.clone(), why)),
+                    FileKind::Images => sign::broken_in(&file.path),
+                    FileKind::Dir | FileKind::Weights => None,
+                };
+                if let Some((path, why)) = broken {
+                    findings.push(finding(format!("{}: {why}", path.display())));
                 }
             }
         }

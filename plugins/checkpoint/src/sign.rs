@@ -4,9 +4,9 @@
 //! file is large. Deliberately absent: everything beyond the beginning, which whoever reads the file looks at.
 
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use crate::regular;
+use crate::{images, regular};
 
 /// Bytes of a block of a tar archive.
 pub const TAR_BLOCK: usize = 512;
@@ -51,6 +51,21 @@ pub fn broken(path: &Path) -> Option<&'static str> {
         }
         _ => None,
     }
+}
+
+/// The same of the archives and tables directly in a folder of images: the first that is broken.
+pub fn broken_in(folder: &Path) -> Option<(PathBuf, &'static str)> {
+    let entries = std::fs::read_dir(folder).ok()?.flatten();
+    let named = entries.filter(|entry| {
+        let name = entry.file_name();
+        let is_list = |name: &str| images::promises_archive(name) || images::TABLES.contains(&name);
+        name.to_str().is_some_and(is_list)
+    });
+    let mut paths: Vec<PathBuf> = named.map(|entry| entry.path()).collect();
+    paths.sort();
+    paths
+        .into_iter()
+        .find_map(|path| broken(&path).map(|why| (path, why)))
 }
 
 /// Whether a block is a header of a tar archive, by its sum.
@@ -116,5 +131,15 @@ mod tests {
         check("csv", b"", None);
         check("a.csv", b"", None);
         assert_eq!(broken(&root.path().join("nothing.tar")), None);
+        // Of a folder only what is an archive or a table there.
+        let (path, why) = broken_in(root.path()).unwrap();
+        assert!(path.ends_with("a.TAR") && why.contains("compressed"));
+        for name in ["a.tar", "a.TAR"] {
+            std::fs::remove_file(root.path().join(name)).unwrap();
+        }
+        assert_eq!(broken_in(root.path()), None);
+        check("metadata.csv", &[0; 100], Some("zero bytes"));
+        assert!(broken_in(root.path()).unwrap().0.ends_with("metadata.csv"));
+        assert_eq!(broken_in(&root.path().join("nothing")), None);
     }
 }

@@ -73,8 +73,16 @@ impl Held {
     /// # Errors
     /// There is none, in words.
     pub fn add(&mut self, row: &Row) -> Result<(), String> {
-        let caption = row.caption.as_deref().map_or(0, cost);
-        self.take(EACH + cost(&row.file) + caption)?;
+        self.take(row.caption.as_deref().map_or(0, cost))?;
+        self.file(&row.file)
+    }
+
+    /// Makes room for a file of this name.
+    ///
+    /// # Errors
+    /// As of [`Held::add`].
+    pub fn file(&mut self, name: &str) -> Result<(), String> {
+        self.take(EACH + cost(name))?;
         self.rows += 1;
         Ok(())
     }
@@ -433,6 +441,45 @@ mod tests {
     }
 
     #[test]
+    fn of_several_names_for_one_thing_the_first_counts_in_every_form() {
+        let wanted = [row("a.png", Some("cat"), Some("a cat"), 2)];
+        let text = "text,path,class,caption,label,file_name\nno,no,no,a cat,cat,a.png\n";
+        assert_eq!(rows("m.csv", text).unwrap(), wanted);
+        let line = r#"{"text": "no", "path": "no", "class": 1, "caption": "a cat", "label": "cat", "file_name": "a.png"}"#;
+        assert_eq!(rows("m.jsonl", &format!("\n{line}")).unwrap(), wanted);
+    }
+
+    #[test]
+    fn what_is_held_of_files_has_a_bound() {
+        let mut held = Held {
+            room: 1000,
+            ..Held::default()
+        };
+        let file = row(
+            "a/long/path/of/an/image.png",
+            Some("cat"),
+            Some("a caption"),
+            1,
+        );
+        let mut count = 0;
+        let said = loop {
+            // One copy of a class is held, however many files are of it.
+            held.label("cat").unwrap();
+            if let Err(said) = held.add(&file) {
+                break said;
+            }
+            count += 1;
+        };
+        assert_eq!(count, 4);
+        assert!(
+            said.contains("more than 352 MiB of memory (4 files until then)"),
+            "{said}"
+        );
+        assert!(held.label(&"x".repeat(1000)).is_err());
+        assert!(size_of::<Row>() <= 56);
+    }
+
+    #[test]
     fn faults_of_tables_are_named() {
         for (name, text, expected) in [
             (
@@ -494,6 +541,26 @@ mod tests {
                 "m.jsonl",
                 "nonsense\n",
                 "m.jsonl: line 1: expected a JSON object",
+            ),
+            (
+                "m.csv",
+                "file_name,label,FILE_NAME\na.png,1,b.png\n",
+                "m.csv: line 1: columns 1 and 3 are both called `file_name`; remove or rename one",
+            ),
+            (
+                "m.tsv",
+                "path\tclass\tclass\na.png\t1\t2\n",
+                "m.tsv: line 1: columns 2 and 3 are both called `class`",
+            ),
+            (
+                "m.csv",
+                "text,path,text\nx,a.png,y\n",
+                "m.csv: line 1: columns 1 and 3 are both called `text`",
+            ),
+            (
+                "m.jsonl",
+                "{\"file_name\": \"a.png\"}\n{\"file_name\": \"a.png\", \"file_name\": \"b.png\"}\n",
+                "m.jsonl: line 2: expected a JSON object: \"file_name\" comes twice in an object; keep one",
             ),
             ("m.json", "[]", "m.json: a table in JSON"),
         ] {
