@@ -43,7 +43,12 @@ impl Made {
             match fs::create_dir(folder) {
                 Ok(()) => self.0.push(folder.to_owned()),
                 // Another process was faster.
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && folder.is_dir() => {}
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                    if !folder.is_dir() {
+                        let message = format!("{} is not a folder", folder.display());
+                        return Err(io::Error::new(io::ErrorKind::NotADirectory, message));
+                    }
+                }
                 Err(error) => return Err(error),
             }
         }

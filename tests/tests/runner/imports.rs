@@ -692,7 +692,7 @@ fn many_runs_are_imported_in_proportion() {
     let file = source.changed(
         "insert into runs (id, recipe, recipe_path, seed, command, state, created, finished)
          with recursive n(i) as (select 1 union all select i + 1 from n where i < 2000)
-         select printf('z%05d', i), 'r', '/r.yaml', i, '[]', 'succeeded', 1700000000000 + i, 1700000005000 + i from n;
+         select printf('z%09d', i), 'r', '/r.yaml', i, '[]', 'succeeded', 1700000000000 + i, 1700000005000 + i from n;
          insert into documents
          select key, printf('%.2000c', 'x'), '{}', '{}' from runs where id > 'z';
          insert into names (name)
@@ -726,8 +726,8 @@ fn many_runs_are_imported_in_proportion() {
     // A draft, the log, and the database; twice as much for what a page holds beside the rows.
     assert!(written < 8 * size, "{written} bytes for a file of {size}");
     let asked = "select count(*) runs, (select count(*) from v_params) params,
-         (select sum(value) from v_params where path = 'option7' and run = 'z01000') one,
-         (select length(recipe_text) from documents join runs on key = run where id = 'z02000') text from v_runs";
+         (select sum(value) from v_params where path = 'option7' and run = 'z000001000') one,
+         (select length(recipe_text) from documents join runs on key = run where id = 'z000002000') text from v_runs";
     let rows = there.retort(&["query", "--json", asked]).expect(0).json();
     let row = &rows[0];
     assert_eq!(
@@ -738,7 +738,7 @@ fn many_runs_are_imported_in_proportion() {
     assert!(row["params"].as_i64() >= Some(40_000), "{row}");
     let key = block_on(async {
         let mut connection = open(&file).await;
-        let key = sqlx::query_scalar("select key from runs where id = 'z01000'");
+        let key = sqlx::query_scalar("select key from runs where id = 'z000001000'");
         key.fetch_one(&mut connection).await.unwrap()
     });
     let key: i64 = key;

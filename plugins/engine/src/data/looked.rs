@@ -12,7 +12,7 @@ use retort_checkpoint::images::{LONGEST_FILE, promises_image};
 
 use super::error::{DataError, shown};
 use super::folder::LeftOut;
-use super::options::{DataOptions, Size};
+use super::options::DataOptions;
 use super::raster::{self, Header};
 use super::source::{Archives, Body, Damaged, Item, Source};
 
@@ -196,7 +196,7 @@ impl Looked {
         archives: Vec<PathBuf>,
         names: Vec<String>,
     ) -> Result<Source, DataError> {
-        let damaged: Vec<Damaged> = self.damaged.iter().map(Damaged::of).collect();
+        let damaged: Vec<Damaged> = self.damaged.into_iter().map(Damaged::of).collect();
         let Self {
             sizes,
             formats,

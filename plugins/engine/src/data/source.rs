@@ -62,10 +62,10 @@ pub struct Damaged {
 }
 
 impl Damaged {
-    pub(super) fn of((item, why): &(Item, String)) -> Self {
+    pub(super) fn of((item, why): (Item, String)) -> Self {
         Self {
-            name: item.name.to_string(),
-            why: why.clone(),
+            name: item.name.into(),
+            why,
         }
     }
 }
