@@ -5,7 +5,7 @@ CARGO ?= cargo
 BIN = $(or $(CARGO_TARGET_DIR),target)/release
 
 .DEFAULT_GOAL := help
-.PHONY: help build libtorch cuda cuda-test digits emoji schema test test-long soak libfuzzer deny gpu-artefacts gpu-check gpu-bench fmt lint
+.PHONY: help book build libtorch cuda cuda-test digits emoji schema test test-long soak libfuzzer deny gpu-artefacts gpu-check gpu-bench fmt lint
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -81,6 +81,9 @@ libfuzzer: ## the hostile inputs of `make soak`, led by coverage (SECONDS=60 for
 
 deny: ## licences, sources and known vulnerabilities of the dependencies
 	@.ci/deny $(or $(CARGO_TARGET_DIR),target)/tools
+
+book: ## the documentation as HTML pages, in target/book (mdbook is installed where it is missing: minutes)
+	@docs/book $(or $(CARGO_TARGET_DIR),target)
 
 # What the two below need on a GPU's machine, in one directory: a machine without cargo uses it as it was built here. The
 # CUDA variant is the plugin there.

@@ -15,6 +15,7 @@ pub mod completions;
 pub mod dataset;
 pub mod doctor;
 pub mod error;
+pub mod execution;
 pub mod gc;
 pub mod graph;
 pub mod inspect;

@@ -13,6 +13,7 @@ use unicode_width::UnicodeWidthStr;
 use crate::terminal::{clean, paint};
 use crate::yaml;
 
+pub use crate::yaml::Position;
 pub use retort_abi::Severity;
 
 /// Findings beyond this many are counted, not shown.
@@ -23,15 +24,6 @@ const MOST_WORDS: usize = 1500;
 
 /// Characters of a line that are shown before its mark, and from its mark on.
 const AROUND: (usize, usize) = (80, 120);
-
-/// A place in a text; both count from 1, columns in characters.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Position {
-    /// Line.
-    pub line: usize,
-    /// Column.
-    pub column: usize,
-}
 
 /// One finding.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -144,7 +136,7 @@ impl Finding {
         };
         let marked = position.and_then(|at| {
             let line = yaml::lines(source).nth(at.line.checked_sub(1)?)?;
-            Some((at, Marked::new(line, at.column)))
+            Some((at, Marked::token(line, at.column)))
         });
         let margin = marked
             .as_ref()
@@ -204,15 +196,34 @@ fn brief(message: &str, indentation: &str) -> String {
 }
 
 /// A line as it is shown, and where its mark stands, in columns of a terminal.
-struct Marked {
+pub struct Marked {
     line: String,
     before: usize,
     width: usize,
 }
 
 impl Marked {
-    /// Marks what begins at a column of a line. Of a long line only what is near is shown.
-    fn new(line: &str, column: usize) -> Self {
+    /// Marks the key or value that begins at a column of a line.
+    fn token(line: &str, column: usize) -> Self {
+        Self::new(line, column, token_length)
+    }
+
+    /// Marks so many characters from a column of a line on; at least one.
+    pub fn span(line: &str, column: usize, characters: usize) -> Self {
+        Self::new(line, column, |rest| {
+            let end = rest.char_indices().nth(characters.max(1));
+            end.map_or(rest.len(), |(end, _)| end)
+        })
+    }
+
+    /// The line, and the carets to stand below it.
+    pub fn lines(&self) -> [String; 2] {
+        let carets = " ".repeat(self.before) + &"^".repeat(self.width);
+        [self.line.clone(), carets]
+    }
+
+    /// `length`: bytes of what is marked, of what begins there. Of a long line only what is near is shown.
+    fn new(line: &str, column: usize, length: impl FnOnce(&str) -> usize) -> Self {
         let skipped = column.saturating_sub(1);
         let start = line
             .char_indices()
@@ -230,8 +241,9 @@ impl Marked {
             Some((end, _)) => (&rest[..end], "..."),
             None => (rest, ""),
         };
-        let token: String = near[..token_length(near)].chars().map(visible).collect();
-        let after: String = near[token_length(near)..].chars().map(visible).collect();
+        let (token, after) = near.split_at(length(near));
+        let [token, after] =
+            [token, after].map(|text| text.chars().map(visible).collect::<String>());
         Self {
             before: before.width(),
             width: token.width().max(1),

@@ -11,18 +11,19 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
-use crate::artifact::{ArtifactError, Layout};
+use crate::artifact::Layout;
 use crate::executor::attempt::RunContext;
 use crate::executor::source::Source;
-use crate::input::{InputError, Snapshot};
+use crate::input::Snapshot;
 use crate::plan::Plan;
 use crate::plan::decision::Role;
-use crate::store::{AttemptState, Memory, RunState, Store, StoreError};
+use crate::store::{AttemptState, Memory, RunState, Store};
 
 pub mod attempt;
 pub mod control;
 mod describe;
-mod event;
+mod error;
+pub(crate) mod event;
 pub mod gauge;
 pub mod handle;
 mod options;
@@ -33,60 +34,14 @@ mod scheduler;
 pub mod source;
 
 pub use control::{Control, Signals};
+pub use error::ExecutorError;
 pub use event::{Event, Listener};
-pub use options::{Choice, Leave, Options, Rung};
+pub use options::{Choice, Cluster, LeaveJobs, Options, Rung};
 pub use report::{Outcome, RunReport, StageReport};
 
 use describe::new_run;
 use report::why;
 use scheduler::Scheduler;
-
-/// Why a plan could not be run.
-#[derive(Debug, thiserror::Error)]
-pub enum ExecutorError {
-    /// The store cannot be read or written.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// Something in the store's directory cannot be used.
-    #[error(transparent)]
-    Artifact(#[from] ArtifactError),
-    /// A file that a stage names cannot be used.
-    #[error(transparent)]
-    Input(#[from] InputError),
-    /// An artifact that the recipe takes by name is not there.
-    #[error("the artifact {} that the recipe takes as `{name}` is not in the store", hash.get(..12).unwrap_or(hash))]
-    NoArtifact {
-        /// Its name in the recipe.
-        name: String,
-        /// Its hash.
-        hash: String,
-    },
-    /// An artifact that the recipe takes by name is known, and its files are not what it was made of.
-    #[error(
-        "the artifact {} that the recipe takes as `{name}` is damaged: files are missing, or not of their size",
-        hash.get(..12).unwrap_or(hash)
-    )]
-    Damaged {
-        /// Its name in the recipe.
-        name: String,
-        /// Its hash.
-        hash: String,
-    },
-    /// A stage left out by `--from` is needed and was never made.
-    #[error("`{stage}` is left out by --from, but its result is needed and not in the store")]
-    Missing {
-        /// The stage.
-        stage: String,
-    },
-    /// The operating system refuses something basic.
-    #[error("{what}: {source}")]
-    System {
-        /// What was tried.
-        what: &'static str,
-        /// Why not.
-        source: std::io::Error,
-    },
-}
 
 /// Runs a plan, and hears the user meanwhile. `roles` has one entry per stage of the plan ([`crate::plan::decision::select`]).
 ///

@@ -22,6 +22,8 @@
 
 use std::ops::Range;
 
+use crate::diagnostic::Marked;
+
 /// A filter, as written and as understood.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Filter {
@@ -168,16 +170,11 @@ impl FilterError {
     /// The text with the place marked below it.
     pub fn marked(&self) -> String {
         let text = self.text.as_str();
-        let columns = |bytes: &str| bytes.chars().count();
-        let start = self.at.start.min(text.len());
-        let end = self.at.end.clamp(start, text.len());
-        let marks = columns(&text[start..end]).max(1);
-        let line: String = text
-            .chars()
-            .map(|c| if c.is_control() { ' ' } else { c })
-            .collect();
-        let before = " ".repeat(columns(&text[..start]));
-        format!("  | {line}\n  | {before}{}", "^".repeat(marks))
+        let start = text.floor_char_boundary(self.at.start);
+        let end = text.floor_char_boundary(self.at.end).max(start);
+        let column = text[..start].chars().count() + 1;
+        let [line, carets] = Marked::span(text, column, text[start..end].chars().count()).lines();
+        format!("  | {line}\n  | {carets}")
     }
 }
 
@@ -594,6 +591,7 @@ mod tests {
         check_error("a ! b", "`!` alone means nothing", "  |   ^");
         check_error("a not b", "expected `in`", "  |       ^");
         check_error("", "expected a field", "  | ^");
+        check_error("漢字 = 'b", "the quote ' is not closed", "  |        ^^");
         assert!(parse(&"(".repeat(100_000)).is_err());
     }
 }

@@ -34,7 +34,7 @@ pub struct Manner {
 }
 
 /// Tells a run's events to people.
-pub struct Teller {
+pub struct ProgressReporter {
     manner: Manner,
     bars: MultiProgress,
     say: Box<dyn Fn(&str) + Send + Sync>,
@@ -57,7 +57,7 @@ struct Meter {
     first: Option<(Instant, u64)>,
 }
 
-impl Teller {
+impl ProgressReporter {
     /// Tells in this manner; `say` writes a line to stderr, above the bars, and makes it safe for a terminal.
     pub fn new(manner: Manner, say: impl Fn(&str) + Send + Sync + 'static) -> Self {
         Self {
@@ -350,7 +350,7 @@ mod tests {
     fn said(manner: Manner, events: Vec<Event>) -> Vec<String> {
         let lines = Arc::new(Mutex::new(Vec::new()));
         let heard = Arc::clone(&lines);
-        let teller = Teller::new(manner, move |line| {
+        let teller = ProgressReporter::new(manner, move |line| {
             heard
                 .lock()
                 .unwrap()

@@ -21,6 +21,7 @@ use sqlx::sqlite::{SqliteConnection, SqlitePool};
 mod block;
 mod browse;
 mod care;
+mod connection;
 mod draft;
 mod error;
 mod file;
@@ -45,6 +46,7 @@ mod sweep;
 mod time;
 mod transfer;
 
+pub use crate::artifact::{ArtifactFile, ArtifactRecord};
 pub use browse::{Group, LogQuery};
 pub use care::Garbage;
 pub use error::StoreError;
@@ -54,15 +56,14 @@ pub use history::{
     StageCounts, StageDetail, Success,
 };
 pub use jobs::{ElementUpdate, JobKey, JobRow, LeftJobs, OpenJob};
-pub use lineage::{Lineage, Relative, Turn};
+pub use lineage::{Lineage, Relative, StageRecord};
 pub use log::{LogLine, LogSource, RunLine};
 pub use query::Answer;
 pub use record::{
-    ArtifactFile, ArtifactRecord, AttemptEnd, AttemptState, NewRun, NewStage, Param,
-    PluginIdentity, RunState, StageState, Usage,
+    AttemptEnd, AttemptState, NewRun, NewStage, Param, PluginIdentity, RunState, StageState, Usage,
 };
 pub use select::Sort;
-pub use series::{Axis, Batch, Bucket, Lens, MetricPoint, SeriesPoint, SeriesSummary};
+pub use series::{Axis, Batch, Bucket, CurveQuery, MetricPoint, SeriesPoint, SeriesSummary};
 pub use sweep::{SweepDetail, SweepId, SweepPlace, SweepPlan, SweepPoint, SweepSummary};
 pub use time::Time;
 pub use transfer::{Transfer, export};

@@ -41,7 +41,7 @@ pub use server::serve;
 /// What is served.
 pub struct Site {
     /// The stores, in the order in which they were named; there is at least one.
-    shelves: Vec<Shelf>,
+    stores: Vec<ServedStore>,
     /// Whether tags, notes and runs may be changed.
     write: bool,
     guard: Guard,
@@ -49,7 +49,7 @@ pub struct Site {
 }
 
 /// An open store.
-struct Shelf {
+struct ServedStore {
     /// As it was named.
     label: String,
     dir: PathBuf,
@@ -63,9 +63,9 @@ impl Site {
     /// # Errors
     /// As [`Store::open`].
     pub async fn open(stores: &[PathBuf], write: bool, guard: Guard) -> Result<Self, StoreError> {
-        let mut shelves = Vec::with_capacity(stores.len());
+        let mut opened = Vec::with_capacity(stores.len());
         for dir in stores {
-            shelves.push(Shelf {
+            opened.push(ServedStore {
                 label: dir.display().to_string(),
                 store: Store::open(dir, Access::ReadOnly).await?,
                 layout: Layout::new(dir).map_err(|source| StoreError::Io {
@@ -76,7 +76,7 @@ impl Site {
             });
         }
         Ok(Self {
-            shelves,
+            stores: opened,
             write,
             guard,
             samples: samples::Cache::default(),
@@ -85,11 +85,11 @@ impl Site {
 
     /// The store that has the run meant by a reference, and its id there. Ids differ between stores, unless a run was
     /// imported: then either store tells the same of it.
-    async fn find_run(&self, reference: &str) -> Result<(&Shelf, RunId), StoreError> {
+    async fn find_run(&self, reference: &str) -> Result<(&ServedStore, RunId), StoreError> {
         let mut first = None;
-        for shelf in &self.shelves {
-            match shelf.store.resolve_run(reference).await {
-                Ok(run) => return Ok((shelf, run)),
+        for served in &self.stores {
+            match served.store.resolve_run(reference).await {
+                Ok(run) => return Ok((served, run)),
                 Err(error @ (StoreError::NoRun { .. } | StoreError::AmbiguousRun { .. })) => {
                     first = first.or(Some(error));
                 }
@@ -105,7 +105,7 @@ impl Site {
 
 /// Runs that a query names, each once, the pinned one first.
 struct Named<'s> {
-    runs: Vec<(&'s Shelf, RunId)>,
+    runs: Vec<(&'s ServedStore, RunId)>,
     /// The query with ids in place of what else runs may be called by, where it has such names: `latest` is another run
     /// tomorrow, and a link that is kept shows the same.
     settled: Option<request::Fields>,
@@ -118,7 +118,7 @@ impl Site {
         query: &request::Fields,
         most: usize,
     ) -> Result<Named<'_>, StoreError> {
-        let mut runs: Vec<(&Shelf, RunId)> = Vec::new();
+        let mut runs: Vec<(&ServedStore, RunId)> = Vec::new();
         let mut settled = request::Fields::default();
         for (name, value) in query.pairs().filter(|(_, value)| !value.is_empty()) {
             let place = match name {
@@ -134,12 +134,12 @@ impl Site {
                 continue;
             }
             match self.find_run(value).await {
-                Ok((shelf, id)) => {
+                Ok((served, id)) => {
                     settled.push(name, &id.0);
                     match runs.iter().position(|(_, known)| *known == id) {
                         Some(known) if place == 0 => runs[..=known].rotate_right(1),
                         Some(_) => {}
-                        None => runs.insert(place, (shelf, id)),
+                        None => runs.insert(place, (served, id)),
                     }
                 }
                 Err(StoreError::NoRun { .. }) if name == "baseline" => {}
@@ -156,13 +156,13 @@ impl Site {
     }
 }
 
-impl Shelf {
+impl ServedStore {
     /// The number of the store among those that are served, as URLs have it.
     fn number(&self, site: &Site) -> usize {
         let place = site
-            .shelves
+            .stores
             .iter()
-            .position(|shelf| std::ptr::eq(shelf, self));
+            .position(|served| std::ptr::eq(served, self));
         place.unwrap_or(0) + 1
     }
 

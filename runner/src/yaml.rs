@@ -11,9 +11,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use retort_checkpoint::regular;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
-
-use crate::diagnostic::Position;
 
 mod reader;
 mod scalar;
@@ -35,6 +34,15 @@ const MAX_NAMES: usize = 1000;
 
 /// Mistakes of one document that are kept.
 const MAX_PROBLEMS: usize = 100;
+
+/// A place in a text; both count from 1, columns in characters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Position {
+    /// Line.
+    pub line: usize,
+    /// Column.
+    pub column: usize,
+}
 
 /// Why a file could not be read as text.
 #[derive(Debug, thiserror::Error)]

@@ -196,6 +196,60 @@ fn every_page_is_listed() {
     }
 }
 
+#[test]
+fn the_book_is_built_and_its_links_lead_somewhere() {
+    let test = std::env::current_exe().unwrap();
+    let target = test
+        .ancestors()
+        .nth(3)
+        .expect("target/<profile>/deps/<test>");
+    let on_path = Command::new("mdbook").arg("--version").output().is_ok();
+    if !on_path && !target.join("tools/bin/mdbook").exists() {
+        return skip("mdbook is not installed; `make book` does that");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let tools = target.join("tools");
+    fs::create_dir_all(&tools).unwrap();
+    std::os::unix::fs::symlink(tools, dir.path().join("tools")).unwrap();
+    let output = Command::new(root().join("docs/book"))
+        .arg(dir.path())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", shown(&output));
+    let book = dir.path().join("book");
+    let mut checked = 0;
+    for page in files(&book, ".html") {
+        // All pages in one, to print; and the one that a server shows for what is not there.
+        if ["print.html", "404.html"]
+            .iter()
+            .any(|name| page.ends_with(name))
+        {
+            continue;
+        }
+        let text = fs::read_to_string(&page).unwrap();
+        for target in text.split("href=\"").skip(1) {
+            let target = target.split('"').next().unwrap();
+            if target.contains("://") || target.starts_with("data:") {
+                continue;
+            }
+            let (file, anchor) = target.split_once('#').unwrap_or((target, ""));
+            let place = match file {
+                "" => page.clone(),
+                file => page.parent().unwrap().join(file),
+            };
+            assert!(place.exists(), "{}: {target}", page.display());
+            let named = || fs::read_to_string(&place).unwrap();
+            assert!(
+                anchor.is_empty() || named().contains(&format!("id=\"{anchor}\"")),
+                "{}: {target}",
+                page.display()
+            );
+            checked += 1;
+        }
+    }
+    assert!(checked > 300, "links were found: {checked}");
+}
+
 /// What SECURITY.md says was found is kept out by tests: each that it names is one.
 #[test]
 fn the_tests_of_found_faults_are_there() {

@@ -45,6 +45,8 @@ mod runs;
 mod sampling;
 #[path = "runner/show.rs"]
 mod show;
+#[path = "runner/snapshots.rs"]
+mod snapshots;
 #[path = "runner/sources.rs"]
 mod sources;
 #[path = "runner/stores.rs"]

@@ -268,7 +268,7 @@ fn codes_are_averages_of_what_they_are_looked_up_for() {
     let tensor = backend.floats(&[1.0, 0.0, 0.0, 1.0, 5.0, 5.0], &[3, 2]);
     let tensor = tensor.expect("codes");
     let codes = || Candle::to_floats(&tensor).expect("codes");
-    let codebook = Codebook::new(&backend, &tensor, Some(0.5)).expect("a codebook");
+    let codebook = Codebook::new(&backend, tensor.clone(), Some(0.5)).expect("a codebook");
     let z = backend.floats(&[3.0, 0.0, 1.0, 0.0, 0.0, 3.0], &[3, 2]);
     let z = z.expect("vectors");
     codebook.note(&[0, 0, 1], &z).expect("noted");

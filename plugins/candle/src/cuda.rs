@@ -14,9 +14,11 @@ mod convolution;
 mod elementwise;
 mod flow;
 mod graph;
+mod kernels;
 mod launch;
 mod libraries;
 mod product;
+mod structures;
 mod sums;
 mod tensor;
 

@@ -15,9 +15,8 @@ use std::collections::HashMap;
 use safetensors::Dtype;
 
 use crate::error::{Error, Result};
-use crate::pickle::{Id, Node, Pickle};
+use crate::pickle::{Id, MOST_BYTES, Node, Pickle};
 use crate::tensor::{DIMENSIONS, Tensor, row_major};
-use crate::torch::PICKLE;
 
 /// The source that the arrays of a file lie in: the one after the file.
 const SOURCE: usize = 1;
@@ -46,12 +45,12 @@ impl Arrays {
             .iter()
             .try_fold(size, |bytes, &n| bytes.checked_mul(n));
         let start = self.bytes.len();
-        let room = (PICKLE as usize).saturating_sub(start);
+        let room = (MOST_BYTES as usize).saturating_sub(start);
         let Some(wanted) = wanted.filter(|&wanted| wanted <= room) else {
             let what = "bytes of arrays in a pickle";
             return Err(Error::Limit {
                 what,
-                limit: PICKLE,
+                limit: MOST_BYTES,
             });
         };
         decode(pickle, data, &mut self.bytes, wanted).ok_or_else(|| {

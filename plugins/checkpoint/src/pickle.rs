@@ -16,6 +16,8 @@ use crate::error::{Error, Result};
 /// Index of a node.
 pub(crate) type Id = u32;
 
+/// The most bytes of pickle that are read.
+pub(crate) const MOST_BYTES: u64 = 64 << 20;
 /// The longest text that is looked at: longer ones name nothing.
 const NAME: usize = 256;
 /// The most nodes, elements, stack and memo entries together; 10 000 tensors with their optimiser state take a tenth.

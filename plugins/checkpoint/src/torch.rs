@@ -17,13 +17,11 @@ use safetensors::Dtype;
 use crate::archive::{Archive, Packing};
 use crate::error::{Error, Result};
 use crate::ndarray::Arrays;
-use crate::pickle::{Id, Node, Pickle};
+use crate::pickle::{Id, MOST_BYTES, Node, Pickle};
 use crate::source::Source;
 use crate::tensor::{DIMENSIONS, TENSORS, Tensor};
 use crate::{Content, Dictionary};
 
-/// The most bytes of pickle that are read.
-pub(crate) const PICKLE: u64 = 64 << 20;
 /// Levels of dictionaries that are looked at.
 const DEPTH: usize = 32;
 /// The most calls that are listed as not understood.
@@ -92,10 +90,10 @@ pub(crate) fn read_zip(source: &Source) -> Result<Content> {
 }
 
 fn check_pickle(len: u64) -> Result<()> {
-    if len > PICKLE {
+    if len > MOST_BYTES {
         return Err(Error::Limit {
             what: "bytes of pickle",
-            limit: PICKLE,
+            limit: MOST_BYTES,
         });
     }
     Ok(())
@@ -103,7 +101,7 @@ fn check_pickle(len: u64) -> Result<()> {
 
 /// Reads a row of pickles.
 pub(crate) fn read_legacy(source: &Source) -> Result<Content> {
-    let bytes: Arc<[u8]> = source.bytes(0, source.len().min(PICKLE))?.into();
+    let bytes: Arc<[u8]> = source.bytes(0, source.len().min(MOST_BYTES))?.into();
     let next = |start| Pickle::read(bytes.clone(), start);
     let magic = next(0)?;
     if !matches!(magic.node(magic.root), Node::Bytes(range) if magic.raw(range) == MAGIC) {

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use retort_checkpoint::{Checkpoint, Dtype, Tensor};
 
 use crate::error::{Error, Result};
-use crate::numpy::Archive;
+use crate::numpy::{Archive, other_shape};
 
 /// An open file of arrays.
 pub struct Arrays {
@@ -78,11 +78,6 @@ impl Arrays {
             }
         }
     }
-}
-
-/// What is said of an array of another shape.
-pub(crate) fn other_shape(name: &str, found: &[usize], expected: &[usize]) -> String {
-    format!("array {name} of shape {found:?}, expected {expected:?}")
 }
 
 #[cfg(test)]

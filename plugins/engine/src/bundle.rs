@@ -17,10 +17,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
+use crate::files::{CONFIG_MOST, link};
 use crate::model::{
     ConditionShape, Student, Teacher, TokenShape, Tokenizer, llamagen, msvq, var, vq,
 };
-use crate::stage::link;
 use crate::weights::{self, Loader, Source, Start, Stored, Weights};
 
 /// `config.json` of a tokenizer, teacher or student.
@@ -82,8 +82,6 @@ pub enum NetworkConfig {
 }
 
 const CONFIG: &str = "config.json";
-/// The most bytes of a configuration.
-pub const CONFIG_MOST: u64 = 1 << 20;
 /// The file with the weights of the tokenizer.
 pub const TOKENIZER: &str = "tokenizer.safetensors";
 /// The file with the weights of the teacher or student.

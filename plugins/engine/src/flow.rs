@@ -24,6 +24,11 @@ use crate::error::Result;
 /// differ from float64 (`tests/tests/flow.rs`).
 pub const STEPS: usize = 96;
 
+/// [`STEPS`], for options that name none.
+pub fn default_steps() -> usize {
+    STEPS
+}
+
 /// The numbers of the AR flow map.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct FlowSolver {

@@ -5,6 +5,7 @@
 //! and tokens only and does not know families.
 
 pub mod autoencoder;
+pub mod classifier;
 mod continuous;
 mod decoding;
 pub mod discriminator;

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::{Backend, Binary, Unary};
 use crate::error::Result;
-use crate::train::scalar;
+use crate::tape::scalar;
 
 /// Options of Muon.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]

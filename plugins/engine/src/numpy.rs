@@ -11,7 +11,6 @@ use std::path::{Path, PathBuf};
 use retort_checkpoint::archive::{self, Packing};
 use retort_checkpoint::regular;
 
-use crate::arrays::other_shape;
 use crate::error::{Error, Result};
 
 /// An `.npz` archive open for reading.
@@ -415,6 +414,11 @@ fn parse(text: &str) -> Option<(&str, bool, Vec<usize>)> {
         .map(|n| n.parse().ok())
         .collect::<Option<Vec<usize>>>()?;
     Some((descr, fortran, shape))
+}
+
+/// What is said of an array of another shape.
+pub(crate) fn other_shape(name: &str, found: &[usize], expected: &[usize]) -> String {
+    format!("array {name} of shape {found:?}, expected {expected:?}")
 }
 
 #[cfg(test)]

@@ -7,8 +7,9 @@ use retort_abi::{
 
 use crate::backend::Backend;
 use crate::collective::{Collective, Quiet, Single};
+use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::stage::{self, Context};
+use crate::stage::{self};
 
 /// What a plugin says of itself beyond what the engine knows.
 #[derive(Debug, Clone, Copy)]

@@ -6,6 +6,7 @@ pub mod conformance;
 pub mod distill;
 pub mod evaluate;
 pub mod images;
+pub mod noise;
 pub mod pretrain;
 mod room;
 pub mod sample;
@@ -15,128 +16,15 @@ pub mod teacher;
 pub mod tokenizer;
 pub mod trajectories;
 
-use std::fs::{File, TryLockError};
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::Path;
 
-use retort_abi::{
-    ArtifactDraft, ArtifactMeta, Cancel, Diagnostic, Host, Input, Severity, StageJob, StageKind,
-    StageResult,
-};
+use retort_abi::{Diagnostic, Severity, StageJob, StageKind, StageResult};
 use schemars::JsonSchema;
-use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::backend::Backend;
-use crate::collective::Collective;
-use crate::data::{self, Data, Images};
+use crate::context::Context;
 use crate::error::{Error, Result};
-
-/// How often a lock that another part has is tried again.
-const LOOK_AGAIN: Duration = Duration::from_millis(100);
-
-/// A running stage: its job, its host and the tensor library.
-pub struct Context<'a, B: Backend> {
-    /// Services of the host.
-    pub host: &'a dyn Host,
-    /// What to do.
-    pub job: &'a StageJob,
-    /// The tensor library.
-    pub backend: &'a B,
-    /// The other ranks.
-    pub ranks: &'a dyn Collective,
-}
-
-impl<'a, B: Backend> Context<'a, B> {
-    /// The output of the stage that an option names.
-    pub fn input(&self, stage: &str) -> Result<&'a Input> {
-        self.job
-            .inputs
-            .get(stage)
-            .ok_or_else(|| Error::Internal(format!("the host gave no output of stage {stage}")))
-    }
-
-    /// Directory of the output of the stage that an option names.
-    pub fn input_dir(&self, stage: &str) -> Result<&'a Path> {
-        Ok(&self.input(stage)?.path)
-    }
-
-    /// The images that an option names.
-    pub fn images(&self, data: &Data) -> Result<Images> {
-        let stage = match data {
-            Data::Stage(stage) => Some(stage),
-            Data::Source(options) => options.images.as_ref(),
-        };
-        let dir = stage.map(|stage| self.input_dir(stage)).transpose()?;
-        data::load(data, dir, &self.job.base_dir, self.host)
-    }
-
-    /// Whether tensors lie in the host's memory.
-    pub fn on_host(&self) -> bool {
-        self.job.device.starts_with("cpu")
-    }
-
-    /// Directory that survives attempts.
-    pub fn work_dir(&self) -> Result<&'a Path> {
-        let missing = || Error::Internal("the host gave no work directory".into());
-        self.job.work_dir.as_deref().ok_or_else(missing)
-    }
-
-    /// Ends the stage when it has been asked to stop. For the time between pieces of work.
-    pub fn go_on(&self) -> Result<()> {
-        match self.host.cancelled() {
-            Cancel::Run => Ok(()),
-            _ => Err(Error::Cancelled),
-        }
-    }
-
-    /// What a batch is cut into that ranks share: as many pieces as there are ranks, and each into `parts`.
-    ///
-    /// # Errors
-    /// There are more pieces than samples.
-    pub(crate) fn check_share(&self, batch: usize, parts: usize) -> Result<()> {
-        let ranks = self.ranks.size();
-        if ranks * parts <= batch {
-            return Ok(());
-        }
-        let each = match parts {
-            1 => String::new(),
-            _ => format!(", each with {parts} parts of a step (`accumulate`)"),
-        };
-        let message = format!("a batch of {batch} is too small for {ranks} workers{each}");
-        Err(Error::option("/train/batch", message))
-    }
-
-    /// Waits until no other part of the stage has what this name stands for in hand; until the lock is dropped, none gets it.
-    pub fn lock(&self, name: &str) -> Result<File> {
-        let path = self.work_dir()?.join(name).with_extension("lock");
-        let file = File::create(&path).map_err(Error::io(&path))?;
-        loop {
-            match file.try_lock() {
-                Ok(()) => return Ok(file),
-                Err(TryLockError::Error(error)) => return Err(Error::io(&path)(error)),
-                Err(TryLockError::WouldBlock) if self.host.cancelled() != Cancel::Run => {
-                    return Err(Error::Cancelled);
-                }
-                Err(TryLockError::WouldBlock) => std::thread::sleep(LOOK_AGAIN),
-            }
-        }
-    }
-
-    /// Writes the stage's output and ends the stage.
-    pub fn finish(
-        &self,
-        kind: &str,
-        meta: ArtifactMeta,
-        summary: serde_json::Value,
-        write: impl FnOnce(&Path) -> Result<()>,
-    ) -> Result<StageResult> {
-        let draft = ArtifactDraft::begin(self.host, kind, &self.job.stage)?;
-        write(draft.path())?;
-        let output = draft.commit(&meta)?;
-        Ok(StageResult { output, summary })
-    }
-}
 
 /// A kind of stage.
 pub trait Stage<B: Backend> {
@@ -229,22 +117,4 @@ fn diagnostic(error: Error) -> Diagnostic {
         message: error.to_string(),
         hint: None,
     }
-}
-
-/// Pretty JSON into a file.
-pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
-    let text = serde_json::to_string_pretty(value).map_err(|e| Error::Internal(e.to_string()))?;
-    std::fs::write(path, text + "\n").map_err(Error::io(path))
-}
-
-/// A copy under another name, by hard link where the file system can.
-pub(crate) fn link(from: &Path, to: &Path) -> Result<()> {
-    std::fs::hard_link(from, to)
-        .or_else(|_| std::fs::copy(from, to).map(drop))
-        .map_err(Error::io(from))
-}
-
-/// A path as written in a recipe.
-pub(crate) fn resolve(base: &Path, path: &str) -> PathBuf {
-    base.join(path)
 }

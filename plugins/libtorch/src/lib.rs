@@ -10,6 +10,7 @@
 //! libtorch's threads.
 
 mod aten;
+mod attention;
 mod backend;
 mod choice;
 mod collective;

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use serde_json::Value;
 
 use crate::plan::decision;
-use crate::store::{RunId, StageState, Store, StoreError, Turn};
+use crate::store::{RunId, StageRecord, StageState, Store, StoreError};
 
 /// What can be said of a stage's turn.
 #[derive(Debug, Clone)]
@@ -67,7 +67,7 @@ pub async fn of_turn(
     Ok(Some((answer, changed)))
 }
 
-fn why(turn: &Turn, before: Option<&Turn>) -> Vec<String> {
+fn why(turn: &StageRecord, before: Option<&StageRecord>) -> Vec<String> {
     let Some(components) = &turn.components else {
         let inputs: Vec<&str> = turn
             .inputs
@@ -106,7 +106,7 @@ fn why(turn: &Turn, before: Option<&Turn>) -> Vec<String> {
 }
 
 /// Why a stage ran although nothing differs from its turn before.
-fn unchanged(before: &Turn) -> String {
+fn unchanged(before: &StageRecord) -> String {
     match before.state {
         StageState::Succeeded | StageState::Reused => {
             "nothing differs: its result was no longer in the store".into()
@@ -123,7 +123,7 @@ fn unchanged(before: &Turn) -> String {
 }
 
 /// The stages whose results went in and were others before.
-fn changed_inputs(turn: &Turn, before: Option<&Turn>) -> Vec<String> {
+fn changed_inputs(turn: &StageRecord, before: Option<&StageRecord>) -> Vec<String> {
     let (Some(now), Some(before)) = (
         &turn.components,
         before.and_then(|before| before.components.as_ref()),

@@ -7,7 +7,7 @@ use clap::{Subcommand, ValueEnum};
 use retort_checkpoint::published::{self, Kind, Part};
 
 use crate::artifact::{self, Layout};
-use crate::cli::{Context, Error, Exit, FormatArgs, runs, talk};
+use crate::cli::{Context, Error, Exit, FormatArgs, talk};
 use crate::draft::{self, Draft};
 use crate::store::{Access, ArtifactRow, Store};
 use crate::table::{Cell, Rows, Style, Tone};
@@ -128,7 +128,7 @@ pub(super) fn rows(artifacts: &[ArtifactRow], context: &Context) -> Rows {
             format!("{}/{}", row.stage, artifact.name)
         };
         rows.push([
-            runs::hash(&artifact.hash),
+            Cell::hash(&artifact.hash),
             artifact.kind.as_str().into(),
             stage.into(),
             row.run.0.as_str().into(),
@@ -219,7 +219,7 @@ fn verify(args: &VerifyArgs, context: &Context) -> Result<(), Error> {
         for damage in artifact::verify(&layout.artifact(&row.artifact.hash), &row.artifact) {
             damaged.insert(&row.artifact.hash);
             rows.push([
-                runs::hash(&row.artifact.hash),
+                Cell::hash(&row.artifact.hash),
                 row.artifact.kind.as_str().into(),
                 row.stage.as_str().into(),
                 row.run.0.as_str().into(),

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::artifact::Layout;
-use crate::cli::{Context, Error, FormatArgs, runs, talk};
+use crate::cli::{Context, Error, FormatArgs, talk};
 use crate::store::{Access, Garbage, Store};
 use crate::table::{Cell, Rows, bytes};
 
@@ -57,7 +57,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     for one in &found {
         rows.push([
             one.what.into(),
-            runs::hash(&one.name),
+            Cell::hash(&one.name),
             Cell::bytes(one.size),
             one.path.display().to_string().into(),
         ]);

@@ -2,7 +2,7 @@
 
 use clap::ValueEnum;
 
-use crate::cli::{Context, Error, FormatArgs, runs, talk};
+use crate::cli::{Context, Error, FormatArgs, talk};
 use crate::store::{Access, Lineage, Relative, Store};
 use crate::table::{Cell, Rows, Style};
 
@@ -88,7 +88,7 @@ fn rows(lineage: &Lineage) -> Rows {
             .collect();
         rows.push([
             Cell::new(place, one.depth),
-            runs::hash(&one.hash),
+            Cell::hash(&one.hash),
             one.kind.as_str().into(),
             one.stage.as_deref().into(),
             one.run.as_ref().map(|run| run.0.as_str()).into(),

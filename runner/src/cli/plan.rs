@@ -40,7 +40,7 @@ const WORTH_A_STORE: u64 = 1 << 30;
 pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let recipe = recipe::read(&args.recipe.recipe, &args.recipe.set, context.home())?;
     if args.sweep.is_given() {
-        return sweep::points::plan(args, recipe, context);
+        return sweep::points::plan(&args.sweep, &args.selection, args.json, recipe, context);
     }
     let runtime = context.runtime()?;
     let store = context.known_store(&runtime)?;

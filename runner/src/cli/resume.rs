@@ -1,6 +1,6 @@
 //! `retort resume`: takes a run up again, with its frozen plan.
 
-use crate::cli::run::{ExecutionArgs, Job, open_store, past};
+use crate::cli::execution::{ExecutionArgs, Job, open_store, past};
 use crate::cli::{Context, Error, Exit, RehashArgs, left, sweep, talk};
 use crate::plan::decision::Role;
 use crate::plan::{Descriptions, Plan};

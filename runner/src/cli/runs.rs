@@ -543,8 +543,8 @@ fn stage_rows(detail: &RunDetail) -> Rows {
                 .map(Cell::bytes)
                 .into(),
             format!("{} {}", stage.device, stage.dtype).into(),
-            stage.digest.as_deref().map(hash).into(),
-            output.map(|row| hash(&row.artifact.hash)).into(),
+            stage.digest.as_deref().map(Cell::hash).into(),
+            output.map(|row| Cell::hash(&row.artifact.hash)).into(),
             why(stage).into(),
         ]);
     }
@@ -654,9 +654,4 @@ fn environment_rows(detail: &RunDetail) -> Rows {
         rows.push([Cell::from(name.as_str()).tone(Tone::Dim), shown]);
     }
     rows
-}
-
-/// A hash: its beginning is enough for people.
-pub(super) fn hash(hash: &str) -> Cell {
-    Cell::new(hash.get(..12).unwrap_or(hash), hash)
 }

@@ -10,8 +10,8 @@ use clap::ValueHint;
 use serde_json::{Value, json};
 
 use crate::artifact::{self, Layout};
+use crate::cli::execution::{ExecutionArgs, Job, open_store, past, store_if_there};
 use crate::cli::past::NoHistory;
-use crate::cli::run::{ExecutionArgs, Job, open_store, past, store_if_there};
 use crate::cli::{Context, Error, Exit, SelectionArgs, show, talk};
 use crate::plan::decision;
 use crate::plan::{self, Descriptions};

@@ -206,7 +206,7 @@ fn decoded(bytes: &[u8], row: &ArtifactRow) -> Result<DynamicImage, Error> {
 fn draw(picture: &DynamicImage, args: &Args, manner: Manner) -> Result<(), Error> {
     let screen = Screen::of_stdout();
     let picture = screen.fitted(&picture.to_rgba8(), args.width, manner);
-    let drawn = screen.drawn(&picture, manner, screen::truecolor(variable));
+    let drawn = screen.drawn(picture, manner, screen::truecolor(variable));
     let drawn = drawn.map_err(|error| {
         Error::new(Exit::Internal, "the picture cannot be drawn")
             .cause(&error)

@@ -10,6 +10,7 @@ use crate::sweep::{Asha, Goal, Objective, Parameter, Sample, SpaceError, Sweep, 
 pub mod carry;
 pub mod points;
 mod show;
+mod source;
 mod survey;
 
 /// Arguments of `sweep`.

@@ -20,12 +20,13 @@ use crate::cluster::dispatch::slot::{Phase, Slot, StopLevel};
 use crate::cluster::slurm::{NewJob, Slurm, SlurmError};
 use crate::cluster::spool::{self, Order, Reader};
 use crate::cluster::{ElementEvent, Ended};
+use crate::executor::event::{Event, Listener};
 use crate::executor::recorder::own_line;
-use crate::executor::{Event, Listener};
 use crate::frame::{FromWorker, Task, ToWorker};
 use crate::settings::Profile;
 use crate::store::{AttemptId, ElementUpdate, JobKey, Store, StoreError, Usage};
-use crate::worker::process::{Exit, ExitStatus, WorkerEvent};
+use crate::worker::death::ExitStatus;
+use crate::worker::process::{Exit, WorkerEvent};
 
 mod slot;
 mod watch;

@@ -18,7 +18,8 @@ use tokio::time::Instant;
 use crate::cluster::spool::{self, Order, Over, SpoolError, Word, Writer};
 use crate::executor::attempt::out_of_memory_kills;
 use crate::frame::{Call, FromWorker, Points, Task, ToWorker};
-use crate::worker::process::{Exit, ExitStatus, SURVIVES_SIGTERM, Worker, WorkerEvent};
+use crate::worker::death::ExitStatus;
+use crate::worker::process::{Exit, SURVIVES_SIGTERM, Worker, WorkerEvent};
 
 /// How often the file that stops a job is looked for, and stale directories with it.
 const STOP_INTERVAL: Duration = Duration::from_secs(2);

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::frame::{self, FromWorker, Task};
 use crate::store::{LogSource, Time, Usage};
-use crate::worker::process::ExitStatus;
+use crate::worker::death::ExitStatus;
 
 /// The layout of these files; a worker and a runner of other layouts do not understand each other.
 pub const FORMAT: u32 = 1;

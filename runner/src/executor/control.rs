@@ -8,13 +8,13 @@ use std::sync::Arc;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 
-use crate::executor::pause::Pauses;
+use crate::executor::pause::PauseClock;
 
 /// Sends signals to all runs of this process.
 #[derive(Debug, Clone)]
 pub struct Control {
     heard: Arc<watch::Sender<Vec<i32>>>,
-    pub(super) pauses: Arc<Pauses>,
+    pub(super) pauses: Arc<PauseClock>,
 }
 
 impl Default for Control {

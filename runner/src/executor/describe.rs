@@ -1,6 +1,6 @@
 //! What a run's record says of it before it begins: the recipe, the plan and each value with its origin.
 
-use crate::executor::Options;
+use crate::executor::options::Options;
 use crate::plan::decision::Role;
 use crate::plan::{Plan, PlannedStage};
 use crate::store::{NewRun, NewStage, Param, PluginIdentity};

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::executor::attempt::End;
+use crate::executor::attempt::end::End;
 use crate::frame::Progress;
 use crate::store::{AttemptId, LogLine, RunId};
 

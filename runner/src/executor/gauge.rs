@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::executor::Event;
+use crate::executor::event::Event;
 use crate::frame::Progress;
 use crate::store::Time;
 

@@ -10,22 +10,14 @@ use retort_abi::{Failure, FailureCode, Part};
 
 use crate::cluster::Ended;
 use crate::cluster::dispatch::{Assignment, Dispatcher, Element};
-use crate::cluster::slurm::Slurm;
-use crate::executor::attempt::{AttemptSpec, End, RunContext};
+use crate::executor::attempt::end::End;
+use crate::executor::attempt::spec::{AttemptSpec, RunContext};
+use crate::executor::options::Cluster;
 use crate::frame::{FrameError, ToWorker};
 use crate::plan::Threads;
-use crate::settings::{Profile, Settings};
+use crate::settings::Profile;
 use crate::store::{AttemptId, StoreError};
 use crate::worker::process::{Worker, WorkerEvent};
-
-/// A cluster, and what stages ask of it.
-#[derive(Debug, Clone)]
-pub struct Cluster {
-    /// Slurm.
-    pub slurm: Arc<Slurm>,
-    /// What is set.
-    pub settings: Arc<Settings>,
-}
 
 /// Whoever works.
 #[derive(Debug)]

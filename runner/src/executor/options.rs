@@ -4,8 +4,18 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::executor::handle::Cluster;
+use crate::cluster::slurm::Slurm;
+use crate::settings::Settings;
 use crate::store::{RunId, SweepPlace};
+
+/// A cluster, and what stages ask of it.
+#[derive(Debug, Clone)]
+pub struct Cluster {
+    /// Slurm.
+    pub slurm: Arc<Slurm>,
+    /// What is set.
+    pub settings: Arc<Settings>,
+}
 
 /// How to run.
 #[derive(Debug, Clone)]
@@ -31,14 +41,14 @@ pub struct Options {
     /// The cluster whose jobs do the work; none: processes of this machine do.
     pub cluster: Option<Cluster>,
     /// How its jobs are left.
-    pub leave: Leave,
+    pub leave: LeaveJobs,
     /// What was set for them by flags, for the record.
     pub slurm: Vec<String>,
 }
 
 /// How a runner leaves jobs of a cluster.
 #[derive(Clone)]
-pub enum Leave {
+pub enum LeaveJobs {
     /// It does not: Ctrl-C cancels them.
     Never,
     /// By itself, when everything is submitted that can be.
@@ -47,7 +57,7 @@ pub enum Leave {
     Ask(Arc<dyn Fn() -> Choice + Send + Sync>),
 }
 
-impl std::fmt::Debug for Leave {
+impl std::fmt::Debug for LeaveJobs {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Never => "Never",

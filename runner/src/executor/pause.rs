@@ -7,11 +7,11 @@ use crate::worker::process;
 
 /// How long a run has been stopped.
 #[derive(Debug, Default)]
-pub struct Pauses {
+pub struct PauseClock {
     milliseconds: AtomicU64,
 }
 
-impl Pauses {
+impl PauseClock {
     /// All pauses so far together.
     pub fn total(&self) -> Duration {
         Duration::from_millis(self.milliseconds.load(Ordering::Relaxed))

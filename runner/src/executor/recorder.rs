@@ -42,12 +42,12 @@ struct Shared {
     hurry: Notify,
     /// Told when there may be room again.
     freed: Notify,
-    most: Amount,
+    most: Backlog,
 }
 
 /// So much of what is recorded.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-struct Amount {
+struct Backlog {
     points: usize,
     /// Of lines.
     bytes: usize,
@@ -59,9 +59,9 @@ struct Waiting {
     lines: Vec<LogLine>,
     lines_taken: usize,
     /// What of it waits.
-    amount: Amount,
+    amount: Backlog,
     /// What has been taken out to be written, and is still held in memory.
-    writing: Amount,
+    writing: Backlog,
     /// Whether the store could not be written to when it was last tried: waiting for it would be for nothing.
     stalled: bool,
     lost_points: usize,
@@ -78,7 +78,7 @@ impl Recorder {
         attempt: AttemptId,
         warn: impl Fn(String) + Send + Sync + 'static,
     ) -> Self {
-        let most = Amount {
+        let most = Backlog {
             points: MOST_POINTS,
             bytes: MOST_BYTES,
         };
@@ -86,7 +86,7 @@ impl Recorder {
     }
 
     fn begin_within(
-        most: Amount,
+        most: Backlog,
         store: Arc<Store>,
         attempt: AttemptId,
         warn: impl Fn(String) + Send + Sync + 'static,
@@ -233,7 +233,7 @@ impl Shared {
     /// What was taken out is held no more; `stalled`: because the store could not be written to.
     fn let_go(&self, stalled: bool) {
         let mut waiting = self.waiting();
-        waiting.writing = Amount::default();
+        waiting.writing = Backlog::default();
         waiting.stalled = stalled;
         drop(waiting);
         self.freed.notify_waiters();
@@ -380,7 +380,7 @@ mod tests {
     use crate::store::Axis;
     use crate::store::tests::{begin, open};
 
-    const MOST: Amount = Amount {
+    const MOST: Backlog = Backlog {
         points: 8000,
         bytes: 100_000,
     };
@@ -439,7 +439,7 @@ mod tests {
         drop(feed);
         recorder.end().await;
         assert_eq!(store.log(attempt).await.unwrap().len(), 30);
-        let whole = crate::store::Lens {
+        let whole = crate::store::CurveQuery {
             buckets: 1,
             axis: Axis::Step,
             from: 0,
@@ -514,7 +514,7 @@ mod tests {
         assert_eq!((waiting.lost_points, waiting.lost_lines), (1, 1));
         assert_eq!(
             waiting.amount,
-            Amount {
+            Backlog {
                 points: 8000,
                 bytes: 0
             }

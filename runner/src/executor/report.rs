@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::executor::attempt::End;
+use crate::executor::attempt::end::End;
 use crate::store::{RunId, RunState};
 
 /// How a run went.

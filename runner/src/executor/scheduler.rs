@@ -12,8 +12,11 @@ use crate::artifact::{ArtifactError, Work};
 use crate::executor::attempt::{self, AttemptSpec, End, Ended, RunContext, Stop};
 use crate::executor::control::Follower;
 use crate::executor::describe::new_stage;
+use crate::executor::error::ExecutorError;
+use crate::executor::event::Event;
+use crate::executor::options::{Choice, LeaveJobs, Options};
+use crate::executor::report::{Outcome, StageReport};
 use crate::executor::source::Source;
-use crate::executor::{Choice, Event, ExecutorError, Leave, Options, Outcome, StageReport};
 use crate::plan::decision::Role;
 use crate::plan::{self, Digest, Plan, PlannedStage};
 use crate::store::{ArtifactRecord, RunId, StageId, StoreError, Success};
@@ -157,7 +160,7 @@ impl<'p> Scheduler<'p> {
             if self.workers.is_empty() || self.detached {
                 return Ok(());
             }
-            let leaves = matches!(self.options.leave, Leave::WhenSubmitted)
+            let leaves = matches!(self.options.leave, LeaveJobs::WhenSubmitted)
                 && self.context.cluster.is_some();
             tokio::select! {
                 Ok(choice) = answer(&mut self.answer) => {
@@ -432,9 +435,9 @@ impl<'p> Scheduler<'p> {
             return self.interrupt(signal);
         }
         match (&self.options.leave, signal) {
-            (_, libc::SIGHUP | libc::SIGTERM) | (Leave::WhenSubmitted, _) => self.leave(signal),
+            (_, libc::SIGHUP | libc::SIGTERM) | (LeaveJobs::WhenSubmitted, _) => self.leave(signal),
             // Twice is an answer.
-            (Leave::Ask(ask), _) if self.answer.is_none() => {
+            (LeaveJobs::Ask(ask), _) if self.answer.is_none() => {
                 let (tell, answer) = oneshot::channel();
                 let ask = Arc::clone(ask);
                 // A thread that nobody waits for: it may never get an answer.

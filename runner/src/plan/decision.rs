@@ -450,6 +450,8 @@ fn short(value: &Value) -> String {
             Some(("file", _)) => "a file".to_owned(),
             _ => text.clone(),
         },
+        // As people write it: 3, not 3.0.
+        Value::Number(number) if number.is_f64() => number.as_f64().unwrap_or(f64::NAN).to_string(),
         other => other.to_string(),
     };
     match text.char_indices().nth(40) {

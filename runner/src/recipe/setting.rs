@@ -9,6 +9,8 @@
     reason = "a finding ends a reading: it is made once, its size costs nothing"
 )]
 
+use std::collections::BTreeSet;
+
 use serde_json::{Map, Value};
 
 use crate::diagnostic::{Argument, Finding, Position};
@@ -149,6 +151,58 @@ pub(super) fn apply(recipe: &mut Value, change: &str) -> Result<(String, Setting
     }
     *place = value;
     Ok((pointer, setting))
+}
+
+/// The params and paths that a recipe has, as pointers.
+pub(super) fn names(recipe: &Value) -> BTreeSet<String> {
+    let groups = ["params", "paths"].map(|group| (group, recipe[group].as_object()));
+    let entries = groups.into_iter().flat_map(|(group, entries)| {
+        entries
+            .into_iter()
+            .flatten()
+            .map(move |entry| (group, entry))
+    });
+    entries
+        .map(|(group, (name, _))| format!("/{group}/{}", escape(name)))
+        .collect()
+}
+
+/// What is wrong with a param or path that was set: neither is it among the `names` of the recipe as it is written, nor
+/// does anything in the recipe ask for it.
+pub(super) fn unasked(
+    pointer: &str,
+    setting: &Setting,
+    recipe: &Value,
+    names: &BTreeSet<String>,
+) -> Option<Finding> {
+    let (group, rest) = pointer.strip_prefix('/')?.split_once('/')?;
+    if !matches!(group, "params" | "paths") {
+        return None;
+    }
+    let name = rest.split('/').next()?;
+    let known = names.contains(&format!("/{group}/{name}"));
+    if known || asks(recipe, &format!("${{{group}.{name}")) {
+        return None;
+    }
+    let mut finding = Finding::error(pointer, format!("the recipe has no `{name}` in `{group}`"));
+    setting.mark(&mut finding, "", Part::Key);
+    let known = recipe[group].as_object().into_iter().flatten();
+    let known = known
+        .map(|(key, _)| key.as_str())
+        .filter(|key| *key != name);
+    finding.hint = schema::suggest(name, known)
+        .or_else(|| Some(format!("nothing in it asks for `${{{group}.{name}}}`")));
+    Some(finding)
+}
+
+/// Whether a text in a recipe has these words in it.
+fn asks(value: &Value, words: &str) -> bool {
+    match value {
+        Value::String(text) => text.contains(words),
+        Value::Array(items) => items.iter().any(|item| asks(item, words)),
+        Value::Object(entries) => entries.values().any(|value| asks(value, words)),
+        _ => false,
+    }
 }
 
 /// The key of a mapping that a path's next steps name, and how many steps it takes: a key may have dots in it (`1.50`).

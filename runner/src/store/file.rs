@@ -8,7 +8,7 @@ use std::path::Path;
 
 use sqlx::{Connection, Row};
 
-use super::{Access, Store, StoreError, schema};
+use super::{Access, Store, StoreError, connection};
 use crate::input::{Folder, InputError, Listing, Snapshot};
 use crate::plan::FileKind;
 
@@ -97,7 +97,7 @@ impl Store {
             }
             return write.commit().await;
         }
-        let mut connection = schema::connect_for_writing(self.dir()).await?;
+        let mut connection = connection::connect_for_writing(self.dir()).await?;
         let mut write = connection.begin_with("begin immediate").await?;
         for (path, files) in folders {
             let query = sqlx::query(SQL).bind(path).bind(files.pack());

@@ -16,11 +16,11 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 
 use super::draft::{self, Draft};
-use super::record::ArtifactFile;
 use super::sandbox::{self, Budget};
 use super::transfer::{self, FILES, PART, Transfer};
 use super::{Access, Store, StoreError, schema};
 use crate::artifact;
+use crate::artifact::ArtifactFile;
 
 mod check;
 

@@ -449,7 +449,7 @@ impl Store {
         left: &LeftJobs,
         waiting: Option<&str>,
     ) -> Result<(), StoreError> {
-        let mut connection = super::schema::connect_for_writing(self.dir()).await?;
+        let mut connection = super::connection::connect_for_writing(self.dir()).await?;
         let state = if waiting.is_some() {
             "queued"
         } else {
@@ -508,7 +508,7 @@ impl Store {
 
     async fn end_left(&self, left: &LeftJobs, error: &str) -> Result<(), StoreError> {
         let state = if left.detached { "interrupted" } else { "lost" };
-        let mut connection = super::schema::connect_for_writing(self.dir()).await?;
+        let mut connection = super::connection::connect_for_writing(self.dir()).await?;
         sqlx::query(
             "update runs set state = ?2, error = ?3, finished = ?4
              where id = ?1 and state in ('queued', 'running')",

@@ -14,7 +14,7 @@ use sqlx::Row;
 use sqlx::sqlite::SqliteConnection;
 
 use super::time::Time;
-use super::{RunId, Store, StoreError, schema};
+use super::{RunId, Store, StoreError, connection};
 
 /// A heartbeat older than this, seen from another machine, means that the runner is gone. Runners beat every few
 /// seconds; the rest is for clocks that differ and for busy disks.
@@ -115,7 +115,7 @@ impl Store {
             return Ok(());
         }
         let recorded = async {
-            let mut connection = schema::connect_for_writing(self.dir()).await?;
+            let mut connection = connection::connect_for_writing(self.dir()).await?;
             for (key, _, _) in &gone {
                 // The lease is kept: should its holder live after all, its heartbeat still has a place to go.
                 sqlx::query(

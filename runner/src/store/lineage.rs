@@ -40,7 +40,7 @@ pub struct Relative {
 
 /// What a run recorded about a stage's turn in it.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Turn {
+pub struct StageRecord {
     /// The run.
     pub run: RunId,
     /// When the run began.
@@ -192,7 +192,7 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::Damaged`], [`StoreError::Sql`].
-    pub async fn turn(&self, run: &RunId, stage: &str) -> Result<Option<Turn>, StoreError> {
+    pub async fn turn(&self, run: &RunId, stage: &str) -> Result<Option<StageRecord>, StoreError> {
         let row = sqlx::query(TURN)
             .bind(&run.0)
             .bind(stage)
@@ -205,7 +205,11 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::Damaged`], [`StoreError::Sql`].
-    pub async fn turn_before(&self, run: &RunId, stage: &str) -> Result<Option<Turn>, StoreError> {
+    pub async fn turn_before(
+        &self,
+        run: &RunId,
+        stage: &str,
+    ) -> Result<Option<StageRecord>, StoreError> {
         let earlier: Option<String> = sqlx::query_scalar(
             "select p.id from runs r
              join runs p on +p.recipe = r.recipe and p.key < r.key
@@ -232,8 +236,8 @@ const TURN: &str = "select r.id as run, r.created, v.state, s.digest, s.componen
  join v_stages v on v.run = r.id and v.stage = s.name
  where r.id = ?1 and s.name = ?2";
 
-fn turn(row: &SqliteRow) -> Result<Turn, StoreError> {
-    Ok(Turn {
+fn turn(row: &SqliteRow) -> Result<StageRecord, StoreError> {
+    Ok(StageRecord {
         run: RunId(row.try_get("run")?),
         began: Time(row.try_get("created")?),
         state: variant(row, "state")?,

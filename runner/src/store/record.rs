@@ -3,7 +3,7 @@
 use std::hash::{BuildHasher, Hasher};
 use std::time::{Duration, Instant};
 
-use retort_abi::{ArtifactMeta, Description, Failure};
+use retort_abi::{Description, Failure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sqlx::sqlite::SqliteConnection;
@@ -11,6 +11,7 @@ use sqlx::sqlite::SqliteConnection;
 use super::lease::Holder;
 use super::time::Time;
 use super::{AttemptId, BUSY_TIMEOUT, RunId, StageId, Store, StoreError, SweepPlace, series};
+use crate::artifact::ArtifactRecord;
 
 /// A run about to begin.
 #[derive(Debug, Clone, Default)]
@@ -110,34 +111,6 @@ pub struct Usage {
     pub cpu_seconds: Option<f64>,
     /// Largest resident set of the worker, in bytes; of parts, which run at the same time, the sum.
     pub max_rss: Option<u64>,
-}
-
-/// An artifact: its content and what is known about it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct ArtifactRecord {
-    /// Hex BLAKE3 of its content; names its directory.
-    pub hash: String,
-    /// `tokenizer`, `student`, ...
-    pub kind: String,
-    /// What its maker called it.
-    pub name: String,
-    /// Bytes of all files.
-    pub size: u64,
-    /// Its files, by path.
-    pub files: Vec<ArtifactFile>,
-    /// What its maker says of it.
-    pub meta: ArtifactMeta,
-}
-
-/// A file of an artifact.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ArtifactFile {
-    /// Path within the artifact.
-    pub path: String,
-    /// Bytes.
-    pub size: u64,
-    /// Hex BLAKE3.
-    pub hash: String,
 }
 
 /// State of a run.

@@ -59,14 +59,14 @@ pub(super) async fn limit_steps(
 
 /// How long SQLite may work on the next row of an answer.
 #[derive(Debug, Clone)]
-pub(super) struct Patience {
+pub(super) struct RowTimeLimit {
     began: Instant,
     /// Milliseconds from the beginning to the last row.
     last: Arc<AtomicU64>,
     spent: Arc<AtomicBool>,
 }
 
-impl Patience {
+impl RowTimeLimit {
     fn elapsed(&self) -> u64 {
         u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
@@ -86,8 +86,8 @@ impl Patience {
 pub(super) async fn limit_time(
     connection: &mut SqliteConnection,
     longest: Duration,
-) -> Result<Patience, sqlx::Error> {
-    let patience = Patience {
+) -> Result<RowTimeLimit, sqlx::Error> {
+    let patience = RowTimeLimit {
         began: Instant::now(),
         last: Arc::default(),
         spent: Arc::default(),

@@ -9,11 +9,10 @@ use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt, PermissionsE
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use sqlx::sqlite::{
-    SqliteConnectOptions, SqliteConnection, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
-};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqlitePool, SqlitePoolOptions};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 
+pub(super) use super::connection::{options, path_of};
 use super::{BUSY_TIMEOUT, StoreError, function, lease, series};
 use crate::artifact;
 
@@ -34,11 +33,6 @@ const UNPACKED: usize = 2;
 
 /// `rtrt`: tells the history of retort from any other SQLite database.
 pub(super) const APPLICATION_ID: i64 = 0x7274_7274;
-
-/// The database of a store.
-pub(super) fn path_of(dir: &Path) -> PathBuf {
-    dir.join("history.db")
-}
 
 /// Opens, and makes or migrates if need be.
 pub(super) async fn open_for_writing(dir: &Path) -> Result<SqlitePool, StoreError> {
@@ -94,17 +88,6 @@ pub(super) async fn open_for_reading(dir: &Path) -> Result<SqlitePool, StoreErro
     }
     // Questions about many runs visit thousands of pages once: mapped, they are neither read nor copied.
     Ok(pool(read.pragma("mmap_size", "2147418112"), 2))
-}
-
-/// A connection that may write to an existing, current store.
-pub(super) async fn connect_for_writing(dir: &Path) -> Result<SqliteConnection, StoreError> {
-    let path = path_of(dir);
-    // A reader makes up its mind quickly; what it cannot note down now, the next one will.
-    let options = options(&path).busy_timeout(Duration::from_millis(200));
-    options
-        .connect()
-        .await
-        .map_err(|error| StoreError::from(error).at(&path))
 }
 
 /// Brings the database of `dir` to the last of `migrations`, making directory and file if need be.
@@ -253,20 +236,6 @@ async fn read_state(connection: &mut SqliteConnection) -> Result<State, sqlx::Er
         application,
         tables,
     })
-}
-
-pub(super) fn options(path: &Path) -> SqliteConnectOptions {
-    // Absolute: SQLite would take `file:x` for a URI, and `:memory:` for no file at all.
-    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-    SqliteConnectOptions::new()
-        .filename(path)
-        .foreign_keys(true)
-        .busy_timeout(BUSY_TIMEOUT)
-        // With a write-ahead log: a crash of the machine may lose the last moments, never the database.
-        .synchronous(SqliteSynchronous::Normal)
-        // Up to 64 MB, as far as they are used: filters over many runs visit the same pages again and again.
-        .pragma("cache_size", "-65536")
-        .disable_statement_logging()
 }
 
 fn pool(options: SqliteConnectOptions, connections: u32) -> SqlitePool {

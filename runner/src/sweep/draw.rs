@@ -2,7 +2,6 @@
 
 use std::collections::HashSet;
 
-use super::space::{between, plain};
 use super::{Parameter, Values};
 
 /// Draws that give nothing new, after which no more are made.
@@ -57,6 +56,24 @@ fn part(seed: u64, number: u64, place: u64) -> f64 {
     hasher.finalize_xof().fill(&mut bytes);
     // 53 bits: as many as a double has.
     (u64::from_le_bytes(bytes) >> 11) as f64 / (1_u64 << 53) as f64
+}
+
+/// A number between two, at this part of the way.
+pub(super) fn between(min: f64, max: f64, log: bool, part: f64) -> f64 {
+    match log {
+        false => min + part * (max - min),
+        true => (min.ln() + part * (max.ln() - min.ln())).exp(),
+    }
+    .clamp(min, max)
+}
+
+/// A number with six digits, as people write it.
+pub(super) fn plain(value: f64) -> String {
+    let value: f64 = format!("{value:.5e}").parse().unwrap_or(value);
+    match value.abs() {
+        0.0 | 1e-4..1e7 => value.to_string(),
+        _ => format!("{value:e}"),
+    }
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use super::Asha;
 
 /// How far a point is.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Course {
+pub struct PointProgress {
     /// What it was judged by, rung by rung; NaN is the worst.
     pub rungs: Vec<f64>,
     /// Legs that it has begun, this one included.
@@ -25,12 +25,12 @@ pub struct Course {
 #[derive(Debug, Clone)]
 pub struct Halving {
     asha: Asha,
-    courses: BTreeMap<u32, Course>,
+    courses: BTreeMap<u32, PointProgress>,
 }
 
 /// A point's next leg.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Leg {
+pub struct NextRung {
     /// The point.
     pub point: u32,
     /// 0 leads to the first rung; as many as there are rungs: to the end.
@@ -39,17 +39,17 @@ pub struct Leg {
 
 impl Halving {
     /// Begins, or goes on, with what is known of each point.
-    pub fn new(asha: Asha, courses: BTreeMap<u32, Course>) -> Self {
+    pub fn new(asha: Asha, courses: BTreeMap<u32, PointProgress>) -> Self {
         Self { asha, courses }
     }
 
     /// The step at which a leg ends; none for the last, which leads to the end.
-    pub fn target(&self, leg: Leg) -> Option<u64> {
+    pub fn target(&self, leg: NextRung) -> Option<u64> {
         self.asha.rungs.get(leg.number).copied()
     }
 
     /// A leg to go now; none while there is none. `idle` says that no leg is under way.
-    pub fn next(&mut self, idle: bool) -> Option<Leg> {
+    pub fn next(&mut self, idle: bool) -> Option<NextRung> {
         let leg = self.promotable().or_else(|| self.fresh());
         let leg = leg.or_else(|| idle.then(|| self.last_resort()).flatten())?;
         if let Some(course) = self.courses.get_mut(&leg.point) {
@@ -59,7 +59,7 @@ impl Halving {
     }
 
     /// A leg has ended at its rung, with this value.
-    pub fn reached(&mut self, leg: Leg, value: f64) {
+    pub fn reached(&mut self, leg: NextRung, value: f64) {
         if let Some(course) = self.courses.get_mut(&leg.point) {
             course.rungs.truncate(leg.number);
             course.rungs.push(value);
@@ -81,7 +81,7 @@ impl Halving {
             .count()
     }
 
-    fn promotable(&self) -> Option<Leg> {
+    fn promotable(&self) -> Option<NextRung> {
         let eta = self.asha.reduction_factor.max(2) as usize;
         (0..self.asha.rungs.len()).rev().find_map(|rung| {
             let ranked = self.ranked(rung);
@@ -90,14 +90,14 @@ impl Halving {
         })
     }
 
-    fn fresh(&self) -> Option<Leg> {
+    fn fresh(&self) -> Option<NextRung> {
         let mut courses = self.courses.iter();
         courses
             .find(|(_, course)| course.begun == 0 && !course.done && course.rungs.is_empty())
-            .map(|(&point, _)| Leg { point, number: 0 })
+            .map(|(&point, _)| NextRung { point, number: 0 })
     }
 
-    fn last_resort(&self) -> Option<Leg> {
+    fn last_resort(&self) -> Option<NextRung> {
         if self.courses.values().any(|course| course.done) {
             return None;
         }
@@ -108,9 +108,9 @@ impl Halving {
     }
 
     /// The leg from a rung on, if the point has not begun it.
-    fn from(&self, point: u32, rung: usize) -> Option<Leg> {
+    fn from(&self, point: u32, rung: usize) -> Option<NextRung> {
         let course = self.courses.get(&point)?;
-        (!course.done && course.begun <= rung + 1).then_some(Leg {
+        (!course.done && course.begun <= rung + 1).then_some(NextRung {
             point,
             number: rung + 1,
         })
@@ -145,7 +145,7 @@ mod tests {
             rungs: rungs.to_vec(),
             reduction_factor: 2,
         };
-        let courses = (1..=points).map(|point| (point, Course::default()));
+        let courses = (1..=points).map(|point| (point, PointProgress::default()));
         Halving::new(asha, courses.collect())
     }
 
@@ -202,21 +202,21 @@ mod tests {
         }
         assert_eq!(
             halving.next(true),
-            Some(Leg {
+            Some(NextRung {
                 point: 2,
                 number: 1
             })
         );
         assert_eq!(
             halving.next(false),
-            Some(Leg {
+            Some(NextRung {
                 point: 3,
                 number: 0
             })
         );
         assert_eq!(
             halving.next(false),
-            Some(Leg {
+            Some(NextRung {
                 point: 4,
                 number: 0
             })

@@ -4,6 +4,7 @@
 //! them, `PATH=log:1e-4..1e-2` numbers whose logarithms are even. A value is a value of `--set`: commas in brackets or
 //! quotes belong to it.
 
+use super::draw::{between, plain};
 use super::{MAX_POINTS, Parameter, Sample, Sweep, Values, draw};
 
 /// Why there are no points.
@@ -273,24 +274,6 @@ impl Sweep {
             return Ok((0..size).map(|index| self.point(index)).collect());
         }
         Ok(draw::points(&self.parameters, count, seed))
-    }
-}
-
-/// A number between two, at this part of the way.
-pub(super) fn between(min: f64, max: f64, log: bool, part: f64) -> f64 {
-    match log {
-        false => min + part * (max - min),
-        true => (min.ln() + part * (max.ln() - min.ln())).exp(),
-    }
-    .clamp(min, max)
-}
-
-/// A number with six digits, as people write it.
-pub(super) fn plain(value: f64) -> String {
-    let value: f64 = format!("{value:.5e}").parse().unwrap_or(value);
-    match value.abs() {
-        0.0 | 1e-4..1e7 => value.to_string(),
-        _ => format!("{value:e}"),
     }
 }
 

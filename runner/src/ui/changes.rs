@@ -5,8 +5,8 @@ use maud::html;
 
 use super::page::{self, Page, Section};
 use super::reply::{Problem, Reply};
-use super::request::Ask;
-use super::{Shelf, Site};
+use super::request::PageRequest;
+use super::{ServedStore, Site};
 use crate::store::{Access, RunId, Store};
 
 /// Longest tag, and longest note.
@@ -14,16 +14,16 @@ const TAG: usize = 200;
 const NOTE: usize = 20_000;
 
 /// Changes what a form says.
-pub async fn answer(site: &Site, ask: &Ask, what: &str) -> Result<Reply, Problem> {
+pub async fn answer(site: &Site, request: &PageRequest, what: &str) -> Result<Reply, Problem> {
     may_change(site)?;
-    if !site.guard.is_sealed(ask.form.get("seal")) {
+    if !site.guard.is_sealed(request.form.get("seal")) {
         return Err(Problem::Refused(
             "this form is not one of ours, or an old one: load the page again".into(),
         ));
     }
-    let reference = ask.form.get("run").unwrap_or_default();
-    let (shelf, run) = site.find_run(reference).await?;
-    let text = |name: &str, most: usize| match ask.form.get(name).unwrap_or_default().trim() {
+    let reference = request.form.get("run").unwrap_or_default();
+    let (served, run) = site.find_run(reference).await?;
+    let text = |name: &str, most: usize| match request.form.get(name).unwrap_or_default().trim() {
         long if long.chars().count() > most => Err(Problem::Bad(format!(
             "a {name} has at most {most} characters"
         ))),
@@ -38,55 +38,59 @@ pub async fn answer(site: &Site, ask: &Ask, what: &str) -> Result<Reply, Problem
                     "`{tag}` cannot be a tag: it means something else, or nothing"
                 )));
             }
-            let store = writable(shelf).await?;
+            let store = writable(served).await?;
             store.tag_run(&run, &tag).await?;
             store.close().await;
         }
         "untag" => {
-            let store = writable(shelf).await?;
+            let store = writable(served).await?;
             store
-                .untag_run(&run, ask.form.get("tag").unwrap_or_default())
+                .untag_run(&run, request.form.get("tag").unwrap_or_default())
                 .await?;
             store.close().await;
         }
         "note" => {
             let note = text("note", NOTE)?;
-            let store = writable(shelf).await?;
+            let store = writable(served).await?;
             store.note_run(&run, &note).await?;
             store.close().await;
         }
-        "remove" => return remove(shelf, ask, &run).await,
+        "remove" => return remove(served, request, &run).await,
         _ => return Err(Problem::NotFound("there is no such change".into())),
     }
     Ok(Reply::see(&page::run_path(&run.0)))
 }
 
-async fn remove(shelf: &Shelf, ask: &Ask, run: &RunId) -> Result<Reply, Problem> {
-    let dependents = shelf.store.dependents(std::slice::from_ref(run)).await?;
-    if !dependents.is_empty() && ask.form.get("force").is_none() {
+async fn remove(
+    served: &ServedStore,
+    request: &PageRequest,
+    run: &RunId,
+) -> Result<Reply, Problem> {
+    let dependents = served.store.dependents(std::slice::from_ref(run)).await?;
+    if !dependents.is_empty() && request.form.get("force").is_none() {
         return Err(Problem::Bad(format!(
             "stages of this run are reused by {} others",
             dependents.len()
         )));
     }
-    if ask.form.get("confirm") != Some(run.0.as_str()) {
+    if request.form.get("confirm") != Some(run.0.as_str()) {
         return Err(Problem::Bad(
             "to remove a run, its whole id has to be typed".into(),
         ));
     }
-    let store = writable(shelf).await?;
+    let store = writable(served).await?;
     store.remove_runs(std::slice::from_ref(run)).await?;
     store.close().await;
     Ok(Reply::see("/"))
 }
 
 /// Asks whether a run is really to be removed.
-pub async fn confirm(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
+pub async fn confirm(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
     may_change(site)?;
-    let (shelf, run) = site
-        .find_run(ask.query.get("run").unwrap_or_default())
+    let (served, run) = site
+        .find_run(request.query.get("run").unwrap_or_default())
         .await?;
-    let dependents = shelf.store.dependents(std::slice::from_ref(&run)).await?;
+    let dependents = served.store.dependents(std::slice::from_ref(&run)).await?;
     let body = html! {
         section.narrow {
             h1 { "Remove run " (page::run_link(&run)) "?" }
@@ -129,6 +133,6 @@ fn may_change(site: &Site) -> Result<(), Problem> {
     }
 }
 
-async fn writable(shelf: &Shelf) -> Result<Store, Problem> {
-    Ok(Store::open(shelf.dir(), Access::ReadWrite).await?)
+async fn writable(served: &ServedStore) -> Result<Store, Problem> {
+    Ok(Store::open(served.dir(), Access::ReadWrite).await?)
 }

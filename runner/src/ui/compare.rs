@@ -9,8 +9,8 @@ use super::curves;
 use super::page::{self, Page, Section};
 use super::pictures::{self, Preview};
 use super::reply::{Problem, Reply};
-use super::request::{Ask, link};
-use super::{Shelf, Site};
+use super::request::{PageRequest, link};
+use super::{ServedStore, Site};
 use crate::account::comparison::{Fact, best, facts, side_by_side};
 use crate::store::{RunDetail, RunId, SeriesSummary};
 use crate::table;
@@ -22,23 +22,23 @@ const CURVES: usize = 8;
 const ROWS: usize = 1000;
 
 struct Column<'s> {
-    shelf: &'s Shelf,
+    served: &'s ServedStore,
     detail: RunDetail,
     series: Vec<SeriesSummary>,
 }
 
 /// The page.
-pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
-    let named = site.named_runs(&ask.query, RUNS).await?;
+pub async fn answer(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
+    let named = site.named_runs(&request.query, RUNS).await?;
     if let Some(settled) = named.settled {
         return Ok(Reply::see(&settled.link("/compare")));
     }
     let mut columns: Vec<Column> = Vec::new();
-    for (shelf, id) in named.runs {
-        let detail = shelf.store.run_detail(&id).await?;
-        let series = shelf.store.last_metrics(&id).await?;
+    for (served, id) in named.runs {
+        let detail = served.store.run_detail(&id).await?;
+        let series = served.store.last_metrics(&id).await?;
         columns.push(Column {
-            shelf,
+            served,
             detail,
             series,
         });
@@ -47,7 +47,7 @@ pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
         .iter()
         .map(|column| column.detail.summary.id.0.clone())
         .collect();
-    let pinned = ask.query.get("baseline").is_some();
+    let pinned = request.query.get("baseline").is_some();
     let body = match columns.len() {
         0 | 1 => html! {
             section.empty {
@@ -61,7 +61,7 @@ pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
                 }
             }
         },
-        _ => content(ask, &columns, &runs),
+        _ => content(request, &columns, &runs),
     };
     Ok(Page {
         title: "Compare",
@@ -74,14 +74,14 @@ pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
     .reply(site))
 }
 
-fn content(ask: &Ask, columns: &[Column], runs: &[String]) -> Markup {
-    let all = ask.query.get("all").is_some();
+fn content(request: &PageRequest, columns: &[Column], runs: &[String]) -> Markup {
+    let all = request.query.get("all").is_some();
     let told: Vec<(RunId, Vec<(Fact, Value)>)> = columns
         .iter()
         .map(|column| {
             (
                 column.detail.summary.id.clone(),
-                facts(&column.detail, &column.series, column.shelf.dir()),
+                facts(&column.detail, &column.series, column.served.dir()),
             )
         })
         .collect();
@@ -92,7 +92,7 @@ fn content(ask: &Ask, columns: &[Column], runs: &[String]) -> Markup {
             .take(ROWS)
             .collect()
     };
-    let pinned = ask.query.get("baseline").is_some();
+    let pinned = request.query.get("baseline").is_some();
     let sections = [
         (
             "metric",
@@ -109,14 +109,14 @@ fn content(ask: &Ask, columns: &[Column], runs: &[String]) -> Markup {
             span.dim { (columns.len()) " runs" }
             span.spacer {}
             span.segments role="group" aria-label="Rows" {
-                a href=(ask.query.without("all").link("/compare")) aria-current=[(!all).then_some("true")] { "What differs" }
-                a href=(ask.query.with("all", "1").link("/compare")) aria-current=[all.then_some("true")] { "Everything" }
+                a href=(request.query.without("all").link("/compare")) aria-current=[(!all).then_some("true")] { "What differs" }
+                a href=(request.query.with("all", "1").link("/compare")) aria-current=[all.then_some("true")] { "Everything" }
             }
         }
         div.scroll { table.compare {
             thead { tr {
                 th scope="col" { span.visually-hidden { "What" } }
-                @for (place, column) in columns.iter().enumerate() { (head(ask, column, place, pinned)) }
+                @for (place, column) in columns.iter().enumerate() { (head(request, column, place, pinned)) }
             } }
             @for (about, title, hint) in sections {
                 @let some = of(about);
@@ -133,9 +133,9 @@ fn content(ask: &Ask, columns: &[Column], runs: &[String]) -> Markup {
     }
 }
 
-fn head(ask: &Ask, column: &Column, place: usize, pinned: bool) -> Markup {
+fn head(request: &PageRequest, column: &Column, place: usize, pinned: bool) -> Markup {
     let run = &column.detail.summary;
-    let others = ask
+    let others = request
         .query
         .pairs()
         .filter(|(name, value)| !(matches!(*name, "run" | "baseline") && *value == run.id.0));

@@ -8,10 +8,10 @@ use serde_json::{Value, json};
 
 use super::page::{self, Page, Section};
 use super::reply::{JSON, Problem, Reply};
-use super::request::{Ask, Fields};
-use super::{Shelf, Site};
+use super::request::{Fields, PageRequest};
+use super::{ServedStore, Site};
 use crate::chart::{self, Chart, Curve, Sample};
-use crate::store::{Axis, Bucket, Lens, RunId, RunState, SeriesSummary, Time};
+use crate::store::{Axis, Bucket, CurveQuery, RunId, RunState, SeriesSummary, Time};
 use crate::table::{Cell, Rows, Style};
 
 /// Most buckets of a curve, and what is usual.
@@ -24,7 +24,7 @@ const OFFERED: usize = 2000;
 
 /// A run whose curves are looked at.
 struct Source<'s> {
-    shelf: &'s Shelf,
+    served: &'s ServedStore,
     id: RunId,
     recipe: String,
     under_way: bool,
@@ -41,10 +41,10 @@ struct Found<'s> {
     buckets: Vec<Bucket>,
 }
 
-async fn sources(named: Vec<(&Shelf, RunId)>) -> Result<Vec<Source<'_>>, Problem> {
+async fn sources(named: Vec<(&ServedStore, RunId)>) -> Result<Vec<Source<'_>>, Problem> {
     let mut sources: Vec<Source> = Vec::new();
-    for (shelf, id) in named {
-        let series = shelf.store.last_metrics(&id).await?;
+    for (served, id) in named {
+        let series = served.store.last_metrics(&id).await?;
         let by_id = crate::store::RunFilter {
             limit: Some(1),
             expr: Some(crate::filter::parse(&format!(
@@ -53,12 +53,12 @@ async fn sources(named: Vec<(&Shelf, RunId)>) -> Result<Vec<Source<'_>>, Problem
             ))?),
             ..Default::default()
         };
-        let summary = shelf.store.list_runs(&by_id).await?.pop();
+        let summary = served.store.list_runs(&by_id).await?.pop();
         let under_way = summary
             .as_ref()
             .is_some_and(|run| matches!(run.state, RunState::Queued | RunState::Running));
         sources.push(Source {
-            shelf,
+            served,
             id,
             recipe: summary.map_or_else(String::new, |run| run.recipe),
             under_way,
@@ -69,8 +69,8 @@ async fn sources(named: Vec<(&Shelf, RunId)>) -> Result<Vec<Source<'_>>, Problem
 }
 
 /// The page.
-pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
-    let named = site.named_runs(&ask.query, RUNS).await?;
+pub async fn answer(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
+    let named = site.named_runs(&request.query, RUNS).await?;
     if let Some(settled) = named.settled {
         return Ok(Reply::see(&settled.link("/curves")));
     }
@@ -85,23 +85,23 @@ pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
                 p { a.button href="/curves?run=latest" { "Curves of the latest run" } }
             }
         },
-        false => content(&sources, &runs, ask),
+        false => content(&sources, &runs, request),
     };
     Ok(Page {
         title: "Curves",
         place: Section::Curves,
         runs: &runs,
-        pinned: ask.query.get("baseline").is_some(),
+        pinned: request.query.get("baseline").is_some(),
         live: live.then_some(""),
         body,
     }
     .reply(site))
 }
 
-fn content(sources: &[Source], runs: &[String], ask: &Ask) -> Markup {
-    let pinned = ask.query.get("baseline").is_some();
+fn content(sources: &[Source], runs: &[String], request: &PageRequest) -> Markup {
+    let pinned = request.query.get("baseline").is_some();
     let offered = offered(sources);
-    let wished: Vec<&str> = ask.query.all("series").collect();
+    let wished: Vec<&str> = request.query.all("series").collect();
     let chosen: Vec<&str> = match wished.is_empty() {
         false => wished.clone(),
         true => offered
@@ -116,7 +116,7 @@ fn content(sources: &[Source], runs: &[String], ask: &Ask) -> Markup {
         div.split {
             aside {
                 form.stack #choice method="get" action="/curves" {
-                    @for (name, value) in ask.query.pairs().filter(|(name, _)| !matches!(*name, "series" | "run" | "baseline" | "from" | "to")) { input type="hidden" name=(name) value=(value); }
+                    @for (name, value) in request.query.pairs().filter(|(name, _)| !matches!(*name, "series" | "run" | "baseline" | "from" | "to")) { input type="hidden" name=(name) value=(value); }
                     fieldset {
                         legend { "Runs" }
                         ul.choices { @for (number, source) in sources.iter().enumerate() {
@@ -154,7 +154,7 @@ fn content(sources: &[Source], runs: &[String], ask: &Ask) -> Markup {
                     section.empty { h2 { "No curves" } p { "These runs have recorded no series of more than one point." } }
                 }
                 div.charts #charts {
-                    @for name in chosen.iter().take(FIGURES) { (figure(runs, name, &ask.query)) }
+                    @for name in chosen.iter().take(FIGURES) { (figure(runs, name, &request.query)) }
                 }
                 @if chosen.len() > FIGURES { p.dim { "The first " (FIGURES) " of " (chosen.len()) " are drawn." } }
             }
@@ -213,7 +213,7 @@ pub fn figure(runs: &[String], series: &str, query: &Fields) -> Markup {
     }
 }
 
-fn lens(query: &Fields) -> Result<Lens, Problem> {
+fn window(query: &Fields) -> Result<CurveQuery, Problem> {
     let axis = match query.get("axis") {
         None | Some("step") => Axis::Step,
         Some("time") => Axis::Time,
@@ -223,7 +223,7 @@ fn lens(query: &Fields) -> Result<Lens, Problem> {
             )));
         }
     };
-    Ok(Lens {
+    Ok(CurveQuery {
         buckets: query.number("buckets").unwrap_or(USUAL).clamp(1, BUCKETS),
         axis,
         from: query.number("from").unwrap_or(0),
@@ -234,7 +234,7 @@ fn lens(query: &Fields) -> Result<Lens, Problem> {
 async fn find<'s>(
     sources: &'s [Source<'s>],
     query: &Fields,
-    lens: Lens,
+    window: CurveQuery,
 ) -> Result<Vec<Found<'s>>, Problem> {
     let mut found: Vec<Found> = Vec::new();
     for name in query.all("series").take(FIGURES) {
@@ -249,14 +249,18 @@ async fn find<'s>(
                 .collect();
             for summary in stages {
                 let whole = format!("{}/{}", summary.stage, summary.series);
-                let buckets = source.shelf.store.curve(&source.id, &whole, lens).await?;
+                let buckets = source
+                    .served
+                    .store
+                    .curve(&source.id, &whole, window)
+                    .await?;
                 let Some(first) = buckets.first() else {
                     continue;
                 };
-                let began = match lens.from {
+                let began = match window.from {
                     0 => first.first_at,
                     _ => {
-                        let began = source.shelf.store.series_began(&source.id, &whole);
+                        let began = source.served.store.series_began(&source.id, &whole);
                         began.await?.unwrap_or(first.first_at)
                     }
                 };
@@ -313,11 +317,11 @@ impl Found<'_> {
 }
 
 /// The numbers behind a figure.
-pub async fn data(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
-    let lens = lens(&ask.query)?;
-    let sources = sources(site.named_runs(&ask.query, RUNS).await?.runs).await?;
-    let found = find(&sources, &ask.query, lens).await?;
-    let curves: Vec<Value> = found.iter().map(|one| one.data(lens.axis)).collect();
+pub async fn data(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
+    let window = window(&request.query)?;
+    let sources = sources(site.named_runs(&request.query, RUNS).await?.runs).await?;
+    let found = find(&sources, &request.query, window).await?;
+    let curves: Vec<Value> = found.iter().map(|one| one.data(window.axis)).collect();
     let columns = [
         "x",
         "min",
@@ -334,22 +338,22 @@ pub async fn data(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
 }
 
 /// The same as a picture.
-pub async fn svg(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
-    let lens = lens(&ask.query)?;
-    let sources = sources(site.named_runs(&ask.query, RUNS).await?.runs).await?;
-    let found = find(&sources, &ask.query, lens).await?;
+pub async fn svg(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
+    let window = window(&request.query)?;
+    let sources = sources(site.named_runs(&request.query, RUNS).await?.runs).await?;
+    let found = find(&sources, &request.query, window).await?;
     let value = |value: Option<f64>| value.unwrap_or(f64::NAN);
-    let band = ask.query.get("band") != Some("0");
-    let weight = ask.query.number("smooth").unwrap_or(0.0);
+    let band = request.query.get("band") != Some("0");
+    let weight = request.query.number("smooth").unwrap_or(0.0);
     let chart = Chart {
-        axis: if lens.axis == Axis::Step {
+        axis: if window.axis == Axis::Step {
             "step"
         } else {
             "seconds"
         }
         .into(),
-        log: ask.query.get("logy").is_some(),
-        log_x: ask.query.get("logx").is_some(),
+        log: request.query.get("logy").is_some(),
+        log_x: request.query.get("logx").is_some(),
         curves: found
             .iter()
             .map(|one| Curve {
@@ -358,7 +362,7 @@ pub async fn svg(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
                     .buckets
                     .iter()
                     .map(|bucket| Sample {
-                        x: one.place(bucket, lens.axis),
+                        x: one.place(bucket, window.axis),
                         min: value(if band { bucket.min } else { bucket.mean }),
                         mean: value(bucket.mean),
                         max: value(if band { bucket.max } else { bucket.mean }),
@@ -372,10 +376,10 @@ pub async fn svg(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
 }
 
 /// The same as rows.
-pub async fn csv(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
-    let lens = lens(&ask.query)?;
-    let sources = sources(site.named_runs(&ask.query, RUNS).await?.runs).await?;
-    let found = find(&sources, &ask.query, lens).await?;
+pub async fn csv(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
+    let window = window(&request.query)?;
+    let sources = sources(site.named_runs(&request.query, RUNS).await?.runs).await?;
+    let found = find(&sources, &request.query, window).await?;
     let mut rows = Rows::new(&[
         "run",
         "stage",

@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 
 use super::Site;
 use super::reply::{Content, Reply, TEXT};
-use super::request::Ask;
+use super::request::PageRequest;
 use crate::artifact::is_inner_path;
 use crate::executor::gauge;
 
@@ -26,9 +26,9 @@ const STREAMS: usize = 64;
 static OPEN: AtomicUsize = AtomicUsize::new(0);
 
 /// A place among the streams, given back when dropped.
-struct Seat;
+struct StreamPermit;
 
-impl Seat {
+impl StreamPermit {
     fn take() -> Option<Self> {
         let taken = OPEN.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |open| {
             (open < STREAMS).then_some(open + 1)
@@ -37,27 +37,27 @@ impl Seat {
     }
 }
 
-impl Drop for Seat {
+impl Drop for StreamPermit {
     fn drop(&mut self) {
         OPEN.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
 /// The stream.
-pub fn answer(site: &Site, ask: &Ask) -> Reply {
-    let Some(seat) = Seat::take() else {
+pub fn answer(site: &Site, request: &PageRequest) -> Reply {
+    let Some(seat) = StreamPermit::take() else {
         return Reply::new(TEXT, "too many pages are open\n").status(503);
     };
     let mut files: Vec<PathBuf> = Vec::new();
-    for shelf in &site.shelves {
-        files.extend(["history.db", "history.db-wal"].map(|name| shelf.dir().join(name)));
+    for served in &site.stores {
+        files.extend(["history.db", "history.db-wal"].map(|name| served.dir().join(name)));
         // The name of a run is somebody's text until a store knows it: it names no other place.
-        if let Some(run) = ask
+        if let Some(run) = request
             .query
             .get("run")
             .filter(|run| is_inner_path(run) && !run.contains('/'))
         {
-            files.push(gauge::path(&shelf.layout.staging(run)));
+            files.push(gauge::path(&served.layout.staging(run)));
         }
     }
     let (sender, receiver) = mpsc::channel(4);

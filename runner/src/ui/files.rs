@@ -10,8 +10,8 @@ use hyper::body::Bytes;
 use tokio::sync::mpsc;
 
 use super::reply::{Content, Problem, Reply};
-use super::request::Ask;
-use super::{Shelf, Site};
+use super::request::PageRequest;
+use super::{ServedStore, Site};
 use crate::artifact;
 use crate::store::ArtifactFile;
 
@@ -21,14 +21,14 @@ const PIECE: usize = 64 << 10;
 const LONGEST_PICTURE: u64 = 64 << 20;
 
 /// Sends a file: `/file/HASH?path=PATH`.
-pub async fn answer(site: &Site, ask: &Ask, hash: &str) -> Result<Reply, Problem> {
-    let path = ask.query.get("path").unwrap_or_default();
-    let (shelf, files) = find(site, hash).await?;
+pub async fn answer(site: &Site, request: &PageRequest, hash: &str) -> Result<Reply, Problem> {
+    let path = request.query.get("path").unwrap_or_default();
+    let (served, files) = find(site, hash).await?;
     let listed = files
         .iter()
         .find(|file| file.path == path)
         .ok_or_else(|| Problem::NotFound("this artifact has no such file".into()))?;
-    let file = open(shelf, hash, listed)?;
+    let file = open(served, hash, listed)?;
     let is_picture = path.ends_with(".png") && listed.size <= LONGEST_PICTURE;
     let kind = if is_picture {
         "image/png"
@@ -50,7 +50,7 @@ pub async fn answer(site: &Site, ask: &Ask, hash: &str) -> Result<Reply, Problem
             }
         })
         .collect();
-    let manner = if is_picture && ask.query.get("keep").is_none() {
+    let manner = if is_picture && request.query.get("keep").is_none() {
         "inline"
     } else {
         "attachment"
@@ -65,17 +65,17 @@ pub async fn answer(site: &Site, ask: &Ask, hash: &str) -> Result<Reply, Problem
 pub async fn find<'s>(
     site: &'s Site,
     hash: &str,
-) -> Result<(&'s Shelf, Vec<ArtifactFile>), Problem> {
+) -> Result<(&'s ServedStore, Vec<ArtifactFile>), Problem> {
     let is_hash = hash.len() == 64
         && hash
             .bytes()
             .all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte));
     if is_hash {
-        for shelf in &site.shelves {
-            if let Some(files) = shelf.store.artifact_files(hash).await?
-                && shelf.layout.artifact(hash).is_dir()
+        for served in &site.stores {
+            if let Some(files) = served.store.artifact_files(hash).await?
+                && served.layout.artifact(hash).is_dir()
             {
-                return Ok((shelf, files));
+                return Ok((served, files));
             }
         }
     }
@@ -85,8 +85,8 @@ pub async fn find<'s>(
 }
 
 /// Opens a listed file.
-pub fn open(shelf: &Shelf, hash: &str, listed: &ArtifactFile) -> Result<File, Problem> {
-    artifact::open_inner(&shelf.layout.artifact(hash), &listed.path)
+pub fn open(served: &ServedStore, hash: &str, listed: &ArtifactFile) -> Result<File, Problem> {
+    artifact::open_inner(&served.layout.artifact(hash), &listed.path)
         .map_err(|error| Problem::File(format!("{}: {error}", listed.path)))
 }
 

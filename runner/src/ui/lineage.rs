@@ -5,8 +5,8 @@ use maud::{Markup, html};
 use super::graph::{self, Node};
 use super::page::{self, Page, Section};
 use super::reply::{Problem, Reply};
-use super::request::{Ask, link};
-use super::{Shelf, Site};
+use super::request::{PageRequest, link};
+use super::{ServedStore, Site};
 use crate::store::{ArtifactRow, Lineage, StoreError};
 use crate::table;
 
@@ -15,10 +15,14 @@ const MOST: usize = 120;
 const FILES: usize = 500;
 
 /// The page.
-pub async fn answer(site: &Site, _: &Ask, reference: &str) -> Result<Reply, Problem> {
-    let (shelf, hash) = find(site, reference).await?;
-    let lineage = shelf.store.lineage_within(&hash, MOST).await?;
-    let files = shelf.store.artifact_files(&hash).await?.unwrap_or_default();
+pub async fn answer(site: &Site, _: &PageRequest, reference: &str) -> Result<Reply, Problem> {
+    let (served, hash) = find(site, reference).await?;
+    let lineage = served.store.lineage_within(&hash, MOST).await?;
+    let files = served
+        .store
+        .artifact_files(&hash)
+        .await?
+        .unwrap_or_default();
     let own = lineage.artifacts.iter().find(|one| one.depth == 0);
     let runs: Vec<String> = own
         .and_then(|one| one.run.as_ref())
@@ -56,11 +60,11 @@ pub async fn answer(site: &Site, _: &Ask, reference: &str) -> Result<Reply, Prob
     .reply(site))
 }
 
-async fn find<'s>(site: &'s Site, reference: &str) -> Result<(&'s Shelf, String), Problem> {
+async fn find<'s>(site: &'s Site, reference: &str) -> Result<(&'s ServedStore, String), Problem> {
     let mut first = None;
-    for shelf in &site.shelves {
-        match shelf.store.resolve_artifact(reference).await {
-            Ok(hash) => return Ok((shelf, hash)),
+    for served in &site.stores {
+        match served.store.resolve_artifact(reference).await {
+            Ok(hash) => return Ok((served, hash)),
             Err(error @ (StoreError::NoArtifact { .. } | StoreError::AmbiguousArtifact { .. })) => {
                 first = first.or(Some(error))
             }

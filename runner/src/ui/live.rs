@@ -2,17 +2,17 @@
 
 use maud::{Markup, html};
 
-use super::{Shelf, page};
+use super::{ServedStore, page};
 use crate::executor::gauge;
 use crate::store::{RunDetail, RunState, StageState, Time};
 use crate::table;
 
 /// A bar for each stage under way; nothing when none is.
-pub fn progress(shelf: &Shelf, detail: &RunDetail) -> Markup {
+pub fn progress(served: &ServedStore, detail: &RunDetail) -> Markup {
     if !matches!(detail.summary.state, RunState::Queued | RunState::Running) {
         return html! {};
     }
-    let readings = gauge::read(&shelf.layout.staging(&detail.summary.id.0));
+    let readings = gauge::read(&served.layout.staging(&detail.summary.id.0));
     let now = Time::now();
     let done = detail
         .stages

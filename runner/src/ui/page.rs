@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::reply::{HTML, Problem, Reply};
 use super::request::{link, segment};
-use super::{Shelf, Site};
+use super::{ServedStore, Site};
 use crate::account::comparison::Fact;
 use crate::store::{RunId, RunState, RunSummary, StageState, StoreError, Time};
 use crate::table;
@@ -95,9 +95,9 @@ impl Page<'_> {
                     main #main tabindex="-1" { (self.body) }
                     footer.foot {
                         span {
-                            @for (number, shelf) in site.shelves.iter().enumerate() {
+                            @for (number, served) in site.stores.iter().enumerate() {
                                 @if number > 0 { " · " }
-                                span.mono { (name(&shelf.label)) }
+                                span.mono { (name(&served.label)) }
                             }
                         }
                         span { (if site.write { "may be changed here" } else { "read-only" }) " · retort " (env!("CARGO_PKG_VERSION")) }
@@ -311,14 +311,14 @@ pub fn jointed(text: &str) -> Markup {
 }
 
 /// Links to choose among the stores, where there are several.
-pub fn stores(site: &Site, here: &Shelf) -> Markup {
+pub fn stores(site: &Site, here: &ServedStore) -> Markup {
     html! {
-        @if site.shelves.len() > 1 {
+        @if site.stores.len() > 1 {
             nav.stores aria-label="Stores" {
-                @for (number, shelf) in site.shelves.iter().enumerate() {
-                    @let current = shelf.dir() == here.dir();
+                @for (number, served) in site.stores.iter().enumerate() {
+                    @let current = served.dir() == here.dir();
                     a.chip href=(link("/", &[("store", &(number + 1).to_string())])) aria-current=[current.then_some("page")] {
-                        (name(&shelf.label))
+                        (name(&served.label))
                     }
                 }
             }

@@ -12,9 +12,9 @@ use serde_json::Value;
 use super::files;
 use super::page::{self, Page, Section};
 use super::reply::{Problem, Reply};
-use super::request::{Ask, Fields, link};
+use super::request::{Fields, PageRequest, link};
 use super::samples::Set;
-use super::{Shelf, Site};
+use super::{ServedStore, Site};
 use crate::store::{ArtifactRow, RunDetail, RunId, StageDetail};
 
 /// Sets side by side, rows of samples, and runs on a page.
@@ -60,14 +60,14 @@ struct Frame {
 }
 
 /// The page.
-pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
-    let mut details: Vec<(&Shelf, RunDetail)> = Vec::new();
-    let named = site.named_runs(&ask.query, RUNS).await?;
+pub async fn answer(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
+    let mut details: Vec<(&ServedStore, RunDetail)> = Vec::new();
+    let named = site.named_runs(&request.query, RUNS).await?;
     if let Some(settled) = named.settled {
         return Ok(Reply::see(&settled.link("/pictures")));
     }
-    for (shelf, id) in named.runs {
-        details.push((shelf, shelf.store.run_detail(&id).await?));
+    for (served, id) in named.runs {
+        details.push((served, served.store.run_detail(&id).await?));
     }
     let runs: Vec<String> = details
         .iter()
@@ -81,13 +81,13 @@ pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
                 p { a.button href="/pictures?run=latest" { "Pictures of the latest run" } }
             }
         },
-        false => content(site, ask, &details).await?,
+        false => content(site, request, &details).await?,
     };
     Ok(Page {
         title: "Pictures",
         place: Section::Pictures,
         runs: &runs,
-        pinned: ask.query.get("baseline").is_some(),
+        pinned: request.query.get("baseline").is_some(),
         live: None,
         body,
     }
@@ -96,10 +96,10 @@ pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
 
 async fn content(
     site: &Site,
-    ask: &Ask,
-    details: &[(&Shelf, RunDetail)],
+    request: &PageRequest,
+    details: &[(&ServedStore, RunDetail)],
 ) -> Result<Markup, Problem> {
-    let wished: Vec<&str> = ask.query.all("set").collect();
+    let wished: Vec<&str> = request.query.all("set").collect();
     let mut offered: Vec<(&RunDetail, &ArtifactRow)> = Vec::new();
     for (_, detail) in details {
         let sets = detail
@@ -156,7 +156,7 @@ async fn content(
         @if !columns.is_empty() {
             section {
                 h2 { (heading(&columns)) }
-                (side_by_side(ask, &columns, &offered, (&names, details.len() > 1)))
+                (side_by_side(request, &columns, &offered, (&names, details.len() > 1)))
             }
         }
         @for (student, frames) in &strips { (strip(student, frames)) }
@@ -179,13 +179,13 @@ async fn class_names(site: &Site, set: &Set, row: &ArtifactRow) -> Vec<String> {
         return set.captions.clone();
     }
     for hash in &row.made_from {
-        let Ok((shelf, files)) = files::find(site, hash).await else {
+        let Ok((served, files)) = files::find(site, hash).await else {
             continue;
         };
         let config = files
             .iter()
             .find(|file| file.path == CONFIG && file.size <= LONGEST_CONFIG);
-        let Some(Ok(file)) = config.map(|listed| files::open(shelf, hash, listed)) else {
+        let Some(Ok(file)) = config.map(|listed| files::open(served, hash, listed)) else {
             continue;
         };
         let config: Value =
@@ -205,8 +205,8 @@ async fn open(site: &Site, hash: &str) -> Result<Arc<Set>, Problem> {
     if let Some(set) = site.samples.get(hash) {
         return Ok(set);
     }
-    let (shelf, files) = files::find(site, hash).await?;
-    let dir = shelf.layout.artifact(hash);
+    let (served, files) = files::find(site, hash).await?;
+    let dir = served.layout.artifact(hash);
     let opened = tokio::task::spawn_blocking(move || Set::open(dir, &files));
     let set = Arc::new(
         opened
@@ -277,14 +277,18 @@ fn aligned(
 }
 
 fn side_by_side(
-    ask: &Ask,
+    request: &PageRequest,
     columns: &[Column],
     offered: &[(&RunDetail, &ArtifactRow)],
     (names, several): (&[String], bool),
 ) -> Markup {
-    let class: Option<u32> = ask.query.number("class");
-    let skip: usize = ask.query.number("at").unwrap_or(0);
-    let rows: usize = ask.query.number("rows").unwrap_or(ROWS).clamp(1, MOST_ROWS);
+    let class: Option<u32> = request.query.number("class");
+    let skip: usize = request.query.number("at").unwrap_or(0);
+    let rows: usize = request
+        .query
+        .number("rows")
+        .unwrap_or(ROWS)
+        .clamp(1, MOST_ROWS);
     let first = &columns[0];
     let lines = aligned(columns, class, skip, rows);
     let known = {
@@ -298,7 +302,7 @@ fn side_by_side(
         Some(name) => name.clone(),
         None => format!("class {label}"),
     };
-    let zoom: usize = ask.query.number("zoom").unwrap_or(1).clamp(1, 8);
+    let zoom: usize = request.query.number("zoom").unwrap_or(1).clamp(1, 8);
     let here = |fields: Fields| fields.link("/pictures");
     let shown = |set: &Set| {
         let (height, width) = set.size();
@@ -307,7 +311,7 @@ fn side_by_side(
     };
     html! {
         form.filter method="get" action="/pictures" {
-            @for (name, value) in ask.query.pairs().filter(|(name, _)| !matches!(*name, "class" | "at" | "set" | "zoom")) { input type="hidden" name=(name) value=(value); }
+            @for (name, value) in request.query.pairs().filter(|(name, _)| !matches!(*name, "class" | "at" | "set" | "zoom")) { input type="hidden" name=(name) value=(value); }
             label for="class" { "Class" }
             select #class name="class" {
                 option value="" { "all" }
@@ -329,7 +333,7 @@ fn side_by_side(
             button.primary type="submit" { "Show" }
         }
         @if lines.is_empty() {
-            section.empty { h3 { "No samples here" } p { a href=(here(ask.query.without("class").without("at"))) { "From the beginning" } } }
+            section.empty { h3 { "No samples here" } p { a href=(here(request.query.without("class").without("at"))) { "From the beginning" } } }
         } @else {
             div.scroll { table.samples {
                 thead { tr {
@@ -370,8 +374,8 @@ fn side_by_side(
             } }
             nav.pages aria-label="Parts of the set" {
                 span.num { "rows " (skip + 1) "–" (skip + lines.len()) @if class.is_none() { " of " (first.set.count()) } }
-                @if skip > 0 { a.button href=(here(ask.query.with("at", &skip.saturating_sub(rows).to_string()))) rel="prev" { "← Before" } }
-                @if lines.len() == rows { a.button href=(here(ask.query.with("at", &(skip + rows).to_string()))) rel="next" { "Next →" } }
+                @if skip > 0 { a.button href=(here(request.query.with("at", &skip.saturating_sub(rows).to_string()))) rel="prev" { "← Before" } }
+                @if lines.len() == rows { a.button href=(here(request.query.with("at", &(skip + rows).to_string()))) rel="next" { "Next →" } }
             }
             @if columns.iter().any(|column| !column.set.shares_noise(&first.set)) {
                 p.hint { "Sets marked “other noise” have another seed than the first: their samples have the same class, and not the same noise. Give sample stages one " code { "seed" } " to compare them sample by sample." }

@@ -7,7 +7,7 @@ const FIELDS: usize = 4096;
 
 /// A request.
 #[derive(Debug, Clone)]
-pub struct Ask {
+pub struct PageRequest {
     /// How.
     pub method: Method,
     /// The path, decoded, without its slashes.

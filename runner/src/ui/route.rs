@@ -3,45 +3,45 @@
 use hyper::Method;
 
 use super::reply::{Problem, Reply};
-use super::request::Ask;
+use super::request::PageRequest;
 use super::{
     Site, assets, changes, compare, curves, events, files, lineage, page, pictures, run, runs,
     sweeps,
 };
 
 /// Answers a request that may be answered.
-pub async fn answer(site: &Site, ask: &Ask) -> Reply {
-    match find(site, ask).await {
+pub async fn answer(site: &Site, request: &PageRequest) -> Reply {
+    match find(site, request).await {
         Ok(reply) => reply,
         Err(problem) => page::problem(site, &problem),
     }
 }
 
-async fn find(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
-    let path: Vec<&str> = ask.path.iter().map(String::as_str).collect();
-    if ask.method == Method::POST {
+async fn find(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
+    let path: Vec<&str> = request.path.iter().map(String::as_str).collect();
+    if request.method == Method::POST {
         return match path.as_slice() {
-            ["change", what] => changes::answer(site, ask, what).await,
+            ["change", what] => changes::answer(site, request, what).await,
             _ => Err(nothing()),
         };
     }
     match path.as_slice() {
-        [] => runs::answer(site, ask).await,
-        ["run", id] => run::overview(site, ask, id).await,
-        ["run", id, tab] => run::tab(site, ask, id, tab).await,
-        ["curves"] => curves::answer(site, ask).await,
-        ["curves", "data.json"] => curves::data(site, ask).await,
-        ["curves", "curves.svg"] => curves::svg(site, ask).await,
-        ["curves", "curves.csv"] => curves::csv(site, ask).await,
-        ["pictures"] => pictures::answer(site, ask).await,
-        ["compare"] => compare::answer(site, ask).await,
-        ["artifact", hash] => lineage::answer(site, ask, hash).await,
-        ["file", hash] => files::answer(site, ask, hash).await,
+        [] => runs::answer(site, request).await,
+        ["run", id] => run::overview(site, request, id).await,
+        ["run", id, tab] => run::tab(site, request, id, tab).await,
+        ["curves"] => curves::answer(site, request).await,
+        ["curves", "data.json"] => curves::data(site, request).await,
+        ["curves", "curves.svg"] => curves::svg(site, request).await,
+        ["curves", "curves.csv"] => curves::csv(site, request).await,
+        ["pictures"] => pictures::answer(site, request).await,
+        ["compare"] => compare::answer(site, request).await,
+        ["artifact", hash] => lineage::answer(site, request, hash).await,
+        ["file", hash] => files::answer(site, request, hash).await,
         ["sample", hash, number] => pictures::sample(site, hash, number).await,
-        ["sweep", id] => sweeps::answer(site, ask, id).await,
+        ["sweep", id] => sweeps::answer(site, request, id).await,
         ["sweep", id, "plot.svg"] => sweeps::svg(site, id).await,
-        ["events"] => Ok(events::answer(site, ask)),
-        ["change", "remove"] => changes::confirm(site, ask).await,
+        ["events"] => Ok(events::answer(site, request)),
+        ["change", "remove"] => changes::confirm(site, request).await,
         ["assets", name] => assets::answer(name).ok_or_else(nothing),
         _ => Err(nothing()),
     }

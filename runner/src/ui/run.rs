@@ -5,8 +5,8 @@ use maud::{Markup, html};
 use super::graph::{self, Node};
 use super::page::{self, Page, Section};
 use super::reply::{Problem, Reply};
-use super::request::{Ask, link, segment};
-use super::{Shelf, Site, curves, gantt, lineage, live, pictures, run_log};
+use super::request::{PageRequest, link, segment};
+use super::{ServedStore, Site, curves, gantt, lineage, live, pictures, run_log};
 use crate::account::reasons;
 use crate::chart;
 use crate::store::{AttemptDetail, RunDetail, RunState, SeriesSummary, StageDetail};
@@ -29,13 +29,22 @@ const TABS: [(&str, &str); 7] = [
 ];
 
 /// The first page of a run.
-pub async fn overview(site: &Site, ask: &Ask, reference: &str) -> Result<Reply, Problem> {
-    tab(site, ask, reference, "").await
+pub async fn overview(
+    site: &Site,
+    request: &PageRequest,
+    reference: &str,
+) -> Result<Reply, Problem> {
+    tab(site, request, reference, "").await
 }
 
 /// A page of a run.
-pub async fn tab(site: &Site, ask: &Ask, reference: &str, tab: &str) -> Result<Reply, Problem> {
-    let (shelf, run) = site.find_run(reference).await?;
+pub async fn tab(
+    site: &Site,
+    request: &PageRequest,
+    reference: &str,
+    tab: &str,
+) -> Result<Reply, Problem> {
+    let (served, run) = site.find_run(reference).await?;
     let base = page::run_path(&run.0);
     if run.0 != reference {
         // Another name means another run tomorrow; a link that is kept shows the same.
@@ -43,15 +52,15 @@ pub async fn tab(site: &Site, ask: &Ask, reference: &str, tab: &str) -> Result<R
             "" => base,
             tab => format!("{base}/{}", segment(tab)),
         };
-        return Ok(Reply::see(&ask.query.link(&path)));
+        return Ok(Reply::see(&request.query.link(&path)));
     }
-    let detail = shelf.store.run_detail(&run).await?;
+    let detail = served.store.run_detail(&run).await?;
     let content = match tab {
-        "" => stages(shelf, &detail),
-        "metrics" => metrics(&detail, &shelf.store.last_metrics(&run).await?),
+        "" => stages(served, &detail),
+        "metrics" => metrics(&detail, &served.store.last_metrics(&run).await?),
         "params" => params(&detail),
-        "why" => why(shelf, &detail).await?,
-        "log" => run_log::content(shelf, &detail, ask).await?,
+        "why" => why(served, &detail).await?,
+        "log" => run_log::content(served, &detail, request).await?,
         "artifacts" => artifacts(&detail),
         "environment" => environment(&detail),
         _ => return Err(Problem::NotFound("a run has no such page".into())),
@@ -59,7 +68,7 @@ pub async fn tab(site: &Site, ask: &Ask, reference: &str, tab: &str) -> Result<R
     let summary = &detail.summary;
     let under_way = matches!(summary.state, RunState::Queued | RunState::Running);
     let body = html! {
-        (head(site, shelf, &detail))
+        (head(site, served, &detail))
         nav.tabs aria-label="Of this run" {
             @for (path, name) in TABS {
                 @let href = if path.is_empty() { base.clone() } else { format!("{base}/{path}") };
@@ -81,7 +90,7 @@ pub async fn tab(site: &Site, ask: &Ask, reference: &str, tab: &str) -> Result<R
     Ok(page.reply(site))
 }
 
-fn head(site: &Site, shelf: &Shelf, detail: &RunDetail) -> Markup {
+fn head(site: &Site, served: &ServedStore, detail: &RunDetail) -> Markup {
     let run = &detail.summary;
     let id = run.id.0.as_str();
     html! {
@@ -109,11 +118,11 @@ fn head(site: &Site, shelf: &Shelf, detail: &RunDetail) -> Markup {
                 button #pin type="button" data-pin=(id) hidden aria-pressed="false" { "Pin as baseline" }
             }
         }
-        @if site.write { (forms(site, shelf, detail)) }
+        @if site.write { (forms(site, served, detail)) }
     }
 }
 
-fn forms(site: &Site, _: &Shelf, detail: &RunDetail) -> Markup {
+fn forms(site: &Site, _: &ServedStore, detail: &RunDetail) -> Markup {
     let run = &detail.summary;
     let hidden = html! {
         input type="hidden" name="seal" value=(site.guard.seal());
@@ -148,10 +157,10 @@ fn forms(site: &Site, _: &Shelf, detail: &RunDetail) -> Markup {
     }
 }
 
-fn stages(shelf: &Shelf, detail: &RunDetail) -> Markup {
+fn stages(served: &ServedStore, detail: &RunDetail) -> Markup {
     let previews = pictures::previews(detail);
     html! {
-        (live::progress(shelf, detail))
+        (live::progress(served, detail))
         section {
             h2 { "Stages" }
             (drawing(detail))
@@ -341,11 +350,11 @@ fn search(id: &str, label: &str, table: &str) -> Markup {
     }
 }
 
-async fn why(shelf: &Shelf, detail: &RunDetail) -> Result<Markup, Problem> {
+async fn why(served: &ServedStore, detail: &RunDetail) -> Result<Markup, Problem> {
     let mut answers = Vec::new();
     for stage in &detail.stages {
         if let Some((answer, _)) =
-            reasons::of_turn(&shelf.store, &detail.summary.id, &stage.name).await?
+            reasons::of_turn(&served.store, &detail.summary.id, &stage.name).await?
         {
             answers.push(answer);
         }

@@ -2,10 +2,10 @@
 
 use maud::{Markup, html};
 
-use super::Shelf;
+use super::ServedStore;
 use super::page;
 use super::reply::Problem;
-use super::request::{Ask, link};
+use super::request::{PageRequest, link};
 use crate::store::{LogQuery, LogSource, RunDetail, RunLine};
 use crate::terminal;
 
@@ -23,8 +23,12 @@ const LEVELS: [(&str, u32); 5] = [
 ];
 
 /// The page of a log.
-pub async fn content(shelf: &Shelf, detail: &RunDetail, ask: &Ask) -> Result<Markup, Problem> {
-    let query = &ask.query;
+pub async fn content(
+    served: &ServedStore,
+    detail: &RunDetail,
+    request: &PageRequest,
+) -> Result<Markup, Problem> {
+    let query = &request.query;
     let level = query.get("level").unwrap_or("trace");
     let known = LEVELS.iter().find(|(name, _)| *name == level);
     let (_, number) = known.ok_or_else(|| Problem::Bad(format!("there is no level `{level}`")))?;
@@ -35,7 +39,7 @@ pub async fn content(shelf: &Shelf, detail: &RunDetail, ask: &Ask) -> Result<Mar
         before: query.number("before"),
     };
     let run = &detail.summary.id;
-    let (lines, more) = shelf.store.log_page(run, &wish, LINES).await?;
+    let (lines, more) = served.store.log_page(run, &wish, LINES).await?;
     let path = format!("{}/log", page::run_path(&run.0));
     let first = lines.first().map(|line| line.key.to_string());
     Ok(html! {

@@ -5,8 +5,8 @@ use serde_json::Value;
 
 use super::page::{self, Page, Section};
 use super::reply::{Problem, Reply};
-use super::request::{Ask, Fields, segment};
-use super::{Shelf, Site};
+use super::request::{Fields, PageRequest, segment};
+use super::{ServedStore, Site};
 use crate::filter::{self, Expr, Filter, Name};
 use crate::store::{Group, RunFilter, RunSummary, Sort};
 use crate::table;
@@ -30,19 +30,19 @@ struct ListQuery {
 }
 
 /// The page.
-pub async fn answer(site: &Site, ask: &Ask) -> Result<Reply, Problem> {
-    let number: usize = ask.query.number("store").unwrap_or(1);
-    let shelf = site
-        .shelves
+pub async fn answer(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
+    let number: usize = request.query.number("store").unwrap_or(1);
+    let served = site
+        .stores
         .get(number.wrapping_sub(1))
         .ok_or_else(|| Problem::NotFound(format!("there is no store number {number}")))?;
-    let found = content(shelf, ask).await;
+    let found = content(served, request).await;
     let status = found.as_ref().err().map_or(200, Problem::status);
-    let names = shelf.store.field_names(NAMES).await?;
+    let names = served.store.field_names(NAMES).await?;
     let body = html! {
-        (page::stores(site, shelf))
+        (page::stores(site, served))
         h1.visually-hidden { "Runs" }
-        (controls(ask, &names))
+        (controls(request, &names))
         div #list data-live="" {
             @match &found {
                 Ok(content) => (content),
@@ -101,19 +101,25 @@ fn query(query: &Fields) -> Result<ListQuery, Problem> {
     })
 }
 
-async fn content(shelf: &Shelf, ask: &Ask) -> Result<Markup, Problem> {
-    let query = query(&ask.query)?;
-    let baseline = baseline(shelf, ask, &query).await;
-    match ask.query.get("group") {
-        Some(by @ ("tag" | "sweep")) => groups(shelf, ask, &query, baseline.as_ref(), by).await,
+async fn content(served: &ServedStore, request: &PageRequest) -> Result<Markup, Problem> {
+    let query = query(&request.query)?;
+    let baseline = baseline(served, request, &query).await;
+    match request.query.get("group") {
+        Some(by @ ("tag" | "sweep")) => {
+            groups(served, request, &query, baseline.as_ref(), by).await
+        }
         Some(other) => Err(Problem::Bad(format!("runs have no groups by {other}"))),
-        None => whole(shelf, ask, &query, baseline.as_ref()).await,
+        None => whole(served, request, &query, baseline.as_ref()).await,
     }
 }
 
 /// The run that others are held against; one that is gone, or another store's, is none.
-async fn baseline(shelf: &Shelf, ask: &Ask, query: &ListQuery) -> Option<RunSummary> {
-    let id = ask.query.get("baseline")?;
+async fn baseline(
+    served: &ServedStore,
+    request: &PageRequest,
+    query: &ListQuery,
+) -> Option<RunSummary> {
+    let id = request.query.get("baseline")?;
     let by_id = filter::parse(&format!("id = \"{}\"", id.replace('"', ""))).ok()?;
     let filter = RunFilter {
         limit: Some(1),
@@ -121,12 +127,12 @@ async fn baseline(shelf: &Shelf, ask: &Ask, query: &ListQuery) -> Option<RunSumm
         columns: query.columns.clone(),
         ..RunFilter::default()
     };
-    shelf.store.list_runs(&filter).await.ok()?.pop()
+    served.store.list_runs(&filter).await.ok()?.pop()
 }
 
 async fn whole(
-    shelf: &Shelf,
-    ask: &Ask,
+    served: &ServedStore,
+    request: &PageRequest,
     query: &ListQuery,
     baseline: Option<&RunSummary>,
 ) -> Result<Markup, Problem> {
@@ -138,8 +144,8 @@ async fn whole(
         columns: query.columns.clone(),
         ..RunFilter::default()
     };
-    let listed = shelf.store.list_runs(&filter);
-    let counted = shelf.store.count_matching(&filter);
+    let listed = served.store.list_runs(&filter);
+    let counted = served.store.count_matching(&filter);
     let (runs, count) = match query.sort.is_empty() {
         // Both go through all runs, and do so beside each other.
         false => tokio::try_join!(listed, counted)?,
@@ -162,14 +168,14 @@ async fn whole(
         @if runs.is_empty() && count == 0 {
             (nothing(query.filter.is_some()))
         } @else {
-            (table(&runs, query, ask, baseline, "runs"))
+            (table(&runs, query, request, baseline, "runs"))
             nav.pages aria-label="Parts of the list" {
                 span.num #count { @if runs.is_empty() { "nothing so far down of " } @else { (grouped(first)) "–" (grouped(last)) " of " } (grouped(count)) }
                 @if query.page > 1 {
-                    a.button href=(ask.query.with("page", &(query.page - 1).to_string()).link("/")) rel="prev" { "← Newer" }
+                    a.button href=(request.query.with("page", &(query.page - 1).to_string()).link("/")) rel="prev" { "← Newer" }
                 }
                 @if last < count && !runs.is_empty() {
-                    a.button href=(ask.query.with("page", &(query.page + 1).to_string()).link("/")) rel="next" { "Older →" }
+                    a.button href=(request.query.with("page", &(query.page + 1).to_string()).link("/")) rel="next" { "Older →" }
                 }
             }
         }
@@ -205,8 +211,8 @@ fn nothing(filtered: bool) -> Markup {
 }
 
 /// The newest sweeps, with how many points they have.
-async fn sweeps(shelf: &Shelf) -> Result<Vec<Group>, Problem> {
-    let sweeps = shelf.store.list_sweeps().await?;
+async fn sweeps(served: &ServedStore) -> Result<Vec<Group>, Problem> {
+    let sweeps = served.store.list_sweeps().await?;
     let groups = sweeps.into_iter().take(GROUPS as usize).map(|sweep| Group {
         name: sweep.id.0,
         runs: u64::from(sweep.points),
@@ -215,15 +221,15 @@ async fn sweeps(shelf: &Shelf) -> Result<Vec<Group>, Problem> {
 }
 
 async fn groups(
-    shelf: &Shelf,
-    ask: &Ask,
+    served: &ServedStore,
+    request: &PageRequest,
     query: &ListQuery,
     baseline: Option<&RunSummary>,
     by: &str,
 ) -> Result<Markup, Problem> {
     let groups = match by {
-        "sweep" => sweeps(shelf).await?,
-        _ => shelf.store.tag_groups(GROUPS).await?,
+        "sweep" => sweeps(served).await?,
+        _ => served.store.tag_groups(GROUPS).await?,
     };
     let mut shown = Vec::new();
     for group in groups {
@@ -247,7 +253,7 @@ async fn groups(
             columns: query.columns.clone(),
             ..RunFilter::default()
         };
-        let runs = shelf.store.list_runs(&filter).await?;
+        let runs = served.store.list_runs(&filter).await?;
         if !runs.is_empty() {
             shown.push((group, condition, runs));
         }
@@ -265,7 +271,7 @@ async fn groups(
             }
         }
         @for (number, (group, condition, runs)) in shown.iter().enumerate() {
-            @let all = match ask.query.get("where") {
+            @let all = match request.query.get("where") {
                 Some(given) => format!("({given}) and {condition}"),
                 None => condition.clone(),
             };
@@ -274,10 +280,10 @@ async fn groups(
                     span.tag { (page::name(&group.name)) }
                     @if by == "sweep" { " " a href=(format!("/sweep/{}", segment(&group.name))) { "its points" } }
                     span.dim.num { " " (grouped(group.runs)) (if by == "sweep" { " points" } else { " runs" }) } }
-                (table(runs, query, ask, baseline, &format!("group-{number}")))
+                (table(runs, query, request, baseline, &format!("group-{number}")))
                 // A point may have had several runs.
                 @if group.runs > runs.len() as u64 || (by == "sweep" && runs.len() == OF_GROUP as usize) {
-                    p { a href=(ask.query.without("group").without("page").with("where", &all).link("/")) { "All of them" } }
+                    p { a href=(request.query.without("group").without("page").with("where", &all).link("/")) { "All of them" } }
                 }
             }
         }
@@ -285,8 +291,8 @@ async fn groups(
 }
 
 /// The filter, the columns and the groups, as a form that works without scripts.
-fn controls(ask: &Ask, names: &[String]) -> Markup {
-    let query = &ask.query;
+fn controls(request: &PageRequest, names: &[String]) -> Markup {
+    let query = &request.query;
     let kept = query.without("where").without("page").without("add");
     let columns: Vec<&str> = chosen(query).collect();
     let group = query.get("group");
@@ -336,11 +342,12 @@ fn controls(ask: &Ask, names: &[String]) -> Markup {
 fn table(
     runs: &[RunSummary],
     query: &ListQuery,
-    ask: &Ask,
+    request: &PageRequest,
     baseline: Option<&RunSummary>,
     id: &str,
 ) -> Markup {
-    let head = |text: &str, field: Option<&str>, class: &str| head(text, field, class, query, ask);
+    let head =
+        |text: &str, field: Option<&str>, class: &str| head(text, field, class, query, request);
     html! {
         form.picks method="get" action="/compare" {
             @if let Some(baseline) = baseline { input type="hidden" name="baseline" value=(baseline.id.0); }
@@ -386,7 +393,13 @@ fn short(field: &str) -> (&str, &str) {
     }
 }
 
-fn head(text: &str, field: Option<&str>, class: &str, query: &ListQuery, ask: &Ask) -> Markup {
+fn head(
+    text: &str,
+    field: Option<&str>,
+    class: &str,
+    query: &ListQuery,
+    request: &PageRequest,
+) -> Markup {
     let Some(field) = field else {
         return html! { th scope="col" class=(class) { (page::name(text)) } };
     };
@@ -405,7 +418,7 @@ fn head(text: &str, field: Option<&str>, class: &str, query: &ListQuery, ask: &A
     };
     html! {
         th scope="col" class=(class) aria-sort=[aria] {
-            a href=(ask.query.with("sort", &sort).without("page").link("/")) title=[(!rest.is_empty()).then_some(text)] {
+            a href=(request.query.with("sort", &sort).without("page").link("/")) title=[(!rest.is_empty()).then_some(text)] {
                 (page::name(short)) span.arrow aria-hidden="true" { (mark) }
                 @if !rest.is_empty() { br; span.context { (page::name(rest)) } }
             }

@@ -19,7 +19,7 @@ use tokio::sync::Semaphore;
 
 use super::guard::{Guard, Verdict};
 use super::reply::{Content, Reply, TEXT};
-use super::request::{self, Ask, Fields};
+use super::request::{self, Fields, PageRequest};
 use super::{Site, route};
 
 /// Most connections at a time; further ones wait.
@@ -78,13 +78,13 @@ async fn answer(site: &Site, request: Request<Incoming>) -> Result<Response<Body
             Ok(form) => match request::path(head.uri.path()) {
                 None => Reply::new(TEXT, "there is no such page\n").status(404),
                 Some(path) => {
-                    let ask = Ask {
+                    let request = PageRequest {
                         method: head.method,
                         path,
                         query: Fields::read(head.uri.query().unwrap_or_default()),
                         form,
                     };
-                    route::answer(site, &ask).await
+                    route::answer(site, &request).await
                 }
             },
         },

@@ -4,8 +4,8 @@ use maud::{Markup, PreEscaped, html};
 
 use super::page::{self, Page, Section};
 use super::reply::{Problem, Reply};
-use super::request::{Ask, link, segment};
-use super::{Shelf, Site};
+use super::request::{PageRequest, link, segment};
+use super::{ServedStore, Site};
 use crate::store::{RunState, StoreError, SweepPoint};
 use crate::sweep::plot;
 use crate::sweep::results::Results;
@@ -13,10 +13,10 @@ use crate::sweep::results::Results;
 /// Points that the table shows.
 const MOST: usize = 2000;
 
-async fn find<'s>(site: &'s Site, reference: &str) -> Result<(&'s Shelf, Results), Problem> {
+async fn find<'s>(site: &'s Site, reference: &str) -> Result<(&'s ServedStore, Results), Problem> {
     let mut first = None;
-    for shelf in &site.shelves {
-        let id = match shelf.store.resolve_sweep(reference).await {
+    for served in &site.stores {
+        let id = match served.store.resolve_sweep(reference).await {
             Ok(id) => id,
             Err(error @ (StoreError::NoSweep { .. } | StoreError::AmbiguousSweep { .. })) => {
                 first = first.or(Some(Problem::NotFound(error.to_string())));
@@ -24,8 +24,8 @@ async fn find<'s>(site: &'s Site, reference: &str) -> Result<(&'s Shelf, Results
             }
             Err(error) => return Err(error.into()),
         };
-        let detail = shelf.store.sweep_detail(&id).await?;
-        return Ok((shelf, Results::of(&shelf.store, detail, None).await?));
+        let detail = served.store.sweep_detail(&id).await?;
+        return Ok((served, Results::of(&served.store, detail, None).await?));
     }
     Err(first.unwrap_or_else(|| Problem::NotFound("there is no such sweep".into())))
 }
@@ -70,8 +70,8 @@ fn state(point: &SweepPoint) -> Markup {
 }
 
 /// The page.
-pub async fn answer(site: &Site, _: &Ask, reference: &str) -> Result<Reply, Problem> {
-    let (shelf, results) = find(site, reference).await?;
+pub async fn answer(site: &Site, _: &PageRequest, reference: &str) -> Result<Reply, Problem> {
+    let (served, results) = find(site, reference).await?;
     let (detail, definition) = (&results.detail, &results.detail.plan.definition);
     let id = detail.id.0.as_str();
     let mut ranked = results.ranked();
@@ -85,7 +85,7 @@ pub async fn answer(site: &Site, _: &Ask, reference: &str) -> Result<Reply, Prob
         .collect();
     let kept: Vec<(&str, &str)> = runs.iter().map(|run| ("run", run.as_str())).collect();
     let condition = format!("sweep = {id}");
-    let store = shelf.number(site).to_string();
+    let store = served.number(site).to_string();
     let body = html! {
         header.run-head #sweep-head data-live="" {
             div {

@@ -3,7 +3,17 @@
 //! In: how the process ended, and what it wrote before. Out: a reason in few words, which the history keeps and people
 //! search for, with a sentence and a hint. Deliberately absent: ends that the runner brought about (the executor's).
 
-use crate::worker::process::{ExitStatus, signal_name};
+use serde::{Deserialize, Serialize};
+
+/// With a code or by a signal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExitStatus {
+    /// It left.
+    Code(i32),
+    /// It was ended.
+    Signal(i32),
+}
 
 /// The end of a process that nobody asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,6 +125,32 @@ impl Death {
             _ => None,
         }
     }
+}
+
+/// `SIGSEGV`, `signal 64`.
+pub fn signal_name(signal: i32) -> String {
+    let name = match signal {
+        libc::SIGHUP => "SIGHUP",
+        libc::SIGINT => "SIGINT",
+        libc::SIGQUIT => "SIGQUIT",
+        libc::SIGILL => "SIGILL",
+        libc::SIGTRAP => "SIGTRAP",
+        libc::SIGABRT => "SIGABRT",
+        libc::SIGBUS => "SIGBUS",
+        libc::SIGFPE => "SIGFPE",
+        libc::SIGKILL => "SIGKILL",
+        libc::SIGUSR1 => "SIGUSR1",
+        libc::SIGSEGV => "SIGSEGV",
+        libc::SIGUSR2 => "SIGUSR2",
+        libc::SIGPIPE => "SIGPIPE",
+        libc::SIGALRM => "SIGALRM",
+        libc::SIGTERM => "SIGTERM",
+        libc::SIGXCPU => "SIGXCPU",
+        libc::SIGXFSZ => "SIGXFSZ",
+        libc::SIGSYS => "SIGSYS",
+        other => return format!("signal {other}"),
+    };
+    name.to_owned()
 }
 
 #[cfg(test)]

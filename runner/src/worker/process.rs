@@ -14,7 +14,6 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use retort_abi::Failure;
-use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
@@ -23,7 +22,7 @@ use tokio::task::JoinHandle;
 use crate::cluster::ElementEvent;
 use crate::frame::{self, Answer, FrameError, FromWorker, Inbox, Task, ToWorker};
 use crate::store::{LogSource, Usage};
-use crate::worker::death::Death;
+use crate::worker::death::{Death, ExitStatus};
 use crate::worker::{LONGEST_LINE, shortened};
 
 /// How long what a dead worker has left in its pipes is waited for: processes that left its group may hold them open.
@@ -50,7 +49,7 @@ fn alive() -> MutexGuard<'static, BTreeSet<u32>> {
 #[derive(Debug)]
 pub struct Worker {
     pid: u32,
-    wire: Wire,
+    wire: WorkerSocket,
     stdout: Lines,
     stderr: Lines,
     exit: Option<JoinHandle<Exit>>,
@@ -82,16 +81,6 @@ pub struct Exit {
     pub usage: Usage,
     /// Whether memory ran out at that time, where that is known by who watched it.
     pub out_of_memory: Option<bool>,
-}
-
-/// With a code or by a signal.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ExitStatus {
-    /// It left.
-    Code(i32),
-    /// It was ended.
-    Signal(i32),
 }
 
 /// Why a plugin did not answer.
@@ -139,32 +128,6 @@ fn quoted(output: &str) -> String {
     } else {
         format!(", having written:\n{output}")
     }
-}
-
-/// `SIGSEGV`, `signal 64`.
-pub fn signal_name(signal: i32) -> String {
-    let name = match signal {
-        libc::SIGHUP => "SIGHUP",
-        libc::SIGINT => "SIGINT",
-        libc::SIGQUIT => "SIGQUIT",
-        libc::SIGILL => "SIGILL",
-        libc::SIGTRAP => "SIGTRAP",
-        libc::SIGABRT => "SIGABRT",
-        libc::SIGBUS => "SIGBUS",
-        libc::SIGFPE => "SIGFPE",
-        libc::SIGKILL => "SIGKILL",
-        libc::SIGUSR1 => "SIGUSR1",
-        libc::SIGSEGV => "SIGSEGV",
-        libc::SIGUSR2 => "SIGUSR2",
-        libc::SIGPIPE => "SIGPIPE",
-        libc::SIGALRM => "SIGALRM",
-        libc::SIGTERM => "SIGTERM",
-        libc::SIGXCPU => "SIGXCPU",
-        libc::SIGXFSZ => "SIGXFSZ",
-        libc::SIGSYS => "SIGSYS",
-        other => return format!("signal {other}"),
-    };
-    name.to_owned()
 }
 
 /// Makes one call that is no run, in a worker of its own, and waits for the answer.
@@ -244,7 +207,7 @@ impl Worker {
         };
         Ok(Self {
             pid,
-            wire: Wire::new(ours)?,
+            wire: WorkerSocket::new(ours)?,
             stdout: Lines::new(OwnedFd::from(stdout))?,
             stderr: Lines::new(OwnedFd::from(stderr))?,
             exit: Some(exit),
@@ -383,13 +346,13 @@ fn reap(pid: u32) -> Exit {
 
 /// The runner's end of the socket to a worker, which may send anything.
 #[derive(Debug)]
-pub struct Wire {
+pub struct WorkerSocket {
     /// None once it is closed, or what came through it was nonsense.
     socket: Option<UnixStream>,
     inbox: Inbox,
 }
 
-impl Wire {
+impl WorkerSocket {
     /// Of a connected socket; to be called within a runtime.
     ///
     /// # Errors

@@ -12,8 +12,8 @@ use super::syntax::{self, TOO_DEEP};
 use super::{
     Document, Location, MAX_DEPTH, MAX_NAMES, MAX_PROBLEMS, MAX_VALUES, YamlError, escape,
 };
-use crate::diagnostic::Position;
 use crate::terminal;
+use crate::yaml::Position;
 
 /// Reads the only document of a text.
 pub(super) fn read(text: &str) -> Result<Document, YamlError> {

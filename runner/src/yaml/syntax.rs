@@ -3,8 +3,8 @@
 use saphyr_parser::ScanError;
 
 use super::{YamlError, end_of, lines};
-use crate::diagnostic::Position;
 use crate::terminal;
+use crate::yaml::Position;
 
 /// What no recipe may hold, whatever it means in YAML: refused before anything is parsed.
 pub(super) fn forbidden(text: &str) -> Option<YamlError> {

@@ -16,7 +16,7 @@ use retort::artifact;
 use retort::cluster::spool::{self, Order, Over, Word, Writer};
 use retort::frame::{Answer, Call, FromWorker, Points, Progress};
 use retort::store::{ArtifactRecord, Usage};
-use retort::worker::process::ExitStatus;
+use retort::worker::death::ExitStatus;
 use retort_abi::StageResult;
 
 use crate::lab::{Lab, Running, Said, binary, compile, wait_for};

@@ -6,8 +6,10 @@ use retort_engine::backend::Mask;
 use retort_engine::error::{Error, Result};
 
 use crate::cuda::CAPABILITY;
-use crate::cuda::launch::{Heads, SHARED, Seen, Steps, counted, launch, warps};
+use crate::cuda::kernels::{self, Kernel};
+use crate::cuda::launch::{SHARED, counted, launch, warps};
 use crate::cuda::product::{Single, product, product_into};
+use crate::cuda::structures::{Heads, Seen, Steps};
 use crate::cuda::tensor::{Raw, Tensor, convert, dense_last, device, fresh, pointer};
 use crate::failed;
 
@@ -82,12 +84,12 @@ impl Masked {
         let kinds = [s.lq.div_ceil(GROUP), s.lk.div_ceil(GROUP)];
         let to = fresh(device, &kinds, DType::U32)?;
         let n = to.elem_count();
-        launch!(
+        launch(
             device,
-            "mask_kinds",
+            kernels::mask_kinds,
             warps(n)?,
             0,
-            [n as u32, self.seen(s, None)?, pointer(&to)?]
+            (n as u32, self.seen(s, None)?, pointer(&to)?),
         )?;
         Ok(Some(to))
     }
@@ -159,11 +161,46 @@ pub fn attention_backward(
     }
 }
 
+/// Kernels for heads of up to so many dimensions. They take heads, their dimensions, the scale, q, k and v, and what is seen;
+/// then what they read and write.
+struct Kernels {
+    forward: Kernel<(u32, u32, f32, Heads, Heads, Heads, Seen, u64)>,
+    /// The gradient for q. The result and its gradient lie beside q, k and v.
+    dq: Kernel<(
+        u32,
+        u32,
+        f32,
+        Heads,
+        Heads,
+        Heads,
+        Heads,
+        Heads,
+        Seen,
+        u64,
+        u64,
+        u64,
+    )>,
+    /// Those for k and v. The gradient of the result lies beside q, k and v.
+    dkv: Kernel<(
+        u32,
+        u32,
+        f32,
+        Heads,
+        Heads,
+        Heads,
+        Heads,
+        Seen,
+        u64,
+        u64,
+        u64,
+        u64,
+    )>,
+}
+
 /// An attention in bf16, tile by tile.
 struct Tiled {
     s: Sizes,
-    /// Names of the kernels.
-    names: [&'static str; 3],
+    kernels: Kernels,
     /// Rows of a tile.
     tile: usize,
     /// Bytes of shared memory for two tiles of two tensors.
@@ -177,27 +214,39 @@ fn tiled(q: &Tensor, s: Sizes) -> Option<Tiled> {
     if !q.half || !able {
         return None;
     }
-    let (d, tile, names) = match s.d {
+    let (d, tile, kernels) = match s.d {
         1..=32 => (
             32,
             64,
-            ["attention_32", "attention_dq_32", "attention_dkv_32"],
+            Kernels {
+                forward: kernels::attention_32,
+                dq: kernels::attention_dq_32,
+                dkv: kernels::attention_dkv_32,
+            },
         ),
         33..=64 => (
             64,
             64,
-            ["attention_64", "attention_dq_64", "attention_dkv_64"],
+            Kernels {
+                forward: kernels::attention_64,
+                dq: kernels::attention_dq_64,
+                dkv: kernels::attention_dkv_64,
+            },
         ),
         65..=128 => (
             128,
             32,
-            ["attention_128", "attention_dq_128", "attention_dkv_128"],
+            Kernels {
+                forward: kernels::attention_128,
+                dq: kernels::attention_dq_128,
+                dkv: kernels::attention_dkv_128,
+            },
         ),
         _ => return None,
     };
     Some(Tiled {
         s,
-        names,
+        kernels,
         tile,
         shared: 4 * tile * (d + 8) * 2,
     })
@@ -214,12 +263,12 @@ impl Tiled {
         let device = device(&q.0)?;
         let kinds = masked.kinds(&device, s)?;
         let to = fresh(&device, &[s.b, s.lq, s.h, s.d], DType::BF16)?;
-        launch!(
-            device,
-            self.names[0],
+        launch(
+            &device,
+            self.kernels.forward,
             self.blocks(s.lq)?,
             self.shared,
-            [
+            (
                 s.h as u32,
                 s.d as u32,
                 scale,
@@ -227,8 +276,8 @@ impl Tiled {
                 k.1,
                 v.1,
                 masked.seen(s, kinds.as_ref())?,
-                pointer(&to)?
-            ]
+                pointer(&to)?,
+            ),
         )?;
         Ok(to)
     }
@@ -250,12 +299,12 @@ impl Tiled {
         let (logs, backs) = (made(&[s.b, s.h, s.lq])?, made(&[s.b, s.h, s.lq])?);
         let dq = made(&[s.b, s.lq, s.h, s.d])?;
         let (dk, dv) = (made(&[s.b, s.lk, s.h, s.d])?, made(&[s.b, s.lk, s.h, s.d])?);
-        launch!(
-            device,
-            self.names[1],
+        launch(
+            &device,
+            self.kernels.dq,
             self.blocks(s.lq)?,
             self.shared,
-            [
+            (
                 s.h as u32,
                 s.d as u32,
                 scale,
@@ -267,16 +316,16 @@ impl Tiled {
                 seen,
                 pointer(&logs)?,
                 pointer(&backs)?,
-                pointer(&dq)?
-            ]
+                pointer(&dq)?,
+            ),
         )?;
-        launch!(
-            device,
-            self.names[2],
+        launch(
+            &device,
+            self.kernels.dkv,
             self.blocks(s.lk)?,
             // Two numbers of each query besides.
             self.shared + 2 * 2 * 4 * self.tile,
-            [
+            (
                 s.h as u32,
                 s.d as u32,
                 scale,
@@ -288,8 +337,8 @@ impl Tiled {
                 pointer(&logs)?,
                 pointer(&backs)?,
                 pointer(&dk)?,
-                pointer(&dv)?
-            ]
+                pointer(&dv)?,
+            ),
         )?;
         Ok([dq, dk, dv])
     }
@@ -351,19 +400,19 @@ fn products_backward(x: [&Tensor; 4], s: Sizes, masked: &Masked, scale: f32) -> 
         let dp = product(&g, &v, false, true)?;
         let ds = fresh(&device, dp.dims(), DType::F32)?;
         let rows = count * s.h * s.lq;
-        launch!(
-            device,
-            "weights_backward",
+        launch(
+            &device,
+            kernels::weights_backward,
             warps(rows)?,
             0,
-            [
+            (
                 rows as u32,
                 s.lk as u32,
                 scale,
                 pointer(&p)?,
                 pointer(&dp)?,
-                pointer(&ds)?
-            ]
+                pointer(&ds)?,
+            ),
         )?;
         into(&ds, &k, false, &dq)?;
         into(&ds, &q, true, &dk)?;
@@ -394,12 +443,12 @@ fn weights(q: &Raw, k: &Raw, first: usize, s: Sizes, masked: &Masked, scale: f32
     let to = fresh(&device, scores.dims(), DType::F32)?;
     let rows = scores.elem_count() / s.lk;
     let (steps, bias) = masked.arguments(first)?;
-    launch!(
-        device,
-        "weights",
+    launch(
+        &device,
+        kernels::weights,
         warps(rows)?,
         0,
-        [
+        (
             rows as u32,
             s.h as u32,
             s.lq as u32,
@@ -409,8 +458,8 @@ fn weights(q: &Raw, k: &Raw, first: usize, s: Sizes, masked: &Masked, scale: f32
             steps,
             bias,
             pointer(&scores)?,
-            pointer(&to)?
-        ]
+            pointer(&to)?,
+        ),
     )?;
     Ok(to)
 }
@@ -467,17 +516,17 @@ fn few(
     let device = device(&queries)?;
     let to = fresh(&device, &[s.b, s.lq, s.h, s.d], q.storage())?;
     let (steps, bias) = masked.arguments(0)?;
-    let name = match k.dtype() {
-        DType::BF16 => "attend_bf16",
-        _ => "attend_f32",
+    let kernel = match k.dtype() {
+        DType::BF16 => kernels::attend_bf16,
+        _ => kernels::attend_f32,
     };
     let walk = |x: &Raw| Steps::new(&x.stride()[..3]);
-    launch!(
-        device,
-        name,
+    launch(
+        &device,
+        kernel,
         s.b * s.lq * s.h,
         shared(s),
-        [
+        (
             s.h as u32,
             s.lq as u32,
             s.lk as u32,
@@ -493,8 +542,8 @@ fn few(
             pointer(&k)?,
             pointer(&v)?,
             pointer(&to)?,
-            place
-        ]
+            place,
+        ),
     )?;
     Ok(to)
 }

@@ -12,8 +12,10 @@ use retort_engine::error::{Error, Result};
 
 use crate::cuda::arguments::{in_place, rows, together};
 use crate::cuda::elementwise::unary;
-use crate::cuda::launch::{Adamw, Places, Steps, blocks, counted, launch};
+use crate::cuda::kernels;
+use crate::cuda::launch::{blocks, counted, launch};
 use crate::cuda::product::{operands, product};
+use crate::cuda::structures::{Adamw, Places, Steps};
 use crate::cuda::sums::{full, sum};
 use crate::cuda::tensor::{Raw, Tensor, copy, dense_last, device, fresh, pointer, to_host, whole};
 use crate::cuda::{Cuda, attention, convolution, flow, graph};
@@ -133,23 +135,27 @@ impl Tensors for Cuda {
             true => Places::fours(dims, steps[0], steps[1])?,
             false => None,
         };
-        let (name, n, places) = match fours {
-            Some(places) => ("binary_four", n / 4, places),
-            None => ("binary_one", n, Places::new(dims, steps[0], steps[1])?),
+        let (kernel, n, places) = match fours {
+            Some(places) => (kernels::binary_four, n / 4, places),
+            None => (
+                kernels::binary_one,
+                n,
+                Places::new(dims, steps[0], steps[1])?,
+            ),
         };
-        launch!(
-            device,
-            name,
+        launch(
+            &device,
+            kernel,
             blocks(n)?,
             0,
-            [
+            (
                 n as u32,
                 f as i32,
                 places,
                 pointer(&left)?,
                 pointer(&right)?,
-                pointer(&to)?
-            ]
+                pointer(&to)?,
+            ),
         )?;
         Ok(a.like(to))
     }
@@ -158,18 +164,18 @@ impl Tensors for Cuda {
         let from = x.single()?;
         let (device, n) = (device(&from)?, from.elem_count());
         let to = fresh(&device, from.dims(), DType::F32)?;
-        launch!(
-            device,
-            "affine",
+        launch(
+            &device,
+            kernels::affine,
             blocks(n)?,
             0,
-            [
+            (
                 n as u32,
                 mul as f32,
                 add as f32,
                 pointer(&from)?,
-                pointer(&to)?
-            ]
+                pointer(&to)?,
+            ),
         )?;
         Ok(x.like(to))
     }
@@ -184,12 +190,12 @@ impl Tensors for Cuda {
         let mut shape = Self::shape(x);
         *shape.last_mut().expect("max_last: rank >= 1") = 1;
         let to = fresh(&device, &shape, DType::F32)?;
-        launch!(
-            device,
-            "max_last",
+        launch(
+            &device,
+            kernels::max_last,
             rows,
             0,
-            [k, pointer(&from)?, pointer(&to)?]
+            (k, pointer(&from)?, pointer(&to)?),
         )?;
         Ok(x.like(to))
     }
@@ -198,12 +204,12 @@ impl Tensors for Cuda {
         let (from, rows, k) = rows(x)?;
         let device = device(&from)?;
         let to = fresh(&device, &from.dims()[..from.rank() - 1], DType::U32)?;
-        launch!(
-            device,
-            "argmax_last",
+        launch(
+            &device,
+            kernels::argmax_last,
             rows,
             0,
-            [k, pointer(&from)?, pointer(&to)?]
+            (k, pointer(&from)?, pointer(&to)?),
         )?;
         Ok(x.like(to))
     }
@@ -221,23 +227,23 @@ impl Tensors for Cuda {
         shape.push(d);
         let n: usize = shape.iter().product();
         let to = fresh(&device, &shape, DType::F32)?;
-        let name = match from.dtype() {
-            DType::BF16 => "rows_bf16",
-            _ => "rows_f32",
+        let kernel = match from.dtype() {
+            DType::BF16 => kernels::rows_bf16,
+            _ => kernels::rows_f32,
         };
-        launch!(
-            device,
-            name,
+        launch(
+            &device,
+            kernel,
             blocks(n)?,
             0,
-            [
+            (
                 n as u32,
                 d as u32,
                 k as u32,
                 pointer(&from)?,
                 pointer(&which)?,
-                pointer(&to)?
-            ]
+                pointer(&to)?,
+            ),
         )?;
         Ok(table.like(to))
     }
@@ -253,20 +259,20 @@ impl Tensors for Cuda {
         };
         let parts = n.div_ceil(part).max(1);
         let to = fresh(&device, &[parts, k, d], DType::F32)?;
-        launch!(
-            device,
-            "rows_adjoint",
+        launch(
+            &device,
+            kernels::rows_adjoint,
             counted(parts * k)?,
             0,
-            [
+            (
                 n as u32,
                 k as u32,
                 d as u32,
                 part as u32,
                 pointer(&from)?,
                 pointer(&which)?,
-                pointer(&to)?
-            ]
+                pointer(&to)?,
+            ),
         )?;
         let all = match parts {
             1 => to,
@@ -280,18 +286,18 @@ impl Tensors for Cuda {
         let which = whole(&ids.raw)?;
         let device = device(&from)?;
         let to = fresh(&device, &from.dims()[..from.rank() - 1], DType::F32)?;
-        launch!(
-            device,
-            "pick",
+        launch(
+            &device,
+            kernels::pick,
             blocks(n)?,
             0,
-            [
+            (
                 n as u32,
                 k,
                 pointer(&from)?,
                 pointer(&which)?,
-                pointer(&to)?
-            ]
+                pointer(&to)?,
+            ),
         )?;
         Ok(x.like(to))
     }
@@ -302,18 +308,18 @@ impl Tensors for Cuda {
         let mut shape = from.dims().to_vec();
         shape.push(k);
         let to = fresh(&device, &shape, DType::F32)?;
-        launch!(
-            device,
-            "pick_adjoint",
+        launch(
+            &device,
+            kernels::pick_adjoint,
             blocks(n)?,
             0,
-            [
+            (
                 n as u32,
                 k as u32,
                 pointer(&from)?,
                 pointer(&which)?,
-                pointer(&to)?
-            ]
+                pointer(&to)?,
+            ),
         )?;
         Ok(grad.like(to))
     }
@@ -360,12 +366,12 @@ impl Attention for Cuda {
         let device = device(&from)?;
         let to = fresh(&device, from.dims(), DType::F32)?;
         let n = b * l * h * (d / 2);
-        launch!(
-            device,
-            "rope",
+        launch(
+            &device,
+            kernels::rope,
             blocks(n)?,
             0,
-            [
+            (
                 n as u32,
                 l as u32,
                 h as u32,
@@ -374,8 +380,8 @@ impl Attention for Cuda {
                 pointer(&from)?,
                 pointer(&cosines)?,
                 pointer(&sines)?,
-                pointer(&to)?
-            ]
+                pointer(&to)?,
+            ),
         )?;
         Ok(x.like(to))
     }
@@ -446,19 +452,19 @@ impl Optimiser for Cuda {
             rate: (s.lr / s.correction1) as f32,
             keep: (1.0 - s.lr * s.weight_decay) as f32,
         };
-        launch!(
-            device,
-            "adamw",
+        launch(
+            &device,
+            kernels::adamw,
             blocks(n)?,
             0,
-            [
+            (
                 n as u32,
                 numbers,
                 pointer(&p.raw)?,
                 pointer(&m.raw)?,
                 pointer(&v.raw)?,
-                pointer(&g)?
-            ]
+                pointer(&g)?,
+            ),
         )
     }
 
@@ -467,12 +473,12 @@ impl Optimiser for Cuda {
         let x = x.single()?;
         let device = device(&x)?;
         let (keep, rest) = (decay as f32, (1.0 - decay) as f32);
-        launch!(
-            device,
-            "ema",
+        launch(
+            &device,
+            kernels::ema,
             blocks(n)?,
             0,
-            [n as u32, keep, rest, pointer(&average.raw)?, pointer(&x)?]
+            (n as u32, keep, rest, pointer(&average.raw)?, pointer(&x)?),
         )
     }
 }
@@ -494,19 +500,19 @@ impl Sampling for Cuda {
             0 => k,
             keep => keep.min(k as usize) as u32,
         };
-        launch!(
-            device,
-            "truncate",
+        launch(
+            &device,
+            kernels::truncate,
             n,
             0,
-            [
+            (
                 k,
                 truncation.temperature as f32,
                 keep,
                 truncation.top_p,
                 pointer(&from)?,
-                pointer(&to)?
-            ]
+                pointer(&to)?,
+            ),
         )?;
         Ok(logits.like(to))
     }
@@ -522,12 +528,12 @@ impl Sampling for Cuda {
         let device = device(&from)?;
         let uniforms = Raw::from_slice(uniforms, n, from.device()).map_err(failed)?;
         let to = fresh(&device, &[n], DType::U32)?;
-        launch!(
-            device,
-            "categorical",
+        launch(
+            &device,
+            kernels::categorical,
             n,
             0,
-            [k, pointer(&from)?, pointer(&uniforms)?, pointer(&to)?]
+            (k, pointer(&from)?, pointer(&uniforms)?, pointer(&to)?),
         )?;
         Ok(logits.like(to))
     }
@@ -584,18 +590,18 @@ fn turned(
     let device = device(&from)?;
     let to = fresh(&device, from.dims(), DType::F32)?;
     let n = b * l * h * (d / 2);
-    let name = match keys.dtype() {
-        DType::BF16 => "rope_cached_bf16",
-        _ => "rope_cached_f32",
+    let kernel = match keys.dtype() {
+        DType::BF16 => kernels::rope_cached_bf16,
+        _ => kernels::rope_cached_f32,
     };
     let place = place.map(|(_, place)| pointer(&place.raw)).transpose()?;
     let steps = |x: &Raw| Steps::new(&x.stride()[..3]);
-    launch!(
-        device,
-        name,
+    launch(
+        &device,
+        kernel,
         blocks(n)?,
         0,
-        [
+        (
             n as u32,
             l as u32,
             h as u32,
@@ -613,8 +619,8 @@ fn turned(
             pointer(&to)?,
             pointer(keys)?,
             pointer(values)?,
-            place.unwrap_or(0)
-        ]
+            place.unwrap_or(0),
+        ),
     )?;
     Ok(q.like(to))
 }

@@ -9,8 +9,10 @@
 use candle_core::DType;
 use retort_engine::error::{Error, Result};
 
-use crate::cuda::launch::{Slide, blocks, launch};
+use crate::cuda::kernels;
+use crate::cuda::launch::{blocks, launch};
 use crate::cuda::product::{Single, product_into};
+use crate::cuda::structures::Slide;
 use crate::cuda::sums::fill;
 use crate::cuda::tensor::{Raw, Tensor, convert, device, fresh, pointer};
 use crate::failed;
@@ -83,21 +85,21 @@ impl Sizes {
         let device = device(x)?;
         let to = fresh(&device, &shape, dtype)?;
         let (all, row, from) = (to.elem_count(), self.slide.windows()[1], pointer(x)?);
-        let (name, n) = match dtype {
+        let (kernel, n) = match dtype {
             DType::F16 if row % 8 == 0 && self.same && from.is_multiple_of(16) => {
-                ("unfold_3x3_f16", all / 72)
+                (kernels::unfold_3x3_f16, all / 72)
             }
-            DType::F16 if row % 8 == 0 => ("unfold_eight_f16", all / 8),
-            DType::F16 => ("unfold_one_f16", all),
-            _ if row % 4 == 0 => ("unfold_four_f32", all / 4),
-            _ => ("unfold_one_f32", all),
+            DType::F16 if row % 8 == 0 => (kernels::unfold_eight_f16, all / 8),
+            DType::F16 => (kernels::unfold_one_f16, all),
+            _ if row % 4 == 0 => (kernels::unfold_four_f32, all / 4),
+            _ => (kernels::unfold_one_f32, all),
         };
-        launch!(
-            device,
-            name,
+        launch(
+            &device,
+            kernel,
             blocks(n)?,
             0,
-            [n as u32, self.slide, from, pointer(&to)?]
+            (n as u32, self.slide, from, pointer(&to)?),
         )?;
         Ok(to)
     }
@@ -156,23 +158,23 @@ pub fn add_(y: &Raw, bias: &Tensor, residual: Option<&Tensor>) -> Result<()> {
         )));
     }
     let start = residual.as_ref().map_or(Ok(0), pointer)?;
-    let (name, n) = match h * w % 4 == 0 && start.is_multiple_of(16) {
-        true => ("plus_four", y.elem_count() / 4),
-        false => ("plus_one", y.elem_count()),
+    let (kernel, n) = match h * w % 4 == 0 && start.is_multiple_of(16) {
+        true => (kernels::plus_four, y.elem_count() / 4),
+        false => (kernels::plus_one, y.elem_count()),
     };
-    launch!(
-        device(y)?,
-        name,
+    launch(
+        &device(y)?,
+        kernel,
         blocks(n)?,
         0,
-        [
+        (
             n as u32,
             (h * w) as u32,
             o as u32,
             pointer(&bias)?,
             start,
-            pointer(y)?
-        ]
+            pointer(y)?,
+        ),
     )
 }
 
@@ -207,12 +209,12 @@ pub fn conv2d_backward(
             product_into(&kernel, &g, true, false, &windows, 0.0, rounding(x))?;
             let to = part(dx)?;
             let n = to.elem_count();
-            launch!(
-                device,
-                "fold",
+            launch(
+                &device,
+                kernels::fold,
                 blocks(n)?,
                 0,
-                [n as u32, sizes.slide, pointer(&windows)?, pointer(&to)?]
+                (n as u32, sizes.slide, pointer(&windows)?, pointer(&to)?),
             )?;
         }
         if let Some(dw) = &dw {

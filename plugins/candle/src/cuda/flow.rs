@@ -6,18 +6,23 @@ use retort_engine::error::{Error, Result};
 use retort_engine::flow;
 use retort_kernels::flow::{DROPPED, UNDECIDED};
 
-use crate::cuda::launch::{Flow, launch};
+use crate::cuda::kernels::{self, Kernel};
+use crate::cuda::launch::launch;
+use crate::cuda::structures::Flow;
 use crate::cuda::sums::fill;
 use crate::cuda::tensor::{Raw, Tensor, copy, device, fresh, pointer};
 use crate::failed;
 
+/// Tokens, codes, the numbers; logits, noise, codes, points, kept log weights with their codes, ids.
+type FlowKernel = Kernel<(u32, u32, Flow, u64, u64, u64, u64, u64, u64, u64)>;
+
 /// Dimensions of codes that kernels are compiled for, shorter codes get zeros; the kernel with a token to a block, and that
 /// with several, and how many.
-const KERNELS: [(usize, &str, &str, usize); 4] = [
-    (4, "flow_4", "flow_together_4", 4),
-    (8, "flow_8", "flow_together_8", 4),
-    (16, "flow_16", "flow_together_16", 4),
-    (32, "flow_32", "flow_together_32", 2),
+const KERNELS: [(usize, FlowKernel, FlowKernel, usize); 4] = [
+    (4, kernels::flow_4, kernels::flow_together_4, 4),
+    (8, kernels::flow_8, kernels::flow_together_8, 4),
+    (16, kernels::flow_16, kernels::flow_together_16, 4),
+    (32, kernels::flow_32, kernels::flow_together_32, 2),
 ];
 /// Tokens of which several to a block leave no part of a GPU idle. What becomes of a token is the same either way.
 const MANY: usize = 512;
@@ -45,7 +50,7 @@ pub fn flow_map(
     let Some(&(wide, alone, together, several)) = found else {
         return Ok(None);
     };
-    let (name, each) = match n >= MANY {
+    let (kernel, each) = match n >= MANY {
         true => (together, several),
         false => (alone, 1),
     };
@@ -61,25 +66,25 @@ pub fn flow_map(
     let points = fresh(&device, &[table.len()], DType::F32)?;
     // Two numbers of 64 bits per coordinate.
     let parts = fresh(&device, &[4 * d], DType::F32)?;
-    launch!(
-        device,
-        "spread_parts",
+    launch(
+        &device,
+        kernels::spread_parts,
         d,
         0,
-        [k as u32, pointer(&codes)?, pointer(&parts)?]
+        (k as u32, pointer(&codes)?, pointer(&parts)?),
     )?;
-    launch!(
-        device,
-        "spread_steps",
+    launch(
+        &device,
+        kernels::spread_steps,
         1,
         0,
-        [
+        (
             d as u32,
             table.len() as u32,
             pointer(&parts)?,
             pointer(&unit)?,
-            pointer(&points)?
-        ]
+            pointer(&points)?,
+        ),
     )?;
     let numbers = Flow {
         points: steps.len() as i32,
@@ -93,12 +98,12 @@ pub fn flow_map(
     for first in (0..n).step_by(some) {
         let count = some.min(n - first);
         let part = |x: &Raw| pointer(&x.narrow(0, first, count).map_err(failed)?);
-        launch!(
-            device,
-            name,
+        launch(
+            &device,
+            kernel,
             count.div_ceil(each),
             0,
-            [
+            (
                 count as u32,
                 k as u32,
                 numbers,
@@ -108,8 +113,8 @@ pub fn flow_map(
                 pointer(&points)?,
                 pointer(&kept)?,
                 pointer(&list)?,
-                part(&ids)?
-            ]
+                part(&ids)?,
+            ),
         )?;
     }
     Ok(Some(ids))

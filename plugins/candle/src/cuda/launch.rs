@@ -1,16 +1,14 @@
-//! Starting the kernels of `kernels.cu`: their arguments as values, and what limits them.
+//! Starting the kernels of `kernels.cu`, and what limits them.
 
-use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, LaunchConfig};
-use retort_engine::backend::Window;
+use candle_core::CudaDevice;
+use candle_core::cuda_backend::cudarc::driver::LaunchConfig;
 use retort_engine::error::{Error, Result};
 
-/// The kernels, for the driver to compile.
-pub const KERNELS: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx"));
+use crate::cuda::kernels::{Arguments, Kernel, SOURCE};
+use crate::failed;
 
 /// Threads of a block.
 const BLOCK: usize = 256;
-/// Dimensions that a kernel walks.
-const RANK: usize = 8;
 /// Bytes of shared memory that a kernel may have without asking for more.
 pub const SHARED: usize = 48 * 1024;
 /// Elements of a row that a warp alone looks at.
@@ -20,44 +18,31 @@ pub const HELD: usize = 8192;
 /// Elements that one launch may look at: kernels count them in 32 bits.
 const MOST: usize = 1 << 31;
 
-/// Puts a kernel on the device's stream: name, blocks, bytes of shared memory, arguments in the kernel's order and types.
-/// No blocks, nothing to do.
-macro_rules! launch {
-    ($device:expr, $name:expr, $blocks:expr, $shared:expr, [$($argument:expr),* $(,)?]) => {{
-        use candle_core::cuda_backend::cudarc::driver::PushKernelArg as _;
-        match $blocks {
-            0 => Ok(()),
-            blocks => $device
-                .get_or_load_custom_func($name, "retort", $crate::cuda::launch::KERNELS)
-                .map_err($crate::failed)
-                .and_then(|function| {
-                    let mut builder = function.builder();
-                    $crate::cuda::launch::push!(builder, $($argument),*);
-                    let config = $crate::cuda::launch::config(blocks, $shared);
-                    // SAFETY: the arguments are those of the kernel of this name, and pointers lead to as many elements
-                    // as its sizes say. Memory goes back on the same stream, hence after the kernel.
-                    unsafe { builder.launch(config) }
-                        .map(drop)
-                        .map_err(|error| $crate::failed(candle_core::Error::wrap(error)))
-                }),
-        }
-    }};
+/// Puts a kernel on the device's stream, with so many blocks and bytes of shared memory. No blocks, nothing to do.
+pub fn launch<A: Arguments>(
+    device: &CudaDevice,
+    kernel: Kernel<A>,
+    blocks: usize,
+    shared: usize,
+    arguments: A,
+) -> Result<()> {
+    if blocks == 0 {
+        return Ok(());
+    }
+    let function = device
+        .get_or_load_custom_func(kernel.name, "retort", SOURCE)
+        .map_err(failed)?;
+    let mut builder = function.builder();
+    arguments.push(&mut builder);
+    // SAFETY: the arguments have the types that the kernel takes, and pointers lead to as many elements as its sizes say.
+    // Memory goes back on the same stream, hence after the kernel.
+    unsafe { builder.launch(config(blocks, shared)) }
+        .map(drop)
+        .map_err(|error| failed(candle_core::Error::wrap(error)))
 }
-pub(crate) use launch;
-
-/// Names arguments for as long as a launch needs them.
-macro_rules! push {
-    ($builder:ident, $($argument:expr),*) => {
-        $(
-            let argument = $argument;
-            $builder.arg(&argument);
-        )*
-    };
-}
-pub(crate) use push;
 
 /// So many blocks.
-pub fn config(blocks: usize, shared: usize) -> LaunchConfig {
+fn config(blocks: usize, shared: usize) -> LaunchConfig {
     LaunchConfig {
         grid_dim: (blocks as u32, 1, 1),
         block_dim: (BLOCK as u32, 1, 1),
@@ -86,237 +71,4 @@ pub fn counted(n: usize) -> Result<usize> {
     Err(Error::OutOfMemory(format!(
         "{n} elements at once are more than a kernel looks at ({MOST})"
     )))
-}
-
-/// `Places` of the kernels.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Places {
-    rank: i32,
-    size: [u32; RANK],
-    first: [i64; RANK],
-    second: [i64; RANK],
-}
-
-// SAFETY: a plain structure laid out as the kernel's.
-unsafe impl DeviceRepr for Places {}
-
-impl Places {
-    /// Of a shape, with the steps of one or two tensors. Dimensions that lie one within the other in both become one.
-    pub fn new(shape: &[usize], first: &[usize], second: &[usize]) -> Result<Self> {
-        Self::of(merged(shape, first, second))
-    }
-
-    /// The same for groups of four elements that lie together in both; none, where they do not everywhere.
-    pub fn fours(shape: &[usize], first: &[usize], second: &[usize]) -> Result<Option<Self>> {
-        let mut merged = merged(shape, first, second);
-        match merged.pop() {
-            Some([n, 1, 1]) if n % 4 == 0 => merged.push([n / 4, 4, 4]),
-            _ => return Ok(None),
-        }
-        let outer = &merged[..merged.len() - 1];
-        let apart = outer.iter().all(|[_, a, b]| a % 4 == 0 && b % 4 == 0);
-        apart.then(|| Self::of(merged)).transpose()
-    }
-
-    fn of(merged: Vec<[usize; 3]>) -> Result<Self> {
-        if merged.len() > RANK {
-            let message = format!("{} dimensions are too many", merged.len());
-            return Err(Error::Backend(message));
-        }
-        let mut places = Self {
-            rank: merged.len() as i32,
-            size: [1; RANK],
-            first: [0; RANK],
-            second: [0; RANK],
-        };
-        for (d, [n, a, b]) in merged.into_iter().enumerate() {
-            places.size[d] = n as u32;
-            places.first[d] = a as i64;
-            places.second[d] = b as i64;
-        }
-        Ok(places)
-    }
-}
-
-/// Size and steps of each dimension, of those together that lie one within the other.
-fn merged(shape: &[usize], first: &[usize], second: &[usize]) -> Vec<[usize; 3]> {
-    let mut merged: Vec<[usize; 3]> = Vec::new();
-    for ((&n, &a), &b) in shape.iter().zip(first).zip(second) {
-        match merged.last_mut() {
-            _ if n == 1 => {}
-            Some(outer) if outer[1] == n * a && outer[2] == n * b => {
-                *outer = [outer[0] * n, a, b];
-            }
-            _ => merged.push([n, a, b]),
-        }
-    }
-    merged
-}
-
-/// `Steps` of the kernels.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Steps([i64; 4]);
-
-// SAFETY: as above.
-unsafe impl DeviceRepr for Steps {}
-
-impl Steps {
-    /// The steps of up to four dimensions.
-    pub fn new(strides: &[usize]) -> Self {
-        let mut steps = [0; 4];
-        steps
-            .iter_mut()
-            .zip(strides)
-            .for_each(|(step, &stride)| *step = stride as i64);
-        Self(steps)
-    }
-}
-
-/// `Heads` of the kernels.
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-pub struct Heads {
-    pub start: u64,
-    pub steps: [i64; 3],
-    pub half: i32,
-    pub fours: i32,
-}
-
-// SAFETY: as above.
-unsafe impl DeviceRepr for Heads {}
-
-/// `Seen` of the kernels.
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-pub struct Seen {
-    pub lq: u32,
-    pub lk: u32,
-    pub causal: i32,
-    pub bias: u64,
-    pub steps: Steps,
-    pub kinds: u64,
-}
-
-// SAFETY: as above.
-unsafe impl DeviceRepr for Seen {}
-
-/// `Slide` of the kernels.
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-pub struct Slide {
-    h: u32,
-    w: u32,
-    kh: u32,
-    kw: u32,
-    stride: u32,
-    ph: u32,
-    pw: u32,
-    oh: u32,
-    ow: u32,
-    halvings: u32,
-}
-
-// SAFETY: as above.
-unsafe impl DeviceRepr for Slide {}
-
-impl Slide {
-    /// A kernel of `size` pixels over an image.
-    pub fn new(image: [usize; 2], size: [usize; 2], stride: usize, padding: [usize; 2]) -> Self {
-        let count = |d: usize| {
-            Window {
-                size: size[d],
-                stride,
-                padding: padding[d],
-            }
-            .count(image[d]) as u32
-        };
-        Self {
-            h: image[0] as u32,
-            w: image[1] as u32,
-            kh: size[0] as u32,
-            kw: size[1] as u32,
-            stride: stride as u32,
-            ph: padding[0] as u32,
-            pw: padding[1] as u32,
-            oh: count(0),
-            ow: count(1),
-            halvings: 0,
-        }
-    }
-
-    /// The same over images that lie in memory half as high and wide, each pixel for a block of 2 x 2.
-    pub fn halved(self) -> Self {
-        Self {
-            halvings: 1,
-            ..self
-        }
-    }
-
-    /// Windows in either direction.
-    pub fn windows(&self) -> [usize; 2] {
-        [self.oh as usize, self.ow as usize]
-    }
-}
-
-/// `Adamw` of the kernels.
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-pub struct Adamw {
-    pub beta1: f32,
-    pub beta2: f32,
-    pub eps: f32,
-    pub grad_scale: f32,
-    pub root: f32,
-    pub rate: f32,
-    pub keep: f32,
-}
-
-// SAFETY: as above.
-unsafe impl DeviceRepr for Adamw {}
-
-/// `Flow` of the kernels.
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-pub struct Flow {
-    pub points: i32,
-    pub dropped: f32,
-    pub undecided: f32,
-}
-
-// SAFETY: as above.
-unsafe impl DeviceRepr for Flow {}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn dimensions_that_lie_together_are_one() {
-        let whole = Places::new(&[2, 3, 4], &[12, 4, 1], &[12, 4, 1]).expect("places");
-        assert_eq!((whole.rank, whole.size[0], whole.first[0]), (1, 24, 1));
-        let row = Places::new(&[5, 1, 4], &[4, 4, 1], &[0, 0, 1]).expect("places");
-        assert_eq!(
-            (row.rank, row.size[0], row.second[0], row.second[1]),
-            (2, 5, 0, 1)
-        );
-        assert!(Places::new(&[2; 9], &[3; 9], &[5; 9]).is_err());
-    }
-
-    #[test]
-    fn fours_lie_together_in_both() {
-        let fours = |shape: &[usize], first: &[usize], second: &[usize]| {
-            Places::fours(shape, first, second).expect("places")
-        };
-        let rows = fours(&[3, 8], &[12, 1], &[8, 1]).expect("fours");
-        assert_eq!(
-            (rows.size[..2].to_vec(), rows.first[..2].to_vec()),
-            (vec![3, 2], vec![12, 4])
-        );
-        assert!(fours(&[3, 8], &[13, 1], &[8, 1]).is_none());
-        assert!(fours(&[3, 6], &[8, 1], &[8, 1]).is_none());
-        assert!(fours(&[8, 3], &[1, 8], &[3, 1]).is_none());
-        assert!(fours(&[1], &[1], &[1]).is_none());
-    }
 }

@@ -3,7 +3,9 @@
 use candle_core::{CudaDevice, DType};
 use retort_engine::error::{Error, Result};
 
-use crate::cuda::launch::{Places, blocks, counted, launch};
+use crate::cuda::kernels;
+use crate::cuda::launch::{blocks, counted, launch};
+use crate::cuda::structures::Places;
 use crate::cuda::tensor::{Raw, device, fresh, pointer};
 use crate::failed;
 
@@ -17,11 +19,17 @@ pub fn full(device: &CudaDevice, shape: &[usize], value: f32) -> Result<Raw> {
 /// Sets all elements of a row-major tensor.
 pub fn fill(x: &Raw, value: f32) -> Result<()> {
     let (device, n) = (device(x)?, x.elem_count());
-    let name = match x.dtype() {
-        DType::BF16 => "fill_bf16",
-        _ => "fill_f32",
+    let kernel = match x.dtype() {
+        DType::BF16 => kernels::fill_bf16,
+        _ => kernels::fill_f32,
     };
-    launch!(device, name, blocks(n)?, 0, [n as u32, value, pointer(x)?])
+    launch(
+        &device,
+        kernel,
+        blocks(n)?,
+        0,
+        (n as u32, value, pointer(x)?),
+    )
 }
 
 /// Sums of an f32 tensor over dimensions, which stay with size 1.
@@ -60,27 +68,27 @@ pub fn sum(x: &Raw, dims: &[usize]) -> Result<Raw> {
     let kept = Places::new(&kept, &kept_steps, &kept_steps)?;
     let gone = Places::new(&gone, &gone_steps, &gone_steps)?;
     if terms < 64 {
-        launch!(
-            device,
-            "sum_few",
+        launch(
+            &device,
+            kernels::sum_few,
             blocks(n)?,
             0,
-            [
+            (
                 n as u32,
                 terms as u32,
                 kept,
                 gone,
                 pointer(x)?,
-                pointer(&to)?
-            ]
+                pointer(&to)?,
+            ),
         )?;
     } else {
-        launch!(
-            device,
-            "sum",
+        launch(
+            &device,
+            kernels::sum,
             n,
             0,
-            [terms as u32, kept, gone, pointer(x)?, pointer(&to)?]
+            (terms as u32, kept, gone, pointer(x)?, pointer(&to)?),
         )?;
     }
     Ok(to)
@@ -100,20 +108,20 @@ pub fn sum_columns(x: &Raw, by: Option<&Raw>, [outer, rows, columns]: [usize; 3]
     let parts = rows.div_ceil(part);
     let once = |from: &Raw, by: Option<&Raw>, rows: usize, part: usize| {
         let to = fresh(&device, &[outer, rows.div_ceil(part), columns], DType::F32)?;
-        launch!(
-            device,
-            "sum_columns",
+        launch(
+            &device,
+            kernels::sum_columns,
             blocks(to.elem_count())?,
             0,
-            [
+            (
                 outer as u32,
                 rows as u32,
                 columns as u32,
                 part as u32,
                 pointer(from)?,
                 by.map_or(Ok(0), pointer)?,
-                pointer(&to)?
-            ]
+                pointer(&to)?,
+            ),
         )?;
         Ok::<_, Error>(to)
     };

@@ -7,7 +7,9 @@ use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Storage};
 use retort_engine::error::{Error, Result};
 
-use crate::cuda::launch::{Places, blocks, launch};
+use crate::cuda::kernels;
+use crate::cuda::launch::{blocks, launch};
+use crate::cuda::structures::Places;
 use crate::failed;
 
 /// A tensor of candle.
@@ -168,12 +170,12 @@ pub fn copy(from: &Raw, to: &Raw) -> Result<()> {
         )));
     }
     let [single, four] = match (from.dtype(), to.dtype()) {
-        (DType::F32, DType::F32) => ["copy_f32_f32", "copy_four_f32_f32"],
-        (DType::F32, DType::BF16) => ["copy_f32_bf16", "copy_four_f32_bf16"],
-        (DType::F32, DType::F16) => ["copy_f32_f16", "copy_four_f32_f16"],
-        (DType::BF16, DType::F32) => ["copy_bf16_f32", "copy_four_bf16_f32"],
-        (DType::BF16, DType::BF16) => ["copy_bf16_bf16", "copy_four_bf16_bf16"],
-        (DType::U32, DType::U32) => ["copy_u32_u32", "copy_four_u32_u32"],
+        (DType::F32, DType::F32) => [kernels::copy_f32_f32, kernels::copy_four_f32_f32],
+        (DType::F32, DType::BF16) => [kernels::copy_f32_bf16, kernels::copy_four_f32_bf16],
+        (DType::F32, DType::F16) => [kernels::copy_f32_f16, kernels::copy_four_f32_f16],
+        (DType::BF16, DType::F32) => [kernels::copy_bf16_f32, kernels::copy_four_bf16_f32],
+        (DType::BF16, DType::BF16) => [kernels::copy_bf16_bf16, kernels::copy_four_bf16_bf16],
+        (DType::U32, DType::U32) => [kernels::copy_u32_u32, kernels::copy_four_u32_u32],
         (from, to) => return Err(Error::Backend(format!("copy from {from:?} to {to:?}"))),
     };
     let (n, starts) = (from.elem_count(), [pointer(from)?, pointer(to)?]);
@@ -182,7 +184,7 @@ pub fn copy(from: &Raw, to: &Raw) -> Result<()> {
         true => Places::fours(from.dims(), from.stride(), to.stride())?,
         false => None,
     };
-    let (name, n, places) = match fours {
+    let (kernel, n, places) = match fours {
         Some(places) => (four, n / 4, places),
         None => {
             let places = Places::new(from.dims(), from.stride(), to.stride())?;
@@ -190,11 +192,11 @@ pub fn copy(from: &Raw, to: &Raw) -> Result<()> {
         }
     };
     let device = device(from)?;
-    launch!(
-        device,
-        name,
+    launch(
+        &device,
+        kernel,
         blocks(n)?,
         0,
-        [n as u32, places, starts[0], starts[1]]
+        (n as u32, places, starts[0], starts[1]),
     )
 }

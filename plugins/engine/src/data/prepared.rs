@@ -12,7 +12,8 @@ use retort_checkpoint::{json, regular};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::source::{Damaged, Image};
+use super::headers::Damaged;
+use super::source::Image;
 use crate::error::{Error, Result};
 use crate::numpy::{self, Rows};
 
@@ -158,7 +159,7 @@ impl<'a> Writer<'a> {
             damaged: damaged.len(),
             ..self.description
         };
-        crate::stage::write_json(&self.dir.join(DESCRIPTION), &description)?;
+        crate::files::write_json(&self.dir.join(DESCRIPTION), &description)?;
         Ok(description)
     }
 }

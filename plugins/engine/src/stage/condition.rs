@@ -1,97 +1,24 @@
 //! What samples are made for, as `sample` and `trajectories` are told: classes, captions, or features of captions.
 
-use std::ops::Range;
 use std::path::Path;
 
 use retort_abi::Cancel;
-use retort_checkpoint::pieces::Shard;
 use retort_checkpoint::regular;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::backend::Backend;
 use crate::captions::{self, Captions, Subjects};
+use crate::context::Context;
 use crate::data::prepared::Prepared;
 use crate::error::{Error, Result};
+use crate::files::{replace, resolve};
 use crate::model::{CaptionShape, ConditionShape};
 use crate::numpy;
 use crate::random::{Sequence, Stream};
-use crate::stage::shards::batches;
-use crate::stage::{Context, resolve};
+use crate::stage::noise::Given;
 use crate::text::TextEncoder;
-use crate::train::replace;
 use crate::weights::Stored;
-
-/// A tensor of a safetensors file.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Given {
-    /// The file.
-    #[schemars(extend("x-retort-file" = "file"))]
-    pub file: String,
-    /// The tensor's name.
-    pub tensor: String,
-}
-
-impl Given {
-    fn open(&self, base: &Path) -> Result<Stored> {
-        Stored::open(&resolve(base, &self.file), None)
-    }
-
-    /// Its floats, of a shape, to be read as they are needed.
-    pub fn rows(&self, base: &Path, shape: &[usize]) -> Result<GivenRows> {
-        let (stored, tensor) = (self.open(base)?, self.tensor.clone());
-        match stored.shape(&tensor) {
-            Some(found) if found == shape => Ok(GivenRows { stored, tensor }),
-            Some(found) => {
-                let message = format!("tensor {tensor}: shape {found:?}, expected {shape:?}");
-                Err(Error::data(stored.path(), message))
-            }
-            None => Err(Error::data(stored.path(), format!("no tensor {tensor}"))),
-        }
-    }
-
-    /// Its indices.
-    pub fn indices(&self, base: &Path) -> Result<Vec<u32>> {
-        self.open(base)?.indices(&self.tensor)
-    }
-}
-
-/// A tensor of a file, one row a sample.
-pub struct GivenRows {
-    stored: Stored,
-    tensor: String,
-}
-
-impl GivenRows {
-    /// The floats of some samples.
-    pub fn read(&self, samples: Range<u64>) -> Result<Vec<f32>> {
-        let (first, end) = (samples.start as usize, samples.end as usize);
-        self.stored.rows(&self.tensor, first, end - first)
-    }
-}
-
-/// Whether a shard holds the noise that was given, or none where none was.
-pub fn same_noise(
-    given: Option<&GivenRows>,
-    stored: &Stored,
-    shard: &Shard,
-    batch: usize,
-) -> Result<bool> {
-    let Some(given) = given else {
-        return Ok(stored.shape("noise").is_none());
-    };
-    if stored.shape("noise").is_none() {
-        return Ok(false);
-    }
-    for rows in batches(shard.start..shard.end, batch) {
-        let (first, count) = (rows.start - shard.start, rows.end - rows.start);
-        if given.read(rows)? != stored.rows("noise", first as usize, count as usize)? {
-            return Ok(false);
-        }
-    }
-    Ok(true)
-}
 
 /// Classes of samples.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]

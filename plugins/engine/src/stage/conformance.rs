@@ -13,8 +13,10 @@ use serde_json::json;
 
 use crate::backend::Backend;
 use crate::conformance::{self, Case, golden};
+use crate::context::Context;
 use crate::error::Result;
-use crate::stage::{Context, Stage, resolve, write_json};
+use crate::files::{resolve, write_json};
+use crate::stage::Stage;
 
 /// Rows of the table.
 const SHOWN: usize = 12;

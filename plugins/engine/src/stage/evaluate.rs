@@ -14,39 +14,38 @@
 //! Out: `evaluation.json`, `grid.png`, and on request `statistics.npz` of the real images (mu, sigma; mu_s, sigma_s of
 //! the spatial features), as pytorch-fid and ADM's evaluation suite write them and as this stage reads them.
 
+mod comparison;
 pub mod figure;
 pub mod measure;
+mod pairs;
 pub mod reference;
+mod source;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use retort_abi::{ArtifactMeta, Cancel, LogLevel, StageResult};
+use retort_abi::{ArtifactMeta, LogLevel, StageResult};
 use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::backend::Backend;
 use crate::bundle::Bundle;
+use crate::context::Context;
 use crate::data::{Data, Images};
 use crate::error::{Error, Result};
-use crate::model::Tokenizer;
+use crate::files::{resolve, write_json};
 use crate::model::inception::{self, Preparation};
-use crate::model::lpips::{self, Lpips};
 use crate::picture::{self, Pixels};
-use crate::random::{Sequence, Stream};
 use crate::samples::{Samples, by_class};
-use crate::stage::tokenizer::batch as batch_of;
-use crate::stage::{Context, Stage, resolve, write_json};
-use crate::statistics::frechet_distance;
-use crate::statistics::kernel::kernel_distance;
-use crate::statistics::neighbours::precision_recall;
-use crate::tape::Variable;
-use crate::weights::{Loader, Stored};
+use crate::stage::Stage;
+use comparison::{Against, figures};
 use figure::{Figure, Row, relate, table};
-use measure::{Had, Measured, Meter, Network, Source, had};
-use reference::{Given, of_archive, save, statistics};
+use measure::{Had, Measured, Meter, Network};
+use pairs::lpips_distances;
+use reference::{Given, save, statistics};
+use source::{Real, open_set, reconstructions, samples_source};
 
 /// Options of `evaluate`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -537,279 +536,4 @@ impl Options {
 
 fn of_real(reason: &String) -> String {
     format!("real images: {reason}")
-}
-
-/// Opens a set of samples whose images the network sees.
-fn open_set<B: Backend>(
-    context: &Context<'_, B>,
-    network: &Network<B>,
-    stage: &str,
-    pointer: &str,
-) -> Result<Samples> {
-    let set = Samples::open(context.input_dir(stage)?)?;
-    set.check_images()?;
-    network
-        .accepts(set.manifest.image)
-        .map_err(|message| Error::option(pointer, format!("{stage}: {message}")))?;
-    Ok(set)
-}
-
-/// The images that samples are measured against.
-enum Real<'a> {
-    Data(&'a Images),
-    Samples(Box<Samples>),
-    Archive(&'a Path, (usize, [usize; 3])),
-    /// Statistics stand for them.
-    None,
-}
-
-impl Real<'_> {
-    fn count(&self) -> usize {
-        match self {
-            Self::Data(images) => images.len(),
-            Self::Samples(set) => set.len(),
-            Self::Archive(_, (count, _)) => *count,
-            Self::None => 0,
-        }
-    }
-
-    fn source(&self) -> Result<Source<'_>> {
-        match self {
-            Self::Data(images) => Ok(Source {
-                name: "real images".into(),
-                count: images.len(),
-                image: images.shape(),
-                labels: None,
-                read: Box::new(|first, n| {
-                    let picks: Vec<usize> = (first..first + n).collect();
-                    Ok(images.gather(&picks)?.0)
-                }),
-            }),
-            Self::Samples(set) => Ok(Source {
-                labels: None,
-                ..samples_source("real images", set)
-            }),
-            Self::Archive(path, images) => of_archive(path, *images),
-            Self::None => Err(Error::Internal("no real images".into())),
-        }
-    }
-}
-
-fn samples_source<'a>(name: &str, set: &'a Samples) -> Source<'a> {
-    Source {
-        name: name.to_owned(),
-        count: set.len(),
-        image: set.manifest.image,
-        labels: Some(&set.labels),
-        read: Box::new(|first, n| {
-            let mut pixels = set.images(first, n)?;
-            pixels.iter_mut().for_each(|x| *x = 2.0 * *x - 1.0);
-            Ok(pixels)
-        }),
-    }
-}
-
-/// What a tokenizer makes of images.
-fn reconstructions<'a, B: Backend>(
-    backend: &'a B,
-    tokenizer: &'a dyn Tokenizer<B>,
-    images: &'a Images,
-    name: &str,
-) -> Source<'a> {
-    Source {
-        name: name.to_owned(),
-        count: images.len(),
-        image: images.shape(),
-        labels: Some(&images.labels),
-        read: Box::new(move |first, n| {
-            let picks: Vec<usize> = (first..first + n).collect();
-            let made = tokenizer.reconstruct(&batch_of(backend, images, &picks)?)?;
-            let mut pixels = B::to_floats(made.images.value())?;
-            pixels.iter_mut().for_each(|x| *x = x.clamp(-1.0, 1.0));
-            Ok(pixels)
-        }),
-    }
-}
-
-/// What a set is measured against.
-struct Against<'a> {
-    moments: Had<&'a crate::statistics::Moments>,
-    spatial: Had<&'a crate::statistics::Moments>,
-    /// The real images, where these were looked at.
-    images: Option<&'a Measured>,
-}
-
-/// The figures of a set.
-fn figures<B: Backend>(
-    context: &Context<'_, B>,
-    o: &Options,
-    real: &Against<'_>,
-    set: &Measured,
-) -> Result<Vec<Figure>> {
-    let go_on = &mut || context.host.cancelled() == Cancel::Run;
-    let distance = |real: &Had<&crate::statistics::Moments>,
-                    own: &Had<crate::statistics::Moments>|
-     -> Result<Had<f64>> {
-        match (real, own) {
-            (Ok(real), Ok(own)) => Ok(Ok(frechet_distance(real, own)?)),
-            (Err(reason), _) | (_, Err(reason)) => Ok(Err(reason.clone())),
-        }
-    };
-    let value = distance(&real.moments, &set.moments)?;
-    let mut figures = vec![Figure::new(
-        "frechet_distance",
-        "Frechet distance",
-        3,
-        value,
-    )];
-    let mut add = |key, title, digits, value| figures.push(Figure::new(key, title, digits, value));
-    if let Some(own) = &set.spatial {
-        let value = distance(&real.spatial, own)?;
-        add("spatial_frechet_distance", "spatial", 3, value);
-    }
-    if let Some(score) = &set.score {
-        let of = |figure: fn(&crate::statistics::InceptionScore) -> f64| match score {
-            Ok(score) => Ok(figure(score)),
-            Err(reason) => Err(reason.clone()),
-        };
-        add("inception_score", "inception score", 3, of(|s| s.mean));
-        add("inception_score_deviation", "+-", 3, of(|s| s.deviation));
-    }
-    if let Some(agreement) = set.agreement {
-        add("class_agreement", "class agreement", 4, Ok(agreement));
-    }
-    let dim = match &set.moments {
-        Ok(moments) => moments.dim(),
-        Err(_) => 0,
-    };
-    let pairs = match (real.images, &set.moments) {
-        (None, _) => Err("statistics stand for the real images".to_owned()),
-        (_, Err(reason)) => Err(reason.clone()),
-        (Some(real), _) => Ok((&real.features, &set.features)),
-    };
-    if o.neighbours > 0 {
-        let both = match &pairs {
-            Ok((real, own)) => had(precision_recall(real, own, dim, o.neighbours, go_on))?,
-            Err(reason) => Err(reason.clone()),
-        };
-        let of = |figure: fn(&crate::statistics::neighbours::PrecisionRecall) -> f64| match &both {
-            Ok(both) => Ok(figure(both)),
-            Err(reason) => Err(reason.clone()),
-        };
-        add("precision", "precision", 4, of(|both| both.precision));
-        add("recall", "recall", 4, of(|both| both.recall));
-    }
-    if let Some(kernel) = &o.kernel {
-        // The same subsets whatever the seed of the run: figures of several runs are compared.
-        let mut sequence = Sequence::new(0, Stream::Subset, 0);
-        let below = &mut |n| sequence.below(n);
-        let sizes = (kernel.subsets, kernel.size);
-        let found = match &pairs {
-            Ok((real, own)) => had(kernel_distance(real, own, dim, sizes, below, go_on))?,
-            Err(reason) => Err(reason.clone()),
-        };
-        let of = |figure: fn(&crate::statistics::kernel::KernelDistance) -> f64| match &found {
-            Ok(found) => Ok(figure(found)),
-            Err(reason) => Err(reason.clone()),
-        };
-        add("kernel_distance", "kernel distance", 5, of(|k| k.mean));
-        add("kernel_distance_deviation", "+-", 5, of(|k| k.deviation));
-    }
-    Ok(figures)
-}
-
-/// Mean LPIPS of each set's images to those of the set that `lpips` names.
-fn lpips_distances<B: Backend>(
-    context: &Context<'_, B>,
-    o: &Options,
-    sets: &[(&str, Samples)],
-) -> Result<Vec<Had<f64>>> {
-    let Some(options) = &o.lpips else {
-        return Ok(Vec::new());
-    };
-    let base = &context.job.base_dir;
-    let [vgg, linear] = [&options.vgg, &options.linear].map(|file| resolve(base, file));
-    let (trunk, layers) = (Stored::open(&vgg, None)?, Stored::open(&linear, None)?);
-    let loader = |weights, path: &Path| {
-        let origin = path.display().to_string();
-        let source = crate::weights::Source::Files(std::slice::from_ref(weights));
-        Loader::new(context.backend, source, false, origin)
-    };
-    let lpips = Lpips::load(&mut loader(&trunk, &vgg), &mut loader(&layers, &linear))?;
-    let find = |name: &str| sets.iter().find(|(own, _)| *own == name);
-    let (_, beside) = find(&options.beside)
-        .ok_or_else(|| Error::Internal(format!("no set {}", options.beside)))?;
-    let mut out = Vec::new();
-    for (name, set) in sets {
-        if *name == options.beside {
-            out.push(Err(
-                "it is the set that the others are compared with".to_owned()
-            ));
-            continue;
-        }
-        out.push(match unlike(set, beside, o.batch)? {
-            Some(reason) => Err(format!("{reason} than {}", options.beside)),
-            None => Ok(mean_lpips(context, &lpips, set, beside, o.batch)?),
-        });
-    }
-    Ok(out)
-}
-
-/// Why images of two sets do not belong together one by one, if so.
-fn unlike(a: &Samples, b: &Samples, batch: usize) -> Result<Option<&'static str>> {
-    let (own, other) = (&a.manifest, &b.manifest);
-    let [_, h, w] = own.image;
-    Ok(if own.image != other.image {
-        Some("images of another size")
-    } else if h.min(w) < lpips::LEAST_SIDE {
-        Some("images too small for it, as small")
-    } else if a.labels != b.labels {
-        Some("other classes or captions, or another number of samples,")
-    } else if own.kept.noise != other.kept.noise
-        || (!own.kept.noise && own.seed != other.seed)
-        || (own.kept.noise && !same_noise(a, b, batch)?)
-    {
-        Some("made from other noise")
-    } else {
-        None
-    })
-}
-
-fn same_noise(a: &Samples, b: &Samples, batch: usize) -> Result<bool> {
-    for first in (0..a.len()).step_by(batch) {
-        let n = batch.min(a.len() - first);
-        if a.noise(first, n)? != b.noise(first, n)? {
-            return Ok(false);
-        }
-    }
-    Ok(true)
-}
-
-fn mean_lpips<B: Backend>(
-    context: &Context<'_, B>,
-    lpips: &Lpips<B>,
-    a: &Samples,
-    b: &Samples,
-    batch: usize,
-) -> Result<f64> {
-    let [c, h, w] = a.manifest.image;
-    let mut sum = 0.0;
-    for first in (0..a.len()).step_by(batch) {
-        context.go_on()?;
-        let n = batch.min(a.len() - first);
-        let images = |set: &Samples| -> Result<Variable<B>> {
-            let pixels: Vec<f32> = set
-                .images(first, n)?
-                .iter()
-                .map(|x| 2.0 * x - 1.0)
-                .collect();
-            Ok(Variable::constant(
-                context.backend.floats(&pixels, &[n, c, h, w])?,
-            ))
-        };
-        let distances = lpips.distance(&images(a)?, &images(b)?)?;
-        let distances = B::to_floats(distances.value())?;
-        sum += distances.iter().map(|&x| f64::from(x)).sum::<f64>();
-    }
-    Ok(sum / a.len() as f64)
 }

@@ -1,5 +1,6 @@
 //! `pretrain`: trains a class-conditional AR teacher on a tokenizer's tokens.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use retort_abi::{ArtifactMeta, LogLevel, StageResult};
@@ -9,14 +10,16 @@ use serde_json::json;
 
 use crate::backend::Backend;
 use crate::bundle::{self, Bundle, Family, NetworkConfig, TokenizerConfig};
+use crate::context::Context;
 use crate::data::{Data, Images};
 use crate::error::{Error, Result};
-use crate::model::{CODEBOOK, ConditionShape, Conditions, Teacher, llamagen, var};
+use crate::model::{CODEBOOK, ConditionShape, Conditions, Teacher, TokenShape, llamagen, var};
 use crate::random::{Sequence, Stream};
 use crate::stage::tokenizer::batch_shape;
-use crate::stage::{Context, Stage, room};
+use crate::stage::{Stage, room};
+use crate::tape::Variable;
 use crate::train::{Fit, HeldOut, Mean, StepOutput, TrainOptions, average, shared};
-use crate::weights::{Loader, Source, Start, Stored};
+use crate::weights::{Loader, Params, Source, Start, Stored, Weights};
 
 /// Options of `pretrain`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -107,9 +110,40 @@ impl<B: Backend> Stage<B> for Pretrain {
     }
 
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
-        let (backend, seed) = (context.backend, context.job.seed);
-        let ranks = context.ranks;
         context.check_share(o.train.batch, 1)?;
+        let inputs = Inputs::open(context, o)?;
+        let networks = Networks::load(context, o, &inputs)?;
+        let Some(weights) = train(context, o, &inputs, &networks)? else {
+            return Ok(StageResult::of_part());
+        };
+        let loss = measure(context, o, &inputs, &weights)?;
+        let summary = json!({ "held_out_loss": loss });
+        context.finish("teacher", ArtifactMeta::default(), summary, |dir| {
+            let network = (&inputs.network, &weights);
+            bundle::write_network(dir, &inputs.source, network, (&[], inputs.names()))
+        })
+    }
+}
+
+/// What a teacher is made from.
+struct Inputs<'a> {
+    /// The tokenizer, and its weights.
+    source: Bundle<'a>,
+    frozen: Stored,
+    images: Images,
+    /// Images that are trained on, and those that are held out.
+    train: Vec<usize>,
+    held: Vec<usize>,
+    /// Tokens (n, L) of all images as they may be seen: as they are, and mirrored.
+    views: Vec<Vec<u32>>,
+    network: NetworkConfig,
+    shape: TokenShape,
+    from: Option<Origin>,
+}
+
+impl<'a> Inputs<'a> {
+    /// Opens them and refuses what does not fit together.
+    fn open<B: Backend>(context: &Context<'a, B>, o: &Options) -> Result<Self> {
         let source = Bundle::open(context.input_dir(&o.tokenizer)?)?;
         let images = context.images(&o.data)?;
         if images.shape() != source.config.tokenizer.image() {
@@ -127,40 +161,124 @@ impl<B: Backend> Stage<B> for Pretrain {
         room::check(
             context,
             "/train/batch",
-            o.train.batch.div_ceil(ranks.size()),
+            o.train.batch.div_ceil(context.ranks.size()),
             room::training(&network, true, false),
         )?;
-        // Tokens are made once, of each image as it may be seen: as it is, and mirrored.
-        let views: &[bool] = if images.flips() {
+        // Tokens are made once, of each image as it may be seen.
+        let mirrored: &[bool] = if images.flips() {
             &[false, true]
         } else {
             &[false]
         };
-        let tokens = views
+        let views = mirrored
             .iter()
-            .map(|&mirrored| encode_all(backend, &source, &images, mirrored, o.train.batch))
+            .map(|&mirrored| encode_all(context.backend, &source, &images, mirrored, o.train.batch))
             .collect::<Result<Vec<_>>>()?;
-        let shape = network.token_shape();
-        let l = shape.count();
-        let (train, held) = images.split(o.held_out, seed);
-        // Tokens of image i in a view.
-        let of = |view: usize, i: usize| tokens[view][i * l..(i + 1) * l].iter().copied();
-
+        let (train, held) = images.split(o.held_out, context.job.seed);
         let frozen = source.tokenizer_file()?;
-        let build = |loader: &mut Loader<B>| {
-            let frozen = Source::Files(std::slice::from_ref(&frozen));
-            let mut tokenizer = Loader::new(backend, frozen, false, o.tokenizer.as_str());
-            network.teacher(loader, (&source.config.tokenizer, &mut tokenizer))
-        };
         let from = match &o.from {
             Some(stage) => Some(start_from(context, stage, &source, &network, &images)?),
             None => None,
         };
-        let anew = |name: &str| match &from {
-            Some(from) if from.anew && name == network.class_embedding() => Start::Drawn,
+        Ok(Self {
+            frozen,
+            train,
+            held,
+            views,
+            shape: network.token_shape(),
+            from,
+            source,
+            images,
+            network,
+        })
+    }
+
+    /// The teacher with these weights.
+    fn build<B: Backend>(
+        &self,
+        loader: &mut Loader<'_, B>,
+        o: &Options,
+    ) -> Result<Box<dyn Teacher<B>>> {
+        let frozen = Source::Files(std::slice::from_ref(&self.frozen));
+        let mut tokenizer = Loader::new(loader.backend(), frozen, false, o.tokenizer.as_str());
+        let config = &self.source.config.tokenizer;
+        self.network.teacher(loader, (config, &mut tokenizer))
+    }
+
+    /// Tokens of an image in a view.
+    fn tokens(&self, view: usize, image: usize) -> &[u32] {
+        let l = self.shape.count();
+        &self.views[view][image * l..(image + 1) * l]
+    }
+
+    /// Loss of all tokens of held-out images, in nats per token.
+    fn held_out_loss<B: Backend>(
+        &self,
+        backend: &B,
+        o: &Options,
+        model: &dyn Teacher<B>,
+    ) -> Result<f64> {
+        let picks = match self.held.is_empty() {
+            true => &self.train,
+            false => &self.held,
+        };
+        let mut losses = Mean::default();
+        // What a step of training takes, whatever the number of images.
+        for picks in picks.chunks(o.train.batch) {
+            let labels: Vec<u32> = picks.iter().map(|&i| self.images.labels[i]).collect();
+            let tokens = picks.iter().flat_map(|&i| self.tokens(0, i));
+            let wanted: Vec<u32> = tokens.copied().collect();
+            let logits = logits(backend, model, &labels, &wanted)?;
+            let wanted = backend.indices(&wanted, &[wanted.len()])?;
+            losses.add(&B::to_floats(&B::cross_entropy(logits.value(), &wanted)?)?);
+        }
+        Ok(losses.value())
+    }
+
+    /// Names of the classes, where they are more than numbers.
+    fn names(&self) -> &[String] {
+        let mut numbered = self.images.names.iter().enumerate();
+        match numbered.all(|(i, name)| *name == i.to_string()) {
+            true => &[],
+            false => &self.images.names,
+        }
+    }
+}
+
+/// Logits (n L, K) of all tokens (n, L) of n images.
+fn logits<B: Backend>(
+    backend: &B,
+    model: &dyn Teacher<B>,
+    labels: &[u32],
+    seen: &[u32],
+) -> Result<Variable<B>> {
+    let (n, shape) = (labels.len(), model.token_shape());
+    let l = shape.count();
+    let logits = model.forced(
+        &Conditions::Classes(backend.indices(labels, &[n])?),
+        &backend.indices(seen, &[n, l])?,
+    )?;
+    logits.reshape(&[n * l, shape.vocabulary])
+}
+
+/// The teacher in training.
+struct Networks<B: Backend> {
+    model: Box<dyn Teacher<B>>,
+    params: Params<B>,
+    average: Option<BTreeMap<String, B::Tensor>>,
+    /// The teacher with the weights that are kept in the end, if the last ones are.
+    measured: Box<dyn Teacher<B>>,
+}
+
+impl<B: Backend> Networks<B> {
+    fn load(context: &Context<'_, B>, o: &Options, inputs: &Inputs<'_>) -> Result<Self> {
+        let (backend, seed) = (context.backend, context.job.seed);
+        let from = inputs.from.as_ref();
+        let anew = |name: &str| match from {
+            Some(from) if from.anew && name == inputs.network.class_embedding() => Start::Drawn,
             _ => Start::Weight(name.into()),
         };
-        let start = match &from {
+        let start = match from {
             Some(from) => Source::Start {
                 file: &from.file,
                 of: &anew,
@@ -170,117 +288,133 @@ impl<B: Backend> Stage<B> for Pretrain {
         };
         let origin = o.from.as_deref().unwrap_or("new teacher");
         let mut loader = Loader::new(backend, start, true, origin);
-        let model = build(&mut loader)?;
+        let model = inputs.build(&mut loader, o)?;
         let params = loader.into_params();
         let average = average(backend, &o.train, &params)?;
         let shared = shared(&params, average.as_ref());
-        let source_of = Source::Device(&shared);
-        let measured = build(&mut Loader::new(backend, source_of, false, "teacher"))?;
-
-        // Logits (n L, K) of all tokens of n images.
-        let logits = |model: &dyn Teacher<B>, labels: &[u32], seen: &[u32]| {
-            let n = labels.len();
-            let logits = model.forced(
-                &Conditions::Classes(backend.indices(labels, &[n])?),
-                &backend.indices(seen, &[n, l])?,
-            )?;
-            logits.reshape(&[n * l, shape.vocabulary])
-        };
-        let fit = Fit {
-            host: context.host,
-            backend,
-            work_dir: Some(context.work_dir()?),
-            name: "pretrain",
-            ranks,
-            options: &o.train,
-            params: &params,
-            ema: average.as_ref(),
-            kept: None,
-            adversary: None,
-        };
-        let step = |step: u64| {
-            let mut choice = Sequence::new(seed, Stream::Step, step);
-            let picks: Vec<usize> = (0..o.train.batch)
-                .map(|_| train[choice.below(train.len())])
-                .collect();
-            let labels: Vec<u32> = picks
-                .iter()
-                .map(|&i| {
-                    if choice.uniform() < o.label_dropout {
-                        images.classes as u32
-                    } else {
-                        images.labels[i]
-                    }
-                })
-                .collect();
-            let mut wanted = Vec::with_capacity(picks.len() * l);
-            for &i in &picks {
-                let view = match views.len() {
-                    1 => 0,
-                    n => choice.below(n),
-                };
-                wanted.extend(of(view, i));
-            }
-            let mut seen = wanted.clone();
-            if o.token_noise > 0.0 {
-                for token in &mut seen {
-                    if choice.uniform() < o.token_noise {
-                        *token = choice.below(shape.vocabulary) as u32;
-                    }
-                }
-            }
-            // What is drawn does not depend on who else takes a share.
-            let own = ranks.share(picks.len(), 0, 1);
-            let part = own.len() as f64 / picks.len() as f64;
-            let of_own = own.start * l..own.end * l;
-            let wanted = backend.indices(&wanted[of_own.clone()], &[of_own.len()])?;
-            let mut loss = logits(&*model, &labels[own], &seen[of_own])?.cross_entropy(&wanted)?;
-            if ranks.is_shared() {
-                loss = loss.affine(part, 0.0)?;
-            }
-            Ok(StepOutput::new(loss, Vec::new()))
-        };
-        let measured_on = if held.is_empty() { &train } else { &held };
-        // What a step of training takes, whatever the number of images.
-        let held_out_loss = |model: &dyn Teacher<B>| {
-            let mut losses = Mean::default();
-            for picks in measured_on.chunks(o.train.batch) {
-                let labels: Vec<u32> = picks.iter().map(|&i| images.labels[i]).collect();
-                let wanted: Vec<u32> = picks.iter().flat_map(|&i| of(0, i)).collect();
-                let logits = logits(model, &labels, &wanted)?;
-                let wanted = backend.indices(&wanted, &[wanted.len()])?;
-                losses.add(&B::to_floats(&B::cross_entropy(logits.value(), &wanted)?)?);
-            }
-            Ok(losses.value())
-        };
-        let mut measure = || held_out_loss(&*measured);
-        let every = (o.train.steps / 40).max(10);
-        let held_out = HeldOut {
-            every,
-            name: "held_out_loss",
-            measure: &mut measure,
-            keep_best: o.keep_best,
-        };
-        let weights = fit.run(step, Some(held_out))?;
-        if context.job.part.is_some() {
-            return Ok(StageResult::of_part());
-        }
-
-        let source_of = Source::Host(&weights);
-        let kept = build(&mut Loader::new(backend, source_of, false, "teacher"))?;
-        let held_out_loss = held_out_loss(&*kept)?;
-        context.host.log(
-            LogLevel::Info,
-            &format!("held-out loss {held_out_loss:.4} nats per token"),
-        );
-        let summary = json!({ "held_out_loss": held_out_loss });
-        context.finish("teacher", ArtifactMeta::default(), summary, |dir| {
-            let mut numbered = images.names.iter().enumerate();
-            let numbered = numbered.all(|(i, name)| *name == i.to_string());
-            let names = if numbered { &[][..] } else { &images.names };
-            bundle::write_network(dir, &source, (&network, &weights), (&[], names))
+        let source = Source::Device(&shared);
+        let measured = inputs.build(&mut Loader::new(backend, source, false, "teacher"), o)?;
+        Ok(Self {
+            model,
+            params,
+            average,
+            measured,
         })
     }
+}
+
+/// What a step of training sees.
+struct Batch {
+    /// Classes (n), some left out for guidance.
+    labels: Vec<u32>,
+    /// Tokens (n, L) to predict.
+    wanted: Vec<u32>,
+    /// The same as the teacher is given them, some replaced.
+    seen: Vec<u32>,
+}
+
+impl Batch {
+    /// The batch of a step.
+    fn draw(o: &Options, inputs: &Inputs<'_>, seed: u64, step: u64) -> Self {
+        let images = &inputs.images;
+        let mut choice = Sequence::new(seed, Stream::Step, step);
+        let picks: Vec<usize> = (0..o.train.batch)
+            .map(|_| inputs.train[choice.below(inputs.train.len())])
+            .collect();
+        let labels = picks
+            .iter()
+            .map(|&i| {
+                if choice.uniform() < o.label_dropout {
+                    images.classes as u32
+                } else {
+                    images.labels[i]
+                }
+            })
+            .collect();
+        let mut wanted = Vec::with_capacity(picks.len() * inputs.shape.count());
+        for &i in &picks {
+            let view = match inputs.views.len() {
+                1 => 0,
+                n => choice.below(n),
+            };
+            wanted.extend_from_slice(inputs.tokens(view, i));
+        }
+        let mut seen = wanted.clone();
+        if o.token_noise > 0.0 {
+            for token in &mut seen {
+                if choice.uniform() < o.token_noise {
+                    *token = choice.below(inputs.shape.vocabulary) as u32;
+                }
+            }
+        }
+        Self {
+            labels,
+            wanted,
+            seen,
+        }
+    }
+}
+
+/// Trains the teacher: its weights, or None in a worker that shares the training and is not the first.
+fn train<B: Backend>(
+    context: &Context<'_, B>,
+    o: &Options,
+    inputs: &Inputs<'_>,
+    networks: &Networks<B>,
+) -> Result<Option<Weights>> {
+    let (backend, ranks) = (context.backend, context.ranks);
+    let fit = Fit {
+        host: context.host,
+        backend,
+        work_dir: Some(context.work_dir()?),
+        name: "pretrain",
+        ranks,
+        options: &o.train,
+        params: &networks.params,
+        ema: networks.average.as_ref(),
+        kept: None,
+        adversary: None,
+    };
+    let step = |step: u64| {
+        let batch = Batch::draw(o, inputs, context.job.seed, step);
+        // What is drawn does not depend on who else takes a share.
+        let (n, l) = (batch.labels.len(), inputs.shape.count());
+        let own = ranks.share(n, 0, 1);
+        let part = own.len() as f64 / n as f64;
+        let tokens = own.start * l..own.end * l;
+        let wanted = backend.indices(&batch.wanted[tokens.clone()], &[tokens.len()])?;
+        let (labels, seen) = (&batch.labels[own], &batch.seen[tokens]);
+        let mut loss = logits(backend, &*networks.model, labels, seen)?.cross_entropy(&wanted)?;
+        if ranks.is_shared() {
+            loss = loss.affine(part, 0.0)?;
+        }
+        Ok(StepOutput::new(loss, Vec::new()))
+    };
+    let mut measure = || inputs.held_out_loss(backend, o, &*networks.measured);
+    let held_out = HeldOut {
+        every: (o.train.steps / 40).max(10),
+        name: "held_out_loss",
+        measure: &mut measure,
+        keep_best: o.keep_best,
+    };
+    let weights = fit.run(step, Some(held_out))?;
+    Ok(context.job.part.is_none().then_some(weights))
+}
+
+/// The held-out loss of the weights that are kept, logged and returned.
+fn measure<B: Backend>(
+    context: &Context<'_, B>,
+    o: &Options,
+    inputs: &Inputs<'_>,
+    weights: &Weights,
+) -> Result<f64> {
+    let (host, backend) = (context.host, context.backend);
+    let mut loader = Loader::new(backend, Source::Host(weights), false, "teacher");
+    let kept = inputs.build(&mut loader, o)?;
+    let loss = inputs.held_out_loss(backend, o, &*kept)?;
+    let message = format!("held-out loss {loss:.4} nats per token");
+    host.log(LogLevel::Info, &message);
+    Ok(loss)
 }
 
 /// A teacher to go on from.

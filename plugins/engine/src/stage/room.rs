@@ -3,13 +3,12 @@
 //!
 //! Lower bounds: what certainly is there at one time. What they let pass may still not fit.
 
-use super::sample::drawer::Sampler;
 use crate::backend::Backend;
 use crate::bundle::{NetworkConfig, TokenizerConfig};
+use crate::context::Context;
 use crate::error::Result;
 use crate::memory;
 use crate::sampler::Distribution;
-use crate::stage::Context;
 
 /// Generating: keys and values of all blocks, for two rows with guidance.
 pub fn generating(
@@ -49,18 +48,19 @@ pub fn attention(positions: usize) -> Option<u64> {
     memory::floats(&[2, positions, positions])
 }
 
-/// A sample: the larger of drawing and decoding it.
+/// A sample: the larger of drawing and decoding it. A student draws it, or a teacher by a distribution, or both do.
 pub fn sampling(
-    sampler: &Sampler,
+    by_student: bool,
+    distribution: Option<&Distribution>,
     network: &NetworkConfig,
     tokenizer: Option<&TokenizerConfig>,
     dtype: &str,
 ) -> Option<u64> {
-    let passes = match sampler {
-        Sampler::Student { .. } | Sampler::Assisted { .. } => student(network)?,
-        _ => 0,
+    let passes = match by_student {
+        true => student(network)?,
+        false => 0,
     };
-    let drawing = match sampler.distribution() {
+    let drawing = match distribution {
         Some(distribution) => generating(network, distribution, dtype)?.max(passes),
         None => passes,
     };

@@ -19,17 +19,18 @@ use serde_json::{Value, json};
 use crate::backend::Backend;
 use crate::bundle::Bundle;
 use crate::captions::{self, Subjects};
+use crate::context::Context;
 use crate::error::{Error, Result};
+use crate::files::{link, resolve, write_json};
+use crate::model::{TokenShape, Tokenizer};
 use crate::picture::{self, Npz, Pixels};
-use crate::random;
 use crate::sampler;
 use crate::samples::{FORMAT, ImagesKept, Kept, Manifest, Samples, ShardWriter, by_class};
-use crate::stage::condition::{
-    ConditionOptions, Conditioning, Features, Given, Labels, Texts, same_noise,
-};
-use crate::stage::shards::{self, Division, Part, batches, hashed};
-use crate::stage::{Context, Stage, link, resolve, room, write_json};
-use drawer::{Sampler, drawer};
+use crate::stage::condition::{ConditionOptions, Conditioning, Features, Labels, Texts};
+use crate::stage::noise::{Given, Noise};
+use crate::stage::shards::{self, Division, Line, Part, Planned, Written, batches, hashed};
+use crate::stage::{Stage, room};
+use drawer::{Drawer, Sampler, Setting, drawer};
 
 /// Options of `sample`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -173,145 +174,129 @@ impl<B: Backend> Stage<B> for Sample {
     }
 
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
-        let (host, backend, seed) = (context.host, context.backend, context.job.seed);
-        let base = &context.job.base_dir;
+        let inputs = Inputs::open(context, o)?;
+        let planned = inputs.shards(&context.job.base_dir, o)?;
+        let (written, times) = inputs.make(context, o, &planned)?;
+        let summary = report(context, o, &inputs.shape, &written, &times);
+        match context.job.part {
+            Some(_) => Ok(StageResult::of_part()),
+            None => inputs.publish(context, o, planned, summary),
+        }
+    }
+}
+
+/// What samples are made from.
+struct Inputs<'a> {
+    /// The networks, but for a teacher that assists.
+    bundle: Bundle<'a>,
+    shape: TokenShape,
+    conditioning: Conditioning,
+    noise: Noise,
+    /// What the set says of itself, but for its shards.
+    manifest: Manifest,
+}
+
+impl<'a> Inputs<'a> {
+    fn open<B: Backend>(context: &Context<'a, B>, o: &Options) -> Result<Self> {
         let bundle = Bundle::open(context.input_dir(o.sampler.source())?)?;
         let network = bundle.network()?;
         let shape = network.token_shape();
         let decoded = (o.images != ImagesKept::None).then_some(&bundle.config.tokenizer);
-        let each = room::sampling(&o.sampler, network, decoded, &context.job.dtype);
+        let each = room::sampling(
+            o.sampler.has_student(),
+            o.sampler.distribution(),
+            network,
+            decoded,
+            &context.job.dtype,
+        );
         room::check(context, "/batch", o.division().at_once(o.batch), each)?;
         // Before the networks are loaded: a text encoder may need the memory.
-        let made =
-            o.wish()
-                .resolve(context, (&shape.condition, &bundle.config.classes), o.count)?;
-        let Conditioning {
-            labels,
-            subjects,
-            texts,
-        } = &made;
-        let (l, d) = (shape.count(), shape.dim);
-        let given = match &o.noise {
-            Some(given) => Some(given.rows(base, &[o.count as usize, l, d])?),
-            None => None,
-        };
-        let noise_of = |samples: Range<u64>| match &given {
-            Some(given) => given.read(samples),
-            None => Ok(random::noises(seed, samples, l, d)),
-        };
-
+        let model = (&shape.condition, bundle.config.classes.as_slice());
+        let conditioning = o.wish().resolve(context, model, o.count)?;
+        let noise = Noise::open(context.job, o.noise.as_ref(), o.count, &shape)?;
         let [channels, _, side] = bundle.config.tokenizer.image();
         let side = o.resize.unwrap_or(side);
-        let work = context.work_dir()?;
-        let mut manifest = Manifest {
+        let manifest = Manifest {
             format: FORMAT,
             count: o.count,
-            seed,
+            seed: context.job.seed,
             sampler: described(context)?,
-            captions: match subjects {
+            captions: match &conditioning.subjects {
                 Subjects::Classes(_) => None,
-                Subjects::Captions(_) => Some(hash(&work.join(captions::FILE))?),
+                Subjects::Captions(_) => Some(hash(&context.work_dir()?.join(captions::FILE))?),
             },
             passes: Some(o.sampler.passes(&shape)),
             image: [channels, side, side],
-            tokens: l,
+            tokens: shape.count(),
             vocabulary: shape.vocabulary,
-            dim: d,
-            labels: subjects.len(),
+            dim: shape.dim,
+            labels: conditioning.subjects.len(),
             kept: o.kept(),
             shards: Vec::new(),
         };
+        Ok(Self {
+            bundle,
+            shape,
+            conditioning,
+            noise,
+            manifest,
+        })
+    }
+
+    /// The shards of the set, with those that parts hold already.
+    fn shards(&self, base: &Path, o: &Options) -> Result<Vec<Planned>> {
         let mut parts: Vec<(PathBuf, Vec<Shard>)> = Vec::new();
         for Part(part) in &o.parts {
             let dir = resolve(base, part);
-            let shards = manifest.of_part(&dir)?;
+            let shards = self.manifest.of_part(&dir)?;
             parts.push((dir, shards));
         }
-        let division = o.division();
-        let planned = division.shards(parts)?;
-        let labels_of = |samples: Range<u64>| &labels[samples.start as usize..samples.end as usize];
+        o.division().shards(parts)
+    }
+
+    /// Class of some samples, or number of their captions.
+    fn labels_of(&self, samples: Range<u64>) -> &[u32] {
+        &self.conditioning.labels[samples.start as usize..samples.end as usize]
+    }
+
+    /// Makes the shards that are this process's share. Returns how long it took too.
+    fn make<B: Backend>(
+        &self,
+        context: &Context<'_, B>,
+        o: &Options,
+        planned: &[Planned],
+    ) -> Result<(Written, Times)> {
         // Whether a file holds the samples that this stage would make.
-        let check = |path: &Path, shard: &Shard| -> Result<()> {
-            let (stored, found) = manifest.open_shard(path, shard)?;
-            let other = if found != labels_of(shard.start..shard.end) {
-                "labels"
-            } else if !same_noise(given.as_ref(), &stored, shard, o.batch)? {
-                "noise"
-            } else {
-                return Ok(());
-            };
-            let message = format!("these samples were made with other {other}");
-            Err(Error::data(path, message))
+        let check = |path: &Path, shard: &Shard| {
+            let (stored, found) = self.manifest.open_shard(path, shard)?;
+            let labels = self.labels_of(shard.start..shard.end);
+            self.noise
+                .check(path, shard, (&stored, &found), labels, o.batch)
         };
-
         // Loaded once there is something to make.
-        let mut networks = None;
-        let (mut sampling, mut decoding) = (0.0, 0.0);
-        let told = shards::make(context, &planned, "images", check, |path, shard, line| {
-            let (tokenizer, draw) = match &mut networks {
+        let mut maker = None;
+        let written = shards::make(context, planned, "images", check, |path, shard, line| {
+            let maker = match &mut maker {
                 Some(loaded) => loaded,
-                none => {
-                    let tokenizer = bundle.tokenizer(backend)?;
-                    let codebook = tokenizer.codebook()?;
-                    let draw = drawer(context, &o.sampler, &bundle, &shape, codebook, subjects)?;
-                    none.insert((tokenizer, draw))
-                }
+                none => none.insert(Maker::load(context, o, self)?),
             };
-            let writer = ShardWriter::create(path, &manifest, (shard.end - shard.start) as usize)?;
-            for batch in batches(shard.start..shard.end, o.batch) {
-                line.go_on()?;
-                let (start, row) = (batch.start, (batch.start - shard.start) as usize);
-                let classes = labels_of(batch.clone());
-                let noise = noise_of(batch)?;
-                let clock = Instant::now();
-                let eps = backend.floats(&noise, &[classes.len(), l, d])?;
-                let drawn = draw(start, classes, &eps).map_err(|e| e.of_samples(start))?;
-                let latents = B::to_floats(&drawn.latents)?;
-                sampling += clock.elapsed().as_secs_f64();
-                finite("latent", &latents, start, l * d)?;
-                writer.indices("labels", row, classes)?;
-                writer.floats("latents", row, &latents)?;
-                if let (true, Some(ids)) = (o.tokens, &drawn.tokens) {
-                    writer.indices("tokens", row, &B::to_indices(ids)?)?;
-                }
-                if given.is_some() {
-                    writer.floats("noise", row, &noise)?;
-                }
-                if o.images != ImagesKept::None {
-                    let clock = Instant::now();
-                    let images = sampler::decode(&**tokenizer, &drawn.latents, side)?;
-                    decoding += clock.elapsed().as_secs_f64();
-                    finite("pixel", &images, start, images.len() / classes.len())?;
-                    writer.floats("images", row, &images)?;
-                }
-                line.made(classes.len() as u64);
-            }
-            Ok(())
+            maker.shard(path, shard, line)
         })?;
-        drop(networks);
-        let passes = o.sampler.passes(&shape);
-        let mut summary = json!({
-            "images": division.samples().end - division.samples().start,
-            "passes": passes,
-        });
-        if told.samples > 0 {
-            let rate = told.samples as f64 / sampling;
-            host.metric("sample/images_per_second", told.share, rate);
-            host.metric("sample/sampling_seconds", told.share, sampling);
-            host.metric("sample/decoding_seconds", told.share, decoding);
-            host.metric("sample/passes", told.share, passes as f64);
-            let count = told.samples;
-            let message = format!(
-                "{count} images in {passes} passes a batch: sampling {sampling:.2} s ({rate:.0}/s), decoding {decoding:.2} s"
-            );
-            host.log(LogLevel::Info, &message);
-            summary["images_per_second"] = json!(rate);
-        }
-        if context.job.part.is_some() {
-            return Ok(StageResult::of_part());
-        }
+        let times = maker.map(|maker| maker.times).unwrap_or_default();
+        Ok((written, times))
+    }
 
-        manifest.shards = hashed(work, planned)?;
+    /// Writes the artifact: manifest, shards, captions and pictures.
+    fn publish<B: Backend>(
+        self,
+        context: &Context<'_, B>,
+        o: &Options,
+        planned: Vec<Planned>,
+        summary: Value,
+    ) -> Result<StageResult> {
+        let work = context.work_dir()?;
+        let shards = hashed(work, planned)?;
+        let texts = &self.conditioning.texts;
         let columns = match texts.len() {
             0 => o.grid_columns,
             // Few images of each caption: all of them.
@@ -319,13 +304,17 @@ impl<B: Backend> Stage<B> for Sample {
         };
         // What stands for a row of the picture: its caption, or the name of its class.
         let names = match texts.is_empty() {
-            true => &bundle.config.classes,
+            true => &self.bundle.config.classes,
             false => texts,
         };
         let meta = ArtifactMeta {
             preview: (o.images != ImagesKept::None).then(|| "grid.png".into()),
-            caption: shown(names, labels_of(division.samples()), columns),
+            caption: shown(names, self.labels_of(o.division().samples()), columns),
             ..Default::default()
+        };
+        let manifest = Manifest {
+            shards,
+            ..self.manifest
         };
         context.finish("samples", meta, summary, |dir| {
             for shard in &manifest.shards {
@@ -341,6 +330,115 @@ impl<B: Backend> Stage<B> for Sample {
             }
         })
     }
+}
+
+/// Seconds that samples took.
+#[derive(Default)]
+struct Times {
+    sampling: f64,
+    decoding: f64,
+}
+
+/// Makes shards, with its networks loaded.
+struct Maker<'a, 'c, B: Backend> {
+    backend: &'a B,
+    options: &'a Options,
+    inputs: &'a Inputs<'c>,
+    tokenizer: Box<dyn Tokenizer<B>>,
+    draw: Drawer<'a, B>,
+    times: Times,
+}
+
+impl<'a, 'c, B: Backend> Maker<'a, 'c, B> {
+    fn load(
+        context: &'a Context<'_, B>,
+        options: &'a Options,
+        inputs: &'a Inputs<'c>,
+    ) -> Result<Self> {
+        let tokenizer = inputs.bundle.tokenizer(context.backend)?;
+        let setting = Setting {
+            backend: context.backend,
+            seed: context.job.seed,
+            shape: &inputs.shape,
+            codebook: tokenizer.codebook()?,
+            subjects: &inputs.conditioning.subjects,
+        };
+        let draw = drawer(context, &options.sampler, &inputs.bundle, setting)?;
+        Ok(Self {
+            backend: context.backend,
+            options,
+            inputs,
+            tokenizer,
+            draw,
+            times: Times::default(),
+        })
+    }
+
+    /// Writes a shard, batch by batch.
+    fn shard(&mut self, path: &Path, shard: &Shard, line: &mut Line<'_, '_, B>) -> Result<()> {
+        let (o, inputs) = (self.options, self.inputs);
+        let (l, d) = (inputs.shape.count(), inputs.shape.dim);
+        let [_, _, side] = inputs.manifest.image;
+        let count = (shard.end - shard.start) as usize;
+        let writer = ShardWriter::create(path, &inputs.manifest, count)?;
+        for batch in batches(shard.start..shard.end, o.batch) {
+            line.go_on()?;
+            let (start, row) = (batch.start, (batch.start - shard.start) as usize);
+            let labels = inputs.labels_of(batch.clone());
+            let noise = inputs.noise.read(batch)?;
+            let clock = Instant::now();
+            let eps = self.backend.floats(&noise, &[labels.len(), l, d])?;
+            let drawn = (self.draw)(start, labels, &eps).map_err(|e| e.of_samples(start))?;
+            let latents = B::to_floats(&drawn.latents)?;
+            self.times.sampling += clock.elapsed().as_secs_f64();
+            finite("latent", &latents, start, l * d)?;
+            writer.indices("labels", row, labels)?;
+            writer.floats("latents", row, &latents)?;
+            if let (true, Some(ids)) = (o.tokens, &drawn.tokens) {
+                writer.indices("tokens", row, &B::to_indices(ids)?)?;
+            }
+            if inputs.noise.is_given() {
+                writer.floats("noise", row, &noise)?;
+            }
+            if o.images != ImagesKept::None {
+                let clock = Instant::now();
+                let images = sampler::decode(&*self.tokenizer, &drawn.latents, side)?;
+                self.times.decoding += clock.elapsed().as_secs_f64();
+                finite("pixel", &images, start, images.len() / labels.len())?;
+                writer.floats("images", row, &images)?;
+            }
+            line.made(labels.len() as u64);
+        }
+        Ok(())
+    }
+}
+
+/// Records how fast samples were made, if any were. Returns the summary.
+fn report<B: Backend>(
+    context: &Context<'_, B>,
+    o: &Options,
+    shape: &TokenShape,
+    written: &Written,
+    times: &Times,
+) -> Value {
+    let (samples, passes) = (o.division().samples(), o.sampler.passes(shape));
+    let mut summary = json!({ "images": samples.end - samples.start, "passes": passes });
+    if written.samples == 0 {
+        return summary;
+    }
+    let (host, count, share) = (context.host, written.samples, written.share);
+    let Times { sampling, decoding } = times;
+    let rate = count as f64 / sampling;
+    host.metric("sample/images_per_second", share, rate);
+    host.metric("sample/sampling_seconds", share, *sampling);
+    host.metric("sample/decoding_seconds", share, *decoding);
+    host.metric("sample/passes", share, passes as f64);
+    let message = format!(
+        "{count} images in {passes} passes a batch: sampling {sampling:.2} s ({rate:.0}/s), decoding {decoding:.2} s"
+    );
+    host.log(LogLevel::Info, &message);
+    summary["images_per_second"] = json!(rate);
+    summary
 }
 
 /// Writes what people look at and what other tools read, a block of images in memory at a time.

@@ -14,9 +14,9 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::backend::Backend;
+use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::stage::Context;
-use crate::train::replace;
+use crate::files::replace;
 
 /// A folder with a part of what a stage makes.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]

@@ -9,8 +9,9 @@ use serde_json::json;
 
 use crate::backend::Backend;
 use crate::bundle::{self, Bundle};
+use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::stage::{Context, Stage};
+use crate::stage::Stage;
 
 /// Options of `snapshot`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]

@@ -15,10 +15,12 @@ use serde_json::{Value, json};
 
 use crate::backend::Backend;
 use crate::bundle::{self, Family};
+use crate::context::Context;
 use crate::error::{Error, Result};
+use crate::files::resolve;
 use crate::published::{self, Hints, Role};
 use crate::sampler::check_from_zero;
-use crate::stage::{Context, Stage, resolve};
+use crate::stage::Stage;
 use crate::weights::{self, Loader, Params, Source, Stored};
 
 /// Which files, and what they do not say themselves. Where a network lies in several files, the folder or the index

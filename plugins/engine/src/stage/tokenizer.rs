@@ -5,34 +5,33 @@
 pub mod codebook;
 pub mod loss;
 pub mod quality;
+mod training;
 
-use std::cell::Cell;
 use std::path::Path;
 use std::sync::Arc;
 
 use retort_abi::{ArtifactMeta, LogLevel, StageResult};
 use schemars::JsonSchema;
 use serde::Deserialize;
-use serde_json::json;
 
-use crate::backend::{Backend, Unary};
+use crate::backend::Backend;
 use crate::bundle::{self, Bundle, Family, TokenizerConfig};
-use crate::collective::Single;
+use crate::context::Context;
 use crate::data::feed::Feed;
 use crate::data::{Augment, Data, Images};
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::model::autoencoder::Shape;
-use crate::model::{CODEBOOK, Reconstruction, Tokenizer as Model, discriminator, msvq, vq};
-use crate::perceptual::{Eye, PIXELS_AT_ONCE, Perceptual};
+use crate::model::{msvq, vq};
+use crate::perceptual::{Perceptual, PerceptualMetric};
 use crate::picture::{self, Pixels};
 use crate::random::{Sequence, Stream};
-use crate::stage::{Context, Stage, room};
-use crate::tape::Variable;
-use crate::train::{self, Fit, HeldOut, Mean, StepOutput, TrainOptions, average, scalar, shared};
-use crate::weights::{self, Loader, Source, Stored};
-use codebook::{COLLAPSED, Codebook};
-use loss::{Adversarial, Adversary, Criterion, PixelLoss};
+use crate::stage::{Stage, room};
+use crate::train::TrainOptions;
+use crate::weights::{Loader, Source, Stored, Weights};
+use loss::{Adversarial, PixelLoss};
+use quality::{Quality, look};
+use training::{Networks, train};
 
 /// Options of `tokenizer`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -161,6 +160,13 @@ impl Options {
     fn phi_convs(&self) -> usize {
         self.phi_convs.unwrap_or(self.scales.len().min(4))
     }
+
+    /// Whether unused codes are restarted after a step.
+    fn restarts_after(&self, step: u64) -> bool {
+        self.restart_every > 0
+            && (step + 1).is_multiple_of(self.restart_every)
+            && step < self.train.steps / 2
+    }
 }
 
 fn held_out() -> f64 {
@@ -245,7 +251,29 @@ impl<B: Backend> Stage<B> for Tokenizer {
     }
 
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
-        let (backend, seed) = (context.backend, context.job.seed);
+        let inputs = Inputs::open(context, o)?;
+        let networks = Networks::load(context, o, &inputs)?;
+        let trained = train(context, o, &inputs, &networks)?;
+        let quality = measure(context, o, &inputs, &trained)?;
+        publish(context, &inputs, &trained, &quality)
+    }
+}
+
+/// What a tokenizer is made from.
+struct Inputs<B: Backend> {
+    config: TokenizerConfig,
+    images: Arc<Images>,
+    /// Images that are trained on, and those that are held out.
+    train: Vec<usize>,
+    held: Vec<usize>,
+    metric: PerceptualMetric<B>,
+    /// The weights to go on from.
+    from: Option<Stored>,
+}
+
+impl<B: Backend> Inputs<B> {
+    /// Opens them and refuses what does not fit together.
+    fn open(context: &Context<'_, B>, o: &Options) -> Result<Self> {
         let images = Arc::new(context.images(&o.data)?);
         let config = config(o, &images)?;
         room::check(
@@ -254,182 +282,73 @@ impl<B: Backend> Stage<B> for Tokenizer {
             o.train.batch,
             o.bytes_of_an_image(&images),
         )?;
-        let (train, held) = images.split(o.held_out, seed);
-        let eye = Eye::open(context, &o.perceptual)?;
-        eye.check(images.shape())?;
+        let (train, held) = images.split(o.held_out, context.job.seed);
+        let metric = PerceptualMetric::open(context, &o.perceptual)?;
+        metric.check(images.shape())?;
         let from = match &o.from {
             Some(stage) => Some(start_from(context, stage, &config)?),
             None => None,
         };
-        let start = match &from {
-            Some(file) => Source::Files(std::slice::from_ref(file)),
-            None => Source::Init(seed),
-        };
-        let origin = o.from.as_deref().unwrap_or("new tokenizer");
-        let mut loader = Loader::new(backend, start, true, origin);
-        let model = config.build(&mut loader)?;
-        let all = loader.into_params();
-        let codebook = all.iter().find(|(name, _)| name == CODEBOOK);
-        let codebook = codebook.ok_or_else(|| Error::Internal("no codebook".into()))?;
-        let codebook = codebook.1.value().clone();
-        let codebook = Codebook::new(backend, &codebook, o.codebook_ema)?;
-        // Codes that are averages are no parameters.
-        let averaged = |name: &str| o.codebook_ema.is_some() && name == CODEBOOK;
-        let (still, own): (Vec<_>, Vec<_>) = all.into_iter().partition(|(name, _)| averaged(name));
-
-        let average = average(backend, &o.train, &own)?;
-        let mut tensors = shared(&own, average.as_ref());
-        tensors.extend(shared(&still, None));
-        let source = Source::Device(&tensors);
-        let measured = config.build(&mut Loader::new(backend, source, false, "tokenizer"))?;
-
-        let mut params = own;
-        let against = o.adversarial.as_ref().map(|own| own.training(&o.train));
-        let mut criterion = Criterion {
-            pixels: o.pixels,
-            eye: (o.perceptual.weight() > 0.0).then_some((eye, o.perceptual.weight())),
-            adversary: None,
-            at_once: (PIXELS_AT_ONCE / (images.height * images.width)).max(1),
-        };
-        if let Some(own) = &o.adversarial {
-            let side = images.height.min(images.width);
-            discriminator::check(side, own.layers, "/adversarial/layers")?;
-            let (adversary, its) = Adversary::new(backend, seed, images.channels, own)?;
-            criterion.adversary = Some(adversary);
-            params.extend(its);
-        }
-        let fit = Fit {
-            host: context.host,
-            backend,
-            work_dir: Some(context.work_dir()?),
-            name: "tokenizer",
-            ranks: &Single,
-            options: &o.train,
-            params: &params,
-            ema: average.as_ref(),
-            kept: Some(&codebook.kept),
-            adversary: o
-                .adversarial
-                .as_ref()
-                .zip(against.as_ref())
-                .map(|(own, options)| train::Adversary {
-                    prefix: loss::PREFIX,
-                    options,
-                    from: own.start,
-                }),
-        };
-        let mut feed = training_feed(&images, &train, o.train.batch, seed);
-        let step = |step: u64| {
-            let seen = feed.take(step)?;
-            codebook.settle()?;
-            let x = backend.floats(&seen.pixels, &batch_shape(&images, o.train.batch))?;
-            let Reconstruction {
-                images: made,
-                z,
-                codebook_loss,
-                commitment_loss,
-                tokens,
-                codes,
-                last,
-            } = model.reconstruct(&x)?;
-            let looked_up = z.value().clone();
-            let (mut loss, mut figures) = criterion.loss(made, &x, &last, step)?;
-            if o.codebook_ema.is_none() {
-                loss = loss.add(&codebook_loss)?;
-            }
-            loss = loss.add(&commitment_loss.affine(o.commitment, 0.0)?)?;
-            if let (
-                Some(Entropy {
-                    weight,
-                    temperature,
-                }),
-                Some(codes),
-            ) = (o.entropy, codes)
-            {
-                let term = loss::entropy(&z, &codes, temperature)?;
-                figures.push(("entropy", scalar::<B>(term.value())?));
-                loss = loss.add(&term.affine(weight, 0.0)?)?;
-            }
-            codebook.note(&B::to_indices(&tokens)?, &looked_up)?;
-            let (used, perplexity) = codebook.use_lately();
-            figures.extend([("codebook_usage", used), ("perplexity", perplexity)]);
-            figures.push(feed.wait());
-            let mut output = StepOutput::new(loss, figures);
-            if o.restart_every > 0
-                && (step + 1).is_multiple_of(o.restart_every)
-                && step < o.train.steps / 2
-            {
-                let anew = codebook.restart(&looked_up, seed, step)?;
-                if !anew.is_empty() && o.codebook_ema.is_none() {
-                    output.anew = Some((CODEBOOK, anew));
-                }
-            }
-            Ok(output)
-        };
-        let measured_on = if held.is_empty() { &train } else { &held };
-        let warned = Cell::new(false);
-        let mut measure = || {
-            let mut errors = Mean::default();
-            // What a step of training takes, whatever the number of images.
-            for picks in measured_on.chunks(o.train.batch) {
-                let x = batch(backend, &images, picks)?;
-                let r = measured.reconstruct(&x)?;
-                let error = r.images.sub(&Variable::constant(x))?.unary(Unary::Square)?;
-                errors.add(&B::to_floats(error.value())?);
-            }
-            let (used, perplexity) = codebook.use_lately();
-            if used < COLLAPSED && !warned.replace(true) {
-                let message = format!(
-                    "{:.0} of {} codes are in use (perplexity {perplexity:.1}): the codebook has collapsed; try another \
-                     seed, a lower learning rate, `restart_every` or fewer codes",
-                    used * o.codebook_size as f64,
-                    o.codebook_size
-                );
-                context.host.log(LogLevel::Warn, &message);
-            }
-            Ok(errors.value())
-        };
-        let every = (o.train.steps / 10).max(1);
-        let held_out = HeldOut {
-            every,
-            name: "held_out_error",
-            measure: &mut measure,
-            keep_best: false,
-        };
-        let mut trained = fit.run(step, Some(held_out))?;
-        codebook.settle()?;
-        trained.extend(weights::from_params(&still)?);
-        let source = Source::Host(&trained);
-        let made = config.build(&mut Loader::new(backend, source, false, "tokenizer"))?;
-        let quality = look(backend, &*made, &images, measured_on, o.train.batch)?;
-        context.host.log(LogLevel::Info, &quality.to_string());
-        let summary = json!({
-            "held_out_error": quality.error,
-            "psnr": quality.psnr,
-            "ssim": quality.ssim,
-            "codebook_usage": quality.usage,
-            "perplexity": quality.perplexity,
-        });
-        for (name, value) in summary.as_object().into_iter().flatten() {
-            if let (Some(value), true) = (value.as_f64(), name != "held_out_error") {
-                let name = format!("tokenizer/held_out_{name}");
-                context.host.metric(&name, o.train.steps, value);
-            }
-        }
-        let meta = ArtifactMeta {
-            preview: Some(PICTURE.into()),
-            caption: Some("each row of held-out images, and below it their reconstructions".into()),
-            ..ArtifactMeta::default()
-        };
-        context.finish("tokenizer", meta, summary, |dir| {
-            let [c, h, w] = images.shape();
-            let pixels = Pixels::new(&quality.picture, c, h, w)?;
-            picture::write_grid(&dir.join(PICTURE), &[pixels], quality.rows)?;
-            bundle::write_tokenizer(dir, &config, &trained)
+        Ok(Self {
+            config,
+            images,
+            train,
+            held,
+            metric,
+            from,
         })
+    }
+
+    /// The images on which a tokenizer is measured.
+    fn measured_on(&self) -> &[usize] {
+        match self.held.is_empty() {
+            true => &self.train,
+            false => &self.held,
+        }
     }
 }
 
+/// How good the trained tokenizer is, recorded and returned.
+fn measure<B: Backend>(
+    context: &Context<'_, B>,
+    o: &Options,
+    inputs: &Inputs<B>,
+    trained: &Weights,
+) -> Result<Quality> {
+    let (host, backend) = (context.host, context.backend);
+    let mut loader = Loader::new(backend, Source::Host(trained), false, "tokenizer");
+    let made = inputs.config.build(&mut loader)?;
+    let (images, picks) = (&inputs.images, inputs.measured_on());
+    let quality = look(backend, &*made, images, picks, o.train.batch)?;
+    host.log(LogLevel::Info, &quality.to_string());
+    for (name, value) in quality.summary().as_object().into_iter().flatten() {
+        if let (Some(value), true) = (value.as_f64(), name != "held_out_error") {
+            let name = format!("tokenizer/held_out_{name}");
+            host.metric(&name, o.train.steps, value);
+        }
+    }
+    Ok(quality)
+}
+
+/// Writes the artifact: the tokenizer, and a picture of what it makes of images.
+fn publish<B: Backend>(
+    context: &Context<'_, B>,
+    inputs: &Inputs<B>,
+    trained: &Weights,
+    quality: &Quality,
+) -> Result<StageResult> {
+    let meta = ArtifactMeta {
+        preview: Some(PICTURE.into()),
+        caption: Some("each row of held-out images, and below it their reconstructions".into()),
+        ..ArtifactMeta::default()
+    };
+    context.finish("tokenizer", meta, quality.summary(), |dir| {
+        let [c, h, w] = inputs.images.shape();
+        let pixels = Pixels::new(&quality.picture, c, h, w)?;
+        picture::write_grid(&dir.join(PICTURE), &[pixels], quality.rows)?;
+        bundle::write_tokenizer(dir, &inputs.config, trained)
+    })
+}
 /// The weights of the tokenizer to go on from, if it has this shape.
 fn start_from<B: Backend>(
     context: &Context<'_, B>,
@@ -446,95 +365,6 @@ fn start_from<B: Backend>(
 }
 
 const PICTURE: &str = "reconstructions.png";
-/// Images of the picture, and how many of them make a row.
-const SHOWN: usize = 48;
-const ROW: usize = 16;
-
-/// How good a tokenizer is.
-struct Quality {
-    /// Mean squared error in [-1, 1].
-    error: f64,
-    psnr: f64,
-    ssim: f64,
-    /// Share of the codes that these images use, and their perplexity.
-    usage: f64,
-    perplexity: f64,
-    /// Rows of images in [0, 1], each followed by a row of their reconstructions.
-    picture: Vec<f32>,
-    rows: usize,
-}
-
-impl std::fmt::Display for Quality {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "held-out images: mean squared error {:.5} in [-1, 1], PSNR {:.2} dB, SSIM {:.4}; {:.1} % of the codes, \
-             perplexity {:.1}",
-            self.error,
-            self.psnr,
-            self.ssim,
-            100.0 * self.usage,
-            self.perplexity
-        )
-    }
-}
-
-/// Looks at images and what a tokenizer makes of them, so many at a time.
-fn look<B: Backend>(
-    backend: &B,
-    model: &dyn Model<B>,
-    images: &Images,
-    picks: &[usize],
-    at_once: usize,
-) -> Result<Quality> {
-    let stride = images.stride();
-    let shown: Vec<usize> = match picks.len() {
-        n if n <= SHOWN => (0..n).collect(),
-        n => (0..SHOWN).map(|i| i * n / SHOWN).collect(),
-    };
-    let mut uses = vec![0usize; B::shape(&model.codebook()?)[0]];
-    let (mut errors, mut psnr, mut ssim) = (Mean::default(), 0.0, 0.0);
-    let (mut above, mut below) = (Vec::new(), Vec::new());
-    for (number, part) in picks.chunks(at_once).enumerate() {
-        let pixels = images.gather(part)?.0;
-        let r = model.reconstruct(&backend.floats(&pixels, &batch_shape(images, part.len()))?)?;
-        let made = B::to_floats(r.images.value())?;
-        for token in B::to_indices(&r.tokens)? {
-            uses[token as usize] += 1;
-        }
-        let pairs = pixels.chunks_exact(stride).zip(made.chunks_exact(stride));
-        for (i, (a, b)) in pairs.enumerate() {
-            let squares: Vec<f32> = a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).collect();
-            errors.add(&squares);
-            psnr += quality::psnr(a, b);
-            ssim += quality::ssim(a, b, images.shape());
-            if shown.binary_search(&(number * at_once + i)).is_ok() {
-                above.extend(a.iter().map(|x| x * 0.5 + 0.5));
-                below.extend(b.iter().map(|x| x * 0.5 + 0.5));
-            }
-        }
-    }
-    let mut picture = Vec::new();
-    let mut rows = 0;
-    let row = (ROW.min(shown.len())) * stride;
-    for (a, b) in above.chunks_exact(row).zip(below.chunks_exact(row)) {
-        picture.extend_from_slice(a);
-        picture.extend_from_slice(b);
-        rows += 2;
-    }
-    let (n, total) = (picks.len() as f64, uses.iter().sum::<usize>() as f64);
-    let shares = uses.iter().filter(|&&n| n > 0).map(|&n| n as f64 / total);
-    let entropy: f64 = shares.map(|share| -share * share.ln()).sum();
-    Ok(Quality {
-        error: errors.value(),
-        psnr: psnr / n,
-        ssim: ssim / n,
-        usage: uses.iter().filter(|&&n| n > 0).count() as f64 / uses.len() as f64,
-        perplexity: entropy.exp(),
-        picture,
-        rows,
-    })
-}
 
 fn config(o: &Options, images: &Images) -> Result<TokenizerConfig> {
     let (size, factor) = (images.height, 1 << (o.multipliers.len() - 1));

@@ -3,7 +3,6 @@
 //! Sample i has class i mod classes, or caption i mod captions, and the noise of (seed, i), so that shards may be made in any
 //! order, anywhere, with any batch size.
 
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use retort_abi::{ArtifactMeta, LogLevel, StageResult};
@@ -16,16 +15,17 @@ use serde_json::json;
 use crate::backend::{Backend, FlowSolver};
 use crate::bundle::Bundle;
 use crate::captions::{self, Subjects};
+use crate::context::Context;
 use crate::dataset::{open_shard, write_shard};
 use crate::error::{Error, Result};
+use crate::files::{link, resolve, write_json};
 use crate::flow;
-use crate::random;
+use crate::model::{Teacher, TokenShape};
 use crate::sampler::{Choice, Distribution, autoregressive};
-use crate::stage::condition::{
-    ConditionOptions, Conditioning, Features, Given, Labels, Texts, same_noise,
-};
-use crate::stage::shards::{self, Division, Part, batches, hashed};
-use crate::stage::{Context, Stage, link, resolve, room, write_json};
+use crate::stage::condition::{ConditionOptions, Conditioning, Features, Labels, Texts};
+use crate::stage::noise::{Given, Noise};
+use crate::stage::shards::{self, Division, Line, Part, Planned, Written, batches, hashed};
+use crate::stage::{Stage, room};
 
 /// Options of `trajectories`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -58,7 +58,7 @@ pub struct Options {
     pub distribution: Distribution,
     /// Steps of the flow map's solver, an evaluation of the codebook each; from 64 on fewer than one token in a thousand
     /// differs from the exact one, from 96 on those alone that noise changed in its fourth digit would change.
-    #[serde(default = "solver_steps")]
+    #[serde(default = "flow::default_steps")]
     #[schemars(range(min = 1, max = 10000))]
     pub solver_steps: usize,
     /// Noise (count, L, D) from a file instead of the seed.
@@ -87,11 +87,6 @@ fn shard_size() -> u64 {
 fn batch() -> usize {
     500
 }
-/// Steps of the flow map's solver unless a recipe says otherwise.
-pub(crate) fn solver_steps() -> usize {
-    flow::STEPS
-}
-
 impl Options {
     fn division(&self) -> Division {
         Division {
@@ -99,28 +94,6 @@ impl Options {
             range: self.range,
             size: self.shard_size,
         }
-    }
-
-    /// What the parts hold.
-    fn parts(
-        &self,
-        manifest: &Manifest,
-        subjects: &Subjects,
-        base: &Path,
-    ) -> Result<Vec<(PathBuf, Vec<Shard>)>> {
-        let part = |Part(part): &Part| {
-            let dir = resolve(base, part);
-            let shards = manifest.of_part(&dir)?;
-            let features = dir.join(captions::FILE);
-            if let Subjects::Captions(own) = subjects
-                && !own.are_in(&features)?
-            {
-                let message = "these are not the features of this stage's captions; give all parts the same `features`";
-                return Err(Error::data(features, message));
-            }
-            Ok((dir, shards))
-        };
-        self.parts.iter().map(part).collect()
     }
 
     fn wish(&self) -> ConditionOptions<'_> {
@@ -150,10 +123,35 @@ impl<B: Backend> Stage<B> for Trajectories {
     }
 
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
-        let (host, backend, seed) = (context.host, context.backend, context.job.seed);
+        let inputs = Inputs::open(context, o)?;
+        let planned = inputs.shards(&context.job.base_dir, o)?;
+        let written = inputs.make(context, o, &planned)?;
+        report(context, &written);
+        match context.job.part {
+            Some(_) => Ok(StageResult::of_part()),
+            None => inputs.publish(context, o, planned),
+        }
+    }
+}
+
+/// What a dataset is made from.
+struct Inputs<'a> {
+    teacher: Bundle<'a>,
+    shape: TokenShape,
+    /// Class of each sample, or number of its caption.
+    labels: Vec<u32>,
+    /// What the labels stand for.
+    subjects: Subjects,
+    noise: Noise,
+    /// What the dataset says of itself, but for its shards.
+    manifest: Manifest,
+}
+
+impl<'a> Inputs<'a> {
+    fn open<B: Backend>(context: &Context<'a, B>, o: &Options) -> Result<Self> {
         let input = context.input(&o.teacher)?;
-        let bundle = Bundle::open(&input.path)?;
-        let network = bundle.network()?;
+        let teacher = Bundle::open(&input.path)?;
+        let network = teacher.network()?;
         let shape = network.token_shape();
         room::check(
             context,
@@ -162,119 +160,174 @@ impl<B: Backend> Stage<B> for Trajectories {
             room::generating(network, &o.distribution, &context.job.dtype),
         )?;
         // Before the networks are loaded: a text encoder may need the memory.
+        let model = (&shape.condition, teacher.config.classes.as_slice());
         let Conditioning {
             labels, subjects, ..
-        } = o
-            .wish()
-            .resolve(context, (&shape.condition, &bundle.config.classes), o.count)?;
-        let solver = FlowSolver {
-            steps: o.solver_steps,
-        };
-        let base = &context.job.base_dir;
-        let (l, d) = (shape.count(), shape.dim);
-        let given = match &o.noise {
-            Some(given) => Some(given.rows(base, &[o.count as usize, l, d])?),
-            None => None,
-        };
-        let noise_of = |i: Range<u64>| match &given {
-            Some(given) => given.read(i),
-            None => Ok(random::noises(seed, i, l, d)),
-        };
-
-        let mut manifest = Manifest {
+        } = o.wish().resolve(context, model, o.count)?;
+        let noise = Noise::open(context.job, o.noise.as_ref(), o.count, &shape)?;
+        let manifest = Manifest {
             format: FORMAT,
-            seed,
+            seed: context.job.seed,
             count: o.count,
             steps: shape.steps.clone(),
             vocabulary: shape.vocabulary,
-            dim: d,
+            dim: shape.dim,
             condition: shape.condition,
             distribution: json!(o.distribution),
             solver_steps: o.solver_steps,
             teacher: input.hash.clone(),
             shards: Vec::new(),
         };
-        let work = context.work_dir()?;
-        let division = o.division();
-        let shards = division.shards(o.parts(&manifest, &subjects, base)?)?;
-        let labels_of = |shard: &Shard| &labels[shard.start as usize..shard.end as usize];
+        Ok(Self {
+            teacher,
+            shape,
+            labels,
+            subjects,
+            noise,
+            manifest,
+        })
+    }
+
+    /// The shards of the dataset, with those that parts hold already.
+    fn shards(&self, base: &Path, o: &Options) -> Result<Vec<Planned>> {
+        let part = |Part(part): &Part| -> Result<(PathBuf, Vec<Shard>)> {
+            let dir = resolve(base, part);
+            let shards = self.manifest.of_part(&dir)?;
+            let features = dir.join(captions::FILE);
+            if let Subjects::Captions(own) = &self.subjects
+                && !own.are_in(&features)?
+            {
+                let message = "these are not the features of this stage's captions; give all parts the same `features`";
+                return Err(Error::data(features, message));
+            }
+            Ok((dir, shards))
+        };
+        let parts = o.parts.iter().map(part).collect::<Result<_>>()?;
+        o.division().shards(parts)
+    }
+
+    fn labels_of(&self, shard: &Shard) -> &[u32] {
+        &self.labels[shard.start as usize..shard.end as usize]
+    }
+
+    /// Makes the shards that are this process's share.
+    fn make<B: Backend>(
+        &self,
+        context: &Context<'_, B>,
+        o: &Options,
+        planned: &[Planned],
+    ) -> Result<Written> {
         // Whether a file holds the samples that this stage would make.
-        let check = |path: &Path, shard: &Shard| -> Result<()> {
-            let (stored, found) = open_shard(&manifest, path, shard)?;
-            let other = if found != labels_of(shard) {
-                "labels"
-            } else if !same_noise(given.as_ref(), &stored, shard, o.batch)? {
-                "noise"
-            } else {
-                return Ok(());
-            };
-            let message = format!("these samples were made with other {other}");
-            Err(Error::data(path, message))
+        let check = |path: &Path, shard: &Shard| {
+            let (stored, found) = open_shard(&self.manifest, path, shard)?;
+            let labels = self.labels_of(shard);
+            self.noise
+                .check(path, shard, (&stored, &found), labels, o.batch)
         };
         // Loaded once there is something to make.
         let mut networks = None;
-        let made = shards::make(context, &shards, "samples", check, |path, shard, line| {
-            let (teacher, codebook) = match &mut networks {
+        shards::make(context, planned, "samples", check, |path, shard, line| {
+            let networks = match &mut networks {
                 Some(loaded) => loaded,
-                none => {
-                    let codebook = bundle.tokenizer(backend)?.codebook()?;
-                    none.insert((bundle.teacher(backend)?, codebook))
-                }
+                none => none.insert(Networks::load(context.backend, &self.teacher)?),
             };
-            let mut tokens: Vec<u32> = Vec::with_capacity((shard.end - shard.start) as usize * l);
-            for batch in batches(shard.start..shard.end, o.batch) {
-                line.go_on()?;
-                let classes = &labels[batch.start as usize..batch.end as usize];
-                let first = batch.start;
-                let noise = backend.floats(&noise_of(batch)?, &[classes.len(), l, d])?;
-                let mut choice = Choice::Flow {
-                    noise: &noise,
-                    codebook,
-                    solver,
-                };
-                let ids = autoregressive(
-                    &**teacher,
-                    &subjects.conditions(backend, classes)?,
-                    &o.distribution,
-                    &mut choice,
-                    None,
-                    shape.steps.len(),
-                )
-                .map_err(|e| e.of_samples(first))?;
-                tokens.extend(B::to_indices(&ids)?);
-                line.made(classes.len() as u64);
-            }
-            let noise = match &given {
-                Some(given) => Some(given.read(shard.start..shard.end)?),
-                None => None,
+            let tokens = self.tokens(context.backend, o, networks, shard, line)?;
+            let noise = match self.noise.is_given() {
+                true => Some(self.noise.read(shard.start..shard.end)?),
+                false => None,
             };
-            let noise = noise.as_deref().map(|noise| (noise, d));
-            write_shard(path, labels_of(shard), &tokens, noise)
-        })?;
-        if made.samples > 0 {
-            let rate = made.samples as f64 / made.seconds;
-            host.metric("trajectories/samples_per_second", made.share, rate);
-            let count = made.samples;
-            let message = format!("{count} trajectories, {rate:.0} per second");
-            host.log(LogLevel::Info, &message);
-        }
-        if context.job.part.is_some() {
-            return Ok(StageResult::of_part());
-        }
-        manifest.shards = hashed(work, shards)?;
-        let samples = division.samples();
-        context.finish(
-            "trajectories",
-            ArtifactMeta::default(),
-            json!({ "count": samples.end - samples.start }),
-            |dir| {
-                let captions = matches!(subjects, Subjects::Captions(_)).then_some(captions::FILE);
-                let shards = manifest.shards.iter().map(|shard| shard.file.as_str());
-                for file in shards.chain(captions) {
-                    link(&work.join(file), &dir.join(file))?;
-                }
-                write_json(&dir.join(MANIFEST), &manifest)
-            },
-        )
+            let noise = noise.as_deref().map(|noise| (noise, self.shape.dim));
+            write_shard(path, self.labels_of(shard), &tokens, noise)
+        })
     }
+
+    /// Tokens (n, L) of the samples of a shard.
+    fn tokens<B: Backend>(
+        &self,
+        backend: &B,
+        o: &Options,
+        networks: &Networks<B>,
+        shard: &Shard,
+        line: &mut Line<'_, '_, B>,
+    ) -> Result<Vec<u32>> {
+        let (l, d) = (self.shape.count(), self.shape.dim);
+        let solver = FlowSolver {
+            steps: o.solver_steps,
+        };
+        let mut tokens = Vec::with_capacity((shard.end - shard.start) as usize * l);
+        for batch in batches(shard.start..shard.end, o.batch) {
+            line.go_on()?;
+            let labels = &self.labels[batch.start as usize..batch.end as usize];
+            let first = batch.start;
+            let noise = backend.floats(&self.noise.read(batch)?, &[labels.len(), l, d])?;
+            let mut choice = Choice::Flow {
+                noise: &noise,
+                codebook: &networks.codebook,
+                solver,
+            };
+            let ids = autoregressive(
+                &*networks.teacher,
+                &self.subjects.conditions(backend, labels)?,
+                &o.distribution,
+                &mut choice,
+                None,
+                self.shape.steps.len(),
+            )
+            .map_err(|e| e.of_samples(first))?;
+            tokens.extend(B::to_indices(&ids)?);
+            line.made(labels.len() as u64);
+        }
+        Ok(tokens)
+    }
+
+    /// Writes the artifact: manifest, shards and captions.
+    fn publish<B: Backend>(
+        self,
+        context: &Context<'_, B>,
+        o: &Options,
+        planned: Vec<Planned>,
+    ) -> Result<StageResult> {
+        let work = context.work_dir()?;
+        let manifest = Manifest {
+            shards: hashed(work, planned)?,
+            ..self.manifest
+        };
+        let samples = o.division().samples();
+        let summary = json!({ "count": samples.end - samples.start });
+        let captions = matches!(self.subjects, Subjects::Captions(_)).then_some(captions::FILE);
+        context.finish("trajectories", ArtifactMeta::default(), summary, |dir| {
+            let shards = manifest.shards.iter().map(|shard| shard.file.as_str());
+            for file in shards.chain(captions) {
+                link(&work.join(file), &dir.join(file))?;
+            }
+            write_json(&dir.join(MANIFEST), &manifest)
+        })
+    }
+}
+
+/// Who makes trajectories.
+struct Networks<B: Backend> {
+    teacher: Box<dyn Teacher<B>>,
+    /// Codebook (K, D).
+    codebook: B::Tensor,
+}
+
+impl<B: Backend> Networks<B> {
+    fn load(backend: &B, bundle: &Bundle<'_>) -> Result<Self> {
+        let codebook = bundle.tokenizer(backend)?.codebook()?;
+        let teacher = bundle.teacher(backend)?;
+        Ok(Self { teacher, codebook })
+    }
+}
+
+/// Records how fast samples were made, if any were.
+fn report<B: Backend>(context: &Context<'_, B>, written: &Written) {
+    if written.samples == 0 {
+        return;
+    }
+    let (host, count) = (context.host, written.samples);
+    let rate = count as f64 / written.seconds;
+    host.metric("trajectories/samples_per_second", written.share, rate);
+    let message = format!("{count} trajectories, {rate:.0} per second");
+    host.log(LogLevel::Info, &message);
 }

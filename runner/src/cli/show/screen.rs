@@ -5,7 +5,8 @@ use std::io::{self, IsTerminal, Read};
 use image::RgbaImage;
 use image::imageops::{self, FilterType};
 
-use crate::cli::show::{MOST_PIXELS, Manner, encode};
+use crate::cli::show::encode::{self, EncodeError};
+use crate::cli::show::{MOST_PIXELS, Manner};
 use crate::cli::talk;
 
 /// Asks whether kitty's protocol is known, then for the terminal's attributes, which every terminal gives.
@@ -81,15 +82,17 @@ impl Screen {
     /// What draws a picture of this size.
     pub fn drawn(
         &self,
-        picture: &RgbaImage,
+        picture: RgbaImage,
         manner: Manner,
         truecolor: bool,
-    ) -> Result<String, image::ImageError> {
+    ) -> Result<String, EncodeError> {
         match manner {
-            Manner::Kitty => encode::kitty(picture),
-            Manner::Iterm => encode::iterm(picture, picture.width().div_ceil(self.cell.0)),
-            Manner::Sixel => Ok(encode::sixel(picture)),
-            Manner::Auto | Manner::Blocks | Manner::Paths => Ok(encode::blocks(picture, truecolor)),
+            Manner::Kitty => encode::kitty(&picture),
+            Manner::Iterm => encode::iterm(&picture, picture.width().div_ceil(self.cell.0)),
+            Manner::Sixel => encode::sixel(picture),
+            Manner::Auto | Manner::Blocks | Manner::Paths => {
+                Ok(encode::blocks(&picture, truecolor))
+            }
         }
     }
 }

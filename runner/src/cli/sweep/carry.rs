@@ -11,20 +11,20 @@ use futures_util::stream::FuturesUnordered;
 use serde_json::Value;
 use tokio::runtime::Runtime;
 
-use crate::cli::run::{ExecutionArgs, fits_one_machine, teller};
-use crate::cli::sweep::points::Source;
+use crate::cli::execution::{ExecutionArgs, fits_one_machine, teller};
 use crate::cli::sweep::show;
+use crate::cli::sweep::source::Source;
 use crate::cli::{Context, Error, Exit, talk};
 use crate::environment;
-use crate::executor::handle::Cluster;
+use crate::executor::Cluster;
 use crate::executor::{
-    Control, Event, ExecutorError, Leave, Listener, Options, RunReport, Rung, Signals,
+    Control, Event, ExecutorError, LeaveJobs, Listener, Options, RunReport, Rung, Signals,
     execute_beside,
 };
 use crate::plugin::{Plugins, search_dirs};
-use crate::progress::{self, Teller};
+use crate::progress::{self, ProgressReporter};
 use crate::store::{RunId, RunState, Store, SweepDetail, SweepPlace};
-use crate::sweep::halving::{Course, Halving, Leg};
+use crate::sweep::halving::{Halving, NextRung, PointProgress};
 use crate::sweep::results::Results;
 
 /// A sweep about to be carried out.
@@ -43,7 +43,7 @@ pub struct Sweeping<'a> {
 
 /// Which point runs when.
 enum Schedule {
-    InOrder(VecDeque<Leg>),
+    InOrder(VecDeque<NextRung>),
     Halving(Halving),
 }
 
@@ -53,18 +53,18 @@ impl Schedule {
         match &sweeping.detail.plan.definition.asha {
             None => {
                 let missing = points.filter(|(_, done)| !**done);
-                let legs = missing.map(|(point, _)| Leg {
+                let legs = missing.map(|(point, _)| NextRung {
                     point: point.number,
                     number: 0,
                 });
                 Self::InOrder(legs.collect())
             }
             Some(asha) => {
-                let courses: BTreeMap<u32, Course> = points
+                let courses: BTreeMap<u32, PointProgress> = points
                     .map(|(point, &done)| {
                         let value = |value: &Option<f64>| value.unwrap_or(f64::NAN);
                         let rungs: Vec<f64> = point.rungs.iter().map(value).collect();
-                        let course = Course {
+                        let course = PointProgress {
                             begun: rungs.len(),
                             rungs,
                             done,
@@ -77,14 +77,14 @@ impl Schedule {
         }
     }
 
-    fn next(&mut self, idle: bool) -> Option<Leg> {
+    fn next(&mut self, idle: bool) -> Option<NextRung> {
         match self {
             Self::InOrder(legs) => legs.pop_front(),
             Self::Halving(halving) => halving.next(idle),
         }
     }
 
-    fn target(&self, leg: Leg) -> Option<u64> {
+    fn target(&self, leg: NextRung) -> Option<u64> {
         match self {
             Self::InOrder(_) => None,
             Self::Halving(halving) => halving.target(leg),
@@ -108,12 +108,12 @@ pub fn out(
     let began = Instant::now();
     let teller = teller(context);
     let control = Control::default();
-    let (jobs, cluster) = execution.placement(sweeping.source.base_dir(), [], context)?;
+    let (jobs, cluster) = execution.placement(&sweeping.source.base_dir, [], context)?;
     let mut floor = SweepScheduler {
         schedule: Schedule::of(&sweeping),
         counts: Counts::default(),
         before: unfinished(&sweeping.detail),
-        environment: environment::collect(sweeping.source.base_dir()),
+        environment: environment::collect(&sweeping.source.base_dir),
         teller,
         sweeping: &sweeping,
         execution,
@@ -192,8 +192,9 @@ fn unfinished(detail: &SweepDetail) -> BTreeMap<u32, RunId> {
 }
 
 /// Runs on their way.
-type UnderWay<'a> =
-    FuturesUnordered<Pin<Box<dyn Future<Output = (Leg, Result<RunReport, ExecutorError>)> + 'a>>>;
+type UnderWay<'a> = FuturesUnordered<
+    Pin<Box<dyn Future<Output = (NextRung, Result<RunReport, ExecutorError>)> + 'a>>,
+>;
 
 struct SweepScheduler<'a> {
     sweeping: &'a Sweeping<'a>,
@@ -202,7 +203,7 @@ struct SweepScheduler<'a> {
     /// Runs of points that did not succeed: their next ones take them up again.
     before: BTreeMap<u32, RunId>,
     environment: Value,
-    teller: Arc<Teller>,
+    teller: Arc<ProgressReporter>,
     execution: &'a ExecutionArgs,
     jobs: NonZeroUsize,
     cluster: Option<Cluster>,
@@ -279,10 +280,12 @@ impl<'a> SweepScheduler<'a> {
     /// Plans a point as it is now, and begins its run.
     fn begin(
         &self,
-        leg: Leg,
+        leg: NextRung,
         plugins: &mut Plugins<'_>,
-    ) -> Result<Pin<Box<dyn Future<Output = (Leg, Result<RunReport, ExecutorError>)> + 'a>>, Error>
-    {
+    ) -> Result<
+        Pin<Box<dyn Future<Output = (NextRung, Result<RunReport, ExecutorError>)> + 'a>>,
+        Error,
+    > {
         let Sweeping {
             source,
             detail,
@@ -315,7 +318,7 @@ impl<'a> SweepScheduler<'a> {
             resumed_from: self.before.get(&leg.point).cloned(),
             runs: self.jobs,
             cluster: self.cluster.clone(),
-            leave: Leave::Never,
+            leave: LeaveJobs::Never,
             slurm: self.execution.slurm.clone(),
             sweep: Some(SweepPlace {
                 id: detail.id.clone(),
@@ -335,7 +338,7 @@ impl<'a> SweepScheduler<'a> {
     }
 
     /// Tells what happens in a point's run, with the point's number before its stages.
-    fn listener(&self, leg: Leg, settings: &[String]) -> Listener {
+    fn listener(&self, leg: NextRung, settings: &[String]) -> Listener {
         let (point, total) = (leg.point, self.sweeping.done.len());
         let (settings, quiet) = (settings.join(", "), self.context.quiet);
         let rung = self
@@ -355,7 +358,7 @@ impl<'a> SweepScheduler<'a> {
         })
     }
 
-    fn take_back(&mut self, leg: Leg, report: RunReport) -> Result<(), Error> {
+    fn take_back(&mut self, leg: NextRung, report: RunReport) -> Result<(), Error> {
         let (runtime, store) = (self.sweeping.runtime, self.sweeping.store);
         let place = SweepPlace {
             id: self.sweeping.detail.id.clone(),

@@ -6,79 +6,29 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
+use crate::cli::execution::{ExecutionArgs, open_store, past, store_if_there};
 use crate::cli::past::{History, NoHistory};
-use crate::cli::run::{self, ExecutionArgs, open_store, past, store_if_there};
+use crate::cli::sweep::SweepArgs;
 use crate::cli::sweep::carry::{self, Sweeping};
-use crate::cli::sweep::survey::{Ahead, Survey};
-use crate::cli::{Context, Error, Exit, SelectionArgs, plan as plan_command, talk};
-use crate::plan::decision::{self, Role};
-use crate::plan::{self, Plan};
+use crate::cli::sweep::source::Source;
+use crate::cli::sweep::survey::{PointForecast, SweepForecast};
+use crate::cli::{Context, Error, Exit, SelectionArgs, talk};
 use crate::plugin::{Plugins, search_dirs};
-use crate::recipe::{self, Recipe};
+use crate::recipe::Recipe;
 use crate::store::{Memory, RunState, Store, SweepId, SweepPlan};
 use crate::sweep::Sweep;
 use crate::table::{Cell, Rows, Tone};
 
-/// The recipe that all points have in common.
-pub struct Source {
-    /// The file, as people named it.
-    pub shown_path: PathBuf,
-    /// Its text.
-    pub text: String,
-    base_dir: PathBuf,
-    home: Option<PathBuf>,
-    set: Vec<String>,
-    selection: SelectionArgs,
-}
-
-impl Source {
-    fn of(recipe: &Recipe, selection: &SelectionArgs) -> Self {
-        let source = &recipe.source;
-        Self {
-            shown_path: source.path.clone(),
-            text: source.text.clone(),
-            base_dir: source.base_dir.clone(),
-            home: source.home.clone(),
-            set: source.set.clone(),
-            selection: selection.clone(),
-        }
-    }
-
-    /// Directory that relative paths start from.
-    pub fn base_dir(&self) -> &std::path::Path {
-        &self.base_dir
-    }
-
-    /// The plan of the point with these values.
-    pub fn plan(
-        &self,
-        settings: &[String],
-        plugins: &mut Plugins<'_>,
-    ) -> Result<(Plan, Vec<Role>), Error> {
-        let set = [self.set.as_slice(), settings].concat();
-        let mut recipe = recipe::parse(
-            &self.shown_path,
-            self.base_dir.clone(),
-            self.text.clone(),
-            &set,
-        )?;
-        recipe.source.home = self.home.clone();
-        let plan = plan::plan(&recipe, plugins)?;
-        let selection = &self.selection;
-        let roles = decision::select(
-            &plan,
-            selection.from.as_deref(),
-            selection.until.as_deref(),
-            &[],
-        )?;
-        Ok((plan, roles))
-    }
-}
-
 /// `retort run --sweep`.
-pub fn run(args: &run::Args, recipe: Recipe, context: &Context) -> Result<(), Error> {
-    let (definition, points) = define(&args.sweep, &args.selection, &recipe, context)?;
-    let source = Source::of(&recipe, &args.selection);
+pub fn run(
+    args: &SweepArgs,
+    selection: &SelectionArgs,
+    execution: &ExecutionArgs,
+    recipe: Recipe,
+    context: &Context,
+) -> Result<(), Error> {
+    let (definition, points) = define(args, selection, &recipe, context)?;
+    let source = Source::of(&recipe, selection);
     let runtime = context.runtime()?;
     let known = store_if_there(&runtime, &context.store)?;
     let mut plugins = Plugins::new(
@@ -88,10 +38,10 @@ pub fn run(args: &run::Args, recipe: Recipe, context: &Context) -> Result<(), Er
     );
     let survey = match &known {
         Some(store) => {
-            let past = &mut past(&runtime, store, args.selection.rehash.memory())?;
-            Survey::of(&source, &points, &mut plugins, past)?
+            let past = &mut past(&runtime, store, selection.rehash.memory())?;
+            SweepForecast::of(&source, &points, &mut plugins, past)?
         }
-        None => Survey::of(&source, &points, &mut plugins, &mut NoHistory::default())?,
+        None => SweepForecast::of(&source, &points, &mut plugins, &mut NoHistory::default())?,
     };
     survey.talk(&source, context);
     let store = match &known {
@@ -108,21 +58,13 @@ pub fn run(args: &run::Args, recipe: Recipe, context: &Context) -> Result<(), Er
         recipe_text: source.text.clone(),
         settings: source.set.clone(),
         definition,
-        selection: selection_value(&args.selection),
+        selection: selection_value(selection),
     };
     let id = match runtime.block_on(store.find_sweep(&plan))? {
         Some(id) => id,
         None => runtime.block_on(store.begin_sweep(&plan, &points))?,
     };
-    go_on(
-        &id,
-        &source,
-        survey,
-        &runtime,
-        &store,
-        &args.execution,
-        context,
-    )
+    go_on(&id, &source, survey, &runtime, &store, execution, context)
 }
 
 /// `retort resume SWEEP`.
@@ -158,7 +100,7 @@ pub fn resume(
         .collect();
     let mut plugins = Plugins::new(search_dirs(&context.plugin_dirs), runtime, Some(store));
     let past = &mut past(runtime, store, Memory::Trusted)?;
-    let survey = Survey::of(&source, &points, &mut plugins, past)?;
+    let survey = SweepForecast::of(&source, &points, &mut plugins, past)?;
     survey.talk(&source, context);
     go_on(id, &source, survey, runtime, store, execution, context)
 }
@@ -167,7 +109,7 @@ pub fn resume(
 fn go_on(
     id: &SweepId,
     source: &Source,
-    survey: Survey,
+    survey: SweepForecast,
     runtime: &Runtime,
     store: &Arc<Store>,
     execution: &ExecutionArgs,
@@ -223,21 +165,27 @@ fn go_on(
 }
 
 /// `retort plan --sweep`.
-pub fn plan(args: &plan_command::Args, recipe: Recipe, context: &Context) -> Result<(), Error> {
-    let (definition, points) = define(&args.sweep, &args.selection, &recipe, context)?;
-    let source = Source::of(&recipe, &args.selection);
+pub fn plan(
+    args: &SweepArgs,
+    selection: &SelectionArgs,
+    as_json: bool,
+    recipe: Recipe,
+    context: &Context,
+) -> Result<(), Error> {
+    let (definition, points) = define(args, selection, &recipe, context)?;
+    let source = Source::of(&recipe, selection);
     let runtime = context.runtime()?;
     let store = context.known_store(&runtime)?;
     let mut plugins = Plugins::new(search_dirs(&context.plugin_dirs), &runtime, store.as_ref());
     let survey = match &store {
         Some(store) => {
             let layout = crate::artifact::Layout::new(&context.store)?;
-            let mut past = History::new(&runtime, store, layout, args.selection.rehash.memory());
-            Survey::of(&source, &points, &mut plugins, &mut past)?
+            let mut past = History::new(&runtime, store, layout, selection.rehash.memory());
+            SweepForecast::of(&source, &points, &mut plugins, &mut past)?
         }
-        None => Survey::of(&source, &points, &mut plugins, &mut NoHistory::default())?,
+        None => SweepForecast::of(&source, &points, &mut plugins, &mut NoHistory::default())?,
     };
-    if args.json {
+    if as_json {
         let points = points.iter().zip(&survey.points).map(|(settings, ahead)| {
             json!({"settings": settings, "run": ahead.run, "shared": ahead.shared, "stored": ahead.stored})
         });
@@ -286,7 +234,7 @@ fn selection_value(selection: &SelectionArgs) -> Value {
 }
 
 /// The points of a plan, a row each.
-fn rows(definition: &Sweep, points: &[Vec<String>], ahead: &[Ahead]) -> Rows {
+fn rows(definition: &Sweep, points: &[Vec<String>], ahead: &[PointForecast]) -> Rows {
     let names = super::show::short_names(definition.parameters.iter().map(|one| one.path.as_str()));
     let heads: Vec<&str> = std::iter::once("point")
         .chain(names.iter().map(String::as_str))

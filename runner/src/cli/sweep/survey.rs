@@ -2,8 +2,8 @@
 
 use std::collections::HashSet;
 
-use crate::cli::run::is_left_out;
-use crate::cli::sweep::points::Source;
+use crate::cli::execution::is_left_out;
+use crate::cli::sweep::source::Source;
 use crate::cli::{Context, Error, talk};
 use crate::diagnostic::{Finding, Report, Severity};
 use crate::executor::ExecutorError;
@@ -13,9 +13,9 @@ use crate::plugin::Plugins;
 
 /// What would happen in a sweep.
 #[derive(Debug, Default)]
-pub struct Survey {
+pub struct SweepForecast {
     /// What each point would do, in their order.
-    pub points: Vec<Ahead>,
+    pub points: Vec<PointForecast>,
     /// What no point can do without being told of it: warnings, each once.
     warnings: Vec<Finding>,
     /// What plans chose by themselves, each once.
@@ -30,7 +30,7 @@ pub struct Survey {
 
 /// What a point would do.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Ahead {
+pub struct PointForecast {
     /// Stages that it runs, and no point before it.
     pub run: usize,
     /// Stages that a point before it runs.
@@ -39,7 +39,7 @@ pub struct Ahead {
     pub stored: usize,
 }
 
-impl Ahead {
+impl PointForecast {
     /// Whether all its results are in the store.
     pub fn is_done(self) -> bool {
         self.run == 0 && self.shared == 0
@@ -49,7 +49,7 @@ impl Ahead {
 /// Jobs that plugins look at in one go.
 const MOST_JOBS: usize = 1000;
 
-impl Survey {
+impl SweepForecast {
     /// Plans one point after the other, and has plugins check what they would do.
     pub fn of(
         source: &Source,
@@ -118,8 +118,8 @@ impl Survey {
         plan: &'p Plan,
         roles: &[Role],
         past: &mut dyn Past,
-    ) -> Result<(Ahead, Vec<&'p PlannedStage>), Error> {
-        let mut ahead = Ahead::default();
+    ) -> Result<(PointForecast, Vec<&'p PlannedStage>), Error> {
+        let mut ahead = PointForecast::default();
         let mut outputs = plan.given_hashes();
         let mut to_come: HashSet<&str> = HashSet::new();
         let mut to_run = Vec::new();
@@ -213,11 +213,12 @@ impl Survey {
     /// `24 runs, 31 stages to run, 89 shared`, of these points.
     pub fn sum(&self, of: impl Fn(usize) -> bool) -> String {
         let chosen = self.points.iter().enumerate();
-        let chosen: Vec<&Ahead> = chosen
+        let chosen: Vec<&PointForecast> = chosen
             .filter(|(place, _)| of(*place))
             .map(|(_, ahead)| ahead)
             .collect();
-        let total = |count: fn(&Ahead) -> usize| chosen.iter().map(|ahead| count(ahead)).sum();
+        let total =
+            |count: fn(&PointForecast) -> usize| chosen.iter().map(|ahead| count(ahead)).sum();
         let run: usize = total(|ahead| ahead.run);
         let shared: usize = total(|ahead| ahead.shared);
         let stored: usize = total(|ahead| ahead.stored);

@@ -10,7 +10,8 @@ use crate::cluster::spool::{Over, Reader, Record, Seen, Word};
 use crate::cluster::{ElementEvent, Ended};
 use crate::frame::{Answer, FromWorker, Task};
 use crate::store::{ElementUpdate, JobKey, LogLine, Time, Usage};
-use crate::worker::process::{Exit, ExitStatus, WorkerEvent};
+use crate::worker::death::ExitStatus;
+use crate::worker::process::{Exit, WorkerEvent};
 
 /// How a life ended that did not say so, where Slurm does not say either.
 pub const LOST: &str = "node failed, or preempted";

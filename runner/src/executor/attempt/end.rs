@@ -8,8 +8,7 @@ use serde_json::Value;
 use crate::artifact;
 use crate::cluster::Ended as ClusterEnd;
 use crate::store::{ArtifactRecord, AttemptState};
-use crate::worker::death::Death;
-use crate::worker::process::signal_name;
+use crate::worker::death::{Death, signal_name};
 
 /// How an attempt ended: each way is a reason of its own in the history.
 #[derive(Debug, Clone, PartialEq)]

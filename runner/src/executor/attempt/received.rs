@@ -5,16 +5,17 @@ use std::ops::ControlFlow;
 
 use retort_abi::{Failure, FailureCode, LogLevel, Part, StageResult};
 
+use super::end::{End, Manner};
 use super::shutdown::ShutdownSequence;
+use super::spec::{AttemptSpec, title};
 use super::supervisor::Supervisor;
-use super::{AttemptSpec, End, Manner, title};
 use crate::cluster::{ElementEvent, Ended as ClusterEnd};
-use crate::executor::Event;
+use crate::executor::event::Event;
 use crate::executor::recorder::own_line;
 use crate::frame::{Answer, FromWorker};
 use crate::store::{ArtifactRecord, LogLine, LogSource, StoreError, Time};
-use crate::worker::death::Death;
-use crate::worker::process::{ExitStatus, WorkerEvent};
+use crate::worker::death::{Death, ExitStatus};
+use crate::worker::process::WorkerEvent;
 
 /// What has been heard so far from a worker.
 pub(super) struct EventHandler<'a> {

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{End, Manner, Stop};
+use super::end::{End, Manner};
+use super::spec::Stop;
 use crate::executor::handle::WorkerHandle;
 use crate::frame::ToWorker;
 

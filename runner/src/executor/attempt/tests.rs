@@ -1,15 +1,20 @@
 //! Which end an attempt has, from what was heard of its workers.
 
-use retort_abi::{Failure, FailureCode, StageResult};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use retort_abi::{Failure, FailureCode, Part, StageResult};
 use serde_json::json;
 
+use super::event_loop::FinishedWorker;
 use super::received::Received;
 use super::shutdown::{Cause, ShutdownSequence};
-use super::supervisor::FinishedWorker;
 use super::*;
 use crate::frame::Progress;
-use crate::plan::{PluginIdentity, Threads};
-use crate::worker::process::{Exit, ExitStatus};
+use crate::plan::{Digest, PlannedStage, PluginIdentity, Threads};
+use crate::store::StageId;
+use crate::worker::death::ExitStatus;
+use crate::worker::process::Exit;
 
 fn spec() -> AttemptSpec {
     AttemptSpec {

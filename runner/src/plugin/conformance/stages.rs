@@ -87,7 +87,7 @@ impl Examination<'_> {
     fn examine_stage(&mut self, tested: &StageUnderTest<'_>, divisible: bool) -> Option<Input> {
         let name = &tested.stage.name;
         let mut first = None;
-        let outside = Surroundings::of(tested);
+        let outside = Surroundings::of(&tested.plan.base_dir);
         self.check("runs", name, |exam| {
             let seen = exam.run(tested, "first", Stopping::Never, LINGER)?;
             let (record, _) = seen.result(&tested.stage.output_kind)?;
@@ -113,7 +113,7 @@ impl Examination<'_> {
         self.check("steps", name, |_| seen.steps_are_monotonic());
         self.check("stays inside", name, |_| {
             strays(&tested.place.join("first"))?;
-            outside.compare(tested)
+            outside.compare(&tested.plan.base_dir, &tested.inputs)
         });
         self.check("ends", name, |_| {
             if seen.late > 0 {

@@ -5,7 +5,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use super::stages::StageUnderTest;
+use retort_abi::Input;
+
 use super::{Bad, Found, TEMPORARY, failed};
 use crate::artifact;
 
@@ -32,9 +33,9 @@ pub(super) fn strays(place: &Path) -> Result<(), Bad> {
 pub(super) struct Surroundings(BTreeMap<PathBuf, (u64, Option<SystemTime>)>);
 
 impl Surroundings {
-    pub(super) fn of(tested: &StageUnderTest<'_>) -> Self {
+    pub(super) fn of(base_dir: &Path) -> Self {
         let mut files = BTreeMap::new();
-        let mut dirs = vec![tested.plan.base_dir.clone()];
+        let mut dirs = vec![base_dir.to_owned()];
         dirs.extend(std::env::current_dir());
         for dir in dirs {
             list(&dir, 3, &mut files);
@@ -42,8 +43,8 @@ impl Surroundings {
         Self(files)
     }
 
-    pub(super) fn compare(&self, tested: &StageUnderTest<'_>) -> Found {
-        let now = Self::of(tested).0;
+    pub(super) fn compare(&self, base_dir: &Path, inputs: &BTreeMap<String, Input>) -> Found {
+        let now = Self::of(base_dir).0;
         let changed = now
             .iter()
             .find(|(path, state)| self.0.get(*path) != Some(*state));
@@ -51,7 +52,7 @@ impl Surroundings {
         if let Some(path) = changed.map(|(path, _)| path).or(gone) {
             return failed(format!("it changed {}", path.display()));
         }
-        for input in tested.inputs.values() {
+        for input in inputs.values() {
             let found = artifact::contents(&input.path);
             if found.is_ok_and(|found| found.hash != input.hash) {
                 return failed(format!("it changed its input {}", input.path.display()));

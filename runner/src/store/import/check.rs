@@ -14,7 +14,8 @@ use sqlx::{AssertSqlSafe, Row, TypeInfo, ValueRef};
 
 use super::brief;
 use crate::artifact;
-use crate::store::record::{ArtifactFile, is_run_id};
+use crate::artifact::ArtifactFile;
+use crate::store::record::is_run_id;
 use crate::store::sweep::is_sweep_id;
 use crate::store::{StoreError, block};
 use crate::sweep::Sweep;

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
-use retort::worker::process::Wire;
+use retort::worker::process::WorkerSocket;
 use tokio::runtime::Runtime;
 
 use super::Target;
@@ -43,7 +43,7 @@ fn exercise(bytes: &[u8]) -> String {
 
 async fn hear(bytes: &[u8]) -> String {
     let (ours, mut theirs) = UnixStream::pair().expect("a socket");
-    let mut wire = Wire::new(ours).expect("a socket");
+    let mut wire = WorkerSocket::new(ours).expect("a socket");
     let mut outcome = String::new();
     let mut waiting = bytes.chunks(4096);
     loop {

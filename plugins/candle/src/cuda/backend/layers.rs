@@ -7,8 +7,10 @@ use retort_engine::error::{Error, Result};
 use crate::cuda::arguments::{four, rows, same, sized};
 use crate::cuda::biased::biased;
 use crate::cuda::elementwise::unary;
-use crate::cuda::launch::{Slide, blocks, counted, launch};
+use crate::cuda::kernels;
+use crate::cuda::launch::{blocks, counted, launch};
 use crate::cuda::product::{operands, product};
+use crate::cuda::structures::Slide;
 use crate::cuda::sums::sum_columns;
 use crate::cuda::tensor::Tensor;
 use crate::cuda::tensor::{device, fresh, pointer, whole};
@@ -57,23 +59,23 @@ impl Layers for Cuda {
         same(&a, &g)?;
         let device = device(&a)?;
         let to = fresh(&device, a.dims(), DType::F32)?;
-        let (name, n) = match four(a.elem_count(), &[&a, &b, &g])? {
-            true => ("unary_backward_four", a.elem_count() / 4),
-            false => ("unary_backward_one", a.elem_count()),
+        let (kernel, n) = match four(a.elem_count(), &[&a, &b, &g])? {
+            true => (kernels::unary_backward_four, a.elem_count() / 4),
+            false => (kernels::unary_backward_one, a.elem_count()),
         };
-        launch!(
-            device,
-            name,
+        launch(
+            &device,
+            kernel,
             blocks(n)?,
             0,
-            [
+            (
                 n as u32,
                 f as i32,
                 pointer(&a)?,
                 pointer(&b)?,
                 pointer(&g)?,
-                pointer(&to)?
-            ]
+                pointer(&to)?,
+            ),
         )?;
         Ok(x.like(to))
     }
@@ -118,12 +120,12 @@ impl Layers for Cuda {
         let (from, rows, k) = rows(x)?;
         let device = device(&from)?;
         let to = fresh(&device, from.dims(), DType::F32)?;
-        launch!(
-            device,
-            "softmax",
+        launch(
+            &device,
+            kernels::softmax,
             rows,
             0,
-            [k, pointer(&from)?, pointer(&to)?]
+            (k, pointer(&from)?, pointer(&to)?),
         )?;
         Ok(x.like(to))
     }
@@ -134,12 +136,12 @@ impl Layers for Cuda {
         same(&from, &g)?;
         let device = device(&from)?;
         let to = fresh(&device, from.dims(), DType::F32)?;
-        launch!(
-            device,
-            "softmax_backward",
+        launch(
+            &device,
+            kernels::softmax_backward,
             n,
             0,
-            [k, pointer(&from)?, pointer(&g)?, pointer(&to)?]
+            (k, pointer(&from)?, pointer(&g)?, pointer(&to)?),
         )?;
         Ok(y.like(to))
     }
@@ -155,17 +157,17 @@ impl Layers for Cuda {
         all.push(&gate);
         let device = device(&from)?;
         let to = fresh(&device, from.dims(), DType::F32)?;
-        let (name, n) = match four(c, &all)? {
-            true => ("gated_add_four", from.elem_count() / 4),
-            false => ("gated_add_one", from.elem_count()),
+        let (kernel, n) = match four(c, &all)? {
+            true => (kernels::gated_add_four, from.elem_count() / 4),
+            false => (kernels::gated_add_one, from.elem_count()),
         };
         counted(from.elem_count())?;
-        launch!(
-            device,
-            name,
+        launch(
+            &device,
+            kernel,
             blocks(n)?,
             0,
-            [
+            (
                 n as u32,
                 (l * c) as u32,
                 c as u32,
@@ -173,8 +175,8 @@ impl Layers for Cuda {
                 pointer(&y)?,
                 pointer(&gate)?,
                 added.as_ref().map_or(Ok(0), pointer)?,
-                pointer(&to)?
-            ]
+                pointer(&to)?,
+            ),
         )?;
         Ok(x.like(to))
     }
@@ -196,12 +198,12 @@ impl Layers for Cuda {
         let device = device(&from)?;
         let to = fresh(&device, &[b, c, high, wide], DType::F32)?;
         let n = to.elem_count();
-        launch!(
-            device,
-            "max_pool",
+        launch(
+            &device,
+            kernels::max_pool,
             blocks(n)?,
             0,
-            [n as u32, slide, pointer(&from)?, pointer(&to)?]
+            (n as u32, slide, pointer(&from)?, pointer(&to)?),
         )?;
         Ok(x.like(to))
     }
@@ -213,18 +215,18 @@ impl Layers for Cuda {
         let device = device(&from)?;
         let to = fresh(&device, from.dims(), DType::F32)?;
         let n = to.elem_count();
-        launch!(
-            device,
-            "max_pool_backward",
+        launch(
+            &device,
+            kernels::max_pool_backward,
             blocks(n)?,
             0,
-            [
+            (
                 n as u32,
                 slide,
                 pointer(&from)?,
                 pointer(&g)?,
-                pointer(&to)?
-            ]
+                pointer(&to)?,
+            ),
         )?;
         Ok(x.like(to))
     }
@@ -238,16 +240,16 @@ impl Layers for Cuda {
         let device = device(&from)?;
         let to = fresh(&device, &shape, x.storage())?;
         let n = to.elem_count();
-        let name = match x.half {
-            true => "swiglu_bf16",
-            false => "swiglu_f32",
+        let kernel = match x.half {
+            true => kernels::swiglu_bf16,
+            false => kernels::swiglu_f32,
         };
-        launch!(
-            device,
-            name,
+        launch(
+            &device,
+            kernel,
             blocks(n)?,
             0,
-            [n as u32, d as u32, pointer(&from)?, pointer(&to)?]
+            (n as u32, d as u32, pointer(&from)?, pointer(&to)?),
         )?;
         Ok(x.like(to))
     }
@@ -265,18 +267,18 @@ impl Layers for Cuda {
                 g.dims()
             )));
         }
-        launch!(
-            device,
-            "swiglu_backward",
+        launch(
+            &device,
+            kernels::swiglu_backward,
             blocks(n)?,
             0,
-            [
+            (
                 n as u32,
                 d as u32,
                 pointer(&from)?,
                 pointer(&g)?,
-                pointer(&to)?
-            ]
+                pointer(&to)?,
+            ),
         )?;
         Ok(x.like(to))
     }
@@ -286,12 +288,12 @@ impl Layers for Cuda {
         let which = whole(&ids.raw)?;
         let device = device(&from)?;
         let to = fresh(&device, &[n], DType::F32)?;
-        launch!(
-            device,
-            "cross_entropy",
+        launch(
+            &device,
+            kernels::cross_entropy,
             n,
             0,
-            [k, pointer(&from)?, pointer(&which)?, pointer(&to)?]
+            (k, pointer(&from)?, pointer(&which)?, pointer(&to)?),
         )?;
         Ok(logits.like(to))
     }
@@ -301,18 +303,18 @@ impl Layers for Cuda {
         let (which, g) = (whole(&ids.raw)?, grad.single()?);
         let device = device(&from)?;
         let to = fresh(&device, from.dims(), DType::F32)?;
-        launch!(
-            device,
-            "cross_entropy_backward",
+        launch(
+            &device,
+            kernels::cross_entropy_backward,
             n,
             0,
-            [
+            (
                 k,
                 pointer(&from)?,
                 pointer(&which)?,
                 pointer(&g)?,
-                pointer(&to)?
-            ]
+                pointer(&to)?,
+            ),
         )?;
         Ok(logits.like(to))
     }

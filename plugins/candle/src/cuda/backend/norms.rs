@@ -6,6 +6,7 @@ use retort_engine::error::{Error, Result};
 
 use crate::cuda::Cuda;
 use crate::cuda::arguments::{four, grouped, lengths, rows, same, sized};
+use crate::cuda::kernels;
 use crate::cuda::launch::{HELD, SHORT, blocks, launch, warps};
 use crate::cuda::sums::{part_of, sum, sum_columns};
 use crate::cuda::tensor::Tensor;
@@ -30,16 +31,16 @@ impl Norms for Cuda {
         let device = device(&from)?;
         let dx = fresh(&device, from.dims(), DType::F32)?;
         let parts = fresh(&device, &[n, d as usize], DType::F32)?;
-        let (name, blocks) = match d <= SHORT {
-            true => ("rms_norm_short_backward", warps(n)?),
-            false => ("rms_norm_backward", n),
+        let (kernel, blocks) = match d <= SHORT {
+            true => (kernels::rms_norm_short_backward, warps(n)?),
+            false => (kernels::rms_norm_backward, n),
         };
-        launch!(
-            device,
-            name,
+        launch(
+            &device,
+            kernel,
             blocks,
             0,
-            [
+            (
                 n as u32,
                 d,
                 eps as f32,
@@ -47,8 +48,8 @@ impl Norms for Cuda {
                 pointer(&scale)?,
                 pointer(&g)?,
                 pointer(&dx)?,
-                pointer(&parts)?
-            ]
+                pointer(&parts)?,
+            ),
         )?;
         let dw = sum(&parts, &[0])?.reshape(w.raw.shape());
         Ok((x.like(dx), w.with(dw)?))
@@ -58,12 +59,12 @@ impl Norms for Cuda {
         let (from, n, d) = rows(x)?;
         let device = device(&from)?;
         let to = fresh(&device, from.dims(), DType::F32)?;
-        launch!(
-            device,
-            "group_norm",
+        launch(
+            &device,
+            kernels::group_norm,
             n,
             0,
-            [
+            (
                 d,
                 1u32,
                 1u32,
@@ -72,8 +73,8 @@ impl Norms for Cuda {
                 pointer(&from)?,
                 0u64,
                 0u64,
-                pointer(&to)?
-            ]
+                pointer(&to)?,
+            ),
         )?;
         Ok(x.like(to))
     }
@@ -84,12 +85,12 @@ impl Norms for Cuda {
         same(&from, &g)?;
         let device = device(&from)?;
         let dx = fresh(&device, from.dims(), DType::F32)?;
-        launch!(
-            device,
-            "group_norm_backward",
+        launch(
+            &device,
+            kernels::group_norm_backward,
             n,
             0,
-            [
+            (
                 d,
                 1u32,
                 1u32,
@@ -98,8 +99,8 @@ impl Norms for Cuda {
                 0u64,
                 pointer(&g)?,
                 pointer(&dx)?,
-                0u64
-            ]
+                0u64,
+            ),
         )?;
         Ok(x.like(dx))
     }
@@ -109,26 +110,26 @@ impl Norms for Cuda {
         let shift = sized(shift, m.b * m.d)?;
         let device = device(&m.x)?;
         let to = fresh(&device, m.x.dims(), x.storage())?;
-        let name = match (four(m.d, &[&m.x, &m.scale, &shift])?, x.half) {
-            (true, true) => "modulated_norm_four_bf16",
-            (true, false) => "modulated_norm_four_f32",
-            (false, true) => "modulated_norm_one_bf16",
-            (false, false) => "modulated_norm_one_f32",
+        let kernel = match (four(m.d, &[&m.x, &m.scale, &shift])?, x.half) {
+            (true, true) => kernels::modulated_norm_four_bf16,
+            (true, false) => kernels::modulated_norm_four_f32,
+            (false, true) => kernels::modulated_norm_one_bf16,
+            (false, false) => kernels::modulated_norm_one_f32,
         };
-        launch!(
-            device,
-            name,
+        launch(
+            &device,
+            kernel,
             m.b * m.l,
             0,
-            [
+            (
                 m.l as u32,
                 m.d as u32,
                 eps as f32,
                 pointer(&m.x)?,
                 pointer(&m.scale)?,
                 pointer(&shift)?,
-                pointer(&to)?
-            ]
+                pointer(&to)?,
+            ),
         )?;
         Ok(x.like(to))
     }
@@ -140,16 +141,16 @@ impl Norms for Cuda {
         let device = device(&m.x)?;
         let dx = fresh(&device, m.x.dims(), DType::F32)?;
         let moments = fresh(&device, &[m.b * m.l, 2], DType::F32)?;
-        let name = match four(m.d, &[&m.x, &m.scale, &g])? {
-            true => "modulated_norm_backward_four",
-            false => "modulated_norm_backward_one",
+        let kernel = match four(m.d, &[&m.x, &m.scale, &g])? {
+            true => kernels::modulated_norm_backward_four,
+            false => kernels::modulated_norm_backward_one,
         };
-        launch!(
-            device,
-            name,
+        launch(
+            &device,
+            kernel,
             m.b * m.l,
             0,
-            [
+            (
                 m.l as u32,
                 m.d as u32,
                 eps as f32,
@@ -157,18 +158,18 @@ impl Norms for Cuda {
                 pointer(&m.scale)?,
                 pointer(&g)?,
                 pointer(&dx)?,
-                pointer(&moments)?
-            ]
+                pointer(&moments)?,
+            ),
         )?;
         let part = part_of(m.l, m.b * m.d);
         let parts = m.l.div_ceil(part);
         let some = fresh(&device, &[2 * m.b, parts, m.d], DType::F32)?;
-        launch!(
-            device,
-            "sum_modulation",
+        launch(
+            &device,
+            kernels::sum_modulation,
             blocks(m.b * parts * m.d)?,
             0,
-            [
+            (
                 m.b as u32,
                 m.l as u32,
                 m.d as u32,
@@ -176,8 +177,8 @@ impl Norms for Cuda {
                 pointer(&m.x)?,
                 pointer(&g)?,
                 pointer(&moments)?,
-                pointer(&some)?
-            ]
+                pointer(&some)?,
+            ),
         )?;
         let both = sum_columns(&some, None, [2 * m.b, parts, m.d])?;
         let half = |at: usize| {
@@ -192,23 +193,23 @@ impl Norms for Cuda {
         let (h, lengths) = lengths(&from, length)?;
         let device = device(&from)?;
         let to = fresh(&device, from.dims(), x.storage())?;
-        let name = match x.half {
-            true => "unit_bf16",
-            false => "unit_f32",
+        let kernel = match x.half {
+            true => kernels::unit_bf16,
+            false => kernels::unit_f32,
         };
-        launch!(
-            device,
-            name,
+        launch(
+            &device,
+            kernel,
             warps(rows)?,
             0,
-            [
+            (
                 rows as u32,
                 h as u32,
                 d,
                 pointer(&from)?,
                 lengths.as_ref().map_or(Ok(0), pointer)?,
-                pointer(&to)?
-            ]
+                pointer(&to)?,
+            ),
         )?;
         Ok(x.like(to))
     }
@@ -221,12 +222,12 @@ impl Norms for Cuda {
         let device = device(&from)?;
         let dx = fresh(&device, from.dims(), DType::F32)?;
         let parts = fresh(&device, &[rows / h, h], DType::F32)?;
-        launch!(
-            device,
-            "unit_backward",
+        launch(
+            &device,
+            kernels::unit_backward,
             warps(rows)?,
             0,
-            [
+            (
                 rows as u32,
                 h as u32,
                 d,
@@ -234,8 +235,8 @@ impl Norms for Cuda {
                 lengths.as_ref().map_or(Ok(0), pointer)?,
                 pointer(&g)?,
                 pointer(&dx)?,
-                pointer(&parts)?
-            ]
+                pointer(&parts)?,
+            ),
         )?;
         let dlength = |length: &T| {
             let all = sum_columns(&parts, None, [1, rows / h, h])?;
@@ -260,12 +261,12 @@ impl Norms for Cuda {
         let device = device(&from)?;
         let dx = fresh(&device, from.dims(), DType::F32)?;
         let parts = fresh(&device, from.dims(), DType::F32)?;
-        launch!(
-            device,
-            "group_norm_backward",
+        launch(
+            &device,
+            kernels::group_norm_backward,
             rows,
             0,
-            [
+            (
                 n as u32,
                 area as u32,
                 groups as u32,
@@ -274,8 +275,8 @@ impl Norms for Cuda {
                 pointer(&scale)?,
                 pointer(&g)?,
                 pointer(&dx)?,
-                pointer(&parts)?
-            ]
+                pointer(&parts)?,
+            ),
         )?;
         let dw = sum(&parts, &[0, 2, 3])?.reshape(w.raw.shape());
         let db = sum(&g, &[0, 2, 3])?.reshape(w.raw.shape());
@@ -289,25 +290,25 @@ fn rms_norm(x: &T, w: &T, eps: f64, dtype: DType) -> Result<T> {
     let scale = sized(w, d as usize)?;
     let device = device(&from)?;
     let to = fresh(&device, from.dims(), dtype)?;
-    let (name, blocks) = match (dtype, d <= SHORT) {
-        (DType::BF16, true) => ("rms_norm_short_bf16", warps(n)?),
-        (DType::BF16, false) => ("rms_norm_bf16", n),
-        (_, true) => ("rms_norm_short_f32", warps(n)?),
-        (_, false) => ("rms_norm_f32", n),
+    let (kernel, blocks) = match (dtype, d <= SHORT) {
+        (DType::BF16, true) => (kernels::rms_norm_short_bf16, warps(n)?),
+        (DType::BF16, false) => (kernels::rms_norm_bf16, n),
+        (_, true) => (kernels::rms_norm_short_f32, warps(n)?),
+        (_, false) => (kernels::rms_norm_f32, n),
     };
-    launch!(
-        device,
-        name,
+    launch(
+        &device,
+        kernel,
         blocks,
         0,
-        [
+        (
             n as u32,
             d,
             eps as f32,
             pointer(&from)?,
             pointer(&scale)?,
-            pointer(&to)?
-        ]
+            pointer(&to)?,
+        ),
     )?;
     Ok(x.like(to))
 }
@@ -320,12 +321,12 @@ fn group_norm(x: &T, groups: usize, w: &T, bias: &T, eps: f64, active: bool) -> 
     let (scale, shift) = (sized(w, channels)?, sized(bias, channels)?);
     let device = device(&from)?;
     let to = fresh(&device, from.dims(), DType::F32)?;
-    launch!(
-        device,
-        "group_norm",
+    launch(
+        &device,
+        kernels::group_norm,
         rows,
         0,
-        [
+        (
             n as u32,
             area as u32,
             groups as u32,
@@ -334,8 +335,8 @@ fn group_norm(x: &T, groups: usize, w: &T, bias: &T, eps: f64, active: bool) -> 
             pointer(&from)?,
             pointer(&scale)?,
             pointer(&shift)?,
-            pointer(&to)?
-        ]
+            pointer(&to)?,
+        ),
     )?;
     Ok(x.like(to))
 }

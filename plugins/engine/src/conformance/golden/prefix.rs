@@ -3,7 +3,8 @@
 
 use std::path::Path;
 
-use super::{Numbers, Parts, Suite, var_networks};
+use super::classes::var_networks;
+use super::{Numbers, Parts, Suite};
 use crate::backend::Backend;
 use crate::conformance::Case;
 use crate::error::Result;

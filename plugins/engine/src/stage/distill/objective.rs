@@ -8,14 +8,14 @@ use rayon::prelude::*;
 use super::{Inputs, Options};
 use crate::backend::{Backend, Unary};
 use crate::collective::Collective;
+use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::model::vq::nearest;
 use crate::model::{Conditions, Student};
 use crate::perceptual;
 use crate::splice::State;
-use crate::stage::Context;
-use crate::tape::Variable;
-use crate::train::{StepOutput, scalar};
+use crate::tape::{Variable, scalar};
+use crate::train::StepOutput;
 
 /// Most logits that are held to measure the loss.
 const MEASURED_AT_ONCE: usize = 1 << 26;
@@ -44,6 +44,32 @@ struct Batch<B: Backend> {
     tokens: B::Tensor,
     /// Weight of each token in the loss (b L), of mean 1.
     weights: Vec<f32>,
+}
+
+/// A term of the loss.
+struct Term<B: Backend> {
+    name: &'static str,
+    value: Variable<B>,
+    weight: f64,
+}
+
+/// What part of a batch is computed at a time.
+struct Share {
+    /// Parts that the batch is cut into.
+    parts: usize,
+    /// Share of its images and of the tokens that the loss covers.
+    of_images: f64,
+    of_tokens: f64,
+}
+
+impl Share {
+    /// The share that a mean over this part has in that over the batch.
+    fn of<B: Backend>(&self, mean: Variable<B>, share: f64) -> Result<Variable<B>> {
+        match self.parts {
+            1 => Ok(mean),
+            _ => mean.affine(share, 0.0),
+        }
+    }
 }
 
 impl<'a, B: Backend> Objective<'a, B> {
@@ -132,85 +158,30 @@ impl<'a, B: Backend> Objective<'a, B> {
         timesteps: &[usize],
         part: usize,
     ) -> Result<StepOutput<B>> {
-        let o = self.options;
         let begun = Instant::now();
-        let own = self.ranks.share(samples.len(), part, o.accumulate);
-        let parts = o.accumulate * self.ranks.size();
-        let of_images = own.len() as f64 / samples.len() as f64;
-        let of_tokens =
-            self.counted(&timesteps[own.clone()]) as f64 / self.counted(timesteps).max(1) as f64;
-        let (samples, timesteps) = (&samples[own.clone()], &timesteps[own]);
-        let b = self.batch(samples, timesteps)?;
-        let data_seconds = begun.elapsed().as_secs_f64();
-        let (n, l, k, d) = (
-            samples.len(),
-            self.inputs.shape.count(),
-            self.inputs.shape.vocabulary,
-            self.inputs.shape.dim,
-        );
-        let prediction = student.predict(&b.state.x, &b.conditions, &b.state.kinds()?)?;
-        let weights = Variable::constant(self.backend.floats(&b.weights, &[n * l])?);
-        let mean = |term: Variable<B>, share: f64| match parts {
-            1 => Ok(term),
-            _ => term.affine(share, 0.0),
+        let cut = self.options.accumulate;
+        let own = self.ranks.share(samples.len(), part, cut);
+        let counted = self.counted(&timesteps[own.clone()]) as f64;
+        let share = Share {
+            parts: cut * self.ranks.size(),
+            of_images: own.len() as f64 / samples.len() as f64,
+            of_tokens: counted / self.counted(timesteps).max(1) as f64,
         };
-        let mut terms = Vec::new();
-        if o.cross_entropy > 0.0 {
-            let logits = prediction.logits.reshape(&[n * l, k])?;
-            let rows = logits.cross_entropy_rows(&b.tokens)?.mul(&weights)?;
-            terms.push((
-                "cross_entropy",
-                mean(rows.mean_all()?, of_tokens)?,
-                o.cross_entropy,
-            ));
-        }
-        if o.moves_head() {
-            let continuous = student.continuous(&prediction)?; // (b, L, D)
-            let target = B::reshape(&B::rows(&self.inputs.codebook, &b.tokens)?, &[n, l, d])?;
-            if o.codebook_distance > 0.0 {
-                let square = continuous
-                    .sub(&Variable::constant(target.clone()))?
-                    .unary(Unary::Square)?;
-                let weighted = square.mul(&weights.reshape(&[n, l, 1])?)?;
-                terms.push((
-                    "codebook_distance",
-                    mean(weighted.mean_all()?, of_tokens)?,
-                    o.codebook_distance,
-                ));
-            }
-            if o.perceptual.weight() > 0.0 {
-                let logits = prediction.logits.value();
-                let head = || Ok(continuous);
-                let sequence =
-                    b.state
-                        .finish(logits, head, &self.inputs.codebook, self.boundary)?;
-                let most = self.decode_batch;
-                let distance = perceptual::distance(
-                    &*self.inputs.tokenizer,
-                    &self.inputs.eye,
-                    most,
-                    &sequence,
-                    &target,
-                )?;
-                terms.push((
-                    "perceptual",
-                    mean(distance, of_images)?,
-                    o.perceptual.weight(),
-                ));
-            }
-        }
+        let batch = self.batch(&samples[own.clone()], &timesteps[own])?;
+        let data_seconds = begun.elapsed().as_secs_f64();
+        let terms = self.terms(student, &batch, &share)?;
         let figures = terms
             .iter()
-            .map(|(name, term, _)| Ok((*name, scalar::<B>(term.value())?)));
+            .map(|term| Ok((term.name, scalar::<B>(term.value.value())?)));
         let mut figures = figures.collect::<Result<Vec<_>>>()?;
         // Of the time since the last part began.
         let last = self.begun.replace((begun, data_seconds));
         let step = (begun - last.0).as_secs_f64();
         let waited = if step > 0.0 { last.1 / step } else { 0.0 };
-        figures.push(("data_wait", waited / parts as f64));
+        figures.push(("data_wait", waited / share.parts as f64));
         let mut loss: Option<Variable<B>> = None;
-        for (_, term, weight) in terms {
-            let term = term.affine(weight, 0.0)?;
+        for Term { value, weight, .. } in terms {
+            let term = value.affine(weight, 0.0)?;
             loss = Some(match loss {
                 Some(sum) => sum.add(&term)?,
                 None => term,
@@ -218,6 +189,57 @@ impl<'a, B: Backend> Objective<'a, B> {
         }
         let loss = loss.ok_or_else(|| Error::Internal("a loss without terms".into()))?;
         Ok(StepOutput::new(loss, figures))
+    }
+
+    /// The terms of the loss of a part of a batch.
+    fn terms(&self, student: &dyn Student<B>, b: &Batch<B>, share: &Share) -> Result<Vec<Term<B>>> {
+        let (o, shape) = (self.options, &self.inputs.shape);
+        let (n, l, d) = (b.state.known.len(), shape.count(), shape.dim);
+        let prediction = student.predict(&b.state.x, &b.conditions, &b.state.kinds()?)?;
+        let weights = Variable::constant(self.backend.floats(&b.weights, &[n * l])?);
+        let mut terms = Vec::new();
+        if o.cross_entropy > 0.0 {
+            let logits = prediction.logits.reshape(&[n * l, shape.vocabulary])?;
+            let rows = logits.cross_entropy_rows(&b.tokens)?.mul(&weights)?;
+            terms.push(Term {
+                name: "cross_entropy",
+                value: share.of(rows.mean_all()?, share.of_tokens)?,
+                weight: o.cross_entropy,
+            });
+        }
+        if !o.moves_head() {
+            return Ok(terms);
+        }
+        let continuous = student.continuous(&prediction)?; // (b, L, D)
+        let target = B::reshape(&B::rows(&self.inputs.codebook, &b.tokens)?, &[n, l, d])?;
+        if o.codebook_distance > 0.0 {
+            let target = Variable::constant(target.clone());
+            let square = continuous.sub(&target)?.unary(Unary::Square)?;
+            let weighted = square.mul(&weights.reshape(&[n, l, 1])?)?;
+            terms.push(Term {
+                name: "codebook_distance",
+                value: share.of(weighted.mean_all()?, share.of_tokens)?,
+                weight: o.codebook_distance,
+            });
+        }
+        if o.perceptual.weight() > 0.0 {
+            let (logits, codebook) = (prediction.logits.value(), &self.inputs.codebook);
+            let head = || Ok(continuous);
+            let sequence = b.state.finish(logits, head, codebook, self.boundary)?;
+            let distance = perceptual::distance(
+                &*self.inputs.tokenizer,
+                &self.inputs.metric,
+                self.decode_batch,
+                &sequence,
+                &target,
+            )?;
+            terms.push(Term {
+                name: "perceptual",
+                value: share.of(distance, share.of_images)?,
+                weight: o.perceptual.weight(),
+            });
+        }
+        Ok(terms)
     }
 
     /// The loss from timestep t, and the share of right tokens, over the tokens after t: cross-entropy and most probable codes

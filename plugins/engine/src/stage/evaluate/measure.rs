@@ -6,11 +6,13 @@ use retort_abi::LogLevel;
 
 use super::Options;
 use crate::backend::Backend;
+use crate::context::Context;
 use crate::data::Images;
 use crate::error::{Error, Result};
+use crate::files::resolve;
+use crate::model::classifier::Net;
 use crate::model::inception::{self, Inception, Preparation};
-use crate::stage::classifier::{self, Net};
-use crate::stage::{Context, resolve};
+use crate::stage::classifier;
 use crate::statistics::{
     InceptionScore, Moments, RunningMoments, RunningScore, StatisticsError, class_agreement,
 };

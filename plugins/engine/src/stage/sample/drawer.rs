@@ -6,16 +6,15 @@ use serde::Deserialize;
 use crate::backend::{Backend, FlowSolver, Tensors};
 use crate::bundle::{self, Bundle};
 use crate::captions::Subjects;
+use crate::context::Context;
 use crate::dataset::Dataset;
 use crate::error::{Error, Result};
-use crate::model::{ConditionShape, Conditions, PrefixMask, TokenShape};
+use crate::model::{ConditionShape, Conditions, PrefixMask, Student, Teacher, TokenShape};
 use crate::random;
 use crate::sampler::{
     self, Assistant, Choice, Distribution, StudentSampler, ascending, autoregressive,
     check_timesteps, skipping,
 };
-use crate::stage::Context;
-use crate::stage::trajectories::solver_steps;
 
 /// Who samples, and how.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -39,7 +38,7 @@ pub enum Sampler {
         #[serde(default)]
         distribution: Distribution,
         /// Steps of the flow map's solver, an evaluation of the codebook each.
-        #[serde(default = "solver_steps")]
+        #[serde(default = "crate::flow::default_steps")]
         #[schemars(range(min = 1))]
         solver_steps: usize,
     },
@@ -125,6 +124,11 @@ impl Sampler {
         }
     }
 
+    /// Whether a student draws, alone or after a teacher.
+    pub fn has_student(&self) -> bool {
+        matches!(self, Self::Student { .. } | Self::Assisted { .. })
+    }
+
     /// The distribution of the teacher that samples, if one does.
     pub fn distribution(&self) -> Option<&Distribution> {
         match self {
@@ -191,154 +195,232 @@ pub struct Drawn<B: Backend> {
 pub type Drawer<'a, B> =
     Box<dyn FnMut(u64, &[u32], &<B as Tensors>::Tensor) -> Result<Drawn<B>> + 'a>;
 
-/// The one of a sampler, its networks loaded.
+/// What every sampler draws with.
+pub struct Setting<'a, B: Backend> {
+    /// The tensor library.
+    pub backend: &'a B,
+    /// Seed of what is drawn.
+    pub seed: u64,
+    /// The tokens of a sample.
+    pub shape: &'a TokenShape,
+    /// Codebook (K, D).
+    pub codebook: B::Tensor,
+    /// What labels stand for.
+    pub subjects: &'a Subjects,
+}
+
+/// The drawer of a sampler, its networks loaded.
 pub fn drawer<'a, B: Backend>(
-    context: &'a Context<'_, B>,
+    context: &Context<'_, B>,
     sampler: &'a Sampler,
     bundle: &Bundle<'_>,
-    shape: &'a TokenShape,
-    codebook: B::Tensor,
-    subjects: &'a Subjects,
+    setting: Setting<'a, B>,
 ) -> Result<Drawer<'a, B>> {
-    let (backend, seed) = (context.backend, context.job.seed);
-    let of_tokens = |codebook: &B::Tensor, ids: B::Tensor| -> Result<Drawn<B>> {
-        Ok(Drawn {
-            latents: B::rows(codebook, &ids)?,
-            tokens: Some(ids),
-        })
-    };
-    let conditions =
-        |labels: &[u32]| -> Result<Conditions<B>> { subjects.conditions(backend, labels) };
-    let all = shape.steps.len();
-    let split = |split: Option<usize>| match split {
-        Some(s) if s > all => Err(Error::option(
-            "/sampler/split",
-            format!("split {s}: the model has {all} AR steps"),
-        )),
-        s => Ok(s.unwrap_or(all)),
-    };
-    Ok(match sampler {
+    let backend = context.backend;
+    match sampler {
         Sampler::Teacher { distribution, .. } => {
-            let teacher = bundle.teacher(backend)?;
-            Box::new(move |first, labels, _| {
-                let mut sequences = sampler::choices(seed, first, labels.len());
-                let mut choice = Choice::Random(&mut sequences);
-                let wanted = conditions(labels)?;
-                of_tokens(
-                    &codebook,
-                    autoregressive(&*teacher, &wanted, distribution, &mut choice, None, all)?,
-                )
-            })
+            Ok(setting.teacher(bundle.teacher(backend)?, distribution))
         }
         Sampler::Flow {
             distribution,
             solver_steps,
             ..
-        } => {
-            let teacher = bundle.teacher(backend)?;
-            let solver = FlowSolver {
-                steps: *solver_steps,
-            };
-            Box::new(move |_, labels, noise| {
-                let wanted = conditions(labels)?;
-                let mut choice = Choice::Flow {
-                    noise,
-                    codebook: &codebook,
-                    solver,
-                };
-                of_tokens(
-                    &codebook,
-                    autoregressive(&*teacher, &wanted, distribution, &mut choice, None, all)?,
-                )
-            })
-        }
+        } => Ok(setting.flow(bundle.teacher(backend)?, distribution, *solver_steps)),
         Sampler::Student {
-            timesteps,
-            split: s,
-            ..
+            timesteps, split, ..
         } => {
-            check_timesteps(timesteps, shape, "/sampler/timesteps")?;
-            let (student, split) = (bundle.student(backend)?, split(*s)?);
-            Box::new(move |_, labels, noise| {
-                let sampler = StudentSampler {
-                    student: &*student,
-                    codebook: &codebook,
-                    split,
-                };
-                Ok(Drawn {
-                    latents: sampler.sample(noise, &conditions(labels)?, timesteps)?,
-                    tokens: None,
-                })
-            })
+            check_timesteps(timesteps, setting.shape, "/sampler/timesteps")?;
+            let (student, split) = (bundle.student(backend)?, setting.split(*split)?);
+            Ok(setting.student(student, split, timesteps))
         }
         Sampler::Assisted {
             teacher,
             timesteps,
             teacher_start,
             prefix,
-            split: s,
+            split,
             distribution,
             ..
         } => {
-            check_timesteps(timesteps, shape, "/sampler/timesteps")?;
-            let (student, split) = (bundle.student(backend)?, split(*s)?);
+            check_timesteps(timesteps, setting.shape, "/sampler/timesteps")?;
+            let (student, split) = (bundle.student(backend)?, setting.split(*split)?);
             let other = Bundle::open(context.input_dir(teacher)?)?;
             same_codebook(&bundle.config, &other.config, teacher)?;
-            let teacher = other.teacher(backend)?;
-            Box::new(move |first, labels, noise| {
-                let sampler = StudentSampler {
-                    student: &*student,
-                    codebook: &codebook,
-                    split,
-                };
-                let mut sequences = sampler::choices(seed, first, labels.len());
-                let mut choice = Choice::Random(&mut sequences);
-                let assistant = Assistant {
-                    teacher: &*teacher,
-                    start: *teacher_start,
-                    distribution,
-                    mask: *prefix,
-                };
-                let wanted = conditions(labels)?;
-                let (latents, _) =
-                    sampler.assisted(noise, &wanted, *timesteps, &assistant, &mut choice)?;
-                Ok(Drawn {
-                    latents,
-                    tokens: None,
-                })
-            })
+            let assistance = Assistance {
+                teacher: other.teacher(backend)?,
+                start: *teacher_start,
+                distribution,
+                mask: *prefix,
+            };
+            Ok(setting.assisted(student, split, *timesteps, assistance))
         }
         Sampler::Skip {
             skip, distribution, ..
         } => {
+            let all = setting.shape.steps.len();
             if *skip > all {
                 let message = format!("skip {skip}: the model has {all} AR steps");
                 return Err(Error::option("/sampler/skip", message));
             }
-            let teacher = bundle.teacher(backend)?;
-            Box::new(move |first, labels, _| {
-                let mut sequences = sampler::choices(seed, first, labels.len());
-                let mut choice = Choice::Random(&mut sequences);
-                let wanted = conditions(labels)?;
-                of_tokens(
-                    &codebook,
-                    skipping(&*teacher, &wanted, distribution, &mut choice, all - skip)?,
-                )
-            })
+            Ok(setting.skip(bundle.teacher(backend)?, distribution, *skip))
         }
         Sampler::Independent { trajectories, .. } => {
             let dataset = Dataset::open(context.input_dir(trajectories)?)?;
-            let marginals = Marginals::open(dataset, shape)?;
-            Box::new(move |first, classes, _| {
-                let mut sequences = sampler::choices(seed, first, classes.len());
-                let ids = marginals.draw(classes, &mut sequences)?;
-                of_tokens(
-                    &codebook,
-                    backend.indices(&ids, &[classes.len(), shape.count()])?,
-                )
-            })
+            let marginals = Marginals::open(dataset, setting.shape)?;
+            Ok(setting.independent(marginals))
         }
-    })
+    }
+}
+
+/// The teacher that assists, loaded.
+struct Assistance<'a, B: Backend> {
+    teacher: Box<dyn Teacher<B>>,
+    start: usize,
+    distribution: &'a Distribution,
+    mask: PrefixMask,
+}
+
+impl<'a, B: Backend> Setting<'a, B> {
+    fn conditions(&self, labels: &[u32]) -> Result<Conditions<B>> {
+        self.subjects.conditions(self.backend, labels)
+    }
+
+    /// The random numbers with which each sample of a batch chooses its codes.
+    fn choices(&self, first: u64, labels: &[u32]) -> Vec<random::Sequence> {
+        sampler::choices(self.seed, first, labels.len())
+    }
+
+    /// Codes that were chosen, with their vectors.
+    fn of_tokens(&self, ids: B::Tensor) -> Result<Drawn<B>> {
+        Ok(Drawn {
+            latents: B::rows(&self.codebook, &ids)?,
+            tokens: Some(ids),
+        })
+    }
+
+    /// AR steps whose tokens take the most probable code.
+    fn split(&self, split: Option<usize>) -> Result<usize> {
+        let all = self.shape.steps.len();
+        match split {
+            Some(split) if split > all => {
+                let message = format!("split {split}: the model has {all} AR steps");
+                Err(Error::option("/sampler/split", message))
+            }
+            split => Ok(split.unwrap_or(all)),
+        }
+    }
+
+    fn teacher(
+        self,
+        teacher: Box<dyn Teacher<B>>,
+        distribution: &'a Distribution,
+    ) -> Drawer<'a, B> {
+        let all = self.shape.steps.len();
+        Box::new(move |first, labels, _| {
+            let mut sequences = self.choices(first, labels);
+            let mut choice = Choice::Random(&mut sequences);
+            let wanted = self.conditions(labels)?;
+            let ids = autoregressive(&*teacher, &wanted, distribution, &mut choice, None, all)?;
+            self.of_tokens(ids)
+        })
+    }
+
+    fn flow(
+        self,
+        teacher: Box<dyn Teacher<B>>,
+        distribution: &'a Distribution,
+        solver_steps: usize,
+    ) -> Drawer<'a, B> {
+        let all = self.shape.steps.len();
+        let solver = FlowSolver {
+            steps: solver_steps,
+        };
+        Box::new(move |_, labels, noise| {
+            let wanted = self.conditions(labels)?;
+            let mut choice = Choice::Flow {
+                noise,
+                codebook: &self.codebook,
+                solver,
+            };
+            let ids = autoregressive(&*teacher, &wanted, distribution, &mut choice, None, all)?;
+            self.of_tokens(ids)
+        })
+    }
+
+    fn student(
+        self,
+        student: Box<dyn Student<B>>,
+        split: usize,
+        timesteps: &'a [usize],
+    ) -> Drawer<'a, B> {
+        Box::new(move |_, labels, noise| {
+            let sampler = StudentSampler {
+                student: &*student,
+                codebook: &self.codebook,
+                split,
+            };
+            Ok(Drawn {
+                latents: sampler.sample(noise, &self.conditions(labels)?, timesteps)?,
+                tokens: None,
+            })
+        })
+    }
+
+    fn assisted(
+        self,
+        student: Box<dyn Student<B>>,
+        split: usize,
+        timesteps: [usize; 2],
+        assistance: Assistance<'a, B>,
+    ) -> Drawer<'a, B> {
+        Box::new(move |first, labels, noise| {
+            let sampler = StudentSampler {
+                student: &*student,
+                codebook: &self.codebook,
+                split,
+            };
+            let mut sequences = self.choices(first, labels);
+            let mut choice = Choice::Random(&mut sequences);
+            let assistant = Assistant {
+                teacher: &*assistance.teacher,
+                start: assistance.start,
+                distribution: assistance.distribution,
+                mask: assistance.mask,
+            };
+            let wanted = self.conditions(labels)?;
+            let (latents, _) =
+                sampler.assisted(noise, &wanted, timesteps, &assistant, &mut choice)?;
+            Ok(Drawn {
+                latents,
+                tokens: None,
+            })
+        })
+    }
+
+    fn skip(
+        self,
+        teacher: Box<dyn Teacher<B>>,
+        distribution: &'a Distribution,
+        skip: usize,
+    ) -> Drawer<'a, B> {
+        let steps = self.shape.steps.len() - skip;
+        Box::new(move |first, labels, _| {
+            let mut sequences = self.choices(first, labels);
+            let mut choice = Choice::Random(&mut sequences);
+            let wanted = self.conditions(labels)?;
+            let ids = skipping(&*teacher, &wanted, distribution, &mut choice, steps)?;
+            self.of_tokens(ids)
+        })
+    }
+
+    fn independent(self, marginals: Marginals) -> Drawer<'a, B> {
+        Box::new(move |first, labels, _| {
+            let mut sequences = self.choices(first, labels);
+            let ids = marginals.draw(labels, &mut sequences)?;
+            let shape = [labels.len(), self.shape.count()];
+            self.of_tokens(self.backend.indices(&ids, &shape)?)
+        })
+    }
 }
 
 fn same_codebook(a: &bundle::Config, b: &bundle::Config, stage: &str) -> Result<()> {

@@ -18,8 +18,8 @@ pub const COLLAPSED: f64 = 0.05;
 /// restart (0 or 1), K fading numbers of uses, and with averages K weights and K x D sums.
 pub struct Codebook<'a, B: Backend> {
     backend: &'a B,
-    /// (K, D)
-    tensor: &'a B::Tensor,
+    /// (K, D), which the tokenizer in training holds too.
+    tensor: B::Tensor,
     size: usize,
     dim: usize,
     /// Decay of the averages, if the codes are averages.
@@ -30,13 +30,13 @@ pub struct Codebook<'a, B: Backend> {
 
 impl<'a, B: Backend> Codebook<'a, B> {
     /// That of a new tokenizer.
-    pub fn new(backend: &'a B, tensor: &'a B::Tensor, decay: Option<f64>) -> Result<Self> {
-        let shape = B::shape(tensor);
+    pub fn new(backend: &'a B, tensor: B::Tensor, decay: Option<f64>) -> Result<Self> {
+        let shape = B::shape(&tensor);
         let (size, dim) = (shape[0], shape[1]);
         let mut kept = vec![0.0; 2 * size];
         if decay.is_some() {
             kept.extend(vec![1.0; size]);
-            kept.extend(B::to_floats(tensor)?);
+            kept.extend(B::to_floats(&tensor)?);
         }
         Ok(Self {
             backend,
@@ -63,7 +63,7 @@ impl<'a, B: Backend> Codebook<'a, B> {
             code.iter_mut().for_each(|x| *x /= weight);
         }
         let codes = self.backend.floats(&codes, &[self.size, self.dim])?;
-        B::assign_(self.tensor, &codes)
+        B::assign_(&self.tensor, &codes)
     }
 
     /// Takes note of the tokens of a step and of the vectors (n, D) for which they were looked up.
@@ -125,7 +125,7 @@ impl<'a, B: Backend> Codebook<'a, B> {
             return Ok(idle);
         }
         let d = self.dim;
-        let mut codes = B::to_floats(self.tensor)?;
+        let mut codes = B::to_floats(&self.tensor)?;
         let mut choice = Sequence::new(seed, Stream::Restart, step);
         for &code in &idle {
             let row = choice.below(z.len() / d);
@@ -138,7 +138,7 @@ impl<'a, B: Backend> Codebook<'a, B> {
             }
         }
         let codes = self.backend.floats(&codes, &[self.size, d])?;
-        B::assign_(self.tensor, &codes)?;
+        B::assign_(&self.tensor, &codes)?;
         Ok(idle)
     }
 }

@@ -1,7 +1,121 @@
-//! How like two images are, pixel by pixel: the peak signal-to-noise ratio, and the structural similarity (Wang et al. 2004,
-//! "Image quality assessment", eq. 13) with their Gaussian window of 11 x 11 pixels and deviation 1.5, where it fits inside.
+//! How good a tokenizer is: what it makes of images, and how like them that is, pixel by pixel: the peak signal-to-noise
+//! ratio, and the structural similarity (Wang et al. 2004, "Image quality assessment", eq. 13) with their Gaussian window of
+//! 11 x 11 pixels and deviation 1.5, where it fits inside.
 //!
 //! In: images (channels, height, width) in [-1, 1], seen as [0, 1] and clipped to it.
+
+use serde_json::{Value, json};
+
+use super::batch_shape;
+use crate::backend::Backend;
+use crate::data::Images;
+use crate::error::Result;
+use crate::model::Tokenizer;
+use crate::train::Mean;
+
+/// Images of the picture, and how many of them make a row.
+const SHOWN: usize = 48;
+const ROW: usize = 16;
+
+/// How good a tokenizer is.
+pub struct Quality {
+    /// Mean squared error in [-1, 1].
+    error: f64,
+    psnr: f64,
+    ssim: f64,
+    /// Share of the codes that these images use, and their perplexity.
+    usage: f64,
+    perplexity: f64,
+    /// Rows of images in [0, 1], each followed by a row of their reconstructions.
+    pub picture: Vec<f32>,
+    /// Rows of the picture.
+    pub rows: usize,
+}
+
+impl Quality {
+    /// The figures by name.
+    pub fn summary(&self) -> Value {
+        json!({
+            "held_out_error": self.error,
+            "psnr": self.psnr,
+            "ssim": self.ssim,
+            "codebook_usage": self.usage,
+            "perplexity": self.perplexity,
+        })
+    }
+}
+
+impl std::fmt::Display for Quality {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "held-out images: mean squared error {:.5} in [-1, 1], PSNR {:.2} dB, SSIM {:.4}; {:.1} % of the codes, \
+             perplexity {:.1}",
+            self.error,
+            self.psnr,
+            self.ssim,
+            100.0 * self.usage,
+            self.perplexity
+        )
+    }
+}
+
+/// Looks at images and what a tokenizer makes of them, so many at a time.
+pub fn look<B: Backend>(
+    backend: &B,
+    model: &dyn Tokenizer<B>,
+    images: &Images,
+    picks: &[usize],
+    at_once: usize,
+) -> Result<Quality> {
+    let stride = images.stride();
+    let shown: Vec<usize> = match picks.len() {
+        n if n <= SHOWN => (0..n).collect(),
+        n => (0..SHOWN).map(|i| i * n / SHOWN).collect(),
+    };
+    let mut uses = vec![0usize; B::shape(&model.codebook()?)[0]];
+    let (mut errors, mut decibels, mut likeness) = (Mean::default(), 0.0, 0.0);
+    let (mut above, mut below) = (Vec::new(), Vec::new());
+    for (number, part) in picks.chunks(at_once).enumerate() {
+        let pixels = images.gather(part)?.0;
+        let r = model.reconstruct(&backend.floats(&pixels, &batch_shape(images, part.len()))?)?;
+        let made = B::to_floats(r.images.value())?;
+        for token in B::to_indices(&r.tokens)? {
+            uses[token as usize] += 1;
+        }
+        let pairs = pixels.chunks_exact(stride).zip(made.chunks_exact(stride));
+        for (i, (a, b)) in pairs.enumerate() {
+            let squares: Vec<f32> = a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).collect();
+            errors.add(&squares);
+            decibels += psnr(a, b);
+            likeness += ssim(a, b, images.shape());
+            if shown.binary_search(&(number * at_once + i)).is_ok() {
+                above.extend(a.iter().map(|x| x * 0.5 + 0.5));
+                below.extend(b.iter().map(|x| x * 0.5 + 0.5));
+            }
+        }
+    }
+    let mut picture = Vec::new();
+    let mut rows = 0;
+    let row = (ROW.min(shown.len())) * stride;
+    for (a, b) in above.chunks_exact(row).zip(below.chunks_exact(row)) {
+        picture.extend_from_slice(a);
+        picture.extend_from_slice(b);
+        rows += 2;
+    }
+    let (n, total) = (picks.len() as f64, uses.iter().sum::<usize>() as f64);
+    let shares = uses.iter().filter(|&&n| n > 0).map(|&n| n as f64 / total);
+    let entropy: f64 = shares.map(|share| -share * share.ln()).sum();
+    Ok(Quality {
+        error: errors.value(),
+        psnr: decibels / n,
+        ssim: likeness / n,
+        usage: uses.iter().filter(|&&n| n > 0).count() as f64 / uses.len() as f64,
+        perplexity: entropy.exp(),
+        picture,
+        rows,
+    })
+}
 
 /// Ratios end here: equal images have no noise.
 const MOST_DECIBELS: f64 = 100.0;

@@ -1,0 +1,101 @@
+//! The figures of a set: what was measured of it beside what it is measured against.
+
+use retort_abi::Cancel;
+
+use super::Options;
+use super::figure::Figure;
+use super::measure::{Had, Measured, had};
+use crate::backend::Backend;
+use crate::context::Context;
+use crate::error::Result;
+use crate::random::{Sequence, Stream};
+use crate::statistics::kernel::{KernelDistance, kernel_distance};
+use crate::statistics::neighbours::{PrecisionRecall, precision_recall};
+use crate::statistics::{InceptionScore, Moments, frechet_distance};
+
+/// What a set is measured against.
+pub struct Against<'a> {
+    /// Moments of their features.
+    pub moments: Had<&'a Moments>,
+    /// Moments of their spatial features.
+    pub spatial: Had<&'a Moments>,
+    /// The real images, where these were looked at.
+    pub images: Option<&'a Measured>,
+}
+
+/// The figures of a set.
+pub fn figures<B: Backend>(
+    context: &Context<'_, B>,
+    o: &Options,
+    real: &Against<'_>,
+    set: &Measured,
+) -> Result<Vec<Figure>> {
+    let go_on = &mut || context.host.cancelled() == Cancel::Run;
+    let distance = |real: &Had<&Moments>, own: &Had<Moments>| -> Result<Had<f64>> {
+        match (real, own) {
+            (Ok(real), Ok(own)) => Ok(Ok(frechet_distance(real, own)?)),
+            (Err(reason), _) | (_, Err(reason)) => Ok(Err(reason.clone())),
+        }
+    };
+    let value = distance(&real.moments, &set.moments)?;
+    let mut figures = vec![Figure::new(
+        "frechet_distance",
+        "Frechet distance",
+        3,
+        value,
+    )];
+    let mut add = |key, title, digits, value| figures.push(Figure::new(key, title, digits, value));
+    if let Some(own) = &set.spatial {
+        let value = distance(&real.spatial, own)?;
+        add("spatial_frechet_distance", "spatial", 3, value);
+    }
+    if let Some(score) = &set.score {
+        let of = |figure: fn(&InceptionScore) -> f64| match score {
+            Ok(score) => Ok(figure(score)),
+            Err(reason) => Err(reason.clone()),
+        };
+        add("inception_score", "inception score", 3, of(|s| s.mean));
+        add("inception_score_deviation", "+-", 3, of(|s| s.deviation));
+    }
+    if let Some(agreement) = set.agreement {
+        add("class_agreement", "class agreement", 4, Ok(agreement));
+    }
+    let dim = match &set.moments {
+        Ok(moments) => moments.dim(),
+        Err(_) => 0,
+    };
+    let pairs = match (real.images, &set.moments) {
+        (None, _) => Err("statistics stand for the real images".to_owned()),
+        (_, Err(reason)) => Err(reason.clone()),
+        (Some(real), _) => Ok((&real.features, &set.features)),
+    };
+    if o.neighbours > 0 {
+        let both = match &pairs {
+            Ok((real, own)) => had(precision_recall(real, own, dim, o.neighbours, go_on))?,
+            Err(reason) => Err(reason.clone()),
+        };
+        let of = |figure: fn(&PrecisionRecall) -> f64| match &both {
+            Ok(both) => Ok(figure(both)),
+            Err(reason) => Err(reason.clone()),
+        };
+        add("precision", "precision", 4, of(|both| both.precision));
+        add("recall", "recall", 4, of(|both| both.recall));
+    }
+    if let Some(kernel) = &o.kernel {
+        // The same subsets whatever the seed of the run: figures of several runs are compared.
+        let mut sequence = Sequence::new(0, Stream::Subset, 0);
+        let below = &mut |n| sequence.below(n);
+        let sizes = (kernel.subsets, kernel.size);
+        let found = match &pairs {
+            Ok((real, own)) => had(kernel_distance(real, own, dim, sizes, below, go_on))?,
+            Err(reason) => Err(reason.clone()),
+        };
+        let of = |figure: fn(&KernelDistance) -> f64| match &found {
+            Ok(found) => Ok(figure(found)),
+            Err(reason) => Err(reason.clone()),
+        };
+        add("kernel_distance", "kernel distance", 5, of(|k| k.mean));
+        add("kernel_distance_deviation", "+-", 5, of(|k| k.deviation));
+    }
+    Ok(figures)
+}

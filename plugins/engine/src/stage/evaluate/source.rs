@@ -1,0 +1,111 @@
+//! Images that are measured, real ones and others, read some at a time.
+
+use std::path::Path;
+
+use super::measure::{Network, Source};
+use super::reference::of_archive;
+use crate::backend::Backend;
+use crate::context::Context;
+use crate::data::Images;
+use crate::error::{Error, Result};
+use crate::model::Tokenizer;
+use crate::samples::Samples;
+use crate::stage::tokenizer::batch as batch_of;
+
+/// The images that samples are measured against.
+pub enum Real<'a> {
+    /// Those of a data set.
+    Data(&'a Images),
+    /// A set of samples.
+    Samples(Box<Samples>),
+    /// Those of an archive.
+    Archive(&'a Path, (usize, [usize; 3])),
+    /// Statistics stand for them.
+    None,
+}
+
+impl Real<'_> {
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        match self {
+            Self::Data(images) => images.len(),
+            Self::Samples(set) => set.len(),
+            Self::Archive(_, (count, _)) => *count,
+            Self::None => 0,
+        }
+    }
+
+    /// They, as they are measured.
+    pub fn source(&self) -> Result<Source<'_>> {
+        match self {
+            Self::Data(images) => Ok(Source {
+                name: "real images".into(),
+                count: images.len(),
+                image: images.shape(),
+                labels: None,
+                read: Box::new(|first, n| {
+                    let picks: Vec<usize> = (first..first + n).collect();
+                    Ok(images.gather(&picks)?.0)
+                }),
+            }),
+            Self::Samples(set) => Ok(Source {
+                labels: None,
+                ..samples_source("real images", set)
+            }),
+            Self::Archive(path, images) => of_archive(path, *images),
+            Self::None => Err(Error::Internal("no real images".into())),
+        }
+    }
+}
+
+/// Opens a set of samples whose images the network sees.
+pub fn open_set<B: Backend>(
+    context: &Context<'_, B>,
+    network: &Network<B>,
+    stage: &str,
+    pointer: &str,
+) -> Result<Samples> {
+    let set = Samples::open(context.input_dir(stage)?)?;
+    set.check_images()?;
+    network
+        .accepts(set.manifest.image)
+        .map_err(|message| Error::option(pointer, format!("{stage}: {message}")))?;
+    Ok(set)
+}
+
+/// The images of a set of samples.
+pub fn samples_source<'a>(name: &str, set: &'a Samples) -> Source<'a> {
+    Source {
+        name: name.to_owned(),
+        count: set.len(),
+        image: set.manifest.image,
+        labels: Some(&set.labels),
+        read: Box::new(|first, n| {
+            let mut pixels = set.images(first, n)?;
+            pixels.iter_mut().for_each(|x| *x = 2.0 * *x - 1.0);
+            Ok(pixels)
+        }),
+    }
+}
+
+/// What a tokenizer makes of images.
+pub fn reconstructions<'a, B: Backend>(
+    backend: &'a B,
+    tokenizer: &'a dyn Tokenizer<B>,
+    images: &'a Images,
+    name: &str,
+) -> Source<'a> {
+    Source {
+        name: name.to_owned(),
+        count: images.len(),
+        image: images.shape(),
+        labels: Some(&images.labels),
+        read: Box::new(move |first, n| {
+            let picks: Vec<usize> = (first..first + n).collect();
+            let made = tokenizer.reconstruct(&batch_of(backend, images, &picks)?)?;
+            let mut pixels = B::to_floats(made.images.value())?;
+            pixels.iter_mut().for_each(|x| *x = x.clamp(-1.0, 1.0));
+            Ok(pixels)
+        }),
+    }
+}

@@ -1,0 +1,205 @@
+//! A tokenizer in training: its networks, what a step does, and how it is measured meanwhile.
+
+use std::collections::BTreeMap;
+
+use retort_abi::LogLevel;
+
+use super::codebook::{COLLAPSED, Codebook};
+use super::loss::{self, Adversary, Criterion};
+use super::{Inputs, Options, batch, batch_shape, training_feed};
+use crate::backend::{Backend, Unary};
+use crate::collective::Single;
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::model::{CODEBOOK, Reconstruction, Tokenizer, discriminator};
+use crate::perceptual::PIXELS_AT_ONCE;
+use crate::tape::{Variable, scalar};
+use crate::train::{self, Fit, HeldOut, Mean, StepOutput, average, shared};
+use crate::weights::{self, Loader, Params, Source, Weights};
+
+/// The tokenizer in training.
+pub struct Networks<'a, B: Backend> {
+    model: Box<dyn Tokenizer<B>>,
+    codebook: Codebook<'a, B>,
+    criterion: Criterion<'a, B>,
+    /// What learns: the tokenizer's own parameters, and behind them those of the adversary.
+    params: Params<B>,
+    /// Weights that follow no gradient: codes that are averages.
+    still: Params<B>,
+    /// The average of the tokenizer's own parameters.
+    average: Option<BTreeMap<String, B::Tensor>>,
+    /// The tokenizer with the weights that are kept in the end.
+    measured: Box<dyn Tokenizer<B>>,
+}
+
+impl<'a, B: Backend> Networks<'a, B> {
+    /// Loads them.
+    pub fn load(context: &Context<'a, B>, o: &Options, inputs: &'a Inputs<B>) -> Result<Self> {
+        let (backend, seed) = (context.backend, context.job.seed);
+        let start = match &inputs.from {
+            Some(file) => Source::Files(std::slice::from_ref(file)),
+            None => Source::Init(seed),
+        };
+        let origin = o.from.as_deref().unwrap_or("new tokenizer");
+        let mut loader = Loader::new(backend, start, true, origin);
+        let model = inputs.config.build(&mut loader)?;
+        let all = loader.into_params();
+        let codebook = all.iter().find(|(name, _)| name == CODEBOOK);
+        let codebook = codebook.ok_or_else(|| Error::Internal("no codebook".into()))?;
+        let codebook = Codebook::new(backend, codebook.1.value().clone(), o.codebook_ema)?;
+        // Codes that are averages are no parameters.
+        let averaged = |name: &str| o.codebook_ema.is_some() && name == CODEBOOK;
+        let (still, mut params): (Vec<_>, Vec<_>) =
+            all.into_iter().partition(|(name, _)| averaged(name));
+
+        let average = average(backend, &o.train, &params)?;
+        let mut tensors = shared(&params, average.as_ref());
+        tensors.extend(shared(&still, None));
+        let source = Source::Device(&tensors);
+        let mut loader = Loader::new(backend, source, false, "tokenizer");
+        let measured = inputs.config.build(&mut loader)?;
+
+        let [channels, height, width] = inputs.images.shape();
+        let mut criterion = Criterion {
+            pixels: o.pixels,
+            metric: (o.perceptual.weight() > 0.0)
+                .then_some((&inputs.metric, o.perceptual.weight())),
+            adversary: None,
+            at_once: (PIXELS_AT_ONCE / (height * width)).max(1),
+        };
+        if let Some(own) = &o.adversarial {
+            discriminator::check(height.min(width), own.layers, "/adversarial/layers")?;
+            let (adversary, its) = Adversary::new(backend, seed, channels, own)?;
+            criterion.adversary = Some(adversary);
+            params.extend(its);
+        }
+        Ok(Self {
+            model,
+            codebook,
+            criterion,
+            params,
+            still,
+            average,
+            measured,
+        })
+    }
+
+    /// The loss of a batch (b, c, h, w) at a step, its figures, and what the step did to the codes.
+    fn step(&self, o: &Options, x: &B::Tensor, seed: u64, step: u64) -> Result<StepOutput<B>> {
+        let Reconstruction {
+            images: made,
+            z,
+            codebook_loss,
+            commitment_loss,
+            tokens,
+            codes,
+            last,
+        } = self.model.reconstruct(x)?;
+        let looked_up = z.value().clone();
+        let (mut loss, mut figures) = self.criterion.loss(made, x, &last, step)?;
+        if o.codebook_ema.is_none() {
+            loss = loss.add(&codebook_loss)?;
+        }
+        loss = loss.add(&commitment_loss.affine(o.commitment, 0.0)?)?;
+        if let (Some(entropy), Some(codes)) = (o.entropy, codes) {
+            let term = loss::entropy(&z, &codes, entropy.temperature)?;
+            figures.push(("entropy", scalar::<B>(term.value())?));
+            loss = loss.add(&term.affine(entropy.weight, 0.0)?)?;
+        }
+        self.codebook.note(&B::to_indices(&tokens)?, &looked_up)?;
+        let (used, perplexity) = self.codebook.use_lately();
+        figures.extend([("codebook_usage", used), ("perplexity", perplexity)]);
+        let mut output = StepOutput::new(loss, figures);
+        if o.restarts_after(step) {
+            let anew = self.codebook.restart(&looked_up, seed, step)?;
+            if !anew.is_empty() && o.codebook_ema.is_none() {
+                output.anew = Some((CODEBOOK, anew));
+            }
+        }
+        Ok(output)
+    }
+
+    /// Mean squared error of the reconstructions of held-out images.
+    fn held_out_error(&self, backend: &B, o: &Options, inputs: &Inputs<B>) -> Result<f64> {
+        let mut errors = Mean::default();
+        // What a step of training takes, whatever the number of images.
+        for picks in inputs.measured_on().chunks(o.train.batch) {
+            let x = batch(backend, &inputs.images, picks)?;
+            let r = self.measured.reconstruct(&x)?;
+            let error = r.images.sub(&Variable::constant(x))?.unary(Unary::Square)?;
+            errors.add(&B::to_floats(error.value())?);
+        }
+        Ok(errors.value())
+    }
+
+    /// What is wrong with the codebook, if so few of its codes are in use.
+    fn collapse(&self, o: &Options) -> Option<String> {
+        let (used, perplexity) = self.codebook.use_lately();
+        (used < COLLAPSED).then(|| {
+            format!(
+                "{:.0} of {} codes are in use (perplexity {perplexity:.1}): the codebook has collapsed; try another \
+                 seed, a lower learning rate, `restart_every` or fewer codes",
+                used * o.codebook_size as f64,
+                o.codebook_size
+            )
+        })
+    }
+}
+
+/// Trains the tokenizer: its weights.
+pub fn train<B: Backend>(
+    context: &Context<'_, B>,
+    o: &Options,
+    inputs: &Inputs<B>,
+    networks: &Networks<'_, B>,
+) -> Result<Weights> {
+    let (host, backend, seed) = (context.host, context.backend, context.job.seed);
+    let codebook = &networks.codebook;
+    let against = o.adversarial.as_ref().map(|own| own.training(&o.train));
+    let against = o.adversarial.as_ref().zip(against.as_ref());
+    let fit = Fit {
+        host,
+        backend,
+        work_dir: Some(context.work_dir()?),
+        name: "tokenizer",
+        ranks: &Single,
+        options: &o.train,
+        params: &networks.params,
+        ema: networks.average.as_ref(),
+        kept: Some(&codebook.kept),
+        adversary: against.map(|(own, options)| train::Adversary {
+            prefix: loss::PREFIX,
+            options,
+            from: own.start,
+        }),
+    };
+    let mut feed = training_feed(&inputs.images, &inputs.train, o.train.batch, seed);
+    let shape = batch_shape(&inputs.images, o.train.batch);
+    let step = |step: u64| {
+        let seen = feed.take(step)?;
+        codebook.settle()?;
+        let x = backend.floats(&seen.pixels, &shape)?;
+        let mut output = networks.step(o, &x, seed, step)?;
+        output.figures.push(feed.wait());
+        Ok(output)
+    };
+    let mut warned = false;
+    let mut measure = || {
+        let error = networks.held_out_error(backend, o, inputs)?;
+        if let (false, Some(message)) = (warned, networks.collapse(o)) {
+            warned = true;
+            host.log(LogLevel::Warn, &message);
+        }
+        Ok(error)
+    };
+    let held_out = HeldOut {
+        every: (o.train.steps / 10).max(1),
+        name: "held_out_error",
+        measure: &mut measure,
+        keep_best: false,
+    };
+    let mut trained = fit.run(step, Some(held_out))?;
+    codebook.settle()?;
+    trained.extend(weights::from_params(&networks.still)?);
+    Ok(trained)
+}

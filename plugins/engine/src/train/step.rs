@@ -1,0 +1,178 @@
+//! A step: gradients of a loss, and what AdamW and Muon make of them.
+
+use super::{Adversary, Fit, Moments, StepOutput, TrainOptions};
+use crate::backend::{AdamwStep, Backend, Binary, Unary};
+use crate::error::{Error, Result};
+use crate::model::decays;
+use crate::muon;
+use crate::tape::backward;
+
+/// Steps between points of the training curves.
+const LOG_EVERY: u64 = 10;
+
+impl<B: Backend> Fit<'_, B> {
+    /// Takes a step. If its loss or its gradient is not finite, nothing changes and what was wrong is returned.
+    pub(super) fn step(
+        &self,
+        step: u64,
+        moments: &[Moments<B>],
+        parts: usize,
+        part_fn: &mut impl FnMut(u64, usize) -> Result<StepOutput<B>>,
+        stop: &mut bool,
+    ) -> Result<Option<String>> {
+        let o = self.options;
+        let log = step.is_multiple_of(LOG_EVERY) || step + 1 == o.steps;
+        let StepOutput {
+            loss,
+            mut figures,
+            anew,
+        } = part_fn(step, 0)?;
+        let mut value = loss.value().clone();
+        let params = &self.params[..match &self.adversary {
+            Some(adversary) if step < adversary.from => self.own(),
+            _ => self.params.len(),
+        }];
+        let mut gradients = backward(loss, params)?;
+        for part in 1..parts {
+            let more = part_fn(step, part)?;
+            value = B::binary(&value, more.loss.value(), Binary::Add)?;
+            for (sum, g) in gradients.iter_mut().zip(backward(more.loss, params)?) {
+                *sum = B::binary(sum, &g, Binary::Add)?;
+            }
+            for ((_, sum), (_, figure)) in figures.iter_mut().zip(more.figures) {
+                *sum += figure;
+            }
+        }
+        if self.ranks.is_shared() {
+            *stop = self.reduce(&mut gradients, &mut value, &mut figures)?;
+        }
+        let (norms, loss) = norms_and_loss::<B>(&gradients, &value, self.own())?;
+        if !norms.iter().all(|norm| norm.is_finite()) || !loss.is_finite() {
+            let norm = norms[0].hypot(norms[1]);
+            let fault = format!("at step {step} the loss is {loss} and the gradient's norm {norm}");
+            return Ok(Some(fault));
+        }
+        if let Some((name, rows)) = &anew {
+            self.begin_rows_anew(name, rows, moments)?;
+        }
+        let numbers = adamw(o, step, norms[0]);
+        let ema_decay = o.ema.min((1 + step) as f64 / (10 + step) as f64);
+        let all = params.iter().zip(moments).zip(&gradients);
+        for (((name, p), state), g) in all.clone().take(self.own()) {
+            let weight_decay = match decays(name, &p.shape()) {
+                true => o.weight_decay,
+                false => 0.0,
+            };
+            match &o.muon {
+                Some(m) if muon::applies(name, &p.shape()) => {
+                    let lr = numbers.lr * m.learning_rate / o.learning_rate;
+                    let of = (name.as_str(), p.value(), &state.m);
+                    muon::step::<B>(of, g, m, lr, weight_decay, numbers.grad_scale)?;
+                }
+                _ => {
+                    let numbers = AdamwStep {
+                        weight_decay,
+                        ..numbers
+                    };
+                    B::adamw_(p.value(), &state.m, &state.v, g, &numbers)?;
+                }
+            }
+            if let Some(average) = self.ema {
+                B::ema_(&average[name], p.value(), ema_decay)?;
+            }
+        }
+        if let Some(Adversary { options, from, .. }) = &self.adversary {
+            for (((name, p), state), g) in all.skip(self.own()) {
+                let mut numbers = adamw(options, step - from, norms[1]);
+                if decays(name, &p.shape()) {
+                    numbers.weight_decay = options.weight_decay;
+                }
+                B::adamw_(p.value(), &state.m, &state.v, g, &numbers)?;
+            }
+        }
+        if log {
+            let metric = |name: &str, value| {
+                self.host
+                    .metric(&format!("{}/{name}", self.name), step, value)
+            };
+            metric("loss", loss);
+            metric("gradient_norm", norms[0]);
+            if self.adversary.is_some() {
+                metric("adversary_gradient_norm", norms[1]);
+            }
+            metric("learning_rate", numbers.lr);
+            for (name, value) in figures {
+                metric(name, value);
+            }
+        }
+        Ok(None)
+    }
+
+    /// Forgets what led to the former values of some rows of a parameter.
+    fn begin_rows_anew(&self, name: &str, rows: &[usize], moments: &[Moments<B>]) -> Result<()> {
+        let missing = || Error::Internal(format!("no parameter {name}"));
+        let at = self.params.iter().position(|(own, _)| own == name);
+        let at = at.ok_or_else(missing)?;
+        let p = self.params[at].1.value();
+        let shape = B::shape(p);
+        let width = shape[1..].iter().product::<usize>();
+        let now = B::to_floats(p)?;
+        let average = self.ema.and_then(|average| average.get(name));
+        let changed = [
+            (Some(&moments[at].m), None),
+            (Some(&moments[at].v), None),
+            (average, Some(&now)),
+        ];
+        for (tensor, values) in changed {
+            let Some(tensor) = tensor else { continue };
+            let mut data = B::to_floats(tensor)?;
+            for row in rows.iter().map(|row| row * width..(row + 1) * width) {
+                match values {
+                    Some(values) => data[row.clone()].copy_from_slice(&values[row]),
+                    None => data[row].fill(0.0),
+                }
+            }
+            B::assign_(tensor, &self.backend.floats(&data, &shape)?)?;
+        }
+        Ok(())
+    }
+}
+
+/// AdamW at a step, without weight decay.
+fn adamw(o: &TrainOptions, step: u64, norm: f64) -> AdamwStep {
+    AdamwStep {
+        lr: o.rate(step),
+        beta1: o.beta1,
+        beta2: o.beta2,
+        eps: 1e-8,
+        weight_decay: 0.0,
+        correction1: 1.0 - o.beta1.powf((step + 1) as f64),
+        correction2: 1.0 - o.beta2.powf((step + 1) as f64),
+        grad_scale: if o.clip > 0.0 && norm > o.clip {
+            o.clip / norm
+        } else {
+            1.0
+        },
+    }
+}
+
+/// Roots of the sums of squares over the first `own` gradients and over the others, and the loss: read at once.
+fn norms_and_loss<B: Backend>(
+    gradients: &[B::Tensor],
+    loss: &B::Tensor,
+    own: usize,
+) -> Result<([f64; 2], f64)> {
+    let squares = gradients
+        .iter()
+        .map(|g| {
+            let dims: Vec<usize> = (0..B::shape(g).len()).collect();
+            B::reshape(&B::sum(&B::unary(g, Unary::Square)?, &dims)?, &[1])
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let loss = B::reshape(loss, &[1])?;
+    let all: Vec<&B::Tensor> = [&loss].into_iter().chain(&squares).collect();
+    let read = B::to_floats(&B::cat(&all, 0)?)?;
+    let root = |squares: &[f32]| squares.iter().map(|&x| f64::from(x)).sum::<f64>().sqrt();
+    let (first, rest) = read[1..].split_at(own.min(read.len() - 1));
+    Ok(([root(first), root(rest)], f64::from(read[0])))
+}

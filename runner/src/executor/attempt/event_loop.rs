@@ -1,0 +1,182 @@
+//! The workers of an attempt are heard until each has finished, within the attempt's time.
+
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use retort_abi::{FailureCode, Part};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::received::{EventHandler, Received};
+use super::shutdown::{Cause, ShutdownSequence, sleep_until};
+use super::spec::Stop;
+use super::supervisor::Supervisor;
+use crate::cluster::ElementEvent;
+use crate::executor::handle::WorkerHandle;
+use crate::frame::ToWorker;
+use crate::store::{StoreError, Usage};
+use crate::worker::process::{Exit, WorkerEvent};
+
+/// A worker that has finished.
+pub(super) struct FinishedWorker {
+    pub(super) part: Option<Part>,
+    pub(super) received: Received,
+    pub(super) shutdown: ShutdownSequence,
+    pub(super) exit: Exit,
+}
+
+impl FinishedWorker {
+    /// Whether the part has been done.
+    fn is_done(&self) -> bool {
+        matches!(self.received.answer, Some(Ok(_))) && self.received.protocol_error.is_none()
+    }
+
+    /// Whether it ended only because another one did, with which it worked together.
+    fn was_left_alone(&self) -> bool {
+        matches!(&self.received.answer, Some(Err(failure)) if failure.retryable)
+    }
+
+    /// Whether it ended by itself.
+    fn has_own_fault(&self) -> bool {
+        match &self.received.answer {
+            Some(Err(failure)) => failure.code != FailureCode::Cancelled && !failure.retryable,
+            Some(Ok(_)) => false,
+            None => self.shutdown.sent.is_none(),
+        }
+    }
+
+    /// Whether this says more than another part about why the attempt failed: the first to fail is the reason, but not
+    /// where it was left alone by this one, and of those that were told to stop the one that had to be made to.
+    pub(super) fn is_graver_than(&self, other: &FinishedWorker) -> bool {
+        if other.was_left_alone() && self.has_own_fault() {
+            return true;
+        }
+        let signalled = |finished: &FinishedWorker| finished.shutdown.sent.is_some();
+        self.shutdown.cause == other.shutdown.cause && signalled(self) && !signalled(other)
+    }
+}
+
+impl Supervisor<'_> {
+    /// Has the parts done, all at the same time. When one fails, the others are stopped, and it is returned.
+    pub(super) async fn run_parts(
+        &self,
+        parts: Vec<(Part, WorkerHandle)>,
+    ) -> Result<(Option<FinishedWorker>, Usage), StoreError> {
+        let halt = watch::Sender::new(Stop::No);
+        let mut under_way: FuturesUnordered<_> = parts
+            .into_iter()
+            .map(|(part, worker)| self.supervise(worker, Some(part), halt.subscribe()))
+            .collect();
+        let (mut fault, mut usage) = (None::<FinishedWorker>, Usage::default());
+        while let Some(finished) = under_way.next().await {
+            let finished = finished?;
+            usage = beside(usage, finished.exit.usage);
+            if finished.is_done() {
+                continue;
+            }
+            halt.send_replace(Stop::AtCheckpoint);
+            if fault
+                .as_ref()
+                .is_none_or(|fault| finished.is_graver_than(fault))
+            {
+                fault = Some(finished);
+            }
+        }
+        Ok((fault, usage))
+    }
+
+    /// Tells a worker what to do, and hears it until it has finished. `halt` stops it as the user does.
+    pub(super) async fn supervise(
+        &self,
+        mut worker: WorkerHandle,
+        part: Option<Part>,
+        mut halt: watch::Receiver<Stop>,
+    ) -> Result<FinishedWorker, StoreError> {
+        let sent = worker
+            .send(&ToWorker::Start(Box::new(self.task(part))))
+            .await;
+        let mut handler = EventHandler {
+            supervisor: self,
+            part,
+            received: Received::default(),
+        };
+        if let Err(error) = sent {
+            let _ = handler.protocol_error(error.to_string());
+            worker.signal(libc::SIGKILL);
+        }
+        let mut shutdown = ShutdownSequence::new(self.context.grace);
+        let mut stop = self.stop.clone();
+        // On a cluster it is time at work that counts.
+        let here = self.cpus.is_none();
+        let (mut deadline, mut paused) = (self.deadline.filter(|_| here), self.paused);
+        let exit = loop {
+            let pause = self.context.pauses.total() - paused;
+            (deadline, paused) = (deadline.map(|at| at + pause), paused + pause);
+            shutdown.next = shutdown.next.map(|at| at + pause);
+            // A timer that goes off during a pause does not know of it.
+            let in_time = || self.context.pauses.total() == paused;
+            tokio::select! {
+                event = self.next_event(&mut worker) => match event {
+                    WorkerEvent::Exited(exit) => break exit,
+                    event => {
+                        if let (WorkerEvent::Remote(ElementEvent::Began), Some(limit)) = (&event, self.spec.stage.timeout) {
+                            deadline = Some(Instant::now() + limit);
+                        }
+                        if handler.take(event).await? .is_break() {
+                            worker.signal(libc::SIGKILL);
+                        }
+                    }
+                },
+                Ok(()) = stop.changed() => {
+                    let level = *stop.borrow_and_update();
+                    shutdown.interrupt(level, &mut worker).await;
+                }
+                Ok(()) = halt.changed() => {
+                    let level = *halt.borrow_and_update();
+                    shutdown.interrupt(level, &mut worker).await;
+                }
+                () = sleep_until(deadline), if shutdown.cause.is_none() => if in_time() {
+                    shutdown.begin(Cause::Timeout, &mut worker).await;
+                },
+                () = sleep_until(shutdown.next) => if in_time() {
+                    shutdown.escalate(&worker);
+                },
+            }
+        };
+        Ok(FinishedWorker {
+            part,
+            received: handler.received,
+            shutdown,
+            exit,
+        })
+    }
+
+    /// What a worker does next, once there is room for what it may have to record.
+    async fn next_event(&self, worker: &mut WorkerHandle) -> WorkerEvent {
+        self.recorder.room().await;
+        worker.next().await
+    }
+}
+
+/// What two processes took that ran at the same time.
+fn beside(one: Usage, other: Usage) -> Usage {
+    Usage {
+        cpu_seconds: sum(one.cpu_seconds, other.cpu_seconds),
+        max_rss: sum(one.max_rss, other.max_rss),
+    }
+}
+
+/// What two processes took of which one ran after the other.
+pub(super) fn after(one: Usage, other: Usage) -> Usage {
+    Usage {
+        cpu_seconds: sum(one.cpu_seconds, other.cpu_seconds),
+        max_rss: one.max_rss.max(other.max_rss),
+    }
+}
+
+/// Of what is known.
+fn sum<T: std::ops::Add<Output = T>>(one: Option<T>, other: Option<T>) -> Option<T> {
+    match (one, other) {
+        (Some(one), Some(other)) => Some(one + other),
+        (one, other) => one.or(other),
+    }
+}

@@ -1,0 +1,131 @@
+//! What an attempt needs to know, and what attempts of a run share.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use retort_abi::{Input, Part};
+use tokio::sync::Notify;
+
+use crate::artifact::{Layout, Staging};
+use crate::executor::event::Listener;
+use crate::executor::options::{Cluster, Rung};
+use crate::executor::pause::PauseClock;
+use crate::executor::source::Source;
+use crate::frame::Points;
+use crate::plan::{Digest, PlannedStage};
+use crate::store::{StageId, Store};
+
+/// What attempts of a run share.
+pub struct RunContext {
+    /// The store.
+    pub store: Arc<Store>,
+    /// Where things lie in it.
+    pub layout: Layout,
+    /// The run's staging directory.
+    pub staging: Staging,
+    /// Who is told.
+    pub listener: Listener,
+    /// How long a stage may take to reach its next checkpoint when it is to stop.
+    pub grace: Duration,
+    /// How long the run has been stopped.
+    pub pauses: Arc<PauseClock>,
+    /// Where the run is to stop, to be judged.
+    pub rung: Option<Rung>,
+    /// What it is judged by there.
+    pub judged: Mutex<Option<f64>>,
+    /// Notified once it is there.
+    pub reached: Notify,
+    /// The cluster whose jobs do the work; without one, this machine's processes do.
+    pub cluster: Option<Cluster>,
+}
+
+impl RunContext {
+    /// What the run is judged by; none before it is at its rung.
+    pub fn judged(&self) -> Option<f64> {
+        *self.judged.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Looks for the rung among points of a stage that are to be recorded.
+    pub(in crate::executor) fn judge(&self, stage: &str, batches: &[Points]) {
+        let Some(rung) = &self.rung else { return };
+        let there = batches
+            .iter()
+            .filter(|points| rung.is_of(stage, &points.series))
+            .flat_map(|points| points.steps.iter().zip(&points.values))
+            .find(|(step, _)| **step >= rung.step);
+        if let Some((_, &value)) = there {
+            let mut judged = self.judged.lock().unwrap_or_else(PoisonError::into_inner);
+            if judged.is_none() {
+                *judged = Some(value);
+                self.reached.notify_one();
+            }
+        }
+    }
+}
+
+/// What an attempt needs to know.
+pub struct AttemptSpec {
+    /// The stage, planned.
+    pub stage: PlannedStage,
+    /// The stage, recorded.
+    pub id: StageId,
+    /// Its digest.
+    pub digest: Digest,
+    /// Directory of the recipe.
+    pub base_dir: PathBuf,
+    /// Threads it may use; its parts share them.
+    pub threads: usize,
+    /// Its inputs, by the name of the stage that made them.
+    pub inputs: BTreeMap<String, Input>,
+    /// Files and folders that its options name.
+    pub sources: Vec<Source>,
+    /// What survives attempts.
+    pub work_dir: PathBuf,
+}
+
+impl AttemptSpec {
+    /// The parts that its work is divided into; none where one process does all of it.
+    pub(in crate::executor) fn parts(&self) -> impl Iterator<Item = Part> + use<> {
+        let of = self.stage.workers.len();
+        (0..of).map(move |index| Part { index, of })
+    }
+
+    pub(in crate::executor) fn threads_of(&self, part: Option<Part>) -> usize {
+        (self.threads / part.map_or(1, |part| part.of)).max(1)
+    }
+
+    pub(in crate::executor) fn device_of(&self, part: Option<Part>) -> &str {
+        part.map_or(&self.stage.device, |part| &self.stage.workers[part.index])
+    }
+
+    /// The devices that are computed on, each once.
+    pub(in crate::executor) fn devices(&self) -> String {
+        let mut names = vec![self.stage.device.as_str()];
+        for name in &self.stage.workers {
+            if !names.contains(&name.as_str()) {
+                names.push(name);
+            }
+        }
+        names.join(", ")
+    }
+}
+
+/// Whether to go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stop {
+    /// Go on.
+    No,
+    /// Stop at the next checkpoint.
+    AtCheckpoint,
+    /// Stop at once.
+    Now,
+}
+
+/// How lines about a part begin; those about the whole of a stage have no such beginning.
+pub(super) fn title(part: Option<Part>) -> String {
+    part.map_or_else(String::new, |part| {
+        format!("part {} of {}: ", part.index + 1, part.of)
+    })
+}

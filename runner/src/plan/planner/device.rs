@@ -1,0 +1,219 @@
+//! Where a stage runs: which build of its plugin, on which device.
+
+use std::rc::Rc;
+
+use retort_abi::Device;
+
+use super::{Draft, Planner};
+use crate::diagnostic::{Cause, Finding};
+use crate::plan::{Build, PluginIdentity};
+use crate::yaml::Part;
+
+/// Where a stage runs.
+pub(super) struct Placement {
+    pub(super) build: Rc<Build>,
+    pub(super) device: String,
+    /// The devices that workers are spread over: it alone where the recipe names it, else all that could have been chosen.
+    pub(super) devices: Vec<String>,
+    /// Whether the plan chose the device.
+    pub(super) chosen: bool,
+}
+
+impl Placement {
+    fn on(build: &Rc<Build>, device: &str, chosen: bool) -> Self {
+        Self {
+            build: Rc::clone(build),
+            device: device.to_owned(),
+            devices: vec![device.to_owned()],
+            chosen,
+        }
+    }
+
+    /// The same, its workers spread over all of these that can be used.
+    fn spread(self, gpus: &[&Device]) -> Self {
+        let usable = gpus.iter().filter(|device| device.unusable.is_none());
+        Self {
+            devices: usable.map(|device| device.name.clone()).collect(),
+            ..self
+        }
+    }
+}
+
+/// A device as a recipe names it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wanted<'a> {
+    /// `auto`: a GPU that can be used, else the CPU.
+    Auto,
+    /// `cpu`
+    Cpu,
+    /// `cuda`: any GPU that can be used.
+    AnyGpu,
+    /// `cuda:1`
+    Gpu(&'a str),
+}
+
+impl<'a> Wanted<'a> {
+    /// None of what is no device at all, as the recipe's schema knows.
+    fn parse(written: &'a str) -> Option<Self> {
+        let kind = written.split(':').next()?;
+        match kind {
+            "cpu" => Some(Self::Cpu),
+            "cuda" if written == kind => Some(Self::AnyGpu),
+            "cuda" => Some(Self::Gpu(written)),
+            "auto" if written == kind => Some(Self::Auto),
+            _ => None,
+        }
+    }
+
+    /// The kind of device that a build has to drive.
+    fn kind(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Auto | Self::AnyGpu | Self::Gpu(_) => "cuda",
+        }
+    }
+
+    /// Whether this GPU would do.
+    fn takes(self, device: &Device) -> bool {
+        match self {
+            Self::Gpu(name) => device.name == name,
+            Self::Auto | Self::AnyGpu => true,
+            Self::Cpu => false,
+        }
+    }
+}
+
+fn drives(build: &Build, kind: &str) -> bool {
+    build.description.devices.iter().any(|known| known == kind)
+}
+
+impl Planner<'_> {
+    /// Which build of the plugin runs the stage, and where.
+    pub(super) fn place(&mut self, draft: &Draft<'_>, base: &Rc<Build>) -> Option<Placement> {
+        let own = draft.stage.device.as_deref();
+        let shared = self.recipe.device.as_deref();
+        let written = own.or(shared).unwrap_or("auto");
+        // What is no device at all has been reported by the schema.
+        let wanted = Wanted::parse(written)?;
+        let pointer = self.setting(draft, "device", own.is_some());
+        if wanted == Wanted::Cpu && drives(base, "cpu") {
+            return Some(Placement::on(base, "cpu", false));
+        }
+        let mut builds = vec![Rc::clone(base)];
+        builds.extend(self.variants_of(&base.identity.name));
+        let driving = |kind: &str| builds.iter().find(|build| drives(build, kind));
+        let build = match (driving(wanted.kind()), wanted) {
+            (Some(build), Wanted::Cpu) => return Some(Placement::on(build, "cpu", false)),
+            (Some(build), _) => build,
+            (None, Wanted::Auto) => {
+                let first = base.description.devices.first();
+                return Some(Placement::on(
+                    base,
+                    first.map_or("cpu", String::as_str),
+                    true,
+                ));
+            }
+            (None, _) => {
+                self.report(cannot_drive(wanted, &builds, &pointer), Part::Value);
+                return None;
+            }
+        };
+        let devices = self.devices_of(&build.identity, &pointer)?;
+        let gpus: Vec<&Device> = devices
+            .iter()
+            .filter(|device| device.name.starts_with("cuda"))
+            .collect();
+        let usable = |device: &&&Device| device.unusable.is_none() && wanted.takes(device);
+        match (gpus.iter().find(usable), wanted) {
+            (Some(device), Wanted::Auto) => {
+                let named = [device.name.as_str(), device.model.as_str()].join(" ");
+                self.note(format!("device `auto` is {}", named.trim_end()));
+                Some(Placement::on(build, &device.name, true).spread(&gpus))
+            }
+            // As precise as `cuda:0`, so that a plan names one device.
+            (Some(device), Wanted::AnyGpu) => {
+                Some(Placement::on(build, &device.name, true).spread(&gpus))
+            }
+            (Some(_), _) => Some(Placement::on(build, written, false)),
+            (None, Wanted::Auto) if let Some(other) = driving("cpu") => {
+                let why = gpus.iter().find_map(|device| device.unusable.as_deref());
+                if let Some(why) = why {
+                    self.note(format!("device `auto` is cpu: no GPU can be used ({why})"));
+                }
+                Some(Placement::on(other, "cpu", true))
+            }
+            (None, _) => {
+                let found = gpus.iter().find(|device| wanted.takes(device));
+                let message = match found.and_then(|device| device.unusable.as_deref()) {
+                    Some(why) => format!("device `{written}` cannot be used: {why}"),
+                    None => format!("there is no device `{written}` on this machine"),
+                };
+                let finding = Finding::error(pointer, message);
+                let hint = usable_here(driving("cpu").is_some(), &gpus);
+                self.report(finding.hint(hint), Part::Value);
+                None
+            }
+        }
+    }
+
+    /// The other builds of a plugin; one that cannot be asked is told of and left out.
+    fn variants_of(&mut self, plugin: &str) -> Vec<Rc<Build>> {
+        if let Some(known) = self.variants.get(plugin) {
+            return known.clone();
+        }
+        let mut found = Vec::new();
+        for answer in self.plugins.variants(plugin) {
+            match answer {
+                Ok(variant) => found.push(variant),
+                Err(error) => self.note(format!("a variant of `{plugin}` is left out: {error}")),
+            }
+        }
+        self.variants.insert(plugin.to_owned(), found.clone());
+        found
+    }
+
+    fn devices_of(&mut self, identity: &PluginIdentity, pointer: &str) -> Option<Vec<Device>> {
+        if let Some(known) = self.devices.get(&identity.path) {
+            return known.clone();
+        }
+        let answer = match self.plugins.devices(identity) {
+            Ok(devices) => Some(devices),
+            Err(error) => {
+                let finding = Finding::error(pointer, error.message);
+                self.report(
+                    Finding {
+                        cause: Cause::Plugin,
+                        hint: error.hint,
+                        ..finding
+                    },
+                    Part::Value,
+                );
+                None
+            }
+        };
+        self.devices.insert(identity.path.clone(), answer.clone());
+        answer
+    }
+}
+
+fn cannot_drive(wanted: Wanted<'_>, builds: &[Rc<Build>], pointer: &str) -> Finding {
+    let plugin = &builds[0].identity.name;
+    let message = format!("plugin `{plugin}` cannot drive `{}`", wanted.kind());
+    let known = builds.iter().flat_map(|build| &build.description.devices);
+    let known: Vec<&str> = known.map(String::as_str).collect();
+    let hint = format!("it was built for `{}`", known.join("`, `"));
+    Finding::error(pointer, message).hint(hint)
+}
+
+fn usable_here(cpu: bool, gpus: &[&Device]) -> String {
+    let gpus = gpus.iter().filter(|device| device.unusable.is_none());
+    let names: Vec<&str> = cpu
+        .then_some("cpu")
+        .into_iter()
+        .chain(gpus.map(|device| device.name.as_str()))
+        .collect();
+    match names.as_slice() {
+        [] => "no device can be used here".to_owned(),
+        names => format!("usable here: `{}`", names.join("`, `")),
+    }
+}

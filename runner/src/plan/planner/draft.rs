@@ -1,0 +1,261 @@
+//! What a stage's own text decides: plugin, kind, options, and what these refer to.
+
+use std::path::Path;
+use std::rc::Rc;
+
+use retort_abi::StageKind;
+use serde_json::Value;
+
+use super::Planner;
+use crate::diagnostic::{Cause, Finding};
+use crate::plan::{Build, FileKind, FileOption, Reference};
+use crate::recipe::RecipeStage;
+use crate::schema::{self, Target};
+use crate::yaml::{Part, escape};
+
+/// What is known of a stage before its references are.
+pub(super) struct Draft<'a> {
+    pub(super) stage: &'a RecipeStage,
+    /// `/stages/<name>`
+    pub(super) pointer: String,
+    pub(super) plugin: Option<Rc<Build>>,
+    /// Options with defaults; as written where they are invalid.
+    pub(super) options: Value,
+    /// Pointers of defaults.
+    pub(super) filled: Vec<String>,
+    pub(super) references: Vec<Reference>,
+    pub(super) files: Vec<FileOption>,
+}
+
+impl Draft<'_> {
+    /// Its kind, as its plugin describes it.
+    pub(super) fn kind(&self) -> Option<&StageKind> {
+        let kind = self.stage.kind.as_ref()?;
+        self.plugin
+            .as_ref()?
+            .description
+            .stages
+            .iter()
+            .find(|known| known.kind == *kind)
+    }
+}
+
+impl<'a> Planner<'a> {
+    /// Settles what a stage's own text decides.
+    pub(super) fn draft(&mut self, stage: &'a RecipeStage) -> Draft<'a> {
+        let pointer = format!("/stages/{}", escape(&stage.name));
+        let mut draft = Draft {
+            stage,
+            plugin: self.plugin_of(stage, &pointer),
+            pointer,
+            options: Value::Object(stage.options.clone()),
+            filled: Vec::new(),
+            references: Vec::new(),
+            files: Vec::new(),
+        };
+        let (Some(build), Some(kind)) = (draft.plugin.clone(), &stage.kind) else {
+            return draft;
+        };
+        let mut kinds = build.description.stages.iter();
+        let Some(known) = kinds.find(|known| known.kind == *kind) else {
+            self.report_kind(&draft, &build, kind);
+            return draft;
+        };
+        if stage.workers.is_some_and(|workers| workers > 1) && !known.divisible {
+            self.report_workers(&draft, &build, known);
+        }
+        let mut options = Value::Object(stage.options.clone());
+        let source = self.source;
+        let place = draft.pointer.clone();
+        schema::take_texts(&known.schema, &mut options, |pointer| {
+            source.as_written(&format!("{place}{pointer}"))
+        });
+        if self.check_options(&draft, &build, known, &options) {
+            draft.filled = schema::settle(&known.schema, &mut options);
+        }
+        self.refer(&mut draft, known, &mut options);
+        draft.options = options;
+        draft
+    }
+
+    /// Reports that the plugin has no such kind.
+    fn report_kind(&mut self, draft: &Draft<'_>, build: &Build, kind: &str) {
+        let kinds = build.description.stages.iter();
+        let message = format!(
+            "stage `{}`: plugin `{}` has no stage kind `{kind}`",
+            draft.stage.name, build.identity.name
+        );
+        let finding = Finding::error(format!("{}/kind", draft.pointer), message);
+        let hint = schema::suggest(kind, kinds.map(|known| known.kind.as_str()));
+        self.report(Finding { hint, ..finding }, Part::Value);
+    }
+
+    /// Reports that workers cannot share a stage of this kind.
+    fn report_workers(&mut self, draft: &Draft<'_>, build: &Build, known: &StageKind) {
+        let (stage, kind, plugin) = (&draft.stage.name, &known.kind, &build.identity.name);
+        let message = match known.together {
+            true => format!(
+                "stage `{stage}`: plugin `{plugin}` has no way for the workers of a `{kind}` to add up gradients"
+            ),
+            false => {
+                format!("stage `{stage}`: the work of a `{kind}` cannot be divided among workers")
+            }
+        };
+        let stages = build.description.stages.iter();
+        let divisible: Vec<&str> = stages
+            .filter(|known| known.divisible)
+            .map(|known| known.kind.as_str())
+            .collect();
+        let hint = match divisible.as_slice() {
+            _ if known.together => {
+                "take a plugin that can: `backend: libtorch`; or leave `workers` out".into()
+            }
+            [] => format!("plugin `{plugin}` has no kind that can be"),
+            kinds => format!("kinds that can be: `{}`", kinds.join("`, `")),
+        };
+        let finding = Finding::error(format!("{}/workers", draft.pointer), message);
+        self.report(finding.hint(hint), Part::Value);
+    }
+
+    /// Whether options are as the kind's schema has them; what is not is reported.
+    fn check_options(
+        &mut self,
+        draft: &Draft<'_>,
+        build: &Build,
+        known: &StageKind,
+        options: &Value,
+    ) -> bool {
+        let violations: Vec<_> = build
+            .checker(known)
+            .check(options, "option")
+            .into_iter()
+            // What could not be replaced has been reported.
+            .filter(|violation| {
+                let pointer = format!("{}{}", draft.pointer, violation.pointer);
+                !self
+                    .findings
+                    .iter()
+                    .any(|finding| finding.pointer == pointer)
+            })
+            .collect();
+        let stage = &draft.stage.name;
+        for violation in &violations {
+            let pointer = format!("{}{}", draft.pointer, violation.pointer);
+            let message = match violation.message.strip_prefix("unknown option") {
+                Some(rest) => format!("stage `{stage}`: unknown option{rest} of `{}`", known.kind),
+                None => format!("stage `{stage}`: {}", violation.message),
+            };
+            let finding = Finding::error(pointer, message);
+            self.report(
+                Finding {
+                    hint: violation.hint.clone(),
+                    ..finding
+                },
+                violation.part,
+            );
+        }
+        violations.is_empty()
+    }
+
+    /// Notes the stages and files that options name; paths in the home directory are completed.
+    fn refer(&mut self, draft: &mut Draft<'_>, known: &StageKind, options: &mut Value) {
+        for annotation in schema::annotations(&known.schema, options) {
+            let pointer = annotation.pointer;
+            let Some(text) = options.pointer(&pointer).and_then(Value::as_str) else {
+                self.warn_of_null(draft, &pointer, &annotation.target);
+                continue;
+            };
+            match annotation.target {
+                Target::Artifact(kinds) => {
+                    draft.references.push(Reference {
+                        stage: text.to_owned(),
+                        pointer,
+                        kinds,
+                    });
+                }
+                target => {
+                    let text = self.at_home(text);
+                    draft.files.push(FileOption {
+                        path: self.source.base_dir.join(&text),
+                        pointer: pointer.clone(),
+                        kind: match target {
+                            Target::Dir => FileKind::Dir,
+                            Target::Images => FileKind::Images,
+                            Target::Weights => FileKind::Weights,
+                            _ => FileKind::File,
+                        },
+                    });
+                    if let Some(option) = options.pointer_mut(&pointer) {
+                        *option = Value::String(text);
+                    }
+                }
+            }
+        }
+    }
+
+    /// A path as written, `~/` replaced by the home directory.
+    fn at_home(&self, path: &str) -> String {
+        let home = self.source.home.as_deref().and_then(Path::to_str);
+        match (path.strip_prefix('~'), home) {
+            (Some(rest), Some(home)) if rest.is_empty() || rest.starts_with('/') => {
+                format!("{}{rest}", home.trim_end_matches('/'))
+            }
+            _ => path.to_owned(),
+        }
+    }
+
+    /// Who writes `csv: ~` may mean the home directory, and has written "nothing".
+    fn warn_of_null(&mut self, draft: &Draft<'_>, pointer: &str, target: &Target) {
+        let at = format!("{}{pointer}", draft.pointer);
+        if matches!(target, Target::Artifact(_)) || self.source.written_null(&at) != Some("~") {
+            return;
+        }
+        let message = format!(
+            "stage `{}`: `{}` is `~`, which is YAML for nothing",
+            draft.stage.name,
+            pointer[1..].replace('/', ".")
+        );
+        let finding = Finding::warning(at, message).hint(
+            "paths in the home directory begin with `~/`; where nothing is meant, remove the key",
+        );
+        self.report(finding, Part::Value);
+    }
+
+    /// The plugin that runs a stage; what stands in the way is reported once.
+    fn plugin_of(&mut self, stage: &RecipeStage, pointer: &str) -> Option<Rc<Build>> {
+        let (name, place) = match (&stage.plugin, &self.recipe.backend) {
+            (Some(name), _) => (name, format!("{pointer}/plugin")),
+            (None, Some(name)) => (name, "/backend".to_owned()),
+            (None, None) => {
+                let finding =
+                    Finding::error("", "no plugin is named: the key `backend` is missing");
+                let hint = match self.plugins.names().as_slice() {
+                    [] => {
+                        "no plugin was found; `retort plugin list` says where they are looked for"
+                            .to_owned()
+                    }
+                    names => format!("write `backend: {}`", names.join("` or `backend: ")),
+                };
+                self.report(finding.hint(hint), Part::Key);
+                return None;
+            }
+        };
+        if let Some(known) = self.known.get(name) {
+            return known.clone();
+        }
+        let answer = match self.plugins.describe(name) {
+            Ok(build) => Some(build),
+            Err(error) => {
+                let finding = Finding {
+                    cause: Cause::Plugin,
+                    hint: error.hint,
+                    ..Finding::error(place, error.message)
+                };
+                self.report(finding, Part::Value);
+                None
+            }
+        };
+        self.known.insert(name.clone(), answer.clone());
+        answer
+    }
+}

@@ -1,0 +1,210 @@
+//! What a name in a filter means: a fact of a run or of its stages, a parameter, a metric.
+
+use super::{STARTED, Target, Type};
+use crate::filter::{Field, FilterError};
+use crate::store::{Store, StoreError};
+
+/// Fields of a run itself, as the help lists them.
+const FIELDS: [&str; 20] = [
+    "id", "state", "recipe", "path", "started", "finished", "seconds", "age", "seed", "error",
+    "note", "tag", "stage", "kind", "plugin", "device", "stages", "reused", "sweep", "point",
+];
+
+impl Store {
+    /// What a field means in this store.
+    pub(super) async fn target(
+        &self,
+        field: &Field,
+        in_text: &(dyn Fn(FilterError) -> FilterError + Sync),
+    ) -> Result<Target, StoreError> {
+        let parts: Vec<&str> = field.parts.iter().map(String::as_str).collect();
+        let error = |error: FilterError| StoreError::Filter(Box::new(in_text(error)));
+        Ok(match parts.as_slice() {
+            [name] => match own(name) {
+                Some(target) => target,
+                None => return Err(error(unknown(field, name, &FIELDS, "field"))),
+            },
+            ["params" | "param", path @ ..] => {
+                let names = self.names_in("params").await?;
+                let key = find_name(field, &path.join("."), "stages.", &names).map_err(|near| {
+                    error(nothing(
+                        field,
+                        "no run has a parameter",
+                        &path.join("."),
+                        near,
+                    ))
+                })?;
+                Target::Param(key)
+            }
+            ["metrics" | "metric", path @ ..] => {
+                let (path, column) = match path {
+                    [path @ .., "last"] if !path.is_empty() => (path, "last"),
+                    [path @ .., "min"] if !path.is_empty() => (path, "min"),
+                    [path @ .., "max"] if !path.is_empty() => (path, "max"),
+                    [path @ .., "points"] if !path.is_empty() => (path, "points"),
+                    path => (path, "last"),
+                };
+                let names = self.names_in("results").await?;
+                let key = find_name(field, &path.join("."), "", &names).map_err(|near| {
+                    error(nothing(field, "no run has a metric", &path.join("."), near))
+                })?;
+                Target::Series(key, column)
+            }
+            ["env" | "environment", name @ ..] => Target::Environment(name.join(".")),
+            ["stage" | "stages", name @ .., column] if !name.is_empty() => {
+                let columns = ["state", "seconds", "kind", "plugin", "device"];
+                let Some(place) = columns.iter().position(|known| known == column) else {
+                    return Err(error(unknown(field, column, &columns, "column of a stage")));
+                };
+                let kind = if columns[place] == "seconds" {
+                    Type::Seconds
+                } else {
+                    Type::Text
+                };
+                Target::Stage(name.join("."), columns[place], kind)
+            }
+            [first, ..] => {
+                let families = ["params", "metrics", "stage", "env"];
+                return Err(error(unknown(field, first, &families, "group of fields")));
+            }
+            [] => {
+                return Err(error(FilterError::new(
+                    "expected a field",
+                    field.at.clone(),
+                )));
+            }
+        })
+    }
+
+    /// The names that rows of a table have, with their keys.
+    async fn names_in(&self, table: &'static str) -> Result<Vec<(i64, String)>, StoreError> {
+        let names = match table {
+            "params" => {
+                "select key, name from names n
+                 where exists (select 1 from params where key between n.key << 32 and n.key << 32 | 0xffffffff)"
+            }
+            _ => {
+                "select key, name from names n
+                 where exists (select 1 from results where key between n.key << 32 and n.key << 32 | 0xffffffff)"
+            }
+        };
+        Ok(sqlx::query_as(names).fetch_all(self.pool()).await?)
+    }
+}
+
+/// What a plain name means.
+fn own(name: &str) -> Option<Target> {
+    Some(match name {
+        "id" | "run" => Target::Run("r.id", Type::Text),
+        "state" | "status" => Target::State,
+        "recipe" => Target::Run("r.recipe", Type::Text),
+        "path" => Target::Run("r.recipe_path", Type::Text),
+        "started" | "created" => STARTED,
+        "finished" => Target::Run("r.finished", Type::Moment),
+        "seconds" | "took" | "duration" => Target::Run(
+            "(coalesce(r.finished, unixepoch('subsec') * 1000) - r.created) / 1000.0",
+            Type::Seconds,
+        ),
+        "age" => Target::Run("unixepoch('subsec') - r.created / 1000.0", Type::Seconds),
+        "seed" => Target::Run("r.seed", Type::Number),
+        "error" => Target::Run("r.error", Type::Text),
+        "note" => Target::Run("r.note", Type::Text),
+        "sweep" => Target::Run(
+            "(select w.id from sweeps w where w.key = r.sweep)",
+            Type::Text,
+        ),
+        "point" => Target::Run("r.point", Type::Number),
+        "tag" | "tags" => Target::Any("tags", "tag"),
+        "stage" => Target::Any("stages", "name"),
+        "kind" => Target::Any("stages", "kind"),
+        "plugin" => Target::Any("stages", "plugin"),
+        "device" => Target::Any("stages", "device"),
+        "stages" => Target::Run(
+            "(select count(*) from stages x where x.run = r.key)",
+            Type::Number,
+        ),
+        "reused" => Target::Run(
+            "(select count(*) from stages x where x.run = r.key and x.state = 'reused')",
+            Type::Number,
+        ),
+        _ => return None,
+    })
+}
+
+/// The key of the one name that is meant: the very name; the name behind a usual prefix; with `/` for `.`; the only one
+/// that ends so. Otherwise the nearest name.
+fn find_name(
+    field: &Field,
+    name: &str,
+    prefix: &str,
+    names: &[(i64, String)],
+) -> Result<i64, Option<String>> {
+    debug_assert!(!field.parts.is_empty());
+    let dotted = |name: &str| name.replace('/', ".");
+    let wanted = dotted(name);
+    let exact = names
+        .iter()
+        .find(|(_, known)| known == name || known.strip_prefix(prefix) == Some(name));
+    let alike = || {
+        names.iter().find(|(_, known)| {
+            let known = dotted(known);
+            known == wanted || known.strip_prefix(prefix) == Some(wanted.as_str())
+        })
+    };
+    let ending = || {
+        let end = format!(".{wanted}");
+        let mut found = names
+            .iter()
+            .filter(|(_, known)| dotted(known).ends_with(&end));
+        match (found.next(), found.next()) {
+            (Some(only), None) => Some(only),
+            // A series is known under its own name and under its stage's: the shorter one speaks for both.
+            (Some(first), Some(second)) if found.next().is_none() => {
+                let (short, long) = if first.1.len() < second.1.len() {
+                    (first, second)
+                } else {
+                    (second, first)
+                };
+                dotted(&long.1)
+                    .ends_with(&format!(".{}", dotted(&short.1)))
+                    .then_some(short)
+            }
+            _ => None,
+        }
+    };
+    if let Some((key, _)) = exact.or_else(alike).or_else(ending) {
+        return Ok(*key);
+    }
+    let likeness = |known: &str| {
+        let last = known.rsplit(['.', '/']).next().unwrap_or(known);
+        let whole = strsim::jaro_winkler(&wanted, &dotted(known));
+        (whole.max(strsim::jaro_winkler(&wanted, last)) * 1000.0) as u32
+    };
+    // Of several that are alike the shortest.
+    let nearest = names
+        .iter()
+        .max_by_key(|(_, known)| (likeness(known), std::cmp::Reverse(known.len())));
+    Err(nearest.map(|(_, known)| known.strip_prefix(prefix).unwrap_or(known).to_owned()))
+}
+
+fn nothing(field: &Field, what: &str, name: &str, near: Option<String>) -> FilterError {
+    let error = FilterError::new(format!("{what} `{name}`"), field.at.clone());
+    match near {
+        Some(near) => error.hint(format!("did you mean `{near}`?")),
+        None => error.hint("there are none in this store yet"),
+    }
+}
+
+fn unknown(field: &Field, name: &str, known: &[&str], what: &str) -> FilterError {
+    let error = FilterError::new(format!("there is no {what} `{name}`"), field.at.clone());
+    let nearest = known
+        .iter()
+        .max_by_key(|known| (strsim::jaro_winkler(name, known) * 1000.0) as u32);
+    match nearest {
+        Some(nearest) if strsim::jaro_winkler(name, nearest) > 0.7 => error.hint(format!(
+            "did you mean `{nearest}`? There are: {}",
+            known.join(", ")
+        )),
+        _ => error.hint(format!("there are: {}", known.join(", "))),
+    }
+}

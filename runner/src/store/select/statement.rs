@@ -1,0 +1,540 @@
+//! The statement that finds the runs: tables, conditions, order.
+
+use sqlx::{QueryBuilder, Sqlite};
+
+use super::{STARTED, Target, Type, needed};
+use crate::filter::{Expr, Field, FilterError, Operator, Value};
+use crate::store::time::Time;
+use crate::store::{RunFilter, RunState, StoreError};
+
+/// A statement being made.
+pub(super) struct Select {
+    pub(super) sql: QueryBuilder<Sqlite>,
+    /// Rows of `results` and `params` that are joined: by these names.
+    joins: Vec<Target>,
+    lost: String,
+}
+
+impl Select {
+    /// One that begins with these words. `lost`: runs that are running without a runner, as JSON.
+    pub(super) fn new(words: &'static str, lost: String) -> Self {
+        Self {
+            sql: QueryBuilder::new(words),
+            joins: Vec::new(),
+            lost,
+        }
+    }
+
+    /// Makes it from a filter, of whose fields `targets` says what they mean.
+    pub(super) fn build(
+        &mut self,
+        filter: &RunFilter,
+        targets: &[(&Field, Target)],
+    ) -> Result<(), StoreError> {
+        for (_, target) in targets {
+            let row = row_of(target);
+            if let Some(row) = row
+                && !self.joins.contains(&row)
+            {
+                self.joins.push(row);
+            }
+        }
+        let of = |field: &Field| -> Target {
+            // Every field was looked up before.
+            let found = targets.iter().find(|(known, _)| *known == field);
+            found.map_or(Target::State, |(_, target)| target.clone())
+        };
+        for column in &filter.columns {
+            self.sql.push(", ");
+            self.shown(&of(&column.field));
+        }
+        let needed: Vec<Target> = filter
+            .expr
+            .iter()
+            .flat_map(|wanted| needed(&wanted.expr))
+            .filter_map(|field| row_of(&of(field)))
+            .collect();
+        let leader = match filter.sort.first() {
+            Some(sort) if of(&sort.name.field) != STARTED => {
+                let leads = |join: &Target| needed.contains(join);
+                self.joins.iter().position(leads)
+            }
+            _ => None,
+        };
+        self.tables(leader, &needed);
+        if !filter.states.is_empty() {
+            self.sql.push(" and ");
+            self.scalar(&Target::State);
+            let states = serde_json::json!(filter.states).to_string();
+            self.sql.push(" in (select value from json_each(");
+            self.sql.push_bind(states);
+            self.sql.push("))");
+        }
+        if let Some(recipe) = &filter.recipe {
+            self.sql.push(" and r.recipe = ");
+            self.sql.push_bind(recipe.clone());
+        }
+        if let Some(wanted) = &filter.expr {
+            self.sql.push(" and ");
+            self.condition(&wanted.expr, &of, false)
+                .map_err(|error| StoreError::Filter(Box::new(error.in_text(&wanted.text))))?;
+        }
+        let limit = filter.limit.map_or(-1, i64::from);
+        self.sql.push(" order by ");
+        for sort in &filter.sort {
+            let target = of(&sort.name.field);
+            if matches!(target, Target::Any(..)) {
+                let error = FilterError::new(
+                    "a run may have several of these",
+                    sort.name.field.at.clone(),
+                );
+                return Err(StoreError::Filter(Box::new(error.in_text(&sort.name.text))));
+            }
+            let direction = if sort.descending { " desc" } else { "" };
+            if target == STARTED {
+                // Just as the index has it, and no two runs are alike: nothing more is needed.
+                self.sql.push(format_args!(
+                    "r.created{direction}, r.key{direction} limit "
+                ));
+                self.sql.push_bind(limit);
+                self.sql.push(" offset ");
+                self.sql.push_bind(filter.skip);
+                return Ok(());
+            }
+            self.scalar(&target);
+            self.sql.push(direction);
+            self.sql.push(" nulls last, ");
+        }
+        self.sql.push("r.key desc limit ");
+        self.sql.push_bind(limit);
+        self.sql.push(" offset ");
+        self.sql.push_bind(filter.skip);
+        Ok(())
+    }
+
+    /// `runs r` and the rows joined to it, up to `where` and what the first table needs there.
+    fn tables(&mut self, leader: Option<usize>, needed: &[Target]) {
+        let joins: Vec<(usize, &'static str, i64, bool)> = self
+            .joins
+            .iter()
+            .enumerate()
+            .filter_map(|(number, join)| {
+                let (table, name) = match join {
+                    Target::Param(name) => ("params", *name),
+                    Target::Series(name, _) => ("results", *name),
+                    _ => return None,
+                };
+                // A run without the row cannot pass: nothing is to be made up for it.
+                Some((number, table, name << 32, needed.contains(join)))
+            })
+            .collect();
+        match leader {
+            Some(number) => {
+                let (_, table, ..) = joins[number];
+                // A cross join is made in the order in which it is written.
+                self.sql.push(format_args!(
+                    " from {table} j{number} cross join runs r on r.key = j{number}.key & 0xffffffff"
+                ));
+            }
+            None => {
+                self.sql.push(" from runs r");
+            }
+        }
+        for (number, table, first, needed) in &joins {
+            if Some(*number) != leader {
+                let join = if *needed { "cross join" } else { "left join" };
+                self.sql.push(format_args!(
+                    " {join} {table} j{number} on j{number}.key = "
+                ));
+                self.sql.push_bind(*first);
+                self.sql.push(" + r.key");
+            }
+        }
+        self.sql.push(" where true");
+        if let Some(number) = leader {
+            let (_, _, first, _) = joins[number];
+            self.sql.push(format_args!(" and j{number}.key between "));
+            self.sql.push_bind(first);
+            self.sql.push(" and ");
+            self.sql.push_bind(first | 0xffff_ffff);
+        }
+    }
+
+    fn condition(
+        &mut self,
+        expr: &Expr,
+        of: &dyn Fn(&Field) -> Target,
+        negated: bool,
+    ) -> Result<(), FilterError> {
+        match expr {
+            Expr::And(parts) | Expr::Or(parts) => {
+                let word = if matches!(expr, Expr::And(_)) {
+                    " and "
+                } else {
+                    " or "
+                };
+                self.sql.push("(");
+                for (number, part) in parts.iter().enumerate() {
+                    self.sql.push(if number > 0 { word } else { "" });
+                    self.condition(part, of, negated)?;
+                }
+                self.sql.push(")");
+            }
+            Expr::Not(part) => {
+                self.sql.push("not (");
+                self.condition(part, of, true)?;
+                self.sql.push(")");
+            }
+            Expr::Has(field) => self.has(&of(field)),
+            Expr::Compare(field, operator, value) => {
+                // Unknown is false, which matters where it is turned round.
+                self.sql.push(if negated { "ifnull((" } else { "(" });
+                self.compare(&of(field), *operator, value)?;
+                self.sql.push(if negated { "), false)" } else { ")" });
+            }
+            Expr::In(field, values) => {
+                self.sql.push("(");
+                for (number, value) in values.iter().enumerate() {
+                    self.sql
+                        .push(if number > 0 { " or ifnull(" } else { "ifnull(" });
+                    self.compare(&of(field), Operator::Equal, value)?;
+                    self.sql.push(", false)");
+                }
+                self.sql.push(")");
+            }
+        }
+        Ok(())
+    }
+
+    fn has(&mut self, target: &Target) {
+        match target {
+            Target::Any(table, _) => {
+                self.sql.push(format_args!(
+                    "exists (select 1 from {table} x where x.run = r.key)"
+                ));
+            }
+            Target::Param(_) | Target::Series(..) => {
+                let join = self.join(target);
+                self.sql.push(format_args!("{join}.key is not null"));
+            }
+            target => {
+                self.sql.push("ifnull(");
+                self.scalar(target);
+                self.sql.push(", '') != ''");
+            }
+        }
+    }
+
+    fn compare(
+        &mut self,
+        target: &Target,
+        operator: Operator,
+        value: &Value,
+    ) -> Result<(), FilterError> {
+        if let Target::Any(table, column) = target {
+            return self.compare_any(table, column, operator, value);
+        }
+        let kind = type_of(target);
+        if matches!(operator, Operator::Like | Operator::Unlike) {
+            self.scalar(target);
+            let not = if operator == Operator::Unlike {
+                " not"
+            } else {
+                ""
+            };
+            self.sql.push(format_args!("{not} like "));
+            self.sql.push_bind(pattern(&value.text));
+            self.sql.push(" escape '\\'");
+            return Ok(());
+        }
+        let number = match kind {
+            Type::Text => None,
+            Type::Number => Some(value.number().ok_or_else(|| expected("a number", value))?),
+            Type::Seconds => Some(seconds(value)?),
+            Type::Moment => Some(moment(value)?),
+            Type::Any => match value.number() {
+                None if value.is_word("true") => Some(1.0),
+                None if value.is_word("false") => Some(0.0),
+                number => number,
+            },
+        };
+        if kind == Type::Any && (value.is_word("nan") || value.is_word("null")) {
+            return self.compare_with_nothing(target, operator, value);
+        }
+        if target == &Target::State {
+            check_state(value)?;
+        }
+        let symbol = symbol(operator);
+        self.scalar(target);
+        self.sql.push(symbol);
+        match number {
+            Some(number) => self.sql.push_bind(number),
+            None => self.sql.push_bind(value.text.clone()),
+        };
+        // SQLite orders texts after numbers instead of refusing to compare them. The empty text is the first of texts.
+        let other = match (operator, number) {
+            _ if kind != Type::Any => return Ok(()),
+            // Results are numbers.
+            (Operator::Greater | Operator::GreaterOrEqual, Some(_))
+                if !matches!(target, Target::Series(..)) =>
+            {
+                " < ''"
+            }
+            (Operator::Less | Operator::LessOrEqual, None) => " >= ''",
+            _ => return Ok(()),
+        };
+        self.sql.push(" and ");
+        self.scalar(target);
+        self.sql.push(other);
+        Ok(())
+    }
+
+    /// NaN is null in `results`, and null is null in `params`.
+    fn compare_with_nothing(
+        &mut self,
+        target: &Target,
+        operator: Operator,
+        value: &Value,
+    ) -> Result<(), FilterError> {
+        let is = match operator {
+            Operator::Equal => "is null",
+            Operator::Unequal => "is not null",
+            _ => {
+                return Err(FilterError::new(
+                    "it can only be compared with = and !=",
+                    value.at.clone(),
+                ));
+            }
+        };
+        match target {
+            Target::Param(_) | Target::Series(..) => {
+                let join = self.join(target);
+                self.sql.push(format_args!("{join}.key is not null and "));
+            }
+            _ => {}
+        }
+        self.scalar(target);
+        self.sql.push(format_args!(" {is}"));
+        Ok(())
+    }
+
+    fn compare_any(
+        &mut self,
+        table: &str,
+        column: &str,
+        operator: Operator,
+        value: &Value,
+    ) -> Result<(), FilterError> {
+        let not = match operator {
+            Operator::Equal | Operator::Like => "",
+            Operator::Unequal | Operator::Unlike => "not ",
+            _ => {
+                return Err(FilterError::new(
+                    "expected =, !=, ~, !~ or `in` before this",
+                    value.at.clone(),
+                )
+                .hint("a run may have several of these: they have no order"));
+            }
+        };
+        self.sql.push(format_args!(
+            "{not}exists (select 1 from {table} x where x.run = r.key and x.{column}"
+        ));
+        if matches!(operator, Operator::Like | Operator::Unlike) {
+            self.sql.push(" like ");
+            self.sql.push_bind(pattern(&value.text));
+            self.sql.push(" escape '\\')");
+        } else {
+            self.sql.push(" = ");
+            self.sql.push_bind(value.text.clone());
+            self.sql.push(")");
+        }
+        Ok(())
+    }
+
+    /// The value of a field, as a column that is shown.
+    fn shown(&mut self, target: &Target) {
+        match target {
+            Target::Series(_, column) if *column != "points" => {
+                let join = self.join(target);
+                self.sql.push(format_args!(
+                    "case when {join}.key is not null then ifnull({join}.{column}, 'NaN') end"
+                ));
+            }
+            Target::Run(column, Type::Moment) => {
+                self.sql.push(format_args!(
+                    "strftime('%Y-%m-%dT%H:%M:%fZ', {column} / 1000.0, 'unixepoch')"
+                ));
+            }
+            Target::Any(table, column) => {
+                self.sql.push(format_args!(
+                    "(select group_concat(distinct x.{column}) from {table} x where x.run = r.key)"
+                ));
+            }
+            target => self.scalar(target),
+        }
+    }
+
+    /// The value of a field, as an SQL expression.
+    fn scalar(&mut self, target: &Target) {
+        match target {
+            Target::Run(column, _) => {
+                self.sql.push(column);
+            }
+            Target::State if self.lost == "[]" => {
+                self.sql.push("r.state");
+            }
+            Target::State => {
+                self.sql.push(
+                    "case when r.state in ('queued', 'running') and r.id in (select value from json_each(",
+                );
+                self.sql.push_bind(self.lost.clone());
+                self.sql.push(")) then 'lost' else r.state end");
+            }
+            Target::Any(_, column) => {
+                debug_assert!(false, "{column} has several values");
+            }
+            Target::Stage(name, column, _) => {
+                let column = match *column {
+                    "seconds" => {
+                        "(select sum(a.finished - a.started - a.paused) / 1000.0 from attempts a where a.stage = s.key)"
+                    }
+                    "state" => "s.state",
+                    "kind" => "s.kind",
+                    "plugin" => "s.plugin",
+                    _ => "s.device",
+                };
+                self.sql.push(format_args!(
+                    "(select {column} from stages s where s.run = r.key and s.name = "
+                ));
+                self.sql.push_bind(name.clone());
+                self.sql.push(")");
+            }
+            Target::Environment(name) => {
+                self.sql.push("(select d.environment ->> ");
+                self.sql
+                    .push_bind(format!("$.\"{}\"", name.replace('"', "")));
+                self.sql.push(" from documents d where d.run = r.key)");
+            }
+            Target::Param(_) => {
+                let join = self.join(target);
+                self.sql.push(format_args!("{join}.value"));
+            }
+            Target::Series(_, column) => {
+                let join = self.join(target);
+                self.sql.push(format_args!("{join}.{column}"));
+            }
+        }
+    }
+
+    /// The name of the joined row that a field is read from.
+    fn join(&self, target: &Target) -> String {
+        let row = row_of(target);
+        let place = self
+            .joins
+            .iter()
+            .position(|join| Some(join) == row.as_ref());
+        format!("j{}", place.unwrap_or_default())
+    }
+}
+
+fn type_of(target: &Target) -> Type {
+    match target {
+        Target::Run(_, kind) | Target::Stage(_, _, kind) => *kind,
+        Target::State | Target::Any(..) => Type::Text,
+        Target::Environment(_) | Target::Param(_) | Target::Series(..) => Type::Any,
+    }
+}
+
+/// The row that has to be joined for a field; columns of one row share it.
+fn row_of(target: &Target) -> Option<Target> {
+    match target {
+        Target::Param(key) => Some(Target::Param(*key)),
+        Target::Series(key, _) => Some(Target::Series(*key, "last")),
+        _ => None,
+    }
+}
+
+fn expected(what: &str, value: &Value) -> FilterError {
+    FilterError::new(format!("expected {what}"), value.at.clone())
+}
+
+fn check_state(value: &Value) -> Result<(), FilterError> {
+    let names = RunState::ALL.map(RunState::name);
+    if names.contains(&value.text.as_str()) {
+        return Ok(());
+    }
+    let nearest = names
+        .iter()
+        .max_by_key(|known| (strsim::jaro_winkler(&value.text, known) * 1000.0) as u32);
+    let nearest = nearest.copied().unwrap_or_default();
+    Err(FilterError::new(
+        format!("`{}` is no state of a run", value.text),
+        value.at.clone(),
+    )
+    .hint(format!(
+        "did you mean `{nearest}`? There are: {}",
+        names.join(", ")
+    )))
+}
+
+/// Seconds, or a duration such as `10m`.
+fn seconds(value: &Value) -> Result<f64, FilterError> {
+    let duration = || humantime::parse_duration(&value.text).ok();
+    value
+        .number()
+        .or_else(|| duration().map(|duration| duration.as_secs_f64()))
+        .ok_or_else(|| expected("seconds, or a duration such as 10m or 2h", value))
+}
+
+/// Milliseconds since 1970, of a date with or without a time.
+fn moment(value: &Value) -> Result<f64, FilterError> {
+    let text = value.text.trim_end_matches('Z').replace(' ', "T");
+    let whole = if text.contains('T') {
+        text
+    } else {
+        format!("{text}T00:00:00")
+    };
+    let parsed = humantime::parse_rfc3339_weak(&whole).ok();
+    let since = parsed.and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
+    since
+        .map(|since| Time(i64::try_from(since.as_millis()).unwrap_or(i64::MAX)).0 as f64)
+        .ok_or_else(|| {
+            expected(
+                "a date such as 2026-01-31 or '2026-01-31 12:00:00' (UTC)",
+                value,
+            )
+            .hint("`age < 7d` asks for the last seven days")
+        })
+}
+
+/// A text to be contained, or a pattern with `*` and `?`, as SQL's `like` has it.
+fn pattern(text: &str) -> String {
+    let wild = text.contains(['*', '?']);
+    let mut pattern = String::new();
+    for character in text.chars() {
+        match character {
+            '*' => pattern.push('%'),
+            '?' => pattern.push('_'),
+            '%' | '_' | '\\' => pattern.extend(['\\', character]),
+            character => pattern.push(character),
+        }
+    }
+    if wild {
+        pattern
+    } else {
+        format!("%{pattern}%")
+    }
+}
+
+fn symbol(operator: Operator) -> &'static str {
+    match operator {
+        Operator::Equal => " = ",
+        Operator::Unequal => " != ",
+        Operator::Less => " < ",
+        Operator::LessOrEqual => " <= ",
+        Operator::Greater => " > ",
+        Operator::GreaterOrEqual => " >= ",
+        Operator::Like => " like ",
+        Operator::Unlike => " not like ",
+    }
+}

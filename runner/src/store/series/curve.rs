@@ -1,0 +1,246 @@
+//! A series as a curve: few buckets for any number of points.
+
+use std::collections::BTreeMap;
+
+use sqlx::Row;
+use sqlx::sqlite::SqliteRow;
+
+use super::{Axis, Bucket, CurveQuery, Named, clamped, unpacked};
+use crate::store::block::{Packed, Summary};
+use crate::store::time::Time;
+use crate::store::{RunId, Store, StoreError};
+
+/// So many blocks are unpacked for a curve in any case.
+const FEW: i64 = 128;
+
+impl Store {
+    /// A series of a run as a curve: at most `query.buckets` buckets for each stage that has it, in order.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`], [`StoreError::Sql`].
+    pub async fn curve(
+        &self,
+        run: &RunId,
+        name: &str,
+        query: CurveQuery,
+    ) -> Result<Vec<Bucket>, StoreError> {
+        let mut buckets = Vec::new();
+        for named in self.series_named(run, name).await? {
+            let summaries = self.buckets(&named, query).await?;
+            buckets.extend(summaries.iter().map(|summary| bucket(&named, summary)));
+        }
+        Ok(buckets)
+    }
+
+    async fn buckets(&self, named: &Named, query: CurveQuery) -> Result<Vec<Summary>, StoreError> {
+        let (from, to) = (clamped(query.from), clamped(query.to));
+        // Blocks as a whole give at least half as many buckets as asked for, or there are few.
+        let few = i64::from(query.buckets).min(FEW.max(i64::from(query.buckets) / 2));
+        let begin = self.block_of(named, from).await?;
+        // Blocks do not overlap: the first and the last are found by their place, and no more are counted than matter.
+        let extent = sqlx::query(
+            "with wanted as not materialized (
+                 select * from blocks
+                 where series = ?1 and last_step >= ?3 and first_step <= ?4 and first_step >= ?2)
+             select (select count(*) from (select 1 from wanted limit ?5)) as blocks,
+                    (select first_step from wanted order by first_step limit 1) as first_step,
+                    (select last_step from wanted order by first_step desc limit 1) as last_step",
+        )
+        .bind(named.key)
+        .bind(begin)
+        .bind(from)
+        .bind(to)
+        .bind(few)
+        .fetch_one(self.pool())
+        .await?;
+        let blocks: i64 = extent.try_get("blocks")?;
+        if blocks == 0 {
+            return Ok(Vec::new());
+        }
+        let (first, last): (i64, i64) = match query.axis {
+            Axis::Step => {
+                let (first, last): (i64, i64) =
+                    (extent.try_get("first_step")?, extent.try_get("last_step")?);
+                (first.max(from), last.min(to))
+            }
+            Axis::Time => {
+                sqlx::query_as(
+                    "select min(first_at), max(last_at) from blocks
+                     where series = ?1 and last_step >= ?2 and first_step <= ?3",
+                )
+                .bind(named.key)
+                .bind(from)
+                .bind(to)
+                .fetch_one(self.pool())
+                .await?
+            }
+        };
+        let mut grid = Grid::new(query, first, last);
+        if blocks < few {
+            for row in &self.packs(named, from, to).await? {
+                let mut points = unpacked(row, &named.series)?;
+                points.retain(|point| (from..=to).contains(&point.step));
+                grid.add(&points);
+            }
+        } else {
+            self.sum_up_blocks(named, from, to, &mut grid).await?;
+        }
+        Ok(grid.buckets.into_values().collect())
+    }
+
+    /// Where the block begins that has a step, or would have it.
+    async fn block_of(&self, named: &Named, step: i64) -> Result<i64, StoreError> {
+        let first = sqlx::query_scalar(
+            "select first_step from blocks where series = ?1 and first_step <= ?2
+             order by first_step desc limit 1",
+        )
+        .bind(named.key)
+        .bind(step)
+        .fetch_optional(self.pool())
+        .await?;
+        Ok(first.unwrap_or(step))
+    }
+
+    /// Many more points than buckets: blocks count as a whole, but for those that the range cuts.
+    async fn sum_up_blocks(
+        &self,
+        named: &Named,
+        from: i64,
+        to: i64,
+        grid: &mut Grid,
+    ) -> Result<(), StoreError> {
+        let place = match grid.axis {
+            Axis::Step => "first_step",
+            Axis::Time => "first_at",
+        };
+        let whole = format!(
+            "select min(first_step) as first_step, max(last_step) as last_step, sum(points) as points,
+                    sum(numbers) as numbers, case when count(sum) = count(*) then sum(sum) end as sum,
+                    min(min) as min, max(max) as max, min(first_at) as first_at, max(last_at) as last_at,
+                    min({place}) as place
+             from blocks where series = ?1 and first_step between ?2 and ?3 and last_step <= ?3
+             group by cast(({place} - ?4) * ?5 as integer)"
+        );
+        let rows = sqlx::query(sqlx::AssertSqlSafe(whole))
+            .bind(named.key)
+            .bind(from)
+            .bind(to)
+            .bind(grid.first)
+            .bind(grid.scale)
+            .fetch_all(self.pool())
+            .await?;
+        for row in &rows {
+            grid.merge(row.try_get("place")?, summary(row)?);
+        }
+        let ends = (
+            self.block_of(named, from).await?,
+            self.block_of(named, to).await?,
+        );
+        let cut = sqlx::query(
+            "select k.data from blocks b join packs k on k.key = b.pack
+             where b.series = ?1 and b.first_step in (?4, ?5) and b.last_step >= ?2 and b.first_step <= ?3
+               and (b.first_step < ?2 or b.last_step > ?3)",
+        )
+        .bind(named.key)
+        .bind(from)
+        .bind(to)
+        .bind(ends.0)
+        .bind(ends.1)
+        .fetch_all(self.pool())
+        .await?;
+        for row in &cut {
+            let mut points = unpacked(row, &named.series)?;
+            points.retain(|point| (from..=to).contains(&point.step));
+            grid.add(&points);
+        }
+        Ok(())
+    }
+}
+
+/// Buckets of equal width between two places, filled from points and from summaries.
+struct Grid {
+    axis: Axis,
+    first: i64,
+    /// Buckets per unit of the axis.
+    scale: f64,
+    buckets: BTreeMap<i64, Summary>,
+}
+
+impl Grid {
+    fn new(query: CurveQuery, first: i64, last: i64) -> Self {
+        // A little wider than the range, so that its last point falls into the last bucket.
+        let width = (last as f64 - first as f64 + 1.0).max(1.0);
+        Self {
+            axis: query.axis,
+            first,
+            scale: f64::from(query.buckets) / width,
+            buckets: BTreeMap::new(),
+        }
+    }
+
+    /// Adds points in their order: neighbours that fall into one bucket are summed up before it is looked up.
+    fn add(&mut self, points: &[Packed]) {
+        let mut rest = points;
+        while let Some(first) = rest.first() {
+            let (place, count) = match self.axis {
+                // Steps ascend: the end of a bucket is looked for instead of asked for at every point.
+                Axis::Step => {
+                    let index = self.index(first.step);
+                    let inside = |point: &Packed| self.index(point.step) == index;
+                    (first.step, rest.partition_point(inside))
+                }
+                Axis::Time => {
+                    let index = self.index(first.at);
+                    let inside = |point: &&Packed| self.index(point.at) == index;
+                    (first.at, rest.iter().take_while(inside).count())
+                }
+            };
+            let (neighbours, after) = rest.split_at(count);
+            self.merge(place, Summary::of(neighbours));
+            rest = after;
+        }
+    }
+
+    fn index(&self, place: i64) -> i64 {
+        ((place as f64 - self.first as f64) * self.scale) as i64
+    }
+
+    fn merge(&mut self, place: i64, summary: Summary) {
+        let index = self.index(place);
+        self.buckets
+            .entry(index)
+            .and_modify(|bucket| *bucket = bucket.with(&summary))
+            .or_insert(summary);
+    }
+}
+
+fn bucket(named: &Named, summary: &Summary) -> Bucket {
+    let numbers = (summary.numbers > 0).then_some(summary.numbers as f64);
+    Bucket {
+        stage: named.stage.clone(),
+        series: named.series.clone(),
+        first_step: summary.first_step.cast_unsigned(),
+        last_step: summary.last_step.cast_unsigned(),
+        first_at: Time(named.base.saturating_add(summary.first_at)),
+        last_at: Time(named.base.saturating_add(summary.last_at)),
+        points: summary.points.cast_unsigned(),
+        nan: (summary.points - summary.numbers).cast_unsigned(),
+        min: summary.min,
+        max: summary.max,
+        mean: numbers.map(|numbers| summary.sum / numbers),
+    }
+}
+
+fn summary(row: &SqliteRow) -> Result<Summary, sqlx::Error> {
+    Ok(Summary {
+        first_step: row.try_get("first_step")?,
+        last_step: row.try_get("last_step")?,
+        points: row.try_get("points")?,
+        numbers: row.try_get("numbers")?,
+        sum: row.try_get::<Option<f64>, _>("sum")?.unwrap_or(f64::NAN),
+        min: row.try_get("min")?,
+        max: row.try_get("max")?,
+        first_at: row.try_get("first_at")?,
+        last_at: row.try_get("last_at")?,
+    })
+}

@@ -1,0 +1,335 @@
+//! What users see, word for word: tables, plans, and every kind of error with a marked line.
+//!
+//! The texts are in `snapshots/`. `INSTA_UPDATE=always cargo test --release -p retort-tests --test runner snapshots` writes
+//! them anew; the difference is then read like that of any other file.
+
+use std::fmt::Write as _;
+use std::fs;
+
+use sqlx::sqlite::SqliteConnectOptions;
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
+
+use crate::lab::{Lab, block_on};
+
+/// What differs between machines and days, and what stands for it.
+const VARYING: [(&str, &str); 8] = [
+    (r"/[^\s`'\x22]*/\.tmp[A-Za-z0-9]{6}", "LAB"),
+    (r"/[^\s`'\x22]*/(target|release)/[^\s`'\x22]*", "BUILD"),
+    (r"\b[0-9a-f]{64}\b", "HASH"),
+    (r"\b[0-9]{4} days ago", "DAYS days ago"),
+    (
+        r"(?m)^(retort|host|os|kernel|arch|cpu|cores|memory)  .*$",
+        "$1  ...",
+    ),
+    // A column whose width comes from a path.
+    (r" {60,}", "  "),
+    (r":[0-9]{2}\.[0-9]{3}Z", ":SS.MMMZ"),
+    (r" +\n", "\n"),
+];
+
+#[track_caller]
+fn check(name: &str, text: &str) {
+    let mut settings = insta::Settings::clone_current();
+    settings.set_snapshot_path("snapshots");
+    settings.set_prepend_module_to_snapshot(false);
+    settings.set_omit_expression(true);
+    for (pattern, word) in VARYING {
+        settings.add_filter(pattern, word);
+    }
+    settings.bind(|| insta::assert_snapshot!(name, text));
+}
+
+/// Appends a command, as a person types it, what it said, and the code that it ended with.
+fn tell(text: &mut String, lab: &Lab, arguments: &[&str]) {
+    let said = lab.retort(arguments);
+    assert!(!said.stderr.contains("panicked at"), "{}", said.stderr);
+    let typed: Vec<String> = arguments
+        .iter()
+        .map(
+            |argument| match argument.is_empty() || argument.contains([' ', '<', '>', '$', '*']) {
+                true => format!("'{argument}'"),
+                false => (*argument).to_owned(),
+            },
+        )
+        .collect();
+    let _ = writeln!(text, "$ retort {}", typed.join(" "));
+    text.push_str(&said.stdout);
+    text.push_str(&said.stderr);
+    let code = said.code.expect("it was not killed");
+    let _ = writeln!(text, "[exit {code}]\n");
+}
+
+/// The verdict on each of these recipes.
+fn verdicts(recipes: &[&str]) -> String {
+    let mut text = String::new();
+    for recipe in recipes {
+        let lab = Lab::new(&[]);
+        fs::write(lab.dir.path().join("r.yaml"), recipe).unwrap();
+        tell(&mut text, &lab, &["validate", "r.yaml"]);
+    }
+    text
+}
+
+/// A recipe of the fixture plugin with these lines after its head.
+macro_rules! recipe {
+    ($($line:literal),* $(,)?) => {
+        concat!("version: 1\nbackend: faulty\n", $($line, "\n"),*)
+    };
+}
+
+#[test]
+fn faults_of_yaml() {
+    check(
+        "yaml",
+        &verdicts(&[
+            "",
+            "# only a comment\n",
+            "version: 1\nstages:\n\ta: {kind: do}\n",
+            "version: 1\nstages:\n  a: {kind: do\n",
+            "version: 1\nstages:\n  a: {kind: \"do}\n",
+            "version: 1\nversion: 1\n",
+            "version: 1\n---\nversion: 1\n",
+            "version: 1\nstages: !run {a: {kind: do}}\n",
+            "version: 1\nstages: *nothing\n",
+            "version: 1\nstages: &a {a: *a}\n",
+            "version: 1\nname: \"\u{7}\"\n",
+            "- version: 1\n",
+            "version: 1\n1: 2\n? [a]\n: 3\n",
+        ]),
+    );
+}
+
+#[test]
+fn faults_of_recipes() {
+    check(
+        "recipes",
+        &verdicts(&[
+            "backend: faulty\nstages:\n  a: {kind: do}\n",
+            "version: 2\nbackend: faulty\nstages:\n  a: {kind: do}\n",
+            "version: 1\nstages:\n  a: {kind: do}\n",
+            recipe!["stage:", "  a: {kind: do}"],
+            recipe!["stages: {}"],
+            recipe!["stages:", "  a: do"],
+            recipe!["stages:", "  a: {text: x}"],
+            recipe!["stages:", "  a: {kind: di}"],
+            recipe!["stages:", "  a: {kind: do, txet: x}"],
+            recipe!["stages:", "  a: {kind: do, amount: many}"],
+            recipe!["stages:", "  a: {kind: do, amount: 1e400}"],
+            recipe!["stages:", "  a: {kind: do, text: [x]}"],
+            recipe!["stages:", "  a: {kind: do, act: nothing}"],
+            recipe!["stages:", "  a/b: {kind: do}"],
+            recipe!["stages:", "  a: {kind: do, device: gpu}"],
+            recipe!["stages:", "  a: {kind: do, device: cuda:1}"],
+            recipe!["stages:", "  a: {kind: do, dtype: f8}"],
+            recipe!["stages:", "  a: {kind: do, backend: torch}"],
+            recipe!["stages:", "  a: {kind: do, timeout: 90}"],
+            recipe!["stages:", "  a: {kind: do, timeout: 0s}"],
+            recipe!["stages:", "  a: {kind: do, workers: 2}"],
+            recipe!["stages:", "  a: {kind: do, seed: 1.5}"],
+            recipe!["seed: 010", "stages:", "  a: {kind: do}"],
+            recipe!["stages:", "  a: {kind: do, file: no-such-file.csv}"],
+            recipe!["stages:", "  a: {kind: do, folder: r.yaml}"],
+            recipe!["stages:", "  a: {kind: do, pictures: .}"],
+        ]),
+    );
+}
+
+#[test]
+fn faults_of_references() {
+    check(
+        "references",
+        &verdicts(&[
+            recipe![
+                "stages:",
+                "  first: {kind: do}",
+                "  b: {kind: do, input: frist}"
+            ],
+            recipe!["stages:", "  a: {kind: do, input: a}"],
+            recipe![
+                "stages:",
+                "  a: {kind: do, input: b}",
+                "  b: {kind: do, input: a}"
+            ],
+            recipe!["stages:", "  a: {kind: do, text: \"${params.x}\"}"],
+            recipe![
+                "params: {size: 3}",
+                "stages:",
+                "  a: {kind: do, text: \"${params.sise}\"}"
+            ],
+            recipe![
+                "params: {a: 1}",
+                "stages:",
+                "  a: {kind: do, text: \"${param.a}\"}"
+            ],
+            recipe![
+                "params: {a: 1}",
+                "stages:",
+                "  a: {kind: do, text: \"${params.a\"}"
+            ],
+            recipe![
+                "params: {a: [1]}",
+                "stages:",
+                "  a: {kind: do, text: \"x${params.a}\"}"
+            ],
+            recipe![
+                "params: {a: \"${params.b}\", b: \"${params.a}\"}",
+                "stages:",
+                "  a: {kind: do}"
+            ],
+            recipe![
+                "paths: {p: nowhere}",
+                "stages:",
+                "  a: {kind: do, file: \"${paths.p}/x\"}"
+            ],
+        ]),
+    );
+}
+
+#[test]
+fn faults_of_settings() {
+    let lab = Lab::new(&[]);
+    let recipe = recipe![
+        "params: {width: 3}",
+        "stages:",
+        "  first: {kind: do, amount: \"${params.width}\"}",
+        "  last: {kind: do, input: first}",
+    ];
+    fs::write(lab.dir.path().join("r.yaml"), recipe).unwrap();
+    let mut text = String::new();
+    for setting in [
+        "first.amount",
+        "=3",
+        "first.amount=many",
+        "first.amuont=3",
+        "frist.amount=3",
+        "first.amount=[",
+        "seed=1.5",
+        "first.text={a: b}",
+        "params.wdth=1",
+        "paths.x=1",
+    ] {
+        tell(&mut text, &lab, &["validate", "r.yaml", "--set", setting]);
+    }
+    for arguments in [
+        ["--from", "lats"],
+        ["--until", "nothing"],
+        ["--force=x", "-q"],
+        ["--from=", "-q"],
+        ["--sweep", "first.amount"],
+        ["--sweep", "first.amuont=1,2"],
+        ["--sweep", "first.amount=9..1"],
+    ] {
+        tell(
+            &mut text,
+            &lab,
+            &[&["run", "r.yaml"], &arguments[..]].concat(),
+        );
+    }
+    check("settings", &text);
+}
+
+#[test]
+fn faults_of_filters() {
+    let lab = Lab::new(&["a: {kind: do}"]);
+    lab.run(&[]).expect(0);
+    let mut text = String::new();
+    for filter in [
+        "",
+        "state =",
+        "state = failed and",
+        "(state = failed",
+        "state = failed)",
+        "state = faild",
+        "stat = failed",
+        "age > soon",
+        "seed = 'x",
+        "seed = = 3",
+        "metrics.a/b <",
+        "größe = 3 oder x",
+    ] {
+        tell(&mut text, &lab, &["runs", "list", "--where", filter]);
+    }
+    for sort in ["metrics.", "-", "state,,"] {
+        tell(
+            &mut text,
+            &lab,
+            &["runs", "list", &format!("--sort={sort}")],
+        );
+    }
+    check("filters", &text);
+}
+
+/// Two runs: one of three stages, and one that took one of them over and failed. Ids, times and sizes are always the same.
+fn history() -> Lab {
+    let lab = Lab::new(&[
+        "codes: {kind: do, text: one}",
+        "student: {kind: do, act: work, amount: 3, input: codes}",
+        "table: {kind: do, text: two, input: student}",
+    ]);
+    lab.run(&[]).expect(0);
+    lab.retort(&["runs", "tag", "latest", "baseline"]).expect(0);
+    lab.run(&["--set", "student.amount=4", "--set", "table.act=refuse"])
+        .expect(100);
+    block_on(async {
+        let options = SqliteConnectOptions::new().filename(lab.store_dir().join("history.db"));
+        let mut connection = options.connect().await.unwrap();
+        let statements = "
+            update runs set id = printf('run%07d', key), created = 1700000000000 + key * 60000,
+                finished = 1700000009000 + key * 60000;
+            update attempts set worker_pid = 100, cpu_seconds = key, max_rss = key * 1000000,
+                started = 1700000000000 + key * 1000, finished = 1700000000000 + key * 3000;
+            update artifacts set created = 1700000000000;
+            update outputs set created = 1700000000000;
+            update series set base = 1700000000000;
+            update logs set at = 1700000000000 + key";
+        sqlx::raw_sql(AssertSqlSafe(statements.to_owned()))
+            .execute(&mut connection)
+            .await
+            .unwrap();
+        connection.close().await.unwrap();
+    });
+    lab
+}
+
+#[test]
+fn tables() {
+    let lab = history();
+    let mut text = String::new();
+    for arguments in [
+        &["runs", "list"][..],
+        &["runs", "list", "--show", "params.student.amount,state"],
+        &["runs", "list", "--where", "state = failed"],
+        &["runs", "list", "--where", "state = lost"],
+        &["runs", "show", "run0000001"],
+        &["runs", "show", "run0000002"],
+        &["runs", "show", "run0000003"],
+        &["artifacts", "list"],
+        &["metrics", "list", "run0000001"],
+        &["metrics", "get", "run0000001", "student/tick"],
+        &["log", "run0000001"],
+        &["compare", "run0000001", "run0000002"],
+        &["why", "student", "run0000002"],
+        &["why", "codes", "run0000002"],
+        &["lineage", "run0000001/table"],
+        &["plan", "r.yaml"],
+        &["plan", "r.yaml", "--set", "codes.text=other"],
+        &["plan", "r.yaml", "--until", "student", "--force=codes"],
+        &["graph", "r.yaml"],
+        &["gc"],
+        &["query", "select stage, state from v_stages"],
+        &["query", "select x from v_stages"],
+    ] {
+        tell(&mut text, &lab, arguments);
+    }
+    // They depend on the compiler that made the plugin.
+    let digests = lab.retort(&[
+        "query",
+        "select digest from v_attempts order by stage, run",
+        "--json",
+    ]);
+    for (number, row) in digests.json().as_array().unwrap().iter().enumerate() {
+        let digest = row["digest"].as_str().unwrap();
+        text = text.replace(&digest[..12], &format!("digest-{number:05}"));
+    }
+    check("tables", &text);
+}
