@@ -237,7 +237,7 @@ impl Looked {
     }
 
     /// What the files have in common, as far as options do not say it.
-    pub(super) fn settle(self, o: &DataOptions, path: &Path) -> Result<Settled, DataError> {
+    pub(super) fn settle(self, o: &DataOptions) -> Result<Settled, DataError> {
         let damaged: Vec<Damaged> = self.damaged.into_iter().map(Damaged::of).collect();
         let Self {
             sizes,

@@ -267,7 +267,7 @@ impl Source {
                 path,
                 Vec::new(),
                 vec![name],
-                looked.settle(o, path)?,
+                looked.settle(o)?,
             ));
         };
         let beside: Vec<&str> = looked.images().filter(|name| !name.contains('/')).collect();
@@ -285,8 +285,7 @@ impl Source {
             let bears = |name: &&String| classes.of(name) == label as u32;
             path.join(folder.folders.iter().find(bears).map_or("", |name| name))
         })?;
-        let mut source =
-            Self::of_files(o, path, Vec::new(), classes.names, looked.settle(o, path)?);
+        let mut source = Self::of_files(o, path, Vec::new(), classes.names, looked.settle(o)?);
         if classes.mixed {
             let message =
                 "some folders are named by numbers, others not: classes are in alphabetical order";
@@ -306,8 +305,7 @@ impl Source {
         });
         let looked = Looked::over(path, &[], items.collect(), true)?;
         looked.each_class_has_images(classes.names.len(), |_| table.to_owned())?;
-        let mut source =
-            Self::of_files(o, path, Vec::new(), classes.names, looked.settle(o, path)?);
+        let mut source = Self::of_files(o, path, Vec::new(), classes.names, looked.settle(o)?);
         if !labelled {
             let message = format!(
                 "{} names no classes: all images are of one",
@@ -379,7 +377,7 @@ impl Source {
             path,
             archives,
             classes.names,
-            looked.settle(o, path)?,
+            looked.settle(o)?,
         ))
     }
 
