@@ -12,7 +12,7 @@ pub mod error;
 pub mod feed;
 pub mod file;
 pub mod folder;
-pub mod headers;
+mod looked;
 pub mod options;
 pub mod prepared;
 pub mod raster;
@@ -161,7 +161,7 @@ impl Images {
     pub fn read(
         source: Source,
         progress: &mut dyn FnMut(u64) -> bool,
-    ) -> Result<(Self, Vec<headers::Damaged>)> {
+    ) -> Result<(Self, Vec<source::Damaged>)> {
         let shape = (source.channels, source.height, source.width);
         let (white, names) = (source.white, source.names.clone());
         let (mut bytes, mut labels) = (Vec::new(), Vec::new());

@@ -26,25 +26,6 @@ fn record(contents: &Contents) -> ArtifactRecord {
 }
 
 #[test]
-fn only_a_message_about_a_file_in_an_artifact_says_how_to_mend_one() {
-    let hash = "0123456789abcdef".repeat(4);
-    let within =
-        |name: &str| format!("/store/artifacts/{name}/config.json: expected value at line 1");
-    assert_eq!(repair_of(&within(&hash)), Some(REPAIR));
-    let twice = format!("artifacts/x: {}", within(&hash));
-    assert_eq!(repair_of(&twice), Some(REPAIR));
-    for other in [
-        within(&hash[1..]),
-        within("größe"),
-        "/data/artifacts/".to_owned(),
-        format!("artifacts/{hash}"),
-        hash,
-    ] {
-        assert_eq!(repair_of(&other), None, "{other}");
-    }
-}
-
-#[test]
 fn a_lock_that_nobody_holds_is_tidied_up() {
     let root = tempfile::tempdir().unwrap();
     let layout = Layout::new(root.path()).unwrap();
@@ -255,4 +236,23 @@ fn a_work_directory_has_one_owner_and_survives_unless_empty() {
     assert_eq!(fs::read_dir(root.path().join("work")).unwrap().count(), 0);
     drop(layout.open_work("e").unwrap());
     assert_eq!(fs::read_dir(root.path().join("work")).unwrap().count(), 0);
+}
+
+#[test]
+fn only_a_message_about_a_file_in_an_artifact_says_how_to_mend_one() {
+    let hash = "0123456789abcdef".repeat(4);
+    let within =
+        |name: &str| format!("/store/artifacts/{name}/config.json: expected value at line 1");
+    assert_eq!(repair_of(&within(&hash)), Some(REPAIR));
+    let twice = format!("artifacts/x: {}", within(&hash));
+    assert_eq!(repair_of(&twice), Some(REPAIR));
+    for other in [
+        within(&hash[1..]),
+        within("größe"),
+        "/data/artifacts/".to_owned(),
+        format!("artifacts/{hash}"),
+        hash,
+    ] {
+        assert_eq!(repair_of(&other), None, "{other}");
+    }
 }

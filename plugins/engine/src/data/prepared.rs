@@ -12,8 +12,7 @@ use retort_checkpoint::{json, regular};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::headers::Damaged;
-use super::source::Image;
+use super::source::{Damaged, Image};
 use crate::error::{Error, Result};
 use crate::numpy::{self, Rows};
 

@@ -995,7 +995,7 @@ fn prepared_images_are_those_that_were_prepared() {
     source
         .read(&mut |_| true, &mut |image| writer.push(&image))
         .unwrap();
-    let damaged = headers::Damaged {
+    let damaged = source::Damaged {
         name: "b.png".into(),
         why: "cut".into(),
     };

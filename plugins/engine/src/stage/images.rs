@@ -10,9 +10,8 @@ use serde_json::json;
 use crate::backend::Backend;
 use crate::context::Context;
 use crate::data::DataOptions;
-use crate::data::headers::Damaged;
 use crate::data::prepared::{Description, Writer};
-use crate::data::source::Source;
+use crate::data::source::{Damaged, Source};
 use crate::error::{Error, Result};
 use crate::stage::Stage;
 
