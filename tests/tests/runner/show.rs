@@ -80,7 +80,7 @@ fn a_terminal_is_asked_what_it_draws() {
     let what = ["show", "latest/one-step"];
     for (answer, drawn) in [
         ("\x1b_Gi=1;OK\x1b\\\x1b[?62;4;22c", "\x1b_Ga=T,f=100,q=2,m="),
-        ("\x1b[?62;4;22c", "\x1bP0;1q\"1;1;"),
+        ("\x1b[?62;4;22c", "\x1bP9;1;0q\"1;1;"),
         ("\x1b[?62;22c", "▀"),
         // It has no answer: after a second half blocks are drawn.
         ("\0", "▀"),

@@ -231,7 +231,8 @@ fn what_no_loader_of_images_reads_makes_nothing_run_again() {
         ("0/without-ending", &b"\xff\xd8\xff\xe0"[..]),
         ("1/damaged.webp", b""),
         ("metadata.csv", b"file_name,label"),
-        ("shard.tar", b""),
+        // An archive without entries.
+        ("shard.tar", &[0; 1024]),
     ] {
         fs::write(at(name), content).unwrap();
         assert_eq!(lab.outcomes(&[]), ["a ran"], "{name}");
