@@ -51,6 +51,22 @@ pub struct ArtifactFile {
     pub hash: String,
 }
 
+/// What to do about an artifact that is damaged.
+pub const REPAIR: &str = "`retort artifacts verify` names the files; remove the artifact's directory, and a run of the recipe that \
+    made it makes it again";
+
+/// [`REPAIR`], where a message is about a file within an artifact: nobody writes there, so something has damaged it.
+pub fn repair_of(message: &str) -> Option<&'static str> {
+    let is_hash = |text: &str| text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let mut places = message.match_indices("artifacts/");
+    places
+        .any(|(place, found)| {
+            let rest = &message[place + found.len()..];
+            rest.get(..64).is_some_and(is_hash) && rest.get(64..65) == Some("/")
+        })
+        .then_some(REPAIR)
+}
+
 /// What a directory holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Contents {

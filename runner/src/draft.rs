@@ -20,6 +20,81 @@ use retort_checkpoint::regular;
 pub struct Draft {
     path: PathBuf,
     target: PathBuf,
+    /// Folders that were made for it.
+    folders: Made,
+}
+
+/// Files and folders that this process has made, removed when dropped unless they are kept. Of a folder in which
+/// something else lies by then, nothing is removed.
+#[derive(Debug, Default)]
+pub struct Made(Vec<PathBuf>);
+
+impl Made {
+    /// Makes a folder where there is none, and those that it lies in.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn folder(&mut self, path: &Path) -> io::Result<()> {
+        let missing: Vec<&Path> = path
+            .ancestors()
+            .take_while(|folder| !folder.as_os_str().is_empty() && !folder.is_dir())
+            .collect();
+        for folder in missing.into_iter().rev() {
+            match fs::create_dir(folder) {
+                Ok(()) => self.0.push(folder.to_owned()),
+                // Another process was faster.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                    if !folder.is_dir() {
+                        let message = format!("{} is not a folder", folder.display());
+                        return Err(io::Error::new(io::ErrorKind::NotADirectory, message));
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes a file, and makes its folder. One that was there stays as it was until the whole of the new one is written.
+    ///
+    /// # Errors
+    /// It cannot be made or written.
+    pub fn file(
+        &mut self,
+        path: &Path,
+        write: impl FnOnce(&mut File) -> io::Result<()>,
+    ) -> io::Result<()> {
+        if let Some(folder) = path.parent() {
+            self.folder(folder)?;
+        }
+        let path = &place(path)?;
+        let is_new = fs::symlink_metadata(path).is_err();
+        let (draft, mut file) = Draft::file(path)?;
+        write(&mut file)?;
+        file.sync_all()?;
+        draft.finish()?;
+        if is_new {
+            self.0.push(path.to_owned());
+        }
+        Ok(())
+    }
+
+    /// All of it stays.
+    pub fn keep(mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        for path in self.0.iter().rev() {
+            let _ = match fs::symlink_metadata(path) {
+                Ok(found) if found.is_dir() => fs::remove_dir(path),
+                Ok(_) => fs::remove_file(path),
+                Err(_) => Ok(()),
+            };
+        }
+    }
 }
 
 impl Draft {
@@ -41,9 +116,8 @@ impl Draft {
 
     fn new<T>(target: &Path, make: impl Fn(&Path) -> io::Result<T>) -> io::Result<(Self, T)> {
         let parent = target.parent().unwrap_or(Path::new(""));
-        if !parent.as_os_str().is_empty() {
-            fs::create_dir_all(parent)?;
-        }
+        let mut folders = Made::default();
+        folders.folder(parent)?;
         let name = target.file_name().ok_or(io::ErrorKind::InvalidInput)?;
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
@@ -57,7 +131,12 @@ impl Draft {
             match make(&path) {
                 Ok(made) => {
                     let target = target.to_owned();
-                    return Ok((Self { path, target }, made));
+                    let draft = Self {
+                        path,
+                        target,
+                        folders,
+                    };
+                    return Ok((draft, made));
                 }
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                 Err(error) => return Err(error),
@@ -75,8 +154,25 @@ impl Draft {
     ///
     /// # Errors
     /// It cannot be moved; then it is removed.
-    pub fn finish(self) -> io::Result<()> {
-        fs::rename(&self.path, &self.target)
+    pub fn finish(mut self) -> io::Result<()> {
+        fs::rename(&self.path, &self.target)?;
+        std::mem::take(&mut self.folders).keep();
+        Ok(())
+    }
+}
+
+/// The place of a file that is to be replaced, or made: where a link leads, because a link stays one.
+///
+/// # Errors
+/// Something lies there that is no file, and would be gone.
+pub fn place(target: &Path) -> io::Result<PathBuf> {
+    match fs::metadata(target) {
+        Ok(found) => {
+            regular::expect_regular(&found)?;
+            fs::canonicalize(target)
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(target.to_owned()),
+        Err(error) => Err(error),
     }
 }
 
@@ -109,11 +205,7 @@ pub fn write(target: &Path, bytes: &[u8]) -> io::Result<()> {
         // There is a reader, who takes what comes at his pace.
         return File::options().write(true).open(target)?.write_all(bytes);
     }
-    // A link stays one.
-    let target = match found {
-        Some(_) => fs::canonicalize(target)?,
-        None => target.to_owned(),
-    };
+    let target = place(target)?;
     let folder = target.parent().unwrap_or(Path::new(""));
     if !folder.as_os_str().is_empty() && !folder.is_dir() {
         let message = format!("there is no folder {}", folder.display());
@@ -203,7 +295,61 @@ mod tests {
         write(Path::new("/dev/null"), b"6").unwrap();
         let error = write(Path::new("/dev/full"), b"7").unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+        assert_eq!(
+            place(&at("link")).unwrap(),
+            fs::canonicalize(at("new")).unwrap()
+        );
+        assert_eq!(place(&at("none")).unwrap(), at("none"));
+        let mut made = Made::default();
+        for name in ["folder", "pipe", "/dev/null"] {
+            let said = place(&at(name)).unwrap_err().to_string();
+            assert!(said.contains("not a regular file"), "{name}: {said}");
+            made.file(&at(name), |file| file.write_all(b"8"))
+                .unwrap_err();
+        }
         assert_eq!(names(root.path()), ["folder", "link", "new", "pipe"]);
+    }
+
+    #[test]
+    fn what_was_made_goes_unless_it_is_kept_and_nothing_else_does() {
+        let root = tempfile::tempdir().unwrap();
+        let at = |name: &str| root.path().join(name);
+        let text = |text: &'static str| move |file: &mut File| file.write_all(text.as_bytes());
+        fs::create_dir(at("mine")).unwrap();
+        fs::write(at("mine/old"), "1").unwrap();
+        let make = |made: &mut Made| {
+            made.file(&at("mine/old"), text("2")).unwrap();
+            made.file(&at("mine/new"), text("2")).unwrap();
+            made.file(&at("a/b/c"), text("2")).unwrap();
+            made.file(&at("a/d/e"), text("2")).unwrap();
+            // Half of it, and the disk is full.
+            let error = made.file(&at("a/f/g"), |file| {
+                file.write_all(b"2")?;
+                Err(io::ErrorKind::StorageFull.into())
+            });
+            assert_eq!(error.unwrap_err().kind(), io::ErrorKind::StorageFull);
+        };
+        let mut made = Made::default();
+        make(&mut made);
+        fs::write(at("a/d/of others"), "3").unwrap();
+        drop(made);
+        assert_eq!(names(root.path()), ["a", "mine"]);
+        assert_eq!(names(&at("mine")), ["old"]);
+        assert_eq!(
+            (names(&at("a")), names(&at("a/d"))),
+            (vec!["d".into()], vec!["of others".into()])
+        );
+        let mut made = Made::default();
+        make(&mut made);
+        made.keep();
+        assert_eq!(
+            (names(&at("mine")), names(&at("a/b"))),
+            (vec!["new".into(), "old".into()], vec!["c".into()])
+        );
+        // A draft that is given up leaves no folders either.
+        drop(Draft::file(&at("x/y/z")).unwrap());
+        drop(Draft::folder(&at("x/y/z")).unwrap());
+        assert_eq!(names(root.path()), ["a", "mine"]);
     }
 
     #[test]

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use retort_checkpoint::images::{self, is_hidden};
-use retort_checkpoint::regular;
+use retort_checkpoint::regular::{self, Extent};
 use retort_checkpoint::shards::Place;
 
 use crate::plan::FileKind;
@@ -74,6 +74,20 @@ pub enum InputError {
         path: PathBuf,
         /// Why they are none.
         message: String,
+    },
+    /// A file most of which is on no disk.
+    #[error(
+        "{} is {length} bytes long and mostly holes: {missing} bytes of it are not on the disk. An unfinished download or copy? \
+         Fetch it again; if it is meant to be so, fill the holes: `cp --sparse=never`",
+        path.display()
+    )]
+    Hollow {
+        /// The file.
+        path: PathBuf,
+        /// How long it is.
+        length: u64,
+        /// How much of that is not on the disk.
+        missing: u64,
     },
     /// A name that a digest cannot hold.
     #[error("the name of {} is not UTF-8", path.display())]
@@ -215,6 +229,7 @@ impl Listing {
                 }
             }
         }
+        walk.expect_content()?;
         walk.files.sort_by(|a, b| a.0.cmp(&b.0));
         let mut content = blake3::Hasher::new();
         let mut rights = blake3::Hasher::new();
@@ -440,6 +455,9 @@ struct Walk {
     linked: usize,
     /// Whether files that no loader of images reads are passed over.
     only_images: bool,
+    /// What all files that are to be read take, and the one of which most is missing.
+    extent: Extent,
+    hollow: Option<(PathBuf, Extent)>,
 }
 
 impl Walk {
@@ -456,8 +474,33 @@ impl Walk {
         owner[4..8].copy_from_slice(&found.uid().to_le_bytes());
         owner[8..12].copy_from_slice(&found.gid().to_le_bytes());
         owner[16..].copy_from_slice(&found.nlink().to_le_bytes());
+        if !(self.only_images && images::is_too_long(&name, found.size())) {
+            let extent = Extent::of(found);
+            self.extent = self.extent.and(extent);
+            let most = self.hollow.as_ref().map_or(0, |(_, most)| most.missing());
+            if extent.missing() > most {
+                self.hollow = Some((path.to_owned(), extent));
+            }
+        }
         self.files.push((name, Stamp::of(found), owner));
         Ok(())
+    }
+
+    /// Refuses files that would take far longer to read than what is on the disk explains.
+    fn expect_content(&self) -> Result<(), InputError> {
+        match &self.hollow {
+            Some((path, extent))
+                if self.extent.is_hollow()
+                    && regular::has_hole(path).map_err(failed("open", path))? =>
+            {
+                Err(InputError::Hollow {
+                    path: path.clone(),
+                    length: extent.length(),
+                    missing: extent.missing(),
+                })
+            }
+            _ => Ok(()),
+        }
     }
 
     fn folder(&mut self, dir: &Path, inner: &str) -> Result<(), InputError> {

@@ -11,7 +11,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use retort_abi::{Device, Severity, StageJob};
-use retort_checkpoint::regular;
+use retort_checkpoint::{regular, sign};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -323,21 +323,31 @@ impl Plan {
         self.stages.iter().find(|stage| stage.name == name)
     }
 
-    /// Files that options name and that are not there, as errors: nothing can run without them.
+    /// Files that options name and that are not there, or by their first bytes not what their names say, as errors: nothing
+    /// can run without them. Asked before anything is hashed.
     pub fn missing_files(&self) -> Vec<Finding> {
         let mut findings = Vec::new();
         for stage in &self.stages {
             for file in &stage.files {
-                let Some(problem) = file.problem() else {
-                    continue;
-                };
-                let message = format!("stage `{}`: {problem}", stage.name);
-                let pointer = format!("/stages/{}{}", escape(&stage.name), file.pointer);
-                let written = stage.options.pointer(&file.pointer).and_then(Value::as_str);
-                findings.push(
+                let finding = |problem: String| {
+                    let message = format!("stage `{}`: {problem}", stage.name);
+                    let pointer = format!("/stages/{}{}", escape(&stage.name), file.pointer);
                     Finding::error(pointer, message)
-                        .hint(self.path_hint(written.unwrap_or_default())),
-                );
+                };
+                if let Some(problem) = file.problem() {
+                    let written = stage.options.pointer(&file.pointer).and_then(Value::as_str);
+                    let hint = self.path_hint(written.unwrap_or_default());
+                    findings.push(finding(problem).hint(hint));
+                    continue;
+                }
+                let broken = match file.kind {
+                    FileKind::File => sign::broken(&file.path).map(|why| (file.path.clone(), why)),
+                    FileKind::Images => sign::broken_in(&file.path),
+                    FileKind::Dir | FileKind::Weights => None,
+                };
+                if let Some((path, why)) = broken {
+                    findings.push(finding(format!("{}: {why}", path.display())));
+                }
             }
         }
         self.place(findings)

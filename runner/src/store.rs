@@ -63,7 +63,7 @@ pub use record::{
     AttemptEnd, AttemptState, NewRun, NewStage, Param, PluginIdentity, RunState, StageState, Usage,
 };
 pub use select::Sort;
-pub use series::{Axis, Batch, Bucket, Lens, MetricPoint, SeriesPoint, SeriesSummary};
+pub use series::{Axis, Batch, Bucket, CurveQuery, MetricPoint, SeriesPoint, SeriesSummary};
 pub use sweep::{SweepDetail, SweepId, SweepPlace, SweepPlan, SweepPoint, SweepSummary};
 pub use time::Time;
 pub use transfer::{Transfer, export};

@@ -12,8 +12,8 @@ use std::time::Instant;
 
 use retort::filter::{parse, parse_name};
 use retort::store::{
-    Access, AttemptId, Axis, Batch, Lens, MetricPoint, NewRun, NewStage, PluginIdentity, RunFilter,
-    RunId, RunState, Sort, Store, Time,
+    Access, AttemptId, Axis, Batch, CurveQuery, MetricPoint, NewRun, NewStage, PluginIdentity,
+    RunFilter, RunId, RunState, Sort, Store, Time,
 };
 use serde_json::{Value, json};
 
@@ -174,7 +174,7 @@ async fn curve(figures: &mut Figures) {
         ("loss", Axis::Time),
         ("short", Axis::Step),
     ] {
-        let lens = Lens {
+        let query = CurveQuery {
             buckets: 1000,
             axis,
             from: 0,
@@ -182,7 +182,7 @@ async fn curve(figures: &mut Figures) {
         };
         let mut buckets = 0;
         let took =
-            best(async || buckets = store.curve(&run, name, lens).await.expect("a curve").len())
+            best(async || buckets = store.curve(&run, name, query).await.expect("a curve").len())
                 .await;
         println!("curve of `{name}` over {axis:?}: {buckets} buckets in {took}");
     }

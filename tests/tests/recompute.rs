@@ -6,7 +6,7 @@ use retort_engine::bundle::{Family, NetworkConfig};
 use retort_engine::model::lpips::Lpips;
 use retort_engine::model::msvq::{Config, MultiScaleVq};
 use retort_engine::model::{Conditions, Student};
-use retort_engine::perceptual::{self, Eye};
+use retort_engine::perceptual::{self, PerceptualMetric};
 use retort_engine::published::{self, Hints};
 use retort_engine::random::noise;
 use retort_engine::tape::{Variable, backward};
@@ -113,7 +113,7 @@ fn images_decoded_a_few_at_a_time_take_less_memory() {
     let tokenizer = MultiScaleVq::load(&mut loader, &Config::published(&[1, 2, 4, 8]));
     let tokenizer = tokenizer.expect("a tokenizer");
     let mut linear = Loader::new(&backend, Source::Init(2), false, "drawn");
-    let eye = Eye::Lpips(Lpips::load(&mut loader, &mut linear).expect("LPIPS"));
+    let metric = PerceptualMetric::Lpips(Lpips::load(&mut loader, &mut linear).expect("LPIPS"));
     let shape = [BATCH, 85, 32];
     let draw = |seed| backend.floats(&noise(seed, 0, BATCH * 85, 32), &shape);
     let target = draw(2).expect("latents");
@@ -124,7 +124,7 @@ fn images_decoded_a_few_at_a_time_take_less_memory() {
         unsafe { libc::malloc_trim(0) };
         std::fs::write("/proc/self/clear_refs", "5").expect("Linux");
         let (before, clock) = (resident(), std::time::Instant::now());
-        let distance = perceptual::distance(&tokenizer, &eye, most, &latents, &target);
+        let distance = perceptual::distance(&tokenizer, &metric, most, &latents, &target);
         backward(distance.expect("a distance"), &[("x".into(), latents)]).expect("a gradient");
         let took = peak() - before;
         println!(

@@ -6,7 +6,7 @@ use retort_candle::Candle;
 use retort_engine::backend::Tensors;
 use retort_engine::bundle::{NetworkConfig, TokenizerConfig};
 use retort_engine::model::{Conditions, Prediction, Student, Tokenizer};
-use retort_engine::perceptual::{self, Eye};
+use retort_engine::perceptual::{self, PerceptualMetric};
 use retort_engine::random::noise;
 use retort_engine::sampler::StudentSampler;
 use retort_engine::splice::State;
@@ -111,8 +111,14 @@ impl Case {
         let logits = prediction.logits.value();
         let sequence = state.finish(logits, head, &self.codebook, self.boundary);
         let sequence = sequence.expect("a sequence");
-        perceptual::distance(&*self.tokenizer, &Eye::Pixels, most, &sequence, target)
-            .expect("a distance")
+        perceptual::distance(
+            &*self.tokenizer,
+            &PerceptualMetric::Pixels,
+            most,
+            &sequence,
+            target,
+        )
+        .expect("a distance")
     }
 
     fn gradients(&self, timesteps: &[usize], most: usize) -> (f32, BTreeMap<String, Vec<f32>>) {

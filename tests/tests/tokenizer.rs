@@ -112,7 +112,7 @@ fn pixels_are_compared_by_squares_or_by_absolute_values() {
         );
         let criterion = Criterion {
             pixels,
-            eye: None,
+            metric: None,
             adversary: None,
             at_once: 1,
         };
@@ -167,7 +167,7 @@ fn an_adversary_pulls_at_the_last_layer_as_much_as_the_other_terms() {
         let (adversary, params) = Adversary::new(&backend, 5, 3, &options).expect("an adversary");
         let criterion = Criterion {
             pixels: PixelLoss::L2,
-            eye: None,
+            metric: None,
             adversary: Some(adversary),
             at_once: 2,
         };

@@ -11,6 +11,7 @@
 pub mod archive;
 mod error;
 pub mod images;
+pub mod json;
 mod ndarray;
 mod pickle;
 pub mod pieces;
@@ -18,6 +19,7 @@ pub mod published;
 pub mod regular;
 mod safetensors;
 pub mod shards;
+pub mod sign;
 mod source;
 mod tensor;
 mod torch;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::regular;
+use crate::{json, regular};
 
 /// Name of the manifest.
 pub const MANIFEST: &str = "manifest.json";
@@ -114,7 +114,7 @@ pub fn read_manifest<M: DeserializeOwned>(
 ) -> Result<M, Fault> {
     let path = dir.join(MANIFEST);
     let text = regular::read(&path, LONGEST_MANIFEST).map_err(|e| Fault::new(&path, e))?;
-    let manifest: M = serde_json::from_slice(&text).map_err(|e| Fault::new(&path, e))?;
+    let manifest: M = json::parse(&text).map_err(|e| Fault::new(&path, e))?;
     let (found, shards) = of(&manifest);
     let wrong = if found != format {
         format!("format {found}, expected {format}")

@@ -18,9 +18,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::regular;
 use crate::writer::TorchWriter;
-use crate::{Checkpoint, Dictionary};
+use crate::{Checkpoint, Dictionary, json, regular};
 
 /// A network of an artifact.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,7 +87,7 @@ pub fn export(
     };
     let path = dir.join("config.json");
     let text = regular::read(&path, CONFIG_MOST).map_err(|e| at(&path)(&e))?;
-    let config: Value = serde_json::from_slice(&text).map_err(|e| at(&path)(&e))?;
+    let config: Value = json::parse(&text).map_err(|e| at(&path)(&e))?;
     let family = |network: &str| config[network]["family"].as_str().map(str::to_owned);
     let (weights, family) = match part {
         Part::Network => ("model.safetensors", family("network")),

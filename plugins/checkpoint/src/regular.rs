@@ -6,8 +6,9 @@
 //! whoever asked has it.
 
 use std::fs::{File, FileType, Metadata, OpenOptions};
-use std::io::{self, Read};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::io::{self, Read, Seek};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 /// Opens a regular file for reading.
@@ -24,6 +25,40 @@ pub fn open(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
+/// Opens a regular file for writing, empty, and makes it where there is none.
+///
+/// # Errors
+/// As [`open`]. What is no regular file is left as it is.
+pub fn create(path: &Path) -> io::Result<File> {
+    match std::fs::metadata(path) {
+        Ok(found) => expect_regular(&found)?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path)?;
+    expect_regular(&file.metadata()?)?;
+    file.set_len(0)?;
+    Ok(file)
+}
+
+/// The last bytes of a regular file, at most `limit`.
+///
+/// # Errors
+/// As [`open`]; it cannot be read.
+pub fn read_end(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let mut file = open(path)?;
+    let length = file.metadata()?.len();
+    file.seek(io::SeekFrom::Start(length.saturating_sub(limit)))?;
+    let mut bytes = Vec::new();
+    file.take(limit).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
 /// The bytes of a regular file that has at most `limit`.
 ///
 /// # Errors
@@ -37,6 +72,64 @@ pub fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, message));
     }
     Ok(bytes)
+}
+
+/// Bytes that a file, or all files of a folder, may have without it being asked whether they are on the disk.
+const MUCH: u64 = 1 << 30;
+/// How many times as many bytes as are on the disk then are too many.
+const HOLLOW: u64 = 16;
+
+/// What a file takes on the disk beside how long it is: files may have holes, which cost whoever made them nothing and
+/// whoever reads them as much as data.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Extent {
+    length: u64,
+    stored: u64,
+}
+
+impl Extent {
+    /// Of a file that was looked at.
+    pub fn of(found: &Metadata) -> Self {
+        Self {
+            length: found.len(),
+            stored: found.blocks().saturating_mul(512),
+        }
+    }
+
+    /// Of both.
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            length: self.length.saturating_add(other.length),
+            stored: self.stored.saturating_add(other.stored),
+        }
+    }
+
+    /// How long it is.
+    pub fn length(self) -> u64 {
+        self.length
+    }
+
+    /// Bytes that are not on the disk.
+    pub fn missing(self) -> u64 {
+        self.length.saturating_sub(self.stored)
+    }
+
+    /// Whether they are many, and most of what there is. File systems that compress store little, too: see [`has_hole`].
+    pub fn is_hollow(self) -> bool {
+        self.length > MUCH && self.stored.saturating_mul(HOLLOW) < self.length
+    }
+}
+
+/// Whether a file has a hole. Not of a file that is only compressed, nor where the file system does not tell.
+///
+/// # Errors
+/// As [`open`].
+pub fn has_hole(path: &Path) -> io::Result<bool> {
+    let file = open(path)?;
+    let length = file.metadata()?.len();
+    // SAFETY: a plain system call on a descriptor that is open; its position is nobody else's.
+    let hole = unsafe { libc::lseek(file.as_raw_fd(), 0, libc::SEEK_HOLE) };
+    Ok(u64::try_from(hole).is_ok_and(|hole| hole < length))
 }
 
 /// Nothing, if this is what is known of a regular file.
@@ -91,6 +184,10 @@ mod tests {
         check(root.path(), "a directory, not a regular file");
         check(Path::new("/dev/zero"), "a device, not a regular file");
         check(Path::new("/dev/null"), "a device, not a regular file");
+        for name in ["pipe", "link", "socket", "/dev/null", ""] {
+            let error = create(&at(name)).unwrap_err().to_string();
+            assert!(error.contains("not a regular file"), "{name}: {error}");
+        }
         assert!(open(&at("loop")).is_err());
         assert_eq!(
             open(&at("nothing")).unwrap_err().kind(),
@@ -99,11 +196,36 @@ mod tests {
     }
 
     #[test]
+    fn a_file_of_holes_is_known_without_being_read() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("file");
+        std::fs::write(&path, vec![1; 1 << 20]).unwrap();
+        let extent = || Extent::of(&std::fs::metadata(&path).unwrap());
+        assert!(!extent().is_hollow() && !has_hole(&path).unwrap());
+        let file = OpenOptions::new().write(true).open(&path).unwrap();
+        file.set_len(60 << 30).unwrap();
+        assert!(extent().is_hollow() && has_hole(&path).unwrap());
+        assert!(extent().missing() > 59 << 30);
+        // Many files that are each too small to be asked about.
+        file.set_len(MUCH / 2).unwrap();
+        assert!(!extent().is_hollow());
+        let many = (0..10).fold(Extent::default(), |sum, _| sum.and(extent()));
+        assert!(many.is_hollow());
+    }
+
+    #[test]
     fn a_file_has_its_bytes_up_to_the_limit() {
         let root = tempfile::tempdir().unwrap();
         let file = root.path().join("file");
         std::fs::write(&file, "0123456789").unwrap();
         assert_eq!(read(&file, 10).unwrap(), b"0123456789");
+        assert_eq!(read_end(&file, 3).unwrap(), b"789");
+        assert_eq!(read_end(&file, 30).unwrap(), b"0123456789");
+        let other = root.path().join("other");
+        for text in ["long", "new"] {
+            io::Write::write_all(&mut create(&other).unwrap(), text.as_bytes()).unwrap();
+            assert_eq!(read(&other, 10).unwrap(), text.as_bytes());
+        }
         std::fs::write(&file, "0123456789a").unwrap();
         check(&file, "longer than 10 bytes");
     }

@@ -12,8 +12,8 @@ use serde::Deserialize;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
 
 use crate::error::{Error, Result};
-use crate::regular;
 use crate::tensor::TENSORS;
+use crate::{json, regular};
 
 /// The most bytes of an index.
 const LONGEST: u64 = 16 << 20;
@@ -149,7 +149,7 @@ impl Index {
         }
 
         let text = regular::read(path, LONGEST)?;
-        let document: Document = serde_json::from_slice(&text).map_err(|e| {
+        let document: Document = json::parse(&text).map_err(|e| {
             Error::format(format!(
                 "not an index of weights ({{\"weight_map\": {{WEIGHT: FILE}}}}): {e}"
             ))

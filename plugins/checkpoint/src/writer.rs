@@ -31,11 +31,15 @@ pub struct TorchWriter {
     storages: HashMap<String, Storage>,
 }
 
-/// A file that takes nothing any more once it has refused something. The library finishes an archive that is given up, and
-/// prints what goes wrong with that.
+/// A file that takes nothing any more once it has refused something, and says that it did. The library finishes an archive that
+/// is given up, looks at places in it, and prints what goes wrong with that.
 struct Sink<W> {
     file: W,
     has_failed: bool,
+    /// Where the next byte goes, or would go.
+    position: u64,
+    /// How long the file is, or would be.
+    length: u64,
 }
 
 impl<W: Write + Seek> Sink<W> {
@@ -43,6 +47,8 @@ impl<W: Write + Seek> Sink<W> {
         Self {
             file,
             has_failed: false,
+            position: 0,
+            length: 0,
         }
     }
 
@@ -61,7 +67,10 @@ impl<W: Write + Seek> Sink<W> {
 
 impl<W: Write + Seek> Write for Sink<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.unless_failed(bytes.len(), |file| file.write(bytes))
+        let written = self.unless_failed(bytes.len(), |file| file.write(bytes))?;
+        self.position += written as u64;
+        self.length = self.length.max(self.position);
+        Ok(written)
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -71,7 +80,13 @@ impl<W: Write + Seek> Write for Sink<W> {
 
 impl<W: Write + Seek> Seek for Sink<W> {
     fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
-        self.unless_failed(0, |file| file.seek(to))
+        let place = match to {
+            SeekFrom::Start(place) => place,
+            SeekFrom::Current(step) => self.position.saturating_add_signed(step),
+            SeekFrom::End(step) => self.length.saturating_add_signed(step),
+        };
+        self.position = self.unless_failed(place, |file| file.seek(to))?;
+        Ok(self.position)
     }
 }
 

@@ -11,7 +11,7 @@
 
 use std::path::{Path, PathBuf};
 
-use retort_checkpoint::regular;
+use retort_checkpoint::{json, regular};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -272,7 +272,7 @@ impl<'p> Bundle<'p> {
     pub fn open(dir: &'p Path) -> Result<Self> {
         let path = dir.join(CONFIG);
         let text = regular::read(&path, CONFIG_MOST).map_err(Error::io(&path))?;
-        let config: Config = serde_json::from_slice(&text).map_err(|e| Error::data(&path, e))?;
+        let config: Config = json::parse(&text).map_err(|e| Error::data(&path, e))?;
         if config.format != FORMAT {
             return Err(Error::data(
                 &path,

@@ -127,7 +127,7 @@ fn precision<B: Backend>(b: &B) -> f64 {
 
 /// How the elements of an input lie in memory.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Lie {
+enum MemoryLayout {
     /// Row-major.
     Whole,
     /// Cut out of a tensor that is greater in every dimension.
@@ -136,7 +136,11 @@ enum Lie {
     Turned,
 }
 
-const LIES: [Lie; 3] = [Lie::Whole, Lie::Padded, Lie::Turned];
+const LAYOUTS: [MemoryLayout; 3] = [
+    MemoryLayout::Whole,
+    MemoryLayout::Padded,
+    MemoryLayout::Turned,
+];
 
 struct Suite<'a, B: Backend> {
     b: &'a B,
@@ -151,14 +155,14 @@ struct Suite<'a, B: Backend> {
 type Backward<'a, T> = &'a dyn Fn(&[T], &T, &T) -> Result<Vec<T>>;
 
 impl<B: Backend> Suite<'_, B> {
-    fn put(&self, x: &Host, lie: Lie) -> Result<B::Tensor> {
+    fn put(&self, x: &Host, layout: MemoryLayout) -> Result<B::Tensor> {
         let rank = x.shape.len();
-        if lie == Lie::Whole || x.data.is_empty() {
+        if layout == MemoryLayout::Whole || x.data.is_empty() {
             return self.b.floats(&x.to_f32(), &x.shape);
         }
         let reversed: Vec<usize> = (0..rank).rev().collect();
-        let inner = match lie {
-            Lie::Turned => host::permute(x, &reversed),
+        let inner = match layout {
+            MemoryLayout::Turned => host::permute(x, &reversed),
             _ => x.clone(),
         };
         let padded: Vec<usize> = inner.shape.iter().map(|n| n + 3).collect();
@@ -175,8 +179,8 @@ impl<B: Backend> Suite<'_, B> {
         for (d, &n) in inner.shape.iter().enumerate() {
             y = B::narrow(&y, d, 1, n)?;
         }
-        match lie {
-            Lie::Turned => B::permute(&y, &reversed),
+        match layout {
+            MemoryLayout::Turned => B::permute(&y, &reversed),
             _ => Ok(y),
         }
     }
@@ -217,9 +221,9 @@ impl<B: Backend> Suite<'_, B> {
         factor: f64,
         run: &dyn Fn(&[B::Tensor]) -> Result<B::Tensor>,
     ) {
-        for lie in LIES {
-            let got = self.put_all(inputs, lie).and_then(|x| run(&x));
-            self.compare(&format!("{name} {lie:?}"), got, want, factor);
+        for layout in LAYOUTS {
+            let got = self.put_all(inputs, layout).and_then(|x| run(&x));
+            self.compare(&format!("{name} {layout:?}"), got, want, factor);
         }
     }
 
@@ -237,15 +241,15 @@ impl<B: Backend> Suite<'_, B> {
         self.op(name, inputs, &y, factor, run);
         let weights = Host::random(&y.shape, 99, -1.0, 1.0);
         let mut wanted: Vec<Option<Host>> = vec![None; inputs.len()];
-        for lie in LIES {
-            let got = self.put_all(inputs, lie).and_then(|x| {
+        for layout in LAYOUTS {
+            let got = self.put_all(inputs, layout).and_then(|x| {
                 let y = run(&x)?;
-                backward(&x, &y, &self.put(&weights, lie)?)
+                backward(&x, &y, &self.put(&weights, layout)?)
             });
             let got = match got {
                 Ok(got) => got,
                 Err(error) => {
-                    let name = format!("{name} backward {lie:?}: {error}");
+                    let name = format!("{name} backward {layout:?}: {error}");
                     self.record(name, f64::INFINITY, 0.0);
                     continue;
                 }
@@ -254,14 +258,14 @@ impl<B: Backend> Suite<'_, B> {
                 let want = wanted[i]
                     .get_or_insert_with(|| host::gradient(truth, inputs, i, &weights))
                     .clone();
-                let name = format!("{name} backward {i} {lie:?}");
+                let name = format!("{name} backward {i} {layout:?}");
                 self.compare(&name, Ok(gradient), &want, factor);
             }
         }
     }
 
-    fn put_all(&self, inputs: &[Host], lie: Lie) -> Result<Vec<B::Tensor>> {
-        inputs.iter().map(|x| self.put(x, lie)).collect()
+    fn put_all(&self, inputs: &[Host], layout: MemoryLayout) -> Result<Vec<B::Tensor>> {
+        inputs.iter().map(|x| self.put(x, layout)).collect()
     }
 
     /// Compares indices: the error is the share that differs.

@@ -12,6 +12,7 @@ pub mod error;
 pub mod feed;
 pub mod file;
 pub mod folder;
+mod looked;
 pub mod options;
 pub mod prepared;
 pub mod raster;

@@ -1,10 +1,10 @@
-//! The perceptual term of a training loss: how far images are apart, for an eye. A student's:
+//! The perceptual term of a training loss: how far images are apart by a metric. A student's:
 //!
 //! ```text
-//! term = mean over the batch of eye(decode(sequence), decode(tokens))        eye: pixels, a classifier's features, or LPIPS
+//! term = mean over the batch of metric(decode(sequence), decode(tokens))        metric: pixels, a classifier's features, or LPIPS
 //! ```
 //!
-//! In: final sequences (b, L, D) as [`crate::splice`] makes them. It differentiates them alone: decoder and eye are constants. Images
+//! In: final sequences (b, L, D) as [`crate::splice`] makes them. It differentiates them alone: decoder and metric are constants. Images
 //! go through a few at a time. A tokenizer's term compares images and their reconstructions.
 
 use std::path::Path;
@@ -74,7 +74,7 @@ impl Perceptual {
 pub const PIXELS_AT_ONCE: usize = 1 << 19;
 
 /// What compares decoded images.
-pub enum Eye<B: Backend> {
+pub enum PerceptualMetric<B: Backend> {
     /// Their pixels as they are.
     Pixels,
     /// The features of a classifier, and its maps, if so said.
@@ -83,7 +83,7 @@ pub enum Eye<B: Backend> {
     Lpips(Lpips<B>),
 }
 
-impl<B: Backend> Eye<B> {
+impl<B: Backend> PerceptualMetric<B> {
     /// Loads what the options name.
     pub fn open(context: &Context<'_, B>, perceptual: &Perceptual) -> Result<Self> {
         let (backend, base) = (context.backend, &context.job.base_dir);
@@ -159,7 +159,7 @@ fn mean_square<B: Backend>(a: &Variable<B>, b: &Variable<B>) -> Result<Variable<
 /// Mean distance of the images of sequences (b, L, D) to those of others, of which at most `most` are decoded at once.
 pub fn distance<B: Backend>(
     tokenizer: &dyn Tokenizer<B>,
-    eye: &Eye<B>,
+    metric: &PerceptualMetric<B>,
     most: usize,
     sequences: &Variable<B>,
     targets: &B::Tensor,
@@ -168,7 +168,7 @@ pub fn distance<B: Backend>(
     sequences.sum_of_pieces(most, |piece, place| {
         let target = B::narrow(targets, 0, place.start, place.len())?;
         let target = tokenizer.decode(&Variable::constant(target))?;
-        let distance = eye.distance(&tokenizer.decode(piece)?, &target)?;
+        let distance = metric.distance(&tokenizer.decode(piece)?, &target)?;
         match place.len() {
             all if all == b => Ok(distance),
             some => distance.affine(some as f64 / b as f64, 0.0),

@@ -11,7 +11,7 @@ pub mod caption;
 use std::path::{Path, PathBuf};
 
 use retort_checkpoint::shards::Place;
-use retort_checkpoint::{Checkpoint, regular};
+use retort_checkpoint::{Checkpoint, json, regular};
 use tokenizers::{Tokenizer, TruncationParams};
 
 use crate::backend::Backend;
@@ -40,7 +40,7 @@ impl TextEncoder {
     pub fn open(dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
         let text = regular::read(&path, CONFIG).map_err(Error::io(&path))?;
-        let config: Config = serde_json::from_slice(&text).map_err(|e| Error::data(&path, e))?;
+        let config: Config = json::parse(&text).map_err(|e| Error::data(&path, e))?;
         config.check().map_err(|e| Error::data(&path, e))?;
         let path = dir.join("tokenizer.json");
         let text = regular::read(&path, TOKENIZER).map_err(Error::io(&path))?;

@@ -237,3 +237,23 @@ fn a_work_directory_has_one_owner_and_survives_unless_empty() {
     drop(layout.open_work("e").unwrap());
     assert_eq!(fs::read_dir(root.path().join("work")).unwrap().count(), 0);
 }
+
+#[test]
+fn only_a_message_about_a_file_in_an_artifact_says_how_to_mend_one() {
+    let hash = "0123456789abcdef".repeat(4);
+    let within =
+        |name: &str| format!("/store/artifacts/{name}/config.json: expected value at line 1");
+    assert_eq!(repair_of(&within(&hash)), Some(REPAIR));
+    let twice = format!("artifacts/x: {}", within(&hash));
+    assert_eq!(repair_of(&twice), Some(REPAIR));
+    for other in [
+        &within(&hash[1..]),
+        &within("größe"),
+        "/data/artifacts/",
+        "no artifact",
+        &hash,
+    ] {
+        assert_eq!(repair_of(other), None, "{other}");
+    }
+    assert_eq!(repair_of(&format!("artifacts/{hash}")), None);
+}

@@ -8,7 +8,7 @@ use retort_checkpoint::published::{self, Kind, Part};
 
 use crate::artifact::{self, Layout};
 use crate::cli::{Context, Error, Exit, FormatArgs, talk};
-use crate::draft::Draft;
+use crate::draft::{self, Draft};
 use crate::store::{Access, ArtifactRow, Store};
 use crate::table::{Cell, Rows, Style, Tone};
 
@@ -288,13 +288,18 @@ fn export(args: &ExportArgs, context: &Context) -> Result<(), Error> {
     let refused = |error: std::io::Error| {
         Error::new(Exit::Internal, format!("{}: {error}", output.display()))
     };
-    let (draft, file) = Draft::file(&output).map_err(refused)?;
+    let place = draft::place(&output).map_err(refused)?;
+    let (draft, file) = Draft::file(&place).map_err(refused)?;
+    let synced = file.try_clone().map_err(refused)?;
     let dir = Layout::new(&context.store)?.artifact(&artifact.artifact.hash);
     published::export(&dir, kind, part, (file, &output)).map_err(|error| {
         Error::new(Exit::Internal, error.to_string()).hint(
             "`retort artifacts verify` says which artifacts are damaged, if it is not the disk",
         )
     })?;
-    draft.finish().map_err(refused)?;
+    synced
+        .sync_all()
+        .and_then(|()| draft.finish())
+        .map_err(refused)?;
     Ok(talk::print(&format!("{}\n", output.display()))?)
 }

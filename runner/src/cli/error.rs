@@ -4,6 +4,7 @@
 
 use std::error::Error as StdError;
 
+use crate::artifact;
 use crate::cli::{Context, talk};
 use crate::diagnostic::Report;
 use crate::executor::ExecutorError;
@@ -122,7 +123,8 @@ impl Error {
         for cause in &self.causes {
             text.push_str(&format!("\n  because: {cause}"));
         }
-        if let Some(hint) = &self.hint {
+        let hint = self.hint.as_deref().or_else(|| artifact::repair_of(&text));
+        if let Some(hint) = hint {
             text.push_str(&format!("\n  {}: {hint}", paint("help", "1;36", color)));
         }
         talk::say(&text);
@@ -293,7 +295,7 @@ impl From<ExecutorError> for Error {
             ExecutorError::NoArtifact { .. } => Self::new(Exit::NothingMatches, error.to_string())
                 .hint("`retort artifacts list` shows what there is; `retort runs import` brings others"),
             ExecutorError::Damaged { .. } => Self::new(Exit::Internal, error.to_string())
-                .hint("`retort artifacts verify` names the files; remove the artifact's directory, and a run of the recipe that made it makes it again"),
+                .hint(artifact::REPAIR),
             ExecutorError::Missing { .. } => Self::new(Exit::NothingMatches, error.to_string())
                 .hint("run it without --from first"),
             ExecutorError::Artifact(_) | ExecutorError::System { .. } => {

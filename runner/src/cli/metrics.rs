@@ -7,7 +7,7 @@ use clap::{Subcommand, ValueEnum, ValueHint};
 use crate::chart::{Chart, Curve, Sample};
 use crate::cli::{Context, Error, Exit, Format, FormatArgs, talk};
 use crate::draft;
-use crate::store::{Access, Axis, Bucket, Lens, RunId, SeriesSummary, Store};
+use crate::store::{Access, Axis, Bucket, CurveQuery, RunId, SeriesSummary, Store};
 use crate::table::{Cell, Rows, Style};
 
 /// Arguments of `metrics`.
@@ -120,8 +120,8 @@ pub enum AxisName {
 }
 
 impl ViewArgs {
-    fn lens(&self, buckets: u32) -> Lens {
-        Lens {
+    fn query(&self, buckets: u32) -> CurveQuery {
+        CurveQuery {
             buckets,
             axis: match self.axis {
                 AxisName::Step => Axis::Step,
@@ -211,10 +211,10 @@ fn get(args: &GetArgs, context: &Context) -> Result<(), Error> {
         let names = chosen(&args.series, &known, &run)?;
         let text = match args.buckets {
             Some(buckets) => {
-                let lens = args.view.lens(buckets);
+                let query = args.view.query(buckets);
                 let mut buckets = Vec::new();
                 for name in &names {
-                    buckets.append(&mut store.curve(&run, name, lens).await?);
+                    buckets.append(&mut store.curve(&run, name, query).await?);
                 }
                 match style {
                     Style::Json => format!("{:#}\n", serde_json::json!(buckets)),
@@ -350,7 +350,7 @@ fn plot(args: &PlotArgs, context: &Context) -> Result<(), Error> {
     // Two dots to a column; more would not be seen.
     let drawn = args.svg.is_none() && format == Format::Table;
     let buckets = if drawn { columns * 2 } else { 1000 };
-    let lens = args.view.lens(buckets as u32);
+    let query = args.view.query(buckets as u32);
     let curves = context.runtime()?.block_on(async {
         let store = Store::open(&context.store, Access::ReadOnly).await?;
         let mut curves = Vec::new();
@@ -358,7 +358,7 @@ fn plot(args: &PlotArgs, context: &Context) -> Result<(), Error> {
             let run = store.resolve_run(reference).await?;
             let known = series_of(&store, &run, args.view.stage.as_deref()).await?;
             for name in chosen(&args.series, &known, &run)? {
-                let buckets = store.curve(&run, &name, lens).await?;
+                let buckets = store.curve(&run, &name, query).await?;
                 curves.push(Plotted {
                     reference: reference.clone(),
                     run: run.clone(),
@@ -373,7 +373,7 @@ fn plot(args: &PlotArgs, context: &Context) -> Result<(), Error> {
     if format != Format::Table {
         return Ok(talk::print(&numbers(curves, args.format.style(context)))?);
     }
-    let axis = match lens.axis {
+    let axis = match query.axis {
         Axis::Step => "step",
         Axis::Time => "seconds",
     };
@@ -387,7 +387,7 @@ fn plot(args: &PlotArgs, context: &Context) -> Result<(), Error> {
         log_x: false,
         curves: curves
             .iter()
-            .map(|plotted| curve(label(plotted), &plotted.buckets, lens.axis))
+            .map(|plotted| curve(label(plotted), &plotted.buckets, query.axis))
             .collect(),
     };
     match &args.svg {

@@ -10,7 +10,7 @@ use crate::chart::{self, Chart};
 use crate::cli::{Context, Error, Exit, metrics, show, talk};
 use crate::draft;
 use crate::report::{self, Curves, Page, Picture};
-use crate::store::{Access, Axis, Lens, Store};
+use crate::store::{Access, Axis, CurveQuery, Store};
 
 /// Charts of a page; what is beyond is in its tables.
 const MOST_CHARTS: usize = 60;
@@ -131,7 +131,7 @@ async fn curves(store: &Store, pages: &[Page]) -> Result<Curves, Error> {
     names.sort_by_key(|name| !chart::is_wanted(name));
     let left_out = names.len().saturating_sub(MOST_CHARTS);
     names.truncate(MOST_CHARTS);
-    let lens = Lens {
+    let query = CurveQuery {
         buckets: BUCKETS,
         axis: Axis::Step,
         from: 0,
@@ -148,7 +148,7 @@ async fn curves(store: &Store, pages: &[Page]) -> Result<Curves, Error> {
             if page.series.iter().find(known).is_none() {
                 continue;
             }
-            let buckets = store.curve(run, &name, lens).await?;
+            let buckets = store.curve(run, &name, query).await?;
             let label = match pages.len() {
                 1 => name.clone(),
                 _ => run.0.clone(),

@@ -1,12 +1,13 @@
 //! `retort runs export` and `retort runs import`: runs into other stores, TensorBoard and MLflow.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 use clap::{ValueEnum, ValueHint};
 
 use crate::artifact::{self, file_name};
 use crate::cli::{Context, Error, Exit, FormatArgs, artifacts, talk};
+use crate::draft::Made;
 use crate::store::{self, Access, RunDetail, RunFilter, RunId, Store, StoreError, Transfer};
 use crate::table::{Cell, Rows, Tone};
 use crate::tensorboard::{EventFile, png_size};
@@ -121,9 +122,11 @@ fn export_to_peer(args: &ExportArgs, context: &Context) -> Result<(), Error> {
         match args.target {
             Target::Mlflow => store.export_to_mlflow(&runs, &args.output).await?,
             _ => {
+                let mut made = Made::default();
                 for run in &runs {
-                    write_events(&store, run, &args.output, context).await?;
+                    write_events(&store, run, &args.output, &mut made, context).await?;
                 }
+                made.keep();
             }
         }
         store.close().await;
@@ -141,6 +144,7 @@ async fn write_events(
     store: &Store,
     run: &RunDetail,
     root: &Path,
+    made: &mut Made,
     context: &Context,
 ) -> Result<(), Error> {
     let summary = &run.summary;
@@ -163,14 +167,14 @@ async fn write_events(
                 events += 1;
             }
         }
-        for made in run.artifacts.iter().filter(|made| made.stage == stage.name) {
-            let Some(preview) = &made.artifact.meta.preview else {
+        for row in run.artifacts.iter().filter(|row| row.stage == stage.name) {
+            let Some(preview) = &row.artifact.meta.preview else {
                 continue;
             };
-            let dir = artifacts::path(made, context);
+            let dir = artifacts::path(row, context);
             let bytes = picture(Path::new(&dir), preview).unwrap_or_default();
             if let Some(size) = png_size(&bytes) {
-                file.image(&made.artifact.kind, 0, seconds(made.created), size, &bytes);
+                file.image(&row.artifact.kind, 0, seconds(row.created), size, &bytes);
                 events += 1;
             }
         }
@@ -182,8 +186,7 @@ async fn write_events(
             "events.out.tfevents.{}.retort",
             summary.started.0 / 1000
         ));
-        std::fs::create_dir_all(&dir)
-            .and_then(|()| std::fs::write(&path, file.into_bytes()))
+        made.file(&path, |to| to.write_all(&file.into_bytes()))
             .map_err(|error| {
                 Error::new(
                     Exit::Internal,

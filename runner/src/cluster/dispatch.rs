@@ -214,6 +214,8 @@ struct Work {
     /// Whether it has been said that Slurm does not answer.
     silent: bool,
     submitted: u32,
+    /// Which elements are heard first.
+    heard_from: usize,
 }
 
 impl Work {
@@ -231,6 +233,7 @@ impl Work {
             waiting: Some("not submitted".into()),
             silent: false,
             submitted: 0,
+            heard_from: 0,
         }
     }
 

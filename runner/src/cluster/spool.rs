@@ -9,7 +9,7 @@
 //! promises. What they say of handles that have gone stale is no answer and is asked again.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -155,10 +155,17 @@ pub enum SpoolError {
 
 fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> SpoolError {
     let path = path.to_owned();
-    move |source| SpoolError::Io {
-        action,
-        path,
-        source,
+    move |source| match source.kind() {
+        // Something that is no file does not become one by being waited for.
+        io::ErrorKind::InvalidInput => SpoolError::Damaged {
+            path,
+            message: source.to_string(),
+        },
+        _ => SpoolError::Io {
+            action,
+            path,
+            source,
+        },
     }
 }
 
@@ -194,8 +201,9 @@ pub fn write_order(dir: &Path, order: &Order) -> Result<(), SpoolError> {
 /// What the file system says.
 pub fn put(path: &Path, bytes: &[u8]) -> io::Result<()> {
     patiently(|| {
-        fs::write(path, bytes)?;
-        File::open(path)?.sync_all()
+        let mut file = regular::create(path)?;
+        file.write_all(bytes)?;
+        file.sync_all()
     })?;
     let dir = path.parent().unwrap_or(Path::new("."));
     File::open(dir)?.sync_all()
@@ -425,6 +433,8 @@ pub struct Reader {
     offset: u64,
     /// Whether the next life has begun: what the present one has left is all that it will.
     is_final: bool,
+    /// Bytes that were read.
+    read: u64,
 }
 
 /// What a look at a spool gave.
@@ -447,7 +457,13 @@ impl Reader {
             piece: 0,
             offset: 0,
             is_final: false,
+            read: 0,
         }
+    }
+
+    /// Bytes that have been read so far: what a look costs.
+    pub fn cost(&self) -> u64 {
+        self.read
     }
 
     /// The life that is being read.
@@ -475,6 +491,7 @@ impl Reader {
             let (taken, bytes, sealed) = match self.open()? {
                 Some((path, file, sealed)) => {
                     let (taken, bytes) = self.take(&path, file, sealed, records)?;
+                    self.read += bytes as u64;
                     (taken, bytes, sealed)
                 }
                 None => (0, 0, false),
@@ -627,6 +644,48 @@ mod tests {
             }
         }
         assert_eq!(once_more, numbers);
+    }
+
+    #[test]
+    fn what_is_no_file_in_a_spool_is_neither_waited_for_nor_written_to() {
+        type Make = fn(&Path);
+        let pipe: Make = |path| {
+            let made = std::process::Command::new("mkfifo").arg(path).status();
+            assert!(made.unwrap().success());
+        };
+        let folder: Make = |path| fs::create_dir(path).unwrap();
+        let device: Make = |path| std::os::unix::fs::symlink("/dev/zero", path).unwrap();
+        for make in [pipe, folder, device] {
+            let root = tempfile::tempdir().unwrap();
+            let at = |name: &str| root.path().join(name);
+            for name in [STOP, ORDER, "life-0", "0.0.open"] {
+                make(&at(name));
+            }
+            assert!(!is_to_stop(root.path()));
+            for error in [
+                ask_to_stop(root.path(), true).unwrap_err(),
+                read_order(root.path()).unwrap_err(),
+                Reader::new(root.path().to_owned())
+                    .look(&mut Vec::new())
+                    .unwrap_err(),
+            ] {
+                let damaged = matches!(error, SpoolError::Damaged { .. });
+                assert!(
+                    damaged && error.to_string().contains("not a regular file"),
+                    "{error}"
+                );
+            }
+            // The name is taken: the next life has the next number, and cannot tell the one before.
+            let mut writer = Writer::open(root.path()).unwrap();
+            assert_eq!(writer.life(), 1);
+            assert!(!writer.supersede());
+            assert_eq!(wasted_lives(root.path(), 1), 1);
+            fs::remove_file(at("life-1")).unwrap();
+            make(&at("life-1"));
+            assert!(!writer.is_superseded());
+            let error = writer.close(true).unwrap_err().to_string();
+            assert!(error.contains("not a regular file"), "{error}");
+        }
     }
 
     #[test]

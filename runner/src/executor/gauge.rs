@@ -4,6 +4,7 @@
 //! It is no part of the history: a run that has ended has no progress. What cannot be written is not written.
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -126,7 +127,8 @@ pub fn path(staging: &Path) -> PathBuf {
 /// Readers find the old one or the new one.
 fn write(path: &Path, stages: &BTreeMap<String, Reading>) -> std::io::Result<()> {
     let draft = path.with_extension("new");
-    std::fs::write(&draft, serde_json::to_vec(stages)?)?;
+    let mut file = retort_checkpoint::regular::create(&draft)?;
+    file.write_all(&serde_json::to_vec(stages)?)?;
     std::fs::rename(&draft, path)
 }
 

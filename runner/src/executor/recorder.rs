@@ -439,7 +439,7 @@ mod tests {
         drop(feed);
         recorder.end().await;
         assert_eq!(store.log(attempt).await.unwrap().len(), 30);
-        let whole = crate::store::Lens {
+        let whole = crate::store::CurveQuery {
             buckets: 1,
             axis: Axis::Step,
             from: 0,

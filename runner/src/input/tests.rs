@@ -266,3 +266,30 @@ fn other_bytes_are_no_memory() {
     }
     assert_eq!(Folder::unpack(b"\xff\xff\xff").0.len(), 0);
 }
+
+#[test]
+fn what_is_mostly_holes_is_named_and_not_read() {
+    let root = filled(&[("0/a.png", "1"), ("b.tar", "1"), ("c", "1")]);
+    let stretch = |name: &str, length: u64| {
+        let file = fs::File::options().write(true).open(root.path().join(name));
+        file.unwrap().set_len(length).unwrap();
+    };
+    let said = |kind| match Listing::of(root.path(), kind) {
+        Ok(_) => String::new(),
+        Err(error) => error.to_string(),
+    };
+    // Nobody reads an image of this length.
+    stretch("0/a.png", 60 << 30);
+    assert_eq!(said(FileKind::Images), "");
+    assert!(said(FileKind::Dir).contains("0/a.png is 64424509440 bytes long and mostly holes"));
+    stretch("0/a.png", 1);
+    stretch("b.tar", 60 << 30);
+    assert!(said(FileKind::Images).contains("b.tar is 64424509440 bytes"));
+    let of_itself = Listing::of(&root.path().join("b.tar"), FileKind::File);
+    assert!(matches!(of_itself, Err(InputError::Hollow { .. })));
+    // Many that are each not so long.
+    stretch("b.tar", 600 << 20);
+    assert_eq!(said(FileKind::Dir), "");
+    stretch("c", 601 << 20);
+    assert!(said(FileKind::Dir).contains("/c is "));
+}

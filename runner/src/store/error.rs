@@ -115,6 +115,12 @@ pub enum StoreError {
     /// No space left.
     #[error("the disk with the store is full: free some space and try again")]
     Full,
+    /// No space left where something else than the store is written.
+    #[error("the disk with {} is full: free some space, or name a place on another", path.display())]
+    FullElsewhere {
+        /// What was being written.
+        path: PathBuf,
+    },
     /// The system lets no file of this process grow so long.
     #[error(
         "{} cannot grow: the limit on the size of files (`ulimit -f`) is {} KiB",
@@ -288,6 +294,16 @@ impl StoreError {
                 },
             },
             _ => Self::Sql(error),
+        }
+    }
+
+    /// The same of writing the file at `path`, which is not the store's.
+    pub(super) fn of_disk_with(self, path: &std::path::Path) -> Self {
+        match self {
+            Self::Full => Self::FullElsewhere {
+                path: path.to_owned(),
+            },
+            error => error,
         }
     }
 

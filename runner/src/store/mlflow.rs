@@ -13,6 +13,7 @@ use sqlx::{ConnectOptions, Connection};
 
 use super::{RunDetail, RunState, SeriesPoint, Store, StoreError, schema};
 use crate::artifact::{self, file_name};
+use crate::draft::Made;
 
 /// Longest value of a parameter or tag, in characters.
 const LONGEST: usize = 8000;
@@ -32,6 +33,11 @@ impl Store {
             return Err(refuse("it does not exist"));
         }
         schema::check_files(to).map_err(|error| refuse(&error.to_string()))?;
+        let outcome = self.add_all(runs, to).await;
+        outcome.map_err(|error| error.of_disk_with(to))
+    }
+
+    async fn add_all(&self, runs: &[RunDetail], to: &Path) -> Result<(), StoreError> {
         let at = |error: sqlx::Error| StoreError::from(error).at(to);
         let mut connection = schema::options(to).connect().await.map_err(at)?;
         let known: i64 = sqlx::query_scalar(
@@ -42,15 +48,20 @@ impl Store {
         .await
         .map_err(at)?;
         if known != 6 {
-            return Err(refuse("it lacks the tables of MLflow"));
+            return Err(StoreError::NotMlflow {
+                path: to.to_owned(),
+                message: "it lacks the tables of MLflow".to_owned(),
+            });
         }
         let root = std::path::absolute(to).map_err(|error| StoreError::refused(to, error))?;
         let root = root.parent().unwrap_or(Path::new("/")).join("mlruns");
         let mut transaction = connection.begin_with("begin immediate").await.map_err(at)?;
+        let mut made = Made::default();
         for run in runs {
-            self.add(&mut transaction, run, &root).await?;
+            self.add(&mut transaction, run, &root, &mut made).await?;
         }
         transaction.commit().await.map_err(at)?;
+        made.keep();
         connection.close().await.map_err(at)
     }
 
@@ -59,6 +70,7 @@ impl Store {
         connection: &mut SqliteConnection,
         run: &RunDetail,
         root: &Path,
+        made: &mut Made,
     ) -> Result<(), StoreError> {
         let summary = &run.summary;
         let experiment = experiment(connection, &summary.recipe, root).await?;
@@ -130,17 +142,15 @@ impl Store {
             let points = self.metric_series(&summary.id, &name).await?;
             add_points(connection, uuid, &key(&name), &points).await?;
         }
-        for made in &run.artifacts {
-            let Some(preview) = &made.artifact.meta.preview else {
+        for row in &run.artifacts {
+            let Some(preview) = &row.artifact.meta.preview else {
                 continue;
             };
-            let from = self.dir().join("artifacts").join(&made.artifact.hash);
+            let from = self.dir().join("artifacts").join(&row.artifact.hash);
             let name = preview.rsplit('/').next().unwrap_or(preview);
-            let to = place.join(file_name(&made.stage));
+            let to = place.join(file_name(&row.stage)).join(file_name(name));
             let copied = artifact::open_inner(&from, preview).and_then(|mut picture| {
-                std::fs::create_dir_all(&to)?;
-                let mut copy = std::fs::File::create(to.join(file_name(name)))?;
-                std::io::copy(&mut picture, &mut copy)
+                made.file(&to, |copy| std::io::copy(&mut picture, copy).map(drop))
             });
             if let Err(error) = copied {
                 tracing::warn!("{preview} in {} was not exported: {error}", from.display());

@@ -90,7 +90,7 @@ pub struct SeriesSummary {
 
 /// Which part of a series to see, and how coarsely.
 #[derive(Debug, Clone, Copy)]
-pub struct Lens {
+pub struct CurveQuery {
     /// At most so many buckets.
     pub buckets: u32,
     /// What divides them.

@@ -12,7 +12,7 @@ use std::io::Read;
 use std::path::Path;
 
 use sqlx::sqlite::{SqliteConnection, SqliteRow};
-use sqlx::{ConnectOptions, Connection, Row};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Row};
 
 use super::draft::{self, Draft};
 use super::{ArtifactFile, RunId, StoreError, block, schema};
@@ -49,14 +49,35 @@ pub async fn export(
     to: &Path,
     files: bool,
 ) -> Result<Transfer, StoreError> {
+    let outcome = export_whole(dir, runs, to, files).await;
+    outcome.map_err(|error| error.of_disk_with(to))
+}
+
+async fn export_whole(
+    dir: &Path,
+    runs: Option<&[RunId]>,
+    to: &Path,
+    files: bool,
+) -> Result<Transfer, StoreError> {
     let source = schema::path_of(dir);
     schema::check_is_store(&source).await?;
-    let beside = to.parent().filter(|parent| !parent.as_os_str().is_empty());
     // Of the file, and not of the store, whatever is wrong.
-    let refused = |source| StoreError::Io {
-        path: to.to_owned(),
-        source,
+    let refused = |source: std::io::Error| match source.kind() {
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => StoreError::Full,
+        _ => StoreError::Io {
+            path: to.to_owned(),
+            source,
+        },
     };
+    let to = &crate::draft::place(to).map_err(refused)?;
+    if std::fs::canonicalize(&source).is_ok_and(|own| own == *to) {
+        let message = "it is the history of the store itself";
+        return Err(refused(std::io::Error::new(
+            std::io::ErrorKind::InvalidInput,
+            message,
+        )));
+    }
+    let beside = to.parent().filter(|parent| !parent.as_os_str().is_empty());
     let draft = Draft::new(beside.unwrap_or(Path::new(".")), draft::EXPORT).map_err(refused)?;
     schema::migrate(draft.path(), schema::MIGRATIONS).await?;
     let path = schema::path_of(draft.path());
@@ -71,7 +92,7 @@ pub async fn export(
     sqlx::raw_sql("pragma synchronous = off")
         .execute(&mut connection)
         .await?;
-    let mut copy = Copy::new(&mut connection, transfer);
+    let mut copy = Copy::new(&mut connection, transfer, false);
     for run in &wanted {
         let copied = copy.run(run).await;
         copy.or_lost(copied, run, "a part")?;
@@ -113,7 +134,7 @@ pub async fn export(
 pub(super) async fn copy_all(connection: &mut SqliteConnection) -> Result<Transfer, StoreError> {
     let mut lost = Vec::new();
     let runs = all_runs(connection, &mut lost).await;
-    let mut copy = Copy::new(connection, Transfer::default());
+    let mut copy = Copy::new(connection, Transfer::default(), true);
     for run in &runs {
         copy.run(run).await?;
     }
@@ -127,6 +148,12 @@ pub(super) async fn copy_all(connection: &mut SqliteConnection) -> Result<Transf
 pub(super) async fn connect(main: &Path, source: &Path) -> Result<SqliteConnection, StoreError> {
     let at = |error: sqlx::Error| StoreError::from(error).at(main);
     let mut connection = schema::options(main).connect().await.map_err(at)?;
+    // Within a transaction each statement notes down what the pages that it changes were: of a run dozens, because its
+    // parameters lie by name. As a file, somewhere on another disk, that is most of the work.
+    sqlx::raw_sql("pragma temp_store = memory")
+        .execute(&mut connection)
+        .await
+        .map_err(at)?;
     attach(&mut connection, source, "mode=ro")
         .await
         .map_err(at)?;
@@ -243,6 +270,8 @@ async fn walk(
 /// Copying runs from `source` to `main`.
 struct Copy<'c> {
     connection: &'c mut SqliteConnection,
+    /// Whether nothing in the source is damaged: then much is copied at once.
+    is_sound: bool,
     /// Keys of attempts there and here.
     attempts: HashMap<i64, i64>,
     /// Stages here that reuse an attempt there.
@@ -251,9 +280,10 @@ struct Copy<'c> {
 }
 
 impl<'c> Copy<'c> {
-    fn new(connection: &'c mut SqliteConnection, done: Transfer) -> Self {
+    fn new(connection: &'c mut SqliteConnection, done: Transfer, is_sound: bool) -> Self {
         Self {
             connection,
+            is_sound,
             attempts: HashMap::new(),
             reused: Vec::new(),
             done,
@@ -283,11 +313,12 @@ impl<'c> Copy<'c> {
         let Some(here) = self.or_lost(copied, run, "the run")?.flatten() else {
             return Ok(());
         };
-        let key: i64 = sqlx::query_scalar("select key from source.runs where id = ?1")
-            .bind(&run.0)
-            .fetch_one(&mut *self.connection)
-            .await?;
-        for (what, sql) in [
+        let (key, sweep, point): (i64, Option<i64>, Option<i64>) =
+            sqlx::query_as("select key, sweep, point from source.runs where id = ?1")
+                .bind(&run.0)
+                .fetch_one(&mut *self.connection)
+                .await?;
+        let pieces = [
             (
                 "recipe and environment",
                 "insert into main.documents (run, recipe_text, resolved, environment)
@@ -333,19 +364,17 @@ impl<'c> Copy<'c> {
                  from source.results p join source.names n on n.key = p.name join main.names m on m.name = n.name
                  where p.run = ?1",
             ),
-        ] {
-            let copied = self.rows(sql, key, here).await;
-            self.or_lost(copied, run, what)?;
+            (
+                // A run without its recipe would not be found by anybody.
+                "that it has no recipe",
+                "insert or ignore into main.documents (run, recipe_text, resolved, environment)
+                 select ?2, '', 'null', '{}' where ?1 is not null",
+            ),
+        ];
+        self.pieces(&pieces, (key, here), run).await?;
+        if let (Some(sweep), Some(point)) = (sweep, point) {
+            self.sweep(run, (sweep, point), here).await?;
         }
-        self.sweep(run, key, here).await?;
-        // A run without its recipe would not be found by anybody.
-        sqlx::query(
-            "insert or ignore into main.documents (run, recipe_text, resolved, environment)
-             values (?1, '', 'null', '{}')",
-        )
-        .bind(here)
-        .execute(&mut *self.connection)
-        .await?;
         let stages = self
             .keys(
                 "select key from source.stages where run = ?1 order by key",
@@ -361,16 +390,12 @@ impl<'c> Copy<'c> {
 
     /// The sweep that a run is a point of. One of the same name that is there already stays as it is: the run becomes its
     /// point only where both are made of the same.
-    async fn sweep(&mut self, run: &RunId, key: i64, here: i64) -> Result<(), StoreError> {
-        let found: Result<Option<(Option<i64>, Option<i64>)>, sqlx::Error> =
-            sqlx::query_as("select sweep, point from source.runs where key = ?1")
-                .bind(key)
-                .fetch_optional(&mut *self.connection)
-                .await;
-        let found = self.or_lost(found.map_err(StoreError::from), run, "its sweep")?;
-        let Some((Some(sweep), Some(point))) = found.flatten() else {
-            return Ok(());
-        };
+    async fn sweep(
+        &mut self,
+        run: &RunId,
+        (sweep, point): (i64, i64),
+        here: i64,
+    ) -> Result<(), StoreError> {
         let copied = self
             .rows(
                 "insert into main.sweeps (id, recipe, recipe_path, recipe_text, settings, definition, selection, points,
@@ -506,7 +531,7 @@ impl<'c> Copy<'c> {
             return Ok(());
         };
         self.attempts.insert(key, here);
-        for (what, sql) in [
+        let pieces = [
             (
                 "artifacts made",
                 "insert into main.outputs (attempt, artifact, kind, name, meta, created)
@@ -524,10 +549,8 @@ impl<'c> Copy<'c> {
                 "insert into main.logs (attempt, at, level, source, text)
                  select ?2, at, level, source, text from source.logs where attempt = ?1 order by key",
             ),
-        ] {
-            let copied = self.rows(sql, key, here).await;
-            self.or_lost(copied, run, what)?;
-        }
+        ];
+        self.pieces(&pieces, (key, here), run).await?;
         let series = self
             .keys(
                 "select key from source.series where attempt = ?1 order by key",
@@ -569,33 +592,32 @@ impl<'c> Copy<'c> {
     }
 
     async fn block(&mut self, key: i64, here: i64, step: i64) -> Result<(), StoreError> {
-        let data: Vec<u8> = sqlx::query_scalar(
-            "select k.data from source.blocks b join source.packs k on k.key = b.pack
-             where b.series = ?1 and b.first_step = ?2",
-        )
-        .bind(key)
-        .bind(step)
-        .fetch_one(&mut *self.connection)
-        .await?;
-        // SQLite does not notice damage within a value.
-        block::unpack(&data).map_err(|damaged| StoreError::Damaged {
-            message: damaged.to_string(),
-        })?;
-        let pack = sqlx::query("insert into main.packs (data) values (?1)")
-            .bind(data)
-            .execute(&mut *self.connection)
-            .await?
-            .last_insert_rowid();
+        if !self.is_sound {
+            // SQLite does not notice damage within a value.
+            let data: Vec<u8> = sqlx::query_scalar(
+                "select k.data from source.blocks b join source.packs k on k.key = b.pack
+                 where b.series = ?1 and b.first_step = ?2",
+            )
+            .bind(key)
+            .bind(step)
+            .fetch_one(&mut *self.connection)
+            .await?;
+            block::unpack(&data).map_err(|damaged| StoreError::Damaged {
+                message: damaged.to_string(),
+            })?;
+        }
         sqlx::query(
-            "insert into main.blocks (series, first_step, last_step, points, numbers, sum, min, max, first_at,
+            "insert into main.packs (data)
+             select k.data from source.blocks b join source.packs k on k.key = b.pack
+             where b.series = ?1 and b.first_step = ?2;
+             insert into main.blocks (series, first_step, last_step, points, numbers, sum, min, max, first_at,
                  last_at, pack)
-             select ?3, first_step, last_step, points, numbers, sum, min, max, first_at, last_at, ?4
+             select ?3, first_step, last_step, points, numbers, sum, min, max, first_at, last_at, last_insert_rowid()
              from source.blocks where series = ?1 and first_step = ?2",
         )
         .bind(key)
         .bind(step)
         .bind(here)
-        .bind(pack)
         .execute(&mut *self.connection)
         .await?;
         Ok(())
@@ -630,6 +652,32 @@ impl<'c> Copy<'c> {
             .execute(&mut *self.connection)
             .await?;
         Ok(done.last_insert_rowid())
+    }
+
+    /// Copies pieces, each with its name, that belong to `key` there and to `into` here. Where nothing is damaged they are
+    /// one question: to ask it takes longer than to answer it.
+    async fn pieces(
+        &mut self,
+        pieces: &[(&str, &'static str)],
+        (key, into): (i64, i64),
+        run: &RunId,
+    ) -> Result<(), StoreError> {
+        if self.is_sound {
+            let all: Vec<&str> = pieces.iter().map(|(_, sql)| *sql).collect();
+            let copied = sqlx::query(AssertSqlSafe(all.join(";\n")))
+                .bind(key)
+                .bind(into)
+                .execute(&mut *self.connection)
+                .await;
+            let copied = copied.map_err(StoreError::from);
+            self.or_lost(copied, run, "what belongs to it")?;
+            return Ok(());
+        }
+        for (what, sql) in pieces {
+            let copied = self.rows(sql, key, into).await;
+            self.or_lost(copied, run, what)?;
+        }
+        Ok(())
     }
 
     /// The same for the one row with this key.

@@ -4,11 +4,18 @@ use std::collections::HashSet;
 
 use super::{Parameter, Values};
 
+/// Draws that give nothing new, after which no more are made.
+const IN_VAIN: u64 = 100_000;
+
 /// So many points, each once. Fewer, where there are hardly any more to be found.
 pub(super) fn points(parameters: &[Parameter], count: u32, seed: u64) -> Vec<Vec<String>> {
     let mut found: Vec<Vec<String>> = Vec::new();
     let mut seen = HashSet::new();
+    let mut new = 0;
     for number in 0..u64::from(count) * 1000 {
+        if number - new > IN_VAIN {
+            break;
+        }
         let point: Vec<String> = (0_u64..)
             .zip(parameters)
             .map(|(place, Parameter { path, values })| {
@@ -17,6 +24,7 @@ pub(super) fn points(parameters: &[Parameter], count: u32, seed: u64) -> Vec<Vec
             .collect();
         if seen.insert(point.clone()) {
             found.push(point);
+            new = number;
         }
         if found.len() == count as usize {
             break;

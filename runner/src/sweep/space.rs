@@ -189,6 +189,20 @@ impl Sweep {
         }
     }
 
+    /// What is to be said where fewer points were found than are to be drawn.
+    pub fn shortage(&self, found: usize) -> Option<String> {
+        let asked = self.sample?.count as usize;
+        (found < asked).then(|| {
+            let all = match found {
+                1 => "one point is".to_owned(),
+                found => format!("{found} points are"),
+            };
+            format!(
+                "the sweep has {found} of the {asked} points asked for with --sample: {all} all that its values give"
+            )
+        })
+    }
+
     /// How many points a grid has; none where values are not counted.
     fn size(&self) -> Option<u64> {
         let mut counts = self
@@ -369,6 +383,25 @@ mod tests {
         check("lr=0.1..0.5/1", "at least two");
         check("lr=0.1..inf", "finite");
         check("lr=0.1..0.5/x", "`x` is not a number of values");
+    }
+
+    #[test]
+    fn fewer_points_than_are_to_be_drawn_are_said() {
+        let said = |parameters: &[&str], count| {
+            let sweep = sweep(parameters, Some(Sample { count, seed: 1 }));
+            sweep.shortage(sweep.points().unwrap().len())
+        };
+        assert_eq!(
+            said(&["seed=1..5"], 20).unwrap(),
+            "the sweep has 5 of the 20 points asked for with --sample: 5 points are all that its values give"
+        );
+        assert_eq!(said(&["seed=1..5"], 5), None);
+        assert_eq!(said(&["seed=1..50"], 20), None);
+        // Numbers are written with six digits: between these lie few.
+        let few = said(&["lr=1..1.00003"], 20).unwrap();
+        assert!(few.starts_with("the sweep has 4 of the 20 points"), "{few}");
+        let none = sweep(&["seed=1..5"], None);
+        assert_eq!(none.shortage(5), None);
     }
 
     #[test]

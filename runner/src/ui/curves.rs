@@ -11,7 +11,7 @@ use super::reply::{JSON, Problem, Reply};
 use super::request::{Fields, PageRequest};
 use super::{ServedStore, Site};
 use crate::chart::{self, Chart, Curve, Sample};
-use crate::store::{Axis, Bucket, Lens, RunId, RunState, SeriesSummary, Time};
+use crate::store::{Axis, Bucket, CurveQuery, RunId, RunState, SeriesSummary, Time};
 use crate::table::{Cell, Rows, Style};
 
 /// Most buckets of a curve, and what is usual.
@@ -213,7 +213,7 @@ pub fn figure(runs: &[String], series: &str, query: &Fields) -> Markup {
     }
 }
 
-fn lens(query: &Fields) -> Result<Lens, Problem> {
+fn window(query: &Fields) -> Result<CurveQuery, Problem> {
     let axis = match query.get("axis") {
         None | Some("step") => Axis::Step,
         Some("time") => Axis::Time,
@@ -223,7 +223,7 @@ fn lens(query: &Fields) -> Result<Lens, Problem> {
             )));
         }
     };
-    Ok(Lens {
+    Ok(CurveQuery {
         buckets: query.number("buckets").unwrap_or(USUAL).clamp(1, BUCKETS),
         axis,
         from: query.number("from").unwrap_or(0),
@@ -234,7 +234,7 @@ fn lens(query: &Fields) -> Result<Lens, Problem> {
 async fn find<'s>(
     sources: &'s [Source<'s>],
     query: &Fields,
-    lens: Lens,
+    window: CurveQuery,
 ) -> Result<Vec<Found<'s>>, Problem> {
     let mut found: Vec<Found> = Vec::new();
     for name in query.all("series").take(FIGURES) {
@@ -249,11 +249,15 @@ async fn find<'s>(
                 .collect();
             for summary in stages {
                 let whole = format!("{}/{}", summary.stage, summary.series);
-                let buckets = source.served.store.curve(&source.id, &whole, lens).await?;
+                let buckets = source
+                    .served
+                    .store
+                    .curve(&source.id, &whole, window)
+                    .await?;
                 let Some(first) = buckets.first() else {
                     continue;
                 };
-                let began = match lens.from {
+                let began = match window.from {
                     0 => first.first_at,
                     _ => {
                         let began = source.served.store.series_began(&source.id, &whole);
@@ -314,10 +318,10 @@ impl Found<'_> {
 
 /// The numbers behind a figure.
 pub async fn data(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
-    let lens = lens(&request.query)?;
+    let window = window(&request.query)?;
     let sources = sources(site.named_runs(&request.query, RUNS).await?.runs).await?;
-    let found = find(&sources, &request.query, lens).await?;
-    let curves: Vec<Value> = found.iter().map(|one| one.data(lens.axis)).collect();
+    let found = find(&sources, &request.query, window).await?;
+    let curves: Vec<Value> = found.iter().map(|one| one.data(window.axis)).collect();
     let columns = [
         "x",
         "min",
@@ -335,14 +339,14 @@ pub async fn data(site: &Site, request: &PageRequest) -> Result<Reply, Problem> 
 
 /// The same as a picture.
 pub async fn svg(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
-    let lens = lens(&request.query)?;
+    let window = window(&request.query)?;
     let sources = sources(site.named_runs(&request.query, RUNS).await?.runs).await?;
-    let found = find(&sources, &request.query, lens).await?;
+    let found = find(&sources, &request.query, window).await?;
     let value = |value: Option<f64>| value.unwrap_or(f64::NAN);
     let band = request.query.get("band") != Some("0");
     let weight = request.query.number("smooth").unwrap_or(0.0);
     let chart = Chart {
-        axis: if lens.axis == Axis::Step {
+        axis: if window.axis == Axis::Step {
             "step"
         } else {
             "seconds"
@@ -358,7 +362,7 @@ pub async fn svg(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
                     .buckets
                     .iter()
                     .map(|bucket| Sample {
-                        x: one.place(bucket, lens.axis),
+                        x: one.place(bucket, window.axis),
                         min: value(if band { bucket.min } else { bucket.mean }),
                         mean: value(bucket.mean),
                         max: value(if band { bucket.max } else { bucket.mean }),
@@ -373,9 +377,9 @@ pub async fn svg(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
 
 /// The same as rows.
 pub async fn csv(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
-    let lens = lens(&request.query)?;
+    let window = window(&request.query)?;
     let sources = sources(site.named_runs(&request.query, RUNS).await?.runs).await?;
-    let found = find(&sources, &request.query, lens).await?;
+    let found = find(&sources, &request.query, window).await?;
     let mut rows = Rows::new(&[
         "run",
         "stage",

@@ -649,3 +649,98 @@ fn names_from_a_store_lead_nowhere_in_event_files() {
     assert_eq!(around.len(), inside.len() + 2, "{:?}", around.keys());
     assert!(!lab.dir.path().join("evil").exists());
 }
+
+#[test]
+fn an_export_takes_the_place_of_a_file_and_of_nothing_else() {
+    let lab = Lab::new(&["a: {kind: do, text: hello}"]);
+    lab.run(&[]).expect(0);
+    let dir = lab.dir.path();
+    fifo(&dir.join("pipe"));
+    symlink("/dev/null", dir.join("device")).unwrap();
+    std::fs::create_dir(dir.join("folder")).unwrap();
+    for (name, kind) in [
+        ("pipe", "a named pipe"),
+        ("device", "a device"),
+        ("folder", "a directory"),
+    ] {
+        lab.retort(&["runs", "export", "--force", "-o", name])
+            .expect(1)
+            .saying(&[name, kind, "not a regular file"]);
+    }
+    assert!(dir.join("device").is_symlink() && dir.join("folder").is_dir());
+    // Where a link leads a file is made, and the link stays.
+    std::fs::write(dir.join("real.db"), "old").unwrap();
+    symlink("real.db", dir.join("link.db")).unwrap();
+    lab.retort(&["runs", "export", "--force", "-o", "link.db"])
+        .expect(0);
+    assert!(dir.join("link.db").is_symlink());
+    let there = Lab::new(&[]);
+    there
+        .retort(&["runs", "import", dir.join("real.db").to_str().unwrap()])
+        .expect(0);
+    lab.retort(&["runs", "export", "--force", "-o", "store/history.db"])
+        .expect(1)
+        .saying(&["it is the history of the store itself"]);
+    assert!(lab.latest().is_some());
+}
+
+/// What an import costs follows from what is in the file. Counted in bytes that are written, because a machine's time is
+/// shared: each of a few hundred statements about a run would otherwise note dozens of pages down.
+#[test]
+fn many_runs_are_imported_in_proportion() {
+    let source = Source::new();
+    let file = source.changed(
+        "insert into runs (id, recipe, recipe_path, seed, command, state, created, finished)
+         with recursive n(i) as (select 1 union all select i + 1 from n where i < 2000)
+         select printf('z%09d', i), 'r', '/r.yaml', i, '[]', 'succeeded', 1700000000000 + i, 1700000005000 + i from n;
+         insert into documents
+         select key, printf('%.2000c', 'x'), '{}', '{}' from runs where id > 'z';
+         insert into names (name)
+         with recursive n(i) as (select 1 union all select i + 1 from n where i < 20)
+         select printf('option%d', i) from n;
+         insert into params (key, value, type, origin)
+         select n.key << 32 | r.key, r.key, 'integer', 'default' from names n, runs r
+         where n.name like 'option%' and r.id > 'z' order by n.key, r.key;
+         insert into results (key, position, points, last, min, max)
+         select n.key << 32 | r.key, 0, 100, 1, 0, 2 from names n, runs r
+         where n.name in ('option1', 'option2') and r.id > 'z' order by n.key, r.key",
+    );
+    let there = Lab::new(&["a: {kind: do, text: hello}"]);
+    there.run(&[]).expect(0);
+    // The shell's figures have those of the command that it has waited for.
+    let mut shell = std::process::Command::new("sh");
+    let script = "\"$@\" > /dev/null && cat /proc/$$/io";
+    let import = there.command(&["runs", "import", file.to_str().unwrap()]);
+    let output = shell
+        .args(["-c", script, "sh"])
+        .arg(import.get_program())
+        .args(import.get_args())
+        .output()
+        .unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    let written: u64 = said
+        .lines()
+        .find_map(|line| line.strip_prefix("wchar: ")?.parse().ok())
+        .unwrap_or_else(|| panic!("{said}{}", String::from_utf8_lossy(&output.stderr)));
+    let size = std::fs::metadata(&file).unwrap().len();
+    // A draft, the log, and the database; twice as much for what a page holds beside the rows.
+    assert!(written < 8 * size, "{written} bytes for a file of {size}");
+    let asked = "select count(*) runs, (select count(*) from v_params) params,
+         (select sum(value) from v_params where path = 'option7' and run = 'z000001000') one,
+         (select length(recipe_text) from documents join runs on key = run where id = 'z000002000') text from v_runs";
+    let rows = there.retort(&["query", "--json", asked]).expect(0).json();
+    let row = &rows[0];
+    assert_eq!(
+        (&row["runs"], &row["text"]),
+        (&2002.into(), &2000.into()),
+        "{row}"
+    );
+    assert!(row["params"].as_i64() >= Some(40_000), "{row}");
+    let key = block_on(async {
+        let mut connection = open(&file).await;
+        let key = sqlx::query_scalar("select key from runs where id = 'z000001000'");
+        key.fetch_one(&mut connection).await.unwrap()
+    });
+    let key: i64 = key;
+    assert_eq!(row["one"], key, "{row}");
+}

@@ -93,6 +93,41 @@ fn a_full_disk() {
 }
 
 #[test]
+fn a_full_disk_that_is_not_the_stores_is_named_and_nothing_is_left_on_it() {
+    let lab = Lab::new(&["a: {kind: do, act: flood, amount: 20000}"]);
+    lab.run(&[]).expect(0);
+    let small = lab.store_dir().with_file_name("small");
+    let Some(_mount) = Mount::new(&small, "size=128k") else {
+        return;
+    };
+    std::fs::write(small.join("mine"), vec![b'x'; 116 << 10]).unwrap();
+    let shown = small.display().to_string();
+    for (arguments, path, words) in [
+        (&["runs", "export", "-o"][..], "new.retort", "the disk with"),
+        (
+            &["runs", "export", "--as", "tensorboard", "-o"],
+            "events/deeper",
+            "No space left",
+        ),
+        (&["report", "-o"], "report.html", "No space left"),
+    ] {
+        let target = format!("{shown}/{path}");
+        let said = lab.retort(&[arguments, &[&target]].concat());
+        let said = said.expect(1).saying(&[target.as_str(), words]);
+        assert!(
+            !said.stderr.contains("the disk with the store"),
+            "{}",
+            said.stderr
+        );
+        let left: Vec<_> = std::fs::read_dir(&small)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        assert_eq!(left, ["mine"], "{arguments:?}");
+    }
+}
+
+#[test]
 fn no_space_at_all() {
     let lab = Lab::new(&["a: {kind: do, text: a}"]);
     let dir = lab.store_dir();

@@ -1,7 +1,7 @@
 //! Operations on elements: movement, arithmetic, reductions, activations, and what writes in place.
 
 use super::host::{self, Host};
-use super::{LIES, Lie, Suite};
+use super::{LAYOUTS, MemoryLayout, Suite};
 use crate::backend::{AdamwStep, Backend, Binary, Unary};
 
 impl<B: Backend> Suite<'_, B> {
@@ -107,9 +107,9 @@ impl<B: Backend> Suite<'_, B> {
                 row.iter().position(|&x| x == max).unwrap_or(0) as u32
             })
             .collect();
-        for lie in LIES {
-            let got = self.put(&ties, lie).and_then(|x| B::argmax_last(&x));
-            self.ids(&format!("argmax_last {lie:?}"), got, &[5, 3], &want);
+        for layout in LAYOUTS {
+            let got = self.put(&ties, layout).and_then(|x| B::argmax_last(&x));
+            self.ids(&format!("argmax_last {layout:?}"), got, &[5, 3], &want);
         }
     }
 
@@ -124,32 +124,32 @@ impl<B: Backend> Suite<'_, B> {
             }
         });
         let other = Host::random(&[2, 5, 3], 24, -1.0, 1.0);
-        for lie in LIES {
+        for layout in LAYOUTS {
             // The target is whole, as parameters and caches are; the clone must see what is written.
-            let wrote = self.put(&x, Lie::Whole).and_then(|x| {
+            let wrote = self.put(&x, MemoryLayout::Whole).and_then(|x| {
                 let seen = x.clone();
-                B::write_(&x, 1, 2, &self.put(&src, lie)?)?;
+                B::write_(&x, 1, 2, &self.put(&src, layout)?)?;
                 Ok(seen)
             });
-            self.compare(&format!("write_ {lie:?}"), wrote, &want, 0.0);
-            let assigned = self.put(&x, Lie::Whole).and_then(|x| {
+            self.compare(&format!("write_ {layout:?}"), wrote, &want, 0.0);
+            let assigned = self.put(&x, MemoryLayout::Whole).and_then(|x| {
                 let seen = x.clone();
-                B::assign_(&x, &self.put(&other, lie)?)?;
+                B::assign_(&x, &self.put(&other, layout)?)?;
                 Ok(seen)
             });
-            self.compare(&format!("assign_ {lie:?}"), assigned, &other, 0.0);
-            let averaged = self.put(&x, Lie::Whole).and_then(|x| {
+            self.compare(&format!("assign_ {layout:?}"), assigned, &other, 0.0);
+            let averaged = self.put(&x, MemoryLayout::Whole).and_then(|x| {
                 let seen = x.clone();
-                B::ema_(&x, &self.put(&other, lie)?, 0.75)?;
+                B::ema_(&x, &self.put(&other, layout)?, 0.75)?;
                 Ok(seen)
             });
             let mean = Host::build(&x.shape, |i| 0.75 * x.at(i) + 0.25 * other.at(i));
-            self.compare(&format!("ema_ {lie:?}"), averaged, &mean, 4.0);
-            self.adamw(lie);
+            self.compare(&format!("ema_ {layout:?}"), averaged, &mean, 4.0);
+            self.adamw(layout);
         }
     }
 
-    pub(super) fn adamw(&mut self, lie: Lie) {
+    pub(super) fn adamw(&mut self, layout: MemoryLayout) {
         let shape = [3, 37];
         let step = AdamwStep {
             lr: 0.1,
@@ -176,21 +176,21 @@ impl<B: Backend> Suite<'_, B> {
         });
         let run = || {
             let [p, m, v] = [
-                self.put(&p, Lie::Whole)?,
-                self.put(&m, Lie::Whole)?,
-                self.put(&v, Lie::Whole)?,
+                self.put(&p, MemoryLayout::Whole)?,
+                self.put(&m, MemoryLayout::Whole)?,
+                self.put(&v, MemoryLayout::Whole)?,
             ];
             let seen = [p.clone(), m.clone(), v.clone()];
-            B::adamw_(&p, &m, &v, &self.put(&g, lie)?, &step)?;
+            B::adamw_(&p, &m, &v, &self.put(&g, layout)?, &step)?;
             Ok::<_, crate::Error>(seen)
         };
         match run() {
             Ok([p, m, v]) => {
-                self.compare(&format!("adamw_ p {lie:?}"), Ok(p), &p1, 16.0);
-                self.compare(&format!("adamw_ m {lie:?}"), Ok(m), &m1, 4.0);
-                self.compare(&format!("adamw_ v {lie:?}"), Ok(v), &v1, 4.0);
+                self.compare(&format!("adamw_ p {layout:?}"), Ok(p), &p1, 16.0);
+                self.compare(&format!("adamw_ m {layout:?}"), Ok(m), &m1, 4.0);
+                self.compare(&format!("adamw_ v {layout:?}"), Ok(v), &v1, 4.0);
             }
-            Err(error) => self.record(format!("adamw_ {lie:?}: {error}"), f64::INFINITY, 0.0),
+            Err(error) => self.record(format!("adamw_ {layout:?}: {error}"), f64::INFINITY, 0.0),
         }
     }
 
@@ -238,7 +238,9 @@ impl<B: Backend> Suite<'_, B> {
             Unary::Relu,
         ] {
             let want = host::unary(&far, f);
-            let got = self.put(&far, Lie::Whole).and_then(|x| B::unary(&x, f));
+            let got = self
+                .put(&far, MemoryLayout::Whole)
+                .and_then(|x| B::unary(&x, f));
             self.compare(&format!("{f:?} far out"), got, &want, 4.0);
             let slope = host::gradient(
                 &|x| host::unary(&x[0], f),
@@ -246,7 +248,7 @@ impl<B: Backend> Suite<'_, B> {
                 0,
                 &Host::build(&[8], |_| 1.0),
             );
-            let got = self.put(&far, Lie::Whole).and_then(|x| {
+            let got = self.put(&far, MemoryLayout::Whole).and_then(|x| {
                 let ones = self.b.full(&[8], 1.0)?;
                 B::unary_backward(&x, &B::unary(&x, f)?, &ones, f)
             });

@@ -1,7 +1,7 @@
 //! Attention, rotary positions, and positions of a generation one after the other.
 
 use super::host::{self, Host};
-use super::{LIES, Lie, Suite, difference};
+use super::{LAYOUTS, MemoryLayout, Suite, difference};
 use crate::backend::{Backend, Mask, Recording};
 use crate::error::Result;
 
@@ -20,9 +20,9 @@ impl<B: Backend> Suite<'_, B> {
         };
         let turned = [&q, &k].map(|x| host::rope(x, &cos, &sin));
         let want = [turned[0].clone(), cached(&turned[1]), cached(&v)];
-        for lie in LIES {
+        for layout in LAYOUTS {
             let inputs = [&q, &k, &v, &cos, &sin].map(Host::clone);
-            let got = self.put_all(&inputs, lie).and_then(|x| {
+            let got = self.put_all(&inputs, layout).and_then(|x| {
                 let cache = || B::factor(&self.b.full(&[2, 6, 3, 8], 0.0)?);
                 let (keys, values) = (cache()?, cache()?);
                 let q = B::rope_cached(&x[0], &x[1], &x[2], &x[3], &x[4], &keys, &values, 3)?;
@@ -32,11 +32,11 @@ impl<B: Backend> Suite<'_, B> {
                 Ok(got) => {
                     for ((got, want), of) in got.into_iter().zip(&want).zip(["q", "keys", "values"])
                     {
-                        self.compare(&format!("rope_cached {of} {lie:?}"), Ok(got), want, 32.0);
+                        self.compare(&format!("rope_cached {of} {layout:?}"), Ok(got), want, 32.0);
                     }
                 }
                 Err(error) => {
-                    let name = format!("rope_cached {lie:?}: {error}");
+                    let name = format!("rope_cached {layout:?}: {error}");
                     self.record(name, f64::INFINITY, 0.0);
                 }
             }
@@ -161,7 +161,7 @@ impl<B: Backend> Suite<'_, B> {
         let turned = [&qs, &ks].map(|x| host::rope(x, &cos, &sin));
         for bias in [None, Some(&hidden)] {
             let got = (|| {
-                let put = |x: &Host| self.put(x, Lie::Whole);
+                let put = |x: &Host| self.put(x, MemoryLayout::Whole);
                 let cache = || B::factor(&self.b.full(&[b, n, h, d], 0.0)?);
                 let (keys, values, bias) = (cache()?, cache()?, bias.map(put).transpose()?);
                 let (cos, sin) = (put(&cos)?, put(&sin)?);

@@ -1,7 +1,7 @@
 //! From logits on: losses, truncation, drawn codes and the flow map.
 
 use super::host::{self, Host};
-use super::{LIES, Suite};
+use super::{LAYOUTS, Suite};
 use crate::backend::{Backend, FlowSolver, Truncation};
 use crate::choice::{categorical_row, truncate_row};
 use crate::flow;
@@ -67,8 +67,8 @@ impl<B: Backend> Suite<'_, B> {
             let mut want = logits.to_f32();
             want.chunks_mut(k)
                 .for_each(|row| truncate_row(row, &truncation));
-            for lie in LIES {
-                let got = self.put(&logits, lie);
+            for layout in LAYOUTS {
+                let got = self.put(&logits, layout);
                 let got = got.and_then(|x| B::to_floats(&B::truncate(&x, &truncation)?));
                 let close = |(a, b): (&f32, &f32)| {
                     a == b || (a - b).abs() <= 4.0 * (self.unit * f64::from(b.abs())) as f32
@@ -77,7 +77,7 @@ impl<B: Backend> Suite<'_, B> {
                     let pairs = got.iter().zip(&want);
                     pairs.filter(|&pair| !close(pair)).count() as f64 / want.len() as f64
                 });
-                self.record(format!("{truncation:?} {lie:?}"), others, 0.0);
+                self.record(format!("{truncation:?} {layout:?}"), others, 0.0);
             }
             // Drawn from what is left, at all heights.
             let uniforms: Vec<f64> = (0..n).map(|i| i as f64 / n as f64 + 0.013).collect();
@@ -114,11 +114,11 @@ impl<B: Backend> Suite<'_, B> {
                 .zip(noise.to_f32().chunks_exact(d))
                 .map(|(l, z)| flow::reference(l, z, &codes.to_f32(), 96).0 as u32)
                 .collect();
-            for lie in LIES {
+            for layout in LAYOUTS {
                 let got = self
-                    .put_all(&[logits.clone(), noise.clone(), codes.clone()], lie)
+                    .put_all(&[logits.clone(), noise.clone(), codes.clone()], layout)
                     .and_then(|x| B::flow_map(&x[0], &x[1], &x[2], &solver));
-                self.ids(&format!("flow_map {k} x {d} {lie:?}"), got, &[n], &want);
+                self.ids(&format!("flow_map {k} x {d} {layout:?}"), got, &[n], &want);
             }
         }
     }

@@ -1,7 +1,7 @@
 //! What layers are made of: products, tables, convolutions, pools, norms and factors of products.
 
 use super::host::{self, Host};
-use super::{Lie, Suite};
+use super::{MemoryLayout, Suite};
 use crate::backend::{Backend, Unary, Window};
 
 impl<B: Backend> Suite<'_, B> {
@@ -235,7 +235,7 @@ impl<B: Backend> Suite<'_, B> {
             shape: ties.shape.clone(),
             data: vec![0.0, 3.0, 5.0, 0.0, 0.0, 0.0, 0.0, 0.0],
         };
-        let got = self.put(&ties, Lie::Whole).and_then(|x| {
+        let got = self.put(&ties, MemoryLayout::Whole).and_then(|x| {
             B::max_pool2d_backward(&x, &self.b.floats(&[3.0, 5.0], &[1, 1, 1, 2])?, window)
         });
         self.compare("max_pool2d backward of equals", got, &want, 0.0);

@@ -1,7 +1,7 @@
 //! The tape's gradients on a backend: `backward` against differences of the loss along random directions.
 
 use super::host::Host;
-use super::{Lie, Suite, difference};
+use super::{MemoryLayout, Suite, difference};
 use crate::backend::{Backend, Mask, Unary, Window};
 use crate::error::Result;
 use crate::tape::{Variable, backward};
@@ -194,7 +194,7 @@ impl<B: Backend> Suite<'_, B> {
             .map(|(i, p)| {
                 Ok((
                     format!("{i}"),
-                    Variable::parameter(self.put(p, Lie::Whole)?),
+                    Variable::parameter(self.put(p, MemoryLayout::Whole)?),
                 ))
             })
             .collect::<Result<_>>()?;
@@ -205,7 +205,9 @@ impl<B: Backend> Suite<'_, B> {
         let weights = Host::random(&shape, 71, -1.0, 1.0);
         let dims: Vec<usize> = (0..shape.len()).collect();
         let loss = y
-            .mul(&Variable::constant(self.put(&weights, Lie::Whole)?))?
+            .mul(&Variable::constant(
+                self.put(&weights, MemoryLayout::Whole)?,
+            ))?
             .sum(&dims)?;
         drop(y);
         let gradients = backward(loss, &leaves)?;
@@ -218,7 +220,7 @@ impl<B: Backend> Suite<'_, B> {
         let value = |at: &[Host]| -> Result<f64> {
             let vars: Vec<Variable<B>> = at
                 .iter()
-                .map(|p| Ok(Variable::constant(self.put(p, Lie::Whole)?)))
+                .map(|p| Ok(Variable::constant(self.put(p, MemoryLayout::Whole)?)))
                 .collect::<Result<_>>()?;
             let y = B::to_floats(model(&vars)?.value())?;
             Ok(y.iter()

@@ -1,6 +1,6 @@
 //! Classes by the names that people give them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use super::error::{DataError, shown};
@@ -18,6 +18,22 @@ pub struct Classes {
 
 /// The longest name of a class.
 const LONGEST: usize = 1024;
+
+/// The most classes.
+const MOST: usize = 1 << 18;
+
+/// Refuses more classes than there may be.
+pub fn limit(path: &Path, classes: usize) -> Result<(), DataError> {
+    match classes <= MOST {
+        true => Ok(()),
+        false => Err(DataError::content(
+            path,
+            format!(
+                "more than {MOST} classes, the most there may be; are these captions, or names of files?"
+            ),
+        )),
+    }
+}
 
 /// The class that a text is: `3`, and `3.0` as pandas writes it.
 pub fn number(text: &str) -> Option<u64> {
@@ -38,7 +54,11 @@ impl Classes {
         found: impl IntoIterator<Item = String>,
         folders: bool,
     ) -> Result<Self, DataError> {
-        let names: std::collections::BTreeSet<String> = found.into_iter().collect();
+        let mut names = BTreeSet::new();
+        for name in found {
+            names.insert(name);
+            limit(path, names.len())?;
+        }
         let is_name = |name: &String| name.len() <= LONGEST && !name.chars().any(char::is_control);
         if let Some(wrong) = names.iter().find(|name| !is_name(name)) {
             let message = format!(

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use retort_checkpoint::{json, regular};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -49,6 +50,8 @@ impl Description {
 const SHARD_BYTES: usize = 1 << 30;
 
 const DESCRIPTION: &str = "images.json";
+/// Bytes of the longest description that is read: of many classes with long names.
+const LONGEST_DESCRIPTION: u64 = 64 << 20;
 const LABELS: &str = "labels.npy";
 
 fn shard_name(index: usize) -> String {
@@ -173,8 +176,8 @@ impl Prepared {
     /// Opens the output of an `images` stage.
     pub fn open(dir: &Path) -> Result<Self> {
         let path = dir.join(DESCRIPTION);
-        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-        let d: Description = serde_json::from_str(&text).map_err(|e| Error::data(&path, e))?;
+        let text = regular::read(&path, LONGEST_DESCRIPTION).map_err(Error::io(&path))?;
+        let d: Description = json::parse(&text).map_err(|e| Error::data(&path, e))?;
         let wrong = |message: &str| Err(Error::data(&path, message));
         if d.format != 1 {
             return wrong("a layout that this version does not know; prepare the images again");

@@ -9,11 +9,15 @@ use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
 
+use std::sync::Arc;
+
 use retort_checkpoint::images::promises_image;
+use retort_checkpoint::json;
+use retort_checkpoint::sign::{TAR_BLOCK, is_tar_header, tar_number};
 use serde_json::Value;
 
 use super::error::{DataError, shown};
-use super::table::{LONGEST_PATH, Row};
+use super::table::{Held, LONGEST_PATH, Row, cost};
 use super::{file, table};
 
 /// A file in an archive.
@@ -25,13 +29,13 @@ pub struct Part {
     pub size: u64,
 }
 
-/// The most files in an archive.
-const MOST_FILES: usize = 1 << 22;
-
 /// The longest name, class or caption that is read.
 const LONGEST_TEXT: u64 = 1 << 16;
 
-const BLOCK: u64 = 512;
+/// Bytes of an entry of [`Beside`], with what a tree takes.
+const BESIDE: usize = 80;
+
+const BLOCK: u64 = TAR_BLOCK as u64;
 
 /// Opens an archive.
 pub fn open(path: &Path) -> Result<File, DataError> {
@@ -39,8 +43,12 @@ pub fn open(path: &Path) -> Result<File, DataError> {
     file::open(path, expected)
 }
 
-/// The image files of an archive with their classes and captions, in the order of the archive; and their places.
-pub fn read(path: &Path) -> Result<Vec<(Row, Part)>, DataError> {
+/// What lies beside images in an archive, by what is common to their names: class and caption.
+type Beside = BTreeMap<Box<str>, (Option<Arc<str>>, Option<Box<str>>)>;
+
+/// The image files of an archive with their classes and captions, in the order of the archive; and their places. `held` is
+/// what is held of all archives of a source.
+pub fn read(path: &Path, held: &mut Held) -> Result<Vec<(Row, Part)>, DataError> {
     let file = open(path)?;
     let metadata = file
         .metadata()
@@ -52,25 +60,35 @@ pub fn read(path: &Path) -> Result<Vec<(Row, Part)>, DataError> {
         at: 0,
     };
     let mut images = Vec::new();
-    let mut beside: BTreeMap<String, (Option<String>, Option<String>)> = BTreeMap::new();
+    let mut beside = Beside::new();
+    let full = |message: String| DataError::content(path, message);
     while let Some((name, part)) = archive.next()? {
         if is_hidden(&name) {
             continue;
         }
         let (key, ending) = split(&name);
         let text = |archive: &mut Archive| archive.text(part);
-        match ending.to_ascii_lowercase().as_str() {
+        let ending = ending.to_ascii_lowercase();
+        let ending = ending.as_str();
+        if matches!(ending, "cls" | "class" | "txt" | "caption" | "json")
+            && !beside.contains_key(key)
+        {
+            held.take(BESIDE + cost(key)).map_err(full)?;
+            beside.insert(key.into(), (None, None));
+        }
+        match ending {
             "cls" | "class" => {
-                let label = text(&mut archive)?;
+                let label = held.label(&text(&mut archive)?).map_err(full)?;
                 beside.entry(key.into()).or_default().0 = Some(label);
             }
             "txt" | "caption" => {
                 let caption = text(&mut archive)?;
-                beside.entry(key.into()).or_default().1 = Some(caption);
+                held.take(cost(&caption)).map_err(full)?;
+                beside.entry(key.into()).or_default().1 = Some(caption.into());
             }
             "json" => {
                 let text = text(&mut archive)?;
-                let value: Value = serde_json::from_str(&text).map_err(|error| {
+                let value: Value = json::parse(text.as_bytes()).map_err(|error| {
                     let name = shown(&name);
                     DataError::content(path, format!("{name}: expected JSON: {error}"))
                 })?;
@@ -80,26 +98,28 @@ pub fn read(path: &Path) -> Result<Vec<(Row, Part)>, DataError> {
                         DataError::content(path, format!("{}: {message}", shown(&name)))
                     })
                 };
+                let label = field(["label", "class", "cls"])?.map(|label| held.label(&label));
+                let label = label.transpose().map_err(full)?;
+                let caption = field(["caption", "text", "prompt"])?;
+                held.take(caption.as_deref().map_or(0, cost))
+                    .map_err(full)?;
                 let entry = beside.entry(key.into()).or_default();
-                entry.0 = entry.0.take().or(field(["label", "class", "cls"])?);
-                entry.1 = entry.1.take().or(field(["caption", "text", "prompt"])?);
+                entry.0 = entry.0.take().or(label);
+                entry.1 = entry.1.take().or(caption.map(Into::into));
             }
             _ => {
                 let row = Row {
-                    file: name,
+                    file: name.into(),
                     label: None,
                     caption: None,
                     line: 0,
                 };
+                held.add(&row).map_err(full)?;
                 images.push((row, part));
             }
         }
-        if images.len() > MOST_FILES || beside.len() > MOST_FILES {
-            let message = format!("more than {MOST_FILES} files; divide it into several archives");
-            return Err(DataError::content(path, message));
-        }
     }
-    let mut names: Vec<&str> = images.iter().map(|(row, _)| row.file.as_str()).collect();
+    let mut names: Vec<&str> = images.iter().map(|(row, _)| &*row.file).collect();
     names.sort_unstable();
     if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
         let message = format!(
@@ -110,6 +130,9 @@ pub fn read(path: &Path) -> Result<Vec<(Row, Part)>, DataError> {
     }
     for (row, _) in &mut images {
         if let Some((label, caption)) = beside.get(split(&row.file).0) {
+            // Of several images with one caption each has it.
+            held.take(caption.as_deref().map_or(0, cost))
+                .map_err(full)?;
             row.label.clone_from(label);
             row.caption.clone_from(caption);
         }
@@ -176,7 +199,7 @@ impl Archive<'_> {
     fn next(&mut self) -> Result<Option<(String, Part)>, DataError> {
         let (mut long_name, mut long_size, mut sparse) = (None, None, false);
         loop {
-            let mut head = [0; BLOCK as usize];
+            let mut head = [0; TAR_BLOCK];
             if self.at + BLOCK > self.size {
                 return match self.at {
                     0 => Err(self.fault("it ends")),
@@ -200,20 +223,11 @@ impl Archive<'_> {
                 let message = "a compressed archive; unpack it first (`gunzip`): images are read from their place in it";
                 return Err(DataError::content(self.path, message));
             }
-            let sum: u32 = head
-                .iter()
-                .enumerate()
-                .map(|(i, byte)| match i {
-                    // The sum counts itself as spaces.
-                    148..156 => 32,
-                    _ => u32::from(*byte),
-                })
-                .sum();
-            if number(&head[148..156]) != Some(u64::from(sum)) {
+            if !is_tar_header(&head) {
                 return Err(self.fault("a header whose sum is wrong"));
             }
-            let size =
-                number(&head[124..136]).ok_or_else(|| self.fault("a size that is no number"))?;
+            let size = tar_number(&head[124..136])
+                .ok_or_else(|| self.fault("a size that is no number"))?;
             let size = long_size.take().unwrap_or(size);
             let part = Part {
                 start: from + BLOCK,
@@ -285,26 +299,8 @@ impl Archive<'_> {
     }
 }
 
-/// A number in octal, or in binary as GNU tar writes large ones.
-fn number(field: &[u8]) -> Option<u64> {
-    if field[0] & 0x80 != 0 {
-        let value = field[1..]
-            .iter()
-            .try_fold(u64::from(field[0] & 0x7f), |sum, byte| {
-                sum.checked_mul(256)?.checked_add(u64::from(*byte))
-            });
-        return value;
-    }
-    let text = std::str::from_utf8(field).ok()?;
-    let text = text.trim_matches(['\0', ' ']);
-    match text {
-        "" => Some(0),
-        _ => u64::from_str_radix(text, 8).ok(),
-    }
-}
-
 /// The name of a header, with its prefix where it has one.
-fn name(head: &[u8; BLOCK as usize]) -> Option<String> {
+fn name(head: &[u8; TAR_BLOCK]) -> Option<String> {
     let field = |from: usize, to: usize| {
         let bytes = head[from..to]
             .split(|byte| *byte == 0)
@@ -340,33 +336,30 @@ fn records(bytes: &[u8]) -> Vec<(&str, &str)> {
     found
 }
 
-/// The classes of files by the folders they lie in: the first that is not common to all, or `None` where they all lie in
-/// one folder.
-pub fn folders(rows: &[Row]) -> Option<Vec<String>> {
-    let parents: Vec<Vec<&str>> = rows
-        .iter()
-        .map(|row| {
-            let mut parts: Vec<&str> = row.file.split('/').filter(|part| *part != ".").collect();
-            parts.pop();
-            parts
-        })
-        .collect();
-    let first = parents.first()?;
-    let common = (0..first.len())
-        .take_while(|&i| {
-            parents
-                .iter()
-                .all(|parent| parent.get(i) == Some(&first[i]))
-        })
-        .count();
-    let classes: Vec<String> = parents
-        .iter()
-        .map(|parent| parent.get(common).copied().unwrap_or_default().to_owned())
-        .collect();
-    classes
-        .iter()
-        .any(|class| !class.is_empty())
-        .then_some(classes)
+/// How deep in the paths of files the folders stand that tell them apart, their classes: the first that is not common to
+/// all; or `None` where they all lie in one folder.
+pub fn folders<'r>(rows: impl Iterator<Item = &'r str> + Clone) -> Option<usize> {
+    let mut files = rows.clone();
+    let first = files.next()?;
+    let common = files.fold(above(first).count(), |common, file| {
+        let same = above(first).zip(above(file)).take_while(|(a, b)| a == b);
+        same.count().min(common)
+    });
+    let mut files = rows;
+    files
+        .any(|file| above(file).nth(common).is_some())
+        .then_some(common)
+}
+
+/// The folder at a depth in the path of a file, or nothing.
+pub fn folder(file: &str, depth: usize) -> &str {
+    above(file).nth(depth).unwrap_or_default()
+}
+
+/// The folders that a file lies in.
+fn above(file: &str) -> impl Iterator<Item = &str> {
+    let parents = file.rsplit_once('/').map_or("", |(parents, _)| parents);
+    parents.split('/').filter(|part| !matches!(*part, "" | "."))
 }
 
 #[cfg(test)]
@@ -408,7 +401,7 @@ pub(super) mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.tar");
         std::fs::write(&path, bytes).unwrap();
-        read(&path).map_err(|error| error.to_string())
+        read(&path, &mut Held::default()).map_err(|error| error.to_string())
     }
 
     #[test]
@@ -427,7 +420,7 @@ pub(super) mod tests {
         let labels: Vec<_> = rows.iter().map(|row| row.label.as_deref()).collect();
         assert_eq!(labels, [Some("7"), Some("3"), None]);
         assert_eq!(rows[1].caption.as_deref(), Some("a hat"));
-        assert_eq!(rows[2].file, long);
+        assert_eq!(*rows[2].file, *long);
         for ((_, part), text) in found.iter().zip(["first", "second", "third"]) {
             let (start, end) = (part.start as usize, (part.start + part.size) as usize);
             assert_eq!(&bytes[start..end], text.as_bytes());
@@ -438,7 +431,7 @@ pub(super) mod tests {
     fn a_pax_header_names_the_next_file() {
         let mut bytes = entry("pax", b'x', b"19 path=b/c d.png\n\n");
         bytes.extend(entry("short", b'0', b"content"));
-        assert_eq!(list(&bytes).unwrap()[0].0.file, "b/c d.png");
+        assert_eq!(&*list(&bytes).unwrap()[0].0.file, "b/c d.png");
     }
 
     #[test]
@@ -521,22 +514,17 @@ pub(super) mod tests {
     #[test]
     fn classes_are_the_first_folders_that_differ() {
         let of = |files: &[&str]| {
-            let rows: Vec<Row> = files
-                .iter()
-                .map(|file| Row {
-                    file: (*file).into(),
-                    label: None,
-                    caption: None,
-                    line: 0,
-                })
-                .collect();
-            folders(&rows)
+            let depth = folders(files.iter().copied())?;
+            let classes = files.iter().map(|file| folder(file, depth).to_owned());
+            Some(classes.collect::<Vec<_>>())
         };
         assert_eq!(
             of(&["./e/flags/a.png", "./e/food/x/b.png"]).unwrap(),
             ["flags", "food"]
         );
+        assert_eq!(of(&["e/a.png", "e/f/b.png"]).unwrap(), ["", "f"]);
         assert_eq!(of(&["e/a.png", "e/b.png"]), None);
         assert_eq!(of(&["a.png"]), None);
+        assert_eq!(of(&[]), None);
     }
 }

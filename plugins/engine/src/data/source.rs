@@ -10,7 +10,7 @@ use std::io::Read;
 use std::ops::Deref;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rayon::prelude::*;
 use retort_abi::LogLevel;
@@ -20,22 +20,24 @@ use retort_checkpoint::regular;
 use super::arrays::Arrays;
 use super::class::{self, Classes};
 use super::error::{DataError, shown};
-use super::folder::{Folder, LeftOut};
+use super::folder::Folder;
+use super::looked::{Looked, told};
 use super::options::{DataOptions, Size};
-use super::raster::{self, Header, Raster, luma};
+use super::raster::{self, Raster, luma};
 use super::resample::{Filter, Fit, fit};
 use super::shards::{self, Part};
-use super::{table, values};
+use super::table::{self, Held};
+use super::values;
 
 /// An image file of a source.
 #[derive(Debug)]
-struct Item {
+pub(super) struct Item {
     /// Path within the folder or archive.
-    name: Box<str>,
-    label: u32,
-    caption: Option<Box<str>>,
+    pub(super) name: Box<str>,
+    pub(super) label: u32,
+    pub(super) caption: Option<Box<str>>,
     /// Its archive and place, where it lies in one.
-    part: Option<(u32, Part)>,
+    pub(super) part: Option<(u32, Part)>,
 }
 
 /// An image as it comes out of a source.
@@ -59,6 +61,15 @@ pub struct Damaged {
     pub why: String,
 }
 
+impl Damaged {
+    pub(super) fn of((item, why): (Item, String)) -> Self {
+        Self {
+            name: item.name.into(),
+            why,
+        }
+    }
+}
+
 /// A source that has been looked over.
 pub struct Source {
     /// 1 (grey) or 3 (RGB).
@@ -75,12 +86,12 @@ pub struct Source {
     pub notices: Vec<(LogLevel, String)>,
     path: PathBuf,
     shape: Shape,
-    damaged: Vec<Damaged>,
+    pub(super) damaged: Vec<Damaged>,
     skip_damaged: bool,
     body: Body,
 }
 
-enum Body {
+pub(super) enum Body {
     Files {
         archives: Vec<PathBuf>,
         items: Vec<Item>,
@@ -115,17 +126,11 @@ impl Shape {
 /// Files of more bytes than this are held one after the other.
 const LARGE_FILE: u64 = 1 << 24;
 
-/// As much of a file as is read for its header, to begin with.
-const BEGINNING: u64 = 1 << 16;
-
 /// Bytes of decoded images that are held at a time.
 const HELD: usize = 64 << 20;
 
 /// Label of a file whose class is not known yet.
 const UNLABELLED: u32 = u32::MAX;
-
-/// Damaged files that a message names.
-const NAMED: usize = 20;
 
 impl Source {
     /// Opens the source that checked options name, and looks it over; relative paths start from `base_dir`.
@@ -187,7 +192,7 @@ impl Source {
         ))
     }
 
-    fn new(
+    pub(super) fn new(
         o: &DataOptions,
         path: &Path,
         size: (usize, usize),
@@ -226,7 +231,7 @@ impl Source {
         path: &Path,
         table: Option<PathBuf>,
     ) -> Result<Self, DataError> {
-        let folder = Folder::list(path)?;
+        let mut folder = Folder::list(path)?;
         let inside = TABLES
             .iter()
             .find(|name| folder.files.iter().any(|file| file == *name));
@@ -253,13 +258,18 @@ impl Source {
             (Some(classes), Some((class, _))) => classes.of(class),
             _ => 0,
         };
-        let items = folder.files.iter().map(|file| Item {
-            label: label(file),
-            name: file.as_str().into(),
-            caption: None,
-            part: None,
+        let mut held = Held::default();
+        let items = std::mem::take(&mut folder.files).into_iter().map(|file| {
+            held.file(&file)
+                .map_err(|message| DataError::content(path, message))?;
+            Ok(Item {
+                label: label(&file),
+                name: file.into(),
+                caption: None,
+                part: None,
+            })
         });
-        let mut items: Vec<Item> = items.collect();
+        let mut items = items.collect::<Result<Vec<Item>, DataError>>()?;
         // Class after class, and by name within one.
         items.sort_by_key(|item| item.label);
         let looked = Looked::over(path, &[], items, false)?;
@@ -299,8 +309,8 @@ impl Source {
         let (classes, labelled) = classes_of(table, rows.iter().map(|row| row.label.as_deref()))?;
         let items = rows.into_iter().map(|row| Item {
             label: row.label.map_or(0, |label| classes.of(&label)),
-            name: row.file.into(),
-            caption: row.caption.map(Into::into),
+            name: row.file,
+            caption: row.caption,
             part: None,
         });
         let looked = Looked::over(path, &[], items.collect(), true)?;
@@ -317,44 +327,46 @@ impl Source {
     }
 
     fn open_tar(o: &DataOptions, path: &Path, archives: Vec<PathBuf>) -> Result<Self, DataError> {
-        let (mut rows, mut parts) = (Vec::new(), Vec::new());
-        for (archive, number) in archives.iter().zip(0u32..) {
-            for (row, part) in shards::read(archive)? {
-                rows.push(row);
-                parts.push((number, part));
-            }
-        }
-        let labelled = rows.iter().filter(|row| row.label.is_some()).count();
-        if labelled == 0
-            && let Some(folders) = shards::folders(&rows)
-        {
-            for (row, folder) in rows.iter_mut().zip(folders) {
-                row.label = Some(folder);
-            }
-        }
+        let (mut items, mut held) = (Vec::new(), Held::default());
+        let mut labelled = 0;
         // What is no image has no say in what the classes are.
-        let mut numbers: BTreeMap<String, u32> = BTreeMap::new();
-        let items = rows.into_iter().zip(parts).map(|(row, part)| Item {
-            label: row.label.map_or(UNLABELLED, |label| {
+        let mut numbers: BTreeMap<Arc<str>, u32> = BTreeMap::new();
+        for (archive, number) in archives.iter().zip(0u32..) {
+            for (row, part) in shards::read(archive, &mut held)? {
+                labelled += usize::from(row.label.is_some());
+                items.push(Item {
+                    label: row.label.map_or(UNLABELLED, |label| {
+                        let next = numbers.len() as u32;
+                        *numbers.entry(label).or_insert(next)
+                    }),
+                    name: row.file,
+                    caption: row.caption,
+                    part: Some((number, part)),
+                });
+            }
+        }
+        if labelled == 0
+            && let Some(depth) = shards::folders(items.iter().map(|item| &*item.name))
+        {
+            for item in &mut items {
+                let folder = shards::folder(&item.name, depth);
                 let next = numbers.len() as u32;
-                *numbers.entry(label).or_insert(next)
-            }),
-            name: row.file.into(),
-            caption: row.caption.map(Into::into),
-            part: Some(part),
-        });
-        let mut looked = Looked::over(path, &archives, items.collect(), false)?;
+                class::limit(path, numbers.len())?;
+                item.label = match numbers.get(folder) {
+                    Some(known) => *known,
+                    None => *numbers.entry(folder.into()).or_insert(next),
+                };
+            }
+        }
+        let mut looked = Looked::over(path, &archives, items, false)?;
         let mut labels: Vec<&str> = vec![""; numbers.len()];
         for (label, number) in &numbers {
             labels[*number as usize] = label;
         }
         let of = |item: &Item| labels.get(item.label as usize).copied();
         let all = || {
-            looked
-                .items
-                .iter()
-                .map(|(item, _)| item)
-                .chain(looked.damaged.iter().map(|(item, _)| item))
+            let damaged = looked.damaged.iter().map(|(item, _)| item);
+            looked.items.iter().chain(damaged)
         };
         if let (Some(bare), true) = (all().find(|item| of(item).is_none()), labelled > 0) {
             let message = format!(
@@ -515,19 +527,6 @@ impl Source {
     }
 }
 
-/// The message about damaged files.
-fn told(damaged: &[Damaged], of: usize) -> String {
-    let mut text = format!("{} of {of} images are damaged:", damaged.len());
-    for Damaged { name, why } in damaged.iter().take(NAMED) {
-        text.push_str(&format!("\n  {}: {why}", shown(name)));
-    }
-    if damaged.len() > NAMED {
-        text.push_str(&format!("\n  and {} more", damaged.len() - NAMED));
-    }
-    text.push_str("\nmend or remove them, or leave them out with `skip_damaged: true`");
-    text
-}
-
 /// The classes that labels name, and whether they name any; one, if not.
 fn classes_of<'a>(
     path: &Path,
@@ -543,13 +542,13 @@ fn classes_of<'a>(
 }
 
 /// Where the bytes of items are.
-struct Archives<'a> {
+pub(super) struct Archives<'a> {
     folder: &'a Path,
     files: Vec<File>,
 }
 
 impl<'a> Archives<'a> {
-    fn open(folder: &'a Path, archives: &[PathBuf]) -> Result<Self, DataError> {
+    pub(super) fn open(folder: &'a Path, archives: &[PathBuf]) -> Result<Self, DataError> {
         Ok(Self {
             folder,
             files: archives
@@ -560,7 +559,7 @@ impl<'a> Archives<'a> {
     }
 
     /// The bytes of an item, at most so many from its beginning.
-    fn content(&self, item: &Item, most: u64) -> Result<Content, String> {
+    pub(super) fn content(&self, item: &Item, most: u64) -> Result<Content, String> {
         let unreadable = |error: std::io::Error| match error.kind() {
             std::io::ErrorKind::NotFound => "no such file".to_owned(),
             std::io::ErrorKind::InvalidInput => error.to_string(),
@@ -598,7 +597,7 @@ impl<'a> Archives<'a> {
 }
 
 /// The bytes of a file. Of many threads one at a time has those of a large one.
-struct Content {
+pub(super) struct Content {
     bytes: Vec<u8>,
     _alone: Option<MutexGuard<'static, ()>>,
 }
@@ -621,219 +620,4 @@ impl Deref for Content {
 
 fn too_long(bytes: u64) -> String {
     format!("{bytes} bytes; files of more than {LONGEST_FILE} are not decoded")
-}
-
-/// What a look at a file's beginning says.
-enum Look {
-    Image(Header),
-    Damaged(String),
-    Other,
-}
-
-/// Items whose headers have been read.
-struct Looked {
-    path: PathBuf,
-    items: Vec<(Item, Header)>,
-    damaged: Vec<(Item, String)>,
-    left_out: LeftOut,
-}
-
-impl Looked {
-    /// Reads the headers of items; all of them have to be images if they are `named` as such.
-    fn over(
-        path: &Path,
-        archives: &[PathBuf],
-        items: Vec<Item>,
-        named: bool,
-    ) -> Result<Self, DataError> {
-        let archives = Archives::open(path, archives)?;
-        let look = |item: &Item| -> Look {
-            let start = match archives.content(item, BEGINNING) {
-                Ok(start) => start,
-                Err(why) => return Look::Damaged(why),
-            };
-            if raster::format(&start).is_none() && !named && !promises_image(&item.name) {
-                return Look::Other;
-            }
-            let whole = start.len() as u64 != BEGINNING;
-            let header = raster::header(&start).or_else(|why| match whole {
-                true => Err(why),
-                false => raster::header(&archives.content(item, LONGEST_FILE)?),
-            });
-            header.map_or_else(Look::Damaged, Look::Image)
-        };
-        let looks: Vec<Look> = items.par_iter().map(look).collect();
-        let mut looked = Self {
-            path: path.to_owned(),
-            items: Vec::new(),
-            damaged: Vec::new(),
-            left_out: LeftOut::default(),
-        };
-        for (item, look) in items.into_iter().zip(looks) {
-            match look {
-                Look::Image(header) => looked.items.push((item, header)),
-                Look::Damaged(why) => looked.damaged.push((item, why)),
-                Look::Other => looked.left_out.add(&item.name),
-            }
-        }
-        Ok(looked)
-    }
-
-    /// Names of all that are or should be images.
-    fn images(&self) -> impl Iterator<Item = &str> {
-        let damaged = self.damaged.iter().map(|(item, _)| &*item.name);
-        self.items
-            .iter()
-            .map(|(item, _)| &*item.name)
-            .chain(damaged)
-    }
-
-    fn items_mut(&mut self) -> impl Iterator<Item = &mut Item> {
-        let damaged = self.damaged.iter_mut().map(|(item, _)| item);
-        self.items.iter_mut().map(|(item, _)| item).chain(damaged)
-    }
-
-    /// Refuses a class without a file that is or should be an image; `place` is where it should have one.
-    fn each_class_has_images(
-        &self,
-        classes: usize,
-        place: impl Fn(usize) -> PathBuf,
-    ) -> Result<(), DataError> {
-        let mut has = vec![false; classes];
-        let damaged = self.damaged.iter().map(|(item, _)| item.label);
-        for label in self.items.iter().map(|(item, _)| item.label).chain(damaged) {
-            has[label as usize] = true;
-        }
-        match has.iter().position(|has| !has) {
-            None => Ok(()),
-            Some(class) => Err(DataError::Empty {
-                path: place(class),
-                expected: "image files (PNG, JPEG, WebP, GIF, BMP or TIFF)",
-                found: match self.left_out.count() {
-                    0 => "none".into(),
-                    _ => format!("none; files of other kinds: {}", self.left_out.kinds()),
-                },
-            }),
-        }
-    }
-
-    fn finish(
-        self,
-        o: &DataOptions,
-        path: &Path,
-        archives: Vec<PathBuf>,
-        names: Vec<String>,
-    ) -> Result<Source, DataError> {
-        let damaged: Vec<Damaged> = self
-            .damaged
-            .into_iter()
-            .map(|(item, why)| Damaged {
-                name: item.name.into(),
-                why,
-            })
-            .collect();
-        let mut sizes: BTreeMap<(u32, u32), usize> = BTreeMap::new();
-        let mut formats: BTreeMap<String, usize> = BTreeMap::new();
-        let mut coloured = 0;
-        for (_, header) in &self.items {
-            *sizes.entry((header.height, header.width)).or_default() += 1;
-            coloured += usize::from(header.colour);
-            *formats
-                .entry(format!("{:?}", header.format).to_uppercase())
-                .or_default() += 1;
-        }
-        if self.items.is_empty() {
-            return Err(DataError::content(
-                &self.path,
-                told(&damaged, damaged.len()),
-            ));
-        }
-        let size = match (o.size, sizes.keys().next()) {
-            (Some(size), _) => size.sides(),
-            (None, Some(&(h, w))) if sizes.len() == 1 => (h as usize, w as usize),
-            _ => return Err(DataError::content(&self.path, sizes_told(&sizes, &damaged))),
-        };
-        if size.0.max(size.1) > 8192 {
-            let message = format!(
-                "images of {} x {}; sides go up to 8192: give `size`",
-                size.0, size.1
-            );
-            return Err(DataError::content(&self.path, message));
-        }
-        let grey = self.items.len() - coloured;
-        let channels = o.channels.unwrap_or(if coloured > 0 { 3 } else { 1 });
-        let mut notices = Vec::new();
-        if grey > 0 && coloured > 0 && o.channels.is_none() {
-            let message = format!(
-                "{grey} of {} images are grey, the others are not: all are read as RGB",
-                grey + coloured
-            );
-            notices.push((LogLevel::Info, message));
-        }
-        if formats.len() > 1 {
-            let kinds: Vec<String> = formats
-                .iter()
-                .map(|(format, count)| format!("{format} {count}"))
-                .collect();
-            let message = format!(
-                "{}: {} images of several formats, {}: what lossy compression did to some is learned and measured with them",
-                self.path.display(),
-                self.items.len(),
-                kinds.join(", ")
-            );
-            notices.push((LogLevel::Warn, message));
-        }
-        if self.left_out.count() > 0 {
-            let message = format!(
-                "{}: {} files are no images and were left out: {}",
-                self.path.display(),
-                self.left_out.count(),
-                self.left_out.kinds()
-            );
-            notices.push((LogLevel::Warn, message));
-        }
-        let items = self.items.into_iter().map(|(item, _)| item).collect();
-        let mut source = Source::new(
-            o,
-            path,
-            size,
-            channels,
-            names,
-            Body::Files { archives, items },
-        );
-        source.notices = notices;
-        source.damaged = damaged;
-        Ok(source)
-    }
-}
-
-/// The message about images of several sizes.
-fn sizes_told(sizes: &BTreeMap<(u32, u32), usize>, damaged: &[Damaged]) -> String {
-    let mut by_count: Vec<_> = sizes.iter().collect();
-    by_count.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
-    let shown: Vec<String> = by_count
-        .iter()
-        .take(8)
-        .map(|((h, w), count)| format!("{h} x {w} ({count})"))
-        .collect();
-    let more = match by_count.len().saturating_sub(8) {
-        0 => String::new(),
-        more => format!(" and {more} more"),
-    };
-    let wish = match *by_count[0].0 {
-        (h, w) if h == w => format!("`size: {h}`"),
-        (h, w) => format!("`size: [{h}, {w}]`"),
-    };
-    let mut text = format!(
-        "images of {} sizes (height x width): {}{more}; say which size they are brought to, as in {wish}",
-        sizes.len(),
-        shown.join(", ")
-    );
-    if !damaged.is_empty() {
-        text.push_str(&format!(
-            "\nmoreover, {}",
-            told(damaged, sizes.values().sum::<usize>() + damaged.len())
-        ));
-    }
-    text
 }

@@ -1,10 +1,13 @@
 //! Tables that say which image files belong to a data set, and their classes or captions: `metadata.jsonl`,
 //! `metadata.csv`, CSV and TSV of paths.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Component, Path};
+use std::sync::Arc;
 
+use retort_checkpoint::json;
 use serde_json::Value;
 
 use super::error::{DataError, shown};
@@ -14,11 +17,11 @@ use super::file;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Row {
     /// Path from the folder on.
-    pub file: String,
-    /// Its class as written.
-    pub label: Option<String>,
+    pub file: Box<str>,
+    /// Its class as written, the same text for all that have it.
+    pub label: Option<Arc<str>>,
     /// What it shows.
-    pub caption: Option<String>,
+    pub caption: Option<Box<str>>,
     /// Line in the table.
     pub line: u64,
 }
@@ -40,8 +43,85 @@ const LONGEST_LINE: u64 = 1 << 20;
 /// The longest path that is read: as systems allow.
 pub(super) const LONGEST_PATH: usize = 4096;
 
-/// The most rows.
-const MOST_ROWS: usize = 1 << 22;
+/// Memory that the names and captions of a source may take: with what lies beside them for a moment the source then stays
+/// below half a gigabyte.
+const ROOM: usize = 352 << 20;
+
+/// Bytes that a file takes beside its texts: as a row with its place, and as what a source makes of it.
+const EACH: usize = 144;
+
+/// What is held of the files of a source, and how much more may be.
+pub struct Held {
+    room: usize,
+    rows: usize,
+    labels: HashSet<Arc<str>>,
+}
+
+impl Default for Held {
+    fn default() -> Self {
+        Self {
+            room: ROOM,
+            rows: 0,
+            labels: HashSet::new(),
+        }
+    }
+}
+
+impl Held {
+    /// Makes room for a row.
+    ///
+    /// # Errors
+    /// There is none, in words.
+    pub fn add(&mut self, row: &Row) -> Result<(), String> {
+        self.take(row.caption.as_deref().map_or(0, cost))?;
+        self.file(&row.file)
+    }
+
+    /// Makes room for a file of this name.
+    ///
+    /// # Errors
+    /// As of [`Held::add`].
+    pub fn file(&mut self, name: &str) -> Result<(), String> {
+        self.take(EACH + cost(name))?;
+        self.rows += 1;
+        Ok(())
+    }
+
+    /// Makes room for some bytes.
+    ///
+    /// # Errors
+    /// As of [`Held::add`].
+    pub fn take(&mut self, bytes: usize) -> Result<(), String> {
+        self.room = self.room.checked_sub(bytes).ok_or_else(|| {
+            format!(
+                "the names and captions of its files take more than {} MiB of memory ({} files until then): make less of \
+                 it, or shorten paths and captions",
+                ROOM >> 20,
+                self.rows
+            )
+        })?;
+        Ok(())
+    }
+
+    /// A class as written, of which one copy is held.
+    ///
+    /// # Errors
+    /// As of [`Held::add`].
+    pub fn label(&mut self, text: &str) -> Result<Arc<str>, String> {
+        if let Some(known) = self.labels.get(text) {
+            return Ok(Arc::clone(known));
+        }
+        self.take(2 * cost(text))?;
+        let label: Arc<str> = text.into();
+        self.labels.insert(Arc::clone(&label));
+        Ok(label)
+    }
+}
+
+/// Bytes that a text takes with what the allocator adds.
+pub fn cost(text: &str) -> usize {
+    (text.len() + 8).next_multiple_of(16).max(32)
+}
 
 /// Reads a table whose paths start from `folder`.
 pub fn read(path: &Path, folder: &Path) -> Result<Vec<Row>, DataError> {
@@ -87,7 +167,7 @@ pub fn read(path: &Path, folder: &Path) -> Result<Vec<Row>, DataError> {
             );
             return Err(DataError::content(path, message));
         }
-        row.file = within(&row.file, folder).ok_or_else(|| {
+        let file = within(&row.file, folder).ok_or_else(|| {
             let message = format!(
                 "line {}: {:?} does not lie in {}; paths start there, and what lies elsewhere is not part of the data",
                 row.line,
@@ -96,11 +176,9 @@ pub fn read(path: &Path, folder: &Path) -> Result<Vec<Row>, DataError> {
             );
             DataError::content(path, message)
         })?;
+        row.file = file.into();
     }
-    let mut names: Vec<(&str, u64)> = rows
-        .iter()
-        .map(|row| (row.file.as_str(), row.line))
-        .collect();
+    let mut names: Vec<(&str, u64)> = rows.iter().map(|row| (&*row.file, row.line)).collect();
     names.sort_unstable();
     if let Some(twice) = names.windows(2).find(|pair| pair[0].0 == pair[1].0) {
         let message = format!(
@@ -144,6 +222,7 @@ fn open(path: &Path) -> Result<BufReader<File>, DataError> {
 fn read_json_lines(path: &Path) -> Result<Vec<Row>, DataError> {
     let mut reader = open(path)?;
     let (mut rows, mut bytes, mut line) = (Vec::new(), Vec::new(), 0);
+    let mut held = Held::default();
     loop {
         bytes.clear();
         let read = (&mut reader)
@@ -161,7 +240,7 @@ fn read_json_lines(path: &Path) -> Result<Vec<Row>, DataError> {
         if bytes.iter().all(u8::is_ascii_whitespace) {
             continue;
         }
-        let value: Value = match serde_json::from_slice(&bytes) {
+        let value: Value = match json::parse(&bytes) {
             Ok(value) => value,
             Err(error) => return fault(format!("expected a JSON object: {error}")),
         };
@@ -172,13 +251,16 @@ fn read_json_lines(path: &Path) -> Result<Vec<Row>, DataError> {
         let Some(file) = read(&FILE)? else {
             return fault("no `file_name`".into());
         };
-        full(path, rows.len())?;
-        rows.push(Row {
-            file,
-            label: read(&LABEL)?,
-            caption: read(&CAPTION)?,
+        let full = |message| DataError::content(path, message);
+        let label = read(&LABEL)?.map(|label| held.label(&label));
+        let row = Row {
+            file: file.into(),
+            label: label.transpose().map_err(full)?,
+            caption: read(&CAPTION)?.map(Into::into),
             line,
-        });
+        };
+        held.add(&row).map_err(full)?;
+        rows.push(row);
     }
 }
 
@@ -206,16 +288,6 @@ pub(super) fn text(object: &Value, names: &[&str]) -> Result<Option<String>, Str
     Err(format!("`{name}` is {found}: expected a text or a number"))
 }
 
-fn full(path: &Path, rows: usize) -> Result<(), DataError> {
-    match rows < MOST_ROWS {
-        true => Ok(()),
-        false => Err(DataError::content(
-            path,
-            format!("more than {MOST_ROWS} rows"),
-        )),
-    }
-}
-
 fn read_columns(path: &Path, tabs: bool) -> Result<Vec<Row>, DataError> {
     let mut reader = open(path)?;
     let start = reader
@@ -235,7 +307,7 @@ fn read_columns(path: &Path, tabs: bool) -> Result<Vec<Row>, DataError> {
         .terminator(csv::Terminator::Any(b'\n'))
         .delimiter(if tabs { b'\t' } else { b',' })
         .from_reader(records);
-    let (mut rows, mut columns) = (Vec::new(), None);
+    let (mut rows, mut columns, mut held) = (Vec::new(), None, Held::default());
     let mut record = csv::StringRecord::new();
     loop {
         next.begin();
@@ -253,15 +325,29 @@ fn read_columns(path: &Path, tabs: bool) -> Result<Vec<Row>, DataError> {
             continue;
         }
         let place = |names: &[&str]| {
-            record
-                .iter()
-                .position(|cell| names.contains(&cell.to_lowercase().as_str()))
+            for name in names {
+                let bears = |cell: &str| cell.eq_ignore_ascii_case(name);
+                let mut bearing = record.iter().enumerate().filter(|(_, cell)| bears(cell));
+                match (bearing.next(), bearing.next()) {
+                    (Some((one, _)), Some((other, _))) => {
+                        let message = format!(
+                            "line {line}: columns {} and {} are both called `{name}`; remove or rename one",
+                            one + 1,
+                            other + 1
+                        );
+                        return Err(DataError::content(path, message));
+                    }
+                    (Some((column, _)), None) => return Ok(Some(column)),
+                    (None, _) => {}
+                }
+            }
+            Ok(None)
         };
         let (file, label, caption) = match columns {
             Some(columns) => columns,
-            None => match place(&FILE) {
+            None => match place(&FILE)? {
                 Some(file) => {
-                    columns = Some((file, place(&LABEL), place(&CAPTION)));
+                    columns = Some((file, place(&LABEL)?, place(&CAPTION)?));
                     continue;
                 }
                 // No names: path and class.
@@ -277,12 +363,7 @@ fn read_columns(path: &Path, tabs: bool) -> Result<Vec<Row>, DataError> {
                 }
             },
         };
-        let cell = |column: usize| {
-            record
-                .get(column)
-                .filter(|cell| !cell.is_empty())
-                .map(str::to_owned)
-        };
+        let cell = |column: usize| record.get(column).filter(|cell| !cell.is_empty());
         let Some(file) = cell(file) else {
             return Err(DataError::Cell {
                 path: path.to_owned(),
@@ -292,13 +373,16 @@ fn read_columns(path: &Path, tabs: bool) -> Result<Vec<Row>, DataError> {
                 found: "nothing".into(),
             });
         };
-        full(path, rows.len())?;
-        rows.push(Row {
-            file,
-            label: label.and_then(cell),
-            caption: caption.and_then(cell),
+        let full = |message| DataError::content(path, message);
+        let label = label.and_then(cell).map(|label| held.label(label));
+        let row = Row {
+            file: file.into(),
+            label: label.transpose().map_err(full)?,
+            caption: caption.and_then(cell).map(Into::into),
             line,
-        });
+        };
+        held.add(&row).map_err(full)?;
+        rows.push(row);
     }
 }
 
@@ -317,8 +401,8 @@ mod tests {
     fn row(file: &str, label: Option<&str>, caption: Option<&str>, line: u64) -> Row {
         Row {
             file: file.into(),
-            label: label.map(str::to_owned),
-            caption: caption.map(str::to_owned),
+            label: label.map(Into::into),
+            caption: caption.map(Into::into),
             line,
         }
     }
@@ -354,6 +438,45 @@ mod tests {
             row("b.png", Some("1"), Some("x, y"), 3),
         ];
         assert_eq!(rows("m.jsonl", lines).unwrap(), wanted);
+    }
+
+    #[test]
+    fn of_several_names_for_one_thing_the_first_counts_in_every_form() {
+        let wanted = [row("a.png", Some("cat"), Some("a cat"), 2)];
+        let text = "text,path,class,caption,label,file_name\nno,no,no,a cat,cat,a.png\n";
+        assert_eq!(rows("m.csv", text).unwrap(), wanted);
+        let line = r#"{"text": "no", "path": "no", "class": 1, "caption": "a cat", "label": "cat", "file_name": "a.png"}"#;
+        assert_eq!(rows("m.jsonl", &format!("\n{line}")).unwrap(), wanted);
+    }
+
+    #[test]
+    fn what_is_held_of_files_has_a_bound() {
+        let mut held = Held {
+            room: 1000,
+            ..Held::default()
+        };
+        let file = row(
+            "a/long/path/of/an/image.png",
+            Some("cat"),
+            Some("a caption"),
+            1,
+        );
+        let mut count = 0;
+        let said = loop {
+            // One copy of a class is held, however many files are of it.
+            held.label("cat").unwrap();
+            if let Err(said) = held.add(&file) {
+                break said;
+            }
+            count += 1;
+        };
+        assert_eq!(count, 4);
+        assert!(
+            said.contains("more than 352 MiB of memory (4 files until then)"),
+            "{said}"
+        );
+        assert!(held.label(&"x".repeat(1000)).is_err());
+        assert!(size_of::<Row>() <= 56);
     }
 
     #[test]
@@ -418,6 +541,26 @@ mod tests {
                 "m.jsonl",
                 "nonsense\n",
                 "m.jsonl: line 1: expected a JSON object",
+            ),
+            (
+                "m.csv",
+                "file_name,label,FILE_NAME\na.png,1,b.png\n",
+                "m.csv: line 1: columns 1 and 3 are both called `file_name`; remove or rename one",
+            ),
+            (
+                "m.tsv",
+                "path\tclass\tclass\na.png\t1\t2\n",
+                "m.tsv: line 1: columns 2 and 3 are both called `class`",
+            ),
+            (
+                "m.csv",
+                "text,path,text\nx,a.png,y\n",
+                "m.csv: line 1: columns 1 and 3 are both called `text`",
+            ),
+            (
+                "m.jsonl",
+                "{\"file_name\": \"a.png\"}\n{\"file_name\": \"a.png\", \"file_name\": \"b.png\"}\n",
+                "m.jsonl: line 2: expected a JSON object: \"file_name\" comes twice in an object; keep one",
             ),
             ("m.json", "[]", "m.json: a table in JSON"),
         ] {

@@ -95,6 +95,41 @@ fn a_csv_is_read() {
 }
 
 #[test]
+fn of_many_files_that_are_not_there_some_are_looked_at() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir(dir.path().join("i")).unwrap();
+    let table = |present: &str| {
+        let mut text = String::from("file_name,label\n");
+        (0..100_000).for_each(|i| text.push_str(&format!("d/{i:06}.png,0\n")));
+        text.push_str(present);
+        std::fs::write(dir.path().join("i/metadata.csv"), text).unwrap();
+    };
+    table("");
+    let error = read(&folder("i"), dir.path()).unwrap_err();
+    let expected = "i: none of 4096 images can be read that were looked at, one in 24 of 100000; the others were not:\n  \
+                    d/000000.png: no such file\n  d/000024.png: no such file\n";
+    assert!(error.starts_with(expected), "{error}");
+    assert!(error.contains("\n  and 4076 more\n"), "{error}");
+    // One that is there is enough for all to be looked at, and told.
+    save(dir.path(), "i/a.png", grey(1));
+    table("a.png,0\n");
+    let text = std::fs::read_to_string(dir.path().join("i/metadata.csv")).unwrap();
+    let text = text.replace("d/000024.png", "e.png");
+    std::fs::write(dir.path().join("i/metadata.csv"), text).unwrap();
+    save(dir.path(), "i/e.png", grey(1));
+    let error = read(&folder("i"), dir.path()).unwrap_err();
+    assert!(
+        error.starts_with("i: 99999 of 100001 images are damaged:"),
+        "{error}"
+    );
+    let options = DataOptions {
+        skip_damaged: true,
+        ..folder("i")
+    };
+    assert_eq!(read(&options, dir.path()).unwrap().len(), 2);
+}
+
+#[test]
 fn csv_faults_are_named() {
     check(
         "",

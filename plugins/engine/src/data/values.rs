@@ -105,7 +105,16 @@ pub fn read(options: &DataOptions, path: &Path) -> Result<Values, DataError> {
         if header {
             header = false;
             if let Some(name) = named {
-                let at = record.iter().position(|cell| cell == name.as_bytes());
+                let mut bearing = (0..record.len()).filter(|&at| &record[at] == name.as_bytes());
+                let at = bearing.next();
+                if let (Some(one), Some(other)) = (at, bearing.next()) {
+                    let message = format!(
+                        "columns {} and {} are both called {name:?}; remove or rename one",
+                        one + 1,
+                        other + 1
+                    );
+                    return Err(DataError::content(path, message));
+                }
                 let missing = || {
                     let message = format!(
                         "no column named {name:?} in the first line, which begins {}",

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use retort_checkpoint::regular;
+use retort_checkpoint::{json, regular};
 use serde::{Deserialize, Serialize};
 
 use crate::backend::{Backend, Unary};
@@ -126,7 +126,7 @@ impl<B: Backend> Net<B> {
     pub fn open(backend: &B, dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
         let text = regular::read(&path, CONFIG_MOST).map_err(Error::io(&path))?;
-        let config: Config = serde_json::from_slice(&text).map_err(|e| Error::data(&path, e))?;
+        let config: Config = json::parse(&text).map_err(|e| Error::data(&path, e))?;
         let path = dir.join(MODEL);
         let weights = weights::read(&path)?;
         Self::load(

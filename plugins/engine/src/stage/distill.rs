@@ -30,7 +30,7 @@ use crate::error::{Error, Result};
 use crate::files::{link, replace};
 use crate::memory;
 use crate::model::{CONTINUOUS_HEAD, Student, TokenShape, Tokenizer};
-use crate::perceptual::{Eye, PIXELS_AT_ONCE, Perceptual};
+use crate::perceptual::{PIXELS_AT_ONCE, Perceptual, PerceptualMetric};
 use crate::random::{Sequence, Stream};
 use crate::sampler::{check_from_zero, check_timesteps};
 use crate::stage::{Stage, room};
@@ -226,7 +226,7 @@ struct Inputs<'a, B: Backend> {
     held: Vec<usize>,
     tokenizer: Box<dyn Tokenizer<B>>,
     codebook: B::Tensor,
-    eye: Eye<B>,
+    metric: PerceptualMetric<B>,
 }
 
 impl<'a, B: Backend> Inputs<'a, B> {
@@ -269,8 +269,8 @@ impl<'a, B: Backend> Inputs<'a, B> {
         }
         let tokenizer = teacher.tokenizer(context.backend)?;
         let codebook = tokenizer.codebook()?;
-        let eye = Eye::open(context, &o.perceptual)?;
-        eye.check(teacher.config.tokenizer.image())?;
+        let metric = PerceptualMetric::open(context, &o.perceptual)?;
+        metric.check(teacher.config.tokenizer.image())?;
         let from = match &o.from {
             None => None,
             Some(stage) => {
@@ -293,7 +293,7 @@ impl<'a, B: Backend> Inputs<'a, B> {
             held: (trained..pairs).collect(),
             tokenizer,
             codebook,
-            eye,
+            metric,
         })
     }
 

@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::memory;
 use crate::model::autoencoder::Shape;
 use crate::model::{msvq, vq};
-use crate::perceptual::{Eye, Perceptual};
+use crate::perceptual::{Perceptual, PerceptualMetric};
 use crate::picture::{self, Pixels};
 use crate::random::{Sequence, Stream};
 use crate::stage::{Stage, room};
@@ -266,7 +266,7 @@ struct Inputs<B: Backend> {
     /// Images that are trained on, and those that are held out.
     train: Vec<usize>,
     held: Vec<usize>,
-    eye: Eye<B>,
+    metric: PerceptualMetric<B>,
     /// The weights to go on from.
     from: Option<Stored>,
 }
@@ -283,8 +283,8 @@ impl<B: Backend> Inputs<B> {
             o.bytes_of_an_image(&images),
         )?;
         let (train, held) = images.split(o.held_out, context.job.seed);
-        let eye = Eye::open(context, &o.perceptual)?;
-        eye.check(images.shape())?;
+        let metric = PerceptualMetric::open(context, &o.perceptual)?;
+        metric.check(images.shape())?;
         let from = match &o.from {
             Some(stage) => Some(start_from(context, stage, &config)?),
             None => None,
@@ -294,7 +294,7 @@ impl<B: Backend> Inputs<B> {
             images,
             train,
             held,
-            eye,
+            metric,
             from,
         })
     }

@@ -27,7 +27,7 @@ pub fn run(
     recipe: Recipe,
     context: &Context,
 ) -> Result<(), Error> {
-    let (definition, points) = define(args, selection, &recipe)?;
+    let (definition, points) = define(args, selection, &recipe, context)?;
     let source = Source::of(&recipe, selection);
     let runtime = context.runtime()?;
     let known = store_if_there(&runtime, &context.store)?;
@@ -172,7 +172,7 @@ pub fn plan(
     recipe: Recipe,
     context: &Context,
 ) -> Result<(), Error> {
-    let (definition, points) = define(args, selection, &recipe)?;
+    let (definition, points) = define(args, selection, &recipe, context)?;
     let source = Source::of(&recipe, selection);
     let runtime = context.runtime()?;
     let store = context.known_store(&runtime)?;
@@ -212,6 +212,7 @@ fn define(
     args: &super::SweepArgs,
     selection: &SelectionArgs,
     recipe: &Recipe,
+    context: &Context,
 ) -> Result<(Sweep, Vec<Vec<String>>), Error> {
     if !selection.force.is_empty() {
         return Err(Error::new(
@@ -222,6 +223,9 @@ fn define(
     }
     let definition = args.definition(recipe)?;
     let points = definition.points()?;
+    if let (Some(shortage), false) = (definition.shortage(points.len()), context.quiet) {
+        talk::say(&shortage);
+    }
     Ok((definition, points))
 }
 

@@ -17,10 +17,14 @@ const FEW: usize = 64;
 /// Elements that Slurm is asked to hurry with, at a time.
 const HURRY: usize = 32;
 /// Bytes of what a job printed that are told.
-const LAST_WORDS: usize = 2000;
+const LAST_WORDS: u64 = 2000;
+/// Bytes of spools that are read between two looks, of all elements and of one: what was read is held until the run has
+/// taken it.
+const AT_ONCE: u64 = 32 << 20;
+const OF_ONE: u64 = 8 << 20;
 
-/// What was read of an element.
-type Read = (usize, Reader, Vec<Record>, Result<(), SpoolError>);
+/// What was read of an element, and whether there may be more.
+type Read = (usize, Reader, Vec<Record>, Result<bool, SpoolError>);
 
 impl Work {
     /// Hears what elements have said since the last time.
@@ -41,7 +45,11 @@ impl Work {
             return Ok(());
         }
         // A file system that hangs must not stop the run's heart.
-        let read = tokio::task::spawn_blocking(move || readers.into_iter().map(read).collect());
+        // Whoever came last the last time comes first.
+        let first = self.heard_from % readers.len();
+        self.heard_from = self.heard_from.wrapping_add(1);
+        readers.rotate_left(first);
+        let read = tokio::task::spawn_blocking(move || read_some(readers, AT_ONCE));
         let read: Vec<Read> = read.await.unwrap_or_default();
         for (index, reader, records, result) in read {
             let slot = &mut self.slots[index];
@@ -52,6 +60,10 @@ impl Work {
                 self.news
                     .extend(key.map(|(key, element)| (key, element, ElementUpdate::Over)));
                 continue;
+            }
+            if matches!(result, Ok(true)) {
+                // It is not silent: it has not been heard to its end.
+                slot.absent = 0;
             }
             if let Err(error) = result {
                 let damaged = matches!(error, SpoolError::Damaged { .. });
@@ -273,9 +285,8 @@ impl Work {
             return String::new();
         };
         let path = job.dir.join(format!("{element}.out"));
-        let bytes = retort_checkpoint::regular::read(&path, 1 << 20).unwrap_or_default();
-        let end = &bytes[bytes.len().saturating_sub(LAST_WORDS)..];
-        let text = String::from_utf8_lossy(end);
+        let end = retort_checkpoint::regular::read_end(&path, LAST_WORDS).unwrap_or_default();
+        let text = String::from_utf8_lossy(&end);
         match text.trim() {
             "" => String::new(),
             text => format!("; it printed:\n{text}"),
@@ -283,18 +294,22 @@ impl Work {
     }
 }
 
-/// Reads what is new of an element.
-fn read((index, mut reader): (usize, Reader)) -> Read {
-    let mut records = Vec::new();
-    // A part of very much at a time: other elements wait.
-    for _ in 0..8 {
-        match reader.look(&mut records) {
-            Ok(Seen::More) => {}
-            Ok(_) => break,
-            Err(error) => return (index, reader, records, Err(error)),
+/// Reads what is new of elements, a part of very much at a time: once `room` bytes have been read, and the record that was
+/// begun, the others wait for the next time.
+fn read_some(readers: Vec<(usize, Reader)>, room: u64) -> Vec<Read> {
+    let mut room = room;
+    let mut read_one = |(index, mut reader): (usize, Reader)| -> Read {
+        let mut records = Vec::new();
+        let begun = reader.cost();
+        let most = room.min(OF_ONE);
+        let mut more = Ok(true);
+        while matches!(more, Ok(true)) && reader.cost() - begun < most {
+            more = reader.look(&mut records).map(|seen| seen == Seen::More);
         }
-    }
-    (index, reader, records, Ok(()))
+        room = room.saturating_sub(reader.cost() - begun);
+        (index, reader, records, more)
+    };
+    readers.into_iter().map(&mut read_one).collect()
 }
 
 /// The end of a life that Slurm knows in this state, and that has not told of its end.
@@ -336,5 +351,54 @@ async fn waits(
         if let Some((key, element)) = slot.job {
             news.push((key, element, ElementUpdate::Queued(said.reason.clone())));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::spool::{Word, Writer};
+    use crate::store::LogSource;
+
+    #[test]
+    fn a_look_at_many_spools_reads_a_part_and_the_next_one_goes_on() {
+        let root = tempfile::tempdir().unwrap();
+        let mut readers = Vec::new();
+        for element in 0..4 {
+            let dir = root.path().join(element.to_string());
+            let mut writer = Writer::open(&dir).unwrap();
+            for size in [3 << 20, 3 << 20, 10] {
+                writer.push(Word::Line {
+                    source: LogSource::Stdout,
+                    text: "x".repeat(size),
+                });
+            }
+            writer.flush().unwrap();
+            readers.push((element, Reader::new(dir)));
+        }
+        let mut looks = 0;
+        let mut heard = [0; 4];
+        while heard.iter().sum::<usize>() < 12 {
+            let before: u64 = readers.iter().map(|(_, reader)| reader.cost()).sum();
+            let read = read_some(readers, 4 << 20);
+            readers = Vec::new();
+            for (element, reader, records, result) in read {
+                result.unwrap();
+                heard[element] += records.len();
+                readers.push((element, reader));
+            }
+            let after: u64 = readers.iter().map(|(_, reader)| reader.cost()).sum();
+            // What is left of the room, and a record that was begun.
+            assert!(
+                after - before <= (4 << 20) + (4 << 20),
+                "{}",
+                after - before
+            );
+            readers.rotate_left(1);
+            looks += 1;
+            assert!(looks < 20, "{heard:?}");
+        }
+        assert_eq!(heard, [3; 4]);
+        assert!(looks >= 4, "{looks}");
     }
 }

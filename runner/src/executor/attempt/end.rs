@@ -5,6 +5,7 @@ use std::time::Duration;
 use retort_abi::{Failure, FailureCode};
 use serde_json::Value;
 
+use crate::artifact;
 use crate::cluster::Ended as ClusterEnd;
 use crate::store::{ArtifactRecord, AttemptState};
 use crate::worker::death::{Death, signal_name};
@@ -130,7 +131,10 @@ impl End {
     /// What to do.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::Failed(failure) | Self::Panicked(failure) => failure.hint.clone(),
+            Self::Failed(failure) | Self::Panicked(failure) => {
+                let repair = || artifact::repair_of(&failure.message).map(str::to_owned);
+                failure.hint.clone().or_else(repair)
+            }
             Self::NotLoaded { hint, .. } => hint.clone(),
             Self::Cluster(end) => end.hint.clone(),
             Self::Died(death) => death.hint().map(str::to_owned),

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use sqlx::Row;
 use sqlx::sqlite::SqliteRow;
 
-use super::{Axis, Bucket, Lens, Named, clamped, unpacked};
+use super::{Axis, Bucket, CurveQuery, Named, clamped, unpacked};
 use crate::store::block::{Packed, Summary};
 use crate::store::time::Time;
 use crate::store::{RunId, Store, StoreError};
@@ -14,7 +14,7 @@ use crate::store::{RunId, Store, StoreError};
 const FEW: i64 = 128;
 
 impl Store {
-    /// A series of a run as a curve: at most `lens.buckets` buckets for each stage that has it, in order.
+    /// A series of a run as a curve: at most `query.buckets` buckets for each stage that has it, in order.
     ///
     /// # Errors
     /// [`StoreError::Damaged`], [`StoreError::Sql`].
@@ -22,20 +22,20 @@ impl Store {
         &self,
         run: &RunId,
         name: &str,
-        lens: Lens,
+        query: CurveQuery,
     ) -> Result<Vec<Bucket>, StoreError> {
         let mut buckets = Vec::new();
         for named in self.series_named(run, name).await? {
-            let summaries = self.buckets(&named, lens).await?;
+            let summaries = self.buckets(&named, query).await?;
             buckets.extend(summaries.iter().map(|summary| bucket(&named, summary)));
         }
         Ok(buckets)
     }
 
-    async fn buckets(&self, named: &Named, lens: Lens) -> Result<Vec<Summary>, StoreError> {
-        let (from, to) = (clamped(lens.from), clamped(lens.to));
+    async fn buckets(&self, named: &Named, query: CurveQuery) -> Result<Vec<Summary>, StoreError> {
+        let (from, to) = (clamped(query.from), clamped(query.to));
         // Blocks as a whole give at least half as many buckets as asked for, or there are few.
-        let few = i64::from(lens.buckets).min(FEW.max(i64::from(lens.buckets) / 2));
+        let few = i64::from(query.buckets).min(FEW.max(i64::from(query.buckets) / 2));
         let begin = self.block_of(named, from).await?;
         // Blocks do not overlap: the first and the last are found by their place, and no more are counted than matter.
         let extent = sqlx::query(
@@ -57,7 +57,7 @@ impl Store {
         if blocks == 0 {
             return Ok(Vec::new());
         }
-        let (first, last): (i64, i64) = match lens.axis {
+        let (first, last): (i64, i64) = match query.axis {
             Axis::Step => {
                 let (first, last): (i64, i64) =
                     (extent.try_get("first_step")?, extent.try_get("last_step")?);
@@ -75,7 +75,7 @@ impl Store {
                 .await?
             }
         };
-        let mut grid = Grid::new(lens, first, last);
+        let mut grid = Grid::new(query, first, last);
         if blocks < few {
             for row in &self.packs(named, from, to).await? {
                 let mut points = unpacked(row, &named.series)?;
@@ -167,13 +167,13 @@ struct Grid {
 }
 
 impl Grid {
-    fn new(lens: Lens, first: i64, last: i64) -> Self {
+    fn new(query: CurveQuery, first: i64, last: i64) -> Self {
         // A little wider than the range, so that its last point falls into the last bucket.
         let width = (last as f64 - first as f64 + 1.0).max(1.0);
         Self {
-            axis: lens.axis,
+            axis: query.axis,
             first,
-            scale: f64::from(lens.buckets) / width,
+            scale: f64::from(query.buckets) / width,
             buckets: BTreeMap::new(),
         }
     }

@@ -196,13 +196,13 @@ fn a_curve_sums_up_what_is_there() {
         }
         for (buckets, axis) in [(10, Axis::Step), (1000, Axis::Step), (7, Axis::Time)] {
             for (from, to) in [(0, u64::MAX), (5_000, 150_001), (199_999, 199_999)] {
-                let lens = Lens {
+                let query = CurveQuery {
                     buckets,
                     axis,
                     from,
                     to,
                 };
-                let curve = store.curve(&run, "loss", lens).await.unwrap();
+                let curve = store.curve(&run, "loss", query).await.unwrap();
                 assert!(!curve.is_empty() && curve.len() <= buckets as usize);
                 let (first, last) = (from as usize, (to as usize).min(values.len() - 1));
                 let mut next = first as u64;
@@ -224,7 +224,7 @@ fn a_curve_sums_up_what_is_there() {
                 .curve(
                     &run,
                     "no",
-                    Lens {
+                    CurveQuery {
                         buckets: 5,
                         axis: Axis::Step,
                         from: 0,

@@ -228,7 +228,7 @@ impl<'a, B: Backend> Objective<'a, B> {
             let sequence = b.state.finish(logits, head, codebook, self.boundary)?;
             let distance = perceptual::distance(
                 &*self.inputs.tokenizer,
-                &self.inputs.eye,
+                &self.inputs.metric,
                 self.decode_batch,
                 &sequence,
                 &target,

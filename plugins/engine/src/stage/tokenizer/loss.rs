@@ -1,4 +1,4 @@
-//! What moves a tokenizer: how far its reconstructions are from the images, for pixels, for an eye and for an adversary.
+//! What moves a tokenizer: how far its reconstructions are from the images, for pixels, for a perceptual metric and for an adversary.
 //!
 //! ```text
 //! loss = pixels + w_p perceptual + lambda w_a adversarial                     (VQGAN, Esser et al. 2021, arXiv 2012.09841)
@@ -16,7 +16,7 @@ use crate::backend::{Backend, Binary, Unary};
 use crate::error::{Error, Result};
 use crate::model::LastConvolution;
 use crate::model::discriminator::Discriminator;
-use crate::perceptual::Eye;
+use crate::perceptual::PerceptualMetric;
 use crate::tape::{Variable, backward, scalar};
 use crate::train::{TrainOptions, shared};
 use crate::weights::{Loader, Params, Source};
@@ -136,10 +136,10 @@ pub struct Criterion<'a, B: Backend> {
     /// How pixels are compared.
     pub pixels: PixelLoss,
     /// What else compares images, and its weight.
-    pub eye: Option<(&'a Eye<B>, f64)>,
+    pub metric: Option<(&'a PerceptualMetric<B>, f64)>,
     /// Who judges reconstructions.
     pub adversary: Option<Adversary<B>>,
-    /// Images that the eye sees together.
+    /// Images that the metric sees together.
     pub at_once: usize,
 }
 
@@ -183,12 +183,12 @@ impl<B: Backend> Criterion<'_, B> {
         let target = Variable::constant(images.clone());
         let mut sum = Term::of(&made, |made| self.pixels.distance(made, &target))?;
         let mut figures = vec![("reconstruction", scalar::<B>(&sum.value)?)];
-        if let Some((eye, weight)) = self.eye {
+        if let Some((metric, weight)) = self.metric {
             let count = B::shape(images)[0];
             let term = Term::of(&made, |made| {
                 made.sum_of_pieces(self.at_once, |piece, place| {
                     let target = B::narrow(images, 0, place.start, place.len())?;
-                    let distance = eye.distance(piece, &Variable::constant(target))?;
+                    let distance = metric.distance(piece, &Variable::constant(target))?;
                     distance.affine(place.len() as f64 / count as f64, 0.0)
                 })
             })?;

@@ -62,7 +62,8 @@ impl<'a, B: Backend> Networks<'a, B> {
         let [channels, height, width] = inputs.images.shape();
         let mut criterion = Criterion {
             pixels: o.pixels,
-            eye: (o.perceptual.weight() > 0.0).then_some((&inputs.eye, o.perceptual.weight())),
+            metric: (o.perceptual.weight() > 0.0)
+                .then_some((&inputs.metric, o.perceptual.weight())),
             adversary: None,
             at_once: (PIXELS_AT_ONCE / (height * width)).max(1),
         };

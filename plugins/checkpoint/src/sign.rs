@@ -1,0 +1,145 @@
+//! What the ending of a name promises, and whether the first bytes of the file keep it.
+//!
+//! In: a path. Out: nothing, or why no reader will take the file. Asked before a file is hashed, which takes as long as the
+//! file is large. Deliberately absent: everything beyond the beginning, which whoever reads the file looks at.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use crate::{images, regular};
+
+/// Bytes of a block of a tar archive.
+pub const TAR_BLOCK: usize = 512;
+
+/// Why the file at `path` is not what its ending says; nothing where it may be, or the ending says nothing, or the file
+/// cannot be read: whoever reads it will say so.
+pub fn broken(path: &Path) -> Option<&'static str> {
+    let ending = path.extension()?.to_str()?.to_ascii_lowercase();
+    let known = ["tar", "npz", "npy", "csv", "tsv", "jsonl", "safetensors"];
+    if !known.contains(&ending.as_str()) {
+        return None;
+    }
+    let mut start = Vec::new();
+    let file = regular::open(path).ok()?;
+    let read = file.take(TAR_BLOCK as u64).read_to_end(&mut start);
+    read.ok()?;
+    let begins = |with: &[u8]| start.starts_with(with);
+    let compressed = begins(b"\x1f\x8b")
+        || begins(b"BZh")
+        || begins(b"\xfd7zXZ\0")
+        || begins(b"\x28\xb5\x2f\xfd");
+    match ending.as_str() {
+        // Of a table without lines its reader says what belongs there.
+        "csv" | "tsv" | "jsonl" if start.is_empty() => None,
+        _ if start.is_empty() => Some("it is empty"),
+        "tar" if compressed => {
+            Some("a compressed archive; unpack it first: files are read from their place in it")
+        }
+        _ if compressed => Some("it is compressed; unpack it first"),
+        "tar" if !start.first_chunk().is_some_and(is_tar_header) => {
+            Some("no tar archive: its first header is wrong")
+        }
+        "npz" if !begins(b"PK") => {
+            Some("no archive of NumPy's arrays: it does not begin as a zip file")
+        }
+        "npy" if !begins(b"\x93NUMPY") => Some("no array of NumPy's: it does not begin as one"),
+        "safetensors" if start.get(8) != Some(&b'{') => {
+            Some("no safetensors file: it does not begin as one")
+        }
+        "csv" | "tsv" | "jsonl" if start.contains(&0) => {
+            Some("no text in UTF-8: there are zero bytes at its beginning")
+        }
+        _ => None,
+    }
+}
+
+/// The same of the archives and tables directly in a folder of images: the first that is broken.
+pub fn broken_in(folder: &Path) -> Option<(PathBuf, &'static str)> {
+    let entries = std::fs::read_dir(folder).ok()?.flatten();
+    let named = entries.filter(|entry| {
+        let name = entry.file_name();
+        let is_list = |name: &str| images::promises_archive(name) || images::TABLES.contains(&name);
+        name.to_str().is_some_and(is_list)
+    });
+    let mut paths: Vec<PathBuf> = named.map(|entry| entry.path()).collect();
+    paths.sort();
+    paths
+        .into_iter()
+        .find_map(|path| broken(&path).map(|why| (path, why)))
+}
+
+/// Whether a block is a header of a tar archive, by its sum.
+pub fn is_tar_header(head: &[u8; TAR_BLOCK]) -> bool {
+    let sum = head.iter().enumerate().map(|(place, byte)| match place {
+        // The sum counts itself as spaces.
+        148..156 => 32,
+        _ => u64::from(*byte),
+    });
+    tar_number(&head[148..156]) == Some(sum.sum())
+}
+
+/// A number of a tar header: in octal, or in binary as GNU tar writes large ones.
+pub fn tar_number(field: &[u8]) -> Option<u64> {
+    let (first, rest) = field.split_first()?;
+    if first & 0x80 != 0 {
+        return rest.iter().try_fold(u64::from(first & 0x7f), |sum, byte| {
+            sum.checked_mul(256)?.checked_add(u64::from(*byte))
+        });
+    }
+    let text = std::str::from_utf8(field).ok()?;
+    match text.trim_matches(['\0', ' ']) {
+        "" => Some(0),
+        text => u64::from_str_radix(text, 8).ok(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_keeps_what_its_name_promises_or_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let check = |name: &str, content: &[u8], said: Option<&str>| {
+            let path = root.path().join(name);
+            std::fs::write(&path, content).unwrap();
+            match (broken(&path), said) {
+                (Some(found), Some(said)) => assert!(found.contains(said), "{name}: {found}"),
+                (found, said) => assert_eq!(found, said, "{name}"),
+            }
+        };
+        let mut head = [0; TAR_BLOCK];
+        head[..5].copy_from_slice(b"a.png");
+        let sum: u32 = head.iter().map(|byte| u32::from(*byte)).sum::<u32>() + 8 * 32;
+        head[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        check("a.tar", &head, None);
+        head[0] = b'b';
+        check("a.tar", &head, Some("first header"));
+        check("a.TAR", b"\x1f\x8b\x08", Some("compressed archive"));
+        check("a.tar", &[0; 4096], Some("first header"));
+        check("a.tar", b"", Some("empty"));
+        check("a.npz", b"PK\x03\x04", None);
+        check("a.npz", b"\x93NUMPY", Some("zip file"));
+        check("a.npy", b"\x93NUMPY\x01\0", None);
+        check("a.npy", b"PK", Some("NumPy"));
+        check("a.csv", b"1,2,3", None);
+        check("a.csv", &[0; 100], Some("zero bytes"));
+        check("a.jsonl", b"\x28\xb5\x2f\xfd...", Some("compressed"));
+        check("a.safetensors", b"\x02\0\0\0\0\0\0\0{}", None);
+        check("a.safetensors", b"PK\x03\x04", Some("safetensors"));
+        check("a.png", b"anything", None);
+        check("csv", b"", None);
+        check("a.csv", b"", None);
+        assert_eq!(broken(&root.path().join("nothing.tar")), None);
+        // Of a folder only what is an archive or a table there.
+        let (path, why) = broken_in(root.path()).unwrap();
+        assert!(path.ends_with("a.TAR") && why.contains("compressed"));
+        for name in ["a.tar", "a.TAR"] {
+            std::fs::remove_file(root.path().join(name)).unwrap();
+        }
+        assert_eq!(broken_in(root.path()), None);
+        check("metadata.csv", &[0; 100], Some("zero bytes"));
+        assert!(broken_in(root.path()).unwrap().0.ends_with("metadata.csv"));
+        assert_eq!(broken_in(&root.path().join("nothing")), None);
+    }
+}

@@ -1,0 +1,294 @@
+//! A first look at files: their headers, by all threads, before anything is decoded.
+//!
+//! In: files that are or may be images. Out: which of them are, of what sizes and formats, and which are damaged; all of
+//! that is told at once. Deliberately absent: what lies behind the headers (`source.rs`).
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use retort_abi::LogLevel;
+use retort_checkpoint::images::{LONGEST_FILE, promises_image};
+
+use super::error::{DataError, shown};
+use super::folder::LeftOut;
+use super::options::DataOptions;
+use super::raster::{self, Header};
+use super::source::{Archives, Body, Damaged, Item, Source};
+
+/// As much of a file as is read for its header, to begin with.
+const BEGINNING: u64 = 1 << 16;
+
+/// Damaged files that a message names.
+const NAMED: usize = 20;
+
+/// Files whose headers are held at a time.
+const LOOKED_AT_ONCE: usize = 4096;
+
+/// Of so many times as many files some are looked at first, to see whether any of them is an image.
+const MANY: usize = 16;
+
+/// The message about damaged files.
+pub(super) fn told(damaged: &[Damaged], of: usize) -> String {
+    format!(
+        "{} of {of} images are damaged:{}\nmend or remove them, or leave them out with `skip_damaged: true`",
+        damaged.len(),
+        listed(damaged)
+    )
+}
+
+/// The first of damaged files, a line each.
+fn listed(damaged: &[Damaged]) -> String {
+    let mut text = String::new();
+    for Damaged { name, why } in damaged.iter().take(NAMED) {
+        text.push_str(&format!("\n  {}: {why}", shown(name)));
+    }
+    if damaged.len() > NAMED {
+        text.push_str(&format!("\n  and {} more", damaged.len() - NAMED));
+    }
+    text
+}
+
+/// What a look at a file's beginning says.
+enum Look {
+    Image(Header),
+    Damaged(String),
+    Other,
+}
+
+/// Items whose headers have been read.
+#[derive(Default)]
+pub(super) struct Looked {
+    path: PathBuf,
+    pub(super) items: Vec<Item>,
+    pub(super) damaged: Vec<(Item, String)>,
+    left_out: LeftOut,
+    /// How many images there are of each height and width, of each format, and in colour.
+    sizes: BTreeMap<(u32, u32), usize>,
+    formats: BTreeMap<String, usize>,
+    coloured: usize,
+}
+
+impl Looked {
+    /// Reads the headers of items; all of them have to be images if they are `named` as such.
+    pub(super) fn over(
+        path: &Path,
+        archives: &[PathBuf],
+        items: Vec<Item>,
+        named: bool,
+    ) -> Result<Self, DataError> {
+        let archives = Archives::open(path, archives)?;
+        let look = |item: &Item| -> Look {
+            let start = match archives.content(item, BEGINNING) {
+                Ok(start) => start,
+                Err(why) => return Look::Damaged(why),
+            };
+            if raster::format(&start).is_none() && !named && !promises_image(&item.name) {
+                return Look::Other;
+            }
+            let whole = start.len() as u64 != BEGINNING;
+            let header = raster::header(&start).or_else(|why| match whole {
+                true => Err(why),
+                false => raster::header(&archives.content(item, LONGEST_FILE)?),
+            });
+            header.map_or_else(Look::Damaged, Look::Image)
+        };
+        let mut looked = Self {
+            path: path.to_owned(),
+            ..Self::default()
+        };
+        if items.len() > MANY * LOOKED_AT_ONCE {
+            looked.expect_images(&items, look)?;
+        }
+        let mut items = items.into_iter();
+        loop {
+            let some: Vec<Item> = items.by_ref().take(LOOKED_AT_ONCE).collect();
+            if some.is_empty() {
+                return Ok(looked);
+            }
+            let looks: Vec<Look> = some.par_iter().map(&look).collect();
+            for (item, look) in some.into_iter().zip(looks) {
+                match look {
+                    Look::Image(header) => looked.add(item, &header),
+                    Look::Damaged(why) => looked.damaged.push((item, why)),
+                    Look::Other => looked.left_out.add(&item.name),
+                }
+            }
+        }
+    }
+
+    fn add(&mut self, item: Item, header: &Header) {
+        *self.sizes.entry((header.height, header.width)).or_default() += 1;
+        let format = format!("{:?}", header.format).to_uppercase();
+        *self.formats.entry(format).or_default() += 1;
+        self.coloured += usize::from(header.colour);
+        self.items.push(item);
+    }
+
+    /// Looks at some of many items, evenly: where none of them can be read, the others are not looked at.
+    fn expect_images(
+        &self,
+        items: &[Item],
+        look: impl Fn(&Item) -> Look + Sync,
+    ) -> Result<(), DataError> {
+        let step = items.len() / LOOKED_AT_ONCE;
+        let some: Vec<&Item> = items.iter().step_by(step).take(LOOKED_AT_ONCE).collect();
+        let looks: Vec<Look> = some.par_iter().map(|item| look(item)).collect();
+        let damaged = some.iter().zip(looks).map(|(item, look)| match look {
+            Look::Damaged(why) => Some(Damaged {
+                name: item.name.to_string(),
+                why,
+            }),
+            Look::Image(_) | Look::Other => None,
+        });
+        let Some(damaged) = damaged.collect::<Option<Vec<Damaged>>>() else {
+            return Ok(());
+        };
+        let message = format!(
+            "none of {} images can be read that were looked at, one in {step} of {}; the others were not:{}\nmend or remove \
+             them; paths of a table start from this folder",
+            damaged.len(),
+            items.len(),
+            listed(&damaged)
+        );
+        Err(DataError::content(&self.path, message))
+    }
+
+    /// Names of all that are or should be images.
+    pub(super) fn images(&self) -> impl Iterator<Item = &str> {
+        let damaged = self.damaged.iter().map(|(item, _)| &*item.name);
+        self.items.iter().map(|item| &*item.name).chain(damaged)
+    }
+
+    pub(super) fn items_mut(&mut self) -> impl Iterator<Item = &mut Item> {
+        let damaged = self.damaged.iter_mut().map(|(item, _)| item);
+        self.items.iter_mut().chain(damaged)
+    }
+
+    /// Refuses a class without a file that is or should be an image; `place` is where it should have one.
+    pub(super) fn each_class_has_images(
+        &self,
+        classes: usize,
+        place: impl Fn(usize) -> PathBuf,
+    ) -> Result<(), DataError> {
+        let mut has = vec![false; classes];
+        let damaged = self.damaged.iter().map(|(item, _)| item.label);
+        for label in self.items.iter().map(|item| item.label).chain(damaged) {
+            has[label as usize] = true;
+        }
+        match has.iter().position(|has| !has) {
+            None => Ok(()),
+            Some(class) => Err(DataError::Empty {
+                path: place(class),
+                expected: "image files (PNG, JPEG, WebP, GIF, BMP or TIFF)",
+                found: match self.left_out.count() {
+                    0 => "none".into(),
+                    _ => format!("none; files of other kinds: {}", self.left_out.kinds()),
+                },
+            }),
+        }
+    }
+
+    pub(super) fn finish(
+        self,
+        o: &DataOptions,
+        path: &Path,
+        archives: Vec<PathBuf>,
+        names: Vec<String>,
+    ) -> Result<Source, DataError> {
+        let damaged: Vec<Damaged> = self.damaged.into_iter().map(Damaged::of).collect();
+        let Self {
+            sizes,
+            formats,
+            coloured,
+            ..
+        } = self;
+        if self.items.is_empty() {
+            return Err(DataError::content(
+                &self.path,
+                told(&damaged, damaged.len()),
+            ));
+        }
+        let size = match (o.size, sizes.keys().next()) {
+            (Some(size), _) => size.sides(),
+            (None, Some(&(h, w))) if sizes.len() == 1 => (h as usize, w as usize),
+            _ => return Err(DataError::content(&self.path, sizes_told(&sizes, &damaged))),
+        };
+        if size.0.max(size.1) > 8192 {
+            let message = format!(
+                "images of {} x {}; sides go up to 8192: give `size`",
+                size.0, size.1
+            );
+            return Err(DataError::content(&self.path, message));
+        }
+        let grey = self.items.len() - coloured;
+        let channels = o.channels.unwrap_or(if coloured > 0 { 3 } else { 1 });
+        let mut notices = Vec::new();
+        if grey > 0 && coloured > 0 && o.channels.is_none() {
+            let message = format!(
+                "{grey} of {} images are grey, the others are not: all are read as RGB",
+                grey + coloured
+            );
+            notices.push((LogLevel::Info, message));
+        }
+        if formats.len() > 1 {
+            let kinds: Vec<String> = formats
+                .iter()
+                .map(|(format, count)| format!("{format} {count}"))
+                .collect();
+            let message = format!(
+                "{}: {} images of several formats, {}: what lossy compression did to some is learned and measured with them",
+                self.path.display(),
+                self.items.len(),
+                kinds.join(", ")
+            );
+            notices.push((LogLevel::Warn, message));
+        }
+        if self.left_out.count() > 0 {
+            let message = format!(
+                "{}: {} files are no images and were left out: {}",
+                self.path.display(),
+                self.left_out.count(),
+                self.left_out.kinds()
+            );
+            notices.push((LogLevel::Warn, message));
+        }
+        let items = self.items;
+        let body = Body::Files { archives, items };
+        let mut source = Source::new(o, path, size, channels, names, body);
+        source.notices = notices;
+        source.damaged = damaged;
+        Ok(source)
+    }
+}
+
+/// The message about images of several sizes.
+fn sizes_told(sizes: &BTreeMap<(u32, u32), usize>, damaged: &[Damaged]) -> String {
+    let mut by_count: Vec<_> = sizes.iter().collect();
+    by_count.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
+    let shown: Vec<String> = by_count
+        .iter()
+        .take(8)
+        .map(|((h, w), count)| format!("{h} x {w} ({count})"))
+        .collect();
+    let more = match by_count.len().saturating_sub(8) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    let wish = match *by_count[0].0 {
+        (h, w) if h == w => format!("`size: {h}`"),
+        (h, w) => format!("`size: [{h}, {w}]`"),
+    };
+    let mut text = format!(
+        "images of {} sizes (height x width): {}{more}; say which size they are brought to, as in {wish}",
+        sizes.len(),
+        shown.join(", ")
+    );
+    if !damaged.is_empty() {
+        text.push_str(&format!(
+            "\nmoreover, {}",
+            told(damaged, sizes.values().sum::<usize>() + damaged.len())
+        ));
+    }
+    text
+}
