@@ -115,7 +115,7 @@ fn prepared_images_are_those_that_were_prepared() {
     source
         .read(&mut |_| true, &mut |image| writer.push(&image))
         .unwrap();
-    let damaged = source::Damaged {
+    let damaged = content::Damaged {
         name: "b.png".into(),
         why: "cut".into(),
     };
