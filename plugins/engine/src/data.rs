@@ -7,6 +7,7 @@
 
 pub mod arrays;
 pub mod class;
+pub mod content;
 mod demand;
 pub mod error;
 pub mod feed;
@@ -161,7 +162,7 @@ impl Images {
     pub fn read(
         source: Source,
         progress: &mut dyn FnMut(u64) -> bool,
-    ) -> Result<(Self, Vec<source::Damaged>)> {
+    ) -> Result<(Self, Vec<content::Damaged>)> {
         let shape = (source.channels, source.height, source.width);
         let (white, names) = (source.white, source.names.clone());
         let (mut bytes, mut labels) = (Vec::new(), Vec::new());

@@ -10,11 +10,11 @@ use rayon::prelude::*;
 use retort_abi::LogLevel;
 use retort_checkpoint::images::{LONGEST_FILE, promises_image};
 
+use super::content::{Archives, Damaged, Item};
 use super::error::{DataError, shown};
 use super::folder::LeftOut;
 use super::options::DataOptions;
 use super::raster::{self, Header};
-use super::source::{Archives, Body, Damaged, Item, Source};
 
 /// As much of a file as is read for its header, to begin with.
 const BEGINNING: u64 = 1 << 16;
@@ -67,6 +67,16 @@ pub(super) struct Looked {
     sizes: BTreeMap<(u32, u32), usize>,
     formats: BTreeMap<String, usize>,
     coloured: usize,
+}
+
+/// What a source is made from, once all of its files have been looked at.
+pub(super) struct Found {
+    pub(super) items: Vec<Item>,
+    /// Height and width that images come to.
+    pub(super) size: (usize, usize),
+    pub(super) channels: usize,
+    pub(super) notices: Vec<(LogLevel, String)>,
+    pub(super) damaged: Vec<Damaged>,
 }
 
 impl Looked {
@@ -189,13 +199,7 @@ impl Looked {
         }
     }
 
-    pub(super) fn finish(
-        self,
-        o: &DataOptions,
-        path: &Path,
-        archives: Vec<PathBuf>,
-        names: Vec<String>,
-    ) -> Result<Source, DataError> {
+    pub(super) fn finish(self, o: &DataOptions) -> Result<Found, DataError> {
         let damaged: Vec<Damaged> = self.damaged.into_iter().map(Damaged::of).collect();
         let Self {
             sizes,
@@ -253,12 +257,13 @@ impl Looked {
             );
             notices.push((LogLevel::Warn, message));
         }
-        let items = self.items;
-        let body = Body::Files { archives, items };
-        let mut source = Source::new(o, path, size, channels, names, body);
-        source.notices = notices;
-        source.damaged = damaged;
-        Ok(source)
+        Ok(Found {
+            items: self.items,
+            size,
+            channels,
+            notices,
+            damaged,
+        })
     }
 }
 

@@ -12,7 +12,8 @@ use retort_checkpoint::{json, regular};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::source::{Damaged, Image};
+use super::content::Damaged;
+use super::source::Image;
 use crate::error::{Error, Result};
 use crate::numpy::{self, Rows};
 

@@ -5,40 +5,25 @@
 //! once.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::Read;
-use std::ops::Deref;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use rayon::prelude::*;
 use retort_abi::LogLevel;
 use retort_checkpoint::images::{LONGEST_FILE, TABLES, promises_archive, promises_image};
-use retort_checkpoint::regular;
 
 use super::arrays::Arrays;
 use super::class::{self, Classes};
+use super::content::{Archives, Damaged, Item};
 use super::error::{DataError, shown};
 use super::folder::Folder;
-use super::looked::{Looked, told};
+use super::looked::{Found, Looked, told};
 use super::options::{DataOptions, Size};
 use super::raster::{self, Raster, luma};
 use super::resample::{Filter, Fit, fit};
-use super::shards::{self, Part};
+use super::shards;
 use super::table::{self, Held};
 use super::values;
-
-/// An image file of a source.
-#[derive(Debug)]
-pub(super) struct Item {
-    /// Path within the folder or archive.
-    pub(super) name: Box<str>,
-    pub(super) label: u32,
-    pub(super) caption: Option<Box<str>>,
-    /// Its archive and place, where it lies in one.
-    pub(super) part: Option<(u32, Part)>,
-}
 
 /// An image as it comes out of a source.
 pub struct Image<'a> {
@@ -50,24 +35,6 @@ pub struct Image<'a> {
     pub name: &'a str,
     /// What it shows.
     pub caption: Option<&'a str>,
-}
-
-/// A file that could not be decoded.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Damaged {
-    /// Path within the folder or archive.
-    pub name: String,
-    /// Why not.
-    pub why: String,
-}
-
-impl Damaged {
-    pub(super) fn of((item, why): (Item, String)) -> Self {
-        Self {
-            name: item.name.into(),
-            why,
-        }
-    }
 }
 
 /// A source that has been looked over.
@@ -91,7 +58,7 @@ pub struct Source {
     body: Body,
 }
 
-pub(super) enum Body {
+enum Body {
     Files {
         archives: Vec<PathBuf>,
         items: Vec<Item>,
@@ -122,9 +89,6 @@ impl Shape {
         fit(image, self.size, self.fit, self.filter, background)
     }
 }
-
-/// Files of more bytes than this are held one after the other.
-const LARGE_FILE: u64 = 1 << 24;
 
 /// Bytes of decoded images that are held at a time.
 const HELD: usize = 64 << 20;
@@ -192,7 +156,7 @@ impl Source {
         ))
     }
 
-    pub(super) fn new(
+    fn new(
         o: &DataOptions,
         path: &Path,
         size: (usize, usize),
@@ -218,6 +182,25 @@ impl Source {
             damaged: Vec::new(),
             skip_damaged: o.skip_damaged,
             body,
+        }
+    }
+
+    /// One of image files.
+    fn of_files(
+        o: &DataOptions,
+        path: &Path,
+        archives: Vec<PathBuf>,
+        names: Vec<String>,
+        found: Found,
+    ) -> Self {
+        let body = Body::Files {
+            archives,
+            items: found.items,
+        };
+        Self {
+            notices: found.notices,
+            damaged: found.damaged,
+            ..Self::new(o, path, found.size, found.channels, names, body)
         }
     }
 
@@ -278,7 +261,13 @@ impl Source {
                 .file_name()
                 .map_or("images".into(), |name| name.to_string_lossy().into_owned());
             looked.each_class_has_images(1, |_| path.to_owned())?;
-            return looked.finish(o, path, Vec::new(), vec![name]);
+            return Ok(Self::of_files(
+                o,
+                path,
+                Vec::new(),
+                vec![name],
+                looked.finish(o)?,
+            ));
         };
         let beside: Vec<&str> = looked.images().filter(|name| !name.contains('/')).collect();
         if let Some(first) = beside.first() {
@@ -295,7 +284,7 @@ impl Source {
             let bears = |name: &&String| classes.of(name) == label as u32;
             path.join(folder.folders.iter().find(bears).map_or("", |name| name))
         })?;
-        let mut source = looked.finish(o, path, Vec::new(), classes.names)?;
+        let mut source = Self::of_files(o, path, Vec::new(), classes.names, looked.finish(o)?);
         if classes.mixed {
             let message =
                 "some folders are named by numbers, others not: classes are in alphabetical order";
@@ -315,7 +304,7 @@ impl Source {
         });
         let looked = Looked::over(path, &[], items.collect(), true)?;
         looked.each_class_has_images(classes.names.len(), |_| table.to_owned())?;
-        let mut source = looked.finish(o, path, Vec::new(), classes.names)?;
+        let mut source = Self::of_files(o, path, Vec::new(), classes.names, looked.finish(o)?);
         if !labelled {
             let message = format!(
                 "{} names no classes: all images are of one",
@@ -382,7 +371,13 @@ impl Source {
                 .map_or(0, |label| classes.of(label));
         }
         looked.each_class_has_images(classes.names.len(), |_| path.to_owned())?;
-        looked.finish(o, path, archives, classes.names)
+        Ok(Self::of_files(
+            o,
+            path,
+            archives,
+            classes.names,
+            looked.finish(o)?,
+        ))
     }
 
     /// What there is, in a line.
@@ -539,85 +534,4 @@ fn classes_of<'a>(
         )),
         false => Ok((Classes::new(path, ["images".to_owned()], false)?, false)),
     }
-}
-
-/// Where the bytes of items are.
-pub(super) struct Archives<'a> {
-    folder: &'a Path,
-    files: Vec<File>,
-}
-
-impl<'a> Archives<'a> {
-    pub(super) fn open(folder: &'a Path, archives: &[PathBuf]) -> Result<Self, DataError> {
-        Ok(Self {
-            folder,
-            files: archives
-                .iter()
-                .map(|path| shards::open(path))
-                .collect::<Result<_, _>>()?,
-        })
-    }
-
-    /// The bytes of an item, at most so many from its beginning.
-    pub(super) fn content(&self, item: &Item, most: u64) -> Result<Content, String> {
-        let unreadable = |error: std::io::Error| match error.kind() {
-            std::io::ErrorKind::NotFound => "no such file".to_owned(),
-            std::io::ErrorKind::InvalidInput => error.to_string(),
-            _ => format!("cannot be read: {error}"),
-        };
-        if let Some((archive, part)) = item.part {
-            if part.size > LONGEST_FILE {
-                return Err(too_long(part.size));
-            }
-            let alone = Content::wait_for(part.size.min(most));
-            let mut bytes = vec![0; part.size.min(most) as usize];
-            let read = self.files[archive as usize].read_exact_at(&mut bytes, part.start);
-            let content = Content {
-                bytes,
-                _alone: alone,
-            };
-            return read.map(|()| content).map_err(unreadable);
-        }
-        let path = self.folder.join(&*item.name);
-        let file = regular::open(&path).map_err(unreadable)?;
-        let metadata = file.metadata().map_err(unreadable)?;
-        if metadata.len() > LONGEST_FILE {
-            return Err(too_long(metadata.len()));
-        }
-        let alone = Content::wait_for(metadata.len().min(most));
-        let mut bytes = Vec::with_capacity(metadata.len().min(most) as usize);
-        file.take(most)
-            .read_to_end(&mut bytes)
-            .map_err(unreadable)?;
-        Ok(Content {
-            bytes,
-            _alone: alone,
-        })
-    }
-}
-
-/// The bytes of a file. Of many threads one at a time has those of a large one.
-pub(super) struct Content {
-    bytes: Vec<u8>,
-    _alone: Option<MutexGuard<'static, ()>>,
-}
-
-impl Content {
-    /// Waits until no other large file is held, where this one is large.
-    fn wait_for(bytes: u64) -> Option<MutexGuard<'static, ()>> {
-        static LARGE_FILES: Mutex<()> = Mutex::new(());
-        (bytes > LARGE_FILE).then(|| LARGE_FILES.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-}
-
-impl Deref for Content {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        &self.bytes
-    }
-}
-
-fn too_long(bytes: u64) -> String {
-    format!("{bytes} bytes; files of more than {LONGEST_FILE} are not decoded")
 }

@@ -10,8 +10,9 @@ use serde_json::json;
 use crate::backend::Backend;
 use crate::context::Context;
 use crate::data::DataOptions;
+use crate::data::content::Damaged;
 use crate::data::prepared::{Description, Writer};
-use crate::data::source::{Damaged, Source};
+use crate::data::source::Source;
 use crate::error::{Error, Result};
 use crate::stage::Stage;
 

@@ -1,0 +1,127 @@
+//! Image files, in a folder or in archives, and their bytes.
+
+use std::fs::File;
+use std::io::Read;
+use std::ops::Deref;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use retort_checkpoint::images::LONGEST_FILE;
+use retort_checkpoint::regular;
+
+use super::error::DataError;
+use super::shards::{self, Part};
+
+/// An image file of a source.
+#[derive(Debug)]
+pub(super) struct Item {
+    /// Path within the folder or archive.
+    pub(super) name: Box<str>,
+    pub(super) label: u32,
+    pub(super) caption: Option<Box<str>>,
+    /// Its archive and place, where it lies in one.
+    pub(super) part: Option<(u32, Part)>,
+}
+
+/// A file that could not be decoded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Damaged {
+    /// Path within the folder or archive.
+    pub name: String,
+    /// Why not.
+    pub why: String,
+}
+
+impl Damaged {
+    pub(super) fn of((item, why): (Item, String)) -> Self {
+        Self {
+            name: item.name.into(),
+            why,
+        }
+    }
+}
+
+/// Files of more bytes than this are held one after the other.
+const LARGE_FILE: u64 = 1 << 24;
+
+/// Where the bytes of items are.
+pub(super) struct Archives<'a> {
+    folder: &'a Path,
+    files: Vec<File>,
+}
+
+impl<'a> Archives<'a> {
+    pub(super) fn open(folder: &'a Path, archives: &[PathBuf]) -> Result<Self, DataError> {
+        Ok(Self {
+            folder,
+            files: archives
+                .iter()
+                .map(|path| shards::open(path))
+                .collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// The bytes of an item, at most so many from its beginning.
+    pub(super) fn content(&self, item: &Item, most: u64) -> Result<Content, String> {
+        let unreadable = |error: std::io::Error| match error.kind() {
+            std::io::ErrorKind::NotFound => "no such file".to_owned(),
+            std::io::ErrorKind::InvalidInput => error.to_string(),
+            _ => format!("cannot be read: {error}"),
+        };
+        if let Some((archive, part)) = item.part {
+            if part.size > LONGEST_FILE {
+                return Err(too_long(part.size));
+            }
+            let alone = Content::wait_for(part.size.min(most));
+            let mut bytes = vec![0; part.size.min(most) as usize];
+            let read = self.files[archive as usize].read_exact_at(&mut bytes, part.start);
+            let content = Content {
+                bytes,
+                _alone: alone,
+            };
+            return read.map(|()| content).map_err(unreadable);
+        }
+        let path = self.folder.join(&*item.name);
+        let file = regular::open(&path).map_err(unreadable)?;
+        let metadata = file.metadata().map_err(unreadable)?;
+        if metadata.len() > LONGEST_FILE {
+            return Err(too_long(metadata.len()));
+        }
+        let alone = Content::wait_for(metadata.len().min(most));
+        let mut bytes = Vec::with_capacity(metadata.len().min(most) as usize);
+        file.take(most)
+            .read_to_end(&mut bytes)
+            .map_err(unreadable)?;
+        Ok(Content {
+            bytes,
+            _alone: alone,
+        })
+    }
+}
+
+/// The bytes of a file. Of many threads one at a time has those of a large one.
+pub(super) struct Content {
+    bytes: Vec<u8>,
+    _alone: Option<MutexGuard<'static, ()>>,
+}
+
+impl Content {
+    /// Waits until no other large file is held, where this one is large.
+    fn wait_for(bytes: u64) -> Option<MutexGuard<'static, ()>> {
+        static LARGE_FILES: Mutex<()> = Mutex::new(());
+        (bytes > LARGE_FILE).then(|| LARGE_FILES.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl Deref for Content {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+fn too_long(bytes: u64) -> String {
+    format!("{bytes} bytes; files of more than {LONGEST_FILE} are not decoded")
+}
