@@ -32,8 +32,9 @@ cuda: build ## build the candle plugin's CUDA variant too; no GPU is needed (CUD
 # An emulated GPU: the kernels compiled for the host. The variant runs on it as it is.
 cuda-test: cuda ## the checks of gpu-check on an emulated GPU (many minutes; PART=operations: those with that in their name)
 	$(CUDA_ENV) $(CARGO) build --release -p retort-tests --features cuda --bin retort-gpu --target-dir $(CUDA_DIR)
+	$(CUDA_ENV) $(CARGO) test --release -p retort-candle --features cuda --lib --target-dir $(CUDA_DIR) cuda::
 	plugins/candle/emulator/build $(CUDA_DIR)/emulator
-	LD_LIBRARY_PATH=$(abspath $(CUDA_DIR))/emulator RETORT_GPU=emulated $(CUDA_DIR)/release/retort-gpu check $(PART)
+	LD_LIBRARY_PATH=$(abspath $(CUDA_DIR))/emulator RETORT_GPU=emulated $(CUDA_DIR)/release/retort-gpu check "$(PART)"
 
 digits: build ## distil a small teacher on handwritten digits (minutes; reused when called again)
 	$(BIN)/retort run recipes/digits.yaml
