@@ -58,7 +58,7 @@ pub use history::{
 pub use jobs::{ElementUpdate, JobKey, JobRow, LeftJobs, OpenJob};
 pub use lineage::{Lineage, Relative, StageRecord};
 pub use log::{LogLine, LogSource, RunLine};
-pub use query::Answer;
+pub use query::{Answer, AnswerValue};
 pub use record::{
     AttemptEnd, AttemptState, NewRun, NewStage, Param, PluginIdentity, RunState, StageState, Usage,
 };

@@ -10,7 +10,7 @@ use comfy_table::{
 };
 use serde_json::{Map, Number, Value};
 
-use crate::store::{RunState, StageState, Time};
+use crate::store::{AnswerValue, RunState, StageState, Time};
 use crate::terminal::{clean, clean_line, name, painted};
 
 mod stream;
@@ -369,6 +369,15 @@ impl From<StageState> for Cell {
             StageState::Queued | StageState::Running => Tone::Plain,
         };
         Self::from(state.name()).tone(tone)
+    }
+}
+
+impl From<AnswerValue> for Cell {
+    fn from(value: AnswerValue) -> Self {
+        match value {
+            AnswerValue::Real(number) => Self::number(number),
+            AnswerValue::Json(value) => Self::json(&value),
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::cli::{Context, Error, Exit, FormatArgs, talk};
 use crate::store::{Access, Answer, Store, StoreError};
-use crate::table::Stream;
+use crate::table::{Cell, Stream};
 
 /// Arguments of `query`.
 #[derive(Debug, clap::Args)]
@@ -35,7 +35,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
             Answer::Heads(heads) => Stream::new(heads, style, talk::stdout())
                 .map(|begun| stream.replace(begun).is_none()),
             Answer::Row(row) => match &mut stream {
-                Some(stream) => stream.push(row),
+                Some(stream) => stream.push(row.into_iter().map(Cell::from).collect()),
                 None => Ok(true),
             },
         };

@@ -10,7 +10,6 @@ use sqlx::sqlite::SqliteRow;
 use sqlx::{AssertSqlSafe, Column, Executor, Row, SqlSafeStr, Statement, TypeInfo, ValueRef};
 
 use super::{Access, Store, StoreError, sandbox, schema};
-use crate::table::Cell;
 
 impl Store {
     /// What SQLite finds wrong with the database, a line each; reads all of it.
@@ -68,8 +67,8 @@ impl Store {
             let Some(row) = rows.try_next().await.map_err(ended)? else {
                 break;
             };
-            let cells = (0..heads.len()).map(|place| cell(&row, place));
-            if take(Answer::Row(cells.collect::<Result<_, _>>()?)).is_break() {
+            let values = (0..heads.len()).map(|place| answer_value(&row, place));
+            if take(Answer::Row(values.collect::<Result<_, _>>()?)).is_break() {
                 break;
             }
         }
@@ -83,14 +82,23 @@ pub enum Answer<'a> {
     /// The names of its columns; once, and first.
     Heads(&'a [&'a str]),
     /// A row.
-    Row(Vec<Cell>),
+    Row(Vec<AnswerValue>),
 }
 
-fn cell(row: &SqliteRow, place: usize) -> Result<Cell, sqlx::Error> {
+/// A value of a row.
+#[derive(Debug, Clone, PartialEq)]
+pub enum AnswerValue {
+    /// A number that may be infinite.
+    Real(f64),
+    /// Anything else.
+    Json(Value),
+}
+
+fn answer_value(row: &SqliteRow, place: usize) -> Result<AnswerValue, sqlx::Error> {
     let value = row.try_get_raw(place)?;
     match value.type_info().name() {
-        "REAL" if !value.is_null() => Ok(Cell::number(row.try_get_unchecked(place)?)),
-        _ => Ok(Cell::json(&json_at(row, place)?)),
+        "REAL" if !value.is_null() => row.try_get_unchecked(place).map(AnswerValue::Real),
+        _ => json_at(row, place).map(AnswerValue::Json),
     }
 }
 

@@ -9,7 +9,7 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{ConnectOptions, Connection};
 
 use super::*;
-use crate::table::Rows;
+use crate::table::{Cell, Rows};
 
 mod filters;
 mod migrations;
@@ -47,7 +47,7 @@ async fn ask(store: &Store, sql: &str) -> Result<Rows, StoreError> {
     let taken = store.query(sql, Duration::from_secs(60), |answer| {
         match answer {
             Answer::Heads(heads) => rows = Rows::new(heads),
-            Answer::Row(row) => rows.push(row),
+            Answer::Row(row) => rows.push(row.into_iter().map(Cell::from)),
         }
         std::ops::ControlFlow::Continue(())
     });
