@@ -31,6 +31,7 @@ pub mod sweep;
 pub mod table;
 pub mod tensorboard;
 pub mod terminal;
+pub mod trust;
 pub mod ui;
 pub mod worker;
 pub mod yaml;

@@ -17,14 +17,12 @@ use tokio::runtime::Runtime;
 use crate::artifact;
 use crate::frame::{Answer, Call, Task};
 use crate::plan::{Build, DescribeError, Descriptions, PluginIdentity};
-use crate::plugin::trust::TrustError;
 use crate::store::Store;
+use crate::trust::{self, TrustError};
 use crate::worker::process::{self, AskError};
 
 pub mod conformance;
-pub mod host;
 pub mod project;
-pub mod trust;
 
 /// How long a plugin may take to describe itself, to find its devices or to check options.
 const PATIENCE: Duration = Duration::from_secs(60);

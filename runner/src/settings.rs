@@ -13,7 +13,7 @@ use std::time::Duration;
 use retort_checkpoint::regular;
 use serde::Deserialize;
 
-use crate::plugin::trust::{self, TrustError};
+use crate::trust::{self, TrustError};
 
 /// The name of the project's file, and of the user's.
 pub const FILE: &str = "retort.toml";

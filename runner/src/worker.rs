@@ -17,12 +17,14 @@ use std::time::Duration;
 use retort_abi::Cancel;
 
 use crate::frame::{Answer, Call, FromWorker, Inbox, Task, ToWorker};
-use crate::plugin::host::LoadedPlugin;
+
+use host::LoadedPlugin;
 use outbox::Outbox;
 use services::Services;
 use writer::ArtifactWriter;
 
 pub mod death;
+mod host;
 mod outbox;
 pub mod process;
 mod services;

@@ -16,8 +16,9 @@ use tokio::runtime::Runtime;
 
 use crate::frame::{Answer, Call, Task};
 use crate::plan::DescribeError;
-use crate::plugin::{self, trust};
+use crate::plugin;
 use crate::schema;
+use crate::trust;
 use description::{OF_THE_LINKER, names_a_place, provocations, shown};
 use seen::{Seen, Stopping, watch};
 

@@ -13,7 +13,8 @@ use crate::artifact;
 use crate::cli::plugin::built;
 use crate::cli::{Context, Error, Exit, talk};
 use crate::draft::Draft;
-use crate::plugin::{self, Plugins, search_dirs, trust};
+use crate::plugin::{self, Plugins, search_dirs};
+use crate::trust;
 
 /// Arguments of `plugin install`.
 #[derive(Debug, clap::Args)]

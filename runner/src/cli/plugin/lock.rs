@@ -8,7 +8,8 @@ use clap::ValueHint;
 use crate::artifact;
 use crate::cli::{Context, Error, Exit, talk};
 use crate::plan::DescribeError;
-use crate::plugin::{self, SearchDir, trust};
+use crate::plugin::{self, SearchDir};
+use crate::trust;
 
 /// Arguments of `plugin lock`.
 #[derive(Debug, clap::Args)]

@@ -20,7 +20,7 @@ use retort_checkpoint::regular;
 use serde::de::DeserializeOwned;
 
 use crate::input::{self, Stamp};
-use crate::plugin::trust::{self, TrustError};
+use crate::trust::{self, TrustError};
 
 /// A loaded plugin. It stays loaded until the process ends.
 #[derive(Debug, Clone, Copy)]
