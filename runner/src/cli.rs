@@ -42,7 +42,7 @@ pub mod validate;
 pub mod why;
 pub mod worker;
 
-use crate::settings::Given;
+use crate::settings::Overrides;
 use crate::store::{Access, Memory, Store};
 use crate::table::Style;
 use crate::terminal;
@@ -333,18 +333,18 @@ impl Context {
     }
 
     /// What environment variables say of where and how stages are run, and where the user's file is.
-    pub fn given(&self) -> Given {
+    pub fn given(&self) -> Overrides {
         let variable =
             |name| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
         let config = std::env::var_os("XDG_CONFIG_HOME").map(PathBuf::from);
         let config = config.filter(|dir| dir.is_absolute());
-        Given {
+        Overrides {
             executor_variable: variable("RETORT_EXECUTOR"),
             slurm_variable: variable("RETORT_SLURM"),
             user_dir: config
                 .or_else(|| Some(self.home()?.join(".config")))
                 .map(|dir| dir.join("retort")),
-            ..Given::default()
+            ..Overrides::default()
         }
     }
 

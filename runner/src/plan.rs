@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::diagnostic::{Cause, Finding, Position, Report};
-use crate::recipe::{self, Given, Recipe};
+use crate::recipe::{self, ArtifactInput, Recipe};
 use crate::terminal;
 use crate::yaml::{Part, escape, odd_space};
 
@@ -51,7 +51,7 @@ pub struct Plan {
     pub seed: u64,
     /// Artifacts of the store that stages take by name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub given: Vec<Given>,
+    pub given: Vec<ArtifactInput>,
     /// The stages, each after all that it refers to.
     pub stages: Vec<PlannedStage>,
     /// Warnings met on the way.

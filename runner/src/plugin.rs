@@ -44,7 +44,7 @@ pub struct SearchDir {
 
 /// A plugin's file.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-pub struct Found {
+pub struct PluginFile {
     /// Name in recipes.
     pub name: String,
     /// Which build of the plugin it is, where there are several for several devices: `cuda`.
@@ -106,8 +106,8 @@ pub fn search_dirs(plugin_dirs: &[PathBuf]) -> Vec<SearchDir> {
 }
 
 /// All plugins in these directories, by name; a plugin's variants follow it.
-pub fn find_all(dirs: &[SearchDir]) -> Vec<Found> {
-    let mut found: BTreeMap<(String, Option<String>), Found> = BTreeMap::new();
+pub fn find_all(dirs: &[SearchDir]) -> Vec<PluginFile> {
+    let mut found: BTreeMap<(String, Option<String>), PluginFile> = BTreeMap::new();
     for dir in dirs {
         let Ok(entries) = std::fs::read_dir(&dir.path) else {
             continue;
@@ -124,7 +124,7 @@ pub fn find_all(dirs: &[SearchDir]) -> Vec<Found> {
                     let (name, variant) = key.clone();
                     found.insert(
                         key,
-                        Found {
+                        PluginFile {
                             name,
                             variant,
                             path,
@@ -143,7 +143,7 @@ pub fn find_all(dirs: &[SearchDir]) -> Vec<Found> {
 ///
 /// # Errors
 /// There is none; the error lists the directories searched.
-pub fn find(name: &str, dirs: &[SearchDir]) -> Result<Found, DescribeError> {
+pub fn find(name: &str, dirs: &[SearchDir]) -> Result<PluginFile, DescribeError> {
     let well_formed = !name.is_empty()
         && name.bytes().all(|byte| {
             byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"_-".contains(&byte)
@@ -161,7 +161,7 @@ pub fn find(name: &str, dirs: &[SearchDir]) -> Result<Found, DescribeError> {
     }
     let (all, key) = (find_all(dirs), name.replace('-', "_"));
     if let Some(found) = all.iter().find(|found| found.name.replace('-', "_") == key) {
-        return Ok(Found {
+        return Ok(PluginFile {
             name: name.to_owned(),
             ..found.clone()
         });
@@ -233,7 +233,7 @@ pub fn name_of(file: &str) -> Option<(String, Option<String>)> {
 }
 
 /// The variants of a plugin that has also a file without one.
-fn variants(name: &str, dirs: &[SearchDir]) -> Vec<Found> {
+fn variants(name: &str, dirs: &[SearchDir]) -> Vec<PluginFile> {
     let key = name.replace('-', "_");
     let mut all = find_all(dirs);
     all.retain(|found| found.name.replace('-', "_") == key);
@@ -423,7 +423,7 @@ impl Descriptions for Plugins<'_> {
             return Vec::new();
         };
         let base = &base.description;
-        let alike = |found: &Found| {
+        let alike = |found: &PluginFile| {
             let (identity, description) = self.describe_file(&found.path)?;
             let path = found.path.display();
             let odd = if identity.name != plugin {

@@ -59,7 +59,7 @@ pub struct Recipe {
     /// The stages in the order of the text.
     pub stages: Vec<RecipeStage>,
     /// Artifacts of the store that stand for what stages of their names would make.
-    pub given: Vec<Given>,
+    pub given: Vec<ArtifactInput>,
     /// What a sweep varies.
     pub sweep: Option<Sweep>,
     /// Mistakes and warnings.
@@ -95,7 +95,7 @@ pub struct RecipeStage {
 
 /// An artifact of the store that stages take by a name, as if a stage had made it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Given {
+pub struct ArtifactInput {
     /// The name.
     pub name: String,
     /// The artifact's hash.
@@ -489,7 +489,7 @@ fn extract(source: Source, value: &Value, sweep: Option<Sweep>, findings: Vec<Fi
             .into_iter()
             .flatten()
             .filter_map(|(name, given)| {
-                Some(Given {
+                Some(ArtifactInput {
                     name: name.clone(),
                     hash: text(given, "hash")?,
                     kind: text(given, "kind")?,

@@ -138,7 +138,7 @@ pub struct Settings {
 
 /// What the command line has read for this module.
 #[derive(Debug, Clone, Default)]
-pub struct Given {
+pub struct Overrides {
     /// `--executor`.
     pub executor: Option<Executor>,
     /// `--slurm`, each `KEY=VALUE` or `KIND.KEY=VALUE`.
@@ -194,7 +194,7 @@ impl Settings {
     ///
     /// # Errors
     /// A file cannot be read, makes no sense, or could be changed by others.
-    pub fn read(dir: &Path, given: &Given) -> Result<Self, SettingsError> {
+    pub fn read(dir: &Path, given: &Overrides) -> Result<Self, SettingsError> {
         let mut layers = vec![Layer {
             origin: "flag".into(),
             executor: given.executor,
@@ -528,11 +528,11 @@ mod tests {
             &user.join(FILE),
             "executor = 'local'\n[slurm]\npartition = 'user'\naccount = 'me'\n[slurm.kinds.distill]\naccount = 'us'\n",
         );
-        let mut given = Given {
+        let mut given = Overrides {
             user_dir: Some(user.clone()),
-            ..Given::default()
+            ..Overrides::default()
         };
-        let of = |given: &Given| Settings::read(&project.join("a/b"), given).unwrap();
+        let of = |given: &Overrides| Settings::read(&project.join("a/b"), given).unwrap();
         let settings = of(&given);
         let project_file = project.join(FILE).display().to_string();
         assert_eq!(settings.executor(), (Executor::Slurm, &*project_file));
@@ -591,7 +591,7 @@ mod tests {
             ("[slurm]\nsignal = '60'", "expected a time"),
         ] {
             write(&root.path().join(FILE), text);
-            let error = Settings::read(root.path(), &Given::default())
+            let error = Settings::read(root.path(), &Overrides::default())
                 .and_then(|settings| settings.profile("sample").map(drop))
                 .expect_err(text);
             assert!(error.message.contains(expected), "{text}: {error}");
@@ -599,9 +599,9 @@ mod tests {
         }
         std::fs::remove_file(root.path().join(FILE)).unwrap();
         for word in ["x", "=", "cpus=many", "a.b.c=1", "nothing=1"] {
-            let given = Given {
+            let given = Overrides {
                 slurm: vec![word.to_owned()],
-                ..Given::default()
+                ..Overrides::default()
             };
             let error = Settings::read(root.path(), &given).expect_err(word);
             assert!(error.message.starts_with("--slurm"), "{error}");
@@ -614,7 +614,7 @@ mod tests {
         let path = root.path().join(FILE);
         write(&path, "executor = 'slurm'");
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).unwrap();
-        let error = Settings::read(&root.path().join("x"), &Given::default()).unwrap_err();
+        let error = Settings::read(&root.path().join("x"), &Overrides::default()).unwrap_err();
         assert!(
             error.message.contains("is writable by everybody"),
             "{error}"

@@ -42,7 +42,7 @@ pub enum ImagesKept {
 
 /// What is kept of every sample beside its label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Kept {
+pub struct KeptTensors {
     /// Images.
     pub images: ImagesKept,
     /// Latents.
@@ -80,7 +80,7 @@ pub struct Manifest {
     /// One past the highest label.
     pub labels: usize,
     /// What shards hold.
-    pub kept: Kept,
+    pub kept: KeptTensors,
     /// Files, in order of their samples.
     pub shards: Vec<Shard>,
 }

@@ -74,14 +74,14 @@ impl From<Fault> for Error {
 }
 
 /// A dataset that was asked for.
-struct Found {
+struct OpenedDataset {
     dir: PathBuf,
     manifest: Manifest,
     /// Where it is an artifact.
     record: Option<ArtifactRecord>,
 }
 
-impl Found {
+impl OpenedDataset {
     fn of(reference: &str, context: &Context) -> Result<Self, Error> {
         let folder = Path::new(reference);
         if folder.join(MANIFEST).exists() {
@@ -130,7 +130,7 @@ fn shown(ranges: &[Range<u64>]) -> String {
 }
 
 fn info(args: &InfoArgs, context: &Context) -> Result<(), Error> {
-    let found = Found::of(&args.dataset, context)?;
+    let found = OpenedDataset::of(&args.dataset, context)?;
     let (dir, m) = (&found.dir, &found.manifest);
     let (mut classes, mut types, mut noise) = (BTreeMap::<u32, u64>::new(), Vec::new(), false);
     let mut bytes = 0;
@@ -209,7 +209,7 @@ fn info(args: &InfoArgs, context: &Context) -> Result<(), Error> {
 }
 
 fn verify(args: &InfoArgs, context: &Context) -> Result<(), Error> {
-    let found = Found::of(&args.dataset, context)?;
+    let found = OpenedDataset::of(&args.dataset, context)?;
     let m = &found.manifest;
     let mut rows = Rows::new(&["file", "samples", "problem"]);
     let mut problem = |file: &str, samples: String, what: String| {
@@ -323,7 +323,10 @@ fn merge(args: &MergeArgs, context: &Context) -> Result<(), Error> {
     if fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some()) || out.is_file() {
         return Err(refused(format!("{} is there already", out.display())));
     }
-    let parts = args.parts.iter().map(|part| Found::of(part, context));
+    let parts = args
+        .parts
+        .iter()
+        .map(|part| OpenedDataset::of(part, context));
     let parts = parts.collect::<Result<Vec<_>, _>>()?;
     let mut whole = parts[0].manifest.clone();
     let shards = parts

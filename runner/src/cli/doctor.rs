@@ -396,8 +396,8 @@ fn plugins(runtime: &Runtime, context: &Context, store: Option<&Store>, checks: 
         }
     }
     for (name, variant, build) in plugin::OWN_VARIANTS {
-        let own = |found: &plugin::Found| found.variant.as_deref() == Some(variant);
-        let built = |found: &plugin::Found| found.name == name && own(found);
+        let own = |found: &plugin::PluginFile| found.variant.as_deref() == Some(variant);
+        let built = |found: &plugin::PluginFile| found.name == name && own(found);
         if all.iter().any(|found| found.name == name) && !all.iter().any(built) {
             checks.push(
                 Check::new(

@@ -26,7 +26,7 @@ use crate::plan::{Plan, PlannedStage};
 use crate::plugin::Plugins;
 use crate::progress::{self, Manner, ProgressReporter};
 use crate::schema::MAX_PROCESSES;
-use crate::settings::{Executor, Given, Settings};
+use crate::settings::{Executor, Overrides, Settings};
 use crate::store::{Access, ArtifactRow, Memory, RunId, RunState, Store, SweepPlace};
 use crate::table::{Cell, Rows, Tone};
 
@@ -106,7 +106,7 @@ impl ExecutionArgs {
 
     /// Everything that is set for a recipe in `dir`.
     pub fn settings(&self, dir: &Path, context: &Context) -> Result<Settings, Error> {
-        let given = Given {
+        let given = Overrides {
             executor: self.executor,
             slurm: self.slurm.clone(),
             ..context.given()

@@ -8,7 +8,7 @@ use tokio::runtime::Runtime;
 
 use crate::cli::{Context, Error, Exit, Format, FormatArgs, talk};
 use crate::plan::{DescribeError, PluginIdentity};
-use crate::plugin::{self, Found, Plugins, conformance, search_dirs};
+use crate::plugin::{self, PluginFile, Plugins, conformance, search_dirs};
 use crate::store::{Access, Store};
 use crate::table::{Cell, Rows, Style, Tone, bytes};
 
@@ -112,7 +112,7 @@ fn list(args: &ListArgs, runtime: &Runtime, context: &Context) -> Result<(), Err
 }
 
 fn row(
-    found: &Found,
+    found: &PluginFile,
     described: Result<(PluginIdentity, Description), DescribeError>,
     devices: Result<Vec<Device>, DescribeError>,
 ) -> Vec<Cell> {

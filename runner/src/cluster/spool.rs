@@ -439,7 +439,7 @@ pub struct Reader {
 
 /// What a look at a spool gave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Seen {
+pub enum SpoolReading {
     /// Nothing new.
     Nothing,
     /// Records.
@@ -485,7 +485,7 @@ impl Reader {
     ///
     /// # Errors
     /// [`SpoolError`].
-    pub fn look(&mut self, records: &mut Vec<Record>) -> Result<Seen, SpoolError> {
+    pub fn look(&mut self, records: &mut Vec<Record>) -> Result<SpoolReading, SpoolError> {
         let mut any = false;
         loop {
             let (taken, bytes, sealed) = match self.open()? {
@@ -503,11 +503,17 @@ impl Reader {
                 (0, false) if std::mem::take(&mut self.is_final) => {
                     (self.life, self.piece, self.offset) = (self.life + 1, 0, 0);
                 }
-                (0, false) => return Ok(if any { Seen::Records } else { Seen::Nothing }),
+                (0, false) => {
+                    return Ok(if any {
+                        SpoolReading::Records
+                    } else {
+                        SpoolReading::Nothing
+                    });
+                }
                 (taken, _) => {
                     self.offset += taken as u64;
                     if bytes >= CHUNK {
-                        return Ok(Seen::More);
+                        return Ok(SpoolReading::More);
                     }
                 }
             }
@@ -606,7 +612,7 @@ mod tests {
 
     fn all(reader: &mut Reader) -> Vec<Record> {
         let mut records = Vec::new();
-        while reader.look(&mut records).unwrap() == Seen::More {}
+        while reader.look(&mut records).unwrap() == SpoolReading::More {}
         records
     }
 

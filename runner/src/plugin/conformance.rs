@@ -20,7 +20,7 @@ use crate::plugin;
 use crate::schema;
 use crate::trust;
 use description::{OF_THE_LINKER, names_a_place, provocations, shown};
-use seen::{Seen, Stopping, watch};
+use seen::{Observations, Stopping, watch};
 
 mod description;
 mod seen;
@@ -73,7 +73,7 @@ impl Verdict {
 }
 
 /// What a check finds: what to say of it, or why it fails, or why it says nothing.
-type Found = Result<String, Bad>;
+type CheckResult = Result<String, Bad>;
 
 enum Bad {
     Failed(String),
@@ -134,7 +134,7 @@ impl<'a> Examination<'a> {
         &mut self,
         check: &'static str,
         subject: &str,
-        look: impl FnOnce(&Self) -> Found,
+        look: impl FnOnce(&Self) -> CheckResult,
     ) -> bool {
         let begun = Instant::now();
         let (verdict, detail) = match look(self) {
@@ -295,7 +295,7 @@ impl<'a> Examination<'a> {
     }
 
     /// Gives options of every wrong sort to a kind of stage: each is refused in words, or taken; nothing crashes.
-    fn provoke(&self, about: &Description, kind: &str, schema: &Value) -> Found {
+    fn provoke(&self, about: &Description, kind: &str, schema: &Value) -> CheckResult {
         let provocations = provocations(schema);
         let jobs: Vec<StageJob> = provocations
             .iter()
@@ -421,7 +421,7 @@ impl<'a> Examination<'a> {
         place: &Path,
         stopping: Stopping,
         linger: Duration,
-    ) -> Result<Seen, Bad> {
+    ) -> Result<Observations, Bad> {
         let temporary = place.join(TEMPORARY);
         for dir in job.work_dir.iter().chain([&temporary]) {
             fs::create_dir_all(dir).map_err(|error| Bad::Failed(error.to_string()))?;

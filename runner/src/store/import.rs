@@ -167,8 +167,8 @@ impl<'p> Foreign<'p> {
         check::all(&mut self.connection)
             .await
             .map_err(|found| match found {
-                check::Found::Fault(message) => self.refused(message),
-                check::Found::Store(error) => error,
+                check::Refusal::Fault(message) => self.refused(message),
+                check::Refusal::Store(error) => error,
             })?;
         let mut staged = Staged {
             files: Vec::new(),

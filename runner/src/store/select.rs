@@ -29,7 +29,7 @@ pub struct Sort {
 }
 
 /// What [`Store::find_runs`] found: keys in order, each with the values of the columns asked for.
-pub(super) struct Found {
+pub(super) struct FoundRuns {
     pub(super) keys: Vec<i64>,
     pub(super) values: Vec<Map<String, Json>>,
 }
@@ -68,7 +68,7 @@ enum Type {
 
 impl Store {
     /// The keys of the runs that pass a filter, in the order asked for.
-    pub(super) async fn find_runs(&self, filter: &RunFilter) -> Result<Found, StoreError> {
+    pub(super) async fn find_runs(&self, filter: &RunFilter) -> Result<FoundRuns, StoreError> {
         let mut targets = Vec::new();
         if let Some(wanted) = &filter.expr {
             let in_text = |error: FilterError| error.in_text(&wanted.text);
@@ -88,7 +88,7 @@ impl Store {
         let mut select = Select::new("select r.key", self.unrecorded_lost());
         select.build(filter, &targets)?;
         let rows = select.sql.build().fetch_all(self.pool()).await?;
-        let mut found = Found {
+        let mut found = FoundRuns {
             keys: Vec::with_capacity(rows.len()),
             values: Vec::with_capacity(rows.len()),
         };

@@ -32,7 +32,7 @@ struct Source<'s> {
 }
 
 /// A curve.
-struct Found<'s> {
+struct FoundCurve<'s> {
     source: &'s Source<'s>,
     stage: String,
     series: String,
@@ -235,8 +235,8 @@ async fn find<'s>(
     sources: &'s [Source<'s>],
     query: &Fields,
     window: CurveQuery,
-) -> Result<Vec<Found<'s>>, Problem> {
-    let mut found: Vec<Found> = Vec::new();
+) -> Result<Vec<FoundCurve<'s>>, Problem> {
+    let mut found: Vec<FoundCurve> = Vec::new();
     for name in query.all("series").take(FIGURES) {
         for source in sources {
             // Of series with one name in several stages each is a curve of its own.
@@ -264,7 +264,7 @@ async fn find<'s>(
                         began.await?.unwrap_or(first.first_at)
                     }
                 };
-                found.push(Found {
+                found.push(FoundCurve {
                     source,
                     stage: summary.stage.clone(),
                     series: summary.series.clone(),
@@ -277,7 +277,7 @@ async fn find<'s>(
     Ok(found)
 }
 
-impl Found<'_> {
+impl FoundCurve<'_> {
     fn label(&self, alone: bool) -> String {
         let name = format!("{}/{}", self.stage, self.series);
         match alone {

@@ -39,12 +39,12 @@ struct Manifest {
     image: [usize; 3],
     tokens: usize,
     dim: usize,
-    kept: Kept,
+    kept: SampleFiles,
     shards: Vec<Shard>,
 }
 
 #[derive(Debug, Deserialize)]
-struct Kept {
+struct SampleFiles {
     images: String,
     #[serde(default)]
     noise: bool,

@@ -18,7 +18,7 @@ use crate::failed;
 type Step<'a> = &'a mut dyn FnMut(&[&Tensor]) -> Result<Tensor>;
 
 /// What is kept between calls.
-enum Kept {
+enum KeptGraph {
     /// It was done once, with a result of this shape and type.
     Once(Vec<usize>, DType),
     Recorded(Recorded),
@@ -49,18 +49,22 @@ pub fn repeat(kept: &mut Recording, inputs: &[&Tensor], step: Step<'_>) -> Resul
     if !stream.context().has_async_alloc() {
         return step(inputs);
     }
-    match kept.0.as_mut().and_then(|kept| kept.downcast_mut::<Kept>()) {
+    match kept
+        .0
+        .as_mut()
+        .and_then(|kept| kept.downcast_mut::<KeptGraph>())
+    {
         None => {
             let y = step(inputs)?;
-            let once = Kept::Once(y.raw.dims().to_vec(), y.raw.dtype());
+            let once = KeptGraph::Once(y.raw.dims().to_vec(), y.raw.dtype());
             kept.0 = Some(Box::new(once));
             Ok(y)
         }
         Some(kept) => {
-            if let Kept::Once(shape, dtype) = kept {
-                *kept = Kept::Recorded(record(inputs, shape, *dtype, step)?);
+            if let KeptGraph::Once(shape, dtype) = kept {
+                *kept = KeptGraph::Recorded(record(inputs, shape, *dtype, step)?);
             }
-            let Kept::Recorded(recorded) = kept else {
+            let KeptGraph::Recorded(recorded) = kept else {
                 return Err(Error::Internal("repeat: nothing was recorded".into()));
             };
             for (from, to) in inputs.iter().zip(&recorded.inputs) {

@@ -70,7 +70,7 @@ pub(super) struct Looked {
 }
 
 /// What a source is made from, once all of its files have been looked at.
-pub(super) struct Found {
+pub(super) struct FoundFiles {
     pub(super) items: Vec<Item>,
     /// Height and width that images come to.
     pub(super) size: (usize, usize),
@@ -199,7 +199,7 @@ impl Looked {
         }
     }
 
-    pub(super) fn finish(self, o: &DataOptions) -> Result<Found, DataError> {
+    pub(super) fn finish(self, o: &DataOptions) -> Result<FoundFiles, DataError> {
         let damaged: Vec<Damaged> = self.damaged.into_iter().map(Damaged::of).collect();
         let Self {
             sizes,
@@ -257,7 +257,7 @@ impl Looked {
             );
             notices.push((LogLevel::Warn, message));
         }
-        Ok(Found {
+        Ok(FoundFiles {
             items: self.items,
             size,
             channels,

@@ -17,7 +17,7 @@ use super::class::{self, Classes};
 use super::content::{Archives, Damaged, Item};
 use super::error::{DataError, shown};
 use super::folder::Folder;
-use super::looked::{Found, Looked, told};
+use super::looked::{FoundFiles, Looked, told};
 use super::options::{DataOptions, Size};
 use super::raster::{self, Raster, luma};
 use super::resample::{Filter, Fit, fit};
@@ -191,7 +191,7 @@ impl Source {
         path: &Path,
         archives: Vec<PathBuf>,
         names: Vec<String>,
-        found: Found,
+        found: FoundFiles,
     ) -> Self {
         let body = Body::Files {
             archives,

@@ -223,7 +223,7 @@ impl<B: Backend> Block<B> {
         &self,
         x: &Variable<B>,
         cache: &Cache<B>,
-        seen: &Seen<'_, B>,
+        seen: &VisiblePositions<'_, B>,
         stack: &Stack<B>,
     ) -> Result<Variable<B>> {
         let shape = x.shape();
@@ -233,13 +233,13 @@ impl<B: Backend> Block<B> {
         let [q, k, v] = unpack::<B>(qkv.value(), stack.config.heads)?;
         let (cos, sin) = &stack.rope;
         let y = match seen {
-            Seen::First(mask) => {
+            VisiblePositions::First(mask) => {
                 let table = |t: &B::Tensor| B::narrow(t, 0, 0, shape[1]);
                 let (q, k, v) =
                     cache.extend_turned(0, [&q, &k, &v], [&table(cos)?, &table(sin)?])?;
                 B::attention(&q, &k, &v, mask, stack.scale())?
             }
-            Seen::Before { at, place, hidden } => {
+            VisiblePositions::Before { at, place, hidden } => {
                 let (qkv, scale) = ([&q, &k, &v], stack.scale());
                 cache.attend_next(qkv, [cos, sin], *at, place, *hidden, scale)?
             }
@@ -250,7 +250,7 @@ impl<B: Backend> Block<B> {
 }
 
 /// What positions of a generation see.
-enum Seen<'a, B: Backend> {
+enum VisiblePositions<'a, B: Backend> {
     /// The first ones each other.
     First(&'a Mask<B::Tensor>),
     /// A later one itself and those before it: `at`, on the host and as a tensor (1). `hidden` (b, 1, 1, l) is added to its
@@ -593,7 +593,7 @@ struct Decoding<'a, B: Backend> {
 
 impl<B: Backend> Decoding<'_, B> {
     /// Guided logits (b, 1, K) from the embeddings of the latest positions (b or 2b, l, C).
-    fn logits(&self, mut x: Variable<B>, seen: &Seen<'_, B>) -> Result<B::Tensor> {
+    fn logits(&self, mut x: Variable<B>, seen: &VisiblePositions<'_, B>) -> Result<B::Tensor> {
         let stack = &self.gpt.stack;
         for (block, cache) in stack.blocks.iter().zip(&self.caches) {
             x = block.step(&x, cache, seen, stack)?;
@@ -611,14 +611,14 @@ impl<B: Backend> Decoding<'_, B> {
     fn first(&mut self, x: Variable<B>) -> Result<B::Tensor> {
         self.at = x.shape()[1];
         let mask = mask::<B>(x.value(), &self.front.padding, self.at)?;
-        self.logits(x, &Seen::First(&mask))
+        self.logits(x, &VisiblePositions::First(&mask))
     }
 
     /// The same after tokens (b, 1) at a position, on the host and as a tensor (1).
     fn after(&self, ids: &B::Tensor, at: usize, place: &B::Tensor) -> Result<B::Tensor> {
         let x = self.gpt.embedded(ids, self.guidance)?;
         let hidden = self.hidden.as_ref();
-        self.logits(x, &Seen::Before { at, place, hidden })
+        self.logits(x, &VisiblePositions::Before { at, place, hidden })
     }
 }
 

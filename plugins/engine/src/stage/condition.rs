@@ -16,7 +16,7 @@ use crate::files::{replace, resolve};
 use crate::model::{CaptionShape, ConditionShape};
 use crate::numpy;
 use crate::random::{Sequence, Stream};
-use crate::stage::noise::Given;
+use crate::stage::noise::TensorFile;
 use crate::text::TextEncoder;
 use crate::weights::Stored;
 
@@ -29,7 +29,7 @@ pub enum Labels {
     /// One class per sample.
     List(Vec<Class>),
     /// From a file.
-    File(Given),
+    File(TensorFile),
     /// Those of images.
     Images(OfImages),
 }

@@ -44,7 +44,7 @@ use comparison::{Against, figures};
 use figure::{Figure, Row, relate, table};
 use measure::{Had, Measured, Meter, Network};
 use pairs::lpips_distances;
-use reference::{Given, save, statistics};
+use reference::{ReferenceStatistics, save, statistics};
 use source::{Real, open_set, reconstructions, samples_source};
 
 /// Options of `evaluate`.
@@ -313,7 +313,7 @@ struct Inputs<'o, B: Backend> {
     network: Network<B>,
     sets: Vec<(&'o str, Samples)>,
     /// The file of statistics, and what it holds.
-    given: Option<(PathBuf, Given)>,
+    given: Option<(PathBuf, ReferenceStatistics)>,
 }
 
 impl<'o, B: Backend> Inputs<'o, B> {

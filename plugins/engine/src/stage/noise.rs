@@ -18,7 +18,7 @@ use crate::weights::Stored;
 /// A tensor of a safetensors file.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Given {
+pub struct TensorFile {
     /// The file.
     #[schemars(extend("x-retort-file" = "file"))]
     pub file: String,
@@ -26,7 +26,7 @@ pub struct Given {
     pub tensor: String,
 }
 
-impl Given {
+impl TensorFile {
     fn open(&self, base: &Path) -> Result<Stored> {
         Stored::open(&resolve(base, &self.file), None)
     }
@@ -76,7 +76,7 @@ impl Noise {
     /// That of `count` samples of a shape.
     pub fn open(
         job: &StageJob,
-        given: Option<&Given>,
+        given: Option<&TensorFile>,
         count: u64,
         shape: &TokenShape,
     ) -> Result<Self> {

@@ -25,9 +25,9 @@ use crate::files::{link, resolve, write_json};
 use crate::model::{TokenShape, Tokenizer};
 use crate::picture::{self, Npz, Pixels};
 use crate::sampler;
-use crate::samples::{FORMAT, ImagesKept, Kept, Manifest, Samples, ShardWriter, by_class};
+use crate::samples::{FORMAT, ImagesKept, KeptTensors, Manifest, Samples, ShardWriter, by_class};
 use crate::stage::condition::{ConditionOptions, Conditioning, Features, Labels, Texts};
-use crate::stage::noise::{Given, Noise};
+use crate::stage::noise::{Noise, TensorFile};
 use crate::stage::shards::{self, Division, Line, Part, Planned, Written, batches, hashed};
 use crate::stage::{Stage, room};
 use drawer::{Drawer, Sampler, Setting, drawer};
@@ -73,7 +73,7 @@ pub struct Options {
     pub tokens: bool,
     /// Noise (count, L, D) from a file instead of the seed.
     #[serde(default)]
-    pub noise: Option<Given>,
+    pub noise: Option<TensorFile>,
     /// Classes of the images: `balanced` (the default), `drawn`, a list of numbers or names, a tensor of a file, or
     /// `{images: STAGE}`, in the proportions of real images. For a model of classes.
     #[serde(default)]
@@ -129,8 +129,8 @@ impl Options {
         }
     }
 
-    fn kept(&self) -> Kept {
-        Kept {
+    fn kept(&self) -> KeptTensors {
+        KeptTensors {
             images: self.images,
             latents: self.latents,
             tokens: self.tokens,

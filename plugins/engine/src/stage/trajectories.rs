@@ -23,7 +23,7 @@ use crate::flow;
 use crate::model::{Teacher, TokenShape};
 use crate::sampler::{Choice, Distribution, autoregressive};
 use crate::stage::condition::{ConditionOptions, Conditioning, Features, Labels, Texts};
-use crate::stage::noise::{Given, Noise};
+use crate::stage::noise::{Noise, TensorFile};
 use crate::stage::shards::{self, Division, Line, Part, Planned, Written, batches, hashed};
 use crate::stage::{Stage, room};
 
@@ -63,7 +63,7 @@ pub struct Options {
     pub solver_steps: usize,
     /// Noise (count, L, D) from a file instead of the seed.
     #[serde(default)]
-    pub noise: Option<Given>,
+    pub noise: Option<TensorFile>,
     /// Classes of the samples: `balanced` (the default), `drawn`, a list of numbers or names, a tensor of a file, or
     /// `{images: STAGE}`, in the proportions of real images. For a model of classes.
     #[serde(default)]

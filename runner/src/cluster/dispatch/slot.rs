@@ -6,7 +6,7 @@ use retort_abi::{LogLevel, Part};
 use tokio::sync::mpsc;
 
 use super::{cancelled, note};
-use crate::cluster::spool::{Over, Reader, Record, Seen, Word};
+use crate::cluster::spool::{Over, Reader, Record, SpoolReading, Word};
 use crate::cluster::{ElementEvent, Ended};
 use crate::frame::{Answer, FromWorker, Task};
 use crate::store::{ElementUpdate, JobKey, LogLine, Time, Usage};
@@ -361,7 +361,7 @@ pub fn is_worth_taking(dir: &std::path::Path, goes_on: bool) -> bool {
             }
         }
         match seen {
-            Ok(Seen::More) => {}
+            Ok(SpoolReading::More) => {}
             Ok(_) if reader.turn() => {}
             Ok(_) => break,
             Err(_) => return false,

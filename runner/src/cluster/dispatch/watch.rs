@@ -7,7 +7,7 @@ use super::slot::{LOST, Phase, Slot, StopLevel};
 use super::{GATHER, Work};
 use crate::cluster::Ended;
 use crate::cluster::slurm::{Key, Said, State, id};
-use crate::cluster::spool::{Over, Reader, Record, Seen, SpoolError};
+use crate::cluster::spool::{Over, Reader, Record, SpoolError, SpoolReading};
 use crate::store::{ElementUpdate, StoreError, Time};
 
 /// How often Slurm has to say that an element is over which has not said so itself: what it wrote last may be on its way.
@@ -304,7 +304,9 @@ fn read_some(readers: Vec<(usize, Reader)>, room: u64) -> Vec<Read> {
         let most = room.min(OF_ONE);
         let mut more = Ok(true);
         while matches!(more, Ok(true)) && reader.cost() - begun < most {
-            more = reader.look(&mut records).map(|seen| seen == Seen::More);
+            more = reader
+                .look(&mut records)
+                .map(|seen| seen == SpoolReading::More);
         }
         room = room.saturating_sub(reader.cost() - begun);
         (index, reader, records, more)

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use retort_abi::{Failure, FailureCode, StageResult};
 use serde_json::Value;
 
-use super::{Bad, Found, Terms, failed, skipped};
+use super::{Bad, CheckResult, Terms, failed, skipped};
 use crate::frame::{Answer, FromWorker, Points, Progress, Task, ToWorker};
 use crate::store::ArtifactRecord;
 use crate::worker::death::Death;
@@ -23,7 +23,7 @@ pub(super) enum Stopping {
 
 /// What was seen of an attempt.
 #[derive(Debug, Default)]
-pub(super) struct Seen {
+pub(super) struct Observations {
     pub(super) answer: Option<Result<Answer, Failure>>,
     pub(super) not_loaded: Option<String>,
     pub(super) artifacts: BTreeMap<u64, ArtifactRecord>,
@@ -45,12 +45,12 @@ pub(super) async fn watch(
     temporary: &Path,
     stopping: Stopping,
     &Terms { limit, grace, .. }: &Terms,
-) -> std::io::Result<Seen> {
+) -> std::io::Result<Observations> {
     let begun = Instant::now();
     let mut worker = Worker::spawn(1, &[("TMPDIR", temporary.into())])?;
     let sent = worker.send(&ToWorker::Start(Box::new(task))).await;
     sent.map_err(std::io::Error::other)?;
-    let mut seen = Seen::default();
+    let mut seen = Observations::default();
     let mut asked: Option<Instant> = None;
     let mut allowed = limit;
     let mut deadline = tokio::time::Instant::now() + limit;
@@ -107,7 +107,7 @@ pub(super) async fn watch(
     Ok(seen)
 }
 
-impl Seen {
+impl Observations {
     /// The output and the summary of a stage that succeeded.
     pub(super) fn result(&self, kind: &str) -> Result<(ArtifactRecord, Value), Bad> {
         let result = self.answered()?;
@@ -150,7 +150,7 @@ impl Seen {
         format!("{}: {}{written}", death.reason(), death.message())
     }
 
-    pub(super) fn progress_is_monotonic(&self) -> Found {
+    pub(super) fn progress_is_monotonic(&self) -> CheckResult {
         for pair in self.progress.windows(2) {
             if pair[0].unit == pair[1].unit && pair[1].done < pair[0].done {
                 return failed(format!(
@@ -175,7 +175,7 @@ impl Seen {
         }
     }
 
-    pub(super) fn steps_are_monotonic(&self) -> Found {
+    pub(super) fn steps_are_monotonic(&self) -> CheckResult {
         let mut last: BTreeMap<&str, u64> = BTreeMap::new();
         let mut count = 0;
         for points in &self.points {
@@ -197,7 +197,7 @@ impl Seen {
     }
 
     /// Whether it stopped when it was asked to.
-    pub(super) fn stopped(&self, grace: Duration) -> Found {
+    pub(super) fn stopped(&self, grace: Duration) -> CheckResult {
         if self.too_long.is_some() && self.stopping.is_some() {
             return failed(format!("it did not stop within {} s", grace.as_secs_f64()));
         }
@@ -215,7 +215,7 @@ impl Seen {
     }
 }
 
-pub(super) fn same(first: &ArtifactRecord, second: &ArtifactRecord) -> Found {
+pub(super) fn same(first: &ArtifactRecord, second: &ArtifactRecord) -> CheckResult {
     if first.hash == second.hash {
         return Ok("the same bytes".into());
     }
@@ -249,9 +249,9 @@ mod tests {
 
     #[test]
     fn order_is_judged_within_a_series() {
-        let seen = |points: Vec<Points>| Seen {
+        let seen = |points: Vec<Points>| Observations {
             points,
-            ..Seen::default()
+            ..Observations::default()
         };
         let good = seen(vec![
             points("a", &[3]),
@@ -272,9 +272,9 @@ mod tests {
 
     #[test]
     fn progress_neither_falls_nor_exceeds_its_total() {
-        let seen = |done: &[u64]| Seen {
+        let seen = |done: &[u64]| Observations {
             progress: done.iter().map(|&done| progress(done)).collect(),
-            ..Seen::default()
+            ..Observations::default()
         };
         assert!(seen(&[1, 1, 9]).progress_is_monotonic().is_ok());
         assert!(matches!(

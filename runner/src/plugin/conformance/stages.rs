@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use retort_abi::{Description, Input, Part, StageJob};
 
-use super::seen::{Seen, Stopping, same};
+use super::seen::{Observations, Stopping, same};
 use super::surroundings::{Surroundings, strays};
 use super::{Bad, Examination, LINGER, OPERATIONS, failed, skipped};
 use crate::artifact;
@@ -184,7 +184,7 @@ impl Examination<'_> {
         take: &str,
         stopping: Stopping,
         linger: Duration,
-    ) -> Result<Seen, Bad> {
+    ) -> Result<Observations, Bad> {
         let place = tested.place.join(take);
         let job = tested.job(&place);
         self.attempt(&tested.stage.plugin.path, job, &place, stopping, linger)

@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use retort_abi::Input;
 
-use super::{Bad, Found, TEMPORARY, failed};
+use super::{Bad, CheckResult, TEMPORARY, failed};
 use crate::artifact;
 
 /// Whether an attempt has left anything in its directory but what it may.
@@ -43,7 +43,7 @@ impl Surroundings {
         Self(files)
     }
 
-    pub(super) fn compare(&self, base_dir: &Path, inputs: &BTreeMap<String, Input>) -> Found {
+    pub(super) fn compare(&self, base_dir: &Path, inputs: &BTreeMap<String, Input>) -> CheckResult {
         let now = Self::of(base_dir).0;
         let changed = now
             .iter()

@@ -24,14 +24,14 @@ use crate::sweep::Sweep;
 const LAST_MOMENT: i64 = 253_402_300_799_999;
 
 /// Why a draft does not go into the store.
-pub(super) enum Found {
+pub(super) enum Refusal {
     /// A value is wrong: where, and what was expected.
     Fault(String),
     /// The draft could not be read.
     Store(StoreError),
 }
 
-impl From<sqlx::Error> for Found {
+impl From<sqlx::Error> for Refusal {
     fn from(error: sqlx::Error) -> Self {
         match error {
             // A text that is no UTF-8.
@@ -191,7 +191,7 @@ const RULES: &[(&str, &[(&str, Rule)])] = &[
 ];
 
 /// Looks at every row of the draft.
-pub(super) async fn all(connection: &mut SqliteConnection) -> Result<(), Found> {
+pub(super) async fn all(connection: &mut SqliteConnection) -> Result<(), Refusal> {
     for (table, columns) in RULES {
         let names: Vec<&str> = columns
             .iter()
@@ -227,10 +227,10 @@ async fn each(
     connection: &mut SqliteConnection,
     sql: String,
     mut look: impl FnMut(&SqliteRow) -> Result<(), String>,
-) -> Result<(), Found> {
+) -> Result<(), Refusal> {
     let mut rows = sqlx::query(AssertSqlSafe(sql)).fetch(connection);
     while let Some(row) = rows.try_next().await? {
-        look(&row).map_err(Found::Fault)?;
+        look(&row).map_err(Refusal::Fault)?;
     }
     Ok(())
 }
@@ -365,7 +365,7 @@ fn files(row: &SqliteRow) -> Result<(), String> {
 }
 
 /// A sweep has as many points as is said of it, numbered from 1; its runs and rungs are of them.
-async fn sweeps(connection: &mut SqliteConnection) -> Result<(), Found> {
+async fn sweeps(connection: &mut SqliteConnection) -> Result<(), Refusal> {
     let sql = "select w.id from main.sweeps w
          where w.points != (select count(*) from main.sweep_points p where p.sweep = w.key)
             or w.points != (select coalesce(max(p.point), 0) from main.sweep_points p where p.sweep = w.key)
@@ -384,7 +384,7 @@ async fn sweeps(connection: &mut SqliteConnection) -> Result<(), Found> {
 }
 
 /// Blocks of points: each unpacks to what is said of it, and those of a series follow each other.
-async fn blocks(connection: &mut SqliteConnection) -> Result<(), Found> {
+async fn blocks(connection: &mut SqliteConnection) -> Result<(), Refusal> {
     let mut before = None;
     let sql = "select b.series, b.first_step, b.last_step, b.points, b.numbers, k.data, e.base
          from main.blocks b join main.series e on e.key = b.series left join main.packs k on k.key = b.pack

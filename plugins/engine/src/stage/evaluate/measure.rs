@@ -33,7 +33,7 @@ pub enum Network<B: Backend> {
 }
 
 /// What a network says of some images, on the host.
-struct Seen {
+struct ImageFeatures {
     features: Vec<f32>,
     /// Spatial features and logits: of Inception.
     spatial: Vec<f32>,
@@ -140,11 +140,11 @@ impl<B: Backend> Network<B> {
         images: &[f32],
         [c, h, w]: [usize; 3],
         preparation: Preparation,
-    ) -> Result<Seen> {
+    ) -> Result<ImageFeatures> {
         match self {
             Self::Classifier(net) => {
                 let (features, classes) = net.measure(backend, images)?;
-                Ok(Seen {
+                Ok(ImageFeatures {
                     features,
                     classes,
                     spatial: Vec::new(),
@@ -159,7 +159,7 @@ impl<B: Backend> Network<B> {
                     .collect();
                 let x = backend.floats(&bytes, &[images.len() / (c * h * w), c, h, w])?;
                 let outputs = network.look(&Variable::constant(x), preparation)?;
-                Ok(Seen {
+                Ok(ImageFeatures {
                     features: B::to_floats(outputs.features[*depth].value())?,
                     spatial: B::to_floats(outputs.spatial.value())?,
                     logits: B::to_floats(outputs.logits.value())?,

@@ -11,7 +11,7 @@ use crate::numpy;
 use crate::statistics::Moments;
 
 /// Reads moments of the network's features, and of its spatial features where they are given.
-pub fn statistics<B: Backend>(path: &Path, network: &Network<B>) -> Result<Given> {
+pub fn statistics<B: Backend>(path: &Path, network: &Network<B>) -> Result<ReferenceStatistics> {
     let arrays = Arrays::open(path)?;
     let moments = |mean: &str, covariance: &str, dim: usize| {
         let found = arrays.read(mean, &[dim])?;
@@ -28,7 +28,7 @@ pub fn statistics<B: Backend>(path: &Path, network: &Network<B>) -> Result<Given
         Network::Inception { .. } => moments("mu_s", "sigma_s", inception::SPATIAL_FEATURES)?,
         Network::Classifier(_) => None,
     };
-    Ok(Given {
+    Ok(ReferenceStatistics {
         moments: own,
         spatial,
         images: images(path)?,
@@ -36,7 +36,7 @@ pub fn statistics<B: Backend>(path: &Path, network: &Network<B>) -> Result<Given
 }
 
 /// What a file says of the real images.
-pub struct Given {
+pub struct ReferenceStatistics {
     /// Moments of the features.
     pub moments: Option<Moments>,
     /// Moments of the spatial features.
