@@ -231,12 +231,16 @@ fn what_no_loader_of_images_reads_makes_nothing_run_again() {
         ("0/without-ending", &b"\xff\xd8\xff\xe0"[..]),
         ("1/damaged.webp", b""),
         ("metadata.csv", b"file_name,label"),
-        // An archive without entries.
-        ("shard.tar", &[0; 1024]),
     ] {
         fs::write(at(name), content).unwrap();
         assert_eq!(lab.outcomes(&[]), ["a ran"], "{name}");
     }
+    let tar = Command::new("tar")
+        .args(["cf", "data/shard.tar", "r.yaml"])
+        .current_dir(lab.dir.path())
+        .status();
+    assert!(tar.unwrap().success());
+    assert_eq!(lab.outcomes(&[]), ["a ran"]);
     fifo(&at("0/pipe.txt"));
     lab.run(&[])
         .expect(3)
