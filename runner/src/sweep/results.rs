@@ -33,7 +33,13 @@ impl Results {
         detail: SweepDetail,
         other: Option<Objective>,
     ) -> Result<Self, StoreError> {
-        let objective = other.or_else(|| detail.plan.definition.objective.clone());
+        let definition = &detail.plan.definition;
+        // Points that are judged on the way are judged by the same at the end, unless somebody says otherwise.
+        let judged = definition.asha.as_ref().map(|asha| Objective {
+            metric: asha.metric.clone(),
+            goal: asha.goal,
+        });
+        let objective = other.or_else(|| definition.objective.clone()).or(judged);
         let name = objective
             .as_ref()
             .map(|objective| format!("metrics.{}", objective.metric));

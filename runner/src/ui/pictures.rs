@@ -511,10 +511,12 @@ fn strips(detail: &RunDetail) -> Vec<(String, Vec<Frame>)> {
             None => strips.push((name, vec![Frame { step, preview }])),
         }
     }
-    strips.retain(|(_, frames)| frames.len() > 1);
     for (_, frames) in &mut strips {
         frames.sort_by_key(|frame| frame.step);
+        // Several samples of one snapshot are no time that passes.
+        frames.dedup_by_key(|frame| frame.step);
     }
+    strips.retain(|(_, frames)| frames.len() > 1);
     strips
 }
 

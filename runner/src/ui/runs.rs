@@ -8,7 +8,7 @@ use super::reply::{Problem, Reply};
 use super::request::{Fields, PageRequest, segment};
 use super::{ServedStore, Site};
 use crate::filter::{self, Expr, Filter, Name};
-use crate::store::{Group, RunFilter, RunSummary, Sort};
+use crate::store::{Group, RunFilter, RunSummary, Sort, StoreError};
 use crate::table;
 
 /// Runs on a page.
@@ -36,7 +36,7 @@ pub async fn answer(site: &Site, request: &PageRequest) -> Result<Reply, Problem
         .stores
         .get(number.wrapping_sub(1))
         .ok_or_else(|| Problem::NotFound(format!("there is no store number {number}")))?;
-    let found = content(served, request).await;
+    let found = content(site, served, request).await;
     let status = found.as_ref().err().map_or(200, Problem::status);
     let names = served.store.field_names(NAMES).await?;
     let body = html! {
@@ -101,20 +101,37 @@ fn query(query: &Fields) -> Result<ListQuery, Problem> {
     })
 }
 
-async fn content(served: &ServedStore, request: &PageRequest) -> Result<Markup, Problem> {
+async fn content(
+    site: &Site,
+    served: &ServedStore,
+    request: &PageRequest,
+) -> Result<Markup, Problem> {
     let query = query(&request.query)?;
-    let baseline = baseline(served, request, &query).await;
-    match request.query.get("group") {
+    let baseline = baseline(site, served, request, &query).await;
+    let list = match request.query.get("group") {
         Some(by @ ("tag" | "sweep")) => {
-            groups(served, request, &query, baseline.as_ref(), by).await
+            groups(served, request, &query, baseline.as_ref(), by).await?
         }
-        Some(other) => Err(Problem::Bad(format!("runs have no groups by {other}"))),
-        None => whole(served, request, &query, baseline.as_ref()).await,
-    }
+        Some(other) => return Err(Problem::Bad(format!("runs have no groups by {other}"))),
+        None => whole(served, request, &query, baseline.as_ref()).await?,
+    };
+    let gone = request.query.get("baseline").filter(|_| baseline.is_none());
+    Ok(html! {
+        @if let Some(id) = gone {
+            p.hint { "The pinned baseline " span.mono { (page::name(id)) } " is gone. " (unpin(id)) }
+        }
+        (list)
+    })
 }
 
-/// The run that others are held against; one that is gone, or another store's, is none.
+/// Takes the pin away; for scripts alone, which remember it.
+fn unpin(id: &str) -> Markup {
+    html! { button type="button" data-pin=(id) hidden { "Unpin" } }
+}
+
+/// The run that others are held against: of this store, else of another that is served. One that is gone is none.
 async fn baseline(
+    site: &Site,
     served: &ServedStore,
     request: &PageRequest,
     query: &ListQuery,
@@ -127,7 +144,24 @@ async fn baseline(
         columns: query.columns.clone(),
         ..RunFilter::default()
     };
-    served.store.list_runs(&filter).await.ok()?.pop()
+    let others = site.stores.iter().filter(|one| !std::ptr::eq(*one, served));
+    for one in std::iter::once(served).chain(others) {
+        // A column that another store does not know is empty there.
+        let found = match one.store.list_runs(&filter).await {
+            Err(StoreError::Filter(_)) => {
+                let plain = RunFilter {
+                    columns: Vec::new(),
+                    ..filter.clone()
+                };
+                one.store.list_runs(&plain).await
+            }
+            found => found,
+        };
+        if let Some(run) = found.ok().and_then(|mut runs| runs.pop()) {
+            return Some(run);
+        }
+    }
+    None
 }
 
 async fn whole(
@@ -430,7 +464,7 @@ fn row(run: &RunSummary, query: &ListQuery, baseline: Option<&RunSummary>, pinne
     html! {
         tr.pinned[pinned] data-run=(run.id.0) {
             td.pick { input type="checkbox" name="run" value=(run.id.0) aria-label=(format!("Select {}", run.id)); }
-            td.id { (page::run_link(&run.id)) @if pinned { span.badge { "baseline" } } }
+            td.id { (page::run_link(&run.id)) @if pinned { span.badge { "baseline" } " " (unpin(&run.id.0)) } }
             td { (page::run_state(run.state)) }
             td.recipe { (page::name(&run.recipe)) }
             td.dim data-label="started" { (page::ago(run.started)) }

@@ -92,7 +92,7 @@ pub async fn answer(site: &Site, _: &PageRequest, reference: &str) -> Result<Rep
                 h1 { (page::name(&detail.plan.recipe)) " " span.mono.dim { (page::name(id)) } }
                 p.line {
                     span { "sweep of " (detail.points.len()) " points" } " " span { (results.succeeded()) " succeeded" } " " span { "began " (page::ago(detail.started)) }
-                    @if let Some(objective) = &definition.objective { " " span { "looks for the " (if objective.goal == crate::sweep::Goal::Min { "least " } else { "greatest " }) span.mono { (page::name(&objective.metric)) } } }
+                    @if let Some(objective) = &results.objective { " " span { "looks for the " (if objective.goal == crate::sweep::Goal::Min { "least " } else { "greatest " }) span.mono { (page::name(&objective.metric)) } } }
                 }
             }
             div.actions {
@@ -107,7 +107,7 @@ pub async fn answer(site: &Site, _: &PageRequest, reference: &str) -> Result<Rep
                 thead { tr {
                     th.num scope="col" { "Point" } th scope="col" { "Run" } th scope="col" { "State" }
                     @for parameter in &definition.parameters { th.num scope="col" { (page::name(&parameter.path)) } }
-                    @if let Some(objective) = &definition.objective { th.num scope="col" { (page::name(&objective.metric)) } }
+                    @if let Some(objective) = &results.objective { th.num scope="col" { (page::name(&objective.metric)) } }
                 } }
                 tbody {
                     @for point in detail.points.iter().take(MOST) {
@@ -119,7 +119,7 @@ pub async fn answer(site: &Site, _: &PageRequest, reference: &str) -> Result<Rep
                             }
                             td { (state(point)) }
                             @for setting in &point.settings { td.num { (page::name(plot::value_of(setting))) } }
-                            @if definition.objective.is_some() {
+                            @if results.objective.is_some() {
                                 td.num.best[best == Some(point.number)] {
                                     @match results.value(point) { Some(value) => (page::number(value)), None => span.dim { "–" } }
                                     @if best == Some(point.number) { span.star title="the best" { " ★" span.visually-hidden { "best" } } }

@@ -274,6 +274,12 @@ fn halving_stops_the_worse_half_and_resumes_the_better() {
     assert_eq!(best.stdout, "retort run r.yaml --set work.rate=1\n");
     // Nothing is left to be decided.
     lab.run(&["--sweep"]).expect(0).saying(&["nothing to do"]);
+    // Points that are judged on the way need no objective beside that.
+    let section = ASHA.replace("  objective: {metric: tick, goal: min}\n", "");
+    let judged = lab_that_works(&section, 60);
+    judged.run(&["--sweep"]).expect(0);
+    let best = judged.retort(&["sweep", "best", "--command"]).expect(0);
+    assert_eq!(best.stdout, "retort run r.yaml --set work.rate=1\n");
 
     // Without an interruption the best point's run has the same bytes.
     let other = lab_with_rungs();

@@ -403,6 +403,15 @@ fn several_stores_are_looked_at_together() {
     let second = server.get("/?store=2").1;
     assert!(second.contains(&made.first.0) && !second.contains(&others.first.0));
     assert_eq!(server.get("/?store=3").0, 404);
+    // A baseline stays pinned from store to store; one that is gone can be let go of.
+    let pinned = |place: &str| server.get(place).1.contains("class=\"pinned\"");
+    for store in ["1", "2"] {
+        for run in [&made.first, &others.first] {
+            assert!(pinned(&format!("/?store={store}&baseline={run}")));
+        }
+    }
+    let gone = server.get("/?baseline=gone").1;
+    assert!(!pinned("/?baseline=gone") && gone.contains("data-pin=\"gone\""));
     let (status, both) = server.get(&format!(
         "/compare?run={}&run={}",
         made.first, others.second

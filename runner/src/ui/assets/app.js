@@ -57,10 +57,10 @@ function showPin() {
     kept && kept !== to.searchParams.get('run') ? to.searchParams.set('baseline', kept) : to.searchParams.delete('baseline');
     link.href = to.pathname + to.search;
   }
+  for (const button of all('button[data-pin]')) button.hidden = false;
   const button = one('#pin');
   if (!button) return;
   const pinned = memory.get('baseline') === button.dataset.pin;
-  button.hidden = false;
   button.setAttribute('aria-pressed', pinned);
   button.textContent = pinned ? 'Baseline (unpin)' : 'Pin as baseline';
 }
@@ -74,7 +74,7 @@ function takeBaseline() {
   }
 }
 document.addEventListener('click', (event) => {
-  const button = event.target.closest('#pin');
+  const button = event.target.closest('button[data-pin]');
   if (button) pin(button.dataset.pin);
 });
 
