@@ -323,6 +323,28 @@ fn token_length(text: &str) -> usize {
         .max(first.len_utf8())
 }
 
+/// Expects these findings: line, column, part of what is said with its hint; in the order of their places.
+#[cfg(test)]
+#[track_caller]
+pub fn expect(findings: &[Finding], expected: &[(usize, usize, &str)]) {
+    let mut found: Vec<(usize, usize, String)> = findings
+        .iter()
+        .map(|finding| {
+            let at = finding.position.unwrap_or(Position { line: 0, column: 0 });
+            let hint = finding.hint.as_deref().unwrap_or_default();
+            (at.line, at.column, format!("{} / {hint}", finding.message))
+        })
+        .collect();
+    found.sort();
+    assert_eq!(found.len(), expected.len(), "{found:#?}");
+    for ((line, column, said), (at_line, at_column, part)) in found.iter().zip(expected) {
+        assert!(
+            (line, column) == (at_line, at_column) && said.contains(part),
+            "{found:#?}\nnot {part}"
+        );
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -139,7 +139,7 @@ impl Store {
     pub async fn open(dir: &Path, access: Access) -> Result<Store, StoreError> {
         let (pool, claim) = match access {
             Access::ReadWrite => {
-                schema::check_files(&schema::path_of(dir))?;
+                schema::check_files(&connection::path_of(dir))?;
                 schema::make_directory(dir)?;
                 let known = host::is_known(dir);
                 let claim = host::claim(dir).await?;

@@ -10,30 +10,7 @@ const HEAD: &str = "version: 1\nbackend: fake\nstages:\n  codes: {kind: tokenize
 /// Plans a recipe and compares the findings: line, column, part of what is said; in order of places.
 fn check(text: &str, expected: &[(usize, usize, &str)]) {
     let report = fake::plan(text, &[]).unwrap_err();
-    let mut found: Vec<(usize, usize, String)> = report
-        .findings
-        .iter()
-        .map(|finding| {
-            let at = finding.position.unwrap_or(Position { line: 0, column: 0 });
-            (
-                at.line,
-                at.column,
-                format!(
-                    "{} / {}",
-                    finding.message,
-                    finding.hint.clone().unwrap_or_default()
-                ),
-            )
-        })
-        .collect();
-    found.sort();
-    assert_eq!(found.len(), expected.len(), "{found:#?}");
-    for ((line, column, said), (at_line, at_column, part)) in found.iter().zip(expected) {
-        assert!(
-            (line, column) == (at_line, at_column) && said.contains(part),
-            "{found:#?}\nnot {part}"
-        );
-    }
+    crate::diagnostic::expect(&report.findings, expected);
 }
 
 #[test]

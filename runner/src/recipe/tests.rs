@@ -127,31 +127,7 @@ fn wrong_settings_are_findings() {
 #[test]
 fn mistakes_in_the_runners_part() {
     let check = |text: &str, expected: &[(usize, usize, &str)]| {
-        let recipe = read(text, &[]);
-        let mut found: Vec<_> = recipe
-            .findings
-            .iter()
-            .map(|finding| {
-                let at = finding.position.unwrap_or(Position { line: 0, column: 0 });
-                (
-                    at.line,
-                    at.column,
-                    format!(
-                        "{} / {}",
-                        finding.message,
-                        finding.hint.clone().unwrap_or_default()
-                    ),
-                )
-            })
-            .collect();
-        found.sort();
-        assert_eq!(found.len(), expected.len(), "{found:#?}");
-        for ((line, column, said), (at_line, at_column, part)) in found.iter().zip(expected) {
-            assert!(
-                (line, column) == (at_line, at_column) && said.contains(part),
-                "{found:#?}"
-            );
-        }
+        crate::diagnostic::expect(&read(text, &[]).findings, expected);
     };
     check(
         "version: 2\nstages: {s: {kind: k}}\n",

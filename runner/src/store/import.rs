@@ -18,7 +18,7 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 use super::draft::{self, Draft};
 use super::sandbox::{self, Budget};
 use super::transfer::{self, FILES, PART, Transfer};
-use super::{Access, Store, StoreError, schema};
+use super::{Access, Store, StoreError, connection, schema};
 use crate::artifact;
 use crate::artifact::ArtifactFile;
 
@@ -43,15 +43,15 @@ impl Store {
             });
         }
         let draft = Draft::new(self.dir(), draft::IMPORT)
-            .map_err(|error| StoreError::refused(&schema::path_of(self.dir()), error))?;
+            .map_err(|error| StoreError::refused(&connection::path_of(self.dir()), error))?;
         let artifacts = self.dir().join("artifacts");
         let staged = Foreign::open(from, draft.path())
             .await?
             .read(&artifacts)
             .await?;
         // From here on everything is our own.
-        let from = schema::path_of(draft.path());
-        let mut connection = transfer::connect(&schema::path_of(self.dir()), &from).await?;
+        let from = connection::path_of(draft.path());
+        let mut connection = transfer::connect(&connection::path_of(self.dir()), &from).await?;
         let mut transaction = connection.begin_with("begin immediate").await?;
         let mut transfer = transfer::copy_all(&mut transaction).await?;
         for (hash, staging) in staged.files {
@@ -132,7 +132,7 @@ impl<'p> Foreign<'p> {
             .and_then(|version| schema::MIGRATIONS.get(..version))
             .ok_or_else(|| refused(format!("it has the schema {version}, which never was")))?;
         schema::migrate(draft, migrations).await?;
-        let options = schema::options(&schema::path_of(draft)).foreign_keys(false);
+        let options = connection::options(&connection::path_of(draft)).foreign_keys(false);
         let (connection, budget) = attach(&options, path, size).await?;
         Ok(Self {
             path,
@@ -315,7 +315,7 @@ impl<'p> Foreign<'p> {
                     "it cannot be brought to the present schema: {error}"
                 )),
             })?;
-        let options = schema::options(&schema::path_of(self.draft));
+        let options = connection::options(&connection::path_of(self.draft));
         (self.connection, self.budget) = attach(&options, self.path, self.size).await?;
         Ok(())
     }

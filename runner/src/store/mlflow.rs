@@ -11,7 +11,7 @@ use serde_json::Value;
 use sqlx::sqlite::SqliteConnection;
 use sqlx::{ConnectOptions, Connection};
 
-use super::{RunDetail, RunState, SeriesPoint, Store, StoreError, schema};
+use super::{RunDetail, RunState, SeriesPoint, Store, StoreError, connection, schema};
 use crate::artifact::{self, file_name};
 use crate::draft::Made;
 
@@ -39,7 +39,7 @@ impl Store {
 
     async fn add_all(&self, runs: &[RunDetail], to: &Path) -> Result<(), StoreError> {
         let at = |error: sqlx::Error| StoreError::from(error).at(to);
-        let mut connection = schema::options(to).connect().await.map_err(at)?;
+        let mut connection = connection::options(to).connect().await.map_err(at)?;
         let known: i64 = sqlx::query_scalar(
             "select count(*) from sqlite_schema
              where type = 'table' and name in ('experiments', 'runs', 'metrics', 'latest_metrics', 'params', 'tags')",

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqlitePool, SqlitePoolOptions};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 
-pub(super) use super::connection::{options, path_of};
+use super::connection::{options, path_of};
 use super::{BUSY_TIMEOUT, StoreError, function, lease, series};
 use crate::artifact;
 

@@ -14,7 +14,7 @@ use sqlx::sqlite::{SqliteConnection, SqliteRow};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Row};
 
 use super::draft::{self, Draft};
-use super::{RunId, StoreError, block, schema};
+use super::{RunId, StoreError, block, connection, schema};
 
 mod files;
 
@@ -56,7 +56,7 @@ async fn export_whole(
     to: &Path,
     files: bool,
 ) -> Result<Transfer, StoreError> {
-    let source = schema::path_of(dir);
+    let source = connection::path_of(dir);
     schema::check_is_store(&source).await?;
     // Of the file, and not of the store, whatever is wrong.
     let refused = |source: std::io::Error| match source.kind() {
@@ -77,7 +77,7 @@ async fn export_whole(
     let beside = to.parent().filter(|parent| !parent.as_os_str().is_empty());
     let draft = Draft::new(beside.unwrap_or(Path::new(".")), draft::EXPORT).map_err(refused)?;
     schema::migrate(draft.path(), schema::MIGRATIONS).await?;
-    let path = schema::path_of(draft.path());
+    let path = connection::path_of(draft.path());
     let mut connection = connect(&path, &source).await?;
     sqlx::query(FILES).execute(&mut connection).await?;
     let mut transfer = Transfer::default();
@@ -144,7 +144,7 @@ pub(super) async fn copy_all(connection: &mut SqliteConnection) -> Result<Transf
 /// A connection that may write to `main`, with another database to read from under the name `source`.
 pub(super) async fn connect(main: &Path, source: &Path) -> Result<SqliteConnection, StoreError> {
     let at = |error: sqlx::Error| StoreError::from(error).at(main);
-    let mut connection = schema::options(main).connect().await.map_err(at)?;
+    let mut connection = connection::options(main).connect().await.map_err(at)?;
     // Within a transaction each statement notes down what the pages that it changes were: of a run dozens, because its
     // parameters lie by name. As a file, somewhere on another disk, that is most of the work.
     sqlx::raw_sql("pragma temp_store = memory")

@@ -107,7 +107,7 @@ async fn content(
     request: &PageRequest,
 ) -> Result<Markup, Problem> {
     let query = query(&request.query)?;
-    let baseline = baseline(site, served, request, &query).await;
+    let baseline = baseline(site, request, &query).await;
     let list = match request.query.get("group") {
         Some(by @ ("tag" | "sweep")) => {
             groups(served, request, &query, baseline.as_ref(), by).await?
@@ -129,39 +129,29 @@ fn unpin(id: &str) -> Markup {
     html! { button type="button" data-pin=(id) hidden { "Unpin" } }
 }
 
-/// The run that others are held against: of this store, else of another that is served. One that is gone is none.
-async fn baseline(
-    site: &Site,
-    served: &ServedStore,
-    request: &PageRequest,
-    query: &ListQuery,
-) -> Option<RunSummary> {
+/// The run that others are held against, whichever store has it. One that is gone is none.
+async fn baseline(site: &Site, request: &PageRequest, query: &ListQuery) -> Option<RunSummary> {
     let id = request.query.get("baseline")?;
-    let by_id = filter::parse(&format!("id = \"{}\"", id.replace('"', ""))).ok()?;
+    let (served, run) = site.find_run(id).await.ok()?;
+    if run.0 != id {
+        return None;
+    }
     let filter = RunFilter {
         limit: Some(1),
-        expr: Some(by_id),
+        expr: Some(filter::parse(&format!("id = \"{run}\"")).ok()?),
         columns: query.columns.clone(),
         ..RunFilter::default()
     };
-    let others = site.stores.iter().filter(|one| !std::ptr::eq(*one, served));
-    for one in std::iter::once(served).chain(others) {
-        // A column that another store does not know is empty there.
-        let found = match one.store.list_runs(&filter).await {
-            Err(StoreError::Filter(_)) => {
-                let plain = RunFilter {
-                    columns: Vec::new(),
-                    ..filter.clone()
-                };
-                one.store.list_runs(&plain).await
-            }
-            found => found,
+    let mut found = served.store.list_runs(&filter).await;
+    // A column that its store does not know is empty.
+    if let Err(StoreError::Filter(_)) = found {
+        let plain = RunFilter {
+            columns: Vec::new(),
+            ..filter
         };
-        if let Some(run) = found.ok().and_then(|mut runs| runs.pop()) {
-            return Some(run);
-        }
+        found = served.store.list_runs(&plain).await;
     }
-    None
+    found.ok()?.pop()
 }
 
 async fn whole(

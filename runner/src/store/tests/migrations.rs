@@ -6,7 +6,7 @@ use super::*;
 async fn of_the_first_schema(dir: &Path) -> SqliteConnection {
     let first = &schema::MIGRATIONS[..1];
     schema::migrate(dir, first).await.unwrap();
-    connect(&schema::path_of(dir)).await
+    connect(&connection::path_of(dir)).await
 }
 
 #[test]
@@ -42,7 +42,7 @@ fn a_store_of_the_first_schema_is_taken_along() {
         // An older program is at work in it.
         let refused = Store::open(&dir, Access::ReadWrite).await.unwrap_err();
         assert!(matches!(refused, StoreError::InUse), "{refused}");
-        let mut old = connect(&schema::path_of(&dir)).await;
+        let mut old = connect(&connection::path_of(&dir)).await;
         sqlx::query("update leases set process_started = process_started + 1")
             .execute(&mut old)
             .await
@@ -147,7 +147,7 @@ fn an_older_schema_is_migrated_and_a_newer_one_refused() {
         schema::migrate(&dir, later).await.unwrap();
         schema::migrate(&dir, later).await.unwrap();
 
-        let path = schema::path_of(&dir);
+        let path = connection::path_of(&dir);
         let mut connection = connect(&path).await;
         let (id, mood): (String, String) = sqlx::query_as("select id, mood from runs")
             .fetch_one(&mut connection)
@@ -187,7 +187,7 @@ fn what_is_no_store_is_told_apart() {
         assert!(!dir.exists(), "reading makes nothing");
 
         std::fs::create_dir(&dir).unwrap();
-        let path = schema::path_of(&dir);
+        let path = connection::path_of(&dir);
         std::fs::write(
             &path,
             "no database, but long enough to be taken for one by its size. ".repeat(40),

@@ -126,7 +126,10 @@ fn two_stores_are_merged_by_way_of_a_file() {
         // A whole store can be taken over as well.
         let third = open(&dir.join("third")).await;
         there.close().await;
-        let done = third.import(&schema::path_of(there.dir())).await.unwrap();
+        let done = third
+            .import(&connection::path_of(there.dir()))
+            .await
+            .unwrap();
         assert_eq!(done.runs.len(), 4);
         assert!(done.runs.contains(&own.0));
     });
@@ -211,7 +214,7 @@ fn what_is_left_of_a_damaged_store_is_saved() {
             succeed(&store, &run).await;
         }
         store.close().await;
-        let path = schema::path_of(&dir);
+        let path = connection::path_of(&dir);
         let mut bytes = std::fs::read(&path).unwrap();
         // Every fifth page of the later half: in the earlier one is the schema, without which nothing can be read.
         let pages = bytes.len() / 4096;
