@@ -1,10 +1,15 @@
 //! Jobs of a cluster that do the work of attempts: what was submitted, how far its elements are, how each life ended.
 
 use serde::Serialize;
-use sqlx::Row;
+use sqlx::{AssertSqlSafe, Row};
 
 use super::time::Time;
 use super::{AttemptId, RunId, Store, StoreError};
+
+/// The state of a run that has not ended, in a statement about `runs`: at work as soon as one of its stages is or was.
+pub(super) const STATE_BY_STAGES: &str = "case
+    when exists (select 1 from stages where run = runs.key and state not in ('queued', 'reused'))
+    then 'running' else 'queued' end";
 
 /// Names a job, within one store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -344,13 +349,11 @@ impl Store {
         .bind(state)
         .execute(&mut *write)
         .await?;
-        sqlx::query(
-            "update runs set state = case
-                 when exists (select 1 from stages where run = runs.key and state not in ('queued', 'reused'))
-                 then 'running' else 'queued' end
+        sqlx::query(AssertSqlSafe(format!(
+            "update runs set state = {STATE_BY_STAGES}
              where key = (select s.run from stages s join attempts a on a.stage = s.key where a.key = ?1)
-               and state in ('queued', 'running')",
-        )
+               and state in ('queued', 'running')"
+        )))
         .bind(attempt.0)
         .execute(&mut *write)
         .await?;
@@ -455,14 +458,19 @@ impl Store {
         } else {
             "running"
         };
+        let run = format!(
+            "update runs set state = {STATE_BY_STAGES} where id = ?1 and state in ('queued', 'running')"
+        );
         for statement in [
             "update attempts set waiting = ?2
              where state = 'running' and stage in (select key from stages where run = (select key from runs where id = ?1))",
             "update stages set state = ?3
              where run = (select key from runs where id = ?1) and state in ('queued', 'running')
                and exists (select 1 from attempts where stage = stages.key and state = 'running')",
+            // The runner may have been gone before it wrote down that its run was at work.
+            &run,
         ] {
-            sqlx::query(statement)
+            sqlx::query(AssertSqlSafe(statement.to_owned()))
                 .bind(&left.run.0)
                 .bind(waiting)
                 .bind(state)

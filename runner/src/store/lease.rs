@@ -10,9 +10,10 @@
 
 use std::time::Duration;
 
-use sqlx::Row;
 use sqlx::sqlite::SqliteConnection;
+use sqlx::{AssertSqlSafe, Row};
 
+use super::jobs::STATE_BY_STAGES;
 use super::time::Time;
 use super::{RunId, Store, StoreError, connection};
 
@@ -91,14 +92,9 @@ impl Store {
         .bind(Time::now().0)
         .execute(&mut *write)
         .await?;
-        sqlx::query(
-            "update runs
-             set finished = null,
-                 state = case when exists (select 1 from stages s join attempts a on a.stage = s.key
-                                           where s.run = runs.key)
-                         then 'running' else 'queued' end
-             where id = ?1 and state = 'lost'",
-        )
+        sqlx::query(AssertSqlSafe(format!(
+            "update runs set finished = null, state = {STATE_BY_STAGES} where id = ?1 and state = 'lost'"
+        )))
         .bind(&run.0)
         .execute(&mut *write)
         .await?;

@@ -388,12 +388,48 @@ fn the_run_of_a_killed_runner_is_lost() {
         };
         assert_eq!(stored().await, "running");
         // So it is with a run of which nothing has begun.
-        sqlx::raw_sql("delete from attempts; update runs set state = 'lost'")
+        sqlx::raw_sql("delete from attempts; update stages set state = 'queued'; update runs set state = 'lost'")
             .execute(store.pool())
             .await
             .unwrap();
         store.heartbeat(&lost.id).await.unwrap();
         assert_eq!(stored().await, "queued");
+    });
+}
+
+#[test]
+fn a_run_is_at_work_when_slurm_says_so_though_its_runner_never_did() {
+    check(|dir| async move {
+        let store = open(&dir).await;
+        let run = store.begin_run(&a_run("digits")).await.unwrap();
+        let stage = store.add_stage(&run, &a_stage("a")).await.unwrap();
+        let (digest, components) = (hash("d"), json!({}));
+        let attempt = store.begin_attempt(stage, &digest, &components, 1);
+        let attempt = attempt.await.unwrap();
+        let states = async || {
+            let detail = store.run_detail(&run).await.unwrap();
+            (detail.summary.state, detail.stages[0].state)
+        };
+        // It was killed while its job waited.
+        let waiting = store.attempt_waits(attempt, Some("Priority"));
+        waiting.await.unwrap();
+        assert_eq!(states().await, (RunState::Queued, StageState::Queued));
+        let left = LeftJobs {
+            run: run.clone(),
+            detached: false,
+            jobs: vec![1],
+        };
+        store.scheduler_says(&left, None).await.unwrap();
+        assert_eq!(states().await, (RunState::Running, StageState::Running));
+        store.scheduler_says(&left, Some("Priority")).await.unwrap();
+        assert_eq!(states().await, (RunState::Queued, StageState::Queued));
+        // A heartbeat says no more than the stages do.
+        sqlx::raw_sql("update runs set state = 'lost'")
+            .execute(store.pool())
+            .await
+            .unwrap();
+        store.heartbeat(&run).await.unwrap();
+        assert_eq!(states().await, (RunState::Queued, StageState::Queued));
     });
 }
 
