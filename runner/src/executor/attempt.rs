@@ -20,6 +20,7 @@ use crate::executor::event::Event;
 use crate::executor::handle::{self, Placement};
 use crate::executor::recorder::{Recorder, own_line};
 use crate::store::{ArtifactRecord, AttemptEnd, AttemptId, StoreError, Usage};
+use crate::worker::death::out_of_memory_kills;
 use spec::title;
 use supervisor::{PartProgress, Supervisor};
 
@@ -216,12 +217,4 @@ pub async fn refuse(
         last_words: Vec::new(),
         tainted: false,
     })
-}
-
-/// How often the kernel has killed a process because memory ran out, since it started; 0 where that is not known.
-pub(crate) fn out_of_memory_kills() -> u64 {
-    let text = std::fs::read_to_string("/proc/vmstat").unwrap_or_default();
-    text.lines()
-        .find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
-        .unwrap_or_default()
 }

@@ -155,7 +155,7 @@ impl Work {
     fn key(&self, slot: &Slot) -> Option<Key> {
         let (key, element) = slot.job?;
         let job = self.jobs.iter().find(|job| job.key == key)?;
-        Some((job.id, job.array.then_some(element)))
+        Some((job.id, job.layout.element(element)))
     }
 
     /// Slurm does nothing more about an element, which has not told of its end.
@@ -229,7 +229,8 @@ impl Work {
         let Some(job) = self.jobs.iter().find(|job| job.key == key) else {
             return String::new();
         };
-        let path = job.dir.join(format!("{element}.out"));
+        let script = job.layout.element(element).unwrap_or(0);
+        let path = job.dir.join(format!("{script}.out"));
         let end = retort_checkpoint::regular::read_end(&path, LAST_WORDS).unwrap_or_default();
         let text = String::from_utf8_lossy(&end);
         match text.trim() {
