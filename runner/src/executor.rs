@@ -34,6 +34,7 @@ mod scheduler;
 pub mod source;
 
 pub use control::{Control, Signals};
+pub use describe::RecordedPlan;
 pub use error::ExecutorError;
 pub use event::{Event, Listener};
 pub use options::{Choice, Cluster, LeaveJobs, Options, Rung};

@@ -49,6 +49,9 @@ pub struct Plan {
     pub base_dir: PathBuf,
     /// The recipe's seed, from which stages' seeds are derived.
     pub seed: u64,
+    /// Where that came from.
+    #[serde(default)]
+    pub seed_origin: Origin,
     /// Artifacts of the store that stages take by name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub given: Vec<ArtifactInput>,
@@ -186,7 +189,7 @@ pub enum FileKind {
 }
 
 /// Where a value came from. As text: `recipe:14`, `--set`, `params`, `default`, `derived`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub enum Origin {
     /// Written in the recipe, on this line.
@@ -196,6 +199,7 @@ pub enum Origin {
     /// `${params...}` or `${paths...}`.
     Params,
     /// The default of the schema or of the runner.
+    #[default]
     Default,
     /// Computed: a stage's seed from the recipe's, a device from `auto`.
     Derived,
@@ -293,6 +297,10 @@ pub fn plan(recipe: &Recipe, plugins: &mut dyn Descriptions) -> Result<Plan, Rep
         set: recipe.source.set.clone(),
         base_dir: recipe.source.base_dir.clone(),
         seed: recipe.seed.unwrap_or(0),
+        seed_origin: match recipe.seed {
+            Some(_) => planner::origin(&recipe.source, "/seed", Origin::Default),
+            None => Origin::Default,
+        },
         given: recipe.given.clone(),
         stages,
         warnings: Vec::new(),

@@ -19,7 +19,7 @@ use crate::environment;
 use crate::executor::Cluster;
 use crate::executor::attempt::End;
 use crate::executor::{
-    self, Choice, ExecutorError, LeaveJobs, Options, Outcome, RunReport, StageReport,
+    self, Choice, ExecutorError, LeaveJobs, Options, Outcome, RecordedPlan, RunReport, StageReport,
 };
 use crate::plan::decision::{self, Action, Past, Role};
 use crate::plan::{Plan, PlannedStage};
@@ -90,16 +90,11 @@ impl ExecutionArgs {
     }
 
     /// These, with what a run that is taken up was given where nothing is said now.
-    pub fn or_as_recorded(&self, resolved: &Value) -> Self {
+    pub fn or_as_recorded(&self, recorded: &RecordedPlan) -> Self {
         let mut these = self.clone();
-        if these.executor.is_none() && resolved["executor"] == "slurm" {
-            these.executor = Some(Executor::Slurm);
-        }
+        these.executor = these.executor.or(recorded.executor);
         if these.slurm.is_empty() {
-            let recorded = resolved["slurm"].as_array().into_iter().flatten();
-            these.slurm = recorded
-                .filter_map(|word| Some(word.as_str()?.to_owned()))
-                .collect();
+            these.slurm.clone_from(&recorded.slurm);
         }
         these
     }

@@ -255,7 +255,7 @@ fn in_place(source: &Source, finding: &Finding) -> bool {
 }
 
 /// Where a value of the recipe came from.
-fn origin(source: &Source, pointer: &str, fallback: Origin) -> Origin {
+pub(super) fn origin(source: &Source, pointer: &str, fallback: Origin) -> Origin {
     match source.written(pointer) {
         Written::Line(line) => Origin::Recipe(line),
         Written::Interpolated => Origin::Params,
