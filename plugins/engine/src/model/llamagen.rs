@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::{Backend, Mask, Recording, Unary};
+use crate::backend::{Backend, Mask, Precision, Recording, Unary};
 use crate::error::{Error, Result};
 use crate::model::continuous::Continuous;
 use crate::model::decoding::{Cache, conditional, guide, guided, rows};
@@ -195,7 +195,7 @@ impl<B: Backend> Block<B> {
             None => Variable::cat(&[&self.w1, &self.w3], 0)?,
         };
         let inner = x
-            .rms_norm_factor(&self.ffn_norm, NORM_EPS)?
+            .rms_norm(&self.ffn_norm, NORM_EPS, Precision::Factor)?
             .linear(&w13, None)?
             .swiglu()?;
         x.add(&inner.linear(&self.w2, None)?)
@@ -211,7 +211,7 @@ impl<B: Backend> Block<B> {
         scale: f64,
     ) -> Result<Variable<B>> {
         let qkv = x
-            .rms_norm_factor(&self.attention_norm, NORM_EPS)?
+            .rms_norm(&self.attention_norm, NORM_EPS, Precision::Factor)?
             .linear(&self.wqkv, None)?; // (b, l, 3 C)
         let y = qkv.packed_attention(heads, rope, mask, scale)?; // (b, l, C)
         self.feed_forward(&x.add(&y.linear(&self.wo, None)?)?)
@@ -228,7 +228,7 @@ impl<B: Backend> Block<B> {
     ) -> Result<Variable<B>> {
         let shape = x.shape();
         let qkv = x
-            .rms_norm_factor(&self.attention_norm, NORM_EPS)?
+            .rms_norm(&self.attention_norm, NORM_EPS, Precision::Factor)?
             .linear(&self.wqkv, None)?;
         let [q, k, v] = unpack::<B>(qkv.value(), stack.config.heads)?;
         let (cos, sin) = &stack.rope;
@@ -308,7 +308,7 @@ impl<B: Backend> Stack<B> {
     }
 
     fn logits(&self, x: &Variable<B>) -> Result<Variable<B>> {
-        x.rms_norm_factor(&self.norm, NORM_EPS)?
+        x.rms_norm(&self.norm, NORM_EPS, Precision::Factor)?
             .linear(&self.output, None)
     }
 

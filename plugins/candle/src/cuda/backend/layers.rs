@@ -1,7 +1,7 @@
 //! `Cuda`: linear maps, convolutions, activations, pooling, softmax and losses.
 
 use candle_core::DType;
-use retort_engine::backend::{Binary, Layers, Tensors, Unary, Window};
+use retort_engine::backend::{Binary, Layers, Precision, Tensors, Unary, Window};
 use retort_engine::error::{Error, Result};
 
 use crate::cuda::arguments::{four, rows, same, sized};
@@ -20,8 +20,8 @@ use crate::failed;
 type T = Tensor;
 
 impl Layers for Cuda {
-    fn unary_factor(x: &T, f: Unary) -> Result<T> {
-        unary(x, f, x.storage())
+    fn activation(x: &T, f: Unary, precision: Precision) -> Result<T> {
+        unary(x, f, x.stored_as(precision))
     }
 
     fn conv2d_bias(
