@@ -54,7 +54,7 @@ pub struct ExecutionArgs {
     /// How long a stage may take to reach its next checkpoint after Ctrl-C before it is ended.
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = humantime::parse_duration)]
     pub grace: Duration,
-    /// Print what came of the run as one JSON document.
+    /// Print the result of the run as one JSON document.
     #[arg(long)]
     pub json: bool,
 }

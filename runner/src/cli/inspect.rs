@@ -20,7 +20,7 @@ pub struct Args {
     /// List the tensors of this dictionary, as in `trainer.ema_parameters`; '' is the top level.
     #[arg(long, value_name = "PATH")]
     pub select: Option<String>,
-    /// How to print.
+    /// Output format.
     #[command(flatten)]
     pub format: FormatArgs,
 }

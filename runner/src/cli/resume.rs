@@ -11,7 +11,7 @@ use crate::store::{Access, RunDetail, RunState, StageState, Store, StoreError, S
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The run: an id or the beginning of one, `latest`, `latest~1`, or a tag; or a sweep, whose missing points are run.
-    /// Without it, the latest run, or the sweep that it is of.
+    /// Without it, the latest run, or the sweep it belongs to.
     #[arg(value_name = "RUN")]
     pub run: Option<String>,
     /// Whether files are read again.

@@ -19,7 +19,7 @@ use tokio::time::Instant;
 use crate::cluster::Ended;
 use crate::cluster::dispatch::slot::{Phase, Slot, StopLevel};
 use crate::cluster::slurm::{Layout, NewJob, Slurm, SlurmError};
-use crate::cluster::spool::{self, Order, Reader};
+use crate::cluster::spool::{self, JobSpec, Reader};
 use crate::executor::event::{Event, Listener};
 use crate::frame::{Task, ToWorker};
 use crate::settings::Profile;
@@ -46,7 +46,7 @@ pub struct Assignment {
     pub store: Arc<Store>,
     /// Slurm.
     pub slurm: Arc<Slurm>,
-    /// Who is told.
+    /// Receives events.
     pub listener: Listener,
     /// The stage's name.
     pub stage: String,
@@ -690,7 +690,7 @@ impl Work {
             self.submitted
         );
         let dir = self.spools().join(&name);
-        let order = Order {
+        let order = JobSpec {
             format: spool::FORMAT,
             elements: elements.clone(),
             task: self.slots[slots[0]].task.clone(),

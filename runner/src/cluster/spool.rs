@@ -41,7 +41,7 @@ const ORDER: &str = "order.json";
 
 /// What a job is to do: written once, before it is submitted.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Order {
+pub struct JobSpec {
     /// [`FORMAT`].
     pub format: u32,
     /// What each element does; a job that is no array has one, of no part.
@@ -61,7 +61,7 @@ pub struct Order {
     pub ranks: bool,
 }
 
-impl Order {
+impl JobSpec {
     /// What its job is made of.
     pub fn layout(&self) -> Layout {
         match (self.elements.first(), self.ranks) {
@@ -75,7 +75,7 @@ impl Order {
 /// What an element says.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Word {
+pub enum SpoolEvent {
     /// A life begins.
     Began {
         /// Slurm's id of it.
@@ -104,13 +104,13 @@ pub enum Word {
         out_of_memory: bool,
     },
     /// The life is over: the last record of it.
-    Over(Over),
+    Over(LifeEnd),
 }
 
 /// Why a life is over.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Over {
+pub enum LifeEnd {
     /// The worker has ended, well or badly: there is nothing to do again.
     Done,
     /// The user wanted it to stop.
@@ -142,7 +142,7 @@ pub struct Record {
     /// When: milliseconds since 1970, by the clock of the machine that wrote it.
     pub at: i64,
     /// What.
-    pub word: Word,
+    pub word: SpoolEvent,
 }
 
 /// Why a spool cannot be read.
@@ -201,7 +201,7 @@ pub fn patiently<T>(mut act: impl FnMut() -> io::Result<T>) -> io::Result<T> {
 ///
 /// # Errors
 /// [`SpoolError::Io`].
-pub fn write_order(dir: &Path, order: &Order) -> Result<(), SpoolError> {
+pub fn write_order(dir: &Path, order: &JobSpec) -> Result<(), SpoolError> {
     let path = dir.join(ORDER);
     let text = serde_json::to_vec(order).map_err(|error| SpoolError::Damaged {
         path: path.clone(),
@@ -228,7 +228,7 @@ pub fn put(path: &Path, bytes: &[u8]) -> io::Result<()> {
 ///
 /// # Errors
 /// [`SpoolError`].
-pub fn read_order(dir: &Path) -> Result<Order, SpoolError> {
+pub fn read_order(dir: &Path) -> Result<JobSpec, SpoolError> {
     let path = dir.join(ORDER);
     let damaged = |message: String| SpoolError::Damaged {
         path: path.clone(),
@@ -241,7 +241,8 @@ pub fn read_order(dir: &Path) -> Result<Order, SpoolError> {
         regular::open(&path)?.take(limit).read_to_end(&mut text)
     })
     .map_err(failed("read", &path))?;
-    let order: Order = serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
+    let order: JobSpec =
+        serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
     match order.format {
         FORMAT => Ok(order),
         other => Err(damaged(format!(
@@ -331,7 +332,7 @@ impl Writer {
     }
 
     /// Adds a record to what is to be written.
-    pub fn push(&mut self, word: Word) {
+    pub fn push(&mut self, word: SpoolEvent) {
         let record = Record {
             number: number(self.life, self.records),
             at: Time::now().0,
@@ -596,9 +597,8 @@ impl Reader {
                 // Not all of it has come over the network.
                 break;
             }
-            let record = serde_json::from_slice(text).map_err(|error| {
-                damaged(&format!("a record is none that this retort knows: {error}"))
-            })?;
+            let record = serde_json::from_slice(text)
+                .map_err(|error| damaged(&format!("unknown type of record: {error}")))?;
             records.push(record);
             taken += 8 + length;
         }
@@ -617,8 +617,8 @@ mod tests {
     use super::*;
     use crate::frame::Line;
 
-    fn said(text: &str) -> Word {
-        Word::Frame(FromWorker::Log(vec![Line {
+    fn said(text: &str) -> SpoolEvent {
+        SpoolEvent::Frame(FromWorker::Log(vec![Line {
             level: 3,
             text: text.into(),
             at: 0,
@@ -649,7 +649,7 @@ mod tests {
                 writer.flush().unwrap();
                 numbers.extend(all(&mut reader).iter().map(|record| record.number));
             }
-            writer.push(Word::Over(Over::Done));
+            writer.push(SpoolEvent::Over(LifeEnd::Done));
             writer.close(life == 1).unwrap();
             numbers.extend(all(&mut reader).iter().map(|record| record.number));
             assert_eq!(numbers.len(), 6 * (life as usize + 1));
@@ -717,7 +717,7 @@ mod tests {
         let texts = |reader: &mut Reader| -> Vec<String> {
             let records = all(reader);
             let text = |record: &Record| match &record.word {
-                Word::Frame(FromWorker::Log(lines)) => lines[0].text.clone(),
+                SpoolEvent::Frame(FromWorker::Log(lines)) => lines[0].text.clone(),
                 other => panic!("{other:?}"),
             };
             records.iter().map(text).collect()

@@ -217,7 +217,7 @@ impl Cluster {
         let mut writer = element.writer.take().unwrap();
         element.node = None;
         let (state, end) = match kind {
-            0 => ("FAILED", "died without a word"),
+            0 => ("FAILED", "died without reporting a reason"),
             1 => ("NODE_FAIL", "node failed"),
             _ => {
                 let reason = "its worker was killed by SIGKILL".to_owned();
