@@ -109,7 +109,7 @@ impl InputError {
 
 /// What the file system says of a file, as far as it changes when the file does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Stamp {
+pub struct FileStamp {
     device: u64,
     inode: u64,
     size: u64,
@@ -119,7 +119,7 @@ pub struct Stamp {
     changed: i128,
 }
 
-impl Stamp {
+impl FileStamp {
     /// Of a file that was looked at.
     pub fn of(found: &Metadata) -> Self {
         let nanoseconds =
@@ -155,7 +155,7 @@ pub struct Listing {
     path: PathBuf,
     kind: FileKind,
     /// Sorted by name, which is relative to `path`; that of a file itself is empty.
-    files: Vec<(String, Stamp)>,
+    files: Vec<(String, FileStamp)>,
     traces: Traces,
     /// When it was made.
     now: i128,
@@ -449,7 +449,7 @@ pub fn content_hash(file: File) -> io::Result<blake3::Hash> {
 #[derive(Default)]
 struct Walk {
     /// Name, stamp, and owner and rights.
-    files: Vec<(String, Stamp, [u8; 24])>,
+    files: Vec<(String, FileStamp, [u8; 24])>,
     /// The folders that lead to this one.
     above: Vec<(u64, u64)>,
     linked: usize,
@@ -482,7 +482,7 @@ impl Walk {
                 self.hollow = Some((path.to_owned(), extent));
             }
         }
-        self.files.push((name, Stamp::of(found), owner));
+        self.files.push((name, FileStamp::of(found), owner));
         Ok(())
     }
 

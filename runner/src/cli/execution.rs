@@ -19,12 +19,13 @@ use crate::environment;
 use crate::executor::Cluster;
 use crate::executor::attempt::End;
 use crate::executor::{
-    self, Choice, ExecutorError, LeaveJobs, Options, Outcome, RecordedPlan, RunReport, StageReport,
+    self, Choice, DetachPolicy, ExecutorError, Options, Outcome, RecordedPlan, RunReport,
+    StageReport,
 };
 use crate::plan::decision::{self, Action, Past, Role};
 use crate::plan::{Plan, PlannedStage};
 use crate::plugin::Plugins;
-use crate::progress::{self, Manner, ProgressReporter};
+use crate::progress::{self, ProgressReporter, Verbosity};
 use crate::schema::MAX_PROCESSES;
 use crate::settings::{Executor, Overrides, Settings};
 use crate::store::{Access, ArtifactRow, Memory, RunId, RunState, Store, SweepPlace};
@@ -137,7 +138,7 @@ pub(super) fn past<'a>(
 
 /// Shows progress on standard error from here on, above which everything else is said.
 pub(super) fn teller(context: &Context) -> Arc<ProgressReporter> {
-    let manner = Manner {
+    let manner = Verbosity {
         bars: std::io::stderr().is_terminal(),
         color: context.color_stderr(),
         quiet: context.quiet,
@@ -182,9 +183,9 @@ impl Job {
             jobs,
             cluster,
             leave: match (execution.detach, std::io::stdin().is_terminal()) {
-                (true, _) => LeaveJobs::WhenSubmitted,
-                (false, true) => LeaveJobs::Ask(Arc::new(ask_how_to_leave)),
-                (false, false) => LeaveJobs::Never,
+                (true, _) => DetachPolicy::WhenSubmitted,
+                (false, true) => DetachPolicy::Ask(Arc::new(ask_how_to_leave)),
+                (false, false) => DetachPolicy::Never,
             },
             slurm: execution.slurm.clone(),
             keep_going: execution.keep_going,

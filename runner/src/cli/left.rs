@@ -4,11 +4,11 @@ use std::collections::HashMap;
 
 use crate::cli::{Context, Error, talk};
 use crate::cluster::slurm::{ElementStatus, Slurm, State};
-use crate::store::{LeftJobs, Store};
+use crate::store::{DetachedJobs, Store};
 
 /// Asks Slurm about the runs that have no runner any more but jobs that are not over, and corrects what the store says of
 /// them. Returns those that Slurm still works on, or of which nothing can be known.
-pub async fn refresh(store: &Store, context: &Context) -> Result<Vec<LeftJobs>, Error> {
+pub async fn refresh(store: &Store, context: &Context) -> Result<Vec<DetachedJobs>, Error> {
     let left = store.left_to_scheduler().await?;
     if left.is_empty() {
         return Ok(left);

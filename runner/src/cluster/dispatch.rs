@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use crate::cluster::Ended;
+use crate::cluster::ClusterEnd;
 use crate::cluster::dispatch::slot::{Phase, Slot, StopLevel};
 use crate::cluster::slurm::{Layout, NewJob, Slurm, SlurmError};
 use crate::cluster::spool::{self, JobSpec, Reader};
@@ -423,7 +423,7 @@ impl Work {
 
     /// The store cannot be written to: nothing true could be said any more.
     async fn fail(&mut self, error: &StoreError) {
-        let ended = Ended {
+        let ended = ClusterEnd {
             reason: "history not written".into(),
             message: error.to_string(),
             hint: Some("`retort resume` takes up the jobs, which go on".into()),
@@ -608,7 +608,7 @@ impl Work {
                         )),
                         _ => None,
                     };
-                    let ended = Ended {
+                    let ended = ClusterEnd {
                         reason: "not submitted".into(),
                         message: error.to_string(),
                         hint,
@@ -642,7 +642,7 @@ impl Work {
         }
         if others.is_empty() {
             for &index in parts {
-                let ended = Ended {
+                let ended = ClusterEnd {
                     reason: "not submitted again".into(),
                     message: "other workers of this training have ended, and one cannot go on without them".into(),
                     hint: Some("`retort resume` goes on from the last checkpoint with all of them".into()),
@@ -716,7 +716,7 @@ impl Work {
                 spool::put(&script, text.as_bytes()).map_err(|error| error.to_string())
             });
         if let Err(message) = prepared {
-            let ended = Ended {
+            let ended = ClusterEnd {
                 reason: "not submitted".into(),
                 message: format!("the spool in {} cannot be made: {message}", dir.display()),
                 hint: None,

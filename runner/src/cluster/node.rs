@@ -178,7 +178,7 @@ async fn requeue(job: &str) {
 
 /// Why a worker is being stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Cause {
+enum StopReason {
     User,
     TimeLimit,
     Terminated,
@@ -195,7 +195,7 @@ struct Watch<'a> {
     series: HashMap<String, Points>,
     progress: Option<FromWorker>,
     answer: Option<Answer>,
-    cause: Option<Cause>,
+    cause: Option<StopReason>,
 }
 
 /// What the worker answered.
@@ -242,17 +242,17 @@ impl Watch<'_> {
                 cause = signals.next() => {
                     self.ask(cause, &mut worker).await;
                     // Twice, or in the end: no more time is given.
-                    if cause == Cause::Terminated {
+                    if cause == StopReason::Terminated {
                         let at = Instant::now() + LAST_MOMENTS;
                         kill_at = Some(kill_at.map_or(at, |before| before.min(at)));
                     }
                 }
                 _ = stop.tick() => {
                     if self.cause.is_none() && spool::is_to_stop(&self.place.spool) {
-                        self.ask(Cause::User, &mut worker).await;
+                        self.ask(StopReason::User, &mut worker).await;
                     }
                     if self.writer.is_superseded() {
-                        self.cause = Some(Cause::Terminated);
+                        self.cause = Some(StopReason::Terminated);
                         worker.signal(libc::SIGKILL);
                     }
                 }
@@ -281,9 +281,9 @@ impl Watch<'_> {
             return LifeEnd::Done;
         }
         match self.cause {
-            Some(Cause::User) => return LifeEnd::Stopped,
-            Some(Cause::TimeLimit) => return LifeEnd::TimeLimit { at_checkpoint },
-            Some(Cause::Terminated) => return LifeEnd::Terminated { at_checkpoint },
+            Some(StopReason::User) => return LifeEnd::Stopped,
+            Some(StopReason::TimeLimit) => return LifeEnd::TimeLimit { at_checkpoint },
+            Some(StopReason::Terminated) => return LifeEnd::Terminated { at_checkpoint },
             None => {}
         }
         let reason = match self.answer {
@@ -299,7 +299,7 @@ impl Watch<'_> {
         }
     }
 
-    async fn ask(&mut self, cause: Cause, worker: &mut Worker) {
+    async fn ask(&mut self, cause: StopReason, worker: &mut Worker) {
         // What comes first is the reason; that Slurm then ends what is left belongs to it.
         self.cause.get_or_insert(cause);
         // A message without paths can be written.
@@ -427,10 +427,10 @@ impl Signals {
         })
     }
 
-    async fn next(&mut self) -> Cause {
+    async fn next(&mut self) -> StopReason {
         tokio::select! {
-            _ = self.ahead.recv() => Cause::TimeLimit,
-            _ = self.terminate.recv() => Cause::Terminated,
+            _ = self.ahead.recv() => StopReason::TimeLimit,
+            _ = self.terminate.recv() => StopReason::Terminated,
         }
     }
 }

@@ -6,7 +6,7 @@ use retort_abi::{Failure, FailureCode, LogLevel, Part};
 use tokio::sync::mpsc;
 
 use crate::cluster::spool::{LifeEnd, Reader, Record, SpoolEvent, SpoolReading};
-use crate::cluster::{ElementEvent, Ended};
+use crate::cluster::{ClusterEnd, ElementEvent};
 use crate::executor::recorder::own_line;
 use crate::frame::{Answer, FromWorker, Task};
 use crate::store::{ElementUpdate, JobKey, LogLine, Time, Usage};
@@ -265,7 +265,7 @@ impl Slot {
             self.phase = Phase::Queued;
             self.why = "to be started again".into();
         } else if self.over == Some(LifeEnd::GaveUp) {
-            self.end(Ended {
+            self.end(ClusterEnd {
                 reason: "started too often".into(),
                 message: "it failed after all restarts that `requeue` allows".into(),
                 hint: Some(
@@ -332,7 +332,7 @@ impl Slot {
     }
 
     /// Tells an end that only a cluster has.
-    pub async fn end(&mut self, ended: Ended) {
+    pub async fn end(&mut self, ended: ClusterEnd) {
         if self.phase == Phase::Over {
             return;
         }

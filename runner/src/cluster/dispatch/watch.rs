@@ -5,7 +5,7 @@ use tokio::time::Instant;
 
 use super::slot::{LOST, Phase, Slot, StopLevel};
 use super::{GATHER, Work};
-use crate::cluster::Ended;
+use crate::cluster::ClusterEnd;
 use crate::cluster::slurm::{ElementStatus, Key, State, id};
 use crate::cluster::spool::{LifeEnd, Reader, Record, SpoolError, SpoolReading};
 use crate::store::{ElementUpdate, StoreError, Time};
@@ -69,7 +69,7 @@ impl Work {
                 let damaged = matches!(error, SpoolError::Damaged { .. });
                 slot.why = error.to_string();
                 if damaged {
-                    slot.end(Ended {
+                    slot.end(ClusterEnd {
                         reason: "spool damaged".into(),
                         message: error.to_string(),
                         hint: Some("`retort resume` submits what has no result again".into()),
@@ -208,7 +208,7 @@ impl Work {
                     }
                     _ => "`retort resume` submits what has no result again",
                 };
-                slot.end(Ended {
+                slot.end(ClusterEnd {
                     reason: reason.to_owned(),
                     message,
                     hint: Some(hint.to_owned()),

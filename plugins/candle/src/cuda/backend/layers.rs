@@ -10,7 +10,7 @@ use crate::cuda::elementwise::unary;
 use crate::cuda::kernels;
 use crate::cuda::launch::{blocks, counted, launch};
 use crate::cuda::product::{operands, product};
-use crate::cuda::structures::Slide;
+use crate::cuda::structures::PoolWindow;
 use crate::cuda::sums::sum_columns;
 use crate::cuda::tensor::Tensor;
 use crate::cuda::tensor::{device, fresh, pointer, whole};
@@ -320,6 +320,6 @@ impl Layers for Cuda {
     }
 }
 
-fn pooled(window: Window, image: [usize; 2]) -> Slide {
-    Slide::new(image, [window.size; 2], window.stride, [window.padding; 2])
+fn pooled(window: Window, image: [usize; 2]) -> PoolWindow {
+    PoolWindow::new(image, [window.size; 2], window.stride, [window.padding; 2])
 }
