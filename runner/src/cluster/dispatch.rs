@@ -27,6 +27,7 @@ use crate::store::{AttemptId, ElementUpdate, JobKey, Store, StoreError, Usage};
 use crate::worker::death::ExitStatus;
 use crate::worker::process::{Exit, WorkerEvent};
 
+mod script;
 mod slot;
 mod watch;
 
@@ -712,7 +713,7 @@ impl Work {
             .and_then(|()| spool::write_order(&dir, &order).map_err(|error| error.to_string()))
             .and_then(|()| spool::ask_to_stop(&dir, false).map_err(|error| error.to_string()))
             .and_then(|()| {
-                let text = batch(&dir, &to.profile, layout)?;
+                let text = script::text(&dir, &to.profile, layout)?;
                 spool::put(&script, text.as_bytes()).map_err(|error| error.to_string())
             });
         if let Err(message) = prepared {
@@ -779,25 +780,4 @@ impl Work {
         self.ask_at = self.ask_at.min(Instant::now() + Duration::from_secs(1));
         Ok(Ok(()))
     }
-}
-
-/// The script of a job: the prologue, and this very program, for each rank where there are ranks.
-fn batch(dir: &std::path::Path, profile: &Profile, layout: Layout) -> Result<String, String> {
-    let program = std::env::current_exe().map_err(|error| error.to_string())?;
-    let quoted =
-        |path: &std::path::Path| format!("'{}'", path.display().to_string().replace('\'', r"'\''"));
-    let (meeting, start) = match layout {
-        Layout::Single | Layout::Array(_) => ("", ""),
-        // One rank that ends badly leaves the others time to save their work.
-        Layout::Ranks(_) => (
-            include_str!("dispatch/ranks.sh"),
-            "srun --mpi=none --kill-on-bad-exit=0 ",
-        ),
-    };
-    Ok(format!(
-        "#!/bin/bash\n{}\n{meeting}exec {start}{} worker --spool {}\n",
-        profile.prologue,
-        quoted(&program),
-        quoted(dir)
-    ))
 }
