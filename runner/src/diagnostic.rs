@@ -149,25 +149,9 @@ impl Finding {
             side("-->"),
             clean(&path)
         );
-        if let Some((
-            at,
-            Marked {
-                line,
-                before,
-                width,
-            },
-        )) = &marked
-        {
-            let bar = side("|");
-            let carets = paint(&"^".repeat(*width), severity, color);
-            let _ = write!(
-                shown,
-                "\n{:margin$} {bar}\n{} {bar} {line}\n{:margin$} {bar} {:before$}{carets}",
-                "",
-                side(&at.line.to_string()),
-                "",
-                ""
-            );
+        if let Some((at, marked)) = &marked {
+            shown.push('\n');
+            shown.push_str(&marked.frame(at.line, severity, color));
         }
         if let Some(hint) = &self.hint {
             let indentation = " ".repeat(margin + 9);
@@ -216,10 +200,28 @@ impl Marked {
         })
     }
 
-    /// The line, and the carets to stand below it.
-    pub fn lines(&self) -> [String; 2] {
-        let carets = " ".repeat(self.before) + &"^".repeat(self.width);
-        [self.line.clone(), carets]
+    /// The line behind its number, and below it the carets, in the colour of a severity.
+    fn frame(&self, number: usize, severity: &str, color: bool) -> String {
+        let Self {
+            line,
+            before,
+            width,
+        } = self;
+        let side = |text: &str| paint(text, "1;34", color);
+        let (margin, bar) = (number.to_string().len(), side("|"));
+        let carets = paint(&"^".repeat(*width), severity, color);
+        format!(
+            "{:margin$} {bar}\n{} {bar} {line}\n{:margin$} {bar} {:before$}{carets}",
+            "",
+            side(&number.to_string()),
+            "",
+            ""
+        )
+    }
+
+    /// The same of a text that is one line, in which the mark is at a column, without colours.
+    pub fn under(&self, place: &str, column: usize) -> String {
+        format!(" --> {place}:1:{column}\n{}", self.frame(1, "", false))
     }
 
     /// `length`: bytes of what is marked, of what begins there. Of a long line only what is near is shown.

@@ -173,8 +173,8 @@ impl FilterError {
         let start = text.floor_char_boundary(self.at.start);
         let end = text.floor_char_boundary(self.at.end).max(start);
         let column = text[..start].chars().count() + 1;
-        let [line, carets] = Marked::span(text, column, text[start..end].chars().count()).lines();
-        format!("  | {line}\n  | {carets}")
+        let characters = text[start..end].chars().count();
+        Marked::span(text, column, characters).under("filter", column)
     }
 }
 
@@ -524,7 +524,7 @@ mod tests {
     fn check_error(text: &str, message: &str, marked: &str) {
         let error = parse(text).unwrap_err();
         assert_eq!(error.message, message);
-        assert_eq!(error.marked().lines().nth(1).unwrap(), marked);
+        assert_eq!(error.marked().lines().nth(3).unwrap(), marked);
     }
 
     #[test]

@@ -28,7 +28,7 @@ fn features(seed: u64, first: usize, n: usize) -> Vec<f32> {
 
 /// Prints the seconds of each figure and the peak of memory. `RETORT_IMAGES` says how many images; 50,000, if it is not there.
 #[test]
-#[ignore = "many minutes and 2 GiB: cargo test --release -p retort-tests --test features -- --ignored --nocapture"]
+#[ignore = "many minutes and 2 GiB: make test-long"]
 fn figures_of_50000_images_fit_into_two_gigabytes() {
     let count: usize =
         std::env::var("RETORT_IMAGES").map_or(50_000, |text| text.parse().expect("a number"));

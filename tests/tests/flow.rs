@@ -195,7 +195,7 @@ fn tokens_are_those_of_float64() {
 }
 
 #[test]
-#[ignore = "ten minutes: cargo test --release -p retort-tests --test flow -- --ignored --nocapture"]
+#[ignore = "ten minutes: make test-long"]
 fn ten_thousand_tokens_at_published_shapes_are_those_of_float64() {
     let llamagen = Shape {
         name: "LlamaGen",

@@ -80,7 +80,7 @@ fn recomputed_activations_give_the_same_bits() {
 
 /// What activations take at a published size.
 #[test]
-#[ignore = "a minute and some GB: cargo test --release -p retort-tests --test recompute -- --ignored --nocapture"]
+#[ignore = "a minute and some GB: make test-long"]
 fn recomputed_activations_take_less_memory() {
     let mut made = student(Family::Llamagen, "B", 12);
     let mut peaks = Vec::new();
@@ -104,7 +104,7 @@ fn recomputed_activations_take_less_memory() {
 
 /// What decoder and LPIPS take for the perceptual term, at the widths that were published.
 #[test]
-#[ignore = "minutes and some GB: cargo test --release -p retort-tests --test recompute -- --ignored --nocapture --test-threads 1"]
+#[ignore = "minutes and some GB: make test-long"]
 fn images_decoded_a_few_at_a_time_take_less_memory() {
     const BATCH: usize = 4;
     let backend = Candle::open("cpu", "f32", 2).expect("a CPU");

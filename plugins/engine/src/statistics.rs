@@ -625,7 +625,7 @@ pub(crate) mod tests {
 
     /// The size of published figures: 2048 features, of fewer samples than that in one set.
     #[test]
-    #[ignore = "takes seconds to a minute; run it when the arithmetic changes"]
+    #[ignore = "a minute: make test-long"]
     fn the_distance_of_2048_features() {
         let dim = 2048;
         let clock = std::time::Instant::now();

@@ -182,7 +182,7 @@ fn the_guide_leads_from_nothing_to_a_run_in_rust() {
 }
 
 #[test]
-#[ignore = "compiles the engine anew, for minutes: cargo test --release -p retort-tests --test runner -- --ignored backend"]
+#[ignore = "compiles the engine anew, for minutes: make test-long"]
 fn the_guide_leads_from_nothing_to_a_run_with_a_backend() {
     let lab = Lab::new(&[]);
     follow(&lab, &guide("## A backend of your own"));

@@ -259,7 +259,7 @@ fn memory_does_not_grow_with_the_number_of_images() {
 
 /// The count of published evaluations.
 #[test]
-#[ignore = "takes minutes; run it when sampling changes"]
+#[ignore = "minutes: make test-long"]
 fn memory_of_50000_images_is_that_of_2000() {
     let lab = large_images();
     let (few, many) = (peak(&lab, 2000), peak(&lab, 50_000));

@@ -319,7 +319,7 @@ mod tests {
 
     /// The size of published figures.
     #[test]
-    #[ignore = "takes minutes; run it when the arithmetic changes"]
+    #[ignore = "minutes: make test-long"]
     fn precision_and_recall_of_50000() {
         let (count, dim) = (50_000, 2048);
         let (real, generated) = (noise(count * dim, 1), noise(count * dim, 2));

@@ -468,7 +468,7 @@ fn check_state(value: &Value) -> Result<(), FilterError> {
         .max_by_key(|known| (strsim::jaro_winkler(&value.text, known) * 1000.0) as u32);
     let nearest = nearest.copied().unwrap_or_default();
     Err(FilterError::new(
-        format!("`{}` is no state of a run", value.text),
+        format!("unknown run state `{}`", value.text),
         value.at.clone(),
     )
     .hint(format!(

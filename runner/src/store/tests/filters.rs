@@ -2,79 +2,86 @@
 
 use super::*;
 
+/// Four runs: one that failed, two that succeeded, and one without anything.
+async fn four_runs(dir: &Path) -> Store {
+    let store = open(dir).await;
+    for (number, (recipe, steps, loss)) in [
+        ("a", json!(1000), 0.5),
+        ("b", json!(2000), f64::NAN),
+        ("c", json!("many"), 0.25),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut new = a_run(recipe);
+        for (path, value) in [
+            ("stages.distill.steps", steps),
+            ("stages.distill.fast", json!(number == 1)),
+        ] {
+            new.params.push(Param {
+                path: path.into(),
+                value,
+                origin: "default".into(),
+            });
+        }
+        let run = store.begin_run(&new).await.unwrap();
+        let stage = store.add_stage(&run, &a_stage("distill")).await.unwrap();
+        let attempt = store
+            .begin_attempt(stage, "d", &json!({}), 1)
+            .await
+            .unwrap();
+        let points = [a_point(1, 9.0), a_point(2, loss)];
+        store
+            .append_metrics(attempt, &losses(&points))
+            .await
+            .unwrap();
+        let end = if number == 0 {
+            AttemptState::Failed
+        } else {
+            AttemptState::Succeeded
+        };
+        store
+            .finish_attempt(attempt, &an_end(end, None))
+            .await
+            .unwrap();
+        let state = if number == 0 {
+            RunState::Failed
+        } else {
+            RunState::Succeeded
+        };
+        store
+            .finish_run(&run, state, (number == 0).then_some("it fell over"))
+            .await
+            .unwrap();
+        if number == 2 {
+            store.tag_run(&run, "größte Idee").await.unwrap();
+            store.note_run(&run, "100 % sure").await.unwrap();
+        }
+    }
+    // One without anything.
+    store.begin_run(&a_run("d")).await.unwrap();
+    store
+}
+
+/// The recipes of the runs that pass a filter, one letter each, the first in the list last.
+async fn recipes(store: &Store, filter: &str, sort: &str) -> Result<String, StoreError> {
+    let sort = (!sort.is_empty()).then(|| Sort {
+        name: crate::filter::parse_name(sort.trim_start_matches('-')).unwrap(),
+        descending: sort.starts_with('-'),
+    });
+    let filter = RunFilter {
+        expr: Some(crate::filter::parse(filter).unwrap()),
+        sort: sort.into_iter().collect(),
+        ..RunFilter::default()
+    };
+    let found = store.list_runs(&filter).await?;
+    Ok(found.iter().rev().map(|run| run.recipe.as_str()).collect())
+}
+
 #[test]
 fn runs_are_found_by_what_they_were_and_became() {
     check(|dir| async move {
-        let store = open(&dir).await;
-        for (number, (recipe, steps, loss)) in [
-            ("a", json!(1000), 0.5),
-            ("b", json!(2000), f64::NAN),
-            ("c", json!("many"), 0.25),
-        ]
-        .into_iter()
-        .enumerate()
-        {
-            let mut new = a_run(recipe);
-            for (path, value) in [
-                ("stages.distill.steps", steps),
-                ("stages.distill.fast", json!(number == 1)),
-            ] {
-                new.params.push(Param {
-                    path: path.into(),
-                    value,
-                    origin: "default".into(),
-                });
-            }
-            let run = store.begin_run(&new).await.unwrap();
-            let stage = store.add_stage(&run, &a_stage("distill")).await.unwrap();
-            let attempt = store
-                .begin_attempt(stage, "d", &json!({}), 1)
-                .await
-                .unwrap();
-            let points = [a_point(1, 9.0), a_point(2, loss)];
-            store
-                .append_metrics(attempt, &losses(&points))
-                .await
-                .unwrap();
-            let end = if number == 0 {
-                AttemptState::Failed
-            } else {
-                AttemptState::Succeeded
-            };
-            store
-                .finish_attempt(attempt, &an_end(end, None))
-                .await
-                .unwrap();
-            let state = if number == 0 {
-                RunState::Failed
-            } else {
-                RunState::Succeeded
-            };
-            store
-                .finish_run(&run, state, (number == 0).then_some("it fell over"))
-                .await
-                .unwrap();
-            if number == 2 {
-                store.tag_run(&run, "größte Idee").await.unwrap();
-                store.note_run(&run, "100 % sure").await.unwrap();
-            }
-        }
-        // One without anything.
-        store.begin_run(&a_run("d")).await.unwrap();
-
-        let ask = async |filter: &str, sort: &str| {
-            let sort = (!sort.is_empty()).then(|| Sort {
-                name: crate::filter::parse_name(sort.trim_start_matches('-')).unwrap(),
-                descending: sort.starts_with('-'),
-            });
-            let filter = RunFilter {
-                expr: Some(crate::filter::parse(filter).unwrap()),
-                sort: sort.into_iter().collect(),
-                ..RunFilter::default()
-            };
-            let found = store.list_runs(&filter).await?;
-            Ok::<String, StoreError>(found.iter().rev().map(|run| run.recipe.as_str()).collect())
-        };
+        let store = four_runs(&dir).await;
         for (filter, expected) in [
             ("metrics.loss.last < 3", "ac"),
             ("metrics.distill/loss < 0.3 and state = succeeded", "c"),
@@ -116,11 +123,19 @@ fn runs_are_found_by_what_they_were_and_became() {
             ("finished", "abc"),
             ("stages = 1 and reused = 0", "abc"),
         ] {
-            let found = ask(filter, "")
+            let found = recipes(&store, filter, "")
                 .await
                 .unwrap_or_else(|error| panic!("{filter}: {error}"));
             assert_eq!(found, expected, "{filter}");
         }
+    });
+}
+
+#[test]
+fn found_runs_are_sorted() {
+    check(|dir| async move {
+        let store = four_runs(&dir).await;
+        let ask = async |filter: &str, sort: &str| recipes(&store, filter, sort).await;
         // What has no value comes last; here everything is turned round.
         assert_eq!(
             ask("recipe", "metrics.loss.last").await.unwrap(),
@@ -145,7 +160,13 @@ fn runs_are_found_by_what_they_were_and_became() {
             .unwrap(),
             "abc"
         );
+    });
+}
 
+#[test]
+fn filters_that_make_no_sense_are_explained() {
+    check(|dir| async move {
+        let store = four_runs(&dir).await;
         for (filter, message, hint, place) in [
             (
                 "stats = failed",
@@ -155,7 +176,7 @@ fn runs_are_found_by_what_they_were_and_became() {
             ),
             (
                 "state = faild",
-                "`faild` is no state of a run",
+                "unknown run state `faild`",
                 "`failed`",
                 8..13,
             ),
@@ -181,7 +202,7 @@ fn runs_are_found_by_what_they_were_and_became() {
                 0..20,
             ),
         ] {
-            let Err(StoreError::Filter(error)) = ask(filter, "").await else {
+            let Err(StoreError::Filter(error)) = recipes(&store, filter, "").await else {
                 panic!("{filter} is understood")
             };
             assert!(
@@ -193,6 +214,13 @@ fn runs_are_found_by_what_they_were_and_became() {
             assert!(hinted.contains(hint), "{filter}: {hinted}");
             assert_eq!((&error.at, error.text.as_str()), (&place, filter));
         }
+    });
+}
+
+#[test]
+fn columns_of_found_runs_have_their_values() {
+    check(|dir| async move {
+        let store = four_runs(&dir).await;
         let columns = ["metrics.loss.min", "params.distill.steps", "tag"];
         let filter = RunFilter {
             columns: columns
