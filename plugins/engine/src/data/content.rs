@@ -9,9 +9,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use retort_checkpoint::images::LONGEST_FILE;
 use retort_checkpoint::regular;
+use retort_checkpoint::tar::Part;
 
 use super::error::DataError;
-use super::shards::{self, Part};
+use super::shards;
 
 /// An image file of a source.
 #[derive(Debug)]
@@ -22,6 +23,11 @@ pub(super) struct Item {
     pub(super) caption: Option<Box<str>>,
     /// Its archive and place, where it lies in one.
     pub(super) part: Option<(u32, Part)>,
+}
+
+impl Item {
+    /// The label of a file whose class is not known yet.
+    pub(super) const UNLABELLED: u32 = u32::MAX;
 }
 
 /// A file that could not be decoded.

@@ -51,6 +51,7 @@ const ROOM: usize = 352 << 20;
 const EACH: usize = 144;
 
 /// What is held of the files of a source, and how much more may be.
+#[derive(Debug)]
 pub struct Held {
     room: usize,
     rows: usize,
