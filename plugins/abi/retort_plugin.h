@@ -228,9 +228,9 @@ typedef struct retort_plugin {
      * what they have made, makes what is missing and commits the artifact. Parts write different files, or lock a file
      * that they share. The artifact does not depend on `of`.
      *
-     * Where the kind has `together`, no part is begun without the others, all are on this machine, and the environment of
-     * each has MASTER_ADDR, MASTER_PORT, RANK, LOCAL_RANK and WORLD_SIZE: there they meet. Part 0 alone reports metrics
-     * and progress. A part that fails because another is gone says so by "retryable": true; the other's end is the reason
+     * Where the kind has `together`, no part is begun without the others, on this machine or on several nodes of one job,
+     * and the environment of each has MASTER_ADDR, MASTER_PORT, RANK, LOCAL_RANK and WORLD_SIZE: there they meet. Part 0
+     * alone reports metrics and progress. A part that fails because another is gone says so by "retryable": true; the other's end is the reason
      * then. What the last decimals of the artifact are may depend on `of`.
      */
     int32_t (*run)(const retort_host *host, retort_str stage_json, retort_sink result, retort_sink err);

@@ -300,56 +300,18 @@ pub fn parse(
     text: String,
     set: &[String],
 ) -> Result<Recipe, Report> {
-    let finding_of = |error: YamlError| {
-        let finding = Finding::error(error.pointer, error.message).at(error.position);
-        Finding {
-            hint: error.hint,
-            ..finding
-        }
-    };
-    let mut document = match yaml::parse(&text) {
-        Ok(document) => document,
-        Err(error) => {
-            let findings = vec![finding_of(error)];
+    let (mut document, mut findings) = match read_document(&text) {
+        Ok(read) => read,
+        Err(finding) => {
             return Err(Report {
                 path: path.to_owned(),
                 text,
-                findings,
+                findings: vec![finding],
             });
         }
     };
-    if !document.value.is_object() {
-        let message = "a recipe is a mapping: lines of `key: value`";
-        let finding = Finding::error("", message)
-            .at(document.locate("", Part::Value))
-            .hint("it has at least `version: 1` and `stages:`");
-        return Err(Report {
-            path: path.to_owned(),
-            text,
-            findings: vec![finding],
-        });
-    }
-    let mut findings: Vec<Finding> = std::mem::take(&mut document.problems)
-        .into_iter()
-        .map(finding_of)
-        .collect();
     let mut value = std::mem::take(&mut document.value);
-    let names = setting::names(&value);
-    let mut set_at: BTreeMap<String, Setting> = BTreeMap::new();
-    for change in set {
-        match setting::apply(&mut value, change) {
-            Ok((pointer, setting)) => {
-                let below = format!("{pointer}/");
-                set_at.retain(|earlier, _| !earlier.starts_with(&below));
-                set_at.insert(pointer, setting);
-            }
-            Err(finding) => findings.push(finding),
-        }
-    }
-    let unasked = set_at
-        .iter()
-        .filter_map(|(pointer, setting)| setting::unasked(pointer, setting, &value, &names));
-    findings.extend(unasked);
+    let set_at = apply_settings(&mut value, set, &mut findings);
     let mut source = Source {
         path: path.to_owned(),
         base_dir,
@@ -360,8 +322,69 @@ pub fn parse(
         set_at,
         interpolated: BTreeMap::new(),
     };
-    let replaced = Interpolation::new(&value, &source).replace();
-    let mut value = replaced.value;
+    let mut value = match interpolate(&value, &mut source, &mut findings) {
+        Some(value) if !has_too_many_stages(&value, &source, &mut findings) => value,
+        _ => {
+            return Err(Report {
+                path: path.to_owned(),
+                text: source.text,
+                findings,
+            });
+        }
+    };
+    check_against_schema(&mut value, &source, &mut findings);
+    let sweep = read_sweep(&value, &source, &mut findings);
+    Ok(extract(source, &value, sweep, findings))
+}
+
+/// A mapping, with the problems that leave its text readable, or what makes it no recipe.
+fn read_document(text: &str) -> Result<(yaml::Document, Vec<Finding>), Finding> {
+    let finding_of = |error: YamlError| {
+        let finding = Finding::error(error.pointer, error.message).at(error.position);
+        Finding {
+            hint: error.hint,
+            ..finding
+        }
+    };
+    let mut document = yaml::parse(text).map_err(finding_of)?;
+    if !document.value.is_object() {
+        let message = "a recipe is a mapping: lines of `key: value`";
+        return Err(Finding::error("", message)
+            .at(document.locate("", Part::Value))
+            .hint("it has at least `version: 1` and `stages:`"));
+    }
+    let problems = std::mem::take(&mut document.problems);
+    Ok((document, problems.into_iter().map(finding_of).collect()))
+}
+
+/// Applies `--set`, in order. Returns by pointer what was set and not replaced by a later one.
+fn apply_settings(
+    value: &mut Value,
+    set: &[String],
+    findings: &mut Vec<Finding>,
+) -> BTreeMap<String, Setting> {
+    let names = setting::names(value);
+    let mut set_at: BTreeMap<String, Setting> = BTreeMap::new();
+    for change in set {
+        match setting::apply(value, change) {
+            Ok((pointer, setting)) => {
+                let below = format!("{pointer}/");
+                set_at.retain(|earlier, _| !earlier.starts_with(&below));
+                set_at.insert(pointer, setting);
+            }
+            Err(finding) => findings.push(finding),
+        }
+    }
+    let unasked = set_at
+        .iter()
+        .filter_map(|(pointer, setting)| setting::unasked(pointer, setting, value, &names));
+    findings.extend(unasked);
+    set_at
+}
+
+/// The value with every `${...}` replaced; nothing where there are too many to replace.
+fn interpolate(value: &Value, source: &mut Source, findings: &mut Vec<Finding>) -> Option<Value> {
+    let replaced = Interpolation::new(value, source).replace();
     source.interpolated = replaced.interpolated;
     findings.extend(
         replaced
@@ -369,34 +392,29 @@ pub fn parse(
             .into_iter()
             .map(|finding| source.place(finding, Part::Value)),
     );
-    if !replaced.complete {
-        return Err(Report {
-            path: path.to_owned(),
-            text: source.text,
-            findings,
-        });
-    }
-    let stages = value.get("stages").and_then(Value::as_object);
-    if let Some(stages) = stages.filter(|stages| stages.len() > MAX_STAGES) {
-        let message = format!("{} stages; a recipe has at most {MAX_STAGES}", stages.len());
-        let finding = Finding::error("/stages", message).hint("divide it into several recipes");
-        findings.push(source.place(finding, Part::Key));
-        return Err(Report {
-            path: path.to_owned(),
-            text: source.text,
-            findings,
-        });
-    }
-    let (runner_schema, checker) = &*RUNNER_SCHEMA;
-    schema::take_texts(runner_schema, &mut value, |pointer| {
-        source.as_written(pointer)
-    });
+    replaced.complete.then_some(replaced.value)
+}
 
+fn has_too_many_stages(value: &Value, source: &Source, findings: &mut Vec<Finding>) -> bool {
+    let stages = value.get("stages").and_then(Value::as_object);
+    let Some(stages) = stages.filter(|stages| stages.len() > MAX_STAGES) else {
+        return false;
+    };
+    let message = format!("{} stages; a recipe has at most {MAX_STAGES}", stages.len());
+    let finding = Finding::error("/stages", message).hint("divide it into several recipes");
+    findings.push(source.place(finding, Part::Key));
+    true
+}
+
+/// Checks the keys that belong to the runner, and gives their values the types that the schema wants.
+fn check_against_schema(value: &mut Value, source: &Source, findings: &mut Vec<Finding>) {
+    let (runner_schema, checker) = &*RUNNER_SCHEMA;
+    schema::take_texts(runner_schema, value, |pointer| source.as_written(pointer));
     let broken: BTreeSet<String> = findings
         .iter()
         .map(|finding| finding.pointer.clone())
         .collect();
-    for violation in checker.check(&value, "key") {
+    for violation in checker.check(value, "key") {
         // What a failed `${...}` leaves behind is no second mistake.
         if broken.contains(&violation.pointer) {
             continue;
@@ -412,26 +430,30 @@ pub fn parse(
         findings.push(source.place(finding, violation.part));
     }
     // `1e3` is a whole number wherever one is wanted.
-    schema::settle_numbers(runner_schema, &mut value);
-    let is_wrong = |finding: &Finding| finding.pointer.starts_with("/sweep");
-    let sweep = match value.get("sweep") {
-        Some(section) if !findings.iter().any(is_wrong) => {
-            let typed = |pointer: &str, value: &Value| {
-                let written = source.as_written(pointer).filter(|_| !value.is_string());
-                setting::typed(value, written)
-            };
-            match sweep::section(section, &typed) {
-                Ok(sweep) => Some(sweep),
-                Err(wrong) => {
-                    let placed = wrong.into_iter();
-                    findings.extend(placed.map(|finding| source.place(finding, Part::Key)));
-                    None
-                }
-            }
-        }
-        _ => None,
+    schema::settle_numbers(runner_schema, value);
+}
+
+/// The `sweep:` section, unless it has faults that are known already.
+fn read_sweep(value: &Value, source: &Source, findings: &mut Vec<Finding>) -> Option<Sweep> {
+    let section = value.get("sweep")?;
+    if findings
+        .iter()
+        .any(|finding| finding.pointer.starts_with("/sweep"))
+    {
+        return None;
+    }
+    let typed = |pointer: &str, value: &Value| {
+        let written = source.as_written(pointer).filter(|_| !value.is_string());
+        setting::typed(value, written)
     };
-    Ok(extract(source, &value, sweep, findings))
+    match sweep::section(section, &typed) {
+        Ok(sweep) => Some(sweep),
+        Err(faults) => {
+            let placed = faults.into_iter();
+            findings.extend(placed.map(|finding| source.place(finding, Part::Key)));
+            None
+        }
+    }
 }
 
 /// What can be read of a value whose mistakes are known already.

@@ -176,9 +176,6 @@ fn follow_parent(parent: u32) -> Result<(), WorkerError> {
             libc::setvbuf(stdout, std::ptr::null_mut(), libc::_IOLBF, 0);
             let handler: extern "C" fn(libc::c_int) = die;
             libc::signal(libc::SIGHUP, handler as libc::sighandler_t);
-            if std::env::var_os(process::SURVIVES_SIGTERM).is_some() {
-                libc::signal(libc::SIGTERM, libc::SIG_IGN);
-            }
             if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGHUP) != 0 {
                 return Err(WorkerError::Setup(std::io::Error::last_os_error()));
             }

@@ -3,7 +3,7 @@
 use std::io::{IsTerminal, Read};
 use std::path::PathBuf;
 
-use clap::{ValueEnum, ValueHint};
+use clap::ValueHint;
 use image::{DynamicImage, ImageFormat, ImageReader, Limits};
 
 use crate::artifact::{self, Layout};
@@ -11,15 +11,13 @@ use crate::cli::{Context, Error, Exit, talk};
 use crate::draft;
 use crate::store::{Access, ArtifactRow, Store, StoreError};
 
-use self::screen::Screen;
+use self::screen::{MOST_PIXELS, Protocol, Screen};
 
 mod encode;
 mod screen;
 
 /// Bytes of a picture that is read.
 pub(super) const MOST_BYTES: u64 = 64 << 20;
-/// Sides of a picture that is drawn, in pixels.
-const MOST_PIXELS: u32 = 16_384;
 
 /// Arguments of `show`.
 #[derive(Debug, clap::Args)]
@@ -32,27 +30,10 @@ pub struct Args {
     pub save: Option<PathBuf>,
     /// How to draw in a terminal.
     #[arg(long = "as", value_name = "HOW", default_value = "auto")]
-    pub manner: Manner,
+    pub manner: Protocol,
     /// So many columns wide.
     #[arg(long, value_name = "COLUMNS", value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub width: Option<u32>,
-}
-
-/// How a terminal draws pictures.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Manner {
-    /// The best that the terminal says it can; half blocks in tmux and screen; paths where there is no terminal.
-    Auto,
-    /// The protocol of kitty.
-    Kitty,
-    /// The protocol of iTerm2.
-    Iterm,
-    /// Sixel graphics.
-    Sixel,
-    /// Half blocks in colours: any terminal can.
-    Blocks,
-    /// Not at all: the paths of the files.
-    Paths,
 }
 
 /// Shows pictures.
@@ -88,12 +69,12 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     }
     let is_terminal = std::io::stdout().is_terminal();
     let manner = match args.manner {
-        Manner::Auto if is_terminal => screen::best(variable, screen::ask),
-        Manner::Auto => Manner::Paths,
+        Protocol::Auto if is_terminal => screen::best(variable, screen::ask),
+        Protocol::Auto => Protocol::Paths,
         // Who says how means it, whatever the output is: a pager, or a file that is shown later.
         manner => manner,
     };
-    let draws = manner != Manner::Paths;
+    let draws = manner != Protocol::Paths;
     for row in &pictures {
         let meta = &row.artifact.meta;
         let caption = meta.caption.as_deref().unwrap_or_default();
@@ -111,7 +92,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
             .join(meta.preview.as_deref().unwrap_or_default());
         talk::print(&format!("{}\n", path.display()))?;
     }
-    if !draws && args.manner != Manner::Paths && !context.quiet {
+    if !draws && args.manner != Protocol::Paths && !context.quiet {
         let why = match is_terminal {
             true => "this terminal draws nothing",
             false => "the output is no terminal",
@@ -204,7 +185,7 @@ fn decoded(bytes: &[u8], row: &ArtifactRow) -> Result<DynamicImage, Error> {
 }
 
 /// Draws at the cursor. What goes to the terminal is made of pixels alone.
-fn draw(picture: &DynamicImage, args: &Args, manner: Manner) -> Result<(), Error> {
+fn draw(picture: &DynamicImage, args: &Args, manner: Protocol) -> Result<(), Error> {
     let screen = Screen::of_stdout();
     let picture = screen.fitted(&picture.to_rgba8(), args.width, manner);
     let drawn = screen.drawn(picture, manner, screen::truecolor(variable));

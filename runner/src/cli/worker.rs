@@ -36,7 +36,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
 
 /// Does an element of a job.
 fn watch(spool: &Path, context: &Context) -> Result<(), Error> {
-    let variable = |name| std::env::var(name).unwrap_or_default();
+    let variable = |name: &str| std::env::var(name).unwrap_or_default();
     let Ok(job) = std::env::var("SLURM_JOB_ID") else {
         let message = "SLURM_JOB_ID is not set: this is no job of Slurm";
         return Err(Error::new(Exit::Usage, message)
@@ -44,8 +44,11 @@ fn watch(spool: &Path, context: &Context) -> Result<(), Error> {
     };
     let place = ElementIdentity {
         spool: spool.to_owned(),
-        // A job that is no array has one element.
-        element: variable("SLURM_ARRAY_TASK_ID").parse().unwrap_or(0),
+        // Elsewhere than in an array it is the rank that counts, which is 0 in a job of one process.
+        element: ["SLURM_ARRAY_TASK_ID", "SLURM_PROCID"]
+            .iter()
+            .find_map(|name| variable(name).parse().ok())
+            .unwrap_or(0),
         job,
         node: variable("SLURMD_NODENAME"),
     };

@@ -11,18 +11,17 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use retort_abi::{Failure, FailureCode, LogLevel, Part};
+use retort_abi::Part;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+use crate::cluster::Ended;
 use crate::cluster::dispatch::slot::{Phase, Slot, StopLevel};
-use crate::cluster::slurm::{NewJob, Slurm, SlurmError};
+use crate::cluster::slurm::{Layout, NewJob, Slurm, SlurmError};
 use crate::cluster::spool::{self, Order, Reader};
-use crate::cluster::{ElementEvent, Ended};
 use crate::executor::event::{Event, Listener};
-use crate::executor::recorder::own_line;
-use crate::frame::{FromWorker, Task, ToWorker};
+use crate::frame::{Task, ToWorker};
 use crate::settings::Profile;
 use crate::store::{AttemptId, ElementUpdate, JobKey, Store, StoreError, Usage};
 use crate::worker::death::ExitStatus;
@@ -61,6 +60,8 @@ pub struct Assignment {
     pub profile: Profile,
     /// Processors, and threads, of each element.
     pub cpus: usize,
+    /// Whether its parts have to run at the same time: they are ranks of one job then.
+    pub together: bool,
 }
 
 /// A stage's jobs.
@@ -186,7 +187,7 @@ struct Job {
     dir: PathBuf,
     /// What its elements do.
     elements: Vec<Option<Part>>,
-    array: bool,
+    layout: Layout,
     /// Slots of its elements, where they are this runner's.
     slots: Vec<Option<usize>>,
     /// How far each was taken over by another runner.
@@ -283,7 +284,7 @@ impl Work {
                 id,
                 dir,
                 slots: vec![None; order.elements.len()],
-                array: order.elements.first().is_some_and(Option::is_some),
+                layout: order.layout(),
                 elements: order.elements,
                 marks,
                 stopping: false,
@@ -457,8 +458,11 @@ impl Work {
             let wanted = |level: StopLevel| -> Vec<Option<usize>> {
                 let some = wishes.iter().enumerate();
                 let some = some.filter(|(_, found)| **found == Some(level));
-                some.map(|(element, _)| job.array.then_some(element))
-                    .collect()
+                let mut names: Vec<_> = some
+                    .map(|(element, _)| job.layout.element(element))
+                    .collect();
+                names.dedup(); // ranks have one
+                names
             };
             if !std::mem::replace(&mut job.stopping, true) {
                 let _ = spool::ask_to_stop(&job.dir, true);
@@ -514,13 +518,13 @@ impl Work {
                 }
                 let dir = spool::element_dir(&job.dir, element);
                 let said = known.as_ref().map(|known| {
-                    let key = (job.id, job.array.then_some(element));
+                    let key = (job.id, job.layout.element(element));
                     known.get(&key).is_some_and(|said| !said.state.is_final())
                 });
                 let goes_on = said.unwrap_or(true);
                 if !slot::is_worth_taking(&dir, goes_on) {
                     // It ended while nobody was there.
-                    let key = (job.id, job.array.then_some(element));
+                    let key = (job.id, job.layout.element(element));
                     let said = known.as_ref().ok().and_then(|known| known.get(&key));
                     let reason = said.map_or("gone from Slurm", |said| watch::reason(said.state));
                     let reason = reason.to_owned();
@@ -576,15 +580,13 @@ impl Work {
         if new.is_empty() {
             return Ok(());
         }
-        let chunk = match self.chunk {
-            Some(chunk) => chunk,
-            None => self.to.slurm.array_size().await,
-        };
-        self.chunk = Some(chunk);
         // The whole of a stage is no part of an array.
         let (parts, wholes): (Vec<usize>, Vec<usize>) = new
             .into_iter()
             .partition(|index| self.slots[*index].part.is_some());
+        let Some(chunk) = self.chunk_of(&parts).await else {
+            return Ok(());
+        };
         let arrays = parts.chunks(chunk).map(<[usize]>::to_vec);
         let singles = wholes.into_iter().map(|index| vec![index]);
         for slots in arrays.chain(singles).collect::<Vec<_>>() {
@@ -620,6 +622,38 @@ impl Work {
         Ok(())
     }
 
+    /// How many of these parts a job may have; none where they have to wait for others.
+    async fn chunk_of(&mut self, parts: &[usize]) -> Option<usize> {
+        if !self.to.together {
+            let chunk = match self.chunk {
+                Some(chunk) => chunk,
+                None => self.to.slurm.array_size().await,
+            };
+            self.chunk = Some(chunk);
+            return Some(chunk);
+        }
+        // Ranks run at the same time or not at all: those that are to be submitted again wait for the others.
+        let all = self.slots.iter().filter(|slot| slot.part.is_some());
+        let (over, others): (Vec<_>, Vec<_>) = all
+            .filter(|slot| slot.phase != Phase::New)
+            .partition(|slot| slot.phase == Phase::Over);
+        if parts.is_empty() || (over.is_empty() && others.is_empty()) {
+            return Some(parts.len().max(1));
+        }
+        if others.is_empty() {
+            for &index in parts {
+                let ended = Ended {
+                    reason: "not submitted again".into(),
+                    message: "other workers of this training have ended, and one cannot go on without them".into(),
+                    hint: Some("`retort resume` goes on from the last checkpoint with all of them".into()),
+                };
+                self.slots[index].end(ended).await;
+            }
+        }
+        self.submit_at = Instant::now() + SETTLE;
+        None
+    }
+
     /// The queue is full: fewer elements may find room, and later all will.
     fn full(&mut self, slots: &[usize], said: &str) {
         if self.put_off == RETRY.0 {
@@ -630,7 +664,7 @@ impl Work {
         for &index in slots {
             self.slots[index].why = format!("the queue is full: {said}");
         }
-        if slots.len() > 1 {
+        if slots.len() > 1 && !self.to.together {
             self.chunk = Some(slots.len().div_ceil(2));
         }
         self.submit_at = Instant::now() + self.put_off;
@@ -647,7 +681,6 @@ impl Work {
         let to = &self.to;
         let elements: Vec<Option<Part>> =
             slots.iter().map(|index| self.slots[*index].part).collect();
-        let array = elements[0].is_some().then_some(elements.len());
         self.submitted += 1;
         let name = format!(
             "retort-{}-{}-{}-{}",
@@ -670,14 +703,16 @@ impl Work {
             interval: LOOK
                 .max(Duration::from_millis(5) * u32::try_from(elements.len()).unwrap_or(u32::MAX)),
             again: true,
+            ranks: to.together && elements[0].is_some(),
         };
+        let layout = order.layout();
         let script = dir.join("batch.sh");
         let prepared = std::fs::create_dir_all(&dir)
             .map_err(|error| error.to_string())
             .and_then(|()| spool::write_order(&dir, &order).map_err(|error| error.to_string()))
             .and_then(|()| spool::ask_to_stop(&dir, false).map_err(|error| error.to_string()))
             .and_then(|()| {
-                let text = batch(&dir, &to.profile)?;
+                let text = batch(&dir, &to.profile, layout)?;
                 spool::put(&script, text.as_bytes()).map_err(|error| error.to_string())
             });
         if let Err(message) = prepared {
@@ -693,13 +728,13 @@ impl Work {
         }
         let key = to
             .store
-            .begin_job(to.attempt, &to.digest, &name, array)
+            .begin_job(to.attempt, &to.digest, &name, layout.elements())
             .await?;
         let job = NewJob {
             name: &name,
             script: &script,
             spool: &dir,
-            elements: array,
+            layout,
             cpus: to.cpus,
             profile: &to.profile,
         };
@@ -724,7 +759,7 @@ impl Work {
         (to.listener)(Event::Submitted {
             stage: to.stage.clone(),
             job: id,
-            elements: array,
+            elements: layout.elements(),
         });
         for (element, &index) in slots.iter().enumerate() {
             let reader = Reader::new(spool::element_dir(&dir, element));
@@ -734,7 +769,7 @@ impl Work {
             key,
             id,
             dir,
-            array: array.is_some(),
+            layout,
             slots: slots.iter().copied().map(Some).collect(),
             marks: vec![0; elements.len()],
             elements,
@@ -746,25 +781,23 @@ impl Work {
     }
 }
 
-/// The script of a job: the prologue, and this very program.
-fn batch(dir: &std::path::Path, profile: &Profile) -> Result<String, String> {
+/// The script of a job: the prologue, and this very program, for each rank where there are ranks.
+fn batch(dir: &std::path::Path, profile: &Profile, layout: Layout) -> Result<String, String> {
     let program = std::env::current_exe().map_err(|error| error.to_string())?;
     let quoted =
         |path: &std::path::Path| format!("'{}'", path.display().to_string().replace('\'', r"'\''"));
+    let (meeting, start) = match layout {
+        Layout::Single | Layout::Array(_) => ("", ""),
+        // One rank that ends badly leaves the others time to save their work.
+        Layout::Ranks(_) => (
+            include_str!("dispatch/ranks.sh"),
+            "srun --mpi=none --kill-on-bad-exit=0 ",
+        ),
+    };
     Ok(format!(
-        "#!/bin/bash\n{}\nexec {} worker --spool {}\n",
+        "#!/bin/bash\n{}\n{meeting}exec {start}{} worker --spool {}\n",
         profile.prologue,
         quoted(&program),
         quoted(dir)
     ))
-}
-
-/// What a worker says that was stopped before it began.
-fn cancelled() -> FromWorker {
-    FromWorker::Failed(Failure::new(FailureCode::Cancelled, "it had not begun"))
-}
-
-/// A line about an element, for the log.
-fn note(level: LogLevel, text: String) -> WorkerEvent {
-    WorkerEvent::Remote(ElementEvent::Line(own_line(level, text)))
 }

@@ -7,19 +7,19 @@
 //! not be there.
 
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use retort_abi::FailureCode;
+use retort_abi::{FailureCode, Part};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::Instant;
 
 use crate::cluster::spool::{self, Order, Over, SpoolError, Word, Writer};
-use crate::executor::attempt::out_of_memory_kills;
 use crate::frame::{Call, FromWorker, Points, Task, ToWorker};
-use crate::worker::death::ExitStatus;
-use crate::worker::process::{Exit, SURVIVES_SIGTERM, Worker, WorkerEvent};
+use crate::worker::death::{ExitStatus, out_of_memory_kills};
+use crate::worker::process::{Exit, Worker, WorkerEvent};
 
 /// How often the file that stops a job is looked for, and stale directories with it.
 const STOP_INTERVAL: Duration = Duration::from_secs(2);
@@ -41,6 +41,15 @@ pub struct ElementIdentity {
     pub job: String,
     /// The name of the node.
     pub node: String,
+}
+
+/// What ranks are told of themselves, by the names that `torchrun` gives it.
+pub fn rank_variables(part: Part, on_this_node: OsString) -> [(&'static str, OsString); 3] {
+    [
+        ("RANK", part.index.to_string().into()),
+        ("LOCAL_RANK", on_this_node),
+        ("WORLD_SIZE", part.of.to_string().into()),
+    ]
 }
 
 /// Why a process watches over no worker.
@@ -205,8 +214,16 @@ impl Watch<'_> {
         wasted: u32,
     ) -> std::io::Result<Over> {
         let kills = kills_for_memory();
+        let mut variables = Vec::new();
+        if self.order.ranks
+            && let Some(part) = self.order.elements[self.place.element]
+        {
+            // Where they meet the job's script says.
+            let on_this_node = std::env::var_os("SLURM_LOCALID").unwrap_or_else(|| "0".into());
+            variables.extend(rank_variables(part, on_this_node));
+        }
         // Slurm signals every process of a job. What the worker does about its end is said here, through its socket.
-        let mut worker = Worker::spawn(self.order.threads, &[(SURVIVES_SIGTERM, "1".into())])?;
+        let mut worker = Worker::spawn_in_job(self.order.threads, &variables)?;
         if let Err(error) = worker.send(&ToWorker::Start(Box::new(task))).await {
             return Err(std::io::Error::other(error));
         }
@@ -265,13 +282,6 @@ impl Watch<'_> {
             Some(Cause::User) => return Over::Stopped,
             Some(Cause::TimeLimit) => return Over::TimeLimit { at_checkpoint },
             Some(Cause::Terminated) => return Over::Terminated { at_checkpoint },
-            // Nothing here sends it: it was Slurm's, and ended a worker that had not yet arranged to survive it before it
-            // was received here.
-            None if exit.status == ExitStatus::Signal(libc::SIGTERM) => {
-                return Over::Terminated {
-                    at_checkpoint: false,
-                };
-            }
             None => {}
         }
         let reason = match self.answer {

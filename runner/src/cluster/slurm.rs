@@ -30,12 +30,38 @@ pub struct NewJob<'a> {
     pub script: &'a Path,
     /// The directory of the spool: where it runs, and where what it prints goes.
     pub spool: &'a Path,
-    /// Elements, where it is an array.
-    pub elements: Option<usize>,
+    /// What it is made of.
+    pub layout: Layout,
     /// Processors that it needs.
     pub cpus: usize,
     /// What it asks for beside them.
     pub profile: &'a Profile,
+}
+
+/// What a job is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// One process.
+    Single,
+    /// So many elements of an array, each with an allocation of its own.
+    Array(usize),
+    /// So many tasks of one allocation, on one node or on several.
+    Ranks(usize),
+}
+
+impl Layout {
+    /// The number of elements; a single process is none.
+    pub fn elements(self) -> Option<usize> {
+        match self {
+            Self::Single => None,
+            Self::Array(elements) | Self::Ranks(elements) => Some(elements),
+        }
+    }
+
+    /// The name by which Slurm knows element `index`, within the job.
+    pub fn element(self, index: usize) -> Option<usize> {
+        matches!(self, Self::Array(_)).then_some(index)
+    }
 }
 
 /// An element of a job, or a job that has none.
@@ -374,26 +400,32 @@ fn arguments(job: &NewJob<'_>) -> Vec<String> {
         "--parsable".into(),
         format!("--job-name={}", job.name),
         format!("--chdir={}", job.spool.display()),
-        format!(
-            "--output={}",
-            if job.elements.is_some() {
-                "%a.out"
-            } else {
-                "0.out"
-            }
-        ),
         "--open-mode=append".into(),
         "--requeue".into(),
-        format!("--signal=B:USR1@{}", profile.signal.as_secs()),
-        "--nodes=1".into(),
-        "--ntasks=1".into(),
         format!("--cpus-per-task={}", job.cpus),
     ];
-    if let Some(elements) = job.elements {
-        let limit = profile
-            .array_limit
-            .map_or_else(String::new, |limit| format!("%{limit}"));
-        words.push(format!("--array=0-{}{limit}", elements.max(1) - 1));
+    let ahead = profile.signal.as_secs();
+    // The signal goes to the script, which becomes the watch over the worker; of ranks to the watches that it starts.
+    match job.layout {
+        Layout::Single | Layout::Array(_) => words.extend([
+            "--nodes=1".into(),
+            "--ntasks=1".into(),
+            format!("--signal=B:USR1@{ahead}"),
+        ]),
+        Layout::Ranks(ranks) => words.extend([
+            format!("--ntasks={ranks}"),
+            format!("--signal=USR1@{ahead}"),
+        ]),
+    }
+    match job.layout {
+        Layout::Single | Layout::Ranks(_) => words.push("--output=0.out".into()),
+        Layout::Array(elements) => {
+            let limit = profile
+                .array_limit
+                .map_or_else(String::new, |limit| format!("%{limit}"));
+            words.push(format!("--array=0-{}{limit}", elements.max(1) - 1));
+            words.push("--output=%a.out".into());
+        }
     }
     for (name, value) in [
         ("partition", &profile.partition),

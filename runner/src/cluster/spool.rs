@@ -18,6 +18,7 @@ use retort_abi::Part;
 use retort_checkpoint::regular;
 use serde::{Deserialize, Serialize};
 
+use crate::cluster::slurm::Layout;
 use crate::frame::{self, FromWorker, Task};
 use crate::store::{LogSource, Time, Usage};
 use crate::worker::death::ExitStatus;
@@ -55,6 +56,20 @@ pub struct Order {
     pub interval: Duration,
     /// Whether a worker that Slurm stops ahead of its time asks for the next life itself.
     pub again: bool,
+    /// Whether the elements are ranks: tasks of one job, which run at the same time.
+    #[serde(default)]
+    pub ranks: bool,
+}
+
+impl Order {
+    /// What its job is made of.
+    pub fn layout(&self) -> Layout {
+        match (self.elements.first(), self.ranks) {
+            (Some(Some(_)), true) => Layout::Ranks(self.elements.len()),
+            (Some(Some(_)), false) => Layout::Array(self.elements.len()),
+            _ => Layout::Single,
+        }
+    }
 }
 
 /// What an element says.

@@ -19,8 +19,8 @@ use crate::cluster::dispatch::Dispatcher;
 use crate::executor::event::Event;
 use crate::executor::handle::{self, Placement};
 use crate::executor::recorder::{Recorder, own_line};
-use crate::store::{ArtifactRecord, AttemptEnd, StoreError, Usage};
-use event_loop::after;
+use crate::store::{ArtifactRecord, AttemptEnd, AttemptId, StoreError, Usage};
+use crate::worker::death::out_of_memory_kills;
 use spec::title;
 use supervisor::{PartProgress, Supervisor};
 
@@ -57,38 +57,13 @@ pub async fn run(
     spec: &AttemptSpec,
     stop: watch::Receiver<Stop>,
 ) -> Result<Ended, StoreError> {
-    let name = &spec.stage.name;
     let paused = context.pauses.total();
     let kills_before = out_of_memory_kills();
     let placement = match handle::place(context, spec) {
         Ok(placement) => placement,
         Err(end) => return refuse(context, spec, end).await,
     };
-    let attempt = context
-        .store
-        .begin_attempt(
-            spec.id,
-            &spec.digest.hex,
-            &spec.digest.components,
-            placement.pid(),
-        )
-        .await?;
-    let inputs: Vec<String> = spec
-        .inputs
-        .values()
-        .map(|input| input.hash.clone())
-        .collect();
-    context.store.record_lineage(attempt, &inputs).await?;
-    let recorder = {
-        let (listener, stage) = (Arc::clone(&context.listener), name.clone());
-        let warn = move |text| {
-            listener(Event::Warning {
-                stage: Some(stage.clone()),
-                text,
-            })
-        };
-        Recorder::begin(Arc::clone(&context.store), attempt, warn)
-    };
+    let (attempt, recorder) = begin(context, spec, placement.pid()).await?;
     let (cpus, pid) = (placement.cpus(), placement.pid());
     let (dispatcher, whole, parts) = match placement {
         Placement::Here(whole, parts) => (None, whole, parts),
@@ -113,40 +88,16 @@ pub async fn run(
     if dispatcher.is_none() {
         supervisor.began();
     }
-    let (fault, mut usage) = supervisor.run_parts(parts).await?;
-    let finished = match fault {
-        Some(fault) => fault,
-        None => {
-            let finished = supervisor
-                .supervise(whole, None, watch::channel(Stop::No).1)
-                .await?;
-            usage = after(usage, finished.exit.usage);
-            finished
-        }
-    };
+    let (finished, usage) = supervisor.run_workers(whole, parts).await?;
     if let Some(dispatcher) = dispatcher {
         Dispatcher::close(dispatcher).await;
     }
-    let here = || out_of_memory_kills() > kills_before;
-    let out_of_memory = finished.exit.out_of_memory.unwrap_or_else(here);
+    let killed_here = || out_of_memory_kills() > kills_before;
+    let out_of_memory = finished.exit.out_of_memory.unwrap_or_else(killed_here);
     let end = finished
         .received
         .judge(finished.exit.status, finished.shutdown, spec, out_of_memory);
-    let mut changed = None;
-    for source in &spec.sources {
-        if let Err(message) = source.end(&context.store).await {
-            changed.get_or_insert(message);
-        }
-    }
-    let tainted = changed.is_some();
-    let end = match (end, changed) {
-        (End::Succeeded { .. }, Some(message)) => End::InputChanged { message },
-        (end, Some(message)) => {
-            recorder.line(own_line(LogLevel::Warn, message));
-            end
-        }
-        (end, None) => end,
-    };
+    let (end, tainted) = check_sources(context, spec, &recorder, end).await;
     if let Some(message) = end.message() {
         recorder.line(own_line(
             LogLevel::Error,
@@ -169,6 +120,57 @@ pub async fn run(
         last_words: finished.received.last_words.into(),
         tainted,
     })
+}
+
+/// Records that an attempt begins, and what it reads. What it says goes to the recorder.
+async fn begin(
+    context: &RunContext,
+    spec: &AttemptSpec,
+    pid: u32,
+) -> Result<(AttemptId, Recorder), StoreError> {
+    let store = &context.store;
+    let attempt = store
+        .begin_attempt(spec.id, &spec.digest.hex, &spec.digest.components, pid)
+        .await?;
+    let inputs: Vec<String> = spec
+        .inputs
+        .values()
+        .map(|input| input.hash.clone())
+        .collect();
+    store.record_lineage(attempt, &inputs).await?;
+    let (listener, stage) = (Arc::clone(&context.listener), spec.stage.name.clone());
+    let warn = move |text| {
+        listener(Event::Warning {
+            stage: Some(stage.clone()),
+            text,
+        })
+    };
+    let recorder = Recorder::begin(Arc::clone(store), attempt, warn);
+    Ok((attempt, recorder))
+}
+
+/// Looks whether a source file is another one than when the attempt began: a success is none then. Returns the end, and
+/// whether one has changed.
+async fn check_sources(
+    context: &RunContext,
+    spec: &AttemptSpec,
+    recorder: &Recorder,
+    end: End,
+) -> (End, bool) {
+    let mut changed = None;
+    for source in &spec.sources {
+        if let Err(message) = source.end(&context.store).await {
+            changed.get_or_insert(message);
+        }
+    }
+    match (end, changed) {
+        (End::Succeeded { .. }, Some(message)) => (End::InputChanged { message }, true),
+        (end, Some(message)) => {
+            recorder.line(own_line(LogLevel::Warn, message));
+            (end, true)
+        }
+        (end, None) => (end, false),
+    }
 }
 
 fn recorded(end: &End, usage: Usage, paused: Duration) -> AttemptEnd {
@@ -215,12 +217,4 @@ pub async fn refuse(
         last_words: Vec::new(),
         tainted: false,
     })
-}
-
-/// How often the kernel has killed a process because memory ran out, since it started; 0 where that is not known.
-pub(crate) fn out_of_memory_kills() -> u64 {
-    let text = std::fs::read_to_string("/proc/vmstat").unwrap_or_default();
-    text.lines()
-        .find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
-        .unwrap_or_default()
 }

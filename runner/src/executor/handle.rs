@@ -10,6 +10,7 @@ use retort_abi::{Failure, FailureCode, Part};
 
 use crate::cluster::Ended;
 use crate::cluster::dispatch::{Assignment, Dispatcher, Element};
+use crate::cluster::node::rank_variables;
 use crate::executor::attempt::end::End;
 use crate::executor::attempt::spec::{AttemptSpec, RunContext};
 use crate::executor::options::Cluster;
@@ -99,17 +100,6 @@ impl Placement {
 /// How the attempt has ended before it began.
 pub fn place(context: &RunContext, spec: &AttemptSpec) -> Result<Placement, End> {
     if let Some(cluster) = &context.cluster {
-        if spec.stage.together {
-            return Err(End::Cluster(Ended {
-                reason: "not submitted".into(),
-                message: "the workers of a training have to run at the same time, which the elements of a job array need not"
-                    .into(),
-                hint: Some(
-                    "leave `workers` out, or run this stage with `--executor local` inside an allocation"
-                        .into(),
-                ),
-            }));
-        }
         let profile = cluster.settings.profile(&spec.stage.kind);
         let profile = profile.map_err(|error| {
             End::Cluster(Ended {
@@ -157,13 +147,12 @@ pub fn place(context: &RunContext, spec: &AttemptSpec) -> Result<Placement, End>
 
 /// Where processes of this machine meet, as programs that `torchrun` starts are told.
 fn ranks(part: Part, port: u16) -> Vec<(&'static str, OsString)> {
-    vec![
+    let mut variables = vec![
         ("MASTER_ADDR", "127.0.0.1".into()),
         ("MASTER_PORT", port.to_string().into()),
-        ("RANK", part.index.to_string().into()),
-        ("LOCAL_RANK", part.index.to_string().into()),
-        ("WORLD_SIZE", part.of.to_string().into()),
-    ]
+    ];
+    variables.extend(rank_variables(part, part.index.to_string().into()));
+    variables
 }
 
 /// A port of this machine that nobody listens at.
@@ -192,6 +181,7 @@ impl ClusterPlacement {
             work_dir: spec.work_dir.clone(),
             profile: self.profile,
             cpus: self.cpus,
+            together: spec.stage.together,
         })
         .await?;
         let whole = WorkerHandle::Element(dispatcher.element(None));

@@ -153,6 +153,14 @@ pub fn signal_name(signal: i32) -> String {
     name.to_owned()
 }
 
+/// How often the kernel has killed a process because memory ran out, since it started; 0 where that is not known.
+pub fn out_of_memory_kills() -> u64 {
+    let text = std::fs::read_to_string("/proc/vmstat").unwrap_or_default();
+    text.lines()
+        .find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
+        .unwrap_or_default()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -28,9 +28,9 @@ use crate::worker::{LONGEST_LINE, shortened};
 /// How long what a dead worker has left in its pipes is waited for: processes that left its group may hold them open.
 const DRAIN: Duration = Duration::from_millis(500);
 
-/// The variable that has a worker ignore SIGTERM: where a scheduler signals every process of a job, whoever watches over
-/// the worker decides how it ends.
-pub const SURVIVES_SIGTERM: &str = "RETORT_WORKER_SURVIVES_SIGTERM";
+/// Signals that a scheduler sends to every process of a job, and that a worker ignores: the process that watches over it
+/// decides how it ends.
+const OF_SCHEDULERS: [libc::c_int; 2] = [libc::SIGTERM, libc::SIGUSR1];
 
 /// Process ids of the workers that have not been collected.
 static ALIVE: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
@@ -186,9 +186,36 @@ impl Worker {
     /// # Errors
     /// What the operating system says.
     pub fn spawn(threads: usize, variables: &[(&str, OsString)]) -> io::Result<Self> {
+        Self::start(threads, variables, |_| {})
+    }
+
+    /// The same in a job of a scheduler, whose signals the worker ignores.
+    ///
+    /// # Errors
+    /// As [`Self::spawn`].
+    pub fn spawn_in_job(threads: usize, variables: &[(&str, OsString)]) -> io::Result<Self> {
+        Self::start(threads, variables, |command| {
+            // SAFETY: between fork and exec only an async-signal-safe function is called.
+            unsafe {
+                command.pre_exec(|| {
+                    for signal in OF_SCHEDULERS {
+                        libc::signal(signal, libc::SIG_IGN);
+                    }
+                    Ok(())
+                })
+            };
+        })
+    }
+
+    fn start(
+        threads: usize,
+        variables: &[(&str, OsString)],
+        prepare: impl FnOnce(&mut Command),
+    ) -> io::Result<Self> {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
         let threads = threads.max(1).to_string();
-        let mut child = Command::new(own_program()?)
+        let mut command = Command::new(own_program()?);
+        command
             .arg0("retort")
             .args(["worker", "--parent", &std::process::id().to_string()])
             .env("RAYON_NUM_THREADS", &threads)
@@ -197,8 +224,9 @@ impl Worker {
             .stdin(OwnedFd::from(theirs))
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
-            .process_group(0)
-            .spawn()?;
+            .process_group(0);
+        prepare(&mut command);
+        let mut child = command.spawn()?;
         let pid = child.id();
         alive().insert(pid);
         let exit = tokio::task::spawn_blocking(move || reap(pid));

@@ -1,5 +1,6 @@
 //! Whole runs on a real Slurm, and what happens to them: one test, because one Slurm serves all.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -7,7 +8,7 @@ use std::time::{Duration, Instant};
 use retort::store::{AttemptState, RunState};
 use serde_json::Value;
 
-use crate::lab::{Lab, signal_process, wait_for};
+use crate::lab::{Lab, compile, signal_process, wait_for};
 use crate::site::Site;
 
 const KILL: i32 = 9;
@@ -81,6 +82,7 @@ fn stages_are_done_by_jobs() {
         ("a runner that is killed", killed_runner),
         ("a runner that leaves", detached),
         ("Ctrl-C", interrupted),
+        ("ranks of a training", ranks),
         ("pieces of a time limit", time_limit),
         ("the documentation, followed", documented),
     ] {
@@ -368,6 +370,71 @@ fn time_limit(site: &Site) {
         1,
         "by itself"
     );
+}
+
+/// Ranks run at the same time on two nodes, end together and go on together.
+fn ranks(site: &Site) {
+    let plugins = tempfile::tempdir().unwrap();
+    compile("ranks.c", &[], &plugins.path().join("libretort_ranks.so"));
+    let own = ["--plugin-dir", plugins.path().to_str().unwrap()];
+    let training = |steps: u32| {
+        Lab::new(&[&format!(
+            "a: {{kind: train, plugin: ranks, steps: {steps}, workers: 2}}"
+        )])
+    };
+    let lab = training(10);
+    site.run(&lab, &own).expect(0);
+    let lives = "select node from v_job_lives where element is not null";
+    let lives = site.retort(&lab, &["query", "--json", lives]).expect(0);
+    let lives = lives.json();
+    let lives = lives.as_array().unwrap().iter();
+    let nodes: BTreeSet<&str> = lives.map(|life| life["node"].as_str().unwrap()).collect();
+    assert_eq!(nodes, BTreeSet::from(["n1", "n2"]));
+    // The whole has a job of its own.
+    assert_eq!(ends(site, &lab), ["succeeded"; 3]);
+    // On this machine they make the same.
+    let here = training(10);
+    here.run(&own).expect(0);
+    assert_eq!(here.attempt("a").output, lab.attempt("a").output);
+
+    // One is killed: all begin again, from the checkpoint, by themselves.
+    let lab = training(60);
+    let running = site.start_run(&lab, &own);
+    let watch = wait_for_watch(site, &lab);
+    signal_process(child_of(watch), KILL);
+    running.end().expect(0);
+    let count = |lab: &Lab, wanted: &str| {
+        let all = ends(site, lab);
+        all.iter().filter(|end| *end == wanted).count()
+    };
+    assert_eq!(count(&lab, "its worker was killed by SIGKILL"), 1);
+    assert_eq!(count(&lab, "succeeded"), 3, "{:?}", ends(site, &lab));
+
+    // What Slurm sends ahead of a time limit.
+    let lab = training(60);
+    let running = site.start_run(&lab, &own);
+    wait_for_watch(site, &lab);
+    site.slurm("scancel", &["--signal=USR1", "--user=root"]);
+    running.end().expect(0);
+    assert_eq!(
+        count(&lab, "time limit, at a checkpoint"),
+        2,
+        "{:?}",
+        ends(site, &lab)
+    );
+    assert_eq!(count(&lab, "succeeded"), 3);
+
+    let lab = training(60);
+    let running = site.start_run(&lab, &own);
+    wait_for_watch(site, &lab);
+    running.signal(2);
+    running
+        .end()
+        .expect(130)
+        .saying(&["stopped at a checkpoint"]);
+    site.retort(&lab, &[&["resume"][..], &own].concat())
+        .expect(0);
+    assert_eq!(lab.latest().unwrap().summary.state, RunState::Succeeded);
 }
 
 fn full_queue(site: &Site) {

@@ -63,105 +63,14 @@ impl Arrays {
         for path in [Some(path), labels].into_iter().flatten() {
             file::open(path, "a `.npz` or `.npy` file")?;
         }
-        let fault = |message: String| DataError::content(path, message);
-        let engine = |error: crate::Error| DataError::Options(error.to_string());
-        let archive = |path: &Path| {
-            path.extension()
-                .is_some_and(|ending| ending.eq_ignore_ascii_case("npz"))
-        };
-        let (stream, mut given) = if archive(path) {
-            let file = Archive::open(path).map_err(engine)?;
-            let names = file.names();
-            let find = |known: &[&str]| {
-                let name = known.iter().find(|name| names.iter().any(|n| n == *name));
-                name.map(|name| (*name).to_owned())
-            };
-            let Some(images) = find(&IMAGES) else {
-                let shown: Vec<_> = names.iter().take(8).collect();
-                return Err(fault(format!(
-                    "expected an array named `images` (or {}), found {shown:?}",
-                    IMAGES[1..].join(", ")
-                )));
-            };
-            let given = match find(&LABELS) {
-                Some(name) if labels.is_none() => Some(file.stream(&name).map_err(engine)?),
-                _ => None,
-            };
-            (file.stream(&images).map_err(engine)?, given)
-        } else {
-            (Stream::open(path).map_err(engine)?, None)
-        };
-        if let Some(path) = labels {
-            given = Some(Stream::open(path).map_err(engine)?);
-        }
-        let shape = stream.shape().to_vec();
-        let (height, width, channels, planes) = match shape[..] {
-            [_, h, w] => (h, w, 1, false),
-            [_, h, w, c] if matches!(c, 1 | 3) => (h, w, c, false),
-            [_, c, h, w] if matches!(c, 1 | 3) => (h, w, c, true),
-            _ => {
-                return Err(fault(format!(
-                    "images of shape {shape:?}; expected (n, height, width), or 1 or 3 channels last or first"
-                )));
-            }
-        };
-        if shape.contains(&0) {
-            return Err(DataError::Empty {
-                path: path.to_owned(),
-                expected: "images",
-                found: format!("an array of shape {shape:?}"),
-            });
-        }
-        if height > 8192 || width > 8192 {
-            return Err(fault(format!(
-                "images of {height} x {width}; sides go up to 8192"
-            )));
-        }
-        let white = match stream.kind() {
-            "u1" if options.max.is_none() => None,
-            "b1" => Some(1.0),
-            kind => match options.max {
-                Some(max) => Some(f64::from(max)),
-                None => {
-                    return Err(fault(format!(
-                        "images of type {kind}; say which value is white: `max: 1`, `max: 255`"
-                    )));
-                }
-            },
-        };
+        let (stream, mut given) = streams(path, labels)?;
+        let shape = stream.shape();
+        let (height, width, channels, planes) = geometry(path, shape)?;
         let count = shape[0];
+        let white = white_value(options, path, stream.kind())?;
         let labels = match &mut given {
+            Some(stream) => read_labels(stream, labels.unwrap_or(path), count)?,
             None => Vec::new(),
-            Some(stream) => {
-                let path = labels.unwrap_or(path);
-                let shape = stream.shape().to_vec();
-                if shape.iter().product::<usize>() != count {
-                    let message = format!("labels of shape {shape:?} for {count} images");
-                    return Err(DataError::content(path, message));
-                }
-                let values = stream
-                    .read(count)
-                    .map_err(|message| DataError::content(path, message))?;
-                let whole = |(index, value): (usize, &f64)| match *value {
-                    x if x >= 0.0 && x.fract() == 0.0 && x <= f64::from(u32::MAX) => Ok(x as u32),
-                    x => {
-                        let message = format!(
-                            "label {x} of image {index}: expected a class (an integer from 0)"
-                        );
-                        Err(DataError::content(path, message))
-                    }
-                };
-                let labels: Vec<u32> = values
-                    .iter()
-                    .enumerate()
-                    .map(whole)
-                    .collect::<Result<_, _>>()?;
-                let mut found = labels.clone();
-                found.sort_unstable();
-                found.dedup();
-                class::contiguous(path, found.into_iter().map(u64::from))?;
-                labels
-            }
         };
         Ok(Self {
             height,
@@ -213,4 +122,104 @@ impl Arrays {
             pixels,
         })
     }
+}
+
+/// The arrays of images and, where there is one, of labels.
+fn streams(path: &Path, labels: Option<&Path>) -> Result<(Stream, Option<Stream>), DataError> {
+    let engine = |error: crate::Error| DataError::Options(error.to_string());
+    let is_archive = path
+        .extension()
+        .is_some_and(|ending| ending.eq_ignore_ascii_case("npz"));
+    let separate = labels.map(Stream::open).transpose().map_err(engine);
+    if !is_archive {
+        return Ok((Stream::open(path).map_err(engine)?, separate?));
+    }
+    let file = Archive::open(path).map_err(engine)?;
+    let names = file.names();
+    let find = |known: &[&str]| {
+        let name = known.iter().find(|name| names.iter().any(|n| n == *name));
+        name.map(|name| (*name).to_owned())
+    };
+    let Some(images) = find(&IMAGES) else {
+        let shown: Vec<_> = names.iter().take(8).collect();
+        let message = format!(
+            "expected an array named `images` (or {}), found {shown:?}",
+            IMAGES[1..].join(", ")
+        );
+        return Err(DataError::content(path, message));
+    };
+    let inside = match find(&LABELS) {
+        Some(name) if labels.is_none() => Some(file.stream(&name).map_err(engine)?),
+        _ => None,
+    };
+    Ok((file.stream(&images).map_err(engine)?, separate?.or(inside)))
+}
+
+/// Height, width and channels of images, and whether the channels of a pixel lie apart.
+fn geometry(path: &Path, shape: &[usize]) -> Result<(usize, usize, usize, bool), DataError> {
+    let (height, width, channels, planes) = match *shape {
+        [_, h, w] => (h, w, 1, false),
+        [_, h, w, c] if matches!(c, 1 | 3) => (h, w, c, false),
+        [_, c, h, w] if matches!(c, 1 | 3) => (h, w, c, true),
+        _ => {
+            let message = format!(
+                "images of shape {shape:?}; expected (n, height, width), or 1 or 3 channels last or first"
+            );
+            return Err(DataError::content(path, message));
+        }
+    };
+    if shape.contains(&0) {
+        return Err(DataError::Empty {
+            path: path.to_owned(),
+            expected: "images",
+            found: format!("an array of shape {shape:?}"),
+        });
+    }
+    if height > 8192 || width > 8192 {
+        let message = format!("images of {height} x {width}; sides go up to 8192");
+        return Err(DataError::content(path, message));
+    }
+    Ok((height, width, channels, planes))
+}
+
+/// The value of white, where values are no bytes.
+fn white_value(options: &DataOptions, path: &Path, kind: &str) -> Result<Option<f64>, DataError> {
+    match (kind, options.max) {
+        ("u1", None) => Ok(None),
+        ("b1", _) => Ok(Some(1.0)),
+        (_, Some(max)) => Ok(Some(f64::from(max))),
+        (kind, None) => {
+            let message =
+                format!("images of type {kind}; say which value is white: `max: 1`, `max: 255`");
+            Err(DataError::content(path, message))
+        }
+    }
+}
+
+/// The class of each of `count` images.
+fn read_labels(stream: &mut Stream, path: &Path, count: usize) -> Result<Vec<u32>, DataError> {
+    let fault = |message: String| DataError::content(path, message);
+    let shape = stream.shape();
+    if shape.iter().product::<usize>() != count {
+        return Err(fault(format!(
+            "labels of shape {shape:?} for {count} images"
+        )));
+    }
+    let values = stream.read(count).map_err(fault)?;
+    let whole = |(index, value): (usize, &f64)| match *value {
+        x if x >= 0.0 && x.fract() == 0.0 && x <= f64::from(u32::MAX) => Ok(x as u32),
+        x => Err(fault(format!(
+            "label {x} of image {index}: expected a class (an integer from 0)"
+        ))),
+    };
+    let labels: Vec<u32> = values
+        .iter()
+        .enumerate()
+        .map(whole)
+        .collect::<Result<_, _>>()?;
+    let mut found = labels.clone();
+    found.sort_unstable();
+    found.dedup();
+    class::contiguous(path, found.into_iter().map(u64::from))?;
+    Ok(labels)
 }

@@ -75,11 +75,12 @@ pub fn read(options: &DataOptions, path: &Path) -> Result<Values, DataError> {
         .label
         .as_deref()
         .filter(|label| !matches!(*label, "first" | "last"));
-    let mut header = options.header || named.is_some();
+    let has_header = options.header || named.is_some();
     let mut class_at = match options.label.as_deref() {
         Some("first") => Some(0),
         _ => None,
     };
+    let mut header_is_next = has_header;
     let mut size = None;
     let mut numbers = Numbers::Bytes(Vec::new());
     let mut labels: Vec<u32> = Vec::new();
@@ -102,88 +103,29 @@ pub fn read(options: &DataOptions, path: &Path) -> Result<Values, DataError> {
         if !more {
             break;
         }
-        if header {
-            header = false;
+        if header_is_next {
+            header_is_next = false;
             if let Some(name) = named {
-                let mut bearing = (0..record.len()).filter(|&at| &record[at] == name.as_bytes());
-                let at = bearing.next();
-                if let (Some(one), Some(other)) = (at, bearing.next()) {
-                    let message = format!(
-                        "columns {} and {} are both called {name:?}; remove or rename one",
-                        one + 1,
-                        other + 1
-                    );
-                    return Err(DataError::content(path, message));
-                }
-                let missing = || {
-                    let message = format!(
-                        "no column named {name:?} in the first line, which begins {}",
-                        record
-                            .iter()
-                            .take(4)
-                            .map(quoted)
-                            .collect::<Vec<_>>()
-                            .join(", ")
-                    );
-                    DataError::content(path, message)
-                };
-                class_at = Some(at.ok_or_else(missing)?);
+                class_at = Some(column_named(name, &record, path)?);
             }
             continue;
         }
-        let line = || line_of(path, record.position().map_or(0, csv::Position::byte));
+        let line = Line {
+            options,
+            path,
+            record: &record,
+            has_header,
+        };
         let (height, width) = match size {
             Some(size) => size,
             None => *size.insert(size_of(options, path, record.len())?),
         };
-        let count = height * width;
-        if record.len() != count + 1 {
-            return Err(DataError::Columns {
-                path: path.to_owned(),
-                line: line(),
-                expected: format!(
-                    "{} ({height} x {width} grey values and the class)",
-                    count + 1
-                ),
-                found: record.len(),
-            });
+        line.check_columns(height, width)?;
+        let class_at = class_at.unwrap_or(height * width);
+        for column in (0..record.len()).filter(|column| *column != class_at) {
+            numbers.push(line.value(column)?);
         }
-        let cell = |column: usize, expected: &str| DataError::Cell {
-            path: path.to_owned(),
-            line: line(),
-            column: column + 1,
-            expected: expected.to_owned(),
-            found: quoted(&record[column]),
-        };
-        let limit = options.max.unwrap_or(f32::MAX);
-        let class_at = class_at.unwrap_or(count);
-        for column in (0..=count).filter(|column| *column != class_at) {
-            let value = number(&record[column]).ok_or_else(|| {
-                cell(
-                    column,
-                    expected_number(line(), options.header || named.is_some()),
-                )
-            })?;
-            if !(0.0..=limit).contains(&value) {
-                let expected = match options.max {
-                    Some(max) => format!("a grey value from 0 to {max} (`max`)"),
-                    None => "a grey value of at least 0".to_owned(),
-                };
-                return Err(cell(column, &expected));
-            }
-            numbers.push(value);
-        }
-        let class = std::str::from_utf8(&record[class_at])
-            .ok()
-            .and_then(class::number);
-        let class = class.and_then(|class| u32::try_from(class).ok());
-        labels.push(class.ok_or_else(|| {
-            let expected = match options.label {
-                None => "a class (an integer from 0; if it stands in another column, say `label: first` or its name)",
-                Some(_) => "a class (an integer from 0)",
-            };
-            cell(class_at, expected)
-        })?);
+        labels.push(line.class(class_at)?);
     }
 
     let Some((height, width)) = size else {
@@ -201,6 +143,101 @@ pub fn read(options: &DataOptions, path: &Path) -> Result<Values, DataError> {
         white,
         labels,
     })
+}
+
+/// The column whose name in the first line is `name`.
+fn column_named(name: &str, header: &csv::ByteRecord, path: &Path) -> Result<usize, DataError> {
+    let mut bearing = (0..header.len()).filter(|&at| &header[at] == name.as_bytes());
+    match (bearing.next(), bearing.next()) {
+        (Some(at), None) => Ok(at),
+        (Some(one), Some(other)) => {
+            let message = format!(
+                "columns {} and {} are both called {name:?}; remove or rename one",
+                one + 1,
+                other + 1
+            );
+            Err(DataError::content(path, message))
+        }
+        (None, _) => {
+            let names: Vec<String> = header.iter().take(4).map(quoted).collect();
+            let message = format!(
+                "no column named {name:?} in the first line, which begins {}",
+                names.join(", ")
+            );
+            Err(DataError::content(path, message))
+        }
+    }
+}
+
+/// The line of one image.
+struct Line<'a> {
+    options: &'a DataOptions,
+    path: &'a Path,
+    record: &'a csv::ByteRecord,
+    has_header: bool,
+}
+
+impl Line<'_> {
+    /// Its number in the file, from 1.
+    fn number(&self) -> u64 {
+        let begins = self.record.position().map_or(0, csv::Position::byte);
+        line_of(self.path, begins)
+    }
+
+    fn check_columns(&self, height: usize, width: usize) -> Result<(), DataError> {
+        let expected = height * width + 1;
+        if self.record.len() == expected {
+            return Ok(());
+        }
+        Err(DataError::Columns {
+            path: self.path.to_owned(),
+            line: self.number(),
+            expected: format!("{expected} ({height} x {width} grey values and the class)"),
+            found: self.record.len(),
+        })
+    }
+
+    /// The grey value in a column.
+    fn value(&self, column: usize) -> Result<f32, DataError> {
+        let value = number(&self.record[column]).ok_or_else(|| {
+            let expected = expected_number(self.number(), self.has_header);
+            self.fault(column, expected)
+        })?;
+        let limit = self.options.max.unwrap_or(f32::MAX);
+        if (0.0..=limit).contains(&value) {
+            return Ok(value);
+        }
+        let expected = match self.options.max {
+            Some(max) => format!("a grey value from 0 to {max} (`max`)"),
+            None => "a grey value of at least 0".to_owned(),
+        };
+        Err(self.fault(column, &expected))
+    }
+
+    /// The class in a column.
+    fn class(&self, column: usize) -> Result<u32, DataError> {
+        let text = std::str::from_utf8(&self.record[column]).ok();
+        let class = text
+            .and_then(class::number)
+            .and_then(|class| u32::try_from(class).ok());
+        class.ok_or_else(|| {
+            let expected = match self.options.label {
+                None => "a class (an integer from 0; if it stands in another column, say `label: first` or its name)",
+                Some(_) => "a class (an integer from 0)",
+            };
+            self.fault(column, expected)
+        })
+    }
+
+    fn fault(&self, column: usize, expected: &str) -> DataError {
+        DataError::Cell {
+            path: self.path.to_owned(),
+            line: self.number(),
+            column: column + 1,
+            expected: expected.to_owned(),
+            found: quoted(&self.record[column]),
+        }
+    }
 }
 
 /// Height and width of images whose lines have `columns` columns.

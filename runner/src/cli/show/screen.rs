@@ -2,19 +2,38 @@
 
 use std::io::{self, IsTerminal, Read};
 
+use clap::ValueEnum;
 use image::RgbaImage;
 use image::imageops::{self, FilterType};
 
 use crate::cli::show::encode::{self, EncodeError};
-use crate::cli::show::{MOST_PIXELS, Manner};
 use crate::cli::talk;
 
+/// Sides of a picture that is drawn, in pixels.
+pub const MOST_PIXELS: u32 = 16_384;
 /// Asks whether kitty's protocol is known, then for the terminal's attributes, which every terminal gives.
 const QUESTION: &str = "\x1b_Gi=1,s=1,v=1,a=q,t=d,f=24;AAAA\x1b\\\x1b[c";
 /// Bytes of an answer that are looked at.
 const MOST_ANSWER: usize = 1024;
 /// Tenths of a second that a terminal has to go on with its answer.
 const PATIENCE: u8 = 10;
+
+/// How a terminal draws pictures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Protocol {
+    /// The best that the terminal says it can; half blocks in tmux and screen; paths where there is no terminal.
+    Auto,
+    /// The protocol of kitty.
+    Kitty,
+    /// The protocol of iTerm2.
+    Iterm,
+    /// Sixel graphics.
+    Sixel,
+    /// Half blocks in colours: any terminal can.
+    Blocks,
+    /// Not at all: the paths of the files.
+    Paths,
+}
 
 /// Places for characters on a terminal, and the pixels of each.
 #[derive(Debug, Clone, Copy)]
@@ -49,9 +68,9 @@ impl Screen {
 
     /// A picture at its size on this screen: `columns` wide, else enlarged by a whole number while it fits. Never wider
     /// than the screen. Enlarged pixels stay squares.
-    pub fn fitted(&self, picture: &RgbaImage, columns: Option<u32>, manner: Manner) -> RgbaImage {
+    pub fn fitted(&self, picture: &RgbaImage, columns: Option<u32>, manner: Protocol) -> RgbaImage {
         let (across, down) = match manner {
-            Manner::Blocks => (1, 2),
+            Protocol::Blocks => (1, 2),
             _ => self.cell,
         };
         let most = self.cells.0 * across;
@@ -83,14 +102,14 @@ impl Screen {
     pub fn drawn(
         &self,
         picture: RgbaImage,
-        manner: Manner,
+        manner: Protocol,
         truecolor: bool,
     ) -> Result<String, EncodeError> {
         match manner {
-            Manner::Kitty => encode::kitty(&picture),
-            Manner::Iterm => encode::iterm(&picture, picture.width().div_ceil(self.cell.0)),
-            Manner::Sixel => encode::sixel(picture),
-            Manner::Auto | Manner::Blocks | Manner::Paths => {
+            Protocol::Kitty => encode::kitty(&picture),
+            Protocol::Iterm => encode::iterm(&picture, picture.width().div_ceil(self.cell.0)),
+            Protocol::Sixel => encode::sixel(picture),
+            Protocol::Auto | Protocol::Blocks | Protocol::Paths => {
                 Ok(encode::blocks(&picture, truecolor))
             }
         }
@@ -106,38 +125,38 @@ pub fn truecolor(variable: impl Fn(&str) -> String) -> bool {
 }
 
 /// What the terminal draws best, by its environment (`""` where a variable is not set), else by its answer.
-pub fn best(variable: impl Fn(&str) -> String, ask: impl FnOnce() -> Vec<u8>) -> Manner {
+pub fn best(variable: impl Fn(&str) -> String, ask: impl FnOnce() -> Vec<u8>) -> Protocol {
     let term = variable("TERM");
     let is = |names: &[&str]| names.iter().any(|name| term.contains(name));
     let there = |name| !variable(name).is_empty();
     if there("TMUX") || there("STY") || term.starts_with("tmux") || term.starts_with("screen") {
         // Both keep graphics to themselves, unless they are told otherwise.
-        return Manner::Blocks;
+        return Protocol::Blocks;
     }
     let program = variable("TERM_PROGRAM");
     if is(&["kitty", "ghostty"]) || program == "ghostty" || there("KITTY_WINDOW_ID") {
-        return Manner::Kitty;
+        return Protocol::Kitty;
     }
     if ["iTerm.app", "WezTerm", "mintty"].contains(&program.as_str())
         || variable("LC_TERMINAL") == "iTerm2"
     {
-        return Manner::Iterm;
+        return Protocol::Iterm;
     }
     if is(&["sixel", "foot", "mlterm", "yaft"]) {
-        return Manner::Sixel;
+        return Protocol::Sixel;
     }
     if term == "dumb" {
         // It shows what others obey.
-        return Manner::Paths;
+        return Protocol::Paths;
     }
     if term.is_empty() || term == "linux" {
-        return Manner::Blocks;
+        return Protocol::Blocks;
     }
     by_answer(&ask())
 }
 
 /// What an answer to the question says: kitty's `OK`, or attribute 4 (`ESC [ ? 62 ; 4 c`).
-fn by_answer(answer: &[u8]) -> Manner {
+fn by_answer(answer: &[u8]) -> Protocol {
     let answer = String::from_utf8_lossy(answer);
     let attributes = answer
         .split("\x1b[?")
@@ -145,9 +164,9 @@ fn by_answer(answer: &[u8]) -> Manner {
         .and_then(|rest| rest.split_once('c'));
     let sixel = attributes.is_some_and(|(list, _)| list.split(';').skip(1).any(|one| one == "4"));
     match answer.contains("\x1b_Gi=1;OK") {
-        true => Manner::Kitty,
-        false if sixel => Manner::Sixel,
-        false => Manner::Blocks,
+        true => Protocol::Kitty,
+        false if sixel => Protocol::Sixel,
+        false => Protocol::Blocks,
     }
 }
 

@@ -2,12 +2,12 @@
 
 use std::path::PathBuf;
 
-use retort_abi::{LogLevel, Part};
+use retort_abi::{Failure, FailureCode, LogLevel, Part};
 use tokio::sync::mpsc;
 
-use super::{cancelled, note};
 use crate::cluster::spool::{Over, Reader, Record, SpoolReading, Word};
 use crate::cluster::{ElementEvent, Ended};
+use crate::executor::recorder::own_line;
 use crate::frame::{Answer, FromWorker, Task};
 use crate::store::{ElementUpdate, JobKey, LogLine, Time, Usage};
 use crate::worker::death::ExitStatus;
@@ -372,4 +372,14 @@ pub fn is_worth_taking(dir: &std::path::Path, goes_on: bool) -> bool {
         Some(Over::Stopped | Over::GaveUp) => false,
         _ => goes_on || held.has_result(),
     }
+}
+
+/// What a worker says that was stopped before it began.
+fn cancelled() -> FromWorker {
+    FromWorker::Failed(Failure::new(FailureCode::Cancelled, "it had not begun"))
+}
+
+/// A line about an element, for the log.
+fn note(level: LogLevel, text: String) -> WorkerEvent {
+    WorkerEvent::Remote(ElementEvent::Line(own_line(level, text)))
 }

@@ -155,7 +155,7 @@ impl Work {
     fn key(&self, slot: &Slot) -> Option<Key> {
         let (key, element) = slot.job?;
         let job = self.jobs.iter().find(|job| job.key == key)?;
-        Some((job.id, job.array.then_some(element)))
+        Some((job.id, job.layout.element(element)))
     }
 
     /// Slurm does nothing more about an element, which has not told of its end.
@@ -179,72 +179,17 @@ impl Work {
             slot.life_ended("stopped", Time::now().0, &mut self.news);
             slot.killed().await;
         } else {
-            let told = matches!(slot.over, Some(Over::TimeLimit { .. } | Over::Again { .. }));
             let at_checkpoint = matches!(
                 slot.over,
                 Some(Over::TimeLimit {
                     at_checkpoint: true
                 })
             );
-            let (reason, message, again) = match state {
-                // It said why, and Slurm has not started it again.
-                _ if told => (
-                    "not started again",
-                    format!("Slurm has not started job {name} again"),
-                    true,
-                ),
-                Some(State::Cancelled) => (
-                    "cancelled in Slurm",
-                    format!("somebody has cancelled job {name} in Slurm (scancel)"),
-                    false,
-                ),
-                Some(State::Timeout) => (
-                    "time limit",
-                    format!("the time of job {name} was over{at}"),
-                    true,
-                ),
-                Some(State::NodeFailed) => (
-                    "node failed",
-                    format!("the node of job {name} failed{at}"),
-                    true,
-                ),
-                Some(State::Preempted) => (
-                    "preempted",
-                    format!("job {name} had to make room{at}"),
-                    true,
-                ),
-                Some(State::OutOfMemory) => (
-                    "out of memory in Slurm",
-                    format!("job {name} took more memory than it may{at}"),
-                    false,
-                ),
-                Some(State::Deadline) => (
-                    "deadline",
-                    format!("the deadline of job {name} has passed"),
-                    false,
-                ),
-                Some(State::Completed | State::Failed) | Some(State::Pending | State::Running)
-                    if slot.life.is_none() && slot.over.is_none() =>
-                {
-                    (
-                        "job failed",
-                        format!("job {name} ended before its worker began{at}{printed}"),
-                        false,
-                    )
-                }
-                Some(_) => (
-                    "died without a word",
-                    format!("job {name} ended{at}, and its worker had not said why{printed}"),
-                    true,
-                ),
-                None => (
-                    "gone from Slurm",
-                    format!(
-                        "Slurm knows no job {name} any more, and its worker had not told of its end"
-                    ),
-                    true,
-                ),
-            };
+            let Verdict {
+                reason,
+                message,
+                again,
+            } = verdict(slot, state, &name, &at, &printed);
             slot.life_ended(reason, Time::now().0, &mut self.news);
             if again && (at_checkpoint || slot.tries < self.to.profile.requeue) {
                 slot.tries += u32::from(!at_checkpoint);
@@ -284,13 +229,83 @@ impl Work {
         let Some(job) = self.jobs.iter().find(|job| job.key == key) else {
             return String::new();
         };
-        let path = job.dir.join(format!("{element}.out"));
+        let script = job.layout.element(element).unwrap_or(0);
+        let path = job.dir.join(format!("{script}.out"));
         let end = retort_checkpoint::regular::read_end(&path, LAST_WORDS).unwrap_or_default();
         let text = String::from_utf8_lossy(&end);
         match text.trim() {
             "" => String::new(),
             text => format!("; it printed:\n{text}"),
         }
+    }
+}
+
+/// Why an element that has not told of its end is over, in the history's word and in a sentence, and whether the job may be
+/// submitted again.
+struct Verdict {
+    reason: &'static str,
+    message: String,
+    again: bool,
+}
+
+/// What became of an element of job `name` that Slurm last knew in `state` (`at` says where) and that `printed` something.
+fn verdict(slot: &Slot, state: Option<State>, name: &str, at: &str, printed: &str) -> Verdict {
+    let said_why = matches!(slot.over, Some(Over::TimeLimit { .. } | Over::Again { .. }));
+    let never_began = slot.life.is_none() && slot.over.is_none();
+    let (reason, message, again) = match state {
+        _ if said_why => (
+            "not started again",
+            format!("Slurm has not started job {name} again"),
+            true,
+        ),
+        Some(State::Cancelled) => (
+            "cancelled in Slurm",
+            format!("somebody has cancelled job {name} in Slurm (scancel)"),
+            false,
+        ),
+        Some(State::Timeout) => (
+            "time limit",
+            format!("job {name} reached its time limit{at}"),
+            true,
+        ),
+        Some(State::NodeFailed) => (
+            "node failed",
+            format!("the node of job {name} failed{at}"),
+            true,
+        ),
+        Some(State::Preempted) => ("preempted", format!("job {name} was preempted{at}"), true),
+        Some(State::OutOfMemory) => (
+            "out of memory in Slurm",
+            format!("job {name} exceeded its memory limit{at}"),
+            false,
+        ),
+        Some(State::Deadline) => (
+            "deadline",
+            format!("the deadline of job {name} has passed"),
+            false,
+        ),
+        Some(State::Completed | State::Failed | State::Pending | State::Running) if never_began => {
+            (
+                "job failed",
+                format!("job {name} ended before its worker began{at}{printed}"),
+                false,
+            )
+        }
+        Some(_) => (
+            "died without a word",
+            format!("job {name} ended{at}, and its worker had not said why{printed}"),
+            true,
+        ),
+        None => (
+            "gone from Slurm",
+            format!("Slurm no longer knows job {name}, whose worker had not reported its end"),
+            true,
+        ),
+    };
+    Verdict {
+        reason,
+        message,
+        again,
     }
 }
 

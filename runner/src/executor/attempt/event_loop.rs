@@ -56,8 +56,25 @@ impl FinishedWorker {
 }
 
 impl Supervisor<'_> {
+    /// Runs the workers of the parts and then, where all have ended well, that of the whole. Returns the one whose end is
+    /// the attempt's, and what all of them took.
+    pub(super) async fn run_workers(
+        &self,
+        whole: WorkerHandle,
+        parts: Vec<(Part, WorkerHandle)>,
+    ) -> Result<(FinishedWorker, Usage), StoreError> {
+        let (fault, usage) = self.run_parts(parts).await?;
+        if let Some(fault) = fault {
+            return Ok((fault, usage));
+        }
+        let no_halt = watch::channel(Stop::No).1;
+        let finished = self.supervise(whole, None, no_halt).await?;
+        let usage = after(usage, finished.exit.usage);
+        Ok((finished, usage))
+    }
+
     /// Has the parts done, all at the same time. When one fails, the others are stopped, and it is returned.
-    pub(super) async fn run_parts(
+    async fn run_parts(
         &self,
         parts: Vec<(Part, WorkerHandle)>,
     ) -> Result<(Option<FinishedWorker>, Usage), StoreError> {
@@ -85,7 +102,7 @@ impl Supervisor<'_> {
     }
 
     /// Tells a worker what to do, and hears it until it has finished. `halt` stops it as the user does.
-    pub(super) async fn supervise(
+    async fn supervise(
         &self,
         mut worker: WorkerHandle,
         part: Option<Part>,
@@ -166,7 +183,7 @@ fn beside(one: Usage, other: Usage) -> Usage {
 }
 
 /// What two processes took of which one ran after the other.
-pub(super) fn after(one: Usage, other: Usage) -> Usage {
+fn after(one: Usage, other: Usage) -> Usage {
     Usage {
         cpu_seconds: sum(one.cpu_seconds, other.cpu_seconds),
         max_rss: one.max_rss.max(other.max_rss),
