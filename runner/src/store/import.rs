@@ -9,6 +9,7 @@
 //! Deliberately absent: leases and descriptions of plugins. Nobody carries an imported run out here, and what a plugin
 //! says of itself is asked of the plugin.
 
+use std::collections::HashSet;
 use std::io::{Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -108,6 +109,8 @@ struct Foreign<'p> {
 struct Staged {
     /// Hashes of artifacts, and where their files lie.
     files: Vec<(String, PathBuf)>,
+    /// Hashes of those whose files lie in their place already.
+    there: HashSet<String>,
     /// What cannot be taken over.
     lost: Vec<String>,
 }
@@ -194,6 +197,7 @@ impl<'p> Foreign<'p> {
             })?;
         let mut staged = Staged {
             files: Vec::new(),
+            there: HashSet::new(),
             lost: Vec::new(),
         };
         if has_files {
@@ -370,8 +374,11 @@ impl<'p> Foreign<'p> {
         // Parts that share their pages could be many times as large as the file.
         let mut room = self.size;
         for hash in hashes {
-            if artifacts.join(&hash).symlink_metadata().is_ok() || !self.has_files_of(&hash).await?
-            {
+            if !self.has_files_of(&hash).await? {
+                continue;
+            }
+            if artifacts.join(&hash).symlink_metadata().is_ok() {
+                staged.there.insert(hash);
                 continue;
             }
             let files: String =

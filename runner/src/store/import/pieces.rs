@@ -12,8 +12,8 @@ use sqlx::sqlite::SqliteConnection;
 
 use super::Staged;
 use crate::artifact;
+use crate::store::StoreError;
 use crate::store::transfer::{self, Copied, Copy, Transfer};
-use crate::store::{RunId, StoreError};
 
 /// How long a piece takes, about: it ends with the run that is under way then.
 pub(super) const PIECE: Duration = Duration::from_millis(250);
@@ -27,15 +27,14 @@ const LONGEST: Duration = Duration::from_secs(2);
 /// places. `between` is called with nothing locked.
 pub(super) async fn copy_all(
     connection: &mut SqliteConnection,
-    staged: Staged,
+    mut staged: Staged,
     artifacts: &Path,
     piece: Duration,
     mut between: impl AsyncFnMut() -> Result<(), StoreError>,
 ) -> Result<Transfer, StoreError> {
     let mut lost = Vec::new();
     let runs = transfer::all_runs(connection, &mut lost).await;
-    lost.extend(staged.lost);
-    let mut files: HashMap<String, PathBuf> = staged.files.into_iter().collect();
+    let mut files: HashMap<String, PathBuf> = staged.files.drain(..).collect();
     let mut copied = Copied::default();
     let mut runs = runs.iter();
     while !runs.as_slice().is_empty() {
@@ -45,7 +44,25 @@ pub(super) async fn copy_all(
         let mut published = Vec::new();
         for run in runs.by_ref() {
             copy.run(run).await?;
-            publish(&mut copy, run, &mut files, artifacts, &mut published).await?;
+            let hashes = match files.is_empty() && staged.there.is_empty() {
+                true => Vec::new(),
+                false => copy.artifacts(run).await?,
+            };
+            for hash in hashes {
+                match files.remove(&hash) {
+                    Some(staging) => {
+                        publish(&staging, &hash, artifacts)?;
+                        published.push(hash);
+                    }
+                    // Nobody needed them until now.
+                    None if staged.there.remove(&hash) && !artifacts.join(&hash).exists() => {
+                        staged.lost.push(format!(
+                            "artifact {hash}: its files were removed meanwhile; import once more"
+                        ));
+                    }
+                    None => {}
+                }
+            }
             let whole = copy.connect_reused().await?;
             let taken = began.elapsed();
             if taken >= piece && (whole || taken >= LONGEST) {
@@ -62,32 +79,17 @@ pub(super) async fn copy_all(
     let mut transfer = copied.done;
     transfer.artifacts.sort();
     transfer.lost.append(&mut lost);
+    transfer.lost.append(&mut staged.lost);
     Ok(transfer)
 }
 
-/// Moves the files of a run's artifacts to their places, as far as the import has them.
-async fn publish(
-    copy: &mut Copy<'_>,
-    run: &RunId,
-    files: &mut HashMap<String, PathBuf>,
-    artifacts: &Path,
-    published: &mut Vec<String>,
-) -> Result<(), StoreError> {
-    if files.is_empty() {
-        return Ok(());
-    }
-    for hash in copy.artifacts(run).await? {
-        let Some(staging) = files.remove(&hash) else {
-            continue;
-        };
-        artifact::publish(&staging, &hash, artifacts).map_err(|error| match error {
-            artifact::ArtifactError::Io { path, source, .. } => StoreError::refused(&path, source),
-            error => StoreError::Io {
-                path: artifacts.to_owned(),
-                source: std::io::Error::other(error),
-            },
-        })?;
-        published.push(hash);
-    }
-    Ok(())
+/// Moves the files of an artifact to their place.
+fn publish(staging: &Path, hash: &str, artifacts: &Path) -> Result<(), StoreError> {
+    artifact::publish(staging, hash, artifacts).map_err(|error| match error {
+        artifact::ArtifactError::Io { path, source, .. } => StoreError::refused(&path, source),
+        error => StoreError::Io {
+            path: artifacts.to_owned(),
+            source: std::io::Error::other(error),
+        },
+    })
 }

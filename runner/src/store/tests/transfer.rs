@@ -221,8 +221,26 @@ fn others_write_while_an_import_goes_on_and_one_that_ends_half_way_leaves_whole_
             .await
             .unwrap();
         assert_eq!((again.known.len(), again.runs.len(), pauses), (3, 5, 6));
-        assert_eq!((again.artifacts, again.lost), (vec![made.hash], vec![]));
+        let all = (vec![made.hash.clone()], vec![]);
+        assert_eq!((again.artifacts, again.lost), all);
         assert_eq!(whole_runs(&there, &here).await, 8);
+
+        // Files that nobody needed until then are collected meanwhile.
+        let third = open(&dir.join("third")).await;
+        artifact_file(&third, "other bytes");
+        let place = third.dir().join("artifacts").join(&made.hash);
+        let done = third
+            .import_by(&file, Duration::ZERO, async || {
+                let _ = std::fs::remove_dir_all(&place);
+                Ok(())
+            })
+            .await
+            .unwrap();
+        let said = format!("artifact {}: its files were removed meanwhile", made.hash);
+        assert!(done.lost.len() == 1 && done.lost[0].starts_with(&said));
+        let done = third.import(&file).await.unwrap();
+        assert_eq!((done.artifacts, done.lost), all);
+        assert_eq!(whole_runs(&third, &here).await, 8);
     });
 }
 
