@@ -144,7 +144,7 @@ pub enum Command {
     Sweep(sweep::Args),
     /// Show pictures in the terminal.
     Show(show::Args),
-    /// Write runs into one HTML page, to be sent to somebody.
+    /// Write runs into one HTML page, to share.
     Report(report::Args),
     /// Print or draw the metrics of a run.
     Metrics(metrics::Args),
@@ -170,7 +170,7 @@ pub enum Command {
     Dataset(dataset::Args),
     /// Remove what no run needs; lists it first.
     Gc(gc::Args),
-    /// List, begin, install, examine and lock plugins.
+    /// List, create, install, examine and lock plugins.
     Plugin(plugin::Args),
     /// Check this machine and installation, and say what to repair.
     Doctor(doctor::Args),
@@ -243,7 +243,7 @@ impl RehashArgs {
 /// How data is printed.
 #[derive(Debug, Clone, Args)]
 pub struct FormatArgs {
-    /// How to print.
+    /// Output format.
     #[arg(long, value_name = "FORMAT", default_value = "table")]
     pub format: Format,
     /// Short for --format json.

@@ -32,12 +32,12 @@ pub enum ElementEvent {
         number: u64,
     },
     /// It has ended, or never came to begin, for a reason that only a cluster has.
-    Ended(Ended),
+    Ended(ClusterEnd),
 }
 
 /// How an element ended for a reason that only a cluster has.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Ended {
+pub struct ClusterEnd {
     /// In few words; stable, to be searched for: `node failed`, `time limit`, `cancelled in Slurm`.
     pub reason: String,
     /// What happened, for people.

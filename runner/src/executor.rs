@@ -34,9 +34,10 @@ mod scheduler;
 pub mod source;
 
 pub use control::{Control, Signals};
+pub use describe::RecordedPlan;
 pub use error::ExecutorError;
 pub use event::{Event, Listener};
-pub use options::{Choice, Cluster, LeaveJobs, Options, Rung};
+pub use options::{Choice, Cluster, DetachPolicy, Options, Rung};
 pub use report::{Outcome, RunReport, StageReport};
 
 use describe::new_run;

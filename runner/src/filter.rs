@@ -228,7 +228,7 @@ fn read(text: &str) -> Result<Expr, FilterError> {
         None => Ok(expr),
         Some(rest) => Err(
             FilterError::new("expected `and`, `or` or the end", rest.at.clone())
-                .hint("a value with spaces stands in quotes"),
+                .hint("quote values that contain spaces"),
         ),
     }
 }

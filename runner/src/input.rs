@@ -20,7 +20,7 @@ use retort_checkpoint::images::{self, MOST_FILES, is_hidden};
 use retort_checkpoint::regular::{self, Extent};
 use retort_checkpoint::shards::Place;
 
-use crate::plan::FileKind;
+use crate::plan::{FileKind, mostly_holes};
 
 /// A file that was written less than this before it was looked at may be written again without a trace: file systems
 /// tell times in steps of up to two seconds.
@@ -76,18 +76,12 @@ pub enum InputError {
         message: String,
     },
     /// A file most of which is on no disk.
-    #[error(
-        "{} is {length} bytes long and mostly holes: {missing} bytes of it are not on the disk. An unfinished download or copy? \
-         Fetch it again; if it is meant to be so, fill the holes: `cp --sparse=never`",
-        path.display()
-    )]
+    #[error("{}", mostly_holes(path, *extent))]
     Hollow {
         /// The file.
         path: PathBuf,
-        /// How long it is.
-        length: u64,
-        /// How much of that is not on the disk.
-        missing: u64,
+        /// What it takes.
+        extent: Extent,
     },
     /// More files than are looked at.
     #[error(
@@ -120,7 +114,7 @@ impl InputError {
 
 /// What the file system says of a file, as far as it changes when the file does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Stamp {
+pub struct FileStamp {
     device: u64,
     inode: u64,
     size: u64,
@@ -130,7 +124,7 @@ pub struct Stamp {
     changed: i64,
 }
 
-impl Stamp {
+impl FileStamp {
     /// Of a file that was looked at.
     pub fn of(found: &Metadata) -> Self {
         // Up to the year 2262.
@@ -167,7 +161,7 @@ pub struct Listing {
     path: PathBuf,
     kind: FileKind,
     /// Sorted by name, which is relative to `path`; that of a file itself is empty.
-    files: Vec<Seen>,
+    files: Vec<ListedFile>,
     traces: Traces,
     /// When it was made.
     now: i128,
@@ -251,7 +245,7 @@ impl Listing {
         let mut content = blake3::Hasher::new();
         let mut rights = blake3::Hasher::new();
         let mut changes = blake3::Hasher::new();
-        for Seen { name, stamp, owner } in &walk.files {
+        for ListedFile { name, stamp, owner } in &walk.files {
             // No name holds a NUL.
             content
                 .update(name.as_bytes())
@@ -277,7 +271,7 @@ impl Listing {
     /// the store could not name.
     pub fn folders(&self) -> Vec<String> {
         let mut folders: Vec<String> = Vec::new();
-        for Seen { name, .. } in &self.files {
+        for ListedFile { name, .. } in &self.files {
             let Some((folder, _)) = self.place(name) else {
                 continue;
             };
@@ -316,7 +310,7 @@ impl Listing {
         let mut list = blake3::Hasher::new();
         let mut single = String::new();
         let mut young = false;
-        for Seen { name, stamp, .. } in &self.files {
+        for ListedFile { name, stamp, .. } in &self.files {
             let place = self.place(name);
             let known = place.as_ref().and_then(|(folder, own)| {
                 let (bytes, hash) = remembered.get(folder)?.0.get(*own)?;
@@ -387,7 +381,7 @@ impl Listing {
 
     /// Bytes of all files.
     pub fn size(&self) -> u64 {
-        self.files.iter().map(|seen| seen.stamp.size).sum()
+        self.files.iter().map(|file| file.stamp.size).sum()
     }
 
     /// Whether nothing has been written since the snapshot. A file whose rights were changed, or that got a further name,
@@ -399,9 +393,9 @@ impl Listing {
 
     /// The file that was changed last, to be named where something has changed.
     pub fn newest(&self) -> PathBuf {
-        let newest = self.files.iter().max_by_key(|seen| seen.stamp.changed);
+        let newest = self.files.iter().max_by_key(|file| file.stamp.changed);
         match newest {
-            Some(seen) => self.at(&seen.name),
+            Some(file) => self.at(&file.name),
             None => self.path.clone(),
         }
     }
@@ -448,17 +442,6 @@ impl Folder {
     }
 }
 
-/// What is wrong with a file most of which is on no disk, so that it is not to be read.
-pub fn hollow(path: &Path, found: &Metadata) -> Option<InputError> {
-    let extent = Extent::of(found);
-    let hollow = extent.is_hollow() && regular::has_hole(path).unwrap_or(false);
-    hollow.then(|| InputError::Hollow {
-        path: path.to_owned(),
-        length: extent.length(),
-        missing: extent.missing(),
-    })
-}
-
 /// BLAKE3 of an open file's bytes.
 ///
 /// # Errors
@@ -471,9 +454,9 @@ pub fn content_hash(file: File) -> io::Result<blake3::Hash> {
 
 /// A file that a way through folders came upon.
 #[derive(Debug)]
-struct Seen {
+struct ListedFile {
     name: Box<str>,
-    stamp: Stamp,
+    stamp: FileStamp,
     /// Owner, rights, and number of names.
     owner: [u8; 24],
 }
@@ -481,7 +464,7 @@ struct Seen {
 /// A way through folders.
 struct Walk {
     path: PathBuf,
-    files: Vec<Seen>,
+    files: Vec<ListedFile>,
     /// How many more files may come.
     room: usize,
     most: usize,
@@ -531,9 +514,9 @@ impl Walk {
                 self.hollow = Some((path.to_owned(), extent));
             }
         }
-        self.files.push(Seen {
+        self.files.push(ListedFile {
             name: name.into(),
-            stamp: Stamp::of(found),
+            stamp: FileStamp::of(found),
             owner,
         });
         Ok(())
@@ -548,8 +531,7 @@ impl Walk {
             {
                 Err(InputError::Hollow {
                     path: path.clone(),
-                    length: extent.length(),
-                    missing: extent.missing(),
+                    extent: *extent,
                 })
             }
             _ => Ok(()),

@@ -6,17 +6,17 @@
 //! and why is `plan/decision.rs`. Deliberately absent: running, and reading the store.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use retort_abi::{Device, Severity, StageJob};
-use retort_checkpoint::{regular, sign};
+use retort_checkpoint::regular::{self, Extent};
+use retort_checkpoint::sign;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::diagnostic::{Cause, Finding, Position, Report};
-use crate::input;
 use crate::recipe::{self, ArtifactInput, Recipe};
 use crate::terminal;
 use crate::yaml::{Part, escape, odd_space};
@@ -54,6 +54,9 @@ pub struct Plan {
     pub base_dir: PathBuf,
     /// The recipe's seed, from which stages' seeds are derived.
     pub seed: u64,
+    /// Where that came from.
+    #[serde(default)]
+    pub seed_origin: Origin,
     /// Artifacts of the store that stages take by name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub given: Vec<ArtifactInput>,
@@ -183,9 +186,22 @@ impl FileOption {
     /// Why it would take long to read, though there is next to nothing in it.
     fn hollow(&self) -> Option<String> {
         let found = std::fs::metadata(&self.path).ok()?;
-        let hollow = found.is_file().then(|| input::hollow(&self.path, &found));
-        hollow?.map(|error| error.to_string())
+        let extent = Extent::of(&found);
+        let hollow = found.is_file() && extent.is_hollow();
+        (hollow && regular::has_hole(&self.path).unwrap_or(false))
+            .then(|| mostly_holes(&self.path, extent))
     }
+}
+
+/// What is said of a file most of which is on no disk.
+pub fn mostly_holes(path: &Path, extent: Extent) -> String {
+    format!(
+        "{} is {} bytes long and mostly holes: {} bytes of it are not on the disk. An unfinished download or copy? Fetch it \
+         again; if it is meant to be so, fill the holes: `cp --sparse=never`",
+        path.display(),
+        extent.length(),
+        extent.missing()
+    )
 }
 
 /// What a path names.
@@ -203,7 +219,7 @@ pub enum FileKind {
 }
 
 /// Where a value came from. As text: `recipe:14`, `--set`, `params`, `default`, `derived`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub enum Origin {
     /// Written in the recipe, on this line.
@@ -213,6 +229,7 @@ pub enum Origin {
     /// `${params...}` or `${paths...}`.
     Params,
     /// The default of the schema or of the runner.
+    #[default]
     Default,
     /// Computed: a stage's seed from the recipe's, a device from `auto`.
     Derived,
@@ -310,6 +327,10 @@ pub fn plan(recipe: &Recipe, plugins: &mut dyn Descriptions) -> Result<Plan, Rep
         set: recipe.source.set.clone(),
         base_dir: recipe.source.base_dir.clone(),
         seed: recipe.seed.unwrap_or(0),
+        seed_origin: match recipe.seed {
+            Some(_) => planner::origin(&recipe.source, "/seed", Origin::Default),
+            None => Origin::Default,
+        },
         given: recipe.given.clone(),
         stages,
         warnings: Vec::new(),

@@ -22,7 +22,7 @@ const INTERVAL: Duration = Duration::from_secs(10);
 
 /// How much to say, and how.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Manner {
+pub struct Verbosity {
     /// Whether bars can be drawn.
     pub bars: bool,
     /// Whether lines take colours.
@@ -35,7 +35,7 @@ pub struct Manner {
 
 /// Tells a run's events to people.
 pub struct ProgressReporter {
-    manner: Manner,
+    manner: Verbosity,
     bars: MultiProgress,
     say: Box<dyn Fn(&str) + Send + Sync>,
     state: Mutex<State>,
@@ -59,7 +59,7 @@ struct Meter {
 
 impl ProgressReporter {
     /// Tells in this manner; `say` writes a line to stderr, above the bars, and makes it safe for a terminal.
-    pub fn new(manner: Manner, say: impl Fn(&str) + Send + Sync + 'static) -> Self {
+    pub fn new(manner: Verbosity, say: impl Fn(&str) + Send + Sync + 'static) -> Self {
         Self {
             manner,
             bars: MultiProgress::new(),
@@ -347,7 +347,7 @@ mod tests {
     use std::sync::Arc;
 
     /// The lines said about the events.
-    fn said(manner: Manner, events: Vec<Event>) -> Vec<String> {
+    fn said(manner: Verbosity, events: Vec<Event>) -> Vec<String> {
         let lines = Arc::new(Mutex::new(Vec::new()));
         let heard = Arc::clone(&lines);
         let teller = ProgressReporter::new(manner, move |line| {
@@ -360,7 +360,7 @@ mod tests {
         lines.lock().unwrap().clone()
     }
 
-    const PLAIN: Manner = Manner {
+    const PLAIN: Verbosity = Verbosity {
         bars: false,
         color: false,
         quiet: false,
@@ -405,7 +405,7 @@ mod tests {
     }
 
     #[track_caller]
-    fn check_lines(manner: Manner, expected: &[&str]) {
+    fn check_lines(manner: Verbosity, expected: &[&str]) {
         let events = vec![
             line(1, LogSource::Plugin, "bad\x1b[2J"),
             line(2, LogSource::Plugin, "odd"),
@@ -418,7 +418,7 @@ mod tests {
     #[test]
     fn lines_are_shown_by_their_weight() {
         check_lines(
-            Manner {
+            Verbosity {
                 quiet: true,
                 ..PLAIN
             },
@@ -426,14 +426,14 @@ mod tests {
         );
         check_lines(PLAIN, &["s: error: bad\\u001b[2J", "s: warning: odd"]);
         check_lines(
-            Manner {
+            Verbosity {
                 verbose: 1,
                 ..PLAIN
             },
             &["s: error: bad\\u001b[2J", "s: warning: odd", "s: well"],
         );
         check_lines(
-            Manner {
+            Verbosity {
                 verbose: 2,
                 ..PLAIN
             },

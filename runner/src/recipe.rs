@@ -338,6 +338,10 @@ pub fn parse(
 }
 
 /// A mapping, with the problems that leave its text readable, or what makes it no recipe.
+#[expect(
+    clippy::result_large_err,
+    reason = "once for a recipe: its size costs nothing"
+)]
 fn read_document(text: &str) -> Result<(yaml::Document, Vec<Finding>), Finding> {
     let finding_of = |error: YamlError| {
         let finding = Finding::error(error.pointer, error.message).at(error.position);

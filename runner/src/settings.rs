@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use retort_checkpoint::regular;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::trust::{self, TrustError};
 
@@ -21,7 +21,7 @@ pub const FILE: &str = "retort.toml";
 const LONGEST_FILE: u64 = 64 << 10;
 
 /// What runs stages.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Executor {
     /// Processes of this machine.

@@ -56,7 +56,7 @@ pub use history::{
     ArtifactRow, AttemptDetail, LastExecution, RunDetail, RunFilter, RunSummary, SourceStage,
     StageCounts, StageDetail, Success,
 };
-pub use jobs::{ElementUpdate, JobKey, JobRow, LeftJobs, OpenJob};
+pub use jobs::{DetachedJobs, ElementUpdate, JobKey, JobRow, OpenJob};
 pub use lineage::{Lineage, Relative, StageRecord};
 pub use log::{LogLine, LogSource, RunLine};
 pub use query::{Answer, AnswerValue};

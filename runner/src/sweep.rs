@@ -25,7 +25,7 @@ pub const MAX_POINTS: u64 = 10_000;
 pub struct Sweep {
     /// What is varied.
     pub parameters: Vec<Parameter>,
-    /// What is looked for.
+    /// The objective.
     pub objective: Option<Objective>,
     /// How points are drawn; none is a grid.
     pub sample: Option<Sample>,

@@ -1,12 +1,15 @@
 //! Rules of the repository: what ARCHITECTURE.md, README.md and docs/ promise and a program can check.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use retort_tests::skip::skip;
+
+#[path = "repository/structure.rs"]
+mod structure;
 
 #[test]
 fn the_map_stays_short() {
@@ -42,6 +45,24 @@ fn the_map_names_every_module_and_no_other() {
                 path.display()
             );
         }
+    }
+}
+
+#[test]
+fn the_walk_of_a_recipe_leads_through_files_that_are_there() {
+    let text = read("ARCHITECTURE.md");
+    let walk = text.split("## The way of a recipe").nth(1).expect("a walk");
+    let walk = walk.split("\n## ").next().unwrap_or(walk);
+    let steps = walk.lines().filter(|line| {
+        line.split_once(". ")
+            .is_some_and(|(number, _)| number.parse::<u32>().is_ok())
+    });
+    assert_eq!(steps.count(), 12);
+    let named = walk.split('`').skip(1).step_by(2);
+    let files: Vec<&str> = named.filter(|name| name.ends_with(".rs")).collect();
+    assert!(files.len() >= 12);
+    for file in files {
+        assert!(root().join(file).exists(), "ARCHITECTURE.md names {file}");
     }
 }
 
@@ -292,6 +313,7 @@ fn commands_of_the_documentation_exist() {
         .iter()
         .filter_map(|line| line.strip_prefix("make "))
     {
+        let target = target.split_whitespace().next().unwrap_or_default();
         assert!(makefile.contains(&format!("\n{target}:")), "make {target}");
     }
     for needed in ["make digits", "make test"] {
@@ -299,22 +321,52 @@ fn commands_of_the_documentation_exist() {
     }
 
     let Some(retort) = retort() else { return };
-    let words: BTreeSet<&str> = commands
+    let lines: Vec<&str> = commands
         .iter()
-        .filter_map(|line| line.strip_prefix("retort ")?.split(' ').next())
+        .filter_map(|line| line.strip_prefix("retort "))
         .collect();
-    assert!(words.len() > 5, "commands were found: {words:?}");
-    for command in words {
-        let help = Command::new(&retort)
-            .args([command, "--help"])
-            .output()
-            .unwrap();
-        assert!(
-            help.status.success(),
-            "retort {command} --help: {}",
-            shown(&help)
-        );
+    let mut known: BTreeMap<Vec<&str>, BTreeSet<String>> = BTreeMap::new();
+    for line in &lines {
+        let line = line.split(" #").next().unwrap();
+        let words: Vec<&str> = line.split_whitespace().collect();
+        // A command of a command (`runs list`), or one that takes what follows (`plan recipe.yaml`).
+        let is_name = |word: &&str| word.bytes().all(|b| b.is_ascii_lowercase() || b == b'-');
+        let names = words.iter().copied().take(2).take_while(is_name);
+        let names: Vec<&str> = names.collect();
+        let flags = (1..=names.len()).rev().find_map(|count| {
+            let names = names[..count].to_vec();
+            if let Some(flags) = known.get(&names) {
+                return Some(flags.clone());
+            }
+            let flags = flags(&retort, &names)?;
+            known.insert(names, flags.clone());
+            Some(flags)
+        });
+        let flags = flags.unwrap_or_else(|| panic!("no such command: retort {line}"));
+        for word in words.iter().filter(|word| word.starts_with('-')) {
+            let flag = word.split('=').next().unwrap();
+            assert!(flags.contains(flag), "no {flag} of retort {line}");
+        }
     }
+    assert!(known.len() > 15, "commands were found: {:?}", known.keys());
+}
+
+/// The flags that the help of a command lists; none where there is no such command.
+fn flags(retort: &Path, names: &[&str]) -> Option<BTreeSet<String>> {
+    let help = Command::new(retort).args(names).arg("--help").output();
+    let help = help.unwrap();
+    if !help.status.success() {
+        return None;
+    }
+    let text = String::from_utf8(help.stdout).unwrap();
+    let is_flag = |word: &&str| word.starts_with('-');
+    let words = text
+        .lines()
+        .map(str::trim)
+        .filter(|line| line.starts_with('-'))
+        .flat_map(|line| line.split([' ', ',', '=']).filter(is_flag));
+    let words = words.map(|word| word.trim_end_matches(['.', '[']).to_owned());
+    Some(words.collect())
 }
 
 #[test]
@@ -407,19 +459,68 @@ fn recipes_of_the_documentation_are_valid() {
         .iter()
         .map(|page| fs::read_to_string(page).unwrap())
         .collect();
-    // Whole recipes; a block that begins with a stage is part of one.
     let blocks: Vec<&str> = texts
         .iter()
         .flat_map(|text| text.split("```yaml\n").skip(1))
         .filter_map(|rest| rest.split("```").next())
-        .filter(|block| block.starts_with("version:"))
         .collect();
-    assert!(blocks.len() >= 2);
-    for block in blocks {
-        let recipe = dir.path().join("documented.yaml");
+    let (whole, parts): (Vec<&str>, Vec<&str>) = blocks
+        .into_iter()
+        .partition(|block| block.starts_with("version:"));
+    assert!(whole.len() >= 2 && parts.len() >= 5);
+    let recipe = dir.path().join("documented.yaml");
+    for block in whole {
         fs::write(&recipe, block).unwrap();
         check_recipe(&retort, &["plan"], &recipe, &dir.path().join("store"));
     }
+    for block in parts {
+        let faults = completions(block).map(|text| {
+            fs::write(&recipe, text).unwrap();
+            faults(&retort, &recipe)
+        });
+        let fewest = faults.min_by_key(Vec::len).unwrap();
+        assert!(fewest.is_empty(), "{block}\n{fewest:#?}");
+    }
+}
+
+/// Recipes that a part of one may belong to: sections, stages, or options of a stage.
+fn completions(part: &str) -> impl Iterator<Item = String> {
+    let lines = part.lines().filter(|line| line.trim() != "...");
+    let part = lines.map(|line| format!("{line}\n")).collect::<String>();
+    let stages = match part.len() - part.trim_start().len() {
+        0 => vec![format!(
+            "{part}stages: {{x: {{kind: classifier, data: {{folder: .}}}}}}\n"
+        )],
+        2 => vec![format!("stages:\n{part}")],
+        _ => ["evaluate", "distill", "tokenizer", "sample"]
+            .map(|kind| format!("stages:\n  x:\n    kind: {kind}\n{part}"))
+            .to_vec(),
+    };
+    stages
+        .into_iter()
+        .map(|stages| format!("version: 1\nbackend: candle\n{stages}"))
+}
+
+/// What `validate` has against a recipe, but for what the rest of it would bring.
+fn faults(retort: &Path, recipe: &Path) -> Vec<String> {
+    let output = Command::new(retort)
+        .args(["validate", "--json"])
+        .arg(recipe)
+        .output()
+        .unwrap();
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout)
+        .unwrap_or_else(|_| panic!("{}: {}", recipe.display(), shown(&output)));
+    let findings = report[0]["findings"].as_array().unwrap().iter();
+    let errors = findings.filter(|finding| finding["severity"] == "error");
+    let messages = errors.map(|finding| finding["message"].as_str().unwrap().to_owned());
+    let missing = [
+        " is missing",
+        ", which is not in the recipe",
+        ": nothing to measure against: give `data`, `real` or `statistics`",
+    ];
+    messages
+        .filter(|message| !missing.iter().any(|missing| message.ends_with(missing)))
+        .collect()
 }
 
 fn check_recipe(retort: &Path, command: &[&str], recipe: &Path, store: &Path) {
@@ -456,10 +557,16 @@ fn read(path: &str) -> String {
     fs::read_to_string(root().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
-/// README.md and the pages of docs/.
+/// The pages of docs/, and those elsewhere.
 fn documentation() -> Vec<PathBuf> {
     let mut pages = files(&root().join("docs"), ".md");
-    pages.push(root().join("README.md"));
+    let others = [
+        "README.md",
+        "SECURITY.md",
+        "CONTRIBUTING.md",
+        "plugins/README.md",
+    ];
+    pages.extend(others.map(|page| root().join(page)));
     pages
 }
 

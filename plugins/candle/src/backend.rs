@@ -2,8 +2,8 @@
 
 use candle_core::{DType, Tensor};
 use retort_engine::backend::{
-    AdamwStep, Attention, Binary, FlowSolver, Layers, Mask, Norms, Optimiser, Sampling, Tensors,
-    Unary, Window, upsample2,
+    AdamwStep, Attention, Binary, FlowSolver, Layers, Mask, Norms, Optimiser, Precision, Sampling,
+    Tensors, Unary, Window, upsample2,
 };
 use retort_engine::error::Result;
 
@@ -293,11 +293,11 @@ impl Layers for Candle {
 }
 
 impl Norms for Candle {
-    fn rms_norm(x: &T, w: &T, eps: f64) -> Result<T> {
+    fn rms_norm(x: &T, w: &T, eps: f64, precision: Precision) -> Result<T> {
         if fits(&[x, w]) && ends_with(x, w.dims()) && w.rank() == 1 {
             norm::rms_norm(x, w, eps)
         } else {
-            Plain::rms_norm(x, w, eps)
+            Plain::rms_norm(x, w, eps, precision)
         }
     }
 

@@ -472,7 +472,9 @@ impl Machine<'_> {
             *node = Node::List(Vec::new());
         }
         let Node::List(list) = node else {
-            return Err(Error::format("the pickle appends to what is no list"));
+            return Err(Error::format(
+                "the pickle appends to a value that is not a list",
+            ));
         };
         list.extend_from_slice(elements);
         Ok(())

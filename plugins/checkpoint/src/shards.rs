@@ -103,7 +103,7 @@ fn within(dir: &Path) -> Result<PathBuf> {
     };
     let lone = |files: &[&String]| -> Option<String> {
         let mut files = files.iter();
-        let shard = files.find(|name| Lone::of(Path::new(name.as_str())).is_some())?;
+        let shard = files.find(|name| SingleShard::of(Path::new(name.as_str())).is_some())?;
         Some((*shard).clone())
     };
     let (indices, files) = (ending(&[INDEX]), ending(&ENDINGS));
@@ -227,7 +227,7 @@ impl<'de> Deserialize<'de> for Files {
 
 /// A file that by its name is one of several.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Lone {
+pub struct SingleShard {
     /// Which, from 1 on.
     pub number: u32,
     /// Of how many.
@@ -236,7 +236,7 @@ pub struct Lone {
     pub index: String,
 }
 
-impl Lone {
+impl SingleShard {
     /// Of `model-00001-of-00003.safetensors` and its like.
     pub fn of(path: &Path) -> Option<Self> {
         let name = path.file_name()?.to_str()?;
@@ -417,12 +417,12 @@ mod tests {
     #[test]
     fn a_lone_shard_is_known_by_its_name() {
         let check = |name: &str, expected: Option<(u32, u32, &str)>| {
-            let expected = expected.map(|(number, of, index)| Lone {
+            let expected = expected.map(|(number, of, index)| SingleShard {
                 number,
                 of,
                 index: index.into(),
             });
-            assert_eq!(Lone::of(Path::new(name)), expected, "{name}");
+            assert_eq!(SingleShard::of(Path::new(name)), expected, "{name}");
         };
         check(
             "d/model-00001-of-00002.safetensors",

@@ -18,7 +18,7 @@ pub use norms::Norms;
 pub(crate) use norms::root_mean_square;
 pub use optimiser::{AdamwStep, Optimiser};
 pub use sampling::{Recording, Sampling};
-pub use tensor::{Binary, Tensors, Unary};
+pub use tensor::{Binary, Precision, Tensors, Unary};
 
 pub use crate::choice::Truncation;
 pub use crate::flow::FlowSolver;

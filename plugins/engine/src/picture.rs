@@ -66,7 +66,7 @@ impl<'a> Pixels<'a> {
         let stride = channels * height * width;
         if !matches!(channels, 1 | 3) || stride == 0 || !values.len().is_multiple_of(stride) {
             return Err(PictureError::Shape(format!(
-                "{} values are no images of {channels} x {height} x {width} with 1 or 3 channels",
+                "cannot form images from {} values of {channels} x {height} x {width} with 1 or 3 channels",
                 values.len()
             )));
         }

@@ -10,7 +10,7 @@ use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use retort_checkpoint::shards::Lone;
+use retort_checkpoint::shards::SingleShard;
 use retort_checkpoint::{Checkpoint, Dictionary, shown};
 
 use crate::bundle::{Family, NetworkConfig, TokenizerConfig};
@@ -107,7 +107,7 @@ fn recognise(dictionary: &Dictionary) -> Option<(String, Option<(Family, Role)>)
 /// Opens a file, or the folder or index of several, at the dictionary that holds such a network. Files of other networks
 /// are refused in words.
 pub fn open(path: &Path, family: Family, role: Role, select: Option<&str>) -> Result<Stored> {
-    if let Some(lone) = Lone::of(path)
+    if let Some(lone) = SingleShard::of(path)
         && path.is_file()
     {
         let beside = path.parent().unwrap_or(Path::new(""));

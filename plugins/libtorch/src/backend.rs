@@ -1,8 +1,8 @@
 //! `Libtorch` as the engine's backend: the required operations, and the fused ones that libtorch has.
 
 use retort_engine::backend::{
-    AdamwStep, Binary, FlowSolver, Layers, Norms, Optimiser, Sampling, Tensors, Truncation, Unary,
-    Window,
+    self, AdamwStep, Binary, FlowSolver, Layers, Norms, Optimiser, Sampling, Tensors, Truncation,
+    Unary, Window,
 };
 use retort_engine::error::{Error, Result};
 use tch::{Kind, Reduction};
@@ -463,7 +463,7 @@ impl Layers for Libtorch {
 }
 
 impl Norms for Libtorch {
-    fn rms_norm(x: &T, w: &T, eps: f64) -> Result<T> {
+    fn rms_norm(x: &T, w: &T, eps: f64, _: backend::Precision) -> Result<T> {
         let run = || x.wide()?.f_rms_norm(w.sizes(), Some(w.wide()?), eps);
         x.with(run())
     }

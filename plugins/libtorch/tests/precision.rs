@@ -1,7 +1,7 @@
 //! `dtype: bf16`: close to f32 where it rounds, equal to f32 where it must not.
 
 use retort_engine::Result;
-use retort_engine::backend::{FlowSolver, Layers, Norms, Sampling, Tensors, Unary};
+use retort_engine::backend::{self, FlowSolver, Layers, Norms, Sampling, Tensors, Unary};
 use retort_engine::model::{ConditionShape, Conditions, Student, llamagen};
 use retort_engine::random::noise;
 use retort_engine::tape::{Variable, backward};
@@ -108,7 +108,7 @@ fn everything_but_products_is_exact() {
             .collect();
         let all = [
             Libtorch::matmul(&x, &codes, false, true)?,
-            Libtorch::rms_norm(&x, &w, 1e-5)?,
+            Libtorch::rms_norm(&x, &w, 1e-5, backend::Precision::Storage)?,
             Libtorch::softmax(&logits)?,
             Libtorch::sum(&x, &[0])?,
             Variable::<Libtorch>::constant(x)

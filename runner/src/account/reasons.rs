@@ -76,10 +76,7 @@ fn why(turn: &StageRecord, before: Option<&StageRecord>) -> Vec<String> {
             .collect();
         return vec![match inputs.as_slice() {
             [] => "the run ended before its turn".into(),
-            inputs => format!(
-                "its inputs did not all come: it needs {}",
-                inputs.join(", ")
-            ),
+            inputs => format!("some inputs were missing: it needs {}", inputs.join(", ")),
         }];
     };
     let differences = before
@@ -92,7 +89,7 @@ fn why(turn: &StageRecord, before: Option<&StageRecord>) -> Vec<String> {
         ));
     }
     if turn.forced {
-        why.push("it was made to run (--force)".into());
+        why.push("forced (--force)".into());
     }
     match (differences, before) {
         (Some(differences), Some(before)) if differences.is_empty() && why.is_empty() => {

@@ -37,7 +37,7 @@ pub struct ExportArgs {
     /// The artifact: the beginning of its hash, or RUN/STAGE for what a stage of a run made (`latest/student`).
     #[arg(value_name = "ARTIFACT")]
     pub artifact: String,
-    /// As what.
+    /// Output format.
     #[arg(long = "as", value_name = "FORM")]
     pub form: Form,
     /// Which network of the artifact.
@@ -46,7 +46,7 @@ pub struct ExportArgs {
     /// Where to write it. By default STAGE.pth in the working directory, or tokenizer.pth.
     #[arg(long, short, value_name = "FILE")]
     pub output: Option<PathBuf>,
-    /// Write over a file that is there.
+    /// Overwrite an existing file.
     #[arg(long)]
     pub force: bool,
 }
@@ -79,7 +79,7 @@ pub struct ListArgs {
     /// Only those of this kind (`teacher`, `samples`).
     #[arg(long, value_name = "KIND")]
     pub kind: Option<String>,
-    /// How to print.
+    /// Output format.
     #[command(flatten)]
     pub format: FormatArgs,
 }
@@ -90,7 +90,7 @@ pub struct VerifyArgs {
     /// Beginnings of hashes; without any, all artifacts.
     #[arg(value_name = "HASH")]
     pub hash: Vec<String>,
-    /// How to print.
+    /// Output format.
     #[command(flatten)]
     pub format: FormatArgs,
 }

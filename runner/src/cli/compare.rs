@@ -11,10 +11,10 @@ pub struct Args {
     /// Two or more runs: ids or beginnings of them, `latest`, `latest~1`, or tags.
     #[arg(value_name = "RUN", num_args = 2.., required = true)]
     pub runs: Vec<String>,
-    /// Also what they share.
+    /// Show equal values too.
     #[arg(long)]
     pub all: bool,
-    /// How to print.
+    /// Output format.
     #[command(flatten)]
     pub format: FormatArgs,
 }

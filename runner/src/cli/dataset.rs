@@ -42,7 +42,7 @@ pub struct InfoArgs {
     /// A folder with a manifest.json; or the beginning of an artifact's hash, or RUN/STAGE (`latest/trajectories`).
     #[arg(value_name = "DATASET", value_hint = ValueHint::DirPath)]
     pub dataset: String,
-    /// How to print.
+    /// Output format.
     #[command(flatten)]
     pub format: FormatArgs,
 }

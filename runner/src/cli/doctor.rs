@@ -20,7 +20,7 @@ const LITTLE_MEMORY: u64 = 2 << 30;
 /// Arguments of `doctor`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// How to print.
+    /// Output format.
     #[command(flatten)]
     pub format: FormatArgs,
 }

@@ -19,12 +19,13 @@ use crate::environment;
 use crate::executor::Cluster;
 use crate::executor::attempt::End;
 use crate::executor::{
-    self, Choice, ExecutorError, LeaveJobs, Options, Outcome, RunReport, StageReport,
+    self, Choice, DetachPolicy, ExecutorError, Options, Outcome, RecordedPlan, RunReport,
+    StageReport,
 };
 use crate::plan::decision::{self, Action, Past, Role};
 use crate::plan::{Plan, PlannedStage};
 use crate::plugin::Plugins;
-use crate::progress::{self, Manner, ProgressReporter};
+use crate::progress::{self, ProgressReporter, Verbosity};
 use crate::schema::MAX_PROCESSES;
 use crate::settings::{Executor, Overrides, Settings};
 use crate::store::{Access, ArtifactRow, Memory, RunId, RunState, Store, SweepPlace};
@@ -54,7 +55,7 @@ pub struct ExecutionArgs {
     /// How long a stage may take to reach its next checkpoint after Ctrl-C before it is ended.
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = humantime::parse_duration)]
     pub grace: Duration,
-    /// Print what came of the run as one JSON document.
+    /// Print the result of the run as one JSON document.
     #[arg(long)]
     pub json: bool,
 }
@@ -90,16 +91,11 @@ impl ExecutionArgs {
     }
 
     /// These, with what a run that is taken up was given where nothing is said now.
-    pub fn or_as_recorded(&self, resolved: &Value) -> Self {
+    pub fn or_as_recorded(&self, recorded: &RecordedPlan) -> Self {
         let mut these = self.clone();
-        if these.executor.is_none() && resolved["executor"] == "slurm" {
-            these.executor = Some(Executor::Slurm);
-        }
+        these.executor = these.executor.or(recorded.executor);
         if these.slurm.is_empty() {
-            let recorded = resolved["slurm"].as_array().into_iter().flatten();
-            these.slurm = recorded
-                .filter_map(|word| Some(word.as_str()?.to_owned()))
-                .collect();
+            these.slurm.clone_from(&recorded.slurm);
         }
         these
     }
@@ -142,7 +138,7 @@ pub(super) fn past<'a>(
 
 /// Shows progress on standard error from here on, above which everything else is said.
 pub(super) fn teller(context: &Context) -> Arc<ProgressReporter> {
-    let manner = Manner {
+    let manner = Verbosity {
         bars: std::io::stderr().is_terminal(),
         color: context.color_stderr(),
         quiet: context.quiet,
@@ -187,9 +183,9 @@ impl Job {
             jobs,
             cluster,
             leave: match (execution.detach, std::io::stdin().is_terminal()) {
-                (true, _) => LeaveJobs::WhenSubmitted,
-                (false, true) => LeaveJobs::Ask(Arc::new(ask_how_to_leave)),
-                (false, false) => LeaveJobs::Never,
+                (true, _) => DetachPolicy::WhenSubmitted,
+                (false, true) => DetachPolicy::Ask(Arc::new(ask_how_to_leave)),
+                (false, false) => DetachPolicy::Never,
             },
             slurm: execution.slurm.clone(),
             keep_going: execution.keep_going,

@@ -13,7 +13,7 @@ pub struct Args {
     /// Remove it; without this, only list it.
     #[arg(long)]
     pub remove: bool,
-    /// How to print.
+    /// Output format.
     #[command(flatten)]
     pub format: FormatArgs,
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::ValueHint;
-use retort_checkpoint::shards::Lone;
+use retort_checkpoint::shards::SingleShard;
 use retort_checkpoint::{Checkpoint, Dictionary, shown};
 use serde_json::{Value, json};
 
@@ -20,7 +20,7 @@ pub struct Args {
     /// List the tensors of this dictionary, as in `trainer.ema_parameters`; '' is the top level.
     #[arg(long, value_name = "PATH")]
     pub select: Option<String>,
-    /// How to print.
+    /// Output format.
     #[command(flatten)]
     pub format: FormatArgs,
 }
@@ -82,7 +82,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
             checkpoint.container().name(),
             table::bytes(checkpoint.size())
         ));
-        if let Some(lone) = Lone::of(&args.file)
+        if let Some(lone) = SingleShard::of(&args.file)
             && checkpoint.files() == 1
         {
             talk::say(&format!(

@@ -3,12 +3,12 @@
 use std::collections::HashMap;
 
 use crate::cli::{Context, Error, talk};
-use crate::cluster::slurm::{Said, Slurm, State};
-use crate::store::{LeftJobs, Store};
+use crate::cluster::slurm::{ElementStatus, Slurm, State};
+use crate::store::{DetachedJobs, Store};
 
 /// Asks Slurm about the runs that have no runner any more but jobs that are not over, and corrects what the store says of
 /// them. Returns those that Slurm still works on, or of which nothing can be known.
-pub async fn refresh(store: &Store, context: &Context) -> Result<Vec<LeftJobs>, Error> {
+pub async fn refresh(store: &Store, context: &Context) -> Result<Vec<DetachedJobs>, Error> {
     let left = store.left_to_scheduler().await?;
     if left.is_empty() {
         return Ok(left);
@@ -28,7 +28,7 @@ pub async fn refresh(store: &Store, context: &Context) -> Result<Vec<LeftJobs>, 
     };
     let mut alive = Vec::new();
     for run in left {
-        let said: Vec<&Said> = known
+        let said: Vec<&ElementStatus> = known
             .iter()
             .filter(|((job, _), said)| run.jobs.contains(job) && !said.state.is_final())
             .map(|(_, said)| said)
@@ -48,7 +48,7 @@ pub async fn refresh(store: &Store, context: &Context) -> Result<Vec<LeftJobs>, 
 }
 
 /// The reason that most have.
-fn most<'a>(said: &[&'a Said]) -> &'a str {
+fn most<'a>(said: &[&'a ElementStatus]) -> &'a str {
     let mut counts: HashMap<&str, usize> = HashMap::new();
     for said in said {
         *counts.entry(&said.reason).or_default() += 1;

@@ -21,7 +21,7 @@ pub struct Args {
     /// Print a drawing instead of rows.
     #[arg(long, value_name = "LANGUAGE")]
     pub graph: Option<Language>,
-    /// How to print.
+    /// Output format.
     #[command(flatten)]
     pub format: FormatArgs,
 }

@@ -53,10 +53,10 @@ pub struct TailArgs {
 /// Which lines of a log.
 #[derive(Debug, Clone, clap::Args)]
 pub struct WhichArgs {
-    /// Only those of this stage.
+    /// Only lines from this stage.
     #[arg(long, value_name = "STAGE")]
     pub stage: Option<String>,
-    /// Only those that matter so much.
+    /// The lowest level to show.
     #[arg(long, value_name = "LEVEL", default_value = "trace")]
     pub level: Level,
 }
@@ -68,9 +68,9 @@ pub enum Level {
     Error,
     /// Warnings too.
     Warn,
-    /// What the stages say in passing too.
+    /// Informational messages of the stages too.
     Info,
-    /// What they print too.
+    /// What plugins print too.
     Debug,
     /// Everything.
     Trace,

@@ -42,7 +42,7 @@ pub struct ListArgs {
     /// Only series of this stage.
     #[arg(long, value_name = "STAGE")]
     pub stage: Option<String>,
-    /// How to print.
+    /// Output format.
     #[command(flatten)]
     pub format: FormatArgs,
 }
@@ -59,10 +59,10 @@ pub struct GetArgs {
     /// Which part, and how coarsely.
     #[command(flatten)]
     pub view: ViewArgs,
-    /// Sum neighbouring points up, into at most N buckets with their least, greatest and mean value.
+    /// Summarise neighbouring points in at most N buckets with their least, greatest and mean value.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub buckets: Option<u32>,
-    /// How to print.
+    /// Output format.
     #[command(flatten)]
     pub format: FormatArgs,
 }

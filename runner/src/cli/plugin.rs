@@ -32,11 +32,11 @@ pub enum Command {
     List(ListArgs),
     /// Load a plugin in a worker process and check its answers and devices.
     Check(CheckArgs),
-    /// Begin a plugin of your own: a project that builds, installs and runs at once.
+    /// Create a plugin of your own: a project that builds, installs and runs at once.
     New(new::Args),
-    /// Copy a plugin to where it is found.
+    /// Copy a plugin into the search path.
     Install(install::Args),
-    /// Examine a plugin: is it as it has to be?
+    /// Check that a plugin meets the requirements.
     Test(test::Args),
     /// Allow the plugins that are in a directory now, and no others.
     Lock(lock::Args),
@@ -45,7 +45,7 @@ pub enum Command {
 /// Arguments of `plugin list`.
 #[derive(Debug, clap::Args)]
 pub struct ListArgs {
-    /// How to print.
+    /// Output format.
     #[command(flatten)]
     pub format: FormatArgs,
 }
@@ -56,7 +56,7 @@ pub struct CheckArgs {
     /// Name of the plugin, the path of its shared object, or the directory of its project.
     #[arg(value_name = "PLUGIN")]
     pub plugin: String,
-    /// How to print.
+    /// Output format.
     #[command(flatten)]
     pub format: FormatArgs,
 }

@@ -19,7 +19,7 @@ pub struct Args {
     /// How long finding the next row may take; a statement that takes longer is ended.
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = humantime::parse_duration)]
     pub timeout: Duration,
-    /// How to print.
+    /// Output format.
     #[command(flatten)]
     pub format: FormatArgs,
 }

@@ -30,7 +30,7 @@ pub struct Args {
     /// The file to write (`-`: to stdout).
     #[arg(short, long, value_name = "FILE", default_value = "report.html", value_hint = ValueHint::FilePath)]
     pub output: PathBuf,
-    /// What the page is called.
+    /// Title of the page.
     #[arg(long, value_name = "TEXT")]
     pub title: Option<String>,
 }

@@ -2,7 +2,7 @@
 
 use crate::cli::execution::{ExecutionArgs, Job, open_store, past};
 use crate::cli::{Context, Error, Exit, RehashArgs, left, sweep, talk};
-use crate::plan::decision::Role;
+use crate::executor::RecordedPlan;
 use crate::plan::{Descriptions, Plan};
 use crate::plugin::{Plugins, search_dirs};
 use crate::store::{Access, RunDetail, RunState, StageState, Store, StoreError, SweepPlace};
@@ -11,7 +11,7 @@ use crate::store::{Access, RunDetail, RunState, StageState, Store, StoreError, S
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The run: an id or the beginning of one, `latest`, `latest~1`, or a tag; or a sweep, whose missing points are run.
-    /// Without it, the latest run, or the sweep that it is of.
+    /// Without it, the latest run, or the sweep it belongs to.
     #[arg(value_name = "RUN")]
     pub run: Option<String>,
     /// Whether files are read again.
@@ -61,23 +61,25 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         )
         .hint("a run is taken up again once it has ended"));
     }
-    let mut plan: Plan = serde_json::from_value(detail.resolved.clone()).map_err(|error| {
-        Error::new(
-            Exit::Internal,
-            format!("run {run} was recorded by another retort and cannot be taken up again"),
-        )
-        .cause(&error)
-        .hint(format!(
-            "`retort run {}` runs its recipe anew",
-            detail.summary.recipe_path
-        ))
-    })?;
+    let recorded: RecordedPlan =
+        serde_json::from_value(detail.resolved.clone()).map_err(|error| {
+            Error::new(
+                Exit::Internal,
+                format!("run {run} was recorded by another retort and cannot be taken up again"),
+            )
+            .cause(&error)
+            .hint(format!(
+                "`retort run {}` runs its recipe anew",
+                detail.summary.recipe_path
+            ))
+        })?;
+    let mut plan = recorded.plan.clone();
     let mut plugins = Plugins::new(search_dirs(&context.plugin_dirs), &runtime, Some(&store));
     renew_plugins(&mut plan, &mut plugins, context)?;
     let roles = plan
         .stages
         .iter()
-        .map(|stage| role(&detail, &stage.name))
+        .map(|stage| recorded.role(&stage.name, state_of(&detail, &stage.name)))
         .collect();
     if !context.quiet {
         talk::say(&format!("resuming run {run} of {}", plan.name));
@@ -95,7 +97,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     if let Some(left) = left {
         runtime.block_on(store.take_up(&left))?;
     }
-    let execution = args.execution.or_as_recorded(&detail.resolved);
+    let execution = args.execution.or_as_recorded(&recorded);
     job.carry_out(&runtime, &store, &execution, context)
         .map(drop)
 }
@@ -138,17 +140,8 @@ fn renew_plugins(
     Ok(())
 }
 
-/// The part of a stage, which is what it was in that run: one left out stays out, one that was forced and did not get
-/// done is still to be done.
-fn role(detail: &RunDetail, stage: &str) -> Role {
-    let Some(recorded) = detail.stages.iter().find(|recorded| recorded.name == stage) else {
-        return Role::Skipped;
-    };
-    let forced = detail.resolved["forced"]
-        .as_array()
-        .is_some_and(|names| names.iter().any(|name| name == stage));
-    match (forced, recorded.state) {
-        (true, state) if state != StageState::Succeeded => Role::Forced,
-        _ => Role::Wanted,
-    }
+/// The state in which a stage of a run ended.
+fn state_of(detail: &RunDetail, stage: &str) -> Option<StageState> {
+    let stage = detail.stages.iter().find(|recorded| recorded.name == stage);
+    stage.map(|stage| stage.state)
 }

@@ -36,7 +36,7 @@ pub enum Command {
     Rm(RemoveArgs),
     /// Write runs into one file, for another store; from a damaged store, what can be read.
     Export(transfer::ExportArgs),
-    /// Take over the runs of an exported file that this store does not know yet.
+    /// Import the runs of an exported file that this store lacks.
     ///
     /// The whole file is checked first. Then its runs are copied piece by piece, so that other commands can write in
     /// between. An import that is ended half-way leaves whole runs; repeated, it goes on where it stopped.
@@ -63,7 +63,7 @@ pub struct NoteArgs {
     /// The run: an id or the beginning of one, `latest`, `latest~1`, or a tag.
     #[arg(value_name = "RUN")]
     pub run: String,
-    /// What to note, in place of what was noted before; without it, the note is printed.
+    /// The new note, which replaces the previous one; without it, the note is printed.
     #[arg(value_name = "TEXT")]
     pub text: Option<String>,
 }
@@ -77,7 +77,7 @@ pub struct RemoveArgs {
     /// Only say what would be removed.
     #[arg(long)]
     pub dry_run: bool,
-    /// Also when other runs reuse their stages: those then no longer know where these results came from.
+    /// Remove even if other runs reuse their stages; those lose track of where the results came from.
     #[arg(long)]
     pub force: bool,
 }
@@ -114,7 +114,7 @@ pub struct ListArgs {
     /// Also print these fields (separated by commas): `metrics.fd.last`, `params.distill.steps`.
     #[arg(long, value_name = "FIELD", value_delimiter = ',')]
     pub show: Vec<String>,
-    /// How to print.
+    /// Output format.
     #[command(flatten)]
     pub format: FormatArgs,
 }
@@ -125,7 +125,7 @@ pub struct ShowArgs {
     /// The run: an id or the beginning of one, `latest`, `latest~1`, or a tag.
     #[arg(value_name = "RUN", default_value = "latest")]
     pub run: String,
-    /// How to print.
+    /// Output format.
     #[command(flatten)]
     pub format: FormatArgs,
 }
@@ -228,10 +228,7 @@ fn states(text: &str) -> Result<Vec<RunState>, Error> {
             .find(|state| state.name() == name)
             .ok_or_else(|| {
                 let names = RunState::ALL.map(RunState::name).join(", ");
-                Error::new(
-                    Exit::Usage,
-                    format!("`{name}` is no state of a run: {names}"),
-                )
+                Error::new(Exit::Usage, format!("unknown run state `{name}`: {names}"))
             })
     };
     text.split(',').map(|name| state(name.trim())).collect()

@@ -35,7 +35,7 @@ pub struct Args {
     /// How many images.
     #[arg(short = 'n', long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub number: Option<u32>,
-    /// Their classes: `balanced`, `drawn`, or numbers (3,1,4) or names, again and again where there are fewer than images.
+    /// Their classes: `balanced`, `drawn`, or numbers (3,1,4) or names, repeated where there are fewer than images.
     #[arg(long, value_name = "CLASSES", allow_hyphen_values = true)]
     pub labels: Option<String>,
     /// Passes of a student: their number, or the AR steps from which they start (0,6).
@@ -50,13 +50,13 @@ pub struct Args {
     /// Where to compute: `auto`, `cpu`, `cuda`, `cuda:1`.
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub device: String,
-    /// The plugin; that which made the artifact, if left out.
+    /// The plugin; by default the one that made the artifact.
     #[arg(long, value_name = "PLUGIN")]
     pub backend: Option<String>,
     /// Copy the images and the grid into this directory, which is made.
     #[arg(short, long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub output: Option<PathBuf>,
-    /// Of a published file: its family, `llamagen` or `var`.
+    /// Family of a published file: `llamagen` or `var`.
     #[arg(long, value_name = "FAMILY")]
     pub family: Option<String>,
     /// Of a published file: the tokenizer's file.

@@ -31,7 +31,7 @@ pub struct Args {
     /// How to draw in a terminal.
     #[arg(long = "as", value_name = "HOW", default_value = "auto")]
     pub manner: Protocol,
-    /// So many columns wide.
+    /// Width of the drawing, in columns.
     #[arg(long, value_name = "COLUMNS", value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub width: Option<u32>,
 }

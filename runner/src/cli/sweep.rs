@@ -37,12 +37,12 @@ pub enum Command {
 /// Arguments of `sweep list`.
 #[derive(Debug, clap::Args)]
 pub struct ListArgs {
-    /// How to print.
+    /// Output format.
     #[command(flatten)]
     pub format: FormatArgs,
 }
 
-/// Which sweep, and what is looked for in it.
+/// Which sweep, and its objective.
 #[derive(Debug, clap::Args)]
 pub struct ReferenceArgs {
     /// The sweep: its id or the beginning of it, `latest`, `latest~1`.
@@ -62,7 +62,7 @@ pub struct ShowArgs {
     /// The best first.
     #[arg(long)]
     pub sort: bool,
-    /// How to print.
+    /// Output format.
     #[command(flatten)]
     pub format: FormatArgs,
 }
@@ -73,13 +73,13 @@ pub struct BestArgs {
     /// The sweep.
     #[command(flatten)]
     pub reference: ReferenceArgs,
-    /// So many.
+    /// How many points to show.
     #[arg(short = 'n', long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub number: u32,
     /// Print the command that runs the best point again, and nothing else.
     #[arg(long, conflicts_with_all = ["format", "json", "number"])]
     pub command: bool,
-    /// How to print.
+    /// Output format.
     #[command(flatten)]
     pub format: FormatArgs,
 }
@@ -114,13 +114,13 @@ pub struct SweepArgs {
         default_missing_value = ""
     )]
     pub sweep: Vec<String>,
-    /// Draw so many points at random instead of running all combinations.
+    /// Draw N points at random instead of running all combinations.
     #[arg(long, value_name = "N", requires = "sweep")]
     pub sample: Option<u32>,
     /// Seed of the points that are drawn.
     #[arg(long, value_name = "SEED", requires = "sweep")]
     pub sample_seed: Option<u64>,
-    /// What is looked for: the least value of a metric, or with `max:` the greatest.
+    /// The metric to minimise, or with `max:` to maximise.
     #[arg(long, value_name = "[max:]METRIC", requires = "sweep")]
     pub objective: Option<String>,
     /// Stop points at rungs, and go on with the best: judged by this series (`distill/loss`), the least or with `max:` the greatest.
@@ -135,7 +135,7 @@ pub struct SweepArgs {
         requires = "asha"
     )]
     pub rungs: Vec<u64>,
-    /// One of so many points goes on from a rung.
+    /// Keep one in N points at each rung.
     #[arg(long, value_name = "N", requires = "asha", value_parser = clap::value_parser!(u32).range(2..=1000))]
     pub reduction_factor: Option<u32>,
 }

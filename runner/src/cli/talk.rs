@@ -31,20 +31,20 @@ pub fn draw(picture: &str) -> io::Result<()> {
 
 /// Where data goes that is written piece by piece, safe for a terminal as what [`print`] writes.
 pub fn stdout() -> impl Write {
-    io::BufWriter::new(Shown {
+    io::BufWriter::new(SafeWriter {
         out: io::stdout().lock(),
         begun: Vec::new(),
     })
 }
 
 /// Shows what is written through it ([`terminal::show`]).
-struct Shown<W> {
+struct SafeWriter<W> {
     out: W,
     /// The first bytes of a character whose others are to come.
     begun: Vec<u8>,
 }
 
-impl<W: Write> Write for Shown<W> {
+impl<W: Write> Write for SafeWriter<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.begun.extend_from_slice(bytes);
         let whole = match std::str::from_utf8(&self.begun) {
@@ -181,7 +181,7 @@ mod tests {
     fn pieces_are_shown_as_the_whole_would_be() {
         let text = "a\u{9b}é🙂\x1b[2J\u{202e}\n";
         for size in 1..6 {
-            let mut shown = Shown {
+            let mut shown = SafeWriter {
                 out: Vec::new(),
                 begun: Vec::new(),
             };

@@ -18,16 +18,16 @@ pub struct ExportArgs {
     /// The runs: ids or beginnings of them, `latest`, `latest~1`, or tags. Without any, all runs.
     #[arg(value_name = "RUN")]
     pub runs: Vec<String>,
-    /// Where to: a file; for TensorBoard a directory; for MLflow its database (`mlflow.db`).
+    /// Output path: a file; for TensorBoard a directory; for MLflow its database (`mlflow.db`).
     #[arg(short, long, value_name = "PATH", value_hint = ValueHint::AnyPath)]
     pub output: PathBuf,
-    /// As what.
+    /// Output format.
     #[arg(long = "as", value_name = "WHAT", default_value = "retort")]
     pub target: Target,
-    /// With the files of artifacts, not only what is known of them (for retort).
+    /// Include the files of artifacts, not only their records (for retort).
     #[arg(long)]
     pub files: bool,
-    /// Write over a file that is there (for retort).
+    /// Overwrite an existing file (for retort).
     #[arg(long)]
     pub force: bool,
     /// How to print what was done.

@@ -36,12 +36,12 @@ pub struct Args {
     /// The address then has a token, so that nobody else on this machine can change anything.
     #[arg(long)]
     pub write: bool,
-    /// Listen on this address: others than loopback can be reached from other machines, and have a token.
+    /// Listen on this address: addresses other than loopback are reachable from other machines and need a token.
     ///
     /// The connection is not encrypted: across a network a tunnel (`ssh -L`) is the better way.
     #[arg(long, value_name = "ADDRESS", default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
     pub bind: IpAddr,
-    /// Answer to this name too, beside `localhost` and addresses (may be repeated): behind a proxy, or by the machine's name.
+    /// Also accept this host name, besides `localhost` and addresses (may be repeated): behind a proxy, or by the machine's name.
     #[arg(long, value_name = "NAME")]
     pub allow_host: Vec<String>,
 }

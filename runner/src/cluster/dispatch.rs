@@ -16,10 +16,10 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use crate::cluster::Ended;
+use crate::cluster::ClusterEnd;
 use crate::cluster::dispatch::slot::{Phase, Slot, StopLevel};
 use crate::cluster::slurm::{Layout, NewJob, Slurm, SlurmError};
-use crate::cluster::spool::{self, Order, Reader};
+use crate::cluster::spool::{self, JobSpec, Reader};
 use crate::executor::event::{Event, Listener};
 use crate::frame::{Task, ToWorker};
 use crate::settings::Profile;
@@ -27,6 +27,7 @@ use crate::store::{AttemptId, ElementUpdate, JobKey, Store, StoreError, Usage};
 use crate::worker::death::ExitStatus;
 use crate::worker::process::{Exit, WorkerEvent};
 
+mod script;
 mod slot;
 mod watch;
 
@@ -46,7 +47,7 @@ pub struct Assignment {
     pub store: Arc<Store>,
     /// Slurm.
     pub slurm: Arc<Slurm>,
-    /// Who is told.
+    /// Receives events.
     pub listener: Listener,
     /// The stage's name.
     pub stage: String,
@@ -423,7 +424,7 @@ impl Work {
 
     /// The store cannot be written to: nothing true could be said any more.
     async fn fail(&mut self, error: &StoreError) {
-        let ended = Ended {
+        let ended = ClusterEnd {
             reason: "history not written".into(),
             message: error.to_string(),
             hint: Some("`retort resume` takes up the jobs, which go on".into()),
@@ -608,7 +609,7 @@ impl Work {
                         )),
                         _ => None,
                     };
-                    let ended = Ended {
+                    let ended = ClusterEnd {
                         reason: "not submitted".into(),
                         message: error.to_string(),
                         hint,
@@ -642,7 +643,7 @@ impl Work {
         }
         if others.is_empty() {
             for &index in parts {
-                let ended = Ended {
+                let ended = ClusterEnd {
                     reason: "not submitted again".into(),
                     message: "other workers of this training have ended, and one cannot go on without them".into(),
                     hint: Some("`retort resume` goes on from the last checkpoint with all of them".into()),
@@ -690,7 +691,7 @@ impl Work {
             self.submitted
         );
         let dir = self.spools().join(&name);
-        let order = Order {
+        let order = JobSpec {
             format: spool::FORMAT,
             elements: elements.clone(),
             task: self.slots[slots[0]].task.clone(),
@@ -712,11 +713,11 @@ impl Work {
             .and_then(|()| spool::write_order(&dir, &order).map_err(|error| error.to_string()))
             .and_then(|()| spool::ask_to_stop(&dir, false).map_err(|error| error.to_string()))
             .and_then(|()| {
-                let text = batch(&dir, &to.profile, layout)?;
+                let text = script::text(&dir, &to.profile, layout)?;
                 spool::put(&script, text.as_bytes()).map_err(|error| error.to_string())
             });
         if let Err(message) = prepared {
-            let ended = Ended {
+            let ended = ClusterEnd {
                 reason: "not submitted".into(),
                 message: format!("the spool in {} cannot be made: {message}", dir.display()),
                 hint: None,
@@ -779,25 +780,4 @@ impl Work {
         self.ask_at = self.ask_at.min(Instant::now() + Duration::from_secs(1));
         Ok(Ok(()))
     }
-}
-
-/// The script of a job: the prologue, and this very program, for each rank where there are ranks.
-fn batch(dir: &std::path::Path, profile: &Profile, layout: Layout) -> Result<String, String> {
-    let program = std::env::current_exe().map_err(|error| error.to_string())?;
-    let quoted =
-        |path: &std::path::Path| format!("'{}'", path.display().to_string().replace('\'', r"'\''"));
-    let (meeting, start) = match layout {
-        Layout::Single | Layout::Array(_) => ("", ""),
-        // One rank that ends badly leaves the others time to save their work.
-        Layout::Ranks(_) => (
-            include_str!("dispatch/ranks.sh"),
-            "srun --mpi=none --kill-on-bad-exit=0 ",
-        ),
-    };
-    Ok(format!(
-        "#!/bin/bash\n{}\n{meeting}exec {start}{} worker --spool {}\n",
-        profile.prologue,
-        quoted(&program),
-        quoted(dir)
-    ))
 }

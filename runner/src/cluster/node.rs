@@ -16,7 +16,7 @@ use retort_abi::{FailureCode, Part};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::Instant;
 
-use crate::cluster::spool::{self, Order, Over, SpoolError, Word, Writer};
+use crate::cluster::spool::{self, JobSpec, LifeEnd, SpoolError, SpoolEvent, Writer};
 use crate::frame::{Call, FromWorker, Points, Task, ToWorker};
 use crate::worker::death::{ExitStatus, out_of_memory_kills};
 use crate::worker::process::{Exit, Worker, WorkerEvent};
@@ -96,7 +96,7 @@ pub async fn serve(place: &ElementIdentity) -> Result<bool, NodeError> {
     let dir = spool::element_dir(&place.spool, place.element);
     let shown = dir.display().to_string();
     let mut writer = Writer::open(&dir).map_err(system(&format!("cannot write to {shown}")))?;
-    writer.push(Word::Began {
+    writer.push(SpoolEvent::Began {
         job: place.job.clone(),
         node: place.node.clone(),
         pid: std::process::id(),
@@ -110,9 +110,9 @@ pub async fn serve(place: &ElementIdentity) -> Result<bool, NodeError> {
     }
     let wasted = spool::wasted_lives(&dir, writer.life());
     let over = if spool::is_to_stop(&place.spool) {
-        Over::Stopped
+        LifeEnd::Stopped
     } else if wasted > order.requeue {
-        Over::GaveUp
+        LifeEnd::GaveUp
     } else {
         let mut task = order.task.clone();
         let staging = dir.join(format!("staging-{}", writer.life()));
@@ -140,13 +140,15 @@ pub async fn serve(place: &ElementIdentity) -> Result<bool, NodeError> {
         let _ = std::fs::remove_dir_all(staging);
         over
     };
-    let again = matches!(over, Over::TimeLimit { .. } | Over::Again { .. });
+    let again = matches!(over, LifeEnd::TimeLimit { .. } | LifeEnd::Again { .. });
     let good = match &over {
-        Over::TimeLimit { at_checkpoint } | Over::Terminated { at_checkpoint } => *at_checkpoint,
-        Over::Again { .. } | Over::GaveUp => false,
-        Over::Done | Over::Stopped => true,
+        LifeEnd::TimeLimit { at_checkpoint } | LifeEnd::Terminated { at_checkpoint } => {
+            *at_checkpoint
+        }
+        LifeEnd::Again { .. } | LifeEnd::GaveUp => false,
+        LifeEnd::Done | LifeEnd::Stopped => true,
     };
-    writer.push(Word::Over(over));
+    writer.push(SpoolEvent::Over(over));
     let began = Instant::now();
     while let Err(source) = writer.close(good) {
         if began.elapsed() > PATIENCE {
@@ -176,7 +178,7 @@ async fn requeue(job: &str) {
 
 /// Why a worker is being stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Cause {
+enum StopReason {
     User,
     TimeLimit,
     Terminated,
@@ -185,7 +187,7 @@ enum Cause {
 /// A worker under watch.
 struct Watch<'a> {
     place: &'a ElementIdentity,
-    order: &'a Order,
+    order: &'a JobSpec,
     writer: &'a mut Writer,
     /// Frames that had no room.
     lost: u64,
@@ -193,7 +195,7 @@ struct Watch<'a> {
     series: HashMap<String, Points>,
     progress: Option<FromWorker>,
     answer: Option<Answer>,
-    cause: Option<Cause>,
+    cause: Option<StopReason>,
 }
 
 /// What the worker answered.
@@ -212,7 +214,7 @@ impl Watch<'_> {
         task: Task,
         signals: &mut Signals,
         wasted: u32,
-    ) -> std::io::Result<Over> {
+    ) -> std::io::Result<LifeEnd> {
         let kills = kills_for_memory();
         let mut variables = Vec::new();
         if self.order.ranks
@@ -240,17 +242,17 @@ impl Watch<'_> {
                 cause = signals.next() => {
                     self.ask(cause, &mut worker).await;
                     // Twice, or in the end: no more time is given.
-                    if cause == Cause::Terminated {
+                    if cause == StopReason::Terminated {
                         let at = Instant::now() + LAST_MOMENTS;
                         kill_at = Some(kill_at.map_or(at, |before| before.min(at)));
                     }
                 }
                 _ = stop.tick() => {
                     if self.cause.is_none() && spool::is_to_stop(&self.place.spool) {
-                        self.ask(Cause::User, &mut worker).await;
+                        self.ask(StopReason::User, &mut worker).await;
                     }
                     if self.writer.is_superseded() {
-                        self.cause = Some(Cause::Terminated);
+                        self.cause = Some(StopReason::Terminated);
                         worker.signal(libc::SIGKILL);
                     }
                 }
@@ -263,7 +265,7 @@ impl Watch<'_> {
         };
         let out_of_memory = kills_for_memory() > kills;
         self.join();
-        self.writer.push(Word::Exited {
+        self.writer.push(SpoolEvent::Exited {
             status: exit.status,
             usage: exit.usage,
             out_of_memory,
@@ -271,33 +273,33 @@ impl Watch<'_> {
         Ok(self.judge(exit, out_of_memory, wasted))
     }
 
-    fn judge(&self, exit: Exit, out_of_memory: bool, wasted: u32) -> Over {
+    fn judge(&self, exit: Exit, out_of_memory: bool, wasted: u32) -> LifeEnd {
         let at_checkpoint = self.answer == Some(Answer::Cancelled);
         let killed = exit.status == ExitStatus::Signal(libc::SIGKILL);
         // What a worker says for itself counts, whatever was asked of it meanwhile.
         if matches!(self.answer, Some(Answer::Result | Answer::Final)) {
-            return Over::Done;
+            return LifeEnd::Done;
         }
         match self.cause {
-            Some(Cause::User) => return Over::Stopped,
-            Some(Cause::TimeLimit) => return Over::TimeLimit { at_checkpoint },
-            Some(Cause::Terminated) => return Over::Terminated { at_checkpoint },
+            Some(StopReason::User) => return LifeEnd::Stopped,
+            Some(StopReason::TimeLimit) => return LifeEnd::TimeLimit { at_checkpoint },
+            Some(StopReason::Terminated) => return LifeEnd::Terminated { at_checkpoint },
             None => {}
         }
         let reason = match self.answer {
             Some(Answer::Retryable) => "failed in a way that may pass",
             None if killed && !out_of_memory => "its worker was killed by SIGKILL",
-            _ => return Over::Done,
+            _ => return LifeEnd::Done,
         };
         match wasted < self.order.requeue {
-            true => Over::Again {
+            true => LifeEnd::Again {
                 reason: reason.to_owned(),
             },
-            false => Over::Done,
+            false => LifeEnd::Done,
         }
     }
 
-    async fn ask(&mut self, cause: Cause, worker: &mut Worker) {
+    async fn ask(&mut self, cause: StopReason, worker: &mut Worker) {
         // What comes first is the reason; that Slurm then ends what is left belongs to it.
         self.cause.get_or_insert(cause);
         // A message without paths can be written.
@@ -345,14 +347,14 @@ impl Watch<'_> {
                     FromWorker::Failed(_) | FromWorker::NotLoaded { .. } => Some(Answer::Final),
                     _ => self.answer,
                 };
-                self.say(Word::Frame(frame));
+                self.say(SpoolEvent::Frame(frame));
             }
-            WorkerEvent::Line(source, text) => self.say(Word::Line { source, text }),
+            WorkerEvent::Line(source, text) => self.say(SpoolEvent::Line { source, text }),
             WorkerEvent::Malformed(error) => {
                 worker.signal(libc::SIGKILL);
                 self.answer = Some(Answer::Final);
                 let message = format!("the worker sent what makes no sense: {error}");
-                self.say(Word::Frame(FromWorker::NotLoaded {
+                self.say(SpoolEvent::Frame(FromWorker::NotLoaded {
                     message,
                     hint: None,
                 }));
@@ -361,10 +363,10 @@ impl Watch<'_> {
         }
     }
 
-    fn say(&mut self, word: Word) {
+    fn say(&mut self, word: SpoolEvent) {
         let matters = !matches!(
             word,
-            Word::Line { .. } | Word::Frame(FromWorker::Log(_) | FromWorker::Loaded)
+            SpoolEvent::Line { .. } | SpoolEvent::Frame(FromWorker::Log(_) | FromWorker::Loaded)
         );
         if matters || self.writer.pending() <= MOST_PENDING {
             // What came before it is written before it.
@@ -380,10 +382,11 @@ impl Watch<'_> {
         let mut series: Vec<Points> = self.series.drain().map(|(_, points)| points).collect();
         if !series.is_empty() {
             series.sort_by(|a, b| a.series.cmp(&b.series));
-            self.writer.push(Word::Frame(FromWorker::Metrics(series)));
+            self.writer
+                .push(SpoolEvent::Frame(FromWorker::Metrics(series)));
         }
         if let Some(progress) = self.progress.take() {
-            self.writer.push(Word::Frame(progress));
+            self.writer.push(SpoolEvent::Frame(progress));
         }
     }
 
@@ -395,7 +398,7 @@ impl Watch<'_> {
                 "{} frames came while the spool could not be written, and are lost",
                 std::mem::take(&mut self.lost)
             );
-            self.writer.push(Word::Line {
+            self.writer.push(SpoolEvent::Line {
                 source: crate::store::LogSource::Runner,
                 text,
             });
@@ -424,10 +427,10 @@ impl Signals {
         })
     }
 
-    async fn next(&mut self) -> Cause {
+    async fn next(&mut self) -> StopReason {
         tokio::select! {
-            _ = self.ahead.recv() => Cause::TimeLimit,
-            _ = self.terminate.recv() => Cause::Terminated,
+            _ = self.ahead.recv() => StopReason::TimeLimit,
+            _ = self.terminate.recv() => StopReason::Terminated,
         }
     }
 }

@@ -69,7 +69,7 @@ pub type Key = (u64, Option<usize>);
 
 /// What Slurm says of an element.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Said {
+pub struct ElementStatus {
     /// Its state.
     pub state: State,
     /// Why it waits, or what else there is to say.
@@ -214,7 +214,7 @@ impl Slurm {
     ///
     /// # Errors
     /// [`SlurmError`].
-    pub async fn look(&self, jobs: &[u64]) -> Result<HashMap<Key, Said>, SlurmError> {
+    pub async fn look(&self, jobs: &[u64]) -> Result<HashMap<Key, ElementStatus>, SlurmError> {
         if jobs.is_empty() {
             return Ok(HashMap::new());
         }
@@ -235,7 +235,7 @@ impl Slurm {
     ///
     /// # Errors
     /// [`SlurmError`].
-    pub async fn accounts(&self, jobs: &[u64]) -> Result<HashMap<Key, Said>, SlurmError> {
+    pub async fn accounts(&self, jobs: &[u64]) -> Result<HashMap<Key, ElementStatus>, SlurmError> {
         if jobs.is_empty() || self.unaccounted.load(Ordering::Relaxed) {
             return Ok(HashMap::new());
         }
@@ -264,7 +264,7 @@ impl Slurm {
                 Some((job, element)) => (job, Some(element.parse().ok()?)),
                 None => (id, None),
             };
-            let said = Said {
+            let said = ElementStatus {
                 state: State::parse(state),
                 reason: bounded(state),
                 node: bounded(fields.next().unwrap_or_default()),
@@ -378,10 +378,10 @@ fn list(jobs: &[u64]) -> String {
     jobs.join(",")
 }
 
-fn line(line: &str) -> Option<(Key, Said)> {
+fn line(line: &str) -> Option<(Key, ElementStatus)> {
     let mut fields = line.split('|');
     let (job, element) = (fields.next()?, fields.next()?);
-    let said = Said {
+    let said = ElementStatus {
         state: State::parse(fields.next()?),
         reason: bounded(fields.next()?),
         node: bounded(fields.next().unwrap_or_default()),
@@ -639,7 +639,7 @@ mod tests {
 
     #[test]
     fn lines_of_the_queue() {
-        let said = |state, reason: &str, node: &str| Said {
+        let said = |state, reason: &str, node: &str| ElementStatus {
             state,
             reason: reason.into(),
             node: node.into(),

@@ -41,7 +41,7 @@ const ORDER: &str = "order.json";
 
 /// What a job is to do: written once, before it is submitted.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Order {
+pub struct JobSpec {
     /// [`FORMAT`].
     pub format: u32,
     /// What each element does; a job that is no array has one, of no part.
@@ -61,7 +61,7 @@ pub struct Order {
     pub ranks: bool,
 }
 
-impl Order {
+impl JobSpec {
     /// What its job is made of.
     pub fn layout(&self) -> Layout {
         match (self.elements.first(), self.ranks) {
@@ -75,7 +75,7 @@ impl Order {
 /// What an element says.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Word {
+pub enum SpoolEvent {
     /// A life begins.
     Began {
         /// Slurm's id of it.
@@ -104,13 +104,13 @@ pub enum Word {
         out_of_memory: bool,
     },
     /// The life is over: the last record of it.
-    Over(Over),
+    Over(LifeEnd),
 }
 
 /// Why a life is over.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Over {
+pub enum LifeEnd {
     /// The worker has ended, well or badly: there is nothing to do again.
     Done,
     /// The user wanted it to stop.
@@ -142,7 +142,7 @@ pub struct Record {
     /// When: milliseconds since 1970, by the clock of the machine that wrote it.
     pub at: i64,
     /// What.
-    pub word: Word,
+    pub word: SpoolEvent,
 }
 
 /// Why a spool cannot be read.
@@ -201,7 +201,7 @@ pub fn patiently<T>(mut act: impl FnMut() -> io::Result<T>) -> io::Result<T> {
 ///
 /// # Errors
 /// [`SpoolError::Io`].
-pub fn write_order(dir: &Path, order: &Order) -> Result<(), SpoolError> {
+pub fn write_order(dir: &Path, order: &JobSpec) -> Result<(), SpoolError> {
     let path = dir.join(ORDER);
     let text = serde_json::to_vec(order).map_err(|error| SpoolError::Damaged {
         path: path.clone(),
@@ -228,7 +228,7 @@ pub fn put(path: &Path, bytes: &[u8]) -> io::Result<()> {
 ///
 /// # Errors
 /// [`SpoolError`].
-pub fn read_order(dir: &Path) -> Result<Order, SpoolError> {
+pub fn read_order(dir: &Path) -> Result<JobSpec, SpoolError> {
     let path = dir.join(ORDER);
     let damaged = |message: String| SpoolError::Damaged {
         path: path.clone(),
@@ -241,7 +241,8 @@ pub fn read_order(dir: &Path) -> Result<Order, SpoolError> {
         regular::open(&path)?.take(limit).read_to_end(&mut text)
     })
     .map_err(failed("read", &path))?;
-    let order: Order = serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
+    let order: JobSpec =
+        serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
     match order.format {
         FORMAT => Ok(order),
         other => Err(damaged(format!(
@@ -331,7 +332,7 @@ impl Writer {
     }
 
     /// Adds a record to what is to be written.
-    pub fn push(&mut self, word: Word) {
+    pub fn push(&mut self, word: SpoolEvent) {
         let record = Record {
             number: number(self.life, self.records),
             at: Time::now().0,
@@ -596,9 +597,8 @@ impl Reader {
                 // Not all of it has come over the network.
                 break;
             }
-            let record = serde_json::from_slice(text).map_err(|error| {
-                damaged(&format!("a record is none that this retort knows: {error}"))
-            })?;
+            let record = serde_json::from_slice(text)
+                .map_err(|error| damaged(&format!("unknown type of record: {error}")))?;
             records.push(record);
             taken += 8 + length;
         }
@@ -613,192 +613,4 @@ fn length(bytes: &[u8]) -> Option<usize> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::frame::Line;
-
-    fn said(text: &str) -> Word {
-        Word::Frame(FromWorker::Log(vec![Line {
-            level: 3,
-            text: text.into(),
-            at: 0,
-        }]))
-    }
-
-    fn all(reader: &mut Reader) -> Vec<Record> {
-        let mut records = Vec::new();
-        while reader.look(&mut records).unwrap() == SpoolReading::More {}
-        records
-    }
-
-    #[test]
-    fn what_is_written_is_read_once_and_in_order_through_pieces_and_lives() {
-        let root = tempfile::tempdir().unwrap();
-        let dir = root.path().join("3");
-        let mut reader = Reader::new(dir.clone());
-        assert!(all(&mut reader).is_empty(), "nothing has begun");
-        let mut numbers = Vec::new();
-        for life in 0..3 {
-            assert!(!reader.turn(), "the next has not begun");
-            let mut writer = Writer::open(&dir).unwrap();
-            assert_eq!((writer.life(), reader.turn()), (life, life > 0));
-            assert!(all(&mut reader).is_empty() && reader.life() == life);
-            // Pieces and records beyond what is read at once.
-            for size in [10, CHUNK + 5, 3, PIECE as usize, 1] {
-                writer.push(said(&"x".repeat(size)));
-                writer.flush().unwrap();
-                numbers.extend(all(&mut reader).iter().map(|record| record.number));
-            }
-            writer.push(Word::Over(Over::Done));
-            writer.close(life == 1).unwrap();
-            numbers.extend(all(&mut reader).iter().map(|record| record.number));
-            assert_eq!(numbers.len(), 6 * (life as usize + 1));
-        }
-        assert!(numbers.is_sorted());
-        assert_eq!(wasted_lives(&dir, 3), 2);
-        let mut again = Reader::new(dir);
-        let mut once_more = Vec::new();
-        loop {
-            once_more.extend(all(&mut again).iter().map(|record| record.number));
-            if !again.turn() {
-                break;
-            }
-        }
-        assert_eq!(once_more, numbers);
-    }
-
-    #[test]
-    fn what_is_no_file_in_a_spool_is_neither_waited_for_nor_written_to() {
-        type Make = fn(&Path);
-        let pipe: Make = |path| {
-            let made = std::process::Command::new("mkfifo").arg(path).status();
-            assert!(made.unwrap().success());
-        };
-        let folder: Make = |path| fs::create_dir(path).unwrap();
-        let device: Make = |path| std::os::unix::fs::symlink("/dev/zero", path).unwrap();
-        for make in [pipe, folder, device] {
-            let root = tempfile::tempdir().unwrap();
-            let at = |name: &str| root.path().join(name);
-            for name in [STOP, ORDER, "life-0", "0.0.open"] {
-                make(&at(name));
-            }
-            assert!(!is_to_stop(root.path()));
-            for error in [
-                ask_to_stop(root.path(), true).unwrap_err(),
-                read_order(root.path()).unwrap_err(),
-                Reader::new(root.path().to_owned())
-                    .look(&mut Vec::new())
-                    .unwrap_err(),
-            ] {
-                let damaged = matches!(error, SpoolError::Damaged { .. });
-                assert!(
-                    damaged && error.to_string().contains("not a regular file"),
-                    "{error}"
-                );
-            }
-            // The name is taken: the next life has the next number, and cannot tell the one before.
-            let mut writer = Writer::open(root.path()).unwrap();
-            assert_eq!(writer.life(), 1);
-            assert!(!writer.supersede());
-            assert_eq!(wasted_lives(root.path(), 1), 1);
-            fs::remove_file(at("life-1")).unwrap();
-            make(&at("life-1"));
-            assert!(!writer.is_superseded());
-            let error = writer.close(true).unwrap_err().to_string();
-            assert!(error.contains("not a regular file"), "{error}");
-        }
-    }
-
-    #[test]
-    fn what_a_superseded_life_has_left_is_read_before_the_next() {
-        let root = tempfile::tempdir().unwrap();
-        let dir = root.path().to_owned();
-        let mut reader = Reader::new(dir.clone());
-        let texts = |reader: &mut Reader| -> Vec<String> {
-            let records = all(reader);
-            let text = |record: &Record| match &record.word {
-                Word::Frame(FromWorker::Log(lines)) => lines[0].text.clone(),
-                other => panic!("{other:?}"),
-            };
-            records.iter().map(text).collect()
-        };
-        let mut first = Writer::open(&dir).unwrap();
-        first.push(said("read in time"));
-        first.flush().unwrap();
-        assert_eq!(texts(&mut reader), ["read in time"]);
-        // Its node is lost: a whole record, and one that is torn.
-        first.push(said("whole"));
-        first.flush().unwrap();
-        first.push(said("torn"));
-        let open = piece_path(&dir, 0, 0, false);
-        let mut bytes = fs::read(&open).unwrap();
-        bytes.extend(&first.pending[..first.pending.len() - 1]);
-        fs::write(&open, bytes).unwrap();
-        let mut second = Writer::open(&dir).unwrap();
-        assert!(second.supersede());
-        second.push(said("the next"));
-        second.flush().unwrap();
-        // Asked more than once before it is looked at, as Slurm may be.
-        assert!(reader.turn() && reader.turn());
-        assert_eq!(texts(&mut reader), ["whole", "the next"]);
-        assert_eq!((reader.life(), reader.turn()), (1, false));
-        second.push(said("the last"));
-        second.close(true).unwrap();
-        assert_eq!(texts(&mut reader), ["the last"]);
-        let mut again = Reader::new(dir);
-        assert!(again.turn());
-        let all = ["read in time", "whole", "the next", "the last"];
-        assert_eq!(texts(&mut again), all);
-    }
-
-    #[test]
-    fn a_life_learns_that_another_has_begun() {
-        let root = tempfile::tempdir().unwrap();
-        let old = Writer::open(root.path()).unwrap();
-        assert!(!old.supersede() && !old.is_superseded());
-        let mut new = Writer::open(root.path()).unwrap();
-        assert!(new.supersede() && old.is_superseded() && new.is_followed_too_soon());
-        let mut old = old;
-        old.close(false).unwrap();
-        assert!(!new.is_followed_too_soon());
-        new.close(true).unwrap();
-        let third = Writer::open(root.path()).unwrap();
-        assert!(!third.supersede(), "it has ended");
-    }
-
-    #[test]
-    fn a_torn_end_is_nothing_yet() {
-        let root = tempfile::tempdir().unwrap();
-        let dir = root.path().join("0");
-        let mut writer = Writer::open(&dir).unwrap();
-        writer.push(said("one"));
-        writer.push(said("two"));
-        writer.flush().unwrap();
-        let path = piece_path(&dir, 0, 0, false);
-        let whole = fs::read(&path).unwrap();
-        for end in 0..=whole.len() {
-            let mut reader = Reader::new(dir.clone());
-            // As a file looks of which the last page has not come: its length, and zeros.
-            let mut torn = whole[..end].to_vec();
-            torn.resize(whole.len(), 0);
-            for bytes in [&whole[..end], &torn[..]] {
-                fs::write(&path, bytes).unwrap();
-                let seen = all(&mut reader.clone()).len();
-                assert!(
-                    seen <= 2 && (end == whole.len()) == (seen == 2),
-                    "{end}: {seen}"
-                );
-            }
-            let first = all(&mut reader).len();
-            fs::write(&path, &whole).unwrap();
-            assert_eq!(first + all(&mut reader).len(), 2, "{end}");
-        }
-        let mut reader = Reader::new(dir.clone());
-        let mut spoilt = whole.clone();
-        spoilt[20] ^= 1;
-        fs::remove_file(&path).unwrap();
-        fs::write(piece_path(&dir, 0, 0, true), spoilt).unwrap();
-        let error = reader.look(&mut Vec::new()).unwrap_err().to_string();
-        assert!(error.contains("0.0.sealed is damaged"), "{error}");
-    }
-}
+mod tests;

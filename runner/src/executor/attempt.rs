@@ -32,7 +32,7 @@ pub mod spec;
 mod supervisor;
 #[cfg(test)]
 mod tests;
-pub use end::{End, Manner};
+pub use end::{End, StopOutcome};
 pub use spec::{AttemptSpec, RunContext, Stop};
 
 /// An attempt that has ended.

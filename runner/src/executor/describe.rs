@@ -1,23 +1,68 @@
 //! What a run's record says of it before it begins: the recipe, the plan and each value with its origin.
 
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
 use crate::executor::options::Options;
 use crate::plan::decision::Role;
 use crate::plan::{Plan, PlannedStage};
-use crate::store::{NewRun, NewStage, Param, PluginIdentity};
+use crate::settings::Executor;
+use crate::store::{NewRun, NewStage, Param, PluginIdentity, StageState};
+
+/// What the history keeps of a run so that it can be taken up again, with the plan's own fields beside these.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct RecordedPlan {
+    /// The plan.
+    #[serde(flatten)]
+    pub plan: Plan,
+    /// The part of each stage in the run, by name; none in a run that an earlier version recorded.
+    #[serde(default)]
+    pub roles: BTreeMap<String, Role>,
+    /// Stages that were forced, as earlier versions recorded them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    forced: Vec<String>,
+    /// Where its stages ran, if not on this machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub executor: Option<Executor>,
+    /// Words of `--slurm`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub slurm: Vec<String>,
+}
+
+impl RecordedPlan {
+    /// The part of a stage when the run is taken up again, in which it ended in this state, if it had a part: one that was
+    /// left out stays out, one that was forced and did not get done is still to be done.
+    pub fn role(&self, stage: &str, ended: Option<StageState>) -> Role {
+        let Some(ended) = ended else {
+            return Role::Skipped;
+        };
+        let was_forced = self.forced.iter().any(|forced| forced == stage);
+        let earlier = match was_forced {
+            true => Role::Forced,
+            false => Role::Wanted,
+        };
+        match self.roles.get(stage).copied().unwrap_or(earlier) {
+            Role::Forced if ended == StageState::Succeeded => Role::Wanted,
+            role => role,
+        }
+    }
+}
 
 pub(super) fn new_run(plan: &Plan, roles: &[Role], options: &Options) -> NewRun {
-    // Beside the plan itself, what `resume` has to know of the stages' parts.
-    let mut resolved = serde_json::to_value(plan).unwrap_or_default();
-    let forced = plan
-        .stages
-        .iter()
-        .zip(roles)
-        .filter(|(_, role)| **role == Role::Forced);
-    if options.cluster.is_some() {
-        resolved["executor"] = "slurm".into();
-        resolved["slurm"] = options.slurm.clone().into();
-    }
-    resolved["forced"] = forced.map(|(stage, _)| stage.name.as_str()).collect();
+    let on_slurm = options.cluster.is_some();
+    let names = plan.stages.iter().map(|stage| stage.name.clone());
+    let recorded = RecordedPlan {
+        plan: plan.clone(),
+        roles: names.zip(roles.iter().copied()).collect(),
+        forced: Vec::new(),
+        executor: on_slurm.then_some(Executor::Slurm),
+        slurm: match on_slurm {
+            true => options.slurm.clone(),
+            false => Vec::new(),
+        },
+    };
+    let resolved = serde_json::to_value(recorded).unwrap_or_default();
     NewRun {
         recipe_name: plan.name.clone(),
         recipe_path: plan.path.display().to_string(),
@@ -37,7 +82,7 @@ fn params(plan: &Plan) -> Vec<Param> {
     let mut params = vec![Param {
         path: "seed".into(),
         value: plan.seed.into(),
-        origin: seed_origin(plan),
+        origin: plan.seed_origin.to_string(),
     }];
     for stage in &plan.stages {
         let value = serde_json::to_value(stage).unwrap_or_default();
@@ -69,15 +114,6 @@ fn params(plan: &Plan) -> Vec<Param> {
     params
 }
 
-/// Where the recipe's own seed came from, which a plan does not say.
-fn seed_origin(plan: &Plan) -> String {
-    if plan.set.iter().any(|set| set.starts_with("seed=")) {
-        return "--set".into();
-    }
-    let line = plan.text.lines().position(|line| line.starts_with("seed:"));
-    line.map_or_else(|| "default".into(), |line| format!("recipe:{}", line + 1))
-}
-
 pub(super) fn new_stage(stage: &PlannedStage, position: usize) -> NewStage {
     let plugin = &stage.plugin;
     NewStage {
@@ -98,5 +134,51 @@ pub(super) fn new_stage(stage: &PlannedStage, position: usize) -> NewStage {
             .iter()
             .map(|one| (one.pointer.clone(), one.stage.clone()))
             .collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_of_stages_come_back_as_they_were() {
+        let plan: Plan = serde_json::from_value(serde_json::json!({
+            "name": "r", "description": null, "path": "/r.yaml", "text": "", "set": [], "base_dir": "/", "seed": 1,
+            "stages": [], "warnings": [], "notes": [],
+        }))
+        .unwrap();
+        let roles = [
+            ("wanted", Role::Wanted),
+            ("forced", Role::Forced),
+            ("needed", Role::Needed),
+            ("skipped", Role::Skipped),
+        ];
+        let recorded = RecordedPlan {
+            plan,
+            roles: roles.map(|(name, role)| (name.to_owned(), role)).into(),
+            forced: Vec::new(),
+            executor: None,
+            slurm: Vec::new(),
+        };
+        let mut text = serde_json::to_value(&recorded).unwrap();
+        let read: RecordedPlan = serde_json::from_value(text.clone()).unwrap();
+        assert_eq!(read.plan, recorded.plan);
+        for (name, role) in roles {
+            assert_eq!(read.role(name, Some(StageState::Interrupted)), role);
+        }
+        assert_eq!(
+            read.role("forced", Some(StageState::Succeeded)),
+            Role::Wanted
+        );
+        assert_eq!(read.role("wanted", None), Role::Skipped);
+
+        // As earlier versions wrote it.
+        text.as_object_mut().unwrap().remove("roles");
+        text["forced"] = serde_json::json!(["forced"]);
+        let read: RecordedPlan = serde_json::from_value(text).unwrap();
+        assert_eq!(read.role("forced", Some(StageState::Failed)), Role::Forced);
+        assert_eq!(read.role("wanted", Some(StageState::Failed)), Role::Wanted);
+        assert_eq!(read.role("skipped", None), Role::Skipped);
     }
 }

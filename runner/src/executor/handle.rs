@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use retort_abi::{Failure, FailureCode, Part};
 
-use crate::cluster::Ended;
+use crate::cluster::ClusterEnd;
 use crate::cluster::dispatch::{Assignment, Dispatcher, Element};
 use crate::cluster::node::rank_variables;
 use crate::executor::attempt::end::End;
@@ -102,7 +102,7 @@ pub fn place(context: &RunContext, spec: &AttemptSpec) -> Result<Placement, End>
     if let Some(cluster) = &context.cluster {
         let profile = cluster.settings.profile(&spec.stage.kind);
         let profile = profile.map_err(|error| {
-            End::Cluster(Ended {
+            End::Cluster(ClusterEnd {
                 reason: "not submitted".into(),
                 message: error.message,
                 hint: error.hint,

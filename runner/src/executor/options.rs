@@ -41,14 +41,14 @@ pub struct Options {
     /// The cluster whose jobs do the work; none: processes of this machine do.
     pub cluster: Option<Cluster>,
     /// How its jobs are left.
-    pub leave: LeaveJobs,
+    pub leave: DetachPolicy,
     /// What was set for them by flags, for the record.
     pub slurm: Vec<String>,
 }
 
 /// How a runner leaves jobs of a cluster.
 #[derive(Clone)]
-pub enum LeaveJobs {
+pub enum DetachPolicy {
     /// It does not: Ctrl-C cancels them.
     Never,
     /// By itself, when everything is submitted that can be.
@@ -57,7 +57,7 @@ pub enum LeaveJobs {
     Ask(Arc<dyn Fn() -> Choice + Send + Sync>),
 }
 
-impl std::fmt::Debug for LeaveJobs {
+impl std::fmt::Debug for DetachPolicy {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Never => "Never",

@@ -14,7 +14,7 @@ use crate::executor::control::Follower;
 use crate::executor::describe::new_stage;
 use crate::executor::error::ExecutorError;
 use crate::executor::event::Event;
-use crate::executor::options::{Choice, LeaveJobs, Options};
+use crate::executor::options::{Choice, DetachPolicy, Options};
 use crate::executor::report::{Outcome, StageReport};
 use crate::executor::source::Source;
 use crate::plan::decision::Role;
@@ -160,7 +160,7 @@ impl<'p> Scheduler<'p> {
             if self.workers.is_empty() || self.detached {
                 return Ok(());
             }
-            let leaves = matches!(self.options.leave, LeaveJobs::WhenSubmitted)
+            let leaves = matches!(self.options.leave, DetachPolicy::WhenSubmitted)
                 && self.context.cluster.is_some();
             tokio::select! {
                 Ok(choice) = answer(&mut self.answer) => {
@@ -435,9 +435,11 @@ impl<'p> Scheduler<'p> {
             return self.interrupt(signal);
         }
         match (&self.options.leave, signal) {
-            (_, libc::SIGHUP | libc::SIGTERM) | (LeaveJobs::WhenSubmitted, _) => self.leave(signal),
+            (_, libc::SIGHUP | libc::SIGTERM) | (DetachPolicy::WhenSubmitted, _) => {
+                self.leave(signal)
+            }
             // Twice is an answer.
-            (LeaveJobs::Ask(ask), _) if self.answer.is_none() => {
+            (DetachPolicy::Ask(ask), _) if self.answer.is_none() => {
                 let (tell, answer) = oneshot::channel();
                 let ask = Arc::clone(ask);
                 // A thread that nobody waits for: it may never get an answer.

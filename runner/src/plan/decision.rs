@@ -6,14 +6,14 @@
 use std::collections::BTreeMap;
 use std::error::Error as StdError;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{Digest, Plan, PlannedStage, digest};
 use crate::schema;
 
 /// The part of each stage in a run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
     /// Run or reused, as its digest says.

@@ -20,7 +20,7 @@ use crate::diagnostic::Finding;
 use crate::recipe::{Recipe, Source, Written};
 use crate::schema;
 use crate::yaml::{Part, escape};
-use draft::Draft;
+use draft::UnresolvedStage;
 
 /// The stages of a recipe in an order in which they can run, and everything found on the way. Stages with mistakes are
 /// left out. The last are notes on what the plan chose by itself.
@@ -38,7 +38,7 @@ pub(super) fn settle(
         findings: recipe.findings.clone(),
         notes: Vec::new(),
     };
-    let drafts: Vec<Draft<'_>> = recipe
+    let drafts: Vec<UnresolvedStage<'_>> = recipe
         .stages
         .iter()
         .map(|stage| planner.draft(stage))
@@ -81,7 +81,7 @@ impl Planner<'_> {
     }
 
     /// Settles device, dtype, seed, threads and timeout; `None` where something about the stage has been reported.
-    fn settle(&mut self, draft: &Draft<'_>) -> Option<PlannedStage> {
+    fn settle(&mut self, draft: &UnresolvedStage<'_>) -> Option<PlannedStage> {
         let stage = draft.stage;
         let timeout = match timeout(draft) {
             Ok(timeout) => timeout,
@@ -137,7 +137,7 @@ impl Planner<'_> {
     }
 
     /// Where the values of a stage came from: those of its keys and of its options.
-    fn origins(&self, draft: &Draft<'_>) -> BTreeMap<String, Origin> {
+    fn origins(&self, draft: &UnresolvedStage<'_>) -> BTreeMap<String, Origin> {
         let (stage, recipe) = (draft.stage, self.recipe);
         let mut origins = BTreeMap::new();
         let mut add = |key: &str, own: bool, shared: bool, fallback: Origin| {
@@ -169,7 +169,7 @@ impl Planner<'_> {
     }
 
     /// The pointer of a setting that a stage may have or take from the recipe.
-    fn setting(&self, draft: &Draft<'_>, key: &str, own: bool) -> String {
+    fn setting(&self, draft: &UnresolvedStage<'_>, key: &str, own: bool) -> String {
         if own {
             format!("{}/{key}", draft.pointer)
         } else {
@@ -177,7 +177,7 @@ impl Planner<'_> {
         }
     }
 
-    fn dtype(&mut self, draft: &Draft<'_>, description: &Description) -> Option<String> {
+    fn dtype(&mut self, draft: &UnresolvedStage<'_>, description: &Description) -> Option<String> {
         let known: Vec<&str> = description.dtypes.iter().map(String::as_str).collect();
         let Some(written) = draft.stage.dtype.as_ref().or(self.recipe.dtype.as_ref()) else {
             return Some((*known.first().unwrap_or(&"f32")).to_owned());
@@ -214,7 +214,7 @@ impl Planner<'_> {
     clippy::result_large_err,
     reason = "once for a stage: its size costs nothing"
 )]
-fn timeout(draft: &Draft<'_>) -> Result<Option<Duration>, Finding> {
+fn timeout(draft: &UnresolvedStage<'_>) -> Result<Option<Duration>, Finding> {
     let Some(written) = draft.stage.timeout.as_deref() else {
         return Ok(None);
     };
@@ -255,7 +255,7 @@ fn in_place(source: &Source, finding: &Finding) -> bool {
 }
 
 /// Where a value of the recipe came from.
-fn origin(source: &Source, pointer: &str, fallback: Origin) -> Origin {
+pub(super) fn origin(source: &Source, pointer: &str, fallback: Origin) -> Origin {
     match source.written(pointer) {
         Written::Line(line) => Origin::Recipe(line),
         Written::Interpolated => Origin::Params,
@@ -267,7 +267,7 @@ fn origin(source: &Source, pointer: &str, fallback: Origin) -> Origin {
 /// Notes where every value without values inside came from.
 fn option_origins(
     source: &Source,
-    draft: &Draft<'_>,
+    draft: &UnresolvedStage<'_>,
     value: &Value,
     pointer: &str,
     origins: &mut BTreeMap<String, Origin>,

@@ -64,6 +64,28 @@ fn everything_is_settled() {
 }
 
 #[test]
+fn the_origin_of_the_seed_is_known_however_it_is_written() {
+    let flow =
+        "{version: 1, backend: fake, seed: 7, stages: {codes: {kind: tokenizer, data: d.csv}}}";
+    for (text, set, expected) in [
+        (format!("seed: 7\n{HEAD}"), None, "recipe:1"),
+        (format!("{HEAD}\"seed\": 7\n"), None, "recipe:5"),
+        (flow.to_owned(), None, "recipe:1"),
+        (
+            format!("seed: ${{params.s}}\nparams: {{s: 7}}\n{HEAD}"),
+            None,
+            "params",
+        ),
+        (HEAD.to_owned(), Some("seed=7"), "--set"),
+        (format!("# seed: 3\n{HEAD}"), None, "default"),
+    ] {
+        let plan = fake::plan(&text, &Vec::from_iter(set)).unwrap();
+        assert_eq!(plan.seed_origin.to_string(), expected, "{text}");
+        assert_eq!(plan.seed, if expected == "default" { 0 } else { 7 });
+    }
+}
+
+#[test]
 fn missing_files_are_warnings_of_the_plan() {
     let plan = fake::plan(HEAD, &[]).unwrap();
     let [warning] = plan.warnings.as_slice() else {

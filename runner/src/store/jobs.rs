@@ -51,7 +51,7 @@ pub struct JobRow {
 
 /// The jobs of a run that its runner has left.
 #[derive(Debug, Clone, PartialEq)]
-pub struct LeftJobs {
+pub struct DetachedJobs {
     /// The run.
     pub run: RunId,
     /// Whether the runner has left it on purpose.
@@ -422,7 +422,7 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::Damaged`], [`StoreError::Sql`].
-    pub async fn left_to_scheduler(&self) -> Result<Vec<LeftJobs>, StoreError> {
+    pub async fn left_to_scheduler(&self) -> Result<Vec<DetachedJobs>, StoreError> {
         let gone = self.without_runner().await?;
         let mut left = Vec::new();
         for (key, id, detached) in gone {
@@ -434,7 +434,7 @@ impl Store {
             .bind(key)
             .fetch_all(self.pool())
             .await?;
-            left.push(LeftJobs {
+            left.push(DetachedJobs {
                 run: RunId(id),
                 detached,
                 jobs: jobs.into_iter().map(i64::cast_unsigned).collect(),
@@ -449,7 +449,7 @@ impl Store {
     /// As [`Store::begin_run`].
     pub async fn scheduler_says(
         &self,
-        left: &LeftJobs,
+        left: &DetachedJobs,
         waiting: Option<&str>,
     ) -> Result<(), StoreError> {
         let mut connection = super::connection::connect_for_writing(self.dir()).await?;
@@ -500,7 +500,7 @@ impl Store {
     ///
     /// # Errors
     /// As [`Store::begin_run`].
-    pub async fn take_up(&self, left: &LeftJobs) -> Result<(), StoreError> {
+    pub async fn take_up(&self, left: &DetachedJobs) -> Result<(), StoreError> {
         self.end_left(left, "taken up again while its Slurm jobs went on")
             .await
     }
@@ -509,12 +509,12 @@ impl Store {
     ///
     /// # Errors
     /// As [`Store::begin_run`].
-    pub async fn scheduler_is_done(&self, left: &LeftJobs) -> Result<(), StoreError> {
+    pub async fn scheduler_is_done(&self, left: &DetachedJobs) -> Result<(), StoreError> {
         let error = "its Slurm jobs have ended; `retort resume` takes over what they made";
         self.end_left(left, error).await
     }
 
-    async fn end_left(&self, left: &LeftJobs, error: &str) -> Result<(), StoreError> {
+    async fn end_left(&self, left: &DetachedJobs, error: &str) -> Result<(), StoreError> {
         let state = if left.detached { "interrupted" } else { "lost" };
         let mut connection = super::connection::connect_for_writing(self.dir()).await?;
         sqlx::query(

@@ -229,7 +229,9 @@ impl Store {
 }
 
 const TURN: &str = "select r.id as run, r.created, v.state, s.digest, s.components, s.inputs, v.reused_from_run, v.reason,
-        exists (select 1 from documents d, json_each(d.resolved, '$.forced') f where d.run = r.key and f.value = s.name)
+        exists (select 1 from documents d, json_each(d.resolved, '$.roles') role
+                where d.run = r.key and role.key = s.name and role.value = 'forced')
+        or exists (select 1 from documents d, json_each(d.resolved, '$.forced') f where d.run = r.key and f.value = s.name)
             as forced
  from runs r
  join stages s on s.run = r.key

@@ -414,7 +414,7 @@ fn a_run_is_at_work_when_slurm_says_so_though_its_runner_never_did() {
         let waiting = store.attempt_waits(attempt, Some("Priority"));
         waiting.await.unwrap();
         assert_eq!(states().await, (RunState::Queued, StageState::Queued));
-        let left = LeftJobs {
+        let left = DetachedJobs {
             run: run.clone(),
             detached: false,
             jobs: vec![1],

@@ -15,7 +15,7 @@ use crate::sweep::{Goal, Objective};
 pub struct Results {
     /// The sweep and its points.
     pub detail: SweepDetail,
-    /// What is looked for.
+    /// The objective.
     pub objective: Option<Objective>,
     /// The runs that speak for points, by id, with the objective among their values.
     runs: HashMap<String, RunSummary>,

@@ -52,8 +52,8 @@ pub fn svg(label: &str, nodes: &[Node], edges: &[(usize, usize)]) -> Markup {
         .max()
         .unwrap_or(0)
         + 4;
-    let left = |place: &Spot| place.column * (WIDTH + ACROSS) + 2;
-    let middle = |place: &Spot| place.top + place.height / 2 + 2;
+    let left = |place: &Point| place.column * (WIDTH + ACROSS) + 2;
+    let middle = |place: &Point| place.top + place.height / 2 + 2;
     // From side to side of the columns, straight through those that are passed.
     let path = |way: &Vec<usize>| {
         let mut path = String::new();
@@ -115,7 +115,7 @@ fn cut(text: &str, most: usize) -> String {
 
 /// Where a node stands, or an edge passes.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Spot {
+struct Point {
     column: usize,
     top: usize,
     height: usize,
@@ -123,7 +123,7 @@ struct Spot {
 
 /// Where nodes stand: as far to the right as the longest way to them. Behind them follow the places at which edges pass
 /// columns; each edge is a way through such places.
-fn places(count: usize, edges: &[(usize, usize)]) -> (Vec<Spot>, Vec<Vec<usize>>) {
+fn places(count: usize, edges: &[(usize, usize)]) -> (Vec<Point>, Vec<Vec<usize>>) {
     let mut columns = vec![0_usize; count];
     // As often as there are nodes is enough for any way, and an end for what is no such graph.
     for _ in 0..count {
@@ -138,9 +138,9 @@ fn places(count: usize, edges: &[(usize, usize)]) -> (Vec<Spot>, Vec<Vec<usize>>
             break;
         }
     }
-    let mut spots: Vec<Spot> = columns
+    let mut spots: Vec<Point> = columns
         .iter()
-        .map(|&column| Spot {
+        .map(|&column| Point {
             column,
             top: 0,
             height: HEIGHT,
@@ -156,7 +156,7 @@ fn places(count: usize, edges: &[(usize, usize)]) -> (Vec<Spot>, Vec<Vec<usize>>
             if passes <= 4 * MOST {
                 for column in columns[from] + 1..columns[to] {
                     way.push(spots.len());
-                    spots.push(Spot {
+                    spots.push(Point {
                         column,
                         top: 0,
                         height: LANE,

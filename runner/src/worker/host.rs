@@ -19,7 +19,7 @@ use retort_abi::{
 use retort_checkpoint::regular;
 use serde::de::DeserializeOwned;
 
-use crate::input::{self, Stamp};
+use crate::input::{self, FileStamp};
 use crate::trust::{self, TrustError};
 
 /// A loaded plugin. It stays loaded until the process ends.
@@ -149,7 +149,7 @@ impl LoadedPlugin {
         let file = regular::open(path).map_err(unreadable)?;
         check_magic(path, &file)?;
         trust::check_owner(path)?;
-        let stamp = Stamp::of(&file.metadata().map_err(unreadable)?);
+        let stamp = FileStamp::of(&file.metadata().map_err(unreadable)?);
         if let Some(planned) = planned {
             let copy = file.try_clone().map_err(unreadable)?;
             let hash = input::content_hash(copy).map_err(unreadable)?;
@@ -159,7 +159,7 @@ impl LoadedPlugin {
         }
         let place = match needs_its_place(&file).map_err(unreadable)? {
             // By its path, then, in directories that nobody else can write to.
-            true if fs::metadata(path).is_ok_and(|found| Stamp::of(&found) == stamp) => {
+            true if fs::metadata(path).is_ok_and(|found| FileStamp::of(&found) == stamp) => {
                 path.to_owned()
             }
             true => return Err(changed()),
@@ -175,7 +175,7 @@ impl LoadedPlugin {
             })?;
         // Never closed: the linker knows the plugin by the number of its descriptor, which nothing else must get.
         let file: &'static File = Box::leak(Box::new(file));
-        if Stamp::of(&file.metadata().map_err(unreadable)?) != stamp {
+        if FileStamp::of(&file.metadata().map_err(unreadable)?) != stamp {
             return Err(changed());
         }
         // Never unloaded: its threads and thread-locals may outlive any moment we could choose.

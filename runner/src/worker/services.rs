@@ -150,7 +150,7 @@ unsafe extern "C" fn artifact_commit(ctx: *mut c_void, id: u64, meta_json: Str, 
         let meta = meta.map_err(|error| {
             Failure::new(
                 FailureCode::Internal,
-                format!("artifact_commit({id}): the facts are no artifact meta: {error}"),
+                format!("artifact_commit({id}): invalid artifact metadata: {error}"),
             )
         })?;
         let record = Box::new(writer.commit(id, meta)?);

@@ -20,10 +20,10 @@ pub(super) struct ArtifactWriter {
 #[derive(Default)]
 struct Drafts {
     last_id: u64,
-    open: HashMap<u64, Draft>,
+    open: HashMap<u64, OpenArtifact>,
 }
 
-struct Draft {
+struct OpenArtifact {
     kind: String,
     name: String,
     path: PathBuf,
@@ -46,7 +46,7 @@ impl ArtifactWriter {
         drafts.last_id = id;
         drafts.open.insert(
             id,
-            Draft {
+            OpenArtifact {
                 kind,
                 name,
                 path: path.clone(),
@@ -82,7 +82,7 @@ impl ArtifactWriter {
     }
 }
 
-fn commit_failure(draft: &Draft, error: &ArtifactError) -> Failure {
+fn commit_failure(draft: &OpenArtifact, error: &ArtifactError) -> Failure {
     let what = format!(
         "the {} `{}` cannot be made an artifact: {error}",
         draft.kind, draft.name

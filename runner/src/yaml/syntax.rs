@@ -120,7 +120,7 @@ pub(super) const TOO_DEEP: &str = "nested too deeply";
 /// Names a character that looks like a space.
 pub fn odd_space(odd: char) -> String {
     format!(
-        "U+{:04X} is here, which looks like a space or like nothing, and is no space",
+        "unexpected invisible character U+{:04X}: it looks like a space or like nothing, and is neither",
         u32::from(odd)
     )
 }

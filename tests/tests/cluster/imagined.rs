@@ -13,7 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use retort::artifact;
-use retort::cluster::spool::{self, Order, Over, Word, Writer};
+use retort::cluster::spool::{self, JobSpec, LifeEnd, SpoolEvent, Writer};
 use retort::frame::{Answer, Call, FromWorker, Points, Progress};
 use retort::store::{ArtifactRecord, Usage};
 use retort::worker::death::ExitStatus;
@@ -64,7 +64,7 @@ struct Element {
 struct Cluster {
     scale: Scale,
     dir: PathBuf,
-    orders: Vec<(PathBuf, Order)>,
+    orders: Vec<(PathBuf, JobSpec)>,
     elements: Vec<Element>,
     lost: BTreeSet<usize>,
     /// Elements that have already failed once.
@@ -151,7 +151,7 @@ impl Cluster {
             let (spool, _) = &self.orders[element.job - 1];
             let mut writer =
                 Writer::open(&spool::element_dir(spool, element.index.unwrap_or(0))).unwrap();
-            writer.push(Word::Began {
+            writer.push(SpoolEvent::Began {
                 job: format!("{}", element.job),
                 node: format!("node{node}"),
                 pid: 1,
@@ -185,14 +185,14 @@ impl Cluster {
                 let start = (part * SHARDS + element.done) * self.scale.shard;
                 let path = work_dir.join(format!("{}-{}", part, element.done));
                 fs::write(path, format!("{start} {}", start + self.scale.shard)).unwrap();
-                writer.push(Word::Frame(FromWorker::Metrics(vec![Points {
+                writer.push(SpoolEvent::Frame(FromWorker::Metrics(vec![Points {
                     series: "made".into(),
                     steps: vec![element.done as u64],
                     values: vec![start as f64],
                     at: vec![1_795_000_000_000],
                 }])));
                 element.done += 1;
-                writer.push(Word::Frame(FromWorker::Progress(Progress {
+                writer.push(SpoolEvent::Frame(FromWorker::Progress(Progress {
                     done: (element.done * self.scale.shard) as u64,
                     total: (SHARDS * self.scale.shard) as u64,
                     unit: "pairs".into(),
@@ -217,11 +217,11 @@ impl Cluster {
         let mut writer = element.writer.take().unwrap();
         element.node = None;
         let (state, end) = match kind {
-            0 => ("FAILED", "died without a word"),
+            0 => ("FAILED", "died without reporting a reason"),
             1 => ("NODE_FAIL", "node failed"),
             _ => {
                 let reason = "its worker was killed by SIGKILL".to_owned();
-                writer.push(Word::Over(Over::Again { reason }));
+                writer.push(SpoolEvent::Over(LifeEnd::Again { reason }));
                 writer.close(false).unwrap();
                 ("PENDING", "its worker was killed by SIGKILL")
             }
@@ -238,14 +238,14 @@ impl Cluster {
             .into_iter()
             .chain([FromWorker::Answer(Answer::Result(result))])
         {
-            writer.push(Word::Frame(frame));
+            writer.push(SpoolEvent::Frame(frame));
         }
-        writer.push(Word::Exited {
+        writer.push(SpoolEvent::Exited {
             status: ExitStatus::Code(0),
             usage: Usage::default(),
             out_of_memory: false,
         });
-        writer.push(Word::Over(Over::Done));
+        writer.push(SpoolEvent::Over(LifeEnd::Done));
         writer.close(true).unwrap();
         (element.state, element.node) = ("COMPLETED", None);
         self.ended("succeeded");

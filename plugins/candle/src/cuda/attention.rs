@@ -9,7 +9,7 @@ use crate::cuda::CAPABILITY;
 use crate::cuda::kernels::{self, Kernel};
 use crate::cuda::launch::{SHARED, counted, launch, warps};
 use crate::cuda::product::{Single, product, product_into};
-use crate::cuda::structures::{Heads, Seen, Steps};
+use crate::cuda::structures::{Heads, Steps, VisibleKeys};
 use crate::cuda::tensor::{Raw, Tensor, convert, dense_last, device, fresh, pointer};
 use crate::failed;
 
@@ -94,9 +94,9 @@ impl Masked {
         Ok(Some(to))
     }
 
-    fn seen(&self, s: Sizes, kinds: Option<&Raw>) -> Result<Seen> {
+    fn seen(&self, s: Sizes, kinds: Option<&Raw>) -> Result<VisibleKeys> {
         let (steps, bias) = self.arguments(0)?;
-        Ok(Seen {
+        Ok(VisibleKeys {
             lq: s.lq as u32,
             lk: s.lk as u32,
             causal: self.causal,
@@ -164,7 +164,7 @@ pub fn attention_backward(
 /// Kernels for heads of up to so many dimensions. They take heads, their dimensions, the scale, q, k and v, and what is seen;
 /// then what they read and write.
 struct Kernels {
-    forward: Kernel<(u32, u32, f32, Heads, Heads, Heads, Seen, u64)>,
+    forward: Kernel<(u32, u32, f32, Heads, Heads, Heads, VisibleKeys, u64)>,
     /// The gradient for q. The result and its gradient lie beside q, k and v.
     dq: Kernel<(
         u32,
@@ -175,7 +175,7 @@ struct Kernels {
         Heads,
         Heads,
         Heads,
-        Seen,
+        VisibleKeys,
         u64,
         u64,
         u64,
@@ -189,7 +189,7 @@ struct Kernels {
         Heads,
         Heads,
         Heads,
-        Seen,
+        VisibleKeys,
         u64,
         u64,
         u64,

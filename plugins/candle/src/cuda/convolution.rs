@@ -12,7 +12,7 @@ use retort_engine::error::{Error, Result};
 use crate::cuda::kernels;
 use crate::cuda::launch::{blocks, launch};
 use crate::cuda::product::{Single, product_into};
-use crate::cuda::structures::Slide;
+use crate::cuda::structures::PoolWindow;
 use crate::cuda::sums::fill;
 use crate::cuda::tensor::{Raw, Tensor, convert, device, fresh, pointer};
 use crate::failed;
@@ -25,7 +25,7 @@ struct Sizes {
     images: usize,
     /// Channels times pixels of a window.
     window: usize,
-    slide: Slide,
+    slide: PoolWindow,
     /// Whether a window is a pixel and the images are their own matrix.
     pixels: bool,
     /// Whether windows of 3 x 3 keep the size of the image.
@@ -50,7 +50,7 @@ impl Sizes {
                 w.dims()
             )));
         }
-        let slide = Slide::new([high, wide].map(|n| scale * n), [kh, kw], stride, padding);
+        let slide = PoolWindow::new([high, wide].map(|n| scale * n), [kh, kw], stride, padding);
         let slide = if scale == 2 { slide.halved() } else { slide };
         let [oh, ow] = slide.windows();
         let window = channels * kh * kw;

@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 
 use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, LaunchArgs, PushKernelArg};
 
-use crate::cuda::structures::{Adamw, Flow, Heads, Places, Seen, Slide, Steps};
+use crate::cuda::structures::{Adamw, Flow, Heads, Places, PoolWindow, Steps, VisibleKeys};
 
 /// The kernels, for the driver to compile.
 pub const SOURCE: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx"));
@@ -62,8 +62,8 @@ plain!(u32: "u32", i32: "u32", u64: "u64", f32: "f32", f64: "f64");
 impl Argument for Places {}
 impl Argument for Steps {}
 impl Argument for Heads {}
-impl Argument for Seen {}
-impl Argument for Slide {}
+impl Argument for VisibleKeys {}
+impl Argument for PoolWindow {}
 impl Argument for Adamw {}
 impl Argument for Flow {}
 
@@ -145,10 +145,10 @@ kernels! {
     (u32, u32, u32, Address, Address, Address): unit_f32, unit_bf16;
     (u32, u32, u32, Address, Address, Address, Address, Address): unit_backward;
     (u32, u32, u32, f32, Address, Address, Address, Address, Address): group_norm_backward;
-    (u32, Slide, Address, Address): unfold_one_f32, unfold_four_f32, unfold_one_f16, unfold_eight_f16, unfold_3x3_f16;
+    (u32, PoolWindow, Address, Address): unfold_one_f32, unfold_four_f32, unfold_one_f16, unfold_eight_f16, unfold_3x3_f16;
     (u32, u32, u32, Address, Address, Address): plus_one, plus_four;
-    (u32, Slide, Address, Address): fold, max_pool;
-    (u32, Slide, Address, Address, Address): max_pool_backward;
+    (u32, PoolWindow, Address, Address): fold, max_pool;
+    (u32, PoolWindow, Address, Address, Address): max_pool_backward;
     (u32, u32, u32, u32, Steps, Address, Address, Address, Address): rope;
     (u32, u32, u32, u32, Steps, Steps, Steps, Steps, Steps, Address, Address, Address, Address, Address, Address, Address, Address, Address):
         rope_cached_f32, rope_cached_bf16;
@@ -156,11 +156,11 @@ kernels! {
     (u32, u32, f32, Address, Address, Address): weights_backward;
     (u32, u32, u32, u32, f32, i32, Steps, Steps, Steps, Steps, Address, Address, Address, Address, Address, Address):
         attend_f32, attend_bf16;
-    (u32, Seen, Address): mask_kinds;
-    (u32, u32, f32, Heads, Heads, Heads, Seen, Address): attention_32, attention_64, attention_128;
-    (u32, u32, f32, Heads, Heads, Heads, Heads, Heads, Seen, Address, Address, Address):
+    (u32, VisibleKeys, Address): mask_kinds;
+    (u32, u32, f32, Heads, Heads, Heads, VisibleKeys, Address): attention_32, attention_64, attention_128;
+    (u32, u32, f32, Heads, Heads, Heads, Heads, Heads, VisibleKeys, Address, Address, Address):
         attention_dq_32, attention_dq_64, attention_dq_128;
-    (u32, u32, f32, Heads, Heads, Heads, Heads, Seen, Address, Address, Address, Address):
+    (u32, u32, f32, Heads, Heads, Heads, Heads, VisibleKeys, Address, Address, Address, Address):
         attention_dkv_32, attention_dkv_64, attention_dkv_128;
     (u32, Adamw, Address, Address, Address, Address): adamw;
     (u32, f32, f32, Address, Address): ema;

@@ -106,10 +106,10 @@ pub struct Heads {
 // SAFETY: as above.
 unsafe impl DeviceRepr for Heads {}
 
-/// `Seen` of the kernels.
+/// `VisibleKeys` of the kernels.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
-pub struct Seen {
+pub struct VisibleKeys {
     pub lq: u32,
     pub lk: u32,
     pub causal: i32,
@@ -119,12 +119,12 @@ pub struct Seen {
 }
 
 // SAFETY: as above.
-unsafe impl DeviceRepr for Seen {}
+unsafe impl DeviceRepr for VisibleKeys {}
 
-/// `Slide` of the kernels.
+/// `PoolWindow` of the kernels.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
-pub struct Slide {
+pub struct PoolWindow {
     h: u32,
     w: u32,
     kh: u32,
@@ -138,9 +138,9 @@ pub struct Slide {
 }
 
 // SAFETY: as above.
-unsafe impl DeviceRepr for Slide {}
+unsafe impl DeviceRepr for PoolWindow {}
 
-impl Slide {
+impl PoolWindow {
     /// A kernel of `size` pixels over an image.
     pub fn new(image: [usize; 2], size: [usize; 2], stride: usize, padding: [usize; 2]) -> Self {
         let count = |d: usize| {

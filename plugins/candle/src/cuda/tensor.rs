@@ -5,6 +5,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr
 use candle_core::cuda_backend::{CudaDType, CudaStorageSlice};
 use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Storage};
+use retort_engine::backend::Precision;
 use retort_engine::error::{Error, Result};
 
 use crate::cuda::kernels;
@@ -59,6 +60,14 @@ impl Tensor {
     /// The type of operands of products.
     pub fn storage(&self) -> DType {
         if self.half { DType::BF16 } else { DType::F32 }
+    }
+
+    /// The type of a result that is asked for in a precision.
+    pub fn stored_as(&self, precision: Precision) -> DType {
+        match precision {
+            Precision::Storage => DType::F32,
+            Precision::Factor => self.storage(),
+        }
     }
 }
 

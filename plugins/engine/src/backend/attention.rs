@@ -52,8 +52,8 @@ pub trait Attention: Layers {
         Self::rope(q, cos, sin)
     }
 
-    /// softmax(scale q k^T + mask) v: q (b, lq, h, d), k and v (b, lk, h, d) -> (b, lq, h, d), for products to read: it
-    /// may be in their type.
+    /// softmax(scale q k^T + mask) v: q (b, lq, h, d), k and v (b, lk, h, d) -> (b, lq, h, d) as a
+    /// [`Precision::Factor`](crate::backend::Precision::Factor).
     fn attention(
         q: &Self::Tensor,
         k: &Self::Tensor,

@@ -1,7 +1,7 @@
 //! Layers and losses composed of tensor operations, in pairs of forward and backward. A backend overrides a pair where one
 //! kernel is faster than several operations.
 
-use crate::backend::tensor::{Binary, Tensors, Unary};
+use crate::backend::tensor::{Binary, Precision, Tensors, Unary};
 use crate::error::Result;
 
 /// Square windows that slide over an image.
@@ -55,8 +55,8 @@ pub trait Layers: Tensors {
         Self::conv2d_bias(&upsample2::<Self>(x)?, w, bias, None, 1, padding)
     }
 
-    /// [`Tensors::unary`](crate::backend::Tensors::unary), for products to read: it may be in their type.
-    fn unary_factor(x: &Self::Tensor, f: Unary) -> Result<Self::Tensor> {
+    /// [`Tensors::unary`](crate::backend::Tensors::unary), in a precision.
+    fn activation(x: &Self::Tensor, f: Unary, _: Precision) -> Result<Self::Tensor> {
         Self::unary(x, f)
     }
 
@@ -234,7 +234,7 @@ pub trait Layers: Tensors {
         windows_adjoint::<Self>(&spread, &Self::shape(x), window)
     }
 
-    /// silu(a) * b where x (.., 2 d) holds a then b: -> (.., d), for products to read: it may be in their type.
+    /// silu(a) * b where x (.., 2 d) holds a then b: -> (.., d) as a [`Precision::Factor`].
     fn swiglu(x: &Self::Tensor) -> Result<Self::Tensor> {
         let (a, b) = halves::<Self>(x)?;
         Self::binary(&Self::unary(&a, Unary::Silu)?, &b, Binary::Mul)

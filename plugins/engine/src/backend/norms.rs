@@ -1,12 +1,17 @@
 //! Normalisations, in pairs of forward and backward, composed of tensor operations.
 
-use crate::backend::tensor::{Binary, Tensors, Unary};
+use crate::backend::tensor::{Binary, Precision, Tensors, Unary};
 use crate::error::Result;
 
 /// Root mean square, layer and group norms, with what the networks do around them.
 pub trait Norms: Tensors {
     /// x / sqrt(mean(x^2) + eps) * w over the last dimension; w (d).
-    fn rms_norm(x: &Self::Tensor, w: &Self::Tensor, eps: f64) -> Result<Self::Tensor> {
+    fn rms_norm(
+        x: &Self::Tensor,
+        w: &Self::Tensor,
+        eps: f64,
+        _: Precision,
+    ) -> Result<Self::Tensor> {
         Self::binary(
             &Self::binary(x, &inverse_rms::<Self>(x, eps)?, Binary::Mul)?,
             w,
@@ -44,13 +49,8 @@ pub trait Norms: Tensors {
         Ok((dx, dw))
     }
 
-    /// [`Norms::rms_norm`] for products alone to read: in their type, if that is another ([`Tensors::factor`](crate::backend::Tensors::factor)).
-    fn rms_norm_factor(x: &Self::Tensor, w: &Self::Tensor, eps: f64) -> Result<Self::Tensor> {
-        Self::rms_norm(x, w, eps)
-    }
-
-    /// x / |x| of x (b, l, h, d) over the last dimension, times a length per head (h) where there are lengths, for
-    /// products to read: it may be in their type. Zeros stay zeros.
+    /// x / |x| of x (b, l, h, d) over the last dimension, times a length per head (h) where there are lengths, as a
+    /// [`Precision::Factor`]. Zeros stay zeros.
     fn unit(x: &Self::Tensor, length: Option<&Self::Tensor>) -> Result<Self::Tensor> {
         let y = unit::<Self>(x)?;
         match length {
@@ -91,8 +91,7 @@ pub trait Norms: Tensors {
         standardise_backward::<Self>(&y, &r, grad)
     }
 
-    /// [`Norms::layer_norm`] of x (b, l, c) times scale plus shift, (b, 1, c) each, for products to read: it may be in
-    /// their type.
+    /// [`Norms::layer_norm`] of x (b, l, c) times scale plus shift, (b, 1, c) each, as a [`Precision::Factor`].
     fn modulated_norm(
         x: &Self::Tensor,
         scale: &Self::Tensor,
@@ -183,7 +182,7 @@ pub(crate) fn root_mean_square<B: Tensors>(x: &B::Tensor) -> Result<(B::Tensor, 
 /// x / |x| over the last dimension.
 fn unit<B: Norms>(x: &B::Tensor) -> Result<B::Tensor> {
     let (scale, eps) = root_mean_square::<B>(x)?;
-    B::rms_norm(x, &scale, eps)
+    B::rms_norm(x, &scale, eps, Precision::Storage)
 }
 
 /// Numbers per head (h) as (h, 1).

@@ -9,6 +9,15 @@ use std::fmt::Debug;
 
 use crate::error::Result;
 
+/// The type of a result, where it may be another than that of storage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Precision {
+    /// That of storage: f32.
+    Storage,
+    /// That in which products are computed, for what only products read ([`Tensors::factor`]).
+    Factor,
+}
+
 /// Element-wise functions of one argument.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unary {

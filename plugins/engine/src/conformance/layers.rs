@@ -2,7 +2,7 @@
 
 use super::host::{self, Host};
 use super::{MemoryLayout, Suite};
-use crate::backend::{Backend, Unary, Window};
+use crate::backend::{Backend, Precision, Unary, Window};
 
 impl<B: Backend> Suite<'_, B> {
     pub(super) fn products(&mut self) {
@@ -255,8 +255,8 @@ impl<B: Backend> Suite<'_, B> {
         let x = Host::random(&[2, 3, 37], 31, -1.0, 1.5);
         let w = Host::random(&[37], 32, 0.5, 1.5);
         let want = host::rms_norm(&x, &w, 1e-5);
-        self.op("rms_norm_factor", &[x, w], &want, 128.0, &|x| {
-            B::rms_norm_factor(&x[0], &x[1], 1e-5)
+        self.op("rms_norm as a factor", &[x, w], &want, 128.0, &|x| {
+            B::rms_norm(&x[0], &x[1], 1e-5, Precision::Factor)
         });
         for d in [6, 64] {
             let inputs = [
@@ -293,8 +293,8 @@ impl<B: Backend> Suite<'_, B> {
         }
         let x = Host::random(&[3, 4, 37], 75, -3.0, 3.0);
         let want = host::unary(&x, Unary::GeluTanh);
-        self.op("unary_factor", &[x], &want, 32.0, &|x| {
-            B::unary_factor(&x[0], Unary::GeluTanh)
+        self.op("activation as a factor", &[x], &want, 32.0, &|x| {
+            B::activation(&x[0], Unary::GeluTanh, Precision::Factor)
         });
         // Lengths of rows that are not, and that are, whole vectors.
         for c in [37, 64] {
@@ -357,7 +357,7 @@ impl<B: Backend> Suite<'_, B> {
                 &[x.clone(), w],
                 128.0,
                 &|x| host::rms_norm(&x[0], &x[1], 1e-5),
-                &|x| B::rms_norm(&x[0], &x[1], 1e-5),
+                &|x| B::rms_norm(&x[0], &x[1], 1e-5, Precision::Storage),
                 &|x, _, g| {
                     let (dx, dw) = B::rms_norm_backward(&x[0], &x[1], g, 1e-5)?;
                     Ok(vec![dx, dw])

@@ -2,7 +2,7 @@
 
 use super::host::Host;
 use super::{MemoryLayout, Suite, difference};
-use crate::backend::{Backend, Mask, Unary, Window};
+use crate::backend::{Backend, Mask, Precision, Unary, Window};
 use crate::error::Result;
 use crate::tape::{Variable, backward};
 
@@ -47,7 +47,7 @@ impl<B: Backend> Suite<'_, B> {
         self.slope("softmax", one, &|p| p[0].softmax());
         let scale = Host::random(&[6], 59, 0.5, 1.5);
         self.slope("rms_norm", &[x.clone(), scale], &|p| {
-            p[0].rms_norm(&p[1], 1e-5)
+            p[0].rms_norm(&p[1], 1e-5, Precision::Storage)
         });
         self.slope("layer_norm", one, &|p| p[0].layer_norm(1e-5));
         let [scale, shift] = [64, 65].map(|seed| Host::random(&[3, 1, 6], seed, 0.5, 1.5));
@@ -81,9 +81,9 @@ impl<B: Backend> Suite<'_, B> {
             &|p| p[0].l2_normalise(),
         );
         self.alike(
-            "unary_factor",
+            "activation",
             one,
-            &|p| p[0].unary_factor(Unary::GeluTanh),
+            &|p| p[0].activation(Unary::GeluTanh, Precision::Factor),
             &|p| p[0].unary(Unary::GeluTanh),
         );
         let logits = Host::random(&[4, 9], 60, -2.0, 2.0);

@@ -12,7 +12,7 @@ use retort_checkpoint::regular;
 use retort_checkpoint::tar::Part;
 
 use super::error::DataError;
-use super::shards;
+use super::file;
 
 /// An image file of a source.
 #[derive(Debug)]
@@ -48,6 +48,12 @@ impl Damaged {
     }
 }
 
+/// Opens an archive.
+pub(super) fn open_archive(path: &Path) -> Result<File, DataError> {
+    let expected = "a tar archive (for a folder of archives, `folder:`)";
+    file::open(path, expected)
+}
+
 /// Files of more bytes than this are held one after the other.
 const LARGE_FILE: u64 = 1 << 24;
 
@@ -63,7 +69,7 @@ impl<'a> Archives<'a> {
             folder,
             files: archives
                 .iter()
-                .map(|path| shards::open(path))
+                .map(|path| open_archive(path))
                 .collect::<Result<_, _>>()?,
         })
     }

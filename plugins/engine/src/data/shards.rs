@@ -4,7 +4,6 @@
 //! (`retort_checkpoint::tar`).
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::hash::{BuildHasher, RandomState};
 use std::path::Path;
 use std::sync::Arc;
@@ -14,26 +13,20 @@ use retort_checkpoint::json;
 use retort_checkpoint::tar::{Archive, Stored};
 use serde_json::Value;
 
-use super::content::Item;
+use super::content::{self, Item};
 use super::error::{DataError, shown};
+use super::table;
 use super::table::{Held, cost};
-use super::{file, table};
 
 /// Bytes of an entry of [`Beside`], with what a tree takes.
 const BESIDE: usize = 80;
-
-/// Opens an archive.
-pub fn open(path: &Path) -> Result<File, DataError> {
-    let expected = "a tar archive (for a folder of archives, `folder:`)";
-    file::open(path, expected)
-}
 
 /// What lies beside images in an archive, by what is common to their names: class and caption.
 type Beside = BTreeMap<Box<str>, (Option<Arc<str>>, Option<Box<str>>)>;
 
 /// What is found in the archives of a source.
 #[derive(Debug, Default)]
-pub(super) struct Found {
+pub(super) struct ArchivedImages {
     /// Image files, in the order of the archives.
     pub(super) items: Vec<Item>,
     /// Classes as written, by the numbers that items have.
@@ -41,7 +34,7 @@ pub(super) struct Found {
     held: Held,
 }
 
-impl Found {
+impl ArchivedImages {
     /// A class as an item has it.
     fn class(&mut self, text: Arc<str>) -> u32 {
         let next = self.classes.len() as u32;
@@ -55,7 +48,7 @@ impl Found {
             error => DataError::content(path, error.to_string()),
         };
         let full = |message: String| DataError::content(path, message);
-        let mut archive = Archive::new(open(path)?).map_err(of)?;
+        let mut archive = Archive::new(content::open_archive(path)?).map_err(of)?;
         let first = self.items.len();
         let mut beside = Beside::new();
         while let Some(entry) = archive.next().map_err(of)? {
@@ -269,11 +262,11 @@ pub(super) mod tests {
         out
     }
 
-    fn list(bytes: &[u8]) -> Result<Found, String> {
+    fn list(bytes: &[u8]) -> Result<ArchivedImages, String> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.tar");
         std::fs::write(&path, bytes).unwrap();
-        let mut found = Found::default();
+        let mut found = ArchivedImages::default();
         let read = found.read(&path, 0);
         read.map(|()| found).map_err(|error| error.to_string())
     }

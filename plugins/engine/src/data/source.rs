@@ -311,11 +311,11 @@ impl Source {
     }
 
     fn open_tar(o: &DataOptions, path: &Path, archives: Vec<PathBuf>) -> Result<Self, DataError> {
-        let mut found = shards::Found::default();
+        let mut found = shards::ArchivedImages::default();
         for (archive, number) in archives.iter().zip(0u32..) {
             found.read(archive, number)?;
         }
-        let shards::Found {
+        let shards::ArchivedImages {
             mut items,
             classes: mut numbers,
             ..

@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::{Backend, Mask, Recording, Unary};
+use crate::backend::{Backend, Mask, Precision, Recording, Unary};
 use crate::error::{Error, Result};
 use crate::model::continuous::Continuous;
 use crate::model::decoding::{Cache, conditional, guide, guided, rows};
@@ -133,7 +133,7 @@ enum Embedder<B: Backend> {
 }
 
 /// The positions in front.
-struct Front<B: Backend> {
+struct PrefixPositions<B: Backend> {
     /// Embeddings (b, T, C); those of a caption are zero before its first token.
     embeddings: Variable<B>,
     /// Positions of each row that nobody sees, where there are any.
@@ -195,7 +195,7 @@ impl<B: Backend> Block<B> {
             None => Variable::cat(&[&self.w1, &self.w3], 0)?,
         };
         let inner = x
-            .rms_norm_factor(&self.ffn_norm, NORM_EPS)?
+            .rms_norm(&self.ffn_norm, NORM_EPS, Precision::Factor)?
             .linear(&w13, None)?
             .swiglu()?;
         x.add(&inner.linear(&self.w2, None)?)
@@ -211,7 +211,7 @@ impl<B: Backend> Block<B> {
         scale: f64,
     ) -> Result<Variable<B>> {
         let qkv = x
-            .rms_norm_factor(&self.attention_norm, NORM_EPS)?
+            .rms_norm(&self.attention_norm, NORM_EPS, Precision::Factor)?
             .linear(&self.wqkv, None)?; // (b, l, 3 C)
         let y = qkv.packed_attention(heads, rope, mask, scale)?; // (b, l, C)
         self.feed_forward(&x.add(&y.linear(&self.wo, None)?)?)
@@ -228,7 +228,7 @@ impl<B: Backend> Block<B> {
     ) -> Result<Variable<B>> {
         let shape = x.shape();
         let qkv = x
-            .rms_norm_factor(&self.attention_norm, NORM_EPS)?
+            .rms_norm(&self.attention_norm, NORM_EPS, Precision::Factor)?
             .linear(&self.wqkv, None)?;
         let [q, k, v] = unpack::<B>(qkv.value(), stack.config.heads)?;
         let (cos, sin) = &stack.rope;
@@ -308,17 +308,17 @@ impl<B: Backend> Stack<B> {
     }
 
     fn logits(&self, x: &Variable<B>) -> Result<Variable<B>> {
-        x.rms_norm_factor(&self.norm, NORM_EPS)?
+        x.rms_norm(&self.norm, NORM_EPS, Precision::Factor)?
             .linear(&self.output, None)
     }
 
     /// The positions in front: (b, T, C).
-    fn front(&self, conditions: &Conditions<B>) -> Result<Front<B>> {
+    fn front(&self, conditions: &Conditions<B>) -> Result<PrefixPositions<B>> {
         Ok(match &self.embedder {
             Embedder::Classes(table) => {
                 let ids = conditions.classes()?;
                 let shape = [B::shape(ids)[0], 1, self.config.width];
-                Front {
+                PrefixPositions {
                     embeddings: table.rows(ids)?.reshape(&shape)?,
                     padding: Vec::new(),
                 }
@@ -327,7 +327,7 @@ impl<B: Backend> Stack<B> {
                 let captions = conditions.captions()?;
                 let features = Variable::constant(captions.features.clone());
                 let inner = features.linear(fc1, None)?.unary(Unary::GeluTanh)?;
-                Front {
+                PrefixPositions {
                     embeddings: inner.linear(fc2, None)?,
                     padding: captions.padding.clone(),
                 }
@@ -355,7 +355,7 @@ impl<B: Backend> Embedder<B> {
     }
 }
 
-impl<B: Backend> Front<B> {
+impl<B: Backend> PrefixPositions<B> {
     /// One embedding of the condition (b, 1, C): of a caption the mean over its tokens.
     fn summary(&self) -> Result<Variable<B>> {
         if self.padding.is_empty() {
@@ -410,7 +410,7 @@ fn rope_table<B: Backend>(backend: &B, c: &Config) -> Result<(B::Tensor, B::Tens
 }
 
 /// What stands for no condition.
-enum Without<B: Backend> {
+enum Unconditional<B: Backend> {
     /// A row of the class embedding.
     Class(usize),
     /// Features (T, F).
@@ -421,7 +421,7 @@ enum Without<B: Backend> {
 pub struct Gpt<B: Backend> {
     stack: Stack<B>,
     embedding: Variable<B>,
-    without: Without<B>,
+    without: Unconditional<B>,
     tokens: TokenShape,
 }
 
@@ -431,11 +431,15 @@ impl<B: Backend> Gpt<B> {
         let stack = Stack::load(loader, config)?;
         let shape = [config.vocabulary, config.width];
         let without = match config.condition {
-            ConditionShape::Classes(classes) => Without::Class(classes),
+            ConditionShape::Classes(classes) => Unconditional::Class(classes),
             ConditionShape::Captions(c) => {
                 let normal = Init::Normal((c.width as f32).sqrt().recip());
                 let shape = [c.positions, c.width];
-                Without::Features(loader.get("cls_embedding.uncond_embedding", &shape, normal)?)
+                Unconditional::Features(loader.get(
+                    "cls_embedding.uncond_embedding",
+                    &shape,
+                    normal,
+                )?)
             }
         };
         Ok(Self {
@@ -447,7 +451,11 @@ impl<B: Backend> Gpt<B> {
     }
 
     /// The positions in front: with guidance those of the conditions, then as many times those of no condition.
-    fn front(&self, conditions: &Conditions<B>, guidance: Option<Guidance>) -> Result<Front<B>> {
+    fn front(
+        &self,
+        conditions: &Conditions<B>,
+        guidance: Option<Guidance>,
+    ) -> Result<PrefixPositions<B>> {
         match guidance {
             Some(_) => self.stack.front(&self.doubled(conditions)?),
             None => self.stack.front(conditions),
@@ -465,10 +473,10 @@ impl<B: Backend> Gpt<B> {
     /// The conditions, then as many times no condition.
     fn doubled(&self, conditions: &Conditions<B>) -> Result<Conditions<B>> {
         Ok(match &self.without {
-            Without::Class(row) => {
+            Unconditional::Class(row) => {
                 Conditions::Classes(rows::<B>(conditions.classes()?, *row, true)?)
             }
-            Without::Features(none) => {
+            Unconditional::Features(none) => {
                 let captions = conditions.captions()?;
                 let shape = B::shape(&captions.features);
                 let none = B::reshape(none.value(), &[1, shape[1], shape[2]])?;
@@ -579,7 +587,7 @@ fn hidden<B: Backend>(
 /// One generation of the teacher; with guidance the batch holds the conditional rows, then the unconditional ones.
 struct Decoding<'a, B: Backend> {
     gpt: &'a Gpt<B>,
-    front: Front<B>,
+    front: PrefixPositions<B>,
     hidden: Option<B::Tensor>,
     guidance: Option<Guidance>,
     caches: Vec<Cache<B>>,

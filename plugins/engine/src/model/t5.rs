@@ -11,7 +11,7 @@
 
 use serde::Deserialize;
 
-use crate::backend::{Backend, Binary, Mask, Unary};
+use crate::backend::{Backend, Binary, Mask, Precision, Unary};
 use crate::error::{Error, Result};
 use crate::tape::Variable;
 use crate::weights::{Init, Loader};
@@ -195,17 +195,19 @@ impl<B: Backend> Encoder<B> {
         let (h, d, eps) = (c.num_heads, c.d_kv, c.layer_norm_epsilon);
         let mut x = self.embeddings.rows(&backend.indices(&ids, &[b, l])?)?; // (b, l, C)
         for block in &self.blocks {
-            let y = x.rms_norm(&block.attention_norm, eps)?;
+            let y = x.rms_norm(&block.attention_norm, eps, Precision::Storage)?;
             let head = |w: &Variable<B>| y.linear(w, None)?.reshape(&[b, l, h, d]);
             let (q, k, v) = (head(&block.q)?, head(&block.k)?, head(&block.v)?);
             let y = Variable::attention(&q, &k, &v, &mask, 1.0)?.reshape(&[b, l, h * d])?;
             x = x.add(&y.linear(&block.o, None)?)?;
-            let y = x.rms_norm(&block.norm, eps)?;
+            let y = x.rms_norm(&block.norm, eps, Precision::Storage)?;
             let gate = y.linear(&block.wi_0, None)?.unary(Unary::GeluTanh)?;
             let y = gate.mul(&y.linear(&block.wi_1, None)?)?;
             x = x.add(&y.linear(&block.wo, None)?)?;
         }
-        Ok(x.rms_norm(&self.norm, eps)?.value().clone())
+        Ok(x.rms_norm(&self.norm, eps, Precision::Storage)?
+            .value()
+            .clone())
     }
 
     /// What relative positions add to the scores: (1, h, l, l).

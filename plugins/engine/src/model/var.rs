@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::{Backend, Mask, Unary};
+use crate::backend::{Backend, Mask, Precision, Unary};
 use crate::error::{Error, Result};
 use crate::model::msvq;
 use crate::model::{ConditionShape, TokenShape};
@@ -310,7 +310,10 @@ impl<B: Backend> Block<B> {
         )?;
         let x = x.gated_add(&y, &m.gamma[0], kinds)?;
         let y = x.modulated_norm(&m.scale[1], &m.shift[1], NORM_EPS)?;
-        let y = self.fc1.forward(&y)?.unary_factor(Unary::GeluTanh)?;
+        let y = self
+            .fc1
+            .forward(&y)?
+            .activation(Unary::GeluTanh, Precision::Factor)?;
         x.gated_add(&self.fc2.forward(&y)?, &m.gamma[1], None)
     }
 

@@ -42,10 +42,10 @@ use crate::samples::{Samples, by_class};
 use crate::stage::Stage;
 use comparison::{Against, figures};
 use figure::{Figure, Row, relate, table};
-use measure::{Had, Measured, Meter, Network};
+use measure::{Measured, Measurement, Meter, Network};
 use pairs::lpips_distances;
 use reference::{ReferenceStatistics, save, statistics};
-use source::{Real, open_set, reconstructions, samples_source};
+use source::{ReferenceImages, open_set, reconstructions, samples_source};
 
 /// Options of `evaluate`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -349,13 +349,13 @@ impl<'o, B: Backend> Inputs<'o, B> {
         })
     }
 
-    fn real(&self, context: &Context<'_, B>, o: &Options) -> Result<Real<'_>> {
+    fn real(&self, context: &Context<'_, B>, o: &Options) -> Result<ReferenceImages<'_>> {
         if let Some(images) = &self.data {
-            return Ok(Real::Data(images));
+            return Ok(ReferenceImages::Data(images));
         }
         if let Some(stage) = &o.real {
             let set = open_set(context, &self.network, stage, "/real")?;
-            return Ok(Real::Samples(Box::new(set)));
+            return Ok(ReferenceImages::Samples(Box::new(set)));
         }
         if let Some((path, given)) = &self.given
             && let Some(images) = given.images
@@ -363,9 +363,9 @@ impl<'o, B: Backend> Inputs<'o, B> {
             self.network
                 .accepts(images.1)
                 .map_err(|message| Error::data(path, message))?;
-            return Ok(Real::Archive(path, images));
+            return Ok(ReferenceImages::Archive(path, images));
         }
-        Ok(Real::None)
+        Ok(ReferenceImages::None)
     }
 
     /// What sets are measured against, given what was measured of the real images.
@@ -429,17 +429,18 @@ impl<'o, B: Backend> Inputs<'o, B> {
             };
             let against = self.against(measured.as_ref())?;
             let mut own = Vec::new();
-            let mut add = |name: &str, count, passes, seen: &Measured, lpips: Option<Had<f64>>| {
-                let mut figures = figures(context, o, &against, seen)?;
-                figures.extend(lpips.map(|value| Figure::new("lpips", "LPIPS", 4, value)));
-                own.push(Row {
-                    name: label(name),
-                    count,
-                    passes,
-                    figures,
-                });
-                Ok::<_, Error>(())
-            };
+            let mut add =
+                |name: &str, count, passes, seen: &Measured, lpips: Option<Measurement<f64>>| {
+                    let mut figures = figures(context, o, &against, seen)?;
+                    figures.extend(lpips.map(|value| Figure::new("lpips", "LPIPS", 4, value)));
+                    own.push(Row {
+                        name: label(name),
+                        count,
+                        passes,
+                        figures,
+                    });
+                    Ok::<_, Error>(())
+                };
             for (number, (name, set)) in sets.iter().enumerate() {
                 let seen = meter.measure(samples_source(name, set), preparation)?;
                 let lpips = lpips.get(number).cloned();

@@ -278,7 +278,7 @@ impl<'a> Inputs<'a> {
         let written = shards::make(context, planned, "images", check, |path, shard, line| {
             let maker = match &mut maker {
                 Some(loaded) => loaded,
-                none => none.insert(Maker::load(context, o, self)?),
+                none => none.insert(ShardMaker::load(context, o, self)?),
             };
             maker.shard(path, shard, line)
         })?;
@@ -340,7 +340,7 @@ struct Times {
 }
 
 /// Makes shards, with its networks loaded.
-struct Maker<'a, 'c, B: Backend> {
+struct ShardMaker<'a, 'c, B: Backend> {
     backend: &'a B,
     options: &'a Options,
     inputs: &'a Inputs<'c>,
@@ -349,7 +349,7 @@ struct Maker<'a, 'c, B: Backend> {
     times: Times,
 }
 
-impl<'a, 'c, B: Backend> Maker<'a, 'c, B> {
+impl<'a, 'c, B: Backend> ShardMaker<'a, 'c, B> {
     fn load(
         context: &'a Context<'_, B>,
         options: &'a Options,

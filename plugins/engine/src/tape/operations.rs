@@ -1,7 +1,9 @@
 //! The operations on variables: the value of each, and how its gradient goes back.
 
 use super::Variable;
-use crate::backend::{Backend, Binary, Mask, Unary, Window, root_mean_square, upsample2};
+use crate::backend::{
+    Backend, Binary, Mask, Precision, Unary, Window, root_mean_square, upsample2,
+};
 use crate::error::Result;
 
 impl<B: Backend> Variable<B> {
@@ -92,9 +94,9 @@ impl<B: Backend> Variable<B> {
         Ok(self.mapped(B::unary(&self.value, f)?, f))
     }
 
-    /// The same, for products alone to read.
-    pub fn unary_factor(&self, f: Unary) -> Result<Self> {
-        Ok(self.mapped(B::unary_factor(&self.value, f)?, f))
+    /// The same in a precision.
+    pub fn activation(&self, f: Unary, precision: Precision) -> Result<Self> {
+        Ok(self.mapped(B::activation(&self.value, f, precision)?, f))
     }
 
     fn mapped(&self, y: B::Tensor, f: Unary) -> Self {
@@ -246,16 +248,8 @@ impl<B: Backend> Variable<B> {
     }
 
     /// x / sqrt(mean(x^2) + eps) * w over the last dimension.
-    pub fn rms_norm(&self, w: &Self, eps: f64) -> Result<Self> {
-        self.rms_normed(B::rms_norm(&self.value, &w.value, eps)?, w, eps)
-    }
-
-    /// The same, for products alone to read.
-    pub fn rms_norm_factor(&self, w: &Self, eps: f64) -> Result<Self> {
-        self.rms_normed(B::rms_norm_factor(&self.value, &w.value, eps)?, w, eps)
-    }
-
-    fn rms_normed(&self, y: B::Tensor, w: &Self, eps: f64) -> Result<Self> {
+    pub fn rms_norm(&self, w: &Self, eps: f64, precision: Precision) -> Result<Self> {
+        let y = B::rms_norm(&self.value, &w.value, eps, precision)?;
         let (x, kept) = (self.value.clone(), w.value.clone());
         Ok(Self::from_op(y, &[self, w], move |g| {
             let (dx, dw) = B::rms_norm_backward(&x, &kept, g, eps)?;
@@ -266,11 +260,11 @@ impl<B: Backend> Variable<B> {
     /// x / |x| over the last dimension.
     pub fn l2_normalise(&self) -> Result<Self> {
         let (scale, eps) = root_mean_square::<B>(&self.value)?;
-        self.rms_norm(&Self::constant(scale), eps)
+        self.rms_norm(&Self::constant(scale), eps, Precision::Storage)
     }
 
-    /// x / |x| of (b, l, h, d) over the last dimension, times a length per head (h) where there are lengths, for products
-    /// alone to read.
+    /// x / |x| of (b, l, h, d) over the last dimension, times a length per head (h) where there are lengths, as a
+    /// [`Precision::Factor`].
     pub fn unit(&self, length: Option<&Self>) -> Result<Self> {
         let y = B::unit(&self.value, length.map(|l| &l.value))?;
         let (x, kept) = (self.value.clone(), length.map(|l| l.value.clone()));
@@ -291,7 +285,7 @@ impl<B: Backend> Variable<B> {
         ))
     }
 
-    /// The same of x (b, l, c), times scale plus shift, (b, 1, c) each, for products alone to read. The backward pass
+    /// The same of x (b, l, c), times scale plus shift, (b, 1, c) each, as a [`Precision::Factor`]. The backward pass
     /// normalises again instead of keeping what lies between.
     pub fn modulated_norm(&self, scale: &Self, shift: &Self, eps: f64) -> Result<Self> {
         let y = B::modulated_norm(&self.value, &scale.value, &shift.value, eps)?;

@@ -22,7 +22,7 @@ pub struct Args {
     /// Language to write it in.
     #[arg(long, value_name = "LANG", default_value = "rust")]
     pub lang: Language,
-    /// What it is to bring: a kind of stage, or a tensor backend that inherits every stage of the engine (Rust).
+    /// What to create: a kind of stage, or a tensor backend that inherits every stage of the engine (Rust).
     #[arg(long, value_name = "KIND", default_value = "stage")]
     pub kind: Kind,
     /// Directory to make; by default the plugin's name.

@@ -17,7 +17,7 @@ use crate::table::{Cell, Rows, Tone};
 /// Arguments of `plugin test`.
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Without a recipe the plugin's file, its answers and its way with bad options are examined. \
+    after_help = "Without a recipe the plugin's file, its answers and how it handles bad options are examined. \
     Its stages are examined as a recipe uses them, in a directory that is removed afterwards: each is run to its end, \
     again with the same seed, up to a request to stop, and on from there. A project's own recipe.yaml is taken when \
     the directory of the project is named."
@@ -45,7 +45,7 @@ pub struct Args {
     /// Write the report to this file as JUnit XML, too.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub junit: Option<PathBuf>,
-    /// How to print.
+    /// Output format.
     #[command(flatten)]
     pub format: FormatArgs,
 }

@@ -31,7 +31,7 @@ pub enum Protocol {
     Sixel,
     /// Half blocks in colours: any terminal can.
     Blocks,
-    /// Not at all: the paths of the files.
+    /// Print the paths of the files instead.
     Paths,
 }
 

@@ -18,7 +18,7 @@ use crate::cli::{Context, Error, Exit, talk};
 use crate::environment;
 use crate::executor::Cluster;
 use crate::executor::{
-    Control, Event, ExecutorError, LeaveJobs, Listener, Options, RunReport, Rung, Signals,
+    Control, DetachPolicy, Event, ExecutorError, Listener, Options, RunReport, Rung, Signals,
     execute_beside,
 };
 use crate::plugin::{Plugins, search_dirs};
@@ -318,7 +318,7 @@ impl<'a> SweepScheduler<'a> {
             resumed_from: self.before.get(&leg.point).cloned(),
             runs: self.jobs,
             cluster: self.cluster.clone(),
-            leave: LeaveJobs::Never,
+            leave: DetachPolicy::Never,
             slurm: self.execution.slurm.clone(),
             sweep: Some(SweepPlace {
                 id: detail.id.clone(),

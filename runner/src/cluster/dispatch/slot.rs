@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use retort_abi::{Failure, FailureCode, LogLevel, Part};
 use tokio::sync::mpsc;
 
-use crate::cluster::spool::{Over, Reader, Record, SpoolReading, Word};
-use crate::cluster::{ElementEvent, Ended};
+use crate::cluster::spool::{LifeEnd, Reader, Record, SpoolEvent, SpoolReading};
+use crate::cluster::{ClusterEnd, ElementEvent};
 use crate::executor::recorder::own_line;
 use crate::frame::{Answer, FromWorker, Task};
 use crate::store::{ElementUpdate, JobKey, LogLine, Time, Usage};
@@ -73,7 +73,7 @@ pub struct Slot {
     /// The life that has begun and not ended.
     pub life: Option<u32>,
     /// How the last life ended, by its own words.
-    pub over: Option<Over>,
+    pub over: Option<LifeEnd>,
     /// How often it was submitted again.
     pub tries: u32,
     /// How often Slurm has said that it is over while it had not said so itself.
@@ -159,7 +159,7 @@ impl Slot {
             }
             let fresh = number >= self.mark;
             match word {
-                Word::Began { job, node, pid } => {
+                SpoolEvent::Began { job, node, pid } => {
                     let life = (number >> 32) as u32;
                     if self.life.is_some_and(|before| before != life) {
                         // Nobody was there to ask Slurm.
@@ -186,18 +186,18 @@ impl Slot {
                         self.note(LogLevel::Debug, text).await;
                     }
                 }
-                Word::Frame(
+                SpoolEvent::Frame(
                     frame @ (FromWorker::Artifact { .. }
                     | FromWorker::Answer(_)
                     | FromWorker::Failed(_)
                     | FromWorker::NotLoaded { .. }),
                 ) => self.held.frames.push(frame),
-                Word::Frame(frame) => {
+                SpoolEvent::Frame(frame) => {
                     if fresh || matches!(frame, FromWorker::Progress(_)) {
                         self.send(WorkerEvent::Frame(frame)).await;
                     }
                 }
-                Word::Line { source, text } => {
+                SpoolEvent::Line { source, text } => {
                     if fresh {
                         let line = LogLine {
                             at: Time(at),
@@ -209,7 +209,7 @@ impl Slot {
                             .await;
                     }
                 }
-                Word::Exited {
+                SpoolEvent::Exited {
                     status,
                     usage,
                     out_of_memory,
@@ -220,7 +220,7 @@ impl Slot {
                         out_of_memory: Some(out_of_memory),
                     });
                 }
-                Word::Over(over) => self.life_over(over, at, fresh, news).await,
+                SpoolEvent::Over(over) => self.life_over(over, at, fresh, news).await,
             }
         }
         self.send(WorkerEvent::Remote(ElementEvent::ReadTo {
@@ -234,23 +234,23 @@ impl Slot {
     /// A life is over, by its own words.
     async fn life_over(
         &mut self,
-        over: Over,
+        over: LifeEnd,
         at: i64,
         fresh: bool,
         news: &mut Vec<(JobKey, usize, ElementUpdate)>,
     ) {
         let (reason, goes_on) = match &over {
-            Over::Done if self.held.has_result() => ("succeeded", false),
-            Over::Done => ("failed", false),
-            Over::Stopped => ("stopped", false),
-            Over::GaveUp => ("started too often", false),
-            Over::TimeLimit {
+            LifeEnd::Done if self.held.has_result() => ("succeeded", false),
+            LifeEnd::Done => ("failed", false),
+            LifeEnd::Stopped => ("stopped", false),
+            LifeEnd::GaveUp => ("started too often", false),
+            LifeEnd::TimeLimit {
                 at_checkpoint: true,
             } => ("time limit, at a checkpoint", true),
-            Over::TimeLimit { .. } => ("time limit", true),
-            Over::Again { reason } => (reason.as_str(), true),
+            LifeEnd::TimeLimit { .. } => ("time limit", true),
+            LifeEnd::Again { reason } => (reason.as_str(), true),
             // Why, Slurm says.
-            Over::Terminated { .. } => ("", true),
+            LifeEnd::Terminated { .. } => ("", true),
         };
         let reason = reason.to_owned();
         if !reason.is_empty() {
@@ -264,12 +264,10 @@ impl Slot {
         if goes_on {
             self.phase = Phase::Queued;
             self.why = "to be started again".into();
-        } else if self.over == Some(Over::GaveUp) {
-            self.end(Ended {
+        } else if self.over == Some(LifeEnd::GaveUp) {
+            self.end(ClusterEnd {
                 reason: "started too often".into(),
-                message:
-                    "it was started again as often as `requeue` allows, and came to no good end"
-                        .into(),
+                message: "it failed after all restarts that `requeue` allows".into(),
                 hint: Some(
                     "`retort log` says how each start ended; `retort resume` tries again".into(),
                 ),
@@ -334,7 +332,7 @@ impl Slot {
     }
 
     /// Tells an end that only a cluster has.
-    pub async fn end(&mut self, ended: Ended) {
+    pub async fn end(&mut self, ended: ClusterEnd) {
         if self.phase == Phase::Over {
             return;
         }
@@ -354,9 +352,9 @@ pub fn is_worth_taking(dir: &std::path::Path, goes_on: bool) -> bool {
         let seen = reader.look(&mut records);
         for record in records {
             match record.word {
-                Word::Began { .. } => (held, over) = (PendingEnd::default(), None),
-                Word::Frame(frame @ FromWorker::Answer(_)) => held.frames.push(frame),
-                Word::Over(last) => over = Some(last),
+                SpoolEvent::Began { .. } => (held, over) = (PendingEnd::default(), None),
+                SpoolEvent::Frame(frame @ FromWorker::Answer(_)) => held.frames.push(frame),
+                SpoolEvent::Over(last) => over = Some(last),
                 _ => {}
             }
         }
@@ -368,8 +366,8 @@ pub fn is_worth_taking(dir: &std::path::Path, goes_on: bool) -> bool {
         }
     }
     match over {
-        Some(Over::Done) => held.has_result(),
-        Some(Over::Stopped | Over::GaveUp) => false,
+        Some(LifeEnd::Done) => held.has_result(),
+        Some(LifeEnd::Stopped | LifeEnd::GaveUp) => false,
         _ => goes_on || held.has_result(),
     }
 }

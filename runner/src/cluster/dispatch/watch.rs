@@ -5,9 +5,9 @@ use tokio::time::Instant;
 
 use super::slot::{LOST, Phase, Slot, StopLevel};
 use super::{GATHER, Work};
-use crate::cluster::Ended;
-use crate::cluster::slurm::{Key, Said, State, id};
-use crate::cluster::spool::{Over, Reader, Record, SpoolError, SpoolReading};
+use crate::cluster::ClusterEnd;
+use crate::cluster::slurm::{ElementStatus, Key, State, id};
+use crate::cluster::spool::{LifeEnd, Reader, Record, SpoolError, SpoolReading};
 use crate::store::{ElementUpdate, StoreError, Time};
 
 /// How often Slurm has to say that an element is over which has not said so itself: what it wrote last may be on its way.
@@ -69,7 +69,7 @@ impl Work {
                 let damaged = matches!(error, SpoolError::Damaged { .. });
                 slot.why = error.to_string();
                 if damaged {
-                    slot.end(Ended {
+                    slot.end(ClusterEnd {
                         reason: "spool damaged".into(),
                         message: error.to_string(),
                         hint: Some("`retort resume` submits what has no result again".into()),
@@ -159,7 +159,7 @@ impl Work {
     }
 
     /// Slurm does nothing more about an element, which has not told of its end.
-    async fn conclude(&mut self, index: usize, place: Key, said: Option<Said>) {
+    async fn conclude(&mut self, index: usize, place: Key, said: Option<ElementStatus>) {
         let printed = self.printed(index);
         let slot = &mut self.slots[index];
         let job = slot.job;
@@ -181,7 +181,7 @@ impl Work {
         } else {
             let at_checkpoint = matches!(
                 slot.over,
-                Some(Over::TimeLimit {
+                Some(LifeEnd::TimeLimit {
                     at_checkpoint: true
                 })
             );
@@ -208,7 +208,7 @@ impl Work {
                     }
                     _ => "`retort resume` submits what has no result again",
                 };
-                slot.end(Ended {
+                slot.end(ClusterEnd {
                     reason: reason.to_owned(),
                     message,
                     hint: Some(hint.to_owned()),
@@ -250,7 +250,10 @@ struct Verdict {
 
 /// What became of an element of job `name` that Slurm last knew in `state` (`at` says where) and that `printed` something.
 fn verdict(slot: &Slot, state: Option<State>, name: &str, at: &str, printed: &str) -> Verdict {
-    let said_why = matches!(slot.over, Some(Over::TimeLimit { .. } | Over::Again { .. }));
+    let said_why = matches!(
+        slot.over,
+        Some(LifeEnd::TimeLimit { .. } | LifeEnd::Again { .. })
+    );
     let never_began = slot.life.is_none() && slot.over.is_none();
     let (reason, message, again) = match state {
         _ if said_why => (
@@ -292,7 +295,7 @@ fn verdict(slot: &Slot, state: Option<State>, name: &str, at: &str, printed: &st
             )
         }
         Some(_) => (
-            "died without a word",
+            "died without reporting a reason",
             format!("job {name} ended{at}, and its worker had not said why{printed}"),
             true,
         ),
@@ -338,7 +341,9 @@ pub(super) fn reason(state: State) -> &'static str {
         State::Preempted => "preempted",
         State::OutOfMemory => "out of memory in Slurm",
         State::Deadline => "deadline",
-        State::Pending | State::Running | State::Completed | State::Failed => "died without a word",
+        State::Pending | State::Running | State::Completed | State::Failed => {
+            "died without reporting a reason"
+        }
     }
 }
 
@@ -350,12 +355,12 @@ fn turn(slot: &mut Slot) -> bool {
 /// Slurm lets an element wait. One that ran has lost its node, or had to make room.
 async fn waits(
     slot: &mut Slot,
-    said: &Said,
+    said: &ElementStatus,
     news: &mut Vec<(crate::store::JobKey, usize, ElementUpdate)>,
 ) {
     if slot.life.is_some() {
         let reason = match slot.over {
-            Some(Over::Terminated { .. }) => "preempted, or ended to be started again",
+            Some(LifeEnd::Terminated { .. }) => "preempted, or ended to be started again",
             _ => LOST,
         };
         slot.life_ended(reason, Time::now().0, news);
@@ -374,7 +379,7 @@ async fn waits(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::spool::{Word, Writer};
+    use crate::cluster::spool::{SpoolEvent, Writer};
     use crate::store::LogSource;
 
     #[test]
@@ -385,7 +390,7 @@ mod tests {
             let dir = root.path().join(element.to_string());
             let mut writer = Writer::open(&dir).unwrap();
             for size in [3 << 20, 3 << 20, 10] {
-                writer.push(Word::Line {
+                writer.push(SpoolEvent::Line {
                     source: LogSource::Stdout,
                     text: "x".repeat(size),
                 });

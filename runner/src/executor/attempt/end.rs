@@ -6,7 +6,7 @@ use retort_abi::{Failure, FailureCode};
 use serde_json::Value;
 
 use crate::artifact;
-use crate::cluster::Ended as ClusterEnd;
+use crate::cluster::ClusterEnd;
 use crate::store::{ArtifactRecord, AttemptState};
 use crate::worker::death::{Death, signal_name};
 
@@ -43,12 +43,12 @@ pub enum End {
         /// So long.
         limit: Duration,
         /// How it stopped.
-        manner: Manner,
+        manner: StopOutcome,
     },
     /// The user stopped it.
     Interrupted {
         /// How it stopped.
-        manner: Manner,
+        manner: StopOutcome,
     },
     /// Something happened to it that only happens on a cluster.
     Cluster(ClusterEnd),
@@ -61,7 +61,7 @@ pub enum End {
 
 /// How an attempt that was told to stop did so.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Manner {
+pub enum StopOutcome {
     /// By itself, having saved its work.
     AtCheckpoint,
     /// By this signal.
@@ -150,7 +150,7 @@ impl End {
     }
 }
 
-impl std::fmt::Display for Manner {
+impl std::fmt::Display for StopOutcome {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::AtCheckpoint => f.write_str("stopped at a checkpoint"),

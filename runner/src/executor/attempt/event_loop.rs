@@ -6,8 +6,8 @@ use retort_abi::{FailureCode, Part};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::received::{EventHandler, Received};
-use super::shutdown::{Cause, ShutdownSequence, sleep_until};
+use super::received::{EventHandler, WorkerReport};
+use super::shutdown::{ShutdownSequence, StopReason, sleep_until};
 use super::spec::Stop;
 use super::supervisor::Supervisor;
 use crate::cluster::ElementEvent;
@@ -19,7 +19,7 @@ use crate::worker::process::{Exit, WorkerEvent};
 /// A worker that has finished.
 pub(super) struct FinishedWorker {
     pub(super) part: Option<Part>,
-    pub(super) received: Received,
+    pub(super) received: WorkerReport,
     pub(super) shutdown: ShutdownSequence,
     pub(super) exit: Exit,
 }
@@ -114,7 +114,7 @@ impl Supervisor<'_> {
         let mut handler = EventHandler {
             supervisor: self,
             part,
-            received: Received::default(),
+            received: WorkerReport::default(),
         };
         if let Err(error) = sent {
             let _ = handler.protocol_error(error.to_string());
@@ -152,7 +152,7 @@ impl Supervisor<'_> {
                     shutdown.interrupt(level, &mut worker).await;
                 }
                 () = sleep_until(deadline), if shutdown.cause.is_none() => if in_time() {
-                    shutdown.begin(Cause::Timeout, &mut worker).await;
+                    shutdown.begin(StopReason::Timeout, &mut worker).await;
                 },
                 () = sleep_until(shutdown.next) => if in_time() {
                     shutdown.escalate(&worker);

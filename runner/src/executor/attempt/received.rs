@@ -5,11 +5,11 @@ use std::ops::ControlFlow;
 
 use retort_abi::{Failure, FailureCode, LogLevel, Part, StageResult};
 
-use super::end::{End, Manner};
+use super::end::{End, StopOutcome};
 use super::shutdown::ShutdownSequence;
 use super::spec::{AttemptSpec, title};
 use super::supervisor::Supervisor;
-use crate::cluster::{ElementEvent, Ended as ClusterEnd};
+use crate::cluster::{ClusterEnd, ElementEvent};
 use crate::executor::event::Event;
 use crate::executor::recorder::own_line;
 use crate::frame::{Answer, FromWorker};
@@ -21,11 +21,11 @@ use crate::worker::process::WorkerEvent;
 pub(super) struct EventHandler<'a> {
     pub(super) supervisor: &'a Supervisor<'a>,
     pub(super) part: Option<Part>,
-    pub(super) received: Received,
+    pub(super) received: WorkerReport,
 }
 
 #[derive(Default)]
-pub(super) struct Received {
+pub(super) struct WorkerReport {
     pub(super) answer: Option<Result<StageResult, Failure>>,
     pub(super) not_loaded: Option<(String, Option<String>)>,
     pub(super) protocol_error: Option<String>,
@@ -136,7 +136,7 @@ impl EventHandler<'_> {
     }
 }
 
-impl Received {
+impl WorkerReport {
     /// How the attempt ended, from everything that was seen of it.
     pub(super) fn judge(
         &self,
@@ -165,18 +165,18 @@ impl Received {
         }
         match (&self.answer, exit, shutdown.cause) {
             (Some(Err(failure)), _, Some(cause)) if failure.code == FailureCode::Cancelled => {
-                cause.end(Manner::AtCheckpoint, spec.stage.timeout)
+                cause.end(StopOutcome::AtCheckpoint, spec.stage.timeout)
             }
             (Some(Err(failure)), _, _) if failure.code == FailureCode::Panic => {
                 End::Panicked(failure.clone())
             }
             (Some(Err(failure)), _, _) => End::Failed(failure.clone()),
             (_, ExitStatus::Signal(signal), Some(cause)) if shutdown.sent == Some(signal) => {
-                cause.end(Manner::Signalled(signal), spec.stage.timeout)
+                cause.end(StopOutcome::Signalled(signal), spec.stage.timeout)
             }
             // With a signal of ours on its way, a plugin's own handler may have turned it into an exit.
             (_, ExitStatus::Code(_), Some(cause)) if shutdown.sent.is_some() => {
-                cause.end(Manner::Otherwise, spec.stage.timeout)
+                cause.end(StopOutcome::Otherwise, spec.stage.timeout)
             }
             _ => {
                 let last_words = self.last_words.iter().map(String::as_str);

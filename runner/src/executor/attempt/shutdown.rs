@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::end::{End, Manner};
+use super::end::{End, StopOutcome};
 use super::spec::Stop;
 use crate::executor::handle::WorkerHandle;
 use crate::frame::ToWorker;
@@ -14,15 +14,15 @@ const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// Why a worker is being stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Cause {
+pub(super) enum StopReason {
     /// The user wants it, or another part has failed.
     Interrupt,
     /// It takes too long.
     Timeout,
 }
 
-impl Cause {
-    pub(super) fn end(self, manner: Manner, limit: Option<Duration>) -> End {
+impl StopReason {
+    pub(super) fn end(self, manner: StopOutcome, limit: Option<Duration>) -> End {
         match self {
             Self::Interrupt => End::Interrupted { manner },
             Self::Timeout => End::TimedOut {
@@ -37,7 +37,7 @@ impl Cause {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ShutdownSequence {
     pub(super) grace: Duration,
-    pub(super) cause: Option<Cause>,
+    pub(super) cause: Option<StopReason>,
     /// The last signal sent.
     pub(super) sent: Option<i32>,
     /// When to take the next step.
@@ -55,7 +55,7 @@ impl ShutdownSequence {
     }
 
     /// The first step: asks the plugin to stop at its next checkpoint.
-    pub(super) async fn begin(&mut self, cause: Cause, worker: &mut WorkerHandle) {
+    pub(super) async fn begin(&mut self, cause: StopReason, worker: &mut WorkerHandle) {
         if self.cause.is_none() {
             self.cause = Some(cause);
             self.next = Some(Instant::now() + self.grace);
@@ -68,9 +68,9 @@ impl ShutdownSequence {
     pub(super) async fn interrupt(&mut self, level: Stop, worker: &mut WorkerHandle) {
         match level {
             Stop::No => {}
-            Stop::AtCheckpoint => self.begin(Cause::Interrupt, worker).await,
+            Stop::AtCheckpoint => self.begin(StopReason::Interrupt, worker).await,
             Stop::Now => {
-                self.cause.get_or_insert(Cause::Interrupt);
+                self.cause.get_or_insert(StopReason::Interrupt);
                 self.signal(libc::SIGKILL, worker);
             }
         }

@@ -25,7 +25,7 @@ pub struct RunContext {
     pub layout: Layout,
     /// The run's staging directory.
     pub staging: Staging,
-    /// Who is told.
+    /// Receives events.
     pub listener: Listener,
     /// How long a stage may take to reach its next checkpoint when it is to stop.
     pub grace: Duration,

@@ -7,8 +7,8 @@ use retort_abi::{Failure, FailureCode, Part, StageResult};
 use serde_json::json;
 
 use super::event_loop::FinishedWorker;
-use super::received::Received;
-use super::shutdown::{Cause, ShutdownSequence};
+use super::received::WorkerReport;
+use super::shutdown::{ShutdownSequence, StopReason};
 use super::*;
 use crate::frame::Progress;
 use crate::plan::{Digest, PlannedStage, PluginIdentity, Threads};
@@ -56,7 +56,7 @@ fn spec() -> AttemptSpec {
     }
 }
 
-fn shutdown(cause: Option<Cause>, sent: Option<i32>) -> ShutdownSequence {
+fn shutdown(cause: Option<StopReason>, sent: Option<i32>) -> ShutdownSequence {
     ShutdownSequence {
         cause,
         sent,
@@ -66,7 +66,7 @@ fn shutdown(cause: Option<Cause>, sent: Option<i32>) -> ShutdownSequence {
 
 #[track_caller]
 fn check(
-    received: Received,
+    received: WorkerReport,
     exit: ExitStatus,
     shutdown: ShutdownSequence,
     reason: &str,
@@ -81,14 +81,14 @@ fn check(
     );
 }
 
-fn failed(code: FailureCode) -> Received {
-    Received {
+fn failed(code: FailureCode) -> WorkerReport {
+    WorkerReport {
         answer: Some(Err(Failure::new(code, "why"))),
-        ..Received::default()
+        ..WorkerReport::default()
     }
 }
 
-fn made(kind: &str, output: u64) -> Received {
+fn made(kind: &str, output: u64) -> WorkerReport {
     let record = ArtifactRecord {
         hash: "h".into(),
         kind: kind.into(),
@@ -97,13 +97,13 @@ fn made(kind: &str, output: u64) -> Received {
         files: Vec::new(),
         meta: Default::default(),
     };
-    Received {
+    WorkerReport {
         answer: Some(Ok(StageResult {
             output,
             summary: Value::Null,
         })),
         artifacts: BTreeMap::from([(1, record)]),
-        ..Received::default()
+        ..WorkerReport::default()
     }
 }
 
@@ -149,28 +149,28 @@ fn every_end_has_its_own_reason() {
         "why",
     );
     check(
-        Received::default(),
+        WorkerReport::default(),
         Signal(libc::SIGSEGV),
         free,
         "killed by SIGSEGV",
         "memory that is not its own",
     );
     check(
-        Received::default(),
+        WorkerReport::default(),
         Signal(libc::SIGABRT),
         free,
         "killed by SIGABRT",
         "abort",
     );
     check(
-        Received::default(),
+        WorkerReport::default(),
         Signal(libc::SIGKILL),
         free,
         "killed by SIGKILL",
         "memory runs out",
     );
     check(
-        Received::default(),
+        WorkerReport::default(),
         Code(3),
         free,
         "exited with code 3",
@@ -182,8 +182,8 @@ fn every_end_has_its_own_reason() {
 fn being_stopped_is_told_from_failing() {
     use ExitStatus::{Code, Signal};
     for (cause, reason) in [
-        (Cause::Interrupt, "interrupted"),
-        (Cause::Timeout, "timeout"),
+        (StopReason::Interrupt, "interrupted"),
+        (StopReason::Timeout, "timeout"),
     ] {
         let asked = shutdown(Some(cause), None);
         check(
@@ -201,7 +201,7 @@ fn being_stopped_is_told_from_failing() {
             "why",
         );
         check(
-            Received::default(),
+            WorkerReport::default(),
             Signal(libc::SIGSEGV),
             asked,
             "killed by SIGSEGV",
@@ -209,14 +209,14 @@ fn being_stopped_is_told_from_failing() {
         );
         let signalled = shutdown(Some(cause), Some(libc::SIGTERM));
         check(
-            Received::default(),
+            WorkerReport::default(),
             Signal(libc::SIGTERM),
             signalled,
             reason,
             "was ended with SIGTERM",
         );
         check(
-            Received::default(),
+            WorkerReport::default(),
             Code(143),
             signalled,
             reason,
@@ -268,7 +268,7 @@ fn progress_of_parts_adds_up_and_does_not_fall_back() {
 fn the_part_that_says_most_is_the_reason() {
     let finished = |index, cause, sent| FinishedWorker {
         part: part(index),
-        received: Received::default(),
+        received: WorkerReport::default(),
         shutdown: shutdown(cause, sent),
         exit: Exit {
             status: ExitStatus::Signal(libc::SIGKILL),
@@ -277,8 +277,8 @@ fn the_part_that_says_most_is_the_reason() {
         },
     };
     let died = finished(0, None, None);
-    let asked = finished(0, Some(Cause::Interrupt), None);
-    let made_to = finished(1, Some(Cause::Interrupt), Some(libc::SIGTERM));
+    let asked = finished(0, Some(StopReason::Interrupt), None);
+    let made_to = finished(1, Some(StopReason::Interrupt), Some(libc::SIGTERM));
     assert!(!made_to.is_graver_than(&died), "it was stopped for that");
     assert!(made_to.is_graver_than(&asked));
     assert!(!asked.is_graver_than(&made_to));

@@ -4,7 +4,7 @@ use std::rc::Rc;
 
 use retort_abi::Device;
 
-use super::{Draft, Planner};
+use super::{Planner, UnresolvedStage};
 use crate::diagnostic::{Cause, Finding};
 use crate::plan::{Build, PluginIdentity};
 use crate::yaml::Part;
@@ -89,7 +89,11 @@ fn drives(build: &Build, kind: &str) -> bool {
 
 impl Planner<'_> {
     /// Which build of the plugin runs the stage, and where.
-    pub(super) fn place(&mut self, draft: &Draft<'_>, base: &Rc<Build>) -> Option<Placement> {
+    pub(super) fn place(
+        &mut self,
+        draft: &UnresolvedStage<'_>,
+        base: &Rc<Build>,
+    ) -> Option<Placement> {
         let own = draft.stage.device.as_deref();
         let shared = self.recipe.device.as_deref();
         let written = own.or(shared).unwrap_or("auto");

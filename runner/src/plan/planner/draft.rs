@@ -14,7 +14,7 @@ use crate::schema::{self, Target};
 use crate::yaml::{Part, escape};
 
 /// What is known of a stage before its references are.
-pub(super) struct Draft<'a> {
+pub(super) struct UnresolvedStage<'a> {
     pub(super) stage: &'a RecipeStage,
     /// `/stages/<name>`
     pub(super) pointer: String,
@@ -27,7 +27,7 @@ pub(super) struct Draft<'a> {
     pub(super) files: Vec<FileOption>,
 }
 
-impl Draft<'_> {
+impl UnresolvedStage<'_> {
     /// Its kind, as its plugin describes it.
     pub(super) fn kind(&self) -> Option<&StageKind> {
         let kind = self.stage.kind.as_ref()?;
@@ -42,9 +42,9 @@ impl Draft<'_> {
 
 impl<'a> Planner<'a> {
     /// Settles what a stage's own text decides.
-    pub(super) fn draft(&mut self, stage: &'a RecipeStage) -> Draft<'a> {
+    pub(super) fn draft(&mut self, stage: &'a RecipeStage) -> UnresolvedStage<'a> {
         let pointer = format!("/stages/{}", escape(&stage.name));
-        let mut draft = Draft {
+        let mut draft = UnresolvedStage {
             stage,
             plugin: self.plugin_of(stage, &pointer),
             pointer,
@@ -79,7 +79,7 @@ impl<'a> Planner<'a> {
     }
 
     /// Reports that the plugin has no such kind.
-    fn report_kind(&mut self, draft: &Draft<'_>, build: &Build, kind: &str) {
+    fn report_kind(&mut self, draft: &UnresolvedStage<'_>, build: &Build, kind: &str) {
         let kinds = build.description.stages.iter();
         let message = format!(
             "stage `{}`: plugin `{}` has no stage kind `{kind}`",
@@ -91,7 +91,7 @@ impl<'a> Planner<'a> {
     }
 
     /// Reports that workers cannot share a stage of this kind.
-    fn report_workers(&mut self, draft: &Draft<'_>, build: &Build, known: &StageKind) {
+    fn report_workers(&mut self, draft: &UnresolvedStage<'_>, build: &Build, known: &StageKind) {
         let (stage, kind, plugin) = (&draft.stage.name, &known.kind, &build.identity.name);
         let message = match known.together {
             true => format!(
@@ -120,7 +120,7 @@ impl<'a> Planner<'a> {
     /// Whether options are as the kind's schema has them; what is not is reported.
     fn check_options(
         &mut self,
-        draft: &Draft<'_>,
+        draft: &UnresolvedStage<'_>,
         build: &Build,
         known: &StageKind,
         options: &Value,
@@ -158,7 +158,7 @@ impl<'a> Planner<'a> {
     }
 
     /// Notes the stages and files that options name; paths in the home directory are completed.
-    fn refer(&mut self, draft: &mut Draft<'_>, known: &StageKind, options: &mut Value) {
+    fn refer(&mut self, draft: &mut UnresolvedStage<'_>, known: &StageKind, options: &mut Value) {
         for annotation in schema::annotations(&known.schema, options) {
             let pointer = annotation.pointer;
             let Some(text) = options.pointer(&pointer).and_then(Value::as_str) else {
@@ -205,7 +205,7 @@ impl<'a> Planner<'a> {
     }
 
     /// Who writes `csv: ~` may mean the home directory, and has written "nothing".
-    fn warn_of_null(&mut self, draft: &Draft<'_>, pointer: &str, target: &Target) {
+    fn warn_of_null(&mut self, draft: &UnresolvedStage<'_>, pointer: &str, target: &Target) {
         let at = format!("{}{pointer}", draft.pointer);
         if matches!(target, Target::Artifact(_)) || self.source.written_null(&at) != Some("~") {
             return;

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::{Draft, Planner};
+use super::{Planner, UnresolvedStage};
 use crate::diagnostic::Finding;
 use crate::plan::Reference;
 use crate::schema;
@@ -10,7 +10,7 @@ use crate::yaml::{Part, escape};
 
 impl Planner<'_> {
     /// Reports references to stages that are not there or make something else.
-    pub(super) fn check_references(&mut self, drafts: &[Draft<'_>]) {
+    pub(super) fn check_references(&mut self, drafts: &[UnresolvedStage<'_>]) {
         let by_name = indices(drafts);
         for given in &self.recipe.given {
             if by_name.contains_key(given.name.as_str()) {
@@ -92,7 +92,7 @@ impl Planner<'_> {
     }
 
     /// Indices of the stages, each after all that it refers to, otherwise as in the recipe. Cycles are reported.
-    pub(super) fn order(&mut self, drafts: &[Draft<'_>]) -> Vec<usize> {
+    pub(super) fn order(&mut self, drafts: &[UnresolvedStage<'_>]) -> Vec<usize> {
         let by_name = indices(drafts);
         let inputs: Vec<Vec<usize>> = drafts
             .iter()
@@ -149,7 +149,7 @@ impl Planner<'_> {
 }
 
 /// The stages by name.
-fn indices<'a>(drafts: &[Draft<'a>]) -> HashMap<&'a str, usize> {
+fn indices<'a>(drafts: &[UnresolvedStage<'a>]) -> HashMap<&'a str, usize> {
     drafts
         .iter()
         .enumerate()

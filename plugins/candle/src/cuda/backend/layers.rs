@@ -1,7 +1,7 @@
 //! `Cuda`: linear maps, convolutions, activations, pooling, softmax and losses.
 
 use candle_core::DType;
-use retort_engine::backend::{Binary, Layers, Tensors, Unary, Window};
+use retort_engine::backend::{Binary, Layers, Precision, Tensors, Unary, Window};
 use retort_engine::error::{Error, Result};
 
 use crate::cuda::arguments::{four, rows, same, sized};
@@ -10,7 +10,7 @@ use crate::cuda::elementwise::unary;
 use crate::cuda::kernels;
 use crate::cuda::launch::{blocks, counted, launch};
 use crate::cuda::product::{operands, product};
-use crate::cuda::structures::Slide;
+use crate::cuda::structures::PoolWindow;
 use crate::cuda::sums::sum_columns;
 use crate::cuda::tensor::Tensor;
 use crate::cuda::tensor::{device, fresh, pointer, whole};
@@ -20,8 +20,8 @@ use crate::failed;
 type T = Tensor;
 
 impl Layers for Cuda {
-    fn unary_factor(x: &T, f: Unary) -> Result<T> {
-        unary(x, f, x.storage())
+    fn activation(x: &T, f: Unary, precision: Precision) -> Result<T> {
+        unary(x, f, x.stored_as(precision))
     }
 
     fn conv2d_bias(
@@ -320,6 +320,6 @@ impl Layers for Cuda {
     }
 }
 
-fn pooled(window: Window, image: [usize; 2]) -> Slide {
-    Slide::new(image, [window.size; 2], window.stride, [window.padding; 2])
+fn pooled(window: Window, image: [usize; 2]) -> PoolWindow {
+    PoolWindow::new(image, [window.size; 2], window.stride, [window.padding; 2])
 }

@@ -1,7 +1,7 @@
 //! `Cuda`: norms and their gradients.
 
 use candle_core::DType;
-use retort_engine::backend::Norms;
+use retort_engine::backend::{Norms, Precision};
 use retort_engine::error::{Error, Result};
 
 use crate::cuda::Cuda;
@@ -16,12 +16,8 @@ use crate::failed;
 type T = Tensor;
 
 impl Norms for Cuda {
-    fn rms_norm(x: &T, w: &T, eps: f64) -> Result<T> {
-        rms_norm(x, w, eps, DType::F32)
-    }
-
-    fn rms_norm_factor(x: &T, w: &T, eps: f64) -> Result<T> {
-        rms_norm(x, w, eps, x.storage())
+    fn rms_norm(x: &T, w: &T, eps: f64, precision: Precision) -> Result<T> {
+        rms_norm(x, w, eps, x.stored_as(precision))
     }
 
     fn rms_norm_backward(x: &T, w: &T, grad: &T, eps: f64) -> Result<(T, T)> {

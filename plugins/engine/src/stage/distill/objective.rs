@@ -54,7 +54,7 @@ struct Term<B: Backend> {
 }
 
 /// What part of a batch is computed at a time.
-struct Share {
+struct BatchFraction {
     /// Parts that the batch is cut into.
     parts: usize,
     /// Share of its images and of the tokens that the loss covers.
@@ -62,7 +62,7 @@ struct Share {
     of_tokens: f64,
 }
 
-impl Share {
+impl BatchFraction {
     /// The share that a mean over this part has in that over the batch.
     fn of<B: Backend>(&self, mean: Variable<B>, share: f64) -> Result<Variable<B>> {
         match self.parts {
@@ -162,7 +162,7 @@ impl<'a, B: Backend> Objective<'a, B> {
         let cut = self.options.accumulate;
         let own = self.ranks.share(samples.len(), part, cut);
         let counted = self.counted(&timesteps[own.clone()]) as f64;
-        let share = Share {
+        let share = BatchFraction {
             parts: cut * self.ranks.size(),
             of_images: own.len() as f64 / samples.len() as f64,
             of_tokens: counted / self.counted(timesteps).max(1) as f64,
@@ -192,7 +192,12 @@ impl<'a, B: Backend> Objective<'a, B> {
     }
 
     /// The terms of the loss of a part of a batch.
-    fn terms(&self, student: &dyn Student<B>, b: &Batch<B>, share: &Share) -> Result<Vec<Term<B>>> {
+    fn terms(
+        &self,
+        student: &dyn Student<B>,
+        b: &Batch<B>,
+        share: &BatchFraction,
+    ) -> Result<Vec<Term<B>>> {
         let (o, shape) = (self.options, &self.inputs.shape);
         let (n, l, d) = (b.state.known.len(), shape.count(), shape.dim);
         let prediction = student.predict(&b.state.x, &b.conditions, &b.state.kinds()?)?;

@@ -4,7 +4,7 @@ use retort_abi::Cancel;
 
 use super::Options;
 use super::figure::Figure;
-use super::measure::{Had, Measured, had};
+use super::measure::{Measured, Measurement, had};
 use crate::backend::Backend;
 use crate::context::Context;
 use crate::error::Result;
@@ -16,9 +16,9 @@ use crate::statistics::{InceptionScore, Moments, frechet_distance};
 /// What a set is measured against.
 pub struct Against<'a> {
     /// Moments of their features.
-    pub moments: Had<&'a Moments>,
+    pub moments: Measurement<&'a Moments>,
     /// Moments of their spatial features.
-    pub spatial: Had<&'a Moments>,
+    pub spatial: Measurement<&'a Moments>,
     /// The real images, where these were looked at.
     pub images: Option<&'a Measured>,
 }
@@ -31,12 +31,13 @@ pub fn figures<B: Backend>(
     set: &Measured,
 ) -> Result<Vec<Figure>> {
     let go_on = &mut || context.host.cancelled() == Cancel::Run;
-    let distance = |real: &Had<&Moments>, own: &Had<Moments>| -> Result<Had<f64>> {
-        match (real, own) {
-            (Ok(real), Ok(own)) => Ok(Ok(frechet_distance(real, own)?)),
-            (Err(reason), _) | (_, Err(reason)) => Ok(Err(reason.clone())),
-        }
-    };
+    let distance =
+        |real: &Measurement<&Moments>, own: &Measurement<Moments>| -> Result<Measurement<f64>> {
+            match (real, own) {
+                (Ok(real), Ok(own)) => Ok(Ok(frechet_distance(real, own)?)),
+                (Err(reason), _) | (_, Err(reason)) => Ok(Err(reason.clone())),
+            }
+        };
     let value = distance(&real.moments, &set.moments)?;
     let mut figures = vec![Figure::new(
         "frechet_distance",

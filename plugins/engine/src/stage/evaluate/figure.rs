@@ -4,7 +4,7 @@
 use retort_abi::Table;
 use serde_json::{Map, Value, json};
 
-use super::measure::Had;
+use super::measure::Measurement;
 
 /// A figure of a set.
 pub struct Figure {
@@ -15,12 +15,17 @@ pub struct Figure {
     /// Digits shown behind the point.
     digits: i32,
     /// Its value, or why there is none.
-    pub value: Had<f64>,
+    pub value: Measurement<f64>,
 }
 
 impl Figure {
     /// A figure.
-    pub fn new(key: &'static str, title: &'static str, digits: i32, value: Had<f64>) -> Self {
+    pub fn new(
+        key: &'static str,
+        title: &'static str,
+        digits: i32,
+        value: Measurement<f64>,
+    ) -> Self {
         Self {
             key,
             title,

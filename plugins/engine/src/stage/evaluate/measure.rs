@@ -171,16 +171,16 @@ impl<B: Backend> Network<B> {
 }
 
 /// A figure, or why it cannot be had.
-pub type Had<T> = std::result::Result<T, String>;
+pub type Measurement<T> = std::result::Result<T, String>;
 
 /// What is known of a set of images.
 pub struct Measured {
     /// Moments of its features.
-    pub moments: Had<Moments>,
+    pub moments: Measurement<Moments>,
     /// Of its spatial features; none unless the network has them.
-    pub spatial: Option<Had<Moments>>,
+    pub spatial: Option<Measurement<Moments>>,
     /// Inception score; none unless it was asked for.
-    pub score: Option<Had<InceptionScore>>,
+    pub score: Option<Measurement<InceptionScore>>,
     /// Share of images that have their class; none unless a classifier says so.
     pub agreement: Option<f64>,
     /// Features (n, d); none unless pairs of images are compared.
@@ -293,7 +293,7 @@ impl<B: Backend> Meter<'_, '_, B> {
 }
 
 /// A figure for which there are too few samples is none; whatever else is wrong ends the stage.
-pub fn had<T>(figure: std::result::Result<T, StatisticsError>) -> Result<Had<T>> {
+pub fn had<T>(figure: std::result::Result<T, StatisticsError>) -> Result<Measurement<T>> {
     match figure {
         Ok(figure) => Ok(Ok(figure)),
         Err(few @ StatisticsError::TooFew { .. }) => Ok(Err(few.to_string())),

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::Options;
-use super::measure::Had;
+use super::measure::Measurement;
 use crate::backend::Backend;
 use crate::context::Context;
 use crate::error::{Error, Result};
@@ -18,7 +18,7 @@ pub fn lpips_distances<B: Backend>(
     context: &Context<'_, B>,
     o: &Options,
     sets: &[(&str, Samples)],
-) -> Result<Vec<Had<f64>>> {
+) -> Result<Vec<Measurement<f64>>> {
     let Some(options) = &o.lpips else {
         return Ok(Vec::new());
     };

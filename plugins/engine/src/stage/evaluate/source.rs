@@ -13,7 +13,7 @@ use crate::samples::Samples;
 use crate::stage::tokenizer::batch as batch_of;
 
 /// The images that samples are measured against.
-pub enum Real<'a> {
+pub enum ReferenceImages<'a> {
     /// Those of a data set.
     Data(&'a Images),
     /// A set of samples.
@@ -24,7 +24,7 @@ pub enum Real<'a> {
     None,
 }
 
-impl Real<'_> {
+impl ReferenceImages<'_> {
     /// How many there are.
     pub fn count(&self) -> usize {
         match self {

@@ -1,0 +1,172 @@
+//! No file needs another that needs it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+
+use crate::{files, root};
+
+/// A module by its path in the crate: `cli/runs`.
+type Module = Vec<String>;
+
+const CRATES: [&str; 7] = [
+    "runner",
+    "plugins/abi",
+    "plugins/checkpoint",
+    "plugins/engine",
+    "plugins/kernels",
+    "plugins/candle",
+    "plugins/libtorch",
+];
+
+#[test]
+fn files_do_not_need_each_other_in_circles() {
+    for name in CRATES {
+        let source = root().join(name).join("src");
+        let needs = needs(&source);
+        assert!(needs.len() > 2, "{name}");
+        if let Some(circle) = circle(&needs) {
+            let circle: Vec<String> = circle.iter().map(|module| module.join("/")).collect();
+            panic!("{name}: {} need each other", circle.join(" -> "));
+        }
+    }
+}
+
+#[test]
+fn a_circle_is_found() {
+    let module = |name: &str| name.split('/').map(str::to_owned).collect::<Module>();
+    let needs = |pairs: &[(&str, &str)]| {
+        let mut needs: BTreeMap<Module, BTreeSet<Module>> = BTreeMap::new();
+        for (from, to) in pairs {
+            needs.entry(module(from)).or_default().insert(module(to));
+            needs.entry(module(to)).or_default();
+        }
+        needs
+    };
+    assert!(circle(&needs(&[("a", "b"), ("b", "c"), ("a", "c")])).is_none());
+    let found = circle(&needs(&[("a", "b"), ("b", "c/d"), ("c/d", "b")])).unwrap();
+    assert_eq!(found.len(), 3, "{found:?}");
+    assert_eq!(
+        paths("use crate::{a::{b, C}, d};\nfn f() -> super::e::G { crate::h::i() } // crate::no"),
+        [
+            "crate::a::b",
+            "crate::a::C",
+            "crate::d",
+            "crate::h::i",
+            "super::e::G"
+        ]
+    );
+}
+
+/// What each file of a crate needs of it, tests left out.
+fn needs(source: &Path) -> BTreeMap<Module, BTreeSet<Module>> {
+    let module_of = |path: &Path| -> Module {
+        let path = path.strip_prefix(source).unwrap().with_extension("");
+        let parts = path.iter().map(|part| part.to_string_lossy().into_owned());
+        parts.collect()
+    };
+    let is_test = |module: &Module| module.iter().any(|part| part == "tests");
+    let all: BTreeMap<Module, String> = files(source, ".rs")
+        .iter()
+        .map(|path| (module_of(path), fs::read_to_string(path).unwrap()))
+        .filter(|(module, _)| !is_test(module) && module != &["lib"] && module != &["main"])
+        .collect();
+    let mut needs = BTreeMap::new();
+    for (module, text) in &all {
+        let text = text.split("#[cfg(test)]\nmod tests {").next().unwrap();
+        let targets = paths(text).into_iter().filter_map(|path| {
+            let mut parts: Vec<&str> = path.split("::").collect();
+            let mut base: Module = match parts.remove(0) {
+                "crate" => Vec::new(),
+                _ => module[..module.len() - 1].to_vec(),
+            };
+            while parts.first() == Some(&"super") {
+                base.pop();
+                parts.remove(0);
+            }
+            // As far as there are files; what is beyond is in the last.
+            let mut found = all.contains_key(&base).then(|| base.clone());
+            for part in parts {
+                base.push(part.to_owned());
+                if all.contains_key(&base) {
+                    found = Some(base.clone());
+                }
+            }
+            found.filter(|target| target != module)
+        });
+        needs.insert(module.clone(), targets.collect());
+    }
+    needs
+}
+
+/// The paths of a text that begin with `crate` or `super`, without braces, in order of the alphabet.
+fn paths(text: &str) -> Vec<String> {
+    let code = text.lines().map(|line| line.split("//").next().unwrap());
+    let code = code.collect::<Vec<_>>().join("\n");
+    let mut found = BTreeSet::new();
+    for start in ["crate::", "super::"] {
+        for (at, _) in code.match_indices(start) {
+            let before = &code[..at];
+            let is_inside = before.ends_with(|c: char| c.is_alphanumeric() || "_:$".contains(c));
+            if !is_inside && !before.ends_with("pub(in ") {
+                expand("", &code[at..], &mut found);
+            }
+        }
+    }
+    let mut found: Vec<String> = found.into_iter().collect();
+    found.sort_by_key(|path| path.to_lowercase());
+    found
+}
+
+/// Adds the paths that a text begins with, and returns how many bytes they take.
+fn expand(prefix: &str, text: &str, found: &mut BTreeSet<String>) -> usize {
+    let name = text.find(|c: char| !c.is_alphanumeric() && c != '_' && c != ':');
+    let name = name.unwrap_or(text.len());
+    let path = format!("{prefix}{}", &text[..name]);
+    if !text[name..].starts_with('{') {
+        let path = path.trim_end_matches(':');
+        found.insert(path.trim_end_matches("::self").to_owned());
+        return name;
+    }
+    let mut at = name + 1;
+    while let Some(next) = text[at..].chars().next() {
+        match next {
+            '}' => return at + 1,
+            c if c.is_alphabetic() || c == '_' => at += expand(&path, &text[at..], found),
+            c => at += c.len_utf8(),
+        }
+        // A new name: `x as y`.
+        if text[at..].starts_with(" as ") {
+            at += text[at..].find([',', '}']).unwrap_or(0);
+        }
+    }
+    at
+}
+
+/// Files that need each other, from one to itself, if there are any.
+fn circle(needs: &BTreeMap<Module, BTreeSet<Module>>) -> Option<Vec<Module>> {
+    fn visit<'a>(
+        module: &'a Module,
+        needs: &'a BTreeMap<Module, BTreeSet<Module>>,
+        way: &mut Vec<&'a Module>,
+        done: &mut BTreeSet<&'a Module>,
+    ) -> Option<Vec<Module>> {
+        if let Some(at) = way.iter().position(|known| *known == module) {
+            let circle = way[at..].iter().map(|module| (*module).clone());
+            return Some(circle.chain([module.clone()]).collect());
+        }
+        if !done.insert(module) {
+            return None;
+        }
+        way.push(module);
+        let found = needs[module]
+            .iter()
+            .find_map(|next| visit(next, needs, way, done));
+        way.pop();
+        found
+    }
+    let (mut way, mut done) = (Vec::new(), BTreeSet::new());
+    needs
+        .keys()
+        .find_map(|module| visit(module, needs, &mut way, &mut done))
+}
