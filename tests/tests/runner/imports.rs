@@ -223,7 +223,7 @@ fn a_file_with_values_that_no_store_writes_is_refused() {
         ),
         (
             "update blocks set points = points + 1",
-            "holds other points",
+            "another number of points",
         ),
         ("update blocks set pack = 77", "has no points"),
         ("update series set base = 1 << 60", "`base`"),

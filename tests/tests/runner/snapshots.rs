@@ -259,6 +259,50 @@ fn faults_of_filters() {
     check("filters", &text);
 }
 
+#[test]
+fn faults_of_sweeps() {
+    let stages = "stages:\n  a: {kind: do, act: work, amount: 1}\n";
+    let recipes = [
+        "{}",
+        "{parameters: {}}",
+        "{parameters: {a.amount: []}}",
+        "{parameters: {a.amuont: [1, 2]}}",
+        "{parameters: {a.amount: 1..}}",
+        "{parameters: {a.amount: {min: 1, max: 3}}}",
+        "{parameters: {a.amount: {min: 3, max: 1, count: 2}}}",
+        "{parameters: {a.amount: {min: 0, max: 1, log: true, count: 3}}}",
+        "{parameters: {a.amount: [1, 2]}, sample: 0}",
+        "{parameters: {a.amount: [1, 2]}, objective: {goal: min}}",
+        "{parameters: {a.amount: [1, 2]}, objective: {metric: a/tick, goal: most}}",
+        "{parameters: {a.amount: [1, many]}}",
+    ];
+    let mut text = String::new();
+    for sweep in recipes {
+        let lab = Lab::new(&[]);
+        let recipe = format!("version: 1\nbackend: faulty\nsweep: {sweep}\n{stages}");
+        fs::write(lab.dir.path().join("r.yaml"), recipe).unwrap();
+        tell(&mut text, &lab, &["run", "r.yaml", "--sweep"]);
+    }
+    check("sweeps", &text);
+}
+
+#[test]
+fn faults_of_project_files() {
+    let mut text = String::new();
+    for settings in [
+        "executor = \"slrum\"\n",
+        "[slurm]\npartitoin = \"p\"\n",
+        "[slurm]\ncpus = \"four\"\n",
+        "executor = \"local\n",
+        "[slurm.kinds.distill]\nrequeue = -1\n",
+    ] {
+        let lab = Lab::new(&["a: {kind: do}"]);
+        fs::write(lab.dir.path().join("retort.toml"), settings).unwrap();
+        tell(&mut text, &lab, &["run", "r.yaml"]);
+    }
+    check("project-files", &text);
+}
+
 /// Two runs: one of three stages, and one that took one of them over and failed. Ids, times and sizes are always the same.
 fn history() -> Lab {
     let lab = Lab::new(&[
@@ -270,10 +314,17 @@ fn history() -> Lab {
     lab.retort(&["runs", "tag", "latest", "baseline"]).expect(0);
     lab.run(&["--set", "student.amount=4", "--set", "table.act=refuse"])
         .expect(100);
+    settle(&lab);
+    lab
+}
+
+/// Has ids, times and sizes be always the same.
+fn settle(lab: &Lab) {
     block_on(async {
         let options = SqliteConnectOptions::new().filename(lab.store_dir().join("history.db"));
         let mut connection = options.connect().await.unwrap();
         let statements = "
+            update sweeps set id = printf('sweep%05d', key), created = 1700000000000 + key * 60000;
             update runs set id = printf('run%07d', key), created = 1700000000000 + key * 60000,
                 finished = 1700000009000 + key * 60000;
             update attempts set worker_pid = 100, cpu_seconds = key, max_rss = key * 1000000,
@@ -288,7 +339,46 @@ fn history() -> Lab {
             .unwrap();
         connection.close().await.unwrap();
     });
-    lab
+}
+
+#[test]
+fn tables_of_sweeps() {
+    let lab = Lab::new(&["a: {kind: do, act: work, amount: 1}"]);
+    let sweep = ["--sweep", "a.amount=1..3", "--objective", "max:a/tick"];
+    lab.run(&sweep).expect(0);
+    settle(&lab);
+    let mut text = String::new();
+    for arguments in [
+        &["sweep", "list"][..],
+        &["sweep", "show"],
+        &["sweep", "show", "--format", "csv"],
+        &["sweep", "best", "-n", "2"],
+        &["sweep", "show", "nothing"],
+        &["runs", "list"],
+    ] {
+        tell(&mut text, &lab, arguments);
+    }
+    check("sweep-tables", &text);
+}
+
+#[test]
+fn formats() {
+    let lab = history();
+    let mut text = String::new();
+    for format in ["table", "json", "csv", "md"] {
+        tell(&mut text, &lab, &["runs", "list", "--format", format]);
+    }
+    tell(&mut text, &lab, &["artifacts", "verify"]);
+    let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/golden/checkpoints");
+    for file in [
+        "expected.safetensors",
+        "flat.pth",
+        "hostile_reduce.pth",
+        "hostile_truncated_zip.pth",
+    ] {
+        tell(&mut text, &lab, &["inspect", &format!("{golden}/{file}")]);
+    }
+    check("formats", &text.replace(golden, "GOLDEN"));
 }
 
 #[test]

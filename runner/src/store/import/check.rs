@@ -415,7 +415,7 @@ async fn blocks(connection: &mut SqliteConnection) -> Result<(), Refusal> {
                 found.numbers,
             )
         {
-            return Err(fault("its number of points does not match its record"));
+            return Err(fault("has another number of points than its record says"));
         }
         if before.is_some_and(|(known, end)| known == series && first <= end) {
             return Err(fault("overlaps another"));
