@@ -55,8 +55,21 @@ pub struct ArtifactFile {
 pub const REPAIR: &str = "`retort artifacts verify` names the files; remove the artifact's directory, and a run of the recipe that \
     made it makes it again";
 
-/// [`REPAIR`], where a message is about a file within an artifact: nobody writes there, so something has damaged it.
+/// What to do about a file that its disk does not give back.
+pub const DISK: &str = "the disk with it fails: the kernel's messages (`dmesg`) say which one; copy what can still be read to another, \
+    and fetch or make anew what cannot";
+
+/// Whether a message has the system's number of what a failing disk says (EIO).
+pub fn is_of_disk(message: &str) -> bool {
+    message.contains("(os error 5)")
+}
+
+/// [`DISK`], where that is what fails; [`REPAIR`], where a message is about a file within an artifact: nobody writes there, so
+/// something has damaged it.
 pub fn repair_of(message: &str) -> Option<&'static str> {
+    if is_of_disk(message) {
+        return Some(DISK);
+    }
     let is_hash = |text: &str| text.bytes().all(|byte| byte.is_ascii_hexdigit());
     let mut places = message.match_indices("artifacts/");
     places

@@ -16,11 +16,11 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use retort_checkpoint::images::{self, is_hidden};
+use retort_checkpoint::images::{self, MOST_FILES, is_hidden};
 use retort_checkpoint::regular::{self, Extent};
 use retort_checkpoint::shards::Place;
 
-use crate::plan::FileKind;
+use crate::plan::{FileKind, mostly_holes};
 
 /// A file that was written less than this before it was looked at may be written again without a trace: file systems
 /// tell times in steps of up to two seconds.
@@ -76,18 +76,23 @@ pub enum InputError {
         message: String,
     },
     /// A file most of which is on no disk.
-    #[error(
-        "{} is {length} bytes long and mostly holes: {missing} bytes of it are not on the disk. An unfinished download or copy? \
-         Fetch it again; if it is meant to be so, fill the holes: `cp --sparse=never`",
-        path.display()
-    )]
+    #[error("{}", mostly_holes(path, *extent))]
     Hollow {
         /// The file.
         path: PathBuf,
-        /// How long it is.
-        length: u64,
-        /// How much of that is not on the disk.
-        missing: u64,
+        /// What it takes.
+        extent: Extent,
+    },
+    /// More files than are looked at.
+    #[error(
+        "{} holds more than {most} files; put them into tar archives (`tar:`), or into several folders",
+        path.display()
+    )]
+    Many {
+        /// The folder.
+        path: PathBuf,
+        /// The most that are looked at.
+        most: usize,
     },
     /// A name that a digest cannot hold.
     #[error("the name of {} is not UTF-8", path.display())]
@@ -114,16 +119,17 @@ pub struct FileStamp {
     inode: u64,
     size: u64,
     /// Nanoseconds since 1970.
-    modified: i128,
+    modified: i64,
     /// When anything about it was changed, which nobody can set.
-    changed: i128,
+    changed: i64,
 }
 
 impl FileStamp {
     /// Of a file that was looked at.
     pub fn of(found: &Metadata) -> Self {
+        // Up to the year 2262.
         let nanoseconds =
-            |seconds: i64, rest: i64| i128::from(seconds) * 1_000_000_000 + i128::from(rest);
+            |seconds: i64, rest: i64| seconds.saturating_mul(1_000_000_000).saturating_add(rest);
         Self {
             device: found.dev(),
             inode: found.ino(),
@@ -135,7 +141,7 @@ impl FileStamp {
 
     /// Whether the file could be written after `now` and look as before.
     fn is_young(&self, now: i128) -> bool {
-        now - self.modified.max(self.changed) < CLOCK_STEP
+        now - i128::from(self.modified.max(self.changed)) < CLOCK_STEP
     }
 
     fn bytes(&self) -> [u8; 56] {
@@ -143,8 +149,8 @@ impl FileStamp {
         bytes[..8].copy_from_slice(&self.device.to_le_bytes());
         bytes[8..16].copy_from_slice(&self.inode.to_le_bytes());
         bytes[16..24].copy_from_slice(&self.size.to_le_bytes());
-        bytes[24..40].copy_from_slice(&self.modified.to_le_bytes());
-        bytes[40..].copy_from_slice(&self.changed.to_le_bytes());
+        bytes[24..40].copy_from_slice(&i128::from(self.modified).to_le_bytes());
+        bytes[40..].copy_from_slice(&i128::from(self.changed).to_le_bytes());
         bytes
     }
 }
@@ -155,7 +161,7 @@ pub struct Listing {
     path: PathBuf,
     kind: FileKind,
     /// Sorted by name, which is relative to `path`; that of a file itself is empty.
-    files: Vec<(String, FileStamp)>,
+    files: Vec<ListedFile>,
     traces: Traces,
     /// When it was made.
     now: i128,
@@ -192,11 +198,16 @@ impl Listing {
     /// # Errors
     /// [`InputError`].
     pub fn of(path: &Path, kind: FileKind) -> Result<Self, InputError> {
+        Self::of_few(path, kind, MOST_FILES)
+    }
+
+    /// The same of at most so many files.
+    fn of_few(path: &Path, kind: FileKind, most: usize) -> Result<Self, InputError> {
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
         let now = i128::try_from(now.as_nanos()).unwrap_or(i128::MAX);
-        let (mut walk, mut base) = (Walk::default(), None);
+        let (mut walk, mut base) = (Walk::new(path, most), None);
         match kind {
             FileKind::File => {
                 let found = fs::metadata(path).map_err(failed("read", path))?;
@@ -214,7 +225,7 @@ impl Listing {
                     message: error.to_string(),
                 })?;
                 if let [only] = files.as_slice() {
-                    return Self::of(only, FileKind::File);
+                    return Self::of_few(only, FileKind::File, most);
                 }
                 base = files
                     .first()
@@ -230,11 +241,11 @@ impl Listing {
             }
         }
         walk.expect_content()?;
-        walk.files.sort_by(|a, b| a.0.cmp(&b.0));
+        walk.files.sort_unstable_by(|a, b| a.name.cmp(&b.name));
         let mut content = blake3::Hasher::new();
         let mut rights = blake3::Hasher::new();
         let mut changes = blake3::Hasher::new();
-        for (name, stamp, owner) in &walk.files {
+        for ListedFile { name, stamp, owner } in &walk.files {
             // No name holds a NUL.
             content
                 .update(name.as_bytes())
@@ -246,11 +257,7 @@ impl Listing {
         Ok(Self {
             path: base.unwrap_or_else(|| path.to_owned()),
             kind,
-            files: walk
-                .files
-                .into_iter()
-                .map(|(name, stamp, _)| (name, stamp))
-                .collect(),
+            files: walk.files,
             traces: Traces {
                 content: content.finalize(),
                 rights: rights.finalize(),
@@ -264,7 +271,7 @@ impl Listing {
     /// the store could not name.
     pub fn folders(&self) -> Vec<String> {
         let mut folders: Vec<String> = Vec::new();
-        for (name, _) in &self.files {
+        for ListedFile { name, .. } in &self.files {
             let Some((folder, _)) = self.place(name) else {
                 continue;
             };
@@ -303,7 +310,7 @@ impl Listing {
         let mut list = blake3::Hasher::new();
         let mut single = String::new();
         let mut young = false;
-        for (name, stamp) in &self.files {
+        for ListedFile { name, stamp, .. } in &self.files {
             let place = self.place(name);
             let known = place.as_ref().and_then(|(folder, own)| {
                 let (bytes, hash) = remembered.get(folder)?.0.get(*own)?;
@@ -343,7 +350,7 @@ impl Listing {
             let here = |own: &String| {
                 let name = self.inside(folder, own);
                 self.files
-                    .binary_search_by(|(known, _)| known.as_str().cmp(&name))
+                    .binary_search_by(|known| (*known.name).cmp(&*name))
                     .is_ok()
             };
             files.0.retain(|own, _| here(own));
@@ -374,7 +381,7 @@ impl Listing {
 
     /// Bytes of all files.
     pub fn size(&self) -> u64 {
-        self.files.iter().map(|(_, stamp)| stamp.size).sum()
+        self.files.iter().map(|file| file.stamp.size).sum()
     }
 
     /// Whether nothing has been written since the snapshot. A file whose rights were changed, or that got a further name,
@@ -386,9 +393,9 @@ impl Listing {
 
     /// The file that was changed last, to be named where something has changed.
     pub fn newest(&self) -> PathBuf {
-        let newest = self.files.iter().max_by_key(|(_, stamp)| stamp.changed);
+        let newest = self.files.iter().max_by_key(|file| file.stamp.changed);
         match newest {
-            Some((name, _)) => self.at(name),
+            Some(file) => self.at(&file.name),
             None => self.path.clone(),
         }
     }
@@ -445,11 +452,22 @@ pub fn content_hash(file: File) -> io::Result<blake3::Hash> {
     Ok(hasher.finalize())
 }
 
+/// A file that a way through folders came upon.
+#[derive(Debug)]
+struct ListedFile {
+    name: Box<str>,
+    stamp: FileStamp,
+    /// Owner, rights, and number of names.
+    owner: [u8; 24],
+}
+
 /// A way through folders.
-#[derive(Default)]
 struct Walk {
-    /// Name, stamp, and owner and rights.
-    files: Vec<(String, FileStamp, [u8; 24])>,
+    path: PathBuf,
+    files: Vec<ListedFile>,
+    /// How many more files may come.
+    room: usize,
+    most: usize,
     /// The folders that lead to this one.
     above: Vec<(u64, u64)>,
     linked: usize,
@@ -461,6 +479,20 @@ struct Walk {
 }
 
 impl Walk {
+    fn new(path: &Path, most: usize) -> Self {
+        Self {
+            path: path.to_owned(),
+            files: Vec::new(),
+            room: most,
+            most,
+            above: Vec::new(),
+            linked: 0,
+            only_images: false,
+            extent: Extent::default(),
+            hollow: None,
+        }
+    }
+
     fn file(&mut self, path: &Path, name: String, found: &Metadata) -> Result<(), InputError> {
         if !found.is_file() {
             let kind = regular::kind(found.file_type());
@@ -482,7 +514,11 @@ impl Walk {
                 self.hollow = Some((path.to_owned(), extent));
             }
         }
-        self.files.push((name, FileStamp::of(found), owner));
+        self.files.push(ListedFile {
+            name: name.into(),
+            stamp: FileStamp::of(found),
+            owner,
+        });
         Ok(())
     }
 
@@ -495,8 +531,7 @@ impl Walk {
             {
                 Err(InputError::Hollow {
                     path: path.clone(),
-                    length: extent.length(),
-                    missing: extent.missing(),
+                    extent: *extent,
                 })
             }
             _ => Ok(()),
@@ -541,6 +576,11 @@ impl Walk {
                 inner => format!("{inner}/{own}"),
             };
             if !found.is_dir() {
+                // Those that are no images too: they are looked at.
+                self.room = self.room.checked_sub(1).ok_or_else(|| InputError::Many {
+                    path: self.path.clone(),
+                    most: self.most,
+                })?;
                 let counts = !self.only_images
                     || !found.is_file()
                     || images::is_data(&path, &name).map_err(failed("read", &path))?;

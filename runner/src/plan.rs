@@ -6,12 +6,13 @@
 //! and why is `plan/decision.rs`. Deliberately absent: running, and reading the store.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use retort_abi::{Device, Severity, StageJob};
-use retort_checkpoint::{regular, sign};
+use retort_checkpoint::regular::{self, Extent};
+use retort_checkpoint::sign;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -31,6 +32,10 @@ mod tests;
 
 pub use build::Build;
 pub use digest::{Digest, digest};
+
+/// How long archives are looked through before they are hashed: most faults are found by then, and where the look takes
+/// longer, such as on a slow disk, it would not be worth it.
+const QUICK: Duration = Duration::from_millis(250);
 
 /// A recipe with everything settled. Serialised, it is what a run freezes and `resume` continues.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -153,8 +158,13 @@ pub struct FileOption {
 }
 
 impl FileOption {
-    /// Why it cannot be read, in words; nothing is opened for that.
+    /// Why it cannot be read, in words.
     pub fn problem(&self) -> Option<String> {
+        self.absent().or_else(|| self.hollow())
+    }
+
+    /// Why there is no such thing; nothing is opened for that.
+    fn absent(&self) -> Option<String> {
         let shown = self.path.display();
         let what = match self.kind {
             FileKind::File | FileKind::Weights => "file",
@@ -172,6 +182,26 @@ impl FileOption {
         let kind = regular::kind(found.file_type());
         (!there).then(|| format!("{shown} is {kind}, not a {what}"))
     }
+
+    /// Why it would take long to read, though there is next to nothing in it.
+    fn hollow(&self) -> Option<String> {
+        let found = std::fs::metadata(&self.path).ok()?;
+        let extent = Extent::of(&found);
+        let hollow = found.is_file() && extent.is_hollow();
+        (hollow && regular::has_hole(&self.path).unwrap_or(false))
+            .then(|| mostly_holes(&self.path, extent))
+    }
+}
+
+/// What is said of a file most of which is on no disk.
+pub fn mostly_holes(path: &Path, extent: Extent) -> String {
+    format!(
+        "{} is {} bytes long and mostly holes: {} bytes of it are not on the disk. An unfinished download or copy? Fetch it \
+         again; if it is meant to be so, fill the holes: `cp --sparse=never`",
+        path.display(),
+        extent.length(),
+        extent.missing()
+    )
 }
 
 /// What a path names.
@@ -335,6 +365,7 @@ impl Plan {
     /// can run without them. Asked before anything is hashed.
     pub fn missing_files(&self) -> Vec<Finding> {
         let mut findings = Vec::new();
+        let until = Instant::now() + QUICK;
         for stage in &self.stages {
             for file in &stage.files {
                 let finding = |problem: String| {
@@ -342,15 +373,21 @@ impl Plan {
                     let pointer = format!("/stages/{}{}", escape(&stage.name), file.pointer);
                     Finding::error(pointer, message)
                 };
-                if let Some(problem) = file.problem() {
+                if let Some(problem) = file.absent() {
                     let written = stage.options.pointer(&file.pointer).and_then(Value::as_str);
                     let hint = self.path_hint(written.unwrap_or_default());
                     findings.push(finding(problem).hint(hint));
                     continue;
                 }
+                if let Some(problem) = file.hollow() {
+                    findings.push(finding(problem));
+                    continue;
+                }
                 let broken = match file.kind {
-                    FileKind::File => sign::broken(&file.path).map(|why| (file.path.clone(), why)),
-                    FileKind::Images => sign::broken_in(&file.path),
+                    FileKind::File => {
+                        sign::broken(&file.path, until).map(|why| (file.path.clone(), why))
+                    }
+                    FileKind::Images => sign::broken_in(&file.path, until),
                     FileKind::Dir | FileKind::Weights => None,
                 };
                 if let Some((path, why)) = broken {

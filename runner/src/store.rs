@@ -49,6 +49,7 @@ mod transfer;
 pub use crate::artifact::{ArtifactFile, ArtifactRecord};
 pub use browse::{Group, LogQuery};
 pub use care::Garbage;
+pub use draft::is_draft_of_import;
 pub use error::StoreError;
 pub use file::Memory;
 pub use history::{

@@ -14,6 +14,9 @@ const START: u64 = 16;
 /// The longest image file that is decoded.
 pub const LONGEST_FILE: u64 = 1 << 28;
 
+/// The most files that a folder of data may hold.
+pub const MOST_FILES: usize = 1 << 22;
+
 /// Tables in a folder, directly in it, that say what its images are; the first that is there counts.
 pub const TABLES: [&str; 4] = [
     "metadata.jsonl",

@@ -21,6 +21,7 @@ mod safetensors;
 pub mod shards;
 pub mod sign;
 mod source;
+pub mod tar;
 mod tensor;
 mod torch;
 pub mod trajectories;

@@ -1,19 +1,19 @@
 //! What the ending of a name promises, and whether the first bytes of the file keep it.
 //!
 //! In: a path. Out: nothing, or why no reader will take the file. Asked before a file is hashed, which takes as long as the
-//! file is large. Deliberately absent: everything beyond the beginning, which whoever reads the file looks at.
+//! file is large. Of archives the headers are looked through, as far as that is quick. Deliberately absent: everything else
+//! beyond the beginning, which whoever reads the file looks at.
 
+use std::borrow::Cow;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
-use crate::{images, regular};
-
-/// Bytes of a block of a tar archive.
-pub const TAR_BLOCK: usize = 512;
+use crate::{images, regular, tar};
 
 /// Why the file at `path` is not what its ending says; nothing where it may be, or the ending says nothing, or the file
-/// cannot be read: whoever reads it will say so.
-pub fn broken(path: &Path) -> Option<&'static str> {
+/// cannot be read: whoever reads it will say so. Archives are looked through until then.
+pub fn broken(path: &Path, until: Instant) -> Option<Cow<'static, str>> {
     let ending = path.extension()?.to_str()?.to_ascii_lowercase();
     let known = ["tar", "npz", "npy", "csv", "tsv", "jsonl", "safetensors"];
     if !known.contains(&ending.as_str()) {
@@ -21,14 +21,25 @@ pub fn broken(path: &Path) -> Option<&'static str> {
     }
     let mut start = Vec::new();
     let file = regular::open(path).ok()?;
-    let read = file.take(TAR_BLOCK as u64).read_to_end(&mut start);
+    let read = (&file).take(tar::BLOCK as u64).read_to_end(&mut start);
     read.ok()?;
+    if let Some(wrong) = begins_wrong(&ending, &start) {
+        return Some(wrong.into());
+    }
+    if ending != "tar" {
+        return None;
+    }
+    tar::broken(regular::open(path).ok()?, until).map(Cow::Owned)
+}
+
+/// What is wrong with the first bytes of a file whose name ends so.
+fn begins_wrong(ending: &str, start: &[u8]) -> Option<&'static str> {
     let begins = |with: &[u8]| start.starts_with(with);
     let compressed = begins(b"\x1f\x8b")
         || begins(b"BZh")
         || begins(b"\xfd7zXZ\0")
         || begins(b"\x28\xb5\x2f\xfd");
-    match ending.as_str() {
+    match ending {
         // Of a table without lines its reader says what belongs there.
         "csv" | "tsv" | "jsonl" if start.is_empty() => None,
         _ if start.is_empty() => Some("it is empty"),
@@ -36,7 +47,7 @@ pub fn broken(path: &Path) -> Option<&'static str> {
             Some("a compressed archive; unpack it first: files are read from their place in it")
         }
         _ if compressed => Some("it is compressed; unpack it first"),
-        "tar" if !start.first_chunk().is_some_and(is_tar_header) => {
+        "tar" if !start.first_chunk().is_some_and(tar::is_header) => {
             Some("no tar archive: its first header is wrong")
         }
         "npz" if !begins(b"PK") => {
@@ -54,7 +65,7 @@ pub fn broken(path: &Path) -> Option<&'static str> {
 }
 
 /// The same of the archives and tables directly in a folder of images: the first that is broken.
-pub fn broken_in(folder: &Path) -> Option<(PathBuf, &'static str)> {
+pub fn broken_in(folder: &Path, until: Instant) -> Option<(PathBuf, Cow<'static, str>)> {
     let entries = std::fs::read_dir(folder).ok()?.flatten();
     let named = entries.filter(|entry| {
         let name = entry.file_name();
@@ -65,37 +76,16 @@ pub fn broken_in(folder: &Path) -> Option<(PathBuf, &'static str)> {
     paths.sort();
     paths
         .into_iter()
-        .find_map(|path| broken(&path).map(|why| (path, why)))
-}
-
-/// Whether a block is a header of a tar archive, by its sum.
-pub fn is_tar_header(head: &[u8; TAR_BLOCK]) -> bool {
-    let sum = head.iter().enumerate().map(|(place, byte)| match place {
-        // The sum counts itself as spaces.
-        148..156 => 32,
-        _ => u64::from(*byte),
-    });
-    tar_number(&head[148..156]) == Some(sum.sum())
-}
-
-/// A number of a tar header: in octal, or in binary as GNU tar writes large ones.
-pub fn tar_number(field: &[u8]) -> Option<u64> {
-    let (first, rest) = field.split_first()?;
-    if first & 0x80 != 0 {
-        return rest.iter().try_fold(u64::from(first & 0x7f), |sum, byte| {
-            sum.checked_mul(256)?.checked_add(u64::from(*byte))
-        });
-    }
-    let text = std::str::from_utf8(field).ok()?;
-    match text.trim_matches(['\0', ' ']) {
-        "" => Some(0),
-        text => u64::from_str_radix(text, 8).ok(),
-    }
+        .find_map(|path| broken(&path, until).map(|why| (path, why)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn soon() -> Instant {
+        Instant::now() + std::time::Duration::from_secs(60)
+    }
 
     #[test]
     fn a_file_keeps_what_its_name_promises_or_is_refused() {
@@ -103,16 +93,29 @@ mod tests {
         let check = |name: &str, content: &[u8], said: Option<&str>| {
             let path = root.path().join(name);
             std::fs::write(&path, content).unwrap();
-            match (broken(&path), said) {
+            match (broken(&path, soon()), said) {
                 (Some(found), Some(said)) => assert!(found.contains(said), "{name}: {found}"),
-                (found, said) => assert_eq!(found, said, "{name}"),
+                (found, said) => assert_eq!(found.as_deref(), said, "{name}"),
             }
         };
-        let mut head = [0; TAR_BLOCK];
+        let mut head = [0; tar::BLOCK];
         head[..5].copy_from_slice(b"a.png");
         let sum: u32 = head.iter().map(|byte| u32::from(*byte)).sum::<u32>() + 8 * 32;
         head[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
         check("a.tar", &head, None);
+        // The second header is that of nothing, or of more than there is.
+        let after = |more: &[u8]| [&head[..], more].concat();
+        check("a.tar", &after(&[0; 1024]), None);
+        check("a.tar", &after(&[7; 512]), Some("at byte 512 a header"));
+        check("a.tar", &after(&[0; 100]), Some("at byte 512 it ends"));
+        // Nobody waits for the end of a long one.
+        let path = root.path().join("long.tar");
+        let whole = [head; 64].concat();
+        std::fs::write(&path, [&whole[..], &[7; 512]].concat()).unwrap();
+        assert!(broken(&path, soon()).unwrap().contains("at byte 32768"));
+        let past = Instant::now() - std::time::Duration::from_nanos(1);
+        assert_eq!(broken(&path, past), None);
+        std::fs::remove_file(path).unwrap();
         head[0] = b'b';
         check("a.tar", &head, Some("first header"));
         check("a.TAR", b"\x1f\x8b\x08", Some("compressed archive"));
@@ -130,16 +133,21 @@ mod tests {
         check("a.png", b"anything", None);
         check("csv", b"", None);
         check("a.csv", b"", None);
-        assert_eq!(broken(&root.path().join("nothing.tar")), None);
+        assert_eq!(broken(&root.path().join("nothing.tar"), soon()), None);
         // Of a folder only what is an archive or a table there.
-        let (path, why) = broken_in(root.path()).unwrap();
+        let (path, why) = broken_in(root.path(), soon()).unwrap();
         assert!(path.ends_with("a.TAR") && why.contains("compressed"));
         for name in ["a.tar", "a.TAR"] {
             std::fs::remove_file(root.path().join(name)).unwrap();
         }
-        assert_eq!(broken_in(root.path()), None);
+        assert_eq!(broken_in(root.path(), soon()), None);
         check("metadata.csv", &[0; 100], Some("zero bytes"));
-        assert!(broken_in(root.path()).unwrap().0.ends_with("metadata.csv"));
-        assert_eq!(broken_in(&root.path().join("nothing")), None);
+        assert!(
+            broken_in(root.path(), soon())
+                .unwrap()
+                .0
+                .ends_with("metadata.csv")
+        );
+        assert_eq!(broken_in(&root.path().join("nothing"), soon()), None);
     }
 }

@@ -244,6 +244,14 @@ fn only_a_message_about_a_file_in_an_artifact_says_how_to_mend_one() {
     let within =
         |name: &str| format!("/store/artifacts/{name}/config.json: expected value at line 1");
     assert_eq!(repair_of(&within(&hash)), Some(REPAIR));
+    // Neither mends a disk.
+    let failed = std::io::Error::from_raw_os_error(libc::EIO);
+    for message in [
+        format!("cannot read /data/d.csv: {failed}"),
+        format!("/store/artifacts/{hash}/config.json: {failed}"),
+    ] {
+        assert_eq!(repair_of(&message), Some(DISK), "{message}");
+    }
     let twice = format!("artifacts/x: {}", within(&hash));
     assert_eq!(repair_of(&twice), Some(REPAIR));
     for other in [

@@ -214,10 +214,12 @@ fn verify(args: &VerifyArgs, context: &Context) -> Result<(), Error> {
 
     let layout = Layout::new(&context.store)?;
     let mut damaged = HashSet::new();
+    let mut of_disk = false;
     let mut rows = Rows::new(&["hash", "kind", "stage", "run", "file", "problem"]);
     for row in &artifacts {
         for damage in artifact::verify(&layout.artifact(&row.artifact.hash), &row.artifact) {
             damaged.insert(&row.artifact.hash);
+            of_disk |= artifact::is_of_disk(&damage.problem);
             rows.push([
                 Cell::hash(&row.artifact.hash),
                 row.artifact.kind.as_str().into(),
@@ -244,8 +246,11 @@ fn verify(args: &VerifyArgs, context: &Context) -> Result<(), Error> {
         }
         return Ok(());
     }
-    Err(Error::new(Exit::Internal, verified)
-        .hint("remove the damaged directories from the store; a run then makes them again"))
+    // Of a disk that fails nothing is to be removed: elsewhere it may still be read.
+    Err(Error::new(Exit::Internal, verified).hint(match of_disk {
+        true => artifact::DISK,
+        false => "remove the damaged directories from the store; a run then makes them again",
+    }))
 }
 
 fn export(args: &ExportArgs, context: &Context) -> Result<(), Error> {
@@ -292,11 +297,8 @@ fn export(args: &ExportArgs, context: &Context) -> Result<(), Error> {
     let (draft, file) = Draft::file(&place).map_err(refused)?;
     let synced = file.try_clone().map_err(refused)?;
     let dir = Layout::new(&context.store)?.artifact(&artifact.artifact.hash);
-    published::export(&dir, kind, part, (file, &output)).map_err(|error| {
-        Error::new(Exit::Internal, error.to_string()).hint(
-            "`retort artifacts verify` says which artifacts are damaged, if it is not the disk",
-        )
-    })?;
+    published::export(&dir, kind, part, (file, &output))
+        .map_err(|error| Error::new(Exit::Internal, error.to_string()))?;
     synced
         .sync_all()
         .and_then(|()| draft.finish())

@@ -178,6 +178,12 @@ impl From<StoreError> for Error {
             StoreError::Filter(error) => return (*error).into(),
             error => error,
         };
+        if let Some(message) = error.of_disk() {
+            let message = format!(
+                "the disk with the store's history.db does not read or write it: {message}"
+            );
+            return Self::new(Exit::Internal, message).hint(artifact::DISK);
+        }
         let (exit, hint) = match &error {
             StoreError::Missing { .. } => (
                 Exit::NothingMatches,

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::artifact::Layout;
 use crate::cli::{Context, Error, FormatArgs, talk};
-use crate::store::{Access, Garbage, Store};
+use crate::store::{self, Access, Garbage, Store};
 use crate::table::{Cell, Rows, bytes};
 
 /// Arguments of `gc`.
@@ -84,7 +84,7 @@ fn leftovers(store: &Store, garbage: &Garbage) -> Vec<Leftover> {
         found.push(("draft", name.into_owned(), path));
     }
     for (what, name, path) in entries(&dir.join("artifacts"), "artifact") {
-        if !garbage.needed.contains(&name) {
+        if !garbage.needed.contains(&name) && !store::is_draft_of_import(&name) {
             found.push((what, name, path));
         }
     }

@@ -3,15 +3,23 @@
 use std::collections::{BTreeMap, HashMap};
 use std::error::Error as StdError;
 use std::path::PathBuf;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
 
 use serde_json::Value;
 use tokio::runtime::Runtime;
 
 use crate::artifact::Layout;
+use crate::cli::talk;
 use crate::input::{Folder, InputError, Listing};
 use crate::plan::decision::Past;
 use crate::plan::{FileKind, FileOption, PlannedStage};
 use crate::store::{Memory, Store};
+use crate::table;
+
+/// How long nothing is said while files are read.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// [`Past`] over a store.
 pub struct History<'a> {
@@ -115,10 +123,33 @@ fn file_hashes(
         let key = (file.path.clone(), file.kind);
         let found = match known.get(&key) {
             Some(found) => found.clone(),
-            None => hash(file)?,
+            None => patiently(file, || hash(file))?,
         };
         known.insert(key, found.clone());
         hashes.insert(file.pointer.clone(), found);
     }
     Ok(hashes)
+}
+
+/// Does what may read a large file, and says what is being waited for where it takes long.
+fn patiently<T>(file: &FileOption, hash: impl FnOnce() -> T) -> T {
+    let (done, waiting) = mpsc::channel::<()>();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            let waited = waiting.recv_timeout(PATIENCE);
+            if waited == Err(RecvTimeoutError::Timeout) && tracing::enabled!(tracing::Level::WARN) {
+                let size = match (file.kind, std::fs::metadata(&file.path)) {
+                    (FileKind::File, Ok(found)) => format!(" ({})", table::bytes(found.len())),
+                    _ => String::new(),
+                };
+                talk::say(&format!(
+                    "reading {}{size} once, for its hash; Ctrl-C stops",
+                    file.path.display()
+                ));
+            }
+        });
+        let found = hash();
+        drop(done);
+        found
+    })
 }

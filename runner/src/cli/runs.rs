@@ -37,6 +37,9 @@ pub enum Command {
     /// Write runs into one file, for another store; from a damaged store, what can be read.
     Export(transfer::ExportArgs),
     /// Import the runs of an exported file that this store lacks.
+    ///
+    /// The whole file is checked first. Then its runs are copied piece by piece, so that other commands can write in
+    /// between. An import that is ended half-way leaves whole runs; repeated, it goes on where it stopped.
     Import(transfer::ImportArgs),
 }
 

@@ -170,7 +170,8 @@ fn decoded(bytes: &[u8], row: &ArtifactRow) -> Result<DynamicImage, Error> {
     let mut limits = Limits::default();
     limits.max_image_width = Some(MOST_PIXELS);
     limits.max_image_height = Some(MOST_PIXELS);
-    limits.max_alloc = Some(256 << 20);
+    // It is copied once with four bytes for each pixel.
+    limits.max_alloc = Some(176 << 20);
     reader.limits(limits);
     reader.decode().map_err(|error| {
         let message = format!(

@@ -293,3 +293,17 @@ fn what_is_mostly_holes_is_named_and_not_read() {
     stretch("c", 601 << 20);
     assert!(said(FileKind::Dir).contains("/c is "));
 }
+
+#[test]
+fn more_files_than_can_be_held_are_refused() {
+    let root = filled(&[("0/a.png", "1"), ("0/b.txt", "2"), ("1/c.png", "3")]);
+    let list = |kind, most| Listing::of_few(root.path(), kind, most).map(|found| found.files.len());
+    assert_eq!(list(FileKind::Dir, 3).unwrap(), 3);
+    // A text among images is looked into, too.
+    assert_eq!(list(FileKind::Images, 3).unwrap(), 2);
+    for kind in [FileKind::Dir, FileKind::Images] {
+        let said = list(kind, 2).unwrap_err().to_string();
+        assert!(said.contains("holds more than 2 files"), "{said}");
+        assert!(said.starts_with(root.path().to_str().unwrap()), "{said}");
+    }
+}

@@ -164,6 +164,10 @@ impl Store {
     pub fn abandoned(&self) -> Vec<PathBuf> {
         let mut found = draft::leftovers(self.dir(), draft::IMPORT);
         found.extend(draft::leftovers(self.dir(), draft::EXPORT));
+        found.extend(draft::leftovers(
+            &self.dir().join("artifacts"),
+            draft::IMPORT,
+        ));
         // Those of earlier versions have no lock; while they are in use, the store is being written to.
         let entries = std::fs::read_dir(self.dir())
             .into_iter()

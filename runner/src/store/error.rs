@@ -297,6 +297,16 @@ impl StoreError {
         }
     }
 
+    /// What SQLite says where the disk with the history fails.
+    pub fn of_disk(&self) -> Option<&str> {
+        let Self::Sql(error) = self else {
+            return None;
+        };
+        let database = error.as_database_error()?;
+        let code: i32 = database.code()?.parse().ok()?;
+        (code & 0xff == 10).then(|| database.message())
+    }
+
     /// The same of writing the file at `path`, which is not the store's.
     pub(super) fn of_disk_with(self, path: &std::path::Path) -> Self {
         match self {

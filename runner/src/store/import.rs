@@ -2,15 +2,18 @@
 //!
 //! It is read once, into a draft: a database of our own with the tables that the file must have, and directories for the
 //! files of artifacts. SQLite copies table by table, which settles types and rules of single columns; then every value
-//! is looked at ([`check`]), and every file is hashed. Only what came through goes into the store, from the draft and
-//! in one transaction. Space and time are in proportion to the size of the file.
+//! is looked at ([`check`]), and every file is hashed. Only what came through goes into the store, from the draft, so many
+//! whole runs at a time that others can write in between ([`pieces`]). Space and time are in proportion to the size of the
+//! file.
 //!
 //! Deliberately absent: leases and descriptions of plugins. Nobody carries an imported run out here, and what a plugin
 //! says of itself is asked of the plugin.
 
-use std::io::Write;
+use std::collections::HashSet;
+use std::io::{Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
@@ -23,6 +26,7 @@ use crate::artifact;
 use crate::artifact::ArtifactFile;
 
 mod check;
+mod pieces;
 
 /// Tables of a store that are not taken over.
 const LEFT_OUT: [&str; 4] = ["descriptions", "jobs", "job_elements", "job_lives"];
@@ -31,12 +35,27 @@ const NAMED: i64 = 20;
 
 impl Store {
     /// Takes over the runs of an exported file, or of another store's `history.db`, that are not known here, and the
-    /// files of their artifacts where the file holds them. All runs or none; files that are not what their hash says
-    /// stay out. Runs that had not ended are lost here: nobody carries them out.
+    /// files of their artifacts where the file holds them. A file that is refused leaves nothing. Files that are not what
+    /// their hash says stay out. Runs that had not ended are lost here: nobody carries them out. Other processes write
+    /// meanwhile; what is ended half-way leaves whole runs, and goes on behind them when it is repeated.
     ///
     /// # Errors
     /// [`StoreError::NotImportable`], where the file is at fault, and as [`Store::begin_run`].
     pub async fn import(&self, from: &Path) -> Result<Transfer, StoreError> {
+        let pause = async || {
+            tokio::time::sleep(pieces::PAUSE).await;
+            Ok(())
+        };
+        self.import_by(from, pieces::PIECE, pause).await
+    }
+
+    /// Imports by pieces that take so long, and calls `between` them.
+    pub(super) async fn import_by(
+        &self,
+        from: &Path,
+        piece: Duration,
+        between: impl AsyncFnMut() -> Result<(), StoreError>,
+    ) -> Result<Transfer, StoreError> {
         if self.access == Access::ReadOnly {
             return Err(StoreError::ReadOnly {
                 path: self.dir.clone(),
@@ -45,33 +64,33 @@ impl Store {
         let draft = Draft::new(self.dir(), draft::IMPORT)
             .map_err(|error| StoreError::refused(&connection::path_of(self.dir()), error))?;
         let artifacts = self.dir().join("artifacts");
+        // Files are moved to their places while nobody else can write: on another disk that would be to copy them.
+        let apart = match is_elsewhere(&artifacts, self.dir()) {
+            true => Some(
+                Draft::new(&artifacts, draft::IMPORT)
+                    .map_err(|error| StoreError::refused(&artifacts, error))?,
+            ),
+            false => None,
+        };
+        let staging = apart.as_ref().unwrap_or(&draft).path();
         let staged = Foreign::open(from, draft.path())
             .await?
-            .read(&artifacts)
+            .read(&artifacts, staging)
             .await?;
         // From here on everything is our own.
         let from = connection::path_of(draft.path());
         let mut connection = transfer::connect(&connection::path_of(self.dir()), &from).await?;
-        let mut transaction = connection.begin_with("begin immediate").await?;
-        let mut transfer = transfer::copy_all(&mut transaction).await?;
-        for (hash, staging) in staged.files {
-            artifact::publish(&staging, &hash, &artifacts).map_err(|error| match error {
-                artifact::ArtifactError::Io { path, source, .. } => {
-                    StoreError::refused(&path, source)
-                }
-                error => StoreError::Io {
-                    path: artifacts.clone(),
-                    source: std::io::Error::other(error),
-                },
-            })?;
-            transfer.artifacts.push(hash);
-        }
-        transfer.lost.extend(staged.lost);
-        // Last: no artifact of a run may be missing once the run is there. Until then no other process removes them.
-        transaction.commit().await?;
+        let transfer =
+            pieces::copy_all(&mut connection, staged, &artifacts, piece, between).await?;
         connection.close().await?;
         Ok(transfer)
     }
+}
+
+/// Whether a directory is there and on another disk.
+fn is_elsewhere(dir: &Path, than: &Path) -> bool {
+    let disk = |path: &Path| std::fs::metadata(path).map(|found| found.dev());
+    matches!((disk(dir), disk(than)), (Ok(a), Ok(b)) if a != b)
 }
 
 /// A file to be imported, attached as `source` to the database of a draft.
@@ -90,6 +109,8 @@ struct Foreign<'p> {
 struct Staged {
     /// Hashes of artifacts, and where their files lie.
     files: Vec<(String, PathBuf)>,
+    /// Hashes of those whose files lie in their place already.
+    there: HashSet<String>,
     /// What cannot be taken over.
     lost: Vec<String>,
 }
@@ -107,6 +128,10 @@ impl<'p> Foreign<'p> {
             }
             error => refused(error.to_string()),
         })?;
+        // SQLite does not say why it cannot be read.
+        std::fs::File::open(path)
+            .and_then(|mut file| file.read(&mut [0]))
+            .map_err(|error| refused(error.to_string()))?;
         let (mut connection, _) = attach(&SqliteConnectOptions::new(), path, size).await?;
         let version: i64 = sqlx::query_scalar("pragma source.user_version")
             .fetch_one(&mut connection)
@@ -144,7 +169,7 @@ impl<'p> Foreign<'p> {
         })
     }
 
-    async fn read(mut self, artifacts: &Path) -> Result<Staged, StoreError> {
+    async fn read(mut self, artifacts: &Path, staging: &Path) -> Result<Staged, StoreError> {
         // The draft is thrown away when anything goes wrong with it.
         sqlx::raw_sql("pragma main.journal_mode = off; pragma main.synchronous = off")
             .execute(&mut self.connection)
@@ -172,10 +197,11 @@ impl<'p> Foreign<'p> {
             })?;
         let mut staged = Staged {
             files: Vec::new(),
+            there: HashSet::new(),
             lost: Vec::new(),
         };
         if has_files {
-            self.read_files(artifacts, &mut staged).await?;
+            self.read_files(artifacts, staging, &mut staged).await?;
         }
         self.connection.close().await?;
         Ok(staged)
@@ -325,6 +351,7 @@ impl<'p> Foreign<'p> {
     async fn read_files(
         &mut self,
         artifacts: &Path,
+        place: &Path,
         staged: &mut Staged,
     ) -> Result<(), StoreError> {
         let unknown = sqlx::query_scalar(
@@ -347,8 +374,11 @@ impl<'p> Foreign<'p> {
         // Parts that share their pages could be many times as large as the file.
         let mut room = self.size;
         for hash in hashes {
-            if artifacts.join(&hash).symlink_metadata().is_ok() || !self.has_files_of(&hash).await?
-            {
+            if !self.has_files_of(&hash).await? {
+                continue;
+            }
+            if artifacts.join(&hash).symlink_metadata().is_ok() {
+                staged.there.insert(hash);
                 continue;
             }
             let files: String =
@@ -358,7 +388,7 @@ impl<'p> Foreign<'p> {
                     .await?;
             let files: Vec<ArtifactFile> =
                 serde_json::from_str(&files).map_err(|error| self.refused(error.to_string()))?;
-            let staging = self.draft.join(&hash);
+            let staging = place.join(&hash);
             let fault = match self.stage(&hash, &files, &staging, &mut room).await? {
                 Some(fault) => Some(fault),
                 None => match artifact::seal(&staging) {

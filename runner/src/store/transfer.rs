@@ -7,17 +7,18 @@
 //!
 //! Deliberately absent: reading a file that comes from elsewhere (`import.rs`).
 
-use std::collections::HashMap;
 use std::path::Path;
 
-use sqlx::sqlite::{SqliteConnection, SqliteRow};
-use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Row};
+use sqlx::sqlite::SqliteConnection;
+use sqlx::{ConnectOptions, Connection};
 
 use super::draft::{self, Draft};
-use super::{RunId, StoreError, block, connection, schema};
+use super::{RunId, StoreError, connection, schema};
 
+mod copy;
 mod files;
 
+pub(super) use copy::{Copied, Copy};
 pub(super) use files::{FILES, PART};
 
 use files::put_files;
@@ -89,13 +90,15 @@ async fn export_whole(
     sqlx::raw_sql("pragma synchronous = off")
         .execute(&mut connection)
         .await?;
-    let mut copy = Copy::new(&mut connection, transfer, false);
+    let mut copied = Copied::default();
+    copied.done = transfer;
+    let mut copy = Copy::new(&mut connection, &mut copied, false);
     for run in &wanted {
-        let copied = copy.run(run).await;
-        copy.or_lost(copied, run, "a part")?;
+        let whole = copy.run(run).await;
+        copy.or_lost(whole, run, "a part")?;
     }
     copy.connect_reused().await?;
-    let mut transfer = copy.done;
+    let mut transfer = copied.done;
     if files {
         let artifacts: Vec<String> =
             sqlx::query_scalar("select hash from main.artifacts order by hash")
@@ -124,20 +127,6 @@ async fn export_whole(
         .await?;
     connection.close().await?;
     std::fs::rename(&path, to).map_err(refused)?;
-    Ok(transfer)
-}
-
-/// Copies all runs of the database attached as `source`, which is sound, into `main`.
-pub(super) async fn copy_all(connection: &mut SqliteConnection) -> Result<Transfer, StoreError> {
-    let mut lost = Vec::new();
-    let runs = all_runs(connection, &mut lost).await;
-    let mut copy = Copy::new(connection, Transfer::default(), true);
-    for run in &runs {
-        copy.run(run).await?;
-    }
-    copy.connect_reused().await?;
-    let mut transfer = copy.done;
-    transfer.lost.append(&mut lost);
     Ok(transfer)
 }
 
@@ -205,7 +194,10 @@ async fn with_sources(
 
 /// Every run that can be found, the oldest first: from both ends of the table and through an index, because damage
 /// stops a reading where it stands.
-async fn all_runs(connection: &mut SqliteConnection, lost: &mut Vec<String>) -> Vec<RunId> {
+pub(super) async fn all_runs(
+    connection: &mut SqliteConnection,
+    lost: &mut Vec<String>,
+) -> Vec<RunId> {
     const WALKS: [(&str, i64); 2] = [
         (
             "select key, id from source.runs where key > ?1 order by key limit ?2",
@@ -260,466 +252,6 @@ async fn walk(
             }
             Err(error) if limit == 1 => return Err(error),
             Err(_) => limit = 1,
-        }
-    }
-}
-
-/// Copying runs from `source` to `main`.
-struct Copy<'c> {
-    connection: &'c mut SqliteConnection,
-    /// Whether nothing in the source is damaged: then much is copied at once.
-    is_sound: bool,
-    /// Keys of attempts there and here.
-    attempts: HashMap<i64, i64>,
-    /// Stages here that reuse an attempt there.
-    reused: Vec<(i64, i64)>,
-    done: Transfer,
-}
-
-impl<'c> Copy<'c> {
-    fn new(connection: &'c mut SqliteConnection, done: Transfer, is_sound: bool) -> Self {
-        Self {
-            connection,
-            is_sound,
-            attempts: HashMap::new(),
-            reused: Vec::new(),
-            done,
-        }
-    }
-
-    async fn run(&mut self, run: &RunId) -> Result<(), StoreError> {
-        let there: Option<i64> = sqlx::query_scalar("select key from main.runs where id = ?1")
-            .bind(&run.0)
-            .fetch_optional(&mut *self.connection)
-            .await?;
-        if there.is_some() {
-            self.known(run).await?;
-            self.done.known.push(run.clone());
-            return Ok(());
-        }
-        let copied = self
-            .row(
-                "insert into main.runs (id, recipe, recipe_path, seed, command, resumed_from, state, error, created,
-                     finished, note)
-                 select id, recipe, recipe_path, seed, command, resumed_from,
-                     case when state in ('queued', 'running') then 'lost' else state end, error, created, finished, note
-                 from source.runs where id = ?1",
-                &run.0,
-            )
-            .await;
-        let Some(here) = self.or_lost(copied, run, "the run")?.flatten() else {
-            return Ok(());
-        };
-        let (key, sweep, point): (i64, Option<i64>, Option<i64>) =
-            sqlx::query_as("select key, sweep, point from source.runs where id = ?1")
-                .bind(&run.0)
-                .fetch_one(&mut *self.connection)
-                .await?;
-        let pieces = [
-            (
-                "recipe and environment",
-                "insert into main.documents (run, recipe_text, resolved, environment)
-                 select ?2, recipe_text, resolved, environment from source.documents
-                 where run = ?1 and json_valid(resolved) and json_valid(environment)",
-            ),
-            (
-                // Who carries a run out does so in its own store. There is when it was last heard of.
-                "when it was last heard of",
-                "update main.runs set finished = coalesce(
-                     (select l.heartbeat from source.leases l
-                      where l.run = ?1 and l.heartbeat between runs.created and unixepoch() * 1000),
-                     (select max(coalesce(a.finished, a.started)) from source.stages s
-                      join source.attempts a on a.stage = s.key where s.run = ?1),
-                     created)
-                 where key = ?2 and state = 'lost' and finished is null",
-            ),
-            (
-                "tags",
-                "insert or ignore into main.tags (run, tag) select ?2, tag from source.tags where run = ?1",
-            ),
-            (
-                "names of parameters",
-                "insert or ignore into main.names (name)
-                 select n.name from source.params p join source.names n on n.key = p.name where p.run = ?1 and ?2",
-            ),
-            (
-                "parameters",
-                "insert or ignore into main.params (key, value, type, origin)
-                 select m.key << 32 | ?2, p.value, p.type, p.origin
-                 from source.params p join source.names n on n.key = p.name join main.names m on m.name = n.name
-                 where p.run = ?1",
-            ),
-            (
-                "names of series",
-                "insert or ignore into main.names (name)
-                 select n.name from source.results p join source.names n on n.key = p.name where p.run = ?1 and ?2",
-            ),
-            (
-                "results",
-                "insert or ignore into main.results (key, position, points, last, min, max)
-                 select m.key << 32 | ?2, p.position, p.points, p.last, p.min, p.max
-                 from source.results p join source.names n on n.key = p.name join main.names m on m.name = n.name
-                 where p.run = ?1",
-            ),
-            (
-                // A run without its recipe would not be found by anybody.
-                "that it has no recipe",
-                "insert or ignore into main.documents (run, recipe_text, resolved, environment)
-                 select ?2, '', 'null', '{}' where ?1 is not null",
-            ),
-        ];
-        self.pieces(&pieces, (key, here), run).await?;
-        if let (Some(sweep), Some(point)) = (sweep, point) {
-            self.sweep(run, (sweep, point), here).await?;
-        }
-        let stages = self
-            .keys(
-                "select key from source.stages where run = ?1 order by key",
-                key,
-            )
-            .await;
-        for stage in self.or_lost(stages, run, "stages")?.unwrap_or_default() {
-            self.stage(run, stage, here).await?;
-        }
-        self.done.runs.push(run.clone());
-        Ok(())
-    }
-
-    /// The sweep that a run is a point of. One of the same name that is there already stays as it is: the run becomes its
-    /// point only where both are made of the same.
-    async fn sweep(
-        &mut self,
-        run: &RunId,
-        (sweep, point): (i64, i64),
-        here: i64,
-    ) -> Result<(), StoreError> {
-        let copied = self
-            .rows(
-                "insert into main.sweeps (id, recipe, recipe_path, recipe_text, settings, definition, selection, points,
-                     created)
-                 select id, recipe, recipe_path, recipe_text, settings, definition, selection, points, created
-                 from source.sweeps w where key = ?1 and ?2 and not exists (select 1 from main.sweeps where id = w.id)",
-                sweep,
-                here,
-            )
-            .await;
-        self.or_lost(copied, run, "its sweep")?;
-        for sql in [
-            // A sweep that was there has its points.
-            "insert or ignore into main.sweep_points (sweep, point, settings)
-             select m.key, p.point, p.settings
-             from source.sweeps w join source.sweep_points p on p.sweep = w.key join main.sweeps m on m.id = w.id
-             where w.key = ?1 and ?2 and not exists (select 1 from main.sweep_points where sweep = m.key)",
-            "update main.runs set
-                 sweep = (select m.key from source.sweeps w
-                          join main.sweeps m on m.id = w.id and m.recipe_text = w.recipe_text
-                              and m.settings = w.settings and m.definition = w.definition and m.points = w.points
-                          where w.key = ?1)
-             where key = ?2",
-        ] {
-            let copied = self.rows(sql, sweep, here).await;
-            self.or_lost(copied, run, "its place in a sweep")?;
-        }
-        for (sql, value) in [
-            (
-                "update main.runs set point = ?1 where key = ?2 and sweep is not null",
-                point,
-            ),
-            (
-                "insert or ignore into main.sweep_rungs (sweep, point, rung, value)
-             select r.sweep, g.point, g.rung, g.value from main.runs r
-             join source.sweep_rungs g on g.sweep = ?1 and g.point = r.point
-             where r.key = ?2 and r.sweep is not null",
-                sweep,
-            ),
-        ] {
-            let copied = self.rows(sql, value, here).await;
-            self.or_lost(copied, run, "its place in a sweep")?;
-        }
-        Ok(())
-    }
-
-    /// Of a run that is known here: which attempts are which, and tags that it has there only.
-    async fn known(&mut self, run: &RunId) -> Result<(), StoreError> {
-        let pairs: Vec<(i64, i64)> = sqlx::query_as(
-            "select sa.key, ma.key
-             from source.runs sr
-             join source.stages ss on ss.run = sr.key
-             join source.attempts sa on sa.stage = ss.key
-             join main.runs mr on mr.id = sr.id
-             join main.stages ms on ms.run = mr.key and ms.name = ss.name
-             join main.attempts ma on ma.stage = ms.key and ma.number = sa.number
-             where sr.id = ?1",
-        )
-        .bind(&run.0)
-        .fetch_all(&mut *self.connection)
-        .await?;
-        self.attempts.extend(pairs);
-        sqlx::query(
-            "insert or ignore into main.tags (run, tag)
-             select m.key, t.tag from source.runs s join source.tags t on t.run = s.key
-             join main.runs m on m.id = s.id where s.id = ?1",
-        )
-        .bind(&run.0)
-        .execute(&mut *self.connection)
-        .await?;
-        Ok(())
-    }
-
-    async fn stage(&mut self, run: &RunId, key: i64, into: i64) -> Result<(), StoreError> {
-        let copied = self
-            .one(
-                "insert into main.stages (run, position, name, kind, plugin, plugin_version, plugin_hash, device, dtype,
-                     seed, options, inputs, state, digest, components)
-                 select ?2, position, name, kind, plugin, plugin_version, plugin_hash, device, dtype, seed, options,
-                     inputs, state, digest, components
-                 from source.stages where key = ?1 and json_valid(options) and json_valid(inputs)",
-                key,
-                into,
-            )
-            .await;
-        let Some(here) = self.or_lost(copied, run, "a stage")? else {
-            return Ok(());
-        };
-        let reused: Option<i64> =
-            sqlx::query_scalar("select reused_from from source.stages where key = ?1")
-                .bind(key)
-                .fetch_one(&mut *self.connection)
-                .await?;
-        self.reused.extend(reused.map(|attempt| (here, attempt)));
-        let attempts = self
-            .keys(
-                "select key from source.attempts where stage = ?1 order by number",
-                key,
-            )
-            .await;
-        for attempt in self.or_lost(attempts, run, "attempts")?.unwrap_or_default() {
-            self.attempt(run, attempt, here).await?;
-        }
-        Ok(())
-    }
-
-    async fn attempt(&mut self, run: &RunId, key: i64, into: i64) -> Result<(), StoreError> {
-        let artifacts = self
-            .rows(
-                "insert or ignore into main.artifacts (hash, size, files, created)
-                 select f.hash, f.size, f.files, f.created from source.artifacts f where ?2 and f.hash in (
-                     select artifact from source.outputs where attempt = ?1
-                     union select artifact from source.inputs where attempt = ?1
-                     union select output from source.attempts where key = ?1)",
-                key,
-                into,
-            )
-            .await;
-        self.or_lost(artifacts, run, "artifacts")?;
-        let copied = self
-            .one(
-                "insert into main.attempts (stage, number, digest, worker_pid, state, reason, message, failure, summary,
-                     output, cpu_seconds, max_rss, started, finished, paused)
-                 select ?2, number, digest, worker_pid, state, reason, message, failure, summary,
-                     (select hash from main.artifacts where hash = output), cpu_seconds, max_rss, started, finished,
-                     paused
-                 from source.attempts where key = ?1",
-                key,
-                into,
-            )
-            .await;
-        let Some(here) = self.or_lost(copied, run, "an attempt")? else {
-            return Ok(());
-        };
-        self.attempts.insert(key, here);
-        let pieces = [
-            (
-                "artifacts made",
-                "insert into main.outputs (attempt, artifact, kind, name, meta, created)
-                 select ?2, artifact, kind, name, meta, created from source.outputs
-                 where attempt = ?1 and artifact in (select hash from main.artifacts) order by key",
-            ),
-            (
-                "artifacts given",
-                "insert or ignore into main.inputs (attempt, artifact)
-                 select ?2, artifact from source.inputs
-                 where attempt = ?1 and artifact in (select hash from main.artifacts)",
-            ),
-            (
-                "log",
-                "insert into main.logs (attempt, at, level, source, text)
-                 select ?2, at, level, source, text from source.logs where attempt = ?1 order by key",
-            ),
-        ];
-        self.pieces(&pieces, (key, here), run).await?;
-        let series = self
-            .keys(
-                "select key from source.series where attempt = ?1 order by key",
-                key,
-            )
-            .await;
-        for series in self.or_lost(series, run, "series")?.unwrap_or_default() {
-            self.series(run, series, here).await?;
-        }
-        Ok(())
-    }
-
-    async fn series(&mut self, run: &RunId, key: i64, into: i64) -> Result<(), StoreError> {
-        let copied = self
-            .one(
-                "insert into main.series (attempt, name, base, last_step, last, min, max, points)
-                 select ?2, name, base, last_step, last, min, max, points from source.series where key = ?1",
-                key,
-                into,
-            )
-            .await;
-        let Some(here) = self.or_lost(copied, run, "a series")? else {
-            return Ok(());
-        };
-        let steps = self
-            .keys(
-                "select first_step from source.blocks where series = ?1 order by first_step",
-                key,
-            )
-            .await;
-        for step in self
-            .or_lost(steps, run, "blocks of points")?
-            .unwrap_or_default()
-        {
-            let copied = self.block(key, here, step).await;
-            self.or_lost(copied, run, "a block of points")?;
-        }
-        Ok(())
-    }
-
-    async fn block(&mut self, key: i64, here: i64, step: i64) -> Result<(), StoreError> {
-        if !self.is_sound {
-            // SQLite does not notice damage within a value.
-            let data: Vec<u8> = sqlx::query_scalar(
-                "select k.data from source.blocks b join source.packs k on k.key = b.pack
-                 where b.series = ?1 and b.first_step = ?2",
-            )
-            .bind(key)
-            .bind(step)
-            .fetch_one(&mut *self.connection)
-            .await?;
-            block::unpack(&data).map_err(|damaged| StoreError::Damaged {
-                message: damaged.to_string(),
-            })?;
-        }
-        sqlx::query(
-            "insert into main.packs (data)
-             select k.data from source.blocks b join source.packs k on k.key = b.pack
-             where b.series = ?1 and b.first_step = ?2;
-             insert into main.blocks (series, first_step, last_step, points, numbers, sum, min, max, first_at,
-                 last_at, pack)
-             select ?3, first_step, last_step, points, numbers, sum, min, max, first_at, last_at, last_insert_rowid()
-             from source.blocks where series = ?1 and first_step = ?2",
-        )
-        .bind(key)
-        .bind(step)
-        .bind(here)
-        .execute(&mut *self.connection)
-        .await?;
-        Ok(())
-    }
-
-    /// Says of stages that reuse an attempt which it is here.
-    async fn connect_reused(&mut self) -> Result<(), StoreError> {
-        for (stage, attempt) in std::mem::take(&mut self.reused) {
-            sqlx::query("update main.stages set reused_from = ?2 where key = ?1")
-                .bind(stage)
-                .bind(self.attempts.get(&attempt).copied())
-                .execute(&mut *self.connection)
-                .await?;
-        }
-        Ok(())
-    }
-
-    /// Copies the row of an id; its key here, if there was one.
-    async fn row(&mut self, sql: &'static str, id: &str) -> Result<Option<i64>, StoreError> {
-        let done = sqlx::query(sql)
-            .bind(id)
-            .execute(&mut *self.connection)
-            .await?;
-        Ok((done.rows_affected() > 0).then(|| done.last_insert_rowid()))
-    }
-
-    /// Copies rows that belong to `key` there and to `into` here; the key of the last one.
-    async fn rows(&mut self, sql: &'static str, key: i64, into: i64) -> Result<i64, StoreError> {
-        let done = sqlx::query(sql)
-            .bind(key)
-            .bind(into)
-            .execute(&mut *self.connection)
-            .await?;
-        Ok(done.last_insert_rowid())
-    }
-
-    /// Copies pieces, each with its name, that belong to `key` there and to `into` here. Where nothing is damaged they are
-    /// one question: to ask it takes longer than to answer it.
-    async fn pieces(
-        &mut self,
-        pieces: &[(&str, &'static str)],
-        (key, into): (i64, i64),
-        run: &RunId,
-    ) -> Result<(), StoreError> {
-        if self.is_sound {
-            let all: Vec<&str> = pieces.iter().map(|(_, sql)| *sql).collect();
-            let copied = sqlx::query(AssertSqlSafe(all.join(";\n")))
-                .bind(key)
-                .bind(into)
-                .execute(&mut *self.connection)
-                .await;
-            let copied = copied.map_err(StoreError::from);
-            self.or_lost(copied, run, "what belongs to it")?;
-            return Ok(());
-        }
-        for (what, sql) in pieces {
-            let copied = self.rows(sql, key, into).await;
-            self.or_lost(copied, run, what)?;
-        }
-        Ok(())
-    }
-
-    /// The same for the one row with this key.
-    async fn one(&mut self, sql: &'static str, key: i64, into: i64) -> Result<i64, StoreError> {
-        let done = sqlx::query(sql)
-            .bind(key)
-            .bind(into)
-            .execute(&mut *self.connection)
-            .await?;
-        match done.rows_affected() {
-            0 => Err(StoreError::Damaged {
-                message: "it makes no sense".to_owned(),
-            }),
-            _ => Ok(done.last_insert_rowid()),
-        }
-    }
-
-    async fn keys(&mut self, sql: &'static str, of: i64) -> Result<Vec<i64>, StoreError> {
-        let rows: Vec<SqliteRow> = sqlx::query(sql)
-            .bind(of)
-            .fetch_all(&mut *self.connection)
-            .await?;
-        let keys = rows.iter().map(|row| row.try_get(0));
-        Ok(keys.collect::<Result<_, sqlx::Error>>()?)
-    }
-
-    /// Notes down what cannot be read; other errors remain.
-    fn or_lost<T>(
-        &mut self,
-        result: Result<T, StoreError>,
-        run: &RunId,
-        what: &str,
-    ) -> Result<Option<T>, StoreError> {
-        match result {
-            Ok(copied) => Ok(Some(copied)),
-            Err(StoreError::Damaged { message }) => {
-                self.done.lost.push(format!("run {run}: {what}: {message}"));
-                Ok(None)
-            }
-            // Damage may also look like rows that break a rule.
-            Err(StoreError::Sql(error)) => {
-                self.done.lost.push(format!("run {run}: {what}: {error}"));
-                Ok(None)
-            }
-            Err(error) => Err(error),
         }
     }
 }

@@ -684,6 +684,75 @@ fn an_export_takes_the_place_of_a_file_and_of_nothing_else() {
     assert!(lab.latest().is_some());
 }
 
+/// A file with so many runs that an import of it takes several pieces.
+fn many(source: &Source, runs: usize) -> PathBuf {
+    source.changed(&format!(
+        "insert into runs (id, recipe, recipe_path, seed, command, state, created, finished)
+         with recursive n(i) as (select 1 union all select i + 1 from n where i < {runs})
+         select printf('z%09d', i), 'r', '/r.yaml', i, '[]', 'succeeded', 1700000000000 + i, 1700000005000 + i from n;
+         insert into documents select key, 'recipe', '{{}}', '{{}}' from runs where id > 'z';
+         insert into tags select key, 'many' from runs where id > 'z'"
+    ))
+}
+
+/// A killed import leaves whole runs, and a later one takes the others over. Meanwhile others write.
+#[test]
+fn a_killed_import_leaves_whole_runs_and_goes_on_when_it_is_repeated() {
+    const RUNS: i64 = 12_000;
+    let source = Source::new();
+    let file = many(&source, RUNS as usize);
+    let there = Lab::new(&["a: {kind: do, text: mine}"]);
+    there.run(&[]).expect(0);
+    let history = there.store_dir().join("history.db");
+    let count = |sql: &'static str| -> i64 {
+        block_on(async {
+            let mut connection = open(&history).await;
+            let found = sqlx::query_scalar(sql).fetch_one(&mut connection).await;
+            connection.close().await.unwrap();
+            found.unwrap()
+        })
+    };
+    let imported = "select count(*) from runs where id > 'z'";
+    let mut import = there
+        .command(&["runs", "import", file.to_str().unwrap()])
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut ended = false;
+    wait_for("the first piece", || {
+        ended = import.try_wait().unwrap().is_some();
+        (ended || count(imported) > 0).then_some(())
+    });
+    // It goes on, and another command has its turn.
+    there
+        .retort(&["runs", "tag", "latest", "meanwhile"])
+        .expect(0);
+    import.kill().unwrap();
+    import.wait().unwrap();
+    let left = count(imported);
+    assert!(left > 0 && !ended, "{left} runs; ended by itself: {ended}");
+    for sql in [
+        "select count(*) from documents d join runs r on r.key = d.run where r.id > 'z'",
+        "select count(*) from tags t join runs r on r.key = t.run where r.id > 'z' and t.tag = 'many'",
+    ] {
+        assert_eq!(count(sql), left, "{sql}");
+    }
+    there.retort(&["doctor"]).expect(0);
+
+    let again = there.retort(&["runs", "import", file.to_str().unwrap(), "--json"]);
+    let again = again.expect(0).json();
+    let done = |what: &str| {
+        let rows = again.as_array().unwrap().iter();
+        rows.filter(|row| row["what"] == "run" && row["done"] == what)
+            .count() as i64
+    };
+    assert_eq!(count(imported), RUNS);
+    assert!(done("known already") >= left, "{left}");
+    // And the one run that the file had before.
+    assert_eq!(done("known already") + done("copied"), RUNS + 1);
+    there.retort(&["artifacts", "verify"]).expect(0);
+}
+
 /// What an import costs follows from what is in the file. Counted in bytes that are written, because a machine's time is
 /// shared: each of a few hundred statements about a run would otherwise note dozens of pages down.
 #[test]

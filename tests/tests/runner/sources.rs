@@ -276,6 +276,18 @@ fn what_is_no_regular_file_is_named_and_never_opened() {
 }
 
 #[test]
+fn a_file_of_holes_is_a_warning_of_the_plan_and_stops_a_run() {
+    let lab = with_data(&["b: {kind: do, file: data.txt}"]);
+    let data = fs::File::options()
+        .write(true)
+        .open(lab.dir.path().join("data.txt"));
+    data.unwrap().set_len(6 << 30).unwrap();
+    let said = ["data.txt is 6442450944 bytes long and mostly holes"];
+    lab.retort(&["plan", "r.yaml"]).expect(0).saying(&said);
+    lab.run(&[]).expect(3).saying(&said);
+}
+
+#[test]
 fn what_a_command_writes_to_is_not_waited_for() {
     let lab = Lab::new(&["a: {kind: do, text: x}"]);
     lab.run(&[]).expect(0);

@@ -24,13 +24,15 @@ const MOST: usize = 1 << 18;
 
 /// Refuses more classes than there may be.
 pub fn limit(path: &Path, classes: usize) -> Result<(), DataError> {
+    within(classes).map_err(|message| DataError::content(path, message))
+}
+
+/// The same in words, of who does not know where they are.
+pub fn within(classes: usize) -> Result<(), String> {
     match classes <= MOST {
         true => Ok(()),
-        false => Err(DataError::content(
-            path,
-            format!(
-                "more than {MOST} classes, the most there may be; are these captions, or names of files?"
-            ),
+        false => Err(format!(
+            "more than {MOST} classes, the most there may be; are these captions, or names of files?"
         )),
     }
 }

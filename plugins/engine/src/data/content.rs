@@ -9,9 +9,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use retort_checkpoint::images::LONGEST_FILE;
 use retort_checkpoint::regular;
+use retort_checkpoint::tar::Part;
 
 use super::error::DataError;
-use super::shards::{self, Part};
+use super::file;
 
 /// An image file of a source.
 #[derive(Debug)]
@@ -22,6 +23,11 @@ pub(super) struct Item {
     pub(super) caption: Option<Box<str>>,
     /// Its archive and place, where it lies in one.
     pub(super) part: Option<(u32, Part)>,
+}
+
+impl Item {
+    /// The label of a file whose class is not known yet.
+    pub(super) const UNLABELLED: u32 = u32::MAX;
 }
 
 /// A file that could not be decoded.
@@ -42,6 +48,12 @@ impl Damaged {
     }
 }
 
+/// Opens an archive.
+pub(super) fn open_archive(path: &Path) -> Result<File, DataError> {
+    let expected = "a tar archive (for a folder of archives, `folder:`)";
+    file::open(path, expected)
+}
+
 /// Files of more bytes than this are held one after the other.
 const LARGE_FILE: u64 = 1 << 24;
 
@@ -57,7 +69,7 @@ impl<'a> Archives<'a> {
             folder,
             files: archives
                 .iter()
-                .map(|path| shards::open(path))
+                .map(|path| open_archive(path))
                 .collect::<Result<_, _>>()?,
         })
     }

@@ -5,12 +5,9 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use retort_checkpoint::images;
+use retort_checkpoint::images::{self, MOST_FILES};
 
 use super::error::{DataError, shown};
-
-/// The most files that a folder may hold.
-const MOST_FILES: usize = 1 << 22;
 
 /// The most folders: links can make few of them many.
 const MOST_FOLDERS: usize = 1 << 18;

@@ -110,29 +110,39 @@ impl Looked {
         if items.len() > MANY * LOOKED_AT_ONCE {
             looked.expect_images(&items, look)?;
         }
-        let mut items = items.into_iter();
-        loop {
-            let some: Vec<Item> = items.by_ref().take(LOOKED_AT_ONCE).collect();
-            if some.is_empty() {
-                return Ok(looked);
-            }
+        // What is no image leaves the others where they are: of millions there are not two lists.
+        let mut rejected: Vec<(usize, Option<String>)> = Vec::new();
+        for (part, some) in items.chunks(LOOKED_AT_ONCE).enumerate() {
             let looks: Vec<Look> = some.par_iter().map(&look).collect();
-            for (item, look) in some.into_iter().zip(looks) {
+            for (place, (item, look)) in some.iter().zip(looks).enumerate() {
+                let place = part * LOOKED_AT_ONCE + place;
                 match look {
-                    Look::Image(header) => looked.add(item, &header),
-                    Look::Damaged(why) => looked.damaged.push((item, why)),
-                    Look::Other => looked.left_out.add(&item.name),
+                    Look::Image(header) => looked.count(&header),
+                    Look::Damaged(why) => rejected.push((place, Some(why))),
+                    Look::Other => {
+                        looked.left_out.add(&item.name);
+                        rejected.push((place, None));
+                    }
                 }
             }
         }
+        let mut rejected = rejected.into_iter().peekable();
+        let kept = items.into_iter().enumerate().filter_map(|(place, item)| {
+            let Some((_, why)) = rejected.next_if(|(rejected, _)| *rejected == place) else {
+                return Some(item);
+            };
+            looked.damaged.extend(why.map(|why| (item, why)));
+            None
+        });
+        looked.items = kept.collect();
+        Ok(looked)
     }
 
-    fn add(&mut self, item: Item, header: &Header) {
+    fn count(&mut self, header: &Header) {
         *self.sizes.entry((header.height, header.width)).or_default() += 1;
         let format = format!("{:?}", header.format).to_uppercase();
         *self.formats.entry(format).or_default() += 1;
         self.coloured += usize::from(header.colour);
-        self.items.push(item);
     }
 
     /// Looks at some of many items, evenly: where none of them can be read, the others are not looked at.

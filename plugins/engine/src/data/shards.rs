@@ -1,143 +1,189 @@
-//! Tar archives of image files, as they lie: which bytes of an archive are which file.
+//! Tar archives of image files: which of their entries are images, and what lies beside them.
 //!
-//! Read here are the headers that GNU tar, BSD tar and Python write (ustar, long names, pax paths and sizes). Nothing is
-//! unpacked: images are decoded from the bytes in their place. Deliberately absent: compressed archives, which could be
-//! read from the beginning only, and sparse files.
+//! Nothing is unpacked: images are decoded from the bytes in their place. Deliberately absent: how archives are written
+//! (`retort_checkpoint::tar`).
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{self, BufReader, Read, Seek, SeekFrom};
+use std::hash::{BuildHasher, RandomState};
 use std::path::Path;
-
 use std::sync::Arc;
 
 use retort_checkpoint::images::promises_image;
 use retort_checkpoint::json;
-use retort_checkpoint::sign::{TAR_BLOCK, is_tar_header, tar_number};
+use retort_checkpoint::tar::{Archive, Stored};
 use serde_json::Value;
 
+use super::content::{self, Item};
 use super::error::{DataError, shown};
-use super::table::{Held, LONGEST_PATH, Row, cost};
-use super::{file, table};
-
-/// A file in an archive.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Part {
-    /// Where its bytes begin.
-    pub start: u64,
-    /// How many there are.
-    pub size: u64,
-}
-
-/// The longest name, class or caption that is read.
-const LONGEST_TEXT: u64 = 1 << 16;
+use super::table;
+use super::table::{Held, cost};
 
 /// Bytes of an entry of [`Beside`], with what a tree takes.
 const BESIDE: usize = 80;
 
-const BLOCK: u64 = TAR_BLOCK as u64;
-
-/// Opens an archive.
-pub fn open(path: &Path) -> Result<File, DataError> {
-    let expected = "a tar archive (for a folder of archives, `folder:`)";
-    file::open(path, expected)
-}
-
 /// What lies beside images in an archive, by what is common to their names: class and caption.
 type Beside = BTreeMap<Box<str>, (Option<Arc<str>>, Option<Box<str>>)>;
 
-/// The image files of an archive with their classes and captions, in the order of the archive; and their places. `held` is
-/// what is held of all archives of a source.
-pub fn read(path: &Path, held: &mut Held) -> Result<Vec<(Row, Part)>, DataError> {
-    let file = open(path)?;
-    let metadata = file
-        .metadata()
-        .map_err(|e| DataError::read(path, "file", e))?;
-    let mut archive = Archive {
-        path,
-        file: BufReader::new(file),
-        size: metadata.len(),
-        at: 0,
-    };
-    let mut images = Vec::new();
-    let mut beside = Beside::new();
-    let full = |message: String| DataError::content(path, message);
-    while let Some((name, part)) = archive.next()? {
-        if is_hidden(&name) {
-            continue;
-        }
-        let (key, ending) = split(&name);
-        let text = |archive: &mut Archive| archive.text(part);
-        let ending = ending.to_ascii_lowercase();
-        let ending = ending.as_str();
-        if matches!(ending, "cls" | "class" | "txt" | "caption" | "json")
-            && !beside.contains_key(key)
-        {
-            held.take(BESIDE + cost(key)).map_err(full)?;
-            beside.insert(key.into(), (None, None));
-        }
-        match ending {
-            "cls" | "class" => {
-                let label = held.label(&text(&mut archive)?).map_err(full)?;
-                beside.entry(key.into()).or_default().0 = Some(label);
+/// What is found in the archives of a source.
+#[derive(Debug, Default)]
+pub(super) struct ArchivedImages {
+    /// Image files, in the order of the archives.
+    pub(super) items: Vec<Item>,
+    /// Classes as written, by the numbers that items have.
+    pub(super) classes: BTreeMap<Arc<str>, u32>,
+    held: Held,
+}
+
+impl ArchivedImages {
+    /// A class as an item has it.
+    fn class(&mut self, text: Arc<str>) -> u32 {
+        let next = self.classes.len() as u32;
+        *self.classes.entry(text).or_insert(next)
+    }
+
+    /// Adds the image files of an archive, which is the one of this number.
+    pub(super) fn read(&mut self, path: &Path, number: u32) -> Result<(), DataError> {
+        let of = |error: retort_checkpoint::Error| match error {
+            retort_checkpoint::Error::Io(error) => DataError::read(path, "file", error),
+            error => DataError::content(path, error.to_string()),
+        };
+        let full = |message: String| DataError::content(path, message);
+        let mut archive = Archive::new(content::open_archive(path)?).map_err(of)?;
+        let first = self.items.len();
+        let mut beside = Beside::new();
+        while let Some(entry) = archive.next().map_err(of)? {
+            if is_hidden(&entry.name) {
+                continue;
             }
-            "txt" | "caption" => {
-                let caption = text(&mut archive)?;
-                held.take(cost(&caption)).map_err(full)?;
-                beside.entry(key.into()).or_default().1 = Some(caption.into());
+            if let Some(kind) = cannot_be_read(entry.stored) {
+                // What is in it is not here.
+                if promises_image(&entry.name) {
+                    let message = format!("{} is {kind}", shown(&entry.name));
+                    return Err(DataError::content(path, message));
+                }
+                continue;
             }
-            "json" => {
-                let text = text(&mut archive)?;
-                let value: Value = json::parse(text.as_bytes()).map_err(|error| {
-                    let name = shown(&name);
-                    DataError::content(path, format!("{name}: expected JSON: {error}"))
-                })?;
-                let field = |names: [&str; 3]| {
-                    let text = table::text(&value, &names);
-                    text.map_err(|message| {
-                        DataError::content(path, format!("{}: {message}", shown(&name)))
-                    })
-                };
-                let label = field(["label", "class", "cls"])?.map(|label| held.label(&label));
-                let label = label.transpose().map_err(full)?;
-                let caption = field(["caption", "text", "prompt"])?;
-                held.take(caption.as_deref().map_or(0, cost))
-                    .map_err(full)?;
-                let entry = beside.entry(key.into()).or_default();
-                entry.0 = entry.0.take().or(label);
-                entry.1 = entry.1.take().or(caption.map(Into::into));
-            }
-            _ => {
-                let row = Row {
-                    file: name.into(),
-                    label: None,
+            let (key, ending) = split(&entry.name);
+            let ending = ending.to_ascii_lowercase();
+            if !matches!(&*ending, "cls" | "class" | "txt" | "caption" | "json") {
+                self.held.file(&entry.name).map_err(full)?;
+                self.items.push(Item {
+                    name: entry.name.into(),
+                    label: Item::UNLABELLED,
                     caption: None,
-                    line: 0,
-                };
-                held.add(&row).map_err(full)?;
-                images.push((row, part));
+                    part: Some((number, entry.part)),
+                });
+                continue;
+            }
+            let text = archive.text(entry.part).map_err(of)?;
+            if !beside.contains_key(key) {
+                self.held.take(BESIDE + cost(key)).map_err(full)?;
+                beside.insert(key.into(), (None, None));
+            }
+            let said = self.said(&ending, &text);
+            let (label, caption) = said.map_err(|fault| match fault {
+                Fault::Full(message) => full(message),
+                Fault::Content(message) => full(format!("{}: {message}", shown(&entry.name))),
+            })?;
+            let known = beside.entry(key.into()).or_default();
+            // What stands alone says more than a part of a JSON object.
+            match ending.as_str() {
+                "json" => {
+                    known.0 = known.0.take().or(label);
+                    known.1 = known.1.take().or(caption);
+                }
+                _ => {
+                    known.0 = label.or(known.0.take());
+                    known.1 = caption.or(known.1.take());
+                }
             }
         }
-    }
-    let mut names: Vec<&str> = images.iter().map(|(row, _)| &*row.file).collect();
-    names.sort_unstable();
-    if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
-        let message = format!(
-            "{} is in it twice, as `tar -r` and `tar -u` leave it; unpack it and pack it again",
-            shown(twice[0])
-        );
-        return Err(DataError::content(path, message));
-    }
-    for (row, _) in &mut images {
-        if let Some((label, caption)) = beside.get(split(&row.file).0) {
-            // Of several images with one caption each has it.
-            held.take(caption.as_deref().map_or(0, cost))
-                .map_err(full)?;
-            row.label.clone_from(label);
-            row.caption.clone_from(caption);
+        let added = &self.items[first..];
+        if let Some(twice) = twice(added.iter().map(|item| &*item.name)) {
+            let message = format!(
+                "{} is in it twice, as `tar -r` and `tar -u` leave it; unpack it and pack it again",
+                shown(twice)
+            );
+            return Err(DataError::content(path, message));
         }
+        if beside.is_empty() {
+            return Ok(());
+        }
+        for place in first..self.items.len() {
+            let Some((label, caption)) = beside.get(split(&self.items[place].name).0) else {
+                continue;
+            };
+            // Of several images with one caption each has it.
+            let cost = caption.as_deref().map_or(0, cost);
+            self.held.take(cost).map_err(full)?;
+            self.items[place].caption.clone_from(caption);
+            if let Some(label) = label {
+                self.items[place].label = self.class(Arc::clone(label));
+            }
+        }
+        Ok(())
     }
-    Ok(images)
+
+    /// The class and the caption that a file beside images holds.
+    #[expect(clippy::type_complexity, reason = "as in `Beside`")]
+    fn said(
+        &mut self,
+        ending: &str,
+        text: &str,
+    ) -> Result<(Option<Arc<str>>, Option<Box<str>>), Fault> {
+        let (label, caption) = match ending {
+            "cls" | "class" => (Some(text.to_owned()), None),
+            "txt" | "caption" => (None, Some(text.to_owned())),
+            _ => {
+                let value: Value = json::parse(text.as_bytes())
+                    .map_err(|error| Fault::Content(format!("expected JSON: {error}")))?;
+                let field = |names: [&str; 3]| table::text(&value, &names).map_err(Fault::Content);
+                let label = field(["label", "class", "cls"])?;
+                (label, field(["caption", "text", "prompt"])?)
+            }
+        };
+        let label = label.map(|label| self.held.label(&label));
+        let label = label.transpose().map_err(Fault::Full)?;
+        self.held
+            .take(caption.as_deref().map_or(0, cost))
+            .map_err(Fault::Full)?;
+        Ok((label, caption.map(Into::into)))
+    }
+}
+
+/// Why what lies beside an image cannot be used.
+enum Fault {
+    /// There is too much of all.
+    Full(String),
+    /// It is not what was expected.
+    Content(String),
+}
+
+/// Why the bytes of an entry are not those of the file.
+fn cannot_be_read(stored: Stored) -> Option<&'static str> {
+    match stored {
+        Stored::Whole => None,
+        Stored::Link => Some("a link; pack it with `tar --dereference --hard-dereference`"),
+        Stored::Sparse => Some("a sparse file; pack it without `--sparse`"),
+    }
+}
+
+/// A name that comes twice. Told by hashes: to sort millions of names takes several times as long.
+fn twice<'n>(names: impl Iterator<Item = &'n str> + Clone) -> Option<&'n str> {
+    let keys = RandomState::new();
+    let mut hashes: Vec<u64> = names.clone().map(|name| keys.hash_one(name)).collect();
+    hashes.sort_unstable();
+    let suspects = hashes.windows(2).filter(|pair| pair[0] == pair[1]);
+    suspects.map(|pair| pair[0]).find_map(|hash| {
+        let mut same: Vec<&str> = names
+            .clone()
+            .filter(|name| keys.hash_one(name) == hash)
+            .collect();
+        same.sort_unstable();
+        same.windows(2)
+            .find(|pair| pair[0] == pair[1])
+            .map(|pair| pair[0])
+    })
 }
 
 /// Whether a file, or a folder that it lies in, is hidden.
@@ -153,187 +199,6 @@ fn split(name: &str) -> (&str, &str) {
         Some(dot) => (&name[..base + dot], &name[base + dot + 1..]),
         None => (name, ""),
     }
-}
-
-struct Archive<'a> {
-    path: &'a Path,
-    file: BufReader<File>,
-    size: u64,
-    /// Where the next header begins.
-    at: u64,
-}
-
-impl Archive<'_> {
-    fn fault(&self, message: impl std::fmt::Display) -> DataError {
-        DataError::content(
-            self.path,
-            format!("not a whole tar archive: at byte {} {message}", self.at),
-        )
-    }
-
-    fn io(&self) -> impl FnOnce(io::Error) -> DataError + use<> {
-        let path = self.path.to_owned();
-        move |error| DataError::read(&path, "file", error)
-    }
-
-    /// The bytes of a part, which are few.
-    fn bytes(&mut self, part: Part) -> Result<Vec<u8>, DataError> {
-        if part.size > LONGEST_TEXT {
-            return Err(self.fault(format!("{} bytes where a short text should be", part.size)));
-        }
-        let mut bytes = vec![0; part.size as usize];
-        self.file
-            .seek(SeekFrom::Start(part.start))
-            .and_then(|_| self.file.read_exact(&mut bytes))
-            .map_err(self.io())?;
-        Ok(bytes)
-    }
-
-    fn text(&mut self, part: Part) -> Result<String, DataError> {
-        let bytes = self.bytes(part)?;
-        let text = String::from_utf8(bytes).map_err(|_| self.fault("a text that is not UTF-8"))?;
-        Ok(text.trim().to_owned())
-    }
-
-    /// The next regular file.
-    fn next(&mut self) -> Result<Option<(String, Part)>, DataError> {
-        let (mut long_name, mut long_size, mut sparse) = (None, None, false);
-        loop {
-            let mut head = [0; TAR_BLOCK];
-            if self.at + BLOCK > self.size {
-                return match self.at {
-                    0 => Err(self.fault("it ends")),
-                    // GNU tar ends archives with empty blocks, others simply end.
-                    at if at >= self.size => Ok(None),
-                    _ => Err(self.fault("it ends in the middle of a header")),
-                };
-            }
-            let from = self.at;
-            self.file
-                .seek(SeekFrom::Start(from))
-                .and_then(|_| self.file.read_exact(&mut head))
-                .map_err(self.io())?;
-            if head.iter().all(|byte| *byte == 0) {
-                return match from {
-                    0 => Err(self.fault("there is nothing")),
-                    _ => Ok(None),
-                };
-            }
-            if head.starts_with(&[0x1f, 0x8b]) {
-                let message = "a compressed archive; unpack it first (`gunzip`): images are read from their place in it";
-                return Err(DataError::content(self.path, message));
-            }
-            if !is_tar_header(&head) {
-                return Err(self.fault("a header whose sum is wrong"));
-            }
-            let size = tar_number(&head[124..136])
-                .ok_or_else(|| self.fault("a size that is no number"))?;
-            let size = long_size.take().unwrap_or(size);
-            let part = Part {
-                start: from + BLOCK,
-                size,
-            };
-            let end = part
-                .start
-                .checked_add(size)
-                .and_then(|end| end.checked_next_multiple_of(BLOCK));
-            if part
-                .start
-                .checked_add(size)
-                .is_none_or(|end| end > self.size)
-            {
-                return Err(self.fault(format!(
-                    "a file of {size} bytes begins, which are not there"
-                )));
-            }
-            self.at = end.unwrap_or(self.size);
-            match head[156] {
-                kind @ (b'0' | 0 | b'7' | b'1' | b'2' | b'S') => {
-                    let name = match long_name.take() {
-                        Some(name) => name,
-                        None => {
-                            name(&head).ok_or_else(|| self.fault("a name that is not UTF-8"))?
-                        }
-                    };
-                    if name.len() > LONGEST_PATH {
-                        return Err(self.fault(format!("a name of {} bytes", name.len())));
-                    }
-                    let stored = match kind {
-                        b'1' | b'2' => {
-                            "a link; pack it with `tar --dereference --hard-dereference`"
-                        }
-                        b'S' => "a sparse file; pack it without `--sparse`",
-                        _ if sparse => "a sparse file; pack it without `--sparse`",
-                        // Old archives mark folders by their names only.
-                        _ if name.ends_with('/') => continue,
-                        _ => return Ok(Some((name, part))),
-                    };
-                    // What is in it is not here.
-                    if promises_image(&name) && !is_hidden(&name) {
-                        let message = format!("{} is {stored}", shown(&name));
-                        return Err(DataError::content(self.path, message));
-                    }
-                    sparse = false;
-                }
-                b'L' => {
-                    let bytes = self.bytes(part)?;
-                    let name = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
-                    let name = std::str::from_utf8(name)
-                        .map_err(|_| self.fault("a name that is not UTF-8"))?;
-                    long_name = Some(name.to_owned());
-                }
-                b'x' => {
-                    let bytes = self.bytes(part)?;
-                    for (key, value) in records(&bytes) {
-                        match key {
-                            "path" => long_name = Some(value.to_owned()),
-                            "size" => long_size = value.parse().ok(),
-                            key => sparse |= key.starts_with("GNU.sparse."),
-                        }
-                    }
-                }
-                // Folders, links, devices, and what concerns the whole archive.
-                _ => (long_name, long_size, sparse) = (None, None, false),
-            }
-        }
-    }
-}
-
-/// The name of a header, with its prefix where it has one.
-fn name(head: &[u8; TAR_BLOCK]) -> Option<String> {
-    let field = |from: usize, to: usize| {
-        let bytes = head[from..to]
-            .split(|byte| *byte == 0)
-            .next()
-            .unwrap_or_default();
-        std::str::from_utf8(bytes).ok()
-    };
-    let name = field(0, 100)?;
-    match field(345, 500)? {
-        prefix if &head[257..263] == b"ustar\0" && !prefix.is_empty() => {
-            Some(format!("{prefix}/{name}"))
-        }
-        _ => Some(name.to_owned()),
-    }
-}
-
-/// The records of a pax header: `LENGTH KEY=VALUE\n`.
-fn records(bytes: &[u8]) -> Vec<(&str, &str)> {
-    let (mut found, mut rest) = (Vec::new(), std::str::from_utf8(bytes).unwrap_or_default());
-    while let Some((length, _)) = rest.split_once(' ') {
-        let Some((record, after)) = length.parse().ok().and_then(|n| rest.split_at_checked(n))
-        else {
-            break;
-        };
-        if record.len() <= length.len() {
-            break;
-        }
-        if let Some((key, value)) = record[length.len() + 1..].split_once('=') {
-            found.push((key, value.trim_end_matches('\n')));
-        }
-        rest = after;
-    }
-    found
 }
 
 /// How deep in the paths of files the folders stand that tell them apart, their classes: the first that is not common to
@@ -397,11 +262,13 @@ pub(super) mod tests {
         out
     }
 
-    fn list(bytes: &[u8]) -> Result<Vec<(Row, Part)>, String> {
+    fn list(bytes: &[u8]) -> Result<ArchivedImages, String> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.tar");
         std::fs::write(&path, bytes).unwrap();
-        read(&path, &mut Held::default()).map_err(|error| error.to_string())
+        let mut found = ArchivedImages::default();
+        let read = found.read(&path, 0);
+        read.map(|()| found).map_err(|error| error.to_string())
     }
 
     #[test]
@@ -416,12 +283,13 @@ pub(super) mod tests {
             (&long, b"third"),
         ]);
         let found = list(&bytes).unwrap();
-        let rows: Vec<_> = found.iter().map(|(row, _)| row.clone()).collect();
-        let labels: Vec<_> = rows.iter().map(|row| row.label.as_deref()).collect();
-        assert_eq!(labels, [Some("7"), Some("3"), None]);
-        assert_eq!(rows[1].caption.as_deref(), Some("a hat"));
-        assert_eq!(*rows[2].file, *long);
-        for ((_, part), text) in found.iter().zip(["first", "second", "third"]) {
+        let labels: Vec<_> = found.items.iter().map(|item| item.label).collect();
+        assert_eq!(labels, [0, 1, Item::UNLABELLED]);
+        assert_eq!((found.classes["7"], found.classes["3"]), (0, 1));
+        assert_eq!(found.items[1].caption.as_deref(), Some("a hat"));
+        assert_eq!(*found.items[2].name, *long);
+        for (item, text) in found.items.iter().zip(["first", "second", "third"]) {
+            let (_, part) = item.part.unwrap();
             let (start, end) = (part.start as usize, (part.start + part.size) as usize);
             assert_eq!(&bytes[start..end], text.as_bytes());
         }
@@ -431,7 +299,7 @@ pub(super) mod tests {
     fn a_pax_header_names_the_next_file() {
         let mut bytes = entry("pax", b'x', b"19 path=b/c d.png\n\n");
         bytes.extend(entry("short", b'0', b"content"));
-        assert_eq!(&*list(&bytes).unwrap()[0].0.file, "b/c d.png");
+        assert_eq!(&*list(&bytes).unwrap().items[0].name, "b/c d.png");
     }
 
     #[test]
@@ -474,7 +342,7 @@ pub(super) mod tests {
             entry("c.png", b'0', b"second"),
         ]
         .concat();
-        assert_eq!(list(&bytes).unwrap().len(), 2);
+        assert_eq!(list(&bytes).unwrap().items.len(), 2);
     }
 
     #[test]

@@ -4,9 +4,7 @@
 //! size, channels and class, decoded by all threads, a part of the source at a time. What is damaged is told all at
 //! once.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use rayon::prelude::*;
 use retort_abi::LogLevel;
@@ -92,9 +90,6 @@ impl Shape {
 
 /// Bytes of decoded images that are held at a time.
 const HELD: usize = 64 << 20;
-
-/// Label of a file whose class is not known yet.
-const UNLABELLED: u32 = u32::MAX;
 
 impl Source {
     /// Opens the source that checked options name, and looks it over; relative paths start from `base_dir`.
@@ -316,24 +311,17 @@ impl Source {
     }
 
     fn open_tar(o: &DataOptions, path: &Path, archives: Vec<PathBuf>) -> Result<Self, DataError> {
-        let (mut items, mut held) = (Vec::new(), Held::default());
-        let mut labelled = 0;
-        // What is no image has no say in what the classes are.
-        let mut numbers: BTreeMap<Arc<str>, u32> = BTreeMap::new();
+        let mut found = shards::ArchivedImages::default();
         for (archive, number) in archives.iter().zip(0u32..) {
-            for (row, part) in shards::read(archive, &mut held)? {
-                labelled += usize::from(row.label.is_some());
-                items.push(Item {
-                    label: row.label.map_or(UNLABELLED, |label| {
-                        let next = numbers.len() as u32;
-                        *numbers.entry(label).or_insert(next)
-                    }),
-                    name: row.file,
-                    caption: row.caption,
-                    part: Some((number, part)),
-                });
-            }
+            found.read(archive, number)?;
         }
+        let shards::ArchivedImages {
+            mut items,
+            classes: mut numbers,
+            ..
+        } = found;
+        let is_labelled = |item: &&Item| item.label != Item::UNLABELLED;
+        let labelled = items.iter().filter(is_labelled).count();
         if labelled == 0
             && let Some(depth) = shards::folders(items.iter().map(|item| &*item.name))
         {

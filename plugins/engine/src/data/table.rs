@@ -11,7 +11,7 @@ use retort_checkpoint::json;
 use serde_json::Value;
 
 use super::error::{DataError, shown};
-use super::file;
+use super::{class, file};
 
 /// A row: a file within a folder.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,6 +51,7 @@ const ROOM: usize = 352 << 20;
 const EACH: usize = 144;
 
 /// What is held of the files of a source, and how much more may be.
+#[derive(Debug)]
 pub struct Held {
     room: usize,
     rows: usize,
@@ -111,6 +112,7 @@ impl Held {
         if let Some(known) = self.labels.get(text) {
             return Ok(Arc::clone(known));
         }
+        class::within(self.labels.len() + 1)?;
         self.take(2 * cost(text))?;
         let label: Arc<str> = text.into();
         self.labels.insert(Arc::clone(&label));
@@ -476,6 +478,9 @@ mod tests {
             "{said}"
         );
         assert!(held.label(&"x".repeat(1000)).is_err());
+        let mut held = Held::default();
+        let said = (0..).find_map(|class| held.label(&class.to_string()).err());
+        assert!(said.unwrap().contains("more than 262144 classes"));
         assert!(size_of::<Row>() <= 56);
     }
 

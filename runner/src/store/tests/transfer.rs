@@ -135,6 +135,115 @@ fn two_stores_are_merged_by_way_of_a_file() {
     });
 }
 
+/// Every run is there with all that belongs to it, or not at all.
+async fn whole_runs(store: &Store, of: &Store) -> usize {
+    let runs = store.list_runs(&RunFilter::default()).await.unwrap();
+    for run in &runs {
+        let (detail, there) = (
+            store.run_detail(&run.id).await.unwrap(),
+            of.run_detail(&run.id).await.unwrap(),
+        );
+        assert_eq!(detail.stages.len(), there.stages.len());
+        assert_eq!(detail.artifacts.len(), there.artifacts.len());
+        for (stage, other) in detail.stages.iter().zip(&there.stages) {
+            assert_eq!(stage.reused_from.is_some(), other.reused_from.is_some());
+        }
+        for row in &detail.artifacts {
+            let place = store.dir().join("artifacts").join(&row.artifact.hash);
+            assert_eq!(crate::artifact::verify(&place, &row.artifact), []);
+        }
+        let points = store.metric_series(&run.id, "loss").await;
+        let expected = of.metric_series(&run.id, "loss").await;
+        assert_eq!(
+            points.map_or(0, |points| points.len()),
+            expected.map_or(0, |points| points.len())
+        );
+    }
+    runs.len()
+}
+
+#[test]
+fn others_write_while_an_import_goes_on_and_one_that_ends_half_way_leaves_whole_runs() {
+    check(|dir| async move {
+        let (here, there) = (
+            open(&dir.join("here")).await,
+            open(&dir.join("there")).await,
+        );
+        for _ in 0..3 {
+            a_pair(&here).await;
+        }
+        // One reuses a stage of a run that began after it: the two come together.
+        let early = here.begin_run(&a_run("digits")).await.unwrap();
+        let reusing = here.add_stage(&early, &a_stage("again")).await.unwrap();
+        let (last, _, attempt) = begin(&here, "digits", "d7").await;
+        let made = artifact_file(&here, "other bytes");
+        here.record_artifact(attempt, &made).await.unwrap();
+        let end = an_end(AttemptState::Succeeded, Some(&made.hash));
+        here.finish_attempt(attempt, &end).await.unwrap();
+        here.stage_reused(reusing, &hash("d7"), &json!({}), attempt)
+            .await
+            .unwrap();
+        succeed(&here, &early).await;
+        succeed(&here, &last).await;
+        let file = dir.join("file.db");
+        export(here.dir(), None, &file, true).await.unwrap();
+        let (mine, other) = a_pair(&there).await;
+        std::fs::remove_dir_all(there.dir().join("artifacts")).unwrap();
+
+        // Pieces of one run. Between them another process has the store to itself.
+        let neighbour = open(there.dir()).await;
+        let mut seen = Vec::new();
+        let ended = there
+            .import_by(&file, Duration::ZERO, async || {
+                neighbour.note_run(&mine, "meanwhile").await?;
+                seen.push(neighbour.list_runs(&RunFilter::default()).await?.len());
+                match seen.len() {
+                    3 => Err(StoreError::InUse),
+                    _ => Ok(()),
+                }
+            })
+            .await;
+        assert!(matches!(ended, Err(StoreError::InUse)), "{ended:?}");
+        assert_eq!(seen, [3, 4, 5]);
+        let noted = there.run_detail(&mine).await.unwrap();
+        assert_eq!(noted.summary.note, "meanwhile");
+        neighbour.remove_runs(&[mine, other]).await.unwrap();
+        assert_eq!(whole_runs(&there, &here).await, 3);
+
+        let mut pauses = 0;
+        let again = there
+            .import_by(&file, Duration::ZERO, async || {
+                pauses += 1;
+                assert!(neighbour.problems().await?.is_empty());
+                whole_runs(&neighbour, &here).await;
+                Ok(())
+            })
+            .await
+            .unwrap();
+        assert_eq!((again.known.len(), again.runs.len(), pauses), (3, 5, 6));
+        let all = (vec![made.hash.clone()], vec![]);
+        assert_eq!((again.artifacts, again.lost), all);
+        assert_eq!(whole_runs(&there, &here).await, 8);
+
+        // Files that nobody needed until then are collected meanwhile.
+        let third = open(&dir.join("third")).await;
+        artifact_file(&third, "other bytes");
+        let place = third.dir().join("artifacts").join(&made.hash);
+        let done = third
+            .import_by(&file, Duration::ZERO, async || {
+                let _ = std::fs::remove_dir_all(&place);
+                Ok(())
+            })
+            .await
+            .unwrap();
+        let said = format!("artifact {}: its files were removed meanwhile", made.hash);
+        assert!(done.lost.len() == 1 && done.lost[0].starts_with(&said));
+        let done = third.import(&file).await.unwrap();
+        assert_eq!((done.artifacts, done.lost), all);
+        assert_eq!(whole_runs(&third, &here).await, 8);
+    });
+}
+
 #[test]
 fn runs_are_removed_with_everything_that_only_they_have() {
     check(|dir| async move {
