@@ -15,6 +15,8 @@ mod captions;
 mod checkpoints;
 #[path = "runner/dividing.rs"]
 mod dividing;
+#[path = "runner/exports.rs"]
+mod exports;
 #[path = "runner/faults.rs"]
 mod faults;
 #[path = "runner/history.rs"]

@@ -368,3 +368,7 @@ pub fn compile(fixture: &str, flags: &[&str], output: &Path) {
         String::from_utf8_lossy(&result.stderr)
     );
 }
+
+pub fn fifo(path: &Path) {
+    assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
+}

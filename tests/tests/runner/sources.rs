@@ -10,15 +10,11 @@ use retort::input::Folder;
 use retort::store::{Access, AttemptState, RunState, Store};
 use retort_tests::skip::{leave_out, skip};
 
-use crate::lab::{Lab, Said, block_on, wait_for};
+use crate::lab::{Lab, Said, block_on, fifo, wait_for};
 
 const INTERRUPT: i32 = 2;
 /// Longer than file systems need to tell two writings apart by their times.
 const SETTLED: Duration = Duration::from_millis(2_200);
-
-fn fifo(path: &Path) {
-    assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
-}
 
 /// A lab with a file of data.
 fn with_data(stages: &[&str]) -> Lab {

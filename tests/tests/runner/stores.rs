@@ -8,8 +8,7 @@ use std::process::Command;
 use retort::store::{Access, RunState, Store};
 use retort_tests::skip::{leave_out, skip};
 
-use crate::imports::fifo;
-use crate::lab::{Lab, block_on, wait_for};
+use crate::lab::{Lab, block_on, fifo, wait_for};
 
 /// A file system of a given kind on a directory, as long as the value lives; none without the right to mount.
 struct Mount<'p>(&'p Path);
