@@ -21,15 +21,15 @@ pub struct Draft {
     path: PathBuf,
     target: PathBuf,
     /// Folders that were made for it.
-    folders: Made,
+    folders: CreatedPaths,
 }
 
 /// Files and folders that this process has made, removed when dropped unless they are kept. Of a folder in which
 /// something else lies by then, nothing is removed.
 #[derive(Debug, Default)]
-pub struct Made(Vec<PathBuf>);
+pub struct CreatedPaths(Vec<PathBuf>);
 
-impl Made {
+impl CreatedPaths {
     /// Makes a folder where there is none, and those that it lies in.
     ///
     /// # Errors
@@ -85,7 +85,7 @@ impl Made {
     }
 }
 
-impl Drop for Made {
+impl Drop for CreatedPaths {
     fn drop(&mut self) {
         for path in self.0.iter().rev() {
             let _ = match fs::symlink_metadata(path) {
@@ -116,7 +116,7 @@ impl Draft {
 
     fn new<T>(target: &Path, make: impl Fn(&Path) -> io::Result<T>) -> io::Result<(Self, T)> {
         let parent = target.parent().unwrap_or(Path::new(""));
-        let mut folders = Made::default();
+        let mut folders = CreatedPaths::default();
         folders.folder(parent)?;
         let name = target.file_name().ok_or(io::ErrorKind::InvalidInput)?;
         let now = SystemTime::now()
@@ -300,7 +300,7 @@ mod tests {
             fs::canonicalize(at("new")).unwrap()
         );
         assert_eq!(place(&at("none")).unwrap(), at("none"));
-        let mut made = Made::default();
+        let mut made = CreatedPaths::default();
         for name in ["folder", "pipe", "/dev/null"] {
             let said = place(&at(name)).unwrap_err().to_string();
             assert!(said.contains("not a regular file"), "{name}: {said}");
@@ -317,7 +317,7 @@ mod tests {
         let text = |text: &'static str| move |file: &mut File| file.write_all(text.as_bytes());
         fs::create_dir(at("mine")).unwrap();
         fs::write(at("mine/old"), "1").unwrap();
-        let make = |made: &mut Made| {
+        let make = |made: &mut CreatedPaths| {
             made.file(&at("mine/old"), text("2")).unwrap();
             made.file(&at("mine/new"), text("2")).unwrap();
             made.file(&at("a/b/c"), text("2")).unwrap();
@@ -329,7 +329,7 @@ mod tests {
             });
             assert_eq!(error.unwrap_err().kind(), io::ErrorKind::StorageFull);
         };
-        let mut made = Made::default();
+        let mut made = CreatedPaths::default();
         make(&mut made);
         fs::write(at("a/d/of others"), "3").unwrap();
         drop(made);
@@ -339,7 +339,7 @@ mod tests {
             (names(&at("a")), names(&at("a/d"))),
             (vec!["d".into()], vec!["of others".into()])
         );
-        let mut made = Made::default();
+        let mut made = CreatedPaths::default();
         make(&mut made);
         made.keep();
         assert_eq!(

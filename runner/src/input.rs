@@ -18,7 +18,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use retort_checkpoint::images::{self, MOST_FILES, is_hidden};
 use retort_checkpoint::regular::{self, Extent};
-use retort_checkpoint::shards::Place;
+use retort_checkpoint::shards::ShardPlace;
 
 use crate::plan::{FileKind, mostly_holes};
 
@@ -162,14 +162,14 @@ pub struct Listing {
     kind: FileKind,
     /// Sorted by name, which is relative to `path`; that of a file itself is empty.
     files: Vec<ListedFile>,
-    traces: Traces,
+    traces: ListingHashes,
     /// When it was made.
     now: i128,
 }
 
 /// What is compared of two listings.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Traces {
+struct ListingHashes {
     /// Names, places, sizes and times of writing.
     content: blake3::Hash,
     /// Owners, rights, and numbers of names.
@@ -183,7 +183,7 @@ struct Traces {
 pub struct Snapshot {
     /// Hex BLAKE3 of a file; of a folder, of the list of its files.
     pub hash: String,
-    traces: Traces,
+    traces: ListingHashes,
     /// Whether something may have been written since without a trace.
     young: bool,
 }
@@ -219,7 +219,7 @@ impl Listing {
                 walk.folder(path, "")?;
             }
             FileKind::Weights => {
-                let files = Place::find(path).map(|place| place.files());
+                let files = ShardPlace::find(path).map(|place| place.files());
                 let files = files.map_err(|error| InputError::Weights {
                     path: path.to_owned(),
                     message: error.to_string(),
@@ -258,7 +258,7 @@ impl Listing {
             path: base.unwrap_or_else(|| path.to_owned()),
             kind,
             files: walk.files,
-            traces: Traces {
+            traces: ListingHashes {
                 content: content.finalize(),
                 rights: rights.finalize(),
                 changes: changes.finalize(),

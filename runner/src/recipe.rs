@@ -126,7 +126,7 @@ pub struct Source {
 
 /// How a value came into the recipe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Written {
+pub enum ValueSource {
     /// It is in the text, at this line.
     Line(usize),
     /// It is in the text as `${...}`.
@@ -147,20 +147,20 @@ impl Source {
     }
 
     /// How the value at a pointer came into the recipe.
-    pub fn written(&self, pointer: &str) -> Written {
+    pub fn written(&self, pointer: &str) -> ValueSource {
         if self.setting(pointer).is_some() {
-            return Written::Set;
+            return ValueSource::Set;
         }
         if above(pointer).any(|pointer| self.interpolated.contains_key(pointer)) {
-            return Written::Interpolated;
+            return ValueSource::Interpolated;
         }
         match self
             .document
             .contains(pointer)
             .then(|| self.document.locate(pointer, Part::Key))
         {
-            Some(Some(position)) => Written::Line(position.line),
-            _ => Written::Absent,
+            Some(Some(position)) => ValueSource::Line(position.line),
+            _ => ValueSource::Absent,
         }
     }
 

@@ -51,12 +51,12 @@ pub struct Rows {
 pub struct Cell {
     text: String,
     data: Value,
-    tone: Tone,
+    tone: CellStyle,
 }
 
 /// What a text means; shown as its colour.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Tone {
+pub enum CellStyle {
     /// Nothing in particular.
     #[default]
     Plain,
@@ -276,7 +276,7 @@ impl Cell {
         Self {
             text: text.into(),
             data: data.into(),
-            tone: Tone::Plain,
+            tone: CellStyle::Plain,
         }
     }
 
@@ -341,7 +341,7 @@ impl Cell {
     }
 
     /// The same in another tone.
-    pub fn tone(mut self, tone: Tone) -> Self {
+    pub fn tone(mut self, tone: CellStyle) -> Self {
         self.tone = tone;
         self
     }
@@ -350,10 +350,10 @@ impl Cell {
 impl From<RunState> for Cell {
     fn from(state: RunState) -> Self {
         let tone = match state {
-            RunState::Succeeded => Tone::Good,
-            RunState::Failed | RunState::Lost => Tone::Bad,
-            RunState::Interrupted => Tone::Odd,
-            RunState::Queued | RunState::Running => Tone::Plain,
+            RunState::Succeeded => CellStyle::Good,
+            RunState::Failed | RunState::Lost => CellStyle::Bad,
+            RunState::Interrupted => CellStyle::Odd,
+            RunState::Queued | RunState::Running => CellStyle::Plain,
         };
         Self::from(state.name()).tone(tone)
     }
@@ -362,11 +362,11 @@ impl From<RunState> for Cell {
 impl From<StageState> for Cell {
     fn from(state: StageState) -> Self {
         let tone = match state {
-            StageState::Succeeded | StageState::Reused => Tone::Good,
-            StageState::Failed | StageState::Lost => Tone::Bad,
-            StageState::Interrupted => Tone::Odd,
-            StageState::Skipped => Tone::Dim,
-            StageState::Queued | StageState::Running => Tone::Plain,
+            StageState::Succeeded | StageState::Reused => CellStyle::Good,
+            StageState::Failed | StageState::Lost => CellStyle::Bad,
+            StageState::Interrupted => CellStyle::Odd,
+            StageState::Skipped => CellStyle::Dim,
+            StageState::Queued | StageState::Running => CellStyle::Plain,
         };
         Self::from(state.name()).tone(tone)
     }
@@ -547,13 +547,13 @@ fn shortened(text: &str, most: usize) -> Cow<'_, str> {
     Cow::Owned(kept)
 }
 
-fn toned(cell: TableCell, tone: Tone) -> TableCell {
+fn toned(cell: TableCell, tone: CellStyle) -> TableCell {
     match tone {
-        Tone::Plain => cell,
-        Tone::Good => cell.fg(Color::Green),
-        Tone::Bad => cell.fg(Color::Red),
-        Tone::Odd => cell.fg(Color::Yellow),
-        Tone::Dim => cell.add_attribute(Attribute::Dim),
+        CellStyle::Plain => cell,
+        CellStyle::Good => cell.fg(Color::Green),
+        CellStyle::Bad => cell.fg(Color::Red),
+        CellStyle::Odd => cell.fg(Color::Yellow),
+        CellStyle::Dim => cell.add_attribute(Attribute::Dim),
     }
 }
 

@@ -287,7 +287,7 @@ fn start(figures: &mut Figures) {
         fill(&store, 20).await;
         store.close().await;
     });
-    let mut times: Vec<Took> = (0..40)
+    let mut times: Vec<Timing> = (0..40)
         .map(|_| {
             let clock = Clock::of_children();
             let status = Command::new(binary())
@@ -465,9 +465,9 @@ async fn fill(store: &Store, runs: u64) {
 }
 
 /// The least of several times, the first left out.
-async fn best(mut act: impl AsyncFnMut()) -> Took {
+async fn best(mut act: impl AsyncFnMut()) -> Timing {
     act().await;
-    let mut least: Option<Took> = None;
+    let mut least: Option<Timing> = None;
     for _ in 0..9 {
         let clock = Clock::start();
         act().await;
@@ -488,7 +488,7 @@ struct Clock {
 
 /// In seconds.
 #[derive(Clone, Copy)]
-struct Took {
+struct Timing {
     wall: f64,
     cpu: f64,
 }
@@ -510,15 +510,15 @@ impl Clock {
         }
     }
 
-    fn stop(&self) -> Took {
-        Took {
+    fn stop(&self) -> Timing {
+        Timing {
             wall: self.began.elapsed().as_secs_f64(),
             cpu: cpu(self.whose) - self.cpu,
         }
     }
 }
 
-impl std::fmt::Display for Took {
+impl std::fmt::Display for Timing {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
             f,

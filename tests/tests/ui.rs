@@ -17,10 +17,10 @@ mod staying;
 use browser::Browser;
 use lab::{Lab, block_on};
 use serving::Server;
-use shelf::{HOSTILE, Made};
+use shelf::{HOSTILE, ShelfContents};
 
 /// A store, its server and a browser; none where there is no browser.
-fn open() -> Option<(Lab, Made, Server, Browser)> {
+fn open() -> Option<(Lab, ShelfContents, Server, Browser)> {
     let browser = Browser::start()?;
     let lab = Lab::new(&[]);
     let made = block_on(shelf::make(&lab.store_dir()));

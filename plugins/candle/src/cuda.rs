@@ -28,7 +28,7 @@ use candle_core::cuda_backend::cudarc::driver::sys::{
     self, CUdevice_attribute, CUmemPool_attribute,
 };
 use retort_engine::error::{Error, Result};
-use retort_engine::plugin::{About, EnginePlugin};
+use retort_engine::plugin::{EnginePlugin, PluginInfo};
 
 use crate::failed;
 
@@ -37,7 +37,7 @@ const TOOLKIT: &str = env!("RETORT_CUDA_VERSION");
 /// The least compute capability that the kernels were compiled for: 90 is 9.0.
 const CAPABILITY: &str = env!("RETORT_CUDA_CAPABILITY");
 
-const ABOUT: About = About {
+const ABOUT: PluginInfo = PluginInfo {
     name: "candle",
     version: env!("CARGO_PKG_VERSION"),
     summary: "all stages on NVIDIA GPUs, on candle with fused kernels and cuBLAS",

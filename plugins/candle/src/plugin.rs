@@ -1,11 +1,11 @@
 //! The plugin: all stages of the engine on candle.
 
 use retort_abi::Device;
-use retort_engine::plugin::{About, EnginePlugin, processor};
+use retort_engine::plugin::{EnginePlugin, PluginInfo, processor};
 
 use crate::Candle;
 
-const ABOUT: About = About {
+const ABOUT: PluginInfo = PluginInfo {
     name: "candle",
     version: env!("CARGO_PKG_VERSION"),
     summary: "all stages in pure Rust, on candle with fused CPU kernels",

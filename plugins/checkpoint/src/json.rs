@@ -22,13 +22,13 @@ struct Unique;
 
 impl<'de> Deserialize<'de> for Unique {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(Looking)
+        deserializer.deserialize_any(UniqueVisitor)
     }
 }
 
-struct Looking;
+struct UniqueVisitor;
 
-impl<'de> Visitor<'de> for Looking {
+impl<'de> Visitor<'de> for UniqueVisitor {
     type Value = Unique;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

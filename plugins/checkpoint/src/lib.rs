@@ -164,14 +164,14 @@ impl Checkpoint {
     /// # Errors
     /// As [`Self::open`].
     pub fn open_part(path: &Path, wanted: impl Fn(&str) -> bool) -> Result<Self> {
-        match shards::Place::find(path)? {
-            shards::Place::File(file) => {
+        match shards::ShardPlace::find(path)? {
+            shards::ShardPlace::File(file) => {
                 let opened = Source::open(&file).map_err(Error::from);
                 opened
                     .and_then(Self::read)
                     .map_err(|e| shards::of(e, path, &file))
             }
-            shards::Place::Index(index) => Self::join(&index, wanted),
+            shards::ShardPlace::Index(index) => Self::join(&index, wanted),
         }
     }
 

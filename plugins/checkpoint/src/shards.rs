@@ -34,14 +34,14 @@ const USUAL: [&str; 4] = [
 const ENDINGS: [&str; 4] = [".safetensors", ".pt", ".pth", ".bin"];
 
 /// What a path stands for.
-pub enum Place {
+pub enum ShardPlace {
     /// One file.
     File(PathBuf),
     /// Several.
     Index(Index),
 }
 
-impl Place {
+impl ShardPlace {
     /// Looks at a path.
     ///
     /// # Errors
@@ -314,7 +314,7 @@ mod tests {
                 (read("a"), read("b"), read("c")),
                 (vec![0.0], vec![1.0], vec![0.0])
             );
-            let files = Place::find(path).unwrap().files();
+            let files = ShardPlace::find(path).unwrap().files();
             let names: Vec<_> = files.iter().map(|f| f.file_name().unwrap()).collect();
             assert_eq!(names, ["model.safetensors.index.json", ONE, TWO]);
         }

@@ -13,7 +13,7 @@ use crate::stage::{self};
 
 /// What a plugin says of itself beyond what the engine knows.
 #[derive(Debug, Clone, Copy)]
-pub struct About {
+pub struct PluginInfo {
     /// Name by which recipes ask for it.
     pub name: &'static str,
     /// Its version.
@@ -33,7 +33,7 @@ pub struct About {
 /// A [`Backend`] with all stages of the engine, as a [`Plugin`].
 pub struct EnginePlugin<B: Backend> {
     /// What it is.
-    pub about: About,
+    pub about: PluginInfo,
     /// Opens a device (`cpu`, `cuda:0`) for an element type (`f32`) and a number of threads.
     pub open: fn(&str, &str, usize) -> Result<B>,
     /// Devices really present.

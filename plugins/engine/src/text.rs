@@ -10,7 +10,7 @@ pub mod caption;
 
 use std::path::{Path, PathBuf};
 
-use retort_checkpoint::shards::Place;
+use retort_checkpoint::shards::ShardPlace;
 use retort_checkpoint::{Checkpoint, json, regular};
 use tokenizers::{Tokenizer, TruncationParams};
 
@@ -45,7 +45,7 @@ impl TextEncoder {
         let path = dir.join("tokenizer.json");
         let text = regular::read(&path, TOKENIZER).map_err(Error::io(&path))?;
         let tokenizer = Tokenizer::from_bytes(text).map_err(|e| Error::data(&path, e))?;
-        if let Place::Index(index) = Place::find(dir).map_err(Error::checkpoint(dir))? {
+        if let ShardPlace::Index(index) = ShardPlace::find(dir).map_err(Error::checkpoint(dir))? {
             let files = index
                 .files()
                 .filter(|(_, weights)| weights.iter().any(|name| is_wanted(name)))

@@ -1,11 +1,11 @@
 //! The plugin: all stages of the engine on libtorch.
 
 use retort_abi::Device;
-use retort_engine::plugin::{About, EnginePlugin, processor};
+use retort_engine::plugin::{EnginePlugin, PluginInfo, processor};
 
 use crate::{Libtorch, collective, cuda};
 
-const ABOUT: About = About {
+const ABOUT: PluginInfo = PluginInfo {
     name: "libtorch",
     version: env!("CARGO_PKG_VERSION"),
     summary: "all stages on libtorch, on CPUs and CUDA GPUs",

@@ -10,7 +10,7 @@ use crate::artifact::{self, Layout};
 use crate::cli::{Context, Error, Exit, FormatArgs, talk};
 use crate::draft::{self, Draft};
 use crate::store::{Access, ArtifactRow, Store};
-use crate::table::{Cell, Rows, Style, Tone};
+use crate::table::{Cell, CellStyle, Rows, Style};
 
 /// Arguments of `artifacts`.
 #[derive(Debug, clap::Args)]
@@ -226,7 +226,7 @@ fn verify(args: &VerifyArgs, context: &Context) -> Result<(), Error> {
                 row.stage.as_str().into(),
                 row.run.0.as_str().into(),
                 damage.path.into(),
-                Cell::from(damage.problem).tone(Tone::Bad),
+                Cell::from(damage.problem).tone(CellStyle::Bad),
             ]);
         }
     }

@@ -3,7 +3,7 @@
 use crate::account::comparison::{best, facts, side_by_side};
 use crate::cli::{Context, Error, FormatArgs, talk};
 use crate::store::{Access, Store};
-use crate::table::{Cell, Rows, Style, Tone};
+use crate::table::{Cell, CellStyle, Rows, Style};
 
 /// Arguments of `compare`.
 #[derive(Debug, clap::Args)]
@@ -62,15 +62,15 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     for (fact, values) in &facts {
         let best = best(fact, values);
         let cells = (0..).zip(values).map(|(place, value)| {
-            let cell = value.map_or_else(|| Cell::from("-").tone(Tone::Dim), Cell::json);
+            let cell = value.map_or_else(|| Cell::from("-").tone(CellStyle::Dim), Cell::json);
             match best.contains(&place) {
-                true => cell.marked(" *").tone(Tone::Good),
+                true => cell.marked(" *").tone(CellStyle::Good),
                 false => cell,
             }
         });
         rows.push(
             [
-                Cell::from(fact.about).tone(Tone::Dim),
+                Cell::from(fact.about).tone(CellStyle::Dim),
                 fact.name.as_str().into(),
             ]
             .into_iter()

@@ -15,7 +15,7 @@ use crate::artifact::{self, Layout};
 use crate::cli::{Context, Error, Exit, Format, FormatArgs, talk};
 use crate::draft::Draft;
 use crate::store::{Access, ArtifactRecord, Store};
-use crate::table::{self, Cell, Rows, Style, Tone};
+use crate::table::{self, Cell, CellStyle, Rows, Style};
 
 /// Arguments of `dataset`.
 #[derive(Debug, clap::Args)]
@@ -216,7 +216,7 @@ fn verify(args: &InfoArgs, context: &Context) -> Result<(), Error> {
         rows.push([
             file.into(),
             samples.into(),
-            Cell::from(what).tone(Tone::Bad),
+            Cell::from(what).tone(CellStyle::Bad),
         ]);
     };
     let mut labels = 0;

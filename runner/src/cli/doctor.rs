@@ -10,7 +10,7 @@ use crate::cluster::slurm::{Slurm, SlurmError};
 use crate::plugin::{self, Plugins, search_dirs};
 use crate::settings::{Executor, Settings};
 use crate::store::{self, Access, RunFilter, RunState, Store, StoreError};
-use crate::table::{Cell, Rows, Tone, bytes};
+use crate::table::{Cell, CellStyle, Rows, bytes};
 
 /// Less free space than this is worth a warning, in bytes.
 const LITTLE_SPACE: u64 = 1 << 30;
@@ -102,9 +102,9 @@ fn text(checks: &[Check], args: &Args, context: &Context) -> String {
     let mut rows = Rows::new(&["check", "verdict", "detail", "repair"]);
     for check in checks {
         let tone = match check.verdict {
-            Verdict::Good => Tone::Good,
-            Verdict::Odd => Tone::Odd,
-            Verdict::Bad => Tone::Bad,
+            Verdict::Good => CellStyle::Good,
+            Verdict::Odd => CellStyle::Odd,
+            Verdict::Bad => CellStyle::Bad,
         };
         let repair = check.repair.clone().map_or_else(Cell::none, Cell::from);
         let verdict = Cell::from(check.verdict.name()).tone(tone);

@@ -22,14 +22,14 @@ use crate::executor::{
     self, Choice, DetachPolicy, ExecutorError, Options, Outcome, RecordedPlan, RunReport,
     StageReport,
 };
-use crate::plan::decision::{self, Action, Past, Role};
+use crate::plan::decision::{self, Action, KnownResults, Role};
 use crate::plan::{Plan, PlannedStage};
 use crate::plugin::Plugins;
 use crate::progress::{self, ProgressReporter, Verbosity};
 use crate::schema::MAX_PROCESSES;
 use crate::settings::{Executor, Overrides, Settings};
 use crate::store::{Access, ArtifactRow, Memory, RunId, RunState, Store, SweepPlace};
-use crate::table::{Cell, Rows, Tone};
+use crate::table::{Cell, CellStyle, Rows};
 
 /// How stages are run: shared by `run` and `resume`.
 #[derive(Debug, Clone, clap::Args)]
@@ -238,7 +238,7 @@ impl Job {
     pub fn check(
         &self,
         plugins: &mut Plugins<'_>,
-        past: &mut dyn Past,
+        past: &mut dyn KnownResults,
         context: &Context,
     ) -> Result<(), Error> {
         let mut errors = self.of_wanted(self.plan.missing_files());
@@ -553,16 +553,18 @@ struct Picture<'a> {
 }
 
 /// What came of a stage: in a word, how good that is, and what else there is to say.
-fn describe(stage: &StageReport) -> (&'static str, Tone, String) {
+fn describe(stage: &StageReport) -> (&'static str, CellStyle, String) {
     match &stage.outcome {
         Outcome::Ran(end) => match end.state() {
-            crate::store::AttemptState::Succeeded => ("ran", Tone::Good, String::new()),
-            crate::store::AttemptState::Interrupted => ("interrupted", Tone::Odd, String::new()),
-            _ => ("failed", Tone::Bad, end.reason()),
+            crate::store::AttemptState::Succeeded => ("ran", CellStyle::Good, String::new()),
+            crate::store::AttemptState::Interrupted => {
+                ("interrupted", CellStyle::Odd, String::new())
+            }
+            _ => ("failed", CellStyle::Bad, end.reason()),
         },
-        Outcome::Reused { from } => ("reused", Tone::Dim, format!("from run {from}")),
-        Outcome::Blocked { by } => ("skipped", Tone::Dim, format!("needs {by}")),
-        Outcome::NotReached => ("not reached", Tone::Dim, String::new()),
+        Outcome::Reused { from } => ("reused", CellStyle::Dim, format!("from run {from}")),
+        Outcome::Blocked { by } => ("skipped", CellStyle::Dim, format!("needs {by}")),
+        Outcome::NotReached => ("not reached", CellStyle::Dim, String::new()),
     }
 }
 

@@ -6,7 +6,7 @@ use clap::ValueEnum;
 
 use crate::cli::{Context, Error, Format, FormatArgs, left, talk};
 use crate::store::{Access, LogSource, RunDetail, RunId, RunLine, RunState, Store, Time};
-use crate::table::{Cell, Rows, Tone};
+use crate::table::{Cell, CellStyle, Rows};
 use crate::terminal::{clean_line, paint};
 
 /// How often a run under way is asked for more.
@@ -223,8 +223,8 @@ fn rows(lines: &[RunLine]) -> Rows {
     let mut rows = Rows::new(&["at", "stage", "level", "source", "text"]);
     for RunLine { stage, line, .. } in lines {
         let level = match line.level {
-            1 => Cell::from("error").tone(Tone::Bad),
-            2 => Cell::from("warn").tone(Tone::Odd),
+            1 => Cell::from("error").tone(CellStyle::Bad),
+            2 => Cell::from("warn").tone(CellStyle::Odd),
             3 => "info".into(),
             4 => "debug".into(),
             _ => "trace".into(),

@@ -13,7 +13,7 @@ use tokio::runtime::Runtime;
 use crate::artifact::Layout;
 use crate::cli::talk;
 use crate::input::{Folder, InputError, Listing};
-use crate::plan::decision::Past;
+use crate::plan::decision::KnownResults;
 use crate::plan::{FileKind, FileOption, PlannedStage};
 use crate::store::{Memory, Store};
 use crate::table;
@@ -21,7 +21,7 @@ use crate::table;
 /// How long nothing is said while files are read.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// [`Past`] over a store.
+/// [`KnownResults`] over a store.
 pub struct History<'a> {
     runtime: &'a Runtime,
     store: &'a Store,
@@ -43,7 +43,7 @@ impl<'a> History<'a> {
     }
 }
 
-impl Past for History<'_> {
+impl KnownResults for History<'_> {
     fn find_success(&mut self, digest: &str) -> Result<Option<String>, Box<dyn StdError>> {
         let found = self.runtime.block_on(self.store.find_success(digest))?;
         Ok(found
@@ -74,9 +74,9 @@ impl Past for History<'_> {
     }
 }
 
-/// [`Past`] where there is no store yet.
+/// [`KnownResults`] where there is no store yet.
 #[derive(Default)]
-pub struct NoHistory {
+pub struct EmptyHistory {
     hashes: HashMap<(PathBuf, FileKind), String>,
     /// What a store would have remembered.
     pub hashed: BTreeMap<String, Folder>,
@@ -84,7 +84,7 @@ pub struct NoHistory {
     pub bytes: u64,
 }
 
-impl Past for NoHistory {
+impl KnownResults for EmptyHistory {
     fn find_success(&mut self, _: &str) -> Result<Option<String>, Box<dyn StdError>> {
         Ok(None)
     }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::{Value, json};
 
 use crate::artifact::Layout;
-use crate::cli::past::{History, NoHistory};
+use crate::cli::past::{EmptyHistory, History};
 use crate::cli::sweep::{self, SweepArgs};
 use crate::cli::{Context, Error, Exit, RecipeArgs, SelectionArgs, talk};
 use crate::diagnostic::Report;
@@ -14,7 +14,7 @@ use crate::plan::{self, Origin, Plan, PlannedStage, Threads};
 use crate::plugin::{Plugins, search_dirs};
 use crate::recipe;
 use crate::store::{Access, Store, StoreError};
-use crate::table::{Cell, Rows, Style, Tone};
+use crate::table::{Cell, CellStyle, Rows, Style};
 
 /// Arguments of `plan`.
 #[derive(Debug, clap::Args)]
@@ -53,7 +53,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         selection.until.as_deref(),
         &selection.force,
     )?;
-    let mut nothing = NoHistory::default();
+    let mut nothing = EmptyHistory::default();
     let decisions = match &store {
         Some(store) => {
             let layout = Layout::new(&context.store)?;
@@ -114,11 +114,11 @@ fn text(plan: &Plan, decisions: &[Decision], style: Style, details: bool) -> Str
     let mut rows = Rows::new(&["", "stage", "kind", "where", "why"]);
     for (stage, decision) in plan.stages.iter().zip(decisions) {
         let (action, tone) = match decision.action {
-            Action::Run => ("run", Tone::Odd),
-            Action::RunInputChanges => ("run (input changes)", Tone::Odd),
-            Action::Reuse => ("reuse", Tone::Good),
-            Action::Skip => ("skip", Tone::Dim),
-            Action::Missing => ("missing", Tone::Bad),
+            Action::Run => ("run", CellStyle::Odd),
+            Action::RunInputChanges => ("run (input changes)", CellStyle::Odd),
+            Action::Reuse => ("reuse", CellStyle::Good),
+            Action::Skip => ("skip", CellStyle::Dim),
+            Action::Missing => ("missing", CellStyle::Bad),
         };
         let place = format!("{} {}", stage.device, stage.dtype);
         rows.push([
@@ -216,9 +216,9 @@ fn values(stage: &PlannedStage) -> Rows {
             .unwrap_or(&pointer[1..])
             .replace('/', ".");
         let tone = if *origin == Origin::Default {
-            Tone::Dim
+            CellStyle::Dim
         } else {
-            Tone::Plain
+            CellStyle::Plain
         };
         rows.push([
             Cell::from(name.as_str()),

@@ -10,7 +10,7 @@ use crate::cli::{Context, Error, Exit, Format, FormatArgs, talk};
 use crate::plan::{DescribeError, PluginIdentity};
 use crate::plugin::{self, PluginFile, Plugins, conformance, search_dirs};
 use crate::store::{Access, Store};
-use crate::table::{Cell, Rows, Style, Tone, bytes};
+use crate::table::{Cell, CellStyle, Rows, Style, bytes};
 
 pub mod install;
 pub mod lock;
@@ -121,7 +121,7 @@ fn row(
     let file = Cell::from(found.path.display().to_string());
     let list = |items: &[String]| Cell::new(items.join(" "), items.to_vec());
     let none = Cell::none;
-    let bad = |problem: String| Cell::from(problem).tone(Tone::Bad);
+    let bad = |problem: String| Cell::from(problem).tone(CellStyle::Bad);
     let (description, devices) = match (described, devices) {
         (Ok((_, description)), Ok(devices)) => (description, devices),
         (Err(error), _) | (_, Err(error)) => {
@@ -143,7 +143,7 @@ fn row(
         true => bad(format!("calls itself `{}`", description.name)),
         false => match unusable.collect::<Vec<_>>().join("; ") {
             none if none.is_empty() => Cell::none(),
-            why => Cell::from(why).tone(Tone::Odd),
+            why => Cell::from(why).tone(CellStyle::Odd),
         },
     };
     vec![
@@ -298,8 +298,8 @@ fn text(
     let mut rows = Rows::new(&["device", "model", "memory", "state"]);
     for device in devices {
         let state = match &device.unusable {
-            None => Cell::from("usable").tone(Tone::Good),
-            Some(reason) => Cell::from(format!("unusable: {reason}")).tone(Tone::Bad),
+            None => Cell::from("usable").tone(CellStyle::Good),
+            Some(reason) => Cell::from(format!("unusable: {reason}")).tone(CellStyle::Bad),
         };
         let memory = device.memory.map_or_else(Cell::none, Cell::bytes);
         rows.push([

@@ -4,10 +4,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::cli::execution::{ExecutionArgs, Job, open_store, past, store_if_there};
-use crate::cli::past::NoHistory;
+use crate::cli::past::EmptyHistory;
 use crate::cli::sweep::{self, SweepArgs};
 use crate::cli::{Context, Error, RecipeArgs, SelectionArgs};
-use crate::cluster::devices::OnNodes;
+use crate::cluster::devices::NodeDescriptions;
 use crate::plan::{self, decision};
 use crate::plugin::{Plugins, search_dirs};
 use crate::recipe;
@@ -53,7 +53,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let dir = args.recipe.recipe.parent().unwrap_or(Path::new(""));
     let settings = args.execution.settings(dir, context)?;
     let plan = match settings.executor().0 == Executor::Slurm && settings.asks_for_gpus() {
-        true => plan::plan(&recipe, &mut OnNodes(&mut plugins))?,
+        true => plan::plan(&recipe, &mut NodeDescriptions(&mut plugins))?,
         false => plan::plan(&recipe, &mut plugins)?,
     };
     let selection = &args.selection;
@@ -75,7 +75,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
             let past = &mut past(&runtime, store, selection.rehash.memory())?;
             job.check(&mut plugins, past, context)?;
         }
-        None => job.check(&mut plugins, &mut NoHistory::default(), context)?,
+        None => job.check(&mut plugins, &mut EmptyHistory::default(), context)?,
     }
     let store = match &known {
         Some(store) => Arc::clone(store),

@@ -10,7 +10,7 @@ use crate::store::{
     Access, JobRow, RunDetail, RunFilter, RunState, RunSummary, SeriesSummary, Sort, StageDetail,
     StageState, Store, StoreError, Time,
 };
-use crate::table::{self, Cell, Rows, Style, Tone};
+use crate::table::{self, Cell, CellStyle, Rows, Style};
 
 /// Arguments of `runs`.
 #[derive(Debug, clap::Args)]
@@ -487,7 +487,8 @@ fn sections(
 fn facts(detail: &RunDetail) -> Rows {
     let run = &detail.summary;
     let mut rows = Rows::new(&["", ""]);
-    let mut add = |name: &str, value: Cell| rows.push([Cell::from(name).tone(Tone::Dim), value]);
+    let mut add =
+        |name: &str, value: Cell| rows.push([Cell::from(name).tone(CellStyle::Dim), value]);
     add("run", run.id.0.as_str().into());
     add("state", run.state.into());
     add(
@@ -514,7 +515,7 @@ fn facts(detail: &RunDetail) -> Rows {
         add("note", run.note.as_str().into());
     }
     if let Some(error) = &run.error {
-        add("error", Cell::from(error.as_str()).tone(Tone::Bad));
+        add("error", Cell::from(error.as_str()).tone(CellStyle::Bad));
     }
     rows
 }
@@ -638,7 +639,7 @@ fn param_rows(detail: &RunDetail) -> Rows {
         rows.push([
             param.path.as_str().into(),
             Cell::json(&param.value),
-            Cell::from(param.origin.as_str()).tone(Tone::Dim),
+            Cell::from(param.origin.as_str()).tone(CellStyle::Dim),
         ]);
     }
     rows
@@ -651,7 +652,7 @@ fn environment_rows(detail: &RunDetail) -> Rows {
             ("memory", Some(bytes)) => Cell::bytes(bytes),
             _ => Cell::json(value),
         };
-        rows.push([Cell::from(name.as_str()).tone(Tone::Dim), shown]);
+        rows.push([Cell::from(name.as_str()).tone(CellStyle::Dim), shown]);
     }
     rows
 }

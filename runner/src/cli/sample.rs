@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::artifact::{self, Layout};
 use crate::cli::execution::{ExecutionArgs, Job, open_store, past, store_if_there};
-use crate::cli::past::NoHistory;
+use crate::cli::past::EmptyHistory;
 use crate::cli::{Context, Error, Exit, SelectionArgs, show, talk};
 use crate::plan::decision;
 use crate::plan::{self, Descriptions};
@@ -131,7 +131,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
             let past = &mut past(&runtime, store, Memory::Trusted)?;
             job.check(&mut plugins, past, context)?;
         }
-        None => job.check(&mut plugins, &mut NoHistory::default(), context)?,
+        None => job.check(&mut plugins, &mut EmptyHistory::default(), context)?,
     }
     let store = match &known {
         Some(store) => std::sync::Arc::clone(store),

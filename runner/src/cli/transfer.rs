@@ -7,9 +7,9 @@ use clap::{ValueEnum, ValueHint};
 
 use crate::artifact::{self, file_name};
 use crate::cli::{Context, Error, Exit, FormatArgs, artifacts, talk};
-use crate::draft::Made;
+use crate::draft::CreatedPaths;
 use crate::store::{self, Access, RunDetail, RunFilter, RunId, Store, StoreError, Transfer};
-use crate::table::{Cell, Rows, Tone};
+use crate::table::{Cell, CellStyle, Rows};
 use crate::tensorboard::{EventFile, png_size};
 
 /// Arguments of `runs export`.
@@ -122,7 +122,7 @@ fn export_to_peer(args: &ExportArgs, context: &Context) -> Result<(), Error> {
         match args.target {
             Target::Mlflow => store.export_to_mlflow(&runs, &args.output).await?,
             _ => {
-                let mut made = Made::default();
+                let mut made = CreatedPaths::default();
                 for run in &runs {
                     write_events(&store, run, &args.output, &mut made, context).await?;
                 }
@@ -144,7 +144,7 @@ async fn write_events(
     store: &Store,
     run: &RunDetail,
     root: &Path,
-    made: &mut Made,
+    made: &mut CreatedPaths,
     context: &Context,
 ) -> Result<(), Error> {
     let summary = &run.summary;
@@ -223,16 +223,24 @@ fn report(transfer: &Transfer, format: &FormatArgs, context: &Context) -> Result
     let mut rows = Rows::new(&["what", "name", "done"]);
     let mut add = |what: &str, name: &str, done: Cell| rows.push([what.into(), name.into(), done]);
     for run in &transfer.runs {
-        add("run", &run.0, Cell::from("copied").tone(Tone::Good));
+        add("run", &run.0, Cell::from("copied").tone(CellStyle::Good));
     }
     for run in &transfer.known {
-        add("run", &run.0, Cell::from("known already").tone(Tone::Dim));
+        add(
+            "run",
+            &run.0,
+            Cell::from("known already").tone(CellStyle::Dim),
+        );
     }
     for hash in &transfer.artifacts {
-        add("artifact", hash, Cell::from("copied").tone(Tone::Good));
+        add("artifact", hash, Cell::from("copied").tone(CellStyle::Good));
     }
     for lost in &transfer.lost {
-        add("lost", lost, Cell::from("not readable").tone(Tone::Bad));
+        add(
+            "lost",
+            lost,
+            Cell::from("not readable").tone(CellStyle::Bad),
+        );
     }
     talk::print(&rows.render(format.style(context)))?;
     if transfer.lost.is_empty() {

@@ -7,9 +7,9 @@ use retort_abi::{Device, Diagnostic, StageJob};
 use crate::plan::{Build, DescribeError, Descriptions, PluginIdentity};
 
 /// Descriptions of plugins, for nodes with GPUs: what drives GPUs finds one there.
-pub struct OnNodes<'a>(pub &'a mut dyn Descriptions);
+pub struct NodeDescriptions<'a>(pub &'a mut dyn Descriptions);
 
-impl Descriptions for OnNodes<'_> {
+impl Descriptions for NodeDescriptions<'_> {
     fn describe(&mut self, plugin: &str) -> Result<Rc<Build>, DescribeError> {
         self.0.describe(plugin)
     }

@@ -123,7 +123,7 @@ pub async fn serve(place: &ElementIdentity) -> Result<bool, NodeError> {
             job.part = part;
             *at = staging.clone();
         }
-        let mut watch = Watch {
+        let mut watch = WatchedWorker {
             place,
             order: &order,
             writer: &mut writer,
@@ -185,7 +185,7 @@ enum StopReason {
 }
 
 /// A worker under watch.
-struct Watch<'a> {
+struct WatchedWorker<'a> {
     place: &'a ElementIdentity,
     order: &'a JobSpec,
     writer: &'a mut Writer,
@@ -207,7 +207,7 @@ enum Answer {
     Final,
 }
 
-impl Watch<'_> {
+impl WatchedWorker<'_> {
     /// Has the task done, and says why this life is over.
     async fn over(
         &mut self,

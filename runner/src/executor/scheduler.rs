@@ -93,7 +93,7 @@ enum Start {
 
 /// What came of giving a stage to a worker.
 pub(super) enum StageEnd {
-    Made(Ended),
+    CreatedPaths(Ended),
     /// Another process has made it meanwhile.
     Reused(Success),
     /// The run was stopped while it waited.
@@ -405,7 +405,7 @@ impl<'p> Scheduler<'p> {
                     _ => State::Waiting,
                 }
             }
-            StageEnd::Made(Ended {
+            StageEnd::CreatedPaths(Ended {
                 end, last_words, ..
             }) => {
                 (self.context.listener)(Event::Ended {
@@ -546,7 +546,9 @@ async fn run_stage(
     for source in &mut spec.sources {
         if let Err(message) = source.begin(&context.store).await {
             let end = End::InputChanged { message };
-            return Ok(StageEnd::Made(attempt::refuse(context, spec, end).await?));
+            return Ok(StageEnd::CreatedPaths(
+                attempt::refuse(context, spec, end).await?,
+            ));
         }
     }
     let ended = attempt::run(context, spec, stop).await?;
@@ -554,7 +556,7 @@ async fn run_stage(
     if ended.tainted || matches!(ended.end, End::Succeeded { .. }) {
         work.remove();
     }
-    Ok(StageEnd::Made(ended))
+    Ok(StageEnd::CreatedPaths(ended))
 }
 
 fn empty(dir: &std::path::Path) -> Result<(), ExecutorError> {

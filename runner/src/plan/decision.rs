@@ -1,6 +1,6 @@
 //! What would run, what would be reused, and why.
 //!
-//! In: a plan, which of its stages are wanted, and what the history knows ([`Past`]). Out: one [`Decision`] per stage.
+//! In: a plan, which of its stages are wanted, and what the history knows ([`KnownResults`]). Out: one [`Decision`] per stage.
 //! The executor decides again, stage by stage, when the inputs are really there, with the same functions.
 
 use std::collections::BTreeMap;
@@ -83,7 +83,7 @@ pub struct Decision {
 }
 
 /// What the history knows. The store is one implementation, tests bring another.
-pub trait Past {
+pub trait KnownResults {
     /// Content hash of the output of a successful attempt with this digest, if it is still there.
     fn find_success(&mut self, digest: &str) -> Result<Option<String>, Box<dyn StdError>>;
 
@@ -203,7 +203,7 @@ fn with_inputs(plan: &Plan, stages: &[usize]) -> Vec<bool> {
 pub fn decide(
     plan: &Plan,
     roles: &[Role],
-    past: &mut dyn Past,
+    past: &mut dyn KnownResults,
 ) -> Result<Vec<Decision>, Box<dyn StdError>> {
     let mut outputs = plan.given_hashes();
     let mut decisions = Vec::new();
@@ -473,7 +473,7 @@ mod tests {
         missing_files: bool,
     }
 
-    impl Past for FakePast {
+    impl KnownResults for FakePast {
         fn find_success(&mut self, digest: &str) -> Result<Option<String>, Box<dyn StdError>> {
             Ok(self.successes.get(digest).cloned())
         }

@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use super::{Build, Descriptions, Origin, PlannedStage, Threads};
 use crate::diagnostic::Finding;
-use crate::recipe::{Recipe, Source, Written};
+use crate::recipe::{Recipe, Source, ValueSource};
 use crate::schema;
 use crate::yaml::{Part, escape};
 use draft::UnresolvedStage;
@@ -251,16 +251,16 @@ fn time_hint(written: &str) -> String {
 
 /// Whether a finding is shown at its own place in the text, not at that of a param.
 fn in_place(source: &Source, finding: &Finding) -> bool {
-    source.written(&finding.pointer) != Written::Interpolated
+    source.written(&finding.pointer) != ValueSource::Interpolated
 }
 
 /// Where a value of the recipe came from.
 pub(super) fn origin(source: &Source, pointer: &str, fallback: Origin) -> Origin {
     match source.written(pointer) {
-        Written::Line(line) => Origin::Recipe(line),
-        Written::Interpolated => Origin::Params,
-        Written::Set => Origin::Set,
-        Written::Absent => fallback,
+        ValueSource::Line(line) => Origin::Recipe(line),
+        ValueSource::Interpolated => Origin::Params,
+        ValueSource::Set => Origin::Set,
+        ValueSource::Absent => fallback,
     }
 }
 

@@ -90,7 +90,7 @@ fn skipped<T>(text: impl Into<String>) -> Result<T, Bad> {
 
 /// What an examination goes by.
 #[derive(Debug, Clone)]
-pub struct Terms {
+pub struct ExaminationTerms {
     /// How long a stage may take to stop.
     pub grace: Duration,
     /// How long a stage may run.
@@ -103,7 +103,7 @@ pub struct Terms {
 pub struct Examination<'a> {
     runtime: &'a Runtime,
     path: PathBuf,
-    terms: Terms,
+    terms: ExaminationTerms,
     outcomes: Vec<Outcome>,
     tell: &'a dyn Fn(&Outcome),
 }
@@ -113,7 +113,7 @@ impl<'a> Examination<'a> {
     pub fn new(
         runtime: &'a Runtime,
         path: &Path,
-        terms: Terms,
+        terms: ExaminationTerms,
         tell: &'a dyn Fn(&Outcome),
     ) -> Self {
         Self {

@@ -80,8 +80,8 @@ fn set_changes_values() {
     check("s.o=${params.w}", "/o", json!(96));
     let recipe = read(&text, &["seed=3", "s.seed=4"]);
     assert_eq!((recipe.seed, recipe.stages[0].seed), (Some(3), Some(4)));
-    assert_eq!(recipe.source.written("/stages/s/seed"), Written::Set);
-    assert_eq!(recipe.source.written("/stages/s/o"), Written::Line(5));
+    assert_eq!(recipe.source.written("/stages/s/seed"), ValueSource::Set);
+    assert_eq!(recipe.source.written("/stages/s/o"), ValueSource::Line(5));
     // A mistake inside a param is shown where the param is written.
     let recipe = read(
         &format!("{HEAD}  s: {{kind: k, o: '${{params.deep}}'}}\n"),

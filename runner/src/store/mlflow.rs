@@ -13,7 +13,7 @@ use sqlx::{ConnectOptions, Connection};
 
 use super::{RunDetail, RunState, SeriesPoint, Store, StoreError, connection, schema};
 use crate::artifact::{self, file_name};
-use crate::draft::Made;
+use crate::draft::CreatedPaths;
 
 /// Longest value of a parameter or tag, in characters.
 const LONGEST: usize = 8000;
@@ -56,7 +56,7 @@ impl Store {
         let root = std::path::absolute(to).map_err(|error| StoreError::refused(to, error))?;
         let root = root.parent().unwrap_or(Path::new("/")).join("mlruns");
         let mut transaction = connection.begin_with("begin immediate").await.map_err(at)?;
-        let mut made = Made::default();
+        let mut made = CreatedPaths::default();
         for run in runs {
             self.add(&mut transaction, run, &root, &mut made).await?;
         }
@@ -70,7 +70,7 @@ impl Store {
         connection: &mut SqliteConnection,
         run: &RunDetail,
         root: &Path,
-        made: &mut Made,
+        made: &mut CreatedPaths,
     ) -> Result<(), StoreError> {
         let summary = &run.summary;
         let experiment = experiment(connection, &summary.recipe, root).await?;

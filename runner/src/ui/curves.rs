@@ -162,20 +162,20 @@ fn content(sources: &[Source], runs: &[String], request: &PageRequest) -> Markup
     }
 }
 
-struct Offered {
+struct SeriesChoices {
     name: String,
     curved: bool,
 }
 
 /// The series that any of the runs has, those with curves first.
-fn offered(sources: &[Source]) -> Vec<Offered> {
-    let mut offered: Vec<Offered> = Vec::new();
+fn offered(sources: &[Source]) -> Vec<SeriesChoices> {
+    let mut offered: Vec<SeriesChoices> = Vec::new();
     for series in sources.iter().flat_map(|source| &source.series) {
         let name = format!("{}/{}", series.stage, series.series);
         let curved = series.points > 1;
         match offered.iter().position(|known| known.name == name) {
             Some(place) => offered[place].curved |= curved,
-            None if offered.len() < OFFERED => offered.push(Offered { name, curved }),
+            None if offered.len() < OFFERED => offered.push(SeriesChoices { name, curved }),
             None => {}
         }
     }

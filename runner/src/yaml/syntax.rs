@@ -120,7 +120,7 @@ pub(super) const TOO_DEEP: &str = "nested too deeply";
 /// Names a character that looks like a space.
 pub fn odd_space(odd: char) -> String {
     format!(
-        "unexpected invisible character U+{:04X}: it looks like a space or like nothing, and is neither",
+        "U+{:04X} is an invisible character that is not a space",
         u32::from(odd)
     )
 }

@@ -31,25 +31,25 @@ const PATIENCE: Duration = Duration::from_secs(180);
 
 /// What disturbs.
 const DISTURBANCES: [Disturbance; 12] = [
-    Disturbance::Signal("runner killed", Whom::Runner, libc::SIGKILL),
-    Disturbance::Signal("runner killed", Whom::Runner, libc::SIGKILL),
-    Disturbance::Signal("runner terminated", Whom::Runner, libc::SIGTERM),
-    Disturbance::Signal("runner interrupted", Whom::Runner, libc::SIGINT),
-    Disturbance::Signal("runner hung up", Whom::Runner, libc::SIGHUP),
-    Disturbance::Signal("worker killed", Whom::Worker, libc::SIGKILL),
-    Disturbance::Signal("worker killed", Whom::Worker, libc::SIGKILL),
-    Disturbance::Signal("worker aborted", Whom::Worker, libc::SIGABRT),
-    Disturbance::Stop("runner stopped", Whom::Runner),
-    Disturbance::Stop("worker stopped", Whom::Worker),
+    Disturbance::Signal("runner killed", Victim::Runner, libc::SIGKILL),
+    Disturbance::Signal("runner killed", Victim::Runner, libc::SIGKILL),
+    Disturbance::Signal("runner terminated", Victim::Runner, libc::SIGTERM),
+    Disturbance::Signal("runner interrupted", Victim::Runner, libc::SIGINT),
+    Disturbance::Signal("runner hung up", Victim::Runner, libc::SIGHUP),
+    Disturbance::Signal("worker killed", Victim::Worker, libc::SIGKILL),
+    Disturbance::Signal("worker killed", Victim::Worker, libc::SIGKILL),
+    Disturbance::Signal("worker aborted", Victim::Worker, libc::SIGABRT),
+    Disturbance::Stop("runner stopped", Victim::Runner),
+    Disturbance::Stop("worker stopped", Victim::Worker),
     Disturbance::KillCommand,
     Disturbance::Fill,
 ];
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Disturbance {
-    Signal(&'static str, Whom, i32),
+    Signal(&'static str, Victim, i32),
     /// SIGSTOP, and SIGCONT after a while.
-    Stop(&'static str, Whom),
+    Stop(&'static str, Victim),
     /// Kills a command beside the run: gc, export, import, a query.
     KillCommand,
     /// Leaves no room on the store's disk for a while.
@@ -57,7 +57,7 @@ enum Disturbance {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Whom {
+enum Victim {
     Runner,
     Worker,
 }
@@ -352,8 +352,8 @@ impl<'a> Round<'a> {
                     life.hits += 1;
                     self.report.disturbed(name);
                     match whom {
-                        Whom::Runner => life.runner.push((signal, now)),
-                        Whom::Worker => life.worker.push((pid, now)),
+                        Victim::Runner => life.runner.push((signal, now)),
+                        Victim::Worker => life.worker.push((pid, now)),
                     }
                 }
             }
@@ -396,10 +396,10 @@ impl<'a> Round<'a> {
         }
     }
 
-    fn pid_of(&mut self, whom: Whom, runner: &Runner) -> Option<u32> {
+    fn pid_of(&mut self, whom: Victim, runner: &Runner) -> Option<u32> {
         match whom {
-            Whom::Runner => Some(runner.pid()),
-            Whom::Worker => {
+            Victim::Runner => Some(runner.pid()),
+            Victim::Worker => {
                 let workers: Vec<u32> = process::children(runner.pid()).into_iter().collect();
                 (!workers.is_empty()).then(|| *self.random.one_of(&workers))
             }

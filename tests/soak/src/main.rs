@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Parser, Subcommand};
 use retort_soak::disturb::{self, Lab};
-use retort_soak::fuzz::driver::{self, Meal, Until};
+use retort_soak::fuzz::driver::{self, FuzzInput, Until};
 use retort_soak::fuzz::{TARGETS, Target};
 use retort_soak::report::Report;
 
@@ -14,11 +14,11 @@ use retort_soak::report::Report;
 #[derive(Parser)]
 struct Arguments {
     #[command(subcommand)]
-    command: What,
+    command: Campaign,
 }
 
 #[derive(Subcommand)]
-enum What {
+enum Campaign {
     /// Feed hostile inputs to everything that reads what others made.
     Fuzz {
         /// How long, in minutes; all targets together.
@@ -97,7 +97,7 @@ struct Common {
 
 fn main() -> ExitCode {
     match Arguments::parse().command {
-        What::Fuzz {
+        Campaign::Fuzz {
             minutes,
             target,
             inputs,
@@ -107,12 +107,12 @@ fn main() -> ExitCode {
             fuzz(minutes, &target, inputs, &common, &mut report);
             end(&report, &common)
         }
-        What::Disturb { disturbed, common } => {
+        Campaign::Disturb { disturbed, common } => {
             let mut report = Report::new(common.seed);
             disturb(&disturbed, &common, &mut report);
             end(&report, &common)
         }
-        What::All { disturbed, common } => {
+        Campaign::All { disturbed, common } => {
             let (mut report, mut beside) = (Report::new(common.seed), Report::default());
             std::thread::scope(|scope| {
                 scope.spawn(|| fuzz(disturbed.minutes, &[], None, &common, &mut beside));
@@ -121,7 +121,7 @@ fn main() -> ExitCode {
             report.add(beside);
             end(&report, &common)
         }
-        What::Feed {
+        Campaign::Feed {
             target,
             seed,
             until,
@@ -133,7 +133,7 @@ fn main() -> ExitCode {
                 true => Until::Inputs(until as u64),
                 false => Until::Time(Duration::from_secs_f64(until)),
             };
-            let meal = Meal {
+            let meal = FuzzInput {
                 seed,
                 until,
                 known,
@@ -143,7 +143,7 @@ fn main() -> ExitCode {
             println!("{}", serde_json::to_string(&inputs).expect("plain data"));
             ExitCode::SUCCESS
         }
-        What::Try { target, file } => {
+        Campaign::Try { target, file } => {
             let bytes = std::fs::read(&file).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
             println!("{}", (named(&target).exercise)(&bytes));
             ExitCode::SUCCESS
@@ -215,7 +215,7 @@ fn disturb(disturbed: &Disturbed, common: &Common, report: &mut Report) {
     disturb::check_variety(report);
 }
 
-fn feed_command(target: &Target, meal: &Meal) -> Command {
+fn feed_command(target: &Target, meal: &FuzzInput) -> Command {
     let mut command = Command::new(std::env::current_exe().expect("this program"));
     command.args(["feed", target.name, &meal.seed.to_string()]);
     match meal.until {

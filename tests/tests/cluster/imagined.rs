@@ -19,7 +19,7 @@ use retort::store::{ArtifactRecord, Usage};
 use retort::worker::death::ExitStatus;
 use retort_abi::StageResult;
 
-use crate::lab::{Lab, Running, Said, binary, compile, wait_for};
+use crate::lab::{CommandOutput, Lab, Running, binary, compile, wait_for};
 
 /// Elements that a node takes at a time.
 const PLACES: usize = 16;
@@ -501,7 +501,7 @@ fn simulate(scale: Scale) {
             }
         })
     };
-    let said: Said = second.end();
+    let said: CommandOutput = second.end();
     watch.join().unwrap();
     shared.over.store(true, Ordering::Relaxed);
     cluster.join().unwrap();
@@ -560,9 +560,9 @@ fn simulate(scale: Scale) {
     }
 }
 
-fn retort(command: &dyn Fn(&[&str]) -> Command, arguments: &[&str]) -> Said {
+fn retort(command: &dyn Fn(&[&str]) -> Command, arguments: &[&str]) -> CommandOutput {
     let output = command(arguments).output().unwrap();
-    let said = Said {
+    let said = CommandOutput {
         code: output.status.code(),
         stdout: String::from_utf8(output.stdout).unwrap(),
         stderr: String::from_utf8(output.stderr).unwrap(),

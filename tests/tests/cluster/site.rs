@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
-use crate::lab::{Lab, Running, Said, wait_for};
+use crate::lab::{CommandOutput, Lab, Running, wait_for};
 
 const PROGRAMS: [&str; 8] = [
     "munged",
@@ -229,9 +229,9 @@ PartitionName=long Nodes=n1,n2 MaxTime=INFINITE State=UP
         command
     }
 
-    pub fn retort(&self, lab: &Lab, arguments: &[&str]) -> Said {
+    pub fn retort(&self, lab: &Lab, arguments: &[&str]) -> CommandOutput {
         let output = self.command(lab, arguments).output().unwrap();
-        Said {
+        CommandOutput {
             code: output.status.code(),
             stdout: String::from_utf8(output.stdout).unwrap(),
             stderr: String::from_utf8(output.stderr).unwrap(),
@@ -239,7 +239,7 @@ PartitionName=long Nodes=n1,n2 MaxTime=INFINITE State=UP
     }
 
     /// `retort run r.yaml` on this Slurm, which is asked every second.
-    pub fn run(&self, lab: &Lab, arguments: &[&str]) -> Said {
+    pub fn run(&self, lab: &Lab, arguments: &[&str]) -> CommandOutput {
         self.retort(lab, &[&ON_SLURM, arguments].concat())
     }
 

@@ -19,13 +19,13 @@ pub struct Lab {
 }
 
 /// What a command said and did.
-pub struct Said {
+pub struct CommandOutput {
     pub code: Option<i32>,
     pub stdout: String,
     pub stderr: String,
 }
 
-impl Said {
+impl CommandOutput {
     /// Expects an exit code, and shows everything otherwise.
     #[track_caller]
     pub fn expect(self, code: i32) -> Self {
@@ -114,9 +114,9 @@ impl Lab {
     }
 
     /// Runs the binary to its end.
-    pub fn retort(&self, arguments: &[&str]) -> Said {
+    pub fn retort(&self, arguments: &[&str]) -> CommandOutput {
         let output = self.command(arguments).output().unwrap();
-        Said {
+        CommandOutput {
             code: output.status.code(),
             stdout: String::from_utf8(output.stdout).unwrap(),
             stderr: String::from_utf8(output.stderr).unwrap(),
@@ -124,7 +124,7 @@ impl Lab {
     }
 
     /// Runs the recipe, with further arguments, to its end.
-    pub fn run(&self, arguments: &[&str]) -> Said {
+    pub fn run(&self, arguments: &[&str]) -> CommandOutput {
         self.retort(&[&["run", "r.yaml"], arguments].concat())
     }
 
@@ -248,14 +248,14 @@ impl Running {
         }
     }
 
-    pub fn end(mut self) -> Said {
+    pub fn end(mut self) -> CommandOutput {
         let (mut stdout, mut stderr) = (
             self.child.stdout.take().unwrap(),
             self.child.stderr.take().unwrap(),
         );
         let errors = std::thread::spawn(move || std::io::read_to_string(&mut stderr).unwrap());
         let stdout = std::io::read_to_string(&mut stdout).unwrap();
-        Said {
+        CommandOutput {
             code: self.child.wait().unwrap().code(),
             stdout,
             stderr: std::mem::take(&mut self.heard) + &errors.join().unwrap(),

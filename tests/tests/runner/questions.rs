@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use crate::lab::{Lab, Said, signal_process};
+use crate::lab::{CommandOutput, Lab, signal_process};
 
 /// A store with two runs.
 fn lab() -> Lab {
@@ -115,7 +115,7 @@ fn an_endless_answer_takes_little_memory_and_ends_when_told() {
 }
 
 /// The most memory that a statement took, and what came of it.
-fn weighed(lab: &Lab, statement: &str) -> (u64, Said) {
+fn weighed(lab: &Lab, statement: &str) -> (u64, CommandOutput) {
     let before = Instant::now();
     let mut command = lab.command(&["query", statement, "--format", "csv", "--timeout", "2s"]);
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -134,7 +134,7 @@ fn weighed(lab: &Lab, statement: &str) -> (u64, Said) {
     });
     let output = child.wait_with_output().unwrap();
     assert!(before.elapsed() < Duration::from_secs(30), "{statement}");
-    let said = Said {
+    let said = CommandOutput {
         code: output.status.code(),
         stdout: String::from_utf8(output.stdout).unwrap(),
         stderr: String::from_utf8(output.stderr).unwrap(),

@@ -3,19 +3,19 @@
 use std::fs;
 use std::os::unix::process::CommandExt;
 
-use crate::lab::{Lab, Said};
+use crate::lab::{CommandOutput, Lab};
 
 const HEAD: &str = "version: 1\nbackend: faulty\n";
 const STAGES: &str = "stages:\n  a: {kind: do}\n";
 
 /// A recipe's verdict, reached with at most 256 MiB of data and 5 seconds of a processor.
-fn judge(text: impl AsRef<[u8]>, arguments: &[&str]) -> Said {
+fn judge(text: impl AsRef<[u8]>, arguments: &[&str]) -> CommandOutput {
     let lab = Lab::new(&[]);
     fs::write(lab.dir.path().join("r.yaml"), text).unwrap();
     judged(&lab, arguments)
 }
 
-fn judged(lab: &Lab, arguments: &[&str]) -> Said {
+fn judged(lab: &Lab, arguments: &[&str]) -> CommandOutput {
     let mut command = lab.command(&[&["validate", "r.yaml"], arguments].concat());
     // SAFETY: between fork and exec only an async-signal-safe function is called.
     unsafe {
@@ -33,7 +33,7 @@ fn judged(lab: &Lab, arguments: &[&str]) -> Said {
         });
     }
     let output = command.output().unwrap();
-    Said {
+    CommandOutput {
         code: output.status.code(),
         stdout: String::from_utf8(output.stdout).unwrap(),
         stderr: String::from_utf8(output.stderr).unwrap(),

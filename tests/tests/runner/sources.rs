@@ -10,7 +10,7 @@ use retort::input::Folder;
 use retort::store::{Access, AttemptState, RunState, Store};
 use retort_tests::skip::{leave_out, skip};
 
-use crate::lab::{Lab, Said, block_on, fifo, wait_for};
+use crate::lab::{CommandOutput, Lab, block_on, fifo, wait_for};
 
 const INTERRUPT: i32 = 2;
 /// Longer than file systems need to tell two writings apart by their times.
@@ -32,7 +32,7 @@ fn says_to_run(lab: &Lab, stage: &str) {
 }
 
 #[track_caller]
-fn check_changed(lab: &Lab, said: Said, words: &str) {
+fn check_changed(lab: &Lab, said: CommandOutput, words: &str) {
     said.expect(100)
         .saying(&["data.txt", words, "(option /file)"]);
     let attempt = lab.attempt("b");

@@ -4,7 +4,7 @@ use serde_json::Value;
 use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 
-use crate::lab::{Lab, Said, block_on, wait_for};
+use crate::lab::{CommandOutput, Lab, block_on, wait_for};
 
 const INTERRUPT: i32 = 2;
 
@@ -34,7 +34,7 @@ fn attempts(lab: &Lab, stage: &str) -> u64 {
 }
 
 #[track_caller]
-fn check_refused(lab: &Lab, arguments: &[&str], code: i32, said: &[&str]) -> Said {
+fn check_refused(lab: &Lab, arguments: &[&str], code: i32, said: &[&str]) -> CommandOutput {
     let refused = lab.run(arguments).expect(code).saying(said);
     assert_eq!(lab.entries("work"), [""; 0]);
     assert!(!lab.store_dir().exists(), "a store was made for it");

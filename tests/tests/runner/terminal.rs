@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use retort::store::{AttemptState, RunState};
 
-use crate::lab::{Lab, Running, Said, binary, plugins, wait_for, wait_until_gone};
+use crate::lab::{CommandOutput, Lab, Running, binary, plugins, wait_for, wait_until_gone};
 
 const INTERRUPT: i32 = libc::SIGINT;
 
@@ -240,7 +240,7 @@ fn a_reader_that_goes_away_is_no_error() {
 }
 
 /// Runs the recipe where no file may be longer than this.
-fn with_files_of(lab: &Lab, bytes: u64) -> Said {
+fn with_files_of(lab: &Lab, bytes: u64) -> CommandOutput {
     let mut command = lab.command(&["run", "r.yaml"]);
     // SAFETY: between fork and exec only an async-signal-safe function is called.
     unsafe {
@@ -255,7 +255,7 @@ fn with_files_of(lab: &Lab, bytes: u64) -> Said {
         });
     }
     let output = command.output().unwrap();
-    Said {
+    CommandOutput {
         code: output.status.code(),
         stdout: String::from_utf8(output.stdout).unwrap(),
         stderr: String::from_utf8(output.stderr).unwrap(),

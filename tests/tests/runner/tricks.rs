@@ -2,11 +2,11 @@
 
 use std::fs;
 
-use crate::lab::{Lab, Said};
+use crate::lab::{CommandOutput, Lab};
 
 /// What none of these outputs may hold. `colors`: sequences of our own are allowed.
 #[track_caller]
-fn check_clean(said: &Said, colors: bool) {
+fn check_clean(said: &CommandOutput, colors: bool) {
     for text in [&said.stdout, &said.stderr] {
         let without = match colors {
             true => without_own_colors(text),

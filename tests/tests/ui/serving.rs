@@ -71,7 +71,7 @@ impl Drop for Server {
     }
 }
 
-fn served(arguments: &[&str]) -> (Lab, shelf::Made, Server) {
+fn served(arguments: &[&str]) -> (Lab, shelf::ShelfContents, Server) {
     let lab = Lab::new(&[]);
     let made = block_on(shelf::make(&lab.store_dir()));
     let server = Server::start(&lab, arguments);

@@ -16,7 +16,7 @@ pub const HOSTILE: &str =
     "<script>document.title='owned'</script>\"'><img src=x onerror=alert(1)>\u{202e}&amp;";
 
 /// The runs that were made.
-pub struct Made {
+pub struct ShelfContents {
     pub first: RunId,
     pub second: RunId,
     pub hostile: RunId,
@@ -40,7 +40,7 @@ struct Stage<'a> {
 }
 
 /// Makes the store in a directory.
-pub async fn make(dir: &Path) -> Made {
+pub async fn make(dir: &Path) -> ShelfContents {
     let store = Store::open(dir, Access::ReadWrite).await.unwrap();
     let (first, samples) = digits(&store, dir, 1000, 1.0).await;
     let (second, _) = digits(&store, dir, 2000, 0.7).await;
@@ -51,7 +51,7 @@ pub async fn make(dir: &Path) -> Made {
         .unwrap();
     let hostile = hostile(&store, dir).await;
     store.close().await;
-    Made {
+    ShelfContents {
         first,
         second,
         hostile,

@@ -16,7 +16,7 @@ use serde_json::Value;
 use super::content::{self, Item};
 use super::error::{DataError, shown};
 use super::table;
-use super::table::{Held, cost};
+use super::table::{MemoryBudget, cost};
 
 /// Bytes of an entry of [`Beside`], with what a tree takes.
 const BESIDE: usize = 80;
@@ -31,7 +31,7 @@ pub(super) struct ArchivedImages {
     pub(super) items: Vec<Item>,
     /// Classes as written, by the numbers that items have.
     pub(super) classes: BTreeMap<Arc<str>, u32>,
-    held: Held,
+    held: MemoryBudget,
 }
 
 impl ArchivedImages {

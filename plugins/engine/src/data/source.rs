@@ -20,7 +20,7 @@ use super::options::{DataOptions, Size};
 use super::raster::{self, Raster, luma};
 use super::resample::{Filter, Fit, fit};
 use super::shards;
-use super::table::{self, Held};
+use super::table::{self, MemoryBudget};
 use super::values;
 
 /// An image as it comes out of a source.
@@ -236,7 +236,7 @@ impl Source {
             (Some(classes), Some((class, _))) => classes.of(class),
             _ => 0,
         };
-        let mut held = Held::default();
+        let mut held = MemoryBudget::default();
         let items = std::mem::take(&mut folder.files).into_iter().map(|file| {
             held.file(&file)
                 .map_err(|message| DataError::content(path, message))?;

@@ -52,13 +52,13 @@ const EACH: usize = 144;
 
 /// What is held of the files of a source, and how much more may be.
 #[derive(Debug)]
-pub struct Held {
+pub struct MemoryBudget {
     room: usize,
     rows: usize,
     labels: HashSet<Arc<str>>,
 }
 
-impl Default for Held {
+impl Default for MemoryBudget {
     fn default() -> Self {
         Self {
             room: ROOM,
@@ -68,7 +68,7 @@ impl Default for Held {
     }
 }
 
-impl Held {
+impl MemoryBudget {
     /// Makes room for a row.
     ///
     /// # Errors
@@ -81,7 +81,7 @@ impl Held {
     /// Makes room for a file of this name.
     ///
     /// # Errors
-    /// As of [`Held::add`].
+    /// As of [`MemoryBudget::add`].
     pub fn file(&mut self, name: &str) -> Result<(), String> {
         self.take(EACH + cost(name))?;
         self.rows += 1;
@@ -91,7 +91,7 @@ impl Held {
     /// Makes room for some bytes.
     ///
     /// # Errors
-    /// As of [`Held::add`].
+    /// As of [`MemoryBudget::add`].
     pub fn take(&mut self, bytes: usize) -> Result<(), String> {
         self.room = self.room.checked_sub(bytes).ok_or_else(|| {
             format!(
@@ -107,7 +107,7 @@ impl Held {
     /// A class as written, of which one copy is held.
     ///
     /// # Errors
-    /// As of [`Held::add`].
+    /// As of [`MemoryBudget::add`].
     pub fn label(&mut self, text: &str) -> Result<Arc<str>, String> {
         if let Some(known) = self.labels.get(text) {
             return Ok(Arc::clone(known));
@@ -224,7 +224,7 @@ fn open(path: &Path) -> Result<BufReader<File>, DataError> {
 fn read_json_lines(path: &Path) -> Result<Vec<Row>, DataError> {
     let mut reader = open(path)?;
     let (mut rows, mut bytes, mut line) = (Vec::new(), Vec::new(), 0);
-    let mut held = Held::default();
+    let mut held = MemoryBudget::default();
     loop {
         bytes.clear();
         let read = (&mut reader)
@@ -309,7 +309,7 @@ fn read_columns(path: &Path, tabs: bool) -> Result<Vec<Row>, DataError> {
         .terminator(csv::Terminator::Any(b'\n'))
         .delimiter(if tabs { b'\t' } else { b',' })
         .from_reader(records);
-    let (mut rows, mut columns, mut held) = (Vec::new(), None, Held::default());
+    let (mut rows, mut columns, mut held) = (Vec::new(), None, MemoryBudget::default());
     let mut record = csv::StringRecord::new();
     loop {
         next.begin();
@@ -453,9 +453,9 @@ mod tests {
 
     #[test]
     fn what_is_held_of_files_has_a_bound() {
-        let mut held = Held {
+        let mut held = MemoryBudget {
             room: 1000,
-            ..Held::default()
+            ..MemoryBudget::default()
         };
         let file = row(
             "a/long/path/of/an/image.png",
@@ -478,7 +478,7 @@ mod tests {
             "{said}"
         );
         assert!(held.label(&"x".repeat(1000)).is_err());
-        let mut held = Held::default();
+        let mut held = MemoryBudget::default();
         let said = (0..).find_map(|class| held.label(&class.to_string()).err());
         assert!(said.unwrap().contains("more than 262144 classes"));
         assert!(size_of::<Row>() <= 56);

@@ -312,13 +312,13 @@ impl<B: Backend> Level<B> {
     }
 }
 
-struct Middle<B: Backend> {
+struct MidBlock<B: Backend> {
     first: ResBlock<B>,
     attn: AttnBlock<B>,
     last: ResBlock<B>,
 }
 
-impl<B: Backend> Middle<B> {
+impl<B: Backend> MidBlock<B> {
     fn load(
         loader: &mut Loader<B>,
         half: &str,
@@ -344,7 +344,7 @@ impl<B: Backend> Middle<B> {
 pub(super) struct Encoder<B: Backend> {
     conv_in: Conv<B>,
     levels: Vec<Level<B>>,
-    mid: Middle<B>,
+    mid: MidBlock<B>,
     norm_out: Norm<B>,
     conv_out: Conv<B>,
 }
@@ -374,7 +374,7 @@ impl<B: Backend> Encoder<B> {
         Ok(Self {
             conv_in,
             levels,
-            mid: Middle::load(loader, "encoder", width, c.norm_groups, names)?,
+            mid: MidBlock::load(loader, "encoder", width, c.norm_groups, names)?,
             norm_out: Norm::load(loader, "encoder.norm_out", width, c.norm_groups)?,
             conv_out: Conv::load(loader, "encoder.conv_out", width, c.z_channels, 3)?,
         })
@@ -397,7 +397,7 @@ impl<B: Backend> Encoder<B> {
 /// The decoder.
 pub(super) struct Decoder<B: Backend> {
     conv_in: Conv<B>,
-    mid: Middle<B>,
+    mid: MidBlock<B>,
     levels: Vec<Level<B>>,
     norm_out: Norm<B>,
     conv_out: Conv<B>,
@@ -408,7 +408,7 @@ impl<B: Backend> Decoder<B> {
         let count = c.multipliers.len();
         let mut width = c.channels * c.multipliers[count - 1];
         let conv_in = Conv::load(loader, "decoder.conv_in", c.z_channels, width, 3)?;
-        let mid = Middle::load(loader, "decoder", width, c.norm_groups, names)?;
+        let mid = MidBlock::load(loader, "decoder", width, c.norm_groups, names)?;
         let mut levels = Vec::new();
         for (i, multiplier) in c.multipliers.iter().rev().enumerate() {
             let name = names.level("decoder", i, count);

@@ -31,7 +31,7 @@ pub enum Labels {
     /// From a file.
     File(TensorFile),
     /// Those of images.
-    Images(OfImages),
+    Images(ImageProportions),
 }
 
 /// A class.
@@ -67,7 +67,7 @@ impl Class {
 /// Classes in the proportions of images.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct OfImages {
+pub struct ImageProportions {
     /// The `images` stage that prepared them: of `count` samples, sample i has the class of image i n / count, rounded down,
     /// of n.
     #[schemars(extend("x-retort-artifact" = ["images"]))]
@@ -111,7 +111,7 @@ impl Labels {
                 .collect::<Result<_, _>>()
                 .map_err(|message| Error::option(pointer, message))?,
             Self::File(given) => given.indices(base)?,
-            Self::Images(OfImages { images }) => {
+            Self::Images(ImageProportions { images }) => {
                 let all = Prepared::open(context.input_dir(images)?)?.labels;
                 let place =
                     |i: u64| (u128::from(i) * all.len() as u128 / u128::from(count)) as usize;

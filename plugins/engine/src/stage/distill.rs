@@ -353,7 +353,7 @@ impl<B: Backend> Networks<B> {
             .iter()
             .map(|(_, p)| p.shape().iter().product::<usize>())
             .sum();
-        let needed = need::Need::of(o, &config, &inputs.teacher.config.tokenizer, parameters);
+        let needed = need::MemoryItem::of(o, &config, &inputs.teacher.config.tokenizer, parameters);
         host.log(
             LogLevel::Info,
             &format!("training needs {}", needed.describe()),

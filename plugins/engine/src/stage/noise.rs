@@ -32,10 +32,10 @@ impl TensorFile {
     }
 
     /// Its floats, of a shape, to be read as they are needed.
-    fn rows(&self, base: &Path, shape: &[usize]) -> Result<GivenRows> {
+    fn rows(&self, base: &Path, shape: &[usize]) -> Result<ExternalNoise> {
         let (stored, tensor) = (self.open(base)?, self.tensor.clone());
         match stored.shape(&tensor) {
-            Some(found) if found == shape => Ok(GivenRows { stored, tensor }),
+            Some(found) if found == shape => Ok(ExternalNoise { stored, tensor }),
             Some(found) => {
                 let message = format!("tensor {tensor}: shape {found:?}, expected {shape:?}");
                 Err(Error::data(stored.path(), message))
@@ -51,12 +51,12 @@ impl TensorFile {
 }
 
 /// A tensor of a file, one row a sample.
-struct GivenRows {
+struct ExternalNoise {
     stored: Stored,
     tensor: String,
 }
 
-impl GivenRows {
+impl ExternalNoise {
     /// The floats of some samples.
     fn read(&self, samples: Range<u64>) -> Result<Vec<f32>> {
         let (first, end) = (samples.start as usize, samples.end as usize);
@@ -66,7 +66,7 @@ impl GivenRows {
 
 /// The noise (L, D) of every sample.
 pub struct Noise {
-    given: Option<GivenRows>,
+    given: Option<ExternalNoise>,
     seed: u64,
     tokens: usize,
     dim: usize,

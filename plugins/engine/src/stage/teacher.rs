@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use retort_abi::{ArtifactMeta, LogLevel, StageResult};
 use retort_checkpoint::regular;
-use retort_checkpoint::shards::Place;
+use retort_checkpoint::shards::ShardPlace;
 use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -362,7 +362,7 @@ fn source(stored: &Stored) -> Result<Value> {
         hasher.update_reader(file).map_err(Error::io(path))?;
         Ok(hasher.finalize().to_hex().to_string())
     };
-    let place = Place::find(path).map_err(Error::checkpoint(path))?;
+    let place = ShardPlace::find(path).map_err(Error::checkpoint(path))?;
     let mut source = json!({
         "file": name(path),
         "dictionary": stored.dictionary(),

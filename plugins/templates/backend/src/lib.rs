@@ -9,9 +9,9 @@ mod backend;
 pub use backend::{Loops, Tensor};
 
 use retort_abi::Device;
-use retort_engine::plugin::{About, EnginePlugin};
+use retort_engine::plugin::{EnginePlugin, PluginInfo};
 
-const ABOUT: About = About {
+const ABOUT: PluginInfo = PluginInfo {
     name: "abacus",
     version: env!("CARGO_PKG_VERSION"),
     summary: "all stages on plain loops",

@@ -9,10 +9,10 @@ use tokio::runtime::Runtime;
 use crate::cli::plugin::named;
 use crate::cli::{Context, Error, Exit, FormatArgs, talk};
 use crate::plan::{self, Plan};
-use crate::plugin::conformance::{Examination, Outcome, Terms, Verdict};
+use crate::plugin::conformance::{Examination, ExaminationTerms, Outcome, Verdict};
 use crate::plugin::{Plugins, search_dirs};
 use crate::recipe;
-use crate::table::{Cell, Rows, Tone};
+use crate::table::{Cell, CellStyle, Rows};
 
 /// Arguments of `plugin test`.
 #[derive(Debug, clap::Args)]
@@ -63,7 +63,7 @@ pub fn execute(args: &Args, runtime: &Runtime, context: &Context) -> Result<(), 
             talk::say(line.trim_end());
         }
     };
-    let terms = Terms {
+    let terms = ExaminationTerms {
         grace: args.grace,
         limit: args.limit,
         golden: args.golden.as_deref().map(golden).transpose()?,
@@ -140,9 +140,9 @@ fn rows(outcomes: &[Outcome]) -> Rows {
     let mut rows = Rows::new(&["check", "of", "verdict", "detail", "seconds"]);
     for outcome in outcomes {
         let tone = match outcome.verdict {
-            Verdict::Passed => Tone::Good,
-            Verdict::Failed => Tone::Bad,
-            Verdict::Skipped => Tone::Dim,
+            Verdict::Passed => CellStyle::Good,
+            Verdict::Failed => CellStyle::Bad,
+            Verdict::Skipped => CellStyle::Dim,
         };
         let subject = match outcome.subject.is_empty() {
             true => Cell::none(),

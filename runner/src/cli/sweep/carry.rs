@@ -28,7 +28,7 @@ use crate::sweep::halving::{Halving, NextRung, PointProgress};
 use crate::sweep::results::Results;
 
 /// A sweep about to be carried out.
-pub struct Sweeping<'a> {
+pub struct SweepExecution<'a> {
     /// What its points have in common.
     pub source: &'a Source,
     /// The sweep, with what is known of its points.
@@ -48,7 +48,7 @@ enum Schedule {
 }
 
 impl Schedule {
-    fn of(sweeping: &Sweeping<'_>) -> Self {
+    fn of(sweeping: &SweepExecution<'_>) -> Self {
         let points = sweeping.detail.points.iter().zip(&sweeping.done);
         match &sweeping.detail.plan.definition.asha {
             None => {
@@ -101,7 +101,7 @@ struct Counts {
 
 /// Runs what is missing, and prints what came of it.
 pub fn out(
-    sweeping: Sweeping<'_>,
+    sweeping: SweepExecution<'_>,
     execution: &ExecutionArgs,
     context: &Context,
 ) -> Result<(), Error> {
@@ -192,12 +192,12 @@ fn unfinished(detail: &SweepDetail) -> BTreeMap<u32, RunId> {
 }
 
 /// Runs on their way.
-type UnderWay<'a> = FuturesUnordered<
+type ActiveRuns<'a> = FuturesUnordered<
     Pin<Box<dyn Future<Output = (NextRung, Result<RunReport, ExecutorError>)> + 'a>>,
 >;
 
 struct SweepScheduler<'a> {
-    sweeping: &'a Sweeping<'a>,
+    sweeping: &'a SweepExecution<'a>,
     schedule: Schedule,
     counts: Counts,
     /// Runs of points that did not succeed: their next ones take them up again.
@@ -225,7 +225,7 @@ impl<'a> SweepScheduler<'a> {
             runtime,
             Some(self.sweeping.store),
         );
-        let mut under_way: UnderWay<'a> = FuturesUnordered::new();
+        let mut under_way: ActiveRuns<'a> = FuturesUnordered::new();
         loop {
             while self.control.first().is_none()
                 && under_way.len() < self.jobs.get()
@@ -286,7 +286,7 @@ impl<'a> SweepScheduler<'a> {
         Pin<Box<dyn Future<Output = (NextRung, Result<RunReport, ExecutorError>)> + 'a>>,
         Error,
     > {
-        let Sweeping {
+        let SweepExecution {
             source,
             detail,
             store,

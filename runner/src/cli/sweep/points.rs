@@ -7,9 +7,9 @@ use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
 use crate::cli::execution::{ExecutionArgs, open_store, past, store_if_there};
-use crate::cli::past::{History, NoHistory};
+use crate::cli::past::{EmptyHistory, History};
 use crate::cli::sweep::SweepArgs;
-use crate::cli::sweep::carry::{self, Sweeping};
+use crate::cli::sweep::carry::{self, SweepExecution};
 use crate::cli::sweep::source::Source;
 use crate::cli::sweep::survey::{PointForecast, SweepForecast};
 use crate::cli::{Context, Error, Exit, SelectionArgs, talk};
@@ -17,7 +17,7 @@ use crate::plugin::{Plugins, search_dirs};
 use crate::recipe::Recipe;
 use crate::store::{Memory, RunState, Store, SweepId, SweepPlan};
 use crate::sweep::Sweep;
-use crate::table::{Cell, Rows, Tone};
+use crate::table::{Cell, CellStyle, Rows};
 
 /// `retort run --sweep`.
 pub fn run(
@@ -41,7 +41,7 @@ pub fn run(
             let past = &mut past(&runtime, store, selection.rehash.memory())?;
             SweepForecast::of(&source, &points, &mut plugins, past)?
         }
-        None => SweepForecast::of(&source, &points, &mut plugins, &mut NoHistory::default())?,
+        None => SweepForecast::of(&source, &points, &mut plugins, &mut EmptyHistory::default())?,
     };
     survey.talk(&source, context);
     let store = match &known {
@@ -154,7 +154,7 @@ fn go_on(
         }
     }
     let done = (0..detail.points.len()).map(is_done).collect();
-    let sweeping = Sweeping {
+    let sweeping = SweepExecution {
         source,
         detail,
         done,
@@ -183,7 +183,7 @@ pub fn plan(
             let mut past = History::new(&runtime, store, layout, selection.rehash.memory());
             SweepForecast::of(&source, &points, &mut plugins, &mut past)?
         }
-        None => SweepForecast::of(&source, &points, &mut plugins, &mut NoHistory::default())?,
+        None => SweepForecast::of(&source, &points, &mut plugins, &mut EmptyHistory::default())?,
     };
     if as_json {
         let points = points.iter().zip(&survey.points).map(|(settings, ahead)| {
@@ -250,7 +250,11 @@ fn rows(definition: &Sweep, points: &[Vec<String>], ahead: &[PointForecast]) -> 
                 .map(|setting| super::show::value_of(setting)),
         );
         row.extend(counts.map(|count| {
-            let tone = if count == 0 { Tone::Dim } else { Tone::Plain };
+            let tone = if count == 0 {
+                CellStyle::Dim
+            } else {
+                CellStyle::Plain
+            };
             Cell::from(count as u64).tone(tone)
         }));
         rows.push(row);

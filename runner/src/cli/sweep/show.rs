@@ -10,7 +10,7 @@ use crate::store::{Access, RunState, Store, StoreError, SweepDetail, SweepPoint}
 use crate::sweep::Objective;
 use crate::sweep::plot::{self, Axis, Line};
 use crate::sweep::results::Results;
-use crate::table::{Cell, Rows, Style, Tone};
+use crate::table::{Cell, CellStyle, Rows, Style};
 
 /// A row for each point; the best ones first, if they are to be sorted.
 pub(super) fn rows(results: &Results, sort: bool) -> Rows {
@@ -49,9 +49,9 @@ pub(super) fn rows(results: &Results, sort: bool) -> Rows {
 fn row(results: &Results, point: &SweepPoint, is_best: bool) -> Vec<Cell> {
     let run = results.run(point);
     let state = match &point.run {
-        None => Cell::from("to come").tone(Tone::Dim),
+        None => Cell::from("to come").tone(CellStyle::Dim),
         Some((_, RunState::Interrupted)) if !point.rungs.is_empty() => {
-            Cell::from("stopped").tone(Tone::Odd)
+            Cell::from("stopped").tone(CellStyle::Odd)
         }
         Some((_, state)) => (*state).into(),
     };
@@ -66,7 +66,7 @@ fn row(results: &Results, point: &SweepPoint, is_best: bool) -> Vec<Cell> {
     }
     if results.objective.is_some() {
         row.push(match results.value(point) {
-            Some(value) if is_best => Cell::number(value).marked(" *").tone(Tone::Good),
+            Some(value) if is_best => Cell::number(value).marked(" *").tone(CellStyle::Good),
             Some(value) => Cell::number(value),
             None => Cell::none(),
         });

@@ -7,7 +7,7 @@ use crate::cli::sweep::source::Source;
 use crate::cli::{Context, Error, talk};
 use crate::diagnostic::{Finding, Report, Severity};
 use crate::executor::ExecutorError;
-use crate::plan::decision::{Past, Role};
+use crate::plan::decision::{KnownResults, Role};
 use crate::plan::{self, Plan, PlannedStage};
 use crate::plugin::Plugins;
 
@@ -55,7 +55,7 @@ impl SweepForecast {
         source: &Source,
         points: &[Vec<String>],
         plugins: &mut Plugins<'_>,
-        past: &mut dyn Past,
+        past: &mut dyn KnownResults,
     ) -> Result<Self, Error> {
         let mut survey = Self::default();
         for (number, settings) in (1..).zip(points) {
@@ -72,7 +72,7 @@ impl SweepForecast {
         source: &Source,
         settings: &[String],
         plugins: &mut Plugins<'_>,
-        past: &mut dyn Past,
+        past: &mut dyn KnownResults,
     ) -> Result<(), Error> {
         let (plan, roles) = source.plan(settings, plugins)?;
         let wanted = |finding: &Finding| !is_left_out(finding, &plan, &roles);
@@ -117,7 +117,7 @@ impl SweepForecast {
         &mut self,
         plan: &'p Plan,
         roles: &[Role],
-        past: &mut dyn Past,
+        past: &mut dyn KnownResults,
     ) -> Result<(PointForecast, Vec<&'p PlannedStage>), Error> {
         let mut ahead = PointForecast::default();
         let mut outputs = plan.given_hashes();

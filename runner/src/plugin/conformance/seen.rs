@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use retort_abi::{Failure, FailureCode, StageResult};
 use serde_json::Value;
 
-use super::{Bad, CheckResult, Terms, failed, skipped};
+use super::{Bad, CheckResult, ExaminationTerms, failed, skipped};
 use crate::frame::{Answer, FromWorker, Points, Progress, Task, ToWorker};
 use crate::store::ArtifactRecord;
 use crate::worker::death::Death;
@@ -44,7 +44,7 @@ pub(super) async fn watch(
     task: Task,
     temporary: &Path,
     stopping: Stopping,
-    &Terms { limit, grace, .. }: &Terms,
+    &ExaminationTerms { limit, grace, .. }: &ExaminationTerms,
 ) -> std::io::Result<Observations> {
     let begun = Instant::now();
     let mut worker = Worker::spawn(1, &[("TMPDIR", temporary.into())])?;

@@ -45,7 +45,7 @@ pub enum Until {
 
 /// What a process is to feed a target with.
 #[derive(Debug, Clone)]
-pub struct Meal {
+pub struct FuzzInput {
     /// Seed of all choices.
     pub seed: u64,
     /// How long to go on.
@@ -58,7 +58,7 @@ pub struct Meal {
 
 /// Tries the corpus and then mutations of it; for the process that is to do it. Does not return where an input is too
 /// slow or makes something panic.
-pub fn feed(target: &Target, meal: &Meal) -> Inputs {
+pub fn feed(target: &Target, meal: &FuzzInput) -> Inputs {
     end_with_any_panic();
     let notes = Arc::new(Notes {
         file: File::create(&meal.note).expect("a file for the notes"),
@@ -176,10 +176,10 @@ pub fn run(
     seed: u64,
     until: Until,
     crashes: &Path,
-    feed: impl Fn(&Meal) -> Command,
+    feed: impl Fn(&FuzzInput) -> Command,
 ) -> (Inputs, Vec<String>) {
     let folder = super::folder();
-    let mut meal = Meal {
+    let mut meal = FuzzInput {
         seed,
         until,
         known: Vec::new(),

@@ -68,12 +68,12 @@ pub const IMPORT: Target = Target {
 const SECRET: &str = "what lies beside the store is nobody's business";
 
 /// Stores and a good export, made once a thread.
-struct Bed {
+struct TestStore {
     runtime: Runtime,
     home: TempDir,
 }
 
-impl Bed {
+impl TestStore {
     fn new() -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -95,7 +95,7 @@ impl Bed {
 
 fn exercise(bytes: &[u8]) -> String {
     thread_local! {
-        static BED: Bed = Bed::new();
+        static BED: TestStore = TestStore::new();
     }
     BED.with(|bed| bed.runtime.block_on(exercise_in(bed.home.path(), bytes)))
 }

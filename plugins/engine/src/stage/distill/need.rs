@@ -9,7 +9,7 @@ use crate::perceptual::Perceptual;
 
 /// Bytes, where there is a number for them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Need {
+pub struct MemoryItem {
     /// Weights with their gradients, both moments and the average.
     weights: Option<u64>,
     /// What a part of a batch leaves for its backward pass.
@@ -25,7 +25,7 @@ const WIDTHS_OF_A_BLOCK: usize = 18;
 /// Channels and convolutions of VGG-16 between its poolings.
 const VGG: [(usize, usize); 5] = [(64, 2), (128, 2), (256, 3), (512, 3), (512, 3)];
 
-impl Need {
+impl MemoryItem {
     /// Of a student with so many parameters.
     pub fn of(
         o: &Options,
@@ -149,7 +149,7 @@ mod tests {
     use crate::bundle::Family;
     use crate::published::{Hints, published};
 
-    fn need(more: serde_json::Value) -> (Options, Need) {
+    fn need(more: serde_json::Value) -> (Options, MemoryItem) {
         let mut options = json!({
             "teacher": "t", "trajectories": "p", "timesteps": [0, 5], "split": 5,
             "perceptual": {"kind": "lpips", "weight": 1.0, "vgg": "v", "linear": "l"},
@@ -164,7 +164,7 @@ mod tests {
             ..Default::default()
         };
         let (tokenizer, network) = published(Family::Var, &hints).expect("a size");
-        let need = Need::of(&o, &network, &tokenizer, 330_000_000);
+        let need = MemoryItem::of(&o, &network, &tokenizer, 330_000_000);
         (o, need)
     }
 
@@ -193,7 +193,7 @@ mod tests {
     #[test]
     fn sizes_beyond_numbers_are_refused() {
         let (o, _) = need(json!({}));
-        let none = Need {
+        let none = MemoryItem {
             weights: None,
             activations: Some(1),
             decoding: Some(1),
