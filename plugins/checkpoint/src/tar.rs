@@ -58,6 +58,9 @@ pub struct Archive {
     at: u64,
     /// Where the reader is.
     here: u64,
+    /// Headers that have been read, and until when more are.
+    headers: u64,
+    until: Option<Instant>,
 }
 
 /// What headers say of the entry behind them.
@@ -79,6 +82,8 @@ impl Archive {
             file: BufReader::new(file),
             at: 0,
             here: 0,
+            headers: 0,
+            until: None,
         })
     }
 
@@ -128,6 +133,12 @@ impl Archive {
     pub fn next(&mut self) -> Result<Option<Entry>> {
         let mut ahead = Ahead::default();
         loop {
+            self.headers += 1;
+            if self.headers.is_multiple_of(64)
+                && self.until.is_some_and(|until| Instant::now() > until)
+            {
+                return Ok(None);
+            }
             let mut head = [0; BLOCK];
             let from = self.at;
             let start = match from.checked_add(BLOCK as u64) {
@@ -226,11 +237,8 @@ impl Archive {
 pub fn broken(file: File, until: Instant) -> Option<String> {
     let walk = || {
         let mut archive = Archive::new(file)?;
-        for count in 0_u64.. {
-            if archive.next()?.is_none() || count % 64 == 63 && Instant::now() > until {
-                break;
-            }
-        }
+        archive.until = Some(until);
+        while archive.next()?.is_some() {}
         Ok(())
     };
     match walk() {

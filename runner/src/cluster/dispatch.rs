@@ -36,9 +36,9 @@ const GATHER: Duration = Duration::from_millis(50);
 /// The shortest time between two looks at spools, and how many elements are looked at in a second.
 const LOOK: Duration = Duration::from_millis(250);
 const LOOKS_PER_SECOND: usize = 500;
-/// How often a full queue is tried again, at first and at last.
 /// How soon Slurm is asked again about elements that it says are over.
 const SETTLE: Duration = Duration::from_secs(2);
+/// How often a full queue is tried again, at first and at last.
 const RETRY: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 
 /// What jobs of a stage need to know.
@@ -582,9 +582,11 @@ impl Work {
             return Ok(());
         }
         // The whole of a stage is no part of an array.
-        let (parts, wholes): (Vec<usize>, Vec<usize>) = new
+        let (mut parts, wholes): (Vec<usize>, Vec<usize>) = new
             .into_iter()
             .partition(|index| self.slots[*index].part.is_some());
+        // The first of several ranks is on the node where all meet.
+        parts.sort_by_key(|index| self.slots[*index].part.map(|part| part.index));
         let Some(chunk) = self.chunk_of(&parts).await else {
             return Ok(());
         };
@@ -638,10 +640,14 @@ impl Work {
         let (over, others): (Vec<_>, Vec<_>) = all
             .filter(|slot| slot.phase != Phase::New)
             .partition(|slot| slot.phase == Phase::Over);
-        if parts.is_empty() || (over.is_empty() && others.is_empty()) {
-            return Some(parts.len().max(1));
+        let Some(part) = parts.first().and_then(|index| self.slots[*index].part) else {
+            // The whole comes alone.
+            return Some(1);
+        };
+        if over.is_empty() && others.is_empty() && parts.len() >= part.of {
+            return Some(parts.len());
         }
-        if others.is_empty() {
+        if others.is_empty() && !over.is_empty() {
             for &index in parts {
                 let ended = ClusterEnd {
                     reason: "not submitted again".into(),

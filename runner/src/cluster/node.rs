@@ -157,7 +157,13 @@ pub async fn serve(place: &ElementIdentity) -> Result<bool, NodeError> {
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
-    if again && order.again {
+    // Of ranks the first asks, which saves what all have done: the others would end it in the middle of that.
+    let asks = !order.ranks || place.element == 0;
+    if again && order.again && asks {
+        if order.ranks {
+            // They leave at the same step, and write down that they did.
+            tokio::time::sleep(STOP_INTERVAL).await;
+        }
         requeue(&place.job).await;
     }
     Ok(good)

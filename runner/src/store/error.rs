@@ -304,7 +304,18 @@ impl StoreError {
         };
         let database = error.as_database_error()?;
         let code: i32 = database.code()?.parse().ok()?;
-        (code & 0xff == 10).then(|| database.message())
+        // Of SQLite's errors of input and output those of reading and writing: locks and rights fail for other reasons.
+        let of_disk = [
+            libsqlite3_sys::SQLITE_IOERR_READ,
+            libsqlite3_sys::SQLITE_IOERR_WRITE,
+            libsqlite3_sys::SQLITE_IOERR_FSYNC,
+            libsqlite3_sys::SQLITE_IOERR_DIR_FSYNC,
+            libsqlite3_sys::SQLITE_IOERR_TRUNCATE,
+            libsqlite3_sys::SQLITE_IOERR_FSTAT,
+            libsqlite3_sys::SQLITE_IOERR_CORRUPTFS,
+            libsqlite3_sys::SQLITE_IOERR_DATA,
+        ];
+        of_disk.contains(&code).then(|| database.message())
     }
 
     /// The same of writing the file at `path`, which is not the store's.

@@ -162,13 +162,14 @@ fn states(site: &Site, lab: &Lab) -> (String, String) {
 fn wait_for_watch(site: &Site, lab: &Lab) -> u32 {
     wait_for("a job at work", || {
         let said = site.retort(lab, &["log", "latest", "--level", "trace"]);
-        let line = said
-            .stdout
-            .lines()
-            .rfind(|line| line.contains(" began on "))?;
-        let (_, pid) = line.split_once("(process ")?;
-        pid.trim_end().trim_end_matches(')').parse().ok()
+        said.stdout.lines().filter_map(began).next_back()
     })
+}
+
+/// The process that a line of the log says has begun on a node.
+fn began(line: &str) -> Option<u32> {
+    let (_, process) = line.split_once(" began on ")?.1.split_once("(process ")?;
+    process.trim_end().trim_end_matches(')').parse().ok()
 }
 
 /// The only child of a process.
@@ -382,6 +383,14 @@ fn ranks(site: &Site) {
             "a: {{kind: train, plugin: ranks, steps: {steps}, workers: 2}}"
         )])
     };
+    // Both at work: what a signal finds before that is another story.
+    let watches = |lab: &Lab| -> [u32; 2] {
+        wait_for("both ranks at work", || {
+            let said = site.retort(lab, &["log", "latest", "--level", "trace"]);
+            let pids = said.stdout.lines().filter_map(began);
+            pids.collect::<Vec<u32>>().try_into().ok()
+        })
+    };
     let lab = training(10);
     site.run(&lab, &own).expect(0);
     let lives = "select node from v_job_lives where element is not null";
@@ -400,20 +409,21 @@ fn ranks(site: &Site) {
     // One is killed: all begin again, from the checkpoint, by themselves.
     let lab = training(60);
     let running = site.start_run(&lab, &own);
-    let watch = wait_for_watch(site, &lab);
+    let [watch, _] = watches(&lab);
     signal_process(child_of(watch), KILL);
     running.end().expect(0);
     let count = |lab: &Lab, wanted: &str| {
         let all = ends(site, lab);
         all.iter().filter(|end| *end == wanted).count()
     };
-    assert_eq!(count(&lab, "its worker was killed by SIGKILL"), 1);
+    let killed = count(&lab, "its worker was killed by SIGKILL");
+    assert_eq!(killed, 1, "{:?}", ends(site, &lab));
     assert_eq!(count(&lab, "succeeded"), 3, "{:?}", ends(site, &lab));
 
     // What Slurm sends ahead of a time limit.
     let lab = training(60);
     let running = site.start_run(&lab, &own);
-    wait_for_watch(site, &lab);
+    watches(&lab);
     site.slurm("scancel", &["--signal=USR1", "--user=root"]);
     running.end().expect(0);
     assert_eq!(
@@ -426,7 +436,7 @@ fn ranks(site: &Site) {
 
     let lab = training(60);
     let running = site.start_run(&lab, &own);
-    wait_for_watch(site, &lab);
+    watches(&lab);
     running.signal(2);
     running
         .end()

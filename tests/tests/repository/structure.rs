@@ -1,4 +1,4 @@
-//! No file needs another that needs it.
+//! No file needs another that needs it, but for a module and the children that it declares.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

@@ -14,7 +14,7 @@ pub fn text(dir: &Path, profile: &Profile, layout: Layout) -> Result<String, Str
         // One rank that ends badly leaves the others time to save their work.
         Layout::Ranks(_) => (
             include_str!("ranks.sh"),
-            "srun --mpi=none --kill-on-bad-exit=0 ",
+            "srun --export=ALL --mpi=none --kill-on-bad-exit=0 --wait=0 ",
         ),
     };
     Ok(format!(

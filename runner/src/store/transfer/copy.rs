@@ -13,10 +13,38 @@ use crate::store::{RunId, StoreError, block};
 pub(in crate::store) struct Copied {
     /// Keys of attempts there and here.
     attempts: HashMap<i64, i64>,
-    /// Stages here that reuse an attempt there, and do not say so yet.
-    reused: Vec<(i64, i64)>,
+    /// By attempts there that are not here yet: stages here that reuse them, and the piece in which these came.
+    waiting: HashMap<i64, Vec<(i64, u64)>>,
+    /// Stages here and the attempts here that they reuse, to be written down.
+    ready: Vec<(i64, i64)>,
+    /// The piece under way, and how many stages that came in it wait.
+    piece: u64,
+    unsettled: u64,
     /// What is told of it.
     pub(in crate::store) done: Transfer,
+}
+
+impl Copied {
+    /// An attempt there is this one here.
+    fn pair(&mut self, there: i64, here: i64) {
+        self.attempts.insert(there, here);
+        for (stage, piece) in self.waiting.remove(&there).unwrap_or_default() {
+            self.ready.push((stage, here));
+            self.unsettled -= u64::from(piece == self.piece);
+        }
+    }
+
+    /// A stage here reuses an attempt there.
+    fn reuses(&mut self, stage: i64, there: i64) {
+        match self.attempts.get(&there) {
+            Some(here) => self.ready.push((stage, *here)),
+            None => {
+                let waiting = self.waiting.entry(there).or_default();
+                waiting.push((stage, self.piece));
+                self.unsettled += 1;
+            }
+        }
+    }
 }
 
 /// Copying runs from `source` to `main`.
@@ -33,6 +61,7 @@ impl<'c> Copy<'c> {
         copied: &'c mut Copied,
         is_sound: bool,
     ) -> Self {
+        (copied.piece, copied.unsettled) = (copied.piece + 1, 0);
         Self {
             connection,
             copied,
@@ -208,7 +237,9 @@ impl<'c> Copy<'c> {
         .bind(&run.0)
         .fetch_all(&mut *self.connection)
         .await?;
-        self.copied.attempts.extend(pairs);
+        for (there, here) in pairs {
+            self.copied.pair(there, here);
+        }
         // An import that was ended may have left out what only a later piece of it has.
         let unconnected: Vec<(i64, i64)> = sqlx::query_as(
             "select ms.key, ss.reused_from
@@ -222,7 +253,9 @@ impl<'c> Copy<'c> {
         .bind(&run.0)
         .fetch_all(&mut *self.connection)
         .await?;
-        self.copied.reused.extend(unconnected);
+        for (stage, there) in unconnected {
+            self.copied.reuses(stage, there);
+        }
         sqlx::query(
             "insert or ignore into main.tags (run, tag)
              select m.key, t.tag from source.runs s join source.tags t on t.run = s.key
@@ -254,9 +287,9 @@ impl<'c> Copy<'c> {
                 .bind(key)
                 .fetch_one(&mut *self.connection)
                 .await?;
-        self.copied
-            .reused
-            .extend(reused.map(|attempt| (here, attempt)));
+        if let Some(there) = reused {
+            self.copied.reuses(here, there);
+        }
         let attempts = self
             .keys(
                 "select key from source.attempts where stage = ?1 order by number",
@@ -297,7 +330,7 @@ impl<'c> Copy<'c> {
         let Some(here) = self.or_lost(copied, run, "an attempt")? else {
             return Ok(());
         };
-        self.copied.attempts.insert(key, here);
+        self.copied.pair(key, here);
         let pieces = [
             (
                 "artifacts made",
@@ -390,13 +423,10 @@ impl<'c> Copy<'c> {
         Ok(())
     }
 
-    /// Says of stages that reuse an attempt which it is here, as far as these attempts are here; whether all are.
+    /// Says of stages that reuse an attempt which it is here, as far as these attempts are here; whether all are which the
+    /// stages of this piece reuse.
     pub(in crate::store) async fn connect_reused(&mut self) -> Result<bool, StoreError> {
-        for (stage, attempt) in std::mem::take(&mut self.copied.reused) {
-            let Some(here) = self.copied.attempts.get(&attempt) else {
-                self.copied.reused.push((stage, attempt));
-                continue;
-            };
+        for (stage, here) in std::mem::take(&mut self.copied.ready) {
             // Of a file that came from elsewhere, too: what was reused is what was asked for.
             sqlx::query(
                 "update main.stages set reused_from = ?2
@@ -407,7 +437,7 @@ impl<'c> Copy<'c> {
             .execute(&mut *self.connection)
             .await?;
         }
-        Ok(self.copied.reused.is_empty())
+        Ok(self.copied.unsettled == 0)
     }
 
     /// The artifacts of a run of the source that are recorded here.
