@@ -5,7 +5,7 @@
 //! beyond the beginning, which whoever reads the file looks at.
 
 use std::borrow::Cow;
-use std::io::Read;
+use std::io::{Read, Seek};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -29,7 +29,8 @@ pub fn broken(path: &Path, until: Instant) -> Option<Cow<'static, str>> {
     if ending != "tar" {
         return None;
     }
-    tar::broken(regular::open(path).ok()?, until).map(Cow::Owned)
+    (&file).rewind().ok()?;
+    tar::broken(file, until).map(Cow::Owned)
 }
 
 /// What is wrong with the first bytes of a file whose name ends so.
