@@ -309,16 +309,33 @@ pub fn block_on<T>(future: impl Future<Output = T>) -> T {
         .block_on(future)
 }
 
-/// The binary of this build.
+/// The binary, in a directory where it finds the candle plugin and no other: what else was built here must not change
+/// what is tested.
 pub fn binary() -> PathBuf {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    BINARY.get_or_init(install).clone()
+}
+
+fn install() -> PathBuf {
     let test = std::env::current_exe().unwrap();
-    let binary = test.parent().and_then(Path::parent).unwrap().join("retort");
-    assert!(
-        binary.exists(),
-        "{} is not built: run `cargo test --workspace`, or `cargo build`",
-        binary.display()
-    );
-    binary
+    let built = test.parent().and_then(Path::parent).unwrap();
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("installed");
+    std::fs::create_dir_all(&dir).unwrap();
+    for name in ["retort", "libretort_candle.so"] {
+        let file = built.join(name);
+        assert!(
+            file.exists(),
+            "{} is not built: `make test` builds it",
+            file.display()
+        );
+        // Another process of these tests may be using it: it is replaced in one step.
+        let fresh = dir.join(format!("fresh-{name}-{}", std::process::id()));
+        std::fs::hard_link(&file, &fresh).unwrap();
+        std::fs::rename(&fresh, dir.join(name)).unwrap();
+        // Nothing was renamed where both are links to one file.
+        let _ = std::fs::remove_file(&fresh);
+    }
+    dir.join("retort")
 }
 
 /// The directory of the fixture plugin, which is compiled once.
