@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::draft::Draft;
 use crate::input;
 
-pub use layout::{Layout, Staging, Work, open_lock};
+pub use layout::{Layout, Staging, WorkDir, open_lock};
 
 /// An artifact: its content and what is known about it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -30,13 +30,13 @@ pub struct ArtifactRecord {
     pub hash: String,
     /// `tokenizer`, `student`, ...
     pub kind: String,
-    /// What its maker called it.
+    /// The name its maker gave.
     pub name: String,
     /// Bytes of all files.
     pub size: u64,
     /// Its files, by path.
     pub files: Vec<ArtifactFile>,
-    /// What its maker says of it.
+    /// Its maker's metadata.
     pub meta: ArtifactMeta,
 }
 
@@ -55,9 +55,9 @@ pub struct ArtifactFile {
 pub const REPAIR: &str = "`retort artifacts verify` names the files; remove the artifact's directory, and a run of the recipe that \
     made it makes it again";
 
-/// What to do about a file that its disk does not give back.
-pub const DISK: &str = "the disk with it fails: the kernel's messages (`dmesg`) say which one; copy what can still be read to another, \
-    and fetch or make anew what cannot";
+/// What to do about a file that its disk cannot read.
+pub const DISK: &str = "its disk is failing: the kernel's messages (`dmesg`) say which one; copy what can still be read to another, \
+    and fetch or make the rest again";
 
 /// Whether a message has the system's number of what a failing disk says (EIO).
 pub fn is_of_disk(message: &str) -> bool {
@@ -148,7 +148,7 @@ pub fn commit(staging: &Path, artifacts: &Path) -> Result<Contents, ArtifactErro
             fs::remove_dir_all(staging).map_err(failed("remove", staging))?;
             return Ok(contents);
         }
-        // Somebody damaged it: the whole one takes its place.
+        // It was damaged: the intact one replaces it.
         let aside = Draft::folder(&place).map_err(failed("make", &place))?;
         let damaged = aside.path().join("damaged");
         fs::rename(&place, damaged).map_err(failed("move", &place))?;
@@ -173,7 +173,7 @@ pub fn seal(staging: &Path) -> Result<Contents, ArtifactError> {
     Ok(contents)
 }
 
-/// Makes what was sealed visible under its hash, unless another process has just done so. Afterwards `staging` is gone.
+/// Publishes a sealed directory under its hash, unless another process just did. Afterwards `staging` is gone.
 ///
 /// # Errors
 /// [`ArtifactError::Io`].
@@ -295,7 +295,7 @@ pub fn file_name(name: &str) -> String {
 /// It is not there, or it is something else.
 pub fn open_inner(dir: &Path, path: &str) -> io::Result<File> {
     if !is_inner_path(path) {
-        return Err(io::Error::other("its path leads out of the artifact"));
+        return Err(io::Error::other("its path leaves the artifact"));
     }
     let mut place = dir.to_owned();
     for part in Path::new(path) {
@@ -307,7 +307,7 @@ pub fn open_inner(dir: &Path, path: &str) -> io::Result<File> {
     let check = |found: fs::Metadata| match found.file_type() {
         kind if kind.is_file() => Ok(()),
         kind if kind.is_symlink() => Err(io::Error::other("it is a symbolic link")),
-        _ => Err(io::Error::other("it is no regular file")),
+        _ => Err(io::Error::other("not a regular file")),
     };
     check(fs::symlink_metadata(&place)?)?;
     // Without waiting and without following: something else may have been put there meanwhile.

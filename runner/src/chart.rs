@@ -77,6 +77,38 @@ struct Frame {
     y: (f64, f64),
 }
 
+impl Frame {
+    /// Where a value of the horizontal axis is in an SVG.
+    fn svg_x(self, value: f64) -> f64 {
+        LEFT + (value - self.x.0) / (self.x.1 - self.x.0) * (WIDTH - LEFT - RIGHT)
+    }
+
+    /// Where a value of the vertical axis is in an SVG.
+    fn svg_y(self, value: f64) -> f64 {
+        HEIGHT - BOTTOM - (value - self.y.0) / (self.y.1 - self.y.0) * (HEIGHT - TOP - BOTTOM)
+    }
+
+    /// A place as a path in an SVG names it.
+    fn svg(self, x: f64, y: f64) -> String {
+        format!("{:.1} {:.1}", self.svg_x(x), self.svg_y(y))
+    }
+
+    /// The means of a piece of a curve, as a path.
+    fn svg_means(self, run: &[Sample]) -> String {
+        let points = run.iter().map(|sample| self.svg(sample.x, sample.mean));
+        points.collect::<Vec<_>>().join("L")
+    }
+}
+
+/// The size of an SVG without its legend, the margins around what is drawn, and the height of a line of the legend.
+const WIDTH: f64 = 880.0;
+const HEIGHT: f64 = 480.0;
+const LEFT: f64 = 78.0;
+const RIGHT: f64 = 20.0;
+const TOP: f64 = 16.0;
+const BOTTOM: f64 = 52.0;
+const LINE: f64 = 20.0;
+
 /// Terminal colours (SGR) and the same for SVG, told apart by people who see few colours too.
 const COLORS: [(&str, &str); 6] = [
     ("34", "#0072b2"),
@@ -154,103 +186,21 @@ impl Chart {
 
     /// The chart as an SVG document.
     pub fn svg(&self) -> String {
-        const W: f64 = 880.0;
-        const H: f64 = 480.0;
-        const LEFT: f64 = 78.0;
-        const RIGHT: f64 = 20.0;
-        const TOP: f64 = 16.0;
-        const BOTTOM: f64 = 52.0;
-        let legend = 20.0 * self.curves.len() as f64;
+        let legend = LINE * self.curves.len() as f64;
         let mut svg = format!(
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {W} {}\" font-family=\"sans-serif\" \
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {}\" font-family=\"sans-serif\" \
              font-size=\"13\">\n<rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n",
-            H + legend
+            HEIGHT + legend
         );
         let Some(frame) = self.frame() else {
             return svg + "</svg>\n";
         };
-        let x =
-            |value: f64| LEFT + (value - frame.x.0) / (frame.x.1 - frame.x.0) * (W - LEFT - RIGHT);
-        let y = |value: f64| {
-            H - BOTTOM - (value - frame.y.0) / (frame.y.1 - frame.y.0) * (H - TOP - BOTTOM)
-        };
-        for tick in marks(frame.y, 6, self.log) {
-            let (at, text) = (y(tick), number(self.value(tick)));
-            let _ = writeln!(
-                svg,
-                "<path d=\"M{LEFT} {at:.1}H{:.1}\" stroke=\"#ddd\"/><text x=\"{:.1}\" y=\"{:.1}\" \
-                 text-anchor=\"end\">{text}</text>",
-                W - RIGHT,
-                LEFT - 6.0,
-                at + 4.0
-            );
-        }
-        for tick in marks(frame.x, 8, self.log_x) {
-            let _ = writeln!(
-                svg,
-                "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>",
-                x(tick),
-                H - BOTTOM + 18.0,
-                number(self.place(tick))
-            );
-        }
-        let _ = writeln!(
-            svg,
-            "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>",
-            (LEFT + W - RIGHT) / 2.0,
-            H - 14.0,
-            escaped(&self.axis)
-        );
+        self.svg_axes(frame, &mut svg);
         for (place, curve) in self.curves.iter().enumerate() {
             let color = COLORS[place % COLORS.len()].1;
-            for run in self.runs(curve) {
-                let point = |x_of: f64, value: f64| format!("{:.1} {:.1}", x(x_of), y(value));
-                let there = run.iter().map(|sample| point(sample.x, sample.max));
-                let back = run.iter().rev().map(|sample| point(sample.x, sample.min));
-                let band: Vec<String> = there.chain(back).collect();
-                let line: Vec<String> = run
-                    .iter()
-                    .map(|sample| point(sample.x, sample.mean))
-                    .collect();
-                let _ = writeln!(
-                    svg,
-                    "<path d=\"M{}Z\" fill=\"{color}\" fill-opacity=\"0.2\"/>\
-                     <path d=\"M{}\" fill=\"none\" stroke=\"{color}\" {} stroke-linecap=\"round\"/>",
-                    band.join("L"),
-                    line.join("L"),
-                    match curve.smoothing > 0.0 {
-                        true => "stroke-width=\"1\" stroke-opacity=\"0.35\"",
-                        false => "stroke-width=\"1.5\"",
-                    }
-                );
-            }
-            if let Some(means) = curve.smoothed() {
-                let samples = curve.samples.iter().zip(means);
-                let average = Curve {
-                    samples: samples
-                        .map(|(sample, mean)| Sample {
-                            x: sample.x,
-                            min: mean,
-                            mean,
-                            max: mean,
-                        })
-                        .collect(),
-                    ..Curve::default()
-                };
-                for run in self.runs(&average) {
-                    let line: Vec<String> = run
-                        .iter()
-                        .map(|sample| format!("{:.1} {:.1}", x(sample.x), y(sample.mean)))
-                        .collect();
-                    let _ = writeln!(
-                        svg,
-                        "<path class=\"average\" d=\"M{}\" fill=\"none\" stroke=\"{color}\" stroke-width=\"1.8\" \
-                         stroke-linecap=\"round\"/>",
-                        line.join("L")
-                    );
-                }
-            }
-            let at = H + 20.0 * place as f64;
+            self.svg_curve(curve, color, frame, &mut svg);
+            self.svg_average(curve, color, frame, &mut svg);
+            let at = HEIGHT + LINE * place as f64;
             let _ = writeln!(
                 svg,
                 "<path d=\"M{LEFT} {:.1}h24\" stroke=\"{color}\" stroke-width=\"3\"/><text x=\"{:.1}\" \
@@ -262,6 +212,87 @@ impl Chart {
             );
         }
         svg + "</svg>\n"
+    }
+
+    /// The marks of both axes, and what the horizontal one shows.
+    fn svg_axes(&self, frame: Frame, svg: &mut String) {
+        for tick in marks(frame.y, 6, self.log) {
+            let (at, text) = (frame.svg_y(tick), number(self.value(tick)));
+            let _ = writeln!(
+                svg,
+                "<path d=\"M{LEFT} {at:.1}H{:.1}\" stroke=\"#ddd\"/><text x=\"{:.1}\" y=\"{:.1}\" \
+                 text-anchor=\"end\">{text}</text>",
+                WIDTH - RIGHT,
+                LEFT - 6.0,
+                at + 4.0
+            );
+        }
+        for tick in marks(frame.x, 8, self.log_x) {
+            let _ = writeln!(
+                svg,
+                "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>",
+                frame.svg_x(tick),
+                HEIGHT - BOTTOM + 18.0,
+                number(self.place(tick))
+            );
+        }
+        let _ = writeln!(
+            svg,
+            "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>",
+            (LEFT + WIDTH - RIGHT) / 2.0,
+            HEIGHT - 14.0,
+            escaped(&self.axis)
+        );
+    }
+
+    /// A curve: the band between its least and greatest values, and its means in it.
+    fn svg_curve(&self, curve: &Curve, color: &str, frame: Frame, svg: &mut String) {
+        for run in self.runs(curve) {
+            let there = run.iter().map(|sample| frame.svg(sample.x, sample.max));
+            let back = run
+                .iter()
+                .rev()
+                .map(|sample| frame.svg(sample.x, sample.min));
+            let band: Vec<String> = there.chain(back).collect();
+            let _ = writeln!(
+                svg,
+                "<path d=\"M{}Z\" fill=\"{color}\" fill-opacity=\"0.2\"/>\
+                 <path d=\"M{}\" fill=\"none\" stroke=\"{color}\" {} stroke-linecap=\"round\"/>",
+                band.join("L"),
+                frame.svg_means(&run),
+                match curve.smoothing > 0.0 {
+                    true => "stroke-width=\"1\" stroke-opacity=\"0.35\"",
+                    false => "stroke-width=\"1.5\"",
+                }
+            );
+        }
+    }
+
+    /// The moving average of a curve, if it has one.
+    fn svg_average(&self, curve: &Curve, color: &str, frame: Frame, svg: &mut String) {
+        let Some(means) = curve.smoothed() else {
+            return;
+        };
+        let samples = curve.samples.iter().zip(means);
+        let average = Curve {
+            samples: samples
+                .map(|(sample, mean)| Sample {
+                    x: sample.x,
+                    min: mean,
+                    mean,
+                    max: mean,
+                })
+                .collect(),
+            ..Curve::default()
+        };
+        for run in self.runs(&average) {
+            let _ = writeln!(
+                svg,
+                "<path class=\"average\" d=\"M{}\" fill=\"none\" stroke=\"{color}\" stroke-width=\"1.8\" \
+                 stroke-linecap=\"round\"/>",
+                frame.svg_means(&run)
+            );
+        }
     }
 
     fn draw(&self, curve: &Curve, color: usize, frame: Frame, canvas: &mut Canvas) {

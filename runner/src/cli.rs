@@ -1,7 +1,7 @@
 //! The command line: what can be typed, and one file per command under `cli/`.
 //!
-//! A command gets its parsed arguments and a [`Context`], prints data with [`talk::print`], says the rest with
-//! [`talk::say`], and returns an [`Error`] that carries its exit code. Deliberately absent: everything a command
+//! A command gets its parsed arguments and a [`Context`], prints data with [`output::print`], other text with
+//! [`output::say`], and returns an [`Error`] that carries its exit code. Deliberately absent: everything a command
 //! does that is not reading arguments or printing.
 
 use std::path::PathBuf;
@@ -13,17 +13,18 @@ pub mod artifacts;
 pub mod compare;
 pub mod completions;
 pub mod dataset;
+pub mod detached;
 pub mod doctor;
 pub mod error;
 pub mod execution;
 pub mod gc;
 pub mod graph;
 pub mod inspect;
-pub mod left;
+pub mod known_results;
 pub mod lineage;
 pub mod log;
 pub mod metrics;
-pub mod past;
+pub mod output;
 pub mod plan;
 pub mod plugin;
 pub mod query;
@@ -35,13 +36,14 @@ pub mod sample;
 pub mod schema;
 pub mod show;
 pub mod sweep;
-pub mod talk;
 pub mod transfer;
 pub mod ui;
 pub mod validate;
 pub mod why;
 pub mod worker;
 
+use crate::plan::Plan;
+use crate::plan::decision::{self, Role};
 use crate::settings::Overrides;
 use crate::store::{Access, Memory, Store};
 use crate::table::Style;
@@ -57,17 +59,17 @@ pub use error::{Error, Exit};
     about = "Distils image autoregressive models into one-step samplers, from YAML recipes.",
     long_about = "Distils image autoregressive models into one-step samplers.\n\n\
         A recipe (YAML) names stages; retort plans them, runs each in a worker process through a backend plugin, \
-        and records every run, metric and artifact in a store (a directory with a SQLite file) that can be asked \
-        about afterwards. A stage whose result is already in the store is not run again.",
+        and records every run, metric and artifact in a store (a directory with a SQLite file) that can be \
+        queried later. A stage whose result is already in the store is not run again.",
     after_help = "First steps:\n  \
         retort plan recipes/digits.yaml      what would run, and why\n  \
         retort run recipes/digits.yaml       run it\n  \
-        retort runs show latest              what came out\n\n\
+        retort runs show latest              the results\n\n\
         Run 'retort help <command>' for the options of a command.",
     after_long_help = "First steps:\n  \
         retort plan recipes/digits.yaml      what would run, and why\n  \
         retort run recipes/digits.yaml       run it\n  \
-        retort runs show latest              what came out\n\n\
+        retort runs show latest              the results\n\n\
         Exit codes:\n  \
         0    success\n  \
         1    internal error, or the store cannot be read or written\n  \
@@ -132,7 +134,7 @@ pub enum Command {
     Validate(validate::Args),
     /// Show what would run, what would be reused, and why.
     Plan(plan::Args),
-    /// Draw the stages of a recipe and what each takes from which.
+    /// Draw the graph of a recipe's stages and their inputs.
     Graph(graph::Args),
     /// Draw images with a student or a teacher, without a recipe.
     Sample(sample::Args),
@@ -144,17 +146,17 @@ pub enum Command {
     Sweep(sweep::Args),
     /// Show pictures in the terminal.
     Show(show::Args),
-    /// Write runs into one HTML page, to share.
+    /// Write runs as one HTML page, to share.
     Report(report::Args),
     /// Print or draw the metrics of a run.
     Metrics(metrics::Args),
     /// Print the log of a run.
     Log(log::Args),
-    /// Print the end of a run's log, and what comes until it ends.
+    /// Print the last lines of a run's log, and follow it.
     Tail(log::TailArgs),
-    /// Say why a stage ran again, or did not have to.
+    /// Say why a stage reran or was reused.
     Why(why::Args),
-    /// Show what an artifact was made from, and what was made from it.
+    /// Show an artifact's ancestors and descendants.
     Lineage(lineage::Args),
     /// List, verify and export artifacts.
     Artifacts(artifacts::Args),
@@ -162,28 +164,28 @@ pub enum Command {
     Compare(compare::Args),
     /// Look at the history in a browser: runs, curves, pictures, comparisons.
     Ui(ui::Args),
-    /// Ask the history in SQL (read-only).
+    /// Query the history (SQL, read-only).
     Query(query::Args),
-    /// Show what a checkpoint file holds: dictionaries and tensors. Nothing in it is run.
+    /// List a checkpoint file's dictionaries and tensors. No code in it is run.
     Inspect(inspect::Args),
-    /// Show, check and join datasets of trajectories.
+    /// Show, check and merge trajectory datasets.
     Dataset(dataset::Args),
     /// Remove what no run needs; lists it first.
     Gc(gc::Args),
     /// List, create, install, examine and lock plugins.
     Plugin(plugin::Args),
-    /// Check this machine and installation, and say what to repair.
+    /// Check this machine and installation, and suggest repairs.
     Doctor(doctor::Args),
     /// Print the JSON schema of recipes, for editors.
     Schema(schema::Args),
     /// Print a completion script for a shell.
     Completions(completions::Args),
-    /// Runs one stage; started by `run`, not by people.
+    /// Runs one stage; started by `run`, not by users.
     #[command(hide = true)]
     Worker(worker::Args),
 }
 
-/// Which recipe, and what to change in it: the arguments of commands that read one.
+/// A recipe and changes to it: the arguments of commands that read a recipe.
 #[derive(Debug, Clone, Args)]
 pub struct RecipeArgs {
     /// The recipe, a YAML file.
@@ -191,7 +193,7 @@ pub struct RecipeArgs {
     pub recipe: PathBuf,
     /// Set a value of the recipe: a path from its root, or from a stage's name (may be repeated).
     ///
-    /// The value is read as YAML, but where a text is wanted it is the text as typed: `--set 'codes.data.csv=run #2.csv'`.
+    /// The value is read as YAML; where a text is wanted, it is taken as typed: `--set 'codes.data.csv=run #2.csv'`.
     /// Examples: `--set seed=3`, `--set params.width=64`, `--set stages.distill.steps=100`, or shorter
     /// `--set distill.steps=100`.
     #[arg(long = "set", value_name = "PATH=VALUE")]
@@ -201,7 +203,7 @@ pub struct RecipeArgs {
 /// Which stages: the arguments of `run` and `plan`.
 #[derive(Debug, Clone, Default, Args)]
 pub struct SelectionArgs {
-    /// Run stages again although their results are in the store: all, or those named (`--force=distill,sample`).
+    /// Rerun stages even if their results are in the store: all, or those named (`--force=distill,sample`).
     #[arg(
         long,
         value_name = "STAGE",
@@ -211,7 +213,7 @@ pub struct SelectionArgs {
         value_delimiter = ','
     )]
     pub force: Vec<String>,
-    /// Run only this stage and those that depend on it; what they need from others has to be in the store.
+    /// Run only this stage and those that depend on it; other inputs must already be in the store.
     #[arg(long, value_name = "STAGE")]
     pub from: Option<String>,
     /// Run only this stage and those that it depends on.
@@ -222,16 +224,24 @@ pub struct SelectionArgs {
     pub rehash: RehashArgs,
 }
 
-/// Whether hashes of earlier commands are believed: an argument of `run`, `resume` and `plan`.
+impl SelectionArgs {
+    /// The part that each stage of a plan has.
+    pub fn roles(&self, plan: &Plan) -> Result<Vec<Role>, Error> {
+        let (from, until) = (self.from.as_deref(), self.until.as_deref());
+        Ok(decision::select(plan, from, until, &self.force)?)
+    }
+}
+
+/// Whether to trust hashes of earlier commands: an argument of `run`, `resume` and `plan`.
 #[derive(Debug, Clone, Copy, Default, Args)]
 pub struct RehashArgs {
-    /// Read every file that the recipe names, even if it looks as it did when it was read before.
+    /// Read every file that the recipe names, even if it seems unchanged since it was last read.
     #[arg(long)]
     pub rehash: bool,
 }
 
 impl RehashArgs {
-    /// Whether hashes of earlier commands are believed.
+    /// Whether to trust hashes of earlier commands.
     pub fn memory(&self) -> Memory {
         match self.rehash {
             true => Memory::Distrusted,
@@ -281,7 +291,7 @@ pub enum Format {
     Md,
 }
 
-/// What every command needs to know besides its own arguments.
+/// What every command needs besides its own arguments.
 #[derive(Debug, Clone)]
 pub struct Context {
     /// Directory of the store.
@@ -299,7 +309,7 @@ pub struct Context {
 }
 
 impl Context {
-    /// Paths go to workers and into the store as text: what cannot be written so is refused at once.
+    /// Paths go to workers and into the store as text: others are refused at once.
     fn check_names(&self, command: &Command) -> Result<(), Error> {
         let recipes: Vec<&PathBuf> = match command {
             Command::Run(args) => vec![&args.recipe.recipe],
@@ -311,8 +321,7 @@ impl Context {
             _ => Vec::new(),
         };
         if self.stores.len() > 1 && !matches!(command, Command::Ui(_)) {
-            let message =
-                "--store is named more than once: only `retort ui` looks at several stores";
+            let message = "--store is named more than once: only `retort ui` takes several stores";
             return Err(Error::new(Exit::Usage, message));
         }
         for path in recipes.into_iter().chain(&self.stores) {
@@ -320,7 +329,7 @@ impl Context {
             if whole.to_str().is_none() {
                 let message = format!("the path {} is not UTF-8", whole.display());
                 return Err(Error::new(Exit::Usage, message)
-                    .hint("rename what is not, or work from another directory"));
+                    .hint("rename it, or work from another directory"));
             }
         }
         Ok(())
@@ -332,7 +341,7 @@ impl Context {
         home.is_absolute().then_some(home)
     }
 
-    /// What environment variables say of where and how stages are run, and where the user's file is.
+    /// What environment variables set for running stages, and where the user's file is.
     pub fn given(&self) -> Overrides {
         let variable =
             |name| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
@@ -350,12 +359,12 @@ impl Context {
 
     /// Whether stdout takes colours.
     pub fn color_stdout(&self) -> bool {
-        talk::wants_color(self.color, &std::io::stdout())
+        output::wants_color(self.color, &std::io::stdout())
     }
 
     /// Whether stderr takes colours.
     pub fn color_stderr(&self) -> bool {
-        talk::wants_color(self.color, &std::io::stderr())
+        output::wants_color(self.color, &std::io::stderr())
     }
 
     /// Tables as wide as the terminal, as wide as they need in a pipe.
@@ -389,7 +398,7 @@ impl Context {
     }
 }
 
-/// Parses the arguments, runs the command, folds its error into an exit code.
+/// Parses the arguments, runs the command, maps its error to an exit code.
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -400,7 +409,7 @@ pub fn main() -> ExitCode {
                 let _ = error.print();
             } else {
                 // It quotes an argument that could play tricks with the terminal.
-                talk::say(text.trim_end());
+                output::say(text.trim_end());
             }
             return ExitCode::from(
                 if error.use_stderr() {
@@ -421,7 +430,7 @@ pub fn main() -> ExitCode {
         verbose: cli.global.verbose,
         color: cli.global.color,
     };
-    talk::start_tracing(&context);
+    output::start_tracing(&context);
     // A limit on the size of files is an error of writing, with a name and a place, and no end without a word.
     // SAFETY: a plain system call; workers inherit it.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };

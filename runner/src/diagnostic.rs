@@ -1,4 +1,4 @@
-//! What is wrong with a recipe, where, and what to do about it.
+//! Errors in a recipe: what, where, and how to fix them.
 //!
 //! In: findings with a place in the recipe or in an argument of the command line. Out: text with `file:line:column` and
 //! the marked line, safe for a terminal and of bounded length whatever was written. Deliberately absent: finding
@@ -64,7 +64,7 @@ pub enum Cause {
     Plugin,
 }
 
-/// All that was found in one recipe.
+/// All findings about one recipe.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{} is not a valid recipe", .path.display())]
 pub struct Report {

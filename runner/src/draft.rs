@@ -1,9 +1,9 @@
-//! Files and folders under way: made beside their place under a name that nobody has, and moved there once they are whole.
+//! Temporary files and folders: made beside their target under a unique name, and renamed once they are complete.
 //!
 //! What a command is told to write takes the place of a file once it is whole; only what is no file, such as
 //! `/dev/stdout`, is written as it is.
 //!
-//! Nothing is written over and nothing is removed that was not made here: the name is made exclusively, whatever lies
+//! Nothing else is overwritten or removed: the name is created exclusively, whatever lies
 //! beside it. What is not finished is removed. Deliberately absent: artifacts, which have a staging of their own.
 
 use std::ffi::OsString;
@@ -15,7 +15,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use retort_checkpoint::regular;
 
-/// A file or folder under way.
+/// A temporary file or folder.
 #[derive(Debug)]
 pub struct Draft {
     path: PathBuf,

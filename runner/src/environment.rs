@@ -1,4 +1,4 @@
-//! Where a run runs: what one wants to know when the same recipe gives another result, or another speed.
+//! A run's environment: useful when the same recipe gives another result, or another speed.
 //!
 //! Everything here is optional: what cannot be found out is left out. Devices are not here; stages name theirs.
 //! No other program is run: what lies around a recipe may be somebody else's.

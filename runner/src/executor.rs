@@ -2,8 +2,8 @@
 //!
 //! In: a plan, the part of each stage in it ([`Role`]), a store. Out: a run in the store, and a [`RunReport`]. Whether a
 //! stage is reused is decided when its inputs are really there. One event loop on one thread; the work is done by worker
-//! processes, one per attempt ([`attempt`]). Deliberately absent: planning, and the terminal: what happens is told to a
-//! [`Listener`], and what the user wants is heard from [`Control`].
+//! processes, one per attempt ([`attempt`]). Deliberately absent: planning, and the terminal: events go to a
+//! [`Listener`], and the user's signals come from [`Control`].
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 use crate::artifact::Layout;
-use crate::executor::attempt::RunContext;
-use crate::executor::source::Source;
-use crate::input::Snapshot;
+use crate::executor::source::SourceFile;
+use crate::executor::spec::RunContext;
+use crate::input::FileSnapshot;
 use crate::plan::Plan;
 use crate::plan::decision::Role;
 use crate::store::{AttemptState, Memory, RunState, Store};
@@ -22,6 +22,7 @@ use crate::store::{AttemptState, Memory, RunState, Store};
 pub mod attempt;
 pub mod control;
 mod describe;
+pub mod end;
 mod error;
 pub(crate) mod event;
 pub mod gauge;
@@ -32,21 +33,22 @@ pub(crate) mod recorder;
 mod report;
 mod scheduler;
 pub mod source;
+pub mod spec;
 
 pub use control::{Control, Signals};
 pub use describe::RecordedPlan;
 pub use error::ExecutorError;
 pub use event::{Event, Listener};
-pub use options::{Choice, Cluster, DetachPolicy, Options, Rung};
+pub use options::{Cluster, DetachAnswer, DetachPolicy, Options, Rung};
 pub use report::{Outcome, RunReport, StageReport};
 
 use describe::new_run;
 use report::why;
 use scheduler::Scheduler;
 
-/// Runs a plan, and hears the user meanwhile. `roles` has one entry per stage of the plan ([`crate::plan::decision::select`]).
+/// Runs a plan, and handles signals. `roles` has one entry per stage of the plan ([`crate::plan::decision::select`]).
 ///
-/// That a stage failed is no error but part of the report.
+/// A failed stage is not an error but part of the report.
 ///
 /// # Errors
 /// [`ExecutorError`]. The run, if it had begun, is recorded as failed where the store still takes it, and no worker is
@@ -75,7 +77,7 @@ pub async fn execute(
     }
 }
 
-/// Runs a plan beside others, held by the same control.
+/// Runs a plan beside others, under the same control.
 ///
 /// # Errors
 /// As [`execute`].
@@ -94,14 +96,14 @@ pub async fn execute_beside(
 async fn carry_out(
     plan: &Plan,
     roles: &[Role],
-    sources: HashMap<String, Vec<Source>>,
+    sources: HashMap<String, Vec<SourceFile>>,
     store: Arc<Store>,
     options: &Options,
     listener: Listener,
     control: &Control,
 ) -> Result<RunReport, ExecutorError> {
     let layout = Layout::new(store.dir()).map_err(|source| ExecutorError::System {
-        what: "the store's directory cannot be named",
+        what: "the store's directory has no path",
         source,
     })?;
     for given in &plan.given {
@@ -110,7 +112,7 @@ async fn carry_out(
         let Some(known) = known.filter(|known| known.kind == given.kind) else {
             return Err(ExecutorError::NoArtifact { name, hash });
         };
-        // Of an imported run nothing may lie here.
+        // An imported run may have no files here.
         if !layout.artifact(&hash).exists() {
             return Err(ExecutorError::NoArtifact { name, hash });
         }
@@ -149,7 +151,7 @@ async fn carry_out(
     let scheduler = match outcome.await {
         Ok(scheduler) => scheduler,
         Err(error) => {
-            // Best effort: a store that took no more does perhaps not take this either; then the run reads as lost.
+            // Best effort: a store that refused a write may refuse this one too; then the run shows as lost.
             let _ = store
                 .finish_run(&run, RunState::Failed, Some(&error.to_string()))
                 .await;
@@ -193,7 +195,7 @@ async fn carry_out(
 
 /// Leaves the jobs of a run to the cluster.
 async fn detach(mut scheduler: Scheduler<'_>, began: Instant) -> Result<RunReport, ExecutorError> {
-    // Nothing is cancelled by that.
+    // This cancels nothing.
     scheduler.workers.shutdown().await;
     let (store, run) = (Arc::clone(&scheduler.context.store), scheduler.run.clone());
     let elapsed = scheduler.context.pauses.worked(began, Duration::ZERO);
@@ -222,9 +224,9 @@ async fn sources(
     plan: &Plan,
     roles: &[Role],
     store: &Store,
-) -> Result<HashMap<String, Vec<Source>>, ExecutorError> {
-    let mut known: HashMap<&std::path::Path, Snapshot> = HashMap::new();
-    let mut sources: HashMap<String, Vec<Source>> = HashMap::new();
+) -> Result<HashMap<String, Vec<SourceFile>>, ExecutorError> {
+    let mut known: HashMap<&std::path::Path, FileSnapshot> = HashMap::new();
+    let mut sources: HashMap<String, Vec<SourceFile>> = HashMap::new();
     for (stage, _) in plan
         .stages
         .iter()
@@ -241,12 +243,15 @@ async fn sources(
                 }
             };
             known.insert(&file.path, snapshot.clone());
-            sources.entry(stage.name.clone()).or_default().push(Source {
-                pointer: file.pointer.clone(),
-                path: file.path.clone(),
-                kind: file.kind,
-                snapshot,
-            });
+            sources
+                .entry(stage.name.clone())
+                .or_default()
+                .push(SourceFile {
+                    pointer: file.pointer.clone(),
+                    path: file.path.clone(),
+                    kind: file.kind,
+                    snapshot,
+                });
         }
     }
     Ok(sources)

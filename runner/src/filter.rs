@@ -24,7 +24,7 @@ use std::ops::Range;
 
 use crate::diagnostic::Marked;
 
-/// A filter, as written and as understood.
+/// A filter, as text and parsed.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Filter {
     /// As written.
@@ -42,7 +42,7 @@ pub struct Name {
     pub field: Field,
 }
 
-/// What is asked of a run.
+/// A condition on a run.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Expr {
     /// All of them hold.
@@ -89,7 +89,7 @@ pub enum Operator {
     Unlike,
 }
 
-/// What to compare with, and where it stands.
+/// The operand, and its place.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Value {
     /// As written, without quotes.
@@ -242,7 +242,7 @@ struct Token {
 #[derive(Debug, Clone, PartialEq)]
 enum Kind {
     /// Parts between dots.
-    Word(Vec<Part>),
+    Word(Vec<NamePart>),
     Operator(Operator),
     Open,
     Close,
@@ -250,7 +250,7 @@ enum Kind {
 }
 
 #[derive(Debug, Clone, Default, PartialEq)]
-struct Part {
+struct NamePart {
     text: String,
     quoted: bool,
 }
@@ -297,8 +297,8 @@ fn tokens(text: &str) -> Result<Vec<Token>, FilterError> {
 }
 
 /// A word that begins at `start`, and its length: up to a space or operator, quoted parts aside.
-fn word(text: &str, start: usize) -> Result<(Vec<Part>, usize), FilterError> {
-    let mut parts = vec![Part::default()];
+fn word(text: &str, start: usize) -> Result<(Vec<NamePart>, usize), FilterError> {
+    let mut parts = vec![NamePart::default()];
     let mut characters = text[start..].char_indices();
     while let Some((place, character)) = characters.next() {
         // There is always a last part.
@@ -308,17 +308,14 @@ fn word(text: &str, start: usize) -> Result<(Vec<Part>, usize), FilterError> {
                 let inside = &text[start + place + 1..];
                 let Some(length) = inside.find(character) else {
                     let at = start + place..text.len();
-                    return Err(FilterError::new(
-                        format!("the quote {character} is not closed"),
-                        at,
-                    ));
+                    return Err(FilterError::new(format!("unclosed quote {character}"), at));
                 };
                 part.text.push_str(&inside[..length]);
                 part.quoted = true;
                 let end = place + 1 + length;
                 characters.by_ref().find(|(place, _)| *place == end);
             }
-            '.' => parts.push(Part::default()),
+            '.' => parts.push(NamePart::default()),
             c if c.is_whitespace() || "()=<>!~,".contains(c) => return Ok((parts, place)),
             c => part.text.push(c),
         }
@@ -428,7 +425,7 @@ impl<'t> Parser<'t> {
     }
 
     /// Takes the next token if it is a word, but no keyword.
-    fn word(&mut self) -> Option<(&'t [Part], Range<usize>)> {
+    fn word(&mut self) -> Option<(&'t [NamePart], Range<usize>)> {
         let (token, rest) = self.tokens.split_first()?;
         match &token.kind {
             Kind::Word(parts) if !is_keyword(parts) => {
@@ -480,13 +477,13 @@ fn one_or(mut parts: Vec<Expr>, many: fn(Vec<Expr>) -> Expr) -> Expr {
     }
 }
 
-fn is_keyword(parts: &[Part]) -> bool {
+fn is_keyword(parts: &[NamePart]) -> bool {
     ["and", "or", "not", "in"]
         .iter()
         .any(|word| is_word(parts, word))
 }
 
-fn is_word(parts: &[Part], word: &str) -> bool {
+fn is_word(parts: &[NamePart], word: &str) -> bool {
     matches!(parts, [part] if !part.quoted && part.text.eq_ignore_ascii_case(word))
 }
 
@@ -587,11 +584,11 @@ mod tests {
             "  |            ^^^^",
         );
         check_error("a and or b", "expected a field", "  |       ^^");
-        check_error("a = 'b", "the quote ' is not closed", "  |     ^^");
+        check_error("a = 'b", "unclosed quote '", "  |     ^^");
         check_error("a ! b", "`!` alone means nothing", "  |   ^");
         check_error("a not b", "expected `in`", "  |       ^");
         check_error("", "expected a field", "  | ^");
-        check_error("漢字 = 'b", "the quote ' is not closed", "  |        ^^");
+        check_error("漢字 = 'b", "unclosed quote '", "  |        ^^");
         assert!(parse(&"(".repeat(100_000)).is_err());
     }
 }

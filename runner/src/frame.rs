@@ -80,7 +80,7 @@ pub enum FromWorker {
     Log(Vec<Line>),
     /// Points of metric series.
     Metrics(Vec<Points>),
-    /// How far the stage is.
+    /// The stage's progress.
     Progress(Progress),
     /// An artifact lies in its place.
     Artifact {
@@ -89,7 +89,7 @@ pub enum FromWorker {
         /// What it is.
         record: Box<ArtifactRecord>,
     },
-    /// The plugin went on calling after `run` had returned.
+    /// The plugin kept calling after `run` had returned.
     Late {
         /// So often.
         calls: u64,
@@ -100,7 +100,7 @@ pub enum FromWorker {
     Failed(Failure),
 }
 
-/// What a call gave.
+/// A call's result.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Answer {
@@ -186,18 +186,18 @@ impl PartialEq for Points {
     }
 }
 
-/// How far a stage is.
+/// A stage's progress.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Progress {
-    /// So many are done.
+    /// Units done.
     pub done: u64,
-    /// Of so many; 0 when unknown.
+    /// The total; 0 if unknown.
     pub total: u64,
     /// Of what: `steps`, `samples`.
     pub unit: String,
 }
 
-/// Why bytes are no frame.
+/// Why a frame is invalid.
 #[derive(Debug, thiserror::Error)]
 pub enum FrameError {
     /// The length makes no sense.
@@ -207,7 +207,7 @@ pub enum FrameError {
         length: usize,
     },
     /// The bytes are no message.
-    #[error("a frame is no message: {0}")]
+    #[error("invalid frame: {0}")]
     Malformed(serde_json::Error),
 }
 

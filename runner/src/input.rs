@@ -1,8 +1,8 @@
 //! Files and folders that a stage's options name: their content, and whether it changes while it is used.
 //!
-//! In: a path and whether it is a file or a folder. Out: a [`Snapshot`]: a hash of the content, as of an artifact, and
-//! what the file system says of every file, by which a later look tells whether anything was written. Links are followed.
-//! Names that begin with a dot, and the leavings of file managers ([`is_hidden`]), are no data: they count for nothing, and
+//! In: a path and whether it is a file or a folder. Out: a [`FileSnapshot`]: a hash of the content, as of an artifact, and
+//! every file's metadata, by which a later check tells whether anything was written. Links are followed.
+//! Names that begin with a dot, and leftovers of file managers ([`is_hidden`]), are not data: they are ignored, and
 //! no loader reads them; nor is, in a folder of images, what is neither an image nor a list of them. What has been hashed is remembered ([`Folder`]) and not read again while the file system says
 //! that it is as it was. Deliberately absent: where that is remembered (the store), and what files mean.
 
@@ -19,11 +19,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use retort_checkpoint::images::{self, MOST_FILES, is_hidden};
 use retort_checkpoint::regular::{self, Extent};
 use retort_checkpoint::shards::ShardPlace;
+use serde::{Deserialize, Serialize};
 
-use crate::plan::{FileKind, mostly_holes};
-
-/// A file that was written less than this before it was looked at may be written again without a trace: file systems
-/// tell times in steps of up to two seconds.
+/// A file written less than this before a check may be rewritten undetectably: file systems
+/// keep times in steps of up to two seconds.
 const CLOCK_STEP: i128 = 2_000_000_000;
 /// Folders reached by links, at most: links that lead to the same folders again and again would never end.
 const MOST_LINKED: usize = 100_000;
@@ -31,6 +30,31 @@ const MOST_LINKED: usize = 100_000;
 const DEEPEST: usize = 128;
 /// Version of [`Folder`]'s bytes.
 const PACKED: u8 = 1;
+
+/// The message about a mostly sparse file.
+pub fn mostly_holes(path: &Path, extent: Extent) -> String {
+    format!(
+        "{} is {} bytes long and mostly holes: {} bytes of it are not on the disk. An incomplete download or copy? Fetch it \
+         again; if this is intended, fill the holes: `cp --sparse=never`",
+        path.display(),
+        extent.length(),
+        extent.missing()
+    )
+}
+
+/// What a path names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FileKind {
+    /// One file.
+    File,
+    /// A directory, with everything in it.
+    Dir,
+    /// A directory, with the files in it that a loader of images reads.
+    Images,
+    /// Weights of a network: a file, or the folder or index of several.
+    Weights,
+}
 
 /// Why a file or folder cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -62,7 +86,7 @@ pub enum InputError {
         target: PathBuf,
     },
     /// A folder within itself, by a link; or links without end.
-    #[error("{} leads round in a circle of links, or to {MOST_LINKED} folders and more", path.display())]
+    #[error("{} is in a cycle of links, or leads to {MOST_LINKED} or more folders", path.display())]
     Loop {
         /// Where that was noticed.
         path: PathBuf,
@@ -75,7 +99,7 @@ pub enum InputError {
         /// Why they are none.
         message: String,
     },
-    /// A file most of which is on no disk.
+    /// A mostly sparse file.
     #[error("{}", mostly_holes(path, *extent))]
     Hollow {
         /// The file.
@@ -83,7 +107,7 @@ pub enum InputError {
         /// What it takes.
         extent: Extent,
     },
-    /// More files than are looked at.
+    /// Too many files.
     #[error(
         "{} holds more than {most} files; put them into tar archives (`tar:`), or into several folders",
         path.display()
@@ -103,7 +127,7 @@ pub enum InputError {
 }
 
 impl InputError {
-    /// Nobody could wait for the look at it.
+    /// It would take far too long to read.
     pub fn interrupted(
         path: &Path,
         error: impl Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -112,7 +136,7 @@ impl InputError {
     }
 }
 
-/// What the file system says of a file, as far as it changes when the file does.
+/// A file's metadata that changes with the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileStamp {
     device: u64,
@@ -180,7 +204,7 @@ struct ListingHashes {
 
 /// The content of a file or folder at a moment.
 #[derive(Debug, Clone)]
-pub struct Snapshot {
+pub struct FileSnapshot {
     /// Hex BLAKE3 of a file; of a folder, of the list of its files.
     pub hash: String,
     traces: ListingHashes,
@@ -305,7 +329,7 @@ impl Listing {
     pub fn hashed(
         &self,
         remembered: &BTreeMap<String, Folder>,
-    ) -> Result<(Snapshot, BTreeMap<String, Folder>), InputError> {
+    ) -> Result<(FileSnapshot, BTreeMap<String, Folder>), InputError> {
         let mut anew: BTreeMap<String, Folder> = BTreeMap::new();
         let mut list = blake3::Hasher::new();
         let mut single = String::new();
@@ -355,7 +379,7 @@ impl Listing {
             };
             files.0.retain(|own, _| here(own));
         }
-        let snapshot = Snapshot {
+        let snapshot = FileSnapshot {
             hash: match self.kind {
                 FileKind::File => single,
                 FileKind::Dir | FileKind::Images | FileKind::Weights => {
@@ -384,9 +408,9 @@ impl Listing {
         self.files.iter().map(|file| file.stamp.size).sum()
     }
 
-    /// Whether nothing has been written since the snapshot. A file whose rights were changed, or that got a further name,
-    /// is as it was; one that was written is not, even if it now holds the same again: who knows what was read meanwhile.
-    pub fn is_as(&self, snapshot: &Snapshot) -> bool {
+    /// Whether nothing has been written since the snapshot. A file with other permissions, or with another hard link,
+    /// is unchanged; one that was written is not, even with equal content again: a reader may have seen other content.
+    pub fn is_as(&self, snapshot: &FileSnapshot) -> bool {
         let (now, then) = (&self.traces, &snapshot.traces);
         now.content == then.content && (now.changes == then.changes || now.rights != then.rights)
     }
@@ -401,7 +425,7 @@ impl Listing {
     }
 }
 
-impl Snapshot {
+impl FileSnapshot {
     /// Whether a file was written so shortly before that another writing may have left no trace.
     pub fn is_young(&self) -> bool {
         self.young
@@ -452,7 +476,7 @@ pub fn content_hash(file: File) -> io::Result<blake3::Hash> {
     Ok(hasher.finalize())
 }
 
-/// A file that a way through folders came upon.
+/// A file found in a walk through folders.
 #[derive(Debug)]
 struct ListedFile {
     name: Box<str>,

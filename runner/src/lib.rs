@@ -1,10 +1,10 @@
 //! The retort runner: recipe -> plan -> stages executed in worker processes -> history.
 //!
-//! No tensors here: computing is the plugins' business, and a plugin is only ever loaded in a worker process. The
-//! modules are the glossary: a [`recipe`] is what somebody wrote, a [`plan`] is what that means once every default,
-//! device and reference is settled. Only [`cli`] touches the terminal.
+//! No tensors here: plugins do the computing, and a plugin is only ever loaded in a worker process. The
+//! modules are the glossary: a [`recipe`] is what a user wrote, a [`plan`] is that recipe with every default,
+//! device and reference settled. Only [`cli`] touches the terminal.
 
-// A closed stdout or stderr must not panic: everything printed goes through `cli::talk`.
+// A closed stdout or stderr must not panic: everything printed goes through `cli::output`.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod account;

@@ -1,12 +1,12 @@
 //! Plans: recipes with everything settled.
 //!
-//! In: a [`crate::recipe::Recipe`] and what the plugins say of themselves ([`Descriptions`]). Out: stages in an order
+//! In: a [`crate::recipe::Recipe`] and the plugins' descriptions ([`Descriptions`]). Out: stages in an order
 //! in which they can run, with complete options, a device, a seed and the plugin's identity, and, once the hashes of
 //! inputs and files are known, the digest under which a stage's result is found again ([`digest`]). What would run
 //! and why is `plan/decision.rs`. Deliberately absent: running, and reading the store.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -17,9 +17,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::diagnostic::{Cause, Finding, Position, Report};
+use crate::input::{FileKind, mostly_holes};
 use crate::recipe::{self, ArtifactInput, Recipe};
 use crate::terminal;
-use crate::yaml::{Part, escape, odd_space};
+use crate::yaml::{EntryPart, escape, odd_space};
 
 mod build;
 pub mod decision;
@@ -33,11 +34,11 @@ mod tests;
 pub use build::Build;
 pub use digest::{Digest, digest};
 
-/// How long archives are looked through before they are hashed: most faults are found by then, and where the look takes
-/// longer, such as on a slow disk, it would not be worth it.
+/// How long archives are checked before they are hashed: most faults are found by then, and if the check takes
+/// longer, as on a slow disk, it is not worth it.
 const QUICK: Duration = Duration::from_millis(250);
 
-/// A recipe with everything settled. Serialised, it is what a run freezes and `resume` continues.
+/// A recipe with everything settled. A run stores it serialised, and `resume` continues it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
     /// Name of the recipe.
@@ -64,7 +65,7 @@ pub struct Plan {
     pub stages: Vec<PlannedStage>,
     /// Warnings met on the way.
     pub warnings: Vec<Finding>,
-    /// What the plan chose by itself and somebody may want to know.
+    /// Choices that the plan made by itself.
     pub notes: Vec<String>,
 }
 
@@ -176,14 +177,14 @@ impl FileOption {
         let there = match self.kind {
             FileKind::File => found.is_file(),
             FileKind::Dir | FileKind::Images => found.is_dir(),
-            // What a folder holds, whoever reads it says.
+            // A folder's reader checks its content.
             FileKind::Weights => found.is_file() || found.is_dir(),
         };
         let kind = regular::kind(found.file_type());
         (!there).then(|| format!("{shown} is {kind}, not a {what}"))
     }
 
-    /// Why it would take long to read, though there is next to nothing in it.
+    /// Why it would be slow to read, though it is nearly empty.
     fn hollow(&self) -> Option<String> {
         let found = std::fs::metadata(&self.path).ok()?;
         let extent = Extent::of(&found);
@@ -191,31 +192,6 @@ impl FileOption {
         (hollow && regular::has_hole(&self.path).unwrap_or(false))
             .then(|| mostly_holes(&self.path, extent))
     }
-}
-
-/// What is said of a file most of which is on no disk.
-pub fn mostly_holes(path: &Path, extent: Extent) -> String {
-    format!(
-        "{} is {} bytes long and mostly holes: {} bytes of it are not on the disk. An unfinished download or copy? Fetch it \
-         again; if it is meant to be so, fill the holes: `cp --sparse=never`",
-        path.display(),
-        extent.length(),
-        extent.missing()
-    )
-}
-
-/// What a path names.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum FileKind {
-    /// One file.
-    File,
-    /// A directory, with everything in it.
-    Dir,
-    /// A directory, with the files in it that a loader of images reads.
-    Images,
-    /// Weights of a network: a file, or the folder or index of several.
-    Weights,
 }
 
 /// Where a value came from. As text: `recipe:14`, `--set`, `params`, `default`, `derived`.
@@ -271,7 +247,7 @@ impl TryFrom<String> for Origin {
     }
 }
 
-/// What plugins say of themselves. The runner's plugin search is one implementation, tests bring another.
+/// Descriptions of plugins. The runner's plugin search is one implementation, tests bring another.
 pub trait Descriptions {
     /// The plugin of that name and its description, from a cache where possible.
     fn describe(&mut self, plugin: &str) -> Result<Rc<Build>, DescribeError>;
@@ -294,7 +270,7 @@ pub trait Descriptions {
     fn names(&mut self) -> Vec<String>;
 }
 
-/// Why a plugin could not be described. Exit code 5.
+/// Why a plugin has no description. Exit code 5.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct DescribeError {
@@ -361,8 +337,8 @@ impl Plan {
         self.stages.iter().find(|stage| stage.name == name)
     }
 
-    /// Files that options name and that are not there, or by their first bytes not what their names say, as errors: nothing
-    /// can run without them. Asked before anything is hashed.
+    /// Files named by options that are missing, or whose first bytes contradict their names, as errors: nothing
+    /// can run without them. Checked before hashing.
     pub fn missing_files(&self) -> Vec<Finding> {
         let mut findings = Vec::new();
         let until = Instant::now() + QUICK;
@@ -398,7 +374,7 @@ impl Plan {
         self.place(findings)
     }
 
-    /// What may be wrong with a path that leads nowhere.
+    /// Possible reasons why a path does not exist.
     fn path_hint(&self, written: &str) -> String {
         if let Some(odd) = written.chars().find(|&c| terminal::is_odd_space(c)) {
             return odd_space(odd);
@@ -407,18 +383,18 @@ impl Plan {
             return "`~/` is not replaced: HOME is not set to a directory".to_owned();
         }
         if written.starts_with('~') {
-            return "of paths that begin with `~` only `~/` is replaced, by your home directory; write the path of another out"
+            return "only a leading `~/` is replaced, by your home directory; write other home directories in full"
                 .to_owned();
         }
         if written.contains('$') {
-            return "variables of the environment are not replaced in recipes; write the path out, begin it with `~/`, or use ${params.name}"
+            return "environment variables are not replaced in recipes; write the path in full, begin it with `~/`, or use ${params.name}"
                 .to_owned();
         }
         let base = self.base_dir.display();
         format!("relative paths start from the recipe's directory, {base}")
     }
 
-    /// An option of a stage that the work on it found to be wrong.
+    /// A stage option that turned out to be wrong at run time.
     pub fn option_at_fault(&self, stage: &str, pointer: &str, message: &str) -> Vec<Finding> {
         let pointer = format!("/stages/{}{pointer}", escape(stage));
         let message = format!("stage `{stage}`: {message}");
@@ -438,7 +414,7 @@ impl Plan {
         ) {
             Ok(recipe) => findings
                 .into_iter()
-                .map(|finding| recipe.source.place(finding, Part::Value))
+                .map(|finding| recipe.source.place(finding, EntryPart::Value))
                 .collect(),
             // Cannot be: the plan was made from this text.
             Err(_) => findings,

@@ -1,4 +1,4 @@
-//! Plugins: finding them by name, and knowing what they are without loading them into this process.
+//! Plugins: finding them by name, and describing them without loading them into this process.
 //!
 //! In: names. Out: files, identities, descriptions. A recipe names a plugin, never a path; the directories are searched
 //! in a fixed order (never the working directory), the first match wins, and what it hides is reported. The identity of
@@ -151,7 +151,7 @@ pub fn find(name: &str, dirs: &[SearchDir]) -> Result<PluginFile, DescribeError>
     if !well_formed {
         return Err(DescribeError {
             message: format!(
-                "`{name}` is no name of a plugin: lower-case letters, digits, `-` and `_` are"
+                "`{name}` is not a plugin name: lower-case letters, digits, `-` and `_` are"
             ),
             hint: Some(
                 "a recipe names a plugin, never a path; directories are given with --plugin-dir"
@@ -310,7 +310,7 @@ impl<'a> Plugins<'a> {
         &self.dirs
     }
 
-    /// Who a plugin in a file is, and what it says of itself. The file's name does not matter here.
+    /// The identity and description of a plugin file. The file's name does not matter here.
     ///
     /// # Errors
     /// It cannot be read, loaded or asked.
@@ -368,7 +368,7 @@ impl<'a> Plugins<'a> {
         }
     }
 
-    /// Asks the plugin that has this hash: what was looked at is what is loaded.
+    /// Asks the plugin that has this hash: only that file is loaded.
     fn ask(&self, path: &Path, hash: &str, call: Call) -> Result<Answer, DescribeError> {
         let task = Task {
             plugin: path.to_owned(),
@@ -494,7 +494,7 @@ fn refused(path: &Path, error: AskError) -> DescribeError {
 
 fn confused(path: &Path) -> DescribeError {
     DescribeError {
-        message: format!("{}: the worker answered another question", path.display()),
+        message: format!("{}: the worker's answer does not match", path.display()),
         hint: None,
     }
 }
@@ -601,7 +601,7 @@ mod tests {
             "did you mean `candle`?",
         );
         check_missing("torch", "no libretort_torch", "plugins found: candle");
-        check_missing("../evil", "no name of a plugin", "never a path");
+        check_missing("../evil", "not a plugin name", "never a path");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! What a run says while it runs: bars with rate and remaining time on a terminal, plain lines elsewhere.
+//! A run's progress: bars with rate and remaining time on a terminal, plain lines elsewhere.
 //!
 //! In: the executor's [`Event`]s. Out: lines, through a function given by the command line, and bars on stderr.
 //! Deliberately absent: data; what a run ends with is printed by the command.
@@ -12,7 +12,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressState, ProgressStyle};
 use retort_abi::LogLevel;
 
 use crate::executor::Event;
-use crate::executor::attempt::End;
+use crate::executor::end::End;
 use crate::frame::Progress;
 use crate::store::{LogLine, LogSource};
 use crate::terminal;
@@ -20,7 +20,7 @@ use crate::terminal;
 /// Time between two plain lines of one stage.
 const INTERVAL: Duration = Duration::from_secs(10);
 
-/// How much to say, and how.
+/// What to print, and how.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Verbosity {
     /// Whether bars can be drawn.
@@ -33,7 +33,7 @@ pub struct Verbosity {
     pub verbose: u8,
 }
 
-/// Tells a run's events to people.
+/// Prints a run's events.
 pub struct ProgressReporter {
     manner: Verbosity,
     bars: MultiProgress,
@@ -68,7 +68,7 @@ impl ProgressReporter {
         }
     }
 
-    /// The bars, above which other talk has to be written.
+    /// The bars, above which other messages have to be written.
     pub fn bars(&self) -> Option<MultiProgress> {
         self.draws().then(|| self.bars.clone())
     }
@@ -77,10 +77,10 @@ impl ProgressReporter {
     pub fn hear(&self, event: Event) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         match event {
-            Event::RunBegan { run } => self.talk(&format!("run {run}")),
+            Event::RunBegan { run } => self.say(&format!("run {run}")),
             Event::Reused { stage, .. } => state.reused.push(stage),
             Event::Waiting { stage } => {
-                self.talk(&format!(
+                self.say(&format!(
                     "{stage}: another run works on the same stage; waiting for it"
                 ));
             }
@@ -90,7 +90,7 @@ impl ProgressReporter {
                 elements,
             } => {
                 let of = elements.map_or_else(String::new, |count| format!(" of {count} elements"));
-                self.talk(&format!("{stage}: submitted as job {job}{of}"));
+                self.say(&format!("{stage}: submitted as job {job}{of}"));
             }
             Event::Began {
                 stage,
@@ -100,7 +100,7 @@ impl ProgressReporter {
                 ..
             } => {
                 if !state.reused.is_empty() {
-                    self.talk(&format!(
+                    self.say(&format!(
                         "reused: {}",
                         std::mem::take(&mut state.reused).join(", ")
                     ));
@@ -115,7 +115,7 @@ impl ProgressReporter {
                     hands = format!("{workers} workers of {hands}");
                 }
                 if bar.is_none() {
-                    self.talk(&format!("{stage}: started ({device}, {hands})"));
+                    self.say(&format!("{stage}: started ({device}, {hands})"));
                 }
                 let now = Instant::now();
                 state.meters.insert(
@@ -152,14 +152,14 @@ impl ProgressReporter {
                 } else {
                     format!("{workers} running stages")
                 };
-                self.talk(&format!(
+                self.say(&format!(
                     "stopping: {whom} may take up to {grace} to reach a checkpoint; press Ctrl-C again to end at once"
                 ));
             }
-            Event::Killing => self.talk("ending the running stages at once"),
+            Event::Killing => self.say("ending the running stages at once"),
             Event::Warning { stage, text } => {
                 let stage = stage.map_or_else(String::new, |stage| format!("{stage}: "));
-                self.talk(&format!("{}: {stage}{text}", self.paint("warning", "33")));
+                self.say(&format!("{}: {stage}{text}", self.paint("warning", "33")));
             }
         }
     }
@@ -168,7 +168,7 @@ impl ProgressReporter {
         self.manner.bars && !self.manner.quiet
     }
 
-    fn talk(&self, line: &str) {
+    fn say(&self, line: &str) {
         if !self.manner.quiet {
             (self.say)(line);
         }
@@ -199,7 +199,7 @@ impl ProgressReporter {
             bar.set_message(terminal::clean_line(&progress.unit));
             bar.set_position(progress.done);
             if first {
-                // What an earlier attempt did is no speed of this one.
+                // An earlier attempt's work is not this one's speed.
                 bar.reset_eta();
             }
         } else if now.duration_since(meter.said) >= INTERVAL {
@@ -208,7 +208,7 @@ impl ProgressReporter {
                 progress.done.saturating_sub(from),
                 now.duration_since(since),
             );
-            self.talk(&format!(
+            self.say(&format!(
                 "{stage}: {}",
                 describe(progress, rate, now.duration_since(meter.began))
             ));
@@ -241,11 +241,11 @@ impl ProgressReporter {
         let took = duration(elapsed);
         match end {
             End::Succeeded { .. } => {
-                self.talk(&format!("{stage}: {} in {took}", self.paint("done", "32")))
+                self.say(&format!("{stage}: {} in {took}", self.paint("done", "32")))
             }
             End::Interrupted { .. } => {
                 let message = end.message().unwrap_or_default();
-                self.talk(&format!(
+                self.say(&format!(
                     "{stage}: {} after {took}: {message}",
                     self.paint("interrupted", "33")
                 ));
@@ -259,7 +259,7 @@ impl ProgressReporter {
                 if let Some(message) = end.message() {
                     let _ = write!(text, "\n  {}", message.replace('\n', "\n  "));
                 }
-                // What a dying process wrote often says more than how it died; a panic has said it already.
+                // A dying process's output often says more than its exit; a panic has been printed already.
                 if matches!(end, End::Died(_)) && !last_words.is_empty() {
                     text.push_str("\n  the last lines it wrote:");
                     for line in last_words {

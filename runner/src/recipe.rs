@@ -1,7 +1,7 @@
 //! Recipes as written.
 //!
 //! In: a file and the changes of `--set`. Out: a [`Recipe`]: what is written, with `${params.x}` replaced
-//! (`recipe/interpolation.rs`), and with every mistake found on the way. Defaults, devices and references between
+//! (`recipe/interpolation.rs`), and with all mistakes found. Defaults, devices and references between
 //! stages are settled by [`crate::plan`].
 //!
 //! A recipe with mistakes is still a recipe: what can be read is, so that the plan can report the other mistakes
@@ -17,7 +17,7 @@ use serde_json::{Map, Value};
 use crate::diagnostic::{Finding, Position, Report, Severity};
 use crate::schema::{self, Checker, RESERVED};
 use crate::sweep::{self, Sweep};
-use crate::yaml::{self, Document, Part, YamlError};
+use crate::yaml::{self, Document, EntryPart, YamlError};
 
 mod interpolation;
 mod setting;
@@ -41,7 +41,7 @@ pub const MAX_STAGES: usize = 1000;
 #[derive(Debug, Clone)]
 pub struct Recipe {
     /// Where it was read from.
-    pub source: Source,
+    pub source: RecipeSource,
     /// Name of the recipe: as written, else the file's.
     pub name: String,
     /// What it is for.
@@ -58,7 +58,7 @@ pub struct Recipe {
     pub threads: Option<usize>,
     /// The stages in the order of the text.
     pub stages: Vec<RecipeStage>,
-    /// Artifacts of the store that stand for what stages of their names would make.
+    /// Artifacts of the store, used like the outputs of stages.
     pub given: Vec<ArtifactInput>,
     /// What a sweep varies.
     pub sweep: Option<Sweep>,
@@ -93,7 +93,7 @@ pub struct RecipeStage {
     pub options: Map<String, Value>,
 }
 
-/// An artifact of the store that stages take by a name, as if a stage had made it.
+/// An artifact of the store that stages use like a stage's output.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ArtifactInput {
     /// The name.
@@ -106,7 +106,7 @@ pub struct ArtifactInput {
 
 /// Where a recipe comes from, and where in it each value does.
 #[derive(Debug, Clone)]
-pub struct Source {
+pub struct RecipeSource {
     /// The file, as people named it.
     pub path: PathBuf,
     /// The directory that relative paths start from, absolute.
@@ -118,7 +118,7 @@ pub struct Source {
     /// What `~/` in paths stands for; only the command line knows it.
     pub home: Option<PathBuf>,
     document: Document,
-    /// What was set, by its pointer.
+    /// Changes, by their pointer.
     set_at: BTreeMap<String, Setting>,
     /// Values that have `${...}` in the text, and where the value comes from if that is all there is.
     interpolated: BTreeMap<String, Option<String>>,
@@ -137,9 +137,9 @@ pub enum ValueSource {
     Absent,
 }
 
-impl Source {
+impl RecipeSource {
     /// Where the key or value at a pointer is in the text; `None` for what was set.
-    pub fn locate(&self, pointer: &str, part: Part) -> Option<Position> {
+    pub fn locate(&self, pointer: &str, part: EntryPart) -> Option<Position> {
         match self.setting(pointer) {
             Some(_) => None,
             None => self.position(pointer, part, 0),
@@ -157,7 +157,7 @@ impl Source {
         match self
             .document
             .contains(pointer)
-            .then(|| self.document.locate(pointer, Part::Key))
+            .then(|| self.document.locate(pointer, EntryPart::Key))
         {
             Some(Some(position)) => ValueSource::Line(position.line),
             _ => ValueSource::Absent,
@@ -165,7 +165,7 @@ impl Source {
     }
 
     /// Gives a finding its place: in the text, or in the argument that set the value.
-    pub fn place(&self, mut finding: Finding, part: Part) -> Finding {
+    pub fn place(&self, mut finding: Finding, part: EntryPart) -> Finding {
         match self.setting(&finding.pointer) {
             Some((at, setting)) => {
                 let inside = finding.pointer[at.len()..].to_owned();
@@ -182,7 +182,7 @@ impl Source {
         self.written_as(pointer, 0)
     }
 
-    /// How nothing was written at a pointer of the text: `~`, `null`.
+    /// How null is written at a pointer of the text: `~`, `null`.
     pub fn written_null(&self, pointer: &str) -> Option<&str> {
         match self.setting(pointer) {
             Some(_) => None,
@@ -207,7 +207,7 @@ impl Source {
     }
 
     /// The place in the text; of what is inside a `${params.x}`, the place where the param is written.
-    fn position(&self, pointer: &str, part: Part, depth: usize) -> Option<Position> {
+    fn position(&self, pointer: &str, part: EntryPart, depth: usize) -> Option<Position> {
         let around = above(pointer)
             .skip(1)
             .find_map(|above| Some((above, self.interpolated.get(above)?.as_ref()?)));
@@ -270,7 +270,7 @@ pub fn read(path: &Path, set: &[String], home: Option<PathBuf>) -> Result<Recipe
             yaml::ReadError::Missing(_) => finding.hint = neighbour(path),
             yaml::ReadError::NotAFile(_) => finding.hint = Some(content(path)),
             yaml::ReadError::TooLarge(_) => {
-                finding.hint = Some("data belongs into files that the recipe names".to_owned());
+                finding.hint = Some("put data into files that the recipe names".to_owned());
             }
             yaml::ReadError::NotUtf8 { position, .. } => {
                 finding.hint = Some("save the file as UTF-8".to_owned());
@@ -312,7 +312,7 @@ pub fn parse(
     };
     let mut value = std::mem::take(&mut document.value);
     let set_at = apply_settings(&mut value, set, &mut findings);
-    let mut source = Source {
+    let mut source = RecipeSource {
         path: path.to_owned(),
         base_dir,
         text,
@@ -354,7 +354,7 @@ fn read_document(text: &str) -> Result<(yaml::Document, Vec<Finding>), Finding> 
     if !document.value.is_object() {
         let message = "a recipe is a mapping: lines of `key: value`";
         return Err(Finding::error("", message)
-            .at(document.locate("", Part::Value))
+            .at(document.locate("", EntryPart::Value))
             .hint("it has at least `version: 1` and `stages:`"));
     }
     let problems = std::mem::take(&mut document.problems);
@@ -387,31 +387,35 @@ fn apply_settings(
 }
 
 /// The value with every `${...}` replaced; nothing where there are too many to replace.
-fn interpolate(value: &Value, source: &mut Source, findings: &mut Vec<Finding>) -> Option<Value> {
+fn interpolate(
+    value: &Value,
+    source: &mut RecipeSource,
+    findings: &mut Vec<Finding>,
+) -> Option<Value> {
     let replaced = Interpolation::new(value, source).replace();
     source.interpolated = replaced.interpolated;
     findings.extend(
         replaced
             .problems
             .into_iter()
-            .map(|finding| source.place(finding, Part::Value)),
+            .map(|finding| source.place(finding, EntryPart::Value)),
     );
     replaced.complete.then_some(replaced.value)
 }
 
-fn has_too_many_stages(value: &Value, source: &Source, findings: &mut Vec<Finding>) -> bool {
+fn has_too_many_stages(value: &Value, source: &RecipeSource, findings: &mut Vec<Finding>) -> bool {
     let stages = value.get("stages").and_then(Value::as_object);
     let Some(stages) = stages.filter(|stages| stages.len() > MAX_STAGES) else {
         return false;
     };
     let message = format!("{} stages; a recipe has at most {MAX_STAGES}", stages.len());
     let finding = Finding::error("/stages", message).hint("divide it into several recipes");
-    findings.push(source.place(finding, Part::Key));
+    findings.push(source.place(finding, EntryPart::Key));
     true
 }
 
 /// Checks the keys that belong to the runner, and gives their values the types that the schema wants.
-fn check_against_schema(value: &mut Value, source: &Source, findings: &mut Vec<Finding>) {
+fn check_against_schema(value: &mut Value, source: &RecipeSource, findings: &mut Vec<Finding>) {
     let (runner_schema, checker) = &*RUNNER_SCHEMA;
     schema::take_texts(runner_schema, value, |pointer| source.as_written(pointer));
     let broken: BTreeSet<String> = findings
@@ -419,7 +423,7 @@ fn check_against_schema(value: &mut Value, source: &Source, findings: &mut Vec<F
         .map(|finding| finding.pointer.clone())
         .collect();
     for violation in checker.check(value, "key") {
-        // What a failed `${...}` leaves behind is no second mistake.
+        // A failed `${...}` causes no second error.
         if broken.contains(&violation.pointer) {
             continue;
         }
@@ -438,7 +442,7 @@ fn check_against_schema(value: &mut Value, source: &Source, findings: &mut Vec<F
 }
 
 /// The `sweep:` section, unless it has faults that are known already.
-fn read_sweep(value: &Value, source: &Source, findings: &mut Vec<Finding>) -> Option<Sweep> {
+fn read_sweep(value: &Value, source: &RecipeSource, findings: &mut Vec<Finding>) -> Option<Sweep> {
     let section = value.get("sweep")?;
     if findings
         .iter()
@@ -454,14 +458,19 @@ fn read_sweep(value: &Value, source: &Source, findings: &mut Vec<Finding>) -> Op
         Ok(sweep) => Some(sweep),
         Err(faults) => {
             let placed = faults.into_iter();
-            findings.extend(placed.map(|finding| source.place(finding, Part::Key)));
+            findings.extend(placed.map(|finding| source.place(finding, EntryPart::Key)));
             None
         }
     }
 }
 
 /// What can be read of a value whose mistakes are known already.
-fn extract(source: Source, value: &Value, sweep: Option<Sweep>, findings: Vec<Finding>) -> Recipe {
+fn extract(
+    source: RecipeSource,
+    value: &Value,
+    sweep: Option<Sweep>,
+    findings: Vec<Finding>,
+) -> Recipe {
     let text = |value: &Value, key: &str| value.get(key)?.as_str().map(str::to_owned);
     let count = |value: &Value, key: &str| {
         value

@@ -12,7 +12,7 @@ use crate::chart::Chart;
 use crate::store::{RunDetail, RunState, SeriesSummary, StageDetail};
 use crate::table::{self, Cell};
 
-/// What is told of a run.
+/// A run's content.
 #[derive(Debug)]
 pub struct Page {
     /// The run.
@@ -157,7 +157,7 @@ fn compared(pages: &[Page]) -> Markup {
     }
 }
 
-/// What came of a run, which is looked at first: what it was, its tables and its pictures.
+/// A run's outcome, which readers want first: the run, its tables and its pictures.
 fn results(page: &Page) -> Markup {
     let detail = &page.detail;
     let run = &detail.summary;

@@ -1,8 +1,8 @@
 //! The JSON schema of recipes, and what follows from a schema for a value.
 //!
-//! In: descriptions of plugins. Out: the schema that editors read ([`recipe_schema`]), what is wrong with a value in
-//! words of people ([`check`]), the value with defaults filled in ([`settle`]) and the options that name stages and
-//! files ([`annotations`]). Deliberately absent: places in the text, and anything about how stages hang together.
+//! In: descriptions of plugins. Out: the schema that editors read ([`recipe_schema`]), errors of a value in
+//! plain words ([`check`]), the value with defaults filled in ([`settle`]) and the options that name stages and
+//! files ([`annotations`]). Deliberately absent: places in the text, and the relations between stages.
 //!
 //! Plugins make their schemas with schemars from Rust types. So what is understood beyond plain validation is what
 //! schemars writes: `$ref` into `$defs` with siblings, `anyOf` with null for `Option`, `oneOf` of constants or of
@@ -20,7 +20,7 @@ mod option;
 mod text;
 mod violation;
 
-pub use annotation::{Annotation, Target, annotations};
+pub use annotation::{Annotation, OptionTarget, annotations};
 pub use defaults::{settle, settle_numbers};
 pub use option::{OptionText, options};
 pub use text::take_texts;
@@ -155,7 +155,7 @@ pub fn runner_schema() -> Value {
     json!({
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "retort recipe",
-        "description": "Stages that distil an image autoregressive model into a one-step sampler.",
+        "description": "Stages that distil an autoregressive image model into a one-step sampler.",
         "type": "object",
         "required": ["version", "stages"],
         "additionalProperties": false,
@@ -190,11 +190,11 @@ pub fn runner_schema() -> Value {
             },
             "artifacts": {
                 "type": "object", "propertyNames": {"pattern": NAME_PATTERN},
-                "description": "Artifacts of the store that stages take by these names, as if stages had made them.",
+                "description": "Artifacts of the store that stages take by these names, like outputs of stages.",
                 "additionalProperties": {
                     "type": "object", "additionalProperties": false, "required": ["hash", "kind"],
                     "properties": {
-                        "hash": {"type": "string", "pattern": "^[0-9a-f]{64}$", "description": "Its whole hash: `retort artifacts list --json` has it."},
+                        "hash": {"type": "string", "pattern": "^[0-9a-f]{64}$", "description": "Its full hash, from `retort artifacts list --json`."},
                         "kind": {"type": "string", "description": "Its kind: `student`, `teacher`."}
                     }
                 }

@@ -1,8 +1,8 @@
 //! Where and how stages are run: `retort.toml` beside the recipe or above it, the user's own, the environment, flags.
 //!
 //! In: files, and what the command line has read. Out: an executor, and a [`Profile`] for a kind of stage, with the origin
-//! of each value. Stronger first: flag, environment, project file, user's file, default; within one of them what is said
-//! of a kind of stage is stronger than what is said of all. None of it decides a result, so nothing of it is in a digest.
+//! of each value. Stronger first: flag, environment, project file, user's file, default; within each, a setting
+//! for a kind of stage is stronger than one for all. None affects a result, so none is part of a digest.
 //!
 //! A file names programs that run (`prologue`), so one that somebody else could change is refused, as a plugin is.
 
@@ -41,7 +41,7 @@ impl Executor {
     }
 }
 
-/// What a kind of stage asks of Slurm.
+/// Slurm settings for a kind of stage.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Profile {
     /// Partition.
@@ -129,14 +129,14 @@ struct Layer {
     slurm: Partial,
 }
 
-/// What is set, by all origins.
+/// The settings of all origins.
 #[derive(Debug, Default)]
 pub struct Settings {
     /// Strongest first.
     layers: Vec<Layer>,
 }
 
-/// What the command line has read for this module.
+/// Input from the command line.
 #[derive(Debug, Clone, Default)]
 pub struct Overrides {
     /// `--executor`.
@@ -220,7 +220,7 @@ impl Settings {
         let dir = std::path::absolute(dir).unwrap_or_else(|_| dir.to_owned());
         let project = dir.ancestors().map(|dir| dir.join(FILE));
         let user = given.user_dir.iter().map(|dir| dir.join(FILE));
-        // A link that leads nowhere is no file that is not there.
+        // A broken link does not count as a missing file.
         let is_there = |path: &PathBuf| std::fs::symlink_metadata(path).is_ok();
         let project = project.into_iter().find(is_there);
         let user = user.into_iter().find(is_there);
@@ -240,7 +240,7 @@ impl Settings {
         set.unwrap_or((Executor::default(), "default"))
     }
 
-    /// What a kind of stage asks of Slurm.
+    /// Slurm settings for a kind of stage.
     ///
     /// # Errors
     /// A value makes no sense.

@@ -1,10 +1,10 @@
-//! The store: what ran, how it went and what came of it, in SQLite (`<store>/history.db`).
+//! The store: runs, their outcomes and their results, in SQLite (`<store>/history.db`).
 //!
 //! In: runs, stages, attempts, metrics, logs and artifact records, from the runner and from nobody else. Out: the same,
 //! as answers to questions. Many processes may use one store at once: readers never wait for a writer (WAL), writers
 //! wait for each other for a few seconds and then report [`StoreError::Busy`].
 //!
-//! A run is never claimed to live when it does not: its runner leaves a lease, and every reading function first marks
+//! A dead run is never shown as alive: its runner leaves a lease, and every reading function first marks
 //! as `lost` the runs whose runner is gone ([`lease`]).
 //!
 //! Deliberately absent: the files of artifacts (`artifact.rs`), digests (`plan.rs`), printing.
@@ -20,26 +20,26 @@ use sqlx::sqlite::{SqliteConnection, SqlitePool};
 
 mod block;
 mod browse;
-mod care;
 mod connection;
-mod draft;
 mod error;
 mod file;
+mod file_limit;
 mod function;
 mod history;
 mod host;
 mod import;
 mod jobs;
 mod lease;
-mod length;
 mod lineage;
 mod log;
+mod maintenance;
 mod mlflow;
 mod query;
 mod record;
 mod reference;
 mod sandbox;
 mod schema;
+mod scratch;
 mod select;
 mod series;
 mod sweep;
@@ -48,8 +48,6 @@ mod transfer;
 
 pub use crate::artifact::{ArtifactFile, ArtifactRecord};
 pub use browse::{Group, LogQuery};
-pub use care::Garbage;
-pub use draft::is_draft_of_import;
 pub use error::StoreError;
 pub use file::Memory;
 pub use history::{
@@ -57,12 +55,14 @@ pub use history::{
     StageCounts, StageDetail, Success,
 };
 pub use jobs::{DetachedJobs, ElementUpdate, JobKey, JobRow, OpenJob};
-pub use lineage::{Lineage, Relative, StageRecord};
+pub use lineage::{Lineage, LineageArtifact, StageRecord};
 pub use log::{LogLine, LogSource, RunLine};
-pub use query::{Answer, AnswerValue};
+pub use maintenance::Garbage;
+pub use query::{AnswerValue, QueryPiece};
 pub use record::{
-    AttemptEnd, AttemptState, NewRun, NewStage, Param, PluginIdentity, RunState, StageState, Usage,
+    AttemptEnd, AttemptState, NewRun, NewStage, Param, RecordedPlugin, RunState, StageState, Usage,
 };
+pub use scratch::is_import_scratch;
 pub use select::Sort;
 pub use series::{Axis, Batch, Bucket, CurveQuery, MetricPoint, SeriesPoint, SeriesSummary};
 pub use sweep::{SweepDetail, SweepId, SweepPlace, SweepPlan, SweepPoint, SweepSummary};
@@ -72,7 +72,7 @@ pub use transfer::{Transfer, export};
 /// How long a writer waits for another before it reports [`StoreError::Busy`].
 const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What a store is opened for.
+/// How a store is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
     /// To record runs; made when it does not exist, migrated when it is older.
@@ -123,11 +123,11 @@ pub struct Store {
     /// Writers of this process queue here instead of polling for SQLite's lock.
     writer: tokio::sync::Mutex<()>,
     /// The series of attempts under way: their keys, and the points of their open blocks.
-    series: Mutex<HashMap<AttemptId, HashMap<String, series::Known>>>,
+    series: Mutex<HashMap<AttemptId, HashMap<String, series::OpenSeries>>>,
     /// Runs found lost that could not be recorded as such (the store cannot be written to).
     lost: Mutex<HashSet<String>>,
     /// This machine's right to write.
-    claim: Option<host::Claim>,
+    host_lock: Option<host::HostLock>,
 }
 
 impl Store {
@@ -138,17 +138,17 @@ impl Store {
     /// [`StoreError::Missing`] (reading only), [`StoreError::NewerSchema`], [`StoreError::NotAStore`],
     /// [`StoreError::ReadOnly`], [`StoreError::Busy`], [`StoreError::Full`], [`StoreError::Damaged`].
     pub async fn open(dir: &Path, access: Access) -> Result<Store, StoreError> {
-        let (pool, claim) = match access {
+        let (pool, host_lock) = match access {
             Access::ReadWrite => {
                 schema::check_files(&connection::path_of(dir))?;
                 schema::make_directory(dir)?;
                 let known = host::is_known(dir);
-                let claim = host::claim(dir).await?;
+                let host_lock = host::claim(dir).await?;
                 match schema::open_for_writing(dir).await {
-                    Ok(pool) => (pool, claim),
+                    Ok(pool) => (pool, host_lock),
                     Err(error) => {
-                        drop(claim);
-                        // What is no store is left as it was.
+                        drop(host_lock);
+                        // Other files are left as they were.
                         if !known {
                             host::forget(dir);
                         }
@@ -168,7 +168,7 @@ impl Store {
             writer: tokio::sync::Mutex::default(),
             series: Mutex::default(),
             lost: Mutex::default(),
-            claim,
+            host_lock,
         })
     }
 
@@ -189,14 +189,14 @@ impl Store {
     }
 
     /// Begins a transaction that may write. Waits for other writers.
-    async fn write(&self) -> Result<Write<'_>, StoreError> {
+    async fn write(&self) -> Result<WriteTransaction<'_>, StoreError> {
         if self.access == Access::ReadOnly {
             return Err(StoreError::ReadOnly {
                 path: self.dir.clone(),
             });
         }
         let turn = self.writer.lock().await;
-        let mut write = Write {
+        let mut write = WriteTransaction {
             connection: self.pool.acquire().await?,
             committed: false,
             _turn: turn,
@@ -206,16 +206,16 @@ impl Store {
     }
 }
 
-/// A transaction that may write, and this process's turn at writing. Dropped without [`Write::commit`], it did nothing,
-/// and its connection is closed: SQLite ends a transaction by itself when the disk is full or fails, and a connection
-/// of which nobody knows whether it is in a transaction is of no use to the next writer.
-struct Write<'s> {
+/// A transaction that may write, and this process's turn at writing. Dropped without [`WriteTransaction::commit`], it did
+/// nothing, and its connection is closed: SQLite ends a transaction by itself when the disk is full or fails, and a
+/// connection of which nobody knows whether it is in a transaction is of no use to the next writer.
+struct WriteTransaction<'s> {
     connection: PoolConnection<Sqlite>,
     committed: bool,
     _turn: tokio::sync::MutexGuard<'s, ()>,
 }
 
-impl Write<'_> {
+impl WriteTransaction<'_> {
     async fn commit(mut self) -> Result<(), StoreError> {
         sqlx::query("commit").execute(&mut *self).await?;
         self.committed = true;
@@ -223,7 +223,7 @@ impl Write<'_> {
     }
 }
 
-impl Drop for Write<'_> {
+impl Drop for WriteTransaction<'_> {
     fn drop(&mut self) {
         if !self.committed {
             self.connection.close_on_drop();
@@ -231,7 +231,7 @@ impl Drop for Write<'_> {
     }
 }
 
-impl std::ops::Deref for Write<'_> {
+impl std::ops::Deref for WriteTransaction<'_> {
     type Target = SqliteConnection;
 
     fn deref(&self) -> &SqliteConnection {
@@ -239,7 +239,7 @@ impl std::ops::Deref for Write<'_> {
     }
 }
 
-impl std::ops::DerefMut for Write<'_> {
+impl std::ops::DerefMut for WriteTransaction<'_> {
     fn deref_mut(&mut self) -> &mut SqliteConnection {
         &mut self.connection
     }

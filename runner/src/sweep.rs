@@ -9,8 +9,6 @@ use serde::{Deserialize, Serialize};
 
 mod draw;
 pub mod halving;
-pub mod plot;
-pub mod results;
 mod section;
 mod space;
 
@@ -108,7 +106,7 @@ impl Goal {
 /// How points are drawn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sample {
-    /// So many.
+    /// Number.
     pub count: u32,
     /// The same seed draws the same points.
     pub seed: u64,
@@ -125,7 +123,7 @@ pub struct Asha {
     pub goal: Goal,
     /// Steps of the series at which points are judged, rising.
     pub rungs: Vec<u64>,
-    /// One of so many goes on.
+    /// One in N goes on.
     pub reduction_factor: u32,
 }
 

@@ -1,6 +1,6 @@
 //! Rows, printed for people (a table, Markdown) or for programs (JSON, CSV).
 //!
-//! A cell has both: a text for people ("3 min ago") and the datum behind it. Only this module knows how a format looks;
+//! A cell has both: a text for people ("3 min ago") and its raw value. Only this module knows the formats;
 //! it returns text, and printing is the command line's.
 
 use std::borrow::Cow;
@@ -46,7 +46,7 @@ pub struct Rows {
     rows: Vec<Vec<Cell>>,
 }
 
-/// A cell: a text for people and the datum behind it.
+/// A cell: a text for people and its raw value.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Cell {
     text: String,
@@ -54,7 +54,7 @@ pub struct Cell {
     tone: CellStyle,
 }
 
-/// What a text means; shown as its colour.
+/// A text's meaning, shown as a colour.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum CellStyle {
     /// Nothing in particular.

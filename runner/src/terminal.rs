@@ -1,4 +1,4 @@
-//! Text on a terminal: nothing in it can play tricks with whoever reads it.
+//! Text on a terminal: nothing in it can deceive its reader.
 //!
 //! In: text from anywhere (names, messages of plugins, files). Out: the same with every character visible that would
 //! move the cursor, change colours, reorder what is around it or hide. The command line passes everything that it writes
@@ -67,7 +67,7 @@ fn is_bidi(character: char) -> bool {
     matches!(character, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
-/// Whether a terminal or a reader can be misled by a character.
+/// Whether a character can mislead a terminal or reader.
 fn is_unsafe(character: char) -> bool {
     (character.is_control() && !matches!(character, '\n' | '\t'))
         || is_bidi(character)

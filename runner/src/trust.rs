@@ -1,4 +1,4 @@
-//! Which files are loaded at all: nobody else can change them, and a lock, where there is one, lists them.
+//! Which files may be loaded: nobody else can change them, and a lock, if there is one, lists them.
 //!
 //! Loading a plugin runs its code with all rights of the user. So a file that others can replace is refused: it, and
 //! every directory and link from the root to it, must belong to the user or to root and be writable by no one else. A
@@ -49,7 +49,7 @@ pub enum TrustError {
         is_dir: bool,
         /// `is writable by everybody`
         problem: &'static str,
-        /// What repairs it.
+        /// The repair.
         repair: String,
     },
     /// The lock does not allow it.
@@ -122,7 +122,7 @@ fn places(plugin: &Path) -> Result<Vec<PathBuf>, TrustError> {
     let mut ahead: VecDeque<OsString> = parts(&whole);
     let (mut places, mut links) = (Vec::new(), 0);
     let top = fs::symlink_metadata(&here).map_err(failed)?;
-    refuse(plugin, &here, &top, Depth::Above)?;
+    refuse(plugin, &here, &top, EntryKind::Other)?;
     while let Some(part) = ahead.pop_front() {
         if part == ".." {
             here.pop();
@@ -133,10 +133,10 @@ fn places(plugin: &Path) -> Result<Vec<PathBuf>, TrustError> {
         if ahead.is_empty() {
             // The sticky bit keeps others from replacing an entry, not from adding one.
             let dir = fs::symlink_metadata(&here).map_err(failed)?;
-            refuse(plugin, &here, &dir, Depth::Own)?;
+            refuse(plugin, &here, &dir, EntryKind::OwnDirectory)?;
             places.push(path.clone());
         }
-        refuse(plugin, &path, &found, Depth::Above)?;
+        refuse(plugin, &path, &found, EntryKind::Other)?;
         if !found.is_symlink() {
             here = path;
             continue;
@@ -168,11 +168,11 @@ fn parts(path: &Path) -> VecDeque<OsString> {
 
 /// What an entry is to a plugin.
 #[derive(Clone, Copy, PartialEq)]
-enum Depth {
+enum EntryKind {
     /// The directory that holds it.
-    Own,
+    OwnDirectory,
     /// Anything else on the way to it, or itself.
-    Above,
+    Other,
 }
 
 /// Refuses what somebody else can change.
@@ -180,16 +180,18 @@ fn refuse(
     plugin: &Path,
     path: &Path,
     found: &fs::Metadata,
-    depth: Depth,
+    kind: EntryKind,
 ) -> Result<(), TrustError> {
     // SAFETY: a plain system call that cannot fail.
     let user = unsafe { libc::geteuid() };
     let shown = path.display().to_string();
-    let (problem, repair) = match writer(found, user, depth) {
+    let (problem, repair) = match writer(found, user, kind) {
         None => return Ok(()),
-        Some(Writer::Everybody) => ("is writable by everybody", format!("chmod o-w '{shown}'")),
-        Some(Writer::Group) => ("is writable by its group", format!("chmod g-w '{shown}'")),
-        Some(Writer::Owner) => (
+        Some(OtherWriter::Everybody) => {
+            ("is writable by everybody", format!("chmod o-w '{shown}'"))
+        }
+        Some(OtherWriter::Group) => ("is writable by its group", format!("chmod g-w '{shown}'")),
+        Some(OtherWriter::Owner) => (
             "belongs to another user",
             format!("copy the plugin with `retort plugin install`, or: chown {user} '{shown}'"),
         ),
@@ -204,27 +206,27 @@ fn refuse(
 }
 
 #[derive(Debug, PartialEq)]
-enum Writer {
+enum OtherWriter {
     Everybody,
     Group,
     Owner,
 }
 
 /// Who besides the user and root can write to something.
-fn writer(found: &fs::Metadata, user: u32, depth: Depth) -> Option<Writer> {
+fn writer(found: &fs::Metadata, user: u32, kind: EntryKind) -> Option<OtherWriter> {
     if found.uid() != user && found.uid() != 0 {
-        return Some(Writer::Owner);
+        return Some(OtherWriter::Owner);
     }
     // A link's own rights mean nothing, and what lies in a sticky directory only its owner replaces.
     let sticky = found.is_dir() && found.mode() & 0o1000 != 0;
-    if found.is_symlink() || (sticky && depth == Depth::Above) {
+    if found.is_symlink() || (sticky && kind == EntryKind::Other) {
         return None;
     }
     if found.mode() & 0o002 != 0 {
-        return Some(Writer::Everybody);
+        return Some(OtherWriter::Everybody);
     }
     // Where every user has a group of the same number with nobody else in it, umask 002 is usual and harmless.
-    (found.mode() & 0o020 != 0 && found.gid() != found.uid()).then_some(Writer::Group)
+    (found.mode() & 0o020 != 0 && found.gid() != found.uid()).then_some(OtherWriter::Group)
 }
 
 /// Refuses a plugin that the lock of its directory does not list with this hash; where it is a link, also that of the

@@ -38,7 +38,7 @@ mod sweeps;
 pub use guard::Guard;
 pub use server::serve;
 
-/// What is served.
+/// What to serve.
 pub struct Site {
     /// The stores, in the order in which they were named; there is at least one.
     stores: Vec<ServedStore>,
@@ -104,7 +104,7 @@ impl Site {
 }
 
 /// Runs that a query names, each once, the pinned one first.
-struct Named<'s> {
+struct NamedRuns<'s> {
     runs: Vec<(&'s ServedStore, RunId)>,
     /// The query with ids in place of what else runs may be called by, where it has such names: `latest` is another run
     /// tomorrow, and a link that is kept shows the same.
@@ -117,7 +117,7 @@ impl Site {
         &self,
         query: &request::Fields,
         most: usize,
-    ) -> Result<Named<'_>, StoreError> {
+    ) -> Result<NamedRuns<'_>, StoreError> {
         let mut runs: Vec<(&ServedStore, RunId)> = Vec::new();
         let mut settled = request::Fields::default();
         for (name, value) in query.pairs().filter(|(_, value)| !value.is_empty()) {
@@ -149,7 +149,7 @@ impl Site {
         let changed = settled
             .pairs()
             .ne(query.pairs().filter(|(_, value)| !value.is_empty()));
-        Ok(Named {
+        Ok(NamedRuns {
             runs,
             settled: changed.then_some(settled),
         })

@@ -1,7 +1,7 @@
 //! The worker: the process that loads one plugin, makes one call and leaves.
 //!
 //! In: a [`Task`] over a socket that arrives as standard input. Out: frames over the same socket, then `_exit`. Whatever
-//! a plugin does to its process, it does here. Deliberately absent: the history, and any decision: a worker does what it
+//! a plugin does to its process, it does here. Deliberately absent: the history, and any decision: a worker does as it
 //! is told until it is told to stop ([`process`] is the runner's end of the socket).
 //!
 //! No worker outlives its runner: when the runner's end of the socket closes, or its process dies, the whole process
@@ -27,12 +27,13 @@ pub mod death;
 mod host;
 mod outbox;
 pub mod process;
+pub mod remote;
 mod services;
 mod writer;
 
 pub use outbox::{LONGEST_LINE, shortened};
 
-/// Why a process is no worker.
+/// Why it cannot be a worker.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
     /// Somebody typed the command.
@@ -43,7 +44,7 @@ pub enum WorkerError {
     Setup(std::io::Error),
 }
 
-/// Does the work of a worker; comes back only when it cannot begin.
+/// Runs a worker; returns only if it cannot start.
 ///
 /// # Errors
 /// [`WorkerError`].
@@ -234,7 +235,7 @@ fn leave() -> ! {
     unsafe { libc::_exit(0) }
 }
 
-/// What a plugin panicked over is whole enough for us: these locks guard plain queues.
+/// A plugin's panic does not damage this data: these locks guard plain queues.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

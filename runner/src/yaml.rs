@@ -4,8 +4,8 @@
 //! of every key and value, and how numbers were written. A mapping or sequence begins where its first child does.
 //! Deliberately absent: what the values mean.
 //!
-//! A recipe is written by hand and may be hostile all the same: bytes, values (those that anchors repeat included),
-//! levels and lengths of keys are limited, and the parser is left at the first that is too much.
+//! A recipe is written by hand but may still be hostile: bytes, values (those that anchors repeat included),
+//! levels and key lengths are limited, and parsing stops at the first excess.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -102,7 +102,7 @@ pub struct Document {
 
 /// Which part of an entry is meant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Part {
+pub enum EntryPart {
     /// The key; for an item of a sequence the same as the value.
     Key,
     /// The value.
@@ -120,15 +120,15 @@ struct Location {
 impl Document {
     /// Where the value at a JSON pointer, or its key, stands in the text. A value that is not in the text is where
     /// its nearest ancestor is.
-    pub fn locate(&self, pointer: &str, part: Part) -> Option<Position> {
+    pub fn locate(&self, pointer: &str, part: EntryPart) -> Option<Position> {
         if let Some(place) = self.places.get(pointer) {
             return match part {
-                Part::Key => place.key.or(place.value),
-                Part::Value => place.value.or(place.key),
+                EntryPart::Key => place.key.or(place.value),
+                EntryPart::Value => place.value.or(place.key),
             };
         }
         let (parent, _) = pointer.rsplit_once('/')?;
-        self.locate(parent, Part::Key)
+        self.locate(parent, EntryPart::Key)
     }
 
     /// How what is no text was written at a JSON pointer, where that differs from its value: `1.50`, `0x10`, `~`.
@@ -266,7 +266,7 @@ mod tests {
         );
         // What is merged stands where the anchor does.
         assert_eq!(
-            document.locate("/use/y/z", Part::Value),
+            document.locate("/use/y/z", EntryPart::Value),
             Some(Position {
                 line: 1,
                 column: 24
@@ -287,14 +287,14 @@ mod tests {
                 "{pointer}"
             );
         };
-        check("/version", Part::Key, 1, 1);
-        check("/version", Part::Value, 1, 10);
-        check("/stages/a", Part::Key, 3, 3);
-        check("/stages/a", Part::Value, 4, 5);
-        check("/stages/a/list/1/k", Part::Key, 5, 16);
-        check("/stages/a/list/1/k", Part::Value, 5, 19);
-        check("/stages/é/v", Part::Value, 6, 16);
-        check("/stages/a/absent", Part::Value, 3, 3);
+        check("/version", EntryPart::Key, 1, 1);
+        check("/version", EntryPart::Value, 1, 10);
+        check("/stages/a", EntryPart::Key, 3, 3);
+        check("/stages/a", EntryPart::Value, 4, 5);
+        check("/stages/a/list/1/k", EntryPart::Key, 5, 16);
+        check("/stages/a/list/1/k", EntryPart::Value, 5, 19);
+        check("/stages/é/v", EntryPart::Value, 6, 16);
+        check("/stages/a/absent", EntryPart::Value, 3, 3);
     }
 
     #[test]

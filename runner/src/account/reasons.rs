@@ -1,4 +1,4 @@
-//! Why a stage of a run ran, or why it did not have to.
+//! Why a stage of a run ran, or was reused.
 
 use std::collections::HashSet;
 
@@ -7,9 +7,9 @@ use serde_json::Value;
 use crate::plan::decision;
 use crate::store::{RunId, StageRecord, StageState, Store, StoreError};
 
-/// What can be said of a stage's turn.
+/// The explanation of a stage.
 #[derive(Debug, Clone)]
-pub struct Answer {
+pub struct StageReason {
     /// The stage.
     pub stage: String,
     /// How many inputs lie between it and the stage that was asked about.
@@ -26,21 +26,25 @@ pub struct Answer {
 ///
 /// # Errors
 /// [`StoreError::Damaged`], [`StoreError::Sql`].
-pub async fn of_stage(store: &Store, run: &RunId, stage: &str) -> Result<Vec<Answer>, StoreError> {
-    let mut answers = Vec::new();
+pub async fn of_stage(
+    store: &Store,
+    run: &RunId,
+    stage: &str,
+) -> Result<Vec<StageReason>, StoreError> {
+    let mut reasons = Vec::new();
     let mut told = HashSet::new();
     let mut ahead = vec![(stage.to_owned(), 0)];
     while let Some((stage, depth)) = ahead.pop() {
         if !told.insert(stage.clone()) {
             continue;
         }
-        if let Some((mut answer, changed)) = of_turn(store, run, &stage).await? {
+        if let Some((mut reason, changed)) = of_turn(store, run, &stage).await? {
             ahead.extend(changed.into_iter().rev().map(|input| (input, depth + 1)));
-            answer.depth = depth;
-            answers.push(answer);
+            reason.depth = depth;
+            reasons.push(reason);
         }
     }
-    Ok(answers)
+    Ok(reasons)
 }
 
 /// Why one stage had its turn as it did, and which of its inputs had changed; none when the run has no such stage.
@@ -51,20 +55,20 @@ pub async fn of_turn(
     store: &Store,
     run: &RunId,
     stage: &str,
-) -> Result<Option<(Answer, Vec<String>)>, StoreError> {
+) -> Result<Option<(StageReason, Vec<String>)>, StoreError> {
     let Some(turn) = store.turn(run, stage).await? else {
         return Ok(None);
     };
     let before = store.turn_before(run, stage).await?;
     let changed = changed_inputs(&turn, before.as_ref());
-    let answer = Answer {
+    let reason = StageReason {
         stage: stage.to_owned(),
         depth: 0,
         state: turn.state,
         why: why(&turn, before.as_ref()),
         compared_with: before.map(|before| before.run),
     };
-    Ok(Some((answer, changed)))
+    Ok(Some((reason, changed)))
 }
 
 fn why(turn: &StageRecord, before: Option<&StageRecord>) -> Vec<String> {
@@ -96,7 +100,7 @@ fn why(turn: &StageRecord, before: Option<&StageRecord>) -> Vec<String> {
             why.push(unchanged(before));
         }
         (Some(differences), Some(_)) => why.extend(differences),
-        _ if turn.reused_from.is_none() => why.push("this recipe had not run it before".into()),
+        _ if turn.reused_from.is_none() => why.push("first run of it in this recipe".into()),
         _ => {}
     }
     why

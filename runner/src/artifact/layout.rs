@@ -1,4 +1,4 @@
-//! Where things lie in a store's directory, and the locks on those that one process has at a time.
+//! The layout of a store's directory, and the locks on exclusive parts of it.
 
 use std::fs::{self, File, TryLockError};
 use std::io;
@@ -10,7 +10,7 @@ use retort_checkpoint::regular;
 use super::{ArtifactError, failed, make_dir};
 use crate::artifact::ArtifactRecord;
 
-/// Where things lie in a store's directory.
+/// The layout of a store's directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
     store: PathBuf,
@@ -111,7 +111,7 @@ impl Layout {
     ///
     /// # Errors
     /// [`ArtifactError::Io`].
-    pub fn open_work(&self, digest: &str) -> Result<Option<Work>, ArtifactError> {
+    pub fn open_work(&self, digest: &str) -> Result<Option<WorkDir>, ArtifactError> {
         let dir = self.work(digest);
         let root = self.store.join("work");
         make_dir(&root)?;
@@ -119,7 +119,7 @@ impl Layout {
             return Ok(None);
         };
         fs::create_dir_all(&dir).map_err(failed("make", &dir))?;
-        Ok(Some(Work {
+        Ok(Some(WorkDir {
             dir,
             lock: Some(lock),
         }))
@@ -151,12 +151,12 @@ impl Drop for Staging {
 
 /// The work directory of a digest, held by this process.
 #[derive(Debug)]
-pub struct Work {
+pub struct WorkDir {
     dir: PathBuf,
     lock: Option<Lock>,
 }
 
-impl Work {
+impl WorkDir {
     /// The directory.
     pub fn path(&self) -> &Path {
         &self.dir
@@ -168,7 +168,7 @@ impl Work {
     }
 }
 
-impl Drop for Work {
+impl Drop for WorkDir {
     fn drop(&mut self) {
         // Without anything to take up again it leaves nothing behind.
         let _ = fs::remove_dir(&self.dir);

@@ -4,10 +4,10 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 
 use clap::{Subcommand, ValueEnum};
-use retort_checkpoint::published::{self, Kind, Part};
+use retort_checkpoint::published::{self, ArtifactNetwork, Kind};
 
 use crate::artifact::{self, Layout};
-use crate::cli::{Context, Error, Exit, FormatArgs, talk};
+use crate::cli::{Context, Error, Exit, FormatArgs, output};
 use crate::draft::{self, Draft};
 use crate::store::{Access, ArtifactRow, Store};
 use crate::table::{Cell, CellStyle, Rows, Style};
@@ -34,7 +34,7 @@ pub enum Command {
 /// Arguments of `artifacts export`.
 #[derive(Debug, clap::Args)]
 pub struct ExportArgs {
-    /// The artifact: the beginning of its hash, or RUN/STAGE for what a stage of a run made (`latest/student`).
+    /// The artifact: a prefix of its hash, or RUN/STAGE for the output of a stage (`latest/student`).
     #[arg(value_name = "ARTIFACT")]
     pub artifact: String,
     /// Output format.
@@ -54,14 +54,14 @@ pub struct ExportArgs {
 /// Forms of exported networks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Form {
-    /// A torch file with the weights where the published scripts of VAR, LlamaGen and Distilled Decoding look for them.
+    /// A torch file with the weights where the published VAR, LlamaGen and Distilled Decoding scripts expect them.
     Published,
 }
 
 /// Networks of an artifact.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum ExportedNetwork {
-    /// What the artifact is: of a teacher the teacher.
+    /// The artifact's main network: a teacher itself.
     Own,
     /// The tokenizer that it goes with.
     Tokenizer,
@@ -70,7 +70,7 @@ pub enum ExportedNetwork {
 /// Arguments of `artifacts list`.
 #[derive(Debug, clap::Args)]
 pub struct ListArgs {
-    /// Only those of this run: an id or the beginning of one, `latest`, `latest~1`, or a tag.
+    /// Only those of this run: an id or a prefix of one, `latest`, `latest~1`, or a tag.
     #[arg(value_name = "RUN")]
     pub run: Option<String>,
     /// The same as RUN.
@@ -87,7 +87,7 @@ pub struct ListArgs {
 /// Arguments of `artifacts verify`.
 #[derive(Debug, clap::Args)]
 pub struct VerifyArgs {
-    /// Beginnings of hashes; without any, all artifacts.
+    /// Prefixes of hashes; without any, all artifacts.
     #[arg(value_name = "HASH")]
     pub hash: Vec<String>,
     /// Output format.
@@ -178,7 +178,7 @@ fn list(args: &ListArgs, context: &Context) -> Result<(), Error> {
         }
         style => rows(&artifacts, context).render(style),
     };
-    Ok(talk::print(&text)?)
+    Ok(output::print(&text)?)
 }
 
 fn verify(args: &VerifyArgs, context: &Context) -> Result<(), Error> {
@@ -208,7 +208,7 @@ fn verify(args: &VerifyArgs, context: &Context) -> Result<(), Error> {
                 .iter()
                 .any(|prefix| hash.starts_with(prefix.as_str()))
     };
-    // One content may have been made more than once; it lies on the disk once.
+    // The same content may have been made repeatedly; it is stored once.
     let mut seen = HashSet::new();
     artifacts.retain(|row| wanted(&row.artifact.hash) && seen.insert(row.artifact.hash.clone()));
 
@@ -233,7 +233,7 @@ fn verify(args: &VerifyArgs, context: &Context) -> Result<(), Error> {
     let style = args.format.style(context);
     let for_people = matches!(style, Style::Table { .. });
     if !(rows.is_empty() && for_people) {
-        talk::print(&rows.render(style))?;
+        output::print(&rows.render(style))?;
     }
     let verified = format!(
         "{} artifacts verified, {} damaged",
@@ -242,11 +242,11 @@ fn verify(args: &VerifyArgs, context: &Context) -> Result<(), Error> {
     );
     if damaged.is_empty() {
         if !context.quiet {
-            talk::say(&verified);
+            output::say(&verified);
         }
         return Ok(());
     }
-    // Of a disk that fails nothing is to be removed: elsewhere it may still be read.
+    // Nothing is removed from a failing disk: it may still be readable elsewhere.
     Err(Error::new(Exit::Internal, verified).hint(match of_disk {
         true => artifact::DISK,
         false => "remove the damaged directories from the store; a run then makes them again",
@@ -268,19 +268,19 @@ fn export(args: &ExportArgs, context: &Context) -> Result<(), Error> {
     let Form::Published = args.form;
     let kind = Kind::of(&artifact.artifact.kind).ok_or_else(|| {
         let message = format!(
-            "{} is of kind {}: only tokenizers, teachers and students are networks that were published",
+            "{} is of kind {}: only tokenizers, teachers and students have a published form",
             args.artifact, artifact.artifact.kind
         );
         Error::new(Exit::NothingMatches, message)
             .hint("`retort artifacts list --kind student` shows the students")
     })?;
     let part = match (args.network, kind) {
-        (ExportedNetwork::Tokenizer, _) | (_, Kind::Tokenizer) => Part::Tokenizer,
-        (ExportedNetwork::Own, _) => Part::Network,
+        (ExportedNetwork::Tokenizer, _) | (_, Kind::Tokenizer) => ArtifactNetwork::Tokenizer,
+        (ExportedNetwork::Own, _) => ArtifactNetwork::Network,
     };
     let name = match part {
-        Part::Tokenizer => "tokenizer",
-        Part::Network => &artifact.stage,
+        ArtifactNetwork::Tokenizer => "tokenizer",
+        ArtifactNetwork::Network => &artifact.stage,
     };
     let output = match &args.output {
         Some(output) => output.clone(),
@@ -303,5 +303,5 @@ fn export(args: &ExportArgs, context: &Context) -> Result<(), Error> {
         .sync_all()
         .and_then(|()| draft.finish())
         .map_err(refused)?;
-    Ok(talk::print(&format!("{}\n", output.display()))?)
+    Ok(output::print(&format!("{}\n", output.display()))?)
 }

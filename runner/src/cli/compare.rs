@@ -1,14 +1,14 @@
 //! `retort compare`.
 
 use crate::account::comparison::{best, facts, side_by_side};
-use crate::cli::{Context, Error, FormatArgs, talk};
+use crate::cli::{Context, Error, FormatArgs, output};
 use crate::store::{Access, Store};
 use crate::table::{Cell, CellStyle, Rows, Style};
 
 /// Arguments of `compare`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Two or more runs: ids or beginnings of them, `latest`, `latest~1`, or tags.
+    /// Two or more runs: ids or prefixes of them, `latest`, `latest~1`, or tags.
     #[arg(value_name = "RUN", num_args = 2.., required = true)]
     pub runs: Vec<String>,
     /// Show equal values too.
@@ -49,7 +49,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
                     "best": best(fact, values)})
             })
             .collect();
-        return Ok(talk::print(&format!(
+        return Ok(output::print(&format!(
             "{:#}\n",
             serde_json::json!({"runs": ids, "rows": rows})
         ))?);
@@ -82,10 +82,10 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         .any(|(fact, values)| !best(fact, values).is_empty())
         && !context.quiet
     {
-        talk::say("* best of the row");
+        output::say("* best of the row");
     }
     if rows.is_empty() && !context.quiet {
-        talk::say("these runs do not differ; `--all` shows what they share");
+        output::say("these runs are equal; `--all` shows all values");
     }
-    Ok(talk::print(&rows.render(style))?)
+    Ok(output::print(&rows.render(style))?)
 }

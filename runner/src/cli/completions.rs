@@ -3,7 +3,7 @@
 use clap::CommandFactory;
 use clap_complete::Shell;
 
-use crate::cli::{Cli, Context, Error, talk};
+use crate::cli::{Cli, Context, Error, output};
 
 /// Arguments of `completions`.
 #[derive(Debug, clap::Args)]
@@ -21,6 +21,6 @@ pub struct Args {
 pub fn execute(args: &Args, _context: &Context) -> Result<(), Error> {
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut Cli::command(), "retort", &mut script);
-    talk::print(&String::from_utf8_lossy(&script))?;
+    output::print(&String::from_utf8_lossy(&script))?;
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! `retort dataset`: what trajectories hold, whether they are whole, and one of several parts.
+//! `retort dataset`: shows a trajectory dataset, checks it, and merges parts into one.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,7 +12,7 @@ use retort_checkpoint::trajectories::{CAPTIONS, ConditionShape, Manifest};
 use serde_json::{Map, Value, json};
 
 use crate::artifact::{self, Layout};
-use crate::cli::{Context, Error, Exit, Format, FormatArgs, talk};
+use crate::cli::{Context, Error, Exit, Format, FormatArgs, output};
 use crate::draft::Draft;
 use crate::store::{Access, ArtifactRecord, Store};
 use crate::table::{self, Cell, CellStyle, Rows, Style};
@@ -28,18 +28,18 @@ pub struct Args {
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Say what a dataset holds: pairs, shape, teacher, distribution, size, classes.
+    /// Describe a dataset: pairs, shape, teacher, distribution, size, classes.
     Info(InfoArgs),
-    /// Read a dataset whole and say which files are damaged.
+    /// Read a whole dataset and list damaged files.
     Verify(InfoArgs),
-    /// Join parts that were made with `range` into one dataset, which `parts` of a stage takes over.
+    /// Merge parts made with `range` into one dataset, which a stage takes as `parts`.
     Merge(MergeArgs),
 }
 
 /// Arguments of `dataset info` and `dataset verify`.
 #[derive(Debug, clap::Args)]
 pub struct InfoArgs {
-    /// A folder with a manifest.json; or the beginning of an artifact's hash, or RUN/STAGE (`latest/trajectories`).
+    /// A folder with a manifest.json; or a prefix of an artifact's hash, or RUN/STAGE (`latest/trajectories`).
     #[arg(value_name = "DATASET", value_hint = ValueHint::DirPath)]
     pub dataset: String,
     /// Output format.
@@ -73,7 +73,7 @@ impl From<Fault> for Error {
     }
 }
 
-/// A dataset that was asked for.
+/// The dataset asked for.
 struct OpenedDataset {
     dir: PathBuf,
     manifest: Manifest,
@@ -94,7 +94,7 @@ impl OpenedDataset {
         if folder.is_dir() {
             return Err(Error::new(
                 Exit::NothingMatches,
-                format!("{reference} has no {MANIFEST}: it is no dataset of trajectories"),
+                format!("{reference} has no {MANIFEST}: it is not a trajectory dataset"),
             ));
         }
         let record = context.runtime()?.block_on(async {
@@ -107,7 +107,7 @@ impl OpenedDataset {
         let record = record.map(|row| row.artifact);
         let record = record.filter(|record| record.kind == "trajectories");
         let Some(record) = record else {
-            let message = format!("{reference} is no dataset of trajectories");
+            let message = format!("{reference} is not a trajectory dataset");
             return Err(Error::new(Exit::NothingMatches, message)
                 .hint("`retort artifacts list --kind trajectories` shows them all"));
         };
@@ -205,7 +205,7 @@ fn info(args: &InfoArgs, context: &Context) -> Result<(), Error> {
         }
         _ => rows.render(args.format.style(context)),
     };
-    Ok(talk::print(&text)?)
+    Ok(output::print(&text)?)
 }
 
 fn verify(args: &InfoArgs, context: &Context) -> Result<(), Error> {
@@ -257,19 +257,19 @@ fn verify(args: &InfoArgs, context: &Context) -> Result<(), Error> {
     }
     let style = args.format.style(context);
     if !(rows.is_empty() && matches!(style, Style::Table { .. })) {
-        talk::print(&rows.render(style))?;
+        output::print(&rows.render(style))?;
     }
     let pairs: u64 = m.shards.iter().map(|shard| shard.end - shard.start).sum();
     if rows.is_empty() {
         if !context.quiet {
-            talk::say(&format!(
+            output::say(&format!(
                 "{pairs} pairs in {} shards verified",
                 m.shards.len()
             ));
             let gaps = m.gaps();
             if !gaps.is_empty() {
-                talk::say(&format!(
-                    "note: a part: {} of {} are made elsewhere",
+                output::say(&format!(
+                    "note: a part: {} of {} are missing here",
                     shown(&gaps),
                     m.count
                 ));
@@ -280,7 +280,7 @@ fn verify(args: &InfoArgs, context: &Context) -> Result<(), Error> {
     let hint = match found.record {
         Some(_) => "remove the artifact's directory from the store; a run then makes it again",
         None => {
-            "copy the file again from where it was made; or take its entry out of manifest.json, and a trajectories stage \
+            "copy the file again from its source; or delete its entry in manifest.json, and a trajectories stage \
              whose `parts` name the folder makes these samples anew"
         }
     };
@@ -288,7 +288,7 @@ fn verify(args: &InfoArgs, context: &Context) -> Result<(), Error> {
     Err(Error::new(Exit::Internal, message).hint(hint))
 }
 
-/// Whether a file of captions has one for each of so many labels.
+/// Whether a file of captions has one for each label.
 fn captions(path: &Path, labels: u32) -> Result<(), String> {
     let open = || -> retort_checkpoint::Result<(usize, u64, Option<usize>)> {
         let file = Checkpoint::open(path)?;
@@ -352,7 +352,7 @@ fn merge(args: &MergeArgs, context: &Context) -> Result<(), Error> {
         let hashes = parts.iter().map(|part| hash(&part.dir.join(CAPTIONS)));
         let hashes = hashes.collect::<Result<Vec<_>, _>>()?;
         if hashes.iter().any(|one| *one != hashes[0]) {
-            return Err(refused("the parts were made for other captions".into()));
+            return Err(refused("the parts have different captions".into()));
         }
         extra = Some(parts[0].dir.join(CAPTIONS));
     }
@@ -365,7 +365,7 @@ fn merge(args: &MergeArgs, context: &Context) -> Result<(), Error> {
     let draft = Draft::folder(out).map_err(failed("make", out))?;
     let take = |from: &Path, name: &str| {
         let to = draft.path().join(name);
-        // An artifact's files must not become writable through another name.
+        // An artifact's files must not become writable by another name.
         fs::copy(from, &to).map(drop).map_err(failed("copy", from))
     };
     let mut bytes = 0;
@@ -391,7 +391,7 @@ fn merge(args: &MergeArgs, context: &Context) -> Result<(), Error> {
     fs::write(&manifest, text + "\n").map_err(failed("write", &manifest))?;
     draft.finish().map_err(failed("make", out))?;
     if !context.quiet {
-        talk::say(&format!(
+        output::say(&format!(
             "{}: {} pairs in {} shards of {} parts, {}",
             out.display(),
             whole.count,

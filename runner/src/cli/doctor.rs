@@ -1,11 +1,11 @@
-//! `retort doctor`: checks this machine and installation, and says what to repair.
+//! `retort doctor`: checks this machine and installation, and suggests repairs.
 
 use std::path::Path;
 
 use serde_json::json;
 use tokio::runtime::Runtime;
 
-use crate::cli::{Context, Error, Exit, Format, FormatArgs, talk};
+use crate::cli::{Context, Error, Exit, Format, FormatArgs, output};
 use crate::cluster::slurm::{Slurm, SlurmError};
 use crate::plugin::{self, Plugins, search_dirs};
 use crate::settings::{Executor, Settings};
@@ -74,7 +74,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     checks.push(space(&context.store));
     plugins(&runtime, context, store.as_ref(), &mut checks);
     cluster(&runtime, context, &mut checks);
-    talk::print(&text(&checks, args, context))?;
+    output::print(&text(&checks, args, context))?;
     match checks
         .iter()
         .filter(|check| check.verdict == Verdict::Bad)
@@ -83,7 +83,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         0 => Ok(()),
         bad => Err(Error::new(
             Exit::Internal,
-            format!("{bad} of {} checks went badly", checks.len()),
+            format!("{bad} of {} checks failed", checks.len()),
         )),
     }
 }
@@ -129,7 +129,7 @@ fn installation() -> Check {
         Err(error) => Check::new(
             "retort",
             Verdict::Odd,
-            format!("{version}, its file cannot be named: {error}"),
+            format!("{version}, its file is unknown: {error}"),
         )
         .repair("plugins beside the executable are not found; use --plugin-dir"),
     }
@@ -138,12 +138,8 @@ fn installation() -> Check {
 fn processors() -> Check {
     match std::thread::available_parallelism() {
         Ok(cores) => Check::new("processors", Verdict::Good, format!("{cores} usable")),
-        Err(error) => Check::new(
-            "processors",
-            Verdict::Odd,
-            format!("cannot be counted: {error}"),
-        )
-        .repair("set `threads` in recipes"),
+        Err(error) => Check::new("processors", Verdict::Odd, format!("not known: {error}"))
+            .repair("set `threads` in recipes"),
     }
 }
 
@@ -201,7 +197,7 @@ fn check_store(runtime: &Runtime, dir: &Path, checks: &mut Vec<Check>) -> Option
     if let Some(first) = problems.first() {
         let detail = format!(
             "{shown} is damaged in {}: {first}",
-            talk::count(problems.len(), "place")
+            output::count(problems.len(), "place")
         );
         checks.push(Check::new("store", Verdict::Bad, detail).repair(SALVAGE));
         checks.push(salvage(runtime, dir));
@@ -232,7 +228,7 @@ fn check_store(runtime: &Runtime, dir: &Path, checks: &mut Vec<Check>) -> Option
     Some(store)
 }
 
-/// What is left to do when the history is gone: the copy of it that is there, first.
+/// What to do when the history is gone: first, restore a copy that exists.
 fn after_loss(dir: &Path) -> String {
     let backups = std::fs::read_dir(dir).into_iter().flatten().flatten();
     let mut backups: Vec<_> = backups
@@ -248,12 +244,12 @@ fn after_loss(dir: &Path) -> String {
         None => format!("put a copy of it back in its place, {shown}/history.db"),
     };
     format!(
-        "{copy}; without any, move {shown} away, begin a new store, and `retort runs import` what was exported: \
+        "{copy}; without any, move {shown} away, begin a new store, and `retort runs import` earlier exports: \
          artifacts without a history are not reused"
     )
 }
 
-/// Whether others may read the history: the arguments of commands are in it.
+/// Whether others may read the history: it contains command arguments.
 fn privacy(dir: &Path) -> Check {
     use std::os::unix::fs::PermissionsExt;
     let open: Vec<String> = ["history.db", "history.db-wal"]
@@ -272,7 +268,7 @@ fn privacy(dir: &Path) -> Check {
         false => Check::new(
             what,
             Verdict::Odd,
-            "everybody on this machine may read its history, with what was given by --set",
+            "everybody on this machine can read its history, including --set values",
         )
         .repair(format!("chmod o-rwx {}", open.join(" "))),
     }
@@ -281,7 +277,7 @@ fn privacy(dir: &Path) -> Check {
 const SALVAGE: &str = "save what can be read (`retort runs export -o saved.db`), move the store away, and \
     `retort runs import saved.db` into a new one";
 
-/// What of a damaged store can be saved: tried, in a directory that is then removed.
+/// What can be saved of a damaged store: tried, in a temporary directory.
 fn salvage(runtime: &Runtime, dir: &Path) -> Check {
     let what = "what can be saved";
     let tried = tempfile::tempdir()
@@ -294,10 +290,10 @@ fn salvage(runtime: &Runtime, dir: &Path) -> Check {
     match tried {
         Err(error) => Check::new(what, Verdict::Bad, format!("nothing: {error}")),
         Ok(saved) => {
-            let (runs, lost) = (talk::count(saved.runs.len(), "run"), saved.lost.len());
+            let (runs, lost) = (output::count(saved.runs.len(), "run"), saved.lost.len());
             let detail = match saved.lost.first() {
                 None => format!("{runs}, whole"),
-                Some(first) => format!("{runs}, without {}: {first}", talk::count(lost, "piece")),
+                Some(first) => format!("{runs}, without {}: {first}", output::count(lost, "piece")),
             };
             Check::new(what, Verdict::Odd, detail)
         }
@@ -314,7 +310,7 @@ fn space(dir: &Path) -> Check {
                 .repair("free some space, or choose another disk with --store")
         }
         Some(free) => Check::new("disk", Verdict::Good, format!("{} free", bytes(free))),
-        None => Check::new("disk", Verdict::Odd, "the free space cannot be found out"),
+        None => Check::new("disk", Verdict::Odd, "the free space is unknown"),
     }
 }
 
@@ -329,7 +325,7 @@ fn free_space(dir: &Path) -> Option<u64> {
     }
 }
 
-/// What runs stages of a recipe in this directory, who says so, and whether the cluster answers.
+/// What runs stages of recipes here, what set this, and whether the cluster answers.
 fn cluster(runtime: &Runtime, context: &Context, checks: &mut Vec<Check>) {
     let settings = match Settings::read(Path::new("."), &context.given()) {
         Ok(settings) => settings,
@@ -355,9 +351,7 @@ fn cluster(runtime: &Runtime, context: &Context, checks: &mut Vec<Check>) {
         Ok(version) => {
             let accounts = match runtime.block_on(slurm.keeps_accounts()) {
                 true => "keeps accounts",
-                false => {
-                    "keeps no accounts: why a job ended is known for as long as Slurm remembers it"
-                }
+                false => "no accounting: why a job ended is known only while Slurm remembers it",
             };
             checks.push(Check::new(
                 "slurm",
@@ -436,7 +430,7 @@ fn plugins(runtime: &Runtime, context: &Context, store: Option<&Store>, checks: 
                 let usable = devices.iter().any(|device| device.unusable.is_none());
                 let verdict = match usable {
                     true => Verdict::Good,
-                    // The plugin itself is there for other devices.
+                    // The plugin itself serves other devices.
                     false if found.variant.is_some() => Verdict::Odd,
                     false => Verdict::Bad,
                 };

@@ -5,7 +5,7 @@
 use std::error::Error as StdError;
 
 use crate::artifact;
-use crate::cli::{Context, talk};
+use crate::cli::{Context, output};
 use crate::diagnostic::Report;
 use crate::executor::ExecutorError;
 use crate::filter::FilterError;
@@ -78,7 +78,7 @@ impl Error {
         }
     }
 
-    /// For when everything has been said already.
+    /// When everything has been printed already.
     pub fn said(exit: Exit) -> Self {
         Self::new(exit, "")
     }
@@ -99,7 +99,7 @@ impl Error {
         self
     }
 
-    /// Of asking the history while planning: the store's error, or that of reading a file.
+    /// Of queries while planning: the store's error, or that of reading a file.
     pub fn of_history(error: Box<dyn StdError>) -> Self {
         match error.downcast::<StoreError>() {
             Ok(error) => (*error).into(),
@@ -113,7 +113,7 @@ impl Error {
     /// Writes the error to stderr.
     pub fn show(&self, context: &Context) {
         if let Some(report) = &self.report {
-            talk::say(&report.render(context.color_stderr()));
+            output::say(&report.render(context.color_stderr()));
         }
         if self.message.is_empty() {
             return;
@@ -127,7 +127,7 @@ impl Error {
         if let Some(hint) = hint {
             text.push_str(&format!("\n  {}: {hint}", paint("help", "1;36", color)));
         }
-        talk::say(&text);
+        output::say(&text);
     }
 }
 
@@ -204,7 +204,7 @@ impl From<StoreError> for Error {
             StoreError::NotImportable { .. } => (
                 Exit::Usage,
                 Some(
-                    "nothing was imported; `retort --store DIR runs export -o FILE` writes a file that can be",
+                    "nothing was imported; `retort --store DIR runs export -o FILE` writes a valid file",
                 ),
             ),
             StoreError::HistoryGone { .. } => (
@@ -213,7 +213,7 @@ impl From<StoreError> for Error {
             ),
             StoreError::NoArtifact { .. } => (
                 Exit::NothingMatches,
-                Some("`retort artifacts list` shows them all; RUN/STAGE means what a stage made"),
+                Some("`retort artifacts list` shows them all; RUN/STAGE names a stage's output"),
             ),
             StoreError::AmbiguousArtifact { .. } => {
                 (Exit::NothingMatches, Some("give more of the hash"))
@@ -229,7 +229,7 @@ impl From<StoreError> for Error {
             StoreError::Elsewhere { .. } => (
                 Exit::StoreBusy,
                 Some(
-                    "ask there, or try again when it has ended; a machine that is gone is forgotten after two minutes",
+                    "use that host, or retry when it has ended; a dead machine is forgotten after two minutes",
                 ),
             ),
             StoreError::FileTooLong { .. } => (
@@ -256,7 +256,7 @@ impl From<StoreError> for Error {
 }
 
 impl From<InputError> for Error {
-    /// What a recipe names is not what it takes it for.
+    /// A recipe's path is not what its option expects.
     fn from(error: InputError) -> Self {
         Self::new(Exit::InvalidRecipe, error.to_string())
     }
@@ -299,9 +299,10 @@ impl From<ExecutorError> for Error {
             ExecutorError::Store(error) => error.into(),
             ExecutorError::Input(error) => error.into(),
             ExecutorError::NoArtifact { .. } => Self::new(Exit::NothingMatches, error.to_string())
-                .hint("`retort artifacts list` shows what there is; `retort runs import` brings others"),
-            ExecutorError::Damaged { .. } => Self::new(Exit::Internal, error.to_string())
-                .hint(artifact::REPAIR),
+                .hint("`retort artifacts list` lists them; `retort runs import` adds others"),
+            ExecutorError::Damaged { .. } => {
+                Self::new(Exit::Internal, error.to_string()).hint(artifact::REPAIR)
+            }
             ExecutorError::Missing { .. } => Self::new(Exit::NothingMatches, error.to_string())
                 .hint("run it without --from first"),
             ExecutorError::Artifact(_) | ExecutorError::System { .. } => {

@@ -1,4 +1,4 @@
-//! A plan about to be run, by whichever command: how, where, and what came of it.
+//! A plan about to be run, by any command: how, where, and with what result.
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
@@ -12,14 +12,14 @@ use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
 use crate::artifact::Layout;
-use crate::cli::past::History;
-use crate::cli::{Context, Error, Exit, talk};
+use crate::cli::known_results::{EmptyHistory, History};
+use crate::cli::{Context, Error, Exit, output};
 use crate::diagnostic::{Finding, Report, Severity};
 use crate::environment;
 use crate::executor::Cluster;
-use crate::executor::attempt::End;
+use crate::executor::end::End;
 use crate::executor::{
-    self, Choice, DetachPolicy, ExecutorError, Options, Outcome, RecordedPlan, RunReport,
+    self, DetachAnswer, DetachPolicy, ExecutorError, Options, Outcome, RecordedPlan, RunReport,
     StageReport,
 };
 use crate::plan::decision::{self, Action, KnownResults, Role};
@@ -34,25 +34,25 @@ use crate::table::{Cell, CellStyle, Rows};
 /// How stages are run: shared by `run` and `resume`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct ExecutionArgs {
-    /// How many stages may run at the same time; of a sweep, how many runs [default: 1; on a cluster 64].
+    /// How many stages may run at the same time; in a sweep, how many runs [default: 1; on a cluster 64].
     #[arg(short, long, value_name = "N")]
     pub jobs: Option<NonZeroUsize>,
     /// What runs the stages: processes of this machine, or jobs of a Slurm cluster that shares the store's directory
     /// [default: what retort.toml says, else local].
     #[arg(long, value_name = "EXECUTOR")]
     pub executor: Option<Executor>,
-    /// Set what stages ask of Slurm, for all or for a kind: `--slurm partition=gpu`, `--slurm distill.time=4:00:00` (may be
+    /// Set Slurm options, for all stages or for a kind: `--slurm partition=gpu`, `--slurm distill.time=4:00:00` (may be
     /// repeated). Keys: partition, account, qos, time, gres, cpus, memory, array-limit, sbatch, prologue, requeue, signal,
     /// poll.
     #[arg(long, value_name = "KEY=VALUE")]
     pub slurm: Vec<String>,
-    /// Leave the run to Slurm once everything that can be submitted has been; `retort resume` comes back to it.
+    /// Exit once everything that can be submitted has been; `retort resume` takes the run up again.
     #[arg(long)]
     pub detach: bool,
     /// After a failure, go on with the stages that do not depend on the failed one.
     #[arg(long)]
     pub keep_going: bool,
-    /// How long a stage may take to reach its next checkpoint after Ctrl-C before it is ended.
+    /// How long a stage may take to reach its next checkpoint after Ctrl-C before a kill.
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = humantime::parse_duration)]
     pub grace: Duration,
     /// Print the result of the run as one JSON document.
@@ -90,7 +90,7 @@ impl ExecutionArgs {
         Ok((self.jobs.unwrap_or(most), cluster))
     }
 
-    /// These, with what a run that is taken up was given where nothing is said now.
+    /// These, completed with the options of the run that is resumed.
     pub fn or_as_recorded(&self, recorded: &RecordedPlan) -> Self {
         let mut these = self.clone();
         these.executor = these.executor.or(recorded.executor);
@@ -100,7 +100,7 @@ impl ExecutionArgs {
         these
     }
 
-    /// Everything that is set for a recipe in `dir`.
+    /// All settings for a recipe in `dir`.
     pub fn settings(&self, dir: &Path, context: &Context) -> Result<Settings, Error> {
         let given = Overrides {
             executor: self.executor,
@@ -118,7 +118,7 @@ pub(super) fn open_store(runtime: &Runtime, dir: &Path) -> Result<Arc<Store>, Er
     ))
 }
 
-/// The store, unless it has still to be made.
+/// The store, unless it does not exist yet.
 pub(super) fn store_if_there(runtime: &Runtime, dir: &Path) -> Result<Option<Arc<Store>>, Error> {
     match dir.join("history.db").exists() {
         true => open_store(runtime, dir).map(Some),
@@ -127,7 +127,7 @@ pub(super) fn store_if_there(runtime: &Runtime, dir: &Path) -> Result<Option<Arc
 }
 
 /// What a store knows of the past.
-pub(super) fn past<'a>(
+pub(super) fn known_results<'a>(
     runtime: &'a Runtime,
     store: &'a Store,
     memory: Memory,
@@ -144,8 +144,8 @@ pub(super) fn teller(context: &Context) -> Arc<ProgressReporter> {
         quiet: context.quiet,
         verbose: context.verbose,
     };
-    let teller = Arc::new(ProgressReporter::new(manner, talk::say));
-    talk::attach(teller.bars());
+    let teller = Arc::new(ProgressReporter::new(manner, output::say));
+    output::attach(teller.bars());
     teller
 }
 
@@ -164,7 +164,7 @@ pub(super) struct Job {
 }
 
 impl Job {
-    /// Runs the plan and prints what came of it; the run.
+    /// Runs the plan and prints its results; the run.
     pub fn carry_out(
         self,
         runtime: &Runtime,
@@ -205,47 +205,71 @@ impl Job {
             &options,
             listener,
         ));
-        talk::attach(None);
+        output::attach(None);
         let report = outcome?;
         let artifacts = runtime.block_on(store.list_artifacts(Some(&report.run)))?;
         runtime.block_on(store.close());
-        let ending = Ending {
+        let run_output = RunOutput {
             report: &report,
             artifacts: &artifacts,
             layout: &layout,
             plan: &self.plan,
         };
-        let printed = talk::print(&match execution.json {
-            true => format!("{:#}\n", ending.document()),
-            false => ending.text(context),
+        let printed = output::print(&match execution.json {
+            true => format!("{:#}\n", run_output.document()),
+            false => run_output.text(context),
         });
-        let wrong = ending.options_at_fault();
+        let wrong = run_output.options_at_fault();
         if !wrong.is_empty() {
             let wrong = Report {
                 path: self.shown_path,
                 text: self.plan.text.clone(),
                 findings: wrong,
             };
-            talk::say(&wrong.render(context.color_stderr()));
+            output::say(&wrong.render(context.color_stderr()));
         }
-        // How the run went decides, whether or not somebody reads about it.
-        ending.conclude(context)?;
+        // The run's result decides, even if its output cannot be written.
+        run_output.conclude(context)?;
         printed?;
         Ok(report.run)
     }
 
-    /// Finds out everything that can be found out before any work is done; shows warnings.
+    /// Checks the plan by what the store knows, if there is one, and opens a new store only for a good plan.
+    pub fn prepare(
+        &self,
+        runtime: &Runtime,
+        known: Option<&Arc<Store>>,
+        memory: Memory,
+        plugins: &mut Plugins<'_>,
+        context: &Context,
+    ) -> Result<Arc<Store>, Error> {
+        let store = match known {
+            Some(store) => {
+                let known = &mut known_results(runtime, store, memory)?;
+                self.check(plugins, known, context)?;
+                Arc::clone(store)
+            }
+            None => {
+                self.check(plugins, &mut EmptyHistory::default(), context)?;
+                open_store(runtime, &context.store)?
+            }
+        };
+        plugins.remember(&store);
+        Ok(store)
+    }
+
+    /// Checks all that can be checked before any work is done; shows warnings.
     pub fn check(
         &self,
         plugins: &mut Plugins<'_>,
-        past: &mut dyn KnownResults,
+        known: &mut dyn KnownResults,
         context: &Context,
     ) -> Result<(), Error> {
         let mut errors = self.of_wanted(self.plan.missing_files());
         let mut warnings = self.of_wanted(self.plan.warnings.clone());
         if errors.is_empty() {
             let decisions =
-                decision::decide(&self.plan, &self.roles, past).map_err(Error::of_history)?;
+                decision::decide(&self.plan, &self.roles, known).map_err(Error::of_history)?;
             let action = |wanted: &[Action]| {
                 decisions
                     .iter()
@@ -272,10 +296,10 @@ impl Job {
             return Err(report(errors).into());
         }
         if !warnings.is_empty() && !context.quiet {
-            talk::say(&report(warnings).render(context.color_stderr()));
+            output::say(&report(warnings).render(context.color_stderr()));
         }
         if !context.quiet {
-            self.plan.notes.iter().for_each(|note| talk::say(note));
+            self.plan.notes.iter().for_each(|note| output::say(note));
         }
         Ok(())
     }
@@ -289,7 +313,7 @@ impl Job {
     }
 }
 
-/// Refuses more workers than one machine is to have processes of a stage.
+/// Refuses more workers than one machine may run of a stage.
 pub(super) fn fits_one_machine(plan: &Plan) -> Result<(), Error> {
     let many = |stage: &&PlannedStage| stage.workers.len() > MAX_PROCESSES;
     match plan.stages.iter().find(many) {
@@ -314,15 +338,15 @@ pub(super) fn is_left_out(finding: &Finding, plan: &Plan, roles: &[Role]) -> boo
     stages.any(|(stage, role)| Some(&*stage.name) == name && *role == Role::Skipped)
 }
 
-/// What a run ends with.
-struct Ending<'a> {
+/// What is printed of a run that has ended, and how its command exits.
+struct RunOutput<'a> {
     report: &'a RunReport,
     artifacts: &'a [ArtifactRow],
     layout: &'a Layout,
     plan: &'a Plan,
 }
 
-impl<'a> Ending<'a> {
+impl<'a> RunOutput<'a> {
     /// How many stages were reused, if nothing ran at all.
     fn idle(&self) -> Option<usize> {
         let stages = &self.report.stages;
@@ -333,7 +357,7 @@ impl<'a> Ending<'a> {
         idle.then_some(stages.len())
     }
 
-    /// Options that only the work on a stage could find to be wrong.
+    /// Options whose mistakes only running the stage can show.
     fn options_at_fault(&self) -> Vec<Finding> {
         let of = |stage: &StageReport| match &stage.outcome {
             Outcome::Ran(End::Failed(failure)) if failure.code == FailureCode::InvalidOptions => {
@@ -460,7 +484,7 @@ impl<'a> Ending<'a> {
         self.outputs().filter_map(picture).collect()
     }
 
-    /// The last words, and the exit code.
+    /// The last line, and the exit code.
     fn conclude(&self, context: &Context) -> Result<(), Error> {
         let RunReport {
             run,
@@ -478,7 +502,7 @@ impl<'a> Ending<'a> {
         let error = match (state, signal) {
             (RunState::Succeeded, _) => {
                 if !context.quiet {
-                    talk::say(&format!(
+                    output::say(&format!(
                         "run {run} succeeded in {took}; `retort runs show {run}` has the details"
                     ));
                 }
@@ -487,12 +511,12 @@ impl<'a> Ending<'a> {
             (RunState::Running, signal) => {
                 let text = format!("run {run} is left to Slurm after {took}");
                 let hint = format!(
-                    "`retort runs show {run}` shows how far it is, `retort resume {run}` takes it up"
+                    "`retort runs show {run}` shows its progress, `retort resume {run}` continues it"
                 );
                 return match signal.map(exit_of) {
                     None | Some(Exit::Interrupted) => {
                         if !context.quiet {
-                            talk::say(&format!("{text}; {hint}"));
+                            output::say(&format!("{text}; {hint}"));
                         }
                         Ok(())
                     }
@@ -512,7 +536,7 @@ impl<'a> Ending<'a> {
             ),
         };
         Err(error.hint(format!(
-            "`retort runs show {run}` has the details, `retort resume {run}` takes it up again"
+            "`retort runs show {run}` has the details, `retort resume {run}` continues it"
         )))
     }
 }
@@ -526,9 +550,9 @@ fn exit_of(signal: i32) -> Exit {
     }
 }
 
-/// Asks on the terminal what is to become of jobs; waits for an answer.
-fn ask_how_to_leave() -> Choice {
-    talk::say(
+/// Asks on the terminal what to do with jobs; waits for an answer.
+fn ask_how_to_leave() -> DetachAnswer {
+    output::say(
         "Slurm jobs are under way: [d]etach and leave them to Slurm, [c]ancel them, or [g]o on?",
     );
     let mut answer = String::new();
@@ -539,9 +563,9 @@ fn ask_how_to_leave() -> Choice {
         .next()
         .map(|first| first.to_ascii_lowercase())
     {
-        Some('d') => Choice::Detach,
-        Some('c') => Choice::Cancel,
-        _ => Choice::GoOn,
+        Some('d') => DetachAnswer::Detach,
+        Some('c') => DetachAnswer::Cancel,
+        _ => DetachAnswer::GoOn,
     }
 }
 
@@ -552,7 +576,7 @@ struct Picture<'a> {
     caption: Option<&'a str>,
 }
 
-/// What came of a stage: in a word, how good that is, and what else there is to say.
+/// A stage's outcome: in a word, how good that is, and further details.
 fn describe(stage: &StageReport) -> (&'static str, CellStyle, String) {
     match &stage.outcome {
         Outcome::Ran(end) => match end.state() {

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::artifact::Layout;
-use crate::cli::{Context, Error, FormatArgs, talk};
+use crate::cli::{Context, Error, FormatArgs, output};
 use crate::store::{self, Access, Garbage, Store};
 use crate::table::{Cell, Rows, bytes};
 
@@ -18,7 +18,7 @@ pub struct Args {
     pub format: FormatArgs,
 }
 
-/// Something that no run needs.
+/// An unneeded file or folder.
 struct Leftover {
     what: &'static str,
     name: String,
@@ -30,7 +30,7 @@ struct Leftover {
 pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let dir = &context.store;
     let found = context.runtime()?.block_on(async {
-        // Reading first: a store that is not there is not to be made.
+        // Reading first: a missing store must not be created.
         let store = Store::open(dir, Access::ReadOnly).await?;
         if !args.remove {
             let found = leftovers(&store, &store.garbage().await?);
@@ -62,11 +62,11 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
             one.path.display().to_string().into(),
         ]);
     }
-    talk::print(&rows.render(args.format.style(context)))?;
+    output::print(&rows.render(args.format.style(context)))?;
     if !context.quiet {
         let size = bytes(found.iter().map(|one| one.size).sum());
-        let count = talk::count(found.len(), "thing");
-        talk::say(&match (found.is_empty(), args.remove) {
+        let count = output::count(found.len(), "thing");
+        output::say(&match (found.is_empty(), args.remove) {
             (true, _) => "every file in the store is needed by a run".to_owned(),
             (_, true) => format!("{count} removed, {size}"),
             (_, false) => format!("{count} could be removed, {size}; `retort gc --remove` does it"),
@@ -84,12 +84,12 @@ fn leftovers(store: &Store, garbage: &Garbage) -> Vec<Leftover> {
         found.push(("draft", name.into_owned(), path));
     }
     for (what, name, path) in entries(&dir.join("artifacts"), "artifact") {
-        if !garbage.needed.contains(&name) && !store::is_draft_of_import(&name) {
+        if !garbage.needed.contains(&name) && !store::is_import_scratch(&name) {
             found.push((what, name, path));
         }
     }
     for (what, name, path) in entries(&dir.join("work"), "checkpoint") {
-        // Locks belong to those who hold them; the next run tidies them up.
+        // Locks belong to their holders; the next run tidies them up.
         if path.is_dir() && !garbage.resumable.contains(&name) {
             found.push((what, name, path));
         }
@@ -128,7 +128,7 @@ fn size(path: &Path) -> u64 {
     entries.map(|entry| size(&entry.path())).sum()
 }
 
-/// Whether it is gone afterwards. What stays is told.
+/// Whether it is now gone. Leftovers are reported.
 fn remove(one: &Leftover) -> bool {
     let removed = if one.path.is_dir() {
         std::fs::remove_dir_all(&one.path)
@@ -136,7 +136,7 @@ fn remove(one: &Leftover) -> bool {
         std::fs::remove_file(&one.path)
     };
     if let Err(error) = &removed {
-        talk::say(&format!("{} stays: {error}", one.path.display()));
+        output::say(&format!("{} stays: {error}", one.path.display()));
     }
     removed.is_ok()
 }

@@ -3,7 +3,7 @@
 use clap::ValueEnum;
 
 use crate::cli::lineage::short as short_hash;
-use crate::cli::{Context, Error, RecipeArgs, talk};
+use crate::cli::{Context, Error, RecipeArgs, output};
 use crate::plan::{self, Plan, PlannedStage};
 use crate::plugin::{Plugins, search_dirs};
 use crate::recipe;
@@ -42,7 +42,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         GraphFormat::Dot => dot(&plan),
         GraphFormat::Mermaid => mermaid(&plan),
     };
-    talk::print(&drawing)?;
+    output::print(&drawing)?;
     Ok(())
 }
 
@@ -70,7 +70,7 @@ fn nodes(plan: &Plan) -> Vec<Node<'_>> {
     given.chain(stages).collect()
 }
 
-/// What a node takes from others: their indices, each with the options that name it.
+/// The inputs of a node: their indices, each with the options that name it.
 fn inputs(nodes: &[Node<'_>], node: &Node<'_>) -> Vec<(usize, Vec<String>)> {
     let mut inputs: Vec<(usize, Vec<String>)> = Vec::new();
     for reference in node.stage.iter().flat_map(|stage| &stage.references) {

@@ -1,4 +1,4 @@
-//! `retort inspect`: what a checkpoint file holds, without loading it and without running what is in it.
+//! `retort inspect`: lists the contents of a checkpoint file, without loading it or running its code.
 
 use std::path::PathBuf;
 
@@ -7,7 +7,7 @@ use retort_checkpoint::shards::SingleShard;
 use retort_checkpoint::{Checkpoint, Dictionary, shown};
 use serde_json::{Value, json};
 
-use crate::cli::{Context, Error, Exit, Format, FormatArgs, talk};
+use crate::cli::{Context, Error, Exit, Format, FormatArgs, output};
 use crate::table::{self, Cell, Rows};
 use crate::terminal;
 
@@ -77,7 +77,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
             1 => String::new(),
             files => format!(" in {files} files"),
         };
-        talk::say(&format!(
+        output::say(&format!(
             "{place}: {}{files}, {}",
             checkpoint.container().name(),
             table::bytes(checkpoint.size())
@@ -85,27 +85,27 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         if let Some(lone) = SingleShard::of(&args.file)
             && checkpoint.files() == 1
         {
-            talk::say(&format!(
-                "note: by its name this is file {} of {}; the folder, or {} in it, stands for all",
+            output::say(&format!(
+                "note: by its name this is file {} of {}; name the folder, or {} in it, for all",
                 lone.number, lone.of, lone.index
             ));
         }
         if let Some(prefix) = selected.map(Dictionary::prefix)
             && !prefix.is_empty()
         {
-            talk::say(&format!(
-                "note: all names begin with `{}`; `teacher` and `student` take off what hides a network they know",
+            output::say(&format!(
+                "note: all names begin with `{}`; `teacher` and `student` remove this prefix",
                 terminal::name(prefix)
             ));
         }
         if !checkpoint.strangers().is_empty() {
             let names = terminal::name(&checkpoint.strangers().join(", "));
-            talk::say(&format!("note: neither run nor interpreted: {names}"));
+            output::say(&format!("note: not run, not interpreted: {names}"));
         }
     }
-    talk::print(&text)?;
+    output::print(&text)?;
     if selected.is_none() && !context.quiet {
-        talk::say("note: --select PATH lists the tensors of one dictionary");
+        output::say("note: --select PATH lists the tensors of one dictionary");
     }
     Ok(())
 }

@@ -1,24 +1,24 @@
-//! `retort lineage`: what an artifact was made from, and what was made from it.
+//! `retort lineage`: an artifact's ancestors and descendants.
 
 use clap::ValueEnum;
 
-use crate::cli::{Context, Error, FormatArgs, talk};
-use crate::store::{Access, Lineage, Relative, Store};
+use crate::cli::{Context, Error, FormatArgs, output};
+use crate::store::{Access, Lineage, LineageArtifact, Store};
 use crate::table::{Cell, Rows, Style};
 
 /// Arguments of `lineage`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The artifact: the beginning of its hash, or RUN/STAGE for what a stage of a run made (`latest/distill`).
+    /// The artifact: a prefix of its hash, or RUN/STAGE for the output of a stage (`latest/distill`).
     #[arg(value_name = "ARTIFACT")]
     pub artifact: String,
-    /// Only what it was made from.
+    /// Only its ancestors.
     #[arg(long, conflicts_with = "down")]
     pub up: bool,
-    /// Only what was made from it.
+    /// Only its descendants.
     #[arg(long)]
     pub down: bool,
-    /// Print a drawing instead of rows.
+    /// Print a graph instead of rows.
     #[arg(long, value_name = "LANGUAGE")]
     pub graph: Option<Language>,
     /// Output format.
@@ -26,7 +26,7 @@ pub struct Args {
     pub format: FormatArgs,
 }
 
-/// Languages of drawings.
+/// Graph languages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Language {
     /// Graphviz.
@@ -60,7 +60,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         (None, Style::Json) => format!("{:#}\n", serde_json::json!(lineage)),
         (None, style) => rows(&lineage).render(style),
     };
-    Ok(talk::print(&text)?)
+    Ok(output::print(&text)?)
 }
 
 fn rows(lineage: &Lineage) -> Rows {
@@ -100,7 +100,7 @@ fn rows(lineage: &Lineage) -> Rows {
     rows
 }
 
-fn label(one: &Relative, line: &str) -> String {
+fn label(one: &LineageArtifact, line: &str) -> String {
     let made = match (&one.stage, &one.run) {
         (Some(stage), Some(run)) => format!("{line}{stage}, run {run}"),
         _ => String::new(),
@@ -145,8 +145,8 @@ mod tests {
     use super::*;
     use crate::store::{RunId, Time};
 
-    fn one(hash: &str, depth: i32) -> Relative {
-        Relative {
+    fn one(hash: &str, depth: i32) -> LineageArtifact {
+        LineageArtifact {
             hash: hash.into(),
             depth,
             kind: "student".into(),

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 
-use crate::cli::{Context, Error, Format, FormatArgs, left, talk};
+use crate::cli::{Context, Error, Format, FormatArgs, detached, output};
 use crate::store::{Access, LogSource, RunDetail, RunId, RunLine, RunState, Store, Time};
 use crate::table::{Cell, CellStyle, Rows};
 use crate::terminal::{clean_line, paint};
@@ -19,7 +19,7 @@ const BATCH: u32 = 10_000;
 /// Arguments of `log`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The run: an id or the beginning of one, `latest`, `latest~1`, or a tag.
+    /// The run: an id or a prefix of one, `latest`, `latest~1`, or a tag.
     #[arg(value_name = "RUN", default_value = "latest")]
     pub run: String,
     /// Which lines.
@@ -28,7 +28,7 @@ pub struct Args {
     /// Only the last N lines.
     #[arg(short = 'n', long, value_name = "N")]
     pub lines: Option<usize>,
-    /// How to print; a table is a line of text for each.
+    /// How to print; a table is one text line for each.
     #[command(flatten)]
     pub format: FormatArgs,
 }
@@ -36,7 +36,7 @@ pub struct Args {
 /// Arguments of `tail`.
 #[derive(Debug, clap::Args)]
 pub struct TailArgs {
-    /// The run: an id or the beginning of one, `latest`, `latest~1`, or a tag.
+    /// The run: an id or a prefix of one, `latest`, `latest~1`, or a tag.
     #[arg(value_name = "RUN", default_value = "latest")]
     pub run: String,
     /// Which lines.
@@ -45,7 +45,7 @@ pub struct TailArgs {
     /// Begin with the last N lines.
     #[arg(short = 'n', long, value_name = "N", default_value_t = 10)]
     pub lines: usize,
-    /// How to print; a table is a line of text for each, JSON an object per line.
+    /// How to print; a table is one text line for each, JSON an object per line.
     #[command(flatten)]
     pub format: FormatArgs,
 }
@@ -108,9 +108,9 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         Format::Json => format!("{:#}\n", serde_json::json!(lines)),
         Format::Csv | Format::Md => rows(lines).render(args.format.style(context)),
     };
-    talk::print(&text)?;
+    output::print(&text)?;
     if lines.is_empty() && !context.quiet {
-        talk::say("no such lines");
+        output::say("no match");
     }
     Ok(())
 }
@@ -127,10 +127,10 @@ pub fn tail(args: &TailArgs, context: &Context) -> Result<(), Error> {
         let mut ask_at = tokio::time::Instant::now();
         loop {
             if tokio::time::Instant::now() >= ask_at {
-                left::refresh(&store, context).await?;
+                detached::refresh(&store, context).await?;
                 ask_at = tokio::time::Instant::now() + ASK;
             }
-            // The state first: what was said before the end is then read for certain.
+            // The state first: everything logged before the end is then read.
             let detail = store.run_detail(&run).await?;
             loop {
                 let more = store.run_log(&run, after, BATCH).await?;
@@ -142,7 +142,7 @@ pub fn tail(args: &TailArgs, context: &Context) -> Result<(), Error> {
                 recent.drain(..recent.len().saturating_sub(args.lines));
             }
             // Heads stand at the beginning, and once.
-            talk::print(&shown(&recent, args, &mut headed, context))?;
+            output::print(&shown(&recent, args, &mut headed, context))?;
             recent.clear();
             if !matches!(detail.summary.state, RunState::Queued | RunState::Running) {
                 store.close().await;
@@ -180,11 +180,11 @@ fn say_end(run: &RunId, detail: &RunDetail, context: &Context) {
         } else {
             format!(": {error}")
         };
-        talk::say(&format!("run {run} {}{why}", detail.summary.state));
+        output::say(&format!("run {run} {}{why}", detail.summary.state));
     }
 }
 
-/// A line of text for each: when (in UTC, as everywhere), stage, what was said.
+/// A line of text for each: time (UTC, as everywhere), stage, message.
 fn texts(lines: &[RunLine], color: bool) -> String {
     let width = lines
         .iter()
@@ -200,7 +200,7 @@ fn texts(lines: &[RunLine], color: bool) -> String {
             (_, LogSource::Stdout | LogSource::Stderr) => ("", "2"),
             _ => ("", ""),
         };
-        // One line, whatever was said: what follows a line feed could look like a line of another stage.
+        // One line, always: text after a line feed could look like a line of another stage.
         let said = paint(&clean_line(&format!("{mark}{}", line.text)), code, color);
         text += &format!("{time} {stage:width$}  {said}\n");
     }

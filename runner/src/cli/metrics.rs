@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Subcommand, ValueEnum, ValueHint};
 
 use crate::chart::{Chart, Curve, Sample};
-use crate::cli::{Context, Error, Exit, Format, FormatArgs, talk};
+use crate::cli::{Context, Error, Exit, Format, FormatArgs, output};
 use crate::draft;
 use crate::store::{Access, Axis, Bucket, CurveQuery, RunId, SeriesSummary, Store};
 use crate::table::{Cell, Rows, Style};
@@ -14,7 +14,7 @@ use crate::table::{Cell, Rows, Style};
 #[derive(Debug, clap::Args)]
 #[command(args_conflicts_with_subcommands = true)]
 pub struct Args {
-    /// What to do; without a command, `list`, or `get` where series are named.
+    /// What to do; without a command, `list`, or `get` if series are named.
     #[command(subcommand)]
     pub command: Option<Command>,
     /// Which series.
@@ -27,7 +27,7 @@ pub struct Args {
 pub enum Command {
     /// List the series of a run with their last, least and greatest values.
     List(ListArgs),
-    /// Print the points of series, or as many buckets as asked for.
+    /// Print the points of series, or a number of buckets.
     Get(GetArgs),
     /// Draw series, in the terminal or into an SVG file.
     Plot(PlotArgs),
@@ -36,7 +36,7 @@ pub enum Command {
 /// Arguments of `metrics list`.
 #[derive(Debug, clap::Args)]
 pub struct ListArgs {
-    /// The run: an id or the beginning of one, `latest`, `latest~1`, or a tag.
+    /// The run: an id or a prefix of one, `latest`, `latest~1`, or a tag.
     #[arg(value_name = "RUN", default_value = "latest")]
     pub run: String,
     /// Only series of this stage.
@@ -50,13 +50,13 @@ pub struct ListArgs {
 /// Arguments of `metrics get`.
 #[derive(Debug, clap::Args)]
 pub struct GetArgs {
-    /// The run: an id or the beginning of one, `latest`, `latest~1`, or a tag.
+    /// The run: an id or a prefix of one, `latest`, `latest~1`, or a tag.
     #[arg(value_name = "RUN", default_value = "latest")]
     pub run: String,
     /// Series: `loss`, `distill/loss`, or a pattern: `*loss`. Without any, the last value of each series.
     #[arg(value_name = "SERIES")]
     pub series: Vec<String>,
-    /// Which part, and how coarsely.
+    /// Which part, and how finely.
     #[command(flatten)]
     pub view: ViewArgs,
     /// Summarise neighbouring points in at most N buckets with their least, greatest and mean value.
@@ -70,7 +70,7 @@ pub struct GetArgs {
 /// Arguments of `metrics plot`.
 #[derive(Debug, clap::Args)]
 pub struct PlotArgs {
-    /// The run: an id or the beginning of one, `latest`, `latest~1`, or a tag.
+    /// The run: an id or a prefix of one, `latest`, `latest~1`, or a tag.
     #[arg(value_name = "RUN")]
     pub run: String,
     /// Series: `loss`, `distill/loss`, or a pattern: `*loss`.
@@ -88,7 +88,7 @@ pub struct PlotArgs {
     /// Write an SVG file (`-`: to stdout) instead of drawing in the terminal.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, conflicts_with_all = ["format", "json"])]
     pub svg: Option<PathBuf>,
-    /// How to print; a table is a drawing, the others are the numbers behind it.
+    /// How to print; a table is a plot, the others are its numbers.
     #[command(flatten)]
     pub format: FormatArgs,
 }
@@ -99,7 +99,7 @@ pub struct ViewArgs {
     /// Only series of this stage.
     #[arg(long, value_name = "STAGE")]
     pub stage: Option<String>,
-    /// What the horizontal axis is.
+    /// The horizontal axis.
     #[arg(long, value_name = "AXIS", default_value = "step")]
     pub axis: AxisName,
     /// From this step on.
@@ -161,7 +161,7 @@ fn list(
         Style::Json => format!("{:#}\n", serde_json::json!(series)),
         style => summary_rows(&series).render(style),
     };
-    Ok(talk::print(&text)?)
+    Ok(output::print(&text)?)
 }
 
 async fn series_of(
@@ -226,7 +226,7 @@ fn get(args: &GetArgs, context: &Context) -> Result<(), Error> {
         store.close().await;
         Ok::<_, Error>(text)
     })?;
-    Ok(talk::print(&text)?)
+    Ok(output::print(&text)?)
 }
 
 /// The series that names and patterns mean, as `stage/series`; all of them without any.
@@ -371,7 +371,7 @@ fn plot(args: &PlotArgs, context: &Context) -> Result<(), Error> {
         Ok::<_, Error>(curves)
     })?;
     if format != Format::Table {
-        return Ok(talk::print(&numbers(curves, args.format.style(context)))?);
+        return Ok(output::print(&numbers(curves, args.format.style(context)))?);
     }
     let axis = match query.axis {
         Axis::Step => "step",
@@ -399,9 +399,9 @@ fn plot(args: &PlotArgs, context: &Context) -> Result<(), Error> {
                     "there is nothing to draw: no value is finite",
                 ));
             }
-            talk::print(&text)?;
+            output::print(&text)?;
         }
-        Some(path) if path.as_os_str() == "-" => talk::print(&chart.svg())?,
+        Some(path) if path.as_os_str() == "-" => output::print(&chart.svg())?,
         Some(path) => draft::write(path, chart.svg().as_bytes()).map_err(|error| {
             Error::new(
                 Exit::Internal,

@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use serde_json::{Value, json};
 
 use crate::artifact::Layout;
-use crate::cli::past::{EmptyHistory, History};
+use crate::cli::known_results::{EmptyHistory, History};
 use crate::cli::sweep::{self, SweepArgs};
-use crate::cli::{Context, Error, Exit, RecipeArgs, SelectionArgs, talk};
+use crate::cli::{Context, Error, Exit, RecipeArgs, SelectionArgs, output};
 use crate::diagnostic::Report;
 use crate::plan::decision::{self, Action, Decision};
 use crate::plan::{self, Origin, Plan, PlannedStage, Threads};
@@ -33,7 +33,7 @@ pub struct Args {
     pub sweep: SweepArgs,
 }
 
-/// Planning makes no store, but for files of so many bytes that nobody wants to wait for their hashes again.
+/// Planning makes no store, except after hashing files of this many bytes, to remember the hashes.
 const WORTH_A_STORE: u64 = 1 << 30;
 
 /// Prints what would run and why.
@@ -46,18 +46,12 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let store = context.known_store(&runtime)?;
     let mut plugins = Plugins::new(search_dirs(&context.plugin_dirs), &runtime, store.as_ref());
     let plan = plan::plan(&recipe, &mut plugins)?;
-    let selection = &args.selection;
-    let roles = decision::select(
-        &plan,
-        selection.from.as_deref(),
-        selection.until.as_deref(),
-        &selection.force,
-    )?;
+    let roles = args.selection.roles(&plan)?;
     let mut nothing = EmptyHistory::default();
     let decisions = match &store {
         Some(store) => {
             let layout = Layout::new(&context.store)?;
-            let mut past = History::new(&runtime, store, layout, selection.rehash.memory());
+            let mut past = History::new(&runtime, store, layout, args.selection.rehash.memory());
             decision::decide(&plan, &roles, &mut past)
         }
         None => decision::decide(&plan, &roles, &mut nothing),
@@ -77,13 +71,13 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     }
     if args.json {
         let document = json!({"plan": plan, "decisions": decisions});
-        talk::print(&format!("{document:#}\n"))?;
+        output::print(&format!("{document:#}\n"))?;
     } else {
         let details = context.verbose > 0;
-        talk::print(&text(&plan, &decisions, context.table_style(), details))?;
+        output::print(&text(&plan, &decisions, context.table_style(), details))?;
     }
     if !context.quiet {
-        plan.notes.iter().for_each(|note| talk::say(note));
+        plan.notes.iter().for_each(|note| output::say(note));
     }
     if !plan.warnings.is_empty() && !context.quiet {
         let report = Report {
@@ -91,7 +85,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
             text: recipe.source.text,
             findings: plan.warnings,
         };
-        talk::say(&report.render(context.color_stderr()));
+        output::say(&report.render(context.color_stderr()));
     }
     match decisions
         .iter()
@@ -104,7 +98,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
                 missing.stage
             ),
         )
-        .hint(format!("leave --from out, or say --from {}", missing.stage))),
+        .hint(format!("omit --from, or use --from {}", missing.stage))),
         None => Ok(()),
     }
 }
@@ -151,9 +145,7 @@ fn text(plan: &Plan, decisions: &[Decision], style: Style, details: bool) -> Str
         sums.push(format!("{run} to run"));
     }
     if changed > 0 {
-        sums.push(format!(
-            "{changed} to run unless the inputs come out as before"
-        ));
+        sums.push(format!("{changed} to run unless the inputs are unchanged"));
     }
     if reuse > 0 {
         sums.push(format!("{reuse} to reuse"));
@@ -173,7 +165,7 @@ fn plugins(plan: &Plan) -> String {
     }
     format!(
         "{}, plugin {}",
-        talk::count(plan.stages.len(), "stage"),
+        output::count(plan.stages.len(), "stage"),
         names.join(", ")
     )
 }

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use tokio::runtime::Runtime;
 
-use crate::cli::{Context, Error, Exit, Format, FormatArgs, talk};
+use crate::cli::{Context, Error, Exit, Format, FormatArgs, output};
 use crate::plan::{DescribeError, PluginIdentity};
 use crate::plugin::{self, PluginFile, Plugins, conformance, search_dirs};
 use crate::store::{Access, Store};
@@ -32,13 +32,13 @@ pub enum Command {
     List(ListArgs),
     /// Load a plugin in a worker process and check its answers and devices.
     Check(CheckArgs),
-    /// Create a plugin of your own: a project that builds, installs and runs at once.
+    /// Create a plugin project that builds, installs and runs at once.
     New(new::Args),
     /// Copy a plugin into the search path.
     Install(install::Args),
     /// Check that a plugin meets the requirements.
     Test(test::Args),
-    /// Allow the plugins that are in a directory now, and no others.
+    /// Allow only the plugins that are in a directory now.
     Lock(lock::Args),
 }
 
@@ -93,7 +93,7 @@ fn list(args: &ListArgs, runtime: &Runtime, context: &Context) -> Result<(), Err
         };
         rows.push(row(found, described, devices));
         for shadowed in &found.shadowed {
-            talk::say(&format!(
+            output::say(&format!(
                 "note: {} is not used: {} comes first",
                 shadowed.display(),
                 found.path.display()
@@ -105,9 +105,9 @@ fn list(args: &ListArgs, runtime: &Runtime, context: &Context) -> Result<(), Err
         for dir in &dirs {
             text.push_str(&format!("\n    {} ({})", dir.path.display(), dir.origin));
         }
-        talk::say(&text);
+        output::say(&text);
     }
-    talk::print(&rows.render(args.format.style(context)))?;
+    output::print(&rows.render(args.format.style(context)))?;
     Ok(())
 }
 
@@ -183,7 +183,7 @@ fn check(args: &CheckArgs, runtime: &Runtime, context: &Context) -> Result<(), E
     if devices.iter().all(|device| device.unusable.is_some()) {
         problems.push("none of its devices can be used".to_owned());
     }
-    talk::print(&match args.format.get() {
+    output::print(&match args.format.get() {
         Format::Json => format!(
             "{:#}\n",
             document(&identity, &description, &devices, &problems)
@@ -204,7 +204,7 @@ fn check(args: &CheckArgs, runtime: &Runtime, context: &Context) -> Result<(), E
         .collect();
     Err(Error::new(
         Exit::Plugin,
-        format!("{} is not as a plugin has to be:{list}", path.display()),
+        format!("{} is not a valid plugin:{list}", path.display()),
     ))
 }
 

@@ -3,8 +3,8 @@
 use std::ops::ControlFlow;
 use std::time::Duration;
 
-use crate::cli::{Context, Error, Exit, FormatArgs, talk};
-use crate::store::{Access, Answer, Store, StoreError};
+use crate::cli::{Context, Error, Exit, FormatArgs, output};
+use crate::store::{Access, QueryPiece, Store, StoreError};
 use crate::table::{Cell, Stream};
 
 /// Arguments of `query`.
@@ -16,7 +16,7 @@ pub struct Args {
     /// The same as --sql.
     #[arg(value_name = "SQL", conflicts_with = "sql")]
     pub statement: Option<String>,
-    /// How long finding the next row may take; a statement that takes longer is ended.
+    /// How long the next row may take; a statement that takes longer is ended.
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = humantime::parse_duration)]
     pub timeout: Duration,
     /// Output format.
@@ -30,11 +30,11 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let style = args.format.style(context);
     let mut stream = None;
     let mut written = Ok(true);
-    let take = |answer: Answer<'_>| {
+    let take = |answer: QueryPiece<'_>| {
         written = match answer {
-            Answer::Heads(heads) => Stream::new(heads, style, talk::stdout())
+            QueryPiece::Heads(heads) => Stream::new(heads, style, output::stdout())
                 .map(|begun| stream.replace(begun).is_none()),
-            Answer::Row(row) => match &mut stream {
+            QueryPiece::Row(row) => match &mut stream {
                 Some(stream) => stream.push(row.into_iter().map(Cell::from).collect()),
                 None => Ok(true),
             },
@@ -54,17 +54,17 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let more = !written?;
     let shown = stream.map(Stream::end).transpose()?;
     if more && let Some(shown) = shown {
-        talk::say(&format!(
+        output::say(&format!(
             "only the first {} are shown; `--format csv` and `--format json` give all",
-            talk::count(shown, "row")
+            output::count(shown, "row")
         ));
     }
     Ok(())
 }
 
-/// What SQLite finds wrong with the statement is the user's to mend.
+/// Errors in the statement are the user's to fix.
 fn of_statement(error: StoreError) -> Error {
-    let wrong = || Error::new(Exit::Usage, "the statement cannot be answered");
+    let wrong = || Error::new(Exit::Usage, "the statement failed");
     let error = match error {
         StoreError::Sql(error) => error,
         endless @ StoreError::Endless { .. } => return wrong().cause(&endless).hint(MORE),
@@ -77,7 +77,7 @@ fn of_statement(error: StoreError) -> Error {
     shown.causes.push(match database.code().as_deref() {
         // SQLITE_AUTH says no more than that.
         Some("23") => format!(
-            "it would do more than read the history ({})",
+            "only reading the history is allowed ({})",
             database.message()
         ),
         _ => database.message().to_owned(),
@@ -85,7 +85,7 @@ fn of_statement(error: StoreError) -> Error {
     shown
 }
 
-const MORE: &str = "ask for less, or give it more time: `--timeout 10m`";
+const MORE: &str = "query less, or allow more time: `--timeout 10m`";
 const HINT: &str = "`retort query` without a statement lists the views and their columns";
 
 /// What may be asked: the views are kept, the tables under them may change.

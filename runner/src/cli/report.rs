@@ -7,12 +7,12 @@ use clap::ValueHint;
 
 use crate::artifact::Layout;
 use crate::chart::{self, Chart};
-use crate::cli::{Context, Error, Exit, metrics, show, talk};
+use crate::cli::{Context, Error, Exit, metrics, output, show};
 use crate::draft;
 use crate::report::{self, Curves, Page, Picture};
 use crate::store::{Access, Axis, CurveQuery, Store};
 
-/// Charts of a page; what is beyond is in its tables.
+/// Charts on a page; other series are in its tables.
 const MOST_CHARTS: usize = 60;
 /// Runs of a page.
 const MOST_RUNS: usize = 50;
@@ -24,7 +24,7 @@ const BUCKETS: u32 = 400;
 /// Arguments of `report`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The runs: ids or beginnings of them, `latest`, `latest~1`, or tags.
+    /// The runs: ids or prefixes of them, `latest`, `latest~1`, or tags.
     #[arg(value_name = "RUN", default_value = "latest")]
     pub runs: Vec<String>,
     /// The file to write (`-`: to stdout).
@@ -76,14 +76,14 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let page = report::html(&title, &pages, &curves);
     if args.output.as_os_str() == "-" {
         // A document and not words for a terminal; its control characters are those of texts in it.
-        return Ok(talk::stdout().write_all(page.as_bytes())?);
+        return Ok(output::stdout().write_all(page.as_bytes())?);
     }
     draft::write(&args.output, page.as_bytes()).map_err(|error| {
         let message = format!("{} cannot be written", args.output.display());
         Error::new(Exit::Internal, message).cause(&error)
     })?;
     if !context.quiet {
-        talk::say(&format!("{} is written", args.output.display()));
+        output::say(&format!("{} is written", args.output.display()));
     }
     Ok(())
 }
@@ -127,7 +127,7 @@ async fn curves(store: &Store, pages: &[Page]) -> Result<Curves, Error> {
             names.push(name);
         }
     }
-    // What people look at first comes first, and is not what is left out.
+    // The most important series come first and are not left out.
     names.sort_by_key(|name| !chart::is_wanted(name));
     let left_out = names.len().saturating_sub(MOST_CHARTS);
     names.truncate(MOST_CHARTS);

@@ -1,7 +1,7 @@
-//! `retort resume`: takes a run up again, with its frozen plan.
+//! `retort resume`: continues a run, with its frozen plan.
 
-use crate::cli::execution::{ExecutionArgs, Job, open_store, past};
-use crate::cli::{Context, Error, Exit, RehashArgs, left, sweep, talk};
+use crate::cli::execution::{ExecutionArgs, Job, known_results, open_store};
+use crate::cli::{Context, Error, Exit, RehashArgs, detached, output, sweep};
 use crate::executor::RecordedPlan;
 use crate::plan::{Descriptions, Plan};
 use crate::plugin::{Plugins, search_dirs};
@@ -10,7 +10,7 @@ use crate::store::{Access, RunDetail, RunState, StageState, Store, StoreError, S
 /// Arguments of `resume`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The run: an id or the beginning of one, `latest`, `latest~1`, or a tag; or a sweep, whose missing points are run.
+    /// The run: an id or a prefix of one, `latest`, `latest~1`, or a tag; or a sweep: its missing points are run.
     /// Without it, the latest run, or the sweep it belongs to.
     #[arg(value_name = "RUN")]
     pub run: Option<String>,
@@ -32,7 +32,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let run = match runtime.block_on(store.resolve_run(reference)) {
         Err(StoreError::NoRun { .. }) if reference.starts_with(['s', 'S']) => {
             let sweep = runtime.block_on(store.resolve_sweep(reference));
-            // Of two things that are not there, the run is the likelier one.
+            // If neither exists, a run was probably meant.
             let sweep = sweep.map_err(|error| match error {
                 StoreError::NoSweep { .. } => StoreError::NoRun {
                     reference: reference.to_owned(),
@@ -50,7 +50,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
             return sweep::points::resume(&id, &runtime, &store, &args.execution, context);
         }
     }
-    let left = runtime.block_on(left::refresh(&store, context))?;
+    let left = runtime.block_on(detached::refresh(&store, context))?;
     let left = left.into_iter().find(|left| left.run == run);
     let detail = runtime.block_on(store.run_detail(&run))?;
     let alive = matches!(detail.summary.state, RunState::Running | RunState::Queued);
@@ -59,13 +59,13 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
             Exit::Usage,
             format!("run {run} is still {}", detail.summary.state),
         )
-        .hint("a run is taken up again once it has ended"));
+        .hint("a run can be resumed once it has ended"));
     }
     let recorded: RecordedPlan =
         serde_json::from_value(detail.resolved.clone()).map_err(|error| {
             Error::new(
                 Exit::Internal,
-                format!("run {run} was recorded by another retort and cannot be taken up again"),
+                format!("run {run} is from another version of retort and cannot be resumed"),
             )
             .cause(&error)
             .hint(format!(
@@ -82,7 +82,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         .map(|stage| recorded.role(&stage.name, state_of(&detail, &stage.name)))
         .collect();
     if !context.quiet {
-        talk::say(&format!("resuming run {run} of {}", plan.name));
+        output::say(&format!("resuming run {run} of {}", plan.name));
     }
     let job = Job {
         roles,
@@ -91,8 +91,8 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         resumed_from: Some(run),
         sweep: detail.summary.sweep.clone(),
     };
-    let past = &mut past(&runtime, &store, args.rehash.memory())?;
-    job.check(&mut plugins, past, context)?;
+    let known = &mut known_results(&runtime, &store, args.rehash.memory())?;
+    job.check(&mut plugins, known, context)?;
     // The jobs that still run are taken up as they are.
     if let Some(left) = left {
         runtime.block_on(store.take_up(&left))?;
@@ -102,7 +102,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         .map(drop)
 }
 
-/// Plugins that have been built anew since are used as they are now; what they made before is made again.
+/// Plugins rebuilt since then are used as they are now; their results are made again.
 fn renew_plugins(
     plan: &mut Plan,
     plugins: &mut Plugins<'_>,
@@ -114,7 +114,7 @@ fn renew_plugins(
         let (identity, description) = (&build.identity, &build.description);
         if identity.hash != stage.plugin.hash && !told.contains(&identity.name) {
             if !context.quiet {
-                talk::say(&format!(
+                output::say(&format!(
                     "plugin {} has changed since that run: its stages run again",
                     identity.name
                 ));

@@ -1,14 +1,12 @@
-//! `retort run`: plans a recipe, runs what has to run, ends with what came of it.
+//! `retort run`: plans a recipe, runs what has to run, prints the results.
 
 use std::path::Path;
-use std::sync::Arc;
 
-use crate::cli::execution::{ExecutionArgs, Job, open_store, past, store_if_there};
-use crate::cli::past::EmptyHistory;
+use crate::cli::execution::{ExecutionArgs, Job, store_if_there};
 use crate::cli::sweep::{self, SweepArgs};
 use crate::cli::{Context, Error, RecipeArgs, SelectionArgs};
 use crate::cluster::devices::NodeDescriptions;
-use crate::plan::{self, decision};
+use crate::plan;
 use crate::plugin::{Plugins, search_dirs};
 use crate::recipe;
 use crate::settings::Executor;
@@ -43,7 +41,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         );
     }
     let runtime = context.runtime()?;
-    // A store that is not there yet is made only when the recipe has turned out to be right.
+    // A new store is created only after the recipe has been found valid.
     let known = store_if_there(&runtime, &context.store)?;
     let mut plugins = Plugins::new(
         search_dirs(&context.plugin_dirs),
@@ -56,13 +54,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         true => plan::plan(&recipe, &mut NodeDescriptions(&mut plugins))?,
         false => plan::plan(&recipe, &mut plugins)?,
     };
-    let selection = &args.selection;
-    let roles = decision::select(
-        &plan,
-        selection.from.as_deref(),
-        selection.until.as_deref(),
-        &selection.force,
-    )?;
+    let roles = args.selection.roles(&plan)?;
     let job = Job {
         plan,
         roles,
@@ -70,18 +62,8 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         resumed_from: None,
         sweep: None,
     };
-    match &known {
-        Some(store) => {
-            let past = &mut past(&runtime, store, selection.rehash.memory())?;
-            job.check(&mut plugins, past, context)?;
-        }
-        None => job.check(&mut plugins, &mut EmptyHistory::default(), context)?,
-    }
-    let store = match &known {
-        Some(store) => Arc::clone(store),
-        None => open_store(&runtime, &context.store)?,
-    };
-    plugins.remember(&store);
+    let memory = args.selection.rehash.memory();
+    let store = job.prepare(&runtime, known.as_ref(), memory, &mut plugins, context)?;
     job.carry_out(&runtime, &store, &args.execution, context)
         .map(drop)
 }

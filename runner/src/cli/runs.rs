@@ -4,7 +4,9 @@ use clap::Subcommand;
 
 use serde_json::Value;
 
-use crate::cli::{Context, Error, Exit, FormatArgs, artifacts, left, metrics, talk, transfer};
+use crate::cli::{
+    Context, Error, Exit, FormatArgs, artifacts, detached, metrics, output, transfer,
+};
 use crate::filter;
 use crate::store::{
     Access, JobRow, RunDetail, RunFilter, RunState, RunSummary, SeriesSummary, Sort, StageDetail,
@@ -28,31 +30,31 @@ pub enum Command {
     List(ListArgs),
     /// Show a run: its stages, results, tables and pictures.
     Show(ShowArgs),
-    /// Give a run tags to refer to it by, or take them from it.
+    /// Add tags to a run, to refer to it by, or remove them.
     Tag(TagArgs),
-    /// Note something about a run.
+    /// Set a note on a run.
     Note(NoteArgs),
     /// Remove runs from the history; `gc` then removes the files that no other run needs.
     Rm(RemoveArgs),
-    /// Write runs into one file, for another store; from a damaged store, what can be read.
+    /// Write runs into one file, for another store; salvages a damaged store.
     Export(transfer::ExportArgs),
     /// Import the runs of an exported file that this store lacks.
     ///
     /// The whole file is checked first. Then its runs are copied piece by piece, so that other commands can write in
-    /// between. An import that is ended half-way leaves whole runs; repeated, it goes on where it stopped.
+    /// between. An interrupted import leaves whole runs; repeat it to continue.
     Import(transfer::ImportArgs),
 }
 
 /// Arguments of `runs tag`.
 #[derive(Debug, clap::Args)]
 pub struct TagArgs {
-    /// The run: an id or the beginning of one, `latest`, `latest~1`, or a tag.
+    /// The run: an id or a prefix of one, `latest`, `latest~1`, or a tag.
     #[arg(value_name = "RUN")]
     pub run: String,
     /// The tags: any text.
     #[arg(value_name = "TAG", required = true)]
     pub tags: Vec<String>,
-    /// Take the tags from it instead.
+    /// Remove the tags instead.
     #[arg(long)]
     pub remove: bool,
 }
@@ -60,7 +62,7 @@ pub struct TagArgs {
 /// Arguments of `runs note`.
 #[derive(Debug, clap::Args)]
 pub struct NoteArgs {
-    /// The run: an id or the beginning of one, `latest`, `latest~1`, or a tag.
+    /// The run: an id or a prefix of one, `latest`, `latest~1`, or a tag.
     #[arg(value_name = "RUN")]
     pub run: String,
     /// The new note, which replaces the previous one; without it, the note is printed.
@@ -71,13 +73,13 @@ pub struct NoteArgs {
 /// Arguments of `runs rm`.
 #[derive(Debug, clap::Args)]
 pub struct RemoveArgs {
-    /// The runs: ids or beginnings of them, `latest`, `latest~1`, or tags.
+    /// The runs: ids or prefixes of them, `latest`, `latest~1`, or tags.
     #[arg(value_name = "RUN", required = true)]
     pub runs: Vec<String>,
     /// Only say what would be removed.
     #[arg(long)]
     pub dry_run: bool,
-    /// Remove even if other runs reuse their stages; those lose track of where the results came from.
+    /// Remove even if other runs reuse their stages; those forget where the results came from.
     #[arg(long)]
     pub force: bool,
 }
@@ -122,7 +124,7 @@ pub struct ListArgs {
 /// Arguments of `runs show`.
 #[derive(Debug, clap::Args)]
 pub struct ShowArgs {
-    /// The run: an id or the beginning of one, `latest`, `latest~1`, or a tag.
+    /// The run: an id or a prefix of one, `latest`, `latest~1`, or a tag.
     #[arg(value_name = "RUN", default_value = "latest")]
     pub run: String,
     /// Output format.
@@ -164,7 +166,7 @@ fn list(args: &ListArgs, context: &Context) -> Result<(), Error> {
             Err(error) => return Err(Error::from(error)),
         };
         let limit = (args.limit > 0).then_some(args.limit);
-        // One more than asked for tells whether there are more.
+        // One extra row tells whether there are more.
         let recipe = args.recipe.clone();
         let filter = RunFilter {
             limit: limit.map(|limit| limit.saturating_add(1)),
@@ -175,7 +177,7 @@ fn list(args: &ListArgs, context: &Context) -> Result<(), Error> {
             sort,
             columns,
         };
-        left::refresh(&store, context).await?;
+        detached::refresh(&store, context).await?;
         let mut runs = store.list_runs(&filter).await?;
         store.close().await;
         let more = limit.is_some_and(|limit| runs.len() as u64 > u64::from(limit));
@@ -189,17 +191,17 @@ fn list(args: &ListArgs, context: &Context) -> Result<(), Error> {
         Style::Csv => complete_rows(&runs, &args.show).render(style),
         Style::Table { .. } | Style::Markdown => brief_rows(&runs, &args.show).render(style),
     };
-    talk::print(&text)?;
+    output::print(&text)?;
     if runs.is_empty() && !context.quiet {
         let which = if args.state.is_some() || args.recipe.is_some() || args.filter.is_some() {
             "such "
         } else {
             ""
         };
-        talk::say(&format!("no {which}runs in {}", context.store.display()));
+        output::say(&format!("no {which}runs in {}", context.store.display()));
     }
     if more && !context.quiet {
-        talk::say(&format!(
+        output::say(&format!(
             "the {} {} are shown; `--limit 0` shows all",
             if args.sort.is_empty() {
                 "newest"
@@ -238,9 +240,8 @@ fn brief_rows(runs: &[RunSummary], columns: &[String]) -> Rows {
     let own = [
         "run", "state", "recipe", "started", "took", "stages", "tags",
     ];
-    let mut rows = Rows::new(&with_columns(&own, columns));
-    for run in runs {
-        let own = [
+    rows(runs, &own, columns, |run| {
+        vec![
             run.id.0.as_str().into(),
             run.state.into(),
             run.recipe.as_str().into(),
@@ -248,17 +249,23 @@ fn brief_rows(runs: &[RunSummary], columns: &[String]) -> Rows {
             Cell::seconds(run.seconds),
             run.stages.in_words().into(),
             run.tags.join(" ").into(),
-        ];
-        rows.push(own.into_iter().chain(values(run, columns)));
-    }
-    rows
+        ]
+    })
 }
 
-fn with_columns<'a>(own: &[&'a str], columns: &'a [String]) -> Vec<&'a str> {
-    own.iter()
-        .copied()
-        .chain(columns.iter().map(String::as_str))
-        .collect()
+/// A row for each run: its cells under `heads`, then its values of `columns`.
+fn rows(
+    runs: &[RunSummary],
+    heads: &[&str],
+    columns: &[String],
+    cells: impl Fn(&RunSummary) -> Vec<Cell>,
+) -> Rows {
+    let asked_for = columns.iter().map(String::as_str);
+    let mut rows = Rows::new(&heads.iter().copied().chain(asked_for).collect::<Vec<_>>());
+    for run in runs {
+        rows.push(cells(run).into_iter().chain(values(run, columns)));
+    }
+    rows
 }
 
 fn values(run: &RunSummary, columns: &[String]) -> impl Iterator<Item = Cell> {
@@ -289,9 +296,8 @@ fn complete_rows(runs: &[RunSummary], columns: &[String]) -> Rows {
         "note",
         "error",
     ];
-    let mut rows = Rows::new(&with_columns(&own, columns));
-    for run in runs {
-        let own = [
+    rows(runs, &own, columns, |run| {
+        vec![
             run.id.0.as_str().into(),
             run.state.into(),
             run.recipe.as_str().into(),
@@ -308,15 +314,13 @@ fn complete_rows(runs: &[RunSummary], columns: &[String]) -> Rows {
             run.resumed_from.as_ref().map(|id| id.0.as_str()).into(),
             run.note.as_str().into(),
             run.error.as_deref().into(),
-        ];
-        rows.push(own.into_iter().chain(values(run, columns)));
-    }
-    rows
+        ]
+    })
 }
 
-/// Opens a store that is there, to write to it.
+/// Opens an existing store for writing.
 async fn open_to_change(context: &Context) -> Result<Store, Error> {
-    // Reading first: a store that is not there is not to be made.
+    // Reading first: a missing store must not be created.
     drop(Store::open(&context.store, Access::ReadOnly).await?);
     Ok(Store::open(&context.store, Access::ReadWrite).await?)
 }
@@ -335,11 +339,11 @@ fn tag(args: &TagArgs, context: &Context) -> Result<(), Error> {
                 }
                 continue;
             }
-            // It would never be found: references are tried in this order.
+            // It could never be found: references are tried in this order.
             if tag.trim().is_empty() || tag.starts_with("latest") {
                 return Err(Error::new(
                     Exit::Usage,
-                    format!("`{tag}` cannot be a tag: it means something else, or nothing"),
+                    format!("`{tag}` cannot be a tag: it has another meaning, or is empty"),
                 ));
             }
             store.tag_run(&run, tag).await?;
@@ -363,7 +367,7 @@ fn note(args: &NoteArgs, context: &Context) -> Result<(), Error> {
         Ok(None)
     })?;
     match note {
-        Some(note) if !note.is_empty() => Ok(talk::print(&format!("{note}\n"))?),
+        Some(note) if !note.is_empty() => Ok(output::print(&format!("{note}\n"))?),
         _ => Ok(()),
     }
 }
@@ -385,7 +389,9 @@ fn remove(args: &RemoveArgs, context: &Context) -> Result<(), Error> {
                 Exit::Usage,
                 format!("stages of these runs are reused by {}", ids.join(", ")),
             )
-            .hint("remove those too, or say --force: they then no longer know where the results came from"));
+            .hint(
+                "remove those too, or use --force: they then forget where the results came from",
+            ));
         }
         if !args.dry_run {
             store.remove_runs(&runs).await?;
@@ -400,7 +406,7 @@ fn remove(args: &RemoveArgs, context: &Context) -> Result<(), Error> {
         } else {
             "removed; `retort gc` shows files that are no longer needed"
         };
-        talk::say(&format!("{} {said}", ids.join(", ")));
+        output::say(&format!("{} {said}", ids.join(", ")));
     }
     Ok(())
 }
@@ -408,7 +414,7 @@ fn remove(args: &RemoveArgs, context: &Context) -> Result<(), Error> {
 fn show(args: &ShowArgs, context: &Context) -> Result<(), Error> {
     let (detail, metrics, jobs) = context.runtime()?.block_on(async {
         let store = Store::open(&context.store, Access::ReadOnly).await?;
-        left::refresh(&store, context).await?;
+        detached::refresh(&store, context).await?;
         let run = store.resolve_run(&args.run).await?;
         let detail = store.run_detail(&run).await?;
         let metrics = store.last_metrics(&run).await?;
@@ -429,7 +435,7 @@ fn show(args: &ShowArgs, context: &Context) -> Result<(), Error> {
             texts.collect::<Vec<_>>().join("\n")
         }
     };
-    Ok(talk::print(&text)?)
+    Ok(output::print(&text)?)
 }
 
 /// Everything about a run, for programs.
@@ -610,7 +616,7 @@ fn job_rows(jobs: &[JobRow]) -> Rows {
     rows
 }
 
-/// How a stage ended, or where its result was taken from.
+/// How a stage ended, or where its result came from.
 fn why(stage: &StageDetail) -> String {
     if let Some(source) = &stage.reused_from {
         return format!("from run {}", source.run);

@@ -10,10 +10,8 @@ use clap::ValueHint;
 use serde_json::{Value, json};
 
 use crate::artifact::{self, Layout};
-use crate::cli::execution::{ExecutionArgs, Job, open_store, past, store_if_there};
-use crate::cli::past::EmptyHistory;
-use crate::cli::{Context, Error, Exit, SelectionArgs, show, talk};
-use crate::plan::decision;
+use crate::cli::execution::{ExecutionArgs, Job, store_if_there};
+use crate::cli::{Context, Error, Exit, SelectionArgs, output, show};
 use crate::plan::{self, Descriptions};
 use crate::plugin::{Plugins, search_dirs};
 use crate::recipe;
@@ -29,7 +27,7 @@ const KINDS: [&str; 2] = ["student", "teacher"];
 /// Arguments of `sample`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The network: `latest/student` (a run and a stage), the beginning of an artifact's hash, a run, or a published file.
+    /// The network: `latest/student` (a run and a stage), a prefix of an artifact's hash, a run, or a published file.
     #[arg(value_name = "NETWORK", value_hint = ValueHint::FilePath)]
     pub network: String,
     /// How many images.
@@ -53,16 +51,16 @@ pub struct Args {
     /// The plugin; by default the one that made the artifact.
     #[arg(long, value_name = "PLUGIN")]
     pub backend: Option<String>,
-    /// Copy the images and the grid into this directory, which is made.
+    /// Copy the images and the grid into this new directory.
     #[arg(short, long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub output: Option<PathBuf>,
     /// Family of a published file: `llamagen` or `var`.
     #[arg(long, value_name = "FAMILY")]
     pub family: Option<String>,
-    /// Of a published file: the tokenizer's file.
+    /// Published file: the tokenizer's file.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub tokenizer: Option<PathBuf>,
-    /// Of a published file: it is a teacher, not a student.
+    /// Published file: it is a teacher, not a student.
     #[arg(long)]
     pub teacher: bool,
     /// Set any other option, of `images` or of a published `network`: `--set images.npz=true`, `--set network.heads=16`.
@@ -118,7 +116,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let mut recipe = recipe::parse(&shown_path, here, text, &set)?;
     recipe.source.home = context.home();
     let plan = plan::plan(&recipe, &mut plugins)?;
-    let roles = decision::select(&plan, None, None, &SelectionArgs::default().force)?;
+    let roles = SelectionArgs::default().roles(&plan)?;
     let job = Job {
         plan,
         roles,
@@ -126,18 +124,8 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         resumed_from: None,
         sweep: None,
     };
-    match &known {
-        Some(store) => {
-            let past = &mut past(&runtime, store, Memory::Trusted)?;
-            job.check(&mut plugins, past, context)?;
-        }
-        None => job.check(&mut plugins, &mut EmptyHistory::default(), context)?,
-    }
-    let store = match &known {
-        Some(store) => std::sync::Arc::clone(store),
-        None => open_store(&runtime, &context.store)?,
-    };
-    plugins.remember(&store);
+    let memory = Memory::Trusted;
+    let store = job.prepare(&runtime, known.as_ref(), memory, &mut plugins, context)?;
     let run = job.carry_out(&runtime, &store, &args.execution, context)?;
     let Some(dir) = &args.output else {
         return Ok(());
@@ -155,7 +143,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     }
 }
 
-/// Whether a text can only be meant as a path: no reference to a run or an artifact is written so.
+/// Whether a text can only be a path: no reference to a run or an artifact looks like this.
 fn is_path(text: &str) -> bool {
     let endings = [".pt", ".pth", ".ckpt", ".bin", ".safetensors"];
     ["/", "./", "../"]
@@ -164,14 +152,14 @@ fn is_path(text: &str) -> bool {
         || endings.iter().any(|end| text.ends_with(end))
 }
 
-/// Pictures are not mixed with others, nor written over.
+/// Existing pictures are not mixed in or overwritten.
 fn check_is_free(dir: &Path) -> Result<(), Error> {
     let is_empty = || std::fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_none());
     match !dir.exists() || is_empty() {
         true => Ok(()),
         false => Err(Error::new(
             Exit::Usage,
-            format!("{} is there, and no empty directory", dir.display()),
+            format!("{} is not an empty directory", dir.display()),
         )
         .hint("name another directory with -o")),
     }
@@ -181,7 +169,7 @@ fn published(args: &Args, path: &Path) -> Result<Network, Error> {
     let missing = |what: &str, example: &str| {
         Error::new(
             Exit::Usage,
-            format!("{} is a file: {what} has to be named too", path.display()),
+            format!("{} is a file: also name {what}", path.display()),
         )
         .hint(example.to_owned())
     };
@@ -200,7 +188,7 @@ fn published(args: &Args, path: &Path) -> Result<Network, Error> {
     })
 }
 
-/// The artifact that is meant: itself, or the last of its kind in a run.
+/// The artifact meant: itself, or the last of its kind in a run.
 async fn in_store(args: &Args, context: &Context) -> Result<Network, Error> {
     let store = Store::open(&context.store, Access::ReadOnly)
         .await
@@ -233,7 +221,7 @@ async fn in_store(args: &Args, context: &Context) -> Result<Network, Error> {
             if found.is_none() {
                 return Err(Error::new(
                     Exit::NothingMatches,
-                    format!("run {run} made no student and no teacher"),
+                    format!("run {run} has no student or teacher"),
                 ));
             }
             found
@@ -243,7 +231,7 @@ async fn in_store(args: &Args, context: &Context) -> Result<Network, Error> {
     let Some(row) = row.filter(|row| of_network(&row)) else {
         return Err(Error::new(
             Exit::NothingMatches,
-            format!("`{}` is no student and no teacher", args.network),
+            format!("`{}` is not a student or teacher", args.network),
         )
         .hint("`retort artifacts list --kind student` shows those that are"));
     };
@@ -271,7 +259,7 @@ fn backend(args: &Args, network: &Network, plugins: &mut Plugins<'_>) -> Result<
         [only] => Ok(only.clone()),
         [] => Err(Error::new(Exit::Plugin, "no plugin was found")
             .hint("`retort plugin list` says where they are looked for")),
-        names => Err(Error::new(Exit::Usage, "which plugin is to sample?")
+        names => Err(Error::new(Exit::Usage, "which plugin samples?")
             .hint(format!("say --backend, one of {}", names.join(", ")))),
     }
 }
@@ -313,7 +301,7 @@ fn written(args: &Args, network: &Network, backend: &str) -> Result<(String, Vec
         if kind == "student" {
             return Err(Error::new(
                 Exit::Usage,
-                "--guidance is for teachers: a student has that of the teacher that it learned from",
+                "--guidance is for teachers: a student has that of its teacher",
             ));
         }
         sampler["distribution"] = json!({"guidance": guidance});
@@ -325,7 +313,7 @@ fn written(args: &Args, network: &Network, backend: &str) -> Result<(String, Vec
         format!("images.sampler={sampler}"),
     ];
     if let (Network::Published { .. }, Some(timesteps)) = (network, sampler.get("timesteps")) {
-        // A file does not say from which AR steps its student was trained.
+        // A file does not name its student's timesteps.
         set.push(format!("{NETWORK}.timesteps={timesteps}"));
     }
     let (labels, number) = labels(args)?;
@@ -348,7 +336,7 @@ fn passes(steps: &str, trained: Option<&Value>) -> Result<Value, Error> {
             trained => {
                 let said = match trained {
                     Some(trained) => format!("it was trained from the AR steps {}", json!(trained)),
-                    None => "from which AR steps is not known".to_owned(),
+                    None => "its AR steps are not known".to_owned(),
                 };
                 Err(Error::new(Exit::Usage, format!("{number} passes: {said}"))
                     .hint("name the steps: --steps 0,6"))
@@ -367,7 +355,7 @@ fn labels(args: &Args) -> Result<(Option<String>, Option<u32>), Error> {
     let Some(text) = args.labels.as_deref().map(str::trim) else {
         return Ok((None, args.number));
     };
-    // A rule, or what only the option itself can say: a list, a tensor of a file.
+    // A rule, or a form that only the option has: a list, a tensor of a file.
     if ["balanced", "drawn"].contains(&text) || text.starts_with(['{', '[']) {
         return Ok((Some(text.to_owned()), args.number));
     }
@@ -382,7 +370,7 @@ fn labels(args: &Args) -> Result<(Option<String>, Option<u32>), Error> {
             _ if one.is_empty() => return Err(wrong("a class is empty".into())),
             Ok(number) => classes.push(json!(number)),
             Err(_) if is_number && one.parse::<f64>().is_ok() => {
-                return Err(wrong(format!("{one} is no number of a class")));
+                return Err(wrong(format!("{one} is not a class number")));
             }
             Err(_) => classes.push(json!(one)),
         }
@@ -425,8 +413,8 @@ fn copy(row: &ArtifactRow, dir: &Path, context: &Context) -> Result<(), Error> {
         count += 1;
     }
     if !context.quiet {
-        let files = talk::count(count, "picture");
-        talk::say(&format!("{files} in {}", dir.display()));
+        let files = output::count(count, "picture");
+        output::say(&format!("{files} in {}", dir.display()));
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 use retort_abi::Description;
 use serde_json::Value;
 
-use crate::cli::{Context, Error, Exit, talk};
+use crate::cli::{Context, Error, Exit, output};
 use crate::plan::Descriptions;
 use crate::plugin::{Plugins, search_dirs};
 use crate::schema;
@@ -15,10 +15,10 @@ use crate::table::{Cell, Rows};
     retort schema > .retort.schema.json\n\
     and as the first line of a recipe:\n  \
     # yaml-language-server: $schema=.retort.schema.json\n\n\
-    The options of one kind of stage, for reading:\n  \
+    The options of one kind of stage, as a table:\n  \
     retort schema --kind distill --table")]
 pub struct Args {
-    /// Plugins whose stages the schema knows (may be repeated); without any, every plugin found.
+    /// Plugins whose stages the schema includes (may be repeated); default: every plugin found.
     #[arg(long, value_name = "PLUGIN")]
     pub plugin: Vec<String>,
     /// Print only the schema of the options of this kind of stage.
@@ -36,7 +36,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let mut plugins = Plugins::new(search_dirs(&context.plugin_dirs), &runtime, store.as_ref());
     let descriptions = descriptions(&args.plugin, &mut plugins)?;
     let Some(kind) = &args.kind else {
-        talk::print(&format!("{:#}\n", schema::recipe_schema(&descriptions)))?;
+        output::print(&format!("{:#}\n", schema::recipe_schema(&descriptions)))?;
         return Ok(());
     };
     let mut stages = descriptions.iter().flat_map(|plugin| &plugin.stages);
@@ -56,9 +56,9 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     };
     if args.table {
         let rows = options(&stage.schema).titled(format!("{}: {}", stage.kind, stage.summary));
-        talk::print(&rows.render(context.table_style()))?;
+        output::print(&rows.render(context.table_style()))?;
     } else {
-        talk::print(&format!("{:#}\n", stage.schema))?;
+        output::print(&format!("{:#}\n", stage.schema))?;
     }
     Ok(())
 }
@@ -83,7 +83,7 @@ fn descriptions(
     }
     if descriptions.is_empty() {
         tracing::warn!(
-            "no plugin was found: the schema does not know any kind of stage; `retort plugin list` says more"
+            "no plugin was found: the schema has no stage kinds; `retort plugin list` says more"
         );
     }
     Ok(descriptions)

@@ -7,7 +7,7 @@ use clap::ValueHint;
 use image::{DynamicImage, ImageFormat, ImageReader, Limits};
 
 use crate::artifact::{self, Layout};
-use crate::cli::{Context, Error, Exit, talk};
+use crate::cli::{Context, Error, Exit, output};
 use crate::draft;
 use crate::store::{Access, ArtifactRow, Store, StoreError};
 
@@ -22,7 +22,7 @@ pub(super) const MOST_BYTES: u64 = 64 << 20;
 /// Arguments of `show`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// What to show: `latest/one-step` (a run and a stage), the beginning of an artifact's hash, or a run: all its pictures.
+    /// What to show: `latest/one-step` (a run and a stage), a prefix of an artifact's hash, or a run: all its pictures.
     #[arg(value_name = "WHAT", default_value = "latest")]
     pub what: String,
     /// Write the picture into a PNG file instead.
@@ -71,7 +71,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let manner = match args.manner {
         Protocol::Auto if is_terminal => screen::best(variable, screen::ask),
         Protocol::Auto => Protocol::Paths,
-        // Who says how means it, whatever the output is: a pager, or a file that is shown later.
+        // An explicit --as applies to any output: a pager, or a file that is shown later.
         manner => manner,
     };
     let draws = manner != Protocol::Paths;
@@ -83,22 +83,22 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
                 "" => String::new(),
                 caption => format!(" ({caption})"),
             };
-            talk::print(&format!("{} of run {}{caption}\n", row.stage, row.run))?;
+            output::print(&format!("{} of run {}{caption}\n", row.stage, row.run))?;
             draw(&decoded(&read(&layout, row)?, row)?, args, manner)?;
             continue;
         }
         let path = layout
             .artifact(&row.artifact.hash)
             .join(meta.preview.as_deref().unwrap_or_default());
-        talk::print(&format!("{}\n", path.display()))?;
+        output::print(&format!("{}\n", path.display()))?;
     }
     if !draws && args.manner != Protocol::Paths && !context.quiet {
         let why = match is_terminal {
-            true => "this terminal draws nothing",
-            false => "the output is no terminal",
+            true => "this terminal cannot draw",
+            false => "not a terminal",
         };
-        talk::say(&format!(
-            "{why}: these are the files; --save FILE copies one, --as draws all the same"
+        output::say(&format!(
+            "{why}: these are the files; --save FILE copies one, --as FORM draws anyway"
         ));
     }
     Ok(())
@@ -132,7 +132,7 @@ async fn find(store: &Store, what: &str) -> Result<Vec<ArtifactRow>, Error> {
         }
         Err(error) => return Err(error.into()),
     };
-    // A preview may be something else than a picture.
+    // A preview need not be a picture.
     rows.retain(|row| {
         let preview = row.artifact.meta.preview.as_deref();
         preview.is_some_and(|preview| preview.to_ascii_lowercase().ends_with(".png"))
@@ -174,10 +174,7 @@ fn decoded(bytes: &[u8], row: &ArtifactRow) -> Result<DynamicImage, Error> {
     limits.max_alloc = Some(176 << 20);
     reader.limits(limits);
     reader.decode().map_err(|error| {
-        let message = format!(
-            "the picture of stage `{}` is no PNG that can be drawn",
-            row.stage
-        );
+        let message = format!("the picture of stage `{}` is not a readable PNG", row.stage);
         Error::new(Exit::NothingMatches, message)
             .cause(&error)
             .hint("`retort artifacts verify` says what is damaged")
@@ -194,10 +191,10 @@ fn draw(picture: &DynamicImage, args: &Args, manner: Protocol) -> Result<(), Err
             .cause(&error)
             .hint("--save FILE copies it; --as blocks is drawn by any terminal")
     })?;
-    Ok(talk::draw(&drawn)?)
+    Ok(output::draw(&drawn)?)
 }
 
-/// A variable of the environment that says what the terminal is.
+/// An environment variable that describes the terminal.
 fn variable(name: &str) -> String {
     let value = std::env::var_os(name).unwrap_or_default();
     value.to_string_lossy().into_owned()

@@ -7,11 +7,11 @@ use crate::cli::{Context, Error, Exit, FormatArgs};
 use crate::recipe::Recipe;
 use crate::sweep::{Asha, Goal, Objective, Parameter, Sample, SpaceError, Sweep, goal_and_metric};
 
-pub mod carry;
+pub mod execution;
+mod forecast;
 pub mod points;
+mod recipe;
 mod show;
-mod source;
-mod survey;
 
 /// Arguments of `sweep`.
 #[derive(Debug, clap::Args)]
@@ -26,7 +26,7 @@ pub struct Args {
 pub enum Command {
     /// List sweeps, the newest first.
     List(ListArgs),
-    /// Show the points of a sweep: what they change, how far they are, and what came of them.
+    /// Show the points of a sweep: what they change, their progress and their results.
     Show(ShowArgs),
     /// Show the best points of a sweep, and how to run them again.
     Best(BestArgs),
@@ -45,7 +45,7 @@ pub struct ListArgs {
 /// Which sweep, and its objective.
 #[derive(Debug, clap::Args)]
 pub struct ReferenceArgs {
-    /// The sweep: its id or the beginning of it, `latest`, `latest~1`.
+    /// The sweep: its id or a prefix of it, `latest`, `latest~1`.
     #[arg(value_name = "SWEEP", default_value = "latest")]
     pub sweep: String,
     /// Look for this metric instead of the sweep's own objective: `evaluation/1-step/recall`, `max:recall`.
@@ -106,7 +106,7 @@ pub struct SweepArgs {
     ///
     /// Values are those of `--set`, separated by commas; commas in brackets or quotes belong to a value. `1..5` are whole
     /// numbers, `0.1..0.5/3` three numbers, `log:1e-4..1e-2/3` three with even logarithms; without `/3` a range is for
-    /// --sample. Several make a grid. Without a value, `--sweep` runs the recipe's own `sweep:` section.
+    /// --sample. Several make a grid. `--sweep` alone runs the recipe's own `sweep:` section.
     #[arg(
         long,
         value_name = "PATH=VALUES",
@@ -117,13 +117,13 @@ pub struct SweepArgs {
     /// Draw N points at random instead of running all combinations.
     #[arg(long, value_name = "N", requires = "sweep")]
     pub sample: Option<u32>,
-    /// Seed of the points that are drawn.
+    /// Seed of the drawn points.
     #[arg(long, value_name = "SEED", requires = "sweep")]
     pub sample_seed: Option<u64>,
     /// The metric to minimise, or with `max:` to maximise.
     #[arg(long, value_name = "[max:]METRIC", requires = "sweep")]
     pub objective: Option<String>,
-    /// Stop points at rungs, and go on with the best: judged by this series (`distill/loss`), the least or with `max:` the greatest.
+    /// Stop points at rungs, and continue the best: judged by this series (`distill/loss`), the least or with `max:` the greatest.
     #[arg(long, value_name = "[max:]SERIES", requires = "rungs")]
     pub asha: Option<String>,
     /// The steps of that series at which points are judged: 200,400.
@@ -146,7 +146,7 @@ impl SweepArgs {
         !self.sweep.is_empty()
     }
 
-    /// The sweep that is meant. The recipe's own section counts where `--sweep` stands alone, and is changed by what is
+    /// The sweep that is meant. The recipe's own section is used if `--sweep` stands alone, and is changed by what is
     /// named beside it; where values are named only, they are all that is varied.
     pub fn definition(&self, recipe: &Recipe) -> Result<Sweep, Error> {
         let whole = self.sweep.iter().any(String::is_empty);
@@ -158,7 +158,7 @@ impl SweepArgs {
                     Exit::Usage,
                     format!("{} has no `sweep:` section", recipe.source.path.display()),
                 )
-                .hint("name what is varied: --sweep student.train.learning_rate=1e-3,2e-3"));
+                .hint("name what to vary: --sweep student.train.learning_rate=1e-3,2e-3"));
             }
             (section, false) => Sweep {
                 parameters: Vec::new(),
@@ -204,10 +204,7 @@ impl SweepArgs {
     fn asha(&self, text: &str) -> Result<Asha, Error> {
         let (goal, metric) = goal_and_metric(text);
         if self.rungs.contains(&0) || !self.rungs.is_sorted_by(|a, b| a < b) {
-            return Err(Error::new(
-                Exit::Usage,
-                "the steps of --rungs are above 0 and rise",
-            ));
+            return Err(Error::new(Exit::Usage, "--rungs must rise from above 0"));
         }
         if self.rungs.len() > 20 {
             return Err(Error::new(Exit::Usage, "there are at most 20 rungs"));

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::{ValueEnum, ValueHint};
 
 use crate::artifact::{self, file_name};
-use crate::cli::{Context, Error, Exit, FormatArgs, artifacts, talk};
+use crate::cli::{Context, Error, Exit, FormatArgs, artifacts, output};
 use crate::draft::CreatedPaths;
 use crate::store::{self, Access, RunDetail, RunFilter, RunId, Store, StoreError, Transfer};
 use crate::table::{Cell, CellStyle, Rows};
@@ -15,7 +15,7 @@ use crate::tensorboard::{EventFile, png_size};
 /// Arguments of `runs export`.
 #[derive(Debug, clap::Args)]
 pub struct ExportArgs {
-    /// The runs: ids or beginnings of them, `latest`, `latest~1`, or tags. Without any, all runs.
+    /// The runs: ids or prefixes of them, `latest`, `latest~1`, or tags. Without any, all runs.
     #[arg(value_name = "RUN")]
     pub runs: Vec<String>,
     /// Output path: a file; for TensorBoard a directory; for MLflow its database (`mlflow.db`).
@@ -23,22 +23,22 @@ pub struct ExportArgs {
     pub output: PathBuf,
     /// Output format.
     #[arg(long = "as", value_name = "WHAT", default_value = "retort")]
-    pub target: Target,
+    pub target: ExportFormat,
     /// Include the files of artifacts, not only their records (for retort).
     #[arg(long)]
     pub files: bool,
     /// Overwrite an existing file (for retort).
     #[arg(long)]
     pub force: bool,
-    /// How to print what was done.
+    /// How to print the summary.
     #[command(flatten)]
     pub format: FormatArgs,
 }
 
 /// What runs can be exported as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Target {
-    /// One file, for `runs import`. Also saves what can be read of a damaged store.
+pub enum ExportFormat {
+    /// One file, for `runs import`. Also salvages a damaged store.
     Retort,
     /// Event files of scalars and pictures: `tensorboard --logdir PATH`.
     Tensorboard,
@@ -52,7 +52,7 @@ pub struct ImportArgs {
     /// An exported file, or the `history.db` of another store.
     #[arg(value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub file: PathBuf,
-    /// How to print what was done.
+    /// How to print the summary.
     #[command(flatten)]
     pub format: FormatArgs,
 }
@@ -60,8 +60,8 @@ pub struct ImportArgs {
 /// Writes runs elsewhere.
 pub fn export(args: &ExportArgs, context: &Context) -> Result<(), Error> {
     match args.target {
-        Target::Retort => export_file(args, context),
-        Target::Tensorboard | Target::Mlflow => export_to_peer(args, context),
+        ExportFormat::Retort => export_file(args, context),
+        ExportFormat::Tensorboard | ExportFormat::Mlflow => export_to_peer(args, context),
     }
 }
 
@@ -71,7 +71,7 @@ fn export_file(args: &ExportArgs, context: &Context) -> Result<(), Error> {
             Exit::Usage,
             format!("{} is there already", args.output.display()),
         )
-        .hint("name another file, or say --force"));
+        .hint("name another file, or use --force"));
     }
     let transfer = context.runtime()?.block_on(async {
         let runs = match args.runs.is_empty() {
@@ -82,8 +82,8 @@ fn export_file(args: &ExportArgs, context: &Context) -> Result<(), Error> {
             // An older store is migrated by being opened; one that cannot be opened may still be read.
             match Store::open(&context.store, Access::ReadOnly).await {
                 Ok(store) => store.close().await,
-                Err(StoreError::Damaged { message }) => talk::say(&format!(
-                    "the store is damaged ({message}): what can be read is saved"
+                Err(StoreError::Damaged { message }) => output::say(&format!(
+                    "the store is damaged ({message}): readable parts are saved"
                 )),
                 Err(error) => return Err(error.into()),
             }
@@ -120,7 +120,7 @@ fn export_to_peer(args: &ExportArgs, context: &Context) -> Result<(), Error> {
             runs.push(store.run_detail(id).await?);
         }
         match args.target {
-            Target::Mlflow => store.export_to_mlflow(&runs, &args.output).await?,
+            ExportFormat::Mlflow => store.export_to_mlflow(&runs, &args.output).await?,
             _ => {
                 let mut made = CreatedPaths::default();
                 for run in &runs {
@@ -208,7 +208,7 @@ fn picture(dir: &Path, path: &str) -> std::io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Takes runs over.
+/// Imports runs.
 pub fn import(args: &ImportArgs, context: &Context) -> Result<(), Error> {
     let transfer = context.runtime()?.block_on(async {
         let store = Store::open(&context.store, Access::ReadWrite).await?;
@@ -242,7 +242,7 @@ fn report(transfer: &Transfer, format: &FormatArgs, context: &Context) -> Result
             Cell::from("not readable").tone(CellStyle::Bad),
         );
     }
-    talk::print(&rows.render(format.style(context)))?;
+    output::print(&rows.render(format.style(context)))?;
     if transfer.lost.is_empty() {
         return Ok(());
     }
@@ -250,8 +250,8 @@ fn report(transfer: &Transfer, format: &FormatArgs, context: &Context) -> Result
         Exit::Internal,
         format!(
             "{} copied; {} could not be read",
-            talk::count(transfer.runs.len(), "run"),
-            talk::count(transfer.lost.len(), "piece")
+            output::count(transfer.runs.len(), "run"),
+            output::count(transfer.lost.len(), "piece")
         ),
     ))
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::cli::{Context, Error, Exit, talk};
+use crate::cli::{Context, Error, Exit, output};
 use crate::ui::{self, Guard, Site};
 
 /// The port, unless another is named.
@@ -18,7 +18,7 @@ const PORT: u16 = 6116;
 #[command(
     after_long_help = "Pages: the runs (filtered, ordered, grouped by tag), one run (stages, progress, metrics, \
     parameters, reasons, log, artifacts, environment), curves, pictures (samples of the same noise side by side) and \
-    comparisons. Everything a page shows is in its address: links can be kept and sent. Keys: press ? on a page.\n\n\
+    comparisons. A page's address holds its state: links can be saved and shared. Keys: press ? on a page.\n\n\
     Examples:\n  \
     retort ui --open                              the store in .retort, in a browser\n  \
     retort ui --store a/.retort --store b/.retort  two stores\n  \
@@ -31,7 +31,7 @@ pub struct Args {
     /// Open the page in a browser.
     #[arg(long)]
     pub open: bool,
-    /// Let tags, notes and runs be changed from the pages; without it nothing can be.
+    /// Allow tags, notes and runs to be changed; by default pages are read-only.
     ///
     /// The address then has a token, so that nobody else on this machine can change anything.
     #[arg(long)]
@@ -50,7 +50,7 @@ pub struct Args {
 pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let runtime = context.runtime()?;
     let result = runtime.block_on(serve(args, context));
-    // Files that are being sent need not arrive.
+    // Unfinished downloads may be cut off.
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
 }
@@ -66,15 +66,15 @@ async fn serve(args: &Args, context: &Context) -> Result<(), Error> {
     let address = address(place, token.as_deref());
     let mut interrupted = signal(SignalKind::interrupt())?;
     let mut terminated = signal(SignalKind::terminate())?;
-    talk::print(&format!("{address}\n"))?;
+    output::print(&format!("{address}\n"))?;
     if !context.quiet {
-        talk::say(if args.write {
+        output::say(if args.write {
             "tags, notes and runs may be changed; Ctrl-C ends it"
         } else {
             "read-only; Ctrl-C ends it"
         });
         if args.bind.is_unspecified() {
-            talk::say(
+            output::say(
                 "from other machines: the same with this machine's address in place of `localhost` (its name needs \
                  --allow-host)",
             );
@@ -100,7 +100,7 @@ async fn listen(args: &Args) -> Result<TcpListener, Error> {
             Error::new(Exit::Internal, format!("cannot listen on {wanted}")).cause(error);
         match error.kind() {
             std::io::ErrorKind::AddrInUse => {
-                error_shown.hint("another program does; --port 0 takes any free port")
+                error_shown.hint("another program is; --port 0 takes any free port")
             }
             std::io::ErrorKind::AddrNotAvailable => {
                 error_shown.hint("--bind takes an address of this machine")
@@ -118,7 +118,7 @@ async fn listen(args: &Args) -> Result<TcpListener, Error> {
     }
 }
 
-/// What to open: an address that stands for all is reached as this machine.
+/// What to open: an unspecified address is opened as this machine.
 fn address(place: SocketAddr, token: Option<&str>) -> String {
     let host = match place.ip() {
         ip if ip.is_loopback() && ip.is_ipv4() => "localhost".to_owned(),
@@ -143,7 +143,7 @@ fn open(address: &str) {
             .spawn()
     };
     let unopened = |why: String| {
-        talk::say(&format!(
+        output::say(&format!(
             "no browser could be opened ({why}): open the address above"
         ));
     };

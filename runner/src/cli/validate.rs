@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::ValueHint;
 use serde_json::{Value, json};
 
-use crate::cli::{Context, Error, Exit, talk};
+use crate::cli::{Context, Error, Exit, output};
 use crate::diagnostic::{Report, Severity};
 use crate::plan;
 use crate::plugin::{Plugins, search_dirs};
@@ -31,7 +31,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let store = context.known_store(&runtime)?;
     let mut plugins = Plugins::new(search_dirs(&context.plugin_dirs), &runtime, store.as_ref());
     let mut documents = Vec::new();
-    // The worst that was met: a wrong recipe before a missing plugin.
+    // The worst error: a wrong recipe before a missing plugin.
     let mut worst: Option<Exit> = None;
     for path in &args.recipes {
         let (report, stages) = findings(path, &args.set, context, &mut plugins);
@@ -39,10 +39,10 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
             documents.push(document(&report));
         } else {
             if !report.findings.is_empty() {
-                talk::say(&format!("{}\n", report.render(context.color_stderr())));
+                output::say(&format!("{}\n", report.render(context.color_stderr())));
             }
             if !context.quiet {
-                talk::say(&verdict(&report, stages));
+                output::say(&verdict(&report, stages));
             }
         }
         if report.errors() > 0 {
@@ -59,7 +59,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         }
     }
     if args.json {
-        talk::print(&format!("{:#}\n", Value::Array(documents)))?;
+        output::print(&format!("{:#}\n", Value::Array(documents)))?;
     }
     worst.map_or(Ok(()), |exit| Err(Error::said(exit)))
 }
@@ -95,7 +95,7 @@ fn findings(
 /// One line per recipe.
 fn verdict(report: &Report, stages: usize) -> String {
     let path = report.path.display();
-    use talk::count;
+    use output::count;
     let errors = report.errors();
     let warnings = report.findings.len() - errors;
     match (errors, warnings) {

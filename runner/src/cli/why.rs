@@ -1,9 +1,9 @@
-//! `retort why`: why a stage of a run ran, or why it did not have to.
+//! `retort why`: why a stage of a run ran, or was reused.
 
 use serde_json::{Value, json};
 
 use crate::account::reasons;
-use crate::cli::{Context, Error, Exit, FormatArgs, talk};
+use crate::cli::{Context, Error, Exit, FormatArgs, output};
 use crate::store::{Access, RunId, Store};
 use crate::table::{Rows, Style};
 
@@ -13,7 +13,7 @@ pub struct Args {
     /// The stage.
     #[arg(value_name = "STAGE")]
     pub stage: String,
-    /// The run: an id or the beginning of one, `latest`, `latest~1`, or a tag.
+    /// The run: an id or a prefix of one, `latest`, `latest~1`, or a tag.
     #[arg(value_name = "RUN", default_value = "latest")]
     pub run: String,
     /// Output format.
@@ -23,42 +23,42 @@ pub struct Args {
 
 /// Says why a stage ran or was reused.
 pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
-    let (run, answers) = context.runtime()?.block_on(async {
+    let (run, reasons) = context.runtime()?.block_on(async {
         let store = Store::open(&context.store, Access::ReadOnly).await?;
         let run = store.resolve_run(&args.run).await?;
         if store.turn(&run, &args.stage).await?.is_none() {
             return Err(no_such_stage(&store, &run, &args.stage).await?);
         }
-        let answers = reasons::of_stage(&store, &run, &args.stage).await?;
+        let reasons = reasons::of_stage(&store, &run, &args.stage).await?;
         store.close().await;
-        Ok::<_, Error>((run, answers))
+        Ok::<_, Error>((run, reasons))
     })?;
     let style = args.format.style(context);
     if style == Style::Json {
-        let list: Vec<Value> = answers
+        let list: Vec<Value> = reasons
             .iter()
-            .map(|answer| {
-                json!({"run": run, "stage": answer.stage, "depth": answer.depth, "state": answer.state,
-                    "compared_with": answer.compared_with, "why": answer.why})
+            .map(|reason| {
+                json!({"run": run, "stage": reason.stage, "depth": reason.depth, "state": reason.state,
+                    "compared_with": reason.compared_with, "why": reason.why})
             })
             .collect();
-        return Ok(talk::print(&format!("{:#}\n", json!(list)))?);
+        return Ok(output::print(&format!("{:#}\n", json!(list)))?);
     }
     let mut rows = Rows::new(&["stage", "state", "why", "compared with"]);
-    for answer in &answers {
-        let indent = "  ".repeat(answer.depth);
+    for reason in &reasons {
+        let indent = "  ".repeat(reason.depth);
         rows.push([
-            format!("{indent}{}", answer.stage).into(),
-            answer.state.into(),
-            answer.why.join("\n").into(),
-            answer
+            format!("{indent}{}", reason.stage).into(),
+            reason.state.into(),
+            reason.why.join("\n").into(),
+            reason
                 .compared_with
                 .as_ref()
                 .map(|run| run.0.as_str())
                 .into(),
         ]);
     }
-    Ok(talk::print(&rows.render(style))?)
+    Ok(output::print(&rows.render(style))?)
 }
 
 async fn no_such_stage(store: &Store, run: &RunId, stage: &str) -> Result<Error, Error> {

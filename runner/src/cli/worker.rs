@@ -14,12 +14,12 @@ pub struct Args {
     /// Process id of the runner; the worker ends with it.
     #[arg(long, value_name = "PID", required_unless_present = "spool")]
     pub parent: Option<u32>,
-    /// The spool of a job on a cluster, of which this process does an element.
+    /// The spool of a cluster job; this process is an element of it.
     #[arg(long, value_name = "DIR", conflicts_with = "parent", value_hint = ValueHint::DirPath)]
     pub spool: Option<PathBuf>,
 }
 
-/// Loads a plugin and makes one call; comes back only when it is no worker. On a cluster it watches over one that does.
+/// Loads a plugin and makes one call; returns only if it is not a worker. On a cluster it supervises one that does.
 pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     if let Some(spool) = &args.spool {
         return watch(spool, context);
@@ -34,11 +34,11 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     }
 }
 
-/// Does an element of a job.
+/// Runs an element of a job.
 fn watch(spool: &Path, context: &Context) -> Result<(), Error> {
     let variable = |name: &str| std::env::var(name).unwrap_or_default();
     let Ok(job) = std::env::var("SLURM_JOB_ID") else {
-        let message = "SLURM_JOB_ID is not set: this is no job of Slurm";
+        let message = "SLURM_JOB_ID is not set: this is not a Slurm job";
         return Err(Error::new(Exit::Usage, message)
             .hint("`retort run --executor slurm RECIPE` submits jobs"));
     };

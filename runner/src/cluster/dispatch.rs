@@ -1,13 +1,13 @@
-//! The runner's end of a stage on a cluster: submits its elements, hears them through their spools, and starts again what
-//! came to no good end.
+//! The runner's end of a stage on a cluster: submits its elements, reads their spools, and restarts those that
+//! failed.
 //!
 //! In: tasks of a stage and its parts, and the level to stop them. Out: events for each ([`Element::next`]), news of jobs in
-//! the store. One [`Dispatcher`] per attempt, a task of its own: it gathers what is to be submitted, looks at the spools of all
-//! elements in turn and asks Slurm now and then. What was submitted before, by a runner that went away, is taken up.
-//! Deliberately absent: what an end means for the stage (the executor's), and what Slurm's programs are called like.
+//! the store. One [`Dispatcher`] per attempt, a task of its own: it gathers what is to be submitted, reads the spools of all
+//! elements in turn and polls Slurm. Jobs submitted earlier, by a runner that is gone, are taken over.
+//! Deliberately absent: what an end means for the stage (the executor's), and how Slurm's programs are called.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,16 +16,15 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use crate::cluster::ClusterEnd;
 use crate::cluster::dispatch::slot::{Phase, Slot, StopLevel};
 use crate::cluster::slurm::{Layout, NewJob, Slurm, SlurmError};
 use crate::cluster::spool::{self, JobSpec, Reader};
-use crate::executor::event::{Event, Listener};
 use crate::frame::{Task, ToWorker};
 use crate::settings::Profile;
 use crate::store::{AttemptId, ElementUpdate, JobKey, Store, StoreError, Usage};
 use crate::worker::death::ExitStatus;
 use crate::worker::process::{Exit, WorkerEvent};
+use crate::worker::remote::ClusterEnd;
 
 mod script;
 mod slot;
@@ -41,14 +40,28 @@ const SETTLE: Duration = Duration::from_secs(2);
 /// How often a full queue is tried again, at first and at last.
 const RETRY: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
 
+/// What a dispatcher tells while jobs run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Notice {
+    /// Slurm has taken a job.
+    Submitted {
+        /// Slurm's id.
+        job: u64,
+        /// Elements, where it is an array.
+        elements: Option<usize>,
+    },
+    /// Something is odd.
+    Warning(String),
+}
+
 /// What jobs of a stage need to know.
 pub struct Assignment {
     /// The store.
     pub store: Arc<Store>,
     /// Slurm.
     pub slurm: Arc<Slurm>,
-    /// Receives events.
-    pub listener: Listener,
+    /// Receives notices.
+    pub listener: Box<dyn Fn(Notice) + Send + Sync>,
     /// The stage's name.
     pub stage: String,
     /// The attempt.
@@ -78,7 +91,7 @@ impl Drop for Dispatcher {
     }
 }
 
-/// The runner's end of an element: as a worker of this machine, it is sent a task, heard and signalled.
+/// The runner's end of an element: like a local worker, it gets a task, sends events and is signalled.
 #[derive(Debug)]
 pub struct Element {
     part: Option<Part>,
@@ -124,7 +137,7 @@ impl Element {
         let _ = self.commands.send(command);
     }
 
-    /// Ends it: there are no signals between machines, but that.
+    /// Ends it: the only signal between machines.
     pub fn end(&self) {
         let _ = self.commands.send(Command::Stop {
             part: self.part,
@@ -149,14 +162,15 @@ impl Dispatcher {
     /// [`StoreError`].
     pub async fn open(assignment: Assignment) -> Result<Self, StoreError> {
         let (commands, orders) = mpsc::unbounded_channel();
-        let mut work = Work::new(assignment);
-        let waiting = work.waiting.as_deref();
-        work.to
+        let mut dispatch = DispatchLoop::new(assignment);
+        let waiting = dispatch.waiting.as_deref();
+        dispatch
+            .to
             .store
-            .attempt_waits(work.to.attempt, waiting)
+            .attempt_waits(dispatch.to.attempt, waiting)
             .await?;
-        work.recall().await?;
-        let task = tokio::spawn(work.run(orders));
+        dispatch.recall().await?;
+        let task = tokio::spawn(dispatch.run(orders));
         Ok(Self { commands, task })
     }
 
@@ -198,7 +212,7 @@ struct Job {
     over: bool,
 }
 
-struct Work {
+struct DispatchLoop {
     to: Assignment,
     jobs: Vec<Job>,
     slots: Vec<Slot>,
@@ -220,7 +234,7 @@ struct Work {
     heard_from: usize,
 }
 
-impl Work {
+impl DispatchLoop {
     fn new(to: Assignment) -> Self {
         let now = Instant::now();
         Self {
@@ -244,10 +258,7 @@ impl Work {
     }
 
     fn warn(&self, text: impl Into<String>) {
-        (self.to.listener)(Event::Warning {
-            stage: Some(self.to.stage.clone()),
-            text: text.into(),
-        });
+        (self.to.listener)(Notice::Warning(text.into()));
     }
 
     /// Finds the jobs that another runner has left.
@@ -319,7 +330,7 @@ impl Work {
         }
     }
 
-    /// Writes down what is left to be written.
+    /// Writes what is still pending.
     async fn close(&mut self) -> Result<(), StoreError> {
         let news = std::mem::take(&mut self.news);
         self.to.store.note_elements(&news).await?;
@@ -364,7 +375,7 @@ impl Work {
         next.max(now)
     }
 
-    /// One round: stop, submit, hear, ask.
+    /// A round: stop, submit, read, poll.
     async fn turn(&mut self) -> Result<(), StoreError> {
         self.stop().await;
         if Instant::now() >= self.submit_at {
@@ -684,45 +695,20 @@ impl Work {
         }
     }
 
+    /// Submits a job whose elements do the work of these slots.
     async fn submit_some(&mut self, slots: &[usize]) -> Result<Result<(), SlurmError>, StoreError> {
-        let to = &self.to;
-        let elements: Vec<Option<Part>> =
-            slots.iter().map(|index| self.slots[*index].part).collect();
         self.submitted += 1;
         let name = format!(
             "retort-{}-{}-{}-{}",
-            to.digest.get(..12).unwrap_or(&to.digest),
-            to.attempt,
+            self.to.digest.get(..12).unwrap_or(&self.to.digest),
+            self.to.attempt,
             std::process::id(),
             self.submitted
         );
         let dir = self.spools().join(&name);
-        let order = JobSpec {
-            format: spool::FORMAT,
-            elements: elements.clone(),
-            task: self.slots[slots[0]].task.clone(),
-            threads: to.cpus,
-            requeue: slots
-                .iter()
-                .map(|index| to.profile.requeue - self.slots[*index].tries.min(to.profile.requeue))
-                .max()
-                .unwrap_or(0),
-            interval: LOOK
-                .max(Duration::from_millis(5) * u32::try_from(elements.len()).unwrap_or(u32::MAX)),
-            again: true,
-            ranks: to.together && elements[0].is_some(),
-        };
-        let layout = order.layout();
         let script = dir.join("batch.sh");
-        let prepared = std::fs::create_dir_all(&dir)
-            .map_err(|error| error.to_string())
-            .and_then(|()| spool::write_order(&dir, &order).map_err(|error| error.to_string()))
-            .and_then(|()| spool::ask_to_stop(&dir, false).map_err(|error| error.to_string()))
-            .and_then(|()| {
-                let text = script::text(&dir, &to.profile, layout)?;
-                spool::put(&script, text.as_bytes()).map_err(|error| error.to_string())
-            });
-        if let Err(message) = prepared {
+        let order = self.order(slots);
+        if let Err(message) = self.make_spool(&dir, &script, &order) {
             let ended = ClusterEnd {
                 reason: "not submitted".into(),
                 message: format!("the spool in {} cannot be made: {message}", dir.display()),
@@ -733,6 +719,8 @@ impl Work {
             }
             return Ok(Ok(()));
         }
+        let to = &self.to;
+        let layout = order.layout();
         let key = to
             .store
             .begin_job(to.attempt, &to.digest, &name, layout.elements())
@@ -745,16 +733,7 @@ impl Work {
             cpus: to.cpus,
             profile: &to.profile,
         };
-        let mut taken = to.slurm.submit(&job).await;
-        // What did not answer may have taken it.
-        if matches!(
-            taken,
-            Err(SlurmError::Silent { .. } | SlurmError::Full { .. })
-        ) && let Ok(Some(id)) = to.slurm.find(&name).await
-        {
-            taken = Ok((id, String::new()));
-        }
-        let (id, cluster) = match taken {
+        let (id, cluster) = match submit(&to.slurm, &job).await {
             Ok(taken) => taken,
             Err(error) => {
                 to.store.job_refused(key).await?;
@@ -763,8 +742,7 @@ impl Work {
             }
         };
         to.store.job_submitted(key, id, &cluster).await?;
-        (to.listener)(Event::Submitted {
-            stage: to.stage.clone(),
+        (to.listener)(Notice::Submitted {
             job: id,
             elements: layout.elements(),
         });
@@ -778,12 +756,57 @@ impl Work {
             dir,
             layout,
             slots: slots.iter().copied().map(Some).collect(),
-            marks: vec![0; elements.len()],
-            elements,
+            marks: vec![0; order.elements.len()],
+            elements: order.elements,
             stopping: false,
             over: false,
         });
         self.ask_at = self.ask_at.min(Instant::now() + Duration::from_secs(1));
         Ok(Ok(()))
     }
+
+    /// What the elements of a job for these slots are told.
+    fn order(&self, slots: &[usize]) -> JobSpec {
+        let to = &self.to;
+        let elements: Vec<Option<Part>> =
+            slots.iter().map(|index| self.slots[*index].part).collect();
+        JobSpec {
+            format: spool::FORMAT,
+            task: self.slots[slots[0]].task.clone(),
+            threads: to.cpus,
+            requeue: slots
+                .iter()
+                .map(|index| to.profile.requeue - self.slots[*index].tries.min(to.profile.requeue))
+                .max()
+                .unwrap_or(0),
+            interval: LOOK
+                .max(Duration::from_millis(5) * u32::try_from(elements.len()).unwrap_or(u32::MAX)),
+            again: true,
+            ranks: to.together && elements[0].is_some(),
+            elements,
+        }
+    }
+
+    /// Makes the directory of a job's spool, with its order and its script; why not, where that fails.
+    fn make_spool(&self, dir: &Path, script: &Path, order: &JobSpec) -> Result<(), String> {
+        std::fs::create_dir_all(dir).map_err(|error| error.to_string())?;
+        spool::write_order(dir, order).map_err(|error| error.to_string())?;
+        spool::ask_to_stop(dir, false).map_err(|error| error.to_string())?;
+        let text = script::text(dir, &self.to.profile, order.layout())?;
+        spool::put(script, text.as_bytes()).map_err(|error| error.to_string())
+    }
+}
+
+/// Submits a job; its id and cluster.
+async fn submit(slurm: &Slurm, job: &NewJob<'_>) -> Result<(u64, String), SlurmError> {
+    let taken = slurm.submit(job).await;
+    // Slurm may have taken it all the same.
+    if matches!(
+        taken,
+        Err(SlurmError::Silent { .. } | SlurmError::Full { .. })
+    ) && let Ok(Some(id)) = slurm.find(job.name).await
+    {
+        return Ok((id, String::new()));
+    }
+    taken
 }

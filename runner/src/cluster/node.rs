@@ -1,9 +1,9 @@
 //! The end of a spool where the work is done: watches over a worker on a compute node.
 //!
 //! In: the directory of a job's spool, and what Slurm says of the place. Out: records in the spool. The worker is the
-//! same as on the runner's machine, and what is heard of it is what a runner would hear; it is written down instead of
-//! being judged. Slurm's signal ahead of the time limit asks the worker to stop at its next checkpoint, and Slurm for
-//! another life. Deliberately absent: the store, which no compute node opens, and the machine of the runner, which need
+//! same as on the runner's machine, and its events are those that a runner would get; they are recorded instead of
+//! handled. Slurm's signal ahead of the time limit asks the worker to stop at its next checkpoint, and Slurm for
+//! another life. Deliberately absent: the store, which no compute node opens, and the runner's machine, which need
 //! not be there.
 
 use std::collections::HashMap;
@@ -30,7 +30,7 @@ const PATIENCE: Duration = Duration::from_secs(600);
 /// Bytes that may wait to be written; beyond, metrics and lines are lost.
 const MOST_PENDING: usize = 64 << 20;
 
-/// Where Slurm has put this process.
+/// This process's place in Slurm.
 #[derive(Debug, Clone)]
 pub struct ElementIdentity {
     /// The directory of the job's spool.
@@ -43,7 +43,7 @@ pub struct ElementIdentity {
     pub node: String,
 }
 
-/// What ranks are told of themselves, by the names that `torchrun` gives it.
+/// The variables of a rank, named as by `torchrun`.
 pub fn rank_variables(part: Part, on_this_node: OsString) -> [(&'static str, OsString); 3] {
     [
         ("RANK", part.index.to_string().into()),
@@ -52,7 +52,7 @@ pub fn rank_variables(part: Part, on_this_node: OsString) -> [(&'static str, OsS
     ]
 }
 
-/// Why a process watches over no worker.
+/// Why a process supervises no worker.
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
     /// The spool cannot be used.
@@ -76,7 +76,7 @@ pub enum NodeError {
     },
 }
 
-/// Does the work of an element; returns whether it has come to an end that is its own.
+/// Runs an element; returns whether it ended by itself.
 ///
 /// # Errors
 /// [`NodeError`]: nothing was begun, or what happened could not be written down.
@@ -101,7 +101,7 @@ pub async fn serve(place: &ElementIdentity) -> Result<bool, NodeError> {
         node: place.node.clone(),
         pid: std::process::id(),
     });
-    // Two lives would write the same files: the one that Slurm took for dead has time to see that it is.
+    // Two lives would write the same files: one that Slurm presumed dead gets time to notice.
     if writer.supersede() {
         let began = Instant::now();
         while writer.is_followed_too_soon() && began.elapsed() < 5 * STOP_INTERVAL {
@@ -184,7 +184,7 @@ async fn requeue(job: &str) {
 
 /// Why a worker is being stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum StopReason {
+enum NodeStopReason {
     User,
     TimeLimit,
     Terminated,
@@ -200,13 +200,13 @@ struct WatchedWorker<'a> {
     /// Points since the last write, and what was said last of progress: they are joined.
     series: HashMap<String, Points>,
     progress: Option<FromWorker>,
-    answer: Option<Answer>,
-    cause: Option<StopReason>,
+    answer: Option<WorkerAnswer>,
+    cause: Option<NodeStopReason>,
 }
 
 /// What the worker answered.
 #[derive(Clone, Copy, PartialEq)]
-enum Answer {
+enum WorkerAnswer {
     Result,
     Cancelled,
     Retryable,
@@ -248,17 +248,17 @@ impl WatchedWorker<'_> {
                 cause = signals.next() => {
                     self.ask(cause, &mut worker).await;
                     // Twice, or in the end: no more time is given.
-                    if cause == StopReason::Terminated {
+                    if cause == NodeStopReason::Terminated {
                         let at = Instant::now() + LAST_MOMENTS;
                         kill_at = Some(kill_at.map_or(at, |before| before.min(at)));
                     }
                 }
                 _ = stop.tick() => {
                     if self.cause.is_none() && spool::is_to_stop(&self.place.spool) {
-                        self.ask(StopReason::User, &mut worker).await;
+                        self.ask(NodeStopReason::User, &mut worker).await;
                     }
                     if self.writer.is_superseded() {
-                        self.cause = Some(StopReason::Terminated);
+                        self.cause = Some(NodeStopReason::Terminated);
                         worker.signal(libc::SIGKILL);
                     }
                 }
@@ -280,20 +280,23 @@ impl WatchedWorker<'_> {
     }
 
     fn judge(&self, exit: Exit, out_of_memory: bool, wasted: u32) -> LifeEnd {
-        let at_checkpoint = self.answer == Some(Answer::Cancelled);
+        let at_checkpoint = self.answer == Some(WorkerAnswer::Cancelled);
         let killed = exit.status == ExitStatus::Signal(libc::SIGKILL);
         // What a worker says for itself counts, whatever was asked of it meanwhile.
-        if matches!(self.answer, Some(Answer::Result | Answer::Final)) {
+        if matches!(
+            self.answer,
+            Some(WorkerAnswer::Result | WorkerAnswer::Final)
+        ) {
             return LifeEnd::Done;
         }
         match self.cause {
-            Some(StopReason::User) => return LifeEnd::Stopped,
-            Some(StopReason::TimeLimit) => return LifeEnd::TimeLimit { at_checkpoint },
-            Some(StopReason::Terminated) => return LifeEnd::Terminated { at_checkpoint },
+            Some(NodeStopReason::User) => return LifeEnd::Stopped,
+            Some(NodeStopReason::TimeLimit) => return LifeEnd::TimeLimit { at_checkpoint },
+            Some(NodeStopReason::Terminated) => return LifeEnd::Terminated { at_checkpoint },
             None => {}
         }
         let reason = match self.answer {
-            Some(Answer::Retryable) => "failed in a way that may pass",
+            Some(WorkerAnswer::Retryable) => "failed in a way that may pass",
             None if killed && !out_of_memory => "its worker was killed by SIGKILL",
             _ => return LifeEnd::Done,
         };
@@ -305,7 +308,7 @@ impl WatchedWorker<'_> {
         }
     }
 
-    async fn ask(&mut self, cause: StopReason, worker: &mut Worker) {
+    async fn ask(&mut self, cause: NodeStopReason, worker: &mut Worker) {
         // What comes first is the reason; that Slurm then ends what is left belongs to it.
         self.cause.get_or_insert(cause);
         // A message without paths can be written.
@@ -345,12 +348,16 @@ impl WatchedWorker<'_> {
             }
             WorkerEvent::Frame(frame) => {
                 self.answer = match &frame {
-                    FromWorker::Answer(_) => Some(Answer::Result),
+                    FromWorker::Answer(_) => Some(WorkerAnswer::Result),
                     FromWorker::Failed(failure) if failure.code == FailureCode::Cancelled => {
-                        Some(Answer::Cancelled)
+                        Some(WorkerAnswer::Cancelled)
                     }
-                    FromWorker::Failed(failure) if failure.retryable => Some(Answer::Retryable),
-                    FromWorker::Failed(_) | FromWorker::NotLoaded { .. } => Some(Answer::Final),
+                    FromWorker::Failed(failure) if failure.retryable => {
+                        Some(WorkerAnswer::Retryable)
+                    }
+                    FromWorker::Failed(_) | FromWorker::NotLoaded { .. } => {
+                        Some(WorkerAnswer::Final)
+                    }
                     _ => self.answer,
                 };
                 self.say(SpoolEvent::Frame(frame));
@@ -358,8 +365,8 @@ impl WatchedWorker<'_> {
             WorkerEvent::Line(source, text) => self.say(SpoolEvent::Line { source, text }),
             WorkerEvent::Malformed(error) => {
                 worker.signal(libc::SIGKILL);
-                self.answer = Some(Answer::Final);
-                let message = format!("the worker sent what makes no sense: {error}");
+                self.answer = Some(WorkerAnswer::Final);
+                let message = format!("the worker sent an invalid message: {error}");
                 self.say(SpoolEvent::Frame(FromWorker::NotLoaded {
                     message,
                     hint: None,
@@ -433,10 +440,10 @@ impl Signals {
         })
     }
 
-    async fn next(&mut self) -> StopReason {
+    async fn next(&mut self) -> NodeStopReason {
         tokio::select! {
-            _ = self.ahead.recv() => StopReason::TimeLimit,
-            _ = self.terminate.recv() => StopReason::Terminated,
+            _ = self.ahead.recv() => NodeStopReason::TimeLimit,
+            _ = self.terminate.recv() => NodeStopReason::Terminated,
         }
     }
 }

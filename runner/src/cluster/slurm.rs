@@ -1,8 +1,8 @@
-//! Slurm, through its own programs: what they are asked, and what their answers mean.
+//! Slurm, through its own programs: requests, and the meaning of answers.
 //!
 //! In: jobs to submit, ids to ask about. Out: ids, states, or an error with what Slurm said and what to do. The programs
-//! are those on PATH; their answers are read by formats that are named in the call, within limits, and are believed in
-//! nothing but ids, states, reasons and names of nodes. Deliberately absent: what a state means for a stage.
+//! are those on PATH; their answers are read by formats that are named in the call, within limits, and trusted for
+//! ids, states, reasons and node names only. Deliberately absent: what a state means for a stage.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -14,7 +14,7 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 
 use crate::settings::Profile;
 
-/// How long a program may take. `sbatch` waits for itself while the queue is full.
+/// How long a program may take. `sbatch` itself retries while the queue is full.
 const LIMIT: Duration = Duration::from_secs(60);
 /// Bytes of an answer: a line for each of 100,000 elements.
 const MOST_BYTES: u64 = 16 << 20;
@@ -67,7 +67,7 @@ impl Layout {
 /// An element of a job, or a job that has none.
 pub type Key = (u64, Option<usize>);
 
-/// What Slurm says of an element.
+/// Slurm's status of an element.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ElementStatus {
     /// Its state.
@@ -78,7 +78,7 @@ pub struct ElementStatus {
     pub node: String,
 }
 
-/// The state of an element, as far as a runner cares.
+/// The state of an element, as a runner sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
     /// It waits, or will be started again.
@@ -95,7 +95,7 @@ pub enum State {
     Timeout,
     /// Its node has failed, or never came up.
     NodeFailed,
-    /// It had to make room.
+    /// It was preempted.
     Preempted,
     /// It took more memory than it may.
     OutOfMemory,
@@ -129,7 +129,7 @@ impl State {
     }
 }
 
-/// Why Slurm did not do what it was asked to.
+/// Why a request to Slurm failed.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum SlurmError {
     /// A program is not there.
@@ -140,7 +140,7 @@ pub enum SlurmError {
         /// Which.
         program: String,
     },
-    /// A job is refused, and would be again.
+    /// A job is refused for good.
     #[error("Slurm refuses the job: {said}")]
     Refused {
         /// What it said.
@@ -160,8 +160,8 @@ pub enum SlurmError {
         /// What was said instead.
         said: String,
     },
-    /// It answers something else.
-    #[error("`{program}` gave an answer that makes no sense: {answer}")]
+    /// Its answer is invalid.
+    #[error("`{program}` gave an invalid answer: {answer}")]
     Odd {
         /// Which program.
         program: String,
@@ -178,13 +178,13 @@ pub struct Slurm {
 }
 
 /// What a program answered.
-struct Answer {
+struct ProgramOutput {
     status: Option<ExitStatus>,
     stdout: String,
     stderr: String,
 }
 
-impl Answer {
+impl ProgramOutput {
     fn succeeded(&self) -> bool {
         self.status.is_some_and(|status| status.success())
     }
@@ -196,17 +196,17 @@ impl Slurm {
     /// # Errors
     /// [`SlurmError`].
     pub async fn submit(&self, job: &NewJob<'_>) -> Result<(u64, String), SlurmError> {
-        let answer = call("sbatch", &arguments(job)).await?;
-        if !answer.succeeded() {
-            let busy = answer.stderr.contains("policy") && self.own_jobs().await.unwrap_or(0) > 0;
-            return Err(refusal(&answer, busy));
+        let output = call("sbatch", &arguments(job)).await?;
+        if !output.succeeded() {
+            let busy = output.stderr.contains("policy") && self.own_jobs().await.unwrap_or(0) > 0;
+            return Err(refusal(&output, busy));
         }
         // `id`, or `id;cluster`.
-        let line = answer.stdout.trim();
+        let line = output.stdout.trim();
         let (id, cluster) = line.split_once(';').unwrap_or((line, ""));
         match id.parse() {
             Ok(id) => Ok((id, cluster.to_owned())),
-            Err(_) => Err(odd("sbatch", &answer.stdout)),
+            Err(_) => Err(odd("sbatch", &output.stdout)),
         }
     }
 
@@ -220,15 +220,15 @@ impl Slurm {
         }
         let ids = format!("--jobs={}", list(jobs));
         let format = "--format=%F|%K|%T|%r|%N";
-        let answer = call(
+        let output = call(
             "squeue",
             &["--noheader", "--array", "--states=all", format, &ids].map(str::to_owned),
         )
         .await?;
-        if !answer.succeeded() && !answer.stderr.contains("Invalid job id") {
-            return Err(silent(&answer));
+        if !output.succeeded() && !output.stderr.contains("Invalid job id") {
+            return Err(silent(&output));
         }
-        Ok(answer.stdout.lines().filter_map(line).collect())
+        Ok(output.stdout.lines().filter_map(line).collect())
     }
 
     /// What Slurm's accounts say of jobs; nothing where it keeps none.
@@ -242,19 +242,19 @@ impl Slurm {
         let ids = format!("--jobs={}", list(jobs));
         let fields = "--format=JobID,State,NodeList";
         let words = ["--noheader", "--parsable2", "--allocations", fields, &ids];
-        let answer = match call("sacct", &words.map(str::to_owned)).await {
+        let output = match call("sacct", &words.map(str::to_owned)).await {
             Err(SlurmError::NotInstalled { .. }) => {
                 self.unaccounted.store(true, Ordering::Relaxed);
                 return Ok(HashMap::new());
             }
-            answer => answer?,
+            output => output?,
         };
-        if !answer.succeeded() {
-            if answer.stderr.contains("accounting storage is disabled") {
+        if !output.succeeded() {
+            if output.stderr.contains("accounting storage is disabled") {
                 self.unaccounted.store(true, Ordering::Relaxed);
                 return Ok(HashMap::new());
             }
-            return Err(silent(&answer));
+            return Err(silent(&output));
         }
         let account = |line: &str| {
             let mut fields = line.split('|');
@@ -271,7 +271,7 @@ impl Slurm {
             };
             Some(((job.parse().ok()?, element), said))
         };
-        Ok(answer.stdout.lines().filter_map(account).collect())
+        Ok(output.stdout.lines().filter_map(account).collect())
     }
 
     /// The id of the job of this name, if Slurm knows one.
@@ -281,11 +281,11 @@ impl Slurm {
     pub async fn find(&self, name: &str) -> Result<Option<u64>, SlurmError> {
         let name = format!("--name={name}");
         let words = ["--noheader", "--states=all", "--format=%F", &name].map(str::to_owned);
-        let answer = call("squeue", &words).await?;
-        if !answer.succeeded() {
-            return Err(silent(&answer));
+        let output = call("squeue", &words).await?;
+        if !output.succeeded() {
+            return Err(silent(&output));
         }
-        let first = answer.stdout.lines().next().unwrap_or_default();
+        let first = output.stdout.lines().next().unwrap_or_default();
         Ok(first.trim().parse().ok())
     }
 
@@ -299,10 +299,10 @@ impl Slurm {
     pub async fn array_size(&self) -> usize {
         const USUAL: usize = 1001;
         let words = ["show", "config"].map(str::to_owned);
-        let Ok(answer) = call("scontrol", &words).await else {
+        let Ok(output) = call("scontrol", &words).await else {
             return USUAL;
         };
-        let value = answer.stdout.lines().find_map(|line| {
+        let value = output.stdout.lines().find_map(|line| {
             let (name, value) = line.split_once('=')?;
             (name.trim() == "MaxArraySize").then(|| value.trim().parse::<usize>().ok())?
         });
@@ -327,9 +327,9 @@ impl Slurm {
         for some in elements.chunks(1000) {
             let mut words = words.clone();
             words.extend(some.iter().map(|element| id(job, *element)));
-            let answer = call("scancel", &words).await?;
-            if !answer.succeeded() && answer.stderr.contains("nable to contact") {
-                return Err(silent(&answer));
+            let output = call("scancel", &words).await?;
+            if !output.succeeded() && output.stderr.contains("nable to contact") {
+                return Err(silent(&output));
             }
         }
         Ok(())
@@ -505,13 +505,13 @@ const REFUSALS: [(&str, &str); 14] = [
 ];
 
 /// What an `sbatch` that failed meant. `busy`: whether jobs of this user are in the queue, which may be too many.
-fn refusal(answer: &Answer, busy: bool) -> SlurmError {
-    let said = words(answer);
+fn refusal(output: &ProgramOutput, busy: bool) -> SlurmError {
+    let said = words(output);
     let has = |word: &str| said.to_lowercase().contains(&word.to_lowercase());
     if has("temporarily unable") || has("MaxJobCount") || has("SubmitJob") {
         return SlurmError::Full { said };
     }
-    if has("nable to contact") || has("timed out") || has("Zero Bytes") || answer.status.is_none() {
+    if has("nable to contact") || has("timed out") || has("Zero Bytes") || output.status.is_none() {
         return SlurmError::Silent { said };
     }
     // One text for limits of a job and limits of the queue: with nothing in the queue it is the job.
@@ -528,9 +528,9 @@ fn refusal(answer: &Answer, busy: bool) -> SlurmError {
     }
 }
 
-/// What a program said, in a line.
-fn words(answer: &Answer) -> String {
-    let lines: Vec<&str> = answer
+/// A program's output, in a line.
+fn words(output: &ProgramOutput) -> String {
+    let lines: Vec<&str> = output
         .stderr
         .lines()
         .map(|line| {
@@ -540,16 +540,16 @@ fn words(answer: &Answer) -> String {
         })
         .filter(|line| !line.is_empty())
         .collect();
-    match (lines.as_slice(), answer.status) {
+    match (lines.as_slice(), output.status) {
         ([], None) => format!("no answer within {} s", LIMIT.as_secs()),
         ([], Some(status)) => format!("nothing ({status})"),
         (lines, _) => bounded(&lines.join("; ")),
     }
 }
 
-fn silent(answer: &Answer) -> SlurmError {
+fn silent(output: &ProgramOutput) -> SlurmError {
     SlurmError::Silent {
-        said: words(answer),
+        said: words(output),
     }
 }
 
@@ -566,7 +566,7 @@ fn bounded(text: &str) -> String {
 }
 
 /// Runs a program to its end, within limits.
-async fn call(program: &str, arguments: &[String]) -> Result<Answer, SlurmError> {
+async fn call(program: &str, arguments: &[String]) -> Result<ProgramOutput, SlurmError> {
     let child = tokio::process::Command::new(program)
         .args(arguments)
         .env("LC_ALL", "C")
@@ -587,7 +587,7 @@ async fn call(program: &str, arguments: &[String]) -> Result<Answer, SlurmError>
     })?;
     let (mut out, mut err) = (Vec::new(), Vec::new());
     let status = {
-        let talk = async {
+        let exchange = async {
             let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
             let heard = tokio::try_join!(
                 read(stdout, MOST_BYTES, &mut out),
@@ -599,12 +599,12 @@ async fn call(program: &str, arguments: &[String]) -> Result<Answer, SlurmError>
                 Err(WillRetry) => None,
             }
         };
-        tokio::time::timeout(LIMIT, talk).await.ok().flatten()
+        tokio::time::timeout(LIMIT, exchange).await.ok().flatten()
     };
     if out.len() as u64 == MOST_BYTES {
         return Err(odd(program, "it is too long"));
     }
-    Ok(Answer {
+    Ok(ProgramOutput {
         status,
         stdout: String::from_utf8_lossy(&out).into_owned(),
         stderr: String::from_utf8_lossy(&err).into_owned(),
@@ -675,7 +675,7 @@ mod tests {
     #[test]
     fn refusals_say_what_to_do() {
         use std::os::unix::process::ExitStatusExt;
-        let failed = |stderr: &str| Answer {
+        let failed = |stderr: &str| ProgramOutput {
             status: Some(ExitStatus::from_raw(256)),
             stdout: String::new(),
             stderr: stderr.into(),

@@ -1,12 +1,12 @@
-//! The spool: what a worker on another machine says, as files in a directory that both machines see.
+//! The spool: a remote worker's events, as files in a directory that both machines see.
 //!
 //! A job has a directory, an element of it one inside. Every time that the element is started is a *life*: its records
 //! are appended to `<life>.<piece>.open`, synced, and a piece that is full or the last gets the name `.sealed`, which no
-//! file had before. A record is a length, a checksum and JSON; a reader takes whole ones only, so a torn end is nothing
-//! yet. Records are numbered: who reads again from the beginning knows what it has had.
+//! file had before. A record is a length, a checksum and JSON; a reader takes whole ones only, so a torn end is
+//! ignored. Records are numbered: a reader that starts again knows what it has read.
 //!
 //! Nothing relies on locks, on times of files, or on a name being moved over another: shared file systems keep few
-//! promises. What they say of handles that have gone stale is no answer and is asked again.
+//! promises. Errors about stale handles are retried.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -72,7 +72,7 @@ impl JobSpec {
     }
 }
 
-/// What an element says.
+/// An element's event.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SpoolEvent {
@@ -111,7 +111,7 @@ pub enum SpoolEvent {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LifeEnd {
-    /// The worker has ended, well or badly: there is nothing to do again.
+    /// The worker succeeded or failed: nothing is retried.
     Done,
     /// The user wanted it to stop.
     Stopped,
@@ -171,7 +171,7 @@ pub enum SpoolError {
 fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> SpoolError {
     let path = path.to_owned();
     move |source| match source.kind() {
-        // Something that is no file does not become one by being waited for.
+        // What is not a file now will not become one.
         io::ErrorKind::InvalidInput => SpoolError::Damaged {
             path,
             message: source.to_string(),
@@ -419,7 +419,7 @@ impl Writer {
 
 /// What stands in the file of a life that has come to a good end, or to a checkpoint.
 const GOOD: &str = "good";
-/// That it has come to another.
+/// It ended in another way.
 const BAD: &str = "bad";
 /// That the next has begun although it had not ended.
 const SUPERSEDED: &str = "superseded";

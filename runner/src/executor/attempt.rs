@@ -1,9 +1,9 @@
-//! One attempt at a stage: a worker is started, heard and, when its time has come, ended.
+//! One attempt at a stage: a worker is started, monitored and, if need be, stopped.
 //!
 //! In: a stage whose inputs are known. Out: how the attempt ended ([`End`]), with everything it did in the store. A stage
-//! that is divided has a worker more for each part: these work first, at the same time; when all have ended well, the
-//! worker of the whole takes over what they made. Whatever a plugin does to its process arrives here as an [`End`] with a
-//! reason of its own; only a store that cannot be written to is an error. Deliberately absent: which stage runs when, and
+//! that is divided has one more worker for each part: these run first, concurrently; when all have succeeded, the
+//! worker of the whole collects their results. Whatever a plugin does to its process becomes an [`End`] with a
+//! its own reason; only an unwritable store is an error. Deliberately absent: which stage runs when, and
 //! reuse.
 
 use std::sync::Arc;
@@ -16,24 +16,21 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::cluster::dispatch::Dispatcher;
+use crate::executor::end::End;
 use crate::executor::event::Event;
 use crate::executor::handle::{self, Placement};
-use crate::executor::recorder::{Recorder, own_line};
-use crate::store::{ArtifactRecord, AttemptEnd, AttemptId, StoreError, Usage};
+use crate::executor::recorder::Recorder;
+use crate::executor::spec::{AttemptSpec, RunContext, Stop, title};
+use crate::store::{ArtifactRecord, AttemptEnd, AttemptId, LogLine, StoreError, Usage};
 use crate::worker::death::out_of_memory_kills;
-use spec::title;
 use supervisor::{PartProgress, Supervisor};
 
-pub mod end;
 mod event_loop;
 mod received;
 mod shutdown;
-pub mod spec;
 mod supervisor;
 #[cfg(test)]
 mod tests;
-pub use end::{End, StopOutcome};
-pub use spec::{AttemptSpec, RunContext, Stop};
 
 /// An attempt that has ended.
 #[derive(Debug)]
@@ -44,14 +41,14 @@ pub struct Ended {
     pub artifacts: Vec<ArtifactRecord>,
     /// The last lines it wrote to its standard error.
     pub last_words: Vec<String>,
-    /// Whether it may have read something else than its digest says: what it left is worth nothing.
+    /// Whether its inputs may differ from its digest: then what it left behind is useless.
     pub tainted: bool,
 }
 
 /// Makes an attempt. When this is dropped half-way, the workers are killed.
 ///
 /// # Errors
-/// The store cannot be written to: then nothing true could be said about the attempt, and it is ended.
+/// The store cannot be written to: the attempt could not be recorded, and is ended.
 pub async fn run(
     context: &RunContext,
     spec: &AttemptSpec,
@@ -99,7 +96,7 @@ pub async fn run(
         .judge(finished.exit.status, finished.shutdown, spec, out_of_memory);
     let (end, tainted) = check_sources(context, spec, &recorder, end).await;
     if let Some(message) = end.message() {
-        recorder.line(own_line(
+        recorder.line(LogLine::of_runner(
             LogLevel::Error,
             format!("{}{}: {message}", title(finished.part), end.reason()),
         ));
@@ -122,7 +119,7 @@ pub async fn run(
     })
 }
 
-/// Records that an attempt begins, and what it reads. What it says goes to the recorder.
+/// Records that an attempt begins, and its inputs. Its output goes to the recorder.
 async fn begin(
     context: &RunContext,
     spec: &AttemptSpec,
@@ -149,7 +146,7 @@ async fn begin(
     Ok((attempt, recorder))
 }
 
-/// Looks whether a source file is another one than when the attempt began: a success is none then. Returns the end, and
+/// Checks whether a source file changed since the attempt began: then it has failed. Returns the end, and
 /// whether one has changed.
 async fn check_sources(
     context: &RunContext,
@@ -166,7 +163,7 @@ async fn check_sources(
     match (end, changed) {
         (End::Succeeded { .. }, Some(message)) => (End::InputChanged { message }, true),
         (end, Some(message)) => {
-            recorder.line(own_line(LogLevel::Warn, message));
+            recorder.line(LogLine::of_runner(LogLevel::Warn, message));
             (end, true)
         }
         (end, None) => (end, false),

@@ -1,4 +1,4 @@
-//! What the user tells the runs of this process: signals, heard once and handed on to each.
+//! The user's signals to the runs of this process: received once and passed on to each.
 //!
 //! The first of Ctrl-C and its like asks runs to stop at a checkpoint, the second ends them; Ctrl-Z stops the whole process
 //! for a while.
@@ -81,7 +81,7 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// From here on their usual effect is off.
+    /// This disables their default effect.
     ///
     /// # Errors
     /// The system's.

@@ -1,4 +1,4 @@
-//! What a run's record says of it before it begins: the recipe, the plan and each value with its origin.
+//! A run's record before it starts: the recipe, the plan and each value with its origin.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,7 @@ use crate::executor::options::Options;
 use crate::plan::decision::Role;
 use crate::plan::{Plan, PlannedStage};
 use crate::settings::Executor;
-use crate::store::{NewRun, NewStage, Param, PluginIdentity, StageState};
+use crate::store::{NewRun, NewStage, Param, RecordedPlugin, StageState};
 
 /// What the history keeps of a run so that it can be taken up again, with the plan's own fields beside these.
 #[derive(Debug, Serialize, Deserialize)]
@@ -120,7 +120,7 @@ pub(super) fn new_stage(stage: &PlannedStage, position: usize) -> NewStage {
         name: stage.name.clone(),
         kind: stage.kind.clone(),
         position,
-        plugin: PluginIdentity {
+        plugin: RecordedPlugin {
             name: plugin.name.clone(),
             version: plugin.version.clone(),
             hash: plugin.hash.clone(),

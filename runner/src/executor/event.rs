@@ -1,13 +1,13 @@
-//! What a run tells its listener while it goes on.
+//! The events that a run sends to its listener.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::executor::attempt::end::End;
+use crate::executor::end::End;
 use crate::frame::Progress;
 use crate::store::{AttemptId, LogLine, RunId};
 
-/// Is told what happens, on the event loop's thread: must not block.
+/// Receives events, on the event loop's thread: must not block.
 pub type Listener = Arc<dyn Fn(Event) + Send + Sync>;
 
 /// Something that happened.
@@ -25,7 +25,7 @@ pub enum Event {
         /// The run it comes from.
         from: RunId,
     },
-    /// Another process is working on the very same stage.
+    /// Another process is running the same stage.
     Waiting {
         /// The stage.
         stage: String,
@@ -54,7 +54,7 @@ pub enum Event {
         /// Threads each may use.
         threads: usize,
     },
-    /// A stage is so far.
+    /// Stage progress.
     Progress {
         /// The stage.
         stage: String,

@@ -1,7 +1,7 @@
-//! How far the stages of a run are, for whoever looks from outside: a small file beside what the run stages, written anew at
+//! The progress of a run's stages, for other processes: a small file in the run's staging directory, rewritten at
 //! most once a second and gone with the run.
 //!
-//! It is no part of the history: a run that has ended has no progress. What cannot be written is not written.
+//! It is not part of the history: a run that has ended has no progress. Write errors are ignored.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -20,7 +20,7 @@ const INTERVAL: Duration = Duration::from_secs(1);
 /// The longest file that is read.
 const LONGEST: u64 = 1 << 20;
 
-/// How far a stage is, and since when it has been heard of.
+/// A stage's progress, and when it was first seen.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Reading {
     /// How far.
@@ -35,7 +35,7 @@ pub struct Reading {
 }
 
 impl Reading {
-    /// Seconds that are left, if it goes on as it did; none while that is unknown.
+    /// Remaining seconds at the current rate; none while unknown.
     pub fn left(&self, now: Time) -> Option<f64> {
         let done = self
             .progress

@@ -1,6 +1,6 @@
-//! Whoever works on a stage or a part of it: a process of this machine, or an element of a job on a cluster.
+//! A worker of a stage or of a part: a local process, or an element of a cluster job.
 //!
-//! In: a stage about to begin. Out: a [`WorkerHandle`] for it and for each part, which all are sent, heard and ended alike.
+//! In: a stage about to begin. Out: a [`WorkerHandle`] for it and for each part, all with the same interface.
 
 use std::ffi::OsString;
 use std::net::TcpListener;
@@ -8,19 +8,20 @@ use std::sync::Arc;
 
 use retort_abi::{Failure, FailureCode, Part};
 
-use crate::cluster::ClusterEnd;
-use crate::cluster::dispatch::{Assignment, Dispatcher, Element};
+use crate::cluster::dispatch::{Assignment, Dispatcher, Element, Notice};
 use crate::cluster::node::rank_variables;
-use crate::executor::attempt::end::End;
-use crate::executor::attempt::spec::{AttemptSpec, RunContext};
+use crate::executor::end::End;
+use crate::executor::event::Event;
 use crate::executor::options::Cluster;
+use crate::executor::spec::{AttemptSpec, RunContext};
 use crate::frame::{FrameError, ToWorker};
 use crate::plan::Threads;
 use crate::settings::Profile;
 use crate::store::{AttemptId, StoreError};
 use crate::worker::process::{Worker, WorkerEvent};
+use crate::worker::remote::ClusterEnd;
 
-/// Whoever works.
+/// A worker.
 #[derive(Debug)]
 pub enum WorkerHandle {
     /// A process of this machine.
@@ -145,7 +146,7 @@ pub fn place(context: &RunContext, spec: &AttemptSpec) -> Result<Placement, End>
     })
 }
 
-/// Where processes of this machine meet, as programs that `torchrun` starts are told.
+/// Where local processes meet, in the variables that `torchrun` sets.
 fn ranks(part: Part, port: u16) -> Vec<(&'static str, OsString)> {
     let mut variables = vec![
         ("MASTER_ADDR", "127.0.0.1".into()),
@@ -155,9 +156,25 @@ fn ranks(part: Part, port: u16) -> Vec<(&'static str, OsString)> {
     variables
 }
 
-/// A port of this machine that nobody listens at.
+/// A free local port.
 fn free_port() -> std::io::Result<u16> {
     Ok(TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
+}
+
+/// A notice about a stage's jobs as an event of the run.
+fn event(stage: &str, notice: Notice) -> Event {
+    let stage = stage.to_owned();
+    match notice {
+        Notice::Submitted { job, elements } => Event::Submitted {
+            stage,
+            job,
+            elements,
+        },
+        Notice::Warning(text) => Event::Warning {
+            stage: Some(stage),
+            text,
+        },
+    }
 }
 
 impl ClusterPlacement {
@@ -171,10 +188,11 @@ impl ClusterPlacement {
         spec: &AttemptSpec,
         attempt: AttemptId,
     ) -> Result<(Dispatcher, WorkerHandle, Vec<(Part, WorkerHandle)>), StoreError> {
+        let (listener, stage) = (Arc::clone(&context.listener), spec.stage.name.clone());
         let dispatcher = Dispatcher::open(Assignment {
             store: Arc::clone(&context.store),
             slurm: self.cluster.slurm,
-            listener: Arc::clone(&context.listener),
+            listener: Box::new(move |notice| listener(event(&stage, notice))),
             stage: spec.stage.name.clone(),
             attempt,
             digest: spec.digest.hex.clone(),

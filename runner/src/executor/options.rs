@@ -1,4 +1,4 @@
-//! How a run is to be carried out: how many stages at a time, where it stops, and how it leaves a cluster's jobs.
+//! How to execute a run: how many stages at a time, where it stops, and how it leaves a cluster's jobs.
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -54,7 +54,7 @@ pub enum DetachPolicy {
     /// By itself, when everything is submitted that can be.
     WhenSubmitted,
     /// Ctrl-C asks. A function that waits for an answer; called on a thread of its own.
-    Ask(Arc<dyn Fn() -> Choice + Send + Sync>),
+    Ask(Arc<dyn Fn() -> DetachAnswer + Send + Sync>),
 }
 
 impl std::fmt::Debug for DetachPolicy {
@@ -67,9 +67,9 @@ impl std::fmt::Debug for DetachPolicy {
     }
 }
 
-/// What somebody wants who was asked.
+/// The user's answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Choice {
+pub enum DetachAnswer {
     /// The jobs go on without a runner.
     Detach,
     /// They stop at their next checkpoint.
@@ -78,7 +78,7 @@ pub enum Choice {
     GoOn,
 }
 
-/// A entry in a run where it is to stop: its first checkpoint after a step of a series.
+/// Where a run stops: its first checkpoint after a step of a series.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rung {
     /// The series: `distill/loss`, or `student/distill/loss` with its stage.

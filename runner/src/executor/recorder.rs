@@ -2,7 +2,7 @@
 //!
 //! In: points and lines, as fast as they come. Out: rows, four times a second. What waits is bounded: while there is no
 //! [`room`](Recorder::room), workers are not read, and keep what they have themselves. A store that cannot take rows at all
-//! never disturbs the stage: what it costs then is counted and told.
+//! never disturbs the stage: lost rows are counted and reported.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,7 +23,7 @@ const INTERVAL: Duration = Duration::from_millis(250);
 const MOST_POINTS: usize = 1 << 20;
 /// The same in bytes of lines.
 const MOST_BYTES: usize = 32 << 20;
-/// Lines that one attempt may have in the store; a plugin that talks without end must not fill the disk.
+/// Lines that one attempt may have in the store; a plugin that logs endlessly must not fill the disk.
 const MOST_LINES: usize = 50_000;
 /// How long the end of an attempt waits for the last rows.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -45,7 +45,7 @@ struct Shared {
     most: Backlog,
 }
 
-/// So much of what is recorded.
+/// An amount of records.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 struct Backlog {
     points: usize,
@@ -58,7 +58,7 @@ struct Waiting {
     points: HashMap<String, Vec<MetricPoint>>,
     lines: Vec<LogLine>,
     lines_taken: usize,
-    /// What of it waits.
+    /// What is waiting.
     amount: Backlog,
     /// What has been taken out to be written, and is still held in memory.
     writing: Backlog,
@@ -156,7 +156,7 @@ impl Recorder {
                 }
             }
             taken if taken == MOST_LINES + 1 => {
-                let text = format!("more than {MOST_LINES} lines: what follows is not kept");
+                let text = format!("more than {MOST_LINES} lines: the rest is dropped");
                 waiting.lines.push(LogLine {
                     at: line.at,
                     level: 2,
@@ -203,7 +203,7 @@ impl Shared {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether workers may be heard: half of the room is kept for what is on its way.
+    /// Whether to read workers: half of the room is kept for what is in transit.
     fn has_room(&self) -> bool {
         let waiting = self.waiting();
         let (amount, writing) = (waiting.amount, waiting.writing);
@@ -324,7 +324,7 @@ async fn write_rows(
             let text = format!(
                 "{count} {what} are lost: they came while the store could not be written to"
             );
-            let line = own_line(retort_abi::LogLevel::Warn, text);
+            let line = LogLine::of_runner(retort_abi::LogLevel::Warn, text);
             if let Err(error) = store.append_log(attempt, &[line]).await {
                 complain("what was lost", error.to_string());
             }
@@ -332,7 +332,7 @@ async fn write_rows(
     }
 }
 
-/// Whether the next batch may have more luck: another writer was at work, or the disk was full.
+/// Whether to retry: another writer was active, or the disk was full.
 fn is_for_a_moment(error: &StoreError) -> bool {
     matches!(error, StoreError::Busy | StoreError::Full)
 }
@@ -364,16 +364,6 @@ fn give_back_lines(shared: &Shared, lines: Vec<LogLine>) {
     waiting.lines.splice(..0, lines);
 }
 
-/// A line said by the runner itself.
-pub fn own_line(level: retort_abi::LogLevel, text: impl Into<String>) -> LogLine {
-    LogLine {
-        at: Time::now(),
-        level: level as u32,
-        source: LogSource::Runner,
-        text: text.into(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -395,7 +385,7 @@ mod tests {
     }
 
     fn line(length: usize) -> LogLine {
-        own_line(retort_abi::LogLevel::Info, "x".repeat(length))
+        LogLine::of_runner(retort_abi::LogLevel::Info, "x".repeat(length))
     }
 
     /// A lock that another process might hold.

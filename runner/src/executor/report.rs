@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::executor::attempt::end::End;
+use crate::executor::end::End;
 use crate::store::{RunId, RunState};
 
 /// How a run went.
@@ -14,7 +14,7 @@ pub struct RunReport {
     pub state: RunState,
     /// The signal that stopped it.
     pub signal: Option<i32>,
-    /// What it had at its rung, where it stopped there.
+    /// Its value at the rung where it stopped.
     pub rung: Option<f64>,
     /// Its stages, in the plan's order, without those left out.
     pub stages: Vec<StageReport>,
@@ -29,18 +29,18 @@ pub struct StageReport {
     pub name: String,
     /// Its kind.
     pub kind: String,
-    /// What came of it.
+    /// Its outcome.
     pub outcome: Outcome,
     /// How long its attempt took; zero without one.
     pub elapsed: Duration,
 }
 
-/// What came of a stage.
+/// A stage's outcome.
 #[derive(Debug)]
 pub enum Outcome {
     /// It ran, and ended like this.
     Ran(End),
-    /// Its result was there already.
+    /// Its result was reused.
     Reused {
         /// The run it comes from.
         from: RunId,

@@ -1,4 +1,4 @@
-//! The stages of a run on their way: which is ready, reused or blocked, and which is given to a worker next.
+//! The stages of a run in progress: which is ready, reused or blocked, and which gets a worker next.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -8,20 +8,22 @@ use retort_abi::Input;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 
-use crate::artifact::{ArtifactError, Work};
-use crate::executor::attempt::{self, AttemptSpec, End, Ended, RunContext, Stop};
+use crate::artifact::{ArtifactError, WorkDir};
+use crate::executor::attempt::{self, Ended};
 use crate::executor::control::Follower;
 use crate::executor::describe::new_stage;
+use crate::executor::end::End;
 use crate::executor::error::ExecutorError;
 use crate::executor::event::Event;
-use crate::executor::options::{Choice, DetachPolicy, Options};
+use crate::executor::options::{DetachAnswer, DetachPolicy, Options};
 use crate::executor::report::{Outcome, StageReport};
-use crate::executor::source::Source;
+use crate::executor::source::SourceFile;
+use crate::executor::spec::{AttemptSpec, RunContext, Stop};
 use crate::plan::decision::Role;
 use crate::plan::{self, Digest, Plan, PlannedStage};
 use crate::store::{ArtifactRecord, RunId, StageId, StoreError, Success};
 
-/// How often the run says that it lives.
+/// How often the run writes a heartbeat.
 const HEARTBEAT: Duration = Duration::from_secs(5);
 
 /// How often it is looked whether everything is submitted, so that the runner can leave.
@@ -36,7 +38,7 @@ pub(super) struct Scheduler<'p> {
     options: &'p Options,
     pub(super) run: RunId,
     pub(super) context: Arc<RunContext>,
-    sources: HashMap<String, Vec<Source>>,
+    sources: HashMap<String, Vec<SourceFile>>,
     entries: Vec<StageEntry<'p>>,
     stop: watch::Sender<Stop>,
     pub(super) signal: Option<i32>,
@@ -45,8 +47,8 @@ pub(super) struct Scheduler<'p> {
     pub(super) is_judged: bool,
     /// Whether jobs are left to the cluster.
     pub(super) detached: bool,
-    /// Where somebody is asked, the answer.
-    answer: Option<oneshot::Receiver<Choice>>,
+    /// The user's answer, if asked.
+    answer: Option<oneshot::Receiver<DetachAnswer>>,
     pub(super) workers: JoinSet<(usize, Duration, Result<StageEnd, ExecutorError>)>,
 }
 
@@ -80,7 +82,7 @@ struct ResolvedStage {
     inputs: BTreeMap<String, Input>,
 }
 
-/// From where a stage is worked on.
+/// Where a stage starts from.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Start {
     /// From nothing, whatever earlier attempts left.
@@ -104,7 +106,7 @@ impl<'p> Scheduler<'p> {
     pub(super) async fn open(
         plan: &'p Plan,
         roles: &[Role],
-        sources: HashMap<String, Vec<Source>>,
+        sources: HashMap<String, Vec<SourceFile>>,
         run: &RunId,
         context: Arc<RunContext>,
         options: &'p Options,
@@ -166,9 +168,9 @@ impl<'p> Scheduler<'p> {
                 Ok(choice) = answer(&mut self.answer) => {
                     self.answer = None;
                     match choice {
-                        Choice::Detach => self.leave(libc::SIGINT),
-                        Choice::Cancel => self.interrupt(libc::SIGINT),
-                        Choice::GoOn => {}
+                        DetachAnswer::Detach => self.leave(libc::SIGINT),
+                        DetachAnswer::Cancel => self.interrupt(libc::SIGINT),
+                        DetachAnswer::GoOn => {}
                     }
                 }
                 () = tokio::time::sleep(LEAVE), if leaves && self.signal.is_none() => {
@@ -180,7 +182,7 @@ impl<'p> Scheduler<'p> {
                 signal = signals.next() => self.interrupt_or_leave(signal),
                 () = self.context.reached.notified(), if !self.is_judged => {
                     self.is_judged = true;
-                    // Who is in a hurry already stays so.
+                    // An immediate stop stays immediate.
                     self.stop.send_if_modified(|stop| {
                         let asks = *stop == Stop::No;
                         *stop = (*stop).max(Stop::AtCheckpoint);
@@ -520,7 +522,7 @@ async fn run_stage(
     start: Start,
 ) -> Result<StageEnd, ExecutorError> {
     let mut told = false;
-    let work: Work = loop {
+    let work: WorkDir = loop {
         if let Some(work) = context.layout.open_work(&spec.digest.hex)? {
             break work;
         }
@@ -573,8 +575,8 @@ fn empty(dir: &std::path::Path) -> Result<(), ExecutorError> {
 
 /// Waits for an answer; for ever where nobody was asked.
 async fn answer(
-    asked: &mut Option<oneshot::Receiver<Choice>>,
-) -> Result<Choice, oneshot::error::RecvError> {
+    asked: &mut Option<oneshot::Receiver<DetachAnswer>>,
+) -> Result<DetachAnswer, oneshot::error::RecvError> {
     match asked {
         Some(asked) => asked.await,
         None => std::future::pending().await,

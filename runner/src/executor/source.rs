@@ -1,18 +1,18 @@
 //! The files and folders that a stage reads beside its inputs, watched while it reads them.
 //!
 //! A digest says what they held when the run began. A stage that reads something else would be recorded under a digest
-//! that is not its own, and be reused for it for ever. So they are looked at before the stage and after it; where the file
-//! system says that nothing was written, nothing is read.
+//! that is not its own, and be reused for it for ever. So they are checked before the stage and after it; if the file
+//! system reports no change, nothing is read.
 
 use std::path::PathBuf;
 
-use crate::input::{InputError, Listing, Snapshot};
-use crate::plan::FileKind;
+use crate::input::FileKind;
+use crate::input::{FileSnapshot, InputError, Listing};
 use crate::store::{Memory, Store};
 
 /// A file or folder that a stage reads.
 #[derive(Debug, Clone)]
-pub struct Source {
+pub struct SourceFile {
     /// Pointer of the option that names it.
     pub pointer: String,
     /// Where it is.
@@ -20,10 +20,10 @@ pub struct Source {
     /// What it is.
     pub kind: FileKind,
     /// What it held: in the stage's digest.
-    pub snapshot: Snapshot,
+    pub snapshot: FileSnapshot,
 }
 
-impl Source {
+impl SourceFile {
     /// Makes sure that it still holds what the digest says, before the stage begins; from then on it must not be written.
     ///
     /// # Errors
@@ -42,7 +42,7 @@ impl Source {
         Ok(())
     }
 
-    /// Whether nothing was written since [`Source::begin`].
+    /// Whether nothing was written since [`SourceFile::begin`].
     ///
     /// # Errors
     /// What was, in words.

@@ -13,7 +13,7 @@ fn filled(files: &[(&str, &str)]) -> tempfile::TempDir {
     root
 }
 
-fn snapshot(path: &Path) -> Snapshot {
+fn snapshot(path: &Path) -> FileSnapshot {
     let listing = Listing::of(path, FileKind::Dir).unwrap();
     listing.hashed(&BTreeMap::new()).unwrap().0
 }
@@ -123,14 +123,14 @@ fn refused(make: impl Fn(&Path), said: &[&str]) {
 }
 
 #[test]
-fn circles_broken_links_and_pipes_are_named() {
+fn cycles_broken_links_and_pipes_are_named() {
     refused(
         |root| symlink(root, root.join("0/up")).unwrap(),
-        &["0/up", "circle"],
+        &["0/up", "cycle"],
     );
     refused(
         |root| symlink("self", root.join("self")).unwrap(),
-        &["/self", "circle"],
+        &["/self", "cycle"],
     );
     refused(
         |root| symlink("none", root.join("0/x")).unwrap(),
@@ -153,7 +153,7 @@ fn circles_broken_links_and_pipes_are_named() {
             symlink(&next, root.join(&here).join("b")).unwrap();
         }
     };
-    refused(ladder, &["folders and more"]);
+    refused(ladder, &["or more folders"]);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! What would run, what would be reused, and why.
 //!
-//! In: a plan, which of its stages are wanted, and what the history knows ([`KnownResults`]). Out: one [`Decision`] per stage.
-//! The executor decides again, stage by stage, when the inputs are really there, with the same functions.
+//! In: a plan, which of its stages are wanted, and what the history knows ([`KnownResults`]). Out: a [`Decision`] per stage.
+//! The executor decides again, stage by stage, once the inputs exist, with the same functions.
 
 use std::collections::BTreeMap;
 use std::error::Error as StdError;
@@ -20,7 +20,7 @@ pub enum Role {
     Wanted,
     /// Run even if its result is in the store.
     Forced,
-    /// Outside `--from`, but needed by a stage inside: its result has to be in the store.
+    /// Outside `--from`, but needed by a stage inside: its result must be in the store.
     Needed,
     /// Left out.
     Skipped,
@@ -57,7 +57,7 @@ pub enum SelectError {
 pub enum Action {
     /// It runs.
     Run,
-    /// It runs unless the stages before it come out as before.
+    /// It runs unless its inputs turn out unchanged.
     RunInputChanges,
     /// Its result is in the store.
     Reuse,
@@ -74,7 +74,7 @@ pub struct Decision {
     pub stage: String,
     /// What happens.
     pub action: Action,
-    /// Why, component by component.
+    /// Reasons, by component.
     pub why: Vec<String>,
     /// Its digest; `None` while inputs or files are not known.
     pub digest: Option<String>,
@@ -82,7 +82,7 @@ pub struct Decision {
     pub output: Option<String>,
 }
 
-/// What the history knows. The store is one implementation, tests bring another.
+/// Earlier results. The store is one implementation, tests bring another.
 pub trait KnownResults {
     /// Content hash of the output of a successful attempt with this digest, if it is still there.
     fn find_success(&mut self, digest: &str) -> Result<Option<String>, Box<dyn StdError>>;
@@ -320,7 +320,7 @@ fn inputs_to_come(stage: &PlannedStage, outputs: &BTreeMap<String, String>) -> V
     names
 }
 
-/// What stands for an input or file that is not known; equal to anything.
+/// A placeholder for an unknown input or file; equal to anything.
 const UNKNOWN: &str = "?";
 
 /// The components of a digest whose inputs are partly unknown.
@@ -356,7 +356,7 @@ pub fn differences(old: &Value, new: &Value) -> Vec<String> {
         ));
     } else if old_kind["revision"] != new_kind["revision"] {
         lines.push(format!(
-            "`{}` stages compute something else now (revision {} -> {})",
+            "`{}` stages have changed (revision {} -> {})",
             short(&new_kind["name"]),
             old_kind["revision"],
             new_kind["revision"]
@@ -441,7 +441,7 @@ fn option_differences(old: &Value, new: &Value, path: &str, lines: &mut Vec<Stri
     lines.push(format!("`{path}`: {} -> {}", short(old), short(new)));
 }
 
-/// A value on half a line.
+/// A shortened value.
 fn short(value: &Value) -> String {
     let text = match value {
         Value::Null => "nothing".to_owned(),
@@ -657,7 +657,7 @@ stages:
         assert_eq!(
             explain(Some(&old), &now),
             [
-                "`tokenizer` stages compute something else now (revision 1 -> 2)",
+                "`tokenizer` stages have changed (revision 1 -> 2)",
                 "file `data` has changed (01234567 -> 98765432)",
                 "device: cpu -> cuda",
                 "plugin fake: its file has changed (rebuilt)",

@@ -1,4 +1,4 @@
-//! Under which name a stage's result is found again.
+//! The key of a stage's result.
 
 use std::collections::BTreeMap;
 

@@ -1,7 +1,7 @@
 //! From a recipe to settled stages: plugin, options, references, order, device.
 //!
-//! A mistake in one stage does not hide those of others: each step goes on with what is right, and what one mistake
-//! causes elsewhere is not reported again.
+//! A mistake in one stage does not hide others: each step continues with what is valid, and follow-up errors of one
+//! mistake are not reported.
 
 mod device;
 mod draft;
@@ -17,12 +17,12 @@ use serde_json::Value;
 
 use super::{Build, Descriptions, Origin, PlannedStage, Threads};
 use crate::diagnostic::Finding;
-use crate::recipe::{Recipe, Source, ValueSource};
+use crate::recipe::{Recipe, RecipeSource, ValueSource};
 use crate::schema;
-use crate::yaml::{Part, escape};
+use crate::yaml::{EntryPart, escape};
 use draft::UnresolvedStage;
 
-/// The stages of a recipe in an order in which they can run, and everything found on the way. Stages with mistakes are
+/// The stages of a recipe in an order in which they can run, and all findings. Stages with mistakes are
 /// left out. The last are notes on what the plan chose by itself.
 pub(super) fn settle(
     recipe: &Recipe,
@@ -54,7 +54,7 @@ pub(super) fn settle(
 
 struct Planner<'a> {
     recipe: &'a Recipe,
-    source: &'a Source,
+    source: &'a RecipeSource,
     plugins: &'a mut dyn Descriptions,
     /// Plugins asked so far; `None` where that failed and has been reported.
     known: BTreeMap<String, Option<Rc<Build>>>,
@@ -67,9 +67,9 @@ struct Planner<'a> {
 }
 
 impl Planner<'_> {
-    fn report(&mut self, finding: Finding, part: Part) {
+    fn report(&mut self, finding: Finding, part: EntryPart) {
         let placed = self.source.place(finding, part);
-        // One mistake in a param is one, however many stages use it.
+        // A mistake in a param is reported once for all stages.
         let same = |other: &Finding| {
             let together = other.position.is_some() && other.position == placed.position;
             *other == placed
@@ -86,7 +86,7 @@ impl Planner<'_> {
         let timeout = match timeout(draft) {
             Ok(timeout) => timeout,
             Err(finding) => {
-                self.report(finding, Part::Value);
+                self.report(finding, EntryPart::Value);
                 return None;
             }
         };
@@ -132,7 +132,7 @@ impl Planner<'_> {
             output_kind: kind.output.clone(),
             revision: kind.revision,
             origins,
-            position: self.source.locate(&draft.pointer, Part::Key),
+            position: self.source.locate(&draft.pointer, EntryPart::Key),
         })
     }
 
@@ -196,7 +196,7 @@ impl Planner<'_> {
                 hint: schema::suggest(written, known),
                 ..finding
             },
-            Part::Value,
+            EntryPart::Value,
         );
         None
     }
@@ -250,12 +250,12 @@ fn time_hint(written: &str) -> String {
 }
 
 /// Whether a finding is shown at its own place in the text, not at that of a param.
-fn in_place(source: &Source, finding: &Finding) -> bool {
+fn in_place(source: &RecipeSource, finding: &Finding) -> bool {
     source.written(&finding.pointer) != ValueSource::Interpolated
 }
 
 /// Where a value of the recipe came from.
-pub(super) fn origin(source: &Source, pointer: &str, fallback: Origin) -> Origin {
+pub(super) fn origin(source: &RecipeSource, pointer: &str, fallback: Origin) -> Origin {
     match source.written(pointer) {
         ValueSource::Line(line) => Origin::Recipe(line),
         ValueSource::Interpolated => Origin::Params,
@@ -266,7 +266,7 @@ pub(super) fn origin(source: &Source, pointer: &str, fallback: Origin) -> Origin
 
 /// Notes where every value without values inside came from.
 fn option_origins(
-    source: &Source,
+    source: &RecipeSource,
     draft: &UnresolvedStage<'_>,
     value: &Value,
     pointer: &str,

@@ -164,7 +164,7 @@ fn cycles_are_named_in_full() {
             stage("b", "c"),
             stage("c", "a")
         ),
-        &[(5, 49, "in a circle: a -> b -> c -> a")],
+        &[(5, 49, "in a cycle: a -> b -> c -> a")],
     );
     check(
         &format!("{HEAD}{}", stage("a", "a")),
@@ -280,8 +280,8 @@ fn workers_divide_what_can_be_divided() {
         &[(
             5,
             50,
-            "stage `b`: plugin `fake` has no way for the workers of a `pretrain` to add up gradients / take a plugin that \
-                 can: `backend: libtorch`; or leave `workers` out",
+            "stage `b`: plugin `fake` cannot sum gradients over the workers of a `pretrain` / use a plugin that can: \
+                 `backend: libtorch`; or omit `workers`",
         )],
     );
     check(

@@ -1,9 +1,10 @@
-//! Is a plugin as `retort_plugin.h` says? Everything a program can find out about a file, in worker processes.
+//! Does a plugin conform to `retort_plugin.h`? All that a program can check, in worker processes.
 //!
-//! In: a plugin's file and, for its stages, a plan that uses them. Out: one [`Outcome`] per thing looked at. A stage is
-//! run up to four times: to its end, again with the same seed, up to a request to stop, and on from there; and in parts,
-//! if its kind is divisible. Whatever the plugin does in its process is an outcome, never the end of the examination. Deliberately absent: how outcomes are
-//! shown; what a backend's operations should give (the engine's, reached through the stage kind `conformance`).
+//! In: a plugin's file and, for its stages, a plan that uses them. Out: one [`CheckOutcome`] per thing looked at. A stage
+//! is run up to four times: to its end, again with the same seed, up to a request to stop, and on from there; and in
+//! parts, if its kind is divisible. Whatever the plugin does in its process is an outcome, never the end of the
+//! examination. Deliberately absent: how outcomes are shown; what a backend's operations should give (the engine's,
+//! reached through the stage kind `conformance`).
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -20,12 +21,12 @@ use crate::plugin;
 use crate::schema;
 use crate::trust;
 use description::{OF_THE_LINKER, names_a_place, provocations, shown};
-use seen::{Observations, Stopping, watch};
+use observations::{Observations, Stopping, watch};
 
 mod description;
-mod seen;
+mod observations;
+mod side_effects;
 mod stages;
-mod surroundings;
 
 pub use description::{exports, inconsistencies};
 
@@ -33,11 +34,11 @@ pub use description::{exports, inconsistencies};
 const OPERATIONS: &str = "conformance";
 /// How long one call that is no run may take, where a run may take longer.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// How long a plugin is listened to after a run: whoever goes on by itself is heard in this time.
+/// How long to listen to a plugin after a run, for calls that come too late.
 const LINGER: Duration = Duration::from_millis(300);
 /// Something that was looked at.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Outcome {
+pub struct CheckOutcome {
     /// What: `exports`, `same seed`.
     pub check: &'static str,
     /// Of what: a stage, a kind of stage, a device; empty: the plugin.
@@ -72,25 +73,25 @@ impl Verdict {
     }
 }
 
-/// What a check finds: what to say of it, or why it fails, or why it says nothing.
-type CheckResult = Result<String, Bad>;
+/// A check's result: a detail, or why it failed or was skipped.
+type CheckResult = Result<String, NotPassed>;
 
-enum Bad {
+enum NotPassed {
     Failed(String),
     Skipped(String),
 }
 
-fn failed<T>(text: impl Into<String>) -> Result<T, Bad> {
-    Err(Bad::Failed(text.into()))
+fn failed<T>(text: impl Into<String>) -> Result<T, NotPassed> {
+    Err(NotPassed::Failed(text.into()))
 }
 
-fn skipped<T>(text: impl Into<String>) -> Result<T, Bad> {
-    Err(Bad::Skipped(text.into()))
+fn skipped<T>(text: impl Into<String>) -> Result<T, NotPassed> {
+    Err(NotPassed::Skipped(text.into()))
 }
 
-/// What an examination goes by.
+/// An examination's parameters.
 #[derive(Debug, Clone)]
-pub struct ExaminationTerms {
+pub struct ExaminationOptions {
     /// How long a stage may take to stop.
     pub grace: Duration,
     /// How long a stage may run.
@@ -99,13 +100,13 @@ pub struct ExaminationTerms {
     pub golden: Option<PathBuf>,
 }
 
-/// An examination under way.
+/// A running examination.
 pub struct Examination<'a> {
     runtime: &'a Runtime,
     path: PathBuf,
-    terms: ExaminationTerms,
-    outcomes: Vec<Outcome>,
-    tell: &'a dyn Fn(&Outcome),
+    options: ExaminationOptions,
+    outcomes: Vec<CheckOutcome>,
+    tell: &'a dyn Fn(&CheckOutcome),
 }
 
 impl<'a> Examination<'a> {
@@ -113,20 +114,20 @@ impl<'a> Examination<'a> {
     pub fn new(
         runtime: &'a Runtime,
         path: &Path,
-        terms: ExaminationTerms,
-        tell: &'a dyn Fn(&Outcome),
+        options: ExaminationOptions,
+        tell: &'a dyn Fn(&CheckOutcome),
     ) -> Self {
         Self {
             runtime,
             path: path.to_owned(),
-            terms,
+            options,
             outcomes: Vec::new(),
             tell,
         }
     }
 
     /// Everything found.
-    pub fn outcomes(self) -> Vec<Outcome> {
+    pub fn outcomes(self) -> Vec<CheckOutcome> {
         self.outcomes
     }
 
@@ -139,10 +140,10 @@ impl<'a> Examination<'a> {
         let begun = Instant::now();
         let (verdict, detail) = match look(self) {
             Ok(detail) => (Verdict::Passed, detail),
-            Err(Bad::Failed(detail)) => (Verdict::Failed, detail),
-            Err(Bad::Skipped(detail)) => (Verdict::Skipped, detail),
+            Err(NotPassed::Failed(detail)) => (Verdict::Failed, detail),
+            Err(NotPassed::Skipped(detail)) => (Verdict::Skipped, detail),
         };
-        let outcome = Outcome {
+        let outcome = CheckOutcome {
             check,
             subject: subject.to_owned(),
             verdict,
@@ -157,11 +158,11 @@ impl<'a> Examination<'a> {
     /// The file itself, and what the plugin says when it is asked; its description, if there is one.
     pub fn examine_plugin(&mut self) -> Option<Description> {
         self.check("trusted", "", |exam| {
-            trust::check_owner(&exam.path).map_err(|error| Bad::Failed(error.to_string()))?;
+            trust::check_owner(&exam.path).map_err(|error| NotPassed::Failed(error.to_string()))?;
             Ok("nobody else can change it".into())
         });
         self.check("exports", "", |exam| {
-            let exports = exports(&exam.path).map_err(Bad::Failed)?;
+            let exports = exports(&exam.path).map_err(NotPassed::Failed)?;
             let others: Vec<&str> = exports
                 .iter()
                 .map(String::as_str)
@@ -256,7 +257,7 @@ impl<'a> Examination<'a> {
             let dtype = about.dtypes.first().map_or("f32", String::as_str);
             self.check("networks", name, |exam| {
                 unusable.as_ref().map_or(Ok(()), skipped)?;
-                let Some(dir) = &exam.terms.golden else {
+                let Some(dir) = &exam.options.golden else {
                     return skipped(
                         "--golden DIR compares them, with tests/golden of the repository",
                     );
@@ -267,7 +268,7 @@ impl<'a> Examination<'a> {
         }
     }
 
-    fn ask(&self, call: Call) -> Result<Answer, Bad> {
+    fn ask(&self, call: Call) -> Result<Answer, NotPassed> {
         let task = Task {
             plugin: self.path.clone(),
             hash: None,
@@ -275,26 +276,26 @@ impl<'a> Examination<'a> {
         };
         let asked = self.runtime.block_on(crate::worker::process::ask(
             task,
-            PATIENCE.min(self.terms.limit),
+            PATIENCE.min(self.options.limit),
         ));
-        asked.map_err(|error| Bad::Failed(error.to_string()))
+        asked.map_err(|error| NotPassed::Failed(error.to_string()))
     }
 
-    fn describe(&self) -> Result<Description, Bad> {
+    fn describe(&self) -> Result<Description, NotPassed> {
         match self.ask(Call::Describe)? {
             Answer::Description(description) => Ok(*description),
-            _ => failed("the worker answered another question"),
+            _ => failed("the worker's answer does not match"),
         }
     }
 
-    fn probe(&self) -> Result<Vec<Device>, Bad> {
+    fn probe(&self) -> Result<Vec<Device>, NotPassed> {
         match self.ask(Call::Probe)? {
             Answer::Devices(devices) => Ok(devices),
-            _ => failed("the worker answered another question"),
+            _ => failed("the worker's answer does not match"),
         }
     }
 
-    /// Gives options of every wrong sort to a kind of stage: each is refused in words, or taken; nothing crashes.
+    /// Gives a kind of stage wrong options of every sort: each is refused with a message, or taken; no crash.
     fn provoke(&self, about: &Description, kind: &str, schema: &Value) -> CheckResult {
         let provocations = provocations(schema);
         let jobs: Vec<StageJob> = provocations
@@ -315,8 +316,8 @@ impl<'a> Examination<'a> {
             .collect();
         let answers = match self.ask(Call::Provoke(jobs.clone())) {
             Ok(Answer::Provoked(answers)) => answers,
-            Ok(_) => return failed("the worker answered another question"),
-            Err(Bad::Failed(how)) => {
+            Ok(_) => return failed("the worker's answer does not match"),
+            Err(NotPassed::Failed(how)) => {
                 let options = shown(&provocations[self.first_fatal(&jobs)]);
                 return failed(format!("the options {options}: {how}"));
             }
@@ -364,8 +365,8 @@ impl<'a> Examination<'a> {
     }
 
     /// The engine's own examination of a backend: how many comparisons passed, if all did.
-    fn compare(&self, device: &str, dtype: &str, options: Value) -> Result<u64, Bad> {
-        let place = tempfile::tempdir().map_err(|error| Bad::Failed(error.to_string()))?;
+    fn compare(&self, device: &str, dtype: &str, options: Value) -> Result<u64, NotPassed> {
+        let place = tempfile::tempdir().map_err(|error| NotPassed::Failed(error.to_string()))?;
         let job = StageJob {
             stage: "operations".into(),
             kind: OPERATIONS.into(),
@@ -413,7 +414,7 @@ impl<'a> Examination<'a> {
         }
     }
 
-    /// Runs a job in a worker and takes down all it does.
+    /// Runs a job in a worker and records all it does.
     fn attempt(
         &self,
         plugin: &Path,
@@ -421,10 +422,10 @@ impl<'a> Examination<'a> {
         place: &Path,
         stopping: Stopping,
         linger: Duration,
-    ) -> Result<Observations, Bad> {
+    ) -> Result<Observations, NotPassed> {
         let temporary = place.join(TEMPORARY);
         for dir in job.work_dir.iter().chain([&temporary]) {
-            fs::create_dir_all(dir).map_err(|error| Bad::Failed(error.to_string()))?;
+            fs::create_dir_all(dir).map_err(|error| NotPassed::Failed(error.to_string()))?;
         }
         let task = Task {
             plugin: plugin.to_owned(),
@@ -436,10 +437,10 @@ impl<'a> Examination<'a> {
                 linger,
             },
         };
-        let watched = watch(task, &temporary, stopping, &self.terms);
+        let watched = watch(task, &temporary, stopping, &self.options);
         self.runtime
             .block_on(watched)
-            .map_err(|error| Bad::Failed(format!("a worker could not be started: {error}")))
+            .map_err(|error| NotPassed::Failed(format!("a worker could not be started: {error}")))
     }
 }
 
@@ -454,7 +455,7 @@ fn usable(devices: &[Device]) -> Vec<&str> {
         .collect()
 }
 
-impl From<DescribeError> for Bad {
+impl From<DescribeError> for NotPassed {
     fn from(error: DescribeError) -> Self {
         Self::Failed(error.message)
     }

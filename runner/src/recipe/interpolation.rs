@@ -1,7 +1,7 @@
 //! `${params.x}` and `${paths.x}` replaced by what they name; `$${` stands for `${`.
 //!
-//! Each param is resolved once. What a recipe can grow to by it is limited, and so is how far params refer to each
-//! other: a few lines that double forty times are a mistake, or an attack.
+//! Each param is resolved once. Its growth is limited, and so is the depth of references between params: a
+//! few lines that double forty times are a mistake, or an attack.
 
 #![expect(
     clippy::result_large_err,
@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value};
 
-use super::Source;
+use super::RecipeSource;
 use super::setting::key_of;
 use crate::diagnostic::Finding;
 use crate::schema;
@@ -33,7 +33,7 @@ const MAX_NAME: usize = 1000;
 /// Replaces the references of a recipe.
 pub(super) struct Interpolation<'a> {
     root: &'a Value,
-    source: &'a Source,
+    source: &'a RecipeSource,
     interpolated: BTreeMap<String, Option<String>>,
     problems: Vec<Finding>,
     /// What has been looked up, by name.
@@ -43,7 +43,7 @@ pub(super) struct Interpolation<'a> {
     nesting: usize,
     /// What may still be added.
     room: usize,
-    /// Whether it has been said that there is no room.
+    /// Whether the limit has been reported.
     full: bool,
 }
 
@@ -58,7 +58,7 @@ pub(super) struct Replaced {
     pub(super) complete: bool,
 }
 
-/// What a name stands for.
+/// A name's value.
 #[derive(Clone)]
 struct Resolved {
     value: Value,
@@ -71,7 +71,7 @@ struct Resolved {
 
 impl<'a> Interpolation<'a> {
     /// Of this value, which stands in `source`.
-    pub(super) fn new(root: &'a Value, source: &'a Source) -> Self {
+    pub(super) fn new(root: &'a Value, source: &'a RecipeSource) -> Self {
         Self {
             root,
             source,
@@ -140,7 +140,7 @@ impl<'a> Interpolation<'a> {
         }
     }
 
-    /// That there is no room is one mistake, however often it shows.
+    /// Exceeding the limit is one mistake, however often.
     fn report(&mut self, finding: Finding) {
         let full = self.room == 0;
         if !(full && std::mem::replace(&mut self.full, full)) {
@@ -211,13 +211,13 @@ impl<'a> Interpolation<'a> {
                     MAX_COPIES * 64 / 1_000_000
                 );
                 Err(Finding::error("", message).hint(
-                    "params that hold each other several times grow with every step; write the values out",
+                    "params that repeat each other grow with every step; write the values out",
                 ))
             }
         }
     }
 
-    /// What a name stands for. Each is resolved once.
+    /// A name's value. Each is resolved once.
     fn look_up(&mut self, name: &str) -> Result<&Resolved, Finding> {
         if !self.resolved.contains_key(name) {
             let answer = self.resolve(name);
@@ -236,7 +236,7 @@ impl<'a> Interpolation<'a> {
             let cycle = format!("{} -> {name}", self.open[first..].join(" -> "));
             return Err(Finding::error(
                 "",
-                format!("params refer to each other in a circle: {cycle}"),
+                format!("params refer to each other in a cycle: {cycle}"),
             )
             .hint("give one of them a value"));
         }
@@ -384,5 +384,5 @@ fn too_far() -> Finding {
             "params refer to each other too deeply: at most {MAX_LINKS} one after the other, at most {MAX_DEPTH} levels"
         ),
     )
-    .hint("give a param its value instead of naming another that names another")
+    .hint("give a param its value instead of a reference to a reference")
 }

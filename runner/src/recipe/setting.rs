@@ -15,7 +15,7 @@ use serde_json::{Map, Value};
 
 use crate::diagnostic::{Argument, Finding, Position};
 use crate::schema;
-use crate::yaml::{self, Document, MAX_DEPTH, Part, escape};
+use crate::yaml::{self, Document, EntryPart, MAX_DEPTH, escape};
 
 /// One value that was set.
 #[derive(Debug, Clone)]
@@ -30,12 +30,12 @@ pub(super) struct Setting {
 
 impl Setting {
     /// Says where in the argument a finding is. `rest` is its pointer inside of what was set.
-    pub(super) fn mark(&self, finding: &mut Finding, rest: &str, part: Part) {
+    pub(super) fn mark(&self, finding: &mut Finding, rest: &str, part: EntryPart) {
         let (path, typed) = self.change.split_once('=').unwrap_or((&self.change, ""));
         let last_step = path.rfind('.').map_or(0, |dot| dot + 1);
         let position = match (rest.is_empty(), part, &self.document) {
-            (true, Part::Key, _) => in_path(path, last_step),
-            (true, Part::Value, _) | (_, _, None) => {
+            (true, EntryPart::Key, _) => in_path(path, last_step),
+            (true, EntryPart::Value, _) | (_, _, None) => {
                 in_value(path, typed, Position { line: 1, column: 1 })
             }
             (false, part, Some(document)) => in_value(
@@ -107,7 +107,7 @@ pub(super) fn apply(recipe: &mut Value, change: &str) -> Result<(String, Setting
         }
         steps.insert(0, "stages");
     }
-    // A new stage would only be a misspelt one.
+    // A new stage would be a typo.
     if let ["stages", stage, ..] = steps.as_slice()
         && !names().any(|name| name == *stage)
     {
@@ -185,7 +185,7 @@ pub(super) fn unasked(
         return None;
     }
     let mut finding = Finding::error(pointer, format!("the recipe has no `{name}` in `{group}`"));
-    setting.mark(&mut finding, "", Part::Key);
+    setting.mark(&mut finding, "", EntryPart::Key);
     let known = recipe[group].as_object().into_iter().flatten();
     let known = known
         .map(|(key, _)| key.as_str())

@@ -87,7 +87,7 @@ fn set_changes_values() {
         &format!("{HEAD}  s: {{kind: k, o: '${{params.deep}}'}}\n"),
         &[],
     );
-    let place = recipe.source.locate("/stages/s/o/x/1", Part::Value);
+    let place = recipe.source.locate("/stages/s/o/x/1", EntryPart::Value);
     assert_eq!(
         place,
         Some(Position {

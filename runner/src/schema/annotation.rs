@@ -2,8 +2,7 @@
 
 use serde_json::Value;
 
-use super::branch::{branches, child_schema};
-use crate::yaml::escape;
+use super::branch::{branches, each_child};
 
 /// An option with a meaning for the runner.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -11,12 +10,12 @@ pub struct Annotation {
     /// JSON pointer to the value.
     pub pointer: String,
     /// What it names.
-    pub target: Target,
+    pub target: OptionTarget,
 }
 
 /// What an option names.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Target {
+pub enum OptionTarget {
     /// Another stage whose output is one of these kinds (empty: any).
     Artifact(Vec<String>),
     /// A file.
@@ -32,15 +31,17 @@ pub enum Target {
 /// The options in `value` that name stages or files, or could and are null.
 pub fn annotations(schema: &Value, value: &Value) -> Vec<Annotation> {
     let mut found = Vec::new();
-    annotate_node(schema, schema, value, "", &mut found);
+    // A copy, for `each_child` lends children to be changed.
+    let mut value = value.clone();
+    annotate_node(schema, schema, &mut value, &mut String::new(), &mut found);
     found
 }
 
 fn annotate_node(
     root: &Value,
     node: &Value,
-    value: &Value,
-    pointer: &str,
+    value: &mut Value,
+    pointer: &mut String,
     found: &mut Vec<Annotation>,
 ) {
     for node in branches(root, node, value) {
@@ -52,13 +53,13 @@ fn annotate_node(
                 .filter_map(Value::as_str)
                 .map(str::to_owned)
                 .collect();
-            Some(Target::Artifact(kinds))
+            Some(OptionTarget::Artifact(kinds))
         } else {
             match node.get("x-retort-file").and_then(Value::as_str) {
-                Some("dir") => Some(Target::Dir),
-                Some("images") => Some(Target::Images),
-                Some("weights") => Some(Target::Weights),
-                Some(_) => Some(Target::File),
+                Some("dir") => Some(OptionTarget::Dir),
+                Some("images") => Some(OptionTarget::Images),
+                Some("weights") => Some(OptionTarget::Weights),
+                Some(_) => Some(OptionTarget::File),
                 None => None,
             }
         };
@@ -66,7 +67,7 @@ fn annotate_node(
             Value::String(_) | Value::Null => {
                 if let Some(target) = target {
                     let annotation = Annotation {
-                        pointer: pointer.to_owned(),
+                        pointer: pointer.clone(),
                         target,
                     };
                     if !found.contains(&annotation) {
@@ -74,27 +75,9 @@ fn annotate_node(
                     }
                 }
             }
-            Value::Object(entries) => {
-                for (key, value) in entries {
-                    if let Some(schema) = child_schema(node, key) {
-                        annotate_node(
-                            root,
-                            schema,
-                            value,
-                            &format!("{pointer}/{}", escape(key)),
-                            found,
-                        );
-                    }
-                }
-            }
-            Value::Array(items) => {
-                for (index, value) in items.iter().enumerate() {
-                    if let Some(schema) = child_schema(node, &index.to_string()) {
-                        annotate_node(root, schema, value, &format!("{pointer}/{index}"), found);
-                    }
-                }
-            }
-            _ => {}
+            _ => each_child(node, value, pointer, |schema, child, pointer| {
+                annotate_node(root, schema, child, pointer, found);
+            }),
         }
     }
 }
@@ -112,18 +95,18 @@ mod tests {
         let value = json!({
             "data": "d.csv", "set": "codes", "sources": {"a": {"stage": "x"}, "b": {"file": "f"}}, "guidance": null
         });
-        let found: Vec<(String, Target)> = annotations(&schema, &value)
+        let found: Vec<(String, OptionTarget)> = annotations(&schema, &value)
             .into_iter()
             .map(|found| (found.pointer, found.target))
             .collect();
-        let artifact = |kind: &str| Target::Artifact(vec![kind.to_owned()]);
+        let artifact = |kind: &str| OptionTarget::Artifact(vec![kind.to_owned()]);
         assert_eq!(
             found,
             [
-                ("/data".to_owned(), Target::File),
+                ("/data".to_owned(), OptionTarget::File),
                 ("/set".to_owned(), artifact("tokenizer")),
                 ("/sources/a/stage".to_owned(), artifact("samples")),
-                ("/sources/b/file".to_owned(), Target::Dir),
+                ("/sources/b/file".to_owned(), OptionTarget::Dir),
             ]
         );
     }

@@ -3,6 +3,8 @@
 
 use serde_json::Value;
 
+use crate::yaml::escape;
+
 /// The schemas without alternatives that hold for `value` at `node`: the node itself, what it refers to, and of
 /// alternatives the one that fits. Where none fits (the value is invalid), all whose tag does not contradict.
 pub(super) fn branches<'s>(root: &'s Value, node: &'s Value, value: &Value) -> Vec<&'s Value> {
@@ -135,6 +137,34 @@ pub(super) fn child<'v>(value: &'v Value, step: &str) -> Option<&'v Value> {
         Value::Object(map) => map.get(step),
         Value::Array(items) => items.get(step.parse::<usize>().ok()?),
         _ => None,
+    }
+}
+
+/// Calls `visit` for the properties or items of `value` that have a schema at `node`: with that schema, the child and its
+/// JSON pointer. `pointer` is that of `value`.
+pub(super) fn each_child<'s>(
+    node: &'s Value,
+    value: &mut Value,
+    pointer: &mut String,
+    mut visit: impl FnMut(&'s Value, &mut Value, &mut String),
+) {
+    let length = pointer.len();
+    let mut go = |step: &str, child: &mut Value| {
+        if let Some(schema) = child_schema(node, step) {
+            pointer.push('/');
+            pointer.push_str(&escape(step));
+            visit(schema, child, pointer);
+            pointer.truncate(length);
+        }
+    };
+    match value {
+        Value::Object(entries) => entries.iter_mut().for_each(|(key, child)| go(key, child)),
+        Value::Array(items) => {
+            for (index, child) in items.iter_mut().enumerate() {
+                go(&index.to_string(), child);
+            }
+        }
+        _ => {}
     }
 }
 

@@ -1,8 +1,8 @@
 //! Values made complete: the schema's defaults filled in, numbers of the schema's type.
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-use super::branch::{branches, child_schema, resolve};
+use super::branch::{branches, each_child, resolve};
 use crate::yaml::escape;
 
 /// 2^53: every whole number up to it is exact as a real number.
@@ -12,20 +12,26 @@ pub(super) const EXACT: f64 = 9_007_199_254_740_992.0;
 /// that equal settings are equal texts). Returns pointers to what was filled in.
 pub fn settle(schema: &Value, value: &mut Value) -> Vec<String> {
     let mut filled = Vec::new();
-    settle_node(schema, schema, value, "", &mut Some(&mut filled));
+    settle_node(
+        schema,
+        schema,
+        value,
+        &mut String::new(),
+        &mut Some(&mut filled),
+    );
     filled
 }
 
 /// Gives numbers their schema's type, and fills in nothing.
 pub fn settle_numbers(schema: &Value, value: &mut Value) {
-    settle_node(schema, schema, value, "", &mut None);
+    settle_node(schema, schema, value, &mut String::new(), &mut None);
 }
 
 fn settle_node(
     root: &Value,
     node: &Value,
     value: &mut Value,
-    pointer: &str,
+    pointer: &mut String,
     filled: &mut Option<&mut Vec<String>>,
 ) {
     // Filling in defaults never changes which alternative fits: it adds what that one allows.
@@ -37,48 +43,8 @@ fn settle_node(
         };
         match value {
             Value::Object(entries) => {
-                for (key, schema) in node
-                    .get("properties")
-                    .and_then(Value::as_object)
-                    .into_iter()
-                    .flatten()
-                {
-                    let path = format!("{pointer}/{}", escape(key));
-                    if !entries.contains_key(key) {
-                        let Some(filled) = filled else { continue };
-                        let own = schema.get("default");
-                        let Some(default) = own.or_else(|| resolve(root, schema)?.get("default"))
-                        else {
-                            continue;
-                        };
-                        entries.insert(key.clone(), default.clone());
-                        filled.push(path.clone());
-                    }
-                    settle_node(root, schema, &mut entries[key.as_str()], &path, filled);
-                }
-                if let Some(rest) = node
-                    .get("additionalProperties")
-                    .filter(|rest| rest.is_object())
-                {
-                    let known = node.get("properties").and_then(Value::as_object);
-                    for (key, value) in entries.iter_mut() {
-                        if !known.is_some_and(|known| known.contains_key(key)) {
-                            settle_node(
-                                root,
-                                rest,
-                                value,
-                                &format!("{pointer}/{}", escape(key)),
-                                filled,
-                            );
-                        }
-                    }
-                }
-            }
-            Value::Array(items) => {
-                for (index, item) in items.iter_mut().enumerate() {
-                    if let Some(schema) = child_schema(node, &index.to_string()) {
-                        settle_node(root, schema, item, &format!("{pointer}/{index}"), filled);
-                    }
+                if let Some(filled) = filled {
+                    fill_in(root, node, entries, pointer, filled);
                 }
             }
             Value::Number(number) => {
@@ -90,6 +56,30 @@ fn settle_node(
                 }
             }
             _ => {}
+        }
+        each_child(node, value, pointer, |schema, child, pointer| {
+            settle_node(root, schema, child, pointer, filled);
+        });
+    }
+}
+
+/// Adds the properties that are missing and have a default, and their pointers to `filled`.
+fn fill_in(
+    root: &Value,
+    node: &Value,
+    entries: &mut Map<String, Value>,
+    pointer: &str,
+    filled: &mut Vec<String>,
+) {
+    let properties = node.get("properties").and_then(Value::as_object);
+    for (key, schema) in properties.into_iter().flatten() {
+        if entries.contains_key(key) {
+            continue;
+        }
+        let own = schema.get("default");
+        if let Some(default) = own.or_else(|| resolve(root, schema)?.get("default")) {
+            entries.insert(key.clone(), default.clone());
+            filled.push(format!("{pointer}/{}", escape(key)));
         }
     }
 }

@@ -2,8 +2,7 @@
 
 use serde_json::Value;
 
-use super::branch::{branches, child_schema, resolve};
-use crate::yaml::escape;
+use super::branch::{branches, each_child, resolve};
 
 /// Puts what was written in the place of values where the schema takes a text and nothing of their type. `as_written`
 /// says by pointer what was written, if that is known.
@@ -34,28 +33,10 @@ fn take<'w>(
         }
         return;
     }
-    let length = pointer.len();
     for node in branches(root, node, value) {
-        let children: Vec<(String, &mut Value)> = match value {
-            Value::Object(entries) => entries
-                .iter_mut()
-                .map(|(key, child)| (key.clone(), child))
-                .collect(),
-            Value::Array(items) => items
-                .iter_mut()
-                .enumerate()
-                .map(|(index, child)| (index.to_string(), child))
-                .collect(),
-            _ => return,
-        };
-        for (step, child) in children {
-            if let Some(schema) = child_schema(node, &step) {
-                pointer.push('/');
-                pointer.push_str(&escape(&step));
-                take(root, schema, child, pointer, as_written);
-                pointer.truncate(length);
-            }
-        }
+        each_child(node, value, pointer, |schema, child, pointer| {
+            take(root, schema, child, pointer, as_written);
+        });
     }
 }
 

@@ -1,4 +1,4 @@
-//! What is wrong with a value, in words of people.
+//! Validation errors in plain words.
 //!
 //! In: a schema and a value. Out: each independent mistake once, with a JSON pointer. The finding is jsonschema's; the
 //! words are ours, because "is not valid under any of the schemas listed in 'oneOf'" helps nobody: where alternatives
@@ -15,7 +15,7 @@ use super::branch::{branches, child, child_schema};
 use super::defaults::EXACT;
 use super::{NAME_PATTERN, RECIPE_NAME_PATTERN, list, nearest, plain, suggest};
 use crate::terminal;
-use crate::yaml::{Part, escape, odd_space};
+use crate::yaml::{EntryPart, escape, odd_space};
 
 /// What is wrong with a value.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,14 +23,14 @@ pub struct Violation {
     /// JSON pointer to the value at fault.
     pub pointer: String,
     /// Whether its key or its value is at fault.
-    pub part: Part,
+    pub part: EntryPart,
     /// What is wrong and what was expected.
     pub message: String,
     /// What to do.
     pub hint: Option<String>,
 }
 
-/// What is wrong with `value`, each independent mistake once. `noun` is what a key is called: `key`, `option`.
+/// Errors of `value`, each independent one once. `noun` is the word for a key: `key`, `option`.
 pub fn check(schema: &Value, value: &Value, noun: &str) -> Vec<Violation> {
     Checker::new(schema).check(value, noun)
 }
@@ -56,10 +56,10 @@ impl Checker {
     pub fn check(&self, value: &Value, noun: &str) -> Vec<Violation> {
         match &self.validator {
             Ok(validator) => violations(validator, &self.schema, value, noun),
-            // A plugin's mistake, which `plugin check` reports in full.
+            // A plugin's error, which `plugin check` details.
             Err(error) => vec![Violation {
                 pointer: String::new(),
-                part: Part::Key,
+                part: EntryPart::Key,
                 message: format!("the plugin's schema of this stage is invalid: {error}"),
                 hint: Some("`retort plugin check` says more".to_owned()),
             }],
@@ -99,7 +99,7 @@ fn violations(
     violations
 }
 
-/// Says in words what a validation error means.
+/// Explains a validation error in words.
 struct Explainer<'a> {
     root: &'a Value,
     value: &'a Value,
@@ -108,57 +108,15 @@ struct Explainer<'a> {
 
 impl Explainer<'_> {
     fn explain(&self, error: &ValidationError<'_>) -> Vec<Violation> {
-        let pointer = error.instance_path().as_str().to_owned();
+        let pointer = error.instance_path().as_str();
         let found = error.instance();
-        let name = self.name(&pointer);
-        let one = |message: String, hint: Option<String>| {
-            vec![Violation {
-                pointer: pointer.clone(),
-                part: Part::Value,
-                message,
-                hint,
-            }]
-        };
-        match error.kind() {
+        let (message, hint) = match error.kind() {
             ValidationErrorKind::AdditionalProperties { unexpected }
             | ValidationErrorKind::UnevaluatedProperties { unexpected } => {
-                let known = self.properties(&pointer);
-                unexpected
-                    .iter()
-                    .map(|key| Violation {
-                        pointer: format!("{pointer}/{}", escape(key)),
-                        part: Part::Key,
-                        message: match pointer.as_str() {
-                            "" => format!("unknown {} `{key}`", self.noun),
-                            _ => format!("unknown key `{key}` in {name}"),
-                        },
-                        hint: suggest(key, known.iter().map(|(name, _)| name.as_str())),
-                    })
-                    .collect()
+                return self.unknown_keys(pointer, unexpected);
             }
             ValidationErrorKind::Required { property } => {
-                let key = property.as_str().unwrap_or_default();
-                let known = self.properties(&pointer);
-                let description = known
-                    .iter()
-                    .find(|(name, _)| name == key)
-                    .and_then(|(_, schema)| schema.get("description")?.as_str())
-                    .map(|text| format!("`{key}`: {}", text.lines().next().unwrap_or_default()));
-                let owner = if pointer.is_empty() {
-                    String::new()
-                } else {
-                    format!("{name}: ")
-                };
-                let message = format!(
-                    "{owner}the {} `{key}` is missing",
-                    if pointer.is_empty() { self.noun } else { "key" }
-                );
-                vec![Violation {
-                    pointer,
-                    part: Part::Key,
-                    message,
-                    hint: description,
-                }]
+                return vec![self.missing_key(pointer, property)];
             }
             ValidationErrorKind::Type { kind } => {
                 let expected = match kind {
@@ -167,61 +125,112 @@ impl Explainer<'_> {
                         set.iter().map(|one| type_name(&one.to_string())).collect()
                     }
                 };
-                self.wrong_type(&pointer, &expected, found)
+                return self.wrong_type(pointer, &expected, found);
             }
             ValidationErrorKind::Enum { options } => {
                 let options = options.as_array().cloned().unwrap_or_default();
-                self.wrong_choice(&pointer, &options, found)
+                return self.wrong_choice(pointer, &options, found);
             }
             ValidationErrorKind::Constant { expected_value } => {
-                self.wrong_choice(&pointer, std::slice::from_ref(expected_value), found)
+                return self.wrong_choice(pointer, std::slice::from_ref(expected_value), found);
             }
             ValidationErrorKind::AnyOf { context }
             | ValidationErrorKind::OneOfNotValid { context } => {
-                self.explain_branches(&pointer, context, found)
+                return self.explain_branches(pointer, context, found);
             }
-            ValidationErrorKind::Minimum { limit } => one(
-                format!("{name} is {found}; at least {limit} was expected"),
-                None,
-            ),
-            ValidationErrorKind::Maximum { limit } => one(
-                format!("{name} is {found}; at most {limit} was expected"),
-                None,
-            ),
-            ValidationErrorKind::ExclusiveMinimum { limit } => one(
-                format!("{name} is {found}; more than {limit} was expected"),
-                None,
-            ),
-            ValidationErrorKind::ExclusiveMaximum { limit } => one(
-                format!("{name} is {found}; less than {limit} was expected"),
-                None,
-            ),
-            ValidationErrorKind::MinItems { limit } => one(
-                format!("{name} has too few items; at least {limit} expected"),
-                None,
-            ),
-            ValidationErrorKind::MaxItems { limit } => one(
-                format!("{name} has too many items; at most {limit} expected"),
-                None,
-            ),
-            ValidationErrorKind::MinProperties { .. } => one(format!("{name} is empty"), None),
             ValidationErrorKind::PropertyNames { error } => {
-                let key = error.instance().as_str().unwrap_or_default().to_owned();
-                vec![Violation {
-                    pointer: format!("{pointer}/{}", escape(&key)),
-                    part: Part::Key,
-                    message: format!("`{key}` cannot be a name in {name}"),
-                    hint: Some(match error.kind() {
-                        ValidationErrorKind::Pattern { pattern } => pattern_hint(pattern),
-                        _ => error.to_string(),
-                    }),
-                }]
+                return vec![self.wrong_name(pointer, error)];
             }
-            ValidationErrorKind::Pattern { pattern } => one(
-                format!("{name} cannot be {}", show(found)),
+            ValidationErrorKind::Pattern { pattern } => (
+                format!("{} cannot be {}", self.name(pointer), show(found)),
                 Some(pattern_hint(pattern)),
             ),
-            _ => one(format!("{name}: {error}"), None),
+            _ => (self.beyond_limit(pointer, error), None),
+        };
+        vec![Violation {
+            pointer: pointer.to_owned(),
+            part: EntryPart::Value,
+            message,
+            hint,
+        }]
+    }
+
+    /// Keys that the schema does not have.
+    fn unknown_keys(&self, pointer: &str, unexpected: &[String]) -> Vec<Violation> {
+        let name = self.name(pointer);
+        let known = self.properties(pointer);
+        unexpected
+            .iter()
+            .map(|key| Violation {
+                pointer: format!("{pointer}/{}", escape(key)),
+                part: EntryPart::Key,
+                message: match pointer {
+                    "" => format!("unknown {} `{key}`", self.noun),
+                    _ => format!("unknown key `{key}` in {name}"),
+                },
+                hint: suggest(key, known.iter().map(|(name, _)| name.as_str())),
+            })
+            .collect()
+    }
+
+    /// A required key that is not there; its description is the hint.
+    fn missing_key(&self, pointer: &str, property: &Value) -> Violation {
+        let key = property.as_str().unwrap_or_default();
+        let known = self.properties(pointer);
+        let description = known
+            .iter()
+            .find(|(name, _)| name == key)
+            .and_then(|(_, schema)| schema.get("description")?.as_str())
+            .map(|text| format!("`{key}`: {}", text.lines().next().unwrap_or_default()));
+        Violation {
+            pointer: pointer.to_owned(),
+            part: EntryPart::Key,
+            message: match pointer {
+                "" => format!("the {} `{key}` is missing", self.noun),
+                _ => format!("{}: the key `{key}` is missing", self.name(pointer)),
+            },
+            hint: description,
+        }
+    }
+
+    /// A key that cannot be one.
+    fn wrong_name(&self, pointer: &str, error: &ValidationError<'_>) -> Violation {
+        let key = error.instance().as_str().unwrap_or_default();
+        Violation {
+            pointer: format!("{pointer}/{}", escape(key)),
+            part: EntryPart::Key,
+            message: format!("`{key}` cannot be a name in {}", self.name(pointer)),
+            hint: Some(match error.kind() {
+                ValidationErrorKind::Pattern { pattern } => pattern_hint(pattern),
+                _ => error.to_string(),
+            }),
+        }
+    }
+
+    /// The message about a value that is too small, too large, or wrong in a way that has no words of ours.
+    fn beyond_limit(&self, pointer: &str, error: &ValidationError<'_>) -> String {
+        let (name, found) = (self.name(pointer), error.instance());
+        match error.kind() {
+            ValidationErrorKind::Minimum { limit } => {
+                format!("{name} is {found}; at least {limit} was expected")
+            }
+            ValidationErrorKind::Maximum { limit } => {
+                format!("{name} is {found}; at most {limit} was expected")
+            }
+            ValidationErrorKind::ExclusiveMinimum { limit } => {
+                format!("{name} is {found}; more than {limit} was expected")
+            }
+            ValidationErrorKind::ExclusiveMaximum { limit } => {
+                format!("{name} is {found}; less than {limit} was expected")
+            }
+            ValidationErrorKind::MinItems { limit } => {
+                format!("{name} has too few items; at least {limit} expected")
+            }
+            ValidationErrorKind::MaxItems { limit } => {
+                format!("{name} has too many items; at most {limit} expected")
+            }
+            ValidationErrorKind::MinProperties { .. } => format!("{name} is empty"),
+            _ => format!("{name}: {error}"),
         }
     }
 
@@ -301,7 +310,7 @@ impl Explainer<'_> {
     fn wrong_type(&self, pointer: &str, expected: &[String], found: &Value) -> Vec<Violation> {
         let mut expected = expected.to_vec();
         expected.dedup();
-        // `null` means "leave it out": not what somebody who wrote something meant.
+        // `null` means "leave it out": not what was meant by a value.
         if expected.len() > 1 {
             expected.retain(|name| name != "null");
         }
@@ -336,7 +345,7 @@ impl Explainer<'_> {
         );
         vec![Violation {
             pointer: pointer.to_owned(),
-            part: Part::Value,
+            part: EntryPart::Value,
             message,
             hint,
         }]
@@ -368,7 +377,7 @@ impl Explainer<'_> {
             .map(|near| format!("did you mean `{near}`?"));
         vec![Violation {
             pointer: pointer.to_owned(),
-            part: Part::Value,
+            part: EntryPart::Value,
             message,
             hint,
         }]
@@ -536,7 +545,7 @@ fn pattern_hint(pattern: &str) -> String {
     }
 }
 
-/// A type of JSON in words of people.
+/// A JSON type in plain words.
 pub(super) fn type_name(name: &str) -> String {
     match name {
         "integer" => "a whole number",

@@ -16,7 +16,7 @@
 
 /// A point within a series.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Packed {
+pub(super) struct BlockPoint {
     pub(super) step: i64,
     pub(super) value: f64,
     /// Milliseconds after the series' base.
@@ -48,10 +48,10 @@ pub(super) struct Damaged;
 
 impl Summary {
     /// Of at least one point, in order.
-    pub(super) fn of(points: &[Packed]) -> Self {
+    pub(super) fn of(points: &[BlockPoint]) -> Self {
         let (mut numbers, mut sum) = (0, 0.0);
         let (mut min, mut max) = (f64::INFINITY, f64::NEG_INFINITY);
-        for &Packed { value, .. } in points {
+        for &BlockPoint { value, .. } in points {
             let is_number = !value.is_nan();
             numbers += i64::from(is_number);
             sum += if is_number { value } else { 0.0 };
@@ -93,11 +93,11 @@ impl Summary {
 }
 
 /// Packs points, which are in strictly ascending order of steps.
-pub(super) fn pack(points: &[Packed]) -> Vec<u8> {
+pub(super) fn pack(points: &[BlockPoint]) -> Vec<u8> {
     let narrow = points.iter().all(|point| {
         point.value.is_nan() || f64::from(point.value as f32).to_bits() == point.value.to_bits()
     });
-    let distance = |pair: &[Packed]| pair[1].step.wrapping_sub(pair[0].step).cast_unsigned();
+    let distance = |pair: &[BlockPoint]| pair[1].step.wrapping_sub(pair[0].step).cast_unsigned();
     let stride = points.get(..2).map_or(1, distance);
     let even = points.windows(2).all(|pair| distance(pair) == stride);
     let mut bytes = Vec::with_capacity(16 + points.len() * if narrow { 6 } else { 10 });
@@ -130,7 +130,7 @@ pub(super) fn pack(points: &[Packed]) -> Vec<u8> {
 }
 
 /// The points of a block.
-pub(super) fn unpack(bytes: &[u8]) -> Result<Vec<Packed>, Damaged> {
+pub(super) fn unpack(bytes: &[u8]) -> Result<Vec<BlockPoint>, Damaged> {
     let (&flags, mut rest) = bytes.split_first().ok_or(Damaged)?;
     let count = usize::try_from(take(&mut rest)?).map_err(|_| Damaged)?;
     let width = if flags & F32 != 0 { 4 } else { 8 };
@@ -153,7 +153,7 @@ pub(super) fn unpack(bytes: &[u8]) -> Result<Vec<Packed>, Damaged> {
             };
             step = step.wrapping_add_unsigned(distance);
         }
-        points.push(Packed {
+        points.push(BlockPoint {
             step,
             value: 0.0,
             at: 0,
@@ -239,17 +239,17 @@ fn take(rest: &mut &[u8]) -> Result<u64, Damaged> {
 mod tests {
     use super::*;
 
-    fn point(step: i64, value: f64, at: i64) -> Packed {
-        Packed { step, value, at }
+    fn point(step: i64, value: f64, at: i64) -> BlockPoint {
+        BlockPoint { step, value, at }
     }
 
     /// Packs and unpacks, and returns the bytes a point takes.
     #[track_caller]
-    fn check(points: &[Packed]) -> f64 {
+    fn check(points: &[BlockPoint]) -> f64 {
         let bytes = pack(points);
         let back = unpack(&bytes).unwrap();
         assert_eq!(format!("{points:?}"), format!("{back:?}"));
-        let bits = |points: &[Packed]| -> Vec<u64> {
+        let bits = |points: &[BlockPoint]| -> Vec<u64> {
             let numbers = points.iter().filter(|point| !point.value.is_nan());
             numbers.map(|point| point.value.to_bits()).collect()
         };

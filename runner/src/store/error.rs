@@ -1,8 +1,8 @@
-//! Why the store could not do what it was asked to.
+//! Why the store could not complete a request.
 
 use std::path::PathBuf;
 
-use super::length;
+use super::file_limit;
 use crate::filter::FilterError;
 
 /// SQLite's code for a write that failed (`SQLITE_IOERR_WRITE`).
@@ -65,7 +65,7 @@ pub enum StoreError {
         /// What it is.
         kind: &'static str,
     },
-    /// There is no history, or an empty file in its place, beside artifacts that one must have told of.
+    /// The history is missing or empty, beside artifacts that it must have listed.
     #[error(
         "the history of this store is gone: {} is missing or empty, and {artifacts} artifact(s) lie beside it; nothing \
          was changed",
@@ -91,13 +91,13 @@ pub enum StoreError {
         /// The directory.
         path: PathBuf,
     },
-    /// Another process kept the store locked for longer than one is willing to wait.
+    /// Another process kept the store locked for longer than the wait limit.
     #[error(
         "the store is busy: another retort process has been writing to it for more than 10 s; try again"
     )]
     Busy,
-    /// A run is under way, and what was asked for would pull the store from under it.
-    #[error("a run is under way in this store: try again when it has ended")]
+    /// A run is in progress, and the request would break it.
+    #[error("a run is under way in this store: try again when it ends")]
     InUse,
     /// Another machine writes to the store.
     #[error(
@@ -115,13 +115,13 @@ pub enum StoreError {
     /// No space left.
     #[error("the disk with the store is full: free some space and try again")]
     Full,
-    /// No space left where something else than the store is written.
-    #[error("the disk with {} is full: free some space, or name a place on another", path.display())]
+    /// No space left on a disk other than the store's.
+    #[error("the disk with {} is full: free some space, or use another disk", path.display())]
     FullElsewhere {
         /// What was being written.
         path: PathBuf,
     },
-    /// The system lets no file of this process grow so long.
+    /// The system limits file sizes for this process.
     #[error(
         "{} cannot grow: the limit on the size of files (`ulimit -f`) is {} KiB",
         path.display(),
@@ -191,7 +191,7 @@ pub enum StoreError {
         /// The artifacts it matches.
         candidates: Vec<String>,
     },
-    /// A file that runs cannot be exported to as to an MLflow database.
+    /// An export target that is not an MLflow database.
     #[error("{} is no MLflow database: {message}", path.display())]
     NotMlflow {
         /// The file.
@@ -199,7 +199,7 @@ pub enum StoreError {
         /// Why not.
         message: String,
     },
-    /// A filter names what is not there, or compares what cannot be compared.
+    /// A filter has an unknown name, or an invalid comparison.
     #[error(transparent)]
     Filter(Box<FilterError>),
     /// A statement that found no row for longer than one is willing to wait.
@@ -241,7 +241,7 @@ impl From<sqlx::Error> for StoreError {
             .unwrap_or_default();
         let message = database.message().to_owned();
         if matches!(code, WRITE_FAILED | NO_SHARED_MEMORY)
-            && let Some(error) = length::reached()
+            && let Some(error) = file_limit::reached()
         {
             return error;
         }
@@ -261,7 +261,7 @@ impl StoreError {
             Self::Sql(error) => error,
             // Of the files that are open, another may be as near to the limit.
             error @ (Self::Full | Self::FileTooLong { .. }) => {
-                return length::reached_by(path).unwrap_or(error);
+                return file_limit::reached_by(path).unwrap_or(error);
             }
             error => return error,
         };
@@ -274,7 +274,7 @@ impl StoreError {
             .unwrap_or_default();
         let message = database.message().to_owned();
         if code == WRITE_FAILED
-            && let Some(error) = length::reached_by(path)
+            && let Some(error) = file_limit::reached_by(path)
         {
             return error;
         }
@@ -328,7 +328,7 @@ impl StoreError {
         }
     }
 
-    /// What the refusal of the file system to use `path`, in the store's directory, means.
+    /// The meaning of a file system error for `path`, in the store's directory.
     pub(super) fn refused(path: &std::path::Path, source: std::io::Error) -> Self {
         use std::io::ErrorKind::{
             PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull,

@@ -9,8 +9,8 @@ use std::path::Path;
 use sqlx::{Connection, Row};
 
 use super::{Access, Store, StoreError, connection};
-use crate::input::{Folder, InputError, Listing, Snapshot};
-use crate::plan::FileKind;
+use crate::input::FileKind;
+use crate::input::{FileSnapshot, Folder, InputError, Listing};
 
 /// Whether hashes of earlier commands are believed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,7 +31,7 @@ impl Store {
         path: &Path,
         kind: FileKind,
         memory: Memory,
-    ) -> Result<Snapshot, InputError> {
+    ) -> Result<FileSnapshot, InputError> {
         let at = path.to_owned();
         let listing = tokio::task::spawn_blocking(move || Listing::of(&at, kind)).await;
         let listing = listing.unwrap_or_else(|error| Err(InputError::interrupted(path, error)))?;

@@ -1,4 +1,4 @@
-//! Asking the store about what was recorded. One named function per question.
+//! Queries on recorded runs. One named function per query.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use sqlx::sqlite::SqliteRow;
 use super::select::Sort;
 use super::time::Time;
 use super::{
-    ArtifactFile, ArtifactRecord, AttemptId, AttemptState, Param, PluginIdentity, RunId, RunState,
+    ArtifactFile, ArtifactRecord, AttemptId, AttemptState, Param, RecordedPlugin, RunId, RunState,
     StageId, StageState, Store, StoreError, SweepId, SweepPlace, Usage, json, json_or_none,
     variant,
 };
@@ -147,7 +147,7 @@ pub struct StageDetail {
     /// Its state, true as of now.
     pub state: StageState,
     /// What ran it.
-    pub plugin: PluginIdentity,
+    pub plugin: RecordedPlugin,
     /// `cpu`, `cuda:0`.
     pub device: String,
     /// `f32`, `bf16`.
@@ -523,7 +523,7 @@ impl Store {
                 name: row.try_get("name")?,
                 kind: row.try_get("kind")?,
                 state: shown(variant(row, "state")?, run_state),
-                plugin: PluginIdentity {
+                plugin: RecordedPlugin {
                     name: row.try_get("plugin")?,
                     version: row.try_get("plugin_version")?,
                     hash: row.try_get("plugin_hash")?,

@@ -47,7 +47,7 @@ struct Host {
 
 /// This machine's right to write, for as long as a process of it holds this.
 #[derive(Debug)]
-pub(super) struct Claim {
+pub(super) struct HostLock {
     dir: PathBuf,
     number: u64,
     host: Host,
@@ -69,7 +69,7 @@ pub(super) fn forget(store: &Path) {
 ///
 /// # Errors
 /// [`StoreError::Elsewhere`]: another machine has it.
-pub(super) async fn claim(store: &Path) -> Result<Option<Claim>, StoreError> {
+pub(super) async fn claim(store: &Path) -> Result<Option<HostLock>, StoreError> {
     let dir = store.join("hosts");
     let refused = |error| StoreError::refused(&dir, error);
     match fs::create_dir_all(&dir) {
@@ -93,14 +93,14 @@ pub(super) async fn claim(store: &Path) -> Result<Option<Claim>, StoreError> {
         let next = match &current {
             None => 0,
             Some((number, found)) if !found.free && found.boot == host.boot => {
-                let claim = Claim {
+                let host_lock = HostLock {
                     dir: dir.clone(),
                     number: *number,
                     host,
                     lock,
                 };
-                let _ = claim.beat();
-                return Ok(Some(claim));
+                let _ = host_lock.beat();
+                return Ok(Some(host_lock));
             }
             Some((_, found)) if !found.free && lives(&dir, found, &host).await => {
                 return Err(elsewhere(store, found));
@@ -147,7 +147,7 @@ fn is_old(found: &Host) -> bool {
     Time::now().since(Time(found.at)) > HEARTBEAT_LIMIT
 }
 
-/// Whether another machine is still at it.
+/// Whether another machine still uses it.
 async fn lives(dir: &Path, found: &Host, this: &Host) -> bool {
     // One of the same name was this machine before it was started again, as far as can be told.
     if !is_old(found) && found.host != this.host {
@@ -190,7 +190,7 @@ fn current(dir: &Path) -> io::Result<Option<(u64, Host)>> {
         std::thread::sleep(Duration::from_millis(20));
     }
     Err(io::Error::other(
-        "what is in it makes no sense; remove it if no retort uses the store",
+        "its content is invalid; remove it if no retort uses the store",
     ))
 }
 
@@ -209,7 +209,7 @@ fn put(dir: &Path, number: u64, host: &Host) -> io::Result<()> {
     fs::hard_link(draft.path(), dir.join(number.to_string()))
 }
 
-impl Claim {
+impl HostLock {
     /// Says that this machine still has the store.
     pub(super) fn beat(&self) -> io::Result<()> {
         let host = Host {
@@ -224,7 +224,7 @@ impl Claim {
     }
 }
 
-impl Drop for Claim {
+impl Drop for HostLock {
     /// The last process of this machine leaves the store free.
     fn drop(&mut self) {
         let Some(lock) = self.lock.take() else { return };

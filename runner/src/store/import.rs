@@ -18,8 +18,8 @@ use std::time::Duration;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 
-use super::draft::{self, Draft};
 use super::sandbox::{self, Budget};
+use super::scratch::{self, ScratchDir};
 use super::transfer::{self, FILES, PART, Transfer};
 use super::{Access, Store, StoreError, connection, schema};
 use crate::artifact;
@@ -61,19 +61,19 @@ impl Store {
                 path: self.dir.clone(),
             });
         }
-        let draft = Draft::new(self.dir(), draft::IMPORT)
+        let draft = ScratchDir::new(self.dir(), scratch::IMPORT)
             .map_err(|error| StoreError::refused(&connection::path_of(self.dir()), error))?;
         let artifacts = self.dir().join("artifacts");
         // Files are moved to their places while nobody else can write: on another disk that would be to copy them.
         let apart = match is_elsewhere(&artifacts, self.dir()) {
             true => Some(
-                Draft::new(&artifacts, draft::IMPORT)
+                ScratchDir::new(&artifacts, scratch::IMPORT)
                     .map_err(|error| StoreError::refused(&artifacts, error))?,
             ),
             false => None,
         };
         let staging = apart.as_ref().unwrap_or(&draft).path();
-        let staged = Foreign::open(from, draft.path())
+        let staged = AttachedFile::open(from, draft.path())
             .await?
             .read(&artifacts, staging)
             .await?;
@@ -94,7 +94,7 @@ fn is_elsewhere(dir: &Path, than: &Path) -> bool {
 }
 
 /// A file to be imported, attached as `source` to the database of a draft.
-struct Foreign<'p> {
+struct AttachedFile<'p> {
     path: &'p Path,
     draft: &'p Path,
     connection: SqliteConnection,
@@ -115,7 +115,7 @@ struct Staged {
     lost: Vec<String>,
 }
 
-impl<'p> Foreign<'p> {
+impl<'p> AttachedFile<'p> {
     async fn open(path: &'p Path, draft: &'p Path) -> Result<Self, StoreError> {
         let refused = |message: String| StoreError::NotImportable {
             path: path.to_owned(),
@@ -155,7 +155,7 @@ impl<'p> Foreign<'p> {
             .ok()
             .filter(|&version| version > 0)
             .and_then(|version| schema::MIGRATIONS.get(..version))
-            .ok_or_else(|| refused(format!("it has the schema {version}, which never was")))?;
+            .ok_or_else(|| refused(format!("it has the unknown schema {version}")))?;
         schema::migrate(draft, migrations).await?;
         let options = connection::options(&connection::path_of(draft)).foreign_keys(false);
         let (connection, budget) = attach(&options, path, size).await?;
@@ -292,7 +292,7 @@ impl<'p> Foreign<'p> {
         let Err(error) = copied else { return Ok(()) };
         match StoreError::from(error) {
             StoreError::Full if self.is_too_large() => Err(self.refused(format!(
-                "its table `{table}` would take several times the space of the whole file"
+                "its table `{table}` would take several times the file's size"
             ))),
             error @ (StoreError::Full | StoreError::Busy) => Err(error),
             StoreError::Damaged { message } => {

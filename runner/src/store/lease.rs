@@ -1,4 +1,4 @@
-//! Whether the runner of a run still lives.
+//! Whether a run's runner is still alive.
 //!
 //! A lease names the process: machine boot, namespace of process ids, pid, and the moment the process began (pids are
 //! used again; a pid that began at another moment is somebody else). Where the reader shares boot and namespace with
@@ -98,15 +98,15 @@ impl Store {
         .bind(&run.0)
         .execute(&mut *write)
         .await?;
-        if let Some(claim) = &self.claim {
-            let _ = claim.beat();
+        if let Some(host_lock) = &self.host_lock {
+            let _ = host_lock.beat();
         }
         write.commit().await
     }
 
     /// Marks as lost the runs whose runner is gone. Where that cannot be written down it is remembered and shown.
     pub(super) async fn reconcile(&self) -> Result<(), StoreError> {
-        let gone = gone(&mut *self.pool().acquire().await?, Jobs::None).await?;
+        let gone = gone(&mut *self.pool().acquire().await?, JobCondition::None).await?;
         if gone.is_empty() {
             return Ok(());
         }
@@ -137,7 +137,7 @@ impl Store {
 
     /// The runs whose runner is gone, or has left on purpose, while a job of theirs is not over.
     pub(super) async fn without_runner(&self) -> Result<Vec<(i64, String, bool)>, StoreError> {
-        gone(&mut *self.pool().acquire().await?, Jobs::Open).await
+        gone(&mut *self.pool().acquire().await?, JobCondition::Open).await
     }
 
     /// The runs known to be lost but not recorded so, as a JSON list for SQL's `json_each`.
@@ -158,11 +158,11 @@ pub(super) async fn nobody_runs(connection: &mut SqliteConnection) -> Result<(),
             .await?;
     let (lost, left) = match has_jobs(connection).await? {
         true => (
-            gone(&mut *connection, Jobs::None).await?,
-            gone(&mut *connection, Jobs::Open).await?,
+            gone(&mut *connection, JobCondition::None).await?,
+            gone(&mut *connection, JobCondition::Open).await?,
         ),
         // An older schema knows no jobs.
-        false => (gone(connection, Jobs::Unknown).await?, Vec::new()),
+        false => (gone(connection, JobCondition::Unknown).await?, Vec::new()),
     };
     match alive.len() > lost.len() + left.len() {
         true => Err(StoreError::InUse),
@@ -180,7 +180,7 @@ async fn has_jobs(connection: &mut SqliteConnection) -> Result<bool, StoreError>
 
 /// Which runs are asked about.
 #[derive(Clone, Copy)]
-enum Jobs {
+enum JobCondition {
     /// Those without a job that is not over.
     None,
     /// Those with one: whether they go on, Slurm knows.
@@ -192,10 +192,10 @@ enum Jobs {
 /// Keys and ids of the runs that are recorded as alive, and are not; and whether the runner has left them on purpose.
 async fn gone(
     connection: &mut SqliteConnection,
-    jobs: Jobs,
+    jobs: JobCondition,
 ) -> Result<Vec<(i64, String, bool)>, StoreError> {
     let query = match jobs {
-        Jobs::None => {
+        JobCondition::None => {
             "select r.key, r.id, l.host, l.boot, l.pid_namespace, l.pid, l.process_started, l.heartbeat, l.scheduler
              from runs r join leases l on l.run = r.key
              where r.state in ('queued', 'running')
@@ -203,7 +203,7 @@ async fn gone(
                                join jobs j on a.key in (j.attempt, j.taken_by)
                                where s.run = r.key and j.over is null)"
         }
-        Jobs::Open => {
+        JobCondition::Open => {
             "select r.key, r.id, l.host, l.boot, l.pid_namespace, l.pid, l.process_started, l.heartbeat, l.scheduler
              from runs r join leases l on l.run = r.key
              where r.state in ('queued', 'running')
@@ -211,7 +211,7 @@ async fn gone(
                            join jobs j on a.key in (j.attempt, j.taken_by)
                            where s.run = r.key and j.over is null)"
         }
-        Jobs::Unknown => {
+        JobCondition::Unknown => {
             "select r.key, r.id, l.host, l.boot, l.pid_namespace, l.pid, l.process_started, l.heartbeat, 0 as scheduler
              from runs r join leases l on l.run = r.key
              where r.state in ('queued', 'running')"

@@ -14,14 +14,14 @@ use super::{RunId, StageState, Store, StoreError, json, json_or_none, variant};
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Lineage {
     /// The artifacts: those it was made from first, itself at depth 0, then those made from it.
-    pub artifacts: Vec<Relative>,
+    pub artifacts: Vec<LineageArtifact>,
     /// Which was made from which: pairs of hashes (made, from).
     pub made_from: Vec<(String, String)>,
 }
 
 /// An artifact in a lineage.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Relative {
+pub struct LineageArtifact {
     /// Its hash.
     pub hash: String,
     /// Steps to the artifact in question: negative for what that was made from, positive for what was made from it.
@@ -84,20 +84,15 @@ impl Store {
         if prefix.is_empty() || !prefix.bytes().all(|byte| byte.is_ascii_hexdigit()) {
             return Err(missing());
         }
-        let mut found: Vec<String> = sqlx::query_scalar(
+        let found = self.only_match(
             "select hash from artifacts where hash >= ?1 and hash < ?1 || 'g' order by hash limit 20",
-        )
-        .bind(&prefix)
-        .fetch_all(self.pool())
-        .await?;
-        match found.len() {
-            0 => Err(missing()),
-            1 => Ok(found.remove(0)),
-            _ => Err(StoreError::AmbiguousArtifact {
-                reference: prefix,
-                candidates: found,
-            }),
-        }
+            prefix,
+            |reference, candidates| StoreError::AmbiguousArtifact {
+                reference,
+                candidates,
+            },
+        );
+        found.await?.ok_or_else(missing)
     }
 
     /// The lineage of the artifact with this hash, in both directions.
@@ -162,7 +157,7 @@ impl Store {
             .await?)
     }
 
-    async fn relative(&self, hash: String, depth: i32) -> Result<Relative, StoreError> {
+    async fn relative(&self, hash: String, depth: i32) -> Result<LineageArtifact, StoreError> {
         let row = sqlx::query(
             "select f.size, f.created, o.kind, r.id as run, s.name as stage
              from artifacts f
@@ -175,7 +170,7 @@ impl Store {
         .bind(&hash)
         .fetch_one(self.pool())
         .await?;
-        Ok(Relative {
+        Ok(LineageArtifact {
             hash,
             depth,
             kind: row

@@ -1,5 +1,6 @@
 //! The log of an attempt: what its plugin said, and what its worker wrote to stdout and stderr.
 
+use retort_abi::LogLevel;
 use serde::{Deserialize, Serialize};
 use sqlx::Row;
 use sqlx::sqlite::SqliteRow;
@@ -18,6 +19,18 @@ pub struct LogLine {
     pub source: LogSource,
     /// What.
     pub text: String,
+}
+
+impl LogLine {
+    /// A line from the runner itself, now.
+    pub fn of_runner(level: LogLevel, text: impl Into<String>) -> Self {
+        Self {
+            at: Time::now(),
+            level: level as u32,
+            source: LogSource::Runner,
+            text: text.into(),
+        }
+    }
 }
 
 /// Where a log line came from.

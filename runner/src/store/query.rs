@@ -1,4 +1,4 @@
-//! Questions in SQL, from people. The connection is read-only, and SQLite is asked for each action of a statement: reading
+//! SQL queries by users. The connection is read-only, and SQLite is asked for each action of a statement: reading
 //! tables and views and calling functions is all that goes.
 
 use std::ops::ControlFlow;
@@ -34,7 +34,7 @@ impl Store {
         &self,
         sql: &str,
         patience: Duration,
-        mut take: impl FnMut(Answer<'_>) -> ControlFlow<()>,
+        mut take: impl FnMut(QueryPiece<'_>) -> ControlFlow<()>,
     ) -> Result<(), StoreError> {
         // SQLite takes a NUL for the end, and the library would ask for what follows it, for ever.
         let sql = sql.split('\0').next().unwrap_or_default();
@@ -58,7 +58,7 @@ impl Store {
         let statement = connection.prepare(AssertSqlSafe(sql).into_sql_str());
         let statement = statement.await.map_err(ended)?;
         let heads: Vec<&str> = statement.columns().iter().map(Column::name).collect();
-        if take(Answer::Heads(&heads)).is_break() {
+        if take(QueryPiece::Heads(&heads)).is_break() {
             return Ok(());
         }
         let mut rows = statement.query().fetch(&mut *connection);
@@ -68,7 +68,7 @@ impl Store {
                 break;
             };
             let values = (0..heads.len()).map(|place| answer_value(&row, place));
-            if take(Answer::Row(values.collect::<Result<_, _>>()?)).is_break() {
+            if take(QueryPiece::Row(values.collect::<Result<_, _>>()?)).is_break() {
                 break;
             }
         }
@@ -78,7 +78,7 @@ impl Store {
 
 /// A piece of the answer to a statement.
 #[derive(Debug)]
-pub enum Answer<'a> {
+pub enum QueryPiece<'a> {
     /// The names of its columns; once, and first.
     Heads(&'a [&'a str]),
     /// A row.

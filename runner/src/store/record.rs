@@ -59,7 +59,7 @@ pub struct NewStage {
     /// Place in the order of execution, from 0.
     pub position: usize,
     /// The plugin that runs it.
-    pub plugin: PluginIdentity,
+    pub plugin: RecordedPlugin,
     /// `cpu`, `cuda:0`.
     pub device: String,
     /// `f32`, `bf16`.
@@ -74,7 +74,7 @@ pub struct NewStage {
 
 /// Which plugin, exactly.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PluginIdentity {
+pub struct RecordedPlugin {
     /// Its name.
     pub name: String,
     /// Its version.

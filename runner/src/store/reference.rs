@@ -47,19 +47,35 @@ impl Store {
         if prefix.is_empty() || !prefix.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
             return Ok(None);
         }
-        let mut found: Vec<String> = sqlx::query_scalar(
+        self.only_match(
             "select id from runs where id >= ?1 and id < ?1 || '~' order by key desc",
+            prefix,
+            |reference, candidates| StoreError::AmbiguousRun {
+                reference,
+                candidates,
+            },
         )
-        .bind(&prefix)
-        .fetch_all(self.pool())
-        .await?;
-        if found.len() > 1 {
-            return Err(StoreError::AmbiguousRun {
-                reference: prefix,
-                candidates: found,
-            });
+        .await
+    }
+
+    /// The one name that begins with `prefix`, of those that `sql` finds; none where there is none.
+    ///
+    /// # Errors
+    /// What `ambiguous` makes of the prefix and the names, where there are several.
+    pub(super) async fn only_match(
+        &self,
+        sql: &'static str,
+        prefix: String,
+        ambiguous: fn(String, Vec<String>) -> StoreError,
+    ) -> Result<Option<String>, StoreError> {
+        let mut found: Vec<String> = sqlx::query_scalar(sql)
+            .bind(&prefix)
+            .fetch_all(self.pool())
+            .await?;
+        match found.len() {
+            0 | 1 => Ok(found.pop()),
+            _ => Err(ambiguous(prefix, found)),
         }
-        Ok(found.pop())
     }
 
     pub(super) async fn count_runs(&self) -> Result<u64, StoreError> {

@@ -36,7 +36,7 @@ pub(super) struct FoundRuns {
 
 /// What a field means.
 #[derive(Debug, Clone, PartialEq)]
-enum Target {
+enum FieldTarget {
     /// An expression over `r`, a row of `runs`.
     Run(&'static str, Type),
     /// The run's state, which may have to be corrected.
@@ -54,7 +54,7 @@ enum Target {
 }
 
 /// When a run began, by which there is an index.
-const STARTED: Target = Target::Run("r.created", Type::Moment);
+const STARTED: FieldTarget = FieldTarget::Run("r.created", Type::Moment);
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Type {

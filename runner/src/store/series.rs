@@ -14,11 +14,11 @@ use serde::{Serialize, Serializer};
 use sqlx::Row;
 use sqlx::sqlite::SqliteRow;
 
-use super::block::{self, Packed};
+use super::block::{self, BlockPoint};
 use super::time::Time;
 use super::{AttemptId, RunId, Store, StoreError};
 
-pub(super) use append::{Known, name_series, note_results, pack_points};
+pub(super) use append::{OpenSeries, name_series, note_results, pack_points};
 
 /// Points of one series about to be appended.
 #[derive(Debug, Clone, PartialEq)]
@@ -142,7 +142,7 @@ pub struct Bucket {
 }
 
 /// A series that a name means, of one stage.
-struct Named {
+struct NamedSeries {
     key: i64,
     base: i64,
     stage: String,
@@ -226,7 +226,7 @@ impl Store {
         Ok(first.map(|at| Time(named.base.saturating_add(at))))
     }
 
-    async fn series_named(&self, run: &RunId, name: &str) -> Result<Vec<Named>, StoreError> {
+    async fn series_named(&self, run: &RunId, name: &str) -> Result<Vec<NamedSeries>, StoreError> {
         let key = self.run_key(run).await?;
         let rows = sqlx::query(
             "select e.key, e.base, s.name as stage, e.name as series
@@ -242,7 +242,7 @@ impl Store {
         .await?;
         rows.iter()
             .map(|row| {
-                Ok(Named {
+                Ok(NamedSeries {
                     key: row.try_get("key")?,
                     base: row.try_get("base")?,
                     stage: row.try_get("stage")?,
@@ -253,7 +253,7 @@ impl Store {
     }
 
     /// The points of a series.
-    async fn unpacked(&self, named: &Named) -> Result<Vec<Packed>, StoreError> {
+    async fn unpacked(&self, named: &NamedSeries) -> Result<Vec<BlockPoint>, StoreError> {
         let mut points = Vec::new();
         for row in &self.packs(named, i64::MIN, i64::MAX).await? {
             points.append(&mut unpacked(row, &named.series)?);
@@ -262,7 +262,12 @@ impl Store {
     }
 
     /// The packed blocks of a series that have to do with a range of steps, in order.
-    async fn packs(&self, named: &Named, from: i64, to: i64) -> Result<Vec<SqliteRow>, StoreError> {
+    async fn packs(
+        &self,
+        named: &NamedSeries,
+        from: i64,
+        to: i64,
+    ) -> Result<Vec<SqliteRow>, StoreError> {
         let rows = sqlx::query(
             "select k.data from blocks b join packs k on k.key = b.pack
              where b.series = ?1 and b.last_step >= ?2 and b.first_step <= ?3 order by b.first_step",
@@ -276,7 +281,7 @@ impl Store {
     }
 }
 
-fn unpacked(row: &SqliteRow, series: &str) -> Result<Vec<Packed>, StoreError> {
+fn unpacked(row: &SqliteRow, series: &str) -> Result<Vec<BlockPoint>, StoreError> {
     block::unpack(row.try_get("data")?).map_err(|damaged| StoreError::Damaged {
         message: format!("{damaged} (series `{series}`)"),
     })

@@ -331,20 +331,15 @@ impl Store {
         if !prefix.starts_with('s') || !prefix.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
             return Err(missing());
         }
-        let mut found: Vec<String> = sqlx::query_scalar(
+        let found = self.only_match(
             "select id from sweeps where id >= ?1 and id < ?1 || '~' order by key desc limit 20",
-        )
-        .bind(&prefix)
-        .fetch_all(self.pool())
-        .await?;
-        match found.len() {
-            0 => Err(missing()),
-            1 => Ok(SweepId(found.remove(0))),
-            _ => Err(StoreError::AmbiguousSweep {
-                reference: prefix,
-                candidates: found,
-            }),
-        }
+            prefix,
+            |reference, candidates| StoreError::AmbiguousSweep {
+                reference,
+                candidates,
+            },
+        );
+        found.await?.map(SweepId).ok_or_else(missing)
     }
 }
 

@@ -46,8 +46,8 @@ async fn ask(store: &Store, sql: &str) -> Result<Rows, StoreError> {
     let mut rows = Rows::default();
     let taken = store.query(sql, Duration::from_secs(60), |answer| {
         match answer {
-            Answer::Heads(heads) => rows = Rows::new(heads),
-            Answer::Row(row) => rows.push(row.into_iter().map(Cell::from)),
+            QueryPiece::Heads(heads) => rows = Rows::new(heads),
+            QueryPiece::Row(row) => rows.push(row.into_iter().map(Cell::from)),
         }
         std::ops::ControlFlow::Continue(())
     });
@@ -73,7 +73,7 @@ fn a_stage(name: &str) -> NewStage {
         name: name.into(),
         kind: "distill".into(),
         position: 0,
-        plugin: PluginIdentity {
+        plugin: RecordedPlugin {
             name: "candle".into(),
             version: "1.0.0".into(),
             hash: hash("a plugin"),

@@ -12,7 +12,7 @@ use std::path::Path;
 use sqlx::sqlite::SqliteConnection;
 use sqlx::{ConnectOptions, Connection};
 
-use super::draft::{self, Draft};
+use super::scratch::{self, ScratchDir};
 use super::{RunId, StoreError, connection, schema};
 
 mod copy;
@@ -76,7 +76,8 @@ async fn export_whole(
         )));
     }
     let beside = to.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let draft = Draft::new(beside.unwrap_or(Path::new(".")), draft::EXPORT).map_err(refused)?;
+    let draft =
+        ScratchDir::new(beside.unwrap_or(Path::new(".")), scratch::EXPORT).map_err(refused)?;
     schema::migrate(draft.path(), schema::MIGRATIONS).await?;
     let path = connection::path_of(draft.path());
     let mut connection = connect(&path, &source).await?;

@@ -23,7 +23,7 @@ const FIGURES: usize = 24;
 const OFFERED: usize = 2000;
 
 /// A run whose curves are looked at.
-struct Source<'s> {
+struct CurveRun<'s> {
     served: &'s ServedStore,
     id: RunId,
     recipe: String,
@@ -33,7 +33,7 @@ struct Source<'s> {
 
 /// A curve.
 struct FoundCurve<'s> {
-    source: &'s Source<'s>,
+    run: &'s CurveRun<'s>,
     stage: String,
     series: String,
     /// When its first point of all was measured.
@@ -41,8 +41,8 @@ struct FoundCurve<'s> {
     buckets: Vec<Bucket>,
 }
 
-async fn sources(named: Vec<(&ServedStore, RunId)>) -> Result<Vec<Source<'_>>, Problem> {
-    let mut sources: Vec<Source> = Vec::new();
+async fn curve_runs(named: Vec<(&ServedStore, RunId)>) -> Result<Vec<CurveRun<'_>>, Problem> {
+    let mut curve_runs: Vec<CurveRun> = Vec::new();
     for (served, id) in named {
         let series = served.store.last_metrics(&id).await?;
         let by_id = crate::store::RunFilter {
@@ -57,7 +57,7 @@ async fn sources(named: Vec<(&ServedStore, RunId)>) -> Result<Vec<Source<'_>>, P
         let under_way = summary
             .as_ref()
             .is_some_and(|run| matches!(run.state, RunState::Queued | RunState::Running));
-        sources.push(Source {
+        curve_runs.push(CurveRun {
             served,
             id,
             recipe: summary.map_or_else(String::new, |run| run.recipe),
@@ -65,7 +65,7 @@ async fn sources(named: Vec<(&ServedStore, RunId)>) -> Result<Vec<Source<'_>>, P
             series,
         });
     }
-    Ok(sources)
+    Ok(curve_runs)
 }
 
 /// The page.
@@ -74,10 +74,10 @@ pub async fn answer(site: &Site, request: &PageRequest) -> Result<Reply, Problem
     if let Some(settled) = named.settled {
         return Ok(Reply::see(&settled.link("/curves")));
     }
-    let sources = sources(named.runs).await?;
-    let runs: Vec<String> = sources.iter().map(|source| source.id.0.clone()).collect();
-    let live = sources.iter().any(|source| source.under_way);
-    let body = match sources.is_empty() {
+    let curve_runs = curve_runs(named.runs).await?;
+    let runs: Vec<String> = curve_runs.iter().map(|run| run.id.0.clone()).collect();
+    let live = curve_runs.iter().any(|run| run.under_way);
+    let body = match curve_runs.is_empty() {
         true => html! {
             section.empty {
                 h1 { "Curves" }
@@ -85,7 +85,7 @@ pub async fn answer(site: &Site, request: &PageRequest) -> Result<Reply, Problem
                 p { a.button href="/curves?run=latest" { "Curves of the latest run" } }
             }
         },
-        false => content(&sources, &runs, request),
+        false => content(&curve_runs, &runs, request),
     };
     Ok(Page {
         title: "Curves",
@@ -98,9 +98,9 @@ pub async fn answer(site: &Site, request: &PageRequest) -> Result<Reply, Problem
     .reply(site))
 }
 
-fn content(sources: &[Source], runs: &[String], request: &PageRequest) -> Markup {
+fn content(curve_runs: &[CurveRun], runs: &[String], request: &PageRequest) -> Markup {
     let pinned = request.query.get("baseline").is_some();
-    let offered = offered(sources);
+    let offered = offered(curve_runs);
     let wished: Vec<&str> = request.query.all("series").collect();
     let chosen: Vec<&str> = match wished.is_empty() {
         false => wished.clone(),
@@ -119,11 +119,11 @@ fn content(sources: &[Source], runs: &[String], request: &PageRequest) -> Markup
                     @for (name, value) in request.query.pairs().filter(|(name, _)| !matches!(*name, "series" | "run" | "baseline" | "from" | "to")) { input type="hidden" name=(name) value=(value); }
                     fieldset {
                         legend { "Runs" }
-                        ul.choices { @for (number, source) in sources.iter().enumerate() {
+                        ul.choices { @for (number, run) in curve_runs.iter().enumerate() {
                             li { label {
-                                input type="checkbox" name=(page::field(number, pinned)) value=(source.id.0) checked;
+                                input type="checkbox" name=(page::field(number, pinned)) value=(run.id.0) checked;
                                 " " span class=(format!("swatch c{}", number % 8)) aria-hidden="true" {} " "
-                                (page::name(&source.recipe)) " " a.mono href=(page::run_path(&source.id.0)) { (page::name(&source.id.0)) }
+                                (page::name(&run.recipe)) " " a.mono href=(page::run_path(&run.id.0)) { (page::name(&run.id.0)) }
                             } }
                         } }
                     }
@@ -168,9 +168,9 @@ struct SeriesChoices {
 }
 
 /// The series that any of the runs has, those with curves first.
-fn offered(sources: &[Source]) -> Vec<SeriesChoices> {
+fn offered(curve_runs: &[CurveRun]) -> Vec<SeriesChoices> {
     let mut offered: Vec<SeriesChoices> = Vec::new();
-    for series in sources.iter().flat_map(|source| &source.series) {
+    for series in curve_runs.iter().flat_map(|run| &run.series) {
         let name = format!("{}/{}", series.stage, series.series);
         let curved = series.points > 1;
         match offered.iter().position(|known| known.name == name) {
@@ -232,15 +232,15 @@ fn window(query: &Fields) -> Result<CurveQuery, Problem> {
 }
 
 async fn find<'s>(
-    sources: &'s [Source<'s>],
+    curve_runs: &'s [CurveRun<'s>],
     query: &Fields,
     window: CurveQuery,
 ) -> Result<Vec<FoundCurve<'s>>, Problem> {
     let mut found: Vec<FoundCurve> = Vec::new();
     for name in query.all("series").take(FIGURES) {
-        for source in sources {
+        for run in curve_runs {
             // Of series with one name in several stages each is a curve of its own.
-            let stages: Vec<&SeriesSummary> = source
+            let stages: Vec<&SeriesSummary> = run
                 .series
                 .iter()
                 .filter(|one| {
@@ -249,23 +249,19 @@ async fn find<'s>(
                 .collect();
             for summary in stages {
                 let whole = format!("{}/{}", summary.stage, summary.series);
-                let buckets = source
-                    .served
-                    .store
-                    .curve(&source.id, &whole, window)
-                    .await?;
+                let buckets = run.served.store.curve(&run.id, &whole, window).await?;
                 let Some(first) = buckets.first() else {
                     continue;
                 };
                 let began = match window.from {
                     0 => first.first_at,
                     _ => {
-                        let began = source.served.store.series_began(&source.id, &whole);
+                        let began = run.served.store.series_began(&run.id, &whole);
                         began.await?.unwrap_or(first.first_at)
                     }
                 };
                 found.push(FoundCurve {
-                    source,
+                    run,
                     stage: summary.stage.clone(),
                     series: summary.series.clone(),
                     began,
@@ -282,7 +278,7 @@ impl FoundCurve<'_> {
         let name = format!("{}/{}", self.stage, self.series);
         match alone {
             true => name,
-            false => format!("{} {}", self.source.id, name),
+            false => format!("{} {}", self.run.id, name),
         }
     }
 
@@ -310,7 +306,7 @@ impl FoundCurve<'_> {
             ])
         });
         json!({
-            "run": self.source.id, "recipe": self.source.recipe, "stage": self.stage, "series": self.series,
+            "run": self.run.id, "recipe": self.run.recipe, "stage": self.stage, "series": self.series,
             "points": points.collect::<Vec<_>>(),
         })
     }
@@ -319,8 +315,8 @@ impl FoundCurve<'_> {
 /// The numbers behind a figure.
 pub async fn data(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
     let window = window(&request.query)?;
-    let sources = sources(site.named_runs(&request.query, RUNS).await?.runs).await?;
-    let found = find(&sources, &request.query, window).await?;
+    let curve_runs = curve_runs(site.named_runs(&request.query, RUNS).await?.runs).await?;
+    let found = find(&curve_runs, &request.query, window).await?;
     let curves: Vec<Value> = found.iter().map(|one| one.data(window.axis)).collect();
     let columns = [
         "x",
@@ -340,8 +336,8 @@ pub async fn data(site: &Site, request: &PageRequest) -> Result<Reply, Problem> 
 /// The same as a picture.
 pub async fn svg(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
     let window = window(&request.query)?;
-    let sources = sources(site.named_runs(&request.query, RUNS).await?.runs).await?;
-    let found = find(&sources, &request.query, window).await?;
+    let curve_runs = curve_runs(site.named_runs(&request.query, RUNS).await?.runs).await?;
+    let found = find(&curve_runs, &request.query, window).await?;
     let value = |value: Option<f64>| value.unwrap_or(f64::NAN);
     let band = request.query.get("band") != Some("0");
     let weight = request.query.number("smooth").unwrap_or(0.0);
@@ -357,7 +353,7 @@ pub async fn svg(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
         curves: found
             .iter()
             .map(|one| Curve {
-                label: one.label(sources.len() == 1),
+                label: one.label(curve_runs.len() == 1),
                 samples: one
                     .buckets
                     .iter()
@@ -378,8 +374,8 @@ pub async fn svg(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
 /// The same as rows.
 pub async fn csv(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
     let window = window(&request.query)?;
-    let sources = sources(site.named_runs(&request.query, RUNS).await?.runs).await?;
-    let found = find(&sources, &request.query, window).await?;
+    let curve_runs = curve_runs(site.named_runs(&request.query, RUNS).await?.runs).await?;
+    let found = find(&curve_runs, &request.query, window).await?;
     let mut rows = Rows::new(&[
         "run",
         "stage",
@@ -397,7 +393,7 @@ pub async fn csv(site: &Site, request: &PageRequest) -> Result<Reply, Problem> {
     for one in &found {
         for bucket in &one.buckets {
             rows.push([
-                one.source.id.0.as_str().into(),
+                one.run.id.0.as_str().into(),
                 one.stage.as_str().into(),
                 one.series.as_str().into(),
                 bucket.first_step.into(),

@@ -1,4 +1,4 @@
-//! Who may ask: the headers of a request are looked at before anything else is.
+//! Who may ask: a request's headers are checked before anything else.
 //!
 //! - A page on another site can make a browser send requests here, even under a name of its own (DNS rebinding). `Host` must
 //!   therefore be a name of ours, `Origin` the same, and what a browser says of where a request comes from (`Sec-Fetch-Site`)
@@ -53,7 +53,7 @@ pub struct Guard {
 
 /// What to do with a request.
 #[derive(Debug, PartialEq)]
-pub enum Verdict {
+pub enum Decision {
     /// To answer it.
     Welcome,
     /// To set the cookie, and send the browser to the same place without the token.
@@ -103,15 +103,15 @@ impl Guard {
     }
 
     /// What to do with a request.
-    pub fn judge(&self, method: &Method, uri: &Uri, headers: &HeaderMap) -> Verdict {
+    pub fn decide(&self, method: &Method, uri: &Uri, headers: &HeaderMap) -> Decision {
         let mut hosts = headers.get_all(HOST).iter();
         let host = match (hosts.next().map(|host| host.to_str()), hosts.next()) {
             (Some(Ok(host)), None) => host,
-            _ => return Verdict::Refused("a request has one Host header"),
+            _ => return Decision::Refused("a request has one Host header"),
         };
         let other_authority = uri.authority().is_some_and(|named| named.as_str() != host);
         if other_authority || !self.is_ours(host) {
-            return Verdict::Refused(
+            return Decision::Refused(
                 "this name is not one of this server's: open it as localhost, or name it with --allow-host",
             );
         }
@@ -119,7 +119,7 @@ impl Guard {
         match headers.get(ORIGIN).map(|origin| origin.to_str()) {
             None if read => {}
             Some(Ok(origin)) if is_origin(origin, host) => {}
-            _ => return Verdict::Refused("the request comes from a page of another site"),
+            _ => return Decision::Refused("the request comes from a page of another site"),
         }
         let says = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
         let foreign = matches!(says("sec-fetch-site"), Some("cross-site" | "same-site"));
@@ -127,10 +127,10 @@ impl Guard {
             && says("sec-fetch-mode") == Some("navigate")
             && says("sec-fetch-dest") == Some("document");
         if foreign && !followed {
-            return Verdict::Refused("the request comes from a page of another site");
+            return Decision::Refused("the request comes from a page of another site");
         }
         match &self.token {
-            None => Verdict::Welcome,
+            None => Decision::Welcome,
             Some(token) => enter(token, uri, headers),
         }
     }
@@ -151,7 +151,7 @@ impl Guard {
     }
 }
 
-fn enter(token: &str, uri: &Uri, headers: &HeaderMap) -> Verdict {
+fn enter(token: &str, uri: &Uri, headers: &HeaderMap) -> Decision {
     let cookies = headers
         .get_all(COOKIE)
         .iter()
@@ -161,15 +161,15 @@ fn enter(token: &str, uri: &Uri, headers: &HeaderMap) -> Verdict {
         own.is_some_and(|(name, value)| name == COOKIE_NAME && same(value, token))
     });
     if shown {
-        return Verdict::Welcome;
+        return Decision::Welcome;
     }
     let query = super::request::Fields::read(uri.query().unwrap_or_default());
     match query.get("token") {
-        Some(shown) if same(shown, token) => Verdict::Enter {
+        Some(shown) if same(shown, token) => Decision::Enter {
             cookie: format!("{COOKIE_NAME}={token}; HttpOnly; SameSite=Strict; Path=/"),
             place: query.without("token").link(&local(uri.path())),
         },
-        _ => Verdict::Refused("open the address that `retort ui` has printed: it has a token"),
+        _ => Decision::Refused("open the address that `retort ui` printed: it has the token"),
     }
 }
 
@@ -203,17 +203,17 @@ mod tests {
     const HERE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
     const EVERYWHERE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED);
 
-    fn judge(guard: &Guard, method: Method, uri: &str, headers: &[(&str, &str)]) -> Verdict {
+    fn decide(guard: &Guard, method: Method, uri: &str, headers: &[(&str, &str)]) -> Decision {
         let mut map = HeaderMap::new();
         for (name, value) in headers {
             let name = hyper::header::HeaderName::from_bytes(name.as_bytes()).unwrap();
             map.append(name, value.parse().unwrap());
         }
-        guard.judge(&method, &uri.parse().unwrap(), &map)
+        guard.decide(&method, &uri.parse().unwrap(), &map)
     }
 
     fn is_welcome(guard: &Guard, method: Method, headers: &[(&str, &str)]) -> bool {
-        judge(guard, method, "/", headers) == Verdict::Welcome
+        decide(guard, method, "/", headers) == Decision::Welcome
     }
 
     #[test]
@@ -248,13 +248,13 @@ mod tests {
             Method::GET,
             &[("host", "localhost"), ("host", "localhost")]
         ));
-        let absolute = judge(
+        let absolute = decide(
             &guard,
             Method::GET,
             "http://evil.example/",
             &[("host", "localhost")],
         );
-        assert!(matches!(absolute, Verdict::Refused(_)));
+        assert!(matches!(absolute, Decision::Refused(_)));
     }
 
     #[test]
@@ -325,16 +325,16 @@ mod tests {
         assert!(!is_welcome(&guard, Method::GET, &[host]));
         let other = format!("/?token={}", "0".repeat(token.len()));
         assert!(matches!(
-            judge(&guard, Method::GET, &other, &[host]),
-            Verdict::Refused(_)
+            decide(&guard, Method::GET, &other, &[host]),
+            Decision::Refused(_)
         ));
-        let entered = judge(
+        let entered = decide(
             &guard,
             Method::GET,
             &format!("//evil.example/run/x?token={token}&a=b"),
             &[host],
         );
-        let Verdict::Enter { cookie, place } = entered else {
+        let Decision::Enter { cookie, place } = entered else {
             panic!("{entered:?}")
         };
         assert_eq!(place, "/evil.example/run/x?a=b");

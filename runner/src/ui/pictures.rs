@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::files;
 use super::page::{self, Page, Section};
 use super::reply::{Problem, Reply};
-use super::request::{Fields, PageRequest, link};
+use super::request::{PageRequest, link};
 use super::samples::Set;
 use super::{ServedStore, Site};
 use crate::store::{ArtifactRow, RunDetail, RunId, StageDetail};
@@ -156,7 +156,7 @@ async fn content(
         @if !columns.is_empty() {
             section {
                 h2 { (heading(&columns)) }
-                (side_by_side(request, &columns, &offered, (&names, details.len() > 1)))
+                (SideBySide::of(request, &columns, &offered, &names, details.len() > 1).page())
             }
         }
         @for (student, frames) in &strips { (strip(student, frames)) }
@@ -276,109 +276,175 @@ fn aligned(
         .collect()
 }
 
-fn side_by_side(
-    request: &PageRequest,
-    columns: &[Column],
-    offered: &[(&RunDetail, &ArtifactRow)],
-    (names, several): (&[String], bool),
-) -> Markup {
-    let class: Option<u32> = request.query.number("class");
-    let skip: usize = request.query.number("at").unwrap_or(0);
-    let rows: usize = request
-        .query
-        .number("rows")
-        .unwrap_or(ROWS)
-        .clamp(1, MOST_ROWS);
-    let first = &columns[0];
-    let lines = aligned(columns, class, skip, rows);
-    let known = {
-        let mut labels = first.set.labels.clone();
-        labels.sort_unstable();
-        labels.dedup();
-        labels.truncate(CLASSES);
-        labels
-    };
-    let title = |label: u32| match names.get(label as usize) {
-        Some(name) => name.clone(),
-        None => format!("class {label}"),
-    };
-    let zoom: usize = request.query.number("zoom").unwrap_or(1).clamp(1, 8);
-    let here = |fields: Fields| fields.link("/pictures");
-    let shown = |set: &Set| {
-        let (height, width) = set.size();
-        let factor = (WIDE / width.max(1)).max(1) * zoom;
-        (width * factor, height * factor)
-    };
-    html! {
-        form.filter method="get" action="/pictures" {
-            @for (name, value) in request.query.pairs().filter(|(name, _)| !matches!(*name, "class" | "at" | "set" | "zoom")) { input type="hidden" name=(name) value=(value); }
-            label for="class" { "Class" }
-            select #class name="class" {
-                option value="" { "all" }
-                @for label in &known { option value=(label) selected[class == Some(*label)] { (page::name(&title(*label))) } }
-            }
-            label for="zoom" { "Zoom" }
-            select #zoom name="zoom" { @for factor in [1, 2, 4] { option value=(factor) selected[zoom == factor] { (factor) "×" } } }
-            @if offered.len() > 1 {
-                details.sets {
-                    summary { "Sets (" (columns.len()) " of " (offered.len()) ")" }
-                    ul.choices { @for (detail, row) in offered {
-                        li { label {
-                            input type="checkbox" name="set" value=(row.artifact.hash) checked[columns.iter().any(|column| column.hash == row.artifact.hash)];
-                            " " (page::name(&row.stage)) @if several { " " span.mono.dim { (page::name(&detail.summary.id.0)) } }
-                        } }
-                    } }
+/// Sets of samples side by side.
+struct SideBySide<'a> {
+    request: &'a PageRequest,
+    columns: &'a [Column],
+    /// The sets that there are.
+    offered: &'a [(&'a RunDetail, &'a ArtifactRow)],
+    /// The names of classes.
+    names: &'a [String],
+    /// Whether they are of several runs.
+    several: bool,
+    /// The class that is shown; all without one.
+    class: Option<u32>,
+    /// Where the first row stands, and how many there are at most.
+    skip: usize,
+    rows: usize,
+    zoom: usize,
+}
+
+impl<'a> SideBySide<'a> {
+    fn of(
+        request: &'a PageRequest,
+        columns: &'a [Column],
+        offered: &'a [(&'a RunDetail, &'a ArtifactRow)],
+        names: &'a [String],
+        several: bool,
+    ) -> Self {
+        let query = &request.query;
+        let rows: usize = query.number("rows").unwrap_or(ROWS);
+        let zoom: usize = query.number("zoom").unwrap_or(1);
+        Self {
+            request,
+            columns,
+            offered,
+            names,
+            several,
+            class: query.number("class"),
+            skip: query.number("at").unwrap_or(0),
+            rows: rows.clamp(1, MOST_ROWS),
+            zoom: zoom.clamp(1, 8),
+        }
+    }
+
+    fn page(&self) -> Markup {
+        let first = &self.columns[0].set;
+        let lines = aligned(self.columns, self.class, self.skip, self.rows);
+        let query = &self.request.query;
+        html! {
+            (self.form())
+            @if lines.is_empty() {
+                section.empty { h3 { "No samples here" } p { a href=(query.without("class").without("at").link("/pictures")) { "From the beginning" } } }
+            } @else {
+                div.scroll { table.samples {
+                    (self.heads())
+                    tbody { @for line in &lines { (self.row(line)) } }
+                } }
+                (self.links(lines.len()))
+                @if self.columns.iter().any(|column| !column.set.shares_noise(first)) {
+                    p.hint { "Sets marked “other noise” have another seed than the first: their samples have the same class, and not the same noise. Give sample stages one " code { "seed" } " to compare them sample by sample." }
                 }
             }
-            button.primary type="submit" { "Show" }
         }
-        @if lines.is_empty() {
-            section.empty { h3 { "No samples here" } p { a href=(here(request.query.without("class").without("at"))) { "From the beginning" } } }
-        } @else {
-            div.scroll { table.samples {
-                thead { tr {
-                    th scope="col" { "Sample" }
-                    @for column in columns {
-                        th scope="col" {
-                            (page::name(&column.stage))
-                            @if several { br; span.mono.dim { (page::name(&column.run.0)) } }
-                            br; span.dim { (page::name(&column.set.sampler())) }
-                            @if !column.set.shares_noise(&first.set) { br; span.odd { "other noise" } }
-                        }
+    }
+
+    /// What a label is called.
+    fn title(&self, label: u32) -> String {
+        match self.names.get(label as usize) {
+            Some(name) => name.clone(),
+            None => format!("class {label}"),
+        }
+    }
+
+    /// Where class, zoom and sets are chosen.
+    fn form(&self) -> Markup {
+        let (columns, offered) = (self.columns, self.offered);
+        let known = {
+            let mut labels = columns[0].set.labels.clone();
+            labels.sort_unstable();
+            labels.dedup();
+            labels.truncate(CLASSES);
+            labels
+        };
+        html! {
+            form.filter method="get" action="/pictures" {
+                @for (name, value) in self.request.query.pairs().filter(|(name, _)| !matches!(*name, "class" | "at" | "set" | "zoom")) { input type="hidden" name=(name) value=(value); }
+                label for="class" { "Class" }
+                select #class name="class" {
+                    option value="" { "all" }
+                    @for label in &known { option value=(label) selected[self.class == Some(*label)] { (page::name(&self.title(*label))) } }
+                }
+                label for="zoom" { "Zoom" }
+                select #zoom name="zoom" { @for factor in [1, 2, 4] { option value=(factor) selected[self.zoom == factor] { (factor) "×" } } }
+                @if offered.len() > 1 {
+                    details.sets {
+                        summary { "Sets (" (columns.len()) " of " (offered.len()) ")" }
+                        ul.choices { @for (detail, row) in offered {
+                            li { label {
+                                input type="checkbox" name="set" value=(row.artifact.hash) checked[columns.iter().any(|column| column.hash == row.artifact.hash)];
+                                " " (page::name(&row.stage)) @if self.several { " " span.mono.dim { (page::name(&detail.summary.id.0)) } }
+                            } }
+                        } }
                     }
-                } }
-                tbody {
-                    @for line in &lines {
-                        @let number = line[0].unwrap_or_default();
-                        @let label = first.set.labels.get(number).copied().unwrap_or_default();
-                        tr {
-                            th.num scope="row" { "#" (number) br; span.dim { (page::name(&title(label))) } }
-                            @for (column, sample) in columns.iter().zip(line) {
-                                td {
-                                    @match sample {
-                                        Some(sample) => {
-                                            @let (width, height) = shown(&column.set);
-                                            a.zoom href=(format!("/sample/{}/{sample}.png", column.hash)) {
-                                                img.pixels src=(format!("/sample/{}/{sample}.png", column.hash)) width=(width) height=(height) loading="lazy"
-                                                    alt=(format!("sample {sample} of {}, {}", column.stage, title(label)));
-                                            }
-                                            @if *sample != number { br; span.dim.num { "#" (sample) } }
-                                        }
-                                        None => span.dim { "–" },
-                                    }
-                                }
-                            }
-                        }
+                }
+                button.primary type="submit" { "Show" }
+            }
+        }
+    }
+
+    /// The heads of the columns.
+    fn heads(&self) -> Markup {
+        let first = &self.columns[0].set;
+        html! {
+            thead { tr {
+                th scope="col" { "Sample" }
+                @for column in self.columns {
+                    th scope="col" {
+                        (page::name(&column.stage))
+                        @if self.several { br; span.mono.dim { (page::name(&column.run.0)) } }
+                        br; span.dim { (page::name(&column.set.sampler())) }
+                        @if !column.set.shares_noise(first) { br; span.odd { "other noise" } }
                     }
                 }
             } }
-            nav.pages aria-label="Parts of the set" {
-                span.num { "rows " (skip + 1) "–" (skip + lines.len()) @if class.is_none() { " of " (first.set.count()) } }
-                @if skip > 0 { a.button href=(here(request.query.with("at", &skip.saturating_sub(rows).to_string()))) rel="prev" { "← Before" } }
-                @if lines.len() == rows { a.button href=(here(request.query.with("at", &(skip + rows).to_string()))) rel="next" { "Next →" } }
+        }
+    }
+
+    /// A row: the number of a sample for each column.
+    fn row(&self, line: &[Option<usize>]) -> Markup {
+        let number = line[0].unwrap_or_default();
+        let labels = &self.columns[0].set.labels;
+        let title = self.title(labels.get(number).copied().unwrap_or_default());
+        let shown = |set: &Set| {
+            let (height, width) = set.size();
+            let factor = (WIDE / width.max(1)).max(1) * self.zoom;
+            (width * factor, height * factor)
+        };
+        html! {
+            tr {
+                th.num scope="row" { "#" (number) br; span.dim { (page::name(&title)) } }
+                @for (column, sample) in self.columns.iter().zip(line) {
+                    td {
+                        @match sample {
+                            Some(sample) => {
+                                @let (width, height) = shown(&column.set);
+                                a.zoom href=(format!("/sample/{}/{sample}.png", column.hash)) {
+                                    img.pixels src=(format!("/sample/{}/{sample}.png", column.hash)) width=(width) height=(height) loading="lazy"
+                                        alt=(format!("sample {sample} of {}, {title}", column.stage));
+                                }
+                                @if *sample != number { br; span.dim.num { "#" (sample) } }
+                            }
+                            None => span.dim { "–" },
+                        }
+                    }
+                }
             }
-            @if columns.iter().any(|column| !column.set.shares_noise(&first.set)) {
-                p.hint { "Sets marked “other noise” have another seed than the first: their samples have the same class, and not the same noise. Give sample stages one " code { "seed" } " to compare them sample by sample." }
+        }
+    }
+
+    /// Which rows are shown, and the ways to those before and after them.
+    fn links(&self, count: usize) -> Markup {
+        let at = |skip: usize| {
+            let query = self.request.query.with("at", &skip.to_string());
+            query.link("/pictures")
+        };
+        let (skip, rows) = (self.skip, self.rows);
+        html! {
+            nav.pages aria-label="Parts of the set" {
+                span.num { "rows " (skip + 1) "–" (skip + count) @if self.class.is_none() { " of " (self.columns[0].set.count()) } }
+                @if skip > 0 { a.button href=(at(skip.saturating_sub(rows))) rel="prev" { "← Before" } }
+                @if count == rows { a.button href=(at(skip + rows)) rel="next" { "Next →" } }
             }
         }
     }

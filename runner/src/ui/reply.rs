@@ -1,4 +1,4 @@
-//! What a browser is answered, before it is written: status, type, headers, content.
+//! An HTTP response before it is written: status, type, headers, content.
 
 use std::io;
 
@@ -38,7 +38,7 @@ pub enum Problem {
     /// There is nothing under this address, or nothing of this name.
     #[error("{0}")]
     NotFound(String),
-    /// The request makes no sense.
+    /// The request is invalid.
     #[error("{0}")]
     Bad(String),
     /// It is not allowed.
@@ -47,7 +47,7 @@ pub enum Problem {
     /// A filter, or the name of a field.
     #[error(transparent)]
     Filter(#[from] FilterError),
-    /// The store does not answer.
+    /// The store failed.
     #[error(transparent)]
     Store(StoreError),
     /// A file cannot be read.

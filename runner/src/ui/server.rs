@@ -17,7 +17,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
-use super::guard::{Guard, Verdict};
+use super::guard::{Decision, Guard};
 use super::reply::{Content, Reply, TEXT};
 use super::request::{self, Fields, PageRequest};
 use super::{Site, route};
@@ -70,10 +70,10 @@ pub async fn serve(site: Arc<Site>, listener: TcpListener, stop: impl Future<Out
 async fn answer(site: &Site, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
     let (head, body) = request.into_parts();
     let is_head = head.method == Method::HEAD;
-    let reply = match site.guard.judge(&head.method, &head.uri, &head.headers) {
-        Verdict::Refused(why) => Reply::new(TEXT, format!("{why}\n")).status(403),
-        Verdict::Enter { cookie, place } => Reply::see(&place).header(SET_COOKIE.as_str(), cookie),
-        Verdict::Welcome => match form(&head.method, body).await {
+    let reply = match site.guard.decide(&head.method, &head.uri, &head.headers) {
+        Decision::Refused(why) => Reply::new(TEXT, format!("{why}\n")).status(403),
+        Decision::Enter { cookie, place } => Reply::see(&place).header(SET_COOKIE.as_str(), cookie),
+        Decision::Welcome => match form(&head.method, body).await {
             Err(reply) => reply,
             Ok(form) => match request::path(head.uri.path()) {
                 None => Reply::new(TEXT, "there is no such page\n").status(404),

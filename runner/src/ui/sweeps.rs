@@ -6,9 +6,9 @@ use super::page::{self, Page, Section};
 use super::reply::{Problem, Reply};
 use super::request::{PageRequest, link, segment};
 use super::{ServedStore, Site};
+use crate::account::plot;
+use crate::account::results::Results;
 use crate::store::{RunState, StoreError, SweepPoint};
-use crate::sweep::plot;
-use crate::sweep::results::Results;
 
 /// Points that the table shows.
 const MOST: usize = 2000;

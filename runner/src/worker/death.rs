@@ -1,6 +1,6 @@
 //! Why a worker's process ended without an answer, as precisely as can be known.
 //!
-//! In: how the process ended, and what it wrote before. Out: a reason in few words, which the history keeps and people
+//! In: how the process ended, and its last output. Out: a short reason, which the history keeps and users
 //! search for, with a sentence and a hint. Deliberately absent: ends that the runner brought about (the executor's).
 
 use serde::{Deserialize, Serialize};
@@ -15,12 +15,12 @@ pub enum ExitStatus {
     Signal(i32),
 }
 
-/// The end of a process that nobody asked for.
+/// An unrequested end of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Death {
     /// With a code or by a signal.
     pub status: ExitStatus,
-    /// What is known of why.
+    /// The known cause.
     pub cause: Cause,
 }
 
@@ -99,7 +99,7 @@ impl Death {
                 "an exception left a function or a thread of the plugin, which must catch all of its own"
             }
             (Cause::Panic, _) => {
-                "a panic came to a place that cannot be unwound, such as a function for C"
+                "a panic reached a place that cannot unwind, such as a function for C"
             }
             (Cause::Length, _) => "the plugin passed text of an absurd length",
             (Cause::Unknown, ExitStatus::Code(_)) => {

@@ -1,4 +1,4 @@
-//! What a worker tells its runner: points, lines and progress wait here for a moment, so that no call of a stage waits.
+//! A worker's messages to its runner: points, lines and progress are queued, so that no call of a stage blocks.
 
 use std::collections::{HashMap, VecDeque};
 use std::io::Write;
@@ -48,7 +48,7 @@ struct Pending {
 }
 
 /// Points of one frame, put in their places as they come: what a stage's call costs is a look-up and three numbers,
-/// however much waits.
+/// at any backlog.
 #[derive(Debug, Default)]
 struct Outgoing {
     series: Vec<Points>,
@@ -238,7 +238,7 @@ fn write_frame(socket: &mut UnixStream, message: &FromWorker) {
         );
         frame::encode(&FromWorker::Failed(failure)).unwrap_or_default()
     });
-    // A runner that is gone is the listener's business.
+    // A runner that is gone is handled by the listener.
     let _ = socket.write_all(&bytes);
 }
 

@@ -1,4 +1,4 @@
-//! The runner's end of a worker: starting it, hearing it, signalling it, and knowing for certain how it ended.
+//! The runner's end of a worker: starting it, reading its events, signalling it, and how it ended.
 //!
 //! In: a [`Task`]. Out: [`WorkerEvent`] events, of which the last is always the exit. A worker leads a process group of its
 //! own, so that a Ctrl-C in the terminal does not reach it and everything it starts can be ended with it. Deliberately
@@ -19,10 +19,10 @@ use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 use tokio::task::JoinHandle;
 
-use crate::cluster::ElementEvent;
 use crate::frame::{self, Answer, FrameError, FromWorker, Inbox, Task, ToWorker};
 use crate::store::{LogSource, Usage};
 use crate::worker::death::{Death, ExitStatus};
+use crate::worker::remote::ElementEvent;
 use crate::worker::{LONGEST_LINE, shortened};
 
 /// How long what a dead worker has left in its pipes is waited for: processes that left its group may hold them open.
@@ -62,13 +62,13 @@ pub struct Worker {
 pub enum WorkerEvent {
     /// It sent a frame.
     Frame(FromWorker),
-    /// It sent what is no frame; no further frames are read.
+    /// It sent an invalid frame; no further frames are read.
     Malformed(FrameError),
     /// It, or something it loaded or started, wrote a line.
     Line(LogSource, String),
-    /// Of a worker on another machine: something that only there can happen.
+    /// An event of a remote worker only.
     Remote(ElementEvent),
-    /// It has ended, and its whole process group with it. The last event.
+    /// It has ended, and its whole process group with it. Always last.
     Exited(Exit),
 }
 
@@ -77,7 +77,7 @@ pub enum WorkerEvent {
 pub struct Exit {
     /// With a code or by a signal.
     pub status: ExitStatus,
-    /// What it took.
+    /// Its usage.
     pub usage: Usage,
     /// Whether memory ran out at that time, where that is known by who watched it.
     pub out_of_memory: Option<bool>,
@@ -130,7 +130,7 @@ fn quoted(output: &str) -> String {
     }
 }
 
-/// Makes one call that is no run, in a worker of its own, and waits for the answer.
+/// Makes one call other than a run, in a new worker, and waits for the answer.
 ///
 /// # Errors
 /// [`AskError`].
@@ -308,7 +308,7 @@ impl Worker {
 }
 
 impl Drop for Worker {
-    /// No worker is left to itself.
+    /// No worker is orphaned.
     fn drop(&mut self) {
         self.signal(libc::SIGKILL);
     }
@@ -398,7 +398,7 @@ impl WorkerSocket {
         self.socket.is_none()
     }
 
-    /// Sends a message. That nobody takes it is no error here.
+    /// Sends a message. A closed peer is no error here.
     ///
     /// # Errors
     /// It cannot be written, because a path in it is not UTF-8.

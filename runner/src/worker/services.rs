@@ -46,7 +46,7 @@ impl Services {
 // SAFETY of them all: `retort_plugin.h` obliges the plugin to pass our ctx, readable text and valid sinks, and to call
 // only before the call returns that received the table, which is as long as `Services` lives. `Services` is Sync.
 
-/// The services, as long as the plugin's function has not returned. Who calls later is counted and not heard.
+/// The services, as long as the plugin's function has not returned. Later calls are counted and ignored.
 ///
 /// # Safety
 /// `ctx` is that of a table made by [`Services::table`], which still lives.
@@ -175,7 +175,7 @@ unsafe extern "C" fn artifact_abort(ctx: *mut c_void, id: u64) {
 fn no_writer() -> Failure {
     Failure::new(
         FailureCode::Unsupported,
-        "artifacts are only made while a stage runs, and not by a part of it",
+        "artifacts are only made while a stage runs, and not by its parts",
     )
 }
 

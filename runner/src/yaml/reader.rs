@@ -98,7 +98,7 @@ impl<'t> Reader<'t> {
             MAX_PROBLEMS => self.problems.push(YamlError {
                 position,
                 pointer: String::new(),
-                message: "and there are more mistakes of this kind from here on".to_owned(),
+                message: "and there are more such mistakes below".to_owned(),
                 hint: None,
             }),
             _ => {}
@@ -110,11 +110,11 @@ impl<'t> Reader<'t> {
         self.values = self.values.saturating_add(values);
         if self.values > MAX_VALUES {
             return Err(YamlError {
-                hint: Some("data belongs into files that the recipe names".to_owned()),
+                hint: Some("put data into files that the recipe names".to_owned()),
                 ..fault(
                     span,
                     format!(
-                        "too much for a recipe: more than {MAX_VALUES} keys and values, anchors included"
+                        "too large for a recipe: over {MAX_VALUES} keys and values, anchors included"
                     ),
                 )
             });
@@ -198,7 +198,7 @@ impl<'t> Reader<'t> {
 
     fn alias(&mut self, name: usize, span: Span) -> Result<Value, YamlError> {
         let Some(values) = self.anchors.get(&name).map(|anchor| anchor.values) else {
-            return Err(fault(span, "an anchor cannot be inside of itself"));
+            return Err(fault(span, "an anchor cannot contain itself"));
         };
         self.count(values, span)?;
         self.begins(position(span));
@@ -329,7 +329,7 @@ impl<'t> Reader<'t> {
         Ok(Value::Object(entries))
     }
 
-    /// A key, as it is written: `0x10` and `1.50` are the names that somebody chose.
+    /// A key as written: `0x10` and `1.50` are valid names.
     fn key(&mut self, event: Event<'t>, span: Span) -> Result<String, YamlError> {
         match event {
             Event::Scalar(text, style, ..) => {

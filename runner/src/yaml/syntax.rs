@@ -1,4 +1,4 @@
-//! What is no YAML, said in words of people.
+//! YAML syntax errors in plain words.
 
 use saphyr_parser::ScanError;
 
@@ -6,7 +6,7 @@ use super::{YamlError, end_of, lines};
 use crate::terminal;
 use crate::yaml::Position;
 
-/// What no recipe may hold, whatever it means in YAML: refused before anything is parsed.
+/// Characters that no recipe may contain: refused before parsing.
 pub(super) fn forbidden(text: &str) -> Option<YamlError> {
     let unwanted = |c: char| {
         c.is_control() && !matches!(c, '\t' | '\n' | '\r') || matches!(c, '\u{fffe}' | '\u{ffff}')
@@ -114,7 +114,7 @@ pub(super) fn explain(text: &str, error: &ScanError) -> YamlError {
     }
 }
 
-/// Of values inside values inside values.
+/// Of values inside values.
 pub(super) const TOO_DEEP: &str = "nested too deeply";
 
 /// Names a character that looks like a space.

@@ -1,4 +1,4 @@
-//! `retort plugin install`: a plugin's file put where it is found.
+//! `retort plugin install`: copies a plugin into the search path.
 
 use std::fs;
 use std::io;
@@ -11,7 +11,7 @@ use tokio::runtime::Runtime;
 
 use crate::artifact;
 use crate::cli::plugin::built;
-use crate::cli::{Context, Error, Exit, talk};
+use crate::cli::{Context, Error, Exit, output};
 use crate::draft::Draft;
 use crate::plugin::{self, Plugins, search_dirs};
 use crate::trust;
@@ -30,7 +30,7 @@ pub struct Args {
     pub into: Option<PathBuf>,
 }
 
-/// Copies the plugin, after having asked it who it is.
+/// Copies the plugin, after asking for its identity.
 pub fn execute(args: &Args, runtime: &Runtime, context: &Context) -> Result<(), Error> {
     let source = built(&std::path::absolute(&args.path)?)?;
     let dirs = search_dirs(&context.plugin_dirs);
@@ -61,21 +61,21 @@ pub fn execute(args: &Args, runtime: &Runtime, context: &Context) -> Result<(), 
         .cause(&error)
     })?;
     trust::check_owner(&target).map_err(plan_error)?;
-    // Whoever installs into a directory with a lock allows what is installed.
+    // Installing into a locked directory adds the plugin to the lock.
     if let Some(mut lock) = trust::read_lock(&dir).map_err(plan_error)? {
         let hash = artifact::file_hash(&target)
             .map_err(|error| Error::new(Exit::Internal, error.to_string()))?;
         lock.insert(file, hash);
         trust::write_lock(&dir, &lock).map_err(plan_error)?;
     }
-    talk::say(&format!(
+    output::say(&format!(
         "{} {} is installed: {}",
         identity.name,
         identity.version,
         target.display()
     ));
     if !dirs.iter().any(|known| known.path == dir) {
-        talk::say(&format!(
+        output::say(&format!(
             "note: {} is not searched for plugins; name it with --plugin-dir or {}",
             dir.display(),
             plugin::PATH_VARIABLE
@@ -84,7 +84,7 @@ pub fn execute(args: &Args, runtime: &Runtime, context: &Context) -> Result<(), 
         && let Ok(found) = plugin::find(&identity.name, &dirs)
         && found.path != target
     {
-        talk::say(&format!(
+        output::say(&format!(
             "note: {} comes first and is used instead",
             found.path.display()
         ));

@@ -1,4 +1,4 @@
-//! `retort plugin lock`: which plugins a directory may give, by their hashes.
+//! `retort plugin lock`: which plugins of a directory may load, by hash.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::ValueHint;
 
 use crate::artifact;
-use crate::cli::{Context, Error, Exit, talk};
+use crate::cli::{Context, Error, Exit, output};
 use crate::plan::DescribeError;
 use crate::plugin::{self, SearchDir};
 use crate::trust;
@@ -37,7 +37,7 @@ pub fn execute(args: &Args, _context: &Context) -> Result<(), Error> {
         let lock = dir.join(trust::LOCK);
         if args.remove {
             match std::fs::remove_file(&lock) {
-                Ok(()) => talk::say(&format!("{} is removed", lock.display())),
+                Ok(()) => output::say(&format!("{} is removed", lock.display())),
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
                 Err(error) => {
                     let message = format!("{} cannot be removed", lock.display());
@@ -59,10 +59,10 @@ pub fn execute(args: &Args, _context: &Context) -> Result<(), Error> {
             hashes.insert(name.to_string_lossy().into_owned(), hash);
         }
         trust::write_lock(&dir, &hashes).map_err(DescribeError::from)?;
-        talk::say(&format!(
+        output::say(&format!(
             "{} allows {}",
             lock.display(),
-            talk::count(hashes.len(), "plugin")
+            output::count(hashes.len(), "plugin")
         ));
     }
     Ok(())

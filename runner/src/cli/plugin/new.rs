@@ -1,15 +1,15 @@
-//! `retort plugin new`: a project for a plugin of one's own.
+//! `retort plugin new`: a project for a new plugin.
 
 use std::path::PathBuf;
 
 use clap::{ValueEnum, ValueHint};
 
-use crate::cli::{Context, Error, Exit, talk};
+use crate::cli::{Context, Error, Exit, output};
 use crate::plugin::project::{self, ProjectError, Sources, Template};
 
 /// Arguments of `plugin new`.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "From nothing to a run:\n  \
+#[command(after_help = "A first run:\n  \
     retort plugin new hello --lang c\n  \
     cd hello\n  \
     make\n  \
@@ -66,7 +66,7 @@ pub fn execute(args: &Args, _context: &Context) -> Result<(), Error> {
                 Exit::Usage,
                 "a backend of the engine is written in Rust: tensors do not cross the C interface",
             )
-            .hint("call a C or C++ library from Rust, or begin with --kind stage and bring all of a stage"));
+            .hint("call a C or C++ library from Rust, or begin with --kind stage and write a whole stage"));
         }
     };
     let dir = args
@@ -83,7 +83,7 @@ pub fn execute(args: &Args, _context: &Context) -> Result<(), Error> {
     } else {
         "make"
     };
-    talk::say(&format!(
+    output::say(&format!(
         "{} is ready. Next:\n  cd {}\n  {build}\n  retort plugin install .\n  retort run recipe.yaml\n  retort plugin test .",
         dir.display(),
         dir.display()

@@ -1,4 +1,4 @@
-//! `retort plugin test`: is a plugin as it has to be? The report as a table, JSON, CSV, Markdown or JUnit.
+//! `retort plugin test`: checks a plugin. The report is a table, JSON, CSV, Markdown or JUnit.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -7,9 +7,9 @@ use clap::ValueHint;
 use tokio::runtime::Runtime;
 
 use crate::cli::plugin::named;
-use crate::cli::{Context, Error, Exit, FormatArgs, talk};
+use crate::cli::{Context, Error, Exit, FormatArgs, output};
 use crate::plan::{self, Plan};
-use crate::plugin::conformance::{Examination, ExaminationTerms, Outcome, Verdict};
+use crate::plugin::conformance::{CheckOutcome, Examination, ExaminationOptions, Verdict};
 use crate::plugin::{Plugins, search_dirs};
 use crate::recipe;
 use crate::table::{Cell, CellStyle, Rows};
@@ -17,16 +17,16 @@ use crate::table::{Cell, CellStyle, Rows};
 /// Arguments of `plugin test`.
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Without a recipe the plugin's file, its answers and how it handles bad options are examined. \
-    Its stages are examined as a recipe uses them, in a directory that is removed afterwards: each is run to its end, \
-    again with the same seed, up to a request to stop, and on from there. A project's own recipe.yaml is taken when \
-    the directory of the project is named."
+    after_help = "Without a recipe, the plugin's file, its answers and its handling of bad options are tested. \
+    Its stages are tested as a recipe uses them, in a temporary directory: each is run to its end, \
+    again with the same seed, until a request to stop, and then resumed. A project's own recipe.yaml is used if \
+    the project directory is given."
 )]
 pub struct Args {
     /// Name of the plugin, the path of its shared object, or the directory of its project.
     #[arg(value_name = "PLUGIN")]
     pub plugin: String,
-    /// A recipe whose stages use the plugin, and run in seconds.
+    /// A recipe whose stages use the plugin and take seconds.
     #[arg(long, value_name = "RECIPE", value_hint = ValueHint::FilePath)]
     pub recipe: Option<PathBuf>,
     /// Set a value of the recipe, as `run --set` does (may be repeated).
@@ -38,7 +38,7 @@ pub struct Args {
     /// How long a stage may run.
     #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = humantime::parse_duration)]
     pub limit: Duration,
-    /// Compare whole networks on a backend, too, with results of the published code: `tests/golden` of the repository.
+    /// Also compare whole networks with results of the published code: `tests/golden` of the repository.
     /// Takes seconds on a fast backend.
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub golden: Option<PathBuf>,
@@ -56,19 +56,19 @@ pub fn execute(args: &Args, runtime: &Runtime, context: &Context) -> Result<(), 
     let own = Path::new(&args.plugin).join("recipe.yaml");
     let recipe = args.recipe.clone().or_else(|| own.is_file().then_some(own));
     let quiet = context.quiet;
-    let tell = move |outcome: &Outcome| {
+    let tell = move |outcome: &CheckOutcome| {
         if !quiet {
             let (verdict, check) = (outcome.verdict.name(), outcome.check);
             let line = format!("{verdict:7} {check} {}", outcome.subject);
-            talk::say(line.trim_end());
+            output::say(line.trim_end());
         }
     };
-    let terms = ExaminationTerms {
+    let options = ExaminationOptions {
         grace: args.grace,
         limit: args.limit,
         golden: args.golden.as_deref().map(golden).transpose()?,
     };
-    let mut examination = Examination::new(runtime, &path, terms, &tell);
+    let mut examination = Examination::new(runtime, &path, options, &tell);
     match (examination.examine_plugin(), recipe) {
         (Some(description), Some(recipe)) => {
             let plan = planned(&recipe, &args.set, &path, runtime, context)?;
@@ -87,7 +87,7 @@ pub fn execute(args: &Args, runtime: &Runtime, context: &Context) -> Result<(), 
             .cause(&error)
         })?;
     }
-    talk::print(&rows(&outcomes).render(args.format.style(context)))?;
+    output::print(&rows(&outcomes).render(args.format.style(context)))?;
     let count = |verdict| outcomes.iter().filter(|o| o.verdict == verdict).count();
     match count(Verdict::Failed) {
         0 => Ok(()),
@@ -96,7 +96,7 @@ pub fn execute(args: &Args, runtime: &Runtime, context: &Context) -> Result<(), 
             format!(
                 "{}: {failed} of {} failed",
                 path.display(),
-                talk::count(outcomes.len(), "check")
+                output::count(outcomes.len(), "check")
             ),
         )),
     }
@@ -136,7 +136,7 @@ fn planned(
     Ok(plan)
 }
 
-fn rows(outcomes: &[Outcome]) -> Rows {
+fn rows(outcomes: &[CheckOutcome]) -> Rows {
     let mut rows = Rows::new(&["check", "of", "verdict", "detail", "seconds"]);
     for outcome in outcomes {
         let tone = match outcome.verdict {
@@ -161,7 +161,7 @@ fn rows(outcomes: &[Outcome]) -> Rows {
 }
 
 /// The report as continuous integration reads it.
-fn junit(plugin: &Path, outcomes: &[Outcome]) -> String {
+fn junit(plugin: &Path, outcomes: &[CheckOutcome]) -> String {
     let count = |verdict| outcomes.iter().filter(|o| o.verdict == verdict).count();
     let seconds: f64 = outcomes.iter().map(|o| o.time.as_secs_f64()).sum();
     let mut text = format!(
@@ -218,7 +218,7 @@ mod tests {
 
     #[test]
     fn junit_counts_and_escapes() {
-        let outcome = |verdict, detail: &str| Outcome {
+        let outcome = |verdict, detail: &str| CheckOutcome {
             check: "exports",
             subject: String::new(),
             verdict,

@@ -6,8 +6,8 @@ use clap::ValueEnum;
 use image::RgbaImage;
 use image::imageops::{self, FilterType};
 
+use crate::cli::output;
 use crate::cli::show::encode::{self, EncodeError};
-use crate::cli::talk;
 
 /// Sides of a picture that is drawn, in pixels.
 pub const MOST_PIXELS: u32 = 16_384;
@@ -15,7 +15,7 @@ pub const MOST_PIXELS: u32 = 16_384;
 const QUESTION: &str = "\x1b_Gi=1,s=1,v=1,a=q,t=d,f=24;AAAA\x1b\\\x1b[c";
 /// Bytes of an answer that are looked at.
 const MOST_ANSWER: usize = 1024;
-/// Tenths of a second that a terminal has to go on with its answer.
+/// Tenths of a second that a terminal has to continue its answer.
 const PATIENCE: u8 = 10;
 
 /// How a terminal draws pictures.
@@ -35,7 +35,7 @@ pub enum Protocol {
     Paths,
 }
 
-/// Places for characters on a terminal, and the pixels of each.
+/// The character cells of a terminal, and the pixels of each.
 #[derive(Debug, Clone, Copy)]
 pub struct Screen {
     /// Columns and lines.
@@ -45,7 +45,7 @@ pub struct Screen {
 }
 
 impl Screen {
-    /// The terminal that stdout is; where it does not say, what is usual.
+    /// The terminal behind stdout; defaults where it does not say.
     pub fn of_stdout() -> Self {
         // SAFETY: a structure of numbers, for which zeros are values.
         let mut size: libc::winsize = unsafe { std::mem::zeroed() };
@@ -130,7 +130,7 @@ pub fn best(variable: impl Fn(&str) -> String, ask: impl FnOnce() -> Vec<u8>) ->
     let is = |names: &[&str]| names.iter().any(|name| term.contains(name));
     let there = |name| !variable(name).is_empty();
     if there("TMUX") || there("STY") || term.starts_with("tmux") || term.starts_with("screen") {
-        // Both keep graphics to themselves, unless they are told otherwise.
+        // Both swallow graphics unless configured otherwise.
         return Protocol::Blocks;
     }
     let program = variable("TERM_PROGRAM");
@@ -170,17 +170,17 @@ fn by_answer(answer: &[u8]) -> Protocol {
     }
 }
 
-/// The terminal's answer, where there is somebody to ask and to hear.
+/// The terminal's answer, if it can be asked and read.
 pub fn ask() -> Vec<u8> {
     let mut answer = Vec::new();
     let stdin = io::stdin();
     if !stdin.is_terminal() || !io::stdout().is_terminal() {
         return answer;
     }
-    let Some(_quiet) = Quiet::begin() else {
+    let Some(_no_echo) = NoEcho::begin() else {
         return answer;
     };
-    if talk::draw(QUESTION).is_err() {
+    if output::draw(QUESTION).is_err() {
         return answer;
     }
     let mut byte = [0];
@@ -198,10 +198,10 @@ pub fn ask() -> Vec<u8> {
     answer
 }
 
-/// While it lives the terminal shows nothing that comes in, and hands it over at once.
-struct Quiet(libc::termios);
+/// While it lives, the terminal does not echo input, and passes it on unbuffered.
+struct NoEcho(libc::termios);
 
-impl Quiet {
+impl NoEcho {
     fn begin() -> Option<Self> {
         // SAFETY: a structure of numbers, for which zeros are values.
         let mut before: libc::termios = unsafe { std::mem::zeroed() };
@@ -215,7 +215,7 @@ impl Quiet {
             return None;
         }
         let mut quiet = before;
-        // Without signals too: who ends it here would be left with a terminal that shows nothing.
+        // Signals are off too: a kill here would leave a terminal without echo.
         quiet.c_lflag &= !(libc::ICANON | libc::ECHO | libc::ISIG);
         quiet.c_cc[libc::VMIN] = 0;
         quiet.c_cc[libc::VTIME] = PATIENCE;
@@ -223,7 +223,7 @@ impl Quiet {
     }
 }
 
-impl Drop for Quiet {
+impl Drop for NoEcho {
     fn drop(&mut self) {
         set(&self.0);
     }

@@ -6,13 +6,13 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
-use crate::cli::execution::{ExecutionArgs, open_store, past, store_if_there};
-use crate::cli::past::{EmptyHistory, History};
+use crate::cli::execution::{ExecutionArgs, known_results, open_store, store_if_there};
+use crate::cli::known_results::{EmptyHistory, History};
 use crate::cli::sweep::SweepArgs;
-use crate::cli::sweep::carry::{self, SweepExecution};
-use crate::cli::sweep::source::Source;
-use crate::cli::sweep::survey::{PointForecast, SweepForecast};
-use crate::cli::{Context, Error, Exit, SelectionArgs, talk};
+use crate::cli::sweep::execution::{self, SweepExecution};
+use crate::cli::sweep::forecast::{PointForecast, SweepForecast};
+use crate::cli::sweep::recipe::SweepRecipe;
+use crate::cli::{Context, Error, Exit, SelectionArgs, output};
 use crate::plugin::{Plugins, search_dirs};
 use crate::recipe::Recipe;
 use crate::store::{Memory, RunState, Store, SweepId, SweepPlan};
@@ -28,7 +28,7 @@ pub fn run(
     context: &Context,
 ) -> Result<(), Error> {
     let (definition, points) = define(args, selection, &recipe, context)?;
-    let source = Source::of(&recipe, selection);
+    let source = SweepRecipe::of(&recipe, selection);
     let runtime = context.runtime()?;
     let known = store_if_there(&runtime, &context.store)?;
     let mut plugins = Plugins::new(
@@ -36,14 +36,14 @@ pub fn run(
         &runtime,
         known.as_deref(),
     );
-    let survey = match &known {
+    let forecast = match &known {
         Some(store) => {
-            let past = &mut past(&runtime, store, selection.rehash.memory())?;
-            SweepForecast::of(&source, &points, &mut plugins, past)?
+            let results = &mut known_results(&runtime, store, selection.rehash.memory())?;
+            SweepForecast::of(&source, &points, &mut plugins, results)?
         }
         None => SweepForecast::of(&source, &points, &mut plugins, &mut EmptyHistory::default())?,
     };
-    survey.talk(&source, context);
+    forecast.show_warnings(&source, context);
     let store = match &known {
         Some(store) => Arc::clone(store),
         None => open_store(&runtime, &context.store)?,
@@ -64,7 +64,7 @@ pub fn run(
         Some(id) => id,
         None => runtime.block_on(store.begin_sweep(&plan, &points))?,
     };
-    go_on(&id, &source, survey, &runtime, &store, execution, context)
+    go_on(&id, &source, forecast, &runtime, &store, execution, context)
 }
 
 /// `retort resume SWEEP`.
@@ -78,7 +78,7 @@ pub fn resume(
     let detail = runtime.block_on(store.sweep_detail(id))?;
     let path = PathBuf::from(&detail.plan.recipe_path);
     let selection = |key: &str| detail.plan.selection[key].as_str().map(str::to_owned);
-    let source = Source {
+    let source = SweepRecipe {
         base_dir: path
             .parent()
             .map(std::path::Path::to_owned)
@@ -99,17 +99,17 @@ pub fn resume(
         .map(|point| point.settings.clone())
         .collect();
     let mut plugins = Plugins::new(search_dirs(&context.plugin_dirs), runtime, Some(store));
-    let past = &mut past(runtime, store, Memory::Trusted)?;
-    let survey = SweepForecast::of(&source, &points, &mut plugins, past)?;
-    survey.talk(&source, context);
-    go_on(id, &source, survey, runtime, store, execution, context)
+    let results = &mut known_results(runtime, store, Memory::Trusted)?;
+    let forecast = SweepForecast::of(&source, &points, &mut plugins, results)?;
+    forecast.show_warnings(&source, context);
+    go_on(id, &source, forecast, runtime, store, execution, context)
 }
 
 /// Carries out the points that are missing.
 fn go_on(
     id: &SweepId,
-    source: &Source,
-    survey: SweepForecast,
+    source: &SweepRecipe,
+    forecast: SweepForecast,
     runtime: &Runtime,
     store: &Arc<Store>,
     execution: &ExecutionArgs,
@@ -125,7 +125,7 @@ fn go_on(
             Exit::Usage,
             format!("sweep {id} is under way: its run {run} has not ended"),
         )
-        .hint("a sweep goes on once nobody else is at work on it"));
+        .hint("a sweep can continue once nothing else runs it"));
     }
     // What has changed since (a plugin, a file) is made again.
     let is_done = |place: usize| {
@@ -133,7 +133,7 @@ fn go_on(
             .points
             .get(place)
             .is_some_and(|point| point.is_done())
-            && survey
+            && forecast
                 .points
                 .get(place)
                 .is_some_and(|ahead| ahead.is_done())
@@ -144,13 +144,13 @@ fn go_on(
     if !context.quiet {
         let begun = detail.points.iter().any(|point| point.run.is_some());
         if begun {
-            let total = talk::count(detail.points.len(), "point");
-            talk::say(&format!("going on with sweep {id}: {done} of {total} done"));
+            let total = output::count(detail.points.len(), "point");
+            output::say(&format!("continuing sweep {id}: {done} of {total} done"));
         } else {
-            talk::say(&format!("sweep {id}"));
+            output::say(&format!("sweep {id}"));
         }
         if done < detail.points.len() {
-            talk::say(&survey.sum(|place| !is_done(place)));
+            output::say(&forecast.sum(|place| !is_done(place)));
         }
     }
     let done = (0..detail.points.len()).map(is_done).collect();
@@ -161,7 +161,7 @@ fn go_on(
         runtime,
         store,
     };
-    carry::out(sweeping, execution, context)
+    execution::run(sweeping, execution, context)
 }
 
 /// `retort plan --sweep`.
@@ -173,32 +173,32 @@ pub fn plan(
     context: &Context,
 ) -> Result<(), Error> {
     let (definition, points) = define(args, selection, &recipe, context)?;
-    let source = Source::of(&recipe, selection);
+    let source = SweepRecipe::of(&recipe, selection);
     let runtime = context.runtime()?;
     let store = context.known_store(&runtime)?;
     let mut plugins = Plugins::new(search_dirs(&context.plugin_dirs), &runtime, store.as_ref());
-    let survey = match &store {
+    let forecast = match &store {
         Some(store) => {
             let layout = crate::artifact::Layout::new(&context.store)?;
-            let mut past = History::new(&runtime, store, layout, selection.rehash.memory());
-            SweepForecast::of(&source, &points, &mut plugins, &mut past)?
+            let mut results = History::new(&runtime, store, layout, selection.rehash.memory());
+            SweepForecast::of(&source, &points, &mut plugins, &mut results)?
         }
         None => SweepForecast::of(&source, &points, &mut plugins, &mut EmptyHistory::default())?,
     };
     if as_json {
-        let points = points.iter().zip(&survey.points).map(|(settings, ahead)| {
+        let points = points.iter().zip(&forecast.points).map(|(settings, ahead)| {
             json!({"settings": settings, "run": ahead.run, "shared": ahead.shared, "stored": ahead.stored})
         });
         let document = json!({"sweep": definition, "points": points.collect::<Value>()});
-        talk::print(&format!("{document:#}\n"))?;
+        output::print(&format!("{document:#}\n"))?;
     } else {
-        let text = rows(&definition, &points, &survey.points).render(context.table_style());
-        talk::print(&format!("{text}\n{}\n", survey.sum(|_| true)))?;
+        let text = rows(&definition, &points, &forecast.points).render(context.table_style());
+        output::print(&format!("{text}\n{}\n", forecast.sum(|_| true)))?;
     }
-    survey.talk(&source, context);
+    forecast.show_warnings(&source, context);
     if let (Some(asha), false) = (&definition.asha, context.quiet) {
         let rungs: Vec<String> = asha.rungs.iter().map(u64::to_string).collect();
-        talk::say(&format!(
+        output::say(&format!(
             "at most: points are stopped at steps {} of {}, and one of {} goes on",
             rungs.join(", "),
             asha.metric,
@@ -217,14 +217,14 @@ fn define(
     if !selection.force.is_empty() {
         return Err(Error::new(
             Exit::Usage,
-            "--force and --sweep do not go together: every point would run the stages that they share again",
+            "--force and --sweep exclude each other: every point would rerun the stages that they share",
         )
-        .hint("run the stages that you mean once, with --force, before the sweep"));
+        .hint("run those stages once, with --force, before the sweep"));
     }
     let definition = args.definition(recipe)?;
     let points = definition.points()?;
     if let (Some(shortage), false) = (definition.shortage(points.len()), context.quiet) {
-        talk::say(&shortage);
+        output::say(&shortage);
     }
     Ok((definition, points))
 }

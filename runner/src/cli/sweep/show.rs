@@ -1,15 +1,15 @@
-//! What came of sweeps: tables and pictures.
+//! Results of sweeps: tables and pictures.
 
 use serde_json::{Value, json};
 
+use crate::account::plot::{self, Axis, PlottedPoint};
+use crate::account::results::Results;
 use crate::chart::{Chart, Curve, Sample};
 use crate::cli::sweep::{BestArgs, ListArgs, PlotArgs, ReferenceArgs, ShowArgs, objective};
-use crate::cli::{Context, Error, Exit, talk};
+use crate::cli::{Context, Error, Exit, output};
 use crate::draft;
 use crate::store::{Access, RunState, Store, StoreError, SweepDetail, SweepPoint};
 use crate::sweep::Objective;
-use crate::sweep::plot::{self, Axis, Line};
-use crate::sweep::results::Results;
 use crate::table::{Cell, CellStyle, Rows, Style};
 
 /// A row for each point; the best ones first, if they are to be sorted.
@@ -76,10 +76,10 @@ fn row(results: &Results, point: &SweepPoint, is_best: bool) -> Vec<Cell> {
     row
 }
 
-/// What tables have no room for.
+/// Notes below tables.
 pub(super) fn say(results: &Results) {
     if let Some(why) = &results.unknown {
-        talk::say(&format!("the objective has no values: {why}"));
+        output::say(&format!("the objective has no values: {why}"));
     }
 }
 
@@ -194,7 +194,7 @@ pub(super) fn list(args: &ListArgs, context: &Context) -> Result<(), Error> {
     })?;
     let style = args.format.style(context);
     if style == Style::Json {
-        return Ok(talk::print(&format!("{:#}\n", json!(sweeps)))?);
+        return Ok(output::print(&format!("{:#}\n", json!(sweeps)))?);
     }
     let mut rows = Rows::new(&[
         "sweep",
@@ -223,10 +223,10 @@ pub(super) fn list(args: &ListArgs, context: &Context) -> Result<(), Error> {
         ]);
     }
     if !(sweeps.is_empty() && matches!(style, Style::Table { .. })) {
-        talk::print(&rows.render(style))?;
+        output::print(&rows.render(style))?;
     }
     if sweeps.is_empty() && !context.quiet {
-        talk::say(&format!("no sweeps in {}", context.store.display()));
+        output::say(&format!("no sweeps in {}", context.store.display()));
     }
     Ok(())
 }
@@ -239,16 +239,16 @@ pub(super) fn show(args: &ShowArgs, context: &Context) -> Result<(), Error> {
         Style::Json => format!("{:#}\n", document(&results)),
         style => rows(&results, args.sort).render(style),
     };
-    talk::print(&text)?;
+    output::print(&text)?;
     if !context.quiet {
         let detail = &results.detail;
-        talk::say(&format!(
+        output::say(&format!(
             "sweep {} of {}, {}: {} of {} succeeded",
             detail.id,
             detail.plan.recipe,
             detail.started,
             results.succeeded(),
-            talk::count(detail.points.len(), "point")
+            output::count(detail.points.len(), "point")
         ));
         say(&results);
     }
@@ -264,7 +264,7 @@ pub(super) fn best(args: &BestArgs, context: &Context) -> Result<(), Error> {
             Exit::Usage,
             format!("sweep {} has no objective", results.detail.id),
         )
-        .hint("say what is looked for: --objective evaluation/1-step/frechet_distance"));
+        .hint("name the objective: --objective evaluation/1-step/frechet_distance"));
     };
     let ranked: Vec<(&SweepPoint, f64)> = results
         .ranked()
@@ -276,7 +276,7 @@ pub(super) fn best(args: &BestArgs, context: &Context) -> Result<(), Error> {
         let why = results
             .unknown
             .clone()
-            .unwrap_or_else(|| "no point has come so far".to_owned());
+            .unwrap_or_else(|| "no point got there yet".to_owned());
         return Err(Error::new(
             Exit::NothingMatches,
             format!("no point has a value of `{}`: {why}", objective.metric),
@@ -284,7 +284,7 @@ pub(super) fn best(args: &BestArgs, context: &Context) -> Result<(), Error> {
     }
     if args.command {
         let (point, _) = ranked[0];
-        return Ok(talk::print(&format!(
+        return Ok(output::print(&format!(
             "{}\n",
             command(&results.detail, point)
         ))?);
@@ -298,7 +298,10 @@ pub(super) fn best(args: &BestArgs, context: &Context) -> Result<(), Error> {
         let chosen = numbers
             .iter()
             .filter_map(|&number| points.get(number as usize - 1).cloned());
-        return Ok(talk::print(&format!("{:#}\n", chosen.collect::<Value>()))?);
+        return Ok(output::print(&format!(
+            "{:#}\n",
+            chosen.collect::<Value>()
+        ))?);
     }
     let definition = &results.detail.plan.definition;
     let mut heads: Vec<&str> = vec!["point", "run", objective.metric.as_str()];
@@ -313,10 +316,10 @@ pub(super) fn best(args: &BestArgs, context: &Context) -> Result<(), Error> {
         row.extend(point.settings.iter().map(|setting| value_of(setting)));
         rows.push(row);
     }
-    talk::print(&rows.render(style))?;
+    output::print(&rows.render(style))?;
     if !context.quiet && matches!(style, Style::Table { .. }) {
         let (point, _) = ranked[0];
-        talk::say(&format!("again: {}", command(&results.detail, point)));
+        output::say(&format!("again: {}", command(&results.detail, point)));
     }
     Ok(())
 }
@@ -344,7 +347,7 @@ pub(super) fn plot(args: &PlotArgs, context: &Context) -> Result<(), Error> {
     };
     let svg = plot::svg(&axes, &lines, &objective);
     if file.as_os_str() == "-" {
-        return Ok(talk::print(&svg)?);
+        return Ok(output::print(&svg)?);
     }
     draft::write(file, svg.as_bytes()).map_err(|error| {
         let message = format!("{} cannot be written", file.display());
@@ -355,7 +358,7 @@ pub(super) fn plot(args: &PlotArgs, context: &Context) -> Result<(), Error> {
 /// The objective over each parameter, as dots in the terminal.
 fn slices(
     axes: &[Axis],
-    lines: &[Line],
+    lines: &[PlottedPoint],
     objective: &Objective,
     log: bool,
     context: &Context,
@@ -380,7 +383,7 @@ fn slices(
             }],
         };
         let text = chart.dots(columns, 10, context.color_stdout());
-        talk::print(&format!("{text}\n"))?;
+        output::print(&format!("{text}\n"))?;
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! One element as the runner sees it: what it was told to do, where its job is, and what has been heard of it.
+//! One element as the runner sees it: its task, its job, and its events so far.
 
 use std::path::PathBuf;
 
@@ -6,17 +6,16 @@ use retort_abi::{Failure, FailureCode, LogLevel, Part};
 use tokio::sync::mpsc;
 
 use crate::cluster::spool::{LifeEnd, Reader, Record, SpoolEvent, SpoolReading};
-use crate::cluster::{ClusterEnd, ElementEvent};
-use crate::executor::recorder::own_line;
 use crate::frame::{Answer, FromWorker, Task};
 use crate::store::{ElementUpdate, JobKey, LogLine, Time, Usage};
 use crate::worker::death::ExitStatus;
 use crate::worker::process::{Exit, WorkerEvent};
+use crate::worker::remote::{ClusterEnd, ElementEvent};
 
 /// How a life ended that did not say so, where Slurm does not say either.
 pub const LOST: &str = "node failed, or preempted";
 
-/// How far an element is.
+/// An element's phase.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
     /// It has no job.
@@ -29,7 +28,7 @@ pub enum Phase {
     Over,
 }
 
-/// What the executor wants of an element.
+/// The executor's stop request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum StopLevel {
     GoOn,
@@ -41,7 +40,7 @@ pub enum StopLevel {
     Ending,
 }
 
-/// What a life has said of its end, kept until it is known whether another follows.
+/// A life's report of its end, kept until it is known whether another follows.
 #[derive(Debug, Default)]
 pub struct PendingEnd {
     pub frames: Vec<FromWorker>,
@@ -140,7 +139,7 @@ impl Slot {
         self.send(note(level, text)).await;
     }
 
-    /// Takes what it has said.
+    /// Handles its events.
     pub async fn take(
         &mut self,
         records: Vec<Record>,
@@ -154,7 +153,7 @@ impl Slot {
         };
         for Record { number, at, word } in records {
             if self.phase == Phase::Over {
-                // It has a result, or none for good: another life works for nothing.
+                // It has a final result or failure: another life is useless.
                 break;
             }
             let fresh = number >= self.mark;
@@ -379,5 +378,5 @@ fn cancelled() -> FromWorker {
 
 /// A line about an element, for the log.
 fn note(level: LogLevel, text: String) -> WorkerEvent {
-    WorkerEvent::Remote(ElementEvent::Line(own_line(level, text)))
+    WorkerEvent::Remote(ElementEvent::Line(LogLine::of_runner(level, text)))
 }

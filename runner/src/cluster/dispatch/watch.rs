@@ -1,14 +1,14 @@
-//! Hearing elements through their spools, and asking Slurm about those that say nothing.
+//! Reads elements' spools, and asks Slurm about silent ones.
 
 use retort_abi::LogLevel;
 use tokio::time::Instant;
 
 use super::slot::{LOST, Phase, Slot, StopLevel};
-use super::{GATHER, Work};
-use crate::cluster::ClusterEnd;
+use super::{DispatchLoop, GATHER};
 use crate::cluster::slurm::{ElementStatus, Key, State, id};
 use crate::cluster::spool::{LifeEnd, Reader, Record, SpoolError, SpoolReading};
 use crate::store::{ElementUpdate, StoreError, Time};
+use crate::worker::remote::ClusterEnd;
 
 /// How often Slurm has to say that an element is over which has not said so itself: what it wrote last may be on its way.
 const SETTLED: u32 = 3;
@@ -26,8 +26,8 @@ const OF_ONE: u64 = 8 << 20;
 /// What was read of an element, and whether there may be more.
 type Read = (usize, Reader, Vec<Record>, Result<bool, SpoolError>);
 
-impl Work {
-    /// Hears what elements have said since the last time.
+impl DispatchLoop {
+    /// Reads elements' events since the last time.
     pub(super) async fn hear(&mut self) -> Result<(), StoreError> {
         let queued = self
             .slots
@@ -44,8 +44,8 @@ impl Work {
         if readers.is_empty() {
             return Ok(());
         }
-        // A file system that hangs must not stop the run's heart.
-        // Whoever came last the last time comes first.
+        // A hanging file system must not stop the heartbeat.
+        // The one served last last time comes first.
         let first = self.heard_from % readers.len();
         self.heard_from = self.heard_from.wrapping_add(1);
         readers.rotate_left(first);
@@ -81,7 +81,7 @@ impl Work {
         Ok(())
     }
 
-    /// Asks Slurm, and draws conclusions about elements that have not told of their end. Returns whether it is to be asked
+    /// Asks Slurm, and decides about elements that have not reported an end. Returns whether it is to be asked
     /// again soon.
     pub(super) async fn ask(&mut self) -> Result<bool, StoreError> {
         let at_work = |slot: &&Slot| slot.job.is_some() && slot.phase != Phase::Over;
@@ -185,11 +185,11 @@ impl Work {
                     at_checkpoint: true
                 })
             );
-            let Verdict {
+            let EndReason {
                 reason,
                 message,
                 again,
-            } = verdict(slot, state, &name, &at, &printed);
+            } = end_reason(slot, state, &name, &at, &printed);
             slot.life_ended(reason, Time::now().0, &mut self.news);
             if again && (at_checkpoint || slot.tries < self.to.profile.requeue) {
                 slot.tries += u32::from(!at_checkpoint);
@@ -221,7 +221,7 @@ impl Work {
         }
     }
 
-    /// The end of what a job printed itself: its prologue's complaints, and Slurm's.
+    /// The end of a job's own output: errors of its prologue and of Slurm.
     fn printed(&self, index: usize) -> String {
         let Some((key, element)) = self.slots[index].job else {
             return String::new();
@@ -240,16 +240,16 @@ impl Work {
     }
 }
 
-/// Why an element that has not told of its end is over, in the history's word and in a sentence, and whether the job may be
+/// Why an element that has not reported its end is over, as a short reason and a sentence, and whether the job may be
 /// submitted again.
-struct Verdict {
+struct EndReason {
     reason: &'static str,
     message: String,
     again: bool,
 }
 
 /// What became of an element of job `name` that Slurm last knew in `state` (`at` says where) and that `printed` something.
-fn verdict(slot: &Slot, state: Option<State>, name: &str, at: &str, printed: &str) -> Verdict {
+fn end_reason(slot: &Slot, state: Option<State>, name: &str, at: &str, printed: &str) -> EndReason {
     let said_why = matches!(
         slot.over,
         Some(LifeEnd::TimeLimit { .. } | LifeEnd::Again { .. })
@@ -296,16 +296,16 @@ fn verdict(slot: &Slot, state: Option<State>, name: &str, at: &str, printed: &st
         }
         Some(_) => (
             "died without reporting a reason",
-            format!("job {name} ended{at}, and its worker had not said why{printed}"),
+            format!("job {name} ended{at}, and its worker gave no reason{printed}"),
             true,
         ),
         None => (
             "gone from Slurm",
-            format!("Slurm no longer knows job {name}, whose worker had not reported its end"),
+            format!("Slurm no longer knows job {name}, whose worker reported no end"),
             true,
         ),
     };
-    Verdict {
+    EndReason {
         reason,
         message,
         again,

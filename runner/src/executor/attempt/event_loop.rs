@@ -1,4 +1,4 @@
-//! The workers of an attempt are heard until each has finished, within the attempt's time.
+//! Handles the events of an attempt's workers until each has finished or the time is up.
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
@@ -8,13 +8,13 @@ use tokio::time::Instant;
 
 use super::received::{EventHandler, WorkerReport};
 use super::shutdown::{ShutdownSequence, StopReason, sleep_until};
-use super::spec::Stop;
 use super::supervisor::Supervisor;
-use crate::cluster::ElementEvent;
 use crate::executor::handle::WorkerHandle;
+use crate::executor::spec::Stop;
 use crate::frame::ToWorker;
 use crate::store::{StoreError, Usage};
 use crate::worker::process::{Exit, WorkerEvent};
+use crate::worker::remote::ElementEvent;
 
 /// A worker that has finished.
 pub(super) struct FinishedWorker {
@@ -30,7 +30,7 @@ impl FinishedWorker {
         matches!(self.received.answer, Some(Ok(_))) && self.received.protocol_error.is_none()
     }
 
-    /// Whether it ended only because another one did, with which it worked together.
+    /// Whether it ended only because another rank of its training did.
     fn was_left_alone(&self) -> bool {
         matches!(&self.received.answer, Some(Err(failure)) if failure.retryable)
     }
@@ -44,8 +44,8 @@ impl FinishedWorker {
         }
     }
 
-    /// Whether this says more than another part about why the attempt failed: the first to fail is the reason, but not
-    /// where it was left alone by this one, and of those that were told to stop the one that had to be made to.
+    /// Whether this explains better than another part why the attempt failed: the first failure is the reason, but not
+    /// if this one caused it, and among stopped parts the one that had to be killed.
     pub(super) fn is_graver_than(&self, other: &FinishedWorker) -> bool {
         if other.was_left_alone() && self.has_own_fault() {
             return true;
@@ -73,7 +73,7 @@ impl Supervisor<'_> {
         Ok((finished, usage))
     }
 
-    /// Has the parts done, all at the same time. When one fails, the others are stopped, and it is returned.
+    /// Runs the parts, all at the same time. When one fails, the others are stopped, and it is returned.
     async fn run_parts(
         &self,
         parts: Vec<(Part, WorkerHandle)>,
@@ -101,7 +101,7 @@ impl Supervisor<'_> {
         Ok((fault, usage))
     }
 
-    /// Tells a worker what to do, and hears it until it has finished. `halt` stops it as the user does.
+    /// Sends a worker its task, and handles its events to the end. `halt` stops it as the user does.
     async fn supervise(
         &self,
         mut worker: WorkerHandle,
@@ -122,7 +122,7 @@ impl Supervisor<'_> {
         }
         let mut shutdown = ShutdownSequence::new(self.context.grace);
         let mut stop = self.stop.clone();
-        // On a cluster it is time at work that counts.
+        // On a cluster only running time counts.
         let here = self.cpus.is_none();
         let (mut deadline, mut paused) = (self.deadline.filter(|_| here), self.paused);
         let exit = loop {
@@ -167,14 +167,14 @@ impl Supervisor<'_> {
         })
     }
 
-    /// What a worker does next, once there is room for what it may have to record.
+    /// A worker's next event, once there is room to record it.
     async fn next_event(&self, worker: &mut WorkerHandle) -> WorkerEvent {
         self.recorder.room().await;
         worker.next().await
     }
 }
 
-/// What two processes took that ran at the same time.
+/// The usage of two processes that ran concurrently.
 fn beside(one: Usage, other: Usage) -> Usage {
     Usage {
         cpu_seconds: sum(one.cpu_seconds, other.cpu_seconds),
@@ -182,7 +182,7 @@ fn beside(one: Usage, other: Usage) -> Usage {
     }
 }
 
-/// What two processes took of which one ran after the other.
+/// The usage of two processes that ran one after the other.
 fn after(one: Usage, other: Usage) -> Usage {
     Usage {
         cpu_seconds: sum(one.cpu_seconds, other.cpu_seconds),

@@ -1,23 +1,22 @@
-//! What is heard from a worker: events go to the history and the listener, and at the end they say how the attempt ended.
+//! A worker's events: they go to the history and the listener, and finally determine how the attempt ended.
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 
 use retort_abi::{Failure, FailureCode, LogLevel, Part, StageResult};
 
-use super::end::{End, StopOutcome};
 use super::shutdown::ShutdownSequence;
-use super::spec::{AttemptSpec, title};
 use super::supervisor::Supervisor;
-use crate::cluster::{ClusterEnd, ElementEvent};
+use crate::executor::end::{End, StopOutcome};
 use crate::executor::event::Event;
-use crate::executor::recorder::own_line;
+use crate::executor::spec::{AttemptSpec, title};
 use crate::frame::{Answer, FromWorker};
 use crate::store::{ArtifactRecord, LogLine, LogSource, StoreError, Time};
 use crate::worker::death::{Death, ExitStatus};
 use crate::worker::process::WorkerEvent;
+use crate::worker::remote::{ClusterEnd, ElementEvent};
 
-/// What has been heard so far from a worker.
+/// The events received from a worker.
 pub(super) struct EventHandler<'a> {
     pub(super) supervisor: &'a Supervisor<'a>,
     pub(super) part: Option<Part>,
@@ -39,7 +38,7 @@ impl EventHandler<'_> {
         let supervisor = self.supervisor;
         match event {
             WorkerEvent::Frame(FromWorker::Metrics(mut series)) => {
-                // Parts have the same series: each keeps its own. Of those that work together one tells.
+                // Parts have the same series: each keeps its own. Of ranks, only one reports.
                 if let Some(part) = self.part.filter(|_| !supervisor.spec.stage.together) {
                     for points in &mut series {
                         points.series.push_str(&format!("/part-{}", part.index + 1));
@@ -96,13 +95,13 @@ impl EventHandler<'_> {
             WorkerEvent::Frame(FromWorker::NotLoaded { message, hint }) => {
                 self.received.not_loaded = Some((message, hint))
             }
-            WorkerEvent::Frame(FromWorker::Late { calls }) => self.say(own_line(
+            WorkerEvent::Frame(FromWorker::Late { calls }) => self.say(LogLine::of_runner(
                 LogLevel::Warn,
                 format!("the plugin called the host {calls} times after `run` had returned; nobody heard it"),
             )),
             WorkerEvent::Frame(FromWorker::Loaded) => {}
             WorkerEvent::Frame(FromWorker::Answer(_)) => {
-                return Ok(self.protocol_error("an answer to another question".into()));
+                return Ok(self.protocol_error("a mismatched answer".into()));
             }
             WorkerEvent::Malformed(error) => return Ok(self.protocol_error(error.to_string())),
             WorkerEvent::Exited(_) => {}
@@ -131,13 +130,13 @@ impl EventHandler<'_> {
     }
 
     pub(super) fn protocol_error(&mut self, what: String) -> ControlFlow<()> {
-        self.received.protocol_error = Some(format!("the worker sent what makes no sense: {what}"));
+        self.received.protocol_error = Some(format!("the worker sent an invalid message: {what}"));
         ControlFlow::Break(())
     }
 }
 
 impl WorkerReport {
-    /// How the attempt ended, from everything that was seen of it.
+    /// How the attempt ended, judged from all its events.
     pub(super) fn judge(
         &self,
         exit: ExitStatus,
@@ -156,7 +155,7 @@ impl WorkerReport {
                 message: message.clone(),
             };
         }
-        // A whole result counts, even when it came while the stage was being stopped, or just before a crash on leaving.
+        // A complete result counts, even if it came while the stage was being stopped, or before a crash at exit.
         if let Some(Ok(result)) = &self.answer {
             return self.judge_result(result, &spec.stage.output_kind);
         }

@@ -1,12 +1,12 @@
-//! Stopping a worker: it is asked, then told with SIGTERM, then killed.
+//! Stopping a worker: a request, then SIGTERM, then SIGKILL.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::end::{End, StopOutcome};
-use super::spec::Stop;
+use crate::executor::end::{End, StopOutcome};
 use crate::executor::handle::WorkerHandle;
+use crate::executor::spec::Stop;
 use crate::frame::ToWorker;
 
 /// From SIGTERM to SIGKILL.
@@ -15,9 +15,9 @@ const LAST_WORDS: Duration = Duration::from_secs(5);
 /// Why a worker is being stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum StopReason {
-    /// The user wants it, or another part has failed.
+    /// The user asked for it, or another part failed.
     Interrupt,
-    /// It takes too long.
+    /// A timeout.
     Timeout,
 }
 
@@ -59,7 +59,7 @@ impl ShutdownSequence {
         if self.cause.is_none() {
             self.cause = Some(cause);
             self.next = Some(Instant::now() + self.grace);
-            // A message without paths can be written.
+            // A message without paths always encodes.
             let _ = worker.send(&ToWorker::CancelAtCheckpoint).await;
         }
     }

@@ -1,4 +1,4 @@
-//! An attempt under way: who works on it, and what each is told to do.
+//! A running attempt: its workers, and the task of each.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,9 +9,9 @@ use retort_abi::{Part, StageJob};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::spec::{AttemptSpec, RunContext, Stop};
 use crate::executor::event::Event;
 use crate::executor::recorder::Recorder;
+use crate::executor::spec::{AttemptSpec, RunContext, Stop};
 use crate::frame::{Call, Progress, Task};
 use crate::store::AttemptId;
 
@@ -30,12 +30,12 @@ pub(super) struct Supervisor<'a> {
     pub(super) cpus: Option<usize>,
     /// The process of the whole on this machine, else 0.
     pub(super) pid: u32,
-    /// Whether it has been told that a worker is at work.
+    /// Whether the start of work has been reported.
     pub(super) began: AtomicBool,
 }
 
 impl Supervisor<'_> {
-    /// Tells, once, that a worker is at work.
+    /// Reports, once, that work has started.
     pub(super) fn began(&self) {
         if self.began.swap(true, Ordering::Relaxed) {
             return;
@@ -89,12 +89,12 @@ impl Supervisor<'_> {
     }
 }
 
-/// What each part said last of its progress.
+/// The last progress of each part.
 #[derive(Default)]
 pub(super) struct PartProgress(Mutex<BTreeMap<usize, Progress>>);
 
 impl PartProgress {
-    /// How far the stage is when one of its workers is so far. Parts add up; the whole begins where they ended.
+    /// The stage's progress, given one worker's. Parts add up; the whole starts where they ended.
     pub(super) fn together(&self, part: Option<Part>, mut progress: Progress) -> Progress {
         let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(part) = part {

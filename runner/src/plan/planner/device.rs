@@ -7,10 +7,10 @@ use retort_abi::Device;
 use super::{Planner, UnresolvedStage};
 use crate::diagnostic::{Cause, Finding};
 use crate::plan::{Build, PluginIdentity};
-use crate::yaml::Part;
+use crate::yaml::EntryPart;
 
 /// Where a stage runs.
-pub(super) struct Placement {
+pub(super) struct DevicePlacement {
     pub(super) build: Rc<Build>,
     pub(super) device: String,
     /// The devices that workers are spread over: it alone where the recipe names it, else all that could have been chosen.
@@ -19,7 +19,7 @@ pub(super) struct Placement {
     pub(super) chosen: bool,
 }
 
-impl Placement {
+impl DevicePlacement {
     fn on(build: &Rc<Build>, device: &str, chosen: bool) -> Self {
         Self {
             build: Rc::clone(build),
@@ -53,7 +53,7 @@ enum Wanted<'a> {
 }
 
 impl<'a> Wanted<'a> {
-    /// None of what is no device at all, as the recipe's schema knows.
+    /// None if it is not a device by the recipe's schema.
     fn parse(written: &'a str) -> Option<Self> {
         let kind = written.split(':').next()?;
         match kind {
@@ -93,32 +93,32 @@ impl Planner<'_> {
         &mut self,
         draft: &UnresolvedStage<'_>,
         base: &Rc<Build>,
-    ) -> Option<Placement> {
+    ) -> Option<DevicePlacement> {
         let own = draft.stage.device.as_deref();
         let shared = self.recipe.device.as_deref();
         let written = own.or(shared).unwrap_or("auto");
-        // What is no device at all has been reported by the schema.
+        // The schema has reported invalid devices.
         let wanted = Wanted::parse(written)?;
         let pointer = self.setting(draft, "device", own.is_some());
         if wanted == Wanted::Cpu && drives(base, "cpu") {
-            return Some(Placement::on(base, "cpu", false));
+            return Some(DevicePlacement::on(base, "cpu", false));
         }
         let mut builds = vec![Rc::clone(base)];
         builds.extend(self.variants_of(&base.identity.name));
         let driving = |kind: &str| builds.iter().find(|build| drives(build, kind));
         let build = match (driving(wanted.kind()), wanted) {
-            (Some(build), Wanted::Cpu) => return Some(Placement::on(build, "cpu", false)),
+            (Some(build), Wanted::Cpu) => return Some(DevicePlacement::on(build, "cpu", false)),
             (Some(build), _) => build,
             (None, Wanted::Auto) => {
                 let first = base.description.devices.first();
-                return Some(Placement::on(
+                return Some(DevicePlacement::on(
                     base,
                     first.map_or("cpu", String::as_str),
                     true,
                 ));
             }
             (None, _) => {
-                self.report(cannot_drive(wanted, &builds, &pointer), Part::Value);
+                self.report(cannot_drive(wanted, &builds, &pointer), EntryPart::Value);
                 return None;
             }
         };
@@ -132,19 +132,19 @@ impl Planner<'_> {
             (Some(device), Wanted::Auto) => {
                 let named = [device.name.as_str(), device.model.as_str()].join(" ");
                 self.note(format!("device `auto` is {}", named.trim_end()));
-                Some(Placement::on(build, &device.name, true).spread(&gpus))
+                Some(DevicePlacement::on(build, &device.name, true).spread(&gpus))
             }
-            // As precise as `cuda:0`, so that a plan names one device.
+            // Written as `cuda:0`, so that a plan names one device.
             (Some(device), Wanted::AnyGpu) => {
-                Some(Placement::on(build, &device.name, true).spread(&gpus))
+                Some(DevicePlacement::on(build, &device.name, true).spread(&gpus))
             }
-            (Some(_), _) => Some(Placement::on(build, written, false)),
+            (Some(_), _) => Some(DevicePlacement::on(build, written, false)),
             (None, Wanted::Auto) if let Some(other) = driving("cpu") => {
                 let why = gpus.iter().find_map(|device| device.unusable.as_deref());
                 if let Some(why) = why {
-                    self.note(format!("device `auto` is cpu: no GPU can be used ({why})"));
+                    self.note(format!("device `auto` is cpu: no usable GPU ({why})"));
                 }
-                Some(Placement::on(other, "cpu", true))
+                Some(DevicePlacement::on(other, "cpu", true))
             }
             (None, _) => {
                 let found = gpus.iter().find(|device| wanted.takes(device));
@@ -154,13 +154,13 @@ impl Planner<'_> {
                 };
                 let finding = Finding::error(pointer, message);
                 let hint = usable_here(driving("cpu").is_some(), &gpus);
-                self.report(finding.hint(hint), Part::Value);
+                self.report(finding.hint(hint), EntryPart::Value);
                 None
             }
         }
     }
 
-    /// The other builds of a plugin; one that cannot be asked is told of and left out.
+    /// The other builds of a plugin; one that gives no answer is reported and skipped.
     fn variants_of(&mut self, plugin: &str) -> Vec<Rc<Build>> {
         if let Some(known) = self.variants.get(plugin) {
             return known.clone();
@@ -190,7 +190,7 @@ impl Planner<'_> {
                         hint: error.hint,
                         ..finding
                     },
-                    Part::Value,
+                    EntryPart::Value,
                 );
                 None
             }
@@ -205,7 +205,7 @@ fn cannot_drive(wanted: Wanted<'_>, builds: &[Rc<Build>], pointer: &str) -> Find
     let message = format!("plugin `{plugin}` cannot drive `{}`", wanted.kind());
     let known = builds.iter().flat_map(|build| &build.description.devices);
     let known: Vec<&str> = known.map(String::as_str).collect();
-    let hint = format!("it was built for `{}`", known.join("`, `"));
+    let hint = format!("it supports `{}`", known.join("`, `"));
     Finding::error(pointer, message).hint(hint)
 }
 
@@ -217,7 +217,7 @@ fn usable_here(cpu: bool, gpus: &[&Device]) -> String {
         .chain(gpus.map(|device| device.name.as_str()))
         .collect();
     match names.as_slice() {
-        [] => "no device can be used here".to_owned(),
+        [] => "no usable device here".to_owned(),
         names => format!("usable here: `{}`", names.join("`, `")),
     }
 }

@@ -1,4 +1,4 @@
-//! What a stage's own text decides: plugin, kind, options, and what these refer to.
+//! What a stage's own text settles: plugin, kind, options, and their references.
 
 use std::path::Path;
 use std::rc::Rc;
@@ -8,10 +8,11 @@ use serde_json::Value;
 
 use super::Planner;
 use crate::diagnostic::{Cause, Finding};
-use crate::plan::{Build, FileKind, FileOption, Reference};
+use crate::input::FileKind;
+use crate::plan::{Build, FileOption, Reference};
 use crate::recipe::RecipeStage;
-use crate::schema::{self, Target};
-use crate::yaml::{Part, escape};
+use crate::schema::{self, OptionTarget};
+use crate::yaml::{EntryPart, escape};
 
 /// What is known of a stage before its references are.
 pub(super) struct UnresolvedStage<'a> {
@@ -87,7 +88,7 @@ impl<'a> Planner<'a> {
         );
         let finding = Finding::error(format!("{}/kind", draft.pointer), message);
         let hint = schema::suggest(kind, kinds.map(|known| known.kind.as_str()));
-        self.report(Finding { hint, ..finding }, Part::Value);
+        self.report(Finding { hint, ..finding }, EntryPart::Value);
     }
 
     /// Reports that workers cannot share a stage of this kind.
@@ -95,7 +96,7 @@ impl<'a> Planner<'a> {
         let (stage, kind, plugin) = (&draft.stage.name, &known.kind, &build.identity.name);
         let message = match known.together {
             true => format!(
-                "stage `{stage}`: plugin `{plugin}` has no way for the workers of a `{kind}` to add up gradients"
+                "stage `{stage}`: plugin `{plugin}` cannot sum gradients over the workers of a `{kind}`"
             ),
             false => {
                 format!("stage `{stage}`: the work of a `{kind}` cannot be divided among workers")
@@ -108,13 +109,13 @@ impl<'a> Planner<'a> {
             .collect();
         let hint = match divisible.as_slice() {
             _ if known.together => {
-                "take a plugin that can: `backend: libtorch`; or leave `workers` out".into()
+                "use a plugin that can: `backend: libtorch`; or omit `workers`".into()
             }
             [] => format!("plugin `{plugin}` has no kind that can be"),
             kinds => format!("kinds that can be: `{}`", kinds.join("`, `")),
         };
         let finding = Finding::error(format!("{}/workers", draft.pointer), message);
-        self.report(finding.hint(hint), Part::Value);
+        self.report(finding.hint(hint), EntryPart::Value);
     }
 
     /// Whether options are as the kind's schema has them; what is not is reported.
@@ -166,7 +167,7 @@ impl<'a> Planner<'a> {
                 continue;
             };
             match annotation.target {
-                Target::Artifact(kinds) => {
+                OptionTarget::Artifact(kinds) => {
                     draft.references.push(Reference {
                         stage: text.to_owned(),
                         pointer,
@@ -179,9 +180,9 @@ impl<'a> Planner<'a> {
                         path: self.source.base_dir.join(&text),
                         pointer: pointer.clone(),
                         kind: match target {
-                            Target::Dir => FileKind::Dir,
-                            Target::Images => FileKind::Images,
-                            Target::Weights => FileKind::Weights,
+                            OptionTarget::Dir => FileKind::Dir,
+                            OptionTarget::Images => FileKind::Images,
+                            OptionTarget::Weights => FileKind::Weights,
                             _ => FileKind::File,
                         },
                     });
@@ -204,10 +205,11 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// Who writes `csv: ~` may mean the home directory, and has written "nothing".
-    fn warn_of_null(&mut self, draft: &UnresolvedStage<'_>, pointer: &str, target: &Target) {
+    /// `csv: ~` may be meant as the home directory, but it is null in YAML.
+    fn warn_of_null(&mut self, draft: &UnresolvedStage<'_>, pointer: &str, target: &OptionTarget) {
         let at = format!("{}{pointer}", draft.pointer);
-        if matches!(target, Target::Artifact(_)) || self.source.written_null(&at) != Some("~") {
+        if matches!(target, OptionTarget::Artifact(_)) || self.source.written_null(&at) != Some("~")
+        {
             return;
         }
         let message = format!(
@@ -215,13 +217,12 @@ impl<'a> Planner<'a> {
             draft.stage.name,
             pointer[1..].replace('/', ".")
         );
-        let finding = Finding::warning(at, message).hint(
-            "paths in the home directory begin with `~/`; where nothing is meant, remove the key",
-        );
-        self.report(finding, Part::Value);
+        let finding = Finding::warning(at, message)
+            .hint("paths in the home directory begin with `~/`; if null is meant, remove the key");
+        self.report(finding, EntryPart::Value);
     }
 
-    /// The plugin that runs a stage; what stands in the way is reported once.
+    /// The plugin that runs a stage; problems are reported once.
     fn plugin_of(&mut self, stage: &RecipeStage, pointer: &str) -> Option<Rc<Build>> {
         let (name, place) = match (&stage.plugin, &self.recipe.backend) {
             (Some(name), _) => (name, format!("{pointer}/plugin")),
@@ -236,7 +237,7 @@ impl<'a> Planner<'a> {
                     }
                     names => format!("write `backend: {}`", names.join("` or `backend: ")),
                 };
-                self.report(finding.hint(hint), Part::Key);
+                self.report(finding.hint(hint), EntryPart::Key);
                 return None;
             }
         };
@@ -251,7 +252,7 @@ impl<'a> Planner<'a> {
                     hint: error.hint,
                     ..Finding::error(place, error.message)
                 };
-                self.report(finding, Part::Value);
+                self.report(finding, EntryPart::Value);
                 None
             }
         };

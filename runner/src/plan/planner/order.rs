@@ -1,4 +1,4 @@
-//! References between stages: whether they lead somewhere, and the order in which stages can run.
+//! References between stages: whether they exist, and the order in which stages can run.
 
 use std::collections::HashMap;
 
@@ -6,10 +6,10 @@ use super::{Planner, UnresolvedStage};
 use crate::diagnostic::Finding;
 use crate::plan::Reference;
 use crate::schema;
-use crate::yaml::{Part, escape};
+use crate::yaml::{EntryPart, escape};
 
 impl Planner<'_> {
-    /// Reports references to stages that are not there or make something else.
+    /// Reports references to missing stages and to stages of a wrong kind.
     pub(super) fn check_references(&mut self, drafts: &[UnresolvedStage<'_>]) {
         let by_name = indices(drafts);
         for given in &self.recipe.given {
@@ -17,7 +17,10 @@ impl Planner<'_> {
                 let message = format!("`{}` is a stage too", given.name);
                 let pointer = format!("/artifacts/{}", escape(&given.name));
                 let finding = Finding::error(pointer, message);
-                self.report(finding.hint("give one of them another name"), Part::Key);
+                self.report(
+                    finding.hint("give one of them another name"),
+                    EntryPart::Key,
+                );
             }
         }
         for draft in drafts {
@@ -56,7 +59,7 @@ impl Planner<'_> {
                         );
                         self.report(
                             Finding::error(at, message).hint(fitting_hint()),
-                            Part::Value,
+                            EntryPart::Value,
                         );
                     }
                     continue;
@@ -72,7 +75,7 @@ impl Planner<'_> {
                         Some(near) => format!("did you mean `{near}`?"),
                         None => fitting_hint(),
                     };
-                    self.report(Finding::error(at, message).hint(hint), Part::Value);
+                    self.report(Finding::error(at, message).hint(hint), EntryPart::Value);
                     continue;
                 };
                 // An unknown kind has been reported.
@@ -84,7 +87,7 @@ impl Planner<'_> {
                     );
                     self.report(
                         Finding::error(at, message).hint(fitting_hint()),
-                        Part::Value,
+                        EntryPart::Value,
                     );
                 }
             }
@@ -139,11 +142,11 @@ impl Planner<'_> {
             .map_or("", |reference| reference.pointer.as_str());
         let message = match cycle.as_slice() {
             [only] => format!("stage `{}` needs itself", name(*only)),
-            _ => format!("stages need each other in a circle: {}", names.join(" -> ")),
+            _ => format!("stages need each other in a cycle: {}", names.join(" -> ")),
         };
         let finding = Finding::error(format!("{}{pointer}", first.pointer), message)
             .hint("an arrow means \"takes the output of\"; remove one of these references");
-        self.report(finding, Part::Value);
+        self.report(finding, EntryPart::Value);
         order
     }
 }

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use retort_abi::{Description, Input, Part, StageJob};
 
-use super::seen::{Observations, Stopping, same};
-use super::surroundings::{Surroundings, strays};
-use super::{Bad, Examination, LINGER, OPERATIONS, failed, skipped};
+use super::observations::{Observations, Stopping, same};
+use super::side_effects::{WatchedFiles, strays};
+use super::{Examination, LINGER, NotPassed, OPERATIONS, failed, skipped};
 use crate::artifact;
 use crate::plan::{Plan, PlannedStage};
 
@@ -87,14 +87,14 @@ impl Examination<'_> {
     fn examine_stage(&mut self, tested: &StageUnderTest<'_>, divisible: bool) -> Option<Input> {
         let name = &tested.stage.name;
         let mut first = None;
-        let outside = Surroundings::of(&tested.plan.base_dir);
+        let outside = WatchedFiles::of(&tested.plan.base_dir);
         self.check("runs", name, |exam| {
             let seen = exam.run(tested, "first", Stopping::Never, LINGER)?;
             let (record, _) = seen.result(&tested.stage.output_kind)?;
             let said = format!(
                 "{} of {} in {:.1} s",
                 record.kind,
-                talk_size(record.size),
+                size_text(record.size),
                 seen.took.as_secs_f64()
             );
             first = Some((record, seen));
@@ -137,7 +137,7 @@ impl Examination<'_> {
         self.check("stops", name, |exam| {
             let seen = exam.run(tested, "third", Stopping::AtFirstSign, Duration::ZERO)?;
             stopped = true;
-            seen.stopped(exam.terms.grace)
+            seen.stopped(exam.options.grace)
         });
         if stopped {
             self.check("resumes", name, |exam| {
@@ -166,7 +166,12 @@ impl Examination<'_> {
     }
 
     /// A part of a stage, after which nothing but its work directory is left.
-    fn run_part(&self, tested: &StageUnderTest<'_>, take: &str, part: Part) -> Result<(), Bad> {
+    fn run_part(
+        &self,
+        tested: &StageUnderTest<'_>,
+        take: &str,
+        part: Part,
+    ) -> Result<(), NotPassed> {
         let place = tested.place.join(take);
         let job = StageJob {
             part: Some(part),
@@ -184,7 +189,7 @@ impl Examination<'_> {
         take: &str,
         stopping: Stopping,
         linger: Duration,
-    ) -> Result<Observations, Bad> {
+    ) -> Result<Observations, NotPassed> {
         let place = tested.place.join(take);
         let job = tested.job(&place);
         self.attempt(&tested.stage.plugin.path, job, &place, stopping, linger)
@@ -210,6 +215,6 @@ impl StageUnderTest<'_> {
     }
 }
 
-fn talk_size(bytes: u64) -> String {
+fn size_text(bytes: u64) -> String {
     crate::table::bytes(bytes)
 }

@@ -1,6 +1,6 @@
 //! What a name in a filter means: a fact of a run or of its stages, a parameter, a metric.
 
-use super::{STARTED, Target, Type};
+use super::{FieldTarget, STARTED, Type};
 use crate::filter::{Field, FilterError};
 use crate::store::{Store, StoreError};
 
@@ -16,7 +16,7 @@ impl Store {
         &self,
         field: &Field,
         in_text: &(dyn Fn(FilterError) -> FilterError + Sync),
-    ) -> Result<Target, StoreError> {
+    ) -> Result<FieldTarget, StoreError> {
         let parts: Vec<&str> = field.parts.iter().map(String::as_str).collect();
         let error = |error: FilterError| StoreError::Filter(Box::new(in_text(error)));
         Ok(match parts.as_slice() {
@@ -34,7 +34,7 @@ impl Store {
                         near,
                     ))
                 })?;
-                Target::Param(key)
+                FieldTarget::Param(key)
             }
             ["metrics" | "metric", path @ ..] => {
                 let (path, column) = match path {
@@ -48,9 +48,9 @@ impl Store {
                 let key = find_name(field, &path.join("."), "", &names).map_err(|near| {
                     error(nothing(field, "no run has a metric", &path.join("."), near))
                 })?;
-                Target::Series(key, column)
+                FieldTarget::Series(key, column)
             }
-            ["env" | "environment", name @ ..] => Target::Environment(name.join(".")),
+            ["env" | "environment", name @ ..] => FieldTarget::Environment(name.join(".")),
             ["stage" | "stages", name @ .., column] if !name.is_empty() => {
                 let columns = ["state", "seconds", "kind", "plugin", "device"];
                 let Some(place) = columns.iter().position(|known| known == column) else {
@@ -61,7 +61,7 @@ impl Store {
                 } else {
                     Type::Text
                 };
-                Target::Stage(name.join("."), columns[place], kind)
+                FieldTarget::Stage(name.join("."), columns[place], kind)
             }
             [first, ..] => {
                 let families = ["params", "metrics", "stage", "env"];
@@ -93,37 +93,37 @@ impl Store {
 }
 
 /// What a plain name means.
-fn own(name: &str) -> Option<Target> {
+fn own(name: &str) -> Option<FieldTarget> {
     Some(match name {
-        "id" | "run" => Target::Run("r.id", Type::Text),
-        "state" | "status" => Target::State,
-        "recipe" => Target::Run("r.recipe", Type::Text),
-        "path" => Target::Run("r.recipe_path", Type::Text),
+        "id" | "run" => FieldTarget::Run("r.id", Type::Text),
+        "state" | "status" => FieldTarget::State,
+        "recipe" => FieldTarget::Run("r.recipe", Type::Text),
+        "path" => FieldTarget::Run("r.recipe_path", Type::Text),
         "started" | "created" => STARTED,
-        "finished" => Target::Run("r.finished", Type::Moment),
-        "seconds" | "took" | "duration" => Target::Run(
+        "finished" => FieldTarget::Run("r.finished", Type::Moment),
+        "seconds" | "took" | "duration" => FieldTarget::Run(
             "(coalesce(r.finished, unixepoch('subsec') * 1000) - r.created) / 1000.0",
             Type::Seconds,
         ),
-        "age" => Target::Run("unixepoch('subsec') - r.created / 1000.0", Type::Seconds),
-        "seed" => Target::Run("r.seed", Type::Number),
-        "error" => Target::Run("r.error", Type::Text),
-        "note" => Target::Run("r.note", Type::Text),
-        "sweep" => Target::Run(
+        "age" => FieldTarget::Run("unixepoch('subsec') - r.created / 1000.0", Type::Seconds),
+        "seed" => FieldTarget::Run("r.seed", Type::Number),
+        "error" => FieldTarget::Run("r.error", Type::Text),
+        "note" => FieldTarget::Run("r.note", Type::Text),
+        "sweep" => FieldTarget::Run(
             "(select w.id from sweeps w where w.key = r.sweep)",
             Type::Text,
         ),
-        "point" => Target::Run("r.point", Type::Number),
-        "tag" | "tags" => Target::Any("tags", "tag"),
-        "stage" => Target::Any("stages", "name"),
-        "kind" => Target::Any("stages", "kind"),
-        "plugin" => Target::Any("stages", "plugin"),
-        "device" => Target::Any("stages", "device"),
-        "stages" => Target::Run(
+        "point" => FieldTarget::Run("r.point", Type::Number),
+        "tag" | "tags" => FieldTarget::Any("tags", "tag"),
+        "stage" => FieldTarget::Any("stages", "name"),
+        "kind" => FieldTarget::Any("stages", "kind"),
+        "plugin" => FieldTarget::Any("stages", "plugin"),
+        "device" => FieldTarget::Any("stages", "device"),
+        "stages" => FieldTarget::Run(
             "(select count(*) from stages x where x.run = r.key)",
             Type::Number,
         ),
-        "reused" => Target::Run(
+        "reused" => FieldTarget::Run(
             "(select count(*) from stages x where x.run = r.key and x.state = 'reused')",
             Type::Number,
         ),

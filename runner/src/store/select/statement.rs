@@ -2,7 +2,7 @@
 
 use sqlx::{QueryBuilder, Sqlite};
 
-use super::{STARTED, Target, Type, needed};
+use super::{FieldTarget, STARTED, Type, needed};
 use crate::filter::{Expr, Field, FilterError, Operator, Value};
 use crate::store::time::Time;
 use crate::store::{RunFilter, RunState, StoreError};
@@ -11,7 +11,7 @@ use crate::store::{RunFilter, RunState, StoreError};
 pub(super) struct Select {
     pub(super) sql: QueryBuilder<Sqlite>,
     /// Rows of `results` and `params` that are joined: by these names.
-    joins: Vec<Target>,
+    joins: Vec<FieldTarget>,
     lost: String,
 }
 
@@ -29,7 +29,7 @@ impl Select {
     pub(super) fn build(
         &mut self,
         filter: &RunFilter,
-        targets: &[(&Field, Target)],
+        targets: &[(&Field, FieldTarget)],
     ) -> Result<(), StoreError> {
         for (_, target) in targets {
             let row = row_of(target);
@@ -39,16 +39,16 @@ impl Select {
                 self.joins.push(row);
             }
         }
-        let of = |field: &Field| -> Target {
+        let of = |field: &Field| -> FieldTarget {
             // Every field was looked up before.
             let found = targets.iter().find(|(known, _)| *known == field);
-            found.map_or(Target::State, |(_, target)| target.clone())
+            found.map_or(FieldTarget::State, |(_, target)| target.clone())
         };
         for column in &filter.columns {
             self.sql.push(", ");
             self.shown(&of(&column.field));
         }
-        let needed: Vec<Target> = filter
+        let needed: Vec<FieldTarget> = filter
             .expr
             .iter()
             .flat_map(|wanted| needed(&wanted.expr))
@@ -56,7 +56,7 @@ impl Select {
             .collect();
         let leader = match filter.sort.first() {
             Some(sort) if of(&sort.name.field) != STARTED => {
-                let leads = |join: &Target| needed.contains(join);
+                let leads = |join: &FieldTarget| needed.contains(join);
                 self.joins.iter().position(leads)
             }
             _ => None,
@@ -64,7 +64,7 @@ impl Select {
         self.tables(leader, &needed);
         if !filter.states.is_empty() {
             self.sql.push(" and ");
-            self.scalar(&Target::State);
+            self.scalar(&FieldTarget::State);
             let states = serde_json::json!(filter.states).to_string();
             self.sql.push(" in (select value from json_each(");
             self.sql.push_bind(states);
@@ -83,7 +83,7 @@ impl Select {
         self.sql.push(" order by ");
         for sort in &filter.sort {
             let target = of(&sort.name.field);
-            if matches!(target, Target::Any(..)) {
+            if matches!(target, FieldTarget::Any(..)) {
                 let error = FilterError::new(
                     "a run may have several of these",
                     sort.name.field.at.clone(),
@@ -113,15 +113,15 @@ impl Select {
     }
 
     /// `runs r` and the rows joined to it, up to `where` and what the first table needs there.
-    fn tables(&mut self, leader: Option<usize>, needed: &[Target]) {
+    fn tables(&mut self, leader: Option<usize>, needed: &[FieldTarget]) {
         let joins: Vec<(usize, &'static str, i64, bool)> = self
             .joins
             .iter()
             .enumerate()
             .filter_map(|(number, join)| {
                 let (table, name) = match join {
-                    Target::Param(name) => ("params", *name),
-                    Target::Series(name, _) => ("results", *name),
+                    FieldTarget::Param(name) => ("params", *name),
+                    FieldTarget::Series(name, _) => ("results", *name),
                     _ => return None,
                 };
                 // A run without the row cannot pass: nothing is to be made up for it.
@@ -163,7 +163,7 @@ impl Select {
     fn condition(
         &mut self,
         expr: &Expr,
-        of: &dyn Fn(&Field) -> Target,
+        of: &dyn Fn(&Field) -> FieldTarget,
         negated: bool,
     ) -> Result<(), FilterError> {
         match expr {
@@ -206,14 +206,14 @@ impl Select {
         Ok(())
     }
 
-    fn has(&mut self, target: &Target) {
+    fn has(&mut self, target: &FieldTarget) {
         match target {
-            Target::Any(table, _) => {
+            FieldTarget::Any(table, _) => {
                 self.sql.push(format_args!(
                     "exists (select 1 from {table} x where x.run = r.key)"
                 ));
             }
-            Target::Param(_) | Target::Series(..) => {
+            FieldTarget::Param(_) | FieldTarget::Series(..) => {
                 let join = self.join(target);
                 self.sql.push(format_args!("{join}.key is not null"));
             }
@@ -227,11 +227,11 @@ impl Select {
 
     fn compare(
         &mut self,
-        target: &Target,
+        target: &FieldTarget,
         operator: Operator,
         value: &Value,
     ) -> Result<(), FilterError> {
-        if let Target::Any(table, column) = target {
+        if let FieldTarget::Any(table, column) = target {
             return self.compare_any(table, column, operator, value);
         }
         let kind = type_of(target);
@@ -261,7 +261,7 @@ impl Select {
         if kind == Type::Any && (value.is_word("nan") || value.is_word("null")) {
             return self.compare_with_nothing(target, operator, value);
         }
-        if target == &Target::State {
+        if target == &FieldTarget::State {
             check_state(value)?;
         }
         let symbol = symbol(operator);
@@ -276,7 +276,7 @@ impl Select {
             _ if kind != Type::Any => return Ok(()),
             // Results are numbers.
             (Operator::Greater | Operator::GreaterOrEqual, Some(_))
-                if !matches!(target, Target::Series(..)) =>
+                if !matches!(target, FieldTarget::Series(..)) =>
             {
                 " < ''"
             }
@@ -292,7 +292,7 @@ impl Select {
     /// NaN is null in `results`, and null is null in `params`.
     fn compare_with_nothing(
         &mut self,
-        target: &Target,
+        target: &FieldTarget,
         operator: Operator,
         value: &Value,
     ) -> Result<(), FilterError> {
@@ -307,7 +307,7 @@ impl Select {
             }
         };
         match target {
-            Target::Param(_) | Target::Series(..) => {
+            FieldTarget::Param(_) | FieldTarget::Series(..) => {
                 let join = self.join(target);
                 self.sql.push(format_args!("{join}.key is not null and "));
             }
@@ -352,20 +352,20 @@ impl Select {
     }
 
     /// The value of a field, as a column that is shown.
-    fn shown(&mut self, target: &Target) {
+    fn shown(&mut self, target: &FieldTarget) {
         match target {
-            Target::Series(_, column) if *column != "points" => {
+            FieldTarget::Series(_, column) if *column != "points" => {
                 let join = self.join(target);
                 self.sql.push(format_args!(
                     "case when {join}.key is not null then ifnull({join}.{column}, 'NaN') end"
                 ));
             }
-            Target::Run(column, Type::Moment) => {
+            FieldTarget::Run(column, Type::Moment) => {
                 self.sql.push(format_args!(
                     "strftime('%Y-%m-%dT%H:%M:%fZ', {column} / 1000.0, 'unixepoch')"
                 ));
             }
-            Target::Any(table, column) => {
+            FieldTarget::Any(table, column) => {
                 self.sql.push(format_args!(
                     "(select group_concat(distinct x.{column}) from {table} x where x.run = r.key)"
                 ));
@@ -375,25 +375,25 @@ impl Select {
     }
 
     /// The value of a field, as an SQL expression.
-    fn scalar(&mut self, target: &Target) {
+    fn scalar(&mut self, target: &FieldTarget) {
         match target {
-            Target::Run(column, _) => {
+            FieldTarget::Run(column, _) => {
                 self.sql.push(column);
             }
-            Target::State if self.lost == "[]" => {
+            FieldTarget::State if self.lost == "[]" => {
                 self.sql.push("r.state");
             }
-            Target::State => {
+            FieldTarget::State => {
                 self.sql.push(
                     "case when r.state in ('queued', 'running') and r.id in (select value from json_each(",
                 );
                 self.sql.push_bind(self.lost.clone());
                 self.sql.push(")) then 'lost' else r.state end");
             }
-            Target::Any(_, column) => {
+            FieldTarget::Any(_, column) => {
                 debug_assert!(false, "{column} has several values");
             }
-            Target::Stage(name, column, _) => {
+            FieldTarget::Stage(name, column, _) => {
                 let column = match *column {
                     "seconds" => {
                         "(select sum(a.finished - a.started - a.paused) / 1000.0 from attempts a where a.stage = s.key)"
@@ -409,17 +409,17 @@ impl Select {
                 self.sql.push_bind(name.clone());
                 self.sql.push(")");
             }
-            Target::Environment(name) => {
+            FieldTarget::Environment(name) => {
                 self.sql.push("(select d.environment ->> ");
                 self.sql
                     .push_bind(format!("$.\"{}\"", name.replace('"', "")));
                 self.sql.push(" from documents d where d.run = r.key)");
             }
-            Target::Param(_) => {
+            FieldTarget::Param(_) => {
                 let join = self.join(target);
                 self.sql.push(format_args!("{join}.value"));
             }
-            Target::Series(_, column) => {
+            FieldTarget::Series(_, column) => {
                 let join = self.join(target);
                 self.sql.push(format_args!("{join}.{column}"));
             }
@@ -427,7 +427,7 @@ impl Select {
     }
 
     /// The name of the joined row that a field is read from.
-    fn join(&self, target: &Target) -> String {
+    fn join(&self, target: &FieldTarget) -> String {
         let row = row_of(target);
         let place = self
             .joins
@@ -437,19 +437,19 @@ impl Select {
     }
 }
 
-fn type_of(target: &Target) -> Type {
+fn type_of(target: &FieldTarget) -> Type {
     match target {
-        Target::Run(_, kind) | Target::Stage(_, _, kind) => *kind,
-        Target::State | Target::Any(..) => Type::Text,
-        Target::Environment(_) | Target::Param(_) | Target::Series(..) => Type::Any,
+        FieldTarget::Run(_, kind) | FieldTarget::Stage(_, _, kind) => *kind,
+        FieldTarget::State | FieldTarget::Any(..) => Type::Text,
+        FieldTarget::Environment(_) | FieldTarget::Param(_) | FieldTarget::Series(..) => Type::Any,
     }
 }
 
 /// The row that has to be joined for a field; columns of one row share it.
-fn row_of(target: &Target) -> Option<Target> {
+fn row_of(target: &FieldTarget) -> Option<FieldTarget> {
     match target {
-        Target::Param(key) => Some(Target::Param(*key)),
-        Target::Series(key, _) => Some(Target::Series(*key, "last")),
+        FieldTarget::Param(key) => Some(FieldTarget::Param(*key)),
+        FieldTarget::Series(key, _) => Some(FieldTarget::Series(*key, "last")),
         _ => None,
     }
 }

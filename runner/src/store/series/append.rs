@@ -6,7 +6,7 @@ use sqlx::sqlite::{SqliteConnection, SqliteRow};
 use sqlx::{Row, Sqlite, Transaction};
 
 use super::{Batch, MetricPoint, clamped, unpacked};
-use crate::store::block::{self, Packed, Summary};
+use crate::store::block::{self, BlockPoint, Summary};
 use crate::store::time::Time;
 use crate::store::{AttemptId, Store, StoreError};
 
@@ -18,11 +18,11 @@ const CLOSE: usize = 1024;
 
 /// What [`Store::append_metrics`] remembers of a series.
 #[derive(Debug)]
-pub(in crate::store) struct Known {
+pub(in crate::store) struct OpenSeries {
     key: i64,
     base: Time,
     /// The last block, while it is open.
-    open: Option<Vec<Packed>>,
+    open: Option<Vec<BlockPoint>>,
     /// The last step of the blocks before it.
     closed: Option<i64>,
 }
@@ -62,7 +62,7 @@ impl Store {
 
     pub(in crate::store) fn lock_series(
         &self,
-    ) -> std::sync::MutexGuard<'_, HashMap<AttemptId, HashMap<String, Known>>> {
+    ) -> std::sync::MutexGuard<'_, HashMap<AttemptId, HashMap<String, OpenSeries>>> {
         self.series
             .lock()
             .unwrap_or_else(|poisoned| poisoned.into_inner())
@@ -70,10 +70,10 @@ impl Store {
 }
 
 /// Points by step, each step once: the one given last.
-fn in_order(points: &[MetricPoint], base: Time) -> Vec<Packed> {
-    let mut packed: Vec<Packed> = points
+fn in_order(points: &[MetricPoint], base: Time) -> Vec<BlockPoint> {
+    let mut packed: Vec<BlockPoint> = points
         .iter()
-        .map(|point| Packed {
+        .map(|point| BlockPoint {
             step: clamped(point.step),
             value: point.value,
             at: point.at.0.saturating_sub(base.0),
@@ -87,14 +87,14 @@ fn in_order(points: &[MetricPoint], base: Time) -> Vec<Packed> {
 }
 
 /// Of neighbours at one step only the last.
-fn keep_last(points: &mut Vec<Packed>) {
+fn keep_last(points: &mut Vec<BlockPoint>) {
     points.reverse();
     points.dedup_by_key(|point| point.step);
     points.reverse();
 }
 
 /// Old points with new ones, which replace those at the same step.
-fn merged(mut old: Vec<Packed>, new: &[Packed]) -> Vec<Packed> {
+fn merged(mut old: Vec<BlockPoint>, new: &[BlockPoint]) -> Vec<BlockPoint> {
     let in_order = match (old.last(), new.first()) {
         (Some(last), Some(first)) => last.step < first.step,
         _ => true,
@@ -111,8 +111,8 @@ fn merged(mut old: Vec<Packed>, new: &[Packed]) -> Vec<Packed> {
 /// Packs points into the blocks of a series; returns by how many points it grew.
 async fn append(
     connection: &mut SqliteConnection,
-    series: &mut Known,
-    new: &[Packed],
+    series: &mut OpenSeries,
+    new: &[BlockPoint],
 ) -> Result<i64, StoreError> {
     let (Some(first), Some(last)) = (new.first(), new.last()) else {
         return Ok(0);
@@ -166,7 +166,7 @@ async fn take_blocks(
     series: i64,
     first: i64,
     last: i64,
-) -> Result<Vec<Packed>, StoreError> {
+) -> Result<Vec<BlockPoint>, StoreError> {
     let rows = sqlx::query(
         "select k.data from blocks b join packs k on k.key = b.pack
          where b.series = ?1 and b.last_step >= ?2 and b.first_step <= ?3 order by b.first_step",
@@ -192,7 +192,7 @@ async fn take_blocks(
 async fn insert_block(
     connection: &mut SqliteConnection,
     series: i64,
-    points: &[Packed],
+    points: &[BlockPoint],
 ) -> Result<(), sqlx::Error> {
     let pack = sqlx::query("insert into packs (data) values (?1)")
         .bind(block::pack(points))
@@ -224,7 +224,7 @@ async fn find_or_insert(
     connection: &mut SqliteConnection,
     attempt: AttemptId,
     batch: &Batch,
-) -> Result<Known, StoreError> {
+) -> Result<OpenSeries, StoreError> {
     let found = sqlx::query_as::<_, (i64, i64)>(
         "select key, base from series where attempt = ?1 and name = ?2",
     )
@@ -257,7 +257,7 @@ async fn find_or_insert(
     .execute(connection)
     .await?
     .last_insert_rowid();
-    Ok(Known {
+    Ok(OpenSeries {
         key,
         base: first.at,
         open: None,
@@ -271,7 +271,7 @@ async fn known(
     key: i64,
     base: Time,
     name: &str,
-) -> Result<Known, StoreError> {
+) -> Result<OpenSeries, StoreError> {
     let rows = sqlx::query(
         "select b.last_step, k.data from blocks b join packs k on k.key = b.pack
          where b.series = ?1 order by b.first_step desc limit 2",
@@ -285,7 +285,7 @@ async fn known(
         None => None,
     };
     let closed = last_step(rows.get(usize::from(open.is_some())))?;
-    Ok(Known {
+    Ok(OpenSeries {
         key,
         base,
         open,
@@ -296,7 +296,7 @@ async fn known(
 async fn update_summary(
     connection: &mut SqliteConnection,
     series: i64,
-    points: &[Packed],
+    points: &[BlockPoint],
     growth: i64,
 ) -> Result<(), sqlx::Error> {
     let Some(last) = points.last() else {
@@ -383,9 +383,9 @@ pub(in crate::store) async fn pack_points(
             .bind(CUT as i64)
             .fetch_all(&mut **transaction)
             .await?;
-            let packed: Vec<Packed> = rows
+            let packed: Vec<BlockPoint> = rows
                 .iter()
-                .map(|&(step, value, at)| Packed {
+                .map(|&(step, value, at)| BlockPoint {
                     step,
                     value: value.unwrap_or(f64::NAN),
                     at,

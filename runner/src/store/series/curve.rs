@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use sqlx::Row;
 use sqlx::sqlite::SqliteRow;
 
-use super::{Axis, Bucket, CurveQuery, Named, clamped, unpacked};
-use crate::store::block::{Packed, Summary};
+use super::{Axis, Bucket, CurveQuery, NamedSeries, clamped, unpacked};
+use crate::store::block::{BlockPoint, Summary};
 use crate::store::time::Time;
 use crate::store::{RunId, Store, StoreError};
 
@@ -32,7 +32,11 @@ impl Store {
         Ok(buckets)
     }
 
-    async fn buckets(&self, named: &Named, query: CurveQuery) -> Result<Vec<Summary>, StoreError> {
+    async fn buckets(
+        &self,
+        named: &NamedSeries,
+        query: CurveQuery,
+    ) -> Result<Vec<Summary>, StoreError> {
         let (from, to) = (clamped(query.from), clamped(query.to));
         // Blocks as a whole give at least half as many buckets as asked for, or there are few.
         let few = i64::from(query.buckets).min(FEW.max(i64::from(query.buckets) / 2));
@@ -89,7 +93,7 @@ impl Store {
     }
 
     /// Where the block begins that has a step, or would have it.
-    async fn block_of(&self, named: &Named, step: i64) -> Result<i64, StoreError> {
+    async fn block_of(&self, named: &NamedSeries, step: i64) -> Result<i64, StoreError> {
         let first = sqlx::query_scalar(
             "select first_step from blocks where series = ?1 and first_step <= ?2
              order by first_step desc limit 1",
@@ -104,7 +108,7 @@ impl Store {
     /// Many more points than buckets: blocks count as a whole, but for those that the range cuts.
     async fn sum_up_blocks(
         &self,
-        named: &Named,
+        named: &NamedSeries,
         from: i64,
         to: i64,
         grid: &mut Grid,
@@ -179,19 +183,19 @@ impl Grid {
     }
 
     /// Adds points in their order: neighbours that fall into one bucket are summed up before it is looked up.
-    fn add(&mut self, points: &[Packed]) {
+    fn add(&mut self, points: &[BlockPoint]) {
         let mut rest = points;
         while let Some(first) = rest.first() {
             let (place, count) = match self.axis {
                 // Steps ascend: the end of a bucket is looked for instead of asked for at every point.
                 Axis::Step => {
                     let index = self.index(first.step);
-                    let inside = |point: &Packed| self.index(point.step) == index;
+                    let inside = |point: &BlockPoint| self.index(point.step) == index;
                     (first.step, rest.partition_point(inside))
                 }
                 Axis::Time => {
                     let index = self.index(first.at);
-                    let inside = |point: &&Packed| self.index(point.at) == index;
+                    let inside = |point: &&BlockPoint| self.index(point.at) == index;
                     (first.at, rest.iter().take_while(inside).count())
                 }
             };
@@ -214,7 +218,7 @@ impl Grid {
     }
 }
 
-fn bucket(named: &Named, summary: &Summary) -> Bucket {
+fn bucket(named: &NamedSeries, summary: &Summary) -> Bucket {
     let numbers = (summary.numbers > 0).then_some(summary.numbers as f64);
     Bucket {
         stage: named.stage.clone(),

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use sqlx::sqlite::{SqliteConnection, SqliteRow};
+use sqlx::sqlite::{SqliteConnection, SqliteQueryResult, SqliteRow};
 use sqlx::{AssertSqlSafe, Row};
 
 use super::Transfer;
@@ -155,13 +155,13 @@ impl<'c> Copy<'c> {
         if let (Some(sweep), Some(point)) = (sweep, point) {
             self.sweep(run, (sweep, point), here).await?;
         }
-        let stages = self
-            .keys(
-                "select key from source.stages where run = ?1 order by key",
-                key,
-            )
-            .await;
-        for stage in self.or_lost(stages, run, "stages")?.unwrap_or_default() {
+        let stages = self.keys(
+            "select key from source.stages where run = ?1 order by key",
+            key,
+            run,
+            "stages",
+        );
+        for stage in stages.await? {
             self.stage(run, stage, here).await?;
         }
         self.copied.done.runs.push(run.clone());
@@ -176,17 +176,16 @@ impl<'c> Copy<'c> {
         (sweep, point): (i64, i64),
         here: i64,
     ) -> Result<(), StoreError> {
-        let copied = self
-            .rows(
+        let copied = self.rows(
                 "insert into main.sweeps (id, recipe, recipe_path, recipe_text, settings, definition, selection, points,
                      created)
                  select id, recipe, recipe_path, recipe_text, settings, definition, selection, points, created
                  from source.sweeps w where key = ?1 and ?2 and not exists (select 1 from main.sweeps where id = w.id)",
-                sweep,
-                here,
-            )
-            .await;
-        self.or_lost(copied, run, "its sweep")?;
+(sweep, here),
+run,
+"its sweep",
+);
+        copied.await?;
         for sql in [
             // A sweep that was there has its points.
             "insert or ignore into main.sweep_points (sweep, point, settings)
@@ -200,8 +199,7 @@ impl<'c> Copy<'c> {
                           where w.key = ?1)
              where key = ?2",
         ] {
-            let copied = self.rows(sql, sweep, here).await;
-            self.or_lost(copied, run, "its place in a sweep")?;
+            self.rows(sql, (sweep, here), run, "its place in a sweep").await?;
         }
         for (sql, value) in [
             (
@@ -216,8 +214,8 @@ impl<'c> Copy<'c> {
                 sweep,
             ),
         ] {
-            let copied = self.rows(sql, value, here).await;
-            self.or_lost(copied, run, "its place in a sweep")?;
+            self.rows(sql, (value, here), run, "its place in a sweep")
+                .await?;
         }
         Ok(())
     }
@@ -268,18 +266,17 @@ impl<'c> Copy<'c> {
     }
 
     async fn stage(&mut self, run: &RunId, key: i64, into: i64) -> Result<(), StoreError> {
-        let copied = self
-            .one(
+        let copied = self.one(
                 "insert into main.stages (run, position, name, kind, plugin, plugin_version, plugin_hash, device, dtype,
                      seed, options, inputs, state, digest, components)
                  select ?2, position, name, kind, plugin, plugin_version, plugin_hash, device, dtype, seed, options,
                      inputs, state, digest, components
                  from source.stages where key = ?1 and json_valid(options) and json_valid(inputs)",
-                key,
-                into,
-            )
-            .await;
-        let Some(here) = self.or_lost(copied, run, "a stage")? else {
+(key, into),
+run,
+"a stage",
+);
+        let Some(here) = copied.await? else {
             return Ok(());
         };
         let reused: Option<i64> =
@@ -290,44 +287,42 @@ impl<'c> Copy<'c> {
         if let Some(there) = reused {
             self.copied.reuses(here, there);
         }
-        let attempts = self
-            .keys(
-                "select key from source.attempts where stage = ?1 order by number",
-                key,
-            )
-            .await;
-        for attempt in self.or_lost(attempts, run, "attempts")?.unwrap_or_default() {
+        let attempts = self.keys(
+            "select key from source.attempts where stage = ?1 order by number",
+            key,
+            run,
+            "attempts",
+        );
+        for attempt in attempts.await? {
             self.attempt(run, attempt, here).await?;
         }
         Ok(())
     }
 
     async fn attempt(&mut self, run: &RunId, key: i64, into: i64) -> Result<(), StoreError> {
-        let artifacts = self
-            .rows(
+        let artifacts = self.rows(
                 "insert or ignore into main.artifacts (hash, size, files, created)
                  select f.hash, f.size, f.files, f.created from source.artifacts f where ?2 and f.hash in (
                      select artifact from source.outputs where attempt = ?1
                      union select artifact from source.inputs where attempt = ?1
                      union select output from source.attempts where key = ?1)",
-                key,
-                into,
-            )
-            .await;
-        self.or_lost(artifacts, run, "artifacts")?;
-        let copied = self
-            .one(
+(key, into),
+run,
+"artifacts",
+);
+        artifacts.await?;
+        let copied = self.one(
                 "insert into main.attempts (stage, number, digest, worker_pid, state, reason, message, failure, summary,
                      output, cpu_seconds, max_rss, started, finished, paused)
                  select ?2, number, digest, worker_pid, state, reason, message, failure, summary,
                      (select hash from main.artifacts where hash = output), cpu_seconds, max_rss, started, finished,
                      paused
                  from source.attempts where key = ?1",
-                key,
-                into,
-            )
-            .await;
-        let Some(here) = self.or_lost(copied, run, "an attempt")? else {
+(key, into),
+run,
+"an attempt",
+);
+        let Some(here) = copied.await? else {
             return Ok(());
         };
         self.copied.pair(key, here);
@@ -351,40 +346,36 @@ impl<'c> Copy<'c> {
             ),
         ];
         self.pieces(&pieces, (key, here), run).await?;
-        let series = self
-            .keys(
-                "select key from source.series where attempt = ?1 order by key",
-                key,
-            )
-            .await;
-        for series in self.or_lost(series, run, "series")?.unwrap_or_default() {
+        let series = self.keys(
+            "select key from source.series where attempt = ?1 order by key",
+            key,
+            run,
+            "series",
+        );
+        for series in series.await? {
             self.series(run, series, here).await?;
         }
         Ok(())
     }
 
     async fn series(&mut self, run: &RunId, key: i64, into: i64) -> Result<(), StoreError> {
-        let copied = self
-            .one(
+        let copied = self.one(
                 "insert into main.series (attempt, name, base, last_step, last, min, max, points)
                  select ?2, name, base, last_step, last, min, max, points from source.series where key = ?1",
-                key,
-                into,
-            )
-            .await;
-        let Some(here) = self.or_lost(copied, run, "a series")? else {
+(key, into),
+run,
+"a series",
+);
+        let Some(here) = copied.await? else {
             return Ok(());
         };
-        let steps = self
-            .keys(
-                "select first_step from source.blocks where series = ?1 order by first_step",
-                key,
-            )
-            .await;
-        for step in self
-            .or_lost(steps, run, "blocks of points")?
-            .unwrap_or_default()
-        {
+        let steps = self.keys(
+            "select first_step from source.blocks where series = ?1 order by first_step",
+            key,
+            run,
+            "blocks of points",
+        );
+        for step in steps.await? {
             let copied = self.block(key, here, step).await;
             self.or_lost(copied, run, "a block of points")?;
         }
@@ -466,14 +457,27 @@ impl<'c> Copy<'c> {
         Ok((done.rows_affected() > 0).then(|| done.last_insert_rowid()))
     }
 
-    /// Copies rows that belong to `key` there and to `into` here; the key of the last one.
-    async fn rows(&mut self, sql: &'static str, key: i64, into: i64) -> Result<i64, StoreError> {
-        let done = sqlx::query(sql)
-            .bind(key)
-            .bind(into)
-            .execute(&mut *self.connection)
-            .await?;
-        Ok(done.last_insert_rowid())
+    /// Copies rows that belong to `key` there and to `into` here; `what` they are is noted where they cannot be read.
+    async fn rows(
+        &mut self,
+        sql: &'static str,
+        (key, into): (i64, i64),
+        run: &RunId,
+        what: &str,
+    ) -> Result<(), StoreError> {
+        let done = self.execute(sql, key, into).await;
+        self.or_lost(done, run, what)?;
+        Ok(())
+    }
+
+    async fn execute(
+        &mut self,
+        sql: &'static str,
+        key: i64,
+        into: i64,
+    ) -> Result<SqliteQueryResult, StoreError> {
+        let query = sqlx::query(sql).bind(key).bind(into);
+        Ok(query.execute(&mut *self.connection).await?)
     }
 
     /// Copies pieces, each with its name, that belong to `key` there and to `into` here. Where nothing is damaged they are
@@ -496,34 +500,44 @@ impl<'c> Copy<'c> {
             return Ok(());
         }
         for (what, sql) in pieces {
-            let copied = self.rows(sql, key, into).await;
-            self.or_lost(copied, run, what)?;
+            self.rows(sql, (key, into), run, what).await?;
         }
         Ok(())
     }
 
-    /// The same for the one row with this key.
-    async fn one(&mut self, sql: &'static str, key: i64, into: i64) -> Result<i64, StoreError> {
-        let done = sqlx::query(sql)
-            .bind(key)
-            .bind(into)
-            .execute(&mut *self.connection)
-            .await?;
-        match done.rows_affected() {
+    /// As [`Self::rows`], of the one row with this key; its key here.
+    async fn one(
+        &mut self,
+        sql: &'static str,
+        (key, into): (i64, i64),
+        run: &RunId,
+        what: &str,
+    ) -> Result<Option<i64>, StoreError> {
+        let done = self.execute(sql, key, into).await;
+        let copied = done.and_then(|done| match done.rows_affected() {
             0 => Err(StoreError::Damaged {
                 message: "it makes no sense".to_owned(),
             }),
             _ => Ok(done.last_insert_rowid()),
-        }
+        });
+        self.or_lost(copied, run, what)
     }
 
-    async fn keys(&mut self, sql: &'static str, of: i64) -> Result<Vec<i64>, StoreError> {
-        let rows: Vec<SqliteRow> = sqlx::query(sql)
-            .bind(of)
-            .fetch_all(&mut *self.connection)
-            .await?;
-        let keys = rows.iter().map(|row| row.try_get(0));
-        Ok(keys.collect::<Result<_, sqlx::Error>>()?)
+    /// Keys of what belongs to `of` there; `what` they are is noted where they cannot be read.
+    async fn keys(
+        &mut self,
+        sql: &'static str,
+        of: i64,
+        run: &RunId,
+        what: &str,
+    ) -> Result<Vec<i64>, StoreError> {
+        let rows = sqlx::query(sql).bind(of).fetch_all(&mut *self.connection);
+        let keys = rows.await.and_then(|rows: Vec<SqliteRow>| {
+            let keys = rows.iter().map(|row| row.try_get(0));
+            keys.collect::<Result<_, sqlx::Error>>()
+        });
+        let keys = self.or_lost(keys.map_err(StoreError::from), run, what)?;
+        Ok(keys.unwrap_or_default())
     }
 
     /// Notes down what cannot be read; other errors remain.

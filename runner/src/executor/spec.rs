@@ -12,7 +12,7 @@ use crate::artifact::{Layout, Staging};
 use crate::executor::event::Listener;
 use crate::executor::options::{Cluster, Rung};
 use crate::executor::pause::PauseClock;
-use crate::executor::source::Source;
+use crate::executor::source::SourceFile;
 use crate::frame::Points;
 use crate::plan::{Digest, PlannedStage};
 use crate::store::{StageId, Store};
@@ -31,11 +31,11 @@ pub struct RunContext {
     pub grace: Duration,
     /// How long the run has been stopped.
     pub pauses: Arc<PauseClock>,
-    /// Where the run is to stop, to be judged.
+    /// Where the run stops for evaluation.
     pub rung: Option<Rung>,
-    /// What it is judged by there.
+    /// The value it reached there.
     pub judged: Mutex<Option<f64>>,
-    /// Notified once it is there.
+    /// Notified on arrival.
     pub reached: Notify,
     /// The cluster whose jobs do the work; without one, this machine's processes do.
     pub cluster: Option<Cluster>,
@@ -80,8 +80,8 @@ pub struct AttemptSpec {
     /// Its inputs, by the name of the stage that made them.
     pub inputs: BTreeMap<String, Input>,
     /// Files and folders that its options name.
-    pub sources: Vec<Source>,
-    /// What survives attempts.
+    pub sources: Vec<SourceFile>,
+    /// Shared by all attempts.
     pub work_dir: PathBuf,
 }
 

@@ -25,7 +25,7 @@ pub struct Axis {
 
 /// A point with a value.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Line {
+pub struct PlottedPoint {
     /// What it is called.
     pub label: String,
     /// The objective.
@@ -41,14 +41,14 @@ pub fn value_of(setting: &str) -> &str {
 pub fn of_points<'a>(
     parameters: &[Parameter],
     points: impl Iterator<Item = (u32, &'a [String], f64)> + Clone,
-) -> (Vec<Axis>, Vec<Line>) {
+) -> (Vec<Axis>, Vec<PlottedPoint>) {
     let axis = |(place, parameter): (usize, &Parameter)| {
         let values = points.clone().map(|(_, settings, _)| {
             value_of(settings.get(place).map_or("", String::as_str)).to_owned()
         });
         Axis::of(parameter.path.clone(), values.collect())
     };
-    let line = |(number, _, value): (u32, &[String], f64)| Line {
+    let line = |(number, _, value): (u32, &[String], f64)| PlottedPoint {
         label: format!("point {number}"),
         value,
     };
@@ -164,7 +164,7 @@ const PLOT: (f64, f64, f64, f64) = (70.0, 14.0, 330.0, 186.0);
 const SHADES: usize = 8;
 
 /// The picture.
-pub fn svg(axes: &[Axis], lines: &[Line], objective: &Objective) -> String {
+pub fn svg(axes: &[Axis], lines: &[PlottedPoint], objective: &Objective) -> String {
     let slice_rows = axes.len().div_ceil(2) as f64;
     let below = TOP + HEIGHT + BOTTOM;
     let height = below + slice_rows * SLICE.1;
@@ -186,7 +186,7 @@ pub fn svg(axes: &[Axis], lines: &[Line], objective: &Objective) -> String {
 const FONT: &str = "font-family=\"sans-serif\" font-size=\"12\"";
 
 /// The parallel coordinates alone, as an element of a page, as wide as they have to be.
-pub fn parallel(axes: &[Axis], lines: &[Line], objective: &Objective) -> String {
+pub fn parallel(axes: &[Axis], lines: &[PlottedPoint], objective: &Objective) -> String {
     let width = 2.0 * SIDE + STEP * axes.len().max(1) as f64;
     let what = format!(
         "Parallel coordinates: {} points over {}, from the best {} to the others. The table has the same numbers.",
@@ -203,7 +203,7 @@ pub fn parallel(axes: &[Axis], lines: &[Line], objective: &Objective) -> String 
 }
 
 /// The objective over one parameter, as an element of a page.
-pub fn slice(axis: &Axis, lines: &[Line], objective: &Objective) -> String {
+pub fn slice(axis: &Axis, lines: &[PlottedPoint], objective: &Objective) -> String {
     let what = format!("{} over {}", objective.metric, axis.caption());
     element(SLICE, &what, |svg| draw_slice(axis, lines, objective, svg))
 }
@@ -246,7 +246,7 @@ fn shade(rank: f64) -> String {
 
 fn draw_parallel(
     axes: &[Axis],
-    lines: &[Line],
+    lines: &[PlottedPoint],
     objective: &Objective,
     width: f64,
     svg: &mut String,
@@ -319,7 +319,7 @@ fn last_steps(path: &str) -> &str {
     }
 }
 
-fn draw_slice(axis: &Axis, lines: &[Line], objective: &Objective, svg: &mut String) {
+fn draw_slice(axis: &Axis, lines: &[PlottedPoint], objective: &Objective, svg: &mut String) {
     let (left, top, width, height) = PLOT;
     let (low, high) = axis.ends();
     let values = ends(lines.iter().map(|line| line.value));
@@ -387,7 +387,7 @@ mod tests {
             Axis::of("a<b".into(), vec!["<i>".into(), "x".into()]),
             Axis::of("s".into(), vec!["1".into(), "1".into()]),
         ];
-        let line = |value: f64| Line {
+        let line = |value: f64| PlottedPoint {
             label: "p".into(),
             value,
         };
@@ -405,7 +405,7 @@ mod tests {
     #[test]
     fn parts_for_a_page_have_classes_and_no_background() {
         let axis = Axis::of("a<b".into(), vec!["1".into(), "2".into(), "3".into()]);
-        let lines = [5.0, 6.0, 9.0].map(|value| Line {
+        let lines = [5.0, 6.0, 9.0].map(|value| PlottedPoint {
             label: "p".into(),
             value,
         });

@@ -1,4 +1,4 @@
-//! How an attempt ended: in one word for the history, and in words for people.
+//! How an attempt ended: in one word for the history, as a sentence for users.
 
 use std::time::Duration;
 
@@ -6,21 +6,21 @@ use retort_abi::{Failure, FailureCode};
 use serde_json::Value;
 
 use crate::artifact;
-use crate::cluster::ClusterEnd;
 use crate::store::{ArtifactRecord, AttemptState};
 use crate::worker::death::{Death, signal_name};
+use crate::worker::remote::ClusterEnd;
 
 /// How an attempt ended: each way is a reason of its own in the history.
 #[derive(Debug, Clone, PartialEq)]
 pub enum End {
-    /// It made what it was to make.
+    /// It succeeded.
     Succeeded {
         /// The artifact that references to the stage stand for.
         output: Box<ArtifactRecord>,
         /// Facts it returned.
         summary: Value,
     },
-    /// The plugin says why not.
+    /// The plugin reports why.
     Failed(Failure),
     /// The plugin panicked, and said so.
     Panicked(Failure),
@@ -31,7 +31,7 @@ pub enum End {
         /// What to do.
         hint: Option<String>,
     },
-    /// The process finished without a result, or a signal ended it that we did not send.
+    /// The process ended without a result, or by a signal that we did not send.
     Died(Death),
     /// A file that it reads changed.
     InputChanged {
@@ -50,7 +50,7 @@ pub enum End {
         /// How it stopped.
         manner: StopOutcome,
     },
-    /// Something happened to it that only happens on a cluster.
+    /// It ended for a reason specific to clusters.
     Cluster(ClusterEnd),
     /// What it sent makes no sense.
     Protocol {
@@ -59,7 +59,7 @@ pub enum End {
     },
 }
 
-/// How an attempt that was told to stop did so.
+/// How an attempt stopped after a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StopOutcome {
     /// By itself, having saved its work.
@@ -80,7 +80,7 @@ impl End {
         }
     }
 
-    /// Precisely, in few words; stable, to be searched for.
+    /// The precise reason, short; stable, for searches.
     pub fn reason(&self) -> String {
         match self {
             Self::Succeeded { .. } => "succeeded".into(),
@@ -120,7 +120,7 @@ impl End {
             Self::Died(death) => death.message().into(),
             Self::TimedOut { limit, manner } => {
                 format!(
-                    "it took longer than its timeout of {}, and {manner}",
+                    "it exceeded its timeout of {}, and {manner}",
                     humantime::format_duration(*limit)
                 )
             }
@@ -138,9 +138,9 @@ impl End {
             Self::NotLoaded { hint, .. } => hint.clone(),
             Self::Cluster(end) => end.hint.clone(),
             Self::Died(death) => death.hint().map(str::to_owned),
-            Self::InputChanged { .. } => Some(
-                "run again once nothing writes to it; nothing that this stage made is used".into(),
-            ),
+            Self::InputChanged { .. } => {
+                Some("run again once nothing writes to it; this stage's output is discarded".into())
+            }
             Self::TimedOut { .. } => Some(
                 "raise the stage's `timeout`; `retort resume` continues from its last checkpoint"
                     .into(),

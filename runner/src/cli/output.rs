@@ -1,7 +1,7 @@
-//! stdout is data, stderr is talk: the only place that writes to either, or says where to ([`stdout`]).
+//! stdout is data, stderr is messages: the only writer to either, or gives access ([`stdout`]).
 //!
 //! Whatever is written, names and messages from anywhere among it, is made safe for a terminal here ([`terminal::show`]).
-//! Neither panics when the reader has gone away. While progress bars are on the screen, talk is printed above them
+//! Neither panics when the reader has gone away. While progress bars are on the screen, messages are printed above them
 //! ([`attach`]).
 
 use std::io::{self, IsTerminal, Write};
@@ -62,7 +62,7 @@ impl<W: Write> Write for SafeWriter<W> {
     }
 }
 
-/// Writes a line to stderr, above the progress bars where there are any. Nobody listening is no error: a terminal may be
+/// Writes a line to stderr, above the progress bars where there are any. A missing reader is no error: a terminal may be
 /// closed at any moment.
 pub fn say(line: &str) {
     let bars = BARS.read().ok().and_then(|bars| bars.clone());
@@ -78,7 +78,7 @@ pub fn count(count: usize, noun: &str) -> String {
     format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }
 
-/// From now on talk is printed above these bars; `None` ends it.
+/// From now on messages are printed above these bars; `None` ends it.
 pub fn attach(bars: Option<MultiProgress>) {
     if let Ok(mut current) = BARS.write() {
         *current = bars;
@@ -150,7 +150,7 @@ pub fn start_tracing(context: &Context) {
     drop(started);
 }
 
-/// Collects one event's bytes and says them when dropped.
+/// Collects an event and prints it when dropped.
 struct LineWriter(Vec<u8>);
 
 impl Write for LineWriter {

@@ -3,8 +3,8 @@
 use std::collections::HashSet;
 
 use crate::cli::execution::is_left_out;
-use crate::cli::sweep::source::Source;
-use crate::cli::{Context, Error, talk};
+use crate::cli::sweep::recipe::SweepRecipe;
+use crate::cli::{Context, Error, output};
 use crate::diagnostic::{Finding, Report, Severity};
 use crate::executor::ExecutorError;
 use crate::plan::decision::{KnownResults, Role};
@@ -52,27 +52,27 @@ const MOST_JOBS: usize = 1000;
 impl SweepForecast {
     /// Plans one point after the other, and has plugins check what they would do.
     pub fn of(
-        source: &Source,
+        source: &SweepRecipe,
         points: &[Vec<String>],
         plugins: &mut Plugins<'_>,
-        past: &mut dyn KnownResults,
+        known: &mut dyn KnownResults,
     ) -> Result<Self, Error> {
-        let mut survey = Self::default();
+        let mut forecast = Self::default();
         for (number, settings) in (1..).zip(points) {
-            survey
-                .add(source, settings, plugins, past)
+            forecast
+                .add(source, settings, plugins, known)
                 .map_err(|error| of_point(error, number, points))?;
         }
-        survey.validate(source, points, plugins)?;
-        Ok(survey)
+        forecast.validate(source, points, plugins)?;
+        Ok(forecast)
     }
 
     fn add(
         &mut self,
-        source: &Source,
+        source: &SweepRecipe,
         settings: &[String],
         plugins: &mut Plugins<'_>,
-        past: &mut dyn KnownResults,
+        known: &mut dyn KnownResults,
     ) -> Result<(), Error> {
         let (plan, roles) = source.plan(settings, plugins)?;
         let wanted = |finding: &Finding| !is_left_out(finding, &plan, &roles);
@@ -91,7 +91,7 @@ impl SweepForecast {
                 self.notes.push(note.clone());
             }
         }
-        let (ahead, to_run) = self.look_ahead(&plan, &roles, past)?;
+        let (ahead, to_run) = self.look_ahead(&plan, &roles, known)?;
         self.points.push(ahead);
         let unknown: Vec<PlannedStage> = to_run
             .into_iter()
@@ -117,7 +117,7 @@ impl SweepForecast {
         &mut self,
         plan: &'p Plan,
         roles: &[Role],
-        past: &mut dyn KnownResults,
+        known: &mut dyn KnownResults,
     ) -> Result<(PointForecast, Vec<&'p PlannedStage>), Error> {
         let mut ahead = PointForecast::default();
         let mut outputs = plan.given_hashes();
@@ -127,7 +127,7 @@ impl SweepForecast {
             if *role == Role::Skipped {
                 continue;
             }
-            let files = past.file_hashes(stage).map_err(Error::of_history)?;
+            let files = known.file_hashes(stage).map_err(Error::of_history)?;
             let Some(digest) = plan::digest(stage, &outputs, &files) else {
                 continue;
             };
@@ -137,7 +137,7 @@ impl SweepForecast {
                 .any(|input| to_come.contains(input));
             let found = match is_open {
                 true => None,
-                false => past.find_success(&digest.hex).map_err(Error::of_history)?,
+                false => known.find_success(&digest.hex).map_err(Error::of_history)?,
             };
             if let Some(hash) = found {
                 ahead.stored += 1;
@@ -164,7 +164,7 @@ impl SweepForecast {
     /// The plugins' own checks, of every different stage once.
     fn validate(
         &mut self,
-        source: &Source,
+        source: &SweepRecipe,
         points: &[Vec<String>],
         plugins: &mut Plugins<'_>,
     ) -> Result<(), Error> {
@@ -199,15 +199,15 @@ impl SweepForecast {
     }
 
     /// What is worth saying before the sweep begins.
-    pub fn talk(&self, source: &Source, context: &Context) {
+    pub fn show_warnings(&self, source: &SweepRecipe, context: &Context) {
         if context.quiet {
             return;
         }
         if !self.warnings.is_empty() {
             let report = source.report(self.warnings.clone());
-            talk::say(&report.render(context.color_stderr()));
+            output::say(&report.render(context.color_stderr()));
         }
-        self.notes.iter().for_each(|note| talk::say(note));
+        self.notes.iter().for_each(|note| output::say(note));
     }
 
     /// `24 runs, 31 stages to run, 89 shared`, of these points.
@@ -228,14 +228,14 @@ impl SweepForecast {
         };
         format!(
             "{}, {} to run, {} shared{there}",
-            talk::count(chosen.len(), "run"),
-            talk::count(run, "stage"),
+            output::count(chosen.len(), "run"),
+            output::count(run, "stage"),
             shared + stored
         )
     }
 }
 
-impl Source {
+impl SweepRecipe {
     /// Findings with the text that they are in.
     pub(super) fn report(&self, findings: Vec<Finding>) -> Report {
         Report {

@@ -1,4 +1,4 @@
-//! The store as what planning knows of the past, or nothing where there is no store yet.
+//! The store as planning's view of earlier results; empty if there is no store yet.
 
 use std::collections::{BTreeMap, HashMap};
 use std::error::Error as StdError;
@@ -11,14 +11,15 @@ use serde_json::Value;
 use tokio::runtime::Runtime;
 
 use crate::artifact::Layout;
-use crate::cli::talk;
+use crate::cli::output;
+use crate::input::FileKind;
 use crate::input::{Folder, InputError, Listing};
 use crate::plan::decision::KnownResults;
-use crate::plan::{FileKind, FileOption, PlannedStage};
+use crate::plan::{FileOption, PlannedStage};
 use crate::store::{Memory, Store};
 use crate::table;
 
-/// How long nothing is said while files are read.
+/// How long files are read before a message.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// [`KnownResults`] over a store.
@@ -31,7 +32,7 @@ pub struct History<'a> {
 }
 
 impl<'a> History<'a> {
-    /// What this store knows; hashes of files only where its memory is trusted.
+    /// Results from this store; file hashes only if they are trusted.
     pub fn new(runtime: &'a Runtime, store: &'a Store, layout: Layout, memory: Memory) -> Self {
         Self {
             runtime,
@@ -112,7 +113,7 @@ impl KnownResults for EmptyHistory {
     }
 }
 
-/// Hashes of the files of a stage that are there, each path hashed once.
+/// Hashes of a stage's existing files, each path hashed once.
 fn file_hashes(
     stage: &PlannedStage,
     known: &mut HashMap<(PathBuf, FileKind), String>,
@@ -131,7 +132,7 @@ fn file_hashes(
     Ok(hashes)
 }
 
-/// Does what may read a large file, and says what is being waited for where it takes long.
+/// Runs what may read a large file, and says so if it takes long.
 fn patiently<T>(file: &FileOption, hash: impl FnOnce() -> T) -> T {
     let (done, waiting) = mpsc::channel::<()>();
     thread::scope(|scope| {
@@ -142,8 +143,8 @@ fn patiently<T>(file: &FileOption, hash: impl FnOnce() -> T) -> T {
                     (FileKind::File, Ok(found)) => format!(" ({})", table::bytes(found.len())),
                     _ => String::new(),
                 };
-                talk::say(&format!(
-                    "reading {}{size} once, for its hash; Ctrl-C stops",
+                output::say(&format!(
+                    "hashing {}{size} once; Ctrl-C stops",
                     file.path.display()
                 ));
             }

@@ -1,9 +1,9 @@
-//! Looking after a store: tags, notes, removing runs, and what no run needs any more.
+//! Store maintenance: tags, notes, removing runs, and unneeded artifacts.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
 
-use super::{RunId, Store, StoreError, draft, schema};
+use super::{RunId, Store, StoreError, schema, scratch};
 
 /// What a store holds that no run needs.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -162,11 +162,11 @@ impl Store {
 
     /// What imports and exports that were ended half-way have left in the store's directory.
     pub fn abandoned(&self) -> Vec<PathBuf> {
-        let mut found = draft::leftovers(self.dir(), draft::IMPORT);
-        found.extend(draft::leftovers(self.dir(), draft::EXPORT));
-        found.extend(draft::leftovers(
+        let mut found = scratch::leftovers(self.dir(), scratch::IMPORT);
+        found.extend(scratch::leftovers(self.dir(), scratch::EXPORT));
+        found.extend(scratch::leftovers(
             &self.dir().join("artifacts"),
-            draft::IMPORT,
+            scratch::IMPORT,
         ));
         // Those of earlier versions have no lock; while they are in use, the store is being written to.
         let entries = std::fs::read_dir(self.dir())

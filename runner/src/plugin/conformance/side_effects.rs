@@ -7,11 +7,11 @@ use std::time::SystemTime;
 
 use retort_abi::Input;
 
-use super::{Bad, CheckResult, TEMPORARY, failed};
+use super::{CheckResult, NotPassed, TEMPORARY, failed};
 use crate::artifact;
 
 /// Whether an attempt has left anything in its directory but what it may.
-pub(super) fn strays(place: &Path) -> Result<(), Bad> {
+pub(super) fn strays(place: &Path) -> Result<(), NotPassed> {
     let names = |dir: &Path| {
         let entries = fs::read_dir(dir).into_iter().flatten().flatten();
         entries.map(|entry| entry.path()).collect::<Vec<_>>()
@@ -30,9 +30,9 @@ pub(super) fn strays(place: &Path) -> Result<(), Bad> {
 }
 
 /// What a stage must not touch: the recipe's directory, the working directory and its inputs.
-pub(super) struct Surroundings(BTreeMap<PathBuf, (u64, Option<SystemTime>)>);
+pub(super) struct WatchedFiles(BTreeMap<PathBuf, (u64, Option<SystemTime>)>);
 
-impl Surroundings {
+impl WatchedFiles {
     pub(super) fn of(base_dir: &Path) -> Self {
         let mut files = BTreeMap::new();
         let mut dirs = vec![base_dir.to_owned()];

@@ -1,4 +1,4 @@
-//! One attempt at a stage, watched: what it said and made, how it ended, and what is wrong with that.
+//! One attempt at a stage, watched: its messages and outputs, its end, and their faults.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use retort_abi::{Failure, FailureCode, StageResult};
 use serde_json::Value;
 
-use super::{Bad, CheckResult, ExaminationTerms, failed, skipped};
+use super::{CheckResult, ExaminationOptions, NotPassed, failed, skipped};
 use crate::frame::{Answer, FromWorker, Points, Progress, Task, ToWorker};
 use crate::store::ArtifactRecord;
 use crate::worker::death::Death;
@@ -44,7 +44,7 @@ pub(super) async fn watch(
     task: Task,
     temporary: &Path,
     stopping: Stopping,
-    &ExaminationTerms { limit, grace, .. }: &ExaminationTerms,
+    &ExaminationOptions { limit, grace, .. }: &ExaminationOptions,
 ) -> std::io::Result<Observations> {
     let begun = Instant::now();
     let mut worker = Worker::spawn(1, &[("TMPDIR", temporary.into())])?;
@@ -109,7 +109,7 @@ pub(super) async fn watch(
 
 impl Observations {
     /// The output and the summary of a stage that succeeded.
-    pub(super) fn result(&self, kind: &str) -> Result<(ArtifactRecord, Value), Bad> {
+    pub(super) fn result(&self, kind: &str) -> Result<(ArtifactRecord, Value), NotPassed> {
         let result = self.answered()?;
         match self.artifacts.get(&result.output) {
             Some(record) if record.kind == kind => Ok((record.clone(), result.summary.clone())),
@@ -122,12 +122,12 @@ impl Observations {
     }
 
     /// The answer of a job that succeeded.
-    pub(super) fn answered(&self) -> Result<&StageResult, Bad> {
+    pub(super) fn answered(&self) -> Result<&StageResult, NotPassed> {
         if let Some(message) = &self.not_loaded {
             return failed(message);
         }
         if let Some(limit) = self.too_long {
-            return failed(format!("it ran longer than {} s", limit.as_secs()));
+            return failed(format!("it exceeded {} s", limit.as_secs()));
         }
         match &self.answer {
             Some(Ok(Answer::Result(result))) => Ok(result),
@@ -171,7 +171,7 @@ impl Observations {
         }
         match self.progress.last() {
             Some(last) => Ok(format!("{} of {} {}", last.done, last.total, last.unit)),
-            None => skipped("it told none"),
+            None => skipped("it sent none"),
         }
     }
 
@@ -265,7 +265,7 @@ mod tests {
         ] {
             assert!(matches!(
                 seen(bad).steps_are_monotonic(),
-                Err(Bad::Failed(_))
+                Err(NotPassed::Failed(_))
             ));
         }
     }
@@ -279,15 +279,15 @@ mod tests {
         assert!(seen(&[1, 1, 9]).progress_is_monotonic().is_ok());
         assert!(matches!(
             seen(&[2, 1]).progress_is_monotonic(),
-            Err(Bad::Failed(_))
+            Err(NotPassed::Failed(_))
         ));
         assert!(matches!(
             seen(&[1, 10]).progress_is_monotonic(),
-            Err(Bad::Failed(_))
+            Err(NotPassed::Failed(_))
         ));
         assert!(matches!(
             seen(&[]).progress_is_monotonic(),
-            Err(Bad::Skipped(_))
+            Err(NotPassed::Skipped(_))
         ));
     }
 }

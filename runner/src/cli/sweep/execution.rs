@@ -1,4 +1,4 @@
-//! A sweep under way: which point runs next, what is said meanwhile, and what it ends with.
+//! A running sweep: which point runs next, its messages, and its final result.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::num::NonZeroUsize;
@@ -11,10 +11,11 @@ use futures_util::stream::FuturesUnordered;
 use serde_json::Value;
 use tokio::runtime::Runtime;
 
+use crate::account::results::Results;
 use crate::cli::execution::{ExecutionArgs, fits_one_machine, teller};
+use crate::cli::sweep::recipe::SweepRecipe;
 use crate::cli::sweep::show;
-use crate::cli::sweep::source::Source;
-use crate::cli::{Context, Error, Exit, talk};
+use crate::cli::{Context, Error, Exit, output};
 use crate::environment;
 use crate::executor::Cluster;
 use crate::executor::{
@@ -25,12 +26,11 @@ use crate::plugin::{Plugins, search_dirs};
 use crate::progress::{self, ProgressReporter};
 use crate::store::{RunId, RunState, Store, SweepDetail, SweepPlace};
 use crate::sweep::halving::{Halving, NextRung, PointProgress};
-use crate::sweep::results::Results;
 
 /// A sweep about to be carried out.
 pub struct SweepExecution<'a> {
     /// What its points have in common.
-    pub source: &'a Source,
+    pub source: &'a SweepRecipe,
     /// The sweep, with what is known of its points.
     pub detail: SweepDetail,
     /// Which points have nothing left to do, in their order.
@@ -92,15 +92,15 @@ impl Schedule {
     }
 }
 
-/// What has come of points so far.
+/// The outcomes of points so far.
 #[derive(Debug, Default)]
 struct Counts {
     succeeded: usize,
     failed: usize,
 }
 
-/// Runs what is missing, and prints what came of it.
-pub fn out(
+/// Runs what is missing, and prints the results.
+pub fn run(
     sweeping: SweepExecution<'_>,
     execution: &ExecutionArgs,
     context: &Context,
@@ -123,7 +123,7 @@ pub fn out(
         control: &control,
     };
     let worked = floor.work();
-    talk::attach(None);
+    output::attach(None);
     let Counts { succeeded, failed } = floor.counts;
     let stopped = match &floor.schedule {
         Schedule::InOrder(_) => 0,
@@ -135,7 +135,7 @@ pub fn out(
     let detail = runtime.block_on(store.sweep_detail(id))?;
     let results = runtime.block_on(Results::of(store, detail, None))?;
     runtime.block_on(store.close());
-    let printed = talk::print(&match execution.json {
+    let printed = output::print(&match execution.json {
         true => format!("{:#}\n", show::document(&results)),
         false => show::rows(&results, false).render(context.table_style()),
     });
@@ -143,7 +143,7 @@ pub fn out(
         show::say(&results);
     }
     let took = progress::duration(began.elapsed());
-    let total = talk::count(sweeping.done.len(), "point");
+    let total = output::count(sweeping.done.len(), "point");
     let again = format!("`retort sweep show {id}` has the details, `retort resume {id}` goes on");
     if let Some(signal) = control.first() {
         let exit = match signal {
@@ -164,7 +164,7 @@ pub fn out(
             0 => String::new(),
             count => format!(", {count} stopped early"),
         };
-        talk::say(&match succeeded {
+        output::say(&match succeeded {
             0 => {
                 let done = results.succeeded();
                 format!("sweep {id}: nothing to do: {done} of {total} done{early}")
@@ -234,9 +234,9 @@ impl<'a> SweepScheduler<'a> {
                 match self.begin(leg, &mut plugins) {
                     Ok(run) => under_way.push(run),
                     Err(error) => {
-                        // A file that is gone, for one: other points may do without it.
+                        // For example, a missing file: other points may not need it.
                         self.counts.failed += 1;
-                        talk::say(&format!("point {}: cannot be run", leg.point));
+                        output::say(&format!("point {}: cannot be run", leg.point));
                         error.show(self.context);
                     }
                 }
@@ -271,7 +271,7 @@ impl<'a> SweepScheduler<'a> {
                 grace: self.execution.grace,
                 workers,
             }),
-            // A closed terminal is told twice.
+            // A hang-up is signalled twice.
             (false, libc::SIGHUP) => {}
             (false, _) => self.teller.hear(Event::Killing),
         }
@@ -348,7 +348,7 @@ impl<'a> SweepScheduler<'a> {
         let teller = Arc::clone(&self.teller);
         Arc::new(move |event| match event {
             Event::RunBegan { run } if !quiet => {
-                talk::say(&format!(
+                output::say(&format!(
                     "point {point} of {total}{rung}: run {run} ({settings})"
                 ));
             }
@@ -385,7 +385,7 @@ impl<'a> SweepScheduler<'a> {
             }
         };
         if !self.context.quiet {
-            talk::say(&format!("point {}: {said}", leg.point));
+            output::say(&format!("point {}: {said}", leg.point));
         }
         let Schedule::Halving(halving) = &mut self.schedule else {
             return Ok(());

@@ -1,13 +1,13 @@
-//! Runs that their runner has left to Slurm: what Slurm says of them, before anything is said about them here.
+//! Runs that their runner has left to Slurm: their states are updated from Slurm before they are shown.
 
 use std::collections::HashMap;
 
-use crate::cli::{Context, Error, talk};
+use crate::cli::{Context, Error, output};
 use crate::cluster::slurm::{ElementStatus, Slurm, State};
 use crate::store::{DetachedJobs, Store};
 
-/// Asks Slurm about the runs that have no runner any more but jobs that are not over, and corrects what the store says of
-/// them. Returns those that Slurm still works on, or of which nothing can be known.
+/// Asks Slurm about the runs that have no runner any more but unfinished jobs, and corrects their states in the store.
+/// Returns those that Slurm still works on, or whose state is unknown.
 pub async fn refresh(store: &Store, context: &Context) -> Result<Vec<DetachedJobs>, Error> {
     let left = store.left_to_scheduler().await?;
     if left.is_empty() {
@@ -19,7 +19,7 @@ pub async fn refresh(store: &Store, context: &Context) -> Result<Vec<DetachedJob
         Ok(known) => known,
         Err(error) => {
             if !context.quiet {
-                talk::say(&format!(
+                output::say(&format!(
                     "{error}; runs that were left to it are shown as they were last known"
                 ));
             }
@@ -33,7 +33,7 @@ pub async fn refresh(store: &Store, context: &Context) -> Result<Vec<DetachedJob
             .filter(|((job, _), said)| run.jobs.contains(job) && !said.state.is_final())
             .map(|(_, said)| said)
             .collect();
-        // A store that one may not write to is shown as it is.
+        // A read-only store is shown as it is.
         if said.is_empty() {
             let _ = store.scheduler_is_done(&run).await;
             continue;

@@ -9,25 +9,25 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-/// Begins the names of drafts of imports.
+/// Begins the names of those of imports.
 pub(super) const IMPORT: &str = ".retort-import-";
-/// Begins the names of drafts of exports.
+/// Begins the names of those of exports.
 pub(super) const EXPORT: &str = ".retort-export-";
 
 /// Whether a name beside artifacts is that of an import that is, or was, under way.
-pub fn is_draft_of_import(name: &str) -> bool {
+pub fn is_import_scratch(name: &str) -> bool {
     name.starts_with(IMPORT)
 }
 
 /// A directory of this process, for its owner alone; removed, with everything in it, when dropped.
 #[derive(Debug)]
-pub(super) struct Draft {
+pub(super) struct ScratchDir {
     dir: PathBuf,
     lock: PathBuf,
     _held: File,
 }
 
-impl Draft {
+impl ScratchDir {
     /// A new one in `parent`. Removes what processes that are gone have left there.
     pub(super) fn new(parent: &Path, prefix: &str) -> io::Result<Self> {
         for (dir, lock, _held) in abandoned(parent, prefix) {
@@ -72,13 +72,13 @@ impl Draft {
     }
 }
 
-impl Drop for Draft {
+impl Drop for ScratchDir {
     fn drop(&mut self) {
         remove(&self.dir, &self.lock);
     }
 }
 
-/// The drafts in `parent` whose process is gone, with what else it left there. Listed only: a lock taken to see that is
+/// The directories in `parent` whose process is gone, with what else it left there. Listed only: a lock taken to see that is
 /// given back.
 pub(super) fn leftovers(parent: &Path, prefix: &str) -> Vec<PathBuf> {
     let found = abandoned(parent, prefix);
@@ -143,7 +143,7 @@ mod tests {
     #[test]
     fn what_a_dead_process_left_goes_and_what_is_in_use_stays() {
         let place = tempfile::tempdir().unwrap();
-        let used = Draft::new(place.path(), EXPORT).unwrap();
+        let used = ScratchDir::new(place.path(), EXPORT).unwrap();
         // A process that was killed: directory and lock file are there, the lock is not.
         let dead = place.path().join(format!("{EXPORT}dead"));
         fs::create_dir_all(dead.join("deep")).unwrap();
@@ -159,7 +159,7 @@ mod tests {
         assert_eq!(leftovers(place.path(), EXPORT).len(), 4);
         assert_eq!(leftovers(place.path(), IMPORT).len(), 0);
 
-        let other = Draft::new(place.path(), EXPORT).unwrap();
+        let other = ScratchDir::new(place.path(), EXPORT).unwrap();
         assert!(!dead.exists() && !lock_of(&dead).exists());
         assert!(used.path().is_dir() && other.path().is_dir());
         assert!(kept.iter().all(|dir| dir.is_dir()));

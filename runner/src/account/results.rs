@@ -1,4 +1,4 @@
-//! What came of a sweep: the value that each point reached, and which are the best.
+//! A sweep's results: the value of each point, and which are the best.
 //!
 //! In: a sweep of the store, and what is looked for. Out: one order of its points, for tables, pictures and pages.
 
@@ -6,9 +6,9 @@ use std::collections::HashMap;
 
 use serde_json::Value;
 
+use crate::account::plot::{self, Axis, PlottedPoint};
 use crate::filter;
 use crate::store::{RunFilter, RunSummary, Store, StoreError, SweepDetail, SweepPoint};
-use crate::sweep::plot::{self, Axis, Line};
 use crate::sweep::{Goal, Objective};
 
 /// A sweep, with the values of its objective.
@@ -17,7 +17,7 @@ pub struct Results {
     pub detail: SweepDetail,
     /// The objective.
     pub objective: Option<Objective>,
-    /// The runs that speak for points, by id, with the objective among their values.
+    /// The runs that represent points, by id, with the objective among their values.
     runs: HashMap<String, RunSummary>,
     /// Why there are no values.
     pub unknown: Option<String>,
@@ -124,7 +124,7 @@ impl Results {
     }
 
     /// What a picture shows: the points that have gone the whole way with a finite value, the best first.
-    pub fn drawn(&self) -> (Vec<Axis>, Vec<Line>) {
+    pub fn drawn(&self) -> (Vec<Axis>, Vec<PlottedPoint>) {
         let ranked = self.ranked();
         let drawn = ranked
             .iter()

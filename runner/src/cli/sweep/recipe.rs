@@ -9,7 +9,7 @@ use crate::plugin::Plugins;
 use crate::recipe::{self, Recipe};
 
 /// The recipe that all points have in common.
-pub struct Source {
+pub struct SweepRecipe {
     /// The file, as people named it.
     pub shown_path: PathBuf,
     /// Its text.
@@ -24,7 +24,7 @@ pub struct Source {
     pub selection: SelectionArgs,
 }
 
-impl Source {
+impl SweepRecipe {
     /// Of a recipe that was read.
     pub fn of(recipe: &Recipe, selection: &SelectionArgs) -> Self {
         let source = &recipe.source;
