@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use retort::filter::{parse, parse_name};
 use retort::store::{
-    Access, AttemptId, Axis, Batch, CurveQuery, MetricPoint, NewRun, NewStage, PluginIdentity,
+    Access, AttemptId, Axis, Batch, CurveQuery, MetricPoint, NewRun, NewStage, RecordedPlugin,
     RunFilter, RunId, RunState, Sort, Store, Time,
 };
 use serde_json::{Value, json};
@@ -382,7 +382,7 @@ async fn open(dir: &Path) -> (Store, RunId, AttemptId) {
         name: "distill".into(),
         kind: "distill".into(),
         position: 0,
-        plugin: PluginIdentity::default(),
+        plugin: RecordedPlugin::default(),
         device: "cpu".into(),
         dtype: "f32".into(),
         seed: 0,

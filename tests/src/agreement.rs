@@ -13,6 +13,7 @@ use retort_engine::model::autoencoder::Shape;
 use retort_engine::model::{ConditionShape, Conditions, Student, Teacher, Tokenizer, llamagen, vq};
 use retort_engine::random::{Sequence, Stream, noise};
 use retort_engine::sampler::{Choice, Distribution, autoregressive};
+use retort_engine::size::Sides;
 use retort_engine::tape::{Variable, backward};
 use retort_engine::weights::{self, Loader, Params, Source, Weights};
 
@@ -107,7 +108,7 @@ fn network() -> llamagen::Config {
         heads: 4,
         vocabulary: 50,
         codebook_dim: 5,
-        side: 5,
+        map: Sides::square(5),
         condition: ConditionShape::Classes(10),
     }
 }
@@ -116,7 +117,7 @@ fn images() -> vq::Config {
     vq::Config {
         autoencoder: Shape {
             image_channels: 3,
-            image_size: 10,
+            image_size: Sides::square(10),
             channels: 16,
             multipliers: vec![1, 2],
             res_blocks: 1,
@@ -134,7 +135,7 @@ fn large_images() -> vq::Config {
     let small = images();
     vq::Config {
         autoencoder: Shape {
-            image_size: 72,
+            image_size: Sides::square(72),
             channels: 32,
             res_blocks: 2,
             ..small.autoencoder
@@ -164,7 +165,7 @@ pub fn drawn<B: Backend, M>(
 
 fn results<B: Backend>(backend: &B) -> Result<Results> {
     let (c, v) = (network(), images());
-    let (l, d) = (c.side * c.side, c.codebook_dim);
+    let (l, d) = (c.map.area(), c.codebook_dim);
     let mut found = Results::new();
     let keep = |found: &mut Results, name: &str, x: &B::Tensor, tolerance| -> Result<()> {
         let data = B::to_floats(x)?;

@@ -3,12 +3,13 @@
 use retort_engine::bundle::{NetworkConfig, TokenizerConfig};
 use retort_engine::model::autoencoder::Shape;
 use retort_engine::model::{ConditionShape, llamagen, msvq, var, vq};
+use retort_engine::size::Sides;
 
 /// LlamaGen's with 4 x 4 tokens, and VAR's with these scales.
 pub fn families(scales: &[usize]) -> [(NetworkConfig, TokenizerConfig); 2] {
     let autoencoder = Shape {
         image_channels: 1,
-        image_size: 8,
+        image_size: Sides::square(8),
         channels: 8,
         multipliers: vec![1, 1],
         res_blocks: 1,
@@ -22,7 +23,7 @@ pub fn families(scales: &[usize]) -> [(NetworkConfig, TokenizerConfig); 2] {
         heads: 2,
         vocabulary,
         codebook_dim,
-        side: 4,
+        map: Sides::square(4),
         condition: ConditionShape::Classes(classes),
     });
     let of_raster = TokenizerConfig::Vq(vq::Config {

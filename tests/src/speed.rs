@@ -11,10 +11,10 @@ use std::time::Instant;
 
 use rayon::prelude::*;
 use retort_candle::Candle;
+use retort_engine::backend::flow;
 use retort_engine::backend::{AdamwStep, Backend, FlowSolver, Tensors, Unary};
 use retort_engine::bundle::{Family, NetworkConfig, TokenizerConfig};
 use retort_engine::error::{Error, Result};
-use retort_engine::flow;
 use retort_engine::model::autoencoder::Shape;
 use retort_engine::model::{Conditions, Guidance, Teacher};
 use retort_engine::published::{self, Hints};
@@ -197,7 +197,7 @@ impl Reference {
 /// Operations of a decoder per image.
 fn decoder(c: &Shape) -> f64 {
     let levels = c.multipliers.len();
-    let mut side = c.side() as f64;
+    let mut side = c.map().height as f64;
     let conv = |input: usize, output: usize, kernel: usize, side: f64| {
         2.0 * (input * output * kernel * kernel) as f64 * side * side
     };

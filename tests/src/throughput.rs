@@ -19,7 +19,7 @@ use crate::speed::{Drawn, On, Peer, Phase, Reference, least};
 
 const BATCHES: [usize; 3] = [1, 16, 64];
 const SOLVER: FlowSolver = FlowSolver {
-    steps: retort_engine::flow::STEPS,
+    steps: retort_engine::backend::flow::STEPS,
 };
 /// Side of the matrices whose product measures the GPU's rate.
 const SIDE: usize = 8192;

@@ -15,7 +15,7 @@ use retort_engine::model::{
 use retort_engine::random::noise;
 use retort_engine::sampler::{Choice, Distribution, autoregressive, choices};
 use retort_engine::tape::Variable;
-use retort_engine::train::{Fit, StepOutput, TrainOptions};
+use retort_engine::train::{StepOutput, TrainOptions, TrainingLoop};
 
 type Tensor = <Candle as Tensors>::Tensor;
 
@@ -40,6 +40,7 @@ impl Teacher<Candle> for Broken {
     fn forced(&self, _: &Conditions<Candle>, _: &Tensor) -> Result<Variable<Candle>, Error> {
         Err(Error::Internal("not asked for".into()))
     }
+    fn recompute(&mut self, _: bool) {}
     fn generate<'a>(
         &'a self,
         _: &Conditions<Candle>,
@@ -174,7 +175,7 @@ fn train(
         skip_at_most,
         ..Default::default()
     };
-    let fit = Fit {
+    let fit = TrainingLoop {
         host,
         backend: &backend,
         work_dir: Some(work_dir),
@@ -300,7 +301,7 @@ fn weights_that_are_not_finite_are_no_result() {
         learning_rate: f64::INFINITY,
         ..Default::default()
     };
-    let fit = Fit {
+    let fit = TrainingLoop {
         host: &Recorder::default(),
         backend: &backend,
         work_dir: Some(dir.path()),

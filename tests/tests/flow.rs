@@ -2,8 +2,8 @@
 
 use rayon::prelude::*;
 use retort_candle::Candle;
+use retort_engine::backend::flow;
 use retort_engine::backend::{Backend, FlowSolver};
-use retort_engine::flow;
 use retort_engine::random::noise;
 
 /// Steps of the float64 reference.

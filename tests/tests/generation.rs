@@ -15,6 +15,7 @@ use retort_engine::random::noise;
 use retort_engine::sampler::{
     Assistant, Choice, Distribution, StudentSampler, autoregressive, choices, skipping,
 };
+use retort_engine::size::Sides;
 use retort_engine::stage::sample::drawer::Sampler;
 use retort_engine::tape::Variable;
 use retort_engine::weights::{Floats, Loader, Source, Weights};
@@ -130,6 +131,35 @@ fn close(what: &str, a: &[f32], b: &[f32]) {
     assert!(most <= 1e-5 * scale, "{what}: {most} of {scale}");
 }
 
+/// Two rows of four tokens are the first half of four rows of four: what comes later changes nothing before it.
+#[test]
+fn a_map_may_have_other_rows_than_columns() {
+    let of = |height, width| {
+        let [(mut network, mut tokenizer), _] = small::families(&[1, 2, 4]);
+        let map = Sides { height, width };
+        if let NetworkConfig::Llamagen(c) = &mut network {
+            c.map = map;
+        }
+        if let TokenizerConfig::Vq(c) = &mut tokenizer {
+            let (height, width) = (2 * height, 2 * width);
+            c.autoencoder.image_size = Sides { height, width };
+        }
+        let case = Case::new(&network, &tokenizer);
+        // Of the first image: the tokens of the others depend on their number.
+        let first = |logits: Vec<f32>| logits[..16].to_vec();
+        case.logits(None).into_iter().map(first).collect::<Vec<_>>()
+    };
+    let (square, wide, tall) = (of(4, 4), of(2, 4), of(4, 2));
+    assert_eq!((wide.len(), tall.len()), (8, 8));
+    for (k, logits) in wide.iter().enumerate() {
+        close(&format!("wide, step {k}"), &square[k], logits);
+    }
+    // The second row of a tall map begins two tokens earlier.
+    close("tall, first row", &square[1], &tall[1]);
+    let apart = square[4].iter().zip(&tall[4]);
+    assert!(apart.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) > 1e-3);
+}
+
 #[test]
 fn given_tokens_go_through_in_one_pass() {
     for case in cases() {
@@ -203,6 +233,108 @@ fn tokens_drawn_at_once_see_the_known_ones_alone() {
     }
 }
 
+/// With or without the tokens before it, a position has the guidance that it has step by step.
+#[test]
+fn tokens_drawn_at_once_are_guided_as_step_by_step() {
+    for case in cases() {
+        let shape = case.teacher.token_shape();
+        let steps = shape.steps.len();
+        // Logits of each step from `known` on.
+        let at_once = |known: usize, guidance: Option<Guidance>| -> Vec<Vec<f32>> {
+            let tokens = (known > 0).then(|| case.tokens(known));
+            let logits = case
+                .teacher
+                .at_once(&case.conditions(), guidance, tokens.as_ref())
+                .expect("logits");
+            let start = shape.tokens_before(known);
+            let each = (known..steps).map(|step| {
+                let at = shape.tokens_before(step) - start;
+                let own = Candle::narrow(&logits, 1, at, shape.steps[step]).expect("a step");
+                Candle::to_floats(&own).expect("floats")
+            });
+            each.collect()
+        };
+        let interval = guidance(Some(1));
+        let expected = case.logits(interval);
+        for known in 0..steps {
+            let some = at_once(known, interval);
+            close(&format!("{known} known"), &expected[known], &some[0]);
+            let (all, none) = (at_once(known, guidance(None)), at_once(known, None));
+            for (i, logits) in some.iter().enumerate() {
+                let step = known + i;
+                let (own, other) = match step {
+                    0..=2 => (&all[i], &none[i]),
+                    _ => (&none[i], &all[i]),
+                };
+                close(&format!("step {step}, {known} known"), own, logits);
+                // VAR's first scale has no guidance anyhow.
+                assert!(step == 0 || other != logits, "step {step}, {known} known");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_guidance_that_guides_nothing_is_none() {
+    let of = |scale| {
+        Some(Guidance {
+            scale,
+            interval: None,
+        })
+    };
+    let [raster, scales] = cases();
+    let at_once = |case: &Case, guidance| {
+        let logits = case.teacher.at_once(&case.conditions(), guidance, None);
+        Candle::to_floats(&logits.expect("logits")).expect("floats")
+    };
+    for (case, nothing, something) in [
+        (&raster, &[1.0, 0.5, 0.0, -2.0][..], 1.5),
+        (&scales, &[0.0], 0.5),
+    ] {
+        let (none, none_at_once) = (case.logits(None), at_once(case, None));
+        for &scale in nothing {
+            assert_eq!(case.logits(of(scale)), none, "{scale}");
+            assert_eq!(at_once(case, of(scale)), none_at_once, "{scale}");
+        }
+        assert_ne!(case.logits(of(something)), none);
+        assert_ne!(at_once(case, of(something)), none_at_once);
+    }
+}
+
+/// The last step is one pass of the teacher's too.
+#[test]
+fn a_teacher_without_its_last_step_is_the_teacher() {
+    for case in cases() {
+        let (conditions, steps) = (case.conditions(), case.teacher.token_shape().steps.len());
+        let distribution = Distribution {
+            guidance: Some(2.0),
+            cfg_interval: Some(1),
+            ..Distribution::default()
+        };
+        let tokens = |skip: usize| {
+            let (mut drawn, teacher) = (choices(1, 0, BATCH), &*case.teacher);
+            let mut choice = Choice::Random(&mut drawn);
+            let ids = match skip {
+                0 => autoregressive(
+                    teacher,
+                    &conditions,
+                    &distribution,
+                    &mut choice,
+                    None,
+                    steps,
+                ),
+                _ => {
+                    let end = steps - skip;
+                    skipping(teacher, &conditions, &distribution, &mut choice, end)
+                }
+            };
+            Candle::to_indices(&ids.expect("tokens")).expect("ids")
+        };
+        assert_eq!(tokens(1), tokens(0));
+        assert_ne!(tokens(steps), tokens(0));
+    }
+}
+
 /// Counts the passes of a teacher and a student.
 struct Counted<'a, T: ?Sized> {
     network: &'a T,
@@ -227,6 +359,8 @@ impl Teacher<Candle> for Counted<'_, dyn Teacher<Candle>> {
         count(self.passes);
         self.network.forced(conditions, tokens)
     }
+
+    fn recompute(&mut self, _: bool) {}
 
     fn generate<'a>(
         &'a self,
@@ -421,4 +555,37 @@ fn assisted_passes_are_the_steps_of_the_tables() {
     for (start, expected) in [(60, 22), (40, 42), (0, 81)] {
         check(&raster, 80, start, expected);
     }
+}
+
+/// The paper's VAR-skip-1 and -2, LlamaGen-skip-106 and -156, as the recipe has them.
+#[test]
+fn baselines_take_the_steps_of_the_table() {
+    let recipe = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../recipes/paper/baselines.yaml"
+    );
+    let recipe = std::fs::read_to_string(recipe).expect("the recipe");
+    let number = |before: &str| -> usize {
+        let (_, after) = recipe.split_once(before).expect(before);
+        let digits = after.chars().take_while(char::is_ascii_digit);
+        digits.collect::<String>().parse().expect(before)
+    };
+    let check = |steps: usize, skip: usize, expected: usize| {
+        let shape = TokenShape {
+            steps: vec![1; steps],
+            vocabulary: 16384,
+            dim: 8,
+            condition: ConditionShape::Classes(1000),
+        };
+        let text = format!(r#"{{"kind": "skip", "teacher": "t", "skip": {skip}}}"#);
+        let sampler: Sampler = serde_json::from_str(&text).expect("a sampler");
+        assert_eq!(sampler.passes(&shape), expected, "{text}");
+    };
+    check(10, number("\n  skip: "), 9);
+    check(10, number("\n  skip_more: "), 8);
+    check(256, number("params.skip="), 150);
+    check(256, number("params.skip_more="), 100);
+    // The teachers.
+    check(10, 1, 10);
+    check(256, 1, 256);
 }

@@ -4,6 +4,7 @@ use retort_candle::Candle;
 use retort_engine::backend::Tensors;
 use retort_engine::bundle::NetworkConfig;
 use retort_engine::model::{ConditionShape, decays, llamagen, var};
+use retort_engine::size::Sides;
 use retort_engine::weights::{Loader, Params, Source};
 
 fn scales(shared_adaln: bool) -> NetworkConfig {
@@ -27,7 +28,7 @@ fn raster() -> NetworkConfig {
         heads: 4,
         vocabulary: 64,
         codebook_dim: 8,
-        side: 4,
+        map: Sides::square(4),
         condition: ConditionShape::Classes(100),
     })
 }

@@ -1,6 +1,7 @@
 //! Activations that are computed again in the backward pass: the same gradients, less memory.
 
 use retort_candle::Candle;
+use retort_engine::Result;
 use retort_engine::backend::{Tensors, Unary};
 use retort_engine::bundle::{Family, NetworkConfig};
 use retort_engine::model::lpips::Lpips;
@@ -9,16 +10,12 @@ use retort_engine::model::{Conditions, Student};
 use retort_engine::perceptual::{self, PerceptualMetric};
 use retort_engine::published::{self, Hints};
 use retort_engine::random::noise;
-use retort_engine::tape::{Variable, backward};
+use retort_engine::tape::{Variable, backward, backward_as_ready};
 use retort_engine::weights::{Loader, Params, Source};
 use retort_tests::memory::{peak, resident};
 
 /// A student of a published size with so many blocks, and its parameters.
-fn student(
-    family: Family,
-    size: &str,
-    depth: usize,
-) -> (Candle, Box<dyn Student<Candle>>, Params<Candle>) {
+fn student(family: Family, size: &str, depth: usize) -> Made {
     let hints = Hints {
         size: Some(size.into()),
         ..Default::default()
@@ -35,31 +32,32 @@ fn student(
     (backend, student, params)
 }
 
-/// Gradients of the mean square of what a student predicts.
-fn gradients(
-    (backend, student, params): &(Candle, Box<dyn Student<Candle>>, Params<Candle>),
-    batch: usize,
-) -> Vec<Vec<f32>> {
+/// A student, and its parameters.
+type Made = (Candle, Box<dyn Student<Candle>>, Params<Candle>);
+
+/// The mean square of what a student predicts, and its cross-entropy.
+fn loss((backend, student, _): &Made, batch: usize) -> Result<Variable<Candle>> {
     let (l, d) = (student.token_shape().count(), student.token_shape().dim);
-    let x = backend.floats(&noise(5, 0, batch * l, d), &[batch, l, d]);
+    let x = backend.floats(&noise(5, 0, batch * l, d), &[batch, l, d])?;
     let labels: Vec<u32> = (0..batch as u32).collect();
-    let labels = Conditions::Classes(backend.indices(&labels, &[batch]).expect("labels"));
-    let kinds = backend.indices(&vec![0; batch * l], &[batch, l]);
-    let of = || {
-        let prediction = student.predict(&x?, &labels, &kinds?)?;
-        let continuous = student.continuous(&prediction)?;
-        let ids = backend.indices(&vec![7; batch * l], &[batch * l])?;
-        let logits = prediction
-            .logits
-            .reshape(&[batch * l, student.token_shape().vocabulary])?;
-        let square = continuous.unary(Unary::Square)?.mean_all()?;
-        let loss = logits.cross_entropy(&ids)?.add(&square)?;
-        drop(square);
-        drop((prediction, continuous, logits));
-        backward(loss, params)
-    };
-    let all = of().expect("gradients");
-    all.iter()
+    let labels = Conditions::Classes(backend.indices(&labels, &[batch])?);
+    let kinds = backend.indices(&vec![0; batch * l], &[batch, l])?;
+    let prediction = student.predict(&x, &labels, &kinds)?;
+    let square = student
+        .continuous(&prediction)?
+        .unary(Unary::Square)?
+        .mean_all()?;
+    let ids = backend.indices(&vec![7; batch * l], &[batch * l])?;
+    let shape = [batch * l, student.token_shape().vocabulary];
+    let entropy = prediction.logits.reshape(&shape)?.cross_entropy(&ids)?;
+    entropy.add(&square)
+}
+
+/// Its gradients.
+fn gradients(made: &Made, batch: usize) -> Vec<Vec<f32>> {
+    let all = loss(made, batch).and_then(|loss| backward(loss, &made.2));
+    all.expect("gradients")
+        .iter()
         .map(|g| Candle::to_floats(g).expect("floats"))
         .collect()
 }
@@ -74,6 +72,46 @@ fn recomputed_activations_give_the_same_bits() {
         for ((name, _), (a, b)) in made.2.iter().zip(kept.iter().zip(&recomputed)) {
             let same = a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
             assert!(same, "{family}: {name}");
+        }
+    }
+}
+
+/// Each gradient is handed on once, complete, those of later blocks while earlier ones are still to come.
+#[test]
+fn gradients_are_handed_on_as_soon_as_they_are_complete() {
+    for (family, size, blocks) in [
+        (Family::Llamagen, "B", ["layers.0.", "layers.1."]),
+        (Family::Var, "d16", ["blocks.0.", "blocks.1."]),
+    ] {
+        for recompute in [false, true] {
+            let mut made = student(family, size, 2);
+            made.1.recompute(recompute);
+            let expected = gradients(&made, 1);
+            let mut told: Vec<(usize, Vec<f32>)> = Vec::new();
+            let mut ready = |number: usize, gradient: &<Candle as Tensors>::Tensor| {
+                told.push((number, Candle::to_floats(gradient)?));
+                Ok(())
+            };
+            let loss = loss(&made, 1).expect("a loss");
+            let all = backward_as_ready(loss, &made.2, &mut ready).expect("gradients");
+            assert_eq!((all.len(), told.len()), (made.2.len(), made.2.len()));
+            for (number, gradient) in &told {
+                assert_eq!(gradient, &expected[*number], "{}", made.2[*number].0);
+            }
+            let place = |prefix: &str, last: bool| {
+                let mut places =
+                    (0..told.len()).filter(|&i| made.2[told[i].0].0.starts_with(prefix));
+                if last {
+                    places.next_back()
+                } else {
+                    places.next()
+                }
+                .expect("its parameters")
+            };
+            assert!(
+                place(blocks[1], true) < place(blocks[0], false),
+                "{family}, recompute {recompute}: the last block first"
+            );
         }
     }
 }

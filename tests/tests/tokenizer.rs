@@ -1,16 +1,21 @@
 //! What a tokenizer is trained by and measured by, against NumPy in float64 (tests/peers/losses.py) and against the tape.
 
+use std::ops::Range;
+use std::sync::{Arc, Barrier, Mutex};
+
 use retort_candle::Candle;
 use retort_engine::backend::{Tensors, Unary};
+use retort_engine::collective::{Collective, Single};
 use retort_engine::model::LastConvolution;
 use retort_engine::model::discriminator::{self, Discriminator};
 use retort_engine::stage::tokenizer::codebook::Codebook;
 use retort_engine::stage::tokenizer::loss::{
-    Adversarial, Adversary, Criterion, PixelLoss, entropy,
+    Adversarial, Adversary, BatchPart, Criterion, PixelLoss, entropy,
 };
 use retort_engine::stage::tokenizer::quality::{psnr, ssim};
 use retort_engine::tape::{Variable, backward};
 use retort_engine::weights::{Floats, Loader, Source, Weights};
+use retort_engine::{Error, Result};
 
 type Tensor = <Candle as Tensors>::Tensor;
 
@@ -121,7 +126,9 @@ fn pixels_are_compared_by_squares_or_by_absolute_values() {
             input: x.clone(),
             kernel: x.clone(),
         };
-        let (loss, figures) = criterion.loss(made, &x, &last, 0).expect("a loss");
+        let (loss, figures) = criterion
+            .loss(made, &x, &last, 0, &BatchPart::WHOLE)
+            .expect("a loss");
         near(number(loss.value()), expected, "the loss");
         assert_eq!(figures[0].0, "reconstruction");
     }
@@ -178,7 +185,9 @@ fn an_adversary_pulls_at_the_last_layer_as_much_as_the_other_terms() {
         |criterion: &Criterion<Candle>, judge: &[(String, Variable<Candle>)], step: u64| {
             let mut figures = Vec::new();
             let gradient = pull(&seen, judge, |made| {
-                let (loss, said) = criterion.loss(made, &real, &last(), step).expect("a loss");
+                let (loss, said) = criterion
+                    .loss(made, &real, &last(), step, &BatchPart::WHOLE)
+                    .expect("a loss");
                 figures = said;
                 loss
             });
@@ -217,7 +226,9 @@ fn an_adversary_pulls_at_the_last_layer_as_much_as_the_other_terms() {
     // What it learns from is the hinge loss alone: the tokenizer's terms do not reach it.
     let (criterion, params) = of(0.5, 1e4, 0);
     let made = Variable::<Candle>::constant(seen.clone());
-    let (loss, _) = criterion.loss(made, &real, &last(), 0).expect("a loss");
+    let (loss, _) = criterion
+        .loss(made, &real, &last(), 0, &BatchPart::WHOLE)
+        .expect("a loss");
     let gradients = backward(loss, &params).expect("gradients of the adversary");
     assert_eq!(gradients.len(), 10);
 }
@@ -230,13 +241,191 @@ fn entropy_is_low_where_choices_are_sure_and_even() {
     };
     let z = var(&values(20, 0.9, 0.0, 1.0), [5, 4]);
     let codes = var(&values(24, 1.9, 0.0, 1.0), [6, 4]);
-    let term = entropy(&z, &codes, 0.5).expect("a term");
+    let term = entropy(&z, &codes, 0.5, &BatchPart::WHOLE).expect("a term");
     near(number(term.value()), -0.826_394_362, "entropy");
     let params = [("z".to_owned(), z), ("codes".to_owned(), codes)];
     let gradients = backward(term, &params).expect("gradients");
     let square = Candle::unary(&gradients[1], Unary::Square).expect("squares");
     let sum = Candle::sum(&square, &[0, 1]).expect("a sum");
     assert!(number(&sum) > 0.0);
+}
+
+/// Two ranks of this process, which add up through memory that they share.
+struct Rank {
+    number: usize,
+    sum: Arc<Mutex<Vec<f32>>>,
+    all: Arc<Barrier>,
+}
+
+impl Collective for Rank {
+    fn rank(&self) -> usize {
+        self.number
+    }
+
+    fn size(&self) -> usize {
+        2
+    }
+
+    fn all_reduce(&self, values: &mut [f32]) -> Result<()> {
+        {
+            let mut sum = self.sum.lock().expect("the sum");
+            sum.resize(values.len(), 0.0);
+            sum.iter_mut().zip(&*values).for_each(|(sum, x)| *sum += x);
+        }
+        self.all.wait();
+        values.copy_from_slice(&self.sum.lock().expect("the sum"));
+        if self.all.wait().is_leader() {
+            self.sum.lock().expect("the sum").clear();
+        }
+        self.all.wait();
+        Ok(())
+    }
+
+    fn broadcast(&self, _: &mut [f32], _: usize) -> Result<()> {
+        Err(Error::Internal("not asked for".into()))
+    }
+
+    fn barrier(&self) -> Result<()> {
+        Err(Error::Internal("not asked for".into()))
+    }
+}
+
+/// What two ranks make of a part each, in order.
+fn by_two<T: Send>(of: impl Fn(&Rank) -> T + Sync) -> [T; 2] {
+    let (sum, all) = (Arc::default(), Arc::new(Barrier::new(2)));
+    let rank = |number| Rank {
+        number,
+        sum: Arc::clone(&sum),
+        all: Arc::clone(&all),
+    };
+    let (first, second) = (rank(0), rank(1));
+    std::thread::scope(|scope| {
+        let second = scope.spawn(|| of(&second));
+        [of(&first), second.join().expect("the second rank")]
+    })
+}
+
+/// The choices of two ranks are as even as those of both, which is no mean of how even each one's are.
+#[test]
+fn ranks_judge_their_choices_together() {
+    let (of_z, of_codes) = (values(20, 0.9, 0.0, 1.0), values(24, 1.9, 0.0, 1.0));
+    // Vectors 0..2 are the first rank's, 2..5 the second's.
+    let term = |rows: Range<usize>, part: &BatchPart<'_>| {
+        let backend = candle();
+        let var = |data: &[f32], shape: [usize; 2]| {
+            Variable::<Candle>::parameter(backend.floats(data, &shape).expect("a matrix"))
+        };
+        let z = var(&of_z[rows.start * 4..rows.end * 4], [rows.len(), 4]);
+        let codes = var(&of_codes, [6, 4]);
+        let term = entropy(&z, &codes, 0.5, part)
+            .and_then(|term| term.affine(part.fraction, 0.0))
+            .expect("its share");
+        let value = number(term.value());
+        let params = [("z".to_owned(), z), ("codes".to_owned(), codes)];
+        let gradients = backward(term, &params).expect("gradients");
+        let floats = |g: &Tensor| Candle::to_floats(g).expect("floats");
+        (value, floats(&gradients[0]), floats(&gradients[1]))
+    };
+    let whole = term(0..5, &BatchPart::WHOLE);
+    let [first, second] = by_two(|rank| {
+        let rows = [0..2, 2..5][rank.number].clone();
+        let fraction = rows.len() as f64 / 5.0;
+        let part = BatchPart {
+            ranks: rank,
+            fraction,
+        };
+        term(rows, &part)
+    });
+    near(first.0 + second.0, whole.0, "the term");
+    let of_z = [first.1, second.1].concat();
+    for (found, expected) in of_z.iter().zip(&whole.1) {
+        near(f64::from(*found), f64::from(*expected), "a gradient of z");
+    }
+    for (i, expected) in whole.2.iter().enumerate() {
+        let found = first.2[i] + second.2[i];
+        near(
+            f64::from(found),
+            f64::from(*expected),
+            "a gradient of codes",
+        );
+    }
+}
+
+/// Codes see what all ranks looked up, in the order of the batch.
+#[test]
+fn ranks_keep_one_codebook() {
+    let kept = |ranks: &dyn Collective, own: Range<usize>| {
+        let backend = candle();
+        let tensor = backend.floats(&[1.0, 0.0, 0.0, 1.0, 5.0, 5.0], &[3, 2]);
+        let codebook = Codebook::new(&backend, tensor.expect("codes"), Some(0.5));
+        let codebook = codebook.expect("a codebook");
+        // Three images of two tokens.
+        let (tokens, z) = ([0, 0, 1, 2, 2, 1], values(12, 0.7, 0.0, 1.0));
+        let mine = own.start * 2..own.end * 2;
+        let ids = backend.indices(&tokens[mine.clone()], &[mine.len()]);
+        let z = backend.floats(&z[mine.start * 2..mine.end * 2], &[mine.len(), 2]);
+        let (ids, z) = (ids.expect("ids"), z.expect("vectors"));
+        codebook.look_up(&ids, Some(&z)).expect("looked up");
+        let lookups = codebook.note(ranks, own, 3).expect("noted");
+        let kept = codebook.kept.borrow().clone();
+        (lookups.tokens, lookups.z, kept)
+    };
+    let alone = kept(&Single, 0..3);
+    let [first, second] = by_two(|rank| kept(rank, [0..1, 1..3][rank.number].clone()));
+    assert_eq!(first, alone);
+    assert_eq!(second, alone);
+}
+
+/// How much an adversary weighs follows from what pulls at the kernel in all shares together.
+#[test]
+fn ranks_weigh_their_adversary_alike() {
+    let weight = |ranks: &Rank, own: Range<usize>| {
+        let backend = candle();
+        let (size, shape) = (3 * 16 * 16, [own.len(), 3, 16, 16]);
+        let place = own.start * size..own.end * size;
+        let of = |data: Vec<f32>| {
+            backend
+                .floats(&data[place.clone()], &shape)
+                .expect("images")
+        };
+        let (real, seen) = (of(images()), of(reconstructions()));
+        let kernel = backend.floats(&values(3 * 3 * 9, 0.3, 0.0, 0.2), &[3, 3, 3, 3]);
+        let last = LastConvolution {
+            input: seen.clone(),
+            kernel: kernel.expect("a kernel"),
+        };
+        let options = Adversarial {
+            weight: 0.5,
+            start: 0,
+            cap: 1e4,
+            channels: 4,
+            layers: 2,
+            learning_rate: None,
+        };
+        let (adversary, _) = Adversary::new(&backend, 5, 3, &options).expect("an adversary");
+        let criterion = Criterion {
+            pixels: PixelLoss::L2,
+            metric: None,
+            adversary: Some(adversary),
+            at_once: 2,
+        };
+        let part = BatchPart {
+            ranks,
+            fraction: own.len() as f64 / 2.0,
+        };
+        let made = Variable::<Candle>::parameter(seen.clone());
+        let (_, figures) = criterion
+            .loss(made, &real, &last, 0, &part)
+            .expect("a loss");
+        figures
+            .iter()
+            .find(|f| f.0 == "adaptive_weight")
+            .expect("a weight")
+            .1
+    };
+    let [first, second] = by_two(|rank| weight(rank, rank.number..rank.number + 1));
+    assert_eq!(first.to_bits(), second.to_bits());
+    assert!(first > 0.0);
 }
 
 #[test]
@@ -269,9 +458,18 @@ fn codes_are_averages_of_what_they_are_looked_up_for() {
     let tensor = tensor.expect("codes");
     let codes = || Candle::to_floats(&tensor).expect("codes");
     let codebook = Codebook::new(&backend, tensor.clone(), Some(0.5)).expect("a codebook");
-    let z = backend.floats(&[3.0, 0.0, 1.0, 0.0, 0.0, 3.0], &[3, 2]);
-    let z = z.expect("vectors");
-    codebook.note(&[0, 0, 1], &z).expect("noted");
+    // Two images, looked up in two parts.
+    for (tokens, z) in [
+        (&[0, 0][..], &[3.0, 0.0, 1.0, 0.0][..]),
+        (&[1], &[0.0, 3.0]),
+    ] {
+        let ids = backend.indices(tokens, &[tokens.len()]).expect("ids");
+        let z = backend.floats(z, &[tokens.len(), 2]).expect("vectors");
+        codebook.look_up(&ids, Some(&z)).expect("looked up");
+    }
+    let lookups = codebook.note(&Single, 0..2, 2).expect("noted");
+    let z = lookups.z;
+    assert_eq!(lookups.tokens, [0, 0, 1]);
     codebook.settle().expect("settled");
     // Code 0: weight 0.5 + 0.5 x 2, sum 0.5 (1, 0) + 0.5 (4, 0); code 1: 0.5 + 0.5, 0.5 (0, 1) + 0.5 (0, 3); code 2 stays.
     for (found, expected) in codes().iter().zip([5.0 / 3.0, 0.0, 0.0, 2.0, 5.0, 5.0]) {

@@ -1,9 +1,9 @@
 //! The plugin's side of the C tables: [`export_plugin!`](crate::export_plugin) turns an `impl Plugin` into the entry
 //! symbol.
 //!
-//! Everything that can go wrong between the two languages ends here: panics become a [`Failure`] with code `panic`,
-//! message and place; text that is no UTF-8 or no JSON becomes a failure; members that an older host does not have are
-//! done without. Deliberately absent: what a plugin does.
+//! Errors between the two languages end here: panics become a [`Failure`] with code `panic`,
+//! message and place; invalid UTF-8 or JSON becomes a failure; members missing in an older host are
+//! skipped. Deliberately absent: what a plugin does.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -239,7 +239,7 @@ unsafe fn read_job(job: Str) -> Result<StageJob, Failure> {
     })
 }
 
-/// The most recent panic of any thread of the plugin: what it said and where.
+/// The most recent panic of any thread of the plugin: message and place.
 ///
 /// A payload that crosses threads (as with rayon) arrives without its place; the hook saw it where it happened.
 static LAST_PANIC: Mutex<Option<(String, String)>> = Mutex::new(None);

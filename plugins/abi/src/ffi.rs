@@ -27,7 +27,7 @@ pub const SMALLEST_HOST: usize = offset_of!(HostTable, artifact_abort) + size_of
 /// The same of a plugin's table.
 pub const SMALLEST_PLUGIN: usize = offset_of!(PluginTable, run) + size_of::<usize>();
 
-/// Longest text that is taken from the other side, in bytes: far above anything meant.
+/// Longest text accepted from the other side, in bytes: far above any real one.
 pub const LONGEST: u64 = 1 << 32;
 
 /// Borrowed UTF-8 text, not NUL-terminated (`retort_str`).
@@ -51,7 +51,7 @@ impl Str {
 
     /// The bytes.
     ///
-    /// Ends the process when the length is absurd: the memory of whoever passed it is not to be trusted any more.
+    /// Ends the process if the length is absurd: the caller's memory can no longer be trusted.
     ///
     /// # Safety
     /// `data` points to `len` readable bytes (or is NULL) that nobody changes during `'a`.

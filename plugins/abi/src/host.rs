@@ -1,4 +1,4 @@
-//! What a running stage may ask of its host. The C table `retort_host` is one implementation; tests bring another.
+//! The host's services to a running stage. The C table `retort_host` is one implementation; tests bring another.
 
 use std::path::{Path, PathBuf};
 
@@ -38,11 +38,11 @@ pub trait Host: Send + Sync {
     fn log(&self, level: LogLevel, message: &str);
     /// Appends a point to a metric series. NaN and infinities are values. Cheap; never blocks.
     fn metric(&self, name: &str, step: u64, value: f64);
-    /// Says how far the stage is: `done` of `total` (0 when unknown) `unit`s ("steps", "samples").
+    /// Reports progress: `done` of `total` (0 when unknown) `unit`s ("steps", "samples").
     fn progress(&self, done: u64, total: u64, unit: &str);
-    /// Whether to go on; cheap enough to ask once per step.
+    /// Whether to continue; cheap enough for every step.
     fn cancelled(&self) -> Cancel;
-    /// A failure with code `cancelled` when the stage is to stop: for `?` in a loop that has nothing to save first.
+    /// A failure with code `cancelled` if the stage must stop: for `?` in a loop that has nothing to save.
     fn check_cancelled(&self) -> Result<(), Failure> {
         match self.cancelled() {
             Cancel::Run => Ok(()),
@@ -57,7 +57,7 @@ pub trait Host: Send + Sync {
     fn artifact_abort(&self, id: u64);
 }
 
-/// An artifact being written: dropped without [`ArtifactDraft::commit`], it leaves nothing behind.
+/// An artifact being written: if dropped without [`ArtifactDraft::commit`], it leaves nothing.
 pub struct ArtifactDraft<'h> {
     host: &'h dyn Host,
     id: u64,

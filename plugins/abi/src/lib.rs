@@ -14,11 +14,11 @@ pub use message::*;
 
 /// A backend plugin, seen from Rust. Implement it and export it with [`export_plugin!`].
 pub trait Plugin: Send + Sync + 'static {
-    /// What the plugin is; pure.
+    /// Its description; pure.
     fn describe(&self) -> Description;
     /// Devices really present.
     fn probe(&self, host: &dyn Host) -> Result<Vec<Device>, Failure>;
-    /// Checks a stage's options beyond their schema; touches no device and reads no artifact.
+    /// Checks a stage's options beyond their schema; uses no device, reads no artifact.
     fn validate(&self, host: &dyn Host, job: &StageJob) -> Result<Vec<Diagnostic>, Failure>;
     /// Runs a stage.
     fn run(&self, host: &dyn Host, job: &StageJob) -> Result<StageResult, Failure>;

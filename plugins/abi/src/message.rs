@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// What a plugin says of itself (`describe`): pure, the same at every call, no device is touched.
+/// A plugin's description (`describe`): pure, the same at every call, without using a device.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Description {
     /// The name by which recipes ask for the plugin (`backend: candle`).
@@ -26,7 +26,7 @@ pub struct Description {
     pub devices: Vec<String>,
     /// Element types it computes in: `f32`, `bf16`.
     pub dtypes: Vec<String>,
-    /// Libraries it stands on, with version and place, for people.
+    /// Libraries it uses, with version and path, for people.
     #[serde(default)]
     pub libraries: Vec<String>,
     /// Model families it knows: `llamagen`, `var`.
@@ -44,7 +44,7 @@ pub struct StageKind {
     /// One line for people.
     #[serde(default)]
     pub summary: String,
-    /// Kind of the artifact that references to a stage of this kind stand for.
+    /// Kind of the artifact that a reference to such a stage yields.
     pub output: String,
     /// Raised when the same options would now give a different result: part of the stage's digest.
     #[serde(default)]
@@ -53,7 +53,7 @@ pub struct StageKind {
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub divisible: bool,
     /// Whether these processes work on the same thing and wait for each other (`MASTER_ADDR` and `MASTER_PORT` say where
-    /// they meet), so that all have to be there at the same time; the first alone tells of metrics and progress.
+    /// they meet), so that all must run at the same time; only the first reports metrics and progress.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub together: bool,
     /// JSON Schema (2020-12) of the options: an object schema with `additionalProperties: false`, with `default`s.
@@ -79,7 +79,7 @@ pub struct Device {
 }
 
 impl Device {
-    /// A device that can be used, of which nothing but the name is known.
+    /// A usable device of which only the name is known.
     pub fn named(name: impl Into<String>) -> Self {
         Self {
             name: name.into(),
@@ -109,14 +109,14 @@ pub struct StageJob {
     pub threads: usize,
     /// Directory that relative paths in the options start from.
     pub base_dir: PathBuf,
-    /// Directory that survives attempts of the same stage (checkpoints, finished shards). Absent in `validate`.
+    /// Directory shared by attempts of the same stage (checkpoints, finished shards). Absent in `validate`.
     #[serde(default)]
     pub work_dir: Option<PathBuf>,
     /// Inputs by the name of the stage that made them. Empty in `validate`.
     #[serde(default)]
     pub inputs: BTreeMap<String, Input>,
-    /// Which part of the work to do, in a stage of a divisible kind. A part leaves what it makes in the work directory,
-    /// beside the other parts, and commits no artifact; a job without a part, given last, makes the artifact of it.
+    /// Which part of the work to do, in a stage of a divisible kind. A part leaves its output in the work directory,
+    /// beside the other parts, and commits no artifact; a final job without a part makes the artifact from them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub part: Option<Part>,
 }
@@ -131,7 +131,7 @@ pub struct Part {
 }
 
 impl Part {
-    /// Whether a piece of the work, by its number, belongs to this part.
+    /// Whether this part makes the piece of this number.
     pub fn takes(self, piece: usize) -> bool {
         piece % self.of == self.index
     }
@@ -171,10 +171,10 @@ impl StageResult {
 /// Facts about an artifact, given at commit. Unknown fields are kept in `extra`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct ArtifactMeta {
-    /// A table worth showing when the run ends and in `runs show`.
+    /// A table to show when the run ends and in `runs show`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub table: Option<Table>,
-    /// Path inside the artifact of an image worth looking at.
+    /// Path inside the artifact of an image to show.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub preview: Option<String>,
     /// What that image shows, in a few words.
@@ -230,14 +230,14 @@ pub struct Diagnostic {
     /// JSON pointer into the stage's options (`/schedule/warmup`), empty for the stage as a whole.
     #[serde(default)]
     pub pointer: String,
-    /// What is wrong and what was expected.
+    /// The error and the expectation.
     pub message: String,
     /// What to do.
     #[serde(default)]
     pub hint: Option<String>,
 }
 
-/// How grave a [`Diagnostic`] is.
+/// Severity of a [`Diagnostic`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Severity {
@@ -251,7 +251,7 @@ pub enum Severity {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, thiserror::Error)]
 #[error("{message}")]
 pub struct Failure {
-    /// What sort of failure, for programs.
+    /// The kind of failure, for programs.
     pub code: FailureCode,
     /// What happened, where, what was expected.
     pub message: String,
@@ -269,7 +269,7 @@ pub struct Failure {
     pub hint: Option<String>,
 }
 
-/// Sorts of [`Failure`].
+/// Kinds of [`Failure`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FailureCode {
@@ -279,7 +279,7 @@ pub enum FailureCode {
     MissingInput,
     /// A file or artifact is malformed.
     BadData,
-    /// The device's memory does not suffice.
+    /// Out of device memory.
     OutOfMemory,
     /// NaN or divergence.
     Numerical,

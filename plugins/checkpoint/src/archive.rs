@@ -1,8 +1,8 @@
 //! The directory of a zip archive, read by position and within limits.
 //!
-//! In: any archive, of more than 4 GiB too. Out: its entries and where their bytes lie; nothing is unpacked. Only the
-//! directory at the end of the file counts, as for Python; its size and the number of its entries are known before any
-//! of it is read. Deliberately absent: encrypted entries, archives in several files.
+//! In: any archive, of more than 4 GiB too. Out: its entries, where their bytes lie, and their sums (`checksum.rs`); nothing
+//! is unpacked. Only the directory at the end of the file counts, as for Python; its size and the number of its entries are
+//! known before any of it is read. Deliberately absent: encrypted entries, archives in several files.
 
 use std::io::{self, Read};
 use std::path::Path;
@@ -41,6 +41,8 @@ pub struct Entry {
     pub size: u64,
     /// Bytes in the archive.
     pub packed: u64,
+    /// CRC-32 of its bytes unpacked, by what the directory says.
+    pub(crate) sum: u32,
     /// Position of its header.
     header: u64,
 }
@@ -269,7 +271,8 @@ impl<'a> Fields<'a> {
         }
         self.bytes(4)?; // versions
         let (flags, method) = (self.take(2)?, self.take(2)?);
-        self.bytes(8)?; // time, date, checksum
+        self.bytes(4)?; // time, date
+        let sum = self.take(4)? as u32;
         let (mut packed, mut size) = (self.take(4)?, self.take(4)?);
         let (name, extra, remark) = (self.take(2)?, self.take(2)?, self.take(2)?);
         self.bytes(8)?; // disk, attributes
@@ -297,6 +300,7 @@ impl<'a> Fields<'a> {
             },
             size,
             packed,
+            sum,
             header: header.checked_add(directory.shift)?,
         })
     }

@@ -9,6 +9,7 @@
 //! knowledge of which networks there are.
 
 pub mod archive;
+pub mod checksum;
 mod error;
 pub mod images;
 pub mod json;
@@ -34,6 +35,7 @@ pub use ::safetensors::Dtype;
 pub use error::{Error, Result};
 pub use tensor::Tensor;
 
+use checksum::Sums;
 use source::Source;
 
 /// Kinds of checkpoint file.
@@ -144,6 +146,8 @@ struct Content {
 /// An open checkpoint: a file, or the files of a network in several.
 pub struct Checkpoint {
     sources: Vec<Source>,
+    /// Checksums of each source.
+    sums: Vec<Sums>,
     container: Container,
     content: Content,
     files: usize,
@@ -177,7 +181,7 @@ impl Checkpoint {
 
     /// The tensors of several files as one dictionary.
     fn join(index: &shards::Index, wanted: impl Fn(&str) -> bool) -> Result<Self> {
-        let (mut sources, mut strangers) = (Vec::new(), Vec::new());
+        let (mut sources, mut sums, mut strangers) = (Vec::new(), Vec::new(), Vec::new());
         let mut dictionary = Dictionary::new(String::new());
         let mut container = None;
         let mut files = 0;
@@ -205,6 +209,7 @@ impl Checkpoint {
             container = container.or(Some(part.container));
             strangers.extend(part.content.strangers);
             sources.extend(part.sources);
+            sums.extend(part.sums.into_iter().map(|sums| sums.of_file(file)));
             files += 1;
         }
         strangers.sort();
@@ -212,6 +217,7 @@ impl Checkpoint {
         let container = container.ok_or_else(|| Error::format("the index names no weights"))?;
         Ok(Self {
             sources,
+            sums,
             container,
             content: Content {
                 dictionaries: vec![dictionary],
@@ -233,6 +239,7 @@ impl Checkpoint {
     fn read(source: Source) -> Result<Self> {
         let start = source.bytes(0, source.len().min(9))?;
         // Safetensors first: the length it begins with may look like anything.
+        let mut sums = Sums::default();
         let (container, mut content) = if safetensors::recognise(&start) {
             let content = Content {
                 dictionaries: vec![safetensors::read(&source)?],
@@ -241,7 +248,9 @@ impl Checkpoint {
             };
             (Container::Safetensors, content)
         } else if torch::is_zip(&start) {
-            (Container::TorchZip, torch::read_zip(&source)?)
+            let (content, found) = torch::read_zip(&source)?;
+            sums = found;
+            (Container::TorchZip, content)
         } else if torch::is_pickle(&start) {
             (Container::TorchLegacy, torch::read_legacy(&source)?)
         } else if start.is_empty() {
@@ -262,6 +271,7 @@ impl Checkpoint {
         let arrays = std::mem::take(&mut content.arrays);
         Ok(Self {
             sources: vec![source, Source::Memory(arrays.into())],
+            sums: vec![sums, Sums::default()],
             container,
             content,
             files: 1,
@@ -406,7 +416,8 @@ impl Checkpoint {
             let bytes = tensor.bytes();
             Error::format(format!("{bytes} bytes, more than there is memory for"))
         })?;
-        tensor.visit(source, |bytes| convert(bytes, &mut out))?;
+        let sums = &self.sums[tensor.source];
+        sums.visit(source, tensor, |bytes| convert(bytes, &mut out))?;
         Ok(out)
     }
 }

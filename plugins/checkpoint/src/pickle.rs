@@ -216,143 +216,183 @@ impl Machine<'_> {
     fn run(&mut self) -> Result<Id> {
         loop {
             let at = self.input.position;
-            match self.input.number(1)? as u8 {
-                // Structure
-                b'\x80' => {
-                    let protocol = self.input.number(1)?;
-                    if !(2..=5).contains(&protocol) {
-                        return Err(Error::format(format!(
-                            "a pickle of protocol {protocol}; torch writes 2 to 5"
-                        )));
-                    }
-                }
-                b'\x95' => drop(self.input.take(8)?), // FRAME
-                b'.' => return self.pop(),
-                b'(' => {
-                    self.pay(1)?;
-                    self.marks.push(self.stack.len());
-                }
-                b'0' => {
-                    // POP takes a mark when there is nothing above it.
-                    if self.marks.last() == Some(&self.stack.len()) {
-                        self.marks.pop();
-                    } else {
-                        self.pop()?;
-                    }
-                }
-                b'1' => drop(self.pop_mark()?),
-                b'2' => {
-                    let top = self.top()?;
-                    self.push_id(top)?;
-                }
-                // Constants
-                b'N' => self.push(Node::None)?,
-                b'\x88' => self.push(Node::Bool(true))?,
-                b'\x89' => self.push(Node::Bool(false))?,
-                b'K' => self.integer(1)?,
-                b'M' => self.integer(2)?,
-                b'J' => {
-                    let n = self.input.number(4)? as u32 as i32;
-                    self.push(Node::Int(i64::from(n)))?;
-                }
-                b'\x8a' => self.long(1)?,
-                b'\x8b' => self.long(4)?,
-                b'G' => {
-                    self.input.take(8)?;
-                    self.push(Node::Float)?;
-                }
-                b'\x8c' => self.text(1)?,
-                b'X' => self.text(4)?,
-                b'\x8d' => self.text(8)?,
-                b'C' => self.bytes(1)?,
-                b'B' => self.bytes(4)?,
-                b'\x8e' | b'\x96' => self.bytes(8)?,
-                b'U' => self.string(1)?,
-                b'T' => self.string(4)?,
-                // Containers
-                b')' => self.push(Node::Tuple(Vec::new()))?,
-                b'\x85' => self.tuple(1)?,
-                b'\x86' => self.tuple(2)?,
-                b'\x87' => self.tuple(3)?,
-                b't' => {
-                    let elements = self.pop_mark()?;
-                    self.push(Node::Tuple(elements))?;
-                }
-                b']' | b'\x8f' => self.push(Node::List(Vec::new()))?, // a set is as good as a list
-                b'l' | b'\x91' => {
-                    let elements = self.pop_mark()?;
-                    self.push(Node::List(elements))?;
-                }
-                b'}' => self.push(Node::Dict(Vec::new()))?,
-                b'd' => {
-                    let elements = self.pop_mark()?;
-                    self.push(Node::Dict(pairs(&elements)?))?;
-                }
-                b'a' => {
-                    let element = self.pop()?;
-                    self.append(&[element])?;
-                }
-                b'e' | b'\x90' => {
-                    let elements = self.pop_mark()?;
-                    self.append(&elements)?;
-                }
-                b's' => {
-                    let value = self.pop()?;
-                    let key = self.pop()?;
-                    self.set_items(vec![(key, value)])?;
-                }
-                b'u' => {
-                    let elements = self.pop_mark()?;
-                    self.set_items(pairs(&elements)?)?;
-                }
-                // Memo
-                b'q' => self.remember(1)?,
-                b'r' => self.remember(4)?,
-                b'\x94' => {
-                    let key = self.memo.len() as u32;
-                    self.remember_as(key)?;
-                }
-                b'h' => self.recall(1)?,
-                b'j' => self.recall(4)?,
-                // Objects
-                b'c' => {
-                    let (module, name) = (self.input.line()?, self.input.line()?);
-                    self.push(Node::Global { module, name })?;
-                }
-                b'\x93' => {
-                    let (name, module) = (self.pop()?, self.pop()?);
-                    let (Node::Text(module), Node::Text(name)) =
-                        (self.node(module), self.node(name))
-                    else {
-                        return Err(Error::format(format!("no name to import at byte {at}")));
-                    };
-                    let (module, name) = (module.clone(), name.clone());
-                    self.push(Node::Global { module, name })?;
-                }
-                b'R' | b'\x81' => {
-                    let (arguments, callable) = (self.pop()?, self.pop()?);
-                    self.call(callable, arguments)?;
-                }
-                b'\x92' => {
-                    let (_keywords, arguments, callable) = (self.pop()?, self.pop()?, self.pop()?);
-                    self.call(callable, arguments)?;
-                }
-                b'b' => {
-                    let state = self.pop()?;
-                    let object = self.top()?;
-                    self.build(object, state);
-                }
-                b'Q' => {
-                    let id = self.pop()?;
-                    self.push(Node::Persistent(id))?;
-                }
-                other => {
+            let instruction = self.input.number(1)? as u8;
+            if instruction == b'.' {
+                return self.pop();
+            }
+            let known = self.structure(instruction)?
+                || self.constant(instruction)?
+                || self.container(instruction)?
+                || self.memory(instruction)?
+                || self.object(instruction, at)?;
+            if !known {
+                return Err(Error::format(format!(
+                    "pickle instruction 0x{instruction:02x} at byte {at}: damaged, or not written by torch"
+                )));
+            }
+        }
+    }
+
+    /// Carries out an instruction about the pickle, the stack or its marks; whether it is one.
+    fn structure(&mut self, instruction: u8) -> Result<bool> {
+        match instruction {
+            b'\x80' => {
+                let protocol = self.input.number(1)?;
+                if !(2..=5).contains(&protocol) {
                     return Err(Error::format(format!(
-                        "pickle instruction 0x{other:02x} at byte {at}: damaged, or not written by torch"
+                        "a pickle of protocol {protocol}; torch writes 2 to 5"
                     )));
                 }
             }
+            b'\x95' => drop(self.input.take(8)?), // FRAME
+            b'(' => {
+                self.pay(1)?;
+                self.marks.push(self.stack.len());
+            }
+            b'0' => {
+                // POP takes a mark when there is nothing above it.
+                if self.marks.last() == Some(&self.stack.len()) {
+                    self.marks.pop();
+                } else {
+                    self.pop()?;
+                }
+            }
+            b'1' => drop(self.pop_mark()?),
+            b'2' => {
+                let top = self.top()?;
+                self.push_id(top)?;
+            }
+            _ => return Ok(false),
         }
+        Ok(true)
+    }
+
+    /// The same of one that gives a value.
+    fn constant(&mut self, instruction: u8) -> Result<bool> {
+        match instruction {
+            b'N' => self.push(Node::None)?,
+            b'\x88' => self.push(Node::Bool(true))?,
+            b'\x89' => self.push(Node::Bool(false))?,
+            b'K' => self.integer(1)?,
+            b'M' => self.integer(2)?,
+            b'J' => {
+                let n = self.input.number(4)? as u32 as i32;
+                self.push(Node::Int(i64::from(n)))?;
+            }
+            b'\x8a' => self.long(1)?,
+            b'\x8b' => self.long(4)?,
+            b'G' => {
+                self.input.take(8)?;
+                self.push(Node::Float)?;
+            }
+            b'\x8c' => self.text(1)?,
+            b'X' => self.text(4)?,
+            b'\x8d' => self.text(8)?,
+            b'C' => self.bytes(1)?,
+            b'B' => self.bytes(4)?,
+            b'\x8e' | b'\x96' => self.bytes(8)?,
+            b'U' => self.string(1)?,
+            b'T' => self.string(4)?,
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    /// The same of one that makes or fills a tuple, list, set or dictionary.
+    fn container(&mut self, instruction: u8) -> Result<bool> {
+        match instruction {
+            b')' => self.push(Node::Tuple(Vec::new()))?,
+            b'\x85' => self.tuple(1)?,
+            b'\x86' => self.tuple(2)?,
+            b'\x87' => self.tuple(3)?,
+            b't' => {
+                let elements = self.pop_mark()?;
+                self.push(Node::Tuple(elements))?;
+            }
+            b']' | b'\x8f' => self.push(Node::List(Vec::new()))?, // a set is as good as a list
+            b'l' | b'\x91' => {
+                let elements = self.pop_mark()?;
+                self.push(Node::List(elements))?;
+            }
+            b'}' => self.push(Node::Dict(Vec::new()))?,
+            b'd' => {
+                let elements = self.pop_mark()?;
+                self.push(Node::Dict(pairs(&elements)?))?;
+            }
+            b'a' => {
+                let element = self.pop()?;
+                self.append(&[element])?;
+            }
+            b'e' | b'\x90' => {
+                let elements = self.pop_mark()?;
+                self.append(&elements)?;
+            }
+            b's' => {
+                let value = self.pop()?;
+                let key = self.pop()?;
+                self.set_items(vec![(key, value)])?;
+            }
+            b'u' => {
+                let elements = self.pop_mark()?;
+                self.set_items(pairs(&elements)?)?;
+            }
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    /// The same of one that keeps a value for later, or takes one that was kept.
+    fn memory(&mut self, instruction: u8) -> Result<bool> {
+        match instruction {
+            b'q' => self.remember(1)?,
+            b'r' => self.remember(4)?,
+            b'\x94' => {
+                let key = self.memo.len() as u32;
+                self.remember_as(key)?;
+            }
+            b'h' => self.recall(1)?,
+            b'j' => self.recall(4)?,
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    /// The same of one, at this byte, by which Python would import, call or fill something.
+    fn object(&mut self, instruction: u8, at: usize) -> Result<bool> {
+        match instruction {
+            b'c' => {
+                let (module, name) = (self.input.line()?, self.input.line()?);
+                self.push(Node::Global { module, name })?;
+            }
+            b'\x93' => {
+                let (name, module) = (self.pop()?, self.pop()?);
+                let (Node::Text(module), Node::Text(name)) = (self.node(module), self.node(name))
+                else {
+                    return Err(Error::format(format!("no name to import at byte {at}")));
+                };
+                let (module, name) = (module.clone(), name.clone());
+                self.push(Node::Global { module, name })?;
+            }
+            b'R' | b'\x81' => {
+                let (arguments, callable) = (self.pop()?, self.pop()?);
+                self.call(callable, arguments)?;
+            }
+            b'\x92' => {
+                let (_keywords, arguments, callable) = (self.pop()?, self.pop()?, self.pop()?);
+                self.call(callable, arguments)?;
+            }
+            b'b' => {
+                let state = self.pop()?;
+                let object = self.top()?;
+                self.build(object, state);
+            }
+            b'Q' => {
+                let id = self.pop()?;
+                self.push(Node::Persistent(id))?;
+            }
+            _ => return Ok(false),
+        }
+        Ok(true)
     }
 
     fn pay(&mut self, n: usize) -> Result<()> {

@@ -23,7 +23,7 @@ use crate::{Checkpoint, Dictionary, json, regular};
 
 /// A network of an artifact.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Part {
+pub enum ArtifactNetwork {
     /// The teacher or student.
     Network,
     /// The tokenizer.
@@ -75,7 +75,7 @@ const CODEBOOK_USED: usize = 65536;
 pub fn export(
     dir: &Path,
     kind: Kind,
-    part: Part,
+    part: ArtifactNetwork,
     (file, to): (File, &Path),
 ) -> Result<(), ExportError> {
     let at = |path: &Path| {
@@ -90,8 +90,8 @@ pub fn export(
     let config: Value = json::parse(&text).map_err(|e| at(&path)(&e))?;
     let family = |network: &str| config[network]["family"].as_str().map(str::to_owned);
     let (weights, family) = match part {
-        Part::Network => ("model.safetensors", family("network")),
-        Part::Tokenizer => ("tokenizer.safetensors", family("tokenizer")),
+        ArtifactNetwork::Network => ("model.safetensors", family("network")),
+        ArtifactNetwork::Tokenizer => ("tokenizer.safetensors", family("tokenizer")),
     };
     let family = family.ok_or_else(|| at(&path)(&"it holds no teacher or student"))?;
     let weights_at = dir.join(weights);
@@ -105,8 +105,8 @@ pub fn export(
         writer: TorchWriter::new(file),
     };
     let written = match (part, kind, family.as_str()) {
-        (Part::Tokenizer, _, "msvq") => job.all(Buffers::Msvq),
-        (Part::Tokenizer, _, "vq") => job.under(&["model"], Buffers::Vq),
+        (ArtifactNetwork::Tokenizer, _, "msvq") => job.all(Buffers::Msvq),
+        (ArtifactNetwork::Tokenizer, _, "vq") => job.under(&["model"], Buffers::Vq),
         (_, Kind::Student, "var") => {
             job.writer.open("trainer");
             let done = job.under(&["ema_parameters", "var_wo_ddp"], Buffers::Var { first: 1 });

@@ -21,7 +21,7 @@ const LONGEST_TEXT: u64 = 1 << 16;
 
 /// A file's place in an archive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Part {
+pub struct FileRange {
     /// Where its bytes begin.
     pub start: u64,
     /// How many there are.
@@ -45,7 +45,7 @@ pub struct Entry {
     /// Its path.
     pub name: String,
     /// Where its bytes are.
-    pub part: Part,
+    pub range: FileRange,
     /// Whether these are all of it.
     pub stored: Stored,
 }
@@ -65,7 +65,7 @@ pub struct Archive {
 
 /// What headers say of the entry behind them.
 #[derive(Default)]
-struct Ahead {
+struct PendingHeader {
     name: Option<String>,
     size: Option<u64>,
     sparse: bool,
@@ -106,12 +106,12 @@ impl Archive {
     }
 
     /// The bytes of a part, which are few.
-    fn bytes(&mut self, part: Part) -> Result<Vec<u8>> {
-        if part.size > LONGEST_TEXT {
-            return Err(self.fault(format!("{} bytes where a short text should be", part.size)));
+    fn bytes(&mut self, range: FileRange) -> Result<Vec<u8>> {
+        if range.size > LONGEST_TEXT {
+            return Err(self.fault(format!("{} bytes where a short text should be", range.size)));
         }
-        let mut bytes = vec![0; part.size as usize];
-        self.read(part.start, &mut bytes)?;
+        let mut bytes = vec![0; range.size as usize];
+        self.read(range.start, &mut bytes)?;
         Ok(bytes)
     }
 
@@ -119,8 +119,8 @@ impl Archive {
     ///
     /// # Errors
     /// It is long, or no text.
-    pub fn text(&mut self, part: Part) -> Result<String> {
-        let bytes = self.bytes(part)?;
+    pub fn text(&mut self, range: FileRange) -> Result<String> {
+        let bytes = self.bytes(range)?;
         let text = String::from_utf8(bytes).map_err(|_| self.fault("a text that is not UTF-8"))?;
         Ok(text.trim().to_owned())
     }
@@ -131,7 +131,7 @@ impl Archive {
     /// The archive is not whole, or cannot be read.
     #[expect(clippy::should_implement_trait, reason = "it lends nothing, and fails")]
     pub fn next(&mut self) -> Result<Option<Entry>> {
-        let mut ahead = Ahead::default();
+        let mut ahead = PendingHeader::default();
         loop {
             self.headers += 1;
             if self.headers.is_multiple_of(64)
@@ -166,7 +166,7 @@ impl Archive {
             let size =
                 number(&head[124..136]).ok_or_else(|| self.fault("a size that is no number"))?;
             let size = ahead.size.take().unwrap_or(size);
-            let part = Part { start, size };
+            let range = FileRange { start, size };
             let Some(end) = start.checked_add(size).filter(|end| *end <= self.size) else {
                 return Err(self.fault(format!(
                     "a file of {size} bytes begins, which are not there"
@@ -175,7 +175,7 @@ impl Archive {
             self.at = end
                 .checked_next_multiple_of(BLOCK as u64)
                 .unwrap_or(self.size);
-            if let Some(entry) = self.entry(&head, part, &mut ahead)? {
+            if let Some(entry) = self.entry(&head, range, &mut ahead)? {
                 return Ok(Some(entry));
             }
         }
@@ -185,8 +185,8 @@ impl Archive {
     fn entry(
         &mut self,
         head: &[u8; BLOCK],
-        part: Part,
-        ahead: &mut Ahead,
+        range: FileRange,
+        ahead: &mut PendingHeader,
     ) -> Result<Option<Entry>> {
         match head[156] {
             kind @ (b'0' | 0 | b'7' | b'1' | b'2' | b'S') => {
@@ -206,17 +206,21 @@ impl Archive {
                     _ if name.ends_with('/') => return Ok(None),
                     _ => Stored::Whole,
                 };
-                return Ok(Some(Entry { name, part, stored }));
+                return Ok(Some(Entry {
+                    name,
+                    range,
+                    stored,
+                }));
             }
             b'L' => {
-                let bytes = self.bytes(part)?;
+                let bytes = self.bytes(range)?;
                 let name = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
                 let name = std::str::from_utf8(name)
                     .map_err(|_| self.fault("a name that is not UTF-8"))?;
                 ahead.name = Some(name.to_owned());
             }
             b'x' => {
-                let bytes = self.bytes(part)?;
+                let bytes = self.bytes(range)?;
                 for (key, value) in records(&bytes) {
                     match key {
                         "path" => ahead.name = Some(value.to_owned()),
@@ -226,7 +230,7 @@ impl Archive {
                 }
             }
             // Folders, devices, and what concerns the whole archive.
-            _ => *ahead = Ahead::default(),
+            _ => *ahead = PendingHeader::default(),
         }
         Ok(None)
     }

@@ -137,6 +137,19 @@ impl Tensor {
         Some(part)
     }
 
+    /// Position of the first element, if it has one.
+    pub(crate) fn begins(&self) -> Option<u64> {
+        (self.elements() > 0).then_some(self.start)
+    }
+
+    /// Position and length of its bytes, if its elements are contiguous and in order.
+    pub(crate) fn run(&self) -> Option<(u64, u64)> {
+        match self.merged()[..] {
+            [] | [(_, 1)] => Some((self.start, self.bytes())),
+            _ => None,
+        }
+    }
+
     /// Whether the elements are floats of a type that can be read as such.
     pub fn is_float(&self) -> bool {
         matches!(

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use safetensors::Dtype;
 
 use crate::archive::{Archive, Packing};
+use crate::checksum::Sums;
 use crate::error::{Error, Result};
 use crate::ndarray::Arrays;
 use crate::pickle::{Id, MOST_BYTES, Node, Pickle};
@@ -44,10 +45,11 @@ pub(crate) fn is_pickle(start: &[u8]) -> bool {
 /// Where storages lie: key -> (position, bytes).
 type Storages = BTreeMap<String, (u64, u64)>;
 
-/// Reads an archive.
-pub(crate) fn read_zip(source: &Source) -> Result<Content> {
+/// Reads an archive. Tensors are checked against the checksums when they are read.
+pub(crate) fn read_zip(source: &Source) -> Result<(Content, Sums)> {
     let archive = Archive::read(source.clone())?;
     let mut entries = Storages::new();
+    let mut places = Vec::new();
     for entry in archive.entries() {
         let name = &entry.name;
         if entry.packing != Packing::Stored {
@@ -56,7 +58,9 @@ pub(crate) fn read_zip(source: &Source) -> Result<Content> {
                  archive and pack it again with `zip -0`"
             )));
         }
-        entries.insert(name.clone(), (archive.start(entry)?, entry.size));
+        let start = archive.start(entry)?;
+        entries.insert(name.clone(), (start, entry.size));
+        places.push((start, entry.clone()));
     }
     let prefix = match entries
         .keys()
@@ -78,15 +82,21 @@ pub(crate) fn read_zip(source: &Source) -> Result<Content> {
             )));
         }
     }
-    let (start, len) = entries[&format!("{prefix}data.pkl")];
+    let name = format!("{prefix}data.pkl");
+    let (start, len) = entries[&name];
     check_pickle(len)?;
-    let pickle = Pickle::read(source.bytes(start, len)?.into(), 0)?;
+    let bytes = source.bytes(start, len)?;
+    if let Some(entry) = archive.entry(&name).filter(|entry| entry.has_sum()) {
+        entry.check(&bytes)?;
+    }
+    let pickle = Pickle::read(bytes.into(), 0)?;
     let folder = format!("{prefix}data/");
     let storages = entries
         .into_iter()
         .filter_map(|(name, place)| Some((name.strip_prefix(&folder)?.to_owned(), place)))
         .collect();
-    Content::of(pickle, storages)
+    let sums = Sums::of_torch(places.into_iter());
+    Ok((Content::of(pickle, storages)?, sums))
 }
 
 fn check_pickle(len: u64) -> Result<()> {

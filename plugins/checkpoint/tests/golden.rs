@@ -111,7 +111,7 @@ fn floats_and_indices_are_converted() {
     assert_eq!(flat.container(), Container::TorchZip);
 }
 
-/// The bytes of a small archive with every `from` replaced.
+/// The bytes of a small archive with every `from` replaced, without sums, as torch writes it where it is told to.
 fn altered(file: &str, from: &[u8], to: &[u8]) -> Vec<u8> {
     assert_eq!(from.len(), to.len());
     let mut bytes = std::fs::read(folder().join(file)).unwrap();
@@ -123,6 +123,11 @@ fn altered(file: &str, from: &[u8], to: &[u8]) -> Vec<u8> {
         }
     }
     assert!(found);
+    for i in 0..bytes.len() - 20 {
+        if bytes[i..].starts_with(b"PK\x01\x02") {
+            bytes[i + 16..i + 20].fill(0);
+        }
+    }
     bytes
 }
 

@@ -11,6 +11,12 @@ use retort_checkpoint::{Checkpoint, Dtype, Tensor};
 use crate::error::{Error, Result};
 use crate::numpy::{Archive, other_shape};
 
+/// Whether a file is an archive of NumPy's, by its name.
+pub fn is_archive(path: &Path) -> bool {
+    path.extension()
+        .is_some_and(|e| e.eq_ignore_ascii_case("npz"))
+}
+
 /// An open file of arrays.
 pub struct Arrays {
     path: PathBuf,
@@ -29,10 +35,7 @@ impl Arrays {
     /// # Errors
     /// It cannot be read, or is neither kind of file.
     pub fn open(path: &Path) -> Result<Self> {
-        let holder = if path
-            .extension()
-            .is_some_and(|e| e.eq_ignore_ascii_case("npz"))
-        {
+        let holder = if is_archive(path) {
             Holder::Numpy(Archive::open(path)?)
         } else {
             let checkpoint = Checkpoint::open(path).map_err(Error::checkpoint(path))?;
@@ -45,6 +48,20 @@ impl Arrays {
             path: path.to_owned(),
             holder,
         })
+    }
+
+    /// The shape of an array, if there is one of that name. None of its elements is read.
+    ///
+    /// # Errors
+    /// It is damaged, or holds no numbers.
+    pub fn shape(&self, name: &str) -> Result<Option<Vec<usize>>> {
+        match &self.holder {
+            Holder::Numpy(archive) => archive.shape(name),
+            Holder::Checkpoint(_, tensors) => {
+                let found = tensors.iter().find(|(own, _)| own == name);
+                Ok(found.map(|(_, tensor)| tensor.shape.clone()))
+            }
+        }
     }
 
     /// The elements of an array, if there is one of that name.
@@ -105,6 +122,8 @@ mod tests {
         let found = arrays.read("sigma", &[2, 2]).unwrap().unwrap();
         assert_eq!(found, sigma);
         assert_eq!(arrays.read("mu", &[2]).unwrap().unwrap(), mu);
+        assert_eq!(arrays.shape("sigma").unwrap(), Some(vec![2, 2]));
+        assert_eq!(arrays.shape("mu_s").unwrap(), None);
         assert_eq!(arrays.read("mu_s", &[2]).unwrap(), None);
         let said = arrays.read("mu", &[3]).unwrap_err().to_string();
         assert!(

@@ -21,6 +21,7 @@ use crate::files::{CONFIG_MOST, link};
 use crate::model::{
     ConditionShape, Student, Teacher, TokenShape, Tokenizer, llamagen, msvq, var, vq,
 };
+use crate::size::Sides;
 use crate::weights::{self, Loader, Source, Start, Stored, Weights};
 
 /// `config.json` of a tokenizer, teacher or student.
@@ -96,7 +97,8 @@ impl TokenizerConfig {
             Self::Vq(c) => &c.autoencoder,
             Self::Msvq(c) => &c.autoencoder,
         };
-        [shape.image_channels, shape.image_size, shape.image_size]
+        let Sides { height, width } = shape.image_size;
+        [shape.image_channels, height, width]
     }
 
     /// The family whose tokens it makes.
@@ -121,7 +123,7 @@ impl TokenizerConfig {
             Self::Vq(c) => &c.autoencoder,
             Self::Msvq(c) => &c.autoencoder,
         };
-        shape.side().saturating_mul(shape.side())
+        shape.map().area()
     }
 
     /// Channels of the feature maps that are as large as the images.

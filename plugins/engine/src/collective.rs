@@ -34,6 +34,20 @@ pub trait Collective: Send + Sync {
     /// [`crate::error::Error::Rank`].
     fn barrier(&self) -> Result<()>;
 
+    /// The values of all ranks in one list of so many, of which a rank has those from `at` on: the same bits for all.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Rank`].
+    fn gather(&self, own: &[f32], at: usize, all: usize) -> Result<Vec<f32>> {
+        let mut values = vec![0.0; all];
+        values[at..at + own.len()].copy_from_slice(own);
+        if self.is_shared() {
+            // A sum with zeros alone.
+            self.all_reduce(&mut values)?;
+        }
+        Ok(values)
+    }
+
     /// Whether there are others.
     fn is_shared(&self) -> bool {
         self.size() > 1
@@ -76,9 +90,9 @@ impl Collective for Single {
 }
 
 /// The host of a rank that is not the first: what all would say alike, the first says.
-pub(crate) struct Quiet<'a>(pub &'a dyn Host);
+pub(crate) struct QuietHost<'a>(pub &'a dyn Host);
 
-impl Host for Quiet<'_> {
+impl Host for QuietHost<'_> {
     fn log(&self, level: LogLevel, message: &str) {
         let level = match level {
             LogLevel::Info | LogLevel::Warn => LogLevel::Debug,

@@ -8,6 +8,7 @@ use retort_abi::{ArtifactDraft, ArtifactMeta, Cancel, Host, Input, StageJob, Sta
 
 use crate::backend::Backend;
 use crate::collective::Collective;
+use crate::data::kept::{self, Place};
 use crate::data::{self, Data, Images};
 use crate::error::{Error, Result};
 
@@ -42,12 +43,35 @@ impl<'a, B: Backend> Context<'a, B> {
 
     /// The images that an option names.
     pub fn images(&self, data: &Data) -> Result<Images> {
+        self.images_unless(data, |_| Ok(()))
+    }
+
+    /// The same, unless `accept` refuses their number; it is asked before any is decoded.
+    pub fn images_unless(
+        &self,
+        data: &Data,
+        accept: impl FnOnce(usize) -> Result<()>,
+    ) -> Result<Images> {
         let stage = match data {
             Data::Stage(stage) => Some(stage),
             Data::Source(options) => options.images.as_ref(),
         };
         let dir = stage.map(|stage| self.input_dir(stage)).transpose()?;
-        data::load(data, dir, &self.job.base_dir, self.host)
+        let place = Place {
+            host: self.host,
+            base_dir: &self.job.base_dir,
+            folder: self
+                .job
+                .work_dir
+                .as_ref()
+                .map(|work| work.join(kept::FOLDER)),
+            // Only the parts of a divided stage share a work directory.
+            turn: &|| {
+                let divided = self.job.part.is_some();
+                divided.then(|| self.lock(kept::FOLDER)).transpose()
+            },
+        };
+        data::load(data, dir, &place, accept)
     }
 
     /// Whether tensors lie in the host's memory.

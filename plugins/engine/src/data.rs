@@ -1,4 +1,4 @@
-//! Labelled images that a stage learns from or is measured against.
+//! Labelled images for training or evaluation.
 //!
 //! In: a folder of image files, a table of them, a tar archive, NumPy's arrays, a CSV file of grey values, or the artifact
 //! of an `images` stage. Out: [`Images`], bytes in memory or in files, made f32 in [-1, 1] a batch at a time. What is wrong
@@ -8,12 +8,13 @@
 pub mod arrays;
 pub mod class;
 pub mod content;
-mod demand;
+mod decoding_cost;
 pub mod error;
 pub mod feed;
 pub mod file;
 pub mod folder;
-mod looked;
+mod inspection;
+pub mod kept;
 pub mod options;
 pub mod prepared;
 pub mod raster;
@@ -25,13 +26,12 @@ pub mod values;
 
 use std::path::Path;
 
-use retort_abi::{Cancel, Host, LogLevel};
-
 pub use error::DataError;
-pub use options::{Data, DataOptions};
+pub use options::{Data, DataOptions, Sizing};
 
 use crate::error::Result;
 use crate::random::{Sequence, Stream};
+use kept::Place;
 use prepared::Prepared;
 use source::Source;
 
@@ -51,6 +51,8 @@ pub struct Images {
     pub names: Vec<String>,
     /// Height and width as stored, from which images of `height` and `width` are cut out.
     stored: (usize, usize),
+    /// How they were brought to that size, if they were.
+    sizing: Option<Sizing>,
     /// Whether training sees half of them mirrored.
     flip: bool,
     /// What each byte is in [-1, 1].
@@ -80,51 +82,26 @@ pub struct Augment {
     pub epoch: u64,
 }
 
-/// More bytes of images in memory than this are worth a word.
-const MUCH: u64 = 2 << 30;
-
-/// Reads the images of `data`, whose `images` stage, if it names one, has its output in `stage`; relative paths start from
-/// `base_dir`.
-pub fn load(data: &Data, stage: Option<&Path>, base_dir: &Path, host: &dyn Host) -> Result<Images> {
+/// Reads the images of `data`, whose `images` stage, if it names one, has its output in `stage`. `accept` gets the number
+/// of images before any is decoded.
+pub fn load(
+    data: &Data,
+    stage: Option<&Path>,
+    place: &Place<'_>,
+    accept: impl FnOnce(usize) -> Result<()>,
+) -> Result<Images> {
     let whole = DataOptions::default();
     let options = match data {
         Data::Stage(_) => &whole,
         Data::Source(options) => options,
     };
     let images = match stage {
-        Some(dir) => Images::of(Prepared::open(dir)?),
-        None => {
-            let source = Source::open(options, base_dir)?;
-            let total = source.count() as u64;
-            for (level, message) in &source.notices {
-                host.log(*level, message);
-            }
-            host.log(LogLevel::Info, &source.summary());
-            let bytes = total * (source.height * source.width * source.channels) as u64;
-            if bytes > MUCH {
-                let message = format!(
-                    "{total} images take {:.1} GB of memory; an `images` stage keeps them in files and prepares them once \
-                     for all stages",
-                    bytes as f64 / 1e9
-                );
-                host.log(LogLevel::Warn, &message);
-            }
-            let (images, damaged) = Images::read(source, &mut |done| {
-                host.progress(done, total, "images");
-                host.cancelled() == Cancel::Run
-            })?;
-            if !damaged.is_empty() {
-                let first = &damaged[0];
-                let message = format!(
-                    "{} damaged images were left out ({}: {}, ...)",
-                    damaged.len(),
-                    first.name,
-                    first.why
-                );
-                host.log(LogLevel::Warn, &message);
-            }
+        Some(dir) => {
+            let images = Images::of(Prepared::open(dir)?);
+            accept(images.len())?;
             images
         }
+        None => place.read(options, accept)?,
     };
     Ok(images.seen_as(options)?)
 }
@@ -145,6 +122,7 @@ impl Images {
             classes: names.len(),
             names,
             stored: (height, width),
+            sizing: None,
             flip: false,
             values: Box::new(std::array::from_fn(|byte| byte as f32 / white * 2.0 - 1.0)),
             bytes,
@@ -154,8 +132,11 @@ impl Images {
     fn of(prepared: Prepared) -> Self {
         let d = &prepared.description;
         let (shape, white, names) = ((d.channels, d.height, d.width), d.white, d.classes.clone());
-        let labels = prepared.labels.clone();
-        Self::new(shape, white, names, labels, Bytes::Files(prepared))
+        let (labels, sizing) = (prepared.labels.clone(), d.sizing);
+        Self {
+            sizing,
+            ..Self::new(shape, white, names, labels, Bytes::Files(prepared))
+        }
     }
 
     /// Reads a source into memory; also returns the damaged files that were left out. `progress` says whether to go on.
@@ -164,7 +145,7 @@ impl Images {
         progress: &mut dyn FnMut(u64) -> bool,
     ) -> Result<(Self, Vec<content::Damaged>)> {
         let shape = (source.channels, source.height, source.width);
-        let (white, names) = (source.white, source.names.clone());
+        let (white, names, sizing) = (source.white, source.names.clone(), source.sizing);
         let (mut bytes, mut labels) = (Vec::new(), Vec::new());
         bytes.reserve_exact(source.count() * shape.0 * shape.1 * shape.2);
         let damaged = source.read(progress, &mut |image| {
@@ -172,15 +153,16 @@ impl Images {
             labels.push(image.label);
             Ok(())
         })?;
-        Ok((
-            Self::new(shape, white, names, labels, Bytes::Memory(bytes)),
-            damaged,
-        ))
+        let images = Self {
+            sizing,
+            ..Self::new(shape, white, names, labels, Bytes::Memory(bytes))
+        };
+        Ok((images, damaged))
     }
 
     /// The same images, cut and mirrored as options say.
     fn seen_as(mut self, options: &DataOptions) -> Result<Self, DataError> {
-        if let Some((h, w)) = options.crop.map(options::Size::sides) {
+        if let Some((h, w)) = options.crop.map(crate::size::Size::sides) {
             if h > self.height || w > self.width {
                 let message = format!(
                     "data: `crop` {h} x {w} is larger than the images, {} x {}",
@@ -207,6 +189,15 @@ impl Images {
     /// Channels, height and width.
     pub fn shape(&self) -> [usize; 3] {
         [self.channels, self.height, self.width]
+    }
+
+    /// How they came to their size by options, if they did, for people.
+    pub fn sizing(&self) -> Option<String> {
+        let cut = (self.height, self.width) != self.stored;
+        let cut = cut.then(|| format!("cut to {} x {}", self.height, self.width));
+        let sizing = self.sizing.map(|sizing| sizing.to_string());
+        let both: Vec<String> = sizing.into_iter().chain(cut).collect();
+        (!both.is_empty()).then(|| both.join(", "))
     }
 
     /// Values of one image: channels x height x width.

@@ -55,7 +55,7 @@ pub enum Error {
     #[error("{0}")]
     Rank(String),
     /// The host asked to stop; what was done is in the work directory.
-    #[error("stopped as asked; the work done so far is kept")]
+    #[error("stopped on request; the work so far is kept")]
     Cancelled,
     /// The host refused a service.
     #[error(transparent)]

@@ -19,6 +19,37 @@ pub fn replace(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<(
     std::fs::rename(&partial, path).map_err(Error::io(path))
 }
 
+/// Writes a directory of files under another name first, so that the path always holds a complete one. Leftovers of earlier
+/// attempts are removed.
+pub fn replace_dir<T>(path: &Path, write: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+    let partial = path.with_extension("partial");
+    remove_dir(&partial)?;
+    std::fs::create_dir(&partial).map_err(Error::io(&partial))?;
+    let written = write(&partial).and_then(|written| {
+        for entry in std::fs::read_dir(&partial).map_err(Error::io(&partial))? {
+            let file = entry.map_err(Error::io(&partial))?.path();
+            std::fs::File::open(&file)
+                .and_then(|f| f.sync_all())
+                .map_err(Error::io(&file))?;
+        }
+        remove_dir(path)?;
+        std::fs::rename(&partial, path).map_err(Error::io(path))?;
+        Ok(written)
+    });
+    if written.is_err() {
+        let _ = std::fs::remove_dir_all(&partial);
+    }
+    written
+}
+
+/// Removes a directory if it is there.
+fn remove_dir(path: &Path) -> Result<()> {
+    match std::fs::remove_dir_all(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path)(error)),
+        _ => Ok(()),
+    }
+}
+
 /// Pretty JSON into a file.
 pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(value).map_err(|e| Error::Internal(e.to_string()))?;

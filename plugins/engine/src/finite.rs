@@ -6,7 +6,7 @@
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 
-/// The sums of what was watched.
+/// The sums of checked values.
 pub struct Finite<B: Backend> {
     /// Whose tensors they are, for messages.
     whose: &'static str,

@@ -16,14 +16,42 @@ pub fn check_batch(pointer: &str, batch: usize, each: Option<u64>) -> Result<()>
     }
 }
 
+/// Refuses `what` if it needs more bytes than are free, at an option's place; `advice` says what to do instead.
+pub fn check(pointer: &str, what: &str, needed: Option<u64>, advice: &str) -> Result<()> {
+    match free() {
+        Some(free) => has_room(pointer, what, needed, (advice, free)),
+        None => Ok(()),
+    }
+}
+
+fn has_room(
+    pointer: &str,
+    what: &str,
+    needed: Option<u64>,
+    (advice, free): (&str, u64),
+) -> Result<()> {
+    if needed.is_some_and(|needed| needed <= free) {
+        return Ok(());
+    }
+    let (needs, free) = (needs(needed), gigabytes(free));
+    let message = format!("{what} need {needs} of memory, {free} are free: {advice}");
+    Err(Error::option(pointer, message))
+}
+
+/// A lower bound in words.
+fn needs(needed: Option<u64>) -> String {
+    match needed {
+        Some(needed) => format!("at least {}", gigabytes(needed)),
+        None => "more than there is anywhere".into(),
+    }
+}
+
 fn fits(pointer: &str, batch: usize, each: Option<u64>, free: u64) -> Result<()> {
     let needed = each.and_then(|each| each.checked_mul(batch as u64));
     if needed.is_some_and(|needed| needed <= free) {
         return Ok(());
     }
-    let needs = needed.map_or("more than there is anywhere".into(), |needed| {
-        format!("at least {}", gigabytes(needed))
-    });
+    let needs = needs(needed);
     let advice = match each.map(|each| free / each.max(1)) {
         None | Some(0) => "not even a batch of 1 fits".to_owned(),
         Some(most) => format!("at most {most} fit; try {}", (most / 2).max(1)),
@@ -142,6 +170,20 @@ mod tests {
         assert!(said(1, Some(9_000_000_000)).ends_with("not even a batch of 1 fits"));
         assert!(said(usize::MAX, Some(1_000_000)).contains("more than there is anywhere"));
         assert!(said(1, None).contains("more than there is anywhere"));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_with_what_to_do() {
+        let said = |needed| match has_room("/n", "features", needed, ("less", 8_000_000_000)) {
+            Ok(()) => String::new(),
+            Err(error) => error.to_string(),
+        };
+        assert_eq!(said(Some(8_000_000_000)), "");
+        assert_eq!(
+            said(Some(10_495_320_064)),
+            "features need at least 10.5 GB of memory, 8.0 GB are free: less"
+        );
+        assert!(said(None).contains("more than there is anywhere of memory"));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The networks, once each, generic over the backend, and what stages may expect of any family.
+//! The networks, once each, generic over the backend, and the interface of every family.
 //!
 //! A family brings a [`Tokenizer`], a [`Teacher`] and a [`Student`]. Tokens of an image are generated in AR steps;
 //! a step yields one token (LlamaGen) or all tokens of a scale (VAR). Everything outside this folder speaks of steps
@@ -25,7 +25,7 @@ pub use retort_checkpoint::trajectories::{CaptionShape, ConditionShape};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::backend::{Backend, Unary};
+use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::tape::Variable;
 
@@ -38,11 +38,11 @@ pub struct TokenShape {
     pub vocabulary: usize,
     /// Codebook dimension D.
     pub dim: usize,
-    /// What its images are made for.
+    /// Its conditioning.
     pub condition: ConditionShape,
 }
 
-/// What the images of a batch are made for, one entry an image.
+/// The conditioning of a batch, one entry per image.
 #[derive(Debug, Clone)]
 pub enum Conditions<B: Backend> {
     /// Class ids (b).
@@ -115,6 +115,9 @@ pub trait Tokenizer<B: Backend> {
     fn decode(&self, latents: &Variable<B>) -> Result<Variable<B>>;
     /// Images (b, c, h, w) in [-1, 1], encoded and decoded, with what training needs.
     fn reconstruct(&self, images: &B::Tensor) -> Result<Reconstruction<B>>;
+    /// Whether the activations inside residual and attention blocks are computed again in the backward pass instead of
+    /// being kept ([`Variable::segment`]).
+    fn recompute(&mut self, blocks: bool);
 }
 
 /// What a pass of a tokenizer in training yields.
@@ -144,15 +147,12 @@ pub struct LastConvolution<B: Backend> {
 }
 
 impl<B: Backend> LastConvolution<B> {
-    /// Length of the gradient of its kernel, given that of the images.
-    pub fn pull(&self, images: &B::Tensor) -> Result<f64> {
+    /// Gradient of its kernel, given that of the images.
+    pub fn gradient(&self, images: &B::Tensor) -> Result<B::Tensor> {
         let padding = [B::shape(&self.kernel)[2] / 2; 2];
         let (_, gradient) =
             B::conv2d_backward(&self.input, &self.kernel, images, 1, padding, (false, true))?;
-        let gradient = gradient.ok_or_else(|| Error::Internal("no gradient of a kernel".into()))?;
-        let square = B::unary(&gradient, Unary::Square)?;
-        let sum = B::to_floats(&B::sum(&square, &[0, 1, 2, 3])?)?;
-        Ok(f64::from(sum[0]).sqrt())
+        gradient.ok_or_else(|| Error::Internal("no gradient of a kernel".into()))
     }
 }
 
@@ -160,7 +160,7 @@ impl<B: Backend> LastConvolution<B> {
 /// embeddings of places, offsets of modulations.
 const SPARED: [&str; 5] = ["scale_mul", "pos_1LC", "pos_start", "lvl_embed", "ada_gss"];
 
-/// Whether weight decay pulls at a parameter: at matrices and other embeddings, as in the published trainings.
+/// Whether weight decay acts on a parameter: on matrices and other embeddings, as in the published trainings.
 pub fn decays(name: &str, shape: &[usize]) -> bool {
     shape.len() > 1 && !name.ends_with("bias") && !SPARED.iter().any(|part| name.contains(part))
 }
@@ -174,6 +174,9 @@ pub trait Teacher<B: Backend> {
     fn token_shape(&self) -> &TokenShape;
     /// Teacher-forced logits (b, L, K) of tokens (b, L); differentiable.
     fn forced(&self, conditions: &Conditions<B>, tokens: &B::Tensor) -> Result<Variable<B>>;
+    /// Whether the activations inside blocks are computed again in the backward pass instead of being kept
+    /// ([`Variable::segment`]).
+    fn recompute(&mut self, blocks: bool);
     /// Starts generating.
     fn generate<'a>(
         &'a self,
@@ -200,7 +203,7 @@ pub struct Guidance {
     pub interval: Option<usize>,
 }
 
-/// What the tokens see of each other that a generation is given.
+/// The mask between the tokens that a generation is given.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum PrefixMask {
@@ -221,7 +224,7 @@ pub trait Generation<B: Backend> {
     fn prefill(&mut self, tokens: &B::Tensor, mask: PrefixMask) -> Result<B::Tensor>;
 }
 
-/// What a student says of X_t.
+/// A student's prediction.
 pub struct Prediction<B: Backend> {
     /// Logits over the codebook (b, L, K).
     pub logits: Variable<B>,

@@ -35,6 +35,29 @@ impl Archive {
     /// The elements of an array of a shape, in C order, if one of that name is there. Nothing of one of another shape is
     /// unpacked but what says so.
     pub fn array(&self, name: &str, shape: &[usize]) -> Result<Option<Vec<f64>>> {
+        match self.unpacked(name, |file, size| read_array(file, shape, Some(size)))? {
+            None => Ok(None),
+            Some(Ok(data)) => Ok(Some(data)),
+            Some(Err(found)) => Err(Error::data(&self.path, other_shape(name, &found, shape))),
+        }
+    }
+
+    /// The shape of an array, if one of that name is there. Nothing is unpacked but what says so.
+    pub fn shape(&self, name: &str) -> Result<Option<Vec<usize>>> {
+        self.unpacked(name, |file, size| {
+            let header = Header::read(file)?;
+            header.check_size(size)?;
+            Ok(header.shape)
+        })
+    }
+
+    /// What is read of the file of an array and its size, if one of that name is there. Reading the last byte fails if the
+    /// CRC-32 does not match.
+    fn unpacked<T>(
+        &self,
+        name: &str,
+        read: impl FnOnce(&mut dyn Read, u64) -> Result<T, String>,
+    ) -> Result<Option<T>> {
         let Some(entry) = self.zip.entry(&format!("{name}.npy")) else {
             return Ok(None);
         };
@@ -42,16 +65,15 @@ impl Archive {
         let packed = self.zip.packed(entry).map_err(|e| wrong(e.to_string()))?;
         // By large pieces: arrays have headers of some bytes and elements by the million.
         let packed = io::BufReader::with_capacity(1 << 16, packed);
-        let array = match entry.packing {
-            Packing::Stored => read_array(packed, shape),
-            Packing::Deflate => read_array(flate2::bufread::DeflateDecoder::new(packed), shape),
+        let found = match entry.packing {
+            Packing::Stored => read(&mut entry.checked(packed), entry.size),
+            Packing::Deflate => {
+                let unpacked = flate2::bufread::DeflateDecoder::new(packed);
+                read(&mut entry.checked(unpacked), entry.size)
+            }
             Packing::Other => Err("encrypted, or not compressed by deflate".into()),
         };
-        match array {
-            Ok(Ok(data)) => Ok(Some(data)),
-            Ok(Err(found)) => Err(Error::data(&self.path, other_shape(name, &found, shape))),
-            Err(message) => Err(wrong(message)),
-        }
+        found.map(Some).map_err(wrong)
     }
 }
 
@@ -64,7 +86,8 @@ impl Archive {
             .collect()
     }
 
-    /// An array that is there, to be read from its beginning to its end.
+    /// An array that is there, to be read from its beginning to its end. Reading the last element fails if the entry's CRC-32
+    /// does not match.
     pub fn stream(&self, name: &str) -> Result<Stream> {
         let wrong = |message: String| Error::data(&self.path, format!("array {name}: {message}"));
         let entry = self.zip.entry(&format!("{name}.npy"));
@@ -76,13 +99,15 @@ impl Archive {
             .map_err(Error::io(&self.path))?;
         let file = BufReader::new(file.take(entry.packed));
         let reader: Box<dyn Read + Send> = match entry.packing {
-            Packing::Stored => Box::new(file),
-            Packing::Deflate => Box::new(flate2::bufread::DeflateDecoder::new(file)),
+            Packing::Stored => Box::new(entry.checked(file)),
+            Packing::Deflate => Box::new(entry.checked(flate2::bufread::DeflateDecoder::new(file))),
             Packing::Other => {
                 return Err(wrong("encrypted, or not compressed by deflate".into()));
             }
         };
-        Stream::begin(reader).map_err(wrong)
+        let stream = Stream::begin(reader).map_err(wrong)?;
+        stream.header.check_size(entry.size).map_err(wrong)?;
+        Ok(stream)
     }
 }
 
@@ -204,6 +229,8 @@ struct Header {
     shape: Vec<usize>,
     /// Number of elements.
     count: usize,
+    /// Bytes of the header itself.
+    own: u64,
 }
 
 impl Header {
@@ -252,7 +279,20 @@ impl Header {
             fortran,
             shape,
             count,
+            own: (8 + wide + length) as u64,
         })
+    }
+
+    /// Refuses a header that does not match the size of the archive's entry.
+    fn check_size(&self, entry: u64) -> Result<(), String> {
+        let expected = self.own + (self.count * self.size) as u64;
+        if entry == expected {
+            return Ok(());
+        }
+        Err(format!(
+            "its entry has {entry} bytes, expected {expected} for shape {:?}",
+            self.shape
+        ))
     }
 
     /// The elements that these bytes are.
@@ -287,14 +327,19 @@ fn start_of(text: &str) -> String {
     text.trim_end().chars().take(200).collect()
 }
 
-/// Reads the elements of a `.npy` file, last dimension fastest; the shape, where it is not the one that is wanted.
+/// Reads the elements of a `.npy` file, last dimension fastest; the shape, where it is not the one that is wanted. `entry` is
+/// the size of an archive's entry.
 fn read_array(
     mut file: impl Read,
     wanted: &[usize],
+    entry: Option<u64>,
 ) -> Result<Result<Vec<f64>, Vec<usize>>, String> {
     let header = Header::read(&mut file)?;
     if header.shape != wanted {
         return Ok(Err(header.shape));
+    }
+    if let Some(entry) = entry {
+        header.check_size(entry)?;
     }
     let (size, shape) = (header.count * header.size, &header.shape);
     let mut bytes = Vec::new();
@@ -449,6 +494,97 @@ mod tests {
         assert!(Archive::open(&path).is_err());
     }
 
+    /// An archive of one array, `mu`, of 1000 bytes that do not compress well, deflated in blocks that are not packed where
+    /// `deflated`.
+    fn bytes_in_an_archive(path: &Path, deflated: bool) -> Vec<u8> {
+        let noise = |i: u32| (i.wrapping_mul(2_654_435_761) >> 24) as u8;
+        let data: Vec<u8> = (0..1000).map(noise).collect();
+        let mut archive = zip::ZipWriter::new(File::create(path).unwrap());
+        let array = npy("|u1", "False", "(1000,)", &data);
+        if deflated {
+            // The library is built without deflate: packed here, and its entry said to be so afterwards.
+            let level = flate2::Compression::none();
+            let mut packed = flate2::write::DeflateEncoder::new(Vec::new(), level);
+            packed.write_all(&array).unwrap();
+            archive.start_file("mu.npy", stored(0)).unwrap();
+            archive.write_all(&packed.finish().unwrap()).unwrap();
+        } else {
+            archive.start_file("mu.npy", stored(0)).unwrap();
+            archive.write_all(&array).unwrap();
+        }
+        archive.finish().unwrap();
+        if deflated {
+            let mut file = std::fs::read(path).unwrap();
+            let found = file.windows(4).position(|four| four == b"PK\x01\x02");
+            let entry = found.unwrap();
+            file[entry + 10] = 8;
+            let sum = flate2_sum(&array).to_le_bytes();
+            file[entry + 16..entry + 20].copy_from_slice(&sum);
+            let size = (array.len() as u32).to_le_bytes();
+            file[entry + 24..entry + 28].copy_from_slice(&size);
+            std::fs::write(path, file).unwrap();
+        }
+        data
+    }
+
+    fn flate2_sum(bytes: &[u8]) -> u32 {
+        let mut sum = flate2::Crc::new();
+        sum.update(bytes);
+        sum.sum()
+    }
+
+    #[test]
+    fn a_changed_byte_is_an_error_and_no_other_number() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.npz");
+        for deflated in [false, true] {
+            let data = bytes_in_an_archive(&path, deflated);
+            let archive = Archive::open(&path).unwrap();
+            let array = archive.array("mu", &[1000]).unwrap().unwrap();
+            assert!(array.iter().zip(&data).all(|(x, y)| *x == f64::from(*y)));
+            let mut stream = archive.stream("mu").unwrap();
+            let parts = [400, 600].map(|count| stream.read_bytes(count).unwrap());
+            assert_eq!(parts.concat(), data);
+
+            let mut file = std::fs::read(&path).unwrap();
+            let at = file.windows(1000).position(|own| own == data).unwrap();
+            file[at + 100] ^= 16;
+            std::fs::write(&path, file).unwrap();
+            let archive = Archive::open(&path).unwrap();
+            let expected = flate2_sum(&npy("|u1", "False", "(1000,)", &data));
+            let check = |said: String| {
+                let words = ["a.npz", "the entry mu.npy of the zip archive is damaged"];
+                assert!(words.iter().all(|own| said.contains(own)), "{said}");
+                let sum = format!("expected {expected:08x}");
+                assert!(said.contains(&sum), "{sum}: {said}");
+            };
+            check(archive.array("mu", &[1000]).unwrap_err().to_string());
+            // With the last bytes, whatever is read before.
+            let mut stream = archive.stream("mu").unwrap();
+            stream.read_bytes(999).unwrap();
+            check(format!("a.npz: {}", stream.read_bytes(1).unwrap_err()));
+        }
+    }
+
+    #[test]
+    fn a_shape_that_is_not_that_of_all_elements_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.npz");
+        bytes_in_an_archive(&path, false);
+        let mut file = std::fs::read(&path).unwrap();
+        let at = file.windows(6).position(|own| own == b"(1000,").unwrap();
+        file[at..at + 5].copy_from_slice(b"(  50");
+        std::fs::write(&path, file).unwrap();
+        let archive = Archive::open(&path).unwrap();
+        let said = [
+            archive.array("mu", &[50]).unwrap_err(),
+            archive.stream("mu").err().unwrap(),
+        ];
+        for said in said.map(|error| error.to_string()) {
+            assert!(said.contains("for shape [50]"), "{said}");
+        }
+    }
+
     #[test]
     fn every_order_of_floats_is_read() {
         let expected = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
@@ -471,10 +607,14 @@ mod tests {
             ("<f4", "False", bytes(&expected, little)),
             ("<f4", "True", bytes(&turned, little)),
         ] {
-            let found = read_array(&npy(descr, fortran, "(2, 3)", &data)[..], &[2, 3]);
+            let found = read_array(&npy(descr, fortran, "(2, 3)", &data)[..], &[2, 3], None);
             assert_eq!(found.unwrap().unwrap(), expected);
         }
-        let scalar = read_array(&npy("<f8", "False", "()", &7f64.to_le_bytes())[..], &[]);
+        let scalar = read_array(
+            &npy("<f8", "False", "()", &7f64.to_le_bytes())[..],
+            &[],
+            None,
+        );
         assert_eq!(scalar.unwrap().unwrap(), [7.0]);
     }
 
@@ -527,7 +667,7 @@ mod tests {
                 "shape [9999999999, 9999999999]",
             ),
         ] {
-            let error = read_array(&file[..], &[2]).unwrap_err();
+            let error = read_array(&file[..], &[2], None).unwrap_err();
             assert!(error.starts_with(expected), "{error}");
         }
     }
@@ -552,7 +692,7 @@ mod tests {
             let mut entry = [signature, versions, &[0, 0, 8, 0], &[0; 8]].concat();
             entry.extend((packed.len() as u32).to_le_bytes());
             entry.extend(
-                u32::try_from(8 * count)
+                u32::try_from(header.len() + 8 * count)
                     .unwrap_or(u32::MAX - 1)
                     .to_le_bytes(),
             );

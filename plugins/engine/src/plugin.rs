@@ -6,7 +6,7 @@ use retort_abi::{
 };
 
 use crate::backend::Backend;
-use crate::collective::{Collective, Quiet, Single};
+use crate::collective::{Collective, QuietHost, Single};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::stage::{self};
@@ -80,7 +80,7 @@ impl<B: Backend> Plugin for EnginePlugin<B> {
             (Some(meet), Some(part)) if (kind.describe)().together => meet(part)?,
             _ => Box::new(Single),
         };
-        let quiet = Quiet(host);
+        let quiet = QuietHost(host);
         let context = Context {
             host: if ranks.rank() == 0 { host } else { &quiet },
             job,

@@ -17,11 +17,12 @@ use crate::bundle::{Family, NetworkConfig, TokenizerConfig};
 use crate::error::{Error, Result};
 use crate::model::autoencoder::Shape;
 use crate::model::{CODEBOOK, CaptionShape, ConditionShape, llamagen, msvq, var, vq};
+use crate::size::Sides;
 use crate::weights::Stored;
 
 /// What a network is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Role {
+pub enum NetworkRole {
     /// Images to tokens and back.
     Tokenizer,
     /// Predicts tokens one AR step after the other.
@@ -30,7 +31,7 @@ pub enum Role {
     Student,
 }
 
-impl Role {
+impl NetworkRole {
     /// What people call it; also the kind of its artifact.
     pub fn name(self) -> &'static str {
         match self {
@@ -56,33 +57,33 @@ impl Role {
 }
 
 /// A weight that no other network has, what has it, and as what it can be loaded.
-type Sign = (&'static str, &'static str, Option<(Family, Role)>);
+type Sign = (&'static str, &'static str, Option<(Family, NetworkRole)>);
 
 const SIGNS: [Sign; 7] = [
     (
         "encoder.conv_blocks.0.res.0.conv1.weight",
         "a LlamaGen tokenizer",
-        Some((Family::Llamagen, Role::Tokenizer)),
+        Some((Family::Llamagen, NetworkRole::Tokenizer)),
     ),
     (
         "encoder.down.0.block.0.conv1.weight",
         "a VAR tokenizer",
-        Some((Family::Var, Role::Tokenizer)),
+        Some((Family::Var, NetworkRole::Tokenizer)),
     ),
     (
         "cls_embedding.cap_proj.fc1.weight",
         "a text-conditional LlamaGen teacher",
-        Some((Family::Llamagen, Role::Teacher)),
+        Some((Family::Llamagen, NetworkRole::Teacher)),
     ),
     (
         "layers.0.attention.wqkv.weight",
         "a LlamaGen teacher",
-        Some((Family::Llamagen, Role::Teacher)),
+        Some((Family::Llamagen, NetworkRole::Teacher)),
     ),
     (
         "blocks.0.attn.mat_qkv.weight",
         "a VAR teacher",
-        Some((Family::Var, Role::Teacher)),
+        Some((Family::Var, NetworkRole::Teacher)),
     ),
     ("Conv2d_1a_3x3.conv.weight", "an Inception network", None),
     ("features.0.weight", "a VGG network", None),
@@ -92,13 +93,13 @@ const SIGNS: [Sign; 7] = [
 const STUDENT: &str = "n_d_embed.weight";
 
 /// What a dictionary looks like: in words, and as one of the networks that can be loaded.
-fn recognise(dictionary: &Dictionary) -> Option<(String, Option<(Family, Role)>)> {
+fn recognise(dictionary: &Dictionary) -> Option<(String, Option<(Family, NetworkRole)>)> {
     let has = |name: &str| dictionary.get(name).is_some();
     let &(_, words, network) = SIGNS.iter().find(|(name, ..)| has(name))?;
     match network {
-        Some((family, Role::Teacher)) if has(STUDENT) => Some((
+        Some((family, NetworkRole::Teacher)) if has(STUDENT) => Some((
             words.replace("teacher", "student"),
-            Some((family, Role::Student)),
+            Some((family, NetworkRole::Student)),
         )),
         network => Some((words.to_owned(), network)),
     }
@@ -106,7 +107,12 @@ fn recognise(dictionary: &Dictionary) -> Option<(String, Option<(Family, Role)>)
 
 /// Opens a file, or the folder or index of several, at the dictionary that holds such a network. Files of other networks
 /// are refused in words.
-pub fn open(path: &Path, family: Family, role: Role, select: Option<&str>) -> Result<Stored> {
+pub fn open(
+    path: &Path,
+    family: Family,
+    role: NetworkRole,
+    select: Option<&str>,
+) -> Result<Stored> {
     if let Some(lone) = SingleShard::of(path)
         && path.is_file()
     {
@@ -158,7 +164,7 @@ struct Network<'d> {
 impl<'d> Network<'d> {
     /// Takes off what all names have in front. Where other tensors stand beside such a network, those that have its prefix
     /// are the network.
-    fn of(dictionary: &'d Dictionary, family: Family, role: Role) -> Self {
+    fn of(dictionary: &'d Dictionary, family: Family, role: NetworkRole) -> Self {
         let mut found = Self {
             weights: Cow::Borrowed(dictionary),
             prefix: String::new(),
@@ -205,12 +211,12 @@ fn prefixes(dictionary: &Dictionary) -> BTreeSet<String> {
     names.filter_map(of).collect()
 }
 
-fn wanted(family: Family, role: Role) -> String {
+fn wanted(family: Family, role: NetworkRole) -> String {
     format!("expected the weights of a {family} {}", role.name())
 }
 
 /// The dictionary that holds such a network: the only one, or the one in the usual place.
-fn choose(all: Vec<Network<'_>>, family: Family, role: Role) -> Result<Network<'_>, String> {
+fn choose(all: Vec<Network<'_>>, family: Family, role: NetworkRole) -> Result<Network<'_>, String> {
     let fits = |n: &&Network| recognise(&n.weights).is_some_and(|(_, n)| n == Some((family, role)));
     let place = |n: &Network| n.weights.path.clone();
     let list = |networks: &[&Network]| {
@@ -303,15 +309,15 @@ pub struct Hints {
     pub size: Option<String>,
     /// Attention heads.
     pub heads: Option<usize>,
-    /// Sides of LlamaGen's images in pixels; 256, if left out.
-    pub image_size: Option<usize>,
+    /// Sides of LlamaGen's images in pixels; 256 x 256, if left out.
+    pub image_size: Option<Sides>,
     /// Sides of VAR's token maps, coarse to fine.
     pub scales: Option<Vec<usize>>,
 }
 
 impl Hints {
-    fn image_size(&self) -> usize {
-        self.image_size.unwrap_or(256)
+    fn image_size(&self) -> Sides {
+        self.image_size.unwrap_or(Sides::square(256))
     }
 }
 
@@ -356,7 +362,7 @@ pub fn published(family: Family, hints: &Hints) -> Result<(TokenizerConfig, Netw
                 heads,
                 vocabulary: tokenizer.vocabulary,
                 codebook_dim: tokenizer.codebook_dim,
-                side: tokenizer.autoencoder.side(),
+                map: tokenizer.autoencoder.map(),
                 condition: ConditionShape::Classes(1000),
             };
             Ok((
@@ -404,7 +410,7 @@ fn unknown_size(size: &str, family: Family, names: &[&str]) -> Error {
 /// The shapes of a tokenizer and a teacher or student, from their weights.
 pub fn shapes(
     family: Family,
-    role: Role,
+    role: NetworkRole,
     tokenizer: &Stored,
     network: &Stored,
     hints: &Hints,
@@ -474,7 +480,7 @@ fn classes(stored: &Stored, name: &str) -> Result<usize> {
 fn autoencoder(
     stored: &Stored,
     level: impl Fn(usize, usize) -> String,
-    image_size: impl FnOnce(usize) -> usize,
+    image_size: impl FnOnce(usize) -> Sides,
 ) -> Result<Shape> {
     let channels = size(stored, "encoder.conv_in.weight", 0)?;
     let levels = count(stored, |i| level(i, 0));
@@ -490,9 +496,18 @@ fn autoencoder(
         let message = format!("level {i} has {width} channels, expected a multiple of {channels}");
         Err(Error::data(stored.path(), message))
     };
+    let factor = 1 << (levels - 1);
+    let sides = image_size(factor);
+    if sides.area() == 0 || !sides.is_multiple_of(factor) {
+        let message = format!(
+            "images of {sides}: {} has {levels} levels, so expected sides that are a multiple of {factor}",
+            stored.path().display()
+        );
+        return Err(Error::option("/image_size", message));
+    }
     Ok(Shape {
         image_channels: size(stored, "encoder.conv_in.weight", 1)?,
-        image_size: image_size(1 << (levels - 1)),
+        image_size: sides,
         channels,
         multipliers: (0..levels).map(multiplier).collect::<Result<_>>()?,
         res_blocks: count(stored, |j| level(0, j)),
@@ -514,7 +529,7 @@ fn llamagen_tokenizer(stored: &Stored, hints: &Hints) -> Result<vq::Config> {
 fn llamagen_network(
     stored: &Stored,
     tokenizer: &vq::Config,
-    role: Role,
+    role: NetworkRole,
     hints: &Hints,
 ) -> Result<llamagen::Config> {
     let depth = count(stored, |i| format!("layers.{i}.attention.wqkv.weight"));
@@ -538,11 +553,11 @@ fn llamagen_network(
         heads,
         vocabulary: size(stored, "output.weight", 0)?,
         codebook_dim: match role {
-            Role::Student => size(stored, "tok_embeddings.weight", 1)?,
+            NetworkRole::Student => size(stored, "tok_embeddings.weight", 1)?,
             // A teacher knows codes by their number only.
             _ => tokenizer.codebook_dim,
         },
-        side: tokenizer.autoencoder.side(),
+        map: tokenizer.autoencoder.map(),
         condition: llamagen_condition(stored)?,
     })
 }
@@ -586,7 +601,7 @@ fn check_same(
 /// Has the learned lengths of the queries, one a head, where queries and keys are normalised.
 const LENGTHS: &str = "blocks.0.attn.scale_mul_1H11";
 
-fn var_network(stored: &Stored, role: Role, hints: &Hints) -> Result<var::Config> {
+fn var_network(stored: &Stored, role: NetworkRole, hints: &Hints) -> Result<var::Config> {
     let depth = count(stored, |i| format!("blocks.{i}.attn.mat_qkv.weight"));
     let width = size(stored, "word_embed.weight", 0)?;
     if let Some(name) = &hints.size {
@@ -594,7 +609,7 @@ fn var_network(stored: &Stored, role: Role, hints: &Hints) -> Result<var::Config
         check_same(stored, name, (wanted.depth, wanted.width), (depth, width))?;
     }
     // A student has the class as a scale of its own in front.
-    let extra = usize::from(role == Role::Student);
+    let extra = usize::from(role == NetworkRole::Student);
     let levels = size(stored, "lvl_embed.weight", 0)?.saturating_sub(extra);
     let tokens = size(stored, "pos_1LC", 1)?.saturating_sub(extra);
     let sum = |scales: &[usize]| scales.iter().map(|n| n * n).sum::<usize>();
@@ -630,7 +645,9 @@ fn var_tokenizer(stored: &Stored, scales: &[usize]) -> Result<msvq::Config> {
     let level = |i, j| format!("encoder.down.{i}.block.{j}.conv1.weight");
     let side = scales.last().copied().unwrap_or(1);
     Ok(msvq::Config {
-        autoencoder: autoencoder(stored, level, |factor| side * factor)?,
+        autoencoder: autoencoder(stored, level, |factor| {
+            Sides::square(side.saturating_mul(factor))
+        })?,
         vocabulary: size(stored, CODEBOOK, 0)?,
         scales: scales.to_vec(),
         phi_convs: count(stored, |i| {

@@ -33,7 +33,7 @@ pub enum Stream {
     Augment = 8,
     /// Classes of samples, one index per sample.
     Class = 12,
-    /// Subsets of samples whose distances are averaged, index 0.
+    /// Subsets of samples whose distances are averaged, index 0; parts of samples in the order of their classes, index 1.
     Subset = 13,
 }
 

@@ -134,7 +134,8 @@ pub fn autoregressive<B: Backend>(
     B::cat(&given.chain(&chosen).collect::<Vec<_>>(), 1)
 }
 
-/// Tokens (b, L): the teacher's AR sampler up to the step `end`, then all others in one pass, each given those alone.
+/// Tokens (b, L): the teacher's AR sampler up to the step `end`, then all others in one pass, each given those alone and
+/// guided as at its own step.
 pub fn skipping<B: Backend>(
     teacher: &dyn Teacher<B>,
     conditions: &Conditions<B>,
@@ -357,16 +358,17 @@ pub fn check_timesteps(timesteps: &[usize], shape: &TokenShape, pointer: &str) -
     Ok(())
 }
 
-/// Images (b, c, h, w) in [0, 1] on the host from latents (b, L, D), brought to a side of so many pixels.
+/// Images (b, c, h, w) in [0, 1] on the host from latents (b, L, D), brought to a height and width in pixels.
 pub fn decode<B: Backend>(
     tokenizer: &dyn crate::model::Tokenizer<B>,
     latents: &B::Tensor,
-    side: usize,
+    sides: [usize; 2],
 ) -> Result<Vec<f32>> {
     let images = tokenizer.decode(&Variable::constant(latents.clone()))?;
-    let (decoded, mut pixels) = (images.shape()[3], B::to_floats(images.value())?);
-    if decoded != side {
-        pixels = bicubic_planes(&pixels, decoded, side);
+    let (shape, mut pixels) = (images.shape(), B::to_floats(images.value())?);
+    let decoded = [shape[2], shape[3]];
+    if decoded != sides {
+        pixels = bicubic_planes(&pixels, decoded, sides);
     }
     Ok(pixels
         .into_iter()

@@ -71,6 +71,9 @@ pub struct Manifest {
     pub passes: Option<usize>,
     /// Channels, height and width of an image.
     pub image: [usize; 3],
+    /// Height and width in which images were decoded, where they were brought to another size.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub decoded: Option<[usize; 2]>,
     /// Tokens L of a sample.
     pub tokens: usize,
     /// Codebook size K.

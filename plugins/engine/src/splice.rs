@@ -23,7 +23,7 @@ pub struct State<B: Backend> {
 
 /// Where a position of the final sequence comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Part {
+enum TokenSource {
     Known,
     Codes,
     Head,
@@ -51,38 +51,38 @@ impl<B: Backend> State<B> {
     ) -> Result<Variable<B>> {
         let shape = B::shape(&self.x);
         let (l, d) = (shape[1], shape[2]);
-        let part_of = |known: usize, i: usize| match i {
-            i if i < known => Part::Known,
-            i if i < boundary => Part::Codes,
-            _ => Part::Head,
+        let source_of = |known: usize, i: usize| match i {
+            i if i < known => TokenSource::Known,
+            i if i < boundary => TokenSource::Codes,
+            _ => TokenSource::Head,
         };
-        let parts: Vec<Part> = self
+        let sources: Vec<TokenSource> = self
             .known
             .iter()
-            .flat_map(|&known| (0..l).map(move |i| part_of(known, i)))
+            .flat_map(|&known| (0..l).map(move |i| source_of(known, i)))
             .collect();
         let mut used = Vec::new();
-        let mut uses = |part, vectors: Variable<B>| {
-            used.push((part, vectors.reshape(&[parts.len(), d])?));
+        let mut uses = |source, vectors: Variable<B>| {
+            used.push((source, vectors.reshape(&[sources.len(), d])?));
             Ok::<_, Error>(())
         };
-        if parts.contains(&Part::Known) {
-            uses(Part::Known, Variable::constant(self.x.clone()))?;
+        if sources.contains(&TokenSource::Known) {
+            uses(TokenSource::Known, Variable::constant(self.x.clone()))?;
         }
-        if parts.contains(&Part::Codes) {
+        if sources.contains(&TokenSource::Codes) {
             let codes = B::rows(codebook, &B::argmax_last(logits)?)?;
-            uses(Part::Codes, Variable::constant(codes))?;
+            uses(TokenSource::Codes, Variable::constant(codes))?;
         }
-        if parts.contains(&Part::Head) {
-            uses(Part::Head, head()?)?;
+        if sources.contains(&TokenSource::Head) {
+            uses(TokenSource::Head, head()?)?;
         }
         if let [(_, whole)] = &used[..] {
             return whole.reshape(&shape);
         }
         // Each position takes its row of the part that it comes from.
-        let rows = parts.iter().enumerate().map(|(at, part)| {
-            let place = used.iter().take_while(|(other, _)| other != part).count();
-            (place * parts.len() + at) as u32
+        let rows = sources.iter().enumerate().map(|(at, source)| {
+            let place = used.iter().take_while(|(other, _)| other != source).count();
+            (place * sources.len() + at) as u32
         });
         let rows: Vec<u32> = rows.collect();
         let table = Variable::cat(&used.iter().map(|(_, v)| v).collect::<Vec<_>>(), 0)?;

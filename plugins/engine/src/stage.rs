@@ -1,5 +1,6 @@
 //! The kinds of stage a recipe can name, one file each, and what they share.
 
+mod batch_memory;
 pub mod classifier;
 pub mod condition;
 pub mod conformance;
@@ -8,7 +9,6 @@ pub mod evaluate;
 pub mod images;
 pub mod noise;
 pub mod pretrain;
-mod room;
 pub mod sample;
 pub mod shards;
 pub mod snapshot;
@@ -38,7 +38,7 @@ pub trait Stage<B: Backend> {
     const REVISION: u32;
     /// One line for people.
     const SUMMARY: &'static str;
-    /// Whether it does the part of the work that a job names.
+    /// Whether a job may name a part of its work.
     const DIVISIBLE: bool = false;
     /// Whether ranks can do it together, where the backend has a [`Collective`].
     const TOGETHER: bool = false;
@@ -63,10 +63,10 @@ pub struct Registered<B: Backend> {
 pub fn all<B: Backend>() -> Vec<Registered<B>> {
     vec![
         register::<B, images::Images>(),
-        register::<B, tokenizer::Tokenizer>(),
+        register::<B, tokenizer::TokenizerStage>(),
         register::<B, pretrain::Pretrain>(),
-        register::<B, teacher::Teacher>(),
-        register::<B, teacher::Student>(),
+        register::<B, teacher::TeacherStage>(),
+        register::<B, teacher::StudentStage>(),
         register::<B, trajectories::Trajectories>(),
         register::<B, classifier::Classifier>(),
         register::<B, distill::Distill>(),

@@ -66,12 +66,15 @@ pub enum StatisticsError {
         /// Index of the first such value.
         index: usize,
     },
+    /// What no covariance is: the element, and why.
+    #[error("covariance: {0}")]
+    Covariance(String),
 }
 
 impl From<StatisticsError> for Failure {
     fn from(error: StatisticsError) -> Self {
         let code = match &error {
-            StatisticsError::Shape { .. } => FailureCode::BadData,
+            StatisticsError::Shape { .. } | StatisticsError::Covariance(_) => FailureCode::BadData,
             StatisticsError::TooFew { .. } => FailureCode::InvalidOptions,
             StatisticsError::Stopped => FailureCode::Cancelled,
             StatisticsError::NotFinite { .. } => FailureCode::Numerical,
@@ -97,7 +100,8 @@ impl Moments {
         running.finish()
     }
 
-    /// Moments known beforehand: `mean` (d) and `covariance` (d, d).
+    /// Moments known beforehand: `mean` (d) and `covariance` (d, d), which must be symmetric up to rounding, without a
+    /// negative variance.
     pub fn new(mean: Vec<f64>, covariance: Vec<f64>) -> Result<Self, StatisticsError> {
         if covariance.len() != mean.len() * mean.len() {
             return Err(StatisticsError::Shape {
@@ -106,17 +110,50 @@ impl Moments {
                 found: covariance.len(),
             });
         }
-        for (what, values) in [("mean", &mean), ("covariance", &covariance)] {
-            if let Some(index) = values.iter().position(|value| !value.is_finite()) {
-                return Err(StatisticsError::NotFinite { what, index });
-            }
+        if let Some(index) = mean.iter().position(|value| !value.is_finite()) {
+            let what = "mean";
+            return Err(StatisticsError::NotFinite { what, index });
         }
+        check_covariance(&covariance, mean.len())?;
         Ok(Self { mean, covariance })
     }
 
     /// Number of features.
     pub fn dim(&self) -> usize {
         self.mean.len()
+    }
+}
+
+/// Most by which an element of a covariance may differ from the one across the diagonal, in the largest of all: more than the
+/// rounding of f32.
+const ASYMMETRY: f64 = 1e-6;
+
+/// Refuses what is no covariance (d, d), by its first element that shows it.
+fn check_covariance(values: &[f64], dim: usize) -> Result<(), StatisticsError> {
+    let refuse = |message: String| Err(StatisticsError::Covariance(message));
+    if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+        let (row, column) = (at / dim, at % dim);
+        return refuse(format!("element ({row}, {column}) is {}", values[at]));
+    }
+    if let Some(i) = (0..dim).find(|i| values[i * (dim + 1)] < 0.0) {
+        let variance = values[i * (dim + 1)];
+        return refuse(format!(
+            "element ({i}, {i}) is {variance}, and no variance is below 0"
+        ));
+    }
+    let largest = values.iter().fold(0.0, |most: f64, x| most.max(x.abs()));
+    let mut pairs = (0..dim).flat_map(|i| (0..i).map(move |j| (i, j)));
+    let apart = pairs.find(|(i, j)| {
+        let difference = values[i * dim + j] - values[j * dim + i];
+        difference.abs() > ASYMMETRY * largest
+    });
+    match apart {
+        None => Ok(()),
+        Some((i, j)) => refuse(format!(
+            "element ({i}, {j}) is {}, and element ({j}, {i}) {}: a covariance is symmetric",
+            values[i * dim + j],
+            values[j * dim + i]
+        )),
     }
 }
 
@@ -180,7 +217,10 @@ impl RunningMoments {
         let mut covariance = self.products;
         for i in 0..dim {
             for j in 0..=i {
-                let value = (covariance[j * dim + i] - n * offset[i] * offset[j]) / (n - 1.0);
+                let mut value = (covariance[j * dim + i] - n * offset[i] * offset[j]) / (n - 1.0);
+                if i == j {
+                    value = value.max(0.0); // rounding, where nothing varies
+                }
                 covariance[j * dim + i] = value;
                 covariance[i * dim + j] = value;
             }
@@ -251,7 +291,7 @@ pub fn frechet_distance(a: &Moments, b: &Moments) -> Result<f64, StatisticsError
     }
     let covariance = |moments: &Moments| {
         let matrix = DMatrix::from_column_slice(dim, dim, &moments.covariance);
-        (&matrix + matrix.transpose()) * 0.5 // symmetric also when read from a file
+        (&matrix + matrix.transpose()) * 0.5 // symmetric to the last bit
     };
     let (first, second) = (covariance(a), covariance(b));
     let trace = first.trace() + second.trace();
@@ -335,6 +375,15 @@ fn product(a: &DMatrix<f64>, b: &DMatrix<f64>) -> DMatrix<f64> {
     c
 }
 
+/// Whether all rows of a class stand together, of several classes: consecutive parts of them have few classes each.
+pub fn is_sorted_by_class(labels: &[u32]) -> bool {
+    let runs = labels.chunk_by(|a, b| a == b).count();
+    let mut classes = labels.to_vec();
+    classes.sort_unstable();
+    classes.dedup();
+    (2..labels.len()).contains(&runs) && runs == classes.len()
+}
+
 /// Inception score of logits (n, classes), taken in `splits` consecutive parts.
 pub fn inception_score(
     logits: &[f32],
@@ -355,6 +404,8 @@ pub struct RunningScore {
     classes: usize,
     /// Rows so far.
     seen: usize,
+    /// The place of each row among those that are split; its own, if none.
+    places: Option<Vec<u32>>,
     /// Per split: its rows so far, the sum of p ln p, and the sums of p.
     splits: Vec<(usize, f64, Vec<f64>)>,
 }
@@ -373,16 +424,30 @@ impl RunningScore {
             count,
             classes,
             seen: 0,
+            places: None,
             splits: vec![(0, 0.0, vec![0.0; classes]); splits],
         })
+    }
+
+    /// The same, of rows that are dealt to the splits in another order than they come in: each has its place, a number below
+    /// their count that no other has.
+    pub fn dealt(self, places: Vec<u32>) -> Self {
+        Self {
+            places: Some(places),
+            ..self
+        }
     }
 
     /// Adds logits (n, classes).
     pub fn add(&mut self, logits: &[f32]) -> Result<(), StatisticsError> {
         rows("logits", logits, self.classes)?;
         for row in logits.chunks_exact(self.classes) {
-            // Split k begins at row k count / splits, rounded down.
-            let split = ((self.seen + 1) * self.splits.len() - 1) / self.count;
+            // Split k begins at place k count / splits, rounded down.
+            let place = match &self.places {
+                Some(places) => places.get(self.seen).map_or(self.count, |&at| at as usize),
+                None => self.seen,
+            };
+            let split = ((place + 1) * self.splits.len() - 1) / self.count;
             let Some((rows, entropy, sums)) = self.splits.get_mut(split) else {
                 break; // more rows than announced: `finish` says so
             };
@@ -686,6 +751,72 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn rows_of_sorted_classes_are_dealt_to_the_splits() {
+        let (classes, each, splits) = (10, 50, 10);
+        let count = classes * each;
+        let sure = |class: usize| (0..classes).map(move |c| if c == class { 20.0 } else { 0.0 });
+        let sorted: Vec<u32> = (0..count).map(|i| (i / each) as u32).collect();
+        let mixed: Vec<u32> = (0..count).map(|i| (i % classes) as u32).collect();
+        let logits = |labels: &[u32]| -> Vec<f32> {
+            labels.iter().flat_map(|&l| sure(l as usize)).collect()
+        };
+        // Each split has one class alone, of which nothing can be told apart.
+        let apart = inception_score(&logits(&sorted), classes, splits).unwrap();
+        assert!((apart.mean - 1.0).abs() < 1e-3, "{apart:?}");
+        let best = inception_score(&logits(&mixed), classes, splits).unwrap();
+        assert!((best.mean - 10.0).abs() < 1e-3, "{best:?}");
+        // A place is that of a deal of 49 apart, which reaches every split from every class.
+        let places: Vec<u32> = (0..count).map(|i| (i * 49 % count) as u32).collect();
+        let running = RunningScore::new(count, classes, splits).unwrap();
+        let mut running = running.dealt(places);
+        for part in logits(&sorted).chunks(7 * classes) {
+            running.add(part).unwrap();
+        }
+        let dealt = running.finish().unwrap();
+        assert!((dealt.mean - best.mean).abs() < 0.5, "{dealt:?}");
+
+        assert!(is_sorted_by_class(&sorted) && !is_sorted_by_class(&mixed));
+        assert!(is_sorted_by_class(&[3, 3, 1, 1, 1]));
+        assert!(!is_sorted_by_class(&[1, 1, 3, 3, 1]));
+        // One class, and one row of each.
+        assert!(!is_sorted_by_class(&[1, 1, 1]) && !is_sorted_by_class(&[0, 1, 2]));
+        assert!(!is_sorted_by_class(&[]));
+    }
+
+    #[test]
+    fn what_is_no_covariance_is_refused() {
+        let whole = vec![4.0, 1.0, 0.5, 1.0, 3.0, -2.0, 0.5, -2.0, 2.0];
+        let of = |changes: &[(usize, f64)]| {
+            let mut covariance = whole.clone();
+            changes
+                .iter()
+                .for_each(|(at, value)| covariance[*at] = *value);
+            let made = Moments::new(vec![0.0; 3], covariance);
+            made.map(drop).map_err(|e| e.to_string())
+        };
+        let said = |text: &str| Err(format!("covariance: {text}"));
+        assert_eq!(of(&[]), Ok(()));
+        // `numpy.tril` of it.
+        let lower = of(&[(1, 0.0), (2, 0.0), (5, 0.0)]);
+        let expected = "element (1, 0) is 1, and element (0, 1) 0: a covariance is symmetric";
+        assert_eq!(lower, said(expected));
+        // Rounding is none; what is more is.
+        assert_eq!(of(&[(5, -2.0 + 3e-6)]), Ok(()));
+        assert!(of(&[(5, -2.0 + 5e-6)]).is_err());
+        let expected = "element (1, 1) is -0.001, and no variance is below 0";
+        assert_eq!(of(&[(4, -0.001)]), said(expected));
+        assert_eq!(of(&[(8, 0.0)]), Ok(()));
+        for (value, text) in [(f64::NAN, "NaN"), (f64::NEG_INFINITY, "-inf")] {
+            let expected = format!("element (1, 2) is {text}");
+            assert_eq!(of(&[(5, value)]), said(&expected));
+        }
+        // A feature that does not vary has a variance of 0, whatever is rounded.
+        let still: Vec<f32> = (0..6000).map(|i| [0.1, i as f32][i % 2]).collect();
+        let moments = Moments::of(&still, 2).unwrap();
+        Moments::new(moments.mean, moments.covariance).unwrap();
+    }
+
+    #[test]
     fn unusable_input_is_refused() {
         assert!(matches!(
             Moments::of(&[1.0; 5], 2),
@@ -698,7 +829,8 @@ pub(crate) mod tests {
         let error = Moments::of(&[1.0, 1.0, f32::NAN, 1.0], 2).unwrap_err();
         assert_eq!(error.to_string(), "features: value 2 is not finite");
         assert!(Moments::new(vec![0.0; 2], vec![0.0; 3]).is_err());
-        assert!(Moments::new(vec![0.0], vec![f64::INFINITY]).is_err());
+        let error = Moments::new(vec![0.0, f64::NAN], vec![0.0; 4]).unwrap_err();
+        assert_eq!(error.to_string(), "mean: value 1 is not finite");
         let one = diagonal(&[0.0], &[1.0]);
         assert!(frechet_distance(&one, &diagonal(&[0.0; 2], &[1.0; 2])).is_err());
         assert!(inception_score(&[0.5; 4], 2, 3).is_err());

@@ -13,7 +13,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::backend::{Backend, Binary};
+use crate::backend::{Backend, Binary, Tensors};
 use crate::error::{Error, Result};
 
 pub use operations::unpack;
@@ -69,13 +69,55 @@ pub fn backward<B: Backend>(
     loss: Variable<B>,
     params: &[(String, Variable<B>)],
 ) -> Result<Vec<B::Tensor>> {
-    let seed = B::of(&loss.value).floats(&[1.0], &B::shape(&loss.value))?;
-    let ids = params.iter().filter_map(|(_, p)| Some(p.node.as_ref()?.id));
-    let mut leaves: BTreeMap<u64, Option<B::Tensor>> = ids.map(|id| (id, None)).collect();
-    drop(loss.value);
-    if let Some(node) = loss.node {
-        send_back::<B>(node, seed, &mut leaves)?;
+    let mut leaves = leaves(params);
+    let (value, node) = (loss.value, loss.node);
+    if let Some(node) = node {
+        send_back::<B>(node, seed::<B>(value)?, &mut leaves, None)?;
     }
+    collected(params, leaves)
+}
+
+/// The same; `ready` is given the number of each parameter and its gradient as soon as nothing more is added to it, while
+/// the pass goes on. The order follows from the graph alone.
+pub fn backward_as_ready<B: Backend>(
+    loss: Variable<B>,
+    params: &[(String, Variable<B>)],
+    ready: &mut dyn FnMut(usize, &B::Tensor) -> Result<()>,
+) -> Result<Vec<B::Tensor>> {
+    let mut leaves = leaves(params);
+    let (value, node) = (loss.value, loss.node);
+    if let Some(node) = node {
+        let numbers = params.iter().enumerate();
+        let numbers = numbers.filter_map(|(i, (_, p))| Some((p.node.as_ref()?.id, i)));
+        let numbers: BTreeMap<u64, usize> = numbers.collect();
+        let mut watch = Watch {
+            open: uses::<B>(&node, &leaves),
+            ready: &mut |id, gradient| match numbers.get(&id) {
+                Some(&number) => ready(number, gradient),
+                None => Ok(()),
+            },
+        };
+        send_back::<B>(node, seed::<B>(value)?, &mut leaves, Some(&mut watch))?;
+    }
+    collected(params, leaves)
+}
+
+/// Gradients by the number of their leaf, once they are known.
+type Leaves<B> = BTreeMap<u64, Option<<B as Tensors>::Tensor>>;
+
+fn leaves<B: Backend>(params: &[(String, Variable<B>)]) -> Leaves<B> {
+    let ids = params.iter().filter_map(|(_, p)| Some(p.node.as_ref()?.id));
+    ids.map(|id| (id, None)).collect()
+}
+
+fn seed<B: Backend>(value: B::Tensor) -> Result<B::Tensor> {
+    B::of(&value).floats(&[1.0], &B::shape(&value))
+}
+
+fn collected<B: Backend>(
+    params: &[(String, Variable<B>)],
+    mut leaves: Leaves<B>,
+) -> Result<Vec<B::Tensor>> {
     params
         .iter()
         .map(|(name, p)| {
@@ -91,15 +133,55 @@ pub fn backward<B: Backend>(
         .collect()
 }
 
+/// Who wants to know when the gradient of a leaf is complete.
+struct Watch<'a, T> {
+    /// Uses of each leaf that have not been gone through.
+    open: BTreeMap<u64, usize>,
+    ready: &'a mut dyn FnMut(u64, &T) -> Result<()>,
+}
+
+impl<T> Watch<'_, T> {
+    /// A use of a node has been gone through. Whether it was the last one of a leaf.
+    fn is_last_use(&mut self, id: u64) -> bool {
+        let Some(open) = self.open.get_mut(&id) else {
+            return false;
+        };
+        *open -= 1;
+        *open == 0
+    }
+}
+
+/// How often each leaf is used by what leads to a node.
+fn uses<B: Backend>(node: &Arc<Node<B::Tensor>>, leaves: &Leaves<B>) -> BTreeMap<u64, usize> {
+    let (mut uses, mut seen, mut open) = (BTreeMap::new(), BTreeSet::new(), vec![node]);
+    while let Some(node) = open.pop() {
+        for parent in node.parents.iter().flatten() {
+            if leaves.contains_key(&parent.id) {
+                *uses.entry(parent.id).or_default() += 1;
+            } else if seen.insert(parent.id) {
+                open.push(parent);
+            }
+        }
+    }
+    uses
+}
+
 /// Sends a gradient from a node back to all that led to it, as far as the leaves, which keep it.
 fn send_back<B: Backend>(
     from: Arc<Node<B::Tensor>>,
     gradient: B::Tensor,
-    leaves: &mut BTreeMap<u64, Option<B::Tensor>>,
+    leaves: &mut Leaves<B>,
+    mut watch: Option<&mut Watch<'_, B::Tensor>>,
 ) -> Result<()> {
     let mut open = BTreeMap::from([(from.id, (from, gradient))]);
     while let Some((id, (node, gradient))) = open.pop_last() {
         if let Some(slot) = leaves.get_mut(&id) {
+            // Some of its uses wanted no gradient: nobody has been told yet.
+            if let Some(watch) = &mut watch
+                && watch.open.remove(&id).is_some_and(|uses| uses > 0)
+            {
+                (watch.ready)(id, &gradient)?;
+            }
             *slot = Some(gradient);
             continue;
         }
@@ -111,17 +193,24 @@ fn send_back<B: Backend>(
         };
         let Some(vjp) = node.vjp else { continue };
         for (parent, gradient) in node.parents.into_iter().zip(vjp(&gradient)?) {
-            let (Some(parent), Some(gradient)) = (parent, gradient) else {
-                continue;
-            };
-            match open.entry(parent.id) {
-                std::collections::btree_map::Entry::Vacant(slot) => {
-                    slot.insert((parent, gradient));
+            let Some(parent) = parent else { continue };
+            let id = parent.id;
+            if let Some(gradient) = gradient {
+                match open.entry(id) {
+                    std::collections::btree_map::Entry::Vacant(slot) => {
+                        slot.insert((parent, gradient));
+                    }
+                    std::collections::btree_map::Entry::Occupied(mut slot) => {
+                        let sum = B::binary(&slot.get().1, &gradient, Binary::Add)?;
+                        slot.get_mut().1 = sum;
+                    }
                 }
-                std::collections::btree_map::Entry::Occupied(mut slot) => {
-                    let sum = B::binary(&slot.get().1, &gradient, Binary::Add)?;
-                    slot.get_mut().1 = sum;
-                }
+            }
+            if let Some(watch) = &mut watch
+                && watch.is_last_use(id)
+                && let Some((_, gradient)) = open.get(&id)
+            {
+                (watch.ready)(id, gradient)?;
             }
         }
     }
@@ -183,7 +272,7 @@ impl<B: Backend> Variable<B> {
         let vjp = move |g: &B::Tensor| {
             let mut leaves = ids.iter().map(|&id| (id, None)).collect();
             if let Some(node) = part()?.node {
-                send_back::<B>(node, g.clone(), &mut leaves)?;
+                send_back::<B>(node, g.clone(), &mut leaves, None)?;
             }
             Ok(leaves.into_values().collect())
         };

@@ -24,6 +24,7 @@ use crate::tape::Variable;
 use crate::weights::{self, Floats, Params, Weights};
 
 pub use options::{Decay, TrainOptions};
+pub(crate) use options::{check_parts, one_part};
 
 /// What a step gives: the loss to descend and figures to record beside it.
 pub struct StepOutput<B: Backend> {
@@ -57,7 +58,7 @@ pub struct Adversary<'a> {
     pub from: u64,
 }
 
-/// Measures the weights now and then on held-out data.
+/// Measures the weights regularly on held-out data.
 pub struct HeldOut<'a> {
     /// Steps between measurements.
     pub every: u64,
@@ -90,7 +91,7 @@ impl Mean {
 }
 
 /// Where and how a training runs.
-pub struct Fit<'a, B: Backend> {
+pub struct TrainingLoop<'a, B: Backend> {
     /// Services of the host.
     pub host: &'a dyn Host,
     /// The tensor library.
@@ -99,8 +100,8 @@ pub struct Fit<'a, B: Backend> {
     pub work_dir: Option<&'a Path>,
     /// Prefix of the metric names and of the checkpoint.
     pub name: &'a str,
-    /// Who trains it together: the steps give losses of this rank's share of a batch, in the measure in which it has part
-    /// in that of the batch.
+    /// The ranks that train it: steps return losses of this rank's share of a batch, weighted by its share
+    /// of the whole batch.
     pub ranks: &'a dyn Collective,
     /// How.
     pub options: &'a TrainOptions,
@@ -108,7 +109,7 @@ pub struct Fit<'a, B: Backend> {
     pub params: &'a Params<B>,
     /// The moving average, where there is one: device tensors by parameter name, updated in place.
     pub ema: Option<&'a BTreeMap<String, B::Tensor>>,
-    /// What steps leave for later ones besides, if anything: a checkpoint keeps it.
+    /// More state that steps leave for later ones, if any: a checkpoint keeps it.
     pub kept: Option<&'a RefCell<Vec<f32>>>,
     /// The adversary among the parameters, if there is one.
     pub adversary: Option<Adversary<'a>>,
@@ -154,21 +155,21 @@ struct Skipped {
     fault: Option<String>,
 }
 
-struct Moments<B: Backend> {
+struct AdamwMoments<B: Backend> {
     m: B::Tensor,
     v: B::Tensor,
 }
 
-/// What a training has beside its parameters: a checkpoint keeps it.
+/// The state of a training beside its parameters, for checkpoints.
 struct State<B: Backend> {
     /// Of each parameter.
-    moments: Vec<Moments<B>>,
+    moments: Vec<AdamwMoments<B>>,
     /// The lowest figure on held-out data, and the weights that had it.
     best: Option<(f64, Weights)>,
     skipped: Skipped,
 }
 
-impl<B: Backend> Fit<'_, B> {
+impl<B: Backend> TrainingLoop<'_, B> {
     /// Trains, from the checkpoint where there is one, and returns the weights to keep.
     pub fn run(
         &self,
@@ -227,7 +228,7 @@ impl<B: Backend> Fit<'_, B> {
             .params
             .iter()
             .map(|(_, p)| {
-                Ok(Moments {
+                Ok(AdamwMoments {
                     m: zeros(p)?,
                     v: zeros(p)?,
                 })
@@ -268,7 +269,7 @@ impl<B: Backend> Fit<'_, B> {
         state.skipped.all += 1;
         state.skipped.in_a_row += 1;
         if state.skipped.in_a_row == 1 {
-            let message = format!("{name}: {fault}: the step is left out");
+            let message = format!("{name}: {fault}: the step is skipped");
             self.host.log(LogLevel::Warn, &message);
         }
         let series = format!("{name}/skipped_steps");

@@ -1,4 +1,4 @@
-//! The AR flow map; `retort_engine::flow` has the mathematics.
+//! The AR flow map; `retort_engine::backend::flow` has the mathematics.
 //!
 //! A token's state is small and the codebook is not, so a few tokens go through the codebook together, a tile at a time,
 //! and log weights, weights and velocity are made of a tile while it is in the cache. The codebook lies transposed, so
@@ -10,7 +10,7 @@
 use std::sync::Mutex;
 
 use retort_engine::backend::FlowSolver;
-use retort_engine::flow;
+use retort_engine::backend::flow;
 
 use crate::lanes::{LANES, exp, max, sum};
 use crate::pool::chunks;

@@ -82,7 +82,7 @@ struct Heads {
     causal: bool,
 }
 
-/// Queries that a CPU attends with in f32: see [`crate::Precision::Half`].
+/// Queries that a CPU attends with in f32: see [`crate::ProductPrecision::Half`].
 const FEW: i64 = 4;
 
 impl Heads {

@@ -7,7 +7,7 @@ use retort_engine::backend::{
 use retort_engine::error::{Error, Result};
 use tch::{Kind, Reduction};
 
-use crate::{Libtorch, Precision, Tensor, aten, choice, failed, flow, host};
+use crate::{Libtorch, ProductPrecision, Tensor, aten, choice, failed, flow, host};
 
 pub(crate) type T = Tensor;
 pub(crate) type Raw = tch::Tensor;
@@ -79,7 +79,7 @@ impl Tensors for Libtorch {
 
     fn exact(&self) -> Self {
         Self {
-            precision: Precision::Full,
+            precision: ProductPrecision::Full,
             ..*self
         }
     }

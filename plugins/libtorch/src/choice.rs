@@ -1,4 +1,4 @@
-//! Choosing codes from rows of logits where they lie; `retort_engine::choice` is the definition.
+//! Choosing codes from rows of logits where they lie; `retort_engine::backend::choice` is the definition.
 
 use retort_engine::backend::Truncation;
 use tch::{Kind, TchError, Tensor};

@@ -1,8 +1,8 @@
-//! The AR flow map in libtorch's own operations, for GPUs: `retort_engine::flow` has the mathematics. In host memory there
+//! The AR flow map in libtorch's own operations, for GPUs: `retort_engine::backend::flow` has the mathematics. In host memory there
 //! is a kernel (`host.rs`).
 
 use retort_engine::backend::FlowSolver;
-use retort_engine::flow;
+use retort_engine::backend::flow;
 use tch::{Kind, TchError, Tensor};
 
 /// logits (n, k), -inf where excluded; noise (n, d); codebook (k, d) -> ids (n), all in f32.

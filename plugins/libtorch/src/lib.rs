@@ -2,9 +2,9 @@
 //!
 //! [`Libtorch`] is what the engine runs on. Nothing here records gradients: no tensor ever asks libtorch for one, so its
 //! autograd stays idle, and the engine's tape asks for values only. All tensors are f32 but those that only products
-//! read: with `dtype: bf16` products (linear maps, convolutions, attention) take their operands in bf16 ([`Precision`]
-//! says which; convolutions on CPUs alone), and everything else, sums and norms and optimiser steps among it, stays in
-//! f32.
+//! read: with `dtype: bf16` products (linear maps, convolutions, attention) take their operands in bf16
+//! ([`ProductPrecision`] says which; convolutions on CPUs alone), and everything else, sums and norms and optimiser steps
+//! among it, stays in f32.
 //!
 //! In host memory the flow map and products of few rows are kernels shared with the candle plugin (`retort-kernels`), on
 //! libtorch's threads.
@@ -23,20 +23,20 @@ mod precision;
 use retort_engine::error::{Error, Result};
 use tch::{Device, TchError};
 
-pub use precision::Precision;
+pub use precision::ProductPrecision;
 
 /// The backend: where tensors live and how precisely products are computed.
 #[derive(Debug, Clone, Copy)]
 pub struct Libtorch {
     device: Device,
-    precision: Precision,
+    precision: ProductPrecision,
 }
 
 /// A tensor of libtorch and the precision of the products it takes part in.
 #[derive(Debug)]
 pub struct Tensor {
     inner: tch::Tensor,
-    precision: Precision,
+    precision: ProductPrecision,
 }
 
 // SAFETY: the handle is a pointer with an atomic count, and libtorch lets any number of threads read a tensor at once.
@@ -82,8 +82,8 @@ impl Libtorch {
             }
         };
         let precision = match dtype {
-            "f32" => Precision::Full,
-            "bf16" => Precision::half_on(place),
+            "f32" => ProductPrecision::Full,
+            "bf16" => ProductPrecision::half_on(place),
             _ => {
                 let message = format!("{dtype}: expected f32 or bf16");
                 return Err(Error::option("/dtype", message));
@@ -93,7 +93,7 @@ impl Libtorch {
     }
 
     /// A device that is known to be there, with an explicit way to compute products.
-    pub fn with(device: Device, precision: Precision, threads: usize) -> Self {
+    pub fn with(device: Device, precision: ProductPrecision, threads: usize) -> Self {
         if threads > 0 {
             tch::set_num_threads(threads.try_into().unwrap_or(i32::MAX));
         }

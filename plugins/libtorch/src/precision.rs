@@ -4,7 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 /// The type of the operands of products; their results and everything else are f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Precision {
+pub enum ProductPrecision {
     /// f32.
     Full,
     /// bf16, multiplied by hardware that can. Caches of a generation too on GPUs; on CPUs, where a step has few queries and
@@ -15,7 +15,7 @@ pub enum Precision {
     Weights,
 }
 
-impl Precision {
+impl ProductPrecision {
     /// What `dtype: bf16` means on a device.
     pub(crate) fn half_on(device: Device) -> Self {
         if device.is_cuda() || cpu_multiplies_bf16() {

@@ -6,7 +6,7 @@ use retort_engine::model::{ConditionShape, Conditions, Student, llamagen};
 use retort_engine::random::noise;
 use retort_engine::tape::{Variable, backward};
 use retort_engine::weights::{Loader, Source};
-use retort_libtorch::{Libtorch, Precision};
+use retort_libtorch::{Libtorch, ProductPrecision};
 use retort_tests::agreement::drawn;
 use tch::Device;
 
@@ -24,15 +24,15 @@ fn config() -> llamagen::Config {
     }
 }
 
-fn on(precision: Precision) -> Libtorch {
+fn on(precision: ProductPrecision) -> Libtorch {
     Libtorch::with(Device::Cpu, precision, 2)
 }
 
 /// Logits of a student with constant weights, and the gradients of a step with trainable ones.
-fn student(precision: Precision) -> Result<(Vec<f32>, Vec<Vec<f32>>)> {
+fn student(precision: ProductPrecision) -> Result<(Vec<f32>, Vec<Vec<f32>>)> {
     let (backend, c) = (on(precision), config());
     let build = |loader: &mut Loader<'_, Libtorch>| llamagen::GptStudent::load(loader, &c);
-    let weights = drawn(&on(Precision::Full), build)?;
+    let weights = drawn(&on(ProductPrecision::Full), build)?;
     let (l, d) = (c.side * c.side, c.codebook_dim);
     let eps: Vec<f32> = (0..BATCH as u64).flat_map(|i| noise(5, i, l, d)).collect();
     let eps = backend.floats(&eps, &[BATCH, l, d])?;
@@ -75,8 +75,8 @@ fn distance(x: &[f32], y: &[f32]) -> f64 {
 /// bf16 has 8 bits: single products are off by 2^-9, a network of this depth by a few of them.
 #[test]
 fn networks_stay_close() {
-    let (logits, gradients) = student(Precision::Full).expect("f32");
-    for precision in [Precision::Half, Precision::Weights] {
+    let (logits, gradients) = student(ProductPrecision::Full).expect("f32");
+    for precision in [ProductPrecision::Half, ProductPrecision::Weights] {
         let (rounded, rounded_gradients) = student(precision).expect("bf16");
         let error = distance(&logits, &rounded);
         println!("{precision:?}: logits {error:.2e}");
@@ -120,15 +120,15 @@ fn everything_but_products_is_exact() {
         all.push(ids);
         Ok(all)
     };
-    let full = compute(Precision::Full).expect("f32");
-    for precision in [Precision::Half, Precision::Weights] {
+    let full = compute(ProductPrecision::Full).expect("f32");
+    for precision in [ProductPrecision::Half, ProductPrecision::Weights] {
         assert_eq!(full, compute(precision).expect("bf16"), "{precision:?}");
     }
 }
 
 #[test]
 fn weights_that_only_products_read_take_half_the_memory() {
-    let b = on(Precision::Half);
+    let b = on(ProductPrecision::Half);
     let x = b.floats(&[1.0, 1.001, -3.3, 0.0], &[2, 2]).expect("floats");
     let kept = Libtorch::to_floats(&Libtorch::factor(&x).expect("a factor")).expect("floats");
     assert_eq!(kept, [1.0, 1.0, -3.296_875, 0.0]);
@@ -140,7 +140,7 @@ fn weights_that_only_products_read_take_half_the_memory() {
 /// Where a processor cannot multiply bf16, it reads weights of linear maps in bf16 and computes in f32.
 #[test]
 fn only_weights_of_linear_maps_are_rounded_without_the_hardware() {
-    let b = on(Precision::Weights);
+    let b = on(ProductPrecision::Weights);
     let (n, i, o) = (3, 40, 7);
     let (x, w) = (noise(1, 0, n, i), noise(2, 0, o, i));
     let kept = |shape: &[usize]| {

@@ -24,7 +24,9 @@ stages:
     codebook_dim: 4
     channels: 8
     z_channels: 8
-    train: {steps: 60, batch: 32}
+    codebook_ema: 0.95
+    accumulate: 2
+    train: {steps: 60, batch: 30, ema: 0.95}
   teacher:
     kind: pretrain
     tokenizer: codes
@@ -191,8 +193,12 @@ fn n_workers_train_as_one_does_and_what_happens_to_one_ends_all() {
 
 fn curves(lab: &Lab) {
     lab.retort(&["run", "r.yaml"]);
-    for (stage, name) in [("teacher", "pretrain"), ("student", "distill")] {
-        let [loss, held] = ["loss", "held_out_loss"].map(|figure| format!("{name}/{figure}"));
+    for (stage, name, held) in [
+        ("codes", "tokenizer", "held_out_error"),
+        ("teacher", "pretrain", "held_out_loss"),
+        ("student", "distill", "held_out_loss"),
+    ] {
+        let [loss, held] = ["loss", held].map(|figure| format!("{name}/{figure}"));
         let force = format!("--force={stage}");
         let alone = ["run", "r.yaml", "--until", stage, &force];
         lab.retort(&alone);

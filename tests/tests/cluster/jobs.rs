@@ -461,7 +461,13 @@ fn full_queue(site: &Site) {
     }
     let lab = Lab::new(&["a: {kind: do}"]);
     let running = site.start_run(&lab, &[]);
-    std::thread::sleep(Duration::from_secs(3));
+    // Not before it has tried to submit: until then it is queued as well.
+    wait_for("a job that Slurm has no room for", || {
+        let shown = site.retort(&lab, &["runs", "show", "--json"]);
+        let shown: Value = serde_json::from_str(&shown.stdout).ok()?;
+        let waiting = shown["stages"][0]["attempts"][0]["waiting"].as_str()?;
+        waiting.starts_with("the queue is full").then_some(())
+    });
     let (run, stage) = states(site, &lab);
     assert_eq!((&*run, &*stage), ("queued", "queued"), "nothing of it runs");
     site.slurm("scancel", &["--user=root", "--state=PENDING"]);

@@ -1,4 +1,4 @@
-//! No file needs another that needs it, but for a module and the children that it declares.
+//! No file needs another that needs it, but for a module and the children that it declares; and no folder another.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -32,6 +32,36 @@ fn files_do_not_need_each_other_in_circles() {
     }
 }
 
+/// A folder is what lies in it and the file of its name.
+#[test]
+fn folders_do_not_need_each_other_in_circles() {
+    for name in CRATES {
+        let needs = of_folders(&needs(&root().join(name).join("src")));
+        if let Some(circle) = circle(&needs) {
+            let circle: Vec<String> = circle.iter().map(|module| module.join("/")).collect();
+            panic!("{name}: {} need each other", circle.join(" -> "));
+        }
+    }
+}
+
+/// What the entries of each folder need of each other.
+fn of_folders(needs: &BTreeMap<Module, BTreeSet<Module>>) -> BTreeMap<Module, BTreeSet<Module>> {
+    let mut found: BTreeMap<Module, BTreeSet<Module>> = BTreeMap::new();
+    for (from, targets) in needs {
+        for to in targets {
+            let same = from.iter().zip(to).take_while(|(a, b)| a == b).count();
+            // One holds the other.
+            if same == from.len() || same == to.len() {
+                continue;
+            }
+            let [from, to] = [from, to].map(|module| module[..=same].to_vec());
+            found.entry(to.clone()).or_default();
+            found.entry(from).or_default().insert(to);
+        }
+    }
+    found
+}
+
 #[test]
 fn a_circle_is_found() {
     let module = |name: &str| name.split('/').map(str::to_owned).collect::<Module>();
@@ -46,6 +76,18 @@ fn a_circle_is_found() {
     assert!(circle(&needs(&[("a", "b"), ("b", "c"), ("a", "c")])).is_none());
     let found = circle(&needs(&[("a", "b"), ("b", "c/d"), ("c/d", "b")])).unwrap();
     assert_eq!(found.len(), 3, "{found:?}");
+    // Of files none, of folders one.
+    let apart = needs(&[("a/x", "b/x"), ("b/y", "a/y"), ("a", "a/x"), ("a/x", "a/y")]);
+    assert!(circle(&apart).is_none());
+    assert_eq!(circle(&of_folders(&apart)).unwrap().len(), 3);
+    assert!(
+        circle(&of_folders(&needs(&[
+            ("a/x", "b/x"),
+            ("a/y", "b/y"),
+            ("b", "b/x")
+        ])))
+        .is_none()
+    );
     assert_eq!(
         paths("use crate::{a::{b, C}, d};\nfn f() -> super::e::G { crate::h::i() } // crate::no"),
         [

@@ -81,7 +81,7 @@ fn snapshots_are_students_and_students_are_starts() {
         (
             format!("{STUDENT}, trajectories: pairs, from: part, depth: 4, train: {{steps: 1}}"),
             3,
-            "has as many blocks as that",
+            "must have as many blocks",
         ),
     ] {
         std::fs::write(&recipe, format!("{text}  wrong: {{{stage}}}\n")).unwrap();
@@ -139,14 +139,14 @@ fn a_student_can_predict_embeddings_alone() {
         (
             "cross_entropy: 0, codebook_distance: 1",
             3,
-            "without cross-entropy no logits learn",
+            "without cross-entropy the logits do not learn",
         ),
         (
             "cross_entropy: 0, codebook_distance: 1, split: 3",
             3,
-            "give `split: 0`",
+            "`split: 0` takes",
         ),
-        ("cross_entropy: 0, split: 0", 3, "no loss is left"),
+        ("cross_entropy: 0, split: 0", 3, "no loss: set"),
         (
             "split: 16, perceptual: {kind: l2, weight: 1}",
             100,

@@ -524,7 +524,7 @@ faults! {
         "runs: exited with code 3: the plugin, or a library it uses, left (exit) without a result",
     ];
     hanging: [], "hang" => [
-        "runs: it ran longer than 3 s",
+        "runs: it exceeded 3 s",
     ];
     ending_the_thread_of_the_host: [], "thread_ends" => [
         "runs: killed by SIGABRT (exception): an exception left a function or a thread of the plugin, which must \
@@ -583,7 +583,7 @@ faults! {
         "resumes: thing.txt has other bytes",
     ];
     making_the_whole_for_a_part: ["-DFAULTY_DIVISIBLE=\"true\""], "work" => [
-        "divides: it failed: artifacts are only made while a stage runs, and not by a part of it",
+        "divides: it failed: artifacts are only made while a stage runs, and not by its parts",
     ];
     forgetting_at_an_interruption: [], "forgetful" => [
         "resumes: thing.txt has other bytes",

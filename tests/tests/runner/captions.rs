@@ -228,7 +228,7 @@ fn captions_that_do_not_fit_are_refused() {
     let place = "r.yaml:6:";
     for (options, expected) in [
         ("caption: a cat", "a caption needs a `text_encoder`"),
-        ("text_encoder: t5", "there is no `caption` to encode"),
+        ("text_encoder: t5", "no `caption` to encode"),
         (
             "caption: a cat, text_encoder: t5, labels: [1, 2]",
             "give `labels` or captions, not both",

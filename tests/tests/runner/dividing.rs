@@ -115,7 +115,7 @@ fn parts_end_at_the_deadline() {
     let lab = lab(MANY);
     lab.run(&["--set", "pairs.count=10000000", "--set", "pairs.timeout=2s"])
         .expect(100)
-        .saying(&["it took longer than its timeout of 2s, and stopped at a checkpoint"]);
+        .saying(&["it exceeded its timeout of 2s, and stopped at a checkpoint"]);
     let attempt = lab.attempt("pairs");
     assert_eq!(
         (attempt.state, attempt.reason.as_deref()),
@@ -130,7 +130,7 @@ fn what_cannot_be_divided_is_said() {
   student: {kind: distill, teacher: teacher, trajectories: pairs, timesteps: [0], workers: 2}
 ");
     lab.retort(&["validate", "r.yaml"]).expect(3).saying(&[
-        "stage `student`: plugin `candle` has no way for the workers of a `distill` to add up gradients",
+        "stage `student`: plugin `candle` cannot sum gradients over the workers of a `distill`",
         "workers: 2}",
         "`backend: libtorch`",
     ]);
@@ -139,8 +139,15 @@ fn what_cannot_be_divided_is_said() {
     let tokenizer = ["--set", "student.workers=1", "--set", "codes.workers=2"];
     lab.retort(&[&["validate", "r.yaml"], &tokenizer[..]].concat())
         .expect(3)
+        .saying(&["plugin `candle` cannot sum gradients over the workers of a `tokenizer`"]);
+    let classifier = "  eye: {kind: classifier, data: '${params.data}', workers: 2}\n";
+    let recipe = lab.dir.path().join("r.yaml");
+    let text = std::fs::read_to_string(&recipe).unwrap();
+    std::fs::write(&recipe, text + classifier).unwrap();
+    lab.retort(&["validate", "r.yaml", "--set", "student.workers=1"])
+        .expect(3)
         .saying(&[
-            "stage `codes`: the work of a `tokenizer` cannot be divided among workers",
+            "stage `eye`: the work of a `classifier` cannot be divided among workers",
             "kinds that can be: `trajectories`",
         ]);
 }

@@ -166,7 +166,7 @@ fn hanging_past_the_deadline() {
         "hang",
         ", timeout: 1s",
         "timeout",
-        &["longer than its timeout of 1s", "was ended with SIGTERM"],
+        &["exceeded its timeout of 1s", "was ended with SIGTERM"],
     );
 }
 

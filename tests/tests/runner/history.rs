@@ -322,7 +322,7 @@ fn why_follows_a_change_to_where_it_came_from() {
     assert!(
         why("latest~3")[0]["why"]
             .to_string()
-            .contains("had not run it before")
+            .contains("first run of it")
     );
     lab.retort(&["why", "nosuch"])
         .expect(4)

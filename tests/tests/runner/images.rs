@@ -136,6 +136,69 @@ fn prepared_once_or_read_in_place_images_train_the_same_networks() {
     assert_ne!(output(&prepared, "eye").0, output(&in_place, "eye").0);
 }
 
+/// Everything on images of 12 x 20, and what cannot be had of them.
+#[test]
+fn images_need_not_be_squares() {
+    let stages = "
+  pictures: {kind: images, data: {folder: mix, size: [12, 20]}}
+  eye: {kind: classifier, data: pictures, features: 8, train: {steps: 4, batch: 8}}
+  teacher:
+    kind: pretrain
+    tokenizer: codes
+    data: {images: pictures, flip: true}
+    width: 16
+    depth: 1
+    heads: 2
+    train: {steps: 4, batch: 8}
+  pairs: {kind: trajectories, teacher: teacher, count: 64}
+  student:
+    kind: distill
+    teacher: teacher
+    trajectories: pairs
+    timesteps: [0, 20]
+    split: 30
+    perceptual: {kind: classifier, weight: 1.0, classifier: eye}
+    train: {steps: 4, batch: 8}
+  drawn: {kind: sample, count: 6, npz: true, sampler: {kind: teacher, teacher: teacher}}
+  small: {kind: sample, count: 6, resize: [6, 10], npz: true, sampler: {kind: student, student: student, timesteps: [0, 20]}}
+  judged: {kind: evaluate, data: pictures, classifier: eye, tokenizers: {codes: codes}, samples: {drawn: drawn}}
+";
+    let codes = CODES
+        .replace("DATA", "{images: pictures, flip: true}")
+        .replace(
+            "codebook_size: 8",
+            "multipliers: [1, 2]\n    perceptual: {kind: classifier, classifier: eye, maps: true, weight: 0.1}\n    \
+             adversarial: {layers: 2, start: 2}\n    codebook_size: 8",
+        );
+    let lab = lab(&format!("{codes}{stages}"), "");
+    every_format(&lab.dir.path().join("mix"));
+    lab.retort(&["run", "r.yaml"]).expect(0);
+    for (stage, height, width) in [("drawn", 12, 20), ("small", 6, 10)] {
+        let dir = output(&lab, stage).1;
+        let manifest = fs::read_to_string(dir.join("manifest.json")).unwrap();
+        let manifest: serde_json::Value = serde_json::from_str(&manifest).unwrap();
+        assert_eq!(manifest["image"], serde_json::json!([3, height, width]));
+        // 6 x 10 tokens.
+        assert_eq!(manifest["tokens"], 60);
+    }
+    let config = output(&lab, "student").1.join("config.json");
+    let config = fs::read_to_string(config).unwrap();
+    let config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    assert_eq!(
+        config["tokenizer"]["image_size"],
+        serde_json::json!([12, 20])
+    );
+    assert_eq!(config["network"]["side"], serde_json::json!([6, 10]));
+    // The scales of VAR are squares.
+    let scales = codes.replace("z_channels: 8", "family: var\n    scales: [1, 2, 6]");
+    write(&lab, &format!("{scales}{stages}"), "");
+    let until = ["run", "r.yaml", "--until", "codes"];
+    lab.retort(&until).expect(100).saying(&[
+        "images of 12 x 20: the scales of `family: var` are squares",
+        "size: 20",
+    ]);
+}
+
 #[test]
 fn damaged_files_are_told_at_once_before_anything_is_trained() {
     let lab = lab(CODES, "{folder: mix, size: 16}");
@@ -180,7 +243,8 @@ fn what_cannot_be_meant_is_refused_with_what_to_do() {
         "size: [12, 16]",
     ]);
     let set = |value: &str| lab.retort(&["run", "r.yaml", "--set", value]);
-    set("codes.data.size=[12, 16]").saying(&["images of 12 x 16", "`size: 16`"]);
+    set("codes.data.size=[12, 15]")
+        .saying(&["images of 12 x 15: expected sides that are a multiple of 2"]);
     fs::create_dir(mix.join("0")).unwrap();
     fs::rename(mix.join("cats"), mix.join("00")).unwrap();
     fs::copy(format_file("rgb.png"), mix.join("0/a.png")).unwrap();

@@ -152,8 +152,8 @@ fn a_file_with_other_tables_is_refused() {
         ("alter table logs add column more text".into(), "`logs`"),
         ("drop index logs_of_attempt".into(), "`logs_of_attempt` of a retort history is missing"),
         ("pragma user_version = 999".into(), "newer retort"),
-        ("pragma user_version = 0".into(), "never was"),
-        ("pragma user_version = -5".into(), "never was"),
+        ("pragma user_version = 0".into(), "unknown schema"),
+        ("pragma user_version = -5".into(), "unknown schema"),
         ("pragma user_version = 1".into(), "is not that of a retort history"),
         ("pragma application_id = 7".into(), "not a retort history"),
     ] {
@@ -283,11 +283,7 @@ fn values_that_share_their_pages_do_not_fill_the_disk() {
         sum.await.unwrap()
     });
     assert!(claimed > 300, "{claimed} MB");
-    check_refused(
-        &source,
-        &file,
-        &["several times the space of the whole file"],
-    );
+    check_refused(&source, &file, &["several times the file's size"]);
 }
 
 /// Lengths of two texts whose rows begin alike: they need whole further pages more or less.

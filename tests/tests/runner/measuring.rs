@@ -88,10 +88,46 @@ fn inception_measures_against_images_and_against_their_statistics() {
     assert_eq!(again["inception_score"], first["inception_score"]);
     assert_eq!(again["precision"], Value::Null);
 
-    // Of other features than the network's.
-    lab.retort(&["run", "r.yaml", "--set", "again.dims=192"])
+    // Of other features than the network's, and of another preparation: known before anything runs.
+    for (setting, expected) in [
+        ("again.dims=192", "of shape [64], expected [192]"),
+        (
+            "again.preparation=tensorflow",
+            "were made with `preparation: pytorch`",
+        ),
+    ] {
+        lab.retort(&["run", "r.yaml", "--set", setting])
+            .expect(3)
+            .saying(&["statistics.npz", expected]);
+    }
+}
+
+/// Of two classifiers with as many features.
+#[test]
+fn statistics_are_those_of_one_network() {
+    let lab = lab("
+  eye: {kind: classifier, data: '${params.data}', features: 8, train: {steps: 3, batch: 8}}
+  other-eye: {kind: classifier, seed: 9, data: '${params.data}', features: 8, train: {steps: 3, batch: 8}}
+  drawn: {kind: sample, count: 24, sampler: {kind: teacher, teacher: teacher}}
+  judged: {kind: evaluate, data: '${params.data}', classifier: eye, neighbours: 0, save_statistics: true, samples: {drawn: drawn}}
+");
+    lab.retort(&["run", "r.yaml"]).expect(0);
+    let first = output(&lab, "judged").1;
+    let statistics = lab.dir.path().join("statistics.npz");
+    std::fs::copy(first.join("statistics.npz"), statistics).unwrap();
+    add(
+        &lab,
+        "
+  again: {kind: evaluate, statistics: statistics.npz, classifier: eye, samples: {drawn: drawn}}
+",
+    );
+    lab.retort(&["run", "r.yaml"]).expect(0);
+    let again = output(&lab, "again").1;
+    let [a, b] = [first, again].map(|dir| figures(&dir)["frechet_distance"].as_f64().unwrap());
+    assert!((a / b - 1.0).abs() < 1e-9, "{a} and {b}");
+    lab.retort(&["run", "r.yaml", "--set", "again.classifier=other-eye"])
         .expect(100)
-        .saying(&["statistics.npz", "of shape [64], expected [192]"]);
+        .saying(&["statistics.npz", "the features of another network"]);
 }
 
 #[test]
@@ -195,6 +231,8 @@ fn real_images_are_read_as_people_have_them() {
     let lab = lab("
   drawn: {kind: sample, seed: 5, count: 10, png: true, npz: true, resize: 16, sampler: {kind: teacher, teacher: teacher}}
   other: {kind: sample, seed: 5, count: 10, resize: 16, sampler: {kind: flow, teacher: teacher}}
+  sure: {kind: sample, seed: 5, count: 10, resize: 16, sampler: {kind: flow, teacher: teacher, distribution: {top_k: 1}}}
+  apart: {kind: sample, seed: 6, count: 10, resize: 16, sampler: {kind: flow, teacher: teacher}}
   set:
     kind: evaluate
     real: drawn
@@ -203,8 +241,8 @@ fn real_images_are_read_as_people_have_them() {
     splits: 100
     preparation: [pytorch, tensorflow]
     kernel: {subsets: 3, size: 8}
-    lpips: {vgg: vgg.safetensors, linear: linear.safetensors, beside: drawn}
-    samples: {drawn: drawn, other: other}
+    lpips: {vgg: vgg.safetensors, linear: linear.safetensors, beside: other}
+    samples: {drawn: drawn, other: other, sure: sure, apart: apart}
 ");
     for part in ["inception", "vgg", "linear"] {
         network(&lab, part);
@@ -231,20 +269,35 @@ fn real_images_are_read_as_people_have_them() {
     let ways = ["other/pytorch", "other/tensorflow"].map(|name| value(name, "frechet_distance"));
     assert!(ways[0] != ways[1], "{ways:?}");
     assert!(value("other/pytorch", "kernel_distance") > value("drawn/pytorch", "kernel_distance"));
-    assert!(value("other/pytorch", "lpips") > 0.0);
-    for (name, figure) in [
-        ("drawn/pytorch", "lpips"),
-        ("other/pytorch", "inception_score"),
+    // Only what samplers make of the same noise belongs together, image by image.
+    assert!(value("sure/pytorch", "lpips") > 0.0);
+    for (name, figure, expected) in [
+        ("other/pytorch", "lpips", "it is the set"),
+        (
+            "drawn/pytorch",
+            "lpips",
+            "no noise is behind the images of drawn: a sampler of kind `teacher`",
+        ),
+        ("apart/pytorch", "lpips", "made from other noise than other"),
+        ("other/pytorch", "inception_score", "at least 100"),
     ] {
-        assert!(row(name)["not_available"][figure].is_string(), "{report:#}");
+        let reason = row(name)["not_available"][figure].clone();
+        let reason = reason.as_str().unwrap_or_default();
+        assert!(reason.contains(expected), "{figure} in {report:#}");
     }
     assert_eq!(row("other/pytorch")["passes"], 16);
-    assert!(
-        report["pipeline"]
-            .as_str()
-            .unwrap()
-            .contains("nearest of 256 values")
-    );
+    let kernel = serde_json::json!({"subsets": 3, "size": 8});
+    assert_eq!(row("other/pytorch")["kernel"], kernel);
+    for expected in [
+        "nearest of 256 values",
+        "pytorch: resized",
+        "tensorflow: resized",
+        "real images: decoded at 8 x 8, brought to 16 x 16",
+        "sure: decoded at 8 x 8, brought to 16 x 16",
+    ] {
+        let pipeline = report["pipeline"].as_str().unwrap();
+        assert!(pipeline.contains(expected), "{expected} in {pipeline}");
+    }
 
     // The same images in other forms.
     let drawn = output(&lab, "drawn").1;
@@ -264,10 +317,52 @@ fn real_images_are_read_as_people_have_them() {
     };
     add(
         &lab,
-        &own("folder", "data: {folder: real}, save_statistics: true"),
+        &own(
+            "folder",
+            "data: {folder: real}, save_statistics: true, kernel: {}",
+        ),
     );
     add(&lab, &own("adm", "statistics: adm.npz"));
-    lab.retort(&["run", "r.yaml"]).expect(0);
+    // Each preparation of images alone.
+    add(
+        &lab,
+        &own(
+            "both",
+            "statistics: adm.npz, preparation: [pytorch, tensorflow]",
+        ),
+    );
+    add(
+        &lab,
+        &own("smaller", "data: {folder: real, size: 8, fit: stretch}"),
+    );
+    lab.retort(&["run", "r.yaml"])
+        .expect(0)
+        .saying(&["drawn: images of 16 x 16, real images of 8 x 8"]);
+    let read = |stage: &str| -> Value {
+        let dir = output(&lab, stage).1;
+        let text = std::fs::read_to_string(dir.join("evaluation.json")).unwrap();
+        serde_json::from_str(&text).unwrap()
+    };
+    let (folder, both, smaller) = (read("folder"), read("both"), read("smaller"));
+    // All samples at once are one estimate.
+    let other = &folder["sets"]["other"];
+    assert_eq!(
+        other["kernel"],
+        serde_json::json!({"subsets": 1, "size": 10})
+    );
+    assert!(other["kernel_distance"].is_number(), "{other:#}");
+    assert!(other["kernel_distance_deviation"].is_null(), "{other:#}");
+    for (way, expected) in ["pytorch", "tensorflow"].into_iter().zip(ways) {
+        let found = &both["sets"][format!("other/{way}")]["frechet_distance"];
+        let found = found.as_f64().unwrap();
+        assert!(
+            (found / expected - 1.0).abs() < 1e-6,
+            "{way}: {found} and {expected}"
+        );
+    }
+    let pipeline = smaller["pipeline"].as_str().unwrap();
+    let sized = "real images: brought to 8 x 8 by `fit: stretch` and `filter: bicubic`";
+    assert!(pipeline.contains(sized), "{pipeline}");
     let statistics = output(&lab, "folder").1.join("statistics.npz");
     write_statistic(&lab.dir.path().join("statistic.pth"), &statistics, 64);
     add(&lab, &own("authors", "statistics: statistic.pth"));

@@ -402,6 +402,37 @@ fn weights_that_do_not_fit_are_named() {
         .saying(&["changed.pth", "does not exist"]);
 }
 
+/// One class of a student gives no numbers: its samples do not either, and no others.
+#[test]
+fn a_student_that_overflows_names_the_sample() {
+    let lab = Lab::new(&[]);
+    let dir = lab.dir.path();
+    LLAMAGEN.write_files(dir);
+    let weights = procedural_weights(&LLAMAGEN.golden().join("weights.json")).unwrap();
+    let mut changed = weights["dd"].clone();
+    let classes = changed
+        .get_mut("cls_embedding.embedding_table.weight")
+        .unwrap();
+    let width = classes.shape[1];
+    classes.data[3 * width..4 * width].fill(f32::MAX);
+    let mut archive = Archive::create(&dir.join("changed.pth"));
+    archive.weights(&changed);
+    archive.finish();
+    // The continuous head adds the embedding of the class.
+    let text = format!(
+        "version: 1\nbackend: candle\ndevice: cpu\nstages:\n  \
+         student: {{kind: student, family: llamagen, model: changed.pth, tokenizer: tokenizer.pth, timesteps: [0], {}}}\n  \
+         s: {{kind: sample, count: 6, batch: 2, sampler: {{kind: student, student: student, timesteps: [0], split: 0}}}}\n",
+        LLAMAGEN.hints
+    );
+    std::fs::write(dir.join("r.yaml"), text).unwrap();
+    lab.retort(&["run", "r.yaml"])
+        .expect(100)
+        .saying(&["sample 3: the student's predictions at AR step 0 are not finite"]);
+    lab.retort(&["run", "r.yaml", "--set", "s.count=3"])
+        .expect(0);
+}
+
 #[test]
 fn requests_beyond_a_network_are_refused_at_their_place() {
     let lab = Lab::new(&[]);

@@ -138,7 +138,7 @@ fn deep_and_large_recipes() {
     .expect(0);
     judge(with(format!("{{a: [{}1]}}", "1,".repeat(400_000))), &[])
         .expect(3)
-        .saying(&["too much for a recipe"]);
+        .saying(&["too large for a recipe"]);
     judge(format!("# {}\n{HEAD}{STAGES}", "x".repeat(17 << 20)), &[])
         .expect(3)
         .saying(&["too large for a recipe"]);
@@ -176,7 +176,7 @@ fn anchors_that_grow() {
     }
     judge(format!("{HEAD}params: {{a: &a [*a]}}\n{STAGES}"), &[])
         .expect(3)
-        .saying(&["inside of itself"]);
+        .saying(&["cannot contain itself"]);
     judge(
         format!("{HEAD}params: &b {{x: &c {{y: 1}}, z: *c}}\n{STAGES}"),
         &[],
@@ -485,7 +485,7 @@ fn the_home_directory_in_paths() {
     lab.recipe(&["a: {kind: do}"]);
     lab.run(&["--set", "a.file=~someone/x"])
         .expect(3)
-        .saying(&["only `~/` is replaced"]);
+        .saying(&["only a leading `~/` is replaced"]);
     lab.run(&["--set", "a.file=$HOME/x"])
         .expect(3)
         .saying(&["begin it with `~/`"]);

@@ -1,5 +1,5 @@
 //! Sampling in shards: the same bytes however the work is cut, what an interruption leaves, parts of several machines, and
-//! memory that does not grow with the number of images.
+//! memory that does not grow with the number of images, neither of those that are made nor of those that are measured.
 
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -183,6 +183,13 @@ fn peak(lab: &Lab, count: usize) -> u64 {
     let count = format!("many.count={count}");
     let running = lab.start(&["--set", &count]);
     let worker = lab.wait_for_worker("many");
+    let peak = peak_while(worker, || true);
+    assert_eq!(running.end().code, Some(0));
+    peak
+}
+
+/// The most memory that a worker had, in kB, until it ended or there was no more reason to look.
+fn peak_while(worker: u32, mut looks: impl FnMut() -> bool) -> u64 {
     let mut peak = 0;
     while let Ok(status) = std::fs::read_to_string(format!("/proc/{worker}/status")) {
         let line = status.lines().find(|line| line.starts_with("VmHWM"));
@@ -190,9 +197,11 @@ fn peak(lab: &Lab, count: usize) -> u64 {
             break; // it has ended
         };
         peak = kb.parse().unwrap();
+        if !looks() {
+            break;
+        }
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
-    assert_eq!(running.end().code, Some(0));
     peak
 }
 
@@ -257,14 +266,94 @@ fn memory_does_not_grow_with_the_number_of_images() {
     );
 }
 
-/// The count of published evaluations.
+/// The count of published evaluations: made at once, and by a run that is killed after some 30,000 and taken up again.
 #[test]
-#[ignore = "minutes: make test-long"]
+#[ignore = "many minutes: make test-long"]
 fn memory_of_50000_images_is_that_of_2000() {
-    let lab = large_images();
-    let (few, many) = (peak(&lab, 2000), peak(&lab, 50_000));
+    let whole = large_images();
+    let (few, many) = (peak(&whole, 2000), peak(&whole, 50_000));
     println!("2,000 images: {few} kB; 50,000: {many} kB");
     assert!(many * 10 <= few * 11, "{few} kB and {many} kB");
+
+    let disturbed = large_images();
+    let running = disturbed.start(&["--set", "many.count=50000"]);
+    let worker = disturbed.wait_for_worker("many");
+    let before = peak_while(worker, || shards(&disturbed).len() < 150);
+    signal_process(running.child.id(), KILL);
+    assert_eq!(running.end().code, None);
+    wait_until_gone(worker);
+    let kept = shards(&disturbed);
+    assert!(
+        (150..250).contains(&kept.len()),
+        "killed after {} shards of 250",
+        kept.len()
+    );
+    disturbed.retort(&["resume"]).expect(0);
+    let (hash, dir) = output(&disturbed, "many");
+    assert_eq!(hash, output(&whole, "many").0);
+    for (path, time) in &kept {
+        let same = dir.join(path.file_name().unwrap());
+        let written = std::fs::metadata(&same).unwrap().modified().unwrap();
+        assert_eq!(written, *time, "{} was made again", same.display());
+    }
+    let stage = disturbed.latest().unwrap().stages;
+    let stage = stage.iter().find(|stage| stage.name == "many").unwrap();
+    let after = stage.attempts.last().unwrap().usage.max_rss.unwrap() / 1024;
+    println!(
+        "50,000 images, killed after {}: {before} kB before it and {after} kB after it",
+        kept.len() * 200
+    );
+    for peak in [before, after] {
+        assert!(peak * 10 <= few * 11, "{few} kB and {peak} kB");
+    }
+}
+
+/// Grey images of 176 x 176, 30,976 bytes each: 600 of them are 19 MB, 3,000 are 93 MB.
+fn write_images(path: &Path, count: usize) {
+    let mut file = retort_engine::numpy::header("|u1", &[count, 176, 176]);
+    for i in 0..count * 176 * 176 {
+        file.push((i.wrapping_mul(2_654_435_761) >> 13) as u8);
+    }
+    std::fs::write(path, file).unwrap();
+}
+
+#[test]
+fn measuring_more_images_takes_no_more_memory() {
+    let lab = Lab::new(&[]);
+    let recipe = "
+version: 1
+backend: candle
+device: cpu
+stages:
+  eye: {kind: classifier, data: {arrays: 600.npy, crop: 16}, features: 8, train: {steps: 1, batch: 4}}
+  judged: {kind: evaluate, data: {arrays: 600.npy, crop: 16}, classifier: eye, save_statistics: true}
+  pictures: {kind: images, data: {arrays: 3000.npy}}
+  prepared: {kind: evaluate, data: {images: pictures, crop: 16}, classifier: eye, save_statistics: true}
+";
+    std::fs::write(lab.dir.path().join("r.yaml"), recipe).unwrap();
+    for count in [600, 3000] {
+        write_images(&lab.dir.path().join(format!("{count}.npy")), count);
+    }
+    let peak = |more: &[&str]| {
+        lab.run(&[&["--until", "judged"], more].concat()).expect(0);
+        lab.attempt("judged").usage.max_rss.unwrap() / 1024
+    };
+    let few = peak(&[]);
+    let many = peak(&["--set", "judged.data.arrays=3000.npy"]);
+    println!("600 images: {few} kB; 3,000: {many} kB");
+    assert!(
+        few > 10_000 && many * 10 <= few * 11,
+        "{few} kB and {many} kB"
+    );
+    // What it wrote for itself is gone, and is what an `images` stage writes.
+    assert_eq!(lab.entries("work"), [""; 0]);
+    let judged = output(&lab, "judged").1;
+    lab.run(&["--until", "prepared"]).expect(0);
+    let prepared = output(&lab, "prepared").1;
+    for file in ["evaluation.json", "statistics.npz"] {
+        let [own, other] = [&judged, &prepared].map(|dir| std::fs::read(dir.join(file)).unwrap());
+        assert!(own == other, "{file}");
+    }
 }
 
 /// In six gigabytes of address space, which is plenty for these networks, but not for such batches.
@@ -281,8 +370,15 @@ fn batches_that_do_not_fit_are_named_before_they_are_tried() {
   distill: {{kind: distill, teacher: teacher, trajectories: pairs, timesteps: [0], train: {{steps: 1, batch: 1000000}}}}
   again: {{kind: distill, teacher: teacher, trajectories: pairs, timesteps: [0], depth: 64, recompute: true, accumulate: 2,
     train: {{steps: 1, batch: 1000000}}}}
+  eye: {{kind: classifier, data: '${{params.data}}', features: 4096, train: {{steps: 1, batch: 4}}}}
+  few: {{kind: sample, sampler: {{kind: flow, teacher: teacher}}, count: 60}}
+  features: {{kind: evaluate, data: {{arrays: half-a-million.npy}}, classifier: eye, samples: {{few: few}}}}
 "
     ));
+    let header = retort_engine::numpy::header("|u1", &[500_000, 8, 8]);
+    let file = std::fs::File::create(lab.dir.path().join("half-a-million.npy")).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &header, 0).unwrap();
+    file.set_len(header.len() as u64 + 500_000 * 64).unwrap();
     let mut command = lab.command(&["run", "r.yaml", "--keep-going"]);
     let limit = libc::rlimit {
         rlim_cur: 6 << 30,
@@ -306,6 +402,7 @@ fn batches_that_do_not_fit_are_named_before_they_are_tried() {
         ("passes", "/batch"),
         ("distill", "/train/batch"),
         ("again", "/train/batch"),
+        ("features", "/neighbours"),
     ] {
         let failure = lab.attempt(stage).failure.unwrap();
         assert_eq!(failure.pointer.as_deref(), Some(pointer), "{stage}");

@@ -129,7 +129,7 @@ fn without_a_terminal_its_path_is_printed_or_it_is_saved() {
     let bytes = std::fs::read(&path).unwrap();
     assert!(bytes.starts_with(b"\x89PNG"));
     let hash = path.rsplit('/').nth(1).unwrap();
-    let said = said.saying(&["the output is no terminal"]);
+    let said = said.saying(&["not a terminal"]);
     // Who says how means it: for a pager, or a file that is shown later.
     for (how, sign) in [
         ("blocks", "\u{2580}"),
@@ -245,11 +245,7 @@ fn a_student_is_sampled_without_a_recipe() {
         .expect(0);
     for (arguments, code, said) in [
         (vec!["sample", "nobody"], 4, "no artifact matches"),
-        (
-            vec!["sample", "latest/images"],
-            4,
-            "no student and no teacher",
-        ),
+        (vec!["sample", "latest/images"], 4, "student or teacher"),
         (
             vec!["sample", hash.as_str(), "--steps", "3"],
             2,
@@ -268,7 +264,7 @@ fn a_student_is_sampled_without_a_recipe() {
         (
             vec!["sample", hash.as_str(), "--labels", "-1"],
             2,
-            "-1 is no number of a class",
+            "-1 is not a class number",
         ),
         (
             vec!["sample", hash.as_str(), "--labels", "3,,1"],
@@ -289,7 +285,7 @@ fn a_student_is_sampled_without_a_recipe() {
         (
             vec!["sample", hash.as_str(), "-o", "out"],
             2,
-            "no empty directory",
+            "is not an empty directory",
         ),
         (vec!["sample", "out/grid.png"], 2, "--family"),
     ] {

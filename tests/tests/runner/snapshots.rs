@@ -12,8 +12,9 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 use crate::lab::{Lab, block_on};
 
 /// What differs between machines and days, and what stands for it.
-const VARYING: [(&str, &str); 8] = [
+const VARYING: [(&str, &str); 9] = [
     (r"/[^\s`'\x22]*/\.tmp[A-Za-z0-9]{6}", "LAB"),
+    (r"/[^\s`'\x22]*/tmp/(installed/retort|plugins)", "BUILD"),
     (r"/[^\s`'\x22]*/(target|release)/[^\s`'\x22]*", "BUILD"),
     (r"\b[0-9a-f]{64}\b", "HASH"),
     (r"\b[0-9]{4} days ago", "DAYS days ago"),

@@ -165,11 +165,11 @@ fn circles_broken_links_and_pipes_in_folders_are_named() {
     let cases: [(Spoil, &[&str]); 4] = [
         (
             |data| symlink("..", data.join("0/up")).unwrap(),
-            &["data/0/up", "circle"],
+            &["data/0/up", "cycle"],
         ),
         (
             |data| symlink("me", data.join("me")).unwrap(),
-            &["data/me", "circle"],
+            &["data/me", "cycle"],
         ),
         (
             |data| symlink("gone", data.join("1/b")).unwrap(),

@@ -195,7 +195,7 @@ fn an_interrupted_sweep_goes_on_where_it_was() {
     running.wait_for_words("waiting for it");
     lab.run(&arguments)
         .expect(2)
-        .saying(&["is under way", "once nobody else is at work on it"]);
+        .saying(&["is under way", "once nothing else runs it"]);
     running.signal(INTERRUPT);
     let said = running.end().expect(130);
     assert_eq!(said.stderr.matches("press Ctrl-C again").count(), 1);
@@ -212,7 +212,7 @@ fn an_interrupted_sweep_goes_on_where_it_was() {
     lab.release();
     lab.retort(&["resume"])
         .expect(0)
-        .saying(&["going on with sweep s", "continuing from a checkpoint"]);
+        .saying(&["continuing sweep s", "continuing from a checkpoint"]);
     assert_eq!(of_points(&sweep(&lab), "state"), ["succeeded"; 3]);
     assert_eq!(
         (lab.entries("staging"), lab.entries("work")),
@@ -387,7 +387,7 @@ fn what_makes_no_sense_is_refused_before_anything_runs() {
         (
             vec!["--sweep", "seed=1,2", "--force"],
             2,
-            vec!["do not go together"],
+            vec!["exclude each other"],
         ),
         (
             vec!["--sweep", "seed=1,2", "--asha", "tick", "--rungs", "3,2"],

@@ -76,10 +76,7 @@ fn losses_that_cannot_be_are_refused_before_anything_runs() {
     for (change, said) in [
         ("adversarial.start=300", "it would never act"),
         ("family=var", "not for `family: var`"),
-        (
-            "entropy={weight: 0.1}",
-            "codes that are averages follow no gradient",
-        ),
+        ("entropy={weight: 0.1}", "averaged codes follow no gradient"),
     ] {
         let lab = lab(ADVERSARY);
         let change = format!("against.{change}");

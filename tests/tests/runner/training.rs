@@ -285,7 +285,7 @@ fn datasets_are_shown_checked_and_merged() {
         .expect(0)
         .saying(&[
             "25 pairs in 3 shards verified",
-            "25..60 of 60 are made elsewhere",
+            "25..60 of 60 are missing here",
         ]);
 
     // Whole only where every sample is there once, made by one teacher in one way.
@@ -418,6 +418,77 @@ fn parts_of_a_batch_and_recomputation_change_no_student() {
     lab.retort(&["validate", "r.yaml"])
         .expect(3)
         .saying(&["a batch of 13 has no more parts than samples"]);
+}
+
+/// The same of tokenizers and teachers, of both families.
+#[test]
+fn parts_of_a_batch_and_recomputation_change_no_tokenizer_and_no_teacher() {
+    const CODES: &str = "kind: tokenizer, data: '${params.data}', seed: 5, codebook_size: 16, codebook_dim: 4, channels: 8, \
+                         multipliers: [1, 2], restart_every: 1";
+    const GPT: &str = "kind: pretrain, tokenizer: codes, data: '${params.data}', seed: 5, width: 32, depth: 2, heads: 2";
+    const VAR: &str = "kind: pretrain, family: var, tokenizer: scales, data: '${params.data}', seed: 5, width: 32, depth: 2, heads: 2";
+    const SHORT: &str = "train: {steps: 3, batch: 13, ema: 0.9}";
+    let mut stages = String::from(
+        "
+  scales: {kind: tokenizer, family: var, scales: [1, 2, 4], data: '${params.data}', codebook_size: 16, codebook_dim: 4, \
+         channels: 8, train: {steps: 3, batch: 8}}
+",
+    );
+    let averaged = format!("{CODES}, codebook_ema: 0.9");
+    for (name, options) in [
+        ("codes", CODES),
+        ("averaged", averaged.as_str()),
+        ("gpt", GPT),
+        ("var", VAR),
+    ] {
+        for (kind, more) in [
+            ("whole", ""),
+            ("again", "recompute: true,"),
+            ("parts", "recompute: true, accumulate: 4,"),
+        ] {
+            stages += &format!("  {name}-{kind}: {{{options}, {more} {SHORT}}}\n");
+        }
+    }
+    let lab = lab(&stages);
+    lab.retort(&["run", "r.yaml"]).expect(0);
+    for (name, prefix, figures) in [
+        (
+            "codes",
+            "tokenizer",
+            &["loss", "reconstruction", "codebook_usage"][..],
+        ),
+        (
+            "averaged",
+            "tokenizer",
+            &["loss", "reconstruction", "perplexity"],
+        ),
+        ("gpt", "pretrain", &["loss", "gradient_norm"]),
+        ("var", "pretrain", &["loss", "gradient_norm"]),
+    ] {
+        let of = |kind: &str| format!("{name}-{kind}");
+        assert_eq!(
+            output(&lab, &of("whole")).0,
+            output(&lab, &of("again")).0,
+            "{name}"
+        );
+        for figure in figures {
+            let series = format!("{prefix}/{figure}");
+            let [whole, parts] = ["whole", "parts"].map(|kind| points(&lab, &of(kind), &series));
+            assert!(whole.len() >= 2, "{name} {series}: {whole:?}");
+            for (a, b) in whole.iter().zip(&parts) {
+                assert!(
+                    (a - b).abs() < 1e-4 * a.abs(),
+                    "{name} {series}: {whole:?}, {parts:?}"
+                );
+            }
+        }
+    }
+    for stage in ["codes-parts", "gpt-parts"] {
+        let setting = format!("{stage}.accumulate=14");
+        lab.retort(&["validate", "r.yaml", "--set", &setting])
+            .expect(3)
+            .saying(&["a batch of 13 has no more parts than samples"]);
+    }
 }
 
 #[test]

@@ -223,7 +223,7 @@ fn nothing_outside_of_artifacts_is_served() {
     });
     let (status, text) = server.get(&format!("/file/{hash}?path=../../history.db"));
     assert!(
-        status == 500 && text.contains("leads out"),
+        status == 500 && text.contains("leaves the artifact"),
         "{status} {text}"
     );
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use retort::artifact::{self, Layout};
 use retort::store::{
     Access, ArtifactRecord, AttemptEnd, AttemptId, AttemptState, Batch, LogLine, LogSource,
-    MetricPoint, NewRun, NewStage, Param, PluginIdentity, RunId, RunState, Store, SweepId,
+    MetricPoint, NewRun, NewStage, Param, RecordedPlugin, RunId, RunState, Store, SweepId,
     SweepPlace, SweepPlan, Time, Usage,
 };
 use retort_abi::{ArtifactMeta, Table};
@@ -341,7 +341,7 @@ impl<'s> Writer<'s> {
             name: stage.name.into(),
             kind: stage.kind.into(),
             position: self.position,
-            plugin: PluginIdentity {
+            plugin: RecordedPlugin {
                 name: "candle".into(),
                 version: "0.1.0".into(),
                 hash: "ab".repeat(32),

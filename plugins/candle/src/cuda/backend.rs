@@ -542,7 +542,7 @@ impl Sampling for Cuda {
         match flow::flow_map(logits, noise, codebook, solver)? {
             Some(ids) => Ok(logits.like(ids)),
             // Codes too long for the kernel: the same in plain operations, on the GPU too.
-            None => retort_engine::flow::composed::<Self>(logits, noise, codebook, solver),
+            None => retort_engine::backend::flow::composed::<Self>(logits, noise, codebook, solver),
         }
     }
 }

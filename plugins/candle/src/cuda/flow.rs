@@ -2,8 +2,8 @@
 
 use candle_core::DType;
 use retort_engine::backend::FlowSolver;
+use retort_engine::backend::flow;
 use retort_engine::error::{Error, Result};
-use retort_engine::flow;
 use retort_kernels::flow::{DROPPED, UNDECIDED};
 
 use crate::cuda::kernels::{self, Kernel};

@@ -1,19 +1,19 @@
-//! What generating samples needs: steps that are recorded and done again, and choosing codes.
+//! Operations for sampling: recorded and replayed steps, and choosing codes.
 
 use std::any::Any;
 
+use crate::backend::choice::{self, Truncation};
+use crate::backend::flow::{self, FlowSolver};
 use crate::backend::layers::Layers;
-use crate::choice::{self, Truncation};
 use crate::error::Result;
-use crate::flow::{self, FlowSolver};
 
-/// What [`Sampling::repeat`] keeps between calls: the backend's own affair, nothing at first.
+/// What [`Sampling::repeat`] keeps between calls: private to the backend, initially empty.
 #[derive(Default)]
 pub struct Recording(pub Option<Box<dyn Any>>);
 
 /// Recorded steps, truncation of logits, drawing of codes, and the flow map.
 pub trait Sampling: Layers {
-    /// What `step` makes of the inputs. It has to do the same operations whenever it is called with what was `kept`, on
+    /// The result of `step` on the inputs. It must do the same operations on each call with what was `kept`, on
     /// tensors of the same shapes, all but the inputs those of the last time; so a backend may note them at one call and
     /// have them done at the next without calling it (a CUDA graph). Positions reach it as inputs. It moves nothing
     /// between host and device. What it returns is overwritten at the next call.

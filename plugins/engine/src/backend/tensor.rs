@@ -1,7 +1,7 @@
-//! The operations that a backend has to bring. A new one starts here: everything else is composed of these.
+//! The operations that a backend must implement. Start here: everything else is composed of these.
 //!
-//! Shapes are given beside each operation, row-major by meaning (layout is the backend's own affair); broadcasting is
-//! NumPy's. What an operation means is said by its arguments, never by a backend's default. Tensors are reference
+//! Shapes are given beside each operation, row-major by meaning (layout is up to the backend); broadcasting is
+//! NumPy's. An operation's arguments define it, never a backend's default. Tensors are reference
 //! counted and cheap to clone. They are immutable except through the methods whose names end in `_`, which write in place
 //! and are seen by every clone.
 
@@ -14,7 +14,7 @@ use crate::error::Result;
 pub enum Precision {
     /// That of storage: f32.
     Storage,
-    /// That in which products are computed, for what only products read ([`Tensors::factor`]).
+    /// That of products, for operands read only by products ([`Tensors::factor`]).
     Factor,
 }
 

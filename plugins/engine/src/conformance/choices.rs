@@ -2,9 +2,9 @@
 
 use super::host::{self, Host};
 use super::{LAYOUTS, Suite};
+use crate::backend::choice::{categorical_row, truncate_row};
+use crate::backend::flow;
 use crate::backend::{Backend, FlowSolver, Truncation};
-use crate::choice::{categorical_row, truncate_row};
-use crate::flow;
 
 impl<B: Backend> Suite<'_, B> {
     pub(super) fn losses(&mut self) {

@@ -284,7 +284,7 @@ impl Parts {
 
 /// A tensor in `weights.json`: element i is scale * (2u - 1) + shift, u from SplitMix64 started at the seed.
 #[derive(Deserialize)]
-struct Recipe {
+struct RandomTensor {
     name: String,
     shape: Vec<usize>,
     seed: u64,
@@ -292,7 +292,7 @@ struct Recipe {
     shift: f64,
 }
 
-impl Recipe {
+impl RandomTensor {
     fn floats(&self) -> Floats {
         let count = self.shape.iter().product::<usize>() as u64;
         let data = (0..count).map(|i| {
@@ -317,15 +317,15 @@ impl Recipe {
 /// It cannot be read.
 pub fn procedural_weights(path: &Path) -> Result<BTreeMap<String, Weights>> {
     let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-    let parts: BTreeMap<String, Vec<Recipe>> =
+    let parts: BTreeMap<String, Vec<RandomTensor>> =
         serde_json::from_str(&text).map_err(|e| Error::data(path, e))?;
-    let named = |recipes: Vec<Recipe>| {
-        let each = recipes.into_iter();
-        each.map(|recipe| (recipe.name.clone(), recipe.floats()))
+    let named = |tensors: Vec<RandomTensor>| {
+        let each = tensors.into_iter();
+        each.map(|tensor| (tensor.name.clone(), tensor.floats()))
             .collect()
     };
     let parts = parts.into_iter();
     Ok(parts
-        .map(|(part, recipes)| (part, named(recipes)))
+        .map(|(part, tensors)| (part, named(tensors)))
         .collect())
 }

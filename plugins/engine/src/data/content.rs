@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use retort_checkpoint::images::LONGEST_FILE;
 use retort_checkpoint::regular;
-use retort_checkpoint::tar::Part;
+use retort_checkpoint::tar::FileRange;
 
 use super::error::DataError;
 use super::file;
@@ -22,7 +22,7 @@ pub(super) struct Item {
     pub(super) label: u32,
     pub(super) caption: Option<Box<str>>,
     /// Its archive and place, where it lies in one.
-    pub(super) part: Option<(u32, Part)>,
+    pub(super) part: Option<(u32, FileRange)>,
 }
 
 impl Item {

@@ -141,11 +141,11 @@ const ELOOP: i32 = 40;
 
 /// Files that were left out, counted by how their names end.
 #[derive(Debug, Default)]
-pub struct LeftOut {
+pub struct SkippedFiles {
     by_ending: BTreeMap<String, usize>,
 }
 
-impl LeftOut {
+impl SkippedFiles {
     /// Counts a file.
     pub fn add(&mut self, name: &str) {
         *self.by_ending.entry(ending(name)).or_default() += 1;

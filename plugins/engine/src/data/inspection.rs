@@ -1,4 +1,4 @@
-//! A first look at files: their headers, by all threads, before anything is decoded.
+//! A first pass over files: their headers, by all threads, before any decoding.
 //!
 //! In: files that are or may be images. Out: which of them are, of what sizes and formats, and which are damaged; all of
 //! that is told at once. Deliberately absent: what lies behind the headers (`source.rs`).
@@ -12,7 +12,7 @@ use retort_checkpoint::images::{LONGEST_FILE, promises_image};
 
 use super::content::{Archives, Damaged, Item};
 use super::error::{DataError, shown};
-use super::folder::LeftOut;
+use super::folder::SkippedFiles;
 use super::options::DataOptions;
 use super::raster::{self, Header};
 
@@ -23,9 +23,9 @@ const BEGINNING: u64 = 1 << 16;
 const NAMED: usize = 20;
 
 /// Files whose headers are held at a time.
-const LOOKED_AT_ONCE: usize = 4096;
+const INSPECTED_AT_ONCE: usize = 4096;
 
-/// Of so many times as many files some are looked at first, to see whether any of them is an image.
+/// Above this factor of files, a sample is checked first, to see whether any is an image.
 const MANY: usize = 16;
 
 /// The message about damaged files.
@@ -50,7 +50,7 @@ fn listed(damaged: &[Damaged]) -> String {
 }
 
 /// What a look at a file's beginning says.
-enum Look {
+enum HeaderCheck {
     Image(Header),
     Damaged(String),
     Other,
@@ -58,11 +58,11 @@ enum Look {
 
 /// Items whose headers have been read.
 #[derive(Default)]
-pub(super) struct Looked {
+pub(super) struct Inspection {
     path: PathBuf,
     pub(super) items: Vec<Item>,
     pub(super) damaged: Vec<(Item, String)>,
-    left_out: LeftOut,
+    skipped: SkippedFiles,
     /// How many images there are of each height and width, of each format, and in colour.
     sizes: BTreeMap<(u32, u32), usize>,
     formats: BTreeMap<String, usize>,
@@ -79,7 +79,7 @@ pub(super) struct FoundFiles {
     pub(super) damaged: Vec<Damaged>,
 }
 
-impl Looked {
+impl Inspection {
     /// Reads the headers of items; all of them have to be images if they are `named` as such.
     pub(super) fn over(
         path: &Path,
@@ -88,39 +88,39 @@ impl Looked {
         named: bool,
     ) -> Result<Self, DataError> {
         let archives = Archives::open(path, archives)?;
-        let look = |item: &Item| -> Look {
+        let look = |item: &Item| -> HeaderCheck {
             let start = match archives.content(item, BEGINNING) {
                 Ok(start) => start,
-                Err(why) => return Look::Damaged(why),
+                Err(why) => return HeaderCheck::Damaged(why),
             };
             if raster::format(&start).is_none() && !named && !promises_image(&item.name) {
-                return Look::Other;
+                return HeaderCheck::Other;
             }
             let whole = start.len() as u64 != BEGINNING;
             let header = raster::header(&start).or_else(|why| match whole {
                 true => Err(why),
                 false => raster::header(&archives.content(item, LONGEST_FILE)?),
             });
-            header.map_or_else(Look::Damaged, Look::Image)
+            header.map_or_else(HeaderCheck::Damaged, HeaderCheck::Image)
         };
-        let mut looked = Self {
+        let mut inspection = Self {
             path: path.to_owned(),
             ..Self::default()
         };
-        if items.len() > MANY * LOOKED_AT_ONCE {
-            looked.expect_images(&items, look)?;
+        if items.len() > MANY * INSPECTED_AT_ONCE {
+            inspection.expect_images(&items, look)?;
         }
         // What is no image leaves the others where they are: of millions there are not two lists.
         let mut rejected: Vec<(usize, Option<String>)> = Vec::new();
-        for (part, some) in items.chunks(LOOKED_AT_ONCE).enumerate() {
-            let looks: Vec<Look> = some.par_iter().map(&look).collect();
-            for (place, (item, look)) in some.iter().zip(looks).enumerate() {
-                let place = part * LOOKED_AT_ONCE + place;
+        for (part, some) in items.chunks(INSPECTED_AT_ONCE).enumerate() {
+            let checks: Vec<HeaderCheck> = some.par_iter().map(&look).collect();
+            for (place, (item, look)) in some.iter().zip(checks).enumerate() {
+                let place = part * INSPECTED_AT_ONCE + place;
                 match look {
-                    Look::Image(header) => looked.count(&header),
-                    Look::Damaged(why) => rejected.push((place, Some(why))),
-                    Look::Other => {
-                        looked.left_out.add(&item.name);
+                    HeaderCheck::Image(header) => inspection.count(&header),
+                    HeaderCheck::Damaged(why) => rejected.push((place, Some(why))),
+                    HeaderCheck::Other => {
+                        inspection.skipped.add(&item.name);
                         rejected.push((place, None));
                     }
                 }
@@ -131,11 +131,11 @@ impl Looked {
             let Some((_, why)) = rejected.next_if(|(rejected, _)| *rejected == place) else {
                 return Some(item);
             };
-            looked.damaged.extend(why.map(|why| (item, why)));
+            inspection.damaged.extend(why.map(|why| (item, why)));
             None
         });
-        looked.items = kept.collect();
-        Ok(looked)
+        inspection.items = kept.collect();
+        Ok(inspection)
     }
 
     fn count(&mut self, header: &Header) {
@@ -149,17 +149,17 @@ impl Looked {
     fn expect_images(
         &self,
         items: &[Item],
-        look: impl Fn(&Item) -> Look + Sync,
+        look: impl Fn(&Item) -> HeaderCheck + Sync,
     ) -> Result<(), DataError> {
-        let step = items.len() / LOOKED_AT_ONCE;
-        let some: Vec<&Item> = items.iter().step_by(step).take(LOOKED_AT_ONCE).collect();
-        let looks: Vec<Look> = some.par_iter().map(|item| look(item)).collect();
-        let damaged = some.iter().zip(looks).map(|(item, look)| match look {
-            Look::Damaged(why) => Some(Damaged {
+        let step = items.len() / INSPECTED_AT_ONCE;
+        let some: Vec<&Item> = items.iter().step_by(step).take(INSPECTED_AT_ONCE).collect();
+        let checks: Vec<HeaderCheck> = some.par_iter().map(|item| look(item)).collect();
+        let damaged = some.iter().zip(checks).map(|(item, look)| match look {
+            HeaderCheck::Damaged(why) => Some(Damaged {
                 name: item.name.to_string(),
                 why,
             }),
-            Look::Image(_) | Look::Other => None,
+            HeaderCheck::Image(_) | HeaderCheck::Other => None,
         });
         let Some(damaged) = damaged.collect::<Option<Vec<Damaged>>>() else {
             return Ok(());
@@ -201,9 +201,9 @@ impl Looked {
             Some(class) => Err(DataError::Empty {
                 path: place(class),
                 expected: "image files (PNG, JPEG, WebP, GIF, BMP or TIFF)",
-                found: match self.left_out.count() {
+                found: match self.skipped.count() {
                     0 => "none".into(),
-                    _ => format!("none; files of other kinds: {}", self.left_out.kinds()),
+                    _ => format!("none; files of other kinds: {}", self.skipped.kinds()),
                 },
             }),
         }
@@ -258,12 +258,12 @@ impl Looked {
             );
             notices.push((LogLevel::Warn, message));
         }
-        if self.left_out.count() > 0 {
+        if self.skipped.count() > 0 {
             let message = format!(
                 "{}: {} files are no images and were left out: {}",
                 self.path.display(),
-                self.left_out.count(),
-                self.left_out.kinds()
+                self.skipped.count(),
+                self.skipped.kinds()
             );
             notices.push((LogLevel::Warn, message));
         }

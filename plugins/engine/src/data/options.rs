@@ -1,10 +1,13 @@
-//! Where images come from and what they are brought to, as recipes say it.
+//! Where images come from and how they are resized, as in recipes.
+
+use std::fmt;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::error::DataError;
 use super::resample::{Filter, Fit};
+use crate::size::Size;
 
 /// Images that a stage reads: the `images` stage that prepared them, or where they come from.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -12,7 +15,7 @@ use super::resample::{Filter, Fit};
 pub enum Data {
     /// The `images` stage that prepared them.
     Stage(#[schemars(extend("x-retort-artifact" = ["images"]))] String),
-    /// Their source; they are decoded once and held in memory.
+    /// Their source; they are decoded once by each stage, and held in memory or, where they are many, in its work directory.
     Source(Box<DataOptions>),
 }
 
@@ -72,18 +75,18 @@ pub struct DataOptions {
     /// Column of the class in a CSV file: `first`, `last` or its name in the first line; `last`, if left out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub label: Option<String>,
-    /// What images are brought to: the side of a square or [height, width]; left out, they must all be of one size.
+    /// The size of images: the side of a square or [height, width]; if left out, all must have one size.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub size: Option<Size>,
-    /// How images of other proportions come to that size.
+    /// How images of other proportions are fitted.
     pub fit: Fit,
-    /// The filter with which they do.
+    /// The resampling filter.
     pub filter: Filter,
     /// 1 (grey) or 3 (RGB); left out, grey where all images are grey, else RGB.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(extend("enum" = [1, 3]))]
     pub channels: Option<usize>,
-    /// The colour behind what is transparent and beside what does not fill the size.
+    /// The colour behind transparent pixels and around images that are too small.
     pub background: Background,
     /// Whether damaged files are left out, counted and recorded, instead of ending the stage.
     pub skip_damaged: bool,
@@ -95,14 +98,28 @@ pub struct DataOptions {
     pub flip: bool,
 }
 
-/// A size in pixels.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(untagged)]
-pub enum Size {
-    /// The side of a square.
-    Side(#[schemars(range(min = 1, max = 8192))] usize),
-    /// Height and width.
-    Sides(#[schemars(inner(range(min = 1, max = 8192)))] [usize; 2]),
+/// How images were brought to their size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sizing {
+    /// The size.
+    pub size: Size,
+    /// How other proportions were fitted.
+    pub fit: Fit,
+    /// The resampling filter.
+    pub filter: Filter,
+}
+
+impl fmt::Display for Sizing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (height, width) = self.size.sides();
+        let fit = self.fit.name();
+        write!(f, "brought to {height} x {width} by `fit: {fit}`")?;
+        match self.fit {
+            // It has filters of its own.
+            Fit::Adm => Ok(()),
+            _ => write!(f, " and `filter: {}`", self.filter.name()),
+        }
+    }
 }
 
 /// A colour behind images.
@@ -125,16 +142,6 @@ pub enum BackgroundName {
     Grey,
     /// 0, 0, 0.
     Black,
-}
-
-impl Size {
-    /// Height and width.
-    pub fn sides(self) -> (usize, usize) {
-        match self {
-            Self::Side(side) => (side, side),
-            Self::Sides([height, width]) => (height, width),
-        }
-    }
 }
 
 impl Default for Background {
@@ -174,7 +181,8 @@ impl Data {
     pub fn check_fixed(&self) -> Result<(), DataError> {
         match self {
             Self::Source(options) if options.flip => {
-                let message = "data: `flip` changes what training sees; this stage does not train on the images";
+                let message =
+                    "data: `flip` is for training; this stage does not train on the images";
                 Err(DataError::Options(message.into()))
             }
             _ => self.check(),
@@ -183,6 +191,12 @@ impl Data {
 }
 
 impl DataOptions {
+    /// How images are brought to their size, if they are.
+    pub fn sizing(&self) -> Option<Sizing> {
+        let (fit, filter) = (self.fit, self.filter);
+        self.size.map(|size| Sizing { size, fit, filter })
+    }
+
     /// Checks what can be checked without touching a file.
     pub fn check(&self) -> Result<(), DataError> {
         let fault = |message: String| Err(DataError::Options(format!("data: {message}")));
@@ -273,6 +287,41 @@ impl DataOptions {
             }
             None if self.fit != Fit::default() => fault("`fit` needs a `size`".into()),
             _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sizing_is_said_as_options_say_it() {
+        let said = |options: DataOptions| options.sizing().map(|sizing| sizing.to_string());
+        let of = |size, fit, filter| DataOptions {
+            size,
+            fit,
+            filter,
+            ..DataOptions::default()
+        };
+        assert_eq!(said(of(None, Fit::Cover, Filter::Bicubic)), None);
+        let wide = of(Some(Size::Sides([24, 32])), Fit::Contain, Filter::Lanczos);
+        let expected = "brought to 24 x 32 by `fit: contain` and `filter: lanczos`";
+        assert_eq!(said(wide).as_deref(), Some(expected));
+        let adm = of(Some(Size::Side(256)), Fit::Adm, Filter::Bicubic);
+        let expected = "brought to 256 x 256 by `fit: adm`";
+        assert_eq!(said(adm).as_deref(), Some(expected));
+        // Names are those of recipes.
+        for fit in [Fit::Cover, Fit::Contain, Fit::Stretch, Fit::Adm] {
+            assert_eq!(serde_json::json!(fit), fit.name());
+        }
+        for filter in [
+            Filter::Box,
+            Filter::Bilinear,
+            Filter::Bicubic,
+            Filter::Lanczos,
+        ] {
+            assert_eq!(serde_json::json!(filter), filter.name());
         }
     }
 }

@@ -1,4 +1,5 @@
-//! Prepared images as an artifact: what the `images` stage writes and others read from.
+//! Prepared images: what the `images` stage writes as its artifact, other stages into their work directories (`kept.rs`), and
+//! what is read from there.
 //!
 //! `images.json` describes them; `images-00000.npy`, ... hold the bytes, (n, height, width, channels), `labels.npy` the
 //! classes; `manifest.jsonl` has a row for each source file: its image's number, class and caption, or why it was left
@@ -13,7 +14,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::content::Damaged;
-use super::source::Image;
+use super::options::Sizing;
+use super::source::{Image, Source};
 use crate::error::{Error, Result};
 use crate::numpy::{self, Rows};
 
@@ -38,6 +40,9 @@ pub struct Description {
     pub shard: usize,
     /// Damaged files that were left out.
     pub damaged: usize,
+    /// How the images were brought to their size, if they were.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sizing: Option<Sizing>,
 }
 
 impl Description {
@@ -59,8 +64,32 @@ fn shard_name(index: usize) -> String {
     format!("images-{index:05}.npy")
 }
 
+/// Writes all images of a source into an empty directory; also returns the damaged files that were left out. `progress` says
+/// whether to go on.
+pub fn write(
+    source: Source,
+    dir: &Path,
+    progress: &mut dyn FnMut(u64) -> bool,
+) -> Result<(Description, Vec<Damaged>)> {
+    let description = Description {
+        format: 1,
+        count: 0,
+        channels: source.channels,
+        height: source.height,
+        width: source.width,
+        white: source.white,
+        classes: source.names.clone(),
+        shard: 0,
+        damaged: 0,
+        sizing: source.sizing,
+    };
+    let mut writer = Writer::new(dir, description)?;
+    let damaged = source.read(progress, &mut |image| writer.push(&image))?;
+    Ok((writer.finish(&damaged)?, damaged))
+}
+
 /// Writes images one after the other.
-pub struct Writer<'a> {
+pub(super) struct Writer<'a> {
     dir: &'a Path,
     description: Description,
     /// The file at hand.
@@ -72,7 +101,7 @@ pub struct Writer<'a> {
 
 impl<'a> Writer<'a> {
     /// Begins in an empty directory. `description` needs neither numbers of images nor of files.
-    pub fn new(dir: &'a Path, description: Description) -> Result<Self> {
+    pub(super) fn new(dir: &'a Path, description: Description) -> Result<Self> {
         let stride = description.channels * description.height * description.width;
         let manifest_path = dir.join("manifest.jsonl");
         let manifest = File::create(&manifest_path).map_err(Error::io(&manifest_path))?;
@@ -90,7 +119,7 @@ impl<'a> Writer<'a> {
     }
 
     /// Appends an image.
-    pub fn push(&mut self, image: &Image<'_>) -> Result<()> {
+    pub(super) fn push(&mut self, image: &Image<'_>) -> Result<()> {
         let mut row =
             json!({ "image": self.labels.len(), "file": image.name, "label": image.label });
         if let Some(caption) = image.caption {
@@ -141,7 +170,7 @@ impl<'a> Writer<'a> {
     }
 
     /// Writes what is left, and the description, which it returns.
-    pub fn finish(mut self, damaged: &[Damaged]) -> Result<Description> {
+    pub(super) fn finish(mut self, damaged: &[Damaged]) -> Result<Description> {
         let path = self.shard_path();
         self.close(path)?;
         for Damaged { name, why } in damaged {
@@ -174,7 +203,7 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    /// Opens the output of an `images` stage.
+    /// Opens a directory of them.
     pub fn open(dir: &Path) -> Result<Self> {
         let path = dir.join(DESCRIPTION);
         let text = regular::read(&path, LONGEST_DESCRIPTION).map_err(Error::io(&path))?;

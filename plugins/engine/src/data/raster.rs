@@ -15,7 +15,7 @@ use image::metadata::Orientation;
 use image::{ColorType, DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 use retort_checkpoint::images;
 
-use super::demand;
+use super::decoding_cost;
 
 /// Pixels of 8 bits, row by row, the channels of a pixel side by side: (height, width, channels).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,8 +83,8 @@ pub(super) fn decoder(content: &[u8]) -> Result<impl ImageDecoder + '_, String> 
     };
     match format {
         ImageFormat::Png => check_palettes(content)?,
-        ImageFormat::Tiff => demand::check_pieces(content)?,
-        ImageFormat::WebP => demand::check_canvas(content)?,
+        ImageFormat::Tiff => decoding_cost::check_pieces(content)?,
+        ImageFormat::WebP => decoding_cost::check_canvas(content)?,
         _ => {}
     }
     let mut limits = Limits::default();
@@ -109,7 +109,7 @@ pub(super) fn decoder(content: &[u8]) -> Result<impl ImageDecoder + '_, String> 
         ColorType::L8 | ColorType::Rgb8 => 0,
         kind => u64::from(width) * u64::from(height) * if kind.has_color() { 3 } else { 1 },
     };
-    let beside = demand::beside(content, format, u64::from(width) * u64::from(height));
+    let beside = decoding_cost::beside(content, format, u64::from(width) * u64::from(height));
     let memory = (content.len() as u64)
         .saturating_add(decoder.total_bytes())
         .saturating_add(used)

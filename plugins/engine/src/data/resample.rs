@@ -40,7 +40,29 @@ pub enum Fit {
     Adm,
 }
 
+impl Fit {
+    /// Its name in recipes.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Cover => "cover",
+            Self::Contain => "contain",
+            Self::Stretch => "stretch",
+            Self::Adm => "adm",
+        }
+    }
+}
+
 impl Filter {
+    /// Its name in recipes.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Box => "box",
+            Self::Bilinear => "bilinear",
+            Self::Bicubic => "bicubic",
+            Self::Lanczos => "lanczos",
+        }
+    }
+
     /// How far from its middle the filter reaches, in steps.
     fn reach(self) -> f64 {
         match self {

@@ -71,11 +71,11 @@ impl ArchivedImages {
                     name: entry.name.into(),
                     label: Item::UNLABELLED,
                     caption: None,
-                    part: Some((number, entry.part)),
+                    part: Some((number, entry.range)),
                 });
                 continue;
             }
-            let text = archive.text(entry.part).map_err(of)?;
+            let text = archive.text(entry.range).map_err(of)?;
             if !beside.contains_key(key) {
                 self.held.take(BESIDE + cost(key)).map_err(full)?;
                 beside.insert(key.into(), (None, None));

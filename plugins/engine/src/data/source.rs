@@ -15,13 +15,14 @@ use super::class::{self, Classes};
 use super::content::{Archives, Damaged, Item};
 use super::error::{DataError, shown};
 use super::folder::Folder;
-use super::looked::{FoundFiles, Looked, told};
-use super::options::{DataOptions, Size};
+use super::inspection::{FoundFiles, Inspection, told};
+use super::options::{DataOptions, Sizing};
 use super::raster::{self, Raster, luma};
 use super::resample::{Filter, Fit, fit};
 use super::shards;
 use super::table::{self, MemoryBudget};
 use super::values;
+use crate::size::Size;
 
 /// An image as it comes out of a source.
 pub struct Image<'a> {
@@ -47,6 +48,8 @@ pub struct Source {
     pub white: f32,
     /// Name of each class.
     pub names: Vec<String>,
+    /// How images are brought to their size, if they are.
+    pub sizing: Option<Sizing>,
     /// What a user should hear.
     pub notices: Vec<(LogLevel, String)>,
     path: PathBuf,
@@ -165,6 +168,7 @@ impl Source {
             width: size.1,
             white: 255.0,
             names,
+            sizing: o.sizing(),
             notices: Vec::new(),
             path: path.to_owned(),
             shape: Shape {
@@ -250,21 +254,24 @@ impl Source {
         let mut items = items.collect::<Result<Vec<Item>, DataError>>()?;
         // Class after class, and by name within one.
         items.sort_by_key(|item| item.label);
-        let looked = Looked::over(path, &[], items, false)?;
+        let inspection = Inspection::over(path, &[], items, false)?;
         let Some(classes) = classes else {
             let name = path
                 .file_name()
                 .map_or("images".into(), |name| name.to_string_lossy().into_owned());
-            looked.each_class_has_images(1, |_| path.to_owned())?;
+            inspection.each_class_has_images(1, |_| path.to_owned())?;
             return Ok(Self::of_files(
                 o,
                 path,
                 Vec::new(),
                 vec![name],
-                looked.finish(o)?,
+                inspection.finish(o)?,
             ));
         };
-        let beside: Vec<&str> = looked.images().filter(|name| !name.contains('/')).collect();
+        let beside: Vec<&str> = inspection
+            .images()
+            .filter(|name| !name.contains('/'))
+            .collect();
         if let Some(first) = beside.first() {
             let message = format!(
                 "{} images ({}, ...) lie beside the folders of classes ({}, ...); move them into folders, or the folders \
@@ -275,11 +282,11 @@ impl Source {
             );
             return Err(DataError::content(path, message));
         }
-        looked.each_class_has_images(classes.names.len(), |label| {
+        inspection.each_class_has_images(classes.names.len(), |label| {
             let bears = |name: &&String| classes.of(name) == label as u32;
             path.join(folder.folders.iter().find(bears).map_or("", |name| name))
         })?;
-        let mut source = Self::of_files(o, path, Vec::new(), classes.names, looked.finish(o)?);
+        let mut source = Self::of_files(o, path, Vec::new(), classes.names, inspection.finish(o)?);
         if classes.mixed {
             let message =
                 "some folders are named by numbers, others not: classes are in alphabetical order";
@@ -297,9 +304,9 @@ impl Source {
             caption: row.caption,
             part: None,
         });
-        let looked = Looked::over(path, &[], items.collect(), true)?;
-        looked.each_class_has_images(classes.names.len(), |_| table.to_owned())?;
-        let mut source = Self::of_files(o, path, Vec::new(), classes.names, looked.finish(o)?);
+        let inspection = Inspection::over(path, &[], items.collect(), true)?;
+        inspection.each_class_has_images(classes.names.len(), |_| table.to_owned())?;
+        let mut source = Self::of_files(o, path, Vec::new(), classes.names, inspection.finish(o)?);
         if !labelled {
             let message = format!(
                 "{} names no classes: all images are of one",
@@ -335,15 +342,15 @@ impl Source {
                 };
             }
         }
-        let mut looked = Looked::over(path, &archives, items, false)?;
+        let mut inspection = Inspection::over(path, &archives, items, false)?;
         let mut labels: Vec<&str> = vec![""; numbers.len()];
         for (label, number) in &numbers {
             labels[*number as usize] = label;
         }
         let of = |item: &Item| labels.get(item.label as usize).copied();
         let all = || {
-            let damaged = looked.damaged.iter().map(|(item, _)| item);
-            looked.items.iter().chain(damaged)
+            let damaged = inspection.damaged.iter().map(|(item, _)| item);
+            inspection.items.iter().chain(damaged)
         };
         if let (Some(bare), true) = (all().find(|item| of(item).is_none()), labelled > 0) {
             let message = format!(
@@ -353,18 +360,18 @@ impl Source {
             return Err(DataError::content(path, message));
         }
         let (classes, _) = classes_of(path, all().map(of))?;
-        for item in looked.items_mut() {
+        for item in inspection.items_mut() {
             item.label = labels
                 .get(item.label as usize)
                 .map_or(0, |label| classes.of(label));
         }
-        looked.each_class_has_images(classes.names.len(), |_| path.to_owned())?;
+        inspection.each_class_has_images(classes.names.len(), |_| path.to_owned())?;
         Ok(Self::of_files(
             o,
             path,
             archives,
             classes.names,
-            looked.finish(o)?,
+            inspection.finish(o)?,
         ))
     }
 
@@ -388,6 +395,11 @@ impl Source {
             Body::Arrays(arrays) => arrays.count,
             Body::Values(values) => values.labels.len(),
         }
+    }
+
+    /// Bytes of all images, a byte per value.
+    pub fn bytes(&self) -> u64 {
+        (self.count() * self.height * self.width * self.channels) as u64
     }
 
     /// Reads all images in order. `progress` hears how many are done and says whether to go on. Returns the damaged files,

@@ -1,12 +1,13 @@
 mod folders;
+mod many;
 mod pixels;
 mod training;
 
 use image::DynamicImage;
 
-use super::options::Size;
 use super::resample::{Filter, Fit};
 use super::*;
+use crate::size::Size;
 
 fn csv(text: &[u8], options: DataOptions) -> Result<Images, String> {
     let dir = tempfile::tempdir().unwrap();

@@ -8,11 +8,14 @@
 //!
 //! f = 2^(levels - 1). The coarsest level and the middle attend.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 use crate::backend::Backend;
 use crate::error::Result;
 use crate::model::LastConvolution;
+use crate::size::Sides;
 use crate::tape::Variable;
 use crate::weights::{Init, Loader};
 
@@ -23,8 +26,8 @@ const EPS: f64 = 1e-6;
 pub struct Shape {
     /// Channels of the images: 1 or 3.
     pub image_channels: usize,
-    /// Sides of the images (height = width).
-    pub image_size: usize,
+    /// Sides of the images.
+    pub image_size: Sides,
     /// Base number of channels.
     pub channels: usize,
     /// Multiplier of the channels per level, finest first.
@@ -39,8 +42,9 @@ pub struct Shape {
 
 impl Shape {
     /// Sides of the feature map between encoder and decoder.
-    pub fn side(&self) -> usize {
-        self.image_size >> (self.multipliers.len() - 1)
+    pub fn map(&self) -> Sides {
+        self.image_size
+            .halved(self.multipliers.len().saturating_sub(1))
     }
 }
 
@@ -267,8 +271,8 @@ impl<B: Backend> AttnBlock<B> {
 
 /// A level of either half: residual blocks, attention at the coarsest level, then a change of size.
 struct Level<B: Backend> {
-    res: Vec<ResBlock<B>>,
-    attn: Vec<AttnBlock<B>>,
+    res: Vec<Arc<ResBlock<B>>>,
+    attn: Vec<Arc<AttnBlock<B>>>,
     resize: Option<Conv<B>>,
 }
 
@@ -290,22 +294,23 @@ impl<B: Backend> Level<B> {
             let width = if i == 0 { input } else { output };
             let res = format!("{name}.{}.{i}", names.res());
             let res = ResBlock::load(loader, &res, width, output, c.norm_groups)?;
-            level.res.push(res);
+            level.res.push(Arc::new(res));
             if attends {
                 let attn = format!("{name}.attn.{i}");
                 let attn = AttnBlock::load(loader, &attn, output, c.norm_groups, names)?;
-                level.attn.push(attn);
+                level.attn.push(Arc::new(attn));
             }
         }
         Ok(level)
     }
 
-    fn forward(&self, x: &Variable<B>) -> Result<Variable<B>> {
-        let mut x = x.clone();
+    fn forward(&self, mut x: Variable<B>, recompute: bool) -> Result<Variable<B>> {
         for (i, res) in self.res.iter().enumerate() {
-            x = res.forward(&x)?;
+            let res = Arc::clone(res);
+            x = Variable::segment(recompute, move || res.forward(&x))?;
             if let Some(attn) = self.attn.get(i) {
-                x = attn.forward(&x)?;
+                let attn = Arc::clone(attn);
+                x = Variable::segment(recompute, move || attn.forward(&x))?;
             }
         }
         Ok(x)
@@ -313,9 +318,9 @@ impl<B: Backend> Level<B> {
 }
 
 struct MidBlock<B: Backend> {
-    first: ResBlock<B>,
-    attn: AttnBlock<B>,
-    last: ResBlock<B>,
+    first: Arc<ResBlock<B>>,
+    attn: Arc<AttnBlock<B>>,
+    last: Arc<ResBlock<B>>,
 }
 
 impl<B: Backend> MidBlock<B> {
@@ -328,15 +333,17 @@ impl<B: Backend> MidBlock<B> {
     ) -> Result<Self> {
         let [first, attn, last] = names.middle().map(|part| format!("{half}.mid.{part}"));
         Ok(Self {
-            first: ResBlock::load(loader, &first, channels, channels, groups)?,
-            attn: AttnBlock::load(loader, &attn, channels, groups, names)?,
-            last: ResBlock::load(loader, &last, channels, channels, groups)?,
+            first: Arc::new(ResBlock::load(loader, &first, channels, channels, groups)?),
+            attn: Arc::new(AttnBlock::load(loader, &attn, channels, groups, names)?),
+            last: Arc::new(ResBlock::load(loader, &last, channels, channels, groups)?),
         })
     }
 
-    fn forward(&self, x: &Variable<B>) -> Result<Variable<B>> {
-        self.last
-            .forward(&self.attn.forward(&self.first.forward(x)?)?)
+    fn forward(&self, x: Variable<B>, recompute: bool) -> Result<Variable<B>> {
+        let (first, attn, last) = (self.first.clone(), self.attn.clone(), self.last.clone());
+        let x = Variable::segment(recompute, move || first.forward(&x))?;
+        let x = Variable::segment(recompute, move || attn.forward(&x))?;
+        Variable::segment(recompute, move || last.forward(&x))
     }
 }
 
@@ -347,6 +354,8 @@ pub(super) struct Encoder<B: Backend> {
     mid: MidBlock<B>,
     norm_out: Norm<B>,
     conv_out: Conv<B>,
+    /// Whether the backward pass computes blocks again.
+    pub(super) recompute: bool,
 }
 
 impl<B: Backend> Encoder<B> {
@@ -377,20 +386,21 @@ impl<B: Backend> Encoder<B> {
             mid: MidBlock::load(loader, "encoder", width, c.norm_groups, names)?,
             norm_out: Norm::load(loader, "encoder.norm_out", width, c.norm_groups)?,
             conv_out: Conv::load(loader, "encoder.conv_out", width, c.z_channels, 3)?,
+            recompute: false,
         })
     }
 
-    /// z (b, Z, side, side) of images (b, c, H, W).
+    /// z (b, Z, h, w) of images (b, c, H, W).
     pub(super) fn forward(&self, images: &Variable<B>) -> Result<Variable<B>> {
         let mut x = self.conv_in.forward(images)?;
         for level in &self.levels {
-            x = level.forward(&x)?;
+            x = level.forward(x, self.recompute)?;
             if let Some(conv) = &level.resize {
                 x = conv.forward(&pad_right_bottom(&x)?)?;
             }
         }
-        self.conv_out
-            .forward(&self.norm_out.silu(&self.mid.forward(&x)?)?)
+        let x = self.mid.forward(x, self.recompute)?;
+        self.conv_out.forward(&self.norm_out.silu(&x)?)
     }
 }
 
@@ -401,6 +411,8 @@ pub(super) struct Decoder<B: Backend> {
     levels: Vec<Level<B>>,
     norm_out: Norm<B>,
     conv_out: Conv<B>,
+    /// Whether the backward pass computes blocks again.
+    pub(super) recompute: bool,
 }
 
 impl<B: Backend> Decoder<B> {
@@ -428,10 +440,11 @@ impl<B: Backend> Decoder<B> {
             levels,
             norm_out: Norm::load(loader, "decoder.norm_out", width, c.norm_groups)?,
             conv_out: Conv::load(loader, "decoder.conv_out", width, c.image_channels, 3)?,
+            recompute: false,
         })
     }
 
-    /// Images (b, c, H, W) of z (b, Z, side, side).
+    /// Images (b, c, H, W) of z (b, Z, h, w).
     pub(super) fn forward(&self, z: &Variable<B>) -> Result<Variable<B>> {
         self.conv_out.forward(&self.body(z)?)
     }
@@ -451,9 +464,9 @@ impl<B: Backend> Decoder<B> {
 
     /// What the last convolution sees.
     fn body(&self, z: &Variable<B>) -> Result<Variable<B>> {
-        let mut x = self.mid.forward(&self.conv_in.forward(z)?)?;
+        let mut x = self.mid.forward(self.conv_in.forward(z)?, self.recompute)?;
         for level in &self.levels {
-            x = level.forward(&x)?;
+            x = level.forward(x, self.recompute)?;
             if let Some(conv) = &level.resize {
                 x = conv.forward_upsampled(&x)?;
             }

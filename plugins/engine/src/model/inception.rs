@@ -53,7 +53,7 @@ impl Preparation {
         }
     }
 
-    /// What it does to images, for people.
+    /// A description, for people.
     pub fn describe(self) -> String {
         let how = match self {
             Self::Pytorch => "with pixels as areas, as pytorch-fid",
@@ -73,7 +73,7 @@ pub struct Inception<B: Backend> {
     classifier: Variable<B>,
 }
 
-/// What the network says of images.
+/// The network's outputs.
 pub struct Outputs<B: Backend> {
     /// Means over the map at the depths of [`FEATURES`], each (b, d).
     pub features: [Variable<B>; 4],

@@ -28,6 +28,7 @@ use crate::model::{
     CaptionFeatures, ConditionShape, Conditions, Generation, Guidance, Prediction, PrefixMask,
     Student, Teacher, TokenShape,
 };
+use crate::size::Sides;
 use crate::tape::{Variable, unpack};
 use crate::weights::{Init, Loader, Start, numbered};
 
@@ -55,8 +56,9 @@ pub struct Config {
     pub vocabulary: usize,
     /// Codebook dimension D.
     pub codebook_dim: usize,
-    /// Tokens along each side of the square map.
-    pub side: usize,
+    /// Rows and columns of the map of tokens.
+    #[serde(rename = "side")]
+    pub map: Sides,
     /// What its images are made for.
     #[serde(flatten)]
     pub condition: ConditionShape,
@@ -104,7 +106,7 @@ impl Config {
     /// Shape of its token sequences.
     pub fn token_shape(&self) -> TokenShape {
         TokenShape {
-            steps: vec![1; self.side * self.side],
+            steps: vec![1; self.map.area()],
             vocabulary: self.vocabulary,
             dim: self.codebook_dim,
             condition: self.condition,
@@ -149,7 +151,7 @@ struct Stack<B: Backend> {
     recompute: bool,
     norm: Variable<B>,
     output: Variable<B>,
-    /// cos and sin of the rotary positions, each (T + side^2, d/2).
+    /// cos and sin of the rotary positions, each (T + n, d/2).
     rope: (B::Tensor, B::Tensor),
 }
 
@@ -385,7 +387,7 @@ fn mask<B: Backend>(beside: &B::Tensor, padding: &[usize], l: usize) -> Result<M
     Ok(Mask::Bias(B::of(beside).floats(&bias, &shape)?))
 }
 
-/// cos and sin (T + side^2, d/2): zero at the condition, then the angles of (row, column) in raster order.
+/// cos and sin (T + n, d/2): zero at the condition, then the angles of (row, column) in raster order.
 fn rope_table<B: Backend>(backend: &B, c: &Config) -> Result<(B::Tensor, B::Tensor)> {
     let pairs = c.width / c.heads / 2;
     let quarter = pairs / 2;
@@ -393,8 +395,8 @@ fn rope_table<B: Backend>(backend: &B, c: &Config) -> Result<(B::Tensor, B::Tens
         |position: usize, i: usize| position as f64 / ROPE_BASE.powf(2.0 * i as f64 / pairs as f64);
     let front = c.condition.positions();
     let (mut cos, mut sin) = (vec![0.0; front * pairs], vec![0.0; front * pairs]);
-    for cell in 0..c.side * c.side {
-        let (row, column) = (cell / c.side, cell % c.side);
+    for cell in 0..c.map.area() {
+        let (row, column) = (cell / c.map.width, cell % c.map.width);
         for i in 0..pairs {
             let a = if i < quarter {
                 angle(row, i)
@@ -405,7 +407,7 @@ fn rope_table<B: Backend>(backend: &B, c: &Config) -> Result<(B::Tensor, B::Tens
             sin.push(a.sin() as f32);
         }
     }
-    let shape = [front + c.side * c.side, pairs];
+    let shape = [front + c.map.area(), pairs];
     Ok((backend.floats(&cos, &shape)?, backend.floats(&sin, &shape)?))
 }
 
@@ -505,6 +507,10 @@ impl<B: Backend> Teacher<B> for Gpt<B> {
         self.stack.logits(&x.narrow(1, last, l)?)
     }
 
+    fn recompute(&mut self, blocks: bool) {
+        self.stack.recompute = blocks;
+    }
+
     fn generate<'a>(
         &'a self,
         conditions: &Conditions<B>,
@@ -554,10 +560,28 @@ impl<B: Backend> Teacher<B> for Gpt<B> {
         let x = self.stack.forward(x, &front.padding)?;
         let last = self.tokens.condition.positions() - 1 + given;
         let logits = self.stack.logits(&x.narrow(1, last, l - given)?)?;
-        match guided(guidance, 0) {
-            Some(s) => guide::<B>(logits.value(), s),
-            None => Ok(logits.value().clone()),
+        if guidance.is_none() {
+            return Ok(logits.value().clone());
         }
+        // Token k comes k steps after the first that was chosen.
+        let mut runs: Vec<(Option<f64>, usize)> = Vec::new();
+        for own in (given..l).map(|k| guided(guidance, k)) {
+            match runs.last_mut() {
+                Some((scale, count)) if *scale == own => *count += 1,
+                _ => runs.push((own, 1)),
+            }
+        }
+        let mut at = 0;
+        let parts = runs.into_iter().map(|(scale, count)| {
+            let own = B::narrow(logits.value(), 1, at, count)?;
+            at += count;
+            match scale {
+                Some(s) => guide::<B>(&own, s),
+                None => conditional::<B>(&own),
+            }
+        });
+        let parts: Vec<B::Tensor> = parts.collect::<Result<_>>()?;
+        B::cat(&parts.iter().collect::<Vec<_>>(), 1)
     }
 }
 

@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::model::autoencoder::{Conv, Decoder, Encoder, Names, Shape};
 use crate::model::vq::nearest;
 use crate::model::{CODEBOOK, Reconstruction, Tokenizer, resize};
+use crate::size::Sides;
 use crate::tape::Variable;
 use crate::weights::{Init, Loader};
 
@@ -41,7 +42,7 @@ impl Config {
         Self {
             autoencoder: Shape {
                 image_channels: 3,
-                image_size: 16 * scales.last().copied().unwrap_or(1),
+                image_size: Sides::square(16 * scales.last().copied().unwrap_or(1)),
                 channels: 160,
                 multipliers: vec![1, 1, 2, 2, 4],
                 res_blocks: 2,
@@ -57,13 +58,14 @@ impl Config {
     /// Refuses shapes that cannot be built; `pointer` names the option with the scales.
     pub fn check(&self, pointer: &str) -> Result<()> {
         check_scales(&self.scales, pointer)?;
-        let (last, side) = (self.scales[self.scales.len() - 1], self.autoencoder.side());
-        if last == side {
+        let (last, map) = (self.scales[self.scales.len() - 1], self.autoencoder.map());
+        if Sides::square(last) == map {
             return Ok(());
         }
         let message = format!(
-            "scales {:?}: the last must be {side}, the side of the feature map ({} pixels, {} levels)",
+            "scales {:?}: the last must be {}, the side of the feature map (images of {}, {} levels)",
             self.scales,
+            map.height,
             self.autoencoder.image_size,
             self.autoencoder.multipliers.len()
         );
@@ -335,6 +337,11 @@ impl<B: Backend> Tokenizer<B> for MultiScaleVq<B> {
 
     fn decode(&self, latents: &Variable<B>) -> Result<Variable<B>> {
         self.decode_map(&self.quantiser.map(latents)?)
+    }
+
+    fn recompute(&mut self, blocks: bool) {
+        self.encoder.recompute = blocks;
+        self.decoder.recompute = blocks;
     }
 
     /// With straight-through gradients around the whole quantisation; both losses are means over the scales' sums.

@@ -14,33 +14,38 @@ pub fn bicubic(from: usize, to: usize) -> Vec<f32> {
     square(&bicubic_axis(from, to), from, to)
 }
 
-/// Square planes of pixels, one after the other, brought to another side on the host: as [`bicubic`], an axis at a time.
-pub fn bicubic_planes(planes: &[f32], from: usize, to: usize) -> Vec<f32> {
-    let axis = bicubic_axis(from, to);
-    // The few source cells of each target cell.
-    let taps: Vec<Vec<(usize, f64)>> = axis
-        .chunks_exact(from)
-        .map(|row| {
-            let cells = row.iter().copied().enumerate();
-            cells.filter(|&(_, weight)| weight != 0.0).collect()
-        })
-        .collect();
-    let mut out = Vec::with_capacity(planes.len() / (from * from) * to * to);
-    let mut rows = vec![0.0; from * to];
-    for plane in planes.chunks_exact(from * from) {
-        for (source, row) in plane.chunks_exact(from).zip(rows.chunks_exact_mut(to)) {
-            for (x, taps) in row.iter_mut().zip(&taps) {
+/// Planes of pixels, one after the other, brought from a height and width to others on the host: as [`bicubic`], an axis at
+/// a time.
+pub fn bicubic_planes(planes: &[f32], from: [usize; 2], to: [usize; 2]) -> Vec<f32> {
+    let [rows_of, columns_of] = [0, 1].map(|axis| taps(from[axis], to[axis]));
+    let (plane, width) = (from[0] * from[1], to[1]);
+    let mut out = Vec::with_capacity(planes.len() / plane * to[0] * width);
+    let mut rows = vec![0.0; from[0] * width];
+    for plane in planes.chunks_exact(plane) {
+        let lines = plane.chunks_exact(from[1]);
+        for (source, row) in lines.zip(rows.chunks_exact_mut(width)) {
+            for (x, taps) in row.iter_mut().zip(&columns_of) {
                 *x = taps.iter().map(|&(at, w)| w * f64::from(source[at])).sum();
             }
         }
-        for taps in &taps {
-            out.extend((0..to).map(|column| {
-                let sum = taps.iter().map(|&(at, w)| w * rows[at * to + column]);
+        for taps in &rows_of {
+            out.extend((0..width).map(|column| {
+                let sum = taps.iter().map(|&(at, w)| w * rows[at * width + column]);
                 sum.sum::<f64>() as f32
             }));
         }
     }
     out
+}
+
+/// The few source cells of each target cell of an axis, with their weights.
+fn taps(from: usize, to: usize) -> Vec<Vec<(usize, f64)>> {
+    let axis = bicubic_axis(from, to);
+    let cells = |row: &[f64]| {
+        let cells = row.iter().copied().enumerate();
+        cells.filter(|&(_, weight)| weight != 0.0).collect()
+    };
+    axis.chunks_exact(from).map(cells).collect()
 }
 
 /// (to, from): cell i covers floor(i from / to) .. ceil((i + 1) from / to).
@@ -106,7 +111,7 @@ mod tests {
         let planes: Vec<f32> = (0..2 * 36).map(|i| (i * 7 % 11) as f32).collect();
         for to in [4, 6, 9] {
             let matrix = bicubic(6, to);
-            let found = bicubic_planes(&planes, 6, to);
+            let found = bicubic_planes(&planes, [6, 6], [to, to]);
             assert_eq!(found.len(), 2 * to * to);
             for (plane, found) in planes.chunks_exact(36).zip(found.chunks_exact(to * to)) {
                 for (row, x) in matrix.chunks_exact(36).zip(found) {
@@ -114,6 +119,24 @@ mod tests {
                     assert!((sum - x).abs() < 1e-4, "{to}: {sum} and {x}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn height_and_width_change_apart() {
+        // Rows that are all alike stay so, whatever the height becomes, and are those of a square.
+        let row: Vec<f32> = (0..6).map(|i| (i * 7 % 11) as f32).collect();
+        let wide = bicubic_planes(&row.repeat(4), [4, 6], [3, 9]);
+        let square = bicubic_planes(&row.repeat(6), [6, 6], [9, 9]);
+        assert_eq!(wide.len(), 27);
+        for (a, b) in wide.iter().zip(&square) {
+            assert!((a - b).abs() < 1e-5, "{a} and {b}");
+        }
+        // The same with height and width exchanged.
+        let transposed: Vec<f32> = (0..24).map(|i| row[i / 4]).collect();
+        let tall = bicubic_planes(&transposed, [6, 4], [9, 3]);
+        for (i, b) in tall.iter().enumerate() {
+            assert!((wide[i / 3] - b).abs() < 1e-5, "{i}");
         }
     }
 

@@ -104,11 +104,16 @@ impl<B: Backend> Tokenizer<B> for VqModel<B> {
     }
 
     fn decode(&self, latents: &Variable<B>) -> Result<Variable<B>> {
-        let (s, side) = (latents.shape(), self.config.autoencoder.side());
+        let (s, map) = (latents.shape(), self.config.autoencoder.map());
         let z = latents
-            .reshape(&[s[0], side, side, s[2]])?
+            .reshape(&[s[0], map.height, map.width, s[2]])?
             .permute(&[0, 3, 1, 2])?;
         self.decoder.forward(&self.post_quant_conv.forward(&z)?)
+    }
+
+    fn recompute(&mut self, blocks: bool) {
+        self.encoder.recompute = blocks;
+        self.decoder.recompute = blocks;
     }
 
     /// With straight-through gradients (van den Oord et al. 2017, arXiv 1711.00937).
@@ -124,9 +129,9 @@ impl<B: Backend> Tokenizer<B> for VqModel<B> {
         // z + (chosen - z) without gradient: forward the codes, backward as if they were z.
         let through = z.add(&chosen.detach().sub(&z.detach())?)?;
         let b = B::shape(images)[0];
-        let (s, side) = (z.shape(), self.config.autoencoder.side());
+        let (s, map) = (z.shape(), self.config.autoencoder.map());
         let through = through
-            .reshape(&[b, side, side, s[1]])?
+            .reshape(&[b, map.height, map.width, s[1]])?
             .permute(&[0, 3, 1, 2])?;
         let latents = self.post_quant_conv.forward(&through)?;
         let (images, last) = self.decoder.forward_seen(&latents)?;

@@ -1,7 +1,7 @@
-//! What a sample of a batch takes of the host's memory at least, by the shapes of networks: asked before a batch is begun,
-//! because the allocator's answer to one that does not fit ends the process ([`crate::memory`]).
+//! The minimum host memory of a batch's sample, from the shapes of networks: checked before a batch is begun,
+//! because a failed allocation ends the process ([`crate::memory`]).
 //!
-//! Lower bounds: what certainly is there at one time. What they let pass may still not fit.
+//! Lower bounds: what surely exists at one time. What passes may still not fit.
 
 use crate::backend::Backend;
 use crate::bundle::{NetworkConfig, TokenizerConfig};
@@ -103,6 +103,7 @@ mod tests {
     use super::*;
     use crate::bundle::Family;
     use crate::published::{Hints, published};
+    use crate::size::Sides;
 
     #[test]
     fn the_attention_of_a_decoder_counts() {
@@ -118,7 +119,7 @@ mod tests {
                 panic!("a tokenizer of LlamaGen");
             };
             vq.autoencoder.multipliers.truncate(multipliers);
-            vq.autoencoder.image_size = side;
+            vq.autoencoder.image_size = Sides::square(side);
         };
         // Two levels leave 128 x 128 positions.
         change(&mut tokenizer, 2, 256);

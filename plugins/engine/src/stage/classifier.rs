@@ -1,4 +1,4 @@
-//! `classifier`: trains a small convolutional classifier. Its features measure samples (`evaluate`) and may serve as a
+//! `classifier`: trains a small convolutional classifier. Its features evaluate samples (`evaluate`) and can be a
 //! perceptual loss (`distill`, `tokenizer`).
 
 use std::path::Path;
@@ -20,7 +20,7 @@ use crate::model::classifier::{Config, MODEL, Net};
 use crate::stage::Stage;
 use crate::stage::tokenizer::{batch_shape, training_feed};
 use crate::tape::Variable;
-use crate::train::{Decay, Fit, HeldOut, StepOutput, TrainOptions};
+use crate::train::{Decay, HeldOut, StepOutput, TrainOptions, TrainingLoop};
 use crate::weights::{self, Loader, Params, Source, Weights};
 
 /// Options of `classifier`.
@@ -78,7 +78,7 @@ pub fn train<B: Backend>(
     let mut loader = Loader::new(backend, Source::Init(seed), true, "new classifier");
     let net = Net::load(&mut loader, &config)?;
     let params: Params<B> = loader.into_params();
-    let fit = Fit {
+    let fit = TrainingLoop {
         host,
         backend,
         work_dir,
@@ -90,7 +90,7 @@ pub fn train<B: Backend>(
         kept: None,
         adversary: None,
     };
-    let mut feed = training_feed(images, &train, options.batch, seed);
+    let mut feed = training_feed(images, &train, (options.batch, 0..options.batch), seed);
     let step = |step: u64| {
         let seen = feed.take(step)?;
         let x = backend.floats(&seen.pixels, &batch_shape(images, options.batch))?;

@@ -1,4 +1,4 @@
-//! What samples are made for, as `sample` and `trajectories` are told: classes, captions, or features of captions.
+//! Conditioning options of `sample` and `trajectories`: classes, captions, or features of captions.
 
 use std::path::Path;
 
@@ -75,13 +75,24 @@ pub struct ImageProportions {
 }
 
 /// A rule that gives every sample a class.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Rule {
     /// Sample i has class i mod classes.
     Balanced,
     /// Every sample has a class drawn from all with equal chances.
     Drawn,
+}
+
+impl Rule {
+    /// The classes of `count` samples, each of so many.
+    fn labels(self, seed: u64, count: u64, classes: usize) -> Vec<u32> {
+        let class = |i: u64| match self {
+            Self::Balanced => (i % classes as u64) as u32,
+            Self::Drawn => Sequence::new(seed, Stream::Class, i).below(classes) as u32,
+        };
+        (0..count).map(class).collect()
+    }
 }
 
 impl Default for Labels {
@@ -101,10 +112,7 @@ impl Labels {
         let (base, seed) = (&context.job.base_dir, context.job.seed);
         let pointer = "/labels";
         let labels = match self {
-            Self::Rule(Rule::Balanced) => (0..count).map(|i| (i % classes as u64) as u32).collect(),
-            Self::Rule(Rule::Drawn) => (0..count)
-                .map(|i| Sequence::new(seed, Stream::Class, i).below(classes) as u32)
-                .collect(),
+            Self::Rule(rule) => rule.labels(seed, count, classes),
             Self::List(list) => list
                 .iter()
                 .map(|class| class.number(names))
@@ -183,7 +191,7 @@ fn tensor() -> String {
     "features".into()
 }
 
-/// What a stage's options say.
+/// Options of a stage.
 pub struct ConditionOptions<'o> {
     /// `labels`
     pub labels: Option<&'o Labels>,
@@ -206,7 +214,7 @@ pub struct Conditioning {
 }
 
 impl ConditionOptions<'_> {
-    /// Refuses contradictions; files that are there already must be of use.
+    /// Refuses contradictions; files that exist already must be valid.
     pub fn check(&self, base: &Path) -> Result<()> {
         let refuse = |pointer: &str, message: &str| Err(Error::option(pointer, message));
         match (self.caption, self.text_encoder, self.features) {
@@ -219,7 +227,7 @@ impl ConditionOptions<'_> {
                 return refuse("/caption", message);
             }
             (None, Some(_), _) => {
-                return refuse("/text_encoder", "there is no `caption` to encode");
+                return refuse("/text_encoder", "no `caption` to encode");
             }
             _ => {}
         }
@@ -245,7 +253,7 @@ impl ConditionOptions<'_> {
         Ok(())
     }
 
-    /// What `count` samples of a model are made for, whose classes may have names. Captions become features, in a file of the work directory.
+    /// The conditioning of `count` samples of a model with perhaps named classes. Captions become features, in a file of the work directory.
     pub fn resolve<B: Backend>(
         &self,
         context: &Context<'_, B>,
@@ -524,5 +532,32 @@ impl Table {
             }
             Ok(())
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn drawn_classes_are_even_and_a_function_of_seed_and_sample() {
+        let rule: Rule = serde_json::from_str("\"drawn\"").unwrap();
+        let drawn = rule.labels(7, 10_000, 10);
+        // Neither the number of samples nor where one begins changes a class.
+        assert_eq!(rule.labels(7, 300, 10), drawn[..300]);
+        assert_ne!(rule.labels(8, 300, 10), drawn[..300]);
+        assert_ne!(Rule::Balanced.labels(7, 300, 10), drawn[..300]);
+        // 1000 of each, give or take five standard deviations of 30; as many of each would be no draw.
+        let mut counts = [0; 10];
+        drawn.iter().for_each(|&class| counts[class as usize] += 1);
+        assert!(
+            counts.iter().all(|n| (850..=1150).contains(n)),
+            "{counts:?}"
+        );
+        assert!(counts.iter().any(|&n| n != 1000), "{counts:?}");
+        // Which one comes after which is no rule.
+        let pairs = drawn.windows(2).filter(|pair| pair[0] == pair[1]).count();
+        assert!((850..=1150).contains(&pairs), "{pairs}");
+        assert_eq!(Rule::Balanced.labels(7, 12, 10)[8..], [8, 9, 0, 1]);
     }
 }

@@ -1,7 +1,7 @@
-//! `conformance`: does this backend compute, on this device and in this dtype, what the engine means?
+//! `conformance`: does this backend compute correctly on this device and in this dtype?
 //!
 //! Out: `cases.json`, every comparison of [`crate::conformance`] (or of [`crate::conformance::golden`]), and a table of
-//! those that failed or came closest to it. The stage succeeds whatever it finds: what it found is its result. Its
+//! those that failed or came closest to it. The stage succeeds even if checks fail: they are its result. Its
 //! summary counts cases and failures, and names the first of these.
 
 use std::path::Path;
@@ -28,7 +28,7 @@ const NAMED: usize = 3;
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Options {
-    /// Compare whole networks with what the published code made of them, instead of operations and gradients: a
+    /// Compare whole networks with results of the published code, instead of operations and gradients: a
     /// directory as `tests/golden` of the repository. Products are computed in f32, whatever the dtype.
     #[serde(default)]
     #[schemars(extend("x-retort-file" = "dir"))]
@@ -44,7 +44,7 @@ impl<B: Backend> Stage<B> for Conformance {
     const OUTPUT: &'static str = "conformance";
     const REVISION: u32 = 0;
     const SUMMARY: &'static str =
-        "holds operations and gradients, or networks, of the backend against reference values";
+        "checks the backend's operations and gradients, or networks, against reference values";
 
     fn check(_options: &Options, _base_dir: &Path) -> Result<()> {
         Ok(())
@@ -120,7 +120,7 @@ fn rounding(dtype: &str) -> f64 {
 /// How much of its tolerance a case uses.
 fn share(case: &Case) -> f64 {
     match case.passed {
-        // A tolerance of nothing is kept by no error at all.
+        // A zero tolerance allows no error at all.
         true if case.tolerance == 0.0 => 0.0,
         true => case.error / case.tolerance,
         false => f64::INFINITY,

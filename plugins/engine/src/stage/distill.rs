@@ -11,8 +11,8 @@
 //!
 //! The sequence is made by the function that samples with the student ([`crate::splice`]).
 
-mod need;
 mod objective;
+mod training_memory;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -33,8 +33,8 @@ use crate::model::{CONTINUOUS_HEAD, Student, TokenShape, Tokenizer};
 use crate::perceptual::{PIXELS_AT_ONCE, Perceptual, PerceptualMetric};
 use crate::random::{Sequence, Stream};
 use crate::sampler::{check_from_zero, check_timesteps};
-use crate::stage::{Stage, room};
-use crate::train::{Fit, HeldOut, TrainOptions, average, shared};
+use crate::stage::{Stage, batch_memory};
+use crate::train::{HeldOut, TrainOptions, TrainingLoop, average, check_parts, one_part, shared};
 use crate::weights::{self, Loader, Params, Source, Stored, Weights, write_each};
 
 use objective::Objective;
@@ -49,7 +49,7 @@ pub struct Options {
     /// The stage that built the trajectories.
     #[schemars(extend("x-retort-artifact" = ["trajectories"]))]
     pub trajectories: String,
-    /// Blocks of the student; those beyond the teacher's come after them and start as the identity. As many as the
+    /// Blocks of the student; extra ones come after the teacher's and start as the identity. As many as the
     /// teacher, if left out. The map from noise is sequential in the tokens: depth pays.
     #[serde(default)]
     #[schemars(range(min = 1))]
@@ -59,14 +59,14 @@ pub struct Options {
     /// Relative frequency of each timestep in training; equal when empty.
     #[serde(default)]
     pub timestep_weights: Vec<f64>,
-    /// AR steps whose tokens come from the logits; later ones from the continuous head. All, if left out.
+    /// AR steps whose tokens come from logits; later ones use the continuous head. All, if left out.
     #[serde(default)]
     pub split: Option<usize>,
-    /// How many pairs of the trajectories are used, from the first on; all, if left out.
+    /// Use only the first so many pairs of the trajectories; all, if left out.
     #[serde(default, rename = "use")]
     #[schemars(range(min = 1))]
     pub used: Option<usize>,
-    /// The stage that made a student to go on from, instead of the teacher's weights. It has the same shape.
+    /// The stage of a student of the same shape to start from, instead of the teacher's weights.
     #[serde(default)]
     #[schemars(extend("x-retort-artifact" = ["student"]))]
     pub from: Option<String>,
@@ -74,7 +74,7 @@ pub struct Options {
     #[serde(default = "held_out")]
     #[schemars(range(min = 0, max = 0.5))]
     pub held_out: f64,
-    /// Weight of the cross-entropy, from which alone the logits learn. With 0 (the baseline that predicts embeddings) all
+    /// Weight of the cross-entropy, the only loss of the logits. With 0 (the baseline that predicts embeddings) all
     /// tokens come from the continuous head: `split: 0`, here and in sampling.
     #[serde(default = "one")]
     #[schemars(range(min = 0))]
@@ -90,13 +90,13 @@ pub struct Options {
     /// the number of AR steps.
     #[serde(default)]
     pub perceptual: Perceptual,
-    /// Images that the perceptual term decodes and looks at together: memory holds the activations of so many. Their
+    /// Images per pass of the perceptual term: memory holds the activations of this many. Their
     /// gradients add up. As many as have 524,288 pixels (8 of 256 x 256), if left out.
     #[serde(default)]
     #[schemars(range(min = 1))]
     pub decode_batch: Option<usize>,
-    /// Parts of a batch that are computed one after the other: memory holds the activations of one, and their gradients
-    /// add up to those of the batch.
+    /// Split a batch into this many parts, computed in turn: memory holds the activations of one, and their gradients
+    /// sum to the batch's.
     #[serde(default = "one_part")]
     #[schemars(range(min = 1))]
     pub accumulate: usize,
@@ -104,7 +104,7 @@ pub struct Options {
     /// memory for about a third more time. The result has the same bits.
     #[serde(default)]
     pub recompute: bool,
-    /// Steps after which the weights are kept, again and again: a stage of kind `snapshot` takes those of one step as a
+    /// Keep the weights every this many steps: a stage of kind `snapshot` takes those of one step as a
     /// student. None are kept, if left out.
     #[serde(default)]
     #[schemars(range(min = 1))]
@@ -112,10 +112,6 @@ pub struct Options {
     /// How to train.
     #[serde(default)]
     pub train: TrainOptions,
-}
-
-fn one_part() -> usize {
-    1
 }
 
 fn held_out() -> f64 {
@@ -161,29 +157,23 @@ impl<B: Backend> Stage<B> for Distill {
                 "the perceptual term moves the continuous head only: give a `split` below the number of AR steps",
             ));
         }
-        if o.accumulate > o.train.batch {
-            let message = format!(
-                "accumulate {}: a batch of {} has no more parts than samples",
-                o.accumulate, o.train.batch
-            );
-            return Err(Error::option("/accumulate", message));
-        }
+        check_parts(o.accumulate, o.train.batch)?;
         if o.cross_entropy == 0.0 && o.split != Some(0) {
             return Err(Error::option(
                 "/cross_entropy",
-                "without cross-entropy no logits learn: give `split: 0`, by which all tokens come from the continuous head",
+                "without cross-entropy the logits do not learn: `split: 0` takes all tokens from the continuous head",
             ));
         }
         if o.cross_entropy == 0.0 && !o.moves_head() {
             return Err(Error::option(
                 "/cross_entropy",
-                "no loss is left: give `codebook_distance` or `perceptual` a weight above 0",
+                "no loss: set the weight of `codebook_distance` or `perceptual` above 0",
             ));
         }
         if o.from.is_some() && o.depth.is_some() {
             return Err(Error::option(
                 "/depth",
-                "a student that goes on `from` another has as many blocks as that",
+                "a student started `from` another must have as many blocks",
             ));
         }
         Ok(())
@@ -230,7 +220,7 @@ struct Inputs<'a, B: Backend> {
 }
 
 impl<'a, B: Backend> Inputs<'a, B> {
-    /// Opens them and refuses what does not fit together.
+    /// Opens them and refuses mismatches.
     fn open(context: &Context<'a, B>, o: &Options) -> Result<Self> {
         let made = context.input(&o.teacher)?;
         let teacher = Bundle::open(&made.path)?;
@@ -338,11 +328,11 @@ impl<B: Backend> Networks<B> {
                 seed: context.job.seed,
             },
         };
-        room::check(
+        batch_memory::check(
             context,
             "/train/batch",
             o.train.batch.div_ceil(o.accumulate * context.ranks.size()),
-            room::training(&config, o.cross_entropy > 0.0, o.recompute),
+            batch_memory::training(&config, o.cross_entropy > 0.0, o.recompute),
         )?;
         let origin = o.from.as_ref().unwrap_or(&o.teacher);
         let mut loader = Loader::new(backend, source, true, origin.as_str());
@@ -353,7 +343,12 @@ impl<B: Backend> Networks<B> {
             .iter()
             .map(|(_, p)| p.shape().iter().product::<usize>())
             .sum();
-        let needed = need::MemoryItem::of(o, &config, &inputs.teacher.config.tokenizer, parameters);
+        let needed = training_memory::TrainingMemory::of(
+            o,
+            &config,
+            &inputs.teacher.config.tokenizer,
+            parameters,
+        );
         host.log(
             LogLevel::Info,
             &format!("training needs {}", needed.describe()),
@@ -453,7 +448,7 @@ fn train<B: Backend>(
         }
         Ok(total)
     };
-    let fit = Fit {
+    let fit = TrainingLoop {
         host,
         backend: context.backend,
         work_dir: Some(work),

@@ -12,13 +12,15 @@
 //! Real images and samples are read a batch at a time; of all images at most their features are kept, as f32.
 //!
 //! Out: `evaluation.json`, `grid.png`, and on request `statistics.npz` of the real images (mu, sigma; mu_s, sigma_s of
-//! the spatial features), as pytorch-fid and ADM's evaluation suite write them and as this stage reads them.
+//! the spatial features), as pytorch-fid and ADM's evaluation suite write them and as this stage reads them, with the hash of
+//! the network's weights and the preparation beside them.
 
 mod comparison;
 pub mod figure;
 pub mod measure;
 mod pairs;
 pub mod reference;
+mod room;
 mod source;
 
 use std::collections::BTreeMap;
@@ -40,12 +42,12 @@ use crate::model::inception::{self, Preparation};
 use crate::picture::{self, Pixels};
 use crate::samples::{Samples, by_class};
 use crate::stage::Stage;
-use comparison::{Against, figures};
+use comparison::{ReferenceMeasurements, figures};
 use figure::{Figure, Row, relate, table};
-use measure::{Measured, Measurement, Meter, Network};
+use measure::{CLASSIFIER_FEATURES, Measurement, Network, SetMeasurements, SetMeasurer};
 use pairs::lpips_distances;
-use reference::{ReferenceStatistics, save, statistics};
-use source::{ReferenceImages, open_set, reconstructions, samples_source};
+use reference::{ReferenceStatistics, StatisticsFile, save};
+use source::{ReferenceImages, open_set, reconstructions, samples_source, sizing};
 
 /// Options of `evaluate`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -55,21 +57,22 @@ pub struct Options {
     #[serde(default)]
     #[schemars(extend("additionalProperties" = { "type": "string", "x-retort-artifact": ["samples"] }))]
     pub samples: BTreeMap<String, String>,
-    /// Tokenizers whose reconstructions of the images of `data` are measured like sets of samples: what no sampler of their
-    /// tokens can better. A name for the table, then the stage that made the tokenizer.
+    /// Tokenizers whose reconstructions of `data` are measured like sets of samples: the limit of any sampler of their
+    /// tokens. A name for the table, then the stage that made the tokenizer.
     #[serde(default)]
     #[schemars(extend("additionalProperties" = { "type": "string", "x-retort-artifact": ["tokenizer"] }))]
     pub tokenizers: BTreeMap<String, String>,
     /// The real images. May be left out when `real` or `statistics` stand for them.
     #[serde(default)]
     pub data: Option<Data>,
-    /// A set of samples in the place of real images.
+    /// A set of samples used as the real images.
     #[serde(default)]
     #[schemars(extend("x-retort-artifact" = ["samples"]))]
     pub real: Option<String>,
     /// Statistics of the real images, for the Frechet distances: a `.npz` or torch file with `mu` and `sigma` (or `m` and `s`), and
     /// `mu_s` and `sigma_s` for the spatial features. A `.npz` may hold images too, `arr_0`, uint8 (n, height, width, 3), as
-    /// ADM's reference files do: with them alone, or beside the statistics, it stands for `data`.
+    /// ADM's reference files do: with them alone, or beside the statistics, it stands for `data`. Statistics that say of which
+    /// network and preparation they are, as those that this stage saves, are refused for others.
     #[serde(default)]
     #[schemars(extend("x-retort-file" = "file"))]
     pub statistics: Option<String>,
@@ -86,25 +89,27 @@ pub struct Options {
     #[serde(default = "dims")]
     #[schemars(extend("enum" = [64, 192, 768, 2048]))]
     pub dims: usize,
-    /// How images are brought to Inception: as pytorch-fid does it, or as ADM's evaluation suite, for figures beside its
-    /// own; or a list, for the figures of both in one table. Statistics must have been made in the same way.
+    /// How images are resized for Inception: as in pytorch-fid, or as in ADM's evaluation suite, for comparison with its
+    /// results; or a list, for both in one table. Statistics must have been made in the same way: they belong to one.
     #[serde(default)]
     pub preparation: Preparations,
-    /// Consecutive parts of a set over which the inception score is averaged.
+    /// Parts of a set over which the inception score is averaged: consecutive images, or, where a set is sorted by class, images
+    /// that a fixed permutation deals to the parts.
     #[serde(default = "splits")]
     #[schemars(range(min = 1))]
     pub splits: usize,
-    /// The set whose Frechet distance the others are divided by; the one named `teacher`, if left out.
+    /// The set by whose Frechet distance the others are divided; `teacher`, if left out.
     #[serde(default)]
     pub reference: Option<String>,
-    /// Neighbours that span the manifolds of precision and recall; 0 leaves these two out. They take time that grows with
+    /// Neighbours for the manifolds of precision and recall; 0 skips these two. They take time that grows with
     /// the product of the numbers of samples and of real images, and need images and not statistics alone.
     #[serde(default = "neighbours")]
     pub neighbours: usize,
-    /// Also measures the kernel distance, which serves where samples are few. It needs images and not statistics alone.
+    /// Also measures the kernel distance, which suits small sample sets. It needs images and not statistics alone.
     #[serde(default)]
     pub kernel: Option<KernelOptions>,
-    /// Also measures how far the images of each set are from those of another one made from the same noise.
+    /// Also measures how far the images of each set are from those of another one made from the same noise, image by image: for
+    /// samplers that map noise to images, which a flow map and a student do, with the same `seed` in both stages.
     #[serde(default)]
     pub lpips: Option<LpipsOptions>,
     /// Images that the network sees at a time.
@@ -120,11 +125,11 @@ pub struct Options {
     pub grid_columns: usize,
 }
 
-/// How the kernel distance is taken.
+/// Options of the kernel distance.
 #[derive(Debug, Clone, Copy, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct KernelOptions {
-    /// Pairs of subsets over which it is averaged.
+    /// Pairs of subsets over which it is averaged; one, where a subset is the whole of each set.
     #[schemars(range(min = 1))]
     pub subsets: usize,
     /// Samples of a subset; all, where a set has fewer.
@@ -203,10 +208,10 @@ impl<B: Backend> Stage<B> for Evaluate {
     type Options = Options;
     const KIND: &'static str = "evaluate";
     const OUTPUT: &'static str = "evaluation";
-    const REVISION: u32 = 3;
+    const REVISION: u32 = 4;
     const SUMMARY: &'static str = "measure sample sets against real images";
 
-    fn check(o: &Options, _: &Path) -> Result<()> {
+    fn check(o: &Options, base: &Path) -> Result<()> {
         if let Some(data) = &o.data {
             data.check_fixed()
                 .map_err(|e| Error::option("/data", e.to_string()))?;
@@ -230,15 +235,15 @@ impl<B: Backend> Stage<B> for Evaluate {
         if preparations.is_empty()
             || (1..preparations.len()).any(|i| preparations[..i].contains(&preparations[i]))
         {
-            let message = "expected one preparation, or different ones";
+            let message = "expected one or more different ones";
             return Err(Error::option("/preparation", message));
         }
-        if preparations.len() > 1 && (o.statistics.is_some() || o.save_statistics) {
-            let message = "statistics are those of one preparation: name it, and leave the others to another stage";
+        if preparations.len() > 1 && o.save_statistics {
+            let message = "statistics belong to one preparation: name only that, and use another stage for others";
             return Err(Error::option("/preparation", message));
         }
         if preparations.len() > 1 && o.inception.is_none() {
-            let message = "a preparation is one of `inception`: give that, or no preparation";
+            let message = "`preparation` needs `inception`: add it, or remove `preparation`";
             return Err(Error::option("/preparation", message));
         }
         let named = [
@@ -269,7 +274,7 @@ impl<B: Backend> Stage<B> for Evaluate {
             .keys()
             .find(|name| o.samples.contains_key(*name))
         {
-            let message = format!("{name} is a set of samples already: give it another name");
+            let message = format!("{name} is the name of a sample set: give it another name");
             return Err(Error::option("/tokenizers", message));
         }
         if o.inception.is_some() && o.classifier.is_some() {
@@ -280,7 +285,7 @@ impl<B: Backend> Stage<B> for Evaluate {
             let message = format!("dims {}: expected 64, 192, 768 or 2048", o.dims);
             return Err(Error::option("/dims", message));
         }
-        Ok(())
+        o.check_statistics(base)
     }
 
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
@@ -314,12 +319,17 @@ struct Inputs<'o, B: Backend> {
     sets: Vec<(&'o str, Samples)>,
     /// The file of statistics, and what it holds.
     given: Option<(PathBuf, ReferenceStatistics)>,
+    /// How the images of sets were resized, for people.
+    sizes: Vec<String>,
 }
 
 impl<'o, B: Backend> Inputs<'o, B> {
     fn open(context: &Context<'_, B>, o: &'o Options) -> Result<Self> {
         let data = match &o.data {
-            Some(data) => Some(Arc::new(context.images(data)?)),
+            Some(data) => {
+                let images = context.images_unless(data, |count| room::check_real(o, count))?;
+                Some(Arc::new(images))
+            }
             None => None,
         };
         let network = Network::open(context, o, data.as_ref())?;
@@ -328,15 +338,17 @@ impl<'o, B: Backend> Inputs<'o, B> {
             let set = open_set(context, &network, stage, &format!("/samples/{name}"))?;
             sets.push((name.as_str(), set));
         }
+        let own = sets.iter().filter_map(|(name, set)| sizing(name, set));
+        let sizes = own.collect();
         let given = match &o.statistics {
             Some(file) => {
                 let path = resolve(&context.job.base_dir, file);
-                let given = statistics(&path, &network)?;
-                if given.moments.is_none() && given.images.is_none() {
-                    let message =
-                        "no arrays `mu` and `sigma`, nor `m` and `s`, and no images `arr_0`";
-                    return Err(Error::data(&path, message));
+                let file = StatisticsFile::open(&path, Some(network.dim()), network.is_inception());
+                let file = file?;
+                if let Some(warning) = file.warning(o) {
+                    context.host.log(LogLevel::Warn, &warning);
                 }
+                let given = file.read(&network)?;
                 Some((path, given))
             }
             None => None,
@@ -346,6 +358,7 @@ impl<'o, B: Backend> Inputs<'o, B> {
             network,
             sets,
             given,
+            sizes,
         })
     }
 
@@ -368,12 +381,33 @@ impl<'o, B: Backend> Inputs<'o, B> {
         Ok(ReferenceImages::None)
     }
 
+    /// Warns where Inception, which takes any size, sees samples of another size than the real images.
+    fn compare_sizes(&self, context: &Context<'_, B>, real: &ReferenceImages<'_>) {
+        let Some([_, height, width]) = real.image() else {
+            return;
+        };
+        for (name, set) in &self.sets {
+            let [_, h, w] = set.manifest.image;
+            if [h, w] != [height, width] {
+                let message = format!(
+                    "{name}: images of {h} x {w}, real images of {height} x {width}: Inception takes any size, and the \
+                     difference counts as one in quality; use one size, by `resize` in the `sample` stage or by `size` in \
+                     `data`"
+                );
+                context.host.log(LogLevel::Warn, &message);
+            }
+        }
+    }
+
     /// What sets are measured against, given what was measured of the real images.
-    fn against<'a>(&'a self, measured: Option<&'a Measured>) -> Result<Against<'a>> {
+    fn reference_measurements<'a>(
+        &'a self,
+        measured: Option<&'a SetMeasurements>,
+    ) -> Result<ReferenceMeasurements<'a>> {
         let given = self.given.as_ref().map(|(_, given)| given);
         let moments = given.and_then(|given| given.moments.as_ref());
         let spatial = given.and_then(|given| given.spatial.as_ref());
-        Ok(Against {
+        Ok(ReferenceMeasurements {
             moments: match (moments, measured) {
                 (Some(moments), _) => Ok(moments),
                 (None, Some(real)) => real.moments.as_ref().map_err(of_real),
@@ -397,8 +431,9 @@ impl<'o, B: Backend> Inputs<'o, B> {
         &self,
         context: &Context<'_, B>,
         o: &Options,
-    ) -> Result<(Vec<Row>, Option<Measured>)> {
+    ) -> Result<(Vec<Row>, Option<SetMeasurements>)> {
         let (real, sets) = (self.real(context, o)?, &self.sets);
+        self.compare_sizes(context, &real);
         let is_given = matches!(&self.given, Some((_, given)) if given.moments.is_some());
         let compares = o.neighbours > 0 || o.kernel.is_some();
         // Given statistics leave only comparisons of single images.
@@ -406,15 +441,26 @@ impl<'o, B: Backend> Inputs<'o, B> {
         let preparations = o.preparation.all();
         let mut images = sets.iter().map(|(_, set)| set.len()).sum::<usize>();
         images += real.count() * (usize::from(looks) + o.tokenizers.len());
-        let mut meter = Meter {
+        let mut measurer = SetMeasurer {
             context,
             network: &self.network,
             batch: o.batch,
             splits: o.splits,
-            keep: compares && real.count() > 0,
+            keep: room::keeps(o) && real.count() > 0,
             done: 0,
             total: (images * preparations.len()) as u64,
         };
+        if measurer.keep {
+            // Of one set at a time, and those of the real images.
+            let reconstructed = if o.tokenizers.is_empty() {
+                0
+            } else {
+                real.count()
+            };
+            let most = sets.iter().map(|(_, set)| set.len()).max();
+            let most = most.unwrap_or(0).max(reconstructed);
+            room::check(o, self.network.dim(), real.count(), most)?;
+        }
         let lpips = lpips_distances(context, o, sets)?;
         let mut rows = Vec::new();
         let mut last = None;
@@ -423,26 +469,32 @@ impl<'o, B: Backend> Inputs<'o, B> {
                 1 => name.to_owned(),
                 _ => format!("{name}/{}", preparation.name()),
             };
+            // Of one preparation at a time.
+            drop(last.take());
             let measured = match looks {
-                true => Some(meter.measure(real.source()?, preparation)?),
+                true => Some(measurer.measure(real.source()?, preparation)?),
                 false => None,
             };
-            let against = self.against(measured.as_ref())?;
+            let reference = self.reference_measurements(measured.as_ref())?;
             let mut own = Vec::new();
-            let mut add =
-                |name: &str, count, passes, seen: &Measured, lpips: Option<Measurement<f64>>| {
-                    let mut figures = figures(context, o, &against, seen)?;
-                    figures.extend(lpips.map(|value| Figure::new("lpips", "LPIPS", 4, value)));
-                    own.push(Row {
-                        name: label(name),
-                        count,
-                        passes,
-                        figures,
-                    });
-                    Ok::<_, Error>(())
-                };
+            let mut add = |name: &str,
+                           count,
+                           passes,
+                           seen: &SetMeasurements,
+                           lpips: Option<Measurement<f64>>| {
+                let (mut figures, kernel) = figures(context, o, &reference, seen)?;
+                figures.extend(lpips.map(|value| Figure::new("lpips", "LPIPS", 4, value)));
+                own.push(Row {
+                    name: label(name),
+                    count,
+                    passes,
+                    figures,
+                    kernel,
+                });
+                Ok::<_, Error>(())
+            };
             for (number, (name, set)) in sets.iter().enumerate() {
-                let seen = meter.measure(samples_source(name, set), preparation)?;
+                let seen = measurer.measure(samples_source(name, set), preparation)?;
                 let lpips = lpips.get(number).cloned();
                 add(name, set.len(), set.manifest.passes, &seen, lpips)?;
             }
@@ -454,7 +506,7 @@ impl<'o, B: Backend> Inputs<'o, B> {
                 let bundle = Bundle::open(context.input_dir(stage)?)?;
                 let tokenizer = bundle.tokenizer(context.backend)?;
                 let source = reconstructions(context.backend, &*tokenizer, images, name);
-                let seen = meter.measure(source, preparation)?;
+                let seen = measurer.measure(source, preparation)?;
                 let lpips = o.lpips.as_ref();
                 let lpips = lpips.map(|_| Err("reconstructions have no noise".to_owned()));
                 add(name, images.len(), None, &seen, lpips)?;
@@ -472,7 +524,7 @@ impl<'o, B: Backend> Inputs<'o, B> {
         context: &Context<'_, B>,
         o: &Options,
         rows: &[Row],
-        measured: Option<&Measured>,
+        measured: Option<&SetMeasurements>,
     ) -> Result<StageResult> {
         let summary: Map<String, Value> = rows
             .iter()
@@ -491,7 +543,9 @@ impl<'o, B: Backend> Inputs<'o, B> {
         let first = tiles.first().map(|tile| tile.2);
         tiles.retain(|tile| Some(tile.2) == first);
         let names: Vec<&str> = tiles.iter().map(|tile| tile.0).collect();
-        let pipeline = self.network.pipeline(o.preparation.all());
+        let mut sizes: Vec<String> = self.real(context, o)?.sizing().into_iter().collect();
+        sizes.extend_from_slice(&self.sizes);
+        let pipeline = self.network.pipeline(o.preparation.all(), sizes);
         let mut meta = ArtifactMeta::default();
         if !rows.is_empty() {
             let title = match &pipeline {
@@ -510,13 +564,13 @@ impl<'o, B: Backend> Inputs<'o, B> {
         if let Some(pipeline) = &pipeline {
             report["pipeline"] = json!(pipeline);
         }
-        if let Some(kernel) = &o.kernel {
-            report["kernel"] = json!({ "subsets": kernel.subsets, "size": kernel.size });
-        }
         context.finish("evaluation", meta, summary.clone().into(), |dir| {
             write_json(&dir.join("evaluation.json"), &report)?;
             if let (true, Some(real)) = (o.save_statistics, measured) {
-                save(&dir.join("statistics.npz"), real)?;
+                let preparation = o.preparation.all().first().copied();
+                let preparation = preparation.filter(|_| self.network.is_inception());
+                let of = (&self.network.hash, preparation);
+                save(&dir.join("statistics.npz"), real, of)?;
             }
             let Some((height, [c, h, w])) = first else {
                 return Ok(());
@@ -529,6 +583,26 @@ impl<'o, B: Backend> Inputs<'o, B> {
 }
 
 impl Options {
+    /// Refuses a file of statistics that is there already and cannot serve, before anything is computed.
+    fn check_statistics(&self, base: &Path) -> Result<()> {
+        let Some(path) = self.statistics.as_ref().map(|file| resolve(base, file)) else {
+            return Ok(());
+        };
+        // The runner speaks of missing files.
+        if !path.exists() {
+            return Ok(());
+        }
+        let dim = match (&self.inception, &self.classifier) {
+            (Some(_), _) => Some(self.dims),
+            // The classifier knows it.
+            (None, Some(_)) => None,
+            (None, None) => Some(CLASSIFIER_FEATURES),
+        };
+        let file = StatisticsFile::open(&path, dim, self.inception.is_some())
+            .map_err(|e| Error::option("/statistics", e.to_string()))?;
+        file.check(self)
+    }
+
     /// The set that the others are related to.
     fn reference(&self) -> &str {
         self.reference.as_deref().unwrap_or("teacher")

@@ -11,7 +11,7 @@ use crate::backend::Backend;
 use crate::context::Context;
 use crate::data::DataOptions;
 use crate::data::content::Damaged;
-use crate::data::prepared::{Description, Writer};
+use crate::data::prepared::{self, Description};
 use crate::data::source::Source;
 use crate::error::{Error, Result};
 use crate::stage::Stage;
@@ -20,7 +20,7 @@ use crate::stage::Stage;
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Options {
-    /// Where the images come from and what they are brought to.
+    /// Where the images come from, and their size.
     pub data: DataOptions,
 }
 
@@ -32,12 +32,12 @@ impl<B: Backend> Stage<B> for Images {
     const KIND: &'static str = "images";
     const OUTPUT: &'static str = "images";
     const REVISION: u32 = 1;
-    const SUMMARY: &'static str = "decode and size the images of a data set, once for all stages";
+    const SUMMARY: &'static str = "decode and resize a data set's images once for all stages";
 
     fn check(o: &Options, _: &Path) -> Result<()> {
         if let Some(stage) = &o.data.images {
             let message =
-                format!("{stage} has prepared its images already: name the files they come from");
+                format!("{stage} has already prepared its images: name their source files");
             return Err(Error::option("/data/images", message));
         }
         if o.data.crop.is_some() || o.data.flip {
@@ -57,27 +57,11 @@ impl<B: Backend> Stage<B> for Images {
         }
         host.log(LogLevel::Info, &source.summary());
         let total = source.count() as u64;
-        let description = Description {
-            format: 1,
-            count: 0,
-            channels: source.channels,
-            height: source.height,
-            width: source.width,
-            white: source.white,
-            classes: source.names.clone(),
-            shard: 0,
-            damaged: 0,
-        };
         let draft = ArtifactDraft::begin(host, "images", &context.job.stage)?;
-        let mut writer = Writer::new(draft.path(), description)?;
-        let damaged = source.read(
-            &mut |done| {
-                host.progress(done, total, "images");
-                host.cancelled() == Cancel::Run
-            },
-            &mut |image| writer.push(&image),
-        )?;
-        let description = writer.finish(&damaged)?;
+        let (description, damaged) = prepared::write(source, draft.path(), &mut |done| {
+            host.progress(done, total, "images");
+            host.cancelled() == Cancel::Run
+        })?;
         for Damaged { name, why } in damaged.iter().take(20) {
             host.log(LogLevel::Warn, &format!("left out: {name}: {why}"));
         }

@@ -31,7 +31,7 @@ impl TensorFile {
         Stored::open(&resolve(base, &self.file), None)
     }
 
-    /// Its floats, of a shape, to be read as they are needed.
+    /// Its floats, of a shape, read on demand.
     fn rows(&self, base: &Path, shape: &[usize]) -> Result<ExternalNoise> {
         let (stored, tensor) = (self.open(base)?, self.tensor.clone());
         match stored.shape(&tensor) {

@@ -15,10 +15,13 @@ use crate::data::{Data, Images};
 use crate::error::{Error, Result};
 use crate::model::{CODEBOOK, ConditionShape, Conditions, Teacher, TokenShape, llamagen, var};
 use crate::random::{Sequence, Stream};
+use crate::size::Sides;
 use crate::stage::tokenizer::batch_shape;
-use crate::stage::{Stage, room};
+use crate::stage::{Stage, batch_memory};
 use crate::tape::Variable;
-use crate::train::{Fit, HeldOut, Mean, StepOutput, TrainOptions, average, shared};
+use crate::train::{
+    HeldOut, Mean, StepOutput, TrainOptions, TrainingLoop, average, check_parts, one_part, shared,
+};
 use crate::weights::{Loader, Params, Source, Start, Stored, Weights};
 
 /// Options of `pretrain`.
@@ -34,12 +37,12 @@ pub struct Options {
     pub tokenizer: String,
     /// Images to learn from.
     pub data: Data,
-    /// The stage of a teacher to go on from, trained here or published, of the same shape and with the tokens of the same
-    /// codebook. For other classes the embedding of classes is made anew.
+    /// The stage of a teacher to start from, trained here or published, of the same shape and with the tokens of the same
+    /// codebook. For other classes the class embedding is drawn anew.
     #[serde(default)]
     #[schemars(extend("x-retort-artifact" = ["teacher"]))]
     pub from: Option<String>,
-    /// Share of each class kept out of training, to measure the loss.
+    /// Share of each class held out from training, for its loss.
     #[serde(default = "held_out")]
     #[schemars(range(min = 0, max = 0.9))]
     pub held_out: f64,
@@ -66,6 +69,15 @@ pub struct Options {
     #[serde(default)]
     #[schemars(range(min = 0, max = 0.9))]
     pub token_noise: f64,
+    /// Parts of a batch that are computed one after the other: memory holds the activations of one, and their gradients
+    /// add up to those of the batch.
+    #[serde(default = "one_part")]
+    #[schemars(range(min = 1))]
+    pub accumulate: usize,
+    /// Whether activations inside the teacher's blocks are computed again in the backward pass instead of being kept:
+    /// memory for about a third more time. The result has the same bits.
+    #[serde(default)]
+    pub recompute: bool,
     /// Whether the weights with the lowest held-out loss are kept, instead of the last.
     #[serde(default = "keep_best")]
     pub keep_best: bool,
@@ -102,15 +114,16 @@ impl<B: Backend> Stage<B> for Pretrain {
         o.data
             .check()
             .map_err(|e| Error::option("/data", e.to_string()))?;
+        check_parts(o.accumulate, o.train.batch)?;
         // The rest of the shape comes with the tokenizer.
         match o.family {
-            Family::Llamagen => shape_of_llamagen(o, (2, 1), 1, 1).check(),
+            Family::Llamagen => shape_of_llamagen(o, (2, 1), Sides::square(1), 1).check(),
             Family::Var => shape_of_var(o, (2, 1), &[1, 2], 1).check(),
         }
     }
 
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
-        context.check_share(o.train.batch, 1)?;
+        context.check_share(o.train.batch, o.accumulate)?;
         let inputs = Inputs::open(context, o)?;
         let networks = Networks::load(context, o, &inputs)?;
         let Some(weights) = train(context, o, &inputs, &networks)? else {
@@ -138,7 +151,7 @@ struct Inputs<'a> {
     views: Vec<Vec<u32>>,
     network: NetworkConfig,
     shape: TokenShape,
-    from: Option<Origin>,
+    from: Option<StartingTeacher>,
 }
 
 impl<'a> Inputs<'a> {
@@ -158,11 +171,11 @@ impl<'a> Inputs<'a> {
             return Err(Error::option("/data", message));
         }
         let network = network(o, &source.config.tokenizer, images.classes)?;
-        room::check(
+        batch_memory::check(
             context,
             "/train/batch",
-            o.train.batch.div_ceil(context.ranks.size()),
-            room::training(&network, true, false),
+            o.train.batch.div_ceil(o.accumulate * context.ranks.size()),
+            batch_memory::training(&network, true, o.recompute),
         )?;
         // Tokens are made once, of each image as it may be seen.
         let mirrored: &[bool] = if images.flips() {
@@ -288,7 +301,8 @@ impl<B: Backend> Networks<B> {
         };
         let origin = o.from.as_deref().unwrap_or("new teacher");
         let mut loader = Loader::new(backend, start, true, origin);
-        let model = inputs.build(&mut loader, o)?;
+        let mut model = inputs.build(&mut loader, o)?;
+        model.recompute(o.recompute);
         let params = loader.into_params();
         let average = average(backend, &o.train, &params)?;
         let shared = shared(&params, average.as_ref());
@@ -363,7 +377,7 @@ fn train<B: Backend>(
     networks: &Networks<B>,
 ) -> Result<Option<Weights>> {
     let (backend, ranks) = (context.backend, context.ranks);
-    let fit = Fit {
+    let fit = TrainingLoop {
         host: context.host,
         backend,
         work_dir: Some(context.work_dir()?),
@@ -375,18 +389,19 @@ fn train<B: Backend>(
         kept: None,
         adversary: None,
     };
-    let step = |step: u64| {
+    let part = |step: u64, part: usize| {
         let batch = Batch::draw(o, inputs, context.job.seed, step);
         // What is drawn does not depend on who else takes a share.
         let (n, l) = (batch.labels.len(), inputs.shape.count());
-        let own = ranks.share(n, 0, 1);
-        let part = own.len() as f64 / n as f64;
+        let own = ranks.share(n, part, o.accumulate);
+        let whole = own.len() == n;
+        let fraction = own.len() as f64 / n as f64;
         let tokens = own.start * l..own.end * l;
         let wanted = backend.indices(&batch.wanted[tokens.clone()], &[tokens.len()])?;
         let (labels, seen) = (&batch.labels[own], &batch.seen[tokens]);
         let mut loss = logits(backend, &*networks.model, labels, seen)?.cross_entropy(&wanted)?;
-        if ranks.is_shared() {
-            loss = loss.affine(part, 0.0)?;
+        if !whole {
+            loss = loss.affine(fraction, 0.0)?;
         }
         Ok(StepOutput::new(loss, Vec::new()))
     };
@@ -397,7 +412,7 @@ fn train<B: Backend>(
         measure: &mut measure,
         keep_best: o.keep_best,
     };
-    let weights = fit.run(step, Some(held_out))?;
+    let weights = fit.run_in_parts(o.accumulate, part, Some(held_out))?;
     Ok(context.job.part.is_none().then_some(weights))
 }
 
@@ -418,7 +433,7 @@ fn measure<B: Backend>(
 }
 
 /// A teacher to go on from.
-struct Origin {
+struct StartingTeacher {
     /// Its weights.
     file: Stored,
     /// Whether it knows other classes.
@@ -432,13 +447,13 @@ fn start_from<B: Backend>(
     tokenizer: &Bundle<'_>,
     network: &NetworkConfig,
     images: &Images,
-) -> Result<Origin> {
+) -> Result<StartingTeacher> {
     let refuse = |message: String| Err(Error::option("/from", message));
     let bundle = Bundle::open(context.input_dir(stage)?)?;
     let own = bundle.network()?;
     let Some(classes) = own.classes() else {
         return refuse(format!(
-            "{stage} is made for captions; a teacher of classes cannot start from it"
+            "{stage} is a teacher of captions; one of classes cannot start from it"
         ));
     };
     if own.clone().with_classes(images.classes) != *network {
@@ -461,7 +476,7 @@ fn start_from<B: Backend>(
         );
         context.host.log(LogLevel::Info, &message);
     }
-    Ok(Origin {
+    Ok(StartingTeacher {
         file: bundle.network_file()?,
         anew: !same,
     })
@@ -472,7 +487,7 @@ fn network(o: &Options, tokenizer: &TokenizerConfig, classes: usize) -> Result<N
     let codebook = tokenizer.codebook();
     match (o.family, tokenizer) {
         (Family::Llamagen, TokenizerConfig::Vq(t)) => Ok(NetworkConfig::Llamagen(
-            shape_of_llamagen(o, codebook, t.autoencoder.side(), classes),
+            shape_of_llamagen(o, codebook, t.autoencoder.map(), classes),
         )),
         (Family::Var, TokenizerConfig::Msvq(t)) => Ok(NetworkConfig::Var(shape_of_var(
             o, codebook, &t.scales, classes,
@@ -492,7 +507,7 @@ fn network(o: &Options, tokenizer: &TokenizerConfig, classes: usize) -> Result<N
 fn shape_of_llamagen(
     o: &Options,
     (vocabulary, codebook_dim): (usize, usize),
-    side: usize,
+    map: Sides,
     classes: usize,
 ) -> llamagen::Config {
     llamagen::Config {
@@ -501,7 +516,7 @@ fn shape_of_llamagen(
         heads: o.heads,
         vocabulary,
         codebook_dim,
-        side,
+        map,
         condition: ConditionShape::Classes(classes),
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Out: a set of samples (`samples.rs`), `grid.png`, and on request a PNG of each image and `samples.npz`. Labels number the
 //! captions of `captions.json`, where these were given as text. Samples are made in shards (`shards.rs`), a batch at a time:
-//! beside the networks a batch is in memory, however many samples there are.
+//! memory holds the networks and one batch, however many samples there are.
 
 pub mod drawer;
 
@@ -26,11 +26,14 @@ use crate::model::{TokenShape, Tokenizer};
 use crate::picture::{self, Npz, Pixels};
 use crate::sampler;
 use crate::samples::{FORMAT, ImagesKept, KeptTensors, Manifest, Samples, ShardWriter, by_class};
+use crate::size::Size;
 use crate::stage::condition::{ConditionOptions, Conditioning, Features, Labels, Texts};
 use crate::stage::noise::{Noise, TensorFile};
-use crate::stage::shards::{self, Division, Line, Part, Planned, Written, batches, hashed};
-use crate::stage::{Stage, room};
-use drawer::{Drawer, Sampler, Setting, drawer};
+use crate::stage::shards::{
+    self, Division, PartDir, Planned, ShardProgress, Written, batches, hashed,
+};
+use crate::stage::{Stage, batch_memory};
+use drawer::{Drawer, Sampler, SamplerContext, drawer};
 
 /// Options of `sample`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -45,11 +48,11 @@ pub struct Options {
     /// stage whose `parts` name all parts makes the whole of them.
     #[serde(default)]
     pub range: Option<[u64; 2]>,
-    /// Folders of parts made elsewhere with the same networks, seed and options (their manifest.json and shards): what they
-    /// hold is taken over, the rest is made here.
+    /// Folders of parts made elsewhere with the same networks, seed and options (their manifest.json and shards): these
+    /// are reused, the rest is made here.
     #[serde(default)]
-    pub parts: Vec<Part>,
-    /// Images per shard file: what an interruption loses at most.
+    pub parts: Vec<PartDir>,
+    /// Images per shard file: the most an interruption loses.
     #[serde(default = "shard_size")]
     #[schemars(range(min = 1))]
     pub shard_size: u64,
@@ -57,14 +60,13 @@ pub struct Options {
     #[serde(default = "batch")]
     #[schemars(range(min = 1))]
     pub batch: usize,
-    /// What is kept of the images: bytes, f32, or none, which leaves out decoding too.
+    /// How images are stored: bytes, f32, or none, which also skips decoding.
     #[serde(default)]
     pub images: ImagesKept,
-    /// Sides to which decoded images are brought before they are kept, in pixels, bicubic as torch's `interpolate` (LlamaGen's
+    /// Side, or [height, width], to which decoded images are brought before they are kept, bicubic as torch's `interpolate` (LlamaGen's
     /// images of 384 x 384 are measured at 256); as they are decoded, if left out.
     #[serde(default)]
-    #[schemars(range(min = 1, max = 4096))]
-    pub resize: Option<usize>,
+    pub resize: Option<Size>,
     /// Whether latents are kept, (n, L, D) in f32.
     #[serde(default)]
     pub latents: bool,
@@ -82,7 +84,7 @@ pub struct Options {
     /// model of captions.
     #[serde(default)]
     pub caption: Option<Texts>,
-    /// Folder of the flan-t5 that makes features of captions: config.json, tokenizer.json and its weights.
+    /// Folder of the flan-t5 that encodes captions: config.json, tokenizer.json and its weights.
     #[serde(default)]
     #[schemars(extend("x-retort-file" = "dir"))]
     pub text_encoder: Option<String>,
@@ -112,7 +114,7 @@ fn columns() -> usize {
 }
 
 impl Options {
-    fn wish(&self) -> ConditionOptions<'_> {
+    fn condition_options(&self) -> ConditionOptions<'_> {
         ConditionOptions {
             labels: self.labels.as_ref(),
             caption: self.caption.as_ref(),
@@ -146,16 +148,16 @@ impl<B: Backend> Stage<B> for Sample {
     type Options = Options;
     const KIND: &'static str = "sample";
     const OUTPUT: &'static str = "samples";
-    const REVISION: u32 = 4;
+    const REVISION: u32 = 5;
     const SUMMARY: &'static str =
         "sample images from a teacher, a student, both, or the independent baseline";
     const DIVISIBLE: bool = true;
 
     fn check(o: &Options, base: &Path) -> Result<()> {
         o.division().check()?;
-        o.wish().check(base)?;
+        o.condition_options().check(base)?;
         if o.tokens && !o.sampler.chooses() {
-            let message = "this sampler ends in vectors and not in codes: there are no tokens to keep; keep `latents`";
+            let message = "this sampler makes vectors, not codes: there are no tokens to keep; keep `latents`";
             return Err(Error::option("/tokens", message));
         }
         if o.images == ImagesKept::None {
@@ -202,20 +204,20 @@ impl<'a> Inputs<'a> {
         let network = bundle.network()?;
         let shape = network.token_shape();
         let decoded = (o.images != ImagesKept::None).then_some(&bundle.config.tokenizer);
-        let each = room::sampling(
+        let each = batch_memory::sampling(
             o.sampler.has_student(),
             o.sampler.distribution(),
             network,
             decoded,
             &context.job.dtype,
         );
-        room::check(context, "/batch", o.division().at_once(o.batch), each)?;
+        batch_memory::check(context, "/batch", o.division().at_once(o.batch), each)?;
         // Before the networks are loaded: a text encoder may need the memory.
         let model = (&shape.condition, bundle.config.classes.as_slice());
-        let conditioning = o.wish().resolve(context, model, o.count)?;
+        let conditioning = o.condition_options().resolve(context, model, o.count)?;
         let noise = Noise::open(context.job, o.noise.as_ref(), o.count, &shape)?;
-        let [channels, _, side] = bundle.config.tokenizer.image();
-        let side = o.resize.unwrap_or(side);
+        let [channels, decoded @ ..] = bundle.config.tokenizer.image();
+        let [height, width] = o.resize.map_or(decoded, |size| size.sides().into());
         let manifest = Manifest {
             format: FORMAT,
             count: o.count,
@@ -226,7 +228,8 @@ impl<'a> Inputs<'a> {
                 Subjects::Captions(_) => Some(hash(&context.work_dir()?.join(captions::FILE))?),
             },
             passes: Some(o.sampler.passes(&shape)),
-            image: [channels, side, side],
+            image: [channels, height, width],
+            decoded: Some(decoded).filter(|sides| *sides != [height, width]),
             tokens: shape.count(),
             vocabulary: shape.vocabulary,
             dim: shape.dim,
@@ -246,7 +249,7 @@ impl<'a> Inputs<'a> {
     /// The shards of the set, with those that parts hold already.
     fn shards(&self, base: &Path, o: &Options) -> Result<Vec<Planned>> {
         let mut parts: Vec<(PathBuf, Vec<Shard>)> = Vec::new();
-        for Part(part) in &o.parts {
+        for PartDir(part) in &o.parts {
             let dir = resolve(base, part);
             let shards = self.manifest.of_part(&dir)?;
             parts.push((dir, shards));
@@ -266,7 +269,7 @@ impl<'a> Inputs<'a> {
         o: &Options,
         planned: &[Planned],
     ) -> Result<(Written, Times)> {
-        // Whether a file holds the samples that this stage would make.
+        // Whether a file has the samples that this stage would make.
         let check = |path: &Path, shard: &Shard| {
             let (stored, found) = self.manifest.open_shard(path, shard)?;
             let labels = self.labels_of(shard.start..shard.end);
@@ -275,13 +278,19 @@ impl<'a> Inputs<'a> {
         };
         // Loaded once there is something to make.
         let mut maker = None;
-        let written = shards::make(context, planned, "images", check, |path, shard, line| {
-            let maker = match &mut maker {
-                Some(loaded) => loaded,
-                none => none.insert(ShardMaker::load(context, o, self)?),
-            };
-            maker.shard(path, shard, line)
-        })?;
+        let written = shards::make(
+            context,
+            planned,
+            "images",
+            check,
+            |path, shard, progress| {
+                let maker = match &mut maker {
+                    Some(loaded) => loaded,
+                    none => none.insert(ShardMaker::load(context, o, self)?),
+                };
+                maker.shard(path, shard, progress)
+            },
+        )?;
         let times = maker.map(|maker| maker.times).unwrap_or_default();
         Ok((written, times))
     }
@@ -356,7 +365,7 @@ impl<'a, 'c, B: Backend> ShardMaker<'a, 'c, B> {
         inputs: &'a Inputs<'c>,
     ) -> Result<Self> {
         let tokenizer = inputs.bundle.tokenizer(context.backend)?;
-        let setting = Setting {
+        let setting = SamplerContext {
             backend: context.backend,
             seed: context.job.seed,
             shape: &inputs.shape,
@@ -375,14 +384,19 @@ impl<'a, 'c, B: Backend> ShardMaker<'a, 'c, B> {
     }
 
     /// Writes a shard, batch by batch.
-    fn shard(&mut self, path: &Path, shard: &Shard, line: &mut Line<'_, '_, B>) -> Result<()> {
+    fn shard(
+        &mut self,
+        path: &Path,
+        shard: &Shard,
+        progress: &mut ShardProgress<'_, '_, B>,
+    ) -> Result<()> {
         let (o, inputs) = (self.options, self.inputs);
         let (l, d) = (inputs.shape.count(), inputs.shape.dim);
-        let [_, _, side] = inputs.manifest.image;
+        let [_, height, width] = inputs.manifest.image;
         let count = (shard.end - shard.start) as usize;
         let writer = ShardWriter::create(path, &inputs.manifest, count)?;
         for batch in batches(shard.start..shard.end, o.batch) {
-            line.go_on()?;
+            progress.go_on()?;
             let (start, row) = (batch.start, (batch.start - shard.start) as usize);
             let labels = inputs.labels_of(batch.clone());
             let noise = inputs.noise.read(batch)?;
@@ -402,12 +416,12 @@ impl<'a, 'c, B: Backend> ShardMaker<'a, 'c, B> {
             }
             if o.images != ImagesKept::None {
                 let clock = Instant::now();
-                let images = sampler::decode(&*self.tokenizer, &drawn.latents, side)?;
+                let images = sampler::decode(&*self.tokenizer, &drawn.latents, [height, width])?;
                 self.times.decoding += clock.elapsed().as_secs_f64();
                 finite("pixel", &images, start, images.len() / labels.len())?;
                 writer.floats("images", row, &images)?;
             }
-            line.made(labels.len() as u64);
+            progress.made(labels.len() as u64);
         }
         Ok(())
     }
@@ -494,7 +508,7 @@ fn write_pictures<B: Backend>(
 /// Images that are written as pictures at a time.
 const BLOCK: usize = 64;
 
-/// Refuses what is not finite, and names its sample. A sample has `size` values.
+/// Refuses non-finite values, naming the sample. A sample has `size` values.
 fn finite(what: &str, values: &[f32], first: u64, size: usize) -> Result<()> {
     match values.iter().position(|x| !x.is_finite()) {
         Some(at) => {

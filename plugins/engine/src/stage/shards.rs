@@ -1,5 +1,5 @@
-//! Stages that make samples in shards: which shards there are, which of them this process makes, and what is left of them
-//! by an interruption. `trajectories` and `sample` do.
+//! Stages that make samples in shards: which shards there are, which of them this process makes, and which remain
+//! after a stop. For `trajectories` and `sample`.
 //!
 //! A finished shard stays in the work directory: an interruption loses at most the open one. A part of a divided stage
 //! makes every so many-th shard there, and the whole takes over all of them. Other machines make other samples (`range`),
@@ -18,10 +18,11 @@ use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::files::replace;
 
-/// A folder with a part of what a stage makes.
+/// A folder with a part of a stage's output.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(transparent)]
-pub struct Part(#[schemars(extend("x-retort-file" = "dir"))] pub String);
+#[schemars(rename = "Part")]
+pub struct PartDir(#[schemars(extend("x-retort-file" = "dir"))] pub String);
 
 /// What a stage's options say of its samples.
 pub struct Division {
@@ -103,8 +104,8 @@ impl Division {
     }
 }
 
-/// How far the making of shards is, as the host is told.
-pub struct Line<'a, 'b, B: Backend> {
+/// The progress of making shards, for the host.
+pub struct ShardProgress<'a, 'b, B: Backend> {
     context: &'a Context<'b, B>,
     unit: &'static str,
     done: u64,
@@ -113,7 +114,7 @@ pub struct Line<'a, 'b, B: Backend> {
     clock: Instant,
 }
 
-impl<B: Backend> Line<'_, '_, B> {
+impl<B: Backend> ShardProgress<'_, '_, B> {
     /// Ends the stage when it has been asked to stop. For the time before each batch.
     pub fn go_on(&self) -> Result<()> {
         self.context.go_on()
@@ -148,7 +149,7 @@ pub fn make<'b, B: Backend>(
     shards: &[Planned],
     unit: &'static str,
     check: impl Fn(&Path, &Shard) -> Result<()>,
-    mut make: impl FnMut(&Path, &Shard, &mut Line<'_, 'b, B>) -> Result<()>,
+    mut make: impl FnMut(&Path, &Shard, &mut ShardProgress<'_, 'b, B>) -> Result<()>,
 ) -> Result<Written> {
     let work = context.work_dir()?;
     let own: Vec<&Planned> = match context.job.part {
@@ -162,7 +163,7 @@ pub fn make<'b, B: Backend>(
         }
     };
     let total = own.iter().map(|p| p.shard.end - p.shard.start).sum();
-    let mut line = Line {
+    let mut progress = ShardProgress {
         context,
         unit,
         done: 0,
@@ -172,12 +173,12 @@ pub fn make<'b, B: Backend>(
     };
     if context.job.part.is_some() {
         // What all parts have to do is known once each has said its share.
-        line.done(0);
+        progress.done(0);
     }
     for Planned { shard, from } in own {
         let path = work.join(&shard.file);
         if let Some(from) = from {
-            line.go_on()?;
+            progress.go_on()?;
             check(from, shard)?;
             replace(&path, |partial| {
                 std::fs::copy(from, partial)
@@ -186,15 +187,15 @@ pub fn make<'b, B: Backend>(
             })?;
         }
         if from.is_some() || check(&path, shard).is_ok() {
-            line.done(shard.end - shard.start);
+            progress.done(shard.end - shard.start);
         } else {
-            replace(&path, |partial| make(partial, shard, &mut line))?;
+            replace(&path, |partial| make(partial, shard, &mut progress))?;
         }
     }
     Ok(Written {
-        samples: line.made,
+        samples: progress.made,
         share: total,
-        seconds: line.clock.elapsed().as_secs_f64(),
+        seconds: progress.clock.elapsed().as_secs_f64(),
     })
 }
 

@@ -33,7 +33,7 @@ impl<B: Backend> Stage<B> for Snapshot {
     const KIND: &'static str = "snapshot";
     const OUTPUT: &'static str = "student";
     const REVISION: u32 = 1;
-    const SUMMARY: &'static str = "take a student as it was at an earlier step of its training";
+    const SUMMARY: &'static str = "take a student from an earlier step of its training";
 
     fn check(_: &Options, _: &Path) -> Result<()> {
         Ok(())

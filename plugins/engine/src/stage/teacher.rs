@@ -18,12 +18,13 @@ use crate::bundle::{self, Family};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::files::resolve;
-use crate::published::{self, Hints, Role};
+use crate::published::{self, Hints, NetworkRole};
 use crate::sampler::check_from_zero;
+use crate::size::{Sides, Size};
 use crate::stage::Stage;
 use crate::weights::{self, Loader, Params, Source, Stored};
 
-/// Which files, and what they do not say themselves. Where a network lies in several files, the folder or the index
+/// The files, and what they do not contain. For a network in several files, the folder or the index
 /// (`*.index.json`) stands for them.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -45,24 +46,23 @@ pub struct Options {
     /// Dictionary in `tokenizer` that holds the weights.
     #[serde(default)]
     pub tokenizer_select: Option<String>,
-    /// Published size: LlamaGen B, L, XL, XXL, 3B; VAR d16, d20, d24, d30, d36. The file must have it; left out, any.
+    /// Published size: LlamaGen B, L, XL, XXL, 3B; VAR d16, d20, d24, d30, d36. The file must match; default: any.
     #[serde(default)]
     pub size: Option<String>,
     /// Attention heads, for a LlamaGen network of no published size.
     #[serde(default)]
     #[schemars(range(min = 1))]
     pub heads: Option<usize>,
-    /// Sides of LlamaGen's images in pixels; 256, if left out.
+    /// LlamaGen: the side of its images in pixels, or [height, width]; 256, if left out.
     #[serde(default)]
-    #[schemars(range(min = 8))]
-    pub image_size: Option<usize>,
+    pub image_size: Option<Size>,
     /// Sides of the token maps of a VAR network of no published size, coarse to fine.
     #[serde(default)]
     pub scales: Option<Vec<usize>>,
-    /// Of a student: the AR steps from which it was taught to predict, ascending from 0.
+    /// For a student: the AR steps that it was trained to start from, ascending from 0.
     #[serde(default)]
     pub timesteps: Vec<usize>,
-    /// Draws random weights of a published size instead of reading files: to try out speed and memory.
+    /// Draws random weights of a published size instead of reading files: to test speed and memory.
     #[serde(default)]
     pub random: bool,
 }
@@ -72,13 +72,13 @@ impl Options {
         Hints {
             size: self.size.clone(),
             heads: self.heads,
-            image_size: self.image_size,
+            image_size: self.image_size.map(Sides::from),
             scales: self.scales.clone(),
         }
     }
 
     /// Refuses contradictions; files that are there already must hold such networks.
-    fn check(&self, role: Role, base: &Path) -> Result<()> {
+    fn check(&self, role: NetworkRole, base: &Path) -> Result<()> {
         if let Some(size) = &self.size {
             published::check_size(self.family, size)?;
         }
@@ -97,7 +97,7 @@ impl Options {
                 )),
             };
         }
-        for (pointer, role) in [("/model", role), ("/tokenizer", Role::Tokenizer)] {
+        for (pointer, role) in [("/model", role), ("/tokenizer", NetworkRole::Tokenizer)] {
             let path = self.path(role, base)?;
             if path.exists() {
                 self.open(role, base)
@@ -107,9 +107,9 @@ impl Options {
         Ok(())
     }
 
-    fn path(&self, role: Role, base: &Path) -> Result<PathBuf> {
+    fn path(&self, role: NetworkRole, base: &Path) -> Result<PathBuf> {
         let (pointer, path) = match role {
-            Role::Tokenizer => ("/tokenizer", &self.tokenizer),
+            NetworkRole::Tokenizer => ("/tokenizer", &self.tokenizer),
             _ => ("/model", &self.model),
         };
         let missing = || {
@@ -122,9 +122,9 @@ impl Options {
         Ok(resolve(base, path.as_ref().ok_or_else(missing)?))
     }
 
-    fn open(&self, role: Role, base: &Path) -> Result<Stored> {
+    fn open(&self, role: NetworkRole, base: &Path) -> Result<Stored> {
         let select = match role {
-            Role::Tokenizer => &self.tokenizer_select,
+            NetworkRole::Tokenizer => &self.tokenizer_select,
             _ => &self.select,
         };
         published::open(
@@ -137,9 +137,9 @@ impl Options {
 }
 
 /// The stage that loads teachers.
-pub struct Teacher;
+pub struct TeacherStage;
 
-impl<B: Backend> Stage<B> for Teacher {
+impl<B: Backend> Stage<B> for TeacherStage {
     type Options = Options;
     const KIND: &'static str = "teacher";
     const OUTPUT: &'static str = "teacher";
@@ -151,18 +151,18 @@ impl<B: Backend> Stage<B> for Teacher {
         if !o.timesteps.is_empty() {
             return Err(Error::option("/timesteps", "a teacher has no timesteps"));
         }
-        o.check(Role::Teacher, base)
+        o.check(NetworkRole::Teacher, base)
     }
 
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
-        run(context, o, Role::Teacher)
+        run(context, o, NetworkRole::Teacher)
     }
 }
 
 /// The stage that loads students.
-pub struct Student;
+pub struct StudentStage;
 
-impl<B: Backend> Stage<B> for Student {
+impl<B: Backend> Stage<B> for StudentStage {
     type Options = Options;
     const KIND: &'static str = "student";
     const OUTPUT: &'static str = "student";
@@ -172,25 +172,29 @@ impl<B: Backend> Stage<B> for Student {
 
     fn check(o: &Options, base: &Path) -> Result<()> {
         check_from_zero(&o.timesteps, "/timesteps")?;
-        o.check(Role::Student, base)
+        o.check(NetworkRole::Student, base)
     }
 
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
-        run(context, o, Role::Student)
+        run(context, o, NetworkRole::Student)
     }
 }
 
 /// Weights that go into a file of the result.
-struct Part<'a, B: Backend> {
+struct WeightFile<'a, B: Backend> {
     source: Option<&'a Stored>,
     params: Params<B>,
 }
 
-fn run<B: Backend>(context: &Context<'_, B>, o: &Options, role: Role) -> Result<StageResult> {
+fn run<B: Backend>(
+    context: &Context<'_, B>,
+    o: &Options,
+    role: NetworkRole,
+) -> Result<StageResult> {
     let base = &context.job.base_dir;
     let files = match o.random {
         true => None,
-        false => Some((o.open(Role::Tokenizer, base)?, o.open(role, base)?)),
+        false => Some((o.open(NetworkRole::Tokenizer, base)?, o.open(role, base)?)),
     };
     let hints = o.hints();
     let (tokenizer, network) = match &files {
@@ -203,15 +207,15 @@ fn run<B: Backend>(context: &Context<'_, B>, o: &Options, role: Role) -> Result<
         (files.as_ref().map(|f| &f.0), files.as_ref().map(|f| &f.1));
 
     // Building a network asks for all its weights, and so checks them.
-    let tokenizer_part = Part {
+    let tokenizer_weights = WeightFile {
         params: build(context, tokenizer_file, |loader| {
             tokenizer.build(loader).map(drop)
         })?,
         source: tokenizer_file,
     };
-    let network_part = Part {
+    let network_weights = WeightFile {
         params: match role {
-            Role::Student => build(context, network_file, |loader| {
+            NetworkRole::Student => build(context, network_file, |loader| {
                 network.student(loader).map(drop)
             })?,
             _ => {
@@ -225,18 +229,19 @@ fn run<B: Backend>(context: &Context<'_, B>, o: &Options, role: Role) -> Result<
         },
         source: network_file,
     };
-    for part in [&tokenizer_part, &network_part] {
-        report_prefix(context, part);
-        report_unexpected(context, part);
+    for weights in [&tokenizer_weights, &network_weights] {
+        report_prefix(context, weights);
+        report_unexpected(context, weights);
     }
 
-    let elements = |part: &Part<B>| -> usize {
-        part.params
+    let elements = |weights: &WeightFile<B>| -> usize {
+        weights
+            .params
             .iter()
             .map(|(_, p)| p.shape().iter().product::<usize>())
             .sum()
     };
-    let (shape, size) = (network.token_shape(), elements(&network_part));
+    let (shape, size) = (network.token_shape(), elements(&network_weights));
     context.host.log(
         LogLevel::Info,
         &format!(
@@ -245,7 +250,7 @@ fn run<B: Backend>(context: &Context<'_, B>, o: &Options, role: Role) -> Result<
             role.name(),
             shape.count(),
             shape.vocabulary,
-            elements(&tokenizer_part)
+            elements(&tokenizer_weights)
         ),
     );
     let sources = match &files {
@@ -260,8 +265,8 @@ fn run<B: Backend>(context: &Context<'_, B>, o: &Options, role: Role) -> Result<
     let summary = json!({ "weights": size });
     context.finish(role.name(), meta, summary, |dir| {
         bundle::write_config(dir, &tokenizer, Some(&network), (&o.timesteps, &[]))?;
-        tokenizer_part.write(&dir.join(bundle::TOKENIZER))?;
-        network_part.write(&dir.join(bundle::MODEL))
+        tokenizer_weights.write(&dir.join(bundle::TOKENIZER))?;
+        network_weights.write(&dir.join(bundle::MODEL))
     })
 }
 
@@ -286,7 +291,7 @@ fn build<'a, B: Backend>(
     Ok(loader.into_params())
 }
 
-impl<B: Backend> Part<'_, B> {
+impl<B: Backend> WeightFile<'_, B> {
     /// Writes the weights as they are in the file, or as they were drawn.
     fn write(&self, path: &Path) -> Result<()> {
         let shapes = self
@@ -306,13 +311,13 @@ impl<B: Backend> Part<'_, B> {
     }
 }
 
-/// Says what was taken off in front of a file's names.
-fn report_prefix<B: Backend>(context: &Context<'_, B>, part: &Part<'_, B>) {
-    if let Some(stored) = part.source
+/// Logs which prefix was removed from a file's names.
+fn report_prefix<B: Backend>(context: &Context<'_, B>, weights: &WeightFile<'_, B>) {
+    if let Some(stored) = weights.source
         && !stored.prefix().is_empty()
     {
         let message = format!(
-            "{}: the weights are those whose names begin with `{}`, which is taken off",
+            "{}: using the weights whose names begin with `{}`, which is removed",
             stored.path().display(),
             stored.prefix()
         );
@@ -321,9 +326,13 @@ fn report_prefix<B: Backend>(context: &Context<'_, B>, part: &Part<'_, B>) {
 }
 
 /// Warns of weights in a file that the network has no place for.
-fn report_unexpected<B: Backend>(context: &Context<'_, B>, part: &Part<'_, B>) {
-    let Some(stored) = part.source else { return };
-    let known: BTreeSet<&str> = part.params.iter().map(|(name, _)| name.as_str()).collect();
+fn report_unexpected<B: Backend>(context: &Context<'_, B>, weights: &WeightFile<'_, B>) {
+    let Some(stored) = weights.source else { return };
+    let known: BTreeSet<&str> = weights
+        .params
+        .iter()
+        .map(|(name, _)| name.as_str())
+        .collect();
     let unexpected: Vec<&str> = stored
         .shapes()
         .map(|(name, _)| name)

@@ -1,12 +1,13 @@
 //! `tokenizer`: trains a VQ image tokenizer, of one scale or many, so that a run needs nothing downloaded.
 //!
-//! Out: the tokenizer, and `reconstructions.png`: held-out images, and below each row what the tokenizer makes of them.
+//! Out: the tokenizer, and `reconstructions.png`: held-out images, and below each row their reconstructions.
 
 pub mod codebook;
 pub mod loss;
 pub mod quality;
 mod training;
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -26,8 +27,9 @@ use crate::model::{msvq, vq};
 use crate::perceptual::{Perceptual, PerceptualMetric};
 use crate::picture::{self, Pixels};
 use crate::random::{Sequence, Stream};
-use crate::stage::{Stage, room};
-use crate::train::TrainOptions;
+use crate::size::Sides;
+use crate::stage::{Stage, batch_memory};
+use crate::train::{TrainOptions, check_parts, one_part};
 use crate::weights::{Loader, Source, Stored, Weights};
 use loss::{Adversarial, PixelLoss};
 use quality::{Quality, look};
@@ -43,7 +45,7 @@ pub struct Options {
     pub family: Family,
     /// Images to learn from.
     pub data: Data,
-    /// The stage of a tokenizer to go on from, or of a published teacher, with its tokenizer; of the same shape.
+    /// The stage of a tokenizer to start from, or of a published teacher, with its tokenizer; of the same shape.
     #[serde(default)]
     #[schemars(extend("x-retort-artifact" = ["tokenizer", "teacher"]))]
     pub from: Option<String>,
@@ -99,7 +101,7 @@ pub struct Options {
     /// LlamaGen: an entropy term in the loss, for even use of the codes; none, if left out.
     #[serde(default)]
     pub entropy: Option<Entropy>,
-    /// LlamaGen: decay of moving averages of what each code is looked up for, which then are the codes. If left out, codes
+    /// LlamaGen: decay of the moving averages of vectors per code, which then are the codes. If left out, codes
     /// follow the gradient of their squared distance.
     #[serde(default)]
     #[schemars(range(min = 0, max = 1))]
@@ -108,9 +110,18 @@ pub struct Options {
     #[serde(default = "commitment")]
     #[schemars(range(min = 0))]
     pub commitment: f64,
-    /// Steps between restarts of codes that no image used since the last one, in the first half of the training; 0: never.
+    /// Steps between restarts of codes unused since the last one, in the first half of the training; 0: never.
     #[serde(default = "restart_every")]
     pub restart_every: u64,
+    /// Parts of a batch that are computed one after the other: memory holds the activations of one, and their gradients
+    /// add up to those of the batch. The entropy term and the adversary's weight are then those of each part.
+    #[serde(default = "one_part")]
+    #[schemars(range(min = 1))]
+    pub accumulate: usize,
+    /// Whether activations inside residual and attention blocks are computed again in the backward pass instead of being
+    /// kept: memory for about a third more time. The result has the same bits.
+    #[serde(default)]
+    pub recompute: bool,
     /// How to train.
     #[serde(default)]
     pub train: TrainOptions,
@@ -135,19 +146,21 @@ fn temperature() -> f64 {
 
 impl Options {
     /// What a step of training holds of an image at least: its pixels, before and after, in each residual block of encoder
-    /// and decoder the input of both norms and both convolutions, and the attention between these.
+    /// and decoder the input of both norms and both convolutions, or that of the block where the rest is computed again, and
+    /// the attention between these.
     fn bytes_of_an_image(&self, images: &Images) -> Option<u64> {
         let pixels = memory::floats(&[2, images.channels, images.height, images.width])?;
         let side = |n: usize, level: usize| (n >> level).max(1);
         let coarsest = self.multipliers.len().saturating_sub(1);
         let positions = side(images.height, coarsest).checked_mul(side(images.width, coarsest))?;
-        let pixels = pixels.checked_add(room::attention(positions)?)?;
+        let pixels = pixels.checked_add(batch_memory::attention(positions)?)?;
         let levels = self.multipliers.iter().enumerate();
         levels
             .map(|(level, &multiplier)| {
                 let (blocks, width) = (2 * self.res_blocks + 1, self.channels * multiplier);
+                let kept = if self.recompute { 1 } else { 4 };
                 memory::floats(&[
-                    4,
+                    kept,
                     blocks,
                     width,
                     side(images.height, level),
@@ -192,13 +205,14 @@ fn restart_every() -> u64 {
 }
 
 /// The stage.
-pub struct Tokenizer;
+pub struct TokenizerStage;
 
-impl<B: Backend> Stage<B> for Tokenizer {
+impl<B: Backend> Stage<B> for TokenizerStage {
     type Options = Options;
     const KIND: &'static str = "tokenizer";
     const OUTPUT: &'static str = "tokenizer";
     const REVISION: u32 = 3;
+    const TOGETHER: bool = true;
     const SUMMARY: &'static str = "train a VQ image tokenizer on images";
 
     fn check(o: &Options, _base_dir: &Path) -> Result<()> {
@@ -217,9 +231,11 @@ impl<B: Backend> Stage<B> for Tokenizer {
             );
             return Err(Error::option("/norm_groups", message));
         }
+        check_parts(o.accumulate, o.train.batch)?;
         loss::check(o.adversarial.as_ref(), o.train.steps)?;
         if o.entropy.is_some() && o.codebook_ema.is_some() {
-            let message = "codes that are averages follow no gradient: keep one of `entropy` and `codebook_ema`";
+            let message =
+                "averaged codes follow no gradient: keep only one of `entropy` and `codebook_ema`";
             return Err(Error::option("/entropy", message));
         }
         let of_llamagen = [
@@ -251,9 +267,12 @@ impl<B: Backend> Stage<B> for Tokenizer {
     }
 
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
+        context.check_share(o.train.batch, o.accumulate)?;
         let inputs = Inputs::open(context, o)?;
         let networks = Networks::load(context, o, &inputs)?;
-        let trained = train(context, o, &inputs, &networks)?;
+        let Some(trained) = train(context, o, &inputs, &networks)? else {
+            return Ok(StageResult::of_part());
+        };
         let quality = measure(context, o, &inputs, &trained)?;
         publish(context, &inputs, &trained, &quality)
     }
@@ -276,10 +295,10 @@ impl<B: Backend> Inputs<B> {
     fn open(context: &Context<'_, B>, o: &Options) -> Result<Self> {
         let images = Arc::new(context.images(&o.data)?);
         let config = config(o, &images)?;
-        room::check(
+        batch_memory::check(
             context,
             "/train/batch",
-            o.train.batch,
+            o.train.batch.div_ceil(o.accumulate * context.ranks.size()),
             o.bytes_of_an_image(&images),
         )?;
         let (train, held) = images.split(o.held_out, context.job.seed);
@@ -367,30 +386,30 @@ fn start_from<B: Backend>(
 const PICTURE: &str = "reconstructions.png";
 
 fn config(o: &Options, images: &Images) -> Result<TokenizerConfig> {
-    let (size, factor) = (images.height, 1 << (o.multipliers.len() - 1));
-    if images.width != size {
+    let factor = 1 << (o.multipliers.len() - 1);
+    let sides = Sides {
+        height: images.height,
+        width: images.width,
+    };
+    if o.family == Family::Var && sides.height != sides.width {
         let message = format!(
-            "images of {} x {}: these networks take squares; say `size: {}`",
-            images.height,
-            images.width,
-            images.height.max(images.width)
+            "images of {sides}: the scales of `family: var` are squares; say `size: {}`, or `family: llamagen`",
+            sides.height.max(sides.width)
         );
         return Err(Error::option("/data", message));
     }
-    if !size.is_multiple_of(factor) {
+    if !sides.is_multiple_of(factor) {
         return Err(Error::option(
             "/multipliers",
             format!(
-                "images of {} x {}: expected sides that are a multiple of {factor} for {} levels",
-                images.height,
-                images.width,
+                "images of {sides}: expected sides that are a multiple of {factor} for {} levels",
                 o.multipliers.len()
             ),
         ));
     }
     let autoencoder = Shape {
         image_channels: images.channels,
-        image_size: size,
+        image_size: sides,
         channels: o.channels,
         multipliers: o.multipliers.clone(),
         res_blocks: o.res_blocks,
@@ -435,19 +454,18 @@ pub(crate) fn batch_shape(images: &Images, count: usize) -> [usize; 4] {
     [count, c, h, w]
 }
 
-/// The batches of a training: at each step images drawn from `train`, with every draw anew.
+/// The batches of a training: at each step images drawn from `train`, with every draw anew; of each batch those of a share.
 pub(crate) fn training_feed(
     images: &Arc<Images>,
     train: &[usize],
-    batch: usize,
+    (batch, share): (usize, Range<usize>),
     seed: u64,
 ) -> Feed {
     let (train, size) = (train.to_vec(), train.len() as u64);
     let picks = move |step: u64| {
         let mut choice = Sequence::new(seed, Stream::Step, step);
-        (0..batch)
-            .map(|_| train[choice.below(train.len())])
-            .collect()
+        let all = (0..batch).map(|_| train[choice.below(train.len())]);
+        all.skip(share.start).take(share.len()).collect()
     };
     let augment = move |step: u64| Augment {
         seed,

@@ -12,6 +12,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::json;
 
+use crate::backend::flow;
 use crate::backend::{Backend, FlowSolver};
 use crate::bundle::Bundle;
 use crate::captions::{self, Subjects};
@@ -19,13 +20,14 @@ use crate::context::Context;
 use crate::dataset::{open_shard, write_shard};
 use crate::error::{Error, Result};
 use crate::files::{link, resolve, write_json};
-use crate::flow;
 use crate::model::{Teacher, TokenShape};
 use crate::sampler::{Choice, Distribution, autoregressive};
 use crate::stage::condition::{ConditionOptions, Conditioning, Features, Labels, Texts};
 use crate::stage::noise::{Noise, TensorFile};
-use crate::stage::shards::{self, Division, Line, Part, Planned, Written, batches, hashed};
-use crate::stage::{Stage, room};
+use crate::stage::shards::{
+    self, Division, PartDir, Planned, ShardProgress, Written, batches, hashed,
+};
+use crate::stage::{Stage, batch_memory};
 
 /// Options of `trajectories`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -41,10 +43,10 @@ pub struct Options {
     /// and a stage whose `parts` name all parts makes the whole of them.
     #[serde(default)]
     pub range: Option<[u64; 2]>,
-    /// Folders of parts made elsewhere with the same teacher, seed and options (their manifest.json and shards): what they
-    /// hold is taken over, the rest is made here.
+    /// Folders of parts made elsewhere with the same teacher, seed and options (their manifest.json and shards): these
+    /// are reused, the rest is made here.
     #[serde(default)]
-    pub parts: Vec<Part>,
+    pub parts: Vec<PartDir>,
     /// Samples per shard file.
     #[serde(default = "shard_size")]
     #[schemars(range(min = 1))]
@@ -72,7 +74,7 @@ pub struct Options {
     /// model of captions.
     #[serde(default)]
     pub caption: Option<Texts>,
-    /// Folder of the flan-t5 that makes features of captions: config.json, tokenizer.json and its weights.
+    /// Folder of the flan-t5 that encodes captions: config.json, tokenizer.json and its weights.
     #[serde(default)]
     #[schemars(extend("x-retort-file" = "dir"))]
     pub text_encoder: Option<String>,
@@ -96,7 +98,7 @@ impl Options {
         }
     }
 
-    fn wish(&self) -> ConditionOptions<'_> {
+    fn condition_options(&self) -> ConditionOptions<'_> {
         ConditionOptions {
             labels: self.labels.as_ref(),
             caption: self.caption.as_ref(),
@@ -119,7 +121,7 @@ impl<B: Backend> Stage<B> for Trajectories {
 
     fn check(o: &Options, base: &Path) -> Result<()> {
         o.division().check()?;
-        o.wish().check(base)
+        o.condition_options().check(base)
     }
 
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
@@ -153,17 +155,17 @@ impl<'a> Inputs<'a> {
         let teacher = Bundle::open(&input.path)?;
         let network = teacher.network()?;
         let shape = network.token_shape();
-        room::check(
+        batch_memory::check(
             context,
             "/batch",
             o.division().at_once(o.batch),
-            room::generating(network, &o.distribution, &context.job.dtype),
+            batch_memory::generating(network, &o.distribution, &context.job.dtype),
         )?;
         // Before the networks are loaded: a text encoder may need the memory.
         let model = (&shape.condition, teacher.config.classes.as_slice());
         let Conditioning {
             labels, subjects, ..
-        } = o.wish().resolve(context, model, o.count)?;
+        } = o.condition_options().resolve(context, model, o.count)?;
         let noise = Noise::open(context.job, o.noise.as_ref(), o.count, &shape)?;
         let manifest = Manifest {
             format: FORMAT,
@@ -190,7 +192,7 @@ impl<'a> Inputs<'a> {
 
     /// The shards of the dataset, with those that parts hold already.
     fn shards(&self, base: &Path, o: &Options) -> Result<Vec<Planned>> {
-        let part = |Part(part): &Part| -> Result<(PathBuf, Vec<Shard>)> {
+        let part = |PartDir(part): &PartDir| -> Result<(PathBuf, Vec<Shard>)> {
             let dir = resolve(base, part);
             let shards = self.manifest.of_part(&dir)?;
             let features = dir.join(captions::FILE);
@@ -226,19 +228,25 @@ impl<'a> Inputs<'a> {
         };
         // Loaded once there is something to make.
         let mut networks = None;
-        shards::make(context, planned, "samples", check, |path, shard, line| {
-            let networks = match &mut networks {
-                Some(loaded) => loaded,
-                none => none.insert(Networks::load(context.backend, &self.teacher)?),
-            };
-            let tokens = self.tokens(context.backend, o, networks, shard, line)?;
-            let noise = match self.noise.is_given() {
-                true => Some(self.noise.read(shard.start..shard.end)?),
-                false => None,
-            };
-            let noise = noise.as_deref().map(|noise| (noise, self.shape.dim));
-            write_shard(path, self.labels_of(shard), &tokens, noise)
-        })
+        shards::make(
+            context,
+            planned,
+            "samples",
+            check,
+            |path, shard, progress| {
+                let networks = match &mut networks {
+                    Some(loaded) => loaded,
+                    none => none.insert(Networks::load(context.backend, &self.teacher)?),
+                };
+                let tokens = self.tokens(context.backend, o, networks, shard, progress)?;
+                let noise = match self.noise.is_given() {
+                    true => Some(self.noise.read(shard.start..shard.end)?),
+                    false => None,
+                };
+                let noise = noise.as_deref().map(|noise| (noise, self.shape.dim));
+                write_shard(path, self.labels_of(shard), &tokens, noise)
+            },
+        )
     }
 
     /// Tokens (n, L) of the samples of a shard.
@@ -248,7 +256,7 @@ impl<'a> Inputs<'a> {
         o: &Options,
         networks: &Networks<B>,
         shard: &Shard,
-        line: &mut Line<'_, '_, B>,
+        progress: &mut ShardProgress<'_, '_, B>,
     ) -> Result<Vec<u32>> {
         let (l, d) = (self.shape.count(), self.shape.dim);
         let solver = FlowSolver {
@@ -256,7 +264,7 @@ impl<'a> Inputs<'a> {
         };
         let mut tokens = Vec::with_capacity((shard.end - shard.start) as usize * l);
         for batch in batches(shard.start..shard.end, o.batch) {
-            line.go_on()?;
+            progress.go_on()?;
             let labels = &self.labels[batch.start as usize..batch.end as usize];
             let first = batch.start;
             let noise = backend.floats(&self.noise.read(batch)?, &[labels.len(), l, d])?;
@@ -275,7 +283,7 @@ impl<'a> Inputs<'a> {
             )
             .map_err(|e| e.of_samples(first))?;
             tokens.extend(B::to_indices(&ids)?);
-            line.made(labels.len() as u64);
+            progress.made(labels.len() as u64);
         }
         Ok(tokens)
     }

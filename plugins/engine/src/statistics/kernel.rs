@@ -12,9 +12,9 @@ use super::{StatisticsError, rows};
 pub struct KernelDistance {
     /// Mean over the subsets; below 0 when two sets are closer than chance has it.
     pub mean: f64,
-    /// Standard deviation over the subsets (divisor: their number).
-    pub deviation: f64,
-    /// Subsets.
+    /// Standard deviation over the subsets (divisor: their number); none of a single one.
+    pub deviation: Option<f64>,
+    /// Subsets that were taken.
     pub subsets: usize,
     /// Samples of each set in a subset.
     pub size: usize,
@@ -60,7 +60,7 @@ pub fn kernel_distance(
     let squares = estimates.iter().map(|x| (x - mean).powi(2));
     Ok(KernelDistance {
         mean,
-        deviation: (squares.sum::<f64>() / count).sqrt(),
+        deviation: (subsets > 1).then(|| (squares.sum::<f64>() / count).sqrt()),
         subsets,
         size,
     })
@@ -149,7 +149,7 @@ mod tests {
             (found.mean / expected - 1.0).abs() < 1e-9,
             "{found:?}, not {expected}"
         );
-        assert_eq!((found.subsets, found.size, found.deviation), (1, n, 0.0));
+        assert_eq!((found.subsets, found.size, found.deviation), (1, n, None));
 
         // Subsets: those of the numbers drawn.
         let mut draws = vec![3, 0, 1, 0, 2, 2, 5, 5, 5, 1, 1, 1].into_iter();
@@ -171,7 +171,9 @@ mod tests {
         });
         let mean = (each[0] + each[1]) / 2.0;
         assert!((found.mean - mean).abs() < 1e-9, "{found:?}, not {mean}");
-        assert!((found.deviation - (each[0] - mean).abs()).abs() < 1e-9);
+        let deviation = found.deviation.unwrap();
+        assert!((deviation - (each[0] - mean).abs()).abs() < 1e-9);
+        assert_eq!((found.subsets, found.size), (2, 3));
         let one = kernel_distance(&a[..dim], &b, dim, (2, 3), &mut |_| 0, &mut || true);
         assert!(matches!(one, Err(StatisticsError::TooFew { .. })));
     }

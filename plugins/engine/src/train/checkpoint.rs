@@ -2,13 +2,13 @@
 
 use std::path::PathBuf;
 
-use super::{Fit, State};
+use super::{State, TrainingLoop};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::files::replace;
 use crate::weights::{self, Floats, Weights};
 
-impl<B: Backend> Fit<'_, B> {
+impl<B: Backend> TrainingLoop<'_, B> {
     /// The file.
     pub(super) fn path(&self) -> Option<PathBuf> {
         self.work_dir.map(|dir| {

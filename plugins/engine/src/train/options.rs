@@ -1,8 +1,9 @@
-//! How to train: what a recipe says of it, and the learning rate that follows.
+//! Training options, and the learning rate that follows from them.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::error::{Error, Result};
 use crate::muon::Muon;
 
 /// How to train.
@@ -44,12 +45,26 @@ pub struct TrainOptions {
     pub ema: f64,
     /// Muon for the matrices inside the blocks, AdamW for the rest; AdamW for all, if left out.
     pub muon: Option<Muon>,
-    /// Steps one after the other whose loss or gradient may be NaN or infinite. Each is left out, and counted by the
+    /// How many steps in a row may have a NaN or infinite loss or gradient. Each is skipped, and counted by the
     /// series `skipped_steps`; one more fails the training.
     pub skip_at_most: u64,
     /// Seconds between checkpoints.
     #[schemars(range(min = 1))]
     pub checkpoint_seconds: u64,
+}
+
+/// A batch in one part.
+pub(crate) fn one_part() -> usize {
+    1
+}
+
+/// Refuses more parts of a batch than it has samples.
+pub(crate) fn check_parts(parts: usize, batch: usize) -> Result<()> {
+    if parts <= batch {
+        return Ok(());
+    }
+    let message = format!("accumulate {parts}: a batch of {batch} has no more parts than samples");
+    Err(Error::option("/accumulate", message))
 }
 
 /// How a learning rate falls.

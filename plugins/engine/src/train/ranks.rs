@@ -1,22 +1,113 @@
 //! What ranks that train together tell each other.
 
 use std::collections::BTreeMap;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Instant;
 
 use retort_abi::Cancel;
 
-use super::{Fit, Moments};
-use crate::backend::Backend;
+use super::{AdamwMoments, TrainingLoop};
+use crate::backend::{Backend, Binary};
+use crate::collective::Collective;
 use crate::error::{Error, Result};
-use crate::tape::scalar;
+use crate::tape::{Variable, backward_as_ready, scalar};
 
 /// Gradients that ranks add up at a time: 25 MB.
 const BUCKET: usize = 25 << 18;
 
-impl<B: Backend> Fit<'_, B> {
-    /// Sums over all ranks: gradients, loss and figures. Returns whether one of them has been asked to stop.
+/// Time that ranks spend on adding up the gradients of a step.
+pub(super) struct Communication {
+    /// Seconds in which gradients were on their way.
+    pub seconds: f64,
+    /// Those of them in which the backward pass was over already.
+    pub waited: f64,
+}
+
+/// The gradients of parameters, by number.
+type Numbered = Vec<(usize, Vec<f32>)>;
+
+/// Adds up gradients over all ranks in the order in which they come, until there is none, and returns the sums and the
+/// seconds that it took. Nothing is returned where the giver is gone before.
+fn reduce_buckets(
+    ranks: &dyn Collective,
+    gradients: &Receiver<Option<(usize, Vec<f32>)>>,
+) -> Result<(Numbered, f64)> {
+    let (mut sums, mut bucket, mut seconds) = (Numbered::new(), Numbered::new(), 0.0);
+    let mut length = 0;
+    loop {
+        let Ok(next) = gradients.recv() else {
+            return Ok((Numbered::new(), seconds));
+        };
+        let last = next.is_none();
+        if let Some((number, values)) = next {
+            length += values.len();
+            bucket.push((number, values));
+        }
+        if length >= BUCKET || (last && length > 0) {
+            let begun = Instant::now();
+            let mut values: Vec<f32> = Vec::with_capacity(length);
+            bucket.iter().for_each(|(_, own)| values.extend(own));
+            ranks.all_reduce(&mut values)?;
+            let mut rest = values.as_slice();
+            for (number, mut own) in bucket.drain(..) {
+                let (sum, after) = rest.split_at(own.len());
+                own.copy_from_slice(sum);
+                sums.push((number, own));
+                rest = after;
+            }
+            length = 0;
+            seconds += begun.elapsed().as_secs_f64();
+        }
+        if last {
+            return Ok((sums, seconds));
+        }
+    }
+}
+
+impl<B: Backend> TrainingLoop<'_, B> {
+    /// Gradients of a loss, summed over all ranks while the backward pass goes on; `before` has those of the parts before
+    /// it, if there are any.
+    pub(super) fn gradients_of_all(
+        &self,
+        loss: Variable<B>,
+        params: &[(String, Variable<B>)],
+        before: &[B::Tensor],
+    ) -> Result<(Vec<B::Tensor>, Communication)> {
+        let (send, receive) = channel();
+        let ranks = self.ranks;
+        std::thread::scope(|scope| {
+            let reducer = scope.spawn(move || reduce_buckets(ranks, &receive));
+            let mut ready = |number: usize, gradient: &B::Tensor| {
+                let values = match before.get(number) {
+                    Some(sum) => B::to_floats(&B::binary(sum, gradient, Binary::Add)?)?,
+                    None => B::to_floats(gradient)?,
+                };
+                // If the thread has ended, its error says more.
+                let _ = send.send(Some((number, values)));
+                Ok(())
+            };
+            let own = backward_as_ready(loss, params, &mut ready);
+            if own.is_ok() {
+                let _ = send.send(None);
+            }
+            drop(send);
+            let waiting = Instant::now();
+            let ended = reducer.join();
+            let (sums, seconds) =
+                ended.map_err(|_| Error::Internal("a thread panicked".into()))??;
+            let waited = waiting.elapsed().as_secs_f64();
+            let mut gradients = own?;
+            for (number, values) in sums {
+                let shape = B::shape(&gradients[number]);
+                gradients[number] = self.backend.floats(&values, &shape)?;
+            }
+            Ok((gradients, Communication { seconds, waited }))
+        })
+    }
+
+    /// Sums over all ranks: loss and figures. Returns whether one of them has been asked to stop.
     pub(super) fn reduce(
         &self,
-        gradients: &mut [B::Tensor],
         loss: &mut B::Tensor,
         figures: &mut [(&'static str, f64)],
     ) -> Result<bool> {
@@ -28,29 +119,11 @@ impl<B: Backend> Fit<'_, B> {
         for ((_, figure), sum) in figures.iter_mut().zip(&head[2..]) {
             *figure = f64::from(*sum);
         }
-        let stop = head[0] > 0.0;
-        let (mut bucket, mut first) = (Vec::new(), 0);
-        for last in 0..gradients.len() {
-            bucket.extend(B::to_floats(&gradients[last])?);
-            if bucket.len() < BUCKET && last + 1 < gradients.len() {
-                continue;
-            }
-            self.ranks.all_reduce(&mut bucket)?;
-            let mut sums = bucket.as_slice();
-            for gradient in &mut gradients[first..=last] {
-                let shape = B::shape(gradient);
-                let (own, rest) = sums.split_at(shape.iter().product());
-                *gradient = self.backend.floats(own, &shape)?;
-                sums = rest;
-            }
-            bucket.clear();
-            first = last + 1;
-        }
-        Ok(stop)
+        Ok(head[0] > 0.0)
     }
 
     /// Has all ranks begin with the state of the first.
-    pub(super) fn agree(&self, start: u64, moments: &[Moments<B>]) -> Result<()> {
+    pub(super) fn agree(&self, start: u64, moments: &[AdamwMoments<B>]) -> Result<()> {
         if !self.ranks.is_shared() {
             return Ok(());
         }

@@ -1,51 +1,37 @@
 //! A step: gradients of a loss, and what AdamW and Muon make of them.
 
-use super::{Adversary, Fit, Moments, StepOutput, TrainOptions};
+use super::{AdamwMoments, Adversary, StepOutput, TrainOptions, TrainingLoop};
 use crate::backend::{AdamwStep, Backend, Binary, Unary};
 use crate::error::{Error, Result};
 use crate::model::decays;
 use crate::muon;
-use crate::tape::backward;
+use crate::tape::{Variable, backward};
 
 /// Steps between points of the training curves.
 const LOG_EVERY: u64 = 10;
 
-impl<B: Backend> Fit<'_, B> {
+impl<B: Backend> TrainingLoop<'_, B> {
     /// Takes a step. If its loss or its gradient is not finite, nothing changes and what was wrong is returned.
     pub(super) fn step(
         &self,
         step: u64,
-        moments: &[Moments<B>],
+        moments: &[AdamwMoments<B>],
         parts: usize,
         part_fn: &mut impl FnMut(u64, usize) -> Result<StepOutput<B>>,
         stop: &mut bool,
     ) -> Result<Option<String>> {
         let o = self.options;
         let log = step.is_multiple_of(LOG_EVERY) || step + 1 == o.steps;
-        let StepOutput {
-            loss,
-            mut figures,
-            anew,
-        } = part_fn(step, 0)?;
-        let mut value = loss.value().clone();
         let params = &self.params[..match &self.adversary {
             Some(adversary) if step < adversary.from => self.own(),
             _ => self.params.len(),
         }];
-        let mut gradients = backward(loss, params)?;
-        for part in 1..parts {
-            let more = part_fn(step, part)?;
-            value = B::binary(&value, more.loss.value(), Binary::Add)?;
-            for (sum, g) in gradients.iter_mut().zip(backward(more.loss, params)?) {
-                *sum = B::binary(sum, &g, Binary::Add)?;
-            }
-            for ((_, sum), (_, figure)) in figures.iter_mut().zip(more.figures) {
-                *sum += figure;
-            }
-        }
-        if self.ranks.is_shared() {
-            *stop = self.reduce(&mut gradients, &mut value, &mut figures)?;
-        }
+        let Sums {
+            gradients,
+            value,
+            figures,
+            anew,
+        } = self.sums(step, params, parts, part_fn, stop)?;
         let (norms, loss) = norms_and_loss::<B>(&gradients, &value, self.own())?;
         if !norms.iter().all(|norm| norm.is_finite()) || !loss.is_finite() {
             let norm = norms[0].hypot(norms[1]);
@@ -108,8 +94,75 @@ impl<B: Backend> Fit<'_, B> {
         Ok(None)
     }
 
+    /// The parts of a step, and the ranks, added up. `stop` becomes whether one of the ranks has been asked to.
+    fn sums(
+        &self,
+        step: u64,
+        params: &[(String, Variable<B>)],
+        parts: usize,
+        part_fn: &mut impl FnMut(u64, usize) -> Result<StepOutput<B>>,
+        stop: &mut bool,
+    ) -> Result<Sums<B>> {
+        let mut sums: Option<Sums<B>> = None;
+        let mut communication = None;
+        for part in 0..parts {
+            let StepOutput {
+                loss,
+                figures,
+                anew,
+            } = part_fn(step, part)?;
+            let value = loss.value().clone();
+            let before = sums.as_ref().map_or(&[][..], |sums| &sums.gradients);
+            // The last part brings what the others were added to.
+            let of_all = self.ranks.is_shared() && part + 1 == parts;
+            let gradients = match of_all {
+                true => {
+                    let (gradients, took) = self.gradients_of_all(loss, params, before)?;
+                    communication = Some(took);
+                    gradients
+                }
+                false => {
+                    let mut gradients = backward(loss, params)?;
+                    for (g, sum) in gradients.iter_mut().zip(before) {
+                        *g = B::binary(sum, g, Binary::Add)?;
+                    }
+                    gradients
+                }
+            };
+            sums = Some(match sums {
+                None => Sums {
+                    gradients,
+                    value,
+                    figures,
+                    anew,
+                },
+                Some(before) => Sums {
+                    gradients,
+                    value: B::binary(&before.value, &value, Binary::Add)?,
+                    figures: added(before.figures, figures),
+                    anew: anew.or(before.anew),
+                },
+            });
+        }
+        let mut sums = sums.ok_or_else(|| Error::Internal("a step of no part".into()))?;
+        if let Some(took) = communication {
+            let share = (self.ranks.size() as f64).recip();
+            sums.figures.extend([
+                ("communication", took.seconds * share),
+                ("communication_wait", took.waited * share),
+            ]);
+            *stop = self.reduce(&mut sums.value, &mut sums.figures)?;
+        }
+        Ok(sums)
+    }
+
     /// Forgets what led to the former values of some rows of a parameter.
-    fn begin_rows_anew(&self, name: &str, rows: &[usize], moments: &[Moments<B>]) -> Result<()> {
+    fn begin_rows_anew(
+        &self,
+        name: &str,
+        rows: &[usize],
+        moments: &[AdamwMoments<B>],
+    ) -> Result<()> {
         let missing = || Error::Internal(format!("no parameter {name}"));
         let at = self.params.iter().position(|(own, _)| own == name);
         let at = at.ok_or_else(missing)?;
@@ -136,6 +189,27 @@ impl<B: Backend> Fit<'_, B> {
         }
         Ok(())
     }
+}
+
+/// What the parts of a step add up to.
+struct Sums<B: Backend> {
+    /// Of each parameter.
+    gradients: Vec<B::Tensor>,
+    /// The loss.
+    value: B::Tensor,
+    figures: Vec<(&'static str, f64)>,
+    anew: Option<(&'static str, Vec<usize>)>,
+}
+
+/// Figures of the same names, added up.
+fn added(
+    mut sums: Vec<(&'static str, f64)>,
+    more: Vec<(&'static str, f64)>,
+) -> Vec<(&'static str, f64)> {
+    for ((_, sum), (_, figure)) in sums.iter_mut().zip(more) {
+        *sum += figure;
+    }
+    sums
 }
 
 /// AdamW at a step, without weight decay.

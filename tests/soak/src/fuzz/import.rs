@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use retort::artifact;
 use retort::store::{
     Access, ArtifactRecord, AttemptEnd, AttemptState, Batch, MetricPoint, NewRun, NewStage,
-    PluginIdentity, RunFilter, RunState, Store, Time, Usage, export,
+    RecordedPlugin, RunFilter, RunState, Store, Time, Usage, export,
 };
 use serde_json::json;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
@@ -285,7 +285,7 @@ async fn make_store(dir: &Path, recipe: &str) {
             name: name.into(),
             kind: "distill".into(),
             position,
-            plugin: PluginIdentity::default(),
+            plugin: RecordedPlugin::default(),
             device: "cpu".into(),
             dtype: "f32".into(),
             seed: 3,

@@ -12,6 +12,7 @@ use crate::model::{
     llamagen, msvq, t5, var,
 };
 use crate::sampler::{Choice, Distribution, StudentSampler, autoregressive, choices};
+use crate::size::Sides;
 use crate::tape::Variable;
 use crate::weights::Loader;
 
@@ -26,104 +27,18 @@ pub(super) fn check<B: Backend>(backend: &B, dir: &Path) -> Result<Vec<Case>> {
     let (config, exact) = (dir.join("config.json"), backend.exact());
     text_encoder(&mut suite, &config, &mut parts.loader(&exact, "t5")?)?;
 
-    let of = numbers.of("gpt");
-    let shape = CaptionShape {
-        positions: of.get("positions")?,
-        width: of.get("features")?,
-    };
-    let config = llamagen::Config {
-        width: of.get("width")?,
-        depth: of.get("depth")?,
-        heads: of.get("heads")?,
-        vocabulary: of.get("vocabulary")?,
-        codebook_dim: of.get("codebook_dim")?,
-        side: of.get("side")?,
-        condition: ConditionShape::Captions(shape),
-    };
+    let (config, shape) = network(&numbers.of("gpt"))?;
     let teacher = llamagen::Gpt::load(&mut load("gpt")?, &config)?;
     let student = llamagen::GptStudent::load(&mut load("dd")?, &config)?;
-    let codes = images.tensor("vq", CODEBOOK)?;
-    let codebook = backend.floats(&codes.data, &codes.shape)?;
-    let codebook = Variable::<B>::constant(codebook)
-        .l2_normalise()?
-        .value()
-        .clone();
-
-    // Features come left-padded; the mask says how far.
-    let mask = suite.expected.floats("mask")?;
-    let padding = mask.chunks_exact(shape.positions);
-    let padding: Vec<usize> = padding
-        .map(|row| row.iter().filter(|&&x| x == 0.0).count())
-        .collect();
-    let n = padding.len();
-    let given = |features: B::Tensor| {
-        Conditions::Captions(CaptionFeatures {
-            features,
-            padding: padding.clone(),
-        })
-    };
-    let captions = given(suite.tensor("features")?);
+    let inputs = Inputs::of(&suite, shape, &images)?;
     let without = &parts.tensor("gpt", "cls_embedding.uncond_embedding")?.data;
-    let without = backend.floats(&without.repeat(n), &[n, shape.positions, shape.width])?;
-
-    let tokens = suite.ids("forced.tokens")?;
-    let forced = |conditions: &Conditions<B>| {
-        let logits = teacher.forced(conditions, &tokens)?;
-        Ok::<_, Error>(logits.value().clone())
-    };
-    suite.floats("forced.logits", &forced(&captions)?)?;
-    suite.floats("forced.logits_uncond", &forced(&given(without))?)?;
-
-    let guidance = Some(numbers.get("guidance")?);
-    let steps = teacher.token_shape().steps.len();
-    let mut greedy = choices(0, 0, n);
-    let distribution = Distribution {
-        guidance,
-        top_k: 1,
-        ..Default::default()
-    };
-    let mut choice = Choice::Random(&mut greedy);
-    let ids = autoregressive(&teacher, &captions, &distribution, &mut choice, None, steps)?;
-    suite.tokens("greedy.tokens", &ids)?;
-    let noise = suite.tensor("noise")?;
-    let mut choice = Choice::Flow {
-        noise: &noise,
-        codebook: &codebook,
-        solver: FlowSolver::default(),
-    };
-    let distribution = Distribution {
-        guidance,
-        ..Default::default()
-    };
-    let path = autoregressive(&teacher, &captions, &distribution, &mut choice, None, steps)?;
-    suite.tokens("trajectory.tokens", &path)?;
-    let path = suite.ids("trajectory.tokens")?;
-
-    let middle: usize = numbers.get("t_mid")?;
-    for t in [0, middle] {
-        let known = B::narrow(&B::rows(&codebook, &path)?, 1, 0, t.max(1))?;
-        let left = B::narrow(&noise, 1, t, steps - t)?;
-        let x = if t == 0 {
-            left
-        } else {
-            B::cat(&[&known, &left], 1)?
-        };
-        let data: Vec<u32> = (0..n * steps).map(|i| u32::from(i % steps < t)).collect();
-        let data = backend.indices(&data, &[n, steps])?;
-        let prediction = student.predict(&x, &captions, &data)?;
-        suite.floats(&format!("student.t{t}.logits"), prediction.logits.value())?;
-        let continuous = student.continuous(&prediction)?;
-        suite.floats(&format!("student.t{t}.continuous"), continuous.value())?;
-    }
-    suite.chosen = true;
-    let sampler = StudentSampler {
-        student: &student,
-        codebook: &codebook,
-        split: numbers.get("split_t")?,
-    };
-    let latents = sampler.sample(&noise, &captions, &[0, middle])?;
-    suite.floats("two_step.latents", &latents)?;
-    suite.chosen = false;
+    let repeated = without.repeat(inputs.padding.len());
+    let without = backend.floats(
+        &repeated,
+        &[inputs.padding.len(), shape.positions, shape.width],
+    )?;
+    teacher_on_captions(&mut suite, &teacher, &inputs, without, &numbers)?;
+    student_on_captions(&mut suite, &student, &inputs, &numbers)?;
 
     plain_var(
         &mut suite,
@@ -134,6 +49,139 @@ pub(super) fn check<B: Backend>(backend: &B, dir: &Path) -> Result<Vec<Case>> {
     // The features of texts are those of the command line.
     suite.expected.all_seen(Some("caption."))?;
     Ok(suite.cases)
+}
+
+/// The networks conditioned on captions, and the shape of these.
+fn network(of: &Numbers) -> Result<(llamagen::Config, CaptionShape)> {
+    let shape = CaptionShape {
+        positions: of.get("positions")?,
+        width: of.get("features")?,
+    };
+    let config = llamagen::Config {
+        width: of.get("width")?,
+        depth: of.get("depth")?,
+        heads: of.get("heads")?,
+        vocabulary: of.get("vocabulary")?,
+        codebook_dim: of.get("codebook_dim")?,
+        map: Sides::square(of.get("side")?),
+        condition: ConditionShape::Captions(shape),
+    };
+    Ok((config, shape))
+}
+
+/// What the networks are given.
+struct Inputs<B: Backend> {
+    codebook: B::Tensor,
+    /// Features come left-padded; by how much, for each caption.
+    padding: Vec<usize>,
+    features: B::Tensor,
+    noise: B::Tensor,
+}
+
+impl<B: Backend> Inputs<B> {
+    fn of(suite: &Suite<'_, B>, shape: CaptionShape, images: &Parts) -> Result<Self> {
+        let codes = images.tensor("vq", CODEBOOK)?;
+        let codebook = suite.backend.floats(&codes.data, &codes.shape)?;
+        let codebook = Variable::<B>::constant(codebook).l2_normalise()?;
+        let mask = suite.expected.floats("mask")?;
+        let padding = mask
+            .chunks_exact(shape.positions)
+            .map(|row| row.iter().filter(|&&x| x == 0.0).count());
+        Ok(Self {
+            codebook: codebook.value().clone(),
+            padding: padding.collect(),
+            features: suite.tensor("features")?,
+            noise: suite.tensor("noise")?,
+        })
+    }
+
+    /// Captions of these features.
+    fn given(&self, features: B::Tensor) -> Conditions<B> {
+        Conditions::Captions(CaptionFeatures {
+            features,
+            padding: self.padding.clone(),
+        })
+    }
+}
+
+/// Teacher-forced logits, with captions and `without`; greedy generation and a trajectory, both with guidance.
+fn teacher_on_captions<B: Backend>(
+    suite: &mut Suite<'_, B>,
+    teacher: &llamagen::Gpt<B>,
+    inputs: &Inputs<B>,
+    without: B::Tensor,
+    numbers: &Numbers,
+) -> Result<()> {
+    let captions = inputs.given(inputs.features.clone());
+    let tokens = suite.ids("forced.tokens")?;
+    let forced = |conditions: &Conditions<B>| {
+        let logits = teacher.forced(conditions, &tokens)?;
+        Ok::<_, Error>(logits.value().clone())
+    };
+    suite.floats("forced.logits", &forced(&captions)?)?;
+    suite.floats("forced.logits_uncond", &forced(&inputs.given(without))?)?;
+
+    let guidance = Some(numbers.get("guidance")?);
+    let steps = teacher.token_shape().steps.len();
+    let mut greedy = choices(0, 0, inputs.padding.len());
+    let distribution = Distribution {
+        guidance,
+        top_k: 1,
+        ..Default::default()
+    };
+    let mut choice = Choice::Random(&mut greedy);
+    let ids = autoregressive(teacher, &captions, &distribution, &mut choice, None, steps)?;
+    suite.tokens("greedy.tokens", &ids)?;
+    let mut choice = Choice::Flow {
+        noise: &inputs.noise,
+        codebook: &inputs.codebook,
+        solver: FlowSolver::default(),
+    };
+    let distribution = Distribution {
+        guidance,
+        ..Default::default()
+    };
+    let path = autoregressive(teacher, &captions, &distribution, &mut choice, None, steps)?;
+    suite.tokens("trajectory.tokens", &path)
+}
+
+/// Passes of the student over the trajectory, and its samples in two steps.
+fn student_on_captions<B: Backend>(
+    suite: &mut Suite<'_, B>,
+    student: &llamagen::GptStudent<B>,
+    inputs: &Inputs<B>,
+    numbers: &Numbers,
+) -> Result<()> {
+    let (noise, codebook) = (&inputs.noise, &inputs.codebook);
+    let captions = inputs.given(inputs.features.clone());
+    let (n, steps) = (inputs.padding.len(), student.token_shape().steps.len());
+    let path = suite.ids("trajectory.tokens")?;
+    let middle: usize = numbers.get("t_mid")?;
+    for t in [0, middle] {
+        let known = B::narrow(&B::rows(codebook, &path)?, 1, 0, t.max(1))?;
+        let left = B::narrow(noise, 1, t, steps - t)?;
+        let x = if t == 0 {
+            left
+        } else {
+            B::cat(&[&known, &left], 1)?
+        };
+        let data: Vec<u32> = (0..n * steps).map(|i| u32::from(i % steps < t)).collect();
+        let data = suite.backend.indices(&data, &[n, steps])?;
+        let prediction = student.predict(&x, &captions, &data)?;
+        suite.floats(&format!("student.t{t}.logits"), prediction.logits.value())?;
+        let continuous = student.continuous(&prediction)?;
+        suite.floats(&format!("student.t{t}.continuous"), continuous.value())?;
+    }
+    suite.chosen = true;
+    let sampler = StudentSampler {
+        student,
+        codebook,
+        split: numbers.get("split_t")?,
+    };
+    let latents = sampler.sample(noise, &captions, &[0, middle])?;
+    suite.floats("two_step.latents", &latents)?;
+    suite.chosen = false;
+    Ok(())
 }
 
 fn text_encoder<B: Backend>(

@@ -11,6 +11,7 @@ use crate::model::{
     ConditionShape, Conditions, PrefixMask, Student, Teacher, Tokenizer, llamagen, msvq, var, vq,
 };
 use crate::sampler::{Assistant, Choice, Distribution, StudentSampler, autoregressive, choices};
+use crate::size::Sides;
 use crate::tape::Variable;
 use crate::weights::{self, Loader, Source};
 
@@ -38,14 +39,14 @@ pub(super) fn llamagen<B: Backend>(backend: &B, dir: &Path) -> Result<Vec<Case>>
         heads: numbers.get("n_head")?,
         vocabulary: numbers.get("vocab_size")?,
         codebook_dim: numbers.get("codebook_dim")?,
-        side,
+        map: Sides::square(side),
         condition: ConditionShape::Classes(numbers.get("num_classes")?),
     };
     let multipliers: Vec<usize> = numbers.get("ch_mult")?;
     let tokenizer = vq::Config {
         autoencoder: Shape {
             image_channels: 3,
-            image_size: side << (multipliers.len() - 1),
+            image_size: Sides::square(side << (multipliers.len() - 1)),
             channels: 128,
             multipliers,
             res_blocks: 2,
@@ -204,119 +205,180 @@ fn compare<B: Backend>(
     networks: &Networks<'_, B>,
     numbers: &Numbers,
 ) -> Result<()> {
-    let backend = suite.backend;
-    let Networks {
-        teacher,
-        student,
-        tokenizer,
-        ..
-    } = *networks;
-    let shape = teacher.token_shape();
-    let codebook = tokenizer.codebook()?;
-    let decode = |latents: B::Tensor| -> Result<B::Tensor> {
-        Ok(tokenizer
-            .decode(&Variable::constant(latents))?
-            .value()
-            .clone())
-    };
-    let classes = suite.expected.indices("labels")?;
-    let n = classes.len();
-    let labels = Conditions::Classes(backend.indices(&classes, &[n])?);
-    let ConditionShape::Classes(unconditional) = shape.condition else {
-        return Err(Error::Internal("a model of classes has none".into()));
-    };
-    let uncond = backend.indices(&vec![unconditional as u32; n], &[n])?;
-    let uncond = Conditions::Classes(uncond);
+    let inputs = Inputs::of(suite, networks)?;
+    compare_teacher(suite, networks, &inputs)?;
+    compare_student(suite, networks, &inputs, numbers)?;
+    compare_sampler(suite, networks, &inputs, numbers)?;
+    compare_tokenizer(suite, networks, &inputs)?;
+    suite.expected.all_seen(None)
+}
 
-    // Teacher-forced logits.
-    let tokens = suite.ids("forced.tokens")?;
-    suite.floats("forced.logits", teacher.forced(&labels, &tokens)?.value())?;
-    suite.floats(
-        "forced.logits_uncond",
-        teacher.forced(&uncond, &tokens)?.value(),
-    )?;
+/// What the networks are given.
+struct Inputs<B: Backend> {
+    codebook: B::Tensor,
+    /// How many samples, and their classes.
+    count: usize,
+    labels: Conditions<B>,
+    tokens: B::Tensor,
+    noise: B::Tensor,
+}
 
-    // Greedy AR generation with guidance.
-    suite.chosen = true;
-    let steps = shape.steps.len();
-    let greedy = |guidance: f64| Distribution {
+impl<B: Backend> Inputs<B> {
+    fn of(suite: &mut Suite<'_, B>, networks: &Networks<'_, B>) -> Result<Self> {
+        let classes = suite.expected.indices("labels")?;
+        let count = classes.len();
+        Ok(Self {
+            codebook: networks.tokenizer.codebook()?,
+            count,
+            labels: Conditions::Classes(suite.backend.indices(&classes, &[count])?),
+            tokens: suite.ids("forced.tokens")?,
+            noise: suite.tensor("student.noise")?,
+        })
+    }
+}
+
+impl<B: Backend> Networks<'_, B> {
+    /// The images of vectors.
+    fn decode(&self, latents: B::Tensor) -> Result<B::Tensor> {
+        let images = self.tokenizer.decode(&Variable::constant(latents))?;
+        Ok(images.value().clone())
+    }
+}
+
+/// The most likely tokens.
+fn greedy(guidance: f64) -> Distribution {
+    Distribution {
         guidance: Some(guidance),
         top_k: 1,
         ..Default::default()
+    }
+}
+
+/// Teacher-forced logits; greedy generation and trajectories, both with guidance.
+fn compare_teacher<B: Backend>(
+    suite: &mut Suite<'_, B>,
+    networks: &Networks<'_, B>,
+    inputs: &Inputs<B>,
+) -> Result<()> {
+    let (teacher, codebook) = (networks.teacher, &inputs.codebook);
+    let (labels, n) = (&inputs.labels, inputs.count);
+    let shape = teacher.token_shape();
+    let ConditionShape::Classes(unconditional) = shape.condition else {
+        return Err(Error::Internal("a model of classes has none".into()));
     };
+    let uncond = vec![unconditional as u32; n];
+    let uncond = Conditions::Classes(suite.backend.indices(&uncond, &[n])?);
+    suite.floats(
+        "forced.logits",
+        teacher.forced(labels, &inputs.tokens)?.value(),
+    )?;
+    suite.floats(
+        "forced.logits_uncond",
+        teacher.forced(&uncond, &inputs.tokens)?.value(),
+    )?;
+
+    suite.chosen = true;
+    let steps = shape.steps.len();
     let distribution = greedy(suite.expected.number("greedy.cfg")?);
     let mut sequences = choices(0, 0, n);
     let mut choice = Choice::Random(&mut sequences);
-    let ids = autoregressive(teacher, &labels, &distribution, &mut choice, None, steps)?;
+    let ids = autoregressive(teacher, labels, &distribution, &mut choice, None, steps)?;
     suite.tokens("greedy.tokens", &ids)?;
-    suite.image("greedy", &decode(B::rows(&codebook, &ids)?)?)?;
+    suite.image("greedy", &networks.decode(B::rows(codebook, &ids)?)?)?;
 
-    // Trajectories under guidance.
-    let noise = suite.tensor("student.noise")?;
     for w in networks.guidance {
         let distribution = Distribution {
             guidance: w.parse().ok(),
             ..Default::default()
         };
         let mut choice = Choice::Flow {
-            noise: &noise,
-            codebook: &codebook,
+            noise: &inputs.noise,
+            codebook,
             solver: FlowSolver::default(),
         };
-        let ids = autoregressive(teacher, &labels, &distribution, &mut choice, None, steps)?;
+        let ids = autoregressive(teacher, labels, &distribution, &mut choice, None, steps)?;
         suite.tokens(&format!("trajectory.cfg{w}.tokens"), &ids)?;
-        let images = decode(B::rows(&codebook, &ids)?)?;
+        let images = networks.decode(B::rows(codebook, &ids)?)?;
         suite.image(&format!("trajectory.cfg{w}"), &images)?;
     }
+    Ok(())
+}
 
-    // Student passes, one and two steps, assisted.
-    suite.chosen = false;
+/// Passes of the student from noise and from known tokens.
+fn compare_student<B: Backend>(
+    suite: &mut Suite<'_, B>,
+    networks: &Networks<'_, B>,
+    inputs: &Inputs<B>,
+    numbers: &Numbers,
+) -> Result<()> {
+    let (student, n) = (networks.student, inputs.count);
+    let shape = networks.teacher.token_shape();
     let (middle, l): (usize, usize) = (numbers.get("t_mid")?, shape.count());
+    suite.chosen = false;
     for t in [0, middle] {
         let x = suite.tensor(&format!("student.t{t}.input"))?;
         let known = shape.tokens_before(t);
         let data: Vec<u32> = (0..n * l).map(|i| u32::from(i % l < known)).collect();
-        let prediction = student.predict(&x, &labels, &backend.indices(&data, &[n, l])?)?;
+        let data = suite.backend.indices(&data, &[n, l])?;
+        let prediction = student.predict(&x, &inputs.labels, &data)?;
         suite.floats(&format!("student.t{t}.logits"), prediction.logits.value())?;
         suite.floats(
             &format!("student.t{t}.continuous"),
             student.continuous(&prediction)?.value(),
         )?;
     }
+    Ok(())
+}
+
+/// Samples of the student: one step, two steps, two assisted by the teacher.
+fn compare_sampler<B: Backend>(
+    suite: &mut Suite<'_, B>,
+    networks: &Networks<'_, B>,
+    inputs: &Inputs<B>,
+    numbers: &Numbers,
+) -> Result<()> {
+    let middle: usize = numbers.get("t_mid")?;
+    let (noise, labels) = (&inputs.noise, &inputs.labels);
     let sampler = StudentSampler {
-        student,
-        codebook: &codebook,
+        student: networks.student,
+        codebook: &inputs.codebook,
         split: numbers.get("split_t")?,
     };
     suite.chosen = true;
     for (name, timesteps) in [("one_step", vec![0]), ("two_step", vec![0, middle])] {
-        let latents = sampler.sample(&noise, &labels, &timesteps)?;
+        let latents = sampler.sample(noise, labels, &timesteps)?;
         suite.floats(&format!("{name}.latents"), &latents)?;
-        suite.image(name, &decode(latents)?)?;
+        suite.image(name, &networks.decode(latents)?)?;
     }
-    let mut sequences = choices(0, 0, n);
+    let mut sequences = choices(0, 0, inputs.count);
     let assistant = Assistant {
-        teacher,
+        teacher: networks.teacher,
         start: numbers.get("t_teacher_start")?,
         distribution: &greedy(2.0),
         mask: PrefixMask::Causal,
     };
     let mut choice = Choice::Random(&mut sequences);
     let (latents, prefix) =
-        sampler.assisted(&noise, &labels, [0, middle], &assistant, &mut choice)?;
+        sampler.assisted(noise, labels, [0, middle], &assistant, &mut choice)?;
     suite.floats("assisted.prefix_latents", &prefix)?;
     suite.floats("assisted.latents", &latents)?;
-    suite.image("assisted", &decode(latents)?)?;
+    suite.image("assisted", &networks.decode(latents)?)
+}
 
-    // Tokenizer.
+/// Tokens of an image, and images of tokens.
+fn compare_tokenizer<B: Backend>(
+    suite: &mut Suite<'_, B>,
+    networks: &Networks<'_, B>,
+    inputs: &Inputs<B>,
+) -> Result<()> {
     suite.chosen = false;
     let image = suite.tensor("tokenizer.image")?;
-    suite.tokens("tokenizer.tokens_of_image", &tokenizer.encode(&image)?)?;
-    let images = decode(B::rows(&codebook, &tokens)?)?;
+    let tokens = networks.tokenizer.encode(&image)?;
+    suite.tokens("tokenizer.tokens_of_image", &tokens)?;
+    let images = networks.decode(B::rows(&inputs.codebook, &inputs.tokens)?)?;
     let mut pixels = B::to_floats(&images)?;
     if networks.clamps {
         pixels.iter_mut().for_each(|x| *x = x.clamp(-1.0, 1.0));
     }
-    suite.values("tokenizer.image_of_tokens", &B::shape(&images), &pixels)?;
-    suite.expected.all_seen(None)
+    suite.values("tokenizer.image_of_tokens", &B::shape(&images), &pixels)
 }

@@ -110,6 +110,7 @@ fn prepared_images_are_those_that_were_prepared() {
         classes: source.names.clone(),
         shard: 0,
         damaged: 0,
+        sizing: source.sizing,
     };
     let mut writer = prepared::Writer::new(&out, description).unwrap();
     source

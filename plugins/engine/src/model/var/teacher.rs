@@ -1,5 +1,7 @@
 //! The AR teacher: all positions in one pass, or scale by scale.
 
+use std::sync::Arc;
+
 use super::{Condition, Config, Modulation, Stack, mask};
 use crate::backend::{Backend, Mask};
 use crate::error::Result;
@@ -21,6 +23,8 @@ pub struct Transformer<B: Backend> {
     mask: Mask<B::Tensor>,
     quantiser: Quantiser<B>,
     tokens: TokenShape,
+    /// Whether the backward pass computes blocks again.
+    recompute: bool,
 }
 
 impl<B: Backend> Transformer<B> {
@@ -34,6 +38,7 @@ impl<B: Backend> Transformer<B> {
             config: config.clone(),
             quantiser,
             tokens,
+            recompute: false,
         })
     }
 
@@ -52,17 +57,21 @@ impl<B: Backend> Transformer<B> {
     }
 
     /// Logits of all positions, given the inputs (b, L - 1, D) of those after the first.
-    fn all(&self, condition: &Condition<B>, inputs: &Variable<B>) -> Result<Variable<B>> {
-        let stack = &self.stack;
+    fn all(&self, condition: Condition<B>, inputs: &Variable<B>) -> Result<Variable<B>> {
+        let (stack, condition) = (&self.stack, Arc::new(condition));
         let seen = stack.word_embed.forward(inputs)?;
-        let mut x = Variable::cat(&[&stack.first(condition)?, &seen], 1)?.add(&stack.places()?)?;
+        let mut x = Variable::cat(&[&stack.first(&condition)?, &seen], 1)?.add(&stack.places()?)?;
         for block in &stack.blocks {
-            let attend = |q: &Variable<B>, k: &Variable<B>, v: &Variable<B>, scale| {
-                Variable::attention(q, k, v, &self.mask, scale)
-            };
-            x = block.forward(&x, &block.adaln.modulation(condition)?, None, &attend)?;
+            let (block, condition) = (Arc::clone(block), Arc::clone(&condition));
+            let mask = self.mask.clone();
+            x = Variable::segment(self.recompute, move || {
+                let attend = |q: &Variable<B>, k: &Variable<B>, v: &Variable<B>, scale| {
+                    Variable::attention(q, k, v, &mask, scale)
+                };
+                block.forward(&x, &block.adaln.modulation(&condition)?, None, &attend)
+            })?;
         }
-        stack.logits(&x, condition)
+        stack.logits(&x, &condition)
     }
 
     /// Logits (b, l, K) of a scale from those of the rows (b or 2b, l, K), so many scales after the first that was chosen.
@@ -95,7 +104,11 @@ impl<B: Backend> Teacher<B> for Transformer<B> {
 
     fn forced(&self, conditions: &Conditions<B>, tokens: &B::Tensor) -> Result<Variable<B>> {
         let condition = self.stack.condition(conditions.classes()?)?;
-        self.all(&condition, &self.inputs(tokens)?)
+        self.all(condition, &self.inputs(tokens)?)
+    }
+
+    fn recompute(&mut self, blocks: bool) {
+        self.recompute = blocks;
     }
 
     fn generate<'a>(
@@ -141,13 +154,14 @@ impl<B: Backend> Teacher<B> for Transformer<B> {
         if guidance.is_some() {
             inputs = Variable::cat(&[&inputs, &inputs], 0)?;
         }
-        let logits = self.all(&self.stack.condition(&rows)?, &inputs)?;
+        let logits = self.all(self.stack.condition(&rows)?, &inputs)?;
         let steps = &self.tokens.steps;
         let known = known.map_or(0, |tokens| B::shape(tokens)[1]);
         let first = self.tokens.steps_within(known);
         let parts = (first..steps.len()).map(|k| {
             let own = logits.narrow(1, self.tokens.tokens_before(k), steps[k])?;
-            self.guide(own.value(), guidance, k, 0)
+            // Scale k comes k scales after the first that was chosen.
+            self.guide(own.value(), guidance, k, k)
         });
         let parts: Vec<B::Tensor> = parts.collect::<Result<_>>()?;
         B::cat(&parts.iter().collect::<Vec<_>>(), 1)

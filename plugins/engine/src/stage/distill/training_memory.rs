@@ -1,6 +1,6 @@
-//! What memory a student's training needs at least, before it starts: the parts, and the options that make them smaller.
+//! The minimum memory of a student's training, before it starts: its parts, and the options that reduce them.
 //!
-//! In: shapes and options. Out: bytes, of what the tape has to hold in f32. A lower bound: backends take more for a while.
+//! In: shapes and options. Out: bytes that the tape must hold in f32. A lower bound: backends need more at times.
 
 use super::{Options, PIXELS_AT_ONCE};
 use crate::bundle::{NetworkConfig, TokenizerConfig};
@@ -9,7 +9,7 @@ use crate::perceptual::Perceptual;
 
 /// Bytes, where there is a number for them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MemoryItem {
+pub struct TrainingMemory {
     /// Weights with their gradients, both moments and the average.
     weights: Option<u64>,
     /// What a part of a batch leaves for its backward pass.
@@ -25,7 +25,7 @@ const WIDTHS_OF_A_BLOCK: usize = 18;
 /// Channels and convolutions of VGG-16 between its poolings.
 const VGG: [(usize, usize); 5] = [(64, 2), (128, 2), (256, 3), (512, 3), (512, 3)];
 
-impl MemoryItem {
+impl TrainingMemory {
     /// Of a student with so many parameters.
     pub fn of(
         o: &Options,
@@ -116,16 +116,17 @@ fn of_image(perceptual: &Perceptual, tokenizer: &TokenizerConfig) -> Option<u64>
         TokenizerConfig::Vq(c) => &c.autoencoder,
         TokenizerConfig::Msvq(c) => &c.autoencoder,
     };
-    let side = |level: usize| (shape.image_size >> level).max(1);
-    let mut layers = vec![floats(&[2, shape.image_channels, side(0), side(0)])];
+    // Pixels of a map at a level, one at least.
+    let pixels = |level: usize| shape.image_size.halved(level).area().max(1);
+    let mut layers = vec![floats(&[2, shape.image_channels, pixels(0)])];
     for (level, multiplier) in shape.multipliers.iter().enumerate() {
         let width = shape.channels * multiplier;
-        let sizes = [4, shape.res_blocks + 1, width, side(level), side(level)];
+        let sizes = [4, shape.res_blocks + 1, width, pixels(level)];
         layers.push(floats(&sizes));
     }
     if matches!(perceptual, Perceptual::Lpips { .. }) {
         for (level, (channels, convolutions)) in VGG.into_iter().enumerate() {
-            layers.push(floats(&[convolutions, channels, side(level), side(level)]));
+            layers.push(floats(&[convolutions, channels, pixels(level)]));
         }
     }
     layers
@@ -149,7 +150,7 @@ mod tests {
     use crate::bundle::Family;
     use crate::published::{Hints, published};
 
-    fn need(more: serde_json::Value) -> (Options, MemoryItem) {
+    fn need(more: serde_json::Value) -> (Options, TrainingMemory) {
         let mut options = json!({
             "teacher": "t", "trajectories": "p", "timesteps": [0, 5], "split": 5,
             "perceptual": {"kind": "lpips", "weight": 1.0, "vgg": "v", "linear": "l"},
@@ -164,7 +165,7 @@ mod tests {
             ..Default::default()
         };
         let (tokenizer, network) = published(Family::Var, &hints).expect("a size");
-        let need = MemoryItem::of(&o, &network, &tokenizer, 330_000_000);
+        let need = TrainingMemory::of(&o, &network, &tokenizer, 330_000_000);
         (o, need)
     }
 
@@ -193,7 +194,7 @@ mod tests {
     #[test]
     fn sizes_beyond_numbers_are_refused() {
         let (o, _) = need(json!({}));
-        let none = MemoryItem {
+        let none = TrainingMemory {
             weights: None,
             activations: Some(1),
             decoding: Some(1),

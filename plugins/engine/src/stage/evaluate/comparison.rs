@@ -3,8 +3,8 @@
 use retort_abi::Cancel;
 
 use super::Options;
-use super::figure::Figure;
-use super::measure::{Measured, Measurement, had};
+use super::figure::{Figure, KernelSubsets};
+use super::measure::{Measurement, SetMeasurements, had};
 use crate::backend::Backend;
 use crate::context::Context;
 use crate::error::Result;
@@ -14,22 +14,22 @@ use crate::statistics::neighbours::{PrecisionRecall, precision_recall};
 use crate::statistics::{InceptionScore, Moments, frechet_distance};
 
 /// What a set is measured against.
-pub struct Against<'a> {
+pub struct ReferenceMeasurements<'a> {
     /// Moments of their features.
     pub moments: Measurement<&'a Moments>,
     /// Moments of their spatial features.
     pub spatial: Measurement<&'a Moments>,
     /// The real images, where these were looked at.
-    pub images: Option<&'a Measured>,
+    pub images: Option<&'a SetMeasurements>,
 }
 
-/// The figures of a set.
+/// The figures of a set, and what its kernel distance was taken over.
 pub fn figures<B: Backend>(
     context: &Context<'_, B>,
     o: &Options,
-    real: &Against<'_>,
-    set: &Measured,
-) -> Result<Vec<Figure>> {
+    real: &ReferenceMeasurements<'_>,
+    set: &SetMeasurements,
+) -> Result<(Vec<Figure>, Option<KernelSubsets>)> {
     let go_on = &mut || context.host.cancelled() == Cancel::Run;
     let distance =
         |real: &Measurement<&Moments>, own: &Measurement<Moments>| -> Result<Measurement<f64>> {
@@ -82,6 +82,7 @@ pub fn figures<B: Backend>(
         add("precision", "precision", 4, of(|both| both.precision));
         add("recall", "recall", 4, of(|both| both.recall));
     }
+    let mut subsets = None;
     if let Some(kernel) = &o.kernel {
         // The same subsets whatever the seed of the run: figures of several runs are compared.
         let mut sequence = Sequence::new(0, Stream::Subset, 0);
@@ -91,12 +92,63 @@ pub fn figures<B: Backend>(
             Ok((real, own)) => had(kernel_distance(real, own, dim, sizes, below, go_on))?,
             Err(reason) => Err(reason.clone()),
         };
-        let of = |figure: fn(&KernelDistance) -> f64| match &found {
-            Ok(found) => Ok(figure(found)),
-            Err(reason) => Err(reason.clone()),
+        let (mean, deviation) = match &found {
+            Ok(found) => (Ok(found.mean), deviation(found)),
+            Err(reason) => (Err(reason.clone()), Err(reason.clone())),
         };
-        add("kernel_distance", "kernel distance", 5, of(|k| k.mean));
-        add("kernel_distance_deviation", "+-", 5, of(|k| k.deviation));
+        add("kernel_distance", "kernel distance", 5, mean);
+        add("kernel_distance_deviation", "+-", 5, deviation);
+        subsets = found.ok().map(|found| KernelSubsets {
+            subsets: found.subsets,
+            size: found.size,
+        });
     }
-    Ok(figures)
+    Ok((figures, subsets))
+}
+
+/// How far estimates lie apart, where there are several.
+fn deviation(found: &KernelDistance) -> Measurement<f64> {
+    found.deviation.ok_or_else(|| {
+        let size = found.size;
+        format!("a single estimate, from all {size} samples: a smaller `size` gives several")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stage::evaluate::figure::Row;
+
+    #[test]
+    fn a_single_estimate_has_no_deviation() {
+        let found = |subsets, deviation| KernelDistance {
+            mean: 0.25,
+            deviation,
+            subsets,
+            size: 24,
+        };
+        assert_eq!(deviation(&found(5, Some(0.5))), Ok(0.5));
+        let reason = deviation(&found(1, None)).unwrap_err();
+        assert!(reason.contains("a single estimate, from all 24 samples"));
+        // A row says what was taken, whatever was asked for.
+        let row = Row {
+            name: "drawn".into(),
+            count: 24,
+            passes: None,
+            figures: vec![Figure::new(
+                "kernel_distance_deviation",
+                "+-",
+                5,
+                Err(reason),
+            )],
+            kernel: Some(KernelSubsets {
+                subsets: 1,
+                size: 24,
+            }),
+        };
+        let summary = row.summary();
+        assert_eq!(summary["kernel"]["subsets"], 1);
+        assert_eq!(summary["kernel"]["size"], 24);
+        assert!(summary["kernel_distance_deviation"].is_null());
+    }
 }

@@ -1,7 +1,8 @@
-//! The figures of sets of samples as a table and as values in a file. One that cannot be had stands as `n/a` with its
-//! reason: too few samples for it are no fault of the others.
+//! The figures of sets of samples as a table and as values in a file. A missing one is shown as `n/a` with its
+//! reason: too few samples for one do not affect the others.
 
 use retort_abi::Table;
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::measure::Measurement;
@@ -55,6 +56,17 @@ pub struct Row {
     pub passes: Option<usize>,
     /// Its figures, the same ones in every row.
     pub figures: Vec<Figure>,
+    /// What its kernel distance was taken over, if it has one.
+    pub kernel: Option<KernelSubsets>,
+}
+
+/// What a kernel distance was taken over: no more than there are samples for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct KernelSubsets {
+    /// Pairs of subsets.
+    pub subsets: usize,
+    /// Samples of a subset.
+    pub size: usize,
 }
 
 impl Row {
@@ -63,6 +75,9 @@ impl Row {
         let mut values = Map::from_iter([("samples".to_owned(), json!(self.count))]);
         if let Some(passes) = self.passes {
             values.insert("passes".to_owned(), json!(passes));
+        }
+        if let Some(kernel) = &self.kernel {
+            values.insert("kernel".to_owned(), json!(kernel));
         }
         let mut reasons = Map::new();
         for figure in &self.figures {

@@ -1,4 +1,7 @@
 //! LPIPS between the images of sets that were made from the same noise, one by one.
+//!
+//! Two images belong together where samplers map the same noise to both. A sampler that draws its tokens makes nothing of
+//! noise, whatever its seed.
 
 use std::path::Path;
 
@@ -9,7 +12,8 @@ use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::files::resolve;
 use crate::model::lpips::{self, Lpips};
-use crate::samples::Samples;
+use crate::samples::{Manifest, Samples};
+use crate::stage::sample::drawer::Sampler;
 use crate::tape::Variable;
 use crate::weights::{Loader, Source, Stored};
 
@@ -42,32 +46,79 @@ pub fn lpips_distances<B: Backend>(
             ));
             continue;
         }
-        out.push(match unlike(set, beside, o.batch)? {
-            Some(reason) => Err(format!("{reason} than {}", options.beside)),
-            None => Ok(mean_lpips(context, &lpips, set, beside, o.batch)?),
-        });
+        out.push(
+            match unpaired((name, set), (&options.beside, beside), o.batch)? {
+                Some(reason) => Err(reason),
+                None => Ok(mean_lpips(context, &lpips, set, beside, o.batch)?),
+            },
+        );
     }
     Ok(out)
 }
 
-/// Why images of two sets do not belong together one by one, if so.
-fn unlike(a: &Samples, b: &Samples, batch: usize) -> Result<Option<&'static str>> {
-    let (own, other) = (&a.manifest, &b.manifest);
-    let [_, h, w] = own.image;
-    Ok(if own.image != other.image {
-        Some("images of another size")
-    } else if h.min(w) < lpips::LEAST_SIDE {
-        Some("images too small for it, as small")
-    } else if a.labels != b.labels {
-        Some("other classes or captions, or another number of samples,")
-    } else if own.kept.noise != other.kept.noise
-        || (!own.kept.noise && own.seed != other.seed)
-        || (own.kept.noise && !same_noise(a, b, batch)?)
-    {
-        Some("made from other noise")
+/// Why the images of two sets cannot be paired, if so.
+fn unpaired(
+    own: (&str, &Samples),
+    other: (&str, &Samples),
+    batch: usize,
+) -> Result<Option<String>> {
+    let ((name, a), (beside, b)) = (own, other);
+    let described = unlike((name, &a.manifest), (beside, &b.manifest));
+    if described.is_some() {
+        return Ok(described);
+    }
+    Ok(if a.labels != b.labels {
+        Some(format!(
+            "other classes or captions, or another number of samples, than {beside}"
+        ))
+    } else if a.manifest.kept.noise && !same_noise(a, b, batch)? {
+        Some(other_noise(beside))
     } else {
         None
     })
+}
+
+/// The same, by what the sets say of themselves.
+fn unlike((name, own): (&str, &Manifest), (beside, other): (&str, &Manifest)) -> Option<String> {
+    let [_, h, w] = own.image;
+    for (name, manifest) in [(name, own), (beside, other)] {
+        if let Some(why) = noiseless(manifest) {
+            return Some(format!("no noise is behind the images of {name}: {why}"));
+        }
+    }
+    if own.image != other.image {
+        Some(format!("images of another size than {beside}"))
+    } else if h.min(w) < lpips::LEAST_SIDE {
+        let least = lpips::LEAST_SIDE;
+        Some(format!(
+            "images of {h} x {w}, too small for it: at least {least} x {least}"
+        ))
+    } else if own.captions != other.captions {
+        Some(format!("other captions than {beside}"))
+    } else if (own.tokens, own.dim) != (other.tokens, other.dim)
+        || own.kept.noise != other.kept.noise
+        || (!own.kept.noise && own.seed != other.seed)
+    {
+        Some(other_noise(beside))
+    } else {
+        None
+    }
+}
+
+/// Why images are not what a sampler makes of noise, if so.
+fn noiseless(manifest: &Manifest) -> Option<String> {
+    match serde_json::from_value::<Sampler>(manifest.sampler.clone()) {
+        Ok(sampler) if sampler.maps_noise() => None,
+        Ok(_) => {
+            let kind = manifest.sampler["kind"].as_str().unwrap_or_default();
+            Some(format!("a sampler of kind `{kind}` draws tokens at random"))
+        }
+        Err(_) => Some("this version does not know its sampler".into()),
+    }
+}
+
+fn other_noise(beside: &str) -> String {
+    format!("made from other noise than {beside}: give both `sample` stages the same `seed`")
 }
 
 fn same_noise(a: &Samples, b: &Samples, batch: usize) -> Result<bool> {
@@ -107,4 +158,81 @@ fn mean_lpips<B: Backend>(
         sum += distances.iter().map(|&x| f64::from(x)).sum::<f64>();
     }
     Ok(sum / a.len() as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::samples::{FORMAT, ImagesKept, KeptTensors};
+
+    fn manifest(sampler: Value) -> Manifest {
+        Manifest {
+            format: FORMAT,
+            count: 10,
+            seed: 5,
+            sampler,
+            captions: None,
+            passes: None,
+            image: [3, 32, 32],
+            decoded: None,
+            tokens: 16,
+            vocabulary: 16,
+            dim: 4,
+            labels: 10,
+            kept: KeptTensors {
+                images: ImagesKept::U8,
+                latents: false,
+                tokens: false,
+                noise: false,
+            },
+            shards: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn sets_are_paired_whose_samplers_map_the_same_noise() {
+        let flow = || json!({"kind": "flow", "teacher": "t"});
+        let student = || json!({"kind": "student", "student": "s", "timesteps": [0]});
+        let of = |own: &Manifest, other: &Manifest| unlike(("own", own), ("other", other));
+        let beside = manifest(flow());
+        assert_eq!(of(&manifest(student()), &beside), None);
+        assert_eq!(of(&beside, &manifest(student())), None);
+
+        // Those draw their tokens, with whatever seed.
+        for sampler in [
+            json!({"kind": "teacher", "teacher": "t"}),
+            json!({"kind": "skip", "teacher": "t", "skip": 2}),
+            json!({"kind": "independent", "teacher": "t", "trajectories": "x"}),
+            json!({"kind": "assisted", "student": "s", "teacher": "t", "timesteps": [0, 6], "teacher_start": 3}),
+        ] {
+            let kind = sampler["kind"].as_str().unwrap().to_owned();
+            let drawn = manifest(sampler);
+            let expected = format!("a sampler of kind `{kind}` draws tokens at random");
+            for (found, name) in [(of(&drawn, &beside), "own"), (of(&beside, &drawn), "other")] {
+                let found = found.unwrap_or_else(|| panic!("{kind} was paired"));
+                assert!(found.ends_with(&expected), "{found}");
+                assert!(found.contains(&format!("the images of {name}")), "{found}");
+            }
+            assert!(of(&drawn, &drawn).is_some());
+        }
+        assert!(of(&manifest(json!({"kind": "later"})), &beside).is_some());
+
+        let changed = |change: &dyn Fn(&mut Manifest), expected: &str| {
+            let mut own = manifest(student());
+            change(&mut own);
+            let found = of(&own, &beside).unwrap_or_default();
+            assert!(found.contains(expected), "{found}");
+        };
+        changed(&|own| own.seed = 6, "made from other noise than other");
+        changed(&|own| own.kept.noise = true, "made from other noise");
+        // As many numbers, of another shape.
+        changed(
+            &|own| (own.tokens, own.dim) = (4, 16),
+            "made from other noise",
+        );
+        changed(&|own| own.image = [3, 64, 64], "images of another size");
+        changed(&|own| own.captions = Some("a".into()), "other captions");
+    }
 }

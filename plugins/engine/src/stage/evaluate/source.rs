@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::measure::{Network, Source};
-use super::reference::of_archive;
+use super::reference::{ImageShape, of_archive};
 use crate::backend::Backend;
 use crate::context::Context;
 use crate::data::Images;
@@ -19,7 +19,7 @@ pub enum ReferenceImages<'a> {
     /// A set of samples.
     Samples(Box<Samples>),
     /// Those of an archive.
-    Archive(&'a Path, (usize, [usize; 3])),
+    Archive(&'a Path, ImageShape),
     /// Statistics stand for them.
     None,
 }
@@ -32,6 +32,28 @@ impl ReferenceImages<'_> {
             Self::Samples(set) => set.len(),
             Self::Archive(_, (count, _)) => *count,
             Self::None => 0,
+        }
+    }
+
+    /// Their channels, height and width, where they are looked at.
+    pub fn image(&self) -> Option<[usize; 3]> {
+        match self {
+            Self::Data(images) => Some(images.shape()),
+            Self::Samples(set) => Some(set.manifest.image),
+            Self::Archive(_, (_, image)) => Some(*image),
+            Self::None => None,
+        }
+    }
+
+    /// How they came to their size, where that is known, for people.
+    pub fn sizing(&self) -> Option<String> {
+        match self {
+            Self::Data(images) => {
+                let how = images.sizing()?;
+                Some(format!("real images: {how}"))
+            }
+            Self::Samples(set) => sizing("real images", set),
+            Self::Archive(..) | Self::None => None,
         }
     }
 
@@ -71,6 +93,14 @@ pub fn open_set<B: Backend>(
         .accepts(set.manifest.image)
         .map_err(|message| Error::option(pointer, format!("{stage}: {message}")))?;
     Ok(set)
+}
+
+/// How the images of a set came to another size than they were decoded in, if they did, for people.
+pub fn sizing(name: &str, set: &Samples) -> Option<String> {
+    let ([_, h, w], [height, width]) = (set.manifest.image, set.manifest.decoded?);
+    Some(format!(
+        "{name}: decoded at {height} x {width}, brought to {h} x {w} (bicubic)"
+    ))
 }
 
 /// The images of a set of samples.

@@ -1,4 +1,4 @@
-//! Who samples, and how: a function that draws a batch, for each of the samplers that a recipe can name.
+//! The samplers that a recipe can name: for each, a function that draws a batch.
 
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -38,7 +38,7 @@ pub enum Sampler {
         #[serde(default)]
         distribution: Distribution,
         /// Steps of the flow map's solver, an evaluation of the codebook each.
-        #[serde(default = "crate::flow::default_steps")]
+        #[serde(default = "crate::backend::flow::default_steps")]
         #[schemars(range(min = 1))]
         solver_steps: usize,
     },
@@ -49,7 +49,7 @@ pub enum Sampler {
         student: String,
         /// AR steps from which the passes start, ascending from 0: [0] is one-step sampling.
         timesteps: Vec<usize>,
-        /// AR steps whose tokens take the most probable code; later ones take the continuous head. All, if left out.
+        /// AR steps whose tokens take the most probable code; later ones use the continuous head. All, if left out.
         #[serde(default)]
         split: Option<usize>,
     },
@@ -65,31 +65,33 @@ pub enum Sampler {
         timesteps: [usize; 2],
         /// AR step from which the teacher samples, up to the second timestep.
         teacher_start: usize,
-        /// What the tokens that the teacher is given see of each other: `causal`, as in training, or `published`, as the
+        /// The mask between the tokens that the teacher is given: `causal`, as in training, or `published`, as the
         /// paper's released code has it.
         #[serde(default)]
         prefix: PrefixMask,
-        /// AR steps whose tokens take the most probable code; later ones take the continuous head. All, if left out.
+        /// AR steps whose tokens take the most probable code; later ones use the continuous head. All, if left out.
         #[serde(default)]
         split: Option<usize>,
         /// The teacher's distribution.
         #[serde(default)]
         distribution: Distribution,
     },
-    /// The baseline that leaves out the last AR steps of the teacher: their tokens are drawn in one pass, each given the
-    /// earlier steps alone.
+    /// The baseline without the teacher's last AR steps: their tokens are drawn in one pass, each given only the
+    /// earlier steps.
     Skip {
         /// The stage that made the teacher.
         #[schemars(extend("x-retort-artifact" = ["teacher"]))]
         teacher: String,
-        /// AR steps at the end that are drawn at once; all of them: from the class alone.
+        /// Last AR steps that are drawn in one pass; if all, from the class alone. 1 is the teacher itself, whose last step is
+        /// one pass anyway: n steps take n - skip + 1 passes. The paper counts the passes saved, one less: its VAR-skip-1, in
+        /// 9 of 10 steps, is `skip: 2` here.
         #[schemars(range(min = 1))]
         skip: usize,
         /// The teacher's distribution.
         #[serde(default)]
         distribution: Distribution,
     },
-    /// The baseline that forgets all dependence: every token from its own distribution given the class, as a trajectory
+    /// The baseline without dependence: every token from its own distribution given the class, as a trajectory
     /// dataset has it.
     Independent {
         /// The stage that made the teacher.
@@ -121,6 +123,17 @@ impl Sampler {
             | Self::Skip { .. }
             | Self::Independent { .. } => true,
             Self::Student { .. } | Self::Assisted { .. } => false,
+        }
+    }
+
+    /// Whether its images are a function of noise alone. A teacher that assists draws a part of the tokens.
+    pub fn maps_noise(&self) -> bool {
+        match self {
+            Self::Flow { .. } | Self::Student { .. } => true,
+            Self::Teacher { .. }
+            | Self::Assisted { .. }
+            | Self::Skip { .. }
+            | Self::Independent { .. } => false,
         }
     }
 
@@ -196,7 +209,7 @@ pub type Drawer<'a, B> =
     Box<dyn FnMut(u64, &[u32], &<B as Tensors>::Tensor) -> Result<Drawn<B>> + 'a>;
 
 /// What every sampler draws with.
-pub struct Setting<'a, B: Backend> {
+pub struct SamplerContext<'a, B: Backend> {
     /// The tensor library.
     pub backend: &'a B,
     /// Seed of what is drawn.
@@ -214,7 +227,7 @@ pub fn drawer<'a, B: Backend>(
     context: &Context<'_, B>,
     sampler: &'a Sampler,
     bundle: &Bundle<'_>,
-    setting: Setting<'a, B>,
+    setting: SamplerContext<'a, B>,
 ) -> Result<Drawer<'a, B>> {
     let backend = context.backend;
     match sampler {
@@ -280,7 +293,7 @@ struct Assistance<'a, B: Backend> {
     mask: PrefixMask,
 }
 
-impl<'a, B: Backend> Setting<'a, B> {
+impl<'a, B: Backend> SamplerContext<'a, B> {
     fn conditions(&self, labels: &[u32]) -> Result<Conditions<B>> {
         self.subjects.conditions(self.backend, labels)
     }
@@ -433,8 +446,8 @@ fn same_codebook(a: &bundle::Config, b: &bundle::Config, stage: &str) -> Result<
     ))
 }
 
-/// Every token's own distribution given the class, as trajectories have it: that of a trajectory of the class that is drawn
-/// for this token alone.
+/// Every token's distribution given the class, from trajectories: the token of a trajectory of the class, drawn
+/// anew for each token.
 struct Marginals {
     dataset: Dataset,
     /// Trajectories of each class.

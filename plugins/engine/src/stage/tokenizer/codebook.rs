@@ -2,8 +2,10 @@
 //! they are looked up for (van den Oord et al. 2017, arXiv 1711.00937, appendix A.1) instead of following a gradient.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use crate::backend::Backend;
+use crate::collective::Collective;
 use crate::error::Result;
 use crate::random::{Sequence, Stream};
 
@@ -26,6 +28,17 @@ pub struct Codebook<'a, B: Backend> {
     decay: Option<f64>,
     /// The numbers.
     pub kept: RefCell<Vec<f32>>,
+    /// What the parts of a step have looked up so far.
+    lookups: RefCell<Lookups>,
+}
+
+/// What the images of a batch have looked up.
+#[derive(Debug, Default)]
+pub struct Lookups {
+    /// Ids of tokens.
+    pub tokens: Vec<u32>,
+    /// The vectors (n, D) for which codes were looked up, where they were asked for.
+    pub z: Vec<f32>,
 }
 
 impl<'a, B: Backend> Codebook<'a, B> {
@@ -45,6 +58,7 @@ impl<'a, B: Backend> Codebook<'a, B> {
             dim,
             decay,
             kept: RefCell::new(kept),
+            lookups: RefCell::default(),
         })
     }
 
@@ -66,8 +80,36 @@ impl<'a, B: Backend> Codebook<'a, B> {
         B::assign_(&self.tensor, &codes)
     }
 
-    /// Takes note of the tokens of a step and of the vectors (n, D) for which they were looked up.
-    pub fn note(&self, tokens: &[u32], z: &B::Tensor) -> Result<()> {
+    /// Adds what a part of a batch has looked up: ids of tokens, and the vectors (n, D) for which they were looked up where
+    /// the step needs them.
+    pub fn look_up(&self, tokens: &B::Tensor, z: Option<&B::Tensor>) -> Result<()> {
+        let mut lookups = self.lookups.borrow_mut();
+        lookups.tokens.extend(B::to_indices(tokens)?);
+        if let Some(z) = z {
+            lookups.z.extend(B::to_floats(z)?);
+        }
+        Ok(())
+    }
+
+    /// Takes note of what all parts of a step and all ranks have looked up, of which this rank has that of images `own` of
+    /// `all`. Returns it.
+    pub fn note(&self, ranks: &dyn Collective, own: Range<usize>, all: usize) -> Result<Lookups> {
+        let mut lookups = std::mem::take(&mut *self.lookups.borrow_mut());
+        if ranks.is_shared() {
+            let of_all = |values: &[f32]| match values.len() / own.len() {
+                0 => Ok(Vec::new()),
+                each => ranks.gather(values, own.start * each, all * each),
+            };
+            // Ids are below 2^24: f32 holds them exactly.
+            let tokens: Vec<f32> = lookups.tokens.iter().map(|&token| token as f32).collect();
+            lookups.tokens = of_all(&tokens)?.iter().map(|&token| token as u32).collect();
+            lookups.z = of_all(&lookups.z)?;
+        }
+        self.count(&lookups);
+        Ok(lookups)
+    }
+
+    fn count(&self, Lookups { tokens, z }: &Lookups) {
         let mut kept = self.kept.borrow_mut();
         let (used, rest) = kept.split_at_mut(self.size);
         let (uses, averages) = rest.split_at_mut(self.size);
@@ -76,14 +118,12 @@ impl<'a, B: Backend> Codebook<'a, B> {
             used[token as usize] = 1.0;
             uses[token as usize] += 1.0;
         }
-        let Some(decay) = self.decay else {
-            return Ok(());
-        };
-        let (decay, z) = (decay as f32, B::to_floats(z)?);
+        let Some(decay) = self.decay else { return };
         // The step will be left out: its numbers must not stay.
         if !z.iter().all(|x| x.is_finite()) {
-            return Ok(());
+            return;
         }
+        let decay = decay as f32;
         averages.iter_mut().for_each(|x| *x *= decay);
         let (weights, sums) = averages.split_at_mut(self.size);
         for (&token, z) in tokens.iter().zip(z.chunks_exact(self.dim)) {
@@ -94,7 +134,6 @@ impl<'a, B: Backend> Codebook<'a, B> {
                 *sum += (1.0 - decay) * x;
             }
         }
-        Ok(())
     }
 
     /// Share of the codes that were used lately, and the perplexity of their use: as many codes used evenly would be as
@@ -113,8 +152,7 @@ impl<'a, B: Backend> Codebook<'a, B> {
 
     /// Moves codes that were not used since the last restart onto random vectors (n, D) of those for which codes were looked
     /// up. Returns which ones.
-    pub fn restart(&self, z: &B::Tensor, seed: u64, step: u64) -> Result<Vec<usize>> {
-        let z = B::to_floats(z)?;
+    pub fn restart(&self, z: &[f32], seed: u64, step: u64) -> Result<Vec<usize>> {
         if !z.iter().all(|x| x.is_finite()) {
             return Ok(Vec::new());
         }

@@ -1,4 +1,4 @@
-//! What moves a tokenizer: how far its reconstructions are from the images, for pixels, for a perceptual metric and for an adversary.
+//! The loss of a tokenizer: the distance of reconstructions from images, by pixels, a perceptual metric and an adversary.
 //!
 //! ```text
 //! loss = pixels + w_p perceptual + lambda w_a adversarial                     (VQGAN, Esser et al. 2021, arXiv 2012.09841)
@@ -13,6 +13,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::backend::{Backend, Binary, Unary};
+use crate::collective::{Collective, Single};
 use crate::error::{Error, Result};
 use crate::model::LastConvolution;
 use crate::model::discriminator::Discriminator;
@@ -20,6 +21,46 @@ use crate::perceptual::PerceptualMetric;
 use crate::tape::{Variable, backward, scalar};
 use crate::train::{TrainOptions, shared};
 use crate::weights::{Loader, Params, Source};
+
+/// The part of a batch that is computed at a time: this rank's share of it, or a piece of that.
+#[derive(Clone, Copy)]
+pub struct BatchPart<'a> {
+    /// Those who compute the batch together.
+    pub ranks: &'a dyn Collective,
+    /// The part's share of the batch's images.
+    pub fraction: f64,
+}
+
+impl BatchPart<'_> {
+    /// All of it.
+    pub const WHOLE: Self = BatchPart {
+        ranks: &Single,
+        fraction: 1.0,
+    };
+
+    /// The mean over the parts that all ranks compute at this time, of a tensor that is a mean over a part's images.
+    fn mean<B: Backend>(&self, of_part: B::Tensor) -> Result<B::Tensor> {
+        if !self.ranks.is_shared() {
+            return Ok(of_part);
+        }
+        let share = self.fraction as f32;
+        let mut values = B::to_floats(&of_part)?;
+        values.iter_mut().for_each(|x| *x *= share);
+        values.push(share);
+        self.ranks.all_reduce(&mut values)?;
+        let all = values.pop().unwrap_or(1.0);
+        values.iter_mut().for_each(|x| *x /= all);
+        B::of(&of_part).floats(&values, &B::shape(&of_part))
+    }
+
+    /// How strongly a loss pulls at the kernel of the last convolution, given its gradient for the part's images.
+    fn pull<B: Backend>(&self, last: &LastConvolution<B>, images: &B::Tensor) -> Result<f64> {
+        let gradient = self.mean::<B>(last.gradient(images)?)?;
+        let square = B::unary(&gradient, Unary::Square)?;
+        let sum = B::to_floats(&B::sum(&square, &[0, 1, 2, 3])?)?;
+        Ok(f64::from(sum[0]).sqrt())
+    }
+}
 
 /// How pixels are compared.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, JsonSchema)]
@@ -40,9 +81,9 @@ pub struct Adversarial {
     #[serde(default = "weight")]
     #[schemars(range(min = 0))]
     pub weight: f64,
-    /// The step from which on it learns and counts: before it, reconstructions are nothing to judge by.
+    /// The step from which it learns and counts: earlier reconstructions are too poor to judge by.
     pub start: u64,
-    /// The most by which its weight is multiplied so that it pulls at the last layer as much as the other terms.
+    /// The largest factor by which its weight is scaled to match the other terms' gradient at the last layer.
     #[serde(default = "cap")]
     #[schemars(range(min = 0))]
     pub cap: f64,
@@ -171,13 +212,14 @@ impl<B: Backend> Term<B> {
 }
 
 impl<B: Backend> Criterion<'_, B> {
-    /// The loss of reconstructions of images (b, c, h, w) at a step, and its parts.
+    /// The loss of reconstructions of a part's images (b, c, h, w) at a step, and its terms.
     pub fn loss(
         &self,
         reconstructions: Variable<B>,
         images: &B::Tensor,
         last: &LastConvolution<B>,
         step: u64,
+        part: &BatchPart<'_>,
     ) -> Result<(Variable<B>, Vec<(&'static str, f64)>)> {
         let made = reconstructions.value().clone();
         let target = Variable::constant(images.clone());
@@ -206,7 +248,10 @@ impl<B: Backend> Criterion<'_, B> {
                 .mean_all()?
                 .affine(-1.0, 0.0)
         })?;
-        let pulls = (last.pull(&sum.gradient)?, last.pull(&term.gradient)?);
+        let pulls = (
+            part.pull(last, &sum.gradient)?,
+            part.pull(last, &term.gradient)?,
+        );
         let adaptive = (pulls.0 / (pulls.1 + 1e-4)).min(adversary.options.cap);
         figures.push(("adversarial", scalar::<B>(&term.value)?));
         figures.push(("adaptive_weight", adaptive));
@@ -239,6 +284,7 @@ pub fn entropy<B: Backend>(
     z: &Variable<B>,
     codes: &Variable<B>,
     temperature: f64,
+    part: &BatchPart<'_>,
 ) -> Result<Variable<B>> {
     let (n, k) = (z.shape()[0], codes.shape()[0]);
     let lengths = |x: &Variable<B>| x.unary(Unary::Square)?.sum(&[1]);
@@ -251,10 +297,14 @@ pub fn entropy<B: Backend>(
     let choice = near.affine(1.0 / temperature, 0.0)?.softmax()?;
     let information = |p: &Variable<B>| p.mul(&p.affine(1.0, 1e-10)?.unary(Unary::Log)?);
     let each = information(&choice)?.sum(&[1])?.mean_all()?;
-    let whole = choice.mean(&[0])?;
-    let even = information(&whole)?.sum(&[0, 1])?;
+    // How even the choices are is a question to those of all ranks, and no mean of answers.
+    let own = choice.mean(&[0])?;
+    let whole = part.mean::<B>(own.value().clone())?;
+    let even = Term::of(&whole, |whole| information(whole)?.sum(&[0, 1]))?;
     let shape = each.shape();
-    even.reshape(&shape)?.sub(&each)
+    own.known(even.value, even.gradient)
+        .reshape(&shape)?
+        .sub(&each)
 }
 
 /// Refuses weights with which nothing would be learnt, or nothing from an adversary.

@@ -1,20 +1,21 @@
 //! A tokenizer in training: its networks, what a step does, and how it is measured meanwhile.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use retort_abi::LogLevel;
 
 use super::codebook::{COLLAPSED, Codebook};
-use super::loss::{self, Adversary, Criterion};
+use super::loss::{self, Adversary, BatchPart, Criterion};
 use super::{Inputs, Options, batch, batch_shape, training_feed};
 use crate::backend::{Backend, Unary};
-use crate::collective::Single;
+use crate::collective::Collective;
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::model::{CODEBOOK, Reconstruction, Tokenizer, discriminator};
 use crate::perceptual::PIXELS_AT_ONCE;
 use crate::tape::{Variable, scalar};
-use crate::train::{self, Fit, HeldOut, Mean, StepOutput, average, shared};
+use crate::train::{self, HeldOut, Mean, StepOutput, TrainingLoop, average, shared};
 use crate::weights::{self, Loader, Params, Source, Weights};
 
 /// The tokenizer in training.
@@ -42,7 +43,8 @@ impl<'a, B: Backend> Networks<'a, B> {
         };
         let origin = o.from.as_deref().unwrap_or("new tokenizer");
         let mut loader = Loader::new(backend, start, true, origin);
-        let model = inputs.config.build(&mut loader)?;
+        let mut model = inputs.config.build(&mut loader)?;
+        model.recompute(o.recompute);
         let all = loader.into_params();
         let codebook = all.iter().find(|(name, _)| name == CODEBOOK);
         let codebook = codebook.ok_or_else(|| Error::Internal("no codebook".into()))?;
@@ -84,8 +86,22 @@ impl<'a, B: Backend> Networks<'a, B> {
         })
     }
 
-    /// The loss of a batch (b, c, h, w) at a step, its figures, and what the step did to the codes.
-    fn step(&self, o: &Options, x: &B::Tensor, seed: u64, step: u64) -> Result<StepOutput<B>> {
+    /// The loss of a part x (b, c, h, w) of a step's batch, in the measure in which it has part in that of the batch, its
+    /// figures, and what the step did to the codes, which the last part knows.
+    fn part(
+        &self,
+        context: &Context<'_, B>,
+        o: &Options,
+        x: &B::Tensor,
+        step: u64,
+        at: usize,
+    ) -> Result<StepOutput<B>> {
+        let (seed, ranks) = (context.job.seed, context.ranks);
+        let images = B::shape(x)[0];
+        let part = BatchPart {
+            ranks,
+            fraction: images as f64 / o.train.batch as f64,
+        };
         let Reconstruction {
             images: made,
             z,
@@ -95,28 +111,44 @@ impl<'a, B: Backend> Networks<'a, B> {
             codes,
             last,
         } = self.model.reconstruct(x)?;
-        let looked_up = z.value().clone();
-        let (mut loss, mut figures) = self.criterion.loss(made, x, &last, step)?;
+        let restarts = o.restarts_after(step);
+        let wanted = (restarts || o.codebook_ema.is_some()).then(|| z.value().clone());
+        let (mut loss, mut figures) = self.criterion.loss(made, x, &last, step, &part)?;
         if o.codebook_ema.is_none() {
             loss = loss.add(&codebook_loss)?;
         }
         loss = loss.add(&commitment_loss.affine(o.commitment, 0.0)?)?;
         if let (Some(entropy), Some(codes)) = (o.entropy, codes) {
-            let term = loss::entropy(&z, &codes, entropy.temperature)?;
+            let term = loss::entropy(&z, &codes, entropy.temperature, &part)?;
             figures.push(("entropy", scalar::<B>(term.value())?));
             loss = loss.add(&term.affine(entropy.weight, 0.0)?)?;
         }
-        self.codebook.note(&B::to_indices(&tokens)?, &looked_up)?;
-        let (used, perplexity) = self.codebook.use_lately();
-        figures.extend([("codebook_usage", used), ("perplexity", perplexity)]);
-        let mut output = StepOutput::new(loss, figures);
-        if o.restarts_after(step) {
-            let anew = self.codebook.restart(&looked_up, seed, step)?;
-            if !anew.is_empty() && o.codebook_ema.is_none() {
-                output.anew = Some((CODEBOOK, anew));
+        if part.fraction < 1.0 {
+            loss = loss.affine(part.fraction, 0.0)?;
+            let figures = figures.iter_mut();
+            figures.for_each(|(_, figure)| *figure *= part.fraction);
+        }
+        self.codebook.look_up(&tokens, wanted.as_ref())?;
+        let (mut used, mut perplexity, mut anew) = (0.0, 0.0, None);
+        if at + 1 == o.accumulate {
+            let lookups = self
+                .codebook
+                .note(ranks, own_share(ranks, o), o.train.batch)?;
+            // Each rank knows it of all; what they report is added up.
+            let share = (ranks.size() as f64).recip();
+            (used, perplexity) = self.codebook.use_lately();
+            (used, perplexity) = (used * share, perplexity * share);
+            if restarts {
+                let codes = self.codebook.restart(&lookups.z, seed, step)?;
+                anew = (!codes.is_empty() && o.codebook_ema.is_none()).then_some((CODEBOOK, codes));
             }
         }
-        Ok(output)
+        figures.extend([("codebook_usage", used), ("perplexity", perplexity)]);
+        Ok(StepOutput {
+            loss,
+            figures,
+            anew,
+        })
     }
 
     /// Mean squared error of the reconstructions of held-out images.
@@ -146,23 +178,28 @@ impl<'a, B: Backend> Networks<'a, B> {
     }
 }
 
-/// Trains the tokenizer: its weights.
+/// The images of a batch that this rank computes.
+fn own_share(ranks: &dyn Collective, o: &Options) -> Range<usize> {
+    ranks.share(o.train.batch, 0, 1)
+}
+
+/// Trains the tokenizer: its weights, or None in a worker that shares the training and is not the first.
 pub fn train<B: Backend>(
     context: &Context<'_, B>,
     o: &Options,
     inputs: &Inputs<B>,
     networks: &Networks<'_, B>,
-) -> Result<Weights> {
-    let (host, backend, seed) = (context.host, context.backend, context.job.seed);
+) -> Result<Option<Weights>> {
+    let (host, backend, ranks) = (context.host, context.backend, context.ranks);
     let codebook = &networks.codebook;
     let against = o.adversarial.as_ref().map(|own| own.training(&o.train));
     let against = o.adversarial.as_ref().zip(against.as_ref());
-    let fit = Fit {
+    let fit = TrainingLoop {
         host,
         backend,
         work_dir: Some(context.work_dir()?),
         name: "tokenizer",
-        ranks: &Single,
+        ranks,
         options: &o.train,
         params: &networks.params,
         ema: networks.average.as_ref(),
@@ -173,14 +210,30 @@ pub fn train<B: Backend>(
             from: own.start,
         }),
     };
-    let mut feed = training_feed(&inputs.images, &inputs.train, o.train.batch, seed);
-    let shape = batch_shape(&inputs.images, o.train.batch);
-    let step = |step: u64| {
-        let seen = feed.take(step)?;
-        codebook.settle()?;
-        let x = backend.floats(&seen.pixels, &shape)?;
-        let mut output = networks.step(o, &x, seed, step)?;
-        output.figures.push(feed.wait());
+    let own = own_share(ranks, o);
+    let mut feed = training_feed(
+        &inputs.images,
+        &inputs.train,
+        (o.train.batch, own.clone()),
+        context.job.seed,
+    );
+    let image = inputs.images.shape().iter().product::<usize>();
+    let mut seen = None;
+    let part = |step: u64, part: usize| {
+        let mut wait = ("data_wait", 0.0);
+        if part == 0 {
+            seen = Some(feed.take(step)?);
+            wait = feed.wait();
+            wait.1 /= ranks.size() as f64;
+            codebook.settle()?;
+        }
+        let missing = || Error::Internal("a step without images".into());
+        let pixels = &seen.as_ref().ok_or_else(missing)?.pixels;
+        let piece = ranks.share(o.train.batch, part, o.accumulate);
+        let place = (piece.start - own.start) * image..(piece.end - own.start) * image;
+        let x = backend.floats(&pixels[place], &batch_shape(&inputs.images, piece.len()))?;
+        let mut output = networks.part(context, o, &x, step, part)?;
+        output.figures.push(wait);
         Ok(output)
     };
     let mut warned = false;
@@ -198,8 +251,8 @@ pub fn train<B: Backend>(
         measure: &mut measure,
         keep_best: false,
     };
-    let mut trained = fit.run(step, Some(held_out))?;
+    let mut trained = fit.run_in_parts(o.accumulate, part, Some(held_out))?;
     codebook.settle()?;
     trained.extend(weights::from_params(&networks.still)?);
-    Ok(trained)
+    Ok(context.job.part.is_none().then_some(trained))
 }
