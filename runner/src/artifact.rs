@@ -270,6 +270,14 @@ pub fn is_inner_path(path: &str) -> bool {
     path.len() <= 4096 && !path.chars().any(char::is_control) && path.split('/').all(normal)
 }
 
+/// Whether a text is a hash as directories and the history have it: 64 digits and letters from a to f.
+pub fn is_hash(text: &str) -> bool {
+    text.len() == 64
+        && text
+            .bytes()
+            .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+}
+
 /// A name from the history as the name of a file: one that leads nowhere else, and another for every other name.
 pub fn file_name(name: &str) -> String {
     let is_plain = |c: char| !c.is_control() && !matches!(c, '/' | '\\');

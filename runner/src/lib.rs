@@ -14,6 +14,7 @@ pub mod cli;
 pub mod cluster;
 pub mod diagnostic;
 pub mod draft;
+pub mod duration;
 pub mod environment;
 pub mod executor;
 pub mod filter;

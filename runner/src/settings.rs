@@ -13,6 +13,7 @@ use std::time::Duration;
 use retort_checkpoint::regular;
 use serde::{Deserialize, Serialize};
 
+use crate::duration;
 use crate::trust::{self, TrustError};
 
 /// The name of the project's file, and of the user's.
@@ -249,7 +250,7 @@ impl Settings {
             let Some((text, origin)) = self.pick(kind, pick) else {
                 return Ok(default);
             };
-            match humantime::parse_duration(text) {
+            match duration::parse(text) {
                 Ok(time) if time >= Duration::from_millis(100) => Ok(time),
                 _ => Err(wrong(format!(
                     "{origin}: slurm.{name} is `{text}`; expected a time such as `60s`"

@@ -62,7 +62,6 @@ pub use query::{AnswerValue, QueryPiece};
 pub use record::{
     AttemptEnd, AttemptState, NewRun, NewStage, Param, RecordedPlugin, RunState, StageState, Usage,
 };
-pub use scratch::is_import_scratch;
 pub use select::Sort;
 pub use series::{Axis, Batch, Bucket, CurveQuery, MetricPoint, SeriesPoint, SeriesSummary};
 pub use sweep::{SweepDetail, SweepId, SweepPlace, SweepPlan, SweepPoint, SweepSummary};

@@ -185,6 +185,8 @@ impl Checkpoint {
         let mut dictionary = Dictionary::new(String::new());
         let mut container = None;
         let mut files = 0;
+        // Names of files: many links to one would have it read as often.
+        let mut known = HashMap::new();
         for (file, weights) in index.files() {
             let mut names = weights.iter().filter(|name| wanted(name)).peekable();
             if names.peek().is_none() {
@@ -197,7 +199,15 @@ impl Checkpoint {
                 e => e.of(file),
             };
             let part = Source::open(&index.path_of(file)).map_err(Error::from);
-            let part = part.and_then(Self::read).map_err(within)?;
+            let part = part.map_err(within)?;
+            if let Some(identity) = part.identity()?
+                && let Some(other) = known.insert(identity, file)
+            {
+                return Err(Error::format(format!(
+                    "the index names {other:?} and {file:?}, and they are one file: expected a file of its own for each"
+                )));
+            }
+            let part = Self::read(part).map_err(within)?;
             let found = part.select(None).map_err(within)?;
             for name in names {
                 let tensor = found.get(name).ok_or_else(|| {

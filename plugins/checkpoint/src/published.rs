@@ -67,6 +67,13 @@ pub struct ExportError {
 const CONFIG_MOST: u64 = 1 << 20;
 /// Counters of LlamaGen's tokenizer, which its file always has.
 const CODEBOOK_USED: usize = 65536;
+/// The most tokens of an image: a mask says of each pair of them whether one sees the other.
+const TOKENS_MOST: u64 = 1 << 14;
+/// The most blocks of a network, and their greatest width.
+const BLOCKS_MOST: u64 = 1000;
+const WIDTH_MOST: u64 = 1 << 16;
+/// The most counts of used codes, of all scales together.
+const COUNTS_MOST: u64 = 1 << 24;
 
 /// Writes a network of an artifact's directory to an empty file, of which `to` is the path.
 ///
@@ -89,11 +96,12 @@ pub fn export(
     let text = regular::read(&path, CONFIG_MOST).map_err(|e| at(&path)(&e))?;
     let config: Value = json::parse(&text).map_err(|e| at(&path)(&e))?;
     let family = |network: &str| config[network]["family"].as_str().map(str::to_owned);
-    let (weights, family) = match part {
-        ArtifactNetwork::Network => ("model.safetensors", family("network")),
-        ArtifactNetwork::Tokenizer => ("tokenizer.safetensors", family("tokenizer")),
+    let (weights, name) = match part {
+        ArtifactNetwork::Network => ("model.safetensors", "network"),
+        ArtifactNetwork::Tokenizer => ("tokenizer.safetensors", "tokenizer"),
     };
-    let family = family.ok_or_else(|| at(&path)(&"it holds no teacher or student"))?;
+    let family = family(name).ok_or_else(|| at(&path)(&"it holds no teacher or student"))?;
+    check_size(name, &config[name]).map_err(|e| at(&path)(&e))?;
     let weights_at = dir.join(weights);
     let stored = Checkpoint::open(&weights_at).map_err(|e| at(&weights_at)(&e))?;
     let weights = stored.select(None).map_err(|e| at(&weights_at)(&e))?;
@@ -124,6 +132,33 @@ pub fn export(
     written
         .and_then(|()| job.writer.finish())
         .map_err(|e| at(to)(&e))
+}
+
+/// Refuses a shape whose buffers are larger than those of any network: a few digits can ask for all memory.
+fn check_size(name: &str, shape: &Value) -> Result<(), String> {
+    let number = |field: &str| shape[field].as_u64().unwrap_or(0);
+    let sides = || shape["scales"].as_array().into_iter().flatten();
+    let areas = sides()
+        .map(|n| n.as_u64().unwrap_or(0))
+        .map(|n| n.saturating_mul(n));
+    let counts = number("vocabulary").saturating_mul(sides().count() as u64);
+    for (what, found, most) in [
+        (
+            "tokens in all scales",
+            areas.fold(0, u64::saturating_add),
+            TOKENS_MOST,
+        ),
+        ("codes in all scales", counts, COUNTS_MOST),
+        ("blocks", number("depth"), BLOCKS_MOST),
+        ("channels", number("width"), WIDTH_MOST),
+    ] {
+        if found > most {
+            return Err(format!(
+                "`{name}` has {found} {what}, expected at most {most}"
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Which buffers stand beside the weights.
@@ -187,7 +222,7 @@ impl Job<'_> {
         Ok(())
     }
 
-    /// Names, shapes and elements of buffers.
+    /// Names, shapes and elements of buffers, of a shape that has been checked.
     fn values(&self, buffers: Buffers) -> Vec<(String, Vec<usize>, Values)> {
         let number = |value: &Value| value.as_u64().unwrap_or(0) as usize;
         let zeros = |name: &str, shape: Vec<usize>| {
@@ -238,4 +273,53 @@ impl Job<'_> {
 enum Values {
     Floats(Vec<f32>),
     Longs(Vec<i64>),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_without_end_are_not_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let to = dir.path().join("out.pth");
+        let check = |part, config: &str, expected: &str| {
+            std::fs::write(dir.path().join("config.json"), config).unwrap();
+            let file = File::create(&to).unwrap();
+            let found = export(dir.path(), Kind::Teacher, part, (file, &to));
+            let said = found.unwrap_err().to_string();
+            assert!(said.contains(expected), "{said}");
+        };
+        for (fields, expected) in [
+            (
+                r#""scales": [100000]"#,
+                "config.json: `network` has 10000000000 tokens in all scales, expected at most 16384",
+            ),
+            (
+                r#""scales": [18446744073709551615, 1]"#,
+                "`network` has 18446744073709551615 tokens",
+            ),
+            (
+                r#""scales": [1], "depth": 1000000000000000000"#,
+                "`network` has 1000000000000000000 blocks, expected at most 1000",
+            ),
+            (
+                r#""scales": [1], "depth": 1, "width": 1000000000000"#,
+                "`network` has 1000000000000 channels, expected at most 65536",
+            ),
+            // A shape as they are published: then its weights are looked for.
+            (
+                r#""scales": [1, 2, 3, 4, 6, 9, 13, 18, 24, 32], "depth": 36, "width": 2304"#,
+                "model.safetensors: ",
+            ),
+        ] {
+            let config = format!(r#"{{"network": {{"family": "var", {fields}}}}}"#);
+            check(ArtifactNetwork::Network, &config, expected);
+        }
+        let codes =
+            r#"{"tokenizer": {"family": "msvq", "vocabulary": 1000000000000, "scales": [1, 2]}}"#;
+        let expected =
+            "`tokenizer` has 2000000000000 codes in all scales, expected at most 16777216";
+        check(ArtifactNetwork::Tokenizer, codes, expected);
+    }
 }

@@ -326,6 +326,30 @@ mod tests {
     }
 
     #[test]
+    fn two_names_of_one_file_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        write(&dir.path().join(ONE), &["a", "b"]);
+        let map = format!(r#"{{"a": "{ONE}", "b": "{TWO}"}}"#);
+        let path = index(dir.path(), "model.safetensors.index.json", &map);
+        let expected = format!("the index names {ONE:?} and {TWO:?}, and they are one file");
+        for hard in [false, true] {
+            let two = dir.path().join(TWO);
+            match hard {
+                false => symlink(ONE, &two).unwrap(),
+                true => {
+                    std::fs::remove_file(&two).unwrap();
+                    std::fs::hard_link(dir.path().join(ONE), &two).unwrap();
+                }
+            }
+            let said = Checkpoint::open(&path).map(drop).unwrap_err().to_string();
+            assert!(said.contains(&expected), "{said}");
+        }
+        // Of one of them nothing is wanted.
+        let part = Checkpoint::open_part(&path, |name| name == "b").unwrap();
+        assert_eq!(part.files(), 1);
+    }
+
+    #[test]
     fn a_folder_with_one_file_stands_for_it() {
         let dir = tempfile::tempdir().unwrap();
         write(&dir.path().join("weights.safetensors"), &["a"]);

@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -23,6 +23,17 @@ impl Source {
         let file = regular::open(path)?;
         let size = file.metadata()?.len();
         Ok(Self::File(Arc::new(file), size))
+    }
+
+    /// What a file is known by, whatever its names: device and number.
+    pub fn identity(&self) -> io::Result<Option<(u64, u64)>> {
+        match self {
+            Self::File(file, _) => {
+                let found = file.metadata()?;
+                Ok(Some((found.dev(), found.ino())))
+            }
+            Self::Memory(_) => Ok(None),
+        }
     }
 
     /// Number of bytes.

@@ -13,6 +13,8 @@ const SLAB: usize = 8 << 20;
 const GAP: u64 = 4096;
 /// Bytes read ahead where elements lie so close.
 const AHEAD: u64 = 64 << 10;
+/// The most bytes that are read at once for runs that lie no further apart than [`GAP`] on average.
+const HELD: u64 = 64 << 20;
 /// A view may be larger than its file up to this many bytes.
 const VIEW: u64 = 64 << 20;
 /// The most dimensions of a tensor.
@@ -308,9 +310,18 @@ fn gather(
     };
     // A run of neighbours at once, anything else element by element.
     let run = if stride == 1 { n.min(CHUNK / size) } else { 1 };
+    let held = held(outer, (n, stride, run), size as u64);
     let mut index = vec![0; outer.len()];
     let (mut from, mut to) = (start, 0);
     loop {
+        if let Some(Held { dim, entries, span }) = held
+            && index.iter().skip(dim + 1).all(|&i| i == 0)
+            && index
+                .get(dim)
+                .is_none_or(|&i: &usize| i.is_multiple_of(entries))
+        {
+            window.hold(from, span)?;
+        }
         for first in (0..n).step_by(run) {
             let count = run.min(n - first);
             let position = from + (first * stride * size) as u64;
@@ -346,6 +357,52 @@ fn gather(
     }
 }
 
+/// A part of a view whose bytes are read at once: so many entries of a dimension, with all that is within them.
+struct Held {
+    dim: usize,
+    entries: usize,
+    /// Bytes from the first to the last of it.
+    span: u64,
+}
+
+/// The largest part of a view that lies close enough together, if there is one: its elements may be strewn in an order
+/// that would have each of them read by itself. The dimension after `outer` has `n` entries, in runs of `run`.
+fn held(
+    outer: &[(usize, usize, usize)],
+    (n, stride, run): (usize, usize, usize),
+    size: u64,
+) -> Option<Held> {
+    let mut found = None;
+    let mut span = (n as u64 - 1)
+        .saturating_mul(stride as u64)
+        .saturating_add(1);
+    span = span.saturating_mul(size);
+    let mut runs = n.div_ceil(run) as u64;
+    let is_close = |runs: u64, span| runs.saturating_mul(GAP) >= span;
+    if span <= HELD && is_close(runs, span) {
+        let (dim, entries) = (outer.len(), 1);
+        found = Some(Held { dim, entries, span });
+    }
+    for (dim, &(n, stride, _)) in outer.iter().enumerate().rev() {
+        if span > HELD {
+            break;
+        }
+        let step = (stride as u64).saturating_mul(size);
+        let more = (HELD - span).checked_div(step).unwrap_or(u64::MAX);
+        let entries = (n as u64).min(more.saturating_add(1));
+        span += (entries - 1) * step;
+        runs = runs.saturating_mul(entries);
+        if is_close(runs, span) {
+            let entries = entries as usize;
+            found = Some(Held { dim, entries, span });
+        }
+        if entries < n as u64 {
+            break;
+        }
+    }
+    found
+}
+
 /// The bytes of a source that were read last.
 struct Window<'a> {
     source: &'a Source,
@@ -356,6 +413,18 @@ struct Window<'a> {
 }
 
 impl Window<'_> {
+    /// Reads so many bytes, up to the end, unless they are there.
+    fn hold(&mut self, position: u64, len: u64) -> Result<()> {
+        let len = len.min(self.end - position);
+        let last = self.start + self.bytes.len() as u64;
+        if position < self.start || position + len > last {
+            self.bytes.resize(len as usize, 0);
+            self.start = position;
+            self.source.read_at(position, &mut self.bytes)?;
+        }
+        Ok(())
+    }
+
     fn bytes(&mut self, position: u64, len: usize) -> Result<&[u8]> {
         let last = self.start + self.bytes.len() as u64;
         let held = position >= self.start && position + len as u64 <= last;
@@ -455,6 +524,37 @@ mod tests {
                 assert!(found == expected, "{a} {b} {c} by {most}");
             }
         }
+    }
+
+    #[test]
+    fn strewn_elements_are_read_together() {
+        // No two neighbours of the view lie closer than a gap, and all of them lie among each other.
+        let storage: Vec<u8> = (0..2_000_000u32).map(|i| (i % 251) as u8).collect();
+        for (shape, strides) in [([190, 200], [5000, 5001]), ([200, 190], [5001, 5000])] {
+            let dims = (shape.to_vec(), strides.to_vec());
+            let tensor = Tensor::view(Dtype::U8, dims, 7, (0, 2_000_000)).unwrap();
+            let at = |i| 7 + i / shape[1] * strides[0] + i % shape[1] * strides[1];
+            let expected: Vec<u8> = (0..190 * 200).map(|i| storage[at(i)]).collect();
+            assert!(bytes(&tensor, &storage) == expected);
+        }
+        // All at once; as many entries as fit; repetitions with them; nothing that lies far apart.
+        let check = |outer: &[(usize, usize, usize)], inner, expected| {
+            let found = held(outer, inner, 1);
+            assert_eq!(
+                found.map(|held| (held.dim, held.entries, held.span)),
+                expected
+            );
+        };
+        let span = 4095 * 5001 + 2047 * 5000 + 1;
+        check(&[(4096, 5001, 1)], (2048, 5000, 1), Some((0, 4096, span)));
+        let inner = 2047 * 5000 + 1;
+        let entries = (HELD - inner) / 17_000 + 1;
+        let span = inner + (entries - 1) * 17_000;
+        let expected = Some((0, entries as usize, span));
+        check(&[(4096, 17_000, 1)], (2048, 5000, 1), expected);
+        check(&[(3, 0, 1)], (2, 9, 1), Some((0, 3, 10)));
+        check(&[(3, 1 << 30, 1)], (2, 9, 1), Some((0, 1, 10)));
+        check(&[], (2, 1 << 25, 1), None);
     }
 
     #[test]

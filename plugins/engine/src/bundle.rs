@@ -146,6 +146,72 @@ impl TokenizerConfig {
     }
 }
 
+/// The most tokens of an image, blocks of a network and channels of a block that a file may speak of: what it says is
+/// made before its weights are looked for.
+const TOKENS_MOST: usize = 1 << 16;
+const BLOCKS_MOST: usize = 1000;
+const WIDTH_MOST: usize = 1 << 16;
+/// The longest side of an image.
+const SIDE_MOST: usize = 8192;
+
+/// Tokens in maps of these sides; the largest number where they cannot be counted.
+fn tokens(scales: &[usize]) -> usize {
+    let areas = scales.iter().map(|&side| Sides::square(side).area());
+    areas.fold(0, usize::saturating_add)
+}
+
+impl Config {
+    /// Refuses shapes beyond those of any network.
+    fn check(&self) -> Result<(), String> {
+        let (shape, maps) = match &self.tokenizer {
+            TokenizerConfig::Vq(c) => (&c.autoencoder, 0),
+            TokenizerConfig::Msvq(c) => (&c.autoencoder, tokens(&c.scales)),
+        };
+        let image = shape.image_size;
+        let mut sizes = vec![
+            (
+                "/tokenizer/image_size",
+                image.height.max(image.width),
+                SIDE_MOST,
+                "pixels",
+            ),
+            ("/tokenizer/scales", maps, TOKENS_MOST, "tokens"),
+            (
+                "/tokenizer/res_blocks",
+                shape.res_blocks,
+                BLOCKS_MOST,
+                "blocks",
+            ),
+        ];
+        if let Some(network) = &self.network {
+            let (field, tokens) = match network {
+                NetworkConfig::Llamagen(c) => ("/network/side", c.map.area()),
+                NetworkConfig::Var(c) => ("/network/scales", tokens(&c.scales)),
+            };
+            let (depth, width) = network.size();
+            if let NetworkConfig::Llamagen(llamagen::Config {
+                condition: ConditionShape::Captions(captions),
+                ..
+            }) = network
+            {
+                let field = "/network/captions/positions";
+                sizes.push((field, captions.positions, TOKENS_MOST, "tokens"));
+            }
+            sizes.extend([
+                (field, tokens, TOKENS_MOST, "tokens"),
+                ("/network/depth", depth, BLOCKS_MOST, "blocks"),
+                ("/network/width", width, WIDTH_MOST, "channels"),
+            ]);
+        }
+        match sizes.iter().find(|(_, found, most, _)| found > most) {
+            None => Ok(()),
+            Some((field, found, most, what)) => {
+                Err(format!("{field}: {found} {what}, expected at most {most}"))
+            }
+        }
+    }
+}
+
 impl NetworkConfig {
     /// Shape of the token sequences.
     pub fn token_shape(&self) -> TokenShape {
@@ -281,6 +347,7 @@ impl<'p> Bundle<'p> {
                 format!("format {}, expected {FORMAT}", config.format),
             ));
         }
+        config.check().map_err(|e| Error::data(&path, e))?;
         Ok(Self { dir, config })
     }
 
@@ -441,4 +508,76 @@ pub fn write_config(
     let path = dir.join(CONFIG);
     let text = serde_json::to_string_pretty(&config).map_err(|e| Error::Internal(e.to_string()))?;
     std::fs::write(&path, text + "\n").map_err(Error::io(&path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shapes_beyond_any_network_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let tokenizer = TokenizerConfig::Msvq(msvq::Config::published(&[1, 2, 4]));
+        let var = var::Config::published("d16").unwrap();
+        let network = |change: &dyn Fn(&mut var::Config)| {
+            let mut own = var.clone();
+            change(&mut own);
+            NetworkConfig::Var(own)
+        };
+        let map = |height, width| {
+            NetworkConfig::Llamagen(llamagen::Config {
+                width: 64,
+                depth: 1,
+                heads: 1,
+                vocabulary: 16,
+                codebook_dim: 4,
+                map: Sides { height, width },
+                condition: ConditionShape::Classes(2),
+            })
+        };
+        let check = |tokenizer: &TokenizerConfig, network: &NetworkConfig, expected: &str| {
+            write_config(dir.path(), tokenizer, Some(network), (&[], &[])).unwrap();
+            match Bundle::open(dir.path()) {
+                Ok(_) => assert_eq!(expected, ""),
+                Err(e) => {
+                    let said = e.to_string();
+                    let whole = format!("config.json: {expected}");
+                    assert!(!expected.is_empty() && said.contains(&whole), "{said}");
+                }
+            }
+        };
+        check(&tokenizer, &network(&|_| {}), "");
+        check(&tokenizer, &map(256, 256), "");
+        for (wrong, expected) in [
+            (
+                map(1_000_000, 1_000_000),
+                "/network/side: 1000000000000 tokens, expected at most 65536",
+            ),
+            (
+                network(&|c| c.scales = vec![1, 100_000]),
+                "/network/scales: 10000000001 tokens, expected at most 65536",
+            ),
+            (
+                network(&|c| c.depth = 1_000_000_000),
+                "/network/depth: 1000000000 blocks, expected at most 1000",
+            ),
+            (
+                network(&|c| c.width = usize::MAX),
+                "/network/width: 18446744073709551615 channels, expected at most 65536",
+            ),
+        ] {
+            check(&tokenizer, &wrong, expected);
+        }
+        let mut shape = msvq::Config::published(&[1, 2, 4]);
+        shape.scales = vec![usize::MAX; 3];
+        let expected = "/tokenizer/scales: 18446744073709551615 tokens, expected at most 65536";
+        check(
+            &TokenizerConfig::Msvq(shape.clone()),
+            &network(&|_| {}),
+            expected,
+        );
+        shape.autoencoder.image_size = Sides::square(10_000);
+        let expected = "/tokenizer/image_size: 10000 pixels, expected at most 8192";
+        check(&TokenizerConfig::Msvq(shape), &network(&|_| {}), expected);
+    }
 }

@@ -4,6 +4,7 @@ use retort_engine::Result;
 use retort_engine::backend::{self, FlowSolver, Layers, Norms, Sampling, Tensors, Unary};
 use retort_engine::model::{ConditionShape, Conditions, Student, llamagen};
 use retort_engine::random::noise;
+use retort_engine::size::Sides;
 use retort_engine::tape::{Variable, backward};
 use retort_engine::weights::{Loader, Source};
 use retort_libtorch::{Libtorch, ProductPrecision};
@@ -19,7 +20,7 @@ fn config() -> llamagen::Config {
         heads: 4,
         vocabulary: 100,
         codebook_dim: 8,
-        side: 6,
+        map: Sides::square(6),
         condition: ConditionShape::Classes(10),
     }
 }
@@ -33,7 +34,7 @@ fn student(precision: ProductPrecision) -> Result<(Vec<f32>, Vec<Vec<f32>>)> {
     let (backend, c) = (on(precision), config());
     let build = |loader: &mut Loader<'_, Libtorch>| llamagen::GptStudent::load(loader, &c);
     let weights = drawn(&on(ProductPrecision::Full), build)?;
-    let (l, d) = (c.side * c.side, c.codebook_dim);
+    let (l, d) = (c.map.area(), c.codebook_dim);
     let eps: Vec<f32> = (0..BATCH as u64).flat_map(|i| noise(5, i, l, d)).collect();
     let eps = backend.floats(&eps, &[BATCH, l, d])?;
     let labels = Conditions::Classes(backend.indices(&[1, 2, 3, 4], &[BATCH])?);

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Subcommand, ValueEnum};
 use retort_checkpoint::published::{self, ArtifactNetwork, Kind};
 
+use crate::artifact::file_name;
 use crate::artifact::{self, Layout};
 use crate::cli::{Context, Error, Exit, FormatArgs, output};
 use crate::draft::{self, Draft};
@@ -284,7 +285,8 @@ fn export(args: &ExportArgs, context: &Context) -> Result<(), Error> {
     };
     let output = match &args.output {
         Some(output) => output.clone(),
-        None => PathBuf::from(format!("{name}.pth")),
+        // A stage of an imported run may have any name.
+        None => PathBuf::from(format!("{}.pth", file_name(name))),
     };
     if !args.force && output.symlink_metadata().is_ok() {
         let message = format!("{} is there already", output.display());

@@ -53,7 +53,7 @@ pub struct ExecutionArgs {
     #[arg(long)]
     pub keep_going: bool,
     /// How long a stage may take to reach its next checkpoint after Ctrl-C before a kill.
-    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = crate::duration::parse)]
     pub grace: Duration,
     /// Print the result of the run as one JSON document.
     #[arg(long)]

@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::artifact::Layout;
+use crate::artifact::{Layout, is_hash};
 use crate::cli::{Context, Error, FormatArgs, output};
-use crate::store::{self, Access, Garbage, Store};
+use crate::store::{Access, Garbage, Store};
 use crate::table::{Cell, Rows, bytes};
 
 /// Arguments of `gc`.
@@ -84,7 +84,7 @@ fn leftovers(store: &Store, garbage: &Garbage) -> Vec<Leftover> {
         found.push(("draft", name.into_owned(), path));
     }
     for (what, name, path) in entries(&dir.join("artifacts"), "artifact") {
-        if !garbage.needed.contains(&name) && !store::is_import_scratch(&name) {
+        if !garbage.needed.contains(&name) {
             found.push((what, name, path));
         }
     }
@@ -109,10 +109,11 @@ fn leftovers(store: &Store, garbage: &Garbage) -> Vec<Leftover> {
 
 fn entries(dir: &Path, what: &'static str) -> Vec<(&'static str, String, PathBuf)> {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    // What has another name was not made here.
     entries
-        .map(|entry| {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            (what, name, entry.path())
+        .filter_map(|entry| {
+            let name = entry.file_name().into_string().ok()?;
+            is_hash(&name).then(|| (what, name, entry.path()))
         })
         .collect()
 }

@@ -17,7 +17,7 @@ pub struct Args {
     #[arg(value_name = "SQL", conflicts_with = "sql")]
     pub statement: Option<String>,
     /// How long the next row may take; a statement that takes longer is ended.
-    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = crate::duration::parse)]
     pub timeout: Duration,
     /// Output format.
     #[command(flatten)]

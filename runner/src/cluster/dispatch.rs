@@ -7,6 +7,7 @@
 //! Deliberately absent: what an end means for the stage (the executor's), and how Slurm's programs are called.
 
 use std::collections::BTreeSet;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,7 +19,7 @@ use tokio::time::Instant;
 
 use crate::cluster::dispatch::slot::{Phase, Slot, StopLevel};
 use crate::cluster::slurm::{Layout, NewJob, Slurm, SlurmError};
-use crate::cluster::spool::{self, JobSpec, Reader};
+use crate::cluster::spool::{self, JobSpec, Reader, SpoolError};
 use crate::frame::{Task, ToWorker};
 use crate::settings::Profile;
 use crate::store::{AttemptId, ElementUpdate, JobKey, Store, StoreError, Usage};
@@ -268,9 +269,17 @@ impl DispatchLoop {
             let id = match open.job {
                 Some(id) => Some(id),
                 // It ended between submitting it and writing its id down.
-                None => self.to.slurm.find(&open.name).await.ok().flatten(),
+                None => found(&self.to.slurm, &open.name)
+                    .await
+                    .map_err(|error| unknown(&dir, error))?,
             };
-            let order = spool::read_order(&dir).ok();
+            let order = match spool::read_order(&dir) {
+                Ok(order) => Some(order),
+                Err(SpoolError::Damaged { .. }) => None,
+                Err(SpoolError::Io { source, .. }) if source.kind() == ErrorKind::NotFound => None,
+                // A job whose order cannot be read now may be at work.
+                Err(error) => return Err(unknown(&dir, error)),
+            };
             let (Some(id), Some(order)) = (id, order) else {
                 match id {
                     Some(id) => {
@@ -804,9 +813,28 @@ async fn submit(slurm: &Slurm, job: &NewJob<'_>) -> Result<(u64, String), SlurmE
     if matches!(
         taken,
         Err(SlurmError::Silent { .. } | SlurmError::Full { .. })
-    ) && let Ok(Some(id)) = slurm.find(job.name).await
+    ) && let Ok(Some(id)) = found(slurm, job.name).await
     {
         return Ok((id, String::new()));
     }
     taken
+}
+
+/// The job of a name, if there is one. Asked again for a while where Slurm does not answer: a job that it has and nobody
+/// knows would work beside the next one.
+async fn found(slurm: &Slurm, name: &str) -> Result<Option<u64>, SlurmError> {
+    const TRIES: usize = 15;
+    for _ in 1..TRIES {
+        if let Ok(found) = slurm.find(name).await {
+            return Ok(found);
+        }
+        tokio::time::sleep(RETRY.0).await;
+    }
+    slurm.find(name).await
+}
+
+/// That a job left by another runner cannot be taken up, nor be given up.
+fn unknown(dir: &Path, error: impl std::error::Error) -> StoreError {
+    let message = format!("what became of the job of this spool is not known now: {error}");
+    StoreError::refused(dir, std::io::Error::other(message))
 }

@@ -1,6 +1,6 @@
 //! The stages of a run in progress: which is ready, reused or blocked, and which gets a worker next.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -372,18 +372,18 @@ impl<'p> Scheduler<'p> {
 
     /// Whether a stage needs, perhaps through others, what an earlier one makes.
     fn leads_to(&self, earlier: usize, later: usize) -> bool {
-        let name = &self.entries[earlier].stage.name;
-        self.entries[later]
-            .stage
-            .references
-            .iter()
-            .any(|reference| {
-                let between = self.entries[..later]
-                    .iter()
-                    .position(|entry| entry.stage.name == reference.stage);
-                reference.stage == *name
-                    || between.is_some_and(|between| self.leads_to(earlier, between))
-            })
+        let (mut seen, mut open) = (HashSet::new(), vec![later]);
+        while let Some(index) = open.pop() {
+            for reference in &self.entries[index].stage.references {
+                let named = |entry: &StageEntry<'_>| entry.stage.name == reference.stage;
+                match self.entries[..index].iter().position(named) {
+                    Some(found) if found == earlier => return true,
+                    Some(found) if seen.insert(found) => open.push(found),
+                    _ => {}
+                }
+            }
+        }
+        false
     }
 
     /// Takes note of what came of a stage.

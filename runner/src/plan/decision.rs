@@ -431,14 +431,21 @@ fn option_differences(old: &Value, new: &Value, path: &str, lines: &mut Vec<Stri
             if old != UNKNOWN && new != UNKNOWN {
                 lines.push(format!(
                     "{noun} `{path}` has changed ({} -> {})",
-                    &old[..old.len().min(8)],
-                    &new[..new.len().min(8)]
+                    start_of(&old),
+                    start_of(&new)
                 ));
             }
             return;
         }
     }
     lines.push(format!("`{path}`: {} -> {}", short(old), short(new)));
+}
+
+/// The first characters of a hash; the history's may be any text.
+fn start_of(hash: &str) -> &str {
+    hash.char_indices()
+        .nth(8)
+        .map_or(hash, |(end, _)| &hash[..end])
 }
 
 /// A shortened value.
@@ -663,5 +670,13 @@ stages:
                 "plugin fake: its file has changed (rebuilt)",
             ]
         );
+    }
+
+    /// Those of an imported run may be anything.
+    #[test]
+    fn hashes_of_other_letters_are_cut_between_them() {
+        assert_eq!(start_of("0123456789"), "01234567");
+        assert_eq!(start_of("€€€"), "€€€");
+        assert_eq!(start_of("€€€€€€€€€"), "€€€€€€€€");
     }
 }

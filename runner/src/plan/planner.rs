@@ -17,6 +17,7 @@ use serde_json::Value;
 
 use super::{Build, Descriptions, Origin, PlannedStage, Threads};
 use crate::diagnostic::Finding;
+use crate::duration;
 use crate::recipe::{Recipe, RecipeSource, ValueSource};
 use crate::schema;
 use crate::yaml::{EntryPart, escape};
@@ -218,10 +219,10 @@ fn timeout(draft: &UnresolvedStage<'_>) -> Result<Option<Duration>, Finding> {
     let Some(written) = draft.stage.timeout.as_deref() else {
         return Ok(None);
     };
-    let why = match humantime::parse_duration(written) {
+    let why = match duration::parse(written) {
         Ok(timeout) if !timeout.is_zero() => return Ok(Some(timeout)),
         Ok(_) => "it is zero".to_owned(),
-        Err(error) => error.to_string(),
+        Err(why) => why,
     };
     let name = &draft.stage.name;
     let message = format!("stage `{name}`: `timeout` cannot be `{written}`: {why}");

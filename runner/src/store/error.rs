@@ -329,7 +329,7 @@ impl StoreError {
     }
 
     /// The meaning of a file system error for `path`, in the store's directory.
-    pub(super) fn refused(path: &std::path::Path, source: std::io::Error) -> Self {
+    pub(crate) fn refused(path: &std::path::Path, source: std::io::Error) -> Self {
         use std::io::ErrorKind::{
             PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull,
         };

@@ -174,8 +174,11 @@ impl Store {
             .flatten()
             .flatten();
         let old = entries.filter(|entry| {
-            entry.file_name().as_encoded_bytes().starts_with(b".import")
-                && entry.file_type().is_ok_and(|kind| kind.is_dir())
+            let name = entry.file_name();
+            let drawn = name.as_encoded_bytes().strip_prefix(b".import");
+            drawn.is_some_and(|drawn| {
+                drawn.len() == 6 && drawn.iter().all(u8::is_ascii_alphanumeric)
+            }) && entry.file_type().is_ok_and(|kind| kind.is_dir())
         });
         found.extend(old.map(|entry| entry.path()));
         found

@@ -65,7 +65,12 @@ impl Store {
         loop {
             clock.renew();
             let Some(row) = rows.try_next().await.map_err(ended)? else {
-                break;
+                drop(rows);
+                // A connection that has broken down gives no more rows either.
+                sqlx::Connection::ping(&mut *connection)
+                    .await
+                    .map_err(ended)?;
+                return Ok(());
             };
             let values = (0..heads.len()).map(|place| answer_value(&row, place));
             if take(QueryPiece::Row(values.collect::<Result<_, _>>()?)).is_break() {

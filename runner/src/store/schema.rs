@@ -349,7 +349,13 @@ pub(super) fn check_has_no_artifacts(dir: &Path) -> Result<(), StoreError> {
 }
 
 fn artifacts(dir: &Path) -> usize {
-    std::fs::read_dir(dir.join("artifacts")).map_or(0, |entries| entries.count())
+    let entries = std::fs::read_dir(dir.join("artifacts"))
+        .into_iter()
+        .flatten();
+    let names = entries.flatten().map(|entry| entry.file_name());
+    names
+        .filter(|name| name.to_str().is_some_and(artifact::is_hash))
+        .count()
 }
 
 /// That the history which told of the artifacts in the directory is not there.

@@ -14,11 +14,6 @@ pub(super) const IMPORT: &str = ".retort-import-";
 /// Begins the names of those of exports.
 pub(super) const EXPORT: &str = ".retort-export-";
 
-/// Whether a name beside artifacts is that of an import that is, or was, under way.
-pub fn is_import_scratch(name: &str) -> bool {
-    name.starts_with(IMPORT)
-}
-
 /// A directory of this process, for its owner alone; removed, with everything in it, when dropped.
 #[derive(Debug)]
 pub(super) struct ScratchDir {

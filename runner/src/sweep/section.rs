@@ -1,6 +1,7 @@
 //! What a recipe's `sweep:` says.
 
 use serde_json::{Value, json};
+use std::collections::HashSet;
 
 use super::{Asha, Goal, Objective, Parameter, Sample, Sweep, Values};
 use crate::diagnostic::Finding;
@@ -76,10 +77,10 @@ fn values_of(
     typed: &dyn Fn(&str, &Value) -> String,
 ) -> Result<Values, String> {
     let choice = |items: &[Value], pointer: &str| {
-        let mut texts: Vec<String> = Vec::new();
+        let (mut texts, mut seen) = (Vec::new(), HashSet::new());
         for (index, item) in items.iter().enumerate() {
             let text = typed(&format!("{pointer}/{index}"), item);
-            if texts.contains(&text) {
+            if !seen.insert(text.clone()) {
                 return Err(format!("the value `{text}` is there twice"));
             }
             texts.push(text);

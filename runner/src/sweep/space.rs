@@ -6,6 +6,7 @@
 
 use super::draw::{between, plain};
 use super::{MAX_POINTS, Parameter, Sample, Sweep, Values, draw};
+use std::collections::HashSet;
 
 /// Why there are no points.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -59,10 +60,9 @@ impl Values {
         if let Some(empty) = items.iter().position(String::is_empty) {
             return Err(format!("value {} is empty", empty + 1));
         }
-        for (place, item) in items.iter().enumerate() {
-            if items[..place].contains(item) {
-                return Err(format!("the value `{item}` is there twice"));
-            }
+        let mut seen = HashSet::new();
+        if let Some(item) = items.iter().find(|item| !seen.insert(item.as_str())) {
+            return Err(format!("the value `{item}` is there twice"));
         }
         Ok(Self::Choice(items))
     }

@@ -13,6 +13,7 @@ use super::reply::{Content, Problem, Reply};
 use super::request::PageRequest;
 use super::{ServedStore, Site};
 use crate::artifact;
+use crate::artifact::is_hash;
 use crate::store::ArtifactFile;
 
 /// Bytes that are sent at a time.
@@ -66,11 +67,7 @@ pub async fn find<'s>(
     site: &'s Site,
     hash: &str,
 ) -> Result<(&'s ServedStore, Vec<ArtifactFile>), Problem> {
-    let is_hash = hash.len() == 64
-        && hash
-            .bytes()
-            .all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte));
-    if is_hash {
+    if is_hash(hash) {
         for served in &site.stores {
             if let Some(files) = served.store.artifact_files(hash).await?
                 && served.layout.artifact(hash).is_dir()

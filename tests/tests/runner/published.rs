@@ -7,6 +7,7 @@ use retort_tests::golden::{TOLERANCE, procedural_weights};
 use retort_tests::torch::Archive;
 use serde_json::Value;
 
+use crate::imports::change;
 use crate::lab::Lab;
 
 /// A family and how its files are published.
@@ -288,6 +289,17 @@ stages:
     export(&["latest/teacher", "-o", "t.pth", "--force"]).expect(0);
     export(&["latest/nothing", "-o", "n.pth"]).expect(4);
     assert!(!dir.join("n.pth").exists());
+
+    // Without -o the stage gives the name, and somebody else may have named it.
+    change(
+        &lab.store_dir().join("history.db"),
+        "update stages set name = '../deeper/outside' where name = 'teacher'",
+    );
+    export(&["latest/../deeper/outside"]).expect(0);
+    let entries = std::fs::read_dir(dir).unwrap().flatten();
+    let mut names = entries.map(|entry| entry.file_name().into_string().unwrap());
+    assert!(names.any(|name| name.contains("outside") && name.ends_with(".pth")));
+    assert!(!dir.parent().unwrap().join("deeper").exists());
 }
 
 #[test]

@@ -107,6 +107,34 @@ fn long_chains_of_params() {
         .saying(&["a path is like `seed`"]);
 }
 
+/// Lists of a sweep's values, references to nothing, times without end.
+#[test]
+fn long_lists_and_long_times() {
+    let values: Vec<String> = (0..99_000).map(|i| i.to_string()).collect();
+    let values = values.join(", ");
+    let head = "version: 1\nbackend: faulty\n";
+    judge(
+        format!(
+            "{head}sweep: {{parameters: {{a.amount: [{values}]}}}}\nstages:\n  a: {{kind: do}}\n"
+        ),
+        &[],
+    )
+    .expect(0);
+    for time in ["300000000000y", "11y"] {
+        judge(
+            format!("{head}stages:\n  a: {{kind: do, timeout: {time}}}\n"),
+            &[],
+        )
+        .expect(3)
+        .saying(&["longer than ten years"]);
+    }
+    judge(
+        format!("{head}stages:\n  a: {{kind: do}}\n"),
+        &["--set", "a.timeout=9y"],
+    )
+    .expect(0);
+}
+
 #[test]
 fn deep_and_large_recipes() {
     let with = |params: String| format!("{HEAD}params: {params}\n{STAGES}");

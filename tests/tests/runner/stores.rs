@@ -304,6 +304,44 @@ fn a_disk_that_is_full_for_a_while_loses_no_result() {
     assert_eq!(lab.outcomes(&[]), ["a reused", "b reused"]);
 }
 
+/// What somebody else has put into a store stays there.
+#[test]
+fn only_what_retort_made_is_removed() {
+    let lab = Lab::new(&["a: {kind: do, text: hello}"]);
+    lab.run(&[]).expect(0);
+    let store = lab.store_dir();
+    let others = [
+        "artifacts/mine.txt",
+        "artifacts/lost+found/x",
+        "work/mine/x",
+        ".imports/notes",
+        ".important/x",
+    ];
+    for other in others {
+        let path = store.join(other);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, "mine").unwrap();
+    }
+    lab.retort(&["runs", "rm", "latest"]).expect(0);
+    let said = lab.retort(&["gc", "--remove"]).expect(0);
+    assert!(said.stdout.contains("artifact"), "{}", said.stdout);
+    for other in others {
+        assert!(store.join(other).exists(), "{other} is gone");
+    }
+    // The artifact of the run went.
+    assert_eq!(
+        std::fs::read_dir(store.join("artifacts")).unwrap().count(),
+        2
+    );
+    // A folder of somebody else is no artifact without a history.
+    for file in std::fs::read_dir(&store).unwrap().flatten() {
+        if file.file_name().to_string_lossy().starts_with("history.db") {
+            std::fs::remove_file(file.path()).unwrap();
+        }
+    }
+    lab.run(&[]).expect(0);
+}
+
 #[test]
 fn a_history_that_is_gone_is_not_made_anew_beside_artifacts() {
     let lab = Lab::new(&["a: {kind: do, text: a}", "b: {kind: do, text: b, input: a}"]);

@@ -1,5 +1,6 @@
 //! Images in NumPy's files: an archive of images and labels, or an array of each.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use super::class;
@@ -31,6 +32,12 @@ const LABELS: [&str; 9] = [
     "target",
     "arr_1",
 ];
+
+/// The most images with labels: the labels of all are in memory.
+const MOST_LABELS: usize = 1 << 26;
+
+/// Values that are unpacked at a time, before they become what is kept of them.
+const PIECE: usize = 1 << 16;
 
 /// Images in a file, read from the first to the last.
 pub struct Arrays {
@@ -96,15 +103,14 @@ impl Arrays {
                 .read_bytes(area * self.channels)
                 .map_err(fault)?,
             Some(white) => {
-                let values = self.stream.read(area * self.channels).map_err(fault)?;
-                let byte = |value: &f64| match *value {
+                let done = self.done;
+                let byte = |value: f64| match value {
                     x if (0.0..=white).contains(&x) => Ok((x / white * 255.0).round() as u8),
-                    x => Err(fault(format!(
-                        "image {}: expected values from 0 to {white}, found {x}",
-                        self.done
-                    ))),
+                    x => Err(format!(
+                        "image {done}: expected values from 0 to {white}, found {x}"
+                    )),
                 };
-                values.iter().map(byte).collect::<Result<_, _>>()?
+                pieces(&mut self.stream, area * self.channels, byte).map_err(fault)?
             }
         };
         self.done += 1;
@@ -196,6 +202,21 @@ fn white_value(options: &DataOptions, path: &Path, kind: &str) -> Result<Option<
     }
 }
 
+/// What the next `count` elements become. Eight bytes and more of each are held for a piece of them alone.
+fn pieces<T>(
+    stream: &mut Stream,
+    count: usize,
+    mut each: impl FnMut(f64) -> Result<T, String>,
+) -> Result<Vec<T>, String> {
+    let mut out = Vec::new();
+    while out.len() < count {
+        for value in stream.read(PIECE.min(count - out.len()))? {
+            out.push(each(value)?);
+        }
+    }
+    Ok(out)
+}
+
 /// The class of each of `count` images.
 fn read_labels(stream: &mut Stream, path: &Path, count: usize) -> Result<Vec<u32>, DataError> {
     let fault = |message: String| DataError::content(path, message);
@@ -205,21 +226,25 @@ fn read_labels(stream: &mut Stream, path: &Path, count: usize) -> Result<Vec<u32
             "labels of shape {shape:?} for {count} images"
         )));
     }
-    let values = stream.read(count).map_err(fault)?;
-    let whole = |(index, value): (usize, &f64)| match *value {
-        x if x >= 0.0 && x.fract() == 0.0 && x <= f64::from(u32::MAX) => Ok(x as u32),
-        x => Err(fault(format!(
+    if count > MOST_LABELS {
+        return Err(fault(format!(
+            "labels of {count} images, expected at most {MOST_LABELS}"
+        )));
+    }
+    let (mut index, mut found) = (0, BTreeSet::new());
+    let whole = |value: f64| match value {
+        x if x >= 0.0 && x.fract() == 0.0 && x <= f64::from(u32::MAX) => {
+            index += 1;
+            if found.insert(x as u32) {
+                class::within(found.len())?;
+            }
+            Ok(x as u32)
+        }
+        x => Err(format!(
             "label {x} of image {index}: expected a class (an integer from 0)"
-        ))),
+        )),
     };
-    let labels: Vec<u32> = values
-        .iter()
-        .enumerate()
-        .map(whole)
-        .collect::<Result<_, _>>()?;
-    let mut found = labels.clone();
-    found.sort_unstable();
-    found.dedup();
+    let labels = pieces(stream, count, whole).map_err(fault)?;
     class::contiguous(path, found.into_iter().map(u64::from))?;
     Ok(labels)
 }

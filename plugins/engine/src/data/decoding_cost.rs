@@ -150,7 +150,8 @@ fn pieces(content: &[u8]) -> Option<(u64, u64)> {
     // Where the directory is named, how its entries are counted, and the size of an entry and of its numbers.
     let (first, counted, entry, word) = if large { (8, 8, 20, 8) } else { (4, 2, 12, 4) };
     let at = tiff.number(first, word)?;
-    let (mut most, mut bytes) = (0, 0_u64);
+    // Of all entries together: they may share what they count.
+    let (mut most, mut listed, mut bytes) = (0, 0_u64, 0_u64);
     for number in 0..tiff.number(at, counted)?.min(1 << 16) {
         let at = at.checked_add(counted + number * entry)?;
         let (tag, kind) = (tiff.number(at, 2)?, tiff.number(at + 2, 2)?);
@@ -159,8 +160,12 @@ fn pieces(content: &[u8]) -> Option<(u64, u64)> {
             continue;
         }
         most = most.max(count);
-        if !COUNTS.contains(&tag) || count > MOST_PIECES {
+        if !COUNTS.contains(&tag) {
             continue;
+        }
+        listed = listed.saturating_add(count);
+        if listed > MOST_PIECES || bytes > content.len() as u64 {
+            return Some((most.max(listed), bytes));
         }
         let size = match kind {
             3 => 2,
@@ -352,6 +357,22 @@ mod tests {
         let said = raster::header(&tiff(70_000, 8, false)).unwrap_err();
         assert!(said.contains("70000 strips"), "{said}");
         assert_eq!(raster::header(&tiff(4, 8, true)).unwrap().height, 4);
+        // A directory of entries that share one list.
+        let entry = |value: u32| {
+            let start = [279_u16.to_le_bytes(), 4_u16.to_le_bytes()].concat();
+            [
+                start,
+                30_000_u32.to_le_bytes().to_vec(),
+                value.to_le_bytes().to_vec(),
+            ]
+            .concat()
+        };
+        let list = 8 + 2 + 65_535 * 12;
+        let mut shared = [&b"II\x2a\0"[..], &[8, 0, 0, 0, 255, 255]].concat();
+        (0..65_535).for_each(|_| shared.extend(entry(list)));
+        shared.extend([0; 4 * 30_000]);
+        assert_eq!(pieces(&shared), Some((90_000, 0)));
+        assert!(check_pieces(&shared).unwrap_err().contains("90000 strips"));
         for length in 0..200 {
             let _ = pieces(&tiff(4, 8, false)[..length.min(150)]);
         }

@@ -78,6 +78,17 @@ fn a_record_without_end_is_not_held() {
 
 /// A PNG of some bits and kind of colour, with a chunk before its pixels, which are missing.
 fn png(side: u32, bits: u8, colour: u8, kind: &[u8; 4], data: &[u8]) -> Vec<u8> {
+    png_of((side, side), bits, colour, kind, data)
+}
+
+/// The same of a width and a height.
+fn png_of(
+    (width, height): (u32, u32),
+    bits: u8,
+    colour: u8,
+    kind: &[u8; 4],
+    data: &[u8],
+) -> Vec<u8> {
     let chunk = |kind: &[u8; 4], data: &[u8]| {
         let mut sum = flate2::Crc::new();
         sum.update(kind);
@@ -85,8 +96,8 @@ fn png(side: u32, bits: u8, colour: u8, kind: &[u8; 4], data: &[u8]) -> Vec<u8> 
         let length = (data.len() as u32).to_be_bytes();
         [&length[..], kind, data, &sum.sum().to_be_bytes()].concat()
     };
-    let side = side.to_be_bytes();
-    let head = [&side[..], &side, &[bits, colour, 0, 0, 0]].concat();
+    let (width, height) = (width.to_be_bytes(), height.to_be_bytes());
+    let head = [&width[..], &height, &[bits, colour, 0, 0, 0]].concat();
     let parts = [
         chunk(b"IHDR", &head),
         chunk(kind, data),
@@ -121,4 +132,18 @@ fn an_image_that_does_not_fit_in_memory_is_not_decoded() {
         claim(16, 6).unwrap_err(),
         "an image of 8000 x 8000 pixels that takes 671 MiB to decode: no more than 480 are used"
     );
+}
+
+#[test]
+fn an_image_like_a_thread_is_not_decoded() {
+    let claim = |sides| raster::header(&png_of(sides, 8, 0, b"tIME", &[0; 7]));
+    assert_eq!(claim((1, 65_536)).unwrap().height, 65_536);
+    for (width, height) in [(1, 67_108_864), (1, 65_537), (65_537, 1)] {
+        assert_eq!(
+            claim((width, height)).unwrap_err(),
+            format!(
+                "an image of {width} x {height} pixels: sides of more than 65536 are not decoded"
+            )
+        );
+    }
 }

@@ -46,6 +46,9 @@ pub struct Header {
 /// The most pixels that an image may have: 8192 x 8192, more than any camera that training data comes from.
 pub const MOST_PIXELS: u64 = 1 << 26;
 
+/// The longest side that an image may have: what is made of one may be as large as its longer side squared.
+const LONGEST_SIDE: u32 = 1 << 16;
+
 /// The most memory that an image may take: its file, its pixels as they are stored, and as they are used.
 const MOST_MEMORY: u64 = 480 << 20;
 
@@ -99,6 +102,12 @@ pub(super) fn decoder(content: &[u8]) -> Result<impl ImageDecoder + '_, String> 
     if u64::from(width) * u64::from(height) > MOST_PIXELS {
         let message = format!(
             "an image of {width} x {height} pixels: more than {MOST_PIXELS} are not decoded"
+        );
+        return Err(message);
+    }
+    if width.max(height) > LONGEST_SIDE {
+        let message = format!(
+            "an image of {width} x {height} pixels: sides of more than {LONGEST_SIDE} are not decoded"
         );
         return Err(message);
     }

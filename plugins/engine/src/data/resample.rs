@@ -7,7 +7,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::raster::Raster;
+use super::raster::{MOST_PIXELS, Raster};
 
 /// How values between pixels are found.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -183,20 +183,21 @@ fn both_ways<const C: usize>(
 }
 
 /// Brings an image to (height, width); `background` (as many values as it has channels) fills what it does not cover.
+/// An image that would first become larger than images may be is refused.
 pub fn fit(
     image: Raster,
     size: (usize, usize),
     fit: Fit,
     filter: Filter,
     background: &[u8],
-) -> Raster {
+) -> Result<Raster, String> {
     let (height, width) = size;
     if (image.height, image.width) == size {
-        return image;
+        return Ok(image);
     }
     let (h, w) = (image.height as f64, image.width as f64);
     let wanted = width as f64 / height as f64;
-    match fit {
+    Ok(match fit {
         Fit::Stretch => resample(&image, [0.0, 0.0, w, h], size, filter),
         Fit::Cover => {
             let (inner_w, inner_h) = match w / h {
@@ -252,16 +253,19 @@ pub fn fit(
             let scale = side as f64 / image.height.min(image.width) as f64;
             let scaled = |old: usize| ((old as f64 * scale).round_ties_even() as usize).max(side);
             let all = [0.0, 0.0, image.width as f64, image.height as f64];
-            let near = resample(
-                &image,
-                all,
-                (scaled(image.height), scaled(image.width)),
-                Filter::Bicubic,
-            );
+            let whole = (scaled(image.height), scaled(image.width));
+            if (whole.0 as u64).saturating_mul(whole.1 as u64) > MOST_PIXELS {
+                return Err(format!(
+                    "an image of {h} x {w} pixels that `fit: adm` makes {} x {} for its shorter side to be {side}: \
+                     expected at most {MOST_PIXELS} pixels",
+                    whole.0, whole.1
+                ));
+            }
+            let near = resample(&image, all, whole, Filter::Bicubic);
             let corner = ((near.height - side) / 2, (near.width - side) / 2);
             crop(&near, corner, size)
         }
-    }
+    })
 }
 
 /// The part of an image of a size whose first row and column are given.
@@ -284,5 +288,27 @@ pub fn crop(
             .flat_map(|row| &row[left * c..][..width * c])
             .copied()
             .collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_is_not_made_a_sheet() {
+        let thread = |height| Raster {
+            height,
+            width: 1,
+            channels: 1,
+            pixels: vec![7; height],
+        };
+        let adm = |height, side| fit(thread(height), (side, side), Fit::Adm, Filter::Box, &[0]);
+        assert_eq!(adm(300, 8).unwrap().pixels, [7; 64]);
+        assert_eq!(
+            adm(65_536, 512).unwrap_err(),
+            "an image of 65536 x 1 pixels that `fit: adm` makes 33554432 x 512 for its shorter side to be 512: \
+             expected at most 67108864 pixels"
+        );
     }
 }

@@ -79,7 +79,7 @@ struct Shape {
 }
 
 impl Shape {
-    fn apply(&self, image: Raster) -> Raster {
+    fn apply(&self, image: Raster) -> Result<Raster, String> {
         let image = image.with_channels(self.channels);
         let grey = [luma(self.background)];
         let background = if self.channels == 1 {
@@ -410,6 +410,9 @@ impl Source {
         keep: &mut dyn FnMut(Image<'_>) -> crate::Result<()>,
     ) -> crate::Result<Vec<Damaged>> {
         let shape = self.shape;
+        let fault = |index: usize, message: String| {
+            DataError::content(&self.path, format!("image {index}: {message}"))
+        };
         match &mut self.body {
             Body::Values(values) => {
                 let area = values.height * values.width;
@@ -428,8 +431,9 @@ impl Source {
                         channels: 1,
                         pixels: pixels.to_vec(),
                     };
+                    let image = shape.apply(image).map_err(|e| fault(index, e))?;
                     keep(Image {
-                        pixels: &shape.apply(image).pixels,
+                        pixels: &image.pixels,
                         label: *label,
                         name: &format!("row {index}"),
                         caption: None,
@@ -442,8 +446,10 @@ impl Source {
                     if index.is_multiple_of(256) && !progress(index as u64) {
                         return Err(DataError::Cancelled.into());
                     }
+                    let image = shape.apply(arrays.read()?);
+                    let image = image.map_err(|e| fault(index, e))?;
                     keep(Image {
-                        pixels: &shape.apply(arrays.read()?).pixels,
+                        pixels: &image.pixels,
                         label: arrays.labels.get(index).copied().unwrap_or(0),
                         name: &format!("image {index}"),
                         caption: None,
@@ -476,7 +482,7 @@ impl Source {
                 .map(|item| {
                     let content = archives.content(item, LONGEST_FILE)?;
                     let image = raster::decode(&content, self.shape.background)?;
-                    Ok(self.shape.apply(image))
+                    self.shape.apply(image)
                 })
                 .collect();
             for (item, image) in part.iter().zip(decoded) {

@@ -366,6 +366,34 @@ fn numpy_arrays_are_read() {
 }
 
 #[test]
+fn arrays_of_more_than_a_piece_are_read_and_labels_without_end_are_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let write = |name: &str, shape: &[usize], data: &[u8]| {
+        let file = [crate::numpy::header("|b1", shape), data.to_vec()].concat();
+        std::fs::write(dir.join(name), file).unwrap();
+    };
+    let arrays = |images: &str| DataOptions {
+        arrays: Some(images.into()),
+        labels: Some("labels.npy".into()),
+        ..DataOptions::default()
+    };
+    let values: Vec<u8> = (0..300 * 300).map(|i| u8::from(i % 7 == 0)).collect();
+    write("wide.npy", &[1, 300, 300], &values);
+    write("labels.npy", &[1], &[0]);
+    let found = pixels(&read(&arrays("wide.npy"), dir).unwrap());
+    let expected = values.iter().map(|&value| f32::from(value) * 2.0 - 1.0);
+    assert!(found.iter().copied().eq(expected));
+    // As many as the header says, of which nothing is there.
+    write("many.npy", &[200_000_000, 1, 1], &[]);
+    write("labels.npy", &[200_000_000, 1, 1], &[]);
+    assert_eq!(
+        read(&arrays("many.npy"), dir).unwrap_err(),
+        "labels.npy: labels of 200000000 images, expected at most 67108864"
+    );
+}
+
+#[test]
 fn the_class_stands_first_last_or_under_its_name() {
     let labelled = |label: &str| DataOptions {
         label: Some(label.into()),

@@ -16,11 +16,11 @@
 //! the network's weights and the preparation beside them.
 
 mod comparison;
+mod feature_memory;
 pub mod figure;
 pub mod measure;
 mod pairs;
 pub mod reference;
-mod room;
 mod source;
 
 use std::collections::BTreeMap;
@@ -327,7 +327,8 @@ impl<'o, B: Backend> Inputs<'o, B> {
     fn open(context: &Context<'_, B>, o: &'o Options) -> Result<Self> {
         let data = match &o.data {
             Some(data) => {
-                let images = context.images_unless(data, |count| room::check_real(o, count))?;
+                let images =
+                    context.images_unless(data, |count| feature_memory::check_real(o, count))?;
                 Some(Arc::new(images))
             }
             None => None,
@@ -446,7 +447,7 @@ impl<'o, B: Backend> Inputs<'o, B> {
             network: &self.network,
             batch: o.batch,
             splits: o.splits,
-            keep: room::keeps(o) && real.count() > 0,
+            keep: feature_memory::keeps(o) && real.count() > 0,
             done: 0,
             total: (images * preparations.len()) as u64,
         };
@@ -459,7 +460,7 @@ impl<'o, B: Backend> Inputs<'o, B> {
             };
             let most = sets.iter().map(|(_, set)| set.len()).max();
             let most = most.unwrap_or(0).max(reconstructed);
-            room::check(o, self.network.dim(), real.count(), most)?;
+            feature_memory::check(o, self.network.dim(), real.count(), most)?;
         }
         let lpips = lpips_distances(context, o, sets)?;
         let mut rows = Vec::new();

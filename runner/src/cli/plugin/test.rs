@@ -33,10 +33,10 @@ pub struct Args {
     #[arg(long = "set", value_name = "PATH=VALUE", requires = "recipe")]
     pub set: Vec<String>,
     /// How long a stage may take to stop when it is asked to.
-    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = crate::duration::parse)]
     pub grace: Duration,
     /// How long a stage may run.
-    #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = crate::duration::parse)]
     pub limit: Duration,
     /// Also compare whole networks with results of the published code: `tests/golden` of the repository.
     /// Takes seconds on a fast backend.

@@ -69,6 +69,14 @@ impl DispatchLoop {
                 let damaged = matches!(error, SpoolError::Damaged { .. });
                 slot.why = error.to_string();
                 if damaged {
+                    // Nobody hears it any more; whatever comes after it must not meet it at work.
+                    let at = slot.job.and_then(|(key, element)| {
+                        let job = self.jobs.iter().find(|job| job.key == key)?;
+                        Some((job.id, job.layout.element(element)))
+                    });
+                    if let Some((job, element)) = at {
+                        let _ = self.to.slurm.cancel(job, &[element], false).await;
+                    }
                     slot.end(ClusterEnd {
                         reason: "spool damaged".into(),
                         message: error.to_string(),

@@ -8,6 +8,9 @@ use crate::plan::Reference;
 use crate::schema;
 use crate::yaml::{EntryPart, escape};
 
+/// Faults of the references of a stage that are reported.
+const MOST_FAULTS: usize = 100;
+
 impl Planner<'_> {
     /// Reports references to missing stages and to stages of a wrong kind.
     pub(super) fn check_references(&mut self, drafts: &[UnresolvedStage<'_>]) {
@@ -24,7 +27,12 @@ impl Planner<'_> {
             }
         }
         for draft in drafts {
+            let before = self.findings.len();
             for reference in &draft.references {
+                // Nobody reads more of one stage.
+                if self.findings.len() - before >= MOST_FAULTS {
+                    break;
+                }
                 let at = format!("{}{}", draft.pointer, reference.pointer);
                 // A `${...}` that could not be replaced.
                 if self.findings.iter().any(|finding| finding.pointer == at) {

@@ -15,6 +15,7 @@ use sqlx::{AssertSqlSafe, Row, TypeInfo, ValueRef};
 use super::brief;
 use crate::artifact;
 use crate::artifact::ArtifactFile;
+use crate::artifact::is_hash;
 use crate::store::record::is_run_id;
 use crate::store::sweep::is_sweep_id;
 use crate::store::{StoreError, block};
@@ -291,13 +292,6 @@ fn is_meta(text: &str) -> bool {
 
 fn is_source(text: &str) -> bool {
     matches!(text, "plugin" | "stdout" | "stderr" | "runner")
-}
-
-fn is_hash(text: &str) -> bool {
-    text.len() == 64
-        && text
-            .bytes()
-            .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 fn is_name(text: &str) -> bool {

@@ -86,7 +86,8 @@ fn sizes_are_those_of_pillow_within_a_level() {
     };
     for case in resized.cases {
         let [h, w] = case.size;
-        let found = resample::fit(source.clone(), (h, w), case.fit, case.filter, &[255; 3]);
+        let found =
+            resample::fit(source.clone(), (h, w), case.fit, case.filter, &[255; 3]).unwrap();
         let far = found
             .pixels
             .iter()

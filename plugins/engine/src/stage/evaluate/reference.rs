@@ -40,6 +40,8 @@ const MOMENTS: [Names; 2] = [["mu", "sigma"], ["m", "s"]];
 const SPATIAL: Names = ["mu_s", "sigma_s"];
 /// Name of the images in a NumPy archive, as ADM's reference files have it.
 const IMAGES: &str = "arr_0";
+/// The longest side of an image there.
+const SIDE_MOST: usize = 8192;
 /// Name of the 32 bytes that are the hash of the network's weights.
 const NETWORK: &str = "retort_network";
 /// Name of the preparation, by its place in [`PREPARATIONS`].
@@ -233,7 +235,14 @@ fn images(path: &Path) -> Result<Option<ImageShape>> {
     }
     let rows = archive.stream(IMAGES)?;
     match (rows.kind(), rows.shape()) {
-        ("u1", &[n, h, w, 3]) if n * h * w > 0 => Ok(Some((n, [3, h, w]))),
+        ("u1", &[_, h, w, 3]) if h.max(w) > SIDE_MOST => {
+            let message =
+                format!("{IMAGES} has images of {h} x {w}, expected sides of at most {SIDE_MOST}");
+            Err(Error::data(path, message))
+        }
+        ("u1", &[n, h, w, 3]) if n.checked_mul(h * w).is_some_and(|all| all > 0) => {
+            Ok(Some((n, [3, h, w])))
+        }
         (kind, shape) => {
             let message = format!("{IMAGES} is {kind} {shape:?}, expected images: u1 (n, h, w, 3)");
             Err(Error::data(path, message))
@@ -335,6 +344,20 @@ mod tests {
         archive(&path, &[3, 2, 2], &bytes[..12]);
         let said = images(&path).unwrap_err().to_string();
         assert!(said.contains("expected images: u1 (n, h, w, 3)"), "{said}");
+    }
+
+    #[test]
+    fn images_of_an_archive_have_sides_as_images_do() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("reference.npz");
+        let bytes = vec![0; 8193 * 3];
+        archive(&path, &[1, 1, 8192, 3], &bytes[..8192 * 3]);
+        assert_eq!(images(&path).unwrap(), Some((1, [3, 1, 8192])));
+        archive(&path, &[1, 1, 8193, 3], &bytes);
+        let said = images(&path).unwrap_err().to_string();
+        let expected =
+            "reference.npz: arr_0 has images of 1 x 8193, expected sides of at most 8192";
+        assert!(said.contains(expected), "{said}");
     }
 
     /// Options that a file beside others has to go with.
