@@ -70,7 +70,6 @@ pub fn repair_of(message: &str) -> Option<&'static str> {
     if is_of_disk(message) {
         return Some(DISK);
     }
-    let is_hash = |text: &str| text.bytes().all(|byte| byte.is_ascii_hexdigit());
     let mut places = message.match_indices("artifacts/");
     places
         .any(|(place, found)| {

@@ -46,6 +46,22 @@ pub struct Description {
 }
 
 impl Description {
+    /// That of a source's images, none of which has been written.
+    pub(super) fn of(source: &Source) -> Self {
+        Self {
+            format: 1,
+            count: 0,
+            channels: source.channels,
+            height: source.height,
+            width: source.width,
+            white: source.white,
+            classes: source.names.clone(),
+            shard: 0,
+            damaged: 0,
+            sizing: source.sizing,
+        }
+    }
+
     /// Header of a file of so many images.
     fn header(&self, count: usize) -> Vec<u8> {
         numpy::header("|u1", &[count, self.height, self.width, self.channels])
@@ -71,19 +87,7 @@ pub fn write(
     dir: &Path,
     progress: &mut dyn FnMut(u64) -> bool,
 ) -> Result<(Description, Vec<Damaged>)> {
-    let description = Description {
-        format: 1,
-        count: 0,
-        channels: source.channels,
-        height: source.height,
-        width: source.width,
-        white: source.white,
-        classes: source.names.clone(),
-        shard: 0,
-        damaged: 0,
-        sizing: source.sizing,
-    };
-    let mut writer = Writer::new(dir, description)?;
+    let mut writer = Writer::new(dir, Description::of(&source))?;
     let damaged = source.read(progress, &mut |image| writer.push(&image))?;
     Ok((writer.finish(&damaged)?, damaged))
 }

@@ -100,19 +100,7 @@ fn prepared_images_are_those_that_were_prepared() {
     let source = Source::open(&options, dir.path()).unwrap();
     let out = dir.path().join("out");
     std::fs::create_dir(&out).unwrap();
-    let description = prepared::Description {
-        format: 1,
-        count: 0,
-        channels: source.channels,
-        height: source.height,
-        width: source.width,
-        white: source.white,
-        classes: source.names.clone(),
-        shard: 0,
-        damaged: 0,
-        sizing: source.sizing,
-    };
-    let mut writer = prepared::Writer::new(&out, description).unwrap();
+    let mut writer = prepared::Writer::new(&out, prepared::Description::of(&source)).unwrap();
     source
         .read(&mut |_| true, &mut |image| writer.push(&image))
         .unwrap();
