@@ -1,7 +1,7 @@
 //! The runner, through its real binary: runs, reuse, faults, interruptions, stores in trouble, checkpoint files.
 //!
-//! The stages come from a plugin in C (`fixtures/faulty.c`) that does as its options say; in `training`, `ablations`, `dividing`
-//! and `measuring`, from candle.
+//! The stages come from a plugin in C (`fixtures/faulty.c`) that does as its options say; in `training`, `ablations`,
+//! `dividing` and `measuring`, from candle.
 
 #[path = "runner/abi.rs"]
 mod abi;
@@ -13,6 +13,8 @@ mod authoring;
 mod captions;
 #[path = "runner/checkpoints.rs"]
 mod checkpoints;
+#[path = "runner/cluster.rs"]
+mod cluster;
 #[path = "runner/dividing.rs"]
 mod dividing;
 #[path = "runner/exports.rs"]

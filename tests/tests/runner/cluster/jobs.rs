@@ -9,7 +9,7 @@ use retort::store::{AttemptState, RunState};
 use serde_json::Value;
 
 use crate::lab::{Lab, compile, signal_process, wait_for};
-use crate::site::Site;
+use super::site::Site;
 
 const KILL: i32 = 9;
 

@@ -4,8 +4,5 @@
 mod imagined;
 #[path = "cluster/jobs.rs"]
 mod jobs;
-#[path = "runner/lab.rs"]
-#[allow(dead_code)]
-mod lab;
 #[path = "cluster/site.rs"]
 mod site;
