@@ -31,6 +31,7 @@ import torchvision
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -127,12 +128,12 @@ def all_features(state):
     return look
 
 
-def fidelity_network(state):
+def fidelity_network(state, dims="2048"):
     """torch-fidelity's network, which prepares images as TensorFlow 1 does: features and logits of uint8 images."""
     with tempfile.NamedTemporaryFile(suffix=".pth") as file:
         torch.save(state, file.name)
         return fidelity.FeatureExtractorInceptionV3(
-            "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=file.name
+            "inception", [dims, "logits_unbiased"], feature_extractor_weights_path=file.name
         )
 
 
@@ -256,19 +257,81 @@ stages:
     depth: 2
     heads: 2
     train: {{steps: 60, batch: 32}}
-  samples:
+  pairs:
+    kind: trajectories
+    teacher: teacher
+    count: 64
+  student:
+    kind: distill
+    teacher: teacher
+    trajectories: pairs
+    timesteps: [0]
+    train: {{steps: 20, batch: 32}}
+  made:
     kind: sample
-    sampler: {{kind: teacher, teacher: teacher}}
+    seed: 5
+    sampler: {{kind: flow, teacher: teacher}}
     count: {count}
+    resize: 32
+  student-made:
+    kind: sample
+    seed: 5
+    sampler: {{kind: student, student: student, timesteps: [0]}}
+    count: {count}
+    resize: 32
   evaluation:
     kind: evaluate
     data: ${{params.data}}
-    inception: "{weights}"
+    inception: inception.pth
     dims: 64
     save_statistics: true
-    samples: {{made: samples}}
+    samples: {{made: made, student: student-made}}
+    kernel: {{}}
+    lpips: {{vgg: vgg.pth, linear: linear.pth, beside: made}}
+  reference:
+    kind: evaluate
+    statistics: reference.npz
+    inception: inception.pth
+    dims: 64
+    samples: {{made: made}}
+  tensorflow:
+    kind: evaluate
+    data: ${{params.data}}
+    inception: inception.pth
+    dims: 64
+    preparation: [pytorch, tensorflow]
+    samples: {{made: made}}
 """
 COUNT = 90
+
+
+def run(retort, folder, state, rows):
+    """Runs the recipe: the reports by stage, the sets of samples (n, 1, 32, 32), uint8, and the saved statistics."""
+    # The last lines must leave no class without an image.
+    (folder / "some.csv").write_text("\n".join(rows) + "\n")
+    # The published file holds counters beside the weights.
+    norms = [name.removesuffix("running_mean") for name in state if name.endswith("running_mean")]
+    counters = {f"{name}num_batches_tracked": torch.tensor(0) for name in norms}
+    torch.save(state | counters, folder / "inception.pth")
+    torch.save(tensors(vgg_specs()), folder / "vgg.pth")
+    torch.save(tensors(linear_specs()), folder / "linear.pth")
+    (folder / "recipe.yaml").write_text(RECIPE.format(data="some.csv", count=COUNT))
+    store = ["--store", str(folder / "store")]
+    subprocess.run([retort, "run", "recipe.yaml", *store], cwd=folder, check=True, stdout=sys.stderr)
+    shown = subprocess.run(
+        [retort, "query", "--json", *store, "select stage, output from v_stages"],
+        cwd=folder, check=True, capture_output=True, text=True,
+    )
+    paths = {row["stage"]: folder / "store/artifacts" / row["output"] for row in json.loads(shown.stdout)}
+    reports = {
+        stage: json.loads((paths[stage] / "evaluation.json").read_text())["sets"]
+        for stage in ["evaluation", "reference", "tensorflow"]
+    }
+    made = {}
+    for name, stage in [("made", "made"), ("student", "student-made")]:
+        shards = json.loads((paths[stage] / "manifest.json").read_text())["shards"]
+        made[name] = np.concatenate([load_file(paths[stage] / shard["file"])["images"] for shard in shards])
+    return reports, made, np.load(paths["evaluation"] / "statistics.npz")
 
 
 def check(retort):
@@ -277,69 +340,91 @@ def check(retort):
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         rows = (ROOT / "recipes/data/digits.csv").read_text().splitlines()[:COUNT]
-        # The last lines must leave no class without an image.
-        (folder / "some.csv").write_text("\n".join(rows) + "\n")
-        # The published file holds counters beside the weights.
-        norms = [name.removesuffix("running_mean") for name in state if name.endswith("running_mean")]
-        counters = {f"{name}num_batches_tracked": torch.tensor(0) for name in norms}
-        torch.save(state | counters, folder / "inception.pth")
-        (folder / "recipe.yaml").write_text(
-            RECIPE.format(data="some.csv", count=COUNT, weights="inception.pth")
-        )
-        store = ["--store", str(folder / "store")]
-        subprocess.run([retort, "run", "recipe.yaml", *store], cwd=folder, check=True, stdout=sys.stderr)
-        listed = subprocess.run(
-            [retort, "artifacts", "list", "latest", "--json", *store],
-            cwd=folder, check=True, capture_output=True, text=True,
-        )
-        paths = {a["kind"]: pathlib.Path(a["path"]) for a in json.loads(listed.stdout)}
-        shards = json.loads((paths["samples"] / "manifest.json").read_text())["shards"]
-        made = [load_file(paths["samples"] / shard["file"])["images"] for shard in shards]
-        made = np.concatenate(made).astype(np.float32) / 255
         real = np.array([row.split(",")[:64] for row in rows], np.float32).reshape(-1, 1, 8, 8) / 16
-        found = json.loads((paths["evaluation"] / "evaluation.json").read_text())["sets"]["made"]
-        saved = np.load(paths["evaluation"] / "statistics.npz")
-
-        look, figures = all_features(state), {}
-        for name, images in [("real", real), ("made", made)]:
+        real = quantised(real)
+        # As ADM's reference files hold images: channels last.
+        np.savez(folder / "reference.npz", arr_0=real.repeat(3, 1).transpose(0, 2, 3, 1))
+        reports, sets, saved = run(retort, folder, state, rows)
+        sets = {"real": real, **sets}
+        look, fidelity_look, figures = all_features(state), fidelity_network(state, "64"), {}
+        for name, images in sets.items():
             files = folder / name
             files.mkdir()
-            for i, image in enumerate(quantised(images)):
+            for i, image in enumerate(images):
                 Image.fromarray(image[0]).save(files / f"{i:06}.png")
             paths = sorted(files.glob("*.png"))
             network = inception(state, 64)
             figures[name] = fid.calculate_activation_statistics(paths, network, 30, 64, "cpu", 0)
-            x = torch.from_numpy(quantised(images)).float().expand(-1, 3, -1, -1) / 255
-            figures[f"{name} all"] = look(x)
+            colour = torch.from_numpy(images).expand(-1, 3, -1, -1)
+            figures[f"{name} all"] = look(colour.float() / 255)
+            with torch.no_grad():
+                figures[f"{name} tensorflow"] = [x.numpy() for x in fidelity_look(colour)]
         fc = state["fc.weight"]
-        score = isc_features_to_metric(torch.from_numpy(figures["made all"]["2048"]) @ fc.T, splits=SPLITS, shuffle=False)
-        spatial = [
-            (np.mean(f, 0), np.cov(f, rowvar=False))
-            for f in (figures[f"{name} all"]["spatial"].astype(np.float64) for name in ["real", "made"])
+
+        def moments(features):
+            return np.mean(features, 0), np.cov(features, rowvar=False)
+
+        def score(logits):
+            found = isc_features_to_metric(logits, splits=SPLITS, shuffle=False)
+            return {
+                "inception_score": found["inception_score_mean"],
+                "inception_score_deviation": found["inception_score_std"],
+            }
+
+        def compared(name):
+            """What the stage `evaluation` reports of a set."""
+            of_set = torch.from_numpy(figures[f"{name} all"]["64"])
+            of_real = torch.from_numpy(figures["real all"]["64"])
+            spatial = [moments(figures[f"{which} all"]["spatial"].astype(np.float64)) for which in ["real", name]]
+            both = prc_features_to_metric(
+                of_set, of_real, prc_neighborhood=NEIGHBOURS, prc_batch_size=10000, save_cpu_ram=False, verbose=False
+            )
+            # One subset, of all: what is drawn at random is its order alone.
+            kernel = kid_features_to_metric(of_set, of_real, kid_subsets=1, kid_subset_size=COUNT, verbose=False)
+            return {
+                "frechet_distance": fid.calculate_frechet_distance(*figures["real"], *figures[name]),
+                "spatial_frechet_distance": frechet_by_eigenvectors(*spatial),
+                **score(torch.from_numpy(figures[f"{name} all"]["2048"]) @ fc.T),
+                "precision": both["precision"],
+                "recall": both["recall"],
+                "kernel_distance": kernel["kernel_inception_distance_mean"],
+            }
+
+        look = perceptual(tensors(vgg_specs()), tensors(linear_specs()))
+        pair = [torch.from_numpy(sets[name]).expand(-1, 3, -1, -1).float() / 127.5 - 1 for name in ["made", "student"]]
+        with torch.no_grad():
+            lpips_mean = look(*pair).mean().item()
+        of_tensorflow = {name: figures[f"{name} tensorflow"] for name in ["real", "made"]}
+        distance = frechet_by_eigenvectors(*(moments(f[0].astype(np.float64)) for f in of_tensorflow.values()))
+        expected = [
+            ("evaluation", "made", compared("made")),
+            ("evaluation", "student", compared("student") | {"lpips": lpips_mean}),
+            # The images of a reference file are the same ones.
+            ("reference", "made", compared("made")),
+            ("tensorflow", "made (pytorch)", compared("made")),
+            (
+                "tensorflow",
+                "made (tensorflow)",
+                {"frechet_distance": distance, **score(torch.from_numpy(of_tensorflow["made"][1]))},
+            ),
         ]
-        both = prc_features_to_metric(
-            torch.from_numpy(figures["made all"]["64"]), torch.from_numpy(figures["real all"]["64"]),
-            prc_neighborhood=NEIGHBOURS, prc_batch_size=10000, save_cpu_ram=False, verbose=False,
-        )
-        expected = {
-            "frechet_distance": fid.calculate_frechet_distance(*figures["real"], *figures["made"]),
-            "spatial_frechet_distance": frechet_by_eigenvectors(*spatial),
-            "inception_score": score["inception_score_mean"],
-            "inception_score_deviation": score["inception_score_std"],
-            "precision": both["precision"],
-            "recall": both["recall"],
-        }
-        rows = [(name, found[name], value) for name, value in expected.items()]
-        rows += [
+        found = [
+            (f"{stage}, {name}: {key}", reports[stage][name][key], value)
+            for stage, name, values in expected
+            for key, value in values.items()
+            if key in reports[stage][name]
+        ]
+        spatial = moments(figures["real all"]["spatial"].astype(np.float64))
+        found += [
             ("statistics, mu", np.abs(saved["mu"]).max(), np.abs(figures["real"][0]).max()),
             ("statistics, sigma", np.trace(saved["sigma"]), np.trace(figures["real"][1])),
-            ("statistics, sigma_s", np.trace(saved["sigma_s"]), np.trace(spatial[0][1])),
+            ("statistics, sigma_s", np.trace(saved["sigma_s"]), np.trace(spatial[1])),
         ]
         worst = 0
-        for name, ours, theirs in rows:
+        for name, ours, theirs in found:
             error = abs(ours - theirs) / max(abs(theirs), 1e-12)
             worst = max(worst, error)
-            print(f"{name:<28} retort {ours:<22.12g} packages {theirs:<22.12g} relative difference {error:.1e}")
+            print(f"{name:<56} retort {ours:<20.12g} packages {theirs:<20.12g} relative difference {error:.1e}")
         sys.exit(int(worst > 1e-3))
 
 
