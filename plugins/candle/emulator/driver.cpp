@@ -290,6 +290,7 @@ int cuCtxGetCurrent(void** context) { return *context = (void*)1, SUCCESS; }
 int cuCtxSynchronize() { return SUCCESS; }
 int cuDeviceGetDefaultMemPool(void** pool, int) { return *pool = (void*)1, SUCCESS; }
 int cuMemPoolSetAttribute(void*, int, void*) { return SUCCESS; }
+int cuMemPoolGetAttribute(void*, int, void* value) { return *(uint64_t*)value = in_use, SUCCESS; }
 int cuStreamCreate(void** stream, unsigned) { return *stream = (void*)1, SUCCESS; }
 int cuStreamDestroy_v2(void*) { return SUCCESS; }
 int cuStreamSynchronize(void*) { return capturing ? UNSUPPORTED_IN_CAPTURE : SUCCESS; }

@@ -129,6 +129,42 @@ fn opened(index: usize) -> candle_core::Result<Device> {
     Ok(device)
 }
 
+/// Bytes that the device has left, with those that its pool keeps for the next tensor.
+pub(crate) fn free_memory(device: &Device) -> Option<u64> {
+    let Device::Cuda(cuda) = device else {
+        return None;
+    };
+    let context = cuda.cuda_stream().context().clone();
+    context.bind_to_thread().ok()?;
+    let (mut free, mut all) = (0, 0);
+    let mut pool = std::ptr::null_mut();
+    // Without a pool, or where it says nothing, it keeps nothing.
+    let (mut held, mut used) = (0u64, 0u64);
+    // SAFETY: the device is open and its context current; the outputs are variables of this function, of the types that
+    // these attributes have.
+    unsafe {
+        if sys::cuMemGetInfo_v2(&mut free, &mut all) != sys::CUresult::CUDA_SUCCESS {
+            return None;
+        }
+        if sys::cuDeviceGetDefaultMemPool(&mut pool, context.cu_device())
+            == sys::CUresult::CUDA_SUCCESS
+        {
+            let mut ask = |attribute, value: &mut u64| {
+                let _ = sys::cuMemPoolGetAttribute(pool, attribute, (&raw mut *value).cast());
+            };
+            ask(
+                CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT,
+                &mut held,
+            );
+            ask(
+                CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT,
+                &mut used,
+            );
+        }
+    }
+    Some((free as u64).saturating_add(held.saturating_sub(used)))
+}
+
 /// What recipes call `candle` on `device: cuda`.
 pub(crate) fn plugin() -> EnginePlugin<Cuda> {
     EnginePlugin {

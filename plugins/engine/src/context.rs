@@ -74,11 +74,6 @@ impl<'a, B: Backend> Context<'a, B> {
         data::load(data, dir, &place, accept)
     }
 
-    /// Whether tensors lie in the host's memory.
-    pub fn on_host(&self) -> bool {
-        self.job.device.starts_with("cpu")
-    }
-
     /// Directory that survives attempts.
     pub fn work_dir(&self) -> Result<&'a Path> {
         let missing = || Error::Internal("the host gave no work directory".into());

@@ -1,22 +1,30 @@
 //! Whether work fits into the memory that this process may still take, asked before any of it is taken: the allocator
 //! has but one answer, and it ends the process.
 //!
-//! Of the host's memory alone: a GPU says itself when its own does not suffice. What work needs is a lower bound: what passes here may still not fit. What there is: the machine's free memory, the
-//! limits of the process's control groups and of its address space. Where none is known, everything fits.
+//! What work needs is a lower bound: what passes here may still not fit. What the host has: the machine's free memory, the
+//! limits of the process's control groups and of its address space. A GPU's backend knows what its own memory has left
+//! ([`Tensors::free_memory`]). Where nothing is known, everything fits.
 
 use std::path::{Path, PathBuf};
 
+use crate::backend::Tensors;
 use crate::error::{Error, Result};
 
-/// Refuses a batch of which samples take at least so many bytes each, at an option's place.
-pub fn check_batch(pointer: &str, batch: usize, each: Option<u64>) -> Result<()> {
-    match free() {
+/// Refuses a batch of which samples take at least `each` bytes if it does not fit into those that are free, at an option's
+/// place.
+pub fn check_batch(
+    pointer: &str,
+    batch: usize,
+    each: Option<u64>,
+    free: Option<u64>,
+) -> Result<()> {
+    match free {
         Some(free) => fits(pointer, batch, each, free),
         None => Ok(()),
     }
 }
 
-/// Refuses `what` if it needs more bytes than are free, at an option's place; `advice` says what to do instead.
+/// Refuses `what` if it needs more bytes than the host has, at an option's place; `advice` says what to do instead.
 pub fn check(pointer: &str, what: &str, needed: Option<u64>, advice: &str) -> Result<()> {
     match free() {
         Some(free) => has_room(pointer, what, needed, (advice, free)),
@@ -98,6 +106,11 @@ pub fn gigabytes(bytes: u64) -> String {
         0..100_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
         _ => format!("{:.1} GB", bytes as f64 / 1e9),
     }
+}
+
+/// Bytes that tensors of a backend may still take: of its device, or of the host.
+pub fn free_for<B: Tensors>(backend: &B) -> Option<u64> {
+    backend.free_memory().or_else(free)
 }
 
 /// Bytes that this process may still take; none where nothing limits it that is known.

@@ -7,7 +7,7 @@ use retort_engine::backend::{
 use retort_engine::error::{Error, Result};
 use tch::{Kind, Reduction};
 
-use crate::{Libtorch, ProductPrecision, Tensor, aten, choice, failed, flow, host};
+use crate::{Libtorch, ProductPrecision, Tensor, aten, choice, cuda, failed, flow, host};
 
 pub(crate) type T = Tensor;
 pub(crate) type Raw = tch::Tensor;
@@ -82,6 +82,14 @@ impl Tensors for Libtorch {
             precision: ProductPrecision::Full,
             ..*self
         }
+    }
+
+    /// All that the device has: what others hold of it, and what libtorch keeps for later, is not known.
+    fn free_memory(&self) -> Option<u64> {
+        let tch::Device::Cuda(index) = self.device else {
+            return None;
+        };
+        Some(cuda::devices().ok()?.get(index)?.memory)
     }
 
     fn floats(&self, data: &[f32], shape: &[usize]) -> Result<T> {

@@ -18,7 +18,7 @@ use crate::cuda::product::{operands, product};
 use crate::cuda::structures::{Adamw, Places, Steps};
 use crate::cuda::sums::{full, sum};
 use crate::cuda::tensor::{Raw, Tensor, copy, dense_last, device, fresh, pointer, to_host, whole};
-use crate::cuda::{Cuda, attention, convolution, flow, graph};
+use crate::cuda::{Cuda, attention, convolution, flow, free_memory, graph};
 use crate::failed;
 
 type T = Tensor;
@@ -48,6 +48,10 @@ impl Tensors for Cuda {
             half: false,
             ..self.clone()
         }
+    }
+
+    fn free_memory(&self) -> Option<u64> {
+        free_memory(&self.device)
     }
 
     fn floats(&self, data: &[f32], shape: &[usize]) -> Result<T> {

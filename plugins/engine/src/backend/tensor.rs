@@ -73,6 +73,12 @@ pub trait Tensors: Sized + Send + Sync + 'static {
     /// The same device, with products in f32: for what is measured and must not depend on a recipe's `dtype`.
     fn exact(&self) -> Self;
 
+    /// Bytes that tensors can still take on this device, or more, where it has a memory of its own. None where tensors lie
+    /// in the host's memory, or where nothing is known.
+    fn free_memory(&self) -> Option<u64> {
+        None
+    }
+
     /// Copies floats to the device.
     fn floats(&self, data: &[f32], shape: &[usize]) -> Result<Self::Tensor>;
 
@@ -83,7 +89,8 @@ pub trait Tensors: Sized + Send + Sync + 'static {
     fn full(&self, shape: &[usize], value: f32) -> Result<Self::Tensor>;
 
     /// The same numbers in the type in which products are computed: for weights and caches that only products
-    /// ([`Layers::linear`](crate::backend::Layers::linear), [`Attention::attention`](crate::backend::Attention::attention)) read.
+    /// ([`Layers::linear`](crate::backend::Layers::linear), [`Attention::attention`](crate::backend::Attention::attention))
+    /// read.
     fn factor(x: &Self::Tensor) -> Result<Self::Tensor> {
         Ok(x.clone())
     }

@@ -1,5 +1,5 @@
-//! The minimum host memory of a batch's sample, from the shapes of networks: checked before a batch is begun,
-//! because a failed allocation ends the process ([`crate::memory`]).
+//! The minimum memory of a batch's sample, from the shapes of networks: checked before a batch is begun, because a failed
+//! allocation ends the process, or the stage after hours ([`crate::memory`]).
 //!
 //! Lower bounds: what surely exists at one time. What passes may still not fit.
 
@@ -82,7 +82,7 @@ pub fn training(network: &NetworkConfig, logits: bool, recompute: bool) -> Optio
     blocks.checked_add(logits)
 }
 
-/// Refuses a batch that does not fit into the host's memory, where that is what it is computed in.
+/// Refuses a batch that does not fit into the memory that it is computed in: the device's, or the host's.
 ///
 /// # Errors
 /// At the option `pointer`.
@@ -92,10 +92,7 @@ pub fn check<B: Backend>(
     batch: usize,
     each: Option<u64>,
 ) -> Result<()> {
-    match context.on_host() {
-        true => memory::check_batch(pointer, batch, each),
-        false => Ok(()),
-    }
+    memory::check_batch(pointer, batch, each, memory::free_for(context.backend))
 }
 
 #[cfg(test)]

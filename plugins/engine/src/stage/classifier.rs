@@ -73,7 +73,12 @@ pub fn train<B: Backend>(
         features,
         classes: images.classes,
     };
-    memory::check_batch("/train/batch", options.batch, memory::floats(&config.image))?;
+    memory::check_batch(
+        "/train/batch",
+        options.batch,
+        memory::floats(&config.image),
+        memory::free_for(backend),
+    )?;
     let (train, held) = images.split(held_out, seed);
     let mut loader = Loader::new(backend, Source::Init(seed), true, "new classifier");
     let net = Net::load(&mut loader, &config)?;

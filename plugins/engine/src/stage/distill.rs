@@ -354,8 +354,9 @@ impl<B: Backend> Networks<B> {
             &format!("training needs {}", needed.describe()),
         );
         // The weights are there already.
-        let free = memory::free().map(|free| free.saturating_add(4 * parameters as u64));
-        if let (true, Some(free)) = (context.on_host(), free)
+        let free = memory::free_for(backend);
+        let free = free.map(|free| free.saturating_add(4 * parameters as u64));
+        if let Some(free) = free
             && let Some(message) = needed.refusal(o, free)
         {
             return Err(Error::option("/train/batch", message));
