@@ -1,5 +1,5 @@
-//! Compiles what tch lacks (`src/aten.cpp`, `src/collective.cpp`) and notes where libtorch lies, so that the plugin finds it at run time
-//! without LD_LIBRARY_PATH.
+//! Compiles what tch lacks (`src/aten.cpp`, `src/collective.cpp`) and notes where libtorch lies, so that the plugin finds
+//! it at run time without LD_LIBRARY_PATH.
 
 use std::path::{Path, PathBuf};
 

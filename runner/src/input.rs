@@ -3,8 +3,9 @@
 //! In: a path and whether it is a file or a folder. Out: a [`FileSnapshot`]: a hash of the content, as of an artifact, and
 //! every file's metadata, by which a later check tells whether anything was written. Links are followed.
 //! Names that begin with a dot, and leftovers of file managers ([`is_hidden`]), are not data: they are ignored, and
-//! no loader reads them; nor is, in a folder of images, what is neither an image nor a list of them. What has been hashed is remembered ([`Folder`]) and not read again while the file system says
-//! that it is as it was. Deliberately absent: where that is remembered (the store), and what files mean.
+//! no loader reads them; nor is, in a folder of images, what is neither an image nor a list of them. What has been hashed
+//! is remembered ([`Folder`]) and not read again while the file system says that it is as it was. Deliberately absent:
+//! where that is remembered (the store), and what files mean.
 
 #[cfg(test)]
 mod tests;

@@ -1,4 +1,5 @@
-//! Times of the phases of distillation on candle: `cargo bench -p retort-tests --bench speed [-- PART OF A LINE [COLUMN,COLUMN..]]`.
+//! Times of the phases of distillation on candle: `cargo bench -p retort-tests --bench speed [-- PART OF A LINE
+//! [COLUMN,COLUMN..]]`.
 //!
 //! The libtorch plugin's bench of the same name has candle, libtorch and PyTorch side by side.
 

@@ -1,11 +1,12 @@
 //! The perceptual term of a training loss: how far images are apart by a metric. A student's:
 //!
 //! ```text
-//! term = mean over the batch of metric(decode(sequence), decode(tokens))        metric: pixels, a classifier's features, or LPIPS
+//! term = mean over the batch of metric(decode(sequence), decode(tokens))
+//! metric: pixels, a classifier's features, or LPIPS
 //! ```
 //!
-//! In: final sequences (b, L, D) as [`crate::splice`] makes them. It differentiates them alone: decoder and metric are constants. Images
-//! go through a few at a time. A tokenizer's term compares images and their reconstructions.
+//! In: final sequences (b, L, D) as [`crate::splice`] makes them. It differentiates them alone: decoder and metric are
+//! constants. Images go through a few at a time. A tokenizer's term compares images and their reconstructions.
 
 use std::path::Path;
 

@@ -1,5 +1,5 @@
-//! The AR flow map in libtorch's own operations, for GPUs: `retort_engine::backend::flow` has the mathematics. In host memory there
-//! is a kernel (`host.rs`).
+//! The AR flow map in libtorch's own operations, for GPUs: `retort_engine::backend::flow` has the mathematics. In host
+//! memory there is a kernel (`host.rs`).
 
 use retort_engine::backend::FlowSolver;
 use retort_engine::backend::flow;

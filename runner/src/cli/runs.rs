@@ -100,9 +100,9 @@ pub struct ListArgs {
     ///
     /// Compares fields with values by = != < <= > >=, ~ (contains; `*` and `?` make it a pattern), `in (a, b)`; a
     /// field alone asks whether a run has it. Joined by `and`, `or`, `not` and parentheses. Fields: id, state, recipe,
-    /// path, started, finished, seconds (or took), age, seed, error, note, tag, stage, kind, plugin, device, stages, reused, sweep,
-    /// point; params.PATH; metrics.SERIES with .last, .min, .max or .points; stage.NAME with .state, .seconds, .kind, .plugin
-    /// or .device; env.NAME. Durations are written 10m or 7d, dates 2026-01-31.
+    /// path, started, finished, seconds (or took), age, seed, error, note, tag, stage, kind, plugin, device, stages,
+    /// reused, sweep, point; params.PATH; metrics.SERIES with .last, .min, .max or .points; stage.NAME with .state,
+    /// .seconds, .kind, .plugin or .device; env.NAME. Durations are written 10m or 7d, dates 2026-01-31.
     #[arg(short = 'w', long = "where", value_name = "FILTER")]
     pub filter: Option<String>,
     /// Order by these fields (separated by commas), smallest first; the greatest first with a minus before the name.

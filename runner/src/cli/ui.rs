@@ -41,7 +41,8 @@ pub struct Args {
     /// The connection is not encrypted: across a network a tunnel (`ssh -L`) is the better way.
     #[arg(long, value_name = "ADDRESS", default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
     pub bind: IpAddr,
-    /// Also accept this host name, besides `localhost` and addresses (may be repeated): behind a proxy, or by the machine's name.
+    /// Also accept this host name, besides `localhost` and addresses (may be repeated): behind a proxy, or by the machine's
+    /// name.
     #[arg(long, value_name = "NAME")]
     pub allow_host: Vec<String>,
 }

@@ -71,8 +71,8 @@ impl Follower {
     }
 }
 
-/// The signals that end a run, or stop it for a while. One that was ignored when the program started (`nohup`, a background job of a script)
-/// stays ignored.
+/// The signals that end a run, or stop it for a while. One that was ignored when the program started (`nohup`, a background
+/// job of a script) stays ignored.
 pub struct Signals {
     interrupt: Option<Signal>,
     terminate: Option<Signal>,

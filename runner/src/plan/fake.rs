@@ -22,8 +22,8 @@ pub fn plan(text: &str, set: &[&str]) -> Result<Plan, Report> {
     settle(&recipe, &mut Fake)
 }
 
-/// Knows the plugins `fake` (CPU only), `gpu` (of whose devices the second and third work) and `varied` (`fake` with a variant for
-/// such devices).
+/// Knows the plugins `fake` (CPU only), `gpu` (of whose devices the second and third work) and `varied` (`fake` with a
+/// variant for such devices).
 pub struct Fake;
 
 impl Descriptions for Fake {
@@ -125,7 +125,6 @@ pub fn description() -> Description {
 
 /// The schema of a kind's options. `everything` has one of each shape that schemars writes.
 pub fn schema(kind: &str) -> Value {
-    let steps = json!({"type": "integer", "format": "uint64", "minimum": 1, "default": 1000});
     let reference = |kinds: &[&str]| json!({"type": "string", "x-retort-artifact": kinds});
     let schedule = json!({"$ref": "#/$defs/Schedule", "default": {"type": "cosine", "warmup": 100, "rate": 0.001}});
     let (properties, required) = match kind {
@@ -136,7 +135,7 @@ pub fn schema(kind: &str) -> Value {
         "pretrain" => (
             json!({
                 "tokenizer": reference(&["tokenizer"]),
-                "steps": steps,
+                "steps": steps(),
                 "width": {"type": "integer", "default": 64},
                 "guidance": {"type": ["number", "null"], "default": null},
                 "schedule": schedule
@@ -147,30 +146,11 @@ pub fn schema(kind: &str) -> Value {
             json!({
                 "teacher": reference(&["teacher", "student"]),
                 "tokenizer": reference(&["tokenizer"]),
-                "steps": steps
+                "steps": steps()
             }),
             json!(["teacher", "tokenizer"]),
         ),
-        _ => (
-            json!({
-                "data": {"type": "string", "description": "The images.", "x-retort-file": "file"},
-                "steps": steps,
-                "flag": {"type": "boolean", "default": false},
-                "times": {"type": "array", "items": {"type": "integer", "minimum": 0}, "default": [0]},
-                "guidance": {"type": ["number", "null"], "format": "double", "default": null},
-                "loss": {"$ref": "#/$defs/Loss", "description": "Which loss.", "default": "l2"},
-                "labels": {"$ref": "#/$defs/Labels", "default": "balanced"},
-                "set": {"anyOf": [{"$ref": "#/$defs/Codes"}, {"type": "null"}], "default": null},
-                "schedule": {
-                    "anyOf": [{"$ref": "#/$defs/Schedule"}, {"type": "null"}],
-                    "default": {"type": "cosine", "warmup": 100, "rate": 0.001}
-                },
-                "sources": {
-                    "type": "object", "additionalProperties": {"$ref": "#/$defs/Source"}, "default": {}
-                }
-            }),
-            json!(["data"]),
-        ),
+        _ => (properties_of_everything(), json!(["data"])),
     };
     json!({
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -240,4 +220,28 @@ pub fn schema(kind: &str) -> Value {
             }
         }
     })
+}
+
+fn properties_of_everything() -> Value {
+    json!({
+        "data": {"type": "string", "description": "The images.", "x-retort-file": "file"},
+        "steps": steps(),
+        "flag": {"type": "boolean", "default": false},
+        "times": {"type": "array", "items": {"type": "integer", "minimum": 0}, "default": [0]},
+        "guidance": {"type": ["number", "null"], "format": "double", "default": null},
+        "loss": {"$ref": "#/$defs/Loss", "description": "Which loss.", "default": "l2"},
+        "labels": {"$ref": "#/$defs/Labels", "default": "balanced"},
+        "set": {"anyOf": [{"$ref": "#/$defs/Codes"}, {"type": "null"}], "default": null},
+        "schedule": {
+            "anyOf": [{"$ref": "#/$defs/Schedule"}, {"type": "null"}],
+            "default": {"type": "cosine", "warmup": 100, "rate": 0.001}
+        },
+        "sources": {
+            "type": "object", "additionalProperties": {"$ref": "#/$defs/Source"}, "default": {}
+        }
+    })
+}
+
+fn steps() -> Value {
+    json!({"type": "integer", "format": "uint64", "minimum": 1, "default": 1000})
 }

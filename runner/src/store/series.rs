@@ -1,8 +1,8 @@
 //! Metric series: points appended while a stage runs, and read back whole, in brief or as a curve.
 //!
-//! Points are kept in blocks of up to [`append::CUT`] ([`block`]). A block with fewer than [`append::CLOSE`] is open: the next points
-//! of its series are packed together with it. That costs no more than a row per point would, because SQLite writes
-//! whole pages. Points that come late, or again, are merged into the blocks they belong to.
+//! Points are kept in blocks of up to [`append::CUT`] ([`block`]). A block with fewer than [`append::CLOSE`] is open: the
+//! next points of its series are packed together with it. That costs no more than a row per point would, because SQLite
+//! writes whole pages. Points that come late, or again, are merged into the blocks they belong to.
 //!
 //! NaN and the infinities are values. SQLite keeps a NaN as null, and gets it back as one here; JSON knows neither, so
 //! they serialise as the texts "NaN", "Infinity" and "-Infinity".

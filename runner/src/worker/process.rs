@@ -181,7 +181,8 @@ pub async fn ask(task: Task, limit: Duration) -> Result<Answer, AskError> {
 }
 
 impl Worker {
-    /// Starts a worker process whose libraries may use `threads` threads, with these variables besides its environment. To be called on a thread that lives as long as the runner: the kernel ends the worker with it.
+    /// Starts a worker process whose libraries may use `threads` threads, with these variables besides its environment. To
+    /// be called on a thread that lives as long as the runner: the kernel ends the worker with it.
     ///
     /// # Errors
     /// What the operating system says.

@@ -94,7 +94,8 @@ pub trait Attention: Layers {
     /// and sin (n, d/2), k and v go into their caches (b, n, h, d) at `at`, and q attends to what these hold up to there,
     /// with `hidden` (b, 1, 1, n) added to the scores: -> (b, 1, h, d).
     ///
-    /// `place` holds `at` too, as indices (1), for a backend that does it again with another ([`Sampling::repeat`](crate::backend::Sampling::repeat)).
+    /// `place` holds `at` too, as indices (1), for a backend that does it again with another
+    /// ([`Sampling::repeat`](crate::backend::Sampling::repeat)).
     fn attend_next(
         [q, k, v]: [&Self::Tensor; 3],
         [cos, sin]: [&Self::Tensor; 2],

@@ -27,7 +27,8 @@ impl Window {
 
 /// Linear maps, convolutions, activations, pooling, softmax and cross-entropy.
 pub trait Layers: Tensors {
-    /// [`Tensors::conv2d`](crate::backend::Tensors::conv2d) plus a bias (o) and, where there is one, a residual of the result's shape.
+    /// [`Tensors::conv2d`](crate::backend::Tensors::conv2d) plus a bias (o) and, where there is one, a residual of the
+    /// result's shape.
     fn conv2d_bias(
         x: &Self::Tensor,
         w: &Self::Tensor,

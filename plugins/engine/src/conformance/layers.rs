@@ -296,6 +296,11 @@ impl<B: Backend> Suite<'_, B> {
         self.op("activation as a factor", &[x], &want, 32.0, &|x| {
             B::activation(&x[0], Unary::GeluTanh, Precision::Factor)
         });
+        self.modulations();
+        self.rope_cached();
+    }
+
+    fn modulations(&mut self) {
         // Lengths of rows that are not, and that are, whole vectors.
         for c in [37, 64] {
             let inputs = [
@@ -345,7 +350,6 @@ impl<B: Backend> Suite<'_, B> {
                 );
             }
         }
-        self.rope_cached();
     }
 
     pub(super) fn norms(&mut self) {

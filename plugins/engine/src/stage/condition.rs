@@ -253,7 +253,8 @@ impl ConditionOptions<'_> {
         Ok(())
     }
 
-    /// The conditioning of `count` samples of a model with perhaps named classes. Captions become features, in a file of the work directory.
+    /// The conditioning of `count` samples of a model with perhaps named classes. Captions become features, in a file of
+    /// the work directory.
     pub fn resolve<B: Backend>(
         &self,
         context: &Context<'_, B>,

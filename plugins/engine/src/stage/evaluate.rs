@@ -69,10 +69,10 @@ pub struct Options {
     #[serde(default)]
     #[schemars(extend("x-retort-artifact" = ["samples"]))]
     pub real: Option<String>,
-    /// Statistics of the real images, for the Frechet distances: a `.npz` or torch file with `mu` and `sigma` (or `m` and `s`), and
-    /// `mu_s` and `sigma_s` for the spatial features. A `.npz` may hold images too, `arr_0`, uint8 (n, height, width, 3), as
-    /// ADM's reference files do: with them alone, or beside the statistics, it stands for `data`. Statistics that say of which
-    /// network and preparation they are, as those that this stage saves, are refused for others.
+    /// Statistics of the real images, for the Frechet distances: a `.npz` or torch file with `mu` and `sigma` (or `m` and
+    /// `s`), and `mu_s` and `sigma_s` for the spatial features. A `.npz` may hold images too, `arr_0`, uint8 (n, height,
+    /// width, 3), as ADM's reference files do: with them alone, or beside the statistics, it stands for `data`. Statistics
+    /// that say of which network and preparation they are, as those that this stage saves, are refused for others.
     #[serde(default)]
     #[schemars(extend("x-retort-file" = "file"))]
     pub statistics: Option<String>,
@@ -93,8 +93,8 @@ pub struct Options {
     /// results; or a list, for both in one table. Statistics must have been made in the same way: they belong to one.
     #[serde(default)]
     pub preparation: Preparations,
-    /// Parts of a set over which the inception score is averaged: consecutive images, or, where a set is sorted by class, images
-    /// that a fixed permutation deals to the parts.
+    /// Parts of a set over which the inception score is averaged: consecutive images, or, where a set is sorted by class,
+    /// images that a fixed permutation deals to the parts.
     #[serde(default = "splits")]
     #[schemars(range(min = 1))]
     pub splits: usize,

@@ -106,7 +106,8 @@ impl Noise {
         self.given.is_some()
     }
 
-    /// Refuses a file if it holds samples made with other labels than these, or with other noise. `batch` samples are compared at a time.
+    /// Refuses a file if it holds samples made with other labels than these, or with other noise. `batch` samples are
+    /// compared at a time.
     pub fn check(
         &self,
         path: &Path,

@@ -63,8 +63,8 @@ pub struct Options {
     /// How images are stored: bytes, f32, or none, which also skips decoding.
     #[serde(default)]
     pub images: ImagesKept,
-    /// Side, or [height, width], to which decoded images are brought before they are kept, bicubic as torch's `interpolate` (LlamaGen's
-    /// images of 384 x 384 are measured at 256); as they are decoded, if left out.
+    /// Side, or [height, width], to which decoded images are brought before they are kept, bicubic as torch's `interpolate`
+    /// (LlamaGen's images of 384 x 384 are measured at 256); as they are decoded, if left out.
     #[serde(default)]
     pub resize: Option<Size>,
     /// Whether latents are kept, (n, L, D) in f32.

@@ -396,8 +396,8 @@ impl<B: Backend> Variable<B> {
         ))
     }
 
-    /// [`Variable::conv2d_bias`] with stride 1 of images twice as high and wide, each pixel a block of 2 x 2 (nearest neighbour).
-    /// The backward pass enlarges again instead of keeping what is four times as large.
+    /// [`Variable::conv2d_bias`] with stride 1 of images twice as high and wide, each pixel a block of 2 x 2 (nearest
+    /// neighbour). The backward pass enlarges again instead of keeping what is four times as large.
     pub fn conv2d_upsampled(&self, w: &Self, bias: &Self, padding: [usize; 2]) -> Result<Self> {
         let y = B::conv2d_upsampled(&self.value, &w.value, &bias.value, padding)?;
         let (x, kept, want) = (

@@ -170,7 +170,8 @@ pub fn watch_over(command: &mut Command, note: &Path) -> (Inputs, Option<Crash>)
     (inputs, Some(Crash { what, bytes }))
 }
 
-/// Feeds a target for some time; a crash ends a process, not the whole. `feed` makes the command for a meal. Crashing inputs are kept in `crashes`; what they did is returned.
+/// Feeds a target for some time; a crash ends a process, not the whole. `feed` makes the command for a meal. Crashing
+/// inputs are kept in `crashes`; what they did is returned.
 pub fn run(
     target: &Target,
     seed: u64,

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! loss = pixels + w_p perceptual + lambda w_a adversarial                     (VQGAN, Esser et al. 2021, arXiv 2012.09841)
-//! adversarial = - mean D(reconstruction),  lambda = min(|d (pixels + w_p perceptual) / d W| / (|d adversarial / d W| + 1e-4), cap)
+//! adversarial = - mean D(reconstruction)
+//! lambda = min(|d (pixels + w_p perceptual) / d W| / (|d adversarial / d W| + 1e-4), cap)
 //! loss of D = mean(max(0, 1 - D(image)) + max(0, 1 + D(reconstruction))) / 2                                      (hinge)
 //! ```
 //!
