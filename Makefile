@@ -46,7 +46,9 @@ emoji: build ## distil a small teacher on emoji: real colour images (longer; reu
 schema: build ## write recipes/retort.schema.json anew
 	$(BIN)/retort schema --plugin candle > recipes/retort.schema.json
 
-# The tests run the real binary and load the real plugins, so these are built first.
+# The tests run the real binary and load the real plugins, so these are built first. Many wait most of their time, for Slurm or
+# for a process to end, so there are twice as many at once as processors.
+test: export RUST_TEST_THREADS := $(or $(RUST_TEST_THREADS),$(shell expr 2 \* $$(nproc)))
 test: build ## everything the project checks
 	$(CARGO) test --release
 	@if plugins/libtorch/get-libtorch; then \

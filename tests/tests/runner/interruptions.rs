@@ -1,11 +1,13 @@
 //! Ctrl-C, SIGTERM and kill -9, at the runner: what is recorded, what is left, and how it goes on.
 
-use retort::store::{AttemptState, RunState, StageState};
+use retort::store::{AttemptState, RunId, RunState, StageState};
 
 use crate::lab::{Lab, Running, signal_process, wait_for, wait_until_gone};
 
 const INTERRUPT: i32 = 2;
 const KILL: i32 = 9;
+const STOP: i32 = 19;
+const CONTINUE: i32 = 18;
 const TERMINATE: i32 = 15;
 
 /// The first stage works until the lab is told to release it.
@@ -162,14 +164,14 @@ fn two_runs_of_one_recipe_work_on_a_stage_once() {
     assert_eq!(lab.entries("artifacts").len(), 2);
 }
 
-/// A second run of a recipe, started while the first works on the stage that both begin with.
-fn two_runs(lab: &Lab) -> (Running, Running) {
+/// A second run of a recipe, started while the first works on the stage that both begin with; and the first one's id.
+fn two_runs(lab: &Lab) -> (Running, Running, RunId) {
     let first = lab.start(&[]);
     lab.wait_for_worker("a");
     let before = lab.latest().unwrap().summary.id;
     let second = lab.start(&["--grace", "1s"]);
     lab.wait_for_run_after(&before);
-    (first, second)
+    (first, second, before)
 }
 
 #[test]
@@ -178,7 +180,7 @@ fn a_run_that_waits_is_queued_until_a_stage_begins() {
         "a: {kind: do, act: wait, flag: released, text: long}",
         "b: {kind: do, act: hang, input: a}",
     ]);
-    let (first, second) = two_runs(&lab);
+    let (first, second, first_id) = two_runs(&lab);
     let waiting = lab.latest().unwrap();
     assert_eq!(waiting.summary.state, RunState::Queued);
     for stage in &waiting.stages {
@@ -191,8 +193,15 @@ fn a_run_that_waits_is_queued_until_a_stage_begins() {
         .expect(2)
         .saying(&["is still queued"]);
     lab.retort(&["runs", "rm", "latest"]).expect(75);
+    // The first run begins the next stage too, and hangs in it: the second does not look until then.
+    second.signal(STOP);
     lab.release();
-    // What it waited for is there, and reused; the first run hangs in the next stage.
+    wait_for("the next stage of the first run", || {
+        let shown = lab.retort(&["runs", "show", &first_id.0, "--json"]).json();
+        (shown["stages"][1]["state"] == "running").then_some(())
+    });
+    second.signal(CONTINUE);
+    // What it waited for is there, and reused.
     wait_for("the first stage", || {
         let run = lab.latest()?;
         (run.stages[0].state == StageState::Reused).then_some(())
@@ -213,7 +222,7 @@ fn a_run_that_waits_is_queued_until_a_stage_begins() {
 fn a_queued_run_is_interrupted_or_lost_like_any_other() {
     for (signal, expected) in [(INTERRUPT, RunState::Interrupted), (KILL, RunState::Lost)] {
         let lab = Lab::new(&["a: {kind: do, act: hang}"]);
-        let (first, second) = two_runs(&lab);
+        let (first, second, _) = two_runs(&lab);
         assert_eq!(lab.latest().unwrap().summary.state, RunState::Queued);
         second.signal(signal);
         second.end();

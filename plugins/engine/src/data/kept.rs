@@ -97,7 +97,7 @@ impl Place<'_> {
 
     /// Reports progress; returns whether to go on.
     fn goes_on(&self, done: u64, total: u64) -> bool {
-        self.host.progress(done, total, "images");
+        self.host.progress(done, total, "images read");
         self.host.cancelled() == Cancel::Run
     }
 

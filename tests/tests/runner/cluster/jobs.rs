@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use retort::store::{AttemptState, RunState};
 use serde_json::Value;
 
-use crate::lab::{Lab, compile, signal_process, wait_for};
 use super::site::Site;
+use crate::lab::{Lab, compile, signal_process, wait_for};
 
 const KILL: i32 = 9;
 
