@@ -79,10 +79,21 @@ pub fn promises_image(name: &str) -> bool {
         .any(|known| ending.eq_ignore_ascii_case(known))
 }
 
-/// Whether a name promises an archive of images.
-pub fn promises_archive(name: &str) -> bool {
+/// Whether a name promises a tar archive.
+pub fn promises_tar(name: &str) -> bool {
     let ending = Path::new(name).extension().unwrap_or_default();
     ending.eq_ignore_ascii_case("tar")
+}
+
+/// Whether a name promises a Parquet file.
+pub fn promises_parquet(name: &str) -> bool {
+    let ending = Path::new(name).extension().unwrap_or_default();
+    ending.eq_ignore_ascii_case("parquet")
+}
+
+/// Whether a name promises a file of many images.
+pub fn promises_archive(name: &str) -> bool {
+    promises_tar(name) || promises_parquet(name)
 }
 
 /// Whether a file of data is too long for an image, so that nobody reads more than its beginning: `inner` is its name
@@ -127,6 +138,8 @@ mod tests {
         check("0/a.tar", b"nor is an archive", false);
         check("metadata.csv", b"file_name", true);
         check("a.TAR", b"", true);
+        check("a.parquet", b"", true);
+        check("0/a.parquet", b"nor is a table", false);
         check("0/a.PNG", b"damaged", true);
         check("0/without-ending", b"\xff\xd8\xff\xe0", true);
         check("0/a.dat", b"RIFF\x10\0\0\0WEBPVP8L", true);

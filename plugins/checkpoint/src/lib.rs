@@ -14,6 +14,7 @@ mod error;
 pub mod images;
 pub mod json;
 mod ndarray;
+pub mod parquet;
 mod pickle;
 pub mod pieces;
 pub mod published;

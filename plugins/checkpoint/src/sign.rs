@@ -9,13 +9,15 @@ use std::io::{Read, Seek};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use crate::{images, regular, tar};
+use crate::{images, parquet, regular, tar};
 
 /// Why the file at `path` is not what its ending says; nothing where it may be, or the ending says nothing, or the file
 /// cannot be read: whoever reads it will say so. Archives are looked through until then.
 pub fn broken(path: &Path, until: Instant) -> Option<Cow<'static, str>> {
     let ending = path.extension()?.to_str()?.to_ascii_lowercase();
-    let known = ["tar", "npz", "npy", "csv", "tsv", "jsonl", "safetensors"];
+    let known = [
+        "tar", "parquet", "npz", "npy", "csv", "tsv", "jsonl", "safetensors",
+    ];
     if !known.contains(&ending.as_str()) {
         return None;
     }
@@ -26,11 +28,14 @@ pub fn broken(path: &Path, until: Instant) -> Option<Cow<'static, str>> {
     if let Some(wrong) = begins_wrong(&ending, &start) {
         return Some(wrong.into());
     }
-    if ending != "tar" {
-        return None;
+    match ending.as_str() {
+        "tar" => {
+            (&file).rewind().ok()?;
+            tar::broken(file, until).map(Cow::Owned)
+        }
+        "parquet" => parquet::broken(file).map(Cow::Owned),
+        _ => None,
     }
-    (&file).rewind().ok()?;
-    tar::broken(file, until).map(Cow::Owned)
 }
 
 /// What is wrong with the first bytes of a file whose name ends so.
@@ -44,6 +49,9 @@ fn begins_wrong(ending: &str, start: &[u8]) -> Option<&'static str> {
         // Of a table without lines its reader says what belongs there.
         "csv" | "tsv" | "jsonl" if start.is_empty() => None,
         _ if start.is_empty() => Some("it is empty"),
+        _ if begins(b"version https://git-lfs.github.com/") => {
+            Some("a pointer of Git LFS in place of the file: `git lfs pull` fetches it")
+        }
         "tar" if compressed => {
             Some("a compressed archive; unpack it first: files are read from their place in it")
         }
@@ -122,6 +130,11 @@ mod tests {
         check("a.TAR", b"\x1f\x8b\x08", Some("compressed archive"));
         check("a.tar", &[0; 4096], Some("first header"));
         check("a.tar", b"", Some("empty"));
+        check("a.parquet", b"PK\x03\x04.........", Some("begin as one"));
+        check("a.parquet", b"PAR1.........", Some("end as one"));
+        check("a.parquet", b"PAR1\0\0\0\0PAR1", None);
+        let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:12";
+        check("a.parquet", pointer, Some("git lfs pull"));
         check("a.npz", b"PK\x03\x04", None);
         check("a.npz", b"\x93NUMPY", Some("zip file"));
         check("a.npy", b"\x93NUMPY\x01\0", None);

@@ -37,6 +37,24 @@ pub fn within(classes: usize) -> Result<(), String> {
     }
 }
 
+/// Refuses names that are too long to be told, or would disturb a terminal.
+pub fn named<'n>(
+    path: &Path,
+    names: impl IntoIterator<Item = &'n String>,
+) -> Result<(), DataError> {
+    let is_name = |name: &String| name.len() <= LONGEST && !name.chars().any(char::is_control);
+    match names.into_iter().find(|name| !is_name(name)) {
+        None => Ok(()),
+        Some(wrong) => {
+            let message = format!(
+                "a class of the name `{}`; names have at most {LONGEST} bytes, and no control characters",
+                shown(wrong)
+            );
+            Err(DataError::content(path, message))
+        }
+    }
+}
+
 /// The class that a text is: `3`, and `3.0` as pandas writes it.
 pub fn number(text: &str) -> Option<u64> {
     let whole = match text.split_once('.') {
@@ -61,14 +79,7 @@ impl Classes {
             names.insert(name);
             limit(path, names.len())?;
         }
-        let is_name = |name: &String| name.len() <= LONGEST && !name.chars().any(char::is_control);
-        if let Some(wrong) = names.iter().find(|name| !is_name(name)) {
-            let message = format!(
-                "a class of the name `{}`; names have at most {LONGEST} bytes, and no control characters",
-                shown(wrong)
-            );
-            return Err(DataError::content(path, message));
-        }
+        named(path, &names)?;
         let numbers: Vec<Option<u64>> = names.iter().map(|name| number(name)).collect();
         if numbers.contains(&None) {
             let mixed = numbers.iter().any(Option::is_some);

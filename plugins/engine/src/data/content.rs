@@ -1,5 +1,6 @@
 //! Image files, in a folder or in archives, and their bytes.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::io::Read;
 use std::ops::Deref;
@@ -7,12 +8,14 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use rayon::prelude::*;
 use retort_checkpoint::images::LONGEST_FILE;
 use retort_checkpoint::regular;
 use retort_checkpoint::tar::FileRange;
 
 use super::error::DataError;
 use super::file;
+use super::parquet::Tables;
 
 /// An image file of a source.
 #[derive(Debug)]
@@ -21,8 +24,18 @@ pub(super) struct Item {
     pub(super) name: Box<str>,
     pub(super) label: u32,
     pub(super) caption: Option<Box<str>>,
-    /// Its archive and place, where it lies in one.
-    pub(super) part: Option<(u32, FileRange)>,
+    pub(super) place: Place,
+}
+
+/// Where the bytes of an item are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Place {
+    /// In a file of its own.
+    File,
+    /// In the archive of a number.
+    Archive(u32, FileRange),
+    /// In a row of the table of a number.
+    Row(u32, u64),
 }
 
 impl Item {
@@ -57,7 +70,64 @@ pub(super) fn open_archive(path: &Path) -> Result<File, DataError> {
 /// Files of more bytes than this are held one after the other.
 const LARGE_FILE: u64 = 1 << 24;
 
-/// Where the bytes of items are.
+/// What holds the items of a source.
+#[derive(Debug)]
+pub(super) enum Holder {
+    /// A folder of files, or archives.
+    Files(Vec<PathBuf>),
+    /// Tables.
+    Tables(Tables),
+}
+
+impl Holder {
+    /// Gives the bytes of items, in their order, to `make`, by all threads, at most so many items at a time. `take` gets what
+    /// that makes, and the number of the first.
+    pub(super) fn each<T: Send, E: From<DataError>>(
+        &self,
+        folder: &Path,
+        items: &[Item],
+        at_once: usize,
+        make: impl Fn(&Item, &Bytes<'_>) -> T + Sync,
+        mut take: impl FnMut(usize, Vec<T>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let archives = match self {
+            Self::Files(archives) => Archives::open(folder, archives)?,
+            Self::Tables(tables) => return tables.each(items, at_once, &make, &mut take),
+        };
+        for (first, part) in (0..).step_by(at_once).zip(items.chunks(at_once)) {
+            let made = part.par_iter().map(|item| make(item, &Bytes::File(&archives, item)));
+            take(first, made.collect())?;
+        }
+        Ok(())
+    }
+}
+
+/// The bytes of an item, to be read.
+pub(super) enum Bytes<'a> {
+    /// From a file.
+    File(&'a Archives<'a>, &'a Item),
+    /// From a row, where there are any.
+    Row(Option<&'a [u8]>),
+}
+
+impl Bytes<'_> {
+    /// At most so many of them, from the first on.
+    pub(super) fn read(&self, most: u64) -> Result<Content<'_>, String> {
+        match self {
+            Self::File(archives, item) => archives.content(item, most),
+            Self::Row(None) => Err(
+                "no bytes; a data set whose rows name files elsewhere has to be saved with their bytes in it".into(),
+            ),
+            Self::Row(Some(bytes)) if bytes.len() as u64 > LONGEST_FILE => Err(too_long(bytes.len() as u64)),
+            Self::Row(Some(bytes)) => Ok(Content {
+                bytes: Cow::Borrowed(&bytes[..bytes.len().min(most as usize)]),
+                _alone: None,
+            }),
+        }
+    }
+}
+
+/// Where the bytes of items are, in files.
 pub(super) struct Archives<'a> {
     folder: &'a Path,
     files: Vec<File>,
@@ -75,13 +145,13 @@ impl<'a> Archives<'a> {
     }
 
     /// The bytes of an item, at most so many from its beginning.
-    pub(super) fn content(&self, item: &Item, most: u64) -> Result<Content, String> {
+    pub(super) fn content(&self, item: &Item, most: u64) -> Result<Content<'static>, String> {
         let unreadable = |error: std::io::Error| match error.kind() {
             std::io::ErrorKind::NotFound => "no such file".to_owned(),
             std::io::ErrorKind::InvalidInput => error.to_string(),
             _ => format!("cannot be read: {error}"),
         };
-        if let Some((archive, part)) = item.part {
+        if let Place::Archive(archive, part) = item.place {
             if part.size > LONGEST_FILE {
                 return Err(too_long(part.size));
             }
@@ -89,7 +159,7 @@ impl<'a> Archives<'a> {
             let mut bytes = vec![0; part.size.min(most) as usize];
             let read = self.files[archive as usize].read_exact_at(&mut bytes, part.start);
             let content = Content {
-                bytes,
+                bytes: bytes.into(),
                 _alone: alone,
             };
             return read.map(|()| content).map_err(unreadable);
@@ -106,19 +176,19 @@ impl<'a> Archives<'a> {
             .read_to_end(&mut bytes)
             .map_err(unreadable)?;
         Ok(Content {
-            bytes,
+            bytes: bytes.into(),
             _alone: alone,
         })
     }
 }
 
 /// The bytes of a file. Of many threads one at a time has those of a large one.
-pub(super) struct Content {
-    bytes: Vec<u8>,
+pub(super) struct Content<'a> {
+    bytes: Cow<'a, [u8]>,
     _alone: Option<MutexGuard<'static, ()>>,
 }
 
-impl Content {
+impl Content<'_> {
     /// Waits until no other large file is held, where this one is large.
     fn wait_for(bytes: u64) -> Option<MutexGuard<'static, ()>> {
         static LARGE_FILES: Mutex<()> = Mutex::new(());
@@ -126,7 +196,7 @@ impl Content {
     }
 }
 
-impl Deref for Content {
+impl Deref for Content<'_> {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {

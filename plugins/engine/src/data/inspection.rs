@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use retort_abi::LogLevel;
 use retort_checkpoint::images::{LONGEST_FILE, promises_image};
 
-use super::content::{Archives, Damaged, Item};
+use super::content::{Archives, Bytes, Damaged, Holder, Item};
 use super::error::{DataError, shown};
 use super::folder::SkippedFiles;
 use super::options::DataOptions;
@@ -83,13 +83,12 @@ impl Inspection {
     /// Reads the headers of items; all of them have to be images if they are `named` as such.
     pub(super) fn over(
         path: &Path,
-        archives: &[PathBuf],
+        holder: &Holder,
         items: Vec<Item>,
         named: bool,
     ) -> Result<Self, DataError> {
-        let archives = Archives::open(path, archives)?;
-        let look = |item: &Item| -> HeaderCheck {
-            let start = match archives.content(item, BEGINNING) {
+        let look = |item: &Item, bytes: &Bytes<'_>| -> HeaderCheck {
+            let start = match bytes.read(BEGINNING) {
                 Ok(start) => start,
                 Err(why) => return HeaderCheck::Damaged(why),
             };
@@ -99,7 +98,7 @@ impl Inspection {
             let whole = start.len() as u64 != BEGINNING;
             let header = raster::header(&start).or_else(|why| match whole {
                 true => Err(why),
-                false => raster::header(&archives.content(item, LONGEST_FILE)?),
+                false => raster::header(&bytes.read(LONGEST_FILE)?),
             });
             header.map_or_else(HeaderCheck::Damaged, HeaderCheck::Image)
         };
@@ -107,25 +106,29 @@ impl Inspection {
             path: path.to_owned(),
             ..Self::default()
         };
-        if items.len() > MANY * INSPECTED_AT_ONCE {
+        if let Holder::Files(archives) = holder
+            && items.len() > MANY * INSPECTED_AT_ONCE
+        {
+            let archives = Archives::open(path, archives)?;
+            let look = |item: &Item| look(item, &Bytes::File(&archives, item));
             inspection.expect_images(&items, look)?;
         }
         // What is no image leaves the others where they are: of millions there are not two lists.
         let mut rejected: Vec<(usize, Option<String>)> = Vec::new();
-        for (part, some) in items.chunks(INSPECTED_AT_ONCE).enumerate() {
-            let checks: Vec<HeaderCheck> = some.par_iter().map(&look).collect();
-            for (place, (item, look)) in some.iter().zip(checks).enumerate() {
-                let place = part * INSPECTED_AT_ONCE + place;
-                match look {
+        let take = |first: usize, checks: Vec<HeaderCheck>| -> Result<(), DataError> {
+            for (place, check) in (first..).zip(checks) {
+                match check {
                     HeaderCheck::Image(header) => inspection.count(&header),
                     HeaderCheck::Damaged(why) => rejected.push((place, Some(why))),
                     HeaderCheck::Other => {
-                        inspection.skipped.add(&item.name);
+                        inspection.skipped.add(&items[place].name);
                         rejected.push((place, None));
                     }
                 }
             }
-        }
+            Ok(())
+        };
+        holder.each(path, &items, INSPECTED_AT_ONCE, look, take)?;
         let mut rejected = rejected.into_iter().peekable();
         let kept = items.into_iter().enumerate().filter_map(|(place, item)| {
             let Some((_, why)) = rejected.next_if(|(rejected, _)| *rejected == place) else {

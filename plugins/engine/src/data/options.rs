@@ -19,13 +19,14 @@ pub enum Data {
     Source(Box<DataOptions>),
 }
 
-/// Where images come from: one of `folder`, `tar`, `arrays`, `csv` and `images`; and what they are brought to.
+/// Where images come from: one of `folder`, `tar`, `parquet`, `arrays`, `csv` and `images`; and what they are brought to.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct DataOptions {
     /// Folder of PNG, JPEG, WebP, GIF, BMP or TIFF files, told apart by content. Each folder in it is a class; without
     /// folders all images are of one class. With a file `metadata.jsonl` or `metadata.csv` (`file_name`, `label` or
-    /// `caption`) that file says what belongs to it. With `.tar` files alone, these are read one after the other. Folders
+    /// `caption`) that file says what belongs to it. With `.tar` files alone, or `.parquet` files, these are read one after
+    /// the other. Folders
     /// named 0, 1, 2, ... give those classes; other names give classes in alphabetical order. Links are followed; hidden
     /// files and those of no known format are left out.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -40,6 +41,11 @@ pub struct DataOptions {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(extend("x-retort-file" = "file"))]
     pub tar: Option<String>,
+    /// Parquet file of image files, as Hugging Face has data sets: a column `image` of bytes, or of a structure with `bytes`;
+    /// one of classes (`label`), numbers or texts; one of captions (`text`, `caption`). Several files in a folder: `folder`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("x-retort-file" = "file"))]
+    pub parquet: Option<String>,
     /// NumPy archive (`.npz`) of images and their labels, or array (`.npy`) of images: (n, height, width) or with one or
     /// three channels first or last.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -72,7 +78,8 @@ pub struct DataOptions {
     pub max: Option<f32>,
     /// Whether the first line of a CSV file holds column names.
     pub header: bool,
-    /// Column of the class in a CSV file: `first`, `last` or its name in the first line; `last`, if left out.
+    /// Column of the class. In a CSV file: `first`, `last` or its name in the first line; `last`, if left out. In Parquet
+    /// files: its name; `label`, `class` or the like, if left out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub label: Option<String>,
     /// The size of images: the side of a square or [height, width]; if left out, all must have one size.
@@ -203,6 +210,7 @@ impl DataOptions {
         let sources = [
             ("folder", self.folder.is_some()),
             ("tar", self.tar.is_some()),
+            ("parquet", self.parquet.is_some()),
             ("arrays", self.arrays.is_some()),
             ("csv", self.csv.is_some()),
             ("images", self.images.is_some()),
@@ -211,7 +219,8 @@ impl DataOptions {
         let source = match given[..] {
             [source] => source,
             [] => {
-                let message = "say where the images are: `folder: DIR`, `tar: FILE`, `arrays: FILE` or `csv: FILE`";
+                let message = "say where the images are: `folder: DIR`, `tar: FILE`, `parquet: FILE`, `arrays: FILE` or \
+                               `csv: FILE`";
                 return fault(message.into());
             }
             _ => {
@@ -227,10 +236,10 @@ impl DataOptions {
             ("width", self.width.is_some(), &["csv"]),
             ("max", self.max.is_some(), &["csv", "arrays"]),
             ("header", self.header, &["csv"]),
-            ("label", self.label.is_some(), &["csv"]),
+            ("label", self.label.is_some(), &["csv", "parquet", "folder"]),
             ("labels", self.labels.is_some(), &["arrays"]),
             ("table", self.table.is_some(), &["folder"]),
-            ("skip_damaged", self.skip_damaged, &["folder", "tar"]),
+            ("skip_damaged", self.skip_damaged, &["folder", "tar", "parquet"]),
         ];
         for (option, given, of) in belongs {
             if given && !of.contains(&source) {

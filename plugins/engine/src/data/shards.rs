@@ -13,7 +13,7 @@ use retort_checkpoint::json;
 use retort_checkpoint::tar::{Archive, Stored};
 use serde_json::Value;
 
-use super::content::{self, Item};
+use super::content::{self, Item, Place};
 use super::error::{DataError, shown};
 use super::table;
 use super::table::{MemoryBudget, cost};
@@ -71,7 +71,7 @@ impl ArchivedImages {
                     name: entry.name.into(),
                     label: Item::UNLABELLED,
                     caption: None,
-                    part: Some((number, entry.range)),
+                    place: Place::Archive(number, entry.range),
                 });
                 continue;
             }
@@ -289,7 +289,9 @@ pub(super) mod tests {
         assert_eq!(found.items[1].caption.as_deref(), Some("a hat"));
         assert_eq!(*found.items[2].name, *long);
         for (item, text) in found.items.iter().zip(["first", "second", "third"]) {
-            let (_, part) = item.part.unwrap();
+            let Place::Archive(_, part) = item.place else {
+                panic!("{item:?}");
+            };
             let (start, end) = (part.start as usize, (part.start + part.size) as usize);
             assert_eq!(&bytes[start..end], text.as_bytes());
         }

@@ -6,16 +6,18 @@
 
 use std::path::{Path, PathBuf};
 
-use rayon::prelude::*;
 use retort_abi::LogLevel;
-use retort_checkpoint::images::{LONGEST_FILE, TABLES, promises_archive, promises_image};
+use retort_checkpoint::images::{
+    LONGEST_FILE, TABLES, promises_image, promises_parquet, promises_tar,
+};
 
 use super::arrays::Arrays;
 use super::class::{self, Classes};
-use super::content::{Archives, Damaged, Item};
+use super::content::{Bytes, Damaged, Holder, Item, Place};
 use super::error::{DataError, shown};
 use super::folder::Folder;
 use super::inspection::{FoundFiles, Inspection, told};
+use super::parquet;
 use super::options::{DataOptions, Sizing};
 use super::raster::{self, Raster, luma};
 use super::resample::{Filter, Fit, fit};
@@ -61,7 +63,7 @@ pub struct Source {
 
 enum Body {
     Files {
-        archives: Vec<PathBuf>,
+        holder: Holder,
         items: Vec<Item>,
     },
     Arrays(Box<Arrays>),
@@ -99,10 +101,11 @@ impl Source {
     pub fn open(o: &DataOptions, base_dir: &Path) -> Result<Self, DataError> {
         o.check()?;
         let at = |path: &String| base_dir.join(path);
-        match (&o.folder, &o.tar, &o.arrays, &o.csv) {
+        match (&o.folder, &o.tar, &o.parquet, &o.arrays, &o.csv) {
             (Some(folder), ..) => Self::open_folder(o, &at(folder), o.table.as_ref().map(at)),
             (_, Some(tar), ..) => Self::open_tar(o, &at(tar), vec![at(tar)]),
-            (_, _, Some(arrays), _) => Self::open_arrays(o, &at(arrays), o.labels.as_ref().map(at)),
+            (_, _, Some(parquet), ..) => Self::open_parquet(o, &at(parquet), vec![at(parquet)]),
+            (.., Some(arrays), _) => Self::open_arrays(o, &at(arrays), o.labels.as_ref().map(at)),
             (.., Some(csv)) => Self::open_values(o, &at(csv)),
             _ => Err(DataError::Options(
                 "data: an `images` stage is no source of files".into(),
@@ -188,12 +191,12 @@ impl Source {
     fn of_files(
         o: &DataOptions,
         path: &Path,
-        archives: Vec<PathBuf>,
+        holder: Holder,
         names: Vec<String>,
         found: FoundFiles,
     ) -> Self {
         let body = Body::Files {
-            archives,
+            holder,
             items: found.items,
         };
         Self {
@@ -220,16 +223,30 @@ impl Source {
         if let Some(table) = table.or_else(|| inside.map(|name| path.join(name))) {
             return Self::open_table(o, path, &table);
         }
-        let archives = folder
-            .files
-            .iter()
-            .filter(|file| promises_archive(file) && !file.contains('/'));
-        let archives: Vec<PathBuf> = archives.map(|file| path.join(file)).collect();
-        if !archives.is_empty()
-            && folder.folders.is_empty()
-            && !folder.files.iter().any(|f| promises_image(f))
-        {
-            return Self::open_tar(o, path, archives);
+        // Archives or tables of images, where there are no images beside them.
+        if folder.folders.is_empty() && !folder.files.iter().any(|f| promises_image(f)) {
+            let of = |promises: fn(&str) -> bool| {
+                let files = folder.files.iter().filter(|file| promises(file));
+                files.map(|file| path.join(file)).collect::<Vec<_>>()
+            };
+            match (of(promises_tar), of(promises_parquet)) {
+                (archives, tables) if !archives.is_empty() && !tables.is_empty() => {
+                    let message = format!(
+                        "{} archives and {} Parquet files; keep one kind, or name a file (`tar:`, `parquet:`)",
+                        archives.len(),
+                        tables.len()
+                    );
+                    return Err(DataError::content(path, message));
+                }
+                (_, tables) if !tables.is_empty() => return Self::open_parquet(o, path, tables),
+                _ if o.label.is_some() => {}
+                (archives, _) if !archives.is_empty() => return Self::open_tar(o, path, archives),
+                _ => {}
+            }
+        }
+        if o.label.is_some() {
+            let message = "no Parquet files alone in it, whose column `label` could name";
+            return Err(DataError::content(path, message));
         }
         // Without folders all are of the one class that bears the folder's name.
         let classes = match folder.folders.is_empty() {
@@ -248,13 +265,14 @@ impl Source {
                 label: label(&file),
                 name: file.into(),
                 caption: None,
-                part: None,
+                place: Place::File,
             })
         });
         let mut items = items.collect::<Result<Vec<Item>, DataError>>()?;
         // Class after class, and by name within one.
         items.sort_by_key(|item| item.label);
-        let inspection = Inspection::over(path, &[], items, false)?;
+        let holder = Holder::Files(Vec::new());
+        let inspection = Inspection::over(path, &holder, items, false)?;
         let Some(classes) = classes else {
             let name = path
                 .file_name()
@@ -263,7 +281,7 @@ impl Source {
             return Ok(Self::of_files(
                 o,
                 path,
-                Vec::new(),
+                holder,
                 vec![name],
                 inspection.finish(o)?,
             ));
@@ -286,7 +304,7 @@ impl Source {
             let bears = |name: &&String| classes.of(name) == label as u32;
             path.join(folder.folders.iter().find(bears).map_or("", |name| name))
         })?;
-        let mut source = Self::of_files(o, path, Vec::new(), classes.names, inspection.finish(o)?);
+        let mut source = Self::of_files(o, path, holder, classes.names, inspection.finish(o)?);
         if classes.mixed {
             let message =
                 "some folders are named by numbers, others not: classes are in alphabetical order";
@@ -302,11 +320,12 @@ impl Source {
             label: row.label.map_or(0, |label| classes.of(&label)),
             name: row.file,
             caption: row.caption,
-            part: None,
+            place: Place::File,
         });
-        let inspection = Inspection::over(path, &[], items.collect(), true)?;
+        let holder = Holder::Files(Vec::new());
+        let inspection = Inspection::over(path, &holder, items.collect(), true)?;
         inspection.each_class_has_images(classes.names.len(), |_| table.to_owned())?;
-        let mut source = Self::of_files(o, path, Vec::new(), classes.names, inspection.finish(o)?);
+        let mut source = Self::of_files(o, path, holder, classes.names, inspection.finish(o)?);
         if !labelled {
             let message = format!(
                 "{} names no classes: all images are of one",
@@ -342,7 +361,8 @@ impl Source {
                 };
             }
         }
-        let mut inspection = Inspection::over(path, &archives, items, false)?;
+        let holder = Holder::Files(archives);
+        let mut inspection = Inspection::over(path, &holder, items, false)?;
         let mut labels: Vec<&str> = vec![""; numbers.len()];
         for (label, number) in &numbers {
             labels[*number as usize] = label;
@@ -369,10 +389,36 @@ impl Source {
         Ok(Self::of_files(
             o,
             path,
-            archives,
+            holder,
             classes.names,
             inspection.finish(o)?,
         ))
+    }
+
+    fn open_parquet(o: &DataOptions, path: &Path, files: Vec<PathBuf>) -> Result<Self, DataError> {
+        let parquet::Rows {
+            tables,
+            items,
+            labels,
+            notices,
+        } = parquet::read(path, files, o.label.as_deref())?;
+        let holder = Holder::Tables(tables);
+        let mut inspection = Inspection::over(path, &holder, items, true)?;
+        let names = match labels {
+            parquet::Labels::Known(names) => names,
+            parquet::Labels::Written(labels) => {
+                let (classes, _) = classes_of(path, labels.iter().map(|label| Some(&**label)))?;
+                for item in inspection.items_mut() {
+                    let label = labels.get(item.label as usize);
+                    item.label = label.map_or(0, |label| classes.of(label));
+                }
+                classes.names
+            }
+        };
+        inspection.each_class_has_images(names.len(), |_| path.to_owned())?;
+        let mut source = Self::of_files(o, path, holder, names, inspection.finish(o)?);
+        source.notices.extend(notices);
+        Ok(source)
     }
 
     /// What there is, in a line.
@@ -466,26 +512,22 @@ impl Source {
         progress: &mut dyn FnMut(u64) -> bool,
         keep: &mut dyn FnMut(Image<'_>) -> crate::Result<()>,
     ) -> crate::Result<Vec<Damaged>> {
-        let Body::Files { archives, items } = self.body else {
+        let Body::Files { holder, items } = self.body else {
             return Ok(Vec::new());
         };
-        let archives = Archives::open(&self.path, &archives)?;
         let known = items.len() + self.damaged.len();
         let (mut damaged, mut kept) = (self.damaged, vec![0u64; self.names.len()]);
         let at_once = (HELD / (self.height * self.width * self.channels)).clamp(1, 256);
-        for (done, part) in (0u64..).step_by(at_once).zip(items.chunks(at_once)) {
-            if !progress(done) {
-                return Err(DataError::Cancelled.into());
-            }
-            let decoded: Vec<Result<Raster, String>> = part
-                .par_iter()
-                .map(|item| {
-                    let content = archives.content(item, LONGEST_FILE)?;
-                    let image = raster::decode(&content, self.shape.background)?;
-                    self.shape.apply(image)
-                })
-                .collect();
-            for (item, image) in part.iter().zip(decoded) {
+        let decode = |_: &Item, bytes: &Bytes<'_>| {
+            let image = raster::decode(&bytes.read(LONGEST_FILE)?, self.shape.background)?;
+            self.shape.apply(image)
+        };
+        if !progress(0) {
+            return Err(DataError::Cancelled.into());
+        }
+        let mut take = |first: usize, decoded: Vec<Result<Raster, String>>| -> crate::Result<()> {
+            let done = first + decoded.len();
+            for (item, image) in items[first..].iter().zip(decoded) {
                 match image {
                     // Where images keep their size, headers have been compared; a decoder may still give another.
                     Ok(image) if (image.height, image.width) != self.shape.size => {
@@ -512,7 +554,12 @@ impl Source {
                     }),
                 }
             }
-        }
+            match progress(done as u64) {
+                true => Ok(()),
+                false => Err(DataError::Cancelled.into()),
+            }
+        };
+        holder.each(&self.path, &items, at_once, decode, &mut take)?;
         damaged.sort_by(|a, b| a.name.cmp(&b.name));
         if !damaged.is_empty() && !self.skip_damaged {
             return Err(DataError::content(&self.path, told(&damaged, known)).into());

@@ -34,8 +34,8 @@ const FILE: [&str; 6] = [
     "image",
     "image_path",
 ];
-const LABEL: [&str; 5] = ["label", "class", "category", "labels", "class_name"];
-const CAPTION: [&str; 4] = ["caption", "text", "prompt", "description"];
+pub(super) const LABEL: [&str; 5] = ["label", "class", "category", "labels", "class_name"];
+pub(super) const CAPTION: [&str; 4] = ["caption", "text", "prompt", "description"];
 
 /// The longest line that is read.
 const LONGEST_LINE: u64 = 1 << 20;

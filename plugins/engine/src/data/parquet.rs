@@ -1,0 +1,442 @@
+//! Parquet files of images, as Hugging Face has data sets: which columns hold what, and the images row by row.
+//!
+//! In: files of one split, each with a column of images (a structure with `bytes`, or bytes alone) and perhaps one of classes
+//! and one of captions. Out: an item for each row, and the bytes of items in their order: pages are packed, so that there is
+//! no way to a single one. What lies where in a file is the matter of `retort_checkpoint::parquet`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rayon::prelude::*;
+use retort_abi::LogLevel;
+use retort_checkpoint::json;
+use retort_checkpoint::parquet::{Cell, Column, Parquet, Values};
+use serde_json::Value;
+
+use super::class;
+use super::content::{Bytes, Item, Place};
+use super::error::{DataError, shown};
+use super::table::{CAPTION, LABEL, MemoryBudget, cost};
+
+/// Names of columns of images, in the order of preference.
+const IMAGE: [&str; 7] = ["image", "img", "jpg", "jpeg", "png", "webp", "picture"];
+
+/// The most bytes of what Hugging Face's library writes beside the data.
+const LONGEST_NOTE: usize = 8 << 20;
+
+/// Open files, one after the other.
+#[derive(Debug)]
+pub(super) struct Tables {
+    files: Vec<PathBuf>,
+    /// The path of the column of images.
+    image: Vec<Arc<str>>,
+}
+
+/// What the files hold.
+pub(super) struct Rows {
+    pub(super) tables: Tables,
+    pub(super) items: Vec<Item>,
+    pub(super) labels: Labels,
+    pub(super) notices: Vec<(LogLevel, String)>,
+}
+
+/// What the labels of items mean.
+pub(super) enum Labels {
+    /// Numbers of classes with these names.
+    Known(Vec<String>),
+    /// Numbers of these, as they are written.
+    Written(Vec<Arc<str>>),
+}
+
+/// Columns of a file, by number.
+struct Found {
+    image: usize,
+    label: Option<usize>,
+    caption: Option<usize>,
+}
+
+/// Looks through files; `label` names the column of classes.
+pub(super) fn read(
+    path: &Path,
+    files: Vec<PathBuf>,
+    label: Option<&str>,
+) -> Result<Rows, DataError> {
+    let notices = splits(path, &files)?;
+    let (mut items, mut held) = (Vec::new(), MemoryBudget::default());
+    let mut numbers: BTreeMap<Arc<str>, u32> = BTreeMap::new();
+    // Names of the classes, and the file that has them.
+    let mut known: Option<(Option<Vec<String>>, &Path)> = None;
+    let mut image = None;
+    for (file, number) in files.iter().zip(0u32..) {
+        let parquet = open(file)?;
+        let found = columns(file, &parquet, label)?;
+        let own = parquet.columns[found.image].path.clone();
+        match image.get_or_insert_with(|| own.clone()) {
+            first if *first == own => {}
+            first => {
+                let message = format!(
+                    "its images are in column {}, those of {} in {}",
+                    own.join("."),
+                    files[0].display(),
+                    first.join(".")
+                );
+                return Err(DataError::content(file, message));
+            }
+        }
+        let names = match found.label {
+            Some(label) => names(file, &parquet, &parquet.columns[label])?,
+            None => None,
+        };
+        match known.get_or_insert_with(|| (names.clone(), file)) {
+            (first, _) if *first == names => {}
+            (_, first) => {
+                let message = format!("its classes have other names than those of {}", first.display());
+                return Err(DataError::content(file, message));
+            }
+        }
+        let classes = names.as_ref().map(Vec::len);
+        let begin = items.len();
+        rows(file, number, parquet.rows, &mut items, &mut held)?;
+        let full = |message: String| DataError::content(file, message);
+        if let Some(column) = found.label {
+            each_cell(file, &parquet, column, |row, cell| {
+                let item = &mut items[begin + row as usize];
+                item.label = match (cell, classes) {
+                    (None | Some(Cell::Int(-1)), _) => Item::UNLABELLED,
+                    (Some(Cell::Int(class)), Some(classes)) => match u32::try_from(class) {
+                        Ok(class) if (class as usize) < classes => class,
+                        _ => {
+                            let message = format!("row {row}: class {class} of {classes}");
+                            return Err(full(message));
+                        }
+                    },
+                    (Some(cell), _) => {
+                        let text = held.label(&text(file, row, cell)?).map_err(full)?;
+                        let next = numbers.len() as u32;
+                        *numbers.entry(text).or_insert(next)
+                    }
+                };
+                Ok(())
+            })?;
+        }
+        if let Some(column) = found.caption {
+            each_cell(file, &parquet, column, |row, cell| {
+                if let Some(cell) = cell {
+                    let text = text(file, row, cell)?;
+                    held.take(cost(&text)).map_err(full)?;
+                    items[begin + row as usize].caption = Some(text.into());
+                }
+                Ok(())
+            })?;
+        }
+    }
+    if items.is_empty() {
+        return Err(DataError::Empty {
+            path: path.to_owned(),
+            expected: "rows with images",
+            found: "none".into(),
+        });
+    }
+    let labelled = items.iter().filter(|item| item.label != Item::UNLABELLED).count();
+    if let (Some(bare), true) = (
+        items.iter().find(|item| item.label == Item::UNLABELLED),
+        labelled > 0,
+    ) {
+        let message = format!("{} has no class, though {labelled} rows have one", bare.name);
+        return Err(DataError::content(path, message));
+    }
+    let known = known.and_then(|(names, _)| names).filter(|_| labelled > 0);
+    let labels = match known {
+        Some(names) => {
+            all_are_there(path, &names, &items)?;
+            Labels::Known(names)
+        }
+        None => {
+            let mut written = vec![Arc::from(""); numbers.len()];
+            numbers.into_iter().for_each(|(text, number)| written[number as usize] = text);
+            Labels::Written(written)
+        }
+    };
+    Ok(Rows {
+        tables: Tables {
+            files,
+            image: image.unwrap_or_default(),
+        },
+        items,
+        labels,
+        notices,
+    })
+}
+
+/// Refuses files of several splits; tells of files that are missing by their names, as in `train-00000-of-00002.parquet`.
+fn splits(path: &Path, files: &[PathBuf]) -> Result<Vec<(LogLevel, String)>, DataError> {
+    let mut counts: BTreeMap<(String, usize), usize> = BTreeMap::new();
+    for file in files {
+        let stem = file.file_stem().unwrap_or_default().to_string_lossy();
+        let mut parts = stem.rsplitn(4, '-');
+        let [Some(all), Some("of"), Some(number), Some(split)] = std::array::from_fn(|_| parts.next()) else {
+            continue;
+        };
+        if let (Ok(all), Ok(_)) = (all.parse(), number.parse::<usize>()) {
+            *counts.entry((split.to_owned(), all)).or_default() += 1;
+        }
+    }
+    let names: BTreeSet<&str> = counts.keys().map(|(split, _)| split.as_str()).collect();
+    if names.len() > 1 {
+        let names: Vec<String> = names.into_iter().map(shown).collect();
+        let message = format!(
+            "files of several splits ({}): keep those to read in a folder of their own (links will do)",
+            names.join(", ")
+        );
+        return Err(DataError::content(path, message));
+    }
+    let absent = counts.iter().filter(|((_, all), there)| *there < all);
+    let told = absent.map(|((split, all), there)| {
+        let message = format!("{}: {there} of {all} files of {} are there", path.display(), shown(split));
+        (LogLevel::Warn, message)
+    });
+    Ok(told.collect())
+}
+
+fn open(file: &Path) -> Result<Parquet, DataError> {
+    super::file::open(file, "a Parquet file")?;
+    Parquet::open(file).map_err(|error| wrong(file, error))
+}
+
+fn wrong(file: &Path, error: retort_checkpoint::Error) -> DataError {
+    match error {
+        retort_checkpoint::Error::Io(error) => DataError::read(file, "file", error),
+        error => DataError::content(file, error.to_string()),
+    }
+}
+
+/// Which columns hold what.
+fn columns(file: &Path, parquet: &Parquet, label: Option<&str>) -> Result<Found, DataError> {
+    let named = |names: &[&str]| names.iter().find_map(|name| parquet.column(&[name]));
+    let is_bytes = |at: &usize| parquet.columns[*at].values == Values::Bytes;
+    let image = |name: &&str| {
+        let inner = parquet.column(&[name, "bytes"]);
+        inner.or_else(|| parquet.column(&[name])).filter(is_bytes)
+    };
+    let image = match IMAGE.iter().find_map(image) {
+        Some(image) => image,
+        // The only one that is one by its structure.
+        None => {
+            let is_image = |column: &Column| {
+                matches!(&column.path[..], [_, bytes] if **bytes == *"bytes") && !column.repeated
+            };
+            let mut images = (0..parquet.columns.len()).filter(|at| is_image(&parquet.columns[*at]));
+            match (images.next(), images.next()) {
+                (Some(image), None) => image,
+                _ => {
+                    let message = format!(
+                        "no column of images: expected one named `image`, with bytes or a structure of `bytes` and `path`; \
+                         it has {}",
+                        listed(parquet)
+                    );
+                    return Err(DataError::content(file, message));
+                }
+            }
+        }
+    };
+    let label = match label {
+        None => named(&LABEL),
+        Some(name) => match parquet.column(&[name]) {
+            Some(column) => Some(column),
+            None => {
+                let message = format!("no column named {name:?} (`label`); it has {}", listed(parquet));
+                return Err(DataError::content(file, message));
+            }
+        },
+    };
+    Ok(Found {
+        image,
+        label,
+        caption: named(&CAPTION),
+    })
+}
+
+/// The first columns of a file, for people.
+fn listed(parquet: &Parquet) -> String {
+    let names = parquet.columns.iter().take(12).map(|column| shown(&column.name()));
+    let names: Vec<String> = names.collect();
+    match parquet.columns.len() - names.len() {
+        0 => names.join(", "),
+        more => format!("{} and {more} more", names.join(", ")),
+    }
+}
+
+/// Names of the classes of a column, where the file's notes have them: `ClassLabel`.
+fn names(
+    file: &Path,
+    parquet: &Parquet,
+    column: &Column,
+) -> Result<Option<Vec<String>>, DataError> {
+    let note = parquet.notes.iter().find(|(key, _)| key == "huggingface");
+    let Some((_, note)) = note.filter(|_| column.values != Values::Bytes) else {
+        return Ok(None);
+    };
+    let fault = |message: String| Err(DataError::content(file, format!("its note `huggingface`: {message}")));
+    if note.len() > LONGEST_NOTE {
+        return fault(format!("more than {LONGEST_NOTE} bytes"));
+    }
+    let note: Value = match json::parse(note.as_bytes()) {
+        Ok(note) => note,
+        Err(error) => return fault(format!("expected JSON: {error}")),
+    };
+    let feature = &note["info"]["features"][&*column.path[0]];
+    let Some(names) = feature["names"].as_array() else {
+        return Ok(None);
+    };
+    let names: Option<Vec<String>> =
+        names.iter().map(|name| name.as_str().map(str::to_owned)).collect();
+    let Some(names) = names.filter(|names| !names.is_empty()) else {
+        return fault(format!("the names of the classes of `{}` are no texts", shown(&column.path[0])));
+    };
+    class::limit(file, names.len())?;
+    class::named(file, &names)?;
+    Ok(Some(names))
+}
+
+/// Refuses classes of which there is no row.
+fn all_are_there(path: &Path, names: &[String], items: &[Item]) -> Result<(), DataError> {
+    let mut has = vec![false; names.len()];
+    items.iter().for_each(|item| has[item.label as usize] = true);
+    let absent: Vec<String> = has.iter().zip(names).filter(|(has, _)| !**has).map(|(_, name)| shown(name)).collect();
+    match absent.first() {
+        None => Ok(()),
+        Some(first) => Err(DataError::content(
+            path,
+            format!(
+                "{} of {} classes have no image ({first}, ...); read all of the split, or save it without these classes",
+                absent.len(),
+                names.len()
+            ),
+        )),
+    }
+}
+
+/// Adds an item for each row of a file.
+fn rows(
+    file: &Path,
+    number: u32,
+    rows: u64,
+    items: &mut Vec<Item>,
+    held: &mut MemoryBudget,
+) -> Result<(), DataError> {
+    let file_name = file.file_name().unwrap_or_default().to_string_lossy();
+    for row in 0..rows {
+        let name = format!("{file_name} row {row}");
+        held.file(&name).map_err(|message| DataError::content(file, message))?;
+        items.push(Item {
+            name: name.into(),
+            label: Item::UNLABELLED,
+            caption: None,
+            place: Place::Row(number, row),
+        });
+    }
+    Ok(())
+}
+
+/// Calls `each` with every row's cell of a column, and its row.
+fn each_cell(
+    file: &Path,
+    parquet: &Parquet,
+    column: usize,
+    mut each: impl FnMut(u64, Option<Cell<'_>>) -> Result<(), DataError>,
+) -> Result<(), DataError> {
+    let wrong = |error| wrong(file, error);
+    let (mut pages, mut row) = (parquet.pages(column), 0);
+    while let Some(page) = pages.next().map_err(wrong)? {
+        for cell in page.cells().map_err(wrong)? {
+            each(row, cell.map_err(wrong)?)?;
+            row += 1;
+        }
+    }
+    Ok(())
+}
+
+/// A cell as text.
+fn text(file: &Path, row: u64, cell: Cell<'_>) -> Result<String, DataError> {
+    match cell {
+        Cell::Int(number) => Ok(number.to_string()),
+        Cell::Bytes(bytes) => match std::str::from_utf8(bytes) {
+            Ok(text) => Ok(text.to_owned()),
+            Err(_) => Err(DataError::content(file, format!("row {row}: a text that is not UTF-8"))),
+        },
+    }
+}
+
+impl Tables {
+    /// Gives the bytes of items, which are in the order of their rows, to `make`, by all threads, so many at a time. `take`
+    /// gets what that makes, and the number of the first.
+    pub(super) fn each<T: Send, E: From<DataError>>(
+        &self,
+        items: &[Item],
+        at_once: usize,
+        make: &(impl Fn(&Item, &Bytes<'_>) -> T + Sync),
+        take: &mut impl FnMut(usize, Vec<T>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut next = 0;
+        for (file, number) in self.files.iter().zip(0u32..) {
+            let of_it = |item: &&Item| matches!(item.place, Place::Row(own, _) if own == number);
+            let count = items[next..].iter().take_while(of_it).count();
+            let own = &items[next..next + count];
+            if !own.is_empty() {
+                self.each_of(file, own, at_once, make, &mut |at, made| take(next + at, made))?;
+            }
+            next += count;
+        }
+        Ok(())
+    }
+
+    /// The same of one file.
+    fn each_of<T: Send, E: From<DataError>>(
+        &self,
+        file: &Path,
+        items: &[Item],
+        at_once: usize,
+        make: &(impl Fn(&Item, &Bytes<'_>) -> T + Sync),
+        take: &mut impl FnMut(usize, Vec<T>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let changed = || DataError::content(file, "fewer rows with images than a moment ago");
+        let parquet = open(file)?;
+        let path: Vec<&str> = self.image.iter().map(|part| &**part).collect();
+        let column = parquet.column(&path).ok_or_else(changed)?;
+        let wrong = |error| wrong(file, error);
+        let (mut pages, mut row, mut done) = (parquet.pages(column), 0, 0);
+        while let Some(page) = pages.next().map_err(wrong)? {
+            let mut cells = page.cells().map_err(wrong)?;
+            loop {
+                let mut part = Vec::new();
+                for cell in cells.by_ref() {
+                    let cell = cell.map_err(wrong)?;
+                    let wanted = items.get(done + part.len());
+                    if let Some(item) = wanted.filter(|item| matches!(item.place, Place::Row(_, own) if own == row)) {
+                        let bytes = match cell {
+                            Some(Cell::Bytes(bytes)) => Some(bytes),
+                            _ => None,
+                        };
+                        part.push((item, Bytes::Row(bytes)));
+                    }
+                    row += 1;
+                    if part.len() == at_once {
+                        break;
+                    }
+                }
+                if part.is_empty() {
+                    break;
+                }
+                let made = part.par_iter().map(|(item, bytes)| make(item, bytes)).collect();
+                let first = done;
+                done += part.len();
+                take(first, made)?;
+            }
+        }
+        match done == items.len() {
+            true => Ok(()),
+            false => Err(changed().into()),
+        }
+    }
+}
