@@ -132,9 +132,9 @@ mod tests {
         check("a.tar", b"", Some("empty"));
         check("a.parquet", b"PK\x03\x04.........", Some("begin as one"));
         check("a.parquet", b"PAR1.........", Some("end as one"));
-        check("a.parquet", b"PAR1\0\0\0\0PAR1", None);
         let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:12";
         check("a.parquet", pointer, Some("git lfs pull"));
+        check("a.parquet", b"PAR1\0\0\0\0PAR1", None);
         check("a.npz", b"PK\x03\x04", None);
         check("a.npz", b"\x93NUMPY", Some("zip file"));
         check("a.npy", b"\x93NUMPY\x01\0", None);

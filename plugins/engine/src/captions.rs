@@ -42,11 +42,26 @@ impl Subjects {
 
     /// What a batch with these labels is made for. The labels are below [`Subjects::len`].
     pub fn conditions<B: Backend>(&self, backend: &B, labels: &[u32]) -> Result<Conditions<B>> {
+        self.conditions_but(backend, labels, &[])
+    }
+
+    /// The same, some of it dropped for guidance, as `dropped` says; none, if it is empty.
+    pub fn conditions_but<B: Backend>(
+        &self,
+        backend: &B,
+        labels: &[u32],
+        dropped: &[bool],
+    ) -> Result<Conditions<B>> {
         match self {
-            Self::Classes(_) => Ok(Conditions::Classes(
-                backend.indices(labels, &[labels.len()])?,
-            )),
-            Self::Captions(captions) => captions.batch(backend, labels),
+            Self::Classes(classes) => {
+                let mut labels = labels.to_vec();
+                for (label, _) in labels.iter_mut().zip(dropped).filter(|(_, dropped)| **dropped) {
+                    *label = *classes as u32;
+                }
+                let shape = [labels.len()];
+                Ok(Conditions::Classes(backend.indices(&labels, &shape)?))
+            }
+            Self::Captions(captions) => captions.batch(backend, labels, dropped),
         }
     }
 }
@@ -105,7 +120,12 @@ impl Captions {
         Ok(true)
     }
 
-    fn batch<B: Backend>(&self, backend: &B, numbers: &[u32]) -> Result<Conditions<B>> {
+    fn batch<B: Backend>(
+        &self,
+        backend: &B,
+        numbers: &[u32],
+        dropped: &[bool],
+    ) -> Result<Conditions<B>> {
         let CaptionShape { positions, width } = self.shape;
         let mut features = vec![0.0; numbers.len() * positions * width];
         let mut padding = Vec::with_capacity(numbers.len());
@@ -123,6 +143,7 @@ impl Captions {
         Ok(Conditions::Captions(CaptionFeatures {
             features: backend.floats(&features, &shape)?,
             padding,
+            dropped: dropped.to_vec(),
         }))
     }
 }

@@ -56,6 +56,8 @@ pub struct Images {
     sizing: Option<Sizing>,
     /// Whether training sees half of them mirrored.
     flip: bool,
+    /// Their captions, where these are in memory.
+    captions: Vec<Option<Box<str>>>,
     /// What each byte is in [-1, 1].
     values: Box<[f32; 256]>,
     bytes: Bytes,
@@ -125,6 +127,7 @@ impl Images {
             stored: (height, width),
             sizing: None,
             flip: false,
+            captions: Vec::new(),
             values: Box::new(std::array::from_fn(|byte| byte as f32 / white * 2.0 - 1.0)),
             bytes,
         }
@@ -147,15 +150,17 @@ impl Images {
     ) -> Result<(Self, Vec<content::Damaged>)> {
         let shape = (source.channels, source.height, source.width);
         let (white, names, sizing) = (source.white, source.names.clone(), source.sizing);
-        let (mut bytes, mut labels) = (Vec::new(), Vec::new());
+        let (mut bytes, mut labels, mut captions) = (Vec::new(), Vec::new(), Vec::new());
         bytes.reserve_exact(source.count() * shape.0 * shape.1 * shape.2);
         let damaged = source.read(progress, &mut |image| {
             bytes.extend_from_slice(image.pixels);
             labels.push(image.label);
+            captions.push(image.caption.map(Into::into));
             Ok(())
         })?;
         let images = Self {
             sizing,
+            captions,
             ..Self::new(shape, white, names, labels, Bytes::Memory(bytes))
         };
         Ok((images, damaged))
@@ -185,6 +190,28 @@ impl Images {
     /// Whether there is no image; never so after [`load`].
     pub fn is_empty(&self) -> bool {
         self.labels.is_empty()
+    }
+
+    /// What each of them shows, in words.
+    ///
+    /// # Errors
+    /// One has no caption.
+    pub fn captions(&self) -> Result<Vec<String>> {
+        let captions = match &self.bytes {
+            Bytes::Memory(_) => self.captions.clone(),
+            Bytes::Files(prepared) => prepared.captions()?,
+        };
+        let absent = captions.iter().filter(|caption| caption.is_none()).count();
+        if let Some(first) = captions.iter().position(Option::is_none) {
+            let message = format!(
+                "{absent} of {} images have no caption, image {first} is the first: give one in `metadata.jsonl` \
+                 (`file_name`, `caption`), in a `.txt` file beside each image of an archive, or in a column `text` of Parquet \
+                 files",
+                self.len()
+            );
+            return Err(crate::Error::option("/data", message));
+        }
+        Ok(captions.into_iter().flatten().map(String::from).collect())
     }
 
     /// Channels, height and width.

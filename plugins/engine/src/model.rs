@@ -58,6 +58,8 @@ pub struct CaptionFeatures<B: Backend> {
     pub features: B::Tensor,
     /// Positions before the first token of each caption; fewer than T.
     pub padding: Vec<usize>,
+    /// In training: the captions in whose place the unconditional features stand, behind the same padding; none, if empty.
+    pub dropped: Vec<bool>,
 }
 
 impl<B: Backend> Conditions<B> {

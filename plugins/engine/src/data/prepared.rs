@@ -6,7 +6,7 @@
 //! out. Reading takes an image from its place in its file, so that memory holds labels only.
 
 use std::fs::File;
-use std::io::{BufWriter, Seek, SeekFrom, Write};
+use std::io::{BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use retort_checkpoint::{json, regular};
@@ -107,7 +107,7 @@ impl<'a> Writer<'a> {
     /// Begins in an empty directory. `description` needs neither numbers of images nor of files.
     pub(super) fn new(dir: &'a Path, description: Description) -> Result<Self> {
         let stride = description.channels * description.height * description.width;
-        let manifest_path = dir.join("manifest.jsonl");
+        let manifest_path = dir.join(MANIFEST);
         let manifest = File::create(&manifest_path).map_err(Error::io(&manifest_path))?;
         Ok(Self {
             dir,
@@ -197,8 +197,14 @@ impl<'a> Writer<'a> {
     }
 }
 
+/// The longest line of a manifest that is read: captions end far below it.
+const LONGEST_ROW: u64 = 8 << 20;
+
+const MANIFEST: &str = "manifest.jsonl";
+
 /// Prepared images, open to be read.
 pub struct Prepared {
+    dir: PathBuf,
     /// What they are.
     pub description: Description,
     /// Class of each image.
@@ -258,10 +264,32 @@ impl Prepared {
             files.push(rows);
         }
         Ok(Self {
+            dir: dir.to_owned(),
             description: d,
             labels: found,
             files,
         })
+    }
+
+    /// What each image shows, where the manifest says so.
+    pub fn captions(&self) -> Result<Vec<Option<Box<str>>>> {
+        let path = self.dir.join(MANIFEST);
+        let mut reader = BufReader::new(regular::open(&path).map_err(Error::io(&path))?);
+        let (mut captions, mut line) = (vec![None; self.labels.len()], Vec::new());
+        loop {
+            line.clear();
+            let read = (&mut reader).take(LONGEST_ROW).read_until(b'\n', &mut line);
+            if read.map_err(Error::io(&path))? == 0 {
+                return Ok(captions);
+            }
+            let row: serde_json::Value = json::parse(&line).map_err(|e| Error::data(&path, e))?;
+            let place = row["image"].as_u64().and_then(|at| usize::try_from(at).ok());
+            // Files that were left out have none.
+            let caption = place.and_then(|at| captions.get_mut(at));
+            if let (Some(caption), Some(text)) = (caption, row["caption"].as_str()) {
+                *caption = Some(text.into());
+            }
+        }
     }
 
     /// Reads one image, (height, width, channels).

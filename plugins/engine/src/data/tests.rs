@@ -1,5 +1,6 @@
 mod folders;
 mod many;
+mod parquet;
 mod pixels;
 mod training;
 

@@ -42,6 +42,8 @@ const DEVIATION: f32 = 0.02;
 
 /// Name of the parameter with an embedding for each class.
 pub const CLASS_EMBEDDING: &str = "cls_embedding.embedding_table.weight";
+/// Name of the features that stand for no caption. As published, they stay as they were drawn.
+pub const UNCONDITIONAL: &str = "cls_embedding.uncond_embedding";
 
 /// Shape of a LlamaGen network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -437,11 +439,7 @@ impl<B: Backend> Gpt<B> {
             ConditionShape::Captions(c) => {
                 let normal = Init::Normal((c.width as f32).sqrt().recip());
                 let shape = [c.positions, c.width];
-                Unconditional::Features(loader.get(
-                    "cls_embedding.uncond_embedding",
-                    &shape,
-                    normal,
-                )?)
+                Unconditional::Features(loader.get(UNCONDITIONAL, &shape, normal)?)
             }
         };
         Ok(Self {
@@ -472,6 +470,34 @@ impl<B: Backend> Gpt<B> {
         }
     }
 
+    /// The conditions with no caption's features in the place of those that are dropped, where any are.
+    fn without_dropped(&self, conditions: &Conditions<B>) -> Result<Option<Conditions<B>>> {
+        let (Conditions::Captions(captions), Unconditional::Features(none)) =
+            (conditions, &self.without)
+        else {
+            return Ok(None);
+        };
+        if !captions.dropped.contains(&true) {
+            return Ok(None);
+        }
+        let shape = B::shape(&captions.features);
+        let rows = [shape[0], 1, 1];
+        let share = |kept: f32, dropped: f32| -> Result<Variable<B>> {
+            let shares = captions.dropped.iter().map(|&d| if d { dropped } else { kept });
+            let shares: Vec<f32> = shares.collect();
+            let shares = B::of(&captions.features).floats(&shares, &rows)?;
+            Ok(Variable::constant(shares))
+        };
+        let none = B::reshape(none.value(), &[1, shape[1], shape[2]])?;
+        let none = Variable::constant(B::expand(&none, &shape)?);
+        let kept = Variable::constant(captions.features.clone()).mul(&share(1.0, 0.0)?)?;
+        Ok(Some(Conditions::Captions(CaptionFeatures {
+            features: kept.add(&none.mul(&share(0.0, 1.0)?)?)?.value().clone(),
+            padding: captions.padding.clone(),
+            dropped: Vec::new(),
+        })))
+    }
+
     /// The conditions, then as many times no condition.
     fn doubled(&self, conditions: &Conditions<B>) -> Result<Conditions<B>> {
         Ok(match &self.without {
@@ -486,6 +512,7 @@ impl<B: Backend> Gpt<B> {
                 Conditions::Captions(CaptionFeatures {
                     features: B::cat(&[&captions.features, &none], 0)?,
                     padding: captions.padding.repeat(2),
+                    dropped: Vec::new(),
                 })
             }
         })
@@ -499,7 +526,8 @@ impl<B: Backend> Teacher<B> for Gpt<B> {
 
     fn forced(&self, conditions: &Conditions<B>, tokens: &B::Tensor) -> Result<Variable<B>> {
         let l = self.tokens.count();
-        let front = self.stack.front(conditions)?;
+        let kept = self.without_dropped(conditions)?;
+        let front = self.stack.front(kept.as_ref().unwrap_or(conditions))?;
         let embedded = self.embedding.rows(&B::narrow(tokens, 1, 0, l - 1)?)?; // (b, l-1, C)
         let x = Variable::cat(&[&front.embeddings, &embedded], 1)?; // (b, T+l-1, C)
         let x = self.stack.forward(x, &front.padding)?;

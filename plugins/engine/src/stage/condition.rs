@@ -1,4 +1,7 @@
-//! Conditioning options of `sample` and `trajectories`: classes, captions, or features of captions.
+//! Conditioning options of `sample` and `trajectories`: classes, captions, or features of captions; in `training` those of
+//! `pretrain`.
+
+pub mod training;
 
 use std::path::Path;
 
@@ -302,19 +305,7 @@ impl ConditionOptions<'_> {
                         );
                         return Err(Error::option("/text_encoder", message));
                     }
-                    let told = |done: usize| match context.host.cancelled() {
-                        Cancel::Run => {
-                            let all = texts.len() as u64;
-                            context.host.progress(done as u64, all, "captions");
-                            Ok(())
-                        }
-                        _ => Err(Error::Cancelled),
-                    };
-                    replace(&path, |partial| {
-                        // Made once, and T5 is known to suffer from bf16.
-                        let backend = &context.backend.exact();
-                        encoder.encode(backend, &texts, shape.positions, partial, told)
-                    })?;
+                    encode(context, encoder, &texts, shape.positions, &path)?;
                 }
             }
             (_, _, Some(features)) => {
@@ -334,6 +325,29 @@ impl ConditionOptions<'_> {
             texts,
         })
     }
+}
+
+/// Writes the features of texts, of at most so many tokens each.
+fn encode<B: Backend>(
+    context: &Context<'_, B>,
+    encoder: TextEncoder,
+    texts: &[String],
+    most: usize,
+    path: &Path,
+) -> Result<()> {
+    let told = |done: usize| match context.host.cancelled() {
+        Cancel::Run => {
+            let all = texts.len() as u64;
+            context.host.progress(done as u64, all, "captions");
+            Ok(())
+        }
+        _ => Err(Error::Cancelled),
+    };
+    replace(path, |partial| {
+        // Made once, and T5 is known to suffer from bf16.
+        let backend = &context.backend.exact();
+        encoder.encode(backend, texts, most, partial, told)
+    })
 }
 
 /// The most bytes of a file of captions.

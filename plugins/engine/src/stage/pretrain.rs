@@ -1,4 +1,7 @@
-//! `pretrain`: trains a class-conditional AR teacher on a tokenizer's tokens.
+//! `pretrain`: trains an AR teacher on a tokenizer's tokens, of classes or of captions.
+//!
+//! Captions as LlamaGen learns them: features of a text encoder, at the end of 120 positions; a dropped caption has the
+//! unconditional features behind the same padding, and these stay as they were drawn.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -10,19 +13,24 @@ use serde_json::json;
 
 use crate::backend::Backend;
 use crate::bundle::{self, Bundle, Family, NetworkConfig, TokenizerConfig};
+use crate::captions::Subjects;
 use crate::context::Context;
 use crate::data::{Data, Images};
 use crate::error::{Error, Result};
-use crate::model::{CODEBOOK, ConditionShape, Conditions, Teacher, TokenShape, llamagen, var};
+use crate::files::replace;
+use crate::model::{CODEBOOK, ConditionShape, Teacher, TokenShape, llamagen, var};
+use crate::numpy;
 use crate::random::{Sequence, Stream};
 use crate::size::Sides;
+use crate::stage::condition::Features;
+use crate::stage::condition::training::TrainingCaptions;
 use crate::stage::tokenizer::batch_shape;
 use crate::stage::{Stage, batch_memory};
 use crate::tape::Variable;
 use crate::train::{
     HeldOut, Mean, StepOutput, TrainOptions, TrainingLoop, average, check_parts, one_part, shared,
 };
-use crate::weights::{Loader, Params, Source, Start, Stored, Weights};
+use crate::weights::{self, Loader, Params, Source, Start, Stored, Weights};
 
 /// Options of `pretrain`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -61,7 +69,19 @@ pub struct Options {
     /// VAR: whether the blocks share the map from the class to their modulation, as in the largest published model.
     #[serde(default)]
     pub shared_adaln: bool,
-    /// Probability with which a label is dropped in training, for guidance.
+    /// LlamaGen: folder of the flan-t5 that makes features of the images' captions: config.json, tokenizer.json and its weights.
+    /// The teacher then is one of captions, which `data` has to have.
+    #[serde(default)]
+    #[schemars(extend("x-retort-file" = "dir"))]
+    pub text_encoder: Option<String>,
+    /// LlamaGen: features of captions from a file, those of image i in place i, instead of `text_encoder`.
+    #[serde(default)]
+    pub features: Option<Features>,
+    /// The most tokens of a caption; longer ones are cut by the text encoder.
+    #[serde(default = "caption_tokens")]
+    #[schemars(range(min = 1, max = 65536))]
+    pub caption_tokens: usize,
+    /// Probability with which a label or a caption is dropped in training, for guidance.
     #[serde(default = "label_dropout")]
     #[schemars(range(min = 0, max = 1))]
     pub label_dropout: f64,
@@ -92,11 +112,24 @@ fn held_out() -> f64 {
 fn attn_l2_norm() -> bool {
     true
 }
+fn caption_tokens() -> usize {
+    120
+}
 fn label_dropout() -> f64 {
     0.1
 }
 fn keep_best() -> bool {
     true
+}
+
+impl Options {
+    fn captions(&self) -> TrainingCaptions<'_> {
+        TrainingCaptions {
+            text_encoder: self.text_encoder.as_deref(),
+            features: self.features.as_ref(),
+            positions: self.caption_tokens,
+        }
+    }
 }
 
 /// The stage.
@@ -110,14 +143,23 @@ impl<B: Backend> Stage<B> for Pretrain {
     const TOGETHER: bool = true;
     const SUMMARY: &'static str = "train an autoregressive teacher on a tokenizer's tokens";
 
-    fn check(o: &Options, _base_dir: &Path) -> Result<()> {
+    fn check(o: &Options, base_dir: &Path) -> Result<()> {
         o.data
             .check()
             .map_err(|e| Error::option("/data", e.to_string()))?;
         check_parts(o.accumulate, o.train.batch)?;
+        if o.captions().are_given() && o.family == Family::Var {
+            let pointer = if o.features.is_some() { "/features" } else { "/text_encoder" };
+            let message = "teachers of `family: var` know classes alone: captions need `family: llamagen`";
+            return Err(Error::option(pointer, message));
+        }
+        o.captions().check(base_dir)?;
         // The rest of the shape comes with the tokenizer.
         match o.family {
-            Family::Llamagen => shape_of_llamagen(o, (2, 1), Sides::square(1), 1).check(),
+            Family::Llamagen => {
+                let classes = ConditionShape::Classes(1);
+                shape_of_llamagen(o, (2, 1), Sides::square(1), classes).check()
+            }
             Family::Var => shape_of_var(o, (2, 1), &[1, 2], 1).check(),
         }
     }
@@ -144,6 +186,9 @@ struct Inputs<'a> {
     source: Bundle<'a>,
     frozen: Stored,
     images: Images,
+    /// What the teacher knows, and the class or the caption of each image.
+    subjects: Subjects,
+    subject: Vec<u32>,
     /// Images that are trained on, and those that are held out.
     train: Vec<usize>,
     held: Vec<usize>,
@@ -170,7 +215,12 @@ impl<'a> Inputs<'a> {
             );
             return Err(Error::option("/data", message));
         }
-        let network = network(o, &source.config.tokenizer, images.classes)?;
+        let captions = o.captions().resolve(context, &images)?;
+        let condition = match &captions {
+            Some(captions) => ConditionShape::Captions(captions.shape),
+            None => ConditionShape::Classes(images.classes),
+        };
+        let network = network(o, &source.config.tokenizer, condition)?;
         batch_memory::check(
             context,
             "/train/batch",
@@ -185,7 +235,7 @@ impl<'a> Inputs<'a> {
         };
         let views = mirrored
             .iter()
-            .map(|&mirrored| encode_all(context.backend, &source, &images, mirrored, o.train.batch))
+            .map(|&mirrored| tokens(context, &source, &images, mirrored, o.train.batch))
             .collect::<Result<Vec<_>>>()?;
         let (train, held) = images.split(o.held_out, context.job.seed);
         let frozen = source.tokenizer_file()?;
@@ -193,8 +243,17 @@ impl<'a> Inputs<'a> {
             Some(stage) => Some(start_from(context, stage, &source, &network, &images)?),
             None => None,
         };
+        let (subjects, subject) = match captions {
+            Some(captions) => (
+                Subjects::Captions(captions.captions.into()),
+                captions.numbers,
+            ),
+            None => (Subjects::Classes(images.classes), images.labels.clone()),
+        };
         Ok(Self {
             frozen,
+            subjects,
+            subject,
             train,
             held,
             views,
@@ -238,18 +297,36 @@ impl<'a> Inputs<'a> {
         let mut losses = Mean::default();
         // What a step of training takes, whatever the number of images.
         for picks in picks.chunks(o.train.batch) {
-            let labels: Vec<u32> = picks.iter().map(|&i| self.images.labels[i]).collect();
+            let labels: Vec<u32> = picks.iter().map(|&i| self.subject[i]).collect();
             let tokens = picks.iter().flat_map(|&i| self.tokens(0, i));
             let wanted: Vec<u32> = tokens.copied().collect();
-            let logits = logits(backend, model, &labels, &wanted)?;
+            let logits = self.logits(backend, model, (&labels, &[]), &wanted)?;
             let wanted = backend.indices(&wanted, &[wanted.len()])?;
             losses.add(&B::to_floats(&B::cross_entropy(logits.value(), &wanted)?)?);
         }
         Ok(losses.value())
     }
 
+    /// Logits (n L, K) of all tokens (n, L) of n images of these classes or captions, of which some are dropped.
+    fn logits<B: Backend>(
+        &self,
+        backend: &B,
+        model: &dyn Teacher<B>,
+        (labels, dropped): (&[u32], &[bool]),
+        seen: &[u32],
+    ) -> Result<Variable<B>> {
+        let (n, shape) = (labels.len(), model.token_shape());
+        let l = shape.count();
+        let conditions = self.subjects.conditions_but(backend, labels, dropped)?;
+        let logits = model.forced(&conditions, &backend.indices(seen, &[n, l])?)?;
+        logits.reshape(&[n * l, shape.vocabulary])
+    }
+
     /// Names of the classes, where they are more than numbers.
     fn names(&self) -> &[String] {
+        if let Subjects::Captions(_) = self.subjects {
+            return &[];
+        }
         let mut numbered = self.images.names.iter().enumerate();
         match numbered.all(|(i, name)| *name == i.to_string()) {
             true => &[],
@@ -258,26 +335,12 @@ impl<'a> Inputs<'a> {
     }
 }
 
-/// Logits (n L, K) of all tokens (n, L) of n images.
-fn logits<B: Backend>(
-    backend: &B,
-    model: &dyn Teacher<B>,
-    labels: &[u32],
-    seen: &[u32],
-) -> Result<Variable<B>> {
-    let (n, shape) = (labels.len(), model.token_shape());
-    let l = shape.count();
-    let logits = model.forced(
-        &Conditions::Classes(backend.indices(labels, &[n])?),
-        &backend.indices(seen, &[n, l])?,
-    )?;
-    logits.reshape(&[n * l, shape.vocabulary])
-}
-
 /// The teacher in training.
 struct Networks<B: Backend> {
     model: Box<dyn Teacher<B>>,
     params: Params<B>,
+    /// Those that training leaves as they are.
+    still: Params<B>,
     average: Option<BTreeMap<String, B::Tensor>>,
     /// The teacher with the weights that are kept in the end, if the last ones are.
     measured: Box<dyn Teacher<B>>,
@@ -303,14 +366,19 @@ impl<B: Backend> Networks<B> {
         let mut loader = Loader::new(backend, start, true, origin);
         let mut model = inputs.build(&mut loader, o)?;
         model.recompute(o.recompute);
-        let params = loader.into_params();
+        let (still, params): (Vec<_>, Vec<_>) = loader
+            .into_params()
+            .into_iter()
+            .partition(|(name, _)| name == llamagen::UNCONDITIONAL);
         let average = average(backend, &o.train, &params)?;
-        let shared = shared(&params, average.as_ref());
-        let source = Source::Device(&shared);
+        let mut tensors = shared(&params, average.as_ref());
+        tensors.extend(shared(&still, None));
+        let source = Source::Device(&tensors);
         let measured = inputs.build(&mut Loader::new(backend, source, false, "teacher"), o)?;
         Ok(Self {
             model,
             params,
+            still,
             average,
             measured,
         })
@@ -319,8 +387,10 @@ impl<B: Backend> Networks<B> {
 
 /// What a step of training sees.
 struct Batch {
-    /// Classes (n), some left out for guidance.
+    /// Classes or numbers of captions (n).
     labels: Vec<u32>,
+    /// Which of them are left out, for guidance.
+    dropped: Vec<bool>,
     /// Tokens (n, L) to predict.
     wanted: Vec<u32>,
     /// The same as the teacher is given them, some replaced.
@@ -330,21 +400,13 @@ struct Batch {
 impl Batch {
     /// The batch of a step.
     fn draw(o: &Options, inputs: &Inputs<'_>, seed: u64, step: u64) -> Self {
-        let images = &inputs.images;
         let mut choice = Sequence::new(seed, Stream::Step, step);
         let picks: Vec<usize> = (0..o.train.batch)
             .map(|_| inputs.train[choice.below(inputs.train.len())])
             .collect();
-        let labels = picks
-            .iter()
-            .map(|&i| {
-                if choice.uniform() < o.label_dropout {
-                    images.classes as u32
-                } else {
-                    images.labels[i]
-                }
-            })
-            .collect();
+        let labels = picks.iter().map(|&i| inputs.subject[i]).collect();
+        let dropped = picks.iter().map(|_| choice.uniform() < o.label_dropout);
+        let dropped = dropped.collect();
         let mut wanted = Vec::with_capacity(picks.len() * inputs.shape.count());
         for &i in &picks {
             let view = match inputs.views.len() {
@@ -363,6 +425,7 @@ impl Batch {
         }
         Self {
             labels,
+            dropped,
             wanted,
             seen,
         }
@@ -398,8 +461,12 @@ fn train<B: Backend>(
         let fraction = own.len() as f64 / n as f64;
         let tokens = own.start * l..own.end * l;
         let wanted = backend.indices(&batch.wanted[tokens.clone()], &[tokens.len()])?;
-        let (labels, seen) = (&batch.labels[own], &batch.seen[tokens]);
-        let mut loss = logits(backend, &*networks.model, labels, seen)?.cross_entropy(&wanted)?;
+        let (labels, seen) = (
+            (&batch.labels[own.clone()], &batch.dropped[own]),
+            &batch.seen[tokens],
+        );
+        let logits = inputs.logits(backend, &*networks.model, labels, seen)?;
+        let mut loss = logits.cross_entropy(&wanted)?;
         if !whole {
             loss = loss.affine(fraction, 0.0)?;
         }
@@ -412,7 +479,8 @@ fn train<B: Backend>(
         measure: &mut measure,
         keep_best: o.keep_best,
     };
-    let weights = fit.run_in_parts(o.accumulate, part, Some(held_out))?;
+    let mut weights = fit.run_in_parts(o.accumulate, part, Some(held_out))?;
+    weights.extend(weights::from_params(&networks.still)?);
     Ok(context.job.part.is_none().then_some(weights))
 }
 
@@ -451,13 +519,23 @@ fn start_from<B: Backend>(
     let refuse = |message: String| Err(Error::option("/from", message));
     let bundle = Bundle::open(context.input_dir(stage)?)?;
     let own = bundle.network()?;
-    let Some(classes) = own.classes() else {
-        return refuse(format!(
-            "{stage} is a teacher of captions; one of classes cannot start from it"
-        ));
+    let of = |network: &NetworkConfig| match network.classes() {
+        Some(_) => "classes",
+        None => "captions",
     };
-    if own.clone().with_classes(images.classes) != *network {
-        let what = bundle::differences(network, &own.clone().with_classes(images.classes));
+    if of(own) != of(network) {
+        return refuse(format!(
+            "{stage} is a teacher of {}; one of {} cannot start from it",
+            of(own),
+            of(network)
+        ));
+    }
+    let alike = match own.classes() {
+        Some(_) => own.clone().with_classes(images.classes),
+        None => own.clone(),
+    };
+    if alike != *network {
+        let what = bundle::differences(network, &alike);
         return refuse(format!("{stage} is a teacher of another shape: {what}"));
     }
     let codebook = |bundle: &Bundle<'_>| bundle.tokenizer_file()?.floats(CODEBOOK);
@@ -467,9 +545,11 @@ fn start_from<B: Backend>(
              take its tokenizer here"
         ));
     }
-    let same = classes == images.classes
-        && (bundle.config.classes.is_empty() || bundle.config.classes == images.names);
-    if !same {
+    let other = own.classes().filter(|classes| {
+        let named = &bundle.config.classes;
+        *classes != images.classes || !(named.is_empty() || *named == images.names)
+    });
+    if let Some(classes) = other {
         let message = format!(
             "{stage} knows {classes} other classes: the embedding of the {} here is made anew",
             images.classes
@@ -478,20 +558,24 @@ fn start_from<B: Backend>(
     }
     Ok(StartingTeacher {
         file: bundle.network_file()?,
-        anew: !same,
+        anew: other.is_some(),
     })
 }
 
-/// The teacher's shape, for a tokenizer and a number of classes.
-fn network(o: &Options, tokenizer: &TokenizerConfig, classes: usize) -> Result<NetworkConfig> {
+/// The teacher's shape, for a tokenizer and what it is made for.
+fn network(
+    o: &Options,
+    tokenizer: &TokenizerConfig,
+    condition: ConditionShape,
+) -> Result<NetworkConfig> {
     let codebook = tokenizer.codebook();
-    match (o.family, tokenizer) {
-        (Family::Llamagen, TokenizerConfig::Vq(t)) => Ok(NetworkConfig::Llamagen(
-            shape_of_llamagen(o, codebook, t.autoencoder.map(), classes),
+    match (o.family, tokenizer, condition) {
+        (Family::Llamagen, TokenizerConfig::Vq(t), _) => Ok(NetworkConfig::Llamagen(
+            shape_of_llamagen(o, codebook, t.autoencoder.map(), condition),
         )),
-        (Family::Var, TokenizerConfig::Msvq(t)) => Ok(NetworkConfig::Var(shape_of_var(
-            o, codebook, &t.scales, classes,
-        ))),
+        (Family::Var, TokenizerConfig::Msvq(t), ConditionShape::Classes(classes)) => Ok(
+            NetworkConfig::Var(shape_of_var(o, codebook, &t.scales, classes)),
+        ),
         _ => {
             let message = format!(
                 "family {}, but the tokenizer {} is one of family {}",
@@ -508,7 +592,7 @@ fn shape_of_llamagen(
     o: &Options,
     (vocabulary, codebook_dim): (usize, usize),
     map: Sides,
-    classes: usize,
+    condition: ConditionShape,
 ) -> llamagen::Config {
     llamagen::Config {
         width: o.width,
@@ -517,7 +601,7 @@ fn shape_of_llamagen(
         vocabulary,
         codebook_dim,
         map,
-        condition: ConditionShape::Classes(classes),
+        condition,
     }
 }
 
@@ -540,18 +624,59 @@ fn shape_of_var(
     }
 }
 
-/// Tokens (n, L) of all images, perhaps mirrored, so many at once.
-fn encode_all<B: Backend>(
-    backend: &B,
+/// Tokens (n, L) of all images, perhaps mirrored: made once, and kept in the work directory for other workers and for a training
+/// that is taken up again.
+fn tokens<B: Backend>(
+    context: &Context<'_, B>,
     source: &Bundle<'_>,
     images: &Images,
     mirrored: bool,
     at_once: usize,
 ) -> Result<Vec<u32>> {
+    let name = if mirrored { "tokens-mirrored.npy" } else { "tokens.npy" };
+    let path = context.work_dir()?.join(name);
+    let _turn = context.lock(name)?;
+    let (vocabulary, _) = source.config.tokenizer.codebook();
+    if let Some(found) = kept_tokens(&path, images.len(), vocabulary) {
+        return Ok(found);
+    }
+    let tokens = encode_all(context, source, images, mirrored, at_once)?;
+    replace(&path, |partial| {
+        let mut bytes = numpy::header("<u4", &[images.len(), tokens.len() / images.len()]);
+        bytes.extend(tokens.iter().flat_map(|token| token.to_le_bytes()));
+        std::fs::write(partial, bytes).map_err(Error::io(partial))
+    })?;
+    Ok(tokens)
+}
+
+/// Tokens of so many images in a file, if it is whole.
+fn kept_tokens(path: &Path, images: usize, vocabulary: usize) -> Option<Vec<u32>> {
+    let rows = numpy::Rows::open(path).ok()?;
+    let count = match *rows.shape() {
+        [n, l] if n == images && rows.kind() == "u4" => n.checked_mul(l)?,
+        _ => return None,
+    };
+    let mut bytes = vec![0; count * 4];
+    rows.read_bytes(0, &mut bytes).ok()?;
+    let (quads, _) = bytes.as_chunks();
+    let found: Vec<u32> = quads.iter().map(|quad| u32::from_le_bytes(*quad)).collect();
+    found.iter().all(|token| (*token as usize) < vocabulary).then_some(found)
+}
+
+/// Tokens (n, L) of all images, so many at once.
+fn encode_all<B: Backend>(
+    context: &Context<'_, B>,
+    source: &Bundle<'_>,
+    images: &Images,
+    mirrored: bool,
+    at_once: usize,
+) -> Result<Vec<u32>> {
+    let backend = context.backend;
     let tokenizer = source.tokenizer(backend)?;
     let all: Vec<usize> = (0..images.len()).collect();
     let mut tokens = Vec::new();
     for picks in all.chunks(at_once) {
+        context.go_on()?;
         let (pixels, _) = match mirrored {
             true => images.gather_mirrored(picks)?,
             false => images.gather(picks)?,

@@ -98,6 +98,7 @@ impl<B: Backend> Inputs<B> {
     /// Captions of these features.
     fn given(&self, features: B::Tensor) -> Conditions<B> {
         Conditions::Captions(CaptionFeatures {
+            dropped: Vec::new(),
             features,
             padding: self.padding.clone(),
         })
