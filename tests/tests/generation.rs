@@ -5,10 +5,10 @@ use std::cell::Cell;
 
 use retort_candle::Candle;
 use retort_engine::Result;
-use retort_engine::backend::Tensors;
+use retort_engine::backend::{Tensors, Unary};
 use retort_engine::bundle::{NetworkConfig, TokenizerConfig};
 use retort_engine::model::{
-    ConditionShape, Conditions, Generation, Guidance, Prediction, PrefixMask, Student, Teacher,
+    CaptionFeatures, CaptionShape, ConditionShape, Conditions, Generation, Guidance, Prediction, PrefixMask, Student, Teacher,
     TokenShape,
 };
 use retort_engine::random::noise;
@@ -17,7 +17,7 @@ use retort_engine::sampler::{
 };
 use retort_engine::size::Sides;
 use retort_engine::stage::sample::drawer::Sampler;
-use retort_engine::tape::Variable;
+use retort_engine::tape::{Variable, backward};
 use retort_engine::weights::{Floats, Loader, Source, Weights};
 use retort_tests::small;
 
@@ -129,6 +129,61 @@ fn close(what: &str, a: &[f32], b: &[f32]) {
     let most = a.iter().zip(b).map(|(a, b)| (a - b).abs());
     let most = most.fold(0.0f32, f32::max);
     assert!(most <= 1e-5 * scale, "{what}: {most} of {scale}");
+}
+
+/// A dropped caption is the unconditional features behind its own padding, and no gradient reaches these.
+#[test]
+fn a_dropped_caption_is_that_of_none() {
+    let [(mut network, tokenizer), _] = small::families(&[1, 2]);
+    let (positions, width) = (5, 6);
+    if let NetworkConfig::Llamagen(c) = &mut network {
+        c.condition = ConditionShape::Captions(CaptionShape { positions, width });
+    }
+    let backend = candle();
+    let weights = disturbed(&backend, |loader| {
+        let mut codes = Loader::new(&backend, Source::Init(2), false, "drawn");
+        network.teacher(loader, (&tokenizer, &mut codes)).map(drop)
+    });
+    let mut loader = Loader::new(&backend, Source::Host(&weights), true, "drawn");
+    let mut codes = Loader::new(&backend, Source::Init(2), false, "drawn");
+    let teacher = network.teacher(&mut loader, (&tokenizer, &mut codes)).expect("a teacher");
+    let params = loader.into_params();
+
+    let none = &weights["cls_embedding.uncond_embedding"].data;
+    let padding = vec![2, 0, 4];
+    let mut given = noise(9, 0, BATCH * positions * width, 1);
+    for (features, before) in given.chunks_exact_mut(positions * width).zip(&padding) {
+        features[..before * width].fill(0.0);
+    }
+    let forced = |features: &[f32], dropped: &[bool]| {
+        let shape = [BATCH, positions, width];
+        let captions = CaptionFeatures {
+            features: backend.floats(features, &shape).expect("features"),
+            padding: padding.clone(),
+            dropped: dropped.to_vec(),
+        };
+        let l = teacher.token_shape().count();
+        let tokens = backend.indices(&vec![3; BATCH * l], &[BATCH, l]).expect("tokens");
+        teacher.forced(&Conditions::Captions(captions), &tokens).expect("logits")
+    };
+    let logits = |features: &[f32], dropped: &[bool]| {
+        Candle::to_floats(forced(features, dropped).value()).expect("floats")
+    };
+    let mut replaced = given.clone();
+    for row in [0, 2] {
+        replaced[row * positions * width..][..positions * width].copy_from_slice(none);
+    }
+    let dropped = logits(&given, &[true, false, true]);
+    assert_eq!(dropped, logits(&replaced, &[]));
+    assert_ne!(dropped, logits(&given, &[]));
+    assert_eq!(logits(&given, &[false; BATCH]), logits(&given, &[]));
+
+    let loss = forced(&given, &[true, false, true]).unary(Unary::Square).and_then(|x| x.mean_all());
+    let gradients = backward(&loss.expect("a loss"), &params).expect("gradients");
+    for ((name, _), gradient) in params.iter().zip(&gradients) {
+        let moved = Candle::to_floats(gradient).expect("floats").iter().any(|x| *x != 0.0);
+        assert_eq!(moved, name != "cls_embedding.uncond_embedding", "{name}");
+    }
 }
 
 /// Two rows of four tokens are the first half of four rows of four: what comes later changes nothing before it.

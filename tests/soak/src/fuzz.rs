@@ -32,7 +32,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 11] = [
+pub const TARGETS: [Target; 12] = [
     recipe::RECIPE,
     recipe::FILTER,
     frames::FRAMES,
@@ -42,6 +42,7 @@ pub const TARGETS: [Target; 11] = [
     files::NPZ,
     files::CSV,
     files::TAR,
+    files::PARQUET,
     files::IMAGE,
     files::TRAJECTORIES,
 ];

@@ -10,7 +10,9 @@ use retort_tests::golden::procedural_weights;
 use retort_tests::torch::Archive;
 use serde_json::Value;
 
-use crate::lab::Lab;
+use crate::images::every_format;
+use crate::lab::{Lab, wait_for};
+use crate::training::{INTERRUPT, output, points};
 
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -335,4 +337,144 @@ fn captions_for_a_model_of_classes_are_refused() {
         "r.yaml:6:",
         "this model is conditioned on classes: give `labels`",
     ]);
+}
+
+/// A teacher of a few seconds that learns captions of pictures.
+const LEARNT: &str = "
+version: 1
+seed: 3
+backend: candle
+device: cpu
+stages:
+  pictures: {kind: images, data: {folder: mix, size: 16}}
+  codes:
+    kind: tokenizer
+    data: pictures
+    codebook_size: 16
+    codebook_dim: 4
+    channels: 8
+    z_channels: 8
+    train: {steps: 20, batch: 12}
+  teacher:
+    kind: pretrain
+    tokenizer: codes
+    data: pictures
+    CAPTIONS
+    caption_tokens: 12
+    label_dropout: 0.2
+    width: 32
+    depth: 2
+    heads: 2
+    held_out: 0
+    train: {steps: STEPS, batch: 12, ema: 0.9}
+";
+
+/// A folder of pictures with captions, and a lab to learn these in.
+fn pictures(captions: &str, steps: u64) -> Lab {
+    let lab = Lab::new(&[]);
+    let dir = lab.dir.path();
+    write_files(dir);
+    every_format(&dir.join("mix"));
+    let mut table = String::new();
+    for class in ["cats", "dogs"] {
+        let folder = std::fs::read_dir(dir.join("mix").join(class)).unwrap();
+        let mut files: Vec<_> = folder.map(|entry| entry.unwrap().file_name()).collect();
+        files.sort();
+        for (i, file) in files.iter().enumerate() {
+            let file = format!("{class}/{}", file.to_str().unwrap());
+            // Some captions are those of several pictures.
+            let caption = format!("one of {class} beside {}", i / 2);
+            let row = serde_json::json!({ "file_name": file, "caption": caption });
+            table.push_str(&format!("{row}\n"));
+        }
+    }
+    std::fs::write(dir.join("mix/metadata.jsonl"), table).unwrap();
+    let text = LEARNT.replace("CAPTIONS", captions).replace("STEPS", &steps.to_string());
+    std::fs::write(dir.join("r.yaml"), text).unwrap();
+    lab
+}
+
+/// The features that stand for no caption, of the newest teacher.
+fn unconditional(lab: &Lab) -> Vec<f32> {
+    let path = output(lab, "teacher").1.join("model.safetensors");
+    let stored = Stored::open(&path, None).unwrap();
+    stored.floats("cls_embedding.uncond_embedding").unwrap()
+}
+
+#[test]
+fn a_teacher_learns_captions_of_pictures() {
+    let lab = pictures("text_encoder: t5", 120);
+    lab.retort(&["run", "r.yaml"]).expect(0);
+    let losses = points(&lab, "teacher", "pretrain/held_out_loss");
+    let (first, last) = (losses[0], losses[losses.len() - 1]);
+    assert!(last < 0.9 * first, "{losses:?}");
+
+    // Sampled as a published one is.
+    let path = lab.dir.path().join("r.yaml");
+    let drawn = "  drawn: {kind: sample, count: 2, tokens: true, text_encoder: t5, caption: [one of cats beside 0, one of dogs beside 2], \
+                 sampler: {kind: teacher, teacher: teacher, distribution: {guidance: 2.0}}}\n";
+    let text = std::fs::read_to_string(&path).unwrap() + drawn;
+    std::fs::write(&path, text).unwrap();
+    let said = lab.retort(&["run", "r.yaml"]).expect(0);
+    let shown = format!("{}{}", said.stdout, said.stderr);
+    assert!(shown.contains("one of cats beside 0"), "{shown}");
+
+    // Training leaves the features that stand for no caption as they were drawn.
+    let short = pictures("text_encoder: t5", 1);
+    short.retort(&["run", "r.yaml"]).expect(0);
+    assert_eq!(unconditional(&lab), unconditional(&short));
+    assert_ne!(output(&lab, "teacher").0, output(&short, "teacher").0);
+}
+
+#[test]
+fn a_training_on_captions_that_was_interrupted_ends_with_the_same_bits() {
+    let undisturbed = pictures("text_encoder: t5", 400);
+    undisturbed.retort(&["run", "r.yaml"]).expect(0);
+    let disturbed = pictures("text_encoder: t5", 400);
+    let running = disturbed.start(&[]);
+    disturbed.wait_for_worker("teacher");
+    wait_for("a point of the loss", || {
+        let said = disturbed.retort(&["metrics", "latest", "--stage", "teacher", "--json"]);
+        said.stdout.contains("pretrain/loss").then_some(())
+    });
+    running.signal(INTERRUPT);
+    running.end().expect(130);
+    disturbed
+        .retort(&["resume", "-v"])
+        .expect(0)
+        .saying(&["pretrain: continuing from step"]);
+    let [a, b] = [&undisturbed, &disturbed].map(|lab| output(lab, "teacher").0);
+    assert_eq!(a, b);
+}
+
+#[test]
+fn captions_to_learn_come_from_somewhere_and_are_those_of_the_images() {
+    // Features that somebody made, one of each picture.
+    let lab = pictures("features: {file: own.npy}", 5);
+    let features: Vec<f32> = (0..12 * 12 * 6).map(|i| (i % 7) as f32 - 3.5).collect();
+    write_npy(&lab.dir.path().join("own.npy"), &[12, 12, 6], &features);
+    lab.retort(&["run", "r.yaml"]).expect(0);
+    write_npy(&lab.dir.path().join("own.npy"), &[6, 12, 12], &features);
+    lab.retort(&["run", "r.yaml"])
+        .expect(100)
+        .saying(&["features of 6 captions for 12 images"]);
+
+    let lab = pictures("text_encoder: t5", 5);
+    let table = lab.dir.path().join("mix/metadata.jsonl");
+    let text = std::fs::read_to_string(&table).unwrap();
+    std::fs::write(&table, text.replacen("caption", "remark", 1)).unwrap();
+    lab.retort(&["run", "r.yaml"])
+        .expect(100)
+        .saying(&["1 of 12 images have no caption, image 0 is the first"]);
+
+    for (captions, expected) in [
+        ("family: var\n    text_encoder: t5", "teachers of `family: var` know classes alone"),
+        (
+            "text_encoder: t5\n    features: {file: features.npy}",
+            "keep one of `text_encoder` and `features`",
+        ),
+    ] {
+        let lab = pictures(captions, 5);
+        lab.retort(&["validate", "r.yaml"]).expect(3).saying(&[expected]);
+    }
 }

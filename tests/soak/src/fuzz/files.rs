@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use retort_checkpoint::Checkpoint;
+use retort_checkpoint::parquet::Parquet;
 use retort_checkpoint::trajectories::Manifest;
 use retort_engine::data::source::Source;
 use retort_engine::data::{DataOptions, Images};
@@ -130,6 +131,36 @@ pub const TAR: Target = Target {
     ],
     mend: Some(|bytes| mend_tar(bytes)),
     examples: None,
+};
+
+pub const PARQUET: Target = Target {
+    name: "parquet",
+    exercise: exercise_parquet,
+    tokens: &[
+        b"PAR1",
+        b"PARE",
+        b"\x15\x00\x15",
+        b"\x15\x04\x15",
+        b"\x15\x06\x15",
+        b"\x2c\x15",
+        b"\x4c\x15",
+        b"\x5c\x15",
+        b"\x19\x4c",
+        b"\x19\xfc\xff\xff\xff\xff\x0f",
+        b"\x16\xfe\xff\xff\xff\x0f",
+        b"\x15\xfe\xff\xff\xff\x0f",
+        b"\xff\xff\xff\xff\xff\xff\xff\xff\x7f",
+        b"\x18\x05image",
+        b"\x18\x05bytes",
+        b"\x18\x05label",
+        b"huggingface",
+        b"{\"info\": {\"features\": {\"label\": {\"names\": [\"a\"]}}}}",
+        b"\x28\xb5\x2f\xfd",
+        b"\x1f\x8b\x08",
+        b"\x02\x00\x00\x00\x03\x01",
+    ],
+    mend: None,
+    examples: Some("tests/golden/parquet"),
 };
 
 pub const IMAGE: Target = Target {
@@ -296,6 +327,42 @@ fn exercise_tar(bytes: &[u8]) -> String {
         tar: Some(file),
         ..DataOptions::default()
     })
+}
+
+/// As images, and every column of it.
+fn exercise_parquet(bytes: &[u8]) -> String {
+    let outcome = load_from("a.parquet", bytes, |file| DataOptions {
+        parquet: Some(file),
+        skip_damaged: true,
+        ..DataOptions::default()
+    });
+    let file = match Parquet::in_memory(bytes) {
+        Ok(file) => file,
+        Err(error) => return outcome + &error.to_string(),
+    };
+    let mut told = outcome;
+    for column in 0..file.columns.len().min(16) {
+        match cells(&file, column) {
+            Ok(count) => assert_eq!(count, file.rows),
+            Err(error) => told.push_str(&error.to_string()),
+        }
+    }
+    told
+}
+
+/// Cells of a column, as many as there may be in a small file.
+fn cells(file: &Parquet, column: usize) -> retort_checkpoint::Result<u64> {
+    let (mut pages, mut count) = (file.pages(column), 0);
+    while let Some(page) = pages.next()? {
+        for cell in page.cells()?.take(1 << 20) {
+            cell?;
+            count += 1;
+        }
+        if count >= 1 << 20 {
+            return Ok(file.rows);
+        }
+    }
+    Ok(count)
 }
 
 fn load_from(name: &str, bytes: &[u8], options: impl FnOnce(String) -> DataOptions) -> String {
