@@ -262,6 +262,40 @@ pub fn list_hash(files: &[ArtifactFile]) -> String {
     hasher.finalize().to_hex().to_string()
 }
 
+/// Whether a record is one that a commit could have made: an artifact is its list of files, the hash says so.
+///
+/// # Errors
+/// What it is instead, in words.
+pub fn check_list(hash: &str, size: u64, files: &[ArtifactFile]) -> Result<(), String> {
+    let brief =
+        |text: &str| -> String { text.chars().take(80).flat_map(char::escape_debug).collect() };
+    if !is_hash(hash) {
+        return Err(format!("`{}` is not a hash", brief(hash)));
+    }
+    for file in files {
+        if !is_inner_path(&file.path) {
+            let path = brief(&file.path);
+            return Err(format!("`{path}` is not a path within an artifact"));
+        }
+        if !is_hash(&file.hash) {
+            return Err(format!("`{}` is not a hash", brief(&file.hash)));
+        }
+    }
+    let sum = files
+        .iter()
+        .try_fold(0_u64, |sum, file| sum.checked_add(file.size));
+    if sum != Some(size) || i64::try_from(size).is_err() {
+        return Err(format!("the files of artifact {hash} are not of its size"));
+    }
+    let in_order = files.windows(2).all(|pair| pair[0].path < pair[1].path);
+    match !files.is_empty() && in_order && list_hash(files) == hash {
+        true => Ok(()),
+        false => Err(format!(
+            "the files of artifact {hash} are not what its hash says"
+        )),
+    }
+}
+
 /// Whether a path leads to something within a directory: relative, without `..`, written in the one way there is, and
 /// without characters that play tricks with terminals.
 pub fn is_inner_path(path: &str) -> bool {

@@ -37,6 +37,7 @@ pub mod schema;
 pub mod show;
 pub mod sweep;
 pub mod transfer;
+pub mod trust;
 pub mod ui;
 pub mod validate;
 pub mod why;
@@ -174,6 +175,8 @@ pub enum Command {
     Gc(gc::Args),
     /// List, create, install, examine and lock plugins.
     Plugin(plugin::Args),
+    /// Let the lines of a project's retort.toml run, as long as it stays as it is.
+    Trust(trust::Args),
     /// Check this machine and installation, and suggest repairs.
     Doctor(doctor::Args),
     /// Print the JSON schema of recipes, for editors.
@@ -317,7 +320,10 @@ impl Context {
             Command::Graph(args) => vec![&args.recipe.recipe],
             Command::Validate(args) => args.recipes.iter().collect(),
             // They use neither.
-            Command::Inspect(_) | Command::Completions(_) | Command::Worker(_) => return Ok(()),
+            Command::Inspect(_)
+            | Command::Completions(_)
+            | Command::Worker(_)
+            | Command::Trust(_) => return Ok(()),
             _ => Vec::new(),
         };
         if self.stores.len() > 1 && !matches!(command, Command::Ui(_)) {
@@ -462,6 +468,7 @@ pub fn main() -> ExitCode {
         Command::Dataset(args) => dataset::execute(args, &context),
         Command::Inspect(args) => inspect::execute(args, &context),
         Command::Plugin(args) => plugin::execute(args, &context),
+        Command::Trust(args) => trust::execute(args, &context),
         Command::Doctor(args) => doctor::execute(args, &context),
         Command::Schema(args) => schema::execute(args, &context),
         Command::Completions(args) => completions::execute(args, &context),

@@ -4,14 +4,17 @@
 //! `/dev/stdout`, is written as it is.
 //!
 //! Nothing else is overwritten or removed: the name is created exclusively, whatever lies
-//! beside it. What is not finished is removed. Deliberately absent: artifacts, which have a staging of their own.
+//! beside it. What is not finished is removed. A process that is killed leaves its draft: it is known by its name and by a lock
+//! that nobody holds ([`abandoned`]). Deliberately absent: artifacts, which have a staging of their own.
 
-use std::ffi::OsString;
+use std::ffi::OsStr;
 use std::fs::{self, File};
+use std::hash::{BuildHasher, Hasher};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use retort_checkpoint::regular;
 
@@ -22,7 +25,14 @@ pub struct Draft {
     target: PathBuf,
     /// Folders that were made for it.
     folders: CreatedPaths,
+    /// Locked while this process works on it.
+    _held: File,
 }
+
+/// What stands in the name of a draft behind that of its target, in front of sixteen digits.
+const MARK: &str = ".retort-";
+/// Bytes of a target's name that are taken over.
+const LONGEST_NAME: usize = 200;
 
 /// Files and folders that this process has made, removed when dropped unless they are kept. Of a folder in which
 /// something else lies by then, nothing is removed.
@@ -64,17 +74,33 @@ impl CreatedPaths {
         path: &Path,
         write: impl FnOnce(&mut File) -> io::Result<()>,
     ) -> io::Result<()> {
+        let (draft, mut file) = self.begin(path)?;
+        write(&mut file)?;
+        self.finish(draft, &file)
+    }
+
+    /// Begins a file, whose folder is made: [`Self::finish`] puts it into its place.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn begin(&mut self, path: &Path) -> io::Result<(Draft, File)> {
         if let Some(folder) = path.parent() {
             self.folder(folder)?;
         }
-        let path = &place(path)?;
-        let is_new = fs::symlink_metadata(path).is_err();
-        let (draft, mut file) = Draft::file(path)?;
-        write(&mut file)?;
+        Draft::file(&place(path)?)
+    }
+
+    /// Puts a file that was begun into its place, where one that was there stayed as it was until now.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn finish(&mut self, draft: Draft, file: &File) -> io::Result<()> {
+        let path = draft.target.clone();
+        let is_new = fs::symlink_metadata(&path).is_err();
         file.sync_all()?;
         draft.finish()?;
         if is_new {
-            self.0.push(path.to_owned());
+            self.0.push(path);
         }
         Ok(())
     }
@@ -103,7 +129,8 @@ impl Draft {
     /// # Errors
     /// It cannot be made.
     pub fn folder(target: &Path) -> io::Result<Self> {
-        Self::new(target, |path| fs::create_dir(path)).map(|(draft, ())| draft)
+        let make = |path: &Path| fs::create_dir(path).and_then(|()| File::open(path));
+        Self::new(target, make).map(|(draft, _)| draft)
     }
 
     /// An empty file that is to be `target`, open for writing.
@@ -114,27 +141,28 @@ impl Draft {
         Self::new(target, |path| File::create_new(path))
     }
 
-    fn new<T>(target: &Path, make: impl Fn(&Path) -> io::Result<T>) -> io::Result<(Self, T)> {
+    fn new(target: &Path, make: impl Fn(&Path) -> io::Result<File>) -> io::Result<(Self, File)> {
         let parent = target.parent().unwrap_or(Path::new(""));
         let mut folders = CreatedPaths::default();
         folders.folder(parent)?;
         let name = target.file_name().ok_or(io::ErrorKind::InvalidInput)?;
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
-        for attempt in 0..1000 {
-            let mut unique = OsString::from(".");
-            unique.push(name);
-            let number = now.subsec_nanos() + attempt;
-            unique.push(format!(".{}-{number:x}", std::process::id()));
-            let path = parent.join(unique);
+        let name = &name.as_bytes()[..name.len().min(LONGEST_NAME)];
+        for _ in 0..1000 {
+            // The standard library's hash keys are the operating system's random numbers.
+            let chance = std::hash::RandomState::new().build_hasher().finish();
+            let unique = [b".", name, format!("{MARK}{chance:016x}").as_bytes()].concat();
+            let path = parent.join(OsStr::from_bytes(&unique));
             match make(&path) {
                 Ok(made) => {
-                    let target = target.to_owned();
+                    // Between the two calls another process may have taken it for one that was left.
+                    if made.try_lock().is_ok() && !is_of(&path, &made) {
+                        continue;
+                    }
                     let draft = Self {
                         path,
-                        target,
+                        target: target.to_owned(),
                         folders,
+                        _held: made.try_clone()?,
                     };
                     return Ok((draft, made));
                 }
@@ -161,6 +189,60 @@ impl Draft {
     }
 }
 
+/// Whether an open file is the one of this name.
+fn is_of(path: &Path, file: &File) -> bool {
+    let of = |found: &fs::Metadata| (found.dev(), found.ino());
+    matches!((fs::symlink_metadata(path), file.metadata()), (Ok(there), Ok(open)) if of(&there) == of(&open))
+}
+
+/// Drafts in a folder that processes of this user have left which were killed: with the lock on each, which is held now.
+fn left_in(folder: &Path) -> Vec<(PathBuf, File)> {
+    let is_digits = |digits: &[u8]| digits.len() == 16 && digits.iter().all(u8::is_ascii_hexdigit);
+    let has_name = |name: &[u8]| {
+        let (head, digits) = name.split_at(name.len().saturating_sub(16));
+        name.starts_with(b".") && head.ends_with(MARK.as_bytes()) && is_digits(digits)
+    };
+    // SAFETY: a plain system call that cannot fail.
+    let user = unsafe { libc::geteuid() };
+    let folder = if folder.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        folder
+    };
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let named = entries.filter(|entry| has_name(entry.file_name().as_bytes()));
+    named
+        .filter_map(|entry| {
+            let path = entry.path();
+            let found = fs::symlink_metadata(&path).ok()?;
+            if found.uid() != user || !(found.is_dir() || found.is_file()) {
+                return None;
+            }
+            let held = File::options()
+                .read(true)
+                .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+                .open(&path)
+                .ok()?;
+            (held.try_lock().is_ok() && is_of(&path, &held)).then_some((path, held))
+        })
+        .collect()
+}
+
+/// The drafts in a folder that a process which was killed has left there.
+pub fn abandoned(folder: &Path) -> Vec<PathBuf> {
+    left_in(folder).into_iter().map(|(path, _)| path).collect()
+}
+
+/// Removes them.
+pub fn tidy(folder: &Path) {
+    for (path, _held) in left_in(folder) {
+        let _ = match fs::symlink_metadata(&path) {
+            Ok(found) if found.is_dir() => fs::remove_dir_all(&path),
+            _ => fs::remove_file(&path),
+        };
+    }
+}
+
 /// The place of a file that is to be replaced, or made: where a link leads, because a link stays one.
 ///
 /// # Errors
@@ -176,45 +258,89 @@ pub fn place(target: &Path) -> io::Result<PathBuf> {
     }
 }
 
-/// Writes a file that somebody named: what was there stays as it was until the whole of it is written. A pipe or a device
-/// is written to, but nobody waits for a reader. No folder is made: one that is not there is a mistake in the name.
+/// Where something will be written that somebody named: a file, or a pipe or a device, which is open from now on.
+#[derive(Debug)]
+pub struct Target {
+    path: PathBuf,
+    special: Option<File>,
+}
+
+impl Target {
+    /// Looks whether it can be written. A pipe or a device is opened, but nobody waits for a reader. No folder is made: one that
+    /// is not there is a mistake in the name.
+    ///
+    /// # Errors
+    /// It is a directory or a pipe that nobody reads, or its folder is not there.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let found = match fs::metadata(path) {
+            Ok(found) => Some(found.file_type()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(error),
+        };
+        if let Some(kind) = found.filter(|kind| !kind.is_file()) {
+            return Ok(Self {
+                path: path.to_owned(),
+                special: Some(special(path, kind)?),
+            });
+        }
+        let path = place(path)?;
+        let folder = path.parent().unwrap_or(Path::new(""));
+        if !folder.as_os_str().is_empty() && !folder.is_dir() {
+            let message = format!("there is no folder {}", folder.display());
+            return Err(io::Error::new(io::ErrorKind::NotFound, message));
+        }
+        Ok(Self {
+            path,
+            special: None,
+        })
+    }
+
+    /// Writes it: what was there stays as it was until the whole of it is written.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn write(self, bytes: &[u8]) -> io::Result<()> {
+        if let Some(mut special) = self.special {
+            // There is a reader, who takes what comes at his pace.
+            return special.write_all(bytes);
+        }
+        let (draft, mut file) = Draft::file(&self.path)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        draft.finish()
+    }
+}
+
+/// Opens what is no file for writing.
+fn special(path: &Path, kind: fs::FileType) -> io::Result<File> {
+    if kind.is_dir() {
+        return Err(io::ErrorKind::IsADirectory.into());
+    }
+    let opened = File::options()
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path)
+        .map_err(|error| match error.raw_os_error() {
+            Some(libc::ENXIO) => {
+                let message = format!("it is {} that nobody reads", regular::kind(kind));
+                io::Error::new(io::ErrorKind::InvalidInput, message)
+            }
+            _ => error,
+        })?;
+    // SAFETY: plain system calls on a descriptor that is open, and nobody else's.
+    unsafe {
+        let flags = libc::fcntl(opened.as_raw_fd(), libc::F_GETFL);
+        libc::fcntl(opened.as_raw_fd(), libc::F_SETFL, flags & !libc::O_NONBLOCK);
+    }
+    Ok(opened)
+}
+
+/// Writes a file that somebody named, as [`Target`] does.
 ///
 /// # Errors
-/// It cannot be written, its folder is not there, or it is a pipe that nobody reads.
+/// Those of [`Target::open`] and [`Target::write`].
 pub fn write(target: &Path, bytes: &[u8]) -> io::Result<()> {
-    let found = match fs::metadata(target) {
-        Ok(found) => Some(found.file_type()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-        Err(error) => return Err(error),
-    };
-    if let Some(kind) = found.filter(|kind| !kind.is_file()) {
-        if kind.is_dir() {
-            return Err(io::ErrorKind::IsADirectory.into());
-        }
-        File::options()
-            .write(true)
-            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-            .open(target)
-            .map_err(|error| match error.raw_os_error() {
-                Some(libc::ENXIO) => {
-                    let message = format!("it is {} that nobody reads", regular::kind(kind));
-                    io::Error::new(io::ErrorKind::InvalidInput, message)
-                }
-                _ => error,
-            })?;
-        // There is a reader, who takes what comes at his pace.
-        return File::options().write(true).open(target)?.write_all(bytes);
-    }
-    let target = place(target)?;
-    let folder = target.parent().unwrap_or(Path::new(""));
-    if !folder.as_os_str().is_empty() && !folder.is_dir() {
-        let message = format!("there is no folder {}", folder.display());
-        return Err(io::Error::new(io::ErrorKind::NotFound, message));
-    }
-    let (draft, mut file) = Draft::file(&target)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    draft.finish()
+    Target::open(target)?.write(bytes)
 }
 
 impl Drop for Draft {
@@ -350,6 +476,56 @@ mod tests {
         drop(Draft::file(&at("x/y/z")).unwrap());
         drop(Draft::folder(&at("x/y/z")).unwrap());
         assert_eq!(names(root.path()), ["a", "mine"]);
+    }
+
+    #[test]
+    fn what_a_dead_process_left_is_known_and_nothing_else_is() {
+        let root = tempfile::tempdir().unwrap();
+        let at = |name: &str| root.path().join(name);
+        let used = Draft::folder(&at("used")).unwrap();
+        let (file, open) = Draft::file(&at("written")).unwrap();
+        // As a process leaves them that was killed.
+        let (digits, dead) = (
+            "0123456789abcdef",
+            [
+                at(".d.retort-0123456789abcdef"),
+                at(".f.retort-0123456789abcdef"),
+            ],
+        );
+        fs::create_dir_all(dead[0].join("deep")).unwrap();
+        fs::write(dead[0].join("deep/x"), "1").unwrap();
+        fs::write(&dead[1], "1").unwrap();
+        // What looks alike.
+        let mine = [
+            at(&format!("d.retort-{digits}")),
+            at(&format!(".d.retort-{}", &digits[1..])),
+            at(&format!(".d.retort-{digits}0")),
+            at(&format!(".d.{digits}")),
+            at(".d.1234-5f"),
+        ];
+        for path in &mine {
+            fs::create_dir(path).unwrap();
+        }
+        let link = at(&format!(".link.retort-{digits}"));
+        std::os::unix::fs::symlink(&mine[0], &link).unwrap();
+        let mut found = abandoned(root.path());
+        found.sort();
+        assert_eq!(found, dead);
+        tidy(root.path());
+        assert!(dead.iter().all(|path| !path.exists()));
+        assert!(mine.iter().all(|path| path.is_dir()) && link.is_symlink());
+        assert!(used.path().is_dir() && file.path().is_file());
+        drop(open);
+        assert!(
+            abandoned(root.path()).is_empty(),
+            "it is worked on although the file is closed"
+        );
+        file.finish().unwrap();
+        used.finish().unwrap();
+        // A name that leaves no room for more.
+        let long = at(&"x".repeat(255));
+        write(&long, b"1").unwrap();
+        assert_eq!(fs::read(&long).unwrap(), b"1");
     }
 
     #[test]

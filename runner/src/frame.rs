@@ -14,6 +14,10 @@ use crate::store::ArtifactRecord;
 
 /// Longest frame that is sent or accepted, in bytes.
 pub const LIMIT: usize = 64 << 20;
+/// Most memory that a message may take once it is read, as [`weight`] reckons.
+const HEAVIEST: usize = 192 << 20;
+/// Messages up to this length are read without being weighed first.
+const LIGHT: usize = 256 << 10;
 
 /// From the runner to a worker.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -206,6 +210,12 @@ pub enum FrameError {
         /// As claimed.
         length: usize,
     },
+    /// It is short, and would not be in memory.
+    #[error("a message of {length} bytes would take more than {} MiB of memory", HEAVIEST >> 20)]
+    TooHeavy {
+        /// Its length.
+        length: usize,
+    },
     /// The bytes are no message.
     #[error("invalid frame: {0}")]
     Malformed(serde_json::Error),
@@ -225,6 +235,37 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, FrameError> {
     // LIMIT fits into 32 bits.
     bytes[..4].copy_from_slice(&(length as u32).to_le_bytes());
     Ok(bytes)
+}
+
+/// A message, of its JSON.
+///
+/// # Errors
+/// [`FrameError::TooHeavy`], [`FrameError::Malformed`].
+pub fn decode<T: DeserializeOwned>(json: &[u8]) -> Result<T, FrameError> {
+    let length = json.len();
+    if length > LIGHT && weight(json) > HEAVIEST {
+        return Err(FrameError::TooHeavy { length });
+    }
+    serde_json::from_slice(json).map_err(FrameError::Malformed)
+}
+
+/// Bytes that JSON may take in memory, roughly and at most: a value of two letters becomes one of 32 bytes, an object the node
+/// of a tree.
+fn weight(json: &[u8]) -> usize {
+    let (mut weight, mut quoted, mut escaped) = (json.len(), false, false);
+    for &byte in json {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if quoted => escaped = true,
+            b'"' => quoted = !quoted,
+            _ if quoted => {}
+            b',' => weight += 32,
+            b'[' => weight += 128,
+            b'{' => weight += 640,
+            _ => {}
+        }
+    }
+    weight
 }
 
 /// Bytes received so far, from which whole frames are taken.
@@ -261,7 +302,7 @@ impl Inbox {
         let Some(frame) = rest.get(..length) else {
             return Ok(None);
         };
-        let message = serde_json::from_slice(frame).map_err(FrameError::Malformed)?;
+        let message = decode(frame)?;
         self.taken += 4 + length;
         Ok(Some(message))
     }
@@ -325,6 +366,42 @@ mod tests {
         for size in [1, 3, 4, 5, 1000] {
             check(&messages, size);
         }
+    }
+
+    #[test]
+    fn what_is_small_on_the_wire_and_large_in_memory_is_refused() {
+        for (one, count) in [("[],", 4 << 20), ("{\"\":0},", 1 << 20), ("0,", 16 << 20)] {
+            let summary = format!("[{}0]", one.repeat(count));
+            let text =
+                format!("{{\"answer\":{{\"result\":{{\"output\":1,\"summary\":{summary}}}}}}}");
+            let error = decode::<FromWorker>(text.as_bytes()).unwrap_err();
+            assert!(
+                matches!(error, FrameError::TooHeavy { .. }),
+                "{one}: {error}"
+            );
+        }
+        // As long, and all of it text.
+        let text = "[{,\\\"".repeat(4 << 20);
+        let line = Line {
+            level: 3,
+            text,
+            at: 0,
+        };
+        let long = serde_json::to_vec(&FromWorker::Log(vec![line.clone()])).unwrap();
+        assert!(long.len() > LIMIT / 2);
+        assert_eq!(
+            decode::<FromWorker>(&long).unwrap(),
+            FromWorker::Log(vec![line])
+        );
+        // What an artifact of a hundred thousand files is recorded as.
+        let file = r#"{"path":"a","size":1,"hash":"b"},"#.repeat(100_000);
+        let text = format!("[{}]", file.trim_end_matches(','));
+        assert_eq!(
+            decode::<Vec<crate::store::ArtifactFile>>(text.as_bytes())
+                .unwrap()
+                .len(),
+            100_000
+        );
     }
 
     #[test]

@@ -4,9 +4,11 @@
 //! of each value. Stronger first: flag, environment, project file, user's file, default; within each, a setting
 //! for a kind of stage is stronger than one for all. None affects a result, so none is part of a digest.
 //!
-//! A file names programs that run (`prologue`), so one that somebody else could change is refused, as a plugin is.
+//! A file names programs that run (`prologue`, `sbatch`), so one that somebody else could change is refused, as a plugin is. A
+//! project's file may have come with the project: its lines run once the user has trusted it as it is ([`trust_file`]).
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -18,6 +20,8 @@ use crate::trust::{self, TrustError};
 
 /// The name of the project's file, and of the user's.
 pub const FILE: &str = "retort.toml";
+/// The file, beside the user's, that remembers which projects' files are trusted.
+const TRUSTED: &str = "trusted";
 /// Bytes of the longest file that is read.
 const LONGEST_FILE: u64 = 64 << 10;
 
@@ -126,6 +130,8 @@ struct Document {
 #[derive(Debug)]
 struct Layer {
     origin: String,
+    /// Whether its lines may run.
+    is_trusted: bool,
     executor: Option<Executor>,
     slurm: Partial,
 }
@@ -198,6 +204,7 @@ impl Settings {
     pub fn read(dir: &Path, given: &Overrides) -> Result<Self, SettingsError> {
         let mut layers = vec![Layer {
             origin: "flag".into(),
+            is_trusted: true,
             executor: given.executor,
             slurm: partial(given.slurm.iter().map(String::as_str), "--slurm")?,
         }];
@@ -215,20 +222,28 @@ impl Settings {
         let words = given.slurm_variable.as_deref().unwrap_or_default();
         layers.push(Layer {
             origin: "environment".into(),
+            is_trusted: true,
             executor: executor.transpose()?,
             slurm: partial(words.split_whitespace(), "RETORT_SLURM")?,
         });
-        let dir = std::path::absolute(dir).unwrap_or_else(|_| dir.to_owned());
-        let project = dir.ancestors().map(|dir| dir.join(FILE));
-        let user = given.user_dir.iter().map(|dir| dir.join(FILE));
-        // A broken link does not count as a missing file.
-        let is_there = |path: &PathBuf| std::fs::symlink_metadata(path).is_ok();
-        let project = project.into_iter().find(is_there);
-        let user = user.into_iter().find(is_there);
-        if user != project {
-            layers.extend(project.map(|path| file(&path)).transpose()?);
+        let project = project_file(dir);
+        let user = given
+            .user_dir
+            .iter()
+            .map(|dir| dir.join(FILE))
+            .find(is_there);
+        if user != project
+            && let Some(path) = project
+        {
+            let (mut layer, hash) = file(&path)?;
+            if layer.slurm.runs_something() {
+                layer.is_trusted = is_trusted(&path, &hash, given.user_dir.as_deref())?;
+            }
+            layers.push(layer);
         }
-        layers.extend(user.map(|path| file(&path)).transpose()?);
+        if let Some(path) = user {
+            layers.push(file(&path)?.0);
+        }
         Ok(Self { layers })
     }
 
@@ -263,6 +278,8 @@ impl Settings {
         let written = |pick: fn(&Partial) -> Option<&Text>| {
             self.pick(kind, pick).map(|(text, _)| text.text())
         };
+        self.check_trusted(kind, "sbatch", |partial| partial.sbatch.is_some())?;
+        self.check_trusted(kind, "prologue", |partial| partial.prologue.is_some())?;
         let sbatch = self.pick(kind, |partial| partial.sbatch.as_ref());
         for option in sbatch.iter().flat_map(|(options, _)| options.iter()) {
             let origin = sbatch.map_or("", |(_, origin)| origin);
@@ -297,6 +314,36 @@ impl Settings {
             signal: time("signal", DEFAULT_SIGNAL, |partial| partial.signal.as_ref())?,
             poll: time("poll", DEFAULT_POLL, |partial| partial.poll.as_ref())?,
         })
+    }
+
+    /// Refuses lines that would run, and that came with a project.
+    fn check_trusted(
+        &self,
+        kind: &str,
+        name: &str,
+        says: impl Fn(&Partial) -> bool,
+    ) -> Result<(), SettingsError> {
+        let says =
+            |layer: &&Layer| layer.slurm.kinds.get(kind).is_some_and(&says) || says(&layer.slurm);
+        match self.layers.iter().find(says) {
+            Some(layer) if !layer.is_trusted => Err(SettingsError {
+                message: format!(
+                    "{}: slurm.{name} runs in your jobs, and you have not trusted this file as it is now",
+                    layer.origin
+                ),
+                hint: Some(format!(
+                    "read it, then: retort trust '{}'; or set slurm.{name} yourself, in your own {FILE} or with --slurm",
+                    layer.origin
+                )),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Project files whose lines do not run because the user has not trusted them.
+    pub fn untrusted(&self) -> impl Iterator<Item = &str> {
+        let layers = self.layers.iter().filter(|layer| !layer.is_trusted);
+        layers.map(|layer| layer.origin.as_str())
     }
 
     /// Whether any kind of stage asks for GPUs.
@@ -369,6 +416,12 @@ impl Settings {
 }
 
 impl Partial {
+    /// Whether it has lines that run.
+    fn runs_something(&self) -> bool {
+        let own = self.prologue.is_some() || self.sbatch.is_some();
+        own || self.kinds.values().any(Self::runs_something)
+    }
+
     fn list(&self) -> Vec<(&'static str, String)> {
         let text = |value: &Option<String>| value.clone();
         let number = |value: Option<usize>| value.map(|value| value.to_string());
@@ -469,19 +522,94 @@ fn checked(partial: Partial, origin: &str) -> Result<Partial, SettingsError> {
     Ok(partial)
 }
 
-fn file(path: &Path) -> Result<Layer, SettingsError> {
+/// A broken link does not count as a missing file.
+fn is_there(path: &PathBuf) -> bool {
+    std::fs::symlink_metadata(path).is_ok()
+}
+
+/// The project's file for a recipe in `dir`: there, or in a directory above.
+pub fn project_file(dir: &Path) -> Option<PathBuf> {
+    let dir = std::path::absolute(dir).unwrap_or_else(|_| dir.to_owned());
+    dir.ancestors().map(|dir| dir.join(FILE)).find(is_there)
+}
+
+/// Whether the user has trusted a file with this hash.
+fn is_trusted(path: &Path, hash: &str, user_dir: Option<&Path>) -> Result<bool, SettingsError> {
+    let Some(user_dir) = user_dir else {
+        return Ok(false);
+    };
+    let known = trust::read_hashes(&user_dir.join(TRUSTED)).map_err(|error| SettingsError {
+        hint: Some("remove it, and trust the files again with `retort trust`".into()),
+        ..wrong(error.to_string())
+    })?;
+    let name = trusted_name(path)?;
+    Ok(known.is_some_and(|known| known.get(&name).is_some_and(|known| known == hash)))
+}
+
+/// The name under which a file is remembered: its real path.
+fn trusted_name(path: &Path) -> Result<String, SettingsError> {
+    let shown = path.display();
+    let real = std::fs::canonicalize(path)
+        .map_err(|error| wrong(format!("cannot read {shown}: {error}")))?;
+    match real.to_str() {
+        Some(name) if !name.contains(char::is_control) => Ok(name.to_owned()),
+        _ => Err(wrong(format!(
+            "{shown} cannot be remembered: its path has characters that are no text"
+        ))),
+    }
+}
+
+/// Remembers that the lines of a project's file may run, as long as it stays as it is. Returns what runs: name and value.
+///
+/// # Errors
+/// It makes no sense, others could change it, or there is no place to remember it.
+pub fn trust_file(
+    path: &Path,
+    user_dir: Option<&Path>,
+) -> Result<Vec<(String, String)>, SettingsError> {
+    let user_dir = user_dir.ok_or_else(|| {
+        wrong("there is no place to remember it: neither XDG_CONFIG_HOME nor HOME is set")
+    })?;
+    let (layer, hash) = file(path)?;
+    let place = user_dir.join(TRUSTED);
+    let mut known = trust::read_hashes(&place)
+        .map_err(|error| wrong(error.to_string()))?
+        .unwrap_or_default();
+    known.insert(trusted_name(path)?, hash);
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(user_dir)
+        .map_err(|error| wrong(format!("cannot make {}: {error}", user_dir.display())))?;
+    trust::write_hashes(&place, &known).map_err(|error| wrong(error.to_string()))?;
+    let kinds = layer.slurm.kinds.iter();
+    let kinds = kinds.map(|(kind, partial)| (format!("slurm.kinds.{kind}"), partial));
+    let all = std::iter::once(("slurm".to_owned(), &layer.slurm)).chain(kinds);
+    let lines = all.flat_map(|(name, partial)| {
+        let listed = partial.list().into_iter();
+        let run = listed.filter(|(key, _)| ["prologue", "sbatch"].contains(key));
+        run.map(move |(key, value)| (format!("{name}.{key}"), value))
+    });
+    Ok(lines.collect())
+}
+
+/// What a file says, and its hash.
+fn file(path: &Path) -> Result<(Layer, String), SettingsError> {
     let shown = path.display();
     trust::check_owner(path).map_err(|error| distrusted(path, error))?;
-    let text = regular::read(path, LONGEST_FILE)
-        .and_then(|bytes| String::from_utf8(bytes).map_err(std::io::Error::other))
-        .map_err(|error| wrong(format!("cannot read {shown}: {error}")))?;
+    let unread = |error| wrong(format!("cannot read {shown}: {error}"));
+    let bytes = regular::read(path, LONGEST_FILE).map_err(unread)?;
+    let hash = blake3::hash(&bytes).to_hex().to_string();
+    let text = String::from_utf8(bytes).map_err(|error| unread(std::io::Error::other(error)))?;
     let document: Document = toml::from_str(&text)
         .map_err(|error| wrong(format!("{shown}: {}", error.to_string().trim_end())))?;
-    Ok(Layer {
+    let layer = Layer {
         executor: document.executor,
         slurm: checked(document.slurm, &shown.to_string())?,
         origin: shown.to_string(),
-    })
+        is_trusted: true,
+    };
+    Ok((layer, hash))
 }
 
 fn distrusted(file: &Path, error: TrustError) -> SettingsError {
@@ -607,6 +735,75 @@ mod tests {
             let error = Settings::read(root.path(), &given).expect_err(word);
             assert!(error.message.starts_with("--slurm"), "{error}");
         }
+    }
+
+    #[test]
+    fn lines_that_came_with_a_project_run_once_they_are_trusted() {
+        let root = tempfile::tempdir().unwrap();
+        let (project, user) = (root.path().join("p"), root.path().join("u/retort"));
+        let path = project.join(FILE);
+        let given = Overrides {
+            user_dir: Some(user.clone()),
+            ..Overrides::default()
+        };
+        let profile = |given: &Overrides, kind: &str| {
+            Settings::read(&project.join("a"), given).and_then(|settings| settings.profile(kind))
+        };
+        let harmless = "executor = 'slurm'\n[slurm]\npartition = 'short'\ncpus = 2\n";
+        write(&path, harmless);
+        assert_eq!(profile(&given, "sample").unwrap().cpus, Some(2));
+        for lines in [
+            "prologue = 'touch x'",
+            "sbatch = ['--exclusive']",
+            "[slurm.kinds.distill]\nprologue = 'touch x'",
+        ] {
+            write(&path, &format!("{harmless}{lines}\n"));
+            let error = profile(&given, "distill").unwrap_err();
+            assert!(
+                error.message.contains("have not trusted"),
+                "{lines}: {error}"
+            );
+            assert!(error.hint.unwrap().contains("retort trust '"), "{lines}");
+            let settings = Settings::read(&project, &given).unwrap();
+            assert_eq!(settings.untrusted().count(), 1);
+            // Where they do not count they are not asked about.
+            let of_kind = lines.contains("kinds");
+            assert_eq!(profile(&given, "sample").is_ok(), of_kind, "{lines}");
+            let mut own = given.clone();
+            own.slurm = vec!["prologue=:".into(), "sbatch=--nice".into()];
+            assert_eq!(profile(&own, "distill").unwrap().prologue, ":");
+            let trusted = trust_file(&path, Some(&user)).unwrap();
+            assert_eq!(trusted.len(), 1, "{trusted:?}");
+            profile(&given, "distill").unwrap();
+            // From another directory, by a link to the project.
+            let link = root.path().join("link");
+            if !link.is_symlink() {
+                std::os::unix::fs::symlink("p", &link).unwrap();
+            }
+            let settings = Settings::read(&link, &given).unwrap();
+            settings.profile("distill").unwrap();
+            write(&path, &format!("{harmless}{lines} # changed\n"));
+            profile(&given, "distill").unwrap_err();
+        }
+        // A copy elsewhere is another project.
+        trust_file(&path, Some(&user)).unwrap();
+        let copy = root.path().join("q");
+        write(&copy.join(FILE), &std::fs::read_to_string(&path).unwrap());
+        let settings = Settings::read(&copy, &given).unwrap();
+        settings.profile("distill").unwrap_err();
+        // What the user wrote for all projects needs no more.
+        write(&user.join(FILE), "[slurm]\nprologue = 'module load x'\n");
+        let settings = Settings::read(root.path(), &given).unwrap();
+        assert_eq!(
+            settings.profile("distill").unwrap().prologue,
+            "module load x"
+        );
+        // A memory that others could write to is none.
+        let memory = user.join(TRUSTED);
+        std::fs::set_permissions(&memory, std::fs::Permissions::from_mode(0o666)).unwrap();
+        let error = profile(&given, "distill").unwrap_err();
+        assert!(error.message.contains("writable by everybody"), "{error}");
+        trust_file(&path, None).unwrap_err();
     }
 
     #[test]

@@ -1,39 +1,51 @@
 //! Event files as TensorBoard reads them: records of protocol buffers.
 //!
-//! In: scalars and PNG pictures. Out: bytes. A record is its length (u64), the masked CRC-32C of that, the data and the
+//! In: scalars and PNG pictures. Out: bytes, as they come. A record is its length (u64), the masked CRC-32C of that, the data and the
 //! masked CRC-32C of these, all little-endian (TensorFlow's `core/lib/io/record_writer.h`). The data is an `Event`
 //! (`core/util/event.proto`), of which we write four fields and, of the summaries in it, scalars and images: too little
 //! for a library and its code generator.
+
+use std::io::{self, Write};
 
 /// The CRC of records.
 static CRC: crc::Crc<u32> = crc::Crc::<u32>::new(&crc::CRC_32_ISCSI);
 
 /// An event file being written.
 #[derive(Debug)]
-pub struct EventFile {
-    bytes: Vec<u8>,
+pub struct EventFile<W> {
+    to: W,
 }
 
-impl EventFile {
+impl<W: Write> EventFile<W> {
     /// A file of events that happened from `time` on, in seconds since 1970.
-    pub fn new(time: f64) -> Self {
-        let mut file = Self { bytes: Vec::new() };
+    ///
+    /// # Errors
+    /// It cannot be written; so of all of these.
+    pub fn new(to: W, time: f64) -> io::Result<Self> {
+        let mut file = Self { to };
         let mut event = Message::event(time, 0);
         event.text(3, "brain.Event:2");
-        file.record(&event.0);
-        file
+        file.record(&event.0)?;
+        Ok(file)
     }
 
     /// Adds a point of a series. TensorBoard keeps 32-bit floats.
-    pub fn scalar(&mut self, tag: &str, step: i64, time: f64, value: f64) {
+    pub fn scalar(&mut self, tag: &str, step: i64, time: f64, value: f64) -> io::Result<()> {
         let mut content = Message::default();
         content.text(1, tag);
         content.float(2, value as f32);
-        self.value(step, time, &content);
+        self.value(step, time, &content)
     }
 
     /// Adds a PNG picture.
-    pub fn image(&mut self, tag: &str, step: i64, time: f64, size: (u32, u32), png: &[u8]) {
+    pub fn image(
+        &mut self,
+        tag: &str,
+        step: i64,
+        time: f64,
+        size: (u32, u32),
+        png: &[u8],
+    ) -> io::Result<()> {
         let mut image = Message::default();
         image.integer(1, size.1.into());
         image.integer(2, size.0.into());
@@ -43,28 +55,29 @@ impl EventFile {
         let mut content = Message::default();
         content.text(1, tag);
         content.bytes(4, &image.0);
-        self.value(step, time, &content);
+        self.value(step, time, &content)
     }
 
-    /// The file's bytes.
-    pub fn into_bytes(self) -> Vec<u8> {
-        self.bytes
+    /// What it was written to, with all of it.
+    pub fn finish(mut self) -> io::Result<W> {
+        self.to.flush()?;
+        Ok(self.to)
     }
 
-    fn value(&mut self, step: i64, time: f64, content: &Message) {
+    fn value(&mut self, step: i64, time: f64, content: &Message) -> io::Result<()> {
         let mut summary = Message::default();
         summary.bytes(1, &content.0);
         let mut event = Message::event(time, step);
         event.bytes(5, &summary.0);
-        self.record(&event.0);
+        self.record(&event.0)
     }
 
-    fn record(&mut self, data: &[u8]) {
+    fn record(&mut self, data: &[u8]) -> io::Result<()> {
         let length = (data.len() as u64).to_le_bytes();
-        self.bytes.extend_from_slice(&length);
-        self.bytes.extend_from_slice(&masked_crc(&length));
-        self.bytes.extend_from_slice(data);
-        self.bytes.extend_from_slice(&masked_crc(data));
+        self.to.write_all(&length)?;
+        self.to.write_all(&masked_crc(&length))?;
+        self.to.write_all(data)?;
+        self.to.write_all(&masked_crc(data))
     }
 }
 
@@ -133,10 +146,11 @@ mod tests {
     #[test]
     fn a_record_is_as_tensorflow_writes_it() {
         // Written by tensorboard 2.21's own EventFileWriter for `Event(wall_time=1.5, step=7)` of a scalar 0.25.
-        let mut file = EventFile::new(1.5);
-        let first = file.bytes.len();
-        file.scalar("a", 7, 1.5, 0.25);
-        let record = &file.bytes[first..];
+        let mut file = EventFile::new(Vec::new(), 1.5).unwrap();
+        let first = file.to.len();
+        file.scalar("a", 7, 1.5, 0.25).unwrap();
+        let bytes = file.finish().unwrap();
+        let record = &bytes[first..];
         assert_eq!(record[..8], 23_u64.to_le_bytes());
         let data = &record[12..record.len() - 4];
         let expected = b"\x09\0\0\0\0\0\0\xf8\x3f\x10\x07\x2a\x0a\x0a\x08\x0a\x01a\x15\0\0\x80\x3e";

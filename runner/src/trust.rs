@@ -261,7 +261,15 @@ pub fn check_lock(plugin: &Path, hash: &str) -> Result<(), TrustError> {
 /// # Errors
 /// [`TrustError`].
 pub fn read_lock(dir: &Path) -> Result<Option<BTreeMap<String, String>>, TrustError> {
-    let path = dir.join(LOCK);
+    read_hashes(&dir.join(LOCK))
+}
+
+/// The hashes in a file like a lock, by name; `None` when it is not there.
+///
+/// # Errors
+/// [`TrustError`].
+pub fn read_hashes(path: &Path) -> Result<Option<BTreeMap<String, String>>, TrustError> {
+    let path = path.to_owned();
     match fs::symlink_metadata(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(source) => return Err(TrustError::Io { path, source }),
@@ -300,16 +308,26 @@ pub fn read_lock(dir: &Path) -> Result<Option<BTreeMap<String, String>>, TrustEr
 /// # Errors
 /// [`TrustError::Io`].
 pub fn write_lock(dir: &Path, hashes: &BTreeMap<String, String>) -> Result<(), TrustError> {
-    let path = dir.join(LOCK);
+    write_hashes(&dir.join(LOCK), hashes)
+}
+
+/// Writes a file like a lock, in one step.
+///
+/// # Errors
+/// [`TrustError::Io`].
+pub fn write_hashes(path: &Path, hashes: &BTreeMap<String, String>) -> Result<(), TrustError> {
     let text: String = hashes
         .iter()
         .map(|(name, hash)| format!("{hash}  {name}\n"))
         .collect();
-    let written = Draft::file(&path).and_then(|(fresh, mut file)| {
+    let written = Draft::file(path).and_then(|(fresh, mut file)| {
         file.write_all(text.as_bytes())?;
         fresh.finish()
     });
-    written.map_err(|source| TrustError::Io { path, source })
+    written.map_err(|source| TrustError::Io {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 #[cfg(test)]

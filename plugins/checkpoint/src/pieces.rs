@@ -1,6 +1,7 @@
 //! Samples in files that anyone can make in any order: which samples a file holds, how they are cut, and which files make
 //! a whole. Trajectories and sets of samples lie on disk so. Deliberately absent: what a sample is.
 
+use std::collections::HashSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -124,10 +125,19 @@ pub fn read_manifest<M: DeserializeOwned>(
         } = bad;
         let file: String = file.chars().take(255).collect();
         format!("samples {start}..{end} in {file:?}: no shard")
+    } else if let Some(twice) = named_twice(shards) {
+        format!("two shards lie in {twice:?}, and a file is one of them")
     } else {
         return Ok(manifest);
     };
     Err(Fault::new(path, wrong))
+}
+
+/// A file that is several shards: reading it as often as it is named would cost more than there is.
+fn named_twice(shards: &[Shard]) -> Option<&str> {
+    let mut seen = HashSet::with_capacity(shards.len());
+    let mut files = shards.iter().map(|shard| shard.file.as_str());
+    files.find(|file| !seen.insert(*file))
 }
 
 /// Shards of several parts in the order of their samples, each with its folder. The same samples made twice are taken once.

@@ -2,7 +2,7 @@
 //!
 //! In: a path. Out: an open regular file, or an error that says what is there instead. A pipe would be waited for, a
 //! device may have no end, and opening one may already do something: so the path is looked at first, opened without
-//! waiting, and what was opened is looked at again. Links are followed. Deliberately absent: the path in messages;
+//! waiting, and what was opened is looked at again. Links are followed, but by what says `itself`. Deliberately absent: the path in messages;
 //! whoever asked has it.
 
 use std::fs::{File, FileType, Metadata, OpenOptions};
@@ -25,12 +25,26 @@ pub fn open(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Opens a regular file for writing, empty, and makes it where there is none.
+/// Opens the regular file that lies at a path itself: no link is followed there.
 ///
 /// # Errors
-/// As [`open`]. What is no regular file is left as it is.
-pub fn create(path: &Path) -> io::Result<File> {
-    match std::fs::metadata(path) {
+/// As [`open`]; it is a link.
+pub fn open_itself(path: &Path) -> io::Result<File> {
+    expect_regular(&std::fs::symlink_metadata(path)?)?;
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_NOFOLLOW)
+        .open(path)?;
+    expect_regular(&file.metadata()?)?;
+    Ok(file)
+}
+
+/// Opens it for writing, empty, and makes it where there is none.
+///
+/// # Errors
+/// As [`open_itself`]. What is no regular file is left as it is.
+pub fn create_itself(path: &Path) -> io::Result<File> {
+    match std::fs::symlink_metadata(path) {
         Ok(found) => expect_regular(&found)?,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error),
@@ -39,19 +53,18 @@ pub fn create(path: &Path) -> io::Result<File> {
         .write(true)
         .create(true)
         .truncate(false)
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_NOFOLLOW)
         .open(path)?;
     expect_regular(&file.metadata()?)?;
     file.set_len(0)?;
     Ok(file)
 }
 
-/// The last bytes of a regular file, at most `limit`.
+/// The last bytes of an open file, at most `limit`.
 ///
 /// # Errors
-/// As [`open`]; it cannot be read.
-pub fn read_end(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
-    let mut file = open(path)?;
+/// It cannot be read.
+pub fn end_of(mut file: File, limit: u64) -> io::Result<Vec<u8>> {
     let length = file.metadata()?.len();
     file.seek(io::SeekFrom::Start(length.saturating_sub(limit)))?;
     let mut bytes = Vec::new();
@@ -64,9 +77,17 @@ pub fn read_end(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
 /// # Errors
 /// As [`open`]; it is longer ([`io::ErrorKind::FileTooLarge`]); it cannot be read.
 pub fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    whole(open(path)?, limit)
+}
+
+/// The bytes of an open file that has at most `limit`.
+///
+/// # Errors
+/// It is longer ([`io::ErrorKind::FileTooLarge`]); it cannot be read.
+pub fn whole(file: File, limit: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     // It may grow meanwhile: what counts is what was read.
-    open(path)?.take(limit + 1).read_to_end(&mut bytes)?;
+    file.take(limit + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > limit {
         let message = format!("it is longer than {limit} bytes, the most that is read");
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, message));
@@ -185,7 +206,7 @@ mod tests {
         check(Path::new("/dev/zero"), "a device, not a regular file");
         check(Path::new("/dev/null"), "a device, not a regular file");
         for name in ["pipe", "link", "socket", "/dev/null", ""] {
-            let error = create(&at(name)).unwrap_err().to_string();
+            let error = create_itself(&at(name)).unwrap_err().to_string();
             assert!(error.contains("not a regular file"), "{name}: {error}");
         }
         assert!(open(&at("loop")).is_err());
@@ -219,11 +240,24 @@ mod tests {
         let file = root.path().join("file");
         std::fs::write(&file, "0123456789").unwrap();
         assert_eq!(read(&file, 10).unwrap(), b"0123456789");
-        assert_eq!(read_end(&file, 3).unwrap(), b"789");
-        assert_eq!(read_end(&file, 30).unwrap(), b"0123456789");
+        let end = |limit| end_of(open_itself(&file).unwrap(), limit).unwrap();
+        assert_eq!(end(3), b"789");
+        assert_eq!(end(30), b"0123456789");
+        let link = root.path().join("link");
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        for error in [
+            open_itself(&link).unwrap_err(),
+            create_itself(&link).unwrap_err(),
+        ] {
+            let said = error.to_string();
+            assert!(
+                said.contains("a symbolic link, not a regular file"),
+                "{said}"
+            );
+        }
         let other = root.path().join("other");
         for text in ["long", "new"] {
-            io::Write::write_all(&mut create(&other).unwrap(), text.as_bytes()).unwrap();
+            io::Write::write_all(&mut create_itself(&other).unwrap(), text.as_bytes()).unwrap();
             assert_eq!(read(&other, 10).unwrap(), text.as_bytes());
         }
         std::fs::write(&file, "0123456789a").unwrap();

@@ -280,6 +280,22 @@ mod tests {
     }
 
     #[test]
+    fn a_file_is_one_shard() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut many = manifest(&[]);
+        many.shards = (0..200_000)
+            .map(|at| Shard {
+                file: "shard".into(),
+                ..Shard::of(at..at + 1)
+            })
+            .collect();
+        let text = serde_json::to_string(&many).unwrap();
+        std::fs::write(dir.path().join(MANIFEST), text).unwrap();
+        let error = Manifest::read(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("two shards lie in \"shard\""), "{error}");
+    }
+
+    #[test]
     fn a_shard_of_another_size_is_not_read_to_be_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("shard");

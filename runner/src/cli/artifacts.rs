@@ -1,7 +1,7 @@
 //! `retort artifacts`.
 
 use std::collections::HashSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Subcommand, ValueEnum};
 use retort_checkpoint::published::{self, ArtifactNetwork, Kind};
@@ -296,6 +296,7 @@ fn export(args: &ExportArgs, context: &Context) -> Result<(), Error> {
         Error::new(Exit::Internal, format!("{}: {error}", output.display()))
     };
     let place = draft::place(&output).map_err(refused)?;
+    draft::tidy(place.parent().unwrap_or(Path::new("")));
     let (draft, file) = Draft::file(&place).map_err(refused)?;
     let synced = file.try_clone().map_err(refused)?;
     let dir = Layout::new(&context.store)?.artifact(&artifact.artifact.hash);

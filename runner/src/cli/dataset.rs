@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 
 use crate::artifact::{self, Layout};
 use crate::cli::{Context, Error, Exit, Format, FormatArgs, output};
-use crate::draft::Draft;
+use crate::draft::{self, Draft};
 use crate::store::{Access, ArtifactRecord, Store};
 use crate::table::{self, Cell, CellStyle, Rows, Style};
 
@@ -362,6 +362,7 @@ fn merge(args: &MergeArgs, context: &Context) -> Result<(), Error> {
         let message = format!("cannot {action} {}", path.display());
         move |e: std::io::Error| Error::new(Exit::Internal, message).cause(&e)
     };
+    draft::tidy(out.parent().unwrap_or(Path::new("")));
     let draft = Draft::folder(out).map_err(failed("make", out))?;
     let take = |from: &Path, name: &str| {
         let to = draft.path().join(name);

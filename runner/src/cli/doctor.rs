@@ -7,6 +7,7 @@ use tokio::runtime::Runtime;
 
 use crate::cli::{Context, Error, Exit, Format, FormatArgs, output};
 use crate::cluster::slurm::{Slurm, SlurmError};
+use crate::draft;
 use crate::plugin::{self, Plugins, search_dirs};
 use crate::settings::{Executor, Settings};
 use crate::store::{self, Access, RunFilter, RunState, Store, StoreError};
@@ -74,6 +75,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     checks.push(space(&context.store));
     plugins(&runtime, context, store.as_ref(), &mut checks);
     cluster(&runtime, context, &mut checks);
+    drafts(&mut checks);
     output::print(&text(&checks, args, context))?;
     match checks
         .iter()
@@ -325,6 +327,15 @@ fn free_space(dir: &Path) -> Option<u64> {
     }
 }
 
+/// What commands that were killed have left in the working directory.
+fn drafts(checks: &mut Vec<Check>) {
+    for path in draft::abandoned(Path::new(".")) {
+        let what = format!("{} was left by a command that was killed", path.display());
+        let repair = "remove it; the next export or merge into this directory does";
+        checks.push(Check::new("draft", Verdict::Odd, what).repair(repair));
+    }
+}
+
 /// What runs stages of recipes here, what set this, and whether the cluster answers.
 fn cluster(runtime: &Runtime, context: &Context, checks: &mut Vec<Check>) {
     let settings = match Settings::read(Path::new("."), &context.given()) {
@@ -344,6 +355,11 @@ fn cluster(runtime: &Runtime, context: &Context, checks: &mut Vec<Check>) {
             Verdict::Good,
             format!("{value} ({origin})"),
         ));
+    }
+    for path in settings.untrusted() {
+        let what = format!("{path} has lines that run in jobs, and is not trusted as it is now");
+        let check = Check::new("settings", Verdict::Odd, what);
+        checks.push(check.repair(format!("read it, then: retort trust '{path}'")));
     }
     let wanted = settings.executor().0 == Executor::Slurm;
     let slurm = Slurm::default();

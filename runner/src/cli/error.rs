@@ -197,6 +197,16 @@ impl From<StoreError> for Error {
                 Exit::NothingMatches,
                 Some("`retort runs list` shows them all"),
             ),
+            StoreError::NothingToResume { imported: 0 } => (
+                Exit::NothingMatches,
+                Some("there are no runs yet; `retort run RECIPE` makes one"),
+            ),
+            StoreError::NothingToResume { .. } => (
+                Exit::NothingMatches,
+                Some(
+                    "name it to continue one of them: `retort resume RUN`; `retort runs list` shows them",
+                ),
+            ),
             StoreError::NotMlflow { .. } => (
                 Exit::Usage,
                 Some("`mlflow db upgrade sqlite:///mlflow.db` makes one"),

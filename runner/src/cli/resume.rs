@@ -5,13 +5,14 @@ use crate::cli::{Context, Error, Exit, RehashArgs, detached, output, sweep};
 use crate::executor::RecordedPlan;
 use crate::plan::{Descriptions, Plan};
 use crate::plugin::{Plugins, search_dirs};
-use crate::store::{Access, RunDetail, RunState, StageState, Store, StoreError, SweepPlace};
+use crate::store::{Access, RunDetail, RunId, RunState, StageState, Store, StoreError, SweepPlace};
 
 /// Arguments of `resume`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The run: an id or a prefix of one, `latest`, `latest~1`, or a tag; or a sweep: its missing points are run.
-    /// Without it, the latest run, or the sweep it belongs to.
+    /// Without it, the latest run that failed, was interrupted or lost, or the sweep of the latest; imported runs are
+    /// resumed by name only.
     #[arg(value_name = "RUN")]
     pub run: Option<String>,
     /// Whether files are read again.
@@ -28,8 +29,16 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     // Reading first: a store that is not there is not to be made.
     drop(runtime.block_on(Store::open(&context.store, Access::ReadOnly))?);
     let store = open_store(&runtime, &context.store)?;
-    let reference = args.run.as_deref().unwrap_or("latest");
-    let run = match runtime.block_on(store.resolve_run(reference)) {
+    let left = runtime.block_on(detached::refresh(&store, context))?;
+    let found = match &args.run {
+        Some(reference) => runtime.block_on(store.resolve_run(reference)),
+        None => {
+            let left: Vec<RunId> = left.iter().map(|left| left.run.clone()).collect();
+            runtime.block_on(store.run_to_resume(&left))
+        }
+    };
+    let reference = args.run.as_deref().unwrap_or_default();
+    let run = match found {
         Err(StoreError::NoRun { .. }) if reference.starts_with(['s', 'S']) => {
             let sweep = runtime.block_on(store.resolve_sweep(reference));
             // If neither exists, a run was probably meant.
@@ -50,7 +59,6 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
             return sweep::points::resume(&id, &runtime, &store, &args.execution, context);
         }
     }
-    let left = runtime.block_on(detached::refresh(&store, context))?;
     let left = left.into_iter().find(|left| left.run == run);
     let detail = runtime.block_on(store.run_detail(&run))?;
     let alive = matches!(detail.summary.state, RunState::Running | RunState::Queued);
@@ -88,7 +96,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         roles,
         shown_path: plan.path.clone(),
         plan,
-        resumed_from: Some(run),
+        resumed_from: Some(run.clone()),
         sweep: detail.summary.sweep.clone(),
     };
     let known = &mut known_results(&runtime, &store, args.rehash.memory())?;
@@ -97,7 +105,11 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     if let Some(left) = left {
         runtime.block_on(store.take_up(&left))?;
     }
-    let execution = args.execution.or_as_recorded(&recorded);
+    // Options of another store's run may name what runs in jobs here.
+    let execution = match runtime.block_on(store.is_imported(&run))? {
+        true => args.execution.clone(),
+        false => args.execution.or_as_recorded(&recorded),
+    };
     job.carry_out(&runtime, &store, &execution, context)
         .map(drop)
 }

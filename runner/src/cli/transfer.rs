@@ -1,6 +1,6 @@
 //! `retort runs export` and `retort runs import`: runs into other stores, TensorBoard and MLflow.
 
-use std::io::{Read, Write};
+use std::io::{self, BufWriter, Read};
 use std::path::{Path, PathBuf};
 
 use clap::{ValueEnum, ValueHint};
@@ -115,16 +115,13 @@ fn export_to_peer(args: &ExportArgs, context: &Context) -> Result<(), Error> {
             let all = store.list_runs(&RunFilter::default()).await?;
             ids.extend(all.into_iter().map(|run| run.id));
         }
-        let mut runs = Vec::new();
-        for id in &ids {
-            runs.push(store.run_detail(id).await?);
-        }
         match args.target {
-            ExportFormat::Mlflow => store.export_to_mlflow(&runs, &args.output).await?,
+            ExportFormat::Mlflow => store.export_to_mlflow(&ids, &args.output).await?,
             _ => {
                 let mut made = CreatedPaths::default();
-                for run in &runs {
-                    write_events(&store, run, &args.output, &mut made, context).await?;
+                for id in &ids {
+                    let run = store.run_detail(id).await?;
+                    write_events(&store, &run, &args.output, &mut made, context).await?;
                 }
                 made.keep();
             }
@@ -149,36 +146,22 @@ async fn write_events(
 ) -> Result<(), Error> {
     let summary = &run.summary;
     let dir = root.join(file_name(&summary.id.0));
-    let seconds = |time: store::Time| time.0 as f64 / 1000.0;
-    let began = seconds(summary.started);
     let series = store.last_metrics(&summary.id).await?;
     for stage in &run.stages {
-        let mut file = EventFile::new(began);
-        let mut events = 0;
-        for series in series.iter().filter(|series| series.stage == stage.name) {
-            let name = format!("{}/{}", series.stage, series.series);
-            for point in store.metric_series(&summary.id, &name).await? {
-                file.scalar(
-                    &series.series,
-                    point.step.cast_signed(),
-                    seconds(point.at),
-                    point.value,
-                );
-                events += 1;
-            }
-        }
-        for row in run.artifacts.iter().filter(|row| row.stage == stage.name) {
-            let Some(preview) = &row.artifact.meta.preview else {
-                continue;
-            };
-            let dir = artifacts::path(row, context);
-            let bytes = picture(Path::new(&dir), preview).unwrap_or_default();
-            if let Some(size) = png_size(&bytes) {
-                file.image(&row.artifact.kind, 0, seconds(row.created), size, &bytes);
-                events += 1;
-            }
-        }
-        if events == 0 {
+        let of_stage = |name: &str| name == stage.name;
+        let pictures = run.artifacts.iter().filter(|row| of_stage(&row.stage));
+        let mut pictures = pictures
+            .filter_map(|row| {
+                let preview = row.artifact.meta.preview.as_ref()?;
+                Some((row, PathBuf::from(artifacts::path(row, context)), preview))
+            })
+            .filter(|(_, dir, preview)| artifact::open_inner(dir, preview).is_ok())
+            .peekable();
+        let mut series = series
+            .iter()
+            .filter(|series| of_stage(&series.stage) && series.points > 0)
+            .peekable();
+        if series.peek().is_none() && pictures.peek().is_none() {
             continue;
         }
         let dir = dir.join(file_name(&stage.name));
@@ -186,16 +169,40 @@ async fn write_events(
             "events.out.tfevents.{}.retort",
             summary.started.0 / 1000
         ));
-        made.file(&path, |to| to.write_all(&file.into_bytes()))
-            .map_err(|error| {
-                Error::new(
-                    Exit::Internal,
-                    format!("{} cannot be written", path.display()),
-                )
-                .cause(&error)
-            })?;
+        let failed = |error: io::Error| {
+            let message = format!("{} cannot be written", path.display());
+            Error::new(Exit::Internal, message).cause(&error)
+        };
+        let (draft, file) = made.begin(&path).map_err(failed)?;
+        let to = BufWriter::new(&file);
+        let mut events = EventFile::new(to, seconds(summary.started)).map_err(failed)?;
+        for series in series {
+            let mut after = None;
+            while let Some(points) = store.points_after(series, after).await? {
+                for point in &points {
+                    let (step, at) = (point.step.cast_signed(), seconds(point.at));
+                    let written = events.scalar(&series.series, step, at, point.value);
+                    written.map_err(failed)?;
+                }
+                after = points.last().map(|point| point.step);
+            }
+        }
+        for (row, dir, preview) in pictures {
+            let bytes = picture(&dir, preview).unwrap_or_default();
+            if let Some(size) = png_size(&bytes) {
+                let written =
+                    events.image(&row.artifact.kind, 0, seconds(row.created), size, &bytes);
+                written.map_err(failed)?;
+            }
+        }
+        drop(events.finish().map_err(failed)?);
+        made.finish(draft, &file).map_err(failed)?;
     }
     Ok(())
+}
+
+fn seconds(time: store::Time) -> f64 {
+    time.0 as f64 / 1000.0
 }
 
 /// A file of an artifact, unless it is too large for a picture.

@@ -798,7 +798,7 @@ impl DispatchLoop {
 
     /// Makes the directory of a job's spool, with its order and its script; why not, where that fails.
     fn make_spool(&self, dir: &Path, script: &Path, order: &JobSpec) -> Result<(), String> {
-        std::fs::create_dir_all(dir).map_err(|error| error.to_string())?;
+        spool::make_dir(dir).map_err(|error| error.to_string())?;
         spool::write_order(dir, order).map_err(|error| error.to_string())?;
         spool::ask_to_stop(dir, false).map_err(|error| error.to_string())?;
         let text = script::text(dir, &self.to.profile, order.layout())?;

@@ -5,12 +5,15 @@
 //! file had before. A record is a length, a checksum and JSON; a reader takes whole ones only, so a torn end is
 //! ignored. Records are numbered: a reader that starts again knows what it has read.
 //!
+//! A spool may lie in a store that others can write to, and on a disk that loses what it was given: only regular files are
+//! opened, no link in a spool is followed, and what is read has bounds.
+//!
 //! Nothing relies on locks, on times of files, or on a name being moved over another: shared file systems keep few
 //! promises. Errors about stale handles are retried.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{DirBuilderExt, FileExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -31,6 +34,21 @@ const PIECE: u64 = 8 << 20;
 const CHUNK: usize = 1 << 20;
 /// How often a stale handle is asked again.
 const STALE_TRIES: u32 = 10;
+/// Bytes of the longest order that is read.
+const LONGEST_ORDER: u64 = 16 << 20;
+/// Elements that a job may have: more than Slurm's arrays (`MaxArraySize` is at most 4,000,001).
+const MOST_ELEMENTS: usize = 1 << 20;
+/// Time between two writes of an element.
+const INTERVALS: std::ops::RangeInclusive<Duration> =
+    Duration::from_millis(1)..=Duration::from_secs(24 * 3600);
+/// Threads that an element may use.
+const MOST_THREADS: usize = 1 << 16;
+/// How often a sealed piece is looked at whose last record is cut off: on a shared file system the rest may be on its way.
+const TORN_LOOKS: u32 = 20;
+/// What a look at a piece costs, at least.
+const A_PIECE: u64 = 4096;
+/// Pieces that are looked at without a pause.
+const PIECES_AT_ONCE: u32 = 256;
 
 /// The directory of spools in a work directory.
 pub const FOLDER: &str = ".spool";
@@ -62,6 +80,43 @@ pub struct JobSpec {
 }
 
 impl JobSpec {
+    /// Whether it can be followed.
+    ///
+    /// # Errors
+    /// What is wrong, in words.
+    fn check(&self) -> Result<(), String> {
+        if self.format != FORMAT {
+            let found = self.format;
+            return Err(format!(
+                "it was written by another retort (format {found}, this one knows {FORMAT}): both must be of one version"
+            ));
+        }
+        let count = self.elements.len();
+        let parts: Vec<&Part> = self.elements.iter().flatten().collect();
+        let mut indexes: Vec<usize> = parts.iter().map(|part| part.index).collect();
+        indexes.sort_unstable();
+        indexes.dedup();
+        let one_of_each = indexes.len() == count
+            && parts
+                .iter()
+                .all(|part| part.index < part.of && part.of == parts[0].of);
+        if count > MOST_ELEMENTS
+            || !(self.elements.as_slice() == [None] || (count > 0 && one_of_each))
+        {
+            return Err(format!("its {count} elements are not parts of one stage"));
+        }
+        if !INTERVALS.contains(&self.interval) {
+            return Err(format!(
+                "an interval of {:?} between two writes",
+                self.interval
+            ));
+        }
+        match (1..=MOST_THREADS).contains(&self.threads) {
+            true => Ok(()),
+            false => Err(format!("{} threads", self.threads)),
+        }
+    }
+
     /// What its job is made of.
     pub fn layout(&self) -> Layout {
         match (self.elements.first(), self.ranks) {
@@ -210,13 +265,59 @@ pub fn write_order(dir: &Path, order: &JobSpec) -> Result<(), SpoolError> {
     put(&path, &text).map_err(failed("write", &path))
 }
 
+/// Makes a directory of a spool, which nobody else may write to.
+///
+/// # Errors
+/// What the file system says.
+pub fn make_dir(dir: &Path) -> io::Result<()> {
+    if let Some(parent) = dir.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    match fs::DirBuilder::new().mode(0o755).create(dir) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        made => made?,
+    }
+    check_folders(&dir.join(STOP))
+}
+
+/// Refuses a file to which a link leads within its spool.
+fn check_folders(path: &Path) -> io::Result<()> {
+    for folder in path.ancestors().skip(1).take(3) {
+        let found = fs::symlink_metadata(folder)?;
+        if !found.is_dir() {
+            let kind = regular::kind(found.file_type());
+            let message = format!("{} is {kind}, not a directory", folder.display());
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+        }
+        if folder.file_name().is_none_or(|name| name == FOLDER) {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Opens a file of a spool.
+fn open_own(path: &Path) -> io::Result<File> {
+    check_folders(path)?;
+    regular::open_itself(path)
+}
+
+/// The end of what a job printed.
+///
+/// # Errors
+/// It cannot be read.
+pub fn printed(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    regular::end_of(open_own(path)?, limit)
+}
+
 /// Writes a new file and makes sure that it is there for others.
 ///
 /// # Errors
 /// What the file system says.
 pub fn put(path: &Path, bytes: &[u8]) -> io::Result<()> {
     patiently(|| {
-        let mut file = regular::create(path)?;
+        check_folders(path)?;
+        let mut file = regular::create_itself(path)?;
         file.write_all(bytes)?;
         file.sync_all()
     })?;
@@ -234,21 +335,16 @@ pub fn read_order(dir: &Path) -> Result<JobSpec, SpoolError> {
         path: path.clone(),
         message,
     };
-    let mut text = Vec::new();
-    patiently(|| {
-        text.clear();
-        let limit = frame::LIMIT as u64;
-        regular::open(&path)?.take(limit).read_to_end(&mut text)
-    })
-    .map_err(failed("read", &path))?;
-    let order: JobSpec =
-        serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
-    match order.format {
-        FORMAT => Ok(order),
-        other => Err(damaged(format!(
-            "it was written by another retort (format {other}, this one knows {FORMAT}): both must be of one version"
-        ))),
-    }
+    let text =
+        patiently(|| regular::whole(open_own(&path)?, LONGEST_ORDER)).map_err(
+            |error| match error.kind() {
+                io::ErrorKind::FileTooLarge => damaged(error.to_string()),
+                _ => failed("read", &path)(error),
+            },
+        )?;
+    let order: JobSpec = frame::decode(&text).map_err(|error| damaged(error.to_string()))?;
+    order.check().map_err(damaged)?;
+    Ok(order)
 }
 
 /// Asks the elements of a job to stop at their next checkpoint, or makes the file in which that will be asked: what is
@@ -269,7 +365,7 @@ pub fn is_to_stop(dir: &Path) -> bool {
 
 /// What stands in a small file; nothing where it cannot be read.
 fn word(path: &Path) -> String {
-    let read = patiently(|| regular::read(path, 64)).unwrap_or_default();
+    let read = patiently(|| regular::whole(open_own(path)?, 64)).unwrap_or_default();
     String::from_utf8_lossy(&read).into_owned()
 }
 
@@ -307,7 +403,7 @@ impl Writer {
     /// # Errors
     /// What the file system says.
     pub fn open(dir: &Path) -> io::Result<Self> {
-        patiently(|| fs::create_dir_all(dir))?;
+        patiently(|| make_dir(dir))?;
         let life = (0..u32::MAX)
             .find_map(|life| match File::create_new(mark(dir, life)) {
                 Ok(_) => Some(Ok(life)),
@@ -451,6 +547,8 @@ pub struct Reader {
     is_final: bool,
     /// Bytes that were read.
     read: u64,
+    /// How often the present piece was found cut off although it is sealed.
+    torn: u32,
 }
 
 /// What a look at a spool gave.
@@ -474,6 +572,7 @@ impl Reader {
             offset: 0,
             is_final: false,
             read: 0,
+            torn: 0,
         }
     }
 
@@ -503,36 +602,48 @@ impl Reader {
     /// [`SpoolError`].
     pub fn look(&mut self, records: &mut Vec<Record>) -> Result<SpoolReading, SpoolError> {
         let mut any = false;
-        loop {
-            let (taken, bytes, sealed) = match self.open()? {
+        for _ in 0..PIECES_AT_ONCE {
+            let (taken, seen, sealed) = match self.open()? {
                 Some((path, file, sealed)) => {
-                    let (taken, bytes) = self.take(&path, file, sealed, records)?;
-                    self.read += bytes as u64;
-                    (taken, bytes, sealed)
+                    let taken = self.take(&path, file, sealed, records)?;
+                    self.read += A_PIECE + taken.looked_at as u64;
+                    (taken.bytes, taken, sealed)
                 }
-                None => (0, 0, false),
+                None => (0, Taken::default(), false),
             };
             any |= taken > 0;
             match (taken, sealed) {
+                (0, true) if seen.looked_at > 0 => {
+                    self.torn += 1;
+                    if self.torn >= TORN_LOOKS {
+                        return Err(SpoolError::Damaged {
+                            path: piece_path(&self.dir, self.life, self.piece, true),
+                            message: "its last record is cut off".into(),
+                        });
+                    }
+                    return Ok(self.seen(any));
+                }
                 // A sealed piece without more has been read to its end.
-                (0, true) => (self.piece, self.offset) = (self.piece + 1, 0),
+                (0, true) => (self.piece, self.offset, self.torn) = (self.piece + 1, 0, 0),
                 (0, false) if std::mem::take(&mut self.is_final) => {
                     (self.life, self.piece, self.offset) = (self.life + 1, 0, 0);
                 }
-                (0, false) => {
-                    return Ok(if any {
-                        SpoolReading::Records
-                    } else {
-                        SpoolReading::Nothing
-                    });
-                }
+                (0, false) => return Ok(self.seen(any)),
                 (taken, _) => {
                     self.offset += taken as u64;
-                    if bytes >= CHUNK {
+                    if seen.looked_at >= CHUNK {
                         return Ok(SpoolReading::More);
                     }
                 }
             }
+        }
+        Ok(SpoolReading::More)
+    }
+
+    fn seen(&self, any: bool) -> SpoolReading {
+        match any {
+            true => SpoolReading::Records,
+            false => SpoolReading::Nothing,
         }
     }
 
@@ -544,7 +655,7 @@ impl Reader {
             if sealed && fs::symlink_metadata(&path).is_err() {
                 continue;
             }
-            match patiently(|| regular::open(&path)) {
+            match patiently(|| open_own(&path)) {
                 Ok(file) => return Ok(Some((path, file, sealed))),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(failed("open", &path)(error)),
@@ -553,14 +664,14 @@ impl Reader {
         Ok(None)
     }
 
-    /// Takes whole records; returns their bytes, and how many bytes were looked at.
+    /// Takes whole records.
     fn take(
         &self,
         path: &Path,
         mut file: File,
         sealed: bool,
         records: &mut Vec<Record>,
-    ) -> Result<(usize, usize), SpoolError> {
+    ) -> Result<Taken, SpoolError> {
         let damaged = |message: &str| SpoolError::Damaged {
             path: path.to_owned(),
             message: message.to_owned(),
@@ -597,13 +708,29 @@ impl Reader {
                 // Not all of it has come over the network.
                 break;
             }
-            let record = serde_json::from_slice(text)
+            let mut record: Record = frame::decode(text)
                 .map_err(|error| damaged(&format!("unknown type of record: {error}")))?;
+            if record.number >> 32 != u64::from(self.life) {
+                return Err(damaged("a record belongs to another life"));
+            }
+            record.at = Time(record.at).or_now().0;
             records.push(record);
             taken += 8 + length;
         }
-        Ok((taken, bytes.len()))
+        Ok(Taken {
+            bytes: taken,
+            looked_at: bytes.len(),
+        })
     }
+}
+
+/// What was taken of a piece.
+#[derive(Debug, Clone, Copy, Default)]
+struct Taken {
+    /// Bytes of whole records.
+    bytes: usize,
+    /// Bytes that were read.
+    looked_at: usize,
 }
 
 /// The length at the beginning of a record.

@@ -25,6 +25,7 @@ use crate::store::{ArtifactRecord, AttemptEnd, AttemptId, LogLine, StoreError, U
 use crate::worker::death::out_of_memory_kills;
 use supervisor::{PartProgress, Supervisor};
 
+mod admission;
 mod event_loop;
 mod received;
 mod shutdown;

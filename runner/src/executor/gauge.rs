@@ -127,7 +127,7 @@ pub fn path(staging: &Path) -> PathBuf {
 /// Readers find the old one or the new one.
 fn write(path: &Path, stages: &BTreeMap<String, Reading>) -> std::io::Result<()> {
     let draft = path.with_extension("new");
-    let mut file = retort_checkpoint::regular::create(&draft)?;
+    let mut file = retort_checkpoint::regular::create_itself(&draft)?;
     file.write_all(&serde_json::to_vec(stages)?)?;
     std::fs::rename(&draft, path)
 }

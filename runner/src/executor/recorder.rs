@@ -4,7 +4,7 @@
 //! [`room`](Recorder::room), workers are not read, and keep what they have themselves. A store that cannot take rows at all
 //! never disturbs the stage: lost rows are counted and reported.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -25,6 +25,8 @@ const MOST_POINTS: usize = 1 << 20;
 const MOST_BYTES: usize = 32 << 20;
 /// Lines that one attempt may have in the store; a plugin that logs endlessly must not fill the disk.
 const MOST_LINES: usize = 50_000;
+/// Series that one attempt may have: the history and this process hold something of each.
+const MOST_SERIES: usize = 16_384;
 /// How long the end of an attempt waits for the last rows.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -58,6 +60,10 @@ struct Waiting {
     points: HashMap<String, Vec<MetricPoint>>,
     lines: Vec<LogLine>,
     lines_taken: usize,
+    /// All series so far.
+    series: HashSet<String>,
+    /// Whether there were too many of them.
+    has_more_series: bool,
     /// What is waiting.
     amount: Backlog,
     /// What has been taken out to be written, and is still held in memory.
@@ -118,6 +124,9 @@ impl Recorder {
         let most = self.shared.most.points;
         let mut waiting = self.shared.waiting();
         for batch in batches {
+            if !waiting.admits(&batch.series) {
+                continue;
+            }
             let held = waiting.amount.points + waiting.writing.points;
             let taken = most.saturating_sub(held).min(batch.steps.len());
             waiting.lost_points += batch.steps.len() - taken;
@@ -192,6 +201,22 @@ impl Drop for Recorder {
 }
 
 impl Waiting {
+    /// Whether there is room for points of a series.
+    fn admits(&mut self, series: &str) -> bool {
+        if self.series.contains(series) {
+            return true;
+        }
+        if self.series.len() < MOST_SERIES {
+            return self.series.insert(series.to_owned());
+        }
+        if !std::mem::replace(&mut self.has_more_series, true) {
+            let text = format!("more than {MOST_SERIES} series: points of the others are dropped");
+            self.lines
+                .push(LogLine::of_runner(retort_abi::LogLevel::Warn, text));
+        }
+        false
+    }
+
     fn is_empty(&self) -> bool {
         self.points.is_empty() && self.lines.is_empty()
     }
@@ -386,6 +411,34 @@ mod tests {
 
     fn line(length: usize) -> LogLine {
         LogLine::of_runner(retort_abi::LogLevel::Info, "x".repeat(length))
+    }
+
+    #[tokio::test]
+    async fn of_series_without_number_some_are_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Arc::new(open(dir.path()).await);
+        let (run, _, attempt) = begin(&store, "digits", "d").await;
+        let recorder = Recorder::begin(Arc::clone(&store), attempt, |what| panic!("{what}"));
+        let of = |number: usize| Points {
+            series: format!("s{number}"),
+            steps: vec![1],
+            values: vec![0.5],
+            at: vec![7],
+        };
+        for _ in 0..2 {
+            recorder.points((0..MOST_SERIES + 100).map(of));
+        }
+        recorder.end().await;
+        let series = store.last_metrics(&run).await.unwrap();
+        assert_eq!(series.len(), MOST_SERIES);
+        let log: Vec<String> = sqlx::query_scalar("select text from logs")
+            .fetch_all(store.pool())
+            .await
+            .unwrap();
+        assert!(
+            log.len() == 1 && log[0].contains("more than 16384 series"),
+            "{log:?}"
+        );
     }
 
     /// A lock that another process might hold.

@@ -85,6 +85,12 @@ pub enum StoreError {
         /// Why not.
         message: String,
     },
+    /// No run of the store's own is there.
+    #[error("there is no run to resume: {imported} run(s) here come from another store")]
+    NothingToResume {
+        /// Those that do.
+        imported: u64,
+    },
     /// The store cannot be written to.
     #[error("the store {} cannot be written to: check its permissions or choose another --store", path.display())]
     ReadOnly {

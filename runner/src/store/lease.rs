@@ -21,6 +21,9 @@ use super::{RunId, Store, StoreError, connection};
 /// seconds; the rest is for clocks that differ and for busy disks.
 pub(super) const HEARTBEAT_LIMIT: Duration = Duration::from_secs(120);
 
+/// How far another machine's clock may be ahead.
+const AHEAD_LIMIT: Duration = Duration::from_secs(24 * 3600);
+
 /// A process, named so that it can be told from every other.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Holder {
@@ -60,7 +63,8 @@ impl Holder {
         {
             started(self.pid) == Some(self.process_started)
         } else {
-            now.since(heartbeat) <= HEARTBEAT_LIMIT
+            // A clock ahead of ours, but not one that nobody's is: that run would never end.
+            now.since(heartbeat) <= HEARTBEAT_LIMIT && heartbeat.since(now) <= AHEAD_LIMIT
         }
     }
 }
@@ -115,10 +119,11 @@ impl Store {
             for (key, _, _) in &gone {
                 // The lease is kept: should its holder live after all, its heartbeat still has a place to go.
                 sqlx::query(
-                    "update runs set state = 'lost', finished = (select heartbeat from leases where run = key)
+                    "update runs set state = 'lost', finished = (select min(heartbeat, ?2) from leases where run = key)
                      where key = ?1 and state in ('queued', 'running')",
                 )
                 .bind(key)
+                .bind(Time::now().0)
                 .execute(&mut connection)
                 .await?;
             }
@@ -279,6 +284,14 @@ mod tests {
         );
         // A clock ahead of ours is no reason to give a run up.
         check(|holder| holder.boot = "another".into(), -1_000, true);
+        // Nobody's clock is ahead by days: such a run would be under way for good.
+        let far = i64::try_from(AHEAD_LIMIT.as_secs()).unwrap() + 60;
+        check(|holder| holder.boot = "another".into(), -far, false);
+        check(
+            |holder| holder.boot = "another".into(),
+            -1_000_000_000,
+            false,
+        );
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 
 use super::{RunId, Store, StoreError, schema, scratch};
+use crate::draft;
 
 /// What a store holds that no run needs.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -160,7 +161,7 @@ impl Store {
         })
     }
 
-    /// What imports and exports that were ended half-way have left in the store's directory.
+    /// What processes that were killed have left in the store's directory: of imports, exports and artifacts.
     pub fn abandoned(&self) -> Vec<PathBuf> {
         let mut found = scratch::leftovers(self.dir(), scratch::IMPORT);
         found.extend(scratch::leftovers(self.dir(), scratch::EXPORT));
@@ -168,6 +169,7 @@ impl Store {
             &self.dir().join("artifacts"),
             scratch::IMPORT,
         ));
+        found.extend(draft::abandoned(&self.dir().join("artifacts")));
         // Those of earlier versions have no lock; while they are in use, the store is being written to.
         let entries = std::fs::read_dir(self.dir())
             .into_iter()

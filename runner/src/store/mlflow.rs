@@ -11,7 +11,7 @@ use serde_json::Value;
 use sqlx::sqlite::SqliteConnection;
 use sqlx::{ConnectOptions, Connection};
 
-use super::{RunDetail, RunState, SeriesPoint, Store, StoreError, connection, schema};
+use super::{RunDetail, RunId, RunState, SeriesPoint, Store, StoreError, connection, schema};
 use crate::artifact::{self, file_name};
 use crate::draft::CreatedPaths;
 
@@ -24,7 +24,7 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::NotMlflow`], [`StoreError`].
-    pub async fn export_to_mlflow(&self, runs: &[RunDetail], to: &Path) -> Result<(), StoreError> {
+    pub async fn export_to_mlflow(&self, runs: &[RunId], to: &Path) -> Result<(), StoreError> {
         let refuse = |message: &str| StoreError::NotMlflow {
             path: to.to_owned(),
             message: message.to_owned(),
@@ -37,7 +37,7 @@ impl Store {
         outcome.map_err(|error| error.of_disk_with(to))
     }
 
-    async fn add_all(&self, runs: &[RunDetail], to: &Path) -> Result<(), StoreError> {
+    async fn add_all(&self, runs: &[RunId], to: &Path) -> Result<(), StoreError> {
         let at = |error: sqlx::Error| StoreError::from(error).at(to);
         let mut connection = connection::options(to).connect().await.map_err(at)?;
         let known: i64 = sqlx::query_scalar(
@@ -58,7 +58,8 @@ impl Store {
         let mut transaction = connection.begin_with("begin immediate").await.map_err(at)?;
         let mut made = CreatedPaths::default();
         for run in runs {
-            self.add(&mut transaction, run, &root, &mut made).await?;
+            let run = self.run_detail(run).await?;
+            self.add(&mut transaction, &run, &root, &mut made).await?;
         }
         transaction.commit().await.map_err(at)?;
         made.keep();
@@ -139,8 +140,11 @@ impl Store {
         }
         for series in self.last_metrics(&summary.id).await? {
             let name = format!("{}/{}", series.stage, series.series);
-            let points = self.metric_series(&summary.id, &name).await?;
-            add_points(connection, uuid, &key(&name), &points).await?;
+            let mut after = None;
+            while let Some(points) = self.points_after(&series, after).await? {
+                add_points(connection, uuid, &key(&name), &points).await?;
+                after = points.last().map(|point| point.step);
+            }
         }
         for row in &run.artifacts {
             let Some(preview) = &row.artifact.meta.preview else {

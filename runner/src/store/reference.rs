@@ -28,6 +28,45 @@ impl Store {
         }
     }
 
+    /// The run that is continued when none is named: of this store's own runs the latest that has come to no end, and was not
+    /// continued since; one of a sweep where that was the latest of all, because the sweep may have points that never began; else
+    /// the latest. `left` are the runs that go on in Slurm without a runner.
+    ///
+    /// # Errors
+    /// [`StoreError::NothingToResume`], [`StoreError::Damaged`], [`StoreError::Sql`].
+    pub async fn run_to_resume(&self, left: &[RunId]) -> Result<RunId, StoreError> {
+        self.reconcile().await?;
+        let found: Option<String> = sqlx::query_scalar(
+            "with own as (select * from runs where key not in (select run from imported))
+             select id from own
+             order by ((state in ('failed', 'interrupted', 'lost')
+                           or id in (select value from json_each(?1)) or id in (select value from json_each(?2)))
+                       and id not in (select resumed_from from runs where resumed_from is not null))
+                       or (sweep is not null and key = (select max(key) from own)) desc,
+                      key desc limit 1",
+        )
+        .bind(serde_json::json!(left).to_string())
+        .bind(self.unrecorded_lost())
+        .fetch_optional(self.pool())
+        .await?;
+        match found {
+            Some(id) => Ok(RunId(id)),
+            None => Err(StoreError::NothingToResume {
+                imported: self.count_runs().await?,
+            }),
+        }
+    }
+
+    /// Whether a run came from another store.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`], [`StoreError::Sql`].
+    pub async fn is_imported(&self, run: &RunId) -> Result<bool, StoreError> {
+        let key = self.run_key(run).await?;
+        let found = sqlx::query("select 1 from imported where run = ?1").bind(key);
+        Ok(found.fetch_optional(self.pool()).await?.is_some())
+    }
+
     async fn run_before_latest(&self, steps: u32) -> Result<Option<String>, StoreError> {
         let found = sqlx::query_scalar("select id from runs order by key desc limit 1 offset ?1");
         Ok(found.bind(steps).fetch_optional(self.pool()).await?)

@@ -26,6 +26,7 @@ pub(super) const MIGRATIONS: &[&str] = &[
     include_str!("../../../migrations/0006_sweeps.sql"),
     include_str!("../../../migrations/0007_cluster.sql"),
     include_str!("../../../migrations/0008_stages_in_brief.sql"),
+    include_str!("../../../migrations/0009_imported.sql"),
 ];
 
 /// The schema after which the program packs the points of older ones.

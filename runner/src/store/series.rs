@@ -208,6 +208,39 @@ impl Store {
         Ok(points)
     }
 
+    /// The next points of a series, by step: a block of them. `after` is the last step that came before; none when there are no
+    /// more.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`], [`StoreError::Sql`].
+    pub async fn points_after(
+        &self,
+        series: &SeriesSummary,
+        after: Option<u64>,
+    ) -> Result<Option<Vec<SeriesPoint>>, StoreError> {
+        let row = sqlx::query(
+            "select k.data, e.base from series e
+             join blocks b on b.series = e.key join packs k on k.key = b.pack
+             where e.attempt = ?1 and e.name = ?2 and b.first_step > ?3 order by b.first_step limit 1",
+        )
+        .bind(series.attempt.0)
+        .bind(&series.series)
+        .bind(after.map_or(i64::MIN, clamped))
+        .fetch_optional(self.pool())
+        .await?;
+        let Some(row) = row else { return Ok(None) };
+        let base: i64 = row.try_get("base")?;
+        let points = unpacked(&row, &series.series)?.into_iter();
+        let points = points.map(|point| SeriesPoint {
+            stage: series.stage.clone(),
+            series: series.series.clone(),
+            step: point.step.cast_unsigned(),
+            value: point.value,
+            at: Time(base.saturating_add(point.at)),
+        });
+        Ok(Some(points.collect()).filter(|points: &Vec<_>| !points.is_empty()))
+    }
+
     /// When the first point of a series was measured: of the first stage that has it.
     ///
     /// # Errors

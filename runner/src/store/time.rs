@@ -8,6 +8,17 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 pub struct Time(pub i64);
 
 impl Time {
+    /// The end of the year 9999, the last that is shown.
+    pub const LAST: Self = Self(253_402_300_799_999);
+
+    /// This moment where a clock can have said it, else the present one.
+    pub fn or_now(self) -> Self {
+        match (0..=Self::LAST.0).contains(&self.0) {
+            true => self,
+            false => Self::now(),
+        }
+    }
+
     /// The present moment.
     pub fn now() -> Self {
         let since = SystemTime::now()
@@ -30,7 +41,7 @@ impl Time {
 impl std::fmt::Display for Time {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         // A damaged store may hold any number; the formatter knows years up to 9999.
-        let millis = u64::try_from(self.0).unwrap_or(0).min(253_402_300_799_999);
+        let millis = u64::try_from(self.0.min(Self::LAST.0)).unwrap_or(0);
         let text = humantime::format_rfc3339_millis(UNIX_EPOCH + Duration::from_millis(millis))
             .to_string();
         f.pad(&text)

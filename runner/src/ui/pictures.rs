@@ -3,6 +3,7 @@
 //! Which noise a sample was made of is known: it is a function of the set's seed and the sample's number. Sets that share a
 //! seed are put side by side by number; others by class, and it is said that their noise is another.
 
+use std::collections::HashSet;
 use std::io::Read;
 use std::sync::Arc;
 
@@ -101,16 +102,14 @@ async fn content(
 ) -> Result<Markup, Problem> {
     let wished: Vec<&str> = request.query.all("set").collect();
     let mut offered: Vec<(&RunDetail, &ArtifactRow)> = Vec::new();
+    let mut known = HashSet::new();
     for (_, detail) in details {
         let sets = detail
             .artifacts
             .iter()
             .filter(|row| row.artifact.kind == "samples");
         for row in sets {
-            if !offered
-                .iter()
-                .any(|(_, known)| known.artifact.hash == row.artifact.hash)
-            {
+            if known.insert(row.artifact.hash.as_str()) {
                 offered.push((detail, row));
             }
         }

@@ -4,7 +4,7 @@
 //! shard may be anything: sizes are bounded before something is read, and no file is opened that is not listed. The layout
 //! is the engine's (`samples.rs` there). Deliberately absent: pages.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -21,6 +21,8 @@ use crate::store::ArtifactFile;
 const FORMAT: u32 = 1;
 /// Samples of a set that can be looked at.
 const MOST: usize = 200_000;
+/// Files of a set that are opened: samples in further ones cannot be looked at.
+const MOST_SHARDS: usize = 4096;
 /// Most elements of an image, and most pixels of a side.
 const ELEMENTS: usize = 48 << 20;
 const SIDE: usize = 8192;
@@ -88,7 +90,8 @@ impl Set {
         let bad = |message: String| {
             Problem::File(format!("this set of samples cannot be read: {message}"))
         };
-        let check = |name: &str| match files.iter().any(|file| file.path == name) {
+        let listed: HashSet<&str> = files.iter().map(|file| file.path.as_str()).collect();
+        let check = |name: &str| match listed.contains(name) {
             true => artifact::open_inner(&dir, name)
                 .map(drop)
                 .map_err(|error| bad(error.to_string())),
@@ -115,7 +118,7 @@ impl Set {
         if next != 0 {
             return Err(bad("it is a part of a set".into()));
         }
-        for shard in &manifest.shards {
+        for shard in manifest.shards.iter().take(MOST_SHARDS) {
             if labels.len() >= MOST {
                 break;
             }

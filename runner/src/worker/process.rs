@@ -4,7 +4,7 @@
 //! own, so that a Ctrl-C in the terminal does not reach it and everything it starts can be ended with it. Deliberately
 //! absent: what the events mean for a stage (the executor's).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -27,6 +27,9 @@ use crate::worker::{LONGEST_LINE, shortened};
 
 /// How long what a dead worker has left in its pipes is waited for: processes that left its group may hold them open.
 const DRAIN: Duration = Duration::from_millis(500);
+
+/// Lines of a dead worker that are told.
+const LAST_LINES: usize = 8;
 
 /// Signals that a scheduler sends to every process of a job, and that a worker ignores: the process that watches over it
 /// decides how it ends.
@@ -139,7 +142,7 @@ pub async fn ask(task: Task, limit: Duration) -> Result<Answer, AskError> {
     let sent = worker.send(&ToWorker::Start(Box::new(task))).await;
     sent.map_err(AskError::Unsendable)?;
     let mut answer = None;
-    let mut output = Vec::new();
+    let mut output = VecDeque::new();
     let conversation = async {
         loop {
             match worker.next().await {
@@ -154,7 +157,10 @@ pub async fn ask(task: Task, limit: Duration) -> Result<Answer, AskError> {
                 WorkerEvent::Malformed(error) => {
                     answer = Some(Err(AskError::Malformed(error.to_string())))
                 }
-                WorkerEvent::Line(_, line) => output.push(line),
+                WorkerEvent::Line(_, line) => {
+                    output.truncate(LAST_LINES - 1);
+                    output.push_front(line);
+                }
                 WorkerEvent::Exited(exit) => return exit,
             }
         }
@@ -166,13 +172,7 @@ pub async fn ask(task: Task, limit: Duration) -> Result<Answer, AskError> {
         return Err(AskError::TimedOut { after: limit });
     };
     answer.unwrap_or_else(|| {
-        let last: Vec<&str> = output
-            .iter()
-            .rev()
-            .take(8)
-            .rev()
-            .map(String::as_str)
-            .collect();
+        let last: Vec<&str> = output.iter().rev().map(String::as_str).collect();
         Err(AskError::Died {
             death: Death::new(exit.status, last.iter().copied(), false),
             output: last.join("\n"),

@@ -14,6 +14,7 @@ pub mod harness;
 mod import;
 mod mutation;
 mod recipe;
+mod spool;
 mod statement;
 
 /// What is fed with hostile bytes.
@@ -32,9 +33,12 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 12] = [
+pub const TARGETS: [Target; 16] = [
     recipe::RECIPE,
+    recipe::SWEEP,
+    recipe::PROJECT,
     recipe::FILTER,
+    spool::SPOOL,
     frames::FRAMES,
     import::IMPORT,
     files::CHECKPOINT,
@@ -44,6 +48,7 @@ pub const TARGETS: [Target; 12] = [
     files::TAR,
     files::PARQUET,
     files::IMAGE,
+    files::TIFF,
     files::TRAJECTORIES,
 ];
 

@@ -60,6 +60,16 @@ fn segfaulting() {
 }
 
 #[test]
+fn lying_about_an_artifact() {
+    check(
+        "lie",
+        "",
+        "protocol error",
+        &["an invalid message: `../../x` is not a hash"],
+    );
+}
+
+#[test]
 fn exiting() {
     check("exit", "", "exited with code 3", &["without a result"]);
 }

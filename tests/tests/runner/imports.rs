@@ -680,3 +680,99 @@ fn many_runs_are_imported_in_proportion() {
     let key: i64 = key;
     assert_eq!(row["one"], key, "{row}");
 }
+
+#[test]
+fn an_imported_run_is_resumed_by_name_only() {
+    let other = Lab::new(&["a: {kind: do, act: fail_unless_flag, flag: there}"]);
+    other.run(&["--slurm", "prologue=touch pwned"]).expect(100);
+    let file = other.dir.path().join("theirs.db");
+    let export = ["runs", "export", "-o", file.to_str().unwrap()];
+    other.retort(&export).expect(0);
+    let theirs = other.latest().unwrap();
+    assert!(theirs.resolved["slurm"].is_array());
+    let theirs = theirs.summary.id.0;
+
+    let lab = Lab::new(&["a: {kind: do, act: fail_unless_flag, flag: there}"]);
+    let import = ["runs", "import", file.to_str().unwrap()];
+    lab.retort(&import).expect(0);
+    lab.retort(&["resume"]).expect(4).saying(&[
+        "no run to resume: 1 run(s) here come from another store",
+        "retort resume RUN",
+    ]);
+    // One of its own, older than what is imported next, and one that has succeeded.
+    lab.run(&[]).expect(100);
+    let own = lab.latest().unwrap().summary.id.0;
+    lab.run(&["--set", "a.act=succeed"]).expect(0);
+    let another = Lab::new(&["a: {kind: do, act: fail}"]);
+    another.run(&[]).expect(100);
+    let last = another.dir.path().join("last.db");
+    another
+        .retort(&["runs", "export", "-o", last.to_str().unwrap()])
+        .expect(0);
+    lab.retort(&["runs", "import", last.to_str().unwrap()])
+        .expect(0);
+    std::fs::write(lab.dir.path().join("there"), "").unwrap();
+    let said = lab.retort(&["resume"]).expect(0);
+    said.saying(&[&format!("resuming run {own}")]);
+    // It has been continued: the latest is meant.
+    let latest = lab.latest().unwrap().summary.id.0;
+    lab.retort(&["resume"])
+        .expect(0)
+        .saying(&[&format!("resuming run {latest}")]);
+    // By its name, and without what its owner told Slurm.
+    assert!(lab.latest().unwrap().resolved["slurm"].is_null());
+    lab.retort(&["resume", &theirs])
+        .saying(&[&format!("resuming run {theirs}")]);
+    let resumed = lab.latest().unwrap();
+    assert_eq!(resumed.summary.resumed_from.unwrap().0, theirs);
+    assert!(resumed.resolved["slurm"].is_null());
+}
+
+#[test]
+fn what_is_named_often_costs_what_it_costs_once_or_is_refused() {
+    let source = Source::new();
+    let many = |count: usize, rest: &str| {
+        format!(
+            "with recursive n(i) as (select 1 union all select i + 1 from n where i < {count}) {rest}"
+        )
+    };
+    let outputs = many(
+        200_000,
+        "insert into outputs (attempt, artifact, kind, name, meta, created)
+         select o.attempt, o.artifact, o.kind, o.name, o.meta, o.created from n, (select * from outputs limit 1) o",
+    );
+    let stages = many(
+        100_000,
+        "insert into stages (run, position, name, kind, plugin, plugin_version, plugin_hash, device, dtype, seed, options,
+             inputs, state, reused_from)
+         select s.run, 10 + i, 'x' || i, s.kind, s.plugin, s.plugin_version, s.plugin_hash, s.device, s.dtype, s.seed, '{}',
+             '[]', 'reused', (select max(key) from attempts) from n, (select * from stages limit 1) s",
+    );
+    for statements in [outputs, stages] {
+        let file = source.changed(&statements);
+        let lab = Lab::new(&[]);
+        lab.retort(&["runs", "import", file.to_str().unwrap()])
+            .expect(2)
+            .saying(&["names so many artifacts and series, or so often"]);
+    }
+}
+
+#[test]
+fn a_sweep_that_no_recipe_describes_is_refused() {
+    let source = Lab::new(&["a: {kind: do, rate: 1}"]);
+    source.run(&["--sweep", "a.rate=1,2"]).expect(0);
+    let file = source.dir.path().join("sweep.db");
+    let path = file.to_str().unwrap();
+    source.retort(&["runs", "export", "-o", path]).expect(0);
+    Lab::new(&[]).retort(&["runs", "import", path]).expect(0);
+    change(
+        &file,
+        "update sweeps set points = 10001;
+         with recursive n(i) as (select 3 union all select i + 1 from n where i < 10001)
+         insert into sweep_points (sweep, point, settings) select 1, i, '[]' from n",
+    );
+    Lab::new(&[])
+        .retort(&["runs", "import", path])
+        .expect(2)
+        .saying(&["has more than the 10000 points that a sweep may have"]);
+}

@@ -8,7 +8,7 @@ use crate::lab::{CommandOutput, Lab};
 const HEAD: &str = "version: 1\nbackend: faulty\n";
 const STAGES: &str = "stages:\n  a: {kind: do}\n";
 
-/// A recipe's verdict, reached with at most 256 MiB of data and 5 seconds of a processor.
+/// A recipe's verdict, reached with at most 200 MB of data and a second of a processor.
 fn judge(text: impl AsRef<[u8]>, arguments: &[&str]) -> CommandOutput {
     let lab = Lab::new(&[]);
     fs::write(lab.dir.path().join("r.yaml"), text).unwrap();
@@ -20,7 +20,7 @@ fn judged(lab: &Lab, arguments: &[&str]) -> CommandOutput {
     // SAFETY: between fork and exec only an async-signal-safe function is called.
     unsafe {
         command.pre_exec(|| {
-            for (what, limit) in [(libc::RLIMIT_DATA, 256 << 20), (libc::RLIMIT_CPU, 5)] {
+            for (what, limit) in [(libc::RLIMIT_DATA, 200_000_000), (libc::RLIMIT_CPU, 1)] {
                 let limit = libc::rlimit {
                     rlim_cur: limit,
                     rlim_max: limit,

@@ -292,6 +292,10 @@ fn what_a_command_writes_to_is_not_waited_for() {
     lab.retort(&["report", "-o", "pipe"])
         .expect(1)
         .saying(&["pipe cannot be written", "a named pipe that nobody reads"]);
+    // Before the plugin is examined, which takes long.
+    let said = lab.retort(&["plugin", "test", "faulty", "--junit", "pipe"]);
+    let said = said.expect(1).saying(&["a named pipe that nobody reads"]);
+    assert!(said.stdout.is_empty(), "{}", said.stdout);
     fs::write(lab.dir.path().join("old.html"), "old").unwrap();
     lab.retort(&["report", "-o", "old.html"]).expect(0);
     let page = fs::read_to_string(lab.dir.path().join("old.html")).unwrap();

@@ -25,6 +25,9 @@ pub struct Values {
 /// The longest line that is read: more than three channels of 1024 x 1024.
 const LONGEST_LINE: u64 = 1 << 24;
 
+/// Memory that the values of a file may take while it is read.
+const ROOM: usize = 352 << 20;
+
 /// Values so far: whole numbers that fit bytes for as long as there are no others.
 enum Numbers {
     Bytes(Vec<u8>),
@@ -32,9 +35,21 @@ enum Numbers {
 }
 
 impl Numbers {
+    /// Bytes that they take at most, when they end: a fraction among them makes all of them longer for a moment.
+    fn memory(&self) -> usize {
+        match self {
+            Self::Bytes(bytes) => bytes.len(),
+            Self::Floats(floats) => floats.len().saturating_mul(5),
+        }
+    }
+
+    fn is_byte(value: f32) -> bool {
+        value.fract() == 0.0 && value <= 255.0
+    }
+
     fn push(&mut self, value: f32) {
         match self {
-            Self::Bytes(bytes) if value.fract() == 0.0 && value <= 255.0 => bytes.push(value as u8),
+            Self::Bytes(bytes) if Self::is_byte(value) => bytes.push(value as u8),
             Self::Bytes(bytes) => {
                 let mut floats: Vec<f32> = bytes.iter().copied().map(f32::from).collect();
                 floats.push(value);
@@ -63,6 +78,21 @@ impl Numbers {
 
 /// Reads a file.
 pub fn read(options: &DataOptions, path: &Path) -> Result<Values, DataError> {
+    read_within(ROOM, options, path)
+}
+
+fn too_many(path: &Path, room: usize, images: usize) -> DataError {
+    DataError::content(
+        path,
+        format!(
+            "its values take more than {} MiB of memory ({images} images until then): give them as an `.npy` file, which is \
+             read image by image",
+            room >> 20
+        ),
+    )
+}
+
+fn read_within(room: usize, options: &DataOptions, path: &Path) -> Result<Values, DataError> {
     let expected = "a CSV file (for a folder of image files, use `folder:`)";
     let (lines, next) = file::records(file::open(path, expected)?, LONGEST_LINE);
     let mut reader = csv::ReaderBuilder::new()
@@ -123,9 +153,18 @@ pub fn read(options: &DataOptions, path: &Path) -> Result<Values, DataError> {
         line.check_columns(height, width)?;
         let class_at = class_at.unwrap_or(height * width);
         for column in (0..record.len()).filter(|column| *column != class_at) {
-            numbers.push(line.value(column)?);
+            let value = line.value(column)?;
+            let is_first_fraction =
+                matches!(&numbers, Numbers::Bytes(_)) && !Numbers::is_byte(value);
+            if is_first_fraction && numbers.memory().saturating_mul(5) > room {
+                return Err(too_many(path, room, labels.len()));
+            }
+            numbers.push(value);
         }
         labels.push(line.class(class_at)?);
+        if numbers.memory() + size_of_val(labels.as_slice()) > room {
+            return Err(too_many(path, room, labels.len()));
+        }
     }
 
     let Some((height, width)) = size else {
@@ -313,4 +352,38 @@ fn quoted(text: &[u8]) -> String {
     let short: String = text.chars().take(40).collect();
     let dots = if short.len() < text.len() { "..." } else { "" };
     format!("`{}{dots}`", short.escape_debug())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_take_so_much_memory_and_no_more() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.csv");
+        let check = |text: &str, room: usize, expected: &str| {
+            std::fs::write(&path, text).unwrap();
+            match read_within(room, &DataOptions::default(), &path) {
+                Ok(values) => assert_eq!(
+                    (values.pixels.len(), expected),
+                    (4 * values.labels.len(), "")
+                ),
+                Err(error) => {
+                    let said = error.to_string();
+                    assert!(!expected.is_empty() && said.contains(expected), "{said}");
+                }
+            }
+        };
+        let whole = "0,1,2,3,7\n".repeat(100);
+        check(&whole, 800, "");
+        check(&whole, 700, "(88 images until then)");
+        // With one fraction all are kept as such, beside what they were.
+        let last = format!("{whole}0,1,0.5,3,7\n");
+        check(&last, 5000, "");
+        check(&last, 1999, "(100 images until then)");
+        let first = format!("0,0.5,2,3,7\n{whole}");
+        check(&first, 5000, "");
+        check(&first, 1000, "images until then");
+    }
 }

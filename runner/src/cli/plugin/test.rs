@@ -8,6 +8,7 @@ use tokio::runtime::Runtime;
 
 use crate::cli::plugin::named;
 use crate::cli::{Context, Error, Exit, FormatArgs, output};
+use crate::draft::Target;
 use crate::plan::{self, Plan};
 use crate::plugin::conformance::{CheckOutcome, Examination, ExaminationOptions, Verdict};
 use crate::plugin::{Plugins, search_dirs};
@@ -52,6 +53,13 @@ pub struct Args {
 
 /// Examines the plugin and reports.
 pub fn execute(args: &Args, runtime: &Runtime, context: &Context) -> Result<(), Error> {
+    let unwritten = |error: std::io::Error| {
+        let file = args.junit.as_deref().unwrap_or(Path::new("")).display();
+        Error::new(Exit::Internal, format!("{file} cannot be written")).cause(&error)
+    };
+    // Now, and not when the plugin has been examined for minutes.
+    let report = args.junit.as_deref().map(Target::open);
+    let report = report.transpose().map_err(unwritten)?;
     let path = named(&args.plugin, &search_dirs(&context.plugin_dirs))?;
     let own = Path::new(&args.plugin).join("recipe.yaml");
     let recipe = args.recipe.clone().or_else(|| own.is_file().then_some(own));
@@ -78,14 +86,9 @@ pub fn execute(args: &Args, runtime: &Runtime, context: &Context) -> Result<(), 
         (None, _) => {}
     }
     let outcomes = examination.outcomes();
-    if let Some(file) = &args.junit {
-        std::fs::write(file, junit(&path, &outcomes)).map_err(|error| {
-            Error::new(
-                Exit::Internal,
-                format!("{} cannot be written", file.display()),
-            )
-            .cause(&error)
-        })?;
+    if let Some(report) = report {
+        let text = junit(&path, &outcomes);
+        report.write(text.as_bytes()).map_err(unwritten)?;
     }
     output::print(&rows(&outcomes).render(args.format.style(context)))?;
     let count = |verdict| outcomes.iter().filter(|o| o.verdict == verdict).count();

@@ -11,6 +11,7 @@ use crate::store::{ElementUpdate, JobKey, LogLine, Time, Usage};
 use crate::worker::death::ExitStatus;
 use crate::worker::process::{Exit, WorkerEvent};
 use crate::worker::remote::{ClusterEnd, ElementEvent};
+use crate::worker::shortened;
 
 /// How a life ended that did not say so, where Slurm does not say either.
 pub const LOST: &str = "node failed, or preempted";
@@ -44,10 +45,25 @@ pub enum StopLevel {
 #[derive(Debug, Default)]
 pub struct PendingEnd {
     pub frames: Vec<FromWorker>,
+    /// Files of the artifacts among them.
+    files: usize,
     pub exit: Option<Exit>,
 }
 
+/// Frames that the end of a life may have, and files of artifacts in them.
+const MOST_FRAMES: usize = 5000;
+const MOST_FILES: usize = 1 << 20;
+
 impl PendingEnd {
+    /// Keeps a frame, unless there are too many.
+    fn hold(&mut self, frame: FromWorker) -> bool {
+        if let FromWorker::Artifact { record, .. } = &frame {
+            self.files += record.files.len();
+        }
+        self.frames.push(frame);
+        self.frames.len() <= MOST_FRAMES && self.files <= MOST_FILES
+    }
+
     pub fn has_result(&self) -> bool {
         let result = |frame: &FromWorker| matches!(frame, FromWorker::Answer(Answer::Result(_)));
         self.frames.iter().any(result)
@@ -73,6 +89,8 @@ pub struct Slot {
     pub life: Option<u32>,
     /// How the last life ended, by its own words.
     pub over: Option<LifeEnd>,
+    /// Why what it told cannot be.
+    pub broken: Option<&'static str>,
     /// How often it was submitted again.
     pub tries: u32,
     /// How often Slurm has said that it is over while it had not said so itself.
@@ -99,6 +117,7 @@ impl Slot {
             held: PendingEnd::default(),
             life: None,
             over: None,
+            broken: None,
             tries: 0,
             absent: 0,
             expected: false,
@@ -159,6 +178,7 @@ impl Slot {
             let fresh = number >= self.mark;
             match word {
                 SpoolEvent::Began { job, node, pid } => {
+                    let (job, node) = (short(job), short(node));
                     let life = (number >> 32) as u32;
                     if self.life.is_some_and(|before| before != life) {
                         // Nobody was there to ask Slurm.
@@ -190,7 +210,12 @@ impl Slot {
                     | FromWorker::Answer(_)
                     | FromWorker::Failed(_)
                     | FromWorker::NotLoaded { .. }),
-                ) => self.held.frames.push(frame),
+                ) => {
+                    if !self.held.hold(frame) {
+                        self.broken = Some("its spool tells of more artifacts than a stage makes");
+                        break;
+                    }
+                }
                 SpoolEvent::Frame(frame) => {
                     if fresh || matches!(frame, FromWorker::Progress(_)) {
                         self.send(WorkerEvent::Frame(frame)).await;
@@ -225,7 +250,7 @@ impl Slot {
         self.send(WorkerEvent::Remote(ElementEvent::ReadTo {
             job: key,
             element,
-            number: last + 1,
+            number: last.saturating_add(1),
         }))
         .await;
     }
@@ -251,7 +276,7 @@ impl Slot {
             // Why, Slurm says.
             LifeEnd::Terminated { .. } => ("", true),
         };
-        let reason = reason.to_owned();
+        let reason = shortened(reason);
         if !reason.is_empty() {
             self.life_ended(&reason, at, news);
             if goes_on && fresh {
@@ -309,7 +334,7 @@ impl Slot {
     pub async fn cancelled(&mut self) {
         self.held = PendingEnd {
             frames: vec![cancelled()],
-            exit: None,
+            ..PendingEnd::default()
         };
         self.deliver().await;
     }
@@ -352,7 +377,7 @@ pub fn is_worth_taking(dir: &std::path::Path, goes_on: bool) -> bool {
         for record in records {
             match record.word {
                 SpoolEvent::Began { .. } => (held, over) = (PendingEnd::default(), None),
-                SpoolEvent::Frame(frame @ FromWorker::Answer(_)) => held.frames.push(frame),
+                SpoolEvent::Frame(frame @ FromWorker::Answer(_)) => held.frames = vec![frame],
                 SpoolEvent::Over(last) => over = Some(last),
                 _ => {}
             }
@@ -368,6 +393,14 @@ pub fn is_worth_taking(dir: &std::path::Path, goes_on: bool) -> bool {
         Some(LifeEnd::Done) => held.has_result(),
         Some(LifeEnd::Stopped | LifeEnd::GaveUp) => false,
         _ => goes_on || held.has_result(),
+    }
+}
+
+/// The name of a node, or a job's id, which a spool might make as long as it likes.
+fn short(name: String) -> String {
+    match name.len() {
+        0..=256 => name,
+        _ => name.chars().take(256).collect(),
     }
 }
 

@@ -6,7 +6,7 @@ use tokio::time::Instant;
 use super::slot::{LOST, Phase, Slot, StopLevel};
 use super::{DispatchLoop, GATHER};
 use crate::cluster::slurm::{ElementStatus, Key, State, id};
-use crate::cluster::spool::{LifeEnd, Reader, Record, SpoolError, SpoolReading};
+use crate::cluster::spool::{self, LifeEnd, Reader, Record, SpoolError, SpoolReading};
 use crate::store::{ElementUpdate, StoreError, Time};
 use crate::worker::remote::ClusterEnd;
 
@@ -65,26 +65,33 @@ impl DispatchLoop {
                 // It is not silent: it has not been heard to its end.
                 slot.absent = 0;
             }
-            if let Err(error) = result {
-                let damaged = matches!(error, SpoolError::Damaged { .. });
-                slot.why = error.to_string();
-                if damaged {
-                    // Nobody hears it any more; whatever comes after it must not meet it at work.
-                    let at = slot.job.and_then(|(key, element)| {
-                        let job = self.jobs.iter().find(|job| job.key == key)?;
-                        Some((job.id, job.layout.element(element)))
-                    });
-                    if let Some((job, element)) = at {
-                        let _ = self.to.slurm.cancel(job, &[element], false).await;
-                    }
-                    slot.end(ClusterEnd {
-                        reason: "spool damaged".into(),
-                        message: error.to_string(),
-                        hint: Some("`retort resume` submits what has no result again".into()),
-                    })
-                    .await;
-                }
+            let broken = slot.broken.map(str::to_owned);
+            let (message, damaged) = match (broken, result) {
+                (Some(message), _) => (message, true),
+                (None, Err(error)) => (
+                    error.to_string(),
+                    matches!(error, SpoolError::Damaged { .. }),
+                ),
+                (None, Ok(_)) => continue,
+            };
+            slot.why.clone_from(&message);
+            if !damaged {
+                continue;
             }
+            // Nobody hears it any more; whatever comes after it must not meet it at work.
+            let at = slot.job.and_then(|(key, element)| {
+                let job = self.jobs.iter().find(|job| job.key == key)?;
+                Some((job.id, job.layout.element(element)))
+            });
+            if let Some((job, element)) = at {
+                let _ = self.to.slurm.cancel(job, &[element], false).await;
+            }
+            slot.end(ClusterEnd {
+                reason: "spool damaged".into(),
+                message,
+                hint: Some("`retort resume` submits what has no result again".into()),
+            })
+            .await;
         }
         Ok(())
     }
@@ -239,7 +246,7 @@ impl DispatchLoop {
         };
         let script = job.layout.element(element).unwrap_or(0);
         let path = job.dir.join(format!("{script}.out"));
-        let end = retort_checkpoint::regular::read_end(&path, LAST_WORDS).unwrap_or_default();
+        let end = spool::printed(&path, LAST_WORDS).unwrap_or_default();
         let text = String::from_utf8_lossy(&end);
         match text.trim() {
             "" => String::new(),

@@ -187,3 +187,166 @@ fn a_torn_end_is_nothing_yet() {
     let error = reader.look(&mut Vec::new()).unwrap_err().to_string();
     assert!(error.contains("0.0.sealed is damaged"), "{error}");
 }
+
+fn order(elements: Vec<Option<Part>>) -> JobSpec {
+    JobSpec {
+        format: FORMAT,
+        elements,
+        task: Task {
+            plugin: "/p.so".into(),
+            hash: None,
+            call: frame::Call::Describe,
+        },
+        threads: 2,
+        requeue: 3,
+        interval: Duration::from_millis(250),
+        again: true,
+        ranks: false,
+    }
+}
+
+#[test]
+fn orders_that_make_no_sense_are_refused() {
+    let root = tempfile::tempdir().unwrap();
+    let part = |index, of| Some(Part { index, of });
+    let parts = || order(vec![part(0, 3), part(2, 3)]);
+    let check = |order: JobSpec, expected: &str| {
+        write_order(root.path(), &order).unwrap();
+        match read_order(root.path()) {
+            Ok(read) => assert_eq!((read, ""), (order, expected)),
+            Err(error) => {
+                let said = error.to_string();
+                assert!(!expected.is_empty() && said.contains(expected), "{said}");
+                assert!(matches!(error, SpoolError::Damaged { .. }));
+            }
+        }
+    };
+    check(order(vec![None]), "");
+    check(parts(), "");
+    for elements in [
+        vec![],
+        vec![None; 3],
+        vec![part(0, 2), None],
+        vec![part(0, 2), part(0, 2)],
+        vec![part(2, 2)],
+        vec![part(0, 2), part(1, 3)],
+    ] {
+        check(order(elements), "are not parts of one stage");
+    }
+    for interval in [Duration::ZERO, Duration::MAX] {
+        check(
+            JobSpec {
+                interval,
+                ..parts()
+            },
+            "between two writes",
+        );
+    }
+    for threads in [0, usize::MAX] {
+        check(JobSpec { threads, ..parts() }, "threads");
+    }
+    check(
+        JobSpec {
+            format: 7,
+            ..parts()
+        },
+        "another retort",
+    );
+    let path = root.path().join(ORDER);
+    for text in [
+        // Three million elements in a file that is not long.
+        format!(
+            "{{\"format\":1,\"elements\":[{}null]",
+            "null,".repeat(3_000_000)
+        ),
+        " ".repeat(20 << 20),
+    ] {
+        fs::write(&path, text).unwrap();
+        let error = read_order(root.path()).unwrap_err();
+        assert!(matches!(error, SpoolError::Damaged { .. }), "{error}");
+    }
+    // A link to a good one, and a folder that is a link.
+    write_order(root.path(), &parts()).unwrap();
+    let other = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink(&path, other.path().join(ORDER)).unwrap();
+    std::os::unix::fs::symlink(root.path(), other.path().join("folder")).unwrap();
+    for dir in [other.path().to_owned(), other.path().join("folder")] {
+        let error = read_order(&dir).unwrap_err().to_string();
+        assert!(error.contains("a symbolic link"), "{error}");
+    }
+}
+
+#[test]
+fn nothing_is_written_through_a_link() {
+    let root = tempfile::tempdir().unwrap();
+    let mine = root.path().join("mine");
+    fs::write(&mine, "mine").unwrap();
+    let spool = root.path().join("spool");
+    make_dir(&spool).unwrap();
+    std::os::unix::fs::symlink(&mine, spool.join(STOP)).unwrap();
+    ask_to_stop(&spool, true).unwrap_err();
+    let element = element_dir(&spool, 0);
+    let mut writer = Writer::open(&element).unwrap();
+    fs::remove_file(mark(&element, 0)).unwrap();
+    std::os::unix::fs::symlink(&mine, mark(&element, 0)).unwrap();
+    writer.close(true).unwrap_err();
+    assert_eq!(fs::read(&mine).unwrap(), b"mine");
+    // Nobody else of a group may write there, whatever new files may be otherwise.
+    use std::os::unix::fs::PermissionsExt;
+    for dir in [&spool, &element] {
+        assert_eq!(fs::metadata(dir).unwrap().permissions().mode() & 0o022, 0);
+    }
+    std::os::unix::fs::symlink(root.path(), root.path().join("link")).unwrap();
+    make_dir(&root.path().join("link")).unwrap_err();
+}
+
+#[test]
+fn a_sealed_piece_that_is_cut_off_is_damage() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = root.path().to_owned();
+    let mut writer = Writer::open(&dir).unwrap();
+    writer.push(said("one"));
+    writer.push(said("two"));
+    writer.close(true).unwrap();
+    let path = piece_path(&dir, 0, 0, true);
+    let whole = fs::read(&path).unwrap();
+    fs::write(&path, &whole[..whole.len() - 1]).unwrap();
+    let mut reader = Reader::new(dir.clone());
+    let mut records = Vec::new();
+    let mut looks = 0;
+    // The rest may be on its way.
+    let error = loop {
+        match reader.look(&mut records) {
+            Ok(_) => looks += 1,
+            Err(error) => break error.to_string(),
+        }
+        assert!(looks < 100);
+    };
+    assert!(error.contains("its last record is cut off"), "{error}");
+    assert!(looks > 5 && records.len() == 1, "{looks}");
+    // It comes in time.
+    let mut reader = Reader::new(dir.clone());
+    assert_eq!(all(&mut reader).len(), 1);
+    fs::write(&path, &whole).unwrap();
+    assert_eq!(all(&mut reader).len(), 1);
+    // Records that were taken from another life.
+    fs::rename(&path, piece_path(&dir, 1, 0, true)).unwrap();
+    let mut reader = Reader::new(dir);
+    assert!(reader.turn());
+    let error = reader.look(&mut Vec::new()).unwrap_err().to_string();
+    assert!(error.contains("belongs to another life"), "{error}");
+}
+
+#[test]
+fn pieces_without_number_are_read_a_part_at_a_time() {
+    let root = tempfile::tempdir().unwrap();
+    for piece in 0..1000 {
+        fs::write(piece_path(root.path(), 0, piece, true), "").unwrap();
+    }
+    let mut reader = Reader::new(root.path().to_owned());
+    let mut looks = 1;
+    while reader.look(&mut Vec::new()).unwrap() == SpoolReading::More {
+        looks += 1;
+    }
+    assert!(looks > 2 && reader.cost() >= 1000 * A_PIECE, "{looks}");
+}

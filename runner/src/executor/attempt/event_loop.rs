@@ -6,6 +6,7 @@ use retort_abi::{FailureCode, Part};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::admission;
 use super::received::{EventHandler, WorkerReport};
 use super::shutdown::{ShutdownSequence, StopReason, sleep_until};
 use super::supervisor::Supervisor;
@@ -133,7 +134,12 @@ impl Supervisor<'_> {
             let in_time = || self.context.pauses.total() == paused;
             tokio::select! {
                 event = self.next_event(&mut worker) => match event {
-                    WorkerEvent::Exited(exit) => break exit,
+                    WorkerEvent::Exited(exit) => {
+                        break Exit {
+                            usage: admission::usage(exit.usage),
+                            ..exit
+                        };
+                    }
                     event => {
                         if let (WorkerEvent::Remote(ElementEvent::Began), Some(limit)) = (&event, self.spec.stage.timeout) {
                             deadline = Some(Instant::now() + limit);
@@ -177,23 +183,23 @@ impl Supervisor<'_> {
 /// The usage of two processes that ran concurrently.
 fn beside(one: Usage, other: Usage) -> Usage {
     Usage {
-        cpu_seconds: sum(one.cpu_seconds, other.cpu_seconds),
-        max_rss: sum(one.max_rss, other.max_rss),
+        cpu_seconds: either(one.cpu_seconds, other.cpu_seconds, |a, b| a + b),
+        max_rss: either(one.max_rss, other.max_rss, u64::saturating_add),
     }
 }
 
 /// The usage of two processes that ran one after the other.
 fn after(one: Usage, other: Usage) -> Usage {
     Usage {
-        cpu_seconds: sum(one.cpu_seconds, other.cpu_seconds),
+        cpu_seconds: either(one.cpu_seconds, other.cpu_seconds, |a, b| a + b),
         max_rss: one.max_rss.max(other.max_rss),
     }
 }
 
 /// Of what is known.
-fn sum<T: std::ops::Add<Output = T>>(one: Option<T>, other: Option<T>) -> Option<T> {
+fn either<T>(one: Option<T>, other: Option<T>, both: fn(T, T) -> T) -> Option<T> {
     match (one, other) {
-        (Some(one), Some(other)) => Some(one + other),
+        (Some(one), Some(other)) => Some(both(one, other)),
         (one, other) => one.or(other),
     }
 }

@@ -5,6 +5,7 @@ use std::ops::ControlFlow;
 
 use retort_abi::{Failure, FailureCode, LogLevel, Part, StageResult};
 
+use super::admission;
 use super::shutdown::ShutdownSequence;
 use super::supervisor::Supervisor;
 use crate::executor::end::{End, StopOutcome};
@@ -15,6 +16,7 @@ use crate::store::{ArtifactRecord, LogLine, LogSource, StoreError, Time};
 use crate::worker::death::{Death, ExitStatus};
 use crate::worker::process::WorkerEvent;
 use crate::worker::remote::{ClusterEnd, ElementEvent};
+use crate::worker::shortened;
 
 /// The events received from a worker.
 pub(super) struct EventHandler<'a> {
@@ -37,7 +39,9 @@ impl EventHandler<'_> {
     pub(super) async fn take(&mut self, event: WorkerEvent) -> Result<ControlFlow<()>, StoreError> {
         let supervisor = self.supervisor;
         match event {
-            WorkerEvent::Frame(FromWorker::Metrics(mut series)) => {
+            WorkerEvent::Frame(FromWorker::Metrics(series)) => {
+                let series = series.into_iter().filter(|points| !points.steps.is_empty());
+                let mut series: Vec<_> = series.map(admission::points).collect();
                 // Parts have the same series: each keeps its own. Of ranks, only one reports.
                 if let Some(part) = self.part.filter(|_| !supervisor.spec.stage.together) {
                     for points in &mut series {
@@ -48,7 +52,7 @@ impl EventHandler<'_> {
                 supervisor.recorder.points(series);
             }
             WorkerEvent::Frame(FromWorker::Log(lines)) => {
-                for line in lines {
+                for line in lines.into_iter().map(admission::line) {
                     let (level, text) = (line.level, line.text);
                     self.say(LogLine {
                         at: Time(line.at),
@@ -69,7 +73,11 @@ impl EventHandler<'_> {
             }
             WorkerEvent::Remote(news) => match news {
                 ElementEvent::Began => supervisor.began(),
-                ElementEvent::Line(line) => self.wrote(line),
+                ElementEvent::Line(line) => self.wrote(LogLine {
+                    at: line.at.or_now(),
+                    text: shortened(&line.text),
+                    ..line
+                }),
                 ElementEvent::ReadTo {
                     job,
                     element,
@@ -80,20 +88,26 @@ impl EventHandler<'_> {
             WorkerEvent::Frame(FromWorker::Progress(progress)) => {
                 (supervisor.context.listener)(Event::Progress {
                     stage: supervisor.spec.stage.name.clone(),
-                    progress: supervisor.part_progress.together(self.part, progress),
+                    progress: supervisor
+                        .part_progress
+                        .together(self.part, admission::progress(progress)),
                 });
             }
             WorkerEvent::Frame(FromWorker::Artifact { id, record }) => {
-                let store = &supervisor.context.store;
-                store.record_artifact(supervisor.attempt, &record).await?;
-                self.received.artifacts.insert(id, *record);
+                return self.take_artifact(id, *record).await;
             }
             WorkerEvent::Frame(FromWorker::Answer(Answer::Result(result))) => {
-                self.received.answer = Some(Ok(result))
+                if let Err(what) = admission::facts("the stage's summary", &result.summary) {
+                    return Ok(self.protocol_error(what));
+                }
+                self.received.answer = Some(Ok(result));
             }
-            WorkerEvent::Frame(FromWorker::Failed(failure)) => self.received.answer = Some(Err(failure)),
+            WorkerEvent::Frame(FromWorker::Failed(failure)) => {
+                self.received.answer = Some(Err(admission::failure(failure)));
+            }
             WorkerEvent::Frame(FromWorker::NotLoaded { message, hint }) => {
-                self.received.not_loaded = Some((message, hint))
+                let hint = hint.map(|hint| shortened(&hint));
+                self.received.not_loaded = Some((shortened(&message), hint));
             }
             WorkerEvent::Frame(FromWorker::Late { calls }) => self.say(LogLine::of_runner(
                 LogLevel::Warn,
@@ -107,6 +121,38 @@ impl EventHandler<'_> {
             WorkerEvent::Exited(_) => {}
         }
         Ok(ControlFlow::Continue(()))
+    }
+
+    /// Records an artifact, once it is known to be one.
+    async fn take_artifact(
+        &mut self,
+        id: u64,
+        record: ArtifactRecord,
+    ) -> Result<ControlFlow<()>, StoreError> {
+        let supervisor = self.supervisor;
+        let refusal = match self.part {
+            Some(_) => Some("the worker of a part has made an artifact".to_owned()),
+            None if self.received.artifacts.contains_key(&id) => {
+                Some(format!("artifact {id} was committed twice"))
+            }
+            None if self.received.artifacts.len() >= admission::MOST_ARTIFACTS => {
+                Some(format!("more than {} artifacts", admission::MOST_ARTIFACTS))
+            }
+            None => None,
+        };
+        if let Some(what) = refusal {
+            return Ok(self.protocol_error(what));
+        }
+        let elsewhere = supervisor.cpus.is_some();
+        match admission::artifact(&supervisor.context.layout, record, elsewhere).await {
+            Ok(record) => {
+                let store = &supervisor.context.store;
+                store.record_artifact(supervisor.attempt, &record).await?;
+                self.received.artifacts.insert(id, record);
+                Ok(ControlFlow::Continue(()))
+            }
+            Err(what) => Ok(self.protocol_error(what)),
+        }
     }
 
     /// Something that the worker, or what it started, wrote.

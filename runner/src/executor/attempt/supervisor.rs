@@ -102,8 +102,11 @@ impl PartProgress {
             (progress.done, progress.total) = (0, 0);
         }
         let alike = told.values().filter(|other| other.unit == progress.unit);
-        let (done, total) = alike.fold((0, 0), |(done, total), other| {
-            (done + other.done, total + other.total)
+        let (done, total) = alike.fold((0_u64, 0_u64), |(done, total), other| {
+            (
+                done.saturating_add(other.done),
+                total.saturating_add(other.total),
+            )
         });
         progress.done = progress.done.max(done);
         progress.total = progress.total.max(total);

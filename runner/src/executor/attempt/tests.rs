@@ -262,6 +262,13 @@ fn progress_of_parts_adds_up_and_does_not_fall_back() {
     check(part(0), (60, 60, "samples"), (100, 100));
     check(None, (50, 100, "samples"), (100, 100));
     check(None, (1, 2, "files"), (1, 2));
+    // As a worker says that counts wrongly.
+    check(
+        part(0),
+        (u64::MAX, u64::MAX, "samples"),
+        (u64::MAX, u64::MAX),
+    );
+    check(part(1), (u64::MAX, 3, "samples"), (u64::MAX, u64::MAX));
 }
 
 #[test]

@@ -18,11 +18,8 @@ use crate::artifact::ArtifactFile;
 use crate::artifact::is_hash;
 use crate::store::record::is_run_id;
 use crate::store::sweep::is_sweep_id;
-use crate::store::{StoreError, block};
-use crate::sweep::Sweep;
-
-/// Milliseconds from 1970 to the end of the year 9999.
-const LAST_MOMENT: i64 = 253_402_300_799_999;
+use crate::store::{StoreError, Time, block};
+use crate::sweep::{MAX_POINTS, Sweep};
 
 /// Why a draft does not go into the store.
 pub(super) enum Refusal {
@@ -220,6 +217,7 @@ pub(super) async fn all(connection: &mut SqliteConnection) -> Result<(), Refusal
         files(row).map_err(|expected| format!("`files` of its table `artifacts`: {expected}"))
     })
     .await?;
+    repeated(connection).await?;
     sweeps(connection).await?;
     blocks(connection).await
 }
@@ -270,7 +268,7 @@ fn check(row: &SqliteRow, place: usize, optional: bool, rule: Rule) -> Result<()
         ),
         Text => text(|_| true, ""),
         Json(is) => text(is, "what is kept there"),
-        Moment => within(0, LAST_MOMENT),
+        Moment => within(0, Time::LAST.0),
         Natural => within(0, i64::MAX),
         Point => within(0, i64::from(u32::MAX)),
         Key => within(1, i64::from(i32::MAX)),
@@ -332,30 +330,39 @@ fn files(row: &SqliteRow) -> Result<(), String> {
         .try_get(2)
         .map_err(|_| "it is not text in UTF-8".to_owned())?;
     let files: Vec<ArtifactFile> = serde_json::from_str(text).map_err(|error| error.to_string())?;
-    for file in &files {
-        if !artifact::is_inner_path(&file.path) {
-            return Err(format!(
-                "`{}` is not a path within an artifact",
-                brief(&file.path)
-            ));
-        }
-        if !is_hash(&file.hash) {
-            return Err(format!("`{}` is not a hash", brief(&file.hash)));
-        }
-    }
-    let sum = files
-        .iter()
-        .try_fold(0_u64, |sum, file| sum.checked_add(file.size));
-    if sum.and_then(|sum| i64::try_from(sum).ok()) != Some(size) {
-        return Err(format!("the files of artifact {hash} are not of its size"));
-    }
-    let in_order = files.windows(2).all(|pair| pair[0].path < pair[1].path);
-    match !files.is_empty() && in_order && artifact::list_hash(&files) == hash {
-        true => Ok(()),
-        false => Err(format!(
-            "the files of artifact {hash} are not what its hash says"
-        )),
-    }
+    let size = u64::try_from(size)
+        .map_err(|_| format!("the files of artifact {hash} are not of its size"))?;
+    artifact::check_list(hash, size, &files)
+}
+
+/// Bytes that may be told of a run's artifacts and series: many stages may name one attempt, and many outputs one artifact, so
+/// that little in a file would be much in memory.
+const MOST_OF_A_RUN: i64 = 64 << 20;
+
+/// What a run names, as often as it names it.
+async fn repeated(connection: &mut SqliteConnection) -> Result<(), Refusal> {
+    let sql = format!(
+        "with listed as materialized (select hash, length(files) as bytes from main.artifacts),
+              given as materialized (select attempt, count(*) as count from main.inputs group by attempt),
+              made as materialized (
+                  select o.attempt, sum(f.bytes + length(o.meta)) + 100 * count(*) * coalesce(g.count, 0) as bytes
+                  from main.outputs o join listed f on f.hash = o.artifact left join given g on g.attempt = o.attempt
+                  group by o.attempt),
+              told as materialized (select attempt, 200 * count(*) as bytes from main.series group by attempt)
+         select r.id from main.v_stage_attempts v join main.runs r on r.key = v.run
+             left join made m on m.attempt = v.attempt left join told t on t.attempt = v.attempt
+         group by r.key
+         having sum(coalesce(m.bytes, 0) + coalesce(t.bytes, 0)) > {MOST_OF_A_RUN}"
+    );
+    each(connection, sql, |row| {
+        let id: &str = row.try_get(0).map_err(|error| error.to_string())?;
+        Err(format!(
+            "its run {} names so many artifacts and series, or so often, that they take more than {} MiB",
+            brief(id),
+            MOST_OF_A_RUN >> 20
+        ))
+    })
+    .await
 }
 
 /// A sweep has as many points as is said of it, numbered from 1; its runs and rungs are of them.
@@ -371,6 +378,15 @@ async fn sweeps(connection: &mut SqliteConnection) -> Result<(), Refusal> {
         let id: &str = row.try_get(0).map_err(|error| error.to_string())?;
         Err(format!(
             "the points of its sweep {} are not those that its runs have",
+            brief(id)
+        ))
+    })
+    .await?;
+    let sql = format!("select id from main.sweeps where points > {MAX_POINTS}");
+    each(connection, sql, |row| {
+        let id: &str = row.try_get(0).map_err(|error| error.to_string())?;
+        Err(format!(
+            "its sweep {} has more than the {MAX_POINTS} points that a sweep may have",
             brief(id)
         ))
     })
@@ -395,7 +411,7 @@ async fn blocks(connection: &mut SqliteConnection) -> Result<(), Refusal> {
         let times = unpacked.iter().map(|point| base.checked_add(point.at));
         if !times
             .into_iter()
-            .all(|at| at.is_some_and(|at| (0..=LAST_MOMENT).contains(&at)))
+            .all(|at| at.is_some_and(|at| (0..=Time::LAST.0).contains(&at)))
         {
             return Err(fault("has points at impossible times"));
         }

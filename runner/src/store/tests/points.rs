@@ -237,3 +237,33 @@ fn a_curve_sums_up_what_is_there() {
         );
     });
 }
+
+#[test]
+fn a_long_series_is_exported_piece_by_piece() {
+    check(|dir| async move {
+        let store = open(&dir).await;
+        let (run, _, attempt) = begin(&store, "digits", "d1").await;
+        for round in 0..5_u32 {
+            let points: Vec<_> = (0..3000)
+                .map(|step| a_point(u64::from(3 * (3000 * round + step)), f64::from(step)))
+                .collect();
+            store
+                .append_metrics(attempt, &losses(&points))
+                .await
+                .unwrap();
+        }
+        let series = &store.last_metrics(&run).await.unwrap()[0];
+        let (mut after, mut all, mut pieces) = (None, Vec::new(), 0);
+        while let Some(points) = store.points_after(series, after).await.unwrap() {
+            assert!(points.len() <= 8192, "{}", points.len());
+            after = points.last().map(|point| point.step);
+            all.extend(points);
+            pieces += 1;
+        }
+        assert!(pieces > 1);
+        assert_eq!(
+            all,
+            store.metric_series(&run, "distill/loss").await.unwrap()
+        );
+    });
+}

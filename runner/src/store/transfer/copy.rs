@@ -145,6 +145,10 @@ impl<'c> Copy<'c> {
                  where p.run = ?1",
             ),
             (
+                "that it comes from elsewhere",
+                "insert into main.imported (run) select ?2 where ?1 is not null",
+            ),
+            (
                 // A run without its recipe would not be found by anybody.
                 "that it has no recipe",
                 "insert or ignore into main.documents (run, recipe_text, resolved, environment)

@@ -198,6 +198,36 @@ pub const IMAGE: Target = Target {
         b"MM\0*",
     ],
     mend: Some(|bytes| mend_png(bytes)),
+    examples: Some("plugins/engine/fixtures/images/formats"),
+};
+
+/// Directories, which may lie anywhere and in any number, are read before anything else of a TIFF.
+pub const TIFF: Target = Target {
+    name: "tiff",
+    exercise: exercise_image,
+    tokens: &[
+        b"II*\0\x08\0\0\0",
+        b"MM\0*\0\0\0\x08",
+        b"II+\0\x08\0\0\0",
+        // Entries: width, height, bits, compression, meaning, strips, rows of each, tiles.
+        b"\x00\x01\x03\0\x01\0\0\0",
+        b"\x01\x01\x03\0\x01\0\0\0",
+        b"\x02\x01\x03\0\x03\0\0\0",
+        b"\x03\x01\x03\0\x01\0\0\0\x05\0\0\0",
+        b"\x03\x01\x03\0\x01\0\0\0\x08\0\0\0",
+        b"\x06\x01\x03\0\x01\0\0\0\x02\0\0\0",
+        b"\x11\x01\x04\0\xff\xff\xff\x7f",
+        b"\x15\x01\x03\0\x01\0\0\0",
+        b"\x16\x01\x03\0\x01\0\0\0\x01\0\0\0",
+        b"\x17\x01\x04\0\x01\0\0\0",
+        b"\x3d\x01\x03\0\x01\0\0\0\x02\0\0\0",
+        b"\x42\x01\x04\0\x01\0\0\0\x10\0\0\0",
+        b"\x53\x01\x03\0\x01\0\0\0\x03\0\0\0",
+        b"\xff\xff\xff\xff",
+        b"\x08\0\0\0",
+        b"\0\0\0\0",
+    ],
+    mend: None,
     examples: None,
 };
 

@@ -4,6 +4,8 @@ use std::path::Path;
 use std::rc::Rc;
 
 use retort::plan::{self, Build, DescribeError, Descriptions, PluginIdentity};
+use retort::settings::{self, Overrides, Settings};
+use retort::sweep::{self, Parameter, Sweep};
 use retort::{filter, recipe};
 use retort_abi::{Description, Device, Diagnostic, StageJob};
 use retort_candle::Candle;
@@ -99,6 +101,155 @@ pub const FILTER: Target = Target {
     mend: None,
     examples: None,
 };
+
+/// Recipes that vary values, and `--sweep`; a definition as histories have it.
+pub const SWEEP: Target = Target {
+    name: "sweep",
+    exercise: exercise_sweep,
+    tokens: &[
+        b"sweep:\n  parameters:\n",
+        b"    params.a: [1, 2]\n",
+        b"    seed: {min: 1, max: 9}\n",
+        b"{min: -9223372036854775808, max: 9223372036854775807}",
+        b"{min: 1e-300, max: 1e300, log: true, count: 10000}",
+        b"  sample: 10000\n",
+        b"  seed: 18446744073709551615\n",
+        b"  asha: {metric: loss, rungs: [1, 2, 4], reduction_factor: 2}\n",
+        b"  objective: {metric: loss, goal: max}\n",
+        b"\n#sweep seed=1..9",
+        b"\n#sweep params.a=1,2,3",
+        b"\n#sweep params.a=1e-5..1e-2 log 7",
+        b"\"choice\":[\"1\",\"2\"]",
+        b"\"whole\":{\"min\":0,\"max\":9,\"log\":true}",
+        b"\"real\":{\"min\":0.0,\"max\":1.0,\"log\":false,\"count\":0}",
+        b"..",
+        b",",
+        b"=",
+        b"[",
+        b"{",
+        b"null",
+        b".inf",
+        b"-0.0",
+    ],
+    mend: None,
+    examples: None,
+};
+
+/// A project's settings, and those of flags in its lines `#slurm KEY=VALUE`.
+pub const PROJECT: Target = Target {
+    name: "project",
+    exercise: exercise_project,
+    tokens: &[
+        b"executor = \"slurm\"\n",
+        b"[slurm]\n",
+        b"[slurm.kinds.distill]\n",
+        b"[slurm.kinds.a.kinds.b]\n",
+        b"partition = \"p\"\n",
+        b"time = 90\n",
+        b"time = 18446744073709551615\n",
+        b"cpus = 0\n",
+        b"cpus = -1\n",
+        b"array-limit = 9223372036854775807\n",
+        b"array_limit = 1\n",
+        b"requeue = 4294967295\n",
+        b"signal = \"99999999999999h\"\n",
+        b"poll = \"0.0000001s\"\n",
+        b"sbatch = [\"--nice\", \"--array=1\"]\n",
+        b"prologue = \"\"\"\n",
+        b"'''",
+        b"gres = \"gpu:1\"\n",
+        b"\n#slurm distill.time=1:00",
+        b"\n#slurm sbatch=--nice",
+        b"[[slurm]]",
+        b"\"\\u0000\"",
+        b"{}",
+        b"=",
+    ],
+    mend: None,
+    examples: None,
+};
+
+fn exercise_sweep(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(bytes).into_owned();
+    let parse = |set: &[String]| {
+        recipe::parse(
+            Path::new("r.yaml"),
+            "/nonexistent".into(),
+            text.clone(),
+            set,
+        )
+    };
+    let points = |sweep: &Sweep| match sweep.points() {
+        Ok(points) => {
+            assert!(points.len() as u64 <= sweep::MAX_POINTS);
+            let set = points.last().cloned().unwrap_or_default();
+            let said = sweep.shortage(points.len());
+            let outcome = format!("{:?} {said:?}", points.len().checked_ilog2());
+            match parse(&set) {
+                Ok(_) => outcome,
+                Err(report) => outcome + &report.render(false),
+            }
+        }
+        Err(error) => error.to_string(),
+    };
+    if let Ok(sweep) = serde_json::from_str::<Sweep>(&text) {
+        return points(&sweep);
+    }
+    let given = text.lines().filter_map(|line| line.strip_prefix("#sweep "));
+    let given: Vec<Parameter> = match given.map(Parameter::parse).collect() {
+        Ok(given) => given,
+        Err(error) => return error.to_string(),
+    };
+    let recipe = match parse(&[]) {
+        Ok(recipe) => recipe,
+        Err(report) => return report.render(false),
+    };
+    let mut sweep = recipe.sweep.clone().unwrap_or(Sweep {
+        parameters: Vec::new(),
+        objective: None,
+        sample: None,
+        asha: None,
+    });
+    sweep.parameters.extend(given);
+    points(&sweep)
+}
+
+fn exercise_project(bytes: &[u8]) -> String {
+    thread_local! {
+        static FOLDER: tempfile::TempDir = super::folder();
+    }
+    FOLDER.with(|folder| {
+        let path = folder.path().join(settings::FILE);
+        std::fs::write(&path, bytes).expect("a file");
+        let text = String::from_utf8_lossy(bytes);
+        let slurm = text.lines().filter_map(|line| line.strip_prefix("#slurm "));
+        let given = Overrides {
+            slurm: slurm.map(str::to_owned).collect(),
+            user_dir: Some(folder.path().join("user")),
+            ..Overrides::default()
+        };
+        let settings = match Settings::read(folder.path(), &given) {
+            Ok(settings) => settings,
+            Err(error) => return error.to_string(),
+        };
+        let mut outcome = format!("{:?} {}", settings.executor().0, settings.asks_for_gpus());
+        for (name, _, _) in settings.list() {
+            outcome.push_str(&name);
+        }
+        for kind in ["distill", "sample"] {
+            match settings.profile(kind) {
+                Ok(profile) => {
+                    let runs = !profile.prologue.is_empty() || !profile.sbatch.is_empty();
+                    let own = !given.slurm.is_empty();
+                    assert!(own || !runs, "what nobody has trusted runs");
+                    outcome.push_str(&format!("{:?}", profile.poll.as_secs().checked_ilog2()));
+                }
+                Err(error) => outcome.push_str(&error.to_string()),
+            }
+        }
+        outcome
+    })
+}
 
 /// The text is a recipe; its lines `#set CHANGE` are given as `--set`, too.
 fn exercise_recipe(bytes: &[u8]) -> String {

@@ -1,0 +1,168 @@
+//! What breaks between a runner and Slurm: questions that nobody answers, spools that are damaged. Slurm's programs are
+//! scripts here, and a job does what the test writes into its spool.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use retort::cluster::spool::{self, SpoolEvent, Writer};
+
+use crate::lab::{CommandOutput, Lab, Running, wait_for};
+
+const KILL: i32 = 9;
+
+/// A lab whose programs of Slurm are scripts.
+struct Fake {
+    lab: Lab,
+}
+
+impl Fake {
+    fn new() -> Self {
+        let lab = Lab::new(&["a: {kind: do}"]);
+        let bin = lab.dir.path().join("bin");
+        fs::create_dir(&bin).unwrap();
+        let scripts = [
+            (
+                "sbatch",
+                "printf '%s\\n' \"$@\" > args; mv args submitted; while [ -e slow ]; do sleep 0.1; done; echo 1",
+            ),
+            (
+                "squeue",
+                "[ -e silent ] && { echo 'Unable to contact slurm controller' >&2; exit 1; }; cat queue; exit 0",
+            ),
+            (
+                "sacct",
+                "echo 'Slurm accounting storage is disabled' >&2; exit 1",
+            ),
+            ("scancel", "echo \"$@\" >> cancelled"),
+            ("scontrol", "echo 'MaxArraySize = 1001'"),
+        ];
+        for (name, script) in scripts {
+            let path = bin.join(name);
+            let cd = lab.dir.path().display();
+            fs::write(&path, format!("#!/bin/sh\ncd '{cd}'\n{script}\n")).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        let fake = Self { lab };
+        fake.queue("1|N/A|RUNNING|None|node1\n");
+        fake
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.lab.dir.path().join(name)
+    }
+
+    fn queue(&self, text: &str) {
+        fs::write(self.path("queue"), text).unwrap();
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = self.lab.command(arguments);
+        let path = std::env::var("PATH").unwrap();
+        command.env("PATH", format!("{}:{path}", self.path("bin").display()));
+        command
+    }
+
+    fn start(&self, arguments: &[&str]) -> Running {
+        let settings = ["--executor", "slurm", "--slurm", "poll=200ms"];
+        let mut command = self.command(&[arguments, &settings].concat());
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        Running::new(command.spawn().unwrap())
+    }
+
+    /// The spool of the job, once it is submitted.
+    fn spool(&self) -> PathBuf {
+        let arguments = wait_for("a job", || fs::read_to_string(self.path("submitted")).ok());
+        let value = arguments
+            .lines()
+            .find_map(|line| line.strip_prefix("--chdir="));
+        PathBuf::from(value.unwrap())
+    }
+}
+
+/// The first life of the job's only element, which has begun.
+fn begin(spool: &std::path::Path) -> (PathBuf, Writer) {
+    let dir = spool::element_dir(spool, 0);
+    let mut writer = Writer::open(&dir).unwrap();
+    writer.push(SpoolEvent::Began {
+        job: "1".into(),
+        node: "node1".into(),
+        pid: 1,
+    });
+    writer.flush().unwrap();
+    (dir, writer)
+}
+
+fn check_is_cancelled(fake: &Fake, said: CommandOutput, words: &[&str]) {
+    said.expect(100).saying(&["spool damaged"]).saying(words);
+    let cancelled = fs::read_to_string(fake.path("cancelled")).unwrap();
+    assert!(cancelled.contains('1'), "{cancelled}");
+}
+
+#[test]
+fn the_job_of_a_damaged_spool_is_cancelled() {
+    // A byte of a sealed piece has another value.
+    let fake = Fake::new();
+    let running = fake.start(&["run", "r.yaml"]);
+    let (dir, _writer) = begin(&fake.spool());
+    let mut bytes = fs::read(dir.join("0.0.open")).unwrap();
+    bytes[12] ^= 1;
+    fs::write(dir.join("spoilt"), bytes).unwrap();
+    fs::rename(dir.join("spoilt"), dir.join("0.0.sealed")).unwrap();
+    check_is_cancelled(&fake, running.end(), &["0.0.sealed is damaged"]);
+
+    // Its end is missing, for good.
+    let fake = Fake::new();
+    let running = fake.start(&["run", "r.yaml"]);
+    let (dir, _writer) = begin(&fake.spool());
+    let bytes = fs::read(dir.join("0.0.open")).unwrap();
+    fs::write(dir.join("torn"), [&bytes[..], &bytes[..20]].concat()).unwrap();
+    fs::rename(dir.join("torn"), dir.join("0.0.sealed")).unwrap();
+    check_is_cancelled(&fake, running.end(), &["its last record is cut off"]);
+
+    // Somebody has put a link there.
+    let fake = Fake::new();
+    let running = fake.start(&["run", "r.yaml"]);
+    let (dir, _writer) = begin(&fake.spool());
+    fs::write(fake.path("mine"), "mine").unwrap();
+    fs::remove_file(dir.join("0.0.open")).unwrap();
+    std::os::unix::fs::symlink(fake.path("mine"), dir.join("0.0.open")).unwrap();
+    check_is_cancelled(
+        &fake,
+        running.end(),
+        &["a symbolic link, not a regular file"],
+    );
+}
+
+#[test]
+fn a_spool_outlasts_a_slurm_that_does_not_answer() {
+    let fake = Fake::new();
+    // Slurm has taken the job, and the runner dies before it knows the number.
+    fs::write(fake.path("slow"), "").unwrap();
+    let running = fake.start(&["run", "r.yaml"]);
+    let spool = fake.spool();
+    running.signal(KILL);
+    running.end();
+    fs::remove_file(fake.path("slow")).unwrap();
+    let (dir, _writer) = begin(&spool);
+    fs::write(fake.path("silent"), "").unwrap();
+    let mut resumed = fake.start(&["resume"]);
+    // It asks for half a minute; an answer in time would do.
+    resumed.wait_for_words("what became of the job of this spool is not known now");
+    let said = resumed.end();
+    assert_ne!(said.code, Some(0), "{}", said.stderr);
+    assert!(dir.join("0.0.open").exists(), "nothing of it is removed");
+    assert!(!fake.path("cancelled").exists());
+    // Slurm answers again: the job is taken up as it is.
+    fs::remove_file(fake.path("silent")).unwrap();
+    fs::remove_file(fake.path("submitted")).unwrap();
+    let mut resumed = fake.start(&["resume", "-v"]);
+    resumed.wait_for_words("taken up");
+    resumed.signal(KILL);
+    resumed.end();
+    assert!(
+        !fake.path("submitted").exists(),
+        "nothing is submitted again"
+    );
+}
