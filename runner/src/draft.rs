@@ -8,7 +8,7 @@
 //! that nobody holds ([`abandoned`]). Deliberately absent: artifacts, which have a staging of their own.
 
 use std::ffi::OsStr;
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::hash::{BuildHasher, Hasher};
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
@@ -154,9 +154,12 @@ impl Draft {
             let path = parent.join(OsStr::from_bytes(&unique));
             match make(&path) {
                 Ok(made) => {
-                    // Between the two calls another process may have taken it for one that was left.
-                    if made.try_lock().is_ok() && !is_of(&path, &made) {
-                        continue;
+                    match made.try_lock() {
+                        Ok(()) if is_of(&path, &made) => {}
+                        // Between the two calls another process has taken it for one that was left.
+                        Ok(()) | Err(TryLockError::WouldBlock) => continue,
+                        // A file system without locks: it will not be taken for one either.
+                        Err(TryLockError::Error(_)) => {}
                     }
                     let draft = Self {
                         path,

@@ -381,7 +381,7 @@ mod tests {
             );
         }
         // As long, and all of it text.
-        let text = "[{,\\\"".repeat(4 << 20);
+        let text = "[{,\\\"".repeat(6 << 20);
         let line = Line {
             level: 3,
             text,

@@ -10,7 +10,7 @@
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ use retort_checkpoint::regular;
 use serde::{Deserialize, Serialize};
 
 use super::StoreError;
-use super::lease::{HEARTBEAT_LIMIT, Holder};
+use super::lease::{AHEAD_LIMIT, HEARTBEAT_LIMIT, Holder};
 use super::time::Time;
 use crate::artifact;
 
@@ -143,8 +143,10 @@ fn elsewhere(store: &Path, found: &Host) -> StoreError {
     }
 }
 
+/// Of a time that has passed long ago, or that is far from having come.
 fn is_old(found: &Host) -> bool {
-    Time::now().since(Time(found.at)) > HEARTBEAT_LIMIT
+    let (now, at) = (Time::now(), Time(found.at));
+    now.since(at) > HEARTBEAT_LIMIT || at.since(now) > AHEAD_LIMIT
 }
 
 /// Whether another machine still uses it.
@@ -174,6 +176,8 @@ fn current(dir: &Path) -> io::Result<Option<(u64, Host)>> {
             Err(error) => return Err(error),
         };
         let numbers = names.filter_map(|name| name.to_str()?.parse::<u64>().ok());
+        // Nobody has got that far.
+        let numbers = numbers.filter(|number| *number < u64::MAX / 2);
         let Some(mut number) = numbers.max() else {
             return Ok(None);
         };
@@ -219,6 +223,7 @@ impl HostLock {
         let path = self.dir.join(self.number.to_string());
         File::options()
             .write(true)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
             .open(path)?
             .write_all_at(&bytes(&host), 0)
     }
@@ -314,5 +319,23 @@ mod tests {
             drop(claimed);
         }
         assert!(fs::read_dir(&dir).unwrap().count() < 30, "old ones go");
+    }
+
+    #[tokio::test]
+    async fn a_time_that_has_not_come_and_a_link_hold_no_store() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("hosts");
+        fs::create_dir(&dir).unwrap();
+        put(&dir, 0, &other(Time::now().0 + 40 * 24 * 3_600_000)).unwrap();
+        fs::write(dir.join(u64::MAX.to_string()), "").unwrap();
+        check(root.path()).unwrap();
+        let claimed = claim(root.path()).await.unwrap().unwrap();
+        assert_eq!(claimed.number, 1);
+        let mine = root.path().join("mine");
+        fs::write(&mine, "mine").unwrap();
+        fs::remove_file(dir.join("1")).unwrap();
+        std::os::unix::fs::symlink(&mine, dir.join("1")).unwrap();
+        claimed.beat().unwrap_err();
+        assert_eq!(fs::read(&mine).unwrap(), b"mine");
     }
 }

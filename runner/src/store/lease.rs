@@ -22,7 +22,7 @@ use super::{RunId, Store, StoreError, connection};
 pub(super) const HEARTBEAT_LIMIT: Duration = Duration::from_secs(120);
 
 /// How far another machine's clock may be ahead.
-const AHEAD_LIMIT: Duration = Duration::from_secs(24 * 3600);
+pub(super) const AHEAD_LIMIT: Duration = Duration::from_secs(24 * 3600);
 
 /// A process, named so that it can be told from every other.
 #[derive(Debug, Clone, PartialEq, Eq)]

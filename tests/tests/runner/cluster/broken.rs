@@ -106,9 +106,10 @@ fn the_job_of_a_damaged_spool_is_cancelled() {
     let fake = Fake::new();
     let running = fake.start(&["run", "r.yaml"]);
     let (dir, _writer) = begin(&fake.spool());
-    let mut bytes = fs::read(dir.join("0.0.open")).unwrap();
-    bytes[12] ^= 1;
-    fs::write(dir.join("spoilt"), bytes).unwrap();
+    let whole = fs::read(dir.join("0.0.open")).unwrap();
+    let mut second = whole.clone();
+    second[12] ^= 1;
+    fs::write(dir.join("spoilt"), [whole, second].concat()).unwrap();
     fs::rename(dir.join("spoilt"), dir.join("0.0.sealed")).unwrap();
     check_is_cancelled(&fake, running.end(), &["0.0.sealed is damaged"]);
 

@@ -1,0 +1,148 @@
+//! Which projects' files the user has trusted, by their real paths and hashes.
+
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
+
+use super::{SettingsError, distrusted, file, wrong};
+use crate::trust;
+
+/// The file, beside the user's, that remembers which projects' files are trusted.
+const TRUSTED: &str = "trusted";
+
+/// Whether the user has trusted a file with this hash.
+pub(super) fn is_trusted(
+    path: &Path,
+    hash: &str,
+    user_dir: Option<&Path>,
+) -> Result<bool, SettingsError> {
+    let Some(user_dir) = user_dir else {
+        return Ok(false);
+    };
+    let place = user_dir.join(TRUSTED);
+    let known = trust::read_hashes(&place).map_err(|error| distrusted(&place, error))?;
+    let name = trusted_name(path)?;
+    Ok(known.is_some_and(|known| known.get(&name).is_some_and(|known| known == hash)))
+}
+
+/// The name under which a file is remembered: its real path.
+fn trusted_name(path: &Path) -> Result<String, SettingsError> {
+    let shown = path.display();
+    let real = std::fs::canonicalize(path)
+        .map_err(|error| wrong(format!("cannot read {shown}: {error}")))?;
+    match real.to_str() {
+        Some(name) if !name.contains(char::is_control) => Ok(name.to_owned()),
+        _ => Err(wrong(format!(
+            "{shown} cannot be remembered: its path has characters that are no text"
+        ))),
+    }
+}
+
+/// Remembers that the lines of a project's file may run, as long as it stays as it is. Returns what runs: name and value.
+///
+/// # Errors
+/// It makes no sense, others could change it, or there is no place to remember it.
+pub fn trust_file(
+    path: &Path,
+    user_dir: Option<&Path>,
+) -> Result<Vec<(String, String)>, SettingsError> {
+    let user_dir = user_dir.ok_or_else(|| {
+        wrong("there is no place to remember it: neither XDG_CONFIG_HOME nor HOME is set")
+    })?;
+    let (layer, hash) = file(path)?;
+    let place = user_dir.join(TRUSTED);
+    let known = trust::read_hashes(&place).map_err(|error| distrusted(&place, error))?;
+    let mut known = known.unwrap_or_default();
+    known.insert(trusted_name(path)?, hash);
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(user_dir)
+        .map_err(|error| wrong(format!("cannot make {}: {error}", user_dir.display())))?;
+    trust::write_hashes(&place, &known).map_err(|error| wrong(error.to_string()))?;
+    let kinds = layer.slurm.kinds.iter();
+    let kinds = kinds.map(|(kind, partial)| (format!("slurm.kinds.{kind}"), partial));
+    let all = std::iter::once(("slurm".to_owned(), &layer.slurm)).chain(kinds);
+    let lines = all.flat_map(|(name, partial)| {
+        let listed = partial.list().into_iter();
+        let run = listed.filter(|(key, _)| ["prologue", "sbatch"].contains(key));
+        run.map(move |(key, value)| (format!("{name}.{key}"), value))
+    });
+    Ok(lines.collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::settings::tests::write;
+    use crate::settings::{FILE, Overrides, Settings};
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn lines_that_came_with_a_project_run_once_they_are_trusted() {
+        let root = tempfile::tempdir().unwrap();
+        let (project, user) = (root.path().join("p"), root.path().join("u/retort"));
+        let path = project.join(FILE);
+        let given = Overrides {
+            user_dir: Some(user.clone()),
+            ..Overrides::default()
+        };
+        let profile = |given: &Overrides, kind: &str| {
+            Settings::read(&project.join("a"), given).and_then(|settings| settings.profile(kind))
+        };
+        let harmless = "executor = 'slurm'\n[slurm]\npartition = 'short'\ncpus = 2\n";
+        write(&path, harmless);
+        assert_eq!(profile(&given, "sample").unwrap().cpus, Some(2));
+        for lines in [
+            "prologue = 'touch x'",
+            "sbatch = ['--exclusive']",
+            "[slurm.kinds.distill]\nprologue = 'touch x'",
+        ] {
+            write(&path, &format!("{harmless}{lines}\n"));
+            let error = profile(&given, "distill").unwrap_err();
+            assert!(
+                error.message.contains("have not trusted"),
+                "{lines}: {error}"
+            );
+            assert!(error.hint.unwrap().contains("retort trust '"), "{lines}");
+            let settings = Settings::read(&project, &given).unwrap();
+            assert_eq!(settings.untrusted().count(), 1);
+            // Where they do not count they are not asked about.
+            let of_kind = lines.contains("kinds");
+            assert_eq!(profile(&given, "sample").is_ok(), of_kind, "{lines}");
+            let mut own = given.clone();
+            own.slurm = vec!["prologue=:".into(), "sbatch=--nice".into()];
+            assert_eq!(profile(&own, "distill").unwrap().prologue, ":");
+            let trusted = trust_file(&path, Some(&user)).unwrap();
+            assert_eq!(trusted.len(), 1, "{trusted:?}");
+            profile(&given, "distill").unwrap();
+            // From another directory, by a link to the project.
+            let link = root.path().join("link");
+            if !link.is_symlink() {
+                std::os::unix::fs::symlink("p", &link).unwrap();
+            }
+            let settings = Settings::read(&link, &given).unwrap();
+            settings.profile("distill").unwrap();
+            write(&path, &format!("{harmless}{lines} # changed\n"));
+            profile(&given, "distill").unwrap_err();
+        }
+        // A copy elsewhere is another project.
+        trust_file(&path, Some(&user)).unwrap();
+        let copy = root.path().join("q");
+        write(&copy.join(FILE), &std::fs::read_to_string(&path).unwrap());
+        let settings = Settings::read(&copy, &given).unwrap();
+        settings.profile("distill").unwrap_err();
+        // What the user wrote for all projects needs no more.
+        write(&user.join(FILE), "[slurm]\nprologue = 'module load x'\n");
+        let settings = Settings::read(root.path(), &given).unwrap();
+        assert_eq!(
+            settings.profile("distill").unwrap().prologue,
+            "module load x"
+        );
+        // A memory that others could write to is none.
+        let memory = user.join(TRUSTED);
+        std::fs::set_permissions(&memory, std::fs::Permissions::from_mode(0o666)).unwrap();
+        let error = profile(&given, "distill").unwrap_err();
+        assert!(error.message.contains("writable by everybody"), "{error}");
+        trust_file(&path, None).unwrap_err();
+    }
+}
