@@ -401,10 +401,10 @@ def check(retort):
             ("evaluation", "student", compared("student") | {"lpips": lpips_mean}),
             # The images of a reference file are the same ones.
             ("reference", "made", compared("made")),
-            ("tensorflow", "made (pytorch)", compared("made")),
+            ("tensorflow", "made/pytorch", compared("made")),
             (
                 "tensorflow",
-                "made (tensorflow)",
+                "made/tensorflow",
                 {"frechet_distance": distance, **score(torch.from_numpy(of_tensorflow["made"][1]))},
             ),
         ]
