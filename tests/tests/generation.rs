@@ -8,8 +8,8 @@ use retort_engine::Result;
 use retort_engine::backend::{Tensors, Unary};
 use retort_engine::bundle::{NetworkConfig, TokenizerConfig};
 use retort_engine::model::{
-    CaptionFeatures, CaptionShape, ConditionShape, Conditions, Generation, Guidance, Prediction, PrefixMask, Student, Teacher,
-    TokenShape,
+    CaptionFeatures, CaptionShape, ConditionShape, Conditions, Generation, Guidance, Prediction,
+    PrefixMask, Student, Teacher, TokenShape,
 };
 use retort_engine::random::noise;
 use retort_engine::sampler::{
@@ -146,7 +146,9 @@ fn a_dropped_caption_is_that_of_none() {
     });
     let mut loader = Loader::new(&backend, Source::Host(&weights), true, "drawn");
     let mut codes = Loader::new(&backend, Source::Init(2), false, "drawn");
-    let teacher = network.teacher(&mut loader, (&tokenizer, &mut codes)).expect("a teacher");
+    let teacher = network
+        .teacher(&mut loader, (&tokenizer, &mut codes))
+        .expect("a teacher");
     let params = loader.into_params();
 
     let none = &weights["cls_embedding.uncond_embedding"].data;
@@ -163,8 +165,12 @@ fn a_dropped_caption_is_that_of_none() {
             dropped: dropped.to_vec(),
         };
         let l = teacher.token_shape().count();
-        let tokens = backend.indices(&vec![3; BATCH * l], &[BATCH, l]).expect("tokens");
-        teacher.forced(&Conditions::Captions(captions), &tokens).expect("logits")
+        let tokens = backend
+            .indices(&vec![3; BATCH * l], &[BATCH, l])
+            .expect("tokens");
+        teacher
+            .forced(&Conditions::Captions(captions), &tokens)
+            .expect("logits")
     };
     let logits = |features: &[f32], dropped: &[bool]| {
         Candle::to_floats(forced(features, dropped).value()).expect("floats")
@@ -178,10 +184,15 @@ fn a_dropped_caption_is_that_of_none() {
     assert_ne!(dropped, logits(&given, &[]));
     assert_eq!(logits(&given, &[false; BATCH]), logits(&given, &[]));
 
-    let loss = forced(&given, &[true, false, true]).unary(Unary::Square).and_then(|x| x.mean_all());
+    let loss = forced(&given, &[true, false, true])
+        .unary(Unary::Square)
+        .and_then(|x| x.mean_all());
     let gradients = backward(&loss.expect("a loss"), &params).expect("gradients");
     for ((name, _), gradient) in params.iter().zip(&gradients) {
-        let moved = Candle::to_floats(gradient).expect("floats").iter().any(|x| *x != 0.0);
+        let moved = Candle::to_floats(gradient)
+            .expect("floats")
+            .iter()
+            .any(|x| *x != 0.0);
         assert_eq!(moved, name != "cls_embedding.uncond_embedding", "{name}");
     }
 }

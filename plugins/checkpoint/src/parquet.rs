@@ -164,7 +164,11 @@ impl Parquet {
     pub fn column(&self, path: &[&str]) -> Option<usize> {
         let bears = |column: &Column| {
             column.path.len() == path.len()
-                && column.path.iter().zip(path).all(|(own, name)| **own == **name)
+                && column
+                    .path
+                    .iter()
+                    .zip(path)
+                    .all(|(own, name)| **own == **name)
         };
         self.columns.iter().position(bears)
     }
@@ -196,7 +200,9 @@ fn footer(source: &Source) -> Result<(u64, u64)> {
     let begin = source.bytes(0, head)?;
     let end = source.bytes(all - tail, tail)?;
     if begin == ENCRYPTED || end[4..] == ENCRYPTED {
-        return Err(Error::format("an encrypted Parquet file; expected one that is not"));
+        return Err(Error::format(
+            "an encrypted Parquet file; expected one that is not",
+        ));
     }
     if begin != MAGIC {
         return Err(Error::format("no Parquet file: it does not begin as one"));
@@ -467,7 +473,9 @@ fn chunk(reader: &mut Reader<'_>, kind: Kind) -> Result<Chunk, Fault> {
             codec,
             values,
         }),
-        _ => Err(Fault::Wrong("a column that does not say where its pages are")),
+        _ => Err(Fault::Wrong(
+            "a column that does not say where its pages are",
+        )),
     }
 }
 

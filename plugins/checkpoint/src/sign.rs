@@ -16,7 +16,14 @@ use crate::{images, parquet, regular, tar};
 pub fn broken(path: &Path, until: Instant) -> Option<Cow<'static, str>> {
     let ending = path.extension()?.to_str()?.to_ascii_lowercase();
     let known = [
-        "tar", "parquet", "npz", "npy", "csv", "tsv", "jsonl", "safetensors",
+        "tar",
+        "parquet",
+        "npz",
+        "npy",
+        "csv",
+        "tsv",
+        "jsonl",
+        "safetensors",
     ];
     if !known.contains(&ending.as_str()) {
         return None;

@@ -55,7 +55,11 @@ impl Subjects {
         match self {
             Self::Classes(classes) => {
                 let mut labels = labels.to_vec();
-                for (label, _) in labels.iter_mut().zip(dropped).filter(|(_, dropped)| **dropped) {
+                for (label, _) in labels
+                    .iter_mut()
+                    .zip(dropped)
+                    .filter(|(_, dropped)| **dropped)
+                {
                     *label = *classes as u32;
                 }
                 let shape = [labels.len()];

@@ -389,7 +389,9 @@ fn pictures(captions: &str, steps: u64) -> Lab {
         }
     }
     std::fs::write(dir.join("mix/metadata.jsonl"), table).unwrap();
-    let text = LEARNT.replace("CAPTIONS", captions).replace("STEPS", &steps.to_string());
+    let text = LEARNT
+        .replace("CAPTIONS", captions)
+        .replace("STEPS", &steps.to_string());
     std::fs::write(dir.join("r.yaml"), text).unwrap();
     lab
 }
@@ -468,13 +470,18 @@ fn captions_to_learn_come_from_somewhere_and_are_those_of_the_images() {
         .saying(&["1 of 12 images have no caption, image 0 is the first"]);
 
     for (captions, expected) in [
-        ("family: var\n    text_encoder: t5", "teachers of `family: var` know classes alone"),
+        (
+            "family: var\n    text_encoder: t5",
+            "teachers of `family: var` know classes alone",
+        ),
         (
             "text_encoder: t5\n    features: {file: features.npy}",
             "keep one of `text_encoder` and `features`",
         ),
     ] {
         let lab = pictures(captions, 5);
-        lab.retort(&["validate", "r.yaml"]).expect(3).saying(&[expected]);
+        lab.retort(&["validate", "r.yaml"])
+            .expect(3)
+            .saying(&[expected]);
     }
 }

@@ -230,9 +230,10 @@ impl<'a> Pages<'a> {
                 }
                 DATA | DATA_2 => {
                     let page = self.page(bytes, &header)?;
-                    self.left = self.left.checked_sub(page.count).ok_or_else(|| {
-                        Error::format("its pages have more cells than it says")
-                    })?;
+                    self.left = self
+                        .left
+                        .checked_sub(page.count)
+                        .ok_or_else(|| Error::format("its pages have more cells than it says"))?;
                     if page.count > 0 {
                         return Ok(Some(page));
                     }
@@ -250,7 +251,9 @@ impl<'a> Pages<'a> {
             return Err(Error::format("it holds lists; expected one value in a row"));
         }
         if let Values::Other(kind) = column.values {
-            return Err(Error::format(format!("it holds {kind}, which are not read")));
+            return Err(Error::format(format!(
+                "it holds {kind}, which are not read"
+            )));
         }
         // The groups of a file lie one after the other.
         if chunk.start < self.at {
@@ -306,7 +309,10 @@ impl<'a> Pages<'a> {
                 "a page of {packed} bytes begins, which are not there"
             )));
         }
-        let beside = self.dictionary.as_ref().map_or(0, |dictionary| dictionary.size());
+        let beside = self
+            .dictionary
+            .as_ref()
+            .map_or(0, |dictionary| dictionary.size());
         let held = match codec {
             Codec::Plain => packed,
             _ => packed.saturating_add(unpacked),
@@ -321,7 +327,14 @@ impl<'a> Pages<'a> {
             )));
         }
         self.unpacked = self.unpacked.saturating_add(unpacked);
-        if self.unpacked > self.file.source.len().saturating_mul(GROWTH).saturating_add(MORE) {
+        if self.unpacked
+            > self
+                .file
+                .source
+                .len()
+                .saturating_mul(GROWTH)
+                .saturating_add(MORE)
+        {
             return Err(Error::format(format!(
                 "pages of {} MiB, unpacked, in a file of {} bytes: more than any data set grows",
                 self.unpacked >> 20,
@@ -344,7 +357,9 @@ impl<'a> Pages<'a> {
         if codec == Codec::Plain || !header.is_packed {
             return match packed == unpacked {
                 true => Ok(bytes),
-                false => Err(Error::format("a page that is shorter or longer than it says")),
+                false => Err(Error::format(
+                    "a page that is shorter or longer than it says",
+                )),
             };
         }
         let (plain, unpacked) = (plain as usize, unpacked as usize);
@@ -366,7 +381,9 @@ impl<'a> Pages<'a> {
             }
             (_, 0) => 0..0,
             _ if header.levels != RLE => {
-                return Err(Error::format("levels in an old encoding, which is not read"));
+                return Err(Error::format(
+                    "levels in an old encoding, which is not read",
+                ));
             }
             _ => {
                 let length: [u8; 4] = *bytes.first_chunk().ok_or_else(damaged)?;
@@ -596,7 +613,10 @@ impl<'p> Runs<'p> {
                 let bytes = self.width.div_ceil(8) as usize;
                 let (value, left) = self.left.split_at_checked(bytes)?;
                 self.left = left;
-                let value = value.iter().rev().fold(0, |v, byte| v << 8 | u32::from(*byte));
+                let value = value
+                    .iter()
+                    .rev()
+                    .fold(0, |v, byte| v << 8 | u32::from(*byte));
                 Run::Same(value, count)
             }
             _ => {
@@ -691,7 +711,10 @@ impl<'p> Cells<'p> {
     fn cell(&mut self) -> Result<Option<Cell<'p>>> {
         let damaged = |what: &str| Error::format(format!("a damaged page: {what}"));
         if self.optional > 0 {
-            let level = self.levels.next().ok_or_else(|| damaged("it says of too few cells whether they are there"))?;
+            let level = self
+                .levels
+                .next()
+                .ok_or_else(|| damaged("it says of too few cells whether they are there"))?;
             if level > self.optional {
                 return Err(damaged("a level beyond those of its column"));
             }
@@ -704,12 +727,16 @@ impl<'p> Cells<'p> {
             Found::Entries(runs, dictionary) => match runs.next() {
                 Some(index) => {
                     let cell = dictionary.get(index);
-                    return cell.map(Some).ok_or_else(|| damaged("a number beyond its dictionary"));
+                    return cell
+                        .map(Some)
+                        .ok_or_else(|| damaged("a number beyond its dictionary"));
                 }
                 None => None,
             },
             Found::Truths(runs) => runs.next().map(|value| Cell::Int(i64::from(value))),
         };
-        found.map(Some).ok_or_else(|| damaged("it ends within its values"))
+        found
+            .map(Some)
+            .ok_or_else(|| damaged("it ends within its values"))
     }
 }

@@ -47,7 +47,9 @@ fn columns_are_read_as_pyarrow_reads_them() {
         assert_eq!(file.columns.len(), columns.len(), "{name}");
         for (column, wanted) in columns {
             let path: Vec<&str> = column.split('.').collect();
-            let number = file.column(&path).unwrap_or_else(|| panic!("{name}: {column}"));
+            let number = file
+                .column(&path)
+                .unwrap_or_else(|| panic!("{name}: {column}"));
             let wanted = wanted.into_iter().map(|cell| match cell {
                 Value::String(text) => json!([text.len(), crc32fast::hash(text.as_bytes())]),
                 Value::Bool(value) => json!(i64::from(value)),
@@ -66,7 +68,11 @@ fn columns_are_read_as_pyarrow_reads_them() {
 fn a_writers_notes_are_read() {
     let file = Parquet::in_memory(golden("hub.parquet")).unwrap();
     let note = file.notes.iter().find(|(key, _)| key == "huggingface");
-    assert!(note.unwrap().1.contains(r#""names": ["owl", "cat", "dog"]"#));
+    assert!(
+        note.unwrap()
+            .1
+            .contains(r#""names": ["owl", "cat", "dog"]"#)
+    );
     assert_eq!(file.groups, [5, 5, 2]);
     let names: Vec<String> = file.columns.iter().map(Column::name).collect();
     assert_eq!(names, ["image.bytes", "image.path", "label"]);
@@ -76,17 +82,27 @@ fn a_writers_notes_are_read() {
 #[test]
 fn what_is_not_read_is_named() {
     let lists = told(&golden("lists.parquet")).unwrap_err();
-    let expected = "column captions.list.element, row group 0: it holds lists; expected one value in a row";
+    let expected =
+        "column captions.list.element, row group 0: it holds lists; expected one value in a row";
     assert_eq!(lists, expected);
     let brotli = told(&golden("brotli.parquet")).unwrap_err();
-    assert!(brotli.contains("column image, row group 0: packed by Brotli, which"), "{brotli}");
+    assert!(
+        brotli.contains("column image, row group 0: packed by Brotli, which"),
+        "{brotli}"
+    );
     let delta = told(&golden("delta.parquet")).unwrap_err();
-    assert!(delta.contains("an encoding that is not read (DELTA_BINARY_PACKED)"), "{delta}");
+    assert!(
+        delta.contains("an encoding that is not read (DELTA_BINARY_PACKED)"),
+        "{delta}"
+    );
     let mut encrypted = golden("hub.parquet");
     let end = encrypted.len() - 4;
     encrypted[end..].copy_from_slice(b"PARE");
     let encrypted = told(&encrypted).unwrap_err();
-    assert_eq!(encrypted, "an encrypted Parquet file; expected one that is not");
+    assert_eq!(
+        encrypted,
+        "an encrypted Parquet file; expected one that is not"
+    );
 }
 
 #[test]
@@ -108,7 +124,10 @@ fn damage_is_found() {
     check(&long, "more than 67108864");
     // A byte within an image, which the check sum of its page tells.
     let mut flipped = whole.clone();
-    let jpeg = whole.windows(3).position(|bytes| bytes == b"\xff\xd8\xff").unwrap();
+    let jpeg = whole
+        .windows(3)
+        .position(|bytes| bytes == b"\xff\xd8\xff")
+        .unwrap();
     flipped[jpeg + 100] ^= 1;
     check(&flipped, "a damaged page: its check sum is another");
 }
@@ -116,7 +135,12 @@ fn damage_is_found() {
 /// Every byte of a file changed in several ways, and every length: an error or other cells, nothing else.
 #[test]
 fn no_damage_is_too_strange() {
-    for name in ["hub.parquet", "zstd.parquet", "gzip.parquet", "dictionary.parquet"] {
+    for name in [
+        "hub.parquet",
+        "zstd.parquet",
+        "gzip.parquet",
+        "dictionary.parquet",
+    ] {
         let whole = golden(name);
         assert!(told(&whole).is_ok(), "{name}");
         let mut errors = 0;
@@ -185,16 +209,34 @@ fn sizes_are_checked_before_anything_is_allocated() {
         assert!(said.contains(expected), "{said}");
     };
     let huge = page(1 << 40, 16, 2, &two);
-    check(file(&huge, 2, &[(1, 2, 4)]), "a page that takes 1048576 MiB");
+    check(
+        file(&huge, 2, &[(1, 2, 4)]),
+        "a page that takes 1048576 MiB",
+    );
     let absent = page(16, 1 << 40, 2, &two);
-    check(file(&absent, 2, &[(1, 2, 4)]), "a page of 1099511627776 bytes begins");
+    check(
+        file(&absent, 2, &[(1, 2, 4)]),
+        "a page of 1099511627776 bytes begins",
+    );
     check(file(&good, 3, &[(0, 3, 4)]), "a page whose header");
     check(file(&good, 1, &[(0, 1, 4)]), "more cells than it says");
-    check(file(&good, 1 << 60, &[(0, 2, 4)]), "2 cells for 1152921504606846976 rows");
-    check(file(&good, 2, &[(0, 2, 4), (0, 2, 4)]), "where the row group before it does");
-    check(file(&good, 2, &[(0, 2, 1 << 50)]), "behind the end of the file");
+    check(
+        file(&good, 1 << 60, &[(0, 2, 4)]),
+        "2 cells for 1152921504606846976 rows",
+    );
+    check(
+        file(&good, 2, &[(0, 2, 4), (0, 2, 4)]),
+        "where the row group before it does",
+    );
+    check(
+        file(&good, 2, &[(0, 2, 1 << 50)]),
+        "behind the end of the file",
+    );
     let claimed = page(16, 16, 1 << 40, &two);
-    check(file(&claimed, 1 << 40, &[(0, 1 << 40, 4)]), "it ends within its values");
+    check(
+        file(&claimed, 1 << 40, &[(0, 1 << 40, 4)]),
+        "it ends within its values",
+    );
     let short = page(12, 12, 2, &two[..12]);
     check(file(&short, 2, &[(0, 2, 4)]), "it ends within its values");
     // Few bytes that unpack to many, again and again.
@@ -207,7 +249,10 @@ fn sizes_are_checked_before_anything_is_allocated() {
     std::io::Write::write_all(&mut gzip, &zeros).unwrap();
     let packed = gzip.finish().unwrap();
     let one = page(zeros.len() as u64, packed.len() as u64, 1, &packed);
-    check(file(&one.repeat(8), 8, &[(2, 8, 4)]), "more than any data set grows");
+    check(
+        file(&one.repeat(8), 8, &[(2, 8, 4)]),
+        "more than any data set grows",
+    );
     let wrong = page(zeros.len() as u64 - 1, packed.len() as u64, 1, &packed);
     check(file(&wrong, 1, &[(2, 1, 4)]), "longer than it says");
 }

@@ -95,7 +95,9 @@ impl Holder {
             Self::Tables(tables) => return tables.each(items, at_once, &make, &mut take),
         };
         for (first, part) in (0..).step_by(at_once).zip(items.chunks(at_once)) {
-            let made = part.par_iter().map(|item| make(item, &Bytes::File(&archives, item)));
+            let made = part
+                .par_iter()
+                .map(|item| make(item, &Bytes::File(&archives, item)));
             take(first, made.collect())?;
         }
         Ok(())

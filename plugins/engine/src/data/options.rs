@@ -239,7 +239,11 @@ impl DataOptions {
             ("label", self.label.is_some(), &["csv", "parquet", "folder"]),
             ("labels", self.labels.is_some(), &["arrays"]),
             ("table", self.table.is_some(), &["folder"]),
-            ("skip_damaged", self.skip_damaged, &["folder", "tar", "parquet"]),
+            (
+                "skip_damaged",
+                self.skip_damaged,
+                &["folder", "tar", "parquet"],
+            ),
         ];
         for (option, given, of) in belongs {
             if given && !of.contains(&source) {

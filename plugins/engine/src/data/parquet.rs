@@ -91,7 +91,10 @@ pub(super) fn read(
         match known.get_or_insert_with(|| (names.clone(), file)) {
             (first, _) if *first == names => {}
             (_, first) => {
-                let message = format!("its classes have other names than those of {}", first.display());
+                let message = format!(
+                    "its classes have other names than those of {}",
+                    first.display()
+                );
                 return Err(DataError::content(file, message));
             }
         }
@@ -138,12 +141,18 @@ pub(super) fn read(
             found: "none".into(),
         });
     }
-    let labelled = items.iter().filter(|item| item.label != Item::UNLABELLED).count();
+    let labelled = items
+        .iter()
+        .filter(|item| item.label != Item::UNLABELLED)
+        .count();
     if let (Some(bare), true) = (
         items.iter().find(|item| item.label == Item::UNLABELLED),
         labelled > 0,
     ) {
-        let message = format!("{} has no class, though {labelled} rows have one", bare.name);
+        let message = format!(
+            "{} has no class, though {labelled} rows have one",
+            bare.name
+        );
         return Err(DataError::content(path, message));
     }
     let known = known.and_then(|(names, _)| names).filter(|_| labelled > 0);
@@ -154,7 +163,9 @@ pub(super) fn read(
         }
         None => {
             let mut written = vec![Arc::from(""); numbers.len()];
-            numbers.into_iter().for_each(|(text, number)| written[number as usize] = text);
+            numbers
+                .into_iter()
+                .for_each(|(text, number)| written[number as usize] = text);
             Labels::Written(written)
         }
     };
@@ -175,7 +186,9 @@ fn splits(path: &Path, files: &[PathBuf]) -> Result<Vec<(LogLevel, String)>, Dat
     for file in files {
         let stem = file.file_stem().unwrap_or_default().to_string_lossy();
         let mut parts = stem.rsplitn(4, '-');
-        let [Some(all), Some("of"), Some(number), Some(split)] = std::array::from_fn(|_| parts.next()) else {
+        let [Some(all), Some("of"), Some(number), Some(split)] =
+            std::array::from_fn(|_| parts.next())
+        else {
             continue;
         };
         if let (Ok(all), Ok(_)) = (all.parse(), number.parse::<usize>()) {
@@ -193,7 +206,11 @@ fn splits(path: &Path, files: &[PathBuf]) -> Result<Vec<(LogLevel, String)>, Dat
     }
     let absent = counts.iter().filter(|((_, all), there)| *there < all);
     let told = absent.map(|((split, all), there)| {
-        let message = format!("{}: {there} of {all} files of {} are there", path.display(), shown(split));
+        let message = format!(
+            "{}: {there} of {all} files of {} are there",
+            path.display(),
+            shown(split)
+        );
         (LogLevel::Warn, message)
     });
     Ok(told.collect())
@@ -226,7 +243,8 @@ fn columns(file: &Path, parquet: &Parquet, label: Option<&str>) -> Result<Found,
             let is_image = |column: &Column| {
                 matches!(&column.path[..], [_, bytes] if **bytes == *"bytes") && !column.repeated
             };
-            let mut images = (0..parquet.columns.len()).filter(|at| is_image(&parquet.columns[*at]));
+            let mut images =
+                (0..parquet.columns.len()).filter(|at| is_image(&parquet.columns[*at]));
             match (images.next(), images.next()) {
                 (Some(image), None) => image,
                 _ => {
@@ -245,7 +263,10 @@ fn columns(file: &Path, parquet: &Parquet, label: Option<&str>) -> Result<Found,
         Some(name) => match parquet.column(&[name]) {
             Some(column) => Some(column),
             None => {
-                let message = format!("no column named {name:?} (`label`); it has {}", listed(parquet));
+                let message = format!(
+                    "no column named {name:?} (`label`); it has {}",
+                    listed(parquet)
+                );
                 return Err(DataError::content(file, message));
             }
         },
@@ -259,7 +280,11 @@ fn columns(file: &Path, parquet: &Parquet, label: Option<&str>) -> Result<Found,
 
 /// The first columns of a file, for people.
 fn listed(parquet: &Parquet) -> String {
-    let names = parquet.columns.iter().take(12).map(|column| shown(&column.name()));
+    let names = parquet
+        .columns
+        .iter()
+        .take(12)
+        .map(|column| shown(&column.name()));
     let names: Vec<String> = names.collect();
     match parquet.columns.len() - names.len() {
         0 => names.join(", "),
@@ -277,7 +302,12 @@ fn names(
     let Some((_, note)) = note.filter(|_| column.values != Values::Bytes) else {
         return Ok(None);
     };
-    let fault = |message: String| Err(DataError::content(file, format!("its note `huggingface`: {message}")));
+    let fault = |message: String| {
+        Err(DataError::content(
+            file,
+            format!("its note `huggingface`: {message}"),
+        ))
+    };
     if note.len() > LONGEST_NOTE {
         return fault(format!("more than {LONGEST_NOTE} bytes"));
     }
@@ -289,10 +319,15 @@ fn names(
     let Some(names) = feature["names"].as_array() else {
         return Ok(None);
     };
-    let names: Option<Vec<String>> =
-        names.iter().map(|name| name.as_str().map(str::to_owned)).collect();
+    let names: Option<Vec<String>> = names
+        .iter()
+        .map(|name| name.as_str().map(str::to_owned))
+        .collect();
     let Some(names) = names.filter(|names| !names.is_empty()) else {
-        return fault(format!("the names of the classes of `{}` are no texts", shown(&column.path[0])));
+        return fault(format!(
+            "the names of the classes of `{}` are no texts",
+            shown(&column.path[0])
+        ));
     };
     class::limit(file, names.len())?;
     class::named(file, &names)?;
@@ -302,8 +337,15 @@ fn names(
 /// Refuses classes of which there is no row.
 fn all_are_there(path: &Path, names: &[String], items: &[Item]) -> Result<(), DataError> {
     let mut has = vec![false; names.len()];
-    items.iter().for_each(|item| has[item.label as usize] = true);
-    let absent: Vec<String> = has.iter().zip(names).filter(|(has, _)| !**has).map(|(_, name)| shown(name)).collect();
+    items
+        .iter()
+        .for_each(|item| has[item.label as usize] = true);
+    let absent: Vec<String> = has
+        .iter()
+        .zip(names)
+        .filter(|(has, _)| !**has)
+        .map(|(_, name)| shown(name))
+        .collect();
     match absent.first() {
         None => Ok(()),
         Some(first) => Err(DataError::content(
@@ -328,7 +370,8 @@ fn rows(
     let file_name = file.file_name().unwrap_or_default().to_string_lossy();
     for row in 0..rows {
         let name = format!("{file_name} row {row}");
-        held.file(&name).map_err(|message| DataError::content(file, message))?;
+        held.file(&name)
+            .map_err(|message| DataError::content(file, message))?;
         items.push(Item {
             name: name.into(),
             label: Item::UNLABELLED,
@@ -363,7 +406,10 @@ fn text(file: &Path, row: u64, cell: Cell<'_>) -> Result<String, DataError> {
         Cell::Int(number) => Ok(number.to_string()),
         Cell::Bytes(bytes) => match std::str::from_utf8(bytes) {
             Ok(text) => Ok(text.to_owned()),
-            Err(_) => Err(DataError::content(file, format!("row {row}: a text that is not UTF-8"))),
+            Err(_) => Err(DataError::content(
+                file,
+                format!("row {row}: a text that is not UTF-8"),
+            )),
         },
     }
 }
@@ -384,7 +430,9 @@ impl Tables {
             let count = items[next..].iter().take_while(of_it).count();
             let own = &items[next..next + count];
             if !own.is_empty() {
-                self.each_of(file, own, at_once, make, &mut |at, made| take(next + at, made))?;
+                self.each_of(file, own, at_once, make, &mut |at, made| {
+                    take(next + at, made)
+                })?;
             }
             next += count;
         }
@@ -413,7 +461,9 @@ impl Tables {
                 for cell in cells.by_ref() {
                     let cell = cell.map_err(wrong)?;
                     let wanted = items.get(done + part.len());
-                    if let Some(item) = wanted.filter(|item| matches!(item.place, Place::Row(_, own) if own == row)) {
+                    if let Some(item) =
+                        wanted.filter(|item| matches!(item.place, Place::Row(_, own) if own == row))
+                    {
                         let bytes = match cell {
                             Some(Cell::Bytes(bytes)) => Some(bytes),
                             _ => None,
@@ -428,7 +478,10 @@ impl Tables {
                 if part.is_empty() {
                     break;
                 }
-                let made = part.par_iter().map(|(item, bytes)| make(item, bytes)).collect();
+                let made = part
+                    .par_iter()
+                    .map(|(item, bytes)| make(item, bytes))
+                    .collect();
                 let first = done;
                 done += part.len();
                 take(first, made)?;

@@ -283,7 +283,9 @@ impl Prepared {
                 return Ok(captions);
             }
             let row: serde_json::Value = json::parse(&line).map_err(|e| Error::data(&path, e))?;
-            let place = row["image"].as_u64().and_then(|at| usize::try_from(at).ok());
+            let place = row["image"]
+                .as_u64()
+                .and_then(|at| usize::try_from(at).ok());
             // Files that were left out have none.
             let caption = place.and_then(|at| captions.get_mut(at));
             if let (Some(caption), Some(text)) = (caption, row["caption"].as_str()) {

@@ -17,8 +17,8 @@ use super::content::{Bytes, Damaged, Holder, Item, Place};
 use super::error::{DataError, shown};
 use super::folder::Folder;
 use super::inspection::{FoundFiles, Inspection, told};
-use super::parquet;
 use super::options::{DataOptions, Sizing};
+use super::parquet;
 use super::raster::{self, Raster, luma};
 use super::resample::{Filter, Fit, fit};
 use super::shards;
@@ -62,10 +62,7 @@ pub struct Source {
 }
 
 enum Body {
-    Files {
-        holder: Holder,
-        items: Vec<Item>,
-    },
+    Files { holder: Holder, items: Vec<Item> },
     Arrays(Box<Arrays>),
     Values(values::Values),
 }

@@ -483,7 +483,10 @@ impl<B: Backend> Gpt<B> {
         let shape = B::shape(&captions.features);
         let rows = [shape[0], 1, 1];
         let share = |kept: f32, dropped: f32| -> Result<Variable<B>> {
-            let shares = captions.dropped.iter().map(|&d| if d { dropped } else { kept });
+            let shares = captions
+                .dropped
+                .iter()
+                .map(|&d| if d { dropped } else { kept });
             let shares: Vec<f32> = shares.collect();
             let shares = B::of(&captions.features).floats(&shares, &rows)?;
             Ok(Variable::constant(shares))

@@ -149,8 +149,13 @@ impl<B: Backend> Stage<B> for Pretrain {
             .map_err(|e| Error::option("/data", e.to_string()))?;
         check_parts(o.accumulate, o.train.batch)?;
         if o.captions().are_given() && o.family == Family::Var {
-            let pointer = if o.features.is_some() { "/features" } else { "/text_encoder" };
-            let message = "teachers of `family: var` know classes alone: captions need `family: llamagen`";
+            let pointer = if o.features.is_some() {
+                "/features"
+            } else {
+                "/text_encoder"
+            };
+            let message =
+                "teachers of `family: var` know classes alone: captions need `family: llamagen`";
             return Err(Error::option(pointer, message));
         }
         o.captions().check(base_dir)?;
@@ -633,7 +638,11 @@ fn tokens<B: Backend>(
     mirrored: bool,
     at_once: usize,
 ) -> Result<Vec<u32>> {
-    let name = if mirrored { "tokens-mirrored.npy" } else { "tokens.npy" };
+    let name = if mirrored {
+        "tokens-mirrored.npy"
+    } else {
+        "tokens.npy"
+    };
     let path = context.work_dir()?.join(name);
     let _turn = context.lock(name)?;
     let (vocabulary, _) = source.config.tokenizer.codebook();
@@ -660,7 +669,10 @@ fn kept_tokens(path: &Path, images: usize, vocabulary: usize) -> Option<Vec<u32>
     rows.read_bytes(0, &mut bytes).ok()?;
     let (quads, _) = bytes.as_chunks();
     let found: Vec<u32> = quads.iter().map(|quad| u32::from_le_bytes(*quad)).collect();
-    found.iter().all(|token| (*token as usize) < vocabulary).then_some(found)
+    found
+        .iter()
+        .all(|token| (*token as usize) < vocabulary)
+        .then_some(found)
 }
 
 /// Tokens (n, L) of all images, so many at once.

@@ -37,17 +37,29 @@ fn a_data_set_of_the_hub_is_read_with_its_classes() {
     assert_eq!(images.labels, [0, 1, 2].repeat(4));
     (0..12).for_each(|i| assert_eq!(red(&images, i), 20.0 * i as f32, "{i}"));
 
-    let shards = ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"];
-    copy(dir, &shards.map(|name| (name, name)).map(|(name, to)| (name, to)));
+    let shards = [
+        "train-00000-of-00002.parquet",
+        "train-00001-of-00002.parquet",
+    ];
+    copy(
+        dir,
+        &shards.map(|name| (name, name)).map(|(name, to)| (name, to)),
+    );
     let moved: Vec<_> = shards.iter().map(|name| format!("set/{name}")).collect();
     copy(dir, &[(shards[0], &moved[0]), (shards[1], &moved[1])]);
     std::fs::write(dir.join("set/README.md"), "about it").unwrap();
     let whole = read(&folder("set"), dir).unwrap();
-    assert_eq!((&whole.labels, &whole.names), (&images.labels, &images.names));
+    assert_eq!(
+        (&whole.labels, &whole.names),
+        (&images.labels, &images.names)
+    );
     assert_eq!(pixels(&whole), pixels(&images));
     std::fs::remove_file(dir.join(&moved[0])).unwrap();
     let source = Source::open(&folder("set"), dir).unwrap();
-    let told = source.notices.iter().any(|(_, text)| text.ends_with("1 of 2 files of train are there"));
+    let told = source
+        .notices
+        .iter()
+        .any(|(_, text)| text.ends_with("1 of 2 files of train are there"));
     assert!(told, "{:?}", source.notices);
 }
 
@@ -55,13 +67,19 @@ fn a_data_set_of_the_hub_is_read_with_its_classes() {
 fn every_way_of_packing_gives_the_same_images() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
-    copy(dir, &["zstd", "gzip", "plain-2"].map(|name| {
-        let name: &str = Box::leak(format!("{name}.parquet").into_boxed_str());
-        (name, name)
-    }));
+    copy(
+        dir,
+        &["zstd", "gzip", "plain-2"].map(|name| {
+            let name: &str = Box::leak(format!("{name}.parquet").into_boxed_str());
+            (name, name)
+        }),
+    );
     // Of one row the class is missing: another column has all.
     let error = read(&parquet("zstd.parquet"), dir).unwrap_err();
-    assert_eq!(error, "zstd.parquet: zstd.parquet row 2 has no class, though 5 rows have one");
+    assert_eq!(
+        error,
+        "zstd.parquet: zstd.parquet row 2 has no class, though 5 rows have one"
+    );
     let options = |name: &str| DataOptions {
         label: Some("flag".into()),
         ..parquet(name)
@@ -69,7 +87,11 @@ fn every_way_of_packing_gives_the_same_images() {
     let first = read(&options("zstd.parquet"), dir).unwrap();
     assert_eq!(first.labels, [1, 0, 1, 1, 0, 1]);
     for name in ["gzip.parquet", "plain-2.parquet"] {
-        assert_eq!(pixels(&read(&options(name), dir).unwrap()), pixels(&first), "{name}");
+        assert_eq!(
+            pixels(&read(&options(name), dir).unwrap()),
+            pixels(&first),
+            "{name}"
+        );
     }
     copy(dir, &[("dictionary.parquet", "d.parquet")]);
     let images = read(&parquet("d.parquet"), dir).unwrap();
@@ -109,15 +131,18 @@ fn rows_without_images_are_damaged_and_captions_stay_with_theirs() {
 fn what_does_not_fit_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
-    copy(dir, &[
-        ("delta.parquet", "delta.parquet"),
-        ("lists.parquet", "lists.parquet"),
-        ("hub.parquet", "hub.parquet"),
-        ("hub.parquet", "split/train-00000-of-00001.parquet"),
-        ("hub.parquet", "split/test-00000-of-00001.parquet"),
-        ("hub.parquet", "names/a.parquet"),
-        ("dictionary.parquet", "names/b.parquet"),
-    ]);
+    copy(
+        dir,
+        &[
+            ("delta.parquet", "delta.parquet"),
+            ("lists.parquet", "lists.parquet"),
+            ("hub.parquet", "hub.parquet"),
+            ("hub.parquet", "split/train-00000-of-00001.parquet"),
+            ("hub.parquet", "split/test-00000-of-00001.parquet"),
+            ("hub.parquet", "names/a.parquet"),
+            ("dictionary.parquet", "names/b.parquet"),
+        ],
+    );
     let check = |options: &DataOptions, expected: &str| {
         let said = read(options, dir).unwrap_err();
         assert!(said.starts_with(expected), "{said}");
@@ -135,8 +160,14 @@ fn what_does_not_fit_is_named() {
         &named,
         "hub.parquet: no column named \"animal\" (`label`); it has image.bytes, image.path, label",
     );
-    check(&folder("split"), "split: files of several splits (test, train): keep those to read in a folder");
-    check(&folder("names"), "names/b.parquet: its images are in column image, those of");
+    check(
+        &folder("split"),
+        "split: files of several splits (test, train): keep those to read in a folder",
+    );
+    check(
+        &folder("names"),
+        "names/b.parquet: its images are in column image, those of",
+    );
     // A class of which no row is.
     copy(dir, &[("train-00000-of-00002.parquet", "few.parquet")]);
     let path = dir.join("few.parquet");
@@ -144,9 +175,15 @@ fn what_does_not_fit_is_named() {
     let names = bytes.windows(5).position(|w| w == b"\"owl\"").unwrap();
     bytes[names..names + 5].copy_from_slice(b"[owl\"");
     std::fs::write(&path, &bytes).unwrap();
-    check(&parquet("few.parquet"), "few.parquet: its note `huggingface`: expected JSON");
+    check(
+        &parquet("few.parquet"),
+        "few.parquet: its note `huggingface`: expected JSON",
+    );
     std::fs::write(dir.join("empty.parquet"), b"PAR1").unwrap();
-    check(&parquet("empty.parquet"), "empty.parquet: no Parquet file: it is too short for one");
+    check(
+        &parquet("empty.parquet"),
+        "empty.parquet: no Parquet file: it is too short for one",
+    );
     check(&parquet("nothing.parquet"), "nothing.parquet: no such file");
     let labelled = DataOptions {
         label: Some("label".into()),

@@ -48,7 +48,8 @@ impl TrainingCaptions<'_> {
         }
         let existing = |path: &str| Some(resolve(base, path)).filter(|path| path.exists());
         if let Some(folder) = self.text_encoder.and_then(existing) {
-            TextEncoder::open(&folder).map_err(|e| Error::option("/text_encoder", e.to_string()))?;
+            TextEncoder::open(&folder)
+                .map_err(|e| Error::option("/text_encoder", e.to_string()))?;
         }
         if let Some(features) = self.features
             && features.files().all(|file| existing(file).is_some())
