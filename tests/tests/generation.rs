@@ -187,7 +187,7 @@ fn a_dropped_caption_is_that_of_none() {
     let loss = forced(&given, &[true, false, true])
         .unary(Unary::Square)
         .and_then(|x| x.mean_all());
-    let gradients = backward(&loss.expect("a loss"), &params).expect("gradients");
+    let gradients = backward(loss.expect("a loss"), &params).expect("gradients");
     for ((name, _), gradient) in params.iter().zip(&gradients) {
         let moved = Candle::to_floats(gradient)
             .expect("floats")

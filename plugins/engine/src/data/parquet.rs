@@ -63,100 +63,34 @@ pub(super) fn read(
     label: Option<&str>,
 ) -> Result<Rows, DataError> {
     let notices = splits(path, &files)?;
-    let (mut items, mut held) = (Vec::new(), MemoryBudget::default());
-    let mut numbers: BTreeMap<Arc<str>, u32> = BTreeMap::new();
-    // Names of the classes, and the file that has them.
-    let mut known: Option<(Option<Vec<String>>, &Path)> = None;
-    let mut image = None;
+    let mut found = FoundRows::default();
     for (file, number) in files.iter().zip(0u32..) {
-        let parquet = open(file)?;
-        let found = columns(file, &parquet, label)?;
-        let own = parquet.columns[found.image].path.clone();
-        match image.get_or_insert_with(|| own.clone()) {
-            first if *first == own => {}
-            first => {
-                let message = format!(
-                    "its images are in column {}, those of {} in {}",
-                    own.join("."),
-                    files[0].display(),
-                    first.join(".")
-                );
-                return Err(DataError::content(file, message));
-            }
-        }
-        let names = match found.label {
-            Some(label) => names(file, &parquet, &parquet.columns[label])?,
-            None => None,
-        };
-        match known.get_or_insert_with(|| (names.clone(), file)) {
-            (first, _) if *first == names => {}
-            (_, first) => {
-                let message = format!(
-                    "its classes have other names than those of {}",
-                    first.display()
-                );
-                return Err(DataError::content(file, message));
-            }
-        }
-        let classes = names.as_ref().map(Vec::len);
-        let begin = items.len();
-        rows(file, number, parquet.rows, &mut items, &mut held)?;
-        let full = |message: String| DataError::content(file, message);
-        if let Some(column) = found.label {
-            each_cell(file, &parquet, column, |row, cell| {
-                let item = &mut items[begin + row as usize];
-                item.label = match (cell, classes) {
-                    (None | Some(Cell::Int(-1)), _) => Item::UNLABELLED,
-                    (Some(Cell::Int(class)), Some(classes)) => match u32::try_from(class) {
-                        Ok(class) if (class as usize) < classes => class,
-                        _ => {
-                            let message = format!("row {row}: class {class} of {classes}");
-                            return Err(full(message));
-                        }
-                    },
-                    (Some(cell), _) => {
-                        let text = held.label(&text(file, row, cell)?).map_err(full)?;
-                        let next = numbers.len() as u32;
-                        *numbers.entry(text).or_insert(next)
-                    }
-                };
-                Ok(())
-            })?;
-        }
-        if let Some(column) = found.caption {
-            each_cell(file, &parquet, column, |row, cell| {
-                if let Some(cell) = cell {
-                    let text = text(file, row, cell)?;
-                    held.take(cost(&text)).map_err(full)?;
-                    items[begin + row as usize].caption = Some(text.into());
-                }
-                Ok(())
-            })?;
-        }
+        found.add(file, number, label)?;
     }
-    if items.is_empty() {
+    let FoundRows {
+        items,
+        numbers,
+        first,
+        ..
+    } = found;
+    let Some((_, layout)) = first.filter(|_| !items.is_empty()) else {
         return Err(DataError::Empty {
             path: path.to_owned(),
             expected: "rows with images",
             found: "none".into(),
         });
-    }
-    let labelled = items
-        .iter()
-        .filter(|item| item.label != Item::UNLABELLED)
-        .count();
-    if let (Some(bare), true) = (
-        items.iter().find(|item| item.label == Item::UNLABELLED),
-        labelled > 0,
-    ) {
+    };
+    let is_bare = |item: &&Item| item.label == Item::UNLABELLED;
+    let bare = items.iter().filter(is_bare).count();
+    if let (Some(first), true) = (items.iter().find(is_bare), bare < items.len()) {
+        let labelled = items.len() - bare;
         let message = format!(
             "{} has no class, though {labelled} rows have one",
-            bare.name
+            first.name
         );
         return Err(DataError::content(path, message));
     }
-    let known = known.and_then(|(names, _)| names).filter(|_| labelled > 0);
-    let labels = match known {
+    let labels = match layout.names.filter(|_| bare == 0) {
         Some(names) => {
             all_are_there(path, &names, &items)?;
             Labels::Known(names)
@@ -172,12 +106,123 @@ pub(super) fn read(
     Ok(Rows {
         tables: Tables {
             files,
-            image: image.unwrap_or_default(),
+            image: layout.image,
         },
         items,
         labels,
         notices,
     })
+}
+
+/// What is alike in all files of a set.
+#[derive(PartialEq)]
+struct Layout {
+    /// The path of the column of images.
+    image: Vec<Arc<str>>,
+    /// Names of the classes, where the files have them.
+    names: Option<Vec<String>>,
+}
+
+/// The rows of the files that have been looked through.
+#[derive(Default)]
+struct FoundRows {
+    items: Vec<Item>,
+    /// Classes as written, by the numbers that items have.
+    numbers: BTreeMap<Arc<str>, u32>,
+    /// The first file, and its layout.
+    first: Option<(PathBuf, Layout)>,
+    held: MemoryBudget,
+}
+
+impl FoundRows {
+    /// Adds the rows of a file, which is the one of this number.
+    fn add(&mut self, file: &Path, number: u32, label: Option<&str>) -> Result<(), DataError> {
+        let parquet = open(file)?;
+        let found = columns(file, &parquet, label)?;
+        let names = match found.label {
+            Some(label) => names(file, &parquet, &parquet.columns[label])?,
+            None => None,
+        };
+        let classes = names.as_ref().map(Vec::len);
+        self.is_alike(
+            file,
+            Layout {
+                image: parquet.columns[found.image].path.clone(),
+                names,
+            },
+        )?;
+        let begin = self.items.len();
+        rows(file, number, parquet.rows, &mut self.items, &mut self.held)?;
+        if let Some(column) = found.label {
+            each_cell(file, &parquet, column, |row, cell| {
+                self.items[begin + row as usize].label = self.label(file, row, cell, classes)?;
+                Ok(())
+            })?;
+        }
+        if let Some(column) = found.caption {
+            each_cell(file, &parquet, column, |row, cell| {
+                if let Some(cell) = cell {
+                    let text = text(file, row, cell)?;
+                    let room = self.held.take(cost(&text));
+                    room.map_err(|message| DataError::content(file, message))?;
+                    self.items[begin + row as usize].caption = Some(text.into());
+                }
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Refuses a file with other columns or classes than the first.
+    fn is_alike(&mut self, file: &Path, layout: Layout) -> Result<(), DataError> {
+        let Some((path, first)) = &self.first else {
+            self.first = Some((file.to_owned(), layout));
+            return Ok(());
+        };
+        if layout.image != first.image {
+            let message = format!(
+                "its images are in column {}, those of {} in {}",
+                shown(&layout.image.join(".")),
+                path.display(),
+                shown(&first.image.join("."))
+            );
+            return Err(DataError::content(file, message));
+        }
+        match layout.names == first.names {
+            true => Ok(()),
+            false => {
+                let message = format!(
+                    "its classes have other names than those of {}",
+                    path.display()
+                );
+                Err(DataError::content(file, message))
+            }
+        }
+    }
+
+    /// The class of a row, of so many where these have names.
+    fn label(
+        &mut self,
+        file: &Path,
+        row: u64,
+        cell: Option<Cell<'_>>,
+        classes: Option<usize>,
+    ) -> Result<u32, DataError> {
+        let fault = |message: String| DataError::content(file, message);
+        match (cell, classes) {
+            // As the hub writes that a row has none.
+            (None | Some(Cell::Int(-1)), _) => Ok(Item::UNLABELLED),
+            (Some(Cell::Int(class)), Some(classes)) => match u32::try_from(class) {
+                Ok(class) if (class as usize) < classes => Ok(class),
+                _ => Err(fault(format!("row {row}: class {class} of {classes}"))),
+            },
+            (Some(cell), _) => {
+                let text = self.held.label(&text(file, row, cell)?).map_err(fault)?;
+                let next = self.numbers.len() as u32;
+                Ok(*self.numbers.entry(text).or_insert(next))
+            }
+        }
+    }
 }
 
 /// Refuses files of several splits; tells of files that are missing by their names, as in `train-00000-of-00002.parquet`.

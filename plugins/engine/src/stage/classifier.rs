@@ -152,6 +152,11 @@ impl<B: Backend> Stage<B> for Classifier {
 
     fn run(context: &Context<'_, B>, o: &Options) -> Result<StageResult> {
         let images = Arc::new(context.images(&o.data)?);
+        if images.classes == 1 {
+            let message =
+                "all images are of one class: the features of such a classifier tell nothing apart";
+            context.host.log(LogLevel::Warn, message);
+        }
         let with = (context.host, context.backend, context.job.seed);
         let (config, weights, accuracy) = train(
             with,

@@ -69,8 +69,8 @@ pub struct Options {
     /// VAR: whether the blocks share the map from the class to their modulation, as in the largest published model.
     #[serde(default)]
     pub shared_adaln: bool,
-    /// LlamaGen: folder of the flan-t5 that makes features of the images' captions: config.json, tokenizer.json and its weights.
-    /// The teacher then is one of captions, which `data` has to have.
+    /// LlamaGen: folder of the flan-t5 that makes features of the images' captions: config.json, tokenizer.json and its
+    /// weights. The teacher then is one of captions, which `data` has to have.
     #[serde(default)]
     #[schemars(extend("x-retort-file" = "dir"))]
     pub text_encoder: Option<String>,
@@ -629,8 +629,8 @@ fn shape_of_var(
     }
 }
 
-/// Tokens (n, L) of all images, perhaps mirrored: made once, and kept in the work directory for other workers and for a training
-/// that is taken up again.
+/// Tokens (n, L) of all images, perhaps mirrored: made once, and kept in the work directory for other workers and for a
+/// training that is taken up again.
 fn tokens<B: Backend>(
     context: &Context<'_, B>,
     source: &Bundle<'_>,
