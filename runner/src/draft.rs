@@ -269,8 +269,8 @@ pub struct Target {
 }
 
 impl Target {
-    /// Looks whether it can be written. A pipe or a device is opened, but nobody waits for a reader. No folder is made: one that
-    /// is not there is a mistake in the name.
+    /// Looks whether it can be written. A pipe or a device is opened, but nobody waits for a reader. No folder is made: one
+    /// that is not there is a mistake in the name.
     ///
     /// # Errors
     /// It is a directory or a pipe that nobody reads, or its folder is not there.

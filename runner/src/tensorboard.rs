@@ -1,9 +1,9 @@
 //! Event files as TensorBoard reads them: records of protocol buffers.
 //!
-//! In: scalars and PNG pictures. Out: bytes, as they come. A record is its length (u64), the masked CRC-32C of that, the data and the
-//! masked CRC-32C of these, all little-endian (TensorFlow's `core/lib/io/record_writer.h`). The data is an `Event`
-//! (`core/util/event.proto`), of which we write four fields and, of the summaries in it, scalars and images: too little
-//! for a library and its code generator.
+//! In: scalars and PNG pictures. Out: bytes, as they come. A record is its length (u64), the masked CRC-32C of that, the
+//! data and the masked CRC-32C of these, all little-endian (TensorFlow's `core/lib/io/record_writer.h`). The data is an
+//! `Event` (`core/util/event.proto`), of which we write four fields and, of the summaries in it, scalars and images: too
+//! little for a library and its code generator.
 
 use std::io::{self, Write};
 

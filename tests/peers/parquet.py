@@ -75,6 +75,13 @@ write("gzip.parquet", named, compression="gzip")
 many = pa.table({"image": pa.array([image(i % 3) for i in range(40)], pa.binary()), "label": pa.array([i % 3 for i in range(40)], pa.int32())})
 write("dictionary.parquet", many, compression="snappy", data_page_size=1, write_batch_size=2)
 
+# What cannot be classes: a name that is none, and a class of which there is no row.
+long = pa.table({"image": pa.array([image(0), image(1)], pa.binary()), "label": ["x" * 2000, "y"]})
+write("long.parquet", long)
+rows = {"image": [{"bytes": image(i), "path": None} for i in range(2)], "label": [0, 2]}
+datasets.Dataset.from_dict(rows, features=features).to_parquet(out / "absent.parquet")
+note("absent.parquet")
+
 # What is not read.
 listed = pa.table({"image": pa.array([image(0)], pa.binary()), "captions": [["a", "b"]]})
 delta = {"use_dictionary": False, "column_encoding": {"label": "DELTA_BINARY_PACKED"}}

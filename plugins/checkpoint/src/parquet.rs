@@ -31,6 +31,12 @@ const FOOTER: u64 = 64 << 20;
 /// The most columns, and how deep they lie in each other.
 const MOST_COLUMNS: usize = 1 << 14;
 const DEEPEST: usize = 32;
+/// The most row groups, chunks of columns in all of them, notes and rows: an entry of the footer may take a byte there, and
+/// some fifty in memory.
+const MOST_GROUPS: usize = 1 << 20;
+const MOST_CHUNKS: usize = 1 << 22;
+const MOST_NOTES: usize = 1 << 10;
+const MOST_ROWS: u64 = 1 << 32;
 
 /// What the cells of a column are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,6 +109,8 @@ pub struct Parquet {
     chunks: Vec<Chunk>,
     /// Where the footer begins.
     end: u64,
+    /// The most bytes that a page may take.
+    held: u64,
 }
 
 impl Parquet {
@@ -139,6 +147,7 @@ impl Parquet {
             groups: Vec::with_capacity(told.groups.len()),
             chunks: told.chunks,
             end: start,
+            held: page::HELD,
             columns,
         };
         for (number, (rows, chunks)) in told.groups.iter().enumerate() {
@@ -150,14 +159,22 @@ impl Parquet {
                 return Err(Error::format(message));
             }
             parquet.groups.push(*rows);
-            parquet.rows = parquet.rows.checked_add(*rows).ok_or_else(|| {
-                Error::format("a damaged Parquet file: more rows than can be counted")
-            })?;
+            parquet.rows = parquet.rows.saturating_add(*rows);
         }
-        if let Some(elsewhere) = told.refused {
-            return Err(Error::format(elsewhere));
+        if parquet.rows > MOST_ROWS {
+            return Err(Error::format(format!(
+                "a Parquet file of more than {MOST_ROWS} rows, the most that are read"
+            )));
+        }
+        if let Some(why) = told.refused {
+            return Err(Error::format(why));
         }
         Ok(parquet)
+    }
+
+    /// Holds fewer bytes of pages than it would, where the caller holds others.
+    pub fn hold_at_most(&mut self, bytes: u64) {
+        self.held = self.held.min(bytes);
     }
 
     /// The column of this path.
@@ -214,10 +231,9 @@ fn footer(source: &Source) -> Result<(u64, u64)> {
     }
     let length = u64::from(u32::from_le_bytes([end[0], end[1], end[2], end[3]]));
     if length > FOOTER {
-        return Err(Error::Limit {
-            what: "bytes of the footer of a Parquet file",
-            limit: FOOTER,
-        });
+        return Err(Error::format(format!(
+            "a Parquet file with a footer of {length} bytes, more than {FOOTER}, the most that is read"
+        )));
     }
     match (all - head - tail).checked_sub(length) {
         Some(before) => Ok((head + before, length)),
@@ -270,6 +286,9 @@ impl Footer {
                 })?,
                 4 => reader.list(kind, |reader, kind| told.group(reader, kind))?,
                 5 => reader.list(kind, |reader, kind| {
+                    if told.notes.len() == MOST_NOTES {
+                        return Err(Fault::Wrong("more notes than any table"));
+                    }
                     told.notes.push(note(reader, kind)?);
                     Ok(())
                 })?,
@@ -295,11 +314,17 @@ impl Footer {
             Ok(true)
         })?;
         let rows = rows.ok_or(Fault::Wrong("a row group without a number of rows"))?;
+        if self.groups.len() == MOST_GROUPS {
+            return Err(Fault::Wrong("more row groups than any table"));
+        }
         self.groups.push((rows, self.chunks.len() - before));
         Ok(())
     }
 
     fn chunk(&mut self, reader: &mut Reader<'_>, kind: Kind) -> Result<(), Fault> {
+        if self.chunks.len() == MOST_CHUNKS {
+            return Err(Fault::Wrong("more columns in row groups than any table"));
+        }
         let mut found = None;
         let mut refused = None;
         reader.fields(kind, |reader, field, kind| {
@@ -379,10 +404,9 @@ impl Footer {
         }
         match columns.len() {
             0 => wrong("it has no column"),
-            many if many > MOST_COLUMNS => Err(Error::Limit {
-                what: "columns of a Parquet file",
-                limit: MOST_COLUMNS as u64,
-            }),
+            many if many > MOST_COLUMNS => Err(Error::format(format!(
+                "a Parquet file of {many} columns; at most {MOST_COLUMNS} are read"
+            ))),
             _ => Ok(columns),
         }
     }
@@ -468,6 +492,12 @@ fn chunk(reader: &mut Reader<'_>, kind: Kind) -> Result<Chunk, Fault> {
         (data, _) => data,
     };
     match (codec, values, first) {
+        // Of a row group without rows nothing lies anywhere.
+        (Some(codec), Some(0), _) => Ok(Chunk {
+            start: 0,
+            codec,
+            values: 0,
+        }),
         (Some(codec), Some(values), Some(start)) => Ok(Chunk {
             start,
             codec,

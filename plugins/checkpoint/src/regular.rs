@@ -2,8 +2,8 @@
 //!
 //! In: a path. Out: an open regular file, or an error that says what is there instead. A pipe would be waited for, a
 //! device may have no end, and opening one may already do something: so the path is looked at first, opened without
-//! waiting, and what was opened is looked at again. Links are followed, but by what says `itself`. Deliberately absent: the path in messages;
-//! whoever asked has it.
+//! waiting, and what was opened is looked at again. Links are followed, except by `open_itself` and its like. Deliberately
+//! absent: the path in messages; whoever asked has it.
 
 use std::fs::{File, FileType, Metadata, OpenOptions};
 use std::io::{self, Read, Seek};

@@ -2,8 +2,8 @@
 //!
 //! In: a folder of image files, a table of them, a tar archive, Parquet files, NumPy's arrays, a CSV file of grey values, or
 //! the artifact of an `images` stage. Out: [`Images`], bytes in memory or in files, made f32 in [-1, 1] a batch at a time.
-//! What is wrong with an input is a [`DataError`] that names the file and, in a table, line and column. Deliberately absent: colour
-//! management.
+//! What is wrong with an input is a [`DataError`] that names the file and, in a table, line and column. Deliberately
+//! absent: colour management.
 
 pub mod arrays;
 pub mod class;

@@ -29,8 +29,8 @@ impl Store {
     }
 
     /// The run that is continued when none is named: of this store's own runs the latest that has come to no end, and was not
-    /// continued since; one of a sweep where that was the latest of all, because the sweep may have points that never began; else
-    /// the latest. `left` are the runs that go on in Slurm without a runner.
+    /// continued since; one of a sweep where that was the latest of all, because the sweep may have points that never
+    /// began; else the latest. `left` are the runs that go on in Slurm without a runner.
     ///
     /// # Errors
     /// [`StoreError::NothingToResume`], [`StoreError::Damaged`], [`StoreError::Sql`].

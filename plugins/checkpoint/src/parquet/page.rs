@@ -15,10 +15,12 @@ use super::{Chunk, Codec, Column, Parquet, Values};
 use crate::{Error, Result};
 
 /// The most bytes that are held: a page, unpacked and as it was packed, and the dictionary that it needs.
-const HELD: u64 = 320 << 20;
+pub(super) const HELD: u64 = 320 << 20;
 /// How many times the bytes of the file those of a column may be, and how many more.
 const GROWTH: u64 = 64;
 const MORE: u64 = 256 << 20;
+/// The window that any packed page may have.
+const LEAST_WINDOW: u64 = 8 << 20;
 /// The longest header of a page, which may hold its least and greatest value.
 const HEADER: u64 = 1 << 20;
 /// How much of a header is read at first.
@@ -212,7 +214,10 @@ impl<'a> Pages<'a> {
                 let Some((chunk, rows)) = self.file.chunk(self.group, self.column) else {
                     return Ok(None);
                 };
-                self.begin(chunk, rows)?;
+                match rows {
+                    0 => self.group += 1,
+                    _ => self.begin(chunk, rows)?,
+                }
                 continue;
             };
             if self.left == 0 {
@@ -255,7 +260,7 @@ impl<'a> Pages<'a> {
                 "it holds {kind}, which are not read"
             )));
         }
-        // The groups of a file lie one after the other.
+        // The groups of a file lie one after the other. Without this, all could be one page.
         if chunk.start < self.at {
             return Err(Error::format("it lies where the row group before it does"));
         }
@@ -315,15 +320,16 @@ impl<'a> Pages<'a> {
             .map_or(0, |dictionary| dictionary.size());
         let held = match codec {
             Codec::Plain => packed,
+            Codec::Zstd => packed.saturating_add(unpacked).saturating_add(unpacked),
             _ => packed.saturating_add(unpacked),
         };
-        if held.saturating_add(beside) > HELD {
+        if held.saturating_add(beside) > self.file.held {
             return Err(Error::format(format!(
                 "a page that takes {} MiB, packed and unpacked, beside {} MiB of its dictionary; no more than {} are held: \
                  write the file again with fewer rows in a group, as in `row_group_size=100`",
                 held >> 20,
                 beside >> 20,
-                HELD >> 20
+                self.file.held >> 20
             )));
         }
         self.unpacked = self.unpacked.saturating_add(unpacked);
@@ -451,6 +457,10 @@ fn unpack(codec: Codec, bytes: &[u8], out: &mut [u8]) -> Result<()> {
             Err(e) => Err(damaged(&e)),
         }
     };
+    // Where all cells are missing, some writers pack no bytes into none.
+    if bytes.is_empty() && out.is_empty() {
+        return Ok(());
+    }
     match codec {
         Codec::Snappy => {
             let length = snap::raw::decompress_len(bytes).map_err(|e| damaged(&e))?;
@@ -462,7 +472,10 @@ fn unpack(codec: Codec, bytes: &[u8], out: &mut [u8]) -> Result<()> {
         }
         Codec::Gzip => fill(&mut flate2::read::MultiGzDecoder::new(bytes)),
         Codec::Zstd => {
-            let reader = ruzstd::decoding::StreamingDecoder::new(bytes);
+            // It holds as much again as it gives, up to its window.
+            let window = (out.len() as u64).max(LEAST_WINDOW);
+            let reader =
+                ruzstd::decoding::StreamingDecoder::new_with_max_window_size(bytes, window);
             fill(&mut reader.map_err(|e| damaged(&e))?)
         }
         Codec::Plain | Codec::Other(_) => Err(damaged(&"it is not packed")),
@@ -482,7 +495,7 @@ fn dictionary(bytes: Vec<u8>, header: &Header, values: Values) -> Result<Diction
              `use_dictionary=False`"
         )));
     }
-    // Each takes a byte at least, or it is no entry.
+    // The least that an entry takes: its length, or a number.
     let least = if values == Values::Int64 { 8 } else { 4 };
     if count > bytes.len() / least {
         return Err(damaged());

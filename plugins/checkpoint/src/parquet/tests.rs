@@ -61,7 +61,7 @@ fn columns_are_read_as_pyarrow_reads_them() {
             compared += 1;
         }
     }
-    assert_eq!(compared, 9 + 3 + 3 * 3 + 2);
+    assert_eq!(compared, 9 + 3 + 3 * 3 + 2 + 2 + 3);
 }
 
 #[test]
@@ -169,27 +169,69 @@ fn int(step: u8, value: u64) -> Vec<u8> {
 }
 
 /// A file of a column of numbers in some groups, whose chunks are given as (codec, cells, place); `pages` are what lies
-/// before the footer.
+/// before the footer. A group without cells has no rows.
 fn file(pages: &[u8], rows: u64, chunks: &[(u64, u64, u64)]) -> Vec<u8> {
-    let root = [&b"\x48\x01r"[..], &int(1, 1), &[0]].concat();
-    let column = [&int(1, 2)[..], &int(2, 0), b"\x18\x01c", &[0]].concat();
     let groups = chunks.iter().map(|&(codec, cells, place)| {
         let told = [int(4, codec), int(1, cells), int(4, place)].concat();
         let chunk = [&[0x3c][..], &told, &[0, 0]].concat();
+        let rows = if cells == 0 { 0 } else { rows };
         [&[0x19, 0x1c][..], &chunk, &int(2, rows), &[0]].concat()
     });
     let groups: Vec<u8> = groups.flatten().collect();
-    let footer = [
-        &[0x29, 0x2c][..],
-        &root,
-        &column,
-        &[0x29, (chunks.len() as u8) << 4 | 0x0c],
-        &groups,
-        &[0],
-    ]
-    .concat();
+    let groups = [&[0x29, (chunks.len() as u8) << 4 | 0x0c][..], &groups].concat();
+    with_footer(pages, &groups)
+}
+
+/// A file of a column of numbers, in whose footer these fields follow the schema.
+fn with_footer(pages: &[u8], fields: &[u8]) -> Vec<u8> {
+    let root = [&b"\x48\x01r"[..], &int(1, 1), &[0]].concat();
+    let column = [&int(1, 2)[..], &int(2, 0), b"\x18\x01c", &[0]].concat();
+    let footer = [&[0x29, 0x2c][..], &root, &column, fields, &[0]].concat();
     let length = (footer.len() as u32).to_le_bytes();
     [b"PAR1", pages, &footer, &length, b"PAR1"].concat()
+}
+
+/// A list of so many equal structures, as a field.
+fn list(step: u8, count: usize, each: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![step << 4 | 9, 0xfc];
+    let mut left = count;
+    while left >= 0x80 {
+        bytes.push(left as u8 | 0x80);
+        left >>= 7;
+    }
+    bytes.push(left as u8);
+    bytes.extend(each.repeat(count));
+    bytes
+}
+
+#[test]
+fn entries_of_a_footer_are_counted() {
+    let check = |fields: &[u8], expected: &str| {
+        let said = told(&with_footer(b"", fields)).unwrap_err();
+        assert!(said.contains(expected), "{said}");
+    };
+    // Structures that say nothing, a byte each.
+    let notes = |count| [&list(2, 0, &[])[..], &list(1, count, &[0])].concat();
+    assert_eq!(told(&with_footer(b"", &notes(MOST_NOTES))), Ok(0));
+    check(&notes(MOST_NOTES + 1), "more notes than any table");
+    let groups = list(2, MOST_GROUPS + 1, &[0x36, 0, 0]);
+    check(&groups, "more row groups than any table");
+    // Columns that lie in other files, and say no more.
+    let chunks = list(1, MOST_CHUNKS + 1, &[0x18, 0, 0]);
+    let group = [&[0x29, 0x1c][..], &chunks, &int(2, 1), &[0]].concat();
+    check(&group, "more columns in row groups than any table");
+}
+
+#[test]
+fn groups_and_pages_may_be_empty() {
+    let two = [7u64.to_le_bytes(), 9u64.to_le_bytes()].concat();
+    let packed = snap::raw::Encoder::new().compress_vec(&two).unwrap();
+    let nothing = page(0, 0, 0, b"");
+    let pages = [nothing, page(16, packed.len() as u64, 2, &packed)].concat();
+    let bytes = file(&pages, 2, &[(1, 0, 0), (1, 2, 4), (1, 0, 4)]);
+    let parquet = Parquet::in_memory(bytes).unwrap();
+    assert_eq!(parquet.groups, [0, 2, 0]);
+    assert_eq!(cells(&parquet, 0).unwrap(), [json!(7), json!(9)]);
 }
 
 /// A page of plain cells that claims these sizes.
@@ -222,8 +264,9 @@ fn sizes_are_checked_before_anything_is_allocated() {
     check(file(&good, 1, &[(0, 1, 4)]), "more cells than it says");
     check(
         file(&good, 1 << 60, &[(0, 2, 4)]),
-        "2 cells for 1152921504606846976 rows",
+        "more than 4294967296 rows",
     );
+    check(file(&good, 9, &[(0, 2, 4)]), "2 cells for 9 rows");
     check(
         file(&good, 2, &[(0, 2, 4), (0, 2, 4)]),
         "where the row group before it does",
@@ -232,9 +275,9 @@ fn sizes_are_checked_before_anything_is_allocated() {
         file(&good, 2, &[(0, 2, 1 << 50)]),
         "behind the end of the file",
     );
-    let claimed = page(16, 16, 1 << 40, &two);
+    let claimed = page(16, 16, 1 << 30, &two);
     check(
-        file(&claimed, 1 << 40, &[(0, 1 << 40, 4)]),
+        file(&claimed, 1 << 30, &[(0, 1 << 30, 4)]),
         "it ends within its values",
     );
     let short = page(12, 12, 2, &two[..12]);

@@ -17,7 +17,7 @@ pub struct Classes {
 }
 
 /// The longest name of a class.
-const LONGEST: usize = 1024;
+pub const LONGEST: usize = 1024;
 
 /// The most classes.
 const MOST: usize = 1 << 18;

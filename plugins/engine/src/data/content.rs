@@ -108,7 +108,7 @@ impl Holder {
 pub(super) enum Bytes<'a> {
     /// From a file.
     File(&'a Archives<'a>, &'a Item),
-    /// From a row, where there are any.
+    /// From a row; none, where it has none.
     Row(Option<&'a [u8]>),
 }
 

@@ -22,6 +22,9 @@ const BEGINNING: u64 = 1 << 16;
 /// Damaged files that a message names.
 const NAMED: usize = 20;
 
+/// The most damaged files that are left out, or listed: they are kept with what is wrong with them.
+const MOST_DAMAGED: usize = 1 << 17;
+
 /// Files whose headers are held at a time.
 const INSPECTED_AT_ONCE: usize = 4096;
 
@@ -115,11 +118,22 @@ impl Inspection {
         }
         // What is no image leaves the others where they are: of millions there are not two lists.
         let mut rejected: Vec<(usize, Option<String>)> = Vec::new();
+        let mut damaged = 0;
         let take = |first: usize, checks: Vec<HeaderCheck>| -> Result<(), DataError> {
             for (place, check) in (first..).zip(checks) {
                 match check {
                     HeaderCheck::Image(header) => inspection.count(&header),
-                    HeaderCheck::Damaged(why) => rejected.push((place, Some(why))),
+                    HeaderCheck::Damaged(why) if damaged == MOST_DAMAGED => {
+                        let name = shown(&items[place].name);
+                        let message = format!(
+                            "more than {MOST_DAMAGED} damaged images, the last of them {name}: {why}"
+                        );
+                        return Err(DataError::content(path, message));
+                    }
+                    HeaderCheck::Damaged(why) => {
+                        damaged += 1;
+                        rejected.push((place, Some(why)));
+                    }
                     HeaderCheck::Other => {
                         inspection.skipped.add(&items[place].name);
                         rejected.push((place, None));

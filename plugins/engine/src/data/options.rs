@@ -26,9 +26,8 @@ pub struct DataOptions {
     /// Folder of PNG, JPEG, WebP, GIF, BMP or TIFF files, told apart by content. Each folder in it is a class; without
     /// folders all images are of one class. With a file `metadata.jsonl` or `metadata.csv` (`file_name`, `label` or
     /// `caption`) that file says what belongs to it. With `.tar` files alone, or `.parquet` files, these are read one after
-    /// the other. Folders
-    /// named 0, 1, 2, ... give those classes; other names give classes in alphabetical order. Links are followed; hidden
-    /// files and those of no known format are left out.
+    /// the other. Folders named 0, 1, 2, ... give those classes; other names give classes in alphabetical order. Links are
+    /// followed; hidden files and those of no known format are left out.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(extend("x-retort-file" = "images"))]
     pub folder: Option<String>,

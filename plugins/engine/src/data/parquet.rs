@@ -25,12 +25,14 @@ const IMAGE: [&str; 7] = ["image", "img", "jpg", "jpeg", "png", "webp", "picture
 /// The most bytes of what Hugging Face's library writes beside the data.
 const LONGEST_NOTE: usize = 8 << 20;
 
-/// Open files, one after the other.
+/// Files that are read one after the other.
 #[derive(Debug)]
 pub(super) struct Tables {
     files: Vec<PathBuf>,
     /// The path of the column of images.
     image: Vec<Arc<str>>,
+    /// Bytes that a page may take, beside the items.
+    held: u64,
 }
 
 /// What the files hold.
@@ -71,7 +73,7 @@ pub(super) fn read(
         items,
         numbers,
         first,
-        ..
+        held,
     } = found;
     let Some((_, layout)) = first.filter(|_| !items.is_empty()) else {
         return Err(DataError::Empty {
@@ -107,6 +109,7 @@ pub(super) fn read(
         tables: Tables {
             files,
             image: layout.image,
+            held: held.beside(),
         },
         items,
         labels,
@@ -137,7 +140,7 @@ struct FoundRows {
 impl FoundRows {
     /// Adds the rows of a file, which is the one of this number.
     fn add(&mut self, file: &Path, number: u32, label: Option<&str>) -> Result<(), DataError> {
-        let parquet = open(file)?;
+        let mut parquet = open(file)?;
         let found = columns(file, &parquet, label)?;
         let names = match found.label {
             Some(label) => names(file, &parquet, &parquet.columns[label])?,
@@ -153,6 +156,7 @@ impl FoundRows {
         )?;
         let begin = self.items.len();
         rows(file, number, parquet.rows, &mut self.items, &mut self.held)?;
+        parquet.hold_at_most(self.held.beside());
         if let Some(column) = found.label {
             each_cell(file, &parquet, column, |row, cell| {
                 self.items[begin + row as usize].label = self.label(file, row, cell, classes)?;
@@ -217,6 +221,16 @@ impl FoundRows {
                 _ => Err(fault(format!("row {row}: class {class} of {classes}"))),
             },
             (Some(cell), _) => {
+                if let Cell::Bytes(bytes) = cell
+                    && bytes.len() > class::LONGEST
+                {
+                    let message = format!(
+                        "row {row}: a class of {} bytes; names have at most {}: is this the column of classes?",
+                        bytes.len(),
+                        class::LONGEST
+                    );
+                    return Err(fault(message));
+                }
                 let text = self.held.label(&text(file, row, cell)?).map_err(fault)?;
                 let next = self.numbers.len() as u32;
                 Ok(*self.numbers.entry(text).or_insert(next))
@@ -494,7 +508,8 @@ impl Tables {
         take: &mut impl FnMut(usize, Vec<T>) -> Result<(), E>,
     ) -> Result<(), E> {
         let changed = || DataError::content(file, "fewer rows with images than a moment ago");
-        let parquet = open(file)?;
+        let mut parquet = open(file)?;
+        parquet.hold_at_most(self.held);
         let path: Vec<&str> = self.image.iter().map(|part| &**part).collect();
         let column = parquet.column(&path).ok_or_else(changed)?;
         let wrong = |error| wrong(file, error);

@@ -218,6 +218,14 @@ impl Source {
             .iter()
             .find(|name| folder.files.iter().any(|file| file == *name));
         if let Some(table) = table.or_else(|| inside.map(|name| path.join(name))) {
+            if o.label.is_some() {
+                let message = format!(
+                    "`label` names a column of Parquet files, but {} says what belongs to these images: its column is named \
+                     `label`",
+                    table.display()
+                );
+                return Err(DataError::content(path, message));
+            }
             return Self::open_table(o, path, &table);
         }
         // Archives or tables of images, where there are no images beside them.

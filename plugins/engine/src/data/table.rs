@@ -47,6 +47,9 @@ pub(super) const LONGEST_PATH: usize = 4096;
 /// below half a gigabyte.
 const ROOM: usize = 352 << 20;
 
+/// What else is held while rows are read has this beside what the rows leave of their room.
+const BESIDE: usize = 96 << 20;
+
 /// Bytes that a file takes beside its texts: as a row with its place, and as what a source makes of it.
 const EACH: usize = 144;
 
@@ -86,6 +89,11 @@ impl MemoryBudget {
         self.take(EACH + cost(name))?;
         self.rows += 1;
         Ok(())
+    }
+
+    /// Bytes for what is held beside the rows while they are read.
+    pub fn beside(&self) -> u64 {
+        (self.room + BESIDE) as u64
     }
 
     /// Makes room for some bytes.

@@ -4,6 +4,8 @@
 //! unconditional features behind the same padding, and these stay as they were drawn.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use retort_abi::{ArtifactMeta, LogLevel, StageResult};
@@ -23,7 +25,7 @@ use crate::numpy;
 use crate::random::{Sequence, Stream};
 use crate::size::Sides;
 use crate::stage::condition::Features;
-use crate::stage::condition::training::TrainingCaptions;
+use crate::stage::condition::training::{POSITIONS, TrainingCaptions};
 use crate::stage::tokenizer::batch_shape;
 use crate::stage::{Stage, batch_memory};
 use crate::tape::Variable;
@@ -113,7 +115,7 @@ fn attn_l2_norm() -> bool {
     true
 }
 fn caption_tokens() -> usize {
-    120
+    POSITIONS
 }
 fn label_dropout() -> f64 {
     0.1
@@ -651,24 +653,37 @@ fn tokens<B: Backend>(
     }
     let tokens = encode_all(context, source, images, mirrored, at_once)?;
     replace(&path, |partial| {
-        let mut bytes = numpy::header("<u4", &[images.len(), tokens.len() / images.len()]);
-        bytes.extend(tokens.iter().flat_map(|token| token.to_le_bytes()));
-        std::fs::write(partial, bytes).map_err(Error::io(partial))
+        let header = numpy::header("<u4", &[images.len(), tokens.len() / images.len()]);
+        let write = || {
+            let mut file = BufWriter::new(File::create(partial)?);
+            file.write_all(&header)?;
+            for token in &tokens {
+                file.write_all(&token.to_le_bytes())?;
+            }
+            file.flush()
+        };
+        write().map_err(Error::io(partial))
     })?;
     Ok(tokens)
 }
 
+/// Images whose tokens are read from a file at a time.
+const READ_AT_ONCE: usize = 4096;
+
 /// Tokens of so many images in a file, if it is whole.
 fn kept_tokens(path: &Path, images: usize, vocabulary: usize) -> Option<Vec<u32>> {
     let rows = numpy::Rows::open(path).ok()?;
-    let count = match *rows.shape() {
-        [n, l] if n == images && rows.kind() == "u4" => n.checked_mul(l)?,
+    let l = match *rows.shape() {
+        [n, l] if n == images && rows.kind() == "u4" => l,
         _ => return None,
     };
-    let mut bytes = vec![0; count * 4];
-    rows.read_bytes(0, &mut bytes).ok()?;
-    let (quads, _) = bytes.as_chunks();
-    let found: Vec<u32> = quads.iter().map(|quad| u32::from_le_bytes(*quad)).collect();
+    let mut found = Vec::with_capacity(images.checked_mul(l)?);
+    for start in (0..images).step_by(READ_AT_ONCE) {
+        let mut bytes = vec![0; READ_AT_ONCE.min(images - start) * l * 4];
+        rows.read_bytes((start * l * 4) as u64, &mut bytes).ok()?;
+        let (quads, _) = bytes.as_chunks();
+        found.extend(quads.iter().map(|quad| u32::from_le_bytes(*quad)));
+    }
     found
         .iter()
         .all(|token| (*token as usize) < vocabulary)

@@ -168,7 +168,22 @@ fn what_does_not_fit_is_named() {
         &folder("names"),
         "names/b.parquet: its images are in column image, those of",
     );
-    // A class of which no row is.
+    copy(
+        dir,
+        &[
+            ("long.parquet", "long.parquet"),
+            ("absent.parquet", "absent.parquet"),
+        ],
+    );
+    check(
+        &parquet("long.parquet"),
+        "long.parquet: row 0: a class of 2000 bytes; names have at most 1024",
+    );
+    check(
+        &parquet("absent.parquet"),
+        "absent.parquet: 1 of 3 classes have no image (cat, ...)",
+    );
+    // Notes that are no JSON.
     copy(dir, &[("train-00000-of-00002.parquet", "few.parquet")]);
     let path = dir.join("few.parquet");
     let mut bytes = std::fs::read(&path).unwrap();
@@ -191,4 +206,7 @@ fn what_does_not_fit_is_named() {
     };
     save(dir, "images/a.png", grey(1));
     check(&labelled, "images: no Parquet files alone in it");
+    let table = "{\"file_name\": \"a.png\", \"label\": \"x\"}\n";
+    std::fs::write(dir.join("images/metadata.jsonl"), table).unwrap();
+    check(&labelled, "images: `label` names a column of Parquet files");
 }

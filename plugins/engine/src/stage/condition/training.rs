@@ -13,6 +13,9 @@ use crate::files::{replace, resolve};
 use crate::model::CaptionShape;
 use crate::text::TextEncoder;
 
+/// `caption_tokens` where it is not given: as published.
+pub const POSITIONS: usize = 120;
+
 /// Options of a training on captions.
 #[derive(Clone, Copy)]
 pub struct TrainingCaptions<'o> {
@@ -45,6 +48,10 @@ impl TrainingCaptions<'_> {
         if self.text_encoder.is_some() && self.features.is_some() {
             let message = "a text encoder makes features of the images' captions: keep one of `text_encoder` and `features`";
             return Err(Error::option("/features", message));
+        }
+        if !self.are_given() && self.positions != POSITIONS {
+            let message = "there are no captions without `text_encoder` or `features`";
+            return Err(Error::option("/caption_tokens", message));
         }
         let existing = |path: &str| Some(resolve(base, path)).filter(|path| path.exists());
         if let Some(folder) = self.text_encoder.and_then(existing) {
