@@ -44,6 +44,7 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
             Ok(false) | Err(_) => ControlFlow::Break(()),
         }
     };
+    keep_quiet();
     context.runtime()?.block_on(async {
         let store = Store::open(&context.store, Access::ReadOnly).await?;
         let sql = sql.map_or(VIEWS, String::as_str);
@@ -62,6 +63,19 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     Ok(())
 }
 
+/// The library's thread panics where a copy of a value does not fit in memory. That its connection is broken is an error, and
+/// told as one.
+fn keep_quiet() {
+    let others = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let thread = std::thread::current();
+        let is_of_library = |name: &str| name.starts_with("sqlx-sqlite-worker");
+        if !thread.name().is_some_and(is_of_library) {
+            others(panic);
+        }
+    }));
+}
+
 /// Errors in the statement are the user's to fix.
 fn of_statement(error: StoreError) -> Error {
     let wrong = || Error::new(Exit::Usage, "the statement failed");
@@ -70,6 +84,12 @@ fn of_statement(error: StoreError) -> Error {
         endless @ StoreError::Endless { .. } => return wrong().cause(&endless).hint(MORE),
         error => return error.into(),
     };
+    if matches!(error, sqlx::Error::WorkerCrashed) {
+        let mut shown = wrong().hint("query fewer columns at a time, or shorter values");
+        let cause = "a row of the answer does not fit in memory";
+        shown.causes.push(cause.to_owned());
+        return shown;
+    }
     let Some(database) = error.as_database_error() else {
         return StoreError::Sql(error).into();
     };

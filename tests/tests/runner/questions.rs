@@ -202,4 +202,9 @@ fn values_that_grow_without_bound_are_refused() {
     assert!(peak < 900_000, "{peak} kB");
     lab.retort(&["query", &format!("select {doubled}")])
         .expect(0);
+    // SQLite has room for the row, and the library none for its copy: the connection breaks.
+    let twice = vec!["zeroblob(30000000)"; 16].join(", ");
+    let (_, said) = weighed(&lab, &format!("select {twice}"));
+    said.expect(2)
+        .saying(&["a row of the answer does not fit in memory"]);
 }

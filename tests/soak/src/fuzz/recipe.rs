@@ -196,7 +196,8 @@ fn exercise_sweep(bytes: &[u8]) -> String {
         return points(&sweep);
     }
     let given = text.lines().filter_map(|line| line.strip_prefix("#sweep "));
-    let given: Vec<Parameter> = match given.map(Parameter::parse).collect() {
+    let given = given.map(Parameter::parse).collect::<Result<Vec<_>, _>>();
+    let given = match given {
         Ok(given) => given,
         Err(error) => return error.to_string(),
     };
