@@ -279,8 +279,6 @@ impl Settings {
         let written = |pick: fn(&Partial) -> Option<&Text>| {
             self.pick(kind, pick).map(|(text, _)| text.text())
         };
-        self.check_trusted(kind, "sbatch", |partial| partial.sbatch.is_some())?;
-        self.check_trusted(kind, "prologue", |partial| partial.prologue.is_some())?;
         let sbatch = self.pick(kind, |partial| partial.sbatch.as_ref());
         for option in sbatch.iter().flat_map(|(options, _)| options.iter()) {
             let origin = sbatch.map_or("", |(_, origin)| origin);
@@ -296,6 +294,8 @@ impl Settings {
                 )));
             }
         }
+        self.check_trusted(kind, "sbatch", |partial| partial.sbatch.is_some())?;
+        self.check_trusted(kind, "prologue", |partial| partial.prologue.is_some())?;
         Ok(Profile {
             partition: text(|partial| partial.partition.as_ref()),
             account: text(|partial| partial.account.as_ref()),

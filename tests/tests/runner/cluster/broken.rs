@@ -29,7 +29,8 @@ impl Fake {
             ),
             (
                 "squeue",
-                "[ -e silent ] && { echo 'Unable to contact slurm controller' >&2; exit 1; }; cat queue; exit 0",
+                "[ -e silent ] && { echo 'Unable to contact slurm controller' >&2; exit 1; }
+                 case \"$*\" in *--name=*) echo 1;; *) cat queue;; esac",
             ),
             (
                 "sacct",
