@@ -29,7 +29,7 @@ pub struct Draft {
     _held: File,
 }
 
-/// What stands in the name of a draft behind that of its target, in front of sixteen digits.
+/// What stands in the name of a draft behind that of its target, in front of [`own_machine`] and eight more digits.
 const MARK: &str = ".retort-";
 /// Bytes of a target's name that are taken over.
 const LONGEST_NAME: usize = 200;
@@ -149,16 +149,22 @@ impl Draft {
         let name = &name.as_bytes()[..name.len().min(LONGEST_NAME)];
         for _ in 0..1000 {
             // The standard library's hash keys are the operating system's random numbers.
-            let chance = std::hash::RandomState::new().build_hasher().finish();
-            let unique = [b".", name, format!("{MARK}{chance:016x}").as_bytes()].concat();
+            let chance = std::hash::RandomState::new().build_hasher().finish() as u32;
+            let digits = format!("{MARK}{}{chance:08x}", own_machine());
+            let unique = [b".", name, digits.as_bytes()].concat();
             let path = parent.join(OsStr::from_bytes(&unique));
             match make(&path) {
                 Ok(made) => {
                     match made.try_lock() {
                         Ok(()) if is_of(&path, &made) => {}
-                        // Between the two calls another process has taken it for one that was left.
-                        Ok(()) | Err(TryLockError::WouldBlock) => continue,
-                        // A file system without locks: it will not be taken for one either.
+                        // Between the two calls another process has taken it for one that was left, and removes it.
+                        Ok(()) => continue,
+                        // Or only looks at it: it is empty.
+                        Err(TryLockError::WouldBlock) => {
+                            let _ = fs::remove_file(&path).or_else(|_| fs::remove_dir(&path));
+                            continue;
+                        }
+                        // A file system without locks: nobody can lock it to take it for one that was left.
                         Err(TryLockError::Error(_)) => {}
                     }
                     let draft = Self {
@@ -198,12 +204,21 @@ fn is_of(path: &Path, file: &File) -> bool {
     matches!((fs::symlink_metadata(path), file.metadata()), (Ok(there), Ok(open)) if of(&there) == of(&open))
 }
 
-/// Drafts in a folder that processes of this user have left which were killed: with the lock on each, which is held now.
+/// Eight digits of this machine's name. Locks need not reach from one machine to another, so that drafts of others are left
+/// alone.
+fn own_machine() -> String {
+    let name = fs::read("/proc/sys/kernel/hostname").unwrap_or_default();
+    blake3::hash(&name).to_hex()[..8].to_owned()
+}
+
+/// Drafts in a folder that processes of this user on this machine have left which were killed: with the lock on each, which is
+/// held now.
 fn left_in(folder: &Path) -> Vec<(PathBuf, File)> {
-    let is_digits = |digits: &[u8]| digits.len() == 16 && digits.iter().all(u8::is_ascii_hexdigit);
+    let mark = format!("{MARK}{}", own_machine());
     let has_name = |name: &[u8]| {
-        let (head, digits) = name.split_at(name.len().saturating_sub(16));
-        name.starts_with(b".") && head.ends_with(MARK.as_bytes()) && is_digits(digits)
+        let (head, digits) = name.split_at(name.len().saturating_sub(8));
+        let is_digits = digits.iter().all(u8::is_ascii_hexdigit);
+        name.starts_with(b".") && head.ends_with(mark.as_bytes()) && is_digits
     };
     // SAFETY: a plain system call that cannot fail.
     let user = unsafe { libc::geteuid() };

@@ -15,7 +15,7 @@ use crate::store::ArtifactRecord;
 /// Longest frame that is sent or accepted, in bytes.
 pub const LIMIT: usize = 64 << 20;
 /// Most memory that a message may take once it is read, as [`weight`] reckons.
-const HEAVIEST: usize = 192 << 20;
+const HEAVIEST: usize = 256 << 20;
 /// Messages up to this length are read without being weighed first.
 const LIGHT: usize = 256 << 10;
 
@@ -249,17 +249,21 @@ pub fn decode<T: DeserializeOwned>(json: &[u8]) -> Result<T, FrameError> {
     serde_json::from_slice(json).map_err(FrameError::Malformed)
 }
 
-/// Bytes that JSON may take in memory, roughly and at most: a value of two letters becomes one of 32 bytes, an object the node
-/// of a tree.
+/// Bytes that JSON may take in memory, roughly: a number of one digit becomes a value in a list that has room for twice as many,
+/// a text has its own place, an object with one entry has room for four.
 fn weight(json: &[u8]) -> usize {
+    const VALUE: usize = 2 * size_of::<serde_json::Value>();
     let (mut weight, mut quoted, mut escaped) = (json.len(), false, false);
     for &byte in json {
         match byte {
             _ if escaped => escaped = false,
             b'\\' if quoted => escaped = true,
-            b'"' => quoted = !quoted,
+            b'"' => {
+                quoted = !quoted;
+                weight += 16;
+            }
             _ if quoted => {}
-            b',' => weight += 32,
+            b',' => weight += VALUE,
             b'[' => weight += 128,
             b'{' => weight += 640,
             _ => {}

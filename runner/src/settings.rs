@@ -333,7 +333,7 @@ impl Settings {
                     layer.origin
                 ),
                 hint: Some(format!(
-                    "read it, then: retort trust '{}'; or set slurm.{name} yourself, in your own {FILE} or with --slurm",
+                    "read {}, then run `retort trust` in its directory; or set slurm.{name} yourself, in your own {FILE} or with --slurm",
                     layer.origin
                 )),
             }),

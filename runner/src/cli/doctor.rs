@@ -331,7 +331,8 @@ fn free_space(dir: &Path) -> Option<u64> {
 fn drafts(checks: &mut Vec<Check>) {
     for path in draft::abandoned(Path::new(".")) {
         let what = format!("{} was left by a command that was killed", path.display());
-        let repair = "remove it; the next export or merge into this directory does";
+        let repair =
+            "remove it; the next `artifacts export` or `dataset merge` into this directory does";
         checks.push(Check::new("draft", Verdict::Odd, what).repair(repair));
     }
 }
@@ -359,7 +360,7 @@ fn cluster(runtime: &Runtime, context: &Context, checks: &mut Vec<Check>) {
     for path in settings.untrusted() {
         let what = format!("{path} has lines that run in jobs, and is not trusted as it is now");
         let check = Check::new("settings", Verdict::Odd, what);
-        checks.push(check.repair(format!("read it, then: retort trust '{path}'")));
+        checks.push(check.repair("read it, then run `retort trust` in its directory".to_owned()));
     }
     let wanted = settings.executor().0 == Executor::Slurm;
     let slurm = Slurm::default();

@@ -13,7 +13,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::{DirBuilderExt, FileExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -36,8 +36,8 @@ const CHUNK: usize = 1 << 20;
 const STALE_TRIES: u32 = 10;
 /// Bytes of the longest order that is read.
 const LONGEST_ORDER: u64 = 16 << 20;
-/// Elements that a job may have: more than Slurm's arrays (`MaxArraySize` is at most 4,000,001).
-const MOST_ELEMENTS: usize = 1 << 20;
+/// Elements that a job may have.
+const MOST_ELEMENTS: usize = 1 << 17;
 /// Time between two writes of an element.
 const INTERVALS: std::ops::RangeInclusive<Duration> =
     Duration::from_millis(1)..=Duration::from_secs(24 * 3600);
@@ -258,10 +258,12 @@ pub fn patiently<T>(mut act: impl FnMut() -> io::Result<T>) -> io::Result<T> {
 /// [`SpoolError::Io`].
 pub fn write_order(dir: &Path, order: &JobSpec) -> Result<(), SpoolError> {
     let path = dir.join(ORDER);
-    let text = serde_json::to_vec(order).map_err(|error| SpoolError::Damaged {
+    let wrong = |message| SpoolError::Damaged {
         path: path.clone(),
-        message: error.to_string(),
-    })?;
+        message,
+    };
+    order.check().map_err(wrong)?;
+    let text = serde_json::to_vec(order).map_err(|error| wrong(error.to_string()))?;
     put(&path, &text).map_err(failed("write", &path))
 }
 
@@ -270,17 +272,21 @@ pub fn write_order(dir: &Path, order: &JobSpec) -> Result<(), SpoolError> {
 /// # Errors
 /// What the file system says.
 pub fn make_dir(dir: &Path) -> io::Result<()> {
+    let make = |dir: &Path| match fs::DirBuilder::new().mode(0o755).create(dir) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        made => made,
+    };
     if let Some(parent) = dir.parent() {
-        fs::create_dir_all(parent)?;
+        if let Some(work) = parent.parent() {
+            fs::create_dir_all(work)?;
+        }
+        make(parent)?;
     }
-    match fs::DirBuilder::new().mode(0o755).create(dir) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-        made => made?,
-    }
+    make(dir)?;
     check_folders(&dir.join(STOP))
 }
 
-/// Refuses a file to which a link leads within its spool.
+/// Refuses a file to which a link leads within its spool, or where others could put another in its place.
 fn check_folders(path: &Path) -> io::Result<()> {
     for folder in path.ancestors().skip(1).take(3) {
         let found = fs::symlink_metadata(folder)?;
@@ -288,6 +294,15 @@ fn check_folders(path: &Path) -> io::Result<()> {
             let kind = regular::kind(found.file_type());
             let message = format!("{} is {kind}, not a directory", folder.display());
             return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+        }
+        // SAFETY: a plain system call that cannot fail.
+        let user = unsafe { libc::geteuid() };
+        if found.uid() != user || found.mode() & 0o022 != 0 {
+            let message = format!(
+                "{} belongs to somebody else, or others may write to it: jobs run what it says",
+                folder.display()
+            );
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, message));
         }
         if folder.file_name().is_none_or(|name| name == FOLDER) {
             break;

@@ -25,8 +25,9 @@ const MOST_POINTS: usize = 1 << 20;
 const MOST_BYTES: usize = 32 << 20;
 /// Lines that one attempt may have in the store; a plugin that logs endlessly must not fill the disk.
 const MOST_LINES: usize = 50_000;
-/// Series that one attempt may have: the history and this process hold something of each.
+/// Series that one attempt may have, and those of all its parts: the history and this process hold something of each.
 const MOST_SERIES: usize = 16_384;
+const MOST_SERIES_OF_PARTS: usize = 1 << 18;
 /// How long the end of an attempt waits for the last rows.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -62,6 +63,8 @@ struct Waiting {
     lines_taken: usize,
     /// All series so far.
     series: HashSet<String>,
+    /// Their names, without the numbers of parts.
+    names: HashSet<String>,
     /// Whether there were too many of them.
     has_more_series: bool,
     /// What is waiting.
@@ -206,7 +209,15 @@ impl Waiting {
         if self.series.contains(series) {
             return true;
         }
-        if self.series.len() < MOST_SERIES {
+        let name = series
+            .rsplit_once("/part-")
+            .map_or(series, |(name, _)| name);
+        let has_name = self.names.contains(name);
+        if (has_name || self.names.len() < MOST_SERIES) && self.series.len() < MOST_SERIES_OF_PARTS
+        {
+            if !has_name {
+                self.names.insert(name.to_owned());
+            }
             return self.series.insert(series.to_owned());
         }
         if !std::mem::replace(&mut self.has_more_series, true) {

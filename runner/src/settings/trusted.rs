@@ -103,7 +103,13 @@ mod tests {
                 error.message.contains("have not trusted"),
                 "{lines}: {error}"
             );
-            assert!(error.hint.unwrap().contains("retort trust '"), "{lines}");
+            assert!(
+                error
+                    .hint
+                    .unwrap()
+                    .contains("`retort trust` in its directory"),
+                "{lines}"
+            );
             let settings = Settings::read(&project, &given).unwrap();
             assert_eq!(settings.untrusted().count(), 1);
             // Where they do not count they are not asked about.

@@ -176,7 +176,7 @@ fn current(dir: &Path) -> io::Result<Option<(u64, Host)>> {
             Err(error) => return Err(error),
         };
         let numbers = names.filter_map(|name| name.to_str()?.parse::<u64>().ok());
-        // Nobody has got that far.
+        // More numbers than hosts can have taken: nobody wrote it.
         let numbers = numbers.filter(|number| *number < u64::MAX / 2);
         let Some(mut number) = numbers.max() else {
             return Ok(None);

@@ -63,7 +63,7 @@ impl Holder {
         {
             started(self.pid) == Some(self.process_started)
         } else {
-            // A clock ahead of ours, but not one that nobody's is: that run would never end.
+            // A clock may be ahead of ours, but not so far that the run would never end.
             now.since(heartbeat) <= HEARTBEAT_LIMIT && heartbeat.since(now) <= AHEAD_LIMIT
         }
     }

@@ -28,9 +28,9 @@ impl Store {
         }
     }
 
-    /// The run that is continued when none is named: of this store's own runs the latest that has come to no end, and was not
-    /// continued since; one of a sweep where that was the latest of all, because the sweep may have points that never
-    /// began; else the latest. `left` are the runs that go on in Slurm without a runner.
+    /// The run that is continued when none is named: of this store's own runs the latest that has come to no end, where it was
+    /// not continued, and its recipe has not succeeded since; one of a sweep where that was the latest of all, because the
+    /// sweep may have points that never began; else the latest. `left` are the runs that go on in Slurm without a runner.
     ///
     /// # Errors
     /// [`StoreError::NothingToResume`], [`StoreError::Damaged`], [`StoreError::Sql`].
@@ -41,7 +41,9 @@ impl Store {
              select id from own
              order by ((state in ('failed', 'interrupted', 'lost')
                            or id in (select value from json_each(?1)) or id in (select value from json_each(?2)))
-                       and id not in (select resumed_from from runs where resumed_from is not null))
+                       and id not in (select resumed_from from runs where resumed_from is not null)
+                       and not exists (select 1 from runs later where later.recipe = own.recipe and later.key > own.key
+                                       and later.recipe_path = own.recipe_path and later.state = 'succeeded'))
                        or (sweep is not null and key = (select max(key) from own)) desc,
                       key desc limit 1",
         )

@@ -230,8 +230,18 @@ impl Store {
         .await?;
         let Some(row) = row else { return Ok(None) };
         let base: i64 = row.try_get("base")?;
-        let points = unpacked(&row, &series.series)?.into_iter();
-        let points = points.map(|point| SeriesPoint {
+        let points = unpacked(&row, &series.series)?;
+        // Or the same block would come again and again.
+        let goes_on = |point: &BlockPoint| after.is_none_or(|after| point.step > clamped(after));
+        if points.last().is_some_and(|last| !goes_on(last)) {
+            return Err(StoreError::Damaged {
+                message: format!(
+                    "a block has steps before its first (series `{}`)",
+                    series.series
+                ),
+            });
+        }
+        let points = points.into_iter().map(|point| SeriesPoint {
             stage: series.stage.clone(),
             series: series.series.clone(),
             step: point.step.cast_unsigned(),

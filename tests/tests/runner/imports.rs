@@ -703,10 +703,15 @@ fn an_imported_run_is_resumed_by_name_only() {
         "no run to resume: 1 run(s) here come from another store",
         "retort resume RUN",
     ]);
-    // One of its own, older than what is imported next, and one that has succeeded.
+    // One of its own, older than what is imported next. An older one was made up for.
     lab.run(&[]).expect(100);
-    let own = lab.latest().unwrap().summary.id.0;
     lab.run(&["--set", "a.act=succeed"]).expect(0);
+    let done = lab.latest().unwrap().summary.id.0;
+    lab.retort(&["resume"])
+        .expect(0)
+        .saying(&[&format!("resuming run {done}")]);
+    lab.run(&["--set", "a.text=again"]).expect(100);
+    let own = lab.latest().unwrap().summary.id.0;
     let another = Lab::new(&["a: {kind: do, act: fail}"]);
     another.run(&[]).expect(100);
     let last = another.dir.path().join("last.db");

@@ -449,6 +449,12 @@ fn unpack(codec: Codec, bytes: &[u8], out: &mut [u8]) -> Result<()> {
     let damaged = |why: &dyn std::fmt::Display| {
         Error::format(format!("a damaged page, which cannot be unpacked: {why}"))
     };
+    // Where all cells are missing, some writers pack no bytes into none.
+    if bytes.is_empty() && out.is_empty() {
+        return Ok(());
+    }
+    // What unpacks Zstandard holds as much again as it gives, up to its window.
+    let window = (out.len() as u64).max(LEAST_WINDOW);
     let mut fill = |reader: &mut dyn Read| {
         reader.read_exact(out).map_err(|e| damaged(&e))?;
         match reader.read(&mut [0]) {
@@ -457,10 +463,6 @@ fn unpack(codec: Codec, bytes: &[u8], out: &mut [u8]) -> Result<()> {
             Err(e) => Err(damaged(&e)),
         }
     };
-    // Where all cells are missing, some writers pack no bytes into none.
-    if bytes.is_empty() && out.is_empty() {
-        return Ok(());
-    }
     match codec {
         Codec::Snappy => {
             let length = snap::raw::decompress_len(bytes).map_err(|e| damaged(&e))?;
@@ -472,8 +474,6 @@ fn unpack(codec: Codec, bytes: &[u8], out: &mut [u8]) -> Result<()> {
         }
         Codec::Gzip => fill(&mut flate2::read::MultiGzDecoder::new(bytes)),
         Codec::Zstd => {
-            // It holds as much again as it gives, up to its window.
-            let window = (out.len() as u64).max(LEAST_WINDOW);
             let reader =
                 ruzstd::decoding::StreamingDecoder::new_with_max_window_size(bytes, window);
             fill(&mut reader.map_err(|e| damaged(&e))?)

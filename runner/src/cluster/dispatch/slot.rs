@@ -57,8 +57,13 @@ const MOST_FILES: usize = 1 << 20;
 impl PendingEnd {
     /// Keeps a frame, unless there are too many.
     fn hold(&mut self, frame: FromWorker) -> bool {
-        if let FromWorker::Artifact { record, .. } = &frame {
-            self.files += record.files.len();
+        match &frame {
+            FromWorker::Artifact { record, .. } => self.files += record.files.len(),
+            // Of several answers the last counts.
+            FromWorker::Answer(_) => self
+                .frames
+                .retain(|held| !matches!(held, FromWorker::Answer(_))),
+            _ => {}
         }
         self.frames.push(frame);
         self.frames.len() <= MOST_FRAMES && self.files <= MOST_FILES
@@ -89,7 +94,7 @@ pub struct Slot {
     pub life: Option<u32>,
     /// How the last life ended, by its own words.
     pub over: Option<LifeEnd>,
-    /// Why what it told cannot be.
+    /// Why its records cannot be true.
     pub broken: Option<&'static str>,
     /// How often it was submitted again.
     pub tries: u32,
