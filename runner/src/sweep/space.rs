@@ -128,6 +128,24 @@ impl Values {
         }
     }
 
+    /// Whether they are values that can be written: a recorded sweep may come from elsewhere.
+    ///
+    /// # Errors
+    /// What is wrong, in words.
+    pub fn check(&self) -> Result<(), String> {
+        match *self {
+            Self::Choice(ref values) if values.is_empty() => Err("no values".to_owned()),
+            Self::Choice(_) => Ok(()),
+            Self::Whole { min, max, log } => Self::whole(min, max, log).map(drop),
+            Self::Real {
+                min,
+                max,
+                log,
+                count,
+            } => Self::real(min, max, log, count).map(drop),
+        }
+    }
+
     /// How many values there are; none where they are not counted.
     pub(super) fn count(&self) -> Option<u64> {
         match self {
@@ -167,6 +185,9 @@ impl Sweep {
     pub fn points(&self) -> Result<Vec<Vec<String>>, SpaceError> {
         for (place, parameter) in self.parameters.iter().enumerate() {
             let path = &parameter.path;
+            parameter.values.check().map_err(|message| {
+                SpaceError::new(format!("`{path}`: {message}"), "correct the range")
+            })?;
             if self.parameters[..place]
                 .iter()
                 .any(|other| other.path == *path)

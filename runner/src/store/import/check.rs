@@ -19,7 +19,7 @@ use crate::artifact::is_hash;
 use crate::store::record::is_run_id;
 use crate::store::sweep::is_sweep_id;
 use crate::store::{StoreError, Time, block};
-use crate::sweep::{MAX_POINTS, Sweep};
+use crate::sweep::{MAX_POINTS, Parameter, Sweep};
 
 /// Why a draft does not go into the store.
 pub(super) enum Refusal {
@@ -100,7 +100,7 @@ const RULES: &[(&str, &[(&str, Rule)])] = &[
             ("recipe_path", Text),
             ("recipe_text", Text),
             ("settings", Json(is::<Vec<String>>)),
-            ("definition", Json(is::<Sweep>)),
+            ("definition", Json(is_sweep)),
             ("selection", Json(is::<Map<String, Value>>)),
             ("points", Natural),
             ("created", Moment),
@@ -286,6 +286,11 @@ fn is<T: DeserializeOwned>(text: &str) -> bool {
 fn is_meta(text: &str) -> bool {
     serde_json::from_str::<ArtifactMeta>(text)
         .is_ok_and(|meta| meta.preview.as_deref().is_none_or(artifact::is_inner_path))
+}
+
+fn is_sweep(text: &str) -> bool {
+    let is_sound = |parameter: &Parameter| parameter.values.check().is_ok();
+    serde_json::from_str::<Sweep>(text).is_ok_and(|sweep| sweep.parameters.iter().all(is_sound))
 }
 
 fn is_source(text: &str) -> bool {
@@ -481,6 +486,27 @@ mod tests {
         }
         assert!(!artifact::is_inner_path(&"x".repeat(256)));
         assert!(!artifact::is_inner_path(&"x/".repeat(4000)));
+    }
+
+    #[test]
+    fn ranges_of_sweeps_go_upwards() {
+        let sweep = |values: &str| {
+            format!(
+                r#"{{"parameters":[{{"path":"seed",{values}}}],"objective":null,"sample":null,"asha":null}}"#
+            )
+        };
+        assert!(is_sweep(&sweep(r#""whole":{"min":1,"max":3,"log":true}"#)));
+        for wrong in [
+            r#""whole":{"min":3,"max":1,"log":false}"#,
+            r#""whole":{"min":0,"max":3,"log":true}"#,
+            r#""real":{"min":65536.0,"max":1.0,"log":true,"count":1}"#,
+            r#""real":{"min":0.0,"max":1.0,"log":false,"count":0}"#,
+            r#""choice":[]"#,
+        ] {
+            assert!(!is_sweep(&sweep(wrong)), "{wrong}");
+            let read: Sweep = serde_json::from_str(&sweep(wrong)).unwrap();
+            assert!(read.points().is_err(), "{wrong}");
+        }
     }
 
     #[test]
