@@ -746,9 +746,10 @@ fn what_is_named_often_costs_what_it_costs_once_or_is_refused() {
         )
     };
     let outputs = many(
-        400_000,
+        120_000,
         "insert into outputs (attempt, artifact, kind, name, meta, created)
-         select o.attempt, o.artifact, o.kind, o.name, o.meta, o.created from n, (select * from outputs limit 1) o",
+         select o.attempt, o.artifact, o.kind, o.name, '{\"x\": \"' || printf('%.*c', 500, 'y') || '\"}', o.created
+         from n, (select * from outputs limit 1) o",
     );
     let stages = many(
         100_000,
