@@ -442,9 +442,15 @@ mod tests {
         for _ in 0..2 {
             recorder.points((0..MOST_SERIES + 100).map(of));
         }
+        // Those of parts share a name.
+        let of_part = |part: usize| Points {
+            series: format!("s0/part-{part}"),
+            ..of(0)
+        };
+        recorder.points((1..=50).map(of_part));
         recorder.end().await;
         let series = store.last_metrics(&run).await.unwrap();
-        assert_eq!(series.len(), MOST_SERIES);
+        assert_eq!(series.len(), MOST_SERIES + 50);
         let log: Vec<String> = sqlx::query_scalar("select text from logs")
             .fetch_all(store.pool())
             .await
