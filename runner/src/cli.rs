@@ -28,6 +28,7 @@ pub mod output;
 pub mod plan;
 pub mod plugin;
 pub mod query;
+pub mod ranks;
 pub mod report;
 pub mod resume;
 pub mod run;

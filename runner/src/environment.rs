@@ -41,6 +41,11 @@ pub fn collect(recipe_dir: &Path) -> Value {
     Value::Object(facts)
 }
 
+/// The name of this machine; empty where the system does not tell.
+pub fn host_name() -> String {
+    line_of("/proc/sys/kernel/hostname").unwrap_or_default()
+}
+
 fn line_of(path: &str) -> Option<String> {
     let text = std::fs::read_to_string(path).ok()?;
     Some(text.trim().to_owned()).filter(|text| !text.is_empty())

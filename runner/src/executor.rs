@@ -142,6 +142,7 @@ async fn carry_out(
             judged: Mutex::new(None),
             reached: Notify::new(),
             cluster: options.cluster.clone(),
+            board: options.board.clone(),
         });
         let mut scheduler = Scheduler::open(plan, roles, sources, &run, context, options).await?;
         (scheduler.context.listener)(Event::RunBegan { run: run.clone() });

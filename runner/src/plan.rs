@@ -92,6 +92,9 @@ pub struct PlannedStage {
     /// Whether these work on the same thing and wait for each other.
     #[serde(default)]
     pub together: bool,
+    /// With how few workers it may go on when others are lost for good; none: with all or not at all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min_workers: Option<usize>,
     /// Seed of all its random numbers; below 2^53, so that JSON readers keep it.
     pub seed: u64,
     /// When to end an attempt; `None` is never.
@@ -103,6 +106,9 @@ pub struct PlannedStage {
     pub references: Vec<Reference>,
     /// Where in the options files are named.
     pub files: Vec<FileOption>,
+    /// Where in the options stands what changes no result.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub free: Vec<String>,
     /// Kind of the artifact that references to this stage stand for.
     pub output_kind: String,
     /// Revision of the stage's kind: part of the digest.

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
-use retort_abi::{Description, Device, Diagnostic, Failure, StageJob};
+use retort_abi::{Description, Device, Diagnostic, Failure, StageJob, StageKind};
 use tokio::runtime::Runtime;
 
 use crate::artifact;
@@ -232,6 +232,21 @@ pub fn name_of(file: &str) -> Option<(String, Option<String>)> {
     (!name.is_empty() && !odd).then(|| (name.to_owned(), variant.map(str::to_owned)))
 }
 
+/// Whether builds of a plugin do the same. Whether workers can train together may depend on the device.
+fn alike(some: &[StageKind], others: &[StageKind]) -> bool {
+    let same = |(one, other): (&StageKind, &StageKind)| {
+        let divisible = match one.together {
+            true => one.divisible,
+            false => other.divisible,
+        };
+        *one == StageKind {
+            divisible,
+            ..other.clone()
+        }
+    };
+    some.len() == others.len() && some.iter().zip(others).all(same)
+}
+
 /// The variants of a plugin that has also a file without one.
 fn variants(name: &str, dirs: &[SearchDir]) -> Vec<PluginFile> {
     let key = name.replace('-', "_");
@@ -423,12 +438,13 @@ impl Descriptions for Plugins<'_> {
             return Vec::new();
         };
         let base = &base.description;
-        let alike = |found: &PluginFile| {
+        let build = |found: &PluginFile| {
             let (identity, description) = self.describe_file(&found.path)?;
             let path = found.path.display();
             let odd = if identity.name != plugin {
                 format!("{path} calls itself `{}`", identity.name)
-            } else if identity.version != base.version || description.stages != base.stages {
+            } else if identity.version != base.version || !alike(&description.stages, &base.stages)
+            {
                 format!("{path} is of another version than the plugin itself")
             } else {
                 return Ok(Build::new(identity, description));
@@ -438,7 +454,7 @@ impl Descriptions for Plugins<'_> {
                 hint: Some("build both anew, or remove the variant".into()),
             })
         };
-        let found: Vec<_> = variants(plugin, &self.dirs).iter().map(alike).collect();
+        let found: Vec<_> = variants(plugin, &self.dirs).iter().map(build).collect();
         self.variants.insert(plugin.to_owned(), found.clone());
         found
     }

@@ -85,6 +85,8 @@ pub struct RecipeStage {
     pub threads: Option<usize>,
     /// Worker processes that divide its work.
     pub workers: Option<usize>,
+    /// How few of them may go on, as written.
+    pub min_workers: Option<usize>,
     /// When to end an attempt, as written.
     pub timeout: Option<String>,
     /// What it is for.
@@ -487,6 +489,7 @@ fn extract(
         seed: value.get("seed").and_then(Value::as_u64),
         threads: count(value, "threads"),
         workers: count(value, "workers"),
+        min_workers: count(value, "min_workers"),
         timeout: text(value, "timeout"),
         description: text(value, "description"),
         options: value

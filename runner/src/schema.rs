@@ -8,7 +8,7 @@
 //! schemars writes: `$ref` into `$defs` with siblings, `anyOf` with null for `Option`, `oneOf` of constants or of
 //! objects with a constant tag for enums, `default` beside each property.
 
-use retort_abi::Description;
+use retort_abi::{Description, StageKind};
 use serde_json::{Map, Value, json};
 
 use crate::sweep;
@@ -28,7 +28,7 @@ use violation::type_name;
 pub use violation::{Checker, Violation, check};
 
 /// Keys of a stage that the runner reads; all others are options of the stage's kind.
-pub const RESERVED: [&str; 9] = [
+pub const RESERVED: [&str; 10] = [
     "kind",
     "plugin",
     "device",
@@ -36,6 +36,7 @@ pub const RESERVED: [&str; 9] = [
     "seed",
     "threads",
     "workers",
+    "min_workers",
     "timeout",
     "description",
 ];
@@ -89,13 +90,17 @@ pub fn recipe_schema(plugins: &[Description]) -> Value {
             } else {
                 format!("stage.{kind}.{index}")
             };
-            let divisible = plugins
-                .iter()
-                .flat_map(|plugin| &plugin.stages)
-                .any(|stage| stage.kind == *kind && stage.divisible);
-            let keys = RESERVED
-                .into_iter()
-                .filter(|key| divisible || *key != "workers");
+            let mut stages = plugins.iter().flat_map(|plugin| &plugin.stages);
+            let divisible = |stage: &StageKind| stage.kind == *kind && stage.divisible;
+            let together = stages
+                .clone()
+                .any(|stage| divisible(stage) && stage.together);
+            let divisible = stages.any(divisible);
+            let keys = RESERVED.into_iter().filter(|key| match *key {
+                "workers" => divisible,
+                "min_workers" => together,
+                _ => true,
+            });
             let definition = stage_schema(schema, &prefix, (kind, summary), keys, &mut definitions);
             definitions.insert(prefix.clone(), definition);
             variants.push(json!({"$ref": format!("#/$defs/{prefix}")}));
@@ -277,6 +282,10 @@ fn open_stage_schema() -> Value {
         "workers": {
             "type": "integer", "minimum": 1, "maximum": MAX_WORKERS,
             "description": "Worker processes that divide this stage's work at the same time, if its kind can be divided. They share its threads and, where no GPU is named by its number, all usable GPUs. Default: 1."
+        },
+        "min_workers": {
+            "type": "integer", "minimum": 1, "maximum": MAX_WORKERS,
+            "description": "When workers of a training are lost, it goes on by itself with those that are left, from the last checkpoint, while they are at least so many. Default: all; `retort resume` goes on."
         },
         "timeout": {
             "type": "string",

@@ -35,6 +35,8 @@ pub enum Executor {
     Local,
     /// Jobs of a Slurm cluster.
     Slurm,
+    /// The processes that `torchrun` has started, of which this is one.
+    Torchrun,
 }
 
 impl Executor {
@@ -43,6 +45,7 @@ impl Executor {
         match self {
             Self::Local => "local",
             Self::Slurm => "slurm",
+            Self::Torchrun => "torchrun",
         }
     }
 }
@@ -76,6 +79,8 @@ pub struct Profile {
     pub signal: Duration,
     /// How often Slurm is asked.
     pub poll: Duration,
+    /// How long a training that can go on with fewer workers waits for all of them to be started again.
+    pub shrink_after: Duration,
 }
 
 /// Parts of a profile, as one origin gives them.
@@ -96,6 +101,8 @@ struct Partial {
     requeue: Option<u32>,
     signal: Option<String>,
     poll: Option<String>,
+    #[serde(alias = "shrink_after")]
+    shrink_after: Option<String>,
     /// By kind of stage; only at the top.
     #[serde(default)]
     kinds: BTreeMap<String, Partial>,
@@ -179,6 +186,7 @@ fn wrong(message: impl Into<String>) -> SettingsError {
 const DEFAULT_REQUEUE: u32 = 3;
 const DEFAULT_SIGNAL: Duration = Duration::from_secs(120);
 const DEFAULT_POLL: Duration = Duration::from_secs(10);
+const DEFAULT_SHRINK_AFTER: Duration = Duration::from_secs(600);
 /// Options of `sbatch` that are retort's own.
 const OWN: [&str; 14] = [
     "--array",
@@ -216,8 +224,9 @@ impl Settings {
         let executor = executor.map(|name| match name {
             "local" => Ok(Executor::Local),
             "slurm" => Ok(Executor::Slurm),
+            "torchrun" => Ok(Executor::Torchrun),
             other => Err(wrong(format!(
-                "RETORT_EXECUTOR is `{other}`; it can be `local` or `slurm`"
+                "RETORT_EXECUTOR is `{other}`; it can be `local`, `slurm` or `torchrun`"
             ))),
         });
         let words = given.slurm_variable.as_deref().unwrap_or_default();
@@ -314,6 +323,9 @@ impl Settings {
                 .map_or(DEFAULT_REQUEUE, |(count, _)| *count),
             signal: time("signal", DEFAULT_SIGNAL, |partial| partial.signal.as_ref())?,
             poll: time("poll", DEFAULT_POLL, |partial| partial.poll.as_ref())?,
+            shrink_after: time("shrink-after", DEFAULT_SHRINK_AFTER, |partial| {
+                partial.shrink_after.as_ref()
+            })?,
         })
     }
 
@@ -445,6 +457,7 @@ impl Partial {
             ("requeue", self.requeue.map(|count| count.to_string())),
             ("signal", text(&self.signal)),
             ("poll", text(&self.poll)),
+            ("shrink-after", text(&self.shrink_after)),
         ];
         all.into_iter()
             .filter_map(|(name, value)| Some((name, value?)))

@@ -14,6 +14,7 @@ use tokio::runtime::Runtime;
 use crate::artifact::Layout;
 use crate::cli::known_results::{EmptyHistory, History};
 use crate::cli::{Context, Error, Exit, output};
+use crate::cluster::torchrun::{Board, Place};
 use crate::diagnostic::{Finding, Report, Severity};
 use crate::environment;
 use crate::executor::Cluster;
@@ -37,13 +38,14 @@ pub struct ExecutionArgs {
     /// How many stages may run at the same time; in a sweep, how many runs [default: 1; on a cluster 64].
     #[arg(short, long, value_name = "N")]
     pub jobs: Option<NonZeroUsize>,
-    /// What runs the stages: processes of this machine, or jobs of a Slurm cluster that shares the store's directory
-    /// [default: what retort.toml says, else local].
+    /// What runs the stages: processes of this machine, jobs of a Slurm cluster that shares the store's directory, or, for
+    /// trainings, the processes that `torchrun --no-python retort run ..` has started [default: what retort.toml says, else
+    /// local].
     #[arg(long, value_name = "EXECUTOR")]
     pub executor: Option<Executor>,
     /// Set Slurm options, for all stages or for a kind: `--slurm partition=gpu`, `--slurm distill.time=4:00:00` (may be
     /// repeated). Keys: partition, account, qos, time, gres, cpus, memory, array-limit, sbatch, prologue, requeue, signal,
-    /// poll.
+    /// poll, shrink-after.
     #[arg(long, value_name = "KEY=VALUE")]
     pub slurm: Vec<String>,
     /// Exit once everything that can be submitted has been; `retort resume` takes the run up again.
@@ -74,7 +76,7 @@ impl ExecutionArgs {
     ) -> Result<(NonZeroUsize, Option<Cluster>), Error> {
         let settings = self.settings(dir, context)?;
         let (most, cluster) = match settings.executor().0 {
-            Executor::Local => (1, None),
+            Executor::Local | Executor::Torchrun => (1, None),
             Executor::Slurm => {
                 for kind in kinds {
                     settings.profile(kind)?;
@@ -98,6 +100,19 @@ impl ExecutionArgs {
             these.slurm.clone_from(&recorded.slurm);
         }
         these
+    }
+
+    /// This process's place among those that `torchrun` has started, where they run the trainings.
+    pub fn place(&self, settings: &Settings) -> Result<Option<Place>, Error> {
+        if settings.executor().0 != Executor::Torchrun {
+            return Ok(None);
+        }
+        let place = Place::read(|name| std::env::var(name).ok());
+        place.map(Some).map_err(|error| {
+            Error::new(Exit::Usage, format!("--executor torchrun: {error}")).hint(
+                "torchrun --nproc-per-node 4 --no-python retort run RECIPE --executor torchrun",
+            )
+        })
     }
 
     /// All settings for a recipe in `dir`.
@@ -176,12 +191,22 @@ impl Job {
         let teller = teller(context);
         let kinds = self.plan.stages.iter().map(|stage| &*stage.kind);
         let (jobs, cluster) = execution.placement(&self.plan.base_dir, kinds, context)?;
-        if cluster.is_none() {
+        let settings = execution.settings(&self.plan.base_dir, context)?;
+        let place = execution.place(&settings)?;
+        if cluster.is_none() && place.is_none() {
             fits_one_machine(&self.plan)?;
         }
+        let open = |place| {
+            Board::open(store.dir(), place).map_err(|error| {
+                let message = "ranks cannot be told what to do: the store's `torchrun` folder";
+                Error::new(Exit::Internal, message).cause(&error)
+            })
+        };
+        let board = place.map(open).transpose()?.map(Arc::new);
         let options = Options {
             jobs,
             cluster,
+            board: board.clone(),
             leave: match (execution.detach, std::io::stdin().is_terminal()) {
                 (true, _) => DetachPolicy::WhenSubmitted,
                 (false, true) => DetachPolicy::Ask(Arc::new(ask_how_to_leave)),
@@ -206,6 +231,11 @@ impl Job {
             listener,
         ));
         output::attach(None);
+        drop(options);
+        if let Some(board) = board.and_then(Arc::into_inner) {
+            let good = |report: &RunReport| report.state == RunState::Succeeded;
+            board.close(outcome.as_ref().is_ok_and(good));
+        }
         let report = outcome?;
         let artifacts = runtime.block_on(store.list_artifacts(Some(&report.run)))?;
         runtime.block_on(store.close());

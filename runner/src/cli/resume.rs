@@ -1,7 +1,9 @@
 //! `retort resume`: continues a run, with its frozen plan.
 
+use std::path::Path;
+
 use crate::cli::execution::{ExecutionArgs, Job, known_results, open_store};
-use crate::cli::{Context, Error, Exit, RehashArgs, detached, output, sweep};
+use crate::cli::{Context, Error, Exit, RehashArgs, detached, output, ranks, sweep};
 use crate::executor::RecordedPlan;
 use crate::plan::{Descriptions, Plan};
 use crate::plugin::{Plugins, search_dirs};
@@ -25,6 +27,11 @@ pub struct Args {
 
 /// Continues a run with its frozen recipe.
 pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
+    let settings = args.execution.settings(Path::new(""), context)?;
+    let place = args.execution.place(&settings)?;
+    if let Some(place) = place.filter(|place| place.rank > 0) {
+        return ranks::follow(&place, context);
+    }
     let runtime = context.runtime()?;
     // Reading first: a store that is not there is not to be made.
     drop(runtime.block_on(Store::open(&context.store, Access::ReadOnly))?);
@@ -84,6 +91,15 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     let mut plan = recorded.plan.clone();
     let mut plugins = Plugins::new(search_dirs(&context.plugin_dirs), &runtime, Some(&store));
     renew_plugins(&mut plan, &mut plugins, context)?;
+    // Options of another store's run may name what runs in jobs here.
+    let execution = match runtime.block_on(store.is_imported(&run))? {
+        true => args.execution.clone(),
+        false => args.execution.or_as_recorded(&recorded),
+    };
+    let settings = execution.settings(&plan.base_dir, context)?;
+    if let Some(place) = execution.place(&settings)? {
+        ranks::spread(&mut plan, &mut plugins, &place)?;
+    }
     let roles = plan
         .stages
         .iter()
@@ -105,11 +121,6 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
     if let Some(left) = left {
         runtime.block_on(store.take_up(&left))?;
     }
-    // Options of another store's run may name what runs in jobs here.
-    let execution = match runtime.block_on(store.is_imported(&run))? {
-        true => args.execution.clone(),
-        false => args.execution.or_as_recorded(&recorded),
-    };
     job.carry_out(&runtime, &store, &execution, context)
         .map(drop)
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::cli::execution::{ExecutionArgs, Job, store_if_there};
 use crate::cli::sweep::{self, SweepArgs};
-use crate::cli::{Context, Error, RecipeArgs, SelectionArgs};
+use crate::cli::{Context, Error, RecipeArgs, SelectionArgs, ranks};
 use crate::cluster::devices::NodeDescriptions;
 use crate::plan;
 use crate::plugin::{Plugins, search_dirs};
@@ -30,6 +30,12 @@ pub struct Args {
 
 /// Plans the recipe and runs what has to run.
 pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
+    let dir = args.recipe.recipe.parent().unwrap_or(Path::new(""));
+    let settings = args.execution.settings(dir, context)?;
+    let place = args.execution.place(&settings)?;
+    if let Some(place) = place.as_ref().filter(|place| place.rank > 0) {
+        return ranks::follow(place, context);
+    }
     let recipe = recipe::read(&args.recipe.recipe, &args.recipe.set, context.home())?;
     if args.sweep.is_given() {
         return sweep::points::run(
@@ -48,12 +54,13 @@ pub fn execute(args: &Args, context: &Context) -> Result<(), Error> {
         &runtime,
         known.as_deref(),
     );
-    let dir = args.recipe.recipe.parent().unwrap_or(Path::new(""));
-    let settings = args.execution.settings(dir, context)?;
-    let plan = match settings.executor().0 == Executor::Slurm && settings.asks_for_gpus() {
+    let mut plan = match settings.executor().0 == Executor::Slurm && settings.asks_for_gpus() {
         true => plan::plan(&recipe, &mut NodeDescriptions(&mut plugins))?,
         false => plan::plan(&recipe, &mut plugins)?,
     };
+    if let Some(place) = &place {
+        ranks::spread(&mut plan, &mut plugins, place)?;
+    }
     let roles = args.selection.roles(&plan)?;
     let job = Job {
         plan,

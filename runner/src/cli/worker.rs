@@ -51,6 +51,8 @@ fn watch(spool: &Path, context: &Context) -> Result<(), Error> {
             .unwrap_or(0),
         job,
         node: variable("SLURMD_NODENAME"),
+        local_rank: variable("SLURM_LOCALID").parse().unwrap_or(0),
+        sees_all_devices: false,
     };
     match context.runtime()?.block_on(node::serve(&place)) {
         Ok(true) => Ok(()),

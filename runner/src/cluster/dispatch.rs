@@ -77,6 +77,8 @@ pub struct Assignment {
     pub cpus: usize,
     /// Whether its parts have to run at the same time: they are ranks of one job then.
     pub together: bool,
+    /// Whether these can go on with fewer, where Slurm has no nodes for all of them any more.
+    pub shrinks: bool,
 }
 
 /// A stage's jobs.
@@ -233,6 +235,8 @@ struct DispatchLoop {
     submitted: u32,
     /// Which elements are heard first.
     heard_from: usize,
+    /// Since when ranks that have run wait.
+    waits_since: Option<Instant>,
 }
 
 impl DispatchLoop {
@@ -251,6 +255,7 @@ impl DispatchLoop {
             silent: false,
             submitted: 0,
             heard_from: 0,
+            waits_since: None,
         }
     }
 
@@ -399,7 +404,42 @@ impl DispatchLoop {
             };
             self.ask_at = Instant::now() + pause;
         }
+        self.shrink().await;
         self.settle().await
+    }
+
+    /// Whether all ranks have run, and wait now, and fewer could go on.
+    fn ranks_wait_again(&self) -> bool {
+        let mut ranks = self.slots.iter().filter(|slot| slot.part.is_some());
+        self.to.shrinks && ranks.clone().next().is_some() && ranks.all(Slot::waits_again)
+    }
+
+    /// Gives up ranks that have run and wait too long to run again, where fewer can go on.
+    async fn shrink(&mut self) {
+        if !self.ranks_wait_again() {
+            self.waits_since = None;
+            return;
+        }
+        let since = *self.waits_since.get_or_insert_with(Instant::now);
+        if since.elapsed() < self.to.profile.shrink_after {
+            return;
+        }
+        for id in self.open_jobs() {
+            let _ = self.to.slurm.cancel(id, &[None], false).await;
+        }
+        let ended = ClusterEnd {
+            reason: "no nodes".into(),
+            message: format!(
+                "its job waits since {} s to be started again",
+                since.elapsed().as_secs()
+            ),
+            hint: None,
+        };
+        for slot in &mut self.slots {
+            if slot.part.is_some() {
+                slot.end(ended.clone()).await;
+            }
+        }
     }
 
     /// Writes down what happened, and closes jobs of which nothing is left.
@@ -792,6 +832,7 @@ impl DispatchLoop {
                 .max(Duration::from_millis(5) * u32::try_from(elements.len()).unwrap_or(u32::MAX)),
             again: true,
             ranks: to.together && elements[0].is_some(),
+            meeting: String::new(),
             elements,
         }
     }

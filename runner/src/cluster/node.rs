@@ -41,13 +41,20 @@ pub struct ElementIdentity {
     pub job: String,
     /// The name of the node.
     pub node: String,
+    /// Which of the ranks on this node it is.
+    pub local_rank: usize,
+    /// Whether it sees the devices of all ranks on this node, and not its own alone.
+    pub sees_all_devices: bool,
 }
 
+/// The variable with the name of a training's meeting place, where more than one training meets at an address.
+pub const MEETING: &str = "RETORT_MEETING";
+
 /// The variables of a rank, named as by `torchrun`.
-pub fn rank_variables(part: Part, on_this_node: OsString) -> [(&'static str, OsString); 3] {
+pub fn rank_variables(part: Part, on_this_node: usize) -> [(&'static str, OsString); 3] {
     [
         ("RANK", part.index.to_string().into()),
-        ("LOCAL_RANK", on_this_node),
+        ("LOCAL_RANK", on_this_node.to_string().into()),
         ("WORLD_SIZE", part.of.to_string().into()),
     ]
 }
@@ -121,6 +128,9 @@ pub async fn serve(place: &ElementIdentity) -> Result<bool, NodeError> {
         } = &mut task.call
         {
             job.part = part;
+            if place.sees_all_devices && job.device.starts_with("cuda") {
+                job.device = format!("cuda:{}", place.local_rank);
+            }
             *at = staging.clone();
         }
         let mut watch = WatchedWorker {
@@ -226,9 +236,9 @@ impl WatchedWorker<'_> {
         if self.order.ranks
             && let Some(part) = self.order.elements[self.place.element]
         {
-            // Where they meet the job's script says.
-            let on_this_node = std::env::var_os("SLURM_LOCALID").unwrap_or_else(|| "0".into());
-            variables.extend(rank_variables(part, on_this_node));
+            // Where they meet the environment says.
+            variables.extend(rank_variables(part, self.place.local_rank));
+            variables.push((MEETING, self.order.meeting.clone().into()));
         }
         // Slurm signals every process of a job. What the worker does about its end is said here, through its socket.
         let mut worker = Worker::spawn_in_job(self.order.threads, &variables)?;
@@ -256,6 +266,9 @@ impl WatchedWorker<'_> {
                 _ = stop.tick() => {
                     if self.cause.is_none() && spool::is_to_stop(&self.place.spool) {
                         self.ask(NodeStopReason::User, &mut worker).await;
+                    }
+                    if self.cause.is_some() && spool::is_to_end(&self.place.spool) {
+                        worker.signal(libc::SIGKILL);
                     }
                     if self.writer.is_superseded() {
                         self.cause = Some(NodeStopReason::Terminated);

@@ -77,6 +77,9 @@ pub struct JobSpec {
     /// Whether the elements are ranks: tasks of one job, which run at the same time.
     #[serde(default)]
     pub ranks: bool,
+    /// What ranks call the place where they meet, where that is not theirs alone.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub meeting: String,
 }
 
 impl JobSpec {
@@ -373,9 +376,23 @@ pub fn ask_to_stop(dir: &Path, stop: bool) -> Result<(), SpoolError> {
     put(&path, word).map_err(failed("write", &path))
 }
 
-/// Whether somebody has asked the elements of a job to stop.
+/// Tells the elements of a job to end at once.
+///
+/// # Errors
+/// [`SpoolError::Io`].
+pub fn ask_to_end(dir: &Path) -> Result<(), SpoolError> {
+    let path = dir.join(STOP);
+    put(&path, b"end").map_err(failed("write", &path))
+}
+
+/// Whether somebody has asked the elements of a job to stop, or told them to end.
 pub fn is_to_stop(dir: &Path) -> bool {
-    word(&dir.join(STOP)) == "stop"
+    !word(&dir.join(STOP)).is_empty()
+}
+
+/// Whether somebody has told the elements of a job to end at once.
+pub fn is_to_end(dir: &Path) -> bool {
+    word(&dir.join(STOP)) == "end"
 }
 
 /// What stands in a small file; nothing where it cannot be read.

@@ -27,6 +27,7 @@ use supervisor::{PartProgress, Supervisor};
 
 mod admission;
 mod event_loop;
+mod fewer;
 mod received;
 mod shutdown;
 mod supervisor;
@@ -44,6 +45,8 @@ pub struct Ended {
     pub last_words: Vec<String>,
     /// Whether its inputs may differ from its digest: then what it left behind is useless.
     pub tainted: bool,
+    /// Workers that were lost, by number.
+    pub lost: Vec<usize>,
 }
 
 /// Makes an attempt. When this is dropped half-way, the workers are killed.
@@ -86,7 +89,7 @@ pub async fn run(
     if dispatcher.is_none() {
         supervisor.began();
     }
-    let (finished, usage) = supervisor.run_workers(whole, parts).await?;
+    let (finished, usage, losses) = supervisor.run_workers(whole, parts).await?;
     if let Some(dispatcher) = dispatcher {
         Dispatcher::close(dispatcher).await;
     }
@@ -96,6 +99,11 @@ pub async fn run(
         .received
         .judge(finished.exit.status, finished.shutdown, spec, out_of_memory);
     let (end, tainted) = check_sources(context, spec, &recorder, end).await;
+    let end = match context.board {
+        None => fewer::workers(spec, end, &losses),
+        // Whoever started the processes decides how many there are.
+        Some(_) => end,
+    };
     if let Some(message) = end.message() {
         recorder.line(LogLine::of_runner(
             LogLevel::Error,
@@ -117,6 +125,7 @@ pub async fn run(
         artifacts,
         last_words: finished.received.last_words.into(),
         tainted,
+        lost: losses.parts,
     })
 }
 
@@ -214,5 +223,6 @@ pub async fn refuse(
         artifacts: Vec::new(),
         last_words: Vec::new(),
         tainted: false,
+        lost: Vec::new(),
     })
 }

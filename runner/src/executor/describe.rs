@@ -56,7 +56,11 @@ pub(super) fn new_run(plan: &Plan, roles: &[Role], options: &Options) -> NewRun 
         plan: plan.clone(),
         roles: names.zip(roles.iter().copied()).collect(),
         forced: Vec::new(),
-        executor: on_slurm.then_some(Executor::Slurm),
+        executor: match (on_slurm, &options.board) {
+            (true, _) => Some(Executor::Slurm),
+            (false, Some(_)) => Some(Executor::Torchrun),
+            (false, None) => None,
+        },
         slurm: match on_slurm {
             true => options.slurm.clone(),
             false => Vec::new(),
@@ -95,6 +99,7 @@ fn params(plan: &Plan) -> Vec<Param> {
             let value = match pointer.as_str() {
                 "/plugin" => stage.plugin.name.clone().into(),
                 "/workers" => stage.workers.len().max(1).into(),
+                "/min_workers" => stage.min_workers.into(),
                 _ => value.clone(),
             };
             if value.is_object() {

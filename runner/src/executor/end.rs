@@ -52,6 +52,15 @@ pub enum End {
     },
     /// It ended for a reason specific to clusters.
     Cluster(ClusterEnd),
+    /// Workers of a training were lost, and the next attempt does without them.
+    LostWorkers {
+        /// How the first of them ended.
+        cause: Box<End>,
+        /// How many there were.
+        workers: usize,
+        /// How many go on.
+        left: usize,
+    },
     /// What it sent makes no sense.
     Protocol {
         /// What.
@@ -92,6 +101,7 @@ impl End {
             Self::TimedOut { .. } => "timeout".into(),
             Self::Interrupted { .. } => "interrupted".into(),
             Self::Cluster(end) => end.reason.clone(),
+            Self::LostWorkers { cause, .. } => format!("lost a worker: {}", cause.reason()),
             Self::Protocol { .. } => "protocol error".into(),
         }
     }
@@ -117,6 +127,14 @@ impl End {
             | Self::InputChanged { message }
             | Self::Protocol { message } => message.clone(),
             Self::Cluster(end) => end.message.clone(),
+            Self::LostWorkers {
+                cause,
+                workers,
+                left,
+            } => format!(
+                "{}; it goes on from its last checkpoint with {left} of {workers} workers",
+                cause.message().unwrap_or_default()
+            ),
             Self::Died(death) => death.message().into(),
             Self::TimedOut { limit, manner } => {
                 format!(

@@ -9,7 +9,8 @@ use std::sync::Arc;
 use retort_abi::{Failure, FailureCode, Part};
 
 use crate::cluster::dispatch::{Assignment, Dispatcher, Element, Notice};
-use crate::cluster::node::rank_variables;
+use crate::cluster::node::{MEETING, rank_variables};
+use crate::cluster::torchrun::{PostedJob, RemoteRank};
 use crate::executor::end::End;
 use crate::executor::event::Event;
 use crate::executor::options::Cluster;
@@ -28,6 +29,8 @@ pub enum WorkerHandle {
     Process(Box<Worker>),
     /// An element of a job.
     Element(Element),
+    /// A rank of another process, which was started beside this one.
+    Rank(Box<RemoteRank>),
 }
 
 impl WorkerHandle {
@@ -42,6 +45,10 @@ impl WorkerHandle {
                 element.send(message);
                 Ok(())
             }
+            Self::Rank(rank) => {
+                rank.send(message);
+                Ok(())
+            }
         }
     }
 
@@ -50,6 +57,7 @@ impl WorkerHandle {
         match self {
             Self::Process(worker) => worker.next().await,
             Self::Element(element) => element.next().await,
+            Self::Rank(rank) => rank.next().await,
         }
     }
 
@@ -58,6 +66,7 @@ impl WorkerHandle {
         match self {
             Self::Process(worker) => worker.signal(signal),
             Self::Element(element) => element.end(),
+            Self::Rank(rank) => rank.signal(signal),
         }
     }
 }
@@ -119,14 +128,36 @@ pub fn place(context: &RunContext, spec: &AttemptSpec) -> Result<Placement, End>
             profile,
         })));
     }
+    let board = context.board.as_ref().filter(|_| spec.stage.together);
+    let posted = board.map(|board| {
+        let threads = spec.threads_of(Some(Part {
+            index: 0,
+            of: spec.stage.workers.len(),
+        }));
+        PostedJob::new(board, &spec.work_dir, threads)
+    });
     let start = || {
-        let port = match spec.stage.together {
+        let port = match spec.stage.together && posted.is_none() {
             true => free_port()?,
             false => 0,
         };
         let spawn = |part: Option<Part>| -> std::io::Result<WorkerHandle> {
             let part_of_all = part.filter(|_| spec.stage.together);
-            let variables = part_of_all.map_or_else(Vec::new, |part| ranks(part, port));
+            let variables = match (part_of_all, &posted) {
+                (None, _) => Vec::new(),
+                (Some(part), None) => ranks(part, port),
+                (Some(part), Some(posted)) if part.index > 0 => {
+                    let rank = RemoteRank::new(posted, part.index);
+                    return Ok(WorkerHandle::Rank(Box::new(rank)));
+                }
+                // Where all meet the environment says.
+                (Some(part), Some(posted)) => {
+                    let local_rank = posted.place().local_rank;
+                    let mut variables = rank_variables(part, local_rank).to_vec();
+                    variables.push((MEETING, posted.name().into()));
+                    variables
+                }
+            };
             let worker = Worker::spawn(spec.threads_of(part), &variables)?;
             Ok(WorkerHandle::Process(Box::new(worker)))
         };
@@ -152,7 +183,7 @@ fn ranks(part: Part, port: u16) -> Vec<(&'static str, OsString)> {
         ("MASTER_ADDR", "127.0.0.1".into()),
         ("MASTER_PORT", port.to_string().into()),
     ];
-    variables.extend(rank_variables(part, part.index.to_string().into()));
+    variables.extend(rank_variables(part, part.index));
     variables
 }
 
@@ -200,6 +231,10 @@ impl ClusterPlacement {
             profile: self.profile,
             cpus: self.cpus,
             together: spec.stage.together,
+            shrinks: spec
+                .stage
+                .min_workers
+                .is_some_and(|least| least < spec.stage.workers.len()),
         })
         .await?;
         let whole = WorkerHandle::Element(dispatcher.element(None));

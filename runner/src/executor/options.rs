@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::cluster::slurm::Slurm;
+use crate::cluster::torchrun::Board;
 use crate::settings::Settings;
 use crate::store::{RunId, SweepPlace};
 
@@ -40,6 +41,8 @@ pub struct Options {
     pub rung: Option<Rung>,
     /// The cluster whose jobs do the work; none: processes of this machine do.
     pub cluster: Option<Cluster>,
+    /// Where the ranks are told what to do that `torchrun` has started beside this process, if it has.
+    pub board: Option<Arc<Board>>,
     /// How its jobs are left.
     pub leave: DetachPolicy,
     /// What was set for them by flags, for the record.

@@ -367,7 +367,15 @@ impl<'p> Scheduler<'p> {
             .count();
         let stages = self.options.jobs.get().min(beside + 1);
         let runs = self.options.runs.get();
-        self.entries[index].stage.threads.count(stages * runs)
+        let stage = self.entries[index].stage;
+        let threads = stage.threads.count(stages * runs);
+        // Workers share what is said here, and not all of those that others have started are on this machine.
+        match &self.options.board {
+            Some(board) if stage.together => {
+                threads * stage.workers.len() / board.place().local_size
+            }
+            _ => threads,
+        }
     }
 
     /// Whether a stage needs, perhaps through others, what an earlier one makes.
@@ -553,7 +561,20 @@ async fn run_stage(
             ));
         }
     }
-    let ended = attempt::run(context, spec, stop).await?;
+    let ended = loop {
+        let ended = attempt::run(context, spec, stop.clone()).await?;
+        let End::LostWorkers { left, .. } = ended.end else {
+            break ended;
+        };
+        if ended.tainted || *stop.borrow() != Stop::No {
+            break ended;
+        }
+        (context.listener)(Event::Warning {
+            stage: Some(spec.stage.name.clone()),
+            text: ended.end.message().unwrap_or_default(),
+        });
+        spec.do_without(&ended.lost, left);
+    };
     // A checkpoint of other data would be taken up as one of these.
     if ended.tainted || matches!(ended.end, End::Succeeded { .. }) {
         work.remove();

@@ -9,6 +9,7 @@ use retort_abi::{Input, Part};
 use tokio::sync::Notify;
 
 use crate::artifact::{Layout, Staging};
+use crate::cluster::torchrun::Board;
 use crate::executor::event::Listener;
 use crate::executor::options::{Cluster, Rung};
 use crate::executor::pause::PauseClock;
@@ -39,6 +40,8 @@ pub struct RunContext {
     pub reached: Notify,
     /// The cluster whose jobs do the work; without one, this machine's processes do.
     pub cluster: Option<Cluster>,
+    /// Where ranks of other processes are told what to do.
+    pub board: Option<Arc<Board>>,
 }
 
 impl RunContext {
@@ -90,6 +93,20 @@ impl AttemptSpec {
     pub(in crate::executor) fn parts(&self) -> impl Iterator<Item = Part> + use<> {
         let of = self.stage.workers.len();
         (0..of).map(move |index| Part { index, of })
+    }
+
+    /// Goes on with so many workers, not those that were lost: their devices may be at fault.
+    pub(in crate::executor) fn do_without(&mut self, lost: &[usize], left: usize) {
+        let all = std::mem::take(&mut self.stage.workers)
+            .into_iter()
+            .enumerate();
+        let (gone, there): (Vec<_>, Vec<_>) = all.partition(|(index, _)| lost.contains(index));
+        let devices = there.into_iter().chain(gone).map(|(_, device)| device);
+        // One alone needs no part.
+        if left > 1 {
+            self.stage.workers = devices.take(left).collect();
+        }
+        self.stage.together = left > 1;
     }
 
     pub(in crate::executor) fn threads_of(&self, part: Option<Part>) -> usize {

@@ -20,7 +20,7 @@ pub struct Digest {
 ///
 /// In it: kind and revision, options with references and paths replaced by content hashes, seed, kind of device,
 /// dtype, plugin name, version and file hash. Not in it: names of stages, threads, workers, timeout, description,
-/// paths.
+/// paths, options that change no result.
 pub fn digest(
     stage: &PlannedStage,
     input_hashes: &BTreeMap<String, String>,
@@ -34,6 +34,12 @@ pub fn digest(
     for file in &stage.files {
         let hash = file_hashes.get(&file.pointer)?;
         *options.pointer_mut(&file.pointer)? = Value::String(format!("file:{hash}"));
+    }
+    for pointer in &stage.free {
+        let (parent, key) = pointer.rsplit_once('/')?;
+        if let Some(Value::Object(options)) = options.pointer_mut(parent) {
+            options.remove(key);
+        }
     }
     let device_kind = stage.device.split(':').next().unwrap_or_default();
     let components = sorted(json!({
@@ -91,6 +97,10 @@ mod tests {
             vec!["cpu".into(); 3],
             Some(Duration::from_secs(1)),
         );
+        assert_eq!(hex(&same, &inputs), first);
+        same.options["zero_stage"] = json!(1);
+        assert_ne!(hex(&same, &inputs), first);
+        same.free = vec!["/zero_stage".into()];
         assert_eq!(hex(&same, &inputs), first);
         type Change = fn(&mut PlannedStage);
         let changes: [Change; 6] = [

@@ -93,6 +93,15 @@ impl Planner<'_> {
         };
         let kind = draft.kind()?;
         let place = self.place(draft, draft.plugin.as_ref()?)?;
+        // What workers can do may depend on the device.
+        let kinds = &place.build.description.stages;
+        if let Some(known) = kinds.iter().find(|known| known.kind == kind.kind)
+            && stage.workers.is_some_and(|workers| workers > 1)
+            && !known.divisible
+        {
+            self.report_workers(draft, &place.build, known);
+            return None;
+        }
         let dtype = self.dtype(draft, &place.build.description)?;
         let mut origins = self.origins(draft);
         if place.chosen {
@@ -122,6 +131,7 @@ impl Planner<'_> {
                 .or(self.recipe.threads)
                 .map_or(Threads::Share, Threads::Fixed),
             together: kind.together && !workers.is_empty(),
+            min_workers: stage.min_workers.filter(|_| !workers.is_empty()),
             workers,
             seed: stage
                 .seed
@@ -130,6 +140,7 @@ impl Planner<'_> {
             options: draft.options.clone(),
             references: draft.references.clone(),
             files: draft.files.clone(),
+            free: draft.free.clone(),
             output_kind: kind.output.clone(),
             revision: kind.revision,
             origins,
@@ -164,6 +175,9 @@ impl Planner<'_> {
         }
         if stage.workers.is_some() {
             add("workers", true, false, Origin::Default);
+        }
+        if stage.min_workers.is_some() {
+            add("min_workers", true, false, Origin::Default);
         }
         option_origins(self.source, draft, &draft.options, "", &mut origins);
         origins

@@ -281,7 +281,7 @@ fn workers_divide_what_can_be_divided() {
             5,
             50,
             "stage `b`: plugin `fake` cannot sum gradients over the workers of a `pretrain` / use a plugin that can: \
-                 `backend: libtorch`; or omit `workers`",
+                 `backend: libtorch`, or candle on GPUs; or omit `workers`",
         )],
     );
     check(

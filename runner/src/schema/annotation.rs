@@ -1,4 +1,5 @@
-//! Options with a meaning for the runner: those that name stages (`x-retort-artifact`) and files (`x-retort-file`).
+//! Options with a meaning for the runner: those that name stages (`x-retort-artifact`) and files (`x-retort-file`), and
+//! those that change no result (`x-retort-same-result`).
 
 use serde_json::Value;
 
@@ -26,9 +27,11 @@ pub enum OptionTarget {
     Images,
     /// Weights of a network: a file, or the folder or index of several.
     Weights,
+    /// Nothing: results are the same whatever it says.
+    Nothing,
 }
 
-/// The options in `value` that name stages or files, or could and are null.
+/// The options in `value` that name stages or files, or could and are null, and those that change no result.
 pub fn annotations(schema: &Value, value: &Value) -> Vec<Annotation> {
     let mut found = Vec::new();
     // A copy, for `each_child` lends children to be changed.
@@ -45,6 +48,16 @@ fn annotate_node(
     found: &mut Vec<Annotation>,
 ) {
     for node in branches(root, node, value) {
+        if node.get("x-retort-same-result") == Some(&Value::Bool(true)) {
+            let annotation = Annotation {
+                pointer: pointer.clone(),
+                target: OptionTarget::Nothing,
+            };
+            if !found.contains(&annotation) {
+                found.push(annotation);
+            }
+            continue;
+        }
         let target = if let Some(kinds) = node.get("x-retort-artifact") {
             let kinds = kinds
                 .as_array()
@@ -109,5 +122,12 @@ mod tests {
                 ("/sources/b/file".to_owned(), OptionTarget::Dir),
             ]
         );
+        let schema = json!({"properties": {"train": {"properties": {
+            "zero_stage": {"type": "integer", "x-retort-same-result": true}, "steps": {"type": "integer"}
+        }}}});
+        let found = annotations(&schema, &json!({"train": {"zero_stage": 1, "steps": 3}}));
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].pointer, "/train/zero_stage");
+        assert_eq!(found[0].target, OptionTarget::Nothing);
     }
 }

@@ -6,7 +6,10 @@ use crate::store::{JobKey, LogLine};
 #[derive(Debug)]
 pub enum ElementEvent {
     /// It started.
-    Began,
+    Began {
+        /// Where.
+        node: String,
+    },
     /// A line, from its own time.
     Line(LogLine),
     /// All its events up to this record have been read.

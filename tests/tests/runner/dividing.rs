@@ -1,8 +1,10 @@
 //! Stages whose work several worker processes share: the same bytes, and what is left of them when something ends early.
 
+use std::time::Duration;
+
 use retort::store::{AttemptState, RunState};
 
-use crate::lab::{Lab, signal_process, wait_for, wait_until_gone};
+use crate::lab::{Lab, compile, signal_process, wait_for, wait_until_gone};
 use crate::training::{lab, output, output_with, shards};
 
 const INTERRUPT: i32 = 2;
@@ -47,6 +49,112 @@ fn workers_do_not_change_a_byte() {
         names,
         ["1", "2", "3"].map(|part| format!("trajectories/samples_per_second/part-{part}"))
     );
+}
+
+/// Two steps a second of training together.
+const TOGETHER: &str = "a: {kind: train, plugin: ranks, steps: 10}";
+
+#[test]
+fn processes_that_somebody_else_has_started_train_together() {
+    let plugins = tempfile::tempdir().unwrap();
+    compile("ranks.c", &[], &plugins.path().join("libretort_ranks.so"));
+    let lab = Lab::new(&[TOGETHER]);
+    let port = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let port = port.local_addr().unwrap().port().to_string();
+    let process = |rank: &str, more: &[&str]| {
+        let own = ["run", "r.yaml", "--executor", "torchrun", "--plugin-dir"];
+        let mut command =
+            lab.command(&[&own[..], &[plugins.path().to_str().unwrap()], more].concat());
+        let place = [("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", "3")];
+        command
+            .envs(place)
+            .env("MASTER_ADDR", "127.0.0.1")
+            .env("MASTER_PORT", &port);
+        command
+    };
+    let others = ["1", "2"].map(|rank| process(rank, &[]).spawn().unwrap());
+    let first = process("0", &["-v"]).output().unwrap();
+    let said = String::from_utf8_lossy(&first.stderr);
+    assert!(first.status.success(), "{said}");
+    assert!(said.contains("a: started (cpu, 3 workers of"), "{said}");
+    for mut other in others {
+        assert!(other.wait().unwrap().success());
+    }
+    assert_eq!(lab.latest().unwrap().summary.state, RunState::Succeeded);
+    // What makes no sense is refused.
+    let mut lost = process("1", &[]);
+    lost.env_remove("MASTER_ADDR");
+    for (mut command, words) in [
+        (
+            process("0", &["--set", "a.workers=2"]),
+            "has 2 workers, and 3 processes were started",
+        ),
+        (lost, "MASTER_ADDR is not set"),
+    ] {
+        let refused = command.output().unwrap();
+        let said = String::from_utf8_lossy(&refused.stderr);
+        assert!(
+            refused.status.code() == Some(2) && said.contains(words),
+            "{said}"
+        );
+    }
+}
+
+#[test]
+fn a_training_goes_on_with_fewer_workers_while_there_are_enough() {
+    let plugins = tempfile::tempdir().unwrap();
+    compile("ranks.c", &[], &plugins.path().join("libretort_ranks.so"));
+    let own = ["--plugin-dir", plugins.path().to_str().unwrap()];
+    let lab = Lab::new(&["a: {kind: train, plugin: ranks, steps: 60, workers: 3, min_workers: 2}"]);
+    let running = lab.start(&own);
+    let runner = running.child.id();
+    let ranks = |of: usize| -> Vec<u32> {
+        wait_for("so many ranks", || {
+            let found = rank_processes(runner, of);
+            (found.len() == of).then_some(found)
+        })
+    };
+    // Its checkpoint is what the first saves when another is lost.
+    std::thread::sleep(Duration::from_millis(500));
+    signal_process(ranks(3)[1], KILL);
+    signal_process(ranks(2)[1], KILL);
+    running
+        .end()
+        .expect(100)
+        .saying(&["it goes on from its last checkpoint with 2 of 3 workers"]);
+    let reasons = "select reason from v_attempts order by attempt";
+    let reasons = lab.retort(&["query", "--json", reasons]).expect(0).json();
+    let reasons: Vec<_> = reasons
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|row| &row["reason"])
+        .collect();
+    assert_eq!(
+        reasons,
+        ["lost a worker: killed by SIGKILL", "killed by SIGKILL"]
+    );
+    lab.retort(&[&["resume"][..], &own].concat()).expect(0);
+}
+
+/// The processes of a runner's workers that are one of so many ranks, in order of their ranks.
+fn rank_processes(runner: u32, of: usize) -> Vec<u32> {
+    let children = format!("/proc/{runner}/task/{runner}/children");
+    let children = std::fs::read_to_string(children).unwrap_or_default();
+    let mut found: Vec<(usize, u32)> = children
+        .split_whitespace()
+        .filter_map(|pid| {
+            let environment = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
+            let environment = String::from_utf8_lossy(&environment).into_owned();
+            let variable = |name: &str| -> Option<usize> {
+                let mut all = environment.split('\0');
+                all.find_map(|text| text.strip_prefix(name)?.strip_prefix('=')?.parse().ok())
+            };
+            (variable("WORLD_SIZE")? == of).then_some((variable("RANK")?, pid.parse().ok()?))
+        })
+        .collect();
+    found.sort_unstable();
+    found.into_iter().map(|(_, pid)| pid).collect()
 }
 
 /// The worker processes of a runner, but for this one.

@@ -109,6 +109,12 @@ pub fn run(
     let teller = teller(context);
     let control = Control::default();
     let (jobs, cluster) = execution.placement(&sweeping.source.base_dir, [], context)?;
+    let settings = execution.settings(&sweeping.source.base_dir, context)?;
+    if execution.place(&settings)?.is_some() {
+        let message = "a sweep does not run in processes that `torchrun` has started";
+        return Err(Error::new(Exit::Usage, message)
+            .hint("run its points one after the other, each by a `retort run` of its own"));
+    }
     let mut floor = SweepScheduler {
         schedule: Schedule::of(&sweeping),
         counts: Counts::default(),
@@ -318,6 +324,7 @@ impl<'a> SweepScheduler<'a> {
             resumed_from: self.before.get(&leg.point).cloned(),
             runs: self.jobs,
             cluster: self.cluster.clone(),
+            board: None,
             leave: DetachPolicy::Never,
             slurm: self.execution.slurm.clone(),
             sweep: Some(SweepPlace {

@@ -149,6 +149,11 @@ impl Slot {
         (self.job, self.reader) = (None, None);
     }
 
+    /// Whether it ran once, and waits now.
+    pub fn waits_again(&self) -> bool {
+        self.begun && self.phase == Phase::Queued
+    }
+
     /// Whether there may be something to read.
     pub fn is_heard(&self) -> bool {
         self.reader.is_some() && (self.phase == Phase::Running || self.expected)
@@ -203,7 +208,9 @@ impl Slot {
                     self.phase = Phase::Running;
                     self.why.clear();
                     if !std::mem::replace(&mut self.begun, true) {
-                        self.send(WorkerEvent::Remote(ElementEvent::Began)).await;
+                        let node = node.clone();
+                        self.send(WorkerEvent::Remote(ElementEvent::Began { node }))
+                            .await;
                     }
                     if fresh {
                         let text = format!("job {job} began on {node} (process {pid})");

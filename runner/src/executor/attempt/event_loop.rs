@@ -1,5 +1,7 @@
 //! Handles the events of an attempt's workers until each has finished or the time is up.
 
+use std::collections::BTreeSet;
+
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use retort_abi::{FailureCode, Part};
@@ -16,6 +18,27 @@ use crate::frame::ToWorker;
 use crate::store::{StoreError, Usage};
 use crate::worker::process::{Exit, WorkerEvent};
 use crate::worker::remote::ElementEvent;
+
+/// Parts that are gone without having said why, and where all worked.
+#[derive(Debug, Default)]
+pub(super) struct Losses {
+    /// Which.
+    pub(super) parts: Vec<usize>,
+    /// Nodes of a cluster, each once.
+    pub(super) nodes: BTreeSet<String>,
+}
+
+impl Losses {
+    fn add(&mut self, finished: &FinishedWorker) {
+        self.nodes.extend(finished.received.node.clone());
+        if let Some(part) = finished.part
+            && finished.received.answer.is_none()
+            && finished.shutdown.sent.is_none()
+        {
+            self.parts.push(part.index);
+        }
+    }
+}
 
 /// A worker that has finished.
 pub(super) struct FinishedWorker {
@@ -63,31 +86,33 @@ impl Supervisor<'_> {
         &self,
         whole: WorkerHandle,
         parts: Vec<(Part, WorkerHandle)>,
-    ) -> Result<(FinishedWorker, Usage), StoreError> {
-        let (fault, usage) = self.run_parts(parts).await?;
+    ) -> Result<(FinishedWorker, Usage, Losses), StoreError> {
+        let (fault, usage, losses) = self.run_parts(parts).await?;
         if let Some(fault) = fault {
-            return Ok((fault, usage));
+            return Ok((fault, usage, losses));
         }
         let no_halt = watch::channel(Stop::No).1;
         let finished = self.supervise(whole, None, no_halt).await?;
         let usage = after(usage, finished.exit.usage);
-        Ok((finished, usage))
+        Ok((finished, usage, Losses::default()))
     }
 
     /// Runs the parts, all at the same time. When one fails, the others are stopped, and it is returned.
     async fn run_parts(
         &self,
         parts: Vec<(Part, WorkerHandle)>,
-    ) -> Result<(Option<FinishedWorker>, Usage), StoreError> {
+    ) -> Result<(Option<FinishedWorker>, Usage, Losses), StoreError> {
         let halt = watch::Sender::new(Stop::No);
         let mut under_way: FuturesUnordered<_> = parts
             .into_iter()
             .map(|(part, worker)| self.supervise(worker, Some(part), halt.subscribe()))
             .collect();
         let (mut fault, mut usage) = (None::<FinishedWorker>, Usage::default());
+        let mut losses = Losses::default();
         while let Some(finished) = under_way.next().await {
             let finished = finished?;
             usage = beside(usage, finished.exit.usage);
+            losses.add(&finished);
             if finished.is_done() {
                 continue;
             }
@@ -99,7 +124,7 @@ impl Supervisor<'_> {
                 fault = Some(finished);
             }
         }
-        Ok((fault, usage))
+        Ok((fault, usage, losses))
     }
 
     /// Sends a worker its task, and handles its events to the end. `halt` stops it as the user does.
@@ -141,7 +166,7 @@ impl Supervisor<'_> {
                         };
                     }
                     event => {
-                        if let (WorkerEvent::Remote(ElementEvent::Began), Some(limit)) = (&event, self.spec.stage.timeout) {
+                        if let (WorkerEvent::Remote(ElementEvent::Began { .. }), Some(limit)) = (&event, self.spec.stage.timeout) {
                             deadline = Some(Instant::now() + limit);
                         }
                         if handler.take(event).await? .is_break() {

@@ -31,6 +31,8 @@ pub(super) struct WorkerReport {
     pub(super) not_loaded: Option<(String, Option<String>)>,
     pub(super) protocol_error: Option<String>,
     pub(super) cluster: Option<ClusterEnd>,
+    /// Where it worked, on a cluster.
+    pub(super) node: Option<String>,
     pub(super) artifacts: BTreeMap<u64, ArtifactRecord>,
     pub(super) last_words: std::collections::VecDeque<String>,
 }
@@ -72,7 +74,10 @@ impl EventHandler<'_> {
                 self.wrote(line);
             }
             WorkerEvent::Remote(news) => match news {
-                ElementEvent::Began => supervisor.began(),
+                ElementEvent::Began { node } => {
+                    self.received.node = Some(shortened(&node));
+                    supervisor.began();
+                }
                 ElementEvent::Line(line) => self.wrote(LogLine {
                     at: line.at.or_now(),
                     text: shortened(&line.text),

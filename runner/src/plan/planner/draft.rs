@@ -26,6 +26,8 @@ pub(super) struct UnresolvedStage<'a> {
     pub(super) filled: Vec<String>,
     pub(super) references: Vec<Reference>,
     pub(super) files: Vec<FileOption>,
+    /// Pointers of what changes no result.
+    pub(super) free: Vec<String>,
 }
 
 impl UnresolvedStage<'_> {
@@ -53,6 +55,7 @@ impl<'a> Planner<'a> {
             filled: Vec::new(),
             references: Vec::new(),
             files: Vec::new(),
+            free: Vec::new(),
         };
         let (Some(build), Some(kind)) = (draft.plugin.clone(), &stage.kind) else {
             return draft;
@@ -62,8 +65,8 @@ impl<'a> Planner<'a> {
             self.report_kind(&draft, &build, kind);
             return draft;
         };
-        if stage.workers.is_some_and(|workers| workers > 1) && !known.divisible {
-            self.report_workers(&draft, &build, known);
+        if let Some(least) = stage.min_workers {
+            self.check_least(&draft, least, known);
         }
         let mut options = Value::Object(stage.options.clone());
         let source = self.source;
@@ -92,7 +95,12 @@ impl<'a> Planner<'a> {
     }
 
     /// Reports that workers cannot share a stage of this kind.
-    fn report_workers(&mut self, draft: &UnresolvedStage<'_>, build: &Build, known: &StageKind) {
+    pub(super) fn report_workers(
+        &mut self,
+        draft: &UnresolvedStage<'_>,
+        build: &Build,
+        known: &StageKind,
+    ) {
         let (stage, kind, plugin) = (&draft.stage.name, &known.kind, &build.identity.name);
         let message = match known.together {
             true => format!(
@@ -109,12 +117,36 @@ impl<'a> Planner<'a> {
             .collect();
         let hint = match divisible.as_slice() {
             _ if known.together => {
-                "use a plugin that can: `backend: libtorch`; or omit `workers`".into()
+                "use a plugin that can: `backend: libtorch`, or candle on GPUs; or omit `workers`"
+                    .into()
             }
             [] => format!("plugin `{plugin}` has no kind that can be"),
             kinds => format!("kinds that can be: `{}`", kinds.join("`, `")),
         };
         let finding = Finding::error(format!("{}/workers", draft.pointer), message);
+        self.report(finding.hint(hint), EntryPart::Value);
+    }
+
+    /// Reports a least number of workers that means nothing.
+    fn check_least(&mut self, draft: &UnresolvedStage<'_>, least: usize, known: &StageKind) {
+        let (stage, workers) = (&draft.stage.name, draft.stage.workers.unwrap_or(1));
+        let (message, hint) = match (known.together, least > workers) {
+            (true, false) => return,
+            (true, true) => (
+                format!(
+                    "stage `{stage}`: `min_workers: {least}` is more than its {workers} workers"
+                ),
+                format!("write at most {workers}, or raise `workers`"),
+            ),
+            (false, _) => (
+                format!(
+                    "stage `{stage}`: workers of a `{}` do not need each other",
+                    known.kind
+                ),
+                "omit `min_workers`: it is for trainings".to_owned(),
+            ),
+        };
+        let finding = Finding::error(format!("{}/min_workers", draft.pointer), message);
         self.report(finding.hint(hint), EntryPart::Value);
     }
 
@@ -162,6 +194,10 @@ impl<'a> Planner<'a> {
     fn refer(&mut self, draft: &mut UnresolvedStage<'_>, known: &StageKind, options: &mut Value) {
         for annotation in schema::annotations(&known.schema, options) {
             let pointer = annotation.pointer;
+            if annotation.target == OptionTarget::Nothing {
+                draft.free.push(pointer);
+                continue;
+            }
             let Some(text) = options.pointer(&pointer).and_then(Value::as_str) else {
                 self.warn_of_null(draft, &pointer, &annotation.target);
                 continue;

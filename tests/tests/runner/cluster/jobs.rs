@@ -441,6 +441,36 @@ fn ranks(site: &Site) {
     site.retort(&lab, &[&["resume"][..], &own].concat())
         .expect(0);
     assert_eq!(lab.latest().unwrap().summary.state, RunState::Succeeded);
+
+    // A node is gone for good: what is left goes on with the other one.
+    let lab =
+        Lab::new(&["a: {kind: train, plugin: ranks, steps: 150, workers: 2, min_workers: 1}"]);
+    let running = site.start_run(&lab, &[&own[..], &["--slurm", "shrink-after=1s"]].concat());
+    watches(&lab);
+    site.kill_node("n2");
+    running.end().expect(0);
+    let attempts = "select reason from v_attempts order by attempt";
+    let attempts = site.retort(&lab, &["query", "--json", attempts]).expect(0);
+    let attempts = attempts.json();
+    let reasons: Vec<_> = attempts
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|row| &row["reason"])
+        .collect();
+    assert_eq!(reasons, ["lost a worker: no nodes", "succeeded"]);
+    assert_eq!(fs::read_to_string(made(&lab)).unwrap(), "150\n");
+    site.start_node("n2");
+    site.wait_for_nodes();
+}
+
+/// What the plugin `ranks` has made.
+fn made(lab: &Lab) -> std::path::PathBuf {
+    let output = lab.attempt("a").output.unwrap();
+    lab.store_dir()
+        .join("artifacts")
+        .join(output)
+        .join("thing.txt")
 }
 
 fn full_queue(site: &Site) {

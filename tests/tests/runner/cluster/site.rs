@@ -81,14 +81,19 @@ impl Site {
         for node in ["n1", "n2"] {
             site.start_node(node);
         }
+        site.wait_for_nodes();
+        Some(site)
+    }
+
+    /// Waits until both nodes are there and have nothing to do.
+    pub fn wait_for_nodes(&self) {
         wait_for("two nodes", || {
-            let said = site.slurm(
+            let said = self.slurm(
                 "sinfo",
                 &["--noheader", "--Node", "--partition=p", "--format=%N %T"],
             );
             (said.lines().filter(|line| line.ends_with(" idle")).count() == 2).then_some(())
         });
-        Some(site)
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
