@@ -306,6 +306,10 @@ impl WatchedWorker<'_> {
             Some(NodeStopReason::User) => return LifeEnd::Stopped,
             Some(NodeStopReason::TimeLimit) => return LifeEnd::TimeLimit { at_checkpoint },
             Some(NodeStopReason::Terminated) => return LifeEnd::Terminated { at_checkpoint },
+            // Ranks stop together: another one was told to, for a reason that Slurm knows.
+            None if self.order.ranks && self.order.again && at_checkpoint => {
+                return LifeEnd::Terminated { at_checkpoint };
+            }
             None => {}
         }
         let reason = match self.answer {

@@ -443,11 +443,14 @@ fn ranks(site: &Site) {
     assert_eq!(lab.latest().unwrap().summary.state, RunState::Succeeded);
 
     // A node is gone for good: what is left goes on with the other one.
-    let lab =
-        Lab::new(&["a: {kind: train, plugin: ranks, steps: 150, workers: 2, min_workers: 1}"]);
+    let lab = Lab::new(&["a: {kind: train, plugin: ranks, steps: 80, workers: 2, min_workers: 1}"]);
     let running = site.start_run(&lab, &[&own[..], &["--slurm", "shrink-after=1s"]].concat());
     watches(&lab);
-    site.kill_node("n2");
+    let state = |state: &str| {
+        let words = ["update", "nodename=n2", state, "reason=test"];
+        site.slurm("scontrol", &words);
+    };
+    state("state=down");
     running.end().expect(0);
     let attempts = "select reason from v_attempts order by attempt";
     let attempts = site.retort(&lab, &["query", "--json", attempts]).expect(0);
@@ -459,8 +462,8 @@ fn ranks(site: &Site) {
         .map(|row| &row["reason"])
         .collect();
     assert_eq!(reasons, ["lost a worker: no nodes", "succeeded"]);
-    assert_eq!(fs::read_to_string(made(&lab)).unwrap(), "150\n");
-    site.start_node("n2");
+    assert_eq!(fs::read_to_string(made(&lab)).unwrap(), "80\n");
+    state("state=resume");
     site.wait_for_nodes();
 }
 
