@@ -4,12 +4,14 @@
 //! Every rank starts from the same state, takes the same samples of its own share and gets the same sums, bit for bit: so
 //! all hold the same weights after each step, and only the first writes.
 
+use std::any::Any;
 use std::ops::Range;
 use std::path::PathBuf;
+use std::time::Duration;
 
-use retort_abi::{ArtifactMeta, Cancel, Failure, Host, LogLevel};
+use retort_abi::{ArtifactMeta, Cancel, Failure, Host, LogLevel, Part};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// What ranks exchange. All call the same functions in the same order with buffers of the same size, and a call returns
 /// when it is done.
@@ -33,6 +35,12 @@ pub trait Collective: Send + Sync {
     /// # Errors
     /// [`crate::error::Error::Rank`].
     fn barrier(&self) -> Result<()>;
+
+    /// What the backend exchanges tensors with in the memory of its device
+    /// ([`Optimiser::begin_exchange_`](crate::backend::Optimiser::begin_exchange_)); none, where all goes through the host's.
+    fn on_device(&self) -> Option<&dyn Any> {
+        None
+    }
 
     /// The values of all ranks in one list of so many, of which a rank has those from `at` on: the same bits for all.
     ///
@@ -60,6 +68,56 @@ pub trait Collective: Send + Sync {
         let at = |part: usize| part * samples / parts;
         let own = self.rank() * cut + part;
         at(own)..at(own + 1)
+    }
+}
+
+/// Where ranks meet, by the names that `torchrun` gives its variables, and how long they wait for each other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Meeting {
+    /// Host of the first rank.
+    pub host: String,
+    /// Port on it.
+    pub port: u16,
+    /// What it is called among several at the same address; empty where it is the only one.
+    pub name: String,
+    /// Whether `torchrun` itself listens there.
+    pub held: bool,
+    /// How long another rank is waited for.
+    pub patience: Duration,
+}
+
+/// How long that is where nobody says.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+impl Meeting {
+    /// As the variables say to the process of a part.
+    ///
+    /// # Errors
+    /// One is missing, or makes no sense.
+    pub fn read(part: Part, variable: impl Fn(&str) -> Option<String>) -> Result<Self> {
+        let given = |name: &str| variable(name).filter(|value| !value.is_empty());
+        let missing = |name: &str| {
+            Error::Rank(format!(
+                "worker {} of {} does not know where the others are: {name} is not set or makes no sense",
+                part.index + 1,
+                part.of
+            ))
+        };
+        let port = given("MASTER_PORT").and_then(|port| port.parse().ok());
+        let name = given("RETORT_MEETING").unwrap_or_default();
+        let patience = match given("RETORT_RANK_TIMEOUT") {
+            Some(value) => value.parse().map(Duration::from_secs),
+            None => Ok(PATIENCE),
+        };
+        Ok(Self {
+            host: given("MASTER_ADDR").ok_or_else(|| missing("MASTER_ADDR"))?,
+            port: port.ok_or_else(|| missing("MASTER_PORT"))?,
+            // At an address that retort has chosen nobody else listens.
+            held: !name.is_empty()
+                && given("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|held| held == "True"),
+            name,
+            patience: patience.map_err(|_| missing("RETORT_RANK_TIMEOUT"))?,
+        })
     }
 }
 
@@ -143,6 +201,37 @@ mod tests {
         }
         fn barrier(&self) -> Result<()> {
             Ok(())
+        }
+    }
+
+    #[test]
+    fn where_ranks_meet_is_read_from_the_contract() {
+        let part = Part { index: 1, of: 2 };
+        let meeting = |changes: &[(&str, &str)]| {
+            let given = [("MASTER_ADDR", "n1"), ("MASTER_PORT", "29500")];
+            Meeting::read(part, |name| {
+                let mut all = changes.iter().chain(&given);
+                all.find(|(known, _)| *known == name)
+                    .map(|(_, value)| (*value).to_owned())
+            })
+        };
+        let agent = ("TORCHELASTIC_USE_AGENT_STORE", "True");
+        let plain = meeting(&[agent]).unwrap();
+        assert_eq!((plain.port, plain.held), (29500, false));
+        assert_eq!(plain.patience, PATIENCE);
+        let named =
+            meeting(&[agent, ("RETORT_MEETING", "t"), ("RETORT_RANK_TIMEOUT", "5")]).unwrap();
+        assert!(named.held && named.patience.as_secs() == 5);
+        for wrong in [
+            ("MASTER_PORT", "x"),
+            ("MASTER_ADDR", ""),
+            ("RETORT_RANK_TIMEOUT", "soon"),
+        ] {
+            let error = meeting(&[wrong]).unwrap_err().to_string();
+            assert!(
+                error.contains("worker 2 of 2") && error.contains(wrong.0),
+                "{error}"
+            );
         }
     }
 

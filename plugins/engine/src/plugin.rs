@@ -39,7 +39,7 @@ pub struct EnginePlugin<B: Backend> {
     /// Devices really present.
     pub devices: fn() -> Vec<Device>,
     /// Meets the other ranks of a stage, where the library has a way to.
-    pub collective: Option<fn(Part) -> Result<Box<dyn Collective>>>,
+    pub collective: Option<fn(&B, Part) -> Result<Box<dyn Collective>>>,
 }
 
 impl<B: Backend> Plugin for EnginePlugin<B> {
@@ -77,7 +77,7 @@ impl<B: Backend> Plugin for EnginePlugin<B> {
         let kind = find::<B>(job)?;
         let backend = (self.open)(&job.device, &job.dtype, job.threads)?;
         let ranks: Box<dyn Collective> = match (self.collective, job.part) {
-            (Some(meet), Some(part)) if (kind.describe)().together => meet(part)?,
+            (Some(meet), Some(part)) if (kind.describe)().together => meet(&backend, part)?,
             _ => Box::new(Single),
         };
         let quiet = QuietHost(host);

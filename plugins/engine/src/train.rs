@@ -8,6 +8,7 @@
 mod checkpoint;
 mod options;
 mod ranks;
+mod sharding;
 mod step;
 
 use std::cell::RefCell;
@@ -160,10 +161,19 @@ struct AdamwMoments<B: Backend> {
     v: B::Tensor,
 }
 
+/// What ranks have agreed on while they added up a step, and do before the next.
+#[derive(Default)]
+struct Agreed {
+    /// To stop: one of them has been asked to.
+    stop: bool,
+    /// To save a checkpoint.
+    save: bool,
+}
+
 /// The state of a training beside its parameters, for checkpoints.
 struct State<B: Backend> {
-    /// Of each parameter.
-    moments: Vec<AdamwMoments<B>>,
+    /// Of each parameter that this rank moves.
+    moments: Vec<Option<AdamwMoments<B>>>,
     /// The lowest figure on held-out data, and the weights that had it.
     best: Option<(f64, Weights)>,
     skipped: Skipped,
@@ -189,17 +199,35 @@ impl<B: Backend> TrainingLoop<'_, B> {
     ) -> Result<Weights> {
         let o = self.options;
         let (mut state, start) = self.begin()?;
-        let mut stop = false;
+        let mut agreed = Agreed::default();
         let mut saved = Instant::now();
+        let due = |saved: Instant| saved.elapsed() >= Duration::from_secs(o.checkpoint_seconds);
         for step in start..o.steps {
-            self.go_on(step, &state, stop)?;
-            if saved.elapsed() >= Duration::from_secs(o.checkpoint_seconds) {
+            self.go_on(step, &state, agreed.stop)?;
+            let saves = match self.ranks.is_shared() {
+                true => agreed.save,
+                false => due(saved),
+            };
+            if saves {
                 self.save(step, &state)?;
                 saved = Instant::now();
             }
-            let taken = self.step(step, &state.moments, parts, &mut part_fn, &mut stop);
-            if let Err(Error::Rank(_)) = taken {
-                // Nothing of the step is in the weights.
+            let wishes = Agreed {
+                stop: self.host.cancelled() != Cancel::Run,
+                save: due(saved) && self.ranks.rank() == 0,
+            };
+            let taken = self.step(
+                step,
+                &state.moments,
+                parts,
+                &mut part_fn,
+                wishes,
+                &mut agreed,
+            );
+            if let Err(Error::Rank(_)) = taken
+                && self.owners().is_none()
+            {
+                // Nothing of the step is in the weights. Of sharded state nobody has all.
                 self.save(step, &state)?;
             }
             match taken? {
@@ -224,16 +252,19 @@ impl<B: Backend> TrainingLoop<'_, B> {
     /// The state in which the training begins, that of the checkpoint where there is one, and its first step.
     fn begin(&self) -> Result<(State<B>, u64)> {
         let zeros = |p: &Variable<B>| self.backend.full(&p.shape(), 0.0);
-        let moments = self
-            .params
-            .iter()
-            .map(|(_, p)| {
+        let owners = self.owners();
+        let own = self.ranks.rank();
+        let moments = self.params.iter().enumerate().map(|(at, (_, p))| {
+            let moved_here = owners.as_ref().is_none_or(|owners| owners[at] == own);
+            let zeros = || {
                 Ok(AdamwMoments {
                     m: zeros(p)?,
                     v: zeros(p)?,
                 })
-            })
-            .collect::<Result<_>>()?;
+            };
+            moved_here.then(zeros).transpose()
+        });
+        let moments = moments.collect::<Result<_>>()?;
         let mut state = State {
             moments,
             best: None,

@@ -1,7 +1,9 @@
 //! Steps of optimisers, in place.
 
+use std::any::Any;
+
 use crate::backend::tensor::{Binary, Tensors, Unary};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// One AdamW step's numbers (Loshchilov and Hutter 2019, arXiv 1711.05101), bias corrections already computed.
 #[derive(Debug, Clone, Copy)]
@@ -64,6 +66,21 @@ pub trait Optimiser: Tensors {
         Self::assign_(m, &m1)?;
         Self::assign_(v, &v1)?;
         Self::assign_(p, &p1)
+    }
+
+    /// Begins to put into a whole tensor of f32, where it lies, the sum over all ranks or, with `root`, what that rank has there.
+    /// `ranks` is what their collective gave for it ([`Collective::on_device`](crate::collective::Collective::on_device)). The
+    /// tensor must live until the end.
+    fn begin_exchange_(x: &Self::Tensor, root: Option<usize>, ranks: &dyn Any) -> Result<()> {
+        let _ = (x, root, ranks);
+        let message = "this backend exchanges nothing in its device's memory";
+        Err(Error::Internal(message.into()))
+    }
+
+    /// Ends all that was begun: what comes after it sees the values of all ranks.
+    fn end_exchanges(ranks: &dyn Any) -> Result<()> {
+        let _ = ranks;
+        Ok(())
     }
 
     /// average <- decay * average + (1 - decay) * x

@@ -26,10 +26,26 @@ impl<B: Backend> TrainingLoop<'_, B> {
             best,
             skipped,
         } = state;
-        let Some(path) = self.path().filter(|_| self.ranks.rank() == 0) else {
+        let owners = self.owners();
+        let writes = self.ranks.rank() == 0;
+        let Some(path) = self.path().filter(|_| writes || owners.is_some()) else {
             return Ok(());
         };
         let mut all = Weights::new();
+        for (at, held) in moments.iter().enumerate() {
+            let both = self.moments_of(at, held.as_ref(), owners.as_deref())?;
+            if !writes {
+                continue;
+            }
+            let (name, p) = &self.params[at];
+            for (kind, data) in ["m", "v"].into_iter().zip(both) {
+                let shape = p.shape();
+                all.insert(format!("{kind}.{name}"), Floats { shape, data });
+            }
+        }
+        if !writes {
+            return Ok(());
+        }
         let mut put = |name: String, t: &B::Tensor| -> Result<()> {
             all.insert(
                 name,
@@ -40,10 +56,8 @@ impl<B: Backend> TrainingLoop<'_, B> {
             );
             Ok(())
         };
-        for ((name, p), state) in self.params.iter().zip(moments.iter()) {
+        for (name, p) in self.params {
             put(format!("param.{name}"), p.value())?;
-            put(format!("m.{name}"), &state.m)?;
-            put(format!("v.{name}"), &state.v)?;
         }
         for (name, t) in self.ema.into_iter().flatten() {
             put(format!("ema.{name}"), t)?;
@@ -112,8 +126,10 @@ impl<B: Backend> TrainingLoop<'_, B> {
         };
         for ((name, p), state) in self.params.iter().zip(moments.iter()) {
             put(format!("param.{name}"), p.value())?;
-            put(format!("m.{name}"), &state.m)?;
-            put(format!("v.{name}"), &state.v)?;
+            if let Some(state) = state {
+                put(format!("m.{name}"), &state.m)?;
+                put(format!("v.{name}"), &state.v)?;
+            }
         }
         for (name, t) in self.ema.into_iter().flatten() {
             put(format!("ema.{name}"), t)?;

@@ -48,6 +48,10 @@ pub struct TrainOptions {
     /// How many steps in a row may have a NaN or infinite loss or gradient. Each is skipped, and counted by the
     /// series `skipped_steps`; one more fails the training.
     pub skip_at_most: u64,
+    /// How far several workers divide what they hold (ZeRO): 0, not at all; 1, the optimiser's moments, so that each worker
+    /// keeps an equal part of them. Results and checkpoints are the same.
+    #[schemars(range(max = 1), extend("x-retort-same-result" = true))]
+    pub zero_stage: u8,
     /// Seconds between checkpoints.
     #[schemars(range(min = 1))]
     pub checkpoint_seconds: u64,
@@ -95,6 +99,7 @@ impl Default for TrainOptions {
             ema: 0.0,
             muon: None,
             skip_at_most: 10,
+            zero_stage: 0,
             checkpoint_seconds: 60,
         }
     }

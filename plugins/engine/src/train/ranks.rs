@@ -1,19 +1,18 @@
 //! What ranks that train together tell each other.
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Instant;
 
-use retort_abi::Cancel;
-
-use super::{AdamwMoments, TrainingLoop};
+use super::{AdamwMoments, Agreed, TrainingLoop};
 use crate::backend::{Backend, Binary};
 use crate::collective::Collective;
 use crate::error::{Error, Result};
 use crate::tape::{Variable, backward_as_ready, scalar};
 
 /// Gradients that ranks add up at a time: 25 MB.
-const BUCKET: usize = 25 << 18;
+pub(super) const BUCKET: usize = 25 << 18;
 
 /// Time that ranks spend on adding up the gradients of a step.
 pub(super) struct Communication {
@@ -73,6 +72,9 @@ impl<B: Backend> TrainingLoop<'_, B> {
         params: &[(String, Variable<B>)],
         before: &[B::Tensor],
     ) -> Result<(Vec<B::Tensor>, Communication)> {
+        if let Some(device) = self.ranks.on_device() {
+            return self.gradients_on_device(loss, params, before, device);
+        }
         let (send, receive) = channel();
         let ranks = self.ranks;
         std::thread::scope(|scope| {
@@ -105,25 +107,85 @@ impl<B: Backend> TrainingLoop<'_, B> {
         })
     }
 
-    /// Sums over all ranks: loss and figures. Returns whether one of them has been asked to stop.
+    /// The same where the sums are taken in the device's memory: the device adds up while it goes on with the backward pass.
+    fn gradients_on_device(
+        &self,
+        loss: Variable<B>,
+        params: &[(String, Variable<B>)],
+        before: &[B::Tensor],
+        device: &dyn Any,
+    ) -> Result<(Vec<B::Tensor>, Communication)> {
+        let mut begun = None;
+        let mut sums: Vec<(Vec<usize>, B::Tensor)> = Vec::new();
+        let (mut bucket, mut length) = (Vec::<(usize, B::Tensor)>::new(), 0);
+        let mut exchange = |bucket: &mut Vec<(usize, B::Tensor)>| -> Result<()> {
+            let numbers = bucket.iter().map(|(number, _)| *number).collect();
+            let flat: Vec<&B::Tensor> = bucket.iter().map(|(_, flat)| flat).collect();
+            // Values of its own, which nobody else looks at meanwhile.
+            let all = B::affine(&B::cat(&flat, 0)?, 1.0, 0.0)?;
+            begun.get_or_insert_with(Instant::now);
+            B::begin_exchange_(&all, None, device)?;
+            sums.push((numbers, all));
+            bucket.clear();
+            Ok(())
+        };
+        let mut ready = |number: usize, gradient: &B::Tensor| {
+            let own = match before.get(number) {
+                Some(sum) => B::binary(sum, gradient, Binary::Add)?,
+                None => gradient.clone(),
+            };
+            let size = B::shape(&own).iter().product();
+            bucket.push((number, B::reshape(&own, &[size])?));
+            length += size;
+            if length >= BUCKET {
+                length = 0;
+                exchange(&mut bucket)?;
+            }
+            Ok(())
+        };
+        let mut gradients = backward_as_ready(loss, params, &mut ready)?;
+        if !bucket.is_empty() {
+            exchange(&mut bucket)?;
+        }
+        let waiting = Instant::now();
+        B::end_exchanges(device)?;
+        let (seconds, waited) = (begun.unwrap_or(waiting).elapsed(), waiting.elapsed());
+        for (numbers, all) in &sums {
+            let mut at = 0;
+            for &number in numbers {
+                let shape = B::shape(&gradients[number]);
+                let size = shape.iter().product();
+                gradients[number] = B::reshape(&B::narrow(all, 0, at, size)?, &shape)?;
+                at += size;
+            }
+        }
+        let [seconds, waited] = [seconds, waited].map(|time| time.as_secs_f64());
+        Ok((gradients, Communication { seconds, waited }))
+    }
+
+    /// Sums over all ranks: loss and figures. Returns what one of them wants all to do.
     pub(super) fn reduce(
         &self,
         loss: &mut B::Tensor,
         figures: &mut [(&'static str, f64)],
-    ) -> Result<bool> {
-        let stop = self.host.cancelled() != Cancel::Run;
-        let mut head = vec![f32::from(stop), scalar::<B>(loss)? as f32];
+        wishes: &Agreed,
+    ) -> Result<Agreed> {
+        let wishes = [wishes.stop, wishes.save].map(f32::from);
+        let mut head = vec![wishes[0], wishes[1], scalar::<B>(loss)? as f32];
         head.extend(figures.iter().map(|(_, figure)| *figure as f32));
         self.ranks.all_reduce(&mut head)?;
-        *loss = self.backend.floats(&head[1..2], &B::shape(loss))?;
-        for ((_, figure), sum) in figures.iter_mut().zip(&head[2..]) {
+        *loss = self.backend.floats(&head[2..3], &B::shape(loss))?;
+        for ((_, figure), sum) in figures.iter_mut().zip(&head[3..]) {
             *figure = f64::from(*sum);
         }
-        Ok(head[0] > 0.0)
+        Ok(Agreed {
+            stop: head[0] > 0.0,
+            save: head[1] > 0.0,
+        })
     }
 
     /// Has all ranks begin with the state of the first.
-    pub(super) fn agree(&self, start: u64, moments: &[AdamwMoments<B>]) -> Result<()> {
+    pub(super) fn agree(&self, start: u64, moments: &[Option<AdamwMoments<B>>]) -> Result<()> {
         if !self.ranks.is_shared() {
             return Ok(());
         }
@@ -140,7 +202,10 @@ impl<B: Backend> TrainingLoop<'_, B> {
             });
         }
         let own = self.params.iter().map(|(_, p)| p.value());
-        let states = moments.iter().flat_map(|state| [&state.m, &state.v]);
+        // Sharded moments each has from the checkpoint itself.
+        let sharded = self.owners().is_some();
+        let states = moments.iter().flatten().filter(|_| !sharded);
+        let states = states.flat_map(|state| [&state.m, &state.v]);
         let average = self.ema.into_iter().flat_map(BTreeMap::values);
         for tensor in own.chain(states).chain(average) {
             let mut data = B::to_floats(tensor)?;

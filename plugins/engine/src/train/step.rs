@@ -1,6 +1,6 @@
 //! A step: gradients of a loss, and what AdamW and Muon make of them.
 
-use super::{AdamwMoments, Adversary, StepOutput, TrainOptions, TrainingLoop};
+use super::{AdamwMoments, Adversary, Agreed, StepOutput, TrainOptions, TrainingLoop};
 use crate::backend::{AdamwStep, Backend, Binary, Unary};
 use crate::error::{Error, Result};
 use crate::model::decays;
@@ -15,10 +15,11 @@ impl<B: Backend> TrainingLoop<'_, B> {
     pub(super) fn step(
         &self,
         step: u64,
-        moments: &[AdamwMoments<B>],
+        moments: &[Option<AdamwMoments<B>>],
         parts: usize,
         part_fn: &mut impl FnMut(u64, usize) -> Result<StepOutput<B>>,
-        stop: &mut bool,
+        wishes: Agreed,
+        agreed: &mut Agreed,
     ) -> Result<Option<String>> {
         let o = self.options;
         let log = step.is_multiple_of(LOG_EVERY) || step + 1 == o.steps;
@@ -31,7 +32,7 @@ impl<B: Backend> TrainingLoop<'_, B> {
             value,
             figures,
             anew,
-        } = self.sums(step, params, parts, part_fn, stop)?;
+        } = self.sums(step, params, parts, part_fn, &wishes, agreed)?;
         let (norms, loss) = norms_and_loss::<B>(&gradients, &value, self.own())?;
         if !norms.iter().all(|norm| norm.is_finite()) || !loss.is_finite() {
             let norm = norms[0].hypot(norms[1]);
@@ -45,6 +46,8 @@ impl<B: Backend> TrainingLoop<'_, B> {
         let ema_decay = o.ema.min((1 + step) as f64 / (10 + step) as f64);
         let all = params.iter().zip(moments).zip(&gradients);
         for (((name, p), state), g) in all.clone().take(self.own()) {
+            // What another rank moves comes from it.
+            let Some(state) = state else { continue };
             let weight_decay = match decays(name, &p.shape()) {
                 true => o.weight_decay,
                 false => 0.0,
@@ -63,17 +66,23 @@ impl<B: Backend> TrainingLoop<'_, B> {
                     B::adamw_(p.value(), &state.m, &state.v, g, &numbers)?;
                 }
             }
-            if let Some(average) = self.ema {
-                B::ema_(&average[name], p.value(), ema_decay)?;
-            }
         }
         if let Some(Adversary { options, from, .. }) = &self.adversary {
             for (((name, p), state), g) in all.skip(self.own()) {
+                let Some(state) = state else { continue };
                 let mut numbers = adamw(options, step - from, norms[1]);
                 if decays(name, &p.shape()) {
                     numbers.weight_decay = options.weight_decay;
                 }
                 B::adamw_(p.value(), &state.m, &state.v, g, &numbers)?;
+            }
+        }
+        if let Some(owners) = self.owners() {
+            self.spread(params, &owners)?;
+        }
+        if let Some(average) = self.ema {
+            for (name, p) in params.iter().take(self.own()) {
+                B::ema_(&average[name], p.value(), ema_decay)?;
             }
         }
         if log {
@@ -94,14 +103,15 @@ impl<B: Backend> TrainingLoop<'_, B> {
         Ok(None)
     }
 
-    /// The parts of a step, and the ranks, added up. `stop` becomes whether one of the ranks has been asked to.
+    /// The parts of a step, and the ranks, added up, and what they agree on by it.
     fn sums(
         &self,
         step: u64,
         params: &[(String, Variable<B>)],
         parts: usize,
         part_fn: &mut impl FnMut(u64, usize) -> Result<StepOutput<B>>,
-        stop: &mut bool,
+        wishes: &Agreed,
+        agreed: &mut Agreed,
     ) -> Result<Sums<B>> {
         let mut sums: Option<Sums<B>> = None;
         let mut communication = None;
@@ -151,7 +161,7 @@ impl<B: Backend> TrainingLoop<'_, B> {
                 ("communication", took.seconds * share),
                 ("communication_wait", took.waited * share),
             ]);
-            *stop = self.reduce(&mut sums.value, &mut sums.figures)?;
+            *agreed = self.reduce(&mut sums.value, &mut sums.figures, wishes)?;
         }
         Ok(sums)
     }
@@ -161,7 +171,7 @@ impl<B: Backend> TrainingLoop<'_, B> {
         &self,
         name: &str,
         rows: &[usize],
-        moments: &[AdamwMoments<B>],
+        moments: &[Option<AdamwMoments<B>>],
     ) -> Result<()> {
         let missing = || Error::Internal(format!("no parameter {name}"));
         let at = self.params.iter().position(|(own, _)| own == name);
@@ -171,9 +181,10 @@ impl<B: Backend> TrainingLoop<'_, B> {
         let width = shape[1..].iter().product::<usize>();
         let now = B::to_floats(p)?;
         let average = self.ema.and_then(|average| average.get(name));
+        let held = moments[at].as_ref();
         let changed = [
-            (Some(&moments[at].m), None),
-            (Some(&moments[at].v), None),
+            (held.map(|held| &held.m), None),
+            (held.map(|held| &held.v), None),
             (average, Some(&now)),
         ];
         for (tensor, values) in changed {
