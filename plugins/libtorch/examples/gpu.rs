@@ -2,8 +2,8 @@
 
 use std::process::ExitCode;
 
-use retort_libtorch::Libtorch;
+use retort_libtorch::{Libtorch, meet};
 
 fn main() -> ExitCode {
-    retort_tests::gpu::main(|dtype| Libtorch::open("cuda", dtype, 0))
+    retort_tests::gpu::main(|dtype| Libtorch::open("cuda", dtype, 0), meet)
 }

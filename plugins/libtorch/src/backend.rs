@@ -1,5 +1,7 @@
 //! `Libtorch` as the engine's backend: the required operations, and the fused ones that libtorch has.
 
+use std::any::Any;
+
 use retort_engine::backend::{
     self, AdamwStep, Binary, FlowSolver, Layers, Norms, Optimiser, Sampling, Tensors, Truncation,
     Unary, Window,
@@ -7,6 +9,7 @@ use retort_engine::backend::{
 use retort_engine::error::{Error, Result};
 use tch::{Kind, Reduction};
 
+use crate::collective::Ranks;
 use crate::{Libtorch, ProductPrecision, Tensor, aten, choice, cuda, failed, flow, host};
 
 pub(crate) type T = Tensor;
@@ -538,6 +541,14 @@ impl Norms for Libtorch {
 }
 
 impl Optimiser for Libtorch {
+    fn begin_exchange_(x: &T, root: Option<usize>, ranks: &dyn Any) -> Result<()> {
+        ranks_of(ranks)?.begin(&x.inner, root)
+    }
+
+    fn end_exchanges(ranks: &dyn Any) -> Result<()> {
+        ranks_of(ranks)?.end()
+    }
+
     fn adamw_(p: &T, m: &T, v: &T, g: &T, s: &AdamwStep) -> Result<()> {
         let [mut p, mut m, mut v] = [p, m, v].map(|x| x.inner.shallow_clone());
         let mut run = || {
@@ -627,6 +638,12 @@ fn sides(window: Window) -> [[i64; 2]; 3] {
 fn halves(x: &Raw) -> Tried<(Raw, Raw)> {
     let half = x.size()[x.dim() - 1] / 2;
     Ok((x.f_narrow(-1, 0, half)?, x.f_narrow(-1, half, half)?))
+}
+
+/// What ranks of this library gave for the exchange of tensors.
+fn ranks_of(ranks: &dyn Any) -> Result<&Ranks> {
+    let other = || Error::Internal("ranks of another library".into());
+    ranks.downcast_ref().ok_or_else(other)
 }
 
 fn signed(sizes: &[usize]) -> Vec<i64> {

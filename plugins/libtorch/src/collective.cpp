@@ -1,4 +1,6 @@
-// Ranks meet and add up through libtorch's own c10d: Gloo over TCP, found by a TCPStore.
+// Ranks meet and add up through libtorch's own c10d, found by a TCPStore: Gloo over TCP in the host's memory, NCCL between
+// GPUs. NCCL's group is in the half of libtorch that drives GPUs: its constructors are looked for when they are needed, so
+// that the plugin needs neither that half nor NCCL's headers where there is no GPU.
 //
 // Functions return nullptr, or the message of what was thrown; the message lives until the thread's next call.
 
@@ -6,11 +8,14 @@
 
 #include <chrono>
 #include <cstdlib>
+#include <dlfcn.h>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
+#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
@@ -18,65 +23,146 @@
 
 namespace {
 
-using Group = c10d::ProcessGroupGloo;
+using Group = c10d::Backend;
+using Gloo = c10d::ProcessGroupGloo;
+using Store = c10::intrusive_ptr<c10d::Store>;
+using Options = c10::intrusive_ptr<Group::Options>;
 
 // The store ends after the group, and all that the first rank holds with it.
 struct Ranks {
-  c10::intrusive_ptr<c10d::Store> store;
+  Store store;
   c10::intrusive_ptr<Group> group;
+  // The GPU; none is -1.
+  int gpu;
+  std::vector<c10::intrusive_ptr<c10d::Work>> begun;
 };
 
-std::vector<at::Tensor> over(float *values, int64_t count) {
-  return {at::from_blob(values, {count}, at::kFloat)};
+// Values of the host as what the group takes: itself, or a copy on the GPU that goes back afterwards.
+template <class Exchange> void exchange(Ranks &ranks, float *values, int64_t count, Exchange act) {
+  at::Tensor host = at::from_blob(values, {count}, at::kFloat);
+  if (ranks.gpu < 0) {
+    std::vector<at::Tensor> tensors{host};
+    act(tensors)->wait();
+    return;
+  }
+  std::vector<at::Tensor> tensors{host.to(at::Device(at::kCUDA, ranks.gpu))};
+  act(tensors)->wait();
+  host.copy_(tensors[0]);
 }
 
 std::shared_ptr<gloo::transport::Device> device(const std::string &host) {
   if (const char *interface = std::getenv("GLOO_SOCKET_IFNAME"))
-    return Group::createDeviceForInterface(interface);
+    return Gloo::createDeviceForInterface(interface);
   if (host == "127.0.0.1" || host == "localhost")
-    return Group::createDeviceForHostname("127.0.0.1");
-  return Group::createDefaultDevice();
+    return Gloo::createDeviceForHostname("127.0.0.1");
+  return Gloo::createDefaultDevice();
+}
+
+template <class Function> Function found(const char *name) {
+  if (void *function = dlsym(RTLD_DEFAULT, name))
+    return reinterpret_cast<Function>(function);
+  TORCH_CHECK(false, "this libtorch has no NCCL (", name, "); one with CUDA has: make libtorch CUDA=1");
+}
+
+// c10d::ProcessGroupNCCL(store, rank, size, options). Its header needs NCCL's, so its size is not known here: room is more
+// than it takes. Both objects end by their own virtual destructors.
+c10::intrusive_ptr<Group> nccl(const Store &store, int rank, int size, std::chrono::milliseconds timeout) {
+  constexpr size_t ROOM = 64 * 1024;
+  // So that a rank that is gone is an error here, and not the end of the process.
+  setenv("TORCH_NCCL_BLOCKING_WAIT", "1", 0);
+  auto make_options = found<void (*)(void *, bool)>("_ZN4c10d16ProcessGroupNCCL7OptionsC1Eb");
+  auto make_group = found<void (*)(void *, Store, int, int, Options)>(
+      "_ZN4c10d16ProcessGroupNCCLC1EN3c1013intrusive_ptrINS_5StoreENS1_6detail34intrusive_target_default_null_typeIS3_EEEEii"
+      "NS2_INS0_7OptionsENS5_IS8_EEEE");
+  void *room = ::operator new(ROOM);
+  make_options(room, false);
+  auto options = Options::unsafe_steal_from_new(static_cast<Group::Options *>(room));
+  options->timeout = timeout;
+  room = ::operator new(ROOM);
+  make_group(room, store, rank, size, options);
+  return c10::intrusive_ptr<Group>::unsafe_steal_from_new(static_cast<Group *>(room));
 }
 
 } // namespace
 
 extern "C" {
 
-// Waits until all ranks are there, `timeout` milliseconds at most; so long each later call may wait.
-const char *retort_ranks_meet(const char *host, uint16_t port, int rank, int size, int64_t timeout, void **out) {
+// Where ranks meet: `held` says that somebody else keeps the store there, `name` tells this meeting from others in it.
+struct Meeting {
+  const char *host;
+  uint16_t port;
+  bool held;
+  const char *name;
+};
+
+// Waits until all ranks are there, `timeout` milliseconds at most; so long each later call may wait. `gpu`: by NCCL, on it.
+const char *retort_ranks_meet(const Meeting *meeting, int rank, int size, int64_t timeout, int gpu, void **out) {
   return guarded([&] {
+    const std::string host = meeting->host;
     c10d::TCPStoreOptions options;
-    options.port = port;
-    options.isServer = rank == 0;
+    options.port = meeting->port;
+    options.isServer = rank == 0 && !meeting->held;
     options.waitWorkers = false;
     options.timeout = std::chrono::milliseconds(timeout);
     auto ranks = std::make_unique<Ranks>();
+    ranks->gpu = gpu;
     ranks->store = c10::make_intrusive<c10d::TCPStore>(host, options);
-    auto how = Group::Options::create(options.timeout);
-    how->devices.push_back(device(host));
-    ranks->group = c10::make_intrusive<Group>(ranks->store, rank, size, how);
+    ranks->store = c10::make_intrusive<c10d::PrefixStore>(std::string("retort/") + meeting->name, ranks->store);
+    if (gpu >= 0) {
+      ranks->group = nccl(ranks->store, rank, size, options.timeout);
+    } else {
+      auto how = Gloo::Options::create(options.timeout);
+      how->devices.push_back(device(host));
+      ranks->group = c10::make_intrusive<Gloo>(ranks->store, rank, size, how);
+    }
     *out = ranks.release();
   });
 }
 
-const char *retort_ranks_all_reduce(void *ranks, float *values, int64_t count) {
+const char *retort_ranks_all_reduce(void *own, float *values, int64_t count) {
   return guarded([&] {
-    auto tensors = over(values, count);
-    static_cast<Ranks *>(ranks)->group->allreduce(tensors)->wait();
+    auto &ranks = *static_cast<Ranks *>(own);
+    exchange(ranks, values, count, [&](auto &tensors) { return ranks.group->allreduce(tensors); });
   });
 }
 
-const char *retort_ranks_broadcast(void *ranks, float *values, int64_t count, int root) {
+const char *retort_ranks_broadcast(void *own, float *values, int64_t count, int root) {
   return guarded([&] {
-    auto tensors = over(values, count);
+    auto &ranks = *static_cast<Ranks *>(own);
     c10d::BroadcastOptions options;
     options.rootRank = root;
-    static_cast<Ranks *>(ranks)->group->broadcast(tensors, options)->wait();
+    exchange(ranks, values, count, [&](auto &tensors) { return ranks.group->broadcast(tensors, options); });
   });
 }
 
-const char *retort_ranks_barrier(void *ranks) {
-  return guarded([&] { static_cast<Ranks *>(ranks)->group->barrier()->wait(); });
+const char *retort_ranks_barrier(void *own) {
+  return guarded([&] {
+    auto &ranks = *static_cast<Ranks *>(own);
+    // A sum that is read waits for all, on a GPU too.
+    float nothing = 0;
+    exchange(ranks, &nothing, 1, [&](auto &tensors) { return ranks.group->allreduce(tensors); });
+  });
+}
+
+// Begins to sum a tensor of a GPU over all ranks, or with `root` to take it from that one.
+const char *retort_ranks_begin(void *own, const void *tensor, int root) {
+  return guarded([&] {
+    auto &ranks = *static_cast<Ranks *>(own);
+    std::vector<at::Tensor> tensors{*static_cast<const at::Tensor *>(tensor)};
+    TORCH_CHECK(tensors[0].is_contiguous(), "ranks exchange whole tensors");
+    c10d::BroadcastOptions options;
+    options.rootRank = root;
+    ranks.begun.push_back(root < 0 ? ranks.group->allreduce(tensors) : ranks.group->broadcast(tensors, options));
+  });
+}
+
+const char *retort_ranks_end(void *own) {
+  return guarded([&] {
+    auto begun = std::move(static_cast<Ranks *>(own)->begun);
+    static_cast<Ranks *>(own)->begun.clear();
+    for (auto &work : begun)
+      work->wait();
+  });
 }
 
 void retort_ranks_part(void *ranks) {

@@ -23,6 +23,7 @@ mod precision;
 use retort_engine::error::{Error, Result};
 use tch::{Device, TchError};
 
+pub use collective::{meet, meet_at};
 pub use precision::ProductPrecision;
 
 /// The backend: where tensors live and how precisely products are computed.

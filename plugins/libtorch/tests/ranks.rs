@@ -129,24 +129,35 @@ impl Lab {
     /// Starts it, and waits for its first checkpoint; returns the process of a rank too.
     fn start(&self, seed: &str, rank: usize) -> (Child, i32) {
         let child = self.long(seed, &[]).spawn().expect("the binary runs");
+        self.wait_for_checkpoint();
+        let pid = self.rank(&child, rank, 2);
+        (child, pid)
+    }
+
+    fn wait_for_checkpoint(&self) {
         let work = self.0.path().join("store/work");
         wait_for("a checkpoint", || {
             let dirs = std::fs::read_dir(&work).ok()?.flatten();
             let mut files = dirs.map(|dir| dir.path().join("distill.checkpoint.safetensors"));
             files.any(|file| file.exists()).then_some(())
         });
-        let wanted = format!("RANK={rank}");
-        let pid = wait_for("the rank", || {
+    }
+
+    /// The process of a rank among so many.
+    fn rank(&self, child: &Child, rank: usize, of: usize) -> i32 {
+        let wanted = [format!("RANK={rank}"), format!("WORLD_SIZE={of}")];
+        wait_for("the rank", || {
             let of = format!("/proc/{0}/task/{0}/children", child.id());
             let children = std::fs::read_to_string(of).ok()?;
             children.split_whitespace().find_map(|pid| {
                 let environment = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
-                let mut variables = environment.split(|&byte| byte == 0);
-                let found = variables.any(|variable| variable == wanted.as_bytes());
+                let variables: Vec<&[u8]> = environment.split(|&byte| byte == 0).collect();
+                let found = wanted
+                    .iter()
+                    .all(|wanted| variables.contains(&wanted.as_bytes()));
                 found.then(|| pid.parse().ok())?
             })
-        });
-        (child, pid)
+        })
     }
 }
 
@@ -188,7 +199,118 @@ fn binary() -> PathBuf {
 fn n_workers_train_as_one_does_and_what_happens_to_one_ends_all() {
     let lab = Lab::new();
     curves(&lab);
+    sharding(&lab);
+    torchrun(&lab);
+    fewer(&lab);
     faults(&lab);
+}
+
+/// With the optimiser's state divided among ranks the bits are the same.
+fn sharding(lab: &Lab) {
+    for (stage, workers) in [("codes", 2), ("student", 2), ("student", 4)] {
+        let force = format!("--force={stage}");
+        let workers = format!("stages.{stage}.workers={workers}");
+        let zero = format!("stages.{stage}.train.zero_stage=1");
+        let plain = ["run", "r.yaml", "--until", stage, &force, "--set", &workers];
+        let sharded = [&plain[..], &["--set", &zero]].concat();
+        let [plain, sharded] = [&plain[..], &sharded].map(|words| {
+            lab.retort(words);
+            lab.hash(stage)
+        });
+        assert_eq!(plain, sharded, "{stage}, {workers}");
+    }
+}
+
+/// Processes that somebody else has started find their places by the variables of `torchrun`.
+fn torchrun(lab: &Lab) {
+    let student = ["run", "r.yaml", "--until", "student", "--force=student"];
+    lab.retort(&[&student[..], &["--set", "stages.student.workers=2"]].concat());
+    let hash = lab.hash("student");
+    let port = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a port");
+    let port = port.local_addr().expect("an address").port().to_string();
+    let rank = |rank: &str, more: &[&str]| {
+        let mut command = lab.command(&student);
+        command.args(["--executor", "torchrun"]).args(more);
+        let place = [("WORLD_SIZE", "2"), ("RANK", rank), ("LOCAL_RANK", rank)];
+        command
+            .envs(place)
+            .env("MASTER_ADDR", "127.0.0.1")
+            .env("MASTER_PORT", &port);
+        command
+    };
+    let second = rank("1", &[]).spawn().expect("the binary runs");
+    let first = rank("0", &[]).output().expect("the binary runs");
+    assert!(first.status.success(), "{}", said(&first));
+    let second = second.wait_with_output().expect("it ends");
+    assert!(second.status.success(), "{}", said(&second));
+    assert_eq!(lab.hash("student"), hash, "as two workers of one runner");
+    // Both refuse what cannot be.
+    let other = rank("0", &["--set", "stages.student.workers=3"])
+        .output()
+        .expect("it runs");
+    assert_eq!(other.status.code(), Some(2), "{}", said(&other));
+    assert!(
+        said(&other).contains("has 3 workers, and 2 processes were started"),
+        "{}",
+        said(&other)
+    );
+    let alone = rank("1", &[])
+        .env_remove("MASTER_PORT")
+        .output()
+        .expect("it runs");
+    assert!(
+        said(&alone).contains("MASTER_PORT is not set"),
+        "{}",
+        said(&alone)
+    );
+}
+
+/// Workers that die each time: with fewer, while there are enough; the history says why.
+fn fewer(lab: &Lab) {
+    let mut command = lab.command(&["run", "r.yaml", "--grace", "2s"]);
+    for setting in [
+        "train.steps=400",
+        "train.checkpoint_seconds=1",
+        "workers=3",
+        "min_workers=2",
+        "seed=99",
+    ] {
+        command.args(["--set", &format!("stages.student.{setting}")]);
+    }
+    command.env("RETORT_RANK_TIMEOUT", "4");
+    let child = command.spawn().expect("the binary runs");
+    lab.wait_for_checkpoint();
+    signal(lab.rank(&child, 2, 3), "-KILL");
+    // The next attempt has two.
+    signal(lab.rank(&child, 1, 2), "-KILL");
+    let output = child.wait_with_output().expect("it ends");
+    assert!(!output.status.success(), "{}", said(&output));
+    let sql = "select reason, message from v_attempts where stage = 'student' order by attempt desc limit 2";
+    let rows = lab.retort(&["query", sql]);
+    let text = |row: usize, key: &str| rows[row][key].as_str().unwrap_or_default().to_owned();
+    assert_eq!(
+        text(1, "reason"),
+        "lost a worker: killed by SIGKILL",
+        "{rows}"
+    );
+    assert!(text(1, "message").contains("with 2 of 3 workers"), "{rows}");
+    assert_eq!(
+        text(0, "reason"),
+        "killed by SIGKILL",
+        "fewer may not be: {rows}"
+    );
+    assert!(
+        said(&output).contains("with 2 of 3 workers"),
+        "{}",
+        said(&output)
+    );
+    let resumed = lab.command(&["resume", "-v"]).output().expect("it runs");
+    assert!(resumed.status.success(), "{}", said(&resumed));
+    assert!(
+        said(&resumed).contains("part 1 of 3: distill: continuing from step"),
+        "{}",
+        said(&resumed)
+    );
 }
 
 fn curves(lab: &Lab) {
