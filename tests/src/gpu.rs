@@ -8,7 +8,7 @@ use retort_engine::conformance::{self, Case};
 use retort_engine::error::{Error, Result};
 
 use crate::golden::{self, TOLERANCE};
-use crate::{agreement, throughput};
+use crate::{agreement, ranks, throughput};
 
 /// Largest errors of tensors, relative to their largest magnitude.
 const SINGLE: f64 = 1e-3;
@@ -21,10 +21,14 @@ const TOKENS: f64 = 0.01;
 ///
 /// `open` opens the GPU with a dtype. On the GPU's machine nothing else is needed but the libraries of CUDA and, to
 /// compare speeds, a Python with torch (named by PYTHON). Where there is no GPU it says so and succeeds, unless
-/// RETORT_GPU says that there has to be one.
-pub fn main<B: Backend>(open: impl Fn(&str) -> Result<B>) -> ExitCode {
+/// RETORT_GPU says that there has to be one. `meet` lets processes exchange gradients: `rank INDEX SIZE` is one of them, which
+/// `check` starts.
+pub fn main<B: Backend>(open: impl Fn(&str) -> Result<B>, meet: ranks::Meet<B>) -> ExitCode {
     let mut arguments = std::env::args().skip(1);
     let command = arguments.next().unwrap_or_default();
+    if command == "rank" {
+        return ranks::rank(open, meet, arguments);
+    }
     if !matches!(command.as_str(), "check" | "bench") {
         eprintln!("usage: check [PART OF A NAME] | bench [PART OF A TITLE]");
         return ExitCode::from(2);
@@ -97,6 +101,7 @@ fn check<B: Backend>(single: &B, half: &B, only: &str) -> Result<bool> {
     examine("tokens of trajectories", &|| {
         Ok(vec![agreement::tokens(&cpu()?, single, TOKENS)?])
     });
+    examine("ranks that exchange gradients", &ranks::cases);
     examine("running out of memory", &|| Ok(vec![memory(single)?]));
     if ran == 0 {
         return Err(Error::option(

@@ -5,6 +5,7 @@ pub mod examination;
 pub mod golden;
 pub mod gpu;
 pub mod memory;
+pub mod ranks;
 pub mod skip;
 pub mod small;
 pub mod speed;

@@ -324,6 +324,7 @@ int cuEventCreate(void** event, unsigned) { return *event = (void*)1, SUCCESS; }
 int cuEventDestroy_v2(void*) { return SUCCESS; }
 int cuEventRecord(void*, void*) { return SUCCESS; }
 int cuEventSynchronize(void*) { return SUCCESS; }
+int cuEventQuery(void*) { return SUCCESS; }
 int cuMemGetInfo_v2(size_t* left, size_t* total) {
     *total = setting("EMULATOR_MEMORY", 8ull << 30);
     return *left = *total - in_use, SUCCESS;

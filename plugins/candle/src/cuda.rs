@@ -17,6 +17,7 @@ mod graph;
 mod kernels;
 mod launch;
 mod libraries;
+mod nccl;
 mod product;
 mod structures;
 mod sums;
@@ -29,6 +30,8 @@ use candle_core::cuda_backend::cudarc::driver::sys::{
 };
 use retort_engine::error::{Error, Result};
 use retort_engine::plugin::{EnginePlugin, PluginInfo};
+
+pub use nccl::{Nccl, meet};
 
 use crate::failed;
 
@@ -171,7 +174,7 @@ pub(crate) fn plugin() -> EnginePlugin<Cuda> {
         about: ABOUT,
         open: Cuda::open,
         devices,
-        collective: None,
+        collective: Some(meet),
     }
 }
 

@@ -30,7 +30,7 @@ use candle_core::{DType, Device, Tensor};
 use retort_engine::error::{Error, Result};
 
 #[cfg(feature = "cuda")]
-pub use cuda::Cuda;
+pub use cuda::{Cuda, Nccl, meet};
 
 /// The backend: where tensors live and which type of float they hold.
 #[derive(Debug, Clone)]

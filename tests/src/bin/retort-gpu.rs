@@ -5,5 +5,5 @@ use std::process::ExitCode;
 use retort_candle::Cuda;
 
 fn main() -> ExitCode {
-    retort_tests::gpu::main(|dtype| Cuda::open("cuda", dtype, 0))
+    retort_tests::gpu::main(|dtype| Cuda::open("cuda", dtype, 0), retort_candle::meet)
 }

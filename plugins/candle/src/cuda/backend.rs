@@ -3,6 +3,8 @@
 mod layers;
 mod norms;
 
+use std::any::Any;
+
 use candle_core::DType;
 use retort_engine::backend::{
     AdamwStep, Attention, Binary, FlowSolver, Mask, Optimiser, Recording, Sampling, Tensors,
@@ -18,10 +20,16 @@ use crate::cuda::product::{operands, product};
 use crate::cuda::structures::{Adamw, Places, Steps};
 use crate::cuda::sums::{full, sum};
 use crate::cuda::tensor::{Raw, Tensor, copy, dense_last, device, fresh, pointer, to_host, whole};
-use crate::cuda::{Cuda, attention, convolution, flow, free_memory, graph};
+use crate::cuda::{Cuda, Nccl, attention, convolution, flow, free_memory, graph};
 use crate::failed;
 
 type T = Tensor;
+
+/// What ranks of this library gave for the exchange of tensors.
+fn ranks_of(ranks: &dyn Any) -> Result<&Nccl> {
+    let other = || Error::Internal("ranks of another library".into());
+    ranks.downcast_ref().ok_or_else(other)
+}
 
 impl Cuda {
     fn put<D: candle_core::WithDType>(&self, data: &[D], shape: &[usize]) -> Result<T> {
@@ -443,6 +451,14 @@ impl Attention for Cuda {
 }
 
 impl Optimiser for Cuda {
+    fn begin_exchange_(x: &T, root: Option<usize>, ranks: &dyn Any) -> Result<()> {
+        ranks_of(ranks)?.begin(&x.raw, root)
+    }
+
+    fn end_exchanges(ranks: &dyn Any) -> Result<()> {
+        ranks_of(ranks)?.end()
+    }
+
     fn adamw_(p: &T, m: &T, v: &T, g: &T, s: &AdamwStep) -> Result<()> {
         let n = in_place(&[p, m, v], g)?;
         let g = g.single()?;

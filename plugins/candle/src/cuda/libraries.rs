@@ -213,6 +213,33 @@ pub fn cublas() -> Result<(), String> {
     LOADED.get_or_init(load).clone()
 }
 
+/// Opens NCCL.
+///
+/// # Errors
+/// It is in none of the usual places.
+pub fn nccl() -> Result<Library, String> {
+    const FILE: &str = "libnccl.so.2";
+    let mut tried = Vec::new();
+    for place in std::iter::once(PathBuf::new()).chain(usual_places()) {
+        let path = place.join(FILE);
+        if !place.as_os_str().is_empty() && !path.exists() {
+            continue;
+        }
+        // SAFETY: as for cuBLAS.
+        match unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) } {
+            Ok(library) => return Ok(library),
+            Err(error) => tried.push(cause(&error)),
+        }
+    }
+    let major = env!("RETORT_CUDA_VERSION").split('.').next();
+    Err(format!(
+        "{FILE}, by which workers on GPUs exchange gradients, cannot be loaded ({}); install it (pip install nvidia-nccl-cu{}) \
+         and name its directory in LD_LIBRARY_PATH",
+        tried.join("; "),
+        major.unwrap_or_default()
+    ))
+}
+
 /// Where CUDA's libraries lie besides the places of the system's loader: those of toolkits, and Python's packages, in a
 /// virtual environment of a directory above this plugin or in the system.
 fn usual_places() -> Vec<PathBuf> {
