@@ -249,8 +249,8 @@ pub fn decode<T: DeserializeOwned>(json: &[u8]) -> Result<T, FrameError> {
     serde_json::from_slice(json).map_err(FrameError::Malformed)
 }
 
-/// Bytes that JSON may take in memory, roughly: a number of one digit becomes a value in a list that has room for twice as many,
-/// a text has its own place, an object with one entry has room for four.
+/// Bytes that JSON may take in memory, roughly: a number of one digit becomes a value in a list that has room for twice as
+/// many, a text has its own place, an object with one entry has room for four.
 fn weight(json: &[u8]) -> usize {
     const VALUE: usize = 2 * size_of::<serde_json::Value>();
     let (mut weight, mut quoted, mut escaped) = (json.len(), false, false);

@@ -77,7 +77,7 @@ mod lab {
     }
 }
 
-#[path = "../../../tests/tests/cluster/site.rs"]
+#[path = "../../../tests/tests/runner/cluster/site.rs"]
 #[allow(dead_code)]
 mod site;
 

@@ -111,6 +111,7 @@ impl Place {
         let address: String = self.address.chars().map(plain).collect();
         store
             .join("torchrun")
+            .join(spool::FOLDER)
             .join(format!("at-{address}-{}", self.port))
     }
 }
@@ -148,7 +149,7 @@ impl Board {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        fs::create_dir_all(&dir)?;
+        spool::make_dir(&dir)?;
         let begun = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         let begun = begun.unwrap_or_default().as_nanos();
         let posting = Posting {

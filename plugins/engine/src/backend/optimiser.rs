@@ -68,9 +68,9 @@ pub trait Optimiser: Tensors {
         Self::assign_(p, &p1)
     }
 
-    /// Begins to put into a whole tensor of f32, where it lies, the sum over all ranks or, with `root`, what that rank has there.
-    /// `ranks` is what their collective gave for it ([`Collective::on_device`](crate::collective::Collective::on_device)). The
-    /// tensor must live until the end.
+    /// Begins to put into a whole tensor of f32, where it lies, the sum over all ranks or, with `root`, what that rank has
+    /// there. `ranks` is what their collective gave for it
+    /// ([`Collective::on_device`](crate::collective::Collective::on_device)). The tensor must live until the end.
     fn begin_exchange_(x: &Self::Tensor, root: Option<usize>, ranks: &dyn Any) -> Result<()> {
         let _ = (x, root, ranks);
         let message = "this backend exchanges nothing in its device's memory";

@@ -202,6 +202,7 @@ fn order(elements: Vec<Option<Part>>) -> JobSpec {
         interval: Duration::from_millis(250),
         again: true,
         ranks: false,
+        meeting: String::new(),
     }
 }
 

@@ -67,7 +67,7 @@ impl PostedJob {
         }
         let of = self.board.place().size;
         let other = |error: SpoolError| io::Error::other(error.to_string());
-        std::fs::create_dir_all(&self.dir)?;
+        spool::make_dir(&self.dir)?;
         let order = JobSpec {
             format: spool::FORMAT,
             elements: (0..of).map(|index| Some(Part { index, of })).collect(),
