@@ -503,13 +503,8 @@ mod tests {
         let used = Draft::folder(&at("used")).unwrap();
         let (file, open) = Draft::file(&at("written")).unwrap();
         // As a process leaves them that was killed.
-        let (digits, dead) = (
-            "0123456789abcdef",
-            [
-                at(".d.retort-0123456789abcdef"),
-                at(".f.retort-0123456789abcdef"),
-            ],
-        );
+        let digits = format!("{}89abcdef", own_machine());
+        let dead = ["d", "f"].map(|name| at(&format!(".{name}.retort-{digits}")));
         fs::create_dir_all(dead[0].join("deep")).unwrap();
         fs::write(dead[0].join("deep/x"), "1").unwrap();
         fs::write(&dead[1], "1").unwrap();
@@ -519,6 +514,8 @@ mod tests {
             at(&format!(".d.retort-{}", &digits[1..])),
             at(&format!(".d.retort-{digits}0")),
             at(&format!(".d.{digits}")),
+            // Of another machine, whose locks need not be seen here.
+            at(&format!(".d.retort-{:08x}89abcdef", !0u32)),
             at(".d.1234-5f"),
         ];
         for path in &mine {

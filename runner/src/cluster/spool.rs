@@ -291,7 +291,10 @@ pub fn make_dir(dir: &Path) -> io::Result<()> {
 
 /// Refuses a file to which a link leads within its spool, or where others could put another in its place.
 fn check_folders(path: &Path) -> io::Result<()> {
-    for folder in path.ancestors().skip(1).take(3) {
+    let is_top = |folder: &Path| folder.file_name().is_some_and(|name| name == FOLDER);
+    let folders = || path.ancestors().skip(1).take(3);
+    let is_inside = folders().any(is_top);
+    for folder in folders() {
         let found = fs::symlink_metadata(folder)?;
         if !found.is_dir() {
             let kind = regular::kind(found.file_type());
@@ -300,14 +303,14 @@ fn check_folders(path: &Path) -> io::Result<()> {
         }
         // SAFETY: a plain system call that cannot fail.
         let user = unsafe { libc::geteuid() };
-        if found.uid() != user || found.mode() & 0o022 != 0 {
+        if is_inside && (found.uid() != user || found.mode() & 0o022 != 0) {
             let message = format!(
                 "{} belongs to somebody else, or others may write to it: jobs run what it says",
                 folder.display()
             );
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, message));
         }
-        if folder.file_name().is_none_or(|name| name == FOLDER) {
+        if is_top(folder) {
             break;
         }
     }
