@@ -293,7 +293,7 @@ fn sizes_are_checked_before_anything_is_allocated() {
     let packed = gzip.finish().unwrap();
     let one = page(zeros.len() as u64, packed.len() as u64, 1, &packed);
     check(
-        file(&one.repeat(8), 8, &[(2, 8, 4)]),
+        file(&one.repeat(12), 12, &[(2, 12, 4)]),
         "more than any data set grows",
     );
     let wrong = page(zeros.len() as u64 - 1, packed.len() as u64, 1, &packed);

@@ -125,7 +125,7 @@ mod tests {
                 .filter(|(_, owner)| **owner == rank);
             own.map(|(size, _)| size).sum::<usize>()
         };
-        assert_eq!((of(0), of(1)), (50, 53));
+        assert_eq!((of(0), of(1)), (53, 50));
         assert_eq!(dealt(&[4, 4, 4], 1), [0, 0, 0]);
         // More ranks than parameters: some have nothing to do.
         assert_eq!(dealt(&[1, 2], 4).len(), 2);
