@@ -14,6 +14,7 @@ pub mod feed;
 pub mod file;
 pub mod folder;
 mod inspection;
+mod item;
 pub mod kept;
 pub mod options;
 mod parquet;

@@ -18,8 +18,8 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::cluster::dispatch::slot::{Phase, Slot, StopLevel};
-use crate::cluster::slurm::{Layout, NewJob, Slurm, SlurmError};
-use crate::cluster::spool::{self, JobSpec, Reader, SpoolError};
+use crate::cluster::slurm::{Layout, Slurm};
+use crate::cluster::spool::{self, Reader, SpoolError};
 use crate::frame::{Task, ToWorker};
 use crate::settings::Profile;
 use crate::store::{AttemptId, ElementUpdate, JobKey, Store, StoreError, Usage};
@@ -29,6 +29,7 @@ use crate::worker::remote::ClusterEnd;
 
 mod script;
 mod slot;
+mod submission;
 mod watch;
 
 /// How long tasks are gathered before they are submitted together.
@@ -274,7 +275,7 @@ impl DispatchLoop {
             let id = match open.job {
                 Some(id) => Some(id),
                 // It ended between submitting it and writing its id down.
-                None => found(&self.to.slurm, &open.name)
+                None => submission::found(&self.to.slurm, &open.name)
                     .await
                     .map_err(|error| unknown(&dir, error))?,
             };
@@ -629,249 +630,6 @@ impl DispatchLoop {
         }
         Ok(())
     }
-
-    /// Submits what has no job.
-    async fn submit(&mut self) -> Result<(), StoreError> {
-        let new: Vec<usize> = (0..self.slots.len())
-            .filter(|index| {
-                let slot = &self.slots[*index];
-                slot.phase == Phase::New && slot.level == StopLevel::GoOn
-            })
-            .collect();
-        if new.is_empty() {
-            return Ok(());
-        }
-        // The whole of a stage is no part of an array.
-        let (mut parts, wholes): (Vec<usize>, Vec<usize>) = new
-            .into_iter()
-            .partition(|index| self.slots[*index].part.is_some());
-        // The first of several ranks is on the node where all meet.
-        parts.sort_by_key(|index| self.slots[*index].part.map(|part| part.index));
-        let Some(chunk) = self.chunk_of(&parts).await else {
-            return Ok(());
-        };
-        let arrays = parts.chunks(chunk).map(<[usize]>::to_vec);
-        let singles = wholes.into_iter().map(|index| vec![index]);
-        for slots in arrays.chain(singles).collect::<Vec<_>>() {
-            match self.submit_some(&slots).await? {
-                Ok(()) => self.put_off = RETRY.0,
-                Err(SlurmError::Full { said }) => {
-                    self.full(&slots, &said);
-                    return Ok(());
-                }
-                Err(error @ SlurmError::Silent { .. }) => {
-                    self.is_silent(&error);
-                    self.submit_at = Instant::now() + self.to.profile.poll;
-                    return Ok(());
-                }
-                Err(error) => {
-                    let hint = match &error {
-                        SlurmError::Refused { hint, .. } => Some(format!(
-                            "{hint} (in retort.toml or with --slurm; `retort doctor` shows what is set)"
-                        )),
-                        _ => None,
-                    };
-                    let ended = ClusterEnd {
-                        reason: "not submitted".into(),
-                        message: error.to_string(),
-                        hint,
-                    };
-                    for index in slots {
-                        self.slots[index].end(ended.clone()).await;
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// How many of these parts a job may have; none where they have to wait for others.
-    async fn chunk_of(&mut self, parts: &[usize]) -> Option<usize> {
-        if !self.to.together {
-            let chunk = match self.chunk {
-                Some(chunk) => chunk,
-                None => self.to.slurm.array_size().await,
-            };
-            self.chunk = Some(chunk);
-            return Some(chunk);
-        }
-        // Ranks run at the same time or not at all: those that are to be submitted again wait for the others.
-        let all = self.slots.iter().filter(|slot| slot.part.is_some());
-        let (over, others): (Vec<_>, Vec<_>) = all
-            .filter(|slot| slot.phase != Phase::New)
-            .partition(|slot| slot.phase == Phase::Over);
-        let Some(part) = parts.first().and_then(|index| self.slots[*index].part) else {
-            // The whole comes alone.
-            return Some(1);
-        };
-        if over.is_empty() && others.is_empty() && parts.len() >= part.of {
-            return Some(parts.len());
-        }
-        if others.is_empty() && !over.is_empty() {
-            for &index in parts {
-                let ended = ClusterEnd {
-                    reason: "not submitted again".into(),
-                    message: "other workers of this training have ended, and one cannot go on without them".into(),
-                    hint: Some("`retort resume` goes on from the last checkpoint with all of them".into()),
-                };
-                self.slots[index].end(ended).await;
-            }
-        }
-        self.submit_at = Instant::now() + SETTLE;
-        None
-    }
-
-    /// The queue is full: fewer elements may find room, and later all will.
-    fn full(&mut self, slots: &[usize], said: &str) {
-        if self.put_off == RETRY.0 {
-            self.warn(format!(
-                "Slurm's queue is full ({said}); trying again until there is room"
-            ));
-        }
-        for &index in slots {
-            self.slots[index].why = format!("the queue is full: {said}");
-        }
-        if slots.len() > 1 && !self.to.together {
-            self.chunk = Some(slots.len().div_ceil(2));
-        }
-        self.submit_at = Instant::now() + self.put_off;
-        self.put_off = (self.put_off * 2).min(RETRY.1);
-    }
-
-    fn is_silent(&mut self, error: &SlurmError) {
-        if !std::mem::replace(&mut self.silent, true) {
-            self.warn(format!("{error}; trying again"));
-        }
-    }
-
-    /// Submits a job whose elements do the work of these slots.
-    async fn submit_some(&mut self, slots: &[usize]) -> Result<Result<(), SlurmError>, StoreError> {
-        self.submitted += 1;
-        let name = format!(
-            "retort-{}-{}-{}-{}",
-            self.to.digest.get(..12).unwrap_or(&self.to.digest),
-            self.to.attempt,
-            std::process::id(),
-            self.submitted
-        );
-        let dir = self.spools().join(&name);
-        let script = dir.join("batch.sh");
-        let order = self.order(slots);
-        if let Err(message) = self.make_spool(&dir, &script, &order) {
-            let ended = ClusterEnd {
-                reason: "not submitted".into(),
-                message: format!("the spool in {} cannot be made: {message}", dir.display()),
-                hint: None,
-            };
-            for &index in slots {
-                self.slots[index].end(ended.clone()).await;
-            }
-            return Ok(Ok(()));
-        }
-        let to = &self.to;
-        let layout = order.layout();
-        let key = to
-            .store
-            .begin_job(to.attempt, &to.digest, &name, layout.elements())
-            .await?;
-        let job = NewJob {
-            name: &name,
-            script: &script,
-            spool: &dir,
-            layout,
-            cpus: to.cpus,
-            profile: &to.profile,
-        };
-        let (id, cluster) = match submit(&to.slurm, &job).await {
-            Ok(taken) => taken,
-            Err(error) => {
-                to.store.job_refused(key).await?;
-                let _ = std::fs::remove_dir_all(&dir);
-                return Ok(Err(error));
-            }
-        };
-        to.store.job_submitted(key, id, &cluster).await?;
-        (to.listener)(Notice::Submitted {
-            job: id,
-            elements: layout.elements(),
-        });
-        for (element, &index) in slots.iter().enumerate() {
-            let reader = Reader::new(spool::element_dir(&dir, element));
-            self.slots[index].place((key, element), reader, 0);
-        }
-        self.jobs.push(Job {
-            key,
-            id,
-            dir,
-            layout,
-            slots: slots.iter().copied().map(Some).collect(),
-            marks: vec![0; order.elements.len()],
-            elements: order.elements,
-            stopping: false,
-            over: false,
-        });
-        self.ask_at = self.ask_at.min(Instant::now() + Duration::from_secs(1));
-        Ok(Ok(()))
-    }
-
-    /// What the elements of a job for these slots are told.
-    fn order(&self, slots: &[usize]) -> JobSpec {
-        let to = &self.to;
-        let elements: Vec<Option<Part>> =
-            slots.iter().map(|index| self.slots[*index].part).collect();
-        JobSpec {
-            format: spool::FORMAT,
-            task: self.slots[slots[0]].task.clone(),
-            threads: to.cpus,
-            requeue: slots
-                .iter()
-                .map(|index| to.profile.requeue - self.slots[*index].tries.min(to.profile.requeue))
-                .max()
-                .unwrap_or(0),
-            interval: LOOK
-                .max(Duration::from_millis(5) * u32::try_from(elements.len()).unwrap_or(u32::MAX)),
-            again: true,
-            ranks: to.together && elements[0].is_some(),
-            meeting: String::new(),
-            elements,
-        }
-    }
-
-    /// Makes the directory of a job's spool, with its order and its script; why not, where that fails.
-    fn make_spool(&self, dir: &Path, script: &Path, order: &JobSpec) -> Result<(), String> {
-        spool::make_dir(dir).map_err(|error| error.to_string())?;
-        spool::write_order(dir, order).map_err(|error| error.to_string())?;
-        spool::ask_to_stop(dir, false).map_err(|error| error.to_string())?;
-        let text = script::text(dir, &self.to.profile, order.layout())?;
-        spool::put(script, text.as_bytes()).map_err(|error| error.to_string())
-    }
-}
-
-/// Submits a job; its id and cluster.
-async fn submit(slurm: &Slurm, job: &NewJob<'_>) -> Result<(u64, String), SlurmError> {
-    let taken = slurm.submit(job).await;
-    // Slurm may have taken it all the same.
-    if matches!(
-        taken,
-        Err(SlurmError::Silent { .. } | SlurmError::Full { .. })
-    ) && let Ok(Some(id)) = found(slurm, job.name).await
-    {
-        return Ok((id, String::new()));
-    }
-    taken
-}
-
-/// The job of a name, if there is one. Asked again for a while where Slurm does not answer: a job that it has and nobody
-/// knows would work beside the next one.
-async fn found(slurm: &Slurm, name: &str) -> Result<Option<u64>, SlurmError> {
-    const TRIES: usize = 15;
-    for _ in 1..TRIES {
-        if let Ok(found) = slurm.find(name).await {
-            return Ok(found);
-        }
-        tokio::time::sleep(RETRY.0).await;
-    }
-    slurm.find(name).await
 }
 
 /// That a job left by another runner cannot be taken up, nor be given up.

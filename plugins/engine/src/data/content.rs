@@ -11,37 +11,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use rayon::prelude::*;
 use retort_checkpoint::images::LONGEST_FILE;
 use retort_checkpoint::regular;
-use retort_checkpoint::tar::FileRange;
 
 use super::error::DataError;
 use super::file;
+use super::item::{Item, Place};
 use super::parquet::Tables;
-
-/// An image file of a source.
-#[derive(Debug)]
-pub(super) struct Item {
-    /// Path within the folder or archive.
-    pub(super) name: Box<str>,
-    pub(super) label: u32,
-    pub(super) caption: Option<Box<str>>,
-    pub(super) place: Place,
-}
-
-/// Where the bytes of an item are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Place {
-    /// In a file of its own.
-    File,
-    /// In the archive of a number.
-    Archive(u32, FileRange),
-    /// In a row of the table of a number.
-    Row(u32, u64),
-}
-
-impl Item {
-    /// The label of a file whose class is not known yet.
-    pub(super) const UNLABELLED: u32 = u32::MAX;
-}
 
 /// A file that could not be decoded.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -92,7 +66,10 @@ impl Holder {
     ) -> Result<(), E> {
         let archives = match self {
             Self::Files(archives) => Archives::open(folder, archives)?,
-            Self::Tables(tables) => return tables.each(items, at_once, &make, &mut take),
+            Self::Tables(tables) => {
+                let make = |item: &Item, bytes| make(item, &Bytes::Row(bytes));
+                return tables.each(items, at_once, &make, &mut take);
+            }
         };
         for (first, part) in (0..).step_by(at_once).zip(items.chunks(at_once)) {
             let made = part

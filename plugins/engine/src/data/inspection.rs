@@ -10,9 +10,10 @@ use rayon::prelude::*;
 use retort_abi::LogLevel;
 use retort_checkpoint::images::{LONGEST_FILE, promises_image};
 
-use super::content::{Archives, Bytes, Damaged, Holder, Item};
+use super::content::{Archives, Bytes, Damaged, Holder};
 use super::error::{DataError, shown};
 use super::folder::SkippedFiles;
+use super::item::Item;
 use super::options::DataOptions;
 use super::raster::{self, Header};
 

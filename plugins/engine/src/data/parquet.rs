@@ -15,8 +15,8 @@ use retort_checkpoint::parquet::{Cell, Column, Parquet, Values};
 use serde_json::Value;
 
 use super::class;
-use super::content::{Bytes, Item, Place};
 use super::error::{DataError, shown};
+use super::item::{Item, Place};
 use super::table::{CAPTION, LABEL, MemoryBudget, cost};
 
 /// Names of columns of images, in the order of preference.
@@ -480,7 +480,7 @@ impl Tables {
         &self,
         items: &[Item],
         at_once: usize,
-        make: &(impl Fn(&Item, &Bytes<'_>) -> T + Sync),
+        make: &(impl Fn(&Item, Option<&[u8]>) -> T + Sync),
         take: &mut impl FnMut(usize, Vec<T>) -> Result<(), E>,
     ) -> Result<(), E> {
         let mut next = 0;
@@ -504,7 +504,7 @@ impl Tables {
         file: &Path,
         items: &[Item],
         at_once: usize,
-        make: &(impl Fn(&Item, &Bytes<'_>) -> T + Sync),
+        make: &(impl Fn(&Item, Option<&[u8]>) -> T + Sync),
         take: &mut impl FnMut(usize, Vec<T>) -> Result<(), E>,
     ) -> Result<(), E> {
         let changed = || DataError::content(file, "fewer rows with images than a moment ago");
@@ -528,7 +528,7 @@ impl Tables {
                             Some(Cell::Bytes(bytes)) => Some(bytes),
                             _ => None,
                         };
-                        part.push((item, Bytes::Row(bytes)));
+                        part.push((item, bytes));
                     }
                     row += 1;
                     if part.len() == at_once {
@@ -540,7 +540,7 @@ impl Tables {
                 }
                 let made = part
                     .par_iter()
-                    .map(|(item, bytes)| make(item, bytes))
+                    .map(|(item, bytes)| make(item, *bytes))
                     .collect();
                 let first = done;
                 done += part.len();

@@ -13,8 +13,9 @@ use retort_checkpoint::json;
 use retort_checkpoint::tar::{Archive, Stored};
 use serde_json::Value;
 
-use super::content::{self, Item, Place};
+use super::content;
 use super::error::{DataError, shown};
+use super::item::{Item, Place};
 use super::table;
 use super::table::{MemoryBudget, cost};
 

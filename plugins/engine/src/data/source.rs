@@ -13,10 +13,11 @@ use retort_checkpoint::images::{
 
 use super::arrays::Arrays;
 use super::class::{self, Classes};
-use super::content::{Bytes, Damaged, Holder, Item, Place};
+use super::content::{Bytes, Damaged, Holder};
 use super::error::{DataError, shown};
 use super::folder::Folder;
 use super::inspection::{FoundFiles, Inspection, told};
+use super::item::{Item, Place};
 use super::options::{DataOptions, Sizing};
 use super::parquet;
 use super::raster::{self, Raster, luma};
