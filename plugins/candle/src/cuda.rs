@@ -152,7 +152,7 @@ pub(crate) fn free_memory(device: &Device) -> Option<u64> {
         if sys::cuDeviceGetDefaultMemPool(&mut pool, context.cu_device())
             == sys::CUresult::CUDA_SUCCESS
         {
-            let mut ask = |attribute, value: &mut u64| {
+            let ask = |attribute, value: &mut u64| {
                 let _ = sys::cuMemPoolGetAttribute(pool, attribute, (&raw mut *value).cast());
             };
             ask(

@@ -67,7 +67,7 @@ impl Holder {
         let archives = match self {
             Self::Files(archives) => Archives::open(folder, archives)?,
             Self::Tables(tables) => {
-                let make = |item: &Item, bytes| make(item, &Bytes::Row(bytes));
+                let make = |item: &Item, bytes: Option<&[u8]>| make(item, &Bytes::Row(bytes));
                 return tables.each(items, at_once, &make, &mut take);
             }
         };
