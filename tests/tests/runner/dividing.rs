@@ -59,8 +59,12 @@ fn processes_that_somebody_else_has_started_train_together() {
     let plugins = tempfile::tempdir().unwrap();
     compile("ranks.c", &[], &plugins.path().join("libretort_ranks.so"));
     let lab = Lab::new(&[TOGETHER]);
-    let port = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
-    let port = port.local_addr().unwrap().port().to_string();
+    // Free again at once.
+    let free_port = || {
+        let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        listener.local_addr().unwrap().port()
+    };
+    let port = free_port().to_string();
     let process = |rank: &str, more: &[&str]| {
         let own = ["run", "r.yaml", "--executor", "torchrun", "--plugin-dir"];
         let mut command =
