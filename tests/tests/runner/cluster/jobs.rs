@@ -469,7 +469,8 @@ fn ranks(site: &Site) {
 
 /// What the plugin `ranks` has made.
 fn made(lab: &Lab) -> std::path::PathBuf {
-    let output = lab.attempt("a").output.unwrap();
+    let stages = lab.latest().unwrap().stages;
+    let output = stages[0].attempts.last().unwrap().output.clone().unwrap();
     lab.store_dir()
         .join("artifacts")
         .join(output)
