@@ -187,13 +187,23 @@ fn a_dropped_caption_is_that_of_none() {
     let loss = forced(&given, &[true, false, true])
         .unary(Unary::Square)
         .and_then(|x| x.mean_all());
-    let gradients = backward(loss.expect("a loss"), &params).expect("gradients");
-    for ((name, _), gradient) in params.iter().zip(&gradients) {
-        let moved = Candle::to_floats(gradient)
-            .expect("floats")
-            .iter()
-            .any(|x| *x != 0.0);
-        assert_eq!(moved, name != "cls_embedding.uncond_embedding", "{name}");
+    // The features of no caption are no parameter: no gradient reaches them, and one each of the others.
+    let loss = loss.expect("a loss");
+    let error = backward(loss.clone(), &params).expect_err("one without a part");
+    assert!(
+        error
+            .to_string()
+            .contains("uncond_embedding had no part in the loss"),
+        "{error}"
+    );
+    let is_trained =
+        |(name, _): &&(String, Variable<Candle>)| name != "cls_embedding.uncond_embedding";
+    let trained: Vec<_> = params.iter().filter(is_trained).cloned().collect();
+    assert_eq!(trained.len() + 1, params.len());
+    let gradients = backward(loss, &trained).expect("gradients");
+    for ((name, _), gradient) in trained.iter().zip(&gradients) {
+        let values = Candle::to_floats(gradient).expect("floats");
+        assert!(values.iter().any(|x| *x != 0.0), "{name}");
     }
 }
 
