@@ -422,13 +422,15 @@ fn ranks(site: &Site) {
     watches(&lab);
     site.slurm("scancel", &["--signal=USR1", "--user=root"]);
     running.end().expect(0);
-    assert_eq!(
-        count(&lab, "time limit, at a checkpoint"),
-        2,
-        "{:?}",
-        ends(site, &lab)
-    );
-    assert_eq!(count(&lab, "succeeded"), 3);
+    // The first asks for the next start, which may end the other before it has said why it stopped.
+    let told = ends(site, &lab);
+    let of_signal = [
+        "time limit, at a checkpoint",
+        "preempted, or ended to be started again",
+    ];
+    let [first, second] = of_signal.map(|end| count(&lab, end));
+    assert!(first >= 1 && first + second == 2, "{told:?}");
+    assert_eq!(count(&lab, "succeeded"), 3, "{told:?}");
 
     let lab = training(60);
     let running = site.start_run(&lab, &own);
