@@ -226,8 +226,12 @@ fn torchrun(lab: &Lab) {
     let student = ["run", "r.yaml", "--until", "student", "--force=student"];
     lab.retort(&[&student[..], &["--set", "stages.student.workers=2"]].concat());
     let hash = lab.hash("student");
-    let port = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a port");
-    let port = port.local_addr().expect("an address").port().to_string();
+    // Free again at once.
+    let free_port = || {
+        let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a port");
+        listener.local_addr().expect("an address").port()
+    };
+    let port = free_port().to_string();
     let rank = |rank: &str, more: &[&str]| {
         let mut command = lab.command(&student);
         command.args(["--executor", "torchrun"]).args(more);
