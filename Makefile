@@ -34,7 +34,6 @@ cuda-test: cuda ## the checks of gpu-check on an emulated GPU (many minutes; PAR
 	$(CUDA_ENV) $(CARGO) build --release -p retort-tests --features cuda --bin retort-gpu --target-dir $(CUDA_DIR)
 	$(CUDA_ENV) $(CARGO) test --release -p retort-candle --features cuda --lib --target-dir $(CUDA_DIR) cuda::
 	plugins/candle/emulator/build $(CUDA_DIR)/emulator
-	LD_LIBRARY_PATH=$(abspath $(CUDA_DIR))/emulator RETORT_GPU=emulated $(CUDA_DIR)/release/retort-gpu check ranks
 	LD_LIBRARY_PATH=$(abspath $(CUDA_DIR))/emulator RETORT_GPU=emulated $(CUDA_DIR)/release/retort-gpu check "$(PART)"
 
 digits: build ## distil a small teacher on handwritten digits (minutes; reused when called again)
