@@ -176,7 +176,7 @@ pub enum Command {
     Gc(gc::Args),
     /// List, create, install, examine and lock plugins.
     Plugin(plugin::Args),
-    /// Let the lines of a project's retort.toml run, as long as it stays as it is.
+    /// Allow a project's retort.toml to run commands in your jobs (prologue, sbatch), until it changes
     Trust(trust::Args),
     /// Check this machine and installation, and suggest repairs.
     Doctor(doctor::Args),
