@@ -176,7 +176,7 @@ pub enum Command {
     Gc(gc::Args),
     /// List, create, install, examine and lock plugins.
     Plugin(plugin::Args),
-    /// Allow a project's retort.toml to run commands in your jobs (prologue, sbatch), until it changes
+    /// Allow a project's retort.toml to run commands in your jobs (prologue, sbatch), until it changes.
     Trust(trust::Args),
     /// Check this machine and installation, and suggest repairs.
     Doctor(doctor::Args),
